@@ -1,0 +1,1 @@
+"""Parallel plumbing: processes, meshes, sharding, sequence parallelism, checkpoints. Knows nothing about video."""

@@ -1,0 +1,92 @@
+"""How a run is spread over processes: frozen configuration, checked before any process group exists."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Degrees of the named axes. Their product is the number of processes."""
+
+    replicate: int = 1  # data-parallel copies of the sharded model (hybrid sharding)
+    shard: int = -1  # data-parallel processes; -1: all that are left. State is cut over shard x ulysses
+    ulysses: int = 1  # processes that share one sample's tokens, exchanging heads for tokens in attention; or -1
+
+    def __post_init__(self) -> None:
+        if self.replicate < 1:
+            raise ValueError(f"replicate={self.replicate}: allowed are integers >= 1")
+        for name in ("shard", "ulysses"):
+            if getattr(self, name) < 1 and getattr(self, name) != -1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: allowed are integers >= 1, or -1 for all remaining processes"
+                )
+        if self.shard == self.ulysses == -1:
+            raise ValueError("shard=-1 with ulysses=-1: only one axis can take all remaining processes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecomputeConfig:
+    """Gradient checkpointing: which blocks drop their activations and run again in backward."""
+
+    kind: Literal["none", "full", "first"] = "none"
+    blocks: int = 0  # with kind=first: how many blocks, counted over all block lists in order
+
+    def __post_init__(self) -> None:
+        if self.blocks < 0:
+            raise ValueError(f"blocks={self.blocks}: allowed are integers >= 0")
+        if self.kind == "first" and self.blocks == 0:
+            raise ValueError("blocks=0 with kind=first recomputes nothing: set blocks >= 1, or kind=none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Masters, optimizer state and EMA are kept in ``master``; blocks compute in ``compute``."""
+
+    compute: Literal["bf16", "fp32", "fp64"] = "bf16"
+    reduce: Literal["fp32", "bf16", "fp64"] = "fp32"  # gradient reduction
+    master: Literal["fp32", "fp64", "bf16"] = "fp32"  # bf16 is for sampling: updates would be lost in rounding
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """The whole layout of a run."""
+
+    engine: Literal["native"] = "native"
+    zero: Literal[0, 1, 2, 3] = 2  # what is sharded; docs/parallel.md says what each keeps in memory
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    timeout_s: int = 600  # longest wait for a peer before the run fails
+
+    def __post_init__(self) -> None:
+        if self.timeout_s <= 0:
+            raise ValueError(f"timeout_s={self.timeout_s}: allowed are integers > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer and everything about it that varies with the step."""
+
+    kind: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 5e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-15
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0  # bound on the global gradient norm; 0: no bound
+    warmup_steps: int = 0  # linear from 0 to lr
+    schedule: Literal["constant", "cosine"] = "constant"  # after warm-up
+    min_lr: float = 0.0  # where cosine ends
+    ema_decay: float = 0.0  # 0: no moving average of the weights
+    ema_warmup: bool = True  # decay min(ema_decay, (1 + step) / (10 + step)), so that early averages forget the init
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "weight_decay", "clip_norm", "warmup_steps", "min_lr"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: allowed are numbers >= 0")
+        for beta in self.betas:
+            if not 0 <= beta < 1:
+                raise ValueError(f"betas={list(self.betas)}: allowed are two numbers in [0, 1)")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay}: allowed are numbers in [0, 1); 0 switches it off")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr}: allowed are numbers <= lr={self.lr}")

@@ -1,0 +1,39 @@
+"""The contract of an engine: what the loop asks of native, DeepSpeed or ColossalAI alike."""
+
+from collections.abc import Iterator
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+
+Weights = Literal["live", "ema"]
+
+
+class Engine(Protocol):
+    """Owns the model, its optimizer and its moving average on one mesh."""
+
+    model: nn.Module
+
+    def backward(self, loss_share: Tensor, *, last_microbatch: bool) -> None:
+        """Accumulate gradients. ``loss_share`` is this process's share of the global mean: gradients are summed."""
+
+    def step(self, step: int) -> Tensor:
+        """One update of weights and average, as update number ``step`` (from 0); gradients are cleared.
+
+        Returns:
+            The global gradient norm before clipping, a scalar on the device, equal on every process.
+        """
+
+    def set_lr(self, lr: float) -> None:
+        """Learning rate of the next update."""
+
+    def master_params(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, master weight) as this process holds it."""
+
+    def full_weights(self, which: Weights = "live") -> Iterator[tuple[str, Tensor]]:
+        """(name, whole weight on the CPU), one at a time; collective."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a checkpoint holds: weights, optimizer state, average; sharded, names as in the model."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` gave, filled by a checkpoint of any layout."""

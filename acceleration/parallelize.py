@@ -1,0 +1,27 @@
+"""The recipe: from a plain model to one that runs on a mesh. The order of the lines is the contract."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from acceleration import recompute, sequence, sharding
+from acceleration.config import ParallelConfig
+from acceleration.mesh import Mesh
+from acceleration.plan import Shardable
+
+
+def parallelize(
+    model: nn.Module, cfg: ParallelConfig, mesh: Mesh, device: torch.device, fill: Callable[[str, Tensor], None]
+) -> nn.Module:
+    """Spread a model built on the meta device over ``mesh``, in place.
+
+    Attention slots first (the wrapper is what gets recomputed), then recomputation, then sharding (which hooks the
+    outside of a block), then memory and values: ``fill(name, tensor)`` gives the full value of one parameter.
+    """
+    assert isinstance(model, Shardable), type(model)
+    sequence.fill_slots(model, mesh["ulysses"])
+    recompute.apply(model, cfg.recompute)
+    sharding.shard(model, cfg.zero, cfg.precision, mesh)
+    sharding.materialize(model, cfg.precision, device, fill)
+    return model

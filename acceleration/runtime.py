@@ -1,0 +1,113 @@
+"""Processes: who am I, how many are we, on which device; starting and stopping the process group.
+
+torchrun (RANK, WORLD_SIZE, LOCAL_RANK), SLURM steps (SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID) and a plain
+``python`` call are the same to the rest of the code: a plain call is a group of one.
+"""
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place, known before any process group exists."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    launcher: str  # torchrun | slurm | none
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A started process group."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes what all share."""
+        return self.rank == 0
+
+
+def ranks_from_environment(env: Mapping[str, str] = os.environ) -> Ranks:
+    """Read the launcher's variables: torchrun before SLURM (torchrun may run inside a SLURM job), else one process."""
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return Ranks(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), "torchrun")
+    # Only srun sets the step's task count: a batch script alone has SLURM_NTASKS, but is one process.
+    if "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
+        return Ranks(
+            int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0)), "slurm"
+        )
+    return Ranks(0, 1, 0, "none")
+
+
+def rendezvous_from_environment(ranks: Ranks, env: Mapping[str, str] = os.environ) -> tuple[str, int]:
+    """(address, port) where rank 0 listens.
+
+    Under SLURM the first host of the step, and a port from job id and restart count below the ephemeral range, so that
+    two jobs or two attempts on one host do not meet.
+    """
+    if "MASTER_ADDR" in env and "MASTER_PORT" in env:
+        return env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    if ranks.launcher == "slurm":
+        hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
+        job, restart = int(env.get("SLURM_JOB_ID", 0)), int(env.get("SLURM_RESTART_COUNT", 0))
+        return env.get("MASTER_ADDR") or first_host(hosts), 15000 + (job * 7 + restart) % 15000
+    return "127.0.0.1", free_port()
+
+
+def first_host(nodelist: str) -> str:
+    """First host of a SLURM node list: ``n[3-5,9],m1`` -> ``n3``."""
+    match = re.match(r"([^,\[]+)(?:\[([^\]]+)\])?([^,\[]*)", nodelist)
+    assert match, nodelist
+    prefix, ranges, suffix = match.groups()
+    return prefix + (re.split(r"[-,]", ranges)[0] if ranges else "") + suffix
+
+
+def free_port() -> int:
+    """A port nobody listens on now, for a group of one process."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start(timeout_s: int) -> Runtime:
+    """Join the process group (nccl with a GPU per process, else gloo) and choose the device.
+
+    Raises:
+        torch.distributed.DistError: a peer did not come within ``timeout_s`` seconds.
+    """
+    ranks = ranks_from_environment()
+    address, port = rendezvous_from_environment(ranks)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        backend = "nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    dist.init_process_group(
+        backend,
+        init_method=f"tcp://{address}:{port}" if ranks.launcher != "torchrun" else "env://",
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    return Runtime(ranks.rank, ranks.world_size, ranks.local_rank, device)
+
+
+def stop() -> None:
+    """Leave together: a process that exits without this aborts now and then, and the launcher reports a failure."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

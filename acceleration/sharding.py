@@ -1,0 +1,93 @@
+"""ZeRO 0 to 3 and hybrid sharding on FSDP2.
+
+One copy of the model is cut over shard x ulysses processes and repeated over replicate. Each stage keeps, per process
+with n processes to a copy (P parameters, between steps / while a step runs):
+
+=====  ==================  ================================  ============================================
+stage  masters, optimizer  gradients                         parameters in compute type during a step
+=====  ==================  ================================  ============================================
+0      P                   P, reduced once per step          P
+1      P/n                 P, reduced once per step          P, gathered once per step
+2      P/n                 P/n, reduced every micro-batch    P, gathered once per micro-batch
+3      P/n                 P/n, reduced every micro-batch    one block, gathered for forward and backward
+=====  ==================  ================================  ============================================
+
+Gradients are summed, never averaged: the loss handed to backward is this process's share of the global mean.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from acceleration import plan
+from acceleration.config import PrecisionConfig
+from acceleration.mesh import Mesh, sharding_mesh
+from acceleration.precision import DTYPES, fsdp_policy
+
+
+def shard(model: nn.Module, zero: int, precision: PrecisionConfig, mesh: Mesh) -> None:
+    """Shard every block, then what is left, in place. The model may be on the meta device."""
+    options = {
+        "mesh": sharding_mesh(mesh, zero),
+        "mp_policy": fsdp_policy(precision),
+        "reshard_after_forward": zero == 3,
+    }
+    for block in plan.blocks(model):
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    for module in fsdp_modules(model):
+        # Sum, don't average; the order matters, since gloo has no scaled sum.
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)
+
+
+def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    """Every module that FSDP2 manages on its own."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def begin_backward(model: nn.Module, zero: int, *, last_microbatch: bool) -> None:
+    """Set what the coming backward reduces and frees, by the table above."""
+    assert isinstance(model, FSDPModule)
+    model.set_is_last_backward(last_microbatch)
+    model.set_requires_gradient_sync(last_microbatch or zero >= 2)
+    model.set_requires_all_reduce(last_microbatch)  # between copies: once per step at every stage
+    model.set_reshard_after_backward(last_microbatch or zero >= 2)
+
+
+def materialize(model: nn.Module, precision: PrecisionConfig, device: torch.device, fill: Callable[[str, Tensor], None]) -> None:
+    """Allocate a meta model on ``device`` and give every parameter its value.
+
+    ``fill(name, tensor)`` writes the full value of one parameter into a CPU tensor of master type; every process keeps
+    its piece. No process ever holds more than its pieces and one full parameter, and values do not depend on the
+    layout.
+    """
+    dtype = DTYPES[precision.master]
+    model.to(dtype)
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            full = torch.empty(parameter.shape, dtype=dtype)
+            fill(name, full)
+            local(parameter).copy_(piece(full, parameter))
+
+
+def piece(full: Tensor, like: Tensor) -> Tensor:
+    """The part of ``full`` that this process keeps of the parameter ``like``; no communication."""
+    if not isinstance(like, DTensor):
+        return full
+    full = full.to(like.device)
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None).to_local()
+
+
+def local(x: Tensor) -> Tensor:
+    """The plain tensor this process holds of ``x``."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def full(x: Tensor) -> Tensor:
+    """The whole value of ``x`` on every process; collective if ``x`` is sharded."""
+    return x.full_tensor() if isinstance(x, DTensor) else x

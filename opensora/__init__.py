@@ -1,0 +1,1 @@
+"""Training and sampling of video diffusion transformers; see docs/ for the map."""

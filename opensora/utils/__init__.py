@@ -1,0 +1,1 @@
+"""Small shared pieces; imports nothing of ours."""
