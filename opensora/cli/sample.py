@@ -1,0 +1,12 @@
+"""Sample: ``torchrun --nproc_per_node N scripts/diffusion/inference.py CONFIG.yaml --prompt "..."``."""
+
+from opensora.config import SampleConfig, config_from_argv
+from opensora.inference.pipeline import sample
+from opensora.utils.logging import announce
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code."""
+    for file in sample(config_from_argv(SampleConfig, argv, "Sample videos from a trained model.")):
+        announce(file)
+    return 0

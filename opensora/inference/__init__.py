@@ -1,0 +1,1 @@
+"""Sampling: weights into a sharded model, prompts into videos."""

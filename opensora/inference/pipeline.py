@@ -1,0 +1,209 @@
+"""From prompts to videos. ``prepare_models`` loads, ``prepare_api`` gives a function, ``process_and_save`` writes.
+
+The tokens of a sample are cut over the ulysses axis once before the first step and joined once after the last; in
+between every process integrates its own share. What is drawn depends on the seed alone, so any number of processes
+gives the same video.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from acceleration import runtime as runtimes
+from acceleration.runtime import Runtime
+from opensora.config import SampleConfig
+from opensora.inference.load import Components, Source, check_layout, find_source, load_components
+from opensora.inference.prompts import Job, read_jobs
+from opensora.inference.save import Saver
+from opensora.models.base import latent_grid
+from opensora.utils.errors import UserError
+from opensora.utils.logging import announce, progress
+from opensora.utils.prompt import with_suffix
+from opensora.utils.sampling import (
+    DENOISERS,
+    SamplingOption,
+    TextInputs,
+    get_noise,
+    get_schedule,
+    sanitize_sampling_option,
+)
+from opensora.utils.tokens import image_ids, pack, unpack
+
+Api = Callable[..., Tensor]
+OnStep = Callable[[int, int], None]
+
+
+def prepare_models(cfg: SampleConfig, source: Source, runtime: Runtime) -> Components:
+    """The sharded model, the autoencoder and the text encoder on this process's device. Collective."""
+    return load_components(cfg, source, runtime)
+
+
+def prepare(parts: Components, texts: Sequence[str], img_tokens: int) -> TextInputs:
+    """Features of one prompt per sample, this process's share of the text tokens."""
+    text = parts.text_encoder.encode(list(texts))
+    tokens = text.txt.shape[1]
+
+    def shard(x: Tensor) -> Tensor:
+        return parts.sequence.shard(x, surplus_last=True)
+
+    return TextInputs(
+        txt=shard(text.txt),
+        txt_ids=shard(torch.zeros(len(texts), tokens, 3, device=parts.device)),
+        y_vec=text.y_vec,
+        txt_mask=None if text.mask is None else shard(text.mask),
+        context=parts.sequence.context(tokens, img_tokens),
+    )
+
+
+def prepare_api(parts: Components) -> Api:
+    """A function from prompts to pixels over loaded components."""
+
+    @torch.no_grad()
+    def api(
+        opt: SamplingOption,
+        cond_type: str = "t2v",
+        seed: int | Sequence[int] | None = None,
+        text: Sequence[str] = ("",),
+        neg: Sequence[str] | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Sample one clip per prompt. Collective over the processes that share the tokens.
+
+        Args:
+            opt: size, length, steps and guidance; sizes are rounded up to what the model can make.
+            cond_type: "t2v", from text alone.
+            seed: of the noise, one for all clips or one each; None: ``opt.seed``. A clip's noise depends on its seed
+                alone, whatever else is in the batch.
+            text: prompts, one per clip.
+            neg: what to move away from, one per clip; None: the empty prompt.
+            on_step: called with (steps done, steps in all).
+
+        Returns:
+            Pixels (B, 3, T, H, W) in [-1, 1], on every process.
+
+        Raises:
+            UserError: a size, length or condition that cannot be sampled.
+        """
+        if cond_type != "t2v":
+            raise UserError(f"cond_type={cond_type}: allowed is t2v")
+        opt = fit(opt, parts)
+        assert opt.height is not None and opt.width is not None
+        patch = parts.cfg.patch_size
+        grid = latent_grid(opt.num_frames, opt.height, opt.width, parts.autoencoder)
+        img = pack(_noise(opt, parts, len(text), opt.seed if seed is None else seed), patch)  # (B, N, C*p*p)
+        ids = image_ids(grid, patch, parts.device).expand(len(text), -1, -1)
+        tokens = img.shape[1]
+        guided = opt.method == "i2v" and opt.guidance != 1
+        cond = torch.zeros(*img.shape[:2], parts.cfg.cond_channels, device=parts.device)
+        tokens_per_frame = tokens // grid[0]
+        img = DENOISERS[opt.method]().denoise(
+            parts.model,
+            parts.sequence.shard(img),
+            timesteps=get_schedule(opt.num_steps, tokens_per_frame, grid[0], alpha=opt.flow_shift, shift=opt.shift),
+            option=opt,
+            img_ids=parts.sequence.shard(ids),
+            prompt=prepare(parts, [_full_prompt(t, opt, parts) for t in text], tokens),
+            negative=prepare(parts, neg or [""] * len(text), tokens) if guided else None,
+            cond=parts.sequence.shard(cond) if parts.cfg.cond_embed else None,
+            latent_frames=grid[0],
+            progress=on_step,
+        )
+        latents = unpack(parts.sequence.gather(img, tokens), grid, patch)  # (B, C, T', H', W')
+        return parts.autoencoder.decode(latents)[:, :, : opt.num_frames]
+
+    return api
+
+
+def fit(opt: SamplingOption, parts: Components) -> SamplingOption:
+    """The option with a size that these components can make.
+
+    Raises:
+        UserError: a number of frames that the autoencoder cannot code.
+    """
+    stride, causal = parts.autoencoder.stride, parts.autoencoder.causal
+    return sanitize_sampling_option(
+        opt, multiple=stride[1] * parts.cfg.patch_size, frame_stride=stride[0], causal=causal
+    )
+
+
+def process_and_save(parts: Components, cfg: SampleConfig, jobs: Sequence[Job]) -> list[str]:
+    """Sample every job and write it; data-parallel groups of processes share the jobs. Collective.
+
+    Returns:
+        The files written by all processes together, in job order, on the main process.
+    """
+    api = prepare_api(parts)
+    saver = Saver(cfg, parts)
+    batches = [jobs[i : i + cfg.batch_size] for i in range(0, len(jobs), cfg.batch_size)]
+    degree, rank = parts.mesh.data_degree, parts.mesh.data_rank
+    rounds = -(-len(batches) // degree)
+    bar = progress(rounds * cfg.sampling.num_steps, every_s=5.0) if saver.is_main else None
+    for turn in range(rounds):
+        index = turn * degree + rank
+        # Sharded weights are gathered by all processes: one without a batch left repeats the last, unsaved.
+        batch = batches[min(index, len(batches) - 1)]
+
+        def on_step(done: int, total: int, turn: int = turn) -> None:
+            if bar is not None:
+                bar.update_to(turn * total + done)
+
+        pixels = api(
+            cfg.sampling,
+            seed=[job.seed for job in batch],
+            text=[job.text for job in batch],
+            neg=[job.neg for job in batch],
+            on_step=on_step,
+        )
+        if index < len(batches):
+            saver.save(batch, pixels)
+    if bar is not None:
+        bar.close()
+    return saver.finish()
+
+
+def sample(cfg: SampleConfig) -> list[str]:
+    """The whole job: check, join the process group, load, sample, write, leave.
+
+    Raises:
+        UserError: what the user can mend, before the process group exists where possible.
+    """
+    source, jobs = find_source(cfg), read_jobs(cfg)
+    check_layout(cfg.parallel.mesh, runtimes.ranks_from_environment().world_size, source.model.num_heads)
+    runtime = runtimes.start(cfg.parallel.timeout_s)
+    parts = prepare_models(cfg, source, runtime)
+    fit(cfg.sampling, parts)
+    announce(f"{len(jobs)} samples on {runtime.world_size} processes, {runtime.device.type}")
+    files = process_and_save(parts, cfg, jobs)
+    runtimes.stop()
+    return files
+
+
+def _noise(opt: SamplingOption, parts: Components, count: int, seed: int | Sequence[int]) -> Tensor:
+    """(B, C, T', H', W'), every clip drawn from its own seed."""
+    assert opt.height is not None and opt.width is not None
+    seeds = [seed] * count if isinstance(seed, int) else seed
+    autoencoder = parts.autoencoder
+    return torch.cat(
+        [
+            get_noise(
+                1,
+                opt.height,
+                opt.width,
+                opt.num_frames,
+                seed=one,
+                channels=autoencoder.channels,
+                stride=autoencoder.stride,
+                causal=autoencoder.causal,
+                patch_size=parts.cfg.patch_size,
+                device=parts.device,
+            )
+            for one in seeds
+        ]
+    )
+
+
+def _full_prompt(text: str, opt: SamplingOption, parts: Components) -> str:
+    if not parts.prompt_suffix:
+        return text
+    return with_suffix(text, fps=opt.fps if opt.num_frames > 1 else None, motion=opt.motion_score)

@@ -1,0 +1,73 @@
+"""What this process reads at each step, and what the whole step amounts to."""
+
+import time
+from collections.abc import Iterator
+from math import prod
+
+from acceleration.mesh import Mesh
+from opensora.datasets import DataConfig
+from opensora.datasets.bucket import Bucket
+from opensora.datasets.loader import build_loader
+from opensora.datasets.manifest import ClipTable
+from opensora.datasets.plan import BatchPlan
+from opensora.datasets.video import Batch
+from opensora.models.base import AutoencoderShape, latent_grid
+
+
+class StepData:
+    """Batches of this process in step order, from ``start_step`` on."""
+
+    def __init__(
+        self,
+        table: ClipTable,
+        plan: BatchPlan,
+        cfg: DataConfig,
+        mesh: Mesh,
+        shape: AutoencoderShape,
+        *,
+        start_step: int,
+        stop_step: int,
+        seed: int,
+    ) -> None:
+        self.plan = plan
+        self.waited_s = 0.0  # time the loop spent waiting for data
+        self.replaced: list[tuple[int, int, str]] = []  # (unreadable sample, its substitute, why)
+        self._rank, self._degree = mesh.data_rank, mesh.data_degree
+        self._shape = shape
+        self._batches = iter(
+            build_loader(
+                table,
+                plan,
+                cfg,
+                start_step=start_step,
+                stop_step=stop_step,
+                dp_rank=self._rank,
+                dp_degree=self._degree,
+                seed=seed,
+            )
+        )
+
+    def microbatches(self, step: int) -> Iterator[tuple[Batch, bool]]:
+        """(batch, whether it is the step's last) for this process. Every process gets equally many."""
+        count = len(self.plan.assign(step, self._rank, self._degree))
+        for i in range(count):
+            started = time.monotonic()
+            batch = next(self._batches)
+            self.waited_s += time.monotonic() - started
+            self.replaced.extend(batch.replaced)
+            yield batch, i == count - 1
+
+    def global_elements(self, step: int) -> int:
+        """Latent values that the loss of this step is the mean over, all processes together; no communication."""
+        return sum(len(m.sample_ids) * self._latents(m.bucket) for m in self.plan.step(step))
+
+    def global_samples(self, step: int) -> int:
+        """Samples that this step consumes, all processes together."""
+        return sum(len(m.sample_ids) for m in self.plan.step(step))
+
+    def global_pixels(self, step: int) -> int:
+        """Pixels x frames that this step consumes, all processes together."""
+        return sum(len(m.sample_ids) * m.bucket.frames * m.bucket.height * m.bucket.width for m in self.plan.step(step))
+
+    def _latents(self, bucket: Bucket) -> int:
+        return self._shape.channels * prod(latent_grid(bucket.frames, bucket.height, bucket.width, self._shape))

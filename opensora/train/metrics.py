@@ -1,0 +1,67 @@
+"""What a run says about itself: a record every few steps, summed over processes when it is due and not before."""
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from acceleration.memory import peak_gib
+from opensora.utils.logging import MetricsLogger, progress
+
+if TYPE_CHECKING:
+    from opensora.train.setup import Run
+
+
+class Metrics:
+    """Collects losses on the device; every ``every`` steps reduces them and writes one record on rank 0."""
+
+    def __init__(self, logger: MetricsLogger | None, *, every: int, start_step: int, total_steps: int) -> None:
+        """``logger``: where records go; None on processes that do not write."""
+        self._logger = logger
+        self._every = every
+        self._bar = progress(total_steps, initial=start_step) if logger else None
+        self._losses: list[Tensor] = []
+        self._norms: list[Tensor] = []
+        self._work = {"samples": 0, "tokens": 0}
+        self._since = time.monotonic()
+        self._waited_s = 0.0
+
+    def record(self, run: "Run", loss: Tensor, grad_norm: Tensor, *, last: bool) -> None:
+        """Note the update just made (``run.step`` counts it); ``loss`` is this process's share. Collective when due."""
+        self._losses.append(loss)
+        self._norms.append(grad_norm.detach())
+        self._work["samples"] += run.data.global_samples(run.step - 1)
+        self._work["tokens"] += run.tokens(run.step - 1)
+        if run.step % self._every and not last:
+            return
+        losses = torch.stack(self._losses)
+        dist.all_reduce(losses)
+        seconds = time.monotonic() - self._since
+        steps = len(self._losses)
+        values = {
+            "loss": losses.mean().item(),
+            "grad_norm": torch.stack(self._norms).mean().item(),
+            "lr": run.lr_at(run.step - 1),
+            "epoch": run.data.plan.epoch_of(run.step - 1),
+            "time/step_s": seconds / steps,
+            "time/data_wait_s": (run.data.waited_s - self._waited_s) / steps,
+            "rate/samples_per_s": self._work["samples"] / seconds,
+            "rate/tokens_per_s": self._work["tokens"] / seconds,
+            "mem/peak_gib": peak_gib(run.runtime.device),
+            "data/replaced": len(run.data.replaced),
+        } | {f"comm/{axis.name}_gib": axis.bytes_sent / 2**30 for axis in run.mesh.axes.values() if axis.degree > 1}
+        self._losses.clear()
+        self._norms.clear()
+        self._work = dict.fromkeys(self._work, 0)
+        self._since, self._waited_s = time.monotonic(), run.data.waited_s
+        if self._logger and self._bar is not None:
+            self._logger.log(run.step, values)
+            self._bar.update_to(run.step, values)
+
+    def close(self) -> None:
+        """Flush the writers."""
+        if self._logger and self._bar is not None:
+            self._bar.close()
+            self._logger.close()

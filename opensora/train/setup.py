@@ -1,0 +1,243 @@
+"""Where models and acceleration meet: from a configuration to a run that can take steps.
+
+What a user can get wrong is checked before the process group exists, so that a mistake costs a second and one line.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from acceleration import mesh as meshes
+from acceleration import runtime as runtimes
+from acceleration.checkpoint import CheckpointManager
+from acceleration.engines import Engine, build_engine
+from acceleration.mesh import Mesh
+from acceleration.optim import lr_at
+from acceleration.parallelize import parallelize
+from acceleration.precision import DTYPES
+from acceleration.runtime import Runtime
+from acceleration.sequence import SequenceParallel
+from acceleration.signals import StopRequest
+from opensora import config
+from opensora.config import RunConfig
+from opensora.datasets.manifest import ClipTable, read_table
+from opensora.datasets.plan import BatchPlan
+from opensora.models import build_model
+from opensora.models.base import AutoencoderShape, latent_grid
+from opensora.models.mmdit.convert import load_state_dict_for
+from opensora.models.text import build_text_encoder
+from opensora.models.vae import autoencoder_shape, build_autoencoder
+from opensora.train.data import StepData
+from opensora.train.metrics import Metrics
+from opensora.train.step import Preparation
+from opensora.inference.load import check_layout, weight_layout
+from opensora.utils.errors import UserError
+from opensora.utils.logging import MetricsLogger, announce
+from opensora.utils.rng import torch_generator
+from opensora.utils.weights import write_weights
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A run in memory. ``step`` counts finished updates and is, with the engine's tensors, its whole state."""
+
+    cfg: RunConfig
+    runtime: Runtime
+    mesh: Mesh
+    engine: Engine
+    data: StepData
+    prepare: Preparation
+    checkpoints: CheckpointManager
+    metrics: Metrics
+    stop: StopRequest
+    step: int
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of update ``step``."""
+        return lr_at(step, self.cfg.optim, self.cfg.train.steps)
+
+    def zero_loss(self) -> Tensor:
+        """Where the shares of a step are added up."""
+        return torch.zeros((), dtype=torch.float64 if self.runtime.device.type == "cpu" else torch.float32).to(
+            self.runtime.device
+        )
+
+    def tokens(self, step: int) -> int:
+        """Image tokens that update ``step`` works on, all processes together."""
+        return self.data.global_elements(step) // (self.prepare.autoencoder.channels * self.prepare.patch**2)
+
+    def save(self) -> None:
+        """Write a checkpoint of the state after ``step`` updates. Collective."""
+        info = {"config_hash": config.config_hash(self.cfg), "world_size": self.runtime.world_size}
+        path = self.checkpoints.save(self.step, self.engine.state_dict(), info)
+        announce(f"step {self.step}: saved {path}")
+
+    def export(self) -> None:
+        """Write the weights that sampling should use: the moving average if there is one. Collective."""
+        folder = self.cfg.folder / "exported"
+        which = "ema" if self.cfg.optim.ema_decay else "live"
+        metadata = weight_layout(self.cfg.model).metadata() | {"step": str(self.step), "weights": which}
+        write_weights(folder, self.engine.full_weights(which), metadata, write=self.runtime.is_main)
+        if self.runtime.is_main:
+            config.save(self.cfg, folder / "config.yaml")
+        announce(f"exported {which} weights of step {self.step} to {folder}")
+
+    def close(self) -> None:
+        """Flush what is being written and leave the process group. Collective."""
+        self.metrics.close()
+        runtimes.stop()
+
+
+def start_run(cfg: RunConfig) -> Run:
+    """Check, join the process group, build, and load the newest checkpoint.
+
+    Raises:
+        UserError: what the user can mend, before the process group exists where possible.
+    """
+    table, plan = check(cfg, runtimes.ranks_from_environment().world_size)
+    return build_run(cfg, table, plan, runtimes.start(cfg.parallel.timeout_s))
+
+
+def check(cfg: RunConfig, world_size: int) -> tuple[ClipTable, BatchPlan]:
+    """Everything about the run that can be refused without a process group; reads the clip table.
+
+    Raises:
+        UserError: the layout or the table does not fit, with the key to change.
+    """
+    check_layout(cfg.parallel.mesh, world_size, cfg.model.num_heads)
+    shape = autoencoder_shape(cfg.vae)
+    for resolution, rows in cfg.data.buckets.items():
+        for frames in rows:
+            try:
+                latent_grid(int(frames), shape.stride[1], shape.stride[2], shape)
+            except ValueError as error:
+                raise UserError(f"data.buckets.{resolution}.{frames}: {error}") from None
+    table = read_table(cfg.data.table, cfg.data.root)
+    return table, BatchPlan(table, cfg.data, spatial_multiple(cfg, shape), cfg.seed)
+
+
+def spatial_multiple(cfg: RunConfig, shape: AutoencoderShape) -> int:
+    """Pixels that one token spans on a side: bucket sizes are multiples of it."""
+    return shape.stride[1] * cfg.model.patch_size
+
+
+def build_run(cfg: RunConfig, table: ClipTable, plan: BatchPlan, runtime: Runtime) -> Run:
+    """Build, shard and load everything. Collective."""
+    folder = cfg.folder
+    stop = StopRequest()
+    mesh = meshes.build(cfg.parallel.mesh, runtime.world_size, runtime.device)
+    if runtime.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        config.save(cfg, folder / "config.yaml")
+        announce(f"{config.to_yaml(cfg)}\n{plan.report()}\n{layout(cfg, mesh)}")
+
+    with torch.device("meta"):
+        model = build_model(cfg.model)
+    parallelize(model, cfg.parallel, mesh, runtime.device, initial_weights(cfg, model))
+    engine = build_engine(model, cfg.parallel, cfg.optim)
+    checkpoints = CheckpointManager(folder / "checkpoints", cfg.train.checkpoint_keep)
+    step = resume(cfg, engine, checkpoints)
+
+    shape = autoencoder_shape(cfg.vae)
+    data = StepData(
+        table, plan, cfg.data, mesh, shape, start_step=step, stop_step=cfg.train.steps, seed=cfg.seed
+    )
+    prepare = Preparation(
+        autoencoder=build_autoencoder(cfg.vae, runtime.device, torch.float32),
+        text_encoder=build_text_encoder(cfg.text, runtime.device, torch.float32),
+        flow=cfg.flow,
+        patch=cfg.model.patch_size,
+        cond_embed=cfg.model.cond_embed,
+        guidance_embed=cfg.model.guidance_embed,
+        sequence=SequenceParallel(mesh["ulysses"]),
+        seed=cfg.seed,
+        device=runtime.device,
+    )
+    logger = open_logger(cfg, step) if runtime.is_main else None
+    metrics = Metrics(logger, every=cfg.train.log_every, start_step=step, total_steps=cfg.train.steps)
+    return Run(
+        cfg=cfg,
+        runtime=runtime,
+        mesh=mesh,
+        engine=engine,
+        data=data,
+        prepare=prepare,
+        checkpoints=checkpoints,
+        metrics=metrics,
+        stop=stop,
+        step=step,
+    )
+
+
+def initial_weights(cfg: RunConfig, model: nn.Module) -> Callable[[str, Tensor], None]:
+    """What every parameter starts from: the weights at ``train.init_from``, or draws keyed by (seed, name).
+
+    Raises:
+        UserError: weights that do not fit the model, with a report of what is missing.
+    """
+
+    def draw(name: str, tensor: Tensor) -> None:
+        model.init_parameter_(name, tensor, torch_generator(cfg.seed, "init", name))  # type: ignore[operator]
+
+    if cfg.train.init_from is None:
+        return draw
+    # A file without cond_in (Flux) starts as if nothing were conditioned: cond_in is drawn, which is zero.
+    state, report = load_state_dict_for(
+        model, cfg.train.init_from, to=weight_layout(cfg.model), allow_missing=("cond_in.*",)
+    )
+    announce(str(report))
+
+    def read(name: str, tensor: Tensor) -> None:
+        if name in state:
+            tensor.copy_(state[name])
+        else:
+            draw(name, tensor)
+
+    return read
+
+
+def open_logger(cfg: RunConfig, step: int) -> MetricsLogger:
+    """Where the run's records go, from ``step`` on."""
+    logger = MetricsLogger(
+        cfg.folder,
+        tensorboard=cfg.log.tensorboard,
+        wandb=cfg.log.wandb,
+        wandb_project=cfg.log.wandb_project,
+        name=cfg.name,
+        config=asdict(cfg),
+        resumed_step=step,
+    )
+    if step:
+        logger.note("resumed", step)
+    return logger
+
+
+def resume(cfg: RunConfig, engine: Engine, checkpoints: CheckpointManager) -> int:
+    """Load the checkpoint that ``train.resume`` names, and return how many updates it has. Collective.
+
+    Raises:
+        UserError: none of the run's checkpoints is complete, or the named one is not.
+    """
+    if cfg.train.resume == "none":
+        return 0
+    try:
+        path = checkpoints.latest() if cfg.train.resume == "auto" else checkpoints.named(Path(cfg.train.resume))
+    except ValueError as error:
+        raise UserError(f"train.resume={cfg.train.resume}: {error}") from None
+    if path is None:
+        return 0
+    state = engine.state_dict()
+    manifest = checkpoints.load(path, state)
+    engine.load_state_dict(state)
+    announce(f"resumed {path} at step {manifest['step']}")
+    return int(manifest["step"])
+
+
+def layout(cfg: RunConfig, mesh: Mesh) -> str:
+    """One line on how the run is spread."""
+    degrees = " x ".join(f"{axis.name} {axis.degree}" for axis in mesh.axes.values())
+    p = cfg.parallel
+    return f"{mesh.world_size} processes: {degrees}; ZeRO {p.zero}, recompute {p.recompute.kind}, {p.precision.compute}"

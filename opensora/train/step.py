@@ -1,0 +1,104 @@
+"""One micro-batch: from pixels and prompts to this process's tokens, and from those to its share of the loss."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from acceleration.sequence import SequenceParallel
+from opensora.models.base import Autoencoder, TextEncoder, TextFeatures
+from opensora.schedulers import rectified_flow as flow
+from opensora.schedulers.rectified_flow import RectifiedFlowConfig
+from opensora.train.conditioning import unconditioned
+from opensora.utils.tokens import image_ids, pack
+
+if TYPE_CHECKING:
+    from opensora.datasets.video import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """This process's part of a micro-batch."""
+
+    inputs: dict[str, Any]  # arguments of the model's forward
+    target: Tensor  # (B, N_local, C*p*p) velocity, fp32
+    weight: float  # 0 for a micro-batch that only keeps a process in step with its peers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """Encodes, corrupts and cuts; draws depend on (seed, step, sample) alone, so all layouts agree."""
+
+    autoencoder: Autoencoder
+    text_encoder: TextEncoder
+    flow: RectifiedFlowConfig
+    patch: int
+    cond_embed: bool  # the model takes a condition
+    guidance_embed: bool  # the model takes a guidance scale
+    sequence: SequenceParallel
+    seed: int
+    device: torch.device
+
+    @torch.no_grad()
+    def __call__(self, batch: "Batch", step: int) -> Tokens:
+        """The tokens of ``batch`` as used by update ``step``; no gradient."""
+        pixels = batch.pixels.to(self.device, non_blocking=True).float() / 127.5 - 1  # (B, 3, T, H, W)
+        x0 = self.autoencoder.encode(pixels).float()  # (B, C, T', H', W')
+        grid = (x0.shape[2], x0.shape[3], x0.shape[4])
+        ids = batch.sample_ids
+        noise = flow.sample_noise(self.seed, step, ids, tuple(x0.shape[1:])).to(self.device)
+        t = flow.sample_timesteps(self.seed, step, ids, grid, self.patch, self.flow).to(self.device)
+        img = pack(flow.corrupt(x0, noise, t, self.flow), self.patch)  # (B, N, C*p*p)
+        target = pack(flow.target(x0, noise, self.flow), self.patch)
+        text = self._text(batch.prompts, ids, step)
+        txt_ids = torch.zeros(*text.txt.shape[:2], 3, device=self.device)
+        img_ids = image_ids(grid, self.patch, self.device).expand(len(ids), -1, -1)
+
+        image, words = self.sequence.shard, self._shard_text
+        inputs = {
+            "img": image(img),
+            "img_ids": image(img_ids),
+            "txt": words(text.txt),
+            "txt_ids": words(txt_ids),
+            "timesteps": t,
+            "y_vec": text.y_vec,
+            "cond": image(unconditioned(x0, self.patch)) if self.cond_embed else None,
+            "guidance": torch.ones_like(t) if self.guidance_embed else None,
+            "txt_mask": None if text.mask is None else words(text.mask),
+            "context": self.sequence.context(text.txt.shape[1], img.shape[1]),
+        }
+        return Tokens(inputs=inputs, target=image(target), weight=batch.weight)
+
+    def _shard_text(self, x: Tensor) -> Tensor:
+        return self.sequence.shard(x, surplus_last=True)
+
+    def _text(self, prompts: list[str], ids: tuple[int, ...], step: int) -> TextFeatures:
+        """Features of the prompts; tokens and pooled vector of dropped samples, each on its own, are those of ""."""
+        text = self.text_encoder.encode(prompts)
+        drop_txt, drop_vec = (
+            drop.to(self.device) for drop in flow.drop_text(self.seed, step, ids, self.flow.text_dropout)
+        )
+        null, mask = self._null, text.mask
+        if mask is not None:
+            assert null.mask is not None
+            mask = torch.where(drop_txt[:, None], null.mask, mask)
+        return TextFeatures(
+            txt=torch.where(drop_txt[:, None, None], null.txt, text.txt),
+            y_vec=torch.where(drop_vec[:, None], null.y_vec, text.y_vec),
+            mask=mask,
+        )
+
+    @cached_property
+    def _null(self) -> TextFeatures:
+        return self.text_encoder.encode([""])
+
+
+def loss_share(model: nn.Module, tokens: Tokens, global_elements: int) -> Tensor:
+    """This process's share of the global mean of |v - target|^2 over ``global_elements`` latent values, fp32.
+
+    The sum over all processes and micro-batches of a step is the loss, and the sum of their gradients its gradient.
+    """
+    velocity = model(**tokens.inputs)
+    return flow.squared_error(velocity, tokens.target) * (tokens.weight / global_elements)
