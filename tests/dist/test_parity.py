@@ -1,0 +1,192 @@
+"""Any layout computes what one process computes: loss, every gradient, the clipping norm, the weights after steps.
+
+The reference is plain torch on one process: no sharding, no wrapper, no engine. Everything is fp64 and the optimizer is
+SGD: Adam would hide a gradient that is off by a factor.
+"""
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from acceleration import mesh as meshes
+from acceleration import sharding
+from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
+from acceleration.engines import build_engine
+from acceleration.mesh import Axis
+from acceleration.parallelize import parallelize
+from acceleration.sequence import SequenceParallel
+from opensora.models import build_model
+from opensora.schedulers.rectified_flow import RectifiedFlowConfig
+from opensora.train.step import Preparation, loss_share
+from opensora.utils.rng import torch_generator
+from tests.dist.harness import run_distributed
+from tests.dist.problem import MODEL, FakeBatch, FakeText, PassThrough, batches, elements
+
+STEPS = 3
+LR, CLIP = 0.05, 0.3  # the norm of this problem is above the bound, so clipping acts
+TOLERANCE = 1e-10
+FP64 = PrecisionConfig(compute="fp64", reduce="fp64", master="fp64")
+
+Step = tuple[float, float, dict[str, Tensor]]  # loss, gradient norm, gradients
+
+
+def fill(name: str, tensor: Tensor) -> None:
+    """Weights that are all alive: the model's own start at zero would hide most of the network."""
+    tensor.copy_(torch.randn(tensor.shape, generator=torch_generator("weights", name), dtype=torch.float64) * 0.15)
+
+
+def preparation(axis: Axis) -> Preparation:
+    return Preparation(
+        autoencoder=PassThrough(),
+        text_encoder=FakeText(),
+        flow=RectifiedFlowConfig(),
+        patch=MODEL.patch_size,
+        cond_embed=MODEL.cond_embed,
+        guidance_embed=MODEL.guidance_embed,
+        sequence=SequenceParallel(axis),
+        seed=7,
+        device=torch.device("cpu"),
+    )
+
+
+def on_one_process() -> tuple[list[Step], dict[str, Tensor]]:
+    """The truth, in plain torch."""
+    model = build_model(MODEL).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            fill(name, parameter)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    prepare = preparation(Axis("ulysses", 1, 0, None))
+    steps: list[Step] = []
+    for step in range(STEPS):
+        total = torch.zeros((), dtype=torch.float64)
+        for batch in batches(step):
+            tokens = prepare(batch, step)  # type: ignore[arg-type]
+            total = total + ((model(**tokens.inputs) - tokens.target.double()) ** 2).sum() / elements(step)
+        total.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        steps.append((total.item(), norm.item(), gradients))
+    return steps, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assign(step: int, rank: int, degree: int) -> list[FakeBatch]:
+    """Equally many micro-batches for every data-parallel rank; what is short is filled with weight 0."""
+    every = batches(step)
+    per_rank = -(-len(every) // degree)
+    mine = every[rank::degree]
+    return mine + [replace(every[-1], weight=0.0)] * (per_rank - len(mine))
+
+
+def on_this_layout(cfg: ParallelConfig) -> tuple[list[Step], dict[str, Tensor]]:
+    """Runs in every process of the group."""
+    device = torch.device("cpu")
+    mesh = meshes.build(cfg.mesh, dist.get_world_size(), device)
+    with torch.device("meta"):
+        model = build_model(MODEL)
+    parallelize(model, cfg, mesh, device, fill)
+    engine = build_engine(model, cfg, OptimConfig(kind="sgd", lr=LR, clip_norm=CLIP))
+    prepare = preparation(mesh["ulysses"])
+    steps: list[Step] = []
+    for step in range(STEPS):
+        total = torch.zeros((), dtype=torch.float64)
+        mine = assign(step, mesh.data_rank, mesh.data_degree)
+        for index, batch in enumerate(mine):
+            share = loss_share(engine.model, prepare(batch, step), elements(step))  # type: ignore[arg-type]
+            engine.backward(share, last_microbatch=index == len(mine) - 1)
+            total += share.detach()
+        dist.all_reduce(total)
+        gradients = {
+            name: sharding.full(p.grad).clone() for name, p in engine.model.named_parameters() if p.grad is not None
+        }
+        norm = engine.step(step)
+        steps.append((total.item(), norm.item(), gradients))
+    return steps, dict(engine.full_weights())
+
+
+def relative(found: Any, truth: Any) -> float:
+    found, truth = torch.as_tensor(found, dtype=torch.float64), torch.as_tensor(truth, dtype=torch.float64)
+    return ((found - truth).abs().max() / truth.abs().max().clamp(min=1e-12)).item()
+
+
+def worst_error(found: tuple[list[Step], dict[str, Tensor]], truth: tuple[list[Step], dict[str, Tensor]]) -> float:
+    """The largest relative error of anything that is compared."""
+    errors = [relative(found[1][name], truth[1][name]) for name in truth[1]]
+    for (loss, norm, gradients), (true_loss, true_norm, true_gradients) in zip(found[0], truth[0], strict=True):
+        assert gradients.keys() == true_gradients.keys()
+        errors += [relative(loss, true_loss), relative(norm, true_norm)]
+        errors += [relative(gradients[name], true_gradients[name]) for name in true_gradients]
+    return max(errors)
+
+
+@pytest.fixture(scope="module")
+def truth() -> tuple[list[Step], dict[str, Tensor]]:
+    return on_one_process()
+
+
+def layouts() -> list[tuple[int, dict[str, int], int, str]]:
+    """(processes, mesh, zero, recompute)."""
+    meshes_of = {
+        1: [{}],
+        2: [{}, {"ulysses": 2}, {"replicate": 2}],
+        3: [{}],
+        4: [{}, {"ulysses": 2}, {"ulysses": 4}, {"replicate": 2}, {"replicate": 2, "ulysses": 2}],
+    }
+    return [
+        (world, mesh, zero, recompute)
+        for world, choices in meshes_of.items()
+        for mesh, zero, recompute in itertools.product(choices, (0, 1, 2, 3), ("none", "full", "first"))
+    ]
+
+
+# Each axis, each ZeRO stage and each kind of recomputation at least twice, and the combinations where they meet.
+QUICK = {
+    (1, "", 3, "full"),
+    (2, "", 1, "none"),
+    (2, "ulysses2", 2, "first"),
+    (2, "ulysses2", 0, "none"),
+    (2, "replicate2", 3, "full"),
+    (3, "", 2, "none"),
+    (4, "ulysses2", 3, "full"),
+    (4, "ulysses4", 2, "none"),
+    (4, "replicate2ulysses2", 1, "first"),
+    (4, "replicate2ulysses2", 3, "none"),
+}
+
+
+def parameters() -> list[Any]:
+    cases = []
+    for world, mesh, zero, recompute in layouts():
+        key = (world, "".join(f"{axis}{degree}" for axis, degree in mesh.items()), zero, recompute)
+        marks = [] if key in QUICK else [pytest.mark.slow]
+        cases.append(pytest.param(world, mesh, zero, recompute, marks=marks, id="-".join(map(str, key))))
+    return cases
+
+
+@pytest.mark.parametrize(("world", "mesh", "zero", "recompute"), parameters())
+def test_layout_equals_one_process(
+    truth: tuple[list[Step], dict[str, Tensor]], world: int, mesh: dict[str, int], zero: Any, recompute: Any
+) -> None:
+    cfg = ParallelConfig(
+        zero=zero,
+        mesh=MeshConfig(**mesh),
+        recompute=RecomputeConfig(kind=recompute, blocks=3 if recompute == "first" else 0),
+        precision=FP64,
+    )
+    results = run_distributed(on_this_layout, world, cfg, timeout=100)
+    for rank, found in enumerate(results):
+        assert worst_error(found, truth) <= TOLERANCE, f"rank {rank}"
+
+
+def test_every_parameter_gets_a_gradient(truth: tuple[list[Step], dict[str, Tensor]]) -> None:
+    """A parity test of gradients that are zero would prove nothing."""
+    for name, gradient in truth[0][0][2].items():
+        if name != "cond_in.weight":  # text to video knows no frame: its input is zero, its bias is alive
+            assert gradient.abs().max() > 0, name
