@@ -1,0 +1,159 @@
+"""Saved by one layout, loaded by another: the state is the same bit for bit, and the run goes on as if never stopped."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from acceleration import mesh as meshes
+from acceleration import sharding
+from acceleration.checkpoint import CheckpointManager, newest, steps_in
+from acceleration.checkpoint.storage import MANIFEST
+from acceleration.config import MeshConfig, OptimConfig, ParallelConfig
+from acceleration.engines import Engine, build_engine
+from acceleration.optim import lr_at
+from acceleration.parallelize import parallelize
+from opensora.models import build_model
+from opensora.train.step import loss_share
+from tests.dist.harness import run_distributed
+from tests.dist.problem import MODEL, batches, elements
+from tests.dist.test_parity import FP64, assign, fill, preparation, relative
+
+OPTIM = OptimConfig(lr=1e-3, clip_norm=0.3, ema_decay=0.9, warmup_steps=2, schedule="cosine")
+STEPS = 5
+LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
+    "1": (1, ParallelConfig(zero=0, precision=FP64)),
+    "2-zero3": (2, ParallelConfig(zero=3, precision=FP64)),
+    "2-ulysses": (2, ParallelConfig(zero=2, mesh=MeshConfig(ulysses=2), precision=FP64)),
+    "2-zero0": (2, ParallelConfig(zero=0, precision=FP64)),
+    "3-zero1": (3, ParallelConfig(zero=1, precision=FP64)),
+    "4-hybrid": (4, ParallelConfig(zero=3, mesh=MeshConfig(replicate=2, ulysses=2), precision=FP64)),
+}
+
+
+def build(cfg: ParallelConfig) -> tuple[meshes.Mesh, Engine]:
+    device = torch.device("cpu")
+    mesh = meshes.build(cfg.mesh, dist.get_world_size(), device)
+    with torch.device("meta"):
+        model = build_model(MODEL)
+    parallelize(model, cfg, mesh, device, fill)
+    return mesh, build_engine(model, cfg, OPTIM)
+
+
+def run_steps(engine: Engine, mesh: meshes.Mesh, start: int, stop: int) -> None:
+    prepare = preparation(mesh["ulysses"])
+    for step in range(start, stop):
+        engine.set_lr(lr_at(step, OPTIM, STEPS))
+        mine = assign(step, mesh.data_rank, mesh.data_degree)
+        for index, batch in enumerate(mine):
+            share = loss_share(engine.model, prepare(batch, step), elements(step))  # type: ignore[arg-type]
+            engine.backward(share, last_microbatch=index == len(mine) - 1)
+        engine.step(step)
+
+
+def everything(engine: Engine) -> dict[str, Tensor]:
+    """All state as whole tensors: weights, moments, step counts, average."""
+    state = engine.state_dict()
+    flat = {f"{part}.{name}": value for part, values in state.items() for name, value in values.items()}
+    return {name: sharding.full(value).clone() for name, value in flat.items() if isinstance(value, Tensor)}
+
+
+def train_and_save(cfg: ParallelConfig, folder: Path, start: int, stop: int) -> dict[str, Tensor]:
+    """Resume at ``start`` if it is not zero, run to ``stop``, save."""
+    mesh, engine = build(cfg)
+    manager = CheckpointManager(folder, keep=0)
+    if start:
+        state = engine.state_dict()
+        assert manager.load(folder / f"step-{start:08d}", state)["step"] == start
+        engine.load_state_dict(state)
+    run_steps(engine, mesh, start, stop)
+    manager.save(stop, engine.state_dict(), {})
+    return everything(engine)
+
+
+def load_only(cfg: ParallelConfig, path: Path) -> dict[str, Tensor]:
+    _, engine = build(cfg)
+    state = engine.state_dict()
+    CheckpointManager(path.parent, keep=0).load(path, state)
+    engine.load_state_dict(state)
+    return everything(engine)
+
+
+def run_on(layout: str, function: Any, *args: Any) -> dict[str, Tensor]:
+    world, cfg = LAYOUTS[layout]
+    return run_distributed(function, world, cfg, *args, timeout=100)[0]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
+    """Final state of an unbroken run, for the layouts that the tests resume on."""
+    folder = tmp_path_factory.mktemp("whole")
+    return {name: run_on(name, train_and_save, folder / name, 0, STEPS) for name in ("2-ulysses", "4-hybrid")}
+
+
+@pytest.fixture(scope="module")
+def halfway(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """A checkpoint after two steps on two processes with Ulysses, and the state it was made from."""
+    folder = tmp_path_factory.mktemp("halfway")
+    return folder, run_on("2-ulysses", train_and_save, folder, 0, 2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_load_is_bitwise_on_any_layout(halfway: tuple[Path, dict[str, Tensor]], layout: str) -> None:
+    folder, saved = halfway
+    loaded = run_on(layout, load_only, folder / "step-00000002")
+    assert loaded.keys() == saved.keys()
+    for name in saved:
+        assert torch.equal(loaded[name], saved[name]), name
+    assert {name.split(".")[0] for name in saved} == {"model", "optimizer", "ema"}
+
+
+def test_resumed_equals_uninterrupted_bitwise_on_the_same_layout(
+    halfway: tuple[Path, dict[str, Tensor]], uninterrupted: dict[str, dict[str, Tensor]]
+) -> None:
+    final = run_on("2-ulysses", train_and_save, halfway[0], 2, STEPS)
+    for name, value in uninterrupted["2-ulysses"].items():
+        assert torch.equal(final[name], value), name
+
+
+def test_resumed_on_another_layout_equals_uninterrupted(
+    halfway: tuple[Path, dict[str, Tensor]], uninterrupted: dict[str, dict[str, Tensor]]
+) -> None:
+    final = run_on("4-hybrid", train_and_save, halfway[0], 2, STEPS)
+    for truth in uninterrupted.values():  # the layout it started on, and the one it ended on
+        assert max(relative(final[name], truth[name]) for name in truth) <= 1e-10
+
+
+def test_a_damaged_checkpoint_is_not_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        run_on("1", load_nothing_and_save, tmp_path, step)
+    (tmp_path / "step-00000003" / MANIFEST).unlink()
+    payload = next((tmp_path / "step-00000002").glob("*.distcp"))
+    payload.write_bytes(payload.read_bytes()[:-1])
+    assert newest(tmp_path) == tmp_path / "step-00000001"
+    (tmp_path / "step-00000001" / MANIFEST).write_text("{")
+    with pytest.raises(ValueError, match="no checkpoint is complete"):
+        newest(tmp_path)
+
+
+def load_nothing_and_save(cfg: ParallelConfig, folder: Path, step: int) -> dict[str, Tensor]:
+    _, engine = build(cfg)
+    CheckpointManager(folder, keep=0).save(step, engine.state_dict(), {})
+    return {}
+
+
+def save_four_keep_two(cfg: ParallelConfig, folder: Path) -> list[str]:
+    _, engine = build(cfg)
+    manager = CheckpointManager(folder, keep=2)
+    (folder / ".tmp-step-00000001-deadbeef").mkdir(parents=True)
+    for step in (1, 2, 3, 4):
+        manager.save(step, engine.state_dict(), {})
+    return [path.name for path in sorted(folder.iterdir())]
+
+
+def test_the_last_few_are_kept_and_leftovers_removed(tmp_path: Path) -> None:
+    assert run_distributed(save_four_keep_two, 1, LAYOUTS["1"][1], tmp_path)[0] == ["step-00000003", "step-00000004"]
+    assert [path.name for path in steps_in(tmp_path)] == ["step-00000003", "step-00000004"]
