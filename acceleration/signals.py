@@ -13,8 +13,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.name: str | None = None
-        for number in SIGNALS:
-            signal.signal(number, self._remember)
+        self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
         # CPU tensors: agreeing must not wait for the GPU to finish the step.
         self._group = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
 
@@ -26,3 +25,8 @@ class StopRequest:
         flag = torch.tensor(int(self.name is not None))
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
         return bool(flag)
+
+    def release(self) -> None:
+        """Signals do again what they did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -9,7 +9,5 @@ INTERRUPTED = 75  # the state is on disk: start the same command again
 
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 when the run is finished, 75 when it was stopped and can be resumed."""
-    run = start_run(config_from_argv(RunConfig, argv, "Train a video diffusion transformer."))
-    finished = train(run)
-    run.close()
-    return 0 if finished else INTERRUPTED
+    with start_run(config_from_argv(RunConfig, argv, "Train a video diffusion transformer.")) as run:
+        return 0 if train(run) else INTERRUPTED

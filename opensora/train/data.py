@@ -34,17 +34,15 @@ class StepData:
         self.replaced: list[tuple[int, int, str]] = []  # (unreadable sample, its substitute, why)
         self._rank, self._degree = mesh.data_rank, mesh.data_degree
         self._shape = shape
-        self._batches = iter(
-            build_loader(
-                table,
-                plan,
-                cfg,
-                start_step=start_step,
-                stop_step=stop_step,
-                dp_rank=self._rank,
-                dp_degree=self._degree,
-                seed=seed,
-            )
+        self._batches = build_loader(
+            table,
+            plan,
+            cfg,
+            start_step=start_step,
+            stop_step=stop_step,
+            dp_rank=self._rank,
+            dp_degree=self._degree,
+            seed=seed,
         )
 
     def microbatches(self, step: int) -> Iterator[tuple[Batch, bool]]:
@@ -68,6 +66,10 @@ class StepData:
     def global_pixels(self, step: int) -> int:
         """Pixels x frames that this step consumes, all processes together."""
         return sum(len(m.sample_ids) * m.bucket.frames * m.bucket.height * m.bucket.width for m in self.plan.step(step))
+
+    def close(self) -> None:
+        """End the workers."""
+        self._batches.close()
 
     def _latents(self, bucket: Bucket) -> int:
         return self._shape.channels * prod(latent_grid(bucket.frames, bucket.height, bucket.width, self._shape))

@@ -85,10 +85,19 @@ class Run:
             config.save(self.cfg, folder / "config.yaml")
         announce(f"exported {which} weights of step {self.step} to {folder}")
 
-    def close(self) -> None:
-        """Flush what is being written and leave the process group. Collective."""
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        """End the data workers and leave the process group. Collective, unless an error is on its way out.
+
+        Signals kill again: a process that failed must not outlive its launcher's patience.
+        """
+        self.data.close()
         self.metrics.close()
-        runtimes.stop()
+        self.stop.release()
+        if kind is None:
+            runtimes.stop()
 
 
 def start_run(cfg: RunConfig) -> Run:
