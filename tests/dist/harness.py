@@ -54,7 +54,7 @@ def run_distributed(
         for rank in range(world_size):
             receiving, sending = context.Pipe(duplex=False)
             process = context.Process(
-                target=_rank_main, args=(rank, world_size, store.port, call, sending, timeout, init), daemon=True
+                target=_rank_main, args=(rank, world_size, store.port, call, sending, timeout, init)
             )
             process.start()
             sending.close()  # only the child holds it now, so its death is an end of file here
