@@ -1,0 +1,34 @@
+"""Attention between queries, keys and values that are ready: no weights, no positions.
+
+Every attention layer owns one core as a child module named ``core``. A core is the only place where tokens meet, so
+whatever spreads tokens over processes replaces this module and nothing else.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class SDPACore(nn.Module):
+    """Full attention by torch's fused kernels."""
+
+    def forward(
+        self, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, *, key_mask: Tensor | None = None, context: Any = None
+    ) -> Tensor:
+        """(B, L, H, Dh) queries over (B, S, H, Dh) keys and values -> (B, L, H, Dh).
+
+        ``key_mask`` (B, S) is True where a key may be attended. A sample with no such key gets zeros, with zero
+        gradients to q, k and v (a softmax over nothing is NaN in some kernels, in backward too). ``context`` is for
+        cores that exchange tokens; this one does not read it.
+        """
+        if k_BLHD.shape[1] == 0:
+            return q_BLHD * 0 + (k_BLHD + v_BLHD).sum(dim=1, keepdim=True)  # zeros in the graph of q, k and v
+        mask = any_key = None
+        if key_mask is not None:
+            any_key = key_mask.any(dim=1)[:, None]  # (B, 1)
+            mask = (key_mask | ~any_key)[:, None, None, :]  # (B, 1, 1, S)
+        o_BLHD = scaled_dot_product_attention(
+            q_BLHD.transpose(1, 2), k_BLHD.transpose(1, 2), v_BLHD.transpose(1, 2), attn_mask=mask
+        ).transpose(1, 2)
+        return o_BLHD if any_key is None else o_BLHD.masked_fill(~any_key[:, :, None, None], 0.0)

@@ -1,0 +1,29 @@
+"""Normalisation of queries and keys."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dim, with a learned ``scale`` (named as in Flux files)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.scale.shape, self.scale, self.eps)
+
+
+class QKNorm(nn.Module):
+    """Per-head norms that bound the attention logits."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.query_norm = RMSNorm(head_dim)
+        self.key_norm = RMSNorm(head_dim)
+
+    def forward(self, q_BLHD: Tensor, k_BLHD: Tensor) -> tuple[Tensor, Tensor]:
+        return self.query_norm(q_BLHD), self.key_norm(k_BLHD)

@@ -1,0 +1,254 @@
+"""MMDiT: the multimodal diffusion transformer of Open-Sora 2 (11B), weight-compatible with Flux.
+
+What is unusual:
+
+* Text and image tokens attend to each other in every layer; there is no cross-attention. The first ``depth`` blocks
+  keep two streams with weights of their own, the following ``depth_single_blocks`` treat both as one.
+* Tokens arrive with their coordinates. Packing pixels into tokens, padding and distributing tokens over processes
+  happen outside, so a process with a share of the tokens, even with no text or no image token, runs these same lines.
+  Tokens meet only in the attention cores (``attention_cores``), whose modules may be replaced.
+* The conditioning vector (time, pooled prompt, guidance) enters by modulation only, zero at the start: an untrained
+  block is the identity, and the untrained model returns zeros.
+* Inputs are cast to the dtype of the weights where they are used. Times, coordinates and rotary tables stay in fp32
+  (fp64 for fp64 weights) whatever the weights are: in bf16 neighbouring times near t=1 are the same number.
+
+Letters: B batch, N image tokens, L text tokens, D hidden, H heads, Dh head dim.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from opensora.models.layers.embedding import MLPEmbedder, sinusoid
+from opensora.models.layers.rope import rope_table
+from opensora.models.mmdit.layers import DoubleStreamBlock, FinalLayer, SingleStreamBlock
+
+TIME_CHANNELS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class MMDiTConfig:
+    """Shape of the model; the defaults are the 11B of Open-Sora 2."""
+
+    kind: Literal["mmdit"] = "mmdit"
+    in_channels: int = 64  # per token: patch_size^2 * latent channels
+    out_channels: int | None = None  # per token; None: as in_channels
+    patch_size: int = 2  # latents per token side, for the mask channels of cond
+    vec_in_dim: int = 768  # pooled prompt
+    context_in_dim: int = 4096  # prompt tokens
+    hidden_size: int = 3072
+    num_heads: int = 24
+    mlp_ratio: float = 4.0
+    depth: int = 19  # double-stream blocks
+    depth_single_blocks: int = 38
+    axes_dim: tuple[int, int, int] = (16, 56, 56)  # rotary channels for (t, h, w); their sum is the head dim
+    theta: int = 10000  # longest rotary period
+    qkv_bias: bool = True
+    guidance_embed: bool = False  # reads the guidance scale as an input (distilled models)
+    cond_embed: bool = True  # reads reference latents and their mask
+    fused_qkv: bool = True  # one projection for q, k, v (Flux files) or one each (Open-Sora 2 files)
+    rope_layout: Literal["interleaved", "half"] = "interleaved"  # channel pairs: Flux files, Open-Sora 2 files
+
+    def __post_init__(self) -> None:
+        self._check_ranges()
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads}: allowed are divisors of hidden_size={self.hidden_size}")
+        if len(self.axes_dim) != 3 or any(dim <= 0 or dim % 2 for dim in self.axes_dim):
+            raise ValueError(f"axes_dim={tuple(self.axes_dim)}: allowed are three even numbers > 0, for (t, h, w)")
+        if sum(self.axes_dim) != self.head_dim:
+            raise ValueError(
+                f"axes_dim={tuple(self.axes_dim)}: allowed are dims whose sum is the head dim, "
+                f"hidden_size/num_heads={self.head_dim}, not {sum(self.axes_dim)}"
+            )
+        if self.in_channels % self.patch_size**2:
+            raise ValueError(
+                f"in_channels={self.in_channels}: allowed are multiples of patch_size^2={self.patch_size**2}"
+            )
+
+    def _check_ranges(self) -> None:
+        for name in ("in_channels", "patch_size", "vec_in_dim", "context_in_dim", "hidden_size", "num_heads", "depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: allowed are integers >= 1")
+        if self.depth_single_blocks < 0:
+            raise ValueError(f"depth_single_blocks={self.depth_single_blocks}: allowed are integers >= 0")
+        if self.out_channels is not None and self.out_channels < 1:
+            raise ValueError(f"out_channels={self.out_channels}: allowed are integers >= 1, or null for in_channels")
+        if self.mlp_ratio <= 0 or self.theta <= 1:
+            name, low = ("mlp_ratio", 0) if self.mlp_ratio <= 0 else ("theta", 1)
+            raise ValueError(f"{name}={getattr(self, name)}: allowed are numbers > {low}")
+        for name, allowed in (("kind", ("mmdit",)), ("rope_layout", ("interleaved", "half"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)}: allowed are {', '.join(allowed)}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def cond_channels(self) -> int:
+        """Per token: the mask (one channel per latent position) and the reference latents, packed like img."""
+        return self.in_channels + self.patch_size**2
+
+
+class MMDiT(nn.Module):
+    """Velocity of every image token, given the text tokens."""
+
+    block_lists = ("double_blocks", "single_blocks")
+    attention_cores = ("double_blocks.*.core", "single_blocks.*.core")
+
+    def __init__(self, cfg: MMDiTConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        hidden, mlp_hidden = cfg.hidden_size, int(cfg.hidden_size * cfg.mlp_ratio)
+        self.img_in = nn.Linear(cfg.in_channels, hidden)
+        self.time_in = MLPEmbedder(TIME_CHANNELS, hidden)
+        self.vector_in = MLPEmbedder(cfg.vec_in_dim, hidden)
+        self.guidance_in = MLPEmbedder(TIME_CHANNELS, hidden) if cfg.guidance_embed else None
+        self.cond_in = nn.Linear(cfg.cond_channels, hidden) if cfg.cond_embed else None
+        self.txt_in = nn.Linear(cfg.context_in_dim, hidden)
+        self.double_blocks = nn.ModuleList(
+            DoubleStreamBlock(
+                hidden,
+                cfg.num_heads,
+                mlp_hidden,
+                qkv_bias=cfg.qkv_bias,
+                fused_qkv=cfg.fused_qkv,
+                rope_layout=cfg.rope_layout,
+                updates_text=cfg.depth_single_blocks > 0 or index < cfg.depth - 1,
+            )
+            for index in range(cfg.depth)
+        )
+        self.single_blocks = nn.ModuleList(
+            SingleStreamBlock(
+                hidden,
+                cfg.num_heads,
+                mlp_hidden,
+                qkv_bias=cfg.qkv_bias,
+                fused_qkv=cfg.fused_qkv,
+                rope_layout=cfg.rope_layout,
+            )
+            for _ in range(cfg.depth_single_blocks)
+        )
+        self.final_layer = FinalLayer(hidden, cfg.out_channels or cfg.in_channels)
+
+    def forward(
+        self,
+        img: Tensor,
+        img_ids: Tensor,
+        txt: Tensor,
+        txt_ids: Tensor,
+        timesteps: Tensor,
+        y_vec: Tensor,
+        cond: Tensor | None = None,
+        guidance: Tensor | None = None,
+        *,
+        txt_mask: Tensor | None = None,
+        context: Any = None,
+    ) -> Tensor:
+        """Velocity (B, N, out_channels), in the dtype of the weights.
+
+        Args:
+            img: (B, N, in_channels), noisy latents packed into tokens.
+            img_ids: (B, N, 3), their (t, h, w).
+            txt: (B, L, context_in_dim).
+            txt_ids: (B, L, 3), zeros.
+            timesteps: (B,) in [0, 1], 1 is pure noise; fp32.
+            y_vec: (B, vec_in_dim), the pooled prompt.
+            cond: (B, N, cond_channels), given if and only if ``cond_embed``; zeros where nothing is known.
+            guidance: (B,), given if and only if ``guidance_embed``.
+            txt_mask: (B, L) bool, True for text that is attended to; None: all.
+            context: handed to every attention core untouched.
+        """
+        for name, given, wanted in (("cond", cond, self.cond_in), ("guidance", guidance, self.guidance_in)):
+            if (given is None) != (wanted is None):
+                raise ValueError(f"{name} {'is missing' if given is None else 'was given'}, but {name}_embed says not")
+        dtype = self.img_in.weight.dtype
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+
+        vec = self.time_in(sinusoid(timesteps.to(exact), TIME_CHANNELS)) + self.vector_in(y_vec)  # (B, D)
+        if self.guidance_in is not None and guidance is not None:
+            vec = vec + self.guidance_in(sinusoid(guidance.to(exact), TIME_CHANNELS))
+        img = self.img_in(img.to(dtype))  # (B, N, D)
+        if self.cond_in is not None and cond is not None:
+            img = img + self.cond_in(cond.to(dtype))
+        txt = self.txt_in(txt.to(dtype))  # (B, L, D)
+        ids = torch.cat((txt_ids.to(exact), img_ids.to(exact)), dim=1)  # (B, L + N, 3)
+        rope = rope_table(ids, self.cfg.axes_dim, self.cfg.theta, self.cfg.rope_layout)
+        key_mask = None  # (B, L + N)
+        if txt_mask is not None:
+            key_mask = torch.cat((txt_mask, txt_mask.new_ones(img.shape[:2])), dim=1)
+
+        for block in self.double_blocks:
+            img, txt = block(img, txt, vec, rope, key_mask, context)
+        if len(self.single_blocks):
+            x = torch.cat((txt, img), dim=1)  # (B, L + N, D)
+            for block in self.single_blocks:
+                x = block(x, vec, rope, key_mask, context)
+            img = x[:, txt.shape[1] :]
+        # A 3-D linear may return a view, and hooks that sharding puts on a view are lost when somebody writes to it.
+        return self.final_layer(img, vec).clone()
+
+    @torch.no_grad()
+    def init_parameter_(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        """Fill ``tensor``, the full value of the parameter called ``name``, in place.
+
+        Norm scales are one; biases zero; modulations, ``cond_in`` and the last layer zero, so that every block
+        starts as the identity and references start without effect; the embedders of time, pooled prompt and guidance
+        normal with 0.02; every other matrix uniform with variance 1/fan_in, which is Xavier's for square
+        ones and, unlike Xavier's, the same for fused and unfused projections. Draws are made on the CPU in fp32,
+        so that devices and dtypes agree. The generator must be a CPU one.
+        """
+        if name.endswith(".scale"):
+            tensor.fill_(1.0)
+        elif name.endswith(".bias") or _starts_at_zero(name):
+            tensor.zero_()
+        else:
+            draw = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
+            if name.startswith(("time_in.", "vector_in.", "guidance_in.")):
+                draw.normal_(std=0.02, generator=generator)
+            else:
+                bound = math.sqrt(3.0 / tensor.shape[1])
+                draw.uniform_(-bound, bound, generator=generator)
+            tensor.copy_(draw)
+
+
+def _starts_at_zero(name: str) -> bool:
+    return name.startswith(("cond_in.", "final_layer.")) or name.split(".")[-2] == "lin"
+
+
+def count_parameters(cfg: MMDiTConfig) -> int:
+    """Parameters of the model of this shape, without building its weights."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in MMDiT(cfg).parameters())
+
+
+SIZES = {
+    "debug": MMDiTConfig(  # for tests
+        in_channels=16,
+        vec_in_dim=24,
+        context_in_dim=32,
+        hidden_size=64,
+        num_heads=4,
+        depth=2,
+        depth_single_blocks=2,
+        axes_dim=(4, 6, 6),
+    ),
+    "demo": MMDiTConfig(  # learns the rendered shapes on two CPU cores
+        in_channels=64,
+        patch_size=1,
+        vec_in_dim=64,
+        context_in_dim=64,
+        hidden_size=192,
+        num_heads=4,
+        depth=2,
+        depth_single_blocks=4,
+        axes_dim=(16, 16, 16),
+        cond_embed=False,
+    ),
+    "1b": MMDiTConfig(hidden_size=1536, num_heads=12, depth=6, depth_single_blocks=14),
+    "3b": MMDiTConfig(hidden_size=2048, num_heads=16, depth=11, depth_single_blocks=22),
+    "11b": MMDiTConfig(),
+}

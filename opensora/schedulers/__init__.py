@@ -1,0 +1,1 @@
+"""Training objectives: from clean latents to a noisy input, a time and a target."""

@@ -1,0 +1,64 @@
+"""Pixels to files: H.264 by PyAV (its wheels bring the encoder), png by Pillow."""
+
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def write_video(
+    path: str | os.PathLike[str], frames_uint8_THWC: NDArray[np.uint8], fps: float, *, crf: int = 18
+) -> Path:
+    """(T, H, W, 3) uint8 RGB -> an H.264 mp4 in yuv420p, which every player reads.
+
+    Chroma is stored for 2x2 pixels, so an odd height or width gets its last row or column twice. ``crf`` is libx264's
+    quality: 0 loses nothing but chroma detail, 18 is visually lossless, larger is smaller. Folders are made.
+
+    Raises:
+        ValueError: frames of another shape or dtype, or no frame.
+    """
+    import av
+    from av.video.reformatter import Colorspace
+
+    _check(frames_uint8_THWC, 4, "(T, H, W, 3)")
+    if len(frames_uint8_THWC) == 0 or fps <= 0:
+        raise ValueError(f"{path}: {len(frames_uint8_THWC)} frames at {fps} fps: need at least one frame and fps > 0")
+    height, width = frames_uint8_THWC.shape[1:3]
+    frames = np.pad(frames_uint8_THWC, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    target = _with_folder(path)
+    with av.open(str(target), "w", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        stream.options = {"crf": str(crf), "preset": "medium"}
+        for pixels in frames:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU601)))
+        container.mux(stream.encode())
+    return target
+
+
+def write_image(path: str | os.PathLike[str], frame_HWC: NDArray[np.uint8]) -> Path:
+    """(H, W, 3) uint8 RGB -> png. Folders are made.
+
+    Raises:
+        ValueError: a frame of another shape or dtype.
+    """
+    from PIL import Image
+
+    _check(frame_HWC, 3, "(H, W, 3)")
+    target = _with_folder(path)
+    Image.fromarray(frame_HWC, mode="RGB").save(target, format="PNG")
+    return target
+
+
+def _check(pixels: NDArray[np.uint8], dims: int, wanted: str) -> None:
+    if pixels.ndim != dims or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
+        raise ValueError(f"pixels {pixels.shape} {pixels.dtype}: need {wanted} uint8")
+
+
+def _with_folder(path: str | os.PathLike[str]) -> Path:
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target

@@ -1,0 +1,157 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from opensora.models.mmdit.convert import (
+    FLUX,
+    INDEX_NAME,
+    LAYOUTS,
+    OPEN_SORA_2,
+    WeightLayout,
+    convert_state_dict,
+    guess_layout,
+    load_into,
+    load_state_dict_for,
+    read_state_dict,
+    save_state_dict,
+)
+from opensora.models.mmdit.model import MMDiT, MMDiTConfig
+from opensora.utils.errors import UserError
+from tests.unit.test_mmdit import DEBUG, inputs, random_model
+
+ALL = [WeightLayout(fused_qkv=fused, rope_layout=rope) for fused in (True, False) for rope in ("interleaved", "half")]
+
+
+def layout_of(cfg: MMDiTConfig) -> WeightLayout:
+    return WeightLayout(fused_qkv=cfg.fused_qkv, rope_layout=cfg.rope_layout)
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return set(first) == set(second) and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize("base", [DEBUG, replace(DEBUG, depth_single_blocks=0), replace(DEBUG, qkv_bias=False)])
+@pytest.mark.parametrize("to", ALL, ids=str)
+def test_every_layout_computes_the_same_and_comes_back(base: MMDiTConfig, to: WeightLayout) -> None:
+    first = random_model(base, torch.float64)
+    state = dict(first.state_dict())
+    converted = convert_state_dict(state, to=to, source=FLUX)
+    cfg = replace(base, fused_qkv=to.fused_qkv, rope_layout=to.rope_layout)
+    second = MMDiT(cfg).double()
+    second.load_state_dict(converted, strict=True)
+    given = inputs(cfg, dtype=torch.float64)
+    assert torch.allclose(first(**given), second(**given), rtol=0, atol=1e-12)
+    assert same(convert_state_dict(converted, to=FLUX, source=to), state)
+
+
+def test_the_permutation_is_the_documented_one() -> None:
+    state = dict(random_model(DEBUG).state_dict())
+    half = convert_state_dict(state, to=OPEN_SORA_2)
+    for d in range(8):  # head dim 16
+        scale, permuted = state["single_blocks.1.norm.key_norm.scale"], half["single_blocks.1.norm.key_norm.scale"]
+        assert permuted[d] == scale[2 * d] and permuted[8 + d] == scale[2 * d + 1]
+        q, permuted = state["double_blocks.0.txt_attn.qkv.bias"][:64], half["double_blocks.0.txt_attn.q_proj.bias"]
+        assert permuted[16 + d] == q[16 + 2 * d] and permuted[16 + 8 + d] == q[16 + 2 * d + 1]  # second head
+    v = state["double_blocks.0.txt_attn.qkv.weight"][128:]
+    assert torch.equal(half["double_blocks.0.txt_attn.v_proj.weight"], v)
+
+
+def test_layouts_are_told_by_names_then_metadata() -> None:
+    flux = dict(random_model(DEBUG).state_dict())
+    assert guess_layout(flux) == FLUX == LAYOUTS["flux"]
+    assert guess_layout(convert_state_dict(flux, to=OPEN_SORA_2)) == OPEN_SORA_2
+    assert guess_layout(flux, {"rope_layout": "half"}).rope_layout == "half"
+    with pytest.raises(UserError, match="rope_layout=spiral"):
+        guess_layout(flux, {"rope_layout": "spiral"})
+
+
+@pytest.mark.parametrize("to", ALL, ids=str)
+def test_files_state_their_layout_and_load_into_any_model(tmp_path: Path, to: WeightLayout) -> None:
+    model = random_model(DEBUG)
+    path = tmp_path / "made" / "model.safetensors"
+    assert save_state_dict(model.state_dict(), path, source=FLUX, to=to, metadata={"step": "7"}) == [path]
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    with safe_open(path, framework="pt") as opened:
+        assert opened.metadata()["rope_layout"] == to.rope_layout
+        assert opened.metadata()["fused_qkv"] == str(to.fused_qkv).lower() and opened.metadata()["step"] == "7"
+    for cfg in (DEBUG, replace(DEBUG, fused_qkv=False, rope_layout="half")):
+        other = MMDiT(cfg)
+        report = load_into(other, path, to=layout_of(cfg))
+        assert report.fits and report.layout == to and report.loaded == len(other.state_dict())
+        assert torch.allclose(other(**inputs(cfg)), model(**inputs(cfg)), atol=1e-4)
+
+
+def test_shards_with_an_index(tmp_path: Path) -> None:
+    state = dict(random_model(DEBUG).state_dict())
+    files = save_state_dict(state, tmp_path, source=FLUX, shard_bytes=400_000)
+    assert len(files) > 3 and files[-1].name == INDEX_NAME
+    for path in (tmp_path, tmp_path / INDEX_NAME):
+        read, layout = read_state_dict(path)
+        assert layout == FLUX and same(read, state)
+    files[1].unlink()
+    with pytest.raises(UserError, match=files[1].name):
+        read_state_dict(tmp_path)
+
+
+def test_a_folder_without_index_is_its_files(tmp_path: Path) -> None:
+    state = {name: tensor.clone() for name, tensor in random_model(DEBUG).state_dict().items()}
+    names = list(state)
+    save_file({name: state[name] for name in names[:9]}, tmp_path / "a.safetensors")
+    save_file({name: state[name] for name in names[9:]}, tmp_path / "b.safetensors")
+    assert same(read_state_dict(tmp_path)[0], state)
+    save_file({names[0]: state[names[0]]}, tmp_path / "c.safetensors")
+    with pytest.raises(UserError, match=f"{names[0]} is in two files"):
+        read_state_dict(tmp_path)
+
+
+def test_flux_weights_start_a_conditioned_model(tmp_path: Path) -> None:
+    flux = random_model(replace(DEBUG, cond_embed=False))
+    path = save_state_dict(flux.state_dict(), tmp_path / "flux.safetensors", source=FLUX)[0]
+    model = random_model(DEBUG)
+    assert model.cond_in is not None
+    torch.nn.init.zeros_(model.cond_in.weight)
+    torch.nn.init.zeros_(model.cond_in.bias)
+    report = load_into(model, path, to=FLUX, allow_missing=("cond_in.*",))
+    assert report.left_at_init == ("cond_in.weight", "cond_in.bias")
+    given = inputs(DEBUG)
+    assert torch.allclose(model(**given), flux(**{**given, "cond": None}))
+    with pytest.raises(UserError, match=r"2 missing: cond_in.weight, cond_in.bias"):
+        load_into(model, path, to=FLUX)
+
+
+def test_everything_that_does_not_fit_is_in_one_line(tmp_path: Path) -> None:
+    state = {name: tensor.clone() for name, tensor in random_model(DEBUG).state_dict().items()}
+    del state["txt_in.bias"]
+    state["img_in.weight"] = torch.zeros(3, 4)
+    state["extra"] = torch.zeros(1)
+    path = save_state_dict(state, tmp_path / "bad.safetensors", source=FLUX)[0]
+    with torch.device("meta"):
+        model = MMDiT(DEBUG)
+    with pytest.raises(UserError) as caught:
+        load_state_dict_for(model, path, to=FLUX, allow_missing=("cond_in.*",))
+    line = str(caught.value)
+    assert "\n" not in line and line.startswith(str(path))
+    assert "1 missing: txt_in.bias" in line and "1 unexpected: extra" in line
+    assert "img_in.weight (3, 4), (64, 16)" in line
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        read_state_dict(tmp_path / "none.safetensors")
+    with pytest.raises(UserError, match="holds no weights"):
+        read_state_dict(tmp_path)
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"not a tensor in sight")
+    with pytest.raises(UserError, match="cannot be read as safetensors"):
+        read_state_dict(broken)
+    index = tmp_path / INDEX_NAME
+    index.write_text(json.dumps({"metadata": {}}))
+    with pytest.raises(UserError, match="weight_map"):
+        read_state_dict(tmp_path)
+    with pytest.raises(UserError, match="no MMDiT"):
+        convert_state_dict({"a.weight": torch.zeros(2, 2)}, to=OPEN_SORA_2, source=FLUX)

@@ -1,0 +1,263 @@
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from opensora.utils.errors import UserError
+from opensora.utils.sampling import (
+    DENOISERS,
+    DistilledDenoiser,
+    I2VDenoiser,
+    SamplingOption,
+    TextInputs,
+    flow_shift,
+    get_noise,
+    get_schedule,
+    image_size,
+    oscillate,
+    sanitize_sampling_option,
+    time_shift,
+)
+from opensora.utils.video_writer import write_image, write_video
+
+
+def test_flow_shift_by_hand() -> None:
+    assert flow_shift(256, 1) == 1
+    assert flow_shift(4096, 1) == 3
+    assert flow_shift(2176, 1) == 2
+    assert flow_shift(256, 9) == 3
+    assert flow_shift(4096, 33) == pytest.approx(3 * 33**0.5)
+    assert flow_shift(8 * 1024, 1) == pytest.approx(3 + 2 * 4096 / 3840)  # goes on beyond the table
+
+
+def test_time_shift_by_hand() -> None:
+    assert torch.allclose(time_shift(3.0, torch.tensor([0.0, 0.5, 1.0])), torch.tensor([0.0, 0.75, 1.0]))
+
+
+def test_schedule() -> None:
+    assert get_schedule(4, 256, 1) == [1, 0.75, 0.5, 0.25, 0]
+    assert get_schedule(2, 4096, 1) == [1, 0.75, 0]
+    assert get_schedule(2, 4096, 1, shift=False) == [1, 0.5, 0]
+    assert get_schedule(2, 256, 1, alpha=3) == [1, 0.75, 0]
+
+
+@pytest.mark.parametrize(
+    ("resolution", "ratio", "size"),
+    [
+        ("256px", "16:9", (192, 336)),
+        ("256px", "1:1", (256, 256)),
+        ("768px", "16:9", (576, 1024)),
+        ("768px", "1:1", (768, 768)),
+        ("256px", "9:16", (336, 192)),
+        ("144p", "1:1", (192, 192)),
+    ],
+)
+def test_image_size(resolution: str, ratio: str, size: tuple[int, int]) -> None:
+    assert image_size(resolution, ratio) == size
+
+
+def test_options_are_sanitized() -> None:
+    option = sanitize_sampling_option(SamplingOption())
+    assert (option.height, option.width, option.num_frames) == (192, 336, 129)
+    option = sanitize_sampling_option(SamplingOption(width=100, height=33, num_frames=1), multiple=32)
+    assert (option.height, option.width) == (64, 128)
+    assert sanitize_sampling_option(SamplingOption(num_frames=8), causal=False).num_frames == 8
+    with pytest.raises(UserError, match=r"num_frames=8.*4k\+1 .*use 5 or 9"):
+        sanitize_sampling_option(SamplingOption(num_frames=8))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"resolution": "big"},
+        {"aspect_ratio": "16x9"},
+        {"aspect_ratio": "0:9"},
+        {"width": 64},
+        {"num_frames": 0},
+        {"num_steps": 0},
+        {"method": "magic"},
+        {"flow_shift": 0.0},
+        {"guidance": -1.0},
+    ],
+)
+def test_bad_options_are_named(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(bad))}={next(iter(bad.values()))}"):
+        SamplingOption(**bad)
+
+
+def test_noise_is_a_function_of_the_seed() -> None:
+    noise = get_noise(2, 48, 64, 9, seed=0)
+    assert noise.shape == (2, 16, 3, 6, 8) and noise.dtype == torch.float32
+    assert torch.equal(noise, get_noise(2, 48, 64, 9, seed=0))
+    assert not torch.equal(noise, get_noise(2, 48, 64, 9, seed=1))
+    assert get_noise(1, 40, 40, 1, seed=0).shape == (1, 16, 1, 6, 6)  # whole patches
+    assert get_noise(1, 64, 64, 8, seed=0, channels=128, stride=(4, 32, 32), causal=False, patch_size=1).shape == (
+        1,
+        128,
+        2,
+        2,
+        2,
+    )
+
+
+class Scripted:
+    """A model whose velocity is a known number per kind of pass; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(self, *, img: Tensor, txt: Tensor, cond: Tensor | None, **others: Any) -> Tensor:
+        self.calls.append({"img": img, "txt": txt, "cond": cond, **others})
+        value = txt.mean() + (0 if cond is None else 10 * cond.mean())
+        return torch.full_like(img, value.item())
+
+
+def text(value: float, context: Any = None) -> TextInputs:
+    return TextInputs(
+        txt=torch.full((1, 2, 3), value), txt_ids=torch.zeros(1, 2, 3), y_vec=torch.zeros(1, 4), context=context
+    )
+
+
+def run(denoiser: Any, model: Any, timesteps: list[float], option: SamplingOption, **kwargs: Any) -> Tensor:
+    ids = torch.zeros(1, 6, 3)
+    ids[0, :, 0] = torch.tensor([0, 0, 1, 1, 2, 2])  # three latent frames of two tokens
+    kwargs.setdefault("negative", text(3.0))
+    return denoiser.denoise(
+        model,
+        torch.zeros(1, 6, 2),
+        timesteps=timesteps,
+        option=option,
+        img_ids=ids,
+        prompt=text(5.0, context="prompt's"),
+        latent_frames=3,
+        **kwargs,
+    )
+
+
+def test_two_passes_without_references() -> None:
+    model, seen = Scripted(), []
+    x = run(
+        I2VDenoiser(),
+        model,
+        [1.0, 0.5, 0.0],
+        SamplingOption(guidance=4.0),
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert torch.allclose(x, torch.tensor(-(3 + 4.0 * 2)))  # u + g (c - u) over a time of -1
+    assert len(model.calls) == 4 and seen == [(1, 2), (2, 2)]
+    assert model.calls[0]["context"] == "prompt's" and model.calls[1]["context"] is None
+    assert model.calls[2]["timesteps"].tolist() == [0.5] and model.calls[2]["timesteps"].dtype == torch.float32
+    assert model.calls[0]["guidance"] is None
+
+
+def test_one_pass_when_guidance_is_off() -> None:
+    model = Scripted()
+    x = run(I2VDenoiser(), model, [1.0, 0.0], SamplingOption(guidance=1.0), negative=None)
+    assert len(model.calls) == 1 and torch.allclose(x, torch.tensor(-5.0))
+    with pytest.raises(ValueError, match="negative"):
+        run(I2VDenoiser(), model, [1.0, 0.0], SamplingOption(guidance=2.0), negative=None)
+
+
+def test_three_way_guidance() -> None:
+    model = Scripted()
+    cond = torch.ones(1, 6, 3)
+    x = run(
+        I2VDenoiser(), model, [1.0, 0.0], SamplingOption(guidance=4.0, guidance_img=2.5), cond=cond, references=True
+    )
+    c, u, u2 = 15, 13, 3
+    assert torch.allclose(x, torch.tensor(-(u2 + 2.5 * (u - u2) + 4.0 * (c - u))))
+    assert len(model.calls) == 3 and model.calls[2]["cond"].abs().sum() == 0
+
+
+def test_text_oscillation() -> None:
+    assert [oscillate(7.0, step) for step in (0, 9, 10, 11, 12, 13)] == [7, 7, 7, 1, 7, 1]
+    model = Scripted()
+    times = get_schedule(12, 256, 1)
+    x = run(I2VDenoiser(), model, times, SamplingOption(guidance=4.0, text_osci=True))
+    assert torch.allclose(x, torch.tensor(-(11 * 11 + 5) / 12))  # only the last of 12 steps is without guidance
+    assert len(model.calls) == 2 * 11 + 1
+
+
+def test_image_guidance_grows_along_the_clip_and_fades() -> None:
+    option = SamplingOption(guidance=1.0, guidance_img=3.0, scale_temporal_osci=True)
+    x = run(I2VDenoiser(), Scripted(), [1.0, 0.5, 0.0], option, cond=torch.ones(1, 6, 3), references=True)
+    # u2 = 3, u - u2 = 10, c - u = 2; limits linspace(3, 1, 3)[:2] = 3, 2; frames linspace(1, limit, 3)
+    first, second = [torch.linspace(1, limit, 3) for limit in (3.0, 2.0)]
+    wanted = -(3 + 10 * (first + second) / 2 + 2).repeat_interleave(2)
+    assert torch.allclose(x, wanted[None, :, None].expand_as(x))
+
+
+def test_image_oscillation() -> None:
+    option = SamplingOption(guidance=1.0, guidance_img=3.0, image_osci=True)
+    x = run(I2VDenoiser(), Scripted(), get_schedule(12, 256, 1), option, cond=torch.ones(1, 6, 3), references=True)
+    assert torch.allclose(x, torch.tensor(-(11 * (3 + 30 + 2) + (3 + 10 + 2)) / 12))
+
+
+def test_distilled_denoiser_hands_over_the_guidance() -> None:
+    model = Scripted()
+    x = run(DistilledDenoiser(), model, [1.0, 0.0], SamplingOption(guidance=4.0, method="distill"))
+    assert len(model.calls) == 1 and model.calls[0]["guidance"].tolist() == [4.0]
+    assert torch.allclose(x, torch.tensor(-5.0))
+    assert set(DENOISERS) == {"i2v", "distill"}
+
+
+def test_a_linear_flow_is_integrated_exactly() -> None:
+    noise, data = torch.randn(1, 6, 2, dtype=torch.float64), torch.randn(1, 6, 2, dtype=torch.float64)
+    x = I2VDenoiser().denoise(
+        lambda **_: noise - data,
+        noise,
+        timesteps=get_schedule(7, 100, 3),
+        option=SamplingOption(guidance=1.0),
+        img_ids=torch.zeros(1, 6, 3),
+        prompt=text(0.0),
+    )
+    assert x.dtype == torch.float64 and torch.allclose(x, data)
+
+
+def test_utils_do_not_pull_in_inference() -> None:
+    code = "import sys, opensora.utils.sampling as s; print('opensora.inference' in sys.modules); s.prepared"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "False"
+    assert "no attribute 'prepared'" in done.stderr
+
+
+def moving_square(frames: int, height: int, width: int) -> np.ndarray:
+    clip = np.full((frames, height, width, 3), (40, 90, 160), np.uint8)
+    for index in range(frames):
+        clip[index, 4:12, index : index + 8] = (200, 60, 40)
+    return clip
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 48), (33, 47)])
+def test_video_is_h264_and_keeps_its_colours(tmp_path: Path, height: int, width: int) -> None:
+    av = pytest.importorskip("av")
+    clip = moving_square(7, height, width)
+    path = write_video(tmp_path / "new" / "clip.mp4", clip, 12, crf=1)
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 12)
+        read = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+    assert read.shape == (7, height + height % 2, width + width % 2, 3)
+    error = np.abs(read[:, :height, :width].astype(int) - clip)
+    assert error.mean() < 3 and np.abs(read[:, 20, 30].astype(int) - (40, 90, 160)).max() <= 3
+
+
+def test_image_round_trip(tmp_path: Path) -> None:
+    from PIL import Image
+
+    frame = moving_square(1, 17, 23)[0]
+    assert np.array_equal(np.asarray(Image.open(write_image(tmp_path / "a" / "x.png", frame))), frame)
+
+
+def test_writers_refuse_other_pixels(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="uint8"):
+        write_video(tmp_path / "x.mp4", np.zeros((2, 8, 8, 3), np.float32), 8)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at least one frame"):
+        write_video(tmp_path / "x.mp4", np.zeros((0, 8, 8, 3), np.uint8), 8)
+    with pytest.raises(ValueError, match="uint8"):
+        write_image(tmp_path / "x.png", np.zeros((8, 8), np.uint8))
