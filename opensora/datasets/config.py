@@ -1,0 +1,100 @@
+"""The ``data:`` section of a run."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from opensora.datasets.aspect import area_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketRow:
+    """One line of the bucket table: clips of ``frames`` frames at ``resolution``."""
+
+    resolution: str
+    frames: int
+    keep: float  # probability that a clip which fits is taken at this resolution
+    accept: float  # probability that a clip which fits is taken at this length
+    batch_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, into which shapes, and how much of it makes a step."""
+
+    table: Any = ""  # clip table: a csv or parquet file, a glob, or a list of these
+    root: str = ""  # folder that relative clip paths start at; empty: the folder of the table
+    buckets: dict[str, dict[int, Any]] = field(default_factory=dict)
+    # {resolution: {frames: [keep_prob, batch_size]}} or {frames: [[keep_prob, length_prob], batch_size]}
+    probability: Literal["skip", "accept"] = "skip"  # what length_prob is the probability of
+    empty_rows: Literal["error", "report"] = "error"  # a line of the bucket table that no clip fits
+    micro_batches: int = 1  # per optimizer step, over all data-parallel processes
+    crop: Literal["center", "random"] = "center"
+    prompt_suffix: bool = False  # append frame rate and motion score to the caption
+    workers: int = 2  # decoding processes per training process; 0 decodes in the training process
+    prefetch: int = 2  # micro-batches each worker prepares ahead
+    worker_timeout_s: int = 300  # longest wait for a worker before the run fails
+    decode_threads: int = 1  # per worker
+
+    def __post_init__(self) -> None:
+        names = [self.table] if isinstance(self.table, str) else self.table
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"table={self.table!r}: allowed are a path, a glob, or a list of these")
+        _check_choice("probability", self.probability, ("skip", "accept"))
+        _check_choice("empty_rows", self.empty_rows, ("report", "error"))
+        _check_choice("crop", self.crop, ("center", "random"))
+        for name, least in (("micro_batches", 1), ("workers", 0), ("prefetch", 1), ("worker_timeout_s", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: allowed are integers >= {least}")
+        if self.decode_threads < 1:
+            raise ValueError(f"decode_threads={self.decode_threads}: allowed are integers >= 1")
+        bucket_rows(self)
+
+
+def bucket_rows(cfg: DataConfig) -> tuple[BucketRow, ...]:
+    """The bucket table as rows in the order they are tried: larger areas first, then longer clips.
+
+    Raises:
+        ValueError: a row that cannot be read, with its key.
+    """
+    rows = [
+        _parse_row(resolution, frames, value, cfg.probability)
+        for resolution, lengths in cfg.buckets.items()
+        for frames, value in lengths.items()
+    ]
+    return tuple(sorted(rows, key=lambda row: (-area_of(row.resolution), row.resolution, -row.frames)))
+
+
+def _parse_row(resolution: str, frames: int, value: Any, meaning: str) -> BucketRow:
+    key = f"buckets.{resolution}.{frames}"
+    try:
+        area_of(resolution)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    if not isinstance(frames, int) or frames < 1:
+        raise ValueError(f"{key}: the number of frames must be an integer >= 1")
+    shape = "write [keep_prob, batch_size] or [[keep_prob, length_prob], batch_size]"
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise ValueError(f"{key}={value!r}: {shape}")
+    probabilities, batch_size = value
+    paired = isinstance(probabilities, (list, tuple))
+    pair = list(probabilities) if paired else [probabilities]
+    if len(pair) != (2 if paired else 1) or not all(_is_probability(p) for p in pair):
+        raise ValueError(f"{key}={value!r}: probabilities are numbers from 0 to 1; {shape}")
+    if paired and frames == 1:
+        raise ValueError(
+            f"{key}={value!r}: an image has no other length to fall back to, write [keep_prob, batch_size]"
+        )
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"{key}={value!r}: the batch size must be an integer >= 1; {shape}")
+    length = float(pair[1]) if paired else None
+    accept = 1.0 if length is None else length if meaning == "accept" else 1.0 - length
+    return BucketRow(resolution=resolution, frames=frames, keep=float(pair[0]), accept=accept, batch_size=batch_size)
+
+
+def _is_probability(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 <= value <= 1.0
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)}")

@@ -1,0 +1,246 @@
+"""The clip table: one row per clip or image, held as columns.
+
+Columns: ``path`` (relative ones start at ``root`` or at the table's folder), ``text`` (caption), ``num_frames`` (1: an
+image), ``height``, ``width`` (as displayed, after rotation), ``fps`` (null for images) and optionally
+``motion_score``. ``aspect_ratio`` (height / width) and ``resolution`` (height * width) are derived; other columns are
+left alone. The position of a row over all files, in sorted order, is its sample id.
+"""
+
+import difflib
+import glob
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+import pyarrow.parquet as papq
+
+from opensora.utils.errors import UserError
+
+_TEXT = ("path", "text")
+_COUNTS = ("num_frames", "height", "width")
+_REQUIRED = (*_TEXT, *_COUNTS, "fps")
+_OPTIONAL = ("motion_score",)
+_MISSING = ("", "nan", "NaN")  # how pandas and others write "no value" in a csv
+_ALIASES = {
+    "path": ("video", "video_path", "file", "filename", "file_path"),
+    "text": ("caption", "prompt", "captions"),
+    "num_frames": ("frames", "length", "n_frames"),
+    "fps": ("frame_rate", "framerate"),
+    "height": ("h",),
+    "width": ("w",),
+}
+_BLOCK_BYTES = 1 << 24  # a csv row, caption included, must fit in one block
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipTable:
+    """n clips as columns; a sample id is a row number."""
+
+    num_frames: np.ndarray  # (n,) int32
+    height: np.ndarray  # (n,) int32
+    width: np.ndarray  # (n,) int32
+    fps: np.ndarray  # (n,) float64, NaN where unknown (images)
+    motion_score: np.ndarray  # (n,) float32, NaN where unknown
+    paths: pa.ChunkedArray  # (n,) as written in the table
+    captions: pa.ChunkedArray  # (n,)
+    folders: tuple[str, ...]  # what relative paths start at, one per file read
+    folder: np.ndarray  # (n,) int32 into ``folders``
+
+    def __len__(self) -> int:
+        return len(self.num_frames)
+
+    @property
+    def aspect_ratio(self) -> np.ndarray:
+        """(n,) height / width."""
+        return self.height / self.width
+
+    @property
+    def resolution(self) -> np.ndarray:
+        """(n,) pixels per frame."""
+        return self.height.astype(np.int64) * self.width
+
+    @property
+    def is_image(self) -> np.ndarray:
+        """(n,) bool."""
+        return self.num_frames == 1
+
+    def path(self, sample_id: int) -> str:
+        """Where to open the clip."""
+        return os.path.join(self.folders[self.folder[sample_id]], self.paths[sample_id].as_py())
+
+    def caption(self, sample_id: int) -> str:
+        return str(self.captions[sample_id].as_py())
+
+
+def read_table(path: str | Sequence[str], root: str = "") -> ClipTable:
+    """Read and check one table, or several as one.
+
+    Args:
+        path: a csv or parquet file, a glob, or a list of these.
+        root: folder that relative clip paths start at; empty: the folder of the table they stand in.
+
+    Raises:
+        UserError: a missing file, column or value, a value of the wrong kind (with its row, 1 = first data row), or
+            a table without rows.
+    """
+    files = _files([path] if isinstance(path, str) else path)
+    parts = [_read_file(file) for file in files]
+    folders = tuple(root or str(file.parent) for file in files)
+    if sum(part.num_rows for part in parts) == 0:
+        raise UserError(f"{', '.join(map(str, files))}: the table has no rows, put at least one clip in it")
+    whole = pa.concat_tables(parts)
+    return ClipTable(
+        num_frames=whole["num_frames"].to_numpy().astype(np.int32),
+        height=whole["height"].to_numpy().astype(np.int32),
+        width=whole["width"].to_numpy().astype(np.int32),
+        fps=whole["fps"].to_numpy(),
+        motion_score=whole["motion_score"].to_numpy().astype(np.float32),
+        paths=whole["path"],
+        captions=whole["text"],
+        folders=folders,
+        folder=np.repeat(np.arange(len(parts), dtype=np.int32), [part.num_rows for part in parts]),
+    )
+
+
+def _files(patterns: Sequence[str]) -> list[Path]:
+    if not any(patterns):
+        raise UserError("data.table is empty: give a csv or parquet file, a glob, or a list of these")
+    found: list[Path] = []
+    for pattern in patterns:
+        if Path(pattern).is_file():
+            found.append(Path(pattern))
+            continue
+        matches = sorted(Path(name) for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
+        if not matches:
+            raise UserError(f"data.table={pattern}: no such file{_tables_nearby(Path(pattern))}")
+        found += matches
+    return found
+
+
+def _tables_nearby(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f", and no folder {folder}"
+    names = sorted(entry.name for entry in folder.iterdir() if entry.suffix in (".csv", ".parquet"))
+    near = difflib.get_close_matches(path.name, names, n=1)
+    if near:
+        return f", did you mean {folder / near[0]}?"
+    return f"; tables in {folder}: {', '.join(names[:8]) or 'none'}"
+
+
+def _read_file(file: Path) -> pa.Table:
+    """The known columns of one file with checked values: text, int64 counts, float64 fps and motion_score."""
+    try:
+        raw = _read_csv(file) if file.suffix == ".csv" else _read_parquet(file)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file}: cannot be read as {file.suffix[1:]} ({reason}), save it again as UTF-8") from error
+    columns: dict[str, pa.ChunkedArray] = {name: _text_column(file, raw, name) for name in _TEXT}
+    columns |= {name: _count_column(file, raw, name) for name in _COUNTS}
+    columns["fps"] = _fps_column(file, raw, columns["num_frames"])
+    columns["motion_score"] = _float_column(file, raw, "motion_score")
+    return pa.table(columns)
+
+
+def _read_csv(file: Path) -> pa.Table:
+    parse = pacsv.ParseOptions(newlines_in_values=True)
+    read = pacsv.ReadOptions(block_size=_BLOCK_BYTES)
+    if file.stat().st_size == 0:
+        raise UserError(f"{file}: the file is empty, write the columns {', '.join(_REQUIRED)} and one row per clip")
+    with pacsv.open_csv(file, read_options=read, parse_options=parse) as reader:
+        names = reader.schema.names
+    _check_columns(file, names)
+    wanted = [name for name in (*_REQUIRED, *_OPTIONAL) if name in names]
+    convert = pacsv.ConvertOptions(
+        column_types={name: pa.large_string() for name in wanted},
+        include_columns=wanted,
+        null_values=list(_MISSING),
+        strings_can_be_null=True,
+    )
+    return pacsv.read_csv(file, read_options=read, parse_options=parse, convert_options=convert)
+
+
+def _read_parquet(file: Path) -> pa.Table:
+    if file.suffix != ".parquet":
+        raise UserError(f"{file}: not a clip table, allowed are .csv and .parquet")
+    names = papq.read_schema(file).names
+    _check_columns(file, names)
+    return papq.read_table(file, columns=[name for name in (*_REQUIRED, *_OPTIONAL) if name in names])
+
+
+def _check_columns(file: Path, names: list[str]) -> None:
+    for name in _REQUIRED:
+        if names.count(name) > 1:
+            raise UserError(f"{file}: column {name!r} is there {names.count(name)} times, keep one")
+        if name not in names:
+            alias = next((other for other in _ALIASES[name] if other in names), None)
+            near = [alias] if alias else difflib.get_close_matches(name, names, n=1)
+            hint = f", rename {near[0]!r} to {name!r}?" if near else f", add {name!r}"
+            raise UserError(f"{file}: column {name!r} is missing; it has {', '.join(names)}{hint}")
+
+
+def _text_column(file: Path, raw: pa.Table, name: str) -> pa.ChunkedArray:
+    column = raw[name]
+    allowed = (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)
+    if not any(is_allowed(column.type) for is_allowed in allowed):
+        raise UserError(f"{file}: column {name!r} holds {column.type}, it must hold text")
+    column = column.cast(pa.large_string())
+    unwritten = pc.is_in(pc.utf8_trim_whitespace(column), value_set=pa.array(_MISSING, pa.large_string()))
+    empty = pc.or_(pc.is_null(column), unwritten)
+    remedy = "write a caption, or take the row out" if name == "text" else "write the file's path, or take the row out"
+    _refuse(file, name, empty, column, remedy)
+    return column
+
+
+def _count_column(file: Path, raw: pa.Table, name: str) -> pa.ChunkedArray:
+    column = _float_column(file, raw, name)
+    values = column.to_numpy()
+    bad = ~((values >= 1) & (values < 2**31) & (values == np.floor(values)))
+    _refuse(file, name, bad, raw[name], "it must be an integer >= 1")
+    return column.cast(pa.int64())
+
+
+def _fps_column(file: Path, raw: pa.Table, num_frames: pa.ChunkedArray) -> pa.ChunkedArray:
+    column = _float_column(file, raw, "fps")
+    values = column.to_numpy()
+    known = (values > 0) & (values < 1e5)
+    bad = ~known & ~(np.isnan(values) & (num_frames.to_numpy() == 1))
+    _refuse(file, "fps", bad, raw["fps"], "it must be a number > 0 (empty only for images)")
+    return column
+
+
+def _float_column(file: Path, raw: pa.Table, name: str) -> pa.ChunkedArray:
+    """float64 with NaN for null; a column that is not there is all NaN."""
+    if name not in raw.column_names:
+        return pa.chunked_array([np.full(raw.num_rows, np.nan)])
+    column = raw[name]
+    if pa.types.is_large_string(column.type) or pa.types.is_string(column.type):
+        column = _parse_floats(file, name, pc.utf8_trim_whitespace(column))
+    elif not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type)):
+        raise UserError(f"{file}: column {name!r} holds {column.type}, it must hold numbers")
+    return pc.fill_null(column.cast(pa.float64()), float("nan"))
+
+
+def _parse_floats(file: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    try:
+        return column.cast(pa.float64())
+    except pa.ArrowInvalid:
+        looks_right = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
+        bad = pc.invert(pc.fill_null(pc.match_substring_regex(column, looks_right), True))
+        _refuse(file, name, bad, column, "it must be a number")
+        raise
+
+
+def _refuse(file: Path, name: str, bad: np.ndarray | pa.ChunkedArray, shown: pa.ChunkedArray, remedy: str) -> None:
+    flags = bad if isinstance(bad, np.ndarray) else bad.to_numpy()
+    rows = np.flatnonzero(flags)
+    if len(rows):
+        more = f" and {len(rows) - 1} more rows" if len(rows) > 1 else ""
+        value = shown[int(rows[0])].as_py()
+        text = "empty" if value is None else repr(value)[:60]
+        raise UserError(f"{file}: row {rows[0] + 1}{more}: {name} is {text}, {remedy}")

@@ -1,0 +1,211 @@
+"""Batches: shapes, order, independence of workers, replacement of unreadable clips, signals."""
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from opensora.datasets import DataConfig
+from opensora.datasets.decode import read_frames
+from opensora.datasets.loader import build_loader
+from opensora.datasets.manifest import ClipTable, read_table
+from opensora.datasets.plan import BatchPlan
+from opensora.datasets.transforms import cover_size, window_start
+from opensora.datasets.video import Batch, VideoDataset
+from opensora.utils.errors import UserError
+from opensora.utils.prompt import with_suffix
+from tests.unit.test_decode import encode
+
+BUCKETS = {"32px": {1: [1.0, 3], 5: [1.0, 2], 9: [1.0, 2]}}
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six clips of 7 or 12 frames at 24 or 48 per second and five stills, with their table."""
+    folder = tmp_path_factory.mktemp("clips")
+    lines = ["path,text,num_frames,height,width,fps"]
+    for i in range(6):
+        frames = 12 if i % 2 else 24
+        encode(folder / f"{i}.mp4", frames, size=(48, 64) if i < 4 else (64, 48))
+        size = "48,64" if i < 4 else "64,48"
+        lines.append(f"{i}.mp4,clip {i},{frames},{size},{24 if i % 2 else 48}")
+    for i in range(5):
+        pixels = np.random.default_rng(i).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        lines.append(f"{i}.png,still {i},1,40,40,")
+    (folder / "t.csv").write_text("\n".join(lines))
+    return folder
+
+
+def load(table: ClipTable, steps: range, rank: int = 0, degree: int = 1, **changes: Any) -> list[Batch]:
+    settings: dict[str, Any] = {"buckets": BUCKETS, "micro_batches": 2, "workers": 0} | changes
+    cfg = DataConfig(**{"empty_rows": "report", **settings})
+    plan = BatchPlan(table, cfg, 8, seed=1)
+    batches = build_loader(
+        table, plan, cfg, start_step=steps.start, stop_step=steps.stop, dp_rank=rank, dp_degree=degree, seed=1
+    )
+    found = list(batches)
+    expected = [m for step in steps for m in plan.assign(step, rank, degree)]
+    assert [(b.bucket, b.sample_ids, b.epoch, b.weight) for b in found] == [
+        (m.bucket, m.sample_ids, m.epoch, m.weight) for m in expected
+    ]
+    return found
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return (
+        torch.equal(a.pixels, b.pixels)
+        and torch.equal(a.fps, b.fps)
+        and (a.prompts, a.sample_ids, a.bucket, a.replaced) == (b.prompts, b.sample_ids, b.bucket, b.replaced)
+    )
+
+
+def test_shapes_prompts_and_rates(clips: Path) -> None:
+    batches = load(read_table(str(clips / "t.csv")), range(8))
+    seen = set()
+    for batch in batches:
+        bucket = batch.bucket
+        assert batch.pixels.dtype == torch.uint8
+        assert batch.pixels.shape == (len(batch.sample_ids), 3, bucket.frames, bucket.height, bucket.width)
+        assert len(batch.prompts) == len(batch.sample_ids) and not batch.replaced
+        assert (batch.fps == (0.0 if bucket.frames == 1 else 24.0)).all()
+        assert all(prompt.startswith("still" if bucket.frames == 1 else "clip") for prompt in batch.prompts)
+        assert batch.pixels.float().std() > 5
+        seen.add((bucket.frames, bucket.height, bucket.width))
+    assert len(seen) >= 3
+
+
+def test_pixels_are_the_keyed_window_of_the_clip(clips: Path) -> None:
+    table = read_table(str(clips / "t.csv"))
+    batch = next(b for b in load(table, range(8)) if 0 in b.sample_ids)
+    slot, bucket = batch.sample_ids.index(0), batch.bucket
+    start = window_start(24, bucket.frames, 2, seed=1, epoch=batch.epoch, sample_id=0)
+    frames = read_frames(
+        table.path(0), start, bucket.frames, 2, resize=lambda h, w: cover_size(h, w, bucket.height, bucket.width)
+    )
+    top, left = (frames.shape[1] - bucket.height) // 2, (frames.shape[2] - bucket.width) // 2
+    expected = frames[:, top : top + bucket.height, left : left + bucket.width]
+    assert np.array_equal(batch.pixels[slot].permute(1, 2, 3, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_workers_resume_and_ranks_change_nothing(clips: Path, crop: str) -> None:
+    table = read_table(str(clips / "t.csv"))
+    reference = load(table, range(8), crop=crop)
+    state = torch.get_rng_state()
+    for workers in (1, 2):
+        other = load(table, range(8), crop=crop, workers=workers)
+        assert len(other) == len(reference) and all(map(same, other, reference))
+    assert torch.equal(torch.get_rng_state(), state)
+    later = load(table, range(5, 8), crop=crop, workers=1)
+    assert all(map(same, later, reference[-len(later) :]))
+    by_ids = {(b.epoch, b.sample_ids): b for b in reference}
+    for rank in range(3):
+        for batch in load(table, range(8), rank=rank, degree=3, crop=crop):
+            assert same(batch, by_ids[batch.epoch, batch.sample_ids])
+
+
+def test_windows_differ_between_epochs_and_stay_inside() -> None:
+    starts = [window_start(100, 9, 3, seed=0, epoch=e, sample_id=5) for e in range(300)]
+    assert min(starts) == 0 and max(starts) == 100 - 25
+    assert window_start(9, 9, 1, seed=0, epoch=0, sample_id=0) == 0
+
+
+@pytest.mark.parametrize("source", [(48, 64), (64, 48), (1080, 1920), (33, 77), (40, 40)])
+@pytest.mark.parametrize("target", [(32, 32), (24, 48), (64, 16)])
+def test_cover_size_covers_tightly(source: tuple[int, int], target: tuple[int, int]) -> None:
+    height, width = cover_size(*source, *target)
+    assert height >= target[0] and width >= target[1] and (height == target[0] or width == target[1])
+    assert abs(height / width - source[0] / source[1]) / (source[0] / source[1]) < 0.05
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_clips_are_replaced_from_the_same_bucket(clips: Path, tmp_path: Path, workers: int) -> None:
+    for file in clips.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "1.mp4").write_bytes(b"broken")
+    (tmp_path / "3.png").unlink()
+    table = read_table(str(tmp_path / "t.csv"))
+    batches = load(table, range(8), workers=workers)
+    replaced = [r for b in batches for r in b.replaced]
+    assert {bad for bad, _, _ in replaced} == {1, 9}
+    for batch in batches:
+        assert batch.pixels.shape[0] == len(batch.sample_ids)
+        for bad, substitute, reason in batch.replaced:
+            slot = batch.sample_ids.index(bad)
+            assert bool(table.is_image[bad]) == bool(table.is_image[substitute]) and substitute not in (1, 9)
+            assert os.path.basename(table.path(bad)) in reason
+            assert batch.prompts[slot] == table.caption(substitute)
+    again = load(table, range(8))
+    assert all(map(same, again, batches))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bucket_with_nothing_readable_is_one_line(clips: Path, tmp_path: Path, workers: int) -> None:
+    (tmp_path / "t.csv").write_text((clips / "t.csv").read_text())
+    table = read_table(str(tmp_path / "t.csv"))
+    with pytest.raises(UserError, match=r"no substitute in bucket 32px") as error:
+        load(table, range(2), workers=workers)
+    assert "\n" not in str(error.value)
+
+
+def test_programming_errors_go_through(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*args: Any, **kwargs: Any) -> None:
+        raise KeyError("a mistake of ours")
+
+    monkeypatch.setattr("opensora.datasets.video.read_frames", wrong)
+    with pytest.raises(KeyError, match="a mistake of ours"):
+        load(read_table(str(clips / "t.csv")), range(1))
+
+
+def test_workers_ignore_signals_and_end_with_the_iterator(clips: Path) -> None:
+    cfg = DataConfig(buckets=BUCKETS, empty_rows="report", workers=2, micro_batches=1)
+    table = read_table(str(clips / "t.csv"))
+    plan = BatchPlan(table, cfg, 8, 0)
+    batches: Any = build_loader(table, plan, cfg, start_step=0, stop_step=60, dp_rank=0, dp_degree=1, seed=0)
+    others = set(multiprocessing.active_children())
+    next(batches)
+    workers = [process for process in multiprocessing.active_children() if process not in others]
+    assert len(workers) == 2
+    for process in workers:
+        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            assert process.pid is not None
+            os.kill(process.pid, name)
+    for _ in range(20):
+        next(batches)
+    assert all(process.is_alive() for process in workers)
+    batches.close()
+    for process in workers:
+        process.join(5)
+    assert not any(process.is_alive() for process in workers)
+
+
+def test_a_run_of_any_length_starts_at_once(clips: Path) -> None:
+    cfg = DataConfig(buckets=BUCKETS, empty_rows="report", workers=0)
+    table = read_table(str(clips / "t.csv"))
+    plan = BatchPlan(table, cfg, 8, 0)
+    batches = build_loader(table, plan, cfg, start_step=10**9, stop_step=10**12, dp_rank=0, dp_degree=1, seed=0)
+    assert next(batches).sample_ids == plan.step(10**9)[0].sample_ids
+
+
+def test_prompt_suffix(clips: Path) -> None:
+    assert with_suffix("a cat", 24, 4) == "a cat 24 FPS. 4 motion score."
+    assert with_suffix("a cat", None, 4.0) == "a cat 4 motion score."
+    assert with_suffix("a cat", 0.0, float("nan")) == "a cat"
+    prompts = [p for b in load(read_table(str(clips / "t.csv")), range(6), prompt_suffix=True) for p in b.prompts]
+    assert any(p.endswith(" 24 FPS.") for p in prompts if p.startswith("clip"))
+    assert not any("FPS" in p for p in prompts if p.startswith("still"))
+
+
+def test_dataset_is_what_the_loader_maps(clips: Path) -> None:
+    cfg = DataConfig(buckets=BUCKETS, empty_rows="report", workers=0)
+    table = read_table(str(clips / "t.csv"))
+    plan = BatchPlan(table, cfg, 8, 0)
+    batch = VideoDataset(table, plan, cfg, 0)[plan.step(0)[0]]
+    assert isinstance(batch, Batch) and batch.sample_ids == plan.step(0)[0].sample_ids
