@@ -13,7 +13,12 @@ SINGLE = "model.safetensors"
 
 
 def write_weights(
-    folder: Path, weights: Iterable[tuple[str, Tensor]], metadata: dict[str, str], *, write: bool, shard_bytes: int = 5 * 10**9
+    folder: Path,
+    weights: Iterable[tuple[str, Tensor]],
+    metadata: dict[str, str],
+    *,
+    write: bool,
+    shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write weights as ``model.safetensors``, or as numbered shards with an index where they exceed ``shard_bytes``.
 

@@ -1,0 +1,245 @@
+"""What a run writes about itself: metrics.jsonl and its copies, console messages, the progress bar."""
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from opensora.utils.errors import UserError
+
+METRICS_NAME = "metrics.jsonl"
+WandbMode = Literal["off", "offline", "online"]
+_LOGGER = logging.getLogger("opensora")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Copies of metrics.jsonl."""
+
+    tensorboard: bool = False  # also write TensorBoard events into the run's folder
+    wandb: WandbMode = "off"  # also write to Weights & Biases; online needs a key
+    wandb_project: str = "opensora"
+
+
+def announce(message: str, *, level: int = logging.INFO) -> None:
+    """One console message, on rank 0 only; above a progress bar if one is drawn."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if not _LOGGER.handlers:
+        handler = _TqdmHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        _LOGGER.addHandler(handler)
+        _LOGGER.setLevel(logging.INFO)
+        _LOGGER.propagate = False
+    _LOGGER.log(level, message)
+
+
+class MetricsLogger:
+    """Appends one JSON line per record to ``folder/metrics.jsonl``; TensorBoard and wandb get copies.
+
+    Use on one rank only. The file is the truth: one line per step, in order, flushed as it is written.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        tensorboard: bool = False,
+        wandb: WandbMode = "off",
+        wandb_project: str = "opensora",
+        name: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        resumed_step: int = 0,
+    ) -> None:
+        """Open the writers.
+
+        Args:
+            name: of the run, in wandb; the folder's name if None.
+            config: the resolved configuration, kept by wandb.
+            resumed_step: updates already made. Records of later steps, which the resumed run will make again, are
+                cut off, so that every step is in the file once.
+
+        Raises:
+            UserError: TensorBoard or wandb is asked for and not installed.
+        """
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path = self.folder / METRICS_NAME
+        self._tensorboard = _open_tensorboard(self.folder / "tensorboard", resumed_step) if tensorboard else None
+        self._wandb = (
+            None if wandb == "off" else _open_wandb(self.folder, wandb, wandb_project, name or self.folder.name, config)
+        )
+        _cut_after(self.path, resumed_step)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write one record for ``step`` (updates made so far). Values are numbers, text or lists of those."""
+        record = {"step": step, **{name: _jsonable(value) for name, value in values.items()}}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+        numbers = {name: value for name, value in values.items() if _is_number(value)}
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+    def note(self, event: str, step: int, **values: Any) -> None:
+        """Write an event (``resumed``, ``interrupted``, ...) between the records; it has ``event`` and no metrics."""
+        record = {"step": step, "event": event, **{name: _jsonable(value) for name, value in values.items()}}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Flush and close all writers; safe to call twice."""
+        if not self._file.closed:
+            self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+
+    def __enter__(self) -> "MetricsLogger":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_metrics(path: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(records, events) of a metrics.jsonl, in order; a last line cut short by a crash is left out."""
+    records: list[dict[str, Any]] = []
+    events: list[dict[str, Any]] = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        record = _parse_line(line)
+        if record is not None:
+            (events if "event" in record else records).append(record)
+    return records, events
+
+
+def progress(total: int, initial: int = 0, *, every_s: float = 30.0) -> "Progress":
+    """A progress bar over ``total`` steps of which ``initial`` are done."""
+    return Progress(total, initial, every_s=every_s)
+
+
+class Progress:
+    """A bar on a terminal; elsewhere one line every ``every_s`` seconds, so that log files stay readable."""
+
+    def __init__(self, total: int, initial: int = 0, *, every_s: float = 30.0, unit: str = "step") -> None:
+        self._total, self._initial, self._step = total, initial, initial
+        self._every_s, self._unit = every_s, unit
+        self._start = time.monotonic()
+        self._spoke = -math.inf
+        self._bar = (
+            tqdm(total=total, initial=initial, unit=unit, dynamic_ncols=True, smoothing=0.1)
+            if sys.stderr.isatty()
+            else None
+        )
+
+    def update_to(self, step: int, values: Mapping[str, Any] | None = None) -> None:
+        """``step`` steps are done; of ``values`` the loss, the rate and the step time are shown."""
+        shown = _shown(values or {})
+        done, self._step = step - self._step, step
+        if self._bar is not None:
+            self._bar.set_postfix_str(shown, refresh=False)
+            self._bar.update(done)
+            return
+        now = time.monotonic()
+        if now - self._spoke >= self._every_s or step >= self._total:
+            self._spoke = now
+            print(f"{self._unit} {step}/{self._total}, {shown or 'running'}, {self._eta(now)}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _eta(self, now: float) -> str:
+        made = self._step - self._initial
+        if made <= 0:
+            return "ETA unknown"
+        left = round((self._total - self._step) * (now - self._start) / made)
+        return f"ETA {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
+
+
+class _TqdmHandler(logging.Handler):
+    """Writes through tqdm, which moves a bar out of the way."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _shown(values: Mapping[str, Any]) -> str:
+    parts = []
+    if "loss" in values:
+        parts.append(f"loss {values['loss']:.4f}")
+    if "rate/tokens_per_s" in values:
+        parts.append(f"{values['rate/tokens_per_s']:,.0f} tokens/s")
+    if "time/step_s" in values:
+        parts.append(f"{values['time/step_s']:.3g} s/step")
+    return ", ".join(parts)
+
+
+def _open_tensorboard(folder: Path, resumed_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            "log.tensorboard=true: tensorboard is not installed; pip install tensorboard, or log.tensorboard=false"
+        ) from error
+    return SummaryWriter(str(folder), purge_step=resumed_step + 1)
+
+
+def _open_wandb(folder: Path, mode: WandbMode, project: str, name: str, config: Mapping[str, Any] | None) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(f"log.wandb={mode}: wandb is not installed; pip install wandb, or log.wandb=off") from error
+    if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+        announce("log.wandb=online: no key found, so this run is logged offline; wandb sync uploads it later")
+        mode = "offline"
+    return wandb.init(
+        project=project, name=name, id=name, dir=str(folder), mode=mode, config=dict(config or {}), resume="allow"
+    )
+
+
+def _cut_after(path: Path, step: int) -> None:
+    """Drop records of steps after ``step`` and a line that a crash cut short; the file is replaced in one go."""
+    if not path.exists():
+        return
+    text = path.read_text(encoding="utf-8", errors="replace")
+    kept = [line for line in text.splitlines() if (record := _parse_line(line)) and record["step"] <= step]
+    wanted = "".join(f"{line}\n" for line in kept)
+    if wanted != text:
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside.write_text(wanted, encoding="utf-8")
+        os.replace(aside, path)
+
+
+def _parse_line(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _jsonable(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they are written as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

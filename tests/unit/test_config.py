@@ -1,0 +1,435 @@
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from opensora import config
+from opensora.config import (
+    AUTOENCODER_CONFIGS,
+    MODEL_CONFIGS,
+    TEXT_ENCODER_CONFIGS,
+    RunConfig,
+    SampleConfig,
+    config_from_argv,
+    config_hash,
+    load_config,
+    run_cli,
+    save,
+    to_yaml,
+)
+from opensora.models import MODEL_SIZES
+from opensora.utils.errors import UserError
+from opensora.utils.typed import build, plain, section
+
+ROOT = Path(__file__).resolve().parents[2]
+
+GOOD = """\
+name: trial
+model: {kind: mmdit, size: debug, in_channels: 64, context_in_dim: 256, vec_in_dim: 256}
+vae: {kind: dct, spatial: 8, channels: 16}
+text: {kind: bytes, dim: 256}
+data:
+  table: clips.csv
+  buckets:
+    64px:
+      1: [1.0, 8]
+      9: [[1.0, 0.5], 2]
+optim: {lr: 1e-4}
+train: {steps: 100}
+"""
+
+
+@pytest.fixture
+def good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "run.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+def swapped(old: str, new: str) -> str:
+    assert old in GOOD
+    return GOOD.replace(old, new)
+
+
+# name -> (file content or None for the good one, overrides, what the one line must contain)
+BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
+    # keys
+    "unknown key": (None, ["train.stepz=3"], "train.stepz: unknown key; did you mean steps?"),
+    "unknown section": (None, ["optimizer.lr=3"], "optimizer: unknown key; did you mean optim?"),
+    "unknown key, nothing close": (None, ["train.qqq=3"], "train.qqq: unknown key; allowed are steps, log_every"),
+    "unknown key deep down": (None, ["parallel.mesh.ulises=2"], "parallel.mesh.ulises: unknown key; did you mean ul"),
+    "unknown key in a file": (GOOD + "sede: 1\n", [], "sede: unknown key; did you mean seed? (run.yaml:13)"),
+    "unknown key of a chosen kind": (
+        swapped("dim: 256}\ndata", "dims: 256}\ndata"),
+        [],
+        "text.dims: unknown key; did you mean d",
+    ),
+    "a key of another kind": (swapped("spatial: 8", "tiling: true"), [], "vae.tiling: unknown key"),
+    "duplicate key": (GOOD + "name: again\n", [], "name: given twice (run.yaml:1 and run.yaml:13)"),
+    "duplicate key deep down": (
+        swapped("table: clips.csv", "table: clips.csv\n  table: b.csv"),
+        [],
+        "data.table: given twice",
+    ),
+    "missing key": (swapped("train: {steps: 100}\n", ""), [], "train.steps: missing; wanted a whole number"),
+    "missing section": (swapped("vae: {kind: dct, spatial: 8, channels: 16}\n", ""), [], "vae: missing"),
+    "missing kind": (swapped("kind: bytes, ", ""), [], "text.kind: missing; allowed are bytes, t5_clip"),
+    "key that is no text": (GOOD + "[1, 2]: 3\n", [], "run.yaml:13: a key under the top level"),
+    "null key": (GOOD + "~: 3\n", [], "run.yaml:13: a key under the top level"),
+    # types
+    "text for a whole number": (None, ["train.steps=ten"], "train.steps='ten': wanted a whole number"),
+    "fraction for a whole number": (None, ["train.steps=1.5"], "train.steps=1.5: wanted a whole number"),
+    "float that is whole": (None, ["train.steps=1e3"], "train.steps=1000.0: wanted a whole number; write 1000"),
+    "true for a whole number": (None, ["train.steps=true"], "train.steps=true: wanted a whole number"),
+    "text for a number": (None, ["optim.lr=fast"], "optim.lr='fast': wanted a number"),
+    "quoted number": (swapped("lr: 1e-4", 'lr: "1e-4"'), [], "optim.lr='1e-4': wanted a number (run.yaml:11)"),
+    "true for a number": (None, ["optim.lr=true"], "optim.lr=true: wanted a number"),
+    "no for a boolean": (None, ["train.export=no"], "train.export=no: wanted true or false"),
+    "number for a boolean": (None, ["train.export=1"], "train.export=1: wanted true or false"),
+    "number for text": (swapped("name: trial", "name: 7"), [], 'name=7: wanted text; write "7" in quotes'),
+    "list for a scalar": (None, ["seed=[1]"], "seed=[1]: wanted a whole number"),
+    "scalar for a list": (None, ["optim.betas=0.9"], "optim.betas=0.9: wanted a list of 2"),
+    "list of another length": (None, ["optim.betas=[0.9]"], "optim.betas=[0.9]: wanted a list of 2"),
+    "wrong type in a list": (None, ["optim.betas=[0.9, x]"], "optim.betas.1='x': wanted a number"),
+    "scalar for a section": (None, ["train=3"], "train=3: wanted a section with steps"),
+    "section for a scalar": (None, ["seed.x=3"], "seed={'x': 3}: wanted a whole number"),
+    "scalar for a chosen section": (None, ["vae=dct"], "vae='dct': wanted a section with kind, one of dct"),
+    "text for a frame count": (swapped("9: [[", "nine: [["), [], "data.buckets.64px.nine='nine': wanted a whole numb"),
+    "scalar for a mapping": (None, ["data.buckets=3"], "data.buckets=3: wanted a mapping from text"),
+    "null where it is not allowed": (None, ["train.steps=null"], "train.steps=null: wanted a whole number"),
+    "empty value": (swapped("steps: 100", "steps: "), [], "train.steps=null: wanted a whole number (run.yaml:12)"),
+    "null section": (None, ["model=null"], "model=null: wanted a section with kind"),
+    # values
+    "nan": (None, ["optim.lr=.nan"], "optim.lr=nan: wanted a finite number"),
+    "infinity": (None, ["optim.lr=-.inf"], "optim.lr=-inf: wanted a finite number"),
+    "overflow to infinity": (None, ["optim.lr=1e999"], "optim.lr=inf: wanted a finite number"),
+    "nan in a free value": (None, ["data.buckets.64px.1=[.nan, 2]"], "data.buckets.64px.1.0=nan: wanted a finite"),
+    "huge whole number": (None, ["seed=99999999999999999999"], "seed (command line): a whole number beyond 64 bits"),
+    "leading zero": (swapped("steps: 100", "steps: 0100"), [], "train.steps=0100 (run.yaml:12): readers disagree on"),
+    "underscores": (None, ["train.steps=1_000"], "train.steps='1_000': wanted a whole number"),
+    "sexagesimal": (None, ["train.steps=1:40"], "train.steps='1:40': wanted a whole number"),
+    "a choice that is none": (None, ["optim.kind=adam"], "optim.kind='adam': did you mean adamw?"),
+    "a choice by another type": (None, ["parallel.zero=true"], "parallel.zero=true: allowed are 0, 1, 2, 3"),
+    "a number out of the choices": (None, ["parallel.zero=4"], "parallel.zero=4: allowed are 0, 1, 2, 3"),
+    "unknown kind": (None, ["vae.kind=dtc"], "vae.kind='dtc': did you mean dct?"),
+    "unknown size": (None, ["model.size=debugg"], "model.size='debugg': did you mean debug?"),
+    "refused by its dataclass": (None, ["parallel.mesh.ulysses=0"], "parallel.mesh.ulysses=0: allowed are integers >="),
+    "refused by a chosen dataclass": (None, ["vae.channels=0"], "vae.channels=0: allowed are 1 to"),
+    "refused at the top": (None, ["name=a/b"], "name='a/b': allowed is the name of a folder"),
+    "negative": (None, ["train.log_every=-1"], "train.log_every=-1: allowed are integers >= 1"),
+    "heads not divisible": (None, ["model.num_heads=5"], "model.num_heads=5: allowed are divisors of"),
+    "bad bucket row": (None, ["data.buckets.64px.9=[2.0, 2]"], "data.buckets.64px.9=[2.0, 2]: probabilities"),
+    # across sections
+    "channels that do not fit": (None, ["vae.channels=32"], "model.in_channels=64: vae.kind=dct"),
+    "text that does not fit": (None, ["text.dim=128"], "model.context_in_dim=256: text.kind=bytes gives 128"),
+    "heads against ulysses": (None, ["parallel.mesh.ulysses=3"], "parallel.mesh.ulysses=3: allowed are divisors of"),
+    "warm-up beyond the end": (None, ["optim.warmup_steps=101"], "optim.warmup_steps=101: allowed are at most train"),
+    "no table": (None, ["data.table=''"], "data.table: missing"),
+    "no buckets": (None, ["data.buckets={}"], "data.buckets: missing"),
+    # the file
+    "not UTF-8": (GOOD.encode() + b"output: caf\xe9\n", [], "run.yaml:13: not UTF-8 (byte 0xe9)"),
+    "UTF-16": (GOOD.encode("utf-16"), [], "run.yaml:1: not UTF-8"),
+    "NUL byte": (GOOD + "output: a\0b\n", [], "run.yaml: not valid YAML: special characters"),
+    "tab": (swapped("  table:", "\ttable:"), [], "run.yaml:6: a tab where YAML wants spaces"),
+    "broken YAML": (GOOD + "output: [a\n", [], "run.yaml:14: not valid YAML"),
+    "a list at the top": ("- a\n", [], "run.yaml: holds a list"),
+    "empty file": ("", [], "missing"),
+    "two documents": (GOOD + "---\nname: b\n", [], "run.yaml:13: a second document begins"),
+    "alias": (GOOD + "output: *x\n", [], "run.yaml:13: aliases and anchors (*x)"),
+    "anchor": (GOOD + "output: &x y\n", [], "run.yaml:13: aliases and anchors (*x)"),
+    "python tag": (GOOD + "output: !!python/object/apply:os.system [touch hacked]\n", [], "run.yaml:13: the tag"),
+    "any tag": (GOOD + "output: !!str 3\n", [], "run.yaml:13: the tag"),
+    "merge key": (GOOD + "<<: {seed: 1}\n", [], "<<: unknown key"),
+    "interpolation": (GOOD + "output: ${oc.env:HOME}\n", [], "output=${oc.env:HOME} (run.yaml:13): ${...} is not"),
+    "deep nesting": (GOOD + "output: " + "[" * 500 + "]" * 500 + "\n", [], "run.yaml:13: nested deeper than"),
+    "too large": (GOOD + "# " + "x" * (1 << 20) + "\n", [], "run.yaml: 1048"),
+    "missing include": (GOOD + "include: nowhere.yaml\n", [], "include=nowhere.yaml (run.yaml:13): no such file"),
+    "include of itself": (GOOD + "include: run.yaml\n", [], "round in a circle (run.yaml -> run.yaml); remove"),
+    "include that is no path": (GOOD + "include: {a: 1}\n", [], "include={'a': 1} (run.yaml:13): wanted a path"),
+    # the command line
+    "a word that is no override": (None, ["faster"], "faster: not an override"),
+    "a value is missing": (None, ["--train.steps"], "--train.steps: a value is missing"),
+    "a value is missing before another": (None, ["--train.steps", "--seed=1"], "--train.steps: a value is missing"),
+    "an empty key": (None, ["train..steps=1"], "train..steps=1: an empty key"),
+    "a value that is no YAML": (None, ["optim.betas=[1"], "optim.betas (command line): not valid YAML"),
+    "an interpolation": (None, ["train.steps=${x}"], "train.steps=${x} (command line): ${...} is not replaced"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_configuration_is_one_line_and_exit_code_2(
+    case: str, good: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content, overrides, expected = BAD[case]
+    if content is not None:
+        good.write_bytes(content if isinstance(content, bytes) else content.encode())
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(sys, "argv", ["train.py", "run.yaml", *overrides])
+    with pytest.raises(SystemExit) as caught:
+        run_cli(lambda argv: save(config_from_argv(RunConfig, argv, "Train."), "made/config.yaml"))
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1 and err.startswith("error: ")
+    assert expected in err
+    assert os.listdir(good.parent) == ["run.yaml"]
+
+
+def test_there_are_enough_bad_configurations() -> None:
+    assert len(BAD) >= 60
+
+
+def test_the_good_one_is_good(good: Path) -> None:
+    cfg = load_config(RunConfig, good)
+    assert cfg.name == "trial"
+    assert cfg.optim.lr == 1e-4
+    assert cfg.model == dataclasses.replace(
+        MODEL_SIZES["mmdit"]["debug"], in_channels=64, context_in_dim=256, vec_in_dim=256
+    )
+    assert cfg.vae.kind == "dct" and cfg.vae.channels == 16
+    assert cfg.data.buckets["64px"] == {1: [1.0, 8], 9: [[1.0, 0.5], 2]}
+    assert cfg.folder == Path("outputs/trial")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [["train.log_every=7"], ["--train.log_every=7"], ["--train.log_every", "7"], ["--train.log-every", "7"]],
+)
+def test_overrides_in_every_spelling(good: Path, override: list[str]) -> None:
+    assert load_config(RunConfig, good, override).train.log_every == 7
+
+
+def test_the_last_override_wins(good: Path) -> None:
+    assert load_config(RunConfig, good, ["seed=1", "--seed", "2"]).seed == 2
+
+
+def test_text_needs_no_yaml_quotes(good: Path) -> None:
+    cfg = load_config(RunConfig, good, ["name=123", "train.init_from=a: b", "train.resume=none"])
+    assert (cfg.name, cfg.train.init_from, cfg.train.resume) == ("123", "a: b", "none")
+    assert load_config(RunConfig, good, ["train.init_from=null"]).train.init_from is None
+
+
+def test_a_negative_number_is_a_value(good: Path) -> None:
+    assert load_config(RunConfig, good, ["--parallel.mesh.shard", "-1"]).parallel.mesh.shard == -1
+
+
+def test_a_table_is_replaced_as_a_whole_but_a_row_of_it_can_be_set(good: Path) -> None:
+    whole = load_config(RunConfig, good, ["data.buckets={32px: {1: [1.0, 1]}}"])
+    assert whole.data.buckets == {"32px": {1: [1.0, 1]}}
+    row = load_config(RunConfig, good, ["data.buckets.64px.1=[0.5, 4]"])
+    assert row.data.buckets["64px"] == {1: [0.5, 4], 9: [[1.0, 0.5], 2]}
+
+
+def test_a_new_kind_forgets_the_keys_of_the_old_one(good: Path) -> None:
+    cfg = load_config(RunConfig, good, ["vae.kind=hunyuan", "vae.tiling=true"])
+    assert cfg.vae == AUTOENCODER_CONFIGS["hunyuan"](tiling=True)
+
+
+def test_a_size_is_the_base_whatever_layer_names_it(good: Path) -> None:
+    good.write_text(swapped("size: debug, ", "").replace("in_channels: 64,", "in_channels: 64, mlp_ratio: 3,"))
+    cfg = load_config(RunConfig, good, ["model.size=debug"])
+    assert cfg.model.depth == MODEL_SIZES["mmdit"]["debug"].depth
+    assert cfg.model.mlp_ratio == 3.0
+
+
+def test_includes_merge_in_order_relative_to_their_file(good: Path) -> None:
+    folder = good.parent / "parts"
+    folder.mkdir()
+    (folder / "a.yaml").write_text("seed: 1\noutput: a\ntrain: {steps: 5, log_every: 2}\n")
+    (folder / "b.yaml").write_text("include: c.yaml\nseed: 2\n")
+    (folder / "c.yaml").write_text("seed: 3\noptim: {eps: 1e-8}\n")
+    good.write_text("include: [parts/a.yaml, parts/b.yaml]\n" + GOOD)
+    cfg = load_config(RunConfig, good)
+    assert (cfg.seed, cfg.output, cfg.train.steps, cfg.train.log_every) == (2, "a", 100, 2)
+    assert (cfg.optim.eps, cfg.optim.lr) == (1e-8, 1e-4)
+
+
+def test_a_mistake_in_an_include_names_that_file(good: Path) -> None:
+    (good.parent / "a.yaml").write_text("seed: 1\ntrain: {log_every: x}\n")
+    good.write_text("include: a.yaml\n" + GOOD)
+    with pytest.raises(UserError, match=r"^train\.log_every='x': wanted a whole number \(\S*a\.yaml:2\)$"):
+        load_config(RunConfig, good)
+
+
+def test_a_longer_circle_of_includes_is_refused(good: Path) -> None:
+    (good.parent / "a.yaml").write_text("include: run.yaml\n")
+    good.write_text("include: a.yaml\n" + GOOD)
+    with pytest.raises(UserError, match=r"run\.yaml -> a\.yaml -> run\.yaml"):
+        load_config(RunConfig, good)
+
+
+def test_the_same_file_may_be_included_twice(good: Path) -> None:
+    (good.parent / "a.yaml").write_text("seed: 1\n")
+    good.write_text("include: [a.yaml, a.yaml]\n" + GOOD)
+    assert load_config(RunConfig, good).seed == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["plain", "1e-4", "no", "true", "012", "null", "~", "a: b", "${x}", "ä ö", "0x1F", " b", "#", "*a", "!x", "16:9"],
+)
+def test_the_saved_configuration_reads_back_equal(good: Path, name: str) -> None:
+    cfg = dataclasses.replace(load_config(RunConfig, good), name=name)
+    save(cfg, "saved/config.yaml")
+    again = load_config(RunConfig, "saved/config.yaml")
+    assert again == cfg
+    assert config_hash(again) == config_hash(cfg)
+    assert os.listdir("saved") == ["config.yaml"]
+
+
+def test_the_resolved_configuration_states_every_field(good: Path) -> None:
+    text = to_yaml(load_config(RunConfig, good))
+    for cls in (MODEL_CONFIGS["mmdit"], AUTOENCODER_CONFIGS["dct"], TEXT_ENCODER_CONFIGS["bytes"]):
+        assert all(f"{field.name}:" in text for field in dataclasses.fields(cls))
+    assert " size:" not in text
+
+
+def test_the_hash_changes_with_any_value(good: Path) -> None:
+    cfg = load_config(RunConfig, good)
+    others = [["seed=43"], ["optim.lr=2e-4"], ["data.buckets.64px.1=[0.5, 8]"], ["train.init_from=x"]]
+    hashes = {config_hash(load_config(RunConfig, good, override)) for override in others} | {config_hash(cfg)}
+    assert len(hashes) == 5 and all(len(text) == 16 for text in hashes)
+
+
+def test_a_sampling_job(good: Path) -> None:
+    good.write_text("weights: outputs/trial\n")
+    cfg = load_config(SampleConfig, good, ["--prompt", "a red circle: moves [left]", "--num-sample", "2"])
+    assert (cfg.prompt, cfg.num_sample, cfg.model, cfg.vae) == ("a red circle: moves [left]", 2, None, None)
+    assert load_config(SampleConfig, good, ["prompts=[a, b]", "sampling.seed=0"]).prompts == ("a", "b")
+    with pytest.raises(UserError, match=r"^prompt: missing; give --prompt TEXT"):
+        load_config(SampleConfig, good)
+    with pytest.raises(UserError, match=r"^sampling\.num_steps=0: allowed are integers >= 1"):
+        load_config(SampleConfig, good, ["prompt=x", "sampling.num_steps=0"])
+
+
+def test_help_explains_and_exits(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        config_from_argv(RunConfig, ["--help"], "Train a model.")
+    assert caught.value.code == 0
+    assert "Train a model." in capsys.readouterr().out
+
+
+def test_overrides_come_after_the_file(good: Path) -> None:
+    for argv in (["--seed", "1", "run.yaml"], ["seed=1", "run.yaml"]):
+        with pytest.raises(UserError, match="the configuration file comes first"):
+            config_from_argv(RunConfig, argv, "Train.")
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(UserError, match=r"^nowhere\.yaml: cannot be read \(No such file or directory\)"):
+        load_config(RunConfig, "nowhere.yaml")
+
+
+def _fail(_: list[str]) -> None:
+    raise UserError("key=1:\n  allowed are 2")
+
+
+def test_rank_0_speaks_first(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(config.time, "sleep", waited.append)
+    monkeypatch.setattr(config.signal, "signal", lambda *_: None)
+    cases = (("0", "error: key=1: allowed are 2\n", 0), ("1", "error: rank 1: key=1: allowed are 2\n", 1))
+    for rank, line, waits in cases:
+        monkeypatch.setenv("RANK", rank)
+        waited.clear()
+        with pytest.raises(SystemExit) as caught:
+            run_cli(_fail)
+        assert caught.value.code == 2 and len(waited) == waits
+        assert capsys.readouterr().err == line
+
+
+def test_run_cli_passes_the_exit_code_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    for returned, code in ((None, 0), (0, 0), (75, 75)):
+        with pytest.raises(SystemExit) as caught:
+            run_cli(lambda _, value=returned: value)
+        assert caught.value.code == code
+
+
+def test_our_own_mistakes_keep_their_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_cli(lambda _: 1 // 0)
+
+
+def test_a_process_ends_with_one_line_and_no_traceback(good: Path) -> None:
+    program = (
+        "from opensora.config import *\n"
+        "run_cli(lambda argv: print(config_from_argv(RunConfig, argv, 'Train.')))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "run.yaml", "train.stepz=1"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: train.stepz: unknown key; did you mean steps? (command line)\n"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Small:
+    kind: Literal["small"] = "small"
+    width: int
+    ratio: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Large:
+    kind: Literal["large"] = "large"
+    names: tuple[str, ...] = ()
+    limits: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
+    either: int | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.either == "x":
+            raise ValueError("names and either do not go together")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tree:
+    part: Any = section({"small": Small, "large": Large}, sizes={"small": {"s": Small(width=1), "m": Small(width=2)}})
+    spare: Any = section({"small": Small}, optional=True)
+
+
+def test_building_any_tree() -> None:
+    tree = build(Tree, {"part": {"kind": "large", "names": ["a"], "limits": {"x": [1, 2]}, "either": "y"}})
+    assert tree == Tree(part=Large(names=("a",), limits={"x": (1, 2.0)}, either="y"))
+    assert isinstance(tree.part.limits["x"][1], float)
+    assert build(Tree, plain(tree)) == tree
+    assert build(Tree, {"part": {"kind": "small", "size": "m", "ratio": 3}}).part == Small(width=2, ratio=3.0)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"part": {"kind": "small"}}, "part.width: missing; wanted a whole number"),
+        ({"part": {"kind": "large", "size": "s"}}, "part.size: unknown key"),
+        ({"part": {"kind": ["small"]}}, "part.kind=['small']: did you mean"),
+        ({"part": {"kind": "large", "names": ["a", 1]}}, 'part.names.1=1: wanted text; write "1" in quotes'),
+        ({"part": {"kind": "large", "names": "a"}}, "part.names='a': wanted a list, each text"),
+        ({"part": {"kind": "large", "limits": {"x": [1]}}}, "part.limits.x=[1]: wanted a list of 2"),
+        ({"part": {"kind": "large", "limits": {1: [1, 2]}}}, "part.limits.1=1: wanted text"),
+        ({"part": {"kind": "large", "either": 1.5}}, "part.either=1.5: wanted a whole number or text or null"),
+        ({"part": {"kind": "large", "either": "x"}}, "part: names and either do not go together"),
+        ({"part": {"kind": "small", "size": "m"}, "spare": {"kind": "large"}}, "spare.kind='large': allowed are small"),
+        ({"part": None}, "part=null: wanted a section with kind, one of small, large"),
+    ],
+)
+def test_mistakes_in_any_tree(data: Any, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build(Tree, data)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/train").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_training_configurations_load(path: Path) -> None:
+    assert load_config(RunConfig, path).name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/sample").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_sampling_configurations_load(path: Path) -> None:
+    assert load_config(SampleConfig, path, ["--prompt", "a cat"]).weights
