@@ -1,0 +1,223 @@
+"""Writes the shapes data set: files, clip tables and prompt lists.
+
+DIR gets clips/*.mp4 (H.264), images/*.png, two clip tables (train.csv; heldout.csv: combinations that training never
+sees, a few clips of each) and two prompt lists for sampling (prompts_train.csv, prompts_heldout.csv: every held-out
+combination on every background). All tables carry the columns colour, shape, direction, background.
+"""
+
+import argparse
+import csv
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_pipeline.shapes.render import (
+    BACKGROUNDS,
+    RADIUS,
+    TRAVEL,
+    ClipSpec,
+    draw_spec,
+    held_out_combinations,
+    render,
+    training_combinations,
+)
+from opensora.utils.errors import UserError
+from opensora.utils.video_writer import write_image, write_video
+
+TABLE_COLUMNS = ("path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps")
+TRUTH_COLUMNS = ("colour", "shape", "direction", "background")
+CRF = 12  # of libx264: tiny saturated shapes suffer from compression more than natural clips do
+SMALLEST_SIDE = 32  # below, there is no room for a shape that can be told from the others, and for its way
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One file to write."""
+
+    path: str  # relative to the data set's folder
+    spec: ClipSpec
+    fps: float
+
+
+def parse_sizes(text: str) -> list[tuple[int, int]]:
+    """``"32x32,48x32"`` (width x height) -> [(height, width), ...]."""
+    sizes = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)x(\d+)", part.strip())
+        if not match:
+            raise UserError(f"--sizes: '{part}' is not WIDTHxHEIGHT; write for example 32x32,48x32")
+        width, height = int(match[1]), int(match[2])
+        if min(width, height) < SMALLEST_SIDE or width % 2 or height % 2:
+            raise UserError(f"--sizes: {part}: both sides must be even and at least {SMALLEST_SIDE}")
+        sizes.append((height, width))
+    return sizes
+
+
+def parse_durations(text: str) -> list[int]:
+    """``"5,9,17"`` -> [5, 9, 17]; at least 2 frames each."""
+    try:
+        durations = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--durations: '{text}' is not a list of frame counts; write for example 5,9,17") from None
+    if min(durations) < 2:
+        raise UserError(f"--durations: {min(durations)} is too short for a clip; use 2 or more (stills: --images)")
+    return durations
+
+
+def plan_items(args: argparse.Namespace) -> dict[str, list[Item]]:
+    """Table name -> its items, in table order."""
+    sizes, durations = parse_sizes(args.sizes), parse_durations(args.durations)
+    stills = [combination for combination in training_combinations() if combination[2] == "still"]
+    held_out = held_out_combinations()
+    train = [
+        Item(
+            path=f"clips/{i:06d}.mp4",
+            spec=draw_spec(args.seed, "clip", i, training_combinations(), sizes, durations),
+            fps=args.fps,
+        )
+        for i in range(args.clips)
+    ]
+    train += [
+        Item(path=f"images/still_{i:06d}.png", spec=draw_spec(args.seed, "image", i, stills, sizes, [1]), fps=args.fps)
+        for i in range(args.images)
+    ]
+    kept = [
+        Item(
+            path=f"clips/heldout_{i:04d}.mp4",
+            spec=draw_spec(args.seed, "held out clip", i, held_out, sizes, durations),
+            fps=args.fps,
+        )
+        for i in range(args.heldout * len(held_out))
+    ]
+    return {"train": train, "heldout": kept}
+
+
+def write_item(folder: Path, item: Item) -> None:
+    """Render and encode one file."""
+    frames = render(item.spec)
+    if item.spec.frames == 1:
+        write_image(folder / item.path, frames[0])
+    else:
+        write_video(folder / item.path, frames, item.fps, crf=CRF)
+
+
+def _write_job(job: tuple[Path, Item]) -> None:
+    write_item(*job)
+
+
+def write_items(folder: Path, items: Sequence[Item], processes: int) -> None:
+    """All files, in ``processes`` processes, with a progress bar."""
+    jobs = [(folder, item) for item in items]
+    with tqdm(total=len(jobs), desc="shapes", unit="file", disable=None) as bar:
+        if processes <= 1:
+            for job in jobs:
+                _write_job(job)
+                bar.update()
+            return
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            for _ in pool.map(_write_job, jobs, chunksize=16):
+                bar.update()
+
+
+def table_row(item: Item) -> dict[str, Any]:
+    """A clip-table row with its ground truth; a still has no rate."""
+    spec = item.spec
+    return {
+        "path": item.path,
+        "text": spec.caption,
+        "num_frames": spec.frames,
+        "height": spec.height,
+        "width": spec.width,
+        "aspect_ratio": round(spec.height / spec.width, 6),
+        "resolution": spec.height * spec.width,
+        "fps": item.fps if spec.frames > 1 else "",
+        **spec.truth,
+    }
+
+
+def prompt_rows(combinations: Iterable[tuple[str, str, str]]) -> list[dict[str, str]]:
+    """One prompt per combination and background, named after what it asks for."""
+    rows = []
+    for (colour, shape, direction), background in product(combinations, BACKGROUNDS):
+        spec = ClipSpec(
+            colour=colour,
+            shape=shape,
+            direction=direction,
+            background=background,
+            frames=2,
+            height=SMALLEST_SIDE,
+            width=SMALLEST_SIDE,
+            radius=RADIUS[0],
+            x=0.0,
+            y=0.0,
+            travel=TRAVEL[0],
+        )
+        name = f"{colour}_{shape}_{direction}_{background}"
+        rows.append({"text": spec.caption, "name": name, **spec.truth})
+    return rows
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
+    """Written aside and renamed, so that a table that exists is complete."""
+    aside = path.with_suffix(".csv.part")
+    with open(aside, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(aside, path)
+
+
+def write_dataset(args: argparse.Namespace) -> None:
+    """Files first, tables last: a folder with train.csv is a complete data set."""
+    folder = Path(args.out)
+    tables = plan_items(args)
+    for name in ("clips", "images"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    write_items(folder, [item for items in tables.values() for item in items], args.processes)
+    prompt_columns = ("text", "name", *TRUTH_COLUMNS)
+    write_csv(folder / "prompts_train.csv", prompt_columns, prompt_rows(training_combinations()))
+    write_csv(folder / "prompts_heldout.csv", prompt_columns, prompt_rows(held_out_combinations()))
+    for name in ("heldout", "train"):
+        write_csv(folder / f"{name}.csv", (*TABLE_COLUMNS, *TRUTH_COLUMNS), map(table_row, tables[name]))
+    kept = f"{len(tables['heldout'])} clips of {len(held_out_combinations())} held-out combinations"
+    print(f"{folder}: {args.clips} clips and {args.images} stills in train.csv, {kept} in heldout.csv")
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; its numbers are checked here."""
+    parser = argparse.ArgumentParser(prog="python -m data_pipeline.shapes", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True, help="folder to write to")
+    parser.add_argument("--clips", type=int, default=2000, help="training clips")
+    parser.add_argument("--images", type=int, default=400, help="training stills")
+    parser.add_argument("--heldout", type=int, default=4, help="clips of each held-out combination")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sizes", default="32x32,48x32,32x48", help="WIDTHxHEIGHT, comma-separated")
+    parser.add_argument("--durations", default="5,9,17", help="frames per clip, comma-separated")
+    parser.add_argument("--fps", type=float, default=8)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    args = parser.parse_args(argv)
+    for name in ("clips", "images", "heldout"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} {getattr(args, name)}: allowed are integers >= 0")
+    if args.fps <= 0:
+        raise UserError(f"--fps {args.fps}: allowed are numbers > 0")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 2 and one line for a user's mistake."""
+    try:
+        write_dataset(parse_arguments(argv))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0

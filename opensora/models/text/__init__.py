@@ -1,0 +1,25 @@
+"""Text encoders by name."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from opensora.models.text.bytes import ByteTextConfig, ByteTextEncoder
+from opensora.models.text.t5_clip import T5ClipConfig, T5ClipTextEncoder
+
+if TYPE_CHECKING:
+    from opensora.models.base import TextEncoder
+
+TextConfig = ByteTextConfig | T5ClipConfig
+
+TEXT_ENCODERS = {
+    "bytes": (ByteTextConfig, ByteTextEncoder),
+    "t5_clip": (T5ClipConfig, T5ClipTextEncoder),
+}
+
+
+def build_text_encoder(cfg: TextConfig, device: torch.device | str, dtype: torch.dtype) -> "TextEncoder":
+    """The frozen encoder of ``cfg`` on ``device``; its features have ``dtype``."""
+    if isinstance(cfg, ByteTextConfig):
+        return ByteTextEncoder(cfg, device, dtype)
+    return T5ClipTextEncoder(cfg, device, dtype)

@@ -1,0 +1,80 @@
+"""T5 and CLIP as Open-Sora 2 and Flux use them: T5's last hidden state as txt, CLIP's pooled text as y_vec.
+
+Both come from local folders in the layout of transformers (config.json, *.safetensors, tokenizer files); nothing is
+fetched. T5 is padded to ``max_tokens`` and its padding is attended, by T5 itself and by the denoiser.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from opensora.models.base import TextFeatures
+from opensora.utils.errors import UserError
+
+CLIP_TOKENS = 77
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5ClipConfig:
+    """Folders of the two models. T5 v1.1 XXL gives 4096 dims, CLIP ViT-L/14 768."""
+
+    kind: Literal["t5_clip"] = "t5_clip"
+    t5_path: str = ""
+    clip_path: str = ""
+    max_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens}: allowed are integers >= 1")
+
+
+class T5ClipTextEncoder:
+    """Prompt -> T5 rows and a CLIP vector."""
+
+    def __init__(
+        self, cfg: T5ClipConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer, T5EncoderModel
+
+        self.cfg = cfg
+        self._device = device
+        t5_folder, clip_folder = _folder("t5_path", cfg.t5_path), _folder("clip_path", cfg.clip_path)
+        self._t5_tokenizer = _load("t5_path", t5_folder, AutoTokenizer)
+        self._clip_tokenizer = _load("clip_path", clip_folder, CLIPTokenizer)
+        self._t5 = _load("t5_path", t5_folder, T5EncoderModel, dtype=dtype).to(device).eval().requires_grad_(False)
+        self._clip = _load("clip_path", clip_folder, CLIPTextModel, dtype=dtype).to(device).eval().requires_grad_(False)
+        self.context_dim: int = self._t5.config.d_model
+        self.vec_dim: int = self._clip.config.hidden_size
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> TextFeatures:
+        """txt (B, max_tokens, context_dim), y_vec (B, vec_dim); longer prompts are cut."""
+        t5_ids = self._tokens(self._t5_tokenizer, prompts, self.cfg.max_tokens)
+        # CLIP tokenizers built from bare vocabulary files claim an unlimited length, so it is stated here.
+        clip_ids = self._tokens(self._clip_tokenizer, prompts, CLIP_TOKENS)
+        return TextFeatures(
+            txt=self._t5(input_ids=t5_ids).last_hidden_state, y_vec=self._clip(input_ids=clip_ids).pooler_output
+        )
+
+    def _tokens(self, tokenizer: Any, prompts: list[str], length: int) -> Tensor:
+        batch = tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        return batch["input_ids"].to(self._device)
+
+
+def _folder(key: str, path: str) -> str:
+    if not path:
+        raise UserError(f"text.{key} is not set: give the folder of the model, or set text.kind=bytes")
+    if not (Path(path) / "config.json").is_file():
+        raise UserError(f"text.{key}={path}: no config.json there; give the folder of a transformers model")
+    return path
+
+
+def _load(key: str, path: str, loader: Any, **options: Any) -> Any:
+    try:
+        return loader.from_pretrained(path, local_files_only=True, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"text.{key}={path}: {loader.__name__} cannot be loaded from this folder: {reason}") from error

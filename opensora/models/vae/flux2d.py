@@ -1,0 +1,60 @@
+"""Flux's 2-D autoencoder (8x, 16 channels), from a local diffusers folder; a clip is coded frame by frame."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from opensora.models.vae.folder import load_frozen, stated_shape
+
+SCALE, SHIFT = 0.3611, 0.1159  # latents = SCALE * (sample - SHIFT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flux2DConfig:
+    """``path`` holds config.json and the weights (diffusers AutoencoderKL)."""
+
+    kind: Literal["flux2d"] = "flux2d"
+    path: str = ""
+    micro_batch: int = 8  # frames coded at a time
+
+    def __post_init__(self) -> None:
+        if self.micro_batch < 1:
+            raise ValueError(f"micro_batch={self.micro_batch}: allowed are integers >= 1")
+
+
+class Flux2DAutoencoder:
+    """No compression in time: T' = T, any number of frames. Encodes to the mode of the posterior."""
+
+    causal = False
+
+    def __init__(self, cfg: Flux2DConfig, device: torch.device | str, dtype: torch.dtype) -> None:
+        from diffusers import AutoencoderKL
+
+        self.cfg = cfg
+        self._model: Any = load_frozen(AutoencoderKL, cfg.path, device, dtype)
+        self._dtype = dtype
+        self.channels, self.stride = flux2d_shape(cfg)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(B, 3, T, H, W) in [-1, 1] -> (B, channels, T, H', W') fp32."""
+        frames = rearrange(pixels, "b c t h w -> (b t) c h w").to(self._dtype)
+        parts = [self._model.encode(part).latent_dist.mode().float() for part in frames.split(self.cfg.micro_batch)]
+        return rearrange((torch.cat(parts) - SHIFT) * SCALE, "(b t) c h w -> b c t h w", b=len(pixels))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, channels, T, H', W') -> (B, 3, T, H, W) fp32, clamped to [-1, 1]."""
+        frames = rearrange(latents.float() / SCALE + SHIFT, "b c t h w -> (b t) c h w").to(self._dtype)
+        parts = [self._model.decode(part).sample.float() for part in frames.split(self.cfg.micro_batch)]
+        return rearrange(torch.cat(parts), "(b t) c h w -> b c t h w", b=len(latents)).clamp(-1, 1)
+
+
+def flux2d_shape(cfg: Flux2DConfig) -> tuple[int, tuple[int, int, int]]:
+    """(channels, stride): the folder's own numbers where it exists, else the published ones."""
+    stated = stated_shape(cfg.path)
+    spatial = 2 ** (len(stated["block_out_channels"]) - 1) if "block_out_channels" in stated else 8
+    return stated.get("latent_channels", 16), (1, spatial, spatial)
