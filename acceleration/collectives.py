@@ -5,6 +5,7 @@ shares stay sums of shares: nothing here divides.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from acceleration.mesh import Axis
 
 
 def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], axis: Axis) -> Tensor:
-    """Rows ``send[j]`` of ``x`` go to peer j, ``receive[j]`` rows come from it: (sum(send), ...) -> (sum(receive), ...)."""
+    """(sum(send), ...) -> (sum(receive), ...): ``send[j]`` rows of ``x`` go to peer j, ``receive[j]`` come from it."""
     return _AllToAll.apply(x, tuple(send), tuple(receive), axis)
 
 
@@ -35,12 +36,12 @@ def all_gather(x: Tensor, dim: int, sizes: Sequence[int], axis: Axis) -> Tensor:
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, send: tuple[int, ...], receive: tuple[int, ...], axis: Axis) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, send: tuple[int, ...], receive: tuple[int, ...], axis: Axis) -> Tensor:
         ctx.send, ctx.receive, ctx.axis = send, receive, axis
         return _exchange(x, send, receive, axis)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return _exchange(grad, ctx.receive, ctx.send, ctx.axis), None, None, None
 
 

@@ -63,7 +63,7 @@ def resolve(cfg: MeshConfig, world_size: int) -> dict[str, int]:
     degrees = {axis: getattr(cfg, axis) for axis in AXES}
     fixed = prod(degree for degree in degrees.values() if degree != -1)
     is_open = -1 in degrees.values()
-    if world_size % fixed or not is_open and fixed != world_size:
+    if world_size % fixed or (not is_open and fixed != world_size):
         wanted = f"a multiple of {fixed}" if is_open else f"{fixed}"
         raise ValueError(
             f"{' x '.join(f'{axis}={degree}' for axis, degree in degrees.items())} does not fit {world_size} "
@@ -77,10 +77,10 @@ def build(cfg: MeshConfig, world_size: int, device: torch.device) -> Mesh:
     """Make the groups. Collective: every process of the group calls it."""
     degrees = resolve(cfg, world_size)
     devices = init_device_mesh(device.type, tuple(degrees[a] for a in AXES), mesh_dim_names=AXES)
-    axes = {
-        name: Axis(name, degrees[name], devices.get_local_rank(name), devices.get_group(name) if degrees[name] > 1 else None)
-        for name in AXES
-    }
+    axes = {}
+    for name, degree in degrees.items():
+        group = devices.get_group(name) if degree > 1 else None
+        axes[name] = Axis(name, degree, devices.get_local_rank(name), group)
     return Mesh(axes, devices, device.type)
 
 

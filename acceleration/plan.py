@@ -20,7 +20,8 @@ class Shardable(Protocol):
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """Every block of every block list, in order."""
-    return [block for name in model.block_lists for block in model.get_submodule(name)]  # type: ignore[union-attr]
+    lists = (model.get_submodule(name) for name in model.block_lists)  # type: ignore[union-attr]
+    return [block for blocks in lists for block in blocks.children()]
 
 
 def slots(model: nn.Module, patterns: tuple[str, ...]) -> Iterator[tuple[nn.Module, str, nn.Module]]:

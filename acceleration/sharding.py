@@ -30,14 +30,9 @@ from acceleration.precision import DTYPES, fsdp_policy
 
 def shard(model: nn.Module, zero: int, precision: PrecisionConfig, mesh: Mesh) -> None:
     """Shard every block, then what is left, in place. The model may be on the meta device."""
-    options = {
-        "mesh": sharding_mesh(mesh, zero),
-        "mp_policy": fsdp_policy(precision),
-        "reshard_after_forward": zero == 3,
-    }
-    for block in plan.blocks(model):
-        fully_shard(block, **options)
-    fully_shard(model, **options)
+    pieces, policy = sharding_mesh(mesh, zero), fsdp_policy(precision)
+    for part in (*plan.blocks(model), model):
+        fully_shard(part, mesh=pieces, mp_policy=policy, reshard_after_forward=zero == 3)
     for module in fsdp_modules(model):
         # Sum, don't average; the order matters, since gloo has no scaled sum.
         module.set_force_sum_reduction_for_comms(True)
@@ -58,7 +53,9 @@ def begin_backward(model: nn.Module, zero: int, *, last_microbatch: bool) -> Non
     model.set_reshard_after_backward(last_microbatch or zero >= 2)
 
 
-def materialize(model: nn.Module, precision: PrecisionConfig, device: torch.device, fill: Callable[[str, Tensor], None]) -> None:
+def materialize(
+    model: nn.Module, precision: PrecisionConfig, device: torch.device, fill: Callable[[str, Tensor], None]
+) -> None:
     """Allocate a meta model on ``device`` and give every parameter its value.
 
     ``fill(name, tensor)`` writes the full value of one parameter into a CPU tensor of master type; every process keeps

@@ -5,8 +5,6 @@ wrapped core attends as on one process; one exchange turns the result back. Per 
 4 * B * L * D * (p-1)/p^2 elements for L tokens in all and hidden size D.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 

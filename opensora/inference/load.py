@@ -65,7 +65,7 @@ def find_source(cfg: SampleConfig) -> Source:
     if not path.exists():
         raise UserError(f"weights={path}: no such file or folder; give a run folder, an export folder or a safetensors")
     saved = load_config(RunConfig, path / SAVED_NAME) if (path / SAVED_NAME).is_file() else None
-    sections = {
+    sections: dict[str, Any] = {
         name: getattr(cfg, name) or (getattr(saved, name) if saved else None) for name in ("model", "vae", "text")
     }
     for name, value in sections.items():

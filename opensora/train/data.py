@@ -32,6 +32,7 @@ class StepData:
         self.plan = plan
         self.waited_s = 0.0  # time the loop spent waiting for data
         self.replaced: list[tuple[int, int, str]] = []  # (unreadable sample, its substitute, why)
+        self.buckets_used: set[Bucket] = set()  # by any process, since this process started
         self._rank, self._degree = mesh.data_rank, mesh.data_degree
         self._shape = shape
         self._batches = build_loader(
@@ -47,6 +48,7 @@ class StepData:
 
     def microbatches(self, step: int) -> Iterator[tuple[Batch, bool]]:
         """(batch, whether it is the step's last) for this process. Every process gets equally many."""
+        self.buckets_used.update(m.bucket for m in self.plan.step(step))
         count = len(self.plan.assign(step, self._rank, self._degree))
         for i in range(count):
             started = time.monotonic()

@@ -28,6 +28,8 @@ def train(run: Run) -> bool:
         if stop or run.step == total or run.step % run.cfg.train.checkpoint_every == 0:
             run.save()
         if stop and run.step < total:
+            run.metrics.note("interrupted", run.step)
             return False
-    run.export()
+    if run.cfg.train.export:
+        run.export()
     return True

@@ -51,6 +51,7 @@ class Metrics:
             "rate/tokens_per_s": self._work["tokens"] / seconds,
             "mem/peak_gib": peak_gib(run.runtime.device),
             "data/replaced": len(run.data.replaced),
+            "data/buckets_used": len(run.data.buckets_used),
         } | {f"comm/{axis.name}_gib": axis.bytes_sent / 2**30 for axis in run.mesh.axes.values() if axis.degree > 1}
         self._losses.clear()
         self._norms.clear()
@@ -59,6 +60,11 @@ class Metrics:
         if self._logger and self._bar is not None:
             self._logger.log(run.step, values)
             self._bar.update_to(run.step, values)
+
+    def note(self, event: str, step: int) -> None:
+        """Put an event between the records."""
+        if self._logger:
+            self._logger.note(event, step)
 
     def close(self) -> None:
         """Flush the writers."""

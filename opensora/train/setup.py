@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from acceleration import mesh as meshes
 from acceleration import runtime as runtimes
 from acceleration.checkpoint import CheckpointManager
-from acceleration.engines import Engine, build_engine
+from acceleration.engines import Engine, Weights, build_engine
 from acceleration.mesh import Mesh
 from acceleration.optim import lr_at
 from acceleration.parallelize import parallelize
-from acceleration.precision import DTYPES
 from acceleration.runtime import Runtime
 from acceleration.sequence import SequenceParallel
 from acceleration.signals import StopRequest
@@ -25,6 +24,7 @@ from opensora import config
 from opensora.config import RunConfig
 from opensora.datasets.manifest import ClipTable, read_table
 from opensora.datasets.plan import BatchPlan
+from opensora.inference.load import check_layout, weight_layout
 from opensora.models import build_model
 from opensora.models.base import AutoencoderShape, latent_grid
 from opensora.models.mmdit.convert import load_state_dict_for
@@ -33,7 +33,6 @@ from opensora.models.vae import autoencoder_shape, build_autoencoder
 from opensora.train.data import StepData
 from opensora.train.metrics import Metrics
 from opensora.train.step import Preparation
-from opensora.inference.load import check_layout, weight_layout
 from opensora.utils.errors import UserError
 from opensora.utils.logging import MetricsLogger, announce
 from opensora.utils.rng import torch_generator
@@ -67,7 +66,7 @@ class Run:
 
     def tokens(self, step: int) -> int:
         """Image tokens that update ``step`` works on, all processes together."""
-        return self.data.global_elements(step) // (self.prepare.autoencoder.channels * self.prepare.patch**2)
+        return self.data.global_elements(step) // self.cfg.model.in_channels
 
     def save(self) -> None:
         """Write a checkpoint of the state after ``step`` updates. Collective."""
@@ -78,7 +77,7 @@ class Run:
     def export(self) -> None:
         """Write the weights that sampling should use: the moving average if there is one. Collective."""
         folder = self.cfg.folder / "exported"
-        which = "ema" if self.cfg.optim.ema_decay else "live"
+        which: Weights = "ema" if self.cfg.optim.ema_decay else "live"
         metadata = weight_layout(self.cfg.model).metadata() | {"step": str(self.step), "weights": which}
         write_weights(folder, self.engine.full_weights(which), metadata, write=self.runtime.is_main)
         if self.runtime.is_main:
@@ -124,6 +123,10 @@ def check(cfg: RunConfig, world_size: int) -> tuple[ClipTable, BatchPlan]:
                 latent_grid(int(frames), shape.stride[1], shape.stride[2], shape)
             except ValueError as error:
                 raise UserError(f"data.buckets.{resolution}.{frames}: {error}") from None
+    for key in ("init_from", "resume"):
+        path = getattr(cfg.train, key)
+        if path not in (None, "auto", "none") and not Path(path).exists():
+            raise UserError(f"train.{key}={path}: no such file or folder")
     table = read_table(cfg.data.table, cfg.data.root)
     return table, BatchPlan(table, cfg.data, spatial_multiple(cfg, shape), cfg.seed)
 
@@ -154,9 +157,10 @@ def build_run(cfg: RunConfig, table: ClipTable, plan: BatchPlan, runtime: Runtim
     data = StepData(
         table, plan, cfg.data, mesh, shape, start_step=step, stop_step=cfg.train.steps, seed=cfg.seed
     )
+    frozen = torch.bfloat16 if cfg.parallel.precision.compute == "bf16" else torch.float32
     prepare = Preparation(
-        autoencoder=build_autoencoder(cfg.vae, runtime.device, torch.float32),
-        text_encoder=build_text_encoder(cfg.text, runtime.device, torch.float32),
+        autoencoder=build_autoencoder(cfg.vae, runtime.device, frozen),
+        text_encoder=build_text_encoder(cfg.text, runtime.device, frozen),
         flow=cfg.flow,
         patch=cfg.model.patch_size,
         cond_embed=cfg.model.cond_embed,

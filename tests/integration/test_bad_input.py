@@ -1,0 +1,65 @@
+"""What a user gets wrong costs one line and exit code 2, before anything is written or any process is met."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from opensora.cli import sample, train
+from opensora.config import run_cli
+
+BAD_TRAINING = {
+    "unknown key": (["optim.learning_rate=1"], "2", "optim.learning_rate"),
+    "wrong type": (["train.steps=many"], "2", "train.steps"),
+    "heads not divisible": (["parallel.mesh.ulysses=3"], "3", "ulysses=3"),
+    "missing column": (["data.table={folder}/no_column.csv"], "2", "text"),
+    "empty table": (["data.table={folder}/empty.csv"], "2", "empty"),
+    "missing file": (["data.table={folder}/nowhere.csv"], "2", "nowhere.csv"),
+    "frames do not fit": (["data.buckets={{32px: {{8: [1.0, 2]}}}}"], "2", "data.buckets.32px.8"),
+    "world size": (["parallel.mesh.ulysses=2", "parallel.mesh.shard=1"], "3", "does not fit 3 processes"),
+    "channels": (["model.in_channels=12"], "2", "model.in_channels=16"),
+    "no clip fits": (["data.buckets={{4096px: {{129: [1.0, 1]}}}}"], "2", "data.buckets"),
+    "bad init": (["train.init_from={folder}/nothing"], "2", "nothing"),
+}
+
+
+def refused(main, argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(sys, "argv", ["command", *argv])
+    with pytest.raises(SystemExit) as exit_:
+        run_cli(main)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "Traceback" not in error, error
+    return error
+
+
+@pytest.mark.parametrize("case", BAD_TRAINING)
+def test_training(
+    case: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides, world, expected = BAD_TRAINING[case]
+    header = "path,text,num_frames,height,width,fps\n"
+    (tmp_path / "empty.csv").write_text(header)
+    (tmp_path / "no_column.csv").write_text(header.replace("text,", "") + "a.mp4,5,32,32,8\n")
+    for name, value in {"RANK": "0", "WORLD_SIZE": world, "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    error = refused(train.main, [str(config), *(o.format(folder=tmp_path) for o in overrides)], capsys, monkeypatch)
+    assert expected in error, error
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("weights: {folder}/nowhere", "nowhere"),
+        ("weights: {folder}", "model"),
+        ("weights: {folder}\nnum_smaple: 2", "num_sample"),
+    ],
+)
+def test_sampling(
+    line: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "sample.yaml"
+    path.write_text(f"prompt: a cat\nsave_dir: {tmp_path}/out\n" + line.format(folder=tmp_path))
+    assert expected in refused(sample.main, [str(path)], capsys, monkeypatch)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,161 @@
+"""The real commands on real files: train, stop by a signal, resume on any layout, export, sample."""
+
+import json
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from acceleration.checkpoint import newest
+from acceleration.runtime import start, stop
+from opensora.cli import sample as sample_cli
+from opensora.config import RunConfig, SampleConfig, load_config
+from opensora.inference.load import find_source
+from opensora.inference.pipeline import fit, prepare_api, prepare_models
+from opensora.train.loop import train
+from opensora.train.setup import start_run
+from opensora.utils.weights import read_weights
+from tests.dist.harness import run_distributed
+
+Consumed = list[tuple[int, tuple[int, ...]]]  # (step, sample ids) of every weighted micro-batch
+LAYOUT_A: list[str] = []  # as in the configuration: ZeRO 3, ulysses 2
+LAYOUT_B = ["parallel.zero=1", "parallel.mesh.ulysses=1", "parallel.recompute.kind=none"]
+
+
+def train_in_process(config: Path, overrides: list[str], kill_at: int | None) -> tuple[bool, Consumed]:
+    """What scripts/diffusion/train.py does, noting samples; rank 1 (or 0 if alone) gets SIGTERM during a step."""
+    consumed: Consumed = []
+    with start_run(load_config(RunConfig, config, overrides)) as run:
+        prepare = run.prepare
+
+        def noting(batch, step):  # type: ignore[no-untyped-def]
+            if batch.weight:
+                consumed.append((step, batch.sample_ids))
+            if step == kill_at and run.runtime.rank == run.runtime.world_size - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return prepare(batch, step)
+
+        run.prepare = noting  # type: ignore[assignment]
+        ulysses_rank = run.mesh["ulysses"].rank
+        finished = train(run)
+    return finished, consumed if ulysses_rank == 0 else []
+
+
+def train_on(world: int, config: Path, overrides: list[str], kill_at: int | None = None) -> tuple[bool, Counter]:  # type: ignore[type-arg]
+    """(finished, how often each (step, sample) was consumed) over all processes."""
+    results = run_distributed(train_in_process, world, config, overrides, kill_at, timeout=110, init=False)
+    assert len({finished for finished, _ in results}) == 1
+    return results[0][0], Counter((step, i) for _, consumed in results for step, ids in consumed for i in ids)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    reader = read_weights(folder / "exported")
+    return {name: reader[name] for name in reader}
+
+
+def output(tmp_path: Path, name: str) -> tuple[list[str], Path]:
+    return [f"output={tmp_path / name}"], tmp_path / name / "run"
+
+
+@pytest.mark.timeout(300)
+def test_stopped_and_resumed_equals_uninterrupted(config: Path, tmp_path: Path) -> None:
+    """Bitwise on the same layout; to 1e-10 on another; every sample consumed exactly as often."""
+    whole, whole_folder = output(tmp_path, "whole")
+    finished, wanted = train_on(2, config, whole + LAYOUT_A)
+    assert finished
+
+    broken, broken_folder = output(tmp_path, "broken")
+    finished, first = train_on(2, config, broken + LAYOUT_A, kill_at=2)
+    assert not finished
+    assert newest(broken_folder / "checkpoints") == broken_folder / "checkpoints/step-00000003"
+    moved, moved_folder = output(tmp_path, "moved")
+    (tmp_path / "moved").mkdir()
+    os.system(f"cp -r {broken_folder} {moved_folder}")
+
+    finished, second = train_on(2, config, broken + LAYOUT_A)
+    assert finished and first + second == wanted
+    for name, weight in weights(whole_folder).items():
+        assert torch.equal(weights(broken_folder)[name], weight), name
+
+    finished, second = train_on(3, config, moved + LAYOUT_B)
+    assert finished and first + second == wanted
+    for name, weight in weights(whole_folder).items():
+        error = (weights(moved_folder)[name] - weight).abs().max() / weight.abs().max().clamp(min=1e-12)
+        assert error <= 1e-10, name
+
+    steps = [json.loads(line)["step"] for line in (broken_folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-1] == 6
+
+
+@pytest.fixture(scope="module")
+def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder after a few large steps, so that its velocities are not zero."""
+    from tests.integration.conftest import CONFIG
+
+    folder = tmp_path_factory.mktemp("trained")
+    path = folder / "train.yaml"
+    path.write_text(CONFIG.format(output=folder, table=shapes / "train.csv"))
+    fp32 = [f"parallel.precision.{key}=fp32" for key in ("compute", "reduce", "master")]
+    train_on(1, path, [*LAYOUT_B, *fp32, "optim.lr=0.02", "train.steps=8"])
+    return folder / "run"
+
+
+def sample_config(weights: Path, save_dir: Path, size: tuple[int, int, int]) -> SampleConfig:
+    frames, height, width = size
+    path = save_dir.parent / f"{save_dir.name}.yaml"
+    path.write_text(
+        f"weights: {weights}\nsave_dir: {save_dir}\nprecision: fp32\nnum_sample: 2\n"
+        "prompts: [a red circle moves left on a gray background, a blue square]\n"
+        f"sampling: {{num_frames: {frames}, height: {height}, width: {width}, num_steps: 4, guidance: 3.0, fps: 8}}\n"
+        "parallel: {zero: 3, mesh: {shard: 1, ulysses: -1}, timeout_s: 60}\n"
+    )
+    return load_config(SampleConfig, path)
+
+
+def sample_pixels(cfg: SampleConfig) -> Tensor:
+    runtime = start(60)
+    parts = prepare_models(cfg, find_source(cfg), runtime)
+    pixels = prepare_api(parts)(fit(cfg.sampling, parts), text=list(cfg.prompts), seed=[0, 5])
+    stop()
+    return pixels
+
+
+@pytest.mark.parametrize("size", [(9, 24, 40), (1, 40, 40)], ids=["clip", "still"])
+def test_any_number_of_processes_samples_the_same(trained: Path, tmp_path: Path, size: tuple[int, int, int]) -> None:
+    """45 and 25 image tokens over 1, 2 and 4 processes, from the run and from its export; fp32, at most one level."""
+    found = {}
+    for world, source in ((1, trained), (2, trained), (4, trained / "exported")):
+        cfg = sample_config(source, tmp_path / f"on{world}", size)
+        every = run_distributed(sample_pixels, world, cfg, timeout=100, init=False)
+        for pixels in every[1:]:
+            assert torch.equal(pixels, every[0])
+        found[world] = every[0]
+    assert found[1].shape == (2, 3, *size) and found[1].std() > 0.05
+    for world in (2, 4):
+        assert (found[world] - found[1]).abs().max() <= 2 / 255, world  # pixels are in [-1, 1]: one level is 2/255
+
+
+def sample_command(path: Path) -> int:
+    return sample_cli.main([str(path)])
+
+
+def test_the_command_writes_videos_prompts_and_a_sheet(trained: Path, tmp_path: Path) -> None:
+    """Two data-parallel processes share three clips and one seed each."""
+    sample_config(trained, tmp_path / "out", (5, 32, 32))
+    table = tmp_path / "prompts.csv"
+    table.write_text("text,name\na red circle,red\na blue square,\na green cross,\n")
+    path = tmp_path / "out.yaml"
+    replaced = ("prompts:", "num_sample:", "parallel:")
+    kept = [line for line in path.read_text().splitlines() if not line.startswith(replaced)]
+    path.write_text("\n".join([*kept, f"prompt_csv: {table}", "parallel: {zero: 2, timeout_s: 60}"]))
+    assert run_distributed(sample_command, 2, path, timeout=100, init=False) == [0, 0]
+    folder = tmp_path / "out/video_32x32"
+    names = {"red", "prompts_0001", "prompts_0002"}
+    assert {p.name for p in folder.iterdir()} == {"contact_sheet.png"} | {
+        f"{name}.{suffix}" for name in names for suffix in ("mp4", "txt")
+    }
+    assert (folder / "red.txt").read_text() == "a red circle\n"
