@@ -1,0 +1,203 @@
+"""The demo: the commands of the README one after the other, and a summary of what they made.
+
+Each step is a command that could be typed, and is printed as such. Only the standard library is used here.
+"""
+
+import argparse
+import csv
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCHRUN = ["bash", "launch/torchrun.sh"]
+RESUMABLE = 75  # exit code of a run that was stopped and has saved its state
+
+
+def main() -> None:
+    args = parse_arguments()
+    out: Path = args.out
+    if out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    demo = Demo(out)
+    if args.videos:
+        table, config, prompts = demo.index_videos(args.videos), "configs/train/demo_clips.yaml", None
+    else:
+        table, config, prompts = demo.render_shapes(), "configs/train/demo.yaml", out / "data" / "demo_prompts.csv"
+    overrides = [f"data.table={table}", f"output={out}", *args.overrides]
+    steps = args.steps or steps_of(config)
+    overrides.append(f"train.steps={steps}")
+
+    demo.say("Training on 2 processes: ZeRO 3, Ulysses 2, gradient checkpointing; stopped half-way by a signal")
+    demo.train_until(config, overrides, stop_at=steps // 2)
+    demo.say("Resuming on another layout: ZeRO 2, two data-parallel processes, no recomputation")
+    other = ["parallel.zero=2", "parallel.mesh.ulysses=1", "parallel.recompute.kind=none"]
+    demo.command([*TORCHRUN, "2", "scripts/diffusion/train.py", config, *overrides, *other])
+
+    demo.say("Sampling on 2 processes that share the tokens of every clip")
+    prompts = prompts or demo.prompts_of(table)
+    samples = out / "samples"
+    sample = ["scripts/diffusion/inference.py", "configs/sample/demo.yaml", f"weights={demo.run}"]
+    demo.command([*TORCHRUN, "2", *sample, f"prompt_csv={prompts}", f"save_dir={samples}"])
+    demo.command([sys.executable, "-m", "opensora.cli.plot", demo.run, "--out", out / "loss.png"])
+    demo.summarise(prompts, judged=not args.videos)
+
+
+class Demo:
+    """Runs commands in the checkout and remembers how long they took."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.run = out / "demo"
+        self.started = time.monotonic()
+        self.titles: list[tuple[float, str]] = []
+
+    def say(self, title: str) -> None:
+        self.titles.append((time.monotonic() - self.started, title))
+        print(f"\n== {title} ({self.clock()})", flush=True)
+
+    def clock(self) -> str:
+        seconds = round(time.monotonic() - self.started)
+        return f"{seconds // 60}:{seconds % 60:02d}"
+
+    def command(self, words: list[object]) -> None:
+        """Run to the end; a failure ends the demo with the command's own words."""
+        code = self.start(words).wait()
+        if code:
+            sys.exit(f"error: the command above ended with exit code {code}")
+
+    def start(self, words: list[object]) -> subprocess.Popen[bytes]:
+        line = [str(word) for word in words]
+        shown = ["python" if word == sys.executable else word for word in line]
+        print(f"$ {shlex.join(shown)}", flush=True)
+        return subprocess.Popen(line, cwd=ROOT, start_new_session=True)
+
+    def render_shapes(self) -> Path:
+        self.say("Rendering captioned clips and stills of moving shapes")
+        data = self.out / "data"
+        size = ["--clips", "1500", "--images", "300"]
+        self.command([sys.executable, "-m", "data_pipeline.shapes", "--out", data, *size])
+        choose_prompts(data / "prompts_train.csv", data / "prompts_heldout.csv", data / "demo_prompts.csv")
+        return data / "train.csv"
+
+    def index_videos(self, folder: Path) -> Path:
+        self.say(f"Indexing {folder}")
+        table = self.out / "data" / "clips.csv"
+        table.parent.mkdir(parents=True)
+        self.command([sys.executable, "-m", "data_pipeline.index", folder, "--out", table])
+        return table
+
+    def prompts_of(self, table: Path) -> Path:
+        """The first captions of the table, as a table of prompts."""
+        with table.open(newline="", encoding="utf-8") as file:
+            texts = list(dict.fromkeys(row["text"] for row in csv.DictReader(file)))[:6]
+        return write_rows(self.out / "data" / "demo_prompts.csv", [{"text": text} for text in texts])
+
+    def train_until(self, config: str, overrides: list[str], *, stop_at: int) -> None:
+        """Start training, send SIGTERM to the launcher once ``stop_at`` updates are reported, wait for the end."""
+        words = [*TORCHRUN, "2", "scripts/diffusion/train.py", config, *overrides]
+        process = self.start(words)
+        metrics = self.run / "metrics.jsonl"
+        while process.poll() is None and last_step(metrics) < stop_at:
+            time.sleep(0.2)
+        if process.poll() is None:
+            print(f"$ kill -TERM {process.pid}   # at step {last_step(metrics)}", flush=True)
+            process.send_signal(signal.SIGTERM)
+        code = process.wait()
+        saved = sorted((self.run / "checkpoints").glob("step-*"))
+        if code == 0 or not saved:
+            sys.exit(f"error: the interrupted training ended with exit code {code} and {len(saved)} checkpoints")
+        print(f"interrupted: exit code {code}, state saved in {saved[-1]}", flush=True)
+
+    def summarise(self, prompts: Path, *, judged: bool) -> None:
+        self.say("Summary")
+        verdict = ""
+        if judged:
+            words = [sys.executable, "-m", "data_pipeline.shapes.judge", self.videos(), "--table", prompts]
+            judge = [str(word) for word in words]
+            verdict = subprocess.run(judge, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        else:
+            verdict = "not judged: only the rendered shapes have a judge; look at the contact sheet\n"
+        records = read_records(self.run / "metrics.jsonl")
+        lines = [
+            f"loss            {records[0]['loss']:.3f} at step {records[0]['step']}, "
+            f"{records[-1]['loss']:.3f} at step {records[-1]['step']}",
+            f"peak memory     {max(r['mem/peak_gib'] for r in records):.2f} GiB in the largest process",
+            f"loss curve      {self.out / 'loss.png'}",
+            f"contact sheet   {self.videos() / 'contact_sheet.png'}",
+            *(f"video           {path}" for path in sorted(self.videos().glob("*.mp4"))),
+            f"run             {self.run} (config.yaml, metrics.jsonl, checkpoints/, exported/)",
+            *(f"{seconds:8.0f} s     {title}" for seconds, title in self.titles),
+            f"in all          {self.clock()} minutes",
+        ]
+        text = "\n".join([*lines, "", "What the samples show:", verdict])
+        (self.out / "summary.txt").write_text(text)
+        print(text)
+        print(f"This summary is {self.out / 'summary.txt'}")
+
+    def videos(self) -> Path:
+        return next((self.out / "samples").glob("video_*"))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="launch/demo.sh", description="Prepare, train, interrupt, resume, sample.")
+    parser.add_argument("--videos", type=Path, help="folder of clips with captions; default: rendered shapes")
+    parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder to write, emptied first")
+    parser.add_argument("--steps", type=int, help="optimizer updates; default: as in the configuration")
+    parser.add_argument("overrides", nargs="*", help="section.key=value for the training")
+    args = parser.parse_args()
+    args.out = args.out.resolve()
+    if args.videos:
+        args.videos = args.videos.resolve()
+        if not args.videos.is_dir():
+            parser.error(f"--videos {args.videos}: no such folder")
+    if args.out.exists() and not (args.out / "demo").exists() and any(args.out.iterdir()):
+        parser.error(f"--out {args.out}: holds something else than a demo; name another folder")
+    if args.steps is not None and args.steps < 20:
+        parser.error(f"--steps {args.steps}: allowed are integers >= 20")
+    return args
+
+
+def steps_of(config: str) -> int:
+    lines = (ROOT / config).read_text().splitlines()
+    return next(int(line.split("steps:")[1].split(",")[0].split("}")[0]) for line in lines if "steps:" in line)
+
+
+def choose_prompts(seen: Path, unseen: Path, out: Path) -> Path:
+    """Eight prompts of either kind, evenly spaced through the lists."""
+    rows = []
+    for path in (seen, unseen):
+        with path.open(newline="", encoding="utf-8") as file:
+            every = [row for row in csv.DictReader(file) if row.get("direction") != "still"]
+        rows += every[:: max(1, len(every) // 8)][:8]
+    return write_rows(out, [{**row, "name": f"{i:02d}"} for i, row in enumerate(rows)])
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def read_records(path: Path) -> list[dict[str, float]]:
+    if not path.is_file():
+        return []
+    complete = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [record for record in map(json.loads, complete) if "loss" in record]
+
+
+def last_step(path: Path) -> int:
+    records = read_records(path)
+    return int(records[-1]["step"]) if records else 0
+
+
+if __name__ == "__main__":
+    main()
