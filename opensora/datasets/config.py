@@ -34,6 +34,7 @@ class DataConfig:
     prefetch: int = 2  # micro-batches each worker prepares ahead
     worker_timeout_s: int = 300  # longest wait for a worker before the run fails
     decode_threads: int = 1  # per worker
+    cache_mib: int = 0  # decoded windows that each worker keeps, for data sets small enough to be read many times
 
     def __post_init__(self) -> None:
         names = [self.table] if isinstance(self.table, str) else self.table
@@ -42,11 +43,12 @@ class DataConfig:
         _check_choice("probability", self.probability, ("skip", "accept"))
         _check_choice("empty_rows", self.empty_rows, ("report", "error"))
         _check_choice("crop", self.crop, ("center", "random"))
-        for name, least in (("micro_batches", 1), ("workers", 0), ("prefetch", 1), ("worker_timeout_s", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: allowed are integers >= {least}")
-        if self.decode_threads < 1:
-            raise ValueError(f"decode_threads={self.decode_threads}: allowed are integers >= 1")
+        for name in ("micro_batches", "prefetch", "worker_timeout_s", "decode_threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: allowed are integers >= 1")
+        for name in ("workers", "cache_mib"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: allowed are integers >= 0")
         bucket_rows(self)
 
 

@@ -1,6 +1,7 @@
 """A micro-batch of the plan as pixels and prompts."""
 
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -51,6 +52,7 @@ class VideoDataset(Dataset[Batch | UserError]):
         self._plan = plan
         self._cfg = cfg
         self._seed = seed
+        self._cache = _FrameCache(cfg.cache_mib * 2**20)
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch | UserError:
         """The batch, or the error that the loader raises in the training process (where one line stays one line)."""
@@ -117,13 +119,17 @@ class VideoDataset(Dataset[Batch | UserError]):
         height, width = bucket.height, bucket.width
         interval = int(frame_interval(self._table.fps[sample_id : sample_id + 1])[0])
         key = {"seed": self._seed, "epoch": micro_batch.epoch, "sample_id": sample_id}
-        frames = read_frames(
-            self._table.path(sample_id),
-            window_start(int(self._table.num_frames[sample_id]), bucket.frames, interval, **key),
-            bucket.frames,
-            interval,
-            resize=lambda h, w: cover_size(h, w, height, width),
-            threads=self._cfg.decode_threads,
+        start = window_start(int(self._table.num_frames[sample_id]), bucket.frames, interval, **key)
+        frames = self._cache.get(
+            (sample_id, start, bucket.frames, height, width),
+            lambda: read_frames(
+                self._table.path(sample_id),
+                start,
+                bucket.frames,
+                interval,
+                resize=lambda h, w: cover_size(h, w, height, width),
+                threads=self._cfg.decode_threads,
+            ),
         )
         if self._cfg.crop == "random":
             top, left = random_crop_origin(frames.shape[1], frames.shape[2], height, width, **key)
@@ -136,3 +142,24 @@ class VideoDataset(Dataset[Batch | UserError]):
         if not self._cfg.prompt_suffix:
             return caption
         return with_suffix(caption, fps, float(self._table.motion_score[sample_id]))
+
+
+class _FrameCache:
+    """The most recently used windows, up to a number of bytes; what is read twice is the same either way."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held = 0
+        self._windows: OrderedDict[Hashable, np.ndarray] = OrderedDict()
+
+    def get(self, key: Hashable, read: Callable[[], np.ndarray]) -> np.ndarray:
+        if key in self._windows:
+            self._windows.move_to_end(key)
+            return self._windows[key]
+        window = read()
+        if window.nbytes <= self._limit:
+            self._windows[key] = window
+            self._held += window.nbytes
+            while self._held > self._limit:
+                self._held -= self._windows.popitem(last=False)[1].nbytes
+        return window

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from opensora.datasets import DataConfig
+from opensora.datasets import DataConfig, video
 from opensora.datasets.decode import read_frames
 from opensora.datasets.loader import build_loader
 from opensora.datasets.manifest import ClipTable, read_table
@@ -109,6 +109,36 @@ def test_workers_resume_and_ranks_change_nothing(clips: Path, crop: str) -> None
     for rank in range(3):
         for batch in load(table, range(8), rank=rank, degree=3, crop=crop):
             assert same(batch, by_ids[batch.epoch, batch.sample_ids])
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_a_cache_changes_nothing_but_the_reading(clips: Path, crop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = read_table(str(clips / "t.csv"))
+    reference = load(table, range(12), crop=crop)
+    opened: list[str] = []
+    real = video.read_frames
+    monkeypatch.setattr(video, "read_frames", lambda path, *a, **k: opened.append(path) or real(path, *a, **k))
+    large = load(table, range(12), crop=crop, cache_mib=64)
+    read_once = len(opened)
+    small = load(table, range(12), crop=crop)
+    assert all(map(same, large, reference)) and all(map(same, small, reference))
+    assert read_once < len(opened) - read_once  # epochs after the first read stills, and windows seen before, for free
+
+
+def test_the_cache_keeps_what_was_used_last_and_its_bound() -> None:
+    cache = video._FrameCache(2500)
+    window = np.zeros(1000, dtype=np.uint8)
+    reads: list[str] = []
+
+    def get(key: str, value: np.ndarray = window) -> None:
+        cache.get(key, lambda: reads.append(key) or value)  # type: ignore[func-returns-value]
+
+    for key in ("a", "b", "a", "c", "a", "b"):
+        get(key)
+    assert reads == ["a", "b", "c", "b"]
+    get("too large", np.zeros(3000, dtype=np.uint8))
+    get("b")
+    assert reads == ["a", "b", "c", "b", "too large"]
 
 
 def test_windows_differ_between_epochs_and_stay_inside() -> None:
