@@ -61,6 +61,7 @@ def one_step(run: Run, clock: Clock) -> None:
     """The body of opensora/train/loop.py with a clock around every line."""
     step = run.step
     run.engine.set_lr(run.lr_at(step))
+    elements = run.data.global_elements(step)
     batches = run.data.microbatches(step)
     while True:
         item = clock.measure("data", lambda: next(batches, None))
@@ -68,7 +69,6 @@ def one_step(run: Run, clock: Clock) -> None:
             break
         batch, is_last = item
         tokens = clock.measure("prepare", lambda batch=batch: run.prepare(batch, step))
-        elements = run.data.global_elements(step)
         share = clock.measure("forward", lambda tokens=tokens: loss_share(run.engine.model, tokens, elements))
         clock.measure("backward", lambda share=share, last=is_last: run.engine.backward(share, last_microbatch=last))
     clock.measure("optimizer", lambda: run.engine.step(step))

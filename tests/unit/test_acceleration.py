@@ -1,0 +1,169 @@
+"""The parts of acceleration that need no second process."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from acceleration import plan, recompute
+from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, RecomputeConfig
+from acceleration.ema import EMA
+from acceleration.mesh import Axis, resolve
+from acceleration.optim import ema_decay_at, lr_at
+from acceleration.runtime import first_host, ranks_from_environment, rendezvous_from_environment
+from acceleration.sequence import SequenceParallel
+from opensora.utils.weights import INDEX, read_weights, write_weights
+from tests.dist.toy import Toy
+
+
+@pytest.mark.parametrize(
+    ("mesh", "world", "wanted"),
+    [
+        ({}, 1, (1, 1, 1)),
+        ({}, 6, (1, 6, 1)),
+        ({"ulysses": 2}, 6, (1, 3, 2)),
+        ({"replicate": 2, "ulysses": 2}, 8, (2, 2, 2)),
+        ({"shard": 1, "ulysses": -1}, 4, (1, 1, 4)),
+    ],
+)
+def test_degrees_fill_the_world(mesh: dict[str, int], world: int, wanted: tuple[int, int, int]) -> None:
+    assert tuple(resolve(MeshConfig(**mesh), world).values()) == wanted
+
+
+@pytest.mark.parametrize(
+    ("mesh", "world", "remedy"),
+    [
+        ({"ulysses": 2}, 3, "start a multiple of 2"),
+        ({"shard": 2, "ulysses": 2}, 8, "start 4, or change the degrees"),
+        ({"replicate": 4}, 1, "start a multiple of 4"),
+    ],
+)
+def test_a_layout_that_does_not_fit_says_what_would(mesh: dict[str, int], world: int, remedy: str) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        resolve(MeshConfig(**mesh), world)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: MeshConfig(replicate=0),
+        lambda: MeshConfig(shard=-1, ulysses=-1),
+        lambda: MeshConfig(ulysses=0),
+        lambda: RecomputeConfig(kind="first"),
+        lambda: RecomputeConfig(blocks=-1),
+        lambda: ParallelConfig(timeout_s=0),
+        lambda: OptimConfig(lr=-1.0),
+        lambda: OptimConfig(ema_decay=1.0),
+        lambda: OptimConfig(betas=(0.9, 1.0)),
+        lambda: OptimConfig(lr=1e-4, min_lr=1e-3),
+    ],
+)
+def test_configuration_checks_itself(wrong) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match="="):
+        wrong()
+
+
+def test_ranks_come_from_the_launcher() -> None:
+    slurm = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "77"}
+    torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    ranks = ranks_from_environment(slurm)
+    assert (ranks.rank, ranks.world_size, ranks.local_rank, ranks.launcher) == (5, 8, 1, "slurm")
+    assert ranks_from_environment({**slurm, **torchrun}).launcher == "torchrun"  # torchrun inside a SLURM job
+    batch_script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "77"}
+    assert ranks_from_environment(batch_script).world_size == 1
+    assert ranks_from_environment({}).launcher == "none"
+
+
+def test_slurm_ranks_meet_at_the_first_host_on_a_port_of_the_attempt() -> None:
+    env = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "77", "SLURM_STEP_NODELIST": "n[2-3]"}
+    ranks = ranks_from_environment(env)
+    host, port = rendezvous_from_environment(ranks, env)
+    assert host == "n2" and 15000 <= port < 30000
+    assert rendezvous_from_environment(ranks, {**env, "SLURM_RESTART_COUNT": "1"})[1] != port
+    assert rendezvous_from_environment(ranks, {**env, "SLURM_JOB_ID": "78"})[1] != port
+    assert rendezvous_from_environment(ranks, {**env, "MASTER_ADDR": "h", "MASTER_PORT": "9"}) == ("h", 9)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [("n1", "n1"), ("n[3-5,9],m1", "n3"), ("gpu-[007,009]", "gpu-007"), ("a,b", "a"), ("r[1-2]x", "r1x")],
+)
+def test_first_host(nodes: str, host: str) -> None:
+    assert first_host(nodes) == host
+
+
+def test_learning_rate_is_a_function_of_the_step() -> None:
+    cfg = OptimConfig(lr=1.0, warmup_steps=4, schedule="cosine", min_lr=0.1)
+    assert [lr_at(step, cfg, 14) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert lr_at(4, cfg, 14) == pytest.approx(1.0)
+    assert lr_at(9, cfg, 14) == pytest.approx(0.55)
+    assert lr_at(14, cfg, 14) == pytest.approx(0.1)
+    assert lr_at(100, OptimConfig(lr=0.3), 14) == 0.3
+
+
+def test_ema_follows_its_decay() -> None:
+    assert ema_decay_at(0, OptimConfig(ema_decay=0.99)) == pytest.approx(0.1)
+    assert ema_decay_at(10**6, OptimConfig(ema_decay=0.99)) == 0.99
+    assert ema_decay_at(0, OptimConfig(ema_decay=0.99, ema_warmup=False)) == 0.99
+    model = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+        ema = EMA(model.named_parameters())
+        model.weight.fill_(3.0)
+    ema.update(model.named_parameters(), 0.75)
+    assert ema.shadow["weight"].tolist() == [[1.5, 1.5]]
+
+
+def test_slots_are_found_by_pattern() -> None:
+    model = Toy(depth=2)
+    found = [(parent, attribute) for parent, attribute, _ in plan.slots(model, ("blocks.*.core",))]
+    assert found == [(block, "core") for block in model.blocks]
+    with pytest.raises(ValueError, match=r"'blocks.\*.missing' matches no module"):
+        list(plan.slots(model, ("blocks.*.missing",)))
+    assert list(plan.slots(Toy(depth=0), ("blocks.*.core",))) == []
+
+
+RECOMPUTED = [("none", 0, 0), ("full", 0, 3), ("first", 2, 2), ("first", 9, 3)]
+
+
+@pytest.mark.parametrize(("kind", "blocks", "wanted"), RECOMPUTED)
+def test_recomputation_runs_the_chosen_blocks_twice(kind, blocks: int, wanted: int) -> None:  # type: ignore[no-untyped-def]
+    model = Toy(depth=3)
+    calls: list[int] = []
+    for block in model.blocks:
+        block.core.register_forward_hook(lambda *args: calls.append(1))
+    recompute.apply(model, RecomputeConfig(kind=kind, blocks=blocks))
+    model(torch.randn(1, 4, 5), torch.randn(1, 3)).sum().backward()
+    assert len(calls) == 3 + wanted
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3, 4])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 7, 12])
+def test_parts_cover_the_sequence(degree: int, tokens: int) -> None:
+    x = torch.arange(tokens)[None]
+    for last in (False, True):
+        ranks = [SequenceParallel(Axis("ulysses", degree, rank, None)) for rank in range(degree)]
+        parts = [rank.shard(x, surplus_last=last) for rank in ranks]
+        assert torch.equal(torch.cat(parts, dim=1), x)
+        assert max(p.shape[1] for p in parts) - min(p.shape[1] for p in parts) <= 1
+
+
+def test_text_and_image_surplus_go_to_different_processes() -> None:
+    context = SequenceParallel(Axis("ulysses", 2, 0, None)).context(txt_tokens=5, img_tokens=9)
+    assert context is not None and context.lengths == (7, 7)
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 100])
+def test_weights_are_read_back_one_by_one(tmp_path: Path, shard_bytes: int) -> None:
+    weights = {f"w{i}": torch.randn(4, 5) for i in range(5)}  # 80 bytes each
+    write_weights(tmp_path, weights.items(), {"format": "pt"}, write=True, shard_bytes=shard_bytes)
+    reader = read_weights(tmp_path)
+    assert set(reader) == set(weights)
+    assert all(torch.equal(reader[name], weights[name]) for name in weights)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == (1 if shard_bytes == 10**9 else 5) and (tmp_path / INDEX).exists() == (len(files) > 1)
+    assert sum(len(load_file(file)) for file in files) == 5
+    with pytest.raises(FileNotFoundError, match="neither"):
+        read_weights(tmp_path / "none")
