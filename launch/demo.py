@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = ["bash", "launch/torchrun.sh"]
-RESUMABLE = 75  # exit code of a run that was stopped and has saved its state
+MARK = ".demo"  # in a folder that this program may empty
 
 
 def main() -> None:
@@ -25,6 +25,7 @@ def main() -> None:
     if out.exists():
         shutil.rmtree(out)
     out.mkdir(parents=True)
+    (out / MARK).touch()
     demo = Demo(out)
     if args.videos:
         table, config, prompts = demo.index_videos(args.videos), "configs/train/demo_clips.yaml", None
@@ -157,10 +158,10 @@ def parse_arguments() -> argparse.Namespace:
         args.videos = args.videos.resolve()
         if not args.videos.is_dir():
             parser.error(f"--videos {args.videos}: no such folder")
-    if args.out.exists() and not (args.out / "demo").exists() and any(args.out.iterdir()):
+    if args.out.exists() and not (args.out / MARK).exists() and any(args.out.iterdir()):
         parser.error(f"--out {args.out}: holds something else than a demo; name another folder")
-    if args.steps is not None and args.steps < 20:
-        parser.error(f"--steps {args.steps}: allowed are integers >= 20")
+    if args.steps is not None and args.steps < 40:
+        parser.error(f"--steps {args.steps}: allowed are integers >= 40")
     return args
 
 
