@@ -12,7 +12,9 @@ from acceleration.config import OptimConfig
 def build_optimizer(parameters: Iterable[nn.Parameter], cfg: OptimConfig) -> torch.optim.Optimizer:
     """One parameter group; the engine sets the learning rate before every step."""
     if cfg.kind == "adamw":
-        return torch.optim.AdamW(parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay)
+        return torch.optim.AdamW(
+            parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True
+        )
     return torch.optim.SGD(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
 
 

@@ -31,7 +31,8 @@ def write_video(
     with av.open(str(target), "w", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-        stream.options = {"crf": str(crf), "preset": "medium"}
+        # Without mbtree=0 libx264 now and then writes other bytes for the same frames.
+        stream.options = {"crf": str(crf), "preset": "medium", "x264-params": "mbtree=0"}
         for pixels in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU601)))

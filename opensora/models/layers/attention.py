@@ -6,6 +6,7 @@ whatever spreads tokens over processes replaces this module and nothing else.
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -28,7 +29,12 @@ class SDPACore(nn.Module):
         if key_mask is not None:
             any_key = key_mask.any(dim=1)[:, None]  # (B, 1)
             mask = (key_mask | ~any_key)[:, None, None, :]  # (B, 1, 1, S)
+        dtype = v_BLHD.dtype
+        if v_BLHD.device.type == "cpu" and dtype == torch.bfloat16:
+            # torch's CPU kernel for bf16 takes ten times as long in backward as the one for fp32.
+            q_BLHD, k_BLHD, v_BLHD = q_BLHD.float(), k_BLHD.float(), v_BLHD.float()
         o_BLHD = scaled_dot_product_attention(
             q_BLHD.transpose(1, 2), k_BLHD.transpose(1, 2), v_BLHD.transpose(1, 2), attn_mask=mask
-        ).transpose(1, 2)
+        )
+        o_BLHD = o_BLHD.transpose(1, 2).to(dtype)
         return o_BLHD if any_key is None else o_BLHD.masked_fill(~any_key[:, :, None, None], 0.0)

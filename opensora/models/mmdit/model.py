@@ -196,23 +196,20 @@ class MMDiT(nn.Module):
         """Fill ``tensor``, the full value of the parameter called ``name``, in place.
 
         Norm scales are one; biases zero; modulations, ``cond_in`` and the last layer zero, so that every block
-        starts as the identity and references start without effect; the embedders of time, pooled prompt and guidance
-        normal with 0.02; every other matrix uniform with variance 1/fan_in, which is Xavier's for square
-        ones and, unlike Xavier's, the same for fused and unfused projections. Draws are made on the CPU in fp32,
-        so that devices and dtypes agree. The generator must be a CPU one.
+        starts as the identity and references start without effect; every other matrix uniform with variance
+        1/fan_in, which is Xavier's for square ones and, unlike Xavier's, the same for fused and unfused projections
+        and right for embedders of any width (the usual 0.02 for those is 1/sqrt(fan_in) of a wide model, and makes
+        a narrow one deaf to time and prompt). Draws are made on the CPU in fp32, so that devices and dtypes agree.
+        The generator must be a CPU one.
         """
         if name.endswith(".scale"):
             tensor.fill_(1.0)
         elif name.endswith(".bias") or _starts_at_zero(name):
             tensor.zero_()
         else:
+            bound = math.sqrt(3.0 / tensor.shape[1])
             draw = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
-            if name.startswith(("time_in.", "vector_in.", "guidance_in.")):
-                draw.normal_(std=0.02, generator=generator)
-            else:
-                bound = math.sqrt(3.0 / tensor.shape[1])
-                draw.uniform_(-bound, bound, generator=generator)
-            tensor.copy_(draw)
+            tensor.copy_(draw.uniform_(-bound, bound, generator=generator))
 
 
 def _starts_at_zero(name: str) -> bool:
