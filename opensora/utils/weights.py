@@ -1,90 +1,72 @@
-"""Weights as safetensors: what inference and other tools read."""
+"""Weights to safetensors files: one file, or numbered shards with an index, each whole or absent."""
 
 import json
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SHARD_BYTES = 5 * 10**9
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """One safetensors file, written aside and renamed. Folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata=dict(metadata))
+    os.replace(aside, path)
+    return path
 
 
 def write_weights(
     folder: Path,
     weights: Iterable[tuple[str, Tensor]],
-    metadata: dict[str, str],
+    metadata: Mapping[str, str],
     *,
-    write: bool,
-    shard_bytes: int = 5 * 10**9,
-) -> None:
-    """Write weights as ``model.safetensors``, or as numbered shards with an index where they exceed ``shard_bytes``.
+    write: bool = True,
+    shard_bytes: int = SHARD_BYTES,
+) -> list[Path]:
+    """Write weights as ``model.safetensors``, or as shards with an index where they exceed ``shard_bytes``.
 
-    ``weights`` may be a collective iterator: every process walks it, those with ``write`` keep and write; never more
-    than one shard is held in memory.
+    Args:
+        weights: (name, full tensor); may be a collective iterator, which every process has to walk. Never more than
+            one shard is held in memory.
+        write: False on the processes that only walk.
+
+    Returns:
+        The files written; weights that were in the folder before are gone.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    shards: list[Path] = []
-    where: dict[str, int] = {}
+    parts: list[Path] = []
+    part_of: dict[str, int] = {}
     held: dict[str, Tensor] = {}
-    held_bytes = total_bytes = 0
+    total = 0
 
-    def flush() -> None:
-        shards.append(folder / f"part-{len(shards):05d}.safetensors")
-        save_file(held, shards[-1], metadata=metadata)
+    def put_aside() -> None:
+        parts.append(write_file(folder / f".part-{len(parts):05d}", held, metadata))
         held.clear()
 
     for name, weight in weights:
         if not write:
             continue
-        size = weight.numel() * weight.element_size()
-        if held and held_bytes + size > shard_bytes:
-            flush()
-            held_bytes = 0
-        held[name] = weight.contiguous()
-        where[name] = len(shards)
-        held_bytes += size
-        total_bytes += size
+        if held and sum(tensor.nbytes for tensor in held.values()) + weight.nbytes > shard_bytes:
+            put_aside()
+        held[name] = weight
+        part_of[name] = len(parts)
+        total += weight.nbytes
     if not write:
-        return
-    flush()
-    if len(shards) == 1:
-        shards[0].replace(folder / SINGLE)
-        return
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for path, name in zip(shards, names, strict=True):
-        path.replace(folder / name)
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": {name: names[i] for name, i in where.items()}}
+        return []
+    put_aside()
+
+    for old in (*folder.glob("model*.safetensors"), folder / INDEX):
+        old.unlink(missing_ok=True)
+    if len(parts) == 1:
+        return [parts[0].replace(folder / SINGLE)]
+    names = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
+    files = [part.replace(folder / name) for part, name in zip(parts, names, strict=True)]
+    index = {"metadata": {**metadata, "total_size": total}, "weight_map": {n: names[i] for n, i in part_of.items()}}
     (folder / INDEX).write_text(json.dumps(index, indent=1))
-
-
-def read_weights(folder: Path) -> "WeightReader":
-    """Open what ``write_weights`` wrote, reading tensors one by one.
-
-    Raises:
-        FileNotFoundError: no weights in ``folder``.
-    """
-    return WeightReader(folder)
-
-
-class WeightReader:
-    """Weights by name, read when asked for, so that a process never holds more than one."""
-
-    def __init__(self, folder: Path) -> None:
-        if (folder / INDEX).exists():
-            self._file_of = json.loads((folder / INDEX).read_text())["weight_map"]
-        elif (folder / SINGLE).exists():
-            with safe_open(folder / SINGLE, framework="pt") as file:
-                self._file_of = dict.fromkeys(file.keys(), SINGLE)
-        else:
-            raise FileNotFoundError(f"{folder}: neither {SINGLE} nor {INDEX} is there")
-        self._folder = folder
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._folder / self._file_of[name], framework="pt") as file:
-            return file.get_tensor(name)
+    return [*files, folder / INDEX]

@@ -16,9 +16,9 @@ from opensora.cli import sample as sample_cli
 from opensora.config import RunConfig, SampleConfig, load_config
 from opensora.inference.load import find_source
 from opensora.inference.pipeline import fit, prepare_api, prepare_models
+from opensora.models.mmdit.convert import read_state_dict
 from opensora.train.loop import train
 from opensora.train.setup import start_run
-from opensora.utils.weights import read_weights
 from tests.dist.harness import run_distributed
 
 Consumed = list[tuple[int, tuple[int, ...]]]  # (step, sample ids) of every weighted micro-batch
@@ -53,8 +53,7 @@ def train_on(world: int, config: Path, overrides: list[str], kill_at: int | None
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    reader = read_weights(folder / "exported")
-    return {name: reader[name] for name in reader}
+    return read_state_dict(folder / "exported")[0]
 
 
 def output(tmp_path: Path, name: str) -> tuple[list[str], Path]:

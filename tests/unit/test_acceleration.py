@@ -14,7 +14,7 @@ from acceleration.mesh import Axis, resolve
 from acceleration.optim import ema_decay_at, lr_at
 from acceleration.runtime import first_host, ranks_from_environment, rendezvous_from_environment
 from acceleration.sequence import SequenceParallel
-from opensora.utils.weights import INDEX, read_weights, write_weights
+from opensora.utils.weights import INDEX, write_weights
 from tests.dist.toy import Toy
 
 
@@ -155,15 +155,14 @@ def test_text_and_image_surplus_go_to_different_processes() -> None:
     assert context is not None and context.lengths == (7, 7)
 
 
-@pytest.mark.parametrize("shard_bytes", [10**9, 100])
-def test_weights_are_read_back_one_by_one(tmp_path: Path, shard_bytes: int) -> None:
+def test_weights_are_written_in_one_file_or_in_shards(tmp_path: Path) -> None:
     weights = {f"w{i}": torch.randn(4, 5) for i in range(5)}  # 80 bytes each
-    write_weights(tmp_path, weights.items(), {"format": "pt"}, write=True, shard_bytes=shard_bytes)
-    reader = read_weights(tmp_path)
-    assert set(reader) == set(weights)
-    assert all(torch.equal(reader[name], weights[name]) for name in weights)
-    files = sorted(tmp_path.glob("*.safetensors"))
-    assert len(files) == (1 if shard_bytes == 10**9 else 5) and (tmp_path / INDEX).exists() == (len(files) > 1)
-    assert sum(len(load_file(file)) for file in files) == 5
-    with pytest.raises(FileNotFoundError, match="neither"):
-        read_weights(tmp_path / "none")
+    for shard_bytes, count in ((200, 3), (10**9, 1), (10, 5)):  # each time what was there before is replaced
+        files = write_weights(tmp_path, weights.items(), {"format": "pt"}, shard_bytes=shard_bytes)
+        assert sorted(tmp_path.iterdir()) == sorted(files)
+        shards = [load_file(file) for file in files if file.suffix == ".safetensors"]
+        assert len(shards) == count and ((tmp_path / INDEX) in files) == (count > 1)
+        found = {name: tensor for shard in shards for name, tensor in shard.items()}
+        assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
+    assert write_weights(tmp_path / "other", weights.items(), {}, write=False) == []
+    assert not (tmp_path / "other").exists()

@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 
 from opensora.models.mmdit.convert import (
     FLUX,
-    INDEX_NAME,
     LAYOUTS,
     OPEN_SORA_2,
     WeightLayout,
@@ -22,6 +21,7 @@ from opensora.models.mmdit.convert import (
 )
 from opensora.models.mmdit.model import MMDiT, MMDiTConfig
 from opensora.utils.errors import UserError
+from opensora.utils.weights import INDEX
 from tests.unit.test_mmdit import DEBUG, inputs, random_model
 
 ALL = [WeightLayout(fused_qkv=fused, rope_layout=rope) for fused in (True, False) for rope in ("interleaved", "half")]
@@ -89,8 +89,8 @@ def test_files_state_their_layout_and_load_into_any_model(tmp_path: Path, to: We
 def test_shards_with_an_index(tmp_path: Path) -> None:
     state = dict(random_model(DEBUG).state_dict())
     files = save_state_dict(state, tmp_path, source=FLUX, shard_bytes=400_000)
-    assert len(files) > 3 and files[-1].name == INDEX_NAME
-    for path in (tmp_path, tmp_path / INDEX_NAME):
+    assert len(files) > 3 and files[-1].name == INDEX
+    for path in (tmp_path, tmp_path / INDEX):
         read, layout = read_state_dict(path)
         assert layout == FLUX and same(read, state)
     files[1].unlink()
@@ -149,7 +149,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     broken.write_bytes(b"not a tensor in sight")
     with pytest.raises(UserError, match="cannot be read as safetensors"):
         read_state_dict(broken)
-    index = tmp_path / INDEX_NAME
+    index = tmp_path / INDEX
     index.write_text(json.dumps({"metadata": {}}))
     with pytest.raises(UserError, match="weight_map"):
         read_state_dict(tmp_path)

@@ -21,15 +21,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from opensora.models.layers.rope import RopeLayout
 from opensora.utils.errors import UserError
+from opensora.utils.weights import SHARD_BYTES, write_file, write_weights
 
 StateDict = dict[str, Tensor]
-INDEX_NAME = "model.safetensors.index.json"
-SHARD_BYTES = 5 * 2**30
 _SHOWN = 4  # names in an error before "..."
 
 
@@ -191,12 +189,10 @@ def save_state_dict(
     """
     to, target = to or source, Path(path)
     stated = {**(metadata or {}), **to.metadata()}
-    tensors = {name: tensor.contiguous() for name, tensor in convert_state_dict(state, to=to, source=source).items()}
+    tensors = convert_state_dict(state, to=to, source=source)
     if target.suffix == ".safetensors":
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return [_write(tensors, target, stated)]
-    target.mkdir(parents=True, exist_ok=True)
-    return _write_shards(tensors, target, stated, shard_bytes)
+        return [write_file(target, tensors, stated)]
+    return write_weights(target, tensors.items(), stated, shard_bytes=shard_bytes)
 
 
 def flux_to_diffusers(state: Mapping[str, Tensor]) -> StateDict:
@@ -354,28 +350,3 @@ def _indexed_files(index: Path) -> list[Path]:
     if absent:
         raise UserError(f"{index}: names files that are not beside it ({_some(absent)}): fetch them too")
     return [index.parent / name for name in names]
-
-
-def _write(tensors: StateDict, target: Path, metadata: dict[str, str]) -> Path:
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    save_file(tensors, aside, metadata=metadata)
-    os.replace(aside, target)
-    return target
-
-
-def _write_shards(tensors: StateDict, folder: Path, metadata: dict[str, str], shard_bytes: int) -> list[Path]:
-    shards: list[StateDict] = [{}]
-    for name, tensor in tensors.items():
-        filled = sum(held.nbytes for held in shards[-1].values())
-        if shards[-1] and filled + tensor.nbytes > shard_bytes:
-            shards.append({})
-        shards[-1][name] = tensor
-    files = [folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    for shard, file in zip(shards, files, strict=True):
-        _write(shard, file, metadata)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    weight_map = {name: file.name for shard, file in zip(shards, files, strict=True) for name in shard}
-    aside = folder / f".{INDEX_NAME}.{os.getpid()}"
-    aside.write_text(json.dumps({"metadata": {**metadata, "total_size": total}, "weight_map": weight_map}, indent=1))
-    os.replace(aside, folder / INDEX_NAME)
-    return [*files, folder / INDEX_NAME]
