@@ -102,6 +102,7 @@ def start(timeout_s: int) -> Runtime:
         rank=ranks.rank,
         world_size=ranks.world_size,
         timeout=timedelta(seconds=timeout_s),
+        device_id=device if device.type == "cuda" else None,  # nccl must not guess it from the rank
     )
     return Runtime(ranks.rank, ranks.world_size, ranks.local_rank, device)
 

@@ -53,11 +53,14 @@ class FakeText:
 
     context_dim = vec_dim = 12
 
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = device
+
     def encode(self, prompts: list[str]) -> TextFeatures:
         txt = torch.stack([torch.randn(TEXT_TOKENS, 12, generator=torch_generator("txt", p)) for p in prompts])
         vec = torch.stack([torch.randn(12, generator=torch_generator("vec", p)) for p in prompts])
         mask = torch.stack([torch.arange(TEXT_TOKENS) <= len(p) % TEXT_TOKENS for p in prompts])
-        return TextFeatures(txt=txt, y_vec=vec, mask=mask)
+        return TextFeatures(txt=txt.to(self.device), y_vec=vec.to(self.device), mask=mask.to(self.device))
 
 
 def batches(step: int) -> list[FakeBatch]:

@@ -40,17 +40,17 @@ def fill(name: str, tensor: Tensor) -> None:
     tensor.copy_(torch.randn(tensor.shape, generator=torch_generator("weights", name), dtype=torch.float64) * 0.15)
 
 
-def preparation(axis: Axis) -> Preparation:
+def preparation(axis: Axis, device: torch.device | str = "cpu") -> Preparation:
     return Preparation(
         autoencoder=PassThrough(),
-        text_encoder=FakeText(),
+        text_encoder=FakeText(device),
         flow=RectifiedFlowConfig(),
         patch=MODEL.patch_size,
         cond_embed=MODEL.cond_embed,
         guidance_embed=MODEL.guidance_embed,
         sequence=SequenceParallel(axis),
         seed=7,
-        device=torch.device("cpu"),
+        device=torch.device(device),
     )
 
 

@@ -1,0 +1,70 @@
+"""On a CUDA device the same code computes what it computes on the CPU. Needs no omegaconf, PyAV or diffusers."""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from acceleration import mesh as meshes
+from acceleration import runtime as runtimes
+from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
+from acceleration.engines import build_engine
+from acceleration.parallelize import parallelize
+from opensora.models import build_model
+from opensora.train.step import loss_share
+from tests.dist.problem import MODEL, batches, elements
+from tests.dist.test_parity import fill, on_one_process, preparation, relative
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group():  # type: ignore[no-untyped-def]
+    """A group of one over nccl, as a plain ``python scripts/diffusion/train.py`` starts it."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    yield runtimes.start(60)
+    runtimes.stop()
+
+
+def gradients_on_cuda(precision: PrecisionConfig, zero: int, recompute: str) -> tuple[float, dict[str, Tensor]]:
+    device = torch.device("cuda", 0)
+    cfg = ParallelConfig(
+        zero=zero,  # type: ignore[arg-type]
+        mesh=MeshConfig(),
+        recompute=RecomputeConfig(kind=recompute),  # type: ignore[arg-type]
+        precision=precision,
+    )
+    mesh = meshes.build(cfg.mesh, 1, device)
+    with torch.device("meta"):
+        model = build_model(MODEL)
+    parallelize(model, cfg, mesh, device, fill)
+    engine = build_engine(model, cfg, OptimConfig(kind="sgd", lr=0.1))
+    prepare = preparation(mesh["ulysses"], device)
+    every = batches(0)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for index, batch in enumerate(every):
+        share = loss_share(engine.model, prepare(batch, 0), elements(0))  # type: ignore[arg-type]
+        engine.backward(share, last_microbatch=index == len(every) - 1)
+        total += share.detach()
+    named = engine.model.named_parameters()
+    return total.item(), {name: p.grad.full_tensor().double().cpu() for name, p in named if p.grad is not None}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp64", 1e-10), ("fp32", 1e-4)])
+def test_gradients_equal_the_cpu(zero: int, recompute: str, dtype: str, tolerance: float) -> None:
+    same = PrecisionConfig(compute=dtype, reduce=dtype, master=dtype)  # type: ignore[arg-type]
+    (true_loss, _, truth), *_ = on_one_process()[0]
+    loss, found = gradients_on_cuda(same, zero, recompute)
+    assert relative(loss, true_loss) <= tolerance
+    assert max(relative(found[name], truth[name]) for name in truth if name != "cond_in.weight") <= tolerance
+
+
+def test_bf16_is_close() -> None:
+    (true_loss, _, _), *_ = on_one_process()[0]
+    loss, found = gradients_on_cuda(PrecisionConfig(), zero=3, recompute="full")
+    assert relative(loss, true_loss) <= 2e-2
+    assert all(torch.isfinite(gradient).all() for gradient in found.values())
