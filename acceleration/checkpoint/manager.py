@@ -93,15 +93,18 @@ class CheckpointManager:
         keys = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         return any(key.startswith(f"{section}.") for key in keys)
 
-    def load(self, path: Path, state: dict[str, Any]) -> dict[str, Any]:
-        """Fill the tensors of ``state`` in place from ``path`` and return the manifest.
+    def manifest(self, path: Path) -> dict[str, Any]:
+        """What ``save`` was told of this checkpoint, with its step."""
+        manifest = storage.read_manifest(path)
+        assert manifest is not None, path
+        return manifest
+
+    def load(self, path: Path, state: dict[str, Any]) -> None:
+        """Fill the tensors of ``state`` in place from ``path``.
 
         Keys of the checkpoint that ``state`` does not name are left alone; a key that the checkpoint lacks raises.
         """
-        manifest = storage.read_manifest(path)
-        assert manifest is not None, path
         dcp.load(state, storage_reader=dcp.FileSystemReader(path), process_group=self.group)
-        return manifest
 
     def _asked_of_main(self, question: Callable[[Path], Any], path: Path) -> Any:
         answer: Any = None

@@ -32,6 +32,7 @@ from opensora.models.text import build_text_encoder
 from opensora.models.vae import autoencoder_shape, build_autoencoder
 from opensora.train.data import StepData
 from opensora.train.metrics import Metrics
+from opensora.train.resume import check_fresh, checkpoint_info, resume
 from opensora.train.step import Preparation
 from opensora.utils.errors import UserError
 from opensora.utils.logging import MetricsLogger, announce
@@ -70,8 +71,7 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of the state after ``step`` updates. Collective."""
-        info = {"config_hash": config.config_hash(self.cfg), "world_size": self.runtime.world_size}
-        path = self.checkpoints.save(self.step, self.engine.state_dict(), info)
+        path = self.checkpoints.save(self.step, self.engine.state_dict(), checkpoint_info(self.cfg, self.runtime))
         announce(f"step {self.step}: saved {path}")
 
     def export(self) -> None:
@@ -81,7 +81,7 @@ class Run:
         metadata = weight_layout(self.cfg.model).metadata() | {"step": str(self.step), "weights": which}
         write_weights(folder, self.engine.full_weights(which), metadata, write=self.runtime.is_main)
         if self.runtime.is_main:
-            config.save(self.cfg, folder / "config.yaml")
+            config.save(self.cfg, folder / config.SAVED_NAME)
         announce(f"exported {which} weights of step {self.step} to {folder}")
 
     def __enter__(self) -> "Run":
@@ -123,6 +123,7 @@ def check(cfg: RunConfig, world_size: int) -> tuple[ClipTable, BatchPlan]:
                 latent_grid(int(frames), shape.stride[1], shape.stride[2], shape)
             except ValueError as error:
                 raise UserError(f"data.buckets.{resolution}.{frames}: {error}") from None
+    check_fresh(cfg)
     for key in ("init_from", "resume"):
         path = getattr(cfg.train, key)
         if path not in (None, "auto", "none") and not Path(path).exists():
@@ -141,10 +142,7 @@ def build_run(cfg: RunConfig, table: ClipTable, plan: BatchPlan, runtime: Runtim
     folder = cfg.folder
     stop = StopRequest()
     mesh = meshes.build(cfg.parallel.mesh, runtime.world_size, runtime.device)
-    if runtime.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        config.save(cfg, folder / "config.yaml")
-        announce(f"{config.to_yaml(cfg)}\n{plan.report()}\n{layout(cfg, mesh)}")
+    announce(f"{config.to_yaml(cfg)}\n{plan.report()}\n{layout(cfg, mesh)}")
 
     with torch.device("meta"):
         model = build_model(cfg.model)
@@ -152,6 +150,8 @@ def build_run(cfg: RunConfig, table: ClipTable, plan: BatchPlan, runtime: Runtim
     engine = build_engine(model, cfg.parallel, cfg.optim)
     checkpoints = CheckpointManager(folder / "checkpoints", cfg.train.checkpoint_keep)
     step = resume(cfg, engine, checkpoints)
+    if runtime.is_main:
+        config.save(cfg, folder / config.SAVED_NAME)
 
     shape = autoencoder_shape(cfg.vae)
     data = StepData(
@@ -226,27 +226,6 @@ def open_logger(cfg: RunConfig, step: int) -> MetricsLogger:
     if step:
         logger.note("resumed", step)
     return logger
-
-
-def resume(cfg: RunConfig, engine: Engine, checkpoints: CheckpointManager) -> int:
-    """Load the checkpoint that ``train.resume`` names, and return how many updates it has. Collective.
-
-    Raises:
-        UserError: none of the run's checkpoints is complete, or the named one is not.
-    """
-    if cfg.train.resume == "none":
-        return 0
-    try:
-        path = checkpoints.latest() if cfg.train.resume == "auto" else checkpoints.named(Path(cfg.train.resume))
-    except ValueError as error:
-        raise UserError(f"train.resume={cfg.train.resume}: {error}") from None
-    if path is None:
-        return 0
-    state = engine.state_dict()
-    manifest = checkpoints.load(path, state)
-    engine.load_state_dict(state)
-    announce(f"resumed {path} at step {manifest['step']}")
-    return int(manifest["step"])
 
 
 def layout(cfg: RunConfig, mesh: Mesh) -> str:

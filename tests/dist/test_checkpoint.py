@@ -67,7 +67,8 @@ def train_and_save(cfg: ParallelConfig, folder: Path, start: int, stop: int) -> 
     manager = CheckpointManager(folder, keep=0)
     if start:
         state = engine.state_dict()
-        assert manager.load(folder / f"step-{start:08d}", state)["step"] == start
+        manager.load(folder / f"step-{start:08d}", state)
+        assert manager.manifest(folder / f"step-{start:08d}")["step"] == start
         engine.load_state_dict(state)
     run_steps(engine, mesh, start, stop)
     manager.save(stop, engine.state_dict(), {})

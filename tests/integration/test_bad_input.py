@@ -1,12 +1,19 @@
 """What a user gets wrong costs one line and exit code 2, before anything is written or any process is met."""
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from acceleration.checkpoint import storage
+from acceleration.runtime import Runtime
 from opensora.cli import sample, train
-from opensora.config import run_cli
+from opensora.config import RunConfig, load_config, run_cli, save
+from opensora.train import resume
+from opensora.train.resume import check_same, checkpoint_info
+from opensora.utils.errors import UserError
 
 BAD_TRAINING = {
     "unknown key": (["optim.learning_rate=1"], "2", "optim.learning_rate"),
@@ -46,6 +53,40 @@ def test_training(
     error = refused(train.main, [str(config), *(o.format(folder=tmp_path) for o in overrides)], capsys, monkeypatch)
     assert expected in error, error
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_fresh_start_over_checkpoints(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staged = storage.stage(tmp_path / "runs/run/checkpoints", "x")
+    storage.commit(staged, staged.parent / "step-00000007", {"step": 7})
+    error = refused(train.main, [str(config), "train.resume=none", "parallel.mesh.ulysses=1"], capsys, monkeypatch)
+    assert "already has step-00000007" in error
+
+
+def test_another_model_or_optimizer_is_named_before_loading(config: Path) -> None:
+    cfg = load_config(RunConfig, config)
+    manifest = checkpoint_info(cfg, Runtime(0, 1, 0, torch.device("cpu")))
+    check_same(cfg, Path("step"), manifest)
+    for override, expected in (
+        ("model.depth=3", "model.depth=3 (was 2)"),
+        ("optim.kind=sgd", "optim.kind=sgd (was adamw)"),
+        ("optim.ema_decay=0", "optim.ema_decay=0 (was on)"),
+    ):
+        with pytest.raises(UserError, match=re.escape(expected)):
+            check_same(load_config(RunConfig, config, [override]), Path("step"), manifest)
+
+
+def test_changed_settings_are_announced(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(resume, "announce", said.append)
+    save(load_config(RunConfig, config), tmp_path / "runs/run/config.yaml")
+    resume.announce_changes(load_config(RunConfig, config, ["parallel.zero=1", "train.steps=9", "data.workers=0"]))
+    assert said == []
+    resume.announce_changes(load_config(RunConfig, config, ["data.micro_batches=4", "optim.lr=0.5"]))
+    assert "data.micro_batches=4 (was 3); optim.lr=0.5 (was 0.001)" in said[0]
 
 
 @pytest.mark.parametrize(
