@@ -24,7 +24,7 @@ from opensora.models.text import TEXT_ENCODERS, ByteTextConfig, TextConfig
 from opensora.models.vae import AUTOENCODERS, AutoencoderConfig, autoencoder_shape
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.utils.errors import UserError
-from opensora.utils.logging import LogConfig
+from opensora.utils.logging import LogConfig, launched_rank
 from opensora.utils.sampling import SamplingOption
 from opensora.utils.typed import build, is_table, plain, section, types_at, wants_text
 from opensora.utils.yaml_strict import COMMAND_LINE, Keys, Lines, parse_value, read_yaml, to_yaml_text
@@ -63,6 +63,21 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidateConfig:
+    """Pictures of what the model makes while it trains, in samples/ of the run's folder."""
+
+    every: int = 0  # steps between two rounds of samples; 0: none
+    prompts: tuple[str, ...] = ()  # one clip each
+    sampling: SamplingOption = field(default_factory=SamplingOption)
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"every={self.every}: allowed are integers >= 0; 0 makes no samples")
+        if self.every and not self.prompts:
+            raise ValueError("prompts: missing; give validate.prompts=[TEXT, ...], or validate.every=0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One training run."""
 
@@ -77,6 +92,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
@@ -223,8 +239,8 @@ def run_cli(main: Callable[[list[str]], int | None]) -> NoReturn:
         code = main(sys.argv[1:])
     except UserError as error:
         line = " ".join(str(error).split())
-        rank = os.environ.get("RANK", "0")
-        if rank != "0":
+        rank = launched_rank()
+        if rank != 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(PEER_WAIT_S)
             line = f"rank {rank}: {line}"

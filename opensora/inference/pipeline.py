@@ -127,8 +127,13 @@ def fit(opt: SamplingOption, parts: Components) -> SamplingOption:
     )
 
 
-def process_and_save(parts: Components, cfg: SampleConfig, jobs: Sequence[Job]) -> list[str]:
+def process_and_save(
+    parts: Components, cfg: SampleConfig, jobs: Sequence[Job], *, quiet: bool = False
+) -> list[str]:
     """Sample every job and write it; data-parallel groups of processes share the jobs. Collective.
+
+    Args:
+        quiet: draw no progress bar.
 
     Returns:
         The files written by all processes together, in job order, on the main process.
@@ -138,7 +143,7 @@ def process_and_save(parts: Components, cfg: SampleConfig, jobs: Sequence[Job]) 
     batches = [jobs[i : i + cfg.batch_size] for i in range(0, len(jobs), cfg.batch_size)]
     degree, rank = parts.mesh.data_degree, parts.mesh.data_rank
     rounds = -(-len(batches) // degree)
-    bar = progress(rounds * cfg.sampling.num_steps, every_s=5.0) if saver.is_main else None
+    bar = progress(rounds * cfg.sampling.num_steps, every_s=5.0) if saver.is_main and not quiet else None
     for turn in range(rounds):
         index = turn * degree + rank
         # Sharded weights are gathered by all processes: one without a batch left repeats the last, unsaved.

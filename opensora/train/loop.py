@@ -2,6 +2,7 @@
 
 from opensora.train.setup import Run
 from opensora.train.step import loss_share
+from opensora.train.validate import sample_prompts
 
 
 def train(run: Run) -> bool:
@@ -25,6 +26,8 @@ def train(run: Run) -> bool:
 
         stop = run.stop.agreed()
         run.metrics.record(run, loss, grad_norm, last=stop or run.step == total)
+        if run.cfg.validate.every and run.step % run.cfg.validate.every == 0:
+            sample_prompts(run)
         if stop or run.step == total or run.step % run.cfg.train.checkpoint_every == 0:
             run.save()
         if stop and run.step < total:

@@ -1,6 +1,8 @@
 """What a run says about itself: a record every few steps, summed over processes when it is due and not before."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +29,7 @@ class Metrics:
         self._work = {"samples": 0, "tokens": 0}
         self._since = time.monotonic()
         self._waited_s = 0.0
+        self._aside: dict[str, float] = {}
 
     def record(self, run: "Run", loss: Tensor, grad_norm: Tensor, *, last: bool) -> None:
         """Note the update just made (``run.step`` counts it); ``loss`` is this process's share. Collective when due."""
@@ -53,6 +56,8 @@ class Metrics:
             "data/replaced": len(run.data.replaced),
             "data/buckets_used": len(run.data.buckets_used),
         } | {f"comm/{axis.name}_gib": axis.bytes_sent / 2**30 for axis in run.mesh.axes.values() if axis.degree > 1}
+        values |= self._aside
+        self._aside.clear()
         self._losses.clear()
         self._norms.clear()
         self._work = dict.fromkeys(self._work, 0)
@@ -60,6 +65,15 @@ class Metrics:
         if self._logger and self._bar is not None:
             self._logger.log(run.step, values)
             self._bar.update_to(run.step, values)
+
+    @contextmanager
+    def aside(self, name: str) -> Iterator[None]:
+        """Time spent here is not the steps'; the next record has it as ``time/{name}_s``."""
+        started = time.monotonic()
+        yield
+        seconds = time.monotonic() - started
+        self._since += seconds
+        self._aside[f"time/{name}_s"] = self._aside.get(f"time/{name}_s", 0.0) + seconds
 
     def note(self, event: str, step: int) -> None:
         """Put an event between the records."""

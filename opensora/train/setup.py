@@ -71,7 +71,8 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of the state after ``step`` updates. Collective."""
-        path = self.checkpoints.save(self.step, self.engine.state_dict(), checkpoint_info(self.cfg, self.runtime))
+        with self.metrics.aside("save"):
+            path = self.checkpoints.save(self.step, self.engine.state_dict(), checkpoint_info(self.cfg, self.runtime))
         announce(f"step {self.step}: saved {path}")
 
     def export(self) -> None:

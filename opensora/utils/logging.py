@@ -29,9 +29,16 @@ class LogConfig:
     wandb_project: str = "opensora"
 
 
+def launched_rank() -> int:
+    """This process's rank as the launcher (torchrun, or a SLURM step) says it; 0 for a plain call."""
+    if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
+        return int(os.environ.get("SLURM_PROCID", 0))
+    return int(os.environ.get("RANK", 0))
+
+
 def announce(message: str, *, level: int = logging.INFO) -> None:
     """One console message, on rank 0 only; above a progress bar if one is drawn."""
-    if os.environ.get("RANK", "0") != "0":
+    if launched_rank() != 0:
         return
     if not _LOGGER.handlers:
         handler = _TqdmHandler()

@@ -5,6 +5,7 @@ import os
 import signal
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,23 +27,32 @@ LAYOUT_A: list[str] = []  # as in the configuration: ZeRO 3, ulysses 2
 LAYOUT_B = ["parallel.zero=1", "parallel.mesh.ulysses=1", "parallel.recompute.kind=none"]
 
 
+class Noting:
+    """A run's Preparation that notes samples, and sends SIGTERM to its own process during a step."""
+
+    def __init__(self, inner: Any, kill_at: int | None) -> None:
+        self._inner, self._kill_at = inner, kill_at
+        self.consumed: Consumed = []
+
+    def __call__(self, batch: Any, step: int) -> Any:
+        if batch.weight:
+            self.consumed.append((step, batch.sample_ids))
+        if step == self._kill_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return self._inner(batch, step)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
 def train_in_process(config: Path, overrides: list[str], kill_at: int | None) -> tuple[bool, Consumed]:
-    """What scripts/diffusion/train.py does, noting samples; rank 1 (or 0 if alone) gets SIGTERM during a step."""
-    consumed: Consumed = []
+    """What scripts/diffusion/train.py does, noting samples; only the last process is asked to stop."""
     with start_run(load_config(RunConfig, config, overrides)) as run:
-        prepare = run.prepare
-
-        def noting(batch, step):  # type: ignore[no-untyped-def]
-            if batch.weight:
-                consumed.append((step, batch.sample_ids))
-            if step == kill_at and run.runtime.rank == run.runtime.world_size - 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return prepare(batch, step)
-
-        run.prepare = noting  # type: ignore[assignment]
-        ulysses_rank = run.mesh["ulysses"].rank
+        is_last = run.runtime.rank == run.runtime.world_size - 1
+        run.prepare = noting = Noting(run.prepare, kill_at if is_last else None)  # type: ignore[assignment]
+        counts = run.mesh["ulysses"].rank == 0
         finished = train(run)
-    return finished, consumed if ulysses_rank == 0 else []
+    return finished, noting.consumed if counts else []
 
 
 def train_on(world: int, config: Path, overrides: list[str], kill_at: int | None = None) -> tuple[bool, Counter]:  # type: ignore[type-arg]
@@ -88,6 +98,21 @@ def test_stopped_and_resumed_equals_uninterrupted(config: Path, tmp_path: Path) 
 
     steps = [json.loads(line)["step"] for line in (broken_folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps) and steps[-1] == 6
+
+
+def test_samples_while_training_change_nothing_but_the_folder(config: Path, tmp_path: Path) -> None:
+    plain, plain_folder = output(tmp_path, "plain")
+    train_on(2, config, [*plain, "train.steps=3"])
+    watched, watched_folder = output(tmp_path, "watched")
+    sampling = "{width: 40, height: 24, num_frames: 5, num_steps: 2, fps: 8}"
+    validate = ["validate.every=2", "validate.prompts=[a red circle, a blue square]", f"validate.sampling={sampling}"]
+    train_on(2, config, [*watched, "train.steps=3", *validate])
+    for name, weight in weights(plain_folder).items():
+        assert torch.equal(weights(watched_folder)[name], weight), name
+    made = sorted(path.name for path in (watched_folder / "samples/step-00000002/video_40x24").iterdir())
+    assert made == [
+        "contact_sheet.png", "sample_0000.mp4", "sample_0000.txt", "sample_0001.mp4", "sample_0001.txt"
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,23 @@ from PIL import Image
 from opensora.utils import logging as logs
 from opensora.utils.errors import UserError
 from opensora.utils.images import contact_sheet, loss_curve, running_mean
-from opensora.utils.logging import MetricsLogger, announce, progress, read_metrics
+from opensora.utils.logging import MetricsLogger, announce, launched_rank, progress, read_metrics
 
 
 def _steps(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_the_rank_is_the_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    assert launched_rank() == 0
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    assert launched_rank() == 0  # a batch script, not a step
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    assert launched_rank() == 3
+    monkeypatch.setenv("RANK", "1")
+    assert launched_rank() == 1
 
 
 def test_one_line_per_record_at_once(tmp_path: Path) -> None:

@@ -1,0 +1,34 @@
+"""Samples while training: the sampling pipeline over the model that is being trained, in its own layout."""
+
+from opensora.config import SampleConfig
+from opensora.inference.load import Components
+from opensora.inference.pipeline import process_and_save
+from opensora.inference.prompts import read_jobs
+from opensora.train.setup import Run
+from opensora.utils.logging import announce
+
+
+def sample_prompts(run: Run) -> None:
+    """Write samples/step-XXXXXXXX/ with a clip per prompt and a contact sheet, from the live weights. Collective."""
+    validate = run.cfg.validate
+    folder = run.cfg.folder / "samples" / f"step-{run.step:08d}"
+    job = SampleConfig(
+        weights=str(run.cfg.folder),
+        prompts=validate.prompts,
+        sampling=validate.sampling,
+        save_dir=str(folder),
+        batch_size=len(validate.prompts),
+    )
+    parts = Components(
+        model=run.engine.model,
+        cfg=run.cfg.model,
+        autoencoder=run.prepare.autoencoder,
+        text_encoder=run.prepare.text_encoder,
+        sequence=run.prepare.sequence,
+        mesh=run.mesh,
+        device=run.runtime.device,
+        prompt_suffix=run.cfg.data.prompt_suffix,
+    )
+    with run.metrics.aside("validate"):
+        files = process_and_save(parts, job, read_jobs(job), quiet=True)
+    announce(f"step {run.step}: sampled {', '.join(files[-1:])}")
