@@ -93,6 +93,4 @@ def sharding_mesh(mesh: Mesh, zero: int) -> DeviceMesh:
     copies = mesh.world_size if zero == 0 else mesh["replicate"].degree
     if copies == 1:
         return init_device_mesh(mesh.device_type, (mesh.world_size,), mesh_dim_names=("pieces",))
-    return init_device_mesh(
-        mesh.device_type, (copies, mesh.world_size // copies), mesh_dim_names=("copies", "pieces")
-    )
+    return init_device_mesh(mesh.device_type, (copies, mesh.world_size // copies), mesh_dim_names=("copies", "pieces"))

@@ -16,6 +16,4 @@ def apply(model: nn.Module, cfg: RecomputeConfig) -> None:
     for block in blocks[:count]:
         # The forward is replaced, not the module wrapped: parameter names stay what checkpoints say.
         # No generator state is saved: blocks draw no random numbers.
-        block.forward = functools.partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-        )
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)

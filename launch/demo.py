@@ -1,6 +1,6 @@
 """The demo: the commands of the README one after the other, and a summary of what they made.
 
-Each step is a command that could be typed, and is printed as such. Only the standard library is used here.
+Each step is a command that could be typed, and is printed as such.
 """
 
 import argparse
@@ -13,27 +13,34 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+from opensora.config import RunConfig, load_config, run_cli
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = ["bash", "launch/torchrun.sh"]
 MARK = ".demo"  # in a folder that this program may empty
 
 
-def main() -> None:
-    args = parse_arguments()
+def main(argv: list[str]) -> None:
+    args = parse_arguments(argv)
     out: Path = args.out
+    config = "configs/train/demo_clips.yaml" if args.videos else "configs/train/demo.yaml"
+    overrides = [f"output={out}", *args.overrides]
+    if args.steps:
+        overrides.append(f"train.steps={args.steps}")
+    steps = load_config(RunConfig, ROOT / config, overrides).train.steps
     if out.exists():
         shutil.rmtree(out)
     out.mkdir(parents=True)
     (out / MARK).touch()
     demo = Demo(out)
     if args.videos:
-        table, config, prompts = demo.index_videos(args.videos), "configs/train/demo_clips.yaml", None
+        table = demo.index_videos(args.videos)
+        prompts = demo.prompts_of(table)
     else:
-        table, config, prompts = demo.render_shapes(), "configs/train/demo.yaml", out / "data" / "demo_prompts.csv"
-    overrides = [f"data.table={table}", f"output={out}", *args.overrides]
-    steps = args.steps or steps_of(config)
-    overrides.append(f"train.steps={steps}")
+        table, prompts = demo.render_shapes(), out / "data" / "demo_prompts.csv"
+    overrides.append(f"data.table={table}")
 
     demo.say("Training on 2 processes: ZeRO 3, Ulysses 2, gradient checkpointing; stopped half-way by a signal")
     demo.train_until(config, overrides, stop_at=steps // 2)
@@ -42,7 +49,6 @@ def main() -> None:
     demo.command([*TORCHRUN, "2", "scripts/diffusion/train.py", config, *overrides, *other])
 
     demo.say("Sampling on 2 processes that share the tokens of every clip")
-    prompts = prompts or demo.prompts_of(table)
     samples = out / "samples"
     sample = ["scripts/diffusion/inference.py", "configs/sample/demo.yaml", f"weights={demo.run}"]
     demo.command([*TORCHRUN, "2", *sample, f"prompt_csv={prompts}", f"save_dir={samples}"])
@@ -130,6 +136,7 @@ class Demo:
             f"loss            {records[0]['loss']:.3f} at step {records[0]['step']}, "
             f"{records[-1]['loss']:.3f} at step {records[-1]['step']}",
             f"peak memory     {max(r['mem/peak_gib'] for r in records):.2f} GiB in the largest process",
+            *self.bucket_use(records),
             f"loss curve      {self.out / 'loss.png'}",
             f"contact sheet   {self.videos() / 'contact_sheet.png'}",
             *(f"video           {path}" for path in sorted(self.videos().glob("*.mp4"))),
@@ -142,17 +149,24 @@ class Demo:
         print(text)
         print(f"This summary is {self.out / 'summary.txt'}")
 
+    def bucket_use(self, records: list[dict[str, Any]]) -> list[str]:
+        """How many samples of every bucket the updates consumed, a sample counted in every epoch."""
+        held = next(event["buckets"] for event in read_lines(self.run / "metrics.jsonl") if "buckets" in event)
+        used = {name: sum(r.get(f"samples/{name}", 0) for r in records) for name in held}
+        lines = [f"buckets used    {sum(n > 0 for n in used.values())} of the {len(held)} that hold samples:"]
+        return lines + [f"  {name:<24}{held[name]:>6} samples held {used[name]:>8} consumed" for name in held]
+
     def videos(self) -> Path:
         return next((self.out / "samples").glob("video_*"))
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="launch/demo.sh", description="Prepare, train, interrupt, resume, sample.")
     parser.add_argument("--videos", type=Path, help="folder of clips with captions; default: rendered shapes")
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder to write, emptied first")
     parser.add_argument("--steps", type=int, help="optimizer updates; default: as in the configuration")
     parser.add_argument("overrides", nargs="*", help="section.key=value for the training")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.out = args.out.resolve()
     if args.videos:
         args.videos = args.videos.resolve()
@@ -163,11 +177,6 @@ def parse_arguments() -> argparse.Namespace:
     if args.steps is not None and args.steps < 40:
         parser.error(f"--steps {args.steps}: allowed are integers >= 40")
     return args
-
-
-def steps_of(config: str) -> int:
-    lines = (ROOT / config).read_text().splitlines()
-    return next(int(line.split("steps:")[1].split(",")[0].split("}")[0]) for line in lines if "steps:" in line)
 
 
 def choose_prompts(seen: Path, unseen: Path, out: Path) -> Path:
@@ -188,11 +197,15 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
     return path
 
 
-def read_records(path: Path) -> list[dict[str, float]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     complete = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return [record for record in map(json.loads, complete) if "loss" in record]
+    return [json.loads(line) for line in complete]
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    return [record for record in read_lines(path) if "loss" in record]
 
 
 def last_step(path: Path) -> int:
@@ -201,4 +214,4 @@ def last_step(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

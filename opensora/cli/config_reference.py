@@ -118,9 +118,7 @@ def _sections(cls: type, path: str, seen: set[tuple[str, type]], note: str = "")
     yield from below
 
 
-def _kinds(
-    field: "dataclasses.Field[Any]", key: str, comment: str, seen: set[tuple[str, type]]
-) -> Iterator[str]:
+def _kinds(field: "dataclasses.Field[Any]", key: str, comment: str, seen: set[tuple[str, type]]) -> Iterator[str]:
     """The section once per kind it can have."""
     for kind, cls in field.metadata[TABLE].items():
         if (key, cls) in seen:

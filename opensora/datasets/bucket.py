@@ -43,6 +43,9 @@ class Bucket:
     width: int
     batch_size: int
 
+    def __str__(self) -> str:
+        return f"{self.resolution} {self.frames}x{self.height}x{self.width}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class BucketReport:

@@ -79,9 +79,7 @@ def find_source(cfg: SampleConfig) -> Source:
             raise UserError(f"weights={path}: {error}") from None
         if checkpoint is None:
             raise UserError(f"weights={path}: the run has no checkpoint yet; train it, or give an export folder")
-    return Source(
-        path=path, checkpoint=checkpoint, prompt_suffix=bool(saved and saved.data.prompt_suffix), **sections
-    )
+    return Source(path=path, checkpoint=checkpoint, prompt_suffix=bool(saved and saved.data.prompt_suffix), **sections)
 
 
 def check_layout(mesh: MeshConfig, world_size: int, num_heads: int) -> None:

@@ -127,9 +127,7 @@ def fit(opt: SamplingOption, parts: Components) -> SamplingOption:
     )
 
 
-def process_and_save(
-    parts: Components, cfg: SampleConfig, jobs: Sequence[Job], *, quiet: bool = False
-) -> list[str]:
+def process_and_save(parts: Components, cfg: SampleConfig, jobs: Sequence[Job], *, quiet: bool = False) -> list[str]:
     """Sample every job and write it; data-parallel groups of processes share the jobs. Collective.
 
     Args:

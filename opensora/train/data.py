@@ -1,6 +1,7 @@
 """What this process reads at each step, and what the whole step amounts to."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from math import prod
 
@@ -32,7 +33,6 @@ class StepData:
         self.plan = plan
         self.waited_s = 0.0  # time the loop spent waiting for data
         self.replaced: list[tuple[int, int, str]] = []  # (unreadable sample, its substitute, why)
-        self.buckets_used: set[Bucket] = set()  # by any process, since this process started
         self._rank, self._degree = mesh.data_rank, mesh.data_degree
         self._shape = shape
         self._batches = build_loader(
@@ -48,7 +48,6 @@ class StepData:
 
     def microbatches(self, step: int) -> Iterator[tuple[Batch, bool]]:
         """(batch, whether it is the step's last) for this process. Every process gets equally many."""
-        self.buckets_used.update(m.bucket for m in self.plan.step(step))
         count = len(self.plan.assign(step, self._rank, self._degree))
         for i in range(count):
             started = time.monotonic()
@@ -64,6 +63,13 @@ class StepData:
     def global_samples(self, step: int) -> int:
         """Samples that this step consumes, all processes together."""
         return sum(len(m.sample_ids) for m in self.plan.step(step))
+
+    def bucket_samples(self, step: int) -> Counter[Bucket]:
+        """``global_samples`` by bucket."""
+        count: Counter[Bucket] = Counter()
+        for m in self.plan.step(step):
+            count[m.bucket] += len(m.sample_ids)
+        return count
 
     def global_pixels(self, step: int) -> int:
         """Pixels x frames that this step consumes, all processes together."""

@@ -1,6 +1,7 @@
 """What a run says about itself: a record every few steps, summed over processes when it is due and not before."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from acceleration.memory import peak_gib
 from opensora.utils.logging import MetricsLogger, progress
 
 if TYPE_CHECKING:
+    from opensora.datasets.bucket import Bucket
     from opensora.train.setup import Run
 
 
@@ -26,7 +28,8 @@ class Metrics:
         self._bar = progress(total_steps, initial=start_step) if logger else None
         self._losses: list[Tensor] = []
         self._norms: list[Tensor] = []
-        self._work = {"samples": 0, "tokens": 0}
+        self._tokens = 0
+        self._buckets: Counter[Bucket] = Counter()  # samples consumed
         self._since = time.monotonic()
         self._waited_s = 0.0
         self._aside: dict[str, float] = {}
@@ -35,8 +38,8 @@ class Metrics:
         """Note the update just made (``run.step`` counts it); ``loss`` is this process's share. Collective when due."""
         self._losses.append(loss)
         self._norms.append(grad_norm.detach())
-        self._work["samples"] += run.data.global_samples(run.step - 1)
-        self._work["tokens"] += run.tokens(run.step - 1)
+        self._buckets += run.data.bucket_samples(run.step - 1)
+        self._tokens += run.tokens(run.step - 1)
         if run.step % self._every and not last:
             return
         losses = torch.stack(self._losses)
@@ -50,17 +53,18 @@ class Metrics:
             "epoch": run.data.plan.epoch_of(run.step - 1),
             "time/step_s": seconds / steps,
             "time/data_wait_s": (run.data.waited_s - self._waited_s) / steps,
-            "rate/samples_per_s": self._work["samples"] / seconds,
-            "rate/tokens_per_s": self._work["tokens"] / seconds,
+            "rate/samples_per_s": self._buckets.total() / seconds,
+            "rate/tokens_per_s": self._tokens / seconds,
             "mem/peak_gib": peak_gib(run.runtime.device),
             "data/replaced": len(run.data.replaced),
-            "data/buckets_used": len(run.data.buckets_used),
         } | {f"comm/{axis.name}_gib": axis.bytes_sent / 2**30 for axis in run.mesh.axes.values() if axis.degree > 1}
+        values |= {f"samples/{bucket}": count for bucket, count in self._buckets.items()}
         values |= self._aside
         self._aside.clear()
         self._losses.clear()
         self._norms.clear()
-        self._work = dict.fromkeys(self._work, 0)
+        self._tokens = 0
+        self._buckets.clear()
         self._since, self._waited_s = time.monotonic(), run.data.waited_s
         if self._logger and self._bar is not None:
             self._logger.log(run.step, values)

@@ -155,9 +155,7 @@ def build_run(cfg: RunConfig, table: ClipTable, plan: BatchPlan, runtime: Runtim
         config.save(cfg, folder / config.SAVED_NAME)
 
     shape = autoencoder_shape(cfg.vae)
-    data = StepData(
-        table, plan, cfg.data, mesh, shape, start_step=step, stop_step=cfg.train.steps, seed=cfg.seed
-    )
+    data = StepData(table, plan, cfg.data, mesh, shape, start_step=step, stop_step=cfg.train.steps, seed=cfg.seed)
     frozen = torch.bfloat16 if cfg.parallel.precision.compute == "bf16" else torch.float32
     prepare = Preparation(
         autoencoder=build_autoencoder(cfg.vae, runtime.device, frozen),
@@ -170,7 +168,7 @@ def build_run(cfg: RunConfig, table: ClipTable, plan: BatchPlan, runtime: Runtim
         seed=cfg.seed,
         device=runtime.device,
     )
-    logger = open_logger(cfg, step) if runtime.is_main else None
+    logger = open_logger(cfg, plan, step) if runtime.is_main else None
     metrics = Metrics(logger, every=cfg.train.log_every, start_step=step, total_steps=cfg.train.steps)
     return Run(
         cfg=cfg,
@@ -213,7 +211,7 @@ def initial_weights(cfg: RunConfig, model: nn.Module) -> Callable[[str, Tensor],
     return read
 
 
-def open_logger(cfg: RunConfig, step: int) -> MetricsLogger:
+def open_logger(cfg: RunConfig, plan: BatchPlan, step: int) -> MetricsLogger:
     """Where the run's records go, from ``step`` on."""
     logger = MetricsLogger(
         cfg.folder,
@@ -226,6 +224,9 @@ def open_logger(cfg: RunConfig, step: int) -> MetricsLogger:
     )
     if step:
         logger.note("resumed", step)
+    report = plan.report()
+    buckets = {str(bucket): count for bucket, count in report.per_bucket}
+    logger.note("data", step, rows=report.rows, buckets=buckets, left_out=dict(report.left_out))
     return logger
 
 

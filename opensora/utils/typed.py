@@ -154,9 +154,7 @@ class _Builder:
             return None
         return self.chosen(field.metadata[TABLE], field.metadata[SIZES], value, keys)
 
-    def chosen(
-        self, table: Mapping[str, type], sizes: Mapping[str, Mapping[str, Any]], value: Any, keys: Keys
-    ) -> Any:
+    def chosen(self, table: Mapping[str, type], sizes: Mapping[str, Mapping[str, Any]], value: Any, keys: Keys) -> Any:
         """A section whose class depends on its ``kind``, on top of the named size if it has one."""
         if not isinstance(value, dict):
             raise self.fail(keys, f"={_show(value)}: wanted a section with kind, one of {', '.join(table)}")

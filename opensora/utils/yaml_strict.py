@@ -160,8 +160,7 @@ def _scalar(text: str, keys: Keys, place: str) -> Any:
         if len(digits) > 1 and digits[0] == "0":
             number = digits.lstrip("0") or "0"
             raise UserError(
-                f"{name}={text} ({place}): readers disagree on leading zeros; "
-                f'write {number}, or "{text}" for text'
+                f'{name}={text} ({place}): readers disagree on leading zeros; write {number}, or "{text}" for text'
             )
         return _bounded(text, 10, name, place)
     if _BASED_INT.match(text):

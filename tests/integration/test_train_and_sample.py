@@ -110,9 +110,7 @@ def test_samples_while_training_change_nothing_but_the_folder(config: Path, tmp_
     for name, weight in weights(plain_folder).items():
         assert torch.equal(weights(watched_folder)[name], weight), name
     made = sorted(path.name for path in (watched_folder / "samples/step-00000002/video_40x24").iterdir())
-    assert made == [
-        "contact_sheet.png", "sample_0000.mp4", "sample_0000.txt", "sample_0001.mp4", "sample_0001.txt"
-    ]
+    assert made == ["contact_sheet.png", "sample_0000.mp4", "sample_0000.txt", "sample_0001.mp4", "sample_0001.txt"]
 
 
 @pytest.fixture(scope="module")
