@@ -1,6 +1,6 @@
 """The demo: the commands of the README one after the other, and a summary of what they made.
 
-Each step is a command that could be typed, and is printed as such.
+Each step is a command that could be typed, and is printed as such. Only the standard library is used here.
 """
 
 import argparse
@@ -15,21 +15,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from opensora.config import RunConfig, load_config, run_cli
-
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = ["bash", "launch/torchrun.sh"]
 MARK = ".demo"  # in a folder that this program may empty
 
 
-def main(argv: list[str]) -> None:
-    args = parse_arguments(argv)
+def main() -> None:
+    args = parse_arguments()
     out: Path = args.out
     config = "configs/train/demo_clips.yaml" if args.videos else "configs/train/demo.yaml"
     overrides = [f"output={out}", *args.overrides]
     if args.steps:
         overrides.append(f"train.steps={args.steps}")
-    steps = load_config(RunConfig, ROOT / config, overrides).train.steps
     if out.exists():
         shutil.rmtree(out)
     out.mkdir(parents=True)
@@ -43,7 +40,7 @@ def main(argv: list[str]) -> None:
     overrides.append(f"data.table={table}")
 
     demo.say("Training on 2 processes: ZeRO 3, Ulysses 2, gradient checkpointing; stopped half-way by a signal")
-    demo.train_until(config, overrides, stop_at=steps // 2)
+    demo.train_half(config, overrides)
     demo.say("Resuming on another layout: ZeRO 2, two data-parallel processes, no recomputation")
     other = ["parallel.zero=2", "parallel.mesh.ulysses=1", "parallel.recompute.kind=none"]
     demo.command([*TORCHRUN, "2", "scripts/diffusion/train.py", config, *overrides, *other])
@@ -106,12 +103,12 @@ class Demo:
             texts = list(dict.fromkeys(row["text"] for row in csv.DictReader(file)))[:6]
         return write_rows(self.out / "data" / "demo_prompts.csv", [{"text": text} for text in texts])
 
-    def train_until(self, config: str, overrides: list[str], *, stop_at: int) -> None:
-        """Start training, send SIGTERM to the launcher once ``stop_at`` updates are reported, wait for the end."""
+    def train_half(self, config: str, overrides: list[str]) -> None:
+        """Start training, send SIGTERM to the launcher once half of the updates are reported, wait for the end."""
         words = [*TORCHRUN, "2", "scripts/diffusion/train.py", config, *overrides]
         process = self.start(words)
         metrics = self.run / "metrics.jsonl"
-        while process.poll() is None and last_step(metrics) < stop_at:
+        while process.poll() is None and not half_done(metrics):
             time.sleep(0.2)
         if process.poll() is None:
             print(f"$ kill -TERM {process.pid}   # at step {last_step(metrics)}", flush=True)
@@ -151,7 +148,7 @@ class Demo:
 
     def bucket_use(self, records: list[dict[str, Any]]) -> list[str]:
         """How many samples of every bucket the updates consumed, a sample counted in every epoch."""
-        held = next(event["buckets"] for event in read_lines(self.run / "metrics.jsonl") if "buckets" in event)
+        held = next(line["buckets"] for line in read_lines(self.run / "metrics.jsonl") if "buckets" in line)
         used = {name: sum(r.get(f"samples/{name}", 0) for r in records) for name in held}
         lines = [f"buckets used    {sum(n > 0 for n in used.values())} of the {len(held)} that hold samples:"]
         return lines + [f"  {name:<24}{held[name]:>6} samples held {used[name]:>8} consumed" for name in held]
@@ -160,13 +157,13 @@ class Demo:
         return next((self.out / "samples").glob("video_*"))
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="launch/demo.sh", description="Prepare, train, interrupt, resume, sample.")
     parser.add_argument("--videos", type=Path, help="folder of clips with captions; default: rendered shapes")
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder to write, emptied first")
     parser.add_argument("--steps", type=int, help="optimizer updates; default: as in the configuration")
     parser.add_argument("overrides", nargs="*", help="section.key=value for the training")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     args.out = args.out.resolve()
     if args.videos:
         args.videos = args.videos.resolve()
@@ -208,10 +205,16 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [record for record in read_lines(path) if "loss" in record]
 
 
+def half_done(metrics: Path) -> bool:
+    """Whether half of the updates that the run announced at its start are in its records."""
+    totals = [line["steps"] for line in read_lines(metrics) if line.get("event") == "started"]
+    return bool(totals) and last_step(metrics) >= totals[-1] // 2
+
+
 def last_step(path: Path) -> int:
     records = read_records(path)
     return int(records[-1]["step"]) if records else 0
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    main()

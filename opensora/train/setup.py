@@ -226,7 +226,8 @@ def open_logger(cfg: RunConfig, plan: BatchPlan, step: int) -> MetricsLogger:
         logger.note("resumed", step)
     report = plan.report()
     buckets = {str(bucket): count for bucket, count in report.per_bucket}
-    logger.note("data", step, rows=report.rows, buckets=buckets, left_out=dict(report.left_out))
+    left_out = dict(report.left_out)
+    logger.note("started", step, steps=cfg.train.steps, rows=report.rows, buckets=buckets, left_out=left_out)
     return logger
 
 
