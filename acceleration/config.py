@@ -9,19 +9,25 @@ class MeshConfig:
     """Degrees of the named axes. Their product is the number of processes."""
 
     replicate: int = 1  # data-parallel copies of the sharded model (hybrid sharding)
-    shard: int = -1  # data-parallel processes; -1: all that are left. State is cut over shard x ulysses
-    ulysses: int = 1  # processes that share one sample's tokens, exchanging heads for tokens in attention; or -1
+    shard: int = -1  # data-parallel processes; -1: all that are left. State is cut over shard x cfg x ring x ulysses
+    cfg: int = 1  # sampling only: processes that compute the passes of guidance at the same time; 2 or 3
+    ring: int = 1  # processes that share one sample's tokens, passing keys and values around
+    ulysses: int = 1  # processes that share one sample's tokens, exchanging heads for tokens in attention
+    tensor: int = 1  # processes that share every layer's heads and hidden units, for the same tokens
 
     def __post_init__(self) -> None:
-        if self.replicate < 1:
-            raise ValueError(f"replicate={self.replicate}: allowed are integers >= 1")
-        for name in ("shard", "ulysses"):
-            if getattr(self, name) < 1 and getattr(self, name) != -1:
-                raise ValueError(
-                    f"{name}={getattr(self, name)}: allowed are integers >= 1, or -1 for all remaining processes"
-                )
-        if self.shard == self.ulysses == -1:
-            raise ValueError("shard=-1 with ulysses=-1: only one axis can take all remaining processes")
+        open_axes = []
+        for name, degree in vars(self).items():
+            if degree == -1 and name != "replicate":
+                open_axes.append(name)
+            elif degree < 1:
+                remaining = "" if name == "replicate" else ", or -1 for all remaining processes"
+                raise ValueError(f"{name}={degree}: allowed are integers >= 1{remaining}")
+        if len(open_axes) > 1:
+            both = " with ".join(f"{name}=-1" for name in open_axes)
+            raise ValueError(f"{both}: only one axis can take all remaining processes")
+        if self.cfg > 3:
+            raise ValueError(f"cfg={self.cfg}: allowed are 1, 2 and 3, as guidance has at most three passes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +58,7 @@ class ParallelConfig:
     """The whole layout of a run."""
 
     engine: Literal["native"] = "native"
+    attention: Literal["auto", "math", "cpu", "cuda", "flash_attn"] = "auto"  # kernel; auto: torch's for the device
     zero: Literal[0, 1, 2, 3] = 2  # what is sharded; docs/parallel.md says what each keeps in memory
     mesh: MeshConfig = field(default_factory=MeshConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)

@@ -1,8 +1,9 @@
 """Processes arranged on named axes, and who belongs to which group.
 
-Rank order is replicate (slowest) x shard x ulysses (fastest), so that the axis with the most traffic stays within a
-node. Data-parallel ranks are (replicate, shard): the processes of one ulysses group work on the same samples. State is
-sharded over shard x ulysses together, so that memory falls with every process added, whatever it does with tokens.
+Rank order is replicate (slowest) x shard x cfg x ring x ulysses x tensor (fastest), so that the axes with the most
+traffic stay within a node. Data-parallel ranks are (replicate, shard): all others work on the same samples. State is
+sharded over shard x cfg x ring x ulysses together, and layers over tensor, so that memory falls with every process
+added, whatever it does with tokens.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from acceleration.config import MeshConfig
 
-AXES = ("replicate", "shard", "ulysses")
+AXES = ("replicate", "shard", "cfg", "ring", "ulysses", "tensor")
+PIECES, COPIES = "pieces", "copies"  # the axes of sharding: one copy of the state is cut into pieces
 
 
 @dataclass
@@ -33,15 +35,18 @@ class Mesh:
     """The layout of a run as seen by one process."""
 
     axes: dict[str, Axis]
-    devices: DeviceMesh
     device_type: str
 
     def __getitem__(self, axis: str) -> Axis:
         return self.axes[axis]
 
+    def __str__(self) -> str:
+        degrees = [f"{name} {self[name].degree}" for name in AXES if self[name].degree > 1]
+        return " x ".join(degrees) or "one process"
+
     @property
     def world_size(self) -> int:
-        return prod(axis.degree for axis in self.axes.values())
+        return prod(self[name].degree for name in AXES)
 
     @property
     def data_degree(self) -> int:
@@ -52,6 +57,11 @@ class Mesh:
     def data_rank(self) -> int:
         """Which of those micro-batches is this process's."""
         return self["replicate"].rank * self["shard"].degree + self["shard"].rank
+
+    @property
+    def is_first_of_sample(self) -> bool:
+        """True on one of the processes that work on the same samples."""
+        return all(self[name].rank == 0 for name in AXES[2:])
 
 
 def resolve(cfg: MeshConfig, world_size: int) -> dict[str, int]:
@@ -65,32 +75,61 @@ def resolve(cfg: MeshConfig, world_size: int) -> dict[str, int]:
     is_open = -1 in degrees.values()
     if world_size % fixed or (not is_open and fixed != world_size):
         wanted = f"a multiple of {fixed}" if is_open else f"{fixed}"
+        stated = {axis: degree for axis, degree in degrees.items() if degree != 1 or axis == "shard"}
         raise ValueError(
-            f"{' x '.join(f'{axis}={degree}' for axis, degree in degrees.items())} does not fit {world_size} "
+            f"{' x '.join(f'{axis}={degree}' for axis, degree in stated.items())} does not fit {world_size} "
             f"process{'es' if world_size != 1 else ''}: start {wanted}, or change the degrees"
             + ("" if is_open else " (shard=-1 takes all that are left)")
         )
     return {axis: world_size // fixed if degree == -1 else degree for axis, degree in degrees.items()}
 
 
+def coordinates(degrees: dict[str, int], rank: int) -> dict[str, int]:
+    """Where process ``rank`` stands on every axis."""
+    place = {}
+    for axis in reversed(AXES):
+        rank, place[axis] = divmod(rank, degrees[axis])
+    return place
+
+
+def view(degrees: dict[str, int], rank: int = 0, device_type: str = "cpu") -> Mesh:
+    """What process ``rank`` would see, without any group: for plans and predictions. Axes not named have degree 1."""
+    degrees = {axis: degrees.get(axis, 1) for axis in AXES}
+    place = coordinates(degrees, rank)
+    axes = {name: Axis(name, degree, place[name], None) for name, degree in degrees.items()}
+    # Nobody moves tokens along these two: they count what sharding sends.
+    return Mesh(axes | {name: Axis(name, 1, 0, None) for name in (PIECES, COPIES)}, device_type)
+
+
 def build(cfg: MeshConfig, world_size: int, device: torch.device) -> Mesh:
     """Make the groups. Collective: every process of the group calls it."""
     degrees = resolve(cfg, world_size)
-    devices = init_device_mesh(device.type, tuple(degrees[a] for a in AXES), mesh_dim_names=AXES)
-    axes = {}
-    for name, degree in degrees.items():
-        group = devices.get_group(name) if degree > 1 else None
-        axes[name] = Axis(name, degree, devices.get_local_rank(name), group)
-    return Mesh(axes, devices, device.type)
+    wide = {name: degree for name, degree in degrees.items() if degree > 1}
+    devices = init_device_mesh(device.type, tuple(wide.values()), mesh_dim_names=tuple(wide)) if wide else None
+    mesh = view(degrees, dist.get_rank(), device.type)
+    for name in wide:
+        assert devices is not None
+        mesh[name].group = devices.get_group(name)
+    return mesh
 
 
 def sharding_mesh(mesh: Mesh, zero: int) -> DeviceMesh:
-    """The mesh that ZeRO works on: (copies, pieces of one copy), or pieces alone where there is one copy.
+    """The mesh that ZeRO works on, for this process's place on tensor: (copies, pieces), or pieces where one copy is.
 
-    ZeRO 0 keeps a whole copy on every process. Otherwise a copy is cut over shard x ulysses and repeated over
-    replicate (hybrid sharding).
+    ZeRO 0 keeps a whole copy on every process. Otherwise a copy is cut over shard x cfg x ring x ulysses and repeated
+    over replicate (hybrid sharding). Collective.
     """
-    copies = mesh.world_size if zero == 0 else mesh["replicate"].degree
-    if copies == 1:
-        return init_device_mesh(mesh.device_type, (mesh.world_size,), mesh_dim_names=("pieces",))
-    return init_device_mesh(mesh.device_type, (copies, mesh.world_size // copies), mesh_dim_names=("copies", "pieces"))
+    tensor = mesh["tensor"].degree
+    members = mesh.world_size // tensor
+    copies = members if zero == 0 else mesh["replicate"].degree
+    sizes = {COPIES: copies, PIECES: members // copies, "tensor": tensor}
+    kept = {name: size for name, size in sizes.items() if size > 1 or name == PIECES}
+    devices = init_device_mesh(mesh.device_type, tuple(kept.values()), mesh_dim_names=tuple(kept))
+    for name in (PIECES, COPIES):
+        axis = mesh[name]
+        axis.degree = sizes[name]
+        if name in kept:
+            axis.rank, axis.group = devices.get_local_rank(name), devices.get_group(name)
+    if tensor == 1:
+        return devices
+    return devices[tuple(name for name in kept if name != "tensor")]

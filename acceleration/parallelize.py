@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from acceleration import recompute, sequence, sharding
+from acceleration import recompute, sequence, sharding, tensor_parallel
 from acceleration.config import ParallelConfig
 from acceleration.mesh import Mesh
 from acceleration.plan import Shardable
@@ -16,11 +16,13 @@ def parallelize(
 ) -> nn.Module:
     """Spread a model built on the meta device over ``mesh``, in place.
 
-    Attention slots first (the wrapper is what gets recomputed), then recomputation, then sharding (which hooks the
-    outside of a block), then memory and values: ``fill(name, tensor)`` gives the full value of one parameter.
+    Tensor parallelism first (it changes what a layer holds), then attention slots (the wrapper is what gets
+    recomputed), then recomputation, then sharding (which hooks the outside of a block), then memory and values:
+    ``fill(name, tensor)`` gives the full value of one parameter.
     """
     assert isinstance(model, Shardable), type(model)
-    sequence.fill_slots(model, mesh["ulysses"])
+    tensor_parallel.apply(model, mesh["tensor"])
+    sequence.fill_slots(model, mesh, cfg.attention)
     recompute.apply(model, cfg.recompute)
     sharding.shard(model, cfg.zero, cfg.precision, mesh)
     sharding.materialize(model, cfg.precision, device, fill)

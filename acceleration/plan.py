@@ -1,10 +1,14 @@
 """How a model says what it is made of, and how names with ``*`` find modules in it."""
 
 from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
+from fnmatch import fnmatchcase
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+# (kind, parts), see tensor_parallel.py; a part is (size, unit): it is cut at multiples of unit, as of a head.
+LayerPlan: TypeAlias = tuple[str, tuple[tuple[int, int], ...]]
 
 
 @runtime_checkable
@@ -13,6 +17,11 @@ class Shardable(Protocol):
 
     block_lists: tuple[str, ...]  # attributes that are ModuleLists: sharded, recomputed, compiled block by block
     attention_cores: tuple[str, ...]  # patterns of the attention slots, such as "double_blocks.*.core"
+
+    tensor_shared: tuple[str, ...]  # parameters of one head that every head uses, such as "double_blocks.*.scale"
+
+    def tensor_plan(self) -> dict[str, LayerPlan]:
+        """Pattern of linear layers -> how tensor parallelism cuts them."""
 
     def init_parameter_(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Fill the full value of one parameter in place."""
@@ -32,9 +41,8 @@ def slots(model: nn.Module, patterns: tuple[str, ...]) -> Iterator[tuple[nn.Modu
     """
     names = dict(model.named_modules())
     for pattern in patterns:
-        parts = pattern.split(".")
-        found = [n for n in names if _matches(n.split("."), parts)]
-        root = names.get(parts[0])
+        found = [n for n in names if matches(n, pattern)]
+        root = names.get(pattern.split(".")[0])
         if not found and not (isinstance(root, nn.ModuleList) and len(root) == 0):
             raise ValueError(f"slot pattern {pattern!r} matches no module of {type(model).__name__}")
         for name in found:
@@ -42,5 +50,7 @@ def slots(model: nn.Module, patterns: tuple[str, ...]) -> Iterator[tuple[nn.Modu
             yield names[parent], attribute, names[name]
 
 
-def _matches(name: list[str], pattern: list[str]) -> bool:
-    return len(name) == len(pattern) and all(p in ("*", n) for n, p in zip(name, pattern, strict=True))
+def matches(name: str, pattern: str) -> bool:
+    """Whether a dotted name fits a dotted pattern; ``*`` stands for anything within one component."""
+    names, patterns = name.split("."), pattern.split(".")
+    return len(names) == len(patterns) and all(fnmatchcase(n, p) for n, p in zip(names, patterns, strict=True))

@@ -1,6 +1,7 @@
 """ZeRO 0 to 3 and hybrid sharding on FSDP2.
 
-One copy of the model is cut over shard x ulysses processes and repeated over replicate. Each stage keeps, per process
+One copy of the model is cut over shard x cfg x ring x ulysses processes and repeated over replicate; where tensor
+parallelism has cut the layers before, P is the part of one place on that axis. Each stage keeps, per process
 with n processes to a copy (P parameters, between steps / while a step runs):
 
 =====  ==================  ================================  ============================================
@@ -15,16 +16,19 @@ stage  masters, optimizer  gradients                         parameters in compu
 Gradients are summed, never averaged: the loss handed to backward is this process's share of the global mean.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from acceleration import plan
+from acceleration import plan, tensor_parallel
+from acceleration.collectives import count_all_reduce, nbytes
 from acceleration.config import PrecisionConfig
-from acceleration.mesh import Mesh, sharding_mesh
+from acceleration.mesh import COPIES, PIECES, Axis, Mesh, sharding_mesh
 from acceleration.precision import DTYPES, fsdp_policy
 
 
@@ -33,7 +37,12 @@ def shard(model: nn.Module, zero: int, precision: PrecisionConfig, mesh: Mesh) -
     pieces, policy = sharding_mesh(mesh, zero), fsdp_policy(precision)
     for part in (*plan.blocks(model), model):
         fully_shard(part, mesh=pieces, mp_policy=policy, reshard_after_forward=zero == 3)
+    copies = mesh[COPIES]
     for module in fsdp_modules(model):
+        module.set_custom_all_gather(_AllGather(mesh[PIECES]))  # type: ignore[arg-type]
+        module.set_custom_reduce_scatter(_ReduceScatter(mesh[PIECES]))  # type: ignore[arg-type]
+        if copies.degree > 1:
+            module.set_all_reduce_hook(lambda reduced: count_all_reduce(reduced, copies))
         # Sum, don't average; the order matters, since gloo has no scaled sum.
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
@@ -53,6 +62,37 @@ def begin_backward(model: nn.Module, zero: int, *, last_microbatch: bool) -> Non
     model.set_reshard_after_backward(last_microbatch or zero >= 2)
 
 
+# Renamed after torch 2.11.
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+
+
+class _Buffers:
+    """How FSDP2 gets the memory of an exchange."""
+
+    def __init__(self, axis: Axis) -> None:
+        self.axis = axis
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class _AllGather(_Buffers):
+    """FSDP2's own all-gather, counted."""
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
+        self.axis.bytes_sent += nbytes(input_tensor) * (self.axis.degree - 1)
+        return getattr(dist, ALL_GATHER)(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class _ReduceScatter(_Buffers):
+    """FSDP2's own reduce-scatter, counted."""
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
+        self.axis.bytes_sent += nbytes(output_tensor) * (self.axis.degree - 1)
+        return getattr(dist, REDUCE_SCATTER)(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
+
+
 def materialize(
     model: nn.Module, precision: PrecisionConfig, device: torch.device, fill: Callable[[str, Tensor], None]
 ) -> None:
@@ -66,10 +106,12 @@ def materialize(
     model.to(dtype)
     model.to_empty(device=device)
     with torch.no_grad():
+        cuts = tensor_parallel.cuts(model)
         for name, parameter in model.named_parameters():
-            full = torch.empty(parameter.shape, dtype=dtype)
+            cut = cuts.get(name)
+            full = torch.empty(cut.shape if cut else parameter.shape, dtype=dtype)
             fill(name, full)
-            local(parameter).copy_(piece(full, parameter))
+            local(parameter).copy_(piece(cut.take(full) if cut else full, parameter))
 
 
 def piece(full: Tensor, like: Tensor) -> Tensor:

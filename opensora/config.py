@@ -105,11 +105,8 @@ class RunConfig:
         if not self.data.buckets:
             raise ValueError("data.buckets: missing; give a table such as {256px: {1: [1.0, 8], 33: [1.0, 2]}}")
         check_fit(self.model, self.vae, self.text)
-        if self.model.num_heads % self.parallel.mesh.ulysses:
-            raise ValueError(
-                f"parallel.mesh.ulysses={self.parallel.mesh.ulysses}: allowed are divisors of "
-                f"model.num_heads={self.model.num_heads}"
-            )
+        if self.parallel.mesh.cfg != 1:
+            raise ValueError(f"parallel.mesh.cfg={self.parallel.mesh.cfg}: allowed is 1; guidance is for sampling")
         if self.optim.warmup_steps > self.train.steps:
             raise ValueError(
                 f"optim.warmup_steps={self.optim.warmup_steps}: allowed are at most train.steps={self.train.steps}"

@@ -57,7 +57,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "wandb": ("opensora/utils/logging.py",),
     "deepspeed": ("acceleration/engines/deepspeed.py",),
     "colossalai": ("acceleration/engines/colossalai.py",),
-    "flash_attn": ("opensora/models/layers/attention.py",),
+    "flash_attn": ("acceleration/attention.py",),
     "apex": ("opensora/models/layers/norm.py",),
     "decord": ("opensora/datasets/decode.py",),
     "torchcodec": ("opensora/datasets/decode.py",),

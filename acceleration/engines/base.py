@@ -14,7 +14,10 @@ class Engine(Protocol):
     model: nn.Module
 
     def backward(self, loss_share: Tensor, *, last_microbatch: bool) -> None:
-        """Accumulate gradients. ``loss_share`` is this process's share of the global mean: gradients are summed."""
+        """Accumulate gradients. ``loss_share`` is this process's share of the global mean: gradients are summed.
+
+        After the last micro-batch they are those of the whole step, cut as the weights are.
+        """
 
     def step(self, step: int) -> Tensor:
         """One update of weights and average, as update number ``step`` (from 0); gradients are cleared.

@@ -13,18 +13,21 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from acceleration import sharding
+from acceleration import collectives, sharding, tensor_parallel
+from acceleration.checkpoint import pieces
 from acceleration.config import OptimConfig, ParallelConfig
 from acceleration.ema import EMA
 from acceleration.engines.base import Weights
+from acceleration.mesh import Mesh
 from acceleration.optim import build_optimizer, ema_decay_at
 
 
 class NativeEngine:
     """Runs a model that ``parallelize`` has spread over a mesh. See ``engines.base`` for the contract."""
 
-    def __init__(self, model: nn.Module, parallel: ParallelConfig, optim: OptimConfig) -> None:
+    def __init__(self, model: nn.Module, parallel: ParallelConfig, optim: OptimConfig, mesh: Mesh) -> None:
         self.model = model
+        self.mesh = mesh
         self.zero = parallel.zero
         self.optim = optim
         self.optimizer = build_optimizer(model.parameters(), optim)
@@ -33,10 +36,11 @@ class NativeEngine:
     def backward(self, loss_share: Tensor, *, last_microbatch: bool) -> None:
         sharding.begin_backward(self.model, self.zero, last_microbatch=last_microbatch)
         loss_share.backward()
+        if last_microbatch:
+            tensor_parallel.sum_shared_gradients(self.model, self.mesh["tensor"])
 
     def step(self, step: int) -> Tensor:
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = sharding.full(torch.nn.utils.get_total_norm(gradients))
+        norm = self._gradient_norm()
         if self.optim.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.optim.clip_norm, norm)
         self.optimizer.step()
@@ -44,6 +48,16 @@ class NativeEngine:
         if self.ema:
             self.ema.update(self.model.named_parameters(), ema_decay_at(step, self.optim))
         return norm
+
+    def _gradient_norm(self) -> Tensor:
+        """Of all gradients; those of layers that are cut over the tensor axis are summed over it, others held alike."""
+        named = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        cuts = tensor_parallel.cuts(self.model)
+        alike = _norm([grad for name, grad in named.items() if name not in cuts])
+        if not cuts:
+            return alike
+        cut = collectives.all_reduce_(_norm([named[name] for name in named if name in cuts]) ** 2, self.mesh["tensor"])
+        return (alike**2 + cut).sqrt()
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -57,7 +71,8 @@ class NativeEngine:
             raise ValueError("this run keeps no moving average: set optim.ema_decay, or export the live weights")
         named = self.ema.shadow.items() if which == "ema" and self.ema else self.model.named_parameters()
         for name, weight in named:
-            yield name, sharding.full(weight.detach()).cpu()
+            whole = sharding.full(weight.detach())
+            yield name, tensor_parallel.full(name, whole, self.model, self.mesh["tensor"]).cpu()
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {
@@ -66,12 +81,16 @@ class NativeEngine:
         }
         if self.ema:
             state["ema"] = dict(self.ema.shadow)
-        return state
+        return {section: pieces.wrap(self.model, values) for section, values in state.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        set_model_state_dict(self.model, state["model"])
-        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=_FLAT)
+        set_model_state_dict(self.model, pieces.unwrap(state["model"]))
+        set_optimizer_state_dict(self.model, self.optimizer, pieces.unwrap(state["optimizer"]), options=_FLAT)
         # The average needs no call: a checkpoint is read in place into the tensors that state_dict handed out.
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    return sharding.full(torch.nn.utils.get_total_norm(gradients))
 
 
 # One entry per (parameter, quantity): names in the checkpoint do not depend on parameter groups.

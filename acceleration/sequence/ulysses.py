@@ -1,25 +1,29 @@
 """Ulysses: tokens are cut outside attention, heads inside (DeepSpeed-Ulysses, arXiv:2309.14509).
 
-One packed exchange turns q, k, v of this process's tokens and all heads into all tokens and this process's heads; the
-wrapped core attends as on one process; one exchange turns the result back. Per process and layer forward sends
-4 * B * L * D * (p-1)/p^2 elements for L tokens in all and hidden size D.
+One packed exchange turns q, k, v of this process's tokens and all heads into all tokens of its ulysses group and this
+process's heads; the wrapped core attends as on one process (or goes on over a ring of groups); one exchange turns the
+result back. Per process and layer forward sends 4 * B * L * D * (p-1)/p^2 elements for L tokens of the group and D
+channels. Heads that p does not divide are cut as tokens are: the first processes take one more.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from acceleration import collectives, plan
+from acceleration import collectives
 from acceleration.mesh import Axis
-from acceleration.sequence.layout import SequenceContext
+from acceleration.sequence.layout import SequenceContext, ring_groups
 
 
 class UlyssesAttention(nn.Module):
-    """Fills an attention slot; ``core`` is the attention it found there and sees whole sequences."""
+    """Fills an attention slot; ``core`` sees the whole sequence of this process's ulysses group."""
 
-    def __init__(self, core: nn.Module, axis: Axis) -> None:
+    def __init__(self, core: nn.Module, axis: Axis, ring_rank: int = 0) -> None:
         super().__init__()
         self.core = core
         self.axis = axis
+        self.ring_rank = ring_rank
 
     def forward(
         self,
@@ -33,29 +37,43 @@ class UlyssesAttention(nn.Module):
         """(B, L_local, H, Dh) each -> (B, L_local, H, Dh); key_mask (B, L_local).
 
         Raises:
-            ValueError: heads that the degree does not divide.
+            ValueError: fewer heads than processes.
         """
         assert context is not None, "pass SequenceParallel.context(...) as the model's context"
+        lengths = ring_groups(context.lengths, self.axis.degree)[self.ring_rank]
         batch, local, heads, dim = q_BLHD.shape
-        degree, lengths = self.axis.degree, context.lengths
         assert local == lengths[self.axis.rank], (local, lengths)
-        if heads % degree:
-            raise ValueError(f"{heads} attention heads cannot be split over ulysses={degree}")
+        shares = head_shares(heads, self.axis.degree)
+        mine, whole = shares[self.axis.rank], sum(lengths)
 
-        packed = torch.stack((q_BLHD, k_BLHD, v_BLHD)).unflatten(3, (degree, heads // degree))
-        by_peer = packed.permute(3, 2, 1, 0, 4, 5).flatten(0, 1)  # (p * L_local, B, 3, H/p, Dh), rows grouped by peer
-        whole = collectives.all_to_all(by_peer, [local] * degree, lengths, self.axis)  # (L, B, 3, H/p, Dh)
-        q, k, v = whole.transpose(0, 1).unbind(2)
+        by_token = torch.stack((q_BLHD, k_BLHD, v_BLHD)).permute(2, 1, 0, 3, 4)  # (L_local, B, 3, H, Dh)
+        send = [local * batch * 3 * share * dim for share in shares]
+        receive = [length * batch * 3 * mine * dim for length in lengths]
+        values = collectives.all_to_all(_blocks(by_token, shares, 3), send, receive, self.axis)
+        q, k, v = values.view(whole, batch, 3, mine, dim).transpose(0, 1).unbind(2)  # (B, L, H_mine, Dh) each
         if key_mask is not None:
             key_mask = collectives.all_gather(key_mask, 1, lengths, self.axis)
-        out = self.core(q, k, v, key_mask=key_mask)  # (B, L, H/p, Dh)
-        by_peer = collectives.all_to_all(out.transpose(0, 1), lengths, [local] * degree, self.axis)
-        return by_peer.unflatten(0, (degree, local)).permute(2, 1, 0, 3, 4).reshape(batch, local, heads, dim)
+        out = self.core(q, k, v, key_mask=key_mask, context=context)
+
+        send, receive = ([n // 3 for n in counts] for counts in (receive, send))
+        values = collectives.all_to_all(_blocks(out.transpose(0, 1), lengths, 0), send, receive, self.axis)
+        by_peer = zip(values.split(receive), shares, strict=True)
+        parts = [part.view(local, batch, share, dim) for part, share in by_peer]
+        return torch.cat(parts, dim=2).transpose(0, 1)
 
 
-def fill_slots(model: nn.Module, axis: Axis) -> None:
-    """Put a wrapper into every attention slot of the model. Nothing to do for an axis of degree 1."""
-    if axis.degree == 1:
-        return
-    for parent, attribute, core in list(plan.slots(model, model.attention_cores)):  # type: ignore[arg-type]
-        setattr(parent, attribute, UlyssesAttention(core, axis))
+def _blocks(x: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
+    """The values of ``x`` as one block per peer, where ``sizes`` cut ``dim``."""
+    return torch.cat([part.flatten() for part in x.split(list(sizes), dim)])
+
+
+def head_shares(heads: int, degree: int) -> tuple[int, ...]:
+    """Heads per process.
+
+    Raises:
+        ValueError: fewer heads than processes.
+    """
+    if heads < degree:
+        raise ValueError(f"{heads} attention heads cannot be split over ulysses={degree}")
+    base, surplus = divmod(heads, degree)
+    return tuple(base + (rank < surplus) for rank in range(degree))

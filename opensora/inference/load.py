@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from acceleration import mesh as meshes
-from acceleration.checkpoint import CheckpointManager, newest
+from acceleration import tensor_parallel
+from acceleration.checkpoint import CheckpointManager, newest, pieces
 from acceleration.config import MeshConfig, PrecisionConfig
 from acceleration.mesh import Mesh
 from acceleration.parallelize import parallelize
@@ -82,20 +83,35 @@ def find_source(cfg: SampleConfig) -> Source:
     return Source(path=path, checkpoint=checkpoint, prompt_suffix=bool(saved and saved.data.prompt_suffix), **sections)
 
 
-def check_layout(mesh: MeshConfig, world_size: int, num_heads: int) -> None:
-    """That this many processes can be arranged as asked.
+def check_layout(mesh: MeshConfig, world_size: int, model: MMDiTConfig) -> None:
+    """That this many processes can be arranged as asked, and can share the model's heads.
 
     Raises:
         UserError: the key to change, and what would work.
     """
     try:
-        degree = meshes.resolve(mesh, world_size)["ulysses"]
+        degrees = meshes.resolve(mesh, world_size)
     except ValueError as error:
         raise UserError(f"parallel.mesh: {error}") from None
-    if num_heads % degree:
-        allowed = ", ".join(str(d) for d in range(1, num_heads + 1) if num_heads % d == 0)
+    tensor, ulysses, ring = degrees["tensor"], degrees["ulysses"], degrees["ring"]
+    if tensor > 1:
+        try:
+            with torch.device("meta"):
+                tensor_parallel.check(build_model(model), tensor)
+        except ValueError as error:
+            allowed = ", ".join(str(d) for d in range(1, model.num_heads + 1) if model.num_heads % d == 0)
+            raise UserError(f"parallel.mesh.{error}; divisors of model.num_heads are {allowed}") from None
+    heads = model.num_heads // tensor
+    if ulysses > heads:
+        best = max(d for d in range(1, heads + 1) if (ring * ulysses) % d == 0)
         raise UserError(
-            f"parallel.mesh.ulysses={degree}: does not divide model.num_heads={num_heads}; allowed are {allowed}"
+            f"parallel.mesh.ulysses={ulysses}: more than the {heads} heads that each process holds; "
+            f"use ulysses={best} with ring={ring * ulysses // best}"
+        )
+    if heads % ulysses:
+        announce(
+            f"parallel.mesh.ulysses={ulysses} does not divide {heads} heads: some processes attend with "
+            f"{-(-heads // ulysses)} heads, others with {heads // ulysses}"
         )
 
 
@@ -122,7 +138,7 @@ def load_components(cfg: SampleConfig, source: Source, runtime: Runtime) -> Comp
         cfg=source.model,
         autoencoder=build_autoencoder(source.vae, runtime.device, dtype),
         text_encoder=build_text_encoder(source.text, runtime.device, dtype),
-        sequence=SequenceParallel(mesh["ulysses"]),
+        sequence=SequenceParallel(mesh),
         mesh=mesh,
         device=runtime.device,
         prompt_suffix=source.prompt_suffix,
@@ -144,5 +160,6 @@ def _read_checkpoint(path: Path, model: nn.Module, *, use_ema: bool) -> None:
     """Fill the sharded model from a training checkpoint: its moving average, if there is one and it is wanted."""
     manager = CheckpointManager(path.parent, keep=0)
     which = "ema" if use_ema and manager.has(path, "ema") else "model"
-    manager.load(path, {which: {name: parameter.detach() for name, parameter in model.named_parameters()}})
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    manager.load(path, {which: pieces.wrap(model, weights)})
     announce(f"{path}: read {'the moving average' if which == 'ema' else 'the live weights'}")

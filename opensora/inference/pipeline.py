@@ -172,7 +172,7 @@ def sample(cfg: SampleConfig) -> list[str]:
         UserError: what the user can mend, before the process group exists where possible.
     """
     source, jobs = find_source(cfg), read_jobs(cfg)
-    check_layout(cfg.parallel.mesh, runtimes.ranks_from_environment().world_size, source.model.num_heads)
+    check_layout(cfg.parallel.mesh, runtimes.ranks_from_environment().world_size, source.model)
     runtime = runtimes.start(cfg.parallel.timeout_s)
     parts = prepare_models(cfg, source, runtime)
     fit(cfg.sampling, parts)

@@ -31,8 +31,7 @@ class Saver:
         kind = "image" if option.num_frames == 1 else "video"
         self.folder = Path(cfg.save_dir) / f"{kind}_{size}"
         self.is_main = dist.get_rank() == 0
-        # Of the processes that share a sample, one writes.
-        self._writes = parts.mesh["ulysses"].rank == 0
+        self._writes = parts.mesh.is_first_of_sample
         self._fps = option.fps
         self._written: list[tuple[str, str, NDArray[np.uint8]]] = []  # file, prompt, a few small frames
 

@@ -116,7 +116,7 @@ def check(cfg: RunConfig, world_size: int) -> tuple[ClipTable, BatchPlan]:
     Raises:
         UserError: the layout or the table does not fit, with the key to change.
     """
-    check_layout(cfg.parallel.mesh, world_size, cfg.model.num_heads)
+    check_layout(cfg.parallel.mesh, world_size, cfg.model)
     shape = autoencoder_shape(cfg.vae)
     for resolution, rows in cfg.data.buckets.items():
         for frames in rows:
@@ -148,7 +148,7 @@ def build_run(cfg: RunConfig, table: ClipTable, plan: BatchPlan, runtime: Runtim
     with torch.device("meta"):
         model = build_model(cfg.model)
     parallelize(model, cfg.parallel, mesh, runtime.device, initial_weights(cfg, model))
-    engine = build_engine(model, cfg.parallel, cfg.optim)
+    engine = build_engine(model, cfg.parallel, cfg.optim, mesh)
     checkpoints = CheckpointManager(folder / "checkpoints", cfg.train.checkpoint_keep)
     step = resume(cfg, engine, checkpoints)
     if runtime.is_main:
@@ -164,7 +164,7 @@ def build_run(cfg: RunConfig, table: ClipTable, plan: BatchPlan, runtime: Runtim
         patch=cfg.model.patch_size,
         cond_embed=cfg.model.cond_embed,
         guidance_embed=cfg.model.guidance_embed,
-        sequence=SequenceParallel(mesh["ulysses"]),
+        sequence=SequenceParallel(mesh),
         seed=cfg.seed,
         device=runtime.device,
     )
@@ -233,6 +233,5 @@ def open_logger(cfg: RunConfig, plan: BatchPlan, step: int) -> MetricsLogger:
 
 def layout(cfg: RunConfig, mesh: Mesh) -> str:
     """One line on how the run is spread."""
-    degrees = " x ".join(f"{axis.name} {axis.degree}" for axis in mesh.axes.values())
     p = cfg.parallel
-    return f"{mesh.world_size} processes: {degrees}; ZeRO {p.zero}, recompute {p.recompute.kind}, {p.precision.compute}"
+    return f"{mesh.world_size} processes: {mesh}; ZeRO {p.zero}, recompute {p.recompute.kind}, {p.precision.compute}"

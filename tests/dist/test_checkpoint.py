@@ -40,11 +40,11 @@ def build(cfg: ParallelConfig) -> tuple[meshes.Mesh, Engine]:
     with torch.device("meta"):
         model = build_model(MODEL)
     parallelize(model, cfg, mesh, device, fill)
-    return mesh, build_engine(model, cfg, OPTIM)
+    return mesh, build_engine(model, cfg, OPTIM, mesh)
 
 
 def run_steps(engine: Engine, mesh: meshes.Mesh, start: int, stop: int) -> None:
-    prepare = preparation(mesh["ulysses"])
+    prepare = preparation(mesh)
     for step in range(start, stop):
         engine.set_lr(lr_at(step, OPTIM, STEPS))
         mine = assign(step, mesh.data_rank, mesh.data_degree)

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from acceleration import mesh as meshes
-from acceleration import sharding
+from acceleration import sharding, tensor_parallel
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.engines import build_engine
-from acceleration.mesh import Axis
+from acceleration.mesh import Mesh
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
 from opensora.models import build_model
@@ -40,7 +40,7 @@ def fill(name: str, tensor: Tensor) -> None:
     tensor.copy_(torch.randn(tensor.shape, generator=torch_generator("weights", name), dtype=torch.float64) * 0.15)
 
 
-def preparation(axis: Axis, device: torch.device | str = "cpu") -> Preparation:
+def preparation(mesh: Mesh, device: torch.device | str = "cpu") -> Preparation:
     return Preparation(
         autoencoder=PassThrough(),
         text_encoder=FakeText(device),
@@ -48,7 +48,7 @@ def preparation(axis: Axis, device: torch.device | str = "cpu") -> Preparation:
         patch=MODEL.patch_size,
         cond_embed=MODEL.cond_embed,
         guidance_embed=MODEL.guidance_embed,
-        sequence=SequenceParallel(axis),
+        sequence=SequenceParallel(mesh),
         seed=7,
         device=torch.device(device),
     )
@@ -61,7 +61,7 @@ def on_one_process() -> tuple[list[Step], dict[str, Tensor]]:
         for name, parameter in model.named_parameters():
             fill(name, parameter)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    prepare = preparation(Axis("ulysses", 1, 0, None))
+    prepare = preparation(meshes.view({}))
     steps: list[Step] = []
     for step in range(STEPS):
         total = torch.zeros((), dtype=torch.float64)
@@ -92,8 +92,8 @@ def on_this_layout(cfg: ParallelConfig) -> tuple[list[Step], dict[str, Tensor]]:
     with torch.device("meta"):
         model = build_model(MODEL)
     parallelize(model, cfg, mesh, device, fill)
-    engine = build_engine(model, cfg, OptimConfig(kind="sgd", lr=LR, clip_norm=CLIP))
-    prepare = preparation(mesh["ulysses"])
+    engine = build_engine(model, cfg, OptimConfig(kind="sgd", lr=LR, clip_norm=CLIP), mesh)
+    prepare = preparation(mesh)
     steps: list[Step] = []
     for step in range(STEPS):
         total = torch.zeros((), dtype=torch.float64)
@@ -102,9 +102,12 @@ def on_this_layout(cfg: ParallelConfig) -> tuple[list[Step], dict[str, Tensor]]:
             share = loss_share(engine.model, prepare(batch, step), elements(step))  # type: ignore[arg-type]
             engine.backward(share, last_microbatch=index == len(mine) - 1)
             total += share.detach()
+        total *= mesh["tensor"].rank == 0  # along this axis all hold the same share
         dist.all_reduce(total)
         gradients = {
-            name: sharding.full(p.grad).clone() for name, p in engine.model.named_parameters() if p.grad is not None
+            name: tensor_parallel.full(name, sharding.full(p.grad), engine.model, mesh["tensor"]).clone()
+            for name, p in engine.model.named_parameters()
+            if p.grad is not None
         }
         norm = engine.step(step)
         steps.append((total.item(), norm.item(), gradients))

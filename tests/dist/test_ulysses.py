@@ -10,6 +10,7 @@ from torch import Tensor
 from acceleration import collectives
 from acceleration import mesh as meshes
 from acceleration.config import MeshConfig
+from acceleration.mesh import Mesh
 from acceleration.sequence import SequenceParallel, UlyssesAttention, fill_slots
 from tests.dist.harness import run_distributed
 from tests.dist.toy import Core, Toy
@@ -17,8 +18,8 @@ from tests.dist.toy import Core, Toy
 BATCH, HEADS, DIM = 2, 4, 6
 
 
-def ulysses_axis() -> meshes.Axis:
-    return meshes.build(MeshConfig(ulysses=-1, shard=1), dist.get_world_size(), torch.device("cpu"))["ulysses"]
+def ulysses_mesh() -> Mesh:
+    return meshes.build(MeshConfig(ulysses=-1, shard=1), dist.get_world_size(), torch.device("cpu"))
 
 
 def qkv(tokens: int) -> Tensor:
@@ -28,8 +29,8 @@ def qkv(tokens: int) -> Tensor:
 
 def attend(tokens: int) -> tuple[Tensor, Tensor, int]:
     """Output and gradient of q, k, v for the whole sequence, and the bytes that this process sent in forward."""
-    axis = ulysses_axis()
-    sequence = SequenceParallel(axis)
+    mesh = ulysses_mesh()
+    axis, sequence = mesh["ulysses"], SequenceParallel(mesh)
     whole = qkv(tokens)
     local = sequence.shard(whole, dim=2).requires_grad_()
     out = UlyssesAttention(Core(), axis)(*local, context=sequence.context(0, tokens))
@@ -61,8 +62,8 @@ def test_bytes_are_those_of_the_formula(world: int) -> None:
 
 
 def masked() -> float:
-    axis = ulysses_axis()
-    sequence = SequenceParallel(axis)
+    mesh = ulysses_mesh()
+    axis, sequence = mesh["ulysses"], SequenceParallel(mesh)
     whole = qkv(9)
     mask = torch.rand(BATCH, 9, generator=torch.Generator().manual_seed(0)) > 0.4
     mask[:, 0] = True
@@ -76,22 +77,22 @@ def test_masks_travel_along() -> None:
     assert max(run_distributed(masked, 2)) < 1e-12
 
 
-def indivisible() -> Any:
-    axis = ulysses_axis()
-    q = torch.zeros(1, 2, 3, 4)
+def too_few_heads() -> Any:
+    mesh = ulysses_mesh()
+    q = torch.zeros(1, 2, 1, 4)
     try:
-        UlyssesAttention(Core(), axis)(q, q, q, context=SequenceParallel(axis).context(0, 4))
+        UlyssesAttention(Core(), mesh["ulysses"])(q, q, q, context=SequenceParallel(mesh).context(0, 4))
     except ValueError as error:
         return str(error)
 
 
-def test_heads_must_be_divisible() -> None:
-    assert run_distributed(indivisible, 2) == ["3 attention heads cannot be split over ulysses=2"] * 2
+def test_there_must_be_a_head_for_everyone() -> None:
+    assert run_distributed(too_few_heads, 2) == ["1 attention heads cannot be split over ulysses=2"] * 2
 
 
 def uneven_round_trip() -> bool:
     """An exchange there and back is the identity, for rows that nobody shares evenly."""
-    axis = ulysses_axis()
+    axis = ulysses_mesh()["ulysses"]
     table = [[0, 2, 1], [3, 0, 0], [1, 1, 4]]  # rows from i to j
     send = table[axis.rank]
     receive = [row[axis.rank] for row in table]
@@ -105,12 +106,12 @@ def test_uneven_exchange() -> None:
 
 
 def any_model() -> float:
-    axis = ulysses_axis()
-    sequence = SequenceParallel(axis)
+    mesh = ulysses_mesh()
+    axis, sequence = mesh["ulysses"], SequenceParallel(mesh)
     torch.manual_seed(0)
     model, x, vec = Toy().double(), torch.randn(2, 7, 5).double(), torch.randn(2, 3).double()
     truth = model(x, vec)
-    fill_slots(model, axis)
+    fill_slots(model, mesh)
     found = model(sequence.shard(x), vec, context=sequence.context(0, 7))
     return (sequence.gather(found, 7) - truth).abs().max().item()
 

@@ -17,22 +17,24 @@ class Core(nn.Module):
 class Block(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_dim = width // heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.core = Core()
 
     def forward(self, x: Tensor, vec: Tensor, key_mask: Tensor | None, context: Any) -> Tensor:
-        q, k, v = self.qkv(x + vec[:, None]).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        q, k, v = self.qkv(x + vec[:, None]).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
         return x + self.out(self.core(q, k, v, key_mask=key_mask, context=context).flatten(2))
 
 
 class Toy(nn.Module):
     block_lists = ("blocks",)
     attention_cores = ("blocks.*.core",)
+    tensor_shared = ()
 
     def __init__(self, width: int = 24, heads: int = 4, depth: int = 3) -> None:
         super().__init__()
+        self.width, self.heads = width, heads
         self.inp, self.vec = nn.Linear(5, width), nn.Linear(3, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.final = nn.Linear(width, 5)
@@ -43,6 +45,10 @@ class Toy(nn.Module):
         for block in self.blocks:
             x = block(x, vec, key_mask, context)
         return self.final(x)
+
+    def tensor_plan(self) -> dict[str, tuple[str, tuple[tuple[int, int], ...]]]:
+        heads = (self.width, self.width // self.heads)
+        return {"blocks.*.qkv": ("column", (heads, heads, heads)), "blocks.*.out": ("row", (heads,))}
 
     def init_parameter_(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         tensor.normal_(0, 0.2, generator=generator)

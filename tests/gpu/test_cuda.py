@@ -40,8 +40,8 @@ def gradients_on_cuda(precision: PrecisionConfig, zero: int, recompute: str) -> 
     with torch.device("meta"):
         model = build_model(MODEL)
     parallelize(model, cfg, mesh, device, fill)
-    engine = build_engine(model, cfg, OptimConfig(kind="sgd", lr=0.1))
-    prepare = preparation(mesh["ulysses"], device)
+    engine = build_engine(model, cfg, OptimConfig(kind="sgd", lr=0.1), mesh)
+    prepare = preparation(mesh, device)
     every = batches(0)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for index, batch in enumerate(every):

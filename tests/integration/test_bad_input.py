@@ -18,7 +18,12 @@ from opensora.utils.errors import UserError
 BAD_TRAINING = {
     "unknown key": (["optim.learning_rate=1"], "2", "optim.learning_rate"),
     "wrong type": (["train.steps=many"], "2", "train.steps"),
-    "heads not divisible": (["parallel.mesh.ulysses=3"], "3", "ulysses=3"),
+    "heads not divisible": (
+        ["parallel.mesh.tensor=3", "parallel.mesh.ulysses=1"],
+        "3",
+        "parallel.mesh.tensor=3: does not divide the 4 heads",
+    ),
+    "more processes than heads": (["parallel.mesh.ulysses=6"], "6", "use ulysses=3 with ring=2"),
     "missing column": (["data.table={folder}/no_column.csv"], "2", "text"),
     "empty table": (["data.table={folder}/empty.csv"], "2", "empty"),
     "missing file": (["data.table={folder}/nowhere.csv"], "2", "nowhere.csv"),

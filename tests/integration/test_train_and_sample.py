@@ -50,7 +50,7 @@ def train_in_process(config: Path, overrides: list[str], kill_at: int | None) ->
     with start_run(load_config(RunConfig, config, overrides)) as run:
         is_last = run.runtime.rank == run.runtime.world_size - 1
         run.prepare = noting = Noting(run.prepare, kill_at if is_last else None)  # type: ignore[assignment]
-        counts = run.mesh["ulysses"].rank == 0
+        counts = run.mesh.is_first_of_sample
         finished = train(run)
     return finished, noting.consumed if counts else []
 

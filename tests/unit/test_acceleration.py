@@ -10,7 +10,7 @@ from torch import nn
 from acceleration import plan, recompute
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, RecomputeConfig
 from acceleration.ema import EMA
-from acceleration.mesh import Axis, resolve
+from acceleration.mesh import resolve, view
 from acceleration.optim import ema_decay_at, lr_at
 from acceleration.runtime import first_host, ranks_from_environment, rendezvous_from_environment
 from acceleration.sequence import SequenceParallel
@@ -21,15 +21,17 @@ from tests.dist.toy import Toy
 @pytest.mark.parametrize(
     ("mesh", "world", "wanted"),
     [
-        ({}, 1, (1, 1, 1)),
-        ({}, 6, (1, 6, 1)),
-        ({"ulysses": 2}, 6, (1, 3, 2)),
-        ({"replicate": 2, "ulysses": 2}, 8, (2, 2, 2)),
-        ({"shard": 1, "ulysses": -1}, 4, (1, 1, 4)),
+        ({}, 1, {"shard": 1}),
+        ({}, 6, {"shard": 6}),
+        ({"ulysses": 2}, 6, {"shard": 3, "ulysses": 2}),
+        ({"replicate": 2, "ulysses": 2}, 8, {"replicate": 2, "shard": 2, "ulysses": 2}),
+        ({"shard": 1, "ulysses": -1}, 4, {"ulysses": 4}),
+        ({"ring": 2, "tensor": 2, "cfg": 2}, 16, {"shard": 2, "cfg": 2, "ring": 2, "tensor": 2}),
     ],
 )
-def test_degrees_fill_the_world(mesh: dict[str, int], world: int, wanted: tuple[int, int, int]) -> None:
-    assert tuple(resolve(MeshConfig(**mesh), world).values()) == wanted
+def test_degrees_fill_the_world(mesh: dict[str, int], world: int, wanted: dict[str, int]) -> None:
+    degrees = resolve(MeshConfig(**mesh), world)
+    assert {axis: degree for axis, degree in degrees.items() if degree > 1 or axis in wanted} == wanted
 
 
 @pytest.mark.parametrize(
@@ -144,14 +146,14 @@ def test_recomputation_runs_the_chosen_blocks_twice(kind, blocks: int, wanted: i
 def test_parts_cover_the_sequence(degree: int, tokens: int) -> None:
     x = torch.arange(tokens)[None]
     for last in (False, True):
-        ranks = [SequenceParallel(Axis("ulysses", degree, rank, None)) for rank in range(degree)]
+        ranks = [SequenceParallel(view({"ulysses": degree}, rank)) for rank in range(degree)]
         parts = [rank.shard(x, surplus_last=last) for rank in ranks]
         assert torch.equal(torch.cat(parts, dim=1), x)
         assert max(p.shape[1] for p in parts) - min(p.shape[1] for p in parts) <= 1
 
 
 def test_text_and_image_surplus_go_to_different_processes() -> None:
-    context = SequenceParallel(Axis("ulysses", 2, 0, None)).context(txt_tokens=5, img_tokens=9)
+    context = SequenceParallel(view({"ulysses": 2})).context(txt_tokens=5, img_tokens=9)
     assert context is not None and context.lengths == (7, 7)
 
 

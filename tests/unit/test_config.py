@@ -127,7 +127,7 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     # across sections
     "channels that do not fit": (None, ["vae.channels=32"], "model.in_channels=64: vae.kind=dct"),
     "text that does not fit": (None, ["text.dim=128"], "model.context_in_dim=256: text.kind=bytes gives 128"),
-    "heads against ulysses": (None, ["parallel.mesh.ulysses=3"], "parallel.mesh.ulysses=3: allowed are divisors of"),
+    "guidance in training": (None, ["parallel.mesh.cfg=2"], "parallel.mesh.cfg=2: allowed is 1"),
     "warm-up beyond the end": (None, ["optim.warmup_steps=101"], "optim.warmup_steps=101: allowed are at most train"),
     "no table": (None, ["data.table=''"], "data.table: missing"),
     "no buckets": (None, ["data.buckets={}"], "data.buckets: missing"),

@@ -16,6 +16,13 @@ def _plain_norm(hidden: int) -> nn.LayerNorm:
     return nn.LayerNorm(hidden, eps=1e-6, elementwise_affine=False)
 
 
+def split_in_proportion(x: Tensor, *widths: int) -> tuple[Tensor, ...]:
+    """Cut the last dim at ``widths``, or at the same share of each where a process holds a share of the layer."""
+    share, rest = divmod(sum(widths), x.shape[-1])
+    assert not rest, (x.shape, widths)
+    return x.split([width // share for width in widths], dim=-1)
+
+
 def _mlp(hidden: int, inner: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(hidden, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, hidden))
 
@@ -25,7 +32,7 @@ class StreamAttention(nn.Module):
 
     def __init__(self, hidden: int, heads: int, qkv_bias: bool, fused_qkv: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_dim = hidden // heads
         self.fused_qkv = fused_qkv
         if fused_qkv:
             self.qkv = nn.Linear(hidden, 3 * hidden, bias=qkv_bias)
@@ -39,7 +46,7 @@ class StreamAttention(nn.Module):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, D) -> q, k, v (B, N, H, Dh), q and k normalised."""
         q, k, v = self.qkv(x).chunk(3, dim=-1) if self.fused_qkv else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in (q, k, v))
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
         return *self.norm(q, k), v
 
 
@@ -51,14 +58,14 @@ class ContextAttention(nn.Module):
 
     def __init__(self, hidden: int, heads: int, qkv_bias: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_dim = hidden // heads
         self.k_proj = nn.Linear(hidden, hidden, bias=qkv_bias)
         self.v_proj = nn.Linear(hidden, hidden, bias=qkv_bias)
         self.norm = nn.ModuleDict({"key_norm": RMSNorm(hidden // heads)})
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L, D) -> q (zeros), k, v (B, L, H, Dh), k normalised."""
-        k, v = (part.unflatten(-1, (self.heads, -1)) for part in (self.k_proj(x), self.v_proj(x)))
+        k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (self.k_proj(x), self.v_proj(x)))
         return torch.zeros_like(k), self.norm["key_norm"](k), v
 
 
@@ -141,7 +148,7 @@ class SingleStreamBlock(nn.Module):
         self, hidden: int, heads: int, mlp_hidden: int, *, qkv_bias: bool, fused_qkv: bool, rope_layout: RopeLayout
     ) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_dim = hidden // heads
         self.fused_qkv = fused_qkv
         self.rope_layout: RopeLayout = rope_layout
         self.widths = (hidden, hidden, hidden + mlp_hidden)  # q, k, and v with the MLP's inner layer
@@ -165,11 +172,11 @@ class SingleStreamBlock(nn.Module):
         shift, scale, gate = self.modulation(vec)
         h = modulate(self.pre_norm(x), shift, scale)
         if self.fused_qkv:
-            q, k, v_mlp = self.linear1(h).split(self.widths, dim=-1)
+            q, k, v_mlp = split_in_proportion(self.linear1(h), *self.widths)
         else:
             q, k, v_mlp = self.q_proj(h), self.k_proj(h), self.v_mlp(h)
-        v, inner = v_mlp.split((self.widths[0], self.widths[2] - self.widths[0]), dim=-1)
-        q_BLHD, k_BLHD, v_BLHD = (part.unflatten(-1, (self.heads, -1)) for part in (q, k, v))
+        v, inner = split_in_proportion(v_mlp, self.widths[0], self.widths[2] - self.widths[0])
+        q_BLHD, k_BLHD, v_BLHD = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
         q_BLHD, k_BLHD = self.norm(q_BLHD, k_BLHD)
         o_BLHD = self.core(
             apply_rope(q_BLHD, rope, self.rope_layout),

@@ -98,6 +98,7 @@ class MMDiT(nn.Module):
 
     block_lists = ("double_blocks", "single_blocks")
     attention_cores = ("double_blocks.*.core", "single_blocks.*.core")
+    tensor_shared = ("double_blocks.*.*_attn.norm.*.scale", "single_blocks.*.norm.*.scale")
 
     def __init__(self, cfg: MMDiTConfig) -> None:
         super().__init__()
@@ -190,6 +191,30 @@ class MMDiT(nn.Module):
             img = x[:, txt.shape[1] :]
         # A 3-D linear may return a view, and hooks that sharding puts on a view are lost when somebody writes to it.
         return self.final_layer(img, vec).clone()
+
+    def tensor_plan(self) -> dict[str, tuple[str, tuple[tuple[int, int], ...]]]:
+        """How tensor parallelism cuts the linear layers: {pattern: (kind, parts of (size, unit))}.
+
+        Parts of heads are cut at heads, parts of hidden units anywhere; what is fused is cut part by part.
+        """
+        hidden = self.cfg.hidden_size
+        heads, inner = (hidden, self.cfg.head_dim), (int(hidden * self.cfg.mlp_ratio), 1)
+        return {
+            "double_blocks.*.*_attn.qkv": ("column", (heads, heads, heads)),
+            "double_blocks.*.*_attn.?_proj": ("column", (heads,)),
+            "double_blocks.*.*_attn.proj": ("row", (heads,)),
+            "double_blocks.*.*_mlp.0": ("column", (inner,)),
+            "double_blocks.*.*_mlp.2": ("row", (inner,)),
+            "double_blocks.*.*_mod.lin": ("gather", ()),
+            "single_blocks.*.linear1": ("column", (heads, heads, heads, inner)),
+            "single_blocks.*.?_proj": ("column", (heads,)),
+            "single_blocks.*.v_mlp": ("column", (heads, inner)),
+            "single_blocks.*.linear2": ("row", (heads, inner)),
+            "single_blocks.*.modulation.lin": ("gather", ()),
+            "*_in.in_layer": ("column", ((hidden, 1),)),
+            "*_in.out_layer": ("row", ((hidden, 1),)),
+            "final_layer.adaLN_modulation.1": ("gather", ()),
+        }
 
     @torch.no_grad()
     def init_parameter_(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:

@@ -1,0 +1,27 @@
+"""What goes into the attention slots of a model."""
+
+import torch
+from torch import nn
+
+from acceleration import plan
+from acceleration.attention import KernelCore, kernel_for
+from acceleration.mesh import Mesh
+from acceleration.sequence.ring import RingAttention
+from acceleration.sequence.ulysses import UlyssesAttention
+
+
+def fill_slots(model: nn.Module, mesh: Mesh, kernel: str = "auto") -> None:
+    """Put into every attention slot what this mesh and kernel need; the model's own core stays where it will do.
+
+    Ulysses takes whatever core is inside; the ring works on the parts of a kernel and takes the core's place.
+    """
+    ring, ulysses = mesh["ring"], mesh["ulysses"]
+    chosen = kernel_for(kernel, torch.device(mesh.device_type))
+    for parent, attribute, own in list(plan.slots(model, model.attention_cores)):  # type: ignore[arg-type]
+        core = own if kernel == "auto" else KernelCore(chosen)
+        if ring.degree > 1:
+            core = RingAttention(chosen, ring, ulysses.degree)
+        if ulysses.degree > 1:
+            core = UlyssesAttention(core, ulysses, ring.rank)
+        if core is not own:
+            setattr(parent, attribute, core)
