@@ -14,7 +14,8 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from acceleration import tensor_parallel
+from acceleration import collectives, sharding, tensor_parallel
+from acceleration.mesh import Axis
 from acceleration.tensor_parallel import Cut
 
 
@@ -22,12 +23,13 @@ class Pieces(Tensor):
     """Stands for the full parameter in a state dict; its memory is that of ``held``, which is read and written."""
 
     held: Tensor
+    cut: Cut
     chunks: dict[tuple[int, ...], Tensor]  # offset in the full parameter -> view of what is held
 
     @staticmethod
     def __new__(cls, held: Tensor, cut: Cut) -> "Pieces":
         pieces: Pieces = Tensor._make_wrapper_subclass(cls, cut.shape, dtype=held.dtype, device=held.device)
-        pieces.held = held
+        pieces.held, pieces.cut = held, cut
         pieces.chunks = dict(_chunks(held, cut))
         return pieces
 
@@ -69,6 +71,13 @@ def wrap(model: nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:
 def unwrap(values: Mapping[str, Any]) -> dict[str, Any]:
     """What ``wrap`` was given."""
     return {key: value.held if isinstance(value, Pieces) else value for key, value in values.items()}
+
+
+def whole(value: Tensor, axis: Axis) -> Tensor:
+    """The full value of anything in a state dict; ``axis`` is the tensor axis. Collective."""
+    if not isinstance(value, Pieces):
+        return sharding.full(value)
+    return value.cut.join(list(collectives.all_gather(sharding.full(value.held)[None], 0, [1] * axis.degree, axis)))
 
 
 def _wrapped(key: str, value: Any, cuts: Mapping[str, Cut]) -> Any:

@@ -9,8 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from acceleration import mesh as meshes
-from acceleration import sharding
-from acceleration.checkpoint import CheckpointManager, newest, steps_in
+from acceleration.checkpoint import CheckpointManager, newest, pieces, steps_in
 from acceleration.checkpoint.storage import MANIFEST
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig
 from acceleration.engines import Engine, build_engine
@@ -20,7 +19,8 @@ from opensora.models import build_model
 from opensora.train.step import loss_share
 from tests.dist.harness import run_distributed
 from tests.dist.problem import MODEL, batches, elements
-from tests.dist.test_parity import FP64, assign, fill, preparation, relative
+from tests.dist.layouts import FP64
+from tests.dist.test_parity import assign, fill, preparation, relative
 
 OPTIM = OptimConfig(lr=1e-3, clip_norm=0.3, ema_decay=0.9, warmup_steps=2, schedule="cosine")
 STEPS = 5
@@ -30,6 +30,8 @@ LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
     "2-ulysses": (2, ParallelConfig(zero=2, mesh=MeshConfig(ulysses=2), precision=FP64)),
     "2-zero0": (2, ParallelConfig(zero=0, precision=FP64)),
     "3-zero1": (3, ParallelConfig(zero=1, precision=FP64)),
+    "2-tensor": (2, ParallelConfig(zero=3, mesh=MeshConfig(tensor=2), precision=FP64)),
+    "4-ring-tensor": (4, ParallelConfig(zero=2, mesh=MeshConfig(ring=2, tensor=2), precision=FP64)),
     "4-hybrid": (4, ParallelConfig(zero=3, mesh=MeshConfig(replicate=2, ulysses=2), precision=FP64)),
 }
 
@@ -54,11 +56,11 @@ def run_steps(engine: Engine, mesh: meshes.Mesh, start: int, stop: int) -> None:
         engine.step(step)
 
 
-def everything(engine: Engine) -> dict[str, Tensor]:
+def everything(engine: Engine, tensor: meshes.Axis) -> dict[str, Tensor]:
     """All state as whole tensors: weights, moments, step counts, average."""
     state = engine.state_dict()
     flat = {f"{part}.{name}": value for part, values in state.items() for name, value in values.items()}
-    return {name: sharding.full(value).clone() for name, value in flat.items() if isinstance(value, Tensor)}
+    return {name: pieces.whole(value, tensor).clone() for name, value in flat.items() if isinstance(value, Tensor)}
 
 
 def train_and_save(cfg: ParallelConfig, folder: Path, start: int, stop: int) -> dict[str, Tensor]:
@@ -72,15 +74,15 @@ def train_and_save(cfg: ParallelConfig, folder: Path, start: int, stop: int) -> 
         engine.load_state_dict(state)
     run_steps(engine, mesh, start, stop)
     manager.save(stop, engine.state_dict(), {})
-    return everything(engine)
+    return everything(engine, mesh["tensor"])
 
 
 def load_only(cfg: ParallelConfig, path: Path) -> dict[str, Tensor]:
-    _, engine = build(cfg)
+    mesh, engine = build(cfg)
     state = engine.state_dict()
     CheckpointManager(path.parent, keep=0).load(path, state)
     engine.load_state_dict(state)
-    return everything(engine)
+    return everything(engine, mesh["tensor"])
 
 
 def run_on(layout: str, function: Any, *args: Any) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ The reference is plain torch on one process: no sharding, no wrapper, no engine.
 SGD: Adam would hide a gradient that is off by a factor.
 """
 
-import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from acceleration import mesh as meshes
 from acceleration import sharding, tensor_parallel
-from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
+from acceleration.config import OptimConfig, ParallelConfig
 from acceleration.engines import build_engine
 from acceleration.mesh import Mesh
 from acceleration.parallelize import parallelize
@@ -25,12 +24,12 @@ from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.train.step import Preparation, loss_share
 from opensora.utils.rng import torch_generator
 from tests.dist.harness import run_distributed
+from tests.dist.layouts import QUICK, Layout, every_layout
 from tests.dist.problem import MODEL, FakeBatch, FakeText, PassThrough, batches, elements
 
 STEPS = 3
 LR, CLIP = 0.05, 0.3  # the norm of this problem is above the bound, so clipping acts
 TOLERANCE = 1e-10
-FP64 = PrecisionConfig(compute="fp64", reduce="fp64", master="fp64")
 
 Step = tuple[float, float, dict[str, Tensor]]  # loss, gradient norm, gradients
 
@@ -134,56 +133,16 @@ def truth() -> tuple[list[Step], dict[str, Tensor]]:
     return on_one_process()
 
 
-def layouts() -> list[tuple[int, dict[str, int], int, str]]:
-    """(processes, mesh, zero, recompute)."""
-    meshes_of = {
-        1: [{}],
-        2: [{}, {"ulysses": 2}, {"replicate": 2}],
-        3: [{}],
-        4: [{}, {"ulysses": 2}, {"ulysses": 4}, {"replicate": 2}, {"replicate": 2, "ulysses": 2}],
-    }
+def cases() -> list[Any]:
     return [
-        (world, mesh, zero, recompute)
-        for world, choices in meshes_of.items()
-        for mesh, zero, recompute in itertools.product(choices, (0, 1, 2, 3), ("none", "full", "first"))
+        pytest.param(layout, marks=[] if str(layout) in QUICK else [pytest.mark.slow], id=str(layout))
+        for layout in every_layout()
     ]
 
 
-# Each axis, each ZeRO stage and each kind of recomputation at least twice, and the combinations where they meet.
-QUICK = {
-    (1, "", 3, "full"),
-    (2, "", 1, "none"),
-    (2, "ulysses2", 2, "first"),
-    (2, "ulysses2", 0, "none"),
-    (2, "replicate2", 3, "full"),
-    (3, "", 2, "none"),
-    (4, "ulysses2", 3, "full"),
-    (4, "ulysses4", 2, "none"),
-    (4, "replicate2ulysses2", 1, "first"),
-    (4, "replicate2ulysses2", 3, "none"),
-}
-
-
-def parameters() -> list[Any]:
-    cases = []
-    for world, mesh, zero, recompute in layouts():
-        key = (world, "".join(f"{axis}{degree}" for axis, degree in mesh.items()), zero, recompute)
-        marks = [] if key in QUICK else [pytest.mark.slow]
-        cases.append(pytest.param(world, mesh, zero, recompute, marks=marks, id="-".join(map(str, key))))
-    return cases
-
-
-@pytest.mark.parametrize(("world", "mesh", "zero", "recompute"), parameters())
-def test_layout_equals_one_process(
-    truth: tuple[list[Step], dict[str, Tensor]], world: int, mesh: dict[str, int], zero: Any, recompute: Any
-) -> None:
-    cfg = ParallelConfig(
-        zero=zero,
-        mesh=MeshConfig(**mesh),
-        recompute=RecomputeConfig(kind=recompute, blocks=3 if recompute == "first" else 0),
-        precision=FP64,
-    )
-    results = run_distributed(on_this_layout, world, cfg, timeout=100)
+@pytest.mark.parametrize("layout", cases())
+def test_layout_equals_one_process(truth: tuple[list[Step], dict[str, Tensor]], layout: Layout) -> None:
+    results = run_distributed(on_this_layout, layout.world, layout.config, timeout=100)
     for rank, found in enumerate(results):
         assert worst_error(found, truth) <= TOLERANCE, f"rank {rank}"
 
