@@ -118,14 +118,25 @@ def relative(found: Any, truth: Any) -> float:
     return ((found - truth).abs().max() / truth.abs().max().clamp(min=1e-12)).item()
 
 
-def worst_error(found: tuple[list[Step], dict[str, Tensor]], truth: tuple[list[Step], dict[str, Tensor]]) -> float:
-    """The largest relative error of anything that is compared."""
-    errors = [relative(found[1][name], truth[1][name]) for name in truth[1]]
+def errors(
+    found: tuple[list[Step], dict[str, Tensor]], truth: tuple[list[Step], dict[str, Tensor]]
+) -> dict[str, float]:
+    """The largest relative errors of everything that is compared, by kind."""
+    worst = {"weights": max(relative(found[1][name], truth[1][name]) for name in truth[1])}
     for (loss, norm, gradients), (true_loss, true_norm, true_gradients) in zip(found[0], truth[0], strict=True):
         assert gradients.keys() == true_gradients.keys()
-        errors += [relative(loss, true_loss), relative(norm, true_norm)]
-        errors += [relative(gradients[name], true_gradients[name]) for name in true_gradients]
-    return max(errors)
+        of_step = {
+            "loss": relative(loss, true_loss),
+            "norm": relative(norm, true_norm),
+            "gradients": max(relative(gradients[name], true_gradients[name]) for name in true_gradients),
+        }
+        worst |= {kind: max(error, worst.get(kind, 0.0)) for kind, error in of_step.items()}
+    return worst
+
+
+def worst_error(found: tuple[list[Step], dict[str, Tensor]], truth: tuple[list[Step], dict[str, Tensor]]) -> float:
+    """The largest relative error of anything that is compared."""
+    return max(errors(found, truth).values())
 
 
 @pytest.fixture(scope="module")

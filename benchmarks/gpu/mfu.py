@@ -1,0 +1,96 @@
+"""Model FLOP utilisation of one GPU: blocks of the 11B MMDiT at the lengths that training has, forward and backward.
+
+    python benchmarks/gpu/mfu.py --tokens 8828 37000 --recompute none full
+
+A share of the model's blocks stands for the whole (weights, gradients and activations of 11B do not fit one GPU at every
+length): the cost of a block does not depend on how many there are. FLOPs are those of the model, 2 per multiplication,
+backward twice the forward, recomputation not counted; the peak is that of dense bf16.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+
+from acceleration import mesh as meshes
+from acceleration import runtime as runtimes
+from acceleration.config import MeshConfig, ParallelConfig, RecomputeConfig
+from acceleration.parallelize import parallelize
+from opensora.models import MMDiTConfig, build_model
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, data sheets of the SXM boards
+TEXT = 512
+
+
+def flops(cfg: MMDiTConfig, tokens: int) -> float:
+    """Of one forward pass over ``tokens`` image and TEXT text tokens: linear layers and attention of all blocks."""
+    width, mlp = cfg.hidden_size, cfg.mlp_ratio
+    whole = tokens + TEXT
+    linear = 2 * width**2 * (4 + 2 * mlp) * whole
+    attention = 4 * whole**2 * width
+    return (cfg.depth + cfg.depth_single_blocks) * (linear + attention)
+
+
+def measure(cfg: MMDiTConfig, tokens: int, recompute: str, rounds: int) -> tuple[float, float]:
+    """(median seconds of forward and backward, peak GiB)."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    parallel = ParallelConfig(zero=0, recompute=RecomputeConfig(kind=recompute))  # type: ignore[arg-type]
+    with torch.device("meta"):
+        model = build_model(cfg)
+    mesh = meshes.build(MeshConfig(), 1, device)
+    parallelize(model, parallel, mesh, device, lambda name, tensor: tensor.normal_(0, 0.02))
+    inputs = {
+        "img": torch.randn(1, tokens, cfg.in_channels, device=device),
+        "img_ids": torch.zeros(1, tokens, 3, device=device),
+        "txt": torch.randn(1, TEXT, cfg.context_in_dim, device=device),
+        "txt_ids": torch.zeros(1, TEXT, 3, device=device),
+        "timesteps": torch.rand(1, device=device),
+        "y_vec": torch.randn(1, cfg.vec_in_dim, device=device),
+        "cond": torch.zeros(1, tokens, cfg.cond_channels, device=device) if cfg.cond_embed else None,
+    }
+    times = []
+    torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(rounds + 2):
+        torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        model(**inputs).float().square().mean().backward()
+        torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+        model.zero_grad()
+    return statistics.median(times[2:]), torch.cuda.max_memory_allocated(device) / 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8828, 37000], help="image tokens")
+    parser.add_argument("--recompute", nargs="+", default=["none", "full"])
+    parser.add_argument("--double", type=int, default=2, help="double-stream blocks")
+    parser.add_argument("--single", type=int, default=4, help="single-stream blocks")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    runtimes.start(60)
+    name = torch.cuda.get_device_name()
+    peak = next((value for key, value in PEAK_FLOPS.items() if key in name), None)
+    cfg = MMDiTConfig(depth=args.double, depth_single_blocks=args.single)
+    print(f"{name}, torch {torch.__version__}, {args.double} double + {args.single} single blocks of 11B, bf16")
+    print(f"{'tokens':>8}{'recompute':>11}{'ms':>9}{'TFLOP/s':>9}{'MFU':>8}{'GiB':>7}")
+    for tokens in args.tokens:
+        for recompute in args.recompute:
+            try:
+                seconds, gib = measure(cfg, tokens, recompute, args.rounds)
+            except torch.OutOfMemoryError:
+                print(f"{tokens:>8}{recompute:>11}   out of memory")
+                continue
+            rate = 3 * flops(cfg, tokens) / seconds
+            share = f"{rate / peak:>8.1%}" if peak else f"{'?':>8}"
+            print(f"{tokens:>8}{recompute:>11}{seconds * 1e3:>9.1f}{rate / 1e12:>9.1f}{share}{gib:>7.1f}")
+            print(
+                json.dumps({"benchmark": "mfu", "tokens": tokens, "recompute": recompute, "s": seconds, "flops": rate})
+            )
+    runtimes.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Attention kernels on a GPU against the plain mathematics: outputs, log-sum-exps and gradients."""
+
+import pytest
+import torch
+
+from acceleration import attention
+from acceleration.attention import KERNELS
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+BATCH, TOKENS, HEADS, DIM = 2, 321, 3, 64  # a length that fits no tile
+
+
+def names() -> list[str]:
+    try:
+        import flash_attn  # noqa: F401
+    except ImportError:
+        return ["cuda"]
+    return ["cuda", "flash_attn"]
+
+
+@pytest.mark.parametrize("kernel", names())
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_kernel_equals_mathematics(kernel: str, masked: bool, dtype: torch.dtype, tolerance: float) -> None:
+    if kernel == "flash_attn" and dtype == torch.float32:
+        pytest.skip("flash-attn has no fp32")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(BATCH, TOKENS, HEADS, DIM, generator=generator).cuda().to(dtype) for _ in range(4))
+    mask = None
+    if masked:
+        mask = (torch.rand(BATCH, TOKENS, generator=generator) > 0.3).cuda()
+        mask[1] = False
+    wide = [x.double() for x in (q, k, v)]
+    true_out, true_lse = attention.forward(KERNELS["math"], *wide, mask)
+    truth = attention.backward(KERNELS["math"], grad.double(), *wide, true_out, true_lse, mask)
+    out, lse = attention.forward(KERNELS[kernel], q, k, v, mask)
+    found = attention.backward(KERNELS[kernel], grad, q, k, v, out, lse, mask)
+    assert (out.double() - true_out).abs().max() <= tolerance * true_out.abs().max()
+    seen = true_lse.isfinite()
+    assert torch.equal(lse.isfinite(), seen)
+    assert (lse.double() - true_lse)[seen].abs().max() <= tolerance * true_lse[seen].abs().max()
+    for gradient, true_gradient in zip(found, truth, strict=True):
+        assert (gradient.double() - true_gradient).abs().max() <= tolerance * true_gradient.abs().max()
