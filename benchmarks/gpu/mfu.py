@@ -2,9 +2,9 @@
 
     python benchmarks/gpu/mfu.py --tokens 8828 37000 --recompute none full
 
-A share of the model's blocks stands for the whole (weights, gradients and activations of 11B do not fit one GPU at every
-length): the cost of a block does not depend on how many there are. FLOPs are those of the model, 2 per multiplication,
-backward twice the forward, recomputation not counted; the peak is that of dense bf16.
+A share of the model's blocks stands for the whole (weights, gradients and activations of 11B do not fit one GPU at
+every length): the cost of a block does not depend on how many there are. FLOPs are those of the model, 2 per
+multiplication, backward twice the forward, recomputation not counted; the peak is that of dense bf16. Not run yet.
 """
 
 import argparse
