@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from acceleration.config import MeshConfig
 
 AXES = ("replicate", "shard", "cfg", "ring", "ulysses", "tensor")
+SAMPLE_AXES = AXES[2:]  # whose processes work on the same samples
 PIECES, COPIES = "pieces", "copies"  # the axes of sharding: one copy of the state is cut into pieces
 
 
@@ -61,7 +62,7 @@ class Mesh:
     @property
     def is_first_of_sample(self) -> bool:
         """True on one of the processes that work on the same samples."""
-        return all(self[name].rank == 0 for name in AXES[2:])
+        return all(self[name].rank == 0 for name in SAMPLE_AXES)
 
 
 def resolve(cfg: MeshConfig, world_size: int) -> dict[str, int]:

@@ -32,6 +32,7 @@ from opensora.utils.yaml_strict import COMMAND_LINE, Keys, Lines, parse_value, r
 SAVED_NAME = "config.yaml"  # of the resolved configuration inside a run's folder
 PEER_WAIT_S = 5.0  # how long other ranks leave the word to rank 0 before they speak themselves
 
+VaeParallel: TypeAlias = Literal["auto", "on", "off"]
 T = TypeVar("T")
 
 ModelConfig: TypeAlias = MMDiTConfig
@@ -51,6 +52,7 @@ class TrainConfig:
     resume: Literal["auto", "none"] | str = "auto"  # newest complete checkpoint if any, a fresh start, or a path
     init_from: str | None = None  # safetensors file or export folder that a fresh start takes its weights from
     export: bool = True  # write the weights for sampling when the run is finished
+    vae_parallel: VaeParallel = "auto"  # on: processes share out the tiles of what they code; auto: on for learned VAEs
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "checkpoint_every"):
@@ -134,7 +136,8 @@ class SampleConfig:
     num_sample: int = 1  # videos per prompt, with seeds seed, seed+1, ...
     save_dir: str = "samples"  # videos, stills, prompts and the contact sheet
     batch_size: int = 1  # prompts denoised together
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp32", "fp64"] = "bf16"  # fp64: to compare layouts
+    vae_parallel: VaeParallel = "auto"  # on: processes share out the tiles of what they code; auto: on for learned VAEs
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:

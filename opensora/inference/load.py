@@ -15,12 +15,13 @@ from acceleration import mesh as meshes
 from acceleration import tensor_parallel
 from acceleration.checkpoint import CheckpointManager, newest, pieces
 from acceleration.config import MeshConfig, PrecisionConfig
-from acceleration.mesh import Mesh
+from acceleration.mesh import SAMPLE_AXES, Mesh
 from acceleration.parallelize import parallelize
 from acceleration.precision import DTYPES
 from acceleration.runtime import Runtime
 from acceleration.sequence import SequenceParallel
-from opensora.config import SAVED_NAME, RunConfig, SampleConfig, load_config
+from acceleration.work import SharedWork
+from opensora.config import SAVED_NAME, RunConfig, SampleConfig, VaeParallel, load_config
 from opensora.models import MMDiTConfig, build_model
 from opensora.models.base import Autoencoder, TextEncoder
 from opensora.models.mmdit.convert import WeightLayout, load_state_dict_for
@@ -28,6 +29,8 @@ from opensora.models.text import build_text_encoder
 from opensora.models.vae import build_autoencoder
 from opensora.utils.errors import UserError
 from opensora.utils.logging import announce
+from opensora.utils.sampling import SamplingOption, passes_per_step
+from opensora.utils.work import RunAll, one_by_one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,7 @@ class Components:
     mesh: Mesh
     device: torch.device
     prompt_suffix: bool
+    run_tiles: RunAll = one_by_one  # who codes the tiles of a clip
 
 
 def find_source(cfg: SampleConfig) -> Source:
@@ -115,6 +119,33 @@ def check_layout(mesh: MeshConfig, world_size: int, model: MMDiTConfig) -> None:
         )
 
 
+def check_guidance(mesh: MeshConfig, world_size: int, option: SamplingOption) -> None:
+    """That every process along the cfg axis has a pass of guidance to compute.
+
+    Raises:
+        UserError: the key to change, and what would work.
+    """
+    degree, passes = meshes.resolve(mesh, world_size)["cfg"], passes_per_step(option)
+    if degree <= passes:
+        return
+    if passes > 1:
+        why = f"text to video is guided by {passes} passes per step"
+    elif option.method == "distill":
+        why = "sampling.method=distill makes one pass per step"
+    else:
+        why = f"sampling.guidance={option.guidance:g} is off, one pass per step"
+    raise UserError(
+        f"parallel.mesh.cfg={degree}: {why}; set parallel.mesh.cfg={passes}, and ring, ulysses or shard=-1 for the rest"
+    )
+
+
+def tile_runner(choice: VaeParallel, autoencoder: Autoencoder, mesh: Mesh) -> RunAll:
+    """Who codes the tiles of a clip: the processes that work on the same samples together, or each all of them."""
+    if choice == "off" or (choice == "auto" and not autoencoder.is_costly):
+        return one_by_one
+    return SharedWork(*(mesh[name] for name in SAMPLE_AXES))
+
+
 def load_components(cfg: SampleConfig, source: Source, runtime: Runtime) -> Components:
     """Build and shard the model, and read its weights. Collective.
 
@@ -133,15 +164,17 @@ def load_components(cfg: SampleConfig, source: Source, runtime: Runtime) -> Comp
         _read_checkpoint(source.checkpoint, model, use_ema=cfg.use_ema)
     model.requires_grad_(False).eval()
     dtype = DTYPES[cfg.precision]
+    autoencoder = build_autoencoder(source.vae, runtime.device, dtype)
     return Components(
         model=model,
         cfg=source.model,
-        autoencoder=build_autoencoder(source.vae, runtime.device, dtype),
+        autoencoder=autoencoder,
         text_encoder=build_text_encoder(source.text, runtime.device, dtype),
         sequence=SequenceParallel(mesh),
         mesh=mesh,
         device=runtime.device,
         prompt_suffix=source.prompt_suffix,
+        run_tiles=tile_runner(cfg.vae_parallel, autoencoder, mesh),
     )
 
 

@@ -1,8 +1,9 @@
 """From prompts to videos. ``prepare_models`` loads, ``prepare_api`` gives a function, ``process_and_save`` writes.
 
-The tokens of a sample are cut over the ulysses axis once before the first step and joined once after the last; in
-between every process integrates its own share. What is drawn depends on the seed alone, so any number of processes
-gives the same video.
+The tokens of a sample are cut over ring x ulysses once before the first step and joined once after the last; in
+between every process integrates its own share. The passes of guidance are shared out over cfg and their velocities
+exchanged in every step; the tiles of the autoencoder over all processes of the sample. What is drawn depends on the
+seed alone, so any number of processes gives the same video.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from acceleration import runtime as runtimes
 from acceleration.runtime import Runtime
+from acceleration.work import SharedWork
 from opensora.config import SampleConfig
-from opensora.inference.load import Components, Source, check_layout, find_source, load_components
+from opensora.inference.load import Components, Source, check_guidance, check_layout, find_source, load_components
 from opensora.inference.prompts import Job, read_jobs
 from opensora.inference.save import Saver
 from opensora.models.base import latent_grid
@@ -26,6 +28,7 @@ from opensora.utils.sampling import (
     TextInputs,
     get_noise,
     get_schedule,
+    passes_per_step,
     sanitize_sampling_option,
 )
 from opensora.utils.tokens import image_ids, pack, unpack
@@ -58,6 +61,7 @@ def prepare(parts: Components, texts: Sequence[str], img_tokens: int) -> TextInp
 
 def prepare_api(parts: Components) -> Api:
     """A function from prompts to pixels over loaded components."""
+    run_passes = SharedWork(parts.mesh["cfg"])
 
     @torch.no_grad()
     def api(
@@ -68,7 +72,7 @@ def prepare_api(parts: Components) -> Api:
         neg: Sequence[str] | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Sample one clip per prompt. Collective over the processes that share the tokens.
+        """Sample one clip per prompt. Collective over all processes.
 
         Args:
             opt: size, length, steps and guidance; sizes are rounded up to what the model can make.
@@ -94,7 +98,6 @@ def prepare_api(parts: Components) -> Api:
         img = pack(_noise(opt, parts, len(text), opt.seed if seed is None else seed), patch)  # (B, N, C*p*p)
         ids = image_ids(grid, patch, parts.device).expand(len(text), -1, -1)
         tokens = img.shape[1]
-        guided = opt.method == "i2v" and opt.guidance != 1
         cond = torch.zeros(*img.shape[:2], parts.cfg.cond_channels, device=parts.device)
         tokens_per_frame = tokens // grid[0]
         img = DENOISERS[opt.method]().denoise(
@@ -104,13 +107,14 @@ def prepare_api(parts: Components) -> Api:
             option=opt,
             img_ids=parts.sequence.shard(ids),
             prompt=prepare(parts, [_full_prompt(t, opt, parts) for t in text], tokens),
-            negative=prepare(parts, neg or [""] * len(text), tokens) if guided else None,
+            negative=prepare(parts, neg or [""] * len(text), tokens) if passes_per_step(opt) > 1 else None,
             cond=parts.sequence.shard(cond) if parts.cfg.cond_embed else None,
             latent_frames=grid[0],
             progress=on_step,
+            run=run_passes,
         )
         latents = unpack(parts.sequence.gather(img, tokens), grid, patch)  # (B, C, T', H', W')
-        return parts.autoencoder.decode(latents)[:, :, : opt.num_frames]
+        return parts.autoencoder.decode(latents, parts.run_tiles)[:, :, : opt.num_frames]
 
     return api
 
@@ -172,7 +176,9 @@ def sample(cfg: SampleConfig) -> list[str]:
         UserError: what the user can mend, before the process group exists where possible.
     """
     source, jobs = find_source(cfg), read_jobs(cfg)
-    check_layout(cfg.parallel.mesh, runtimes.ranks_from_environment().world_size, source.model)
+    world_size = runtimes.ranks_from_environment().world_size
+    check_layout(cfg.parallel.mesh, world_size, source.model)
+    check_guidance(cfg.parallel.mesh, world_size, cfg.sampling)
     runtime = runtimes.start(cfg.parallel.timeout_s)
     parts = prepare_models(cfg, source, runtime)
     fit(cfg.sampling, parts)
@@ -183,10 +189,10 @@ def sample(cfg: SampleConfig) -> list[str]:
 
 
 def _noise(opt: SamplingOption, parts: Components, count: int, seed: int | Sequence[int]) -> Tensor:
-    """(B, C, T', H', W'), every clip drawn from its own seed."""
+    """(B, C, T', H', W'), every clip drawn from its own seed; fp32, and steps then are, or fp64 for an fp64 model."""
     assert opt.height is not None and opt.width is not None
     seeds = [seed] * count if isinstance(seed, int) else seed
-    autoencoder = parts.autoencoder
+    autoencoder, dtype = parts.autoencoder, next(parts.model.parameters()).dtype
     return torch.cat(
         [
             get_noise(
@@ -200,6 +206,7 @@ def _noise(opt: SamplingOption, parts: Components, count: int, seed: int | Seque
                 causal=autoencoder.causal,
                 patch_size=parts.cfg.patch_size,
                 device=parts.device,
+                dtype=torch.promote_types(dtype, torch.float32),
             )
             for one in seeds
         ]

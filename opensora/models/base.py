@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from opensora.utils.work import RunAll, one_by_one
+
 
 class AttentionCore(Protocol):
     """The slot every attention layer calls; sequence parallelism puts a wrapper of this signature in it."""
@@ -56,12 +58,16 @@ class Autoencoder(Protocol):
     channels: int
     stride: tuple[int, int, int]  # pixels per latent along (frames, height, width)
     causal: bool  # True: the first frame is coded on its own, T' = (T-1)/stride_t + 1; False: T' = T/stride_t
+    is_costly: bool  # True: to code a piece takes longer than to send it to another process
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, T, H, W) in [-1, 1] -> (B, channels, T', H', W'), scaled to about unit variance."""
+    def encode(self, pixels: Tensor, run: RunAll = one_by_one) -> Tensor:
+        """(B, 3, T, H, W) in [-1, 1] -> (B, channels, T', H', W'), scaled to about unit variance.
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """(B, channels, T', H', W') -> (B, 3, T, H, W), clamped to [-1, 1]."""
+        The pieces of work, which ``run`` carries out, depend on the shape alone: so do the bits of the result.
+        """
+
+    def decode(self, latents: Tensor, run: RunAll = one_by_one) -> Tensor:
+        """(B, channels, T', H', W') -> (B, 3, T, H, W), clamped to [-1, 1]; ``run`` as in encode."""
 
 
 class AutoencoderShape(NamedTuple):

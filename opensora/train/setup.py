@@ -24,7 +24,7 @@ from opensora import config
 from opensora.config import RunConfig
 from opensora.datasets.manifest import ClipTable, read_table
 from opensora.datasets.plan import BatchPlan
-from opensora.inference.load import check_layout, weight_layout
+from opensora.inference.load import check_layout, tile_runner, weight_layout
 from opensora.models import build_model
 from opensora.models.base import AutoencoderShape, latent_grid
 from opensora.models.mmdit.convert import load_state_dict_for
@@ -157,8 +157,9 @@ def build_run(cfg: RunConfig, table: ClipTable, plan: BatchPlan, runtime: Runtim
     shape = autoencoder_shape(cfg.vae)
     data = StepData(table, plan, cfg.data, mesh, shape, start_step=step, stop_step=cfg.train.steps, seed=cfg.seed)
     frozen = torch.bfloat16 if cfg.parallel.precision.compute == "bf16" else torch.float32
+    autoencoder = build_autoencoder(cfg.vae, runtime.device, frozen)
     prepare = Preparation(
-        autoencoder=build_autoencoder(cfg.vae, runtime.device, frozen),
+        autoencoder=autoencoder,
         text_encoder=build_text_encoder(cfg.text, runtime.device, frozen),
         flow=cfg.flow,
         patch=cfg.model.patch_size,
@@ -167,6 +168,7 @@ def build_run(cfg: RunConfig, table: ClipTable, plan: BatchPlan, runtime: Runtim
         sequence=SequenceParallel(mesh),
         seed=cfg.seed,
         device=runtime.device,
+        run_tiles=tile_runner(cfg.train.vae_parallel, autoencoder, mesh),
     )
     logger = open_logger(cfg, plan, step) if runtime.is_main else None
     metrics = Metrics(logger, every=cfg.train.log_every, start_step=step, total_steps=cfg.train.steps)

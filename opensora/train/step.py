@@ -13,6 +13,7 @@ from opensora.schedulers import rectified_flow as flow
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.train.conditioning import unconditioned
 from opensora.utils.tokens import image_ids, pack
+from opensora.utils.work import RunAll, one_by_one
 
 if TYPE_CHECKING:
     from opensora.datasets.video import Batch
@@ -40,12 +41,13 @@ class Preparation:
     sequence: SequenceParallel
     seed: int
     device: torch.device
+    run_tiles: RunAll = one_by_one  # who codes the tiles of a clip
 
     @torch.no_grad()
     def __call__(self, batch: "Batch", step: int) -> Tokens:
         """The tokens of ``batch`` as used by update ``step``; no gradient."""
         pixels = batch.pixels.to(self.device, non_blocking=True).float() / 127.5 - 1  # (B, 3, T, H, W)
-        x0 = self.autoencoder.encode(pixels).float()  # (B, C, T', H', W')
+        x0 = self.autoencoder.encode(pixels, self.run_tiles).float()  # (B, C, T', H', W')
         grid = (x0.shape[2], x0.shape[3], x0.shape[4])
         ids = batch.sample_ids
         noise = flow.sample_noise(self.seed, step, ids, tuple(x0.shape[1:])).to(self.device)

@@ -28,6 +28,7 @@ def sample_prompts(run: Run) -> None:
         mesh=run.mesh,
         device=run.runtime.device,
         prompt_suffix=run.cfg.data.prompt_suffix,
+        run_tiles=run.prepare.run_tiles,
     )
     with run.metrics.aside("validate"):
         files = process_and_save(parts, job, read_jobs(job), quiet=True)

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from typing import Any, Literal, Protocol
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from opensora.utils.errors import UserError
 from opensora.utils.rng import torch_generator
 from opensora.utils.tokens import pack, unpack
+from opensora.utils.work import RunAll, Work, one_by_one
 
 __all__ = [
     "SamplingOption",
@@ -33,6 +35,7 @@ __all__ = [
     "I2VDenoiser",
     "DistilledDenoiser",
     "DENOISERS",
+    "passes_per_step",
 ]
 
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
@@ -234,6 +237,7 @@ class SampleDenoiser(Protocol):
         references: bool = False,
         latent_frames: int = 1,
         progress: Progress | None = None,
+        run: RunAll = one_by_one,
     ) -> Tensor:
         """Tokens at t=0 in fp32 (fp64 for fp64 img), (B, N, C) as img.
 
@@ -248,6 +252,7 @@ class SampleDenoiser(Protocol):
             references: whether cond knows anything, on any process: all must say the same.
             latent_frames: T' of the whole clip.
             progress: called after every step.
+            run: evaluates the model for the passes of a step, which do not depend on each other.
         """
 
 
@@ -273,23 +278,25 @@ class I2VDenoiser:
         references: bool = False,
         latent_frames: int = 1,
         progress: Progress | None = None,
+        run: RunAll = one_by_one,
     ) -> Tensor:
         """See SampleDenoiser. Raises ValueError when guidance is on and there is no negative prompt."""
         if negative is None and (references or option.guidance != 1):
             raise ValueError(f"guidance={option.guidance} needs the features of a negative prompt, as those of ''")
 
         def velocity(x: Tensor, t: float, step: int) -> Tensor:
-            def run(text: TextInputs, known: Tensor | None) -> Tensor:
-                return _velocity(model, x, t, img_ids, text, known)
+            def evaluate(*passes: tuple[TextInputs, Tensor | None]) -> list[Tensor]:
+                work = [Work(partial(_velocity, model, x, t, img_ids, *known), tuple(x.shape)) for known in passes]
+                return [found.to(x.dtype) for found in run(work)]
 
             guidance = oscillate(option.guidance, step) if option.text_osci else option.guidance
-            prompted = run(prompt, cond)
             if negative is None or (guidance == 1 and not references):
-                return prompted
-            unprompted = run(negative, cond)
+                return evaluate((prompt, cond))[0]
             if not references or cond is None:
+                prompted, unprompted = evaluate((prompt, cond), (negative, cond))
                 return unprompted + guidance * (prompted - unprompted)
-            ignorant = run(negative, torch.zeros_like(cond))
+            nothing = torch.zeros_like(cond)
+            prompted, unprompted, ignorant = evaluate((prompt, cond), (negative, cond), (negative, nothing))
             image_guidance = _image_guidance(option, step, len(timesteps), latent_frames, img_ids)
             return ignorant + image_guidance * (unprompted - ignorant) + guidance * (prompted - unprompted)
 
@@ -314,17 +321,26 @@ class DistilledDenoiser:
         references: bool = False,
         latent_frames: int = 1,
         progress: Progress | None = None,
+        run: RunAll = one_by_one,
     ) -> Tensor:
         """See SampleDenoiser; there is nothing to move away from, so the negative prompt is not read."""
         guidance = torch.full((img.shape[0],), option.guidance, device=img.device)
 
         def velocity(x: Tensor, t: float, step: int) -> Tensor:
-            return _velocity(model, x, t, img_ids, prompt, cond, guidance)
+            one = Work(partial(_velocity, model, x, t, img_ids, prompt, cond, guidance), tuple(x.shape))
+            return run([one])[0].to(x.dtype)
 
         return _integrate(velocity, img, timesteps, progress)
 
 
 DENOISERS: dict[str, type[SampleDenoiser]] = {"i2v": I2VDenoiser, "distill": DistilledDenoiser}
+
+
+def passes_per_step(option: SamplingOption, *, references: bool = False) -> int:
+    """How often a step evaluates the model, in the steps with the most."""
+    if option.method == "distill":
+        return 1
+    return 3 if references else 1 if option.guidance == 1 else 2
 
 
 def oscillate(guidance: float, step: int) -> float:
@@ -353,7 +369,7 @@ def _velocity(
     guidance: Tensor | None = None,
 ) -> Tensor:
     times = torch.full((x.shape[0],), t, device=x.device, dtype=x.dtype)
-    velocity = model(
+    return model(
         img=x,
         img_ids=img_ids,
         txt=text.txt,
@@ -365,7 +381,6 @@ def _velocity(
         txt_mask=text.txt_mask,
         context=text.context,
     )
-    return velocity.to(x.dtype)
 
 
 def _integrate(

@@ -8,6 +8,7 @@ from torch import Tensor
 from opensora.models.base import TextFeatures
 from opensora.models.mmdit import MMDiTConfig
 from opensora.utils.rng import torch_generator
+from opensora.utils.work import RunAll, one_by_one
 
 MODEL = MMDiTConfig(
     in_channels=8,
@@ -39,12 +40,12 @@ class FakeBatch:
 class PassThrough:
     """An autoencoder of stride 1."""
 
-    channels, stride, causal = 8, (1, 1, 1), True
+    channels, stride, causal, is_costly = 8, (1, 1, 1), True, False
 
-    def encode(self, pixels: Tensor) -> Tensor:
+    def encode(self, pixels: Tensor, run: RunAll = one_by_one) -> Tensor:
         return pixels
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, run: RunAll = one_by_one) -> Tensor:
         return latents
 
 

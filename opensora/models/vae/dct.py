@@ -11,11 +11,14 @@ Colour axes are the three-point cosine basis on (R, G, B): (1, 1, 1)/sqrt 3 is l
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor
+
+from opensora.utils.work import RunAll, Work, one_by_one
 
 TEMPORAL = 4  # frames per block after the first frame
 COLOURS = 3
@@ -105,9 +108,13 @@ def block_basis(frequencies: list[Frequency] | list[Frequency | None], frames: i
 
 
 class DCTAutoencoder:
-    """Encode, decode and nothing to train. Computes in fp32 (fp64 for fp64 input) and returns that type."""
+    """Encode, decode and nothing to train. Computes in fp32 (fp64 for fp64 input) and returns that type.
+
+    Every latent frame is a piece of work of its own.
+    """
 
     causal = True
+    is_costly = False  # one small matrix product per frame: to send it takes longer
 
     def __init__(self, cfg: DCTConfig, device: torch.device | str = "cpu") -> None:
         self.cfg = cfg
@@ -129,7 +136,7 @@ class DCTAutoencoder:
         return factor * (energy.sum() / (energy * factor**2).sum()).sqrt()
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor) -> Tensor:
+    def encode(self, pixels: Tensor, run: RunAll = one_by_one) -> Tensor:
         """(B, 3, T, H, W) in [-1, 1], T = 4k+1 -> (B, channels, k+1, H/s, W/s).
 
         Raises:
@@ -142,17 +149,25 @@ class DCTAutoencoder:
                 f"a clip of {frames} frames of {height}x{width} does not fit: use {TEMPORAL}k+1 frames, sizes in {s}s"
             )
         x = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
-        first = self._to_latents(x[:, :, :1], 1, self._first, self._gain_first)
-        later = self._to_latents(x[:, :, 1:], TEMPORAL, self._later, self._gain_later)
-        return torch.cat([first, later], dim=2)
+        shape = (len(x), self.channels, 1, height // s, width // s)
+        work = [Work(partial(self._to_latents, x[:, :, :1], 1, self._first, self._gain_first), shape)]
+        for block in x[:, :, 1:].split(TEMPORAL, dim=2):
+            if block.shape[2]:  # a still has nothing behind its first frame
+                work.append(Work(partial(self._to_latents, block, TEMPORAL, self._later, self._gain_later), shape))
+        return torch.cat(run(work), dim=2)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, run: RunAll = one_by_one) -> Tensor:
         """(B, channels, T', H', W') -> (B, 3, 4T'-3, s*H', s*W'), clamped to [-1, 1]."""
         z = latents.to(torch.promote_types(latents.dtype, torch.float32))
-        first = self._to_pixels(z[:, :, :1], 1, self._first, self._gain_first)
-        later = self._to_pixels(z[:, :, 1:], TEMPORAL, self._later, self._gain_later)
-        return torch.cat([first, later], dim=2).clamp(-1, 1)
+        side = (self.cfg.spatial * z.shape[3], self.cfg.spatial * z.shape[4])
+        frames = z.split(1, dim=2)
+        bases = [(1, self._first, self._gain_first)] + [(TEMPORAL, self._later, self._gain_later)] * (len(frames) - 1)
+        work = [
+            Work(partial(self._to_pixels, frame, count, basis, gain), (len(z), COLOURS, count, *side))
+            for frame, (count, basis, gain) in zip(frames, bases, strict=True)
+        ]
+        return torch.cat(run(work), dim=2).clamp(-1, 1)
 
     def _to_latents(self, x: Tensor, frames: int, basis: Tensor, gain: Tensor) -> Tensor:
         s = self.cfg.spatial

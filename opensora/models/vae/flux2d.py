@@ -1,6 +1,7 @@
 """Flux's 2-D autoencoder (8x, 16 channels), from a local diffusers folder; a clip is coded frame by frame."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -8,7 +9,9 @@ from einops import rearrange
 from torch import Tensor
 
 from opensora.models.vae.folder import load_frozen, stated_shape
+from opensora.utils.work import RunAll, Work, one_by_one
 
+COLOURS = 3
 SCALE, SHIFT = 0.3611, 0.1159  # latents = SCALE * (sample - SHIFT)
 
 
@@ -29,6 +32,7 @@ class Flux2DAutoencoder:
     """No compression in time: T' = T, any number of frames. Encodes to the mode of the posterior."""
 
     causal = False
+    is_costly = True
 
     def __init__(self, cfg: Flux2DConfig, device: torch.device | str, dtype: torch.dtype) -> None:
         from diffusers import AutoencoderKL
@@ -39,18 +43,29 @@ class Flux2DAutoencoder:
         self.channels, self.stride = flux2d_shape(cfg)
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor) -> Tensor:
+    def encode(self, pixels: Tensor, run: RunAll = one_by_one) -> Tensor:
         """(B, 3, T, H, W) in [-1, 1] -> (B, channels, T, H', W') fp32."""
         frames = rearrange(pixels, "b c t h w -> (b t) c h w").to(self._dtype)
-        parts = [self._model.encode(part).latent_dist.mode().float() for part in frames.split(self.cfg.micro_batch)]
-        return rearrange((torch.cat(parts) - SHIFT) * SCALE, "(b t) c h w -> b c t h w", b=len(pixels))
+        size = (
+            self.channels,
+            *(side // stride for side, stride in zip(frames.shape[2:], self.stride[1:], strict=True)),
+        )
+        parts = run([Work(partial(self._encode, x), (len(x), *size)) for x in frames.split(self.cfg.micro_batch)])
+        return rearrange((torch.cat(parts).float() - SHIFT) * SCALE, "(b t) c h w -> b c t h w", b=len(pixels))
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, run: RunAll = one_by_one) -> Tensor:
         """(B, channels, T, H', W') -> (B, 3, T, H, W) fp32, clamped to [-1, 1]."""
         frames = rearrange(latents.float() / SCALE + SHIFT, "b c t h w -> (b t) c h w").to(self._dtype)
-        parts = [self._model.decode(part).sample.float() for part in frames.split(self.cfg.micro_batch)]
-        return rearrange(torch.cat(parts), "(b t) c h w -> b c t h w", b=len(latents)).clamp(-1, 1)
+        size = (COLOURS, *(side * stride for side, stride in zip(frames.shape[2:], self.stride[1:], strict=True)))
+        parts = run([Work(partial(self._decode, z), (len(z), *size)) for z in frames.split(self.cfg.micro_batch)])
+        return rearrange(torch.cat(parts).float(), "(b t) c h w -> b c t h w", b=len(latents)).clamp(-1, 1)
+
+    def _encode(self, frames: Tensor) -> Tensor:
+        return self._model.encode(frames).latent_dist.mode()
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self._model.decode(latents).sample
 
 
 def flux2d_shape(cfg: Flux2DConfig) -> tuple[int, tuple[int, int, int]]:

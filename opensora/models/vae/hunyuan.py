@@ -1,5 +1,6 @@
 """HunyuanVideo's causal 3-D autoencoder (4x8x8, 16 channels), from a local diffusers folder."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -7,8 +8,11 @@ import torch
 from torch import Tensor
 
 from opensora.models.vae.folder import load_frozen, stated_shape
+from opensora.models.vae.tiles import Size, Tiling, code_in_tiles
+from opensora.utils.work import RunAll, one_by_one
 
 SCALE = 0.476986  # latents = SCALE * sample
+COLOURS = 3
 TILE_PIXELS, TILE_FRAMES, TILE_OVERLAP = 256, 64, 0.25
 
 
@@ -22,9 +26,14 @@ class HunyuanConfig:
 
 
 class HunyuanAutoencoder:
-    """Encodes to the mode of the posterior (no random draw: the same clip gives the same latents)."""
+    """Encodes to the mode of the posterior (no random draw: the same clip gives the same latents).
+
+    A sample is coded by itself, and long clips always in parts: diffusers cuts time into windows of 16 frames that
+    overlap, ``tiling`` makes them longer and cuts space too.
+    """
 
     causal = True
+    is_costly = True
 
     def __init__(self, cfg: HunyuanConfig, device: torch.device | str, dtype: torch.dtype) -> None:
         from diffusers import AutoencoderKLHunyuanVideo
@@ -41,17 +50,61 @@ class HunyuanAutoencoder:
                 tile_sample_stride_width=int(TILE_PIXELS * (1 - TILE_OVERLAP)),
                 tile_sample_stride_num_frames=int(TILE_FRAMES * (1 - TILE_OVERLAP)),
             )
+        self._encoding, self._decoding = _tilings(self._model, self.stride)
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor) -> Tensor:
+    def encode(self, pixels: Tensor, run: RunAll = one_by_one) -> Tensor:
         """(B, 3, T, H, W) in [-1, 1] -> (B, channels, T', H', W') fp32."""
-        posterior = self._model.encode(pixels.to(self._dtype)).latent_dist
-        return posterior.mode().float() * SCALE
+        x = pixels.to(self._dtype)
+        return code_in_tiles(x, self._encode_tile, self.channels, self._encoding, run).float() * SCALE
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, run: RunAll = one_by_one) -> Tensor:
         """(B, channels, T', H', W') -> (B, 3, T, H, W) fp32, clamped to [-1, 1]."""
-        return self._model.decode((latents.float() / SCALE).to(self._dtype)).sample.float().clamp(-1, 1)
+        z = (latents.float() / SCALE).to(self._dtype)
+        return code_in_tiles(z, self._decode_tile, COLOURS, self._decoding, run).float().clamp(-1, 1)
+
+    def _encode_tile(self, x: Tensor) -> Tensor:
+        mean, _ = self._model.quant_conv(self._model.encoder(x)).chunk(2, dim=1)
+        return mean
+
+    def _decode_tile(self, z: Tensor) -> Tensor:
+        return self._model.decoder(self._model.post_quant_conv(z))
+
+
+def _tilings(model: Any, stride: Size) -> tuple[Tiling, Tiling]:
+    """How the diffusers model, as it is set, tiles clips for encoding and latents for decoding."""
+    window, step = (
+        (
+            getattr(model, f"tile_sample_{kind}_num_frames"),
+            getattr(model, f"tile_sample_{kind}_height"),
+            getattr(model, f"tile_sample_{kind}_width"),
+        )
+        for kind in ("min", "stride")
+    )
+    small_window, small_step = (_each(lambda a, b: a // b, size, stride) for size in (window, step))
+    minus = int.__sub__
+    encoding = Tiling(
+        window=window,
+        stride=step,
+        in_space=model.use_tiling,
+        out_stride=small_step,
+        blend=_each(minus, small_window, small_step),
+        coded=lambda t, h, w: ((t - 1) // stride[0] + 1, h // stride[1], w // stride[2]),
+    )
+    decoding = Tiling(
+        window=small_window,
+        stride=small_step,
+        in_space=model.use_tiling,
+        out_stride=step,
+        blend=_each(minus, window, step),
+        coded=lambda t, h, w: ((t - 1) * stride[0] + 1, h * stride[1], w * stride[2]),
+    )
+    return encoding, decoding
+
+
+def _each(operation: Callable[[int, int], int], a: Size, b: Size) -> Size:
+    return operation(a[0], b[0]), operation(a[1], b[1]), operation(a[2], b[2])
 
 
 def hunyuan_shape(cfg: HunyuanConfig) -> tuple[int, tuple[int, int, int]]:
