@@ -63,7 +63,7 @@ class Autoencoder(Protocol):
     def encode(self, pixels: Tensor, run: RunAll = one_by_one) -> Tensor:
         """(B, 3, T, H, W) in [-1, 1] -> (B, channels, T', H', W'), scaled to about unit variance.
 
-        The pieces of work, which ``run`` carries out, depend on the shape alone: so do the bits of the result.
+        The pieces of work, which ``run`` carries out, depend on the shape alone and not on who runs them.
         """
 
     def decode(self, latents: Tensor, run: RunAll = one_by_one) -> Tensor:
