@@ -71,6 +71,32 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters: train a small matrix product beside chosen layers, and leave the weights as they are."""
+
+    rank: int = 0  # inner size of every adapter; 0: no adapters, all weights are trained
+    alpha: float | None = None  # an adapter's output is scaled by alpha/rank; null: alpha=rank
+    dropout: float = 0.0  # allowed is 0: blocks draw no random numbers, so that recomputation and layouts agree
+    targets: tuple[str, ...] = ("double_blocks.*.*_attn.*", "double_blocks.*.*_mlp.*", "single_blocks.*.*")
+    # layers with an adapter: * stands for one part of a name; what is not a linear layer is passed over
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"rank={self.rank}: allowed are integers >= 0; 0 switches adapters off")
+        if self.alpha is not None and self.alpha <= 0:
+            raise ValueError(f"alpha={self.alpha}: allowed are numbers > 0, or null for alpha=rank")
+        if self.dropout:
+            raise ValueError(f"dropout={self.dropout}: allowed is 0, as blocks draw no random numbers")
+        if not self.targets:
+            raise ValueError("targets=[]: name layers, as in [single_blocks.*.linear1], or set rank=0")
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """The optimizer and everything about it that varies with the step."""
 

@@ -33,18 +33,25 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return [block for blocks in lists for block in blocks.children()]
 
 
-def slots(model: nn.Module, patterns: tuple[str, ...]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """(parent, attribute, module) for every module that a pattern names; ``*`` stands for one path component.
+def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) for everything that training changes; what is frozen has no gradient and no state."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def slots(
+    model: nn.Module, patterns: tuple[str, ...], of: type[nn.Module] = nn.Module
+) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """(parent, attribute, module) for every module of a type that a pattern names; ``*``: one path component.
 
     Raises:
         ValueError: a pattern that matches nothing, unless its block list is empty.
     """
     names = dict(model.named_modules())
     for pattern in patterns:
-        found = [n for n in names if matches(n, pattern)]
+        found = [n for n, module in names.items() if isinstance(module, of) and matches(n, pattern)]
         root = names.get(pattern.split(".")[0])
         if not found and not (isinstance(root, nn.ModuleList) and len(root) == 0):
-            raise ValueError(f"slot pattern {pattern!r} matches no module of {type(model).__name__}")
+            raise ValueError(f"slot pattern {pattern!r} matches no {of.__name__} of {type(model).__name__}")
         for name in found:
             parent, _, attribute = name.rpartition(".")
             yield names[parent], attribute, names[name]

@@ -9,16 +9,19 @@ A model states in ``tensor_plan`` how each linear layer is cut:
 A fused layer is a row of parts (q, k, v, hidden units, ...): each is cut by itself. What is not in the plan is held and
 computed by all alike, so its gradient is the same everywhere; only weights that all hold but use for their own heads
 (``tensor_shared``: the norms of queries and keys) have partial gradients, which are summed once per step.
+
+An adapter (``lora.py``) is cut with its layer: B by outputs as the weight is, part by part, or A by inputs. The other
+matrix is held by all, each of whom uses it for its own outputs or inputs: one more partial gradient, and no exchange
+beside those of the layer.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acceleration import collectives, plan
+from acceleration import collectives, lora, plan
 from acceleration.mesh import Axis
 
 CUTS, SHARED = "tensor_cuts", "tensor_shared_names"  # attributes of a model that was cut
@@ -68,8 +71,10 @@ def apply(model: nn.Module, axis: Axis) -> None:
             assert isinstance(linear, nn.Linear), name
             sizes = tuple(size for size, _ in parts)
             cuts |= {f"{name}.{key}": cut for key, cut in _cut_linear(linear, kind, sizes, axis).items()}
+            if isinstance(linear, lora.LoraLinear):
+                shared.append(f"{name}.{lora.B if kind == 'row' else lora.A}")
         patterns: tuple[str, ...] = model.tensor_shared  # type: ignore[assignment]
-        shared = [n for n, _ in model.named_parameters() if any(plan.matches(n, p) for p in patterns)]
+        shared += [n for n, _ in model.named_parameters() if any(plan.matches(n, p) for p in patterns)]
     setattr(model, CUTS, cuts)
     setattr(model, SHARED, frozenset(shared))
 
@@ -115,18 +120,28 @@ def _cut_linear(linear: nn.Linear, kind: str, parts: tuple[int, ...], axis: Axis
     found = {"weight": Cut(dim, ranges, tuple(linear.weight.shape), parts)}
     if linear.bias is not None and kind != "row":
         found["bias"] = Cut(0, ranges, tuple(linear.bias.shape), parts)
+    if isinstance(linear, lora.LoraLinear):
+        key = lora.A if kind == "row" else lora.B
+        found[key] = Cut(dim, ranges, tuple(linear.get_parameter(key).shape), parts)
     for key, cut in found.items():
-        shape = list(cut.shape)
-        shape[cut.dim] //= axis.degree
-        old = getattr(linear, key)
-        setattr(linear, key, nn.Parameter(torch.empty(shape, dtype=old.dtype, device="meta")))
-    if kind == "row":
-        linear.in_features //= axis.degree
-    else:
-        linear.out_features //= axis.degree
+        _shrink(linear, key, cut, axis.degree)
     # The forward is replaced, not the module wrapped: parameter names stay what checkpoints say.
     linear.forward = FORWARDS[kind](linear, parts, axis)  # type: ignore[method-assign, assignment]
     return found
+
+
+def _shrink(linear: nn.Linear, key: str, cut: Cut, degree: int) -> None:
+    """Put a parameter of this process's size in the place of the full one."""
+    owner, _, attribute = key.rpartition(".")
+    layer = linear.get_submodule(owner)
+    assert isinstance(layer, nn.Linear)
+    old = layer.get_parameter(attribute)
+    shape = list(cut.shape)
+    shape[cut.dim] //= degree
+    new = nn.Parameter(torch.empty(shape, dtype=old.dtype, device="meta"), requires_grad=old.requires_grad)
+    setattr(layer, attribute, new)
+    if attribute == "weight":
+        layer.out_features, layer.in_features = shape
 
 
 def _ranges(parts: tuple[int, ...], axis: Axis) -> tuple[tuple[int, int], ...]:
@@ -145,7 +160,7 @@ class _Column:
     axis: Axis
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(collectives.share_out(x, self.axis), self.linear.weight, self.linear.bias)
+        return lora.linear(self.linear, collectives.share_out(x, self.axis), self.linear.bias)
 
 
 @dataclass(frozen=True)
@@ -155,7 +170,7 @@ class _Row:
     axis: Axis
 
     def __call__(self, x: Tensor) -> Tensor:
-        summed = collectives.sum_shares(F.linear(x, self.linear.weight), self.axis)
+        summed = collectives.sum_shares(lora.linear(self.linear, x, None), self.axis)
         return summed if self.linear.bias is None else summed + self.linear.bias
 
 
@@ -166,7 +181,7 @@ class _Gather:
     axis: Axis
 
     def __call__(self, x: Tensor) -> Tensor:
-        out = F.linear(collectives.share_out(x, self.axis), self.linear.weight, self.linear.bias)
+        out = lora.linear(self.linear, collectives.share_out(x, self.axis), self.linear.bias)
         degree = self.axis.degree
         joined = collectives.join(out, [out.shape[-1]] * degree, self.axis)  # (..., rank x parts)
         sizes = [size // degree for size in self.parts]

@@ -30,13 +30,16 @@ class Engine(Protocol):
         """Learning rate of the next update."""
 
     def master_params(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, master weight) as this process holds it."""
+        """(name, master weight) of all that is trained, as this process holds it."""
 
     def full_weights(self, which: Weights = "live") -> Iterator[tuple[str, Tensor]]:
-        """(name, whole weight on the CPU), one at a time; collective."""
+        """(name, whole weight on the CPU) of all that is trained, one at a time; collective."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a checkpoint holds: weights, optimizer state, average; sharded, names as in the model."""
+        """Everything that a checkpoint holds: weights, optimizer state, average; sharded, names as in the model.
+
+        Frozen weights are not part of it: whoever builds the model knows where they come from.
+        """
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what ``state_dict`` gave, filled by a checkpoint of any layout."""

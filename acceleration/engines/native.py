@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from acceleration import collectives, sharding, tensor_parallel
+from acceleration import collectives, plan, sharding, tensor_parallel
 from acceleration.checkpoint import pieces
 from acceleration.config import OptimConfig, ParallelConfig
 from acceleration.ema import EMA
@@ -30,8 +30,9 @@ class NativeEngine:
         self.mesh = mesh
         self.zero = parallel.zero
         self.optim = optim
-        self.optimizer = build_optimizer(model.parameters(), optim)
-        self.ema = EMA(model.named_parameters()) if optim.ema_decay else None
+        self.trained = dict(plan.trainable(model))
+        self.optimizer = build_optimizer(self.trained.values(), optim)
+        self.ema = EMA(self.trained.items()) if optim.ema_decay else None
 
     def backward(self, loss_share: Tensor, *, last_microbatch: bool) -> None:
         sharding.begin_backward(self.model, self.zero, last_microbatch=last_microbatch)
@@ -42,41 +43,46 @@ class NativeEngine:
     def step(self, step: int) -> Tensor:
         norm = self._gradient_norm()
         if self.optim.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.optim.clip_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(self.trained.values(), self.optim.clip_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema:
-            self.ema.update(self.model.named_parameters(), ema_decay_at(step, self.optim))
+            self.ema.update(self.trained.items(), ema_decay_at(step, self.optim))
         return norm
 
     def _gradient_norm(self) -> Tensor:
         """Of all gradients; those of layers that are cut over the tensor axis are summed over it, others held alike."""
-        named = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        named = {name: p.grad for name, p in self.trained.items() if p.grad is not None}
         cuts = tensor_parallel.cuts(self.model)
-        alike = _norm([grad for name, grad in named.items() if name not in cuts])
+        alike = self._norm([grad for name, grad in named.items() if name not in cuts])
         if not cuts:
             return alike
-        cut = collectives.all_reduce_(_norm([named[name] for name in named if name in cuts]) ** 2, self.mesh["tensor"])
-        return (alike**2 + cut).sqrt()
+        own = self._norm([grad for name, grad in named.items() if name in cuts])
+        return (alike**2 + collectives.all_reduce_(own**2, self.mesh["tensor"])).sqrt()
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        if not gradients:  # torch's answer to no gradients is on the CPU
+            return torch.zeros((), device=self.mesh.device_type)
+        return sharding.full(torch.nn.utils.get_total_norm(gradients))
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
     def master_params(self) -> Iterator[tuple[str, Tensor]]:
-        return iter(self.model.named_parameters())
+        return iter(self.trained.items())
 
     def full_weights(self, which: Weights = "live") -> Iterator[tuple[str, Tensor]]:
         if which == "ema" and self.ema is None:
             raise ValueError("this run keeps no moving average: set optim.ema_decay, or export the live weights")
-        named = self.ema.shadow.items() if which == "ema" and self.ema else self.model.named_parameters()
+        named = self.ema.shadow.items() if which == "ema" and self.ema else self.trained.items()
         for name, weight in named:
             whole = sharding.full(weight.detach())
             yield name, tensor_parallel.full(name, whole, self.model, self.mesh["tensor"]).cpu()
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {
-            "model": get_model_state_dict(self.model),
+            "model": get_model_state_dict(self.model, options=_TRAINED),
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=_FLAT),
         }
         if self.ema:
@@ -84,14 +90,12 @@ class NativeEngine:
         return {section: pieces.wrap(self.model, values) for section, values in state.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        set_model_state_dict(self.model, pieces.unwrap(state["model"]))
+        set_model_state_dict(self.model, pieces.unwrap(state["model"]), options=_TRAINED)
         set_optimizer_state_dict(self.model, self.optimizer, pieces.unwrap(state["optimizer"]), options=_FLAT)
         # The average needs no call: a checkpoint is read in place into the tensors that state_dict handed out.
 
 
-def _norm(gradients: list[Tensor]) -> Tensor:
-    return sharding.full(torch.nn.utils.get_total_norm(gradients))
-
-
+# Without what is frozen; a checkpoint that lacks a trained weight was refused when it was read.
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 # One entry per (parameter, quantity): names in the checkpoint do not depend on parameter groups.
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)

@@ -1,0 +1,116 @@
+"""Low-rank adapters: a frozen layer W learns s * B A beside it, with A (rank, in) and B (out, rank) (arXiv:2106.09685).
+
+The model is not touched: chosen linear layers are replaced, on the meta device and before anything else is applied. The
+layer keeps the names of its own parameters (``layer.weight``), so weights of the base are read as ever, and gets
+``layer.lora_A.weight`` and ``layer.lora_B.weight``, which are peft's names. Everything but the adapters is frozen:
+gradients, optimizer state, averages and checkpoints are those of the adapters alone.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from acceleration import plan
+from acceleration.config import LoraConfig
+
+A, B = "lora_A.weight", "lora_B.weight"  # parameters of an adapted layer, beside its own
+
+
+class LoraLinear(nn.Linear):
+    """A linear layer with an adapter; on the meta device, as values come afterwards."""
+
+    lora_A: nn.Linear
+    lora_B: nn.Linear
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
+        super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False, device="meta", dtype=base.weight.dtype)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device="meta", dtype=base.weight.dtype)
+        self.scale = scale
+        self.merged = False  # True: the weights contain the adapter
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(self, x, self.bias)
+
+
+def linear(layer: nn.Linear, x: Tensor, bias: Tensor | None) -> Tensor:
+    """What ``layer`` makes of ``x``, with its adapter if it has one, and ``bias`` instead of its own.
+
+    Linear in weight and in adapter: where a layer is cut by inputs, the sum over its parts is the whole.
+    """
+    out = F.linear(x, layer.weight, bias)
+    if not isinstance(layer, LoraLinear) or layer.merged:
+        return out
+    return out + layer.scale * layer.lora_B(layer.lora_A(x))
+
+
+def apply(model: nn.Module, cfg: LoraConfig) -> list[str]:
+    """Give every linear layer that ``cfg.targets`` names an adapter, and freeze all else. On the meta device.
+
+    Returns:
+        The layers' names, in the model's order.
+
+    Raises:
+        ValueError: a target that names no linear layer.
+    """
+    found = {id(layer) for _, _, layer in plan.slots(model, cfg.targets, nn.Linear)}
+    model.requires_grad_(False)
+    names = [name for name, module in model.named_modules() if id(module) in found]
+    for name in names:
+        parent, _, attribute = name.rpartition(".")
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear) and not isinstance(layer, LoraLinear), name
+        setattr(model.get_submodule(parent), attribute, LoraLinear(layer, cfg.rank, cfg.scale))
+    return names
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter's name is one of an adapter's."""
+    return name.endswith((f".{A}", f".{B}"))
+
+
+@torch.no_grad()
+def init_parameter_(name: str, tensor: Tensor, generator: torch.Generator) -> None:
+    """Fill the full value of an adapter's parameter: A uniform within 1/sqrt(in), as in peft, and B zero.
+
+    So the adapted model starts as the base. Drawn in fp32 on the CPU.
+    """
+    if name.endswith(B):
+        tensor.zero_()
+        return
+    bound = 1 / math.sqrt(tensor.shape[1])
+    tensor.copy_(torch.empty(tensor.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator))
+
+
+@torch.no_grad()
+def merge(model: nn.Module, scale: float = 1.0) -> None:
+    """W += scale * s * B A, in place, under any layout: afterwards the adapters cost no time. Collective.
+
+    Sharding and tensor parallelism cut the rows of B as they cut those of W, and tensor parallelism the columns of A
+    as those of W, so each process adds to what it holds; only the rows of A are gathered.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLinear) and not module.merged:
+            down, up, weight = module.lora_A.weight, module.lora_B.weight, module.weight
+            whole = down.full_tensor() if isinstance(down, DTensor) else down
+            _local(weight).addmm_(_local(up), whole, alpha=scale * module.scale)
+            module.merged = True
+
+
+def filled(base: Callable[[str, Tensor], Any], adapter: Callable[[str, Tensor], Any]) -> Callable[[str, Tensor], None]:
+    """A source of values (see ``sharding.materialize``): adapters from one, everything else from the other."""
+
+    def fill(name: str, tensor: Tensor) -> None:
+        (adapter if is_adapter(name) else base)(name, tensor)
+
+    return fill
+
+
+def _local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
