@@ -17,7 +17,7 @@ from typing import Any, Literal, NoReturn, TypeAlias, TypeVar
 
 from omegaconf import OmegaConf
 
-from acceleration.config import OptimConfig, ParallelConfig
+from acceleration.config import LoraConfig, OptimConfig, ParallelConfig
 from opensora.datasets import DataConfig
 from opensora.models import MODEL_SIZES, MODELS, MMDiTConfig
 from opensora.models.text import TEXT_ENCODERS, ByteTextConfig, TextConfig
@@ -50,9 +50,9 @@ class TrainConfig:
     checkpoint_every: int = 1000  # steps between two checkpoints; the last step always has one
     checkpoint_keep: int = 3  # newest complete checkpoints that stay; 0: all
     resume: Literal["auto", "none"] | str = "auto"  # newest complete checkpoint if any, a fresh start, or a path
-    init_from: str | None = None  # safetensors file or export folder that a fresh start takes its weights from
-    export: bool = True  # write the weights for sampling when the run is finished
     vae_parallel: VaeParallel = "auto"  # on: processes share out the tiles of what they code; auto: on for learned VAEs
+    init_from: str | None = None  # safetensors file or export folder to start from, or to adapt with lora.rank > 0
+    export: bool = True  # write the weights for sampling when the run is finished; with lora.rank > 0 the adapters
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "checkpoint_every"):
@@ -92,6 +92,7 @@ class RunConfig:
     flow: RectifiedFlowConfig = field(default_factory=RectifiedFlowConfig)
     data: DataConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig
     validate: ValidateConfig = field(default_factory=ValidateConfig)
@@ -109,6 +110,10 @@ class RunConfig:
         check_fit(self.model, self.vae, self.text)
         if self.parallel.mesh.cfg != 1:
             raise ValueError(f"parallel.mesh.cfg={self.parallel.mesh.cfg}: allowed is 1; guidance is for sampling")
+        if self.lora.rank and self.train.init_from is None:
+            raise ValueError(
+                f"lora.rank={self.lora.rank}: adapters need weights to adapt; give train.init_from=PATH, or lora.rank=0"
+            )
         if self.optim.warmup_steps > self.train.steps:
             raise ValueError(
                 f"optim.warmup_steps={self.optim.warmup_steps}: allowed are at most train.steps={self.train.steps}"
@@ -126,6 +131,8 @@ class SampleConfig:
 
     weights: str  # run folder, export folder or safetensors file
     use_ema: bool = True  # of a run that kept a moving average: sample from it
+    lora: str | None = None  # adapters to add to the weights: folder that a LoRA run exported, or that peft saved
+    lora_scale: float = 1.0  # how much of the adapters to add; 0: none
     model: ModelConfig | None = section(MODEL_CONFIGS, sizes=MODEL_SIZES, optional=True)  # null: as saved with weights
     vae: AutoencoderConfig | None = section(AUTOENCODER_CONFIGS, optional=True)  # null: as saved with weights
     text: TextConfig | None = section(TEXT_ENCODER_CONFIGS, optional=True)  # null: as saved with weights

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from acceleration import lora, tensor_parallel
 from acceleration import mesh as meshes
-from acceleration import tensor_parallel
 from acceleration.checkpoint import CheckpointManager, newest, pieces
-from acceleration.config import MeshConfig, PrecisionConfig
+from acceleration.config import LoraConfig, MeshConfig, PrecisionConfig
 from acceleration.mesh import SAMPLE_AXES, Mesh
 from acceleration.parallelize import parallelize
 from acceleration.precision import DTYPES
@@ -27,10 +27,21 @@ from opensora.models.base import Autoencoder, TextEncoder
 from opensora.models.mmdit.convert import WeightLayout, load_state_dict_for
 from opensora.models.text import build_text_encoder
 from opensora.models.vae import build_autoencoder
+from opensora.utils.adapters import Adapter, is_adapter, read_adapter
 from opensora.utils.errors import UserError
 from opensora.utils.logging import announce
 from opensora.utils.sampling import SamplingOption, passes_per_step
+from opensora.utils.weights import fingerprint
 from opensora.utils.work import RunAll, one_by_one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapters:
+    """What is added to the weights: exported adapters, or those of a LoRA run's checkpoint."""
+
+    lora: LoraConfig
+    exported: Adapter | None
+    checkpoint: Path | None  # a step directory, where ``exported`` is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +50,7 @@ class Source:
 
     path: Path
     checkpoint: Path | None  # a step directory of a run; None: safetensors at ``path``
+    adapters: Adapters | None
     model: MMDiTConfig
     vae: Any
     text: Any
@@ -63,8 +75,11 @@ class Components:
 def find_source(cfg: SampleConfig) -> Source:
     """What ``cfg.weights`` holds; sections that ``cfg`` gives replace those saved with the weights.
 
+    A LoRA run and its export hold adapters: the weights are then those they were trained beside.
+
     Raises:
-        UserError: nothing there, a run without a complete checkpoint, or weights that come without a configuration.
+        UserError: nothing there, a run without a complete checkpoint, weights that come without a configuration, or
+            adapters that do not fit them.
     """
     path = Path(cfg.weights)
     if not path.exists():
@@ -76,15 +91,76 @@ def find_source(cfg: SampleConfig) -> Source:
     for name, value in sections.items():
         if value is None:
             raise UserError(f"{name}: missing; {path} has no {SAVED_NAME} beside the weights, so say {name}.kind=...")
-    checkpoint = None
-    if (path / "checkpoints").is_dir():
-        try:
-            checkpoint = newest(path / "checkpoints")
-        except ValueError as error:
-            raise UserError(f"weights={path}: {error}") from None
-        if checkpoint is None:
-            raise UserError(f"weights={path}: the run has no checkpoint yet; train it, or give an export folder")
-    return Source(path=path, checkpoint=checkpoint, prompt_suffix=bool(saved and saved.data.prompt_suffix), **sections)
+    checkpoint = _newest(path)
+    held = _held_adapters(path, checkpoint, saved, sections["model"])
+    adapters = _exported(Path(cfg.lora), sections["model"], "lora") if cfg.lora else None
+    if held:
+        if adapters:
+            raise UserError(f"lora={cfg.lora}: {path} holds adapters already; give the weights that they belong to")
+        adapters, base = held
+        if base is None or not Path(base).exists():
+            raise UserError(
+                f"weights={path}: its adapters belong to {base}, which is not there; give weights= and lora="
+            )
+        path, checkpoint = Path(base), None
+    if adapters and adapters.exported and checkpoint is None:
+        wanted = adapters.exported.metadata.get("base")
+        if wanted and wanted != fingerprint(path):
+            announce(f"{path}: not the weights that the adapters of {adapters.exported.path} were trained beside")
+    return Source(
+        path=path,
+        checkpoint=checkpoint,
+        adapters=adapters,
+        prompt_suffix=bool(saved and saved.data.prompt_suffix),
+        **sections,
+    )
+
+
+def _newest(run: Path) -> Path | None:
+    """The newest checkpoint of a run; None for anything else."""
+    if not (run / "checkpoints").is_dir():
+        return None
+    try:
+        checkpoint = newest(run / "checkpoints")
+    except ValueError as error:
+        raise UserError(f"weights={run}: {error}") from None
+    if checkpoint is None:
+        raise UserError(f"weights={run}: the run has no checkpoint yet; train it, or give an export folder")
+    return checkpoint
+
+
+def _held_adapters(
+    path: Path, checkpoint: Path | None, saved: RunConfig | None, model: MMDiTConfig
+) -> tuple[Adapters, str | None] | None:
+    """The adapters of a LoRA run or of its export, and where their base is; None where whole weights are."""
+    if is_adapter(path):
+        adapters = _exported(path, model, "weights")
+        assert adapters.exported is not None
+        return adapters, adapters.exported.base
+    if checkpoint and saved and saved.lora.rank:
+        return Adapters(lora=saved.lora, exported=None, checkpoint=checkpoint), saved.train.init_from
+    return None
+
+
+def _exported(path: Path, model: MMDiTConfig, key: str) -> Adapters:
+    """Adapters of a folder, checked layer by layer against the model."""
+    exported = read_adapter(path)
+    cfg = LoraConfig(rank=exported.rank, alpha=exported.alpha, targets=exported.layers)
+    with torch.device("meta"):
+        adapted = build_model(model)
+    try:
+        lora.apply(adapted, cfg)
+    except ValueError as error:
+        raise UserError(f"{key}={path}: {error}; these adapters belong to another model") from None
+    wanted = {name: tuple(p.shape) for name, p in adapted.named_parameters() if lora.is_adapter(name)}
+    found = {name: tuple(tensor.shape) for name, tensor in exported.tensors.items()}
+    if wanted != found:
+        name = next(name for name in (*wanted, *found) if wanted.get(name) != found.get(name))
+        raise UserError(f"{key}={path}: {name} is {found.get(name)}, and would be {wanted.get(name)} for this model")
+    for name, value in weight_layout(model).metadata().items():
+        if exported.metadata.get(name, value) != value:
+            raise UserError(f"{key}={path}: made for {name}={exported.metadata[name]}; set model.{name} to that")
+    return Adapters(lora=cfg, exported=exported, checkpoint=None)
 
 
 def check_layout(mesh: MeshConfig, world_size: int, model: MMDiTConfig) -> None:
@@ -157,11 +233,19 @@ def load_components(cfg: SampleConfig, source: Source, runtime: Runtime) -> Comp
     parallel = replace(cfg.parallel, precision=precision)
     with torch.device("meta"):
         model = build_model(source.model)
-    if source.checkpoint is None:
-        parallelize(model, parallel, mesh, runtime.device, _from_file(source, model))
-    else:
-        parallelize(model, parallel, mesh, runtime.device, lambda name, tensor: None)
-        _read_checkpoint(source.checkpoint, model, use_ema=cfg.use_ema)
+    fill = _from_file(source, model) if source.checkpoint is None else _leave
+    adapters = source.adapters
+    if adapters:
+        lora.apply(model, adapters.lora)
+        tensors = adapters.exported.tensors if adapters.exported else None
+        fill = lora.filled(fill, _leave if tensors is None else lambda name, tensor: tensor.copy_(tensors[name]))
+    parallelize(model, parallel, mesh, runtime.device, fill)
+    if source.checkpoint:
+        _read_checkpoint(source.checkpoint, model, use_ema=cfg.use_ema, adapters=False)
+    if adapters:
+        if adapters.checkpoint:
+            _read_checkpoint(adapters.checkpoint, model, use_ema=cfg.use_ema, adapters=True)
+        lora.merge(model, cfg.lora_scale)
     model.requires_grad_(False).eval()
     dtype = DTYPES[cfg.precision]
     autoencoder = build_autoencoder(source.vae, runtime.device, dtype)
@@ -189,10 +273,17 @@ def _from_file(source: Source, model: nn.Module) -> Callable[[str, Tensor], None
     return lambda name, tensor: tensor.copy_(state[name])  # type: ignore[return-value]
 
 
-def _read_checkpoint(path: Path, model: nn.Module, *, use_ema: bool) -> None:
-    """Fill the sharded model from a training checkpoint: its moving average, if there is one and it is wanted."""
+def _leave(name: str, tensor: Tensor) -> None:
+    """The value of a parameter that a checkpoint will overwrite."""
+
+
+def _read_checkpoint(path: Path, model: nn.Module, *, use_ema: bool, adapters: bool) -> None:
+    """Fill the sharded model's weights, or its adapters, from a training checkpoint.
+
+    Its moving average, if there is one and it is wanted.
+    """
     manager = CheckpointManager(path.parent, keep=0)
     which = "ema" if use_ema and manager.has(path, "ema") else "model"
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    weights = {name: p.detach() for name, p in model.named_parameters() if lora.is_adapter(name) == adapters}
     manager.load(path, {which: pieces.wrap(model, weights)})
     announce(f"{path}: read {'the moving average' if which == 'ema' else 'the live weights'}")

@@ -17,14 +17,20 @@ FREE = ("output", "parallel", "log", "train", "data.workers", "data.prefetch", "
 SHOWN = 4  # changed keys in an announcement
 
 
-def checkpoint_info(cfg: RunConfig, runtime: Runtime) -> dict[str, Any]:
-    """What a checkpoint's manifest says of the run that wrote it."""
+def checkpoint_info(cfg: RunConfig, runtime: Runtime, base: str | None = None) -> dict[str, Any]:
+    """What a checkpoint's manifest says of the run that wrote it.
+
+    Args:
+        base: fingerprint of the weights that the checkpoint's adapters belong to.
+    """
     return {
         "config_hash": config.config_hash(cfg),
         "world_size": runtime.world_size,
         "model": plain(cfg.model),
         "optimizer": cfg.optim.kind,
         "average": cfg.optim.ema_decay > 0,
+        "lora": plain(cfg.lora) if cfg.lora.rank else None,
+        "base": base,
     }
 
 
@@ -41,7 +47,7 @@ def check_fresh(cfg: RunConfig) -> None:
         )
 
 
-def resume(cfg: RunConfig, engine: Engine, checkpoints: CheckpointManager) -> int:
+def resume(cfg: RunConfig, engine: Engine, checkpoints: CheckpointManager, base: str | None = None) -> int:
     """Load the checkpoint that ``train.resume`` names, and return how many updates it has. Collective.
 
     Raises:
@@ -56,7 +62,7 @@ def resume(cfg: RunConfig, engine: Engine, checkpoints: CheckpointManager) -> in
     if path is None:
         return 0
     manifest = checkpoints.manifest(path)
-    check_same(cfg, path, manifest)
+    check_same(cfg, path, manifest, base)
     announce_changes(cfg)
     state = engine.state_dict()
     checkpoints.load(path, state)
@@ -65,7 +71,7 @@ def resume(cfg: RunConfig, engine: Engine, checkpoints: CheckpointManager) -> in
     return int(manifest["step"])
 
 
-def check_same(cfg: RunConfig, path: Path, manifest: dict[str, Any]) -> None:
+def check_same(cfg: RunConfig, path: Path, manifest: dict[str, Any], base: str | None = None) -> None:
     """That the checkpoint's tensors are those of this configuration.
 
     Raises:
@@ -74,14 +80,21 @@ def check_same(cfg: RunConfig, path: Path, manifest: dict[str, Any]) -> None:
     before = {
         "model": manifest["model"],
         "optim": {"kind": manifest["optimizer"], "ema_decay": "on" if manifest["average"] else 0},
+        "lora": manifest.get("lora") or {"rank": 0},
     }
     now = {
         "model": plain(cfg.model),
         "optim": {"kind": cfg.optim.kind, "ema_decay": "on" if cfg.optim.ema_decay else 0},
+        "lora": plain(cfg.lora) if cfg.lora.rank else {"rank": 0},
     }
     changed = differences(before, now)
     if changed:
         raise UserError(f"{changed[0]}: {path} was trained otherwise; change it back, or start a run of another name")
+    if manifest.get("base") != base:
+        raise UserError(
+            f"train.init_from={cfg.train.init_from}: not the weights that the adapters of {path} were trained beside; "
+            "give those, or start a run of another name"
+        )
 
 
 def announce_changes(cfg: RunConfig) -> None:

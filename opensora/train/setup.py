@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from acceleration import lora
 from acceleration import mesh as meshes
 from acceleration import runtime as runtimes
 from acceleration.checkpoint import CheckpointManager
@@ -34,10 +35,11 @@ from opensora.train.data import StepData
 from opensora.train.metrics import Metrics
 from opensora.train.resume import check_fresh, checkpoint_info, resume
 from opensora.train.step import Preparation
+from opensora.utils.adapters import write_adapter
 from opensora.utils.errors import UserError
 from opensora.utils.logging import MetricsLogger, announce
 from opensora.utils.rng import torch_generator
-from opensora.utils.weights import write_weights
+from opensora.utils.weights import fingerprint, write_weights
 
 
 @dataclass(kw_only=True)
@@ -54,6 +56,7 @@ class Run:
     metrics: Metrics
     stop: StopRequest
     step: int
+    base: str | None = None  # fingerprint of the weights that adapters are trained beside
 
     def lr_at(self, step: int) -> float:
         """Learning rate of update ``step``."""
@@ -72,15 +75,29 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint of the state after ``step`` updates. Collective."""
         with self.metrics.aside("save"):
-            path = self.checkpoints.save(self.step, self.engine.state_dict(), checkpoint_info(self.cfg, self.runtime))
+            info = checkpoint_info(self.cfg, self.runtime, self.base)
+            path = self.checkpoints.save(self.step, self.engine.state_dict(), info)
         announce(f"step {self.step}: saved {path}")
 
     def export(self) -> None:
-        """Write the weights that sampling should use: the moving average if there is one. Collective."""
+        """Write what sampling should use: of weights or adapters the moving average, if there is one. Collective."""
         folder = self.cfg.folder / "exported"
         which: Weights = "ema" if self.cfg.optim.ema_decay else "live"
         metadata = weight_layout(self.cfg.model).metadata() | {"step": str(self.step), "weights": which}
-        write_weights(folder, self.engine.full_weights(which), metadata, write=self.runtime.is_main)
+        weights, adapters = self.engine.full_weights(which), self.cfg.lora
+        if adapters.rank:
+            assert self.base is not None
+            write_adapter(
+                folder,
+                weights,
+                rank=adapters.rank,
+                alpha=adapters.scale * adapters.rank,
+                base=self.cfg.train.init_from,
+                metadata=metadata | {"base": self.base},
+                write=self.runtime.is_main,
+            )
+        else:
+            write_weights(folder, weights, metadata, write=self.runtime.is_main)
         if self.runtime.is_main:
             config.save(self.cfg, folder / config.SAVED_NAME)
         announce(f"exported {which} weights of step {self.step} to {folder}")
@@ -129,6 +146,9 @@ def check(cfg: RunConfig, world_size: int) -> tuple[ClipTable, BatchPlan]:
         path = getattr(cfg.train, key)
         if path not in (None, "auto", "none") and not Path(path).exists():
             raise UserError(f"train.{key}={path}: no such file or folder")
+    if cfg.lora.rank:
+        with torch.device("meta"):
+            add_adapters(cfg, build_model(cfg.model))
     table = read_table(cfg.data.table, cfg.data.root)
     return table, BatchPlan(table, cfg.data, spatial_multiple(cfg, shape), cfg.seed)
 
@@ -147,10 +167,17 @@ def build_run(cfg: RunConfig, table: ClipTable, plan: BatchPlan, runtime: Runtim
 
     with torch.device("meta"):
         model = build_model(cfg.model)
-    parallelize(model, cfg.parallel, mesh, runtime.device, initial_weights(cfg, model))
+    fill = initial_weights(cfg, model)
+    base = None
+    if cfg.lora.rank:
+        assert cfg.train.init_from is not None
+        base = fingerprint(cfg.train.init_from)
+        fill = lora.filled(fill, add_adapters(cfg, model))
+        announce(adapted(model, cfg))
+    parallelize(model, cfg.parallel, mesh, runtime.device, fill)
     engine = build_engine(model, cfg.parallel, cfg.optim, mesh)
     checkpoints = CheckpointManager(folder / "checkpoints", cfg.train.checkpoint_keep)
-    step = resume(cfg, engine, checkpoints)
+    step = resume(cfg, engine, checkpoints, base)
     if runtime.is_main:
         config.save(cfg, folder / config.SAVED_NAME)
 
@@ -183,6 +210,7 @@ def build_run(cfg: RunConfig, table: ClipTable, plan: BatchPlan, runtime: Runtim
         metrics=metrics,
         stop=stop,
         step=step,
+        base=base,
     )
 
 
@@ -198,10 +226,10 @@ def initial_weights(cfg: RunConfig, model: nn.Module) -> Callable[[str, Tensor],
 
     if cfg.train.init_from is None:
         return draw
-    # A file without cond_in (Flux) starts as if nothing were conditioned: cond_in is drawn, which is zero.
-    state, report = load_state_dict_for(
-        model, cfg.train.init_from, to=weight_layout(cfg.model), allow_missing=("cond_in.*",)
-    )
+    # A file without cond_in (Flux) starts as if nothing were conditioned: cond_in is drawn, which is zero. Beside
+    # adapters it would stay so, and sampling would miss it in the file: the model should be built without.
+    missing = () if cfg.lora.rank else ("cond_in.*",)
+    state, report = load_state_dict_for(model, cfg.train.init_from, to=weight_layout(cfg.model), allow_missing=missing)
     announce(str(report))
 
     def read(name: str, tensor: Tensor) -> None:
@@ -211,6 +239,27 @@ def initial_weights(cfg: RunConfig, model: nn.Module) -> Callable[[str, Tensor],
             draw(name, tensor)
 
     return read
+
+
+def add_adapters(cfg: RunConfig, model: nn.Module) -> Callable[[str, Tensor], None]:
+    """Give the model ``cfg.lora``'s adapters; returns what their parameters start from, draws keyed by (seed, name).
+
+    Raises:
+        UserError: a target that names no layer.
+    """
+    try:
+        lora.apply(model, cfg.lora)
+    except ValueError as error:
+        raise UserError(f"lora.targets: {error}; layers are called as in single_blocks.0.linear1") from None
+    return lambda name, tensor: lora.init_parameter_(name, tensor, torch_generator(cfg.seed, "init", name))
+
+
+def adapted(model: nn.Module, cfg: RunConfig) -> str:
+    """One line on what is trained."""
+    sizes = [(lora.is_adapter(name), parameter.numel()) for name, parameter in model.named_parameters()]
+    trained, total = sum(size for is_adapter, size in sizes if is_adapter), sum(size for _, size in sizes)
+    layers = sum(is_adapter for is_adapter, _ in sizes) // 2
+    return f"LoRA of rank {cfg.lora.rank} on {layers} layers: {trained:,} of {total:,} parameters are trained"
 
 
 def open_logger(cfg: RunConfig, plan: BatchPlan, step: int) -> MetricsLogger:

@@ -1,0 +1,142 @@
+"""Adapters on disk, as peft writes them: adapter_model.safetensors, and adapter_config.json that says what they are."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from opensora.utils.errors import UserError
+from opensora.utils.weights import write_file
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."  # peft's wrapper around a model
+KINDS = (".lora_A.weight", ".lora_B.weight")
+# What peft can do beside W + alpha/r * B A; any of them set would be another model than the one we build.
+OTHER = (
+    "use_rslora",
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "fan_in_fan_out",
+    "lora_bias",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """Adapters of one rank and their scale alpha/rank."""
+
+    path: Path
+    rank: int
+    alpha: float
+    base: str | None  # where the weights are that they were trained beside
+    tensors: dict[str, Tensor]  # by parameter name of the model, such as "single_blocks.0.linear1.lora_A.weight"
+    metadata: dict[str, str]  # of the safetensors file
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers they belong to."""
+        return tuple(name.removesuffix(KINDS[0]) for name in self.tensors if name.endswith(KINDS[0]))
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder holds adapters instead of a whole model."""
+    return (path / CONFIG).is_file()
+
+
+def write_adapter(
+    folder: Path,
+    weights: Iterable[tuple[str, Tensor]],
+    *,
+    rank: int,
+    alpha: float,
+    base: str | None,
+    metadata: Mapping[str, str],
+    write: bool = True,
+) -> None:
+    """Write adapters for peft's ``PeftModel.from_pretrained`` and for ``read_adapter``.
+
+    Args:
+        weights: (parameter name, full tensor); may be a collective iterator, which every process has to walk.
+        write: False on the processes that only walk.
+    """
+    tensors = dict(weights)
+    if not write:
+        return
+    named = {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}
+    write_file(folder / WEIGHTS, named, metadata)
+    described = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "target_modules": [name.removesuffix(KINDS[0]) for name in tensors if name.endswith(KINDS[0])],
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    aside = folder / f".{CONFIG}.{os.getpid()}"
+    aside.write_text(json.dumps(described, indent=1))
+    os.replace(aside, folder / CONFIG)
+
+
+def read_adapter(path: Path) -> Adapter:
+    """Adapters of a folder that ``write_adapter`` or peft wrote; tensors on the CPU.
+
+    Raises:
+        UserError: no adapters there, or of a kind that is not plain LoRA of one rank.
+    """
+    config = _read_config(path)
+    rank, alpha = config["r"], config["lora_alpha"]
+    tensors: dict[str, Tensor] = {}
+    try:
+        with safe_open(path / WEIGHTS, framework="pt") as opened:
+            metadata = dict(opened.metadata() or {})
+            for key in opened.keys():  # noqa: SIM118 (not a dict)
+                tensors[key.removeprefix(PREFIX)] = opened.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path / WEIGHTS}: cannot be read as safetensors ({error})") from None
+    for name, tensor in tensors.items():
+        kind = next((kind for kind in KINDS if name.endswith(kind)), None)
+        if kind is None or tensor.dim() != 2 or tensor.shape[KINDS.index(kind)] != rank:
+            wanted = f"matrices called *{KINDS[0]} and *{KINDS[1]}, of rank {rank}"
+            raise UserError(f"{path / WEIGHTS}: {name} {tuple(tensor.shape)}: allowed are {wanted}")
+    base = config.get("base_model_name_or_path")
+    return Adapter(path=path, rank=rank, alpha=alpha, base=base, tensors=tensors, metadata=metadata)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / CONFIG
+    try:
+        config = json.loads(file.read_text())
+        rank, alpha = config["r"], config["lora_alpha"]
+        fits = config["peft_type"] == "LORA" and isinstance(rank, int) and rank > 0 and alpha > 0
+    except OSError:
+        raise UserError(f"{path}: has no {CONFIG}; give a folder that a LoRA run exported, or peft saved") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: not a description of adapters ({error!r})") from None
+    if not fits:
+        raise UserError(f"{file}: peft_type={config['peft_type']}, r={rank}, lora_alpha={alpha}: allowed is plain LORA")
+    for key in OTHER:
+        if config.get(key):
+            raise UserError(f"{file}: {key}={config[key]}: allowed are adapters without it")
+    if config.get("bias", "none") != "none":
+        raise UserError(f"{file}: bias={config['bias']}: allowed is none")
+    return dict(config)
