@@ -4,7 +4,7 @@ The reference is plain torch without any of our code for adapters: each adapted 
 fp64 and SGD, as in test_parity.py.
 """
 
-import itertools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,22 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from acceleration import lora, plan, sharding, tensor_parallel
 from acceleration import mesh as meshes
-from acceleration.checkpoint import CheckpointManager
+from acceleration.checkpoint import CheckpointManager, pieces
 from acceleration.collectives import nbytes
-from acceleration.config import LoraConfig, MeshConfig, OptimConfig, ParallelConfig, RecomputeConfig
+from acceleration.config import LoraConfig, OptimConfig, ParallelConfig
 from acceleration.engines import Engine, build_engine
 from acceleration.mesh import COPIES, Mesh
 from acceleration.parallelize import parallelize
 from opensora.models import build_model
 from opensora.train.step import loss_share
 from tests.dist.harness import run_distributed
+from tests.dist.layouts import MESHES, Layout
 from tests.dist.problem import MODEL, batches, elements
-from tests.dist.test_parity import CLIP, FP64, LR, STEPS, TOLERANCE, Step, assign, fill, preparation, relative
+from tests.dist.test_parity import CLIP, LR, STEPS, TOLERANCE, Step, assign, fill, preparation, relative
 from tests.dist.test_parity import worst_error as worst_of_steps
 
 BLOCKS = LoraConfig(rank=3, alpha=5.0)  # a rank that no number of processes divides
@@ -153,35 +155,134 @@ def test_every_matrix_of_the_reference_gets_a_gradient(truth: Found) -> None:
             assert gradient.abs().max() > 0, name
 
 
-AXES: dict[str, tuple[int, dict[str, int]]] = {
-    "shard2": (2, {}),
-    "shard3": (3, {}),
-    "replicate2": (2, {"replicate": 2}),
-    "ulysses2": (2, {"ulysses": 2}),
-    "ring2": (2, {"ring": 2}),
-    "tensor2": (2, {"tensor": 2}),
-    "tensor4": (4, {"tensor": 4}),
-    "shard2-tensor2": (4, {"tensor": 2}),
-    "replicate2-ulysses2": (4, {"replicate": 2, "ulysses": 2}),
-    "ring2-tensor2": (4, {"ring": 2, "tensor": 2}),
-}
-QUICK = {("shard3", 3, "full"), ("tensor2", 1, "none"), ("shard2-tensor2", 2, "full")}
+QUICK = {"3-none-zero3-full", "2-tensor2-zero1-none", "4-ulysses2-tensor2-zero2-full"}
 
 
-def parameters() -> list[Any]:
-    return [
-        pytest.param(axes, zero, recompute, marks=[] if (axes, zero, recompute) in QUICK else [pytest.mark.slow])
-        for axes, zero, recompute in itertools.product(AXES, (0, 1, 2, 3), ("none", "full"))
+def cases() -> list[Any]:
+    """One process to four, every mesh of test_parity.py, every ZeRO stage, without and with recomputation."""
+    layouts = [
+        Layout(world, mesh, zero, kind)
+        for world in (1, 2, 3, 4)
+        for mesh in MESHES[world]
+        for zero in range(4)
+        for kind in ("none", "full")
     ]
+    assert QUICK <= {str(layout) for layout in layouts}
+    marks = {layout: [] if str(layout) in QUICK else [pytest.mark.slow] for layout in map(str, layouts)}
+    return [pytest.param(layout, marks=marks[str(layout)], id=str(layout)) for layout in layouts]
 
 
-def layout(axes: str, zero: Any, recompute: Any = "none") -> tuple[int, ParallelConfig]:
-    world, degrees = AXES[axes]
-    recomputed = RecomputeConfig(kind=recompute)
-    return world, ParallelConfig(zero=zero, mesh=MeshConfig(**degrees), recompute=recomputed, precision=FP64)
+@pytest.mark.parametrize("layout", cases())
+def test_layout_equals_one_process(truth: Found, layout: Layout) -> None:
+    compare(run_distributed(on_this_layout, layout.world, layout.config, EVERY, timeout=100), truth)
 
 
-@pytest.mark.parametrize(("axes", "zero", "recompute"), parameters())
-def test_layout_equals_one_process(truth: Found, axes: str, zero: int, recompute: str) -> None:
-    world, cfg = layout(axes, zero, recompute)
-    compare(run_distributed(on_this_layout, world, cfg, EVERY, timeout=100), truth)
+# Which gradients arrive: the first blocks' inputs need none, whole blocks train nothing, one layer does.
+@pytest.mark.parametrize(("zero", "recompute"), [(3, "full"), (2, "none")])
+def test_blocks_without_adapters_are_passed_by(zero: int, recompute: str) -> None:
+    layout = Layout(2, {}, zero, recompute)
+    compare(run_distributed(on_this_layout, 2, layout.config, LATE), on_one_process(LATE))
+
+
+def what_is_kept(cfg: ParallelConfig) -> dict[str, Any]:
+    """Bytes and names after a step with AdamW and an average."""
+    mesh, engine = build(cfg, BLOCKS, OptimConfig(lr=1e-3, ema_decay=0.9))
+    backward(engine, mesh, 0)
+    reduced = mesh[COPIES].bytes_sent
+    graded = {name for name, p in engine.model.named_parameters() if p.grad is not None}
+    engine.step(0)
+    state = engine.state_dict()
+    return {
+        "graded": graded,
+        "reduced": reduced,
+        "adapters": sum(nbytes(p) for name, p in engine.model.named_parameters() if lora.is_adapter(name)),
+        "names": {name for name, _ in engine.model.named_parameters() if lora.is_adapter(name)},
+        "model": set(state["model"]),
+        "ema": set(state["ema"]),
+        "optimizer": {key[6:].rpartition(".")[0] for key in state["optimizer"] if key.startswith("state.")},
+    }
+
+
+def test_frozen_weights_have_no_gradient_no_state_and_no_traffic() -> None:
+    """Two whole copies: all that they send are the adapters' gradients, which an all-reduce sends once."""
+    kept = run_distributed(what_is_kept, 2, Layout(2, {}, 0, "none").config)[0]
+    assert kept["reduced"] == kept["adapters"] > 0
+    for where in ("graded", "model", "ema", "optimizer"):
+        assert kept[where] == kept["names"], where
+
+
+OPTIM = OptimConfig(lr=1e-2, clip_norm=CLIP, ema_decay=0.9)
+
+
+def train(cfg: ParallelConfig, folder: Path, start: int, stop: int) -> dict[str, Tensor]:
+    """Resume at ``start`` if it is not zero, run to ``stop``, save."""
+    mesh, engine = build(cfg, BLOCKS, OPTIM)
+    manager = CheckpointManager(folder, keep=0)
+    if start:
+        state = engine.state_dict()
+        manager.load(folder / f"step-{start:08d}", state)
+        engine.load_state_dict(state)
+    for step in range(start, stop):
+        backward(engine, mesh, step)
+        engine.step(step)
+    state = engine.state_dict()
+    manager.save(stop, state, {})
+    flat = {f"{part}.{name}": value for part, values in state.items() for name, value in values.items()}
+    return {n: pieces.whole(value, mesh["tensor"]).clone() for n, value in flat.items() if isinstance(value, Tensor)}
+
+
+def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    """Bitwise on the same layout, to rounding on another, both ways across tensor parallelism."""
+    sharded, cut = Layout(2, {}, 3, "none").config, Layout(2, {"tensor": 2}, 1, "none").config
+    truth = run_distributed(train, 2, cut, tmp_path / "whole", 0, 4)[0]
+    run_distributed(train, 2, cut, tmp_path / "broken", 0, 2)
+    shutil.copytree(tmp_path / "broken", tmp_path / "moved")
+    same = run_distributed(train, 2, cut, tmp_path / "broken", 2, 4)[0]
+    other = run_distributed(train, 2, sharded, tmp_path / "moved", 2, 4)[0]
+    assert truth.keys() == same.keys() == other.keys()
+    for name, value in truth.items():
+        assert torch.equal(same[name], value), name
+        assert relative(other[name], value) <= TOLERANCE, name
+
+
+def merged(cfg: ParallelConfig, scale: float) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Whole weights after merging, and the first micro-batch's velocity before and after."""
+    mesh, engine = build(cfg, EVERY, OptimConfig(kind="sgd"))
+    model = engine.model.requires_grad_(False)
+    inputs = preparation(mesh)(batches(0)[0], 0).inputs  # type: ignore[arg-type]
+    before = model(**inputs)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    lora.merge(model, scale)
+    after = model(**inputs)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    weights = {name: whole(name, p, model, mesh) for name, p in model.named_parameters() if not lora.is_adapter(name)}
+    return weights, before, after
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(2, {"tensor": 2}, 3, "none"),
+        pytest.param(Layout(3, {}, 2, "none"), marks=pytest.mark.slow),
+        pytest.param(Layout(4, {"tensor": 2}, 3, "none"), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_merged_weights_compute_what_weights_with_adapters_compute(layout: Layout) -> None:
+    model = build_model(MODEL).double()
+    for weights, before, after in run_distributed(merged, layout.world, layout.config, 1.0):
+        assert relative(after, before) <= TOLERANCE
+        for name, parameter in model.named_parameters():
+            value = torch.empty_like(parameter.detach())
+            fill(name, value)
+            layer = name.removesuffix(".weight")
+            if layer in layers(model, EVERY):
+                a, b = (torch.empty(s, dtype=torch.float64) for s in shapes(model.get_submodule(layer), EVERY.rank))
+                fill(f"{layer}.lora_A.weight", a)
+                fill(f"{layer}.lora_B.weight", b)
+                value += 5 / 3 * b @ a
+            assert relative(weights[name], value) <= TOLERANCE, name
