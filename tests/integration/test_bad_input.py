@@ -32,6 +32,11 @@ BAD_TRAINING = {
     "channels": (["model.in_channels=12"], "2", "model.in_channels=16"),
     "no clip fits": (["data.buckets={{4096px: {{129: [1.0, 1]}}}}"], "2", "data.buckets"),
     "bad init": (["train.init_from={folder}/nothing"], "2", "nothing"),
+    "adapters on no layer": (
+        ["train.init_from={folder}", "lora.rank=2", "lora.targets=[blocks.*.qkv]"],
+        "2",
+        "lora.targets: slot pattern 'blocks.*.qkv' matches no Linear",
+    ),
 }
 
 
@@ -80,6 +85,23 @@ def test_another_model_or_optimizer_is_named_before_loading(config: Path) -> Non
     ):
         with pytest.raises(UserError, match=re.escape(expected)):
             check_same(load_config(RunConfig, config, [override]), Path("step"), manifest)
+
+
+def test_other_adapters_or_another_base_are_named_before_loading(config: Path) -> None:
+    adapted = ["lora.rank=2", "train.init_from=base"]
+    cfg = load_config(RunConfig, config, adapted)
+    manifest = checkpoint_info(cfg, Runtime(0, 1, 0, torch.device("cpu")), "0123")
+    check_same(cfg, Path("step"), manifest, "0123")
+    for overrides, base, expected in (
+        ([*adapted, "lora.rank=4"], "0123", "lora.rank=4 (was 2)"),
+        ([], None, "lora.rank=0 (was 2)"),
+        (adapted, "4567", "train.init_from=base: not the weights that the adapters of step were trained beside"),
+    ):
+        with pytest.raises(UserError, match=re.escape(expected)):
+            check_same(load_config(RunConfig, config, overrides), Path("step"), manifest, base)
+    plain = checkpoint_info(load_config(RunConfig, config), Runtime(0, 1, 0, torch.device("cpu")))
+    del plain["lora"], plain["base"]  # as checkpoints from before there were adapters
+    check_same(load_config(RunConfig, config), Path("step"), plain)
 
 
 def test_changed_settings_are_announced(

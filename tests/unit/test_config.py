@@ -124,7 +124,12 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     "negative": (None, ["train.log_every=-1"], "train.log_every=-1: allowed are integers >= 1"),
     "heads not divisible": (None, ["model.num_heads=5"], "model.num_heads=5: allowed are divisors of"),
     "bad bucket row": (None, ["data.buckets.64px.9=[2.0, 2]"], "data.buckets.64px.9=[2.0, 2]: probabilities"),
+    "adapters of no size": (None, ["lora.rank=-1"], "lora.rank=-1: allowed are integers >= 0"),
+    "adapters that draw": (None, ["lora.dropout=0.1"], "lora.dropout=0.1: allowed is 0"),
+    "adapters of no scale": (None, ["lora.alpha=0"], "lora.alpha=0.0: allowed are numbers > 0"),
+    "adapters nowhere": (None, ["lora.targets=[]"], "lora.targets=[]: name layers"),
     # across sections
+    "adapters of nothing": (None, ["lora.rank=4"], "lora.rank=4: adapters need weights to adapt; give train.init_from"),
     "channels that do not fit": (None, ["vae.channels=32"], "model.in_channels=64: vae.kind=dct"),
     "text that does not fit": (None, ["text.dim=128"], "model.context_in_dim=256: text.kind=bytes gives 128"),
     "guidance in training": (None, ["parallel.mesh.cfg=2"], "parallel.mesh.cfg=2: allowed is 1"),
