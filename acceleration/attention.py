@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from acceleration import recompute
+
 aten = torch.ops.aten
 
 
@@ -74,6 +76,7 @@ class KernelCore(nn.Module):
         super().__init__()
         self.kernel = kernel
 
+    @torch.compiler.disable  # see compile.py
     def forward(
         self, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, *, key_mask: Tensor | None = None, context: Any = None
     ) -> Tensor:
@@ -84,7 +87,7 @@ class KernelCore(nn.Module):
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, kernel: Kernel) -> Tensor:
-        out, lse = forward(kernel, q, k, v, key_mask)
+        out, lse = recompute.kept(lambda: forward(kernel, q, k, v, key_mask))
         ctx.save_for_backward(q, k, v, key_mask, out, lse)
         ctx.kernel = kernel
         return out

@@ -48,16 +48,19 @@ def count_all_reduce(x: Tensor, axis: Axis) -> None:
     axis.bytes_sent += 2 * nbytes(x) * (axis.degree - 1) // axis.degree
 
 
+@torch.compiler.disable  # see compile.py
 def sum_shares(x: Tensor, axis: Axis) -> Tensor:
     """Each process's share -> the sum, on every process; the gradient, the same everywhere, is passed on."""
     return x if axis.degree == 1 else _SumShares.apply(x, axis)
 
 
+@torch.compiler.disable  # see compile.py
 def share_out(x: Tensor, axis: Axis) -> Tensor:
     """What every process holds alike, for each to use in its own way: backward sums the gradients of all uses."""
     return x if axis.degree == 1 else _ShareOut.apply(x, axis)
 
 
+@torch.compiler.disable  # see compile.py
 def join(x: Tensor, sizes: Sequence[int], axis: Axis) -> Tensor:
     """Concatenate along the last dim; the gradient, the same everywhere, is cut again."""
     return x if axis.degree == 1 else _Join.apply(x, tuple(sizes), axis)

@@ -34,14 +34,29 @@ class MeshConfig:
 class RecomputeConfig:
     """Gradient checkpointing: which blocks drop their activations and run again in backward."""
 
-    kind: Literal["none", "full", "first"] = "none"
+    kind: Literal["none", "full", "first", "every", "selective"] = "none"  # selective: all but attention runs again
     blocks: int = 0  # with kind=first: how many blocks, counted over all block lists in order
+    every: int = 2  # with kind=every: one block of so many, counted the same way
+    offload: bool = False  # what recomputed blocks keep waits on the CPU
 
     def __post_init__(self) -> None:
         if self.blocks < 0:
             raise ValueError(f"blocks={self.blocks}: allowed are integers >= 0")
         if self.kind == "first" and self.blocks == 0:
             raise ValueError("blocks=0 with kind=first recomputes nothing: set blocks >= 1, or kind=none")
+        if self.every < 2:
+            raise ValueError(f"every={self.every}: allowed are integers >= 2; kind=full recomputes every block")
+        if self.offload and self.kind == "none":
+            raise ValueError("offload=true with kind=none moves nothing: choose another kind, such as kind=full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileConfig:
+    """torch.compile of every block; what exchanges tensors between processes runs as it is."""
+
+    enabled: bool = False
+    backend: Literal["inductor", "aot_eager"] = "inductor"  # aot_eager makes no kernels: for tests
+    dynamic: bool = True  # one graph for token counts of every bucket; false: one for each, at most eight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +77,7 @@ class ParallelConfig:
     zero: Literal[0, 1, 2, 3] = 2  # what is sharded; docs/parallel.md says what each keeps in memory
     mesh: MeshConfig = field(default_factory=MeshConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    compile: CompileConfig = field(default_factory=CompileConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     timeout_s: int = 600  # longest wait for a peer before the run fails
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from acceleration import recompute, sequence, sharding, tensor_parallel
+from acceleration import compile, recompute, sequence, sharding, tensor_parallel
 from acceleration.config import ParallelConfig
 from acceleration.mesh import Mesh
 from acceleration.plan import Shardable
@@ -17,12 +17,13 @@ def parallelize(
     """Spread a model built on the meta device over ``mesh``, in place.
 
     Tensor parallelism first (it changes what a layer holds), then attention slots (the wrapper is what gets
-    recomputed), then recomputation, then sharding (which hooks the outside of a block), then memory and values:
-    ``fill(name, tensor)`` gives the full value of one parameter.
+    recomputed), then compilation (of what runs, and runs again), then recomputation, then sharding (which hooks the
+    outside of a block), then memory and values: ``fill(name, tensor)`` gives the full value of one parameter.
     """
     assert isinstance(model, Shardable), type(model)
     tensor_parallel.apply(model, mesh["tensor"])
-    sequence.fill_slots(model, mesh, cfg.attention)
+    sequence.fill_slots(model, mesh, cfg.attention, keeps=cfg.recompute.kind == "selective")
+    compile.apply(model, cfg.compile)
     recompute.apply(model, cfg.recompute)
     sharding.shard(model, cfg.zero, cfg.precision, mesh)
     sharding.materialize(model, cfg.precision, device, fill)

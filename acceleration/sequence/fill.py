@@ -10,15 +10,16 @@ from acceleration.sequence.ring import RingAttention
 from acceleration.sequence.ulysses import UlyssesAttention
 
 
-def fill_slots(model: nn.Module, mesh: Mesh, kernel: str = "auto") -> None:
+def fill_slots(model: nn.Module, mesh: Mesh, kernel: str = "auto", *, keeps: bool = False) -> None:
     """Put into every attention slot what this mesh and kernel need; the model's own core stays where it will do.
 
-    Ulysses takes whatever core is inside; the ring works on the parts of a kernel and takes the core's place.
+    Ulysses takes whatever core is inside; the ring works on the parts of a kernel and takes the core's place. With
+    ``keeps`` selective recomputation must find what attention computed, which only a kernel of ours hands over.
     """
     ring, ulysses = mesh["ring"], mesh["ulysses"]
     chosen = kernel_for(kernel, torch.device(mesh.device_type))
     for parent, attribute, own in list(plan.slots(model, model.attention_cores)):  # type: ignore[arg-type]
-        core = own if kernel == "auto" else KernelCore(chosen)
+        core = own if kernel == "auto" and not keeps else KernelCore(chosen)
         if ring.degree > 1:
             core = RingAttention(chosen, ring, ulysses.degree)
         if ulysses.degree > 1:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acceleration import attention, collectives
+from acceleration import attention, collectives, recompute
 from acceleration.attention import Kernel
 from acceleration.collectives import Shift
 from acceleration.mesh import Axis
@@ -29,6 +29,7 @@ class RingAttention(nn.Module):
         self.axis = axis
         self.ulysses = ulysses
 
+    @torch.compiler.disable  # see compile.py
     def forward(
         self,
         q_BLHD: Tensor,
@@ -60,20 +61,7 @@ class _Ring(torch.autograd.Function):
         axis: Axis,
         kernel: Kernel,
     ) -> Tensor:
-        held = torch.stack((k, v))  # (2, B, L, H, Dh)
-        out = lse = None
-        for hop in range(axis.degree):
-            owner = (axis.rank - hop) % axis.degree
-            coming = _pass_on(held, lengths, owner, axis) if hop < axis.degree - 1 else None
-            part, part_lse = attention.forward(kernel, q, held[0], held[1], masks[owner] if masks else None)
-            if out is None or lse is None:
-                out, lse = part.to(part_lse.dtype), part_lse
-            else:
-                out, lse = attention.merge(out, lse, part, part_lse)
-            if coming:
-                held = coming.wait()
-        assert out is not None
-        out = out.to(q.dtype)
+        out, lse = recompute.kept(lambda: _attend(q, k, v, masks, lengths, axis, kernel))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.masks, ctx.lengths, ctx.axis, ctx.kernel = masks, lengths, axis, kernel
         return out
@@ -100,6 +88,32 @@ class _Ring(torch.autograd.Function):
         assert returning is not None
         dk, dv = returning.wait()
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    masks: tuple[Tensor, ...] | None,
+    lengths: tuple[int, ...],
+    axis: Axis,
+    kernel: Kernel,
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp over the keys of all processes."""
+    held = torch.stack((k, v))  # (2, B, L, H, Dh)
+    out = lse = None
+    for hop in range(axis.degree):
+        owner = (axis.rank - hop) % axis.degree
+        coming = _pass_on(held, lengths, owner, axis) if hop < axis.degree - 1 else None
+        part, part_lse = attention.forward(kernel, q, held[0], held[1], masks[owner] if masks else None)
+        if out is None or lse is None:
+            out, lse = part.to(part_lse.dtype), part_lse
+        else:
+            out, lse = attention.merge(out, lse, part, part_lse)
+        if coming:
+            held = coming.wait()
+    assert out is not None and lse is not None
+    return out.to(q.dtype), lse
 
 
 def _pass_on(x: Tensor, lengths: tuple[int, ...], owner: int, axis: Axis, *, tag: int = KEYS_VALUES) -> Shift:

@@ -25,6 +25,7 @@ class UlyssesAttention(nn.Module):
         self.axis = axis
         self.ring_rank = ring_rank
 
+    @torch.compiler.disable  # see compile.py
     def forward(
         self,
         q_BLHD: Tensor,
