@@ -1,0 +1,261 @@
+"""Bytes that one process sends along every axis, by formula: equal to what the axes count (``Axis.bytes_sent``).
+
+What is counted, per process, for one optimizer step:
+
+* pieces: FSDP2's all-gathers of weights in compute type and reduce-scatters of gradients in reduce type. Every
+  parameter is padded along its first dim to a multiple of the processes.
+* copies: its all-reduces of gradients between copies, once per step.
+* ulysses, ring: what an attention slot exchanges in forward, again where a block is recomputed, and in backward.
+* tensor: the exchanges of cut layers likewise; once per step, the gradients that are shared and the norm.
+
+Masks are one byte per token. Scalars of logging and clipping that go over the whole world are not counted.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+from acceleration.config import ParallelConfig
+from acceleration.mesh import COPIES, PIECES, Mesh
+from acceleration.precision import DTYPES
+from acceleration.sequence.layout import SequenceParallel, ring_groups
+from acceleration.sequence.ulysses import head_shares
+from acceleration.structure import Attention, Layer, Parameter, Structure, Unit
+
+# What a recomputed block exchanges again in backward: (its attention, its cut layers).
+RERUN = {"none": (False, False), "full": (True, True), "first": (True, True)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Whole-sequence sizes of what goes through the model at once, before tokens are cut over processes."""
+
+    samples: int
+    txt: int  # text tokens of a sample
+    img: int  # image tokens of a sample
+    has_mask: bool = False  # the text has a padding mask
+
+
+@dataclass(frozen=True)
+class Place:
+    """One process of a layout that need not exist, and how sharding sees it."""
+
+    mesh: Mesh
+    cfg: ParallelConfig
+    pieces: int = field(init=False)
+    pieces_rank: int = field(init=False)
+    copies: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        members = self.mesh.world_size // self.mesh["tensor"].degree
+        copies = members if self.cfg.zero == 0 else self.mesh["replicate"].degree
+        object.__setattr__(self, "copies", copies)
+        object.__setattr__(self, "pieces", members // copies)
+        rank = 0  # on the mesh without tensor, tensor being the fastest axis
+        for name in ("replicate", "shard", "cfg", "ring", "ulysses"):
+            rank = rank * self.mesh[name].degree + self.mesh[name].rank
+        object.__setattr__(self, "pieces_rank", rank % self.pieces)
+
+    @property
+    def sequence(self) -> SequenceParallel:
+        return SequenceParallel(self.mesh)
+
+    def itemsize(self, which: str) -> int:
+        """Bytes of a value in ``compute``, ``reduce`` or ``master`` type."""
+        return DTYPES[getattr(self.cfg.precision, which)].itemsize
+
+    def local_tokens(self, batch: MicroBatch) -> tuple[int, int]:
+        """(text, image) tokens of a sample that this process holds."""
+        seq = self.sequence
+        return seq.sizes(batch.txt, surplus_last=True)[seq.rank], seq.sizes(batch.img)[seq.rank]
+
+
+def step_bytes(structure: Structure, place: Place, batches: Sequence[MicroBatch]) -> dict[str, int]:
+    """Axis -> bytes that this process sends in one optimizer step over its micro-batches; axes of degree 1 left out."""
+    total: Counter[str] = Counter()
+    rerun = recomputed(len(structure.blocks), place)
+    for batch in batches:
+        for unit, kind in zip(structure.units, (*rerun, "none"), strict=True):
+            attention, layers = RERUN[kind]
+            total += _exchanged(unit, place, batch, attention=attention, layers=layers)
+    total += _sharding_bytes(structure, place, len(batches))
+    total += _shared_gradients(structure, place)
+    return dict(total)
+
+
+def forward_bytes(structure: Structure, place: Place, batch: MicroBatch, *, gathers: bool = True) -> dict[str, int]:
+    """Axis -> bytes of one forward without gradient, as in sampling.
+
+    ``gathers``: weights are gathered; with ZeRO 1 and 2 only the first forward does so.
+    """
+    total: Counter[str] = Counter()
+    for unit in structure.units:
+        total += _forward(unit, place, batch)
+        if gathers and place.pieces > 1:
+            total[PIECES] += gather_bytes(unit, place)
+    return dict(total)
+
+
+def recomputed(blocks: int, place: Place) -> tuple[str, ...]:
+    """The kind of recomputation of every block."""
+    cfg = place.cfg.recompute
+    count = min(cfg.blocks, blocks) if cfg.kind == "first" else blocks
+    return (cfg.kind,) * count + ("none",) * (blocks - count)
+
+
+def padded(parameters: Iterable[Parameter], place: Place) -> int:
+    """Values that one piece of these parameters has, padding included."""
+    return sum(-(-shape[0] // place.pieces) * prod(shape[1:]) for shape in _cut(parameters, place))
+
+
+def held(parameters: Iterable[Parameter], place: Place) -> int:
+    """Values of these parameters that this process really holds."""
+    return sum(_rows(shape[0], place) * prod(shape[1:]) for shape in _cut(parameters, place))
+
+
+def gather_bytes(unit: Unit, place: Place) -> int:
+    """Sent in one all-gather of a unit's weights."""
+    return padded(unit.parameters, place) * place.itemsize("compute") * (place.pieces - 1)
+
+
+def all_reduce_bytes(nbytes: int, degree: int) -> int:
+    """Sent in one all-reduce, as a reduce-scatter and an all-gather."""
+    return 2 * nbytes * (degree - 1) // degree
+
+
+def gathers_per_step(zero: int, batches: int) -> int:
+    """How often a unit's weights are gathered: ZeRO 3 for forward and for backward, 2 once, 1 once per step."""
+    return {0: 0, 1: 1, 2: batches, 3: 2 * batches}[zero]
+
+
+def reductions_per_step(zero: int, batches: int) -> int:
+    """How often a unit's gradients are reduce-scattered."""
+    return batches if zero >= 2 else 1
+
+
+def _sharding_bytes(structure: Structure, place: Place, batches: int) -> Counter[str]:
+    zero, total = place.cfg.zero, Counter[str]()
+    for unit in structure.units:
+        trained = padded((p for p in unit.parameters if p.trains), place) * place.itemsize("reduce")
+        if place.pieces > 1:
+            total[PIECES] += gathers_per_step(zero, batches) * gather_bytes(unit, place)
+            total[PIECES] += reductions_per_step(zero, batches) * trained * (place.pieces - 1)
+        if place.copies > 1:
+            total[COPIES] += all_reduce_bytes(trained, place.copies)
+    return total
+
+
+def _shared_gradients(structure: Structure, place: Place) -> Counter[str]:
+    """Once per step along tensor: gradients of what all hold but use for their own heads, and the norm's square."""
+    tensor = place.mesh["tensor"].degree
+    if tensor == 1:
+        return Counter()
+    shared = held((p for p in structure.parameters if p.is_shared and p.trains), place)
+    sizes = (shared, 1 if any(p.cut_dim is not None and p.trains for p in structure.parameters) else 0)
+    return Counter(tensor=sum(all_reduce_bytes(n * place.itemsize("master"), tensor) for n in sizes))
+
+
+def _exchanged(unit: Unit, place: Place, batch: MicroBatch, *, attention: bool, layers: bool) -> Counter[str]:
+    """Forward and backward of one micro-batch; what is recomputed goes through forward twice."""
+    total = Counter[str]()
+    for slot in unit.attentions:
+        for _ in range(1 + attention):
+            total += _attention_forward(slot, place, batch)
+        total += _attention_backward(slot, place, batch)
+    for layer in unit.layers:
+        total["tensor"] += _layer_forward(layer, place, batch) * (1 + (layers and layer.reruns))
+        total["tensor"] += _layer_backward(layer, place, batch)
+    return +total
+
+
+def _forward(unit: Unit, place: Place, batch: MicroBatch) -> Counter[str]:
+    total = Counter[str]()
+    for slot in unit.attentions:
+        total += _attention_forward(slot, place, batch)
+    total["tensor"] += sum(_layer_forward(layer, place, batch) for layer in unit.layers)
+    return +total
+
+
+@dataclass(frozen=True)
+class _Share:
+    """One process's part in an attention slot: tokens and heads here, in its ulysses group, and on the ring."""
+
+    heads: int  # before ulysses cuts them
+    mine: int  # heads of this process inside attention
+    local: int  # tokens of this process
+    group: tuple[int, ...]  # tokens of each process of its ulysses group
+    ring: tuple[int, ...]  # tokens of each place on the ring
+
+
+def _share(slot: Attention, place: Place, batch: MicroBatch) -> _Share:
+    ring, ulysses, sequence = place.mesh["ring"], place.mesh["ulysses"], place.sequence
+    txt, img = sequence.sizes(batch.txt, surplus_last=True), sequence.sizes(batch.img)
+    lengths = tuple(slot.tokens.at(*pair) for pair in zip(txt, img, strict=True))
+    groups = ring_groups(lengths, ulysses.degree)
+    heads = slot.heads // place.mesh["tensor"].degree
+    return _Share(
+        heads=heads,
+        mine=head_shares(heads, ulysses.degree)[ulysses.rank],
+        local=lengths[sequence.rank],
+        group=groups[ring.rank],
+        ring=tuple(sum(group) for group in groups),
+    )
+
+
+def _attention_forward(slot: Attention, place: Place, batch: MicroBatch) -> Counter[str]:
+    """q, k, v of other heads go out and come back as outputs; keys and values of every part but one are passed on."""
+    share, size = _share(slot, place, batch), place.itemsize("compute") * batch.samples * slot.head_dim
+    ring, ulysses = place.mesh["ring"], place.mesh["ulysses"]
+    sent = Counter[str]()
+    if ulysses.degree > 1:
+        elsewhere = sum(share.group) - share.local
+        sent["ulysses"] = (3 * share.local * (share.heads - share.mine) + elsewhere * share.mine) * size
+        if batch.has_mask:
+            sent["ulysses"] += max(share.group) * batch.samples * (ulysses.degree - 1)
+    if ring.degree > 1:
+        stays = share.ring[(ring.rank + 1) % ring.degree]  # what the next process had at the start
+        sent["ring"] = 2 * (sum(share.ring) - stays) * share.mine * size
+        if batch.has_mask:
+            sent["ring"] += max(share.ring) * batch.samples * (ring.degree - 1)
+    return sent
+
+
+def _attention_backward(slot: Attention, place: Place, batch: MicroBatch) -> Counter[str]:
+    """Ulysses in reverse; the ring passes keys and values again, and the gradients of every part, in fp32 at least."""
+    share, compute = _share(slot, place, batch), place.itemsize("compute")
+    ring, ulysses, per_head = place.mesh["ring"], place.mesh["ulysses"], batch.samples * slot.head_dim
+    sent = Counter[str]()
+    if ulysses.degree > 1:
+        elsewhere = sum(share.group) - share.local
+        sent["ulysses"] = (share.local * (share.heads - share.mine) + 3 * elsewhere * share.mine) * per_head * compute
+    if ring.degree > 1:
+        stays = share.ring[(ring.rank + 1) % ring.degree]
+        values = 2 * share.mine * per_head
+        sent["ring"] = values * ((sum(share.ring) - stays) * compute + sum(share.ring) * max(compute, 4))
+    return sent
+
+
+def _layer_forward(layer: Layer, place: Place, batch: MicroBatch) -> int:
+    degree, rows = place.mesh["tensor"].degree, batch.samples * layer.rows.at(*place.local_tokens(batch))
+    if degree == 1 or layer.kind == "column":
+        return 0
+    out = rows * layer.outputs * place.itemsize("compute")
+    return all_reduce_bytes(out, degree) if layer.kind == "row" else out // degree * (degree - 1)
+
+
+def _layer_backward(layer: Layer, place: Place, batch: MicroBatch) -> int:
+    degree, rows = place.mesh["tensor"].degree, batch.samples * layer.rows.at(*place.local_tokens(batch))
+    if degree == 1 or layer.kind == "row" or not layer.input_trains:
+        return 0
+    return all_reduce_bytes(rows * layer.inputs * place.itemsize("compute"), degree)
+
+
+def _cut(parameters: Iterable[Parameter], place: Place) -> Iterable[tuple[int, ...]]:
+    return (p.cut(place.mesh["tensor"].degree) for p in parameters)
+
+
+def _rows(rows: int, place: Place) -> int:
+    """Of a dim of ``rows``: torch.chunk gives the first processes ceil(rows / n) each."""
+    chunk = -(-rows // place.pieces)
+    return max(0, min(rows, chunk * (place.pieces_rank + 1)) - chunk * place.pieces_rank)

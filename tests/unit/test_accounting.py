@@ -1,0 +1,66 @@
+"""The formulas of traffic: their bounds, and the structure they read."""
+
+from functools import lru_cache
+
+import pytest
+import torch
+
+from acceleration import mesh as meshes
+from acceleration.accounting import MicroBatch, Place, forward_bytes
+from acceleration.config import ParallelConfig, PrecisionConfig
+from acceleration.sequence import SequenceParallel
+from acceleration.structure import Linear, Structure, structure_of
+from opensora.models import build_model
+from opensora.models.mmdit import MMDiTConfig
+from opensora.models.mmdit.model import SIZES, count_parameters
+from opensora.train.forecast import run_denoiser
+
+FP32 = ParallelConfig(zero=0, precision=PrecisionConfig(compute="fp32"))
+
+
+@lru_cache
+def structure(cfg: MMDiTConfig) -> Structure:
+    with torch.device("meta"):
+        return structure_of(build_model(cfg), run_denoiser)
+
+
+@pytest.mark.parametrize("size", ["debug", "demo", "11b"])
+def test_structure_holds_every_parameter_slot_and_cut_layer(size: str) -> None:
+    cfg = SIZES[size]
+    found = structure(cfg)
+    assert found.count == count_parameters(cfg)
+    assert len(found.blocks) == cfg.depth + cfg.depth_single_blocks
+    heads = {(a.heads, a.head_dim, a.tokens) for unit in found.blocks for a in unit.attentions}
+    assert heads == {(cfg.num_heads, cfg.head_dim, Linear(1, 1, 0))}
+    assert {layer.rows for layer in found.blocks[0].layers} == {Linear(1, 0, 0), Linear(0, 1, 0), Linear(0, 0, 1)}
+    assert all(layer.reruns for unit in found.blocks for layer in unit.layers)  # a gated residual comes last
+    embedders = [layer for layer in found.rest.layers if layer.kind == "column"]
+    assert embedders and not any(layer.input_trains for layer in embedders)
+
+
+def sent(axis: str, degree: int, rank: int, batch: MicroBatch, cfg: MMDiTConfig) -> float:
+    """Values per layer and sample that one process sends in forward."""
+    place = Place(meshes.view({axis: degree}, rank), FP32)
+    layers = cfg.depth + cfg.depth_single_blocks
+    return forward_bytes(structure(cfg), place, batch).get(axis, 0) / 4 / layers / batch.samples
+
+
+@pytest.mark.parametrize(("txt", "img"), [(512, 8316), (5, 30), (0, 7), (3, 1)])
+@pytest.mark.parametrize("degree", [2, 3, 4, 8, 24])
+def test_bounds_of_sequence_parallelism(degree: int, txt: int, img: int) -> None:
+    """Ulysses: 4 N D / p. Ring: 2 N D (p-1)/p, both but for the tokens by which uneven parts differ."""
+    cfg = MMDiTConfig(
+        in_channels=8, vec_in_dim=8, context_in_dim=8, hidden_size=24 * 6, num_heads=24, axes_dim=(2, 2, 2), depth=1,
+        depth_single_blocks=1,
+    )  # fmt: skip
+    batch, tokens = MicroBatch(samples=3, txt=txt, img=img), txt + img
+    everywhere = [sent("ulysses", degree, rank, batch, cfg) for rank in range(degree)]
+    sequences = [SequenceParallel(meshes.view({"ulysses": degree}, rank)) for rank in range(degree)]
+    local = [seq.sizes(txt, surplus_last=True)[seq.rank] + seq.sizes(img)[seq.rank] for seq in sequences]
+    for values, held in zip(everywhere, local, strict=True):
+        surplus = max(0.0, held - tokens / degree)  # tokens above an even share
+        assert values <= (4 * tokens / degree + 3 * surplus) * cfg.hidden_size
+    assert sum(everywhere) <= 4 * tokens * cfg.hidden_size
+    ring = [sent("ring", degree, rank, batch, cfg) for rank in range(degree)]
+    assert sum(ring) == pytest.approx(2 * tokens * cfg.hidden_size * (degree - 1))
+    assert all(values <= 2 * cfg.hidden_size * (tokens * (degree - 1) / degree + 1) for values in ring)
