@@ -24,7 +24,7 @@ from acceleration.sequence.ulysses import head_shares
 from acceleration.structure import Attention, Layer, Parameter, Structure, Unit
 
 # What a recomputed block exchanges again in backward: (its attention, its cut layers).
-RERUN = {"none": (False, False), "full": (True, True), "first": (True, True)}
+RERUN = {"none": (False, False), "full": (True, True)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +74,13 @@ class Place:
 def step_bytes(structure: Structure, place: Place, batches: Sequence[MicroBatch]) -> dict[str, int]:
     """Axis -> bytes that this process sends in one optimizer step over its micro-batches; axes of degree 1 left out."""
     total: Counter[str] = Counter()
-    rerun = recomputed(len(structure.blocks), place)
-    for batch in batches:
-        for unit, kind in zip(structure.units, (*rerun, "none"), strict=True):
+    blocks = Counter(zip(structure.alike, recomputed(len(structure.blocks), place), strict=True))
+    units = [(structure.blocks[index], kind, count) for (index, kind), count in blocks.items()]
+    for batch, times in Counter(batches).items():
+        for unit, kind, count in (*units, (structure.rest, "none", 1)):
             attention, layers = RERUN[kind]
-            total += _exchanged(unit, place, batch, attention=attention, layers=layers)
+            for axis, sent in _exchanged(unit, place, batch, attention=attention, layers=layers).items():
+                total[axis] += sent * count * times
     total += _sharding_bytes(structure, place, len(batches))
     total += _shared_gradients(structure, place)
     return dict(total)
@@ -98,10 +100,12 @@ def forward_bytes(structure: Structure, place: Place, batch: MicroBatch, *, gath
 
 
 def recomputed(blocks: int, place: Place) -> tuple[str, ...]:
-    """The kind of recomputation of every block."""
+    """How every block is recomputed, as a key of ``RERUN``."""
     cfg = place.cfg.recompute
-    count = min(cfg.blocks, blocks) if cfg.kind == "first" else blocks
-    return (cfg.kind,) * count + ("none",) * (blocks - count)
+    if cfg.kind == "first":
+        count = min(cfg.blocks, blocks)
+        return ("full",) * count + ("none",) * (blocks - count)
+    return (cfg.kind,) * blocks
 
 
 def padded(parameters: Iterable[Parameter], place: Place) -> int:
@@ -136,13 +140,14 @@ def reductions_per_step(zero: int, batches: int) -> int:
 
 def _sharding_bytes(structure: Structure, place: Place, batches: int) -> Counter[str]:
     zero, total = place.cfg.zero, Counter[str]()
-    for unit in structure.units:
+    units = [(structure.blocks[index], count) for index, count in Counter(structure.alike).items()]
+    for unit, count in (*units, (structure.rest, 1)):
         trained = padded((p for p in unit.parameters if p.trains), place) * place.itemsize("reduce")
         if place.pieces > 1:
-            total[PIECES] += gathers_per_step(zero, batches) * gather_bytes(unit, place)
-            total[PIECES] += reductions_per_step(zero, batches) * trained * (place.pieces - 1)
+            total[PIECES] += count * gathers_per_step(zero, batches) * gather_bytes(unit, place)
+            total[PIECES] += count * reductions_per_step(zero, batches) * trained * (place.pieces - 1)
         if place.copies > 1:
-            total[COPIES] += all_reduce_bytes(trained, place.copies)
+            total[COPIES] += count * all_reduce_bytes(trained, place.copies)
     return total
 
 
@@ -238,7 +243,7 @@ def _attention_backward(slot: Attention, place: Place, batch: MicroBatch) -> Cou
 
 def _layer_forward(layer: Layer, place: Place, batch: MicroBatch) -> int:
     degree, rows = place.mesh["tensor"].degree, batch.samples * layer.rows.at(*place.local_tokens(batch))
-    if degree == 1 or layer.kind == "column":
+    if degree == 1 or layer.kind in ("column", "whole"):
         return 0
     out = rows * layer.outputs * place.itemsize("compute")
     return all_reduce_bytes(out, degree) if layer.kind == "row" else out // degree * (degree - 1)
@@ -246,7 +251,7 @@ def _layer_forward(layer: Layer, place: Place, batch: MicroBatch) -> int:
 
 def _layer_backward(layer: Layer, place: Place, batch: MicroBatch) -> int:
     degree, rows = place.mesh["tensor"].degree, batch.samples * layer.rows.at(*place.local_tokens(batch))
-    if degree == 1 or layer.kind == "row" or not layer.input_trains:
+    if degree == 1 or layer.kind in ("row", "whole") or not layer.input_trains:
         return 0
     return all_reduce_bytes(rows * layer.inputs * place.itemsize("compute"), degree)
 

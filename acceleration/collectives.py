@@ -3,6 +3,8 @@
 Sizes may differ between processes, and may be zero. The backward of an exchange is the reverse exchange, so sums of
 shares stay sums of shares: nothing here divides. Bytes are those this process sends when every collective is carried
 out at its lower bound (an all-reduce as a reduce-scatter and an all-gather), whatever algorithm a backend prefers.
+
+Meta tensors get their shapes and are counted, but nothing is sent: that is how a layout is planned (activations.py).
 """
 
 from collections.abc import Sequence
@@ -29,7 +31,8 @@ def all_gather(x: Tensor, dim: int, sizes: Sequence[int], axis: Axis) -> Tensor:
     padded = x.new_zeros((longest, *x.movedim(dim, 0).shape[1:]))
     padded[: x.shape[dim]] = x.detach().movedim(dim, 0)
     received = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(received, padded, group=axis.group)
+    if not x.is_meta:
+        dist.all_gather(received, padded, group=axis.group)
     axis.bytes_sent += nbytes(padded) * (axis.degree - 1)
     parts = [part[:size] for part, size in zip(received, sizes, strict=True)]
     return torch.cat(parts).movedim(0, dim).contiguous()
@@ -38,7 +41,8 @@ def all_gather(x: Tensor, dim: int, sizes: Sequence[int], axis: Axis) -> Tensor:
 def all_reduce_(x: Tensor, axis: Axis) -> Tensor:
     """Sum ``x`` over the axis, in place. Not differentiable."""
     if axis.degree > 1 and x.numel():
-        dist.all_reduce(x, group=axis.group)
+        if not x.is_meta:
+            dist.all_reduce(x, group=axis.group)
         count_all_reduce(x, axis)
     return x
 
@@ -71,8 +75,13 @@ class Shift:
 
     def __init__(self, x: Tensor, shape: Sequence[int], axis: Axis, *, tag: int = 0) -> None:
         """Start. ``x``: contiguous, not to be written before ``wait``; ``shape``: of what comes."""
-        assert axis.group is not None and x.is_contiguous()
+        assert x.is_contiguous()
         self._x, self._out = x, x.new_empty(tuple(shape))
+        self._pending: list[dist.Work] = []
+        if x.is_meta:
+            axis.bytes_sent += nbytes(x)
+            return
+        assert axis.group is not None
         after, before = ((axis.rank + hop) % axis.degree for hop in (1, -1))
         peer = dist.get_process_group_ranks(axis.group)
         transfers = []
@@ -81,7 +90,8 @@ class Shift:
             axis.bytes_sent += nbytes(x)
         if self._out.numel():
             transfers.append(dist.P2POp(dist.irecv, self._out, peer[before], axis.group, tag))
-        self._pending = dist.batch_isend_irecv(transfers) if transfers else []
+        if transfers:
+            self._pending = dist.batch_isend_irecv(transfers)
 
     def wait(self) -> Tensor:
         """What came."""
@@ -143,7 +153,8 @@ def _exchange(x: Tensor, send: tuple[int, ...], receive: tuple[int, ...], axis: 
     # Contiguous before empty_like: gloo writes wrong data into a non-contiguous output without an error.
     x = x.contiguous()
     out = x.new_empty((sum(receive), *x.shape[1:]))
-    dist.all_to_all_single(out, x, list(receive), list(send), group=axis.group)
+    if not x.is_meta:
+        dist.all_to_all_single(out, x, list(receive), list(send), group=axis.group)
     row_bytes = x.element_size() * (x[0].numel() if len(x) else 0)
     axis.bytes_sent += (len(x) - send[axis.rank]) * row_bytes
     return out

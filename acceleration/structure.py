@@ -6,6 +6,7 @@ image tokens of a sample, which three small runs determine exactly.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,9 +49,9 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer that tensor parallelism cuts; see tensor_parallel.py for the kinds."""
+    """A linear layer."""
 
-    kind: str
+    kind: str  # column, row or gather, as tensor parallelism cuts it (see tensor_parallel.py); whole: not cut
     inputs: int
     outputs: int
     rows: Linear  # of its input, per sample
@@ -86,6 +87,14 @@ class Structure:
     @property
     def units(self) -> tuple[Unit, ...]:
         return (*self.blocks, self.rest)
+
+    @cached_property
+    def alike(self) -> tuple[int, ...]:
+        """For every block the number of the first one that is like it but for its names."""
+        first: dict[tuple[Any, ...], int] = {}
+        shapes = (tuple((p.shape, p.trains, p.cut_dim, p.is_shared) for p in unit.parameters) for unit in self.blocks)
+        keys = ((unit.layers, unit.attentions, shape) for unit, shape in zip(self.blocks, shapes, strict=True))
+        return tuple(first.setdefault(key, index) for index, key in enumerate(keys))
 
     @property
     def parameters(self) -> Iterator[Parameter]:
@@ -143,7 +152,7 @@ class _Slot(nn.Module):
 
 
 def _run(model: nn.Module, forward: Forward, txt: int, img: int) -> list[_Call]:
-    """Every call of a planned layer and of a slot, in order."""
+    """Every call of a linear layer and of a slot, in order."""
     calls: list[_Call] = []
     kept = 0
     block_start = 0
@@ -167,8 +176,8 @@ def _run(model: nn.Module, forward: Forward, txt: int, img: int) -> list[_Call]:
     handles = []
     kinds = planned_kinds(model)
     for name, module in model.named_modules():
-        if name in kinds:
-            kind = kinds[name]
+        if isinstance(module, nn.Linear):
+            kind = kinds.get(name, "whole")
             handles.append(module.register_forward_hook(lambda m, args, out, kind=kind: note(m, kind, args[0])))
     for block in plan.blocks(model):
         handles += [block.register_forward_pre_hook(begin), block.register_forward_hook(end)]

@@ -1,29 +1,396 @@
-"""What a run would need, before it is started: memory, bytes, operations and time, per bucket and layout."""
+"""What a run would need, before it is started: memory, bytes, operations and time, per bucket and layout.
 
+Memory is added up as FSDP2 allocates it, over activations found on the meta device (acceleration/footprint.py,
+activations.py); bytes are those the axes would count (accounting.py). Both are exact to a few percent. Time is a rough
+model on top of them, good for comparing layouts: products at ``EFFICIENCY`` of the peak, exchanges at the speed of the
+slowest link they cross, weights and gradients moved while blocks compute.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from acceleration import accounting, footprint
+from acceleration import mesh as meshes
+from acceleration.accounting import MicroBatch, Place
+from acceleration.activations import Timeline, assemble, interpolate, spread, timeline
+from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, RecomputeConfig
+from acceleration.footprint import Footprint
+from acceleration.mesh import COPIES, PIECES
+from acceleration.sequence import SequenceParallel
+from acceleration.structure import Structure, Unit, structure_of
+from opensora.config import RunConfig
+from opensora.datasets.aspect import training_sizes
+from opensora.datasets.config import bucket_rows
+from opensora.inference.load import check_layout
+from opensora.models import MMDiTConfig, build_model
+from opensora.models.base import latent_grid
+from opensora.models.text import ByteTextConfig
+from opensora.models.vae import autoencoder_shape
+from opensora.schedulers.rectified_flow import squared_error
+from opensora.train.devices import Device
+from opensora.utils.errors import UserError
+from opensora.utils.flops import attention_flops, linear_flops, mfu, training_flops
 
-def run_denoiser(model: nn.Module, txt: int, img: int, samples: int = 1) -> Tensor:
-    """The forward of a denoiser on the meta device, for ``samples`` of so many tokens."""
-    return model(**denoiser_inputs(model.cfg, txt, img, samples))
+EFFICIENCY = 0.5  # of the peak, in the products of a large transformer
+RESERVE = 0.08  # of the device's memory: context, kernels' workspace, fragments
+MAX_RING = 16
+REPEATED = 3  # blocks of a list that are run to know them all: the first, one like all between, the last
+PROBED = (1024, 4096)  # tokens of a process in the runs between which is interpolated
+FROZEN = {"t5_clip": 4_885_000_000, "hunyuan": 246_000_000, "flux2d": 84_000_000}  # parameters, by kind
 
 
-def denoiser_inputs(cfg: Any, txt: int, img: int, samples: int) -> dict[str, Any]:
-    """Arguments of a denoiser's forward, with the shapes and types that ``Preparation`` gives them, on meta."""
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A bucket as the model sees it."""
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(samples, *shape, dtype=dtype, device="meta")
+    name: str
+    batch: MicroBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """One layout on one bucket, for the process that needs most."""
+
+    parallel: ParallelConfig
+    degrees: dict[str, int]
+    shape: str
+    batches: int  # micro-batches of a process in a step
+    memory: Footprint
+    sent: dict[str, int]  # bytes by axis and step
+    flops: float  # model FLOPs of a step, all processes together
+    step_s: float
+    mfu: float
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON; memory and bytes in GiB."""
+        return {
+            "mesh": {name: degree for name, degree in self.degrees.items() if degree > 1},
+            "zero": self.parallel.zero,
+            "recompute": self.parallel.recompute.kind,
+            "shape": self.shape,
+            "batches": self.batches,
+            "memory_gib": {name: value / 2**30 for name, value in vars(self.memory).items()},
+            "peak_gib": self.memory.total / 2**30,
+            "comm_gib": {axis: value / 2**30 for axis, value in self.sent.items()},
+            "flops": self.flops,
+            "step_s": self.step_s,
+            "mfu": self.mfu,
+        }
+
+
+def run_denoiser(model: nn.Module, txt: int, img: int) -> Tensor:
+    """The forward of a denoiser on the meta device, for one sample of so many tokens."""
+    batch = MicroBatch(samples=1, txt=txt, img=img)
+    return model(**denoiser_inputs(model.cfg, batch, SequenceParallel(meshes.view({}))))
+
+
+def denoiser_inputs(
+    cfg: Any, batch: MicroBatch, sequence: SequenceParallel, *, device: torch.device | str = "meta"
+) -> dict[str, Any]:
+    """Arguments of a denoiser's forward, with the shapes and types that ``Preparation`` gives them; zeros."""
+    txt = sequence.sizes(batch.txt, surplus_last=True)[sequence.rank]
+    img = sequence.sizes(batch.img)[sequence.rank]
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(batch.samples, *shape, device=device)
 
     return {
-        "img": empty(img, cfg.in_channels),
-        "img_ids": empty(img, 3),
-        "txt": empty(txt, cfg.context_in_dim),
-        "txt_ids": empty(txt, 3),
-        "timesteps": empty(),
-        "y_vec": empty(cfg.vec_in_dim),
-        "cond": empty(img, cfg.cond_channels) if cfg.cond_embed else None,
-        "guidance": empty() if cfg.guidance_embed else None,
+        "img": zeros(img, cfg.in_channels),
+        "img_ids": zeros(img, 3),
+        "txt": zeros(txt, cfg.context_in_dim),
+        "txt_ids": zeros(txt, 3),
+        "timesteps": zeros(),
+        "y_vec": zeros(cfg.vec_in_dim),
+        "cond": zeros(img, cfg.cond_channels) if cfg.cond_embed else None,
+        "guidance": zeros() if cfg.guidance_embed else None,
+        "txt_mask": torch.ones(batch.samples, txt, dtype=torch.bool, device=device) if batch.has_mask else None,
+        "context": sequence.context(batch.txt, batch.img),
     }
+
+
+@lru_cache
+def structure(cfg: MMDiTConfig) -> Structure:
+    """What a model of this shape is made of."""
+    with torch.device("meta"):
+        return structure_of(build_model(cfg), run_denoiser)
+
+
+def shapes(cfg: RunConfig) -> list[Shape]:
+    """Every row of the bucket table at its size of most tokens; the table of clips is not read."""
+    vae = autoencoder_shape(cfg.vae)
+    patch, text = cfg.model.patch_size, cfg.text
+    txt, has_mask = (text.max_words, text.mask) if isinstance(text, ByteTextConfig) else (text.max_tokens, False)
+    found = []
+    for row in bucket_rows(cfg.data):
+        sizes = training_sizes(row.resolution, vae.stride[1] * patch)
+        img = max(prod(latent_grid(row.frames, *size, vae)) // patch**2 for size in sizes)
+        batch = MicroBatch(samples=row.batch_size, txt=txt, img=img, has_mask=has_mask)
+        found.append(Shape(name=f"{row.resolution} x {row.frames}", batch=batch))
+    return found
+
+
+def frozen_bytes(cfg: RunConfig) -> int:
+    """Weights of autoencoder and text encoder, as ``build_run`` loads them."""
+    itemsize = 2 if cfg.parallel.precision.compute == "bf16" else 4
+    return sum(FROZEN.get(kind, 0) for kind in (cfg.vae.kind, cfg.text.kind)) * itemsize
+
+
+class Forecaster:
+    """Answers for one model; what costs time is remembered."""
+
+    def __init__(self, model: MMDiTConfig, optim: OptimConfig, *, device_type: str, frozen: int = 0) -> None:
+        """``frozen``: bytes of autoencoder and text encoder."""
+        self.model, self.optim, self.device_type, self.frozen = model, optim, device_type, frozen
+        self.structure = structure(model)
+        self._lines: dict[Any, Timeline] = {}
+
+    def memory(self, place: Place, batch: MicroBatch, *, batches: int = 1, exact: bool = True) -> Footprint:
+        """Most that a process holds at any moment of a step of ``batches`` equal micro-batches.
+
+        ``exact=False`` interpolates between two runs on the meta device that serve all buckets and degrees.
+        """
+        whole = (False, True) if batches > 1 and place.cfg.zero < 2 else (False,)
+        lines = [self._micro_batch(place, batch, accumulates, exact) for accumulates in whole]
+        return footprint.peak(self.structure, place, self.optim, *lines, batches=batches, frozen=self.frozen)
+
+    def state(self, place: Place) -> Footprint:
+        """What a process holds whatever goes through the model: between steps, and its gradients."""
+        state = footprint.state_of(self.structure, place, self.optim, self.frozen)
+        trained = accounting.held((p for p in self.structure.parameters if p.trains), place)
+        return replace(state, gradients=trained * place.itemsize("master"))
+
+    def forward_flops(self, batch: MicroBatch, units: Iterable[Unit] | None = None) -> int:
+        """Of one whole micro-batch, all processes that share it together."""
+        tokens, total = (batch.txt, batch.img), 0
+        for unit in self.structure.units if units is None else units:
+            total += sum(linear_flops(x.inputs, x.outputs, x.rows.at(*tokens)) for x in unit.layers)
+            total += sum(attention_flops(a.tokens.at(*tokens), a.heads * a.head_dim) for a in unit.attentions)
+        return total * batch.samples
+
+    def forecast(
+        self, place: Place, shape: Shape, batches: int, device: Device, memory: Footprint, step_batches: int
+    ) -> Forecast:
+        """Everything about a step in which every micro-batch is of this shape."""
+        sent, seconds = self._step(place, shape.batch, batches, device)
+        flops = training_flops(self.forward_flops(shape.batch)) * step_batches
+        return Forecast(
+            parallel=place.cfg,
+            degrees={name: place.mesh[name].degree for name in meshes.AXES},
+            shape=shape.name,
+            batches=batches,
+            memory=memory,
+            sent=sent,
+            flops=flops,
+            step_s=seconds,
+            mfu=mfu(flops, seconds, device.flops * place.mesh.world_size),
+        )
+
+    def _step(self, place: Place, batch: MicroBatch, batches: int, device: Device) -> tuple[dict[str, int], float]:
+        """(bytes by axis, seconds) of a step of ``batches`` of these on every process."""
+        mesh = place.mesh
+        one = accounting.step_bytes(self.structure, place, [batch])
+        two = accounting.step_bytes(self.structure, place, [batch, batch])
+        sent = {axis: one[axis] + (two[axis] - one[axis]) * (batches - 1) for axis in one}
+        links = _bandwidths(place, device)
+        shared = mesh["ring"].degree * mesh["ulysses"].degree * mesh["tensor"].degree
+        attention = sum(
+            attention_flops(a.tokens.at(batch.txt, batch.img), a.heads * a.head_dim) * batch.samples
+            for unit in self.structure.blocks
+            for a in unit.attentions
+        )
+        forward = self.forward_flops(batch)
+        again = [
+            unit
+            for unit, kind in zip(
+                self.structure.blocks, accounting.recomputed(len(self.structure.blocks), place), strict=True
+            )
+            if accounting.RERUN[kind][1]
+        ]
+        hardware = training_flops(forward) + self.forward_flops(batch, again)
+        speed = device.flops * EFFICIENCY * shared
+        compute, inside = hardware / speed * batches, training_flops(attention) / speed * batches
+        seconds = {axis: count / links[axis] for axis, count in sent.items()}
+        hidden = {PIECES: compute, "ring": inside}
+        return sent, compute + sum(max(0.0, s - hidden.get(axis, 0.0)) for axis, s in seconds.items())
+
+    def _micro_batch(self, place: Place, batch: MicroBatch, accumulates: bool, exact: bool) -> Timeline:
+        """Every block at its own kind of recomputation, from short models in which all blocks have the same."""
+        kinds = accounting.recomputed(len(self.structure.blocks), place)
+        lines = {kind: self._line(place, kind, batch, accumulates, exact) for kind in dict.fromkeys(kinds)}
+        depths = (self.model.depth, self.model.depth_single_blocks)
+        parts, first, position = [], 0, 0
+        for depth in depths:
+            shown = min(depth, REPEATED)
+            for index in range(depth):
+                like = index if index < shown - 1 else shown - 1 if index == depth - 1 else shown - 2
+                parts.append((lines[kinds[position]], first + like))
+                position += 1
+            first += shown
+        return assemble(parts, lines[kinds[-1]])
+
+    def _line(self, place: Place, kind: str, batch: MicroBatch, accumulates: bool, exact: bool) -> Timeline:
+        if exact:
+            return self._run(place, kind, batch, accumulates)
+        degrees = {name: min(2, place.mesh[name].degree) for name in ("ring", "ulysses")}
+        shared = prod(degrees.values())
+        small = replace(place, mesh=meshes.view(degrees | {"tensor": place.mesh["tensor"].degree}))
+        runs = [
+            self._run(
+                small, kind, replace(batch, samples=1, txt=n // 16 * shared, img=n * 15 // 16 * shared), accumulates
+            )
+            for n in PROBED
+        ]
+        here = batch.samples * sum(place.local_tokens(batch))
+        return interpolate(*runs, (here - PROBED[0]) / (PROBED[1] - PROBED[0]))
+
+    def _run(self, place: Place, kind: str, batch: MicroBatch, accumulates: bool) -> Timeline:
+        mesh = place.mesh
+        layout = tuple((mesh[name].degree, mesh[name].rank) for name in ("ring", "ulysses", "tensor"))
+        key = (layout, place.cfg.precision, place.cfg.attention, kind, batch, accumulates)
+        if key not in self._lines:
+            cfg = replace(place.cfg, recompute=RecomputeConfig(kind=kind))  # type: ignore[arg-type]
+            short = replace(
+                self.model,
+                depth=min(REPEATED, self.model.depth),
+                depth_single_blocks=min(REPEATED, self.model.depth_single_blocks),
+            )
+            with torch.device("meta"):
+                model = build_model(short)
+            spread(model, cfg, mesh, self.device_type)
+            sequence = SequenceParallel(mesh)
+
+            def loss() -> Tensor:
+                velocity = model(**denoiser_inputs(short, batch, sequence))
+                return squared_error(velocity, torch.zeros(velocity.shape, device="meta"))
+
+            self._lines[key] = timeline(model, loss, accumulates=accumulates)
+        return self._lines[key]
+
+
+def layouts(cfg: RunConfig, world: int, device: Device) -> Iterator[ParallelConfig]:
+    """Every layout worth a thought: layers and heads are shared within a node, no process is without a micro-batch."""
+    heads, inner = cfg.model.num_heads, int(cfg.model.hidden_size * cfg.model.mlp_ratio)
+    node, batches = device.per_node, cfg.data.micro_batches
+    for tensor in _divisors(world, node):
+        if heads % tensor or inner % tensor:
+            continue
+        for ulysses, ring in product(_divisors(world // tensor, node // tensor), _divisors(world, MAX_RING)):
+            data, rest = divmod(world, tensor * ulysses * ring)
+            if rest or (heads // tensor) % ulysses or data > batches:
+                continue
+            for replicate, zero, kind in product(_divisors(data, data), (0, 1, 2, 3), ("none", "full")):
+                if zero == 0 and replicate > 1:
+                    continue  # all processes have a copy as it is
+                mesh = MeshConfig(
+                    replicate=replicate, shard=data // replicate, ring=ring, ulysses=ulysses, tensor=tensor
+                )
+                recompute = RecomputeConfig(kind=kind)  # type: ignore[arg-type]
+                yield replace(cfg.parallel, zero=zero, mesh=mesh, recompute=recompute)  # type: ignore[arg-type]
+
+
+def check_own(cfg: RunConfig, world: int) -> str | None:
+    """What is wrong with the configured layout on so many processes; None: nothing."""
+    try:
+        check_layout(cfg.parallel.mesh, world, cfg.model)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+class Planner:
+    """Forecasts of a run on ``world`` devices, of its own layout and of others."""
+
+    def __init__(self, cfg: RunConfig, world: int, device: Device, *, device_type: str, exact: bool = False) -> None:
+        """``exact``: run every shape on the meta device, instead of interpolating between two."""
+        self.cfg, self.world, self.device, self.exact = cfg, world, device, exact
+        self.forecaster = Forecaster(cfg.model, cfg.optim, device_type=device_type, frozen=frozen_bytes(cfg))
+        self.device_type = device_type
+        self.shapes = sorted(shapes(cfg), key=lambda s: s.batch.samples * (s.batch.txt + s.batch.img))
+        self.room = int(device.memory * (1 - RESERVE))
+
+    def own(self) -> list[Forecast]:
+        """The configured layout, on every shape."""
+        return [self.one(self.cfg.parallel, shape) for shape in self.shapes]
+
+    def one(self, parallel: ParallelConfig, shape: Shape, *, with_memory: bool = True) -> Forecast:
+        """One layout on one shape; without memory, of activations there are none."""
+        place, batches = self._place(parallel), self._batches(parallel)
+        if with_memory:
+            memory = self.forecaster.memory(place, shape.batch, batches=batches, exact=self.exact)
+        else:
+            memory = self.forecaster.state(place)
+        return self.forecaster.forecast(place, shape, batches, self.device, memory, self.cfg.data.micro_batches)
+
+    def best(self, count: int) -> list[Forecast]:
+        """The ``count`` fastest layouts whose heaviest shape fits, fastest first, on that shape.
+
+        Raises:
+            UserError: nothing fits, with what to change.
+        """
+        heaviest, some = self.shapes[-1], self.shapes[:: max(1, len(self.shapes) // 3)]
+        timed, closest = [], None
+        for parallel in layouts(self.cfg, self.world, self.device):
+            if self.forecaster.state(self._place(parallel)).total <= self.room:
+                timed.append((sum(self.one(parallel, s, with_memory=False).step_s for s in some), len(timed), parallel))
+        found: list[Forecast] = []
+        for _, _, parallel in sorted(timed):
+            forecast = self.one(parallel, heaviest)
+            if forecast.memory.total <= self.room:
+                found.append(forecast)
+                if len(found) == count:
+                    break
+            elif closest is None or forecast.memory.total < closest.memory.total:
+                closest = forecast
+        if not found:
+            raise UserError(self._nothing(closest))
+        return found
+
+    def _nothing(self, closest: Forecast | None) -> str:
+        room = f"{self.room / 2**30:.0f} GiB of {self.world} devices"
+        if closest is None:
+            return f"no layout fits: weights, optimizer and gradients alone need more than the {room}; use more devices"
+        return (
+            f"no layout fits: {closest.shape} needs at least {closest.memory.total / 2**30:.1f} GiB and there are the "
+            f"{room}; lower its batch size in data.buckets, or use more devices"
+        )
+
+    def _place(self, parallel: ParallelConfig) -> Place:
+        return Place(meshes.view(meshes.resolve(parallel.mesh, self.world), 0, self.device_type), parallel)
+
+    def _batches(self, parallel: ParallelConfig) -> int:
+        degrees = meshes.resolve(parallel.mesh, self.world)
+        return -(-self.cfg.data.micro_batches // (degrees["replicate"] * degrees["shard"]))
+
+
+def _divisors(n: int, most: int) -> list[int]:
+    return [d for d in range(1, min(n, most) + 1) if n % d == 0]
+
+
+def _bandwidths(place: Place, device: Device) -> dict[str, float]:
+    """Bytes/s along every axis. Groups that span nodes use the net cards of all their members on a node, but for the
+    exchange of heads, in which every process sends most of its bytes to other nodes itself."""
+    mesh, links = place.mesh, {}
+    below = 1
+    for name in reversed(meshes.AXES):
+        below *= mesh[name].degree
+        links[name] = _link(mesh[name].degree, below, device, all_cards=name != "ulysses")
+    inner = mesh["tensor"].degree
+    links[PIECES] = _link(place.pieces, place.pieces * inner, device)
+    links[COPIES] = _link(place.copies, mesh.world_size, device)
+    return links
+
+
+def _link(degree: int, span: int, device: Device, *, all_cards: bool = True) -> float:
+    """``span``: processes from the first to the last of a group, ``degree`` of which belong to it."""
+    if span <= device.per_node:
+        return device.node_bandwidth
+    stride = span // degree
+    here = max(1, device.per_node // stride) if all_cards else 1
+    return min(device.node_bandwidth, here * device.net_bandwidth)

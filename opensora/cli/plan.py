@@ -1,0 +1,84 @@
+"""Forecast memory, traffic and time: ``python -m opensora.cli.plan CONFIG.yaml --world 512 --device h100 [overrides]``.
+
+Starts no process and allocates nothing. Prints the configured layout on every bucket, then the fastest layouts that fit
+the heaviest bucket.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+
+from opensora.config import RunConfig, load_config, run_cli
+from opensora.train.devices import DEVICES
+from opensora.train.forecast import Forecast, Planner, check_own
+from opensora.utils.errors import UserError
+
+MAX_WORLD = 4096
+GIB = 2**30
+COLUMNS = (
+    f"{'peak':>7}{'state':>7}{'grads':>7}{'gather':>7}{'buffer':>7}{'activ.':>7} |{'pieces':>8}{'copies':>8}"
+    f"{'ring':>8}{'ulysses':>8}{'tensor':>8} |{'PFLOP':>9}{'step s':>9}{'MFU':>6}"
+)
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m opensora.cli.plan", description=(__doc__ or "").split("\n\n")[1])
+    parser.add_argument("config", help="a training configuration; overrides section.key=value follow")
+    parser.add_argument("--world", type=int, required=True, help=f"number of devices, 1 to {MAX_WORLD}")
+    parser.add_argument("--device", choices=DEVICES, default="h100")
+    parser.add_argument("--memory-gib", type=float, help="memory of a device; default: as the device has")
+    parser.add_argument("--top", type=int, default=10, help="how many layouts to list")
+    parser.add_argument("--measure", action="store_true", help="run every shape on the meta device: slower")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    args, overrides = parser.parse_known_args(argv)
+    if not 1 <= args.world <= MAX_WORLD:
+        raise UserError(f"--world={args.world}: allowed are integers from 1 to {MAX_WORLD}")
+    device = DEVICES[args.device]
+    if args.memory_gib:
+        device = replace(device, memory=int(args.memory_gib * GIB))
+    cfg = load_config(RunConfig, args.config, overrides)
+    device_type = "cpu" if args.device == "cpu" else "cuda"
+    planner = Planner(cfg, args.world, device, device_type=device_type, exact=args.measure)
+    problem = check_own(cfg, args.world)
+    own = [] if problem else planner.own()
+    best = planner.best(args.top)
+    if args.json:
+        plain = {"own": [f.plain() for f in own], "best": [f.plain() for f in best], "room_gib": planner.room / GIB}
+        print(json.dumps(plain))
+        return 0
+    print(f"{args.world} x {args.device}; {planner.room / GIB:.1f} GiB of each can be used; GiB per process and step")
+    if problem:
+        print(f"\nthe configured layout does not fit {args.world} devices: {problem}")
+    else:
+        print(f"\nconfigured: {describe(own[0])}\n{'bucket':<44}{COLUMNS}")
+        for forecast in own:
+            too_much = "  does not fit" if forecast.memory.total > planner.room else ""
+            print(f"{forecast.shape:<44}{row(forecast)}{too_much}")
+    print(f"\nfastest that fit {best[0].shape}\n{'layout':<44}{COLUMNS}")
+    for forecast in best:
+        print(f"{describe(forecast):<44}{row(forecast)}")
+    return 0
+
+
+def describe(forecast: Forecast) -> str:
+    """A layout in a few words."""
+    mesh = " ".join(f"{name}{degree}" for name, degree in forecast.degrees.items() if degree > 1) or "one process"
+    return f"{mesh} zero{forecast.parallel.zero} {forecast.parallel.recompute.kind} x{forecast.batches}"
+
+
+def row(forecast: Forecast) -> str:
+    """The numbers of a line."""
+    memory, sent = forecast.memory, forecast.sent
+    parts = (memory.total, memory.state, memory.gradients, memory.gathered, memory.buffers, memory.activations)
+    axes = (sent.get(axis, 0) for axis in ("pieces", "copies", "ring", "ulysses", "tensor"))
+    return (
+        "".join(f"{value / GIB:>7.2f}" for value in parts)
+        + " |"
+        + "".join(f"{value / GIB:>8.2f}" for value in axes)
+        + f" |{forecast.flops / 1e15:>9.1f}{forecast.step_s:>9.2f}{forecast.mfu:>6.0%}"
+    )
+
+
+if __name__ == "__main__":
+    run_cli(main)

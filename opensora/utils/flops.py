@@ -1,0 +1,21 @@
+"""Floating-point operations of a transformer; a multiplication with its addition counts as two."""
+
+
+def linear_flops(inputs: int, outputs: int, rows: int) -> int:
+    """Forward of a linear layer."""
+    return 2 * inputs * outputs * rows
+
+
+def attention_flops(tokens: int, hidden: int) -> int:
+    """Forward of full attention of ``tokens`` over themselves, all heads together: scores, and weighted values."""
+    return 4 * tokens * tokens * hidden
+
+
+def training_flops(forward: int) -> int:
+    """Forward and backward: for every product in forward backward has two. Recomputation is not counted."""
+    return 3 * forward
+
+
+def mfu(flops: float, seconds: float, peak: float) -> float:
+    """Model FLOPs utilisation: the share of ``peak`` (FLOP/s) that model FLOPs alone would take."""
+    return flops / seconds / peak
