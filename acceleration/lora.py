@@ -7,8 +7,7 @@ gradients, optimizer state, averages and checkpoints are those of the adapters a
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from acceleration import plan
 from acceleration.config import LoraConfig
+from acceleration.plan import Fill, Partial
 
 A, B = "lora_A.weight", "lora_B.weight"  # parameters of an adapted layer, beside its own
 
@@ -103,13 +103,23 @@ def merge(model: nn.Module, scale: float = 1.0) -> None:
             module.merged = True
 
 
-def filled(base: Callable[[str, Tensor], Any], adapter: Callable[[str, Tensor], Any]) -> Callable[[str, Tensor], None]:
+@dataclass(frozen=True)
+class Filled:
     """A source of values (see ``sharding.materialize``): adapters from one, everything else from the other."""
 
-    def fill(name: str, tensor: Tensor) -> None:
-        (adapter if is_adapter(name) else base)(name, tensor)
+    base: Fill
+    adapter: Fill
 
-    return fill
+    def __call__(self, name: str, tensor: Tensor) -> None:
+        self._source(name)(name, tensor)
+
+    def read_part(self, name: str, start: tuple[int, ...], part: Tensor) -> bool:
+        """See ``plan.Partial``."""
+        source = self._source(name)
+        return isinstance(source, Partial) and source.read_part(name, start, part)
+
+    def _source(self, name: str) -> Fill:
+        return self.adapter if is_adapter(name) else self.base
 
 
 def _local(x: Tensor) -> Tensor:

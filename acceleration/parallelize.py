@@ -1,24 +1,21 @@
 """The recipe: from a plain model to one that runs on a mesh. The order of the lines is the contract."""
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from acceleration import compile, recompute, sequence, sharding, tensor_parallel
 from acceleration.config import ParallelConfig
 from acceleration.mesh import Mesh
-from acceleration.plan import Shardable
+from acceleration.plan import Fill, Shardable
 
 
-def parallelize(
-    model: nn.Module, cfg: ParallelConfig, mesh: Mesh, device: torch.device, fill: Callable[[str, Tensor], None]
-) -> nn.Module:
+def parallelize(model: nn.Module, cfg: ParallelConfig, mesh: Mesh, device: torch.device, fill: Fill) -> nn.Module:
     """Spread a model built on the meta device over ``mesh``, in place.
 
     Tensor parallelism first (it changes what a layer holds), then attention slots (the wrapper is what gets
     recomputed), then compilation (of what runs, and runs again), then recomputation, then sharding (which hooks the
-    outside of a block), then memory and values: ``fill(name, tensor)`` gives the full value of one parameter.
+    outside of a block), then memory and values: ``fill(name, tensor)`` gives the full value of one
+    parameter, or parts of it, see ``sharding.materialize``.
     """
     assert isinstance(model, Shardable), type(model)
     tensor_parallel.apply(model, mesh["tensor"])

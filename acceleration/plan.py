@@ -1,6 +1,6 @@
 """How a model says what it is made of, and how names with ``*`` find modules in it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -61,3 +61,17 @@ def matches(name: str, pattern: str) -> bool:
     """Whether a dotted name fits a dotted pattern; ``*`` stands for anything within one component."""
     names, patterns = name.split("."), pattern.split(".")
     return len(names) == len(patterns) and all(fnmatchcase(n, p) for n, p in zip(names, patterns, strict=True))
+
+
+@runtime_checkable
+class Partial(Protocol):
+    """A source of values that can give a part of a parameter without the rest, as a file can."""
+
+    def __call__(self, name: str, tensor: Tensor) -> None:
+        """Write the full value of one parameter into ``tensor``."""
+
+    def read_part(self, name: str, start: tuple[int, ...], part: Tensor) -> bool:
+        """Write the full parameter's values from index ``start`` on into ``part``; False: ask for all of it instead."""
+
+
+Fill: TypeAlias = Callable[[str, Tensor], None] | Partial

@@ -16,20 +16,23 @@ stage  masters, optimizer  gradients                         parameters in compu
 Gradients are summed, never averaged: the loss handed to backward is this process's share of the global mean.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from acceleration import plan, tensor_parallel
 from acceleration.collectives import count_all_reduce, nbytes
 from acceleration.config import PrecisionConfig
 from acceleration.mesh import COPIES, PIECES, Axis, Mesh, sharding_mesh
+from acceleration.plan import Fill, Partial
 from acceleration.precision import DTYPES, fsdp_policy
+from acceleration.tensor_parallel import Cut
 
 
 def shard(model: nn.Module, zero: int, precision: PrecisionConfig, mesh: Mesh) -> None:
@@ -93,14 +96,12 @@ class _ReduceScatter(_Buffers):
         return getattr(dist, REDUCE_SCATTER)(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
 
 
-def materialize(
-    model: nn.Module, precision: PrecisionConfig, device: torch.device, fill: Callable[[str, Tensor], None]
-) -> None:
+def materialize(model: nn.Module, precision: PrecisionConfig, device: torch.device, fill: Fill) -> None:
     """Allocate a meta model on ``device`` and give every parameter its value.
 
     ``fill(name, tensor)`` writes the full value of one parameter into a CPU tensor of master type; every process keeps
-    its piece. No process ever holds more than its pieces and one full parameter, and values do not depend on the
-    layout.
+    its piece. If it is ``Partial`` it is asked for the piece alone. No process ever holds more than its pieces and one
+    full parameter, or one piece, and values do not depend on the layout.
     """
     dtype = DTYPES[precision.master]
     model.to(dtype)
@@ -109,17 +110,45 @@ def materialize(
         cuts = tensor_parallel.cuts(model)
         for name, parameter in model.named_parameters():
             cut = cuts.get(name)
-            full = torch.empty(cut.shape if cut else parameter.shape, dtype=dtype)
-            fill(name, full)
-            local(parameter).copy_(piece(cut.take(full) if cut else full, parameter))
+            parts = chunks(parameter, cut)
+            if not parts or (
+                isinstance(fill, Partial) and all(fill.read_part(name, start, part) for start, part in parts)
+            ):
+                continue
+            whole = torch.empty(cut.shape if cut else parameter.shape, dtype=dtype)
+            fill(name, whole)
+            for start, part in parts:
+                part.copy_(whole[tuple(slice(s, s + size) for s, size in zip(start, part.shape, strict=True))])
 
 
-def piece(full: Tensor, like: Tensor) -> Tensor:
-    """The part of ``full`` that this process keeps of the parameter ``like``; no communication."""
-    if not isinstance(like, DTensor):
-        return full
-    full = full.to(like.device)
-    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None).to_local()
+def chunks(held: Tensor, cut: Cut | None = None) -> list[tuple[tuple[int, ...], Tensor]]:
+    """(start in the full parameter, view) of everything that this process holds of it; nothing if it holds nothing.
+
+    Sharding cuts rows of what tensor parallelism (``cut``) has left, of which there may be several ranges.
+    """
+    mine, first_row = held, 0
+    if isinstance(held, DTensor):
+        mine = held.to_local()
+        _, offsets = compute_local_shape_and_global_offset(held.shape, held.device_mesh, held.placements)
+        first_row = offsets[0]
+    if mine.numel() == 0:
+        return []
+    if cut is None:
+        return [((first_row, *(0 for _ in mine.shape[1:])), mine)]
+    last_row = first_row + mine.shape[0]
+    found: list[tuple[tuple[int, ...], Tensor]] = []
+    position = 0  # along cut.dim, in what tensor parallelism left
+    for start, stop in cut.ranges:
+        width = stop - start
+        if cut.dim == 0:
+            low, high = max(first_row, position), min(last_row, position + width)
+            if low < high:
+                offset = (start + low - position, *(0 for _ in mine.shape[1:]))
+                found.append((offset, mine[low - first_row : high - first_row]))
+        else:
+            found.append(((first_row, start), mine[:, position : position + width]))
+        position += width
+    return found
 
 
 def local(x: Tensor) -> Tensor:

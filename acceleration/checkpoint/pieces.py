@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from acceleration import collectives, sharding, tensor_parallel
 from acceleration.mesh import Axis
@@ -30,7 +28,7 @@ class Pieces(Tensor):
     def __new__(cls, held: Tensor, cut: Cut) -> "Pieces":
         pieces: Pieces = Tensor._make_wrapper_subclass(cls, cut.shape, dtype=held.dtype, device=held.device)
         pieces.held, pieces.cut = held, cut
-        pieces.chunks = dict(_chunks(held, cut))
+        pieces.chunks = dict(sharding.chunks(held, cut))
         return pieces
 
     @classmethod
@@ -87,26 +85,3 @@ def _wrapped(key: str, value: Any, cuts: Mapping[str, Cut]) -> Any:
     if cut is None or not isinstance(value, Tensor) or value.dim() != len(cut.shape):
         return value
     return Pieces(value, cut)
-
-
-def _chunks(held: Tensor, cut: Cut) -> "list[tuple[tuple[int, ...], Tensor]]":
-    """(offset in the full parameter, view) of everything held. Sharding cuts rows of what tensor parallelism left."""
-    local, first_row = held, 0
-    if isinstance(held, DTensor):
-        local = held.to_local()
-        _, offsets = compute_local_shape_and_global_offset(held.shape, held.device_mesh, held.placements)
-        first_row = offsets[0]
-    rows = (first_row, first_row + local.shape[0])
-    found = []
-    position = 0  # along cut.dim, in what tensor parallelism left
-    for start, stop in cut.ranges:
-        width = stop - start
-        if cut.dim == 0:
-            low, high = max(rows[0], position), min(rows[1], position + width)
-            if low < high:
-                offset = (start + low - position, *(0 for _ in cut.shape[1:]))
-                found.append((offset, local[low - rows[0] : high - rows[0]]))
-        elif local.shape[0]:
-            found.append(((rows[0], start), local[:, position : position + width]))
-        position += width
-    return found

@@ -17,6 +17,7 @@ from acceleration.checkpoint import CheckpointManager, newest, pieces
 from acceleration.config import LoraConfig, MeshConfig, PrecisionConfig
 from acceleration.mesh import SAMPLE_AXES, Mesh
 from acceleration.parallelize import parallelize
+from acceleration.plan import Fill
 from acceleration.precision import DTYPES
 from acceleration.runtime import Runtime
 from acceleration.sequence import SequenceParallel
@@ -24,7 +25,7 @@ from acceleration.work import SharedWork
 from opensora.config import SAVED_NAME, RunConfig, SampleConfig, VaeParallel, load_config
 from opensora.models import MMDiTConfig, build_model
 from opensora.models.base import Autoencoder, TextEncoder
-from opensora.models.mmdit.convert import WeightLayout, load_state_dict_for
+from opensora.models.mmdit.convert import WeightFile, WeightLayout, load_state_dict_for
 from opensora.models.text import build_text_encoder
 from opensora.models.vae import build_autoencoder
 from opensora.utils.adapters import Adapter, is_adapter, read_adapter
@@ -233,12 +234,12 @@ def load_components(cfg: SampleConfig, source: Source, runtime: Runtime) -> Comp
     parallel = replace(cfg.parallel, precision=precision)
     with torch.device("meta"):
         model = build_model(source.model)
-    fill = _from_file(source, model) if source.checkpoint is None else _leave
+    fill: Fill = _from_file(source, model) if source.checkpoint is None else _leave
     adapters = source.adapters
     if adapters:
         lora.apply(model, adapters.lora)
         tensors = adapters.exported.tensors if adapters.exported else None
-        fill = lora.filled(fill, _leave if tensors is None else lambda name, tensor: tensor.copy_(tensors[name]))
+        fill = lora.Filled(fill, _leave if tensors is None else FromDict(tensors))
     parallelize(model, parallel, mesh, runtime.device, fill)
     if source.checkpoint:
         _read_checkpoint(source.checkpoint, model, use_ema=cfg.use_ema, adapters=False)
@@ -267,10 +268,36 @@ def weight_layout(cfg: MMDiTConfig) -> WeightLayout:
     return WeightLayout(fused_qkv=cfg.fused_qkv, rope_layout=cfg.rope_layout)
 
 
-def _from_file(source: Source, model: nn.Module) -> Callable[[str, Tensor], None]:
-    state, report = load_state_dict_for(model, source.path, to=weight_layout(source.model))
+@dataclass(frozen=True)
+class FromFile:
+    """Where parameters get their values: from a file, of which each process reads its pieces, or from elsewhere."""
+
+    file: WeightFile
+    otherwise: Callable[[str, Tensor], None] | None = None  # writes a full parameter that the file lacks
+
+    def read_part(self, name: str, start: tuple[int, ...], part: Tensor) -> bool:
+        """See ``Partial`` in acceleration/plan.py."""
+        return self.file.read_part(name, start, part)
+
+    def __call__(self, name: str, tensor: Tensor) -> None:
+        assert self.otherwise is not None, name  # loading is strict
+        self.otherwise(name, tensor)
+
+
+@dataclass(frozen=True)
+class FromDict:
+    """Where parameters get their values: from tensors that every process holds."""
+
+    tensors: dict[str, Tensor]
+
+    def __call__(self, name: str, tensor: Tensor) -> None:
+        tensor.copy_(self.tensors[name])
+
+
+def _from_file(source: Source, model: nn.Module) -> FromFile:
+    file, report = load_state_dict_for(model, source.path, to=weight_layout(source.model))
     announce(str(report))
-    return lambda name, tensor: tensor.copy_(state[name])  # type: ignore[return-value]
+    return FromFile(file)
 
 
 def _leave(name: str, tensor: Tensor) -> None:

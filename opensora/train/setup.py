@@ -3,7 +3,6 @@
 What a user can get wrong is checked before the process group exists, so that a mistake costs a second and one line.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from acceleration.engines import Engine, Weights, build_engine
 from acceleration.mesh import Mesh
 from acceleration.optim import lr_at
 from acceleration.parallelize import parallelize
+from acceleration.plan import Fill
 from acceleration.runtime import Runtime
 from acceleration.sequence import SequenceParallel
 from acceleration.signals import StopRequest
@@ -25,7 +25,7 @@ from opensora import config
 from opensora.config import RunConfig
 from opensora.datasets.manifest import ClipTable, read_table
 from opensora.datasets.plan import BatchPlan
-from opensora.inference.load import check_layout, tile_runner, weight_layout
+from opensora.inference.load import FromFile, check_layout, tile_runner, weight_layout
 from opensora.models import build_model
 from opensora.models.base import AutoencoderShape, latent_grid
 from opensora.models.mmdit.convert import load_state_dict_for
@@ -172,7 +172,7 @@ def build_run(cfg: RunConfig, table: ClipTable, plan: BatchPlan, runtime: Runtim
     if cfg.lora.rank:
         assert cfg.train.init_from is not None
         base = fingerprint(cfg.train.init_from)
-        fill = lora.filled(fill, add_adapters(cfg, model))
+        fill = lora.Filled(fill, add_adapters(cfg, model))
         announce(adapted(model, cfg))
     parallelize(model, cfg.parallel, mesh, runtime.device, fill)
     engine = build_engine(model, cfg.parallel, cfg.optim, mesh)
@@ -214,7 +214,7 @@ def build_run(cfg: RunConfig, table: ClipTable, plan: BatchPlan, runtime: Runtim
     )
 
 
-def initial_weights(cfg: RunConfig, model: nn.Module) -> Callable[[str, Tensor], None]:
+def initial_weights(cfg: RunConfig, model: nn.Module) -> Fill:
     """What every parameter starts from: the weights at ``train.init_from``, or draws keyed by (seed, name).
 
     Raises:
@@ -229,19 +229,12 @@ def initial_weights(cfg: RunConfig, model: nn.Module) -> Callable[[str, Tensor],
     # A file without cond_in (Flux) starts as if nothing were conditioned: cond_in is drawn, which is zero. Beside
     # adapters it would stay so, and sampling would miss it in the file: the model should be built without.
     missing = () if cfg.lora.rank else ("cond_in.*",)
-    state, report = load_state_dict_for(model, cfg.train.init_from, to=weight_layout(cfg.model), allow_missing=missing)
+    file, report = load_state_dict_for(model, cfg.train.init_from, to=weight_layout(cfg.model), allow_missing=missing)
     announce(str(report))
-
-    def read(name: str, tensor: Tensor) -> None:
-        if name in state:
-            tensor.copy_(state[name])
-        else:
-            draw(name, tensor)
-
-    return read
+    return FromFile(file, otherwise=draw)
 
 
-def add_adapters(cfg: RunConfig, model: nn.Module) -> Callable[[str, Tensor], None]:
+def add_adapters(cfg: RunConfig, model: nn.Module) -> Fill:
     """Give the model ``cfg.lora``'s adapters; returns what their parameters start from, draws keyed by (seed, name).
 
     Raises:

@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from opensora.models.mmdit.convert import (
     FLUX,
     LAYOUTS,
     OPEN_SORA_2,
+    WeightFile,
     WeightLayout,
     convert_state_dict,
     guess_layout,
@@ -155,3 +157,72 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         read_state_dict(tmp_path)
     with pytest.raises(UserError, match="no MMDiT"):
         convert_state_dict({"a.weight": torch.zeros(2, 2)}, to=OPEN_SORA_2, source=FLUX)
+
+
+@pytest.mark.parametrize("written", [FLUX, OPEN_SORA_2], ids=str)
+@pytest.mark.parametrize("to", ALL, ids=str)
+def test_a_part_is_read_without_the_rest(tmp_path: Path, written: WeightLayout, to: WeightLayout) -> None:
+    """Any rows and columns, in any layout; at most one head more on either side is taken from the file."""
+    path = save_state_dict(random_model(DEBUG).state_dict(), tmp_path / "m.safetensors", source=FLUX, to=written)[0]
+    file = WeightFile(path, to)
+    whole = {name: tensor.clone() for name, tensor in file.items()}
+    assert same(whole, convert_state_dict(read_state_dict(path)[0], to=to))
+    asked = spy(file)
+    for index, (name, tensor) in enumerate(whole.items()):
+        rows = tensor.shape[0]
+        for start, stop in ((0, rows), (rows // 3, 2 * rows // 3), (rows - 1, rows), (index % rows, index % rows + 1)):
+            left = tensor.shape[1] // 2 if tensor.dim() > 1 else 0
+            for columns in {(0, left), (left, None)} if left else [(0, None)]:
+                wanted = tensor[start:stop, slice(*columns)] if left else tensor[start:stop]
+                part = torch.full_like(wanted, torch.nan)
+                asked.clear()
+                assert file.read_part(name, (start, *([columns[0]] if left else [])), part)
+                assert torch.equal(part, wanted), (name, start, stop)
+                assert sum(asked) <= wanted.shape[0] + 2 * 3 * 15  # two ends of each of q, k and v, heads of 16
+    assert not file.read_part("no.such.tensor", (0,), torch.zeros(1))
+
+
+def spy(file: WeightFile) -> list[int]:
+    """Rows asked for from now on, one entry per read; whole tensors must not be read."""
+    asked: list[int] = []
+
+    class Slices:
+        def __init__(self, slices: Any) -> None:
+            self.slices = slices
+
+        def __getitem__(self, key: Any) -> torch.Tensor:
+            found = self.slices[key]
+            asked.append(found.shape[0])
+            return found
+
+    class File:
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def get_slice(self, name: str) -> Slices:
+            return Slices(self.file.get_slice(name))
+
+    file._files = {name: File(opened) for name, opened in file._files.items()}
+    return asked
+
+
+def test_nothing_is_read_before_all_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_state_dict(random_model(DEBUG).state_dict(), tmp_path / "m.safetensors", source=FLUX)[0]
+    monkeypatch.setattr(WeightFile, "__getitem__", None)
+    monkeypatch.setattr(WeightFile, "_read", None)
+    with torch.device("meta"):
+        file, report = load_state_dict_for(MMDiT(DEBUG), path, to=FLUX)
+        with pytest.raises(UserError, match="of another shape"):
+            load_state_dict_for(MMDiT(replace(DEBUG, hidden_size=32, axes_dim=(2, 2, 4))), path, to=FLUX)
+    assert report.fits and len(file) == report.loaded
+
+
+@pytest.mark.parametrize("name", ["double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"])
+def test_fused_tensors_too_odd_to_be_cut_are_reported(tmp_path: Path, name: str) -> None:
+    state = {key: tensor.clone() for key, tensor in random_model(DEBUG).state_dict().items()}
+    state[name] = state[name][:100]  # 64 wide: no three equal parts, and less than q and k
+    save_file(state, tmp_path / "m.safetensors")
+    with torch.device("meta"):
+        model = MMDiT(DEBUG)
+    with pytest.raises(UserError, match=f"{name} \\(100, 64\\)"):
+        load_state_dict_for(model, tmp_path, to=FLUX)

@@ -7,17 +7,19 @@ Two things vary between files of the same model:
 * rotary channel pairs are interleaved (Flux) or half-split (Open-Sora 2). Between them the q and k channels of every
   head are permuted, in weight, bias and norm scale: interleaved channel 2d is half-split d, 2d+1 is Dh/2 + d.
 
-Both change names and order only, never values, so every conversion can be undone exactly. Files we write name their
-layout in the safetensors metadata; for files that do not, fused means interleaved and separate means half-split,
-which is right for the two published ones.
+Both change names and order of rows only, never values, so every conversion can be undone exactly, and any part of a
+converted tensor can be read without the rest: a conversion is a table that says which rows of which tensors a tensor
+is made of. Files we write name their layout in the safetensors metadata; for files that do not, fused means
+interleaved and separate means half-split, which is right for the two published ones.
 """
 
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +30,7 @@ from opensora.utils.errors import UserError
 from opensora.utils.weights import SHARD_BYTES, write_file, write_weights
 
 StateDict = dict[str, Tensor]
+Shape: TypeAlias = tuple[int, ...]
 _SHOWN = 4  # names in an error before "..."
 
 
@@ -99,35 +102,105 @@ def convert_state_dict(
     Raises:
         UserError: ``state`` has no q/k norms, so it is not an MMDiT.
     """
-    source = source or guess_layout(state)
-    converted = _unfused(state)
-    if source.rope_layout != to.rope_layout:
-        order = _channel_order(_head_dim(state), to.rope_layout)
-        converted = {name: _permuted(name, tensor, order) for name, tensor in converted.items()}
-    return _fused(converted) if to.fused_qkv else converted
+    conversion = _conversion({name: tuple(tensor.shape) for name, tensor in state.items()}, source, to)
+    converted = {}
+    for name, target in conversion.targets.items():
+        pieces = [
+            state[rows.tensor] if rows.all_of(conversion.sources) else conversion.take(rows, state[rows.tensor])
+            for rows in target.rows
+        ]
+        converted[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return converted
+
+
+class WeightFile(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, an index json, or their folder, in a layout of choice; read when asked for.
+
+    Only names and shapes are read at once. Tensors come on the CPU; those that need no conversion are mapped from the
+    file, so that not even they take memory of their own.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], to: WeightLayout | None = None) -> None:
+        """``to``: the layout to give tensors in; None: as they are written.
+
+        Raises:
+            UserError: no such file, not safetensors, a tensor that is in two files, or no MMDiT where order changes.
+        """
+        self._files: dict[str, Any] = {}  # tensor in the files -> open file
+        metadata: dict[str, str] = {}
+        sources: dict[str, Shape] = {}
+        for file in _weight_files(Path(path)):
+            try:
+                opened = safe_open(file, framework="pt")
+                metadata.update(opened.metadata() or {})
+                for name in opened.keys():  # noqa: SIM118 (not a dict)
+                    if name in sources:
+                        raise UserError(f"{file}: {name} is in two files of {path}: give one file, or an index json")
+                    self._files[name] = opened
+                    sources[name] = tuple(opened.get_slice(name).get_shape())
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file}: cannot be read as safetensors ({error}): fetch or export it again") from error
+        self.layout = guess_layout(sources, metadata)
+        self._conversion = _conversion(sources, self.layout, to or self.layout)
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Name -> shape, in the layout of choice."""
+        return {name: target.shape for name, target in self._conversion.targets.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        target = self._conversion.targets[name]
+        if len(target.rows) == 1 and target.rows[0].all_of(self._conversion.sources):
+            return self._files[target.rows[0].tensor].get_tensor(target.rows[0].tensor)
+        pieces = [self._read(rows, ()) for rows in target.rows]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._conversion.targets)
+
+    def __len__(self) -> int:
+        return len(self._conversion.targets)
+
+    def read_part(self, name: str, start: tuple[int, ...], part: Tensor) -> bool:
+        """Write the values from index ``start`` on into ``part`` (any device and type), and read no others.
+
+        Returns:
+            False if there is no such tensor; ``part`` is then as it was.
+        """
+        target = self._conversion.targets.get(name)
+        if target is None:
+            return False
+        columns = tuple(slice(s, s + size) for s, size in zip(start[1:], part.shape[1:], strict=True))
+        first, last = start[0], start[0] + part.shape[0]
+        position = 0
+        for rows in target.rows:
+            low, high = max(first, position), min(last, position + rows.count)
+            if low < high:
+                wanted = replace(rows, start=rows.start + low - position, stop=rows.start + high - position)
+                part[low - first : high - first].copy_(self._read(wanted, columns))
+            position += rows.count
+        return True
+
+    def _read(self, rows: "_Rows", columns: tuple[slice, ...]) -> Tensor:
+        mapped = self._files[rows.tensor].get_slice(rows.tensor)
+
+        def get(start: int, stop: int) -> Tensor:
+            index = (slice(start, stop), *columns)
+            return mapped[index]
+
+        return self._conversion.read(rows, get)
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> tuple[StateDict, WeightLayout]:
     """Tensors (on the CPU, mapped from the file) and layout of a safetensors file, an index json, or their folder."""
-    state: StateDict = {}
-    metadata: dict[str, str] = {}
-    for file in _weight_files(Path(path)):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                metadata.update(opened.metadata() or {})
-                for name in opened.keys():  # noqa: SIM118 (not a dict)
-                    if name in state:
-                        raise UserError(f"{file}: {name} is in two files of {path}: give one file, or an index json")
-                    state[name] = opened.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: cannot be read as safetensors ({error}): fetch or export it again") from error
-    return state, guess_layout(state, metadata)
+    file = WeightFile(path)
+    return dict(file), file.layout
 
 
 def load_state_dict_for(
     model: nn.Module, path: str | os.PathLike[str], *, to: WeightLayout, allow_missing: Collection[str] = ()
-) -> tuple[StateDict, LoadReport]:
-    """Weights of ``path`` in the model's layout, checked name by name and shape by shape.
+) -> tuple[WeightFile, LoadReport]:
+    """Weights of ``path`` in the model's layout, checked name by name and shape by shape; nothing is read yet.
 
     Args:
         model: tells names and shapes; may be on the meta device.
@@ -138,27 +211,27 @@ def load_state_dict_for(
     Raises:
         UserError: anything missing, unexpected or of another shape, all in one line.
     """
-    state, source = read_state_dict(path)
-    converted = convert_state_dict(state, to=to, source=source)
+    file = WeightFile(path, to)
+    shapes = file.shapes
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    absent = [name for name in wanted if name not in converted]
+    absent = [name for name in wanted if name not in shapes]
     allowed = [name for name in absent if any(fnmatchcase(name, pattern) for pattern in allow_missing)]
     report = LoadReport(
         source=str(path),
-        layout=source,
-        loaded=sum(name in wanted for name in converted),
+        layout=file.layout,
+        loaded=sum(name in wanted for name in shapes),
         missing=tuple(name for name in absent if name not in allowed),
         left_at_init=tuple(allowed),
-        unexpected=tuple(name for name in converted if name not in wanted),
+        unexpected=tuple(name for name in shapes if name not in wanted),
         wrong_shape=tuple(
-            f"{name} {tuple(converted[name].shape)}, {shape}"
+            f"{name} {shapes[name]}, {shape}"
             for name, shape in wanted.items()
-            if name in converted and tuple(converted[name].shape) != shape
+            if name in shapes and shapes[name] != shape
         ),
     )
     if not report.fits:
         raise UserError(f"{report}; choose the model size and embeds (cond_embed, guidance_embed) of this file")
-    return converted, report
+    return file, report
 
 
 @torch.no_grad()
@@ -166,8 +239,10 @@ def load_into(
     model: nn.Module, path: str | os.PathLike[str], *, to: WeightLayout, allow_missing: Collection[str] = ()
 ) -> LoadReport:
     """Fill an unsharded model; parameters that may be missing keep their values. Errors as in load_state_dict_for."""
-    state, report = load_state_dict_for(model, path, to=to, allow_missing=allow_missing)
-    model.load_state_dict(state, strict=False)
+    file, report = load_state_dict_for(model, path, to=to, allow_missing=allow_missing)
+    for name, tensor in model.state_dict().items():
+        if name in file:
+            tensor.copy_(file[name])
     return report
 
 
@@ -265,50 +340,128 @@ def _some(names: Collection[str]) -> str:
     return ", ".join(list(names)[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
-def _head_dim(state: Mapping[str, Tensor]) -> int:
-    for name, tensor in state.items():
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a tensor; ``reordered``: the channels of every head, of which they are whole ones, change places."""
+
+    tensor: str
+    start: int
+    stop: int
+    reordered: bool = False
+
+    @property
+    def count(self) -> int:
+        return self.stop - self.start
+
+    def all_of(self, sources: Mapping[str, Shape]) -> bool:
+        """Whether these are all rows of their tensor, as they are."""
+        return not self.reordered and self.count == _height(sources[self.tensor])
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A converted tensor: rows of others, one after the other."""
+
+    shape: Shape
+    rows: tuple[_Rows, ...]
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """What every tensor of a layout is made of."""
+
+    sources: Mapping[str, Shape]
+    targets: Mapping[str, _Target]
+    order: Tensor | None  # source channel of every target channel of one head; None: none is reordered
+
+    def take(self, rows: _Rows, tensor: Tensor) -> Tensor:
+        """The rows from the whole tensor; a view if they keep their order."""
+        return self.read(rows, lambda start, stop: tensor[start:stop])
+
+    def read(self, rows: _Rows, get: Callable[[int, int], Tensor]) -> Tensor:
+        """The rows from ``get(start, stop)``, which is asked for whole heads where channels change places."""
+        if not rows.reordered:
+            return get(rows.start, rows.stop)
+        assert self.order is not None
+        size = self.order.numel()
+        first = rows.start // size * size
+        heads = get(first, -(-rows.stop // size) * size).unflatten(0, (-1, size))
+        wanted = torch.arange(rows.start - first, rows.stop - first)
+        return heads[wanted // size, self.order[wanted % size]]
+
+
+def _conversion(sources: Mapping[str, Shape], source: WeightLayout | None, to: WeightLayout) -> _Conversion:
+    source = source or guess_layout(sources)
+    targets, order = _unfused(sources), None
+    if source.rope_layout != to.rope_layout:
+        order = _channel_order(_head_dim(sources), to.rope_layout)
+        targets = {name: _reordered(name, target) for name, target in targets.items()}
+    return _Conversion(sources, _fused(targets) if to.fused_qkv else targets, order)
+
+
+def _head_dim(shapes: Mapping[str, Shape]) -> int:
+    for name, shape in shapes.items():
         if name.endswith("norm.key_norm.scale"):
-            return tensor.shape[0]
+            return shape[0]
     raise UserError("these weights have no norm.key_norm.scale, so they are no MMDiT: give a Flux or Open-Sora 2 file")
 
 
-def _unfused(state: Mapping[str, Tensor]) -> StateDict:
-    separate: StateDict = {}
-    for name, tensor in state.items():
-        prefix, _, kind = name.rpartition(".")
-        if prefix.endswith("_attn.qkv"):
-            names = ("q_proj", "k_proj", "v_proj")
-            pieces = tensor.chunk(3)
-        elif prefix.startswith("single_blocks.") and prefix.endswith(".linear1"):
-            hidden = state[f"{prefix}.weight"].shape[1]
-            names = ("q_proj", "k_proj", "v_mlp")
-            pieces = tensor.split((hidden, hidden, tensor.shape[0] - 2 * hidden))
-        else:
-            separate[name] = tensor
-            continue
-        owner = prefix.rpartition(".")[0]
-        separate.update({f"{owner}.{part}.{kind}": piece for part, piece in zip(names, pieces, strict=True)})
+def _unfused(shapes: Mapping[str, Shape]) -> dict[str, _Target]:
+    """Every tensor by itself; what is too odd to be cut in q, k, v stays whole, and fits no model."""
+    separate: dict[str, _Target] = {}
+    for name, shape in shapes.items():
+        layer, _, kind = name.rpartition(".")
+        weight = shapes.get(f"{layer}.weight", ())
+        hidden = weight[1] if len(weight) == 2 else 0
+        parts: dict[str, int] = {}
+        if hidden and layer.endswith("_attn.qkv") and _height(shape) % 3 == 0:
+            parts = dict.fromkeys(("q_proj", "k_proj", "v_proj"), _height(shape) // 3)
+        elif hidden and fnmatchcase(layer, "single_blocks.*.linear1") and _height(shape) > 2 * hidden:
+            parts = {"q_proj": hidden, "k_proj": hidden, "v_mlp": _height(shape) - 2 * hidden}
+        owner, start = layer.rpartition(".")[0], 0
+        for part, count in parts.items():
+            rows = _Rows(name, start, start + count)
+            separate[f"{owner}.{part}.{kind}"] = _Target((count, *shape[1:]), (rows,))
+            start += count
+        if not parts:
+            separate[name] = _Target(shape, (_Rows(name, 0, _height(shape)),))
     return separate
 
 
-def _fused(state: Mapping[str, Tensor]) -> StateDict:
+def _fused(targets: Mapping[str, _Target]) -> dict[str, _Target]:
     """Join q, k, v where all three are there: text that is only read has no q, and stays separate."""
-    joined: StateDict = {}
-    for name, tensor in state.items():
-        owner, _, part_kind = name.rpartition(".q_proj.")
+    joined: dict[str, _Target] = {}
+    gone: set[str] = set()
+    for name, target in targets.items():
+        owner, _, kind = name.rpartition(".q_proj.")
         if owner:
             third, whole = ("v_mlp", "linear1") if owner.startswith("single_blocks.") else ("v_proj", "qkv")
-            others = [state[f"{owner}.{part}.{part_kind}"] for part in ("k_proj", third)]
-            joined[f"{owner}.{whole}.{part_kind}"] = torch.cat([tensor, *others])
-        elif not _is_fused_away(name, state):
-            joined[name] = tensor
-    return joined
+            names = [name, f"{owner}.k_proj.{kind}", f"{owner}.{third}.{kind}"]
+            if all(part in targets for part in names):
+                parts = [targets[part] for part in names]
+                shape = (sum(_height(part.shape) for part in parts), *target.shape[1:])
+                joined[f"{owner}.{whole}.{kind}"] = _Target(shape, tuple(rows for part in parts for rows in part.rows))
+                gone.update(names)
+                continue
+        joined[name] = target
+    return {name: _merged(target) for name, target in joined.items() if name not in gone}
 
 
-def _is_fused_away(name: str, state: Mapping[str, Tensor]) -> bool:
-    layer, _, kind = name.rpartition(".")
-    owner, _, part = layer.rpartition(".")
-    return part in ("k_proj", "v_proj", "v_mlp") and f"{owner}.q_proj.{kind}" in state
+def _merged(target: _Target) -> _Target:
+    """Neighbouring rows of the same tensor in one: what was cut and joined again is passed through."""
+    rows: list[_Rows] = []
+    for new in target.rows:
+        old = rows[-1] if rows else None
+        if old and (old.tensor, old.stop, old.reordered) == (new.tensor, new.start, new.reordered):
+            rows[-1] = replace(old, stop=new.stop)
+        else:
+            rows.append(new)
+    return _Target(target.shape, tuple(rows))
+
+
+def _reordered(name: str, target: _Target) -> _Target:
+    is_qk = ".q_proj." in name or ".k_proj." in name or name.endswith(("query_norm.scale", "key_norm.scale"))
+    return _Target(target.shape, tuple(replace(rows, reordered=is_qk) for rows in target.rows))
 
 
 def _channel_order(head_dim: int, to: RopeLayout) -> Tensor:
@@ -317,11 +470,8 @@ def _channel_order(head_dim: int, to: RopeLayout) -> Tensor:
     return to_half if to == "half" else to_half.argsort()
 
 
-def _permuted(name: str, tensor: Tensor, order: Tensor) -> Tensor:
-    is_qk = ".q_proj." in name or ".k_proj." in name or name.endswith(("query_norm.scale", "key_norm.scale"))
-    if not is_qk:
-        return tensor
-    return tensor.unflatten(0, (-1, order.numel()))[:, order.to(tensor.device)].flatten(0, 1)
+def _height(shape: Shape) -> int:
+    return shape[0] if shape else 1
 
 
 def _weight_files(path: Path) -> list[Path]:
