@@ -79,11 +79,15 @@ class ParallelConfig:
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    offload: Literal["none", "optimizer", "parameters"] = "none"  # what is in CPU memory; docs/parallel.md says more
+    prefetch: int = 0  # blocks gathered ahead of their use; 0: as FSDP2 does by itself, one ahead in backward
     timeout_s: int = 600  # longest wait for a peer before the run fails
 
     def __post_init__(self) -> None:
         if self.timeout_s <= 0:
             raise ValueError(f"timeout_s={self.timeout_s}: allowed are integers > 0")
+        if self.prefetch < 0:
+            raise ValueError(f"prefetch={self.prefetch}: allowed are integers >= 0; 0 leaves it to FSDP2")
 
 
 @dataclass(frozen=True, kw_only=True)

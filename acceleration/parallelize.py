@@ -22,6 +22,7 @@ def parallelize(model: nn.Module, cfg: ParallelConfig, mesh: Mesh, device: torch
     sequence.fill_slots(model, mesh, cfg.attention, keeps=cfg.recompute.kind == "selective")
     compile.apply(model, cfg.compile)
     recompute.apply(model, cfg.recompute)
-    sharding.shard(model, cfg.zero, cfg.precision, mesh)
-    sharding.materialize(model, cfg.precision, device, fill)
+    offload = cfg.offload == "parameters"
+    sharding.shard(model, cfg.zero, cfg.precision, mesh, offload=offload, prefetch=cfg.prefetch)
+    sharding.materialize(model, cfg.precision, torch.device("cpu") if offload else device, fill)
     return model

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -35,11 +35,19 @@ from acceleration.precision import DTYPES, fsdp_policy
 from acceleration.tensor_parallel import Cut
 
 
-def shard(model: nn.Module, zero: int, precision: PrecisionConfig, mesh: Mesh) -> None:
-    """Shard every block, then what is left, in place. The model may be on the meta device."""
+def shard(
+    model: nn.Module, zero: int, precision: PrecisionConfig, mesh: Mesh, *, offload: bool = False, prefetch: int = 0
+) -> None:
+    """Shard every block, then what is left, in place. The model may be on the meta device.
+
+    Args:
+        offload: pieces of weights and gradients stay in CPU memory; what is gathered is on the mesh's device.
+        prefetch: blocks gathered ahead of their use, see ``_prefetch``.
+    """
     pieces, policy = sharding_mesh(mesh, zero), fsdp_policy(precision)
+    where = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     for part in (*plan.blocks(model), model):
-        fully_shard(part, mesh=pieces, mp_policy=policy, reshard_after_forward=zero == 3)
+        fully_shard(part, mesh=pieces, mp_policy=policy, reshard_after_forward=zero == 3, offload_policy=where)
     copies = mesh[COPIES]
     for module in fsdp_modules(model):
         module.set_custom_all_gather(_AllGather(mesh[PIECES]))  # type: ignore[arg-type]
@@ -49,6 +57,22 @@ def shard(model: nn.Module, zero: int, precision: PrecisionConfig, mesh: Mesh) -
         # Sum, don't average; the order matters, since gloo has no scaled sum.
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
+    if prefetch:
+        _prefetch(model, prefetch)
+
+
+def _prefetch(model: nn.Module, ahead: int) -> None:
+    """Gather every block ``ahead`` blocks before it runs: more memory, and more time for the exchange to hide in.
+
+    Blocks are taken to run in the order of their lists; in another order the result is the same, and time is lost.
+    """
+    forward: list[Any] = plan.blocks(model)
+    backward = forward[::-1]
+    root: Any = model  # runs first in both directions: it is left when its last block is done, and comes back first
+    for index, part in enumerate((root, *forward)):
+        part.set_modules_to_forward_prefetch(forward[index : index + ahead])
+    for index, part in enumerate((root, *backward)):
+        part.set_modules_to_backward_prefetch(backward[index : index + ahead])
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
@@ -157,5 +181,23 @@ def local(x: Tensor) -> Tensor:
 
 
 def full(x: Tensor) -> Tensor:
-    """The whole value of ``x`` on every process; collective if ``x`` is sharded."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    """The whole value of ``x`` on every process; collective if ``x`` is sharded, and then on the mesh's device."""
+    if not isinstance(x, DTensor):
+        return x
+    return (x if x.device.type == x.device_mesh.device_type else to_mesh_device(x)).full_tensor()
+
+
+def to_mesh_device(x: DTensor) -> DTensor:
+    """``x`` where its mesh exchanges tensors: nccl does not reach into CPU memory.
+
+    Not by ``x.to``, which has no rule of its own for what a norm leaves to be summed.
+    """
+    return DTensor.from_local(
+        x.to_local(), x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
+    )
+
+
+def release(model: nn.Module) -> None:
+    """Free what was gathered for a forward pass that no backward pass follows."""
+    for module in fsdp_modules(model):
+        module.reshard()

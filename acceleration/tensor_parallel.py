@@ -84,13 +84,16 @@ def cuts(model: nn.Module) -> dict[str, Cut]:
     return getattr(model, CUTS, {})
 
 
-def sum_shared_gradients(model: nn.Module, axis: Axis) -> None:
-    """Make the gradients of weights that all hold, but use for their own heads, those of all heads."""
+def sum_shared_gradients(model: nn.Module, axis: Axis, device_type: str) -> None:
+    """Make the gradients of weights that all hold, but use for their own heads, those of all heads.
+
+    They are exchanged on a device of this type, wherever they are.
+    """
     names: frozenset[str] = getattr(model, SHARED, frozenset())
     gradients = [_local(p.grad) for name, p in model.named_parameters() if name in names and p.grad is not None]
     if axis.degree == 1 or not gradients:
         return
-    flat = collectives.all_reduce_(torch.cat([g.flatten() for g in gradients]), axis)
+    flat = collectives.all_reduce_(torch.cat([g.flatten() for g in gradients]).to(device_type), axis)
     for gradient, values in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(values.view_as(gradient))
 

@@ -18,6 +18,7 @@ from acceleration.checkpoint import pieces
 from acceleration.config import OptimConfig, ParallelConfig
 from acceleration.ema import EMA
 from acceleration.engines.base import Weights
+from acceleration.host_optimizer import HostOptimizer
 from acceleration.mesh import Mesh
 from acceleration.optim import build_optimizer, ema_decay_at
 
@@ -31,23 +32,24 @@ class NativeEngine:
         self.zero = parallel.zero
         self.optim = optim
         self.trained = dict(plan.trainable(model))
-        self.optimizer = build_optimizer(self.trained.values(), optim)
-        self.ema = EMA(self.trained.items()) if optim.ema_decay else None
+        self.host = HostOptimizer(model, optim) if parallel.offload == "optimizer" else None
+        self.optimizer = self.host.optimizer if self.host else build_optimizer(self.trained.values(), optim)
+        self.ema = EMA(self.master_params()) if optim.ema_decay else None
 
     def backward(self, loss_share: Tensor, *, last_microbatch: bool) -> None:
         sharding.begin_backward(self.model, self.zero, last_microbatch=last_microbatch)
         loss_share.backward()
         if last_microbatch:
-            tensor_parallel.sum_shared_gradients(self.model, self.mesh["tensor"])
+            tensor_parallel.sum_shared_gradients(self.model, self.mesh["tensor"], self.mesh.device_type)
 
     def step(self, step: int) -> Tensor:
         norm = self._gradient_norm()
         if self.optim.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(self.trained.values(), self.optim.clip_norm, norm)
-        self.optimizer.step()
+        (self.host or self.optimizer).step()
         self.optimizer.zero_grad()
         if self.ema:
-            self.ema.update(self.trained.items(), ema_decay_at(step, self.optim))
+            self.ema.update(self.master_params(), ema_decay_at(step, self.optim))
         return norm
 
     def _gradient_norm(self) -> Tensor:
@@ -69,8 +71,8 @@ class NativeEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    def master_params(self) -> Iterator[tuple[str, Tensor]]:
-        return iter(self.trained.items())
+    def master_params(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return iter(self.host.masters.items() if self.host else self.trained.items())
 
     def full_weights(self, which: Weights = "live") -> Iterator[tuple[str, Tensor]]:
         if which == "ema" and self.ema is None:
@@ -81,18 +83,22 @@ class NativeEngine:
             yield name, tensor_parallel.full(name, whole, self.model, self.mesh["tensor"]).cpu()
 
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {
-            "model": get_model_state_dict(self.model, options=_TRAINED),
-            "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=_FLAT),
-        }
+        if self.host:
+            optimizer = self.host.state_dict()
+        else:
+            optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=_FLAT)
+        state: dict[str, Any] = {"model": get_model_state_dict(self.model, options=_TRAINED), "optimizer": optimizer}
         if self.ema:
             state["ema"] = dict(self.ema.shadow)
         return {section: pieces.wrap(self.model, values) for section, values in state.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         set_model_state_dict(self.model, pieces.unwrap(state["model"]), options=_TRAINED)
-        set_optimizer_state_dict(self.model, self.optimizer, pieces.unwrap(state["optimizer"]), options=_FLAT)
-        # The average needs no call: a checkpoint is read in place into the tensors that state_dict handed out.
+        # What has no call was read in place, into the tensors that state_dict handed out.
+        if self.host:
+            self.host.follow_weights()
+        else:
+            set_optimizer_state_dict(self.model, self.optimizer, pieces.unwrap(state["optimizer"]), options=_FLAT)
 
 
 # Without what is frozen; a checkpoint that lacks a trained weight was refused when it was read.

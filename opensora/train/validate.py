@@ -1,5 +1,6 @@
 """Samples while training: the sampling pipeline over the model that is being trained, in its own layout."""
 
+from acceleration import sharding
 from opensora.config import SampleConfig
 from opensora.inference.load import Components
 from opensora.inference.pipeline import process_and_save
@@ -32,4 +33,5 @@ def sample_prompts(run: Run) -> None:
     )
     with run.metrics.aside("validate"):
         files = process_and_save(parts, job, read_jobs(job), quiet=True)
+    sharding.release(run.engine.model)
     announce(f"step {run.step}: sampled {', '.join(files[-1:])}")
