@@ -72,7 +72,7 @@ class PrecisionConfig:
 class ParallelConfig:
     """The whole layout of a run."""
 
-    engine: Literal["native"] = "native"
+    engine: Literal["native", "deepspeed", "colossalai"] = "native"  # docs/parallel.md says what each is for
     attention: Literal["auto", "math", "cpu", "cuda", "flash_attn"] = "auto"  # kernel; auto: torch's for the device
     zero: Literal[0, 1, 2, 3] = 2  # what is sharded; docs/parallel.md says what each keeps in memory
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -88,6 +88,37 @@ class ParallelConfig:
             raise ValueError(f"timeout_s={self.timeout_s}: allowed are integers > 0")
         if self.prefetch < 0:
             raise ValueError(f"prefetch={self.prefetch}: allowed are integers >= 0; 0 leaves it to FSDP2")
+        if self.engine != "native":
+            self._check_vendor()
+
+    def _check_vendor(self) -> None:
+        """That an engine that cuts the state by itself can do what is asked.
+
+        Raises:
+            ValueError: the key, what is allowed with this engine, and what would work.
+        """
+        engine, precision = self.engine, self.precision
+        with_it, or_native = f"allowed with engine={engine}", "or engine=native"
+        if self.mesh.tensor != 1:
+            raise ValueError(f"mesh.tensor={self.mesh.tensor}: {with_it} is 1; use mesh.ulysses, {or_native}")
+        if precision.master != "fp32":
+            raise ValueError(f"precision.master={precision.master}: {with_it} is fp32; use that, {or_native}")
+        for name in ("compute", "reduce"):
+            value = getattr(precision, name)
+            if value == "fp64":
+                raise ValueError(f"precision.{name}=fp64: {with_it} are fp32 and bf16; use one of them, {or_native}")
+        if self.zero == 0 and engine == "colossalai":
+            raise ValueError(f"zero=0: {with_it} are 1, 2 and 3; use one of them, {or_native}")
+        if self.offload == "parameters" or self.prefetch:
+            name = "offload" if self.offload == "parameters" else "prefetch"
+            allowed = "none and optimizer" if name == "offload" else "0"
+            raise ValueError(f"{name}={getattr(self, name)}: {with_it} is {allowed}; use that, {or_native}")
+        if self.zero == 0 and (precision.compute != "fp32" or self.offload != "none"):
+            raise ValueError(f"zero=0: {with_it} in fp32 without offloading only; use zero=1, {or_native}")
+        if self.zero == 3 and engine == "colossalai" and precision.compute != "bf16":
+            raise ValueError(
+                f"precision.compute={precision.compute}: {with_it} and zero=3 is bf16; use that, or zero=2"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from acceleration.sharding import local
 
@@ -11,12 +11,12 @@ from acceleration.sharding import local
 class EMA:
     """``shadow`` <- decay * shadow + (1 - decay) * weights, in master precision, without communication."""
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    def __init__(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Starts at a copy of the parameters as they are."""
         self.shadow: dict[str, Tensor] = {name: p.detach().clone() for name, p in parameters}
 
     @torch.no_grad()
-    def update(self, parameters: Iterable[tuple[str, nn.Parameter]], decay: float) -> None:
+    def update(self, parameters: Iterable[tuple[str, Tensor]], decay: float) -> None:
         """Move towards the parameters by ``1 - decay``."""
         current = dict(parameters)
         shadows = [local(s) for s in self.shadow.values()]

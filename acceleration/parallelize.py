@@ -22,7 +22,10 @@ def parallelize(model: nn.Module, cfg: ParallelConfig, mesh: Mesh, device: torch
     sequence.fill_slots(model, mesh, cfg.attention, keeps=cfg.recompute.kind == "selective")
     compile.apply(model, cfg.compile)
     recompute.apply(model, cfg.recompute)
-    offload = cfg.offload == "parameters"
-    sharding.shard(model, cfg.zero, cfg.precision, mesh, offload=offload, prefetch=cfg.prefetch)
-    sharding.materialize(model, cfg.precision, torch.device("cpu") if offload else device, fill)
+    on_host = cfg.offload == "parameters"
+    if cfg.engine == "native":
+        sharding.shard(model, cfg.zero, cfg.precision, mesh, offload=on_host, prefetch=cfg.prefetch)
+    else:  # shards by itself when it is built, from whole masters on the CPU
+        on_host = True
+    sharding.materialize(model, cfg.precision, torch.device("cpu") if on_host else device, fill)
     return model

@@ -114,6 +114,12 @@ class RunConfig:
             raise ValueError(
                 f"lora.rank={self.lora.rank}: adapters need weights to adapt; give train.init_from=PATH, or lora.rank=0"
             )
+        if self.lora.rank and self.parallel.engine != "native":
+            raise ValueError(f"lora.rank={self.lora.rank}: allowed with parallel.engine=native only")
+        if self.parallel.engine == "colossalai" and self.parallel.zero == 3 and self.optim.kind != "adamw":
+            raise ValueError(
+                f"optim.kind={self.optim.kind}: allowed with parallel.engine=colossalai and zero=3 is adamw"
+            )
         if self.optim.warmup_steps > self.train.steps:
             raise ValueError(
                 f"optim.warmup_steps={self.optim.warmup_steps}: allowed are at most train.steps={self.train.steps}"
@@ -153,6 +159,8 @@ class SampleConfig:
         for name in ("num_sample", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: allowed are integers >= 1")
+        if self.parallel.engine != "native":
+            raise ValueError(f"parallel.engine={self.parallel.engine}: allowed is native; the others are for training")
         if self.prompt is None and not self.prompts and self.prompt_csv is None:
             raise ValueError("prompt: missing; give --prompt TEXT, prompts=[TEXT, ...] or prompt_csv=FILE")
 

@@ -13,7 +13,7 @@ from acceleration import lora
 from acceleration import mesh as meshes
 from acceleration import runtime as runtimes
 from acceleration.checkpoint import CheckpointManager
-from acceleration.engines import Engine, Weights, build_engine
+from acceleration.engines import Engine, Weights, build_engine, check_engine
 from acceleration.mesh import Mesh
 from acceleration.optim import lr_at
 from acceleration.parallelize import parallelize
@@ -134,6 +134,10 @@ def check(cfg: RunConfig, world_size: int) -> tuple[ClipTable, BatchPlan]:
         UserError: the layout or the table does not fit, with the key to change.
     """
     check_layout(cfg.parallel.mesh, world_size, cfg.model)
+    try:
+        check_engine(cfg.parallel)
+    except ValueError as error:
+        raise UserError(f"parallel.{error}") from None
     shape = autoencoder_shape(cfg.vae)
     for resolution, rows in cfg.data.buckets.items():
         for frames in rows:
@@ -278,4 +282,7 @@ def open_logger(cfg: RunConfig, plan: BatchPlan, step: int) -> MetricsLogger:
 def layout(cfg: RunConfig, mesh: Mesh) -> str:
     """One line on how the run is spread."""
     p = cfg.parallel
-    return f"{mesh.world_size} processes: {mesh}; ZeRO {p.zero}, recompute {p.recompute.kind}, {p.precision.compute}"
+    return (
+        f"{mesh.world_size} processes: {mesh}; {p.engine} engine, ZeRO {p.zero}, recompute {p.recompute.kind}, "
+        f"{p.precision.compute}"
+    )

@@ -1,0 +1,214 @@
+"""ColossalAI's Booster behind the contract: LowLevelZero for ZeRO 1 and 2, Gemini for ZeRO 3.
+
+Written against colossalai 0.5.0, whose pins (torch <= 2.5.1) need an environment of its own:
+environments/colossalai.txt. Both plugins need a GPU. **Not run on a GPU yet.**
+
+Masters and moments are fp32. Gradients are accumulated in the compute type (bf16), which the other engines do in fp32.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from acceleration.config import OptimConfig, ParallelConfig
+from acceleration.engines.flat import MOMENTS, FlatEngine, Run
+from acceleration.mesh import Mesh
+from acceleration.optim import build_optimizer
+from acceleration.precision import DTYPES
+
+INSTALL = "give it an environment of its own by environments/colossalai.txt"
+
+
+def check() -> None:
+    """That this engine can run here.
+
+    Raises:
+        ValueError: there is no GPU, or it is not installed.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "engine=colossalai: its LowLevelZero and Gemini need a GPU, here is none; use engine=native or deepspeed"
+        )
+    if find_spec("colossalai") is None:
+        raise ValueError(f"engine=colossalai: not installed; {INSTALL}, or use engine=native")
+
+
+class ColossalAIEngine(FlatEngine):
+    """Runs a model that ``parallelize`` has left whole, on the CPU. See ``engines.base`` for the contract."""
+
+    def __init__(self, model: nn.Module, parallel: ParallelConfig, optim: OptimConfig, mesh: Mesh) -> None:
+        check()
+        from colossalai.booster import Booster
+
+        self.optim = optim
+        self.mesh = mesh
+        self.device = torch.device(mesh.device_type, torch.cuda.current_device())
+        self.zero = parallel.zero
+        masters = {name: p.detach() for name, p in model.named_parameters()}  # plugins replace p.data, not these
+        optimizer: Any = (
+            _adam_for_gemini(model, optim) if self.zero == 3 else build_optimizer(model.parameters(), optim)
+        )
+        self.parameters = list(model.named_parameters())
+        self.shapes = {name: whole.shape for name, whole in masters.items()}
+        plugin = _gemini(parallel, optim) if self.zero == 3 else _low_level_zero(parallel, optim)
+        self.booster = Booster(plugin=plugin)
+        boosted, self.vendor, *_ = self.booster.boost(_Unpack(model), optimizer)
+        self.model = _Pack(boosted)
+        self._count = torch.zeros(())
+        self._make_moments()
+        for name, run in self.runs().items():  # LowLevelZero made its masters from rounded weights
+            run.values.copy_(masters[name].view(-1)[run.start : run.start + len(run.values)])
+        self.start_average()
+
+    def backward(self, loss_share: Tensor, *, last_microbatch: bool) -> None:
+        # ZeRO 1 reduces once per step; 2 and 3 reduce, and keep a part of, every micro-batch.
+        waits = self.zero == 1 and not last_microbatch
+        with self.booster.no_sync(self.model, self.vendor) if waits else nullcontext():
+            # Both plugins divide by the number of processes, we sum: the factor undoes it.
+            self.booster.backward(loss_share * self.mesh.world_size, self.vendor)
+
+    def step(self, step: int) -> Tensor:
+        self.vendor.step()
+        norm = self.vendor.get_grad_norm()
+        self.vendor.zero_grad()
+        self._count += 1
+        self.update_average(step)
+        return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
+
+    def updates(self) -> Tensor:
+        return self._count
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.vendor.optim.param_groups
+
+    def runs(self) -> dict[str, Run]:
+        held = self._in_chunks if self.zero == 3 else self._in_parts
+        return {name: held(index, p) for index, (name, p) in enumerate(self.parameters)}
+
+    def _in_parts(self, index: int, p: nn.Parameter) -> Run:
+        """LowLevelZero cuts every parameter into equal runs, the last ones padded."""
+        master = self.vendor.get_working_to_master_map()[id(p)]
+        start = min(dist.get_rank() * master.numel(), p.numel())
+        size = min(master.numel(), p.numel() - start)
+        moments = self.vendor.optim.state.get(master, {})
+        return Run(
+            p.shape,
+            start,
+            master.detach().view(-1)[:size],
+            {key: moments[key].view(-1)[:size] for key in MOMENTS if key in moments},
+        )
+
+    def _in_chunks(self, index: int, p: nn.Parameter) -> Run:
+        """Gemini puts parameters into chunks and cuts those; a process may hold nothing of a parameter."""
+        fake = self.vendor.id_to_fake_params.get(index)
+        shape = self.shapes[self.parameters[index][0]]  # p itself may be empty now
+        if fake is None:
+            nothing = torch.empty(0, device=self.device)
+            return Run(shape, 0, nothing, {key: nothing.clone() for key in MOMENTS})
+        offset, start, size = self.vendor.get_offsets(index)
+        payload = self.vendor.param_to_chunk16[fake].paired_chunk.payload
+        moments = self.vendor.optim.state.get(fake, {})
+        return Run(
+            shape, start, payload[offset : offset + size], {key: moments[key] for key in MOMENTS if key in moments}
+        )
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Masters, moments and average were read in place: what is left are counts, and the weights that compute."""
+        for moments in self.vendor.optim.state.values():
+            moments["step"] = int(self._count) if self.zero == 3 else self._count.to(moments["step"].device, copy=True)
+        if self.zero == 3:
+            for chunk in self.vendor.chunk16_set:
+                chunk.optim_update()
+            return
+        for (name, p), whole in zip(self.parameters, self.full_weights(), strict=True):
+            assert whole[0] == name
+            p.copy_(whole[1])
+
+    def _make_moments(self) -> None:
+        """The optimizers make their moments at the first step; a checkpoint is read into them before."""
+        if self.optim.kind != "adamw":
+            return
+        runs = self.runs()
+        for index, (name, p) in enumerate(self.parameters):
+            if self.zero == 3:
+                key, like = self.vendor.id_to_fake_params.get(index), runs[name].values
+            else:
+                key = like = self.vendor.get_working_to_master_map()[id(p)]
+            if key is not None:
+                self.vendor.optim.state[key] = {
+                    "step": 0 if self.zero == 3 else torch.zeros((), device=like.device),
+                    **{moment: torch.zeros_like(like) for moment in MOMENTS},
+                }
+
+
+def _low_level_zero(parallel: ParallelConfig, optim: OptimConfig) -> Any:
+    from colossalai.booster.plugin import LowLevelZeroPlugin
+
+    return LowLevelZeroPlugin(
+        stage=parallel.zero,
+        precision=parallel.precision.compute,
+        max_norm=optim.clip_norm,
+        communication_dtype=DTYPES[parallel.precision.reduce],
+        cpu_offload=parallel.offload == "optimizer",
+        cast_inputs=False,  # timesteps and positions stay in full precision; the model casts its tokens
+    )
+
+
+def _gemini(parallel: ParallelConfig, optim: OptimConfig) -> Any:
+    from colossalai.booster.plugin import GeminiPlugin
+
+    return GeminiPlugin(
+        placement_policy="static",
+        shard_param_frac=1.0,
+        offload_optim_frac=1.0 if parallel.offload == "optimizer" else 0.0,
+        enable_gradient_accumulation=True,
+        precision=parallel.precision.compute,
+        max_norm=optim.clip_norm or float("inf"),  # it computes the norm only where there is a bound
+        pin_memory=True,
+    )
+
+
+def _adam_for_gemini(model: nn.Module, optim: OptimConfig) -> Any:
+    """Gemini steps with ColossalAI's own Adam only."""
+    assert optim.kind == "adamw", optim.kind
+    from colossalai.nn.optimizer import HybridAdam
+
+    return HybridAdam(
+        model.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+    )
+
+
+@dataclass(frozen=True)
+class _Box:
+    """Arguments that Gemini must not look into: it casts every tensor it finds to the compute type."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Pack(nn.Module):
+    """Calls a boosted model as the model itself is called."""
+
+    def __init__(self, boosted: nn.Module) -> None:
+        super().__init__()
+        self.boosted = boosted
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.boosted(_Box(args, kwargs))
+
+
+class _Unpack(nn.Module):
+    """The inside of a boosted model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, box: _Box) -> Any:
+        return self.model(*box.args, **box.kwargs)

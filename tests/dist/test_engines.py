@@ -1,0 +1,231 @@
+"""Every engine computes what one process computes, and any engine loads what another has saved.
+
+Native runs in fp64. DeepSpeed knows fp32 and bf16 only, so it is compared twice: with the truth, to what fp32 leaves of it
+(the native engine in fp32 is as far away), and with the native engine on the same layout, which rounds alike.
+"""
+
+import itertools
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from acceleration import mesh as meshes
+from acceleration import sharding
+from acceleration.checkpoint import CheckpointManager
+from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
+from acceleration.engines import ENGINES, Engine, build_engine
+from acceleration.optim import lr_at
+from acceleration.parallelize import parallelize
+from opensora.models import build_model
+from opensora.train.step import loss_share
+from tests.dist.harness import run_distributed
+from tests.dist.problem import MODEL, batches, elements
+from tests.dist.test_parity import CLIP, FP64, LR, STEPS, assign, fill, on_one_process, preparation, relative
+
+FP32 = PrecisionConfig(compute="fp32")
+BF16 = PrecisionConfig(compute="bf16")
+SGD = OptimConfig(kind="sgd", lr=LR, clip_norm=CLIP)
+ADAM = OptimConfig(lr=1e-3, eps=1e-8, clip_norm=0.3, weight_decay=0.1, ema_decay=0.9, warmup_steps=2)
+# engine -> (precision, how far from the truth: loss and norm, every gradient, weights)
+EXACT = {"native": (FP64, 1e-10, 1e-10, 1e-10), "deepspeed": (FP32, 2e-5, 3e-4, 1e-6)}
+
+Step = tuple[float, float, dict[str, Tensor], dict[str, Tensor]]  # loss, norm, gradients, weights afterwards
+
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed>=0.19")
+
+
+def gradients(engine: Engine) -> dict[str, Tensor]:
+    """Of the whole step, summed over all processes."""
+    if isinstance(engine, ENGINES["native"]):  # type: ignore[arg-type]
+        named = engine.model.named_parameters()
+        return {name: sharding.full(p.grad).clone() for name, p in named if p.grad is not None}
+    from deepspeed.utils import safe_get_full_grad
+
+    return {name: safe_get_full_grad(p).clone() for name, p in engine.model.module.named_parameters()}  # type: ignore
+
+
+def build(cfg: ParallelConfig, optim: OptimConfig) -> tuple[meshes.Mesh, Engine]:
+    device = torch.device("cpu")
+    mesh = meshes.build(cfg.mesh, dist.get_world_size(), device)
+    with torch.device("meta"):
+        model = build_model(MODEL)
+    parallelize(model, cfg, mesh, device, fill)
+    return mesh, build_engine(model, cfg, optim, mesh)
+
+
+def take_steps(
+    engine: Engine, mesh: meshes.Mesh, optim: OptimConfig, start: int, stop: int, *, look: bool = False
+) -> list[Step]:
+    prepare = preparation(mesh)
+    steps: list[Step] = []
+    for step in range(start, stop):
+        engine.set_lr(lr_at(step, optim, 10))
+        total = torch.zeros((), dtype=torch.float64)
+        mine = assign(step, mesh.data_rank, mesh.data_degree)
+        for index, batch in enumerate(mine):
+            share = loss_share(engine.model, prepare(batch, step), elements(step))  # type: ignore[arg-type]
+            engine.backward(share, last_microbatch=index == len(mine) - 1)
+            total += share.detach()
+        dist.all_reduce(total)
+        found = gradients(engine) if look else {}
+        norm = engine.step(step)
+        steps.append((total.item(), norm.item(), found, dict(engine.full_weights()) if look else {}))
+    return steps
+
+
+def on_engine(cfg: ParallelConfig) -> list[Step]:
+    mesh, engine = build(cfg, SGD)
+    return take_steps(engine, mesh, SGD, 0, STEPS, look=True)
+
+
+@pytest.fixture(scope="module")
+def truth() -> Any:
+    return on_one_process()
+
+
+def farthest(found: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest relative error of any tensor, and whose it is."""
+    assert found.keys() == truth.keys()
+    return max((relative(found[name], truth[name]), name) for name in truth)
+
+
+def cases() -> list[Any]:
+    """On 2 processes; with 2 of a sample's tokens shared, or with 2 samples at a time."""
+    quick = {("deepspeed", 2, 2)}  # test_parity has the native engine's
+    return [
+        pytest.param(
+            engine,
+            zero,
+            ulysses,
+            marks=[needs_deepspeed] * (engine == "deepspeed")
+            + [pytest.mark.slow] * ((engine, zero, ulysses) not in quick),
+            id=f"{engine}-zero{zero}-ulysses{ulysses}",
+        )
+        for engine, zero, ulysses in itertools.product(EXACT, (0, 1, 2, 3), (1, 2))
+    ]
+
+
+@pytest.mark.parametrize(("engine", "zero", "ulysses"), cases())
+def test_engine_equals_one_process(truth: Any, engine: Any, zero: Any, ulysses: int) -> None:
+    """Loss, every gradient, the norm, and the weights; buckets mixed, micro-batches of different weight."""
+    precision, near, gradient, weight = EXACT[engine]
+    cfg = ParallelConfig(
+        engine=engine,
+        zero=zero,
+        mesh=MeshConfig(ulysses=ulysses),
+        recompute=RecomputeConfig(kind="full" if zero == 3 else "none"),
+        precision=precision,
+    )
+    for found in run_distributed(on_engine, 2, cfg, timeout=110):
+        for (loss, norm, grads, _), (true_loss, true_norm, true_grads) in zip(found, truth[0], strict=True):
+            assert relative(loss, true_loss) <= near and relative(norm, true_norm) <= near
+            assert farthest(grads, true_grads) <= (gradient, "~")
+        assert farthest(found[-1][3], truth[1]) <= (weight, "~")
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_deepspeed_rounds_as_native_does(zero: Any) -> None:
+    """Fp32 on the same layout, three processes: what is left is the order of a sum."""
+    native, found = (
+        run_distributed(on_engine, 3, ParallelConfig(engine=engine, zero=zero, precision=FP32), timeout=110)[0]
+        for engine in ("native", "deepspeed")
+    )
+    for (loss, norm, grads, weights), (true_loss, true_norm, true_grads, true_weights) in zip(
+        found, native, strict=True
+    ):
+        assert relative(loss, true_loss) <= 1e-6 and relative(norm, true_norm) <= 1e-6
+        assert farthest(grads, true_grads) <= (2e-5, "~")
+        assert farthest(weights, true_weights) <= (1e-6, "~")
+
+
+def train_save(cfg: ParallelConfig, folder: Path, start: int, stop: int) -> dict[str, Tensor]:
+    """Resume at ``start`` if it is not zero, train to ``stop``, save; weights and average."""
+    mesh, engine = build(cfg, ADAM)
+    manager = CheckpointManager(folder, keep=0)
+    if start:
+        load(engine, manager, folder / f"step-{start:08d}")
+    take_steps(engine, mesh, ADAM, start, stop)
+    manager.save(stop, engine.state_dict(), {})
+    return everything(engine)
+
+
+def load(engine: Engine, manager: CheckpointManager, path: Path) -> None:
+    state = engine.state_dict()
+    manager.load(path, state)
+    engine.load_state_dict(state)
+
+
+def everything(engine: Engine) -> dict[str, Tensor]:
+    return {f"{which}.{name}": w for which in ("live", "ema") for name, w in engine.full_weights(which)}  # type: ignore
+
+
+def load_and_save(cfg: ParallelConfig, folder: Path, target: Path) -> dict[str, Tensor]:
+    """Through an engine and out again."""
+    _, engine = build(cfg, ADAM)
+    load(engine, CheckpointManager(folder, keep=0), folder / "step-00000002")
+    CheckpointManager(target, keep=0).save(2, engine.state_dict(), {})
+    return everything(engine)
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Every value of a checkpoint, whole."""
+    from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    state: dict[str, Any] = {}
+    reader = torch.distributed.checkpoint.FileSystemReader(folder / "step-00000002")
+    _load_state_dict(state, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    return {f"{part}.{name}": value for part, values in state.items() for name, value in values.items()}
+
+
+NATIVE = ParallelConfig(zero=3, precision=FP32)
+SLOW = pytest.mark.slow
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("world", "zero"), [pytest.param(2, 0, marks=SLOW), pytest.param(3, 1, marks=SLOW), (3, 2), pytest.param(2, 3, marks=SLOW)]
+)
+def test_a_checkpoint_goes_through_deepspeed_bit_for_bit(tmp_path: Path, world: int, zero: Any) -> None:
+    """Written by native on 2 processes, loaded by deepspeed, written again: weights, moments, counts, settings."""
+    saved = run_distributed(train_save, 2, NATIVE, tmp_path / "native", 0, 2, timeout=110)[0]
+    cfg = ParallelConfig(engine="deepspeed", zero=zero, precision=FP32)
+    loaded = run_distributed(load_and_save, world, cfg, tmp_path / "native", tmp_path / "deepspeed", timeout=110)[0]
+    assert all(torch.equal(loaded[name], saved[name]) for name in saved)
+    before, after = contents(tmp_path / "native"), contents(tmp_path / "deepspeed")
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        same = torch.equal(after[name], value) if isinstance(value, Tensor) else after[name] == value
+        assert same, name
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize(("first", "then"), [("native", "deepspeed"), ("deepspeed", "native"), ("deepspeed", "deepspeed")])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_run_goes_on_with_another_engine(tmp_path: Path, zero: Any, first: Any, then: Any) -> None:
+    """AdamW with decay, warm-up and average, stopped after 2 of 4 steps: equal to the native run that was not."""
+    whole = run_distributed(train_save, 2, NATIVE, tmp_path / "whole", 0, 4, timeout=110)[0]
+    before, after = (ParallelConfig(engine=engine, zero=zero, precision=FP32) for engine in (first, then))
+    run_distributed(train_save, 2, before, tmp_path / "parts", 0, 2, timeout=110)
+    found = run_distributed(train_save, 3, after, tmp_path / "parts", 2, 4, timeout=110)[0]
+    assert farthest(found, whole) <= (2e-5, "~")
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize(("zero", "offload"), [(1, False), (2, False), (3, False), (2, True), (3, True)])
+def test_deepspeed_in_bf16_keeps_exact_masters(tmp_path: Path, zero: Any, offload: bool) -> None:
+    """Masters start from unrounded weights, and stay near the native engine's in bf16."""
+    layout: dict[str, Any] = {"zero": zero, "precision": BF16}
+    native = run_distributed(train_save, 2, ParallelConfig(**layout), tmp_path / "native", 0, 2, timeout=110)[0]
+    cfg = ParallelConfig(engine="deepspeed", offload="optimizer" if offload else "none", **layout)
+    found = run_distributed(train_save, 2, cfg, tmp_path / "deepspeed", 0, 2, timeout=110)[0]
+    assert farthest(found, native) <= (5e-3, "~")
