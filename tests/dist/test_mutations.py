@@ -15,7 +15,6 @@ from torch import Tensor
 
 from acceleration import collectives, tensor_parallel
 from acceleration.config import MeshConfig, ParallelConfig
-from acceleration.engines import native
 from acceleration.engines.native import NativeEngine
 from acceleration.mesh import Axis
 from opensora.models.mmdit import MMDiT
@@ -89,7 +88,7 @@ def accumulate_without_weights() -> Patch:
 
 def clip_on_the_local_norm() -> Patch:
     return mock.patch.object(
-        native, "_norm", lambda gradients: torch.nn.utils.get_total_norm([g.to_local() for g in gradients])
+        NativeEngine, "_norm", lambda self, gradients: torch.nn.utils.get_total_norm([g.to_local() for g in gradients])
     )
 
 
