@@ -1,50 +1,102 @@
-"""Print how far every layout is from one process: ``python -m tests.layout_table [part of a layout's name ...]``.
+"""Print how far every layout is from one process: ``python -m tests.layout_table [part of a name ...]``.
 
-Largest relative differences, in fp64, over all processes and three SGD steps: of the loss, of any parameter's gradient,
-of the norm that clipping uses, of the weights afterwards. ``SUM`` says how many layouts are within 1e-10.
+Training rows: the largest relative differences, in fp64, over all processes and three SGD steps, of the loss, of any
+parameter's gradient, of the norm that clipping uses and of the weights afterwards; and whether the bytes that each
+process sent over each axis in each step are those of the formulas. Sampling rows: the latents. DeepSpeed knows no fp64:
+its rows are held to what fp32 leaves of the truth. ``SUM`` counts what is within its tolerance.
 """
 
 import json
 import sys
 import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any
 
+from tests.dist import test_engines, test_sampling
 from tests.dist.harness import DistributedFailure, run_distributed
 from tests.dist.layouts import Layout, every_layout
-from tests.dist.test_parity import TOLERANCE, errors, on_one_process, on_this_layout
+from tests.dist.test_parity import TOLERANCE, Outcome, errors, on_one_process, on_this_layout, relative
 
-COLUMNS = ("loss", "gradients", "norm", "weights")
+COLUMNS = ("loss", "gradients", "norm", "weights", "latents")
+FP64_LIMITS = dict.fromkeys(COLUMNS, TOLERANCE)
+Row = tuple[dict[str, float], bool | None]  # relative differences; whether bytes are as predicted
 
 
 def main(names: list[str]) -> int:
-    """Returns 1 if any layout is further away than the tolerance, or failed."""
-    layouts = [layout for layout in every_layout() if not names or any(name in str(layout) for name in names)]
-    truth = on_one_process()
-    print(f"{'layout':<44}" + "".join(f"{column:>11}" for column in COLUMNS) + f"{'s':>7}", flush=True)
-    worst = {column: 0.0 for column in COLUMNS}
-    bad = []
-    for layout in layouts:
+    """Returns 1 if any layout is further away than the tolerance, sends other bytes than predicted, or failed."""
+    print(f"{'layout':<52}" + "".join(f"{column:>11}" for column in COLUMNS) + f"{'bytes':>7}{'s':>7}", flush=True)
+    worst: dict[str, float] = {}
+    good, bad = 0, []
+    for name, limits, compare in rows():
+        if names and not any(part in name for part in names):
+            continue
         started = time.monotonic()
         try:
-            row = compare(layout, truth)
+            found, as_predicted = compare()
         except DistributedFailure as error:
-            bad.append(layout)
-            print(f"{layout!s:<44} failed: {str(error).splitlines()[-1]}", flush=True)
+            bad.append(name)
+            print(f"{name:<52} failed: {str(error).splitlines()[-1]}", flush=True)
             continue
-        if max(row.values()) > TOLERANCE:
-            bad.append(layout)
-        worst = {column: max(worst[column], row[column]) for column in COLUMNS}
-        figures = "".join(f"{row[column]:>11.1e}" for column in COLUMNS)
-        print(f"{layout!s:<44}{figures}{time.monotonic() - started:>7.1f}", flush=True)
-    print(f"SUM {len(layouts) - len(bad)} of {len(layouts)} layouts within {TOLERANCE:.0e}")
-    print(json.dumps({"benchmark": "layout_table", "layouts": len(layouts), "bad": list(map(str, bad)), **worst}))
+        if any(error > limits[column] for column, error in found.items()) or as_predicted is False:
+            bad.append(name)
+        else:
+            good += 1
+        if limits is FP64_LIMITS:
+            worst |= {column: max(error, worst.get(column, 0.0)) for column, error in found.items()}
+        figures = "".join(f"{found[column]:>11.1e}" if column in found else f"{'':>11}" for column in COLUMNS)
+        traffic = {True: "equal", False: "WRONG", None: ""}[as_predicted]
+        print(f"{name:<52}{figures}{traffic:>7}{time.monotonic() - started:>7.1f}", flush=True)
+    print(f"SUM {good} of {good + len(bad)} within their tolerance, {TOLERANCE:.0e} in fp64")
+    print(json.dumps({"benchmark": "layout_table", "good": good, "bad": bad, **worst}))
     return int(bool(bad))
 
 
-def compare(layout: Layout, truth: object) -> dict[str, float]:
+def rows() -> Iterator[tuple[str, dict[str, float], Callable[[], Row]]]:
+    """(name, largest errors allowed, what compares it with one process)."""
+    truth = on_one_process()
+    for layout in every_layout():
+        yield str(layout), FP64_LIMITS, lambda layout=layout: trained(layout, truth)
+    for world, cases in (*test_sampling.QUICK.items(), *test_sampling.SLOW.items()):
+        for case in cases:
+            degrees, zero, jobs = case
+            axes = "-".join(f"{axis}{degree}" for axis, degree in degrees.items())
+            name = f"sample-{world}-{axes}-zero{zero}-{'+'.join(job[:4] for job in jobs)}"
+            yield name, FP64_LIMITS, lambda world=world, case=case: sampled(world, case)
+    if find_spec("deepspeed") is None:
+        return
+    _, near, gradient, weight = test_engines.EXACT["deepspeed"]
+    limits = {"loss": near, "norm": near, "gradients": gradient, "weights": weight}
+    for zero in range(4):
+        for ulysses in (1, 2):
+            name = f"deepspeed-2-ulysses{ulysses}-zero{zero}-fp32"
+            yield name, limits, lambda zero=zero, ulysses=ulysses: with_deepspeed(zero, ulysses, truth)
+
+
+def trained(layout: Layout, truth: Outcome) -> Row:
     """The largest differences by kind, over all processes."""
-    results = run_distributed(on_this_layout, layout.world, layout.config, timeout=180)
-    found = [errors(result, truth) for result in results]  # type: ignore[arg-type]
-    return {column: max(one[column] for one in found) for column in COLUMNS}
+    results = run_distributed(on_this_layout, layout.world, layout.config, timeout=240)
+    found = [errors(result, truth) for result in results]
+    as_predicted = all(counted == formula for result in results for counted, formula in result.traffic)
+    return {column: max(one[column] for one in found) for column in found[0]}, as_predicted
+
+
+def sampled(world: int, case: tuple[Any, int, tuple[str, ...]]) -> Row:
+    """The largest difference of any job's latents, over all processes."""
+    truths = {name: test_sampling.on_one_process(test_sampling.JOBS[name]) for name in case[2]}
+    every = run_distributed(test_sampling.on_these_layouts, world, [case], timeout=500)
+    errors = [relative(found[0][name], truths[name]) for found in every for name in truths]
+    return {"latents": max(errors)}, None
+
+
+def with_deepspeed(zero: Any, ulysses: int, truth: Outcome) -> Row:
+    """The largest differences by kind, over all processes."""
+    cfg = test_engines.layout("deepspeed", zero, ulysses)
+    found = [
+        errors(Outcome([step[:3] for step in steps], steps[-1][3]), truth)
+        for steps in run_distributed(test_engines.on_engine, 2, cfg, timeout=240)
+    ]
+    return {column: max(one[column] for one in found) for column in found[0]}, None
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from opensora.models import build_model
 from opensora.train.step import loss_share
 from tests.dist.harness import run_distributed
 from tests.dist.problem import MODEL, batches, elements
-from tests.dist.test_parity import CLIP, FP64, LR, STEPS, assign, fill, on_one_process, preparation, relative
+from tests.dist.layouts import FP64
+from tests.dist.test_parity import CLIP, LR, STEPS, assign, fill, on_one_process, preparation, relative
 
 FP32 = PrecisionConfig(compute="fp32")
 BF16 = PrecisionConfig(compute="bf16")
@@ -110,22 +111,25 @@ def cases() -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(("engine", "zero", "ulysses"), cases())
-def test_engine_equals_one_process(truth: Any, engine: Any, zero: Any, ulysses: int) -> None:
-    """Loss, every gradient, the norm, and the weights; buckets mixed, micro-batches of different weight."""
-    precision, near, gradient, weight = EXACT[engine]
-    cfg = ParallelConfig(
+def layout(engine: Any, zero: Any, ulysses: int) -> ParallelConfig:
+    return ParallelConfig(
         engine=engine,
         zero=zero,
         mesh=MeshConfig(ulysses=ulysses),
         recompute=RecomputeConfig(kind="full" if zero == 3 else "none"),
-        precision=precision,
+        precision=EXACT[engine][0],
     )
-    for found in run_distributed(on_engine, 2, cfg, timeout=110):
-        for (loss, norm, grads, _), (true_loss, true_norm, true_grads) in zip(found, truth[0], strict=True):
+
+
+@pytest.mark.parametrize(("engine", "zero", "ulysses"), cases())
+def test_engine_equals_one_process(truth: Any, engine: Any, zero: Any, ulysses: int) -> None:
+    """Loss, every gradient, the norm, and the weights; buckets mixed, micro-batches of different weight."""
+    _, near, gradient, weight = EXACT[engine]
+    for found in run_distributed(on_engine, 2, layout(engine, zero, ulysses), timeout=110):
+        for (loss, norm, grads, _), (true_loss, true_norm, true_grads) in zip(found, truth.steps, strict=True):
             assert relative(loss, true_loss) <= near and relative(norm, true_norm) <= near
             assert farthest(grads, true_grads) <= (gradient, "~")
-        assert farthest(found[-1][3], truth[1]) <= (weight, "~")
+        assert farthest(found[-1][3], truth.weights) <= (weight, "~")
 
 
 @pytest.mark.slow

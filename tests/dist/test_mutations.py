@@ -22,7 +22,7 @@ from opensora.schedulers import rectified_flow
 from tests.dist import test_parity
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64
-from tests.dist.test_parity import Step, on_one_process, on_this_layout, worst_error
+from tests.dist.test_parity import Outcome, on_one_process, on_this_layout, worst_error
 
 FOUND = 1e-6  # every mistake is far above the tolerance of 1e-10
 ULYSSES, RING, TENSOR, SHARD = {"ulysses": 2}, {"ring": 2}, {"tensor": 2}, {"shard": 2}
@@ -108,7 +108,7 @@ MISTAKES: dict[str, tuple[Callable[[], Patch], dict[str, int]]] = {
 }
 
 
-def with_mistake(name: str) -> tuple[list[Step], dict[str, Tensor]]:
+def with_mistake(name: str) -> Outcome:
     mistake, mesh = MISTAKES[name]
     with ExitStack() as stack:
         stack.enter_context(mistake())

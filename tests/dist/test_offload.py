@@ -20,8 +20,8 @@ from opensora.train.step import loss_share
 from tests.dist.harness import run_distributed
 from tests.dist.problem import MODEL, batches, elements
 from tests.dist.test_checkpoint import OPTIM, build, everything, run_steps
+from tests.dist.layouts import FP64
 from tests.dist.test_parity import (
-    FP64,
     TOLERANCE,
     Step,
     assign,

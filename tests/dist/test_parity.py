@@ -4,7 +4,8 @@ The reference is plain torch on one process: no sharding, no wrapper, no engine.
 SGD: Adam would hide a gradient that is off by a factor.
 """
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -14,24 +15,37 @@ from torch import Tensor
 
 from acceleration import mesh as meshes
 from acceleration import sharding, tensor_parallel
+from acceleration.accounting import MicroBatch, Place, step_bytes
 from acceleration.config import OptimConfig, ParallelConfig
 from acceleration.engines import build_engine
 from acceleration.mesh import Mesh
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
+from acceleration.structure import structure_of
 from opensora.models import build_model
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
+from opensora.train.forecast import run_denoiser
 from opensora.train.step import Preparation, loss_share
 from opensora.utils.rng import torch_generator
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import QUICK, Layout, every_layout
-from tests.dist.problem import MODEL, FakeBatch, FakeText, PassThrough, batches, elements
+from tests.dist.problem import MODEL, TEXT_TOKENS, FakeBatch, FakeText, PassThrough, batches, elements
 
 STEPS = 3
 LR, CLIP = 0.05, 0.3  # the norm of this problem is above the bound, so clipping acts
 TOLERANCE = 1e-10
 
 Step = tuple[float, float, dict[str, Tensor]]  # loss, gradient norm, gradients
+Bytes = dict[str, int]  # axis -> bytes that a process sent in a step
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Three steps as one process saw them."""
+
+    steps: list[Step]
+    weights: dict[str, Tensor]  # afterwards, whole
+    traffic: list[tuple[Bytes, Bytes]] = field(default_factory=list)  # (counted, predicted) of every step
 
 
 def fill(name: str, tensor: Tensor) -> None:
@@ -53,7 +67,7 @@ def preparation(mesh: Mesh, device: torch.device | str = "cpu") -> Preparation:
     )
 
 
-def on_one_process() -> tuple[list[Step], dict[str, Tensor]]:
+def on_one_process() -> Outcome:
     """The truth, in plain torch."""
     model = build_model(MODEL).double()
     with torch.no_grad():
@@ -73,7 +87,7 @@ def on_one_process() -> tuple[list[Step], dict[str, Tensor]]:
         optimizer.step()
         optimizer.zero_grad()
         steps.append((total.item(), norm.item(), gradients))
-    return steps, {name: p.detach().clone() for name, p in model.named_parameters()}
+    return Outcome(steps, {name: p.detach().clone() for name, p in model.named_parameters()})
 
 
 def assign(step: int, rank: int, degree: int) -> list[FakeBatch]:
@@ -84,7 +98,7 @@ def assign(step: int, rank: int, degree: int) -> list[FakeBatch]:
     return mine + [replace(every[-1], weight=0.0)] * (per_rank - len(mine))
 
 
-def on_this_layout(cfg: ParallelConfig) -> tuple[list[Step], dict[str, Tensor]]:
+def on_this_layout(cfg: ParallelConfig) -> Outcome:
     """Runs in every process of the group."""
     device = torch.device("cpu")
     mesh = meshes.build(cfg.mesh, dist.get_world_size(), device)
@@ -94,7 +108,10 @@ def on_this_layout(cfg: ParallelConfig) -> tuple[list[Step], dict[str, Tensor]]:
     engine = build_engine(model, cfg, OptimConfig(kind="sgd", lr=LR, clip_norm=CLIP), mesh)
     prepare = preparation(mesh)
     steps: list[Step] = []
+    traffic: list[tuple[Bytes, Bytes]] = []
     for step in range(STEPS):
+        for axis in mesh.axes.values():
+            axis.bytes_sent = 0
         total = torch.zeros((), dtype=torch.float64)
         mine = assign(step, mesh.data_rank, mesh.data_degree)
         for index, batch in enumerate(mine):
@@ -103,14 +120,31 @@ def on_this_layout(cfg: ParallelConfig) -> tuple[list[Step], dict[str, Tensor]]:
             total += share.detach()
         total *= mesh["tensor"].rank == 0  # along this axis all hold the same share
         dist.all_reduce(total)
+        counted = {axis.name: axis.bytes_sent for axis in mesh.axes.values()}
         gradients = {
             name: tensor_parallel.full(name, sharding.full(p.grad), engine.model, mesh["tensor"]).clone()
             for name, p in engine.model.named_parameters()
             if p.grad is not None
         }
+        for axis in mesh.axes.values():
+            axis.bytes_sent = counted[axis.name]  # looking at gradients is no part of a step
         norm = engine.step(step)
         steps.append((total.item(), norm.item(), gradients))
-    return steps, dict(engine.full_weights())
+        counted = {axis.name: axis.bytes_sent for axis in mesh.axes.values() if axis.bytes_sent}
+        traffic.append((counted, predicted(cfg, mesh, mine)))
+    return Outcome(steps, dict(engine.full_weights()), traffic)
+
+
+def predicted(cfg: ParallelConfig, mesh: Mesh, mine: list[FakeBatch]) -> Bytes:
+    """What the formulas say of a step in which this process has these micro-batches."""
+    place = Place(meshes.view({name: mesh[name].degree for name in meshes.AXES}, dist.get_rank()), cfg)
+    with torch.device("meta"):
+        structure = structure_of(build_model(MODEL), run_denoiser)
+    sizes = [
+        MicroBatch(samples=len(b.sample_ids), txt=TEXT_TOKENS, img=math.prod(b.pixels.shape[2:]), has_mask=True)
+        for b in mine
+    ]
+    return step_bytes(structure, place, sizes)
 
 
 def relative(found: Any, truth: Any) -> float:
@@ -118,12 +152,10 @@ def relative(found: Any, truth: Any) -> float:
     return ((found - truth).abs().max() / truth.abs().max().clamp(min=1e-12)).item()
 
 
-def errors(
-    found: tuple[list[Step], dict[str, Tensor]], truth: tuple[list[Step], dict[str, Tensor]]
-) -> dict[str, float]:
+def errors(found: Outcome, truth: Outcome) -> dict[str, float]:
     """The largest relative errors of everything that is compared, by kind."""
-    worst = {"weights": max(relative(found[1][name], truth[1][name]) for name in truth[1])}
-    for (loss, norm, gradients), (true_loss, true_norm, true_gradients) in zip(found[0], truth[0], strict=True):
+    worst = {"weights": max(relative(found.weights[name], value) for name, value in truth.weights.items())}
+    for (loss, norm, gradients), (true_loss, true_norm, true_gradients) in zip(found.steps, truth.steps, strict=True):
         assert gradients.keys() == true_gradients.keys()
         of_step = {
             "loss": relative(loss, true_loss),
@@ -134,13 +166,13 @@ def errors(
     return worst
 
 
-def worst_error(found: tuple[list[Step], dict[str, Tensor]], truth: tuple[list[Step], dict[str, Tensor]]) -> float:
+def worst_error(found: Outcome, truth: Outcome) -> float:
     """The largest relative error of anything that is compared."""
     return max(errors(found, truth).values())
 
 
 @pytest.fixture(scope="module")
-def truth() -> tuple[list[Step], dict[str, Tensor]]:
+def truth() -> Outcome:
     return on_one_process()
 
 
@@ -152,14 +184,16 @@ def cases() -> list[Any]:
 
 
 @pytest.mark.parametrize("layout", cases())
-def test_layout_equals_one_process(truth: tuple[list[Step], dict[str, Tensor]], layout: Layout) -> None:
+def test_layout_equals_one_process(truth: Outcome, layout: Layout) -> None:
     results = run_distributed(on_this_layout, layout.world, layout.config, timeout=100)
     for rank, found in enumerate(results):
         assert worst_error(found, truth) <= TOLERANCE, f"rank {rank}"
+        for counted, formula in found.traffic:
+            assert counted == formula, f"rank {rank}"
 
 
-def test_every_parameter_gets_a_gradient(truth: tuple[list[Step], dict[str, Tensor]]) -> None:
+def test_every_parameter_gets_a_gradient(truth: Outcome) -> None:
     """A parity test of gradients that are zero would prove nothing."""
-    for name, gradient in truth[0][0][2].items():
+    for name, gradient in truth.steps[0][2].items():
         if name != "cond_in.weight":  # text to video knows no frame: its input is zero, its bias is alive
             assert gradient.abs().max() > 0, name

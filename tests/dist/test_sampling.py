@@ -28,7 +28,8 @@ from opensora.utils.sampling import I2VDenoiser, SamplingOption, TextInputs, get
 from opensora.utils.tokens import image_ids, pack, unpack
 from tests.dist.harness import run_distributed
 from tests.dist.problem import MODEL, FakeText, PassThrough
-from tests.dist.test_parity import FP64, TOLERANCE, fill, relative
+from tests.dist.layouts import FP64
+from tests.dist.test_parity import TOLERANCE, fill, relative
 
 CPU = torch.device("cpu")
 PROMPTS, NEGATIVES, SEEDS = ["a fox runs", "two"], ["blur", ""], [3, 11]

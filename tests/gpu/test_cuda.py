@@ -57,14 +57,14 @@ def gradients_on_cuda(precision: PrecisionConfig, zero: int, recompute: str) -> 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp64", 1e-10), ("fp32", 1e-4)])
 def test_gradients_equal_the_cpu(zero: int, recompute: str, dtype: str, tolerance: float) -> None:
     same = PrecisionConfig(compute=dtype, reduce=dtype, master=dtype)  # type: ignore[arg-type]
-    (true_loss, _, truth), *_ = on_one_process()[0]
+    (true_loss, _, truth), *_ = on_one_process().steps
     loss, found = gradients_on_cuda(same, zero, recompute)
     assert relative(loss, true_loss) <= tolerance
     assert max(relative(found[name], truth[name]) for name in truth if name != "cond_in.weight") <= tolerance
 
 
 def test_bf16_is_close() -> None:
-    (true_loss, _, _), *_ = on_one_process()[0]
+    (true_loss, _, _), *_ = on_one_process().steps
     loss, found = gradients_on_cuda(PrecisionConfig(), zero=3, recompute="full")
     assert relative(loss, true_loss) <= 2e-2
     assert all(torch.isfinite(gradient).all() for gradient in found.values())
