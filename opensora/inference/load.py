@@ -206,7 +206,7 @@ def check_guidance(mesh: MeshConfig, world_size: int, option: SamplingOption) ->
     if degree <= passes:
         return
     if passes > 1:
-        why = f"text to video is guided by {passes} passes per step"
+        why = f"text to video is guided by {passes} passes per step (a third needs references)"
     elif option.method == "distill":
         why = "sampling.method=distill makes one pass per step"
     else:

@@ -1,6 +1,7 @@
 """Shared work: every process gets every result, in order, with the bits one process computes."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -14,10 +15,15 @@ from torch import Tensor
 from acceleration import mesh as meshes
 from acceleration.config import MeshConfig
 from acceleration.mesh import SAMPLE_AXES
+from acceleration.sequence import SequenceParallel
 from acceleration.work import SharedWork
+from opensora.inference.load import tile_runner
 from opensora.models.vae import AutoencoderConfig, DCTConfig, Flux2DConfig, HunyuanConfig, build_autoencoder
+from opensora.schedulers.rectified_flow import RectifiedFlowConfig
+from opensora.train.step import Preparation, Tokens
 from opensora.utils.work import Work, one_by_one
 from tests.dist.harness import run_distributed
+from tests.dist.problem import FakeBatch, FakeText
 
 CPU = torch.device("cpu")
 SHAPES = [(2, 3), (4,), (1, 0, 2), (5, 1), (3, 3), (2, 2), (7,)]
@@ -122,3 +128,34 @@ def test_a_clip_is_coded_once_by_all(kind: str, world: int, autoencoders: dict[s
         assert torch.equal(found_latents, results[0][0]) and torch.equal(found_pixels, results[0][1])
         assert (found_latents - latents).abs().max() <= 1e-6 and (found_pixels - pixels).abs().max() <= 1e-6
         assert ran <= -(-pieces // world) + 1  # encoding and decoding round up each
+
+
+def prepared() -> tuple[Tokens, Tokens, list[int]]:
+    """A micro-batch encoded by all together, and by this process alone; bytes sent on every axis for the first."""
+    mesh = meshes.build(MeshConfig(ulysses=2, tensor=2), dist.get_world_size(), CPU)
+    autoencoder = build_autoencoder(DCTConfig(channels=16), CPU, torch.float32)
+    prepare = Preparation(
+        autoencoder=autoencoder,
+        text_encoder=FakeText(),
+        flow=RectifiedFlowConfig(),
+        patch=1,
+        cond_embed=False,
+        guidance_embed=False,
+        sequence=SequenceParallel(mesh),
+        seed=7,
+        device=CPU,
+        run_tiles=tile_runner("on", autoencoder, mesh),
+    )
+    assert tile_runner("auto", autoencoder, mesh) is one_by_one  # cheaper to compute than to send
+    pixels = torch.randint(0, 256, (2, 3, 9, 16, 24), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    batch: Any = FakeBatch(pixels, ["a", "b c"], (4, 9))
+    together = prepare(batch, 5)
+    sent = [mesh[name].bytes_sent for name in ("ulysses", "tensor")]
+    return together, replace(prepare, run_tiles=one_by_one)(batch, 5), sent
+
+
+def test_a_micro_batch_is_encoded_by_all_that_work_on_it() -> None:
+    for together, alone, sent in run_distributed(prepared, 4):
+        assert all(sent)
+        assert torch.allclose(together.target, alone.target, atol=1e-6)
+        assert torch.allclose(together.inputs["img"], alone.inputs["img"], atol=1e-6)

@@ -108,6 +108,6 @@ def _fade_in_(tile: Tensor, before: Tensor, extent: int, dim: int) -> None:
     """Write into the start of ``tile`` a linear transition from the end of ``before``."""
     extent = min(before.shape[dim], tile.shape[dim], extent)
     new = (torch.arange(extent, dtype=torch.float64) / extent).view(-1, *[1] * (tile.dim() - 1 - dim))
-    old, new = ((weight).to(tile.device, tile.dtype) for weight in (1 - new, new))
+    old, new = (weight.to(tile.device, tile.dtype) for weight in (1 - new, new))
     start = tile.narrow(dim, 0, extent)
     start.copy_(before.narrow(dim, before.shape[dim] - extent, extent) * old + start * new)
