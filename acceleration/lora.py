@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from acceleration import plan
 from acceleration.config import LoraConfig
@@ -33,7 +32,7 @@ class LoraLinear(nn.Linear):
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, device="meta", dtype=base.weight.dtype)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False, device="meta", dtype=base.weight.dtype)
         self.scale = scale
-        self.merged = False  # True: the weights contain the adapter
+        self.merged = False  # True: the weights contain the adapter, see sharding.merge_adapters
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(self, x, self.bias)
@@ -88,21 +87,6 @@ def init_parameter_(name: str, tensor: Tensor, generator: torch.Generator) -> No
     tensor.copy_(torch.empty(tensor.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator))
 
 
-@torch.no_grad()
-def merge(model: nn.Module, scale: float = 1.0) -> None:
-    """W += scale * s * B A, in place, under any layout: afterwards the adapters cost no time. Collective.
-
-    Sharding and tensor parallelism cut the rows of B as they cut those of W, and tensor parallelism the columns of A
-    as those of W, so each process adds to what it holds; only the rows of A are gathered.
-    """
-    for module in model.modules():
-        if isinstance(module, LoraLinear) and not module.merged:
-            down, up, weight = module.lora_A.weight, module.lora_B.weight, module.weight
-            whole = down.full_tensor() if isinstance(down, DTensor) else down
-            _local(weight).addmm_(_local(up), whole, alpha=scale * module.scale)
-            module.merged = True
-
-
 @dataclass(frozen=True)
 class Filled:
     """A source of values (see ``sharding.materialize``): adapters from one, everything else from the other."""
@@ -120,7 +104,3 @@ class Filled:
 
     def _source(self, name: str) -> Fill:
         return self.adapter if is_adapter(name) else self.base
-
-
-def _local(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x

@@ -29,6 +29,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from acceleration import plan, tensor_parallel
 from acceleration.collectives import count_all_reduce, nbytes
 from acceleration.config import PrecisionConfig
+from acceleration.lora import LoraLinear
 from acceleration.mesh import COPIES, PIECES, Axis, Mesh, sharding_mesh
 from acceleration.plan import Fill, Partial
 from acceleration.precision import DTYPES, fsdp_policy
@@ -123,12 +124,13 @@ class _ReduceScatter(_Buffers):
 def materialize(model: nn.Module, precision: PrecisionConfig, device: torch.device, fill: Fill) -> None:
     """Allocate a meta model on ``device`` and give every parameter its value.
 
-    ``fill(name, tensor)`` writes the full value of one parameter into a CPU tensor of master type; every process keeps
-    its piece. If it is ``Partial`` it is asked for the piece alone. No process ever holds more than its pieces and one
-    full parameter, or one piece, and values do not depend on the layout.
+    ``fill(name, tensor)`` writes the full value of one parameter into a CPU tensor of the type it is kept in; every
+    process keeps its piece. If it is ``Partial`` it is asked for the piece alone. No process ever holds more than its
+    pieces and one full parameter, or one piece, and values do not depend on the layout. What is frozen needs no master:
+    kept in the compute type it takes less memory, and the numbers that blocks compute with are the same.
     """
-    dtype = DTYPES[precision.master]
-    model.to(dtype)
+    master, compute = DTYPES[precision.master], DTYPES[precision.compute]
+    model._apply(lambda x: x.to(master if x.requires_grad else compute))  # as model.to, which knows one type only
     model.to_empty(device=device)
     with torch.no_grad():
         cuts = tensor_parallel.cuts(model)
@@ -139,7 +141,7 @@ def materialize(model: nn.Module, precision: PrecisionConfig, device: torch.devi
                 isinstance(fill, Partial) and all(fill.read_part(name, start, part) for start, part in parts)
             ):
                 continue
-            whole = torch.empty(cut.shape if cut else parameter.shape, dtype=dtype)
+            whole = torch.empty(cut.shape if cut else parameter.shape, dtype=parameter.dtype)
             fill(name, whole)
             for start, part in parts:
                 part.copy_(whole[tuple(slice(s, s + size) for s, size in zip(start, part.shape, strict=True))])
@@ -201,3 +203,18 @@ def release(model: nn.Module) -> None:
     """Free what was gathered for a forward pass that no backward pass follows."""
     for module in fsdp_modules(model):
         module.reshard()
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module, scale: float = 1.0) -> None:
+    """W += scale * s * B A (see ``lora.py``), in place: afterwards the adapters cost no time. Collective.
+
+    Sharding and tensor parallelism cut the rows of B as they cut those of W, and tensor parallelism the columns of A
+    as those of W, so each process adds to what it holds; only the rows of A are gathered.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLinear) and not module.merged:
+            weight = local(module.weight)
+            down = full(module.lora_A.weight).to(weight.device)
+            weight.addmm_(local(module.lora_B.weight), down, alpha=scale * module.scale)
+            module.merged = True

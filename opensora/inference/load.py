@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acceleration import lora, tensor_parallel
+from acceleration import lora, sharding, tensor_parallel
 from acceleration import mesh as meshes
 from acceleration.checkpoint import CheckpointManager, newest, pieces
 from acceleration.config import LoraConfig, MeshConfig, PrecisionConfig
@@ -246,7 +246,7 @@ def load_components(cfg: SampleConfig, source: Source, runtime: Runtime) -> Comp
     if adapters:
         if adapters.checkpoint:
             _read_checkpoint(adapters.checkpoint, model, use_ema=cfg.use_ema, adapters=True)
-        lora.merge(model, cfg.lora_scale)
+        sharding.merge_adapters(model, cfg.lora_scale)
     model.requires_grad_(False).eval()
     dtype = DTYPES[cfg.precision]
     autoencoder = build_autoencoder(source.vae, runtime.device, dtype)

@@ -100,4 +100,4 @@ def test_weights_move_far_enough_to_tell(truth: dict[str, Tensor]) -> None:
     for name, value in start.items():
         fill(name, value)
         if name != "cond_in.weight":  # text to video knows no frame: its input is zero
-            assert relative(value, truth[name]) > 1e4 * TOLERANCE, name
+            assert relative(value, truth[name]) > 1e3 * TOLERANCE, name

@@ -4,9 +4,10 @@ The reference is plain torch without any of our code for adapters: each adapted 
 fp64 and SGD, as in test_parity.py.
 """
 
-import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from acceleration import lora, plan, sharding, tensor_parallel
 from acceleration import mesh as meshes
 from acceleration.checkpoint import CheckpointManager, pieces
 from acceleration.collectives import nbytes
-from acceleration.config import LoraConfig, OptimConfig, ParallelConfig
+from acceleration.config import LoraConfig, OptimConfig, ParallelConfig, PrecisionConfig
 from acceleration.engines import Engine, build_engine
 from acceleration.mesh import COPIES, Mesh
 from acceleration.parallelize import parallelize
@@ -178,7 +179,7 @@ def test_layout_equals_one_process(truth: Found, layout: Layout) -> None:
 
 
 # Which gradients arrive: the first blocks' inputs need none, whole blocks train nothing, one layer does.
-@pytest.mark.parametrize(("zero", "recompute"), [(3, "full"), (2, "none")])
+@pytest.mark.parametrize(("zero", "recompute"), [(3, "full"), pytest.param(2, "none", marks=pytest.mark.slow)])
 def test_blocks_without_adapters_are_passed_by(zero: int, recompute: str) -> None:
     layout = Layout(2, {}, zero, recompute)
     compare(run_distributed(on_this_layout, 2, layout.config, LATE), on_one_process(LATE))
@@ -211,34 +212,60 @@ def test_frozen_weights_have_no_gradient_no_state_and_no_traffic() -> None:
         assert kept[where] == kept["names"], where
 
 
+def in_bf16(cfg: ParallelConfig, frozen: str) -> tuple[dict[str, Tensor], int]:
+    """Adapters after two steps, and the bytes of weights held; ``frozen`` is the type that the base is kept in."""
+    with mock.patch.object(sharding, "DTYPES", sharding.DTYPES | {"bf16": sharding.DTYPES[frozen]}):
+        mesh, engine = build(cfg, BLOCKS, OptimConfig(lr=1e-2))
+    for step in range(2):
+        backward(engine, mesh, step)
+        engine.step(step)
+    held = sum(nbytes(sharding.local(p)) for p in engine.model.parameters())
+    return dict(engine.full_weights()), held
+
+
+def test_frozen_weights_in_compute_type_change_no_number() -> None:
+    """The base as fp32 that is cast for every use, and as bf16: the same bit for bit, in little more than half."""
+    cfg = replace(Layout(1, {}, 3, "none").config, precision=PrecisionConfig())
+    (wide, more), (narrow, less) = (run_distributed(in_bf16, 1, cfg, frozen)[0] for frozen in ("fp32", "bf16"))
+    assert all(torch.equal(narrow[name], wide[name]) for name in wide)
+    assert all(tensor.dtype == torch.float32 for tensor in narrow.values())
+    trained = sum(nbytes(tensor) for tensor in narrow.values())
+    assert less - trained == (more - trained) // 2
+
+
 OPTIM = OptimConfig(lr=1e-2, clip_norm=CLIP, ema_decay=0.9)
 
 
-def train(cfg: ParallelConfig, folder: Path, start: int, stop: int) -> dict[str, Tensor]:
-    """Resume at ``start`` if it is not zero, run to ``stop``, save."""
-    mesh, engine = build(cfg, BLOCKS, OPTIM)
-    manager = CheckpointManager(folder, keep=0)
-    if start:
-        state = engine.state_dict()
-        manager.load(folder / f"step-{start:08d}", state)
-        engine.load_state_dict(state)
+def train(engine: Engine, mesh: Mesh, start: int, stop: int) -> dict[str, Tensor]:
+    """All state after the updates, as whole tensors."""
     for step in range(start, stop):
         backward(engine, mesh, step)
         engine.step(step)
     state = engine.state_dict()
-    manager.save(stop, state, {})
     flat = {f"{part}.{name}": value for part, values in state.items() for name, value in values.items()}
     return {n: pieces.whole(value, mesh["tensor"]).clone() for n, value in flat.items() if isinstance(value, Tensor)}
 
 
+def resumed(cfg: ParallelConfig, folder: Path) -> dict[str, Tensor]:
+    mesh, engine = build(cfg, BLOCKS, OPTIM)
+    state = engine.state_dict()
+    CheckpointManager(folder, keep=0).load(folder / "step-00000002", state)
+    engine.load_state_dict(state)
+    return train(engine, mesh, 2, 4)
+
+
+def broken_and_whole(cfg: ParallelConfig, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    mesh, engine = build(cfg, BLOCKS, OPTIM)
+    train(engine, mesh, 0, 2)
+    CheckpointManager(folder, keep=0).save(2, engine.state_dict(), {})
+    whole = train(engine, mesh, 2, 4)
+    return resumed(cfg, folder), whole
+
+
 def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
-    """Bitwise on the same layout, to rounding on another, both ways across tensor parallelism."""
-    sharded, cut = Layout(2, {}, 3, "none").config, Layout(2, {"tensor": 2}, 1, "none").config
-    truth = run_distributed(train, 2, cut, tmp_path / "whole", 0, 4)[0]
-    run_distributed(train, 2, cut, tmp_path / "broken", 0, 2)
-    shutil.copytree(tmp_path / "broken", tmp_path / "moved")
-    same = run_distributed(train, 2, cut, tmp_path / "broken", 2, 4)[0]
-    other = run_distributed(train, 2, sharded, tmp_path / "moved", 2, 4)[0]
+    """Bitwise on the same layout; to rounding on another, out of tensor parallelism."""
+    same, truth = run_distributed(broken_and_whole, 2, Layout(2, {"tensor": 2}, 1, "none").config, tmp_path)[0]
+    other = run_distributed(resumed, 2, Layout(2, {}, 3, "none").config, tmp_path)[0]
     assert truth.keys() == same.keys() == other.keys()
     for name, value in truth.items():
         assert torch.equal(same[name], value), name
@@ -254,7 +281,7 @@ def merged(cfg: ParallelConfig, scale: float) -> tuple[dict[str, Tensor], Tensor
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    lora.merge(model, scale)
+    sharding.merge_adapters(model, scale)
     after = model(**inputs)
     for module in model.modules():
         if isinstance(module, FSDPModule):

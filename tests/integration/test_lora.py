@@ -1,11 +1,11 @@
 """The real commands: train a base, adapt it, stop and resume, export, sample in every way adapters can be given."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -42,6 +42,18 @@ def adapted(folder: Path, *more: str) -> list[str]:
     return [*ADAPTED, "optim.lr=0.05", f"train.init_from={folder}/base/run/exported", *more]
 
 
+def first_loss(run: Path) -> float:
+    return json.loads((run / "metrics.jsonl").read_text().splitlines()[1])["loss"]
+
+
+def test_adapters_start_at_the_base(folder: Path, tmp_path: Path) -> None:
+    """The first loss is that of the base itself, trained on from the same weights."""
+    one = ["train.steps=1", "optim.warmup_steps=0", f"train.init_from={folder}/base/run/exported", *ONE]
+    train_on(1, folder / "adapted.yaml", [*one, f"output={tmp_path}/whole"])
+    train_on(1, folder / "adapted.yaml", [*one, f"output={tmp_path}/adapted", "lora.rank=3"])
+    assert first_loss(tmp_path / "whole/run") == first_loss(tmp_path / "adapted/run") > 0
+
+
 def exported(run: Path) -> dict[str, Tensor]:
     return read_adapter(run / "exported").tensors
 
@@ -56,6 +68,7 @@ def test_checkpoint_and_export_hold_adapters_alone(folder: Path) -> None:
     assert all(tensor.abs().max() > 0 for tensor in exported(run).values())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_stopped_and_resumed_on_another_layout(folder: Path, tmp_path: Path) -> None:
     """Begun with tensor parallelism, ended with Ulysses: the adapters of the run that was not stopped."""
@@ -87,29 +100,37 @@ def sample(tmp_path: Path, weights: Path, world: int = 1, **more: Any) -> Tensor
     return run_distributed(sample_pixels, world, load_config(SampleConfig, path), timeout=100, init=False)[0]
 
 
-@pytest.mark.timeout(300)
-def test_every_way_to_give_adapters_is_the_same(folder: Path, tmp_path: Path) -> None:
-    """Beside the base's export or its run, as an export, as a run; equal to weights merged by hand."""
-    base, run = folder / "base/run", folder / "adapted/run"
-    adapters = read_adapter(run / "exported")
-    state = dict(read_state_dict(base / "exported")[0])
+@pytest.fixture(scope="module")
+def merged(folder: Path) -> Path:
+    """The base with the adapters added by hand."""
+    adapters = read_adapter(folder / "adapted/run/exported")
+    target = shutil.copytree(folder / "base/run/exported", folder / "merged")
+    state = dict(read_state_dict(target)[0])
     for layer in adapters.layers:
         a, b = (adapters.tensors[f"{layer}.{kind}"] for kind in (lora.A, lora.B))
         state[f"{layer}.weight"] = (state[f"{layer}.weight"] + 2.0 * b @ a).float()
-    merged = shutil.copytree(base / "exported", tmp_path / "merged")
-    write_weights(merged, state.items(), {"fused_qkv": "true", "rope_layout": "interleaved"})
+    write_weights(target, state.items(), {"fused_qkv": "true", "rope_layout": "interleaved"})
+    return target
 
-    wanted, plain = sample(tmp_path, merged), sample(tmp_path, base / "exported")
-    assert (wanted - plain).abs().max() > 0.05
-    cut = "{zero: 3, mesh: {tensor: 2, shard: 1}, timeout_s: 60}"
-    for pixels in (
-        sample(tmp_path, base / "exported", lora=run / "exported"),
-        sample(tmp_path, run / "exported", world=2, parallel=cut),
-        sample(tmp_path, run, world=2, parallel=cut),
-        sample(tmp_path, base, world=2, lora=run / "exported"),
-    ):
-        assert (pixels - wanted).abs().max() <= 2 / 255
-    assert torch.equal(sample(tmp_path, base / "exported", lora=run / "exported", lora_scale=0), plain)
+
+# (processes, weights, adapters): beside the base's export or its run, as an export of their own, as their run.
+WAYS = {
+    "run": (2, "adapted/run", None),
+    "beside an export": (1, "base/run/exported", "adapted/run/exported"),
+    "export": (2, "adapted/run/exported", None),
+    "beside a run": (2, "base/run", "adapted/run/exported"),
+}
+
+
+@pytest.mark.parametrize("way", [way if way == "run" else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
+def test_every_way_to_give_adapters_is_the_same(folder: Path, merged: Path, tmp_path: Path, way: str) -> None:
+    world, weights, adapters = WAYS[way]
+    beside = {"lora": folder / adapters} if adapters else {}
+    cut = {"parallel": "{zero: 3, mesh: {tensor: 2, shard: 1}, timeout_s: 60}"} if world == 2 else {}
+    wanted = sample(tmp_path, merged)
+    assert (sample(tmp_path, folder / weights, world, **beside, **cut) - wanted).abs().max() <= 2 / 255
+    plain = sample(tmp_path, folder / (weights if adapters else "base/run/exported"), **beside, lora_scale=0)
+    assert (plain - wanted).abs().max() > 0.05
 
 
 def test_adapters_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from acceleration import lora
+from acceleration import lora, sharding
 from acceleration.config import LoraConfig
 from opensora.config import SampleConfig
 from opensora.inference.load import _exported
@@ -126,7 +126,7 @@ def test_merged(scale: float) -> None:
     wanted = with_adapters(scaled)(**inputs())
     model = with_adapters(tensors)
     for _ in range(2):
-        lora.merge(model, scale)
+        sharding.merge_adapters(model, scale)
         assert torch.allclose(model(**inputs()), wanted, atol=1e-5)
 
 
