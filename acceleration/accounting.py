@@ -140,8 +140,7 @@ def reductions_per_step(zero: int, batches: int) -> int:
 
 def _sharding_bytes(structure: Structure, place: Place, batches: int) -> Counter[str]:
     zero, total = place.cfg.zero, Counter[str]()
-    units = [(structure.blocks[index], count) for index, count in Counter(structure.alike).items()]
-    for unit, count in (*units, (structure.rest, 1)):
+    for unit, count in structure.tally:
         trained = padded((p for p in unit.parameters if p.trains), place) * place.itemsize("reduce")
         if place.pieces > 1:
             total[PIECES] += count * gathers_per_step(zero, batches) * gather_bytes(unit, place)
@@ -156,8 +155,9 @@ def _shared_gradients(structure: Structure, place: Place) -> Counter[str]:
     tensor = place.mesh["tensor"].degree
     if tensor == 1:
         return Counter()
-    shared = held((p for p in structure.parameters if p.is_shared and p.trains), place)
-    sizes = (shared, 1 if any(p.cut_dim is not None and p.trains for p in structure.parameters) else 0)
+    shared = sum(n * held((p for p in u.parameters if p.is_shared and p.trains), place) for u, n in structure.tally)
+    is_cut = any(p.cut_dim is not None and p.trains for unit, _ in structure.tally for p in unit.parameters)
+    sizes = (shared, int(is_cut))
     return Counter(tensor=sum(all_reduce_bytes(n * place.itemsize("master"), tensor) for n in sizes))
 
 

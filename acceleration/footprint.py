@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from acceleration.accounting import Place, held, padded
 from acceleration.activations import Segment, Timeline
 from acceleration.config import OptimConfig
-from acceleration.structure import Structure, Unit
+from acceleration.structure import Structure
 
 MOMENTS = {"adamw": 2, "sgd": 0}  # values that an optimizer keeps per weight
 
@@ -45,17 +45,22 @@ class Footprint:
 def state_of(structure: Structure, place: Place, optim: OptimConfig, frozen: int = 0) -> Footprint:
     """What a process keeps between steps."""
     master = place.itemsize("master")
-    trained = held((p for p in structure.parameters if p.trains), place) * master
+    trained = trained_values(structure, place) * master
     return Footprint(
-        weights=padded(structure.parameters, place) * master,
+        weights=sum(count * padded(unit.parameters, place) for unit, count in structure.tally) * master,
         optimizer=trained * MOMENTS[optim.kind],
-        ema=held(structure.parameters, place) * master if optim.ema_decay else 0,
+        ema=sum(n * held(unit.parameters, place) for unit, n in structure.tally) * master if optim.ema_decay else 0,
         gradients=0,
         gathered=0,
         buffers=0,
         activations=0,
         frozen=frozen,
     )
+
+
+def trained_values(structure: Structure, place: Place) -> int:
+    """Values of gradients that a process holds when the optimizer steps."""
+    return sum(n * held((p for p in unit.parameters if p.trains), place) for unit, n in structure.tally)
 
 
 def peak(
@@ -83,13 +88,19 @@ def peak(
 
 class _Walk:
     def __init__(self, structure: Structure, place: Place, state: Footprint) -> None:
-        self.structure, self.place, self.state = structure, place, state
+        self.place, self.state = place, state
         self.now: Counter[str] = Counter()
         self.worst = state
         self.gathered: set[int] = set()
         self.packed = 0  # the buffer of the unit reduced last
         self.copied = 0  # the buffer of the unit gathered last
         self.rest = len(structure.blocks)
+        like = (*structure.alike, self.rest)
+        units = {index: structure.units[index].parameters for index in set(like)}
+        pieces = {index: padded(parameters, place) for index, parameters in units.items()}
+        trained = {index: padded((p for p in parameters if p.trains), place) for index, parameters in units.items()}
+        self.weights = [pieces[index] for index in like]  # values of a piece of every unit
+        self.trained = [trained[index] for index in like]  # and of a piece of its gradient
 
     def micro_batch(self, timeline: Timeline, *, last: bool, is_first: bool) -> None:
         zero = self.place.cfg.zero
@@ -114,29 +125,23 @@ class _Walk:
             self.run(timeline.backward[index], spent)
             if last or zero >= 2:
                 self.free(index)
-            grads = self.compute_gradients(self.structure.blocks[index])
+            grads = self.compute_gradients(index)
             if not accumulates:
                 spent += grads
             self.take(index, grads, timeline.backward[index].end - spent, last=last, accumulates=accumulates)
         self.run(timeline.after, spent)
         if last or zero >= 2:
             self.free(self.rest)
-        rest = self.compute_gradients(self.structure.rest)
+        rest = self.compute_gradients(self.rest)
         self.take(self.rest, rest, 0, last=last, accumulates=accumulates)
         self.now["activations"] = 0
         if last:
             self.now["buffers"] -= self.packed
             self.packed = 0
 
-    def unit(self, index: int) -> Unit:
-        return self.structure.units[index]
-
-    def compute_gradients(self, unit: Unit) -> int:
-        return self.trained(unit) * self.place.pieces * self.place.itemsize("compute")
-
-    def trained(self, unit: Unit) -> int:
-        """Values of a piece of a unit's gradient."""
-        return padded((p for p in unit.parameters if p.trains), self.place)
+    def compute_gradients(self, index: int) -> int:
+        """Bytes of a unit's whole gradients as backward makes them."""
+        return self.trained[index] * self.place.pieces * self.place.itemsize("compute")
 
     def gather(self, index: int, *, below: int = -1, forward: bool = False) -> None:
         """All-gather into a buffer, and copy out. ``below``: the unit whose buffer is filled ahead of time."""
@@ -162,7 +167,7 @@ class _Walk:
 
     def whole_weights(self, index: int) -> int:
         """Bytes of a unit's weights in compute type, padded to equal pieces."""
-        return padded(self.unit(index).parameters, self.place) * self.place.pieces * self.place.itemsize("compute")
+        return self.weights[index] * self.place.pieces * self.place.itemsize("compute")
 
     def free(self, index: int) -> None:
         if index in self.gathered:
@@ -176,8 +181,7 @@ class _Walk:
 
     def take(self, index: int, grads: int, left: int, *, last: bool, accumulates: bool) -> None:
         """After backward of a unit: its whole gradients are kept, or reduced. ``left``: activations without them."""
-        place, unit = self.place, self.unit(index)
-        trained, zero = self.trained(unit), place.cfg.zero
+        place, trained, zero = self.place, self.trained[index], self.place.cfg.zero
         whole = trained * place.pieces
         wide = place.itemsize("reduce") if place.cfg.precision.reduce != place.cfg.precision.compute else 0
         kept = whole * (wide or place.itemsize("compute"))  # of a unit, between micro-batches

@@ -1,4 +1,4 @@
-"""How much memory this process holds, and used at its peak."""
+"""How much memory this process used at its peak, and how much its device has."""
 
 import resource
 import sys
@@ -19,6 +19,13 @@ def peak_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB elsewhere
+
+
+def device_bytes() -> int | None:
+    """Memory of the smallest GPU that this process sees; None without one, where more can be had by swapping."""
+    if not torch.cuda.is_available():
+        return None
+    return min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
 
 
 def held(tensors: Iterable[Tensor]) -> int:

@@ -6,6 +6,7 @@ sharded over shard x cfg x ring x ulysses together, and layers over tensor, so t
 added, whatever it does with tokens.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 from math import prod
 
@@ -48,6 +49,10 @@ class Mesh:
     @property
     def world_size(self) -> int:
         return prod(self[name].degree for name in AXES)
+
+    def bytes_sent(self) -> Counter[str]:
+        """What this process has sent so far, by axis."""
+        return Counter({name: axis.bytes_sent for name, axis in self.axes.items() if axis.bytes_sent})
 
     @property
     def data_degree(self) -> int:

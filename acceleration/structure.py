@@ -4,6 +4,7 @@ Nothing is computed and nothing allocated, so a model of any size takes a second
 image tokens of a sample, which three small runs determine exactly.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -96,6 +97,12 @@ class Structure:
         keys = ((unit.layers, unit.attentions, shape) for unit, shape in zip(self.blocks, shapes, strict=True))
         return tuple(first.setdefault(key, index) for index, key in enumerate(keys))
 
+    @cached_property
+    def tally(self) -> tuple[tuple[Unit, int], ...]:
+        """Units that differ, and how many there are of each."""
+        blocks = Counter(self.alike)
+        return (*((self.blocks[index], count) for index, count in blocks.items()), (self.rest, 1))
+
     @property
     def parameters(self) -> Iterator[Parameter]:
         return (parameter for unit in self.units for parameter in unit.parameters)
@@ -115,11 +122,12 @@ def structure_of(model: nn.Module, forward: Forward) -> Structure:
     rest = len(plan.blocks(model))
     units = [Unit((), (), ()) for _ in range(rest + 1)]
     for module, call in calls:
-        unit = units[owner.get(id(module), rest)]
-        grown = (
-            {"layers": (*unit.layers, call)} if isinstance(call, Layer) else {"attentions": (*unit.attentions, call)}
-        )
-        units[owner.get(id(module), rest)] = replace(unit, **grown)  # type: ignore[arg-type]
+        index = owner.get(id(module), rest)
+        unit = units[index]
+        if isinstance(call, Layer):
+            units[index] = replace(unit, layers=(*unit.layers, call))
+        else:
+            units[index] = replace(unit, attentions=(*unit.attentions, call))
     for index, parameters in _parameters(model, owner, rest).items():
         units[index] = replace(units[index], parameters=tuple(parameters))
     return Structure(tuple(units[:-1]), units[-1])

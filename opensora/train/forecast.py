@@ -6,7 +6,8 @@ model on top of them, good for comparing layouts: products at ``EFFICIENCY`` of 
 slowest link they cross, weights and gradients moved while blocks compute.
 """
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -22,12 +23,13 @@ from acceleration.accounting import MicroBatch, Place
 from acceleration.activations import Timeline, assemble, interpolate, spread, timeline
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, RecomputeConfig
 from acceleration.footprint import Footprint
-from acceleration.mesh import COPIES, PIECES
+from acceleration.mesh import COPIES, PIECES, Mesh
 from acceleration.sequence import SequenceParallel
 from acceleration.structure import Structure, Unit, structure_of
 from opensora.config import RunConfig
 from opensora.datasets.aspect import training_sizes
 from opensora.datasets.config import bucket_rows
+from opensora.datasets.plan import BatchPlan
 from opensora.inference.load import check_layout
 from opensora.models import MMDiTConfig, build_model
 from opensora.models.base import latent_grid
@@ -124,16 +126,21 @@ def structure(cfg: MMDiTConfig) -> Structure:
 
 def shapes(cfg: RunConfig) -> list[Shape]:
     """Every row of the bucket table at its size of most tokens; the table of clips is not read."""
-    vae = autoencoder_shape(cfg.vae)
-    patch, text = cfg.model.patch_size, cfg.text
-    txt, has_mask = (text.max_words, text.mask) if isinstance(text, ByteTextConfig) else (text.max_tokens, False)
+    multiple = autoencoder_shape(cfg.vae).stride[1] * cfg.model.patch_size
     found = []
     for row in bucket_rows(cfg.data):
-        sizes = training_sizes(row.resolution, vae.stride[1] * patch)
-        img = max(prod(latent_grid(row.frames, *size, vae)) // patch**2 for size in sizes)
-        batch = MicroBatch(samples=row.batch_size, txt=txt, img=img, has_mask=has_mask)
+        sizes = [_as_seen(cfg, row.frames, size) for size in training_sizes(row.resolution, multiple)]
+        batch = replace(max(sizes, key=lambda size: size.img), samples=row.batch_size)
         found.append(Shape(name=f"{row.resolution} x {row.frames}", batch=batch))
     return found
+
+
+def _as_seen(cfg: RunConfig, frames: int, size: tuple[int, int]) -> MicroBatch:
+    """One clip of this length and (height, width), as tokens."""
+    text = cfg.text
+    txt, has_mask = (text.max_words, text.mask) if isinstance(text, ByteTextConfig) else (text.max_tokens, False)
+    img = prod(latent_grid(frames, *size, autoencoder_shape(cfg.vae))) // cfg.model.patch_size**2
+    return MicroBatch(samples=1, txt=txt, img=img, has_mask=has_mask)
 
 
 def frozen_bytes(cfg: RunConfig) -> int:
@@ -163,16 +170,11 @@ class Forecaster:
     def state(self, place: Place) -> Footprint:
         """What a process holds whatever goes through the model: between steps, and its gradients."""
         state = footprint.state_of(self.structure, place, self.optim, self.frozen)
-        trained = accounting.held((p for p in self.structure.parameters if p.trains), place)
-        return replace(state, gradients=trained * place.itemsize("master"))
+        return replace(state, gradients=footprint.trained_values(self.structure, place) * place.itemsize("master"))
 
-    def forward_flops(self, batch: MicroBatch, units: Iterable[Unit] | None = None) -> int:
+    def forward_flops(self, batch: MicroBatch) -> int:
         """Of one whole micro-batch, all processes that share it together."""
-        tokens, total = (batch.txt, batch.img), 0
-        for unit in self.structure.units if units is None else units:
-            total += sum(linear_flops(x.inputs, x.outputs, x.rows.at(*tokens)) for x in unit.layers)
-            total += sum(attention_flops(a.tokens.at(*tokens), a.heads * a.head_dim) for a in unit.attentions)
-        return total * batch.samples
+        return sum(count * _unit_flops(unit, batch) for unit, count in self.structure.tally)
 
     def forecast(
         self, place: Place, shape: Shape, batches: int, device: Device, memory: Footprint, step_batches: int
@@ -195,25 +197,14 @@ class Forecaster:
     def _step(self, place: Place, batch: MicroBatch, batches: int, device: Device) -> tuple[dict[str, int], float]:
         """(bytes by axis, seconds) of a step of ``batches`` of these on every process."""
         mesh = place.mesh
-        one = accounting.step_bytes(self.structure, place, [batch])
-        two = accounting.step_bytes(self.structure, place, [batch, batch])
-        sent = {axis: one[axis] + (two[axis] - one[axis]) * (batches - 1) for axis in one}
+        sent = accounting.step_bytes(self.structure, place, [batch] * batches)
         links = _bandwidths(place, device)
         shared = mesh["ring"].degree * mesh["ulysses"].degree * mesh["tensor"].degree
-        attention = sum(
-            attention_flops(a.tokens.at(batch.txt, batch.img), a.heads * a.head_dim) * batch.samples
-            for unit in self.structure.blocks
-            for a in unit.attentions
-        )
-        forward = self.forward_flops(batch)
-        again = [
-            unit
-            for unit, kind in zip(
-                self.structure.blocks, accounting.recomputed(len(self.structure.blocks), place), strict=True
-            )
-            if accounting.RERUN[kind][1]
-        ]
-        hardware = training_flops(forward) + self.forward_flops(batch, again)
+        attention = sum(count * _attention_flops(unit, batch) for unit, count in self.structure.tally)
+        blocks = self.structure.blocks
+        kinds = Counter(zip(self.structure.alike, accounting.recomputed(len(blocks), place), strict=True))
+        again = sum(n * accounting.RERUN[kind][1] * _unit_flops(blocks[i], batch) for (i, kind), n in kinds.items())
+        hardware = training_flops(self.forward_flops(batch)) + again
         speed = device.flops * EFFICIENCY * shared
         compute, inside = hardware / speed * batches, training_flops(attention) / speed * batches
         seconds = {axis: count / links[axis] for axis, count in sent.items()}
@@ -241,14 +232,10 @@ class Forecaster:
         degrees = {name: min(2, place.mesh[name].degree) for name in ("ring", "ulysses")}
         shared = prod(degrees.values())
         small = replace(place, mesh=meshes.view(degrees | {"tensor": place.mesh["tensor"].degree}))
-        runs = [
-            self._run(
-                small, kind, replace(batch, samples=1, txt=n // 16 * shared, img=n * 15 // 16 * shared), accumulates
-            )
-            for n in PROBED
-        ]
+        tries = [replace(batch, samples=1, txt=n // 16 * shared, img=n * 15 // 16 * shared) for n in PROBED]
+        low, high = (self._run(small, kind, tried, accumulates) for tried in tries)
         here = batch.samples * sum(place.local_tokens(batch))
-        return interpolate(*runs, (here - PROBED[0]) / (PROBED[1] - PROBED[0]))
+        return interpolate(low, high, (here - PROBED[0]) / (PROBED[1] - PROBED[0]))
 
     def _run(self, place: Place, kind: str, batch: MicroBatch, accumulates: bool) -> Timeline:
         mesh = place.mesh
@@ -272,6 +259,16 @@ class Forecaster:
 
             self._lines[key] = timeline(model, loss, accumulates=accumulates)
         return self._lines[key]
+
+
+def _unit_flops(unit: Unit, batch: MicroBatch) -> int:
+    rows = ((layer, layer.rows.at(batch.txt, batch.img) * batch.samples) for layer in unit.layers)
+    return sum(linear_flops(layer.inputs, layer.outputs, n) for layer, n in rows) + _attention_flops(unit, batch)
+
+
+def _attention_flops(unit: Unit, batch: MicroBatch) -> int:
+    sizes = ((a.tokens.at(batch.txt, batch.img), a.heads * a.head_dim) for a in unit.attentions)
+    return sum(attention_flops(tokens, hidden) * batch.samples for tokens, hidden in sizes)
 
 
 def layouts(cfg: RunConfig, world: int, device: Device) -> Iterator[ParallelConfig]:
@@ -302,6 +299,48 @@ def check_own(cfg: RunConfig, world: int) -> str | None:
     except UserError as error:
         return str(error)
     return None
+
+
+def check_memory(cfg: RunConfig, world: int, device_bytes: int | None) -> None:
+    """That weights, optimizer state, average and gradients alone, all held when the optimizer steps, fit the device.
+
+    A lower bound: activations, buffers and frozen models are left out, so what is refused could never have run.
+
+    Args:
+        device_bytes: memory of a device; None: unknown, nothing is refused.
+
+    Raises:
+        UserError: they do not fit, with the key to change.
+    """
+    # Adapters keep no state of the weights, and what is offloaded is not on the device.
+    if device_bytes is None or cfg.lora.rank or cfg.parallel.offload != "none" or cfg.parallel.engine != "native":
+        return
+    place = Place(meshes.view(meshes.resolve(cfg.parallel.mesh, world)), cfg.parallel)  # the first has most
+    least = Forecaster(cfg.model, cfg.optim, device_type="cuda").state(place).total
+    if least <= device_bytes:
+        return
+    need = f"{least / 2**30:.0f} GiB for weights, optimizer and gradients, and a device has {device_bytes / 2**30:.0f}"
+    if cfg.parallel.zero < 2:
+        raise UserError(f"parallel.zero={cfg.parallel.zero}: a process needs {need}: set parallel.zero=3")
+    raise UserError(
+        f"parallel.mesh: a process of {world} needs {need}: start more processes, lower parallel.mesh.replicate, "
+        "or choose a smaller model.size"
+    )
+
+
+class Traffic:
+    """Bytes that this process should send in every step of a run, by formula."""
+
+    def __init__(self, cfg: RunConfig, mesh: Mesh, plan: BatchPlan) -> None:
+        self._cfg, self._mesh, self._plan = cfg, mesh, plan
+        self._place, self._structure = Place(mesh, cfg.parallel), structure(cfg.model)
+
+    def of_step(self, step: int) -> dict[str, int]:
+        """Axis -> bytes in update ``step``."""
+        mine = self._plan.assign(step, self._mesh.data_rank, self._mesh.data_degree)
+        batches = [_as_seen(self._cfg, m.bucket.frames, (m.bucket.height, m.bucket.width)) for m in mine]
+        sized = [replace(b, samples=len(m.sample_ids)) for b, m in zip(batches, mine, strict=True)]
+        return accounting.step_bytes(self._structure, self._place, sized)
 
 
 class Planner:
@@ -335,7 +374,8 @@ class Planner:
             UserError: nothing fits, with what to change.
         """
         heaviest, some = self.shapes[-1], self.shapes[:: max(1, len(self.shapes) // 3)]
-        timed, closest = [], None
+        timed: list[tuple[float, int, ParallelConfig]] = []
+        closest: Forecast | None = None
         for parallel in layouts(self.cfg, self.world, self.device):
             if self.forecaster.state(self._place(parallel)).total <= self.room:
                 timed.append((sum(self.one(parallel, s, with_memory=False).step_s for s in some), len(timed), parallel))
@@ -353,7 +393,7 @@ class Planner:
         return found
 
     def _nothing(self, closest: Forecast | None) -> str:
-        room = f"{self.room / 2**30:.0f} GiB of {self.world} devices"
+        room = f"{self.room / 2**30:.1f} GiB of {self.world} devices"
         if closest is None:
             return f"no layout fits: weights, optimizer and gradients alone need more than the {room}; use more devices"
         return (

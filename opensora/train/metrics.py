@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from acceleration.memory import peak_gib
+from acceleration.mesh import Mesh
 from opensora.utils.logging import MetricsLogger, progress
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class Metrics:
         self._buckets: Counter[Bucket] = Counter()  # samples consumed
         self._since = time.monotonic()
         self._waited_s = 0.0
+        self._sent: Counter[str] = Counter()  # bytes by axis that are not of the steps since the last record
+        self._predicted: Counter[str] = Counter()
         self._aside: dict[str, float] = {}
 
     def record(self, run: "Run", loss: Tensor, grad_norm: Tensor, *, last: bool) -> None:
@@ -40,6 +43,8 @@ class Metrics:
         self._norms.append(grad_norm.detach())
         self._buckets += run.data.bucket_samples(run.step - 1)
         self._tokens += run.tokens(run.step - 1)
+        if self._logger and run.traffic:
+            self._predicted.update(run.traffic.of_step(run.step - 1))
         if run.step % self._every and not last:
             return
         # Processes along the tensor axis hold the same share: one of them counts.
@@ -58,13 +63,18 @@ class Metrics:
             "rate/tokens_per_s": self._tokens / seconds,
             "mem/peak_gib": peak_gib(run.runtime.device),
             "data/replaced": len(run.data.replaced),
-        } | {f"comm/{axis.name}_gib": axis.bytes_sent / 2**30 for axis in run.mesh.axes.values() if axis.degree > 1}
+        }
+        for name, sent in (run.mesh.bytes_sent() - self._sent).items():
+            values[f"comm/{name}_gib"] = sent / steps / 2**30
+        values |= {f"comm/{name}_predicted_gib": sent / steps / 2**30 for name, sent in self._predicted.items()}
         values |= {f"samples/{bucket}": count for bucket, count in self._buckets.items()}
         values |= self._aside
         self._aside.clear()
         self._losses.clear()
         self._norms.clear()
         self._tokens = 0
+        self._sent = run.mesh.bytes_sent()
+        self._predicted.clear()
         self._buckets.clear()
         self._since, self._waited_s = time.monotonic(), run.data.waited_s
         if self._logger and self._bar is not None:
@@ -72,10 +82,11 @@ class Metrics:
             self._bar.update_to(run.step, values)
 
     @contextmanager
-    def aside(self, name: str) -> Iterator[None]:
-        """Time spent here is not the steps'; the next record has it as ``time/{name}_s``."""
-        started = time.monotonic()
+    def aside(self, name: str, mesh: Mesh) -> Iterator[None]:
+        """Time and traffic of what is done here are not the steps'; the next record has ``time/{name}_s``."""
+        started, sent = time.monotonic(), mesh.bytes_sent()
         yield
+        self._sent += mesh.bytes_sent() - sent
         seconds = time.monotonic() - started
         self._since += seconds
         self._aside[f"time/{name}_s"] = self._aside.get(f"time/{name}_s", 0.0) + seconds

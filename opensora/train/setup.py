@@ -14,6 +14,7 @@ from acceleration import mesh as meshes
 from acceleration import runtime as runtimes
 from acceleration.checkpoint import CheckpointManager
 from acceleration.engines import Engine, Weights, build_engine, check_engine
+from acceleration.memory import device_bytes
 from acceleration.mesh import Mesh
 from acceleration.optim import lr_at
 from acceleration.parallelize import parallelize
@@ -32,6 +33,7 @@ from opensora.models.mmdit.convert import load_state_dict_for
 from opensora.models.text import build_text_encoder
 from opensora.models.vae import autoencoder_shape, build_autoencoder
 from opensora.train.data import StepData
+from opensora.train.forecast import Traffic, check_memory
 from opensora.train.metrics import Metrics
 from opensora.train.resume import check_fresh, checkpoint_info, resume
 from opensora.train.step import Preparation
@@ -56,6 +58,7 @@ class Run:
     metrics: Metrics
     stop: StopRequest
     step: int
+    traffic: Traffic | None  # on the process that writes records
     base: str | None = None  # fingerprint of the weights that adapters are trained beside
 
     def lr_at(self, step: int) -> float:
@@ -74,7 +77,7 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of the state after ``step`` updates. Collective."""
-        with self.metrics.aside("save"):
+        with self.metrics.aside("save", self.mesh):
             info = checkpoint_info(self.cfg, self.runtime, self.base)
             path = self.checkpoints.save(self.step, self.engine.state_dict(), info)
         announce(f"step {self.step}: saved {path}")
@@ -138,6 +141,7 @@ def check(cfg: RunConfig, world_size: int) -> tuple[ClipTable, BatchPlan]:
         check_engine(cfg.parallel)
     except ValueError as error:
         raise UserError(f"parallel.{error}") from None
+    check_memory(cfg, world_size, device_bytes())
     shape = autoencoder_shape(cfg.vae)
     for resolution, rows in cfg.data.buckets.items():
         for frames in rows:
@@ -215,6 +219,8 @@ def build_run(cfg: RunConfig, table: ClipTable, plan: BatchPlan, runtime: Runtim
         stop=stop,
         step=step,
         base=base,
+        # The formulas are the native engine's, for weights that are all trained.
+        traffic=Traffic(cfg, mesh, plan) if logger and cfg.parallel.engine == "native" and not cfg.lora.rank else None,
     )
 
 

@@ -1,19 +1,21 @@
 """The formulas of traffic: their bounds, and the structure they read."""
 
 from functools import lru_cache
+from math import prod
 
 import pytest
 import torch
 
 from acceleration import mesh as meshes
-from acceleration.accounting import MicroBatch, Place, forward_bytes
-from acceleration.config import ParallelConfig, PrecisionConfig
+from acceleration.accounting import MicroBatch, Place, forward_bytes, step_bytes
+from acceleration.activations import spread
+from acceleration.config import MeshConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.sequence import SequenceParallel
 from acceleration.structure import Linear, Structure, structure_of
 from opensora.models import build_model
 from opensora.models.mmdit import MMDiTConfig
 from opensora.models.mmdit.model import SIZES, count_parameters
-from opensora.train.forecast import run_denoiser
+from opensora.train.forecast import denoiser_inputs, run_denoiser
 
 FP32 = ParallelConfig(zero=0, precision=PrecisionConfig(compute="fp32"))
 
@@ -64,3 +66,35 @@ def test_bounds_of_sequence_parallelism(degree: int, txt: int, img: int) -> None
     ring = [sent("ring", degree, rank, batch, cfg) for rank in range(degree)]
     assert sum(ring) == pytest.approx(2 * tokens * cfg.hidden_size * (degree - 1))
     assert all(values <= 2 * cfg.hidden_size * (tokens * (degree - 1) / degree + 1) for values in ring)
+
+
+LAYOUTS = [
+    ({"ulysses": 3}, "none"),
+    ({"ring": 4, "ulysses": 2, "tensor": 2}, "full"),
+    ({"ring": 5, "ulysses": 4}, "first"),
+    ({"tensor": 4}, "full"),
+]
+
+
+@pytest.mark.parametrize(("degrees", "kind"), LAYOUTS)
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_layouts_of_any_size_count_on_the_meta_device_what_is_predicted(
+    degrees: dict[str, int], kind: str, has_mask: bool
+) -> None:
+    """What tests/dist/test_accounting.py shows with processes, for as many as one likes."""
+    cfg = SIZES["debug"]
+    recompute = RecomputeConfig(kind=kind, blocks=1 if kind == "first" else 0)  # type: ignore[arg-type]
+    parallel = ParallelConfig(zero=3, mesh=MeshConfig(shard=1, **degrees), recompute=recompute)
+    batch = MicroBatch(samples=3, txt=13, img=37, has_mask=has_mask)
+    world = prod(degrees.values())
+    for rank in (0, world // 2, world - 1):
+        mesh = meshes.view(degrees, rank)
+        with torch.device("meta"):
+            model = build_model(cfg)
+        spread(model, parallel, mesh, "cpu")
+        model(**denoiser_inputs(cfg, batch, SequenceParallel(mesh))).sum().backward()
+        place = Place(meshes.view(degrees, rank), parallel)
+        predicted = step_bytes(structure(cfg), place, [batch])
+        once = step_bytes(structure(cfg), place, [])  # what does not depend on micro-batches
+        for axis in degrees:
+            assert mesh[axis].bytes_sent == predicted[axis] - once.get(axis, 0), axis

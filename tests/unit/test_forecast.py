@@ -1,0 +1,121 @@
+"""The planner: operations, memory, layouts that fit, and what it refuses."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from acceleration import mesh as meshes
+from acceleration.accounting import MicroBatch, Place
+from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig
+from opensora.cli.plan import main
+from opensora.config import RunConfig, load_config
+from opensora.models.mmdit.model import SIZES
+from opensora.train.devices import DEVICES
+from opensora.train.forecast import Forecaster, Planner, check_memory
+from opensora.utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+GIB = 2**30
+
+
+@pytest.mark.parametrize("img", [8316, 76032])
+def test_operations_of_the_11b_model(img: int) -> None:
+    """2 * 6.455e9 N + 4 N^2 * 3072 * 57, and what is outside of the blocks' token streams."""
+    forecaster = Forecaster(SIZES["11b"], OptimConfig(), device_type="cuda")
+    tokens = 512 + img
+    formula = 2 * 6.455e9 * tokens + 4 * tokens**2 * 3072 * 57
+    assert forecaster.forward_flops(MicroBatch(samples=1, txt=512, img=img)) == pytest.approx(formula, rel=5e-4)
+
+
+def test_memory_falls_with_every_process_and_every_stage() -> None:
+    forecaster = Forecaster(SIZES["debug"], OptimConfig(ema_decay=0.9), device_type="cuda")
+
+    def total(zero: int, mesh: dict[str, int], world: int) -> int:
+        cfg = ParallelConfig(zero=zero, mesh=MeshConfig(**mesh))  # type: ignore[arg-type]
+        place = Place(meshes.view(meshes.resolve(cfg.mesh, world)), cfg)
+        return forecaster.memory(place, MicroBatch(samples=2, txt=64, img=960)).total
+
+    stages = [total(zero, {}, 4) for zero in (0, 1, 2, 3)]
+    assert stages == sorted(stages, reverse=True)
+    worlds = [total(3, {"ulysses": n}, n) for n in (1, 2, 4)]
+    assert worlds == sorted(worlds, reverse=True) and worlds[2] < 0.4 * worlds[0]
+
+
+def test_interpolation_is_close_to_running_the_shape() -> None:
+    forecaster = Forecaster(
+        replace(SIZES["debug"], hidden_size=128, axes_dim=(8, 12, 12)), OptimConfig(), device_type="cuda"
+    )
+    for kind in ({}, {"ulysses": 4}, {"ring": 2, "tensor": 2}):
+        cfg = ParallelConfig(zero=3, mesh=MeshConfig(**kind))
+        place = Place(meshes.view(meshes.resolve(cfg.mesh, 8)), cfg)
+        batch = MicroBatch(samples=3, txt=512, img=8316)
+        exact, quick = (forecaster.memory(place, batch, exact=exact).total for exact in (True, False))
+        assert quick == pytest.approx(exact, rel=0.02)
+
+
+def config(*overrides: str) -> RunConfig:
+    return load_config(RunConfig, ROOT / "configs" / "train" / "demo.yaml", ["data.table=t.csv", *overrides])
+
+
+def test_layouts_that_fit_are_ranked() -> None:
+    cfg = config("data.micro_batches=8")
+    best = Planner(cfg, 4, DEVICES["h100"], device_type="cuda").best(5)
+    assert len(best) == 5 and [f.step_s for f in best] == sorted(f.step_s for f in best)
+    for forecast in best:
+        assert forecast.batches * forecast.degrees["shard"] * forecast.degrees["replicate"] == 8
+
+
+def test_a_world_of_thousands_starts_no_process(capsys: pytest.CaptureFixture[str]) -> None:
+    demo = str(ROOT / "configs" / "train" / "demo.yaml")
+    assert (
+        main(
+            [
+                demo,
+                "--world",
+                "4096",
+                "--json",
+                "--top",
+                "3",
+                "data.micro_batches=4096",
+                "data.buckets={32px: {1: [1.0, 48]}}",
+            ]
+        )
+        == 0
+    )
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["own"][0]["peak_gib"] < plan["room_gib"] and len(plan["best"]) == 3
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("gib", "words"),
+    [("0.005", "weights, optimizer and gradients alone"), ("0.2", "lower its batch size in data.buckets")],
+)
+def test_nothing_fits(gib: str, words: str) -> None:
+    demo = str(ROOT / "configs" / "train" / "demo.yaml")
+    small = "data.buckets={32px: {1: [1.0, 48000]}}"
+    with pytest.raises(UserError, match=words):
+        main([demo, "--world", "2", "--memory-gib", gib, "--json", "data.table=t.csv", small])
+
+
+def test_a_run_that_cannot_fit_is_refused() -> None:
+    stage1 = load_config(RunConfig, ROOT / "configs" / "train" / "stage1.yaml", [])
+    check_memory(stage1, 8, 80 * GIB)
+    check_memory(stage1, 2, None)  # unknown: never refused
+    with pytest.raises(UserError, match=r"parallel.mesh: a process of 2 needs .* start more processes"):
+        check_memory(stage1, 2, 80 * GIB)
+    whole = replace(stage1, parallel=replace(stage1.parallel, zero=1))
+    check_memory(whole, 32, 80 * GIB)
+    with pytest.raises(UserError, match=r"parallel.zero=0: .* set parallel.zero=3"):
+        check_memory(replace(stage1, parallel=replace(stage1.parallel, zero=0)), 64, 80 * GIB)
+
+
+def test_the_bound_is_below_the_forecast() -> None:
+    forecaster = Forecaster(SIZES["debug"], OptimConfig(), device_type="cuda")
+    for zero in (0, 1, 2, 3):
+        cfg = ParallelConfig(zero=zero, precision=PrecisionConfig(compute="fp32"))  # type: ignore[arg-type]
+        place = Place(meshes.view({"shard": 4}), cfg)
+        assert forecaster.state(place).total <= forecaster.memory(place, MicroBatch(samples=1, txt=1, img=1)).total
