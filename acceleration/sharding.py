@@ -2,16 +2,21 @@
 
 One copy of the model is cut over shard x cfg x ring x ulysses processes and repeated over replicate; where tensor
 parallelism has cut the layers before, P is the part of one place on that axis. Each stage keeps, per process
-with n processes to a copy (P parameters, between steps / while a step runs):
+with n processes to a copy and P parameters:
 
-=====  ==================  ================================  ============================================
-stage  masters, optimizer  gradients                         parameters in compute type during a step
-=====  ==================  ================================  ============================================
-0      P                   P, reduced once per step          P
-1      P/n                 P, reduced once per step          P, gathered once per step
-2      P/n                 P/n, reduced every micro-batch    P, gathered once per micro-batch
-3      P/n                 P/n, reduced every micro-batch    one block, gathered for forward and backward
-=====  ==================  ================================  ============================================
+=====  =============  ================================  =============================================
+stage  between steps  gradients, while a step runs      parameters in compute type, while a step runs
+=====  =============  ================================  =============================================
+0      P              P, reduced once per step          P
+1      P/n            P until reduced once, then P/n    P, gathered once per step
+2      P/n            P/n, reduced every micro-batch    P, gathered once per micro-batch, then freed
+3      P/n            P/n, reduced every micro-batch    blocks in use, for forward and again for backward
+=====  =============  ================================  =============================================
+
+Between steps means masters, optimizer and average; gradients are cleared. What waits for the last micro-batch waits in
+the type of the reduction. Blocks in use are the one that runs, the one gathered ahead, and in backward the gradients of
+one before and after reduction: at most four blocks of masters, as tests/dist/test_memory.py counts. Sampling knows no
+backward that would free: below stage 3 the gathered copy stays until ``release``.
 
 Gradients are summed, never averaged: the loss handed to backward is this process's share of the global mean.
 """

@@ -224,9 +224,8 @@ def main() -> int:
     mib = 2**20
     print(
         f"{sizes.parameters / 4e6:.1f} million parameters, {sizes.parameters / mib:.0f} MiB in fp32; "
-        f"largest block {sizes.largest_block / mib:.1f} MiB, "
-        f"largest parameter {sizes.largest_parameter / mib:.1f} MiB\n"
-        "MiB on the worst process:\n"
+        f"largest block {sizes.largest_block / mib:.1f}, largest parameter {sizes.largest_parameter / mib:.1f}\n"
+        "MiB on the worst process; +step and +pass come on top of what is held:\n"
         f"{'n':>2} {'ZeRO':<4} {'mesh':<19}{'offload':<10}" + "".join(f"{title:>9}" for title in TITLES),
         flush=True,
     )

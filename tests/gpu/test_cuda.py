@@ -68,3 +68,29 @@ def test_bf16_is_close() -> None:
     loss, found = gradients_on_cuda(PrecisionConfig(), zero=3, recompute="full")
     assert relative(loss, true_loss) <= 2e-2
     assert all(torch.isfinite(gradient).all() for gradient in found.values())
+
+
+def weights_after_steps(offload: str) -> dict[str, Tensor]:
+    """Three steps of AdamW with an average and a bound on the norm, in fp32."""
+    device, fp32 = torch.device("cuda", 0), PrecisionConfig(compute="fp32", reduce="fp32", master="fp32")
+    cfg = ParallelConfig(zero=3, precision=fp32, offload=offload, prefetch=1)  # type: ignore[arg-type]
+    mesh = meshes.build(cfg.mesh, 1, device)
+    with torch.device("meta"):
+        model = build_model(MODEL)
+    parallelize(model, cfg, mesh, device, fill)
+    engine = build_engine(model, cfg, OptimConfig(lr=1e-3, clip_norm=0.3, ema_decay=0.9), mesh)
+    prepare = preparation(mesh, device)
+    for step in range(3):
+        for index, batch in enumerate(batches(step)):
+            share = loss_share(engine.model, prepare(batch, step), elements(step))  # type: ignore[arg-type]
+            engine.backward(share, last_microbatch=index == len(batches(step)) - 1)
+        engine.step(step)
+    held = {"optimizer": engine.ema.shadow, "parameters": dict(engine.master_params())}.get(offload, {})  # type: ignore[attr-defined]
+    assert all(tensor.device.type == "cpu" for tensor in held.values())
+    return dict(engine.full_weights("ema"))
+
+
+@pytest.mark.parametrize("offload", ["optimizer", "parameters"])
+def test_offloaded_steps_equal_those_on_the_device(offload: str) -> None:
+    truth, found = weights_after_steps("none"), weights_after_steps(offload)
+    assert max(relative(found[name], truth[name]) for name in truth) <= 1e-5

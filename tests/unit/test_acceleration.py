@@ -56,6 +56,7 @@ def test_a_layout_that_does_not_fit_says_what_would(mesh: dict[str, int], world:
         lambda: RecomputeConfig(kind="first"),
         lambda: RecomputeConfig(blocks=-1),
         lambda: ParallelConfig(timeout_s=0),
+        lambda: ParallelConfig(prefetch=-1),
         lambda: OptimConfig(lr=-1.0),
         lambda: OptimConfig(ema_decay=1.0),
         lambda: OptimConfig(betas=(0.9, 1.0)),

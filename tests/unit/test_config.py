@@ -116,6 +116,11 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     "a choice that is none": (None, ["optim.kind=adam"], "optim.kind='adam': did you mean adamw?"),
     "a choice by another type": (None, ["parallel.zero=true"], "parallel.zero=true: allowed are 0, 1, 2, 3"),
     "a number out of the choices": (None, ["parallel.zero=4"], "parallel.zero=4: allowed are 0, 1, 2, 3"),
+    "an offload that is none": (
+        None,
+        ["parallel.offload=disk"],
+        "parallel.offload='disk': allowed are none, optimizer",
+    ),
     "unknown kind": (None, ["vae.kind=dtc"], "vae.kind='dtc': did you mean dct?"),
     "unknown size": (None, ["model.size=debugg"], "model.size='debugg': did you mean debug?"),
     "refused by its dataclass": (None, ["parallel.mesh.ulysses=0"], "parallel.mesh.ulysses=0: allowed are integers >="),
