@@ -157,6 +157,17 @@ def test_memory_falls_with_what_runs_again() -> None:
     assert found["selective"][0] - found["full"][0] == pytest.approx(8 * attended, rel=0.01)
 
 
+@pytest.mark.parametrize("kind", ALL)
+def test_a_forward_without_backward_leaves_nothing(kind: str) -> None:
+    """What attention handed over must not know the graph that holds it."""
+    model = prepared(Toy(depth=DEPTH), ALL[kind], torch.float64)
+    with LiveBytes(model) as live:
+        loss = toy_loss(model)
+        assert live.now > 0
+        del loss
+    assert live.now == 0
+
+
 def test_offload_moves_every_input_once_and_fetches_one_block_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
     move = Offload.move
