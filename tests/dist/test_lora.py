@@ -29,8 +29,19 @@ from opensora.train.step import loss_share
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import MESHES, Layout
 from tests.dist.problem import MODEL, batches, elements
-from tests.dist.test_parity import CLIP, LR, STEPS, TOLERANCE, Step, assign, fill, preparation, relative
-from tests.dist.test_parity import worst_error as worst_of_steps
+from tests.dist.test_parity import (
+    CLIP,
+    LR,
+    STEPS,
+    TOLERANCE,
+    Outcome,
+    Step,
+    assign,
+    fill,
+    preparation,
+    relative,
+    worst_error,
+)
 
 BLOCKS = LoraConfig(rank=3, alpha=5.0)  # a rank that no number of processes divides
 # Every kind of layer: cut by outputs, by inputs, joined again, held by all; inside blocks and outside.
@@ -48,7 +59,6 @@ EVERY = LoraConfig(
     ),
 )
 LATE = LoraConfig(rank=2, targets=("single_blocks.1.linear2",))  # most blocks see no gradient at all
-Found = tuple[list[Step], dict[str, Tensor]]
 
 
 def layers(model: nn.Module, cfg: LoraConfig) -> list[str]:
@@ -56,7 +66,7 @@ def layers(model: nn.Module, cfg: LoraConfig) -> list[str]:
     return [name for name in linears if any(plan.matches(name, pattern) for pattern in cfg.targets)]
 
 
-def on_one_process(cfg: LoraConfig) -> Found:
+def on_one_process(cfg: LoraConfig) -> Outcome:
     """The truth: hooks on a plain model."""
     model = build_model(MODEL).double().requires_grad_(False)
     with torch.no_grad():
@@ -86,7 +96,7 @@ def on_one_process(cfg: LoraConfig) -> Found:
         optimizer.step()
         optimizer.zero_grad()
         steps.append((total.item(), norm.item(), gradients))
-    return steps, {name: p.detach().clone() for name, p in adapters.items()}
+    return Outcome(steps, {name: p.detach().clone() for name, p in adapters.items()})
 
 
 def shapes(layer: Any, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -121,7 +131,7 @@ def backward(engine: Engine, mesh: Mesh, step: int) -> float:
     return total.item()
 
 
-def on_this_layout(cfg: ParallelConfig, adapters: LoraConfig) -> Found:
+def on_this_layout(cfg: ParallelConfig, adapters: LoraConfig) -> Outcome:
     """Runs in every process of the group."""
     mesh, engine = build(cfg, adapters, OptimConfig(kind="sgd", lr=LR, clip_norm=CLIP))
     model, steps = engine.model, list[Step]()
@@ -135,23 +145,23 @@ def on_this_layout(cfg: ParallelConfig, adapters: LoraConfig) -> Found:
             before = torch.empty_like(now)
             fill(name, before)
             assert torch.equal(now, before), f"{name} is frozen, and has changed"
-    return steps, dict(engine.full_weights())
+    return Outcome(steps, dict(engine.full_weights()))
 
 
-def compare(found: list[Found], truth: Found) -> None:
+def compare(found: list[Outcome], truth: Outcome) -> None:
     for rank, mine in enumerate(found):
-        assert mine[1].keys() == truth[1].keys()
-        assert worst_of_steps(mine, truth) <= TOLERANCE, f"rank {rank}"
+        assert mine.weights.keys() == truth.weights.keys()
+        assert worst_error(mine, truth) <= TOLERANCE, f"rank {rank}"
 
 
 @pytest.fixture(scope="module")
-def truth() -> Found:
+def truth() -> Outcome:
     return on_one_process(EVERY)
 
 
-def test_every_matrix_of_the_reference_gets_a_gradient(truth: Found) -> None:
+def test_every_matrix_of_the_reference_gets_a_gradient(truth: Outcome) -> None:
     """A parity test of gradients that are zero would prove nothing."""
-    for name, gradient in truth[0][0][2].items():
+    for name, gradient in truth.steps[0][2].items():
         if not name.startswith("cond_in."):  # text to video knows no frame: its input is zero
             assert gradient.abs().max() > 0, name
 
@@ -174,7 +184,7 @@ def cases() -> list[Any]:
 
 
 @pytest.mark.parametrize("layout", cases())
-def test_layout_equals_one_process(truth: Found, layout: Layout) -> None:
+def test_layout_equals_one_process(truth: Outcome, layout: Layout) -> None:
     compare(run_distributed(on_this_layout, layout.world, layout.config, EVERY, timeout=100), truth)
 
 
