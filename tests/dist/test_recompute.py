@@ -13,7 +13,8 @@ from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
 from tests.dist.harness import run_distributed
-from tests.dist.test_parity import FP64, TOLERANCE, Step, fill, on_one_process, on_this_layout, worst_error
+from tests.dist.layouts import FP64
+from tests.dist.test_parity import TOLERANCE, Step, fill, on_one_process, on_this_layout, worst_error
 from tests.dist.toy import Toy
 
 MESHES: dict[str, tuple[int, dict[str, int]]] = {

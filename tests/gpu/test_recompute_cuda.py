@@ -10,8 +10,9 @@ from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from opensora.models import build_model
 from opensora.train.step import loss_share
+from tests.dist.layouts import FP64
 from tests.dist.problem import MODEL, batches, elements
-from tests.dist.test_parity import FP64, fill, preparation, relative
+from tests.dist.test_parity import fill, preparation, relative
 from tests.gpu.test_cuda import group
 
 __all__ = ["group"]  # the fixture of one process over nccl
