@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
+from acceleration import recompute
 from acceleration.config import ParallelConfig
 from acceleration.mesh import COPIES, PIECES, Mesh
 from acceleration.precision import DTYPES
@@ -23,8 +24,8 @@ from acceleration.sequence.layout import SequenceParallel, ring_groups
 from acceleration.sequence.ulysses import head_shares
 from acceleration.structure import Attention, Layer, Parameter, Structure, Unit
 
-# What a recomputed block exchanges again in backward: (its attention, its cut layers).
-RERUN = {"none": (False, False), "full": (True, True)}
+# What a block exchanges again in backward: (around its attention, inside its attention, at its cut layers).
+RERUN = {"none": (False, False, False), "full": (True, True, True), "selective": (True, False, True)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +79,7 @@ def step_bytes(structure: Structure, place: Place, batches: Sequence[MicroBatch]
     units = [(structure.blocks[index], kind, count) for (index, kind), count in blocks.items()]
     for batch, times in Counter(batches).items():
         for unit, kind, count in (*units, (structure.rest, "none", 1)):
-            attention, layers = RERUN[kind]
-            for axis, sent in _exchanged(unit, place, batch, attention=attention, layers=layers).items():
+            for axis, sent in _exchanged(unit, place, batch, kind).items():
                 total[axis] += sent * count * times
     total += _sharding_bytes(structure, place, len(batches))
     total += _shared_gradients(structure, place)
@@ -102,10 +102,9 @@ def forward_bytes(structure: Structure, place: Place, batch: MicroBatch, *, gath
 def recomputed(blocks: int, place: Place) -> tuple[str, ...]:
     """How every block is recomputed, as a key of ``RERUN``."""
     cfg = place.cfg.recompute
-    if cfg.kind == "first":
-        count = min(cfg.blocks, blocks)
-        return ("full",) * count + ("none",) * (blocks - count)
-    return (cfg.kind,) * blocks
+    chosen = recompute.chosen(cfg, blocks)
+    kind = "selective" if cfg.kind == "selective" else "full"
+    return tuple(kind if index in chosen else "none" for index in range(blocks))
 
 
 def padded(parameters: Iterable[Parameter], place: Place) -> int:
@@ -161,12 +160,14 @@ def _shared_gradients(structure: Structure, place: Place) -> Counter[str]:
     return Counter(tensor=sum(all_reduce_bytes(n * place.itemsize("master"), tensor) for n in sizes))
 
 
-def _exchanged(unit: Unit, place: Place, batch: MicroBatch, *, attention: bool, layers: bool) -> Counter[str]:
+def _exchanged(unit: Unit, place: Place, batch: MicroBatch, kind: str) -> Counter[str]:
     """Forward and backward of one micro-batch; what is recomputed goes through forward twice."""
+    around, inside, layers = RERUN[kind]
     total = Counter[str]()
     for slot in unit.attentions:
-        for _ in range(1 + attention):
-            total += _attention_forward(slot, place, batch)
+        total += _attention_forward(slot, place, batch)
+        if around:
+            total += _attention_forward(slot, place, batch, inside=inside)
         total += _attention_backward(slot, place, batch)
     for layer in unit.layers:
         total["tensor"] += _layer_forward(layer, place, batch) * (1 + (layers and layer.reruns))
@@ -208,8 +209,11 @@ def _share(slot: Attention, place: Place, batch: MicroBatch) -> _Share:
     )
 
 
-def _attention_forward(slot: Attention, place: Place, batch: MicroBatch) -> Counter[str]:
-    """q, k, v of other heads go out and come back as outputs; keys and values of every part but one are passed on."""
+def _attention_forward(slot: Attention, place: Place, batch: MicroBatch, *, inside: bool = True) -> Counter[str]:
+    """q, k, v of other heads go out and come back as outputs; keys and values of every part but one are passed on.
+
+    ``inside``: False where attention itself is kept, and with it what the ring has passed.
+    """
     share, size = _share(slot, place, batch), place.itemsize("compute") * batch.samples * slot.head_dim
     ring, ulysses = place.mesh["ring"], place.mesh["ulysses"]
     sent = Counter[str]()
@@ -220,7 +224,7 @@ def _attention_forward(slot: Attention, place: Place, batch: MicroBatch) -> Coun
             sent["ulysses"] += max(share.group) * batch.samples * (ulysses.degree - 1)
     if ring.degree > 1:
         stays = share.ring[(ring.rank + 1) % ring.degree]  # what the next process had at the start
-        sent["ring"] = 2 * (sum(share.ring) - stays) * share.mine * size
+        sent["ring"] = 2 * (sum(share.ring) - stays) * share.mine * size * inside
         if batch.has_mask:
             sent["ring"] += max(share.ring) * batch.samples * (ring.degree - 1)
     return sent

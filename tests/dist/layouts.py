@@ -11,6 +11,9 @@ RECOMPUTE = {
     "none": RecomputeConfig(),
     "full": RecomputeConfig(kind="full"),
     "first": RecomputeConfig(kind="first", blocks=3),
+    "every": RecomputeConfig(kind="every", every=2),
+    "selective": RecomputeConfig(kind="selective"),
+    "offload": RecomputeConfig(kind="full", offload=True),
 }
 # Processes -> meshes. The model has 4 heads, so three processes on ulysses hold 2, 1 and 1 of them.
 MESHES: dict[int, list[dict[str, int]]] = {
@@ -52,7 +55,7 @@ QUICK = {
     "3-ulysses3-zero3-none",
     "3-ring3-zero1-first",
     "4-tensor2-zero3-full",
-    "4-ring2-ulysses2-zero3-full",
+    "4-ring2-ulysses2-zero3-selective",
     "4-ulysses2-tensor2-zero2-none",
     "4-ring2-tensor2-zero0-full",
     "4-replicate2-ulysses2-zero1-first",
