@@ -107,6 +107,8 @@ class ParallelConfig:
             value = getattr(precision, name)
             if value == "fp64":
                 raise ValueError(f"precision.{name}=fp64: {with_it} are fp32 and bf16; use one of them, {or_native}")
+        if self.compile.enabled:
+            raise ValueError(f"compile.enabled=true: {with_it} is false; use that, {or_native}")
         if self.zero == 0 and engine == "colossalai":
             raise ValueError(f"zero=0: {with_it} are 1, 2 and 3; use one of them, {or_native}")
         if self.offload == "parameters" or self.prefetch:

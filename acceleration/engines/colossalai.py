@@ -43,11 +43,12 @@ class ColossalAIEngine(FlatEngine):
 
     def __init__(self, model: nn.Module, parallel: ParallelConfig, optim: OptimConfig, mesh: Mesh) -> None:
         check()
+        from colossalai.accelerator import get_accelerator
         from colossalai.booster import Booster
 
         self.optim = optim
         self.mesh = mesh
-        self.device = torch.device(mesh.device_type, torch.cuda.current_device())
+        self.device = get_accelerator().get_current_device()
         self.zero = parallel.zero
         masters = {name: p.detach() for name, p in model.named_parameters()}  # plugins replace p.data, not these
         optimizer: Any = (

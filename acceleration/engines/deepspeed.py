@@ -6,6 +6,7 @@ no fp64. Tested with 0.19.8 on CPU over gloo; not run on a GPU.
 
 import logging
 import os
+import warnings
 from importlib.util import find_spec
 from typing import Any
 
@@ -127,7 +128,9 @@ def _import(device_type: str) -> Any:
     # An exchange through shared memory that training never calls; on a CPU it would be compiled at the first start, for
     # minutes on a busy machine, and a compiler that is killed leaves a lock on which every later start waits for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.utils.logger.setLevel(logging.ERROR)
+    deepspeed.utils.logger.setLevel(logging.ERROR)  # it warns of what we mean to do
+    # It calls collectives by the names they had before torch 2.13.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     return deepspeed
 
 

@@ -140,6 +140,37 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     "adapters of nothing": (None, ["lora.rank=4"], "lora.rank=4: adapters need weights to adapt; give train.init_from"),
     "channels that do not fit": (None, ["vae.channels=32"], "model.in_channels=64: vae.kind=dct"),
     "text that does not fit": (None, ["text.dim=128"], "model.context_in_dim=256: text.kind=bytes gives 128"),
+    "unknown engine": (None, ["parallel.engine=fsdp"], "parallel.engine='fsdp': allowed are native, deepspeed, coloss"),
+    "tensor axis elsewhere": (
+        None,
+        ["parallel.engine=deepspeed", "parallel.mesh.tensor=2"],
+        "parallel.mesh.tensor=2: allowed with engine=deepspeed is 1; use mesh.ulysses, or engine=native",
+    ),
+    "fp64 elsewhere": (
+        None,
+        ["parallel.engine=deepspeed", "parallel.precision.compute=fp64"],
+        "parallel.precision.compute=fp64: allowed with engine=deepspeed are fp32 and bf16; use one of them, or",
+    ),
+    "ZeRO 0 in bf16 elsewhere": (
+        None,
+        ["parallel.engine=deepspeed", "parallel.zero=0"],
+        "parallel.zero=0: allowed with engine=deepspeed in fp32 without offloading only; use zero=1, or engine=nati",
+    ),
+    "Gemini in fp32": (
+        None,
+        ["parallel.engine=colossalai", "parallel.zero=3", "parallel.precision.compute=fp32"],
+        "parallel.precision.compute=fp32: allowed with engine=colossalai and zero=3 is bf16; use that, or zero=2",
+    ),
+    "SGD by Gemini": (
+        None,
+        ["parallel.engine=colossalai", "parallel.zero=3", "optim.kind=sgd"],
+        "optim.kind=sgd: allowed with parallel.engine=colossalai and zero=3 is adamw",
+    ),
+    "compiled elsewhere": (
+        None,
+        ["parallel.engine=deepspeed", "parallel.compile.enabled=true"],
+        "parallel.compile.enabled=true: allowed with engine=deepspeed is false",
+    ),
     "guidance in training": (None, ["parallel.mesh.cfg=2"], "parallel.mesh.cfg=2: allowed is 1"),
     "warm-up beyond the end": (None, ["optim.warmup_steps=101"], "optim.warmup_steps=101: allowed are at most train"),
     "no table": (None, ["data.table=''"], "data.table: missing"),
