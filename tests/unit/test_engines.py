@@ -1,0 +1,52 @@
+"""Engines without processes: what can be refused at once, and runs of elements as boxes."""
+
+from math import prod
+
+import pytest
+import torch
+
+from acceleration.checkpoint import pieces
+from acceleration.config import ParallelConfig
+from acceleration.engines import check_engine, colossalai, deepspeed
+
+
+def test_an_engine_that_is_not_there_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (deepspeed, colossalai):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r'^engine=deepspeed: not installed; pip install "deepspeed>=0\.19", or use engin'
+    ):
+        check_engine(ParallelConfig(engine="deepspeed"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=r"^engine=colossalai: not installed; .*environments/colossalai\.txt"):
+        check_engine(ParallelConfig(engine="colossalai"))
+    check_engine(ParallelConfig())
+
+
+def test_colossalai_refuses_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"^engine=colossalai: its LowLevelZero and Gemini need a GPU, here is none; "):
+        check_engine(ParallelConfig(engine="colossalai"))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (1, 4), (4, 1), (2, 3, 4), (3, 1, 2, 2)])
+def test_a_run_of_elements_is_boxes_that_cover_it_once(shape: tuple[int, ...]) -> None:
+    """Every run of every shape: views of what is held, no element twice, none left out, nothing else."""
+    size = prod(shape)
+    whole = torch.arange(size).view(shape)
+    for start in range(size + 1):
+        for stop in range(start, size + 1):
+            held = whole.reshape(-1)[start:stop].clone()
+            run = pieces.run(held, shape, start)
+            assert run.shape == whole.shape
+            boxes = [
+                (whole[tuple(slice(o, o + n) for o, n in zip(offset, box.shape, strict=True))], box)
+                for offset, box in run.chunks.items()
+            ]
+            assert all(torch.equal(there, box) for there, box in boxes)
+            assert sum(box.numel() for _, box in boxes) == stop - start
+            covered = sorted(int(i) for there, _ in boxes for i in there.reshape(-1))
+            assert covered == list(range(start, stop))
+            for _, box in boxes:
+                box.fill_(-1)
+            assert (held == -1).all()
