@@ -20,7 +20,13 @@ import torch
 import torch.distributed as dist
 
 GRACE_S = 2.0  # after the first failure: how long the other ranks may still report their own
-PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint", "torch._dynamo"]
+PRELOAD = [
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.distributed.checkpoint",
+    "torch._dynamo",
+]
 
 
 class DistributedFailure(AssertionError):

@@ -1,4 +1,4 @@
-"""The layouts that are compared with one process: what the tests run, and what ``python -m tests.layout_table`` prints."""
+"""The layouts that are compared with one process: what the tests run and ``python -m tests.layout_table`` prints."""
 
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -87,7 +87,10 @@ def every_layout() -> list[Layout]:
     """Every mesh under every ZeRO stage, the kinds of recomputation in turn, and the quick ones."""
     kinds = cycle(RECOMPUTE)
     found = [
-        Layout(world, mesh, zero, next(kinds)) for world, meshes in MESHES.items() for mesh in meshes for zero in range(4)
+        Layout(world, mesh, zero, next(kinds))
+        for world, meshes in MESHES.items()
+        for mesh in meshes
+        for zero in range(4)
     ]
     quick = [
         layout

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from acceleration import accounting
 from acceleration import mesh as meshes
 from acceleration.accounting import MicroBatch, Place, step_bytes
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig

@@ -1,4 +1,4 @@
-"""Saved by one layout, loaded by another: the state is the same bit for bit, and the run goes on as if never stopped."""
+"""Saved by one layout, loaded by another: the state is the same bit for bit, and the run goes on as if unbroken."""
 
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from acceleration.parallelize import parallelize
 from opensora.models import build_model
 from opensora.train.step import loss_share
 from tests.dist.harness import run_distributed
-from tests.dist.problem import MODEL, batches, elements
 from tests.dist.layouts import FP64
+from tests.dist.problem import MODEL, elements
 from tests.dist.test_parity import assign, fill, preparation, relative
 
 OPTIM = OptimConfig(lr=1e-3, clip_norm=0.3, ema_decay=0.9, warmup_steps=2, schedule="cosine")

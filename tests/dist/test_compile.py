@@ -147,9 +147,7 @@ def test_compiled_blocks_equal_plain_ones_and_buckets_share_their_graphs(
     toy_truth: Found, mesh: str, kind: str
 ) -> None:
     world, axes = MESHES[mesh]
-    cfg = ParallelConfig(
-        zero=3, mesh=MeshConfig(**axes), recompute=RECOMPUTES[kind], compile=EAGER, precision=FP64
-    )
+    cfg = ParallelConfig(zero=3, mesh=MeshConfig(**axes), recompute=RECOMPUTES[kind], compile=EAGER, precision=FP64)
     for found, graphs in run_distributed(toy_on_this_layout, world, cfg):
         assert worst_toy_error(found, toy_truth) <= TOLERANCE
         assert 0 < graphs[0] <= AT_MOST[mesh], graphs
@@ -187,7 +185,9 @@ def runs_as_written(cfg: ParallelConfig) -> int:
 def test_what_runs_again_is_compiled_too() -> None:
     recompute = RECOMPUTES["full"]
     assert run_distributed(runs_as_written, 1, ParallelConfig(recompute=recompute, precision=FP64)) == [6]
-    assert run_distributed(runs_as_written, 1, ParallelConfig(recompute=recompute, compile=EAGER, precision=FP64)) == [0]
+    assert run_distributed(runs_as_written, 1, ParallelConfig(recompute=recompute, compile=EAGER, precision=FP64)) == [
+        0
+    ]
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """Memory falls with every process: what is held, loaded and gathered, in exact bytes of tensors."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest

@@ -60,9 +60,7 @@ def drop_the_mask_in_one_hop() -> Patch:
 
 def draw_noise_per_process() -> Patch:
     right = rectified_flow.sample_noise
-    return mock.patch.object(
-        rectified_flow, "sample_noise", lambda seed, *rest: right(seed + dist.get_rank(), *rest)
-    )
+    return mock.patch.object(rectified_flow, "sample_noise", lambda seed, *rest: right(seed + dist.get_rank(), *rest))
 
 
 def permute_heads() -> Patch:

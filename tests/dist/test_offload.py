@@ -18,9 +18,9 @@ from acceleration.parallelize import parallelize
 from opensora.models import build_model
 from opensora.train.step import loss_share
 from tests.dist.harness import run_distributed
-from tests.dist.problem import MODEL, batches, elements
-from tests.dist.test_checkpoint import OPTIM, build, everything, run_steps
 from tests.dist.layouts import FP64
+from tests.dist.problem import MODEL, elements
+from tests.dist.test_checkpoint import OPTIM, build, everything, run_steps
 from tests.dist.test_parity import (
     TOLERANCE,
     Step,

@@ -1,11 +1,12 @@
 """Any layout samples what one process samples: fp64 latents, to 1e-10.
 
-The reference is written out here: a plain model, the guidance formula and Euler steps, without the pipeline, a denoiser or
-any wrapper. Sizes divide by nothing: 5 frames of 2.39:1 are 105 image tokens, text has 5 tokens of which some are
+The reference is written out here: a plain model, the guidance formula and Euler steps, without the pipeline, a denoiser
+or any wrapper. Sizes divide by nothing: 5 frames of 2.39:1 are 105 image tokens, text has 5 tokens of which some are
 padding, 4 heads go over 3 processes.
 """
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -27,8 +28,8 @@ from opensora.utils.rng import torch_generator
 from opensora.utils.sampling import I2VDenoiser, SamplingOption, TextInputs, get_noise, get_schedule
 from opensora.utils.tokens import image_ids, pack, unpack
 from tests.dist.harness import run_distributed
-from tests.dist.problem import MODEL, FakeText, PassThrough
 from tests.dist.layouts import FP64
+from tests.dist.problem import MODEL, FakeText, PassThrough
 from tests.dist.test_parity import TOLERANCE, fill, relative
 
 CPU = torch.device("cpu")
@@ -87,7 +88,7 @@ def on_one_process(job: Job) -> Tensor:
             txt_mask=text.mask,
         )
 
-    for step, (now, then) in enumerate(zip(times, times[1:], strict=False)):
+    for step, (now, then) in enumerate(pairwise(times)):
         v = velocity(PROMPTS, now)
         is_on = not option.text_osci or step < 10 or step % 2 == 0
         if option.method == "i2v" and is_on:
@@ -149,7 +150,11 @@ SLOW: dict[int, list[tuple[Degrees, int, tuple[str, ...]]]] = {
     3: [({axis: 3}, zero, ALL) for axis in ("ulysses", "ring") for zero in (0, 3)],
     4: [({axis: 4}, 3, ALL) for axis in ("ulysses", "ring", "tensor")]
     + [({a: 2, b: 2}, 3, ALL) for a, b in (("ring", "ulysses"), ("ring", "tensor"), ("ulysses", "tensor"))]
-    + [({"cfg": 2, axis: 2}, zero, GUIDED) for axis in ("replicate", "shard", "ring", "ulysses", "tensor") for zero in (0, 3)],
+    + [
+        ({"cfg": 2, axis: 2}, zero, GUIDED)
+        for axis in ("replicate", "shard", "ring", "ulysses", "tensor")
+        for zero in (0, 3)
+    ],
     6: [({"cfg": 2, "ulysses": 3}, 3, GUIDED), ({"ring": 2, "ulysses": 3}, 3, ALL), ({"ring": 3, "tensor": 2}, 3, ALL)],
     8: [
         ({"cfg": 2, "ring": 2, "ulysses": 2}, 3, GUIDED),

@@ -1,4 +1,4 @@
-"""The exchange itself: what goes where, in how many bytes; and that a model needs nothing but to state its structure."""
+"""The exchange itself: what goes where, in how many bytes; and that a model only needs to state its structure."""
 
 from typing import Any
 
@@ -107,7 +107,7 @@ def test_uneven_exchange() -> None:
 
 def any_model() -> float:
     mesh = ulysses_mesh()
-    axis, sequence = mesh["ulysses"], SequenceParallel(mesh)
+    sequence = SequenceParallel(mesh)
     torch.manual_seed(0)
     model, x, vec = Toy().double(), torch.randn(2, 7, 5).double(), torch.randn(2, 3).double()
     truth = model(x, vec)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,7 +66,9 @@ def test_bytes_are_those_of_the_formula() -> None:
         assert sent == 2 * (max(pair) + second)
 
 
-def coded(degrees: dict[str, int], cfg: AutoencoderConfig, size: tuple[int, int, int]) -> tuple[Tensor, Tensor, int, int]:
+def coded(
+    degrees: dict[str, int], cfg: AutoencoderConfig, size: tuple[int, int, int]
+) -> tuple[Tensor, Tensor, int, int]:
     """(latents, pixels, pieces in all, pieces computed here)."""
     mesh = meshes.build(MeshConfig(**degrees), dist.get_world_size(), CPU) if degrees else meshes.view({})
     run_all = SharedWork(*(mesh[name] for name in SAMPLE_AXES))
@@ -116,8 +117,8 @@ CODERS = [
 def test_a_clip_is_coded_once_by_all(kind: str, world: int, autoencoders: dict[str, AutoencoderConfig]) -> None:
     """All get the same bits, and those of one process up to rounding.
 
-    Tiles are computed in fp64 and returned in fp32: where weights lie in memory changes the last bits, and random weights
-    amplify them.
+    Tiles are computed in fp64 and returned in fp32: where weights lie in memory changes the last bits, and random
+    weights amplify them.
     """
     cfg, size = autoencoders[kind], (29, 16, 24)
     degrees = {"cfg": 2} if world == 2 else {"cfg": 2, "tensor": 2}

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 
 class Core(nn.Module):
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, context: Any = None) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, context: Any = None
+    ) -> Tensor:
         mask = None if key_mask is None else key_mask[:, None, None, :]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
