@@ -120,7 +120,7 @@ def read_frames(
     if start + count > 1:
         raise DecodeError(path, f"an image has 1 frame, the window needs {numbers[-1] + 1}")
     image = _read_image(source, resize)
-    frames = allocate((1, *image.shape))  # type: ignore[arg-type]
+    frames = allocate((1, *image.shape))
     frames[0] = image
     return frames
 

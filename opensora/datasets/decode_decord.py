@@ -44,7 +44,7 @@ def read_window(
             for slot, frame in enumerate(reader.get_batch(list(numbers[first : first + _AT_ONCE])).asnumpy(), first):
                 scaled = scale_rgb(frame, resize)
                 if frames is None:
-                    frames = allocate((len(numbers), *scaled.shape))  # type: ignore[arg-type]
+                    frames = allocate((len(numbers), *scaled.shape))
                 frames[slot] = scaled
     except (decord.DECORDError, OSError) as error:
         raise DecodeError(source.path, short_reason(error)) from error

@@ -197,7 +197,7 @@ class _Window:
         rgb = self._reformatter.reformat(frame, target[1], target[0], "rgb24", interpolation=Interpolation.BICUBIC)
         plane = rgb.planes[0]  # its lines are padded
         strides = (plane.line_size, 3, 1)
-        picture = np.ndarray((rgb.height, rgb.width, 3), np.uint8, buffer=plane, strides=strides)  # type: ignore[call-overload]
+        picture = np.ndarray((rgb.height, rgb.width, 3), np.uint8, buffer=memoryview(plane), strides=strides)
         self._frames[slot] = np.rot90(picture, turns)
         self._empty.discard(slot)
 

@@ -46,7 +46,7 @@ def read_window(
                 for slot, frame in enumerate(batch, first):
                     scaled = scale_rgb(frame, resize)
                     if frames is None:
-                        frames = allocate((len(numbers), *scaled.shape))  # type: ignore[arg-type]
+                        frames = allocate((len(numbers), *scaled.shape))
                     frames[slot] = scaled
     except (RuntimeError, OSError) as error:  # torch's checks raise RuntimeError
         raise DecodeError(source.path, short_reason(error)) from error

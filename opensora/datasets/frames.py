@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -23,6 +24,29 @@ class DecodeError(Exception):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.cause}"
+
+
+@dataclass(frozen=True)
+class Cover:
+    """``cover_size`` for one target: a ``Resize`` that can be sent to another process."""
+
+    height: int
+    width: int
+
+    def __call__(self, height: int, width: int) -> tuple[int, int]:
+        return cover_size(height, width, self.height, self.width)
+
+
+def cover_size(height: int, width: int, target_height: int, target_width: int) -> tuple[int, int]:
+    """Smallest (height, width) of the same ratio that covers the target; one side equals the target's."""
+    if height * target_width >= width * target_height:
+        return max(target_height, _divide(height * target_width, width)), target_width
+    return target_height, max(target_width, _divide(width * target_height, height))
+
+
+def _divide(numerator: int, denominator: int) -> int:
+    """Nearest integer."""
+    return (2 * numerator + denominator) // (2 * denominator)
 
 
 class Deadline:
