@@ -38,6 +38,7 @@ class DataConfig:
     decode_threads: int = 1  # per worker
     decode_timeout_s: float = 60.0  # for one sample; one that takes longer counts as unreadable
     max_bad_share: float = 0.01  # of the last 1000 samples of a process that may be unreadable before the run stops
+    features: str = ""  # folder of opensora.cli.precompute: read latents and text features instead of files
     cache_mib: int = 0  # decoded windows that a training process keeps, for data sets that are read many times
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from opensora.datasets.config import DataConfig
 from opensora.datasets.manifest import ClipTable
 from opensora.datasets.plan import BatchPlan, MicroBatch
 from opensora.datasets.reader import DecoderProcess
-from opensora.datasets.video import Batch, BatchReader, Job
+from opensora.datasets.video import Batch, BatchReader, FeatureReader, Job
 from opensora.utils.errors import UserError
 
 _LOOK_S = 1.0  # between two looks at whether anything is read at all
@@ -42,20 +42,41 @@ def build_loader(
     iterator ends the workers.
 
     Raises:
-        UserError: a decoder that is not installed; later, an unreadable clip with no readable substitute in its
-            bucket, or nothing read for ``worker_timeout_s``.
+        UserError: a decoder that is not installed, or features that are not there; later, an unreadable clip with no
+            readable substitute in its bucket, or nothing read for ``worker_timeout_s``.
     """
+    # Asks the plan step by step, in this thread only; a run of any length costs nothing up front.
+    micro_batches = (m for step in range(start_step, stop_step) for m in plan.assign(step, dp_rank, dp_degree))
+    if cfg.features:
+        return _stored(FeatureReader(table, cfg), micro_batches, cfg)
+    return read_batches(table, plan, cfg, micro_batches, seed)
+
+
+def read_batches(
+    table: ClipTable, plan: BatchPlan, cfg: DataConfig, micro_batches: Iterator[MicroBatch], seed: int
+) -> Generator[Batch, None, None]:
+    """These micro-batches of the plan, from their files; see ``build_loader``."""
     decode.require(cfg.decoder)
     reader = BatchReader(table, cfg, seed)
-    jobs = _jobs(plan, range(start_step, stop_step), dp_rank, dp_degree)
+    jobs = (Job(micro_batch, plan.members(micro_batch)) for micro_batch in micro_batches)
     return _ahead(reader, jobs, cfg) if cfg.workers else _here(reader, jobs)
 
 
-def _jobs(plan: BatchPlan, steps: range, rank: int, degree: int) -> Iterator[Job]:
-    """Asks the plan step by step, in this thread only; a run of any length costs nothing up front."""
-    for step in steps:
-        for micro_batch in plan.assign(step, rank, degree):
-            yield Job(micro_batch, plan.members(micro_batch))
+def _stored(
+    reader: FeatureReader, micro_batches: Iterator[MicroBatch], cfg: DataConfig
+) -> Generator[Batch, None, None]:
+    """One thread reads ahead: a store waits for the disk and does not compute."""
+    if not cfg.workers:
+        yield from map(reader.load, micro_batches)
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="features") as thread:
+        ahead: deque[Future[Batch]] = deque()
+        for micro_batch in micro_batches:
+            ahead.append(thread.submit(reader.load, micro_batch))
+            if len(ahead) > cfg.prefetch:
+                yield ahead.popleft().result()
+        for future in ahead:
+            yield future.result()
 
 
 def _here(reader: BatchReader, jobs: Iterator[Job]) -> Generator[Batch, None, None]:

@@ -5,6 +5,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from opensora.datasets.bucket import Bucket, frame_interval, sampled_fps
 from opensora.datasets.config import DataConfig
 from opensora.datasets.decode import DecodeError
 from opensora.datasets.draws import integer
+from opensora.datasets.features import Features, FeatureStore
 from opensora.datasets.frames import Cover
 from opensora.datasets.manifest import ClipTable
 from opensora.datasets.plan import MicroBatch
@@ -38,7 +40,7 @@ class Job(NamedTuple):
 class Batch:
     """One micro-batch, ready for the device. Slot i belongs to ``sample_ids[i]``, also where a substitute fills it."""
 
-    pixels: Tensor  # (B, 3, T, H, W) uint8
+    pixels: Tensor | None  # (B, 3, T, H, W) uint8; None where features were read in their place
     prompts: list[str]
     sample_ids: tuple[int, ...]  # as planned: what noise and every other draw of the slot is keyed by
     bucket: Bucket
@@ -46,6 +48,7 @@ class Batch:
     epoch: int
     weight: float  # 0: not counted
     replaced: tuple[tuple[int, int, str], ...] = ()  # (unreadable sample, its substitute, why)
+    features: Features | None = None
     read_s: float = 0.0  # time that reading took, where several processes read at once: of each
 
 
@@ -166,6 +169,37 @@ class BatchReader:
         if not self._cfg.prompt_suffix:
             return caption
         return with_suffix(caption, fps, float(self._table.motion_score[sample_id]))
+
+
+class FeatureReader:
+    """Reads what was made of a micro-batch's files in place of the files."""
+
+    def __init__(self, table: ClipTable, cfg: DataConfig) -> None:
+        """
+        Raises:
+            UserError: ``features`` is no complete folder.
+        """
+        self._table = table
+        self._store = FeatureStore(Path(cfg.features))
+
+    def load(self, micro_batch: MicroBatch) -> Batch:
+        """
+        Raises:
+            UserError: a sample that is not there, or a damaged file.
+        """
+        began = time.monotonic()
+        ids = micro_batch.sample_ids
+        return Batch(
+            pixels=None,
+            prompts=[self._table.caption(sample_id) for sample_id in ids],
+            sample_ids=ids,
+            bucket=micro_batch.bucket,
+            fps=torch.tensor([sampled_fps(float(self._table.fps[i])) for i in ids], dtype=torch.float32),
+            epoch=micro_batch.epoch,
+            weight=micro_batch.weight,
+            features=self._store.read(micro_batch),
+            read_s=time.monotonic() - began,
+        )
 
 
 class _FrameCache:

@@ -53,12 +53,12 @@ class Metrics:
             "lr": run.lr_at(run.step - 1),
             "epoch": run.data.plan.epoch_of(run.step - 1),
             "time/step_s": seconds / steps,
-            "time/data_wait_s": (run.data.waited_s - self._waited_s) / steps,
+            "data/wait_s": (run.data.waited_s - self._waited_s) / steps,
             "rate/samples_per_s": self._buckets.total() / seconds,
             "rate/tokens_per_s": self._tokens / seconds,
             "mem/peak_gib": peak_gib(run.runtime.device),
-            "data/replaced": len(run.data.replaced),
         } | {f"comm/{axis.name}_gib": axis.bytes_sent / 2**30 for axis in run.mesh.axes.values() if axis.degree > 1}
+        values |= run.reads.due()
         values |= {f"samples/{bucket}": count for bucket, count in self._buckets.items()}
         values |= self._aside
         self._aside.clear()
