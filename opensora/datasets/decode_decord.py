@@ -1,7 +1,7 @@
 """Frames by decord, or decord2, which has the same interface and is maintained.
 
-Rotation tags and the choice among several video streams are decord's own; a damaged frame is replaced by its
-neighbour without a word. Where these matter, use pyav.
+Rotation tags and the choice among several video streams are decord's own. A damaged frame is replaced by its neighbour
+without a word, and in some H.265 clips a frame reached by seeking is the next one. Where these matter, use pyav.
 """
 
 from typing import Any
@@ -46,7 +46,7 @@ def read_window(
                 if frames is None:
                     frames = allocate((len(numbers), *scaled.shape))
                 frames[slot] = scaled
-    except (decord.DECORDError, OSError) as error:
+    except (decord.DECORDError, RuntimeError, OSError) as error:  # it opens with the one, reads with the other
         raise DecodeError(source.path, short_reason(error)) from error
     assert frames is not None
     return frames
