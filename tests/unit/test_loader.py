@@ -258,8 +258,9 @@ def test_workers_end_with_their_trainer_however_it_ends(clips: Path) -> None:
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGSEGV", "SIGSTOP"])
 def test_a_worker_that_dies_or_hangs_is_replaced_and_nothing_is_lost(
-    clips: Path, processes: list[DecoderProcess], how: str
+    clips: Path, monkeypatch: pytest.MonkeyPatch, processes: list[DecoderProcess], how: str
 ) -> None:
+    monkeypatch.setattr(reader, "PATIENCE_S", 0.2)
     table = read_table(str(clips / "t.csv"))
     reference = list(batches_of(table, 12, workers=0))
     found = []
