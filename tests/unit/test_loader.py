@@ -125,7 +125,10 @@ def test_a_cache_changes_nothing_but_the_reading(clips: Path, crop: str, monkeyp
     large = load(table, range(12), crop=crop, cache_mib=64)
     read_once = len(opened)
     small = load(table, range(12), crop=crop)
-    assert all(map(same, large, reference)) and all(map(same, small, reference))
+    elsewhere = load(table, range(12), crop=crop, cache_mib=64, workers=1)
+    assert (
+        all(map(same, large, reference)) and all(map(same, small, reference)) and all(map(same, elsewhere, reference))
+    )
     assert read_once < len(opened) - read_once  # epochs after the first read stills, and windows seen before, for free
 
 
