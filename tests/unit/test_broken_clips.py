@@ -176,7 +176,6 @@ def test_what_is_broken_is_one_line(kind: str, tmp_path: Path) -> None:
             frames = read_frames(str(path), start, 1, timeout_s=LIMIT_S)
         except DecodeError as error:
             assert error.path == str(path) and error.cause and "\n" not in str(error)
-            assert "16384x16384 pixels, at most" in error.cause or kind != "16k x 16k clip"
             errors += 1
         else:
             assert kind == "bits flipped" and frames.shape == (1, 48, 64, 3)
