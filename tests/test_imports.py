@@ -59,9 +59,9 @@ HOMES: dict[str, tuple[str, ...]] = {
     "colossalai": ("acceleration/engines/colossalai.py",),
     "flash_attn": ("acceleration/attention.py",),
     "apex": ("opensora/models/layers/norm.py",),
-    "decord": ("opensora/datasets/decode.py",),
-    "torchcodec": ("opensora/datasets/decode.py",),
-    "av": ("opensora/datasets/decode.py", "opensora/utils/video_writer.py"),
+    "decord": ("opensora/datasets/decode_decord.py",),
+    "torchcodec": ("opensora/datasets/decode_torchcodec.py",),
+    "av": ("opensora/datasets/decode_pyav.py", "opensora/utils/video_writer.py"),
 }
 
 

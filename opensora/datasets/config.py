@@ -32,9 +32,14 @@ class DataConfig:
     prompt_suffix: bool = False  # append frame rate and motion score to the caption
     workers: int = 2  # decoding processes per training process; 0 decodes in the training process
     prefetch: int = 2  # micro-batches each worker prepares ahead
-    worker_timeout_s: int = 300  # longest wait for a worker before the run fails
+    prefetch_mib: int = 4096  # what these may hold in memory together, per training process; one is always prepared
+    worker_timeout_s: int = 300  # longest time in which no worker reads a clip before the run fails
+    decoder: Literal["pyav", "decord", "torchcodec"] = "pyav"  # the latter two are optional packages
     decode_threads: int = 1  # per worker
-    cache_mib: int = 0  # decoded windows that each worker keeps, for data sets small enough to be read many times
+    decode_timeout_s: float = 60.0  # for one sample; one that takes longer counts as unreadable
+    max_bad_share: float = 0.01  # of the last 1000 samples of a process that may be unreadable before the run stops
+    features: str = ""  # folder of opensora.cli.precompute: read latents and text features instead of files
+    cache_mib: int = 0  # decoded windows that a training process keeps, for data sets that are read many times
 
     def __post_init__(self) -> None:
         names = [self.table] if isinstance(self.table, str) else self.table
@@ -43,12 +48,20 @@ class DataConfig:
         _check_choice("probability", self.probability, ("skip", "accept"))
         _check_choice("empty_rows", self.empty_rows, ("report", "error"))
         _check_choice("crop", self.crop, ("center", "random"))
-        for name in ("micro_batches", "prefetch", "worker_timeout_s", "decode_threads"):
+        _check_choice("decoder", self.decoder, ("pyav", "decord", "torchcodec"))
+        for name in ("micro_batches", "prefetch", "prefetch_mib", "worker_timeout_s", "decode_threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: allowed are integers >= 1")
         for name in ("workers", "cache_mib"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: allowed are integers >= 0")
+        if not 0 < self.decode_timeout_s < self.worker_timeout_s:
+            raise ValueError(
+                f"decode_timeout_s={self.decode_timeout_s:g}: allowed are numbers above 0 and below "
+                f"worker_timeout_s={self.worker_timeout_s}"
+            )
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share={self.max_bad_share:g}: allowed are numbers from 0 to 1")
         bucket_rows(self)
 
 

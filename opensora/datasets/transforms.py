@@ -3,13 +3,6 @@
 from opensora.datasets.draws import integer
 
 
-def cover_size(height: int, width: int, target_height: int, target_width: int) -> tuple[int, int]:
-    """Smallest (height, width) of the same ratio that covers the target; one side equals the target's."""
-    if height * target_width >= width * target_height:
-        return max(target_height, _divide(height * target_width, width)), target_width
-    return target_height, max(target_width, _divide(width * target_height, height))
-
-
 def crop_origin(height: int, width: int, target_height: int, target_width: int) -> tuple[int, int]:
     """(top, left) of a centred crop."""
     return (height - target_height) // 2, (width - target_width) // 2
@@ -28,8 +21,3 @@ def window_start(num_frames: int, frames: int, interval: int, *, seed: int, epoc
     """First frame of the window drawn for this sample and epoch, such that all its frames lie in the clip."""
     span = (frames - 1) * interval + 1
     return integer(sample_id, max(1, num_frames - span + 1), seed, epoch, "window")
-
-
-def _divide(numerator: int, denominator: int) -> int:
-    """Nearest integer."""
-    return (2 * numerator + denominator) // (2 * denominator)

@@ -17,6 +17,7 @@ def train(run: Run) -> bool:
         elements = run.data.global_elements(run.step)
         loss = run.zero_loss()
         for batch, is_last in run.data.microbatches(run.step):
+            run.reads.note(batch, run.step)
             tokens = run.prepare(batch, run.step)
             share = loss_share(run.engine.model, tokens, elements)
             run.engine.backward(share, last_microbatch=is_last)

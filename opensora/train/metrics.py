@@ -58,15 +58,15 @@ class Metrics:
             "lr": run.lr_at(run.step - 1),
             "epoch": run.data.plan.epoch_of(run.step - 1),
             "time/step_s": seconds / steps,
-            "time/data_wait_s": (run.data.waited_s - self._waited_s) / steps,
+            "data/wait_s": (run.data.waited_s - self._waited_s) / steps,
             "rate/samples_per_s": self._buckets.total() / seconds,
             "rate/tokens_per_s": self._tokens / seconds,
             "mem/peak_gib": peak_gib(run.runtime.device),
-            "data/replaced": len(run.data.replaced),
         }
         for name, sent in (run.mesh.bytes_sent() - self._sent).items():
             values[f"comm/{name}_gib"] = sent / steps / 2**30
         values |= {f"comm/{name}_predicted_gib": sent / steps / 2**30 for name, sent in self._predicted.items()}
+        values |= run.reads.due()
         values |= {f"samples/{bucket}": count for bucket, count in self._buckets.items()}
         values |= self._aside
         self._aside.clear()

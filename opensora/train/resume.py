@@ -13,7 +13,8 @@ from opensora.utils.logging import announce
 from opensora.utils.typed import plain
 
 # Settings that may differ from one start of a run to the next and leave it the same run.
-FREE = ("output", "parallel", "log", "train", "data.workers", "data.prefetch", "data.cache_mib", "data.decode_threads")
+FREE = ("output", "parallel", "log", "train", "data.workers", "data.prefetch", "data.prefetch_mib", "data.cache_mib",
+        "data.decode_threads", "data.decode_timeout_s", "data.worker_timeout_s", "data.max_bad_share")  # fmt: skip
 SHOWN = 4  # changed keys in an announcement
 
 

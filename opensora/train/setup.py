@@ -32,9 +32,11 @@ from opensora.models.base import AutoencoderShape, latent_grid
 from opensora.models.mmdit.convert import load_state_dict_for
 from opensora.models.text import build_text_encoder
 from opensora.models.vae import autoencoder_shape, build_autoencoder
+from opensora.train import features
 from opensora.train.data import StepData
 from opensora.train.forecast import Traffic, check_memory
 from opensora.train.metrics import Metrics
+from opensora.train.reads import Reads
 from opensora.train.resume import check_fresh, checkpoint_info, resume
 from opensora.train.step import Preparation
 from opensora.utils.adapters import write_adapter
@@ -42,6 +44,7 @@ from opensora.utils.errors import UserError
 from opensora.utils.logging import MetricsLogger, announce
 from opensora.utils.rng import torch_generator
 from opensora.utils.weights import fingerprint, write_weights
+from opensora.utils.work import one_by_one
 
 
 @dataclass(kw_only=True)
@@ -56,6 +59,7 @@ class Run:
     prepare: Preparation
     checkpoints: CheckpointManager
     metrics: Metrics
+    reads: Reads
     stop: StopRequest
     step: int
     traffic: Traffic | None  # on the process that writes records
@@ -77,6 +81,7 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of the state after ``step`` updates. Collective."""
+        self.reads.check_agreement()
         with self.metrics.aside("save", self.mesh):
             info = checkpoint_info(self.cfg, self.runtime, self.base)
             path = self.checkpoints.save(self.step, self.engine.state_dict(), info)
@@ -158,7 +163,10 @@ def check(cfg: RunConfig, world_size: int) -> tuple[ClipTable, BatchPlan]:
         with torch.device("meta"):
             add_adapters(cfg, build_model(cfg.model))
     table = read_table(cfg.data.table, cfg.data.root)
-    return table, BatchPlan(table, cfg.data, spatial_multiple(cfg, shape), cfg.seed)
+    plan = BatchPlan(table, cfg.data, spatial_multiple(cfg, shape), cfg.seed)
+    if cfg.data.features:
+        features.check(cfg, table, plan)
+    return table, plan
 
 
 def spatial_multiple(cfg: RunConfig, shape: AutoencoderShape) -> int:
@@ -191,11 +199,16 @@ def build_run(cfg: RunConfig, table: ClipTable, plan: BatchPlan, runtime: Runtim
 
     shape = autoencoder_shape(cfg.vae)
     data = StepData(table, plan, cfg.data, mesh, shape, start_step=step, stop_step=cfg.train.steps, seed=cfg.seed)
-    frozen = torch.bfloat16 if cfg.parallel.precision.compute == "bf16" else torch.float32
-    autoencoder = build_autoencoder(cfg.vae, runtime.device, frozen)
+    frozen = features.encoder_dtype(cfg)
+    stored = bool(cfg.data.features)
+    encoders = not stored or cfg.validate.every > 0  # samples while training need them
+    autoencoder = build_autoencoder(cfg.vae, runtime.device, frozen) if encoders else None
+    text_encoder = (
+        build_text_encoder(cfg.text, runtime.device, frozen) if encoders else features.stored_text(cfg, runtime.device)
+    )
     prepare = Preparation(
         autoencoder=autoencoder,
-        text_encoder=build_text_encoder(cfg.text, runtime.device, frozen),
+        text_encoder=text_encoder,
         flow=cfg.flow,
         patch=cfg.model.patch_size,
         cond_embed=cfg.model.cond_embed,
@@ -203,7 +216,8 @@ def build_run(cfg: RunConfig, table: ClipTable, plan: BatchPlan, runtime: Runtim
         sequence=SequenceParallel(mesh),
         seed=cfg.seed,
         device=runtime.device,
-        run_tiles=tile_runner(cfg.train.vae_parallel, autoencoder, mesh),
+        run_tiles=tile_runner(cfg.train.vae_parallel, autoencoder, mesh) if autoencoder else one_by_one,
+        stored=stored,
     )
     logger = open_logger(cfg, plan, step) if runtime.is_main else None
     metrics = Metrics(logger, every=cfg.train.log_every, start_step=step, total_steps=cfg.train.steps)
@@ -216,6 +230,7 @@ def build_run(cfg: RunConfig, table: ClipTable, plan: BatchPlan, runtime: Runtim
         prepare=prepare,
         checkpoints=checkpoints,
         metrics=metrics,
+        reads=Reads(folder / "unreadable", table, mesh, cfg.data.max_bad_share),
         stop=stop,
         step=step,
         base=base,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from acceleration.sequence import SequenceParallel
+from opensora.datasets.features import Features
 from opensora.models.base import Autoencoder, TextEncoder, TextFeatures
 from opensora.schedulers import rectified_flow as flow
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
@@ -32,7 +33,7 @@ class Tokens:
 class Preparation:
     """Encodes, corrupts and cuts; draws depend on (seed, step, sample) alone, so all layouts agree."""
 
-    autoencoder: Autoencoder
+    autoencoder: Autoencoder | None  # None: not needed, as batches hold features
     text_encoder: TextEncoder
     flow: RectifiedFlowConfig
     patch: int
@@ -42,19 +43,20 @@ class Preparation:
     seed: int
     device: torch.device
     run_tiles: RunAll = one_by_one  # who codes the tiles of a clip
+    stored: bool = False  # batches hold features in place of pixels
 
     @torch.no_grad()
     def __call__(self, batch: "Batch", step: int) -> Tokens:
         """The tokens of ``batch`` as used by update ``step``; no gradient."""
-        pixels = batch.pixels.to(self.device, non_blocking=True).float() / 127.5 - 1  # (B, 3, T, H, W)
-        x0 = self.autoencoder.encode(pixels, self.run_tiles).float()  # (B, C, T', H', W')
+        encoded = self.encode(batch)
+        x0 = encoded.latents.float()  # (B, C, T', H', W')
         grid = (x0.shape[2], x0.shape[3], x0.shape[4])
         ids = batch.sample_ids
         noise = flow.sample_noise(self.seed, step, ids, tuple(x0.shape[1:])).to(self.device)
         t = flow.sample_timesteps(self.seed, step, ids, grid, self.patch, self.flow).to(self.device)
         img = pack(flow.corrupt(x0, noise, t, self.flow), self.patch)  # (B, N, C*p*p)
         target = pack(flow.target(x0, noise, self.flow), self.patch)
-        text = self._text(batch.prompts, ids, step)
+        text = self._text(encoded, ids, step)
         txt_ids = torch.zeros(*text.txt.shape[:2], 3, device=self.device)
         img_ids = image_ids(grid, self.patch, self.device).expand(len(ids), -1, -1)
 
@@ -73,12 +75,24 @@ class Preparation:
         }
         return Tokens(inputs=inputs, target=image(target), weight=batch.weight)
 
+    @torch.no_grad()
+    def encode(self, batch: "Batch") -> Features:
+        """What the autoencoder and the text encoder make of a batch, or made of it before, on this device."""
+        if self.stored:
+            assert batch.features is not None
+            return Features(**{name: x.to(self.device) for name, x in batch.features.tensors().items()})
+        assert batch.pixels is not None and self.autoencoder is not None
+        pixels = batch.pixels.to(self.device, non_blocking=True).float() / 127.5 - 1  # (B, 3, T, H, W)
+        text = self.text_encoder.encode(batch.prompts)
+        return Features(
+            latents=self.autoencoder.encode(pixels, self.run_tiles), txt=text.txt, y_vec=text.y_vec, mask=text.mask
+        )
+
     def _shard_text(self, x: Tensor) -> Tensor:
         return self.sequence.shard(x, surplus_last=True)
 
-    def _text(self, prompts: list[str], ids: tuple[int, ...], step: int) -> TextFeatures:
+    def _text(self, text: Features, ids: tuple[int, ...], step: int) -> TextFeatures:
         """Features of the prompts; tokens and pooled vector of dropped samples, each on its own, are those of ""."""
-        text = self.text_encoder.encode(prompts)
         drop_txt, drop_vec = (
             drop.to(self.device) for drop in flow.drop_text(self.seed, step, ids, self.flow.text_dropout)
         )

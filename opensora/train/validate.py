@@ -12,6 +12,7 @@ from opensora.utils.logging import announce
 def sample_prompts(run: Run) -> None:
     """Write samples/step-XXXXXXXX/ with a clip per prompt and a contact sheet, from the live weights. Collective."""
     validate = run.cfg.validate
+    assert run.prepare.autoencoder is not None
     folder = run.cfg.folder / "samples" / f"step-{run.step:08d}"
     job = SampleConfig(
         weights=str(run.cfg.folder),

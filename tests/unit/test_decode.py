@@ -113,7 +113,7 @@ def test_several_threads_give_the_same(tmp_path: Path) -> None:
 
 
 def test_only_the_window_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from opensora.datasets import decode
+    from opensora.datasets import decode_pyav as decode
 
     path = encode(tmp_path / "c.mp4", 240, gop=12)
     released = []

@@ -1,8 +1,10 @@
 """Batches: shapes, order, independence of workers, replacement of unreadable clips, signals."""
 
-import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from opensora.datasets import DataConfig, video
+from opensora.datasets import DataConfig, decode, loader, reader, video
 from opensora.datasets.decode import read_frames
+from opensora.datasets.frames import Cover, cover_size
 from opensora.datasets.loader import build_loader
 from opensora.datasets.manifest import ClipTable, read_table
 from opensora.datasets.plan import BatchPlan
-from opensora.datasets.transforms import cover_size, window_start
-from opensora.datasets.video import Batch, VideoDataset
+from opensora.datasets.reader import DecoderProcess
+from opensora.datasets.transforms import window_start
+from opensora.datasets.video import Batch, BatchReader, Job
 from opensora.utils.errors import UserError
 from opensora.utils.prompt import with_suffix
 from tests.unit.test_decode import encode
@@ -116,12 +120,15 @@ def test_a_cache_changes_nothing_but_the_reading(clips: Path, crop: str, monkeyp
     table = read_table(str(clips / "t.csv"))
     reference = load(table, range(12), crop=crop)
     opened: list[str] = []
-    real = video.read_frames
-    monkeypatch.setattr(video, "read_frames", lambda path, *a, **k: opened.append(path) or real(path, *a, **k))
+    real = decode.read_frames
+    monkeypatch.setattr(decode, "read_frames", lambda path, *a, **k: opened.append(path) or real(path, *a, **k))
     large = load(table, range(12), crop=crop, cache_mib=64)
     read_once = len(opened)
     small = load(table, range(12), crop=crop)
-    assert all(map(same, large, reference)) and all(map(same, small, reference))
+    elsewhere = load(table, range(12), crop=crop, cache_mib=64, workers=1)
+    assert (
+        all(map(same, large, reference)) and all(map(same, small, reference)) and all(map(same, elsewhere, reference))
+    )
     assert read_once < len(opened) - read_once  # epochs after the first read stills, and windows seen before, for free
 
 
@@ -189,31 +196,159 @@ def test_programming_errors_go_through(clips: Path, monkeypatch: pytest.MonkeyPa
     def wrong(*args: Any, **kwargs: Any) -> None:
         raise KeyError("a mistake of ours")
 
-    monkeypatch.setattr("opensora.datasets.video.read_frames", wrong)
+    monkeypatch.setattr("opensora.datasets.decode.read_frames", wrong)
     with pytest.raises(KeyError, match="a mistake of ours"):
         load(read_table(str(clips / "t.csv")), range(1))
 
 
-def test_workers_ignore_signals_and_end_with_the_iterator(clips: Path) -> None:
-    cfg = DataConfig(buckets=BUCKETS, empty_rows="report", workers=2, micro_batches=1)
-    table = read_table(str(clips / "t.csv"))
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> list[DecoderProcess]:
+    """Every decoding process that is started from now on."""
+    started: list[DecoderProcess] = []
+    monkeypatch.setattr(loader, "DecoderProcess", lambda: started.append(DecoderProcess()) or started[-1])
+    return started
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(true: Any, seconds: float = 20.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return bool(true())
+
+
+def batches_of(table: ClipTable, steps: int, **changes: Any) -> Any:
+    cfg = DataConfig(**{"buckets": BUCKETS, "empty_rows": "report", "micro_batches": 1} | changes)
     plan = BatchPlan(table, cfg, 8, 0)
-    batches: Any = build_loader(table, plan, cfg, start_step=0, stop_step=60, dp_rank=0, dp_degree=1, seed=0)
-    others = set(multiprocessing.active_children())
+    return build_loader(table, plan, cfg, start_step=0, stop_step=steps, dp_rank=0, dp_degree=1, seed=0)
+
+
+def test_workers_ignore_signals_and_end_with_the_iterator(clips: Path, processes: list[DecoderProcess]) -> None:
+    batches = batches_of(read_table(str(clips / "t.csv")), 60, workers=2)
     next(batches)
-    workers = [process for process in multiprocessing.active_children() if process not in others]
-    assert len(workers) == 2
-    for process in workers:
-        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-            assert process.pid is not None
-            os.kill(process.pid, name)
+    pids = [process.pid for process in processes]
+    assert len(pids) == 2
+    for pid in pids:
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"):
+            os.kill(pid, getattr(signal, name))
     for _ in range(20):
         next(batches)
-    assert all(process.is_alive() for process in workers)
+    assert all(map(is_alive, pids)) and pids == [process.pid for process in processes]
     batches.close()
-    for process in workers:
-        process.join(5)
-    assert not any(process.is_alive() for process in workers)
+    assert not any(map(is_alive, pids))
+
+
+def test_workers_end_with_their_trainer_however_it_ends(clips: Path) -> None:
+    code = (
+        "import time; from opensora.datasets.reader import DecoderProcess; "
+        "p = DecoderProcess(); print(p.pid, flush=True); time.sleep(60)"
+    )
+    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert trainer.stdout
+    pid = int(trainer.stdout.readline())
+    assert is_alive(pid)
+    trainer.kill()
+    trainer.wait()
+    assert wait_until(lambda: not is_alive(pid))
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSEGV", "SIGSTOP"])
+def test_a_worker_that_dies_or_hangs_is_replaced_and_nothing_is_lost(
+    clips: Path, monkeypatch: pytest.MonkeyPatch, processes: list[DecoderProcess], how: str
+) -> None:
+    monkeypatch.setattr(reader, "PATIENCE_S", 0.2)
+    table = read_table(str(clips / "t.csv"))
+    reference = list(batches_of(table, 12, workers=0))
+    found = []
+    batches = batches_of(table, 12, workers=1, prefetch=1, decode_timeout_s=2)
+    for batch in batches:
+        found.append(batch)
+        if len(found) == 4:
+            first = processes[0].pid
+            os.kill(first, getattr(signal, how))
+    assert len(found) == len(reference) and all(map(same, found, reference))
+    assert processes[0].pid != first and not is_alive(first)
+
+
+@pytest.mark.parametrize("how", ["die", "hang"])
+def test_a_clip_that_takes_its_decoder_along_is_named_and_replaced(
+    clips: Path, monkeypatch: pytest.MonkeyPatch, processes: list[DecoderProcess], tmp_path: Path, how: str
+) -> None:
+    """Its process dies or hangs twice; then it is left alone, and its substitute is as for any unreadable clip."""
+    harm = "os.kill(os.getpid(), 9)" if how == "die" else "time.sleep(600)"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if 'opensora.datasets.worker' in sys.orig_argv:\n"
+        "    import os, time, opensora.datasets.decode as d\n"
+        "    real = d.read_frames\n"
+        "    def read(path, *a, **k):\n"
+        f"        if path.endswith('1.mp4'): {harm}\n"
+        "        return real(path, *a, **k)\n"
+        "    d.read_frames = read\n"
+    )
+    said: list[str] = []
+    monkeypatch.setattr(video, "announce", said.append)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    table = read_table(str(clips / "t.csv"))
+    monkeypatch.setattr(reader, "PATIENCE_S", 0.2)
+    found = list(batches_of(table, 12, workers=1, decode_timeout_s=1.5))
+    replaced = [r for batch in found for r in batch.replaced]
+    assert len(replaced) >= 2 and {bad for bad, _, _ in replaced} == {1}
+    reason = "was killed by SIGKILL (out of memory?)" if how == "die" else "hung for 2 s and was killed"
+    assert all(reason in why and "1.mp4" in why for _, _, why in replaced)
+    assert len(said) == 1 and said[0].startswith("sample 1: ") and "1.mp4" in said[0]
+
+
+def test_a_worker_never_loads_torch(clips: Path) -> None:
+    """It would cost every worker seconds and hundreds of megabytes."""
+    process = DecoderProcess()
+    process(str(clips / "0.mp4"), 0, 3, resize=Cover(32, 32), threads=1, decoder="pyav", timeout_s=30)
+    maps = Path(f"/proc/{process.pid}/maps").read_text()
+    process.close()
+    assert "libav" in maps and "torch" not in maps
+
+
+def test_a_mistake_of_ours_in_a_worker_goes_through(clips: Path) -> None:
+    process = DecoderProcess()
+    with pytest.raises(RuntimeError, match="KeyError: 'no such decoder'"):
+        process(str(clips / "0.mp4"), 0, 1, resize=None, threads=1, decoder="no such decoder", timeout_s=9)
+    with pytest.raises(RuntimeError, match="start=-1"):
+        process(str(clips / "0.mp4"), -1, 1, resize=None, threads=1, decoder="pyav", timeout_s=9)
+    process.close()
+
+
+def test_nothing_read_for_too_long_is_one_line(clips: Path, processes: list[DecoderProcess]) -> None:
+    batches = batches_of(read_table(str(clips / "t.csv")), 60, workers=1, decode_timeout_s=2.9, worker_timeout_s=3)
+    next(batches)
+    os.kill(processes[0].pid, signal.SIGSTOP)
+    with pytest.raises(
+        UserError, match=r"data.worker_timeout_s=3: nothing was read in this time; at work: .*\.(mp4|png)"
+    ):
+        list(batches)
+    assert not is_alive(processes[0].pid)
+
+
+def test_what_is_prepared_ahead_is_bounded(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = read_table(str(clips / "t.csv"))
+    alive: list[int] = []
+    real = loader._empty_pixels
+    monkeypatch.setattr(loader, "_empty_pixels", lambda m: alive.append(loader._pixel_bytes(m)) or real(m))
+    batches = batches_of(table, 60, workers=2, prefetch=9, prefetch_mib=1)
+    monkeypatch.setattr(loader, "_pixel_bytes", lambda m: 300 * 1024)
+    next(batches)
+    assert len(alive) == 3  # 300 KiB each: a fourth would be too much
+    next(batches)
+    assert len(alive) == 4
+    batches.close()
+    monkeypatch.setattr(loader, "_pixel_bytes", lambda m: 2**40)
+    assert len(list(batches_of(table, 3, workers=1, prefetch_mib=1))) == 3
 
 
 def test_a_run_of_any_length_starts_at_once(clips: Path) -> None:
@@ -233,9 +368,11 @@ def test_prompt_suffix(clips: Path) -> None:
     assert not any("FPS" in p for p in prompts if p.startswith("still"))
 
 
-def test_dataset_is_what_the_loader_maps(clips: Path) -> None:
+def test_the_reader_is_what_the_loader_maps(clips: Path) -> None:
     cfg = DataConfig(buckets=BUCKETS, empty_rows="report", workers=0)
     table = read_table(str(clips / "t.csv"))
     plan = BatchPlan(table, cfg, 8, 0)
-    batch = VideoDataset(table, plan, cfg, 0)[plan.step(0)[0]]
+    micro_batch = plan.step(0)[0]
+    pixels = loader._empty_pixels(micro_batch)
+    batch = BatchReader(table, cfg, 0).load(Job(micro_batch, plan.members(micro_batch)), pixels, decode.read_frames)
     assert isinstance(batch, Batch) and batch.sample_ids == plan.step(0)[0].sample_ids

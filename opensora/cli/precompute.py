@@ -1,0 +1,31 @@
+"""Encode ahead: ``torchrun --nproc_per_node N -m opensora.cli.precompute CONFIG.yaml --out DIR [overrides]``.
+
+Train with ``data.features=DIR`` afterwards. Stopped at any time, the same command goes on where it was.
+"""
+
+import argparse
+from pathlib import Path
+
+from opensora.config import RunConfig, config_from_argv, run_cli
+from opensora.train.precompute import precompute
+from opensora.utils.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m opensora.cli.precompute",
+        usage="%(prog)s CONFIG.yaml --out DIR [--epochs N] [section.key=value ...]",
+        description="Write the latents and text features of a training configuration to a folder for data.features.",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the folder; what is there already is kept")
+    parser.add_argument("--epochs", type=int, default=1, help="windows per clip, used in turn (default 1)")
+    args, rest = parser.parse_known_args(argv)
+    if args.epochs < 1:
+        raise UserError(f"--epochs={args.epochs}: allowed are integers >= 1")
+    precompute(config_from_argv(RunConfig, rest, "Encode a data set ahead."), args.out, args.epochs)
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

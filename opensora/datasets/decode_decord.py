@@ -1,0 +1,52 @@
+"""Frames by decord, or decord2, which has the same interface and is maintained.
+
+Rotation tags and the choice among several video streams are decord's own. A damaged frame is replaced by its neighbour
+without a word, and in some H.265 clips a frame reached by seeking is the next one. Where these matter, use pyav.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from opensora.datasets.frames import Allocate, Deadline, DecodeError, Resize, scale_rgb, short_reason
+from opensora.datasets.storage import Source
+from opensora.utils.errors import UserError
+
+_AT_ONCE = 8  # frames held at full size
+
+
+def load() -> Any:
+    """The package.
+
+    Raises:
+        UserError: it is not there.
+    """
+    try:
+        import decord
+    except (ImportError, OSError) as error:
+        raise UserError(f"data.decoder=decord: pip install decord2, or use pyav ({short_reason(error)})") from None
+    return decord
+
+
+def read_window(
+    source: Source, numbers: range, resize: Resize | None, threads: int, deadline: Deadline, allocate: Allocate
+) -> np.ndarray:
+    """The frames of these numbers; see ``opensora.datasets.decode.read_frames``."""
+    decord = load()
+    try:
+        with source.open() as file:
+            reader = decord.VideoReader(source.file if source.size is None else file, num_threads=threads)
+        if numbers[-1] >= len(reader):
+            raise DecodeError(source.path, f"it has {len(reader)} frames, the window needs {numbers[-1] + 1}")
+        frames: np.ndarray | None = None
+        for first in range(0, len(numbers), _AT_ONCE):
+            deadline.check()
+            for slot, frame in enumerate(reader.get_batch(list(numbers[first : first + _AT_ONCE])).asnumpy(), first):
+                scaled = scale_rgb(frame, resize)
+                if frames is None:
+                    frames = allocate((len(numbers), *scaled.shape))
+                frames[slot] = scaled
+    except (decord.DECORDError, RuntimeError, OSError) as error:  # it opens with the one, reads with the other
+        raise DecodeError(source.path, short_reason(error)) from error
+    assert frames is not None
+    return frames

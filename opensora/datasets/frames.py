@@ -1,0 +1,92 @@
+"""What all decoders share: how they fail, how long they may take, and where their frames go."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+# A picture beyond this is a damaged header (or a bomb): 16k x 16k as RGB are 768 MiB.
+MAX_PIXELS = 2**26
+
+Resize = Callable[[int, int], tuple[int, int]]  # displayed (height, width) -> the size wanted
+Allocate = Callable[[tuple[int, int, int, int]], np.ndarray]  # shape -> uint8 array
+
+
+class DecodeError(Exception):
+    """This file cannot give these frames; ``path`` and ``cause`` say which and why."""
+
+    def __init__(self, path: str, cause: str) -> None:
+        super().__init__(path, cause)
+        self.path = path
+        self.cause = cause
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.cause}"
+
+
+@dataclass(frozen=True)
+class Cover:
+    """``cover_size`` for one target: a ``Resize`` that can be sent to another process."""
+
+    height: int
+    width: int
+
+    def __call__(self, height: int, width: int) -> tuple[int, int]:
+        return cover_size(height, width, self.height, self.width)
+
+
+def cover_size(height: int, width: int, target_height: int, target_width: int) -> tuple[int, int]:
+    """Smallest (height, width) of the same ratio that covers the target; one side equals the target's."""
+    if height * target_width >= width * target_height:
+        return max(target_height, _divide(height * target_width, width)), target_width
+    return target_height, max(target_width, _divide(width * target_height, height))
+
+
+def _divide(numerator: int, denominator: int) -> int:
+    """Nearest integer."""
+    return (2 * numerator + denominator) // (2 * denominator)
+
+
+class Deadline:
+    """When a sample has to be read; decoders ask between packets. One that hangs inside a packet does not ask: that
+    takes a process of its own (``opensora.datasets.reader``)."""
+
+    def __init__(self, path: str, seconds: float | None) -> None:
+        """``seconds`` from now; None: any time."""
+        self._path = path
+        self._seconds = seconds
+        self._at = time.monotonic() + seconds if seconds is not None else None
+
+    def check(self) -> None:
+        """Raises: DecodeError: it is over."""
+        if self._at is not None and time.monotonic() > self._at:
+            raise DecodeError(self._path, f"not read within {self._seconds:g} s (data.decode_timeout_s)")
+
+
+def new_array(shape: tuple[int, int, int, int]) -> np.ndarray:
+    """The default ``Allocate``."""
+    return np.empty(shape, dtype=np.uint8)
+
+
+def check_size(path: str, height: int, width: int) -> None:
+    """Raises: DecodeError: no picture that anybody would train on."""
+    if height * width > MAX_PIXELS:
+        raise DecodeError(path, f"{width}x{height} pixels, at most {MAX_PIXELS} are read")
+
+
+def scale_rgb(frame: np.ndarray, resize: Resize | None) -> np.ndarray:
+    """(H, W, 3) uint8 at the size wanted; bicubic, antialiased."""
+    if resize is None:
+        return frame
+    height, width = resize(*frame.shape[:2])
+    if (height, width) == frame.shape[:2]:
+        return frame
+    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def short_reason(error: BaseException) -> str:
+    """What went wrong, on one line."""
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(reason).split())[:200]

@@ -1,0 +1,79 @@
+"""A decoding process: reads one window after another for the process that started it, and ends with it.
+
+It is a fresh interpreter, not a fork, and never loads torch: it costs tens of megabytes, has none of the trainer's
+locks, and may be killed at any time. ``opensora.datasets.reader`` is the other end.
+"""
+
+import faulthandler
+import mmap
+import os
+import signal
+import sys
+import traceback
+from math import prod
+from multiprocessing.connection import Connection
+from typing import Any, Literal
+
+import numpy as np
+
+from opensora.datasets.decode import DecodeError, read_frames
+
+IGNORED_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
+ORPHAN_S = 60.0  # beyond the time limit of a sample: then nobody is there who would have killed this process
+
+# What goes back: the shape of the frames, which lie in the shared memory; why the file cannot be read; or the
+# traceback of a mistake of ours.
+Answer = tuple[Literal["frames", "unreadable", "mistake"], Any]
+
+
+class SharedFrames:
+    """A window of frames in memory that two processes see, behind an open file. It grows to the largest window and is
+    used again and again: new memory would have to be cleared page by page, which takes as long as decoding."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+        self._memory: mmap.mmap | None = None
+
+    def array(self, shape: tuple[int, ...]) -> np.ndarray:
+        """The memory as uint8 of this shape; what was there before is overwritten by whoever writes."""
+        size = prod(shape)
+        if self._memory is None or len(self._memory) < size:
+            if os.fstat(self._file).st_size < size:
+                os.ftruncate(self._file, size)
+            self._memory = mmap.mmap(self._file, os.fstat(self._file).st_size)
+        return np.ndarray(shape, np.uint8, buffer=self._memory)
+
+
+def main(argv: list[str]) -> None:
+    """``argv``: file descriptors of the connection and of the shared memory."""
+    for name in IGNORED_SIGNALS:  # the trainer decides when its decoders end
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    connection, shared = Connection(int(argv[0])), SharedFrames(int(argv[1]))
+    silence = open(os.devnull, "w")  # noqa: SIM115  (as long as the process)
+    connection.send(None)
+    while True:
+        try:
+            request = connection.recv()
+        except (EOFError, OSError):
+            return
+        faulthandler.dump_traceback_later(request["timeout_s"] + ORPHAN_S, exit=True, file=silence)
+        answer = _answer(request, shared)
+        faulthandler.cancel_dump_traceback_later()
+        try:
+            connection.send(answer)
+        except OSError:
+            return
+
+
+def _answer(request: dict[str, Any], shared: SharedFrames) -> Answer:
+    try:
+        return "frames", read_frames(**request, allocate=shared.array).shape
+    except DecodeError as error:
+        return "unreadable", error.cause
+    except Exception:
+        return "mistake", traceback.format_exc()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,34 @@
+"""What is counted over processes, and that peers which did not read the same are found on every one of them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from acceleration import mesh as meshes
+from acceleration.config import MeshConfig
+from opensora.train.reads import Reads
+from opensora.utils.errors import UserError
+from tests.dist.harness import run_distributed
+from tests.unit.test_reads import batch, table
+
+
+def on_a_process(folder: Path, bad_on: tuple[int, ...], degrees: dict[str, int]) -> Any:
+    mesh = meshes.build(MeshConfig(**degrees), 4, torch.device("cpu"))
+    rank = torch.distributed.get_rank()
+    watch = Reads(folder, table(), mesh, 0.01)
+    watch.note(batch(100 * mesh.data_rank, 4, (1,) if rank in bad_on else ()), 0)
+    try:
+        return watch.due(), watch.due()
+    except UserError as error:
+        return str(error)
+
+
+def test_over_processes(tmp_path: Path) -> None:
+    """Values are of all processes, each sample once; peers that read different samples are found on every one."""
+    degrees = {"shard": 2, "ring": 1, "ulysses": 2}
+    for values, later in run_distributed(on_a_process, 4, tmp_path, (0, 1), degrees):
+        assert values == {"data/decode_ms": 1e3 * 1.0 / 8, "data/replaced": 1}
+        assert later == {"data/decode_ms": 0.0, "data/replaced": 1}
+    results = run_distributed(on_a_process, 4, tmp_path, (2,), {"shard": 1, "ring": 2, "ulysses": 2})
+    assert all("processes that share samples could not read the same" in str(result) for result in results)

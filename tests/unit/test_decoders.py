@@ -1,0 +1,175 @@
+"""The table of decoders, deadlines, and how decoding behaves in many processes and over many clips."""
+
+import multiprocessing
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from opensora.datasets import DataConfig, decode_pyav, decode_torchcodec
+from opensora.datasets.decode import DECODERS, DecodeError, probe, read_frames, require
+from opensora.datasets.frames import Cover
+from opensora.datasets.reader import DecoderProcess
+from opensora.utils.errors import UserError
+from tests.unit.test_decode import MEDIA, encode, needs_media
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("gop", [4, 100])
+def test_decord_gives_the_same_frames(tmp_path: Path, suffix: str, gop: int) -> None:
+    """Frame by frame the same numbers; colours differ by rounding of the conversion."""
+    pytest.importorskip("decord")
+    path = encode(tmp_path / f"c{suffix}", 40, gop=gop)
+    for start, count, interval in ((0, 40, 1), (17, 9, 2), (39, 1, 1)):
+        ours = read_frames(path, start, count, interval).astype(int)
+        theirs = read_frames(path, start, count, interval, decoder="decord")
+        assert theirs.dtype == np.uint8 and theirs.shape == ours.shape
+        assert abs(ours - theirs).mean() < 1.5
+    small = read_frames(path, 5, 10, resize=Cover(24, 24), decoder="decord")
+    assert small.shape == (10, 24, 32, 3)
+    with pytest.raises(DecodeError, match="it has 40 frames, the window needs 41"):
+        read_frames(path, 40, 1, decoder="decord")
+
+
+def test_decord_refuses_what_is_broken_in_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("decord")
+    path = tmp_path / "c.mp4"
+    path.write_bytes(b"not a clip" * 50)
+    with pytest.raises(DecodeError) as error:
+        read_frames(str(path), 0, 1, decoder="decord")
+    assert error.value.path == str(path) and "\n" not in str(error.value)
+
+
+@needs_media
+def test_decord_and_pyav_number_real_frames_alike() -> None:
+    pytest.importorskip("decord")
+    for name in ("clips/bird.mkv", "edge_cases/test_non_zero_start.mp4"):
+        path = str(MEDIA / name)
+        total = probe(path).num_frames
+        every = read_frames(path, 0, min(total, 12), resize=Cover(64, 64)).astype(int)
+        for i in (0, 3, len(every) - 1):
+            one = read_frames(path, i, 1, resize=Cover(64, 64), decoder="decord").astype(int)
+            assert abs(every - one).mean(axis=(1, 2, 3)).argmin() == i, (name, i)
+
+
+@pytest.mark.parametrize("decoder", ["decord", "torchcodec"])
+def test_a_decoder_that_is_not_installed_is_one_line(decoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, decoder, None)
+    with pytest.raises(UserError, match=rf"^data.decoder={decoder}: pip install .*, or use pyav") as error:
+        require(decoder)
+    assert "\n" not in str(error.value)
+    require("pyav")
+
+
+def test_torchcodec_without_ffmpeg_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(types.ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError("Could not load libtorchcodec.\nLikely causes:\n 1. FFmpeg is not installed")
+
+    monkeypatch.setitem(sys.modules, "torchcodec", Broken("torchcodec"))
+    with pytest.raises(UserError, match="install FFmpeg's shared libraries") as error:
+        require("torchcodec")
+    assert "\n" not in str(error.value)
+
+
+def test_torchcodec_is_called_as_it_wants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in that has its interface: the package needs FFmpeg on the system."""
+
+    class Decoder:
+        def __init__(self, source: Any, *, dimension_order: str, num_ffmpeg_threads: int) -> None:
+            assert dimension_order == "NHWC" and num_ffmpeg_threads == 3
+            self.frames = read_frames(source, 0, 20)
+
+        def __len__(self) -> int:
+            return len(self.frames)
+
+        def get_frames_at(self, indices: list[int]) -> Any:
+            import torch
+
+            assert len(indices) <= 8
+            return types.SimpleNamespace(data=torch.from_numpy(self.frames[indices]))
+
+    monkeypatch.setattr(decode_torchcodec, "load", lambda: types.SimpleNamespace(VideoDecoder=Decoder))
+    path = encode(tmp_path / "c.mp4", 20)
+    frames = read_frames(path, 1, 10, 2 - 1, decoder="torchcodec", threads=3)
+    assert np.array_equal(frames, read_frames(path, 1, 10))
+    with pytest.raises(DecodeError, match="it has 20 frames, the window needs 21"):
+        read_frames(path, 20, 1, decoder="torchcodec", threads=3)
+
+
+def test_choices() -> None:
+    assert set(DECODERS) == {"pyav", "decord", "torchcodec"}
+    for bad in ({"decoder": "opencv"}, {"decode_timeout_s": 0}, {"decode_timeout_s": 300}, {"max_bad_share": 2}):
+        with pytest.raises(ValueError, match=rf"^{next(iter(bad))}=.*: allowed are"):
+            DataConfig(**bad)
+
+
+def test_what_takes_too_long_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = encode(tmp_path / "c.mp4", 60)
+    plain = decode_pyav._frames_of
+    monkeypatch.setattr(decode_pyav, "_frames_of", lambda packet: time.sleep(0.05) or plain(packet))
+    began = time.monotonic()
+    with pytest.raises(DecodeError, match=r"not read within 0.5 s \(data.decode_timeout_s\)"):
+        read_frames(path, 0, 60, timeout_s=0.5)
+    assert time.monotonic() - began < 5
+    assert len(read_frames(path, 0, 3, timeout_s=60)) == 3
+
+
+def test_frames_go_where_they_are_wanted(tmp_path: Path) -> None:
+    path = encode(tmp_path / "c.mp4", 20, size=(50, 66))  # no line of 66 pixels is a multiple of 32 bytes
+    memory = np.full(10**6, 7, np.uint8)
+    frames = read_frames(path, 2, 5, allocate=lambda shape: memory[: np.prod(shape)].reshape(shape))
+    assert np.shares_memory(frames, memory) and np.array_equal(frames, read_frames(path, 2, 5))
+
+
+def frames_of(path: str) -> np.ndarray:
+    return read_frames(path, 5, 9, threads=2)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_processes_may_be_forked_or_spawned_after_decoding(tmp_path: Path, method: str) -> None:
+    path = encode(tmp_path / "c.mp4", 20)
+    expected = frames_of(path)
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        for frames in pool.map_async(frames_of, [path] * 4).get(timeout=60):
+            assert np.array_equal(frames, expected)
+
+
+def resident_mib(pid: int | str) -> float:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 / 2**20
+
+
+def growth(tmp_path: Path, warm: int, clips: int) -> float:
+    """MiB that a decoding process grows by over so many clips, good and broken, after the first ``warm``."""
+    good = [encode(tmp_path / f"{i}.mp4", 12 + i, size=(48 + 2 * i, 64)) for i in range(4)]
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(Path(good[0]).read_bytes()[:3000])
+    paths = [*good, str(broken)]
+    process = DecoderProcess()
+    before = 0.0
+    for i in range(warm + clips):
+        if i == warm:
+            before = resident_mib(process.pid)
+        try:
+            process(paths[i % 5], i % 7, 3, resize=Cover(32, 32), threads=1, decoder="pyav", timeout_s=30)
+        except DecodeError:
+            assert i % 5 == 4
+    grown = resident_mib(process.pid) - before
+    process.close()
+    return grown
+
+
+def test_memory_does_not_grow_with_clips(tmp_path: Path) -> None:
+    assert growth(tmp_path, 500, 500) < 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_memory_does_not_grow_with_ten_thousand_clips(tmp_path: Path) -> None:
+    grown = growth(tmp_path, 1000, 10_000)
+    print(f"10,000 clips: {grown:.2f} MiB")
+    assert grown < 4
