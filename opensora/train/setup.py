@@ -22,15 +22,15 @@ from acceleration.sequence import SequenceParallel
 from acceleration.signals import StopRequest
 from opensora import config
 from opensora.config import RunConfig
-from opensora.datasets.manifest import ClipTable, read_table
+from opensora.datasets.manifest import ClipTable
 from opensora.datasets.plan import BatchPlan
 from opensora.inference.load import check_layout, weight_layout
 from opensora.models import build_model
-from opensora.models.base import AutoencoderShape, latent_grid
+from opensora.models.base import latent_grid
 from opensora.models.mmdit.convert import load_state_dict_for
 from opensora.models.text import build_text_encoder
 from opensora.models.vae import autoencoder_shape, build_autoencoder
-from opensora.train.data import StepData
+from opensora.train.data import StepData, open_data
 from opensora.train.metrics import Metrics
 from opensora.train.resume import check_fresh, checkpoint_info, resume
 from opensora.train.step import Preparation
@@ -129,13 +129,7 @@ def check(cfg: RunConfig, world_size: int) -> tuple[ClipTable, BatchPlan]:
         path = getattr(cfg.train, key)
         if path not in (None, "auto", "none") and not Path(path).exists():
             raise UserError(f"train.{key}={path}: no such file or folder")
-    table = read_table(cfg.data.table, cfg.data.root)
-    return table, BatchPlan(table, cfg.data, spatial_multiple(cfg, shape), cfg.seed)
-
-
-def spatial_multiple(cfg: RunConfig, shape: AutoencoderShape) -> int:
-    """Pixels that one token spans on a side: bucket sizes are multiples of it."""
-    return shape.stride[1] * cfg.model.patch_size
+    return open_data(cfg)
 
 
 def build_run(cfg: RunConfig, table: ClipTable, plan: BatchPlan, runtime: Runtime) -> Run:

@@ -1,0 +1,44 @@
+"""What a micro-batch costs: seconds, or anything proportional to them, from its tokens.
+
+    cost(B samples of L tokens) = per_batch + B (per_sample + per_token L + per_token2 L^2)
+
+A transformer of width d multiplies 24 L d^2 + 4 L^2 d times per layer and sample, which is L + L^2 / 6d up to scale:
+the default, with d of the 11B model. ``python -m opensora.cli.calibrate`` fits the four numbers to a run's times. They
+belong to the configuration, because the order of samples depends on them: a run must not change its own.
+"""
+
+from dataclasses import dataclass
+from math import isfinite
+
+TEMPORAL_STRIDE = 4  # frames per latent frame after the first
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostConfig:
+    """Time of a micro-batch; only ratios matter."""
+
+    per_batch: float = 0.0  # of every micro-batch, however small
+    per_sample: float = 0.0  # text tokens, mostly
+    per_token: float = 1.0  # per image token
+    per_token2: float = 1 / (6 * 3072)  # per pair of image tokens: attention
+
+    def __post_init__(self) -> None:
+        for name in ("per_batch", "per_sample", "per_token", "per_token2"):
+            value = getattr(self, name)
+            if not (isfinite(value) and value >= 0):
+                raise ValueError(f"{name}={value}: allowed are numbers >= 0")
+        if self.per_token + self.per_token2 == 0:
+            raise ValueError("per_token=0: per_token2 is 0 too; a sample must cost more, the more tokens it has")
+
+    def sample(self, tokens: int) -> float:
+        """One sample of a micro-batch."""
+        return self.per_sample + self.per_token * tokens + self.per_token2 * tokens * tokens
+
+    def batch(self, samples: int, tokens: int) -> float:
+        """A micro-batch of ``samples`` with ``tokens`` image tokens each."""
+        return self.per_batch + samples * self.sample(tokens)
+
+
+def image_tokens(frames: int, height: int, width: int, spatial_multiple: int) -> int:
+    """Image tokens of a clip; ``spatial_multiple``: pixels one token spans in space."""
+    return ((frames - 1) // TEMPORAL_STRIDE + 1) * (height // spatial_multiple) * (width // spatial_multiple)
