@@ -154,7 +154,8 @@ def _build(index: Path, sources: Sequence[_Source], threads: int | None) -> None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with ThreadPoolExecutor(threads or min(_MOST_THREADS, cores)) as pool:
         parts = _parts([unit for units in pool.map(_units, range(len(sources)), sources) for unit in units])
-        announce(f"indexing {len(sources)} table files in {len(parts)} parts, once: {index.parent}")
+        if len(parts) > 1:  # else it is a matter of a moment
+            announce(f"indexing {len(sources)} table files in {len(parts)} parts, once: {index.parent}")
         built = list(pool.map(lambda job: _build_part(index, sources, *job), enumerate(parts)))
     rows = [0] * len(sources)
     for part, result in zip(parts, built, strict=True):
