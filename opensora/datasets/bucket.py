@@ -20,7 +20,7 @@ import numpy as np
 
 from opensora.datasets.aspect import area_of, training_sizes
 from opensora.datasets.config import BucketRow, DataConfig, bucket_rows
-from opensora.datasets.cost import image_tokens
+from opensora.datasets.cost import features, image_tokens
 from opensora.datasets.manifest import ClipTable
 from opensora.utils.errors import UserError
 
@@ -209,11 +209,15 @@ class BucketTable:
 
     def costs(self, numbers: np.ndarray, samples: np.ndarray) -> np.ndarray:
         """(n,) ``cost`` of micro-batches of the buckets with these numbers."""
-        return self._cfg.cost.per_batch + samples * self._sample_costs[numbers]
+        return self.features(numbers, samples) @ self._cfg.cost.terms
+
+    def features(self, numbers: np.ndarray, samples: np.ndarray) -> np.ndarray:
+        """(n, 4) what the costs of such micro-batches are linear in."""
+        return features(samples.astype(np.float64), self._all_tokens[numbers])
 
     @cached_property
-    def _sample_costs(self) -> np.ndarray:
-        return np.array([self._cfg.cost.sample(self._tokens(b.frames, b.height, b.width)) for b in self.buckets])
+    def _all_tokens(self) -> np.ndarray:
+        return np.array([self._tokens(b.frames, b.height, b.width) for b in self.buckets], dtype=np.float64)
 
     def _tokens(self, frames: int, height: int, width: int) -> int:
         return image_tokens(frames, height, width, self._multiple)

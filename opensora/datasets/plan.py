@@ -120,6 +120,18 @@ class BatchPlan:
         whole = self._step(step)
         return self._buckets.costs(whole.bucket, whole.sizes)
 
+    def cost_features(self, step: int) -> np.ndarray:
+        """(4,) what the cost of all micro-batches of a step together is linear in (``cost.features``)."""
+        whole = self._step(step)
+        return self._buckets.features(whole.bucket, whole.sizes).sum(axis=0)
+
+    def idle(self, step: int, dp_degree: int) -> float:
+        """The share of a step that processes wait for the slowest, by the cost model."""
+        costs = self.costs(step)
+        owners, _ = deal(costs, dp_degree)
+        loads = np.bincount(owners, costs, minlength=dp_degree)
+        return float(1 - loads.mean() / loads.max())
+
     def epoch_of(self, step: int) -> int:
         """The epoch a step belongs to."""
         if step < 0:

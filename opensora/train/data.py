@@ -2,23 +2,22 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 
 from acceleration.mesh import Mesh
 from opensora.config import RunConfig
 from opensora.datasets import DataConfig
 from opensora.datasets.bucket import Bucket
-from opensora.datasets.index import open_table
+from opensora.datasets.index import IndexedTable, open_table
 from opensora.datasets.loader import build_loader
-from opensora.datasets.manifest import ClipTable
 from opensora.datasets.plan import BatchPlan
 from opensora.datasets.video import Batch
 from opensora.models.base import AutoencoderShape, latent_grid
 from opensora.models.vae import autoencoder_shape
 
 
-def open_data(cfg: RunConfig) -> tuple[ClipTable, BatchPlan]:
+def open_data(cfg: RunConfig) -> tuple[IndexedTable, BatchPlan]:
     """The clip table, indexed once per node, and the order of the run.
 
     Raises:
@@ -30,12 +29,18 @@ def open_data(cfg: RunConfig) -> tuple[ClipTable, BatchPlan]:
     return table, BatchPlan(table, cfg.data, multiple, cfg.seed)
 
 
+def expected_idle(plan: BatchPlan, dp_degree: int, steps: Iterable[int]) -> float:
+    """Mean share of steps that data-parallel processes wait for the slowest, by the cost model."""
+    shares = [plan.idle(step, dp_degree) for step in steps]
+    return sum(shares) / len(shares)
+
+
 class StepData:
     """Batches of this process in step order, from ``start_step`` on."""
 
     def __init__(
         self,
-        table: ClipTable,
+        table: IndexedTable,
         plan: BatchPlan,
         cfg: DataConfig,
         mesh: Mesh,
@@ -46,6 +51,7 @@ class StepData:
         seed: int,
     ) -> None:
         self.plan = plan
+        self.table = table.content
         self.waited_s = 0.0  # time the loop spent waiting for data
         self.replaced: list[tuple[int, int, str]] = []  # (unreadable sample, its substitute, why)
         self._rank, self._degree = mesh.data_rank, mesh.data_degree

@@ -22,7 +22,7 @@ from acceleration.sequence import SequenceParallel
 from acceleration.signals import StopRequest
 from opensora import config
 from opensora.config import RunConfig
-from opensora.datasets.manifest import ClipTable
+from opensora.datasets.index import IndexedTable
 from opensora.datasets.plan import BatchPlan
 from opensora.inference.load import check_layout, weight_layout
 from opensora.models import build_model
@@ -72,7 +72,9 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint of the state after ``step`` updates. Collective."""
         with self.metrics.aside("save"):
-            path = self.checkpoints.save(self.step, self.engine.state_dict(), checkpoint_info(self.cfg, self.runtime))
+            path = self.checkpoints.save(
+                self.step, self.engine.state_dict(), checkpoint_info(self.cfg, self.runtime, self.data.table)
+            )
         announce(f"step {self.step}: saved {path}")
 
     def export(self) -> None:
@@ -110,7 +112,7 @@ def start_run(cfg: RunConfig) -> Run:
     return build_run(cfg, table, plan, runtimes.start(cfg.parallel.timeout_s))
 
 
-def check(cfg: RunConfig, world_size: int) -> tuple[ClipTable, BatchPlan]:
+def check(cfg: RunConfig, world_size: int) -> tuple[IndexedTable, BatchPlan]:
     """Everything about the run that can be refused without a process group; reads the clip table.
 
     Raises:
@@ -132,7 +134,7 @@ def check(cfg: RunConfig, world_size: int) -> tuple[ClipTable, BatchPlan]:
     return open_data(cfg)
 
 
-def build_run(cfg: RunConfig, table: ClipTable, plan: BatchPlan, runtime: Runtime) -> Run:
+def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Runtime) -> Run:
     """Build, shard and load everything. Collective."""
     folder = cfg.folder
     stop = StopRequest()
@@ -144,7 +146,7 @@ def build_run(cfg: RunConfig, table: ClipTable, plan: BatchPlan, runtime: Runtim
     parallelize(model, cfg.parallel, mesh, runtime.device, initial_weights(cfg, model))
     engine = build_engine(model, cfg.parallel, cfg.optim, mesh)
     checkpoints = CheckpointManager(folder / "checkpoints", cfg.train.checkpoint_keep)
-    step = resume(cfg, engine, checkpoints)
+    step = resume(cfg, engine, checkpoints, table.content)
     if runtime.is_main:
         config.save(cfg, folder / config.SAVED_NAME)
 
