@@ -3,27 +3,34 @@
 A bucket is one (resolution, number of frames, height, width) with a batch size. Resolutions are tried by descending
 area. One takes a clip of at least 0.8 times its area that passes the draws of a row whose length fits: an image the
 row of one frame, a video the longest row its draws accept. Otherwise the next lower resolution is tried. The size is
-the one of nearest ratio. All of it runs on columns; draws are keyed by (seed, epoch, sample id, purpose).
+the one of nearest ratio.
+
+Clips that fit the same rows and take the same sizes are of one kind; a table of a hundred million clips has a few
+thousand kinds. All that follows is decided by kind: the buckets it can go to, and the probability of each.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 
 from opensora.datasets.aspect import area_of, training_sizes
 from opensora.datasets.config import BucketRow, DataConfig, bucket_rows
-from opensora.datasets.draws import uniform
+from opensora.datasets.cost import features, image_tokens
 from opensora.datasets.manifest import ClipTable
 from opensora.utils.errors import UserError
 
 MAX_FPS = 24.0
 # 24.01 frames per second is 24 measured with rounded timestamps, not a reason to drop every second frame.
 _FPS_SLACK = 1e-3
+_NEAR = 1e-9  # relative distance from a border between two ratios within which integers decide
+_BAR = 40  # characters of the longest bar of a histogram
 
-# Why a row of the table is in no bucket: negative bucket numbers.
+# Why a row of the table is in no bucket.
 TOO_SMALL, TOO_SHORT, NO_IMAGE_ROW, NOT_DRAWN = -1, -2, -3, -4
 REASONS = {
     TOO_SMALL: "too small: fewer pixels than 0.8 times the smallest resolution",
@@ -57,20 +64,53 @@ class BucketReport:
     empty_rows: tuple[tuple[str, int], ...]  # (resolution, frames) of the bucket table that no sample reached
 
     def __str__(self) -> str:
-        placed = sum(count for _, count in self.per_bucket)
-        lines = [f"{placed} of {self.rows} samples in {len(self.per_bucket)} buckets"]
+        """One line per row of the bucket table."""
+        rows: dict[tuple[str, int], list[tuple[Bucket, int]]] = {}
         for bucket, count in self.per_bucket:
-            shape = f"{bucket.frames:>4} x {bucket.height:>4} x {bucket.width:<4}"
-            lines.append(f"  {bucket.resolution:<12} {shape} batch {bucket.batch_size:<4} {count:>9}")
-        lines += [f"  left out {count:>9}: {reason}" for reason, count in self.left_out]
+            rows.setdefault((bucket.resolution, bucket.frames), []).append((bucket, count))
+        lines = []
+        for (resolution, frames), entries in rows.items():
+            batches = sorted({bucket.batch_size for bucket, _ in entries})
+            batch = f"{batches[0]}-{batches[-1]}" if len(batches) > 1 else f"{batches[0]}"
+            label = f"{resolution:<12} {frames:>4} frames {len(entries):>3} sizes batch {batch:<7}"
+            lines.append((label, sum(count for _, count in entries)))
+        return self._text(lines)
+
+    def histogram(self) -> str:
+        """One line per bucket."""
+        return self._text(
+            [
+                (f"{b.resolution:<12} {b.frames:>4} x {b.height:>4} x {b.width:<4} batch {b.batch_size:<4}", count)
+                for b, count in self.per_bucket
+            ]
+        )
+
+    def _text(self, lines: Sequence[tuple[str, int]]) -> str:
+        placed = sum(count for _, count in self.per_bucket)
+        longest = max((count for _, count in lines), default=1)
+        text = [f"{placed} of {self.rows} samples in {len(self.per_bucket)} buckets"]
+        text += [f"  {label} {count:>10} {'#' * math.ceil(_BAR * count / longest)}" for label, count in lines]
+        text += [f"  left out {count:>9}: {reason}" for reason, count in self.left_out]
         if self.empty_rows:
             names = ", ".join(f"{resolution} x {frames}" for resolution, frames in self.empty_rows)
-            lines.append(f"  rows without a sample: {names}")
-        return "\n".join(lines)
+            text.append(f"  rows without a sample: {names}")
+        return "\n".join(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shares:
+    """How the clips of every kind are divided among buckets: the share [low, high) of kind k goes to bucket b."""
+
+    kind: np.ndarray  # (s,) int64, in ascending order of bucket
+    bucket: np.ndarray  # (s,) int64
+    low: np.ndarray  # (s,) float64, 0 <= low < high <= 1
+    high: np.ndarray  # (s,) float64; shares of one kind do not overlap
+    reason: np.ndarray  # (kinds,) int8: why the rest of a kind is left out, a key of ``REASONS``
+    draws: bool  # whether any kind is divided, so that epochs differ
 
 
 class BucketTable:
-    """The configured rows with their sizes; assigns every sample of a table."""
+    """The configured rows with their sizes; sorts clips into kinds, and divides kinds among buckets."""
 
     def __init__(self, cfg: DataConfig, spatial_multiple: int) -> None:
         """``spatial_multiple``: pixels one token spans in space (autoencoder stride * patch).
@@ -82,73 +122,162 @@ class BucketTable:
         if not self.rows:
             raise UserError("data.buckets is empty: give {resolution: {frames: [keep_prob, batch_size]}}")
         self.buckets: list[Bucket] = []
+        self._cfg = cfg
+        self._multiple = spatial_multiple
         self._first: dict[BucketRow, int] = {}  # a row's buckets stand together, in the order of its sizes
         self._sizes: dict[str, tuple[tuple[int, int], ...]] = {}
         for row in self.rows:
             self._sizes[row.resolution] = _sizes(row.resolution, spatial_multiple)
             self._first[row] = len(self.buckets)
             self.buckets += [
-                Bucket(row.resolution, row.frames, height, width, row.batch_size)
+                Bucket(row.resolution, row.frames, height, width, self._batch_size(row, height, width))
                 for height, width in self._sizes[row.resolution]
             ]
+        self._lengths = np.array(sorted({row.frames for row in self.rows if row.frames > 1}), dtype=np.int64)
+        self._areas = sorted(area_of(name) for name in self._sizes)
+        borders = {border for sizes in self._sizes.values() for border in _borders(sizes)}
+        self._borders = sorted(borders, key=lambda border: border[0] / border[1])
+        self.kinds = (len(self._lengths) + 2) * (len(self._areas) + 1) * (len(self._borders) + 1)
 
-    @property
-    def draws(self) -> bool:
-        """Whether assignments depend on the epoch."""
-        return any(0 < p < 1 for row in self.rows for p in (row.keep, row.accept))
+    @cached_property
+    def kind_key(self) -> str:
+        """16 hex digits: equal for tables that sort clips into the same kinds, whatever the probabilities."""
+        rule = repr((self._lengths.tolist(), self._areas, self._borders, MAX_FPS, _FPS_SLACK))
+        return hashlib.blake2b(rule.encode(), digest_size=8).hexdigest()
 
-    def assign(self, table: ClipTable, seed: int, epoch: int) -> np.ndarray:
-        """(n,) int32: the bucket number of every sample, or a negative key of ``REASONS``."""
-        length = usable_frames(table)
-        pixels = table.resolution
-        result = np.full(len(table), TOO_SMALL, dtype=np.int32)
-        for resolution, rows in self._by_resolution():
-            open_ids = np.flatnonzero((result < 0) & (5 * pixels >= 4 * area_of(resolution)))
-            row_of = self._choose_rows(rows, open_ids, table.is_image[open_ids], length[open_ids], seed, epoch)
-            size_of = nearest_size(self._sizes[resolution], table.height[open_ids], table.width[open_ids])
-            first = np.array([self._first[row] for row in rows])
-            found = np.where(row_of >= 0, first[np.maximum(row_of, 0)] + size_of, row_of)
-            # A probability that was missed once is the reason that stays.
-            keep_reason = (row_of < 0) & (result[open_ids] == NOT_DRAWN)
-            result[open_ids] = np.where(keep_reason, NOT_DRAWN, found)
-        return result
+    def kind_of(self, table: ClipTable, rows: slice = slice(None)) -> np.ndarray:
+        """(n,) int32: the kind of every clip, in [0, kinds); ``rows``: a part of the table."""
+        frames, height, width = table.num_frames[rows], table.height[rows], table.width[rows]
+        length = frames // frame_interval(table.fps[rows])
+        # 0: an image; else 1 + how many lengths fit.
+        fitting = np.searchsorted(self._lengths, length, side="right") + 1
+        fitting[frames == 1] = 0
+        # The resolutions that take a clip are those of the smallest areas.
+        pixels = height.astype(np.int64) * width
+        taking = np.searchsorted(4 * np.array(self._areas, dtype=np.int64), 5 * pixels, side="right")
+        kind = fitting * (len(self._areas) + 1) + taking
+        return (kind * (len(self._borders) + 1) + self._ratio_bin(height, width)).astype(np.int32)
 
-    def report(self, assigned: np.ndarray) -> BucketReport:
-        """Counts of one assignment."""
-        counts = np.bincount(assigned[assigned >= 0], minlength=len(self.buckets))
-        filled = [(bucket, int(count)) for bucket, count in zip(self.buckets, counts, strict=True) if count]
+    def shares(self) -> Shares:
+        """The buckets of every kind."""
+        parts: list[tuple[np.ndarray, np.ndarray, float, float]] = []  # kinds, their buckets, low, high
+        reason = np.full(self.kinds, TOO_SMALL, dtype=np.int8)
+        ratios = np.arange(len(self._borders) + 1)
+        size_at = {name: self._size_at(sizes) for name, sizes in self._sizes.items()}  # ratio bin -> size number
+        for fitting in range(len(self._lengths) + 2):
+            for taking in range(1, len(self._areas) + 1):
+                kinds = (fitting * (len(self._areas) + 1) + taking) * len(ratios) + ratios
+                leaves, reason[kinds] = self._leaves(fitting, taking)
+                low = 0.0
+                for row, probability in leaves:
+                    parts.append((kinds, self._first[row] + size_at[row.resolution], low, low + probability))
+                    low += probability
+        if not parts:
+            nothing = np.zeros(0)
+            whole = nothing.astype(np.int64)
+            return Shares(kind=whole, bucket=whole, low=nothing, high=nothing, reason=reason, draws=False)
+        kind = np.concatenate([kinds for kinds, *_ in parts])
+        bucket = np.concatenate([buckets for _, buckets, *_ in parts])
+        low_high = np.repeat([(low, high) for *_, low, high in parts], len(ratios), axis=0)
+        low_high[low_high > 1 - 1e-12] = 1.0  # sums of products fall short of one by rounding
+        order = np.argsort(bucket, kind="stable")
+        return Shares(
+            kind=kind[order],
+            bucket=bucket[order],
+            low=low_high[order, 0],
+            high=low_high[order, 1],
+            reason=reason,
+            draws=bool(((low_high > 0) & (low_high < 1)).any()),
+        )
+
+    def report(self, per_bucket: np.ndarray, left_out: dict[int, int]) -> BucketReport:
+        """Counts by bucket number, and by key of ``REASONS``."""
+        filled = [(bucket, int(count)) for bucket, count in zip(self.buckets, per_bucket, strict=True) if count]
         reached = {(bucket.resolution, bucket.frames) for bucket, _ in filled}
-        left = [(reason, int((assigned == code).sum())) for code, reason in REASONS.items()]
         return BucketReport(
-            rows=len(assigned),
+            rows=int(per_bucket.sum()) + sum(left_out.values()),
             per_bucket=tuple(filled),
-            left_out=tuple((reason, count) for reason, count in left if count),
+            left_out=tuple((REASONS[code], left_out[code]) for code in REASONS if left_out.get(code)),
             empty_rows=tuple(
                 (row.resolution, row.frames) for row in self.rows if (row.resolution, row.frames) not in reached
             ),
         )
 
-    def _by_resolution(self) -> list[tuple[str, list[BucketRow]]]:
-        names = dict.fromkeys(row.resolution for row in self.rows)
-        return [(name, [row for row in self.rows if row.resolution == name]) for name in names]
+    def cost(self, bucket: Bucket, samples: int) -> float:
+        """Time of a micro-batch in the unit of ``data.cost``."""
+        return self._cfg.cost.batch(samples, self._tokens(bucket.frames, bucket.height, bucket.width))
 
-    @staticmethod
-    def _choose_rows(
-        rows: Sequence[BucketRow], ids: np.ndarray, image: np.ndarray, length: np.ndarray, seed: int, epoch: int
-    ) -> np.ndarray:
-        """(k,) position in ``rows`` (longest first) that takes each sample, or why none does."""
-        chosen = np.where(image, NO_IMAGE_ROW, TOO_SHORT).astype(np.int64)
-        for position, row in enumerate(rows):
-            fits = (chosen < 0) & (image if row.frames == 1 else ~image & (length >= row.frames))
-            took = fits.copy()
-            took[fits] = _passes(row.accept, ids[fits], seed, epoch, f"bucket/{row.resolution}/{row.frames}")
-            chosen[fits & ~took] = NOT_DRAWN
-            chosen[took] = position
-        taken = np.flatnonzero(chosen >= 0)
-        keep = np.array([row.keep for row in rows])[chosen[taken]]
-        draw = uniform(ids[taken], seed, epoch, f"bucket/{rows[0].resolution}")
-        chosen[taken[draw >= keep]] = NOT_DRAWN
-        return chosen
+    def costs(self, numbers: np.ndarray, samples: np.ndarray) -> np.ndarray:
+        """(n,) ``cost`` of micro-batches of the buckets with these numbers."""
+        return self.features(numbers, samples) @ self._cfg.cost.terms
+
+    def features(self, numbers: np.ndarray, samples: np.ndarray) -> np.ndarray:
+        """(n, 4) what the costs of such micro-batches are linear in."""
+        return features(samples.astype(np.float64), self._all_tokens[numbers])
+
+    @cached_property
+    def _all_tokens(self) -> np.ndarray:
+        return np.array([self._tokens(b.frames, b.height, b.width) for b in self.buckets], dtype=np.float64)
+
+    def _tokens(self, frames: int, height: int, width: int) -> int:
+        return image_tokens(frames, height, width, self._multiple)
+
+    def _batch_size(self, row: BucketRow, height: int, width: int) -> int:
+        if row.batch_size is not None:
+            return row.batch_size
+        tokens, cost = self._tokens(row.frames, height, width), self._cfg.cost
+        limits = []
+        if self._cfg.tokens_per_batch:
+            limits.append(self._cfg.tokens_per_batch / tokens)
+        if self._cfg.cost_per_batch:
+            limits.append((self._cfg.cost_per_batch - cost.per_batch) / cost.sample(tokens))
+        return max(1, int(min(limits)))
+
+    def _leaves(self, fitting: int, taking: int) -> tuple[list[tuple[BucketRow, float]], int]:
+        """(row, probability to end there) for a clip, and why it may end nowhere."""
+        names = [name for name in self._sizes if area_of(name) <= self._areas[taking - 1]]
+        leaves: list[tuple[BucketRow, float]] = []
+        arriving, had_a_row = 1.0, False  # probability that no larger resolution took it
+        for name in names:
+            rows = [row for row in self.rows if row.resolution == name]
+            if fitting == 0:
+                rows = [row for row in rows if row.frames == 1]
+            else:
+                rows = [row for row in rows if row.frames in self._lengths[: fitting - 1]]
+            had_a_row |= bool(rows)
+            asked, taken = arriving, 0.0
+            for row in rows:
+                leaves.append((row, asked * row.accept * row.keep))
+                taken += leaves[-1][1]
+                asked *= 1 - row.accept
+            arriving -= taken
+        reason = NOT_DRAWN if had_a_row else NO_IMAGE_ROW if fitting == 0 else TOO_SHORT
+        return [leaf for leaf in leaves if leaf[1] > 0], reason
+
+    def _ratio_bin(self, height: np.ndarray, width: np.ndarray) -> np.ndarray:
+        """(n,) how many borders are steeper than a clip: (width / height)^2 below border.
+
+        In floating point first; near a border in integers, where it is exact.
+        """
+        if not self._borders:
+            return np.zeros(len(height), dtype=np.int64)
+        wide, tall = width.astype(np.int64) ** 2, height.astype(np.int64) ** 2
+        ratio = wide / tall
+        values = np.array([over / under for over, under in self._borders])
+        index = np.searchsorted(values, ratio * (1 - _NEAR), side="left")  # borders surely passed
+        close = np.flatnonzero(index != np.searchsorted(values, ratio * (1 + _NEAR), side="right"))
+        for number, (over, under) in enumerate(self._borders):
+            passed = close[wide[close] * under >= tall[close] * over]
+            index[passed] = number + 1
+        return len(self._borders) - index
+
+    def _size_at(self, sizes: Sequence[tuple[int, int]]) -> np.ndarray:
+        """(ratio bins,) number of the size, widest first, that a clip of each bin takes."""
+        mine = [self._borders.index(border) for border in _borders(sizes)]
+        # Bin k lies below the k highest borders: number len - 1, len - 2, ..., len - k.
+        return np.array(
+            [sum(k >= len(self._borders) - border for border in mine) for k in range(len(self._borders) + 1)]
+        )
 
 
 def frame_interval(fps: np.ndarray) -> np.ndarray:
@@ -165,29 +294,14 @@ def sampled_fps(fps: float) -> float:
     return float(math.floor(fps / int(frame_interval(np.array([fps]))[0]))) if fps >= MAX_FPS else fps
 
 
-def usable_frames(table: ClipTable) -> np.ndarray:
-    """(n,) frames left after the frame interval; an image has 1."""
-    return table.num_frames // frame_interval(table.fps)
-
-
-def nearest_size(sizes: Sequence[tuple[int, int]], height: np.ndarray, width: np.ndarray) -> np.ndarray:
-    """(n,) index of the size, widest first, whose ratio is nearest in log ratio.
-
-    Between two neighbours the border is the geometric mean of their ratios; compared squared, in integers, it is
-    exact. A ratio on the border goes to the wider one.
-    """
-    index = np.zeros(len(height), dtype=np.int64)
-    wide = width.astype(np.int64) ** 2
-    tall = height.astype(np.int64) ** 2
+def _borders(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(numerator, denominator) of (w/h)^2 between neighbouring sizes, widest first: the geometric mean of their
+    ratios, which is halfway in log ratio. A clip on the border takes the wider one."""
+    borders = []
     for (h0, w0), (h1, w1) in pairwise(sizes):
-        index += wide * (h0 * h1) < tall * (w0 * w1)
-    return index
-
-
-def _passes(probability: float, ids: np.ndarray, seed: int, epoch: int, purpose: str) -> np.ndarray:
-    if probability in (0.0, 1.0):
-        return np.full(len(ids), probability == 1.0)
-    return uniform(ids, seed, epoch, purpose) < probability
+        common = math.gcd(w0 * w1, h0 * h1)
+        borders.append((w0 * w1 // common, h0 * h1 // common))
+    return borders
 
 
 def _sizes(resolution: str, multiple: int) -> tuple[tuple[int, int], ...]:

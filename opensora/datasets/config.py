@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from opensora.datasets.aspect import area_of
+from opensora.datasets.cost import CostConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +15,7 @@ class BucketRow:
     frames: int
     keep: float  # probability that a clip which fits is taken at this resolution
     accept: float  # probability that a clip which fits is taken at this length
-    batch_size: int
+    batch_size: int | None  # None: as many samples as the budgets allow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +24,17 @@ class DataConfig:
 
     table: Any = ""  # clip table: a csv or parquet file, a glob, or a list of these
     root: str = ""  # folder that relative clip paths start at; empty: the folder of the table
+    index: str = ""  # folder for what is built from the table once; empty: .clip_index beside the table
     buckets: dict[str, dict[int, Any]] = field(default_factory=dict)
-    # {resolution: {frames: [keep_prob, batch_size]}} or {frames: [[keep_prob, length_prob], batch_size]}
+    # {resolution: {frames: [keep_prob, batch_size]}} or {frames: [[keep_prob, length_prob], batch_size]};
+    # batch_size auto: as many samples as tokens_per_batch and cost_per_batch allow, at least one
+    tokens_per_batch: int = 0  # most image tokens of an auto micro-batch: what fits in memory; 0: no such limit
+    cost_per_batch: float = 0.0  # most that an auto micro-batch may cost, in the unit of data.cost; 0: no such limit
+    cost: CostConfig = field(default_factory=CostConfig)  # time of a micro-batch, from its tokens
     probability: Literal["skip", "accept"] = "skip"  # what length_prob is the probability of
     empty_rows: Literal["error", "report"] = "error"  # a line of the bucket table that no clip fits
-    micro_batches: int = 1  # per optimizer step, over all data-parallel processes
+    micro_batches: int = 1  # per optimizer step, over all data-parallel processes, whatever their number
+    pack: int = 1  # micro-batches joined to equal costs: steps are even on micro_batches / pack processes; 1: on any
     crop: Literal["center", "random"] = "center"
     prompt_suffix: bool = False  # append frame rate and motion score to the caption
     workers: int = 2  # decoding processes per training process; 0 decodes in the training process
@@ -49,12 +56,17 @@ class DataConfig:
         _check_choice("empty_rows", self.empty_rows, ("report", "error"))
         _check_choice("crop", self.crop, ("center", "random"))
         _check_choice("decoder", self.decoder, ("pyav", "decord", "torchcodec"))
-        for name in ("micro_batches", "prefetch", "prefetch_mib", "worker_timeout_s", "decode_threads"):
+        for name in ("micro_batches", "pack", "prefetch", "prefetch_mib", "worker_timeout_s", "decode_threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: allowed are integers >= 1")
-        for name in ("workers", "cache_mib"):
+        if self.micro_batches % self.pack:
+            raise ValueError(
+                f"pack={self.pack}: allowed are divisors of micro_batches={self.micro_batches}; micro_batches over the "
+                "number of data-parallel processes suits"
+            )
+        for name in ("workers", "cache_mib", "tokens_per_batch", "cost_per_batch"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: allowed are integers >= 0")
+                raise ValueError(f"{name}={getattr(self, name)}: allowed are numbers >= 0")
         if not 0 < self.decode_timeout_s < self.worker_timeout_s:
             raise ValueError(
                 f"decode_timeout_s={self.decode_timeout_s:g}: allowed are numbers above 0 and below "
@@ -62,7 +74,13 @@ class DataConfig:
             )
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share={self.max_bad_share:g}: allowed are numbers from 0 to 1")
-        bucket_rows(self)
+        automatic = [row for row in bucket_rows(self) if row.batch_size is None]
+        if automatic and not (self.tokens_per_batch or self.cost_per_batch):
+            row = automatic[0]
+            raise ValueError(
+                f"buckets.{row.resolution}.{row.frames}: batch size auto needs a budget, give tokens_per_batch "
+                "(memory) or cost_per_batch (time)"
+            )
 
 
 def bucket_rows(cfg: DataConfig) -> tuple[BucketRow, ...]:
@@ -99,8 +117,10 @@ def _parse_row(resolution: str, frames: int, value: Any, meaning: str) -> Bucket
         raise ValueError(
             f"{key}={value!r}: an image has no other length to fall back to, write [keep_prob, batch_size]"
         )
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"{key}={value!r}: the batch size must be an integer >= 1; {shape}")
+    if batch_size == "auto":
+        batch_size = None
+    elif isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"{key}={value!r}: the batch size must be an integer >= 1, or auto; {shape}")
     length = float(pair[1]) if paired else None
     accept = 1.0 if length is None else length if meaning == "accept" else 1.0 - length
     return BucketRow(resolution=resolution, frames=frames, keep=float(pair[0]), accept=accept, batch_size=batch_size)

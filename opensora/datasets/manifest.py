@@ -9,9 +9,10 @@ left alone. The position of a row over all files, in sorted order, is its sample
 import difflib
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -35,21 +36,40 @@ _ALIASES = {
     "width": ("w",),
 }
 _BLOCK_BYTES = 1 << 24  # a csv row, caption included, must fit in one block
+_MOST_PIXELS = 2**16 - 1  # of a side
+BATCH_ROWS = 1 << 16  # rows that are in memory at a time while a table is read
+# Fixed-width columns: 20 bytes a row.
+COLUMNS: dict[str, np.dtype] = {
+    "num_frames": np.dtype("<i4"),
+    "height": np.dtype("<u2"),
+    "width": np.dtype("<u2"),
+    "fps": np.dtype("<f8"),  # NaN where unknown (images)
+    "motion_score": np.dtype("<f4"),  # NaN where unknown
+}
+
+
+class Texts(Protocol):
+    """Path and caption of every row."""
+
+    def path(self, row: int) -> str:
+        """As written in the table."""
+
+    def caption(self, row: int) -> str:
+        """The text to train with."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipTable:
     """n clips as columns; a sample id is a row number."""
 
-    num_frames: np.ndarray  # (n,) int32
-    height: np.ndarray  # (n,) int32
-    width: np.ndarray  # (n,) int32
-    fps: np.ndarray  # (n,) float64, NaN where unknown (images)
-    motion_score: np.ndarray  # (n,) float32, NaN where unknown
-    paths: pa.ChunkedArray  # (n,) as written in the table
-    captions: pa.ChunkedArray  # (n,)
+    num_frames: np.ndarray  # (n,), types as in COLUMNS
+    height: np.ndarray  # (n,)
+    width: np.ndarray  # (n,)
+    fps: np.ndarray  # (n,)
+    motion_score: np.ndarray  # (n,)
+    texts: Texts
     folders: tuple[str, ...]  # what relative paths start at, one per file read
-    folder: np.ndarray  # (n,) int32 into ``folders``
+    first_rows: np.ndarray  # (files,) int64: the first row of each
 
     def __len__(self) -> int:
         return len(self.num_frames)
@@ -57,7 +77,7 @@ class ClipTable:
     @property
     def aspect_ratio(self) -> np.ndarray:
         """(n,) height / width."""
-        return self.height / self.width
+        return self.height.astype(np.float64) / self.width
 
     @property
     def resolution(self) -> np.ndarray:
@@ -71,14 +91,29 @@ class ClipTable:
 
     def path(self, sample_id: int) -> str:
         """Where to open the clip."""
-        return os.path.join(self.folders[self.folder[sample_id]], self.paths[sample_id].as_py())
+        file = int(np.searchsorted(self.first_rows, sample_id, side="right")) - 1
+        return os.path.join(self.folders[file], self.texts.path(sample_id))
 
     def caption(self, sample_id: int) -> str:
-        return str(self.captions[sample_id].as_py())
+        return self.texts.caption(sample_id)
+
+
+@dataclass(frozen=True)
+class TextsInMemory:
+    """``Texts`` of a table small enough to be held."""
+
+    paths: pa.ChunkedArray
+    captions: pa.ChunkedArray
+
+    def path(self, row: int) -> str:
+        return str(self.paths[row].as_py())
+
+    def caption(self, row: int) -> str:
+        return str(self.captions[row].as_py())
 
 
 def read_table(path: str | Sequence[str], root: str = "") -> ClipTable:
-    """Read and check one table, or several as one.
+    """Read and check one table, or several as one, into memory; ``index.open_table`` does it for any size.
 
     Args:
         path: a csv or parquet file, a glob, or a list of these.
@@ -88,23 +123,55 @@ def read_table(path: str | Sequence[str], root: str = "") -> ClipTable:
         UserError: a missing file, column or value, a value of the wrong kind (with its row, 1 = first data row), or
             a table without rows.
     """
-    files = _files([path] if isinstance(path, str) else path)
-    parts = [_read_file(file) for file in files]
-    folders = tuple(root or str(file.parent) for file in files)
-    if sum(part.num_rows for part in parts) == 0:
-        raise UserError(f"{', '.join(map(str, files))}: the table has no rows, put at least one clip in it")
-    whole = pa.concat_tables(parts)
+    files = table_files(path)
+    parts = [list(read_batches(file)) for file in files]
+    counts = [sum(batch.num_rows for batch in part) for part in parts]
+    if sum(counts) == 0:
+        raise no_rows(files)
+    whole = pa.concat_tables([batch for part in parts for batch in part])
     return ClipTable(
-        num_frames=whole["num_frames"].to_numpy().astype(np.int32),
-        height=whole["height"].to_numpy().astype(np.int32),
-        width=whole["width"].to_numpy().astype(np.int32),
-        fps=whole["fps"].to_numpy(),
-        motion_score=whole["motion_score"].to_numpy().astype(np.float32),
-        paths=whole["path"],
-        captions=whole["text"],
-        folders=folders,
-        folder=np.repeat(np.arange(len(parts), dtype=np.int32), [part.num_rows for part in parts]),
+        **{name: whole[name].to_numpy().astype(kind) for name, kind in COLUMNS.items()},
+        texts=TextsInMemory(whole["path"], whole["text"]),
+        folders=folders_of(files, root),
+        first_rows=np.cumsum([0, *counts[:-1]]),
     )
+
+
+def folders_of(files: Sequence[Path], root: str) -> tuple[str, ...]:
+    """What relative clip paths start at, for each table file."""
+    return tuple(root or str(file.parent) for file in files)
+
+
+def no_rows(files: Sequence[Path]) -> UserError:
+    """The error for tables without a row."""
+    return UserError(f"{', '.join(map(str, files))}: the table has no rows, put at least one clip in it")
+
+
+def table_files(path: str | Sequence[str]) -> list[Path]:
+    """The files behind ``data.table``, in the order of their rows.
+
+    Raises:
+        UserError: none, or one that does not exist.
+    """
+    return _files([path] if isinstance(path, str) else path)
+
+
+def read_batches(file: Path, row_group: int | None = None, first_row: int = 0) -> Iterator[pa.Table]:
+    """The known columns of a file in order, checked, a part at a time: large_string texts and float64 numbers.
+
+    Args:
+        row_group: of a parquet file, only this one; ``first_row``: the row of the file it starts at, for errors.
+
+    Raises:
+        UserError: as ``read_table``.
+    """
+    try:
+        for raw in _csv_batches(file) if file.suffix == ".csv" else _parquet_batches(file, row_group):
+            yield _checked(file, raw, first_row)
+            first_row += raw.num_rows
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file}: cannot be read as {file.suffix[1:]} ({reason}), save it again as UTF-8") from error
 
 
 def _files(patterns: Sequence[str]) -> list[Path]:
@@ -133,25 +200,19 @@ def _tables_nearby(path: Path) -> str:
     return f"; tables in {folder}: {', '.join(names[:8]) or 'none'}"
 
 
-def _read_file(file: Path) -> pa.Table:
-    """The known columns of one file with checked values: text, int64 counts, float64 fps and motion_score."""
-    try:
-        raw = _read_csv(file) if file.suffix == ".csv" else _read_parquet(file)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{file}: cannot be read as {file.suffix[1:]} ({reason}), save it again as UTF-8") from error
-    columns: dict[str, pa.ChunkedArray] = {name: _text_column(file, raw, name) for name in _TEXT}
-    columns |= {name: _count_column(file, raw, name) for name in _COUNTS}
-    columns["fps"] = _fps_column(file, raw, columns["num_frames"])
-    columns["motion_score"] = _float_column(file, raw, "motion_score")
+def _checked(file: Path, raw: pa.Table, first_row: int) -> pa.Table:
+    columns: dict[str, pa.ChunkedArray] = {name: _text_column(file, raw, first_row, name) for name in _TEXT}
+    columns |= {name: _count_column(file, raw, first_row, name) for name in _COUNTS}
+    columns["fps"] = _fps_column(file, raw, first_row, columns["num_frames"])
+    columns["motion_score"] = _float_column(file, raw, first_row, "motion_score")
     return pa.table(columns)
 
 
-def _read_csv(file: Path) -> pa.Table:
-    parse = pacsv.ParseOptions(newlines_in_values=True)
-    read = pacsv.ReadOptions(block_size=_BLOCK_BYTES)
+def _csv_batches(file: Path) -> Iterator[pa.Table]:
     if file.stat().st_size == 0:
         raise UserError(f"{file}: the file is empty, write the columns {', '.join(_REQUIRED)} and one row per clip")
+    parse = pacsv.ParseOptions(newlines_in_values=True)
+    read = pacsv.ReadOptions(block_size=_BLOCK_BYTES)
     with pacsv.open_csv(file, read_options=read, parse_options=parse) as reader:
         names = reader.schema.names
     _check_columns(file, names)
@@ -162,15 +223,21 @@ def _read_csv(file: Path) -> pa.Table:
         null_values=list(_MISSING),
         strings_can_be_null=True,
     )
-    return pacsv.read_csv(file, read_options=read, parse_options=parse, convert_options=convert)
+    with pacsv.open_csv(file, read_options=read, parse_options=parse, convert_options=convert) as reader:
+        for batch in reader:
+            yield pa.Table.from_batches([batch])
 
 
-def _read_parquet(file: Path) -> pa.Table:
+def _parquet_batches(file: Path, row_group: int | None) -> Iterator[pa.Table]:
     if file.suffix != ".parquet":
         raise UserError(f"{file}: not a clip table, allowed are .csv and .parquet")
-    names = papq.read_schema(file).names
-    _check_columns(file, names)
-    return papq.read_table(file, columns=[name for name in (*_REQUIRED, *_OPTIONAL) if name in names])
+    with papq.ParquetFile(file) as reader:
+        names = reader.schema_arrow.names
+        _check_columns(file, names)
+        columns = [name for name in (*_REQUIRED, *_OPTIONAL) if name in names]
+        groups = None if row_group is None else [row_group]
+        for batch in reader.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns, use_threads=False):
+            yield pa.Table.from_batches([batch])
 
 
 def _check_columns(file: Path, names: list[str]) -> None:
@@ -184,7 +251,7 @@ def _check_columns(file: Path, names: list[str]) -> None:
             raise UserError(f"{file}: column {name!r} is missing; it has {', '.join(names)}{hint}")
 
 
-def _text_column(file: Path, raw: pa.Table, name: str) -> pa.ChunkedArray:
+def _text_column(file: Path, raw: pa.Table, first_row: int, name: str) -> pa.ChunkedArray:
     column = raw[name]
     allowed = (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)
     if not any(is_allowed(column.type) for is_allowed in allowed):
@@ -193,54 +260,58 @@ def _text_column(file: Path, raw: pa.Table, name: str) -> pa.ChunkedArray:
     unwritten = pc.is_in(pc.utf8_trim_whitespace(column), value_set=pa.array(_MISSING, pa.large_string()))
     empty = pc.or_(pc.is_null(column), unwritten)
     remedy = "write a caption, or take the row out" if name == "text" else "write the file's path, or take the row out"
-    _refuse(file, name, empty, column, remedy)
+    _refuse(file, first_row, name, empty, column, remedy)
     return column
 
 
-def _count_column(file: Path, raw: pa.Table, name: str) -> pa.ChunkedArray:
-    column = _float_column(file, raw, name)
+def _count_column(file: Path, raw: pa.Table, first_row: int, name: str) -> pa.ChunkedArray:
+    column = _float_column(file, raw, first_row, name)
     values = column.to_numpy()
     bad = ~((values >= 1) & (values < 2**31) & (values == np.floor(values)))
-    _refuse(file, name, bad, raw[name], "it must be an integer >= 1")
-    return column.cast(pa.int64())
+    _refuse(file, first_row, name, bad, raw[name], "it must be an integer >= 1")
+    if name != "num_frames":
+        _refuse(file, first_row, name, values > _MOST_PIXELS, raw[name], f"it must be at most {_MOST_PIXELS}")
+    return column
 
 
-def _fps_column(file: Path, raw: pa.Table, num_frames: pa.ChunkedArray) -> pa.ChunkedArray:
-    column = _float_column(file, raw, "fps")
+def _fps_column(file: Path, raw: pa.Table, first_row: int, num_frames: pa.ChunkedArray) -> pa.ChunkedArray:
+    column = _float_column(file, raw, first_row, "fps")
     values = column.to_numpy()
     known = (values > 0) & (values < 1e5)
     bad = ~known & ~(np.isnan(values) & (num_frames.to_numpy() == 1))
-    _refuse(file, "fps", bad, raw["fps"], "it must be a number > 0 (empty only for images)")
+    _refuse(file, first_row, "fps", bad, raw["fps"], "it must be a number > 0 (empty only for images)")
     return column
 
 
-def _float_column(file: Path, raw: pa.Table, name: str) -> pa.ChunkedArray:
+def _float_column(file: Path, raw: pa.Table, first_row: int, name: str) -> pa.ChunkedArray:
     """float64 with NaN for null; a column that is not there is all NaN."""
     if name not in raw.column_names:
         return pa.chunked_array([np.full(raw.num_rows, np.nan)])
     column = raw[name]
     if pa.types.is_large_string(column.type) or pa.types.is_string(column.type):
-        column = _parse_floats(file, name, pc.utf8_trim_whitespace(column))
+        column = _parse_floats(file, first_row, name, pc.utf8_trim_whitespace(column))
     elif not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type)):
         raise UserError(f"{file}: column {name!r} holds {column.type}, it must hold numbers")
     return pc.fill_null(column.cast(pa.float64()), float("nan"))
 
 
-def _parse_floats(file: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+def _parse_floats(file: Path, first_row: int, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     try:
         return column.cast(pa.float64())
     except pa.ArrowInvalid:
         looks_right = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
         bad = pc.invert(pc.fill_null(pc.match_substring_regex(column, looks_right), True))
-        _refuse(file, name, bad, column, "it must be a number")
+        _refuse(file, first_row, name, bad, column, "it must be a number")
         raise
 
 
-def _refuse(file: Path, name: str, bad: np.ndarray | pa.ChunkedArray, shown: pa.ChunkedArray, remedy: str) -> None:
+def _refuse(
+    file: Path, first_row: int, name: str, bad: np.ndarray | pa.ChunkedArray, shown: pa.ChunkedArray, remedy: str
+) -> None:
     flags = bad if isinstance(bad, np.ndarray) else bad.to_numpy()
     rows = np.flatnonzero(flags)
     if len(rows):
         more = f" and {len(rows) - 1} more rows" if len(rows) > 1 else ""
         value = shown[int(rows[0])].as_py()
         text = "empty" if value is None else repr(value)[:60]
-        raise UserError(f"{file}: row {rows[0] + 1}{more}: {name} is {text}, {remedy}")
+        raise UserError(f"{file}: row {first_row + rows[0] + 1}{more}: {name} is {text}, {remedy}")

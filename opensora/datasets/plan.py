@@ -1,26 +1,35 @@
-"""Which samples form which step, for the whole world, as a pure function of (seed, step).
+"""Which samples form which step, for the whole world, as a pure function of (table, configuration, seed, step).
 
-An epoch uses every assigned sample once: each bucket is shuffled and cut into micro-batches (the tail makes a smaller
-one), the micro-batches of all buckets are shuffled together, and a step takes ``data.micro_batches`` consecutive ones;
-the last step of an epoch takes what is left. How many processes there are enters only in ``assign``.
+An epoch uses every assigned sample once (``epoch``). Its micro-batches are put in random order, a window of some
+hundred steps at a time is composed to steps that can be shared out evenly (``balance``), and those steps are put in
+random order. An epoch's last step takes what does not fill one. How many processes there are enters only in
+``assign``: any number of them continues the same sequence, and a step number is all there is to save.
 """
 
-import heapq
 from bisect import bisect_right
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 
+from opensora.datasets.balance import compose, deal
 from opensora.datasets.bucket import Bucket, BucketReport, BucketTable
 from opensora.datasets.config import DataConfig
+from opensora.datasets.draws import permuted
+from opensora.datasets.epoch import Epoch, Source
+from opensora.datasets.groups import group_rows
 from opensora.datasets.manifest import ClipTable
 from opensora.utils.errors import UserError
-from opensora.utils.rng import numpy_generator
+from opensora.utils.rng import derive_key, numpy_generator
 
-# A sample of L tokens costs 24 L d^2 + 4 L^2 d multiplications, so L * (1 + L / 6d) up to scale; d of the 11B model.
-_QUADRATIC_TOKENS = 6 * 3072
-_TEMPORAL_STRIDE = 4
+_WINDOW_STEPS = 256  # steps composed together: more are more even, and take longer to compute
+_LEAST_STEPS = 64
+_WINDOW_ITEMS = (1 << 14, 1 << 18)  # least and most micro-batches in a window
 _EMPTY_EPOCHS = 1000  # so many in a row with nothing drawn: the probabilities are as good as zero
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,14 +43,13 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class _Epoch:
-    """The order of one epoch as arrays; micro-batch i is ids[start[i]:stop[i]]."""
+class _Step:
+    """The micro-batches of a step, without their samples."""
 
-    ids: np.ndarray  # int64, bucket by bucket, shuffled inside each
-    bucket_range: dict[int, tuple[int, int]]  # bucket number -> where its samples stand in ``ids``
-    bucket: np.ndarray  # (m,) bucket number of every micro-batch, in the order they are used
-    start: np.ndarray  # (m,)
-    stop: np.ndarray  # (m,)
+    epoch: Epoch
+    numbers: np.ndarray  # (m,) in the epoch
+    bucket: np.ndarray  # (m,)
+    sizes: np.ndarray  # (m,)
 
 
 class BatchPlan:
@@ -55,16 +63,22 @@ class BatchPlan:
         Raises:
             UserError: no sample fits any bucket, or with ``empty_rows: error`` a row of the bucket table has none.
         """
-        self._table = table
+        self._made_of = (table, cfg, spatial_multiple, seed)
         self._seed = seed
-        self._micro_batches = cfg.micro_batches
-        self._multiple = spatial_multiple
+        self._per_step, self._pack = cfg.micro_batches, cfg.pack
         self._buckets = BucketTable(cfg, spatial_multiple)
+        self._number = {bucket: number for number, bucket in enumerate(self._buckets.buckets)}
+        self._source = Source(self._buckets, self._buckets.shares(), group_rows(table, self._buckets), seed)
         self._first_step = [0]  # first step of each epoch known so far, where epochs differ in length
-        self._constant_steps: int | None = None  # steps of every epoch, where they do not
-        self._epochs: dict[int, _Epoch] = {}  # the last few used
-        self._report = self._buckets.report(self._buckets.assign(table, seed, 0))
+        self._epochs = _Recent[Epoch](3)
+        self._windows = _Recent[np.ndarray](2)
+        self._steps = _Recent[_Step](64)
+        epoch = self._epoch(0)
+        self._report = self._buckets.report(epoch.samples, epoch.left_out())
         _check_report(self._report, cfg)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BatchPlan, self._made_of
 
     def report(self) -> BucketReport:
         """Samples per bucket in epoch 0, and the others by reason."""
@@ -72,17 +86,8 @@ class BatchPlan:
 
     def step(self, step: int) -> tuple[MicroBatch, ...]:
         """All micro-batches of an optimizer step, each with weight 1."""
-        number = self.epoch_of(step)
-        epoch = self._epoch(number)
-        first = (step - self._start_of(number)) * self._micro_batches
-        return tuple(
-            MicroBatch(
-                bucket=self._buckets.buckets[epoch.bucket[i]],
-                sample_ids=tuple(epoch.ids[epoch.start[i] : epoch.stop[i]].tolist()),
-                epoch=number,
-            )
-            for i in range(first, min(first + self._micro_batches, len(epoch.bucket)))
-        )
+        whole = self._step(step)
+        return self._filled(whole, np.arange(len(whole.numbers)))
 
     def assign(self, step: int, dp_rank: int, dp_degree: int) -> tuple[MicroBatch, ...]:
         """This rank's micro-batches of a step, most expensive first; equally many on every rank.
@@ -91,17 +96,47 @@ class BatchPlan:
         """
         if not 0 <= dp_rank < dp_degree:
             raise ValueError(f"dp_rank={dp_rank}: allowed are 0 to {dp_degree - 1}")
-        whole = self.step(step)
-        costs = [self.cost(micro_batch.bucket, len(micro_batch.sample_ids)) for micro_batch in whole]
-        mine, per_rank = _longest_first(costs, dp_rank, dp_degree)
-        filler = replace(whole[min(range(len(whole)), key=lambda i: (costs[i], i))], weight=0.0)
-        return tuple(whole[i] for i in mine) + (filler,) * (per_rank - len(mine))
+        whole = self._step(step)
+        costs = self._buckets.costs(whole.bucket, whole.sizes)
+        owners, per_rank = deal(costs, dp_degree)
+        mine = np.flatnonzero(owners == dp_rank)
+        chosen = mine[np.argsort(-costs[mine], kind="stable")]
+        fillers = per_rank - len(mine)
+        if fillers:
+            chosen = np.append(chosen, np.argmin(costs))
+        found = self._filled(whole, chosen)
+        return found[: len(mine)] + tuple(replace(filler, weight=0.0) for filler in found[len(mine) :]) * fillers
+
+    def shapes(self, step: int) -> Counter[Bucket]:
+        """Samples of a step by bucket; cheaper than the samples themselves."""
+        whole = self._step(step)
+        count: Counter[Bucket] = Counter()
+        for bucket, samples in zip(whole.bucket.tolist(), whole.sizes.tolist(), strict=True):
+            count[self._buckets.buckets[bucket]] += samples
+        return count
+
+    def costs(self, step: int) -> np.ndarray:
+        """(m,) cost of every micro-batch of a step, in the order of ``step``."""
+        whole = self._step(step)
+        return self._buckets.costs(whole.bucket, whole.sizes)
+
+    def cost_features(self, step: int) -> np.ndarray:
+        """(4,) what the cost of all micro-batches of a step together is linear in (``cost.features``)."""
+        whole = self._step(step)
+        return self._buckets.features(whole.bucket, whole.sizes).sum(axis=0)
+
+    def idle(self, step: int, dp_degree: int) -> float:
+        """The share of a step that processes wait for the slowest, by the cost model."""
+        costs = self.costs(step)
+        owners, _ = deal(costs, dp_degree)
+        loads = np.bincount(owners, costs, minlength=dp_degree)
+        return float(1 - loads.mean() / loads.max())
 
     def epoch_of(self, step: int) -> int:
         """The epoch a step belongs to."""
         if step < 0:
             raise ValueError(f"step={step}: allowed are integers >= 0")
-        if not self._buckets.draws:
+        if not self._source.shares.draws:
             return step // self.steps_in_epoch(0)
         while self._first_step[-1] <= step:
             self._extend()
@@ -109,29 +144,57 @@ class BatchPlan:
 
     def steps_in_epoch(self, epoch: int) -> int:
         """Optimizer steps of an epoch; 0 is possible where the probabilities draw nothing."""
-        if self._buckets.draws:
-            return self._steps_for(len(self._epoch(epoch).bucket))
-        if self._constant_steps is None:
-            self._constant_steps = self._steps_for(len(self._epoch(0).bucket))
-        return self._constant_steps
+        known = self._epoch(epoch if self._source.shares.draws else 0)
+        return -(-known.micro_batches // self._per_step)
 
     def cost(self, bucket: Bucket, samples: int) -> float:
-        """Relative time of a micro-batch, from its tokens."""
-        grid = (bucket.height // self._multiple) * (bucket.width // self._multiple)
-        tokens = ((bucket.frames - 1) // _TEMPORAL_STRIDE + 1) * grid
-        return samples * tokens * (1 + tokens / _QUADRATIC_TOKENS)
+        """Time of a micro-batch in the unit of ``data.cost``."""
+        return self._buckets.cost(bucket, samples)
 
-    def members(self, micro_batch: MicroBatch) -> np.ndarray:
-        """(k,) ids of all samples in this micro-batch's bucket in its epoch."""
-        epoch = self._epoch(micro_batch.epoch)
-        start, stop = epoch.bucket_range[self._buckets.buckets.index(micro_batch.bucket)]
-        return epoch.ids[start:stop]
+    def members(self, micro_batch: MicroBatch) -> Sequence[int]:
+        """The ids of all samples in this micro-batch's bucket in its epoch."""
+        return self._epoch(micro_batch.epoch).members(self._number[micro_batch.bucket])
 
-    def _steps_for(self, micro_batches: int) -> int:
-        return -(-micro_batches // self._micro_batches)
+    def _filled(self, whole: _Step, chosen: np.ndarray) -> tuple[MicroBatch, ...]:
+        ids = whole.epoch.sample_ids(whole.numbers[chosen])
+        return tuple(
+            MicroBatch(self._buckets.buckets[bucket], samples, whole.epoch.number)
+            for bucket, samples in zip(whole.bucket[chosen].tolist(), ids, strict=True)
+        )
+
+    def _step(self, step: int) -> _Step:
+        return self._steps.get(step, lambda: self._find_step(step))
+
+    def _find_step(self, step: int) -> _Step:
+        number = self.epoch_of(step)
+        epoch = self._epoch(number)
+        within = step - self._start_of(number)
+        full = epoch.micro_batches // self._per_step
+        if within == full:  # what does not fill a step
+            numbers = self._ordered(epoch, full * self._per_step, epoch.micro_batches)
+        else:
+            least, most = _WINDOW_ITEMS
+            steps = max(_LEAST_STEPS, min(max(_WINDOW_STEPS, least // self._per_step), most // self._per_step))
+            window = within // steps
+            composed = self._windows.get((number, window), lambda: self._compose(epoch, window, steps, full))
+            numbers = composed[within - window * steps]
+        return _Step(epoch, numbers, epoch.bucket_of(numbers), epoch.sizes(numbers))
+
+    def _compose(self, epoch: Epoch, window: int, steps: int, full: int) -> np.ndarray:
+        """(steps, micro_batches) numbers of the window's micro-batches, step by step."""
+        first, last = window * steps, min((window + 1) * steps, full)
+        numbers = self._ordered(epoch, first * self._per_step, last * self._per_step)
+        costs = self._buckets.costs(epoch.bucket_of(numbers), epoch.sizes(numbers))
+        generator = numpy_generator(self._seed, epoch.number, window, "order of steps")
+        return numbers[compose(costs, self._per_step, self._pack, generator)]
+
+    def _ordered(self, epoch: Epoch, first: int, last: int) -> np.ndarray:
+        """Micro-batches ``first`` to ``last`` - 1 of the epoch's random order."""
+        key = derive_key(self._seed, epoch.number, "order of micro-batches")
+        return permuted(np.arange(first, last), epoch.micro_batches, key)
 
     def _start_of(self, epoch: int) -> int:
-        return self._first_step[epoch] if self._buckets.draws else epoch * self.steps_in_epoch(0)
+        return self._first_step[epoch] if self._source.shares.draws else epoch * self.steps_in_epoch(0)
 
     def _extend(self) -> None:
         count = self.steps_in_epoch(len(self._first_step) - 1)
@@ -139,50 +202,24 @@ class BatchPlan:
         if len(self._first_step) > _EMPTY_EPOCHS and self._first_step[-1] == self._first_step[-_EMPTY_EPOCHS]:
             raise UserError(f"data.buckets: {_EMPTY_EPOCHS} epochs in a row drew no sample, raise the probabilities")
 
-    def _epoch(self, number: int) -> _Epoch:
-        if number not in self._epochs:
-            while len(self._epochs) >= 2:
-                self._epochs.pop(next(iter(self._epochs)))
-            self._epochs[number] = self._order(number)
-        return self._epochs[number]
-
-    def _order(self, number: int) -> _Epoch:
-        assigned = self._buckets.assign(self._table, self._seed, number)
-        ids = np.argsort(assigned, kind="stable")
-        ids = ids[np.count_nonzero(assigned < 0) :]
-        counts = np.bincount(assigned[ids], minlength=len(self._buckets.buckets))
-        ranges, bucket_of, starts, stops = {}, [], [], []
-        position = 0
-        for bucket in np.flatnonzero(counts).tolist():
-            end = position + int(counts[bucket])
-            ranges[bucket] = (position, end)
-            numpy_generator(self._seed, number, bucket, "order of samples").shuffle(ids[position:end])
-            cuts = np.arange(position, end, self._buckets.buckets[bucket].batch_size)
-            starts.append(cuts)
-            stops.append(np.append(cuts[1:], end))
-            bucket_of.append(np.full(len(cuts), bucket))
-            position = end
-        if not ranges:
-            nothing = np.zeros(0, dtype=np.int64)
-            return _Epoch(ids, ranges, nothing, nothing, nothing)
-        start, stop, bucket_array = np.concatenate(starts), np.concatenate(stops), np.concatenate(bucket_of)
-        shuffled = numpy_generator(self._seed, number, "order of micro-batches").permutation(len(start))
-        return _Epoch(ids, ranges, bucket_array[shuffled], start[shuffled], stop[shuffled])
+    def _epoch(self, number: int) -> Epoch:
+        return self._epochs.get(number, lambda: Epoch(self._source, number))
 
 
-def _longest_first(costs: list[float], rank: int, degree: int) -> tuple[list[int], int]:
-    """(this rank's items by falling cost, items per rank): each item, longest first, to the least loaded rank that
-    still has room."""
-    per_rank = -(-len(costs) // degree)
-    mine: list[int] = []
-    load = [(0.0, 0, r) for r in range(degree)]
-    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        cost, held, owner = heapq.heappop(load)
-        if owner == rank:
-            mine.append(item)
-        if held + 1 < per_rank:
-            heapq.heappush(load, (cost + costs[item], held + 1, owner))
-    return mine, per_rank
+class _Recent(OrderedDict[Hashable, T]):
+    """The values used last, up to a number of them."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self._limit = limit
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:  # type: ignore[override]
+        if key not in self:
+            self[key] = make()
+            if len(self) > self._limit:
+                self.popitem(last=False)
+        self.move_to_end(key)
+        return self[key]
 
 
 def _check_report(report: BucketReport, cfg: DataConfig) -> None:

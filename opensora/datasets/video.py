@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +33,7 @@ class Job(NamedTuple):
     """What the plan says about one micro-batch."""
 
     micro_batch: MicroBatch
-    members: np.ndarray  # (k,) ids of all samples of its bucket in its epoch: where substitutes come from
+    members: Sequence[int]  # ids of all samples of its bucket in its epoch: where substitutes come from
 
 
 @dataclass(frozen=True, kw_only=True)

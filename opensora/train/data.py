@@ -2,17 +2,37 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 
 from acceleration.mesh import Mesh
+from opensora.config import RunConfig
 from opensora.datasets import DataConfig
 from opensora.datasets.bucket import Bucket
+from opensora.datasets.index import IndexedTable, open_table
 from opensora.datasets.loader import build_loader
-from opensora.datasets.manifest import ClipTable
 from opensora.datasets.plan import BatchPlan
 from opensora.datasets.video import Batch
 from opensora.models.base import AutoencoderShape, latent_grid
+from opensora.models.vae import autoencoder_shape
+
+
+def open_data(cfg: RunConfig) -> tuple[IndexedTable, BatchPlan]:
+    """The clip table, indexed once per node, and the order of the run.
+
+    Raises:
+        UserError: the table cannot be read, or no clip fits a bucket.
+    """
+    table = open_table(cfg.data.table, cfg.data.root, cfg.data.index)
+    # A bucket's size is a multiple of the pixels that one token spans on a side.
+    multiple = autoencoder_shape(cfg.vae).stride[1] * cfg.model.patch_size
+    return table, BatchPlan(table, cfg.data, multiple, cfg.seed)
+
+
+def expected_idle(plan: BatchPlan, dp_degree: int, steps: Iterable[int]) -> float:
+    """Mean share of steps that data-parallel processes wait for the slowest, by the cost model."""
+    shares = [plan.idle(step, dp_degree) for step in steps]
+    return sum(shares) / len(shares)
 
 
 class StepData:
@@ -20,7 +40,7 @@ class StepData:
 
     def __init__(
         self,
-        table: ClipTable,
+        table: IndexedTable,
         plan: BatchPlan,
         cfg: DataConfig,
         mesh: Mesh,
@@ -31,6 +51,7 @@ class StepData:
         seed: int,
     ) -> None:
         self.plan = plan
+        self.table = table.content
         self.waited_s = 0.0  # time the loop spent waiting for data
         self.replaced: list[tuple[int, int, str]] = []  # (unreadable sample, its substitute, why)
         self._rank, self._degree = mesh.data_rank, mesh.data_degree
@@ -58,22 +79,19 @@ class StepData:
 
     def global_elements(self, step: int) -> int:
         """Latent values that the loss of this step is the mean over, all processes together; no communication."""
-        return sum(len(m.sample_ids) * self._latents(m.bucket) for m in self.plan.step(step))
+        return sum(samples * self._latents(bucket) for bucket, samples in self.plan.shapes(step).items())
 
     def global_samples(self, step: int) -> int:
         """Samples that this step consumes, all processes together."""
-        return sum(len(m.sample_ids) for m in self.plan.step(step))
+        return self.plan.shapes(step).total()
 
     def bucket_samples(self, step: int) -> Counter[Bucket]:
         """``global_samples`` by bucket."""
-        count: Counter[Bucket] = Counter()
-        for m in self.plan.step(step):
-            count[m.bucket] += len(m.sample_ids)
-        return count
+        return self.plan.shapes(step)
 
     def global_pixels(self, step: int) -> int:
         """Pixels x frames that this step consumes, all processes together."""
-        return sum(len(m.sample_ids) * m.bucket.frames * m.bucket.height * m.bucket.width for m in self.plan.step(step))
+        return sum(n * bucket.frames * bucket.height * bucket.width for bucket, n in self.plan.shapes(step).items())
 
     def close(self) -> None:
         """End the workers."""

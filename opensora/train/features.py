@@ -10,7 +10,7 @@ import torch
 from opensora.config import RunConfig
 from opensora.datasets import features
 from opensora.datasets.config import bucket_rows
-from opensora.datasets.manifest import ClipTable
+from opensora.datasets.index import IndexedTable
 from opensora.datasets.plan import BatchPlan
 from opensora.models.base import TextFeatures
 from opensora.train.resume import differences
@@ -20,7 +20,7 @@ from opensora.utils.typed import plain
 _SHOWN = 3  # differing keys in an error
 
 
-def identity(cfg: RunConfig, table: ClipTable) -> dict[str, Any]:
+def identity(cfg: RunConfig, table: IndexedTable) -> dict[str, Any]:
     """Everything that latents and text features depend on."""
     data = cfg.data
     return {
@@ -30,7 +30,7 @@ def identity(cfg: RunConfig, table: ClipTable) -> dict[str, Any]:
         "seed": cfg.seed,
         "encoders": str(encoder_dtype(cfg)),
         "data": {
-            "table": table_digest(table),
+            "table": table.content,
             "buckets": [plain(row) for row in bucket_rows(data)],
             "crop": data.crop,
             "prompt_suffix": data.prompt_suffix,
@@ -44,24 +44,12 @@ def identity_hash(made_for: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(made_for, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def table_digest(table: ClipTable) -> str:
-    """16 hex digits of what the clip table says; where its clips are stored does not matter."""
-    digest = hashlib.sha256()
-    for column in (table.num_frames, table.height, table.width, table.fps, table.motion_score):
-        digest.update(column.tobytes())
-    for texts in (table.paths, table.captions):
-        for chunk in texts.iterchunks():
-            for text in chunk.to_pylist():
-                digest.update(f"{len(text)}|{text}".encode(errors="surrogatepass"))
-    return digest.hexdigest()[:16]
-
-
 def encoder_dtype(cfg: RunConfig) -> torch.dtype:
     """What the frozen encoders compute in."""
     return torch.bfloat16 if cfg.parallel.precision.compute == "bf16" else torch.float32
 
 
-def check(cfg: RunConfig, table: ClipTable, plan: BatchPlan) -> None:
+def check(cfg: RunConfig, table: IndexedTable, plan: BatchPlan) -> None:
     """That ``data.features`` is what this run would encode itself.
 
     Raises:

@@ -27,8 +27,7 @@ from acceleration.mesh import COPIES, PIECES, Mesh
 from acceleration.sequence import SequenceParallel
 from acceleration.structure import Structure, Unit, structure_of
 from opensora.config import RunConfig
-from opensora.datasets.aspect import training_sizes
-from opensora.datasets.config import bucket_rows
+from opensora.datasets.bucket import BucketTable
 from opensora.datasets.plan import BatchPlan
 from opensora.inference.load import check_layout
 from opensora.models import MMDiTConfig, build_model
@@ -127,12 +126,14 @@ def structure(cfg: MMDiTConfig) -> Structure:
 def shapes(cfg: RunConfig) -> list[Shape]:
     """Every row of the bucket table at its size of most tokens; the table of clips is not read."""
     multiple = autoencoder_shape(cfg.vae).stride[1] * cfg.model.patch_size
-    found = []
-    for row in bucket_rows(cfg.data):
-        sizes = [_as_seen(cfg, row.frames, size) for size in training_sizes(row.resolution, multiple)]
-        batch = replace(max(sizes, key=lambda size: size.img), samples=row.batch_size)
-        found.append(Shape(name=f"{row.resolution} x {row.frames}", batch=batch))
-    return found
+    largest: dict[str, MicroBatch] = {}
+    for bucket in BucketTable(cfg.data, multiple).buckets:
+        one = _as_seen(cfg, bucket.frames, (bucket.height, bucket.width))
+        batch = replace(one, samples=bucket.batch_size)
+        name = f"{bucket.resolution} x {bucket.frames}"
+        if name not in largest or batch.samples * batch.img > largest[name].samples * largest[name].img:
+            largest[name] = batch
+    return [Shape(name=name, batch=batch) for name, batch in largest.items()]
 
 
 def _as_seen(cfg: RunConfig, frames: int, size: tuple[int, int]) -> MicroBatch:

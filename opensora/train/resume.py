@@ -13,18 +13,23 @@ from opensora.utils.logging import announce
 from opensora.utils.typed import plain
 
 # Settings that may differ from one start of a run to the next and leave it the same run.
-FREE = ("output", "parallel", "log", "train", "data.workers", "data.prefetch", "data.prefetch_mib", "data.cache_mib",
-        "data.decode_threads", "data.decode_timeout_s", "data.worker_timeout_s", "data.max_bad_share")  # fmt: skip
+FREE = (
+    *("output", "parallel", "log", "train"),
+    *("data.index", "data.workers", "data.prefetch", "data.prefetch_mib", "data.cache_mib", "data.decode_threads"),
+    *("data.decode_timeout_s", "data.worker_timeout_s", "data.max_bad_share"),
+)
 SHOWN = 4  # changed keys in an announcement
 
 
-def checkpoint_info(cfg: RunConfig, runtime: Runtime, base: str | None = None) -> dict[str, Any]:
+def checkpoint_info(cfg: RunConfig, runtime: Runtime, table: str, base: str | None = None) -> dict[str, Any]:
     """What a checkpoint's manifest says of the run that wrote it.
 
     Args:
+        table: content hash of the clip table.
         base: fingerprint of the weights that the checkpoint's adapters belong to.
     """
     return {
+        "table": table,
         "config_hash": config.config_hash(cfg),
         "world_size": runtime.world_size,
         "model": plain(cfg.model),
@@ -48,8 +53,10 @@ def check_fresh(cfg: RunConfig) -> None:
         )
 
 
-def resume(cfg: RunConfig, engine: Engine, checkpoints: CheckpointManager, base: str | None = None) -> int:
+def resume(cfg: RunConfig, engine: Engine, checkpoints: CheckpointManager, table: str, base: str | None = None) -> int:
     """Load the checkpoint that ``train.resume`` names, and return how many updates it has. Collective.
+
+    ``table``: content hash of the clip table; another one than before is announced.
 
     Raises:
         UserError: none of the run's checkpoints is complete, the named one is not, or it is of another model.
@@ -65,6 +72,8 @@ def resume(cfg: RunConfig, engine: Engine, checkpoints: CheckpointManager, base:
     manifest = checkpoints.manifest(path)
     check_same(cfg, path, manifest, base)
     announce_changes(cfg)
+    if manifest.get("table", table) != table:
+        announce("resuming with another clip table than before: from here on other samples come than would have")
     state = engine.state_dict()
     checkpoints.load(path, state)
     engine.load_state_dict(state)

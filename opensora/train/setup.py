@@ -24,16 +24,16 @@ from acceleration.sequence import SequenceParallel
 from acceleration.signals import StopRequest
 from opensora import config
 from opensora.config import RunConfig
-from opensora.datasets.manifest import ClipTable, read_table
+from opensora.datasets.index import IndexedTable
 from opensora.datasets.plan import BatchPlan
 from opensora.inference.load import FromFile, check_layout, tile_runner, weight_layout
 from opensora.models import build_model
-from opensora.models.base import AutoencoderShape, latent_grid
+from opensora.models.base import latent_grid
 from opensora.models.mmdit.convert import load_state_dict_for
 from opensora.models.text import build_text_encoder
 from opensora.models.vae import autoencoder_shape, build_autoencoder
 from opensora.train import features
-from opensora.train.data import StepData
+from opensora.train.data import StepData, open_data
 from opensora.train.forecast import Traffic, check_memory
 from opensora.train.metrics import Metrics
 from opensora.train.reads import Reads
@@ -83,7 +83,7 @@ class Run:
         """Write a checkpoint of the state after ``step`` updates. Collective."""
         self.reads.check_agreement()
         with self.metrics.aside("save", self.mesh):
-            info = checkpoint_info(self.cfg, self.runtime, self.base)
+            info = checkpoint_info(self.cfg, self.runtime, self.data.table, self.base)
             path = self.checkpoints.save(self.step, self.engine.state_dict(), info)
         announce(f"step {self.step}: saved {path}")
 
@@ -135,7 +135,7 @@ def start_run(cfg: RunConfig) -> Run:
     return build_run(cfg, table, plan, runtimes.start(cfg.parallel.timeout_s))
 
 
-def check(cfg: RunConfig, world_size: int) -> tuple[ClipTable, BatchPlan]:
+def check(cfg: RunConfig, world_size: int) -> tuple[IndexedTable, BatchPlan]:
     """Everything about the run that can be refused without a process group; reads the clip table.
 
     Raises:
@@ -162,19 +162,13 @@ def check(cfg: RunConfig, world_size: int) -> tuple[ClipTable, BatchPlan]:
     if cfg.lora.rank:
         with torch.device("meta"):
             add_adapters(cfg, build_model(cfg.model))
-    table = read_table(cfg.data.table, cfg.data.root)
-    plan = BatchPlan(table, cfg.data, spatial_multiple(cfg, shape), cfg.seed)
+    table, plan = open_data(cfg)
     if cfg.data.features:
         features.check(cfg, table, plan)
     return table, plan
 
 
-def spatial_multiple(cfg: RunConfig, shape: AutoencoderShape) -> int:
-    """Pixels that one token spans on a side: bucket sizes are multiples of it."""
-    return shape.stride[1] * cfg.model.patch_size
-
-
-def build_run(cfg: RunConfig, table: ClipTable, plan: BatchPlan, runtime: Runtime) -> Run:
+def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Runtime) -> Run:
     """Build, shard and load everything. Collective."""
     folder = cfg.folder
     stop = StopRequest()
@@ -193,7 +187,7 @@ def build_run(cfg: RunConfig, table: ClipTable, plan: BatchPlan, runtime: Runtim
     parallelize(model, cfg.parallel, mesh, runtime.device, fill)
     engine = build_engine(model, cfg.parallel, cfg.optim, mesh)
     checkpoints = CheckpointManager(folder / "checkpoints", cfg.train.checkpoint_keep)
-    step = resume(cfg, engine, checkpoints, base)
+    step = resume(cfg, engine, checkpoints, table.content, base)
     if runtime.is_main:
         config.save(cfg, folder / config.SAVED_NAME)
 

@@ -1,4 +1,4 @@
-"""Pictures for people: frames of videos on one sheet, the loss over time."""
+"""Pictures for people: frames of videos on one sheet, the loss over time, how many samples each bucket has."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,6 +66,26 @@ def loss_curve(metrics_jsonl: str | Path, path: str | Path) -> None:
     axes.set_ylabel("loss")
     axes.grid(alpha=0.3)
     axes.legend()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+
+
+def bucket_chart(bars: Sequence[tuple[str, Sequence[int]]], path: str | Path, *, title: str) -> None:
+    """A png of (name, counts) as stacked bars: one part per bucket, one bar per resolution and length."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(6.0, 1.5 + 0.22 * len(bars)), 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for place, (_, counts) in enumerate(bars):
+        bottoms = np.cumsum([0, *counts[:-1]])
+        axes.bar(
+            np.full(len(counts), place), counts, bottom=bottoms, color="tab:blue", edgecolor="white", linewidth=0.4
+        )
+    axes.set_xticks(range(len(bars)), [name for name, _ in bars], rotation=90, fontsize=7)
+    axes.set_ylabel("samples per epoch")
+    axes.set_title(title, fontsize=10)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
 

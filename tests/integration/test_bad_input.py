@@ -76,7 +76,7 @@ def test_a_fresh_start_over_checkpoints(
 
 def test_another_model_or_optimizer_is_named_before_loading(config: Path) -> None:
     cfg = load_config(RunConfig, config)
-    manifest = checkpoint_info(cfg, Runtime(0, 1, 0, torch.device("cpu")))
+    manifest = checkpoint_info(cfg, Runtime(0, 1, 0, torch.device("cpu")), "")
     check_same(cfg, Path("step"), manifest)
     for override, expected in (
         ("model.depth=3", "model.depth=3 (was 2)"),

@@ -1,6 +1,8 @@
 """Assignment by columns against the same rules written for one row, and what the report says."""
 
 import math
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,10 @@ from opensora.datasets.bucket import (
     sampled_fps,
 )
 from opensora.datasets.draws import uniform
-from opensora.datasets.manifest import ClipTable
+from opensora.datasets.epoch import Epoch, Source
+from opensora.datasets.groups import group_rows
+from opensora.datasets.manifest import ClipTable, TextsInMemory
+from opensora.datasets.plan import BatchPlan
 from opensora.utils.errors import UserError
 
 BUCKETS: dict[str, dict[int, Any]] = {
@@ -36,14 +41,13 @@ def clip_table(num_frames: list[int], height: list[int], width: list[int], fps: 
     names = pa.chunked_array([[f"{i}.mp4" for i in range(count)]])
     return ClipTable(
         num_frames=np.array(num_frames, np.int32),
-        height=np.array(height, np.int32),
-        width=np.array(width, np.int32),
+        height=np.array(height, np.uint16),
+        width=np.array(width, np.uint16),
         fps=np.array(fps, np.float64),
         motion_score=np.full(count, np.nan, np.float32),
-        paths=names,
-        captions=names,
+        texts=TextsInMemory(names, names),
         folders=("",),
-        folder=np.zeros(count, np.int32),
+        first_rows=np.zeros(1, np.int64),
     )
 
 
@@ -57,14 +61,11 @@ def random_table(count: int, seed: int = 0) -> ClipTable:
     return clip_table(frames.tolist(), height.tolist(), width.tolist(), fps.tolist())
 
 
-def draw(sample: int, seed: int, epoch: int, purpose: str) -> float:
-    return float(uniform(np.array([sample]), seed, epoch, purpose)[0])
+Outcome = tuple[str, int, int, int] | int
 
 
-def assign_one(
-    cfg: DataConfig, multiple: int, row: tuple[int, int, int, float], sample: int, seed: int, epoch: int
-) -> tuple[str, int, int, int] | int:
-    """The rules for one row of the table, written to be read."""
+def assign_one(cfg: DataConfig, row: tuple[int, int, int, float], draw: Callable[[str], float]) -> Outcome:
+    """The rules for one row of the table, written to be read; ``draw``: a number in [0, 1) for each decision."""
     frames, height, width, fps = row
     if fps >= 24:
         frames //= math.ceil(fps / 24)
@@ -73,7 +74,7 @@ def assign_one(
         if height * width < 0.8 * area_of(resolution):
             continue
         lengths = cfg.buckets[resolution]
-        if frames == 1 and row[0] == 1:
+        if row[0] == 1:
             here, candidates = NO_IMAGE_ROW, [1] if 1 in lengths else []
         else:
             here, candidates = TOO_SHORT, [n for n in sorted(lengths, reverse=True) if n > 1 and frames >= n]
@@ -82,31 +83,74 @@ def assign_one(
             probabilities = lengths[length][0]
             keep, other = probabilities if isinstance(probabilities, list) else (probabilities, None)
             accept = 1.0 if other is None else other if cfg.probability == "accept" else 1 - other
-            if draw(sample, seed, epoch, f"bucket/{resolution}/{length}") < accept:
+            here = NOT_DRAWN
+            if draw(f"{resolution}/{length}") < accept:
                 chosen = length
                 break
-            here = NOT_DRAWN
-        if chosen is not None:
-            if draw(sample, seed, epoch, f"bucket/{resolution}") < keep:
-                ratio = math.log(width / height)
-                size = min(training_sizes(resolution, multiple), key=lambda hw: abs(math.log(hw[1] / hw[0]) - ratio))
-                return resolution, chosen, *size
-            here = NOT_DRAWN
+        if chosen is not None and draw(resolution) < keep:
+            ratio = math.log(width / height)
+            size = min(training_sizes(resolution, 16), key=lambda hw: abs(math.log(hw[1] / hw[0]) - ratio))
+            return resolution, chosen, *size
         reason = reason if reason == NOT_DRAWN else here
     return reason
+
+
+def outcomes(cfg: DataConfig, row: tuple[int, int, int, float]) -> list[tuple[Outcome, float]]:
+    """Every way ``assign_one`` can go, as (outcome, probability), by trying all answers to every draw.
+
+    In the order of the rules: a larger resolution before a smaller one, a longer row before a shorter one.
+    """
+    found: dict[Outcome, float] = {}
+
+    def explore(answers: tuple[bool, ...], probability: float) -> None:
+        asked = iter(answers)
+
+        class Undecided(Exception):
+            pass
+
+        class Draw(float):
+            """Smaller than a probability or not, as told; notes the probability it was compared to."""
+
+            def __lt__(self, threshold: float) -> bool:
+                answer = next(asked, None)
+                if answer is None:
+                    raise Undecided(threshold)
+                return answer
+
+        try:
+            outcome = assign_one(cfg, row, lambda purpose: Draw())
+        except Undecided as undecided:
+            (threshold,) = undecided.args
+            if threshold > 0:
+                explore((*answers, True), probability * threshold)
+            if threshold < 1:
+                explore((*answers, False), probability * (1 - threshold))
+        else:
+            found[outcome] = found.get(outcome, 0.0) + probability
+
+    explore((), 1.0)
+    places = [(outcome, p) for outcome, p in found.items() if not isinstance(outcome, int)]
+    return sorted(places, key=lambda place: (-area_of(place[0][0]), -place[0][1])) + [
+        (outcome, p) for outcome, p in found.items() if isinstance(outcome, int)
+    ]
 
 
 @pytest.mark.parametrize("probability", ["skip", "accept"])
 @pytest.mark.parametrize("epoch", [0, 3])
 def test_columns_agree_with_the_rules_row_for_row(probability: Any, epoch: int) -> None:
-    cfg = DataConfig(buckets=BUCKETS, probability=probability)
-    table = random_table(4000)
+    cfg = DataConfig(buckets=BUCKETS, probability=probability, empty_rows="report")
+    table = random_table(800)
     buckets = BucketTable(cfg, 16)
-    assigned = buckets.assign(table, 7, epoch)
+    content = epoch_of(cfg, table, epoch)
+    assigned, draws = content.assigned(), content.draws()
+    assert draws.min() >= 0 and draws.max() < 1
     kinds = set()
     for i in range(len(table)):
         row = (int(table.num_frames[i]), int(table.height[i]), int(table.width[i]), float(table.fps[i]))
-        expected = assign_one(cfg, 16, row, i, 7, epoch)
+        ways = outcomes(cfg, row)
+        assert sum(p for _, p in ways) == pytest.approx(1)
+        ends = np.cumsum([p for _, p in ways])
+        expected = ways[min(int(np.searchsorted(ends, draws[i], side="right")), len(ways) - 1)][0]
         got = int(assigned[i])
         if got >= 0:
             bucket = buckets.buckets[got]
@@ -120,17 +164,55 @@ def test_columns_agree_with_the_rules_row_for_row(probability: Any, epoch: int) 
     assert NOT_DRAWN in kinds and TOO_SMALL in kinds and TOO_SHORT in kinds
 
 
+def test_draws_are_uniform_for_every_clip_and_even_within_a_kind() -> None:
+    cfg = DataConfig(buckets={"256px": {1: [0.3, 1], 33: [0.7, 1]}})
+    table = random_table(300)
+    draws = np.array([epoch_of(cfg, table, epoch).draws() for epoch in range(400)])  # (epochs, rows)
+    assert abs(draws.mean(axis=0) - 0.5).max() < 4.5 * math.sqrt(1 / 12 / 400)
+    assert abs((draws < 0.3).mean(axis=0) - 0.3).max() < 4.5 * math.sqrt(0.21 / 400)
+    after = np.corrcoef(draws[1:].ravel(), draws[:-1].ravel())[0, 1]
+    assert abs(after) < 0.015  # epochs are independent
+    kind = BucketTable(cfg, 16).kind_of(table)
+    for number in np.unique(kind):
+        mine = np.sort(draws[:, kind == number], axis=1)
+        assert np.allclose(np.diff(mine, axis=1), 1 / mine.shape[1])  # neither more nor fewer than asked for
+
+
+def test_ratios_on_and_beside_a_border_take_the_size_that_integers_say() -> None:
+    buckets = BucketTable(DataConfig(buckets={"256px": {1: [1.0, 1]}, "768px": {1: [1.0, 1]}}), 16)
+    rng = np.random.default_rng(0)
+    height, width = rng.integers(1, 2**16, (2, 20_000))
+    for sizes in (training_sizes("256px", 16), training_sizes("768px", 16)):
+        for (h0, w0), (h1, w1) in pairwise(sizes):  # the border itself, where the means are whole
+            over, under = math.isqrt(w0 * w1), math.isqrt(h0 * h1)
+            height, width = np.append(height, [under, under + 1, 7 * under]), np.append(width, [over, over, 7 * over])
+    table = clip_table([1] * len(height), height.tolist(), width.tolist(), [math.nan] * len(height))
+    bins = buckets._ratio_bin(table.height, table.width)
+    for name in ("256px", "768px"):
+        sizes = training_sizes(name, 16)
+        expected = [
+            sum(int(w) ** 2 * h0 * h1 < int(h) ** 2 * w0 * w1 for (h0, w0), (h1, w1) in pairwise(sizes))
+            for h, w in zip(height, width, strict=True)
+        ]
+        assert (buckets._size_at(sizes)[bins] == expected).all()
+
+
+def epoch_of(cfg: DataConfig, table: ClipTable, epoch: int, seed: int = 7) -> Epoch:
+    buckets = BucketTable(cfg, 16)
+    return Epoch(Source(buckets, buckets.shares(), group_rows(table, buckets), seed), epoch)
+
+
 def test_skip_and_accept_are_opposites() -> None:
     table = random_table(2000)
-    skip = BucketTable(DataConfig(buckets={"256px": {33: [[1.0, 0.3], 1], 5: [1.0, 1]}}, probability="skip"), 16)
-    accept = BucketTable(DataConfig(buckets={"256px": {33: [[1.0, 0.7], 1], 5: [1.0, 1]}}, probability="accept"), 16)
+    skip = DataConfig(buckets={"256px": {33: [[1.0, 0.3], 1], 5: [1.0, 1]}}, probability="skip")
+    accept = DataConfig(buckets={"256px": {33: [[1.0, 0.7], 1], 5: [1.0, 1]}}, probability="accept")
     long = table.num_frames // frame_interval(table.fps) >= 33
-    for buckets in (skip, accept):
-        assigned = buckets.assign(table, 0, 0)
+    for cfg in (skip, accept):
+        assigned = epoch_of(cfg, table, 0).assigned()
         placed = assigned[(assigned >= 0) & long]
-        share = np.mean([buckets.buckets[b].frames == 33 for b in placed])
-        assert 0.65 < share < 0.75
-    assert (skip.assign(table, 0, 0) == accept.assign(table, 0, 0)).all()
+        share = np.mean([BucketTable(cfg, 16).buckets[b].frames == 33 for b in placed])
+        assert 0.68 < share < 0.72
+    assert (epoch_of(skip, table, 0).assigned() == epoch_of(accept, table, 0).assigned()).all()
 
 
 def test_draws_depend_on_every_part_of_the_key_and_only_on_it() -> None:
@@ -170,8 +252,9 @@ def test_report_counts_every_row_once() -> None:
     table = clip_table(
         [1, 1, 100, 3, 50], [512, 32, 512, 512, 512], [512, 32, 512, 512, 512], [math.nan] * 2 + [24.0] * 3
     )
-    buckets = BucketTable(DataConfig(buckets={"256px": {33: [1.0, 2], 65: [1.0, 1], 97: [0.0, 1]}}), 16)
-    report = buckets.report(buckets.assign(table, 0, 0))
+    cfg = DataConfig(buckets={"256px": {33: [1.0, 2], 65: [1.0, 1], 97: [0.0, 1]}}, empty_rows="report")
+    plan = BatchPlan(table, cfg, 16, 0)
+    report = plan.report()
     assert [(bucket.frames, count) for bucket, count in report.per_bucket] == [(33, 1)]
     assert sum(count for _, count in report.left_out) == 4 and len(report.left_out) == 4
     assert report.empty_rows == (("256px", 97), ("256px", 65))

@@ -176,6 +176,9 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     ),
     "guidance in training": (None, ["parallel.mesh.cfg=2"], "parallel.mesh.cfg=2: allowed is 1"),
     "warm-up beyond the end": (None, ["optim.warmup_steps=101"], "optim.warmup_steps=101: allowed are at most train"),
+    "pack that does not divide": (None, ["data.pack=2"], "data.pack=2: allowed are divisors of micro_batches=1"),
+    "auto without a budget": (None, ["data.buckets.64px.1=[1.0, auto]"], "batch size auto needs a budget"),
+    "negative cost": (None, ["data.cost.per_token=-1"], "data.cost.per_token=-1"),
     "no table": (None, ["data.table=''"], "data.table: missing"),
     "no buckets": (None, ["data.buckets={}"], "data.buckets: missing"),
     # the file

@@ -1,0 +1,36 @@
+"""What a run would train on: ``python -m opensora.cli.buckets CONFIG.yaml [section.key=value ...]``.
+
+Prints samples per bucket, every row of the table that is left out by reason, and how evenly steps can be shared out;
+draws buckets.png in the run's folder. Indexes the table if it was not yet.
+"""
+
+from opensora.config import RunConfig, config_from_argv, run_cli
+from opensora.train.data import expected_idle, open_data
+from opensora.utils.images import bucket_chart
+
+STEPS = 64  # that idle time is averaged over
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code."""
+    cfg = config_from_argv(RunConfig, argv, "Show which samples a run trains on, bucket by bucket.")
+    _, plan = open_data(cfg)
+    report = plan.report()
+    print(report.histogram())
+    steps, micro_batches = plan.steps_in_epoch(0), cfg.data.micro_batches
+    print(f"{steps} steps of {micro_batches} micro-batches in the first epoch")
+    for degree in sorted({micro_batches // cfg.data.pack, micro_batches}):
+        idle = expected_idle(plan, degree, range(min(STEPS, steps)))
+        print(f"idle on {degree} data-parallel processes, by the cost model: {100 * idle:.2f} %")
+    bars: dict[str, list[int]] = {}
+    for bucket, count in report.per_bucket:
+        bars.setdefault(f"{bucket.resolution} x {bucket.frames}", []).append(count)
+    left_out = sum(count for _, count in report.left_out)
+    target = cfg.folder / "buckets.png"
+    bucket_chart(list(bars.items()), target, title=f"{report.rows - left_out} of {report.rows} samples")
+    print(target)
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

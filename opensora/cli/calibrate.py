@@ -1,0 +1,35 @@
+"""Fit ``data.cost`` to a run's times: ``python -m opensora.cli.calibrate RUN_FOLDER [--processes N]``.
+
+Prints the section to put into a configuration. Run it on a short run first: a cost that changes within a run changes
+the order of its samples.
+"""
+
+import argparse
+from pathlib import Path
+
+from opensora.config import SAVED_NAME, RunConfig, load_config, run_cli, to_yaml
+from opensora.train.calibrate import calibrate
+from opensora.train.data import open_data
+from opensora.utils.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m opensora.cli.calibrate", description="Fit data.cost to a run.")
+    parser.add_argument("run", type=Path, help="folder of a run, with config.yaml and metrics.jsonl in it")
+    parser.add_argument("--processes", type=int, default=1, help="data-parallel processes the run had; default: 1")
+    args = parser.parse_args(argv)
+    for name in (SAVED_NAME, "metrics.jsonl"):
+        if not (args.run / name).is_file():
+            raise UserError(f"{args.run / name}: no such file; give the folder of a run")
+    if args.processes < 1:
+        raise UserError(f"--processes={args.processes}: allowed are integers >= 1")
+    _, plan = open_data(load_config(RunConfig, args.run / SAVED_NAME))
+    cost, error = calibrate(plan, args.run / "metrics.jsonl", args.processes)
+    print(f"# seconds; predicts the run's times to {100 * error:.1f} % on average")
+    print("data:\n  cost:\n" + "\n".join(f"    {line}" for line in to_yaml(cost).splitlines()))
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)
