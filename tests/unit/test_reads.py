@@ -10,7 +10,7 @@ import torch
 
 from acceleration.mesh import view
 from opensora.datasets.bucket import Bucket
-from opensora.datasets.manifest import ClipTable
+from opensora.datasets.manifest import ClipTable, TextsInMemory
 from opensora.datasets.video import Batch
 from opensora.train.reads import Reads
 from opensora.utils.errors import UserError
@@ -24,7 +24,7 @@ def table() -> ClipTable:
     paths = pa.chunked_array([[f"{i}.mp4" for i in range(n)]])
     return ClipTable(
         num_frames=ones, height=ones, width=ones, fps=np.full(n, np.nan), motion_score=np.zeros(n, np.float32),
-        paths=paths, captions=paths, folders=("/clips",), folder=0 * ones,
+        texts=TextsInMemory(paths, paths), folders=("/clips",), first_rows=np.zeros(1, np.int64),
     )  # fmt: skip
 
 

@@ -1,13 +1,14 @@
 """A run stopped at any step and continued by any number of ranks and workers consumes the same samples, with the same
 windows, crops, captions and noise. Every start builds everything anew, as a new process does."""
 
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from opensora.datasets import DataConfig, video
+from opensora.datasets import DataConfig, decode, loader, video
 from opensora.datasets.index import open_index, open_table
 from opensora.datasets.loader import build_loader
 from opensora.datasets.plan import BatchPlan
@@ -20,12 +21,24 @@ BUCKETS = {"12px": {1: [0.7, 5], 5: [[0.9, 0.3], 4], 17: [[0.8, 0.5], 2]}, "24px
 Trace = dict[tuple[int, tuple[int, ...]], Any]
 
 
-def fake_frames(path: str, start: int, frames: int, interval: int, *, resize: Any, threads: int = 1) -> np.ndarray:
+def fake_frames(path: str, start: int, frames: int, interval: int, *, resize: Any, **options: Any) -> np.ndarray:
     """(T, H, W, 3) that tell clip, frame and place apart, larger than any crop."""
     height, width = resize(160, 288)
     place = np.arange((height + 5) * (width + 7) * 3, dtype=np.uint8).reshape(1, height + 5, width + 7, 3)
     time = (sum(path.encode()) + 7 * (start + interval * np.arange(frames))).astype(np.uint8)
     return time[:, None, None, None] + place
+
+
+class FakeProcess:
+    """A decoding process that is none."""
+
+    since, reading = math.inf, None
+
+    def __call__(self, *args: Any, **options: Any) -> np.ndarray:
+        return fake_frames(*args, **options)
+
+    def close(self) -> None:
+        """Nothing to end."""
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +103,8 @@ def stops(count: int) -> list[tuple[int, int]]:
 @pytest.fixture(scope="module", autouse=True)
 def frames() -> Any:
     patch = pytest.MonkeyPatch()
-    patch.setattr(video, "read_frames", fake_frames)
+    patch.setattr(decode, "read_frames", fake_frames)
+    patch.setattr(loader, "DecoderProcess", FakeProcess)
     torch.set_num_threads(1)
     yield
     patch.undo()
