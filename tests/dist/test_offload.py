@@ -82,14 +82,14 @@ def save_and_swap(folder: Path) -> dict[str, dict[str, Tensor]]:
         run_steps(engine, mesh, 0, 2)
         manager.save(2, engine.state_dict(), {})
         run_steps(engine, mesh, 2, 4)
-        states[kind] = everything(engine)
+        states[kind] = everything(engine, mesh["tensor"])
     for saved, loaded in (("none", "optimizer"), ("optimizer", "none")):
         mesh, engine = build(every[loaded])
         state = engine.state_dict()
         CheckpointManager(folder / saved, keep=0).load(folder / saved / "step-00000002", state)
         engine.load_state_dict(state)
         run_steps(engine, mesh, 2, 4)
-        states[f"{saved} -> {loaded}"] = everything(engine)
+        states[f"{saved} -> {loaded}"] = everything(engine, mesh["tensor"])
     return states
 
 

@@ -123,7 +123,7 @@ def test_slots_are_found_by_pattern() -> None:
     model = Toy(depth=2)
     found = [(parent, attribute) for parent, attribute, _ in plan.slots(model, ("blocks.*.core",))]
     assert found == [(block, "core") for block in model.blocks]
-    with pytest.raises(ValueError, match=r"'blocks.\*.missing' matches no module"):
+    with pytest.raises(ValueError, match=r"'blocks.\*.missing' matches no Module"):
         list(plan.slots(model, ("blocks.*.missing",)))
     assert list(plan.slots(Toy(depth=0), ("blocks.*.core",))) == []
 
