@@ -76,8 +76,7 @@ class Run:
         """Write a checkpoint of the state after ``step`` updates. Collective."""
         with self.metrics.aside("save"):
             info = checkpoint_info(self.cfg, self.runtime, self.base)
-            path = self.checkpoints.save(self.step, self.engine.state_dict(), info)
-        announce(f"step {self.step}: saved {path}")
+            self.checkpoints.save(self.step, self.engine.state_dict(), info)
 
     def export(self) -> None:
         """Write what sampling should use: of weights or adapters the moving average, if there is one. Collective."""
@@ -112,6 +111,7 @@ class Run:
         """
         self.data.close()
         self.metrics.close()
+        self.checkpoints.close()
         self.stop.release()
         if kind is None:
             runtimes.stop()
@@ -180,7 +180,12 @@ def build_run(cfg: RunConfig, table: ClipTable, plan: BatchPlan, runtime: Runtim
         announce(adapted(model, cfg))
     parallelize(model, cfg.parallel, mesh, runtime.device, fill)
     engine = build_engine(model, cfg.parallel, cfg.optim, mesh)
-    checkpoints = CheckpointManager(folder / "checkpoints", cfg.train.checkpoint_keep)
+    checkpoints = CheckpointManager(
+        folder / "checkpoints",
+        cfg.train.checkpoint_keep,
+        in_background=cfg.train.checkpoint_async,
+        report=announce,
+    )
     step = resume(cfg, engine, checkpoints, base)
     if runtime.is_main:
         config.save(cfg, folder / config.SAVED_NAME)

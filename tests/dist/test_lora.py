@@ -228,7 +228,7 @@ def train(cfg: ParallelConfig, folder: Path, start: int, stop: int) -> dict[str,
     state = engine.state_dict()
     manager.save(stop, state, {})
     flat = {f"{part}.{name}": value for part, values in state.items() for name, value in values.items()}
-    return {n: pieces.whole(value, mesh["tensor"]).clone() for n, value in flat.items() if isinstance(value, Tensor)}
+    return {n: pieces.whole(value, mesh["tensor"]).clone() for n, value in flat.items() if isinstance(value, Tensor | pieces.Pieces)}
 
 
 def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
