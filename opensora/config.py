@@ -48,6 +48,7 @@ class TrainConfig:
     steps: int  # optimizer updates in all, whatever the number of interruptions
     log_every: int = 10  # steps between two records in metrics.jsonl
     checkpoint_every: int = 1000  # steps between two checkpoints; the last step always has one
+    checkpoint_async: bool = True  # another process writes while training goes on
     checkpoint_keep: int = 3  # newest complete checkpoints that stay; 0: all
     resume: Literal["auto", "none"] | str = "auto"  # newest complete checkpoint if any, a fresh start, or a path
     vae_parallel: VaeParallel = "auto"  # on: processes share out the tiles of what they code; auto: on for learned VAEs

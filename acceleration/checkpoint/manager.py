@@ -1,55 +1,112 @@
-"""Saving every so often, finding the newest complete checkpoint, keeping the last few.
+"""Saving every so often, finding the newest checkpoint that verifies, keeping the last few.
 
-No pointer file decides: the newest complete step directory is the latest. Rank 0 looks and tells the others, so that
-all processes load the same one. Tensors are sharded by torch.distributed.checkpoint and can be loaded by any layout.
+No pointer file decides: the newest step directory whose bytes are those that were written is the latest. Rank 0 looks,
+all read their share of the bytes, and all load the same one. A save that fails (a full disk) leaves what was there
+before, and training goes on, a few times.
 """
 
+import errno
+import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch import Tensor
 
-from acceleration.checkpoint import storage
+from acceleration.checkpoint import background, shards, storage, writer
+from acceleration.checkpoint.background import BackgroundWriter
+from acceleration.checkpoint.pieces import Boxes, Pieces, boxes
 
 PREFIX = "step-"
+MAX_FAILURES = 3  # saves in a row that may fail before the run stops
+Report = Callable[[str], None]
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 def steps_in(folder: Path) -> list[Path]:
-    """Complete checkpoints in ``folder``, oldest first."""
-    return [p for p in sorted(folder.glob(f"{PREFIX}*")) if storage.read_manifest(p) is not None]
+    """Complete checkpoints in ``folder`` by their manifests and file sizes, oldest first."""
+    return [p for p in _candidates(folder) if storage.read_manifest(p) is not None]
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint in ``folder``.
+    """The newest complete checkpoint in ``folder``; its bytes are not read, see ``CheckpointManager.latest``.
 
     Raises:
         ValueError: there are step directories but none is complete: starting from zero would lose the run.
     """
     complete = steps_in(folder)
-    if not complete and any(folder.glob(f"{PREFIX}*")):
-        raise ValueError(f"{folder}: no checkpoint is complete; move the damaged {PREFIX}* folders away to start anew")
+    if not complete and _candidates(folder):
+        raise ValueError(_none_is_good(folder))
     return complete[-1] if complete else None
 
 
-def _complete(path: Path) -> Path:
-    if storage.read_manifest(path) is not None:
-        return path
-    found = newest(path / "checkpoints") or newest(path)
-    if found is None:
-        raise ValueError(f"{path}: no complete checkpoint there")
-    return found
+def _none_is_good(folder: Path) -> str:
+    return f"{folder}: no checkpoint is complete; move the damaged {PREFIX}* folders away to start anew"
+
+
+def _candidates(folder: Path) -> list[Path]:
+    found = [p for p in folder.glob(f"{PREFIX}*") if p.is_dir() and p.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+
+
+def contents(path: Path) -> dict[str, Any]:
+    """Every value of a complete checkpoint by ``section.name``, tensors whole and on the CPU; no process group needed.
+
+    Raises:
+        ValueError: ``path`` is not a complete checkpoint.
+    """
+    manifest = storage.read_manifest(path)
+    if manifest is None:
+        raise ValueError(f"{path}: not a complete checkpoint")
+    types = {name: dtype for dtype, name in shards.DTYPES.items()}
+    tensors = {key: torch.empty(shape, dtype=types[name]) for key, (name, shape) in manifest["tensors"].items()}
+    held = {key: Boxes(tuple(t.shape), t.dtype, {(0,) * t.dim(): t}, True) for key, t in tensors.items()}
+    shards.read([path / name for name in manifest["files"]], held)
+    return {**tensors, **manifest["values"]}
+
+
+@dataclass
+class _Pending:
+    """A save between its start and its commit."""
+
+    staged: Path
+    final: Path
+    info: dict[str, Any]
+    failed: str | None = None  # why this process could not even begin
+    started: float = field(default_factory=time.monotonic)
 
 
 class CheckpointManager:
-    """The checkpoints of one run. Every method is collective."""
+    """The checkpoints of one run. Every method is collective, but ``close``."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        """``keep``: how many complete checkpoints stay (0: all); the oldest go after a newer one is complete."""
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        *,
+        in_background: bool = False,
+        report: Report = lambda text: None,
+    ) -> None:
+        """
+        Args:
+            keep: how many checkpoints stay (0: all); the oldest go after a newer one is committed.
+            in_background: another process writes while training goes on; ``poll`` commits.
+            report: told what a person should read; on rank 0 only.
+        """
         self.folder = folder
         self.keep = keep
+        self.failures = 0  # in a row
+        self._report = report
+        self._writer = BackgroundWriter() if in_background and background.available() else None
+        self._pending: _Pending | None = None
         # File names and plans travel over gloo also where tensors travel over nccl.
         self.group = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
 
@@ -58,40 +115,123 @@ class CheckpointManager:
         return dist.get_rank() == 0
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, None if there is none; the same answer on every process.
+        """The newest checkpoint whose bytes are what was written, None if there is none; damaged ones are reported.
 
         Raises:
-            ValueError: see ``newest``.
+            ValueError: there are step directories but none is good: starting from zero would lose the run.
         """
-        return self._asked_of_main(newest, self.folder)
+        return self._newest_good(self.folder)
+
+    def _newest_good(self, folder: Path) -> Path | None:
+        candidates: list[Path] = self._from_main(_candidates(folder) if self._is_main else None)
+        for path in reversed(candidates):
+            bad = self._damaged(path)
+            if bad is None:
+                return path
+            if self._is_main:
+                self._report(f"{path} is damaged ({bad}): looking for an older one")
+        if candidates:
+            raise ValueError(_none_is_good(folder))
+        return None
 
     def named(self, path: Path) -> Path:
         """``path``, or the newest checkpoint in it if it is a folder of checkpoints or of a run.
 
         Raises:
-            ValueError: no complete checkpoint there.
+            ValueError: no good checkpoint there.
         """
-        return self._asked_of_main(_complete, path)
+        if self._from_main((path / storage.MANIFEST).is_file()):
+            bad = self._damaged(path)
+            if bad is not None:
+                raise ValueError(f"{path}: {bad} is damaged")
+            return path
+        found = self._newest_good(path / "checkpoints") or self._newest_good(path)
+        if found is None:
+            raise ValueError(f"{path}: no complete checkpoint there")
+        return found
 
-    def save(self, step: int, state: dict[str, Any], info: dict[str, Any]) -> Path:
-        """Write ``state`` as the checkpoint after ``step`` updates; ``info`` (JSON) goes into the manifest."""
+    def _damaged(self, path: Path) -> str | None:
+        """Name of a damaged file of a checkpoint; every process reads its share of the bytes."""
+        manifest = self._from_main(storage.read_manifest(path) if self._is_main else None)
+        if manifest is None:
+            return storage.MANIFEST
+        names = sorted(manifest["files"])[dist.get_rank() :: dist.get_world_size()]
+        everyone: list[Any] = [None] * dist.get_world_size()
+        mine = storage.damaged(path, {name: manifest["files"][name] for name in names})
+        dist.all_gather_object(everyone, mine, group=self.group)
+        return next((name for name in everyone if name is not None), None)
+
+    def save(self, step: int, state: Mapping[str, Mapping[str, Any]], info: Mapping[str, Any]) -> None:
+        """Write ``state`` as the checkpoint after ``step`` updates; ``info`` (JSON) goes into the manifest.
+
+        In the background the state is copied when this returns; otherwise it is committed.
+
+        Raises:
+            SaveError: ``MAX_FAILURES`` saves in a row failed.
+        """
+        self.wait()  # for one that is still being written
+        held, values = self._described(state)
+        tensors = shards.to_write(held)
+        described = {key: [shards.DTYPES[one.dtype], list(one.shape)] for key, one in held.items()}
         final = self.folder / f"{PREFIX}{step:08d}"
+        size = self._total_bytes(tensors)
+        staged, problem = self._from_main(self._prepare(final, size) if self._is_main else None)
+        pending = _Pending(staged, final, {"step": step, **info, "tensors": described, "values": values}, problem)
+        self._pending = pending
+        if problem is None:
+            try:
+                self._write(staged / shards.file_name(dist.get_rank()), tensors)
+            except OSError as error:
+                pending.failed = _explain(error)
+        if self._writer is None:
+            self.wait()
+
+    def poll(self) -> None:
+        """Commit a save that every process has finished writing. Cheap when there is none.
+
+        Raises:
+            SaveError: see ``save``.
+        """
+        if self._pending is None or self._writer is None:
+            return
+        ready = torch.tensor(int(self._pending.failed is not None or self._writer.ready()))
+        dist.all_reduce(ready, op=dist.ReduceOp.MIN, group=self.group)
+        if ready:
+            self.wait()
+
+    def wait(self) -> None:
+        """Commit the save that is under way, if any.
+
+        Raises:
+            SaveError: see ``save``.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        written: dict[str, Any] = {}
+        if pending.failed is None:
+            try:
+                written = self._finish(pending)
+            except OSError as error:
+                pending.failed = _explain(error)
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (pending.failed, written), group=self.group)
+        problem = next((failed for failed, _ in everyone if failed), None)
         if self._is_main:
-            storage.remove_stale(self.folder)
-        staged = self._from_main(storage.stage(self.folder, final.name) if self._is_main else None)
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(staged, sync_files=True), process_group=self.group)
-        dist.barrier(group=self.group)
-        if self._is_main:
-            storage.commit(staged, final, {"step": step, **info})
-            for old in steps_in(self.folder)[: -self.keep] if self.keep else []:
-                shutil.rmtree(old)
-        dist.barrier(group=self.group)
-        return final
+            problem = self._commit(pending, problem, {n: about for _, files in everyone for n, about in files.items()})
+        problem = self._from_main(problem)
+        self.failures = self.failures + 1 if problem else 0
+        if problem and self.failures >= MAX_FAILURES:
+            raise SaveError(f"{self.failures} checkpoints in a row could not be saved: {problem}")
+
+    def close(self) -> None:
+        """End the process that writes."""
+        if self._writer is not None:
+            self._writer.close()
 
     def has(self, path: Path, section: str) -> bool:
         """Whether the checkpoint holds ``section``, a top-level key of the state that was saved."""
-        keys = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        return any(key.startswith(f"{section}.") for key in keys)
+        return any(key.startswith(f"{section}.") for key in self.manifest(path)["tensors"])
 
     def manifest(self, path: Path) -> dict[str, Any]:
         """What ``save`` was told of this checkpoint, with its step."""
@@ -99,26 +239,103 @@ class CheckpointManager:
         assert manifest is not None, path
         return manifest
 
-    def load(self, path: Path, state: dict[str, Any]) -> None:
-        """Fill the tensors of ``state`` in place from ``path``.
+    def load(self, path: Path, state: dict[str, dict[str, Any]]) -> None:
+        """Fill ``state`` in place from ``path``: tensors as they stand, other values by assignment.
 
-        Keys of the checkpoint that ``state`` does not name are left alone; a key that the checkpoint lacks raises.
+        Keys of the checkpoint that ``state`` does not name are left alone.
+
+        Raises:
+            ValueError: a key that the checkpoint lacks, or a tensor of another shape.
         """
-        dcp.load(state, storage_reader=dcp.FileSystemReader(path), process_group=self.group)
+        manifest = self.manifest(path)
+        held, values = self._described(state)
+        for key, one in held.items():
+            found = manifest["tensors"].get(key)
+            if found is None:
+                raise ValueError(f"{path}: has no {key}")
+            if tuple(found[1]) != one.shape:
+                raise ValueError(f"{path}: {key} is {tuple(found[1])} there and {one.shape} here")
+        for key in values:
+            if key not in manifest["values"]:
+                raise ValueError(f"{path}: has no {key}")
+        shards.read([path / name for name in manifest["files"]], held)
+        for section, entries in state.items():
+            for name, old in entries.items():
+                if not isinstance(old, Tensor | Pieces):
+                    value = manifest["values"][f"{section}.{name}"]
+                    entries[name] = tuple(value) if isinstance(old, tuple) else value
 
-    def _asked_of_main(self, question: Callable[[Path], Any], path: Path) -> Any:
-        answer: Any = None
-        if self._is_main:
+    def _described(self, state: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Boxes], dict[str, Any]]:
+        """(tensors, other values) of a state, by ``section.name``."""
+        held: dict[str, Boxes] = {}
+        values: dict[str, Any] = {}
+        for section, entries in state.items():
+            for name, value in entries.items():
+                if isinstance(value, Tensor | Pieces):
+                    held[f"{section}.{name}"] = boxes(value)
+                else:
+                    values[f"{section}.{name}"] = value
+        return held, values
+
+    def _total_bytes(self, tensors: Mapping[str, Tensor]) -> int:
+        size = torch.tensor(sum(t.numel() * t.element_size() for t in tensors.values()))
+        dist.all_reduce(size, group=self.group)
+        return int(size)
+
+    def _prepare(self, final: Path, size: int) -> tuple[Path, str | None]:
+        """(staging directory, why there is none). Main process only."""
+        try:
+            storage.remove_stale(self.folder)
+            staged = storage.stage(self.folder, final.name)
+            free = shutil.disk_usage(self.folder).free
+            if free < size:
+                shutil.rmtree(staged, ignore_errors=True)
+                return staged, f"disk full: {self.folder} has {free / 1e9:.1f} GB left, {size / 1e9:.1f} are needed"
+        except OSError as error:
+            return self.folder, _explain(error)
+        return staged, None
+
+    def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        if self._writer is not None:
+            self._writer.start(path, tensors)
+            return
+        parts = (part for tensor in tensors.values() for part in [shards.raw(tensor)])
+        self._written = writer.write(str(path), _chain(shards.header(tensors), parts))
+
+    def _finish(self, pending: _Pending) -> storage.Files:
+        written = self._writer.result() if self._writer is not None else self._written
+        return {shards.file_name(dist.get_rank()): written}
+
+    def _commit(self, pending: _Pending, problem: str | None, files: storage.Files) -> str | None:
+        """Why there is no checkpoint, or None. Main process only."""
+        if problem is None:
             try:
-                answer = question(path)
-            except ValueError as error:
-                answer = error
-        answer = self._from_main(answer)
-        if isinstance(answer, ValueError):
-            raise answer
-        return answer
+                storage.commit(pending.staged, pending.final, pending.info, files)
+                for old in steps_in(self.folder)[: -self.keep] if self.keep else []:
+                    storage.remove(old)
+            except OSError as error:
+                problem = _explain(error)
+        if problem is None:
+            self._report(f"step {pending.info['step']}: saved {pending.final}")
+            return None
+        if pending.staged.name.startswith(storage.STAGING):
+            shutil.rmtree(pending.staged, ignore_errors=True)
+        left = MAX_FAILURES - self.failures - 1
+        self._report(f"step {pending.info['step']}: NOT SAVED, {problem}; the run goes on, {left} more may fail")
+        return problem
 
     def _from_main(self, value: Any) -> Any:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
+
+
+def _chain(first: bytes, rest: Any) -> Any:
+    yield first
+    yield from rest
+
+
+def _explain(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"disk full ({os.strerror(error.errno)})"
+    return str(error)

@@ -1,78 +1,70 @@
-"""Parts of a parameter that a DTensor cannot say, as torch.distributed.checkpoint sees them: chunks of the full one.
+"""What this process holds of a full tensor: boxes at offsets, whatever cut them.
 
-A checkpoint knows full parameters only, so that any layout can read what any other wrote. Under tensor parallelism a
-process's part of a fused layer is several chunks (its rows of q, of k, of v), each again cut by sharding. An engine
-that shards flat memory holds a run of elements, which is up to two parts of a row around whole rows.
+A checkpoint knows full tensors only, so that any layout can read what any other wrote. Sharding leaves a process some
+rows, which a DTensor can say. ``Pieces`` can say the rest: under tensor parallelism rows of several places of a fused
+layer (of q, of k, of v), and who writes what is not cut; of an engine that shards flat memory a run of elements, which
+is up to two parts of a row around whole rows.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor, Replicate
 
 from acceleration import collectives, sharding, tensor_parallel
 from acceleration.mesh import Axis
 from acceleration.tensor_parallel import Cut
 
+Offset = tuple[int, ...]
 
-class Pieces(Tensor):
-    """Stands for the full parameter in a state dict; its memory is that of ``held``, which is read and written."""
+
+@dataclass(frozen=True)
+class Boxes:
+    """Parts of one full tensor; the views are of the memory that the run uses."""
+
+    shape: tuple[int, ...]  # of the full tensor
+    dtype: torch.dtype
+    views: dict[Offset, Tensor]
+    first_copy: bool  # False where another process holds the same boxes, and writes them
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """Stands for the full parameter in a state dict, or for a quantity that the optimizer keeps of it."""
 
     held: Tensor
-    cut: Cut | None  # None: parts of a flat copy of everything
-    chunks: dict[tuple[int, ...], Tensor]  # offset in the full parameter -> view of what is held
-
-    @staticmethod
-    def __new__(
-        cls, held: Tensor, shape: Sequence[int], chunks: Mapping[tuple[int, ...], Tensor], cut: Cut | None = None
-    ) -> "Pieces":
-        pieces: Pieces = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=held.dtype, device=held.device)
-        pieces.held, pieces.cut = held, cut
-        pieces.chunks = dict(chunks)
-        return pieces
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise NotImplementedError(f"{func}: Pieces only stand in a checkpoint's state")
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        return f"Pieces({tuple(self.shape)}, {list(self.chunks)})"
-
-    def __create_write_items__(self, fqn: str, value: Any) -> list[WriteItem]:
-        return [
-            WriteItem(
-                index=MetadataIndex(fqn, torch.Size(offset)),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=ChunkStorageMetadata(offsets=torch.Size(offset), sizes=chunk.shape),
-                    properties=TensorProperties.create_from_tensor(chunk),
-                    size=self.shape,
-                ),
-            )
-            for offset, chunk in self.chunks.items()
-        ]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size(offset), chunk.shape) for offset, chunk in self.chunks.items()]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        assert index.offset is not None
-        return self.chunks[tuple(index.offset)]
+    boxes: Boxes
+    cut: Cut | None = None  # by tensor parallelism
 
 
-def run(values: Tensor, shape: Sequence[int], start: int) -> Pieces:
+def boxes(value: Tensor | Pieces) -> Boxes:
+    """What this process holds of ``value``; a plain tensor is the same everywhere."""
+    if isinstance(value, Pieces):
+        return value.boxes
+    if isinstance(value, DTensor):
+        return Boxes(tuple(value.shape), value.dtype, dict(sharding.chunks(value)), _is_first_replica(value))
+    return Boxes(tuple(value.shape), value.dtype, {(0,) * value.dim(): value}, dist.get_rank() == 0)
+
+
+def run(values: Tensor, shape: Sequence[int], start: int, *, first_copy: bool = True) -> Pieces:
     """``values`` (n,) stand for the elements from ``start`` on, in row-major order, of a parameter of this shape."""
-    return Pieces(values, shape, dict(_boxes(values, tuple(shape), start)))
+    views = dict(_boxes(values, tuple(shape), start))
+    return Pieces(values, Boxes(tuple(shape), values.dtype, views, first_copy))
 
 
-def wrap(model: nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A section of a state dict with every parameter that was cut, and every moment of one, as ``Pieces``."""
+def wrap(model: nn.Module, values: Mapping[str, Any], *, first_copy: bool = True) -> dict[str, Any]:
+    """A section of a state dict with every parameter that was cut, and every moment of one, as ``Pieces``.
+
+    Args:
+        first_copy: False on processes where what was not cut is a copy of another place's on the tensor axis.
+    """
     cuts = tensor_parallel.cuts(model)
-    return {key: _wrapped(key, value, cuts) for key, value in values.items()}
+    return {key: _wrapped(key, value, cuts, first_copy) for key, value in values.items()}
 
 
 def unwrap(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,24 +72,29 @@ def unwrap(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value.held if isinstance(value, Pieces) else value for key, value in values.items()}
 
 
-def whole(value: Tensor, axis: Axis) -> Tensor:
-    """The full value of anything in a state dict; ``axis`` is the tensor axis. Collective."""
+def whole(value: Tensor | Pieces, axis: Axis) -> Tensor:
+    """The full value of anything in the native engine's state dict; ``axis`` is the tensor axis. Collective."""
     if not isinstance(value, Pieces):
         return sharding.full(value)
-    assert value.cut is not None, "what a vendor's engine holds is put together by reading a checkpoint"
+    if value.cut is None:
+        assert value.held.shape == value.boxes.shape, "flat memory is put together by reading a checkpoint"
+        return sharding.full(value.held)
     return value.cut.join(list(collectives.all_gather(sharding.full(value.held)[None], 0, [1] * axis.degree, axis)))
 
 
-def _wrapped(key: str, value: Any, cuts: Mapping[str, Cut]) -> Any:
+def _wrapped(key: str, value: Any, cuts: Mapping[str, Cut], first_copy: bool) -> Any:
     """Keys are parameter names, or ``state.NAME.QUANTITY`` of an optimizer."""
     name = key.removeprefix("state.").rpartition(".")[0] if key.startswith("state.") else key
     cut = cuts.get(name)
-    if cut is None or not isinstance(value, Tensor) or value.dim() != len(cut.shape):
+    if not isinstance(value, Tensor):
         return value
-    return Pieces(value, cut.shape, dict(sharding.chunks(value, cut)), cut)
+    if cut is None or value.dim() != len(cut.shape):
+        return value if first_copy else Pieces(value, replace(boxes(value), first_copy=False))
+    held = Boxes(cut.shape, value.dtype, dict(sharding.chunks(value, cut)), _is_first_replica(value))
+    return Pieces(value, held, cut)
 
 
-def _boxes(values: Tensor, shape: tuple[int, ...], start: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+def _boxes(values: Tensor, shape: tuple[int, ...], start: int) -> Iterator[tuple[Offset, Tensor]]:
     """(offset, view) of the boxes that a run of elements consists of: the end of a row, whole rows, a start of one."""
     if not values.numel():
         return
@@ -116,3 +113,11 @@ def _boxes(values: Tensor, shape: tuple[int, ...], start: int) -> Iterator[tuple
         yield (row, *(0 for _ in shape[1:])), values[: rows * width].view(rows, *shape[1:])
     for offset, box in _boxes(values[rows * width :], shape[1:], 0):
         yield (row + rows, *offset), box[None]
+
+
+def _is_first_replica(value: Tensor) -> bool:
+    if not isinstance(value, DTensor):
+        return True
+    place = value.device_mesh.get_coordinate()
+    assert place is not None
+    return all(index == 0 for index, kind in zip(place, value.placements, strict=True) if isinstance(kind, Replicate))

@@ -83,23 +83,23 @@ class FlatEngine(ABC):
     def state_dict(self) -> dict[str, Any]:
         runs = self.runs()
         state: dict[str, Any] = {
-            "model": {name: pieces.run(run.values, run.shape, run.start) for name, run in runs.items()},
+            "model": {name: self._piece(run, run.values) for name, run in runs.items()},
             "optimizer": {},
         }
         settings = self._settings()
         for name, run in runs.items():
-            held: dict[str, Tensor] = {
-                key: pieces.run(values, run.shape, run.start) for key, values in run.moments.items()
-            }
+            held: dict[str, Any] = {key: self._piece(run, values) for key, values in run.moments.items()}
             if self.optim.kind == "adamw":
                 held["step"] = self.updates()
             state["optimizer"] |= {f"state.{name}.{key}": value for key, value in held.items()}
             state["optimizer"] |= {f"param_groups.{name}.{key}": value for key, value in settings.items()}
         if self.ema:
-            state["ema"] = {
-                name: pieces.run(values, runs[name].shape, runs[name].start) for name, values in self.ema.shadow.items()
-            }
+            state["ema"] = {name: self._piece(runs[name], values) for name, values in self.ema.shadow.items()}
         return state
+
+    def _piece(self, run: Run, values: Tensor) -> pieces.Pieces:
+        first_copy = not self.replicated or dist.get_rank() == 0
+        return pieces.run(values, run.shape, run.start, first_copy=first_copy)
 
     def _settings(self) -> dict[str, Any]:
         """What torch's optimizer calls its settings: the native engine saves them and wants them back."""

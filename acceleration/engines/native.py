@@ -90,7 +90,8 @@ class NativeEngine:
         state: dict[str, Any] = {"model": get_model_state_dict(self.model, options=_TRAINED), "optimizer": optimizer}
         if self.ema:
             state["ema"] = dict(self.ema.shadow)
-        return {section: pieces.wrap(self.model, values) for section, values in state.items()}
+        first = self.mesh["tensor"].rank == 0
+        return {section: pieces.wrap(self.model, values, first_copy=first) for section, values in state.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         set_model_state_dict(self.model, pieces.unwrap(state["model"]), options=_TRAINED)

@@ -1,13 +1,22 @@
 """Train: ``torchrun --nproc_per_node N scripts/diffusion/train.py CONFIG.yaml [section.key=value ...]``."""
 
+import logging
+
 from opensora.config import RunConfig, config_from_argv
 from opensora.train.loop import train
-from opensora.train.setup import start_run
+from opensora.train.setup import SaveError, start_run
+from opensora.utils.logging import announce
 
 INTERRUPTED = 75  # the state is on disk: start the same command again
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code: 0 when the run is finished, 75 when it was stopped and can be resumed."""
-    with start_run(config_from_argv(RunConfig, argv, "Train a video diffusion transformer.")) as run:
-        return 0 if train(run) else INTERRUPTED
+    """Returns the exit code: 0 when the run is finished, 75 when it was stopped and can be resumed, 1 when checkpoints
+    could not be saved any more."""
+    cfg = config_from_argv(RunConfig, argv, "Train a video diffusion transformer.")
+    try:
+        with start_run(cfg) as run:
+            return 0 if train(run) else INTERRUPTED
+    except SaveError as error:
+        announce(f"error: {error}", level=logging.ERROR)
+        return 1

@@ -31,9 +31,12 @@ def train(run: Run) -> bool:
             sample_prompts(run)
         if stop or run.step == total or run.step % run.cfg.train.checkpoint_every == 0:
             run.save()
+        run.checkpoints.poll()
         if stop and run.step < total:
+            run.checkpoints.wait()
             run.metrics.note("interrupted", run.step)
             return False
+    run.checkpoints.wait()
     if run.cfg.train.export:
         run.export()
     return True

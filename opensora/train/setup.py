@@ -13,6 +13,7 @@ from acceleration import lora
 from acceleration import mesh as meshes
 from acceleration import runtime as runtimes
 from acceleration.checkpoint import CheckpointManager
+from acceleration.checkpoint import SaveError as SaveError  # what saving raises, for the command line
 from acceleration.engines import Engine, Weights, build_engine, check_engine
 from acceleration.memory import device_bytes
 from acceleration.mesh import Mesh
@@ -84,8 +85,7 @@ class Run:
         self.reads.check_agreement()
         with self.metrics.aside("save", self.mesh):
             info = checkpoint_info(self.cfg, self.runtime, self.data.table, self.base)
-            path = self.checkpoints.save(self.step, self.engine.state_dict(), info)
-        announce(f"step {self.step}: saved {path}")
+            self.checkpoints.save(self.step, self.engine.state_dict(), info)
 
     def export(self) -> None:
         """Write what sampling should use: of weights or adapters the moving average, if there is one. Collective."""
@@ -120,6 +120,7 @@ class Run:
         """
         self.data.close()
         self.metrics.close()
+        self.checkpoints.close()
         self.stop.release()
         if kind is None:
             runtimes.stop()
@@ -186,7 +187,12 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
         announce(adapted(model, cfg))
     parallelize(model, cfg.parallel, mesh, runtime.device, fill)
     engine = build_engine(model, cfg.parallel, cfg.optim, mesh)
-    checkpoints = CheckpointManager(folder / "checkpoints", cfg.train.checkpoint_keep)
+    checkpoints = CheckpointManager(
+        folder / "checkpoints",
+        cfg.train.checkpoint_keep,
+        in_background=cfg.train.checkpoint_async,
+        report=announce,
+    )
     step = resume(cfg, engine, checkpoints, table.content, base)
     if runtime.is_main:
         config.save(cfg, folder / config.SAVED_NAME)

@@ -1,5 +1,7 @@
 """Saved by one layout, loaded by another: the state is the same bit for bit, and the run goes on as if unbroken."""
 
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from acceleration import mesh as meshes
-from acceleration.checkpoint import CheckpointManager, newest, pieces, steps_in
+from acceleration.checkpoint import CheckpointManager, SaveError, newest, pieces, steps_in
 from acceleration.checkpoint.storage import MANIFEST
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig
 from acceleration.engines import Engine, build_engine
@@ -60,7 +62,8 @@ def everything(engine: Engine, tensor: meshes.Axis) -> dict[str, Tensor]:
     """All state as whole tensors: weights, moments, step counts, average."""
     state = engine.state_dict()
     flat = {f"{part}.{name}": value for part, values in state.items() for name, value in values.items()}
-    return {name: pieces.whole(value, tensor).clone() for name, value in flat.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor | pieces.Pieces)}
+    return {name: pieces.whole(value, tensor).clone() for name, value in tensors.items()}
 
 
 def train_and_save(cfg: ParallelConfig, folder: Path, start: int, stop: int) -> dict[str, Tensor]:
@@ -134,7 +137,7 @@ def test_a_damaged_checkpoint_is_not_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         run_on("1", load_nothing_and_save, tmp_path, step)
     (tmp_path / "step-00000003" / MANIFEST).unlink()
-    payload = next((tmp_path / "step-00000002").glob("*.distcp"))
+    payload = next((tmp_path / "step-00000002").glob("shard-*"))
     payload.write_bytes(payload.read_bytes()[:-1])
     assert newest(tmp_path) == tmp_path / "step-00000001"
     (tmp_path / "step-00000001" / MANIFEST).write_text("{")
@@ -160,3 +163,98 @@ def save_four_keep_two(cfg: ParallelConfig, folder: Path) -> list[str]:
 def test_the_last_few_are_kept_and_leftovers_removed(tmp_path: Path) -> None:
     assert run_distributed(save_four_keep_two, 1, LAYOUTS["1"][1], tmp_path)[0] == ["step-00000003", "step-00000004"]
     assert [path.name for path in steps_in(tmp_path)] == ["step-00000003", "step-00000004"]
+
+
+def saved_in_background(cfg: ParallelConfig, folder: Path) -> list[bool]:
+    """Save, step, save, step while the first are written; then whether each holds the state it was asked to save."""
+    mesh, engine = build(cfg)
+    manager = CheckpointManager(folder, keep=0, in_background=True)
+    expected = {}
+    for step in (1, 2, 3):
+        run_steps(engine, mesh, step - 1, step)
+        expected[step] = everything(engine, mesh["tensor"])
+        manager.save(step, engine.state_dict(), {})
+        manager.poll()
+    manager.wait()
+    manager.close()
+    same = []
+    for step, truth in expected.items():
+        state = engine.state_dict()
+        CheckpointManager(folder, keep=0).load(folder / f"step-{step:08d}", state)
+        engine.load_state_dict(state)
+        found = everything(engine, mesh["tensor"])
+        same.append(all(torch.equal(found[name], truth[name]) for name in truth))
+    return same
+
+
+@pytest.mark.parametrize("layout", ["2-zero3", "2-tensor"])
+def test_what_is_saved_in_the_background_is_the_state_at_the_call(layout: str, tmp_path: Path) -> None:
+    world, cfg = LAYOUTS[layout]
+    assert run_distributed(saved_in_background, world, cfg, tmp_path, timeout=100) == [[True] * 3] * world
+    files = [next((tmp_path / f"step-{step:08d}").glob("shard-*")).read_bytes() for step in (1, 2, 3)]
+    assert len(set(files)) == 3  # consecutive checkpoints differ
+
+
+def latest_of(cfg: ParallelConfig, folder: Path) -> tuple[str | None, list[str]]:
+    """The newest good checkpoint, or what is said when there is none; and what is reported."""
+    said: list[str] = []
+    manager = CheckpointManager(folder, keep=0, report=said.append)
+    try:
+        found = manager.latest()
+    except ValueError as error:
+        return str(error), said
+    return (found.name if found else None), said
+
+
+def test_one_altered_byte_is_noticed_and_an_older_checkpoint_taken(tmp_path: Path) -> None:
+    world, cfg = LAYOUTS["2-zero3"]
+    for step in (1, 2):
+        run_on("2-zero3", load_nothing_and_save, tmp_path, step)
+    shard = sorted((tmp_path / "step-00000002").glob("shard-*"))[1]
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 0x10
+    shard.write_bytes(content)
+    results = run_distributed(latest_of, world, cfg, tmp_path)
+    assert [name for name, _ in results] == ["step-00000001"] * 2
+    assert results[0][1] == [f"{tmp_path}/step-00000002 is damaged ({shard.name}): looking for an older one"]
+    (tmp_path / "step-00000001" / shard.name).unlink()
+    assert all("no checkpoint is complete" in str(name) for name, _ in run_distributed(latest_of, world, cfg, tmp_path))
+
+
+def failing_saves(cfg: ParallelConfig, folder: Path, in_background: bool) -> tuple[list[str], str, list[str]]:
+    """A good save, then saves on a disk that is full for one process, until the run gives up."""
+    said: list[str] = []
+    _, engine = build(cfg)
+    manager = CheckpointManager(folder, keep=1, in_background=in_background, report=said.append)
+    manager.save(1, engine.state_dict(), {})
+    manager.wait()
+    if dist.get_rank() == 1:
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        manager.close()  # the process that writes inherits the limit
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    ended = ""
+    try:
+        for step in range(2, 9):
+            manager.save(step, engine.state_dict(), {})
+            manager.wait()
+    except SaveError as error:
+        ended = str(error)
+    manager.close()
+    return said, ended, sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_full_disk_is_said_and_survived_a_few_times(tmp_path: Path, in_background: bool) -> None:
+    world, cfg = LAYOUTS["2-zero3"]
+    said, ended, left = run_distributed(failing_saves, world, cfg, tmp_path, in_background)[0]
+    assert [("NOT SAVED, disk full" in line) for line in said] == [False, True, True, True]
+    assert ended.startswith("3 checkpoints in a row could not be saved: disk full")
+    assert left == ["step-00000001"]
+
+
+def test_nothing_that_is_loaded_can_run_code() -> None:
+    """No pickle: the only readers are JSON and safetensors."""
+    folder = Path(__file__).parents[2] / "acceleration" / "checkpoint"
+    source = "".join(path.read_text() for path in folder.glob("*.py"))
+    assert "pickle" not in source and "torch.load" not in source and "distributed.checkpoint" not in source

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from acceleration import mesh as meshes
 from acceleration import sharding
-from acceleration.checkpoint import CheckpointManager
+from acceleration.checkpoint import CheckpointManager, manager
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.engines import ENGINES, Engine, build_engine
 from acceleration.engines.colossalai import ColossalAIEngine
@@ -195,13 +195,7 @@ def load_and_save(cfg: ParallelConfig, folder: Path, target: Path) -> dict[str, 
 
 def contents(folder: Path) -> dict[str, Any]:
     """Every value of a checkpoint, whole."""
-    from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
-    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-
-    state: dict[str, Any] = {}
-    reader = torch.distributed.checkpoint.FileSystemReader(folder / "step-00000002")
-    _load_state_dict(state, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
-    return {f"{part}.{name}": value for part, values in state.items() for name, value in values.items()}
+    return manager.contents(folder / "step-00000002")
 
 
 NATIVE = ParallelConfig(zero=3, precision=FP32)

@@ -253,7 +253,11 @@ def train(engine: Engine, mesh: Mesh, start: int, stop: int) -> dict[str, Tensor
         engine.step(step)
     state = engine.state_dict()
     flat = {f"{part}.{name}": value for part, values in state.items() for name, value in values.items()}
-    return {n: pieces.whole(value, mesh["tensor"]).clone() for n, value in flat.items() if isinstance(value, Tensor)}
+    return {
+        n: pieces.whole(value, mesh["tensor"]).clone()
+        for n, value in flat.items()
+        if isinstance(value, Tensor | pieces.Pieces)
+    }
 
 
 def resumed(cfg: ParallelConfig, folder: Path) -> dict[str, Tensor]:

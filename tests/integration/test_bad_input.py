@@ -69,7 +69,7 @@ def test_a_fresh_start_over_checkpoints(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     staged = storage.stage(tmp_path / "runs/run/checkpoints", "x")
-    storage.commit(staged, staged.parent / "step-00000007", {"step": 7})
+    storage.commit(staged, staged.parent / "step-00000007", {"step": 7}, {})
     error = refused(train.main, [str(config), "train.resume=none", "parallel.mesh.ulysses=1"], capsys, monkeypatch)
     assert "already has step-00000007" in error
 

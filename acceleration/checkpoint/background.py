@@ -1,0 +1,123 @@
+"""Saving while training goes on: a copy of this process's file in shared memory, and a process that writes it.
+
+What stalls training is the copy. The writing process is not a fork (which would copy page tables, locks and CUDA state)
+and imports no torch; it ends with the training process, whose pipe it reads.
+"""
+
+import json
+import mmap
+import os
+import select
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from acceleration.checkpoint import shards, writer
+
+
+class BackgroundWriter:
+    """At most one file at a time."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._memory: mmap.mmap | None = None
+        self._handle = -1
+        self._size = 0
+        self._busy = False
+
+    def start(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Copy the tensors and begin to write them; they may change as soon as this returns.
+
+        Raises:
+            OSError: no memory for the copy, or no process.
+        """
+        assert not self._busy
+        header = shards.header(tensors)
+        size = len(header) + sum(t.numel() * t.element_size() for t in tensors.values())
+        memory = self._room(size)
+        memory[: len(header)] = header
+        image = torch.frombuffer(memory, dtype=torch.uint8)
+        position = len(header)
+        for tensor in tensors.values():
+            flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+            image[position : position + flat.numel()].copy_(flat)
+            position += flat.numel()
+        process = self._running()
+        assert process.stdin is not None
+        request = {"path": str(path), "memory": f"/proc/{os.getpid()}/fd/{self._handle}", "size": size}
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+        self._busy = True
+
+    def ready(self) -> bool:
+        """Whether ``result`` would return at once."""
+        process = self._process
+        if process is None or process.stdout is None or process.poll() is not None:
+            return True
+        return bool(select.select([process.stdout], [], [], 0)[0])
+
+    def result(self) -> dict[str, Any]:
+        """Size and SHA-256 of what was written; waits for it.
+
+        Raises:
+            OSError: it could not be written, or the writing process died.
+        """
+        self._busy = False
+        process = self._process
+        line = process.stdout.readline() if process and process.stdout else ""
+        if not line:
+            code = process.wait() if process else None
+            self._process = None
+            raise OSError(f"the process that writes checkpoints died (exit code {code})")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise OSError(answer["errno"], answer["error"])
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            self._process.wait()
+            self._process = None
+
+    def _room(self, size: int) -> mmap.mmap:
+        """Memory that another process can read by a path, kept from save to save."""
+        if size > self._size:
+            if self._handle >= 0:
+                os.close(self._handle)
+            self._handle = os.memfd_create("checkpoint") if hasattr(os, "memfd_create") else _unlinked_file()
+            os.ftruncate(self._handle, size)
+            self._memory, self._size = mmap.mmap(self._handle, size), size
+        assert self._memory is not None
+        return self._memory
+
+    def _running(self) -> "subprocess.Popen[str]":
+        if self._process is None or self._process.poll() is not None:
+            # A group of its own: a signal for the training process must not end a save half-way.
+            self._process = subprocess.Popen(
+                [sys.executable, writer.__file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        return self._process
+
+
+def available() -> bool:
+    """Whether a file of another process can be opened by its number, as on Linux."""
+    return Path("/proc/self/fd").is_dir()
+
+
+def _unlinked_file() -> int:
+    handle, path = tempfile.mkstemp()
+    os.unlink(path)
+    return handle
