@@ -90,7 +90,7 @@ def test_another_model_or_optimizer_is_named_before_loading(config: Path) -> Non
 def test_other_adapters_or_another_base_are_named_before_loading(config: Path) -> None:
     adapted = ["lora.rank=2", "train.init_from=base"]
     cfg = load_config(RunConfig, config, adapted)
-    manifest = checkpoint_info(cfg, Runtime(0, 1, 0, torch.device("cpu")), "0123")
+    manifest = checkpoint_info(cfg, Runtime(0, 1, 0, torch.device("cpu")), "", "0123")
     check_same(cfg, Path("step"), manifest, "0123")
     for overrides, base, expected in (
         ([*adapted, "lora.rank=4"], "0123", "lora.rank=4 (was 2)"),
@@ -99,7 +99,7 @@ def test_other_adapters_or_another_base_are_named_before_loading(config: Path) -
     ):
         with pytest.raises(UserError, match=re.escape(expected)):
             check_same(load_config(RunConfig, config, overrides), Path("step"), manifest, base)
-    plain = checkpoint_info(load_config(RunConfig, config), Runtime(0, 1, 0, torch.device("cpu")))
+    plain = checkpoint_info(load_config(RunConfig, config), Runtime(0, 1, 0, torch.device("cpu")), "")
     del plain["lora"], plain["base"]  # as checkpoints from before there were adapters
     check_same(load_config(RunConfig, config), Path("step"), plain)
 

@@ -164,7 +164,7 @@ def growth(tmp_path: Path, warm: int, clips: int) -> float:
 
 
 def test_memory_does_not_grow_with_clips(tmp_path: Path) -> None:
-    assert growth(tmp_path, 500, 500) < 2
+    assert growth(tmp_path, 1500, 1000) < 2  # the allocator's own arenas are all made after some 1,200 clips
 
 
 @pytest.mark.slow
