@@ -1,7 +1,7 @@
 """ColossalAI's Booster behind the contract: LowLevelZero for ZeRO 1 and 2, Gemini for ZeRO 3.
 
 Written against colossalai 0.5.0, whose pins (torch <= 2.5.1) need an environment of its own:
-environments/colossalai.txt. Both plugins need a GPU. **Not run on a GPU yet.**
+requirements-colossalai.txt. Both plugins need a GPU. **Not run on a GPU yet.**
 
 Masters and moments are fp32. Gradients are accumulated in the compute type (bf16), which the other engines do in fp32.
 """
@@ -21,7 +21,7 @@ from acceleration.mesh import Mesh
 from acceleration.optim import build_optimizer
 from acceleration.precision import DTYPES
 
-INSTALL = "give it an environment of its own by environments/colossalai.txt"
+INSTALL = "give it an environment of its own by requirements-colossalai.txt"
 
 
 def check() -> None:

@@ -1,4 +1,4 @@
-"""ColossalAI itself on a GPU, in its own environment (environments/colossalai.txt). Not run yet."""
+"""ColossalAI itself on a GPU, in its own environment (requirements-colossalai.txt). Not run yet."""
 
 import os
 from importlib.util import find_spec
@@ -22,7 +22,7 @@ from tests.dist.test_parity import CLIP, LR, STEPS, fill, on_one_process, prepar
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(find_spec("colossalai") is None, reason="needs colossalai: environments/colossalai.txt"),
+    pytest.mark.skipif(find_spec("colossalai") is None, reason="needs colossalai: requirements-colossalai.txt"),
 ]
 
 

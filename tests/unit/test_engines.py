@@ -18,7 +18,7 @@ def test_an_engine_that_is_not_there_says_how_to_get_it(monkeypatch: pytest.Monk
     ):
         check_engine(ParallelConfig(engine="deepspeed"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ValueError, match=r"^engine=colossalai: not installed; .*environments/colossalai\.txt"):
+    with pytest.raises(ValueError, match=r"^engine=colossalai: not installed; .*requirements-colossalai\.txt"):
         check_engine(ParallelConfig(engine="colossalai"))
     check_engine(ParallelConfig())
 
