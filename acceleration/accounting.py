@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import NamedTuple
 
 from acceleration import recompute
 from acceleration.config import ParallelConfig
@@ -24,8 +25,20 @@ from acceleration.sequence.layout import SequenceParallel, ring_groups
 from acceleration.sequence.ulysses import head_shares
 from acceleration.structure import Attention, Layer, Parameter, Structure, Unit
 
-# What a block exchanges again in backward: (around its attention, inside its attention, at its cut layers).
-RERUN = {"none": (False, False, False), "full": (True, True, True), "selective": (True, False, True)}
+
+class Rerun(NamedTuple):
+    """What a block does again in backward."""
+
+    around: bool  # exchanges on the way into and out of its attention
+    attention: bool  # attention itself, with what a ring passes
+    layers: bool
+
+
+RERUN = {
+    "none": Rerun(around=False, attention=False, layers=False),
+    "full": Rerun(around=True, attention=True, layers=True),
+    "selective": Rerun(around=True, attention=False, layers=True),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,15 +175,15 @@ def _shared_gradients(structure: Structure, place: Place) -> Counter[str]:
 
 def _exchanged(unit: Unit, place: Place, batch: MicroBatch, kind: str) -> Counter[str]:
     """Forward and backward of one micro-batch; what is recomputed goes through forward twice."""
-    around, inside, layers = RERUN[kind]
+    again = RERUN[kind]
     total = Counter[str]()
     for slot in unit.attentions:
         total += _attention_forward(slot, place, batch)
-        if around:
-            total += _attention_forward(slot, place, batch, inside=inside)
+        if again.around:
+            total += _attention_forward(slot, place, batch, inside=again.attention)
         total += _attention_backward(slot, place, batch)
     for layer in unit.layers:
-        total["tensor"] += _layer_forward(layer, place, batch) * (1 + (layers and layer.reruns))
+        total["tensor"] += _layer_forward(layer, place, batch) * (1 + (again.layers and layer.reruns))
         total["tensor"] += _layer_backward(layer, place, batch)
     return +total
 

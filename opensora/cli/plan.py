@@ -38,6 +38,7 @@ def main(argv: list[str]) -> int:
     if args.memory_gib:
         device = replace(device, memory=int(args.memory_gib * GIB))
     cfg = load_config(RunConfig, args.config, overrides)
+    check_known(cfg)
     device_type = "cpu" if args.device == "cpu" else "cuda"
     planner = Planner(cfg, args.world, device, device_type=device_type, exact=args.measure)
     problem = check_own(cfg, args.world)
@@ -59,6 +60,24 @@ def main(argv: list[str]) -> int:
     for forecast in best:
         print(f"{describe(forecast):<44}{row(forecast)}")
     return 0
+
+
+def check_known(cfg: RunConfig) -> None:
+    """That the forecast is of the run that was configured.
+
+    Raises:
+        UserError: something that changes memory and traffic and that the formulas do not know.
+    """
+    parallel = cfg.parallel
+    for key, value, known in (
+        ("lora.rank", cfg.lora.rank, 0),
+        ("parallel.engine", parallel.engine, "native"),
+        ("parallel.offload", parallel.offload, "none"),
+        ("parallel.recompute.offload", parallel.recompute.offload, False),
+    ):
+        if value != known:
+            shown = str(known).lower()
+            raise UserError(f"{key}={value}: the planner knows {shown} only; with {key}={shown} it gives a bound")
 
 
 def describe(forecast: Forecast) -> str:

@@ -204,7 +204,7 @@ class Forecaster:
         attention = sum(count * _attention_flops(unit, batch) for unit, count in self.structure.tally)
         blocks = self.structure.blocks
         kinds = Counter(zip(self.structure.alike, accounting.recomputed(len(blocks), place), strict=True))
-        again = sum(n * accounting.RERUN[kind][1] * _unit_flops(blocks[i], batch) for (i, kind), n in kinds.items())
+        again = sum(n * _rerun_flops(blocks[i], batch, kind) for (i, kind), n in kinds.items())
         hardware = training_flops(self.forward_flops(batch)) + again
         speed = device.flops * EFFICIENCY * shared
         compute, inside = hardware / speed * batches, training_flops(attention) / speed * batches
@@ -265,6 +265,12 @@ class Forecaster:
 def _unit_flops(unit: Unit, batch: MicroBatch) -> int:
     rows = ((layer, layer.rows.at(batch.txt, batch.img) * batch.samples) for layer in unit.layers)
     return sum(linear_flops(layer.inputs, layer.outputs, n) for layer, n in rows) + _attention_flops(unit, batch)
+
+
+def _rerun_flops(unit: Unit, batch: MicroBatch, kind: str) -> int:
+    """Of what the block computes again in backward."""
+    again, attention = accounting.RERUN[kind], _attention_flops(unit, batch)
+    return again.layers * (_unit_flops(unit, batch) - attention) + again.attention * attention
 
 
 def _attention_flops(unit: Unit, batch: MicroBatch) -> int:

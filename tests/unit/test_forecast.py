@@ -9,7 +9,7 @@ import torch
 
 from acceleration import mesh as meshes
 from acceleration.accounting import MicroBatch, Place
-from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig
+from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from opensora.cli.plan import main
 from opensora.config import RunConfig, load_config
 from opensora.models.mmdit.model import SIZES
@@ -119,3 +119,30 @@ def test_the_bound_is_below_the_forecast() -> None:
         cfg = ParallelConfig(zero=zero, precision=PrecisionConfig(compute="fp32"))  # type: ignore[arg-type]
         place = Place(meshes.view({"shard": 4}), cfg)
         assert forecaster.state(place).total <= forecaster.memory(place, MicroBatch(samples=1, txt=1, img=1)).total
+
+
+def test_what_runs_again_takes_time_and_gives_memory() -> None:
+    """Selective keeps attention: between none and full in both."""
+    planner = Planner(config("parallel.mesh.ulysses=1"), 1, DEVICES["h100"], device_type="cuda")
+    shape = planner.shapes[-1]
+    kinds = {"none": {}, "every": {"every": 2}, "selective": {}, "full": {}}
+    found = {
+        kind: planner.one(replace(planner.cfg.parallel, recompute=RecomputeConfig(kind=kind, **more)), shape)  # type: ignore[arg-type]
+        for kind, more in kinds.items()
+    }
+    seconds = {kind: forecast.step_s for kind, forecast in found.items()}
+    memory = {kind: forecast.memory.total for kind, forecast in found.items()}
+    assert seconds["none"] < seconds["every"] < seconds["full"]
+    assert seconds["none"] < seconds["selective"] < seconds["full"]
+    assert memory["none"] > memory["every"] > memory["full"]
+    assert memory["none"] > memory["selective"] > memory["full"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["lora.rank=4", "parallel.engine=deepspeed", "parallel.offload=optimizer", "parallel.recompute.offload=true"],
+)
+def test_what_the_formulas_do_not_know_is_refused(override: str) -> None:
+    words = [str(ROOT / "configs" / "train" / "demo.yaml"), "--world", "2", "data.table=t.csv", "train.init_from=base"]
+    with pytest.raises(UserError, match="the planner knows"):
+        main([*words, override])
