@@ -46,5 +46,5 @@ def measured(plan: BatchPlan, records: list[dict[str, Any]], events: set[int]) -
         steps = range(before["step"], after["step"])
         if steps and not any(step in events for step in steps):
             rows.append(sum(plan.cost_features(step) for step in steps))
-            seconds.append((after["time/step_s"] - after["time/data_wait_s"]) * len(steps))
+            seconds.append((after["time/step_s"] - after["data/wait_s"]) * len(steps))
     return np.array(rows), np.array(seconds)

@@ -35,7 +35,7 @@ def test_calibrate_prints_a_section_that_a_configuration_takes(
     with (cfg.folder / "metrics.jsonl").open("w") as file:
         for step in range(1, 30):
             seconds = float(plan.cost_features(step - 1) @ [0.2, 0.0, 1e-3, 1e-6])
-            file.write(json.dumps({"step": step, "loss": 1.0, "time/step_s": seconds, "time/data_wait_s": 0.0}) + "\n")
+            file.write(json.dumps({"step": step, "loss": 1.0, "time/step_s": seconds, "data/wait_s": 0.0}) + "\n")
     assert calibrate.main([str(cfg.folder)]) == 0
     shown = capsys.readouterr().out
     assert "0.0 % on average" in shown

@@ -18,8 +18,11 @@ from opensora.config import RunConfig, SampleConfig, load_config
 from opensora.inference.load import find_source
 from opensora.inference.pipeline import fit, prepare_api, prepare_models
 from opensora.models.mmdit.convert import read_state_dict
+from opensora.train.calibrate import measured
+from opensora.train.data import open_data
 from opensora.train.loop import train
 from opensora.train.setup import start_run
+from opensora.utils.logging import read_metrics
 from tests.dist.harness import run_distributed
 
 Consumed = list[tuple[int, tuple[int, ...]]]  # (step, sample ids) of every weighted micro-batch
@@ -98,6 +101,12 @@ def test_stopped_and_resumed_equals_uninterrupted(config: Path, tmp_path: Path) 
 
     steps = [json.loads(line)["step"] for line in (broken_folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps) and steps[-1] == 6
+
+    # What a run writes is what fitting the cost reads.
+    records, events = read_metrics(whole_folder / "metrics.jsonl")
+    _, plan = open_data(load_config(RunConfig, whole_folder / "config.yaml"))
+    rows, seconds = measured(plan, records, {event["step"] for event in events})
+    assert len(rows) == len(records) - 1 and (seconds > 0).all()
 
 
 def test_samples_while_training_change_nothing_but_the_folder(config: Path, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_calibration_reads_a_runs_records() -> None:
     cost = CostConfig(per_batch=0.1, per_sample=0.0, per_token=1e-5, per_token2=2e-9)
     seconds = [float(plan.cost_features(step) @ cost.terms) / 2 for step in range(40)]
     records = [
-        {"step": end, "time/step_s": sum(seconds[end - 2 : end]) / 2 + 0.5, "time/data_wait_s": 0.5}
+        {"step": end, "time/step_s": sum(seconds[end - 2 : end]) / 2 + 0.5, "data/wait_s": 0.5}
         for end in range(2, 41, 2)
     ]
     records[5]["time/step_s"] = 99.0  # the first of a resumed run
@@ -96,7 +96,7 @@ def test_calibration_reads_a_runs_records() -> None:
 
 def test_calibration_refuses_a_short_run(tmp_path: Any) -> None:
     metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text('{"step": 2, "time/step_s": 1.0, "time/data_wait_s": 0.0}\n')
+    metrics.write_text('{"step": 2, "time/step_s": 1.0, "data/wait_s": 0.0}\n')
     with pytest.raises(UserError, match="0 usable records, wanted 8"):
         calibrate(make_plan(), metrics, 1)
 
