@@ -53,7 +53,6 @@ class StepData:
         self.plan = plan
         self.table = table.content
         self.waited_s = 0.0  # time the loop spent waiting for data
-        self.replaced: list[tuple[int, int, str]] = []  # (unreadable sample, its substitute, why)
         self._rank, self._degree = mesh.data_rank, mesh.data_degree
         self._shape = shape
         self._batches = build_loader(
@@ -74,24 +73,15 @@ class StepData:
             started = time.monotonic()
             batch = next(self._batches)
             self.waited_s += time.monotonic() - started
-            self.replaced.extend(batch.replaced)
             yield batch, i == count - 1
 
     def global_elements(self, step: int) -> int:
         """Latent values that the loss of this step is the mean over, all processes together; no communication."""
         return sum(samples * self._latents(bucket) for bucket, samples in self.plan.shapes(step).items())
 
-    def global_samples(self, step: int) -> int:
-        """Samples that this step consumes, all processes together."""
-        return self.plan.shapes(step).total()
-
     def bucket_samples(self, step: int) -> Counter[Bucket]:
-        """``global_samples`` by bucket."""
+        """Samples of each bucket that this step consumes, all processes together."""
         return self.plan.shapes(step)
-
-    def global_pixels(self, step: int) -> int:
-        """Pixels x frames that this step consumes, all processes together."""
-        return sum(n * bucket.frames * bucket.height * bucket.width for bucket, n in self.plan.shapes(step).items())
 
     def close(self) -> None:
         """End the workers."""

@@ -105,7 +105,8 @@ def _encode(
     null = text_encoder.encode([""])
     named = {"txt": null.txt, "y_vec": null.y_vec, "mask": null.mask}
     features.write_null(folder, {name: x for name, x in named.items() if x is not None}, hash_)
-    wanted = {number: list(shard) for number, shard in enumerate(_shards(plan, epochs)) if number in set(mine)}
+    chosen = set(mine)
+    wanted = {number: shard for number, shard in enumerate(_shards(plan, epochs)) if number in chosen}
     batches = read_batches(table, plan, cfg.data, (m for shard in wanted.values() for m in shard), cfg.seed)
     try:
         for number, shard in wanted.items():

@@ -199,26 +199,6 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
 
     shape = autoencoder_shape(cfg.vae)
     data = StepData(table, plan, cfg.data, mesh, shape, start_step=step, stop_step=cfg.train.steps, seed=cfg.seed)
-    frozen = features.encoder_dtype(cfg)
-    stored = bool(cfg.data.features)
-    encoders = not stored or cfg.validate.every > 0  # samples while training need them
-    autoencoder = build_autoencoder(cfg.vae, runtime.device, frozen) if encoders else None
-    text_encoder = (
-        build_text_encoder(cfg.text, runtime.device, frozen) if encoders else features.stored_text(cfg, runtime.device)
-    )
-    prepare = Preparation(
-        autoencoder=autoencoder,
-        text_encoder=text_encoder,
-        flow=cfg.flow,
-        patch=cfg.model.patch_size,
-        cond_embed=cfg.model.cond_embed,
-        guidance_embed=cfg.model.guidance_embed,
-        sequence=SequenceParallel(mesh),
-        seed=cfg.seed,
-        device=runtime.device,
-        run_tiles=tile_runner(cfg.train.vae_parallel, autoencoder, mesh) if autoencoder else one_by_one,
-        stored=stored,
-    )
     logger = open_logger(cfg, plan, step) if runtime.is_main else None
     metrics = Metrics(logger, every=cfg.train.log_every, start_step=step, total_steps=cfg.train.steps)
     return Run(
@@ -227,7 +207,7 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
         mesh=mesh,
         engine=engine,
         data=data,
-        prepare=prepare,
+        prepare=build_preparation(cfg, mesh, runtime.device),
         checkpoints=checkpoints,
         metrics=metrics,
         reads=Reads(folder / "unreadable", table, mesh, cfg.data.max_bad_share),
@@ -236,6 +216,27 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
         base=base,
         # The formulas are the native engine's, for weights that are all trained.
         traffic=Traffic(cfg, mesh, plan) if logger and cfg.parallel.engine == "native" and not cfg.lora.rank else None,
+    )
+
+
+def build_preparation(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Preparation:
+    """What turns batches into tokens; autoencoder and text encoder only where something is left to encode."""
+    frozen = features.encoder_dtype(cfg)
+    stored = bool(cfg.data.features)
+    encoders = not stored or cfg.validate.every > 0  # samples while training need them
+    autoencoder = build_autoencoder(cfg.vae, device, frozen) if encoders else None
+    return Preparation(
+        autoencoder=autoencoder,
+        text_encoder=build_text_encoder(cfg.text, device, frozen) if encoders else features.stored_text(cfg, device),
+        flow=cfg.flow,
+        patch=cfg.model.patch_size,
+        cond_embed=cfg.model.cond_embed,
+        guidance_embed=cfg.model.guidance_embed,
+        sequence=SequenceParallel(mesh),
+        seed=cfg.seed,
+        device=device,
+        run_tiles=tile_runner(cfg.train.vae_parallel, autoencoder, mesh) if autoencoder else one_by_one,
+        stored=stored,
     )
 
 
