@@ -1,0 +1,72 @@
+"""What must be on the disk before a checkpoint may be called one."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from acceleration.checkpoint import storage, writer
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """(what, name) of every flush and rename, in order."""
+    seen: list[tuple[str, str]] = []
+    flush, rename = os.fsync, os.rename
+
+    def fsync(handle: int) -> None:
+        seen.append(("flush", Path(os.readlink(f"/proc/self/fd/{handle}")).name))
+        flush(handle)
+
+    def renamed(source: Path, target: Path) -> None:
+        seen.append(("rename", Path(target).name))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", renamed)
+    return seen
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="names of open files are read from /proc")
+def test_everything_is_flushed_before_the_rename_and_the_rename_after(
+    tmp_path: Path, calls: list[tuple[str, str]]
+) -> None:
+    staged = storage.stage(tmp_path / "checkpoints", "step-00000001")
+    written = writer.write(str(staged / "shard"), [b"abc", memoryview(b"defg")])
+    assert written["size"] == 7 and (staged / "shard").read_bytes() == b"abcdefg"
+    storage.commit(staged, tmp_path / "checkpoints/step-00000001", {"step": 1}, {"shard": written})
+    assert calls == [
+        ("flush", "shard"),
+        ("flush", storage.MANIFEST),
+        ("flush", staged.name),
+        ("rename", "step-00000001"),
+        ("flush", "checkpoints"),
+    ]
+
+
+def test_what_is_read_back_must_be_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "digest_of", lambda path: "0" * 64)
+    with pytest.raises(OSError, match="not what was written"):
+        writer.write(str(tmp_path / "shard"), [b"abc"])
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "manifest"])
+def test_damage_is_found(tmp_path: Path, damage: str) -> None:
+    staged = storage.stage(tmp_path, "step-00000001")
+    written = writer.write(str(staged / "shard"), [bytes(1000)])
+    final = tmp_path / "step-00000001"
+    storage.commit(staged, final, {"step": 1}, {"shard": written})
+    manifest = storage.read_manifest(final)
+    assert manifest is not None and storage.damaged(final, manifest["files"]) is None
+    shard, about = final / "shard", final / storage.MANIFEST
+    if damage == "flip":
+        shard.write_bytes(bytes(500) + b"\1" + bytes(499))
+        assert storage.damaged(final, manifest["files"]) == "shard"
+        return
+    if damage == "cut":
+        shard.write_bytes(bytes(999))
+    elif damage == "missing":
+        shard.unlink()
+    else:
+        about.write_text(about.read_text().replace('"step": 1', '"step": 2'))
+    assert storage.read_manifest(final) is None
