@@ -99,8 +99,33 @@ def step_bytes(structure: Structure, place: Place, batches: Sequence[MicroBatch]
     return dict(total)
 
 
+def sampling_bytes(
+    structure: Structure, place: Place, batch: MicroBatch, passes: Sequence[int], channels: int
+) -> dict[str, int]:
+    """Axis -> bytes of integrating the latents of a batch, on a model that has not run before; decoding not counted.
+
+    Args:
+        passes: evaluations of the model in every step; processes along cfg take one each and exchange the velocities.
+        channels: values of an image token.
+    """
+    mesh, (_, img), total = place.mesh, place.local_tokens(batch), Counter[str]()
+    turns = Counter(-(-count // mesh["cfg"].degree) for count in passes)
+    forwards = sum(turn * steps for turn, steps in turns.items())
+    gathered = forwards if place.cfg.zero == 3 else min(forwards, 1)
+    for gathers, times in ((True, gathered), (False, forwards - gathered)):
+        for axis, sent in forward_bytes(structure, place, batch, gathers=gathers).items():
+            total[axis] += sent * times
+    velocity = batch.samples * img * channels * place.itemsize("compute")
+    total["cfg"] = forwards * velocity * (mesh["cfg"].degree - 1)
+    groups = ring_groups(place.sequence.sizes(batch.img), mesh["ulysses"].degree)
+    token = batch.samples * channels * max(place.itemsize("compute"), 4)  # sums of steps are kept in fp32 at least
+    total["ulysses"] += max(groups[mesh["ring"].rank]) * token * (mesh["ulysses"].degree - 1)
+    total["ring"] += max(map(sum, groups)) * token * (mesh["ring"].degree - 1)
+    return dict(+total)
+
+
 def forward_bytes(structure: Structure, place: Place, batch: MicroBatch, *, gathers: bool = True) -> dict[str, int]:
-    """Axis -> bytes of one forward without gradient, as in sampling.
+    """Axis -> bytes of one forward without gradient.
 
     ``gathers``: weights are gathered; with ZeRO 1 and 2 only the first forward does so.
     """

@@ -7,7 +7,7 @@ padding, 4 heads go over 3 processes.
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,21 +15,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from acceleration import mesh as meshes
+from acceleration.accounting import MicroBatch, Place, sampling_bytes
 from acceleration.config import MeshConfig, ParallelConfig
 from acceleration.mesh import Mesh
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
+from acceleration.structure import structure_of
 from acceleration.work import SharedWork
 from opensora.inference.load import Components, check_guidance
 from opensora.inference.pipeline import prepare_api
 from opensora.models import MMDiTConfig, build_model
+from opensora.train.forecast import run_denoiser
 from opensora.utils.errors import UserError
 from opensora.utils.rng import torch_generator
-from opensora.utils.sampling import I2VDenoiser, SamplingOption, TextInputs, get_noise, get_schedule
+from opensora.utils.sampling import I2VDenoiser, SamplingOption, TextInputs, get_noise, get_schedule, oscillate
 from opensora.utils.tokens import image_ids, pack, unpack
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64
-from tests.dist.problem import MODEL, FakeText, PassThrough
+from tests.dist.problem import MODEL, TEXT_TOKENS, FakeText, PassThrough
 from tests.dist.test_parity import TOLERANCE, fill, relative
 
 CPU = torch.device("cpu")
@@ -107,8 +110,16 @@ def layout(degrees: Degrees, zero: Any, cfg: MMDiTConfig = MODEL) -> tuple[Mesh,
     return mesh, parallelize(model, parallel, mesh, CPU, fill).requires_grad_(False)
 
 
-def on_these_layouts(cases: list[tuple[Degrees, int, tuple[str, ...]]]) -> list[dict[str, Tensor]]:
-    """Runs in every process of the group: the latents of every job on every layout."""
+class Sampled(NamedTuple):
+    """What a process made of a job, and what it sent for it over each axis."""
+
+    latents: Tensor
+    counted: dict[str, int]
+    predicted: dict[str, int]
+
+
+def on_these_layouts(cases: list[tuple[Degrees, int, tuple[str, ...]]]) -> list[dict[str, Sampled]]:
+    """Runs in every process of the group: every job on every layout."""
     results = []
     for degrees, zero, names in cases:
         found = {}
@@ -125,9 +136,30 @@ def on_these_layouts(cases: list[tuple[Degrees, int, tuple[str, ...]]]) -> list[
                 device=CPU,
                 prompt_suffix=False,
             )
-            found[name] = prepare_api(parts)(job.option, seed=SEEDS, text=PROMPTS, neg=NEGATIVES)
+            for axis in mesh.axes.values():
+                axis.bytes_sent = 0
+            latents = prepare_api(parts)(job.option, seed=SEEDS, text=PROMPTS, neg=NEGATIVES)
+            found[name] = Sampled(latents, dict(mesh.bytes_sent()), predicted(job, mesh, zero))
         results.append(found)
     return results
+
+
+def predicted(job: Job, mesh: Mesh, zero: Any) -> dict[str, int]:
+    """Bytes by axis of one job, by formula."""
+    option, (t, h, w) = job.option, job.grid
+    with torch.device("meta"):
+        structure = structure_of(build_model(job.model), run_denoiser)
+    place = Place(
+        meshes.view({name: mesh[name].degree for name in meshes.AXES}, dist.get_rank()),
+        ParallelConfig(zero=zero, precision=FP64),
+    )
+    guided = option.method == "i2v" and option.guidance != 1
+    passes = [
+        2 if guided and (not option.text_osci or oscillate(option.guidance, step) != 1) else 1
+        for step in range(option.num_steps)
+    ]
+    batch = MicroBatch(samples=len(PROMPTS), txt=TEXT_TOKENS, img=t * h * w, has_mask=True)
+    return sampling_bytes(structure, place, batch, passes, job.model.in_channels)
 
 
 QUICK: dict[int, list[tuple[Degrees, int, tuple[str, ...]]]] = {
@@ -171,9 +203,10 @@ def check(world: int, cases: list[tuple[Degrees, int, tuple[str, ...]]], timeout
     truths = {name: on_one_process(JOBS[name]) for name in {name for *_, names in cases for name in names}}
     for every in zip(*run_distributed(on_these_layouts, world, cases, timeout=timeout), strict=True):
         for rank, found in enumerate(every):
-            for name, latents in found.items():
+            for name, (latents, counted, formula) in found.items():
                 assert latents.dtype == torch.float64
                 assert relative(latents, truths[name]) <= TOLERANCE, (cases, rank, name)
+                assert counted == formula and counted, (cases, rank, name)
 
 
 @pytest.mark.parametrize("world", QUICK)
