@@ -1,7 +1,7 @@
 """How a run is spread over processes: frozen configuration, checked before any process group exists."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +68,15 @@ class PrecisionConfig:
     master: Literal["fp32", "fp64", "bf16"] = "fp32"  # bf16 is for sampling: updates would be lost in rounding
 
 
+Attention: TypeAlias = Literal["auto", "math", "cpu", "cuda", "cudnn", "flash_attn", "flash_attn_3", "flex"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """The whole layout of a run."""
 
     engine: Literal["native", "deepspeed", "colossalai"] = "native"  # docs/parallel.md says what each is for
-    attention: Literal["auto", "math", "cpu", "cuda", "flash_attn"] = "auto"  # kernel; auto: torch's for the device
+    attention: Attention = "auto"  # kernel; auto: torch's for the device
     zero: Literal[0, 1, 2, 3] = 2  # what is sharded; docs/parallel.md says what each keeps in memory
     mesh: MeshConfig = field(default_factory=MeshConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)

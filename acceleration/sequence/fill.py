@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from acceleration import plan
-from acceleration.attention import KernelCore, kernel_for
+from acceleration.attention import KernelCore
+from acceleration.kernels import kernel_for
 from acceleration.mesh import Mesh
 from acceleration.sequence.ring import RingAttention
 from acceleration.sequence.ulysses import UlyssesAttention

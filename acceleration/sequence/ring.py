@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from acceleration import attention, collectives, recompute
-from acceleration.attention import Kernel
 from acceleration.collectives import Shift
+from acceleration.kernels import Kernel
 from acceleration.mesh import Axis
 from acceleration.sequence.layout import SequenceContext, ring_groups
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acceleration import lora, sharding, tensor_parallel
+from acceleration import kernels, lora, sharding, tensor_parallel
 from acceleration import mesh as meshes
 from acceleration.checkpoint import CheckpointManager, newest, pieces
 from acceleration.config import LoraConfig, MeshConfig, PrecisionConfig
@@ -194,6 +194,18 @@ def check_layout(mesh: MeshConfig, world_size: int, model: MMDiTConfig) -> None:
             f"parallel.mesh.ulysses={ulysses} does not divide {heads} heads: some processes attend with "
             f"{-(-heads // ulysses)} heads, others with {heads // ulysses}"
         )
+
+
+def check_attention(name: str) -> None:
+    """That this machine has the attention kernel that ``parallel.attention`` names.
+
+    Raises:
+        UserError: what is missing, and what would work.
+    """
+    try:
+        kernels.check_kernel(name, "cuda" if torch.cuda.is_available() else "cpu")
+    except ValueError as error:
+        raise UserError(f"parallel.{error}") from None
 
 
 def check_guidance(mesh: MeshConfig, world_size: int, option: SamplingOption) -> None:

@@ -15,7 +15,15 @@ from acceleration import runtime as runtimes
 from acceleration.runtime import Runtime
 from acceleration.work import SharedWork
 from opensora.config import SampleConfig
-from opensora.inference.load import Components, Source, check_guidance, check_layout, find_source, load_components
+from opensora.inference.load import (
+    Components,
+    Source,
+    check_attention,
+    check_guidance,
+    check_layout,
+    find_source,
+    load_components,
+)
 from opensora.inference.prompts import Job, read_jobs
 from opensora.inference.save import Saver
 from opensora.models.base import latent_grid
@@ -178,6 +186,7 @@ def sample(cfg: SampleConfig) -> list[str]:
     source, jobs = find_source(cfg), read_jobs(cfg)
     world_size = runtimes.ranks_from_environment().world_size
     check_layout(cfg.parallel.mesh, world_size, source.model)
+    check_attention(cfg.parallel.attention)
     check_guidance(cfg.parallel.mesh, world_size, cfg.sampling)
     runtime = runtimes.start(cfg.parallel.timeout_s)
     parts = prepare_models(cfg, source, runtime)

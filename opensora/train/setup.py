@@ -27,7 +27,7 @@ from opensora import config
 from opensora.config import RunConfig
 from opensora.datasets.index import IndexedTable
 from opensora.datasets.plan import BatchPlan
-from opensora.inference.load import FromFile, check_layout, tile_runner, weight_layout
+from opensora.inference.load import FromFile, check_attention, check_layout, tile_runner, weight_layout
 from opensora.models import build_model
 from opensora.models.base import latent_grid
 from opensora.models.mmdit.convert import load_state_dict_for
@@ -143,6 +143,7 @@ def check(cfg: RunConfig, world_size: int) -> tuple[IndexedTable, BatchPlan]:
         UserError: the layout or the table does not fit, with the key to change.
     """
     check_layout(cfg.parallel.mesh, world_size, cfg.model)
+    check_attention(cfg.parallel.attention)
     try:
         check_engine(cfg.parallel)
     except ValueError as error:

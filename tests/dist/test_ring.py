@@ -9,8 +9,8 @@ from torch import Tensor
 
 from acceleration import attention
 from acceleration import mesh as meshes
-from acceleration.attention import KERNELS
 from acceleration.config import MeshConfig
+from acceleration.kernels import KERNELS
 from acceleration.sequence import RingAttention, SequenceParallel, UlyssesAttention
 from tests.dist.harness import run_distributed
 from tests.dist.toy import Core

@@ -1,28 +1,27 @@
 """Attention kernels on a GPU against the plain mathematics: outputs, log-sum-exps and gradients."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
 from acceleration import attention
-from acceleration.attention import KERNELS
+from acceleration.kernels import KERNELS, PACKAGES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 BATCH, TOKENS, HEADS, DIM = 2, 321, 3, 64  # a length that fits no tile
 
 
 def names() -> list[str]:
-    try:
-        import flash_attn  # noqa: F401
-    except ImportError:
-        return ["cuda"]
-    return ["cuda", "flash_attn"]
+    """The kernels that this machine can run."""
+    return ["cuda", "cudnn", "flex", *(name for name, (module, _) in PACKAGES.items() if find_spec(module))]
 
 
 @pytest.mark.parametrize("kernel", names())
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_kernel_equals_mathematics(kernel: str, masked: bool, dtype: torch.dtype, tolerance: float) -> None:
-    if kernel == "flash_attn" and dtype == torch.float32:
+    if kernel in PACKAGES and dtype == torch.float32:
         pytest.skip("flash-attn has no fp32")
     generator = torch.Generator().manual_seed(0)
     q, k, v, grad = (torch.randn(BATCH, TOKENS, HEADS, DIM, generator=generator).cuda().to(dtype) for _ in range(4))

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from acceleration import attention, recompute, sequence
-from acceleration.attention import Kernel
+from acceleration import recompute, sequence
 from acceleration.config import RecomputeConfig
+from acceleration.kernels import KERNELS, Kernel
 from acceleration.mesh import view
 from acceleration.offload import Offload
 from opensora.models import build_model
@@ -90,13 +90,13 @@ def test_what_runs_again(kind: str, offload: bool, monkeypatch: pytest.MonkeyPat
     if kind == "none" and offload:
         pytest.skip("refused by the configuration")
     count: Counter[str] = Counter()
-    plain = attention.KERNELS["math"]
+    plain = KERNELS["math"]
 
     def counted(*args: Any) -> tuple[Tensor, Tensor]:
         count["attention"] += 1
         return plain.forward(*args)
 
-    monkeypatch.setitem(attention.KERNELS, "math", Kernel(counted, plain.backward))
+    monkeypatch.setitem(KERNELS, "math", Kernel(counted, plain.backward))
     cfg = RecomputeConfig() if kind == "none" else ALL[f"{kind}-offload" if offload else kind]
     model = prepared(Toy(depth=DEPTH), cfg, torch.float64, kernel="math")
     for block in model.blocks:  # type: ignore[union-attr]

@@ -1,0 +1,57 @@
+"""The package flash-attn: 2 on any recent GPU, 3 on Hopper. Key masks go to torch's kernels. Not run on a GPU yet."""
+
+import torch
+from torch import Tensor
+
+from acceleration.kernels.base import Kernel
+from acceleration.kernels.sdpa import CUDA
+
+
+def _forward2(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    if key_mask is not None:
+        return CUDA.forward(q, k, v, key_mask)
+    from flash_attn.flash_attn_interface import _flash_attn_forward as run
+
+    scale, softcap, alibi = q.shape[-1] ** -0.5, 0.0, None
+    out, lse, *_ = run(q.contiguous(), k.contiguous(), v.contiguous(), 0.0, scale, False, -1, -1, softcap, alibi, False)
+    return out, lse
+
+
+def _backward2(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if key_mask is not None:
+        return CUDA.backward(grad, q, k, v, out, lse, key_mask)
+    from flash_attn.flash_attn_interface import _flash_attn_backward as run
+
+    d, a, b, c, o, le = (x.contiguous() for x in (grad, q, k, v, out, lse))
+    dq, dk, dv = (torch.empty_like(x) for x in (a, b, c))
+    scale, softcap, alibi, deterministic = q.shape[-1] ** -0.5, 0.0, None, False
+    run(d, a, b, c, o, le, dq, dk, dv, 0.0, scale, False, -1, -1, softcap, alibi, deterministic, None)
+    return dq, dk, dv
+
+
+def _forward3(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    if key_mask is not None:
+        return CUDA.forward(q, k, v, key_mask)
+    from flash_attn_interface import _flash_attn_forward as run
+
+    out, lse, *_ = run(q.contiguous(), k.contiguous(), v.contiguous(), softmax_scale=q.shape[-1] ** -0.5)
+    return out, lse
+
+
+def _backward3(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if key_mask is not None:
+        return CUDA.backward(grad, q, k, v, out, lse, key_mask)
+    from flash_attn_interface import _flash_attn_backward as run
+
+    d, a, b, c, o, le = (x.contiguous() for x in (grad, q, k, v, out, lse))
+    dq, dk, dv = (torch.empty_like(x) for x in (a, b, c))
+    run(d, a, b, c, o, le, dq=dq, dk=dk, dv=dv, softmax_scale=q.shape[-1] ** -0.5)
+    return dq, dk, dv
+
+
+FLASH2 = Kernel(_forward2, _backward2)
+FLASH3 = Kernel(_forward3, _backward3)
