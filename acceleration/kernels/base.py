@@ -1,4 +1,4 @@
-"""What an attention kernel is, and a way to make one of any differentiable attention.
+"""What an attention kernel is, and ways to make one of two, or of any differentiable attention.
 
 Shapes are (B, L, H, Dh) for q and (B, S, H, Dh) for k and v; key masks are (B, S), True where attended, with at least
 one key a sample (acceleration/attention.py sees to it); the log-sum-exp is (B, H, L) in fp32, or fp64 for fp64 inputs.
@@ -23,6 +23,20 @@ class Kernel(NamedTuple):
 
     forward: Forward
     backward: Backward
+
+
+def either(first: Kernel, second: Kernel, fits: Callable[[Tensor, Tensor | None], bool]) -> Kernel:
+    """``first`` where ``fits(q, key_mask)``, else ``second``."""
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        return (first if fits(q, key_mask) else second).forward(q, k, v, key_mask)
+
+    def backward(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, key_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return (first if fits(q, key_mask) else second).backward(grad, q, k, v, out, lse, key_mask)
+
+    return Kernel(forward, backward)
 
 
 def by_autograd(run: Forward) -> Kernel:

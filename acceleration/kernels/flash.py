@@ -3,13 +3,11 @@
 import torch
 from torch import Tensor
 
-from acceleration.kernels.base import Kernel
+from acceleration.kernels.base import Kernel, either
 from acceleration.kernels.sdpa import CUDA
 
 
 def _forward2(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    if key_mask is not None:
-        return CUDA.forward(q, k, v, key_mask)
     from flash_attn.flash_attn_interface import _flash_attn_forward as run
 
     scale, softcap, alibi = q.shape[-1] ** -0.5, 0.0, None
@@ -20,8 +18,6 @@ def _forward2(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple
 def _backward2(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if key_mask is not None:
-        return CUDA.backward(grad, q, k, v, out, lse, key_mask)
     from flash_attn.flash_attn_interface import _flash_attn_backward as run
 
     d, a, b, c, o, le = (x.contiguous() for x in (grad, q, k, v, out, lse))
@@ -32,8 +28,6 @@ def _backward2(
 
 
 def _forward3(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    if key_mask is not None:
-        return CUDA.forward(q, k, v, key_mask)
     from flash_attn_interface import _flash_attn_forward as run
 
     out, lse, *_ = run(q.contiguous(), k.contiguous(), v.contiguous(), softmax_scale=q.shape[-1] ** -0.5)
@@ -43,8 +37,6 @@ def _forward3(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple
 def _backward3(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if key_mask is not None:
-        return CUDA.backward(grad, q, k, v, out, lse, key_mask)
     from flash_attn_interface import _flash_attn_backward as run
 
     d, a, b, c, o, le = (x.contiguous() for x in (grad, q, k, v, out, lse))
@@ -53,5 +45,9 @@ def _backward3(
     return dq, dk, dv
 
 
-FLASH2 = Kernel(_forward2, _backward2)
-FLASH3 = Kernel(_forward3, _backward3)
+def _unmasked(q: Tensor, key_mask: Tensor | None) -> bool:
+    return key_mask is None
+
+
+FLASH2 = either(Kernel(_forward2, _backward2), CUDA, _unmasked)
+FLASH3 = either(Kernel(_forward3, _backward3), CUDA, _unmasked)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from acceleration.kernels.base import Kernel, bias, heads_first
+from acceleration.kernels.base import Kernel, bias, either, heads_first
 from acceleration.kernels.plain import MATH
 
 aten = torch.ops.aten
@@ -36,45 +36,43 @@ def _cpu_backward(
     return dq, dk, dv
 
 
-def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Flash attention where it can, the memory-efficient kernel for masks and fp32; not run on a GPU yet."""
-    if not _fits(q):
-        return MATH.forward(q, k, v, key_mask)
-    queries, keys, values = heads_first(q, k, v)
-    if key_mask is None and _is_half(q):
-        out, lse, *_ = aten._scaled_dot_product_flash_attention(queries, keys, values)
-    else:
-        out, lse, *_ = aten._scaled_dot_product_efficient_attention(
-            queries, keys, values, _aligned_bias(key_mask, q), True
-        )
+def _flash_forward(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(*heads_first(q, k, v))
     return out.transpose(1, 2), lse[..., : q.shape[1]]  # padded to its own alignment
 
 
-def _cuda_backward(
+def _flash_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not _fits(q):
-        return MATH.backward(grad, q, k, v, out, lse, key_mask)
-    d, a, b, c, o = (x.contiguous() for x in heads_first(grad, q, k, v, out))
-    if key_mask is None and _is_half(q):
-        seed = offset = torch.zeros((), dtype=torch.uint64, device=q.device)  # no dropout: nothing was drawn
-        gradients = aten._scaled_dot_product_flash_attention_backward(
-            d, a, b, c, o, lse.contiguous(), None, None, q.shape[1], k.shape[1], 0.0, False, seed, offset
-        )
-    else:
-        padded = pad(lse, (0, -lse.shape[-1] % 32), value=math.inf).contiguous()
-        seed = offset = torch.zeros((), dtype=torch.int64, device=q.device)
-        gradients = aten._scaled_dot_product_efficient_attention_backward(
-            d, a, b, c, _aligned_bias(key_mask, q), o, padded, seed, offset, 0.0, [True, True, True, False]
-        )[:3]
+    d, a, b, c, o = _contiguous(grad, q, k, v, out)
+    seed = offset = torch.zeros((), dtype=torch.uint64, device=q.device)  # no dropout: nothing was drawn
+    gradients = aten._scaled_dot_product_flash_attention_backward(
+        d, a, b, c, o, lse.contiguous(), None, None, q.shape[1], k.shape[1], 0.0, False, seed, offset
+    )
     dq, dk, dv = (x.transpose(1, 2) for x in gradients)
     return dq, dk, dv
 
 
+def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    mask = _aligned_bias(key_mask, q)
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(*heads_first(q, k, v), mask, True)
+    return out.transpose(1, 2), lse[..., : q.shape[1]]  # padded to its own alignment
+
+
+def _efficient_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    d, a, b, c, o = _contiguous(grad, q, k, v, out)
+    padded = pad(lse, (0, -lse.shape[-1] % 32), value=math.inf).contiguous()
+    seed = offset = torch.zeros((), dtype=torch.int64, device=q.device)
+    gradients = aten._scaled_dot_product_efficient_attention_backward(
+        d, a, b, c, _aligned_bias(key_mask, q), o, padded, seed, offset, 0.0, [True, True, True, False]
+    )
+    dq, dk, dv = (x.transpose(1, 2) for x in gradients[:3])
+    return dq, dk, dv
+
+
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """cuDNN's kernel, for 16 bits without a mask; the rest as ``cuda``. Not run on a GPU yet."""
-    if key_mask is not None or not _is_half(q) or not _fits(q):
-        return _cuda_forward(q, k, v, key_mask)
     out, lse, *_ = aten._scaled_dot_product_cudnn_attention(*heads_first(q, k, v), None, True)
     return out.transpose(1, 2), lse[..., 0]  # (B, H, L, 1)
 
@@ -82,10 +80,8 @@ def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> 
 def _cudnn_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if key_mask is not None or not _is_half(q) or not _fits(q):
-        return _cuda_backward(grad, q, k, v, out, lse, key_mask)
-    d, a, b, c, o = (x.contiguous() for x in heads_first(grad, q, k, v, out))
-    seed = offset = torch.zeros((), dtype=torch.int64, device=q.device)  # no dropout: nothing was drawn
+    d, a, b, c, o = _contiguous(grad, q, k, v, out)
+    seed = offset = torch.zeros((), dtype=torch.int64, device=q.device)
     gradients = aten._scaled_dot_product_cudnn_attention_backward(
         d, a, b, c, o, lse[..., None].contiguous(), seed, offset, None, None, None, q.shape[1], k.shape[1], 0.0, False
     )
@@ -93,13 +89,17 @@ def _cudnn_backward(
     return dq, dk, dv
 
 
-def _is_half(x: Tensor) -> bool:
-    return x.dtype in (torch.bfloat16, torch.float16)
+def _contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.contiguous() for x in heads_first(*tensors))
 
 
-def _fits(x: Tensor) -> bool:
+def _unmasked_half(q: Tensor, key_mask: Tensor | None) -> bool:
+    return key_mask is None and q.dtype in (torch.bfloat16, torch.float16)
+
+
+def _aligned(q: Tensor, key_mask: Tensor | None) -> bool:
     """The fused kernels read 16 bytes at a time, and know no fp64."""
-    return x.dtype != torch.float64 and x.shape[-1] * x.element_size() % 16 == 0
+    return q.dtype != torch.float64 and q.shape[-1] * q.element_size() % 16 == 0
 
 
 def _aligned_bias(key_mask: Tensor | None, q: Tensor) -> Tensor | None:
@@ -114,5 +114,12 @@ def _aligned_bias(key_mask: Tensor | None, q: Tensor) -> Tensor | None:
 
 
 CPU = Kernel(_cpu_forward, _cpu_backward)
-CUDA = Kernel(_cuda_forward, _cuda_backward)
-CUDNN = Kernel(_cudnn_forward, _cudnn_backward)
+# None of these has been run on a GPU yet.
+CUDA = either(
+    either(Kernel(_flash_forward, _flash_backward), Kernel(_efficient_forward, _efficient_backward), _unmasked_half),
+    MATH,
+    _aligned,
+)
+CUDNN = either(
+    Kernel(_cudnn_forward, _cudnn_backward), CUDA, lambda q, mask: _unmasked_half(q, mask) and _aligned(q, mask)
+)
