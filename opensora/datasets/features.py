@@ -1,7 +1,7 @@
 """Latents and text features on disk: written once, read instead of the files they were made from.
 
 A folder holds ``shard-00000.safetensors``, ... with the features of whole micro-batches, ``null.safetensors`` with
-those of the empty prompt, and, written last, ``index.parquet`` (which sample of which epoch lies where) and
+those of the empty prompt, and, written last, ``index.arrow`` (which sample of which epoch lies where) and
 ``manifest.json``. A shard is complete or absent, and so is the folder.
 
 Epoch e of a run reads epoch ``e % epochs`` of the folder: windows and crops repeat, the order does not.
@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as papq
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -26,9 +25,10 @@ from torch import Tensor
 from opensora.datasets.plan import MicroBatch
 from opensora.utils.errors import UserError
 
-MANIFEST, INDEX, NULL = "manifest.json", "index.parquet", "null.safetensors"
-FORMAT = 1
+MANIFEST, INDEX, NULL = "manifest.json", "index.arrow", "null.safetensors"
+FORMAT = 2
 _OPEN_SHARDS = 64
+_ROW = np.dtype([("epoch", "i8"), ("sample", "i8"), ("shard", "i4"), ("batch", "i4"), ("row", "i4"), ("bucket", "i4")])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,19 +77,29 @@ def shard_hash(path: Path) -> str:
 
 def write_index(folder: Path, shards: int, epochs: int, identity: Mapping[str, Any], identity_hash: str) -> None:
     """Make the folder complete: where every sample lies, and what it was made for."""
-    columns: dict[str, list[Any]] = {name: [] for name in ("epoch", "sample", "shard", "batch", "row", "bucket")}
+    parts: list[np.ndarray] = []
+    names: dict[str, int] = {}  # buckets by number
     for number in range(shards):
         with safe_open(folder / shard_name(number), "pt") as shard:
             batches = json.loads(shard.metadata()["batches"])
         for position, batch in enumerate(batches):
-            for row, sample in enumerate(batch["samples"]):
-                values = (batch["epoch"], sample, number, position, row, batch["bucket"])
-                for column, value in zip(columns.values(), values, strict=True):
-                    column.append(value)
+            part = np.empty(len(batch["samples"]), dtype=_ROW)
+            part["epoch"], part["sample"], part["row"] = batch["epoch"], batch["samples"], np.arange(len(part))
+            part["shard"], part["batch"] = number, position
+            part["bucket"] = names.setdefault(batch["bucket"], len(names))
+            parts.append(part)
+    rows = np.concatenate(parts)
+    samples = int(rows["sample"].max()) + 1
+    rows = rows[np.argsort(rows["epoch"] * samples + rows["sample"], kind="stable")]
+    columns = {"key": rows["epoch"] * samples + rows["sample"]} | {n: rows[n] for n in ("shard", "batch", "row")}
+    columns["bucket"] = rows["bucket"]
+    table = pa.table({name: np.ascontiguousarray(column) for name, column in columns.items()})
     aside = folder / f".{INDEX}.{os.getpid()}"
-    papq.write_table(pa.table(columns), aside)
+    with pa.ipc.new_file(aside, table.schema) as file:
+        file.write_batch(table.combine_chunks().to_batches()[0])
     os.replace(aside, folder / INDEX)
     manifest = {"format": FORMAT, "hash": identity_hash, "epochs": epochs, "shards": shards, "made_for": identity}
+    manifest |= {"samples": samples, "buckets": list(names)}
     aside = folder / f".{MANIFEST}.{os.getpid()}"
     aside.write_text(json.dumps(manifest, indent=1))
     os.replace(aside, folder / MANIFEST)
@@ -120,17 +130,14 @@ class FeatureStore:
             UserError: the folder is not complete.
         """
         self._folder = folder
-        self.epochs = int(read_manifest(folder)["epochs"])
-        index = papq.read_table(folder / INDEX)
-        epoch, sample = (index[name].to_numpy().astype(np.int64) for name in ("epoch", "sample"))
-        self._samples = int(sample.max()) + 1
-        key = epoch * self._samples + sample
-        order = np.argsort(key, kind="stable")
-        self._key = key[order]
-        place = np.stack([index[name].to_numpy().astype(np.int32) for name in ("shard", "batch", "row")], axis=1)
-        self._place = place[order]
-        self._bucket = index["bucket"].combine_chunks().dictionary_encode()
-        self._order = order
+        manifest = read_manifest(folder)
+        self.epochs, self._samples = int(manifest["epochs"]), int(manifest["samples"])
+        self._buckets: list[str] = manifest["buckets"]
+        # Mapped, not read: all processes of a node share one copy.
+        with pa.memory_map(str(folder / INDEX)) as file:
+            index = pa.ipc.open_file(file).read_all()
+        self._key = index["key"].chunk(0).to_numpy()  # (n,) epoch * samples + sample, ascending
+        self._place = tuple(index[name].chunk(0).to_numpy() for name in ("shard", "batch", "row", "bucket"))
         self._names = ("latents", *self.null())
         self._shards: OrderedDict[int, Any] = OrderedDict()
 
@@ -150,13 +157,13 @@ class FeatureStore:
     def _row(self, sample: int, micro_batch: MicroBatch) -> dict[str, Tensor]:
         key = (micro_batch.epoch % self.epochs) * self._samples + sample
         at = int(np.searchsorted(self._key, key))
-        missing = at == len(self._key) or self._key[at] != key
-        if missing or self._bucket[int(self._order[at])].as_py() != str(micro_batch.bucket):
+        found = at < len(self._key) and self._key[at] == key
+        number, batch, row, bucket = (int(column[at]) if found else 0 for column in self._place)
+        if not found or self._buckets[bucket] != str(micro_batch.bucket):
             raise UserError(
                 f"data.features={self._folder}: sample {sample} of epoch {micro_batch.epoch} is not there in bucket "
                 f"{micro_batch.bucket}; run python -m opensora.cli.precompute again"
             )
-        number, batch, row = (int(value) for value in self._place[at])
         shard = self._open(number)
         try:
             return {name: shard.get_slice(f"{batch}.{name}")[row : row + 1] for name in self._names}

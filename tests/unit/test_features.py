@@ -125,7 +125,7 @@ def test_any_number_of_processes_makes_the_same_in_any_number_of_goes(
         assert precompute(cfg, out, 2) == (rank == "0")
     shards = sorted(path.name for path in made.glob("shard-*"))
     assert len(shards) >= 4 and shards == sorted(path.name for path in out.glob("shard-*"))
-    for name in ("index.parquet", "manifest.json"):
+    for name in ("index.arrow", "manifest.json"):
         assert (out / name).read_bytes() == (made / name).read_bytes(), name
     for name in [*shards, "null.safetensors"]:
         assert same_tensors(out / name, made / name), name
