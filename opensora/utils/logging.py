@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import sys
 import time
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from opensora.utils.errors import UserError
 
-METRICS_NAME = "metrics.jsonl"
+METRICS_NAME, WANDB_ID_NAME = "metrics.jsonl", "wandb_id"
 WandbMode = Literal["off", "offline", "online"]
 _LOGGER = logging.getLogger("opensora")
 
@@ -81,9 +82,11 @@ class MetricsLogger:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / METRICS_NAME
         self._tensorboard = _open_tensorboard(self.folder / "tensorboard", resumed_step) if tensorboard else None
-        self._wandb = (
-            None if wandb == "off" else _open_wandb(self.folder, wandb, wandb_project, name or self.folder.name, config)
-        )
+        self._wandb = None
+        if wandb != "off":
+            name = name or self.folder.name
+            identity = _wandb_identity(self.folder, name, fresh=not resumed_step)
+            self._wandb = _open_wandb(self.folder, wandb, wandb_project, name, identity, config)
         _cut_after(self.path, resumed_step)
         self._file = self.path.open("a", encoding="utf-8")
 
@@ -207,7 +210,18 @@ def _open_tensorboard(folder: Path, resumed_step: int) -> Any:
     return SummaryWriter(str(folder), purge_step=resumed_step + 1)
 
 
-def _open_wandb(folder: Path, mode: WandbMode, project: str, name: str, config: Mapping[str, Any] | None) -> Any:
+def _wandb_identity(folder: Path, name: str, *, fresh: bool) -> str:
+    """What wandb knows the run by: kept in its folder, so that a resumed run goes on in the same charts, and a fresh
+    one of the same name does not write into another's."""
+    path = folder / WANDB_ID_NAME
+    if fresh or not path.is_file():
+        path.write_text(f"{name}-{secrets.token_hex(4)}", encoding="utf-8")
+    return path.read_text(encoding="utf-8")
+
+
+def _open_wandb(
+    folder: Path, mode: WandbMode, project: str, name: str, identity: str, config: Mapping[str, Any] | None
+) -> Any:
     try:
         import wandb
     except ImportError as error:
@@ -216,7 +230,7 @@ def _open_wandb(folder: Path, mode: WandbMode, project: str, name: str, config: 
         announce("log.wandb=online: no key found, so this run is logged offline; wandb sync uploads it later")
         mode = "offline"
     return wandb.init(
-        project=project, name=name, id=name, dir=str(folder), mode=mode, config=dict(config or {}), resume="allow"
+        project=project, name=name, id=identity, dir=str(folder), mode=mode, config=dict(config or {}), resume="allow"
     )
 
 

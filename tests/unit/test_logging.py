@@ -142,6 +142,16 @@ def test_wandb_gets_a_copy_and_goes_offline_without_a_key(
     assert len(said) == messages
 
 
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeWandb("abc")
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    names = []
+    for step in (0, 10, 0):  # started, resumed, started afresh
+        MetricsLogger(tmp_path / "trial", wandb="offline", resumed_step=step).close()
+        names.append(fake.started["id"])
+    assert names[0] == names[1] != names[2] and all(name.startswith("trial-") for name in names)
+
+
 def test_only_rank_0_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
