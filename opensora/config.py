@@ -53,6 +53,7 @@ class TrainConfig:
     resume: Literal["auto", "none"] | str = "auto"  # newest complete checkpoint if any, a fresh start, or a path
     vae_parallel: VaeParallel = "auto"  # on: processes share out the tiles of what they code; auto: on for learned VAEs
     init_from: str | None = None  # safetensors file or export folder to start from, or to adapt with lora.rank > 0
+    preflight: bool = True  # compare code, settings and devices of all processes, and look for slow links, at the start
     export: bool = True  # write the weights for sampling when the run is finished; with lora.rank > 0 the adapters
 
     def __post_init__(self) -> None:
