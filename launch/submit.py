@@ -162,7 +162,7 @@ def git(*command: str) -> str | None:
         done = subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=False)
     except OSError:
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return done.stdout.rstrip() if done.returncode == 0 else None
 
 
 def render(args: argparse.Namespace, head: RunConfig, runs: Sequence[RunConfig], job: Path) -> str:
