@@ -1,4 +1,4 @@
-"""torchrun for launch/torchrun.sh: exit codes are kept, some of them are final, and it says one line instead of pages."""
+"""torchrun for launch/torchrun.sh: exit codes are kept, some are final, and it says one line instead of pages."""
 
 import logging
 import os

@@ -63,7 +63,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     Raises:
         UserError: an option that cannot be.
     """
-    parser = argparse.ArgumentParser(prog="python launch/submit.py", description=(__doc__ or "").split("\n\n")[0])
+    about = (__doc__ or "").split("\n\n")[0]
+    parser = argparse.ArgumentParser(prog="python launch/submit.py", description=about, allow_abbrev=False)
     parser.add_argument("config", help="a training configuration; overrides section.key=value may stand anywhere")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus-per-node", type=int, default=8, help="0: none, training runs on CPUs")
