@@ -5,6 +5,7 @@ import shutil
 
 from torch import nn
 
+from acceleration import runtime as runtimes
 from acceleration.preflight import PreflightError, preflight
 from acceleration.runtime import Runtime
 from opensora.config import RunConfig, config_hash
@@ -28,6 +29,18 @@ def check_processes(cfg: RunConfig, runtime: Runtime) -> None:
     announce(report.summary)
     for warning in report.warnings:
         announce(f"preflight: {warning}", level=logging.WARNING)
+
+
+def check_alone(cfg: RunConfig) -> None:
+    """``check_processes`` in a process group of its own. Collective.
+
+    Raises:
+        StartError: a process did not come, or the port is in use.
+        UserError: as ``check_processes``.
+    """
+    runtime = runtimes.start(cfg.parallel.timeout_s)
+    check_processes(cfg, runtime)
+    runtimes.stop()
 
 
 def check_disk(cfg: RunConfig, model: nn.Module) -> None:

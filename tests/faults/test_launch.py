@@ -1,40 +1,36 @@
-"""Launching without a cluster: jobs as text, decisions as functions, locks, and processes that look for each other."""
+"""Launching without a cluster: jobs as text, decisions as functions, the batch script, torchrun."""
 
-import fcntl
 import json
 import os
-import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
-import torch
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from acceleration import preflight as look
-from acceleration.preflight import Facts, assess, differences
-from acceleration.rendezvous import Door, StartError, meet, ranges
-from acceleration.runtime import Runtime
-from launch import submit
+from launch import elastic, submit
 from launch.attempts import Attempt, attempts_without_progress, decide, newest_step, read_history
 from launch.attempts import main as attempts_main
-from opensora.cli.train import main as train_main
 from opensora.config import RunConfig, load_config, run_cli
-from opensora.train import run_folder
-from opensora.train.preflight import check_disk, checkpoint_bytes
-from opensora.train.run_folder import DONE, OWNER, RunLock, finished, read_owner, write_done
-from opensora.utils.errors import UserError
 from opensora.utils.version import code_digest
 from tests.conftest import ROOT
-from tests.dist.harness import DistributedFailure, run_distributed
 from tests.integration.conftest import CONFIG
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A configuration of a run in runs/run; its table is made up, so it is submitted with --no-check."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "train.yaml"
+    path.write_text(CONFIG.format(output=tmp_path / "runs", table="clips.csv"))
+    return path
+
 
 # --- whether to queue again
 
@@ -93,15 +89,6 @@ def test_attempts_are_written_down_and_read_back(tmp_path: Path, capsys: pytest.
 
 
 # --- the job
-
-
-@pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A configuration; its table is made up, so it is submitted with --no-check."""
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "train.yaml"
-    path.write_text(CONFIG.format(output=tmp_path / "runs", table="clips.csv"))
-    return path
 
 
 def rendered(config: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
@@ -293,248 +280,12 @@ def test_the_batch_script_by_hand_wants_a_run(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stderr.startswith("error: RUN is not set") and not os.listdir(tmp_path)
 
 
-# --- a run's folder
-
-
-def refused(folder: Path, **options: Any) -> str:
-    with pytest.raises(UserError) as caught:
-        RunLock(folder, beat_s=0.1, stale_s=0.5, **options)
-    return str(caught.value)
-
-
-def no_locks(file: int, how: int) -> None:
-    raise OSError(38, "Function not implemented")
-
-
-def another_process(folder: Path, *, ends: bool, job: str = "", machine: str = "") -> "subprocess.Popen[str]":
-    """Takes the folder, then dies without a word or stays."""
-    code = (
-        "import sys, time, os, fcntl; from pathlib import Path; from opensora.train import run_folder\n"
-        f"run_folder._machine = lambda: {machine!r} or 'here'\n"
-        f"env = {{'SLURM_JOB_ID': {job!r}}} if {job!r} else {{}}\n"
-        f"lock = run_folder.RunLock(Path({str(folder)!r}), env=env, beat_s=0.1)\n"
-        f"print('taken', flush=True); os._exit(9) if {ends} else time.sleep(60)\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert process.stdout is not None and process.stdout.readline() == "taken\n"
-    if ends:
-        process.wait(20)
-    return process
-
-
-def test_a_second_run_on_a_folder_is_told_who_has_it(tmp_path: Path) -> None:
-    lock = RunLock(tmp_path, env={"SLURM_JOB_ID": "12"}, beat_s=0.1)
-    said = refused(tmp_path, env={"SLURM_JOB_ID": "13"})
-    who = rf"process {os.getpid()} on \S+, SLURM job 12 attempt 0, since \S+"
-    assert re.fullmatch(rf"{tmp_path}: in use by {who}; end that run first, .*", said)
-    time.sleep(0.3)
-    owner = read_owner(tmp_path / OWNER)
-    assert owner is not None and owner["beat"] > 0
-    lock.release()
-    lock.release()
-    assert not (tmp_path / OWNER).exists()
-    RunLock(tmp_path).release()
-
-
-def test_what_a_dead_process_held_is_taken_over_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder, "_machine", lambda: "here")
-    another_process(tmp_path, ends=True)
-    assert (tmp_path / OWNER).exists()
-    begun = time.monotonic()
-    RunLock(tmp_path, stale_s=30).release()
-    assert time.monotonic() - begun < 5
-
-
-def test_a_live_process_holds_without_file_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its number and start on this machine; by its count on another. Dead, the count stands still."""
-    process = another_process(tmp_path, ends=False)
-    try:
-        monkeypatch.setattr(run_folder, "_machine", lambda: "here")
-        assert "in use by process" in refused(tmp_path)  # the kernel's lock
-        assert "in use by process" in refused(tmp_path, lock=no_locks)
-        monkeypatch.setattr(run_folder, "_machine", lambda: "elsewhere")
-        # A lock that only holds on the other machine: it is granted here, the count decides.
-        assert "in use by process" in refused(tmp_path, lock=lambda file, how: None)
-        assert "in use by process" in refused(tmp_path, lock=no_locks)
-    finally:
-        process.kill()
-        process.wait()
-    RunLock(tmp_path, beat_s=0.1, stale_s=0.5, lock=no_locks).release()
-
-
-def test_the_next_attempt_of_a_job_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its node is lost, so nobody will ever count there again."""
-    another_process(tmp_path, ends=True, job="7", machine="lost")
-    begun = time.monotonic()
-    RunLock(tmp_path, env={"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, stale_s=30).release()
-    assert time.monotonic() - begun < 5
-
-
-def test_a_process_that_lost_its_run_ends(tmp_path: Path) -> None:
-    """Cut off with its node, it comes back after the next attempt has begun."""
-    lost: list[str] = []
-    first = RunLock(tmp_path, env={"SLURM_JOB_ID": "7"}, beat_s=0.05, lock=no_locks, lost=lost.append)
-    next_one = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}
-    second = RunLock(tmp_path, env=next_one, beat_s=0.05, lock=no_locks)
-    time.sleep(0.3)
-    assert len(lost) == 1 and "taken over by" in lost[0] and "attempt 1" in lost[0]
-    first.release()
-    assert read_owner(tmp_path / OWNER) is not None
-    second.release()
-
-
-def test_locks_are_not_inherited(tmp_path: Path) -> None:
-    """A data worker that outlives its trainer must not hold the run."""
-    lock = RunLock(tmp_path)
-    child = subprocess.Popen(["sleep", "20"])
-    lock.release()
-    file = os.open(tmp_path / run_folder.LOCK, os.O_RDWR)
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.close(file)
-    child.kill()
-    child.wait()
-
-
-def test_a_finished_run_is_over(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cfg = load_config(RunConfig, config)
-    assert not finished(cfg)
-    cfg.folder.mkdir(parents=True)
-    write_done(cfg)
-    assert finished(cfg) and os.listdir(cfg.folder) == [DONE]
-    assert train_main([str(config)]) == 0  # without data, without processes
-    for more in (["train.steps=7"], ["train.resume=elsewhere"], ["train.resume=none"]):
-        assert not finished(load_config(RunConfig, config, more)), more
-    write_done(load_config(RunConfig, config, ["train.export=false"]))
-    assert not finished(cfg) and finished(load_config(RunConfig, config, ["train.export=false"]))
-    (cfg.folder / DONE).write_text("")
-    assert not finished(cfg)
-
-
-# --- processes that look for each other
-
-
-def in_threads(*calls: Callable[[], Any]) -> list[Any]:
-    """Results, or what was raised."""
-    results: list[Any] = [None] * len(calls)
-
-    def keep(i: int) -> None:
-        try:
-            results[i] = calls[i]()
-        except Exception as error:
-            results[i] = error
-
-    threads = [threading.Thread(target=keep, args=(i,), daemon=True) for i in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-        assert not thread.is_alive()
-    return results
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("0.0.0.0", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
-def test_ranks_meet_past_strangers() -> None:
-    """A silent one, one that talks, and the door of another job."""
-    ports = free_ports(4)
-    silent = socket.create_server(("0.0.0.0", ports[0]))
-    talker = socket.create_server(("0.0.0.0", ports[1]))
-    threading.Thread(target=lambda: talker.accept()[0].sendall(b"220 ready\r\n"), daemon=True).start()
-    other = Door("localhost", ports[2:3], "another-job", 1)
-    found = in_threads(*(lambda rank=rank: meet(rank, 3, "127.0.0.1", ports, "this-job", 20) for rank in range(3)))
-    found[1].set("a", "b")
-    assert found[0].get("a") == found[2].get("a") == b"b"
-    silent.close(), talker.close(), other.close()
-
-
-def test_who_does_not_come_is_named() -> None:
-    ports = free_ports(1)
-    said = in_threads(*(lambda rank=rank: meet(rank, 5, "127.0.0.1", ports, "job", 1) for rank in (0, 2)))
-    assert str(said[0]) == "2 of 5 processes came within 1 s; missing: rank 1, 3-4; see their logs"
-    assert isinstance(said[1], StartError) and "rank 2" in str(said[1])
-
-
-def test_a_port_in_use_is_named() -> None:
-    with socket.create_server(("0.0.0.0", 0)) as stranger:
-        port = stranger.getsockname()[1]
-        said = in_threads(
-            lambda: meet(0, 2, "127.0.0.1", [port], "job", 2), lambda: meet(1, 2, "127.0.0.1", [port], "job", 1)
-        )
-    assert str(said[0]).startswith(f"127.0.0.1: port {port} in use by another program")
-    assert str(said[1]).startswith("rank 0 did not answer at 127.0.0.1 within") and f"port {port}" in str(said[1])
-
-
-def test_ranges() -> None:
-    assert ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
-
-
-# --- preflight
-
-
-def facts(rank: int, **more: Any) -> Facts:
-    return Facts(
-        **{"rank": rank, "host": f"n{rank // 2}", "device": "cpu", "identity": "", "same": {"code": "a"}, **more}
-    )
-
-
-def test_who_differs_is_named() -> None:
-    everyone = [facts(rank) for rank in range(6)]
-    assert differences(everyone) == []
-    everyone[3] = facts(3, same={"code": "b"})
-    assert differences(everyone) == ["code is not the same on all processes: rank 3 has b, the others a"]
-    shared = [facts(rank, identity=f"gpu-{rank % 2}") for rank in range(3)]
-    assert differences(shared) == ["rank 0, 2 share one device (gpu-0): start one process per device"]
-
-
-def test_slow_links_and_mixed_devices_are_named() -> None:
-    everyone = [facts(rank, link_s=1e-3 if rank % 2 else 1e-4, reduce_s=2e-3) for rank in range(8)]
-    report = assess(everyone, 1 << 20)
-    assert report.warnings == [] and report.summary.startswith(
-        "preflight: 8 processes on 4 hosts, 8 x cpu; all-reduce "
-    )
-    everyone[3] = facts(3, link_s=1e-2)
-    everyone[0] = facts(0, link_s=1e-4, device="other")
-    warnings = assess(everyone, 1 << 20).warnings
-    assert len(warnings) == 2 and "rank 0" in warnings[0]
-    assert warnings[1].startswith("rank 3 (n1) to rank 4 (n2): 0.1 GB/s, where links between nodes have 1 GB/s")
-
-
-def look_at_all(differing: int | None) -> str:
-    rank = int(os.environ["RANK"])
-    runtime = Runtime(rank, int(os.environ["WORLD_SIZE"]), rank, torch.device("cpu"))
-    return look.preflight(runtime, {"code": "b" if rank == differing else "a"}).summary
-
-
-def test_preflight_on_processes() -> None:
-    said = run_distributed(look_at_all, 2, None, timeout=60)
-    assert said[0] == said[1] and re.match(r"preflight: 2 processes on 1 hosts, 2 x cpu; all-reduce \S+ GB/s", said[0])
-    with pytest.raises(DistributedFailure, match="code is not the same on all processes: rank 1 has b, the others a"):
-        run_distributed(look_at_all, 2, 1, timeout=60)
-
-
-def test_a_disk_that_is_too_small(config: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    cfg = load_config(RunConfig, config)
-    model = torch.nn.Linear(1000, 1000, device="meta")
-    cfg.folder.mkdir(parents=True)
-    size = checkpoint_bytes(cfg, model)
-    assert size == 1_001_000 * 8 * 4  # weights, two moments, the average, in fp64
-    usage = shutil.disk_usage(config)
-    for free, ok in ((size - 1, False), (size, True), (4 * size, True)):
-        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
-        if ok:
-            check_disk(cfg, model)
-        else:
-            with pytest.raises(UserError, match=r"output=.*: .* GB left, a checkpoint takes 0.0; make room"):
-                check_disk(cfg, model)
-
-
 # --- torchrun
+
+
+def free_port() -> int:
+    with socket.create_server(("0.0.0.0", 0)) as one:
+        return int(one.getsockname()[1])
 
 
 WORKER = """
@@ -584,15 +335,27 @@ def test_torchrun_usage(arguments: str, tmp_path: Path) -> None:
     assert process.returncode == 2 and err.startswith("usage: launch/torchrun.sh")
 
 
-def test_a_stop_is_not_started_again(tmp_path: Path) -> None:
-    process = torchrun(tmp_path, "--restarts", 2, 2, tmp_path / "worker.py", tmp_path / "made", 75)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 75 and "Traceback" not in err
-    assert sorted(os.listdir(tmp_path / "made")) == ["0-0", "0-1"]
+@pytest.mark.parametrize(("code", "final"), [(2, True), (75, True), (1, False), (70, False), (-9, False)])
+def test_what_is_started_again(code: int, final: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    failure = ProcessFailure(local_rank=1, pid=1, exitcode=code, error_file="none")
+    later = ProcessFailure(local_rank=0, pid=2, exitcode=1 if final else 75, error_file="none")
+    later.timestamp = failure.timestamp + 1
+    result = RunResult(state=WorkerState.FAILED, failures={0: later, 1: failure})
+    monkeypatch.setattr(elastic.Agent.__mro__[1], "_monitor_workers", lambda agent, group: result)
+    agent = elastic.Agent.__new__(elastic.Agent)
+    agent._remaining_restarts = 1
+    group = SimpleNamespace(spec=SimpleNamespace(max_restarts=1))
+    if final:
+        with pytest.raises(ChildFailedError):
+            agent._monitor_workers(group)
+    else:
+        assert agent._monitor_workers(group) is result
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "code", "attempts"), [("2", 2, 1), ("1", 1, 3), ("killed", 0, 2), ("well", 0, 1)])
+@pytest.mark.parametrize(
+    ("how", "code", "attempts"), [("75", 75, 1), ("2", 2, 1), ("1", 1, 3), ("killed", 0, 2), ("well", 0, 1)]
+)
 def test_restarts(tmp_path: Path, how: str, code: int, attempts: int) -> None:
     process = torchrun(tmp_path, "--restarts", 2, 2, tmp_path / "worker.py", tmp_path / "made", how)
     _, err = process.communicate(timeout=100)
@@ -603,7 +366,7 @@ def test_restarts(tmp_path: Path, how: str, code: int, attempts: int) -> None:
 @pytest.mark.slow
 def test_two_nodes(tmp_path: Path) -> None:
     """Two launchers on this machine; both start again when a process of one is killed."""
-    where = ["--nodes", 2, "--rendezvous", f"localhost:{free_ports(1)[0]}", "--restarts", 1]
+    where = ["--nodes", 2, "--rendezvous", f"localhost:{free_port()}", "--restarts", 1]
     both = [torchrun(tmp_path, *where, 1, tmp_path / "worker.py", tmp_path / "made", "killed") for _ in range(2)]
     said = [process.communicate(timeout=100)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said

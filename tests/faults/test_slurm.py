@@ -22,10 +22,11 @@ from acceleration.checkpoint import newest
 from acceleration.checkpoint.storage import read_manifest
 from acceleration.runtime import doors, rendezvous_from_environment
 from tests.conftest import ROOT
-from tests.integration.conftest import CONFIG
+from tests.integration import conftest as integration
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS, EVERY = 16, 4
+shapes = integration.shapes  # the fixture
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 
 
@@ -62,7 +63,7 @@ class Cluster:
     def __init__(self, lab: Path, folder: Path, table: Path) -> None:
         self.lab, self.folder = lab, folder
         self.config = folder / "train.yaml"
-        self.config.write_text(CONFIG.format(output=folder / "runs", table=table))
+        self.config.write_text(integration.CONFIG.format(output=folder / "runs", table=table))
         self.python = folder / "python"
         self.python.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/faults/faulty.py "$@"\n')
         self.python.chmod(0o755)

@@ -1,0 +1,122 @@
+"""Processes that look for each other among strangers, and at each other before they begin."""
+
+import os
+import re
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from acceleration import preflight as look
+from acceleration.preflight import Facts, assess, differences
+from acceleration.rendezvous import Door, StartError, meet, ranges
+from acceleration.runtime import Runtime
+from tests.dist.harness import DistributedFailure, run_distributed
+
+
+def in_threads(*calls: Callable[[], Any]) -> list[Any]:
+    """Results, or what was raised."""
+    results: list[Any] = [None] * len(calls)
+
+    def keep(i: int) -> None:
+        try:
+            results[i] = calls[i]()
+        except Exception as error:
+            results[i] = error
+
+    threads = [threading.Thread(target=keep, args=(i,), daemon=True) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    return results
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("0.0.0.0", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def test_ranks_meet_past_strangers() -> None:
+    """A silent one, one that talks, and the door of another job."""
+    ports = free_ports(4)
+    silent = socket.create_server(("0.0.0.0", ports[0]))
+    talker = socket.create_server(("0.0.0.0", ports[1]))
+    threading.Thread(target=lambda: talker.accept()[0].sendall(b"220 ready\r\n"), daemon=True).start()
+    other = Door("localhost", ports[2:3], "another-job", 1)
+    found = in_threads(*(lambda rank=rank: meet(rank, 3, "127.0.0.1", ports, "this-job", 20) for rank in range(3)))
+    found[1].set("a", "b")
+    assert found[0].get("a") == found[2].get("a") == b"b"
+    silent.close(), talker.close(), other.close()
+
+
+def test_who_does_not_come_is_named() -> None:
+    ports = free_ports(1)
+    said = in_threads(*(lambda rank=rank: meet(rank, 5, "127.0.0.1", ports, "job", 1) for rank in (0, 2)))
+    assert str(said[0]) == "2 of 5 processes came within 1 s; missing: rank 1, 3-4; see their logs"
+    assert isinstance(said[1], StartError) and "rank 2" in str(said[1])
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.create_server(("0.0.0.0", 0)) as stranger:
+        port = stranger.getsockname()[1]
+        said = in_threads(
+            lambda: meet(0, 2, "127.0.0.1", [port], "job", 2), lambda: meet(1, 2, "127.0.0.1", [port], "job", 1)
+        )
+    assert str(said[0]).startswith(f"127.0.0.1: port {port} in use by another program")
+    assert str(said[1]).startswith("rank 0 did not answer at 127.0.0.1 within") and f"port {port}" in str(said[1])
+
+
+def test_ranges() -> None:
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+
+
+# --- preflight
+
+
+def facts(rank: int, **more: Any) -> Facts:
+    return Facts(
+        **{"rank": rank, "host": f"n{rank // 2}", "device": "cpu", "identity": "", "same": {"code": "a"}, **more}
+    )
+
+
+def test_who_differs_is_named() -> None:
+    everyone = [facts(rank) for rank in range(6)]
+    assert differences(everyone) == []
+    everyone[3] = facts(3, same={"code": "b"})
+    assert differences(everyone) == ["code is not the same on all processes: rank 3 has b, the others a"]
+    shared = [facts(rank, identity=f"gpu-{rank % 2}") for rank in range(3)]
+    assert differences(shared) == ["rank 0, 2 share one device (gpu-0): start one process per device"]
+
+
+def test_slow_links_and_mixed_devices_are_named() -> None:
+    everyone = [facts(rank, link_s=1e-3 if rank % 2 else 1e-4, reduce_s=2e-3) for rank in range(8)]
+    report = assess(everyone, 1 << 20)
+    assert report.warnings == [] and report.summary.startswith(
+        "preflight: 8 processes on 4 hosts, 8 x cpu; all-reduce "
+    )
+    everyone[3] = facts(3, link_s=1e-2)
+    everyone[0] = facts(0, link_s=1e-4, device="other")
+    warnings = assess(everyone, 1 << 20).warnings
+    assert len(warnings) == 2 and "rank 0" in warnings[0]
+    assert warnings[1].startswith("rank 3 (n1) to rank 4 (n2): 0.1 GB/s, where links between nodes have 1 GB/s")
+
+
+def look_at_all(differing: int | None) -> str:
+    rank = int(os.environ["RANK"])
+    runtime = Runtime(rank, int(os.environ["WORLD_SIZE"]), rank, torch.device("cpu"))
+    return look.preflight(runtime, {"code": "b" if rank == differing else "a"}).summary
+
+
+def test_preflight_on_processes() -> None:
+    said = run_distributed(look_at_all, 2, None, timeout=60)
+    assert said[0] == said[1] and re.match(r"preflight: 2 processes on 1 hosts, 2 x cpu; all-reduce \S+ GB/s", said[0])
+    with pytest.raises(DistributedFailure, match="code is not the same on all processes: rank 1 has b, the others a"):
+        run_distributed(look_at_all, 2, 1, timeout=60)
