@@ -22,6 +22,8 @@ PAUSE_S = 0.2  # between two rounds over the ports
 class StartError(Exception):
     """The processes did not find each other. One line: which port of which host, or which ranks."""
 
+    exit_code = 1  # for a command line: no mistake in the configuration, it may go well the next time
+
 
 class Door:
     """Rank 0's side: answers every connection with ``opensora TOKEN PORT`` until it is closed."""

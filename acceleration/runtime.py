@@ -13,8 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from acceleration.rendezvous import StartError as StartError  # what starting raises
-from acceleration.rendezvous import check_in, meet
+from acceleration.rendezvous import StartError, check_in, meet
 
 DOORS = 4  # ports that are tried one after the other
 

@@ -1,12 +1,11 @@
 """Train: ``torchrun --nproc_per_node N scripts/diffusion/train.py CONFIG.yaml [section.key=value ...]``."""
 
 import logging
-import sys
 
 from opensora.config import RunConfig, config_from_argv
 from opensora.train.loop import train
 from opensora.train.run_folder import finished, write_done
-from opensora.train.setup import SaveError, StartError, start_run
+from opensora.train.setup import SaveError, start_run
 from opensora.utils.logging import announce
 
 INTERRUPTED = 75  # the state is on disk: start the same command again
@@ -14,7 +13,7 @@ INTERRUPTED = 75  # the state is on disk: start the same command again
 
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 when the run is finished (before, or now), 75 when it was stopped and can be resumed, 1
-    when the processes did not find each other, or checkpoints could not be saved any more."""
+    when checkpoints could not be saved any more."""
     cfg = config_from_argv(RunConfig, argv, "Train a video diffusion transformer.")
     if finished(cfg):
         announce(f"{cfg.folder} is finished; for more raise train.steps={cfg.train.steps}, or give another name")
@@ -26,8 +25,6 @@ def main(argv: list[str]) -> int:
             if run.runtime.is_main:
                 write_done(cfg)
             return 0
-    except StartError as error:  # every process has its own view of it
-        print(f"error: {error}", file=sys.stderr, flush=True)
     except SaveError as error:
         announce(f"error: {error}", level=logging.ERROR)
-    return 1
+        return 1

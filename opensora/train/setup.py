@@ -21,7 +21,6 @@ from acceleration.optim import lr_at
 from acceleration.parallelize import parallelize
 from acceleration.plan import Fill
 from acceleration.runtime import Runtime
-from acceleration.runtime import StartError as StartError  # what starting raises, for the command line
 from acceleration.sequence import SequenceParallel
 from acceleration.signals import StopRequest
 from opensora import config

@@ -3,18 +3,29 @@
 import os
 import re
 import socket
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from acceleration import preflight as look
+from acceleration import runtime as runtimes
 from acceleration.preflight import Facts, assess, differences
 from acceleration.rendezvous import Door, StartError, meet, ranges
 from acceleration.runtime import Runtime
+from opensora.cli.train import main as train_main
+from opensora.config import RunConfig, load_config, run_cli
+from opensora.train import run_folder
+from opensora.train.setup import start_run
+from opensora.utils.errors import UserError
 from tests.dist.harness import DistributedFailure, run_distributed
+from tests.integration import conftest as integration
+
+shapes, config = integration.shapes, integration.config  # fixtures
 
 
 def in_threads(*calls: Callable[[], Any]) -> list[Any]:
@@ -120,3 +131,34 @@ def test_preflight_on_processes() -> None:
     assert said[0] == said[1] and re.match(r"preflight: 2 processes on 1 hosts, 2 x cpu; all-reduce \S+ GB/s", said[0])
     with pytest.raises(DistributedFailure, match="code is not the same on all processes: rank 1 has b, the others a"):
         run_distributed(look_at_all, 2, 1, timeout=60)
+
+
+def look_with_other_settings(config: Path) -> str:
+    """Rank 1 reads another seed."""
+    cfg = load_config(RunConfig, config, [f"seed={os.environ['RANK']}"])
+    with pytest.raises(UserError) as caught:
+        start_run(cfg)
+    runtimes.stop()
+    return str(caught.value)
+
+
+def test_a_rank_with_other_settings_is_refused(config: Path) -> None:
+    """Before anything is written but the lock, which is given back."""
+    said = run_distributed(look_with_other_settings, 2, config, timeout=100, init=False)
+    assert said[0] == said[1]
+    assert re.fullmatch(r"configuration is not the same on all processes: rank 1 has \w+, the others \w+", said[0])
+    folder = load_config(RunConfig, config).folder
+    assert os.listdir(folder) == [run_folder.LOCK]
+
+
+def test_a_command_whose_peers_do_not_come(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "9"}
+    for name, value in step.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["train.py", str(config), "parallel.timeout_s=1"])
+    with pytest.raises(SystemExit) as caught:
+        run_cli(train_main)
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == ("error: 1 of 2 processes came within 1 s; missing: rank 1; see their logs\n")
