@@ -34,7 +34,7 @@ class Facts:
     rank: int
     host: str
     device: str  # name of the kind
-    identity: str  # of the one device: two processes with the same share it; empty: a CPU, which may be shared
+    visible: int  # GPUs that the process sees
     same: Mapping[str, str]  # what must be the same everywhere, by name
     link_s: float = 0.0  # time to send the buffer to the next rank, all at the same time
     reduce_s: float = 0.0  # time to sum it over all
@@ -55,14 +55,14 @@ def preflight(runtime: Runtime, same: Mapping[str, str]) -> Report:
         same: what must be equal on all processes, such as a version of the code, by a name that a person understands.
 
     Raises:
-        PreflightError: something differs, or two processes share a device; the same line on every process.
+        PreflightError: something differs; the same line on every process.
     """
     group = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
     facts = Facts(
         rank=runtime.rank,
         host=socket.gethostname(),
         device=device_name(runtime.device),
-        identity=device_identity(runtime.device),
+        visible=torch.cuda.device_count(),
         same={**same, "torch": torch.__version__},
     )
     problems = differences(_gather(facts, runtime, group))
@@ -84,9 +84,6 @@ def differences(everyone: list[Facts]) -> list[str]:
             (usual, _), *others = sorted(groups.items(), key=lambda item: -len(item[1]))
             them = ", ".join(f"rank {ranges(ranks)} has {value}" for value, ranks in others)
             found.append(f"{name} is not the same on all processes: {them}, the others {usual}")
-    for identity, ranks in _groups((facts.identity, facts.rank) for facts in everyone if facts.identity).items():
-        if len(ranks) > 1:
-            found.append(f"rank {ranges(ranks)} share one device ({identity}): start one process per device")
     return found
 
 
@@ -98,6 +95,12 @@ def assess(everyone: list[Facts], nbytes: int) -> Report:
     if len(devices) > 1:
         listed = ", ".join(f"{name}: rank {ranges(ranks)}" for name, ranks in devices.items())
         warnings.append(f"devices differ, and all wait for the slowest ({listed})")
+    for host, ranks in hosts.items():
+        visible = max(everyone[rank].visible for rank in ranks)
+        if visible > len(ranks):
+            warnings.append(
+                f"{host} has {visible} GPUs and {len(ranks)} processes (rank {ranges(ranks)}): some are idle"
+            )
     links: dict[Hashable, list[tuple[float, Facts, Facts]]] = defaultdict(list)
     for here, there in zip(everyone, [*everyone[1:], everyone[0]], strict=True):
         if here.rank != there.rank:
@@ -149,14 +152,6 @@ def measure(runtime: Runtime, nbytes: int) -> tuple[float, float]:
 def device_name(device: torch.device) -> str:
     """Kind of the device, as its maker calls it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def device_identity(device: torch.device) -> str:
-    """What no other device has; empty for a CPU."""
-    if device.type != "cuda":
-        return ""
-    properties = torch.cuda.get_device_properties(device)
-    return f"{socket.gethostname()} {getattr(properties, 'uuid', device.index)}"
 
 
 def _finish(device: torch.device) -> None:

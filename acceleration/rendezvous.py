@@ -22,7 +22,10 @@ PAUSE_S = 0.2  # between two rounds over the ports
 class StartError(Exception):
     """The processes did not find each other. One line: which port of which host, or which ranks."""
 
-    exit_code = 1  # for a command line: no mistake in the configuration, it may go well the next time
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        """``exit_code``: for a command line; 1: it may go well the next time, 2: it will not."""
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class Door:
@@ -55,23 +58,26 @@ class Door:
         self._thread.join(timeout=ANSWER_S)
 
 
-def meet(rank: int, world_size: int, address: str, ports: Sequence[int], token: str, timeout_s: float) -> dist.Store:
+def meet(
+    rank: int, world_size: int, address: str, ports: Sequence[int], token: str, timeout_s: float, device: str = ""
+) -> dist.Store:
     """A store that all ranks share, hosted by rank 0 on a port that the system picks.
 
     Args:
         ports: where rank 0's door may be, the same on all ranks, best first.
         token: without spaces; the same on all ranks of this attempt of this job and on nobody else.
+        device: as for ``check_in``.
 
     Raises:
-        StartError: no port is free, or a rank did not come within ``timeout_s`` seconds.
+        StartError: no port is free, a rank did not come within ``timeout_s`` seconds, or two share a device.
     """
     deadline = time.monotonic() + timeout_s
     if rank == 0:
         limit = timedelta(seconds=timeout_s)
-        store = dist.TCPStore("0.0.0.0", 0, world_size, True, limit, wait_for_workers=False)
+        store = dist.TCPStore("127.0.0.1", 0, world_size, True, limit, wait_for_workers=False)
         door = Door(address, ports, token, store.port)
         try:
-            check_in(store, rank, world_size, deadline - time.monotonic())
+            check_in(store, rank, world_size, deadline - time.monotonic(), device)
         finally:
             door.close()
         return store
@@ -81,26 +87,40 @@ def meet(rank: int, world_size: int, address: str, ports: Sequence[int], token: 
         store = dist.TCPStore(address, port, world_size, False, limit, wait_for_workers=False)
     except dist.DistError as error:
         raise StartError(f"{address}:{port}: rank 0 ended before rank {rank} came ({_first_line(error)})") from None
-    check_in(store, rank, world_size, deadline - time.monotonic())
+    check_in(store, rank, world_size, deadline - time.monotonic(), device)
     store.set_timeout(timedelta(seconds=timeout_s))
     return store
 
 
-def check_in(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> None:
+def check_in(store: dist.Store, rank: int, world_size: int, timeout_s: float, device: str = "") -> None:
     """Wait until every rank has come. Every rank calls this once for a store.
 
+    Args:
+        device: what no other device has; empty where processes may share it.
+
     Raises:
-        StartError: some did not within ``timeout_s`` seconds; on rank 0 it names them.
+        StartError: some did not come within ``timeout_s`` seconds, rank 0 names them; or two share a device.
     """
     store = dist.PrefixStore("check-in", store)
     host = socket.gethostname()
-    store.set(str(rank), host)
+    store.set(str(rank), device)
     if rank != 0:
         try:
             store.wait(["all"], timedelta(seconds=timeout_s + ANSWER_S))  # rank 0 speaks first
         except (dist.DistError, RuntimeError):
             raise StartError(f"rank {rank} on {host} came, others did not within {timeout_s:.0f} s") from None
-        return
+    else:
+        _await(store, world_size, timeout_s)
+        devices = store.multi_get([str(other) for other in range(world_size)])
+        store.set("all", _shared([one.decode() for one in devices]))
+    problem = store.get("all").decode()
+    if problem:
+        if rank == 0:
+            time.sleep(ANSWER_S / 2)  # the others read it before the store is gone
+        raise StartError(problem, exit_code=2)
+
+
+def _await(store: dist.Store, world_size: int, timeout_s: float) -> None:
     missing, deadline = list(range(world_size)), time.monotonic() + timeout_s
     while missing := [other for other in missing if not store.check([str(other)])]:
         if time.monotonic() > deadline:
@@ -109,7 +129,15 @@ def check_in(store: dist.Store, rank: int, world_size: int, timeout_s: float) ->
                 f"missing: rank {ranges(missing)}; see their logs"
             )
         time.sleep(PAUSE_S / 4)
-    store.set("all", "here")
+
+
+def _shared(devices: Sequence[str]) -> str:
+    """Which ranks have the same device, in words; empty if none do."""
+    for device in dict.fromkeys(devices):
+        ranks = [rank for rank, one in enumerate(devices) if one == device]
+        if device and len(ranks) > 1:
+            return f"rank {ranges(ranks)} share one device ({device}): start one process per device"
+    return ""
 
 
 def find_door(address: str, ports: Sequence[int], token: str, deadline: float) -> int:

@@ -6,6 +6,7 @@ torchrun (RANK, WORLD_SIZE, LOCAL_RANK), SLURM steps (SLURM_PROCID, SLURM_STEP_N
 
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -90,7 +91,8 @@ def start(timeout_s: int) -> Runtime:
     """Join the process group (nccl with a GPU per process, else gloo) and choose the device.
 
     Raises:
-        StartError: a peer did not come within ``timeout_s`` seconds, or the port is in use; one line says which.
+        StartError: a peer did not come within ``timeout_s`` seconds, the port is in use, or two processes have one GPU;
+            one line says which.
     """
     ranks = ranks_from_environment()
     if torch.cuda.is_available():
@@ -101,7 +103,7 @@ def start(timeout_s: int) -> Runtime:
         device, backend = torch.device("cpu"), "gloo"
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore("group", common_store(ranks, timeout_s)),
+        store=dist.PrefixStore("group", common_store(ranks, timeout_s, device_identity(device))),
         rank=ranks.rank,
         world_size=ranks.world_size,
         timeout=timedelta(seconds=timeout_s),
@@ -110,7 +112,15 @@ def start(timeout_s: int) -> Runtime:
     return Runtime(ranks.rank, ranks.world_size, ranks.local_rank, device)
 
 
-def common_store(ranks: Ranks, timeout_s: int) -> dist.Store:
+def device_identity(device: torch.device) -> str:
+    """What no other device has; empty for a CPU, which processes share."""
+    if device.type != "cuda":
+        return ""
+    properties = torch.cuda.get_device_properties(device)
+    return f"{socket.gethostname()} GPU {getattr(properties, 'uuid', device.index)}"
+
+
+def common_store(ranks: Ranks, timeout_s: int, device: str = "") -> dist.Store:
     """The store of the launcher if it has one, else of rank 0; returns when every rank is there.
 
     Raises:
@@ -120,7 +130,7 @@ def common_store(ranks: Ranks, timeout_s: int) -> dist.Store:
         return dist.HashStore()
     if ranks.launcher == "slurm":
         address, port = rendezvous_from_environment()
-        return meet(ranks.rank, ranks.world_size, address, doors(port), attempt_token(), timeout_s)
+        return meet(ranks.rank, ranks.world_size, address, doors(port), attempt_token(), timeout_s, device)
     limit = timedelta(seconds=timeout_s)
     try:
         store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=limit))
@@ -128,7 +138,7 @@ def common_store(ranks: Ranks, timeout_s: int) -> dist.Store:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = "in use by another program" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
         raise StartError(f"{where}: {reason}; set MASTER_ADDR and MASTER_PORT, or start again") from None
-    check_in(store, ranks.rank, ranks.world_size, timeout_s)
+    check_in(store, ranks.rank, ranks.world_size, timeout_s, device)
     return store
 
 

@@ -214,6 +214,7 @@ rank = int(os.environ["RANK"])
 def leave(*_):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(0.5 * rank)
+    open(f"{here}/left-{{rank}}", "w").close()
     sys.exit(75)
 {does}
 """
@@ -235,7 +236,10 @@ def test_the_batch_script(case: str, tmp_path: Path) -> None:
     """With an srun and an scontrol that do what they are told."""
     does, signals, code, again = SCRIPT[case]
     run, log = tmp_path / "run", tmp_path / "scontrol.log"
-    stub(tmp_path / "python", TASK.format(python=sys.executable, does=does.replace("{here}", str(tmp_path))))
+    stub(
+        tmp_path / "python",
+        TASK.format(python=sys.executable, here=tmp_path, does=does.replace("{here}", str(tmp_path))),
+    )
     stub(tmp_path / "srun", SRUN.format(python=sys.executable))
     stub(tmp_path / "scontrol", f'#!/bin/sh\necho "$*" >> {log}')
     environment = {"SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "n1", "RUN": str(run), "CODE": str(ROOT)}
@@ -263,6 +267,7 @@ def test_the_batch_script(case: str, tmp_path: Path) -> None:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert ("requeue 5" in log.read_text()) is again, said
+    assert len(list(tmp_path.glob("left-*"))) == (2 if code == 75 else 0), "a task was ended while it left"
     assert json.loads((run / "jobs/slurm-5/attempts.jsonl").read_text())["code"] == code, said
     assert again or process.returncode == code, said
 

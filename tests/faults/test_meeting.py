@@ -85,6 +85,15 @@ def test_a_port_in_use_is_named() -> None:
     assert str(said[1]).startswith("rank 0 did not answer at 127.0.0.1 within") and f"port {port}" in str(said[1])
 
 
+def test_who_shares_a_device_is_named() -> None:
+    """On every rank, before a library that cannot say it so well tries to connect them."""
+    ports = free_ports(1)
+    calls = (lambda r=r: meet(r, 3, "127.0.0.1", ports, "job", 20, device=f"gpu-{r % 2}") for r in range(3))
+    said = in_threads(*calls)
+    assert {str(one) for one in said} == {"rank 0, 2 share one device (gpu-0): start one process per device"}
+    assert {one.exit_code for one in said} == {2}
+
+
 def test_ranges() -> None:
     assert ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
 
@@ -94,7 +103,7 @@ def test_ranges() -> None:
 
 def facts(rank: int, **more: Any) -> Facts:
     return Facts(
-        **{"rank": rank, "host": f"n{rank // 2}", "device": "cpu", "identity": "", "same": {"code": "a"}, **more}
+        **{"rank": rank, "host": f"n{rank // 2}", "device": "cpu", "visible": 0, "same": {"code": "a"}, **more}
     )
 
 
@@ -103,8 +112,6 @@ def test_who_differs_is_named() -> None:
     assert differences(everyone) == []
     everyone[3] = facts(3, same={"code": "b"})
     assert differences(everyone) == ["code is not the same on all processes: rank 3 has b, the others a"]
-    shared = [facts(rank, identity=f"gpu-{rank % 2}") for rank in range(3)]
-    assert differences(shared) == ["rank 0, 2 share one device (gpu-0): start one process per device"]
 
 
 def test_slow_links_and_mixed_devices_are_named() -> None:
@@ -115,7 +122,9 @@ def test_slow_links_and_mixed_devices_are_named() -> None:
     )
     everyone[3] = facts(3, link_s=1e-2)
     everyone[0] = facts(0, link_s=1e-4, device="other")
+    everyone[7] = facts(7, visible=4, link_s=1e-3)
     warnings = assess(everyone, 1 << 20).warnings
+    assert warnings.pop(1) == "n3 has 4 GPUs and 2 processes (rank 6-7): some are idle"
     assert len(warnings) == 2 and "rank 0" in warnings[0]
     assert warnings[1].startswith("rank 3 (n1) to rank 4 (n2): 0.1 GB/s, where links between nodes have 1 GB/s")
 
