@@ -14,6 +14,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from acceleration.rendezvous import StartError, check_in, meet
+
+DOORS = 4  # ports that are tried one after the other
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -52,19 +56,17 @@ def ranks_from_environment(env: Mapping[str, str] = os.environ) -> Ranks:
     return Ranks(0, 1, 0, "none")
 
 
-def rendezvous_from_environment(ranks: Ranks, env: Mapping[str, str] = os.environ) -> tuple[str, int]:
-    """(address, port) where rank 0 listens.
+def rendezvous_from_environment(env: Mapping[str, str] = os.environ) -> tuple[str, int]:
+    """(address, port) where rank 0 of a SLURM step, or of a plain call, is found.
 
-    Under SLURM the first host of the step, and a port from job id and restart count below the ephemeral range, so that
-    two jobs or two attempts on one host do not meet.
+    The first host of the step, and a port from job id and restart count below the ephemeral range, so that two jobs or
+    two attempts on one host do not meet; MASTER_ADDR and MASTER_PORT win.
     """
-    if "MASTER_ADDR" in env and "MASTER_PORT" in env:
-        return env["MASTER_ADDR"], int(env["MASTER_PORT"])
-    if ranks.launcher == "slurm":
-        hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
-        job, restart = int(env.get("SLURM_JOB_ID", 0)), int(env.get("SLURM_RESTART_COUNT", 0))
-        return env.get("MASTER_ADDR") or first_host(hosts), 15000 + (job * 7 + restart) % 15000
-    return "127.0.0.1", free_port()
+    hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
+    job, restart = int(env.get("SLURM_JOB_ID", 0)), int(env.get("SLURM_RESTART_COUNT", 0))
+    return env.get("MASTER_ADDR") or first_host(hosts), int(
+        env.get("MASTER_PORT") or 15000 + (job * 7 + restart) % 15000
+    )
 
 
 def first_host(nodelist: str) -> str:
@@ -75,21 +77,24 @@ def first_host(nodelist: str) -> str:
     return prefix + (re.split(r"[-,]", ranges)[0] if ranges else "") + suffix
 
 
-def free_port() -> int:
-    """A port nobody listens on now, for a group of one process."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def doors(port: int, env: Mapping[str, str] = os.environ) -> list[int]:
+    """Ports to try in turn, the same on every rank; only ``port`` where a person chose it."""
+    return [port] if "MASTER_PORT" in env else [15000 + (port + 3989 * i) % 15000 for i in range(DOORS)]
+
+
+def attempt_token(env: Mapping[str, str] = os.environ) -> str:
+    """What tells this attempt of this SLURM step from all others, the same on every rank of it."""
+    return "-".join(env.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
 
 
 def start(timeout_s: int) -> Runtime:
     """Join the process group (nccl with a GPU per process, else gloo) and choose the device.
 
     Raises:
-        torch.distributed.DistError: a peer did not come within ``timeout_s`` seconds.
+        StartError: a peer did not come within ``timeout_s`` seconds, the port is in use, or two processes have one GPU;
+            one line says which.
     """
     ranks = ranks_from_environment()
-    address, port = rendezvous_from_environment(ranks)
     if torch.cuda.is_available():
         device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
@@ -98,13 +103,43 @@ def start(timeout_s: int) -> Runtime:
         device, backend = torch.device("cpu"), "gloo"
     dist.init_process_group(
         backend,
-        init_method=f"tcp://{address}:{port}" if ranks.launcher != "torchrun" else "env://",
+        store=dist.PrefixStore("group", common_store(ranks, timeout_s, device_identity(device))),
         rank=ranks.rank,
         world_size=ranks.world_size,
         timeout=timedelta(seconds=timeout_s),
         device_id=device if device.type == "cuda" else None,  # nccl must not guess it from the rank
     )
     return Runtime(ranks.rank, ranks.world_size, ranks.local_rank, device)
+
+
+def device_identity(device: torch.device) -> str:
+    """What no other device has; empty for a CPU, which processes share."""
+    if device.type != "cuda":
+        return ""
+    properties = torch.cuda.get_device_properties(device)
+    return f"{socket.gethostname()} GPU {getattr(properties, 'uuid', device.index)}"
+
+
+def common_store(ranks: Ranks, timeout_s: int, device: str = "") -> dist.Store:
+    """The store of the launcher if it has one, else of rank 0; returns when every rank is there.
+
+    Raises:
+        StartError: as ``start``.
+    """
+    if ranks.launcher == "none":
+        return dist.HashStore()
+    if ranks.launcher == "slurm":
+        address, port = rendezvous_from_environment()
+        return meet(ranks.rank, ranks.world_size, address, doors(port), attempt_token(), timeout_s, device)
+    limit = timedelta(seconds=timeout_s)
+    try:
+        store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=limit))
+    except dist.DistError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = "in use by another program" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
+        raise StartError(f"{where}: {reason}; set MASTER_ADDR and MASTER_PORT, or start again") from None
+    check_in(store, ranks.rank, ranks.world_size, timeout_s, device)
+    return store
 
 
 def stop() -> None:

@@ -1,10 +1,33 @@
 #!/usr/bin/env bash
-# launch/torchrun.sh N SCRIPT ARGS...: N processes on this machine. The exit code is that of the process that failed
-# first (2: bad configuration, 75: state saved, run again), without torchrun's own traceback.
+# launch/torchrun.sh [OPTIONS] N SCRIPT ARGS...: N processes on this machine, or on each of several. The exit code is that
+# of the process that failed first (2: bad configuration, 75: state saved, run again), without torchrun's own traceback.
+#
+#   --nodes K               machines; start the same command on each of them
+#   --rendezvous HOST:PORT  with --nodes: the first machine, and a port that is free there
+#   --restarts M            start all processes again, at most M times, when one fails (not after 2 and 75)
 set -euo pipefail
-if [[ $# -lt 2 || ! "$1" =~ ^[1-9][0-9]*$ ]]; then
-    echo "usage: launch/torchrun.sh PROCESSES SCRIPT [ARGS...]" >&2
+usage() {
+    echo "usage: launch/torchrun.sh [--nodes K --rendezvous HOST:PORT] [--restarts M] PROCESSES SCRIPT [ARGS...]" >&2
     exit 2
+}
+nodes=1 rendezvous="" restarts=0
+while [[ "${1:-}" == --* ]]; do
+    [[ $# -ge 2 ]] || usage
+    case "$1" in
+        --nodes) nodes="$2" ;;
+        --rendezvous) rendezvous="$2" ;;
+        --restarts) restarts="$2" ;;
+        *) usage ;;
+    esac
+    shift 2
+done
+[[ $# -ge 2 && "$1" =~ ^[1-9][0-9]*$ && "$nodes" =~ ^[1-9][0-9]*$ && "$restarts" =~ ^[0-9]+$ ]] || usage
+if [[ "$nodes" == 1 ]]; then
+    [[ -z "$rendezvous" ]] || usage
+    where=(--standalone)
+else
+    [[ "$rendezvous" =~ ^[^:]+:[0-9]+$ ]] || usage
+    where=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$rendezvous" --rdzv-id opensora)
 fi
 processes="$1"
 shift
@@ -14,7 +37,8 @@ if [[ -z "${PYTHON:-}" ]]; then
     [[ -x "$PYTHON" ]] || PYTHON=python3
 fi
 
-# Rank 0 hosts the store of the process group, instead of the launcher lending its own.
+# Rank 0 hosts the store of the process group, anew in every attempt. In the launcher's own, processes started again
+# would read what those before them left.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # Without a share each, every process starts as many threads as there are cores.
 cores="$("$PYTHON" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)')"
@@ -22,24 +46,4 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / proces
 # Passed on to the ranks, which save and exit.
 export TORCHELASTIC_SIGNALS_TO_HANDLE="${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2}"
 
-exec "$PYTHON" -c '
-import logging
-import sys
-
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main
-
-logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-for name in ("agent.server.api", "multiprocessing.api", "multiprocessing.errors"):
-    logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
-try:
-    main(sys.argv[1:])
-except ChildFailedError as error:
-    rank, failure = error.get_first_failure()
-    if failure.exitcode not in (2, 70, 75):
-        print(f"rank {rank} failed first, exit code {failure.exitcode}", file=sys.stderr)
-    sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
-except SignalException as error:
-    sys.exit(128 + int(error.sigval))
-' --standalone --nproc-per-node "$processes" "$@"
+exec "$PYTHON" "$root/launch/elastic.py" "${where[@]}" --max-restarts "$restarts" --nproc-per-node "$processes" "$@"

@@ -53,6 +53,7 @@ class TrainConfig:
     resume: Literal["auto", "none"] | str = "auto"  # newest complete checkpoint if any, a fresh start, or a path
     vae_parallel: VaeParallel = "auto"  # on: processes share out the tiles of what they code; auto: on for learned VAEs
     init_from: str | None = None  # safetensors file or export folder to start from, or to adapt with lora.rank > 0
+    preflight: bool = True  # compare code, settings and devices of all processes, and look for slow links, at the start
     export: bool = True  # write the weights for sampling when the run is finished; with lora.rank > 0 the adapters
 
     def __post_init__(self) -> None:
@@ -246,7 +247,8 @@ def config_hash(cfg: Any) -> str:
 
 
 def run_cli(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Call ``main(argv)`` and exit with its code; a ``UserError`` becomes one line on stderr and exit code 2.
+    """Call ``main(argv)`` and exit with its code; a ``UserError`` becomes one line on stderr and exit code 2, an error
+    that has an ``exit_code``, such as ``StartError`` of acceleration, a line of every rank that has it, and that code.
 
     Of several ranks only rank 0 speaks. The others wait before they exit, because a launcher that sees one process
     end kills the rest, and rank 0 must have had its say; one still alive then has an error of its own, and says it.
@@ -262,6 +264,12 @@ def run_cli(main: Callable[[list[str]], int | None]) -> NoReturn:
             line = f"rank {rank}: {line}"
         print(f"error: {line}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except Exception as error:
+        exit_code = getattr(error, "exit_code", None)
+        if exit_code is None:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        raise SystemExit(exit_code) from None
     raise SystemExit(code or 0)
 
 

@@ -4,6 +4,7 @@ import logging
 
 from opensora.config import RunConfig, config_from_argv
 from opensora.train.loop import train
+from opensora.train.run_folder import finished, write_done
 from opensora.train.setup import SaveError, start_run
 from opensora.utils.logging import announce
 
@@ -11,12 +12,19 @@ INTERRUPTED = 75  # the state is on disk: start the same command again
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code: 0 when the run is finished, 75 when it was stopped and can be resumed, 1 when checkpoints
-    could not be saved any more."""
+    """Returns the exit code: 0 when the run is finished (before, or now), 75 when it was stopped and can be resumed, 1
+    when checkpoints could not be saved any more."""
     cfg = config_from_argv(RunConfig, argv, "Train a video diffusion transformer.")
+    if finished(cfg):
+        announce(f"{cfg.folder} is finished; for more raise train.steps={cfg.train.steps}, or give another name")
+        return 0
     try:
         with start_run(cfg) as run:
-            return 0 if train(run) else INTERRUPTED
+            if not train(run):
+                return INTERRUPTED
+            if run.runtime.is_main:
+                write_done(cfg)
+            return 0
     except SaveError as error:
         announce(f"error: {error}", level=logging.ERROR)
         return 1

@@ -37,8 +37,10 @@ from opensora.train import features
 from opensora.train.data import StepData, open_data
 from opensora.train.forecast import Traffic, check_memory
 from opensora.train.metrics import Metrics
+from opensora.train.preflight import check_disk, check_processes
 from opensora.train.reads import Reads
 from opensora.train.resume import check_fresh, checkpoint_info, resume
+from opensora.train.run_folder import RunLock
 from opensora.train.step import Preparation
 from opensora.utils.adapters import write_adapter
 from opensora.utils.errors import UserError
@@ -65,6 +67,7 @@ class Run:
     step: int
     traffic: Traffic | None  # on the process that writes records
     base: str | None = None  # fingerprint of the weights that adapters are trained beside
+    lock: RunLock | None = None  # on the main process
 
     def lr_at(self, step: int) -> float:
         """Learning rate of update ``step``."""
@@ -124,6 +127,8 @@ class Run:
         self.stop.release()
         if kind is None:
             runtimes.stop()
+        if self.lock is not None:
+            self.lock.release()
 
 
 def start_run(cfg: RunConfig) -> Run:
@@ -132,8 +137,17 @@ def start_run(cfg: RunConfig) -> Run:
     Raises:
         UserError: what the user can mend, before the process group exists where possible.
     """
-    table, plan = check(cfg, runtimes.ranks_from_environment().world_size)
-    return build_run(cfg, table, plan, runtimes.start(cfg.parallel.timeout_s))
+    ranks = runtimes.ranks_from_environment()
+    table, plan = check(cfg, ranks.world_size)
+    lock = RunLock(cfg.folder) if ranks.rank == 0 else None
+    try:
+        run = build_run(cfg, table, plan, runtimes.start(cfg.parallel.timeout_s))
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+    run.lock = lock
+    return run
 
 
 def check(cfg: RunConfig, world_size: int) -> tuple[IndexedTable, BatchPlan]:
@@ -174,6 +188,8 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
     """Build, shard and load everything. Collective."""
     folder = cfg.folder
     stop = StopRequest()
+    if cfg.train.preflight:
+        check_processes(cfg, runtime)
     mesh = meshes.build(cfg.parallel.mesh, runtime.world_size, runtime.device)
     announce(f"{config.to_yaml(cfg)}\n{plan.report()}\n{layout(cfg, mesh)}")
 
@@ -186,6 +202,8 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
         base = fingerprint(cfg.train.init_from)
         fill = lora.Filled(fill, add_adapters(cfg, model))
         announce(adapted(model, cfg))
+    if cfg.train.preflight and runtime.is_main:
+        check_disk(cfg, model)
     parallelize(model, cfg.parallel, mesh, runtime.device, fill)
     engine = build_engine(model, cfg.parallel, cfg.optim, mesh)
     checkpoints = CheckpointManager(

@@ -1,0 +1,215 @@
+"""Submit a training run to SLURM: ``python launch/submit.py CONFIG.yaml --nodes 2 --time 4:00:00 [key=value ...]``.
+
+The configuration is read and checked here, so that a mistake costs a second and not a place in the queue. What was read
+and the code are copied into ``RUN/jobs/N/``: every attempt of the job runs exactly these, whatever becomes of the
+checkout. The job is launch/slurm.sbatch with its settings filled in; it queues itself again until the run is finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from opensora.config import RunConfig, load_config, run_cli, save  # noqa: E402
+from opensora.train.setup import check  # noqa: E402
+from opensora.utils.errors import UserError  # noqa: E402
+from opensora.utils.version import PACKAGES, code_digest  # noqa: E402
+
+TEMPLATE = ROOT / "launch" / "slurm.sbatch"
+MARK = "# settings of launch/submit.py\n"
+MIN_SIGNAL_S = 30  # SLURM may be so late, and saving takes its time
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code."""
+    args, overrides = parse(argv)
+    runs = configurations(args.config, overrides, args.array)
+    world = args.nodes * args.tasks_per_node
+    for cfg in runs:
+        if args.check:
+            check(cfg, world)
+    head = load_config(RunConfig, args.config, overrides)
+    if args.dry_run:
+        print(render(args, head, runs, Path(head.folder, "jobs", "N")), end="")
+        return 0
+    if shutil.which("sbatch") is None:
+        raise UserError("sbatch: not found; submit where SLURM is, or look at the job with --dry-run")
+    job = next_folder(head.folder / "jobs")
+    freeze(job, runs, argv)
+    script = job / "job.sbatch"
+    script.write_text(render(args, head, runs, job))
+    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"sbatch: {' '.join(done.stderr.split())}; the job is at {script}")
+    number = done.stdout.strip().split(";")[0]
+    (job / "slurm_job_id").write_text(f"{number}\n")
+    print(f"submitted job {number}: {job} (logs/ has one file per rank)")
+    return 0
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Options, and what is left for the configuration.
+
+    Raises:
+        UserError: an option that cannot be.
+    """
+    about = (__doc__ or "").split("\n\n")[0]
+    parser = argparse.ArgumentParser(prog="python launch/submit.py", description=about, allow_abbrev=False)
+    parser.add_argument("config", help="a training configuration; overrides section.key=value may stand anywhere")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="0: none, training runs on CPUs")
+    parser.add_argument("--tasks-per-node", type=int, help="processes of a node; default: one per GPU")
+    parser.add_argument("--cpus-per-task", type=int, help="cores of a process")
+    parser.add_argument("--time", help="limit of one attempt, such as 4:00:00; the run goes on in the next")
+    for name in ("partition", "account", "qos"):
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--array", type=Path, metavar="FILE", help="a run for every line of FILE, which has overrides")
+    parser.add_argument("--container", metavar="IMAGE", help="image for the tasks (srun --container-image, by pyxis)")
+    parser.add_argument("--mounts", help="of the container, FROM:TO[,...]; default: this folder and the run's")
+    parser.add_argument("--python", help="interpreter of the tasks; default: this one, or python in a container")
+    parser.add_argument(
+        "--signal", type=int, default=120, metavar="S", help="seconds before the limit to save and stop"
+    )
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="any other, as --sbatch=--mem=0"
+    )
+    parser.add_argument(
+        "--no-check", dest="check", action="store_false", help="where the data cannot be seen from here"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the job, write nothing")
+    args, overrides = parser.parse_known_args(argv)
+    if args.tasks_per_node is None:
+        args.tasks_per_node = args.gpus_per_node or 1
+    for name, least in (("nodes", 1), ("gpus_per_node", 0), ("tasks_per_node", 1), ("signal", MIN_SIGNAL_S)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')}={getattr(args, name)}: allowed are integers >= {least}")
+    if args.gpus_per_node and args.tasks_per_node > args.gpus_per_node:
+        raise UserError(
+            f"--tasks-per-node={args.tasks_per_node}: allowed are at most --gpus-per-node={args.gpus_per_node}, "
+            "as a process has a GPU of its own"
+        )
+    return args, overrides
+
+
+def configurations(path: str, overrides: Sequence[str], array: Path | None) -> list[RunConfig]:
+    """The run, or one per line of ``array``; the i-th is called NAME-i unless its line names it.
+
+    Raises:
+        UserError: a mistake in one of them, or two in one folder.
+    """
+    if array is None:
+        return [load_config(RunConfig, path, overrides)]
+    try:
+        lines = [line for line in array.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    except OSError as error:
+        raise UserError(f"--array={array}: {error.strerror}") from None
+    if not lines:
+        raise UserError(f"--array={array}: no lines; give one with overrides for every run")
+    name = load_config(RunConfig, path, overrides).name
+    runs = [
+        load_config(RunConfig, path, [*overrides, f"name={name}-{i}", *shlex.split(s)]) for i, s in enumerate(lines)
+    ]
+    folders = [str(cfg.folder) for cfg in runs]
+    twice = next((folder for folder in folders if folders.count(folder) > 1), None)
+    if twice:
+        raise UserError(f"--array={array}: two runs in {twice}; give every run another name")
+    return runs
+
+
+def next_folder(jobs: Path) -> Path:
+    """A new folder ``jobs/N``, N counting up."""
+    jobs.mkdir(parents=True, exist_ok=True)
+    number = max((int(path.name) for path in jobs.iterdir() if path.name.isdigit()), default=0)
+    while True:
+        number += 1
+        try:
+            (jobs / str(number)).mkdir()
+        except FileExistsError:  # somebody else submits at the same time
+            continue
+        return jobs / str(number)
+
+
+def freeze(job: Path, runs: Sequence[RunConfig], argv: Sequence[str]) -> None:
+    """Copy code and configurations into ``job``, with a note of what they are."""
+    for package in (*PACKAGES, "launch"):
+        shutil.copytree(ROOT / package, job / "code" / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    for i, cfg in enumerate(runs):
+        save(cfg, job / f"config-{i}.yaml")
+    (job / "logs").mkdir()
+    about = {
+        "command": shlex.join(["python", "launch/submit.py", *argv]),
+        "submitted": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "code": code_digest(),
+        "commit": git("rev-parse", "HEAD"),
+        "changed": (git("status", "--porcelain") or "").splitlines(),
+        "folders": [str(cfg.folder) for cfg in runs],
+    }
+    (job / "job.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def git(*command: str) -> str | None:
+    """What git says of the checkout; None where there is none."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.rstrip() if done.returncode == 0 else None
+
+
+def render(args: argparse.Namespace, head: RunConfig, runs: Sequence[RunConfig], job: Path) -> str:
+    """The job: launch/slurm.sbatch with its settings."""
+    job = job.absolute()
+    many = args.array is not None
+    options = [
+        f"--job-name={head.name}",
+        f"--nodes={args.nodes}",
+        f"--ntasks-per-node={args.tasks_per_node}",
+        f"--chdir={Path.cwd()}",
+        f"--output={job}/logs/{'%A_%a' if many else '%j'}.log",
+        f"--signal=B:USR2@{args.signal}",
+        *([f"--gpus-per-node={args.gpus_per_node}"] if args.gpus_per_node else []),
+        *([f"--cpus-per-task={args.cpus_per_task}"] if args.cpus_per_task else []),
+        *(f"--{key}={getattr(args, key)}" for key in ("time", "partition", "account", "qos") if getattr(args, key)),
+        *([f"--array=0-{len(runs) - 1}"] if many else []),
+        *args.sbatch,
+    ]
+    python = args.python or ("python" if args.container else sys.executable)
+    srun = []
+    if args.container:
+        mounts = args.mounts or ",".join(
+            f"{folder}:{folder}" for folder in (Path.cwd(), *(cfg.folder.absolute() for cfg in runs))
+        )
+        srun = [
+            f"--container-image={args.container}",
+            f"--container-mounts={mounts}",
+            f"--container-workdir={Path.cwd()}",
+        ]
+    if args.cpus_per_task:
+        srun.append(f"--cpus-per-task={args.cpus_per_task}")  # which srun does not take from the job since 22.05
+    task = "${SLURM_ARRAY_TASK_ID:-0}"
+    settings = [
+        *(f"#SBATCH {option}" for option in options),
+        f"RUNS=({shlex.join(str(cfg.folder.absolute()) for cfg in runs)})",
+        f"RUN=${{RUNS[{task}]}} JOB={shlex.quote(str(job))}/{task}"
+        if many
+        else f"RUN=${{RUNS[0]}} JOB={shlex.quote(str(job))}",
+        f"CODE={shlex.quote(str(job / 'code'))} PYTHON={shlex.quote(python)}",
+        f"SRUN_OPTIONS=({shlex.join(srun)})",
+        f"set -- {shlex.quote(str(job))}/config-{task}.yaml",
+    ]
+    before, after = TEMPLATE.read_text().split(MARK)
+    return before + "\n".join(settings) + "\n" + after
+
+
+if __name__ == "__main__":
+    run_cli(main)

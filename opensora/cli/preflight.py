@@ -1,0 +1,13 @@
+"""Processes and links, without training: ``srun ... python -m opensora.cli.preflight CONFIG.yaml [overrides]``."""
+
+from opensora.config import RunConfig, config_from_argv, run_cli
+from opensora.train.preflight import check_alone
+
+
+def main(argv: list[str]) -> None:
+    """Ends with an error when the processes cannot be one run."""
+    check_alone(config_from_argv(RunConfig, argv, "Compare all processes of a run and measure what connects them."))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,234 @@
+"""Whose a run's folder is, and whether anything is left to do in it.
+
+Two live runs in one folder would remove each other's checkpoints. ``.lock`` is locked by ``flock``, which the kernel
+gives up with the process however it dies, on one machine always and on most shared file systems between machines.
+Where that cannot be relied on, ``owner.json`` decides: its owner counts in it every few seconds, and one whose count
+stands still is dead. Waiting is measured on this process's monotonic clock only: machines need not agree on the time.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from opensora.config import RunConfig
+from opensora.utils.errors import UserError
+from opensora.utils.logging import announce
+
+DONE = "DONE"  # in the folder of a run that is finished
+LOCK, OWNER = ".lock", "owner.json"
+OWNER_BYTES = 1024  # overwritten in place, so that a full disk does not look like a dead owner
+BEAT_S = 5.0
+STALE_S = 30.0  # an owner that did not count for so long is dead
+LOST = 1  # exit code of a process whose run another one has taken over
+
+
+class RunLock:
+    """The right to write in a run's folder, from ``__init__`` to ``release``. One process of a run holds it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        env: Mapping[str, str] = os.environ,
+        beat_s: float = BEAT_S,
+        stale_s: float = STALE_S,
+        lock: Callable[[int, int], None] = fcntl.flock,
+        lost: Callable[[str], None] | None = None,
+    ) -> None:
+        """
+        Args:
+            lock: ``flock``, or what stands for it in a test.
+            lost: told that another process took the folder over; by default this one then ends at once.
+
+        Raises:
+            UserError: a live run holds the folder; says which.
+        """
+        self.path, self._stale_s, self._beat_s = folder / OWNER, stale_s, beat_s
+        self._lost = lost or _leave
+        self.owner: dict[str, Any] = identity(env)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            self._take(folder, lock)
+        except BaseException:
+            os.close(self._file)
+            raise
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
+        self._thread.start()
+
+    def _take(self, folder: Path, lock: Callable[[int, int], None]) -> None:
+        deadline = time.monotonic() + self._stale_s
+        while (locked := _try(lock, self._file)) is False:
+            holder = read_owner(self.path)
+            # An earlier attempt of the same job is on its way out.
+            if holder is None or not _follows(self.owner, holder) or time.monotonic() > deadline:
+                raise UserError(_refusal(folder, holder))
+            time.sleep(0.2)
+        holder = read_owner(self.path)
+        if holder is not None and not self._is_over(holder, locked):
+            raise UserError(_refusal(folder, holder))
+        _write(self.path, self.owner)
+        if locked is None:
+            # Without a kernel's help two may have written: the last one has it, and all wait long enough to see that.
+            time.sleep(min(1.0, self._beat_s))
+            holder = read_owner(self.path)
+            if holder is not None and holder["token"] != self.owner["token"]:
+                raise UserError(_refusal(folder, holder))
+
+    def _is_over(self, holder: dict[str, Any], locked: bool | None) -> bool:
+        """Whether the process that wrote ``holder`` is gone; waits for a sign of life where nothing else tells."""
+        if _follows(self.owner, holder):
+            return True  # SLURM ended that attempt, or its node is lost
+        if holder["machine"] == self.owner["machine"]:
+            if locked:
+                return True
+            if _started(holder["pid"]) == holder["started"]:
+                return False  # where it differs the process may still live, unseen, in another container
+        announce(
+            f"{self.path}: {describe(holder)} was here last; waiting up to {self._stale_s:.0f} s for a sign of life"
+        )
+        deadline = time.monotonic() + self._stale_s
+        while time.monotonic() < deadline:
+            time.sleep(min(0.5, self._beat_s))
+            now = read_owner(self.path)
+            if now is None:
+                return True
+            if (now["token"], now["beat"]) != (holder["token"], holder["beat"]):
+                return False
+        return True
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self._beat_s):
+            holder = read_owner(self.path)
+            if holder is not None and holder["token"] != self.owner["token"]:
+                self._lost(f"{self.path}: taken over by {describe(holder)}; this process ends without saving")
+                return
+            self.owner["beat"] += 1
+            try:
+                _write(self.path, self.owner)
+            except OSError as error:
+                announce(f"{self.path}: cannot be written ({error.strerror})", level=logging.WARNING)
+
+    def release(self) -> None:
+        """Give the folder up; safe to call twice."""
+        if self._ended.is_set():
+            return
+        self._ended.set()
+        self._thread.join()
+        holder = read_owner(self.path)
+        if holder is not None and holder["token"] == self.owner["token"]:
+            self.path.unlink(missing_ok=True)
+        os.close(self._file)
+
+
+def identity(env: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """What an owner says of itself."""
+    return {
+        "token": uuid.uuid4().hex,
+        "beat": 0,
+        "host": platform.node(),
+        "machine": _machine(),
+        "pid": os.getpid(),
+        "started": _started(os.getpid()),
+        "job": env.get("SLURM_JOB_ID"),
+        "attempt": int(env.get("SLURM_RESTART_COUNT", 0)),
+        "since": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def describe(owner: Mapping[str, Any]) -> str:
+    """An owner in a few words."""
+    job = f", SLURM job {owner['job']} attempt {owner['attempt']}" if owner["job"] else ""
+    return f"process {owner['pid']} on {owner['host']}{job}, since {owner['since']}"
+
+
+def read_owner(path: Path) -> dict[str, Any] | None:
+    """Who wrote ``owner.json`` last; None if nobody, or it cannot be read."""
+    for _ in range(3):  # a reader may come in the middle of a write
+        try:
+            return dict(json.loads(path.read_text()))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            time.sleep(0.05)
+    return None
+
+
+def write_done(cfg: RunConfig) -> None:
+    """Say in the run's folder that it is finished. One process calls this, after all else is written."""
+    path = cfg.folder / DONE
+    aside = path.with_name(f".{DONE}.{os.getpid()}")
+    aside.write_text(json.dumps({"steps": cfg.train.steps, "exported": cfg.train.export}) + "\n")
+    os.replace(aside, path)
+
+
+def finished(cfg: RunConfig) -> bool:
+    """Whether the run already did all that ``cfg`` asks for. More steps than then, or an export, are still to do."""
+    if cfg.train.resume != "auto":
+        return False
+    try:
+        done = json.loads((cfg.folder / DONE).read_text())
+        return bool(done["steps"] >= cfg.train.steps and (done["exported"] or not cfg.train.export))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _follows(mine: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether I am a later attempt of the same SLURM job."""
+    return mine["job"] is not None and mine["job"] == other["job"] and mine["attempt"] > other["attempt"]
+
+
+def _refusal(folder: Path, holder: Mapping[str, Any] | None) -> str:
+    who = describe(holder) if holder else "a process that is just starting"
+    return f"{folder}: in use by {who}; end that run first, or give this one another name"
+
+
+def _try(lock: Callable[[int, int], None], file: int) -> bool | None:
+    """True: locked; False: another process has it; None: this file system has no such locks."""
+    try:
+        lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
+    return True
+
+
+def _write(path: Path, owner: Mapping[str, Any]) -> None:
+    """In place and closed at once: what shared file systems show to others is what was written before a close."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        os.pwrite(handle, json.dumps(owner).encode().ljust(OWNER_BYTES), 0)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _machine() -> str:
+    """The running kernel, which containers of one machine share; two boots differ."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return platform.node()
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this machine began, so that a number given out again is not taken for the old one."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def _leave(message: str) -> None:
+    announce(f"error: {message}", level=logging.ERROR)
+    os._exit(LOST)

@@ -1,0 +1,387 @@
+"""Launching without a cluster: jobs as text, decisions as functions, the batch script, torchrun."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from launch import elastic, submit
+from launch.attempts import Attempt, attempts_without_progress, decide, newest_step, read_history
+from launch.attempts import main as attempts_main
+from opensora.config import RunConfig, load_config, run_cli
+from opensora.utils.version import code_digest
+from tests.conftest import ROOT
+from tests.integration.conftest import CONFIG
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A configuration of a run in runs/run; its table is made up, so it is submitted with --no-check."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "train.yaml"
+    path.write_text(CONFIG.format(output=tmp_path / "runs", table="clips.csv"))
+    return path
+
+
+# --- whether to queue again
+
+
+def attempt(code: int, begun: int, step: int, **more: bool) -> Attempt:
+    return Attempt(attempt=0, code=code, begun=begun, step=step, **more)
+
+
+FAILED = attempt(1, 40, 40)
+DECISIONS: dict[str, tuple[list[Attempt], Attempt, bool]] = {
+    "finished": ([], attempt(0, 0, 50), False),
+    "saved": ([], attempt(75, 0, 20), True),
+    "saved for the tenth time": ([attempt(75, i, i + 1) for i in range(10)], attempt(75, 10, 11), True),
+    "bad configuration": ([], attempt(2, 0, 0), False),
+    "cancelled": ([], attempt(75, 0, 20, terminated=True), False),
+    "cancelled before it could save": ([], attempt(143, 0, 0, terminated=True), False),
+    "a crash after progress": ([], attempt(1, 0, 40), True),
+    "a hang after progress": ([], attempt(70, 0, 40), True),
+    "a first crash without": ([attempt(1, 0, 40)], FAILED, True),
+    "a second": ([attempt(1, 0, 40), FAILED], FAILED, True),
+    "a third": ([attempt(1, 0, 40), FAILED, FAILED], FAILED, False),
+    "a resumed run that crashes at once, three times": ([FAILED, FAILED], FAILED, False),
+    "progress between crashes": ([FAILED, FAILED, attempt(1, 40, 60)], attempt(1, 60, 60), True),
+    "saved without progress, three times": ([attempt(75, 9, 9)] * 2, attempt(75, 9, 9), False),
+    "pre-empted before it could begin, again and again": (
+        [attempt(143, 9, 9, preempted=True)] * 9,
+        attempt(143, 9, 9, preempted=True),
+        True,
+    ),
+    "pre-emptions excuse no crashes": ([FAILED, attempt(143, 40, 40, preempted=True), FAILED], FAILED, False),
+}
+
+
+@pytest.mark.parametrize("case", DECISIONS)
+def test_whether_a_job_is_queued_again(case: str) -> None:
+    history, now, wanted = DECISIONS[case]
+    assert decide(history, now).requeue is wanted
+
+
+def test_attempts_are_written_down_and_read_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, job = tmp_path, tmp_path / "jobs/1"
+    job.mkdir(parents=True)
+    for step, complete in ((20, True), (40, True), (60, False)):
+        (run / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+        if complete:
+            (run / f"checkpoints/step-{step:08d}/manifest.json").touch()
+    assert newest_step(run) == 40 and newest_step(tmp_path / "none") == 0
+    command = ["decide", "--run", str(run), "--job", str(job)]
+    assert attempts_main([*command, "--begun", "20", "--code", "1"]) == 0
+    for code in (0, 0, 1):
+        assert attempts_main([*command, "--begun", "40", "--code", "1"]) == code
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("requeue: exit code 1 at step 40") and said[3].startswith("stop: 3 attempts in a row")
+    (job / "attempts.jsonl").open("a").write('{"attempt": 1, "co')
+    assert attempts_without_progress(read_history(job / "attempts.jsonl")) == 3
+
+
+# --- the job
+
+
+def rendered(config: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    assert submit.main([str(config), "--no-check", "--dry-run", *options]) == 0
+    text = capsys.readouterr().out
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    assert sorted(os.listdir(config.parent)) == ["train.yaml"]
+    return text
+
+
+def test_a_job_says_what_was_asked(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [
+        "--nodes=4",
+        "--time=4:00:00",
+        "--partition=gpu",
+        "--account=a",
+        "--qos=q",
+        "--signal=90",
+        "--sbatch=--mem=0",
+    ]
+    text = rendered(config, capsys, *asked, "name=first", "--cpus-per-task=12")
+    before_code = text[: text.index("set -uo")]
+    for line in (
+        "nodes=4",
+        "ntasks-per-node=8",
+        "gpus-per-node=8",
+        "time=4:00:00",
+        "partition=gpu",
+        "account=a",
+        "qos=q",
+    ):
+        assert f"\n#SBATCH --{line}\n" in before_code, line
+    for line in ("signal=B:USR2@90", "requeue", "open-mode=append", "mem=0", "job-name=first", "cpus-per-task=12"):
+        assert f"\n#SBATCH --{line}\n" in before_code, line
+    assert before_code.rindex("--signal=B:USR2@90") > before_code.index("--signal=B:USR2@120")  # the last one counts
+    # What stands after a command is not read by sbatch.
+    commands = [i for i, line in enumerate(text.splitlines()) if line and not line.startswith("#")]
+    assert all(i < commands[0] for i, line in enumerate(text.splitlines()) if line.startswith("#SBATCH"))
+
+
+def test_a_container_and_an_array(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = config.parent.parent / f"{config.parent.name}-lines"
+    lines.write_text("seed=1\n# not this\nseed=2 name=other\n")
+    text = rendered(config, capsys, "--container=a.sqsh", "--mounts=/data:/data", f"--array={lines}")
+    assert "#SBATCH --array=0-1\n" in text and "%A_%a.log" in text
+    assert "--container-image=a.sqsh --container-mounts=/data:/data" in text and "PYTHON=python\n" in text
+    assert f"RUNS=({config.parent}/runs/run-0 {config.parent}/runs/other)" in text
+
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "a key": (["train.stepz=3"], "train.stepz: unknown key; did you mean steps?"),
+    "an option": (["--nodez=2"], "nodez: unknown key"),
+    "no nodes": (["--nodes=0"], "--nodes=0: allowed are integers >= 1"),
+    "no time to save": (["--signal=5"], "--signal=5: allowed are integers >= 30"),
+    "two processes on a GPU": (["--gpus-per-node=4", "--tasks-per-node=8"], "--tasks-per-node=8: allowed are at most"),
+    "a layout that does not fit": (["--check", "--gpus-per-node=3"], "parallel.mesh"),
+    "an array of nothing": (["--array=nowhere"], "--array=nowhere: No such file"),
+    "two runs in one folder": (["--array=same"], "two runs in"),
+    "no cluster": ([], "sbatch: not found"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    case: str, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, wanted = MISTAKES[case]
+    Path("same").write_text("name=a\nname=a\n")
+    check = [] if "--check" in options else ["--no-check"]
+    monkeypatch.setattr(submit.shutil, "which", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["submit.py", str(config), *check, *(o for o in options if o != "--check")])
+    with pytest.raises(SystemExit) as caught:
+        run_cli(submit.main)
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and out == "" and err.count("\n") == 1
+    assert wanted in err
+    assert sorted(os.listdir(config.parent)) == ["same", "train.yaml"]
+
+
+def test_what_is_submitted_is_frozen(config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    stub(bin / "sbatch", "#!/bin/sh\necho '77;cluster'\n")
+    monkeypatch.setenv("PATH", f"{bin}:{os.environ['PATH']}")
+    for number in ("1", "2"):
+        assert submit.main([str(config), "--no-check", "optim.lr=3e-4", "name=first"]) == 0
+        job = tmp_path / "runs/first/jobs" / number
+        assert (job / "slurm_job_id").read_text() == "77\n"
+    cfg = load_config(RunConfig, job / "config-0.yaml")
+    assert cfg == load_config(RunConfig, config, ["optim.lr=3e-4", "name=first"])
+    about = json.loads((job / "job.json").read_text())
+    assert about["code"] == code_digest() == code_digest(job / "code") and "optim.lr=3e-4" in about["command"]
+    (job / "code/opensora/config.py").open("a").write("\n")
+    code_digest.cache_clear()
+    assert code_digest(job / "code") != about["code"]
+
+
+def stub(path: Path, script: str) -> None:
+    path.write_text(script)
+    path.chmod(0o755)
+
+
+# Two tasks; USR2 and TERM go to all processes of a task, one that fails ends the other, the highest code is returned.
+SRUN = """#!{python}
+import os, signal, subprocess, sys, time
+command = [word for i, word in enumerate(sys.argv[1:]) if not word.startswith("--") or i > 1]
+tasks = [subprocess.Popen(command, start_new_session=True, env={{**os.environ, "RANK": str(i)}}) for i in range(2)]
+def forward(number, frame):
+    for task in tasks:
+        if task.poll() is None:
+            os.killpg(task.pid, number)
+for number in (signal.SIGUSR2, signal.SIGTERM):
+    signal.signal(number, forward)
+while any(task.poll() is None for task in tasks):
+    if any(task.poll() for task in tasks):
+        forward(signal.SIGTERM, None)
+    time.sleep(0.02)
+sys.exit(max(task.returncode if task.returncode >= 0 else 128 - task.returncode for task in tasks))
+"""
+TASK = """#!{python}
+import os, signal, sys, time
+rank = int(os.environ["RANK"])
+def leave(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(0.5 * rank)
+    open(f"{here}/left-{{rank}}", "w").close()
+    sys.exit(75)
+{does}
+"""
+READY = "open(f'{here}/started-{rank}', 'w').close(); time.sleep(20)"
+LISTEN = "signal.signal(signal.SIGUSR2, leave); signal.signal(signal.SIGTERM, leave)"
+# what every task does, the signals that come meanwhile, the exit code, whether the job queues itself again
+SCRIPT: dict[str, tuple[str, list[signal.Signals], int, bool]] = {
+    "finishes": ("", [], 0, False),
+    "is refused": ("if rank == 0: sys.exit(2)\ntime.sleep(20)", [], 2, False),
+    "fails": ("if rank == 1: sys.exit(1)\ntime.sleep(20)", [], 1, True),
+    "is asked to stop before the limit": (f"{LISTEN}; {READY}", [signal.SIGUSR2], 75, True),
+    "is asked before it listens": (f"{READY.replace('20', '2')}; {LISTEN}; time.sleep(20)", [signal.SIGUSR2], 75, True),
+    "is cancelled": (f"{LISTEN}; {READY}", [signal.SIGTERM], 75, False),
+}
+
+
+@pytest.mark.parametrize("case", SCRIPT)
+def test_the_batch_script(case: str, tmp_path: Path) -> None:
+    """With an srun and an scontrol that do what they are told."""
+    does, signals, code, again = SCRIPT[case]
+    run, log = tmp_path / "run", tmp_path / "scontrol.log"
+    stub(
+        tmp_path / "python",
+        TASK.format(python=sys.executable, here=tmp_path, does=does.replace("{here}", str(tmp_path))),
+    )
+    stub(tmp_path / "srun", SRUN.format(python=sys.executable))
+    stub(tmp_path / "scontrol", f'#!/bin/sh\necho "$*" >> {log}')
+    environment = {"SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "n1", "RUN": str(run), "CODE": str(ROOT)}
+    environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOST_PYTHON": sys.executable}
+    process = subprocess.Popen(
+        ["bash", ROOT / "launch/slurm.sbatch", "config.yaml"],
+        env=os.environ | environment | {"PYTHON": str(tmp_path / "python"), "ENTRY": "x"},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while signals and time.monotonic() < deadline and len(list(tmp_path.glob("started-*"))) < 2:
+            time.sleep(0.02)
+        for number in signals:
+            # SLURM's warning goes to the script alone, the end of a job to all.
+            (process.send_signal if number == signal.SIGUSR2 else lambda n: os.killpg(process.pid, n))(number)
+        while again and time.monotonic() < deadline and not (log.exists() and "requeue" in log.read_text()):
+            time.sleep(0.02)
+        if again:  # then SLURM ends the script
+            os.killpg(process.pid, signal.SIGKILL)
+        said, _ = process.communicate(timeout=30)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert ("requeue 5" in log.read_text()) is again, said
+    assert len(list(tmp_path.glob("left-*"))) == (2 if code == 75 else 0), "a task was ended while it left"
+    assert json.loads((run / "jobs/slurm-5/attempts.jsonl").read_text())["code"] == code, said
+    assert again or process.returncode == code, said
+
+
+def test_the_batch_script_by_hand_wants_a_run(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RUN"}
+    done = subprocess.run(
+        ["bash", ROOT / "launch/slurm.sbatch"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        timeout=20,
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: RUN is not set") and not os.listdir(tmp_path)
+
+
+# --- torchrun
+
+
+def free_port() -> int:
+    with socket.create_server(("0.0.0.0", 0)) as one:
+        return int(one.getsockname()[1])
+
+
+WORKER = """
+import os, sys
+import torch, torch.distributed as dist
+from acceleration.runtime import start, stop
+attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
+start(30)
+open(f"{sys.argv[1]}/{attempt}-{rank}", "w").close()
+if sys.argv[2] == "killed" and attempt == 0 and rank == 1:
+    os.kill(os.getpid(), 9)
+if sys.argv[2].isdigit():
+    os._exit(int(sys.argv[2]))
+dist.all_reduce(torch.ones(1))
+stop()
+"""
+
+
+def torchrun(tmp_path: Path, *arguments: object) -> "subprocess.Popen[str]":
+    (tmp_path / "worker.py").write_text(WORKER)
+    (tmp_path / "made").mkdir(exist_ok=True)
+    return subprocess.Popen(
+        ["bash", ROOT / "launch/torchrun.sh", *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+    )
+
+
+USAGE = (
+    "",
+    "2",
+    "0 x",
+    "two x",
+    "--nodes 2 1 x",
+    "--nodes 2",
+    "--fast 1 2 x",
+    "--rendezvous h:1 1 x",
+    "--restarts -1 1 x",
+)
+
+
+@pytest.mark.parametrize("arguments", [*USAGE, "--nodes 2 --rendezvous h 1 x"])
+def test_torchrun_usage(arguments: str, tmp_path: Path) -> None:
+    process = torchrun(tmp_path, *arguments.split())
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 2 and err.startswith("usage: launch/torchrun.sh")
+
+
+@pytest.mark.parametrize(("code", "final"), [(2, True), (75, True), (1, False), (70, False), (-9, False)])
+def test_what_is_started_again(code: int, final: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    failure = ProcessFailure(local_rank=1, pid=1, exitcode=code, error_file="none")
+    later = ProcessFailure(local_rank=0, pid=2, exitcode=1 if final else 75, error_file="none")
+    later.timestamp = failure.timestamp + 1
+    result = RunResult(state=WorkerState.FAILED, failures={0: later, 1: failure})
+    monkeypatch.setattr(elastic.Agent.__mro__[1], "_monitor_workers", lambda agent, group: result)
+    agent = elastic.Agent.__new__(elastic.Agent)
+    agent._remaining_restarts = 1
+    group = SimpleNamespace(spec=SimpleNamespace(max_restarts=1))
+    if final:
+        with pytest.raises(ChildFailedError):
+            agent._monitor_workers(group)
+    else:
+        assert agent._monitor_workers(group) is result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "code", "attempts"), [("75", 75, 1), ("2", 2, 1), ("1", 1, 3), ("killed", 0, 2), ("well", 0, 1)]
+)
+def test_restarts(tmp_path: Path, how: str, code: int, attempts: int) -> None:
+    process = torchrun(tmp_path, "--restarts", 2, 2, tmp_path / "worker.py", tmp_path / "made", how)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == code, err
+    assert sorted(os.listdir(tmp_path / "made")) == [f"{i}-{rank}" for i in range(attempts) for rank in (0, 1)]
+
+
+@pytest.mark.slow
+def test_two_nodes(tmp_path: Path) -> None:
+    """Two launchers on this machine; both start again when a process of one is killed."""
+    where = ["--nodes", 2, "--rendezvous", f"localhost:{free_port()}", "--restarts", 1]
+    both = [torchrun(tmp_path, *where, 1, tmp_path / "worker.py", tmp_path / "made", "killed") for _ in range(2)]
+    said = [process.communicate(timeout=100)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sorted(os.listdir(tmp_path / "made")) == ["0-0", "0-1", "1-0", "1-1"]
+
+
+@pytest.mark.slow
+def test_a_stranger_where_nodes_should_meet(tmp_path: Path) -> None:
+    with socket.create_server(("0.0.0.0", 0)) as stranger:
+        port = stranger.getsockname()[1]
+        process = torchrun(tmp_path, "--nodes", 2, "--rendezvous", f"localhost:{port}", 1, tmp_path / "worker.py")
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and err.startswith(f"error: localhost:{port} is in use by another program")

@@ -1,0 +1,173 @@
+"""Processes that look for each other among strangers, and at each other before they begin."""
+
+import os
+import re
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from acceleration import preflight as look
+from acceleration import runtime as runtimes
+from acceleration.preflight import Facts, assess, differences
+from acceleration.rendezvous import Door, StartError, meet, ranges
+from acceleration.runtime import Runtime
+from opensora.cli.train import main as train_main
+from opensora.config import RunConfig, load_config, run_cli
+from opensora.train import run_folder
+from opensora.train.setup import start_run
+from opensora.utils.errors import UserError
+from tests.dist.harness import DistributedFailure, run_distributed
+from tests.integration import conftest as integration
+
+shapes, config = integration.shapes, integration.config  # fixtures
+
+
+def in_threads(*calls: Callable[[], Any]) -> list[Any]:
+    """Results, or what was raised."""
+    results: list[Any] = [None] * len(calls)
+
+    def keep(i: int) -> None:
+        try:
+            results[i] = calls[i]()
+        except Exception as error:
+            results[i] = error
+
+    threads = [threading.Thread(target=keep, args=(i,), daemon=True) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    return results
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("0.0.0.0", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def test_ranks_meet_past_strangers() -> None:
+    """A silent one, one that talks, and the door of another job."""
+    ports = free_ports(4)
+    silent = socket.create_server(("0.0.0.0", ports[0]))
+    talker = socket.create_server(("0.0.0.0", ports[1]))
+    threading.Thread(target=lambda: talker.accept()[0].sendall(b"220 ready\r\n"), daemon=True).start()
+    other = Door("localhost", ports[2:3], "another-job", 1)
+    found = in_threads(*(lambda rank=rank: meet(rank, 3, "127.0.0.1", ports, "this-job", 20) for rank in range(3)))
+    found[1].set("a", "b")
+    assert found[0].get("a") == found[2].get("a") == b"b"
+    silent.close(), talker.close(), other.close()
+
+
+def test_who_does_not_come_is_named() -> None:
+    ports = free_ports(1)
+    said = in_threads(*(lambda rank=rank: meet(rank, 5, "127.0.0.1", ports, "job", 1) for rank in (0, 2)))
+    assert str(said[0]) == "2 of 5 processes came within 1 s; missing: rank 1, 3-4; see their logs"
+    assert isinstance(said[1], StartError) and "rank 2" in str(said[1])
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.create_server(("0.0.0.0", 0)) as stranger:
+        port = stranger.getsockname()[1]
+        said = in_threads(
+            lambda: meet(0, 2, "127.0.0.1", [port], "job", 2), lambda: meet(1, 2, "127.0.0.1", [port], "job", 1)
+        )
+    assert str(said[0]).startswith(f"127.0.0.1: port {port} in use by another program")
+    assert str(said[1]).startswith("rank 0 did not answer at 127.0.0.1 within") and f"port {port}" in str(said[1])
+
+
+def test_who_shares_a_device_is_named() -> None:
+    """On every rank, before a library that cannot say it so well tries to connect them."""
+    ports = free_ports(1)
+    calls = (lambda r=r: meet(r, 3, "127.0.0.1", ports, "job", 20, device=f"gpu-{r % 2}") for r in range(3))
+    said = in_threads(*calls)
+    assert {str(one) for one in said} == {"rank 0, 2 share one device (gpu-0): start one process per device"}
+    assert {one.exit_code for one in said} == {2}
+
+
+def test_ranges() -> None:
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+
+
+# --- preflight
+
+
+def facts(rank: int, **more: Any) -> Facts:
+    return Facts(
+        **{"rank": rank, "host": f"n{rank // 2}", "device": "cpu", "visible": 0, "same": {"code": "a"}, **more}
+    )
+
+
+def test_who_differs_is_named() -> None:
+    everyone = [facts(rank) for rank in range(6)]
+    assert differences(everyone) == []
+    everyone[3] = facts(3, same={"code": "b"})
+    assert differences(everyone) == ["code is not the same on all processes: rank 3 has b, the others a"]
+
+
+def test_slow_links_and_mixed_devices_are_named() -> None:
+    everyone = [facts(rank, link_s=1e-3 if rank % 2 else 1e-4, reduce_s=2e-3) for rank in range(8)]
+    report = assess(everyone, 1 << 20)
+    assert report.warnings == [] and report.summary.startswith(
+        "preflight: 8 processes on 4 hosts, 8 x cpu; all-reduce "
+    )
+    everyone[3] = facts(3, link_s=1e-2)
+    everyone[0] = facts(0, link_s=1e-4, device="other")
+    everyone[7] = facts(7, visible=4, link_s=1e-3)
+    warnings = assess(everyone, 1 << 20).warnings
+    assert warnings.pop(1) == "n3 has 4 GPUs and 2 processes (rank 6-7): some are idle"
+    assert len(warnings) == 2 and "rank 0" in warnings[0]
+    assert warnings[1].startswith("rank 3 (n1) to rank 4 (n2): 0.1 GB/s, where links between nodes have 1 GB/s")
+
+
+def look_at_all(differing: int | None) -> str:
+    rank = int(os.environ["RANK"])
+    runtime = Runtime(rank, int(os.environ["WORLD_SIZE"]), rank, torch.device("cpu"))
+    return look.preflight(runtime, {"code": "b" if rank == differing else "a"}).summary
+
+
+def test_preflight_on_processes() -> None:
+    said = run_distributed(look_at_all, 2, None, timeout=60)
+    assert said[0] == said[1] and re.match(r"preflight: 2 processes on 1 hosts, 2 x cpu; all-reduce \S+ GB/s", said[0])
+    with pytest.raises(DistributedFailure, match="code is not the same on all processes: rank 1 has b, the others a"):
+        run_distributed(look_at_all, 2, 1, timeout=60)
+
+
+def look_with_other_settings(config: Path) -> str:
+    """Rank 1 reads another seed."""
+    cfg = load_config(RunConfig, config, [f"seed={os.environ['RANK']}"])
+    with pytest.raises(UserError) as caught:
+        start_run(cfg)
+    runtimes.stop()
+    return str(caught.value)
+
+
+def test_a_rank_with_other_settings_is_refused(config: Path) -> None:
+    """Before anything is written but the lock, which is given back."""
+    said = run_distributed(look_with_other_settings, 2, config, timeout=100, init=False)
+    assert said[0] == said[1]
+    assert re.fullmatch(r"configuration is not the same on all processes: rank 1 has \w+, the others \w+", said[0])
+    folder = load_config(RunConfig, config).folder
+    assert os.listdir(folder) == [run_folder.LOCK]
+
+
+def test_a_command_whose_peers_do_not_come(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "9"}
+    for name, value in step.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["train.py", str(config), "parallel.timeout_s=1"])
+    with pytest.raises(SystemExit) as caught:
+        run_cli(train_main)
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == ("error: 1 of 2 processes came within 1 s; missing: rank 1; see their logs\n")
