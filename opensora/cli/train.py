@@ -4,7 +4,7 @@ import logging
 
 from opensora.config import RunConfig, config_from_argv
 from opensora.train.loop import train
-from opensora.train.setup import SaveError, start_run
+from opensora.train.setup import Hopeless, Interrupted, SaveError, start_run
 from opensora.utils.logging import announce
 
 INTERRUPTED = 75  # the state is on disk: start the same command again
@@ -12,11 +12,14 @@ INTERRUPTED = 75  # the state is on disk: start the same command again
 
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 when the run is finished, 75 when it was stopped and can be resumed, 1 when checkpoints
-    could not be saved any more."""
+    could not be saved any more or numbers stay wrong. A hang ends the process with 70 (acceleration/watchdog.py)."""
     cfg = config_from_argv(RunConfig, argv, "Train a video diffusion transformer.")
     try:
         with start_run(cfg) as run:
             return 0 if train(run) else INTERRUPTED
-    except SaveError as error:
+    except Interrupted:
+        announce("stopped before the first step: nothing was trained, nothing is lost")
+        return INTERRUPTED
+    except (SaveError, Hopeless) as error:
         announce(f"error: {error}", level=logging.ERROR)
         return 1
