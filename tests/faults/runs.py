@@ -47,7 +47,7 @@ class Outcome:
 
 def run_with(config: Path, overrides: list[str], faults: tuple[Fault, ...] = ()) -> Outcome:
     """What scripts/diffusion/train.py does, with faults; called on every process."""
-    asked = signals.remember()
+    signals.remember()
     try:
         for fault in _mine(faults, before_start=True):
             _BEFORE[fault.kind](fault)
@@ -62,7 +62,6 @@ def run_with(config: Path, overrides: list[str], faults: tuple[Fault, ...] = ())
                 end = f"hopeless: {error}"
             return Outcome(end, run.step, run.guard.left_out, tuple(judged))
     except Interrupted:
-        assert asked.name or dist.get_world_size() > 1
         return Outcome("before the first step")
 
 
@@ -110,13 +109,19 @@ def _install(run: Run, fault: Fault) -> None:
     prepare, backward, sample, zero_loss = run.prepare, run.engine.backward, loop.sample_prompts, run.zero_loss
     save = run.checkpoints.save
 
-    def preparing(batch: Any, step: int) -> Any:
-        tokens = prepare(batch, step)
-        if fault.kind == "slow":
-            time.sleep(fault.value)
-        elif fault.kind in _AT_A_STEP and due():
-            _AT_A_STEP[fault.kind](run, fault, tokens)
-        return tokens
+    class Preparing:
+        """A run's Preparation that does something after it."""
+
+        def __call__(self, batch: Any, step: int) -> Any:
+            tokens = prepare(batch, step)
+            if fault.kind == "slow":
+                time.sleep(fault.value)
+            elif fault.kind in _AT_A_STEP and due():
+                _AT_A_STEP[fault.kind](run, fault, tokens)
+            return tokens
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(prepare, name)
 
     def going_back(share: Any, *, last_microbatch: bool) -> None:
         backward(share, last_microbatch=last_microbatch)
@@ -136,7 +141,7 @@ def _install(run: Run, fault: Fault) -> None:
         if fault.kind == "term in samples" and due():
             os.kill(os.getpid(), signal.SIGTERM)
 
-    run.prepare, run.engine.backward, run.zero_loss = preparing, going_back, starting_loss  # type: ignore
+    run.prepare, run.engine.backward, run.zero_loss = Preparing(), going_back, starting_loss  # type: ignore
     run.checkpoints.save, loop.sample_prompts = saving, sampling  # type: ignore
 
 
