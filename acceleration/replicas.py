@@ -1,5 +1,6 @@
-"""Whether copies of the state are copies: 64 bits of every process's part, compared where the parts must be equal.
+"""Whether the state can be true: all of it is finite, and copies are copies.
 
+Of every process's part 64 bits are compared where parts must be equal.
 Updates keep copies equal bit for bit. A copy that differs has been altered by something else, as by faulty memory, and
 no loss would show it for a long time.
 """
@@ -50,6 +51,15 @@ def differing(engine: Engine, model: nn.Module, mesh: Mesh) -> list[int]:
             suspect[dist.get_rank()] += _stands_alone(mine, axis)
     dist.all_reduce(suspect)
     return suspect.nonzero().flatten().tolist()
+
+
+def is_finite(engine: Engine, mesh: Mesh) -> bool:
+    """Whether weights, moments and average of all processes are. Collective."""
+    finite = torch.tensor(1, device=torch.device(mesh.device_type))
+    for _, held in engine.held():
+        finite *= held.isfinite().all().to(finite.device)
+    dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+    return bool(finite)
 
 
 def _stands_alone(mine: Tensor, axis: Axis) -> bool:

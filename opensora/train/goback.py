@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from acceleration.checkpoint import steps_in, storage
+from acceleration.replicas import is_finite
 from opensora.train.guard import Guard, Hopeless, Return
 from opensora.train.resume import load
 from opensora.train.setup import Run, open_batches
@@ -29,7 +29,7 @@ def go_back(run: Run, to: Return) -> None:
             announce(f"going back: {error}")
             continue
         load(run.engine, run.checkpoints, path)
-        if _is_finite(run):
+        if is_finite(run.engine, run.mesh):
             break
         announce(f"going back: {path} holds values that are not finite")
     else:
@@ -61,11 +61,3 @@ def _candidates(run: Run, most: int) -> list[Path]:
 
 def _step(path: Path) -> int:
     return int(path.name.rpartition("-")[2])
-
-
-def _is_finite(run: Run) -> bool:
-    finite = torch.tensor(1, device=run.runtime.device)
-    for _, held in run.engine.held():
-        finite *= held.isfinite().all().to(finite.device)
-    dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-    return bool(finite)

@@ -2,7 +2,8 @@
 
 An update whose loss or gradient norm is not finite, or spikes, is left out on all processes alike, before optimizer,
 average and window: its samples are consumed, nothing else happens. When more than ``guard.max_bad`` in a row are bad,
-the run goes back to a checkpoint older than the first of them. The first time it makes the same updates again, bit for
+or one is and the weights themselves are not finite, the run goes back to a checkpoint older than the first of them.
+The first time it makes the same updates again, bit for
 bit, so that what was transient, such as a fault of memory, is as if it had not been. If the same trouble comes
 again, its cause is in the numbers: the run goes back and leaps over all samples up to the last bad ones. Then it stops.
 Copies of the state that differ are a reason to go back as well, and never to leap.
@@ -66,6 +67,11 @@ class Guard:
         self._losses: deque[float] = deque(state.get("losses", ()), maxlen=cfg.spike_window)
         self._norms: deque[float] = deque(state.get("norms", ()), maxlen=cfg.spike_window)
 
+    @property
+    def calm(self) -> bool:
+        """The last update was good: its state is worth keeping."""
+        return self._row == 0
+
     def state(self) -> dict[str, Any]:
         """For the checkpoint; JSON."""
         return {
@@ -127,7 +133,8 @@ class Guard:
         Raises:
             Hopeless: it was done often enough.
         """
-        wanted = self._bad_row() or self._unequal(run)
+        ruined = self._row == 1 and not replicas.is_finite(run.engine, run.mesh)
+        wanted = self._bad_row(ruined) or self._unequal(run)
         if wanted is None:
             return None
         self._returns += 1
@@ -139,10 +146,12 @@ class Guard:
         self._row = 0
         return wanted
 
-    def _bad_row(self) -> Return | None:
-        if self._row <= self.cfg.max_bad:
+    def _bad_row(self, ruined: bool = False) -> Return | None:
+        if self._row <= self.cfg.max_bad and not ruined:
             return None
         why = f"{self._row} bad updates in a row from step {self._first} on"
+        if ruined:
+            why = f"values of the state are not finite at step {self._first}"
         return Return(why=why, before=self._first, leap_to=self._last + 1 if self._returns else None)
 
     def _unequal(self, run: "Run") -> Return | None:

@@ -45,7 +45,7 @@ def train(run: Run) -> bool:
         if not stop and run.cfg.validate.every and run.step % run.cfg.validate.every == 0:
             sample_prompts(run)
             stop = run.stop.agreed()
-        if stop or run.step == total or run.step % run.cfg.train.checkpoint_every == 0:
+        if stop or run.step == total or (run.guard.calm and run.step % run.cfg.train.checkpoint_every == 0):
             run.save()
         run.checkpoints.poll()
         if stop and run.step < total:

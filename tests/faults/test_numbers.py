@@ -8,8 +8,9 @@ import torch
 
 from acceleration.checkpoint.manager import contents, newest
 from acceleration.replicas import digest as hashed
+from opensora.cli import train as cli
 from opensora.config import GuardConfig
-from opensora.train.guard import Guard
+from opensora.train.guard import RECOVERED, Guard
 from tests.dist.harness import run_distributed
 from tests.faults.conftest import Tally
 from tests.faults.runs import ALWAYS, Fault, Outcome, digest, events, run_with
@@ -58,14 +59,15 @@ def test_a_bad_update_is_left_out_on_all_alike(fault: str, config: Path, tmp_pat
 
 
 def test_what_was_transient_is_as_if_it_had_not_been(config: Path, clean: Path, tmp_path: Path, tally: Tally) -> None:
-    """A weight turns into NaN in memory: more bad updates than allowed, back to before the first, the same end."""
-    faults = (Fault("weight", step=4, rank=1),)
-    outcome, run = train(config, tmp_path, "guard.max_bad=1", faults=faults)
-    assert outcome.end == "finished" and outcome.left_out == 2
-    made = [step for step, good in outcome.judged if good]
-    assert outcome.judged[4:6] == ((4, False), (5, False)) and made == list(range(8))
+    """A weight turns into NaN in memory: noticed at once, back to before, the same end."""
+    faults = (Fault("weight", step=5, rank=1),)
+    outcome, run = train(config, tmp_path, faults=faults)
+    assert outcome.end == "finished" and outcome.left_out == 1
+    good = [step for step, made in outcome.judged if made]
+    assert outcome.judged[5] == (5, False) and good == [0, 1, 2, 3, 4, 4, 5, 6, 7]
     (event,) = events(run, "went_back")
     assert event["checkpoint"] == "step-00000004" and event["came_from"] == 6
+    assert event["why"] == "values of the state are not finite at step 5"
     assert digest(run) == digest(clean)
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
@@ -116,14 +118,14 @@ def test_one_flipped_bit_in_one_copy_is_found(
 @pytest.mark.slow
 def test_the_copy_that_stands_alone_is_named(config: Path, tmp_path: Path) -> None:
     """Three copies, and four processes of two copies times two places on the tensor axis."""
-    faults = (Fault("bit", step=1, rank=2, value=63),)
-    common = ("guard.replicas_every=2", "train.steps=2", "train.checkpoint_every=1")
+    faults = (Fault("bit", step=2, rank=2, value=62),)
+    common = ("guard.replicas_every=2", "train.steps=4", "train.checkpoint_every=1")
     _, run = train(config, tmp_path / "three", "parallel.zero=0", *common, faults=faults, world=3)
     assert events(run, "went_back")[0]["why"].startswith("the state of rank 2 differs")
     layout = ("parallel.mesh.replicate=2", "parallel.mesh.tensor=2")
     outcome, run = train(config, tmp_path / "clean", *layout, *common, world=4)
     assert outcome.end == "finished" and not events(run, "went_back")
-    faults = (Fault("bit", step=1, rank=3, value=5),)
+    faults = (Fault("bit", step=2, rank=3, value=5),)
     _, run = train(config, tmp_path / "tensor", *layout, *common, faults=faults, world=4)
     assert "3" in events(run, "went_back")[0]["why"]
 
@@ -161,6 +163,18 @@ def lines_of(config: Path, overrides: list[str], faults: tuple[Fault, ...]) -> l
     phases.announce = lines.append  # type: ignore[assignment]
     assert run_with(config, overrides, faults).end == "finished"
     return lines
+
+
+def train_command(arguments: list[str]) -> int:
+    return cli.main(arguments)
+
+
+def test_a_run_that_cannot_be_helped_ends_with_one_line_and_1(config: Path, tmp_path: Path) -> None:
+    """A learning rate that no weight survives, and no checkpoint from before."""
+    arguments = [str(config), f"output={tmp_path}", "optim.lr=1e200", "optim.kind=sgd", "optim.clip_norm=0"]
+    arguments += ["train.checkpoint_every=100", "optim.warmup_steps=0"]
+    assert run_distributed(train_command, 1, arguments, timeout=60, init=False) == [1]
+    assert not (tmp_path / "run/checkpoints").exists()
 
 
 # The policy by itself: what needs no process.
@@ -206,3 +220,14 @@ def test_at_most_five_in_a_row() -> None:
     judged(guard, [NAN], 12)
     wanted = guard._bad_row()
     assert wanted is not None and wanted.before == 7 and wanted.leap_to is None
+
+
+def test_what_is_long_past_no_longer_counts() -> None:
+    guard = Guard(GuardConfig(max_bad=0))
+    guard.judge(10, NAN, 1.0)
+    guard._returns, guard._row = 2, 0
+    for step in range(5, 10 + RECOVERED + 1):  # the same steps again do not
+        guard.judge(step, 1.0, 1.0)
+    assert guard._returns == 2
+    guard.judge(10 + RECOVERED + 1, 1.0, 1.0)
+    assert guard._returns == 0
