@@ -92,7 +92,7 @@ class GuardConfig:
     spike_window: int = 128  # good updates that mean and standard deviation are of
     replicas_every: int = 1000  # steps between two comparisons of the copies of the state; 0: none
     straggler: float = 1.5  # name a process that takes so many times as long as the median; 0: none
-    hang_s: float | None = None  # longest a part of a step may take; null: 0.8 of parallel.timeout_s; 0: no watchdog
+    hang_s: float | None = None  # longest part of a step, or exchange; null: 0.8 parallel.timeout_s; 0: no watchdog
     start_s: float = 1800.0  # longest that building, loading, and a part of the first step may take
     aside_s: float = 3600.0  # longest that saving, sampling or exporting may take
 

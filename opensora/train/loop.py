@@ -47,6 +47,7 @@ def train(run: Run) -> bool:
             stop = run.stop.agreed()
         if stop or run.step == total or (run.guard.calm and run.step % run.cfg.train.checkpoint_every == 0):
             run.save()
+        run.at("commit")
         run.checkpoints.poll()
         if stop and run.step < total:
             run.finish_saving()

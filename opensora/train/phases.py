@@ -12,7 +12,7 @@ from acceleration.watchdog import Watchdog
 from opensora.config import RunConfig
 from opensora.utils.logging import announce
 
-STEP = ("data", "encode", "forward", "backward", "update", "agree", "record")
+STEP = ("data", "encode", "forward", "backward", "update", "agree", "record", "commit")
 ASIDE = ("save", "sample", "export", "replicas", "return")
 STARTING = ("start", "build", "load")
 MEASURED = STEP[:5]
@@ -21,13 +21,17 @@ LEAST_S = 0.01  # a process is not slow by less than this per step
 IN_A_ROW = 2  # records in which a process is the slowest before it is named
 
 
+def hang_s(cfg: RunConfig) -> float:
+    """Longest that a part of a step, or an exchange, may take; 0: as long as it likes."""
+    return HANG_SHARE * cfg.parallel.timeout_s if cfg.guard.hang_s is None else cfg.guard.hang_s
+
+
 class Phases:
     """The current phase of this process. ``at`` is called at the beginning of every phase."""
 
     def __init__(self, cfg: RunConfig, watchdog: Watchdog | None = None) -> None:
         guard = cfg.guard
-        step_s = HANG_SHARE * cfg.parallel.timeout_s if guard.hang_s is None else guard.hang_s
-        self._allowed = {**dict.fromkeys(STEP, step_s), **dict.fromkeys(ASIDE, guard.aside_s)}
+        self._allowed = {**dict.fromkeys(STEP, hang_s(cfg)), **dict.fromkeys(ASIDE, guard.aside_s)}
         self._start_s = guard.start_s
         self._started = False  # the first step has been made
         self._straggler = guard.straggler

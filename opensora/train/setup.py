@@ -44,7 +44,7 @@ from opensora.train.forecast import Traffic, check_memory
 from opensora.train.guard import Guard
 from opensora.train.guard import Hopeless as Hopeless  # what training raises, for the command line
 from opensora.train.metrics import Metrics
-from opensora.train.phases import Phases
+from opensora.train.phases import Phases, hang_s
 from opensora.train.reads import Reads
 from opensora.train.resume import check_fresh, checkpoint_info, resume
 from opensora.train.step import Preparation
@@ -205,11 +205,11 @@ def check(cfg: RunConfig, world_size: int) -> tuple[IndexedTable, BatchPlan]:
 
 def start_watchdog(cfg: RunConfig, runtime: Runtime) -> Watchdog | None:
     """What ends a run that stands still; see guard.hang_s. Collective."""
-    if cfg.guard.hang_s == 0:
+    if not hang_s(cfg):
         return None
     name = [f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"]  # a hang of an earlier start must not end this one
     dist.broadcast_object_list(name, src=0)
-    return Watchdog((cfg.folder / "hangs" / name[0]).absolute(), runtime.rank, runtime.world_size)
+    return Watchdog((cfg.folder / "hangs" / name[0]).absolute(), runtime.rank, runtime.world_size, hang_s(cfg))
 
 
 def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Runtime, phases: Phases) -> Run:

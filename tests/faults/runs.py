@@ -1,8 +1,8 @@
 """Runs with something wrong in them, and what became of them."""
 
-import ctypes
 import hashlib
 import os
+import re
 import signal
 import threading
 import time
@@ -79,6 +79,23 @@ def digest(folder: Path) -> str:
 def events(folder: Path, name: str) -> list[dict[str, Any]]:
     """Events of this name in the run's metrics."""
     return [event for event in read_metrics(folder / "metrics.jsonl")[1] if event["event"] == name]
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes that a process started, and they."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += [int(child), *descendants(int(child))]
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def _mine(faults: tuple[Fault, ...], *, before_start: bool) -> list[Fault]:
@@ -176,7 +193,7 @@ _AT_A_STEP: dict[str, Any] = {
     "weight": _nan_weight,
     "bit": _flip_a_bit,
     "sleep": lambda run, fault, tokens: time.sleep(1000),
-    "lock": lambda run, fault, tokens: ctypes.PyDLL(None).sleep(1000),  # PyDLL keeps the interpreter's lock
+    "lock": lambda run, fault, tokens: re.match("(a+)+$", "a" * 60 + "b"),  # for ever, with the interpreter's lock
     "stop": lambda run, fault, tokens: os.kill(os.getpid(), signal.SIGSTOP),
     "mismatch": _hang_in_mismatch,
     "term": lambda run, fault, tokens: os.kill(os.getpid(), signal.SIGTERM),

@@ -1,20 +1,24 @@
 """Processes that stand still: found in time, named with phase and exchange, every stack written, exit code 70."""
 
 import json
+import os
+import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
 from acceleration.watchdog import LOOK_S, PEERS_S, Place, verdict, where
+from tests.conftest import ROOT
 from tests.dist.harness import DistributedFailure, run_distributed
 from tests.faults.conftest import Tally
-from tests.faults.runs import Fault, run_with
+from tests.faults.runs import Fault, alive, descendants, run_with
 
 HANG_S = 4.0
 KINDS = {
     "sleep": (Fault("sleep", step=2, rank=1), "step 2, encode: does not wait for others", "in <lambda>"),
-    "lock": (Fault("lock", step=2, rank=1), "step 2, encode: does not wait for others", "in <lambda>"),
+    "lock": (Fault("lock", step=2, rank=1), "step 2, encode: does not wait for others", "in match"),
     "slow load": (Fault("slow load", rank=1), "step 0, load: does not wait for others", "in <lambda>"),
     "mismatch": (Fault("mismatch", step=2, rank=-1), "processes wait in different exchanges", "waits in recv"),
     "stop": (Fault("stop", step=2, rank=1), "step 2, encode: does not wait for others", "T (stopped)"),
@@ -33,7 +37,7 @@ def test_a_hang_is_named_in_time(kind: str, config: Path, tmp_path: Path, tally:
     report = (folder / "report.txt").read_text()
     assert report.startswith("HANG: no progress for") and named in report and detail in report
     codes = [line.rpartition(" ")[2] for line in str(failure.value).splitlines() if "exit code" in line]
-    assert codes[0] == "70" and set(codes) <= {"70", "-9"}  # -9: held the interpreter's lock, or was ended by the test
+    assert codes[0] == "70" and set(codes) <= {"70", "-9"}  # -9: was stopped, or ended by the harness
     places = {}
     for rank in (0, 1):
         head, _, stacks = (folder / f"rank-{rank:05d}.txt").read_text().partition("\n")
@@ -46,6 +50,35 @@ def test_a_hang_is_named_in_time(kind: str, config: Path, tmp_path: Path, tally:
     late = max(place["since_s"] for place in places.values())
     assert HANG_S <= late <= HANG_S + LOOK_S + PEERS_S + 4
     assert (folder / "report.txt").stat().st_mtime - started < 60
+    tally("hang: process, phase and exchange named in time, exit code 70", 1, 1)
+
+
+def test_who_holds_the_lock_of_the_interpreter_ends_with_70_too(config: Path, tmp_path: Path) -> None:
+    with pytest.raises(DistributedFailure, match="exit code 70"):
+        overrides = [f"output={tmp_path}", "guard.hang_s=0.5", "guard.start_s=60"]
+        run_distributed(run_with, 1, config, overrides, (Fault("lock", step=1),), timeout=60, init=False)
+
+
+def train_command(path: Path, overrides: list[str]) -> "subprocess.Popen[str]":
+    start = ["bash", str(ROOT / "launch/torchrun.sh"), "2", str(ROOT / "scripts/diffusion/train.py"), str(path)]
+    return subprocess.Popen([*start, *overrides], stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_stopped_process_ends_the_command_with_70(config: Path, tmp_path: Path, tally: Tally) -> None:
+    process = train_command(config, [f"output={tmp_path}", "train.steps=100000", "guard.hang_s=5"])
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run/checkpoints").glob("step-*")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    family = descendants(process.pid)
+    trains = [pid for pid in family if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(trains[1], signal.SIGSTOP)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 70, said
+    assert "HANG: no progress" in said and "T (stopped)" in said
+    assert not [pid for pid in family if alive(pid)]
     tally("hang: process, phase and exchange named in time, exit code 70", 1, 1)
 
 
@@ -81,10 +114,10 @@ def test_the_exchange_is_read_from_a_stack() -> None:
     assert where("", 1) == ("", "stack unknown")
 
 
-def place(rank: int, exchange: str, step: int = 5) -> Place:
+def place(rank: int, exchange: str, step: int = 5, state: str = "S (sleeping)") -> Place:
     return Place(
         rank=rank, host=f"n{rank}", pid=100 + rank, step=step, phase="forward", since_s=9.0, late=True,
-        exchange=exchange, line="File x", state="S (sleeping)",
+        exchange=exchange, line="File x", state=state,
     )  # fmt: skip
 
 
@@ -92,6 +125,7 @@ def place(rank: int, exchange: str, step: int = 5) -> Place:
     ("places", "said", "not_said"),
     [
         ([place(0, "all_reduce"), place(1, "")], ["suspect: rank 1 (n1, pid 101), step 5"], "suspect: rank 0"),
+        ([place(0, "all_reduce"), place(1, "all_reduce", state="T (stopped)")], ["suspect: rank 1"], "suspect: all"),
         ([place(0, "all_reduce")], ["rank 1: no word", "rank 0: step 5, forward: waits in"], "suspect"),
         ([place(0, "all_reduce"), place(1, "all_gather")], ["suspect: processes wait in different"], "no word"),
         ([place(0, "all_reduce"), place(1, "all_reduce", 4)], ["suspect: processes wait in different"], "no word"),

@@ -165,6 +165,19 @@ def lines_of(config: Path, overrides: list[str], faults: tuple[Fault, ...]) -> l
     return lines
 
 
+@pytest.mark.slow
+def test_an_engine_that_does_not_ask_goes_back_at_once(config: Path, tmp_path: Path) -> None:
+    """DeepSpeed knows the norm only after its update."""
+    pytest.importorskip("deepspeed")
+    layout = ["parallel.engine=deepspeed", "parallel.zero=1"]
+    layout += [f"parallel.precision.{key}=fp32" for key in ("compute", "reduce", "master")]
+    _, whole = train(config, tmp_path / "whole", *layout)
+    faults = (Fault("target", step=4, rank=1),)
+    outcome, run = train(config, tmp_path / "broken", *layout, faults=faults)
+    assert outcome.end == "finished" and events(run, "went_back")[0]["checkpoint"] == "step-00000004"
+    assert digest(run) == digest(whole)
+
+
 def train_command(arguments: list[str]) -> int:
     return cli.main(arguments)
 

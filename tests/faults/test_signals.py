@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.dist.harness import DistributedFailure, run_distributed
 from tests.faults.conftest import CONFIG, Tally
-from tests.faults.runs import ALWAYS, Fault, Outcome, digest, run_with
+from tests.faults.runs import ALWAYS, Fault, Outcome, alive, descendants, digest, run_with
 
 STEPS = 30
 LONGEST_S = 4.0  # after which a run of this length may be over
@@ -210,18 +210,3 @@ def test_nothing_is_left_when_the_launcher_is_killed(
     steps = sorted(path.name for path in folder.glob("step-*"))
     assert steps and not list(folder.glob(".tmp-*"))
     tally("launcher killed: its processes save and leave", 1, 1)
-
-
-def descendants(pid: int) -> list[int]:
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += [int(child), *descendants(int(child))]
-    return found
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
