@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from acceleration.mesh import Axis
+from acceleration.waiting import WAITING
 
 
 def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], axis: Axis) -> Tensor:
@@ -32,7 +33,8 @@ def all_gather(x: Tensor, dim: int, sizes: Sequence[int], axis: Axis) -> Tensor:
     padded[: x.shape[dim]] = x.detach().movedim(dim, 0)
     received = [torch.empty_like(padded) for _ in sizes]
     if not x.is_meta:
-        dist.all_gather(received, padded, group=axis.group)
+        with WAITING.on(f"all_gather over {axis.name}"):
+            dist.all_gather(received, padded, group=axis.group)
     axis.bytes_sent += nbytes(padded) * (axis.degree - 1)
     parts = [part[:size] for part, size in zip(received, sizes, strict=True)]
     return torch.cat(parts).movedim(0, dim).contiguous()
@@ -42,7 +44,8 @@ def all_reduce_(x: Tensor, axis: Axis) -> Tensor:
     """Sum ``x`` over the axis, in place. Not differentiable."""
     if axis.degree > 1 and x.numel():
         if not x.is_meta:
-            dist.all_reduce(x, group=axis.group)
+            with WAITING.on(f"all_reduce over {axis.name}"):
+                dist.all_reduce(x, group=axis.group)
         count_all_reduce(x, axis)
     return x
 
@@ -77,6 +80,7 @@ class Shift:
         """Start. ``x``: contiguous, not to be written before ``wait``; ``shape``: of what comes."""
         assert x.is_contiguous()
         self._x, self._out = x, x.new_empty(tuple(shape))
+        self._axis = axis
         self._pending: list[dist.Work] = []
         if x.is_meta:
             axis.bytes_sent += nbytes(x)
@@ -95,8 +99,9 @@ class Shift:
 
     def wait(self) -> Tensor:
         """What came."""
-        for work in self._pending:
-            work.wait()
+        with WAITING.on(f"shift along {self._axis.name}"):
+            for work in self._pending:
+                work.wait()
         return self._out
 
 
@@ -154,7 +159,8 @@ def _exchange(x: Tensor, send: tuple[int, ...], receive: tuple[int, ...], axis: 
     x = x.contiguous()
     out = x.new_empty((sum(receive), *x.shape[1:]))
     if not x.is_meta:
-        dist.all_to_all_single(out, x, list(receive), list(send), group=axis.group)
+        with WAITING.on(f"all_to_all over {axis.name}"):
+            dist.all_to_all_single(out, x, list(receive), list(send), group=axis.group)
     row_bytes = x.element_size() * (x[0].numel() if len(x) else 0)
     axis.bytes_sent += (len(x) - send[axis.rank]) * row_bytes
     return out

@@ -39,6 +39,7 @@ from acceleration.mesh import COPIES, PIECES, Axis, Mesh, sharding_mesh
 from acceleration.plan import Fill, Partial
 from acceleration.precision import DTYPES, fsdp_policy
 from acceleration.tensor_parallel import Cut
+from acceleration.waiting import WAITING
 
 
 def shard(
@@ -115,7 +116,8 @@ class _AllGather(_Buffers):
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
         self.axis.bytes_sent += nbytes(input_tensor) * (self.axis.degree - 1)
-        return getattr(dist, ALL_GATHER)(output_tensor, input_tensor, group=group, async_op=async_op)
+        with WAITING.on(f"all_gather of weights over {self.axis.name}"):
+            return getattr(dist, ALL_GATHER)(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
 class _ReduceScatter(_Buffers):
@@ -123,7 +125,8 @@ class _ReduceScatter(_Buffers):
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
         self.axis.bytes_sent += nbytes(output_tensor) * (self.axis.degree - 1)
-        return getattr(dist, REDUCE_SCATTER)(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
+        with WAITING.on(f"reduce_scatter of gradients over {self.axis.name}"):
+            return getattr(dist, REDUCE_SCATTER)(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
 
 
 def materialize(model: nn.Module, precision: PrecisionConfig, device: torch.device, fill: Fill) -> None:
@@ -191,7 +194,8 @@ def full(x: Tensor) -> Tensor:
     """The whole value of ``x`` on every process; collective if ``x`` is sharded, and then on the mesh's device."""
     if not isinstance(x, DTensor):
         return x
-    return (x if x.device.type == x.device_mesh.device_type else to_mesh_device(x)).full_tensor()
+    with WAITING.on("all_gather of a whole tensor"):
+        return (x if x.device.type == x.device_mesh.device_type else to_mesh_device(x)).full_tensor()
 
 
 def to_mesh_device(x: DTensor) -> DTensor:

@@ -1,32 +1,38 @@
-"""A polite stop: signals set a flag, all processes agree on it at a step boundary."""
+"""A polite stop: some process was asked to, and all agree on it at a boundary."""
 
-import signal
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # SLURM and torchrun, a terminal, SLURM's early warning
+from acceleration.waiting import WAITING
+
+
+class Interrupted(Exception):
+    """Asked to stop before the first step; what is on disk is the state."""
 
 
 class StopRequest:
-    """Remembers that this process was asked to stop; installing it replaces the signals' default of dying."""
+    """What every process was asked, known to all."""
 
-    def __init__(self) -> None:
-        self.name: str | None = None
-        self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
+    def __init__(self, asked: Callable[[], bool]) -> None:
+        """``asked``: whether this process was asked to stop; called at every boundary. Collective."""
+        self._asked = asked
         # CPU tensors: agreeing must not wait for the GPU to finish the step.
         self._group = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
 
-    def _remember(self, number: int, frame: object) -> None:
-        self.name = signal.Signals(number).name
-
     def agreed(self) -> bool:
         """True on every process as soon as one was asked. Collective."""
-        flag = torch.tensor(int(self.name is not None))
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        flag = torch.tensor(int(self._asked()))
+        with WAITING.on("agreement whether to stop"):
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
         return bool(flag)
 
-    def release(self) -> None:
-        """Signals do again what they did before."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def check(self) -> None:
+        """A boundary before the first step. Collective.
+
+        Raises:
+            Interrupted: on every process, if one was asked to stop.
+        """
+        if self.agreed():
+            raise Interrupted

@@ -82,6 +82,39 @@ class ValidateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What a run does when numbers go wrong, processes stand still, or copies of its state differ."""
+
+    max_bad: int = (
+        5  # updates in a row left out for a loss or gradient that is not finite, or spikes; then it goes back
+    )
+    max_returns: int = 2  # times to go back to an older checkpoint for one trouble before the run stops
+    spike_sigma: float = 0.0  # leave out an update whose loss or gradient norm is so many deviations high; 0: none
+    spike_window: int = 128  # good updates that mean and standard deviation are of
+    replicas_every: int = 1000  # steps between two comparisons of the copies of the state; 0: none
+    straggler: float = 1.5  # name a process that takes so many times as long as the median; 0: none
+    hang_s: float | None = None  # longest part of a step, or exchange; null: 0.8 parallel.timeout_s; 0: no watchdog
+    start_s: float = 1800.0  # longest that building, loading, and a part of the first step may take
+    aside_s: float = 3600.0  # longest that saving, sampling or exporting may take
+
+    def __post_init__(self) -> None:
+        for name in ("max_bad", "max_returns", "replicas_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: allowed are integers >= 0")
+        if self.spike_sigma < 0:
+            raise ValueError(f"spike_sigma={self.spike_sigma}: allowed are numbers >= 0; 0 leaves out no spike")
+        if self.spike_window < 8:
+            raise ValueError(f"spike_window={self.spike_window}: allowed are integers >= 8")
+        if self.straggler and self.straggler <= 1:
+            raise ValueError(f"straggler={self.straggler}: allowed are numbers > 1; 0 names no process")
+        if self.hang_s is not None and self.hang_s < 0:
+            raise ValueError(f"hang_s={self.hang_s}: allowed are numbers >= 0; 0 is no watchdog")
+        for name in ("start_s", "aside_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: allowed are numbers > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One training run."""
 
@@ -98,6 +131,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig
     validate: ValidateConfig = field(default_factory=ValidateConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from acceleration.checkpoint import background, shards, storage, writer
 from acceleration.checkpoint.background import BackgroundWriter
 from acceleration.checkpoint.pieces import Boxes, Pieces, boxes
+from acceleration.waiting import WAITING
 
 PREFIX = "step-"
 MAX_FAILURES = 3  # saves in a row that may fail before the run stops
@@ -195,7 +196,8 @@ class CheckpointManager:
         if self._pending is None or self._writer is None:
             return
         ready = torch.tensor(int(self._pending.failed is not None or self._writer.ready()))
-        dist.all_reduce(ready, op=dist.ReduceOp.MIN, group=self.group)
+        with WAITING.on("agreement on a checkpoint"):
+            dist.all_reduce(ready, op=dist.ReduceOp.MIN, group=self.group)
         if ready:
             self.wait()
 
@@ -215,7 +217,8 @@ class CheckpointManager:
             except OSError as error:
                 pending.failed = _explain(error)
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (pending.failed, written), group=self.group)
+        with WAITING.on("agreement on a checkpoint"):
+            dist.all_gather_object(everyone, (pending.failed, written), group=self.group)
         problem = next((failed for failed, _ in everyone if failed), None)
         if self._is_main:
             problem = self._commit(pending, problem, {n: about for _, files in everyone for n, about in files.items()})
@@ -326,7 +329,8 @@ class CheckpointManager:
 
     def _from_main(self, value: Any) -> Any:
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.group)
+        with WAITING.on("agreement on a checkpoint"):
+            dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
 

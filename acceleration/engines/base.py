@@ -1,11 +1,12 @@
 """The contract of an engine: what the loop asks of native, DeepSpeed or ColossalAI alike."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
 Weights = Literal["live", "ema"]
+Accept = Callable[[Tensor], bool]  # asked with the gradient norm whether to make an update; answers alike everywhere
 
 
 class Engine(Protocol):
@@ -19,8 +20,11 @@ class Engine(Protocol):
         After the last micro-batch they are those of the whole step, cut as the weights are.
         """
 
-    def step(self, step: int) -> Tensor:
+    def step(self, step: int, accept: Accept | None = None) -> Tensor:
         """One update of weights and average, as update number ``step`` (from 0); gradients are cleared.
+
+        If ``accept`` says no, gradients are cleared and nothing else changes. A vendor's engine that knows the norm
+        only after its update does not ask.
 
         Returns:
             The global gradient norm before clipping, a scalar on the device, equal on every process.
@@ -31,6 +35,9 @@ class Engine(Protocol):
 
     def master_params(self) -> Iterator[tuple[str, Tensor]]:
         """(name, master weight) of all that is trained, as this process holds it."""
+
+    def held(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, plain tensor) of all that updates change, as this process holds it: equal wherever it is a copy."""
 
     def full_weights(self, which: Weights = "live") -> Iterator[tuple[str, Tensor]]:
         """(name, whole weight on the CPU) of all that is trained, one at a time; collective."""

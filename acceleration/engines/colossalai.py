@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from acceleration.config import OptimConfig, ParallelConfig
+from acceleration.engines.base import Accept
 from acceleration.engines.flat import MOMENTS, FlatEngine, Run
 from acceleration.mesh import Mesh
 from acceleration.optim import build_optimizer
@@ -73,7 +74,7 @@ class ColossalAIEngine(FlatEngine):
             # Both plugins divide by the number of processes, we sum: the factor undoes it.
             self.booster.backward(loss_share * self.mesh.world_size, self.vendor)
 
-    def step(self, step: int) -> Tensor:
+    def step(self, step: int, accept: Accept | None = None) -> Tensor:
         self.vendor.step()
         norm = self.vendor.get_grad_norm()
         self.vendor.zero_grad()

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from acceleration.config import OptimConfig, ParallelConfig
+from acceleration.engines.base import Accept
 from acceleration.engines.flat import MOMENTS, FlatEngine, Run
 from acceleration.mesh import Mesh
 from acceleration.optim import build_optimizer
@@ -66,7 +67,7 @@ class DeepSpeedEngine(FlatEngine):
         # micro-batches, which differs from step to step.
         self.vendor.backward(loss_share * self.mesh.world_size, scale_wrt_gas=False)
 
-    def step(self, step: int) -> Tensor:
+    def step(self, step: int, accept: Accept | None = None) -> Tensor:
         norm = self._clip_whole() if self.zero == 0 else None
         self.vendor.step()
         self.update_average(step)

@@ -69,6 +69,13 @@ class FlatEngine(ABC):
     def master_params(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, run.values) for name, run in self.runs().items())
 
+    def held(self) -> Iterator[tuple[str, Tensor]]:
+        for name, run in self.runs().items():
+            yield name, run.values
+            yield from ((f"{name}.{key}", value) for key, value in run.moments.items())
+        if self.ema:
+            yield from ((f"{name}.ema", shadow) for name, shadow in self.ema.shadow.items())
+
     def full_weights(self, which: Weights = "live") -> Iterator[tuple[str, Tensor]]:
         if which == "ema" and self.ema is None:
             raise ValueError("this run keeps no moving average: set optim.ema_decay, or export the live weights")

@@ -17,7 +17,7 @@ from acceleration import collectives, plan, sharding, tensor_parallel
 from acceleration.checkpoint import pieces
 from acceleration.config import OptimConfig, ParallelConfig
 from acceleration.ema import EMA
-from acceleration.engines.base import Weights
+from acceleration.engines.base import Accept, Weights
 from acceleration.host_optimizer import HostOptimizer
 from acceleration.mesh import Mesh
 from acceleration.optim import build_optimizer, ema_decay_at
@@ -42,15 +42,20 @@ class NativeEngine:
         if last_microbatch:
             tensor_parallel.sum_shared_gradients(self.model, self.mesh["tensor"], self.mesh.device_type)
 
-    def step(self, step: int) -> Tensor:
+    def step(self, step: int, accept: Accept | None = None) -> Tensor:
         norm = self._gradient_norm()
+        if accept is None or accept(norm):
+            self._update(step, norm)
+        for parameter in self.trained.values():
+            parameter.grad = None
+        return norm
+
+    def _update(self, step: int, norm: Tensor) -> None:
         if self.optim.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(self.trained.values(), self.optim.clip_norm, norm)
         (self.host or self.optimizer).step()
-        self.optimizer.zero_grad()
         if self.ema:
             self.ema.update(self.master_params(), ema_decay_at(step, self.optim))
-        return norm
 
     def _gradient_norm(self) -> Tensor:
         """Of all gradients; those of layers that are cut over the tensor axis are summed over it, others held alike."""
@@ -73,6 +78,14 @@ class NativeEngine:
 
     def master_params(self) -> Iterator[tuple[str, nn.Parameter]]:
         return iter(self.host.masters.items() if self.host else self.trained.items())
+
+    def held(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.master_params():
+            yield name, sharding.local(parameter.detach())
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                yield f"{name}.{key}", sharding.local(value)
+        if self.ema:
+            yield from ((f"{name}.ema", sharding.local(shadow)) for name, shadow in self.ema.shadow.items())
 
     def full_weights(self, which: Weights = "live") -> Iterator[tuple[str, Tensor]]:
         if which == "ema" and self.ema is None:

@@ -5,7 +5,7 @@ import logging
 from opensora.config import RunConfig, config_from_argv
 from opensora.train.loop import train
 from opensora.train.run_folder import finished, write_done
-from opensora.train.setup import SaveError, start_run
+from opensora.train.setup import Hopeless, Interrupted, SaveError, start_run
 from opensora.utils.logging import announce
 
 INTERRUPTED = 75  # the state is on disk: start the same command again
@@ -13,7 +13,8 @@ INTERRUPTED = 75  # the state is on disk: start the same command again
 
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 when the run is finished (before, or now), 75 when it was stopped and can be resumed, 1
-    when checkpoints could not be saved any more."""
+    when checkpoints could not be saved any more or numbers stay wrong. A hang ends the process with 70
+    (acceleration/watchdog.py)."""
     cfg = config_from_argv(RunConfig, argv, "Train a video diffusion transformer.")
     if finished(cfg):
         announce(f"{cfg.folder} is finished; for more raise train.steps={cfg.train.steps}, or give another name")
@@ -25,6 +26,9 @@ def main(argv: list[str]) -> int:
             if run.runtime.is_main:
                 write_done(cfg)
             return 0
-    except SaveError as error:
+    except Interrupted:
+        announce("stopped before the first step: nothing was trained, nothing is lost")
+        return INTERRUPTED
+    except (SaveError, Hopeless) as error:
         announce(f"error: {error}", level=logging.ERROR)
         return 1

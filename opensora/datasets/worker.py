@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from opensora.datasets.decode import DecodeError, read_frames
+from opensora.utils.signals import end_with_parent
 
 IGNORED_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
 ORPHAN_S = 60.0  # beyond the time limit of a sample: then nobody is there who would have killed this process
@@ -49,6 +50,7 @@ def main(argv: list[str]) -> None:
     for name in IGNORED_SIGNALS:  # the trainer decides when its decoders end
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    end_with_parent(signal.SIGKILL)  # also while a decoder hangs
     connection, shared = Connection(int(argv[0])), SharedFrames(int(argv[1]))
     silence = open(os.devnull, "w")  # noqa: SIM115  (as long as the process)
     connection.send(None)

@@ -51,6 +51,7 @@ class StepData:
         seed: int,
     ) -> None:
         self.plan = plan
+        self.index = table
         self.table = table.content
         self.waited_s = 0.0  # time the loop spent waiting for data
         self._rank, self._degree = mesh.data_rank, mesh.data_degree

@@ -1,5 +1,6 @@
 """The training loop, on one page."""
 
+from opensora.train.goback import go_back
 from opensora.train.setup import Run
 from opensora.train.step import loss_share
 from opensora.train.validate import sample_prompts
@@ -10,33 +11,49 @@ def train(run: Run) -> bool:
 
     Returns:
         True when the run is finished, False when it was interrupted and can be resumed.
+
+    Raises:
+        Hopeless: loss, gradients or copies of the state stay wrong after every remedy; see guard.py.
     """
     total = run.cfg.train.steps
     while run.step < total:
+        run.at("data")
         run.engine.set_lr(run.lr_at(run.step))
         elements = run.data.global_elements(run.step)
         loss = run.zero_loss()
         for batch, is_last in run.data.microbatches(run.step):
+            run.at("encode")
             run.reads.note(batch, run.step)
             tokens = run.prepare(batch, run.step)
+            run.at("forward")
             share = loss_share(run.engine.model, tokens, elements)
+            run.at("backward")
             run.engine.backward(share, last_microbatch=is_last)
             loss += share.detach()
-        grad_norm = run.engine.step(run.step)
+            run.at("data")
+        run.at("update")
+        update = run.guard.update(run, loss)
         run.step += 1
 
+        run.at("agree")
         stop = run.stop.agreed()
-        run.metrics.record(run, loss, grad_norm, last=stop or run.step == total)
-        if run.cfg.validate.every and run.step % run.cfg.validate.every == 0:
+        run.at("record")
+        run.metrics.record(run, update, last=stop or run.step == total)
+        if not stop and (wanted := run.guard.wants_return(run)):
+            go_back(run, wanted)
+            continue
+        if not stop and run.cfg.validate.every and run.step % run.cfg.validate.every == 0:
             sample_prompts(run)
-        if stop or run.step == total or run.step % run.cfg.train.checkpoint_every == 0:
+            stop = run.stop.agreed()
+        if stop or run.step == total or (run.guard.calm and run.step % run.cfg.train.checkpoint_every == 0):
             run.save()
+        run.at("commit")
         run.checkpoints.poll()
         if stop and run.step < total:
-            run.checkpoints.wait()
+            run.finish_saving()
             run.metrics.note("interrupted", run.step)
             return False
-    run.checkpoints.wait()
+    run.finish_saving()
     if run.cfg.train.export:
         run.export()
     return True

@@ -1,14 +1,11 @@
-"""What a run says about itself: a record every few steps, summed over processes when it is due and not before."""
+"""What a run says about itself: a record every few steps, over all processes when it is due and not before."""
 
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 from acceleration.memory import peak_gib
 from acceleration.mesh import Mesh
@@ -16,19 +13,19 @@ from opensora.utils.logging import MetricsLogger, progress
 
 if TYPE_CHECKING:
     from opensora.datasets.bucket import Bucket
+    from opensora.train.guard import Update
     from opensora.train.setup import Run
 
 
 class Metrics:
-    """Collects losses on the device; every ``every`` steps reduces them and writes one record on rank 0."""
+    """Collects updates; every ``every`` steps writes one record on rank 0."""
 
     def __init__(self, logger: MetricsLogger | None, *, every: int, start_step: int, total_steps: int) -> None:
         """``logger``: where records go; None on processes that do not write."""
         self._logger = logger
         self._every = every
         self._bar = progress(total_steps, initial=start_step) if logger else None
-        self._losses: list[Tensor] = []
-        self._norms: list[Tensor] = []
+        self._updates: list[Update] = []
         self._tokens = 0
         self._buckets: Counter[Bucket] = Counter()  # samples consumed
         self._since = time.monotonic()
@@ -37,24 +34,21 @@ class Metrics:
         self._predicted: Counter[str] = Counter()
         self._aside: dict[str, float] = {}
 
-    def record(self, run: "Run", loss: Tensor, grad_norm: Tensor, *, last: bool) -> None:
-        """Note the update just made (``run.step`` counts it); ``loss`` is this process's share. Collective when due."""
-        self._losses.append(loss)
-        self._norms.append(grad_norm.detach())
+    def record(self, run: "Run", update: "Update", *, last: bool) -> None:
+        """Note the update just made or left out (``run.step`` counts it). Collective when due."""
+        self._updates.append(update)
         self._buckets += run.data.bucket_samples(run.step - 1)
         self._tokens += run.tokens(run.step - 1)
         if self._logger and run.traffic:
             self._predicted.update(run.traffic.of_step(run.step - 1))
         if run.step % self._every and not last:
             return
-        # Processes along the tensor axis hold the same share: one of them counts.
-        losses = torch.stack(self._losses) * (run.mesh["tensor"].rank == 0)
-        dist.all_reduce(losses)
+        made = [update for update in self._updates if update.bad is None] or self._updates
         seconds = time.monotonic() - self._since
-        steps = len(self._losses)
+        steps = len(self._updates)
         values = {
-            "loss": losses.mean().item(),
-            "grad_norm": torch.stack(self._norms).mean().item(),
+            "loss": fmean(update.loss for update in made),
+            "grad_norm": fmean(update.grad_norm for update in made),
             "lr": run.lr_at(run.step - 1),
             "epoch": run.data.plan.epoch_of(run.step - 1),
             "time/step_s": seconds / steps,
@@ -67,19 +61,29 @@ class Metrics:
             values[f"comm/{name}_gib"] = sent / steps / 2**30
         values |= {f"comm/{name}_predicted_gib": sent / steps / 2**30 for name, sent in self._predicted.items()}
         values |= run.reads.due()
+        values |= run.phases.due(run.mesh, steps, run.step)
+        values["guard/left_out"] = run.guard.left_out
         values |= {f"samples/{bucket}": count for bucket, count in self._buckets.items()}
         values |= self._aside
         self._aside.clear()
-        self._losses.clear()
-        self._norms.clear()
+        self._begin(run)
+        if self._logger and self._bar is not None:
+            self._logger.log(run.step, values)
+            self._bar.update_to(run.step, values)
+
+    def rewind(self, run: "Run") -> None:
+        """Forget the steps after ``run.step``, which will be made again."""
+        self._begin(run)
+        if self._logger:
+            self._logger.rewind(run.step)
+
+    def _begin(self, run: "Run") -> None:
+        self._updates.clear()
         self._tokens = 0
         self._sent = run.mesh.bytes_sent()
         self._predicted.clear()
         self._buckets.clear()
         self._since, self._waited_s = time.monotonic(), run.data.waited_s
-        if self._logger and self._bar is not None:
-            self._logger.log(run.step, values)
-            self._bar.update_to(run.step, values)
 
     @contextmanager
     def aside(self, name: str, mesh: Mesh) -> Iterator[None]:
@@ -91,10 +95,10 @@ class Metrics:
         self._since += seconds
         self._aside[f"time/{name}_s"] = self._aside.get(f"time/{name}_s", 0.0) + seconds
 
-    def note(self, event: str, step: int) -> None:
+    def note(self, event: str, step: int, **values: Any) -> None:
         """Put an event between the records."""
         if self._logger:
-            self._logger.note(event, step)
+            self._logger.note(event, step, **values)
 
     def close(self) -> None:
         """Flush the writers."""

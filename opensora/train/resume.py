@@ -17,6 +17,7 @@ FREE = (
     *("output", "parallel", "log", "train"),
     *("data.index", "data.workers", "data.prefetch", "data.prefetch_mib", "data.cache_mib", "data.decode_threads"),
     *("data.decode_timeout_s", "data.worker_timeout_s", "data.max_bad_share"),
+    *("guard.hang_s", "guard.start_s", "guard.aside_s", "guard.straggler", "guard.replicas_every"),
 )
 SHOWN = 4  # changed keys in an announcement
 
@@ -53,8 +54,10 @@ def check_fresh(cfg: RunConfig) -> None:
         )
 
 
-def resume(cfg: RunConfig, engine: Engine, checkpoints: CheckpointManager, table: str, base: str | None = None) -> int:
-    """Load the checkpoint that ``train.resume`` names, and return how many updates it has. Collective.
+def resume(
+    cfg: RunConfig, engine: Engine, checkpoints: CheckpointManager, table: str, base: str | None = None
+) -> dict[str, Any] | None:
+    """Load the checkpoint that ``train.resume`` names, and return its manifest, None for a fresh start. Collective.
 
     ``table``: content hash of the clip table; another one than before is announced.
 
@@ -62,23 +65,28 @@ def resume(cfg: RunConfig, engine: Engine, checkpoints: CheckpointManager, table
         UserError: none of the run's checkpoints is complete, the named one is not, or it is of another model.
     """
     if cfg.train.resume == "none":
-        return 0
+        return None
     try:
         path = checkpoints.latest() if cfg.train.resume == "auto" else checkpoints.named(Path(cfg.train.resume))
     except ValueError as error:
         raise UserError(f"train.resume={cfg.train.resume}: {error}") from None
     if path is None:
-        return 0
+        return None
     manifest = checkpoints.manifest(path)
     check_same(cfg, path, manifest, base)
     announce_changes(cfg)
     if manifest.get("table", table) != table:
         announce("resuming with another clip table than before: from here on other samples come than would have")
+    load(engine, checkpoints, path)
+    announce(f"resumed {path} at step {manifest['step']}")
+    return manifest
+
+
+def load(engine: Engine, checkpoints: CheckpointManager, path: Path) -> None:
+    """Take the state of a complete checkpoint. Collective."""
     state = engine.state_dict()
     checkpoints.load(path, state)
     engine.load_state_dict(state)
-    announce(f"resumed {path} at step {manifest['step']}")
-    return int(manifest["step"])
 
 
 def check_same(cfg: RunConfig, path: Path, manifest: dict[str, Any], base: str | None = None) -> None:

@@ -3,10 +3,13 @@
 What a user can get wrong is checked before the process group exists, so that a mistake costs a second and one line.
 """
 
+import os
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from acceleration import lora
@@ -22,7 +25,9 @@ from acceleration.parallelize import parallelize
 from acceleration.plan import Fill
 from acceleration.runtime import Runtime
 from acceleration.sequence import SequenceParallel
+from acceleration.signals import Interrupted as Interrupted  # what building raises, for the command line
 from acceleration.signals import StopRequest
+from acceleration.watchdog import Watchdog
 from opensora import config
 from opensora.config import RunConfig
 from opensora.datasets.index import IndexedTable
@@ -36,12 +41,16 @@ from opensora.models.vae import autoencoder_shape, build_autoencoder
 from opensora.train import features
 from opensora.train.data import StepData, open_data
 from opensora.train.forecast import Traffic, check_memory
+from opensora.train.guard import Guard
+from opensora.train.guard import Hopeless as Hopeless  # what training raises, for the command line
 from opensora.train.metrics import Metrics
+from opensora.train.phases import Phases, hang_s
 from opensora.train.preflight import check_disk, check_processes
 from opensora.train.reads import Reads
 from opensora.train.resume import check_fresh, checkpoint_info, resume
 from opensora.train.run_folder import RunLock
 from opensora.train.step import Preparation
+from opensora.utils import signals
 from opensora.utils.adapters import write_adapter
 from opensora.utils.errors import UserError
 from opensora.utils.logging import MetricsLogger, announce
@@ -52,7 +61,8 @@ from opensora.utils.work import one_by_one
 
 @dataclass(kw_only=True)
 class Run:
-    """A run in memory. ``step`` counts finished updates and is, with the engine's tensors, its whole state."""
+    """A run in memory. ``step`` counts updates made or left out and is, with the engine's tensors and what the guard
+    remembers, its whole state."""
 
     cfg: RunConfig
     runtime: Runtime
@@ -64,6 +74,8 @@ class Run:
     metrics: Metrics
     reads: Reads
     stop: StopRequest
+    guard: Guard
+    phases: Phases
     step: int
     traffic: Traffic | None  # on the process that writes records
     base: str | None = None  # fingerprint of the weights that adapters are trained beside
@@ -72,6 +84,10 @@ class Run:
     def lr_at(self, step: int) -> float:
         """Learning rate of update ``step``."""
         return lr_at(step, self.cfg.optim, self.cfg.train.steps)
+
+    def at(self, phase: str) -> None:
+        """``phase`` begins: for the watchdog, and the account of times."""
+        self.phases.at(phase, self.step)
 
     def zero_loss(self) -> Tensor:
         """Where the shares of a step are added up."""
@@ -85,13 +101,21 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of the state after ``step`` updates. Collective."""
+        self.at("save")
         self.reads.check_agreement()
-        with self.metrics.aside("save", self.mesh):
-            info = checkpoint_info(self.cfg, self.runtime, self.data.table, self.base)
+        with self.metrics.aside("save", self.mesh), signals.remember().saving():
+            info = checkpoint_info(self.cfg, self.runtime, self.data.table, self.base) | {"guard": self.guard.state()}
             self.checkpoints.save(self.step, self.engine.state_dict(), info)
+
+    def finish_saving(self) -> None:
+        """Wait until the checkpoint is on disk. Collective."""
+        self.at("save")
+        with signals.remember().saving():
+            self.checkpoints.wait()
 
     def export(self) -> None:
         """Write what sampling should use: of weights or adapters the moving average, if there is one. Collective."""
+        self.at("export")
         folder = self.cfg.folder / "exported"
         which: Weights = "ema" if self.cfg.optim.ema_decay else "live"
         metadata = weight_layout(self.cfg.model).metadata() | {"step": str(self.step), "weights": which}
@@ -124,7 +148,8 @@ class Run:
         self.data.close()
         self.metrics.close()
         self.checkpoints.close()
-        self.stop.release()
+        self.phases.close()
+        signals.forget()
         if kind is None:
             runtimes.stop()
         if self.lock is not None:
@@ -136,13 +161,21 @@ def start_run(cfg: RunConfig) -> Run:
 
     Raises:
         UserError: what the user can mend, before the process group exists where possible.
+        Interrupted: a process was asked to stop meanwhile.
     """
     ranks = runtimes.ranks_from_environment()
     table, plan = check(cfg, ranks.world_size)
+    signals.remember()
     lock = RunLock(cfg.folder) if ranks.rank == 0 else None
+    phases = None
     try:
-        run = build_run(cfg, table, plan, runtimes.start(cfg.parallel.timeout_s))
-    except BaseException:
+        runtime = runtimes.start(cfg.parallel.timeout_s)
+        phases = Phases(cfg, start_watchdog(cfg, runtime))
+        run = build_run(cfg, table, plan, runtime, phases)
+    except BaseException as error:
+        if phases and isinstance(error, Interrupted):  # on every process
+            phases.close()
+            runtimes.stop()
         if lock is not None:
             lock.release()
         raise
@@ -184,10 +217,26 @@ def check(cfg: RunConfig, world_size: int) -> tuple[IndexedTable, BatchPlan]:
     return table, plan
 
 
-def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Runtime) -> Run:
-    """Build, shard and load everything. Collective."""
+def start_watchdog(cfg: RunConfig, runtime: Runtime) -> Watchdog | None:
+    """What ends a run that stands still; see guard.hang_s. Collective."""
+    if not hang_s(cfg):
+        return None
+    name = [f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"]  # a hang of an earlier start must not end this one
+    dist.broadcast_object_list(name, src=0)
+    return Watchdog((cfg.folder / "hangs" / name[0]).absolute(), runtime.rank, runtime.world_size, hang_s(cfg))
+
+
+def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Runtime, phases: Phases) -> Run:
+    """Build, shard and load everything. Collective.
+
+    Raises:
+        Interrupted: a process was asked to stop meanwhile.
+    """
     folder = cfg.folder
-    stop = StopRequest()
+    asked = signals.remember()
+    stop = StopRequest(lambda: asked.name is not None)
+    stop.check()
+    phases.at("build", 0)
     if cfg.train.preflight:
         check_processes(cfg, runtime)
     mesh = meshes.build(cfg.parallel.mesh, runtime.world_size, runtime.device)
@@ -212,12 +261,15 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
         in_background=cfg.train.checkpoint_async,
         report=announce,
     )
-    step = resume(cfg, engine, checkpoints, table.content, base)
+    stop.check()
+    phases.at("load", 0)
+    manifest = resume(cfg, engine, checkpoints, table.content, base)
+    step = int(manifest["step"]) if manifest else 0
+    stop.check()
+    asked.lost = lambda: f"what was trained since the newest of {checkpoints.folder} will be trained again"
     if runtime.is_main:
         config.save(cfg, folder / config.SAVED_NAME)
 
-    shape = autoencoder_shape(cfg.vae)
-    data = StepData(table, plan, cfg.data, mesh, shape, start_step=step, stop_step=cfg.train.steps, seed=cfg.seed)
     logger = open_logger(cfg, plan, step) if runtime.is_main else None
     metrics = Metrics(logger, every=cfg.train.log_every, start_step=step, total_steps=cfg.train.steps)
     return Run(
@@ -225,17 +277,25 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
         runtime=runtime,
         mesh=mesh,
         engine=engine,
-        data=data,
+        data=open_batches(cfg, table, plan, mesh, step),
         prepare=build_preparation(cfg, mesh, runtime.device),
         checkpoints=checkpoints,
         metrics=metrics,
         reads=Reads(folder / "unreadable", table, mesh, cfg.data.max_bad_share),
         stop=stop,
+        guard=Guard(cfg.guard, step, manifest.get("guard") if manifest else None),
+        phases=phases,
         step=step,
         base=base,
         # The formulas are the native engine's, for weights that are all trained.
         traffic=Traffic(cfg, mesh, plan) if logger and cfg.parallel.engine == "native" and not cfg.lora.rank else None,
     )
+
+
+def open_batches(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, mesh: Mesh, step: int) -> StepData:
+    """What this process reads from update ``step`` on."""
+    shape = autoencoder_shape(cfg.vae)
+    return StepData(table, plan, cfg.data, mesh, shape, start_step=step, stop_step=cfg.train.steps, seed=cfg.seed)
 
 
 def build_preparation(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Preparation:

@@ -32,6 +32,7 @@ def sample_prompts(run: Run) -> None:
         prompt_suffix=run.cfg.data.prompt_suffix,
         run_tiles=run.prepare.run_tiles,
     )
+    run.at("sample")
     with run.metrics.aside("validate", run.mesh):
         files = process_and_save(parts, job, read_jobs(job), quiet=True)
     sharding.release(run.engine.model)

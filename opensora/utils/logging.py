@@ -108,6 +108,12 @@ class MetricsLogger:
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
 
+    def rewind(self, step: int) -> None:
+        """Drop records of steps after ``step`` from the file, as they will come again; copies keep theirs."""
+        self._file.close()
+        _cut_after(self.path, step)
+        self._file = self.path.open("a", encoding="utf-8")
+
     def close(self) -> None:
         """Flush and close all writers; safe to call twice."""
         if not self._file.closed:

@@ -26,6 +26,8 @@ PRELOAD = [
     "torch.distributed.tensor",
     "torch.distributed.checkpoint",
     "torch._dynamo",
+    "transformers.models.byt5",
+    "opensora.train.loop",
 ]
 
 

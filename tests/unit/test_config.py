@@ -139,6 +139,11 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     "adapters that draw": (None, ["lora.dropout=0.1"], "lora.dropout=0.1: allowed is 0"),
     "adapters of no scale": (None, ["lora.alpha=0"], "lora.alpha=0.0: allowed are numbers > 0"),
     "adapters nowhere": (None, ["lora.targets=[]"], "lora.targets=[]: name layers"),
+    "less than no bad update": (None, ["guard.max_bad=-1"], "guard.max_bad=-1: allowed are integers >= 0"),
+    "a window of nothing": (None, ["guard.spike_window=2"], "guard.spike_window=2: allowed are integers >= 8"),
+    "slower than itself": (None, ["guard.straggler=1"], "guard.straggler=1.0: allowed are numbers > 1; 0 names no"),
+    "a hang before it begins": (None, ["guard.hang_s=-1"], "guard.hang_s=-1.0: allowed are numbers >= 0; 0 is no wat"),
+    "no time to start": (None, ["guard.start_s=0"], "guard.start_s=0.0: allowed are numbers > 0"),
     # across sections
     "adapters of nothing": (None, ["lora.rank=4"], "lora.rank=4: adapters need weights to adapt; give train.init_from"),
     "channels that do not fit": (None, ["vae.channels=32"], "model.in_channels=64: vae.kind=dct"),

@@ -1,0 +1,63 @@
+"""Going back to an older checkpoint within a run."""
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from acceleration.checkpoint import steps_in, storage
+from acceleration.replicas import is_finite
+from opensora.train.guard import Guard, Hopeless, Return
+from opensora.train.resume import load
+from opensora.train.setup import Run, open_batches
+from opensora.utils.logging import announce
+
+
+def go_back(run: Run, to: Return) -> None:
+    """Load the newest good checkpoint of at most ``to.before`` updates, and go on from there. Collective.
+
+    Newer checkpoints are removed: a later start would take the way that led into the trouble.
+
+    Raises:
+        Hopeless: there is no such checkpoint.
+    """
+    run.at("return")
+    run.checkpoints.wait()
+    for path in _candidates(run, to.before):
+        try:
+            path = run.checkpoints.named(path)
+        except ValueError as error:
+            announce(f"going back: {error}")
+            continue
+        load(run.engine, run.checkpoints, path)
+        if is_finite(run.engine, run.mesh):
+            break
+        announce(f"going back: {path} holds values that are not finite")
+    else:
+        raise Hopeless(f"{to.why}, and no checkpoint of {to.before} steps or fewer to go back to")
+    manifest = run.checkpoints.manifest(path)
+    came_from, loaded = run.step, int(manifest["step"])
+    run.step = max(loaded, to.leap_to or 0)
+    run.guard = run.guard.went_back(Guard(run.cfg.guard, loaded, manifest.get("guard")))
+    dist.barrier()  # all have read what is removed now
+    if run.runtime.is_main:
+        for newer in steps_in(run.checkpoints.folder):
+            if _step(newer) > loaded:
+                storage.remove(newer)
+    run.data.close()
+    run.data = open_batches(run.cfg, run.data.index, run.data.plan, run.mesh, run.step)
+    run.metrics.rewind(run)
+    leap = f", without the samples up to step {run.step}" if to.leap_to else ""
+    announce(f"step {came_from}: {to.why}: back to {path.name}{leap}")
+    run.metrics.note("went_back", run.step, came_from=came_from, checkpoint=path.name, why=to.why)
+
+
+def _candidates(run: Run, most: int) -> list[Path]:
+    """Complete checkpoints of at most so many updates, newest first, as the main process sees them."""
+    found = [p for p in steps_in(run.checkpoints.folder) if _step(p) <= most] if run.runtime.is_main else []
+    box = [found[::-1]]
+    dist.broadcast_object_list(box, src=0, group=run.checkpoints.group)
+    return box[0]
+
+
+def _step(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])

@@ -1,0 +1,137 @@
+"""Processes that stand still: found in time, named with phase and exchange, every stack written, exit code 70."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from acceleration.watchdog import LOOK_S, PEERS_S, Place, verdict, where
+from tests.conftest import ROOT
+from tests.dist.harness import DistributedFailure, run_distributed
+from tests.faults.conftest import Tally
+from tests.faults.runs import Fault, alive, descendants, run_with
+
+HANG_S = 4.0
+KINDS = {
+    "sleep": (Fault("sleep", step=2, rank=1), "step 2, encode: does not wait for others", "in <lambda>"),
+    "lock": (Fault("lock", step=2, rank=1), "step 2, encode: does not wait for others", "in match"),
+    "slow load": (Fault("slow load", rank=1), "step 0, load: does not wait for others", "in <lambda>"),
+    "mismatch": (Fault("mismatch", step=2, rank=-1), "processes wait in different exchanges", "waits in recv"),
+    "stop": (Fault("stop", step=2, rank=1), "step 2, encode: does not wait for others", "T (stopped)"),
+}
+DEFAULT = ("sleep", "lock", "mismatch")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k in DEFAULT else pytest.mark.slow) for k in KINDS])
+def test_a_hang_is_named_in_time(kind: str, config: Path, tmp_path: Path, tally: Tally) -> None:
+    fault, named, detail = KINDS[kind]
+    limits = [f"guard.hang_s={HANG_S}", f"guard.start_s={HANG_S if kind == 'slow load' else 60}"]
+    started = time.time()
+    with pytest.raises(DistributedFailure) as failure:
+        run_distributed(run_with, 2, config, [f"output={tmp_path}", *limits], (fault,), timeout=60, init=False)
+    (folder,) = (tmp_path / "run/hangs").iterdir()
+    report = (folder / "report.txt").read_text()
+    assert report.startswith("HANG: no progress for") and named in report and detail in report
+    codes = [line.rpartition(" ")[2] for line in str(failure.value).splitlines() if "exit code" in line]
+    assert codes[0] == "70" and set(codes) <= {"70", "-9"}  # -9: was stopped, or ended by the harness
+    places = {}
+    for rank in (0, 1):
+        head, _, stacks = (folder / f"rank-{rank:05d}.txt").read_text().partition("\n")
+        places[rank] = json.loads(head)
+        assert "most recent call first" in stacks or (kind, rank) == ("stop", 1)
+    if kind != "mismatch":
+        suspects = [line for line in report.splitlines() if line.startswith("suspect")]
+        assert len(suspects) == 1 and "suspect: rank 1 " in suspects[0]
+        assert places[0]["exchange"] and not places[1]["exchange"]
+    late = max(place["since_s"] for place in places.values())
+    assert HANG_S <= late <= HANG_S + LOOK_S + PEERS_S + 4
+    assert (folder / "report.txt").stat().st_mtime - started < 60
+    tally("hang: process, phase and exchange named in time, exit code 70", 1, 1)
+
+
+def test_who_holds_the_lock_of_the_interpreter_ends_with_70_too(config: Path, tmp_path: Path) -> None:
+    with pytest.raises(DistributedFailure, match="exit code 70"):
+        overrides = [f"output={tmp_path}", "guard.hang_s=0.5", "guard.start_s=60"]
+        run_distributed(run_with, 1, config, overrides, (Fault("lock", step=1),), timeout=60, init=False)
+
+
+def train_command(path: Path, overrides: list[str]) -> "subprocess.Popen[str]":
+    start = ["bash", str(ROOT / "launch/torchrun.sh"), "2", str(ROOT / "scripts/diffusion/train.py"), str(path)]
+    return subprocess.Popen([*start, *overrides], stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_stopped_process_ends_the_command_with_70(config: Path, tmp_path: Path, tally: Tally) -> None:
+    process = train_command(config, [f"output={tmp_path}", "train.steps=100000", "guard.hang_s=5"])
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run/checkpoints").glob("step-*")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    family = descendants(process.pid)
+    trains = [pid for pid in family if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(trains[1], signal.SIGSTOP)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 70, said
+    assert "HANG: no progress" in said and "T (stopped)" in said
+    assert not [pid for pid in family if alive(pid)]
+    tally("hang: process, phase and exchange named in time, exit code 70", 1, 1)
+
+
+def test_a_run_that_is_only_slow_is_left_alone(config: Path, tmp_path: Path) -> None:
+    """Micro-batches of 0.5 s, of which three take longer than one phase may."""
+    faults = (Fault("slow", rank=-1, value=0.5),)
+    overrides = [f"output={tmp_path}", "train.steps=3", "guard.hang_s=1.4"]
+    assert {outcome.end for outcome in run_distributed(run_with, 1, config, overrides, faults, init=False)} == {
+        "finished"
+    }
+    assert not (tmp_path / "run/hangs").exists()
+
+
+def test_without_a_watchdog_nothing_watches(config: Path, tmp_path: Path) -> None:
+    faults = (Fault("slow", rank=-1, value=0.6),)
+    overrides = [f"output={tmp_path}", "train.steps=3", "guard.hang_s=0", "guard.start_s=0.5"]
+    assert run_distributed(run_with, 1, config, overrides, faults, init=False)[0].end == "finished"
+
+
+STACKS = """Thread 0x00007f0000000002 (most recent call first):
+  File "/x/threading.py", line 320 in wait
+
+Current thread 0x00007f0000000001 (most recent call first):
+  File "/x/torch/distributed/distributed_c10d.py", line 2810 in all_reduce
+  File "/x/torch/distributed/c10d_logger.py", line 83 in wrapper
+  File "/x/acceleration/signals.py", line 28 in agreed
+"""
+
+
+def test_the_exchange_is_read_from_a_stack() -> None:
+    assert where(STACKS, 0x7F0000000001)[0] == "all_reduce"
+    assert where(STACKS, 0x7F0000000002) == ("", 'File "/x/threading.py", line 320 in wait')
+    assert where("", 1) == ("", "stack unknown")
+
+
+def place(rank: int, exchange: str, step: int = 5, state: str = "S (sleeping)") -> Place:
+    return Place(
+        rank=rank, host=f"n{rank}", pid=100 + rank, step=step, phase="forward", since_s=9.0, late=True,
+        exchange=exchange, line="File x", state=state,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("places", "said", "not_said"),
+    [
+        ([place(0, "all_reduce"), place(1, "")], ["suspect: rank 1 (n1, pid 101), step 5"], "suspect: rank 0"),
+        ([place(0, "all_reduce"), place(1, "all_reduce", state="T (stopped)")], ["suspect: rank 1"], "suspect: all"),
+        ([place(0, "all_reduce")], ["rank 1: no word", "rank 0: step 5, forward: waits in"], "suspect"),
+        ([place(0, "all_reduce"), place(1, "all_gather")], ["suspect: processes wait in different"], "no word"),
+        ([place(0, "all_reduce"), place(1, "all_reduce", 4)], ["suspect: processes wait in different"], "no word"),
+        ([place(0, "all_reduce"), place(1, "all_reduce")], ["suspect: all wait in the same exchange"], "no word"),
+    ],
+)
+def test_what_to_look_at_first(places: list[Place], said: list[str], not_said: str) -> None:
+    text = verdict(places, 2)
+    assert all(part in text for part in said) and not_said not in text
