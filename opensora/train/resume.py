@@ -59,7 +59,8 @@ def resume(cfg: RunConfig, engine: Engine, checkpoints: CheckpointManager, table
     ``table``: content hash of the clip table; another one than before is announced.
 
     Raises:
-        UserError: none of the run's checkpoints is complete, the named one is not, or it is of another model.
+        UserError: none of the run's checkpoints is complete, the named one is not, or it is of another model or lacks
+            a part of the state.
     """
     if cfg.train.resume == "none":
         return 0
@@ -75,7 +76,10 @@ def resume(cfg: RunConfig, engine: Engine, checkpoints: CheckpointManager, table
     if manifest.get("table", table) != table:
         announce("resuming with another clip table than before: from here on other samples come than would have")
     state = engine.state_dict()
-    checkpoints.load(path, state)
+    try:
+        checkpoints.load(path, state)
+    except ValueError as error:
+        raise UserError(f"train.resume={cfg.train.resume}: {error}") from None
     engine.load_state_dict(state)
     announce(f"resumed {path} at step {manifest['step']}")
     return int(manifest["step"])
