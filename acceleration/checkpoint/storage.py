@@ -36,7 +36,7 @@ def commit(staged: Path, final: Path, info: dict[str, Any], files: Files) -> Non
     """Describe what is in ``staged`` and make it ``final`` by one rename. The files are on the disk already."""
     body = {"schema": SCHEMA, **info, "files": files}
     manifest = staged / MANIFEST
-    manifest.write_text(json.dumps({**body, "sha256": _seal(body)}))
+    manifest.write_text(_text(body))
     flush(manifest)
     flush(staged)
     before = _aside(final, "damaged-")
@@ -117,9 +117,10 @@ def _aside(final: Path, what: str = "") -> Path:
 def _sealed(path: Path) -> dict[str, Any] | None:
     """The manifest of a directory as it was written, whatever became of the files that it lists."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        seal = manifest.pop("sha256")
-        intact = manifest["schema"] == SCHEMA and seal == _seal(manifest)
+        text = (path / MANIFEST).read_text()
+        manifest = json.loads(text)
+        manifest.pop("sha256")
+        intact = manifest["schema"] == SCHEMA and text == _text(manifest)
         inside = all(name and name not in (".", "..") and not set(name) & set("/\0") for name in manifest["files"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
@@ -132,5 +133,7 @@ def _is_whole(path: Path, size: int) -> bool:
     return stat.S_ISREG(found.st_mode) and found.st_size == size
 
 
-def _seal(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+def _text(body: dict[str, Any]) -> str:
+    """A manifest as it is written: ``body`` with its own digest."""
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**body, "sha256": digest})
