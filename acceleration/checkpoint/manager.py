@@ -83,7 +83,7 @@ class CheckpointManager:
         return self._newest_good(self.folder)
 
     def _newest_good(self, folder: Path) -> Path | None:
-        steps: list[Path] = self._from_main(candidates(folder) if self._is_main else None)
+        steps: list[Path] = self.from_main(candidates(folder) if self._is_main else None)
         for path in reversed(steps):
             bad = self._damaged(path)
             if bad is None:
@@ -100,7 +100,7 @@ class CheckpointManager:
         Raises:
             ValueError: no good checkpoint there.
         """
-        if self._from_main((path / storage.MANIFEST).is_file()):
+        if self.from_main((path / storage.MANIFEST).is_file()):
             bad = self._damaged(path)
             if bad is not None:
                 raise ValueError(f"{path}: {bad} is damaged")
@@ -112,7 +112,7 @@ class CheckpointManager:
 
     def _damaged(self, path: Path) -> str | None:
         """Name of a damaged file of a checkpoint; every process reads its share of the bytes. Collective."""
-        manifest = self._from_main(storage.read_manifest(path) if self._is_main else None)
+        manifest = self.from_main(storage.read_manifest(path) if self._is_main else None)
         bad = storage.MANIFEST if manifest is None else self._differs(path, manifest)
         self._verified[path] = bad is None
         return bad
@@ -138,7 +138,7 @@ class CheckpointManager:
         described = {key: [shards.DTYPES[one.dtype], list(one.shape)] for key, one in held.items()}
         final = self.folder / f"{PREFIX}{step:08d}"
         size = self._total_bytes(tensors)
-        staged, problem = self._from_main(self._prepare(final, size) if self._is_main else None)
+        staged, problem = self.from_main(self._prepare(final, size) if self._is_main else None)
         pending = _Pending(staged, final, {"step": step, **info, "tensors": described, "values": values}, problem)
         self._pending = pending
         if problem is None:
@@ -182,13 +182,19 @@ class CheckpointManager:
         problem = next((failed for failed, _ in everyone if failed), None)
         if self._is_main:
             problem = self._commit(pending, problem, {n: about for _, files in everyone for n, about in files.items()})
-        problem = self._from_main(problem)
+        problem = self.from_main(problem)
         self._verified[pending.final] = problem is None  # each file was read back by its writer
         if problem is None:
             self._retire()
         self.failures = self.failures + 1 if problem else 0
         if problem and self.failures >= MAX_FAILURES:
             raise SaveError(f"{self.failures} checkpoints in a row could not be saved: {problem}")
+
+    def from_main(self, value: Any) -> Any:
+        """The main process's ``value``, on all."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
 
     def close(self) -> None:
         """End the process that writes."""
@@ -293,7 +299,7 @@ class CheckpointManager:
 
         What fails here fails no save: it is said, and tried again after the next one.
         """
-        steps: list[Path] = self._from_main(self._said(candidates, self.folder) if self._is_main else None) or []
+        steps: list[Path] = self.from_main(self._said(candidates, self.folder) if self._is_main else None) or []
         if not self.keep or len(steps) <= self.keep:
             return
         good = 0
@@ -310,11 +316,6 @@ class CheckpointManager:
         except OSError as error:
             self._report(f"{path}: older checkpoints could not be removed, {_explain(error)}")
             return None
-
-    def _from_main(self, value: Any) -> Any:
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.group)
-        return box[0]
 
 
 def _chain(first: bytes, rest: Any) -> Any:

@@ -13,8 +13,8 @@ from acceleration import lora
 from acceleration import mesh as meshes
 from acceleration import runtime as runtimes
 from acceleration.checkpoint import CheckpointManager
-from acceleration.checkpoint import SaveError as SaveError  # what saving raises, for the command line
-from acceleration.engines import Engine, Weights, build_engine, check_engine
+from acceleration.checkpoint import SaveError as SaveError  # what saving raises, also for the command line
+from acceleration.engines import Engine, build_engine, check_engine
 from acceleration.memory import device_bytes
 from acceleration.mesh import Mesh
 from acceleration.optim import lr_at
@@ -35,16 +35,16 @@ from opensora.models.text import build_text_encoder
 from opensora.models.vae import autoencoder_shape, build_autoencoder
 from opensora.train import features
 from opensora.train.data import StepData, open_data
+from opensora.train.export import exported, write_export
 from opensora.train.forecast import Traffic, check_memory
 from opensora.train.metrics import Metrics
 from opensora.train.reads import Reads
 from opensora.train.resume import check_fresh, checkpoint_info, resume
 from opensora.train.step import Preparation
-from opensora.utils.adapters import write_adapter
 from opensora.utils.errors import UserError
 from opensora.utils.logging import MetricsLogger, announce
 from opensora.utils.rng import torch_generator
-from opensora.utils.weights import fingerprint, write_weights
+from opensora.utils.weights import fingerprint
 from opensora.utils.work import one_by_one
 
 
@@ -88,27 +88,16 @@ class Run:
             self.checkpoints.save(self.step, self.engine.state_dict(), info)
 
     def export(self) -> None:
-        """Write what sampling should use: of weights or adapters the moving average, if there is one. Collective."""
-        folder = self.cfg.folder / "exported"
-        which: Weights = "ema" if self.cfg.optim.ema_decay else "live"
-        metadata = weight_layout(self.cfg.model).metadata() | {"step": str(self.step), "weights": which}
-        weights, adapters = self.engine.full_weights(which), self.cfg.lora
-        if adapters.rank:
-            assert self.base is not None
-            write_adapter(
-                folder,
-                weights,
-                rank=adapters.rank,
-                alpha=adapters.scale * adapters.rank,
-                base=self.cfg.train.init_from,
-                metadata=metadata | {"base": self.base},
-                write=self.runtime.is_main,
-            )
-        else:
-            write_weights(folder, weights, metadata, write=self.runtime.is_main)
-        if self.runtime.is_main:
-            config.save(self.cfg, folder / config.SAVED_NAME)
-        announce(f"exported {which} weights of step {self.step} to {folder}")
+        """Write what sampling should use: of weights or adapters the moving average, if there is one. Collective.
+
+        Raises:
+            SaveError: it could not be written; the state is in the last checkpoint.
+        """
+        problem = write_export(self.cfg, self.engine, self.step, self.base, write=self.runtime.is_main)
+        problem = self.checkpoints.from_main(problem)
+        if problem:
+            raise SaveError(f"not exported, {problem}; the run itself is saved: start it again when this is mended")
+        announce(f"exported {exported(self.cfg)} weights of step {self.step} to {self.cfg.folder / 'exported'}")
 
     def __enter__(self) -> "Run":
         return self
