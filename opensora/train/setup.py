@@ -35,6 +35,7 @@ from opensora.models.text import build_text_encoder
 from opensora.models.vae import autoencoder_shape, build_autoencoder
 from opensora.train import features
 from opensora.train.data import StepData, open_data
+from opensora.train.disk import check_disk
 from opensora.train.export import exported, write_export
 from opensora.train.forecast import Traffic, check_memory
 from opensora.train.metrics import Metrics
@@ -149,9 +150,11 @@ def check(cfg: RunConfig, world_size: int) -> tuple[IndexedTable, BatchPlan]:
         path = getattr(cfg.train, key)
         if path not in (None, "auto", "none") and not Path(path).exists():
             raise UserError(f"train.{key}={path}: no such file or folder")
-    if cfg.lora.rank:
-        with torch.device("meta"):
-            add_adapters(cfg, build_model(cfg.model))
+    with torch.device("meta"):
+        model = build_model(cfg.model)
+        if cfg.lora.rank:
+            add_adapters(cfg, model)
+    check_disk(cfg, model)
     table, plan = open_data(cfg)
     if cfg.data.features:
         features.check(cfg, table, plan)
