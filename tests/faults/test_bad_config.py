@@ -1,7 +1,7 @@
 """Bad configurations through the command itself: exit code 2, one line that names the key, nothing written.
 
-Beside the mistakes of tests/unit/test_config.py, which this file sends through the command too, those that show only when
-sections meet a data table, a number of processes, or a disk.
+Beside the mistakes of tests/unit/test_config.py, which are sent through the command here too: those that show only
+when sections meet a data table, a number of processes, or a disk.
 """
 
 import os
