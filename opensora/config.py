@@ -55,6 +55,7 @@ class TrainConfig:
     init_from: str | None = None  # safetensors file or export folder to start from, or to adapt with lora.rank > 0
     preflight: bool = True  # compare code, settings and devices of all processes, and look for slow links, at the start
     export: bool = True  # write the weights for sampling when the run is finished; with lora.rank > 0 the adapters
+    export_live: bool = False  # those of the last step, also where there is a moving average
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "checkpoint_every"):

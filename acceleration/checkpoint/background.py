@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,14 @@ class BackgroundWriter:
             image[position : position + flat.numel()].copy_(flat)
             position += flat.numel()
         process = self._running()
-        assert process.stdin is not None
         request = {"path": str(path), "memory": f"/proc/{os.getpid()}/fd/{self._handle}", "size": size}
-        process.stdin.write(json.dumps(request) + "\n")
-        process.stdin.flush()
+        try:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+        except OSError:
+            self._end()  # what it has of the request must not come before the next one
+            raise
         self._busy = True
 
     def ready(self) -> bool:
@@ -71,28 +76,35 @@ class BackgroundWriter:
         self._busy = False
         process = self._process
         line = process.stdout.readline() if process and process.stdout else ""
-        if not line:
-            code = process.wait() if process else None
-            self._process = None
-            raise OSError(f"the process that writes checkpoints died (exit code {code})")
+        if not line.endswith("\n"):
+            raise OSError(f"the process that writes checkpoints died (exit code {self._end()})")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise OSError(answer["errno"], answer["error"])
+            raise OSError(answer["errno"], answer["error"]) if answer["errno"] else OSError(answer["error"])
         return answer
 
     def close(self) -> None:
         """End the process."""
-        if self._process is not None:
-            assert self._process.stdin is not None
-            self._process.stdin.close()
-            self._process.wait()
-            self._process = None
+        self._end()
+
+    def _end(self) -> int | None:
+        """Exit code of the process, when it has ended."""
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        assert process.stdin is not None and process.stdout is not None
+        with suppress(OSError):  # bytes that it never took
+            process.stdin.close()
+        process.stdout.close()
+        return process.wait()
 
     def _room(self, size: int) -> mmap.mmap:
         """Memory that another process can read by a path, kept from save to save."""
         if size > self._size:
             if self._handle >= 0:
+                self._memory, self._size = None, 0  # the old goes before the new comes
                 os.close(self._handle)
+                self._handle = -1
             self._handle = os.memfd_create("checkpoint") if hasattr(os, "memfd_create") else _unlinked_file()
             os.ftruncate(self._handle, size)
             self._memory, self._size = mmap.mmap(self._handle, size), size

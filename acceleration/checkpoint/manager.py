@@ -20,58 +20,16 @@ from torch import Tensor
 
 from acceleration.checkpoint import background, shards, storage, writer
 from acceleration.checkpoint.background import BackgroundWriter
+from acceleration.checkpoint.folder import PREFIX, candidates, none_is_good
 from acceleration.checkpoint.pieces import Boxes, Pieces, boxes
 from acceleration.waiting import WAITING
 
-PREFIX = "step-"
 MAX_FAILURES = 3  # saves in a row that may fail before the run stops
 Report = Callable[[str], None]
 
 
 class SaveError(Exception):
     """A checkpoint could not be written; those before it are as they were."""
-
-
-def steps_in(folder: Path) -> list[Path]:
-    """Complete checkpoints in ``folder`` by their manifests and file sizes, oldest first."""
-    return [p for p in _candidates(folder) if storage.read_manifest(p) is not None]
-
-
-def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint in ``folder``; its bytes are not read, see ``CheckpointManager.latest``.
-
-    Raises:
-        ValueError: there are step directories but none is complete: starting from zero would lose the run.
-    """
-    complete = steps_in(folder)
-    if not complete and _candidates(folder):
-        raise ValueError(_none_is_good(folder))
-    return complete[-1] if complete else None
-
-
-def _none_is_good(folder: Path) -> str:
-    return f"{folder}: no checkpoint is complete; move the damaged {PREFIX}* folders away to start anew"
-
-
-def _candidates(folder: Path) -> list[Path]:
-    found = [p for p in folder.glob(f"{PREFIX}*") if p.is_dir() and p.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
-
-
-def contents(path: Path) -> dict[str, Any]:
-    """Every value of a complete checkpoint by ``section.name``, tensors whole and on the CPU; no process group needed.
-
-    Raises:
-        ValueError: ``path`` is not a complete checkpoint.
-    """
-    manifest = storage.read_manifest(path)
-    if manifest is None:
-        raise ValueError(f"{path}: not a complete checkpoint")
-    types = {name: dtype for dtype, name in shards.DTYPES.items()}
-    tensors = {key: torch.empty(shape, dtype=types[name]) for key, (name, shape) in manifest["tensors"].items()}
-    held = {key: Boxes(tuple(t.shape), t.dtype, {(0,) * t.dim(): t}, True) for key, t in tensors.items()}
-    shards.read([path / name for name in manifest["files"]], held)
-    return {**tensors, **manifest["values"]}
 
 
 @dataclass
@@ -98,7 +56,8 @@ class CheckpointManager:
     ) -> None:
         """
         Args:
-            keep: how many checkpoints stay (0: all); the oldest go after a newer one is committed.
+            keep: how many checkpoints stay (0: all), counted among those that verify; older ones go after a newer
+                one is committed.
             in_background: another process writes while training goes on; ``poll`` commits.
             report: told what a person should read; on rank 0 only.
         """
@@ -108,6 +67,7 @@ class CheckpointManager:
         self._report = report
         self._writer = BackgroundWriter() if in_background and background.available() else None
         self._pending: _Pending | None = None
+        self._verified: dict[Path, bool] = {}  # what this run has written or read, so that it is read once
         # File names and plans travel over gloo also where tensors travel over nccl.
         self.group = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
 
@@ -124,15 +84,15 @@ class CheckpointManager:
         return self._newest_good(self.folder)
 
     def _newest_good(self, folder: Path) -> Path | None:
-        candidates: list[Path] = self._from_main(_candidates(folder) if self._is_main else None)
-        for path in reversed(candidates):
+        steps: list[Path] = self.from_main(candidates(folder) if self._is_main else None)
+        for path in reversed(steps):
             bad = self._damaged(path)
             if bad is None:
                 return path
             if self._is_main:
                 self._report(f"{path} is damaged ({bad}): looking for an older one")
-        if candidates:
-            raise ValueError(_none_is_good(folder))
+        if steps:
+            raise ValueError(none_is_good(folder))
         return None
 
     def named(self, path: Path) -> Path:
@@ -141,7 +101,7 @@ class CheckpointManager:
         Raises:
             ValueError: no good checkpoint there.
         """
-        if self._from_main((path / storage.MANIFEST).is_file()):
+        if self.from_main((path / storage.MANIFEST).is_file()):
             bad = self._damaged(path)
             if bad is not None:
                 raise ValueError(f"{path}: {bad} is damaged")
@@ -152,10 +112,13 @@ class CheckpointManager:
         return found
 
     def _damaged(self, path: Path) -> str | None:
-        """Name of a damaged file of a checkpoint; every process reads its share of the bytes."""
-        manifest = self._from_main(storage.read_manifest(path) if self._is_main else None)
-        if manifest is None:
-            return storage.MANIFEST
+        """Name of a damaged file of a checkpoint; every process reads its share of the bytes. Collective."""
+        manifest = self.from_main(storage.read_manifest(path) if self._is_main else None)
+        bad = storage.MANIFEST if manifest is None else self._differs(path, manifest)
+        self._verified[path] = bad is None
+        return bad
+
+    def _differs(self, path: Path, manifest: dict[str, Any]) -> str | None:
         names = sorted(manifest["files"])[dist.get_rank() :: dist.get_world_size()]
         everyone: list[Any] = [None] * dist.get_world_size()
         mine = storage.damaged(path, {name: manifest["files"][name] for name in names})
@@ -176,7 +139,7 @@ class CheckpointManager:
         described = {key: [shards.DTYPES[one.dtype], list(one.shape)] for key, one in held.items()}
         final = self.folder / f"{PREFIX}{step:08d}"
         size = self._total_bytes(tensors)
-        staged, problem = self._from_main(self._prepare(final, size) if self._is_main else None)
+        staged, problem = self.from_main(self._prepare(final, size) if self._is_main else None)
         pending = _Pending(staged, final, {"step": step, **info, "tensors": described, "values": values}, problem)
         self._pending = pending
         if problem is None:
@@ -222,10 +185,20 @@ class CheckpointManager:
         problem = next((failed for failed, _ in everyone if failed), None)
         if self._is_main:
             problem = self._commit(pending, problem, {n: about for _, files in everyone for n, about in files.items()})
-        problem = self._from_main(problem)
+        problem = self.from_main(problem)
+        self._verified[pending.final] = problem is None  # each file was read back by its writer
+        if problem is None:
+            self._retire()
         self.failures = self.failures + 1 if problem else 0
         if problem and self.failures >= MAX_FAILURES:
             raise SaveError(f"{self.failures} checkpoints in a row could not be saved: {problem}")
+
+    def from_main(self, value: Any) -> Any:
+        """The main process's ``value``, on all."""
+        box = [value]
+        with WAITING.on("agreement on a checkpoint"):
+            dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
 
     def close(self) -> None:
         """End the process that writes."""
@@ -293,7 +266,7 @@ class CheckpointManager:
             free = shutil.disk_usage(self.folder).free
             if free < size:
                 shutil.rmtree(staged, ignore_errors=True)
-                return staged, f"disk full: {self.folder} has {free / 1e9:.1f} GB left, {size / 1e9:.1f} are needed"
+                return staged, f"disk full: {self.folder} has {free / 1e9:.3g} GB left, {size / 1e9:.3g} are needed"
         except OSError as error:
             return self.folder, _explain(error)
         return staged, None
@@ -314,8 +287,6 @@ class CheckpointManager:
         if problem is None:
             try:
                 storage.commit(pending.staged, pending.final, pending.info, files)
-                for old in steps_in(self.folder)[: -self.keep] if self.keep else []:
-                    storage.remove(old)
             except OSError as error:
                 problem = _explain(error)
         if problem is None:
@@ -327,11 +298,28 @@ class CheckpointManager:
         self._report(f"step {pending.info['step']}: NOT SAVED, {problem}; the run goes on, {left} more may fail")
         return problem
 
-    def _from_main(self, value: Any) -> Any:
-        box = [value]
-        with WAITING.on("agreement on a checkpoint"):
-            dist.broadcast_object_list(box, src=0, group=self.group)
-        return box[0]
+    def _retire(self) -> None:
+        """Remove what is older than the newest ``keep`` checkpoints that verify. Collective.
+
+        What fails here fails no save: it is said, and tried again after the next one.
+        """
+        steps: list[Path] = self.from_main(self._said(candidates, self.folder) if self._is_main else None) or []
+        if not self.keep or len(steps) <= self.keep:
+            return
+        good = 0
+        for path in reversed(steps):
+            if good < self.keep:
+                good += self._verified[path] if path in self._verified else self._damaged(path) is None
+            elif self._is_main:
+                self._said(storage.remove, path)
+
+    def _said(self, function: Callable[[Path], Any], path: Path) -> Any:
+        """``function(path)``, or None after a line on why it failed."""
+        try:
+            return function(path)
+        except OSError as error:
+            self._report(f"{path}: older checkpoints could not be removed, {_explain(error)}")
+            return None
 
 
 def _chain(first: bytes, rest: Any) -> Any:
@@ -340,6 +328,9 @@ def _chain(first: bytes, rest: Any) -> Any:
 
 
 def _explain(error: OSError) -> str:
+    """In words that say what to look after."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"disk full ({os.strerror(error.errno)})"
+    if error.errno in (errno.EIO, errno.EROFS, errno.ESTALE, errno.ENODEV):
+        return f"disk error ({os.strerror(error.errno)})"
     return str(error)

@@ -29,6 +29,8 @@ def write(path: str, parts: Iterable[Any]) -> dict[str, Any]:
                 digest.update(view[:written])
                 view, size = view[written:], size + written
         os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):  # what is read back should come from the disk, not from memory
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     found = digest_of(path)
     if found != digest.hexdigest() or os.path.getsize(path) != size:
         raise OSError(f"{path}: what was read back is not what was written")
@@ -52,6 +54,8 @@ def _memory(path: str, size: int) -> Iterator[bytes]:
     with open(path, "rb") as file:
         while size:
             chunk = file.read(min(CHUNK, size))
+            if not chunk:
+                raise OSError(f"{path}: {size} bytes less than there should be")
             size -= len(chunk)
             yield chunk
 

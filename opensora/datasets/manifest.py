@@ -37,6 +37,7 @@ _ALIASES = {
 }
 _BLOCK_BYTES = 1 << 24  # a csv row, caption included, must fit in one block
 _MOST_PIXELS = 2**16 - 1  # of a side
+_MOST_TEXT = 2**20  # bytes of a path or caption
 BATCH_ROWS = 1 << 16  # rows that are in memory at a time while a table is read
 # Fixed-width columns: 20 bytes a row.
 COLUMNS: dict[str, np.dtype] = {
@@ -261,6 +262,8 @@ def _text_column(file: Path, raw: pa.Table, first_row: int, name: str) -> pa.Chu
     empty = pc.or_(pc.is_null(column), unwritten)
     remedy = "write a caption, or take the row out" if name == "text" else "write the file's path, or take the row out"
     _refuse(file, first_row, name, empty, column, remedy)
+    beyond = pc.greater(pc.binary_length(column), _MOST_TEXT)
+    _refuse(file, first_row, name, beyond, column, f"it must have at most {_MOST_TEXT} bytes")
     return column
 
 
@@ -313,5 +316,5 @@ def _refuse(
     if len(rows):
         more = f" and {len(rows) - 1} more rows" if len(rows) > 1 else ""
         value = shown[int(rows[0])].as_py()
-        text = "empty" if value is None else repr(value)[:60]
+        text = "empty" if value is None else repr(value if not isinstance(value, str) else value[:60])[:60]
         raise UserError(f"{file}: row {first_row + rows[0] + 1}{more}: {name} is {text}, {remedy}")

@@ -317,11 +317,18 @@ def _leave(name: str, tensor: Tensor) -> None:
 
 
 def _read_checkpoint(path: Path, model: nn.Module, *, use_ema: bool, adapters: bool) -> None:
-    """Fill the sharded model's weights, or its adapters, from a training checkpoint.
+    """Fill the sharded model's weights, or its adapters, from a training checkpoint whose bytes are checked first.
 
     Its moving average, if there is one and it is wanted.
+
+    Raises:
+        UserError: the checkpoint is damaged.
     """
     manager = CheckpointManager(path.parent, keep=0)
+    try:
+        manager.named(path)
+    except ValueError as error:
+        raise UserError(f"{error}; move it away to sample from the one before") from None
     which = "ema" if use_ema and manager.has(path, "ema") else "model"
     weights = {name: p.detach() for name, p in model.named_parameters() if lora.is_adapter(name) == adapters}
     manager.load(path, {which: pieces.wrap(model, weights)})

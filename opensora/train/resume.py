@@ -62,7 +62,8 @@ def resume(
     ``table``: content hash of the clip table; another one than before is announced.
 
     Raises:
-        UserError: none of the run's checkpoints is complete, the named one is not, or it is of another model.
+        UserError: none of the run's checkpoints is complete, the named one is not, or it is of another model or lacks
+            a part of the state.
     """
     if cfg.train.resume == "none":
         return None
@@ -77,13 +78,20 @@ def resume(
     announce_changes(cfg)
     if manifest.get("table", table) != table:
         announce("resuming with another clip table than before: from here on other samples come than would have")
-    load(engine, checkpoints, path)
+    try:
+        load(engine, checkpoints, path)
+    except ValueError as error:
+        raise UserError(f"train.resume={cfg.train.resume}: {error}") from None
     announce(f"resumed {path} at step {manifest['step']}")
     return manifest
 
 
 def load(engine: Engine, checkpoints: CheckpointManager, path: Path) -> None:
-    """Take the state of a complete checkpoint. Collective."""
+    """Take the state of a complete checkpoint. Collective.
+
+    Raises:
+        ValueError: it lacks a part of the state.
+    """
     state = engine.state_dict()
     checkpoints.load(path, state)
     engine.load_state_dict(state)

@@ -16,8 +16,8 @@ from acceleration import lora
 from acceleration import mesh as meshes
 from acceleration import runtime as runtimes
 from acceleration.checkpoint import CheckpointManager
-from acceleration.checkpoint import SaveError as SaveError  # what saving raises, for the command line
-from acceleration.engines import Engine, Weights, build_engine, check_engine
+from acceleration.checkpoint import SaveError as SaveError  # what saving raises, also for the command line
+from acceleration.engines import Engine, build_engine, check_engine
 from acceleration.memory import device_bytes
 from acceleration.mesh import Mesh
 from acceleration.optim import lr_at
@@ -40,22 +40,23 @@ from opensora.models.text import build_text_encoder
 from opensora.models.vae import autoencoder_shape, build_autoencoder
 from opensora.train import features
 from opensora.train.data import StepData, open_data
+from opensora.train.disk import check_disk
+from opensora.train.export import exported, write_export
 from opensora.train.forecast import Traffic, check_memory
 from opensora.train.guard import Guard
 from opensora.train.guard import Hopeless as Hopeless  # what training raises, for the command line
 from opensora.train.metrics import Metrics
 from opensora.train.phases import Phases, hang_s
-from opensora.train.preflight import check_disk, check_processes
+from opensora.train.preflight import check_processes
 from opensora.train.reads import Reads
 from opensora.train.resume import check_fresh, checkpoint_info, resume
 from opensora.train.run_folder import RunLock
 from opensora.train.step import Preparation
 from opensora.utils import signals
-from opensora.utils.adapters import write_adapter
 from opensora.utils.errors import UserError
 from opensora.utils.logging import MetricsLogger, announce
 from opensora.utils.rng import torch_generator
-from opensora.utils.weights import fingerprint, write_weights
+from opensora.utils.weights import fingerprint
 from opensora.utils.work import one_by_one
 
 
@@ -114,28 +115,17 @@ class Run:
             self.checkpoints.wait()
 
     def export(self) -> None:
-        """Write what sampling should use: of weights or adapters the moving average, if there is one. Collective."""
+        """Write what sampling should use: of weights or adapters the moving average, if there is one. Collective.
+
+        Raises:
+            SaveError: it could not be written; the state is in the last checkpoint.
+        """
         self.at("export")
-        folder = self.cfg.folder / "exported"
-        which: Weights = "ema" if self.cfg.optim.ema_decay else "live"
-        metadata = weight_layout(self.cfg.model).metadata() | {"step": str(self.step), "weights": which}
-        weights, adapters = self.engine.full_weights(which), self.cfg.lora
-        if adapters.rank:
-            assert self.base is not None
-            write_adapter(
-                folder,
-                weights,
-                rank=adapters.rank,
-                alpha=adapters.scale * adapters.rank,
-                base=self.cfg.train.init_from,
-                metadata=metadata | {"base": self.base},
-                write=self.runtime.is_main,
-            )
-        else:
-            write_weights(folder, weights, metadata, write=self.runtime.is_main)
-        if self.runtime.is_main:
-            config.save(self.cfg, folder / config.SAVED_NAME)
-        announce(f"exported {which} weights of step {self.step} to {folder}")
+        problem = write_export(self.cfg, self.engine, self.step, self.base, write=self.runtime.is_main)
+        problem = self.checkpoints.from_main(problem)
+        if problem:
+            raise SaveError(f"not exported, {problem}; the run itself is saved: start it again when this is mended")
+        announce(f"exported {exported(self.cfg)} weights of step {self.step} to {self.cfg.folder / 'exported'}")
 
     def __enter__(self) -> "Run":
         return self
@@ -208,9 +198,11 @@ def check(cfg: RunConfig, world_size: int) -> tuple[IndexedTable, BatchPlan]:
         path = getattr(cfg.train, key)
         if path not in (None, "auto", "none") and not Path(path).exists():
             raise UserError(f"train.{key}={path}: no such file or folder")
-    if cfg.lora.rank:
-        with torch.device("meta"):
-            add_adapters(cfg, build_model(cfg.model))
+    with torch.device("meta"):
+        model = build_model(cfg.model)
+        if cfg.lora.rank:
+            add_adapters(cfg, model)
+    check_disk(cfg, model)
     table, plan = open_data(cfg)
     if cfg.data.features:
         features.check(cfg, table, plan)
@@ -251,8 +243,6 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
         base = fingerprint(cfg.train.init_from)
         fill = lora.Filled(fill, add_adapters(cfg, model))
         announce(adapted(model, cfg))
-    if cfg.train.preflight and runtime.is_main:
-        check_disk(cfg, model)
     parallelize(model, cfg.parallel, mesh, runtime.device, fill)
     engine = build_engine(model, cfg.parallel, cfg.optim, mesh)
     checkpoints = CheckpointManager(

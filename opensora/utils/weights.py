@@ -3,23 +3,35 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5 * 10**9
+_PART = ".part-"
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    """One safetensors file, written aside and renamed. Folders are made."""
+    """One safetensors file, written aside, flushed to the disk and renamed. Folders are made.
+
+    Raises:
+        OSError: it could not be written; what was at ``path`` is as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata=dict(metadata))
-    os.replace(aside, path)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata=dict(metadata))
+        _flush(aside)
+        os.replace(aside, path)
+    except (OSError, SafetensorError) as error:
+        aside.unlink(missing_ok=True)
+        full = "No space left" in str(error)  # safetensors has no error number
+        raise OSError(f"{path}: {'disk full' if full else 'cannot be written'} ({error})") from error
     return path
 
 
@@ -35,42 +47,65 @@ def write_weights(
 
     Args:
         weights: (name, full tensor); may be a collective iterator, which every process has to walk. Never more than
-            one shard is held in memory.
+            one shard and one tensor is held in memory.
         write: False on the processes that only walk.
 
     Returns:
         The files written; weights that were in the folder before are gone.
+
+    Raises:
+        OSError: they could not be written; the iterator was walked to its end all the same, for the sake of those
+            who walk it too, and weights that were in the folder before are as they were.
     """
+    if not write:
+        for _ in weights:
+            pass
+        return []
+    for left in (*folder.glob(f"{_PART}*"), *folder.glob(f".{_PART}*")):  # by an export that was killed
+        left.unlink()
     parts: list[Path] = []
     part_of: dict[str, int] = {}
-    held: dict[str, Tensor] = {}
     total = 0
+    problem: OSError | None = None
+    for held in _shards(weights, shard_bytes):
+        part_of |= dict.fromkeys(held, len(parts))
+        total += sum(tensor.nbytes for tensor in held.values())
+        try:
+            if problem is None:
+                parts.append(write_file(folder / f"{_PART}{len(parts):05d}", held, metadata))
+        except OSError as error:
+            problem = error
+    if problem:
+        for part in parts:
+            part.unlink()
+        raise problem
 
-    def put_aside() -> None:
-        parts.append(write_file(folder / f".part-{len(parts):05d}", held, metadata))
-        held.clear()
-
-    for name, weight in weights:
-        if not write:
-            continue
-        if held and sum(tensor.nbytes for tensor in held.values()) + weight.nbytes > shard_bytes:
-            put_aside()
-        held[name] = weight
-        part_of[name] = len(parts)
-        total += weight.nbytes
-    if not write:
-        return []
-    put_aside()
-
-    for old in (*folder.glob("model*.safetensors"), folder / INDEX):
+    for old in (folder / INDEX, *folder.glob("model*.safetensors")):
         old.unlink(missing_ok=True)
     if len(parts) == 1:
         return [parts[0].replace(folder / SINGLE)]
     names = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
     files = [part.replace(folder / name) for part, name in zip(parts, names, strict=True)]
     index = {"metadata": {**metadata, "total_size": total}, "weight_map": {n: names[i] for n, i in part_of.items()}}
-    (folder / INDEX).write_text(json.dumps(index, indent=1))
-    return [*files, folder / INDEX]
+    aside = folder / f".{INDEX}.{os.getpid()}"
+    aside.write_text(json.dumps(index, indent=1))
+    return [*files, aside.replace(folder / INDEX)]
+
+
+def _shards(weights: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """The weights in order, as many at a time as fit in ``shard_bytes``, at least one."""
+    held: dict[str, Tensor] = {}
+    for name, weight in weights:
+        if held and sum(tensor.nbytes for tensor in held.values()) + weight.nbytes > shard_bytes:
+            yield held
+            held.clear()  # not another one: who was given this one still has it
+        held[name] = weight
+    yield held
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def fingerprint(path: str | Path, *, samples: int = 16, sample_bytes: int = 2**16) -> str:

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from acceleration import checkpoint, sharding
 from acceleration import mesh as meshes
-from acceleration import sharding
-from acceleration.checkpoint import CheckpointManager, manager
+from acceleration.checkpoint import CheckpointManager
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.engines import ENGINES, Engine, build_engine
 from acceleration.engines.colossalai import ColossalAIEngine
@@ -195,7 +195,7 @@ def load_and_save(cfg: ParallelConfig, folder: Path, target: Path) -> dict[str, 
 
 def contents(folder: Path) -> dict[str, Any]:
     """Every value of a checkpoint, whole."""
-    return manager.contents(folder / "step-00000002")
+    return checkpoint.contents(folder / "step-00000002")
 
 
 NATIVE = ParallelConfig(zero=3, precision=FP32)

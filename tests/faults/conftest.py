@@ -1,14 +1,12 @@
-"""A tiny run to break, and a table of what was survived."""
+"""A tiny run to break, and one table at the end: what the fault tests asked for, and how often it was so."""
 
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 Tally = Callable[[str, int, int], None]
-_PASSED: Counter[str] = Counter()
-_OF: Counter[str] = Counter()
+_ROWS = pytest.StashKey[dict[str, tuple[int, int]]]()
 
 CONFIG = """
 name: run
@@ -40,22 +38,24 @@ train: {{steps: 8, log_every: 1, checkpoint_every: 2, checkpoint_keep: 0, export
 
 
 @pytest.fixture
-def tally() -> Tally:
-    """``tally(row, passed, of)`` adds to a row of the table at the end."""
+def tally(request: pytest.FixtureRequest) -> Tally:
+    """``tally(row, passed, of)`` adds to a row of the table."""
+    rows = request.config.stash.setdefault(_ROWS, {})
 
     def add(row: str, passed: int, of: int) -> None:
-        _PASSED[row] += passed
-        _OF[row] += of
+        before = rows.get(row, (0, 0))
+        rows[row] = (before[0] + passed, before[1] + of)
 
     return add
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _OF:
-        width = max(map(len, _OF))
-        terminalreporter.section("faults survived")
-        for row, of in _OF.items():
-            terminalreporter.write_line(f"{row:<{width}}  {_PASSED[row]} of {of}")
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    rows = config.stash.get(_ROWS, {})
+    if rows:
+        terminalreporter.section("faults")
+        width = max(map(len, rows))
+        for row, (passed, of) in rows.items():
+            terminalreporter.line(f"{row:{width}}  {passed:>5} of {of}")
 
 
 @pytest.fixture(scope="session")

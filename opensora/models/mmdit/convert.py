@@ -494,9 +494,10 @@ def _weight_files(path: Path) -> list[Path]:
 def _indexed_files(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+        elsewhere = [name for name in names if os.path.basename(name) != name]
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{index}: is not a safetensors index ({error}): it needs a weight_map") from error
-    absent = [name for name in names if not (index.parent / name).is_file()]
+    absent = elsewhere or [name for name in names if not (index.parent / name).is_file()]
     if absent:
         raise UserError(f"{index}: names files that are not beside it ({_some(absent)}): fetch them too")
     return [index.parent / name for name in names]

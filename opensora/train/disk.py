@@ -1,0 +1,53 @@
+"""Whether a run can leave what it is going to leave, asked before it starts."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from torch import nn
+
+from acceleration.precision import DTYPES
+from opensora.config import RunConfig
+from opensora.utils.errors import UserError
+from opensora.utils.logging import announce, launched_rank
+
+_MOMENTS = {"adamw": 2, "sgd": 0}
+
+
+def checkpoint_bytes(cfg: RunConfig, model: nn.Module) -> int:
+    """Of the tensors in one checkpoint: what is trained, its moments, its average."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    copies = 1 + _MOMENTS[cfg.optim.kind] + (cfg.optim.ema_decay > 0)
+    return trained * copies * DTYPES[cfg.parallel.precision.master].itemsize
+
+
+def check_disk(cfg: RunConfig, model: nn.Module) -> None:
+    """That the run's folder can be written, and has room for a checkpoint. Looks on the first process only.
+
+    Raises:
+        UserError: a file is in the way, the folder cannot be written, or the disk is too small.
+    """
+    if launched_rank() != 0:
+        return
+    place = cfg.folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    key = f"output={cfg.output}"
+    if not place.is_dir():
+        raise UserError(f"{key}: {place} is a file, and should be a folder; choose another output, or another name")
+    try:
+        Path(tempfile.mkdtemp(dir=place, prefix=".can-write-")).rmdir()
+    except OSError as error:
+        raise UserError(f"{key}: {place} cannot be written ({error.strerror}); choose another output") from None
+    size, free = checkpoint_bytes(cfg, model), shutil.disk_usage(place).free
+    if free < size:
+        raise UserError(
+            f"{key}: the disk has {free / 1e9:.3g} GB left, and one checkpoint takes {size / 1e9:.3g} GB; "
+            "free some, or choose another disk"
+        )
+    kept = cfg.train.checkpoint_keep + 1  # the newest is complete before the oldest goes
+    if cfg.train.checkpoint_keep and free < kept * size:
+        announce(
+            f"{key}: the disk has room for {free // size} checkpoints of {size / 1e9:.3g} GB; "
+            f"train.checkpoint_keep={cfg.train.checkpoint_keep} needs {kept} at times"
+        )

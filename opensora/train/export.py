@@ -1,0 +1,49 @@
+"""What a run leaves for sampling: whole weights or adapters, in files of at most 5 GB, with the configuration."""
+
+from acceleration.engines import Engine, Weights
+from opensora import config
+from opensora.config import RunConfig
+from opensora.inference.load import weight_layout
+from opensora.utils.adapters import write_adapter
+from opensora.utils.weights import write_weights
+
+
+def exported(cfg: RunConfig) -> Weights:
+    """Which weights are written: the moving average, if there is one and it is wanted."""
+    return "ema" if cfg.optim.ema_decay and not cfg.train.export_live else "live"
+
+
+def write_export(cfg: RunConfig, engine: Engine, step: int, base: str | None, *, write: bool) -> str | None:
+    """Write to ``exported/`` of the run's folder; tensors are put together one at a time. Collective.
+
+    Args:
+        base: fingerprint of the weights that adapters belong to.
+        write: False on the processes that only help to put tensors together.
+
+    Returns:
+        Why it could not be written, on the process that writes.
+    """
+    folder, which, adapters = cfg.folder / "exported", exported(cfg), cfg.lora
+    metadata = weight_layout(cfg.model).metadata() | {"step": str(step), "weights": which}
+    weights = engine.full_weights(which)
+    try:
+        if adapters.rank:
+            assert base is not None
+            write_adapter(
+                folder,
+                weights,
+                rank=adapters.rank,
+                alpha=adapters.scale * adapters.rank,
+                base=cfg.train.init_from,
+                metadata=metadata | {"base": base},
+                write=write,
+            )
+        else:
+            write_weights(folder, weights, metadata, write=write)
+        if write:
+            config.save(cfg, folder / config.SAVED_NAME)
+    except OSError as error:
+        for _ in weights:  # the others are still putting tensors together
+            pass
+        return str(error)
+    return None

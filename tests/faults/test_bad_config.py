@@ -1,0 +1,207 @@
+"""Bad configurations through the command itself: exit code 2, one line that names the key, nothing written.
+
+Beside the mistakes of tests/unit/test_config.py, which are sent through the command here too: those that show only
+when sections meet a data table, a number of processes, or a disk.
+"""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from opensora.cli import train
+from opensora.config import RunConfig, load_config, run_cli
+from opensora.utils.errors import UserError
+from tests.conftest import ROOT
+from tests.faults.conftest import Tally
+from tests.integration.conftest import CONFIG
+from tests.unit.test_config import BAD, GOOD
+
+TABLE = "path,text,num_frames,height,width,fps\na.mp4,one,9,32,32,8\nb.mp4,two,9,32,32,8\nc.png,three,1,32,32,\n"
+
+# name -> (overrides, processes, what the line must contain)
+CASES: dict[str, tuple[list[str], int, str]] = {
+    "learning rate below zero": (["optim.lr=-1"], 2, "optim.lr=-1"),
+    "betas": (["optim.betas=[1.0, 0.9]"], 2, "optim.betas="),
+    "epsilon": (["optim.eps=-1"], 2, "optim.eps=-1"),
+    "weight decay": (["optim.weight_decay=-0.1"], 2, "optim.weight_decay=-0.1"),
+    "clip norm": (["optim.clip_norm=-1"], 2, "optim.clip_norm=-1"),
+    "average above one": (["optim.ema_decay=1.5"], 2, "optim.ema_decay=1.5"),
+    "warm-up below zero": (["optim.warmup_steps=-1"], 2, "optim.warmup_steps=-1"),
+    "schedule": (["optim.schedule=linaer"], 2, "optim.schedule='linaer'"),
+    "no steps": (["train.steps=0"], 2, "train.steps=0"),
+    "checkpoints never": (["train.checkpoint_every=0"], 2, "train.checkpoint_every=0"),
+    "keep": (["train.checkpoint_keep=-1"], 2, "train.checkpoint_keep=-1"),
+    "a checkpoint that is not there": (["train.resume={folder}/nowhere"], 2, "train.resume="),
+    "weights that are not there": (["train.init_from={folder}/nowhere"], 2, "train.init_from="),
+    "timeout": (["parallel.timeout_s=0"], 2, "parallel.timeout_s=0"),
+    "no seed": (["seed=-1"], 2, "seed=-1"),
+    "no name": (["name=.."], 2, "name='..'"),
+    "the run's folder is a file": (["output={folder}/table.csv"], 2, "output="),
+    "a file is in the way": (["output={folder}", "name=table.csv"], 2, "table.csv"),
+    "a disk that cannot be written": (["output=/proc/runs"], 2, "output=/proc/runs"),
+    "a table that is a folder": (["data.table={folder}"], 2, "data.table="),
+    "a pattern without tables": (["data.table={folder}/*.parquet"], 2, "no such file"),
+    "workers": (["data.workers=-1"], 2, "data.workers=-1"),
+    "micro-batches": (["data.micro_batches=0"], 2, "data.micro_batches=0"),
+    "prefetch": (["data.prefetch=0"], 2, "data.prefetch=0"),
+    "bucket frames": (["data.buckets={{32px: {{0: [1.0, 1]}}}}"], 2, "data.buckets.32px.0"),
+    "bucket batch": (["data.buckets={{32px: {{9: [1.0, 0]}}}}"], 2, "data.buckets.32px.9"),
+    "bucket name": (["data.buckets={{big: {{9: [1.0, 1]}}}}"], 2, "data.buckets.big"),
+    "bucket frames that do not fit": (["data.buckets={{32px: {{7: [1.0, 1]}}}}"], 2, "data.buckets.32px.7"),
+    "no clip is long enough": (["data.buckets={{32px: {{33: [1.0, 1]}}}}"], 2, "data.buckets"),
+    "no block": (["model.depth=-1"], 2, "model.depth=-1"),
+    "axes": (["model.axes_dim=[2, 2, 2]"], 2, "model.axes_dim="),
+    "patch": (["model.patch_size=3"], 2, "model.in_channels"),
+    "flow": (["flow.sampling=magic"], 2, "flow."),
+    "shard of nothing": (["parallel.mesh.shard=0"], 2, "parallel.mesh.shard=0"),
+    "processes left over": (["parallel.mesh.ulysses=2"], 3, "parallel.mesh"),
+    "more ring than processes": (["parallel.mesh.ring=4"], 2, "parallel.mesh"),
+    "tensor that does not divide": (["parallel.mesh.tensor=3", "parallel.mesh.ulysses=1"], 3, "parallel.mesh.tensor=3"),
+    "blocks to recompute": (["parallel.recompute.kind=first", "parallel.recompute.blocks=0"], 2, "blocks=0"),
+    "precision": (["parallel.precision.compute=fp8"], 2, "parallel.precision.compute='fp8'"),
+    "samples of nothing": (["validate.every=1"], 2, "validate.prompts"),
+    "samples in no step": (
+        ["validate.every=1", "validate.prompts=[a]", "validate.sampling.num_steps=0"],
+        2,
+        "num_steps=0",
+    ),
+    "wandb": (["log.wandb=on"], 2, "log.wandb="),
+    "features that are not there": (["data.features={folder}/nowhere"], 2, "data.features"),
+}
+
+
+def tree(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def line_of(argv: list[str], world: int, capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch) -> str:
+    """What the command says, or why that is not one line and exit code 2."""
+    patch.setattr(sys, "argv", ["train.py", *argv])
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world)}.items():
+        patch.setenv(name, value)
+    try:
+        run_cli(train.main)
+    except SystemExit as exit_:
+        code: object = exit_.code
+    except Exception as error:
+        return f"a traceback: {error!r}"
+    said = capsys.readouterr().err
+    if code != 2 or said.count("\n") != 1 or not said.startswith("error: "):
+        return f"exit code {code}, {said!r}"
+    return said
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "table.csv").write_text(TABLE)
+    (tmp_path / "index").mkdir()
+    path = tmp_path / "train.yaml"
+    path.write_text(CONFIG.format(output=tmp_path / "runs", table=tmp_path / "table.csv"))
+    monkeypatch.chdir(tmp_path)
+    return path
+
+
+def test_mistakes_that_show_in_context(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tally: Tally
+) -> None:
+    before, wrong = tree(config.parent), []
+    for case, (overrides, world, expected) in CASES.items():
+        argv = [str(config), f"data.index={config.parent}/index", *(o.format(folder=config.parent) for o in overrides)]
+        said = line_of(argv, world, capsys, monkeypatch)
+        if not said.startswith("error: ") or expected not in said:
+            wrong.append(f"{case}: {said}")
+        left = [name for name in tree(config.parent) if not name.startswith("index")]
+        if left != [name for name in before if not name.startswith("index")]:
+            wrong.append(f"{case}: wrote {left}")
+    tally("bad configurations: exit 2, one line, the key, nothing written", len(CASES) - len(wrong), len(CASES))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_mistakes_in_the_configuration_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tally: Tally
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wrong = []
+    for case, (content, overrides, expected) in BAD.items():
+        text = GOOD if content is None else content
+        (tmp_path / "run.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+        said = line_of(["run.yaml", *overrides], 1, capsys, monkeypatch)
+        if not said.startswith("error: ") or expected not in said or tree(tmp_path) != ["run.yaml"]:
+            wrong.append(f"{case}: {said}")
+    tally("bad configurations: exit 2, one line, the key, nothing written", len(BAD) - len(wrong), len(BAD))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_disk_without_room_for_one_checkpoint(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    said = line_of([str(config), f"data.index={config.parent}/index"], 2, capsys, monkeypatch)
+    assert "output=" in said and "the disk has 1e-06 GB left, and one checkpoint takes" in said
+    assert not (config.parent / "runs").exists()
+
+
+@pytest.mark.slow
+def test_the_command_itself(config: Path, tally: Tally) -> None:
+    """As a user meets it: the real script, a process of its own."""
+    script = str(ROOT / "scripts/diffusion/train.py")
+    cases = [
+        ([str(config), "optim.learning_rate=1"], "error: optim.learning_rate: unknown key"),
+        ([str(config), "output=table.csv"], "error: output=table.csv: table.csv is a file"),
+        (["nowhere.yaml"], "error: nowhere.yaml: cannot be read"),
+    ]
+    before = tree(config.parent)
+    running = [
+        subprocess.Popen(
+            [sys.executable, script, *argv, *([f"data.index={config.parent}/index"] if len(argv) > 1 else [])],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"},
+        )
+        for argv, _ in cases
+    ]
+    for process, (_, expected) in zip(running, cases, strict=True):
+        out, err = process.communicate(timeout=100)
+        assert process.returncode == 2 and out == "" and err.startswith(expected) and err.count("\n") == 1, err
+    assert [name for name in tree(config.parent) if not name.startswith("index")] == [
+        name for name in before if not name.startswith("index")
+    ]
+    tally("bad configurations: exit 2, one line, the key, nothing written", len(cases), len(cases))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_noise_in_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Tally) -> None:
+    """10,000 files with a few bytes altered, moved or repeated: read, or refused in one line."""
+    monkeypatch.chdir(tmp_path)
+    rng, path = random.Random(0), tmp_path / "run.yaml"
+    refused = 0
+    for number in range(10_000):
+        content = bytearray(GOOD.encode())
+        for _ in range(rng.randint(1, 4)):
+            at, size = rng.randrange(len(content)), rng.randint(1, 12)
+            piece = content[at : at + size]
+            other = rng.randrange(len(content))
+            how = rng.randrange(4)
+            if how == 0:
+                content[at] = rng.randrange(256)
+            elif how == 1:
+                del content[at : at + size]
+            elif how == 2:
+                content[other:other] = piece
+            else:
+                content[at:at] = rng.choice(b"{}[]:,#&*!|>%@`'\"-?\n\t\0 ~").to_bytes(1, "little")
+        path.write_bytes(content)
+        try:
+            load_config(RunConfig, path)
+        except UserError as error:
+            refused += 1
+            assert str(error).strip(), number
+    assert refused > 5000
+    tally("noise in a configuration: read, or refused in one line", 10_000, 10_000)
