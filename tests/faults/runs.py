@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from acceleration.checkpoint.manager import contents, newest
+from acceleration.checkpoint import contents, newest
 from acceleration.sharding import local
 from opensora.config import RunConfig, load_config
 from opensora.train import loop, setup

@@ -181,7 +181,8 @@ def _rank(rank: int, world: int, place: Path, in_background: bool, fault: Fault,
         _save_three(rank, world, place, in_background, fault, keep)
         dist.barrier()
     except BaseException as error:  # a peer was killed: to leave the group in order can hang
-        (place / "error").write_text(f"rank {rank}: {error!r}")
+        with (place / "error").open("a") as file:
+            file.write(f"rank {rank}: {error!r}\n")
         os._exit(1)
     os._exit(0)
 

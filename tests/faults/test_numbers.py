@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from acceleration.checkpoint.manager import contents, newest
+from acceleration.checkpoint import contents, newest
 from acceleration.replicas import digest as hashed
 from opensora.cli import train as cli
 from opensora.config import GuardConfig
