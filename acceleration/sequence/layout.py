@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from acceleration import collectives
-from acceleration.mesh import Mesh
+from acceleration.mesh import Axis, Mesh
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,14 @@ class SequenceContext:
     """
 
     lengths: tuple[int, ...]  # tokens (text and image) of each process that shares the sequence, in rank order
+    ulysses: Axis | None = None  # the part of the axis that shares this micro-batch; None: the whole axis
 
 
 class SequenceParallel:
-    """Cuts tokens over ring x ulysses on the way into the model and joins them on the way out."""
+    """Cuts tokens over ring x ulysses on the way into the model and joins them on the way out.
+
+    Of a mesh that was narrowed (``Mesh.narrow``), the tokens of micro-batches that a part of ulysses shares.
+    """
 
     def __init__(self, mesh: Mesh) -> None:
         self.ring, self.ulysses = mesh["ring"], mesh["ulysses"]
@@ -52,11 +56,12 @@ class SequenceParallel:
         return collectives.all_gather(x, dim, [sum(group) for group in groups], self.ring)
 
     def context(self, txt_tokens: int, img_tokens: int) -> SequenceContext | None:
-        """What to pass as the model's ``context`` for these whole-sequence lengths; None without a cut."""
-        if self.degree == 1:
+        """What to pass as the model's ``context`` for these whole-sequence lengths; None where slots never cut."""
+        part = self.ulysses if self.ulysses.whole else None
+        if self.degree == 1 and part is None:
             return None
         txt, img = self.sizes(txt_tokens, surplus_last=True), self.sizes(img_tokens)
-        return SequenceContext(tuple(a + b for a, b in zip(txt, img, strict=True)))
+        return SequenceContext(tuple(a + b for a, b in zip(txt, img, strict=True)), part)
 
 
 def ring_groups(lengths: tuple[int, ...], ulysses: int) -> list[tuple[int, ...]]:
