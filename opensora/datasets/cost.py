@@ -5,6 +5,13 @@
 A transformer of width d multiplies 24 L d^2 + 4 L^2 d times per layer and sample, which is L + L^2 / 6d up to scale:
 the default, with d of the 11B model. ``python -m opensora.cli.calibrate`` fits the four numbers to a run's times. They
 belong to the configuration, because the order of samples depends on them: a run must not change its own.
+
+With ``parallel.mesh.dynamic`` the cost is that of a micro-batch shared by all p processes of the ulysses axis, and
+
+    time on d of them = per_batch + p/d (cost - per_batch) + p per_token (exchange_tokens + exchange B L (d-1)/d^2)
+
+where d > 1. Exchanges carry 4 B L D (d-1)/d^2 elements per layer and direction. On one H100 node and the 11B model that
+is 0.08 of the time of the products at half the peak; four exchanges per layer of 30 us each are as long as 90 tokens.
 """
 
 from dataclasses import dataclass
@@ -24,9 +31,11 @@ class CostConfig:
     per_sample: float = 0.0  # text tokens, mostly
     per_token: float = 1.0  # per image token
     per_token2: float = 1 / (6 * 3072)  # per pair of image tokens: attention
+    exchange: float = 0.1  # sharing a micro-batch: what moving a token takes, as a part of per_token
+    exchange_tokens: float = 100.0  # and what exchanges take however little they move, in image tokens
 
     def __post_init__(self) -> None:
-        for name in ("per_batch", "per_sample", "per_token", "per_token2"):
+        for name in ("per_batch", "per_sample", "per_token", "per_token2", "exchange", "exchange_tokens"):
             value = getattr(self, name)
             if not (isfinite(value) and value >= 0):
                 raise ValueError(f"{name}={value}: allowed are numbers >= 0")
@@ -45,6 +54,16 @@ class CostConfig:
     def batch(self, samples: int, tokens: int) -> float:
         """A micro-batch of ``samples`` with ``tokens`` image tokens each."""
         return self.per_batch + samples * self.sample(tokens)
+
+    def shared(self, rows: np.ndarray, degree: int, whole: int) -> np.ndarray:
+        """(n,) times of micro-batches, by their (n, 4) ``features``, where ``degree`` of ``whole`` processes share
+        each."""
+        alone = rows @ self.terms - self.per_batch  # a micro-batch's own part, on all of them
+        time = self.per_batch + alone * (whole / degree)
+        if degree > 1:
+            moved = self.exchange_tokens + self.exchange * rows[:, 2] * ((degree - 1) / degree**2)
+            time = time + whole * self.per_token * moved
+        return time
 
 
 def features(samples: np.ndarray, tokens: np.ndarray) -> np.ndarray:

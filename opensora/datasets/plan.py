@@ -21,6 +21,7 @@ from opensora.datasets.draws import permuted
 from opensora.datasets.epoch import Epoch, Source
 from opensora.datasets.groups import group_rows
 from opensora.datasets.manifest import ClipTable
+from opensora.datasets.share import Round, Sharing, rounds
 from opensora.utils.errors import UserError
 from opensora.utils.rng import derive_key, numpy_generator
 
@@ -40,6 +41,7 @@ class MicroBatch:
     sample_ids: tuple[int, ...]
     epoch: int
     weight: float = 1.0  # 0: computed to keep processes in step, not counted
+    degree: int | None = None  # processes that share it, of those that can; None: all
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class BatchPlan:
         self._epochs = _Recent[Epoch](3)
         self._windows = _Recent[np.ndarray](2)
         self._steps = _Recent[_Step](64)
+        self._rounds = _Recent[list[Round]](64)
         epoch = self._epoch(0)
         self._report = self._buckets.report(epoch.samples, epoch.left_out())
         _check_report(self._report, cfg)
@@ -89,14 +92,20 @@ class BatchPlan:
         whole = self._step(step)
         return self._filled(whole, np.arange(len(whole.numbers)))
 
-    def assign(self, step: int, dp_rank: int, dp_degree: int) -> tuple[MicroBatch, ...]:
+    def assign(self, step: int, dp_rank: int, dp_degree: int, sharing: Sharing | None = None) -> tuple[MicroBatch, ...]:
         """This rank's micro-batches of a step, most expensive first; equally many on every rank.
 
         A rank that would have fewer repeats the cheapest micro-batch of the step with weight 0.
+
+        Args:
+            sharing: choose how many of a rank's processes share each micro-batch; what this one gets. None: all of
+                them share all.
         """
         if not 0 <= dp_rank < dp_degree:
             raise ValueError(f"dp_rank={dp_rank}: allowed are 0 to {dp_degree - 1}")
         whole = self._step(step)
+        if sharing:
+            return self._shared(whole, self.rounds(step, dp_degree, sharing), dp_rank * sharing.degree + sharing.rank)
         costs = self._buckets.costs(whole.bucket, whole.sizes)
         owners, per_rank = deal(costs, dp_degree)
         mine = np.flatnonzero(owners == dp_rank)
@@ -106,6 +115,18 @@ class BatchPlan:
             chosen = np.append(chosen, np.argmin(costs))
         found = self._filled(whole, chosen)
         return found[: len(mine)] + tuple(replace(filler, weight=0.0) for filler in found[len(mine) :]) * fillers
+
+    def rounds(self, step: int, dp_degree: int, sharing: Sharing) -> list[Round]:
+        """What the processes of ``dp_degree`` ranks do in a step; items are numbers of ``step``'s micro-batches."""
+        whole, key = self._step(step), (step, dp_degree, sharing.degree, sharing.text_tokens)
+        return self._rounds.get(
+            key,
+            lambda: rounds(
+                self._buckets.shared_times(whole.bucket, whole.sizes, sharing),
+                sharing.degrees,
+                dp_degree * sharing.degree,
+            ),
+        )
 
     def shapes(self, step: int) -> Counter[Bucket]:
         """Samples of a step by bucket; cheaper than the samples themselves."""
@@ -160,6 +181,15 @@ class BatchPlan:
         return tuple(
             MicroBatch(self._buckets.buckets[bucket], samples, whole.epoch.number)
             for bucket, samples in zip(whole.bucket[chosen].tolist(), ids, strict=True)
+        )
+
+    def _shared(self, whole: _Step, rounds: Sequence[Round], process: int) -> tuple[MicroBatch, ...]:
+        """What one process has in every round."""
+        groups = [process // one.degree for one in rounds]
+        items = np.array([one.items[group] for one, group in zip(rounds, groups, strict=True)])
+        return tuple(
+            replace(found, degree=one.degree, weight=float(one.counts[group]))
+            for found, one, group in zip(self._filled(whole, items), rounds, groups, strict=True)
         )
 
     def _step(self, step: int) -> _Step:
