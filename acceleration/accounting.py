@@ -49,7 +49,7 @@ class MicroBatch:
     txt: int  # text tokens of a sample
     img: int  # image tokens of a sample
     has_mask: bool = False  # the text has a padding mask
-    degree: int | None = None  # processes of ulysses that share it; None: the whole axis
+    degree: int | None = None  # processes of ulysses that cut its samples; None: the whole axis
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ class MeshConfig:
     ring: int = 1  # processes that share one sample's tokens, passing keys and values around
     ulysses: int = 1  # processes that share one sample's tokens, exchanging heads for tokens in attention
     tensor: int = 1  # processes that share every layer's heads and hidden units, for the same tokens
-    dynamic: bool = False  # training: as many processes of ulysses share a micro-batch as pay, any divisor of them
+    dynamic: bool = (
+        False  # training: of a micro-batch's samples ulysses cuts the long; groups of it have short ones whole
+    )
 
     def __post_init__(self) -> None:
         open_axes = []

@@ -21,7 +21,7 @@ from opensora.datasets.draws import permuted
 from opensora.datasets.epoch import Epoch, Source
 from opensora.datasets.groups import group_rows
 from opensora.datasets.manifest import ClipTable
-from opensora.datasets.share import Round, Sharing, rounds
+from opensora.datasets.share import Sharing
 from opensora.utils.errors import UserError
 from opensora.utils.rng import derive_key, numpy_generator
 
@@ -41,7 +41,7 @@ class MicroBatch:
     sample_ids: tuple[int, ...]
     epoch: int
     weight: float = 1.0  # 0: computed to keep processes in step, not counted
-    degree: int | None = None  # processes that share it, of those that can; None: all
+    degree: int | None = None  # processes that cut its samples, of those that can; None: all
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,6 @@ class BatchPlan:
         self._epochs = _Recent[Epoch](3)
         self._windows = _Recent[np.ndarray](2)
         self._steps = _Recent[_Step](64)
-        self._rounds = _Recent[list[Round]](64)
         epoch = self._epoch(0)
         self._report = self._buckets.report(epoch.samples, epoch.left_out())
         _check_report(self._report, cfg)
@@ -98,15 +97,16 @@ class BatchPlan:
         A rank that would have fewer repeats the cheapest micro-batch of the step with weight 0.
 
         Args:
-            sharing: choose how many of a rank's processes share each micro-batch; what this one gets. None: all of
-                them share all.
+            sharing: choose for each micro-batch whether all processes of the rank cut its samples, or groups of them
+                have samples of their own; what is returned is this process's part. None: all cut all.
         """
         if not 0 <= dp_rank < dp_degree:
             raise ValueError(f"dp_rank={dp_rank}: allowed are 0 to {dp_degree - 1}")
         whole = self._step(step)
         if sharing:
-            return self._shared(whole, self.rounds(step, dp_degree, sharing), dp_rank * sharing.degree + sharing.rank)
-        costs = self._buckets.costs(whole.bucket, whole.sizes)
+            degrees, costs = self._buckets.shared(whole.bucket, whole.sizes, sharing)
+        else:
+            costs = self._buckets.costs(whole.bucket, whole.sizes)
         owners, per_rank = deal(costs, dp_degree)
         mine = np.flatnonzero(owners == dp_rank)
         chosen = mine[np.argsort(-costs[mine], kind="stable")]
@@ -114,19 +114,9 @@ class BatchPlan:
         if fillers:
             chosen = np.append(chosen, np.argmin(costs))
         found = self._filled(whole, chosen)
+        if sharing:
+            found = tuple(_part(m, degree, sharing) for m, degree in zip(found, degrees[chosen].tolist(), strict=True))
         return found[: len(mine)] + tuple(replace(filler, weight=0.0) for filler in found[len(mine) :]) * fillers
-
-    def rounds(self, step: int, dp_degree: int, sharing: Sharing) -> list[Round]:
-        """What the processes of ``dp_degree`` ranks do in a step; items are numbers of ``step``'s micro-batches."""
-        whole, key = self._step(step), (step, dp_degree, sharing.degree, sharing.text_tokens)
-        return self._rounds.get(
-            key,
-            lambda: rounds(
-                self._buckets.shared_times(whole.bucket, whole.sizes, sharing),
-                sharing.degrees,
-                dp_degree * sharing.degree,
-            ),
-        )
 
     def shapes(self, step: int) -> Counter[Bucket]:
         """Samples of a step by bucket; cheaper than the samples themselves."""
@@ -183,15 +173,6 @@ class BatchPlan:
             for bucket, samples in zip(whole.bucket[chosen].tolist(), ids, strict=True)
         )
 
-    def _shared(self, whole: _Step, rounds: Sequence[Round], process: int) -> tuple[MicroBatch, ...]:
-        """What one process has in every round."""
-        groups = [process // one.degree for one in rounds]
-        items = np.array([one.items[group] for one, group in zip(rounds, groups, strict=True)])
-        return tuple(
-            replace(found, degree=one.degree, weight=float(one.counts[group]))
-            for found, one, group in zip(self._filled(whole, items), rounds, groups, strict=True)
-        )
-
     def _step(self, step: int) -> _Step:
         return self._steps.get(step, lambda: self._find_step(step))
 
@@ -234,6 +215,15 @@ class BatchPlan:
 
     def _epoch(self, number: int) -> Epoch:
         return self._epochs.get(number, lambda: Epoch(self._source, number))
+
+
+def _part(micro_batch: MicroBatch, degree: int, sharing: Sharing) -> MicroBatch:
+    """The samples that this process has; where there are none, the first one uncounted, to keep in step."""
+    ids = micro_batch.sample_ids
+    mine = sharing.mine(len(ids), degree)
+    if not mine:
+        return replace(micro_batch, sample_ids=ids[:1], degree=degree, weight=0.0)
+    return replace(micro_batch, sample_ids=ids[mine.start : mine.stop], degree=degree)
 
 
 class _Recent(OrderedDict[Hashable, T]):

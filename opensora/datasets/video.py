@@ -47,7 +47,7 @@ class Batch:
     fps: Tensor  # (B,) float32 after the frame interval, 0 where unknown
     epoch: int
     weight: float  # 0: not counted
-    degree: int | None = None  # processes that share it; None: all that can
+    degree: int | None = None  # processes that cut its samples; None: all that can
     replaced: tuple[tuple[int, int, str], ...] = ()  # (unreadable sample, its substitute, why)
     features: Features | None = None
     read_s: float = 0.0  # time that reading took, where several processes read at once: of each

@@ -38,7 +38,7 @@ def expected_idle(plan: BatchPlan, dp_degree: int, steps: Iterable[int]) -> floa
 
 
 def sharing(cfg: RunConfig, mesh: Mesh) -> Sharing | None:
-    """This process among those of its data-parallel rank; None where all of them share all micro-batches."""
+    """This process among those of its data-parallel rank; None where all of them cut all samples."""
     if not cfg.parallel.mesh.dynamic:
         return None
     axis = mesh["ulysses"]
@@ -61,7 +61,7 @@ class StepData:
         seed: int,
         sharing: Sharing | None = None,
     ) -> None:
-        """``sharing``: choose for each micro-batch how many processes share it; see ``BatchPlan.assign``."""
+        """``sharing``: choose for each micro-batch how many processes cut a sample; see ``BatchPlan.assign``."""
         self.plan = plan
         self.table = table.content
         self.waited_s = 0.0  # time the loop spent waiting for data

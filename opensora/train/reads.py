@@ -26,7 +26,7 @@ class Reads:
 
     ``folder/rank-00000.jsonl`` gets a line for every sample that could not be read: step, sample, path, why, and the
     sample read in its place. Every data-parallel place has a file of its own; the first process at it writes. Where
-    only some of its processes share a micro-batch, the first of those does, to a file of its own.
+    groups of its processes have samples of their own, the first of those does, to a file of its own.
     """
 
     def __init__(self, folder: Path, table: ClipTable, mesh: Mesh, max_bad_share: float) -> None:
@@ -39,7 +39,7 @@ class Reads:
         self._row = 0
         self._since_record = [0.0, 0.0, 0.0]  # seconds, samples, replaced
         self._replaced = 0.0
-        self._digests: dict[int | None, int] = {}  # of micro-batches, by how many processes share them
+        self._digests: dict[int | None, int] = {}  # of micro-batches, by how many processes cut their samples
 
     def note(self, batch: "Batch", step: int) -> None:
         """Count a micro-batch of update ``step``.

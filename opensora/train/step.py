@@ -34,8 +34,8 @@ class Tokens:
 class Preparation:
     """Encodes, corrupts and cuts; draws depend on (seed, step, sample) alone, so all layouts agree.
 
-    ``sequence`` and ``run_tiles`` belong to the processes that share a micro-batch. Where some micro-batches are shared
-    by fewer (``Batch.degree``), ``narrow`` has the preparation of theirs.
+    ``sequence`` and ``run_tiles`` belong to the processes that cut the same samples. Where fewer cut those of some
+    micro-batches (``Batch.degree``), ``narrow`` has the preparation of these.
     """
 
     autoencoder: Autoencoder | None  # None: not needed, as batches hold features
@@ -49,7 +49,7 @@ class Preparation:
     device: torch.device
     run_tiles: RunAll = one_by_one  # who codes the tiles of a clip
     stored: bool = False  # batches hold features in place of pixels
-    narrow: Mapping[int, "Preparation"] = field(default_factory=dict)  # by how many processes share a micro-batch
+    narrow: Mapping[int, "Preparation"] = field(default_factory=dict)  # by how many processes cut a sample
 
     @torch.no_grad()
     def __call__(self, batch: "Batch", step: int) -> Tokens:

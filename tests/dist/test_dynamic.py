@@ -1,5 +1,5 @@
-"""Micro-batches of one step shared by different numbers of processes: the same loss, gradients and weights, and every
-byte as predicted."""
+"""Samples of one step cut over different numbers of processes: the same loss, gradients and weights, and every byte as
+predicted."""
 
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from acceleration import mesh as meshes
 from acceleration.config import CompileConfig, MeshConfig, ParallelConfig
 from acceleration.mesh import AXES, Mesh
-from opensora.datasets.share import rounds
+from opensora.datasets.share import Sharing
 from opensora.inference.load import tile_runner
 from opensora.models.vae import build_autoencoder
 from opensora.models.vae.dct import DCTConfig
@@ -22,34 +22,36 @@ from opensora.train.step import Tokens
 from tests.dist import test_parity
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64, RECOMPUTE
-from tests.dist.problem import FakeBatch, batches
-from tests.dist.test_parity import TOLERANCE, Outcome, on_one_process, on_this_layout, preparation, worst_error
+from tests.dist.problem import TEXT_TOKENS, FakeBatch
+from tests.dist.test_parity import TOLERANCE, Outcome, assign, on_one_process, on_this_layout, preparation, worst_error
 
 CPU = torch.device("cpu")
-# ulysses -> the degree that each of the problem's micro-batches is to have
-WANTED = {2: (2, 1, 1, 1), 3: (3, 1, 1, 1), 4: (4, 2, 2, 1)}
-DEGREES = {2: (1, 2), 3: (1, 3), 4: (1, 2, 4)}
+# ulysses -> how many processes cut the samples of each of the problem's micro-batches, which have 2, 1, 3 and 1
+DEGREES = {2: (2, 2, 1, 1), 3: (3, 3, 1, 1), 4: (2, 4, 1, 2)}
 
 
-def shared(step: int, mesh: Mesh) -> list[FakeBatch]:
-    """This process's micro-batches: the rounds that the rules find where every other degree is slow."""
-    ulysses, every = mesh["ulysses"], batches(step)
-    degrees = DEGREES[ulysses.degree]
-    # Cheap at the degree wanted, slower above, far too slow below; all of them dear at the whole axis, the first most.
-    times = np.array([[50.0 if d < wanted else 0.1 * d for wanted in WANTED[ulysses.degree]] for d in degrees])
-    times[-1] = (5.0, 4.0, 3.0, 2.0)
-    process = mesh.data_rank * ulysses.degree + ulysses.rank
-    mine = []
-    for one in rounds(times, degrees, mesh.data_degree * ulysses.degree):
-        group = process // one.degree
-        batch = replace(every[one.items[group]], degree=one.degree, weight=float(one.counts[group]))
-        mine.append(batch)
-    assert len({batch.degree for batch in mine}) > 1
+def divided(step: int, mesh: Mesh) -> list[FakeBatch]:
+    """This process's part of its rank's micro-batches; who has no sample repeats one."""
+    ulysses, mine = mesh["ulysses"], []
+    sharing = Sharing(degree=ulysses.degree, rank=ulysses.rank, text_tokens=TEXT_TOKENS)
+    for batch in assign(step, mesh.data_rank, mesh.data_degree):
+        degree = DEGREES[ulysses.degree][batch.sample_ids[0] // 10 % 10]
+        part = sharing.mine(len(batch.sample_ids), degree)
+        found = slice(part.start, part.stop) if part else slice(0, 1)
+        mine.append(
+            FakeBatch(
+                batch.pixels[found],
+                batch.prompts[found],
+                batch.sample_ids[found],
+                weight=batch.weight if part else 0.0,
+                degree=degree,
+            )
+        )
     return mine
 
 
 def on_dynamic(cfg: ParallelConfig) -> Outcome:
-    return on_this_layout(cfg, shared)
+    return on_this_layout(cfg, divided)
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +64,10 @@ def layout(mesh: dict[str, int], zero: Any, recompute: str = "none", **more: Any
     return ParallelConfig(zero=zero, mesh=cfg, recompute=RECOMPUTE[recompute], precision=FP64, **more)
 
 
-QUICK = [({"ulysses": 2}, 3, "full"), ({"ulysses": 4}, 2, "none"), ({"shard": 2, "ulysses": 2}, 3, "none")]
+QUICK = [({"ulysses": 4}, 2, "none"), ({"shard": 2, "ulysses": 2}, 3, "full")]
 SLOW = [
+    ({"ulysses": 2}, 3, "full"),
+    ({"ulysses": 4}, 0, "full"),
     ({"ulysses": 2}, 0, "none"),
     ({"ulysses": 3}, 1, "selective"),
     ({"ulysses": 4}, 3, "selective"),
@@ -96,8 +100,8 @@ def test_compiled_blocks(truth: Outcome) -> None:
         assert worst_error(found, truth) <= TOLERANCE
 
 
-def scale_what_few_share() -> Outcome:
-    """The mistake of dividing by the processes of the axis where fewer share: the loss of one process is too large."""
+def scale_what_few_cut() -> Outcome:
+    """Every group taken for all of the micro-batch: its gradients are too large, its loss is as it was."""
     right = test_parity.loss_share
 
     def wrong(model: Any, tokens: Tokens, elements: int) -> Tensor:
@@ -123,7 +127,7 @@ def send_to_the_wrong_part() -> Outcome:
 
 
 @pytest.mark.parametrize(
-    ("mistake", "world"), [(scale_what_few_share, 2), pytest.param(send_to_the_wrong_part, 4, marks=pytest.mark.slow)]
+    ("mistake", "world"), [(scale_what_few_cut, 2), pytest.param(send_to_the_wrong_part, 4, marks=pytest.mark.slow)]
 )
 def test_the_mistake_is_found(truth: Outcome, mistake: Any, world: int) -> None:
     assert max(worst_error(found, truth) for found in run_distributed(mistake, world, timeout=60)) > 1e-6
