@@ -14,9 +14,7 @@ class MeshConfig:
     ring: int = 1  # processes that share one sample's tokens, passing keys and values around
     ulysses: int = 1  # processes that share one sample's tokens, exchanging heads for tokens in attention
     tensor: int = 1  # processes that share every layer's heads and hidden units, for the same tokens
-    dynamic: bool = (
-        False  # training: of a micro-batch's samples ulysses cuts the long; groups of it have short ones whole
-    )
+    dynamic: bool = False  # training: samples are cut over as many processes of ulysses as pay; docs/parallel.md
 
     def __post_init__(self) -> None:
         open_axes = []

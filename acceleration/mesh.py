@@ -84,7 +84,7 @@ class Mesh:
         return all(self[name].rank == 0 for name in SAMPLE_AXES)
 
     def narrow(self, ulysses: int | None) -> "Mesh":
-        """The mesh as a micro-batch sees it that only so many processes of ulysses share, each part on its own.
+        """The mesh for samples that only so many processes of ulysses cut, each part of the axis its own.
 
         ``ulysses``: a divisor of the axis's degree; None: the whole axis.
         """
