@@ -49,6 +49,7 @@ class MicroBatch:
     txt: int  # text tokens of a sample
     img: int  # image tokens of a sample
     has_mask: bool = False  # the text has a padding mask
+    degree: int | None = None  # processes of ulysses that cut its samples; None: the whole axis
 
 
 @dataclass(frozen=True)
@@ -71,17 +72,13 @@ class Place:
             rank = rank * self.mesh[name].degree + self.mesh[name].rank
         object.__setattr__(self, "pieces_rank", rank % self.pieces)
 
-    @property
-    def sequence(self) -> SequenceParallel:
-        return SequenceParallel(self.mesh)
-
     def itemsize(self, which: str) -> int:
         """Bytes of a value in ``compute``, ``reduce`` or ``master`` type."""
         return DTYPES[getattr(self.cfg.precision, which)].itemsize
 
     def local_tokens(self, batch: MicroBatch) -> tuple[int, int]:
         """(text, image) tokens of a sample that this process holds."""
-        seq = self.sequence
+        seq = SequenceParallel(self.mesh.narrow(batch.degree))
         return seq.sizes(batch.txt, surplus_last=True)[seq.rank], seq.sizes(batch.img)[seq.rank]
 
 
@@ -233,7 +230,8 @@ class _Share:
 
 
 def _share(slot: Attention, place: Place, batch: MicroBatch) -> _Share:
-    ring, ulysses, sequence = place.mesh["ring"], place.mesh["ulysses"], place.sequence
+    mesh = place.mesh.narrow(batch.degree)
+    ring, ulysses, sequence = mesh["ring"], mesh["ulysses"], SequenceParallel(mesh)
     txt, img = sequence.sizes(batch.txt, surplus_last=True), sequence.sizes(batch.img)
     lengths = tuple(slot.tokens.at(*pair) for pair in zip(txt, img, strict=True))
     groups = ring_groups(lengths, ulysses.degree)
@@ -253,7 +251,7 @@ def _attention_forward(slot: Attention, place: Place, batch: MicroBatch, *, insi
     ``inside``: False where attention itself is kept, and with it what the ring has passed.
     """
     share, size = _share(slot, place, batch), place.itemsize("compute") * batch.samples * slot.head_dim
-    ring, ulysses = place.mesh["ring"], place.mesh["ulysses"]
+    ring, ulysses = place.mesh["ring"], place.mesh.narrow(batch.degree)["ulysses"]
     sent = Counter[str]()
     if ulysses.degree > 1:
         elsewhere = sum(share.group) - share.local
@@ -271,7 +269,8 @@ def _attention_forward(slot: Attention, place: Place, batch: MicroBatch, *, insi
 def _attention_backward(slot: Attention, place: Place, batch: MicroBatch) -> Counter[str]:
     """Ulysses in reverse; the ring passes keys and values again, and the gradients of every part, in fp32 at least."""
     share, compute = _share(slot, place, batch), place.itemsize("compute")
-    ring, ulysses, per_head = place.mesh["ring"], place.mesh["ulysses"], batch.samples * slot.head_dim
+    ring, ulysses = place.mesh["ring"], place.mesh.narrow(batch.degree)["ulysses"]
+    per_head = batch.samples * slot.head_dim
     sent = Counter[str]()
     if ulysses.degree > 1:
         elsewhere = sum(share.group) - share.local

@@ -14,10 +14,12 @@ class MeshConfig:
     ring: int = 1  # processes that share one sample's tokens, passing keys and values around
     ulysses: int = 1  # processes that share one sample's tokens, exchanging heads for tokens in attention
     tensor: int = 1  # processes that share every layer's heads and hidden units, for the same tokens
+    dynamic: bool = False  # training: samples are cut over as many processes of ulysses as pay; docs/parallel.md
 
     def __post_init__(self) -> None:
         open_axes = []
-        for name, degree in vars(self).items():
+        degrees = {name: degree for name, degree in vars(self).items() if name != "dynamic"}
+        for name, degree in degrees.items():
             if degree == -1 and name != "replicate":
                 open_axes.append(name)
             elif degree < 1:
@@ -28,6 +30,10 @@ class MeshConfig:
             raise ValueError(f"{both}: only one axis can take all remaining processes")
         if self.cfg > 3:
             raise ValueError(f"cfg={self.cfg}: allowed are 1, 2 and 3, as guidance has at most three passes")
+        if self.dynamic and self.ring != 1:
+            raise ValueError(f"ring={self.ring}: allowed with dynamic=true is 1; use ulysses, or dynamic=false")
+        if self.dynamic and self.ulysses == 1:
+            raise ValueError("dynamic=true with ulysses=1 leaves nothing to choose: raise ulysses, or dynamic=false")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ added, whatever it does with tokens.
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
@@ -23,13 +23,26 @@ PIECES, COPIES = "pieces", "copies"  # the axes of sharding: one copy of the sta
 
 @dataclass
 class Axis:
-    """One process's view of a mesh axis: its peers, and the bytes it sent to them."""
+    """One process's view of a mesh axis, or of a part of one: its peers, and the bytes it sent to them."""
 
     name: str
     degree: int
     rank: int
     group: dist.ProcessGroup | None  # None only where the degree is 1
-    bytes_sent: int = field(default=0)
+    whole: "Axis | None" = None  # the axis that this is a part of, which counts its bytes
+    _sent: int = field(default=0)
+
+    @property
+    def bytes_sent(self) -> int:
+        """By this process, over the axis and all its parts."""
+        return self.whole.bytes_sent if self.whole else self._sent
+
+    @bytes_sent.setter
+    def bytes_sent(self, sent: int) -> None:
+        if self.whole:
+            self.whole.bytes_sent = sent
+        else:
+            self._sent = sent
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,7 @@ class Mesh:
 
     axes: dict[str, Axis]
     device_type: str
+    parts: dict[int, Axis] = field(default_factory=dict)  # of ulysses, by degree: of so many consecutive processes
 
     def __getitem__(self, axis: str) -> Axis:
         return self.axes[axis]
@@ -68,6 +82,15 @@ class Mesh:
     def is_first_of_sample(self) -> bool:
         """True on one of the processes that work on the same samples."""
         return all(self[name].rank == 0 for name in SAMPLE_AXES)
+
+    def narrow(self, ulysses: int | None) -> "Mesh":
+        """The mesh for samples that only so many processes of ulysses cut, each part of the axis its own.
+
+        ``ulysses``: a divisor of the axis's degree; None: the whole axis.
+        """
+        if ulysses is None or ulysses == self["ulysses"].degree:
+            return self
+        return replace(self, axes=self.axes | {"ulysses": self.parts[ulysses]})
 
 
 def resolve(cfg: MeshConfig, world_size: int) -> dict[str, int]:
@@ -103,12 +126,19 @@ def view(degrees: dict[str, int], rank: int = 0, device_type: str = "cpu") -> Me
     degrees = {axis: degrees.get(axis, 1) for axis in AXES}
     place = coordinates(degrees, rank)
     axes = {name: Axis(name, degree, place[name], None) for name, degree in degrees.items()}
+    whole = axes["ulysses"]
+    parts = {d: Axis("ulysses", d, whole.rank % d, None, whole) for d in divisors(whole.degree)[:-1]}
     # Nobody moves tokens along these two: they count what sharding sends.
-    return Mesh(axes | {name: Axis(name, 1, 0, None) for name in (PIECES, COPIES)}, device_type)
+    return Mesh(axes | {name: Axis(name, 1, 0, None) for name in (PIECES, COPIES)}, device_type, parts)
+
+
+def divisors(degree: int) -> list[int]:
+    """In ascending order."""
+    return [d for d in range(1, degree + 1) if degree % d == 0]
 
 
 def build(cfg: MeshConfig, world_size: int, device: torch.device) -> Mesh:
-    """Make the groups. Collective: every process of the group calls it."""
+    """Make the groups; those of the parts of ulysses with ``cfg.dynamic``. Collective: every process calls it."""
     degrees = resolve(cfg, world_size)
     wide = {name: degree for name, degree in degrees.items() if degree > 1}
     devices = init_device_mesh(device.type, tuple(wide.values()), mesh_dim_names=tuple(wide)) if wide else None
@@ -116,7 +146,19 @@ def build(cfg: MeshConfig, world_size: int, device: torch.device) -> Mesh:
     for name in wide:
         assert devices is not None
         mesh[name].group = devices.get_group(name)
+    if cfg.dynamic:
+        for degree, part in mesh.parts.items():
+            if degree > 1:
+                part.group, _ = dist.new_subgroups_by_enumeration(part_ranks(degrees, degree))
     return mesh
+
+
+def part_ranks(degrees: dict[str, int], part: int) -> list[list[int]]:
+    """The processes of every part of ulysses of this degree, in ascending order, over the whole world."""
+    tensor = degrees["tensor"]
+    stride = part * tensor  # tensor is the only axis that is faster
+    starts = (first + place for first in range(0, prod(degrees.values()), stride) for place in range(tensor))
+    return [list(range(start, start + stride, tensor)) for start in starts]
 
 
 def sharding_mesh(mesh: Mesh, zero: int) -> DeviceMesh:

@@ -198,6 +198,8 @@ class SampleConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: allowed are integers >= 1")
         if self.parallel.engine != "native":
             raise ValueError(f"parallel.engine={self.parallel.engine}: allowed is native; the others are for training")
+        if self.parallel.mesh.dynamic:
+            raise ValueError("parallel.mesh.dynamic=true: allowed is false; in sampling all share every clip")
         if self.prompt is None and not self.prompts and self.prompt_csv is None:
             raise ValueError("prompt: missing; give --prompt TEXT, prompts=[TEXT, ...] or prompt_csv=FILE")
 

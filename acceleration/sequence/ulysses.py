@@ -37,27 +37,32 @@ class UlyssesAttention(nn.Module):
     ) -> Tensor:
         """(B, L_local, H, Dh) each -> (B, L_local, H, Dh); key_mask (B, L_local).
 
+        Over the part of the axis that ``context`` names, or all of it.
+
         Raises:
             ValueError: fewer heads than processes.
         """
         assert context is not None, "pass SequenceParallel.context(...) as the model's context"
-        lengths = ring_groups(context.lengths, self.axis.degree)[self.ring_rank]
+        axis = context.ulysses or self.axis
+        if axis.degree == 1:  # a sequence that is not cut
+            return self.core(q_BLHD, k_BLHD, v_BLHD, key_mask=key_mask, context=context)
+        lengths = ring_groups(context.lengths, axis.degree)[self.ring_rank]
         batch, local, heads, dim = q_BLHD.shape
-        assert local == lengths[self.axis.rank], (local, lengths)
-        shares = head_shares(heads, self.axis.degree)
-        mine, whole = shares[self.axis.rank], sum(lengths)
+        assert local == lengths[axis.rank], (local, lengths)
+        shares = head_shares(heads, axis.degree)
+        mine, whole = shares[axis.rank], sum(lengths)
 
         by_token = torch.stack((q_BLHD, k_BLHD, v_BLHD)).permute(2, 1, 0, 3, 4)  # (L_local, B, 3, H, Dh)
         send = [local * batch * 3 * share * dim for share in shares]
         receive = [length * batch * 3 * mine * dim for length in lengths]
-        values = collectives.all_to_all(_blocks(by_token, shares, 3), send, receive, self.axis)
+        values = collectives.all_to_all(_blocks(by_token, shares, 3), send, receive, axis)
         q, k, v = values.view(whole, batch, 3, mine, dim).transpose(0, 1).unbind(2)  # (B, L, H_mine, Dh) each
         if key_mask is not None:
-            key_mask = collectives.all_gather(key_mask, 1, lengths, self.axis)
+            key_mask = collectives.all_gather(key_mask, 1, lengths, axis)
         out = self.core(q, k, v, key_mask=key_mask, context=context)
 
         send, receive = ([n // 3 for n in counts] for counts in (receive, send))
-        values = collectives.all_to_all(_blocks(out.transpose(0, 1), lengths, 0), send, receive, self.axis)
+        values = collectives.all_to_all(_blocks(out.transpose(0, 1), lengths, 0), send, receive, axis)
         by_peer = zip(values.split(receive), shares, strict=True)
         parts = [part.view(local, batch, share, dim) for part, share in by_peer]
         return torch.cat(parts, dim=2).transpose(0, 1)

@@ -74,6 +74,7 @@ def check_known(cfg: RunConfig) -> None:
         ("parallel.engine", parallel.engine, "native"),
         ("parallel.offload", parallel.offload, "none"),
         ("parallel.recompute.offload", parallel.recompute.offload, False),
+        ("parallel.mesh.dynamic", parallel.mesh.dynamic, False),
     ):
         if value != known:
             shown = str(known).lower()

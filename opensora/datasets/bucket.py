@@ -22,6 +22,7 @@ from opensora.datasets.aspect import area_of, training_sizes
 from opensora.datasets.config import BucketRow, DataConfig, bucket_rows
 from opensora.datasets.cost import features, image_tokens
 from opensora.datasets.manifest import ClipTable
+from opensora.datasets.share import Sharing, choose, times
 from opensora.utils.errors import UserError
 
 MAX_FPS = 24.0
@@ -221,6 +222,12 @@ class BucketTable:
 
     def _tokens(self, frames: int, height: int, width: int) -> int:
         return image_tokens(frames, height, width, self._multiple)
+
+    def shared(self, numbers: np.ndarray, samples: np.ndarray, sharing: Sharing) -> tuple[np.ndarray, np.ndarray]:
+        """((n,) degree, (n,) time) of micro-batches, where the degree may be chosen; see ``share.times``."""
+        sizes = np.array([bucket.batch_size for bucket in self.buckets])
+        most = (sizes * (self._all_tokens + sharing.text_tokens)).max()
+        return choose(times(self.features(numbers, samples), self._cfg.cost, sharing, most), sharing.degrees)
 
     def _batch_size(self, row: BucketRow, height: int, width: int) -> int:
         if row.batch_size is not None:

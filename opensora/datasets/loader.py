@@ -19,6 +19,7 @@ from opensora.datasets.config import DataConfig
 from opensora.datasets.manifest import ClipTable
 from opensora.datasets.plan import BatchPlan, MicroBatch
 from opensora.datasets.reader import DecoderProcess
+from opensora.datasets.share import Sharing
 from opensora.datasets.video import Batch, BatchReader, FeatureReader, Job
 from opensora.utils.errors import UserError
 
@@ -35,8 +36,9 @@ def build_loader(
     dp_rank: int,
     dp_degree: int,
     seed: int,
+    sharing: Sharing | None = None,
 ) -> Generator[Batch, None, None]:
-    """The batches of ``plan.assign(step, dp_rank, dp_degree)`` for step in [start_step, stop_step), in that order.
+    """The batches of ``plan.assign(step, dp_rank, dp_degree, sharing)`` for step in [start_step, stop_step), in order.
 
     What they hold depends on nothing else: not on the number of workers, nor on where a run was resumed. Closing the
     iterator ends the workers.
@@ -46,7 +48,7 @@ def build_loader(
             readable substitute in its bucket, or nothing read for ``worker_timeout_s``.
     """
     # Asks the plan step by step, in this thread only; a run of any length costs nothing up front.
-    micro_batches = (m for step in range(start_step, stop_step) for m in plan.assign(step, dp_rank, dp_degree))
+    micro_batches = (m for step in range(start_step, stop_step) for m in plan.assign(step, dp_rank, dp_degree, sharing))
     if cfg.features:
         return _stored(FeatureReader(table, cfg), micro_batches, cfg)
     return read_batches(table, plan, cfg, micro_batches, seed)

@@ -21,6 +21,7 @@ from opensora.datasets.draws import permuted
 from opensora.datasets.epoch import Epoch, Source
 from opensora.datasets.groups import group_rows
 from opensora.datasets.manifest import ClipTable
+from opensora.datasets.share import Sharing
 from opensora.utils.errors import UserError
 from opensora.utils.rng import derive_key, numpy_generator
 
@@ -40,6 +41,7 @@ class MicroBatch:
     sample_ids: tuple[int, ...]
     epoch: int
     weight: float = 1.0  # 0: computed to keep processes in step, not counted
+    degree: int | None = None  # processes that cut its samples, of those that can; None: all
 
 
 @dataclass(frozen=True)
@@ -89,15 +91,22 @@ class BatchPlan:
         whole = self._step(step)
         return self._filled(whole, np.arange(len(whole.numbers)))
 
-    def assign(self, step: int, dp_rank: int, dp_degree: int) -> tuple[MicroBatch, ...]:
+    def assign(self, step: int, dp_rank: int, dp_degree: int, sharing: Sharing | None = None) -> tuple[MicroBatch, ...]:
         """This rank's micro-batches of a step, most expensive first; equally many on every rank.
 
         A rank that would have fewer repeats the cheapest micro-batch of the step with weight 0.
+
+        Args:
+            sharing: choose for each micro-batch whether all processes of the rank cut its samples, or groups of them
+                have samples of their own; what is returned is this process's part. None: all cut all.
         """
         if not 0 <= dp_rank < dp_degree:
             raise ValueError(f"dp_rank={dp_rank}: allowed are 0 to {dp_degree - 1}")
         whole = self._step(step)
-        costs = self._buckets.costs(whole.bucket, whole.sizes)
+        if sharing:
+            degrees, costs = self._buckets.shared(whole.bucket, whole.sizes, sharing)
+        else:
+            costs = self._buckets.costs(whole.bucket, whole.sizes)
         owners, per_rank = deal(costs, dp_degree)
         mine = np.flatnonzero(owners == dp_rank)
         chosen = mine[np.argsort(-costs[mine], kind="stable")]
@@ -105,6 +114,8 @@ class BatchPlan:
         if fillers:
             chosen = np.append(chosen, np.argmin(costs))
         found = self._filled(whole, chosen)
+        if sharing:
+            found = tuple(_part(m, degree, sharing) for m, degree in zip(found, degrees[chosen].tolist(), strict=True))
         return found[: len(mine)] + tuple(replace(filler, weight=0.0) for filler in found[len(mine) :]) * fillers
 
     def shapes(self, step: int) -> Counter[Bucket]:
@@ -204,6 +215,15 @@ class BatchPlan:
 
     def _epoch(self, number: int) -> Epoch:
         return self._epochs.get(number, lambda: Epoch(self._source, number))
+
+
+def _part(micro_batch: MicroBatch, degree: int, sharing: Sharing) -> MicroBatch:
+    """The samples that this process has; where there are none, the first one uncounted, to keep in step."""
+    ids = micro_batch.sample_ids
+    mine = sharing.mine(len(ids), degree)
+    if not mine:
+        return replace(micro_batch, sample_ids=ids[:1], degree=degree, weight=0.0)
+    return replace(micro_batch, sample_ids=ids[mine.start : mine.stop], degree=degree)
 
 
 class _Recent(OrderedDict[Hashable, T]):

@@ -47,6 +47,7 @@ class Batch:
     fps: Tensor  # (B,) float32 after the frame interval, 0 where unknown
     epoch: int
     weight: float  # 0: not counted
+    degree: int | None = None  # processes that cut its samples; None: all that can
     replaced: tuple[tuple[int, int, str], ...] = ()  # (unreadable sample, its substitute, why)
     features: Features | None = None
     read_s: float = 0.0  # time that reading took, where several processes read at once: of each
@@ -93,6 +94,7 @@ class BatchReader:
             fps=torch.tensor(rates, dtype=torch.float32),
             epoch=micro_batch.epoch,
             weight=micro_batch.weight,
+            degree=micro_batch.degree,
             replaced=tuple(replaced),
             read_s=time.monotonic() - began,
         )
@@ -197,6 +199,7 @@ class FeatureReader:
             fps=torch.tensor([sampled_fps(float(self._table.fps[i])) for i in ids], dtype=torch.float32),
             epoch=micro_batch.epoch,
             weight=micro_batch.weight,
+            degree=micro_batch.degree,
             features=self._store.read(micro_batch),
             read_s=time.monotonic() - began,
         )

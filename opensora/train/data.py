@@ -11,9 +11,11 @@ from opensora.datasets import DataConfig
 from opensora.datasets.bucket import Bucket
 from opensora.datasets.index import IndexedTable, open_table
 from opensora.datasets.loader import build_loader
-from opensora.datasets.plan import BatchPlan
+from opensora.datasets.plan import BatchPlan, MicroBatch
+from opensora.datasets.share import Sharing
 from opensora.datasets.video import Batch
 from opensora.models.base import AutoencoderShape, latent_grid
+from opensora.models.text import text_tokens
 from opensora.models.vae import autoencoder_shape
 
 
@@ -35,6 +37,14 @@ def expected_idle(plan: BatchPlan, dp_degree: int, steps: Iterable[int]) -> floa
     return sum(shares) / len(shares)
 
 
+def sharing(cfg: RunConfig, mesh: Mesh) -> Sharing | None:
+    """This process among those of its data-parallel rank; None where all of them cut all samples."""
+    if not cfg.parallel.mesh.dynamic:
+        return None
+    axis = mesh["ulysses"]
+    return Sharing(degree=axis.degree, rank=axis.rank, text_tokens=text_tokens(cfg.text))
+
+
 class StepData:
     """Batches of this process in step order, from ``start_step`` on."""
 
@@ -49,12 +59,14 @@ class StepData:
         start_step: int,
         stop_step: int,
         seed: int,
+        sharing: Sharing | None = None,
     ) -> None:
+        """``sharing``: choose for each micro-batch how many processes cut a sample; see ``BatchPlan.assign``."""
         self.plan = plan
         self.index = table
         self.table = table.content
         self.waited_s = 0.0  # time the loop spent waiting for data
-        self._rank, self._degree = mesh.data_rank, mesh.data_degree
+        self._rank, self._degree, self._sharing = mesh.data_rank, mesh.data_degree, sharing
         self._shape = shape
         self._batches = build_loader(
             table,
@@ -65,11 +77,16 @@ class StepData:
             dp_rank=self._rank,
             dp_degree=self._degree,
             seed=seed,
+            sharing=sharing,
         )
+
+    def assigned(self, step: int) -> tuple[MicroBatch, ...]:
+        """This process's micro-batches of a step."""
+        return self.plan.assign(step, self._rank, self._degree, self._sharing)
 
     def microbatches(self, step: int) -> Iterator[tuple[Batch, bool]]:
         """(batch, whether it is the step's last) for this process. Every process gets equally many."""
-        count = len(self.plan.assign(step, self._rank, self._degree))
+        count = len(self.assigned(step))
         for i in range(count):
             started = time.monotonic()
             batch = next(self._batches)

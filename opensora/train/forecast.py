@@ -7,7 +7,7 @@ slowest link they cross, weights and gradients moved while blocks compute.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -28,11 +28,11 @@ from acceleration.sequence import SequenceParallel
 from acceleration.structure import Structure, Unit, structure_of
 from opensora.config import RunConfig
 from opensora.datasets.bucket import BucketTable
-from opensora.datasets.plan import BatchPlan
+from opensora.datasets.plan import MicroBatch as PlannedBatch
 from opensora.inference.load import check_layout
 from opensora.models import MMDiTConfig, build_model
 from opensora.models.base import latent_grid
-from opensora.models.text import ByteTextConfig
+from opensora.models.text import ByteTextConfig, text_tokens
 from opensora.models.vae import autoencoder_shape
 from opensora.schedulers.rectified_flow import squared_error
 from opensora.train.devices import Device
@@ -139,9 +139,9 @@ def shapes(cfg: RunConfig) -> list[Shape]:
 def _as_seen(cfg: RunConfig, frames: int, size: tuple[int, int]) -> MicroBatch:
     """One clip of this length and (height, width), as tokens."""
     text = cfg.text
-    txt, has_mask = (text.max_words, text.mask) if isinstance(text, ByteTextConfig) else (text.max_tokens, False)
+    has_mask = text.mask if isinstance(text, ByteTextConfig) else False
     img = prod(latent_grid(frames, *size, autoencoder_shape(cfg.vae))) // cfg.model.patch_size**2
-    return MicroBatch(samples=1, txt=txt, img=img, has_mask=has_mask)
+    return MicroBatch(samples=1, txt=text_tokens(text), img=img, has_mask=has_mask)
 
 
 def frozen_bytes(cfg: RunConfig) -> int:
@@ -338,15 +338,18 @@ def check_memory(cfg: RunConfig, world: int, device_bytes: int | None) -> None:
 class Traffic:
     """Bytes that this process should send in every step of a run, by formula."""
 
-    def __init__(self, cfg: RunConfig, mesh: Mesh, plan: BatchPlan) -> None:
-        self._cfg, self._mesh, self._plan = cfg, mesh, plan
+    def __init__(self, cfg: RunConfig, mesh: Mesh, assigned: Callable[[int], Sequence[PlannedBatch]]) -> None:
+        """``assigned``: step -> this process's micro-batches."""
+        self._cfg, self._assigned = cfg, assigned
         self._place, self._structure = Place(mesh, cfg.parallel), structure(cfg.model)
 
     def of_step(self, step: int) -> dict[str, int]:
         """Axis -> bytes in update ``step``."""
-        mine = self._plan.assign(step, self._mesh.data_rank, self._mesh.data_degree)
+        mine = self._assigned(step)
         batches = [_as_seen(self._cfg, m.bucket.frames, (m.bucket.height, m.bucket.width)) for m in mine]
-        sized = [replace(b, samples=len(m.sample_ids)) for b, m in zip(batches, mine, strict=True)]
+        sized = [
+            replace(batch, samples=len(m.sample_ids), degree=m.degree) for batch, m in zip(batches, mine, strict=True)
+        ]
         return accounting.step_bytes(self._structure, self._place, sized)
 
 

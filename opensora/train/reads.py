@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from acceleration.mesh import AXES, Mesh
+from acceleration.mesh import SAMPLE_AXES, Mesh
 from opensora.datasets.manifest import ClipTable
 from opensora.utils.errors import UserError
 from opensora.utils.rng import derive_key
@@ -25,11 +25,13 @@ class Reads:
     """Watches the micro-batches of this process.
 
     ``folder/rank-00000.jsonl`` gets a line for every sample that could not be read: step, sample, path, why, and the
-    sample read in its place. Every data-parallel place has a file of its own; the first process at it writes.
+    sample read in its place. Every data-parallel place has a file of its own; the first process at it writes. Where
+    groups of its processes have samples of their own, the first of those does, to a file of its own.
     """
 
     def __init__(self, folder: Path, table: ClipTable, mesh: Mesh, max_bad_share: float) -> None:
-        self._file = folder / f"rank-{mesh.data_rank:05d}.jsonl"
+        part = f"-{mesh['ulysses'].rank}" * (not mesh.is_first_of_sample)
+        self._file = folder / f"rank-{mesh.data_rank:05d}{part}.jsonl"
         self._table = table
         self._mesh = mesh
         self._share = max_bad_share
@@ -37,7 +39,7 @@ class Reads:
         self._row = 0
         self._since_record = [0.0, 0.0, 0.0]  # seconds, samples, replaced
         self._replaced = 0.0
-        self._digest = 0
+        self._digests: dict[int | None, int] = {}  # of micro-batches, by how many processes cut their samples
 
     def note(self, batch: "Batch", step: int) -> None:
         """Count a micro-batch of update ``step``.
@@ -46,13 +48,16 @@ class Reads:
             UserError: more than the allowed share of the last samples, or too many in a row, could not be read.
         """
         seconds, samples, replaced = self._since_record
-        self._since_record = [seconds + batch.read_s, samples + len(batch.sample_ids), replaced]
-        self._digest = derive_key(self._digest, repr([(bad, other) for bad, other, _ in batch.replaced]))
+        counts = self._mesh.narrow(batch.degree).is_first_of_sample  # else another process has them too
+        if counts:
+            self._since_record = [seconds + batch.read_s, samples + len(batch.sample_ids), replaced]
+        seen = repr([(bad, other) for bad, other, _ in batch.replaced])
+        self._digests[batch.degree] = derive_key(self._digests.get(batch.degree, 0), seen)
         if not batch.weight:
             return  # another process has it too
-        self._since_record[2] += len(batch.replaced)
+        self._since_record[2] += len(batch.replaced) * counts
         bad = {sample: (other, why) for sample, other, why in batch.replaced}
-        if bad and self._mesh.is_first_of_sample:
+        if bad and counts:
             self._write({"step": step, "sample": s, "path": self._table.path(s), "why": why, "substitute": other}
                         for s, (other, why) in bad.items())  # fmt: skip
         for sample in batch.sample_ids:
@@ -68,7 +73,7 @@ class Reads:
             UserError: processes that work on the same samples did not read the same.
         """
         self.check_agreement()
-        counts = torch.tensor(self._since_record, dtype=torch.float64) * self._mesh.is_first_of_sample
+        counts = torch.tensor(self._since_record, dtype=torch.float64)
         seconds, samples, replaced = _reduced(counts, self._mesh, None).tolist()
         self._since_record = [0.0, 0.0, 0.0]
         self._replaced += replaced
@@ -81,12 +86,12 @@ class Reads:
         Raises:
             UserError: they did not; what was trained since the last check is worth nothing.
         """
-        both = torch.tensor([self._digest, -self._digest], dtype=torch.int64)
-        for axis in AXES[2:]:  # one after the other, so that all of them know in the end
-            if self._mesh[axis].degree > 1:
-                both = _reduced(both, self._mesh, axis)
-        highest, lowest = both.tolist()
-        if highest != -lowest:
+        differs = torch.zeros(1, dtype=torch.int64)
+        for degree, digest in sorted(self._digests.items()):
+            both = torch.tensor([digest, -digest], dtype=torch.int64)
+            highest, lowest = _highest(both, self._mesh.narrow(degree)).tolist()
+            differs += highest != -lowest
+        if _highest(differs, self._mesh).item():
             raise UserError(
                 "data: processes that share samples could not read the same ones (storage errors or "
                 f"data.decode_timeout_s); see {self._file.parent} and start again from the last checkpoint"
@@ -106,6 +111,14 @@ class Reads:
             f"data.max_bad_share={self._share:g}: {much} could not be read ({last}); all are listed in {self._file}: "
             "repair the files, or take them out of the table"
         )
+
+
+def _highest(values: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+    """The largest over all processes that share samples: axis after axis, so that all of them know."""
+    for axis in SAMPLE_AXES:
+        if mesh[axis].degree > 1:
+            values = _reduced(values, mesh, axis)
+    return values
 
 
 def _reduced(values: torch.Tensor, mesh: Mesh, axis: str | None) -> torch.Tensor:

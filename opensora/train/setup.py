@@ -5,7 +5,7 @@ What a user can get wrong is checked before the process group exists, so that a 
 
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ from opensora.models.mmdit.convert import load_state_dict_for
 from opensora.models.text import build_text_encoder
 from opensora.models.vae import autoencoder_shape, build_autoencoder
 from opensora.train import features
-from opensora.train.data import StepData, open_data
+from opensora.train.data import StepData, open_data, sharing
 from opensora.train.disk import check_disk
 from opensora.train.export import exported, write_export
 from opensora.train.forecast import Traffic, check_memory
@@ -57,7 +57,7 @@ from opensora.utils.errors import UserError
 from opensora.utils.logging import MetricsLogger, announce
 from opensora.utils.rng import torch_generator
 from opensora.utils.weights import fingerprint
-from opensora.utils.work import one_by_one
+from opensora.utils.work import RunAll, one_by_one
 
 
 @dataclass(kw_only=True)
@@ -260,14 +260,16 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
     if runtime.is_main:
         config.save(cfg, folder / config.SAVED_NAME)
 
+    data = open_batches(cfg, table, plan, mesh, step)
     logger = open_logger(cfg, plan, step) if runtime.is_main else None
+    is_known = cfg.parallel.engine == "native" and not cfg.lora.rank  # the formulas are of this, all weights trained
     metrics = Metrics(logger, every=cfg.train.log_every, start_step=step, total_steps=cfg.train.steps)
     return Run(
         cfg=cfg,
         runtime=runtime,
         mesh=mesh,
         engine=engine,
-        data=open_batches(cfg, table, plan, mesh, step),
+        data=data,
         prepare=build_preparation(cfg, mesh, runtime.device),
         checkpoints=checkpoints,
         metrics=metrics,
@@ -277,15 +279,24 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
         phases=phases,
         step=step,
         base=base,
-        # The formulas are the native engine's, for weights that are all trained.
-        traffic=Traffic(cfg, mesh, plan) if logger and cfg.parallel.engine == "native" and not cfg.lora.rank else None,
+        traffic=Traffic(cfg, mesh, data.assigned) if logger and is_known else None,
     )
 
 
 def open_batches(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, mesh: Mesh, step: int) -> StepData:
     """What this process reads from update ``step`` on."""
     shape = autoencoder_shape(cfg.vae)
-    return StepData(table, plan, cfg.data, mesh, shape, start_step=step, stop_step=cfg.train.steps, seed=cfg.seed)
+    return StepData(
+        table,
+        plan,
+        cfg.data,
+        mesh,
+        shape,
+        start_step=step,
+        stop_step=cfg.train.steps,
+        seed=cfg.seed,
+        sharing=sharing(cfg, mesh),
+    )
 
 
 def build_preparation(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Preparation:
@@ -294,7 +305,11 @@ def build_preparation(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Prepa
     stored = bool(cfg.data.features)
     encoders = not stored or cfg.validate.every > 0  # samples while training need them
     autoencoder = build_autoencoder(cfg.vae, device, frozen) if encoders else None
-    return Preparation(
+
+    def tiles(peers: Mesh) -> RunAll:
+        return tile_runner(cfg.train.vae_parallel, autoencoder, peers) if autoencoder else one_by_one
+
+    whole = Preparation(
         autoencoder=autoencoder,
         text_encoder=build_text_encoder(cfg.text, device, frozen) if encoders else features.stored_text(cfg, device),
         flow=cfg.flow,
@@ -304,9 +319,14 @@ def build_preparation(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Prepa
         sequence=SequenceParallel(mesh),
         seed=cfg.seed,
         device=device,
-        run_tiles=tile_runner(cfg.train.vae_parallel, autoencoder, mesh) if autoencoder else one_by_one,
+        run_tiles=tiles(mesh),
         stored=stored,
     )
+    if not cfg.parallel.mesh.dynamic:
+        return whole
+    parts = [(degree, mesh.narrow(degree)) for degree in mesh.parts]
+    narrow = {d: replace(whole, sequence=SequenceParallel(part), run_tiles=tiles(part)) for d, part in parts}
+    return replace(whole, narrow=narrow)
 
 
 def initial_weights(cfg: RunConfig, model: nn.Module) -> Fill:

@@ -1,6 +1,7 @@
 """One micro-batch: from pixels and prompts to this process's tokens, and from those to its share of the loss."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,11 @@ class Tokens:
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """Encodes, corrupts and cuts; draws depend on (seed, step, sample) alone, so all layouts agree."""
+    """Encodes, corrupts and cuts; draws depend on (seed, step, sample) alone, so all layouts agree.
+
+    ``sequence`` and ``run_tiles`` belong to the processes that cut the same samples. Where fewer cut those of some
+    micro-batches (``Batch.degree``), ``narrow`` has the preparation of these.
+    """
 
     autoencoder: Autoencoder | None  # None: not needed, as batches hold features
     text_encoder: TextEncoder
@@ -44,10 +49,13 @@ class Preparation:
     device: torch.device
     run_tiles: RunAll = one_by_one  # who codes the tiles of a clip
     stored: bool = False  # batches hold features in place of pixels
+    narrow: Mapping[int, "Preparation"] = field(default_factory=dict)  # by how many processes cut a sample
 
     @torch.no_grad()
     def __call__(self, batch: "Batch", step: int) -> Tokens:
         """The tokens of ``batch`` as used by update ``step``; no gradient."""
+        if batch.degree is not None and batch.degree in self.narrow:
+            return self.narrow[batch.degree](batch, step)
         encoded = self.encode(batch)
         x0 = encoded.latents.float()  # (B, C, T', H', W')
         grid = (x0.shape[2], x0.shape[3], x0.shape[4])

@@ -35,6 +35,7 @@ class FakeBatch:
     prompts: list[str]
     sample_ids: tuple[int, ...]
     weight: float = 1.0
+    degree: int | None = None
 
 
 class PassThrough:

@@ -1,5 +1,6 @@
 """Compiled blocks compute what plain ones do under every layout, and another bucket compiles nothing."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -61,8 +62,11 @@ def toy_on_one_process() -> Found:
     return steps, {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def toy_on_this_layout(cfg: ParallelConfig) -> tuple[Found, list[int]]:
-    """What training found, and how many graphs there were after every step and after later shapes."""
+def toy_on_this_layout(cfg: ParallelConfig, whole: Sequence[tuple[int, int]] = ()) -> tuple[Found, list[int]]:
+    """What training found, and how many graphs there were after every step and after later shapes.
+
+    ``whole``: micro-batches whose samples ulysses does not cut, but divides.
+    """
     counters.clear()
     device = torch.device("cpu")
     mesh = meshes.build(cfg.mesh, dist.get_world_size(), device)
@@ -70,12 +74,14 @@ def toy_on_this_layout(cfg: ParallelConfig) -> tuple[Found, list[int]]:
         model: nn.Module = Toy()
     parallelize(model, cfg, mesh, device, fill)
     engine = build_engine(model, cfg, OptimConfig(kind="sgd", lr=LR, clip_norm=0), mesh)
-    sequence = SequenceParallel(mesh)
 
     def share(shape: tuple[int, int], step: int) -> Tensor:
-        whole = toy_batch(shape, step)
-        x, key_mask = (sequence.shard(whole[name]) for name in ("x", "key_mask"))
-        return squares(model(x, whole["vec"], key_mask=key_mask, context=sequence.context(0, shape[1])))
+        is_cut, ulysses = shape not in whole, mesh["ulysses"]
+        sequence = SequenceParallel(mesh if is_cut else mesh.narrow(1))
+        samples = slice(None) if is_cut else slice(ulysses.rank, None, ulysses.degree)
+        mine = {name: values[samples] for name, values in toy_batch(shape, step).items()}
+        x, key_mask = (sequence.shard(mine[name]) for name in ("x", "key_mask"))
+        return squares(model(x, mine["vec"], key_mask=key_mask, context=sequence.context(0, shape[1])))
 
     steps, graphs = [], []
     for step in range(STEPS):
@@ -152,6 +158,15 @@ def test_compiled_blocks_equal_plain_ones_and_buckets_share_their_graphs(
         assert worst_toy_error(found, toy_truth) <= TOLERANCE
         assert 0 < graphs[0] <= AT_MOST[mesh], graphs
         assert graphs[0] == graphs[-1], f"later steps or buckets compiled again: {graphs}"
+
+
+@pytest.mark.slow
+def test_samples_that_are_cut_and_others_have_two_sets_of_graphs(toy_truth: Found) -> None:
+    """As an exchange returns other strides than attention does, and a batch of one has its own; then no more."""
+    cfg = ParallelConfig(zero=3, mesh=MeshConfig(ulysses=2, dynamic=True), compile=EAGER, precision=FP64)
+    for found, graphs in run_distributed(toy_on_this_layout, 2, cfg, (SHAPES[1], SHAPES[2], LATER[2])):
+        assert worst_toy_error(found, toy_truth) <= TOLERANCE
+        assert 0 < graphs[0] <= 2 * AT_MOST["ulysses2"] and graphs[0] == graphs[-1], graphs
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ SGD: Adam would hide a gradient that is off by a factor.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -54,7 +55,7 @@ def fill(name: str, tensor: Tensor) -> None:
 
 
 def preparation(mesh: Mesh, device: torch.device | str = "cpu") -> Preparation:
-    return Preparation(
+    whole = Preparation(
         autoencoder=PassThrough(),
         text_encoder=FakeText(device),
         flow=RectifiedFlowConfig(),
@@ -65,6 +66,8 @@ def preparation(mesh: Mesh, device: torch.device | str = "cpu") -> Preparation:
         seed=7,
         device=torch.device(device),
     )
+    narrow = {d: replace(whole, sequence=SequenceParallel(mesh.narrow(d))) for d in mesh.parts}
+    return replace(whole, narrow=narrow)
 
 
 def on_one_process() -> Outcome:
@@ -98,7 +101,12 @@ def assign(step: int, rank: int, degree: int) -> list[FakeBatch]:
     return mine + [replace(every[-1], weight=0.0)] * (per_rank - len(mine))
 
 
-def on_this_layout(cfg: ParallelConfig) -> Outcome:
+def dealt(step: int, mesh: Mesh) -> list[FakeBatch]:
+    """This process's micro-batches, all shared by all that can."""
+    return assign(step, mesh.data_rank, mesh.data_degree)
+
+
+def on_this_layout(cfg: ParallelConfig, dealt: Callable[[int, Mesh], list[FakeBatch]] = dealt) -> Outcome:
     """Runs in every process of the group."""
     device = torch.device("cpu")
     mesh = meshes.build(cfg.mesh, dist.get_world_size(), device)
@@ -113,7 +121,7 @@ def on_this_layout(cfg: ParallelConfig) -> Outcome:
         for axis in mesh.axes.values():
             axis.bytes_sent = 0
         total = torch.zeros((), dtype=torch.float64)
-        mine = assign(step, mesh.data_rank, mesh.data_degree)
+        mine = dealt(step, mesh)
         for index, batch in enumerate(mine):
             share = loss_share(engine.model, prepare(batch, step), elements(step))  # type: ignore[arg-type]
             engine.backward(share, last_microbatch=index == len(mine) - 1)
@@ -141,7 +149,13 @@ def predicted(cfg: ParallelConfig, mesh: Mesh, mine: list[FakeBatch]) -> Bytes:
     with torch.device("meta"):
         structure = structure_of(build_model(MODEL), run_denoiser)
     sizes = [
-        MicroBatch(samples=len(b.sample_ids), txt=TEXT_TOKENS, img=math.prod(b.pixels.shape[2:]), has_mask=True)
+        MicroBatch(
+            samples=len(b.sample_ids),
+            txt=TEXT_TOKENS,
+            img=math.prod(b.pixels.shape[2:]),
+            has_mask=True,
+            degree=b.degree,
+        )
         for b in mine
     ]
     return step_bytes(structure, place, sizes)

@@ -179,6 +179,12 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
         ["parallel.engine=deepspeed", "parallel.compile.enabled=true"],
         "parallel.compile.enabled=true: allowed with engine=deepspeed is false",
     ),
+    "a choice of shares on a ring": (
+        None,
+        ["parallel.mesh.dynamic=true", "parallel.mesh.ulysses=2", "parallel.mesh.ring=2"],
+        "parallel.mesh.ring=2: allowed with dynamic=true is 1; use ulysses, or dynamic=false",
+    ),
+    "a choice of shares of one": (None, ["parallel.mesh.dynamic=true"], "parallel.mesh.dynamic=true with ulysses=1"),
     "guidance in training": (None, ["parallel.mesh.cfg=2"], "parallel.mesh.cfg=2: allowed is 1"),
     "warm-up beyond the end": (None, ["optim.warmup_steps=101"], "optim.warmup_steps=101: allowed are at most train"),
     "pack that does not divide": (None, ["data.pack=2"], "data.pack=2: allowed are divisors of micro_batches=1"),

@@ -18,6 +18,11 @@ TEXT_ENCODERS = {
 }
 
 
+def text_tokens(cfg: TextConfig) -> int:
+    """Tokens of a prompt, padding included."""
+    return cfg.max_words if isinstance(cfg, ByteTextConfig) else cfg.max_tokens
+
+
 def build_text_encoder(cfg: TextConfig, device: torch.device | str, dtype: torch.dtype) -> "TextEncoder":
     """The frozen encoder of ``cfg`` on ``device``; its features have ``dtype``."""
     if isinstance(cfg, ByteTextConfig):
