@@ -8,12 +8,14 @@ is (B, H, L) in fp32 (fp64 for fp64 inputs). A query that may see no key has out
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from acceleration import recompute
+from acceleration import recompute, varlen
+from acceleration.varlen import Varlen
 
 aten = torch.ops.aten
 
@@ -23,6 +25,7 @@ class Kernel(NamedTuple):
 
     forward: Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
     backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+    varlen: Varlen | None = None  # None: samples that share a sequence go through it length by length
 
 
 def forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -81,7 +84,14 @@ class KernelCore(nn.Module):
         self, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, *, key_mask: Tensor | None = None, context: Any = None
     ) -> Tensor:
         """See ``AttentionCore`` in opensora/models/base.py."""
-        return attend(self.kernel, q_BLHD, k_BLHD, v_BLHD, key_mask)
+        segments, packed = getattr(context, "segments", None), self.kernel.varlen
+        if segments is None:
+            return attend(self.kernel, q_BLHD, k_BLHD, v_BLHD, key_mask)
+        if packed is None or key_mask is not None or q_BLHD.dtype not in varlen.DTYPES:
+            return segments.apply(partial(attend, self.kernel), q_BLHD, k_BLHD, v_BLHD, key_mask)
+        q, k, v = (segments.gather(x) for x in (q_BLHD, k_BLHD, v_BLHD))
+        out = varlen.attend(packed, q, k, v, segments.ends, max(segments.lengths))
+        return segments.scatter(out, q_BLHD.shape[0])
 
 
 class _Attend(torch.autograd.Function):
@@ -246,11 +256,32 @@ def _flash_attn_backward(
     return dq, dk, dv
 
 
+def _flash_attn_varlen_forward(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """Not run on a GPU yet."""
+    from flash_attn.flash_attn_interface import _flash_attn_varlen_forward as run
+
+    out, lse, *_ = run(q, k, v, ends, ends, longest, longest, 0.0, q.shape[-1] ** -0.5, False)
+    return out, lse
+
+
+def _flash_attn_varlen_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ends: Tensor, longest: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    from flash_attn.flash_attn_interface import _flash_attn_varlen_backward as run
+
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    lengths, scale = (ends, ends, longest, longest), q.shape[-1] ** -0.5
+    run(grad, q, k, v, out, lse, dq, dk, dv, *lengths, 0.0, scale, False, -1, -1, 0.0, None, False)
+    return dq, dk, dv
+
+
 KERNELS = {
     "math": Kernel(_math_forward, _math_backward),
     "cpu": Kernel(_cpu_forward, _cpu_backward),
-    "cuda": Kernel(_cuda_forward, _cuda_backward),
-    "flash_attn": Kernel(_flash_attn_forward, _flash_attn_backward),
+    "cuda": Kernel(_cuda_forward, _cuda_backward, varlen.CUDA),
+    "flash_attn": Kernel(
+        _flash_attn_forward, _flash_attn_backward, Varlen(_flash_attn_varlen_forward, _flash_attn_varlen_backward)
+    ),
 }
 
 

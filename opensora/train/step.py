@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from acceleration.sequence import SequenceParallel
+from acceleration.sequence import SequenceContext, SequenceParallel
 from opensora.datasets.features import Features
+from opensora.datasets.video import PackedBatch
 from opensora.models.base import Autoencoder, TextEncoder, TextFeatures
 from opensora.schedulers import rectified_flow as flow
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.train.conditioning import unconditioned
+from opensora.train.packing import Rows, Whole, joined
 from opensora.utils.tokens import image_ids, pack
 from opensora.utils.work import RunAll, one_by_one
 
@@ -46,34 +48,52 @@ class Preparation:
     stored: bool = False  # batches hold features in place of pixels
 
     @torch.no_grad()
-    def __call__(self, batch: "Batch", step: int) -> Tokens:
+    def __call__(self, batch: "Batch | PackedBatch", step: int) -> Tokens:
         """The tokens of ``batch`` as used by update ``step``; no gradient."""
+        if isinstance(batch, PackedBatch):
+            whole, rows = joined([self._whole(part, step) for part in batch.parts])
+            return self._cut(whole, batch.weight, self.sequence.packed_context(*rows, self.device), rows)
+        whole = self._whole(batch, step)
+        return self._cut(whole, batch.weight, self.sequence.context(whole.txt.shape[1], whole.img.shape[1]))
+
+    def _cut(self, whole: Whole, weight: float, context: SequenceContext | None, rows: Rows | None = None) -> Tokens:
+        """This process's part; ``rows`` of a pack, on the CPU."""
+        image, words = self.sequence.shard, self._shard_text
+        inputs: dict[str, Any] = {
+            "img": image(whole.img),
+            "img_ids": image(whole.img_ids),
+            "txt": words(whole.txt),
+            "txt_ids": words(torch.zeros(*whole.txt.shape[:2], 3, device=self.device)),
+            "timesteps": whole.timesteps,
+            "y_vec": whole.y_vec,
+            "cond": None if whole.cond is None else image(whole.cond),
+            "guidance": torch.ones_like(whole.timesteps) if self.guidance_embed else None,
+            "txt_mask": None if whole.txt_mask is None else words(whole.txt_mask),
+            "context": context,
+        }
+        if rows is not None:
+            inputs["rows"] = words(rows[0]).to(self.device), image(rows[1]).to(self.device)
+        return Tokens(inputs=inputs, target=image(whole.target), weight=weight)
+
+    def _whole(self, batch: "Batch", step: int) -> Whole:
+        """Samples of one shape, encoded and corrupted."""
         encoded = self.encode(batch)
         x0 = encoded.latents.float()  # (B, C, T', H', W')
         grid = (x0.shape[2], x0.shape[3], x0.shape[4])
         ids = batch.sample_ids
         noise = flow.sample_noise(self.seed, step, ids, tuple(x0.shape[1:])).to(self.device)
         t = flow.sample_timesteps(self.seed, step, ids, grid, self.patch, self.flow).to(self.device)
-        img = pack(flow.corrupt(x0, noise, t, self.flow), self.patch)  # (B, N, C*p*p)
-        target = pack(flow.target(x0, noise, self.flow), self.patch)
         text = self._text(encoded, ids, step)
-        txt_ids = torch.zeros(*text.txt.shape[:2], 3, device=self.device)
-        img_ids = image_ids(grid, self.patch, self.device).expand(len(ids), -1, -1)
-
-        image, words = self.sequence.shard, self._shard_text
-        inputs = {
-            "img": image(img),
-            "img_ids": image(img_ids),
-            "txt": words(text.txt),
-            "txt_ids": words(txt_ids),
-            "timesteps": t,
-            "y_vec": text.y_vec,
-            "cond": image(unconditioned(x0, self.patch)) if self.cond_embed else None,
-            "guidance": torch.ones_like(t) if self.guidance_embed else None,
-            "txt_mask": None if text.mask is None else words(text.mask),
-            "context": self.sequence.context(text.txt.shape[1], img.shape[1]),
-        }
-        return Tokens(inputs=inputs, target=image(target), weight=batch.weight)
+        return Whole(
+            img=pack(flow.corrupt(x0, noise, t, self.flow), self.patch),
+            img_ids=image_ids(grid, self.patch, self.device).expand(len(ids), -1, -1),
+            target=pack(flow.target(x0, noise, self.flow), self.patch),
+            cond=unconditioned(x0, self.patch) if self.cond_embed else None,
+            txt=text.txt,
+            txt_mask=text.mask,
+            timesteps=t,
+            y_vec=text.y_vec,
+        )
 
     @torch.no_grad()
     def encode(self, batch: "Batch") -> Features:

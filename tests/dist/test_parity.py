@@ -5,6 +5,7 @@ SGD: Adam would hide a gradient that is off by a factor.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from acceleration.mesh import Mesh
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
 from acceleration.structure import structure_of
+from opensora.datasets.video import PackedBatch
 from opensora.models import build_model
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.train.forecast import run_denoiser
@@ -98,8 +100,8 @@ def assign(step: int, rank: int, degree: int) -> list[FakeBatch]:
     return mine + [replace(every[-1], weight=0.0)] * (per_rank - len(mine))
 
 
-def on_this_layout(cfg: ParallelConfig) -> Outcome:
-    """Runs in every process of the group."""
+def on_this_layout(cfg: ParallelConfig, assign: Callable[[int, int, int], list[Any]] = assign) -> Outcome:
+    """Runs in every process of the group. ``assign``: what a place works on, of (step, rank, degree)."""
     device = torch.device("cpu")
     mesh = meshes.build(cfg.mesh, dist.get_world_size(), device)
     with torch.device("meta"):
@@ -131,20 +133,26 @@ def on_this_layout(cfg: ParallelConfig) -> Outcome:
         norm = engine.step(step)
         steps.append((total.item(), norm.item(), gradients))
         counted = {axis.name: axis.bytes_sent for axis in mesh.axes.values() if axis.bytes_sent}
-        traffic.append((counted, predicted(cfg, mesh, mine)))
+        traffic.append((counted, predicted(cfg, mesh, mine, step)))
     return Outcome(steps, dict(engine.full_weights()), traffic)
 
 
-def predicted(cfg: ParallelConfig, mesh: Mesh, mine: list[FakeBatch]) -> Bytes:
+def predicted(cfg: ParallelConfig, mesh: Mesh, mine: list[Any], step: int) -> Bytes:
     """What the formulas say of a step in which this process has these micro-batches."""
     place = Place(meshes.view({name: mesh[name].degree for name in meshes.AXES}, dist.get_rank()), cfg)
     with torch.device("meta"):
         structure = structure_of(build_model(MODEL), run_denoiser)
-    sizes = [
-        MicroBatch(samples=len(b.sample_ids), txt=TEXT_TOKENS, img=math.prod(b.pixels.shape[2:]), has_mask=True)
-        for b in mine
-    ]
-    return step_bytes(structure, place, sizes)
+    return step_bytes(structure, place, [sizes(batch, step) for batch in mine])
+
+
+def sizes(batch: FakeBatch | PackedBatch, step: int) -> MicroBatch:
+    """As formulas see it."""
+    if isinstance(batch, PackedBatch):  # one sequence, without masked text
+        img = sum(part.pixels.numel() // MODEL.in_channels for part in batch.parts)  # type: ignore[union-attr]
+        tokens = preparation(meshes.view({}))(batch, step)
+        return MicroBatch(samples=1, txt=tokens.inputs["txt"].shape[1], img=img)
+    img = math.prod(batch.pixels.shape[2:])
+    return MicroBatch(samples=len(batch.sample_ids), txt=TEXT_TOKENS, img=img, has_mask=True)
 
 
 def relative(found: Any, truth: Any) -> float:
