@@ -12,7 +12,7 @@ from opensora.datasets.bucket import Bucket
 from opensora.datasets.index import IndexedTable, open_table
 from opensora.datasets.loader import build_loader
 from opensora.datasets.plan import BatchPlan
-from opensora.datasets.video import Batch
+from opensora.datasets.video import Batch, PackedBatch
 from opensora.models.base import AutoencoderShape, latent_grid
 from opensora.models.vae import autoencoder_shape
 
@@ -66,7 +66,7 @@ class StepData:
             seed=seed,
         )
 
-    def microbatches(self, step: int) -> Iterator[tuple[Batch, bool]]:
+    def microbatches(self, step: int) -> Iterator[tuple[Batch | PackedBatch, bool]]:
         """(batch, whether it is the step's last) for this process. Every process gets equally many."""
         count = len(self.plan.assign(step, self._rank, self._degree))
         for i in range(count):

@@ -344,7 +344,8 @@ class Traffic:
 
     def of_step(self, step: int) -> dict[str, int]:
         """Axis -> bytes in update ``step``."""
-        mine = self._plan.assign(step, self._mesh.data_rank, self._mesh.data_degree)
+        assigned = self._plan.assign(step, self._mesh.data_rank, self._mesh.data_degree)
+        mine = [part for m in assigned for part in m.parts]  # packs have no forecast
         batches = [_as_seen(self._cfg, m.bucket.frames, (m.bucket.height, m.bucket.width)) for m in mine]
         sized = [replace(b, samples=len(m.sample_ids)) for b, m in zip(batches, mine, strict=True)]
         return accounting.step_bytes(self._structure, self._place, sized)

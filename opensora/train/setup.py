@@ -214,9 +214,13 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
         stop=stop,
         step=step,
         base=base,
-        # The formulas are the native engine's, for weights that are all trained.
-        traffic=Traffic(cfg, mesh, plan) if logger and cfg.parallel.engine == "native" and not cfg.lora.rank else None,
+        traffic=Traffic(cfg, mesh, plan) if logger and has_formulas(cfg) else None,
     )
+
+
+def has_formulas(cfg: RunConfig) -> bool:
+    """Whether the bytes of a step can be predicted: by the native engine, all weights trained, one shape at a time."""
+    return cfg.parallel.engine == "native" and not cfg.lora.rank and not cfg.data.tokens_per_sequence
 
 
 def build_preparation(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Preparation:
