@@ -205,17 +205,13 @@ class BatchPlan:
     def _filled_packs(self, whole: _Step, packs: np.ndarray, chosen: np.ndarray) -> tuple[Pack, ...]:
         ids = np.array([sample for ids in whole.epoch.sample_ids(whole.numbers) for sample in ids])
         bucket = np.repeat(whole.bucket, whole.sizes)
-        order = np.lexsort((bucket, packs))  # pack by pack, in each bucket by bucket
+        order = np.argsort(packs, kind="stable")
         bounds = np.searchsorted(packs[order], np.arange(len(whole.costs) + 1))
         found = []
         for pack in chosen.tolist():
             inside = order[bounds[pack] : bounds[pack + 1]]
-            parts = [
-                MicroBatch(
-                    self._buckets.buckets[b], tuple(ids[inside[bucket[inside] == b]].tolist()), whole.epoch.number
-                )
-                for b in np.unique(bucket[inside]).tolist()
-            ]
+            by_bucket = {b: ids[inside[bucket[inside] == b]].tolist() for b in np.unique(bucket[inside]).tolist()}
+            parts = (MicroBatch(self._buckets.buckets[b], tuple(i), whole.epoch.number) for b, i in by_bucket.items())
             found.append(Pack(tuple(parts)))
         return tuple(found)
 

@@ -125,7 +125,13 @@ def batches_of(clips: Path, workers: int, budget: int) -> list[Batch | PackedBat
     )
     plan = BatchPlan(table, cfg, 8, seed=1)
     assert not budget or len(plan.step(0)) < 6
-    return list(build_loader(table, plan, cfg, start_step=0, stop_step=3, dp_rank=0, dp_degree=1, seed=1))
+    found = list(build_loader(table, plan, cfg, start_step=0, stop_step=3, dp_rank=0, dp_degree=1, seed=1))
+    planned = [m for step in range(3) for m in plan.assign(step, 0, 1)]
+    for batch, wanted in zip(found, planned, strict=True):
+        assert isinstance(batch, PackedBatch) == isinstance(wanted, Pack)
+        parts = batch.parts if isinstance(batch, PackedBatch) else (batch,)
+        assert [(p.bucket, p.sample_ids) for p in parts] == [(p.bucket, p.sample_ids) for p in wanted.parts]
+    return found
 
 
 def test_the_loader_reads_packs(clips: Path) -> None:
