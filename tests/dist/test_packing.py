@@ -12,10 +12,11 @@ from torch import Tensor
 from acceleration.config import CompileConfig, MeshConfig, ParallelConfig
 from acceleration.sequence import Segments
 from opensora.datasets.video import PackedBatch
+from tests.dist import test_engines
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64, RECOMPUTE
 from tests.dist.problem import batches
-from tests.dist.test_parity import TOLERANCE, Outcome, on_one_process, on_this_layout, worst_error
+from tests.dist.test_parity import TOLERANCE, Outcome, on_one_process, on_this_layout, relative, worst_error
 
 slow = pytest.mark.slow
 # processes, mesh, ZeRO, recomputation
@@ -72,6 +73,27 @@ def test_compiled_blocks(truth: Outcome) -> None:
     cfg = ParallelConfig(zero=3, mesh=MeshConfig(ulysses=2), compile=compiled, precision=FP64)
     for found in run_distributed(on_packs, 2, cfg, timeout=280):
         assert worst_error(found, truth) <= TOLERANCE
+
+
+def on_engine(cfg: ParallelConfig) -> Any:
+    with mock.patch.object(test_engines, "assign", packs):
+        return test_engines.on_engine(cfg)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("engine", "zero"),
+    [pytest.param("deepspeed", 3, marks=test_engines.needs_deepspeed), ("colossalai", 2)],
+)
+def test_other_engines(truth: Outcome, engine: str, zero: int) -> None:
+    """As far from the truth as they are without packs: they compute in fp32."""
+    _, near, gradient, weight = test_engines.EXACT[engine]
+    for found in run_distributed(on_engine, 2, test_engines.layout(engine, zero, 2), timeout=280):
+        for (loss, norm, gradients, _), right in zip(found, truth.steps, strict=True):
+            assert max(relative(loss, right[0]), relative(norm, right[1])) <= near
+            assert not gradients or test_engines.farthest(gradients, right[2]) <= (gradient, "~")
+        assert test_engines.farthest(found[-1][3], truth.weights) <= (weight, "~")
 
 
 def shifted_by_a_token() -> Any:
