@@ -51,7 +51,8 @@ class Preparation:
     def __call__(self, batch: "Batch | PackedBatch", step: int) -> Tokens:
         """The tokens of ``batch`` as used by update ``step``; no gradient."""
         if isinstance(batch, PackedBatch):
-            whole, rows = joined([self._whole(part, step) for part in batch.parts])
+            texts = self._texts(batch)
+            whole, rows = joined([self._whole(part, step, text) for part, text in zip(batch.parts, texts, strict=True)])
             return self._cut(whole, batch.weight, self.sequence.packed_context(*rows, self.device), rows)
         whole = self._whole(batch, step)
         return self._cut(whole, batch.weight, self.sequence.context(whole.txt.shape[1], whole.img.shape[1]))
@@ -75,38 +76,51 @@ class Preparation:
             inputs["rows"] = words(rows[0]).to(self.device), image(rows[1]).to(self.device)
         return Tokens(inputs=inputs, target=image(whole.target), weight=weight)
 
-    def _whole(self, batch: "Batch", step: int) -> Whole:
+    def _whole(self, batch: "Batch", step: int, text: TextFeatures | None = None) -> Whole:
         """Samples of one shape, encoded and corrupted."""
-        encoded = self.encode(batch)
+        encoded = self.encode(batch, text)
         x0 = encoded.latents.float()  # (B, C, T', H', W')
         grid = (x0.shape[2], x0.shape[3], x0.shape[4])
         ids = batch.sample_ids
         noise = flow.sample_noise(self.seed, step, ids, tuple(x0.shape[1:])).to(self.device)
         t = flow.sample_timesteps(self.seed, step, ids, grid, self.patch, self.flow).to(self.device)
-        text = self._text(encoded, ids, step)
+        prompts = self._text(encoded, ids, step)
         return Whole(
             img=pack(flow.corrupt(x0, noise, t, self.flow), self.patch),
             img_ids=image_ids(grid, self.patch, self.device).expand(len(ids), -1, -1),
             target=pack(flow.target(x0, noise, self.flow), self.patch),
             cond=unconditioned(x0, self.patch) if self.cond_embed else None,
-            txt=text.txt,
-            txt_mask=text.mask,
+            txt=prompts.txt,
+            txt_mask=prompts.mask,
             timesteps=t,
-            y_vec=text.y_vec,
+            y_vec=prompts.y_vec,
         )
 
     @torch.no_grad()
-    def encode(self, batch: "Batch") -> Features:
-        """What the autoencoder and the text encoder make of a batch, or made of it before, on this device."""
+    def encode(self, batch: "Batch", text: TextFeatures | None = None) -> Features:
+        """What the autoencoder and the text encoder make of a batch, or made of it before, on this device.
+
+        ``text``: of its prompts, where they are encoded already.
+        """
         if self.stored:
             assert batch.features is not None
             return Features(**{name: x.to(self.device) for name, x in batch.features.tensors().items()})
         assert batch.pixels is not None and self.autoencoder is not None
         pixels = batch.pixels.to(self.device, non_blocking=True).float() / 127.5 - 1  # (B, 3, T, H, W)
-        text = self.text_encoder.encode(batch.prompts)
+        text = text or self.text_encoder.encode(batch.prompts)
         return Features(
             latents=self.autoencoder.encode(pixels, self.run_tiles), txt=text.txt, y_vec=text.y_vec, mask=text.mask
         )
+
+    def _texts(self, batch: PackedBatch) -> list[TextFeatures | None]:
+        """Of the prompts of every part, all encoded at once; None where they are stored."""
+        if self.stored:
+            return [None] * len(batch.parts)
+        counts = [len(part.prompts) for part in batch.parts]
+        text = self.text_encoder.encode([prompt for part in batch.parts for prompt in part.prompts])
+        masks = [None] * len(counts) if text.mask is None else text.mask.split(counts)
+        columns = zip(text.txt.split(counts), text.y_vec.split(counts), masks, strict=True)
+        return [TextFeatures(txt=txt, y_vec=y_vec, mask=mask) for txt, y_vec, mask in columns]
 
     def _shard_text(self, x: Tensor) -> Tensor:
         return self.sequence.shard(x, surplus_last=True)
