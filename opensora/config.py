@@ -135,7 +135,7 @@ class RunConfig:
             raise ValueError(
                 f"{key}: with parallel.mesh.ring={self.parallel.mesh.ring} allowed is 0; use parallel.mesh.ulysses"
             )
-        if not MODELS[self.model.kind][1].takes_packs:
+        if not getattr(MODELS[self.model.kind][1], "takes_packs", False):
             raise ValueError(f"{key}: model.kind={self.model.kind} takes one sample per sequence; allowed is 0")
 
     @property

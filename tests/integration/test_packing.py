@@ -9,6 +9,7 @@ import pytest
 from opensora.cli.buckets import main as buckets
 from opensora.cli.plan import main as plan
 from opensora.cli.precompute import main as precompute
+from opensora.models import MMDiT
 from opensora.utils.errors import UserError
 from tests.integration.test_train_and_sample import LAYOUT_B, train_on, weights
 
@@ -87,8 +88,11 @@ def test_packs_of_files(config: Path, tmp_path: Path) -> None:
     assert 0 < errors(tmp_path / "packs/run", tmp_path / "alone/run") <= 1e-5
 
 
-def test_what_is_said_before(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_said_before(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert buckets([str(config), *PACKS]) == 0
     assert "sequences of at most 200 image tokens" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"data\.tokens_per_sequence=200: the planner knows 0 only"):
         plan([str(config), "--world", "2", *PACKS])
+    monkeypatch.setattr(MMDiT, "takes_packs", False)
+    with pytest.raises(UserError, match=r"data\.tokens_per_sequence=200: model\.kind=mmdit takes one sample"):
+        buckets([str(config), *PACKS])
