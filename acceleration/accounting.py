@@ -114,7 +114,7 @@ def sampling_bytes(
             total[axis] += sent * times
     velocity = batch.samples * img * channels * place.itemsize("compute")
     total["cfg"] = forwards * velocity * (mesh["cfg"].degree - 1)
-    groups = ring_groups(place.sequence.sizes(batch.img), mesh["ulysses"].degree)
+    groups = ring_groups(SequenceParallel(mesh).sizes(batch.img), mesh["ulysses"].degree)
     token = batch.samples * channels * max(place.itemsize("compute"), 4)  # sums of steps are kept in fp32 at least
     total["ulysses"] += max(groups[mesh["ring"].rank]) * token * (mesh["ulysses"].degree - 1)
     total["ring"] += max(map(sum, groups)) * token * (mesh["ring"].degree - 1)

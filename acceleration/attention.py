@@ -7,13 +7,14 @@ is (B, H, L) in fp32 (fp64 for fp64 inputs). A query that may see no key has out
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from acceleration import recompute
-from acceleration.kernels import Kernel
+from acceleration.kernels import Kernel, varlen
 
 
 def forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -72,7 +73,14 @@ class KernelCore(nn.Module):
         self, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, *, key_mask: Tensor | None = None, context: Any = None
     ) -> Tensor:
         """See ``AttentionCore`` in opensora/models/base.py."""
-        return attend(self.kernel, q_BLHD, k_BLHD, v_BLHD, key_mask)
+        segments, packed = getattr(context, "segments", None), self.kernel.varlen
+        if segments is None:
+            return attend(self.kernel, q_BLHD, k_BLHD, v_BLHD, key_mask)
+        if packed is None or key_mask is not None or q_BLHD.dtype not in varlen.DTYPES:
+            return segments.apply(partial(attend, self.kernel), q_BLHD, k_BLHD, v_BLHD, key_mask)
+        q, k, v = (segments.gather(x) for x in (q_BLHD, k_BLHD, v_BLHD))
+        out = varlen.attend(packed, q, k, v, segments.ends, max(segments.lengths))
+        return segments.scatter(out, q_BLHD.shape[0])
 
 
 class _Attend(torch.autograd.Function):

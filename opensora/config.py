@@ -147,6 +147,8 @@ class RunConfig:
         check_fit(self.model, self.vae, self.text)
         if self.parallel.mesh.cfg != 1:
             raise ValueError(f"parallel.mesh.cfg={self.parallel.mesh.cfg}: allowed is 1; guidance is for sampling")
+        if self.data.tokens_per_sequence:
+            self._check_packs()
         if self.lora.rank and self.train.init_from is None:
             raise ValueError(
                 f"lora.rank={self.lora.rank}: adapters need weights to adapt; give train.init_from=PATH, or lora.rank=0"
@@ -161,6 +163,18 @@ class RunConfig:
             raise ValueError(
                 f"optim.warmup_steps={self.optim.warmup_steps}: allowed are at most train.steps={self.train.steps}"
             )
+
+    def _check_packs(self) -> None:
+        """That samples of several buckets can share a sequence."""
+        key = f"data.tokens_per_sequence={self.data.tokens_per_sequence}"
+        if self.parallel.mesh.ring != 1:
+            raise ValueError(
+                f"{key}: with parallel.mesh.ring={self.parallel.mesh.ring} allowed is 0; use parallel.mesh.ulysses"
+            )
+        if self.parallel.mesh.dynamic:
+            raise ValueError(f"{key}: with parallel.mesh.dynamic=true allowed is 0; use the one or the other")
+        if not getattr(MODELS[self.model.kind][1], "takes_packs", False):
+            raise ValueError(f"{key}: model.kind={self.model.kind} takes one sample per sequence; allowed is 0")
 
     @property
     def folder(self) -> Path:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from acceleration.kernels.varlen import Varlen
+
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 
@@ -23,6 +25,7 @@ class Kernel(NamedTuple):
 
     forward: Forward
     backward: Backward
+    varlen: Varlen | None = None  # None: samples that share a sequence go through it length by length
 
 
 def either(first: Kernel, second: Kernel, fits: Callable[[Tensor, Tensor | None], bool]) -> Kernel:
@@ -36,7 +39,7 @@ def either(first: Kernel, second: Kernel, fits: Callable[[Tensor, Tensor | None]
     ) -> tuple[Tensor, Tensor, Tensor]:
         return (first if fits(q, key_mask) else second).backward(grad, q, k, v, out, lse, key_mask)
 
-    return Kernel(forward, backward)
+    return Kernel(forward, backward, first.varlen or second.varlen)
 
 
 def by_autograd(run: Forward) -> Kernel:

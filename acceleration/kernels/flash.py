@@ -5,6 +5,7 @@ from torch import Tensor
 
 from acceleration.kernels.base import Kernel, either
 from acceleration.kernels.sdpa import CUDA
+from acceleration.kernels.varlen import Varlen
 
 
 def _forward2(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -24,6 +25,24 @@ def _backward2(
     dq, dk, dv = (torch.empty_like(x) for x in (a, b, c))
     scale, softcap, alibi, deterministic = q.shape[-1] ** -0.5, 0.0, None, False
     run(d, a, b, c, o, le, dq, dk, dv, 0.0, scale, False, -1, -1, softcap, alibi, deterministic, None)
+    return dq, dk, dv
+
+
+def _varlen_forward2(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    from flash_attn.flash_attn_interface import _flash_attn_varlen_forward as run
+
+    out, lse, *_ = run(q, k, v, ends, ends, longest, longest, 0.0, q.shape[-1] ** -0.5, False)
+    return out, lse
+
+
+def _varlen_backward2(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ends: Tensor, longest: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    from flash_attn.flash_attn_interface import _flash_attn_varlen_backward as run
+
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    lengths, scale = (ends, ends, longest, longest), q.shape[-1] ** -0.5
+    run(grad, q, k, v, out, lse, dq, dk, dv, *lengths, 0.0, scale, False, -1, -1, 0.0, None, False)
     return dq, dk, dv
 
 
@@ -49,5 +68,5 @@ def _unmasked(q: Tensor, key_mask: Tensor | None) -> bool:
     return key_mask is None
 
 
-FLASH2 = either(Kernel(_forward2, _backward2), CUDA, _unmasked)
+FLASH2 = either(Kernel(_forward2, _backward2, Varlen(_varlen_forward2, _varlen_backward2)), CUDA, _unmasked)
 FLASH3 = either(Kernel(_forward3, _backward3), CUDA, _unmasked)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from acceleration.kernels import varlen
 from acceleration.kernels.base import Kernel, bias, either, heads_first
 from acceleration.kernels.plain import MATH
 
@@ -115,11 +116,9 @@ def _aligned_bias(key_mask: Tensor | None, q: Tensor) -> Tensor | None:
 
 CPU = Kernel(_cpu_forward, _cpu_backward)
 # None of these has been run on a GPU yet.
-CUDA = either(
-    either(Kernel(_flash_forward, _flash_backward), Kernel(_efficient_forward, _efficient_backward), _unmasked_half),
-    MATH,
-    _aligned,
-)
+_FLASH = Kernel(_flash_forward, _flash_backward, varlen.CUDA)
+_EFFICIENT = Kernel(_efficient_forward, _efficient_backward)
+CUDA = either(either(_FLASH, _EFFICIENT, _unmasked_half), MATH, _aligned)
 CUDNN = either(
     Kernel(_cudnn_forward, _cudnn_backward), CUDA, lambda q, mask: _unmasked_half(q, mask) and _aligned(q, mask)
 )

@@ -3,6 +3,7 @@
 from acceleration.sequence.fill import fill_slots
 from acceleration.sequence.layout import SequenceContext, SequenceParallel
 from acceleration.sequence.ring import RingAttention
+from acceleration.sequence.segments import Segments
 from acceleration.sequence.ulysses import UlyssesAttention
 
-__all__ = ["RingAttention", "SequenceContext", "SequenceParallel", "UlyssesAttention", "fill_slots"]
+__all__ = ["RingAttention", "Segments", "SequenceContext", "SequenceParallel", "UlyssesAttention", "fill_slots"]

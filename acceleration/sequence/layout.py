@@ -3,15 +3,17 @@
 A sequence of n tokens is cut into p = ring x ulysses contiguous parts that differ by at most one token; parts may be
 empty. Text and image tokens are cut separately, so that every process runs both streams of a double-stream block.
 Attention sees the parts in rank order, [txt_0, img_0, txt_1, img_1, ...]: after RoPE full attention does not depend on
-token order.
+token order. Where a sequence holds several samples, attention must know of which one each of these tokens is.
 """
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from acceleration import collectives
 from acceleration.mesh import Axis, Mesh
+from acceleration.sequence.segments import Segments
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class SequenceContext:
 
     lengths: tuple[int, ...]  # tokens (text and image) of each process that shares the sequence, in rank order
     ulysses: Axis | None = None  # the part of the axis that cuts these samples; None: the whole axis
+    segments: Segments | None = None  # of the tokens of all; None: every sequence is one sample
 
 
 class SequenceParallel:
@@ -63,6 +66,21 @@ class SequenceParallel:
         part = self.ulysses if self.ulysses.whole else None
         txt, img = self.sizes(txt_tokens, surplus_last=True), self.sizes(img_tokens)
         return SequenceContext(tuple(a + b for a, b in zip(txt, img, strict=True)), part)
+
+    def packed_context(self, txt: Tensor, img: Tensor, device: torch.device | str) -> SequenceContext:
+        """The same for sequences that hold several samples; not for a ring.
+
+        Args:
+            txt: (B, L) int64 on the CPU, the number of the sample that each text token of the whole sequences is of;
+                samples are counted over all sequences.
+            img: (B, N), of each image token.
+        """
+        assert self.ring.degree == 1, "a ring knows no segments"
+        sizes = self.sizes(txt.shape[1], surplus_last=True), self.sizes(img.shape[1])
+        parts = zip(txt.split(sizes[0], dim=1), img.split(sizes[1], dim=1), strict=True)
+        held = [torch.cat(part, dim=1) for part in parts]  # of each process, text before image
+        segments = Segments.of(torch.cat(held, dim=1), device)
+        return SequenceContext(tuple(part.shape[1] for part in held), segments=segments)
 
 
 def ring_groups(lengths: tuple[int, ...], ulysses: int) -> list[tuple[int, ...]]:

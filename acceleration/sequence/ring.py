@@ -41,6 +41,7 @@ class RingAttention(nn.Module):
     ) -> Tensor:
         """(B, L_local, H, Dh) each -> (B, L_local, H, Dh), attending to all tokens; key_mask (B, L_local)."""
         assert context is not None, "pass SequenceParallel.context(...) as the model's context"
+        assert context.segments is None, "a ring knows no segments"
         lengths = tuple(sum(group) for group in ring_groups(context.lengths, self.ulysses))
         assert q_BLHD.shape[1] == lengths[self.axis.rank], (q_BLHD.shape, lengths)
         masks = None

@@ -19,6 +19,10 @@ def main(argv: list[str]) -> int:
     print(report.histogram())
     steps, micro_batches = plan.steps_in_epoch(0), cfg.data.micro_batches
     print(f"{steps} steps of {micro_batches} micro-batches in the first epoch")
+    if cfg.data.tokens_per_sequence:
+        count = sum(len(plan.costs(step)) for step in range(min(STEPS, steps))) / min(STEPS, steps)
+        budget = cfg.data.tokens_per_sequence
+        print(f"{count:.1f} sequences of at most {budget} image tokens for the {micro_batches} micro-batches of a step")
     for degree in sorted({micro_batches // cfg.data.pack, micro_batches}):
         idle = expected_idle(plan, degree, range(min(STEPS, steps)))
         print(f"idle on {degree} data-parallel processes, by the cost model: {100 * idle:.2f} %")

@@ -69,6 +69,10 @@ def check_known(cfg: RunConfig) -> None:
         UserError: something that changes memory and traffic and that the formulas do not know.
     """
     parallel = cfg.parallel
+    if cfg.data.tokens_per_sequence:
+        raise UserError(
+            f"data.tokens_per_sequence={cfg.data.tokens_per_sequence}: the planner knows 0 only, one bucket at a time"
+        )
     for key, value, known in (
         ("lora.rank", cfg.lora.rank, 0),
         ("parallel.engine", parallel.engine, "native"),

@@ -216,6 +216,20 @@ class BucketTable:
         """(n, 4) what the costs of such micro-batches are linear in."""
         return features(samples.astype(np.float64), self._all_tokens[numbers])
 
+    def tokens(self, numbers: np.ndarray) -> np.ndarray:
+        """(n,) int64 image tokens of one sample of the buckets with these numbers."""
+        return self._all_tokens[numbers].astype(np.int64)
+
+    def sample_costs(self, numbers: np.ndarray) -> np.ndarray:
+        """(n,) what one sample of the buckets with these numbers adds to the cost of a micro-batch."""
+        ones = np.ones(len(numbers))
+        return self.features(numbers, ones)[:, 1:] @ self._cfg.cost.terms[1:]
+
+    @property
+    def cost_of_any(self) -> float:
+        """What every micro-batch costs, however small."""
+        return self._cfg.cost.per_batch
+
     @cached_property
     def _all_tokens(self) -> np.ndarray:
         return np.array([self._tokens(b.frames, b.height, b.width) for b in self.buckets], dtype=np.float64)

@@ -35,6 +35,7 @@ class DataConfig:
     empty_rows: Literal["error", "report"] = "error"  # a line of the bucket table that no clip fits
     micro_batches: int = 1  # per optimizer step, over all data-parallel processes, whatever their number
     pack: int = 1  # micro-batches joined to equal costs: steps are even on micro_batches / pack processes; 1: on any
+    tokens_per_sequence: int = 0  # join samples of any buckets, up to so many image tokens; 0: one bucket each
     crop: Literal["center", "random"] = "center"
     prompt_suffix: bool = False  # append frame rate and motion score to the caption
     workers: int = 2  # decoding processes per training process; 0 decodes in the training process
@@ -64,9 +65,14 @@ class DataConfig:
                 f"pack={self.pack}: allowed are divisors of micro_batches={self.micro_batches}; micro_batches over the "
                 "number of data-parallel processes suits"
             )
-        for name in ("workers", "cache_mib", "tokens_per_batch", "cost_per_batch"):
+        for name in ("workers", "cache_mib", "tokens_per_batch", "cost_per_batch", "tokens_per_sequence"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: allowed are numbers >= 0")
+        if self.tokens_per_sequence and self.pack == 1:
+            raise ValueError(
+                f"pack=1: with tokens_per_sequence={self.tokens_per_sequence} allowed are divisors of micro_batches="
+                f"{self.micro_batches} from 2 on, as so many micro-batches are laid into sequences together"
+            )
         if not 0 < self.decode_timeout_s < self.worker_timeout_s:
             raise ValueError(
                 f"decode_timeout_s={self.decode_timeout_s:g}: allowed are numbers above 0 and below "

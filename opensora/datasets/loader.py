@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from queue import SimpleQueue
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +18,31 @@ from torch import Tensor
 from opensora.datasets import decode
 from opensora.datasets.config import DataConfig
 from opensora.datasets.manifest import ClipTable
-from opensora.datasets.plan import BatchPlan, MicroBatch
-from opensora.datasets.reader import DecoderProcess
+from opensora.datasets.plan import BatchPlan, MicroBatch, Pack
+from opensora.datasets.reader import DecoderProcess, ReadFrames
 from opensora.datasets.share import Sharing
-from opensora.datasets.video import Batch, BatchReader, FeatureReader, Job
+from opensora.datasets.video import Batch, BatchReader, FeatureReader, Job, PackedBatch
 from opensora.utils.errors import UserError
 
 _LOOK_S = 1.0  # between two looks at whether anything is read at all
+AnyBatch = Batch | PackedBatch
+
+
+class Load(NamedTuple):
+    """What one worker reads: a micro-batch, or all parts of a pack."""
+
+    jobs: tuple[Job, ...]
+    is_pack: bool
+
+    def run(self, reader: BatchReader, pixels: list[Tensor], read: ReadFrames) -> AnyBatch:
+        parts = tuple(reader.load(job, room, read) for job, room in zip(self.jobs, pixels, strict=True))
+        return PackedBatch(parts) if self.is_pack else parts[0]
+
+    def empty_pixels(self) -> list[Tensor]:
+        return [_empty_pixels(job.micro_batch) for job in self.jobs]
+
+    def pixel_bytes(self) -> int:
+        return sum(_pixel_bytes(job.micro_batch) for job in self.jobs)
 
 
 def build_loader(
@@ -37,7 +56,7 @@ def build_loader(
     dp_degree: int,
     seed: int,
     sharing: Sharing | None = None,
-) -> Generator[Batch, None, None]:
+) -> Generator[AnyBatch, None, None]:
     """The batches of ``plan.assign(step, dp_rank, dp_degree, sharing)`` for step in [start_step, stop_step), in order.
 
     What they hold depends on nothing else: not on the number of workers, nor on where a run was resumed. Closing the
@@ -55,65 +74,72 @@ def build_loader(
 
 
 def read_batches(
-    table: ClipTable, plan: BatchPlan, cfg: DataConfig, micro_batches: Iterator[MicroBatch], seed: int
-) -> Generator[Batch, None, None]:
+    table: ClipTable, plan: BatchPlan, cfg: DataConfig, micro_batches: Iterator[MicroBatch | Pack], seed: int
+) -> Generator[AnyBatch, None, None]:
     """These micro-batches of the plan, from their files; see ``build_loader``."""
     decode.require(cfg.decoder)
     reader = BatchReader(table, cfg, seed)
-    jobs = (Job(micro_batch, plan.members(micro_batch)) for micro_batch in micro_batches)
-    return _ahead(reader, jobs, cfg) if cfg.workers else _here(reader, jobs)
+    loads = (
+        Load(tuple(Job(m, plan.members(m)) for m in batch.parts), isinstance(batch, Pack)) for batch in micro_batches
+    )
+    return _ahead(reader, loads, cfg) if cfg.workers else _here(reader, loads)
 
 
 def _stored(
-    reader: FeatureReader, micro_batches: Iterator[MicroBatch], cfg: DataConfig
-) -> Generator[Batch, None, None]:
+    reader: FeatureReader, micro_batches: Iterator[MicroBatch | Pack], cfg: DataConfig
+) -> Generator[AnyBatch, None, None]:
     """One thread reads ahead: a store waits for the disk and does not compute."""
+
+    def load(micro_batch: MicroBatch | Pack) -> AnyBatch:
+        parts = [reader.load(part) for part in micro_batch.parts]
+        return PackedBatch(tuple(parts)) if isinstance(micro_batch, Pack) else parts[0]
+
     if not cfg.workers:
-        yield from map(reader.load, micro_batches)
+        yield from map(load, micro_batches)
         return
     with ThreadPoolExecutor(1, thread_name_prefix="features") as thread:
-        ahead: deque[Future[Batch]] = deque()
+        ahead: deque[Future[AnyBatch]] = deque()
         for micro_batch in micro_batches:
-            ahead.append(thread.submit(reader.load, micro_batch))
+            ahead.append(thread.submit(load, micro_batch))
             if len(ahead) > cfg.prefetch:
                 yield ahead.popleft().result()
         for future in ahead:
             yield future.result()
 
 
-def _here(reader: BatchReader, jobs: Iterator[Job]) -> Generator[Batch, None, None]:
-    for job in jobs:
-        yield reader.load(job, _empty_pixels(job.micro_batch), decode.read_frames)
+def _here(reader: BatchReader, loads: Iterator[Load]) -> Generator[AnyBatch, None, None]:
+    for load in loads:
+        yield load.run(reader, load.empty_pixels(), decode.read_frames)
 
 
-def _ahead(reader: BatchReader, jobs: Iterator[Job], cfg: DataConfig) -> Generator[Batch, None, None]:
+def _ahead(reader: BatchReader, loads: Iterator[Load], cfg: DataConfig) -> Generator[AnyBatch, None, None]:
     """Up to ``workers * prefetch`` batches are under way or ready, and no more than ``prefetch_mib`` of them."""
     processes = [DecoderProcess() for _ in range(cfg.workers)]
     idle: SimpleQueue[DecoderProcess] = SimpleQueue()
     for process in processes:
         idle.put(process)
 
-    def load(job: Job, pixels: Tensor) -> Batch:
+    def run(load: Load, pixels: list[Tensor]) -> AnyBatch:
         process = idle.get()
         try:
-            return reader.load(job, pixels, process)
+            return load.run(reader, pixels, process)
         finally:
             idle.put(process)
 
     threads = ThreadPoolExecutor(cfg.workers, thread_name_prefix="decode")
-    ahead: deque[tuple[Future[Batch], int]] = deque()
+    ahead: deque[tuple[Future[AnyBatch], int]] = deque()
     held = 0
-    following = next(jobs, None)
+    following = next(loads, None)
     try:
         while ahead or following:
             while following and len(ahead) < cfg.workers * cfg.prefetch:
-                size = _pixel_bytes(following.micro_batch)
+                size = following.pixel_bytes()
                 if ahead and held + size > cfg.prefetch_mib * 2**20:
                     break
-                pixels = _empty_pixels(following.micro_batch)  # here, as page-locked memory belongs to this device
-                ahead.append((threads.submit(load, following, pixels), size))
+                pixels = following.empty_pixels()  # here, as page-locked memory belongs to this device
+                ahead.append((threads.submit(run, following, pixels), size))
                 held += size
-                following = next(jobs, None)
+                following = next(loads, None)
             future, size = ahead.popleft()
             yield _wait_for(future, processes, cfg.worker_timeout_s)
             held -= size
@@ -123,7 +149,7 @@ def _ahead(reader: BatchReader, jobs: Iterator[Job], cfg: DataConfig) -> Generat
             process.close()
 
 
-def _wait_for(future: "Future[Batch]", processes: list[DecoderProcess], limit_s: float) -> Batch:
+def _wait_for(future: "Future[AnyBatch]", processes: list[DecoderProcess], limit_s: float) -> AnyBatch:
     """The batch, however long it takes as long as clips are read."""
     while True:
         try:

@@ -4,6 +4,9 @@ An epoch uses every assigned sample once (``epoch``). Its micro-batches are put 
 hundred steps at a time is composed to steps that can be shared out evenly (``balance``), and those steps are put in
 random order. An epoch's last step takes what does not fill one. How many processes there are enters only in
 ``assign``: any number of them continues the same sequence, and a step number is all there is to save.
+
+With ``tokens_per_sequence`` the samples of a step are laid into packs (``packing``) before they are shared out. Which
+samples a step has does not change, so neither does what it computes.
 """
 
 from bisect import bisect_right
@@ -21,6 +24,7 @@ from opensora.datasets.draws import permuted
 from opensora.datasets.epoch import Epoch, Source
 from opensora.datasets.groups import group_rows
 from opensora.datasets.manifest import ClipTable
+from opensora.datasets.packing import fill
 from opensora.datasets.share import Sharing
 from opensora.utils.errors import UserError
 from opensora.utils.rng import derive_key, numpy_generator
@@ -43,6 +47,37 @@ class MicroBatch:
     weight: float = 1.0  # 0: computed to keep processes in step, not counted
     degree: int | None = None  # processes that cut its samples, of those that can; None: all
 
+    @property
+    def parts(self) -> tuple["MicroBatch", ...]:
+        return (self,)
+
+    def uncounted(self) -> "MicroBatch":
+        """The same with weight 0."""
+        return replace(self, weight=0.0)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Samples of several buckets that go through the model together, in one sequence."""
+
+    parts: tuple[MicroBatch, ...]  # one for each bucket, all of one epoch and weight
+
+    @property
+    def sample_ids(self) -> tuple[int, ...]:
+        return tuple(sample for part in self.parts for sample in part.sample_ids)
+
+    @property
+    def weight(self) -> float:
+        return self.parts[0].weight
+
+    @property
+    def degree(self) -> None:
+        """All that can cut its samples."""
+
+    def uncounted(self) -> "Pack":
+        """The same with weight 0."""
+        return Pack(tuple(part.uncounted() for part in self.parts))
+
 
 @dataclass(frozen=True)
 class _Step:
@@ -52,6 +87,8 @@ class _Step:
     numbers: np.ndarray  # (m,) in the epoch
     bucket: np.ndarray  # (m,)
     sizes: np.ndarray  # (m,)
+    costs: np.ndarray  # (m,), or with packs one for each of these
+    packs: np.ndarray | None = None  # (n,) the pack of every sample; None: nothing is packed
 
 
 class BatchPlan:
@@ -63,11 +100,13 @@ class BatchPlan:
             spatial_multiple: pixels one token spans in space (autoencoder stride * patch).
 
         Raises:
-            UserError: no sample fits any bucket, or with ``empty_rows: error`` a row of the bucket table has none.
+            UserError: no sample fits any bucket, with ``empty_rows: error`` a row of the bucket table has none, or a
+                sample of some bucket is longer than ``tokens_per_sequence``.
         """
         self._made_of = (table, cfg, spatial_multiple, seed)
         self._seed = seed
         self._per_step, self._pack = cfg.micro_batches, cfg.pack
+        self._budget = cfg.tokens_per_sequence
         self._buckets = BucketTable(cfg, spatial_multiple)
         self._number = {bucket: number for number, bucket in enumerate(self._buckets.buckets)}
         self._source = Source(self._buckets, self._buckets.shares(), group_rows(table, self._buckets), seed)
@@ -78,6 +117,8 @@ class BatchPlan:
         epoch = self._epoch(0)
         self._report = self._buckets.report(epoch.samples, epoch.left_out())
         _check_report(self._report, cfg)
+        if self._budget:
+            _check_budget(self._budget, self._buckets)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return BatchPlan, self._made_of
@@ -86,27 +127,28 @@ class BatchPlan:
         """Samples per bucket in epoch 0, and the others by reason."""
         return self._report
 
-    def step(self, step: int) -> tuple[MicroBatch, ...]:
-        """All micro-batches of an optimizer step, each with weight 1."""
+    def step(self, step: int) -> tuple[MicroBatch | Pack, ...]:
+        """All micro-batches of an optimizer step, or all packs of their samples, each with weight 1."""
         whole = self._step(step)
-        return self._filled(whole, np.arange(len(whole.numbers)))
+        return self._filled(whole, np.arange(len(whole.costs)))
 
-    def assign(self, step: int, dp_rank: int, dp_degree: int, sharing: Sharing | None = None) -> tuple[MicroBatch, ...]:
-        """This rank's micro-batches of a step, most expensive first; equally many on every rank.
+    def assign(
+        self, step: int, dp_rank: int, dp_degree: int, sharing: Sharing | None = None
+    ) -> tuple[MicroBatch | Pack, ...]:
+        """This rank's micro-batches, or packs, of a step, most expensive first; equally many on every rank.
 
-        A rank that would have fewer repeats the cheapest micro-batch of the step with weight 0.
+        A rank that would have fewer repeats the cheapest of the step with weight 0.
 
         Args:
             sharing: choose for each micro-batch whether all processes of the rank cut its samples, or groups of them
-                have samples of their own; what is returned is this process's part. None: all cut all.
+                have samples of their own; what is returned is this process's part. None: all cut all. Not for packs.
         """
         if not 0 <= dp_rank < dp_degree:
             raise ValueError(f"dp_rank={dp_rank}: allowed are 0 to {dp_degree - 1}")
         whole = self._step(step)
+        costs = whole.costs
         if sharing:
             degrees, costs = self._buckets.shared(whole.bucket, whole.sizes, sharing)
-        else:
-            costs = self._buckets.costs(whole.bucket, whole.sizes)
         owners, per_rank = deal(costs, dp_degree)
         mine = np.flatnonzero(owners == dp_rank)
         chosen = mine[np.argsort(-costs[mine], kind="stable")]
@@ -115,8 +157,9 @@ class BatchPlan:
             chosen = np.append(chosen, np.argmin(costs))
         found = self._filled(whole, chosen)
         if sharing:
-            found = tuple(_part(m, degree, sharing) for m, degree in zip(found, degrees[chosen].tolist(), strict=True))
-        return found[: len(mine)] + tuple(replace(filler, weight=0.0) for filler in found[len(mine) :]) * fillers
+            choices = zip(found, degrees[chosen].tolist(), strict=True)
+            found = tuple(_part(m, degree, sharing) for m, degree in choices if isinstance(m, MicroBatch))
+        return found[: len(mine)] + tuple(filler.uncounted() for filler in found[len(mine) :]) * fillers
 
     def shapes(self, step: int) -> Counter[Bucket]:
         """Samples of a step by bucket; cheaper than the samples themselves."""
@@ -127,14 +170,15 @@ class BatchPlan:
         return count
 
     def costs(self, step: int) -> np.ndarray:
-        """(m,) cost of every micro-batch of a step, in the order of ``step``."""
-        whole = self._step(step)
-        return self._buckets.costs(whole.bucket, whole.sizes)
+        """(m,) cost of every micro-batch, or pack, of a step, in the order of ``step``."""
+        return self._step(step).costs
 
     def cost_features(self, step: int) -> np.ndarray:
-        """(4,) what the cost of all micro-batches of a step together is linear in (``cost.features``)."""
+        """(4,) what the cost of all micro-batches, or packs, of a step together is linear in (``cost.features``)."""
         whole = self._step(step)
-        return self._buckets.features(whole.bucket, whole.sizes).sum(axis=0)
+        total = self._buckets.features(whole.bucket, whole.sizes).sum(axis=0)
+        total[0] = len(whole.costs)  # of the cost of a micro-batch, however many samples it has
+        return total
 
     def idle(self, step: int, dp_degree: int) -> float:
         """The share of a step that processes wait for the slowest, by the cost model."""
@@ -166,12 +210,27 @@ class BatchPlan:
         """The ids of all samples in this micro-batch's bucket in its epoch."""
         return self._epoch(micro_batch.epoch).members(self._number[micro_batch.bucket])
 
-    def _filled(self, whole: _Step, chosen: np.ndarray) -> tuple[MicroBatch, ...]:
+    def _filled(self, whole: _Step, chosen: np.ndarray) -> tuple[MicroBatch | Pack, ...]:
+        if whole.packs is not None:
+            return self._filled_packs(whole, whole.packs, chosen)
         ids = whole.epoch.sample_ids(whole.numbers[chosen])
         return tuple(
             MicroBatch(self._buckets.buckets[bucket], samples, whole.epoch.number)
             for bucket, samples in zip(whole.bucket[chosen].tolist(), ids, strict=True)
         )
+
+    def _filled_packs(self, whole: _Step, packs: np.ndarray, chosen: np.ndarray) -> tuple[Pack, ...]:
+        ids = np.array([sample for ids in whole.epoch.sample_ids(whole.numbers) for sample in ids])
+        bucket = np.repeat(whole.bucket, whole.sizes)
+        order = np.argsort(packs, kind="stable")
+        bounds = np.searchsorted(packs[order], np.arange(len(whole.costs) + 1))
+        found = []
+        for pack in chosen.tolist():
+            inside = order[bounds[pack] : bounds[pack + 1]]
+            by_bucket = {b: ids[inside[bucket[inside] == b]].tolist() for b in np.unique(bucket[inside]).tolist()}
+            parts = (MicroBatch(self._buckets.buckets[b], tuple(i), whole.epoch.number) for b, i in by_bucket.items())
+            found.append(Pack(tuple(parts)))
+        return tuple(found)
 
     def _step(self, step: int) -> _Step:
         return self._steps.get(step, lambda: self._find_step(step))
@@ -189,7 +248,20 @@ class BatchPlan:
             window = within // steps
             composed = self._windows.get((number, window), lambda: self._compose(epoch, window, steps, full))
             numbers = composed[within - window * steps]
-        return _Step(epoch, numbers, epoch.bucket_of(numbers), epoch.sizes(numbers))
+        return self._packed(epoch, numbers, epoch.bucket_of(numbers), epoch.sizes(numbers))
+
+    def _packed(self, epoch: Epoch, numbers: np.ndarray, bucket: np.ndarray, sizes: np.ndarray) -> _Step:
+        """The step of these micro-batches, their samples laid into packs if they are to be.
+
+        There are as many packs as micro-batches / ``pack``, or a multiple: on so many processes steps are even.
+        """
+        if not self._budget:
+            return _Step(epoch, numbers, bucket, sizes, self._buckets.costs(bucket, sizes))
+        of_sample = np.repeat(bucket, sizes)
+        costs, tokens = self._buckets.sample_costs(of_sample), self._buckets.tokens(of_sample)
+        packs = fill(costs, tokens, self._budget, -(-len(numbers) // self._pack))
+        per_pack = np.bincount(packs, costs) + self._buckets.cost_of_any
+        return _Step(epoch, numbers, bucket, sizes, per_pack, packs)
 
     def _compose(self, epoch: Epoch, window: int, steps: int, full: int) -> np.ndarray:
         """(steps, micro_batches) numbers of the window's micro-batches, step by step."""
@@ -254,4 +326,14 @@ def _check_report(report: BucketReport, cfg: DataConfig) -> None:
         raise UserError(
             f"data.buckets.{resolution}.{frames} and {len(report.empty_rows) - 1} more rows get no sample: "
             "take them out, add clips that fit, or set data.empty_rows=report"
+        )
+
+
+def _check_budget(budget: int, buckets: BucketTable) -> None:
+    tokens = buckets.tokens(np.arange(len(buckets.buckets)))
+    if tokens.max() > budget:
+        longest = buckets.buckets[int(tokens.argmax())]
+        raise UserError(
+            f"data.tokens_per_sequence={budget}: a sample of bucket {longest} has {tokens.max()} image tokens; allowed "
+            f"are integers >= {tokens.max()}, or 0 to pack nothing"
         )

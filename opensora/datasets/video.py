@@ -53,6 +53,33 @@ class Batch:
     read_s: float = 0.0  # time that reading took, where several processes read at once: of each
 
 
+@dataclass(frozen=True)
+class PackedBatch:
+    """A pack of the plan, ready for the device: batches of several buckets that become one sequence."""
+
+    parts: tuple[Batch, ...]
+
+    @property
+    def sample_ids(self) -> tuple[int, ...]:
+        return tuple(sample for part in self.parts for sample in part.sample_ids)
+
+    @property
+    def replaced(self) -> tuple[tuple[int, int, str], ...]:
+        return tuple(substitute for part in self.parts for substitute in part.replaced)
+
+    @property
+    def read_s(self) -> float:
+        return sum(part.read_s for part in self.parts)
+
+    @property
+    def degree(self) -> None:
+        """All that can cut its samples."""
+
+    @property
+    def weight(self) -> float:
+        return self.parts[0].weight
+
+
 class BatchReader:
     """Reads the files of a ``Job`` into its ``Batch``; the shape never depends on whether files can be read.
 

@@ -22,8 +22,22 @@ class AttentionCore(Protocol):
         """Attention over the sequence dim: (B, L, H, Dh) each -> (B, L, H, Dh).
 
         ``key_mask`` (B, L) is True where a key may be attended. ``context`` is what the caller of the model's
-        forward handed in for this micro-batch (who holds which tokens); the plain core ignores it.
+        forward handed in for this micro-batch (who holds which tokens). The plain core reads ``context.segments``,
+        if there are any: attention is then within each of them.
         """
+
+
+class Attend(Protocol):
+    """(B, L, H, Dh) queries over (B, S, H, Dh) keys and values that ``key_mask`` (B, S) shows -> (B, L, H, Dh)."""
+
+    def __call__(self, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, key_mask: Tensor | None) -> Tensor: ...
+
+
+class Segments(Protocol):
+    """Which tokens of the sequences at hand are of one sample, where sequences hold several."""
+
+    def apply(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        """What ``attend`` gives for the tokens of each sample by themselves, each in its place."""
 
 
 class Denoiser(Protocol):
@@ -31,6 +45,7 @@ class Denoiser(Protocol):
 
     block_lists: tuple[str, ...]
     attention_cores: tuple[str, ...]
+    takes_packs: bool  # forward takes ``rows``: sequences that hold several samples
 
     def __call__(
         self,
@@ -44,9 +59,13 @@ class Denoiser(Protocol):
         guidance: Tensor | None = None,
         *,
         txt_mask: Tensor | None = None,
+        rows: tuple[Tensor, Tensor] | None = None,
         context: Any = None,
     ) -> Tensor:
-        """Velocity (B, N, patch^2 * channels) for img (B, N, ...) and txt (B, L, ...) at timesteps (B,)."""
+        """Velocity (B, N, patch^2 * channels) for img (B, N, ...) and txt (B, L, ...) at timesteps (B,).
+
+        ``rows``: of timesteps and y_vec, for every text and image token, where sequences hold several samples.
+        """
 
     def init_parameter_(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Fill ``tensor``, the full value of the parameter called ``name``, in place: the model's one init method."""

@@ -11,9 +11,9 @@ from opensora.datasets import DataConfig
 from opensora.datasets.bucket import Bucket
 from opensora.datasets.index import IndexedTable, open_table
 from opensora.datasets.loader import build_loader
-from opensora.datasets.plan import BatchPlan, MicroBatch
+from opensora.datasets.plan import BatchPlan, MicroBatch, Pack
 from opensora.datasets.share import Sharing
-from opensora.datasets.video import Batch
+from opensora.datasets.video import Batch, PackedBatch
 from opensora.models.base import AutoencoderShape, latent_grid
 from opensora.models.text import text_tokens
 from opensora.models.vae import autoencoder_shape
@@ -80,11 +80,11 @@ class StepData:
             sharing=sharing,
         )
 
-    def assigned(self, step: int) -> tuple[MicroBatch, ...]:
-        """This process's micro-batches of a step."""
+    def assigned(self, step: int) -> tuple[MicroBatch | Pack, ...]:
+        """This process's micro-batches, or packs, of a step."""
         return self.plan.assign(step, self._rank, self._degree, self._sharing)
 
-    def microbatches(self, step: int) -> Iterator[tuple[Batch, bool]]:
+    def microbatches(self, step: int) -> Iterator[tuple[Batch | PackedBatch, bool]]:
         """(batch, whether it is the step's last) for this process. Every process gets equally many."""
         count = len(self.assigned(step))
         for i in range(count):

@@ -29,6 +29,7 @@ from acceleration.structure import Structure, Unit, structure_of
 from opensora.config import RunConfig
 from opensora.datasets.bucket import BucketTable
 from opensora.datasets.plan import MicroBatch as PlannedBatch
+from opensora.datasets.plan import Pack
 from opensora.inference.load import check_layout
 from opensora.models import MMDiTConfig, build_model
 from opensora.models.base import latent_grid
@@ -338,14 +339,14 @@ def check_memory(cfg: RunConfig, world: int, device_bytes: int | None) -> None:
 class Traffic:
     """Bytes that this process should send in every step of a run, by formula."""
 
-    def __init__(self, cfg: RunConfig, mesh: Mesh, assigned: Callable[[int], Sequence[PlannedBatch]]) -> None:
+    def __init__(self, cfg: RunConfig, mesh: Mesh, assigned: Callable[[int], Sequence[PlannedBatch | Pack]]) -> None:
         """``assigned``: step -> this process's micro-batches."""
         self._cfg, self._assigned = cfg, assigned
         self._place, self._structure = Place(mesh, cfg.parallel), structure(cfg.model)
 
     def of_step(self, step: int) -> dict[str, int]:
         """Axis -> bytes in update ``step``."""
-        mine = self._assigned(step)
+        mine = [part for m in self._assigned(step) for part in m.parts]  # packs have no forecast
         batches = [_as_seen(self._cfg, m.bucket.frames, (m.bucket.height, m.bucket.width)) for m in mine]
         sized = [
             replace(batch, samples=len(m.sample_ids), degree=m.degree) for batch, m in zip(batches, mine, strict=True)

@@ -20,6 +20,7 @@ from opensora.datasets import features
 from opensora.datasets.loader import read_batches
 from opensora.datasets.manifest import ClipTable
 from opensora.datasets.plan import BatchPlan, MicroBatch
+from opensora.datasets.video import Batch
 from opensora.models.text import build_text_encoder
 from opensora.models.vae import build_autoencoder
 from opensora.train.features import encoder_dtype, identity, identity_hash
@@ -41,8 +42,12 @@ def precompute(cfg: RunConfig, folder: Path, epochs: int) -> bool:
     Raises:
         UserError: the folder holds features of another configuration, or the configuration cannot be trained.
     """
-    # How training will be spread is of no interest here.
-    cfg = replace(cfg, data=replace(cfg.data, features=""), parallel=replace(cfg.parallel, mesh=MeshConfig()))
+    # How training will be spread, and what will share a sequence, is of no interest here.
+    cfg = replace(
+        cfg,
+        data=replace(cfg.data, features="", tokens_per_sequence=0),
+        parallel=replace(cfg.parallel, mesh=MeshConfig()),
+    )
     ranks = ranks_from_environment()
     table, plan = check(cfg, ranks.world_size)
     made_for = identity(cfg, table)
@@ -112,6 +117,7 @@ def _encode(
         for number, shard in wanted.items():
             parts = []
             for micro_batch, batch in zip(shard, islice(batches, len(shard)), strict=True):
+                assert isinstance(batch, Batch)  # nothing is packed here
                 for sample, other, why in batch.replaced:
                     announce(f"sample {sample} is replaced by {other}: {why}")
                 encoded = prepare.encode(batch)
@@ -132,5 +138,5 @@ def _micro_batches(plan: BatchPlan, epochs: int) -> Iterator[MicroBatch]:
     step = 0
     for epoch in range(epochs):
         for _ in range(plan.steps_in_epoch(epoch)):
-            yield from plan.step(step)
+            yield from (part for batch in plan.step(step) for part in batch.parts)
             step += 1

@@ -15,7 +15,7 @@ from opensora.utils.errors import UserError
 from opensora.utils.rng import derive_key
 
 if TYPE_CHECKING:
-    from opensora.datasets.video import Batch
+    from opensora.datasets.video import Batch, PackedBatch
 
 RECENT = 1000  # samples that ``data.max_bad_share`` is a share of
 IN_A_ROW = 100  # unreadable samples after which something else is wrong than the samples
@@ -41,7 +41,7 @@ class Reads:
         self._replaced = 0.0
         self._digests: dict[int | None, int] = {}  # of micro-batches, by how many processes cut their samples
 
-    def note(self, batch: "Batch", step: int) -> None:
+    def note(self, batch: "Batch | PackedBatch", step: int) -> None:
         """Count a micro-batch of update ``step``.
 
         Raises:

@@ -262,7 +262,6 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
 
     data = open_batches(cfg, table, plan, mesh, step)
     logger = open_logger(cfg, plan, step) if runtime.is_main else None
-    is_known = cfg.parallel.engine == "native" and not cfg.lora.rank  # the formulas are of this, all weights trained
     metrics = Metrics(logger, every=cfg.train.log_every, start_step=step, total_steps=cfg.train.steps)
     return Run(
         cfg=cfg,
@@ -279,7 +278,7 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
         phases=phases,
         step=step,
         base=base,
-        traffic=Traffic(cfg, mesh, data.assigned) if logger and is_known else None,
+        traffic=Traffic(cfg, mesh, data.assigned) if logger and has_formulas(cfg) else None,
     )
 
 
@@ -297,6 +296,11 @@ def open_batches(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, mesh: Mes
         seed=cfg.seed,
         sharing=sharing(cfg, mesh),
     )
+
+
+def has_formulas(cfg: RunConfig) -> bool:
+    """Whether the bytes of a step can be predicted: by the native engine, all weights trained, one shape at a time."""
+    return cfg.parallel.engine == "native" and not cfg.lora.rank and not cfg.data.tokens_per_sequence
 
 
 def build_preparation(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Preparation:

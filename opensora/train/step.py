@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from acceleration.sequence import SequenceParallel
+from acceleration.sequence import SequenceContext, SequenceParallel
 from opensora.datasets.features import Features
+from opensora.datasets.video import PackedBatch
 from opensora.models.base import Autoencoder, TextEncoder, TextFeatures
 from opensora.schedulers import rectified_flow as flow
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.train.conditioning import unconditioned
+from opensora.train.packing import Rows, Whole, joined
 from opensora.utils.tokens import image_ids, pack
 from opensora.utils.work import RunAll, one_by_one
 
@@ -52,49 +54,81 @@ class Preparation:
     narrow: Mapping[int, "Preparation"] = field(default_factory=dict)  # by how many processes cut a sample
 
     @torch.no_grad()
-    def __call__(self, batch: "Batch", step: int) -> Tokens:
+    def __call__(self, batch: "Batch | PackedBatch", step: int) -> Tokens:
         """The tokens of ``batch`` as used by update ``step``; no gradient."""
+        if isinstance(batch, PackedBatch):
+            texts = self._texts(batch)
+            whole, rows = joined([self._whole(part, step, text) for part, text in zip(batch.parts, texts, strict=True)])
+            return self._cut(whole, batch.weight, self.sequence.packed_context(*rows, self.device), rows)
         if batch.degree is not None and batch.degree in self.narrow:
             return self.narrow[batch.degree](batch, step)
-        encoded = self.encode(batch)
+        whole = self._whole(batch, step)
+        return self._cut(whole, batch.weight, self.sequence.context(whole.txt.shape[1], whole.img.shape[1]))
+
+    def _cut(self, whole: Whole, weight: float, context: SequenceContext | None, rows: Rows | None = None) -> Tokens:
+        """This process's part; ``rows`` of a pack, on the CPU."""
+        image, words = self.sequence.shard, self._shard_text
+        inputs: dict[str, Any] = {
+            "img": image(whole.img),
+            "img_ids": image(whole.img_ids),
+            "txt": words(whole.txt),
+            "txt_ids": words(torch.zeros(*whole.txt.shape[:2], 3, device=self.device)),
+            "timesteps": whole.timesteps,
+            "y_vec": whole.y_vec,
+            "cond": None if whole.cond is None else image(whole.cond),
+            "guidance": torch.ones_like(whole.timesteps) if self.guidance_embed else None,
+            "txt_mask": None if whole.txt_mask is None else words(whole.txt_mask),
+            "context": context,
+        }
+        if rows is not None:
+            inputs["rows"] = words(rows[0]).to(self.device), image(rows[1]).to(self.device)
+        return Tokens(inputs=inputs, target=image(whole.target), weight=weight)
+
+    def _whole(self, batch: "Batch", step: int, text: TextFeatures | None = None) -> Whole:
+        """Samples of one shape, encoded and corrupted."""
+        encoded = self.encode(batch, text)
         x0 = encoded.latents.float()  # (B, C, T', H', W')
         grid = (x0.shape[2], x0.shape[3], x0.shape[4])
         ids = batch.sample_ids
         noise = flow.sample_noise(self.seed, step, ids, tuple(x0.shape[1:])).to(self.device)
         t = flow.sample_timesteps(self.seed, step, ids, grid, self.patch, self.flow).to(self.device)
-        img = pack(flow.corrupt(x0, noise, t, self.flow), self.patch)  # (B, N, C*p*p)
-        target = pack(flow.target(x0, noise, self.flow), self.patch)
-        text = self._text(encoded, ids, step)
-        txt_ids = torch.zeros(*text.txt.shape[:2], 3, device=self.device)
-        img_ids = image_ids(grid, self.patch, self.device).expand(len(ids), -1, -1)
-
-        image, words = self.sequence.shard, self._shard_text
-        inputs = {
-            "img": image(img),
-            "img_ids": image(img_ids),
-            "txt": words(text.txt),
-            "txt_ids": words(txt_ids),
-            "timesteps": t,
-            "y_vec": text.y_vec,
-            "cond": image(unconditioned(x0, self.patch)) if self.cond_embed else None,
-            "guidance": torch.ones_like(t) if self.guidance_embed else None,
-            "txt_mask": None if text.mask is None else words(text.mask),
-            "context": self.sequence.context(text.txt.shape[1], img.shape[1]),
-        }
-        return Tokens(inputs=inputs, target=image(target), weight=batch.weight)
+        prompts = self._text(encoded, ids, step)
+        return Whole(
+            img=pack(flow.corrupt(x0, noise, t, self.flow), self.patch),
+            img_ids=image_ids(grid, self.patch, self.device).expand(len(ids), -1, -1),
+            target=pack(flow.target(x0, noise, self.flow), self.patch),
+            cond=unconditioned(x0, self.patch) if self.cond_embed else None,
+            txt=prompts.txt,
+            txt_mask=prompts.mask,
+            timesteps=t,
+            y_vec=prompts.y_vec,
+        )
 
     @torch.no_grad()
-    def encode(self, batch: "Batch") -> Features:
-        """What the autoencoder and the text encoder make of a batch, or made of it before, on this device."""
+    def encode(self, batch: "Batch", text: TextFeatures | None = None) -> Features:
+        """What the autoencoder and the text encoder make of a batch, or made of it before, on this device.
+
+        ``text``: of its prompts, where they are encoded already.
+        """
         if self.stored:
             assert batch.features is not None
             return Features(**{name: x.to(self.device) for name, x in batch.features.tensors().items()})
         assert batch.pixels is not None and self.autoencoder is not None
         pixels = batch.pixels.to(self.device, non_blocking=True).float() / 127.5 - 1  # (B, 3, T, H, W)
-        text = self.text_encoder.encode(batch.prompts)
+        text = text or self.text_encoder.encode(batch.prompts)
         return Features(
             latents=self.autoencoder.encode(pixels, self.run_tiles), txt=text.txt, y_vec=text.y_vec, mask=text.mask
         )
+
+    def _texts(self, batch: PackedBatch) -> list[TextFeatures | None]:
+        """Of the prompts of every part, all encoded at once; None where they are stored."""
+        if self.stored:
+            return [None] * len(batch.parts)
+        counts = [len(part.prompts) for part in batch.parts]
+        text = self.text_encoder.encode([prompt for part in batch.parts for prompt in part.prompts])
+        masks = [None] * len(counts) if text.mask is None else text.mask.split(counts)
+        columns = zip(text.txt.split(counts), text.y_vec.split(counts), masks, strict=True)
+        return [TextFeatures(txt=txt, y_vec=y_vec, mask=mask) for txt, y_vec, mask in columns]
 
     def _shard_text(self, x: Tensor) -> Tensor:
         return self.sequence.shard(x, surplus_last=True)

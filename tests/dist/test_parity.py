@@ -23,6 +23,7 @@ from acceleration.mesh import Mesh
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
 from acceleration.structure import structure_of
+from opensora.datasets.video import PackedBatch
 from opensora.models import build_model
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.train.forecast import run_denoiser
@@ -139,26 +140,26 @@ def on_this_layout(cfg: ParallelConfig, dealt: Callable[[int, Mesh], list[FakeBa
         norm = engine.step(step)
         steps.append((total.item(), norm.item(), gradients))
         counted = {axis.name: axis.bytes_sent for axis in mesh.axes.values() if axis.bytes_sent}
-        traffic.append((counted, predicted(cfg, mesh, mine)))
+        traffic.append((counted, predicted(cfg, mesh, mine, step)))
     return Outcome(steps, dict(engine.full_weights()), traffic)
 
 
-def predicted(cfg: ParallelConfig, mesh: Mesh, mine: list[FakeBatch]) -> Bytes:
+def predicted(cfg: ParallelConfig, mesh: Mesh, mine: list[Any], step: int) -> Bytes:
     """What the formulas say of a step in which this process has these micro-batches."""
     place = Place(meshes.view({name: mesh[name].degree for name in meshes.AXES}, dist.get_rank()), cfg)
     with torch.device("meta"):
         structure = structure_of(build_model(MODEL), run_denoiser)
-    sizes = [
-        MicroBatch(
-            samples=len(b.sample_ids),
-            txt=TEXT_TOKENS,
-            img=math.prod(b.pixels.shape[2:]),
-            has_mask=True,
-            degree=b.degree,
-        )
-        for b in mine
-    ]
-    return step_bytes(structure, place, sizes)
+    return step_bytes(structure, place, [sizes(batch, step) for batch in mine])
+
+
+def sizes(batch: FakeBatch | PackedBatch, step: int) -> MicroBatch:
+    """As formulas see it."""
+    if isinstance(batch, PackedBatch):  # one sequence, without masked text
+        img = sum(part.pixels.numel() // MODEL.in_channels for part in batch.parts)  # type: ignore[union-attr]
+        tokens = preparation(meshes.view({}))(batch, step)
+        return MicroBatch(samples=1, txt=tokens.inputs["txt"].shape[1], img=img)
+    img = math.prod(batch.pixels.shape[2:])
+    return MicroBatch(samples=len(batch.sample_ids), txt=TEXT_TOKENS, img=img, has_mask=True, degree=batch.degree)
 
 
 def relative(found: Any, truth: Any) -> float:

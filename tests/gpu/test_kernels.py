@@ -1,12 +1,15 @@
 """Attention kernels on a GPU against the plain mathematics: outputs, log-sum-exps and gradients."""
 
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from acceleration import attention
+from acceleration.attention import KernelCore
 from acceleration.kernels import KERNELS, PACKAGES
+from acceleration.sequence import Segments
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 BATCH, TOKENS, HEADS, DIM = 2, 321, 3, 64  # a length that fits no tile
@@ -40,3 +43,22 @@ def test_kernel_equals_mathematics(kernel: str, masked: bool, dtype: torch.dtype
     assert (lse.double() - true_lse)[seen].abs().max() <= tolerance * true_lse[seen].abs().max()
     for gradient, true_gradient in zip(found, truth, strict=True):
         assert (gradient.double() - true_gradient).abs().max() <= tolerance * true_gradient.abs().max()
+
+
+@pytest.mark.parametrize("kernel", names())
+def test_samples_of_any_length_share_a_sequence(kernel: str) -> None:
+    """The kernel that takes them all at once, against the plain mathematics length by length."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([1, 64, 200, 64, 313])
+    numbers = torch.arange(5).repeat_interleave(lengths)[torch.randperm(642, generator=generator)].view(2, 321)
+    context = SimpleNamespace(segments=Segments.of(numbers, "cuda"))
+    qkv = torch.randn(3, BATCH, TOKENS, HEADS, DIM, generator=generator).cuda().bfloat16()
+    results = []
+    for name, x in ((kernel, qkv.clone()), ("math", qkv.double())):
+        x.requires_grad_()
+        out = KernelCore(KERNELS[name])(*x, context=context)
+        (out.double() ** 2).sum().backward()
+        assert x.grad is not None
+        results.append((out.detach().double(), x.grad.double()))
+    for found, truth in zip(*results, strict=True):
+        assert (found - truth).abs().max() <= 2e-2 * truth.abs().max()

@@ -56,6 +56,8 @@ def swapped(old: str, new: str) -> str:
     return GOOD.replace(old, new)
 
 
+PACKED = ["data.micro_batches=4", "data.pack=2", "data.tokens_per_sequence=64"]
+
 # name -> (file content or None for the good one, overrides, what the one line must contain)
 BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     # keys
@@ -188,6 +190,17 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     "guidance in training": (None, ["parallel.mesh.cfg=2"], "parallel.mesh.cfg=2: allowed is 1"),
     "warm-up beyond the end": (None, ["optim.warmup_steps=101"], "optim.warmup_steps=101: allowed are at most train"),
     "pack that does not divide": (None, ["data.pack=2"], "data.pack=2: allowed are divisors of micro_batches=1"),
+    "packs on a ring": (
+        None,
+        [*PACKED, "parallel.mesh.ring=2"],
+        "data.tokens_per_sequence=64: with parallel.mesh.ring=2 allowed is 0; use parallel.mesh.ulysses",
+    ),
+    "packs of one": (
+        None,
+        [*PACKED, "data.pack=1"],
+        "data.pack=1: with tokens_per_sequence=64 allowed are divisors of micro_batches=4 from 2 on",
+    ),
+    "negative sequence": (None, ["data.tokens_per_sequence=-1"], "data.tokens_per_sequence=-1: allowed are numbers >="),
     "auto without a budget": (None, ["data.buckets.64px.1=[1.0, auto]"], "batch size auto needs a budget"),
     "negative cost": (None, ["data.cost.per_token=-1"], "data.cost.per_token=-1"),
     "no table": (None, ["data.table=''"], "data.table: missing"),

@@ -1,10 +1,13 @@
 """Adaptive layer norm: the conditioning vector shifts, scales and gates every layer (DiT, arXiv 2212.09748)."""
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 
 class Modulation(nn.Module):
-    """(B, D) -> ``parts`` tensors (B, 1, D), in the order (shift, scale, gate), (shift, scale, gate)."""
+    """(S, D) -> ``parts`` tensors, in the order (shift, scale, gate), (shift, scale, gate); see ``over_tokens``."""
 
     def __init__(self, hidden: int, parts: int) -> None:
         super().__init__()
@@ -12,10 +15,41 @@ class Modulation(nn.Module):
         self.act = nn.SiLU()
         self.lin = nn.Linear(hidden, parts * hidden)
 
-    def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
-        return self.lin(self.act(vec.to(self.lin.weight.dtype)))[:, None, :].chunk(self.parts, dim=-1)
+    def forward(self, vec: Tensor, rows: Tensor | None = None) -> tuple[Tensor, ...]:
+        return over_tokens(self.lin(self.act(vec.to(self.lin.weight.dtype))), self.parts, rows)
+
+
+def over_tokens(joined: Tensor, parts: int, rows: Tensor | None) -> tuple[Tensor, ...]:
+    """(S, parts * D) -> ``parts`` tensors for (B, N, D) tokens.
+
+    Without ``rows`` sample s is sequence s: (S, 1, D) each. ``rows`` (B, N) int64 says for every token which sample it
+    is of: (B, N, D) each.
+    """
+    if rows is None:
+        return joined[:, None, :].chunk(parts, dim=-1)
+    return tuple(_Spread.apply(part, rows) for part in joined.chunk(parts, dim=-1))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """(B, N, D) with (B, 1, D) twice -> (B, N, D); scale 0 leaves x as it is."""
+    """(B, N, D) with (B, 1, D) or (B, N, D) twice -> (B, N, D); scale 0 leaves x as it is."""
     return (1 + scale) * x + shift
+
+
+class _Spread(torch.autograd.Function):
+    """(S, D), (B, N) -> (B, N, D): a row for every token.
+
+    Its gradient sums the tokens of each sample by one product, in the same order every time and with the sums of a
+    matrix product, which torch's own for an index has neither of in bf16.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.samples = table.shape[0]
+        return table[rows]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        is_of = torch.arange(ctx.samples, device=rows.device)[:, None] == rows.flatten()  # (S, B * N)
+        return is_of.to(grad.dtype) @ grad.flatten(0, 1), None

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from opensora.models.layers.attention import SDPACore
-from opensora.models.layers.modulation import Modulation, modulate
+from opensora.models.layers.modulation import Modulation, modulate, over_tokens
 from opensora.models.layers.norm import QKNorm, RMSNorm
 from opensora.models.layers.rope import RopeLayout, RopeTable, apply_rope
 
@@ -113,11 +113,16 @@ class DoubleStreamBlock(nn.Module):
         rope: RopeTable,
         key_mask: Tensor | None = None,
         context: Any = None,
+        rows: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """img (B, N, D), txt (B, L, D), vec (B, D) -> img, txt of the same shapes; N or L may be 0."""
+        """img (B, N, D), txt (B, L, D), vec (B, D) -> img, txt of the same shapes; N or L may be 0.
+
+        With ``rows`` (B, L), (B, N), vec has a row per sample, and they say which of them a token is modulated by.
+        """
         dtype = self.img_mod.lin.weight.dtype
         img, txt = img.to(dtype), txt.to(dtype)
-        img_parts, txt_parts = self.img_mod(vec), self.txt_mod(vec)
+        txt_rows, img_rows = rows or (None, None)
+        img_parts, txt_parts = self.img_mod(vec, img_rows), self.txt_mod(vec, txt_rows)
         img_q, img_k, img_v = self.img_attn.project(modulate(self.img_norm1(img), *img_parts[:2]))
         txt_q, txt_k, txt_v = self.txt_attn.project(modulate(self.txt_norm1(txt), *txt_parts[:2]))
         q_BLHD, k_BLHD, v_BLHD = (torch.cat(pair, dim=1) for pair in ((txt_q, img_q), (txt_k, img_k), (txt_v, img_v)))
@@ -165,11 +170,17 @@ class SingleStreamBlock(nn.Module):
         self.core = SDPACore()
 
     def forward(
-        self, x: Tensor, vec: Tensor, rope: RopeTable, key_mask: Tensor | None = None, context: Any = None
+        self,
+        x: Tensor,
+        vec: Tensor,
+        rope: RopeTable,
+        key_mask: Tensor | None = None,
+        context: Any = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """x (B, L+N, D), vec (B, D) -> (B, L+N, D)."""
+        """x (B, L+N, D), vec (B, D) -> (B, L+N, D); with ``rows`` (B, L+N) as in a double block."""
         x = x.to(self.linear2.weight.dtype)
-        shift, scale, gate = self.modulation(vec)
+        shift, scale, gate = self.modulation(vec, rows)
         h = modulate(self.pre_norm(x), shift, scale)
         if self.fused_qkv:
             q, k, v_mlp = split_in_proportion(self.linear1(h), *self.widths)
@@ -197,7 +208,7 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden, out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
 
-    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+    def forward(self, x: Tensor, vec: Tensor, rows: Tensor | None = None) -> Tensor:
         dtype = self.linear.weight.dtype
-        shift, scale = self.adaLN_modulation(vec.to(dtype))[:, None, :].chunk(2, dim=-1)
+        shift, scale = over_tokens(self.adaLN_modulation(vec.to(dtype)), 2, rows)
         return self.linear(modulate(self.norm_final(x.to(dtype)), shift, scale))

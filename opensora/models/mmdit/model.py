@@ -7,12 +7,15 @@ What is unusual:
 * Tokens arrive with their coordinates. Packing pixels into tokens, padding and distributing tokens over processes
   happen outside, so a process with a share of the tokens, even with no text or no image token, runs these same lines.
   Tokens meet only in the attention cores (``attention_cores``), whose modules may be replaced.
+* A sequence may hold several samples, each with its text, time and prompt. ``rows`` then says which sample a token is
+  of, and ``context`` keeps them apart in attention; nothing else in the model knows.
 * The conditioning vector (time, pooled prompt, guidance) enters by modulation only, zero at the start: an untrained
   block is the identity, and the untrained model returns zeros.
 * Inputs are cast to the dtype of the weights where they are used. Times, coordinates and rotary tables stay in fp32
   (fp64 for fp64 weights) whatever the weights are: in bf16 neighbouring times near t=1 are the same number.
 
-Letters: B batch, N image tokens, L text tokens, D hidden, H heads, Dh head dim.
+Letters: B batch, S samples (B, unless sequences hold several), N image tokens, L text tokens, D hidden, H heads,
+Dh head dim.
 """
 
 import math
@@ -98,6 +101,7 @@ class MMDiT(nn.Module):
 
     block_lists = ("double_blocks", "single_blocks")
     attention_cores = ("double_blocks.*.core", "single_blocks.*.core")
+    takes_packs = True
     tensor_shared = ("double_blocks.*.*_attn.norm.*.scale", "single_blocks.*.norm.*.scale")
 
     def __init__(self, cfg: MMDiTConfig) -> None:
@@ -147,6 +151,7 @@ class MMDiT(nn.Module):
         guidance: Tensor | None = None,
         *,
         txt_mask: Tensor | None = None,
+        rows: tuple[Tensor, Tensor] | None = None,
         context: Any = None,
     ) -> Tensor:
         """Velocity (B, N, out_channels), in the dtype of the weights.
@@ -156,20 +161,24 @@ class MMDiT(nn.Module):
             img_ids: (B, N, 3), their (t, h, w).
             txt: (B, L, context_in_dim).
             txt_ids: (B, L, 3), zeros.
-            timesteps: (B,) in [0, 1], 1 is pure noise; fp32.
-            y_vec: (B, vec_in_dim), the pooled prompt.
+            timesteps: (S,) in [0, 1], 1 is pure noise; fp32.
+            y_vec: (S, vec_in_dim), the pooled prompt.
             cond: (B, N, cond_channels), given if and only if ``cond_embed``; zeros where nothing is known.
-            guidance: (B,), given if and only if ``guidance_embed``.
+            guidance: (S,), given if and only if ``guidance_embed``.
             txt_mask: (B, L) bool, True for text that is attended to; None: all.
+            rows: (B, L) and (B, N) int64, the row of timesteps, y_vec and guidance that a token belongs to; None: all
+                of sequence b to row b. Given if and only if the context has segments.
             context: handed to every attention core untouched.
         """
+        if (rows is None) != (getattr(context, "segments", None) is None):
+            raise ValueError("rows and context.segments belong together: one says what the other keeps apart")
         for name, given, wanted in (("cond", cond, self.cond_in), ("guidance", guidance, self.guidance_in)):
             if (given is None) != (wanted is None):
                 raise ValueError(f"{name} {'is missing' if given is None else 'was given'}, but {name}_embed says not")
         dtype = self.img_in.weight.dtype
         exact = torch.float64 if dtype == torch.float64 else torch.float32
 
-        vec = self.time_in(sinusoid(timesteps.to(exact), TIME_CHANNELS)) + self.vector_in(y_vec)  # (B, D)
+        vec = self.time_in(sinusoid(timesteps.to(exact), TIME_CHANNELS)) + self.vector_in(y_vec)  # (S, D)
         if self.guidance_in is not None and guidance is not None:
             vec = vec + self.guidance_in(sinusoid(guidance.to(exact), TIME_CHANNELS))
         img = self.img_in(img.to(dtype))  # (B, N, D)
@@ -183,14 +192,15 @@ class MMDiT(nn.Module):
             key_mask = torch.cat((txt_mask, txt_mask.new_ones(img.shape[:2])), dim=1)
 
         for block in self.double_blocks:
-            img, txt = block(img, txt, vec, rope, key_mask, context)
+            img, txt = block(img, txt, vec, rope, key_mask, context, rows)
         if len(self.single_blocks):
             x = torch.cat((txt, img), dim=1)  # (B, L + N, D)
+            joined = None if rows is None else torch.cat(rows, dim=1)  # (B, L + N)
             for block in self.single_blocks:
-                x = block(x, vec, rope, key_mask, context)
+                x = block(x, vec, rope, key_mask, context, joined)
             img = x[:, txt.shape[1] :]
         # A 3-D linear may return a view, and hooks that sharding puts on a view are lost when somebody writes to it.
-        return self.final_layer(img, vec).clone()
+        return self.final_layer(img, vec, None if rows is None else rows[1]).clone()
 
     def tensor_plan(self) -> dict[str, tuple[str, tuple[tuple[int, int], ...]]]:
         """How tensor parallelism cuts the linear layers: {pattern: (kind, parts of (size, unit))}.
