@@ -298,8 +298,8 @@ import os, sys
 import torch, torch.distributed as dist
 from acceleration.runtime import start, stop
 attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
+open(f"{sys.argv[1]}/{attempt}-{rank}", "w").close()  # before the group is made, which waits for both
 start(30)
-open(f"{sys.argv[1]}/{attempt}-{rank}", "w").close()
 if sys.argv[2] == "killed" and attempt == 0 and rank == 1:
     os.kill(os.getpid(), 9)
 if sys.argv[2].isdigit():
@@ -375,7 +375,9 @@ def test_two_nodes(tmp_path: Path) -> None:
     both = [torchrun(tmp_path, *where, 1, tmp_path / "worker.py", tmp_path / "made", "killed") for _ in range(2)]
     said = [process.communicate(timeout=100)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    assert sorted(os.listdir(tmp_path / "made")) == ["0-0", "0-1", "1-0", "1-1"]
+    # A launcher that sees the other one come back joins it without counting that as an attempt of its own.
+    made = set(os.listdir(tmp_path / "made"))
+    assert made >= {"0-0", "0-1"} and made & {"1-0", "1-1"}
 
 
 @pytest.mark.slow

@@ -152,6 +152,16 @@ def test_a_finished_run_is_left_alone(cluster: Cluster) -> None:
     assert "is finished" in cluster.logs() and cluster.digest("run") == before
 
 
+def test_the_script_by_hand(cluster: Cluster) -> None:
+    settings = {"RUN": str(cluster.run("run")), "PYTHON": sys.executable, "HOST_PYTHON": sys.executable}
+    size = ["--nodes=2", "--ntasks-per-node=1", "--partition=low", f"--output={cluster.folder}/job.log"]
+    command = ["sbatch", "--parsable", *size, ROOT / "launch/slurm.sbatch", cluster.config, "train.steps=2"]
+    job = call(*command, env=os.environ | settings, cwd=ROOT)
+    cluster.jobs.append(job)
+    assert cluster.end(job) == "COMPLETED", (cluster.folder / "job.log").read_text()
+    assert cluster.digest("run")[0] == 2 and (cluster.run("run") / f"jobs/slurm-{job}/logs/{job}-0-1.log").exists()
+
+
 def test_time_limit(cluster: Cluster, wanted: Any) -> None:
     """Asked to stop a minute before a limit of two; nothing is lost between attempts."""
     job = cluster.submit("run", "--time", 2, "--signal", 60, sleep_s=3)
