@@ -1,11 +1,13 @@
 """Training with faults: ``python faulty.py SCRIPT ARGS...`` runs the script with what the environment asks for.
 
 FAULTY_SLEEP_S: seconds that every step takes more. FAULTY_CRASH_AT: the step at which rank 1 always fails.
+FAULTY_KILL_AT: the step at which rank 1 is killed, in the first attempt under torchrun.
 FAULTY_HOOKS: a folder in which ``step-N`` is made when rank 0 begins step N, for a test to wait for.
 """
 
 import os
 import runpy
+import signal
 import sys
 import time
 from pathlib import Path
@@ -22,6 +24,9 @@ def lr_at(run: Run, step: int) -> float:
         Path(os.environ["FAULTY_HOOKS"], f"step-{step}").touch()
     if step == int(os.environ.get("FAULTY_CRASH_AT", -1)) and run.runtime.rank == 1:
         raise RuntimeError(f"fails at step {step}, always")
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+    if step == int(os.environ.get("FAULTY_KILL_AT", -1)) and run.runtime.rank == 1 and first:
+        os.kill(os.getpid(), signal.SIGKILL)
     return _lr_at(run, step)
 
 

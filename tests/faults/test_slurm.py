@@ -74,11 +74,11 @@ class Cluster:
     def submit(self, name: str, *options: object, **environment: object) -> str:
         """Number of a job on two nodes."""
         command = [sys.executable, ROOT / "launch/submit.py", self.config, "--nodes", 2, "--gpus-per-node", 0]
-        fixed = ["--tasks-per-node", 1, "--partition", "low", "--python", self.python, *options]
+        fixed = ["--tasks-per-node", 1, "--partition", "low", "--python", self.python]
         steps = [f"train.steps={STEPS}", f"train.checkpoint_every={EVERY}", f"name={name}"]
         asked = {"FAULTY_HOOKS": str(self.folder / "hooks"), "OMP_NUM_THREADS": "1"}
         asked |= {f"FAULTY_{key.upper()}": str(value) for key, value in environment.items()}
-        said = call(*command, *fixed, *steps, env=os.environ | asked, cwd=self.folder)
+        said = call(*command, *fixed, *steps, *options, env=os.environ | asked, cwd=self.folder)
         number = said.split()[2].rstrip(":")
         self.jobs.append(number)
         return number
@@ -144,12 +144,22 @@ def wanted(lab: Path, shapes: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_a_finished_run_is_left_alone(cluster: Cluster) -> None:
-    job = cluster.submit("run", "train.steps=2")
+    job = cluster.submit("run", "train.steps=4")
     assert cluster.end(job) == "COMPLETED", cluster.logs()
     before = cluster.digest("run")
-    again = cluster.submit("run", "train.steps=2")
+    again = cluster.submit("run", "train.steps=4")
     assert cluster.end(again) == "COMPLETED"
     assert "is finished" in cluster.logs() and cluster.digest("run") == before
+
+
+def test_the_script_by_hand(cluster: Cluster) -> None:
+    settings = {"RUN": str(cluster.run("run")), "PYTHON": sys.executable, "HOST_PYTHON": sys.executable}
+    size = ["--nodes=2", "--ntasks-per-node=1", "--partition=low", f"--output={cluster.folder}/job.log"]
+    command = ["sbatch", "--parsable", *size, ROOT / "launch/slurm.sbatch", cluster.config, "train.steps=4"]
+    job = call(*command, env=os.environ | settings, cwd=ROOT)
+    cluster.jobs.append(job)
+    assert cluster.end(job) == "COMPLETED", (cluster.folder / "job.log").read_text()
+    assert cluster.digest("run")[0] == 4 and (cluster.run("run") / f"jobs/slurm-{job}/logs/{job}-0-1.log").exists()
 
 
 def test_time_limit(cluster: Cluster, wanted: Any) -> None:
