@@ -35,7 +35,7 @@ PEERS_S = 6.0  # how long to wait for the reports of others
 STACKS_S = 2.0  # how long to wait for a process to write its stacks
 LAST_S = 9.5  # beyond what is allowed: then all that is above is over, and a process that is still there ends itself
 ENDING_S = 10.5  # for a process to end itself; longer than that, so that it can
-STACKS = signal.SIGUSR1  # makes a process write its stacks; ``kill -USR1 PID`` does so too, and harms nothing
+STACKS = signal.SIGUSR1  # makes a process write its stacks, and harms nothing
 UNTOUCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # by what is sent to a group of processes
 
 _SIGEV_THREAD = 2  # bits/sigevent-consts.h
@@ -197,13 +197,14 @@ def verdict(places: Iterable[Place], world_size: int) -> str:
 
 
 def where(stacks: str, main_thread: int) -> tuple[str, str]:
-    """(exchange, innermost line) of the main thread in what ``faulthandler`` wrote."""
+    """(exchange, innermost line) of the main thread in what ``faulthandler`` wrote; the last if it wrote often."""
+    found = "", "stack unknown"
     for block in re.split(r"\n(?=(?:Current thread|Thread) 0x)", stacks):
         head, _, body = block.partition("\n")
         if f"0x{main_thread:016x}" in head:
             calls = [name for name in _IN_EXCHANGE.findall(body) if name not in _NOT_EXCHANGES]
-            return (calls[-1] if calls else ""), body.split("\n")[0].strip()
-    return "", "stack unknown"
+            found = (calls[-1] if calls else ""), body.split("\n")[0].strip()
+    return found
 
 
 class _Beside:

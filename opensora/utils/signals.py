@@ -37,8 +37,10 @@ class Asked:
     def saving(self) -> Iterator[None]:
         """While a checkpoint is written a second signal waits for it; a third does not."""
         self._saving = True
-        yield
-        self._saving = False
+        try:
+            yield
+        finally:
+            self._saving = False
 
     def release(self) -> None:
         """Signals do again what they did before."""

@@ -70,7 +70,7 @@ def check_stops(long: tuple[Path, str], folder: Path, times: int, seed: int, tal
 
 
 def test_sigterm_at_random_times(long: tuple[Path, str], tmp_path: Path, tally: Tally) -> None:
-    check_stops(long, tmp_path / "t", 6, 1, tally)
+    check_stops(long, tmp_path / "t", 10, 1, tally)
 
 
 @pytest.mark.slow
@@ -96,7 +96,7 @@ def kill_again_and_again(config: Path, folder: Path, times: int, seed: int) -> i
 
 def test_sigkill_at_random_times(long: tuple[Path, str], tmp_path: Path, tally: Tally) -> None:
     config, wanted = long
-    hit = kill_again_and_again(config, tmp_path, 4, 5)
+    hit = kill_again_and_again(config, tmp_path, 6, 5)
     assert digest(tmp_path / "run") == wanted and hit
     tally("SIGKILL at a random time: the same end bit for bit", hit, hit)
 
