@@ -194,7 +194,7 @@ def full(x: Tensor) -> Tensor:
     """The whole value of ``x`` on every process; collective if ``x`` is sharded, and then on the mesh's device."""
     if not isinstance(x, DTensor):
         return x
-    with WAITING.on("all_gather of a whole tensor"):
+    with WAITING.on("joining of a sharded tensor"):
         return (x if x.device.type == x.device_mesh.device_type else to_mesh_device(x)).full_tensor()
 
 

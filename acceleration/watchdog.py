@@ -35,7 +35,7 @@ PEERS_S = 6.0  # how long to wait for the reports of others
 STACKS_S = 2.0  # how long to wait for a process to write its stacks
 LAST_S = 9.5  # beyond what is allowed: then all that is above is over, and a process that is still there ends itself
 ENDING_S = 10.5  # for a process to end itself; longer than that, so that it can
-STACKS = signal.SIGUSR1  # makes a process write its stacks; ``kill -USR1 PID`` does so too, and harms nothing
+STACKS = signal.SIGUSR1  # makes a process write its stacks, and harms nothing
 UNTOUCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # by what is sent to a group of processes
 
 _SIGEV_THREAD = 2  # bits/sigevent-consts.h
@@ -82,7 +82,8 @@ class Watchdog:
 
     def phase(self, name: str, step: int, allowed_s: float) -> None:
         """A heartbeat: ``name`` begins now and may take ``allowed_s`` seconds; 0: as long as it likes."""
-        _BEAT.pack_into(self._memory, 0, time.monotonic(), step, allowed_s, name.encode()[:32], 0.0, b"")
+        now = time.monotonic()  # both times come before what they are times of, so that a half-read beat is a young one
+        _BEAT.pack_into(self._memory, 0, now, step, allowed_s, name.encode()[:32], now, b"")
         self._last.exit_in(allowed_s + LAST_S if allowed_s else 0.0)
 
     def exchange(self, name: str) -> None:
@@ -197,13 +198,14 @@ def verdict(places: Iterable[Place], world_size: int) -> str:
 
 
 def where(stacks: str, main_thread: int) -> tuple[str, str]:
-    """(exchange, innermost line) of the main thread in what ``faulthandler`` wrote."""
+    """(exchange, innermost line) of the main thread in what ``faulthandler`` wrote; the last if it wrote often."""
+    found = "", "stack unknown"
     for block in re.split(r"\n(?=(?:Current thread|Thread) 0x)", stacks):
         head, _, body = block.partition("\n")
         if f"0x{main_thread:016x}" in head:
             calls = [name for name in _IN_EXCHANGE.findall(body) if name not in _NOT_EXCHANGES]
-            return (calls[-1] if calls else ""), body.split("\n")[0].strip()
-    return "", "stack unknown"
+            found = (calls[-1] if calls else ""), body.split("\n")[0].strip()
+    return found
 
 
 class _Beside:
@@ -241,35 +243,38 @@ class _Beside:
         )
 
     def _end(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk must not keep the run alive
+        try:
             self._report()
+        except OSError as error:  # a full disk must not keep the run alive
+            os.write(2, f"HANG: {self._place('', '')}; no report: {error}\n".encode())
         os.write(1, b"x")
         if not _ended(self.pid, ENDING_S):  # it is stopped
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
 
     def _report(self) -> None:
+        """Say where this process is; the first rank that is heard of says what that means."""
         self.folder.mkdir(parents=True, exist_ok=True)
         stacks = self._take_stacks()
         place = self._place(*where(stacks, self.thread))
-        aside = self.folder / f".rank-{self.rank:05d}"
-        aside.write_text(f"{json.dumps(asdict(place))}\n\n{stacks}")
-        aside.rename(self.folder / f"rank-{self.rank:05d}.txt")
-        deadline = time.monotonic() + PEERS_S
-        while len(places := self._places()) < self.world_size and time.monotonic() < deadline:
-            time.sleep(0.1)
-        if self.rank == min(place.rank for place in places):
-            late = max((place for place in places if place.late), key=lambda place: place.since_s, default=place)
-            text = f"no progress for {late.since_s:.0f} s in step {late.step}, {late.phase}; stacks: {self.folder}"
-            text = f"HANG: {text}\n{verdict(places, self.world_size)}\n"
-            (self.folder / "report.txt").write_text(text)
-            os.write(2, text.encode())
-        else:  # the one that speaks must not be killed by a launcher that sees this process end
-            time.sleep(0.5)
+        _write(self.folder / f"rank-{self.rank:05d}.txt", f"{json.dumps(asdict(place))}\n\n{stacks}")
+        report, deadline = self.folder / "report.txt", time.monotonic() + PEERS_S
+        while not report.exists() and time.monotonic() < deadline:
+            if self.rank == 0 and len(self._heard()) == self.world_size:
+                break
+            time.sleep(0.2)
+        heard = self._heard()
+        if report.exists() or heard[0].name != f"rank-{self.rank:05d}.txt":
+            return
+        places = [Place(**json.loads(file.read_text().partition("\n")[0])) for file in heard]
+        late = max((place for place in places if place.late), key=lambda place: place.since_s, default=place)
+        text = f"no progress for {late.since_s:.0f} s in step {late.step}, {late.phase}; stacks: {self.folder}"
+        text = f"HANG: {text}\n{verdict(places, self.world_size)}\n"
+        os.write(2, text.encode())  # before the file, at whose sight the others end, and a launcher this process
+        _write(report, text)
 
-    def _places(self) -> list[Place]:
-        files = sorted(self.folder.glob("rank-*.txt"))
-        return [Place(**json.loads(file.read_text().partition("\n")[0])) for file in files]
+    def _heard(self) -> list[Path]:
+        return sorted(self.folder.glob("rank-*.txt"))
 
     def _take_stacks(self) -> str:
         """What ``faulthandler`` writes on the signal; a process that is stopped or stuck in the kernel does not."""
@@ -282,6 +287,13 @@ class _Beside:
             size = now
             time.sleep(0.1)
         return os.pread(self.stacks, 1 << 20, 0).decode(errors="replace")
+
+
+def _write(path: Path, text: str) -> None:
+    """All at once."""
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(text)
+    aside.rename(path)
 
 
 def _text(raw: bytes) -> str:

@@ -8,6 +8,7 @@ import json
 import mmap
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 
 from acceleration.checkpoint import shards, writer
+
+UNTOUCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class BackgroundWriter:
@@ -113,14 +116,19 @@ class BackgroundWriter:
 
     def _running(self) -> "subprocess.Popen[str]":
         if self._process is None or self._process.poll() is not None:
-            # A group of its own: a signal for the training process must not end a save half-way.
-            self._process = subprocess.Popen(
-                [sys.executable, writer.__file__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-            )
+            # A signal for the training processes must not end a save half-way: a terminal sends it to a group, SLURM
+            # to every process of a step. This one ends when its stdin does; the mask is inherited.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, UNTOUCHED)
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, writer.__file__],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    start_new_session=True,
+                )
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return self._process
 
 

@@ -33,7 +33,9 @@ def go_back(run: Run, to: Return) -> None:
             break
         announce(f"going back: {path} holds values that are not finite")
     else:
-        raise Hopeless(f"{to.why}, and no checkpoint of {to.before} steps or fewer to go back to")
+        raise Hopeless(
+            f"{to.why}, and no checkpoint of {to.before} steps or fewer to go back to: start anew, change optim.lr"
+        )
     manifest = run.checkpoints.manifest(path)
     came_from, loaded = run.step, int(manifest["step"])
     run.step = max(loaded, to.leap_to or 0)

@@ -1,5 +1,6 @@
 """Where this process is and how long it takes there: for the watchdog, and to find the process that all wait for."""
 
+import os
 import time
 from statistics import median_low
 
@@ -7,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from acceleration.mesh import Mesh
+from acceleration.runtime import Runtime
 from acceleration.waiting import WAITING
 from acceleration.watchdog import Watchdog
 from opensora.config import RunConfig
@@ -65,18 +67,24 @@ class Phases:
         gathered = [torch.empty_like(mine) for _ in range(mesh.world_size)]
         dist.all_gather(gathered, mine)
         times = torch.stack(gathered).cpu()  # (processes, phases)
-        self._name_slow(times, step)
-        return {f"time/{name}_s": value for name, value in zip(MEASURED, times.mean(0).tolist(), strict=True)}
+        means = {f"time/{name}_s": value for name, value in zip(MEASURED, times.mean(0).tolist(), strict=True)}
+        return means | self._slowest(times, step)
 
-    def _name_slow(self, times: torch.Tensor, step: int) -> None:
+    def _slowest(self, times: torch.Tensor, step: int) -> dict[str, float]:
         totals = times.sum(1).tolist()
         usual, most = median_low(totals), max(totals)
         rank = totals.index(most)
+        self._name_slow(rank, usual, times, step)
+        return {"slowest/rank": rank, "slowest/factor": most / max(usual, 1e-9)}
+
+    def _name_slow(self, rank: int, usual: float, times: torch.Tensor, step: int) -> None:
+        most = float(times[rank].sum())
         if not self._straggler or most < self._straggler * usual or most - usual < LEAST_S:
             self._slow = (-1, 0)
             return
         self._slow = (rank, self._slow[1] + 1 if self._slow[0] == rank else 1)
-        if self._slow[1] >= IN_A_ROW:
+        row = self._slow[1]
+        if row >= IN_A_ROW and row & (row - 1) == 0:  # 2, 4, 8, ...: not in every record
             usual_times = times.sort(0).values[(len(times) - 1) // 2]
             phase = int((times[rank] - usual_times).argmax())
             announce(
@@ -90,3 +98,13 @@ class Phases:
         WAITING.note = lambda text: None
         if self._watchdog:
             self._watchdog.close()
+
+
+def start_phases(cfg: RunConfig, runtime: Runtime) -> Phases:
+    """The account of times, and beside it what ends a run that stands still (see guard.hang_s). Collective."""
+    if not hang_s(cfg):
+        return Phases(cfg)
+    name = [f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"]  # a hang of an earlier start must not end this one
+    dist.broadcast_object_list(name, src=0)
+    folder = (cfg.folder / "hangs" / name[0]).absolute()
+    return Phases(cfg, Watchdog(folder, runtime.rank, runtime.world_size, hang_s(cfg)))

@@ -3,13 +3,10 @@
 What a user can get wrong is checked before the process group exists, so that a mistake costs a second and one line.
 """
 
-import os
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from acceleration import lora
@@ -27,7 +24,6 @@ from acceleration.runtime import Runtime
 from acceleration.sequence import SequenceParallel
 from acceleration.signals import Interrupted as Interrupted  # what building raises, for the command line
 from acceleration.signals import StopRequest
-from acceleration.watchdog import Watchdog
 from opensora import config
 from opensora.config import RunConfig
 from opensora.datasets.index import IndexedTable
@@ -46,7 +42,7 @@ from opensora.train.forecast import Traffic, check_memory
 from opensora.train.guard import Guard
 from opensora.train.guard import Hopeless as Hopeless  # what training raises, for the command line
 from opensora.train.metrics import Metrics
-from opensora.train.phases import Phases, hang_s
+from opensora.train.phases import Phases, start_phases
 from opensora.train.preflight import check_processes
 from opensora.train.reads import Reads
 from opensora.train.resume import check_fresh, checkpoint_info, resume
@@ -160,7 +156,7 @@ def start_run(cfg: RunConfig) -> Run:
     phases = None
     try:
         runtime = runtimes.start(cfg.parallel.timeout_s)
-        phases = Phases(cfg, start_watchdog(cfg, runtime))
+        phases = start_phases(cfg, runtime)
         run = build_run(cfg, table, plan, runtime, phases)
     except BaseException as error:
         if phases and isinstance(error, Interrupted):  # on every process
@@ -207,15 +203,6 @@ def check(cfg: RunConfig, world_size: int) -> tuple[IndexedTable, BatchPlan]:
     if cfg.data.features:
         features.check(cfg, table, plan)
     return table, plan
-
-
-def start_watchdog(cfg: RunConfig, runtime: Runtime) -> Watchdog | None:
-    """What ends a run that stands still; see guard.hang_s. Collective."""
-    if not hang_s(cfg):
-        return None
-    name = [f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"]  # a hang of an earlier start must not end this one
-    dist.broadcast_object_list(name, src=0)
-    return Watchdog((cfg.folder / "hangs" / name[0]).absolute(), runtime.rank, runtime.world_size, hang_s(cfg))
 
 
 def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Runtime, phases: Phases) -> Run:

@@ -1,7 +1,8 @@
 """Requests to stop, from the first line of a program on. Standard library only: torch takes seconds to import.
 
-A signal sets a flag that the run reads at its own pace. The same signal once more means at once: a thread that the
-interpreter tells of signals ends the process, wherever it is, with 128 plus the signal's number.
+A signal sets a flag that the run reads at its own pace. SIGTERM or SIGINT once more means at once: a thread that the
+interpreter tells of signals ends the process, wherever it is, with 128 plus the signal's number. SIGUSR2 is a warning
+that a batch script repeats until it is heeded, and says no more the second time.
 """
 
 import ctypes
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+IMPATIENT = (signal.SIGTERM, signal.SIGINT)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # SLURM and torchrun, a terminal, SLURM's early warning
 REPEAT_S = 1.0  # the same signal within this time came by two ways: from a terminal, and passed on by a launcher
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -37,8 +39,10 @@ class Asked:
     def saving(self) -> Iterator[None]:
         """While a checkpoint is written a second signal waits for it; a third does not."""
         self._saving = True
-        yield
-        self._saving = False
+        try:
+            yield
+        finally:
+            self._saving = False
 
     def release(self) -> None:
         """Signals do again what they did before."""
@@ -53,7 +57,7 @@ class Asked:
     def _listen(self, reading: int) -> None:
         while numbers := os.read(reading, 64):
             for number in numbers:
-                if number in SIGNALS:
+                if number in IMPATIENT:
                     self._count(number, time.monotonic())
         os.close(reading)
 

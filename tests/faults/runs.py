@@ -26,7 +26,10 @@ ALWAYS = 10**9
 
 @dataclass(frozen=True)
 class Fault:
-    """``kind`` at update ``step`` of process ``rank``, the first ``times`` times that update is made."""
+    """``kind`` at update ``step`` of process ``rank`` (-1: all), the first ``times`` times that update is made.
+
+    Kinds that end in ``soon`` count steps from where the run starts, and come ``value`` seconds later.
+    """
 
     kind: str
     step: int = -1
@@ -63,6 +66,8 @@ def run_with(config: Path, overrides: list[str], faults: tuple[Fault, ...] = ())
             return Outcome(end, run.step, run.guard.left_out, tuple(judged))
     except Interrupted:
         return Outcome("before the first step")
+    finally:
+        signals.remember()  # one that comes after the end must not look like a failure
 
 
 def digest(folder: Path) -> str:
@@ -118,10 +123,11 @@ def _note_updates(run: Run, judged: list[tuple[int, bool]]) -> None:
 
 def _install(run: Run, fault: Fault) -> None:
     left = [fault.times]
+    wanted = fault.step + (run.step if fault.kind.endswith("soon") else 0)
 
     def due() -> bool:
-        left[0] -= run.step == fault.step
-        return run.step == fault.step and left[0] >= 0
+        left[0] -= run.step == wanted
+        return run.step == wanted and left[0] >= 0
 
     prepare, backward, sample, zero_loss = run.prepare, run.engine.backward, loop.sample_prompts, run.zero_loss
     save = run.checkpoints.save
@@ -196,7 +202,8 @@ _AT_A_STEP: dict[str, Any] = {
     "lock": lambda run, fault, tokens: re.match("(a+)+$", "a" * 60 + "b"),  # for ever, with the interpreter's lock
     "stop": lambda run, fault, tokens: os.kill(os.getpid(), signal.SIGSTOP),
     "mismatch": _hang_in_mismatch,
-    "term": lambda run, fault, tokens: os.kill(os.getpid(), signal.SIGTERM),
+    "term soon": lambda run, fault, tokens: _later(signal.SIGTERM, fault),
+    "kill soon": lambda run, fault, tokens: _later(signal.SIGKILL, fault),
 }
 
 

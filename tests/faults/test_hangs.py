@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from acceleration.watchdog import LOOK_S, PEERS_S, Place, verdict, where
+from acceleration.watchdog import LOOK_S, PEERS_S, Place, Watchdog, verdict, where
 from tests.conftest import ROOT
 from tests.dist.harness import DistributedFailure, run_distributed
 from tests.faults.conftest import Tally
@@ -57,6 +57,19 @@ def test_who_holds_the_lock_of_the_interpreter_ends_with_70_too(config: Path, tm
     with pytest.raises(DistributedFailure, match="exit code 70"):
         overrides = [f"output={tmp_path}", "guard.hang_s=0.5", "guard.start_s=60"]
         run_distributed(run_with, 1, config, overrides, (Fault("lock", step=1),), timeout=60, init=False)
+
+
+def stands_in_nobodys_way(folder: Path) -> None:
+    watchdog = Watchdog(folder, 0, 1, 1000.0)
+    watchdog.phase("save", 3, 1000.0)
+    folder.mkdir()  # as the process beside another rank does
+    time.sleep(60)
+
+
+def test_a_process_that_may_still_wait_reports_when_another_hangs(tmp_path: Path) -> None:
+    with pytest.raises(DistributedFailure, match="exit code 70"):
+        run_distributed(stands_in_nobodys_way, 1, tmp_path / "hang", timeout=40, init=False)
+    assert "step 3, save: does not wait" in (tmp_path / "hang/report.txt").read_text()
 
 
 def train_command(path: Path, overrides: list[str]) -> "subprocess.Popen[str]":

@@ -16,7 +16,6 @@ from tests.faults.conftest import CONFIG, Tally
 from tests.faults.runs import ALWAYS, Fault, Outcome, alive, descendants, digest, run_with
 
 STEPS = 30
-LONGEST_S = 4.0  # after which a run of this length may be over
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +40,20 @@ def attempt(config: Path, folder: Path, *faults: Fault, overrides: tuple[str, ..
     return outcomes[0]
 
 
+def at_random(draw: random.Random, kind: str) -> Fault:
+    """To one process or to both; one in five while the run starts, the others in one of the next steps."""
+    rank = draw.choice((0, 1, -1))
+    if draw.random() < 0.2:
+        return Fault(f"{kind} later", rank=rank, value=draw.uniform(0.0, 2.0))
+    return Fault(f"{kind} soon", rank=rank, step=draw.randrange(6), value=draw.uniform(0.0, 0.2))
+
+
 def stop_again_and_again(config: Path, folder: Path, times: int, seed: int) -> list[Outcome]:
-    """SIGTERM at a random time, to one process or to both, until it was done so often; then to the end."""
+    """SIGTERM at a random time, until it was done so often; then to the end."""
     draw = random.Random(seed)
     seen: list[Outcome] = []
     while len(seen) < times:
-        after = draw.uniform(0.0, LONGEST_S)
-        rank = draw.choice((0, 1, -1))
-        outcome = attempt(config, folder, Fault("term later", rank=rank, value=after))
+        outcome = attempt(config, folder, at_random(draw, "term"))
         if outcome.end == "finished":  # before the signal: begin anew
             folder = folder.with_name(f"{folder.name}-")
             continue
@@ -69,8 +74,9 @@ def check_stops(long: tuple[Path, str], folder: Path, times: int, seed: int, tal
     tally("  of these before the first step", ends.count("before the first step"), times)
 
 
+@pytest.mark.timeout(400)
 def test_sigterm_at_random_times(long: tuple[Path, str], tmp_path: Path, tally: Tally) -> None:
-    check_stops(long, tmp_path / "t", 6, 1, tally)
+    check_stops(long, tmp_path / "t", 10, 1, tally)
 
 
 @pytest.mark.slow
@@ -85,18 +91,18 @@ def kill_again_and_again(config: Path, folder: Path, times: int, seed: int) -> i
     draw = random.Random(seed)
     hit = 0
     for _ in range(times):
-        fault = Fault("kill later", rank=draw.choice((0, 1, -1)), value=draw.uniform(0.0, LONGEST_S))
         try:
-            attempt(config, folder, fault)
+            attempt(config, folder, at_random(draw, "kill"))
         except DistributedFailure:
             hit += 1
     assert attempt(config, folder).end == "finished"
     return hit
 
 
+@pytest.mark.timeout(400)
 def test_sigkill_at_random_times(long: tuple[Path, str], tmp_path: Path, tally: Tally) -> None:
     config, wanted = long
-    hit = kill_again_and_again(config, tmp_path, 4, 5)
+    hit = kill_again_and_again(config, tmp_path, 6, 5)
     assert digest(tmp_path / "run") == wanted and hit
     tally("SIGKILL at a random time: the same end bit for bit", hit, hit)
 
