@@ -7,8 +7,8 @@ processes. ``stall`` is the time that a save holds the training loop up: in the 
 state may change, and at its end the commit. ``poll`` is what every step in between pays to see that it has not ended,
 processes agreeing. ``durable`` is when the checkpoint is complete on the disk. Meanwhile each process multiplies
 matrices, as training would; ``slowed`` is how much longer that takes while a save is written beside it. The first save
-of each kind, which allocates memory and starts processes, is a row of its own. Ours flushes every file, reads it back
-and compares digests before it counts; DCP (torch.distributed.checkpoint: save, and async_save by a thread) does neither.
+of each kind, which allocates memory and starts processes, is a row of its own. Ours reads every file back and compares
+digests before it counts; DCP (torch.distributed.checkpoint: save, and async_save by a thread) does not.
 """
 
 import argparse
