@@ -3,12 +3,12 @@
     python benchmarks/checkpoint.py [--gib 1.0] [--processes 2] [--saves 4] [--folder DIR]
 
 The state is that of a run with AdamW and an average: four fp32 tensors per parameter, rows shared out over gloo
-processes. ``stall`` is the time that calls hold the training loop up, until the state may change again: for a save in
-the background the copy, the polls between steps, and the commit. ``durable`` is when the checkpoint is complete on the
-disk. Between saves each process multiplies matrices, as training would; ``slowed`` is how much longer that takes while
-a save is written beside it. The first save of each kind, which allocates memory and starts processes, is a row of its
-own. Ours flushes every file, reads it back and compares digests before it counts; DCP
-(torch.distributed.checkpoint.save and async_save, by a thread) does neither unless it says so.
+processes. ``stall`` is the time that a save holds the training loop up: in the background the copy, after which the
+state may change, and at its end the commit. ``poll`` is what every step in between pays to see that it has not ended,
+processes agreeing. ``durable`` is when the checkpoint is complete on the disk. Meanwhile each process multiplies
+matrices, as training would; ``slowed`` is how much longer that takes while a save is written beside it. The first save
+of each kind, which allocates memory and starts processes, is a row of its own. Ours reads every file back and compares
+digests before it counts; DCP (torch.distributed.checkpoint: save, and async_save by a thread) does not.
 """
 
 import argparse
@@ -90,17 +90,18 @@ def measure(gib: float, folder: Path, saves: int) -> dict[str, Any]:
             start = time.monotonic()
             save(number)
             stall = time.monotonic() - start
-            steps = []
+            steps, polls = [], []
             while True:
                 before = time.monotonic()
                 done = poll()
-                stall += time.monotonic() - before
+                polls.append(time.monotonic() - before)
                 if done:
                     break
                 steps.append(work.step())
-            durable = time.monotonic() - start
-            row = {"stall_s": stall, "durable_s": durable}
-            table[kind].append(row | ({"slowed": median(steps) / alone} if steps else {}))
+            row = {"stall_s": stall + polls[-1], "durable_s": time.monotonic() - start}
+            if steps:
+                row |= {"poll_s": median(polls[:-1]), "slowed": median(steps) / alone}
+            table[kind].append(row)
         close()
     return {"rows": table, "reading": reading(state, folder), "bytes": total(state)}
 
@@ -183,13 +184,13 @@ def main(argv: list[str] | None = None) -> None:
         shutil.rmtree(folder)
     size = result["bytes"]
     print(f"{size / 1e9:.2f} GB over {args.processes} processes, on {folder.parent}\n")
-    print(f"{'':34}{'stall s':>9}{'durable s':>11}{'slowed':>8}")
+    print(f"{'':34}{'stall s':>9}{'durable s':>11}{'poll ms':>9}{'slowed':>8}")
     later: dict[str, Row] = {}
     for kind, rows in result["rows"].items():
         later[kind] = {name: median(row[name] for row in rows[1:] if name in row) for name in rows[-1]}
         for when, row in (("first", rows[0]), ("later", later[kind])):
-            slowed = f"{row['slowed']:.2f} x" if "slowed" in row else ""
-            print(f"{kind:26}{when:8}{row['stall_s']:>9.3f}{row['durable_s']:>11.3f}{slowed:>8}")
+            beside = f"{row['poll_s'] * 1e3:>9.1f}{row['slowed']:>7.2f}x" if "slowed" in row else ""
+            print(f"{kind:26}{when:8}{row['stall_s']:>9.3f}{row['durable_s']:>11.3f}{beside}")
     ours, at_once, plain, thread = (later[kind]["stall_s"] for kind in KINDS[1::-1] + KINDS[2:])
     read = result["reading"]
     print(
