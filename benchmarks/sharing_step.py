@@ -2,9 +2,9 @@
 
     python benchmarks/sharing_step.py [--steps 12]
 
-Two gloo processes on this machine, ZeRO 2, an MMDiT of width 256 in fp32: four micro-batches a step, of 8 stills, 8 and
-2 short clips, and 1 long clip. Every step is taken both ways, in turn; of each the median is reported. The degrees are
-those that the cost model chooses. Prints a line and one JSON line.
+Two gloo processes on this machine, ZeRO 2, an MMDiT of width 128 in fp32: four micro-batches a step, of 8 stills, 8 and
+2 short clips, and 1 long clip. Every step is taken both ways, in turn; of each the fastest is reported, as others may
+use the machine, and the median. The degrees are those that the cost model chooses. Prints a line and one JSON line.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from opensora.train.forecast import denoiser_inputs
 from tests.dist.harness import run_distributed
 
 MODEL = MMDiTConfig(
-    in_channels=16, vec_in_dim=32, context_in_dim=32, hidden_size=256, num_heads=4, axes_dim=(16, 24, 24),
-    depth=2, depth_single_blocks=4, patch_size=1, cond_embed=False,
+    in_channels=16, vec_in_dim=32, context_in_dim=32, hidden_size=128, num_heads=4, axes_dim=(8, 12, 12),
+    depth=1, depth_single_blocks=3, patch_size=1, cond_embed=False,
 )  # fmt: skip
 PARALLEL = ParallelConfig(
     zero=2, mesh=MeshConfig(ulysses=2, dynamic=True), precision=PrecisionConfig(compute="fp32"), timeout_s=300
@@ -79,8 +79,10 @@ def measure(steps: int) -> dict[str, object]:
             if step >= 2:  # the first ones warm up
                 seconds[way].append(time.perf_counter() - began)
             sent[way] = (mesh["ulysses"].bytes_sent - before) / 2**20
-    medians = {f"{way}_s": statistics.median(values) for way, values in seconds.items()}
-    return {"degrees": degrees, **medians, **{f"{way}_mib": value for way, value in sent.items()}}
+    found: dict[str, object] = {"degrees": degrees}
+    for way, values in seconds.items():
+        found |= {f"{way}_s": min(values), f"{way}_median_s": statistics.median(values), f"{way}_mib": sent[way]}
+    return found
 
 
 def chosen() -> list[int]:
