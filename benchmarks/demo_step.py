@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from opensora.config import RunConfig, config_from_argv, run_cli
-from opensora.train.setup import Run, start_run
+from opensora.train.run import Run
+from opensora.train.setup import start_run
 from opensora.train.step import loss_share
 
 WARMUP = 3

@@ -112,7 +112,10 @@ class NativeEngine:
         if self.host:
             self.host.follow_weights()
         else:
+            settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
             set_optimizer_state_dict(self.model, self.optimizer, pieces.unwrap(state["optimizer"]), options=_FLAT)
+            for group, configured in zip(self.optimizer.param_groups, settings, strict=True):
+                group.update(configured)  # a run goes on with the decay, say, that its configuration now has
 
 
 # Without what is frozen; a checkpoint that lacks a trained weight was refused when it was read.

@@ -8,7 +8,8 @@ from acceleration.checkpoint import steps_in, storage
 from acceleration.replicas import is_finite
 from opensora.train.guard import Guard, Hopeless, Return
 from opensora.train.resume import load
-from opensora.train.setup import Run, open_batches
+from opensora.train.run import Run
+from opensora.train.setup import open_batches
 from opensora.utils.logging import announce
 
 

@@ -25,7 +25,7 @@ from opensora.config import GuardConfig
 from opensora.utils.logging import announce
 
 if TYPE_CHECKING:
-    from opensora.train.setup import Run
+    from opensora.train.run import Run
 
 RECOVERED = 100  # updates beyond the last bad one after which a trouble is over
 

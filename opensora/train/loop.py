@@ -1,7 +1,7 @@
 """The training loop, on one page."""
 
 from opensora.train.goback import go_back
-from opensora.train.setup import Run
+from opensora.train.run import Run
 from opensora.train.step import loss_share
 from opensora.train.validate import sample_prompts
 

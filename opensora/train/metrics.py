@@ -14,7 +14,7 @@ from opensora.utils.logging import MetricsLogger, progress
 if TYPE_CHECKING:
     from opensora.datasets.bucket import Bucket
     from opensora.train.guard import Update
-    from opensora.train.setup import Run
+    from opensora.train.run import Run
 
 
 class Metrics:

@@ -3,23 +3,20 @@
 What a user can get wrong is checked before the process group exists, so that a mistake costs a second and one line.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from acceleration import lora
 from acceleration import mesh as meshes
 from acceleration import runtime as runtimes
 from acceleration.checkpoint import CheckpointManager
 from acceleration.checkpoint import SaveError as SaveError  # what saving raises, also for the command line
-from acceleration.engines import Engine, build_engine, check_engine
+from acceleration.engines import build_engine, check_engine
 from acceleration.memory import device_bytes
 from acceleration.mesh import Mesh
-from acceleration.optim import lr_at
 from acceleration.parallelize import parallelize
-from acceleration.plan import Fill
 from acceleration.runtime import Runtime
 from acceleration.sequence import SequenceParallel
 from acceleration.signals import Interrupted as Interrupted  # what building raises, for the command line
@@ -28,118 +25,30 @@ from opensora import config
 from opensora.config import RunConfig
 from opensora.datasets.index import IndexedTable
 from opensora.datasets.plan import BatchPlan
-from opensora.inference.load import FromFile, check_attention, check_layout, tile_runner, weight_layout
+from opensora.inference.load import check_attention, check_layout, tile_runner
 from opensora.models import build_model
 from opensora.models.base import latent_grid
-from opensora.models.mmdit.convert import load_state_dict_for
 from opensora.models.text import build_text_encoder
 from opensora.models.vae import autoencoder_shape, build_autoencoder
 from opensora.train import features
 from opensora.train.data import StepData, open_data, sharing
 from opensora.train.disk import check_disk
-from opensora.train.export import exported, write_export
 from opensora.train.forecast import Traffic, check_memory
 from opensora.train.guard import Guard
-from opensora.train.guard import Hopeless as Hopeless  # what training raises, for the command line
 from opensora.train.metrics import Metrics
 from opensora.train.phases import Phases, start_phases
 from opensora.train.preflight import check_processes
 from opensora.train.reads import Reads
-from opensora.train.resume import check_fresh, checkpoint_info, resume
+from opensora.train.resume import check_fresh, resume
+from opensora.train.run import Run
 from opensora.train.run_folder import RunLock
 from opensora.train.step import Preparation
+from opensora.train.weights import adapted, add_adapters, initial_weights
 from opensora.utils import signals
 from opensora.utils.errors import UserError
 from opensora.utils.logging import MetricsLogger, announce
-from opensora.utils.rng import torch_generator
 from opensora.utils.weights import fingerprint
 from opensora.utils.work import RunAll, one_by_one
-
-
-@dataclass(kw_only=True)
-class Run:
-    """A run in memory. ``step`` counts updates made or left out and is, with the engine's tensors and what the guard
-    remembers, its whole state."""
-
-    cfg: RunConfig
-    runtime: Runtime
-    mesh: Mesh
-    engine: Engine
-    data: StepData
-    prepare: Preparation
-    checkpoints: CheckpointManager
-    metrics: Metrics
-    reads: Reads
-    stop: StopRequest
-    guard: Guard
-    phases: Phases
-    step: int
-    traffic: Traffic | None  # on the process that writes records
-    base: str | None = None  # fingerprint of the weights that adapters are trained beside
-    lock: RunLock | None = None  # on the main process
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of update ``step``."""
-        return lr_at(step, self.cfg.optim, self.cfg.train.steps)
-
-    def at(self, phase: str) -> None:
-        """``phase`` begins: for the watchdog, and the account of times."""
-        self.phases.at(phase, self.step)
-
-    def zero_loss(self) -> Tensor:
-        """Where the shares of a step are added up."""
-        return torch.zeros((), dtype=torch.float64 if self.runtime.device.type == "cpu" else torch.float32).to(
-            self.runtime.device
-        )
-
-    def tokens(self, step: int) -> int:
-        """Image tokens that update ``step`` works on, all processes together."""
-        return self.data.global_elements(step) // self.cfg.model.in_channels
-
-    def save(self) -> None:
-        """Write a checkpoint of the state after ``step`` updates. Collective."""
-        self.at("save")
-        self.reads.check_agreement()
-        with self.metrics.aside("save", self.mesh), signals.remember().saving():
-            info = checkpoint_info(self.cfg, self.runtime, self.data.table, self.base) | {"guard": self.guard.state()}
-            self.checkpoints.save(self.step, self.engine.state_dict(), info)
-
-    def finish_saving(self) -> None:
-        """Wait until the checkpoint is on disk. Collective."""
-        self.at("save")
-        with signals.remember().saving():
-            self.checkpoints.wait()
-
-    def export(self) -> None:
-        """Write what sampling should use: of weights or adapters the moving average, if there is one. Collective.
-
-        Raises:
-            SaveError: it could not be written; the state is in the last checkpoint.
-        """
-        self.at("export")
-        problem = write_export(self.cfg, self.engine, self.step, self.base, write=self.runtime.is_main)
-        problem = self.checkpoints.from_main(problem)
-        if problem:
-            raise SaveError(f"not exported, {problem}; the run itself is saved: start it again when this is mended")
-        announce(f"exported {exported(self.cfg)} weights of step {self.step} to {self.cfg.folder / 'exported'}")
-
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
-        """End the data workers and leave the process group. Collective, unless an error is on its way out.
-
-        Signals kill again: a process that failed must not outlive its launcher's patience.
-        """
-        self.data.close()
-        self.metrics.close()
-        self.checkpoints.close()
-        self.phases.close()
-        signals.forget()
-        if kind is None:
-            runtimes.stop()
-        if self.lock is not None:
-            self.lock.release()
 
 
 def start_run(cfg: RunConfig) -> Run:
@@ -318,47 +227,6 @@ def build_preparation(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Prepa
     parts = [(degree, mesh.narrow(degree)) for degree in mesh.parts]
     narrow = {d: replace(whole, sequence=SequenceParallel(part), run_tiles=tiles(part)) for d, part in parts}
     return replace(whole, narrow=narrow)
-
-
-def initial_weights(cfg: RunConfig, model: nn.Module) -> Fill:
-    """What every parameter starts from: the weights at ``train.init_from``, or draws keyed by (seed, name).
-
-    Raises:
-        UserError: weights that do not fit the model, with a report of what is missing.
-    """
-
-    def draw(name: str, tensor: Tensor) -> None:
-        model.init_parameter_(name, tensor, torch_generator(cfg.seed, "init", name))  # type: ignore[operator]
-
-    if cfg.train.init_from is None:
-        return draw
-    # A file without cond_in (Flux) starts as if nothing were conditioned: cond_in is drawn, which is zero. Beside
-    # adapters it would stay so, and sampling would miss it in the file: the model should be built without.
-    missing = () if cfg.lora.rank else ("cond_in.*",)
-    file, report = load_state_dict_for(model, cfg.train.init_from, to=weight_layout(cfg.model), allow_missing=missing)
-    announce(str(report))
-    return FromFile(file, otherwise=draw)
-
-
-def add_adapters(cfg: RunConfig, model: nn.Module) -> Fill:
-    """Give the model ``cfg.lora``'s adapters; returns what their parameters start from, draws keyed by (seed, name).
-
-    Raises:
-        UserError: a target that names no layer.
-    """
-    try:
-        lora.apply(model, cfg.lora)
-    except ValueError as error:
-        raise UserError(f"lora.targets: {error}; layers are called as in single_blocks.0.linear1") from None
-    return lambda name, tensor: lora.init_parameter_(name, tensor, torch_generator(cfg.seed, "init", name))
-
-
-def adapted(model: nn.Module, cfg: RunConfig) -> str:
-    """One line on what is trained."""
-    sizes = [(lora.is_adapter(name), parameter.numel()) for name, parameter in model.named_parameters()]
-    trained, total = sum(size for is_adapter, size in sizes if is_adapter), sum(size for _, size in sizes)
-    layers = sum(is_adapter for is_adapter, _ in sizes) // 2
-    return f"LoRA of rank {cfg.lora.rank} on {layers} layers: {trained:,} of {total:,} parameters are trained"
 
 
 def open_logger(cfg: RunConfig, plan: BatchPlan, step: int) -> MetricsLogger:

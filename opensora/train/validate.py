@@ -5,7 +5,7 @@ from opensora.config import SampleConfig
 from opensora.inference.load import Components
 from opensora.inference.pipeline import process_and_save
 from opensora.inference.prompts import read_jobs
-from opensora.train.setup import Run
+from opensora.train.run import Run
 from opensora.utils.logging import announce
 
 

@@ -2,6 +2,7 @@
 
 import resource
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,13 @@ LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
 }
 
 
-def build(cfg: ParallelConfig) -> tuple[meshes.Mesh, Engine]:
+def build(cfg: ParallelConfig, optim: OptimConfig = OPTIM) -> tuple[meshes.Mesh, Engine]:
     device = torch.device("cpu")
     mesh = meshes.build(cfg.mesh, dist.get_world_size(), device)
     with torch.device("meta"):
         model = build_model(MODEL)
     parallelize(model, cfg, mesh, device, fill)
-    return mesh, build_engine(model, cfg, OPTIM, mesh)
+    return mesh, build_engine(model, cfg, optim, mesh)
 
 
 def run_steps(engine: Engine, mesh: meshes.Mesh, start: int, stop: int) -> None:
@@ -88,6 +89,15 @@ def load_only(cfg: ParallelConfig, path: Path) -> dict[str, Tensor]:
     return everything(engine, mesh["tensor"])
 
 
+def settings_after_loading(cfg: ParallelConfig, path: Path, optim: OptimConfig) -> dict[str, Any]:
+    _, engine = build(cfg, optim)
+    state = engine.state_dict()
+    CheckpointManager(path.parent, keep=0).load(path, state)
+    engine.load_state_dict(state)
+    (group,) = engine.optimizer.param_groups  # type: ignore[attr-defined]
+    return {name: group[name] for name in ("betas", "eps", "weight_decay")}
+
+
 def run_on(layout: str, function: Any, *args: Any) -> dict[str, Tensor]:
     world, cfg = LAYOUTS[layout]
     return run_distributed(function, world, cfg, *args, timeout=100)[0]
@@ -115,6 +125,12 @@ def test_load_is_bitwise_on_any_layout(halfway: tuple[Path, dict[str, Tensor]], 
     for name in saved:
         assert torch.equal(loaded[name], saved[name]), name
     assert {name.split(".")[0] for name in saved} == {"model", "optimizer", "ema"}
+
+
+def test_a_resumed_run_takes_the_settings_of_its_configuration(halfway: tuple[Path, dict[str, Tensor]]) -> None:
+    changed = replace(OPTIM, weight_decay=0.25, betas=(0.5, 0.75), eps=1e-4)
+    found = run_on("2-zero3", settings_after_loading, halfway[0] / "step-00000002", changed)
+    assert found == {"betas": (0.5, 0.75), "eps": 1e-4, "weight_decay": 0.25}
 
 
 def test_resumed_equals_uninterrupted_bitwise_on_the_same_layout(

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from opensora.train.setup import Run
+from opensora.train.run import Run
 
 _lr_at = Run.lr_at
 

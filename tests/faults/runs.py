@@ -17,7 +17,9 @@ from acceleration.checkpoint import contents, newest
 from acceleration.sharding import local
 from opensora.config import RunConfig, load_config
 from opensora.train import loop, setup
-from opensora.train.setup import Hopeless, Interrupted, Run, start_run
+from opensora.train.guard import Hopeless
+from opensora.train.run import Run
+from opensora.train.setup import Interrupted, start_run
 from opensora.utils import signals
 from opensora.utils.logging import read_metrics
 

@@ -1,0 +1,113 @@
+"""A run in memory: what it is made of, and what can be done with it as a whole."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from acceleration import runtime as runtimes
+from acceleration.checkpoint import CheckpointManager, SaveError
+from acceleration.engines import Engine
+from acceleration.mesh import Mesh
+from acceleration.optim import lr_at
+from acceleration.runtime import Runtime
+from acceleration.signals import StopRequest
+from opensora.config import RunConfig
+from opensora.train.data import StepData
+from opensora.train.export import exported, write_export
+from opensora.train.forecast import Traffic
+from opensora.train.guard import Guard
+from opensora.train.metrics import Metrics
+from opensora.train.phases import Phases
+from opensora.train.reads import Reads
+from opensora.train.resume import checkpoint_info
+from opensora.train.run_folder import RunLock
+from opensora.train.step import Preparation
+from opensora.utils import signals
+from opensora.utils.logging import announce
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A run in memory. ``step`` counts updates made or left out and is, with the engine's tensors and what the guard
+    remembers, its whole state."""
+
+    cfg: RunConfig
+    runtime: Runtime
+    mesh: Mesh
+    engine: Engine
+    data: StepData
+    prepare: Preparation
+    checkpoints: CheckpointManager
+    metrics: Metrics
+    reads: Reads
+    stop: StopRequest
+    guard: Guard
+    phases: Phases
+    step: int
+    traffic: Traffic | None  # on the process that writes records
+    base: str | None = None  # fingerprint of the weights that adapters are trained beside
+    lock: RunLock | None = None  # on the main process
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of update ``step``."""
+        return lr_at(step, self.cfg.optim, self.cfg.train.steps)
+
+    def at(self, phase: str) -> None:
+        """``phase`` begins: for the watchdog, and the account of times."""
+        self.phases.at(phase, self.step)
+
+    def zero_loss(self) -> Tensor:
+        """Where the shares of a step are added up."""
+        return torch.zeros((), dtype=torch.float64 if self.runtime.device.type == "cpu" else torch.float32).to(
+            self.runtime.device
+        )
+
+    def tokens(self, step: int) -> int:
+        """Image tokens that update ``step`` works on, all processes together."""
+        return self.data.global_elements(step) // self.cfg.model.in_channels
+
+    def save(self) -> None:
+        """Write a checkpoint of the state after ``step`` updates. Collective."""
+        self.at("save")
+        self.reads.check_agreement()
+        with self.metrics.aside("save", self.mesh), signals.remember().saving():
+            info = checkpoint_info(self.cfg, self.runtime, self.data.table, self.base) | {"guard": self.guard.state()}
+            self.checkpoints.save(self.step, self.engine.state_dict(), info)
+
+    def finish_saving(self) -> None:
+        """Wait until the checkpoint is on disk. Collective."""
+        self.at("save")
+        with signals.remember().saving():
+            self.checkpoints.wait()
+
+    def export(self) -> None:
+        """Write what sampling should use: of weights or adapters the moving average, if there is one. Collective.
+
+        Raises:
+            SaveError: it could not be written; the state is in the last checkpoint.
+        """
+        self.at("export")
+        problem = write_export(self.cfg, self.engine, self.step, self.base, write=self.runtime.is_main)
+        problem = self.checkpoints.from_main(problem)
+        if problem:
+            raise SaveError(f"not exported, {problem}; the run itself is saved: start it again when this is mended")
+        announce(f"exported {exported(self.cfg)} weights of step {self.step} to {self.cfg.folder / 'exported'}")
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        """End the data workers and leave the process group. Collective, unless an error is on its way out.
+
+        Signals kill again: a process that failed must not outlive its launcher's patience.
+        """
+        self.data.close()
+        self.metrics.close()
+        self.checkpoints.close()
+        self.phases.close()
+        signals.forget()
+        if kind is None:
+            runtimes.stop()
+        if self.lock is not None:
+            self.lock.release()
