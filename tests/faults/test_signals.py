@@ -189,6 +189,24 @@ def test_the_same_signal_again_leaves_at_once(config: Path, tmp_path: Path, tall
     tally("second SIGTERM: leaves at once", 1, 1)
 
 
+REPEATED = """
+import os, signal, time
+from opensora.utils import signals
+asked = signals.remember()
+for _ in range(3):
+    os.kill(os.getpid(), signal.SIGUSR2)
+    time.sleep(1.1)
+print(asked.name)
+"""
+
+
+def test_a_repeated_warning_is_one_warning(tally: Tally) -> None:
+    """The batch script sends SIGUSR2 until the step has ended."""
+    done = subprocess.run([sys.executable, "-c", REPEATED], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "SIGUSR2\n", "")
+    tally("SIGUSR2 again and again: one warning", 1, 1)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("launcher", ["torch.distributed.run", "launch/torchrun.sh"])

@@ -1,11 +1,15 @@
 """What must be on the disk before a checkpoint may be called one."""
 
 import os
+import signal
+import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from acceleration.checkpoint import storage, writer
+from acceleration.checkpoint.background import BackgroundWriter
 
 
 @pytest.fixture
@@ -70,3 +74,18 @@ def test_damage_is_found(tmp_path: Path, damage: str) -> None:
     else:
         about.write_text(about.read_text().replace('"step": 1', '"step": 2'))
     assert storage.read_manifest(final) is None
+
+
+def test_the_process_that_writes_is_out_of_reach_of_signals(tmp_path: Path) -> None:
+    """SLURM sends a signal to every process of a step, whatever group it is in."""
+    writing = BackgroundWriter()
+    try:
+        writing.start(tmp_path / "first", {"x": torch.zeros(10)})
+        writing.result()
+        (pid,) = Path(f"/proc/{os.getpid()}/task/{threading.get_native_id()}/children").read_text().split()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            os.kill(int(pid), number)
+        writing.start(tmp_path / "second", {"x": torch.ones(10)})
+        assert writing.result()["size"] == (tmp_path / "second").stat().st_size
+    finally:
+        writing.close()
