@@ -145,13 +145,13 @@ def test_a_hash_changes_with_every_single_bit() -> None:
 
 def test_a_slow_process_is_named_and_the_run_goes_on(config: Path, tmp_path: Path, tally: Tally) -> None:
     """Rank 1 sleeps in every micro-batch; with one record per step it is named within three."""
-    faults = (Fault("slow", rank=1, value=0.3),)
+    faults = (Fault("slow", rank=1, value=0.6),)
     lines: list[str] = run_distributed(
         lines_of, 2, config, [f"output={tmp_path}", "train.steps=3"], faults, init=False
     )[0]
     named = [line for line in lines if "is slow" in line]
     assert named and all("rank 1 is slow" in line and "most of it in encode" in line for line in named)
-    assert named[0].startswith("step 2")
+    assert named[0].startswith(("step 2", "step 3"))
     tally("slow process: named within three records, run not ended", 1, 1)
 
 
