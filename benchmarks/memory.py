@@ -240,7 +240,7 @@ def main() -> int:
                 row = worst(usages)
                 copies = 5 if layout.offload == "optimizer" else 4
                 bound = 1.05 * copies * sizes.parameters / pieces_of(layout, processes) + sizes.largest_block
-                mesh = " ".join(f"{k} {v}" for k, v in vars(layout.mesh).items() if v not in (1, -1)) or "shard"
+                mesh = " ".join(f"{k} {v}" for k, v in vars(layout.mesh).items() if v not in (1, -1, False)) or "shard"
                 numbers = (row.parameters, row.load_peak, row.state, bound, row.gradients, row.gathered, row.step_peak)
                 numbers += (row.state + row.step_peak, row.sample_parameters, row.sample_load_peak, row.sample_peak)
                 shown = "".join(f"{number / mib:>9.1f}" for number in numbers)
