@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from acceleration import mesh as meshes
 from acceleration import plan, sharding
+from acceleration.checkpoint.pieces import Pieces
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.engines import build_engine
 from acceleration.memory import Allocations, held
@@ -141,7 +142,8 @@ def _train(model_cfg: MMDiTConfig, path: Path, cfg: ParallelConfig, mesh: Mesh) 
 
     step(0)  # moments are made, and FSDP2 pads what does not divide
     state = engine.state_dict()
-    moments = held(getattr(value, "held", value) for value in state["optimizer"].values() if isinstance(value, Tensor))
+    values = [v for v in state["optimizer"].values() if isinstance(v, Tensor | Pieces)]  # not settings of the optimizer
+    moments = held(getattr(value, "held", value) for value in values)
     average = held(getattr(value, "held", value) for value in state["ema"].values())
     masters = held(p for _, p in engine.master_params())
     del state
