@@ -92,9 +92,9 @@ def work(cfg: RunConfig) -> None:
     with start_run(cfg) as running:
         step, last = running.engine.step, time.thread_time()
 
-        def timed(number: int) -> Any:
+        def timed(*args: Any) -> Any:
             nonlocal last
-            found = step(number)
+            found = step(*args)
             now = time.thread_time()
             seconds.append(now - last)
             last = now
