@@ -1,6 +1,6 @@
 """How well does each autoencoder code clips: PSNR per autoencoder and channel count.
 
-    python benchmarks/autoencoders.py [--media DIR] [--hunyuan DIR] [--flux2d DIR]
+    python -m benchmarks.autoencoders [--media DIR] [--hunyuan DIR] [--flux2d DIR]
 
 PSNR is 10 log10(4 / mean squared error) in [-1, 1] over all clips of a set. Sets: rendered shapes (32x32, 17 frames),
 and, with --media, the first 17 frames of every video in DIR at --height x --width. The last line is JSON.

@@ -1,6 +1,6 @@
 """How much of a step do data-parallel processes wait for the slowest one, by how samples are dealt to them?
 
-    python benchmarks/balance.py [--rows 3000000] [--steps 200] [--tables stage1 stage2]
+    python -m benchmarks.balance [--rows 3000000] [--steps 200] [--tables stage1 stage2]
 
 Idle is 1 - mean / max of the processes' loads in a step, averaged over steps; loads follow the cost model of data.cost
 (24 L d^2 + 4 L^2 d). Tables are configs/data/*.yaml on synthetic clips (lognormal durations, a fifth images). Policies:
@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import yaml
-from clip_columns import clip_columns
 
+from benchmarks.clip_columns import clip_columns
 from opensora.datasets.balance import deal
 from opensora.datasets.bucket import BucketTable
 from opensora.datasets.config import DataConfig

@@ -1,6 +1,6 @@
 """How long a save holds training up, how fast bytes are verified, how long a resume takes; DCP beside it, in one run.
 
-    python benchmarks/checkpoint.py [--gib 1.0] [--processes 2] [--saves 4] [--folder DIR]
+    python -m benchmarks.checkpoint [--gib 1.0] [--processes 2] [--saves 4] [--folder DIR]
 
 The state is that of a run with AdamW and an average: four fp32 tensors per parameter, rows shared out over gloo
 processes. ``stall`` is the time that a save holds the training loop up: in the background the copy, after which the

@@ -1,6 +1,6 @@
 """How much faster is reading a window than decoding the clip and slicing?
 
-    python benchmarks/decode.py [--media DIR] [--windows 5] [--frames 33] [--threads 1]
+    python -m benchmarks.decode [--media DIR] [--windows 5] [--frames 33] [--threads 1]
 
 Generates a 30 s 720p clip with keyframes every 24 and every 250 frames; ``--media`` adds the clips of a folder that
 last 20 s or longer. Every installed decoder and the full decode run in one process with equally many threads, on the

@@ -1,6 +1,6 @@
 """What an index of very many clips costs: building it, sorting it into buckets, starting and restoring a run.
 
-    python benchmarks/index.py [--rows 10000000 100000000] [--folder DIR] [--threads N]
+    python -m benchmarks.index [--rows 10000000 100000000] [--folder DIR] [--threads N]
 
 Synthetic parquet shards of a million rows: one is generated (lognormal durations, a fifth images, captions of about
 100 characters), the others are hard links to it, which are read, checked, hashed and written as any other. Every start
@@ -27,8 +27,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as papq
 import yaml
-from clip_columns import clip_columns
 
+from benchmarks.clip_columns import clip_columns
 from opensora.datasets.aspect import area_of, training_sizes
 from opensora.datasets.bucket import BucketTable
 from opensora.datasets.config import DataConfig

@@ -1,6 +1,6 @@
 """Does a model trained from nothing show what its prompt says? Kept-out combinations, judged from pixels.
 
-    python benchmarks/learns_shapes.py [--out outputs/learns_shapes] [--processes 1] [--seeds 4] [overrides]
+    python -m benchmarks.learns_shapes [--out outputs/learns_shapes] [--processes 1] [--seeds 4] [overrides]
 
 Renders the training clips, trains configs/train/shapes.yaml (about 50 minutes on two quiet CPU cores), samples every
 prompt of the kept-out (colour, shape, direction) combinations with several seeds, and lets the judge, which shares no

@@ -1,6 +1,6 @@
 """What every process holds, and needs at its peak: loading, between steps, in a step, sampling. One row per layout.
 
-    python benchmarks/memory.py [--processes 1,2,4,8] [--width 320] [--offload none,optimizer,parameters]
+    python -m benchmarks.memory [--processes 1,2,4,8] [--width 320] [--offload none,optimizer,parameters]
 
 Layouts run as groups of gloo processes on this machine, on an MMDiT of --width (320: 33 million parameters) with so few
 tokens that weights are nearly all there is to see. Counted are bytes of tensors (acceleration/memory.py), exactly:

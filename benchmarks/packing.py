@@ -1,6 +1,6 @@
 """What samples of several buckets in one sequence gain: image tokens a second with and without, on one CPU core.
 
-    python benchmarks/packing.py [--steps 6] [--micro-batches 8]
+    python -m benchmarks.packing [--steps 6] [--micro-batches 8]
 
 A process works off the same steps twice, turn by turn: one bucket at a time, and packed into as many sequences as 4096
 image tokens allow. Both are the same samples, latents and draws, so that loss is compared too. The model is one of 4
@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from clip_columns import clip_columns
 from torch import nn
 
 from acceleration.mesh import view
 from acceleration.sequence import SequenceParallel
+from benchmarks.clip_columns import clip_columns
 from opensora.datasets.config import DataConfig
 from opensora.datasets.cost import image_tokens
 from opensora.datasets.features import Features

@@ -1,6 +1,6 @@
 """What does it save to cut long clips over all processes of the ulysses axis, and to give short ones out whole?
 
-    python benchmarks/sharing.py [--rows 1000000] [--steps 100]
+    python -m benchmarks.sharing [--rows 1000000] [--steps 100]
 
 By the cost model (``opensora/datasets/cost.py``) of the 11B model, with and without ``parallel.mesh.dynamic``: a round
 of micro-batches lasts as long as its longest on any process, a step as long as its rounds. Everything is in image
@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import yaml
-from clip_columns import clip_columns
 
+from benchmarks.clip_columns import clip_columns
 from opensora.datasets.balance import deal
 from opensora.datasets.config import DataConfig
 from opensora.datasets.cost import CostConfig

@@ -1,6 +1,6 @@
 """Seconds of a training step in which ulysses cuts every sample, and in which it cuts the long ones only, in one run.
 
-    python benchmarks/sharing_step.py [--steps 12]
+    python -m benchmarks.sharing_step [--steps 12]
 
 Two gloo processes on this machine, ZeRO 2, an MMDiT of width 128 in fp32: four micro-batches a step, of 8 stills, 8 and
 2 short clips, and 1 long clip. Every step is taken both ways, in turn; of each the fastest is reported, as others may

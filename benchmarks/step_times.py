@@ -1,6 +1,6 @@
 """How evenly a mixed training run loads its processes: the time each computes per step, on real clips and stills.
 
-    python benchmarks/step_times.py --media FOLDER [--steps 120] [--processes 2]
+    python -m benchmarks.step_times --media FOLDER [--steps 120] [--processes 2]
 
 Trains a small model on the clips and images under FOLDER (indexed first) at three resolutions, as stills and at three
 lengths, twice: with the cost of micro-batches as it is by default, and as ``calibrate`` finds it in the first run.

@@ -2,8 +2,8 @@
 
 Both hold the same weights and read the same inputs, in turn in one process, so that the ratio survives a busy machine.
 
-    python benchmarks/step_vs_diffusers.py
-    python benchmarks/step_vs_diffusers.py --device cuda --dtype bf16 --hidden 3072 --heads 24 --frames 9 --side 32
+    python -m benchmarks.step_vs_diffusers
+    python -m benchmarks.step_vs_diffusers --device cuda --dtype bf16 --hidden 3072 --heads 24 --frames 9 --side 32
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Model FLOP utilisation of one GPU: blocks of the 11B MMDiT at the lengths that training has, forward and backward.
 
-    python benchmarks/gpu/mfu.py --tokens 8828 37000 --recompute none full
+    python -m benchmarks.gpu.mfu --tokens 8828 37000 --recompute none full
 
 A share of the model's blocks stands for the whole (weights, gradients and activations of 11B do not fit one GPU at
 every length): the cost of a block does not depend on how many there are. FLOPs are those of the model, 2 per

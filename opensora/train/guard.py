@@ -4,9 +4,9 @@ An update whose loss or gradient norm is not finite, or spikes, is left out on a
 average and window: its samples are consumed, nothing else happens. When more than ``guard.max_bad`` in a row are bad,
 or one is and the weights themselves are not finite, the run goes back to a checkpoint older than the first of them.
 The first time it makes the same updates again, bit for bit, so that what was transient, such as a fault of memory, is
-as if it had not been. If the same trouble comes again, its cause is in the numbers: the run goes back and leaps over all
-samples up to the last bad ones. Then it stops. Copies of the state that differ are a reason to go back as well, and
-never to leap.
+as if it had not been. If the same trouble comes again, its cause is in the numbers: the run goes back and leaps over
+all samples up to the last bad ones. Then it stops. Copies of the state that differ are a reason to go back as well,
+and never to leap.
 """
 
 import math
