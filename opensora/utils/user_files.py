@@ -1,0 +1,166 @@
+"""Files that a user gives and takes: texts in any Unicode encoding that names itself, tables written whole or not at all."""
+
+import codecs
+import contextlib
+import csv
+import io
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from opensora.utils.errors import UserError
+
+MAX_TEXT_BYTES = 1 << 30  # a text beyond this is not what it is taken for
+MAX_FIELD = 1 << 20  # characters of one field of a table, as for captions in a clip table
+# Longest first: the mark of UTF-32 LE begins with that of UTF-16 LE.
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def read_text(path: Path, name: str = "") -> str:
+    """The text of a file: in the encoding that its byte-order mark names, else UTF-8. Nothing is replaced silently.
+
+    Args:
+        name: how messages call it; empty: the path.
+
+    Raises:
+        UserError: it cannot be read, is a folder or a pipe, is in another encoding, or is not text (NUL characters);
+            with the line and the remedy.
+    """
+    name = name or str(path)
+    raw = _read_bytes(path, name)
+    encoding = next((encoding for mark, encoding in _BYTE_ORDER_MARKS if raw.startswith(mark)), "utf-8")
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        found = f"byte 0x{raw[error.start]:02x}" if encoding.startswith("utf-8") else error.reason
+        raise UserError(
+            f"{name} line {line}: not {encoding.removesuffix('-sig').upper()} text ({found}); save it again as UTF-8"
+        ) from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise UserError(f"{name} line {line}: holds a NUL character, so it is not UTF-8 text; save it again as UTF-8")
+    return text
+
+
+def _read_bytes(path: Path, name: str) -> bytes:
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{name}: not a regular file; give the path of a text file")
+        size = path.stat().st_size
+        if size > MAX_TEXT_BYTES:
+            raise UserError(f"{name}: {size} bytes, a text file must have at most {MAX_TEXT_BYTES}")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path; UserError is one too
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+def read_csv(path: Path, required: Sequence[str], name: str = "") -> Iterator[tuple[int, dict[str, str]]]:
+    """Rows of a CSV file with a header: (line the row ends at, value of every column of the header).
+
+    Empty lines are passed over; a row that is too short is filled with empty text.
+
+    Args:
+        required: columns that must be in the header.
+        name: how messages call the file; empty: the path.
+
+    Raises:
+        UserError: as ``read_text``; no header, a column missing or there twice, a field beyond ``MAX_FIELD``, a row with
+            more fields than the header has; with the line.
+    """
+    name = name or str(path)
+    text = read_text(path, name)
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD))
+    reader = csv.reader(io.StringIO(text, newline=""))
+    header = [column.strip() for column in _next_row(reader, name) or []]
+    for column in required:
+        if header.count(column) != 1:
+            problem = "is there twice" if column in header else "is missing"
+            raise UserError(f"{name}: column {column!r} {problem}; it has {', '.join(header) or 'none'}")
+    while (row := _next_row(reader, name)) is not None:
+        if len(row) > len(header):
+            raise UserError(
+                f"{name} line {reader.line_num}: {len(row)} fields, the header has {len(header)}; "
+                "put text that holds a comma in quotes"
+            )
+        if any(field.strip() for field in row):
+            yield reader.line_num, dict(zip(header, row + [""] * (len(header) - len(row)), strict=True))
+
+
+def _next_row(reader: Any, name: str) -> list[str] | None:
+    try:
+        return next(reader, None)
+    except csv.Error as error:
+        problem = f"a field of more than {MAX_FIELD} characters" if "field limit" in str(error) else str(error)
+        raise UserError(f"{name} line {reader.line_num}: {problem}") from error
+
+
+def write_whole(path: Path, write: Callable[[IO[str]], object]) -> None:
+    """A text file that is there whole or, after an error, as it was before: written aside, flushed, renamed.
+
+    Raises:
+        UserError: it cannot be written, or holds what UTF-8 cannot say (a file name of undecodable bytes).
+    """
+    aside = None
+    try:
+        descriptor, aside = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent)
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
+            os.chmod(aside, 0o666 & ~_umask())
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException as error:
+        if aside is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(aside)
+        if isinstance(error, (OSError, UnicodeEncodeError)):
+            raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+        raise
+
+
+def try_output(path: Path, key: str, *, folder: bool = False) -> None:
+    """Make sure, before the work, that a file can be written at ``path`` (or files in it, if it is a ``folder``).
+
+    Creates missing parents (and the folder); leaves nothing else behind.
+
+    Args:
+        key: the option that names the place, for the message.
+
+    Raises:
+        UserError: it cannot, with the reason.
+    """
+    try:
+        if not str(path) or path.name == "" and not folder:
+            raise UserError(f"{key}={str(path)!r}: must name a {'folder' if folder else 'file'} to write")
+        if not folder and path.is_dir():
+            raise UserError(f"{key}={path}: is a folder; name a file to write")
+        place = path if folder else path.parent
+        place.mkdir(parents=True, exist_ok=True)
+        descriptor, probe = tempfile.mkstemp(prefix=".writable.", dir=place)
+        os.close(descriptor)
+        os.unlink(probe)
+        if not folder and path.exists():
+            with path.open("ab"):
+                pass
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{key}={path}: cannot be written ({reason}); name another place") from error
+
+
+def _umask() -> int:
+    current = os.umask(0o077)
+    os.umask(current)
+    return current
