@@ -1,10 +1,10 @@
 """The boundary around parsers of other people's bytes: whatever they raise on a user's file is a fact about that file.
 
-A parser may raise anything on a damaged file: Pillow ``struct.error``, an FFmpeg binding ``AttributeError``, a JSON reader
-``RecursionError``. No list of exceptions is ever complete, and ``except Exception`` would hide mistakes of ours. So
-``parsing`` decides by *where* the exception arose:
+A parser may raise anything on a damaged file: Pillow ``struct.error``, an FFmpeg binding ``AttributeError``, a JSON
+reader ``RecursionError``. No list of exceptions is ever complete, and ``except Exception`` would hide mistakes of ours.
+So ``parsing`` decides by *where* the exception arose:
 
-* in a library, or in the ``with`` block itself: the file's fault, and the exception that ``refuse`` makes of it is raised;
+* in a library, or in the ``with`` block itself: the file's fault; the exception that ``refuse`` makes of it is raised;
 * in a function of this project that the block called: a mistake of ours, which goes through as it is.
 
 Blocks therefore hold calls into the parser and nothing else; callbacks are called outside.
@@ -23,7 +23,7 @@ _ALWAYS_OURS = (NameError, AssertionError, ImportError)
 _RUST_PANIC = "PanicException"  # of parsers in Rust; no subclass of Exception
 
 
-class parsing:  # noqa: N801  (used as a statement: with parsing(...):)
+class parsing:
     """A ``with`` block that holds calls into a parser of untrusted bytes.
 
     Args:

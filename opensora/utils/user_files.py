@@ -1,4 +1,4 @@
-"""Files that a user gives and takes: texts in any Unicode encoding that names itself, tables written whole or not at all."""
+"""Files that a user gives and takes: texts in any Unicode encoding that names itself, tables written whole or not."""
 
 import codecs
 import contextlib
@@ -75,8 +75,8 @@ def read_csv(path: Path, required: Sequence[str], name: str = "") -> Iterator[tu
         name: how messages call the file; empty: the path.
 
     Raises:
-        UserError: as ``read_text``; no header, a column missing or there twice, a field beyond ``MAX_FIELD``, a row with
-            more fields than the header has; with the line.
+        UserError: as ``read_text``; no header, a column missing or there twice, a field beyond ``MAX_FIELD``, a row
+            with more fields than the header has; with the line.
     """
     name = name or str(path)
     text = read_text(path, name)
@@ -141,7 +141,7 @@ def try_output(path: Path, key: str, *, folder: bool = False) -> None:
         UserError: it cannot, with the reason.
     """
     try:
-        if not str(path) or path.name == "" and not folder:
+        if not str(path) or (path.name == "" and not folder):
             raise UserError(f"{key}={str(path)!r}: must name a {'folder' if folder else 'file'} to write")
         if not folder and path.is_dir():
             raise UserError(f"{key}={path}: is a folder; name a file to write")

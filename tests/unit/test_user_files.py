@@ -118,7 +118,7 @@ def test_outputs_are_tried_first(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["a", "b", "file"] and not os.listdir(tmp_path / "a")
     bad = [tmp_path / "file" / "t.csv", tmp_path, Path(""), tmp_path / ("x" * 300) / "t.csv", Path("/proc/t.csv")]
     for path in bad:
-        with pytest.raises(UserError, match="^--out="):
+        with pytest.raises(UserError, match=r"^--out="):
             try_output(path, "--out")
-    with pytest.raises(UserError, match="^save_dir="):
+    with pytest.raises(UserError, match=r"^save_dir="):
         try_output(tmp_path / "file", "save_dir", folder=True)
