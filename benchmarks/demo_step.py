@@ -1,26 +1,31 @@
 """Where the time of a training step goes: seconds per phase, mean over steps, on the slowest and the mean process.
 
-    bash launch/torchrun.sh 2 benchmarks/demo_step.py configs/train/demo.yaml data.table=.../train.csv [overrides]
+    python -m benchmarks.demo_step configs/train/demo.yaml data.table=TABLE [--processes 2] [--steps 20] [overrides]
 
-Runs ``--steps`` updates of the given configuration in a temporary output folder and saves nothing. Communication is
+Runs a few updates of the given configuration in a temporary output folder and keeps nothing. Communication is
 measured inside the phases it belongs to (the time spent in torch.distributed calls), so it is a part of them.
 """
 
+import argparse
 import json
+import subprocess
+import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from opensora.config import RunConfig, config_from_argv, run_cli
+from opensora.config import RunConfig, load_config, run_cli
 from opensora.train.run import Run
 from opensora.train.setup import start_run
 from opensora.train.step import loss_share
 
+ROOT = Path(__file__).resolve().parent.parent
 WARMUP = 3
 PHASES = ("data", "prepare", "forward", "backward", "optimizer", "communication")
 EXCHANGES = ("all_to_all_single", "all_gather", "all_gather_single", "all_gather_into_tensor", "all_reduce")
@@ -76,29 +81,41 @@ def one_step(run: Run, clock: Clock) -> None:
     run.step += 1
 
 
-def main(argv: list[str]) -> int:
-    steps = 20
-    if "--steps" in argv:
-        at = argv.index("--steps")
-        steps = int(argv[at + 1])
-        argv = argv[:at] + argv[at + 2 :]
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="YAML file of a training run")
+    parser.add_argument("overrides", nargs="*", help="section.key=value")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=20, help=f"updates to measure, after {WARMUP} to warm up")
+    parser.add_argument("--output", help=argparse.SUPPRESS)  # given to the processes that measure
+    args = parser.parse_intermixed_args()
+    if args.steps < 1 or args.processes < 1:
+        parser.error("--steps and --processes must be integers >= 1")
+    if args.output:
+        run_cli(lambda _: measure(args))
     with tempfile.TemporaryDirectory() as folder:
-        quiet = [f"output={folder}", f"train.steps={steps + WARMUP}", "train.resume=none", "optim.warmup_steps=0"]
-        with start_run(config_from_argv(RunConfig, [*argv, *quiet], __doc__ or "")) as run:
-            clock = Clock(run.runtime.device)
-            time_communication(clock)
-            for _ in range(WARMUP):
-                one_step(run, clock)
-            clock.seconds.clear()
-            tokens = sum(run.tokens(run.step + i) for i in range(steps))
-            started = time.perf_counter()
-            for _ in range(steps):
-                one_step(run, clock)
-            wall = (time.perf_counter() - started) / steps
-            every: list[Any] = [None] * run.runtime.world_size
-            dist.all_gather_object(every, {phase: clock.seconds[phase] / steps for phase in PHASES})
-            if run.runtime.is_main:
-                report(every, wall, tokens / steps, run)
+        words = ["launch/torchrun.sh", args.processes, Path(__file__), "--output", folder, "--steps", args.steps]
+        return subprocess.run(["bash", *map(str, words), args.config, *args.overrides], cwd=ROOT).returncode
+
+
+def measure(args: argparse.Namespace) -> int:
+    """One of the processes. The folder comes from their parent, so that it is the same for all."""
+    quiet = [f"output={args.output}", f"train.steps={args.steps + WARMUP}", "train.resume=none", "optim.warmup_steps=0"]
+    with start_run(load_config(RunConfig, args.config, [*args.overrides, *quiet])) as run:
+        clock = Clock(run.runtime.device)
+        time_communication(clock)
+        for _ in range(WARMUP):
+            one_step(run, clock)
+        clock.seconds.clear()
+        tokens = sum(run.tokens(run.step + i) for i in range(args.steps))
+        started = time.perf_counter()
+        for _ in range(args.steps):
+            one_step(run, clock)
+        wall = (time.perf_counter() - started) / args.steps
+        every: list[Any] = [None] * run.runtime.world_size
+        dist.all_gather_object(every, {phase: clock.seconds[phase] / args.steps for phase in PHASES})
+        if run.runtime.is_main:
+            report(every, wall, tokens / args.steps, run)
     return 0
 
 
@@ -116,4 +133,4 @@ def report(every: list[dict[str, float]], wall: float, tokens: float, run: Run) 
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    sys.exit(main())

@@ -1,6 +1,8 @@
 """One training step (forward and backward) of our MMDiT against diffusers' Flux of the same shape.
 
 Both hold the same weights and read the same inputs, in turn in one process, so that the ratio survives a busy machine.
+Beside the times stand the floating-point operations per second that they are, and those of matrix products alone at the
+shape of the model's widest layer, measured in the same rounds: how much of the machine a step reaches.
 
     python -m benchmarks.step_vs_diffusers
     python -m benchmarks.step_vs_diffusers --device cuda --dtype bf16 --hidden 3072 --heads 24 --frames 9 --side 32
@@ -15,12 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from opensora.models import build_model, init_model_
 from opensora.models.mmdit.convert import LAYOUTS, flux_to_diffusers
 from opensora.models.mmdit.model import MMDiTConfig
 from opensora.utils.tokens import image_ids
 
+MATMUL = "matrix products"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
@@ -98,7 +102,41 @@ def seconds(model: nn.Module, given: dict[str, Any], device: torch.device) -> fl
     return time.perf_counter() - start
 
 
-def measure(args: argparse.Namespace) -> dict[str, list[float]]:
+def step_flops(model: nn.Module, given: dict[str, Any], device: torch.device) -> int:
+    """Floating-point operations of one forward and backward, counted as they run."""
+
+    def attention(q: Any, k: Any, v: Any, *rest: Any, **options: Any) -> int:
+        return sdpa_flop_count(q, k, v)
+
+    def attention_backward(grad: Any, q: Any, k: Any, v: Any, *rest: Any, **options: Any) -> int:
+        return sdpa_backward_flop_count(grad, q, k, v)
+
+    aten = torch.ops.aten  # torch's counter passes over these two
+    formulas = {
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        seconds(model, given, device)
+    return counter.get_total_flops()
+
+
+class MatrixProducts(nn.Module):
+    """A linear layer of the model's greatest width on all its tokens: the rate that the machine has for products."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__()
+        self.up = nn.Linear(args.hidden, 4 * args.hidden, bias=False)
+        self.down = nn.Linear(4 * args.hidden, args.hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(4):  # so that loss and gradients of the input weigh little
+            x = self.down(self.up(x))
+        return x
+
+
+def measure(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of every round, and operations of a step, of each rival and of matrix products alone."""
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     rivals: dict[str, tuple[nn.Module, dict[str, Any]]] = {}
     for layout in LAYOUTS:
@@ -111,14 +149,17 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
         theirs = flux_like(config(args, "flux"))
     theirs.load_state_dict(flux_to_diffusers(ours.state_dict()))
     rivals["diffusers"] = (theirs.to(dtype), diffusers_inputs(given))
+    rows = args.batch * (args.text + args.frames * args.side**2)
+    with device:
+        products = MatrixProducts(args).to(dtype)
+        rivals[MATMUL] = (products, {"x": torch.randn(rows, args.hidden, dtype=dtype, requires_grad=True)})
     times: dict[str, list[float]] = {name: [] for name in rivals}
-    for model, inputs in rivals.values():
-        seconds(model, inputs, device)  # warm up
+    flops = {name: step_flops(model, inputs, device) for name, (model, inputs) in rivals.items()}  # warms up, too
     end = time.perf_counter() + args.seconds
     while time.perf_counter() < end or len(times["diffusers"]) < 3:
         for name, (model, inputs) in rivals.items():
             times[name].append(seconds(model, inputs, device))
-    return times
+    return times, flops
 
 
 def paired_ratio(ours: list[float], theirs: list[float]) -> float:
@@ -142,23 +183,27 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=16.0, help="how long to measure, after a warm-up")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    times = measure(args)
+    times, flops = measure(args)
+    rates = {name: flops[name] / min(values) / 1e9 for name, values in times.items()}
     medians = {name: statistics.median(values) for name, values in times.items()}
     tokens = args.frames * args.side**2
     print(
         f"forward + backward, {args.device} {args.dtype}, batch {args.batch}, {tokens} image + {args.text} text tokens,"
     )
     print(f"hidden {args.hidden}, {args.depth} double + {args.single} single blocks, {len(times['diffusers'])} rounds")
-    print(f"{'':28}{'median ms':>10}{'min ms':>10}{'of diffusers':>14}")
+    print(f"{'':28}{'median ms':>10}{'min ms':>10}{'of diffusers':>14}{'GFLOP/s':>10}{'of products':>13}")
     ratios = {name: paired_ratio(values, times["diffusers"]) for name, values in times.items()}
     for name, median in medians.items():
-        print(f"{name:28}{1e3 * median:10.1f}{1e3 * min(times[name]):10.1f}{ratios[name]:14.3f}")
+        against = f"{ratios[name]:14.3f}" if name != MATMUL else f"{'':14}"
+        speed = f"{rates[name]:10.1f}{rates[name] / rates[MATMUL]:13.1%}"
+        print(f"{name:28}{1e3 * median:10.1f}{1e3 * min(times[name]):10.1f}{against}{speed}")
     record = {
         "benchmark": "step_vs_diffusers",
         **vars(args),
         "rounds": len(times["diffusers"]),
         "median_s": {name: round(median, 5) for name, median in medians.items()},
-        "ratio_to_diffusers": {name: round(ratio, 4) for name, ratio in ratios.items() if name != "diffusers"},
+        "ratio_to_diffusers": {name: round(ratio, 4) for name, ratio in ratios.items() if name.startswith("ours")},
+        "gflop_per_s": {name: round(rate, 1) for name, rate in rates.items()},
         "torch": torch.__version__,
     }
     print(json.dumps(record))

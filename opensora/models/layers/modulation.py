@@ -32,7 +32,7 @@ def over_tokens(joined: Tensor, parts: int, rows: Tensor | None) -> tuple[Tensor
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """(B, N, D) with (B, 1, D) or (B, N, D) twice -> (B, N, D); scale 0 leaves x as it is."""
-    return (1 + scale) * x + shift
+    return torch.addcmul(shift, 1 + scale, x)
 
 
 class _Spread(torch.autograd.Function):

@@ -142,8 +142,8 @@ class DoubleStreamBlock(nn.Module):
     @staticmethod
     def _residuals(x: Tensor, attended: Tensor, norm: nn.Module, mlp: nn.Module, parts: tuple[Tensor, ...]) -> Tensor:
         _, _, attention_gate, shift, scale, mlp_gate = parts
-        x = x + attention_gate * attended
-        return x + mlp_gate * mlp(modulate(norm(x), shift, scale))
+        x = torch.addcmul(x, attention_gate, attended)
+        return torch.addcmul(x, mlp_gate, mlp(modulate(norm(x), shift, scale)))
 
 
 class SingleStreamBlock(nn.Module):
@@ -156,7 +156,7 @@ class SingleStreamBlock(nn.Module):
         self.head_dim = hidden // heads
         self.fused_qkv = fused_qkv
         self.rope_layout: RopeLayout = rope_layout
-        self.widths = (hidden, hidden, hidden + mlp_hidden)  # q, k, and v with the MLP's inner layer
+        self.widths = (hidden, hidden, hidden, mlp_hidden)  # q, k, v and the MLP's inner layer
         self.modulation = Modulation(hidden, parts=3)
         self.pre_norm = _plain_norm(hidden)
         if fused_qkv:
@@ -164,7 +164,7 @@ class SingleStreamBlock(nn.Module):
         else:
             self.q_proj = nn.Linear(hidden, self.widths[0], bias=qkv_bias)
             self.k_proj = nn.Linear(hidden, self.widths[1], bias=qkv_bias)
-            self.v_mlp = nn.Linear(hidden, self.widths[2], bias=qkv_bias)
+            self.v_mlp = nn.Linear(hidden, sum(self.widths[2:]), bias=qkv_bias)
         self.norm = QKNorm(hidden // heads)
         self.linear2 = nn.Linear(hidden + mlp_hidden, hidden)
         self.core = SDPACore()
@@ -183,10 +183,10 @@ class SingleStreamBlock(nn.Module):
         shift, scale, gate = self.modulation(vec, rows)
         h = modulate(self.pre_norm(x), shift, scale)
         if self.fused_qkv:
-            q, k, v_mlp = split_in_proportion(self.linear1(h), *self.widths)
+            q, k, v, inner = split_in_proportion(self.linear1(h), *self.widths)
         else:
-            q, k, v_mlp = self.q_proj(h), self.k_proj(h), self.v_mlp(h)
-        v, inner = split_in_proportion(v_mlp, self.widths[0], self.widths[2] - self.widths[0])
+            q, k = self.q_proj(h), self.k_proj(h)
+            v, inner = split_in_proportion(self.v_mlp(h), *self.widths[2:])
         q_BLHD, k_BLHD, v_BLHD = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
         q_BLHD, k_BLHD = self.norm(q_BLHD, k_BLHD)
         o_BLHD = self.core(
@@ -196,7 +196,8 @@ class SingleStreamBlock(nn.Module):
             key_mask=key_mask,
             context=context,
         )
-        return x + gate * self.linear2(torch.cat((o_BLHD.flatten(2), gelu(inner, approximate="tanh")), dim=-1))
+        joined = torch.cat((o_BLHD.flatten(2), gelu(inner, approximate="tanh")), dim=-1)
+        return torch.addcmul(x, gate, self.linear2(joined))
 
 
 class FinalLayer(nn.Module):
