@@ -1,6 +1,6 @@
 """Forecast against measurement: peak memory of a training step on gloo processes, for many layouts.
 
-    .venv/bin/python -m benchmarks.plan_accuracy [--only N]
+    python -m benchmarks.plan_accuracy [--only N]
 
 Measured is what torch's CPU allocator hands out: the profiler notes every allocation and release, also those inside of
 operators, and their running sum on top of the tensors alive before the step has its maximum at the peak. (The resident

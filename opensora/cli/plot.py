@@ -6,6 +6,7 @@ from pathlib import Path
 from opensora.config import run_cli
 from opensora.utils.errors import UserError
 from opensora.utils.images import loss_curve
+from opensora.utils.logging import announce
 
 
 def main(argv: list[str]) -> int:
@@ -17,10 +18,12 @@ def main(argv: list[str]) -> int:
     metrics = args.run / "metrics.jsonl"
     if not metrics.is_file():
         raise UserError(f"{metrics}: no such file; give the folder of a run")
+    out = args.out or args.run / "loss.png"
     try:
-        loss_curve(metrics, args.out or args.run / "loss.png")
+        loss_curve(metrics, out)
     except ValueError as error:
         raise UserError(str(error)) from None
+    announce(f"loss curve: {out}")
     return 0
 
 
