@@ -3,8 +3,8 @@
     cost(B samples of L tokens) = per_batch + B (per_sample + per_token L + per_token2 L^2)
 
 A transformer of width d multiplies 24 L d^2 + 4 L^2 d times per layer and sample, which is L + L^2 / 6d up to scale:
-the default, with d of the 11B model. ``python -m opensora.cli.calibrate`` fits the four numbers to a run's times. They
-belong to the configuration, because the order of samples depends on them: a run must not change its own.
+the default, with d of the 11B model. ``python -m opensora.cli.calibrate RUN_FOLDER`` fits the four numbers to a run's
+times. They belong to the configuration, because the order of samples depends on them: a run must not change its own.
 
 With ``parallel.mesh.dynamic`` the cost is that of a micro-batch whose samples are each cut for all p processes of the
 ulysses axis. Where groups of d of them have n whole samples each, n = B d/p rounded up, it takes
