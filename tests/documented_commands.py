@@ -13,6 +13,7 @@ import ast
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -119,8 +120,8 @@ SMALLER = (
     (r"(data_pipeline\.shapes --out \S+)$", r"\1 --clips 24 --images 8"),
 )
 MODEL = "vae.kind=dct vae.channels=16 text.kind=bytes text.dim=32 model.size=debug"
-BUCKETS = "data.buckets={32px:{1:[1.0,4],5:[1.0,2]}} data.micro_batches=2 data.table=clips.csv"
-RUN = "train.steps=3 train.log_every=1 optim.warmup_steps=0 parallel.mesh={} parallel.precision.compute=fp32"
+BUCKETS = "'data.buckets={32px:{1:[1.0,4],5:[1.0,2]}}' data.micro_batches=2 data.table=clips.csv"
+RUN = "train.steps=3 train.log_every=1 optim.warmup_steps=0 'parallel.mesh={}' parallel.precision.compute=fp32"
 TRAIN = f"{MODEL} {BUCKETS} {RUN}"
 SAMPLE = "sampling.num_steps=2 sampling.num_frames=5 sampling.resolution=32px sampling.aspect_ratio=1:1 precision=fp32"
 # Options that make a command small: what it contains -> what is put behind it. The first that fits counts.
@@ -135,7 +136,7 @@ OPTIONS = {
     r"launch/demo\.sh$": "--minutes 1",
     r"launch/demo\.sh --videos": "--steps 40 --out outputs/demo_clips",
     r"tests\.layout_table": "ulysses_2",
-    r"benchmarks\.learns_shapes": "train.steps=4 data.buckets={32px:{9:[1.0,4]}} optim.warmup_steps=0 --seeds 1",
+    r"benchmarks\.learns_shapes": "train.steps=4 'data.buckets={32px:{9:[1.0,4]}}' optim.warmup_steps=0 --seeds 1",
     r"benchmarks\.memory": "--processes 1,2 --width 64",
     r"benchmarks\.step_times": "--steps 4",
     r"benchmarks\.balance": "--rows 20000 --steps 4",
@@ -178,6 +179,7 @@ def prepare(folder: Path) -> Path:
     subprocess.run(["git", "clone", "--quiet", "--local", str(ROOT), str(clone)], check=True)
     shapes = [sys.executable, "-m", "data_pipeline.shapes", "--out", "my_clips", "--clips", "24", "--images", "8"]
     subprocess.run(shapes, cwd=clone, check=True, stdout=subprocess.DEVNULL)
+    shutil.copy(clone / "my_clips" / "train.csv", clone / "my_clips" / "captions.csv")
     (clone / "prompts.csv").write_text("text\na red circle moves left\n", encoding="utf-8")
     (clone / "lines.txt").write_text("seed=1\nseed=2\n", encoding="utf-8")
     return clone
@@ -204,10 +206,11 @@ def run(command: str, clone: Path) -> tuple[int, float, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--only", default="", help="those that contain this text")
+    parser.add_argument("--skip", default="no command", help="those that do not contain this text")
     parser.add_argument("--list", action="store_true", help="show what would be run")
     args = parser.parse_args()
     commands = collect()
-    chosen = [found for found in commands if args.only in found.text]
+    chosen = [found for found in commands if args.only in found.text and args.skip not in found.text]
     if args.list:
         for found in chosen:
             print(f"{found.place:40} {found.text}\n{'':40}   {why_not(found.text) or small(found.text)}")
