@@ -119,7 +119,7 @@ SMALLER = (
     (r"--clips \d+ --images \d+", "--clips 24 --images 8"),
     (r"(data_pipeline\.shapes --out \S+)$", r"\1 --clips 24 --images 8"),
 )
-MODEL = "vae.kind=dct vae.channels=16 text.kind=bytes text.dim=32 model.size=debug"
+MODEL = "vae.kind=dct vae.channels=16 text.kind=bytes text.dim=32 model.size=debug model.patch_size=1 model.vec_in_dim=32"
 BUCKETS = "'data.buckets={32px:{1:[1.0,4],5:[1.0,2]}}' data.micro_batches=2 data.table=clips.csv"
 RUN = "train.steps=3 train.log_every=1 optim.warmup_steps=0 'parallel.mesh={}' parallel.precision.compute=fp32"
 TRAIN = f"{MODEL} {BUCKETS} {RUN}"
@@ -132,7 +132,7 @@ OPTIONS = {
     r"opensora\.cli\.buckets": BUCKETS,
     r"inference\.py configs/sample/256px": f"weights=outputs/first model=null vae=null text=null {SAMPLE}",
     r"inference\.py configs/sample": SAMPLE,
-    r"launch/submit\.py": "--dry-run data.table=clips.csv",
+    r"launch/submit\.py": "--dry-run data.table=clips.csv train.init_from=null",
     r"launch/demo\.sh$": "--minutes 1",
     r"launch/demo\.sh --videos": "--steps 40 --out outputs/demo_clips",
     r"tests\.layout_table": "ulysses_2",
