@@ -132,7 +132,7 @@ OPTIONS = {
     r"opensora\.cli\.buckets": BUCKETS,
     r"inference\.py configs/sample/256px": f"weights=outputs/first model=null vae=null text=null {SAMPLE}",
     r"inference\.py configs/sample": SAMPLE,
-    r"launch/submit\.py": "--dry-run data.table=clips.csv train.init_from=null",
+    r"launch/submit\.py": f"--dry-run {TRAIN} train.init_from=null",
     r"launch/demo\.sh$": "--minutes 1",
     r"launch/demo\.sh --videos": "--steps 40 --out outputs/demo_clips",
     r"tests\.layout_table": "ulysses_2",
@@ -200,7 +200,9 @@ def run(command: str, clone: Path) -> tuple[int, float, str]:
         code, output = done.returncode, done.stdout
     except subprocess.TimeoutExpired as error:
         code, output = 124, f"{error.output or ''}"
-    return code, time.monotonic() - began, "\n".join(output.strip().splitlines()[-6:])
+    lines = output.strip().splitlines()
+    said = [line for line in lines if line.startswith("error:")]
+    return code, time.monotonic() - began, "\n".join([*said[:2], *lines[-4:]])
 
 
 def main() -> int:
