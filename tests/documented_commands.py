@@ -121,7 +121,7 @@ SMALLER = (
 )
 MODEL = "vae.kind=dct vae.channels=16 text.kind=bytes text.dim=32 model.size=debug model.patch_size=1 model.vec_in_dim=32"
 BUCKETS = "'data.buckets={32px:{1:[1.0,4],5:[1.0,2]}}' data.micro_batches=2 data.table=clips.csv"
-RUN = "train.steps=3 train.log_every=1 optim.warmup_steps=0 'parallel.mesh={}' parallel.precision.compute=fp32"
+RUN = "train.steps=3 train.log_every=1 optim.warmup_steps=0 parallel.mesh.ulysses=1 parallel.precision.compute=fp32"
 TRAIN = f"{MODEL} {BUCKETS} {RUN}"
 SAMPLE = "sampling.num_steps=2 sampling.num_frames=5 sampling.resolution=32px sampling.aspect_ratio=1:1 precision=fp32"
 # Options that make a command small: what it contains -> what is put behind it. The first that fits counts.
