@@ -66,6 +66,8 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)  # a run's start on this index, in this process
     parser.add_argument("--step", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if any(rows < SHARD or rows % SHARD for rows in args.rows):
+        parser.error(f"--rows: must be multiples of {SHARD}, the rows of a shard")
     if args.start:
         print(json.dumps(start_run(args.start, args.step)))
         return

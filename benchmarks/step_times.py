@@ -44,6 +44,8 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=40, help="times each file is in the table")
     parser.add_argument("--worker", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.steps <= WARM_UP:
+        parser.error(f"--steps {args.steps}: must be more than the {WARM_UP} that warm up")
     if args.worker:
         run_cli(lambda _: work(load_config(RunConfig, args.worker[0], args.worker[1:])))
     with tempfile.TemporaryDirectory() as folder:

@@ -111,7 +111,7 @@ SMALLER = (
     (r"(shapes .*--out) DIR", r"\1 shapes2"),
     (r"judge (FOLDER|\S+/video_\S+) --table \S+", "judge samples/video_32px --table data/shapes/prompts_train.csv"),
     (r"--(hunyuan|flux2d) DIR", ""),
-    (r"--media \S+|--videos DIR", lambda found: f"{found[0].split()[0]} my_clips"),
+    (r"(--media|--videos) \S+", r"\1 my_videos"),
     (r"\b(RUN_FOLDER|RUN)$", "outputs/first"),
     (r"\b(RUN_FOLDER|RUN) ", "outputs/first "),
     (r"\bDIR\b", "my_clips"),
@@ -138,9 +138,9 @@ OPTIONS = {
     r"tests\.layout_table": "ulysses_2",
     r"benchmarks\.learns_shapes": "train.steps=4 'data.buckets={32px:{9:[1.0,4]}}' optim.warmup_steps=0 --seeds 1",
     r"benchmarks\.memory": "--processes 1,2 --width 64",
-    r"benchmarks\.step_times": "--steps 4",
+    r"benchmarks\.step_times": "--steps 24 --copies 8",
     r"benchmarks\.balance": "--rows 20000 --steps 4",
-    r"benchmarks\.index": "--rows 20000",
+    r"benchmarks\.index": "--rows 1000000",
     r"benchmarks\.sharing_step": "--steps 2",
     r"benchmarks\.sharing": "--rows 20000 --steps 4",
     r"benchmarks\.checkpoint": "--gib 0.02 --saves 2",
@@ -177,9 +177,11 @@ def prepare(folder: Path) -> Path:
     """A fresh clone with what a reader would bring: a few clips with captions, a table of prompts."""
     clone = folder / "clone"
     subprocess.run(["git", "clone", "--quiet", "--local", str(ROOT), str(clone)], check=True)
-    shapes = [sys.executable, "-m", "data_pipeline.shapes", "--out", "my_clips", "--clips", "24", "--images", "8"]
-    subprocess.run(shapes, cwd=clone, check=True, stdout=subprocess.DEVNULL)
-    shutil.copy(clone / "my_clips" / "train.csv", clone / "my_clips" / "captions.csv")
+    for name, size in (("my_clips", "32x32"), ("my_videos", "160x120")):
+        shapes = ["--out", name, "--clips", "24", "--images", "8", "--sizes", size, "--durations", "5,17"]
+        command = [sys.executable, "-m", "data_pipeline.shapes", *shapes]
+        subprocess.run(command, cwd=clone, check=True, stdout=subprocess.DEVNULL)
+        shutil.copy(clone / name / "train.csv", clone / name / "captions.csv")
     (clone / "prompts.csv").write_text("text\na red circle moves left\n", encoding="utf-8")
     (clone / "lines.txt").write_text("seed=1\nseed=2\n", encoding="utf-8")
     return clone
