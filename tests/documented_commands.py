@@ -119,7 +119,9 @@ SMALLER = (
     (r"--clips \d+ --images \d+", "--clips 24 --images 8"),
     (r"(data_pipeline\.shapes --out \S+)$", r"\1 --clips 24 --images 8"),
 )
-MODEL = "vae.kind=dct vae.channels=16 text.kind=bytes text.dim=32 model.size=debug model.patch_size=1 model.vec_in_dim=32"
+MODEL = (
+    "vae.kind=dct vae.channels=16 text.kind=bytes text.dim=32 model.size=debug model.patch_size=1 model.vec_in_dim=32"
+)
 BUCKETS = "'data.buckets={32px:{1:[1.0,4],5:[1.0,2]}}' data.micro_batches=2 data.table=clips.csv"
 RUN = "train.steps=3 train.log_every=1 optim.warmup_steps=0 parallel.mesh.ulysses=1 parallel.precision.compute=fp32"
 TRAIN = f"{MODEL} {BUCKETS} {RUN}"
