@@ -12,7 +12,7 @@ opensora_find_python() {
     local candidate version seen=""
     for candidate in ${OPENSORA_PYTHON:+"$OPENSORA_PYTHON"} python3 python python3.12 python3.11 python3.10; do
         version="$("$candidate" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)" || continue
-        if ! "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+        if ! "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; then
             seen="$seen $candidate=$version"
         elif ! "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
             seen="$seen $candidate=$version(without-venv:-install-python3-venv)"
@@ -50,7 +50,7 @@ opensora_setup() {
     local venv="$OPENSORA_ROOT/.venv" base wanted
     local pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
     PYTHON="$venv/bin/python"
-    if ! "$PYTHON" -c 'import sys, pip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+    if ! "$PYTHON" -c 'import sys, pip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; then
         base="$(opensora_find_python)" || return 1
         "$base" -m venv --clear "$venv" || return 1
     fi
