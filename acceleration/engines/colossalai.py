@@ -156,6 +156,8 @@ class ColossalAIEngine(FlatEngine):
         if self.optim.kind != "adamw":
             return
         runs = self.runs()
+        key: Tensor | None
+        like: Tensor
         for index, (name, p) in enumerate(self.parameters):
             if self.zero == 0:
                 key = like = p
@@ -178,6 +180,8 @@ def _booster(parallel: ParallelConfig, optim: OptimConfig) -> tuple[Any, torch.d
         from colossalai.accelerator import get_accelerator
         from colossalai.booster import Booster
         from colossalai.booster.plugin import TorchDDPPlugin
+    # Its DDP plugin calls torch's DDP by a keyword that has a new name since torch 2.13.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="colossalai")
     plugin: Any
     if parallel.zero == 0:
         plugin = TorchDDPPlugin()

@@ -261,7 +261,7 @@ def test_a_run_goes_on_with_another_engine(tmp_path: Path, zero: Any, first: Any
     ("first", "then"), [("native", "colossalai"), ("colossalai", "native"), ("colossalai", "colossalai")]
 )
 def test_a_run_goes_on_with_colossalai(tmp_path: Path, first: Any, then: Any) -> None:
-    """The same in fp64, from native's ZeRO 3 to copies and back: what two and three processes sum differs by rounding."""
+    """The same in fp64, from ZeRO 3 to copies and back: sums over two and three processes differ by rounding."""
     native = ParallelConfig(zero=3, precision=FP64)
     colossalai = ParallelConfig(engine="colossalai", zero=0, precision=FP64)
     before, after = (native if engine == "native" else colossalai for engine in (first, then))

@@ -164,7 +164,7 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     "ZeRO 0 in bf16 elsewhere": (
         None,
         ["parallel.engine=deepspeed", "parallel.zero=0"],
-        "parallel.zero=0: allowed with engine=deepspeed and precision.compute=fp32 and offload=none only; set these, or",
+        "parallel.zero=0: allowed with engine=deepspeed and precision.compute=fp32 and offload=none only; set th",
     ),
     "DDP by ColossalAI in two types": (
         None,

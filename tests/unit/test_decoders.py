@@ -35,6 +35,17 @@ def test_decord_gives_the_same_frames(tmp_path: Path, suffix: str, gop: int) -> 
         read_frames(path, 40, 1, decoder="decord")
 
 
+@pytest.mark.parametrize("width", [8, 10, 16, 24, 48, 50, 64])
+def test_decord_reads_narrow_clips(tmp_path: Path, width: int) -> None:
+    """It pads rows of some widths, and then miscounts."""
+    pytest.importorskip("decord")
+    path = encode(tmp_path / "c.mp4", 20, size=(48, width))
+    for numbers in ((0, 20), (3, 9)):
+        theirs = read_frames(path, *numbers, decoder="decord").astype(int)
+        assert theirs.shape[1:] == (48, width, 3)
+        assert abs(theirs - read_frames(path, *numbers)).mean() < 1.5
+
+
 def test_decord_refuses_what_is_broken_in_one_line(tmp_path: Path) -> None:
     pytest.importorskip("decord")
     path = tmp_path / "c.mp4"

@@ -18,10 +18,10 @@ def test_an_engine_that_is_not_there_says_how_to_get_it(monkeypatch: pytest.Monk
         ValueError, match=r'^engine=deepspeed: not installed; pip install "deepspeed>=0\.19", or use engin'
     ):
         check_engine(ParallelConfig(engine="deepspeed"))
-    with pytest.raises(ValueError, match=r"^engine=colossalai: colossalai, .* not installed; pip install --no-deps -r re"):
+    with pytest.raises(ValueError, match=r"^engine=colossalai: colossalai, .* not installed; pip install --no-deps "):
         check_engine(ParallelConfig(engine="colossalai"))
     monkeypatch.setattr(colossalai, "find_spec", lambda name: None if name == "galore_torch" else name)
-    with pytest.raises(ValueError, match=r"^engine=colossalai: galore_torch not installed; pip install --no-deps -r req"):
+    with pytest.raises(ValueError, match=r"^engine=colossalai: galore_torch not installed; pip install --no-deps "):
         check_engine(ParallelConfig(engine="colossalai"))  # after a plain pip install --no-deps colossalai
     check_engine(ParallelConfig())
 
@@ -30,7 +30,7 @@ def test_an_engine_that_is_not_there_says_how_to_get_it(monkeypatch: pytest.Monk
 def test_colossalai_on_a_cpu_has_zero_0_only(monkeypatch: pytest.MonkeyPatch, zero: Any, plugin: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(colossalai, "find_spec", lambda name: name)
-    with pytest.raises(ValueError, match=rf"^zero={zero}: with engine=colossalai this is {plugin}, which needs a GPU, an"):
+    with pytest.raises(ValueError, match=rf"^zero={zero}: with engine=colossalai this is {plugin}, which needs a GPU"):
         check_engine(ParallelConfig(engine="colossalai", zero=zero))
     check_engine(ParallelConfig(engine="colossalai", zero=0, precision=PrecisionConfig(compute="fp32")))
 
