@@ -53,8 +53,8 @@ def read_window(
 
 
 def _frames(decord: Any, reader: Any, numbers: list[int]) -> np.ndarray:
-    """(n, H, W, 3) uint8. Frames 8, 12, 16, 24 and 48 pixels wide have padded rows, which decord takes for more channels
-    and for which its batches have no room; one by one they can be read, and the padding cut off.
+    """(n, H, W, 3) uint8. Decord pads the rows of frames 8, 12, 16, 24 and 48 pixels wide, counts the padding as
+    channels, and has no room for it in a batch; one by one they can be read, and the padding cut off.
     """
     try:
         return reader.get_batch(numbers).asnumpy()

@@ -4,6 +4,7 @@ The real thing, a fresh clone that is set up from the package index, is what run
 """
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -51,9 +52,15 @@ class Checkout:
 
     def start(self, how: str = "exec bash launch/setup.sh", **env: str) -> "subprocess.Popen[str]":
         return subprocess.Popen(
-            how, shell=True, cwd=self.root, env=self.env | env, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+            how,
+            shell=True,
+            cwd=self.root,
+            env=self.env | env,
+            text=True,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             start_new_session=True,
-        )  # fmt: skip
+        )
 
     def run(self, how: str = "exec bash launch/setup.sh", **env: str) -> tuple[int, str, list[str]]:
         """Exit code, what it said, and what was asked of pip."""
@@ -88,20 +95,21 @@ def test_users_get_the_product_and_tests_the_rest(checkout: Checkout) -> None:
     assert (code, said, calls) == (0, f"{checkout.root}/.venv/bin/python\n", [])
 
 
+NO_TORCH = "ERROR: No matching distribution found for torch==2.13.0"
+OS_ERROR = "ERROR: Could not install packages due to an OSError:"
 FAILURES = {
-    "Retrying after connection broken by 'NewConnectionError': Failed to establish\nERROR: No matching distribution found "
-    "for torch==2.13.0": "the package index was not reached",
-    "ERROR: No matching distribution found for torch==2.13.0 (from -r": "the package index has no torch==2.13.0 for Python",
-    "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device": "the disk is full",
-    "ERROR: Could not install packages due to an OSError: [Errno 13] Permission denied: 'x'": "a file cannot be written",
+    f"after connection broken by 'NewConnectionError': Failed\n{NO_TORCH}": "the package index was not reached",
+    f"{NO_TORCH} (from -r": "the package index has no torch==2.13.0 for Python",
+    f"{OS_ERROR} [Errno 28] No space left on device": "the disk is full",
+    f"{OS_ERROR} [Errno 13] Permission denied: 'x'": "a file cannot be written",
     "ERROR: something else": "see the lines above",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("text", FAILURES)
 def test_a_failure_of_pip_is_named(checkout: Checkout, text: str) -> None:
     """And the command can be repeated: what pip may have left in halves is built anew, the rest is kept."""
-    code, said, _ = checkout.run(PIP_DOES=f"echo {text!r}; exit 1".replace("'", '"').replace('"Errno', "'Errno"))
+    code, said, _ = checkout.run(PIP_DOES=f"echo -e {shlex.quote(text)}; exit 1")
     assert code == 1 and text.splitlines()[-1][:30] in said
     assert [line for line in said.splitlines() if line.startswith("error: ")] == [said.splitlines()[-1]]
     assert FAILURES[text] in said.splitlines()[-1]
@@ -144,7 +152,9 @@ def test_no_python_that_fits(checkout: Checkout) -> None:
     for name in ("python", "python3.14", "python3.13", "python3.12", "python3.11", "python3.10"):
         shutil.copy(checkout.python, checkout.python.parent / name)
     code, said, _ = checkout.run(OLD="1")
-    assert code == 2 and said.startswith("error: Python 3.10, 3.11, 3.12, 3.13 or 3.14 is needed; found: python3=3.9.1 ")
+    assert code == 2 and said.startswith(
+        "error: Python 3.10, 3.11, 3.12, 3.13 or 3.14 is needed; found: python3=3.9.1 "
+    )
     code, said, _ = checkout.run(OPENSORA_PYTHON="/no/such/python")
     assert code == 2 and "found: none, as OPENSORA_PYTHON=/no/such/python." in said  # and not another one in its place
     assert not (checkout.root / ".venv").exists()
