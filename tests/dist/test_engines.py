@@ -9,6 +9,7 @@ adapter runs against a stand-in.
 import itertools
 from functools import partial
 from importlib.util import find_spec
+from inspect import getsource, signature
 from pathlib import Path
 from typing import Any
 
@@ -325,3 +326,45 @@ def test_gemini_keeps_exact_masters_and_hands_over(tmp_path: Path) -> None:
     first, last = contents(tmp_path / "native"), contents(tmp_path / "gemini")
     assert first.keys() == last.keys()
     assert all(torch.equal(last[n], v) if isinstance(v, Tensor) else last[n] == v for n, v in first.items())
+
+
+@needs_colossalai
+def test_the_stand_in_is_like_the_release() -> None:
+    """Arguments and their defaults, and the names that the adapter reads; and the release still refuses a CPU."""
+    assert run_distributed(differences_from_the_release, 1, timeout=110) == [[]]
+
+
+def differences_from_the_release() -> list[str]:
+    from colossalai.booster.plugin import GeminiPlugin, LowLevelZeroPlugin
+    from colossalai.nn.optimizer import HybridAdam
+    from colossalai.zero.gemini import GeminiOptimizer
+    from colossalai.zero.gemini.chunk import Chunk
+    from colossalai.zero.low_level import LowLevelZeroOptimizer
+
+    found = []
+    for real in (LowLevelZeroPlugin, GeminiPlugin, HybridAdam):
+        ours = signature(getattr(fake_colossalai, real.__name__)).parameters
+        theirs = signature(real).parameters
+        found += [f"{real.__name__}({name})" for name, p in ours.items() if p.default != theirs[name].default]
+    for real, names in {
+        LowLevelZeroOptimizer: [
+            "get_working_to_master_map",
+            "get_grad_norm",
+            "no_sync",
+            "backward",
+            "step",
+            "zero_grad",
+        ],
+        GeminiOptimizer: ["get_offsets", "get_grad_norm", "id_to_fake_params", "param_to_chunk16", "chunk16_set"],
+        Chunk: ["paired_chunk", "payload", "optim_update"],
+    }.items():
+        source = getsource(real)
+        found += [f"{real.__name__}.{name}" for name in names if not hasattr(real, name) and f"self.{name}" not in source]
+    for plugin in (partial(LowLevelZeroPlugin, stage=1, precision="fp32"), partial(GeminiPlugin, precision="bf16")):
+        model = torch.nn.Linear(2, 2)
+        try:
+            plugin().configure(model, HybridAdam(model.parameters()))
+        except Exception:
+            continue
+        found.append(f"{plugin.func.__name__} runs on a CPU: test it in place of the stand-in")
+    return found
