@@ -359,7 +359,9 @@ def differences_from_the_release() -> list[str]:
         Chunk: ["paired_chunk", "payload", "optim_update"],
     }.items():
         source = getsource(real)
-        found += [f"{real.__name__}.{name}" for name in names if not hasattr(real, name) and f"self.{name}" not in source]
+        found += [
+            f"{real.__name__}.{name}" for name in names if not hasattr(real, name) and f"self.{name}" not in source
+        ]
     for plugin in (partial(LowLevelZeroPlugin, stage=1, precision="fp32"), partial(GeminiPlugin, precision="bf16")):
         model = torch.nn.Linear(2, 2)
         try:
