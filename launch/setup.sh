@@ -57,7 +57,7 @@ opensora_explain() {
     local log="$OPENSORA_ROOT/.venv/setup.log" why="see the lines above" what
     what="$(sed -n 's/.*No matching distribution found for \([^ ]*\).*/\1/p' "$log" | head -n 1)"
     if grep -q "No space left on device\|Disk quota exceeded" "$log"; then
-        why="the disk is full: make room for .venv (1.5 GB, 6 GB with CUDA) and in ${TMPDIR:-/tmp} (TMPDIR names another place)"
+        why="the disk is full: make room for .venv (1.8 GB, 6 GB with CUDA) and in ${TMPDIR:-/tmp} (TMPDIR names another place)"
     elif grep -q "Permission denied\|Read-only file system" "$log"; then
         why="a file cannot be written: see the lines above, and who owns $OPENSORA_ROOT/.venv"
     elif grep -Eq "NewConnectionError|NameResolutionError|Max retries exceeded|ConnectTimeout|ReadTimeout|ProxyError|SSLError|connection broken" "$log"; then
@@ -121,8 +121,8 @@ opensora_make_venv() {
         return 1
     fi
     free="$(df -Pk "$venv" | awk 'NR == 2 { print int($4 / 1024) }')"
-    if [[ "$free" =~ ^[0-9]+$ ]] && ((free < 1500)); then
-        echo "error: $free MB are free at $venv, and 1,500 are needed (6,000 with CUDA): make room, or link .venv to another disk" >&2
+    if [[ "$free" =~ ^[0-9]+$ ]] && ((free < 1800)); then
+        echo "error: $free MB are free at $venv, and 1,800 are needed (6,000 with CUDA): make room, or link .venv to another disk" >&2
         return 1
     fi
     if ! "$base" -m venv "$venv" >"$venv/setup.log" 2>&1; then
@@ -142,13 +142,13 @@ opensora_install() {
         echo "setup: no GPU here; OPENSORA_TORCH_INDEX=https://download.pytorch.org/whl/cpu may save 4 GB of CUDA libraries" >&2
     fi
     if ! opensora_is_installed .installed requirements.txt pyproject.toml; then
-        opensora_pip "installing the pinned packages into .venv (1.3 GB, 5.6 GB with CUDA; a minute or more)" \
+        opensora_pip "installing the pinned packages into .venv (1.7 GB, 6 GB with CUDA; a minute or more)" \
             ${index[@]+"${index[@]}"} -r "$OPENSORA_ROOT/requirements.txt" || return
         opensora_pip "installing this project" --no-deps --no-build-isolation --editable "$OPENSORA_ROOT" || return
         echo "$OPENSORA_WANTED" >"$OPENSORA_ROOT/.venv/.installed"
     fi
     if [[ "${OPENSORA_TESTS:-}" == 1 ]] && ! opensora_is_installed "${OPENSORA_FOR_TESTS[@]}"; then
-        opensora_pip "installing what the tests want" \
+        opensora_pip "installing what the tests want (0.5 GB)" \
             ${index[@]+"${index[@]}"} -r "$OPENSORA_ROOT/requirements-test.txt" || return
         opensora_pip "installing ColossalAI" --no-deps -r "$OPENSORA_ROOT/requirements-colossalai.txt" || return
         echo "$OPENSORA_WANTED" >"$OPENSORA_ROOT/.venv/.installed-for-tests"
