@@ -32,7 +32,7 @@ opensora_find_python() {
         fi
     done
     echo "error: Python 3.10, 3.11, 3.12, 3.13 or 3.14 is needed; found:${seen:- none}${OPENSORA_PYTHON:+, as OPENSORA_PYTHON=$OPENSORA_PYTHON}." \
-        "Install one, or name it: OPENSORA_PYTHON=/path/to/python3.12 bash ${0##*/}" >&2
+        "Install one, or name it: OPENSORA_PYTHON=/path/to/python3.12 bash $([[ "$0" == *.sh ]] && echo "$0" || echo launch/setup.sh)" >&2
     return 2
 }
 
@@ -62,6 +62,8 @@ opensora_explain() {
         why="a file cannot be written: see the lines above, and who owns $OPENSORA_ROOT/.venv"
     elif grep -Eq "NewConnectionError|NameResolutionError|Max retries exceeded|ConnectTimeout|ReadTimeout|ProxyError|SSLError|connection broken" "$log"; then
         why="the package index was not reached: see to the network or its proxy, or name an index in PIP_INDEX_URL"
+    elif [[ -n "$what" ]] && grep -q "(from versions: none)" "$log"; then
+        why="the package index was not reached, or knows no $what: see to the network or its proxy, or name an index in PIP_INDEX_URL"
     elif [[ -n "$what" ]]; then
         why="the package index has no $what for $("$PYTHON" -V 2>&1) on $(uname -sm): name another Python in OPENSORA_PYTHON, or another index in PIP_INDEX_URL"
     fi

@@ -99,6 +99,7 @@ NO_TORCH = "ERROR: No matching distribution found for torch==2.13.0"
 OS_ERROR = "ERROR: Could not install packages due to an OSError:"
 FAILURES = {
     f"after connection broken by 'NewConnectionError': Failed\n{NO_TORCH}": "the package index was not reached",
+    f"could not find torch==2.13.0 (from versions: none)\n{NO_TORCH}": "the package index was not reached, or knows no torch",
     f"{NO_TORCH} (from -r": "the package index has no torch==2.13.0 for Python",
     f"{OS_ERROR} [Errno 28] No space left on device": "the disk is full",
     f"{OS_ERROR} [Errno 13] Permission denied: 'x'": "a file cannot be written",
