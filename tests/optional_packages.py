@@ -53,7 +53,7 @@ class Place:
         env = os.environ | {"PYTHON": sys.executable}
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
         if done.returncode:
-            raise Failed(f"exit code {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
+            raise Failed(f"exit code {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1]}")
         return self.folder / "runs" / name
 
     def native(self) -> Path:
