@@ -110,26 +110,38 @@ class ParallelConfig:
         with_it, or_native = f"allowed with engine={engine}", "or engine=native"
         if self.mesh.tensor != 1:
             raise ValueError(f"mesh.tensor={self.mesh.tensor}: {with_it} is 1; use mesh.ulysses, {or_native}")
-        if precision.master != "fp32":
+        if self.zero == 0 and (precision.compute == "bf16" or self.offload != "none"):
+            only = "precision.compute=fp32 and offload=none only"
+            raise ValueError(f"zero=0: {with_it} and {only}; set these, or zero=1, {or_native}")
+        if self.zero == 0 and engine == "colossalai":
+            self._check_one_type()
+        elif precision.master != "fp32":
             raise ValueError(f"precision.master={precision.master}: {with_it} is fp32; use that, {or_native}")
         for name in ("compute", "reduce"):
             value = getattr(precision, name)
-            if value == "fp64":
+            if value == "fp64" != precision.master:
                 raise ValueError(f"precision.{name}=fp64: {with_it} are fp32 and bf16; use one of them, {or_native}")
         if self.compile.enabled:
             raise ValueError(f"compile.enabled=true: {with_it} is false; use that, {or_native}")
-        if self.zero == 0 and engine == "colossalai":
-            raise ValueError(f"zero=0: {with_it} are 1, 2 and 3; use one of them, {or_native}")
         if self.offload == "parameters" or self.prefetch:
             name = "offload" if self.offload == "parameters" else "prefetch"
             allowed = "none and optimizer" if name == "offload" else "0"
             raise ValueError(f"{name}={getattr(self, name)}: {with_it} is {allowed}; use that, {or_native}")
-        if self.zero == 0 and (precision.compute != "fp32" or self.offload != "none"):
-            raise ValueError(f"zero=0: {with_it} in fp32 without offloading only; use zero=1, {or_native}")
         if self.zero == 3 and engine == "colossalai" and precision.compute != "bf16":
             raise ValueError(
                 f"precision.compute={precision.compute}: {with_it} and zero=3 is bf16; use that, or zero=2"
             )
+
+    def _check_one_type(self) -> None:
+        """That weights are kept, computed with and summed in one type: ColossalAI's ZeRO 0 is torch's DDP."""
+        p = self.precision
+        for name in ("master", "reduce"):
+            value = getattr(p, name)
+            if value != p.compute:
+                raise ValueError(
+                    f"precision.{name}={value}: allowed with engine=colossalai and zero=0 is that of "
+                    f"precision.compute, {p.compute}; use that, or engine=native"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

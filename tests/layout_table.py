@@ -3,9 +3,10 @@
 Training rows: the largest relative differences, in fp64, over all processes and three SGD steps, of the loss, of any
 parameter's gradient, of the norm that clipping uses and of the weights afterwards. Sampling rows: the latents. Both say
 whether the bytes that each process sent over each axis are those of the formulas. DeepSpeed knows no fp64: its rows are
-held to what fp32 leaves of the truth. ``SUM`` counts what is within its tolerance.
+held to what fp32 leaves of the truth. ColossalAI's rows are its ZeRO 0. ``SUM`` counts what is within its tolerance.
 """
 
+import itertools
 import json
 import sys
 import time
@@ -63,14 +64,12 @@ def rows() -> Iterator[tuple[str, dict[str, float], Callable[[], Row]]]:
             axes = "-".join(f"{axis}{degree}" for axis, degree in degrees.items())
             name = f"sample-{world}-{axes}-zero{zero}-{'+'.join(job[:4] for job in jobs)}"
             yield name, FP64_LIMITS, lambda world=world, case=case: sampled(world, case)
-    if find_spec("deepspeed") is None:
-        return
-    _, near, gradient, weight = test_engines.EXACT["deepspeed"]
-    limits = {"loss": near, "norm": near, "gradients": gradient, "weights": weight}
-    for zero in range(4):
-        for ulysses in (1, 2):
-            name = f"deepspeed-2-ulysses{ulysses}-zero{zero}-fp32"
-            yield name, limits, lambda zero=zero, ulysses=ulysses: with_deepspeed(zero, ulysses, truth)
+    for engine, stages in (("deepspeed", (0, 1, 2, 3)), ("colossalai", (0,))):
+        for zero, ulysses in itertools.product(stages if find_spec(engine) else (), (1, 2)):
+            precision, near, gradient, weight = test_engines.exactness(engine, zero)
+            limits = {"loss": near, "norm": near, "gradients": gradient, "weights": weight}
+            name = f"{engine}-2-ulysses{ulysses}-zero{zero}-{precision.compute}"
+            yield name, limits, lambda case=(engine, zero, ulysses): on_another_engine(*case, truth)
 
 
 def trained(layout: Layout, truth: Outcome) -> Row:
@@ -90,9 +89,9 @@ def sampled(world: int, case: tuple[Any, int, tuple[str, ...]]) -> Row:
     return {"latents": max(errors)}, as_predicted
 
 
-def with_deepspeed(zero: Any, ulysses: int, truth: Outcome) -> Row:
+def on_another_engine(engine: str, zero: int, ulysses: int, truth: Outcome) -> Row:
     """The largest differences by kind, over all processes."""
-    cfg = test_engines.layout("deepspeed", zero, ulysses)
+    cfg = test_engines.layout(engine, zero, ulysses)
     found = [
         errors(Outcome([step[:3] for step in steps], steps[-1][3]), truth)
         for steps in run_distributed(test_engines.on_engine, 2, cfg, timeout=240)

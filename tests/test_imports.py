@@ -59,7 +59,6 @@ HOMES: dict[str, tuple[str, ...]] = {
     "colossalai": ("acceleration/engines/colossalai.py",),
     "flash_attn": ("acceleration/kernels/flash.py",),
     "flash_attn_interface": ("acceleration/kernels/flash.py",),
-    "apex": ("opensora/models/layers/norm.py",),
     "decord": ("opensora/datasets/decode_decord.py",),
     "torchcodec": ("opensora/datasets/decode_torchcodec.py",),
     "av": ("opensora/datasets/decode_pyav.py", "opensora/utils/video_writer.py"),

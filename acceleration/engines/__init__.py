@@ -17,7 +17,7 @@ ENGINES: dict[str, Callable[[nn.Module, ParallelConfig, OptimConfig, Mesh], Engi
     "deepspeed": DeepSpeedEngine,
     "colossalai": ColossalAIEngine,
 }
-CHECKS: dict[str, Callable[[], None]] = {"deepspeed": deepspeed.check, "colossalai": colossalai.check}
+CHECKS: dict[str, Callable[[ParallelConfig], None]] = {"deepspeed": deepspeed.check, "colossalai": colossalai.check}
 
 
 def check_engine(parallel: ParallelConfig) -> None:
@@ -27,7 +27,7 @@ def check_engine(parallel: ParallelConfig) -> None:
         ValueError: what is missing, and how to get it.
     """
     if parallel.engine in CHECKS:
-        CHECKS[parallel.engine]()
+        CHECKS[parallel.engine](parallel)
 
 
 def build_engine(model: nn.Module, parallel: ParallelConfig, optim: OptimConfig, mesh: Mesh) -> Engine:

@@ -1,11 +1,15 @@
-"""ColossalAI's Booster behind the contract: LowLevelZero for ZeRO 1 and 2, Gemini for ZeRO 3.
+"""ColossalAI's Booster behind the contract: torch's DDP for ZeRO 0, LowLevelZero for ZeRO 1 and 2, Gemini for ZeRO 3.
 
-Written against colossalai 0.5.0, whose pins (torch <= 2.5.1) need an environment of its own:
-requirements-colossalai.txt. Both plugins need a GPU. **Not run on a GPU yet.**
+Written against colossalai 0.5.0, beside this project's torch by requirements-colossalai.txt. ZeRO 0 is tested on CPU
+over gloo. The other two plugins refuse a CPU: they are tested against a stand-in, and were **not run on a GPU yet**.
 
-Masters and moments are fp32. Gradients are accumulated in the compute type (bf16), which the other engines do in fp32.
+ZeRO 0 computes and keeps everything in one type, fp32 or fp64. Otherwise masters and moments are fp32, and gradients
+are accumulated in the compute type (bf16), which the other engines do in fp32.
 """
 
+import logging
+import math
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -22,65 +26,74 @@ from acceleration.mesh import Mesh
 from acceleration.optim import build_optimizer
 from acceleration.precision import DTYPES
 
-INSTALL = "give it an environment of its own by requirements-colossalai.txt"
+INSTALL = "pip install --no-deps -r requirements-colossalai.txt"
+NEEDS = ("colossalai", "galore_torch", "bitsandbytes", "peft", "accelerate", "psutil")  # modules of that file
+PLUGINS = ("TorchDDP", "LowLevelZero", "LowLevelZero", "Gemini")  # by ZeRO stage
 
 
-def check() -> None:
+def check(parallel: ParallelConfig) -> None:
     """That this engine can run here.
 
     Raises:
-        ValueError: there is no GPU, or it is not installed.
+        ValueError: it is not installed, or not all of it, or there is no GPU and the stage needs one.
     """
-    if not torch.cuda.is_available():
+    missing = [name for name in NEEDS if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"engine=colossalai: {', '.join(missing)} not installed; {INSTALL}, or use engine=native")
+    if parallel.zero and not torch.cuda.is_available():
         raise ValueError(
-            "engine=colossalai: its LowLevelZero and Gemini need a GPU, here is none; use engine=native or deepspeed"
+            f"zero={parallel.zero}: with engine=colossalai this is {PLUGINS[parallel.zero]}, which needs a GPU, and "
+            "here is none; use zero=0 with precision.compute=fp32, or engine=native or deepspeed"
         )
-    if find_spec("colossalai") is None:
-        raise ValueError(f"engine=colossalai: not installed; {INSTALL}, or use engine=native")
 
 
 class ColossalAIEngine(FlatEngine):
     """Runs a model that ``parallelize`` has left whole, on the CPU. See ``engines.base`` for the contract."""
 
     def __init__(self, model: nn.Module, parallel: ParallelConfig, optim: OptimConfig, mesh: Mesh) -> None:
-        check()
-        from colossalai.accelerator import get_accelerator
-        from colossalai.booster import Booster
-
+        check(parallel)
+        self.booster, self.device = _booster(parallel, optim)
         self.optim = optim
         self.mesh = mesh
-        self.device = get_accelerator().get_current_device()
         self.zero = parallel.zero
+        self.replicated = parallel.zero == 0
         masters = {name: p.detach() for name, p in model.named_parameters()}  # plugins replace p.data, not these
         optimizer: Any = (
             _adam_for_gemini(model, optim) if self.zero == 3 else build_optimizer(model.parameters(), optim)
         )
         self.parameters = list(model.named_parameters())
         self.shapes = {name: whole.shape for name, whole in masters.items()}
-        plugin = _gemini(parallel, optim) if self.zero == 3 else _low_level_zero(parallel, optim)
-        self.booster = Booster(plugin=plugin)
         boosted, self.vendor, *_ = self.booster.boost(_Unpack(model), optimizer)
         self.model = _Pack(boosted)
         self._count = torch.zeros(())
         self._make_moments()
-        for name, run in self.runs().items():  # LowLevelZero made its masters from rounded weights
-            run.values.copy_(masters[name].view(-1)[run.start : run.start + len(run.values)])
+        if self.zero:  # LowLevelZero made its masters from rounded weights
+            for name, run in self.runs().items():
+                run.values.copy_(masters[name].view(-1)[run.start : run.start + len(run.values)])
         self.start_average()
 
     def backward(self, loss_share: Tensor, *, last_microbatch: bool) -> None:
-        # ZeRO 1 reduces once per step; 2 and 3 reduce, and keep a part of, every micro-batch.
+        # ZeRO 1 reduces once per step; 2 and 3 reduce, and keep a part of, every micro-batch. So does 0: DDP wants to
+        # be told before the forward pass, where a mean of sums that are already equal does no harm.
         waits = self.zero == 1 and not last_microbatch
         with self.booster.no_sync(self.model, self.vendor) if waits else nullcontext():
-            # Both plugins divide by the number of processes, we sum: the factor undoes it.
+            # All plugins divide by the number of processes, we sum: the factor undoes it.
             self.booster.backward(loss_share * self.mesh.world_size, self.vendor)
 
     def step(self, step: int, accept: Accept | None = None) -> Tensor:
-        self.vendor.step()
-        norm = self.vendor.get_grad_norm()
+        if self.zero:
+            self.vendor.step()
+            norm = self.vendor.get_grad_norm()
+        else:
+            norm = self.vendor.clip_grad_by_norm(self.optim.clip_norm or math.inf)
+            if accept is not None and not accept(norm):
+                self.vendor.zero_grad()
+                return norm
+            self.vendor.step()
         self.vendor.zero_grad()
         self._count += 1
         self.update_average(step)
-        return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
+        return torch.as_tensor(norm, device=self.device)
 
     def updates(self) -> Tensor:
         return self._count
@@ -89,8 +102,13 @@ class ColossalAIEngine(FlatEngine):
         return self.vendor.optim.param_groups
 
     def runs(self) -> dict[str, Run]:
-        held = self._in_chunks if self.zero == 3 else self._in_parts
+        held = (self._whole, self._in_parts, self._in_parts, self._in_chunks)[self.zero]
         return {name: held(index, p) for index, (name, p) in enumerate(self.parameters)}
+
+    def _whole(self, index: int, p: nn.Parameter) -> Run:
+        """DDP leaves parameters where they are."""
+        moments = self.vendor.optim.state.get(p, {})
+        return Run(p.shape, 0, p.detach().view(-1), {key: moments[key].view(-1) for key in MOMENTS if key in moments})
 
     def _in_parts(self, index: int, p: nn.Parameter) -> Run:
         """LowLevelZero cuts every parameter into equal runs, the last ones padded."""
@@ -127,6 +145,7 @@ class ColossalAIEngine(FlatEngine):
         if self.zero == 3:
             for chunk in self.vendor.chunk16_set:
                 chunk.optim_update()
+        if self.zero in (0, 3):
             return
         for (name, p), whole in zip(self.parameters, self.full_weights(), strict=True):
             assert whole[0] == name
@@ -137,8 +156,12 @@ class ColossalAIEngine(FlatEngine):
         if self.optim.kind != "adamw":
             return
         runs = self.runs()
+        key: Tensor | None
+        like: Tensor
         for index, (name, p) in enumerate(self.parameters):
-            if self.zero == 3:
+            if self.zero == 0:
+                key = like = p
+            elif self.zero == 3:
                 key, like = self.vendor.id_to_fake_params.get(index), runs[name].values
             else:
                 key = like = self.vendor.get_working_to_master_map()[id(p)]
@@ -147,6 +170,24 @@ class ColossalAIEngine(FlatEngine):
                     "step": 0 if self.zero == 3 else torch.zeros((), device=like.device),
                     **{moment: torch.zeros_like(like) for moment in MOMENTS},
                 }
+
+
+def _booster(parallel: ParallelConfig, optim: OptimConfig) -> tuple[Any, torch.device]:
+    """ColossalAI's driver with the plugin of the stage, and the device that it works on."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported by the way; nothing of it is used
+    with warnings.catch_warnings():  # of packages that it could use and we do not: apex, TensorNVMe
+        warnings.simplefilter("ignore")
+        from colossalai.accelerator import get_accelerator
+        from colossalai.booster import Booster
+        from colossalai.booster.plugin import TorchDDPPlugin
+    # Its DDP plugin calls torch's DDP by a keyword that has a new name since torch 2.13.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="colossalai")
+    plugin: Any
+    if parallel.zero == 0:
+        plugin = TorchDDPPlugin()
+    else:
+        plugin = _gemini(parallel, optim) if parallel.zero == 3 else _low_level_zero(parallel, optim)
+    return Booster(plugin=plugin), get_accelerator().get_current_device()
 
 
 def _low_level_zero(parallel: ParallelConfig, optim: OptimConfig) -> Any:

@@ -24,7 +24,7 @@ from acceleration.runtime import ranks_from_environment
 INSTALL = 'pip install "deepspeed>=0.19"'
 
 
-def check() -> None:
+def check(parallel: ParallelConfig) -> None:
     """That this engine can run here.
 
     Raises:
@@ -38,7 +38,7 @@ class DeepSpeedEngine(FlatEngine):
     """Runs a model that ``parallelize`` has left whole, on the CPU. See ``engines.base`` for the contract."""
 
     def __init__(self, model: nn.Module, parallel: ParallelConfig, optim: OptimConfig, mesh: Mesh) -> None:
-        check()
+        check(parallel)
         deepspeed = _import(mesh.device_type)
         self.mesh = mesh
         self.zero = parallel.zero

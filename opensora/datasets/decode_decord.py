@@ -41,7 +41,7 @@ def read_window(
         frames: np.ndarray | None = None
         for first in range(0, len(numbers), _AT_ONCE):
             deadline.check()
-            for slot, frame in enumerate(reader.get_batch(list(numbers[first : first + _AT_ONCE])).asnumpy(), first):
+            for slot, frame in enumerate(_frames(decord, reader, list(numbers[first : first + _AT_ONCE])), first):
                 scaled = scale_rgb(frame, resize)
                 if frames is None:
                     frames = allocate((len(numbers), *scaled.shape))
@@ -50,3 +50,18 @@ def read_window(
         raise DecodeError(source.path, short_reason(error)) from error
     assert frames is not None
     return frames
+
+
+def _frames(decord: Any, reader: Any, numbers: list[int]) -> np.ndarray:
+    """(n, H, W, 3) uint8. Decord pads the rows of frames 8, 12, 16, 24 and 48 pixels wide, counts the padding as
+    channels, and has no room for it in a batch; one by one they can be read, and the padding cut off.
+    """
+    try:
+        return reader.get_batch(numbers).asnumpy()
+    except decord.DECORDError:
+        single = [reader[number].asnumpy() for number in numbers]
+        height, width, channels = single[0].shape
+        if channels == 3:
+            raise
+        rows = np.stack(single).reshape(len(numbers), height, -1)
+        return rows[:, :, : 3 * width].reshape(len(numbers), height, width, 3)

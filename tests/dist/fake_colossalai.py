@@ -1,4 +1,4 @@
-"""Stands in for colossalai 0.5.0 where there is no GPU: what acceleration/engines/colossalai.py calls, and no more.
+"""Stands in for the two plugins of colossalai 0.5.0 that refuse a CPU: what acceleration/engines/colossalai.py calls.
 
 Names, signatures and arithmetic are those of the release (booster/plugin/{low_level_zero,gemini}_plugin.py,
 zero/low_level/low_level_optim.py, zero/gemini/{gemini_ddp,gemini_optimizer}.py): masters cut over all processes,
@@ -29,7 +29,11 @@ def install() -> None:
             "get_accelerator": lambda: SimpleNamespace(get_current_device=lambda: torch.device("cpu"))
         },
         "colossalai.booster": {"Booster": Booster},
-        "colossalai.booster.plugin": {"LowLevelZeroPlugin": LowLevelZeroPlugin, "GeminiPlugin": GeminiPlugin},
+        "colossalai.booster.plugin": {
+            "LowLevelZeroPlugin": LowLevelZeroPlugin,
+            "GeminiPlugin": GeminiPlugin,
+            "TorchDDPPlugin": None,  # runs on a CPU: not stood in for
+        },
         "colossalai.nn": {},
         "colossalai.nn.optimizer": {"HybridAdam": HybridAdam},
     }
@@ -37,7 +41,7 @@ def install() -> None:
         module = ModuleType(name)
         module.__dict__.update(values)
         sys.modules[name] = module
-    adapter.check = lambda: None
+    adapter.check = lambda parallel: None
 
 
 class Booster:

@@ -164,7 +164,22 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     "ZeRO 0 in bf16 elsewhere": (
         None,
         ["parallel.engine=deepspeed", "parallel.zero=0"],
-        "parallel.zero=0: allowed with engine=deepspeed in fp32 without offloading only; use zero=1, or engine=nati",
+        "parallel.zero=0: allowed with engine=deepspeed and precision.compute=fp32 and offload=none only; set th",
+    ),
+    "DDP by ColossalAI in two types": (
+        None,
+        ["parallel.engine=colossalai", "parallel.zero=0", "parallel.precision.compute=fp64"],
+        "parallel.precision.master=fp32: allowed with engine=colossalai and zero=0 is that of precision.compute, fp64",
+    ),
+    "DDP by ColossalAI that rounds sums": (
+        None,
+        [
+            "parallel.engine=colossalai",
+            "parallel.zero=0",
+            "parallel.precision.compute=fp32",
+            "parallel.precision.reduce=bf16",
+        ],
+        "parallel.precision.reduce=bf16: allowed with engine=colossalai and zero=0 is that of precision.compute, fp32",
     ),
     "Gemini in fp32": (
         None,

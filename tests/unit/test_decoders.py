@@ -17,42 +17,67 @@ from opensora.datasets.reader import DecoderProcess
 from opensora.utils.errors import UserError
 from tests.unit.test_decode import MEDIA, encode, needs_media
 
+others = pytest.mark.parametrize("decoder", ["decord", "torchcodec"])
 
+
+def needs(decoder: str) -> None:
+    """Skip, with the reason, what a package that is not installed, or a library that it wants, should do."""
+    try:
+        require(decoder)
+    except UserError as why:
+        pytest.skip(str(why))
+
+
+@others
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 @pytest.mark.parametrize("gop", [4, 100])
-def test_decord_gives_the_same_frames(tmp_path: Path, suffix: str, gop: int) -> None:
+def test_another_decoder_gives_the_same_frames(tmp_path: Path, suffix: str, gop: int, decoder: str) -> None:
     """Frame by frame the same numbers; colours differ by rounding of the conversion."""
-    pytest.importorskip("decord")
+    needs(decoder)
     path = encode(tmp_path / f"c{suffix}", 40, gop=gop)
     for start, count, interval in ((0, 40, 1), (17, 9, 2), (39, 1, 1)):
         ours = read_frames(path, start, count, interval).astype(int)
-        theirs = read_frames(path, start, count, interval, decoder="decord")
+        theirs = read_frames(path, start, count, interval, decoder=decoder)
         assert theirs.dtype == np.uint8 and theirs.shape == ours.shape
         assert abs(ours - theirs).mean() < 1.5
-    small = read_frames(path, 5, 10, resize=Cover(24, 24), decoder="decord")
+    small = read_frames(path, 5, 10, resize=Cover(24, 24), decoder=decoder)
     assert small.shape == (10, 24, 32, 3)
     with pytest.raises(DecodeError, match="it has 40 frames, the window needs 41"):
-        read_frames(path, 40, 1, decoder="decord")
+        read_frames(path, 40, 1, decoder=decoder)
 
 
-def test_decord_refuses_what_is_broken_in_one_line(tmp_path: Path) -> None:
-    pytest.importorskip("decord")
+@others
+@pytest.mark.parametrize("width", [8, 10, 16, 24, 48, 50, 64])
+def test_another_decoder_reads_narrow_clips(tmp_path: Path, width: int, decoder: str) -> None:
+    """Decord pads rows of some widths, and then miscounts."""
+    needs(decoder)
+    path = encode(tmp_path / "c.mp4", 20, size=(48, width))
+    for numbers in ((0, 20), (3, 9)):
+        theirs = read_frames(path, *numbers, decoder=decoder).astype(int)
+        assert theirs.shape[1:] == (48, width, 3)
+        assert abs(theirs - read_frames(path, *numbers)).mean() < 1.5
+
+
+@others
+def test_another_decoder_refuses_what_is_broken_in_one_line(tmp_path: Path, decoder: str) -> None:
+    needs(decoder)
     path = tmp_path / "c.mp4"
     path.write_bytes(b"not a clip" * 50)
     with pytest.raises(DecodeError) as error:
-        read_frames(str(path), 0, 1, decoder="decord")
+        read_frames(str(path), 0, 1, decoder=decoder)
     assert error.value.path == str(path) and "\n" not in str(error.value)
 
 
+@others
 @needs_media
-def test_decord_and_pyav_number_real_frames_alike() -> None:
-    pytest.importorskip("decord")
+def test_decoders_number_real_frames_alike(decoder: str) -> None:
+    needs(decoder)
     for name in ("clips/bird.mkv", "edge_cases/test_non_zero_start.mp4"):
         path = str(MEDIA / name)
         total = probe(path).num_frames
         every = read_frames(path, 0, min(total, 12), resize=Cover(64, 64)).astype(int)
         for i in (0, 3, len(every) - 1):
-            one = read_frames(path, i, 1, resize=Cover(64, 64), decoder="decord").astype(int)
+            one = read_frames(path, i, 1, resize=Cover(64, 64), decoder=decoder).astype(int)
             assert abs(every - one).mean(axis=(1, 2, 3)).argmin() == i, (name, i)
 
 

@@ -1,12 +1,13 @@
 """Engines without processes: what can be refused at once, and runs of elements as boxes."""
 
 from math import prod
+from typing import Any
 
 import pytest
 import torch
 
 from acceleration.checkpoint import pieces
-from acceleration.config import ParallelConfig
+from acceleration.config import ParallelConfig, PrecisionConfig
 from acceleration.engines import check_engine, colossalai, deepspeed
 
 
@@ -17,16 +18,21 @@ def test_an_engine_that_is_not_there_says_how_to_get_it(monkeypatch: pytest.Monk
         ValueError, match=r'^engine=deepspeed: not installed; pip install "deepspeed>=0\.19", or use engin'
     ):
         check_engine(ParallelConfig(engine="deepspeed"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ValueError, match=r"^engine=colossalai: not installed; .*requirements-colossalai\.txt"):
+    with pytest.raises(ValueError, match=r"^engine=colossalai: colossalai, .* not installed; pip install --no-deps "):
         check_engine(ParallelConfig(engine="colossalai"))
+    monkeypatch.setattr(colossalai, "find_spec", lambda name: None if name == "galore_torch" else name)
+    with pytest.raises(ValueError, match=r"^engine=colossalai: galore_torch not installed; pip install --no-deps "):
+        check_engine(ParallelConfig(engine="colossalai"))  # after a plain pip install --no-deps colossalai
     check_engine(ParallelConfig())
 
 
-def test_colossalai_refuses_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("zero", "plugin"), [(1, "LowLevelZero"), (2, "LowLevelZero"), (3, "Gemini")])
+def test_colossalai_on_a_cpu_has_zero_0_only(monkeypatch: pytest.MonkeyPatch, zero: Any, plugin: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=r"^engine=colossalai: its LowLevelZero and Gemini need a GPU, here is none; "):
-        check_engine(ParallelConfig(engine="colossalai"))
+    monkeypatch.setattr(colossalai, "find_spec", lambda name: name)
+    with pytest.raises(ValueError, match=rf"^zero={zero}: with engine=colossalai this is {plugin}, which needs a GPU"):
+        check_engine(ParallelConfig(engine="colossalai", zero=zero))
+    check_engine(ParallelConfig(engine="colossalai", zero=0, precision=PrecisionConfig(compute="fp32")))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (1, 4), (4, 1), (2, 3, 4), (3, 1, 2, 2)])

@@ -12,6 +12,7 @@ from PIL import Image
 from opensora.datasets.decode import DECODERS, DecodeError, is_image, probe, read_frames
 from opensora.datasets.storage import archive_members, locate
 from tests.unit.test_decode import encode
+from tests.unit.test_decoders import needs
 
 LONG = "a/" * 60 + "long name.mp4"
 
@@ -101,9 +102,8 @@ def test_an_archive_written_anew_is_another(tmp_path: Path, members: dict[str, b
         read_frames(f"{path}#p.png", 0, 1)
 
 
-@pytest.mark.parametrize("decoder", [name for name in DECODERS if name != "torchcodec"])
+@pytest.mark.parametrize("decoder", DECODERS)
 def test_other_decoders_read_members_too(tmp_path: Path, members: dict[str, bytes], decoder: str) -> None:
-    if decoder != "pyav":
-        pytest.importorskip(decoder)
+    needs(decoder)
     alone = read_frames(str(tmp_path / "1.mp4"), 3, 5, decoder=decoder)
     assert np.array_equal(read_frames(f"{tmp_path / 's.zip'}#first.mp4", 3, 5, decoder=decoder), alone)
