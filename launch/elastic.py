@@ -169,7 +169,8 @@ class Agent(api.LocalElasticAgent):
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         with STOP.starting():
             pids: dict[int, Any] = super()._start_workers(worker_group)
-            STOP.watch([one.proc for one in self._pcontext.subprocess_handlers.values()])
+            context: Any = self._pcontext
+            STOP.watch([handler.proc for handler in context.subprocess_handlers.values()])
         return pids
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:

@@ -5,10 +5,13 @@ means at once: a thread that the interpreter tells of signals ends the process, 
 signal's number. SIGUSR1 and SIGUSR2 are warnings that a batch script repeats until they are heeded, and a terminal that
 closes sends SIGHUP more than once: these say no more the second time.
 
-Commands without a state to save (``leave_when_asked``): the same thread ends the process at the first signal, after the
-file that is being written.
+Sampling and encoding ahead (``leave_when_asked``): the same thread ends the process at the first signal, after the file
+that is being written; the main thread may be in an exchange with others, and cannot be asked.
+
+Commands of one process (``stopped_in_one_line``): a signal is an exception, so that what was written aside is removed.
 """
 
+import atexit
 import contextlib
 import ctypes
 import os
@@ -18,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 # SLURM, launchers and service managers, a terminal (Ctrl-C, its end, Ctrl-\), early warnings of batch systems.
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
@@ -157,6 +161,57 @@ def writing() -> Iterator[None]:
         yield
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal, where it interrupts what the main thread does."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextmanager
+def stopped_in_one_line(stays: str = "") -> Iterator[None]:
+    """For a command of one process: a signal ends what is done inside as an exception does, then the program with one
+    line and 128 plus the signal's number. Leaves alone what ``remember`` or ``leave_when_asked`` set up.
+
+    Args:
+        stays: what the line says beyond the signal's name.
+    """
+    if _asked is not None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ends = (signal.SIG_DFL, signal.default_int_handler)
+    replaced = {number: signal.signal(number, _raise) for number in SIGNALS if signal.getsignal(number) in ends}
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        number = getattr(stop, "number", signal.SIGINT)
+        with contextlib.suppress(OSError, ValueError):
+            print(f"stopped by {signal.Signals(number).name}{stays and f': {stays}'}", file=sys.stderr, flush=True)
+        raise SystemExit(128 + number) from None
+    finally:
+        for number, handler in replaced.items():
+            signal.signal(number, handler)
+
+
+def _raise(number: int, frame: object) -> NoReturn:
+    for other in SIGNALS:  # the same request by another way must not cut short what is tidied up now
+        if signal.getsignal(other) is _raise:
+            signal.signal(other, signal.SIG_IGN)
+    raise Stopped(number)
+
+
+@contextmanager
+def inherited_by_nobody() -> Iterator[None]:
+    """Processes that are started inside do not get these signals, which a terminal sends to all of a command; whoever
+    started them ends them. This thread has them right afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def forget() -> None:
     """Signals do again what they did before ``remember``."""
     global _asked
@@ -165,12 +220,20 @@ def forget() -> None:
     _asked = None
 
 
-def ignore() -> None:
-    """Signals do nothing more: the work is done, and the exit code is decided. SIGQUIT and SIGKILL still end."""
+def end_process(code: int) -> NoReturn:
+    """End this process, whose work is done and whose exit code is decided; no signal changes it any more.
+
+    What is buffered is written, and functions of ``atexit`` run. Modules are not taken down, which takes seconds with
+    torch; a terminal or a pipe that is gone does not change the exit code either.
+    """
     forget()
     for number in SIGNALS:
-        if number != getattr(signal, "SIGQUIT", None):
-            signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_IGN)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _ask(stays: str | None = None, code: int | None = None) -> Asked:

@@ -11,6 +11,6 @@ if __name__ == "__main__":
     try:
         run_cli(main)
     except SystemExit as end:
-        if end.code in (0, INTERRUPTED):
-            signals.ignore()  # the state is on disk: a signal would only change the exit code
+        if end.code in (0, INTERRUPTED):  # the state is on disk
+            signals.end_process(end.code)
         raise
