@@ -4,20 +4,32 @@ Each step is a command that could be typed, and is printed as such. Only the sta
 """
 
 import argparse
+import contextlib
 import csv
 import json
+import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = ["bash", "launch/torchrun.sh"]
 MARK = ".demo"  # in a folder that this program may empty
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
+
+class Stopped(Exception):
+    """A signal for this program."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
 
 
 def main() -> None:
@@ -72,7 +84,9 @@ class Demo:
 
     def command(self, words: list[object]) -> None:
         """Run to the end; a failure ends the demo with the command's own words."""
-        code = self.start(words).wait()
+        process = self.start(words)
+        with self.passing_signals_to(process):
+            code = process.wait()
         if code:
             sys.exit(f"error: the command above ended with exit code {code}")
 
@@ -80,7 +94,35 @@ class Demo:
         line = [str(word) for word in words]
         shown = ["python" if word == sys.executable else word for word in line]
         print(f"$ {shlex.join(shown)}", flush=True)
-        return subprocess.Popen(line, cwd=ROOT, start_new_session=True)
+        return subprocess.Popen(line, cwd=ROOT, start_new_session=True)  # so that a terminal asks this program alone
+
+    @contextlib.contextmanager
+    def passing_signals_to(self, process: "subprocess.Popen[bytes]") -> Iterator[None]:
+        """A signal for the demo ends the command in the command's own way, then the demo."""
+        try:
+            yield
+        except Stopped as stop:
+            self.stop(process, stop.number)
+
+    def stop(self, process: "subprocess.Popen[bytes]", number: int) -> NoReturn:
+        """Pass the signal on, as often as it comes; wait for the command; say what is kept and how to go on."""
+        process.send_signal(number)
+        while process.returncode is None:
+            try:
+                process.wait()
+            except Stopped as stop:
+                process.send_signal(stop.number)
+        steps = sorted((self.run / "checkpoints").glob("step-*"))
+        words = process.args if isinstance(process.args, list) else []
+        shown = shlex.join("python" if word == sys.executable else str(word) for word in words)
+        again = shlex.join(["bash", "launch/demo.sh", *sys.argv[1:]])
+        leave(
+            number,
+            f"stopped by {signal.Signals(number).name}, the command above ended with exit code {process.returncode}",
+            f"kept: what is in {self.out}" + (f", of the training {steps[-1]}" if steps else ""),
+            f"this command alone goes on with: {shown}",
+            f"the whole demo begins anew, with an empty {self.out}: {again}",
+        )
 
     def render_shapes(self) -> Path:
         self.say("Rendering captioned clips and stills of moving shapes")
@@ -108,12 +150,13 @@ class Demo:
         words = [*TORCHRUN, "2", "scripts/diffusion/train.py", config, *overrides]
         process = self.start(words)
         metrics = self.run / "metrics.jsonl"
-        while process.poll() is None and not half_done(metrics):
-            time.sleep(0.2)
-        if process.poll() is None:
-            print(f"$ kill -TERM {process.pid}   # at step {last_step(metrics)}", flush=True)
-            process.send_signal(signal.SIGTERM)
-        code = process.wait()
+        with self.passing_signals_to(process):
+            while process.poll() is None and not half_done(metrics):
+                time.sleep(0.2)
+            if process.poll() is None:
+                print(f"$ kill -TERM {process.pid}   # at step {last_step(metrics)}", flush=True)
+                process.send_signal(signal.SIGTERM)
+            code = process.wait()
         saved = sorted((self.run / "checkpoints").glob("step-*"))
         if code == 0 or not saved:
             sys.exit(f"error: the interrupted training ended with exit code {code} and {len(saved)} checkpoints")
@@ -216,5 +259,22 @@ def last_step(path: Path) -> int:
     return int(records[-1]["step"]) if records else 0
 
 
+def interrupt(number: int, frame: object) -> NoReturn:
+    raise Stopped(number)
+
+
+def leave(number: int, *lines: str) -> NoReturn:
+    """As a signal does, with some lines where there is still somebody to read them."""
+    with contextlib.suppress(OSError):
+        print(*lines, sep="\n", flush=True)
+    os._exit(128 + number)
+
+
 if __name__ == "__main__":
-    main()
+    for stop in STOPS:
+        if signal.getsignal(stop) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(stop, interrupt)
+    try:
+        main()
+    except Stopped as stopped:
+        leave(stopped.number, f"stopped by {stopped}, between two commands; bash launch/demo.sh begins anew")

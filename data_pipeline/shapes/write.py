@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import product
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -125,14 +125,17 @@ def write_items(folder: Path, items: Sequence[Item], processes: int) -> None:
                 _write_job(job)
                 bar.update()
             return
+        others = set(active_children())
         with ProcessPoolExecutor(processes, get_context("spawn"), end_with_parent, (signal.SIGKILL,)) as pool:
             try:
                 with inherited_by_nobody():
-                    done = pool.map(_write_job, jobs, chunksize=2)  # what is begun is waited for
+                    done = pool.map(_write_job, jobs, chunksize=16)
                 for _ in done:
                     bar.update()
             except BaseException:
-                pool.shutdown(cancel_futures=True)  # leaving the block would wait for all jobs
+                for process in set(active_children()) - others:  # leaving the block would wait for all jobs
+                    process.kill()
+                pool.shutdown(cancel_futures=True)
                 raise
 
 
