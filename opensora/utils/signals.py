@@ -191,7 +191,8 @@ def stopped_in_one_line(stays: str = "") -> Iterator[None]:
         raise SystemExit(128 + number) from None
     finally:
         for number, handler in replaced.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) in (_raise, signal.SIG_IGN):
+                signal.signal(number, handler)
 
 
 def _raise(number: int, frame: object) -> NoReturn:
