@@ -37,11 +37,12 @@ class Stop:
     def __init__(self) -> None:
         self.number = 0  # of the first signal
         self.started = False  # there are processes, or there were
-        self._starting = False
+        self._lock = threading.Lock()
         self._processes: list[subprocess.Popen[Any]] = []
         self._asked: list[float] = []  # when, each request once
         self._last: dict[int, float] = {}
-        self._untold: list[tuple[subprocess.Popen[Any], int, float]] = []  # process, signal, when it was asked
+        self._untold: list[tuple[subprocess.Popen[Any], int]] = []  # what has still to be passed on
+        self._begun = 0.0  # when the processes were started
         self._over: float | None = None  # since when all processes have ended
         self._limit_s = float(os.environ.get(LIMIT, LIMIT_S))
 
@@ -56,46 +57,43 @@ class Stop:
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         threading.Thread(target=self._serve, args=(reading,), name="signals", daemon=True).start()
 
-    @contextlib.contextmanager
-    def starting(self) -> Any:
-        """While processes are started; a signal that comes meanwhile is passed on when all are."""
-        self._starting = True
-        try:
-            yield
-        finally:
-            self._starting = False
+    def starting(self) -> threading.Lock:
+        """To hold while processes are started: a signal that comes meanwhile is passed on when all are."""
+        return self._lock
 
     def watch(self, processes: Sequence["subprocess.Popen[Any]"]) -> None:
         """The processes that were started, in place of earlier ones."""
         self._processes, self.started = list(processes), True
-        self._untold = [(process, self.number, time.monotonic()) for process in processes if self.number]
+        self._begun, self._over = time.monotonic(), None
+        self._untold = [(process, self.number) for process in processes if self.number]
 
     def _serve(self, reading: int) -> None:
         while True:
-            waits = LOOK_S if self.number else None
-            if select.select([reading], [], [], waits)[0]:
-                for number in os.read(reading, 64):
+            came = select.select([reading], [], [], LOOK_S if self.number else None)[0]
+            numbers = os.read(reading, 64) if came else b""
+            with self._lock:
+                for number in numbers:
                     if number in SIGNALS:
                         self._heard(number, time.monotonic())
-            if self.number and not self._starting:
-                self._tell(time.monotonic())
-                self._look(time.monotonic())
+                if self.number:
+                    self._tell(time.monotonic())
+                    self._look(time.monotonic())
 
     def _heard(self, number: int, now: float) -> None:
-        again = now - self._last.get(number, now - REPEAT_S) >= REPEAT_S
+        again = number not in self._last or now - self._last[number] >= REPEAT_S
         if self.number and (not again or number not in IMPATIENT):
             return
         self._last[number] = now
         self._asked.append(now)
         self.number = self.number or number
-        self._untold += [(process, number, now) for process in self._processes]
+        self._untold += [(process, number) for process in self._processes]
 
     def _tell(self, now: float) -> None:
         """Pass signals on to the processes that have handlers; to the others when they had time to begin."""
         later = []
-        for process, number, asked in self._untold:
-            if process.poll() is None and not listens(process.pid, number) and now - asked < BEGIN_S:
-                later.append((process, number, asked))
+        for process, number in self._untold:
+            if process.poll() is None and not listens(process.pid, number) and now - self._begun < BEGIN_S:
+                later.append((process, number))
             else:
                 process.send_signal(number)  # does nothing where the process has ended
         self._untold = later

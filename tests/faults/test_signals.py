@@ -172,8 +172,11 @@ def stands_still(config: Path, overrides: list[str]) -> None:
     """A run whose second step takes for ever, with two requests to stop during it."""
     import threading
 
+    metrics = Path(overrides[0].removeprefix("output=")) / "run/metrics.jsonl"
+
     def ask() -> None:
-        time.sleep(1.0)
+        while not metrics.exists():  # before that a request to stop ends the run politely
+            time.sleep(0.05)
         for _ in range(2):  # by two ways: from a terminal, and passed on by a launcher
             os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1.5)
@@ -336,9 +339,9 @@ def test_sampling_leaves_in_one_line_and_what_is_written_is_whole(config: Path, 
     train, sample = str(ROOT / "scripts/diffusion/train.py"), str(ROOT / "scripts/diffusion/inference.py")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
     subprocess.run(
-        [sys.executable, train, str(config), "train.steps=1", "train.export=true"], env=environment, check=True
+        [sys.executable, train, str(config), "train.steps=4", "train.export=true"], env=environment, check=True
     )
-    job = [sample, str(ROOT / "configs/sample/demo.yaml"), f"weights={tmp_path}/runs/run/exported", "prompt=a circle"]
+    job = [sample, str(ROOT / "configs/sample/demo.yaml"), f"weights={tmp_path}/runs/run", "prompt=a circle"]
     job += ["num_sample=400", "batch_size=1", "sampling.num_frames=9", "sampling.num_steps=2"]
     launch = ["bash", str(ROOT / "launch/torchrun.sh"), "2"]
     for launcher, number in ((launch, signal.SIGINT), (launch, signal.SIGTERM), ([sys.executable], signal.SIGINT)):
