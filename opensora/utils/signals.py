@@ -186,8 +186,7 @@ def stopped_in_one_line(stays: str = "") -> Iterator[None]:
         yield
     except KeyboardInterrupt as stop:
         number = getattr(stop, "number", signal.SIGINT)
-        with contextlib.suppress(OSError, ValueError):
-            print(f"stopped by {signal.Signals(number).name}{stays and f': {stays}'}", file=sys.stderr, flush=True)
+        _say(f"stopped by {signal.Signals(number).name}{stays and f': {stays}'}")
         raise SystemExit(128 + number) from None
     finally:
         for number, handler in replaced.items():
@@ -227,7 +226,6 @@ def end_process(code: int) -> NoReturn:
     What is buffered is written, and functions of ``atexit`` run. Modules are not taken down, which takes seconds with
     torch; a terminal or a pipe that is gone does not change the exit code either.
     """
-    forget()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     atexit._run_exitfuncs()

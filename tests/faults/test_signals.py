@@ -134,6 +134,40 @@ def test_a_signal_while_loading_saving_or_sampling(config: Path, tmp_path: Path,
     tally("SIGTERM while loading, saving, sampling", 3, 3)
 
 
+def stops_at_step_2(config: Path, folder: Path, full: bool) -> int:
+    """Exit code of the training command that is asked to stop in its third step; maybe its disk is full."""
+    import errno
+
+    from acceleration.checkpoint import writer
+    from opensora.cli.train import main
+    from opensora.train.run import Run
+
+    def no_room(*args: object) -> dict[str, object]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    lr_at = Run.lr_at
+
+    def asking(run: Run, step: int) -> float:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return lr_at(run, step)
+
+    Run.lr_at = asking  # type: ignore[method-assign]
+    if full:
+        writer.write = no_room  # type: ignore[assignment]
+    overrides = [f"output={folder}", "train.checkpoint_async=false", "train.checkpoint_every=100"]
+    return main([str(config), *overrides])
+
+
+@pytest.mark.parametrize(("full", "code"), [(False, 75), (True, 1)])
+def test_75_is_said_of_a_state_that_is_on_disk_alone(
+    full: bool, code: int, config: Path, tmp_path: Path, tally: Tally
+) -> None:
+    assert run_distributed(stops_at_step_2, 2, config, tmp_path, full, init=False) == [code, code]
+    assert [path.name for path in (tmp_path / "run/checkpoints").glob("step-*")] == ([] if full else ["step-00000003"])
+    tally("asked to stop, and the last save fails: exit code 1", 1, 1)
+
+
 # Commands as they are typed.
 
 
