@@ -35,8 +35,11 @@ PEERS_S = 6.0  # how long to wait for the reports of others
 STACKS_S = 2.0  # how long to wait for a process to write its stacks
 LAST_S = 9.5  # beyond what is allowed: then all that is above is over, and a process that is still there ends itself
 ENDING_S = 10.5  # for a process to end itself; longer than that, so that it can
-STACKS = signal.SIGUSR1  # makes a process write its stacks, and harms nothing
-UNTOUCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # by what is sent to a group of processes
+STACKS = signal.SIGURG  # makes a process write its stacks, and harms nothing: one that has no handler ignores it
+# What is sent to a group of processes to stop a run, and must not end those beside the one that trains.
+UNTOUCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+CLOSE_S = 10.0  # for a process beside to end by itself when it is not needed any more
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _SIGEV_THREAD = 2  # bits/sigevent-consts.h
 _BEAT = struct.Struct("=dqd32sd96s")  # since (monotonic), step, seconds allowed, phase, since, exchange
@@ -96,12 +99,21 @@ class Watchdog:
         faulthandler.unregister(STACKS)
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait()
+        end(self._process, CLOSE_S)
 
     def _obey(self) -> None:
         assert self._process.stdout is not None
         if self._process.stdout.read(1):
             os._exit(HUNG)
+
+
+def end(process: "subprocess.Popen[Any]", within_s: float) -> int:
+    """Exit code of a process that is about to end; one that does not, being stopped for example, is killed."""
+    try:
+        return process.wait(within_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 class _SigEvent(ctypes.Structure):
@@ -216,6 +228,8 @@ class _Beside:
         self.exchange_s, self.folder = float(argv[6]), Path(argv[7])
         self.memory = mmap.mmap(beat, mmap.PAGESIZE, prot=mmap.PROT_READ)
         self.stacks = stacks
+        if sys.platform == "linux":  # were this process stopped, it would not see that the other has ended
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGCONT, 0, 0, 0)
 
     def watch(self) -> None:
         """Until the process ends, or is ended."""

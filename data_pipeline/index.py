@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from opensora.datasets.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError, MediaInfo, probe
 from opensora.utils.errors import UserError
+from opensora.utils.signals import stopped_in_one_line
 
 COLUMNS = ("path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps")
 
@@ -158,4 +159,5 @@ def _write(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with stopped_in_one_line():
+        sys.exit(main())

@@ -47,7 +47,7 @@ def decide(history: list[Attempt], now: Attempt) -> Verdict:
     if now.code == BAD_CONFIGURATION:
         return Verdict(False, "the configuration was refused; see the log of rank 0")
     if now.terminated:
-        return Verdict(False, "SLURM ended the job; if that was not scancel, it queues it again by itself")
+        return Verdict(False, "the job was ended; if SLURM did it, without scancel, it queues it again by itself")
     without = attempts_without_progress([*history, now])
     if without >= MAX_WITHOUT_PROGRESS:
         return Verdict(False, f"{without} attempts in a row ended at step {now.step} without progress")

@@ -4,27 +4,32 @@ Each step is a command that could be typed, and is printed as such. Only the sta
 """
 
 import argparse
+import contextlib
 import csv
 import json
+import os
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from budget import Schedule, Speed, fits, lay_out, measure  # launch/budget.py; this is run as a script
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = ["bash", "launch/torchrun.sh"]
 MARK = ".demo"  # in a folder that this program may empty
-MEASURED_STEPS = 5
-FIRST_LAYOUT = "ZeRO 3, Ulysses 2, gradient checkpointing"
-SECOND_LAYOUT = "ZeRO 2, two data-parallel processes, no gradient checkpointing"
-OTHER_LAYOUT = ["parallel.zero=2", "parallel.mesh.ulysses=1", "parallel.recompute.kind=none"]
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
+
+class Stopped(Exception):
+    """A signal for this program."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
 
 
 def main() -> None:
@@ -32,6 +37,8 @@ def main() -> None:
     out: Path = args.out
     config = "configs/train/demo_clips.yaml" if args.videos else "configs/train/demo.yaml"
     overrides = [f"output={out}", *args.overrides]
+    if args.steps:
+        overrides.append(f"train.steps={args.steps}")
     if out.exists():
         shutil.rmtree(out)
     out.mkdir(parents=True)
@@ -44,18 +51,11 @@ def main() -> None:
         table, prompts = demo.render_shapes(), out / "data" / "demo_prompts.csv"
     overrides.append(f"data.table={table}")
 
-    demo.deadline = time.monotonic() + 60 * args.minutes
-    if args.steps:
-        schedule = Schedule(first=args.steps // 4, total=args.steps)
-    else:
-        schedule = demo.choose_steps(config, overrides, args.minutes)
-
-    demo.say(f"Training on 2 processes: {FIRST_LAYOUT}; stopped by a signal after {schedule.first} updates")
-    demo.train_until(schedule, config, overrides)
-    total = schedule.total if args.steps else demo.steps_left_in_time(schedule)
-    demo.say(f"Resuming on another layout: {SECOND_LAYOUT}")
-    resumed = [*overrides, *OTHER_LAYOUT, f"train.steps={total}"]
-    demo.command([*TORCHRUN, "2", "scripts/diffusion/train.py", config, *resumed])
+    demo.say("Training on 2 processes: ZeRO 3, Ulysses 2, gradient checkpointing; stopped half-way by a signal")
+    demo.train_half(config, overrides)
+    demo.say("Resuming on another layout: ZeRO 2, two data-parallel processes, no recomputation")
+    other = ["parallel.zero=2", "parallel.mesh.ulysses=1", "parallel.recompute.kind=none"]
+    demo.command([*TORCHRUN, "2", "scripts/diffusion/train.py", config, *overrides, *other])
 
     demo.say("Sampling on 2 processes that share the tokens of every clip")
     samples = out / "samples"
@@ -72,8 +72,6 @@ class Demo:
         self.out = out
         self.run = out / "demo"
         self.started = time.monotonic()
-        self.deadline = self.started  # of everything after the data
-        self.speeds: tuple[Speed, Speed] | None = None  # of both layouts, where they were measured
         self.titles: list[tuple[float, str]] = []
 
     def say(self, title: str) -> None:
@@ -86,7 +84,9 @@ class Demo:
 
     def command(self, words: list[object]) -> None:
         """Run to the end; a failure ends the demo with the command's own words."""
-        code = self.start(words).wait()
+        process = self.start(words)
+        with self.passing_signals_to(process):
+            code = process.wait()
         if code:
             sys.exit(f"error: the command above ended with exit code {code}")
 
@@ -94,7 +94,35 @@ class Demo:
         line = [str(word) for word in words]
         shown = ["python" if word == sys.executable else word for word in line]
         print(f"$ {shlex.join(shown)}", flush=True)
-        return subprocess.Popen(line, cwd=ROOT, start_new_session=True)
+        return subprocess.Popen(line, cwd=ROOT, start_new_session=True)  # so that a terminal asks this program alone
+
+    @contextlib.contextmanager
+    def passing_signals_to(self, process: "subprocess.Popen[bytes]") -> Iterator[None]:
+        """A signal for the demo ends the command in the command's own way, then the demo."""
+        try:
+            yield
+        except Stopped as stop:
+            self.stop(process, stop.number)
+
+    def stop(self, process: "subprocess.Popen[bytes]", number: int) -> NoReturn:
+        """Pass the signal on, as often as it comes; wait for the command; say what is kept and how to go on."""
+        process.send_signal(number)
+        while process.returncode is None:
+            try:
+                process.wait()
+            except Stopped as stop:
+                process.send_signal(stop.number)
+        steps = sorted((self.run / "checkpoints").glob("step-*"))
+        words = process.args if isinstance(process.args, list) else []
+        shown = shlex.join("python" if word == sys.executable else str(word) for word in words)
+        again = shlex.join(["bash", "launch/demo.sh", *sys.argv[1:]])
+        leave(
+            number,
+            f"stopped by {signal.Signals(number).name}, the command above ended with exit code {process.returncode}",
+            f"kept: what is in {self.out}" + (f", of the training {steps[-1]}" if steps else ""),
+            f"this command alone goes on with: {shown}",
+            f"the whole demo begins anew, with an empty {self.out}: {again}",
+        )
 
     def render_shapes(self) -> Path:
         self.say("Rendering captioned clips and stills of moving shapes")
@@ -117,57 +145,18 @@ class Demo:
             texts = list(dict.fromkeys(row["text"] for row in csv.DictReader(file)))[:6]
         return write_rows(self.out / "data" / "demo_prompts.csv", [{"text": text} for text in texts])
 
-    def choose_steps(self, config: str, overrides: list[str], minutes: float) -> Schedule:
-        """As many updates as the time allows, by a few measured in either layout."""
-        self.say(f"Measuring a few updates in both layouts, to fill {minutes:g} minutes")
-        first, second = (self.speed(config, [*overrides, *layout]) for layout in ([], OTHER_LAYOUT))
-        self.speeds = first, second
-        schedule = lay_out(self.deadline - time.monotonic(), first, second)
-        print(
-            f"{first.step_s:.2f} s an update with {FIRST_LAYOUT}, {second.step_s:.2f} s with {SECOND_LAYOUT}: "
-            f"train.steps={schedule.total}, the learning rate's cosine laid out for them",
-            flush=True,
-        )
-        return schedule
-
-    def speed(self, config: str, overrides: list[str]) -> Speed:
-        words = [sys.executable, "-m", "benchmarks.demo_step", config, "--steps", MEASURED_STEPS, *overrides]
-        line = [str(word) for word in words]
-        print(f"$ {shlex.join(['python', *line[1:]])}", flush=True)
-
-        def run() -> str:
-            done = subprocess.run(line, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-            if done.returncode:
-                sys.exit(f"error: the command above ended with exit code {done.returncode}")
-            return done.stdout
-
-        return measure(run, MEASURED_STEPS)
-
-    def steps_left_in_time(self, schedule: Schedule) -> int:
-        """The updates planned, or fewer where the machine has become slower than it was when measured."""
-        assert self.speeds is not None
-        first, second = self.speeds
-        records = read_records(self.run / "metrics.jsonl")
-        slower = max(1.0, statistics.median(record["time/step_s"] for record in records) / first.step_s)
-        left = fits(self.deadline - time.monotonic(), Speed(slower * second.start_s, slower * second.step_s))
-        done = last_step(self.run / "metrics.jsonl")
-        if done + left >= 0.9 * schedule.total:
-            return schedule.total
-        print(f"an update takes {slower:.1f} times as long as measured: train.steps={done + left}", flush=True)
-        return done + left
-
-    def train_until(self, schedule: Schedule, config: str, overrides: list[str]) -> None:
-        """Start training, send SIGTERM to the launcher once the first updates are reported, wait for the end."""
-        steps = f"train.steps={schedule.total}"
-        words = [*TORCHRUN, "2", "scripts/diffusion/train.py", config, *overrides, steps]
+    def train_half(self, config: str, overrides: list[str]) -> None:
+        """Start training, send SIGTERM to the launcher once half of the updates are reported, wait for the end."""
+        words = [*TORCHRUN, "2", "scripts/diffusion/train.py", config, *overrides]
         process = self.start(words)
         metrics = self.run / "metrics.jsonl"
-        while process.poll() is None and last_step(metrics) < schedule.first:
-            time.sleep(0.2)
-        if process.poll() is None:
-            print(f"$ kill -TERM {process.pid}   # at step {last_step(metrics)}", flush=True)
-            process.send_signal(signal.SIGTERM)
-        code = process.wait()
+        with self.passing_signals_to(process):
+            while process.poll() is None and not half_done(metrics):
+                time.sleep(0.2)
+            if process.poll() is None:
+                print(f"$ kill -TERM {process.pid}   # at step {last_step(metrics)}", flush=True)
+                process.send_signal(signal.SIGTERM)
+            code = process.wait()
         saved = sorted((self.run / "checkpoints").glob("step-*"))
         if code == 0 or not saved:
             sys.exit(f"error: the interrupted training ended with exit code {code} and {len(saved)} checkpoints")
@@ -215,8 +204,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="launch/demo.sh", description="Prepare, train, interrupt, resume, sample.")
     parser.add_argument("--videos", type=Path, help="folder of clips with captions; default: rendered shapes")
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder to write, emptied first")
-    parser.add_argument("--minutes", type=float, default=8.0, help="time for everything after the data; default: 8")
-    parser.add_argument("--steps", type=int, help="optimizer updates; default: as many as fit into the minutes")
+    parser.add_argument("--steps", type=int, help="optimizer updates; default: as in the configuration")
     parser.add_argument("overrides", nargs="*", help="section.key=value for the training")
     args = parser.parse_args()
     args.out = args.out.resolve()
@@ -226,8 +214,6 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--videos {args.videos}: no such folder")
     if args.out.exists() and not (args.out / MARK).exists() and any(args.out.iterdir()):
         parser.error(f"--out {args.out}: holds something else than a demo; name another folder")
-    if not 1 <= args.minutes <= 7 * 24 * 60:
-        parser.error(f"--minutes {args.minutes:g}: must be a number from 1 to 10080")
     if args.steps is not None and args.steps < 40:
         parser.error(f"--steps {args.steps}: allowed are integers >= 40")
     return args
@@ -262,10 +248,33 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [record for record in read_lines(path) if "loss" in record]
 
 
+def half_done(metrics: Path) -> bool:
+    """Whether half of the updates that the run announced at its start are in its records."""
+    totals = [line["steps"] for line in read_lines(metrics) if line.get("event") == "started"]
+    return bool(totals) and last_step(metrics) >= totals[-1] // 2
+
+
 def last_step(path: Path) -> int:
     records = read_records(path)
     return int(records[-1]["step"]) if records else 0
 
 
+def interrupt(number: int, frame: object) -> NoReturn:
+    raise Stopped(number)
+
+
+def leave(number: int, *lines: str) -> NoReturn:
+    """As a signal does, with some lines where there is still somebody to read them."""
+    with contextlib.suppress(OSError):
+        print(*lines, sep="\n", flush=True)
+    os._exit(128 + number)
+
+
 if __name__ == "__main__":
-    main()
+    for stop in STOPS:
+        if signal.getsignal(stop) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(stop, interrupt)
+    try:
+        main()
+    except Stopped as stopped:
+        leave(stopped.number, f"stopped by {stopped}, between two commands; bash launch/demo.sh begins anew")

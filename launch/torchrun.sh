@@ -5,23 +5,31 @@
 #   --nodes K               machines; start the same command on each of them
 #   --rendezvous HOST:PORT  with --nodes: the first machine, and a port that is free there
 #   --restarts M            start all processes again, at most M times, when one fails (not after 2 and 75)
+#   --shutdown-timeout S    seconds that processes get to save and leave after a signal, before they are killed (3600)
+#
+# SIGTERM, SIGINT (Ctrl-C), SIGHUP, SIGQUIT, SIGUSR1 and SIGUSR2 are passed on to the processes; training saves and leaves
+# with 75. SIGTERM, SIGINT or SIGQUIT again makes them leave at once.
 set -euo pipefail
+trap 'echo "stopped before the first process was started, nothing is lost" >&2; exit 75' TERM INT HUP QUIT USR1 USR2
 usage() {
-    echo "usage: launch/torchrun.sh [--nodes K --rendezvous HOST:PORT] [--restarts M] PROCESSES SCRIPT [ARGS...]" >&2
+    echo "usage: launch/torchrun.sh [--nodes K --rendezvous HOST:PORT] [--restarts M] [--shutdown-timeout S]" \
+        "PROCESSES SCRIPT [ARGS...]" >&2
     exit 2
 }
-nodes=1 rendezvous="" restarts=0
+nodes=1 rendezvous="" restarts=0 shutdown=3600
 while [[ "${1:-}" == --* ]]; do
     [[ $# -ge 2 ]] || usage
     case "$1" in
         --nodes) nodes="$2" ;;
         --rendezvous) rendezvous="$2" ;;
         --restarts) restarts="$2" ;;
+        --shutdown-timeout) shutdown="$2" ;;
         *) usage ;;
     esac
     shift 2
 done
-[[ $# -ge 2 && "$1" =~ ^[1-9][0-9]*$ && "$nodes" =~ ^[1-9][0-9]*$ && "$restarts" =~ ^[0-9]+$ ]] || usage
+[[ $# -ge 2 && "$1" =~ ^[1-9][0-9]*$ && "$nodes" =~ ^[1-9][0-9]*$ ]] || usage
+[[ "$restarts" =~ ^[0-9]+$ && "$shutdown" =~ ^[1-9][0-9]*$ ]] || usage
 if [[ "$nodes" == 1 ]]; then
     [[ -z "$rendezvous" ]] || usage
     where=(--standalone)
@@ -43,7 +51,9 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # Without a share each, every process starts as many threads as there are cores.
 cores="$("$PYTHON" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)')"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}"
-# Passed on to the ranks, which save and exit.
-export TORCHELASTIC_SIGNALS_TO_HANDLE="${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2}"
+export OPENSORA_SHUTDOWN_TIMEOUT="$shutdown"
 
-exec "$PYTHON" "$root/launch/elastic.py" "${where[@]}" --max-restarts "$restarts" --nproc-per-node "$processes" "$@"
+# torch is to leave signals to elastic.py: its own handlers end the processes after 30 s, saved or not. It reads the option
+# alone, and overwrites the variable TORCHELASTIC_SIGNALS_TO_HANDLE with it. This log folder makes it leave none in /tmp.
+exec "$PYTHON" "$root/launch/elastic.py" "${where[@]}" --signals-to-handle none --log-dir /dev/null \
+    --max-restarts "$restarts" --nproc-per-node "$processes" "$@"

@@ -23,6 +23,7 @@ from opensora.models import MODEL_SIZES, MODELS, MMDiTConfig
 from opensora.models.text import TEXT_ENCODERS, ByteTextConfig, TextConfig
 from opensora.models.vae import AUTOENCODERS, AutoencoderConfig, autoencoder_shape
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
+from opensora.utils import signals
 from opensora.utils.errors import UserError
 from opensora.utils.logging import LogConfig, launched_rank
 from opensora.utils.sampling import SamplingOption
@@ -299,13 +300,15 @@ def config_hash(cfg: Any) -> str:
 
 def run_cli(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Call ``main(argv)`` and exit with its code; a ``UserError`` becomes one line on stderr and exit code 2, an error
-    that has an ``exit_code``, such as ``StartError`` of acceleration, a line of every rank that has it, and that code.
+    that has an ``exit_code``, such as ``StartError`` of acceleration, a line of every rank that has it, and that code;
+    a signal, one line and 128 plus its number, unless the command has its own way with signals.
 
     Of several ranks only rank 0 speaks. The others wait before they exit, because a launcher that sees one process
     end kills the rest, and rank 0 must have had its say; one still alive then has an error of its own, and says it.
     """
     try:
-        code = main(sys.argv[1:])
+        with signals.stopped_in_one_line():
+            code = main(sys.argv[1:])
     except UserError as error:
         line = " ".join(str(error).split())
         rank = launched_rank()

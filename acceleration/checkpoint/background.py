@@ -1,7 +1,7 @@
 """Saving while training goes on: a copy of this process's file in shared memory, and a process that writes it.
 
 What stalls training is the copy. The writing process is not a fork (which would copy page tables, locks and CUDA state)
-and imports no torch; it ends with the training process, whose pipe it reads.
+and imports no torch. It ends with the training process: the system kills it then, also while it is stopped.
 """
 
 import json
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from acceleration.checkpoint import shards, writer
+from acceleration.watchdog import UNTOUCHED, end
 
-UNTOUCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+CLOSE_S = 10.0  # for an idle process to end by itself
 
 
 class BackgroundWriter:
@@ -99,7 +100,10 @@ class BackgroundWriter:
         with suppress(OSError):  # bytes that it never took
             process.stdin.close()
         process.stdout.close()
-        return process.wait()
+        if self._busy:  # with what nobody will commit
+            process.kill()
+            self._busy = False
+        return end(process, CLOSE_S)
 
     def _room(self, size: int) -> mmap.mmap:
         """Memory that another process can read by a path, kept from save to save."""

@@ -3,6 +3,8 @@
 import sys
 
 from data_pipeline.shapes.write import main
+from opensora.utils.signals import stopped_in_one_line
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with stopped_in_one_line("the same command writes the data set anew"):
+        sys.exit(main())

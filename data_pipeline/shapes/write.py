@@ -9,12 +9,13 @@ import argparse
 import csv
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import product
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from data_pipeline.shapes.render import (
     training_combinations,
 )
 from opensora.utils.errors import UserError
+from opensora.utils.signals import end_with_parent, inherited_by_nobody
 from opensora.utils.video_writer import write_image, write_video
 
 TABLE_COLUMNS = ("path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps")
@@ -123,9 +125,18 @@ def write_items(folder: Path, items: Sequence[Item], processes: int) -> None:
                 _write_job(job)
                 bar.update()
             return
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            for _ in pool.map(_write_job, jobs, chunksize=16):
-                bar.update()
+        others = set(active_children())
+        with ProcessPoolExecutor(processes, get_context("spawn"), end_with_parent, (signal.SIGKILL,)) as pool:
+            try:
+                with inherited_by_nobody():
+                    done = pool.map(_write_job, jobs, chunksize=16)
+                for _ in done:
+                    bar.update()
+            except BaseException:
+                for process in set(active_children()) - others:  # leaving the block would wait for all jobs
+                    process.kill()
+                pool.shutdown(cancel_futures=True)
+                raise
 
 
 def table_row(item: Item) -> dict[str, Any]:

@@ -6,6 +6,11 @@ Train with ``data.features=DIR`` afterwards. Stopped at any time, the same comma
 import argparse
 from pathlib import Path
 
+from opensora.utils import signals
+
+if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
+    signals.leave_when_asked("shards that are written stay in --out; the same command makes the others", code=75)
+
 from opensora.config import RunConfig, config_from_argv, run_cli
 from opensora.train.precompute import precompute
 from opensora.utils.errors import UserError

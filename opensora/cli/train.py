@@ -5,6 +5,7 @@ import logging
 from opensora.config import RunConfig, config_from_argv
 from opensora.train.guard import Hopeless
 from opensora.train.loop import train
+from opensora.train.run import Run
 from opensora.train.run_folder import finished, write_done
 from opensora.train.setup import Interrupted, SaveError, start_run
 from opensora.utils.logging import announce
@@ -23,13 +24,26 @@ def main(argv: list[str]) -> int:
     try:
         with start_run(cfg) as run:
             if not train(run):
-                return INTERRUPTED
+                return _interrupted(run)
             if run.runtime.is_main:
                 write_done(cfg)
             return 0
     except Interrupted:
-        announce("stopped before the first step: nothing was trained, nothing is lost")
+        announce("stopped before the first step: nothing was trained, nothing is lost; the same command goes on")
         return INTERRUPTED
     except (SaveError, Hopeless) as error:
         announce(f"error: {error}", level=logging.ERROR)
         return 1
+
+
+def _interrupted(run: Run) -> int:
+    where = run.where_stopped()
+    if where is None:
+        announce(
+            f"error: stopped, and step {run.step} could not be saved (see above): the same command goes on from the "
+            f"newest checkpoint in {run.checkpoints.folder}",
+            level=logging.ERROR,
+        )
+        return 1
+    announce(where)
+    return INTERRUPTED

@@ -17,9 +17,9 @@ from typing import Any, Literal
 import numpy as np
 
 from opensora.datasets.decode import DecodeError, read_frames
-from opensora.utils.signals import end_with_parent
+from opensora.utils.signals import NAMES, end_with_parent
 
-IGNORED_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
+IGNORED_SIGNALS = NAMES  # what asks a run to stop
 ORPHAN_S = 60.0  # beyond the time limit of a sample: then nobody is there who would have killed this process
 
 # What goes back: the shape of the frames, which lie in the shared memory; why the file cannot be read; or the

@@ -13,6 +13,7 @@ from torch import Tensor
 from opensora.config import SampleConfig
 from opensora.inference.load import Components
 from opensora.inference.prompts import Job
+from opensora.utils import signals
 from opensora.utils.images import contact_sheet
 from opensora.utils.video_writer import write_image, write_video
 
@@ -42,11 +43,12 @@ class Saver:
         self.folder.mkdir(parents=True, exist_ok=True)
         for job, clip in zip(jobs, to_uint8(pixels), strict=True):
             path = self.folder / f"{job.name}.{'png' if len(clip) == 1 else 'mp4'}"
-            if len(clip) == 1:
-                write_image(path, clip[0].numpy())
-            else:
-                write_video(path, clip.numpy(), self._fps)
-            path.with_suffix(".txt").write_text(job.text + "\n", encoding="utf-8")
+            with signals.writing():
+                if len(clip) == 1:
+                    write_image(path, clip[0].numpy())
+                else:
+                    write_video(path, clip.numpy(), self._fps)
+                path.with_suffix(".txt").write_text(job.text + "\n", encoding="utf-8")
             self._written.append((str(path), job.text, _thumbnails(clip)))
 
     def finish(self) -> list[str]:
@@ -57,7 +59,8 @@ class Saver:
         if not self.is_main:
             return []
         sheet = self.folder / SHEET
-        contact_sheet([(prompt, frames) for _, prompt, frames in written[:SHEET_ROWS]], sheet, columns=SHEET_COLUMNS)
+        with signals.writing():
+            contact_sheet([(text, frames) for _, text, frames in written[:SHEET_ROWS]], sheet, columns=SHEET_COLUMNS)
         return [file for file, _, _ in written] + [str(sheet)]
 
 

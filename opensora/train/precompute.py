@@ -26,6 +26,7 @@ from opensora.models.vae import build_autoencoder
 from opensora.train.features import encoder_dtype, identity, identity_hash
 from opensora.train.setup import check
 from opensora.train.step import Preparation
+from opensora.utils import signals
 from opensora.utils.errors import UserError
 from opensora.utils.logging import announce
 
@@ -60,7 +61,8 @@ def precompute(cfg: RunConfig, folder: Path, epochs: int) -> bool:
         _encode(cfg, table, plan, folder, epochs, mine, hash_, _device(ranks))
     complete = all((folder / features.shard_name(number)).is_file() for number in range(shards))
     if complete:
-        features.write_index(folder, shards, epochs, made_for, hash_)
+        with signals.writing():
+            features.write_index(folder, shards, epochs, made_for, hash_)
         announce(f"{folder} is complete: data.features={folder}")
     return complete
 
@@ -109,7 +111,8 @@ def _encode(
     )
     null = text_encoder.encode([""])
     named = {"txt": null.txt, "y_vec": null.y_vec, "mask": null.mask}
-    features.write_null(folder, {name: x for name, x in named.items() if x is not None}, hash_)
+    with signals.writing():
+        features.write_null(folder, {name: x for name, x in named.items() if x is not None}, hash_)
     chosen = set(mine)
     wanted = {number: shard for number, shard in enumerate(_shards(plan, epochs)) if number in chosen}
     batches = read_batches(table, plan, cfg.data, (m for shard in wanted.values() for m in shard), cfg.seed)
@@ -122,7 +125,9 @@ def _encode(
                     announce(f"sample {sample} is replaced by {other}: {why}")
                 encoded = prepare.encode(batch)
                 parts.append((micro_batch, features.Features(**{n: x.cpu() for n, x in encoded.tensors().items()})))
-            announce(f"wrote {features.write_shard(folder, number, parts, hash_)}")
+            with signals.writing():
+                path = features.write_shard(folder, number, parts, hash_)
+            announce(f"wrote {path}")
     finally:
         batches.close()
 

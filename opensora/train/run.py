@@ -81,6 +81,17 @@ class Run:
         with signals.remember().saving():
             self.checkpoints.wait()
 
+    def where_stopped(self) -> str | None:
+        """After an interruption: where the state is and how to go on; None if this step's state could not be saved."""
+        if self.checkpoints.failures:
+            return None
+        name = signals.remember().name
+        path = self.checkpoints.folder / f"step-{self.step:08d}"
+        return (
+            f"stopped by {name or 'a signal to another process'}: step {self.step} of {self.cfg.train.steps} is saved "
+            f"in {path}; the same command goes on from there"
+        )
+
     def export(self) -> None:
         """Write what sampling should use: of weights or adapters the moving average, if there is one. Collective.
 
@@ -102,12 +113,14 @@ class Run:
 
         Signals kill again: a process that failed must not outlive its launcher's patience.
         """
+        if kind is not None:
+            signals.forget()
         self.data.close()
         self.metrics.close()
         self.checkpoints.close()
         self.phases.close()
-        signals.forget()
         if kind is None:
             runtimes.stop()
         if self.lock is not None:
             self.lock.release()
+        signals.forget()

@@ -153,6 +153,7 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
     step = int(manifest["step"]) if manifest else 0
     stop.check()
     asked.lost = lambda: f"what was trained since the newest of {checkpoints.folder} will be trained again"
+    asked.promise = "saving the state and stopping after this step"
     if runtime.is_main:
         config.save(cfg, folder / config.SAVED_NAME)
 

@@ -1,5 +1,6 @@
 """What a run writes about itself: metrics.jsonl and its copies, console messages, the progress bar."""
 
+import contextlib
 import json
 import logging
 import math
@@ -168,17 +169,20 @@ class Progress:
         done, self._step = step - self._step, step
         if self._bar is not None:
             self._bar.set_postfix_str(shown, refresh=False)
-            self._bar.update(done)
+            with contextlib.suppress(OSError):  # as in _TqdmHandler
+                self._bar.update(done)
             return
         now = time.monotonic()
         if now - self._spoke >= self._every_s or step >= self._total:
             self._spoke = now
-            print(f"{self._unit} {step}/{self._total}, {shown or 'running'}, {self._eta(now)}", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                print(f"{self._unit} {step}/{self._total}, {shown or 'running'}, {self._eta(now)}", file=sys.stderr)
 
     def close(self) -> None:
         """Leave the bar as it stands."""
         if self._bar is not None:
-            self._bar.close()
+            with contextlib.suppress(OSError):
+                self._bar.close()
 
     def _eta(self, now: float) -> str:
         made = self._step - self._initial
@@ -189,10 +193,14 @@ class Progress:
 
 
 class _TqdmHandler(logging.Handler):
-    """Writes through tqdm, which moves a bar out of the way."""
+    """Writes through tqdm, which moves a bar out of the way.
+
+    A terminal that was closed, or a reader of a pipe that has ended (Ctrl-C ends ``tee`` too), must not end a run.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        with contextlib.suppress(OSError):
+            tqdm.write(self.format(record), file=sys.stderr)
 
 
 def _shown(values: Mapping[str, Any]) -> str:

@@ -5,7 +5,12 @@ from opensora.utils import signals
 if __name__ == "__main__":
     signals.remember()  # before torch is imported, which takes long enough to be interrupted in
 
-    from opensora.cli.train import main
+    from opensora.cli.train import INTERRUPTED, main
     from opensora.config import run_cli
 
-    run_cli(main)
+    try:
+        run_cli(main)
+    except SystemExit as end:
+        if end.code in (0, INTERRUPTED):  # the state is on disk
+            signals.end_process(end.code)
+        raise

@@ -43,7 +43,7 @@ def run_distributed(
     Args:
         fn: a top-level function of an importable module. Its result is pickled by value: return plain tensors
             (``full_tensor()`` of a DTensor), numbers, containers of those.
-        timeout: seconds for the whole group; then every process is killed.
+        timeout: seconds for the whole group, from when the fork server is ready; then every process is killed.
         init: start the gloo group before ``fn`` and end it after. False: ``fn`` starts the group itself from the
             environment, as under torchrun; what is still alive when it returns is ended all the same.
 
@@ -51,7 +51,7 @@ def run_distributed(
         DistributedFailure: a rank raised, died or ran out of time; no process is left behind.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    _preload(context)
     store = dist.TCPStore(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout), multi_tenant=False
     )
@@ -76,6 +76,28 @@ def run_distributed(
             process.join()
         for connection in connections:
             connection.close()
+
+
+def _preload(context: Any) -> None:
+    """Have the fork server import what every process needs: once, and outside of any group's limit.
+
+    The server imports before it serves, which takes minutes on a machine under load; a process that it has started is
+    the proof that it has.
+    """
+    global _preloaded
+    if not _preloaded:
+        context.set_forkserver_preload(PRELOAD)
+        process = context.Process(target=_nothing)
+        process.start()
+        process.join()
+        _preloaded = True
+
+
+_preloaded = False
+
+
+def _nothing() -> None:
+    pass
 
 
 def _rank_main(

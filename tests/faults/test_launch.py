@@ -232,7 +232,10 @@ SCRIPT: dict[str, tuple[str, list[signal.Signals], int, bool]] = {
     "fails": ("if rank == 1: sys.exit(1)\ntime.sleep(20)", [], 1, True),
     "is asked to stop before the limit": (f"{LISTEN}; {READY}", [signal.SIGUSR2], 75, True),
     "is asked before it listens": (f"{READY.replace('20', '2')}; {LISTEN}; time.sleep(20)", [signal.SIGUSR2], 75, True),
+    "is asked by another warning": (f"{LISTEN}; {READY}", [signal.SIGUSR1], 75, True),
     "is cancelled": (f"{LISTEN}; {READY}", [signal.SIGTERM], 75, False),
+    "is asked by a person": (f"{LISTEN}; {READY}", [signal.SIGINT], 75, False),
+    "is asked by a person to stop now": (f"{LISTEN}; {READY}", [signal.SIGQUIT], 75, False),
 }
 
 
@@ -261,8 +264,8 @@ def test_the_batch_script(case: str, tmp_path: Path) -> None:
         while signals and time.monotonic() < deadline and len(list(tmp_path.glob("started-*"))) < 2:
             time.sleep(0.02)
         for number in signals:
-            # SLURM's warning goes to the script alone, the end of a job to all.
-            (process.send_signal if number == signal.SIGUSR2 else lambda n: os.killpg(process.pid, n))(number)
+            # The end of a job goes to all, everything else to the script alone.
+            (process.send_signal if number != signal.SIGTERM else lambda n: os.killpg(process.pid, n))(number)
         while again and time.monotonic() < deadline and not (log.exists() and "requeue" in log.read_text()):
             time.sleep(0.02)
         if again:  # then SLURM ends the script
@@ -335,6 +338,7 @@ USAGE = (
     "--fast 1 2 x",
     "--rendezvous h:1 1 x",
     "--restarts -1 1 x",
+    "--shutdown-timeout 0 1 x",
 )
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from opensora.datasets.decode import probe
+from opensora.utils import signals
 from tests.conftest import ROOT
 from tests.dist.harness import DistributedFailure, run_distributed
 from tests.faults.conftest import CONFIG, Tally
@@ -132,6 +134,40 @@ def test_a_signal_while_loading_saving_or_sampling(config: Path, tmp_path: Path,
     tally("SIGTERM while loading, saving, sampling", 3, 3)
 
 
+def stops_at_step_2(config: Path, folder: Path, full: bool) -> int:
+    """Exit code of the training command that is asked to stop in its third step; maybe its disk is full."""
+    import errno
+
+    from acceleration.checkpoint import writer
+    from opensora.cli.train import main
+    from opensora.train.run import Run
+
+    def no_room(*args: object) -> dict[str, object]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    lr_at = Run.lr_at
+
+    def asking(run: Run, step: int) -> float:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return lr_at(run, step)
+
+    Run.lr_at = asking  # type: ignore[method-assign]
+    if full:
+        writer.write = no_room  # type: ignore[assignment]
+    overrides = [f"output={folder}", "train.checkpoint_async=false", "train.checkpoint_every=100"]
+    return main([str(config), *overrides])
+
+
+@pytest.mark.parametrize(("full", "code"), [(False, 75), (True, 1)])
+def test_75_is_said_of_a_state_that_is_on_disk_alone(
+    full: bool, code: int, config: Path, tmp_path: Path, tally: Tally
+) -> None:
+    assert run_distributed(stops_at_step_2, 2, config, tmp_path, full, init=False) == [code, code]
+    assert [path.name for path in (tmp_path / "run/checkpoints").glob("step-*")] == ([] if full else ["step-00000003"])
+    tally("asked to stop, and the last save fails: exit code 1", 1, 1)
+
+
 # Commands as they are typed.
 
 
@@ -170,8 +206,11 @@ def stands_still(config: Path, overrides: list[str]) -> None:
     """A run whose second step takes for ever, with two requests to stop during it."""
     import threading
 
+    metrics = Path(overrides[0].removeprefix("output=")) / "run/metrics.jsonl"
+
     def ask() -> None:
-        time.sleep(1.0)
+        while not metrics.exists():  # before that a request to stop ends the run politely
+            time.sleep(0.05)
         for _ in range(2):  # by two ways: from a terminal, and passed on by a launcher
             os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1.5)
@@ -205,6 +244,172 @@ def test_a_repeated_warning_is_one_warning(tally: Tally) -> None:
     done = subprocess.run([sys.executable, "-c", REPEATED], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "SIGUSR2\n", "")
     tally("SIGUSR2 again and again: one warning", 1, 1)
+
+
+NOHUP = """
+import os, signal
+from opensora.utils import signals
+asked = signals.remember()
+os.kill(os.getpid(), signal.SIGHUP)
+print(asked.name, signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)
+"""
+
+
+def test_nohup_is_respected(tally: Tally) -> None:
+    """SIGHUP stays ignored where it was, in a rank and in the launcher, so that a run outlives its terminal."""
+    for script, wanted in (
+        (NOHUP, "None True\n"),
+        (
+            "import sys, os, signal; sys.path.insert(0, 'launch')\n"
+            + (ROOT / "launch/elastic.py").read_text().partition("STOP = Stop()")[0]
+            + "Stop().listen(); os.kill(os.getpid(), signal.SIGHUP); print('here')",
+            "here\n",
+        ),
+    ):
+        done = subprocess.run(
+            ["sh", "-c", 'trap "" HUP; exec "$@"', "-", sys.executable, "-c", script],
+            cwd=ROOT, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (0, wanted), done.stderr
+        tally("SIGHUP under nohup: ignored", 1, 1)
+
+
+LEAVES = """
+import os, signal, sys, time
+from pathlib import Path
+from opensora.utils import signals
+signals.leave_when_asked("what is written stays"{code})
+path = Path(sys.argv[1])
+print("ready", flush=True)
+if {writing}:
+    with signals.writing():
+        path.write_text("half")
+        print("writes", flush=True)
+        time.sleep(2.0)
+        path.write_text("whole")
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("writing", [False, True])
+@pytest.mark.parametrize(("code", "wanted"), [("", None), (", code=75", 75)])
+@pytest.mark.parametrize("number", signals.SIGNALS)
+def test_a_command_without_a_state_leaves_after_the_file_that_it_writes(
+    number: signal.Signals, code: str, wanted: int | None, writing: bool, tmp_path: Path, tally: Tally
+) -> None:
+    script = LEAVES.format(code=code, writing=writing)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "file")],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    while process.stdout.readline() != ("writes\n" if writing else "ready\n"):
+        assert process.poll() is None
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == (wanted or 128 + number)
+    assert said == f"stopped by {number.name}: what is written stays\n"
+    assert not writing or (tmp_path / "file").read_text() == "whole"
+    tally("a signal while a file is written by sampling: the file is whole, one line", 1, 1)
+
+
+def test_a_signal_to_a_launcher_that_has_started_nothing_yet(tmp_path: Path, tally: Tally) -> None:
+    """While it imports torch."""
+    script = tmp_path / "never.py"
+    script.write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        process = subprocess.Popen(
+            ["bash", str(ROOT / "launch/torchrun.sh"), "2", str(script)], stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"PYTHON": sys.executable},
+        )  # fmt: skip
+        while b"elastic.py" not in Path(f"/proc/{process.pid}/cmdline").read_bytes() or not handles_signals(
+            process.pid
+        ):
+            time.sleep(0.005)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 75 and "before the first process was started, nothing is lost" in said
+        assert said.count("\n") == 1 and not (tmp_path / "ran").exists()
+        tally("a signal to a launcher that imports torch: 75, nothing started", 1, 1)
+
+
+STUBBORN = """
+import signal, sys, time
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, frame: None)
+open(sys.argv[1] + "/" + __import__("os").environ["RANK"], "w").close()
+time.sleep(1000)
+"""
+
+
+@pytest.mark.timeout(240)
+def test_processes_that_do_not_leave_are_killed(tmp_path: Path, tally: Tally) -> None:
+    """After --shutdown-timeout, or when they were asked three times."""
+    script = tmp_path / "stubborn.py"
+    script.write_text(STUBBORN)
+    for options, times in ((["--shutdown-timeout", "3"], 1), ([], 3)):
+        begun = tmp_path / str(times)
+        begun.mkdir()
+        process = subprocess.Popen(
+            ["bash", str(ROOT / "launch/torchrun.sh"), *options, "2", str(script), str(begun)],
+            stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHON": sys.executable},
+        )  # fmt: skip
+        while len(list(begun.iterdir())) < 2:
+            assert process.poll() is None
+            time.sleep(0.05)
+        family = descendants(process.pid)
+        for _ in range(times):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(1.2)
+        _, said = process.communicate(timeout=90)
+        assert process.returncode == 137 and "killed" in said, said
+        assert not [pid for pid in family if alive(pid)]
+        tally("processes that do not leave: killed in time", 1, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_sampling_leaves_in_one_line_and_what_is_written_is_whole(config: Path, tmp_path: Path, tally: Tally) -> None:
+    train, sample = str(ROOT / "scripts/diffusion/train.py"), str(ROOT / "scripts/diffusion/inference.py")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+    subprocess.run(
+        [sys.executable, train, str(config), "train.steps=4", "train.export=true"], env=environment, check=True
+    )
+    job = [sample, str(ROOT / "configs/sample/demo.yaml"), f"weights={tmp_path}/runs/run", "prompt=a circle"]
+    job += ["num_sample=400", "batch_size=1", "sampling.num_frames=9", "sampling.num_steps=2"]
+    launch = ["bash", str(ROOT / "launch/torchrun.sh"), "2"]
+    for launcher, number in ((launch, signal.SIGINT), (launch, signal.SIGTERM), ([sys.executable], signal.SIGINT)):
+        folder = tmp_path / f"{number}-{len(launcher)}"
+        process = subprocess.Popen(
+            [*launcher, *job, f"save_dir={folder}"], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        while len(list(folder.rglob("*.mp4"))) < 3:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.05)
+        family = descendants(process.pid)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=100)
+        assert process.returncode == 128 + number, said
+        assert said.count(f"stopped by {number.name}: samples that are written stay") == 1 and "Traceback" not in said
+        assert not [pid for pid in family if alive(pid)]
+        for path in folder.rglob("*.mp4"):
+            assert probe(str(path)).num_frames == 9 and path.with_suffix(".txt").read_text() == "a circle\n"
+        tally("a signal while sampling: one line, files are whole, nothing left", 1, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_encoding_ahead_leaves_with_75_and_goes_on(config: Path, tmp_path: Path, tally: Tally) -> None:
+    words = [sys.executable, "-m", "opensora.cli.precompute", str(config), "--out", str(tmp_path / "out")]
+    process = subprocess.Popen([*words, "--epochs", "300"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "out").rglob("*.safetensors")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75 and "stopped by SIGTERM: shards that are written stay" in said, said
+    assert "Traceback" not in said
+    tally("a signal while encoding ahead: 75 and one line", 1, 1)
 
 
 @pytest.mark.slow

@@ -76,6 +76,10 @@ def test_damage_is_found(tmp_path: Path, damage: str) -> None:
     assert storage.read_manifest(final) is None
 
 
+# What asks a run to stop.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+
+
 def children() -> set[str]:
     return set(Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split())
 
@@ -87,7 +91,7 @@ def test_the_process_that_writes_is_out_of_reach_of_signals(tmp_path: Path) -> N
         writing.start(tmp_path / "first", {"x": torch.zeros(10)})
         writing.result()
         (pid,) = children() - others
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        for number in SIGNALS:
             os.kill(int(pid), number)
         writing.start(tmp_path / "second", {"x": torch.ones(10)})
         assert writing.result()["size"] == (tmp_path / "second").stat().st_size

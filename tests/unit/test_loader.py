@@ -236,7 +236,7 @@ def test_workers_ignore_signals_and_end_with_the_iterator(clips: Path, processes
     pids = [process.pid for process in processes]
     assert len(pids) == 2
     for pid in pids:
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"):
+        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
             os.kill(pid, getattr(signal, name))
     for _ in range(20):
         next(batches)
