@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -18,9 +19,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from budget import Schedule, Speed, fits, lay_out, measure  # launch/budget.py; this is run as a script
+
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = ["bash", "launch/torchrun.sh"]
 MARK = ".demo"  # in a folder that this program may empty
+MEASURED_STEPS = 5
+FIRST_LAYOUT = "ZeRO 3, Ulysses 2, gradient checkpointing"
+SECOND_LAYOUT = "ZeRO 2, two data-parallel processes, no gradient checkpointing"
+OTHER_LAYOUT = ["parallel.zero=2", "parallel.mesh.ulysses=1", "parallel.recompute.kind=none"]
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -37,8 +44,6 @@ def main() -> None:
     out: Path = args.out
     config = "configs/train/demo_clips.yaml" if args.videos else "configs/train/demo.yaml"
     overrides = [f"output={out}", *args.overrides]
-    if args.steps:
-        overrides.append(f"train.steps={args.steps}")
     if out.exists():
         shutil.rmtree(out)
     out.mkdir(parents=True)
@@ -51,11 +56,18 @@ def main() -> None:
         table, prompts = demo.render_shapes(), out / "data" / "demo_prompts.csv"
     overrides.append(f"data.table={table}")
 
-    demo.say("Training on 2 processes: ZeRO 3, Ulysses 2, gradient checkpointing; stopped half-way by a signal")
-    demo.train_half(config, overrides)
-    demo.say("Resuming on another layout: ZeRO 2, two data-parallel processes, no recomputation")
-    other = ["parallel.zero=2", "parallel.mesh.ulysses=1", "parallel.recompute.kind=none"]
-    demo.command([*TORCHRUN, "2", "scripts/diffusion/train.py", config, *overrides, *other])
+    demo.deadline = time.monotonic() + 60 * args.minutes
+    if args.steps:
+        schedule = Schedule(first=args.steps // 4, total=args.steps)
+    else:
+        schedule = demo.choose_steps(config, overrides, args.minutes)
+
+    demo.say(f"Training on 2 processes: {FIRST_LAYOUT}; stopped by a signal after {schedule.first} updates")
+    demo.train_until(schedule, config, overrides)
+    total = schedule.total if args.steps else demo.steps_left_in_time(schedule)
+    demo.say(f"Resuming on another layout: {SECOND_LAYOUT}")
+    resumed = [*overrides, *OTHER_LAYOUT, f"train.steps={total}"]
+    demo.command([*TORCHRUN, "2", "scripts/diffusion/train.py", config, *resumed])
 
     demo.say("Sampling on 2 processes that share the tokens of every clip")
     samples = out / "samples"
@@ -72,6 +84,8 @@ class Demo:
         self.out = out
         self.run = out / "demo"
         self.started = time.monotonic()
+        self.deadline = self.started  # of everything after the data
+        self.speeds: tuple[Speed, Speed] | None = None  # of both layouts, where they were measured
         self.titles: list[tuple[float, str]] = []
 
     def say(self, title: str) -> None:
@@ -90,11 +104,12 @@ class Demo:
         if code:
             sys.exit(f"error: the command above ended with exit code {code}")
 
-    def start(self, words: list[object]) -> subprocess.Popen[bytes]:
+    def start(self, words: list[object], stdout: int | None = None) -> subprocess.Popen[bytes]:
         line = [str(word) for word in words]
         shown = ["python" if word == sys.executable else word for word in line]
         print(f"$ {shlex.join(shown)}", flush=True)
-        return subprocess.Popen(line, cwd=ROOT, start_new_session=True)  # so that a terminal asks this program alone
+        # In a session of its own, so that a terminal asks this program alone.
+        return subprocess.Popen(line, cwd=ROOT, start_new_session=True, stdout=stdout)
 
     @contextlib.contextmanager
     def passing_signals_to(self, process: "subprocess.Popen[bytes]") -> Iterator[None]:
@@ -145,13 +160,53 @@ class Demo:
             texts = list(dict.fromkeys(row["text"] for row in csv.DictReader(file)))[:6]
         return write_rows(self.out / "data" / "demo_prompts.csv", [{"text": text} for text in texts])
 
-    def train_half(self, config: str, overrides: list[str]) -> None:
-        """Start training, send SIGTERM to the launcher once half of the updates are reported, wait for the end."""
-        words = [*TORCHRUN, "2", "scripts/diffusion/train.py", config, *overrides]
+    def choose_steps(self, config: str, overrides: list[str], minutes: float) -> Schedule:
+        """As many updates as the time allows, by a few measured in either layout."""
+        self.say(f"Measuring a few updates in both layouts, to fill {minutes:g} minutes")
+        first, second = (self.speed(config, [*overrides, *layout]) for layout in ([], OTHER_LAYOUT))
+        self.speeds = first, second
+        schedule = lay_out(self.deadline - time.monotonic(), first, second)
+        print(
+            f"{first.step_s:.2f} s an update with {FIRST_LAYOUT}, {second.step_s:.2f} s with {SECOND_LAYOUT}: "
+            f"train.steps={schedule.total}, the learning rate's cosine laid out for them",
+            flush=True,
+        )
+        return schedule
+
+    def speed(self, config: str, overrides: list[str]) -> Speed:
+        words = [sys.executable, "-m", "benchmarks.demo_step", config, "--steps", MEASURED_STEPS, *overrides]
+
+        def run() -> str:
+            process = self.start(words, stdout=subprocess.PIPE)
+            with self.passing_signals_to(process):
+                printed, _ = process.communicate()
+            if process.returncode:
+                sys.exit(f"error: the command above ended with exit code {process.returncode}")
+            return printed.decode()
+
+        return measure(run, MEASURED_STEPS)
+
+    def steps_left_in_time(self, schedule: Schedule) -> int:
+        """The updates planned, or fewer where the machine has become slower than it was when measured."""
+        assert self.speeds is not None
+        first, second = self.speeds
+        records = read_records(self.run / "metrics.jsonl")
+        slower = max(1.0, statistics.median(record["time/step_s"] for record in records) / first.step_s)
+        left = fits(self.deadline - time.monotonic(), Speed(slower * second.start_s, slower * second.step_s))
+        done = last_step(self.run / "metrics.jsonl")
+        if done + left >= 0.9 * schedule.total:
+            return schedule.total
+        print(f"an update takes {slower:.1f} times as long as measured: train.steps={done + left}", flush=True)
+        return done + left
+
+    def train_until(self, schedule: Schedule, config: str, overrides: list[str]) -> None:
+        """Start training, send SIGTERM to the launcher once the first updates are reported, wait for the end."""
+        steps = f"train.steps={schedule.total}"
+        words = [*TORCHRUN, "2", "scripts/diffusion/train.py", config, *overrides, steps]
         process = self.start(words)
         metrics = self.run / "metrics.jsonl"
         with self.passing_signals_to(process):
-            while process.poll() is None and not half_done(metrics):
+            while process.poll() is None and last_step(metrics) < schedule.first:
                 time.sleep(0.2)
             if process.poll() is None:
                 print(f"$ kill -TERM {process.pid}   # at step {last_step(metrics)}", flush=True)
@@ -204,7 +259,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="launch/demo.sh", description="Prepare, train, interrupt, resume, sample.")
     parser.add_argument("--videos", type=Path, help="folder of clips with captions; default: rendered shapes")
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder to write, emptied first")
-    parser.add_argument("--steps", type=int, help="optimizer updates; default: as in the configuration")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time for everything after the data; default: 8")
+    parser.add_argument("--steps", type=int, help="optimizer updates; default: as many as fit into the minutes")
     parser.add_argument("overrides", nargs="*", help="section.key=value for the training")
     args = parser.parse_args()
     args.out = args.out.resolve()
@@ -214,6 +270,8 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--videos {args.videos}: no such folder")
     if args.out.exists() and not (args.out / MARK).exists() and any(args.out.iterdir()):
         parser.error(f"--out {args.out}: holds something else than a demo; name another folder")
+    if not 1 <= args.minutes <= 7 * 24 * 60:
+        parser.error(f"--minutes {args.minutes:g}: must be a number from 1 to 10080")
     if args.steps is not None and args.steps < 40:
         parser.error(f"--steps {args.steps}: allowed are integers >= 40")
     return args
@@ -246,12 +304,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     return [record for record in read_lines(path) if "loss" in record]
-
-
-def half_done(metrics: Path) -> bool:
-    """Whether half of the updates that the run announced at its start are in its records."""
-    totals = [line["steps"] for line in read_lines(metrics) if line.get("event") == "started"]
-    return bool(totals) and last_step(metrics) >= totals[-1] // 2
 
 
 def last_step(path: Path) -> int:
