@@ -1,0 +1,120 @@
+"""Small JSON files that show when they are not what was written: an object that holds its own digest.
+
+``seal`` writes one way only, so that whatever is altered (a bit, a key given twice, a space) is noticed. What anybody
+could have sealed is still checked against a shape before it is used. Standard library only.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from acceleration.untrusted import parsing
+
+DIGEST = "sha256"
+
+
+class Kind:
+    """Values that a place may hold, in words and as a test."""
+
+    def __init__(self, words: str, test: Callable[[Any], bool]) -> None:
+        self.words, self.test = words, test
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+WHOLE = Kind("a whole number", _is_whole)
+COUNT = Kind("a whole number >= 0", lambda value: _is_whole(value) and value >= 0)
+NUMBER = Kind("a number", lambda v: _is_whole(v) or (isinstance(v, float) and math.isfinite(v)))
+TEXT = Kind("text", lambda value: isinstance(value, str))
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+NULL = Kind("null", lambda value: value is None)
+SHA256 = Kind("a SHA-256", lambda v: isinstance(v, str) and len(v) == 64 and set(v) <= set("0123456789abcdef"))
+OBJECT = Kind("an object", lambda value: isinstance(value, dict))
+
+
+class Each:
+    """An object of any keys, all values alike; or a list, all items alike."""
+
+    def __init__(self, of: "Shape", container: type = dict) -> None:
+        self.of, self.container = of, container
+
+
+# A dict states every key ("key?": may be absent; "...": others may be there), a tuple alternatives, a list the items.
+Shape: TypeAlias = "Kind | Each | dict[str, Shape] | tuple[Shape, ...] | list[Shape]"
+
+
+def mismatch(value: Any, shape: Shape, name: str = "") -> str | None:
+    """The first place where a JSON value is not of a shape, with what is there and what should be; None if it fits."""
+    if isinstance(shape, Kind):
+        return None if shape.test(value) else _wrong(name, value, shape.words)
+    if isinstance(shape, tuple):
+        wrong = [mismatch(value, one, name) for one in shape]
+        return wrong[0] if all(wrong) else None
+    container = list if isinstance(shape, list) else dict if isinstance(shape, dict) else shape.container
+    if not isinstance(value, container):
+        return _wrong(name, value, "an object" if container is dict else "a list")
+    if isinstance(shape, Each):
+        items = value.items() if container is dict else enumerate(value)
+        return _first(mismatch(item, shape.of, _below(name, key)) for key, item in items)
+    if isinstance(shape, list):
+        if len(value) != len(shape):
+            return _wrong(name, value, f"a list of {len(shape)}")
+        return _first(mismatch(value[i], one, _below(name, i)) for i, one in enumerate(shape))
+    return _mismatch_of_keys(value, shape, name)
+
+
+def _mismatch_of_keys(value: Mapping[str, Any], shape: Mapping[str, Any], name: str) -> str | None:
+    known = {key.removesuffix("?"): key for key in shape if key != "..."}
+    for key, stated in known.items():
+        if key not in value and not stated.endswith("?"):
+            return f"{_below(name, key)} is missing"
+    for key in value:
+        if key not in known and "..." not in shape:
+            return f"{_below(name, key)} should not be there"
+    return _first(mismatch(value[key], shape[known[key]], _below(name, key)) for key in known if key in value)
+
+
+def _first(found: Any) -> str | None:
+    return next((one for one in found if one is not None), None)
+
+
+def _below(name: str, key: object) -> str:
+    return f"{name}.{key}"[:200] if name else str(key)[:200]
+
+
+def _wrong(name: str, value: Any, wanted: str) -> str:
+    kinds = {dict: "an object", list: "a list"}
+    shown = kinds.get(type(value)) or json.dumps(value)[:60]
+    return f"{name or 'the file'} is {shown}, must be {wanted}"
+
+
+def seal(body: Mapping[str, Any]) -> str:
+    """``body`` as JSON with its own digest."""
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**body, DIGEST: digest})
+
+
+def unseal(content: bytes, refuse: Callable[[str], Exception], shape: Shape = OBJECT) -> dict[str, Any]:
+    """What ``seal`` made ``content`` of.
+
+    Raises:
+        what ``refuse`` returns: it is no JSON, not what was written, or not of ``shape``.
+    """
+    with parsing(refuse):
+        text = content.decode("utf-8")
+        body = json.loads(text)
+    if not isinstance(body, dict) or DIGEST not in body:
+        raise refuse("holds no digest of itself")
+    del body[DIGEST]
+    with parsing(refuse):
+        intact = seal(body) == text
+    if not intact:
+        raise refuse("not what was written")
+    wrong = mismatch(body, shape)
+    if wrong:
+        raise refuse(wrong)
+    return body
