@@ -1,6 +1,7 @@
 """Files that are there whole or as they were before, and reading that never waits. Standard library only."""
 
 import contextlib
+import errno
 import os
 import stat
 import uuid
@@ -42,20 +43,23 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def read_small(path: Path) -> bytes:
+def read_small(path: Path, most: int = MAX_SMALL) -> bytes:
     """The content of a regular file. A pipe or a device is not waited for.
 
     Raises:
-        OSError: it cannot be read, is no regular file, or holds more than ``MAX_SMALL`` bytes.
+        OSError: it cannot be read, is no regular file, or holds more than ``most`` bytes.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    with open(handle, "rb") as file:
+    try:
         about = os.fstat(handle)
         if not stat.S_ISREG(about.st_mode):
-            raise OSError(f"{path}: {kind_of(about.st_mode)}, and should be a file")
-        if about.st_size > MAX_SMALL:
-            raise OSError(f"{path}: {about.st_size} bytes, more than the {MAX_SMALL} that such a file can have")
-        return file.read()
+            raise OSError(errno.EINVAL, f"{kind_of(about.st_mode)}, and should be a file")
+        if about.st_size > most:
+            raise OSError(errno.EFBIG, f"{about.st_size} bytes, more than the {most} that such a file can have")
+        with open(handle, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(handle)
 
 
 def kind_of(mode: int) -> str:

@@ -23,14 +23,15 @@ class Kind:
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
-WHOLE = Kind("a whole number", _is_whole)
-COUNT = Kind("a whole number >= 0", lambda value: _is_whole(value) and value >= 0)
+WHOLE = Kind("a whole number of at most 64 bits", _is_whole)
+COUNT = Kind("a whole number from 0 to 2^63-1", lambda value: _is_whole(value) and value >= 0)
 NUMBER = Kind("a number", lambda v: _is_whole(v) or (isinstance(v, float) and math.isfinite(v)))
 TEXT = Kind("text", lambda value: isinstance(value, str))
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+ANY = Kind("a value", lambda value: True)
 NULL = Kind("null", lambda value: value is None)
 SHA256 = Kind("a SHA-256", lambda v: isinstance(v, str) and len(v) == 64 and set(v) <= set("0123456789abcdef"))
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))

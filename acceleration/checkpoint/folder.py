@@ -10,7 +10,6 @@ from acceleration.checkpoint.pieces import Boxes
 from acceleration.checkpoint.storage import PREFIX, step_of
 
 
-
 def steps_in(folder: Path) -> list[Path]:
     """Complete checkpoints in ``folder`` by their manifests and file sizes, oldest first."""
     return [p for p in candidates(folder) if storage.read_manifest(p) is not None]

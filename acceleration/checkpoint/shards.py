@@ -80,7 +80,7 @@ def counted(path: Path, tensors: Mapping[str, Any]) -> dict[str, int]:
                 ends = [start + size for start, size in zip(offset, shape, strict=False)]
                 inside = len(offset) == len(shape) == len(full) and all(a <= b for a, b in zip(ends, full, strict=True))
                 if found != dtype or not inside:
-                    raise ValueError(f"{path.name}: {entry(key, offset)} is {found} {shape}, of no tensor of the manifest")
+                    raise ValueError(f"{path.name}: {entry(key, offset)}, {found} {shape}, is in no tensor of the manifest")
                 counts[key] += prod(shape)
     return counts
 
