@@ -55,17 +55,20 @@ def mismatch(value: Any, shape: Shape, name: str = "") -> str | None:
     if isinstance(shape, tuple):
         wrong = [mismatch(value, one, name) for one in shape]
         return wrong[0] if all(wrong) else None
-    container = list if isinstance(shape, list) else dict if isinstance(shape, dict) else shape.container
-    if not isinstance(value, container):
-        return _wrong(name, value, "an object" if container is dict else "a list")
+    if isinstance(shape, list) or (isinstance(shape, Each) and shape.container is list):
+        return _mismatch_of_items(value, shape, name) if isinstance(value, list) else _wrong(name, value, "a list")
+    if not isinstance(value, dict):
+        return _wrong(name, value, "an object")
     if isinstance(shape, Each):
-        items = value.items() if container is dict else enumerate(value)
-        return _first(mismatch(item, shape.of, _below(name, key)) for key, item in items)
-    if isinstance(shape, list):
-        if len(value) != len(shape):
-            return _wrong(name, value, f"a list of {len(shape)}")
-        return _first(mismatch(value[i], one, _below(name, i)) for i, one in enumerate(shape))
+        return _first(mismatch(item, shape.of, _below(name, key)) for key, item in value.items())
     return _mismatch_of_keys(value, shape, name)
+
+
+def _mismatch_of_items(value: list[Any], shape: Each | list[Any], name: str) -> str | None:
+    if isinstance(shape, list) and len(value) != len(shape):
+        return f"{name or 'the file'} is a list of {len(value)}, must be one of {len(shape)}"
+    shapes = [shape.of] * len(value) if isinstance(shape, Each) else shape
+    return _first(mismatch(item, one, _below(name, i)) for i, (item, one) in enumerate(zip(value, shapes, strict=True)))
 
 
 def _mismatch_of_keys(value: Mapping[str, Any], shape: Mapping[str, Any], name: str) -> str | None:
@@ -88,8 +91,7 @@ def _below(name: str, key: object) -> str:
 
 
 def _wrong(name: str, value: Any, wanted: str) -> str:
-    kinds = {dict: "an object", list: "a list"}
-    shown = kinds.get(type(value)) or json.dumps(value)[:60]
+    shown = "an object" if isinstance(value, dict) else "a list" if isinstance(value, list) else json.dumps(value)[:60]
     return f"{name or 'the file'} is {shown}, must be {wanted}"
 
 

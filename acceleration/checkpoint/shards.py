@@ -23,6 +23,7 @@ from acceleration.untrusted import parsing
 
 MAX_DIGITS = 19  # of a number in the name of a box
 
+
 def file_name(rank: int) -> str:
     """Of what process ``rank`` writes."""
     return f"shard-{rank:05d}.safetensors"
@@ -80,7 +81,8 @@ def counted(path: Path, tensors: Mapping[str, Any]) -> dict[str, int]:
                 ends = [start + size for start, size in zip(offset, shape, strict=False)]
                 inside = len(offset) == len(shape) == len(full) and all(a <= b for a, b in zip(ends, full, strict=True))
                 if found != dtype or not inside:
-                    raise ValueError(f"{path.name}: {entry(key, offset)}, {found} {shape}, is in no tensor of the manifest")
+                    what = f"{entry(key, offset)} ({found} {shape})"
+                    raise ValueError(f"{path.name}: {what} belongs to no tensor of the manifest")
                 counts[key] += prod(shape)
     return counts
 
@@ -115,7 +117,7 @@ def _fill(
 ) -> None:
     for offset in stored:
         name = entry(key, offset)
-        with parsing(lambda problem, name=name: ValueError(f"{path}: {name}: {problem}")):
+        with parsing(lambda problem: ValueError(f"{path}: {problem}")):
             source = file.get_slice(name)
             shape = source.get_shape()
         if len(offset) != len(shape) or len(shape) != len(held.shape):

@@ -105,11 +105,11 @@ def read_adapter(path: Path) -> Adapter:
     config = _read_config(path)
     rank, alpha = config["r"], config["lora_alpha"]
     tensors: dict[str, Tensor] = {}
-    with parsing(lambda why: UserError(f"{path / WEIGHTS}: cannot be read as safetensors ({why})")):
-        with safe_open(path / WEIGHTS, framework="pt") as opened:
-            metadata = dict(opened.metadata() or {})
-            for key in opened.keys():  # noqa: SIM118 (not a dict)
-                tensors[key.removeprefix(PREFIX)] = opened.get_tensor(key)
+    unreadable = parsing(lambda why: UserError(f"{path / WEIGHTS}: cannot be read as safetensors ({why})"))
+    with unreadable, safe_open(path / WEIGHTS, framework="pt") as opened:
+        metadata = dict(opened.metadata() or {})
+        for key in opened.keys():  # noqa: SIM118 (not a dict)
+            tensors[key.removeprefix(PREFIX)] = opened.get_tensor(key)
     for name, tensor in tensors.items():
         kind = next((kind for kind in KINDS if name.endswith(kind)), None)
         if kind is None or tensor.dim() != 2 or tensor.shape[KINDS.index(kind)] != rank:
@@ -133,7 +133,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{file}: not a description of adapters ({wrong})")
     kind, rank, alpha, base = (config.get(key) for key in ("peft_type", "r", "lora_alpha", "base_model_name_or_path"))
     if kind != "LORA" or not WHOLE.test(rank) or rank <= 0 or not NUMBER.test(alpha) or alpha <= 0:
-        raise UserError(f"{file}: peft_type={kind!s:.40}, r={rank!s:.40}, lora_alpha={alpha!s:.40}: allowed is plain LORA")
+        said = f"peft_type={kind!s:.40}, r={rank!s:.40}, lora_alpha={alpha!s:.40}"
+        raise UserError(f"{file}: {said}: allowed is plain LORA")
     if base is not None and not isinstance(base, str):
         raise UserError(f"{file}: base_model_name_or_path={base!s:.80}: must be text or null")
     for key in OTHER:
