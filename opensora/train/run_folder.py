@@ -31,6 +31,7 @@ DONE = "DONE"  # in the folder of a run that is finished
 LOCK, OWNER = ".lock", "owner.json"
 OWNER_BYTES = 1024  # overwritten in place, so that a full disk does not look like a dead owner
 BEAT_S = 5.0
+REREAD_S = 0.05  # between two looks at a file that may be in the middle of a write
 STALE_S = 30.0  # an owner that did not count for so long is dead
 FILES = (LOCK, OWNER, DONE, config.SAVED_NAME, METRICS_NAME, WANDB_ID_NAME)  # what a run writes in its folder
 FOLDERS = ("checkpoints", "exported", "hangs", "jobs", "samples", "tensorboard", "unreadable")
@@ -194,7 +195,7 @@ def read_owner(path: Path) -> dict[str, Any] | None:
         except FileNotFoundError:
             return None
         except (OSError, ValueError):
-            time.sleep(0.05)
+            time.sleep(REREAD_S)
     return None
 
 

@@ -1,0 +1,213 @@
+"""Manifests that are not as they were written though their digest vouches for them, and directories by odd names."""
+
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from acceleration.checkpoint import CheckpointManager, contents, newest, steps_in, storage
+from acceleration.checkpoint.folder import candidates
+from acceleration.checkpoint.storage import MANIFEST, step_of
+from acceleration.sealed import seal
+from launch.attempts import newest_step
+from opensora.train.resume import wrong_info
+from tests.dist.harness import run_distributed
+from tests.faults.conftest import Tally
+from tests.faults.damages import of_values, outcome
+from tests.faults.saving import state, values
+
+OLD, NEW = "step-00000001", "step-00000002"
+GUARD = {"left_out": 1, "row": 0, "bad": [-1, -1], "returns": 0, "losses": [1.0, 0.5], "norms": [2.0, 1]}
+INFO = {
+    "table": "0123",
+    "config": {"optim": {"lr": 0.1}},
+    "config_hash": "4567",
+    "world_size": 1,
+    "model": {"kind": "mmdit", "depth": 2},
+    "optimizer": "adamw",
+    "average": True,
+    "lora": None,
+    "base": None,
+    "guard": GUARD,
+}
+
+
+def save_two(folder: Path) -> None:
+    manager = CheckpointManager(folder, keep=0)
+    for step in (1, 2):
+        manager.save(step, state(step, 0, 1), INFO)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    run_distributed(save_two, 1, folder)
+    return folder
+
+
+def resumed(folder: Path) -> tuple[str, str]:
+    """(what became of it: step and what was said, what is wrong)."""
+    said: list[str] = []
+    manager = CheckpointManager(folder, keep=0, report=said.append, wrong=wrong_info)
+    path = manager.latest()
+    assert path is not None
+    held = state(0, 0, 1)
+    try:
+        manager.load(path, held)
+    except ValueError as error:
+        return f"refused: {error}", "" if "\n" not in str(error) and path.name == NEW else f"WRONG: {error}"
+    if path.name == OLD:
+        named = len(said) == 1 and said[0].startswith(f"{folder / NEW} is damaged (") and "\n" not in said[0]
+        return said[0], "" if named else f"WRONG: {said}"
+    weight = held["model"]["weight"].held.view(7, 5)
+    same = torch.equal(weight, values(2)["model.weight"])
+    return "taken", "" if same and not said else f"WRONG: {said}"
+
+
+def mutate(folder: Path, count: int) -> tuple[dict[str, int], list[str]]:
+    """How often step 2 with an altered manifest was passed over, refused, and taken; and what went wrong."""
+    path = folder / NEW / MANIFEST
+    manifest = storage.read_manifest(folder / NEW)
+    assert manifest is not None
+    found: dict[str, int] = {}
+    wrong = []
+    for changed in of_values(manifest, random.Random(0), count):
+        if not isinstance(changed, dict):
+            changed = {"step": changed}
+        path.write_text(seal(changed))
+        told: list[Any] = []
+        judged = outcome(lambda told=told: told.append(resumed(folder)))
+        kind, problem = told[0] if told else ("", judged)
+        kind = kind.partition(":")[0] if kind.startswith(("refused", "taken")) else "passed over"
+        found[kind] = found.get(kind, 0) + 1
+        for read in (lambda: contents(folder / NEW), lambda: steps_in(folder), lambda: newest(folder)):
+            try:
+                read()
+            except ValueError as error:
+                problem = problem or ("WRONG: lines" if "\n" in str(error) else "")
+            except Exception as error:
+                problem = f"WRONG: {error!r}"
+        if problem:
+            wrong.append(f"{problem}\n    {str(changed)[:600]}")
+    path.write_text(seal(manifest))
+    assert resumed(folder) == ("taken", "")
+    return found, wrong
+
+
+@pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
+def test_altered_values(saved: Path, tmp_path: Path, count: int, tally: Tally) -> None:
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    found, wrong = run_distributed(mutate, 1, folder, count, timeout=850)[0]
+    tally(
+        "manifests altered and sealed again: named and passed over, refused in one line, or the same",
+        count - len(wrong),
+        count,
+    )
+    assert not wrong, "\n".join(wrong[:9])
+    assert found["passed over"] > count / 2 and found["refused"] > 0 and found["taken"] > 0, found
+
+
+def passed_over(folder: Path, changes: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """What is said of step 2 with each change."""
+    path, said = folder / NEW / MANIFEST, {}
+    manifest = storage.read_manifest(folder / NEW)
+    assert manifest is not None
+    for name, change in changes.items():
+        path.write_text(seal({key: value for key, value in {**manifest, **change}.items() if value != "gone"}))
+        said[name] = resumed(folder)[0]
+    return said
+
+
+def test_each_kind_is_named(saved: Path, tmp_path: Path, tally: Tally) -> None:
+    manifest = storage.read_manifest(saved / NEW)
+    assert manifest is not None
+    tensors, files = manifest["tensors"], manifest["files"]
+    (shard,) = files
+    fewer = {key: one for key, one in tensors.items() if key != "model.bias"}
+    weight, bias = tensors["model.weight"], tensors["model.bias"]
+    cases: dict[str, tuple[dict[str, Any], str]] = {
+        "no tensors": ({"tensors": "gone"}, "tensors is missing"),
+        "a tensor less": ({"tensors": fewer}, "model.bias@0 (BF16 [3]) belongs to no tensor"),
+        "a tensor more": (
+            {"tensors": {**tensors, "model.more": ["F32", [3]]}},
+            "tensors.model.more: F32 [3] is more than",
+        ),
+        "another type": ({"tensors": {**tensors, "model.bias": ["F16", [3]]}}, "belongs to no tensor"),
+        "a larger tensor": ({"tensors": {**fewer, "model.bias": ["BF16", [4]]}}, "tensors.model.bias"),
+        "another shape": ({"tensors": {**tensors, "model.weight": ["F64", [5, 7]]}}, "belongs to no tensor"),
+        "a huge tensor": (
+            {"tensors": {**tensors, "model.weight": ["F64", [2**40, 2**40]]}},
+            "is more than the files hold",
+        ),
+        "a size below zero": (
+            {"tensors": {**tensors, "model.weight": ["F64", [-7, 5]]}},
+            "tensors.model.weight.1 is a list",
+        ),
+        "a type that is none": (
+            {"tensors": {**tensors, "model.bias": ["OBJ", [3]]}},
+            'model.bias.0 is "OBJ", must be one of',
+        ),
+        "tensors in a list": ({"tensors": [weight, bias]}, "tensors is a list, must be an object"),
+        "a step in words": ({"step": "2"}, 'step is "2", must be a whole number'),
+        "a step of a half": ({"step": 2.5}, "step is 2.5, must be"),
+        "another step": ({"step": 3}, "holds step 3 by its manifest.json, so should be called step-00000003"),
+        "a file above": ({"files": {"../x": files[shard]}}, "is not a name in this directory"),
+        "a file without a digest": ({"files": {shard: {"size": 1}}}, "sha256 is missing"),
+        "a file of no bytes": ({"files": {shard: {**files[shard], "size": -1}}}, "size is -1, must be"),
+        "another schema": ({"schema": 3}, "schema is 3, must be 2"),
+        "no model": ({"model": "gone"}, "model is missing"),
+        "a model in words": ({"model": "mmdit"}, 'model is "mmdit", must be an object'),
+        "a guard in words": ({"guard": {**GUARD, "losses": [1, "x"]}}, 'guard.losses.1 is "x", must be a number'),
+        "a guard of one": ({"guard": {**GUARD, "bad": [1]}}, "guard.bad is a list of 1, must be one of 2"),
+    }
+    copied = shutil.copytree(saved, tmp_path / "copy")
+    said = run_distributed(passed_over, 1, copied, {name: change for name, (change, _) in cases.items()})[0]
+    for name, (_, expected) in cases.items():
+        assert "is damaged (" in said[name] and expected in said[name], (name, said[name])
+    tally("manifests altered and sealed again: the cause is named", len(cases), len(cases))
+
+
+ODD = (
+    "step-١٣",
+    "step-1",
+    "step--1",
+    "step-00000001.bak",
+    "step-1e3",
+    "step-²",
+    "step-0000003",
+    "step-000000003",
+    "step- 0000003",
+)
+
+
+def latest_of(folder: Path) -> tuple[str, list[str]]:
+    said: list[str] = []
+    path = CheckpointManager(folder, keep=0, report=said.append, wrong=wrong_info).latest()
+    return str(path and path.name), said
+
+
+def test_a_copy_by_another_name_is_no_checkpoint(saved: Path, tmp_path: Path, tally: Tally) -> None:
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    shutil.copytree(folder / NEW, folder / "step-00000099")
+    name, said = run_distributed(latest_of, 1, folder)[0]
+    assert name == NEW and len(said) == 1
+    assert "step-00000099 is damaged (holds step 2 by its manifest.json, so should be called step-00000002)" in said[0]
+    assert newest(folder) == folder / NEW and newest_step(folder.parent) == 0
+    (tmp_path / "run").mkdir()
+    folder.rename(tmp_path / "run/checkpoints")
+    assert newest_step(tmp_path / "run") == 2
+    tally("directories by other names than their step's: passed over with a line", 1, 1)
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_names_are_no_checkpoints(odd: str, saved: Path, tmp_path: Path, tally: Tally) -> None:
+    folder = shutil.copytree(saved, tmp_path / "run/checkpoints")
+    shutil.copytree(folder / NEW, folder / odd)
+    assert step_of(odd) is None and [path.name for path in candidates(folder)] == [OLD, NEW]
+    name, said = run_distributed(latest_of, 1, folder)[0]
+    assert name == NEW and len(said) == 1 and f"{folder / odd}: not the name of a checkpoint" in said[0]
+    assert newest_step(tmp_path / "run") == 2
+    tally("directories by other names than their step's: passed over with a line", 1, 1)
