@@ -232,7 +232,7 @@ def write_config(cfg: RunConfig) -> None:
 def write_done(cfg: RunConfig) -> None:
     """Say in the run's folder that it is finished. One process calls this, after all else is written."""
     with replacing(cfg.folder / DONE) as file:
-        file.write(seal({"steps": cfg.train.steps, "exported": cfg.train.export}).encode() + b"\n")
+        file.write(seal({"steps": cfg.train.steps, "exported": cfg.train.export}).encode())
 
 
 def finished(cfg: RunConfig) -> bool:
@@ -241,7 +241,7 @@ def finished(cfg: RunConfig) -> bool:
     if cfg.train.resume != "auto" or not os.path.lexists(path):
         return False
     try:
-        done = unseal(read_small(path).removesuffix(b"\n"), ValueError, _DONE)
+        done = unseal(read_small(path), ValueError, _DONE)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         announce(f"{path}: damaged ({reason}); the run goes on from its newest checkpoint, and writes it anew")
