@@ -2,7 +2,21 @@
 files.py and sealed.py, as checkpoints need it too."""
 
 from acceleration.files import read_small
-from acceleration.sealed import ANY, COUNT, NUMBER, TEXT, WHOLE, Each, Kind, Shape, mismatch, seal, unseal
+from acceleration.sealed import (
+    ANY,
+    COUNT,
+    NUMBER,
+    OBJECT,
+    SHA256,
+    TEXT,
+    WHOLE,
+    Each,
+    Kind,
+    Shape,
+    mismatch,
+    seal,
+    unseal,
+)
 from acceleration.untrusted import OUR_PACKAGES, is_our_mistake, parse_json, parsing, short_reason
 
 __all__ = [
@@ -15,6 +29,8 @@ __all__ = [
     "ANY",
     "COUNT",
     "NUMBER",
+    "OBJECT",
+    "SHA256",
     "TEXT",
     "WHOLE",
     "Each",

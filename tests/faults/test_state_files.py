@@ -7,7 +7,9 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from safetensors.torch import save_file
 from acceleration.sealed import seal
 from launch import attempts
 from opensora.config import SAVED_NAME, RunConfig, load_config, save, to_yaml
+from opensora.datasets import features
 from opensora.models.mmdit.convert import WeightFile
 from opensora.train import resume, run_folder
 from opensora.train.run_folder import DONE, OWNER, RunLock, check_places, finished, write_config, write_done
@@ -177,7 +180,27 @@ def list_of_digests(cfg: RunConfig) -> File:
     return File(folder / digests.NAME, read, rebuilt=False)
 
 
+def stored(cfg: RunConfig, name: str) -> File:
+    """A file of stored features, read as a run does."""
+    folder = cfg.folder / "features"
+    tensors = {"latents": torch.zeros(2, 1), "txt": torch.zeros(2, 1, 1), "y_vec": torch.zeros(2, 1)}
+    part = SimpleNamespace(epoch=0, bucket="32px", sample_ids=(4, 7))
+    features.write_null(folder, {name: tensor[:1] for name, tensor in tensors.items() if name != "latents"}, "1234")
+    features.write_shard(folder, 0, [(part, features.Features(**tensors))], "1234")  # type: ignore[list-item]
+    features.write_index(folder, 1, 1, {"seed": 3}, "1234")
+
+    def read() -> None:
+        features.verify(folder)
+        store = features.FeatureStore(folder)
+        assert store.read(part).txt.shape == (2, 1, 1)  # type: ignore[arg-type]
+        assert name.startswith("shard"), "damage was not noticed"
+
+    return File(folder / name, read, rebuilt=False)
+
+
 FILES = {
+    **{f"features/{n}": partial(stored, name=n) for n in (features.MANIFEST, features.INDEX, features.NULL)},
+    "features/shard": partial(stored, name=features.shard_name(0)),
     "config.yaml": config_file,
     "owner.json": owner_file,
     "DONE": done_file,
@@ -215,18 +238,15 @@ def test_valid_json_of_other_values(name: str, count: int, cfg: RunConfig, said:
     file = FILES[name](cfg)
     value, wrong = json.loads(file.content), []
     sealed = value.pop("sha256", None)
+    readers: dict[str, Callable[[], Any]] = {  # values of the right kind are taken: a DONE may say that it is finished
+        "DONE": lambda: finished(cfg),
+        "wandb_id": lambda: logs._wandb_identity(cfg.folder, "run", fresh=False),
+        "features/manifest.json": lambda: features.read_manifest(cfg.folder / "features"),
+    }
     for changed in of_values(value, random.Random(name), count):
         content = seal(changed).encode() if sealed and isinstance(changed, dict) else json_bytes(changed)
-        replace(file.path, content.replace(b"NaN", b"1") if b"NaN" in content and not sealed else content)
-        action = (
-            file.read
-            if name not in ("DONE", "wandb_id")
-            else {
-                "DONE": lambda: finished(cfg),  # what is of the right kind may say that it is finished
-                "wandb_id": lambda: logs._wandb_identity(cfg.folder, "run", fresh=False),
-            }[name]
-        )
-        found = outcome(action)
+        replace(file.path, content)
+        found = outcome(readers.get(name, file.read))
         if found.startswith("WRONG") and not (name == "owner.json" and "in use by" in found):
             wrong.append(f"{changed!r}: {found}")
     tally("valid JSON of other values: taken, rebuilt, or refused in one line", count - len(wrong), count)
