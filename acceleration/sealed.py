@@ -87,7 +87,8 @@ def _first(found: Any) -> str | None:
 
 
 def _below(name: str, key: object) -> str:
-    return f"{name}.{key}"[:200] if name else str(key)[:200]
+    text = str(key) if str(key).isprintable() else ascii(key)
+    return f"{name}.{text}"[:200] if name else text[:200]
 
 
 def _wrong(name: str, value: Any, wanted: str) -> str:

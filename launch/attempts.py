@@ -80,6 +80,8 @@ def newest_step(run: Path) -> int:
 
 def _stated(manifest: Path) -> int | None:
     """The step that a manifest states; None where it cannot be read."""
+    if not manifest.is_file():
+        return None
     try:
         step = json.loads(manifest.read_text())["step"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -22,7 +22,7 @@ def newest(folder: Path) -> Path | None:
         ValueError: there are step directories but none is complete: starting from zero would lose the run.
     """
     complete = steps_in(folder)
-    if not complete and candidates(folder):
+    if not complete and (candidates(folder) or misnamed(folder)):
         raise ValueError(none_is_good(folder))
     return complete[-1] if complete else None
 

@@ -90,16 +90,16 @@ class CheckpointManager:
 
     def _newest_good(self, folder: Path) -> Path | None:
         steps: list[Path] = self.from_main(candidates(folder) if self._is_main else None)
-        if self._is_main:
-            for path in misnamed(folder):
-                self._report(f"{path}: not the name of a checkpoint, which is as {storage.step_name(8)}: passed over")
+        odd: list[Path] = self.from_main(misnamed(folder) if self._is_main else None)
+        for path in odd if self._is_main else []:
+            self._report(f"{path}: not the name of a checkpoint, which is as {storage.step_name(8)}: passed over")
         for path in reversed(steps):
             bad = self._damaged(path)
             if bad is None:
                 return path
             if self._is_main:
                 self._report(f"{path} is damaged ({bad}): looking for an older one")
-        if steps:
+        if steps or odd:
             raise ValueError(none_is_good(folder))
         return None
 
@@ -160,7 +160,7 @@ class CheckpointManager:
             dist.all_reduce(held, group=self.group)
             for (key, (_, sizes)), count in zip(tensors.items(), held.tolist(), strict=True):
                 if count != prod(sizes):
-                    return f"{storage.MANIFEST}: tensors.{key} is {sizes}, and the files hold {count} of its elements"
+                    return f"{storage.MANIFEST}: tensors.{key[:99]!r}: {sizes}, and the files hold {count} elements"
         return problem
 
     def _first(self, mine: str | None) -> str | None:

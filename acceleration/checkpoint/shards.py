@@ -81,7 +81,7 @@ def counted(path: Path, tensors: Mapping[str, Any]) -> dict[str, int]:
                 ends = [start + size for start, size in zip(offset, shape, strict=False)]
                 inside = len(offset) == len(shape) == len(full) and all(a <= b for a, b in zip(ends, full, strict=True))
                 if found != dtype or not inside:
-                    what = f"{entry(key, offset)} ({found} {shape})"
+                    what = f"{entry(key, offset)[:99]} ({found} {shape})"
                     raise ValueError(f"{path.name}: {what} belongs to no tensor of the manifest")
                 counts[key] += prod(shape)
     return counts

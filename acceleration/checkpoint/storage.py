@@ -105,12 +105,12 @@ def manifest_of(path: Path) -> dict[str, Any]:
         except (OSError, ValueError):  # ValueError: a name that no file can have
             whole = False
         if not whole:
-            raise ValueError(name)
+            raise ValueError(name if name.isprintable() else ascii(name))
     room = sum(about["size"] for about in files.values())
     for key, (dtype, sizes) in manifest.get("tensors", {}).items():
         room -= prod(sizes) * _ITEM_BYTES[dtype]
         if room < 0:
-            raise ValueError(f"{MANIFEST}: tensors.{key}: {dtype} {sizes} is more than the files hold")
+            raise ValueError(f"{MANIFEST}: tensors.{key[:99]!r}: {dtype} {sizes} is more than the files hold")
     return manifest
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from opensora.utils.errors import UserError
-from opensora.utils.untrusted import ANY, TEXT, WHOLE, mismatch, parse_json, read_small, seal, unseal
+from opensora.utils.untrusted import ANY, COUNT, TEXT, mismatch, parse_json, read_small, seal, unseal
 from opensora.utils.user_files import replacing
 
 METRICS_NAME, WANDB_ID_NAME = "metrics.jsonl", "wandb_id"
@@ -295,7 +295,7 @@ def _parse_line(line: bytes) -> dict[str, Any] | None:
         record = parse_json(line, ValueError)
     except ValueError:
         return None
-    return record if mismatch(record, {"step": WHOLE, "...": ANY}) is None else None
+    return record if mismatch(record, {"step": COUNT, "event?": TEXT, "...": ANY}) is None else None
 
 
 def _is_number(value: Any) -> bool:

@@ -14,7 +14,7 @@ from acceleration.checkpoint.storage import MANIFEST, step_of
 from acceleration.sealed import seal
 from launch.attempts import newest_step
 from opensora.train.resume import wrong_info
-from tests.dist.harness import run_distributed
+from tests.dist.harness import DistributedFailure, run_distributed
 from tests.faults.conftest import Tally
 from tests.faults.damages import of_values, outcome
 from tests.faults.saving import state, values
@@ -136,12 +136,12 @@ def test_each_kind_is_named(saved: Path, tmp_path: Path, tally: Tally) -> None:
         "a tensor less": ({"tensors": fewer}, "model.bias@0 (BF16 [3]) belongs to no tensor"),
         "a tensor more": (
             {"tensors": {**tensors, "model.x": ["F32", [0, 3]], "model.y": ["U8", [1]]}},
-            "model.y: U8 [1]",
+            "tensors.'model.y': [1], and the files hold 0 elements",
         ),
         "another type": (with_weight("I64", [7, 5]), "model.weight@0,0 (F64 [7, 5]) belongs to no tensor"),
         "another shape": (with_weight("F64", [5, 7]), "belongs to no tensor"),
         "a smaller type": (with_weight("F32", [9, 5]), "belongs to no tensor"),
-        "a larger tensor": (with_weight("F64", [8, 5]), "tensors.model.weight"),
+        "a larger tensor": (with_weight("F64", [8, 5]), "tensors.'model.weight'"),
         "a huge tensor": (with_weight("F64", [2**40, 2**40]), "is more than the files hold"),
         "a size below zero": (with_weight("F64", [-7, 5]), "tensors.model.weight.1 is a list, must be a list of"),
         "a type that is none": (with_weight("OBJ", [7, 5]), 'tensors.model.weight.0 is "OBJ", must be one of'),
@@ -188,6 +188,14 @@ def test_a_copy_by_another_name_is_no_checkpoint(saved: Path, tmp_path: Path, ta
     folder.rename(tmp_path / "run/checkpoints")
     assert newest_step(tmp_path / "run") == 2
     tally("directories by other names than their step's: passed over with a line", 1, 1)
+
+
+def test_a_run_does_not_begin_anew_over_misnamed_checkpoints(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved / NEW, tmp_path / "step-2")
+    with pytest.raises(DistributedFailure, match="no checkpoint is complete; move the damaged step-"):
+        run_distributed(latest_of, 1, tmp_path)
+    with pytest.raises(ValueError, match="no checkpoint is complete"):
+        newest(tmp_path)
 
 
 @pytest.mark.parametrize("odd", ODD)

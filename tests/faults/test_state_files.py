@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -22,6 +23,7 @@ from opensora.config import SAVED_NAME, RunConfig, load_config, save, to_yaml
 from opensora.datasets import features
 from opensora.models.mmdit.convert import WeightFile
 from opensora.train import resume, run_folder
+from opensora.train.calibrate import measured
 from opensora.train.run_folder import DONE, OWNER, RunLock, check_places, finished, write_config, write_done
 from opensora.utils import digests
 from opensora.utils import logging as logs
@@ -113,11 +115,14 @@ def done_file(cfg: RunConfig) -> File:
 def metrics_file(cfg: RunConfig) -> File:
     with MetricsLogger(cfg.folder) as logger:
         for step in range(1, 9):
-            logger.log(step, {"loss": 1 / step})
+            logger.log(step, {"loss": 1 / step, "time/step_s": 1.0, "data/wait_s": 0.5})
         logger.note("interrupted", 8)
 
+    plan = SimpleNamespace(cost_features=lambda step: np.ones(4))
+
     def read() -> None:
-        read_metrics(cfg.folder / METRICS_NAME)
+        records, events = read_metrics(cfg.folder / METRICS_NAME)
+        measured(plan, records, {event["step"] for event in events})  # type: ignore[arg-type]
         with MetricsLogger(cfg.folder, resumed_step=8) as logger:
             logger.log(9, {"loss": 0.5})
         records, _ = read_metrics(cfg.folder / METRICS_NAME)
