@@ -62,6 +62,18 @@ def read_small(path: Path, most: int = MAX_SMALL) -> bytes:
         os.close(handle)
 
 
+def require_file(path: Path) -> Path:
+    """``path``, before a library opens it that would wait for a pipe.
+
+    Raises:
+        OSError: nothing is there, or no regular file.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, f"{kind_of(mode)}, and should be a file")
+    return path
+
+
 def kind_of(mode: int) -> str:
     """What ``stat`` says is there, in words."""
     kinds = {stat.S_ISREG: "a file", stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from acceleration.checkpoint.pieces import Boxes, Offset
+from acceleration.files import require_file
 from acceleration.tensor_file import DTYPES as DTYPES
 from acceleration.tensor_file import header as header
 from acceleration.tensor_file import raw as raw
@@ -95,7 +96,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, list[str]]]:
         ValueError: it is none.
     """
     with parsing(lambda problem: ValueError(f"{path}: {problem}")):
-        file = safe_open(path, framework="pt", device="cpu")
+        file = safe_open(require_file(path), framework="pt", device="cpu")
         names = list(file.keys())
     with file:
         yield file, names

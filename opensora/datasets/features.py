@@ -36,6 +36,7 @@ from opensora.utils.untrusted import (
     parse_json,
     parsing,
     read_small,
+    require_file,
     seal,
     unseal,
 )
@@ -94,7 +95,7 @@ def write_null(folder: Path, tensors: Mapping[str, Tensor], identity_hash: str) 
 def shard_hash(path: Path) -> str:
     """Which configuration a shard was made for; "" where the file cannot be read."""
     try:
-        with parsing(ValueError), safe_open(path, "pt") as shard:
+        with parsing(ValueError), safe_open(require_file(path), "pt") as shard:
             return str(shard.metadata()["hash"])
     except ValueError:
         return ""
@@ -192,7 +193,7 @@ def _batches(path: Path) -> list[dict[str, Any]]:
     def refuse(why: str) -> UserError:
         return UserError(f"{path}: damaged ({why}); remove it, and precompute again")
 
-    with parsing(refuse), safe_open(path, "pt") as shard:
+    with parsing(refuse), safe_open(require_file(path), "pt") as shard:
         text = shard.metadata()["batches"]
     batches = parse_json(text, refuse)
     wrong = mismatch(batches, _BATCHES)
@@ -215,7 +216,7 @@ class FeatureStore:
         self._buckets: list[str] = manifest["buckets"]
         # Mapped, not read: all processes of a node share one copy.
         damaged = parsing(lambda why: UserError(f"data.features={folder}: {INDEX} is damaged ({why}); {_AGAIN}"))
-        with damaged, pa.memory_map(str(folder / INDEX)) as file:
+        with damaged, pa.memory_map(str(require_file(folder / INDEX))) as file:
             index = pa.ipc.open_file(file).read_all()
         self._key = index["key"].chunk(0).to_numpy()  # (n,) epoch * samples + sample, ascending
         self._place = tuple(index[name].chunk(0).to_numpy() for name in ("shard", "batch", "row", "bucket"))
@@ -235,7 +236,7 @@ class FeatureStore:
         """``txt``, ``y_vec`` and perhaps ``mask`` of the empty prompt, (1, ...) each."""
         damaged = parsing(lambda why: UserError(f"data.features={self._folder}: {NULL} is damaged ({why}); {_AGAIN}"))
         with damaged:
-            return dict(load_file(self._folder / NULL))
+            return dict(load_file(require_file(self._folder / NULL)))
 
     def _row(self, sample: int, micro_batch: MicroBatch) -> dict[str, Tensor]:
         key = (micro_batch.epoch % self.epochs) * self._samples + sample
@@ -258,7 +259,7 @@ class FeatureStore:
             return self._shards[number]
         path = self._folder / shard_name(number)
         with parsing(lambda why: UserError(f"{path}: {why}; remove it, and precompute again")):
-            self._shards[number] = safe_open(path, "pt")
+            self._shards[number] = safe_open(require_file(path), "pt")
         if len(self._shards) > _OPEN_SHARDS:
             self._shards.popitem(last=False)
         return self._shards[number]

@@ -215,8 +215,9 @@ def _matters(line: str, cfg: RunConfig) -> bool:
 def _saved(cfg: RunConfig) -> dict[str, Any] | None:
     """The configuration in the run's folder; None if there is none, or it is damaged, which is said when it is
     replaced."""
+    path = cfg.folder / config.SAVED_NAME
     try:
-        return _as_json(read_yaml(cfg.folder / config.SAVED_NAME)[0])
+        return _as_json(read_yaml(path)[0]) if path.is_file() else None
     except UserError:
         return None
 

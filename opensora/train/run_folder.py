@@ -222,7 +222,7 @@ def write_config(cfg: RunConfig) -> None:
     is said to be damaged if it is. One process calls this."""
     path = cfg.folder / config.SAVED_NAME
     try:
-        if path.exists():
+        if path.is_file():  # anything else is refused by ``check_places``
             read_yaml(path)
     except UserError as error:
         announce(f"{error}: damaged, and written anew")

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from opensora.utils.errors import UserError
-from opensora.utils.untrusted import ANY, NUMBER, WHOLE, mismatch, parse_json, parsing, read_small
+from opensora.utils.untrusted import ANY, NUMBER, WHOLE, mismatch, parse_json, parsing, read_small, require_file
 from opensora.utils.weights import write_file, write_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -106,7 +106,7 @@ def read_adapter(path: Path) -> Adapter:
     rank, alpha = config["r"], config["lora_alpha"]
     tensors: dict[str, Tensor] = {}
     unreadable = parsing(lambda why: UserError(f"{path / WEIGHTS}: cannot be read as safetensors ({why})"))
-    with unreadable, safe_open(path / WEIGHTS, framework="pt") as opened:
+    with unreadable, safe_open(require_file(path / WEIGHTS), framework="pt") as opened:
         metadata = dict(opened.metadata() or {})
         for key in opened.keys():  # noqa: SIM118 (not a dict)
             tensors[key.removeprefix(PREFIX)] = opened.get_tensor(key)

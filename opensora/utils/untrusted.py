@@ -1,7 +1,7 @@
 """The boundary around other people's bytes, for all that is above acceleration: at home in acceleration/untrusted.py,
 files.py and sealed.py, as checkpoints need it too."""
 
-from acceleration.files import read_small
+from acceleration.files import read_small, require_file
 from acceleration.sealed import (
     ANY,
     COUNT,
@@ -26,6 +26,7 @@ __all__ = [
     "parsing",
     "short_reason",
     "read_small",
+    "require_file",
     "ANY",
     "COUNT",
     "NUMBER",
