@@ -20,6 +20,8 @@ _ROOT = Path(__file__).resolve().parents[1]
 OUR_PACKAGES = ("acceleration", "opensora", "data_pipeline")
 # A name that does not exist, or a broken invariant, is a mistake also where the block itself made it.
 _ALWAYS_OURS = (NameError, AssertionError, ImportError)
+# Until Python 3.12 these have frames of their own.
+_COMPREHENSIONS = ("<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>")
 _RUST_PANIC = "PanicException"  # of parsers in Rust; no subclass of Exception
 
 
@@ -58,15 +60,20 @@ def is_our_mistake(error: BaseException, trace: TracebackType | None) -> bool:
     """
     if trace is None:
         return False
-    last = trace
+    last, in_block = trace, True
     while last.tb_next is not None:
         last = last.tb_next
-    in_block = last.tb_frame is trace.tb_frame
+        in_block = in_block and _is_comprehension_in(last, trace)
     if in_block or _is_ours(last):
         if isinstance(error, _ALWAYS_OURS):
             return True
         return not in_block and not isinstance(error, OSError)  # an error of the disk is not ours, wherever it shows
     return False
+
+
+def _is_comprehension_in(trace: TracebackType, block: TracebackType) -> bool:
+    code = trace.tb_frame.f_code
+    return code.co_name in _COMPREHENSIONS and code.co_filename == block.tb_frame.f_code.co_filename
 
 
 def _is_ours(trace: TracebackType) -> bool:

@@ -98,13 +98,16 @@ def sbatch(script: Path) -> str:
         UserError: sbatch refused it; says how.
     """
     # Ctrl-C is for this process: sbatch must not end between queueing a job and saying so.
-    process = subprocess.Popen(
-        ["sbatch", "--parsable", str(script)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    try:
+        process = subprocess.Popen(
+            ["sbatch", "--parsable", str(script)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise UserError(f"sbatch: cannot be run ({error.strerror}); nothing was submitted") from None
     try:
         out, err = process.communicate()
     except BaseException:

@@ -31,7 +31,7 @@ def export(stills: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
     config = folder / "train.yaml"
     config.write_text(TRAINING.format(output=folder, table=stills))
-    more = ["train.steps=1", "train.export=true"]
+    more = ["train.steps=1", "optim.warmup_steps=0", "train.export=true"]
     assert run_distributed(run_with, 1, config, more, timeout=100, init=False)[0].end == "finished"
     return folder / "run/exported"
 
@@ -69,7 +69,9 @@ def test_two_exports_of_the_same_are_the_same_bytes(export: Path, stills: Path, 
     """Another process, the same run: weights and list. The configuration names another folder."""
     config = tmp_path / "train.yaml"
     config.write_text(TRAINING.format(output=tmp_path, table=stills))
-    run_distributed(run_with, 1, config, ["train.steps=1", "train.export=true"], timeout=100, init=False)
+    run_distributed(
+        run_with, 1, config, ["train.steps=1", "optim.warmup_steps=0", "train.export=true"], timeout=100, init=False
+    )
     again = tmp_path / "run/exported"
     assert (again / SINGLE).read_bytes() == (export / SINGLE).read_bytes()
     ours, theirs = ((folder / NAME).read_text().splitlines() for folder in (again, export))
@@ -181,7 +183,7 @@ def start(config: Path, overrides: list[str]) -> Any:
 
 def test_training_from_a_damaged_export_is_refused(export: Path, config: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(export, tmp_path / "copy")
-    more = ["train.steps=1", f"train.init_from={folder}"]
+    more = ["train.steps=1", "optim.warmup_steps=0", f"train.init_from={folder}"]
     assert run_distributed(start, 2, config, more, timeout=100, init=False) == [0, 0]
     content = (folder / SINGLE).read_bytes()
     replace(folder / SINGLE, content[:-3] + bytes([content[-3] ^ 4]) + content[-2:])

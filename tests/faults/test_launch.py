@@ -202,7 +202,10 @@ REFUSALS: dict[str, tuple[str, str]] = {
     "refuses": (REFUSING, "error: sbatch: error: Batch job submission failed: Invalid account; nothing was submitted"),
     "refuses on stdout": ("#!/bin/sh\necho no such partition; exit 3\n", "error: sbatch: no such partition; nothing"),
     "says nothing": ("#!/bin/sh\nexit 7\n", "error: sbatch: exit code 7, without a word; nothing was submitted"),
-    "cannot be run": ("#!/nowhere\n", "No such file or directory; nothing was submitted"),
+    "cannot be run": (
+        "#!/nowhere\n",
+        "error: sbatch: cannot be run (No such file or directory); nothing was submitted",
+    ),
     "dies": ("#!/bin/sh\nkill -9 $$\n", "error: sbatch: exit code -9, without a word; nothing was submitted"),
 }
 
@@ -237,8 +240,15 @@ def test_a_refused_job_leaves_nothing(
         assert not there or os.listdir(tmp_path / "runs/first/jobs") == there
 
 
-@pytest.mark.parametrize("queued", [False, True])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "queued"),
+    [
+        (signal.SIGINT, False),
+        (signal.SIGTERM, True),
+        pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, True, marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_submit_leaves_nothing_that_is_not_queued(
     number: signal.Signals, queued: bool, config: Path, tmp_path: Path
 ) -> None:

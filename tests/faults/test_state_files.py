@@ -356,13 +356,13 @@ WAYS: dict[str, Callable[[bytes], bytes]] = {
 def test_a_run_goes_on_whatever_became_of_its_small_files(way: str, config: Path, tmp_path: Path, tally: Tally) -> None:
     """All of them at once; its checkpoints are good."""
     run = tmp_path / "runs/run"
-    first = ["train.steps=2"]
+    first = ["train.steps=2", "optim.warmup_steps=0"]
     assert run_distributed(run_with, 1, config, first, timeout=100, init=False)[0].end == "finished"
     (run / DONE).write_text("x")
     (run / OWNER).write_text("x")
     for name in (SAVED_NAME, METRICS_NAME, DONE, OWNER):
         replace(run / name, WAYS[way]((run / name).read_bytes()))
-    again = run_distributed(run_quick, 1, config, ["train.steps=4"], timeout=100, init=False)[0]
+    again = run_distributed(run_quick, 1, config, ["train.steps=4", "optim.warmup_steps=0"], timeout=100, init=False)[0]
     assert again.end == "finished" and [step for step, _ in again.judged] == [2, 3]
     assert load_config(RunConfig, run / SAVED_NAME).train.steps == 4
     assert [record["step"] for record in read_metrics(run / METRICS_NAME)[0]][-2:] == [3, 4]

@@ -132,7 +132,7 @@ def test_every_change_is_said_and_what_changes_the_numbers_first(
         "data.micro_batches": (4, 3),
         "data.crop": ("random", "center"),
         "optim.lr": (0.5, 0.001),
-        "optim.warmup_steps": (9, 3),
+        "optim.warmup_steps": (5, 3),
         "optim.weight_decay": (0.25, cfg.optim.weight_decay),
         "flow.cond_dropout": None,
         "seed": (4, 3),
