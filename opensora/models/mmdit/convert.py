@@ -505,5 +505,6 @@ def _indexed_files(index: Path) -> list[Path]:
     elsewhere = [name for name in names if not name or os.path.basename(name) != name]
     absent = elsewhere or [name for name in names if not os.path.isfile(index.parent / name)]
     if absent:
-        raise UserError(f"{index}: names files that are not beside it ({_some([name[:80] for name in absent])}): fetch them too")
+        shown = _some([name[:80] for name in absent])
+        raise UserError(f"{index}: names files that are not beside it ({shown}): fetch them too")
     return [index.parent / name for name in names]
