@@ -24,6 +24,7 @@ from acceleration.checkpoint import background, shards, storage, writer
 from acceleration.checkpoint.background import BackgroundWriter
 from acceleration.checkpoint.folder import candidates, misnamed, none_is_good
 from acceleration.checkpoint.pieces import Boxes, Pieces, boxes
+from acceleration.sealed import NUMBER
 from acceleration.waiting import WAITING
 
 MAX_FAILURES = 3  # saves in a row that may fail before the run stops
@@ -378,9 +379,11 @@ def _alike(found: Any, held: Any) -> bool:
     """Whether a JSON value can take the place of one that the state holds: a number of a number, a list of a tuple."""
     if isinstance(held, (list, tuple)):
         return isinstance(found, list) and len(found) == len(held) and all(map(_alike, found, held))
-    if isinstance(held, (bool, str)) or isinstance(found, (bool, str)):
-        return type(found) is type(held) or found is None or held is None
-    return held is None or found is None or (isinstance(found, (int, float)) and isinstance(held, (int, float)))
+    if held is None or isinstance(held, bool):  # null stands for a switch that nobody set
+        return found is None or isinstance(found, bool)
+    if isinstance(held, (int, float)):
+        return NUMBER.test(found)
+    return isinstance(found, type(held))
 
 
 def _chain(first: bytes, rest: Any) -> Any:
