@@ -93,10 +93,8 @@ class RunLock:
                 raise UserError(_refusal(folder, holder))
             time.sleep(0.2)
         holder = read_owner(self.path)
-        if holder is None and os.path.lexists(self.path):
-            holder = self._sign_of_life()
-            if holder is not None:
-                raise UserError(_refusal(folder, holder))
+        if holder is None and os.path.lexists(self.path) and self._lives_on():
+            raise UserError(_refusal(folder, read_owner(self.path)))
         if holder is not None and not self._is_over(holder, locked):
             raise UserError(_refusal(folder, holder))
         _write(self.path, self.owner)
@@ -123,24 +121,24 @@ class RunLock:
         while time.monotonic() < deadline:
             time.sleep(min(0.5, self._beat_s))
             now = read_owner(self.path)
-            if now is None:
+            if now is None and not os.path.lexists(self.path):
                 return True
-            if (now["token"], now["beat"]) != (holder["token"], holder["beat"]):
+            if now is not None and (now["token"], now["beat"]) != (holder["token"], holder["beat"]):
                 return False
         return True
 
-    def _sign_of_life(self) -> dict[str, Any] | None:
-        """Who writes a file that cannot be read anew meanwhile, as a live owner does; None if nobody."""
+    def _lives_on(self) -> bool:
+        """Whether somebody writes a file that cannot be read, as a live owner does every few seconds."""
         announce(
             f"{self.path}: damaged, so nobody knows whose the folder is; waiting {self._stale_s:.0f} s for a sign of "
             "life, then it is written anew"
         )
-        deadline = time.monotonic() + self._stale_s
+        before, deadline = _content(self.path), time.monotonic() + self._stale_s
         while time.monotonic() < deadline:
-            if holder := read_owner(self.path):
-                return holder
             time.sleep(min(0.5, self._beat_s))
-        return None
+            if _content(self.path) != before:
+                return True
+        return False
 
     def _beat(self) -> None:
         while not self._ended.wait(self._beat_s):
@@ -197,6 +195,13 @@ def read_owner(path: Path) -> dict[str, Any] | None:
         except (OSError, ValueError):
             time.sleep(REREAD_S)
     return None
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return read_small(path)
+    except OSError:
+        return None
 
 
 def check_places(folder: Path) -> None:

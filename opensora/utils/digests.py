@@ -16,7 +16,7 @@ from opensora.utils.errors import UserError
 NAME = "SHA256SUMS"
 THREADS = 4  # files that are read at a time; hashing leaves the interpreter's lock alone
 CHUNK = 1 << 22
-_LINE = re.compile(r"([0-9a-f]{64})  ([^/\0\n]+)", re.ASCII)
+_LINE = re.compile(r"([0-9a-f]{64}) [ *]([^\0\n]+)", re.ASCII)  # a star: sha256sum -b
 
 
 def write_digests(folder: Path, digests: Mapping[str, str]) -> None:
@@ -52,7 +52,7 @@ def forget(folder: Path, names: Iterable[str]) -> None:
 
 
 def read_digests(folder: Path) -> dict[str, str] | None:
-    """File name -> SHA-256; None where there is no list.
+    """File name -> SHA-256; None where there is no list. Of files in folders below only the names are looked at.
 
     Raises:
         UserError: there is one that cannot be read, is damaged, or names a file that is not there.
@@ -74,7 +74,7 @@ def read_digests(folder: Path) -> dict[str, str] | None:
     gone = next((name for name in listed if not (folder / name).is_file()), None)
     if gone is not None:
         raise UserError(f"{path}: names {gone!r}, which is not there; export again, or remove {NAME} to read unchecked")
-    return listed
+    return {name: digest for name, digest in listed.items() if "/" not in name}
 
 
 def damaged(folder: Path, names: Collection[str], listed: Mapping[str, str]) -> str | None:
