@@ -37,7 +37,7 @@ from tests.faults.conftest import Tally
 from tests.faults.damages import BRACKETS, IN_PLACE, json_bytes, of_bytes, of_values, outcome, replace
 from tests.faults.runs import run_with
 
-COUNTS = [50, pytest.param(3000, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+COUNTS = [50, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
 
 
 @pytest.fixture
