@@ -100,7 +100,7 @@ def sbatch(script: Path) -> str:
     # Ctrl-C is for this process: sbatch must not end between queueing a job and saying so.
     try:
         process = subprocess.Popen(
-            ["sbatch", "--parsable", str(script)],
+            [shutil.which("sbatch") or "sbatch", "--parsable", str(script)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
