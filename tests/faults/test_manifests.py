@@ -165,6 +165,18 @@ def test_each_kind_is_named(saved: Path, tmp_path: Path, tally: Tally) -> None:
     tally("manifests altered and sealed again: the cause is named", len(cases), len(cases))
 
 
+def test_values_of_another_kind_are_not_loaded(saved: Path, tmp_path: Path) -> None:
+    """A learning rate in words, in a list, not finite, gone."""
+    manifest = storage.read_manifest(saved / NEW)
+    assert manifest is not None
+    key = "optimizer.param_groups.weight.lr"
+    found = ("0.1", [0.1], {}, True, None, float("nan"))
+    changes = {repr(value): {"values": {**manifest["values"], key: value}} for value in found}
+    said = run_distributed(passed_over, 1, shutil.copytree(saved, tmp_path / "copy"), changes)[0]
+    for value, line in said.items():
+        assert line.startswith("refused: ") and f"{key} is " in line and "there and 0.0 here" in line, (value, line)
+
+
 ODD = (
     *("step-١٣", "step-²", "step-1", "step-0000003", "step-000000003", "step--1", "step-1e3"),
     *("step-00000001.bak", "step- 0000003"),

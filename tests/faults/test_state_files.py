@@ -336,10 +336,12 @@ def test_an_owner_that_lives_writes_its_name_again(cfg: RunConfig, said: list[st
     def no_locks(file: int, how: int) -> None:
         raise OSError(38, "Function not implemented")
 
-    lock = RunLock(cfg.folder, beat_s=0.05, lock=no_locks)
+    lost: list[str] = []
+    lock = RunLock(cfg.folder, beat_s=0.05, lock=no_locks, lost=lost.append)
     replace(cfg.folder / OWNER, b"{")
     with pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
         RunLock(cfg.folder, beat_s=0.05, stale_s=20, lock=no_locks)
+    assert lost == []
     lock.release()
 
 
