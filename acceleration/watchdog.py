@@ -280,7 +280,7 @@ class _Beside:
         heard = self._heard()
         if report.exists() or heard[0].name != f"rank-{self.rank:05d}.txt":
             return
-        places = [Place(**json.loads(file.read_text().partition("\n")[0])) for file in heard]
+        places = [found for file in heard if (found := _read(file)) is not None] or [place]
         late = max((place for place in places if place.late), key=lambda place: place.since_s, default=place)
         text = f"no progress for {late.since_s:.0f} s in step {late.step}, {late.phase}; stacks: {self.folder}"
         text = f"HANG: {text}\n{verdict(places, self.world_size)}\n"
@@ -308,6 +308,15 @@ def _write(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}")
     aside.write_text(text)
     aside.rename(path)
+
+
+def _read(path: Path) -> Place | None:
+    """What another process said of itself; None if that cannot be read."""
+    try:
+        place = Place(**json.loads(path.read_text().partition("\n")[0]))
+        return place if place.late in (True, False) and place.since_s >= 0 else None
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
 
 
 def _text(raw: bytes) -> str:

@@ -14,12 +14,14 @@ from __future__ import annotations  # the first node may have an older Python th
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 DONE, BAD_CONFIGURATION, SAVED = 0, 2, 75  # exit codes of training
 MAX_WITHOUT_PROGRESS = 3  # attempts in a row
+STEP = re.compile(r"step-([0-9]{8,18})", re.ASCII)
 
 
 class Attempt(NamedTuple):
@@ -68,21 +70,43 @@ def attempts_without_progress(attempts: list[Attempt]) -> int:
 
 
 def newest_step(run: Path) -> int:
-    """Updates in the newest committed checkpoint of a run's folder; 0 if there is none."""
-    steps = (path.parent.name[len("step-") :] for path in run.glob("checkpoints/step-*/manifest.json"))
-    return max((int(step) for step in steps if step.isdigit()), default=0)
+    """Updates in the newest committed checkpoint of a run's folder; 0 if there is none.
+
+    A copy under the name of another step does not count.
+    """
+    found = ((STEP.fullmatch(path.parent.name), path) for path in run.glob("checkpoints/step-*/manifest.json"))
+    return max((int(name[1]) for name, path in found if name and _stated(path) in (None, int(name[1]))), default=0)
+
+
+def _stated(manifest: Path) -> int | None:
+    """The step that a manifest states; None where it cannot be read."""
+    if not manifest.is_file():
+        return None
+    try:
+        step = json.loads(manifest.read_text())["step"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if type(step) is int else None
 
 
 def read_history(path: Path) -> list[Attempt]:
-    """What ``main`` wrote; lines that were cut short are left out."""
+    """What ``main`` wrote; lines that are damaged or cut short are left out.
+
+    Raises:
+        OSError: it is there and cannot be read.
+    """
+    if not path.exists():
+        return []
+    if not path.is_file():
+        raise OSError("not a file")
     found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().split(b"\n"):
         try:
-            record: dict[str, Any] = json.loads(line)
+            record: dict[str, Any] = json.loads(line.strip(b"\0"))
             found.append(Attempt(**{name: record[name] for name in Attempt._fields}))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
-    return found
+    return [one for one in found if all(type(value) in (int, bool) for value in one)]
 
 
 def main(argv: list[str]) -> int:
@@ -104,9 +128,12 @@ def main(argv: list[str]) -> int:
         parser.error("--job is missing")
     history = args.job / "attempts.jsonl"
     now = Attempt(args.attempt, args.code, args.begun, newest_step(args.run), args.terminated, args.preempted)
-    verdict = decide(read_history(history), now)
-    with history.open("a") as file:
-        file.write(json.dumps({**now._asdict(), **verdict._asdict()}) + "\n")
+    try:
+        verdict = decide(read_history(history), now)
+        with history.open("a") as file:
+            file.write(json.dumps({**now._asdict(), **verdict._asdict()}) + "\n")
+    except OSError as error:  # without it attempts cannot be counted, and might never end
+        verdict = Verdict(False, f"{history}: {error.strerror or error}; move it away, and submit again")
     print(f"{'requeue' if verdict.requeue else 'stop'}: {verdict.reason}")
     return 0 if verdict.requeue else 1
 

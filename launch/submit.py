@@ -8,9 +8,11 @@ checkout. The job is launch/slurm.sbatch with its settings filled in; it queues 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -44,17 +46,80 @@ def main(argv: list[str]) -> int:
         return 0
     if shutil.which("sbatch") is None:
         raise UserError("sbatch: not found; submit where SLURM is, or look at the job with --dry-run")
-    job = next_folder(head.folder / "jobs")
-    freeze(job, runs, argv)
-    script = job / "job.sbatch"
-    script.write_text(render(args, head, runs, job))
-    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"sbatch: {' '.join(done.stderr.split())}; the job is at {script}")
-    number = done.stdout.strip().split(";")[0]
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        return submit(args, head, runs, argv)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def submit(args: argparse.Namespace, head: RunConfig, runs: Sequence[RunConfig], argv: Sequence[str]) -> int:
+    """Make the job's folder and give it to sbatch; without a job in the queue no folder is left. Returns the exit code.
+
+    Raises:
+        UserError: the folder cannot be written, or sbatch refused the job; says how.
+    """
+    jobs = head.folder / "jobs"
+    made = [path for path in (jobs, *jobs.parents) if not path.exists()]
+    job = jobs
+    try:
+        job = next_folder(jobs)
+        freeze(job, runs, argv)
+        script = job / "job.sbatch"
+        script.write_text(render(args, head, runs, job))
+        number = sbatch(script)
+    except BaseException as error:
+        clear_away(job if job != jobs else None, made)
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            print(f"interrupted: {job} is removed; squeue --name={head.name} shows if a job was queued all the same")
+            return 128 + (signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)
+        if isinstance(error, (OSError, shutil.Error)):
+            reason = getattr(error, "strerror", None) or str(error)
+            raise UserError(f"{job}: cannot be written ({reason}); nothing was submitted") from None
+        raise
     (job / "slurm_job_id").write_text(f"{number}\n")
     print(f"submitted job {number}: {job} (logs/ has one file per rank)")
     return 0
+
+
+def clear_away(job: Path | None, made: Sequence[Path]) -> None:
+    """Remove the folder of a job that is not in the queue, and the folders made for it that are empty then."""
+    if job is not None:
+        shutil.rmtree(job, ignore_errors=True)
+    for path in made:
+        with contextlib.suppress(OSError):  # somebody else submits at the same time
+            path.rmdir()
+
+
+def sbatch(script: Path) -> str:
+    """The number of the job in the queue.
+
+    Raises:
+        UserError: sbatch refused it; says how.
+    """
+    # Ctrl-C is for this process: sbatch must not end between queueing a job and saying so.
+    try:
+        process = subprocess.Popen(
+            [shutil.which("sbatch") or "sbatch", "--parsable", str(script)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise UserError(f"sbatch: cannot be run ({error.strerror}); nothing was submitted") from None
+    try:
+        out, err = process.communicate()
+    except BaseException:
+        process.terminate()
+        out, err = process.communicate()
+        if not out.strip():
+            raise
+    else:
+        if process.returncode:
+            said = " ".join((err or out).split()) or f"exit code {process.returncode}, without a word"
+            raise UserError(f"sbatch: {said.removeprefix('sbatch: ')}; nothing was submitted, and nothing is left")
+    return out.strip().split(";")[0]
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

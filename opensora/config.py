@@ -6,7 +6,6 @@ of frozen dataclasses in which every field is stated; nobody behind this module 
 
 import hashlib
 import json
-import os
 import signal
 import sys
 import time
@@ -28,6 +27,7 @@ from opensora.utils.errors import UserError
 from opensora.utils.logging import LogConfig, launched_rank
 from opensora.utils.sampling import SamplingOption
 from opensora.utils.typed import build, is_table, plain, section, types_at, wants_text
+from opensora.utils.user_files import replacing
 from opensora.utils.yaml_strict import COMMAND_LINE, Keys, Lines, parse_value, read_yaml, to_yaml_text
 
 SAVED_NAME = "config.yaml"  # of the resolved configuration inside a run's folder
@@ -283,13 +283,18 @@ def to_yaml(cfg: Any) -> str:
     return to_yaml_text(plain(cfg))
 
 
-def save(cfg: Any, path: str | Path) -> None:
-    """Write ``to_yaml(cfg)``; the file is complete or absent."""
+def save(cfg: Any, path: str | Path) -> str:
+    """Write ``to_yaml(cfg)``; the file is on the disk, complete, or as it was before. Returns its SHA-256.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(to_yaml(cfg), encoding="utf-8")
-    os.replace(aside, path)
+    content = to_yaml(cfg).encode()
+    with replacing(path) as file:
+        file.write(content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def config_hash(cfg: Any) -> str:

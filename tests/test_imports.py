@@ -15,7 +15,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # layer -> what of ours it may import besides itself; a name stands for itself and everything below it
 LAYERS: dict[str, tuple[str, ...]] = {
     "acceleration": (),
-    "opensora.utils": (),
+    "opensora.utils": (
+        "acceleration.files",
+        "acceleration.sealed",
+        "acceleration.tensor_file",
+        "acceleration.untrusted",
+    ),
     "opensora.models": ("opensora.utils",),
     "opensora.schedulers": ("opensora.utils",),
     "opensora.datasets": ("opensora.utils",),

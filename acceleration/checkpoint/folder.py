@@ -7,8 +7,7 @@ import torch
 
 from acceleration.checkpoint import shards, storage
 from acceleration.checkpoint.pieces import Boxes
-
-PREFIX = "step-"
+from acceleration.checkpoint.storage import PREFIX, step_of
 
 
 def steps_in(folder: Path) -> list[Path]:
@@ -23,15 +22,22 @@ def newest(folder: Path) -> Path | None:
         ValueError: there are step directories but none is complete: starting from zero would lose the run.
     """
     complete = steps_in(folder)
-    if not complete and candidates(folder):
+    if not complete and (candidates(folder) or misnamed(folder)):
         raise ValueError(none_is_good(folder))
     return complete[-1] if complete else None
 
 
 def candidates(folder: Path) -> list[Path]:
     """Every directory that is called as a checkpoint is, oldest first."""
-    found = [p for p in folder.glob(f"{PREFIX}*") if p.is_dir() and p.name.removeprefix(PREFIX).isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+    found = {path: step_of(path.name) for path in folder.glob(f"{PREFIX}*") if path.is_dir()}
+    steps = {path: step for path, step in found.items() if step is not None}
+    return sorted(steps, key=lambda path: steps[path])
+
+
+def misnamed(folder: Path) -> list[Path]:
+    """Directories with a manifest that are called nearly as a checkpoint is, such as ``step-8`` or a copy of one."""
+    found = (path for path in folder.glob(f"{PREFIX}*") if step_of(path.name) is None)
+    return sorted(path for path in found if (path / storage.MANIFEST).is_file())
 
 
 def none_is_good(folder: Path) -> str:
@@ -45,9 +51,13 @@ def contents(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: ``path`` is not a complete checkpoint.
     """
-    manifest = storage.read_manifest(path)
-    if manifest is None:
-        raise ValueError(f"{path}: not a complete checkpoint")
+    try:
+        manifest = storage.manifest_of(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a complete checkpoint ({error})") from None
+    lacking = next((part for part in ("tensors", "values") if part not in manifest), None)
+    if lacking:
+        raise ValueError(f"{path}: not a complete checkpoint ({storage.MANIFEST} has no {lacking})")
     types = {name: dtype for dtype, name in shards.DTYPES.items()}
     tensors = {key: torch.empty(shape, dtype=types[name]) for key, (name, shape) in manifest["tensors"].items()}
     held = {key: Boxes(tuple(t.shape), t.dtype, {(0,) * t.dim(): t}, True) for key, t in tensors.items()}

@@ -6,11 +6,13 @@ before, and training goes on, a few times.
 """
 
 import errno
+import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ from torch import Tensor
 
 from acceleration.checkpoint import background, shards, storage, writer
 from acceleration.checkpoint.background import BackgroundWriter
-from acceleration.checkpoint.folder import PREFIX, candidates, none_is_good
+from acceleration.checkpoint.folder import candidates, misnamed, none_is_good
 from acceleration.checkpoint.pieces import Boxes, Pieces, boxes
+from acceleration.sealed import NUMBER
 from acceleration.waiting import WAITING
 
 MAX_FAILURES = 3  # saves in a row that may fail before the run stops
@@ -53,6 +56,7 @@ class CheckpointManager:
         *,
         in_background: bool = False,
         report: Report = lambda text: None,
+        wrong: Callable[[Mapping[str, Any]], str | None] = lambda manifest: None,
     ) -> None:
         """
         Args:
@@ -60,11 +64,13 @@ class CheckpointManager:
                 one is committed.
             in_background: another process writes while training goes on; ``poll`` commits.
             report: told what a person should read; on rank 0 only.
+            wrong: what is wrong with the ``info`` that a manifest holds, if anything: then it is damaged.
         """
         self.folder = folder
         self.keep = keep
         self.failures = 0  # in a row
         self._report = report
+        self._wrong = wrong
         self._writer = BackgroundWriter() if in_background and background.available() else None
         self._pending: _Pending | None = None
         self._verified: dict[Path, bool] = {}  # what this run has written or read, so that it is read once
@@ -85,13 +91,16 @@ class CheckpointManager:
 
     def _newest_good(self, folder: Path) -> Path | None:
         steps: list[Path] = self.from_main(candidates(folder) if self._is_main else None)
+        odd: list[Path] = self.from_main(misnamed(folder) if self._is_main else None)
+        for path in odd if self._is_main else []:
+            self._report(f"{path}: not the name of a checkpoint, which is as {storage.step_name(8)}: passed over")
         for path in reversed(steps):
             bad = self._damaged(path)
             if bad is None:
                 return path
             if self._is_main:
                 self._report(f"{path} is damaged ({bad}): looking for an older one")
-        if steps:
+        if steps or odd:
             raise ValueError(none_is_good(folder))
         return None
 
@@ -104,7 +113,7 @@ class CheckpointManager:
         if self.from_main((path / storage.MANIFEST).is_file()):
             bad = self._damaged(path)
             if bad is not None:
-                raise ValueError(f"{path}: {bad} is damaged")
+                raise ValueError(f"{path} is damaged ({bad})")
             return path
         found = self._newest_good(path / "checkpoints") or self._newest_good(path)
         if found is None:
@@ -112,18 +121,54 @@ class CheckpointManager:
         return found
 
     def _damaged(self, path: Path) -> str | None:
-        """Name of a damaged file of a checkpoint; every process reads its share of the bytes. Collective."""
-        manifest = self.from_main(storage.read_manifest(path) if self._is_main else None)
-        bad = storage.MANIFEST if manifest is None else self._differs(path, manifest)
+        """What is damaged in a checkpoint, if anything; every process reads its share of the bytes. Collective."""
+        manifest, bad = self.from_main(self._read(path) if self._is_main else None)
+        if bad is None:
+            bad = self._differs(path, manifest) or self._incomplete(path, manifest)
         self._verified[path] = bad is None
         return bad
 
+    def _read(self, path: Path) -> tuple[dict[str, Any], str | None]:
+        """(manifest, what is wrong with it)."""
+        try:
+            manifest = storage.manifest_of(path)
+        except ValueError as error:
+            return {}, str(error)
+        lacking = [f"{part} is missing" for part in ("tensors", "values") if part not in manifest]
+        wrong = next(iter(lacking), None) or self._wrong(manifest)
+        return manifest, f"{storage.MANIFEST}: {wrong}" if wrong else None
+
+    def _mine(self, manifest: dict[str, Any]) -> list[str]:
+        return sorted(manifest["files"])[dist.get_rank() :: dist.get_world_size()]
+
     def _differs(self, path: Path, manifest: dict[str, Any]) -> str | None:
-        names = sorted(manifest["files"])[dist.get_rank() :: dist.get_world_size()]
-        everyone: list[Any] = [None] * dist.get_world_size()
-        mine = storage.damaged(path, {name: manifest["files"][name] for name in names})
+        names = self._mine(manifest)
+        return self._first(storage.damaged(path, {name: manifest["files"][name] for name in names}))
+
+    def _incomplete(self, path: Path, manifest: dict[str, Any]) -> str | None:
+        """Whether the files hold other tensors than the manifest says, or parts of them. Collective."""
+        tensors, problem = manifest["tensors"], None
+        counts: dict[str, int] = {}
+        for name in self._mine(manifest):
+            try:
+                for key, count in shards.counted(path / name, tensors).items():
+                    counts[key] = counts.get(key, 0) + count
+            except ValueError as error:
+                problem = problem or str(error)
+        problem = self._first(problem)
+        if problem is None:
+            held = torch.tensor([counts.get(key, 0) for key in tensors], dtype=torch.int64)
+            dist.all_reduce(held, group=self.group)
+            for (key, (_, sizes)), count in zip(tensors.items(), held.tolist(), strict=True):
+                if count != prod(sizes):
+                    return f"{storage.MANIFEST}: tensors.{key[:99]!r}: {sizes}, and the files hold {count} elements"
+        return problem
+
+    def _first(self, mine: str | None) -> str | None:
+        """What the first process with something to say says. Collective."""
+        everyone: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine, group=self.group)
-        return next((name for name in everyone if name is not None), None)
+        return next((one for one in everyone if one is not None), None)
 
     def save(self, step: int, state: Mapping[str, Mapping[str, Any]], info: Mapping[str, Any]) -> None:
         """Write ``state`` as the checkpoint after ``step`` updates; ``info`` (JSON) goes into the manifest.
@@ -137,7 +182,7 @@ class CheckpointManager:
         held, values = self._described(state)
         tensors = shards.to_write(held)
         described = {key: [shards.DTYPES[one.dtype], list(one.shape)] for key, one in held.items()}
-        final = self.folder / f"{PREFIX}{step:08d}"
+        final = self.folder / storage.step_name(step)
         size = self._total_bytes(tensors)
         staged, problem = self.from_main(self._prepare(final, size) if self._is_main else None)
         pending = _Pending(staged, final, {"step": step, **info, "tensors": described, "values": values}, problem)
@@ -210,10 +255,15 @@ class CheckpointManager:
         return any(key.startswith(f"{section}.") for key in self.manifest(path)["tensors"])
 
     def manifest(self, path: Path) -> dict[str, Any]:
-        """What ``save`` was told of this checkpoint, with its step."""
-        manifest = storage.read_manifest(path)
-        assert manifest is not None, path
-        return manifest
+        """What ``save`` was told of this checkpoint, with its step.
+
+        Raises:
+            ValueError: it is not complete (any more).
+        """
+        try:
+            return storage.manifest_of(path)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error})") from None
 
     def load(self, path: Path, state: dict[str, dict[str, Any]]) -> None:
         """Fill ``state`` in place from ``path``: tensors as they stand, other values by assignment.
@@ -231,9 +281,12 @@ class CheckpointManager:
                 raise ValueError(f"{path}: has no {key}")
             if tuple(found[1]) != one.shape:
                 raise ValueError(f"{path}: {key} is {tuple(found[1])} there and {one.shape} here")
-        for key in values:
+        for key, value in values.items():
             if key not in manifest["values"]:
                 raise ValueError(f"{path}: has no {key}")
+            if not _alike(manifest["values"][key], value):
+                found = json.dumps(manifest["values"][key])[:60]
+                raise ValueError(f"{path}: {key} is {found} there and {json.dumps(value)} here")
         shards.read([path / name for name in manifest["files"]], held)
         for section, entries in state.items():
             for name, old in entries.items():
@@ -320,6 +373,17 @@ class CheckpointManager:
         except OSError as error:
             self._report(f"{path}: older checkpoints could not be removed, {_explain(error)}")
             return None
+
+
+def _alike(found: Any, held: Any) -> bool:
+    """Whether a JSON value can take the place of one that the state holds: a number of a number, a list of a tuple."""
+    if isinstance(held, (list, tuple)):
+        return isinstance(found, list) and len(found) == len(held) and all(map(_alike, found, held))
+    if held is None or isinstance(held, bool):  # null stands for a switch that nobody set
+        return found is None or isinstance(found, bool)
+    if isinstance(held, (int, float)):
+        return NUMBER.test(found)
+    return isinstance(found, type(held))
 
 
 def _chain(first: bytes, rest: Any) -> Any:

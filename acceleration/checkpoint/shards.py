@@ -4,28 +4,25 @@ Reading finds, for every box that is wanted, the stored boxes that overlap it, i
 not matter. Nothing that is read here can run code.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from acceleration.checkpoint.pieces import Boxes, Offset
+from acceleration.files import require_file
+from acceleration.tensor_file import DTYPES as DTYPES
+from acceleration.tensor_file import header as header
+from acceleration.tensor_file import raw as raw
+from acceleration.untrusted import parsing
 
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+MAX_DIGITS = 19  # of a number in the name of a box
 
 
 def file_name(rank: int) -> str:
@@ -48,29 +45,6 @@ def to_write(state: Mapping[str, Boxes]) -> dict[str, Tensor]:
     }
 
 
-def header(tensors: Mapping[str, Tensor]) -> bytes:
-    """The first bytes of a safetensors file that holds ``tensors`` in this order."""
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        table[name] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [position, position + size],
-        }
-        position += size
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def raw(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, on the CPU."""
-    flat = tensor.cpu().contiguous().flatten().view(torch.uint8)
-    return memoryview(flat.numpy())  # type: ignore[arg-type]
-
-
 def read(files: Iterable[Path], wanted: Mapping[str, Boxes]) -> None:
     """Fill the views of ``wanted`` in place from the files of one checkpoint.
 
@@ -79,31 +53,76 @@ def read(files: Iterable[Path], wanted: Mapping[str, Boxes]) -> None:
     """
     missing = {(key, offset): view.numel() for key, held in wanted.items() for offset, view in held.views.items()}
     for path in files:
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                for key, stored in _stored(file.keys()).items():
-                    if key in wanted:
-                        _fill(file, key, stored, wanted[key], missing)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: {error}") from None
+        with _opened(path) as (file, names):
+            for key, stored in _stored(names).items():
+                if key in wanted:
+                    _fill(path, file, key, stored, wanted[key], missing)
     short = next((key for (key, _), count in missing.items() if count), None)
     if short is not None:
         raise ValueError(f"{Path(path).parent}: {short} is not there, or not whole")
+
+
+def counted(path: Path, tensors: Mapping[str, Any]) -> dict[str, int]:
+    """How many elements of every tensor the boxes in a file hold.
+
+    Args:
+        tensors: name -> (type, shape) of the full tensors, as a manifest has them.
+
+    Raises:
+        ValueError: not a safetensors file, or a box that is in none of the tensors, by name.
+    """
+    counts: dict[str, int] = defaultdict(int)
+    with _opened(path) as (file, names):
+        for key, stored in _stored(names).items():
+            dtype, full = tensors.get(key, (None, ()))
+            for offset in stored:
+                with parsing(lambda problem: ValueError(f"{path.name}: {problem}")):
+                    box = file.get_slice(entry(key, offset))
+                    found, shape = box.get_dtype(), box.get_shape()
+                ends = [start + size for start, size in zip(offset, shape, strict=False)]
+                inside = len(offset) == len(shape) == len(full) and all(a <= b for a, b in zip(ends, full, strict=True))
+                if found != dtype or not inside:
+                    what = f"{entry(key, offset)[:99]} ({found} {shape})"
+                    raise ValueError(f"{path.name}: {what} belongs to no tensor of the manifest")
+                counts[key] += prod(shape)
+    return counts
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, list[str]]]:
+    """A safetensors file, and the names in it.
+
+    Raises:
+        ValueError: it is none.
+    """
+    with parsing(lambda problem: ValueError(f"{path}: {problem}")):
+        file = safe_open(require_file(path), framework="pt", device="cpu")
+        names = list(file.keys())
+    with file:
+        yield file, names
 
 
 def _stored(names: Iterable[str]) -> dict[str, list[Offset]]:
     found: dict[str, list[Offset]] = defaultdict(list)
     for name in names:
         key, _, offset = name.rpartition("@")
-        found[key].append(tuple(int(part) for part in offset.split(",") if part))
+        parts = [part for part in offset.split(",") if part]
+        if not all(part.isascii() and part.isdecimal() and len(part) <= MAX_DIGITS for part in parts):
+            raise ValueError(f"{name[:200]}: the name of no box")
+        found[key].append(tuple(map(int, parts)))
     return found
 
 
-def _fill(file: Any, key: str, stored: list[Offset], held: Boxes, missing: dict[tuple[str, Offset], int]) -> None:
+def _fill(
+    path: Path, file: Any, key: str, stored: list[Offset], held: Boxes, missing: dict[tuple[str, Offset], int]
+) -> None:
     for offset in stored:
         name = entry(key, offset)
-        source = file.get_slice(name)
-        shape = source.get_shape()
+        with parsing(lambda problem: ValueError(f"{path}: {problem}")):
+            source = file.get_slice(name)
+            shape = source.get_shape()
+        if len(offset) != len(shape) or len(shape) != len(held.shape):
+            raise ValueError(f"{path}: {name} has {len(shape)} dims, and should have {len(held.shape)}")
         for target_offset, target in held.views.items():
             overlap = list(_overlap(offset, shape, target_offset, target.shape))
             if any(low >= high for low, high in overlap):

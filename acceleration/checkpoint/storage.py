@@ -4,24 +4,53 @@
 holds, so that a directory without it, or with a file missing, cut short or altered by one bit, is not a checkpoint.
 """
 
-import hashlib
-import json
 import os
 import re
 import shutil
 import stat
 import uuid
 from contextlib import suppress
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from acceleration.checkpoint.writer import digest_of
+from acceleration.files import flush, read_small
+from acceleration.sealed import COUNT, OBJECT, SHA256, Each, Kind, Shape, seal, unseal
+from acceleration.tensor_file import DTYPES
 
 MANIFEST = "manifest.json"
+PREFIX = "step-"
 STAGING = ".tmp-"
 _STALE = re.compile(re.escape(STAGING) + r".+-[0-9a-f]{8}")  # what _aside makes; anything else is not ours to remove
 SCHEMA = 2
 Files = dict[str, dict[str, Any]]  # name -> {"size": bytes, "sha256": hex}
+MAX_DIMS = 64
+_NAME = re.compile(r"(?:[0-9]{8}|[1-9][0-9]{8,18})", re.ASCII)  # of a step, behind the prefix
+_ITEM_BYTES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
+_SIZES = Kind(
+    f"a list of at most {MAX_DIMS} sizes",
+    lambda value: isinstance(value, list) and len(value) <= MAX_DIMS and all(map(COUNT.test, value)),
+)
+_SHAPE: Shape = {
+    "schema": Kind(str(SCHEMA), lambda value: value == SCHEMA),
+    "step": COUNT,
+    "files": Each({"size": COUNT, "sha256": SHA256}),
+    "tensors?": Each([Kind(f"one of {', '.join(_ITEM_BYTES)}", lambda v: v in list(_ITEM_BYTES)), _SIZES]),
+    "values?": OBJECT,
+    "...": OBJECT,  # what the run says of itself; see ``CheckpointManager``
+}
+
+
+def step_name(step: int) -> str:
+    """What the directory of a step is called."""
+    return f"{PREFIX}{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step of a directory that is called as ``step_name`` calls it; None for any other name."""
+    number = name.removeprefix(PREFIX)
+    return int(number) if number != name and _NAME.fullmatch(number) else None
 
 
 def stage(parent: Path, name: str) -> Path:
@@ -36,7 +65,7 @@ def commit(staged: Path, final: Path, info: dict[str, Any], files: Files) -> Non
     """Describe what is in ``staged`` and make it ``final`` by one rename. The files are on the disk already."""
     body = {"schema": SCHEMA, **info, "files": files}
     manifest = staged / MANIFEST
-    manifest.write_text(_text(body))
+    manifest.write_text(seal(body))
     flush(manifest)
     flush(staged)
     before = _aside(final, "damaged-")
@@ -52,14 +81,37 @@ def commit(staged: Path, final: Path, info: dict[str, Any], files: Files) -> Non
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a directory; None if it is not intact, or a listed file is missing or of another size."""
-    manifest = _sealed(path)
+    """The manifest of a directory; None where ``manifest_of`` refuses it."""
     try:
-        if manifest and all(_is_whole(path / name, about["size"]) for name, about in manifest["files"].items()):
-            return manifest
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return None
+        return manifest_of(path)
+    except ValueError:
+        return None
+
+
+def manifest_of(path: Path) -> dict[str, Any]:
+    """The manifest of a directory, which is checked here and nowhere else before it is used.
+
+    Raises:
+        ValueError: it is not what was written, not of the right shape, or of another step than the directory's name
+            says, or a listed file is missing or of another size; says what.
+    """
+    manifest = _sealed(path)
+    step, files = manifest["step"], manifest["files"]
+    if path.name.startswith(PREFIX) and path.name != step_name(step):
+        raise ValueError(f"holds step {step} by its {MANIFEST}, so should be called {step_name(step)}")
+    for name, about in files.items():
+        try:
+            whole = _is_whole(path / name, about["size"])
+        except (OSError, ValueError):  # ValueError: a name that no file can have
+            whole = False
+        if not whole:
+            raise ValueError(name if name.isprintable() else ascii(name))
+    room = sum(about["size"] for about in files.values())
+    for key, (dtype, sizes) in manifest.get("tensors", {}).items():
+        room -= prod(sizes) * _ITEM_BYTES[dtype]
+        if room < 0:
+            raise ValueError(f"{MANIFEST}: tensors.{key[:99]!r}: {dtype} {sizes} is more than the files hold")
+    return manifest
 
 
 def damaged(path: Path, files: Files) -> str | None:
@@ -73,23 +125,17 @@ def damaged(path: Path, files: Files) -> str | None:
     return None
 
 
-def flush(path: Path) -> None:
-    """fsync a file or a directory."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def remove(path: Path) -> None:
     """Remove a checkpoint: it stops being one before its first file goes. What the manifest does not list stays.
 
     Raises:
         OSError: it could not be removed, or not all of it.
     """
-    manifest = None if path.is_symlink() else _sealed(path)
-    if manifest is None:
+    if path.is_symlink():
+        return
+    try:
+        manifest = _sealed(path)
+    except ValueError:
         return
     ours = (MANIFEST, *manifest["files"])
     if {entry.name for entry in path.iterdir()}.issubset(ours):
@@ -114,26 +160,28 @@ def _aside(final: Path, what: str = "") -> Path:
     return final.with_name(f"{STAGING}{what}{final.name}-{uuid.uuid4().hex[:8]}")
 
 
-def _sealed(path: Path) -> dict[str, Any] | None:
-    """The manifest of a directory as it was written, whatever became of the files that it lists."""
+def _sealed(path: Path) -> dict[str, Any]:
+    """The manifest of a directory as it was written, whatever became of the files that it lists.
+
+    Raises:
+        ValueError: it is damaged, or names a file that is not in the directory.
+    """
+
+    def refuse(problem: str) -> ValueError:
+        return ValueError(f"{MANIFEST}: {problem}")
+
     try:
-        text = (path / MANIFEST).read_text()
-        manifest = json.loads(text)
-        manifest.pop("sha256")
-        intact = manifest["schema"] == SCHEMA and text == _text(manifest)
-        inside = all(name and name not in (".", "..") and not set(name) & set("/\0") for name in manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-    return manifest if intact and inside else None
+        content = read_small(path / MANIFEST)
+    except (OSError, ValueError) as error:
+        raise refuse(getattr(error, "strerror", None) or str(error)) from None
+    manifest = unseal(content, refuse, _SHAPE)
+    outside = next((n for n in manifest["files"] if not n or n in (".", "..") or set(n) & set("/\0")), None)
+    if outside is not None:
+        raise refuse(f"files.{outside!r} is not a name in this directory")
+    return manifest
 
 
 def _is_whole(path: Path, size: int) -> bool:
     """Of the size that was written, and a file: to open a pipe would wait for ever."""
     found = path.stat()
     return stat.S_ISREG(found.st_mode) and found.st_size == size
-
-
-def _text(body: dict[str, Any]) -> str:
-    """A manifest as it is written: ``body`` with its own digest."""
-    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**body, "sha256": digest})

@@ -2,13 +2,13 @@
 
 A folder holds ``shard-00000.safetensors``, ... with the features of whole micro-batches, ``null.safetensors`` with
 those of the empty prompt, and, written last, ``index.arrow`` (which sample of which epoch lies where) and
-``manifest.json``. A shard is complete or absent, and so is the folder.
+``manifest.json``, which is sealed and has the digests of these two. A shard is complete or absent, and so is a folder.
 
 Epoch e of a run reads epoch ``e % epochs`` of the folder: windows and crops repeat, the order does not.
 """
 
+import hashlib
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,15 +18,41 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from opensora.datasets.plan import MicroBatch
 from opensora.utils.errors import UserError
+from opensora.utils.untrusted import (
+    COUNT,
+    OBJECT,
+    SHA256,
+    TEXT,
+    Each,
+    Shape,
+    mismatch,
+    parse_json,
+    parsing,
+    read_small,
+    require_file,
+    seal,
+    unseal,
+)
+from opensora.utils.user_files import replacing
+from opensora.utils.weights import write_file
 
 MANIFEST, INDEX, NULL = "manifest.json", "index.arrow", "null.safetensors"
-FORMAT = 2
+FORMAT = 3
+_AGAIN = "run python -m opensora.cli.precompute again, which writes what is missing"
+_MANIFEST: Shape = {
+    **dict.fromkeys(("format", "epochs", "shards", "samples"), COUNT),
+    "hash": TEXT,
+    "made_for": OBJECT,
+    "buckets": Each(TEXT, list),
+    "files": {INDEX: SHA256, NULL: SHA256},
+}
+_BATCHES: Shape = Each({"epoch": COUNT, "bucket": TEXT, "samples": Each(COUNT, list)}, list)
 _OPEN_SHARDS = 64
 _ROW = np.dtype([("epoch", "i8"), ("sample", "i8"), ("shard", "i4"), ("batch", "i4"), ("row", "i4"), ("bucket", "i4")])
 
@@ -58,20 +84,20 @@ def write_shard(folder: Path, number: int, parts: Iterable[tuple[MicroBatch, Fea
         rows.append(
             {"epoch": micro_batch.epoch, "bucket": str(micro_batch.bucket), "samples": list(micro_batch.sample_ids)}
         )
-    return _write(folder / shard_name(number), tensors, {"hash": identity_hash, "batches": json.dumps(rows)})
+    return write_file(folder / shard_name(number), tensors, {"hash": identity_hash, "batches": json.dumps(rows)})
 
 
 def write_null(folder: Path, tensors: Mapping[str, Tensor], identity_hash: str) -> None:
     """Text features of the empty prompt."""
-    _write(folder / NULL, {n: t.cpu().contiguous() for n, t in tensors.items()}, {"hash": identity_hash})
+    write_file(folder / NULL, {n: t.cpu().contiguous() for n, t in tensors.items()}, {"hash": identity_hash})
 
 
 def shard_hash(path: Path) -> str:
     """Which configuration a shard was made for; "" where the file cannot be read."""
     try:
-        with safe_open(path, "pt") as shard:
+        with parsing(ValueError), safe_open(require_file(path), "pt") as shard:
             return str(shard.metadata()["hash"])
-    except (SafetensorError, OSError, KeyError, TypeError):
+    except ValueError:
         return ""
 
 
@@ -80,8 +106,7 @@ def write_index(folder: Path, shards: int, epochs: int, identity: Mapping[str, A
     parts: list[np.ndarray] = []
     names: dict[str, int] = {}  # buckets by number
     for number in range(shards):
-        with safe_open(folder / shard_name(number), "pt") as shard:
-            batches = json.loads(shard.metadata()["batches"])
+        batches = _batches(folder / shard_name(number))
         for position, batch in enumerate(batches):
             part = np.empty(len(batch["samples"]), dtype=_ROW)
             part["epoch"], part["sample"], part["row"] = batch["epoch"], batch["samples"], np.arange(len(part))
@@ -94,15 +119,18 @@ def write_index(folder: Path, shards: int, epochs: int, identity: Mapping[str, A
     columns = {"key": rows["epoch"] * samples + rows["sample"]} | {n: rows[n] for n in ("shard", "batch", "row")}
     columns["bucket"] = rows["bucket"]
     table = pa.table({name: np.ascontiguousarray(column) for name, column in columns.items()})
-    aside = folder / f".{INDEX}.{os.getpid()}"
-    with pa.ipc.new_file(aside, table.schema) as file:
+    with replacing(folder / INDEX) as whole, pa.ipc.new_file(whole, table.schema) as file:
         file.write_batch(table.combine_chunks().to_batches()[0])
-    os.replace(aside, folder / INDEX)
-    manifest = {"format": FORMAT, "hash": identity_hash, "epochs": epochs, "shards": shards, "made_for": identity}
-    manifest |= {"samples": samples, "buckets": list(names)}
-    aside = folder / f".{MANIFEST}.{os.getpid()}"
-    aside.write_text(json.dumps(manifest, indent=1))
-    os.replace(aside, folder / MANIFEST)
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "hash": identity_hash,
+        "epochs": epochs,
+        "shards": shards,
+        "made_for": identity,
+    }
+    manifest |= {"samples": samples, "buckets": list(names), "files": {n: _digest(folder / n) for n in (INDEX, NULL)}}
+    with replacing(folder / MANIFEST) as manifest_file:
+        manifest_file.write(seal(json.loads(json.dumps(manifest))).encode())
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -111,14 +139,67 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: there is none, it is not complete, or of another version of this project.
     """
+    name = f"data.features={folder}"
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        content = read_small(folder / MANIFEST)
     except FileNotFoundError:
         state = "is not complete" if folder.is_dir() else "does not exist"
-        raise UserError(f"data.features={folder}: {state}; run python -m opensora.cli.precompute") from None
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"data.features={folder}: written in another format; run python -m opensora.cli.precompute")
-    return dict(manifest)
+        raise UserError(f"{name}: {state}; run python -m opensora.cli.precompute") from None
+    except OSError as error:
+        raise UserError(f"{name}: {MANIFEST} cannot be read ({error.strerror}); move it away, and {_AGAIN}") from None
+    stated = parse_json(content, lambda why: UserError(f"{name}: {MANIFEST} is damaged ({why}); {_AGAIN}"))
+    if isinstance(stated, dict) and stated.get("format", FORMAT) in range(FORMAT):
+        raise UserError(f"{name}: written in another format; {_AGAIN}")
+    return unseal(content, lambda why: UserError(f"{name}: {MANIFEST} is damaged ({why}); {_AGAIN}"), _MANIFEST)
+
+
+def has_null(folder: Path, identity_hash: str) -> bool:
+    """Whether the features of the empty prompt are there, and what was written as far as a manifest tells."""
+    try:
+        stated = read_manifest(folder)["files"][NULL]
+    except UserError:  # not complete yet, or damaged: then it is written anew with what is there
+        stated = None
+    return shard_hash(folder / NULL) == identity_hash and stated in (None, _digest(folder / NULL))
+
+
+def verify(folder: Path) -> None:
+    """That the index, and the features of the empty prompt, are what was written; shards are not read.
+
+    Raises:
+        UserError: as of ``read_manifest``; one of them is damaged.
+    """
+    for name, digest in read_manifest(folder)["files"].items():
+        if _digest(folder / name) != digest:
+            raise UserError(f"data.features={folder}: {name} is damaged or missing; {_AGAIN}")
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file; of none where it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        if not path.is_file():
+            return ""
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    except OSError:
+        return ""
+    return digest.hexdigest()
+
+
+def _batches(path: Path) -> list[dict[str, Any]]:
+    """What a shard says is in it."""
+
+    def refuse(why: str) -> UserError:
+        return UserError(f"{path}: damaged ({why}); remove it, and precompute again")
+
+    with parsing(refuse), safe_open(require_file(path), "pt") as shard:
+        text = shard.metadata()["batches"]
+    batches = parse_json(text, refuse)
+    wrong = mismatch(batches, _BATCHES)
+    if wrong:
+        raise refuse(wrong)
+    return list(batches)
 
 
 class FeatureStore:
@@ -134,7 +215,8 @@ class FeatureStore:
         self.epochs, self._samples = int(manifest["epochs"]), int(manifest["samples"])
         self._buckets: list[str] = manifest["buckets"]
         # Mapped, not read: all processes of a node share one copy.
-        with pa.memory_map(str(folder / INDEX)) as file:
+        damaged = parsing(lambda why: UserError(f"data.features={folder}: {INDEX} is damaged ({why}); {_AGAIN}"))
+        with damaged, pa.memory_map(str(require_file(folder / INDEX))) as file:
             index = pa.ipc.open_file(file).read_all()
         self._key = index["key"].chunk(0).to_numpy()  # (n,) epoch * samples + sample, ascending
         self._place = tuple(index[name].chunk(0).to_numpy() for name in ("shard", "batch", "row", "bucket"))
@@ -152,7 +234,9 @@ class FeatureStore:
 
     def null(self) -> dict[str, Tensor]:
         """``txt``, ``y_vec`` and perhaps ``mask`` of the empty prompt, (1, ...) each."""
-        return dict(load_file(self._folder / NULL))
+        damaged = parsing(lambda why: UserError(f"data.features={self._folder}: {NULL} is damaged ({why}); {_AGAIN}"))
+        with damaged:
+            return dict(load_file(require_file(self._folder / NULL)))
 
     def _row(self, sample: int, micro_batch: MicroBatch) -> dict[str, Tensor]:
         key = (micro_batch.epoch % self.epochs) * self._samples + sample
@@ -165,28 +249,17 @@ class FeatureStore:
                 f"{micro_batch.bucket}; run python -m opensora.cli.precompute again"
             )
         shard = self._open(number)
-        try:
+        path = self._folder / shard_name(number)
+        with parsing(lambda why: UserError(f"{path}: {why}; remove it, and precompute again")):
             return {name: shard.get_slice(f"{batch}.{name}")[row : row + 1] for name in self._names}
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{self._folder / shard_name(number)}: {error}; remove it, and precompute again") from None
 
     def _open(self, number: int) -> Any:
         if number in self._shards:
             self._shards.move_to_end(number)
             return self._shards[number]
         path = self._folder / shard_name(number)
-        try:
-            self._shards[number] = safe_open(path, "pt")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: {error}; remove it, and precompute again") from None
+        with parsing(lambda why: UserError(f"{path}: {why}; remove it, and precompute again")):
+            self._shards[number] = safe_open(require_file(path), "pt")
         if len(self._shards) > _OPEN_SHARDS:
             self._shards.popitem(last=False)
         return self._shards[number]
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(dict(tensors), aside, metadata=dict(metadata))
-    os.replace(aside, path)
-    return path

@@ -3,12 +3,14 @@
 Weights are read into the layout of this job, whatever layout wrote them.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from acceleration import kernels, lora, sharding, tensor_parallel
@@ -21,6 +23,7 @@ from acceleration.plan import Fill
 from acceleration.precision import DTYPES
 from acceleration.runtime import Runtime
 from acceleration.sequence import SequenceParallel
+from acceleration.waiting import WAITING
 from acceleration.work import SharedWork
 from opensora.config import SAVED_NAME, RunConfig, SampleConfig, VaeParallel, load_config
 from opensora.models import MMDiTConfig, build_model
@@ -28,7 +31,8 @@ from opensora.models.base import Autoencoder, TextEncoder
 from opensora.models.mmdit.convert import WeightFile, WeightLayout, load_state_dict_for
 from opensora.models.text import build_text_encoder
 from opensora.models.vae import build_autoencoder
-from opensora.utils.adapters import Adapter, is_adapter, read_adapter
+from opensora.utils import digests
+from opensora.utils.adapters import CONFIG, WEIGHTS, Adapter, is_adapter, read_adapter
 from opensora.utils.errors import UserError
 from opensora.utils.logging import announce
 from opensora.utils.sampling import SamplingOption, passes_per_step
@@ -85,7 +89,7 @@ def find_source(cfg: SampleConfig) -> Source:
     path = Path(cfg.weights)
     if not path.exists():
         raise UserError(f"weights={path}: no such file or folder; give a run folder, an export folder or a safetensors")
-    saved = load_config(RunConfig, path / SAVED_NAME) if (path / SAVED_NAME).is_file() else None
+    saved = _saved_config(path)
     sections: dict[str, Any] = {
         name: getattr(cfg, name) or (getattr(saved, name) if saved else None) for name in ("model", "vae", "text")
     }
@@ -99,7 +103,7 @@ def find_source(cfg: SampleConfig) -> Source:
         if adapters:
             raise UserError(f"lora={cfg.lora}: {path} holds adapters already; give the weights that they belong to")
         adapters, base = held
-        if base is None or not Path(base).exists():
+        if base is None or not os.path.exists(base):
             raise UserError(
                 f"weights={path}: its adapters belong to {base}, which is not there; give weights= and lora="
             )
@@ -115,6 +119,51 @@ def find_source(cfg: SampleConfig) -> Source:
         prompt_suffix=bool(saved and saved.data.prompt_suffix),
         **sections,
     )
+
+
+def _saved_config(path: Path) -> RunConfig | None:
+    """What a run or an export says of itself; None where it says nothing."""
+    if not (path / SAVED_NAME).is_file():
+        return None
+    try:
+        return load_config(RunConfig, path / SAVED_NAME)
+    except UserError as error:
+        digests.verify(path, [SAVED_NAME])  # then damage is the better reason
+        raise UserError(
+            f"weights={path}: {error}; a run's next start writes its {SAVED_NAME} anew, an export's is exported again"
+        ) from None
+
+
+def verify_export(*places: Path) -> None:
+    """That exported files at ``places`` (folders, or files in one) are those that were exported, as far as their
+    folder has a list of digests. Every process reads its share of the files. Collective.
+
+    Raises:
+        UserError: the first file that is not, on every process.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    problem = next((said for said in (_damaged(place, rank, world) for place in places) if said), None)
+    everyone: list[str | None] = [None] * world
+    with WAITING.on("agreement on the digests of weights"):
+        dist.all_gather_object(everyone, problem)
+    said = next((one for one in everyone if one is not None), None)
+    if said is not None:
+        raise UserError(said)
+
+
+def _damaged(place: Path, rank: int, world: int) -> str | None:
+    one_file = place.is_file() and place.suffix != ".json"
+    folder = place if place.is_dir() else place.parent
+    try:
+        listed = digests.read_digests(folder)
+    except UserError as error:
+        return str(error)
+    if listed is None:
+        return None
+    if one_file and place.name not in listed and rank == 0:
+        announce(f"{place}: not in {digests.NAME} beside it, so its bytes are not checked")
+    names = sorted(listed, key=lambda name: (-(folder / name).stat().st_size, name))[rank::world]
+    return digests.damaged(folder, [name for name in names if not one_file or name == place.name], listed)
 
 
 def _newest(run: Path) -> Path | None:
@@ -145,7 +194,12 @@ def _held_adapters(
 
 def _exported(path: Path, model: MMDiTConfig, key: str) -> Adapters:
     """Adapters of a folder, checked layer by layer against the model."""
-    exported = read_adapter(path)
+    try:
+        exported = read_adapter(path)
+    except UserError:
+        if path.is_dir():
+            digests.verify(path, [WEIGHTS, CONFIG])  # then damage is the better reason
+        raise
     cfg = LoraConfig(rank=exported.rank, alpha=exported.alpha, targets=exported.layers)
     with torch.device("meta"):
         adapted = build_model(model)
@@ -246,6 +300,10 @@ def load_components(cfg: SampleConfig, source: Source, runtime: Runtime) -> Comp
     parallel = replace(cfg.parallel, precision=precision)
     with torch.device("meta"):
         model = build_model(source.model)
+    exported = [source.path] if source.checkpoint is None else []
+    if source.adapters and source.adapters.exported:
+        exported.append(source.adapters.exported.path)
+    verify_export(*exported)
     fill: Fill = _from_file(source, model) if source.checkpoint is None else _leave
     adapters = source.adapters
     if adapters:

@@ -10,8 +10,11 @@ from opensora.datasets.cost import CostConfig, fit
 from opensora.datasets.plan import BatchPlan
 from opensora.utils.errors import UserError
 from opensora.utils.logging import read_metrics
+from opensora.utils.untrusted import NUMBER
 
 LEAST_RECORDS = 8
+MOST_STEPS = 10**5  # from one record to the next; more is a damaged number
+TIMES = ("time/step_s", "data/wait_s")
 
 
 def calibrate(plan: BatchPlan, metrics: Path, processes: int) -> tuple[CostConfig, float]:
@@ -44,7 +47,8 @@ def measured(plan: BatchPlan, records: list[dict[str, Any]], events: set[int]) -
     rows, seconds = [], []
     for before, after in pairwise(records):
         steps = range(before["step"], after["step"])
-        if steps and not any(step in events for step in steps):
+        damaged = len(steps) > MOST_STEPS or not all(NUMBER.test(after.get(name)) for name in TIMES)
+        if steps and not damaged and not any(step in events for step in steps):
             rows.append(sum(plan.cost_features(step) for step in steps))
             seconds.append((after["time/step_s"] - after["data/wait_s"]) * len(steps))
     return np.array(rows), np.array(seconds)

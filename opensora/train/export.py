@@ -1,9 +1,11 @@
-"""What a run leaves for sampling: whole weights or adapters, in files of at most 5 GB, with the configuration."""
+"""What a run leaves for sampling: whole weights or adapters, in files of at most 5 GB, with the configuration
+and the digest of each."""
 
 from acceleration.engines import Engine, Weights
 from opensora import config
 from opensora.config import RunConfig
 from opensora.inference.load import weight_layout
+from opensora.utils import digests
 from opensora.utils.adapters import write_adapter
 from opensora.utils.weights import write_weights
 
@@ -26,6 +28,7 @@ def write_export(cfg: RunConfig, engine: Engine, step: int, base: str | None, *,
     folder, which, adapters = cfg.folder / "exported", exported(cfg), cfg.lora
     metadata = weight_layout(cfg.model).metadata() | {"step": str(step), "weights": which}
     weights = engine.full_weights(which)
+    found: dict[str, str] = {}  # SHA-256 of every file
     try:
         if adapters.rank:
             assert base is not None
@@ -37,11 +40,14 @@ def write_export(cfg: RunConfig, engine: Engine, step: int, base: str | None, *,
                 base=cfg.train.init_from,
                 metadata=metadata | {"base": base},
                 write=write,
+                digests=found,
             )
         else:
-            write_weights(folder, weights, metadata, write=write)
+            write_weights(folder, weights, metadata, write=write, digests=found)
         if write:
-            config.save(cfg, folder / config.SAVED_NAME)
+            digests.forget(folder, [config.SAVED_NAME])
+            found[config.SAVED_NAME] = config.save(cfg, folder / config.SAVED_NAME)
+            digests.write_digests(folder, found)
     except OSError as error:
         for _ in weights:  # the others are still putting tensors together
             pass

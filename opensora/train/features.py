@@ -15,6 +15,7 @@ from opensora.datasets.plan import BatchPlan
 from opensora.models.base import TextFeatures
 from opensora.train.resume import differences
 from opensora.utils.errors import UserError
+from opensora.utils.logging import launched_rank
 from opensora.utils.typed import plain
 
 _SHOWN = 3  # differing keys in an error
@@ -57,6 +58,8 @@ def check(cfg: RunConfig, table: IndexedTable, plan: BatchPlan) -> None:
     """
     folder = Path(cfg.data.features)
     manifest = features.read_manifest(folder)
+    if launched_rank() == 0:
+        features.verify(folder)
     wanted = identity(cfg, table)
     if manifest["hash"] != identity_hash(wanted):
         changed = differences(manifest["made_for"], json.loads(json.dumps(wanted)))

@@ -26,10 +26,10 @@ def go_back(run: Run, to: Return) -> None:
     for path in _candidates(run, to.before):
         try:
             path = run.checkpoints.named(path)
+            load(run.engine, run.checkpoints, path)
         except ValueError as error:
             announce(f"going back: {error}")
             continue
-        load(run.engine, run.checkpoints, path)
         if is_finite(run.engine, run.mesh):
             break
         announce(f"going back: {path} holds values that are not finite")

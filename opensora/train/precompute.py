@@ -57,9 +57,10 @@ def precompute(cfg: RunConfig, folder: Path, epochs: int) -> bool:
     there = {number for number in range(shards) if _is_there(folder / features.shard_name(number), hash_)}
     mine = [number for number in range(shards) if number not in there and number % ranks.world_size == ranks.rank]
     announce(f"{folder}: {len(there)} of {shards} shards are there; this process makes {len(mine)}")
-    if mine:
+    if mine or (ranks.rank == 0 and not features.has_null(folder, hash_)):
         _encode(cfg, table, plan, folder, epochs, mine, hash_, _device(ranks))
     complete = all((folder / features.shard_name(number)).is_file() for number in range(shards))
+    complete = complete and features.has_null(folder, hash_)
     if complete:
         with signals.writing():
             features.write_index(folder, shards, epochs, made_for, hash_)
@@ -113,6 +114,8 @@ def _encode(
     named = {"txt": null.txt, "y_vec": null.y_vec, "mask": null.mask}
     with signals.writing():
         features.write_null(folder, {name: x for name, x in named.items() if x is not None}, hash_)
+    if not mine:
+        return
     chosen = set(mine)
     wanted = {number: shard for number, shard in enumerate(_shards(plan, epochs)) if number in chosen}
     batches = read_batches(table, plan, cfg.data, (m for shard in wanted.values() for m in shard), cfg.seed)

@@ -1,6 +1,7 @@
 """What reading the data cost, and what could not be read: listed, counted, and too much when it is too much."""
 
 import json
+import os
 from collections import deque
 from math import ceil
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from acceleration.mesh import SAMPLE_AXES, Mesh
 from opensora.datasets.manifest import ClipTable
 from opensora.utils.errors import UserError
+from opensora.utils.logging import announce
 from opensora.utils.rng import derive_key
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class Reads:
         self._share = max_bad_share
         self._recent: deque[bool] = deque(maxlen=RECENT)  # whether each sample was unreadable
         self._row = 0
+        self._silent = False  # it was said that the list cannot be written
         self._since_record = [0.0, 0.0, 0.0]  # seconds, samples, replaced
         self._replaced = 0.0
         self._digests: dict[int | None, int] = {}  # of micro-batches, by how many processes cut their samples
@@ -98,9 +101,14 @@ class Reads:
             )
 
     def _write(self, records: Any) -> None:
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._file, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records))
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with open(os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666), "a") as file:
+                file.write("".join(json.dumps(record) + "\n" for record in records))
+        except OSError as error:  # the list is for people; a full disk or a folder in its place must not end the run
+            if not self._silent:
+                announce(f"{self._file}: samples that cannot be read are not listed ({error.strerror})")
+            self._silent = True
 
     def _stop(self, bad: dict[int, tuple[int, str]]) -> None:
         last = next((why for _, why in bad.values()), "")

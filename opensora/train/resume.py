@@ -1,16 +1,24 @@
 """Going on where a run stopped: which checkpoint, does it belong to this configuration, what has changed."""
 
+import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from acceleration.checkpoint import CheckpointManager, steps_in
+from acceleration.checkpoint.folder import candidates
+from acceleration.checkpoint.storage import MANIFEST, step_name
 from acceleration.engines import Engine
 from acceleration.runtime import Runtime
+from acceleration.sealed import ANY, COUNT, FLAG, NULL, OBJECT, TEXT, Shape, mismatch
 from opensora import config
-from opensora.config import RunConfig, load_config
+from opensora.config import RunConfig
+from opensora.train import guard
 from opensora.utils.errors import UserError
 from opensora.utils.logging import announce
 from opensora.utils.typed import plain
+from opensora.utils.yaml_strict import read_yaml
 
 # Settings that may differ from one start of a run to the next and leave it the same run.
 FREE = (
@@ -19,7 +27,21 @@ FREE = (
     *("data.decode_timeout_s", "data.worker_timeout_s", "data.max_bad_share"),
     *("guard.hang_s", "guard.start_s", "guard.aside_s", "guard.straggler", "guard.replicas_every"),
 )
-SHOWN = 4  # changed keys in an announcement
+NOT_FREE = ("parallel.precision",)  # but those that may not
+ASIDE = ("name", "validate")  # settings that leave the numbers of training as they are, said last
+_INFO: Shape = {  # of ``checkpoint_info`` in a manifest; what came later may be missing
+    "model": OBJECT,
+    "optimizer": TEXT,
+    "average": FLAG,
+    "lora?": (OBJECT, NULL),
+    "base?": (TEXT, NULL),
+    "table?": TEXT,
+    "config?": OBJECT,
+    "config_hash?": TEXT,
+    "world_size?": COUNT,
+    "guard?": guard.STATE,
+    "...": ANY,
+}
 
 
 def checkpoint_info(cfg: RunConfig, runtime: Runtime, table: str, base: str | None = None) -> dict[str, Any]:
@@ -31,6 +53,7 @@ def checkpoint_info(cfg: RunConfig, runtime: Runtime, table: str, base: str | No
     """
     return {
         "table": table,
+        "config": _told(cfg),
         "config_hash": config.config_hash(cfg),
         "world_size": runtime.world_size,
         "model": plain(cfg.model),
@@ -39,6 +62,50 @@ def checkpoint_info(cfg: RunConfig, runtime: Runtime, table: str, base: str | No
         "lora": plain(cfg.lora) if cfg.lora.rank else None,
         "base": base,
     }
+
+
+def wrong_info(manifest: Mapping[str, Any]) -> str | None:
+    """What of ``checkpoint_info`` in a manifest is missing or of the wrong kind, if anything."""
+    return mismatch(manifest, _INFO)
+
+
+def check_paths(cfg: RunConfig) -> None:
+    """That ``train.resume`` and ``train.init_from`` are paths of the right kind, as far as a look at them tells.
+
+    Raises:
+        UserError: with what is there instead, and what to give.
+    """
+    for key in ("init_from", "resume"):
+        path = getattr(cfg.train, key)
+        if path not in (None, "auto", "none") and not os.path.exists(path):
+            raise UserError(f"train.{key}={path}: no such file or folder")
+    if cfg.train.resume not in ("auto", "none"):
+        _check_checkpoint(Path(cfg.train.resume))
+    if cfg.train.init_from:
+        _check_weights(Path(cfg.train.init_from))
+
+
+def _check_checkpoint(path: Path) -> None:
+    give = f"give the folder of a run, or one of its checkpoints, called as {step_name(8)}"
+    if not path.is_dir():
+        raise UserError(f"train.resume={path}: a file; {give}")
+    if os.path.lexists(path / MANIFEST) or candidates(path) or candidates(path / "checkpoints"):
+        return
+    if list(path.glob("*.safetensors")):
+        raise UserError(f"train.resume={path}: exported weights; start from them by train.init_from, or {give}")
+    raise UserError(f"train.resume={path}: no checkpoint there; {give}")
+
+
+def _check_weights(path: Path) -> None:
+    if candidates(path / "checkpoints"):
+        raise UserError(
+            f"train.init_from={path}: the folder of a run; give {path / 'exported'}, or go on with it by train.resume"
+        )
+    if os.path.lexists(path / MANIFEST) and list(path.glob("shard-*.safetensors")):
+        raise UserError(
+            f"train.init_from={path}: a checkpoint, whose tensors are in pieces; give the exported/ of its run, or go "
+            "on with it by train.resume"
+        )
 
 
 def check_fresh(cfg: RunConfig) -> None:
@@ -69,19 +136,19 @@ def resume(
         return None
     try:
         path = checkpoints.latest() if cfg.train.resume == "auto" else checkpoints.named(Path(cfg.train.resume))
+        if path is None:
+            return None
+        manifest = checkpoints.manifest(path)
     except ValueError as error:
         raise UserError(f"train.resume={cfg.train.resume}: {error}") from None
-    if path is None:
-        return None
-    manifest = checkpoints.manifest(path)
     check_same(cfg, path, manifest, base)
-    announce_changes(cfg)
+    announce_changes(cfg, manifest)
     if manifest.get("table", table) != table:
         announce("resuming with another clip table than before: from here on other samples come than would have")
     try:
         load(engine, checkpoints, path)
     except ValueError as error:
-        raise UserError(f"train.resume={cfg.train.resume}: {error}") from None
+        raise UserError(f"train.resume={cfg.train.resume}: {error}; move it away, or give an older one") from None
     announce(f"resumed {path} at step {manifest['step']}")
     return manifest
 
@@ -123,19 +190,49 @@ def check_same(cfg: RunConfig, path: Path, manifest: dict[str, Any], base: str |
         )
 
 
-def announce_changes(cfg: RunConfig) -> None:
-    """Say which settings are not those the run was started with; from here on it is another run than it would be."""
-    saved = cfg.folder / config.SAVED_NAME
-    if not saved.is_file():
+def announce_changes(cfg: RunConfig, manifest: Mapping[str, Any] | None = None) -> None:
+    """Say every setting that is not what the checkpoint was trained with; from here on it is another run than it would
+    be. What changes the numbers comes first.
+
+    Args:
+        manifest: of the checkpoint; without a configuration in it, that of the run's folder is looked at.
+    """
+    before = (manifest or {}).get("config") or _saved(cfg)
+    if before is None:
         return
-    changed = [
-        line
-        for line in differences(plain(load_config(RunConfig, saved)), plain(cfg))
-        if not any(line.startswith((f"{key}.", f"{key}=")) for key in FREE)
-    ]
-    if changed:
-        more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
-        announce(f"resuming with other settings than before: {'; '.join(changed[:SHOWN])}{more}")
+    lines = [line for line in differences(before, _told(cfg)) if _matters(line, cfg)]
+    lines.sort(key=lambda line: _is_below(line, ASIDE))  # stable
+    if lines:
+        announce(f"resuming with other settings than before: {'; '.join(lines)}")
+
+
+def _matters(line: str, cfg: RunConfig) -> bool:
+    if _is_below(line, ("train.steps",)):
+        return cfg.optim.schedule != "constant"  # else the learning rate knows nothing of it
+    return _is_below(line, NOT_FREE) or not _is_below(line, FREE)
+
+
+def _saved(cfg: RunConfig) -> dict[str, Any] | None:
+    """The configuration in the run's folder; None if there is none, or it is damaged, which is said when it is
+    replaced."""
+    path = cfg.folder / config.SAVED_NAME
+    try:
+        return _as_json(read_yaml(path)[0]) if path.is_file() else None
+    except UserError:
+        return None
+
+
+def _told(cfg: RunConfig) -> dict[str, Any]:
+    return _as_json(plain(cfg))
+
+
+def _as_json(value: Any) -> dict[str, Any]:
+    """As a manifest holds it, where keys are text."""
+    return dict(json.loads(json.dumps(value)))
+
+
+def _is_below(line: str, keys: Any) -> bool:
+    return any(line.startswith((f"{key}.", f"{key}=")) for key in keys)
 
 
 def differences(before: Any, now: Any, key: str = "") -> list[str]:

@@ -8,7 +8,6 @@ stands still is dead. Waiting is measured on this process's monotonic clock only
 
 import errno
 import fcntl
-import json
 import logging
 import os
 import platform
@@ -20,15 +19,28 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from acceleration.files import kind_of, read_small, replacing
+from acceleration.sealed import COUNT, FLAG, NULL, TEXT, Shape, seal, unseal
+from opensora import config
 from opensora.config import RunConfig
 from opensora.utils.errors import UserError
-from opensora.utils.logging import announce
+from opensora.utils.logging import METRICS_NAME, WANDB_ID_NAME, announce
+from opensora.utils.yaml_strict import read_yaml
 
 DONE = "DONE"  # in the folder of a run that is finished
 LOCK, OWNER = ".lock", "owner.json"
 OWNER_BYTES = 1024  # overwritten in place, so that a full disk does not look like a dead owner
 BEAT_S = 5.0
+REREAD_S = 0.05  # between two looks at a file that may be in the middle of a write
 STALE_S = 30.0  # an owner that did not count for so long is dead
+FILES = (LOCK, OWNER, DONE, config.SAVED_NAME, METRICS_NAME, WANDB_ID_NAME)  # what a run writes in its folder
+FOLDERS = ("checkpoints", "exported", "hangs", "jobs", "samples", "tensorboard", "unreadable")
+_DONE: Shape = {"steps": COUNT, "exported": FLAG}
+_OWNER: Shape = {
+    **dict.fromkeys(("token", "host", "machine", "since"), TEXT),
+    **dict.fromkeys(("beat", "pid", "attempt"), COUNT),
+    **dict.fromkeys(("started", "job"), (TEXT, NULL)),
+}
 LOST = 1  # exit code of a process whose run another one has taken over
 
 
@@ -56,12 +68,17 @@ class RunLock:
         self.path, self._stale_s, self._beat_s = folder / OWNER, stale_s, beat_s
         self._lost = lost or _leave
         self.owner: dict[str, Any] = identity(env)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
+        except OSError as error:
+            raise UserError(f"{folder / LOCK}: cannot be written ({error.strerror}); move away what is there") from None
         try:
             self._take(folder, lock)
-        except BaseException:
+        except BaseException as error:
             os.close(self._file)
+            if isinstance(error, OSError):
+                raise UserError(f"{self.path}: cannot be written ({error.strerror}); move it away") from None
             raise
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
@@ -76,6 +93,8 @@ class RunLock:
                 raise UserError(_refusal(folder, holder))
             time.sleep(0.2)
         holder = read_owner(self.path)
+        if holder is None and os.path.lexists(self.path) and self._lives_on():
+            raise UserError(_refusal(folder, read_owner(self.path)))
         if holder is not None and not self._is_over(holder, locked):
             raise UserError(_refusal(folder, holder))
         _write(self.path, self.owner)
@@ -102,11 +121,24 @@ class RunLock:
         while time.monotonic() < deadline:
             time.sleep(min(0.5, self._beat_s))
             now = read_owner(self.path)
-            if now is None:
+            if now is None and not os.path.lexists(self.path):
                 return True
-            if (now["token"], now["beat"]) != (holder["token"], holder["beat"]):
+            if now is not None and (now["token"], now["beat"]) != (holder["token"], holder["beat"]):
                 return False
         return True
+
+    def _lives_on(self) -> bool:
+        """Whether somebody writes a file that cannot be read, as a live owner does every few seconds."""
+        announce(
+            f"{self.path}: damaged, so nobody knows whose the folder is; waiting {self._stale_s:.0f} s for a sign of "
+            "life, then it is written anew"
+        )
+        before, deadline = _content(self.path), time.monotonic() + self._stale_s
+        while time.monotonic() < deadline:
+            time.sleep(min(0.5, self._beat_s))
+            if _content(self.path) != before:
+                return True
+        return False
 
     def _beat(self) -> None:
         while not self._ended.wait(self._beat_s):
@@ -154,34 +186,72 @@ def describe(owner: Mapping[str, Any]) -> str:
 
 
 def read_owner(path: Path) -> dict[str, Any] | None:
-    """Who wrote ``owner.json`` last; None if nobody, or it cannot be read."""
+    """Who wrote ``owner.json`` last; None if nobody, or it is damaged."""
     for _ in range(3):  # a reader may come in the middle of a write
         try:
-            return dict(json.loads(path.read_text()))
+            return unseal(read_small(path).rstrip(b" "), ValueError, _OWNER)
         except FileNotFoundError:
             return None
         except (OSError, ValueError):
-            time.sleep(0.05)
+            time.sleep(REREAD_S)
     return None
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return read_small(path)
+    except OSError:
+        return None
+
+
+def check_places(folder: Path) -> None:
+    """That nothing of another kind is where a run writes a file or a folder: a folder, a pipe, a file.
+
+    Raises:
+        UserError: there is, with its name.
+    """
+    for wanted, names in (("a file", FILES), ("a folder", FOLDERS)):
+        for name in names:
+            try:
+                found = kind_of((folder / name).stat().st_mode)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                raise UserError(f"{folder / name}: {error.strerror}; move it away, the run makes its own") from None
+            if found != wanted:
+                raise UserError(f"{folder / name}: {found}, must be {wanted}; move it away, the run makes its own")
+
+
+def write_config(cfg: RunConfig) -> None:
+    """Keep the configuration in the run's folder, for sampling and for people; what was there before is replaced, and
+    is said to be damaged if it is. One process calls this."""
+    path = cfg.folder / config.SAVED_NAME
+    try:
+        if path.is_file():  # anything else is refused by ``check_places``
+            read_yaml(path)
+    except UserError as error:
+        announce(f"{error}: damaged, and written anew")
+    config.save(cfg, path)
 
 
 def write_done(cfg: RunConfig) -> None:
     """Say in the run's folder that it is finished. One process calls this, after all else is written."""
-    path = cfg.folder / DONE
-    aside = path.with_name(f".{DONE}.{os.getpid()}")
-    aside.write_text(json.dumps({"steps": cfg.train.steps, "exported": cfg.train.export}) + "\n")
-    os.replace(aside, path)
+    with replacing(cfg.folder / DONE) as file:
+        file.write(seal({"steps": cfg.train.steps, "exported": cfg.train.export}).encode())
 
 
 def finished(cfg: RunConfig) -> bool:
     """Whether the run already did all that ``cfg`` asks for. More steps than then, or an export, are still to do."""
-    if cfg.train.resume != "auto":
+    path = cfg.folder / DONE
+    if cfg.train.resume != "auto" or not os.path.lexists(path):
         return False
     try:
-        done = json.loads((cfg.folder / DONE).read_text())
-        return bool(done["steps"] >= cfg.train.steps and (done["exported"] or not cfg.train.export))
-    except (OSError, ValueError, KeyError, TypeError):
+        done = unseal(read_small(path), ValueError, _DONE)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        announce(f"{path}: damaged ({reason}); the run goes on from its newest checkpoint, and writes it anew")
         return False
+    return bool(done["steps"] >= cfg.train.steps and (done["exported"] or not cfg.train.export))
 
 
 def _follows(mine: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -205,9 +275,10 @@ def _try(lock: Callable[[int, int], None], file: int) -> bool | None:
 
 def _write(path: Path, owner: Mapping[str, Any]) -> None:
     """In place and closed at once: what shared file systems show to others is what was written before a close."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o666)
     try:
-        os.pwrite(handle, json.dumps(owner).encode().ljust(OWNER_BYTES), 0)
+        os.pwrite(handle, seal(owner).encode().ljust(OWNER_BYTES), 0)
+        os.ftruncate(handle, OWNER_BYTES)  # what damage had made longer
         os.fsync(handle)
     finally:
         os.close(handle)

@@ -25,7 +25,7 @@ from opensora import config
 from opensora.config import RunConfig
 from opensora.datasets.index import IndexedTable
 from opensora.datasets.plan import BatchPlan
-from opensora.inference.load import check_attention, check_layout, tile_runner
+from opensora.inference.load import check_attention, check_layout, tile_runner, verify_export
 from opensora.models import build_model
 from opensora.models.base import latent_grid
 from opensora.models.text import build_text_encoder
@@ -39,9 +39,9 @@ from opensora.train.metrics import Metrics
 from opensora.train.phases import Phases, start_phases
 from opensora.train.preflight import check_processes
 from opensora.train.reads import Reads
-from opensora.train.resume import check_fresh, resume
+from opensora.train.resume import check_fresh, check_paths, resume, wrong_info
 from opensora.train.run import Run
-from opensora.train.run_folder import RunLock
+from opensora.train.run_folder import RunLock, check_places, write_config
 from opensora.train.step import Preparation
 from opensora.train.weights import adapted, add_adapters, initial_weights
 from opensora.utils import signals
@@ -98,11 +98,9 @@ def check(cfg: RunConfig, world_size: int) -> tuple[IndexedTable, BatchPlan]:
                 latent_grid(int(frames), shape.stride[1], shape.stride[2], shape)
             except ValueError as error:
                 raise UserError(f"data.buckets.{resolution}.{frames}: {error}") from None
+    check_places(cfg.folder)
     check_fresh(cfg)
-    for key in ("init_from", "resume"):
-        path = getattr(cfg.train, key)
-        if path not in (None, "auto", "none") and not Path(path).exists():
-            raise UserError(f"train.{key}={path}: no such file or folder")
+    check_paths(cfg)
     with torch.device("meta"):
         model = build_model(cfg.model)
         if cfg.lora.rank:
@@ -132,6 +130,8 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
 
     with torch.device("meta"):
         model = build_model(cfg.model)
+    if cfg.train.init_from:
+        verify_export(Path(cfg.train.init_from))
     fill = initial_weights(cfg, model)
     base = None
     if cfg.lora.rank:
@@ -146,6 +146,7 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
         cfg.train.checkpoint_keep,
         in_background=cfg.train.checkpoint_async,
         report=announce,
+        wrong=wrong_info,
     )
     stop.check()
     phases.at("load", 0)
@@ -155,7 +156,7 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
     asked.lost = lambda: f"what was trained since the newest of {checkpoints.folder} will be trained again"
     asked.promise = "saving the state and stopping after this step"
     if runtime.is_main:
-        config.save(cfg, folder / config.SAVED_NAME)
+        write_config(cfg)
 
     data = open_batches(cfg, table, plan, mesh, step)
     logger = open_logger(cfg, plan, step) if runtime.is_main else None

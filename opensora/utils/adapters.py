@@ -1,17 +1,16 @@
 """Adapters on disk, as peft writes them: adapter_model.safetensors, and adapter_config.json that says what they are."""
 
-import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from opensora.utils.errors import UserError
-from opensora.utils.weights import write_file
+from opensora.utils.untrusted import ANY, NUMBER, WHOLE, mismatch, parse_json, parsing, read_small, require_file
+from opensora.utils.weights import write_file, write_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # peft's wrapper around a model
@@ -64,18 +63,20 @@ def write_adapter(
     base: str | None,
     metadata: Mapping[str, str],
     write: bool = True,
+    digests: dict[str, str] | None = None,
 ) -> None:
     """Write adapters for peft's ``PeftModel.from_pretrained`` and for ``read_adapter``.
 
     Args:
         weights: (parameter name, full tensor); may be a collective iterator, which every process has to walk.
         write: False on the processes that only walk.
+        digests: gets the SHA-256 of every file by its name.
     """
     tensors = dict(weights)
     if not write:
         return
     named = {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}
-    write_file(folder / WEIGHTS, named, metadata)
+    write_file(folder / WEIGHTS, named, metadata, digests)
     described = {
         "peft_type": "LORA",
         "task_type": None,
@@ -92,9 +93,7 @@ def write_adapter(
         "use_rslora": False,
         "use_dora": False,
     }
-    aside = folder / f".{CONFIG}.{os.getpid()}"
-    aside.write_text(json.dumps(described, indent=1))
-    os.replace(aside, folder / CONFIG)
+    write_json(folder / CONFIG, described, digests)
 
 
 def read_adapter(path: Path) -> Adapter:
@@ -106,13 +105,11 @@ def read_adapter(path: Path) -> Adapter:
     config = _read_config(path)
     rank, alpha = config["r"], config["lora_alpha"]
     tensors: dict[str, Tensor] = {}
-    try:
-        with safe_open(path / WEIGHTS, framework="pt") as opened:
-            metadata = dict(opened.metadata() or {})
-            for key in opened.keys():  # noqa: SIM118 (not a dict)
-                tensors[key.removeprefix(PREFIX)] = opened.get_tensor(key)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path / WEIGHTS}: cannot be read as safetensors ({error})") from None
+    unreadable = parsing(lambda why: UserError(f"{path / WEIGHTS}: cannot be read as safetensors ({why})"))
+    with unreadable, safe_open(require_file(path / WEIGHTS), framework="pt") as opened:
+        metadata = dict(opened.metadata() or {})
+        for key in opened.keys():  # noqa: SIM118 (not a dict)
+            tensors[key.removeprefix(PREFIX)] = opened.get_tensor(key)
     for name, tensor in tensors.items():
         kind = next((kind for kind in KINDS if name.endswith(kind)), None)
         if kind is None or tensor.dim() != 2 or tensor.shape[KINDS.index(kind)] != rank:
@@ -125,18 +122,24 @@ def read_adapter(path: Path) -> Adapter:
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG
     try:
-        config = json.loads(file.read_text())
-        rank, alpha = config["r"], config["lora_alpha"]
-        fits = config["peft_type"] == "LORA" and isinstance(rank, int) and rank > 0 and alpha > 0
-    except OSError:
+        content = read_small(file)
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: has no {CONFIG}; give a folder that a LoRA run exported, or peft saved") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: not a description of adapters ({error!r})") from None
-    if not fits:
-        raise UserError(f"{file}: peft_type={config['peft_type']}, r={rank}, lora_alpha={alpha}: allowed is plain LORA")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
+    config = parse_json(content, lambda why: UserError(f"{file}: not a description of adapters ({why})"))
+    wrong = mismatch(config, {"peft_type": ANY, "r": ANY, "lora_alpha": ANY, "...": ANY})
+    if wrong:
+        raise UserError(f"{file}: not a description of adapters ({wrong})")
+    kind, rank, alpha, base = (config.get(key) for key in ("peft_type", "r", "lora_alpha", "base_model_name_or_path"))
+    if kind != "LORA" or not WHOLE.test(rank) or rank <= 0 or not NUMBER.test(alpha) or alpha <= 0:
+        said = f"peft_type={kind!s:.40}, r={rank!s:.40}, lora_alpha={alpha!s:.40}"
+        raise UserError(f"{file}: {said}: allowed is plain LORA")
+    if base is not None and not isinstance(base, str):
+        raise UserError(f"{file}: base_model_name_or_path={base!s:.80}: must be text or null")
     for key in OTHER:
         if config.get(key):
-            raise UserError(f"{file}: {key}={config[key]}: allowed are adapters without it")
+            raise UserError(f"{file}: {key}={config[key]!s:.80}: allowed are adapters without it")
     if config.get("bias", "none") != "none":
-        raise UserError(f"{file}: bias={config['bias']}: allowed is none")
+        raise UserError(f"{file}: bias={config['bias']!s:.80}: allowed is none")
     return dict(config)

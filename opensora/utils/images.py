@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from opensora.utils.logging import read_metrics
+from opensora.utils.untrusted import NUMBER
 
 MARGIN = 8  # pixels around and between frames
 TITLE_HEIGHT = 22
@@ -49,7 +50,7 @@ def loss_curve(metrics_jsonl: str | Path, path: str | Path) -> None:
         ValueError: the file holds no loss yet.
     """
     records, events = read_metrics(metrics_jsonl)
-    points = [(record["step"], record["loss"]) for record in records if isinstance(record.get("loss"), (int, float))]
+    points = [(record["step"], record["loss"]) for record in records if NUMBER.test(record.get("loss"))]
     if not points:
         raise ValueError(f"{metrics_jsonl}: holds no loss; train at least log_every steps")
     from matplotlib.backends.backend_agg import FigureCanvasAgg

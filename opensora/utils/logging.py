@@ -16,8 +16,11 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from opensora.utils.errors import UserError
+from opensora.utils.untrusted import ANY, COUNT, TEXT, mismatch, parse_json, read_small, seal, unseal
+from opensora.utils.user_files import replacing
 
 METRICS_NAME, WANDB_ID_NAME = "metrics.jsonl", "wandb_id"
+MAX_METRICS = 1 << 34  # bytes
 WandbMode = Literal["off", "offline", "online"]
 _LOGGER = logging.getLogger("opensora")
 
@@ -134,13 +137,15 @@ class MetricsLogger:
 
 
 def read_metrics(path: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(records, events) of a metrics.jsonl, in order; a last line cut short by a crash is left out."""
+    """(records, events) of a metrics.jsonl, in order; lines that a crash cut short or damaged are left out.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     records: list[dict[str, Any]] = []
     events: list[dict[str, Any]] = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        record = _parse_line(line)
-        if record is not None:
-            (events if "event" in record else records).append(record)
+    for _, record in _read_lines(Path(path))[0]:
+        (events if "event" in record else records).append(record)
     return records, events
 
 
@@ -228,9 +233,16 @@ def _wandb_identity(folder: Path, name: str, *, fresh: bool) -> str:
     """What wandb knows the run by: kept in its folder, so that a resumed run goes on in the same charts, and a fresh
     one of the same name does not write into another's."""
     path = folder / WANDB_ID_NAME
-    if fresh or not path.is_file():
-        path.write_text(f"{name}-{secrets.token_hex(4)}", encoding="utf-8")
-    return path.read_text(encoding="utf-8")
+    if not fresh and os.path.lexists(path):
+        try:
+            return str(unseal(read_small(path), ValueError, {"id": TEXT})["id"])
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            announce(f"{path}: damaged ({reason}); wandb shows a new run from here on")
+    identity = f"{name}-{secrets.token_hex(4)}"
+    with replacing(path) as file:
+        file.write(seal({"id": identity}).encode())
+    return identity
 
 
 def _open_wandb(
@@ -249,24 +261,49 @@ def _open_wandb(
 
 
 def _cut_after(path: Path, step: int) -> None:
-    """Drop records of steps after ``step`` and a line that a crash cut short; the file is replaced in one go."""
-    if not path.exists():
+    """Drop records of steps after ``step``, and lines that are damaged or cut short; the file is replaced in one go.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if not os.path.lexists(path):
         return
-    text = path.read_text(encoding="utf-8", errors="replace")
-    kept = [line for line in text.splitlines() if (record := _parse_line(line)) and record["step"] <= step]
-    wanted = "".join(f"{line}\n" for line in kept)
-    if wanted != text:
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text(wanted, encoding="utf-8")
-        os.replace(aside, path)
+    lines, damaged, whole = _read_lines(path)
+    kept = [line for line, record in lines if record["step"] <= step]
+    if damaged:
+        announce(f"{path}: {damaged} damaged line{'s' * (damaged > 1)} left out; what is trained is not concerned")
+    if damaged or not whole or len(kept) < len(lines):
+        with replacing(path) as file:
+            file.write(b"".join(line + b"\n" for line in kept))
 
 
-def _parse_line(line: str) -> dict[str, Any] | None:
+def _read_lines(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], int, bool]:
+    """((line, record) of every line that is one, how many are damaged, whether the bytes are just these lines).
+
+    What a power cut leaves are zeros, within a line or instead of some.
+    """
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
+        content = read_small(path, MAX_METRICS)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be read ({reason}); move it away, and it begins anew") from None
+    lines: list[tuple[bytes, dict[str, Any]]] = []
+    damaged = 0
+    for raw in content.split(b"\n"):
+        line = raw.strip(b"\0\r ")
+        record = _parse_line(line)
+        if record is not None:
+            lines.append((line, record))
+        damaged += bool(raw) and record is None
+    return lines, damaged, content == b"".join(line + b"\n" for line, _ in lines)
+
+
+def _parse_line(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = parse_json(line, ValueError)
+    except ValueError:
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    return record if mismatch(record, {"step": COUNT, "event?": TEXT, "...": ANY}) is None else None
 
 
 def _is_number(value: Any) -> bool:

@@ -1,7 +1,6 @@
 """Files that a user gives and takes: texts in any Unicode encoding that names itself, tables written whole or not."""
 
 import codecs
-import contextlib
 import csv
 import io
 import os
@@ -10,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from acceleration.files import replacing as replacing
 from opensora.utils.errors import UserError
 
 MAX_TEXT_BYTES = 1 << 30  # a text beyond this is not what it is taken for
@@ -111,22 +111,13 @@ def write_whole(path: Path, write: Callable[[IO[str]], object]) -> None:
     Raises:
         UserError: it cannot be written, or holds what UTF-8 cannot say (a file name of undecodable bytes).
     """
-    aside = None
     try:
-        descriptor, aside = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent)
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
-            os.chmod(aside, 0o666 & ~_umask())
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException as error:
-        if aside is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(aside)
-        if isinstance(error, (OSError, UnicodeEncodeError)):
-            raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
-        raise
+        with replacing(path) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+            write(text)
+            text.detach()  # flushes; the file is closed when it is in its place
+    except (OSError, UnicodeEncodeError) as error:
+        raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
 
 
 def try_output(path: Path, key: str, *, folder: bool = False) -> None:
@@ -158,9 +149,3 @@ def try_output(path: Path, key: str, *, folder: bool = False) -> None:
             raise
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{key}={path}: cannot be written ({reason}); name another place") from error
-
-
-def _umask() -> int:
-    current = os.umask(0o077)
-    os.umask(current)
-    return current

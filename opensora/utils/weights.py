@@ -1,14 +1,16 @@
 """Weights to safetensors files: one file, or numbered shards with an index, each whole or absent."""
 
+import errno
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
+
+from acceleration import tensor_file
+from acceleration.files import flush, replacing
+from opensora.utils import digests as lists
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -16,22 +18,42 @@ SHARD_BYTES = 5 * 10**9
 _PART = ".part-"
 
 
-def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    """One safetensors file, written aside, flushed to the disk and renamed. Folders are made.
+def write_file(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], digests: dict[str, str] | None = None
+) -> Path:
+    """One safetensors file, written aside, flushed to the disk and renamed. Folders are made. The same tensors and
+    metadata are the same bytes, in whatever order they come.
+
+    Args:
+        digests: gets the SHA-256 of the file by its name.
 
     Raises:
         OSError: it could not be written; what was at ``path`` is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    digest = hashlib.sha256()
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata=dict(metadata))
-        _flush(aside)
-        os.replace(aside, path)
-    except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
-        full = "No space left" in str(error)  # safetensors has no error number
-        raise OSError(f"{path}: {'disk full' if full else 'cannot be written'} ({error})") from error
+        lists.forget(path.parent, [path.name])
+        with replacing(path) as file:
+            for part in tensor_file.parts(tensors, metadata):
+                digest.update(part)
+                file.write(part)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise OSError(f"{path}: {'disk full' if full else 'cannot be written'} ({error.strerror or error})") from error
+    if digests is not None:
+        digests[path.name] = digest.hexdigest()
+    return path
+
+
+def write_json(path: Path, value: object, digests: dict[str, str] | None = None) -> Path:
+    """What describes the tensors beside it, as JSON. Arguments and errors as of ``write_file``."""
+    content = json.dumps(value, indent=1).encode()
+    lists.forget(path.parent, [path.name])
+    with replacing(path) as file:
+        file.write(content)
+    if digests is not None:
+        digests[path.name] = hashlib.sha256(content).hexdigest()
     return path
 
 
@@ -42,6 +64,7 @@ def write_weights(
     *,
     write: bool = True,
     shard_bytes: int = SHARD_BYTES,
+    digests: dict[str, str] | None = None,
 ) -> list[Path]:
     """Write weights as ``model.safetensors``, or as shards with an index where they exceed ``shard_bytes``.
 
@@ -49,6 +72,7 @@ def write_weights(
         weights: (name, full tensor); may be a collective iterator, which every process has to walk. Never more than
             one shard and one tensor is held in memory.
         write: False on the processes that only walk.
+        digests: gets the SHA-256 of every file by its name.
 
     Returns:
         The files written; weights that were in the folder before are gone.
@@ -65,6 +89,7 @@ def write_weights(
         left.unlink()
     parts: list[Path] = []
     part_of: dict[str, int] = {}
+    found: dict[str, str] = {}
     total = 0
     problem: OSError | None = None
     for held in _shards(weights, shard_bytes):
@@ -72,7 +97,7 @@ def write_weights(
         total += sum(tensor.nbytes for tensor in held.values())
         try:
             if problem is None:
-                parts.append(write_file(folder / f"{_PART}{len(parts):05d}", held, metadata))
+                parts.append(write_file(folder / f"{_PART}{len(parts):05d}", held, metadata, found))
         except OSError as error:
             problem = error
     if problem:
@@ -80,16 +105,20 @@ def write_weights(
             part.unlink()
         raise problem
 
-    for old in (folder / INDEX, *folder.glob("model*.safetensors")):
-        old.unlink(missing_ok=True)
-    if len(parts) == 1:
-        return [parts[0].replace(folder / SINGLE)]
+    old = [path for path in (folder / INDEX, *folder.glob("model*.safetensors")) if path.exists()]
+    lists.forget(folder, [path.name for path in old])
+    for path in old:
+        path.unlink()
     names = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
+    names = [SINGLE] if len(parts) == 1 else names
     files = [part.replace(folder / name) for part, name in zip(parts, names, strict=True)]
+    flush(folder)
+    digests = {} if digests is None else digests
+    digests |= {name: found[part.name] for part, name in zip(parts, names, strict=True)}
+    if len(parts) == 1:
+        return files
     index = {"metadata": {**metadata, "total_size": total}, "weight_map": {n: names[i] for n, i in part_of.items()}}
-    aside = folder / f".{INDEX}.{os.getpid()}"
-    aside.write_text(json.dumps(index, indent=1))
-    return [*files, aside.replace(folder / INDEX)]
+    return [*files, write_json(folder / INDEX, index, digests)]
 
 
 def _shards(weights: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
@@ -101,11 +130,6 @@ def _shards(weights: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator
             held.clear()  # not another one: who was given this one still has it
         held[name] = weight
     yield held
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def fingerprint(path: str | Path, *, samples: int = 16, sample_bytes: int = 2**16) -> str:

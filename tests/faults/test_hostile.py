@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from acceleration.checkpoint import CheckpointManager, storage
 from acceleration.checkpoint.folder import contents, newest
+from acceleration.sealed import seal
 from opensora.config import SampleConfig, load_config
 from opensora.datasets import features
 from opensora.datasets.frames import DecodeError
@@ -158,11 +159,12 @@ def test_a_checkpoint_of_torch_is_none_of_ours(tmp_path: Path, tally: Tally) -> 
     tally("hostile files: no code, no write, refused", 2, 2)
 
 
+ZEROS = "0" * 64
 MANIFESTS: dict[str, dict[str, object]] = {
-    "a file above": {"../secret": {"size": 6, "sha256": "0"}},
-    "a file anywhere": {"/etc/hostname": {"size": 1, "sha256": "0"}},
-    "no name": {"": {"size": 0, "sha256": "0"}},
-    "a size that is none": {"shard": {"size": "many", "sha256": "0"}},
+    "a file above": {"../secret": {"size": 6, "sha256": ZEROS}},
+    "a file anywhere": {"/etc/hostname": {"size": 1, "sha256": ZEROS}},
+    "no name": {"": {"size": 0, "sha256": ZEROS}},
+    "a size that is none": {"shard": {"size": "many", "sha256": ZEROS}},
     "nothing about a file": {"shard": None},  # type: ignore[dict-item]
 }
 
@@ -181,7 +183,7 @@ def test_a_manifest_cannot_reach_out_of_its_folder(case: str, tmp_path: Path, ta
     (folder / "step-00000001").mkdir(parents=True)
     (folder / "secret").write_text("secret")
     body = {"schema": storage.SCHEMA, "step": 1, "tensors": {}, "values": {}, "files": MANIFESTS[case]}
-    (folder / "step-00000001" / storage.MANIFEST).write_text(storage._text(body))
+    (folder / "step-00000001" / storage.MANIFEST).write_text(seal(body))
     assert "not a complete checkpoint" in refused(lambda: contents(folder / "step-00000001"))
     run_distributed(remove_by_manifest, 1, folder)
     assert (folder / "secret").read_text() == "secret" and Path("/etc/hostname").exists()

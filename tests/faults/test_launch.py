@@ -196,6 +196,108 @@ def stub(path: Path, script: str) -> None:
     path.chmod(0o755)
 
 
+REFUSING = "#!/bin/sh\necho 'sbatch: error: Batch job submission failed: Invalid account' >&2\nexit 1\n"
+# what sbatch does -> (exit code, what is said)
+REFUSALS: dict[str, tuple[str, str]] = {
+    "refuses": (REFUSING, "error: sbatch: error: Batch job submission failed: Invalid account; nothing was submitted"),
+    "refuses on stdout": ("#!/bin/sh\necho no such partition; exit 3\n", "error: sbatch: no such partition; nothing"),
+    "says nothing": ("#!/bin/sh\nexit 7\n", "error: sbatch: exit code 7, without a word; nothing was submitted"),
+    "cannot be run": (
+        "#!/nowhere\n",
+        "error: sbatch: cannot be run (No such file or directory); nothing was submitted",
+    ),
+    "dies": ("#!/bin/sh\nkill -9 $$\n", "error: sbatch: exit code -9, without a word; nothing was submitted"),
+}
+
+
+def sbatch_does(script: str, tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    bin = tmp_path / "bin"
+    bin.mkdir(exist_ok=True)
+    stub(bin / "sbatch", script)
+    patch.setenv("PATH", f"{bin}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_refused_job_leaves_nothing(
+    case: str, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what was there before stays."""
+    script, wanted = REFUSALS[case]
+    monkeypatch.setattr(sys, "argv", ["submit.py", str(config), "--no-check", "name=first"])
+    for there in ([], ["1"]):
+        for number in there:
+            sbatch_does("#!/bin/sh\necho 77\n", tmp_path, monkeypatch)
+            with pytest.raises(SystemExit, match="0"):
+                run_cli(submit.main)
+            capsys.readouterr()
+            assert (tmp_path / "runs/first/jobs" / number / "slurm_job_id").read_text() == "77\n"
+        sbatch_does(script, tmp_path, monkeypatch)
+        with pytest.raises(SystemExit) as caught:
+            run_cli(submit.main)
+        out, err = capsys.readouterr()
+        assert caught.value.code == 2 and out == "" and err.count("\n") == 1 and wanted in err, err
+        assert (tmp_path / "runs").exists() is bool(there)
+        assert not there or os.listdir(tmp_path / "runs/first/jobs") == there
+
+
+@pytest.mark.parametrize(
+    ("number", "queued"),
+    [
+        (signal.SIGINT, False),
+        (signal.SIGTERM, True),
+        pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, True, marks=pytest.mark.slow),
+    ],
+)
+def test_an_interrupted_submit_leaves_nothing_that_is_not_queued(
+    number: signal.Signals, queued: bool, config: Path, tmp_path: Path
+) -> None:
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    said = "echo 77;" if queued else ""
+    stub(bin / "sbatch", f"#!/bin/sh\n{said}\ntouch {tmp_path}/asked\nexec sleep 100\n")
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "launch/submit.py", str(config), "--no-check"],
+        env=os.environ | {"PATH": f"{bin}:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 100
+        while not (tmp_path / "asked").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    jobs = tmp_path / "runs/run/jobs"
+    assert err == "" and out.count("\n") == 1
+    if queued:
+        assert process.returncode == 0 and "submitted job 77" in out and (jobs / "1/code/opensora").is_dir()
+    else:
+        assert process.returncode == 128 + number and not (tmp_path / "runs").exists()
+        assert f"interrupted: {jobs / '1'} is removed; squeue --name=run shows" in out
+
+
+def test_a_place_that_cannot_be_written_is_one_line(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sbatch_does("#!/bin/sh\necho 77\n", config.parent, monkeypatch)
+    (config.parent / "runs").write_text("x")
+    from opensora.utils.errors import UserError
+
+    with pytest.raises(UserError, match=r"runs/run/jobs: cannot be written \(Not a directory\); nothing was submitted"):
+        submit.main([str(config), "--no-check"])
+
+
+def test_attempts_that_cannot_be_written_down_are_not_made_without_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "attempts.jsonl").mkdir()
+    assert attempts_main(["decide", "--run", str(tmp_path), "--job", str(tmp_path), "--code", "1"]) == 1
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "attempts.jsonl: not a file; move it away, and submit again" in said
+
+
 # Two tasks; USR2 and TERM go to all processes of a task, one that fails ends the other, the highest code is returned.
 SRUN = """#!{python}
 import os, signal, subprocess, sys, time

@@ -116,6 +116,86 @@ def test_changed_settings_are_announced(
     assert "data.micro_batches=4 (was 3); optim.lr=0.5 (was 0.001)" in said[0]
 
 
+def test_every_change_is_said_and_what_changes_the_numbers_first(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the configuration in the checkpoint, whatever became of that in the run's folder."""
+    said: list[str] = []
+    monkeypatch.setattr(resume, "announce", said.append)
+    cfg = load_config(RunConfig, config)
+    manifest = checkpoint_info(cfg, Runtime(0, 1, 0, torch.device("cpu")), "")
+    resume.announce_changes(cfg, manifest)
+    resume.announce_changes(load_config(RunConfig, config, ["train.steps=9", "parallel.zero=1"]), manifest)
+    assert said == []
+    changes = {
+        "validate.every": (7, 0),
+        "data.micro_batches": (4, 3),
+        "data.crop": ("random", "center"),
+        "optim.lr": (0.5, 0.001),
+        "optim.warmup_steps": (5, 3),
+        "optim.weight_decay": (0.25, cfg.optim.weight_decay),
+        "flow.cond_dropout": None,
+        "seed": (4, 3),
+        "guard.max_bad": (2, 5),
+        "parallel.precision.reduce": ("fp32", "fp64"),
+    }
+    del changes["flow.cond_dropout"]
+    overrides = [f"{key}={pair[0]}" for key, pair in changes.items() if pair]
+    resume.announce_changes(load_config(RunConfig, config, [*overrides, "validate.prompts=[a]"]), manifest)
+    assert len(said) == 1 and "more" not in said[0]
+    for key, pair in changes.items():
+        assert pair and f"{key}={pair[0]} (was {pair[1]})" in said[0], key
+    order = [said[0].index(f"{key}=") for key in ("seed", "data.micro_batches", "optim.lr", "guard.max_bad")]
+    assert max(order) < said[0].index("validate.every=")
+
+
+def test_the_number_of_steps_counts_where_the_learning_rate_depends_on_it(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(resume, "announce", said.append)
+    cosine = ["optim.schedule=cosine"]
+    manifest = checkpoint_info(load_config(RunConfig, config, cosine), Runtime(0, 1, 0, torch.device("cpu")), "")
+    resume.announce_changes(load_config(RunConfig, config, [*cosine, "train.steps=9", "train.log_every=1"]), manifest)
+    assert said == ["resuming with other settings than before: train.steps=9 (was 6)"]
+
+
+def odd_paths(tmp_path: Path) -> None:
+    """What somebody may give as a checkpoint or as weights."""
+    for name in ("empty", "run/checkpoints/step-00000008", "exported"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("file", "exported/model.safetensors"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "run/checkpoints/step-00000008/manifest.json").write_text("{}")
+    (tmp_path / "run/checkpoints/step-00000008/shard-00000.safetensors").write_text("")
+
+
+ODD_PATHS = {
+    "resume=nowhere": "no such file or folder",
+    "resume=file": "a file; give the folder of a run, or one of its checkpoints, called as step-00000008",
+    "resume=empty": "no checkpoint there; give the folder of a run",
+    "resume=/etc": "no checkpoint there; give the folder of a run",
+    "resume=exported": "exported weights; start from them by train.init_from",
+    "init_from=nowhere": "no such file or folder",
+    "init_from=run": "the folder of a run; give run/exported, or go on with it by train.resume",
+    "init_from=run/checkpoints/step-00000008": "a checkpoint, whose tensors are in pieces; give the exported/",
+}
+
+
+@pytest.mark.parametrize("case", ODD_PATHS)
+def test_odd_paths_of_checkpoints_and_weights(
+    case: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd_paths(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    more = ["parallel.mesh.ulysses=1", "output=other"]
+    error = refused(train.main, [str(config), *more, f"train.{case}"], capsys, monkeypatch)
+    assert error.startswith(f"error: train.{case}: ") and ODD_PATHS[case] in error, error
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [

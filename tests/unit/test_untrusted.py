@@ -8,6 +8,7 @@ import pytest
 from opensora.utils import untrusted
 from opensora.utils.errors import UserError
 from opensora.utils.untrusted import parse_json, parsing
+from tests.conftest import ROOT
 
 
 class Refused(Exception):
@@ -78,3 +79,28 @@ def test_deeply_nested_json() -> None:
         with pytest.raises(Refused):
             parse_json(text, Refused)
     assert parse_json('{"a": [1]}', Refused) == {"a": [1]}
+
+
+BLOCK = """
+def reads(parse, items):
+    with parsing(Refused):
+        return {kind}
+
+def helper(items):
+    return [item["a"] for item in items]
+"""
+
+
+KINDS = ("[parse(i) for i in items]", "{i: parse(i) for i in items}", "list(parse(i) for i in items)")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_comprehension_in_the_block_is_the_block(kind: str) -> None:
+    """Until Python 3.12 it has a frame of its own; a function of ours that has one stays ours."""
+    place = str(ROOT / "acceleration" / "made.py")
+    scope = {"parsing": parsing, "Refused": Refused}
+    exec(compile(BLOCK.replace("{kind}", kind), place, "exec"), scope)
+    with pytest.raises(Refused):
+        scope["reads"](int, ["x"])  # type: ignore[operator]
+    with pytest.raises(TypeError):
+        scope["reads"](scope["helper"], [[1]])  # type: ignore[operator]

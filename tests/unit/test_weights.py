@@ -1,17 +1,23 @@
 """Weights to files: little in memory at a time, all or nothing on the disk."""
 
+import errno
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from opensora.models.mmdit.convert import WeightFile
 from opensora.utils import weights as module
 from opensora.utils.errors import UserError
-from opensora.utils.weights import INDEX, write_weights
+from opensora.utils.weights import INDEX, write_file, write_weights
 
 BYTES = 80  # of a tensor below
 
@@ -41,15 +47,15 @@ def test_no_more_than_a_shard_and_a_tensor_is_held(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_weights_that_were_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = write_weights(tmp_path, tensors(3), {}, shard_bytes=BYTES)
     content = [file.read_bytes() for file in before]
-    written, walked, save = 0, 0, module.save_file
+    written, walked, parts = 0, 0, module.tensor_file.parts
 
-    def fill_up(held: dict[str, Tensor], path: Path, **options: object) -> None:
+    def fill_up(held: dict[str, Tensor], metadata: dict[str, str]) -> Iterator[bytes]:
         nonlocal written
         written += 1
         if written == 2:
-            path.write_bytes(b"half")
-            raise module.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-        save(held, path, **options)  # type: ignore[arg-type]
+            yield b"half"
+            raise OSError(errno.ENOSPC, "No space left on device")
+        yield from parts(held, metadata)
 
     def walk() -> Iterator[tuple[str, Tensor]]:
         nonlocal walked
@@ -57,7 +63,7 @@ def test_a_full_disk_leaves_the_weights_that_were_there(tmp_path: Path, monkeypa
             walked += 1
             yield item
 
-    monkeypatch.setattr(module, "save_file", fill_up)
+    monkeypatch.setattr(module.tensor_file, "parts", fill_up)
     with pytest.raises(OSError, match="disk full"):
         write_weights(tmp_path, walk(), {}, shard_bytes=BYTES)
     assert walked == 6  # other processes walk as far
@@ -79,3 +85,46 @@ def test_shards_are_read_by_their_index_and_are_wanted_all(tmp_path: Path) -> No
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(UserError, match=r"names files that are not beside it \(model-00002-of-00003"):
         WeightFile(tmp_path)
+
+
+KINDS = (
+    *(torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
+
+
+def test_every_type_and_shape_is_read_as_it_was(tmp_path: Path) -> None:
+    made = {str(kind): torch.arange(24).view(2, 3, 4).to(kind) for kind in KINDS}
+    made |= {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 7), "turned": torch.arange(6.0).view(2, 3).T}
+    path = write_file(tmp_path / "m.safetensors", made, {"b": "2", "a": "é\n"})
+    found = load_file(path)
+    assert found.keys() == made.keys()
+    for name, tensor in made.items():
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape, name
+        assert found[name].contiguous().view(-1).view(torch.uint8).tolist() == (
+            tensor.contiguous().view(-1).view(torch.uint8).tolist()
+        ), name
+    with safe_open(path, framework="pt") as opened:
+        assert opened.metadata() == {"a": "é\n", "b": "2"}
+
+
+def write_in_order(folder: Path, order: int) -> bytes:
+    weights = [(f"w{number}", torch.full((4, 5), float(number))) for number in range(6)]
+    metadata = [(f"key{number}", str(number)) for number in range(20)]
+    write_weights(folder, weights[::order], dict(metadata[::order]))
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
+    """In another order, and in another process, whose hashes are other."""
+    here = write_in_order(tmp_path / "here", 1)
+    assert write_in_order(tmp_path / "turned", -1) == here
+    root = Path(__file__).resolve().parents[2]
+    program = (
+        "import sys; from pathlib import Path; from tests.unit.test_weights import write_in_order\n"
+        "write_in_order(Path(sys.argv[1]), 1)\n"
+    )
+    environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", program, str(tmp_path / "there")]
+    subprocess.run(command, env=environment, check=True, timeout=100)
+    assert (tmp_path / "there/model.safetensors").read_bytes() == here

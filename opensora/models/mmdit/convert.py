@@ -13,7 +13,6 @@ is made of. Files we write name their layout in the safetensors metadata; for fi
 interleaved and separate means half-split, which is right for the two published ones.
 """
 
-import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from opensora.models.layers.rope import RopeLayout
 from opensora.utils.errors import UserError
+from opensora.utils.untrusted import ANY, TEXT, Each, mismatch, parse_json, parsing, read_small
 from opensora.utils.weights import SHARD_BYTES, write_file, write_weights
 
 StateDict = dict[str, Tensor]
@@ -492,12 +492,19 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _indexed_files(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        elsewhere = [name for name in names if os.path.basename(name) != name]
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise UserError(f"{index}: is not a safetensors index ({error}): it needs a weight_map") from error
-    absent = elsewhere or [name for name in names if not (index.parent / name).is_file()]
+    def refuse(why: str) -> UserError:
+        return UserError(f"{index}: is not a safetensors index ({why}): it needs a weight_map; fetch it again")
+
+    with parsing(refuse):
+        content = read_small(index)
+    found = parse_json(content, refuse)
+    wrong = mismatch(found, {"weight_map": Each(TEXT), "...": ANY})
+    if wrong:
+        raise refuse(wrong)
+    names = sorted(set(found["weight_map"].values()))
+    elsewhere = [name for name in names if not name or os.path.basename(name) != name]
+    absent = elsewhere or [name for name in names if not os.path.isfile(index.parent / name)]
     if absent:
-        raise UserError(f"{index}: names files that are not beside it ({_some(absent)}): fetch them too")
+        shown = _some([name[:80] for name in absent])
+        raise UserError(f"{index}: names files that are not beside it ({shown}): fetch them too")
     return [index.parent / name for name in names]

@@ -1,12 +1,12 @@
 """Reading a diffusers autoencoder from a local folder, with errors that name the key."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from opensora.utils.errors import UserError
+from opensora.utils.untrusted import ANY, mismatch, parse_json, parsing, read_small
 
 KEY = "vae.path"
 
@@ -16,10 +16,17 @@ def stated_shape(path: str) -> dict[str, Any]:
     file = Path(path) / "config.json"
     if not path or not file.is_file():
         return {}
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise UserError(f"{KEY}={path}: config.json is not readable as JSON ({error})") from error
+
+    def refuse(why: str) -> UserError:
+        return UserError(f"{KEY}={path}: config.json is not readable as JSON ({why})")
+
+    with parsing(refuse):
+        content = read_small(file)
+    stated = parse_json(content, refuse)
+    wrong = mismatch(stated, {"...": ANY})
+    if wrong:
+        raise refuse(wrong)
+    return dict(stated)
 
 
 def load_frozen(loader: Any, path: str, device: torch.device | str, dtype: torch.dtype) -> Any:
