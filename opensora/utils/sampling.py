@@ -6,18 +6,18 @@ be imported from here as well.
 """
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from opensora.utils.errors import UserError
 from opensora.utils.rng import torch_generator
+from opensora.utils.sizes import area_of, frame_size, ratio_of
 from opensora.utils.tokens import pack, unpack
 from opensora.utils.work import RunAll, Work, one_by_one
 
@@ -38,11 +38,10 @@ __all__ = [
     "passes_per_step",
 ]
 
+T = TypeVar("T")
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
 
 OSCILLATION_START = 10  # oscillating guidance is on in all steps before this one
-# Width to height, the names of the bucket tables.
-ASPECT_RATIOS = ("2.39:1", "2:1", "16:9", "1.85:1", "9:16", "5:8", "3:2", "4:3", "1:1")
 _INFERENCE = "opensora.inference.pipeline"
 _FROM_INFERENCE = ("prepare", "prepare_models", "prepare_api", "process_and_save")
 
@@ -94,23 +93,8 @@ class SamplingOption:
             raise ValueError(f"flow_shift={self.flow_shift}: allowed are numbers > 0, or null for the formula")
         if self.method not in DENOISERS:
             raise ValueError(f"method={self.method}: allowed are {', '.join(DENOISERS)}")
-        _area(self.resolution)
-        _ratio(self.aspect_ratio)
-
-
-def _area(resolution: str) -> int:
-    found = re.fullmatch(r"(\d+)(px|p)", resolution)
-    if not found or int(found[1]) < 1:
-        raise ValueError(f"resolution={resolution}: allowed are a number and px or p, as 256px or 480p")
-    side = int(found[1])
-    return side**2 if found[2] == "px" else int(side**2 * 16 / 9)
-
-
-def _ratio(aspect_ratio: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)", aspect_ratio)
-    if not found or not float(found[1]) or not float(found[2]):
-        raise ValueError(f"aspect_ratio={aspect_ratio}: allowed are width:height, as {', '.join(ASPECT_RATIOS)}")
-    return float(found[1]) / float(found[2])
+        _named("resolution", self.resolution, area_of)
+        _named("aspect_ratio", self.aspect_ratio, ratio_of)
 
 
 def image_size(resolution: str, aspect_ratio: str, multiple: int = 16) -> tuple[int, int]:
@@ -119,10 +103,15 @@ def image_size(resolution: str, aspect_ratio: str, multiple: int = 16) -> tuple[
     Raises:
         ValueError: a resolution or ratio that cannot be read.
     """
-    area, ratio = _area(resolution), _ratio(aspect_ratio)
-    width = max(int(math.sqrt(area * ratio)) // multiple, 1) * multiple
-    height = max(int(area / width) // multiple, 1) * multiple
-    return height, width
+    return frame_size(_named("resolution", resolution, area_of), aspect_ratio, multiple)
+
+
+def _named(name: str, value: str, read: Callable[[str], T]) -> T:
+    """``read(value)``, with the field's name in its error."""
+    try:
+        return read(value)
+    except ValueError as error:
+        raise ValueError(f"{name}={value[:40]}: {error}") from None
 
 
 def sanitize_sampling_option(
