@@ -1,12 +1,13 @@
 """The configuration of a run: sections that live beside their owners, composed here and checked across.
 
-The one door for OmegaConf, which merges the layers (included files, the file, overrides). What comes out is a tree
-of frozen dataclasses in which every field is stated; nobody behind this module sees a ``DictConfig``.
+Layers (included files, the file, overrides) are plain data, merged key by key: no interpolation, no references. What
+comes out is a tree of frozen dataclasses in which every field is stated.
 """
 
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -14,8 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeAlias, TypeVar
-
-from omegaconf import OmegaConf
 
 from acceleration.config import LoraConfig, OptimConfig, ParallelConfig
 from opensora.datasets import DataConfig
@@ -26,10 +25,25 @@ from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.utils.errors import UserError
 from opensora.utils.logging import LogConfig, launched_rank
 from opensora.utils.sampling import SamplingOption
-from opensora.utils.typed import build, is_table, plain, section, types_at, wants_text
-from opensora.utils.yaml_strict import COMMAND_LINE, Keys, Lines, parse_value, read_yaml, to_yaml_text
+from opensora.utils.typed import build, is_table, plain, section, shown, types_at, wants_text
+from opensora.utils.user_files import write_whole
+from opensora.utils.yaml_strict import (
+    COMMAND_LINE,
+    MAX_DEPTH,
+    Keys,
+    Lines,
+    dotted,
+    is_regular_file,
+    parse_value,
+    read_yaml,
+    to_yaml_text,
+)
 
 SAVED_NAME = "config.yaml"  # of the resolved configuration inside a run's folder
+MAX_FILES = 100  # that a configuration may be put together from
+MAX_SHOWN = 80  # characters of a path in a message
+MAX_NAME = 200  # bytes of a run's name; file systems take 255
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")  # a key of a free mapping, such as a number of frames
 PEER_WAIT_S = 5.0  # how long other ranks leave the word to rank 0 before they speak themselves
 
 VaeParallel: TypeAlias = Literal["auto", "on", "off"]
@@ -138,6 +152,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.name or self.name in (".", "..") or set(self.name) & set("/\\\0\n"):
             raise ValueError(f"name={self.name!r}: allowed is the name of a folder, without a slash")
+        if len(os.fsencode(self.name)) > MAX_NAME:
+            raise ValueError(f"name={self.name[:MAX_SHOWN]}...: allowed are at most {MAX_NAME} bytes")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed}: allowed are integers from 0 to 2^63-1")
         if not self.data.table:
@@ -254,8 +270,9 @@ def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
     Raises:
         UserError: one line with the key path or the file, what was found, and what is allowed.
     """
-    layer, lines = _read_with_includes(cls, Path(path), ())
+    layer, lines = _read_with_includes(cls, Path(path), (), [])
     for keys, value in _parse_overrides(cls, overrides):
+        _check_way(layer, keys, lines)
         added: Any = value
         for key in reversed(keys):
             added = {key: added}
@@ -272,7 +289,7 @@ def config_from_argv(cls: type[T], argv: Sequence[str], description: str) -> T:
             "All keys with their defaults: docs/configuration.md"
         )
         raise SystemExit(0 if argv else 2)
-    if argv[0].startswith("-") or ("=" in argv[0] and not Path(argv[0]).exists()):
+    if argv[0].startswith("-") or ("=" in argv[0] and not is_regular_file(Path(argv[0]))):
         raise UserError(f"{argv[0]}: the configuration file comes first, overrides after it")
     return load_config(cls, argv[0], argv[1:])
 
@@ -283,12 +300,15 @@ def to_yaml(cfg: Any) -> str:
 
 
 def save(cfg: Any, path: str | Path) -> None:
-    """Write ``to_yaml(cfg)``; the file is complete or absent."""
+    """Write ``to_yaml(cfg)``; the file is complete or absent.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(to_yaml(cfg), encoding="utf-8")
-    os.replace(aside, path)
+    text = to_yaml(cfg)
+    write_whole(path, lambda file: file.write(text))
 
 
 def config_hash(cfg: Any) -> str:
@@ -324,29 +344,44 @@ def run_cli(main: Callable[[list[str]], int | None]) -> NoReturn:
     raise SystemExit(code or 0)
 
 
-def _read_with_includes(cls: type, path: Path, chain: tuple[Path, ...]) -> tuple[dict[Any, Any], Lines]:
-    """The merged content of a file and what it includes, and where each key was set."""
-    if path.resolve() in chain:
-        loop = " -> ".join(str(step.name) for step in (*chain, path))
-        raise UserError(f"{path}: include goes round in a circle ({loop}); remove one of them")
+def _read_with_includes(
+    cls: type, path: Path, chain: tuple[Path, ...], read: list[Path]
+) -> tuple[dict[Any, Any], Lines]:
+    """The merged content of a file and what it includes, and where each key was set.
+
+    Args:
+        chain: the files that lead here, each including the next.
+        read: all files that were read until now; this one is added.
+    """
     data, lines = read_yaml(path)
-    included = data.pop("include", None)
-    place = lines.pop(("include",), str(path))
-    names = [included] if isinstance(included, str) else included or []
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise UserError(f"include={included!r} ({place}): wanted a path or a list of paths")
+    here = path.resolve()
+    if here in chain:
+        loop = " -> ".join(step.name for step in (*chain, path))
+        raise UserError(f"{path}: include goes round in a circle ({loop}); remove one of them")
+    read.append(here)
+    if len(read) > MAX_FILES:
+        raise UserError(f"{path}: include adds up to more than {MAX_FILES} files; write them out in fewer")
     layer: dict[Any, Any] = {}
     merged_lines: Lines = {}
-    for name in names:
-        target = path.parent / name
-        if not target.is_file():
-            raise UserError(f"include={name} ({place}): no such file; paths are relative to the file that includes")
-        below, below_lines = _read_with_includes(cls, target, (*chain, path.resolve()))
+    for target in _includes(path, data.pop("include", None), lines.pop(("include",), str(path))):
+        below, below_lines = _read_with_includes(cls, target, (*chain, here), read)
         layer = _merge(cls, layer, below, merged_lines)
         merged_lines.update(below_lines)
     layer = _merge(cls, layer, data, merged_lines)
     merged_lines.update(lines)
     return layer, merged_lines
+
+
+def _includes(path: Path, included: Any, place: str) -> list[Path]:
+    """The files that ``include`` names, relative to the file that it stands in."""
+    names = [] if included is None else [included] if isinstance(included, str) else included
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"include={included!r} ({place}): wanted a path or a list of paths")
+    for name in names:
+        if not is_regular_file(path.parent / name):
+            shown = name if len(name) <= MAX_SHOWN else f"{name[:MAX_SHOWN]}..."
+            raise UserError(f"include={shown} ({place}): no such file; paths are relative to the file that includes")
+    return [path.parent / name for name in names]
 
 
 def _merge(
@@ -356,10 +391,30 @@ def _merge(
 
     ``addressed``: the one key path the layer sets; a mapping on the way to it is entered, not replaced.
     """
-    kept = _without_replaced(cls, base, layer, (), lines, addressed)
-    merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(kept), OmegaConf.create(layer)))
-    assert isinstance(merged, dict)
+    return _over(_without_replaced(cls, base, layer, (), lines, addressed), layer)
+
+
+def _over(base: Mapping[Any, Any], layer: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Mappings key by key; of anything else the layer's value is taken."""
+    merged = dict(base)
+    for key, new in layer.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(new, Mapping)
+        merged[key] = _over(old, new) if both else new
     return merged
+
+
+def _check_way(layer: Mapping[Any, Any], keys: Keys, lines: Lines) -> None:
+    """That an override enters sections only, as what it would replace unseen is a mistake in a file."""
+    value: Any = layer
+    for depth, key in enumerate(keys[:-1], start=1):
+        value = value.get(key)
+        if value is None:
+            return
+        if not isinstance(value, Mapping):
+            name, place = dotted(keys[:depth]), lines.get(keys[:depth], COMMAND_LINE)
+            kind = "a list" if isinstance(value, list) else "a single value"
+            raise UserError(f"{name}={shown(value)} ({place}): is {kind}, in which no key can be set; write {name}=...")
 
 
 def _without_replaced(
@@ -391,7 +446,7 @@ def _parse_overrides(cls: type, overrides: Sequence[str]) -> list[tuple[Keys, An
         name, equals, text = word.removeprefix("--").partition("=")
         if not equals:
             if not dashed:
-                raise UserError(f"{word}: not an override; write section.key=value or --section.key value")
+                raise UserError(f"{word or repr(word)}: not an override; write section.key=value or --section.key value")
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"{word}: a value is missing; write {word} VALUE")
             text = rest.pop(0)
@@ -404,7 +459,9 @@ def _keys(name: str, word: str) -> Keys:
     parts = name.split(".")
     if not all(parts):
         raise UserError(f"{word}: an empty key; write section.key=value")
-    return tuple(int(part) if part.isdigit() else part for part in parts)
+    if len(parts) > MAX_DEPTH:
+        raise UserError(f"{dotted(tuple(parts[:4]))}...: a key of {len(parts)} levels; allowed are {MAX_DEPTH}")
+    return tuple(int(part) if _NUMBER.fullmatch(part) else part for part in parts)
 
 
 def _override_value(cls: type, keys: Keys, text: str) -> Any:
