@@ -22,6 +22,7 @@ from opensora.models import MODEL_SIZES, MODELS, MMDiTConfig
 from opensora.models.text import TEXT_ENCODERS, ByteTextConfig, TextConfig
 from opensora.models.vae import AUTOENCODERS, AutoencoderConfig, autoencoder_shape
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
+from opensora.utils.command import abandon_output, be_printable, ending_of, finish_output
 from opensora.utils.errors import UserError
 from opensora.utils.logging import LogConfig, launched_rank
 from opensora.utils.sampling import SamplingOption
@@ -318,30 +319,39 @@ def config_hash(cfg: Any) -> str:
 
 
 def run_cli(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Call ``main(argv)`` and exit with its code; a ``UserError`` becomes one line on stderr and exit code 2, an error
-    that has an ``exit_code``, such as ``StartError`` of acceleration, a line of every rank that has it, and that code.
+    """Call ``main(argv)`` and exit with its code, or as ``ending_of`` says: what is the matter with inputs and disks is
+    one line on stderr, a mistake in the program a traceback.
 
-    Of several ranks only rank 0 speaks. The others wait before they exit, because a launcher that sees one process
-    end kills the rest, and rank 0 must have had its say; one still alive then has an error of its own, and says it.
+    Of several ranks only rank 0 tells a ``UserError``. The others wait before they exit, because a launcher that sees
+    one process end kills the rest, and rank 0 must have had its say; one still alive then has an error of its own, and
+    says it. Other errors are told by every rank that has them.
     """
+    be_printable()
     try:
         code = main(sys.argv[1:])
-    except UserError as error:
-        line = " ".join(str(error).split())
-        rank = launched_rank()
-        if rank != 0:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(PEER_WAIT_S)
-            line = f"rank {rank}: {line}"
-        print(f"error: {line}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-    except Exception as error:
-        exit_code = getattr(error, "exit_code", None)
-        if exit_code is None:
+        finish_output()
+    except BaseException as error:
+        ending = ending_of(error)
+        if ending is None:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        raise SystemExit(exit_code) from None
+        abandon_output()
+        _leave(error, *ending)
     raise SystemExit(code or 0)
+
+
+def _leave(error: BaseException, line: str, code: int) -> NoReturn:
+    """Say the line, if it is this rank's to say, and exit."""
+    rank = launched_rank()
+    if rank != 0 and isinstance(error, UserError):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(PEER_WAIT_S)
+    if rank != 0 and isinstance(error, KeyboardInterrupt):
+        line = ""
+    if rank != 0 and isinstance(error, (UserError, OSError)):
+        line = line.replace("error: ", f"error: rank {rank}: ", 1)
+    if line:
+        print(line, file=sys.stderr, flush=True)
+    raise SystemExit(code) from None
 
 
 def _read_with_includes(
@@ -446,7 +456,7 @@ def _parse_overrides(cls: type, overrides: Sequence[str]) -> list[tuple[Keys, An
         name, equals, text = word.removeprefix("--").partition("=")
         if not equals:
             if not dashed:
-                raise UserError(f"{word or repr(word)}: not an override; write section.key=value or --section.key value")
+                raise UserError(f"{word or repr('')}: not an override; write section.key=value or --section.key value")
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"{word}: a value is missing; write {word} VALUE")
             text = rest.pop(0)

@@ -20,6 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from acceleration.runtime import restart_count
 from opensora.config import RunConfig
 from opensora.utils.errors import UserError
 from opensora.utils.logging import announce
@@ -142,7 +143,7 @@ def identity(env: Mapping[str, str] = os.environ) -> dict[str, Any]:
         "pid": os.getpid(),
         "started": _started(os.getpid()),
         "job": env.get("SLURM_JOB_ID"),
-        "attempt": int(env.get("SLURM_RESTART_COUNT", 0)),
+        "attempt": restart_count(env),
         "since": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
 

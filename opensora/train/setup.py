@@ -59,7 +59,9 @@ def start_run(cfg: RunConfig) -> Run:
         Interrupted: a process was asked to stop meanwhile.
     """
     ranks = runtimes.ranks_from_environment()
+    runtimes.check_visible_devices()
     table, plan = check(cfg, ranks.world_size)
+    runtimes.check_meeting(ranks)  # before the run's folder is made
     signals.remember()
     lock = RunLock(cfg.folder) if ranks.rank == 0 else None
     phases = None
