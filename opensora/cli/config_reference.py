@@ -16,6 +16,7 @@ from typing import Any, get_type_hints
 from opensora.config import RunConfig, SampleConfig, run_cli
 from opensora.utils.errors import UserError
 from opensora.utils.typed import SIZES, TABLE, plain, wanted
+from opensora.utils.user_files import try_output, write_whole
 from opensora.utils.yaml_strict import to_yaml_text
 
 TARGET = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
@@ -72,14 +73,15 @@ def main(argv: list[str]) -> int:
     """Write the document, or with ``--check`` say whether it is up to date."""
     if argv not in ([], ["--check"]):
         raise UserError(f"{' '.join(argv)}: the only option is --check")
+    if not argv:
+        try_output(TARGET, "docs")
     text = render()
     if argv:
         current = TARGET.read_text(encoding="utf-8") if TARGET.exists() else ""
         if current != text:
             raise UserError(f"docs/{TARGET.name}: not up to date with the dataclasses; run {COMMAND}")
         return 0
-    TARGET.parent.mkdir(exist_ok=True)
-    TARGET.write_text(text, encoding="utf-8")
+    write_whole(TARGET, lambda file: file.write(text))
     return 0
 
 

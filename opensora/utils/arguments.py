@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +19,14 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, whose Python 3.11 takes ``--option=--`` for an option with no value at all."""
+        words = sys.argv[1:] if args is None else list(args)
+        lost = next((word for word in words if re.fullmatch(r"--[A-Za-z-]+=--", word)), None)
+        if lost:
+            self.error(f"{lost}: a value is missing")
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         """
@@ -58,6 +67,13 @@ def place(text: str) -> Path:
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError(f"={text!r}: wanted the path of a file or folder")
     return Path(text)
+
+
+def word(text: str) -> str:
+    """A type for ``add_argument``: text on one line."""
+    if not text or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"={text[:40]!r}: wanted printable text on one line")
+    return text
 
 
 def _short(text: str) -> str:

@@ -8,7 +8,7 @@ import os
 import select
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from opensora.utils.errors import UserError, one_line
 
@@ -53,11 +53,14 @@ def _of_disk(error: OSError) -> tuple[str, int] | None:
     return f"error: {one_line(f'{what}: {error.strerror or error}')}", FAILED
 
 
-def call(main: Callable[[list[str]], int | None]) -> int:
-    """``main(argv)`` of a command that is one process; returns its exit code, after the one line of an error."""
+def call(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """``main(argv)`` of a command that is one process; returns its exit code, after the one line of an error.
+
+    ``argv``: None: the words of the command line.
+    """
     be_printable()
     try:
-        code = main(sys.argv[1:]) or 0
+        code = main(list(sys.argv[1:] if argv is None else argv)) or 0
         finish_output()
     except BaseException as error:
         ending = ending_of(error)
