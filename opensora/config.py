@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeAlias, TypeVar
+from typing import Any, ClassVar, Literal, NoReturn, TypeAlias, TypeVar
 
 from acceleration.config import LoraConfig, OptimConfig, ParallelConfig
 from opensora.datasets import DataConfig
@@ -24,6 +24,7 @@ from opensora.models.vae import AUTOENCODERS, AutoencoderConfig, autoencoder_sha
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.utils.command import abandon_output, be_printable, ending_of, finish_output
 from opensora.utils.errors import UserError
+from opensora.utils.limits import SECONDS, STEPS, Limits
 from opensora.utils.logging import LogConfig, launched_rank
 from opensora.utils.sampling import SamplingOption
 from opensora.utils.typed import build, is_table, plain, section, shown, types_at, wants_text
@@ -46,6 +47,8 @@ MAX_SHOWN = 80  # characters of a path in a message
 MAX_NAME = 200  # bytes of a run's name; file systems take 255
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")  # a key of a free mapping, such as a number of frames
 PEER_WAIT_S = 5.0  # how long other ranks leave the word to rank 0 before they speak themselves
+
+LORA_SCALE = 1000.0  # the most, either way
 
 VaeParallel: TypeAlias = Literal["auto", "on", "off"]
 T = TypeVar("T")
@@ -72,6 +75,8 @@ class TrainConfig:
     export: bool = True  # write the weights for sampling when the run is finished; with lora.rank > 0 the adapters
     export_live: bool = False  # those of the last step, also where there is a moving average
 
+    LIMITS: ClassVar[Limits] = dict.fromkeys(("steps", "log_every", "checkpoint_every", "checkpoint_keep"), STEPS)
+
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
@@ -89,6 +94,8 @@ class ValidateConfig:
     every: int = 0  # steps between two rounds of samples; 0: none
     prompts: tuple[str, ...] = ()  # one clip each
     sampling: SamplingOption = field(default_factory=SamplingOption)
+
+    LIMITS: ClassVar[Limits] = {"every": STEPS}
 
     def __post_init__(self) -> None:
         if self.every < 0:
@@ -112,6 +119,14 @@ class GuardConfig:
     hang_s: float | None = None  # longest part of a step, or exchange; null: 0.8 parallel.timeout_s; 0: no watchdog
     start_s: float = 1800.0  # longest that building, loading, and a part of the first step may take
     aside_s: float = 3600.0  # longest that saving, sampling or exporting may take
+
+    LIMITS: ClassVar[Limits] = {
+        **dict.fromkeys(("max_bad", "max_returns", "spike_window"), (10**6, "a run is beyond help long before")),
+        "spike_sigma": (1e6, "no number is so far off; 0 leaves out no spike"),
+        "replicas_every": STEPS,
+        "straggler": (1e6, "0 names no process"),
+        **dict.fromkeys(("hang_s", "start_s", "aside_s"), SECONDS),
+    }
 
     def __post_init__(self) -> None:
         for name in ("max_bad", "max_returns", "replicas_every"):
@@ -221,7 +236,15 @@ class SampleConfig:
     vae_parallel: VaeParallel = "auto"  # on: processes share out the tiles of what they code; auto: on for learned VAEs
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
+    LIMITS: ClassVar[Limits] = {
+        "num_sample": (100_000, "names and seeds are counted up for every one of them"),
+        "batch_size": (65_536, "they are denoised together, in memory"),
+        "lora_scale": (LORA_SCALE, "the adapters would drown the weights"),
+    }
+
     def __post_init__(self) -> None:
+        if self.lora_scale < -LORA_SCALE:
+            raise ValueError(f"lora_scale={self.lora_scale}: allowed are numbers from -{LORA_SCALE} to {LORA_SCALE}")
         if not self.weights:
             raise ValueError("weights='': wanted a run folder, an export folder or a safetensors file")
         for name in ("num_sample", "batch_size"):

@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 
 from opensora.config import RunConfig, SampleConfig, run_cli
 from opensora.utils.errors import UserError
+from opensora.utils.limits import Limits
 from opensora.utils.typed import SIZES, TABLE, plain, wanted
 from opensora.utils.user_files import try_output, write_whole
 from opensora.utils.yaml_strict import to_yaml_text
@@ -108,7 +109,7 @@ def _sections(cls: type, path: str, seen: set[tuple[str, type]], note: str = "")
             shared.extend([f"`{key}`"] if (key, hint) in seen else [])
             below.extend(_sections(hint, key, seen))
         else:
-            cells = (f"`{field.name}`", wanted(hint), _default(field), comment)
+            cells = (f"`{field.name}`", wanted(hint) + _most(cls, field.name), _default(field), comment)
             rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     if path:
         yield f"### `{path}`{note}\n"
@@ -130,6 +131,11 @@ def _kinds(field: "dataclasses.Field[Any]", key: str, comment: str, seen: set[tu
         if sizes:
             names = ", ".join(f"`{name}`" for name in sizes)
             yield f"`{key}.size` starts from a named size instead of the defaults above: {names}.\n"
+
+
+def _most(cls: type, name: str) -> str:
+    limits: Limits = getattr(cls, "LIMITS", {})
+    return f", at most {limits[name][0]:g}" if name in limits else ""
 
 
 def _default(field: "dataclasses.Field[Any]") -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from opensora.utils.errors import UserError
+from opensora.utils.limits import beyond_limit
 from opensora.utils.yaml_strict import Keys, Lines, dotted
 
 TABLE = "table"  # metadata: {kind: dataclass}, the section's class is chosen by its key ``kind``
@@ -143,6 +144,9 @@ class _Builder:
             elif name not in values and _has_no_default(field):
                 choices = ", ".join(field.metadata[TABLE])
                 raise self.fail(path, f": missing; wanted a section with kind, one of {choices}")
+        for name, value in values.items():
+            if problem := beyond_limit(cls, name, value):
+                raise self.fail((*keys, name), f"={shown(value)}: {problem}")
         try:
             return cls(**values)
         except UserError as error:

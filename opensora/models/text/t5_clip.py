@@ -6,13 +6,14 @@ fetched. T5 is padded to ``max_tokens`` and its padding is attended, by T5 itsel
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from opensora.models.base import TextFeatures
 from opensora.utils.errors import UserError
+from opensora.utils.limits import Limits
 
 CLIP_TOKENS = 77
 
@@ -25,6 +26,8 @@ class T5ClipConfig:
     t5_path: str = ""
     clip_path: str = ""
     max_tokens: int = 512
+
+    LIMITS: ClassVar[Limits] = {"max_tokens": (65536, "T5 attends to all pairs of them")}
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from opensora.models.vae.folder import load_frozen, stated_shape
+from opensora.utils.limits import Limits
 from opensora.utils.work import RunAll, Work, one_by_one
 
 COLOURS = 3
@@ -22,6 +23,8 @@ class Flux2DConfig:
     kind: Literal["flux2d"] = "flux2d"
     path: str = ""
     micro_batch: int = 8  # frames coded at a time
+
+    LIMITS: ClassVar[Limits] = {"micro_batch": (100_000, "they are in memory together")}
 
     def __post_init__(self) -> None:
         if self.micro_batch < 1:
