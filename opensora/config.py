@@ -432,8 +432,9 @@ def _over(base: Mapping[Any, Any], layer: Mapping[Any, Any]) -> dict[Any, Any]:
     merged = dict(base)
     for key, new in layer.items():
         old = merged.get(key)
-        both = isinstance(old, Mapping) and isinstance(new, Mapping)
-        merged[key] = _over(old, new) if both else new
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            new = _over(old, new)
+        merged[key] = new
     return merged
 
 

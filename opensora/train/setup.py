@@ -13,6 +13,7 @@ from acceleration import mesh as meshes
 from acceleration import runtime as runtimes
 from acceleration.checkpoint import CheckpointManager
 from acceleration.checkpoint import SaveError as SaveError  # what saving raises, also for the command line
+from acceleration.checkpoint.storage import MANIFEST
 from acceleration.engines import build_engine, check_engine
 from acceleration.memory import device_bytes
 from acceleration.mesh import Mesh
@@ -23,13 +24,15 @@ from acceleration.signals import Interrupted as Interrupted  # what building rai
 from acceleration.signals import StopRequest
 from opensora import config
 from opensora.config import RunConfig
+from opensora.datasets import decode
 from opensora.datasets.index import IndexedTable
 from opensora.datasets.plan import BatchPlan
+from opensora.inference.check import fit_option
 from opensora.inference.load import check_attention, check_layout, tile_runner
 from opensora.models import build_model
-from opensora.models.base import latent_grid
-from opensora.models.text import build_text_encoder
-from opensora.models.vae import autoencoder_shape, build_autoencoder
+from opensora.models.base import AutoencoderShape, latent_grid
+from opensora.models.text import build_text_encoder, check_text_encoder
+from opensora.models.vae import autoencoder_shape, build_autoencoder, check_autoencoder
 from opensora.train import features
 from opensora.train.data import StepData, open_data, sharing
 from opensora.train.disk import check_disk
@@ -43,10 +46,10 @@ from opensora.train.resume import check_fresh, resume
 from opensora.train.run import Run
 from opensora.train.run_folder import RunLock
 from opensora.train.step import Preparation
-from opensora.train.weights import adapted, add_adapters, initial_weights
+from opensora.train.weights import adapted, add_adapters, check_initial, initial_weights
 from opensora.utils import signals
 from opensora.utils.errors import UserError
-from opensora.utils.logging import MetricsLogger, announce
+from opensora.utils.logging import MetricsLogger, announce, check_installed
 from opensora.utils.weights import fingerprint
 from opensora.utils.work import RunAll, one_by_one
 
@@ -101,10 +104,7 @@ def check(cfg: RunConfig, world_size: int) -> tuple[IndexedTable, BatchPlan]:
             except ValueError as error:
                 raise UserError(f"data.buckets.{resolution}.{frames}: {error}") from None
     check_fresh(cfg)
-    for key in ("init_from", "resume"):
-        path = getattr(cfg.train, key)
-        if path not in (None, "auto", "none") and not Path(path).exists():
-            raise UserError(f"train.{key}={path}: no such file or folder")
+    check_files(cfg, shape)
     with torch.device("meta"):
         model = build_model(cfg.model)
         if cfg.lora.rank:
@@ -114,6 +114,31 @@ def check(cfg: RunConfig, world_size: int) -> tuple[IndexedTable, BatchPlan]:
     if cfg.data.features:
         features.check(cfg, table, plan)
     return table, plan
+
+
+def check_files(cfg: RunConfig, shape: AutoencoderShape) -> None:
+    """That the files and packages that the run will want are there, as far as names and headers tell.
+
+    Raises:
+        UserError: one is not, with its key.
+    """
+    for key in ("init_from", "resume"):
+        path = getattr(cfg.train, key)
+        if path not in (None, "auto", "none") and not Path(path).exists():
+            raise UserError(f"train.{key}={path}: no such file or folder")
+    check_initial(cfg)
+    if cfg.train.resume not in ("auto", "none") and not (Path(cfg.train.resume) / MANIFEST).is_file():
+        raise UserError(f"train.resume={cfg.train.resume}: no {MANIFEST} there; give a checkpoint, a folder step-...")
+    if cfg.data.root and not Path(cfg.data.root).exists():
+        raise UserError(f"data.root={cfg.data.root}: no such folder; give the one that paths in data.table start at")
+    if not cfg.data.features:
+        decode.require(cfg.data.decoder)
+    if not cfg.data.features or cfg.validate.every:
+        check_autoencoder(cfg.vae)
+        check_text_encoder(cfg.text)
+    if cfg.validate.every:
+        fit_option("validate.sampling", cfg.validate.sampling, cfg.model, shape)
+    check_installed(cfg.log)
 
 
 def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Runtime, phases: Phases) -> Run:

@@ -1,5 +1,6 @@
 """What a run writes about itself: metrics.jsonl and its copies, console messages, the progress bar."""
 
+import importlib.util
 import json
 import logging
 import math
@@ -29,6 +30,20 @@ class LogConfig:
     tensorboard: bool = False  # also write TensorBoard events into the run's folder
     wandb: WandbMode = "off"  # also write to Weights & Biases; online needs a key
     wandb_project: str = "opensora"
+
+
+def check_installed(cfg: LogConfig) -> None:
+    """That the packages of the copies are there; imports nothing.
+
+    Raises:
+        UserError: one is not, with how to get it.
+    """
+    for wanted, key, package, off in (
+        (cfg.tensorboard, "log.tensorboard=true", "tensorboard", "log.tensorboard=false"),
+        (cfg.wandb != "off", f"log.wandb={cfg.wandb}", "wandb", "log.wandb=off"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UserError(f"{key}: {package} is not installed; pip install {package}, or {off}")
 
 
 def launched_rank() -> int:

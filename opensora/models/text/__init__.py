@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from opensora.models.text.bytes import ByteTextConfig, ByteTextEncoder
-from opensora.models.text.t5_clip import T5ClipConfig, T5ClipTextEncoder
+from opensora.models.text.t5_clip import T5ClipConfig, T5ClipTextEncoder, check_folder
 
 if TYPE_CHECKING:
     from opensora.models.base import TextEncoder
@@ -21,6 +21,17 @@ TEXT_ENCODERS = {
 def text_tokens(cfg: TextConfig) -> int:
     """Tokens of a prompt, padding included."""
     return cfg.max_words if isinstance(cfg, ByteTextConfig) else cfg.max_tokens
+
+
+def check_text_encoder(cfg: TextConfig) -> None:
+    """That the files of ``cfg`` may be there, before a run or a model is made; loads nothing.
+
+    Raises:
+        UserError: they are not, with the key.
+    """
+    if isinstance(cfg, T5ClipConfig):
+        check_folder("t5_path", cfg.t5_path)
+        check_folder("clip_path", cfg.clip_path)
 
 
 def build_text_encoder(cfg: TextConfig, device: torch.device | str, dtype: torch.dtype) -> "TextEncoder":

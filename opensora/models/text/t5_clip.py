@@ -14,6 +14,7 @@ from torch import Tensor
 from opensora.models.base import TextFeatures
 from opensora.utils.errors import UserError
 from opensora.utils.limits import Limits
+from opensora.utils.untrusted import parsing
 
 CLIP_TOKENS = 77
 
@@ -44,7 +45,7 @@ class T5ClipTextEncoder:
 
         self.cfg = cfg
         self._device = device
-        t5_folder, clip_folder = _folder("t5_path", cfg.t5_path), _folder("clip_path", cfg.clip_path)
+        t5_folder, clip_folder = check_folder("t5_path", cfg.t5_path), check_folder("clip_path", cfg.clip_path)
         self._t5_tokenizer = _load("t5_path", t5_folder, AutoTokenizer)
         self._clip_tokenizer = _load("clip_path", clip_folder, CLIPTokenizer)
         self._t5 = _load("t5_path", t5_folder, T5EncoderModel, dtype=dtype).to(device).eval().requires_grad_(False)
@@ -67,17 +68,22 @@ class T5ClipTextEncoder:
         return batch["input_ids"].to(self._device)
 
 
-def _folder(key: str, path: str) -> str:
+def check_folder(key: str, path: str) -> str:
+    """``path``, if it may hold a transformers model.
+
+    Raises:
+        UserError: no path, no such folder, or no weights in it.
+    """
     if not path:
-        raise UserError(f"text.{key} is not set: give the folder of the model, or set text.kind=bytes")
+        raise UserError(f"text.{key}: missing; give the folder of a transformers model, or use text.kind=bytes")
     if not (Path(path) / "config.json").is_file():
         raise UserError(f"text.{key}={path}: no config.json there; give the folder of a transformers model")
+    if not any(Path(path).glob("*.safetensors")) and not any(Path(path).glob("*.bin")):
+        raise UserError(f"text.{key}={path}: no weights (*.safetensors) beside config.json; fetch them again")
     return path
 
 
 def _load(key: str, path: str, loader: Any, **options: Any) -> Any:
-    try:
+    name = f"text.{key}={path}: {loader.__name__} cannot be loaded from this folder"
+    with parsing(lambda reason: UserError(f"{name}: {reason}")):
         return loader.from_pretrained(path, local_files_only=True, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"text.{key}={path}: {loader.__name__} cannot be loaded from this folder: {reason}") from error

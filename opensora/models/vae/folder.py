@@ -1,14 +1,16 @@
 """Reading a diffusers autoencoder from a local folder, with errors that name the key."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from opensora.utils.errors import UserError
+from opensora.utils.untrusted import parse_json, parsing
+from opensora.utils.user_files import read_text
 
 KEY = "vae.path"
+MAX_STRIDE, MAX_CHANNELS = 64, 4096  # of an autoencoder, as its config.json states them
 
 
 def stated_shape(path: str) -> dict[str, Any]:
@@ -16,10 +18,42 @@ def stated_shape(path: str) -> dict[str, Any]:
     file = Path(path) / "config.json"
     if not path or not file.is_file():
         return {}
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise UserError(f"{KEY}={path}: config.json is not readable as JSON ({error})") from error
+    stated = parse_json(
+        read_text(file, f"{KEY}={file}"),
+        lambda reason: UserError(f"{KEY}={path}: config.json is not readable as JSON ({reason})"),
+    )
+    if not isinstance(stated, dict):
+        raise UserError(f"{KEY}={path}: config.json holds no mapping; give the folder of a diffusers autoencoder")
+    return stated
+
+
+def stated_number(path: str, name: str, otherwise: int, most: int) -> int:
+    """A whole number of the folder's config.json.
+
+    Raises:
+        UserError: it is none, or absurd.
+    """
+    value = stated_shape(path).get(name, otherwise)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise UserError(f"{KEY}={path}: config.json has {name}={value!r}; allowed are integers from 1 to {most}")
+    return value
+
+
+def check_folder(path: str, model: str) -> None:
+    """That a folder of this diffusers class may be there; reads its config.json only.
+
+    Raises:
+        UserError: no path, no such folder, or no weights in it.
+    """
+    if not path:
+        raise UserError(
+            f"{KEY}: missing; give the folder of a diffusers {model}, or use vae.kind=dct, which needs none"
+        )
+    if not (Path(path) / "config.json").is_file():
+        raise UserError(f"{KEY}={path}: no config.json there; give the folder of a diffusers {model}")
+    if not any(Path(path).glob("*.safetensors")) and not any(Path(path).glob("*.bin")):
+        raise UserError(f"{KEY}={path}: no weights (*.safetensors) beside config.json; fetch them again")
+    stated_shape(path)
 
 
 def load_frozen(loader: Any, path: str, device: torch.device | str, dtype: torch.dtype) -> Any:
@@ -28,13 +62,8 @@ def load_frozen(loader: Any, path: str, device: torch.device | str, dtype: torch
     Raises:
         UserError: no path, no such folder, or not a model that ``loader`` can read.
     """
-    if not path:
-        raise UserError(f"{KEY} is not set: give the model's folder, or use autoencoder.kind=dct, which needs none")
-    if not (Path(path) / "config.json").is_file():
-        raise UserError(f"{KEY}={path}: no config.json there; give the folder of a diffusers {loader.__name__}")
-    try:
+    check_folder(path, loader.__name__)
+    name = f"{KEY}={path}: {loader.__name__} cannot be loaded from this folder"
+    with parsing(lambda reason: UserError(f"{name}: {reason}")):
         model = loader.from_pretrained(path, torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=False)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{KEY}={path}: {loader.__name__} cannot be loaded from this folder: {reason}") from error
     return model.to(device).eval().requires_grad_(False)
