@@ -9,7 +9,7 @@ from acceleration import mesh as meshes
 from acceleration.config import ParallelConfig
 from acceleration.memory import device_bytes, machine_bytes
 from acceleration.precision import DTYPES
-from opensora.config import SampleConfig
+from opensora.config import SampleConfig, check_fit
 from opensora.inference.load import Source, weight_layout
 from opensora.models import MMDiTConfig, build_model
 from opensora.models.base import AutoencoderShape, latent_grid
@@ -29,6 +29,10 @@ def check_sample(cfg: SampleConfig, source: Source, jobs: int, world_size: int) 
     Raises:
         UserError: the key to change, and what would work.
     """
+    try:
+        check_fit(source.model, source.vae, source.text)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     option = fit_option("sampling", cfg.sampling, source.model, autoencoder_shape(source.vae))
     check_autoencoder(source.vae)
     check_text_encoder(source.text)

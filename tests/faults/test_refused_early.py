@@ -61,14 +61,16 @@ TRAINING = {
         "validate.sampling.method=distill: allowed is i2v",
     ),
 }
+MODEL = "{{kind: mmdit, size: debug, depth: 5, patch_size: 1, context_in_dim: 32, vec_in_dim: 32, cond_embed: false}}"
 # overrides of sampling -> what the line must begin with
 SAMPLES = {
     "6 frames": (["sampling.num_frames=6"], "sampling.num_frames=6: allowed are 4k+1 and 1"),
     "method": (["sampling.method=distill"], "sampling.method=distill: allowed is i2v"),
     "no weights": (["weights={folder}/nowhere"], "weights={folder}/nowhere: no such file or folder"),
     "weights that are none": (["weights={folder}/empty"], "weights={folder}/empty: "),
-    "weights of another model": (["model.depth=5"], "weights={folder}/exported: "),
-    "autoencoder": (["vae={{kind: hunyuan}}", "model.in_channels=16"], "vae.path: missing"),
+    "weights of another model": ([f"model={MODEL}"], "weights={folder}/exported: "),
+    "autoencoder": (["vae={{kind: hunyuan}}"], "vae.path: missing"),
+    "autoencoder of another model": (["vae={{kind: dct, channels: 4}}"], "model.in_channels=16: vae.kind=dct"),
     "text encoder": (["text={{kind: t5_clip}}"], "text.t5_path: missing"),
     "memory": (
         ["sampling.width=16384", "sampling.height=16384", "sampling.num_frames=99997"],
