@@ -30,7 +30,7 @@ from data_pipeline.shapes.render import (
     training_combinations,
 )
 from opensora.utils.arguments import Parser, number, place, whole
-from opensora.utils.command import call
+from opensora.utils.command import call, naming
 from opensora.utils.errors import UserError
 from opensora.utils.user_files import try_output, write_whole
 from opensora.utils.video_writer import write_image, write_video
@@ -110,10 +110,11 @@ def plan_items(args: argparse.Namespace) -> dict[str, list[Item]]:
 def write_item(folder: Path, item: Item) -> None:
     """Render and encode one file."""
     frames = render(item.spec)
-    if item.spec.frames == 1:
-        write_image(folder / item.path, frames[0])
-    else:
-        write_video(folder / item.path, frames, item.fps, crf=CRF)
+    with naming(folder / item.path):
+        if item.spec.frames == 1:
+            write_image(folder / item.path, frames[0])
+        else:
+            write_video(folder / item.path, frames, item.fps, crf=CRF)
 
 
 def _write_job(job: tuple[Path, Item]) -> None:

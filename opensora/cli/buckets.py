@@ -6,6 +6,7 @@ draws buckets.png in the run's folder. Indexes the table if it was not yet.
 
 from opensora.config import RunConfig, config_from_argv, run_cli
 from opensora.train.data import expected_idle, open_data
+from opensora.utils.command import naming
 from opensora.utils.images import bucket_chart
 from opensora.utils.user_files import try_output
 
@@ -33,7 +34,8 @@ def main(argv: list[str]) -> int:
     for bucket, count in report.per_bucket:
         bars.setdefault(f"{bucket.resolution} x {bucket.frames}", []).append(count)
     left_out = sum(count for _, count in report.left_out)
-    bucket_chart(list(bars.items()), target, title=f"{report.rows - left_out} of {report.rows} samples")
+    with naming(target):
+        bucket_chart(list(bars.items()), target, title=f"{report.rows - left_out} of {report.rows} samples")
     print(target)
     return 0
 

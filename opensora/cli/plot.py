@@ -2,6 +2,7 @@
 
 from opensora.config import run_cli
 from opensora.utils.arguments import Parser, place
+from opensora.utils.command import naming
 from opensora.utils.errors import UserError
 from opensora.utils.images import loss_curve
 from opensora.utils.user_files import try_output
@@ -19,7 +20,8 @@ def main(argv: list[str]) -> int:
     picture = args.out or args.run / "loss.png"
     try_output(picture, "--out")
     try:
-        loss_curve(metrics, picture)
+        with naming(picture):
+            loss_curve(metrics, picture)
     except ValueError as error:
         raise UserError(str(error)) from None
     print(picture)

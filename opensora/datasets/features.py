@@ -19,11 +19,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from opensora.datasets.plan import MicroBatch
 from opensora.utils.errors import UserError
+from opensora.utils.weights import write_file
 
 MANIFEST, INDEX, NULL = "manifest.json", "index.arrow", "null.safetensors"
 FORMAT = 2
@@ -58,12 +59,12 @@ def write_shard(folder: Path, number: int, parts: Iterable[tuple[MicroBatch, Fea
         rows.append(
             {"epoch": micro_batch.epoch, "bucket": str(micro_batch.bucket), "samples": list(micro_batch.sample_ids)}
         )
-    return _write(folder / shard_name(number), tensors, {"hash": identity_hash, "batches": json.dumps(rows)})
+    return write_file(folder / shard_name(number), tensors, {"hash": identity_hash, "batches": json.dumps(rows)})
 
 
 def write_null(folder: Path, tensors: Mapping[str, Tensor], identity_hash: str) -> None:
     """Text features of the empty prompt."""
-    _write(folder / NULL, {n: t.cpu().contiguous() for n, t in tensors.items()}, {"hash": identity_hash})
+    write_file(folder / NULL, {n: t.cpu().contiguous() for n, t in tensors.items()}, {"hash": identity_hash})
 
 
 def shard_hash(path: Path) -> str:
@@ -182,11 +183,3 @@ class FeatureStore:
         if len(self._shards) > _OPEN_SHARDS:
             self._shards.popitem(last=False)
         return self._shards[number]
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(dict(tensors), aside, metadata=dict(metadata))
-    os.replace(aside, path)
-    return path

@@ -8,7 +8,8 @@ import os
 import select
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from opensora.utils.errors import UserError, one_line
 
@@ -38,7 +39,7 @@ def ending_of(error: BaseException) -> tuple[str, int] | None:
         return "interrupted", INTERRUPTED
     if isinstance(error, BrokenPipeError) and _reader_is_gone():
         return "", 128 + 13  # SIGPIPE
-    if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+    if isinstance(error, OSError) and not isinstance(error, (ConnectionError, io.UnsupportedOperation)):
         return _of_disk(error)
     if isinstance(error, (UnicodeError, csv.Error)):
         return f"error: {one_line(str(error))} ({_place(error)})", REFUSED
@@ -47,10 +48,23 @@ def ending_of(error: BaseException) -> tuple[str, int] | None:
 
 def _of_disk(error: OSError) -> tuple[str, int] | None:
     names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
+    if error.errno is None:  # raised with a message, by us or by a reader of files
+        return f"error: {one_line(str(error) or _place(error))}", FAILED
     if not names and error.errno not in _OF_DISKS:
         return None
     what = " -> ".join(names) or (STDOUT if _flush_fails() else _place(error))
     return f"error: {one_line(f'{what}: {error.strerror or error}')}", FAILED
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the disk that the block meets while it writes ``path`` name it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def call(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
