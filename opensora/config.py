@@ -494,7 +494,7 @@ def _keys(name: str, word: str) -> Keys:
     if not all(parts):
         raise UserError(f"{word}: an empty key; write section.key=value")
     if len(parts) > MAX_DEPTH:
-        raise UserError(f"{dotted(tuple(parts[:4]))}...: a key of {len(parts)} levels; allowed are {MAX_DEPTH}")
+        raise UserError(f"{dotted(tuple(parts[:4]))}...: {len(parts)} levels ({COMMAND_LINE}); allowed are {MAX_DEPTH}")
     return tuple(int(part) if _NUMBER.fullmatch(part) else part for part in parts)
 
 

@@ -119,8 +119,10 @@ class _Builder:
         self.lines = lines
 
     def fail(self, keys: Keys, text: str) -> UserError:
-        """The error for a key path, with the place that set it (or the nearest section that has one)."""
-        place = next((self.lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in self.lines), "")
+        """The error for a key path, with the place that set it, or a key in it, or the nearest section that has one."""
+        below = (place for known, place in self.lines.items() if known[: len(keys)] == keys)
+        above = (self.lines[keys[:n]] for n in range(len(keys) - 1, 0, -1) if keys[:n] in self.lines)
+        place = self.lines.get(keys) or next(below, "") or next(above, "") if keys else ""
         name = dotted(keys) or ("''" if keys else "")
         return UserError(f"{name}{text}{f' ({place})' if place else ''}")
 
