@@ -261,7 +261,7 @@ class SampleConfig:
 def check_fit(model: ModelConfig, vae: AutoencoderConfig, text: TextConfig) -> None:
     """That the denoiser reads what the autoencoder and the text encoder write.
 
-    The widths of T5 and CLIP are known only with their files, and are checked when those are loaded.
+    The widths of T5 and CLIP are in their files: ``opensora.models.text.check_text_encoder`` looks there.
 
     Raises:
         ValueError: a width of the model that does not fit, with the one that does.

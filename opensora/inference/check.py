@@ -35,7 +35,7 @@ def check_sample(cfg: SampleConfig, source: Source, jobs: int, world_size: int) 
         raise UserError(str(error)) from None
     option = fit_option("sampling", cfg.sampling, source.model, autoencoder_shape(source.vae))
     check_autoencoder(source.vae)
-    check_text_encoder(source.text)
+    check_text_encoder(source.text, source.model.context_in_dim, source.model.vec_in_dim)
     if source.checkpoint is None:
         check_weights("weights", source.path, source.model)
     needed = least_bytes(

@@ -15,7 +15,7 @@ from acceleration.checkpoint import CheckpointManager
 from acceleration.checkpoint import SaveError as SaveError  # what saving raises, also for the command line
 from acceleration.checkpoint.storage import MANIFEST
 from acceleration.engines import build_engine, check_engine
-from acceleration.memory import device_bytes
+from acceleration.memory import device_bytes, machine_bytes
 from acceleration.mesh import Mesh
 from acceleration.parallelize import parallelize
 from acceleration.runtime import Runtime
@@ -65,6 +65,8 @@ def start_run(cfg: RunConfig) -> Run:
     runtimes.check_visible_devices()
     table, plan = check(cfg, ranks.world_size)
     runtimes.check_meeting(ranks)  # before the run's folder is made
+    if device_bytes() is None:  # the machine that it is started on, which a submitting one need not be
+        check_memory(cfg, ranks.world_size, machine_bytes())
     signals.remember()
     lock = RunLock(cfg.folder) if ranks.rank == 0 else None
     phases = None
@@ -135,7 +137,7 @@ def check_files(cfg: RunConfig, shape: AutoencoderShape) -> None:
         decode.require(cfg.data.decoder)
     if not cfg.data.features or cfg.validate.every:
         check_autoencoder(cfg.vae)
-        check_text_encoder(cfg.text)
+        check_text_encoder(cfg.text, cfg.model.context_in_dim, cfg.model.vec_in_dim)
     if cfg.validate.every:
         fit_option("validate.sampling", cfg.validate.sampling, cfg.model, shape)
     check_installed(cfg.log)

@@ -17,13 +17,15 @@ REFUSED, FAILED, INTERRUPTED = 2, 1, 130
 STDOUT = "standard output"
 # What a disk or a mount says, whoever asks; other errors without a file name are mistakes in a program.
 _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ESTALE)
+_OF_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 
 
 def ending_of(error: BaseException) -> tuple[str, int] | None:
     """(line for stderr, empty for none, and exit code) of a command that ends with ``error``.
 
     * ``UserError``: its line and 2; an error with an ``exit_code``: its line and that.
-    * ``OSError`` that names a file or that disks raise: file and reason, and 1, as it may go well the next time.
+    * ``OSError`` that names a file or that disks raise: file and reason, and 1, as it may go well the next time; 2 for
+      a path that can be none.
     * Text that cannot be decoded or a table that cannot be parsed: the reason, where it was read, and 2.
     * The reader of the output is gone (``| head``): nothing, 141. Ctrl-C: a word, 130.
 
@@ -53,7 +55,8 @@ def _of_disk(error: OSError) -> tuple[str, int] | None:
     if not names and error.errno not in _OF_DISKS:
         return None
     what = " -> ".join(names) or (STDOUT if _flush_fails() else _place(error))
-    return f"error: {one_line(f'{what}: {error.strerror or error}')}", FAILED
+    code = REFUSED if error.errno in _OF_PATHS else FAILED
+    return f"error: {one_line(f'{what}: {error.strerror or error}')}", code
 
 
 @contextlib.contextmanager

@@ -50,6 +50,11 @@ TRAINING = {
     "autoencoder: 2-D": (["vae={{kind: flux2d}}", "model.in_channels=16"], "vae.path: missing; give"),
     "text encoder without a path": (["text={{kind: t5_clip}}"], "text.t5_path: missing; give"),
     "text encoder: no folder": (["text={{kind: t5_clip, t5_path: {folder}/no}}"], "text.t5_path={folder}/no: "),
+    "text encoder of another width": (
+        ["text={{kind: t5_clip, t5_path: {folder}/t5, clip_path: {folder}/t5}}"],
+        "model.context_in_dim=32: text.t5_path={folder}/t5 gives 4096; set model.context_in_dim=4096",
+    ),
+    "an output of 5,000 characters": ([f"output={'a' * 5000}"], "aaaa"),
     "tensorboard": (["log.tensorboard=true"], "log.tensorboard=true: tensorboard is not installed"),
     "wandb": (["log.wandb=offline"], "log.wandb=offline: wandb is not installed"),
     "samples: frames": (
@@ -93,8 +98,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("exported", "empty"):
         save(cfg, tmp_path / name / "config.yaml")
     (tmp_path / "damaged.safetensors").write_bytes(b"\xff" * 64)
-    for name, stated in (("vae", {}), ("odd", {"latent_channels": "x"})):
+    for name, stated in (("vae", {}), ("odd", {"latent_channels": "x"}), ("t5", {"d_model": 4096})):
         (tmp_path / name).mkdir()
+        if name == "t5":
+            (tmp_path / name / "model.safetensors").touch()
         (tmp_path / name / "config.json").write_text(json.dumps(stated))
     (tmp_path / "sample.yaml").write_text(SAMPLING.format(folder=tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -156,6 +163,16 @@ def check_spec_of() -> Callable[..., object]:
     import importlib.util
 
     return importlib.util.find_spec
+
+
+def test_a_model_beyond_the_machine(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opensora.train.setup.device_bytes", lambda: None)
+    monkeypatch.setattr("opensora.train.setup.machine_bytes", lambda: 2**16)
+    monkeypatch.setattr(sys, "argv", ["command"])
+    line = line_of(train.main, ["train.yaml", "parallel.mesh.ulysses=1"], capsys)
+    assert line.startswith("error: parallel.mesh: a process of 1 needs") and not (folder / "runs").exists()
 
 
 def test_any_frame_rate_is_taken(folder: Path) -> None:

@@ -5,6 +5,7 @@ fetched. T5 is padded to ``max_tokens`` and its padding is attended, by T5 itsel
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +15,8 @@ from torch import Tensor
 from opensora.models.base import TextFeatures
 from opensora.utils.errors import UserError
 from opensora.utils.limits import Limits
-from opensora.utils.untrusted import parsing
+from opensora.utils.untrusted import parse_json, parsing
+from opensora.utils.user_files import read_text
 
 CLIP_TOKENS = 77
 
@@ -81,6 +83,26 @@ def check_folder(key: str, path: str) -> str:
     if not any(Path(path).glob("*.safetensors")) and not any(Path(path).glob("*.bin")):
         raise UserError(f"text.{key}={path}: no weights (*.safetensors) beside config.json; fetch them again")
     return path
+
+
+def stated_width(key: str, path: str, name: str) -> int | None:
+    """Width of the features that the model in a folder gives, by its config.json; None: it does not say.
+
+    Raises:
+        UserError: as ``check_folder``, or config.json cannot be read.
+    """
+    file = Path(check_folder(key, path)) / "config.json"
+    refuse = partial(_unreadable, key, path)
+    stated = parse_json(read_text(file, f"text.{key}={file}"), refuse)
+    if not isinstance(stated, dict):
+        raise refuse("no mapping")
+    both = stated.get("text_config")  # of a CLIP that reads pictures too
+    width = stated.get(name, both.get(name) if isinstance(both, dict) else None)
+    return width if isinstance(width, int) else None
+
+
+def _unreadable(key: str, path: str, reason: str) -> UserError:
+    return UserError(f"text.{key}={path}: config.json is not readable as JSON ({reason})")
 
 
 def _load(key: str, path: str, loader: Any, **options: Any) -> Any:
