@@ -32,7 +32,8 @@ on; later ones win key by key. On the command line `section.key=value`, `--secti
 `--section.key=value` win over all files. A section that changes its `kind`, and a free mapping such as
 `data.buckets`, is replaced as a whole. Unknown, duplicate and mistyped keys are refused with exit code 2.
 Numbers follow YAML 1.2 (`1e-4` is a number); only `true` and `false` are booleans; aliases, tags and `${{...}}` are
-refused.
+refused, and so are control characters and bytes that are not UTF-8 in texts. A number beyond the most that is given
+here is refused with the reason.
 """
 
 
