@@ -54,7 +54,7 @@ def _of_disk(error: OSError) -> tuple[str, int] | None:
         return f"error: {one_line(str(error) or _place(error))}", FAILED
     if not names and error.errno not in _OF_DISKS:
         return None
-    what = " -> ".join(names) or (STDOUT if _flush_fails() else _place(error))
+    what = " -> ".join(names) or (STDOUT if _was_printing(error) or _flush_fails() else _place(error))
     code = REFUSED if error.errno in _OF_PATHS else FAILED
     return f"error: {one_line(f'{what}: {error.strerror or error}')}", code
 
@@ -134,6 +134,12 @@ def _reader_is_gone() -> bool:
         return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
     except (OSError, ValueError):  # no file behind it
         return False
+
+
+def _was_printing(error: BaseException) -> bool:
+    """Whether it was a ``print`` that failed; what it wrote is then forgotten, and a later flush succeeds."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and (frames[-1].line or "").startswith("print(")
 
 
 def _place(error: BaseException) -> str:
