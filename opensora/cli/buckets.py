@@ -6,9 +6,9 @@ draws buckets.png in the run's folder. Indexes the table if it was not yet.
 
 from opensora.config import RunConfig, config_from_argv, run_cli
 from opensora.train.data import expected_idle, open_data
+from opensora.train.disk import check_writable
 from opensora.utils.command import naming
 from opensora.utils.images import bucket_chart
-from opensora.utils.user_files import try_output
 
 STEPS = 64  # that idle time is averaged over
 
@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
     """Returns the exit code."""
     cfg = config_from_argv(RunConfig, argv, "Show which samples a run trains on, bucket by bucket.")
     target = cfg.folder / "buckets.png"
-    try_output(target, "output")
+    check_writable(cfg)
     _, plan = open_data(cfg)
     report = plan.report()
     print(report.histogram())

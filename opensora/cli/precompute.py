@@ -6,7 +6,6 @@ Train with ``data.features=DIR`` afterwards. Stopped at any time, the same comma
 from opensora.config import RunConfig, config_from_argv, run_cli
 from opensora.train.precompute import precompute
 from opensora.utils.arguments import Parser, place, whole
-from opensora.utils.user_files import try_output
 
 MAX_EPOCHS = 10_000  # more windows than any clip has
 
@@ -21,9 +20,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=place, required=True, help="the folder; what is there already is kept")
     parser.add_argument("--epochs", type=whole(1, MAX_EPOCHS), default=1, help="windows per clip, in turn (1)")
     args, rest = parser.parse_known_args(argv)
-    cfg = config_from_argv(RunConfig, rest, "Encode a data set ahead.")
-    try_output(args.out, "--out", folder=True)
-    precompute(cfg, args.out, args.epochs)
+    precompute(config_from_argv(RunConfig, rest, "Encode a data set ahead."), args.out, args.epochs)
     return 0
 
 

@@ -28,6 +28,7 @@ from opensora.train.setup import check
 from opensora.train.step import Preparation
 from opensora.utils.errors import UserError
 from opensora.utils.logging import announce
+from opensora.utils.user_files import try_output
 
 SHARD_BATCHES = 64  # micro-batches in a file
 
@@ -40,7 +41,8 @@ def precompute(cfg: RunConfig, folder: Path, epochs: int) -> bool:
         Whether the folder is complete now.
 
     Raises:
-        UserError: the folder holds features of another configuration, or the configuration cannot be trained.
+        UserError: the folder holds features of another configuration or cannot be written, or the configuration cannot
+            be trained.
     """
     # How training will be spread, and what will share a sequence, is of no interest here.
     cfg = replace(
@@ -50,6 +52,7 @@ def precompute(cfg: RunConfig, folder: Path, epochs: int) -> bool:
     )
     ranks = ranks_from_environment()
     table, plan = check(cfg, ranks.world_size)
+    try_output(folder, "--out", folder=True)
     made_for = identity(cfg, table)
     hash_ = identity_hash(made_for)
     shards = -(-sum(1 for _ in _micro_batches(plan, epochs)) // SHARD_BATCHES)

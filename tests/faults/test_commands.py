@@ -134,6 +134,18 @@ def test_ctrl_c() -> None:
     assert (err, process.returncode) == ("interrupted\n", 130)
 
 
+@pytest.mark.parametrize("name", ["buckets", "precompute", "train", "submit"])
+def test_what_is_refused_leaves_no_folder(
+    name: str, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: "/bin/true")
+    main, argv, _ = commands(run_folder, tmp_path / "new")[name]
+    before = sorted(tmp_path.rglob("*"))
+    assert ends(main, [*argv, "data.table=nowhere.csv"], monkeypatch) == 2
+    assert "data.table=nowhere.csv: no such file" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 # Places that cannot be written: a disk that is full, and one that is read-only.
 
 
