@@ -136,13 +136,20 @@ def configurations(path: str, overrides: Sequence[str], array: Path | None) -> l
         raise UserError(f"--array={array}: no lines; give one with overrides for every run")
     name = load_config(RunConfig, path, overrides).name
     runs = [
-        load_config(RunConfig, path, [*overrides, f"name={name}-{i}", *shlex.split(s)]) for i, s in enumerate(lines)
+        load_config(RunConfig, path, [*overrides, f"name={name}-{i}", *_words(array, s)]) for i, s in enumerate(lines)
     ]
     folders = [str(cfg.folder) for cfg in runs]
     twice = next((folder for folder in folders if folders.count(folder) > 1), None)
     if twice:
         raise UserError(f"--array={array}: two runs in {twice}; give every run another name")
     return runs
+
+
+def _words(array: Path, line: str) -> list[str]:
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise UserError(f"--array={array}: {error} in the line {line[:80]!r}") from None
 
 
 def next_folder(jobs: Path) -> Path:

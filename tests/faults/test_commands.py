@@ -146,6 +146,28 @@ def test_what_is_refused_leaves_no_folder(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"optim.lr=1e-3 'name=a\n", "No closing quotation in the line"),
+        (b"\xff\xfe\x00", "--array=lines.txt line 1: not UTF-16"),
+        (b"caf\xe9", "--array=lines.txt line 1: not UTF-8"),
+        (b"optim.lr=1e-3\0", "--array=lines.txt line 1: holds a NUL"),
+        (b"optim.lrr=1", "optim.lrr: unknown key"),
+        (b"\n# nothing\n", "--array=lines.txt: no lines"),
+        (b"name=a\nname=a\n", "two runs in"),
+    ],
+)
+def test_a_file_of_overrides_that_is_none(
+    content: bytes, said: str, run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("lines.txt").write_bytes(content)
+    main, argv, _ = commands(run_folder, run_folder.parent)["submit"]
+    assert ends(main, [*argv, "--array", "lines.txt", "--no-check"], monkeypatch) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
+
+
 # Places that cannot be written: a disk that is full, and one that is read-only.
 
 
