@@ -412,8 +412,8 @@ def _includes(path: Path, included: Any, place: str) -> list[Path]:
         raise UserError(f"include={included!r} ({place}): wanted a path or a list of paths")
     for name in names:
         if not is_regular_file(path.parent / name):
-            shown = name if len(name) <= MAX_SHOWN else f"{name[:MAX_SHOWN]}..."
-            raise UserError(f"include={shown} ({place}): no such file; paths are relative to the file that includes")
+            start = name if len(name) <= MAX_SHOWN else f"{name[:MAX_SHOWN]}..."
+            raise UserError(f"include={start} ({place}): no such file; paths are relative to the file that includes")
     return [path.parent / name for name in names]
 
 
