@@ -9,7 +9,7 @@ from acceleration import mesh as meshes
 from acceleration.config import ParallelConfig
 from acceleration.memory import device_bytes, machine_bytes
 from acceleration.precision import DTYPES
-from opensora.config import SampleConfig, check_fit
+from opensora.config import RunConfig, SampleConfig, check_fit
 from opensora.inference.load import Source, weight_layout
 from opensora.models import MMDiTConfig, build_model
 from opensora.models.base import AutoencoderShape, latent_grid
@@ -49,6 +49,29 @@ def check_sample(cfg: SampleConfig, source: Source, jobs: int, world_size: int) 
         world_size=world_size,
     )
     check_memory("sampling", option, needed)
+
+
+def check_validation(cfg: RunConfig, world_size: int) -> None:
+    """That the samples which a run makes while it trains fit this machine beside nothing else.
+
+    Raises:
+        UserError: they do not, with the estimate.
+    """
+    if not cfg.validate.every:
+        return
+    shape, key = autoencoder_shape(cfg.vae), "validate.sampling"
+    option = fit_option(key, cfg.validate.sampling, cfg.model, shape)
+    needed = least_bytes(
+        option,
+        cfg.model,
+        shape,
+        samples=len(cfg.validate.prompts),
+        txt=text_tokens(cfg.text),
+        itemsize=DTYPES[cfg.parallel.precision.compute].itemsize,
+        parallel=cfg.parallel,
+        world_size=world_size,
+    )
+    check_memory(key, option, needed)
 
 
 def fit_option(key: str, option: SamplingOption, model: MMDiTConfig, shape: AutoencoderShape) -> SamplingOption:

@@ -27,7 +27,7 @@ from opensora.config import RunConfig
 from opensora.datasets import decode
 from opensora.datasets.index import IndexedTable
 from opensora.datasets.plan import BatchPlan
-from opensora.inference.check import fit_option
+from opensora.inference.check import check_validation, fit_option
 from opensora.inference.load import check_attention, check_layout, tile_runner
 from opensora.models import build_model
 from opensora.models.base import AutoencoderShape, latent_grid
@@ -67,6 +67,7 @@ def start_run(cfg: RunConfig) -> Run:
     runtimes.check_meeting(ranks)  # before the run's folder is made
     if device_bytes() is None:  # the machine that it is started on, which a submitting one need not be
         check_memory(cfg, ranks.world_size, machine_bytes())
+    check_validation(cfg, ranks.world_size)
     signals.remember()
     lock = RunLock(cfg.folder) if ranks.rank == 0 else None
     phases = None

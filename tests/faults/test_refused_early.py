@@ -61,6 +61,10 @@ TRAINING = {
         ["validate={{every: 1, prompts: [a], sampling: {{num_frames: 6}}}}"],
         "validate.sampling.num_frames=6: allowed are 4k+1 and 1, as the autoencoder codes 4 frames",
     ),
+    "samples: memory": (
+        ["validate={{every: 1, prompts: [a], sampling: {{width: 16384, height: 16384, num_frames: 99997}}}}"],
+        "validate.sampling: 99997 frames of 16384x16384 take at least",
+    ),
     "samples: method": (
         ["validate={{every: 1, prompts: [a], sampling: {{method: distill}}}}"],
         "validate.sampling.method=distill: allowed is i2v",
