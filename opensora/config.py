@@ -83,6 +83,8 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: allowed are integers >= 1")
         if self.checkpoint_keep < 0:
             raise ValueError(f"checkpoint_keep={self.checkpoint_keep}: allowed are integers >= 0; 0 keeps all")
+        if self.init_from == "":
+            raise ValueError("init_from='': wanted a safetensors file or an export folder, or null")
         if not self.resume:
             raise ValueError("resume='': allowed are auto, none, or the path of a checkpoint")
 
@@ -170,6 +172,8 @@ class RunConfig:
             raise ValueError(f"name={self.name!r}: allowed is the name of a folder, without a slash")
         if len(os.fsencode(self.name)) > MAX_NAME:
             raise ValueError(f"name={self.name[:MAX_SHOWN]}...: allowed are at most {MAX_NAME} bytes")
+        if not self.output:
+            raise ValueError("output='': wanted the folder of all runs; . is this one")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed}: allowed are integers from 0 to 2^63-1")
         if not self.data.table:
@@ -247,6 +251,11 @@ class SampleConfig:
             raise ValueError(f"lora_scale={self.lora_scale}: allowed are numbers from -{LORA_SCALE} to {LORA_SCALE}")
         if not self.weights:
             raise ValueError("weights='': wanted a run folder, an export folder or a safetensors file")
+        if not self.save_dir:
+            raise ValueError("save_dir='': wanted the folder to write to; . is this one")
+        for name in ("lora", "prompt_csv"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name}='': wanted a path, or null")
         for name in ("num_sample", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: allowed are integers >= 1")

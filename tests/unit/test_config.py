@@ -150,6 +150,8 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     "a code beyond Unicode": (GOOD + 'output: "\\UFFFFFFFF"\n', [], "run.yaml: not valid YAML"),
     "a name of 300 bytes": (None, ["name=" + "a" * 300], "name=aaaa"),
     "an empty key in a file": (GOOD + "'': 1\n", [], "'': unknown key"),
+    "no output": (None, ["output="], "output='': wanted the folder of all runs"),
+    "no weights to start from": (None, ["train.init_from="], "train.init_from='': wanted a safetensors file"),
     # values
     "nan": (None, ["optim.lr=.nan"], "optim.lr=nan: wanted a finite number"),
     "infinity": (None, ["optim.lr=-.inf"], "optim.lr=-inf: wanted a finite number"),
@@ -455,6 +457,9 @@ def test_a_sampling_job(good: Path) -> None:
     assert load_config(SampleConfig, good, ["prompts=[a, b]", "sampling.seed=0"]).prompts == ("a", "b")
     with pytest.raises(UserError, match=r"^prompt: missing; give --prompt TEXT"):
         load_config(SampleConfig, good)
+    for key in ("save_dir", "lora", "prompt_csv", "weights"):
+        with pytest.raises(UserError, match=rf"^{key}='': wanted"):
+            load_config(SampleConfig, good, ["prompt=x", f"{key}="])
     with pytest.raises(UserError, match=r"^sampling\.num_steps=0: allowed are integers >= 1"):
         load_config(SampleConfig, good, ["prompt=x", "sampling.num_steps=0"])
 
