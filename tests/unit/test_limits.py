@@ -54,7 +54,7 @@ def _members(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
-# Two axes of -1 are told by the first of them; a width is told without a height, and the other way round.
+# Two axes of -1 are told by the first of them.
 _JOINED = {f"parallel.mesh.{axis}": r"parallel\.mesh\.shard=-1 with" for axis in ("cfg", "ring", "ulysses", "tensor")}
 FIELDS = [(cls, *found) for cls in (RunConfig, SampleConfig) for found in numbers(cls)]
 
