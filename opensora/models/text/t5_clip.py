@@ -77,11 +77,13 @@ def check_folder(key: str, path: str) -> str:
         UserError: no path, no such folder, or no weights in it.
     """
     if not path:
-        raise UserError(f"text.{key}: missing; give the folder of a transformers model, or use text.kind=bytes")
+        raise UserError(f"text.{key} is not set: give the folder of a transformers model, or set text.kind=bytes")
     if not (Path(path) / "config.json").is_file():
         raise UserError(f"text.{key}={path}: no config.json there; give the folder of a transformers model")
     if not any(Path(path).glob("*.safetensors")) and not any(Path(path).glob("*.bin")):
-        raise UserError(f"text.{key}={path}: no weights (*.safetensors) beside config.json; fetch them again")
+        raise UserError(
+            f"text.{key}={path}: cannot be loaded, no weights (*.safetensors) beside config.json; fetch them again"
+        )
     return path
 
 

@@ -47,12 +47,14 @@ def check_folder(path: str, model: str) -> None:
     """
     if not path:
         raise UserError(
-            f"{KEY}: missing; give the folder of a diffusers {model}, or use vae.kind=dct, which needs none"
+            f"{KEY} is not set: give the folder of a diffusers {model}, or use vae.kind=dct, which needs none"
         )
     if not (Path(path) / "config.json").is_file():
         raise UserError(f"{KEY}={path}: no config.json there; give the folder of a diffusers {model}")
     if not any(Path(path).glob("*.safetensors")) and not any(Path(path).glob("*.bin")):
-        raise UserError(f"{KEY}={path}: no weights (*.safetensors) beside config.json; fetch them again")
+        raise UserError(
+            f"{KEY}={path}: cannot be loaded, no weights (*.safetensors) beside config.json; fetch them again"
+        )
     stated_shape(path)
 
 
