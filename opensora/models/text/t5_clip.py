@@ -81,9 +81,7 @@ def check_folder(key: str, path: str) -> str:
     if not (Path(path) / "config.json").is_file():
         raise UserError(f"text.{key}={path}: no config.json there; give the folder of a transformers model")
     if not any(Path(path).glob("*.safetensors")) and not any(Path(path).glob("*.bin")):
-        raise UserError(
-            f"text.{key}={path}: cannot be loaded, no *.safetensors beside config.json; fetch them"
-        )
+        raise UserError(f"text.{key}={path}: cannot be loaded, no *.safetensors beside config.json; fetch them")
     return path
 
 

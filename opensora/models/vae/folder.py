@@ -52,9 +52,7 @@ def check_folder(path: str, model: str) -> None:
     if not (Path(path) / "config.json").is_file():
         raise UserError(f"{KEY}={path}: no config.json there; give the folder of a diffusers {model}")
     if not any(Path(path).glob("*.safetensors")) and not any(Path(path).glob("*.bin")):
-        raise UserError(
-            f"{KEY}={path}: cannot be loaded, no *.safetensors beside config.json; fetch them"
-        )
+        raise UserError(f"{KEY}={path}: cannot be loaded, no *.safetensors beside config.json; fetch them")
     stated_shape(path)
 
 
