@@ -399,6 +399,7 @@ def said_of(line: str, word: str) -> bool:
     return line.startswith((shown[:20], f"'{shown[:20]}", repr(word)[:20]))
 
 
+@pytest.mark.timeout(400)  # 6 s on a quiet machine
 def test_odd_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Tally) -> None:
     """A seeded part of what the slow test does."""
     monkeypatch.chdir(tmp_path)

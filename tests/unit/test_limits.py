@@ -79,6 +79,7 @@ def test_every_kind_alone_is_good(files: dict[type, Path]) -> None:
             load_config(cls, files[cls], [chosen])
 
 
+@pytest.mark.timeout(600)  # 12 s on a quiet machine
 def test_absurd_numbers(files: dict[type, Path]) -> None:
     done, wrong = 0, []
     for cls, key, chosen in FIELDS:
