@@ -16,7 +16,7 @@ from acceleration.mesh import view
 from acceleration.runtime import Ranks, ranks_from_environment
 from acceleration.sequence import SequenceParallel
 from opensora.config import RunConfig
-from opensora.datasets import features
+from opensora.datasets import decode, features
 from opensora.datasets.loader import read_batches
 from opensora.datasets.manifest import ClipTable
 from opensora.datasets.plan import BatchPlan, MicroBatch
@@ -60,6 +60,7 @@ def precompute(cfg: RunConfig, folder: Path, epochs: int) -> bool:
     mine = [number for number in range(shards) if number not in there and number % ranks.world_size == ranks.rank]
     announce(f"{folder}: {len(there)} of {shards} shards are there; this process makes {len(mine)}")
     if mine:
+        decode.require(cfg.data.decoder)
         _encode(cfg, table, plan, folder, epochs, mine, hash_, _device(ranks))
     complete = all((folder / features.shard_name(number)).is_file() for number in range(shards))
     if complete:

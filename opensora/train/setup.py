@@ -64,6 +64,8 @@ def start_run(cfg: RunConfig) -> Run:
     ranks = runtimes.ranks_from_environment()
     runtimes.check_visible_devices()
     table, plan = check(cfg, ranks.world_size)
+    if not cfg.data.features:
+        decode.require(cfg.data.decoder)
     runtimes.check_meeting(ranks)  # before the run's folder is made
     if device_bytes() is None:  # the machine that it is started on, which a submitting one need not be
         check_memory(cfg, ranks.world_size, machine_bytes())
@@ -134,8 +136,6 @@ def check_files(cfg: RunConfig, shape: AutoencoderShape) -> None:
         raise UserError(f"train.resume={cfg.train.resume}: no {MANIFEST} there; give a checkpoint, a folder step-...")
     if cfg.data.root and not Path(cfg.data.root).exists():
         raise UserError(f"data.root={cfg.data.root}: no such folder; give the one that paths in data.table start at")
-    if not cfg.data.features:
-        decode.require(cfg.data.decoder)
     if not cfg.data.features or cfg.validate.every:
         check_autoencoder(cfg.vae)
         check_text_encoder(cfg.text, cfg.model.context_in_dim, cfg.model.vec_in_dim)
