@@ -1,7 +1,15 @@
-"""How a run is spread over processes: frozen configuration, checked before any process group exists."""
+"""How a run is spread over processes: frozen configuration, checked before any process group exists.
 
+``LIMITS`` of a class: the most that a field may be, and why not more; who reads a configuration holds it to them.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
+
+Limits: TypeAlias = Mapping[str, tuple[float, str]]
+
+_BLOCKS = (10_000, "no model has more blocks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +23,10 @@ class MeshConfig:
     ulysses: int = 1  # processes that share one sample's tokens, exchanging heads for tokens in attention
     tensor: int = 1  # processes that share every layer's heads and hidden units, for the same tokens
     dynamic: bool = False  # training: samples are cut over as many processes of ulysses as pay; docs/parallel.md
+
+    LIMITS: ClassVar[Limits] = dict.fromkeys(
+        ("replicate", "shard", "ring", "ulysses", "tensor"), (10**6, "no launcher starts more processes")
+    )
 
     def __post_init__(self) -> None:
         open_axes = []
@@ -44,6 +56,8 @@ class RecomputeConfig:
     blocks: int = 0  # with kind=first: how many blocks, counted over all block lists in order
     every: int = 2  # with kind=every: one block of so many, counted the same way
     offload: bool = False  # what recomputed blocks keep waits on the CPU
+
+    LIMITS: ClassVar[Limits] = {"blocks": _BLOCKS, "every": _BLOCKS}
 
     def __post_init__(self) -> None:
         if self.blocks < 0:
@@ -91,6 +105,8 @@ class ParallelConfig:
     offload: Literal["none", "optimizer", "parameters"] = "none"  # what is in CPU memory; docs/parallel.md says more
     prefetch: int = 0  # blocks gathered ahead of their use; 0: as FSDP2 does by itself, one ahead in backward
     timeout_s: int = 600  # longest wait for a peer before the run fails
+
+    LIMITS: ClassVar[Limits] = {"prefetch": _BLOCKS, "timeout_s": (30 * 24 * 3600, "30 days")}
 
     def __post_init__(self) -> None:
         if self.timeout_s <= 0:
@@ -154,6 +170,8 @@ class LoraConfig:
     targets: tuple[str, ...] = ("double_blocks.*.*_attn.*", "double_blocks.*.*_mlp.*", "single_blocks.*.*")
     # layers with an adapter: * stands for one part of a name; what is not a linear layer is passed over
 
+    LIMITS: ClassVar[Limits] = {"rank": (65536, "no layer is wider"), "alpha": (1e6, "products would overflow")}
+
     def __post_init__(self) -> None:
         if self.rank < 0:
             raise ValueError(f"rank={self.rank}: allowed are integers >= 0; 0 switches adapters off")
@@ -185,6 +203,12 @@ class OptimConfig:
     min_lr: float = 0.0  # where cosine ends
     ema_decay: float = 0.0  # 0: no moving average of the weights
     ema_warmup: bool = True  # decay min(ema_decay, (1 + step) / (10 + step)), so that early averages forget the init
+
+    LIMITS: ClassVar[Limits] = {
+        **dict.fromkeys(("lr", "eps", "weight_decay", "min_lr"), (1e3, "weights would overflow")),
+        "clip_norm": (1e9, "0 sets no bound"),
+        "warmup_steps": (10**9, "a step a second would take 30 years"),
+    }
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "weight_decay", "clip_norm", "warmup_steps", "min_lr"):

@@ -4,6 +4,7 @@ import resource
 import sys
 import weakref
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,25 @@ def device_bytes() -> int | None:
     if not torch.cuda.is_available():
         return None
     return min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+
+
+def machine_bytes() -> int | None:
+    """Memory and swap of this machine, or what its control group allows; None where that cannot be read."""
+    try:
+        pairs = (line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        sizes = {name: int(value.split()[0]) * 1024 for name, value in pairs if name in ("MemTotal", "SwapTotal")}
+        total = sum(sizes.values())
+    except (OSError, ValueError, IndexError):
+        return None
+    return min([total, *_allowed("/sys/fs/cgroup/memory.max")]) or None
+
+
+def _allowed(path: str) -> list[int]:
+    try:
+        text = Path(path).read_text().strip()
+    except OSError:
+        return []
+    return [int(text)] if text.isdigit() else []  # "max": no bound
 
 
 def held(tensors: Iterable[Tensor]) -> int:

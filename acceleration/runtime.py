@@ -17,6 +17,8 @@ import torch.distributed as dist
 from acceleration.rendezvous import StartError, check_in, meet
 
 DOORS = 4  # ports that are tried one after the other
+MAX_WORLD, MAX_PORT = 10**6, 65535
+_START = "start with torchrun or srun, which set all of them, or unset it"
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,52 @@ class Runtime:
 
 
 def ranks_from_environment(env: Mapping[str, str] = os.environ) -> Ranks:
-    """Read the launcher's variables: torchrun before SLURM (torchrun may run inside a SLURM job), else one process."""
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return Ranks(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), "torchrun")
+    """Read the launcher's variables: torchrun before SLURM (torchrun may run inside a SLURM job), else one process.
+
+    An empty variable is one that is not set. One process needs no address: RANK=0 and WORLD_SIZE=1 are then a plain
+    call.
+
+    Raises:
+        StartError: they contradict each other, or are no numbers; exit code 2.
+    """
+    if _text(env, "RANK") or _text(env, "WORLD_SIZE"):
+        return _of_torchrun(env)
     # Only srun sets the step's task count: a batch script alone has SLURM_NTASKS, but is one process.
-    if "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
-        return Ranks(
-            int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0)), "slurm"
-        )
+    if _text(env, "SLURM_PROCID") and _text(env, "SLURM_STEP_NUM_TASKS"):
+        world_size = _whole(env, "SLURM_STEP_NUM_TASKS", 1, MAX_WORLD)
+        rank = _whole(env, "SLURM_PROCID", 0, world_size - 1, "tasks of the step")
+        return Ranks(rank, world_size, _whole(env, "SLURM_LOCALID", 0, MAX_WORLD, default=0), "slurm")
     return Ranks(0, 1, 0, "none")
+
+
+def _of_torchrun(env: Mapping[str, str]) -> Ranks:
+    """RANK and WORLD_SIZE, either of which may be missing for one process only."""
+    for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
+        alone = "0" if name == "RANK" else "1"
+        if _text(env, name) not in ("", alone) and not _text(env, other):
+            raise _refused(f"{name}={_text(env, name)[:80]} without {other}: {_START}")
+    world_size = _whole(env, "WORLD_SIZE", 1, MAX_WORLD, default=1)
+    rank = _whole(env, "RANK", 0, world_size - 1, f"WORLD_SIZE={world_size}", default=0)
+    here = _whole(env, "LOCAL_WORLD_SIZE", 1, world_size, f"WORLD_SIZE={world_size}", default=world_size)
+    local_rank = _whole(env, "LOCAL_RANK", 0, here - 1, f"{here} processes of this machine", default=0)
+    has_address = _text(env, "MASTER_ADDR") and _text(env, "MASTER_PORT")
+    launcher = "torchrun" if world_size > 1 or has_address else "none"
+    return Ranks(rank, world_size, local_rank, launcher)
+
+
+def check_meeting(ranks: Ranks, env: Mapping[str, str] = os.environ) -> None:
+    """That the environment says where the processes meet; looks at its text only.
+
+    Raises:
+        StartError: it does not; exit code 2.
+    """
+    if ranks.launcher == "torchrun":
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if not _text(env, name):
+                raise _refused(f"{name}: missing with WORLD_SIZE={ranks.world_size}; {_START}")
+        _whole(env, "MASTER_PORT", 1, MAX_PORT)
+    if ranks.launcher == "slurm":
+        rendezvous_from_environment(env)
 
 
 def rendezvous_from_environment(env: Mapping[str, str] = os.environ) -> tuple[str, int]:
@@ -61,25 +100,62 @@ def rendezvous_from_environment(env: Mapping[str, str] = os.environ) -> tuple[st
 
     The first host of the step, and a port from job id and restart count below the ephemeral range, so that two jobs or
     two attempts on one host do not meet; MASTER_ADDR and MASTER_PORT win.
+
+    Raises:
+        StartError: a variable is not what it should be; exit code 2.
     """
-    hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
-    job, restart = int(env.get("SLURM_JOB_ID", 0)), int(env.get("SLURM_RESTART_COUNT", 0))
-    return env.get("MASTER_ADDR") or first_host(hosts), int(
-        env.get("MASTER_PORT") or 15000 + (job * 7 + restart) % 15000
-    )
+    name = next((name for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST") if _text(env, name)), "")
+    address = _text(env, "MASTER_ADDR") or (first_host(env[name], name) if name else "127.0.0.1")
+    job, restart = _whole(env, "SLURM_JOB_ID", 0, 2**40, default=0), restart_count(env)
+    return address, _whole(env, "MASTER_PORT", 1, MAX_PORT, default=15000 + (job * 7 + restart) % 15000)
 
 
-def first_host(nodelist: str) -> str:
-    """First host of a SLURM node list: ``n[3-5,9],m1`` -> ``n3``."""
-    match = re.match(r"([^,\[]+)(?:\[([^\]]+)\])?([^,\[]*)", nodelist)
-    assert match, nodelist
-    prefix, ranges, suffix = match.groups()
-    return prefix + (re.split(r"[-,]", ranges)[0] if ranges else "") + suffix
+def restart_count(env: Mapping[str, str] = os.environ) -> int:
+    """How often SLURM has started this job again.
+
+    Raises:
+        StartError: the variable is no number; exit code 2.
+    """
+    return _whole(env, "SLURM_RESTART_COUNT", 0, 2**31, default=0)
+
+
+def first_host(nodelist: str, name: str = "SLURM_STEP_NODELIST") -> str:
+    """First host of a SLURM node list: ``n[3-5,9],m1`` -> ``n3``; ``name``: of the variable that holds it.
+
+    Raises:
+        StartError: it begins with no host; exit code 2.
+    """
+    match = re.match(r"([^,\[\]\s]*)(?:\[([0-9]+)[^\[\]]*\])?([^,\[\]\s]*)", nodelist.strip())
+    host = "".join(part or "" for part in match.groups()) if match else ""
+    if not host:
+        raise _refused(f"{name}={nodelist[:80]!r}: begins with no host; set MASTER_ADDR")
+    return host
+
+
+def _text(env: Mapping[str, str], name: str) -> str:
+    return env.get(name, "").strip()
+
+
+def _whole(
+    env: Mapping[str, str], name: str, least: int, most: int, why: str = "", *, default: int | None = None
+) -> int:
+    """The integer in a variable; ``why``: what bounds it, for the message."""
+    text = _text(env, name)
+    if not text and default is not None:
+        return default
+    if re.fullmatch(r"[0-9]{1,15}", text) and least <= int(text) <= most:
+        return int(text)
+    bound = f" with {why}" if why else ""
+    raise _refused(f"{name}={text[:80]}: allowed are integers from {least} to {most}{bound}; {_START}")
+
+
+def _refused(message: str) -> StartError:
+    return StartError(message, exit_code=2)
 
 
 def doors(port: int, env: Mapping[str, str] = os.environ) -> list[int]:
     """Ports to try in turn, the same on every rank; only ``port`` where a person chose it."""
-    return [port] if "MASTER_PORT" in env else [15000 + (port + 3989 * i) % 15000 for i in range(DOORS)]
+    return [port] if _text(env, "MASTER_PORT") else [15000 + (port + 3989 * i) % 15000 for i in range(DOORS)]
 
 
 def attempt_token(env: Mapping[str, str] = os.environ) -> str:
@@ -91,10 +167,12 @@ def start(timeout_s: int) -> Runtime:
     """Join the process group (nccl with a GPU per process, else gloo) and choose the device.
 
     Raises:
-        StartError: a peer did not come within ``timeout_s`` seconds, the port is in use, or two processes have one GPU;
-            one line says which.
+        StartError: a peer did not come within ``timeout_s`` seconds, the port is in use, two processes have one GPU, or
+            a variable of the environment is not what it should be; one line says which.
     """
     ranks = ranks_from_environment()
+    check_visible_devices()
+    check_meeting(ranks)
     if torch.cuda.is_available():
         device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
@@ -110,6 +188,19 @@ def start(timeout_s: int) -> Runtime:
         device_id=device if device.type == "cuda" else None,  # nccl must not guess it from the rank
     )
     return Runtime(ranks.rank, ranks.world_size, ranks.local_rank, device)
+
+
+def check_visible_devices(env: Mapping[str, str] = os.environ) -> None:
+    """That CUDA_VISIBLE_DEVICES names devices, or none: CUDA reads anything else as no device, without a word.
+
+    Raises:
+        StartError: it does not; exit code 2.
+    """
+    text = _text(env, "CUDA_VISIBLE_DEVICES")
+    named = r"(?:[0-9]{1,4}|(?:GPU|MIG)-[0-9A-Za-z/-]+)"
+    if text in ("", "-1") or text.startswith("No") or re.fullmatch(rf"{named}(?: *, *{named})*,?", text):
+        return
+    raise _refused(f"CUDA_VISIBLE_DEVICES={text[:80]}: allowed are numbers or names of devices, as 0,1, or -1 for none")
 
 
 def device_identity(device: torch.device) -> str:
@@ -128,6 +219,7 @@ def common_store(ranks: Ranks, timeout_s: int, device: str = "") -> dist.Store:
     """
     if ranks.launcher == "none":
         return dist.HashStore()
+    check_meeting(ranks)
     if ranks.launcher == "slurm":
         address, port = rendezvous_from_environment()
         return meet(ranks.rank, ranks.world_size, address, doors(port), attempt_token(), timeout_s, device)

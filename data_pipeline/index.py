@@ -7,20 +7,23 @@ above is found by itself), else from a text file beside the clip (a.txt or a.mp4
 by reason on the screen and listed in OUT.left_out.csv.
 """
 
-import argparse
 import csv
 import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
 
 from opensora.datasets.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError, MediaInfo, probe
+from opensora.utils.arguments import Parser, place, whole
+from opensora.utils.command import call
 from opensora.utils.errors import UserError
 from opensora.utils.signals import stopped_in_one_line
 
+MAX_WORKERS = 1024
 COLUMNS = ("path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps")
 
 
@@ -63,22 +66,22 @@ def index_folder(folder: Path, out: Path, captions: Path | None = None, workers:
     return len(rows), counts
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Make a clip table from a folder of videos and images.")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--out", type=Path, required=True, help="csv to write")
-    parser.add_argument("--captions", type=Path, help="csv with columns path,text")
-    parser.add_argument("--workers", type=int, default=0, help="processes; 0: one per core")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    return call(_main, argv)
+
+
+def _main(argv: list[str]) -> None:
+    parser = Parser(description="Make a clip table from a folder of videos and images.")
+    parser.add_argument("folder", type=place)
+    parser.add_argument("--out", type=place, required=True, help="csv to write")
+    parser.add_argument("--captions", type=place, help="csv with columns path,text")
+    parser.add_argument("--workers", type=whole(0, MAX_WORKERS), default=0, help="processes; 0: one per core")
     args = parser.parse_args(argv)
-    try:
-        count, left_out = index_folder(args.folder, args.out, args.captions, args.workers)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    count, left_out = index_folder(args.folder, args.out, args.captions, args.workers)
     print(f"{args.out}: {count} rows")
     for reason, number in left_out.items():
         print(f"left out {number}: {reason} (listed in {args.out}.left_out.csv)")
-    return 0
 
 
 def _media_files(folder: Path) -> list[Path]:

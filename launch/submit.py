@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -24,12 +25,16 @@ sys.path.insert(0, str(ROOT))
 
 from opensora.config import RunConfig, load_config, run_cli, save  # noqa: E402
 from opensora.train.setup import check  # noqa: E402
+from opensora.utils.arguments import Parser, place, whole, word  # noqa: E402
 from opensora.utils.errors import UserError  # noqa: E402
+from opensora.utils.user_files import read_text  # noqa: E402
 from opensora.utils.version import PACKAGES, code_digest  # noqa: E402
 
 TEMPLATE = ROOT / "launch" / "slurm.sbatch"
 MARK = "# settings of launch/submit.py\n"
 MIN_SIGNAL_S = 30  # SLURM may be so late, and saving takes its time
+MAX_SIGNAL_S = 65535  # of sbatch --signal
+MAX_NODES, MAX_PER_NODE, MAX_CPUS = 65536, 1024, 4096
 
 
 def main(argv: list[str]) -> int:
@@ -129,24 +134,36 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         UserError: an option that cannot be.
     """
     about = (__doc__ or "").split("\n\n")[0]
-    parser = argparse.ArgumentParser(prog="python launch/submit.py", description=about, allow_abbrev=False)
+    parser = Parser(prog="python launch/submit.py", description=about)
     parser.add_argument("config", help="a training configuration; overrides section.key=value may stand anywhere")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="0: none, training runs on CPUs")
-    parser.add_argument("--tasks-per-node", type=int, help="processes of a node; default: one per GPU")
-    parser.add_argument("--cpus-per-task", type=int, help="cores of a process")
-    parser.add_argument("--time", help="limit of one attempt, such as 4:00:00; the run goes on in the next")
-    for name in ("partition", "account", "qos"):
-        parser.add_argument(f"--{name}")
-    parser.add_argument("--array", type=Path, metavar="FILE", help="a run for every line of FILE, which has overrides")
-    parser.add_argument("--container", metavar="IMAGE", help="image for the tasks (srun --container-image, by pyxis)")
-    parser.add_argument("--mounts", help="of the container, FROM:TO[,...]; default: this folder and the run's")
-    parser.add_argument("--python", help="interpreter of the tasks; default: this one, or python in a container")
+    parser.add_argument("--nodes", type=whole(1, MAX_NODES), default=1)
+    parser.add_argument("--gpus-per-node", type=whole(0, MAX_PER_NODE), default=8, help="0: training runs on CPUs")
+    parser.add_argument("--tasks-per-node", type=whole(1, MAX_PER_NODE), help="processes; default: one per GPU")
+    parser.add_argument("--cpus-per-task", type=whole(1, MAX_CPUS), help="cores of a process")
     parser.add_argument(
-        "--signal", type=int, default=120, metavar="S", help="seconds before the limit to save and stop"
+        "--time", type=time_limit, help="limit of one attempt, such as 4:00:00; the run goes on in the next"
+    )
+    for name in ("partition", "account", "qos"):
+        parser.add_argument(f"--{name}", type=word)
+    parser.add_argument("--array", type=place, metavar="FILE", help="a run for every line of FILE, which has overrides")
+    parser.add_argument(
+        "--container", type=word, metavar="IMAGE", help="image for the tasks (srun --container-image, by pyxis)"
     )
     parser.add_argument(
-        "--sbatch", action="append", default=[], metavar="OPTION", help="any other, as --sbatch=--mem=0"
+        "--mounts", type=word, help="of the container, FROM:TO[,...]; default: this folder and the run's"
+    )
+    parser.add_argument(
+        "--python", type=word, help="interpreter of the tasks; default: this one, or python in a container"
+    )
+    parser.add_argument(
+        "--signal",
+        type=whole(MIN_SIGNAL_S, MAX_SIGNAL_S),
+        default=120,
+        metavar="S",
+        help="seconds before the limit to save and stop",
+    )
+    parser.add_argument(
+        "--sbatch", type=word, action="append", default=[], metavar="OPTION", help="any other, as --sbatch=--mem=0"
     )
     parser.add_argument(
         "--no-check", dest="check", action="store_false", help="where the data cannot be seen from here"
@@ -155,15 +172,19 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     args, overrides = parser.parse_known_args(argv)
     if args.tasks_per_node is None:
         args.tasks_per_node = args.gpus_per_node or 1
-    for name, least in (("nodes", 1), ("gpus_per_node", 0), ("tasks_per_node", 1), ("signal", MIN_SIGNAL_S)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')}={getattr(args, name)}: allowed are integers >= {least}")
     if args.gpus_per_node and args.tasks_per_node > args.gpus_per_node:
         raise UserError(
             f"--tasks-per-node={args.tasks_per_node}: allowed are at most --gpus-per-node={args.gpus_per_node}, "
             "as a process has a GPU of its own"
         )
     return args, overrides
+
+
+def time_limit(text: str) -> str:
+    """A time as sbatch takes it: minutes, [hours:]minutes:seconds, or days-hours[:minutes[:seconds]]."""
+    if not re.fullmatch(r"[0-9]{1,7}(?::[0-9]{1,2}){0,2}|[0-9]{1,5}-[0-9]{1,2}(?::[0-9]{1,2}){0,2}", text):
+        raise argparse.ArgumentTypeError(f"={text[:40]!r}: allowed are times such as 30, 4:00:00 or 1-12:00:00")
+    return text
 
 
 def configurations(path: str, overrides: Sequence[str], array: Path | None) -> list[RunConfig]:
@@ -174,21 +195,26 @@ def configurations(path: str, overrides: Sequence[str], array: Path | None) -> l
     """
     if array is None:
         return [load_config(RunConfig, path, overrides)]
-    try:
-        lines = [line for line in array.read_text().splitlines() if line.strip() and not line.startswith("#")]
-    except OSError as error:
-        raise UserError(f"--array={array}: {error.strerror}") from None
+    text = read_text(array, f"--array={array}")
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     if not lines:
         raise UserError(f"--array={array}: no lines; give one with overrides for every run")
     name = load_config(RunConfig, path, overrides).name
     runs = [
-        load_config(RunConfig, path, [*overrides, f"name={name}-{i}", *shlex.split(s)]) for i, s in enumerate(lines)
+        load_config(RunConfig, path, [*overrides, f"name={name}-{i}", *_words(array, s)]) for i, s in enumerate(lines)
     ]
     folders = [str(cfg.folder) for cfg in runs]
     twice = next((folder for folder in folders if folders.count(folder) > 1), None)
     if twice:
         raise UserError(f"--array={array}: two runs in {twice}; give every run another name")
     return runs
+
+
+def _words(array: Path, line: str) -> list[str]:
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise UserError(f"--array={array}: {error} in the line {line[:80]!r}") from None
 
 
 def next_folder(jobs: Path) -> Path:

@@ -1,20 +1,20 @@
 """The configuration of a run: sections that live beside their owners, composed here and checked across.
 
-The one door for OmegaConf, which merges the layers (included files, the file, overrides). What comes out is a tree
-of frozen dataclasses in which every field is stated; nobody behind this module sees a ``DictConfig``.
+Layers (included files, the file, overrides) are plain data, merged key by key: no interpolation, no references. What
+comes out is a tree of frozen dataclasses in which every field is stated.
 """
 
 import hashlib
 import json
+import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeAlias, TypeVar
-
-from omegaconf import OmegaConf
+from typing import Any, ClassVar, Literal, NoReturn, TypeAlias, TypeVar
 
 from acceleration.config import LoraConfig, OptimConfig, ParallelConfig
 from opensora.datasets import DataConfig
@@ -23,15 +23,33 @@ from opensora.models.text import TEXT_ENCODERS, ByteTextConfig, TextConfig
 from opensora.models.vae import AUTOENCODERS, AutoencoderConfig, autoencoder_shape
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.utils import signals
+from opensora.utils.command import abandon_output, be_printable, ending_of, finish_output
 from opensora.utils.errors import UserError
+from opensora.utils.limits import SECONDS, STEPS, Limits
 from opensora.utils.logging import LogConfig, launched_rank
 from opensora.utils.sampling import SamplingOption
-from opensora.utils.typed import build, is_table, plain, section, types_at, wants_text
+from opensora.utils.typed import build, is_table, plain, section, shown, types_at, wants_text
 from opensora.utils.user_files import replacing
-from opensora.utils.yaml_strict import COMMAND_LINE, Keys, Lines, parse_value, read_yaml, to_yaml_text
+from opensora.utils.yaml_strict import (
+    COMMAND_LINE,
+    MAX_DEPTH,
+    Keys,
+    Lines,
+    dotted,
+    is_regular_file,
+    parse_value,
+    read_yaml,
+    to_yaml_text,
+)
 
 SAVED_NAME = "config.yaml"  # of the resolved configuration inside a run's folder
+MAX_FILES = 100  # that a configuration may be put together from
+MAX_SHOWN = 80  # characters of a path in a message
+MAX_NAME = 200  # bytes of a run's name; file systems take 255
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")  # a key of a free mapping, such as a number of frames
 PEER_WAIT_S = 5.0  # how long other ranks leave the word to rank 0 before they speak themselves
+
+LORA_SCALE = 1000.0  # the most, either way
 
 VaeParallel: TypeAlias = Literal["auto", "on", "off"]
 T = TypeVar("T")
@@ -58,12 +76,16 @@ class TrainConfig:
     export: bool = True  # write the weights for sampling when the run is finished; with lora.rank > 0 the adapters
     export_live: bool = False  # those of the last step, also where there is a moving average
 
+    LIMITS: ClassVar[Limits] = dict.fromkeys(("steps", "log_every", "checkpoint_every", "checkpoint_keep"), STEPS)
+
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: allowed are integers >= 1")
         if self.checkpoint_keep < 0:
             raise ValueError(f"checkpoint_keep={self.checkpoint_keep}: allowed are integers >= 0; 0 keeps all")
+        if self.init_from == "":
+            raise ValueError("init_from='': wanted a safetensors file or an export folder, or null")
         if not self.resume:
             raise ValueError("resume='': allowed are auto, none, or the path of a checkpoint")
 
@@ -75,6 +97,8 @@ class ValidateConfig:
     every: int = 0  # steps between two rounds of samples; 0: none
     prompts: tuple[str, ...] = ()  # one clip each
     sampling: SamplingOption = field(default_factory=SamplingOption)
+
+    LIMITS: ClassVar[Limits] = {"every": STEPS}
 
     def __post_init__(self) -> None:
         if self.every < 0:
@@ -98,6 +122,14 @@ class GuardConfig:
     hang_s: float | None = None  # longest part of a step, or exchange; null: 0.8 parallel.timeout_s; 0: no watchdog
     start_s: float = 1800.0  # longest that building, loading, and a part of the first step may take
     aside_s: float = 3600.0  # longest that saving, sampling or exporting may take
+
+    LIMITS: ClassVar[Limits] = {
+        **dict.fromkeys(("max_bad", "max_returns", "spike_window"), (10**6, "a run is beyond help long before")),
+        "spike_sigma": (1e6, "no number is so far off; 0 leaves out no spike"),
+        "replicas_every": STEPS,
+        "straggler": (1e6, "0 names no process"),
+        **dict.fromkeys(("hang_s", "start_s", "aside_s"), SECONDS),
+    }
 
     def __post_init__(self) -> None:
         for name in ("max_bad", "max_returns", "replicas_every"):
@@ -139,6 +171,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.name or self.name in (".", "..") or set(self.name) & set("/\\\0\n"):
             raise ValueError(f"name={self.name!r}: allowed is the name of a folder, without a slash")
+        if len(os.fsencode(self.name)) > MAX_NAME:
+            raise ValueError(f"name={self.name[:MAX_SHOWN]}...: allowed are at most {MAX_NAME} bytes")
+        if not self.output:
+            raise ValueError("output='': wanted the folder of all runs; . is this one")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed}: allowed are integers from 0 to 2^63-1")
         if not self.data.table:
@@ -205,9 +241,22 @@ class SampleConfig:
     vae_parallel: VaeParallel = "auto"  # on: processes share out the tiles of what they code; auto: on for learned VAEs
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
+    LIMITS: ClassVar[Limits] = {
+        "num_sample": (100_000, "names and seeds are counted up for every one of them"),
+        "batch_size": (65_536, "they are denoised together, in memory"),
+        "lora_scale": (LORA_SCALE, "the adapters would drown the weights"),
+    }
+
     def __post_init__(self) -> None:
+        if self.lora_scale < -LORA_SCALE:
+            raise ValueError(f"lora_scale={self.lora_scale}: allowed are numbers from -{LORA_SCALE} to {LORA_SCALE}")
         if not self.weights:
             raise ValueError("weights='': wanted a run folder, an export folder or a safetensors file")
+        if not self.save_dir:
+            raise ValueError("save_dir='': wanted the folder to write to; . is this one")
+        for name in ("lora", "prompt_csv"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name}='': wanted a path, or null")
         for name in ("num_sample", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: allowed are integers >= 1")
@@ -222,7 +271,7 @@ class SampleConfig:
 def check_fit(model: ModelConfig, vae: AutoencoderConfig, text: TextConfig) -> None:
     """That the denoiser reads what the autoencoder and the text encoder write.
 
-    The widths of T5 and CLIP are known only with their files, and are checked when those are loaded.
+    The widths of T5 and CLIP are in their files: ``opensora.models.text.check_text_encoder`` looks there.
 
     Raises:
         ValueError: a width of the model that does not fit, with the one that does.
@@ -255,8 +304,9 @@ def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
     Raises:
         UserError: one line with the key path or the file, what was found, and what is allowed.
     """
-    layer, lines = _read_with_includes(cls, Path(path), ())
+    layer, lines = _read_with_includes(cls, Path(path), (), [])
     for keys, value in _parse_overrides(cls, overrides):
+        _check_way(layer, keys, lines)
         added: Any = value
         for key in reversed(keys):
             added = {key: added}
@@ -273,7 +323,7 @@ def config_from_argv(cls: type[T], argv: Sequence[str], description: str) -> T:
             "All keys with their defaults: docs/configuration.md"
         )
         raise SystemExit(0 if argv else 2)
-    if argv[0].startswith("-") or ("=" in argv[0] and not Path(argv[0]).exists()):
+    if argv[0].startswith("-") or ("=" in argv[0] and not is_regular_file(Path(argv[0]))):
         raise UserError(f"{argv[0]}: the configuration file comes first, overrides after it")
     return load_config(cls, argv[0], argv[1:])
 
@@ -304,57 +354,81 @@ def config_hash(cfg: Any) -> str:
 
 
 def run_cli(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Call ``main(argv)`` and exit with its code; a ``UserError`` becomes one line on stderr and exit code 2, an error
-    that has an ``exit_code``, such as ``StartError`` of acceleration, a line of every rank that has it, and that code;
-    a signal, one line and 128 plus its number, unless the command has its own way with signals.
+    """Call ``main(argv)`` and exit with its code, or as ``ending_of`` says: what is the matter with inputs and disks is
+    one line on stderr, a mistake in the program a traceback. A signal is one line and 128 plus its number, unless the
+    command has its own way with signals.
 
-    Of several ranks only rank 0 speaks. The others wait before they exit, because a launcher that sees one process
-    end kills the rest, and rank 0 must have had its say; one still alive then has an error of its own, and says it.
+    Of several ranks only rank 0 tells a ``UserError``. The others wait before they exit, because a launcher that sees
+    one process end kills the rest, and rank 0 must have had its say; one still alive then has an error of its own, and
+    says it. Other errors are told by every rank that has them.
     """
+    be_printable()
     try:
         with signals.stopped_in_one_line():
             code = main(sys.argv[1:])
-    except UserError as error:
-        line = " ".join(str(error).split())
-        rank = launched_rank()
-        if rank != 0:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(PEER_WAIT_S)
-            line = f"rank {rank}: {line}"
-        print(f"error: {line}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-    except Exception as error:
-        exit_code = getattr(error, "exit_code", None)
-        if exit_code is None:
+            finish_output()
+    except BaseException as error:
+        ending = ending_of(error)
+        if ending is None:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        raise SystemExit(exit_code) from None
+        abandon_output()
+        _leave(error, *ending)
     raise SystemExit(code or 0)
 
 
-def _read_with_includes(cls: type, path: Path, chain: tuple[Path, ...]) -> tuple[dict[Any, Any], Lines]:
-    """The merged content of a file and what it includes, and where each key was set."""
-    if path.resolve() in chain:
-        loop = " -> ".join(str(step.name) for step in (*chain, path))
-        raise UserError(f"{path}: include goes round in a circle ({loop}); remove one of them")
+def _leave(error: BaseException, line: str, code: int) -> NoReturn:
+    """Say the line, if it is this rank's to say, and exit."""
+    rank = launched_rank()
+    if rank != 0 and isinstance(error, UserError):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(PEER_WAIT_S)
+    if rank != 0 and isinstance(error, KeyboardInterrupt):
+        line = ""
+    if rank != 0 and isinstance(error, (UserError, OSError)):
+        line = line.replace("error: ", f"error: rank {rank}: ", 1)
+    if line:
+        print(line, file=sys.stderr, flush=True)
+    raise SystemExit(code) from None
+
+
+def _read_with_includes(
+    cls: type, path: Path, chain: tuple[Path, ...], read: list[Path]
+) -> tuple[dict[Any, Any], Lines]:
+    """The merged content of a file and what it includes, and where each key was set.
+
+    Args:
+        chain: the files that lead here, each including the next.
+        read: all files that were read until now; this one is added.
+    """
     data, lines = read_yaml(path)
-    included = data.pop("include", None)
-    place = lines.pop(("include",), str(path))
-    names = [included] if isinstance(included, str) else included or []
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise UserError(f"include={included!r} ({place}): wanted a path or a list of paths")
+    here = path.resolve()
+    if here in chain:
+        loop = " -> ".join(step.name for step in (*chain, path))
+        raise UserError(f"{path}: include goes round in a circle ({loop}); remove one of them")
+    read.append(here)
+    if len(read) > MAX_FILES:
+        raise UserError(f"{path}: include adds up to more than {MAX_FILES} files; write them out in fewer")
     layer: dict[Any, Any] = {}
     merged_lines: Lines = {}
-    for name in names:
-        target = path.parent / name
-        if not target.is_file():
-            raise UserError(f"include={name} ({place}): no such file; paths are relative to the file that includes")
-        below, below_lines = _read_with_includes(cls, target, (*chain, path.resolve()))
+    for target in _includes(path, data.pop("include", None), lines.pop(("include",), str(path))):
+        below, below_lines = _read_with_includes(cls, target, (*chain, here), read)
         layer = _merge(cls, layer, below, merged_lines)
         merged_lines.update(below_lines)
     layer = _merge(cls, layer, data, merged_lines)
     merged_lines.update(lines)
     return layer, merged_lines
+
+
+def _includes(path: Path, included: Any, place: str) -> list[Path]:
+    """The files that ``include`` names, relative to the file that it stands in."""
+    names = [] if included is None else [included] if isinstance(included, str) else included
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"include={included!r} ({place}): wanted a path or a list of paths")
+    for name in names:
+        if not is_regular_file(path.parent / name):
+            start = name if len(name) <= MAX_SHOWN else f"{name[:MAX_SHOWN]}..."
+            raise UserError(f"include={start} ({place}): no such file; paths are relative to the file that includes")
+    return [path.parent / name for name in names]
 
 
 def _merge(
@@ -364,10 +438,31 @@ def _merge(
 
     ``addressed``: the one key path the layer sets; a mapping on the way to it is entered, not replaced.
     """
-    kept = _without_replaced(cls, base, layer, (), lines, addressed)
-    merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(kept), OmegaConf.create(layer)))
-    assert isinstance(merged, dict)
+    return _over(_without_replaced(cls, base, layer, (), lines, addressed), layer)
+
+
+def _over(base: Mapping[Any, Any], layer: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Mappings key by key; of anything else the layer's value is taken."""
+    merged = dict(base)
+    for key, new in layer.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            new = _over(old, new)
+        merged[key] = new
     return merged
+
+
+def _check_way(layer: Mapping[Any, Any], keys: Keys, lines: Lines) -> None:
+    """That an override enters sections only, as what it would replace unseen is a mistake in a file."""
+    value: Any = layer
+    for depth, key in enumerate(keys[:-1], start=1):
+        value = value.get(key)
+        if value is None:
+            return
+        if not isinstance(value, Mapping):
+            name, place = dotted(keys[:depth]), lines.get(keys[:depth], COMMAND_LINE)
+            kind = "a list" if isinstance(value, list) else "a single value"
+            raise UserError(f"{name}={shown(value)} ({place}): is {kind}, in which no key can be set; write {name}=...")
 
 
 def _without_replaced(
@@ -399,7 +494,7 @@ def _parse_overrides(cls: type, overrides: Sequence[str]) -> list[tuple[Keys, An
         name, equals, text = word.removeprefix("--").partition("=")
         if not equals:
             if not dashed:
-                raise UserError(f"{word}: not an override; write section.key=value or --section.key value")
+                raise UserError(f"{word or repr('')}: not an override; write section.key=value or --section.key value")
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"{word}: a value is missing; write {word} VALUE")
             text = rest.pop(0)
@@ -412,7 +507,9 @@ def _keys(name: str, word: str) -> Keys:
     parts = name.split(".")
     if not all(parts):
         raise UserError(f"{word}: an empty key; write section.key=value")
-    return tuple(int(part) if part.isdigit() else part for part in parts)
+    if len(parts) > MAX_DEPTH:
+        raise UserError(f"{dotted(tuple(parts[:4]))}...: {len(parts)} levels ({COMMAND_LINE}); allowed are {MAX_DEPTH}")
+    return tuple(int(part) if _NUMBER.fullmatch(part) else part for part in parts)
 
 
 def _override_value(cls: type, keys: Keys, text: str) -> Any:

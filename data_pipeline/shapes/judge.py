@@ -8,8 +8,6 @@ direction is the slope of its centroid over time.
     python -m data_pipeline.shapes.judge samples/video_32x32 --table shapes/prompts_heldout.csv
 """
 
-import argparse
-import csv
 import re
 import sys
 from collections.abc import Sequence
@@ -20,7 +18,10 @@ import numpy as np
 from PIL import Image
 
 from opensora.datasets.decode import DecodeError, probe, read_frames
+from opensora.utils.arguments import Parser, place
+from opensora.utils.command import call
 from opensora.utils.errors import UserError
+from opensora.utils.user_files import read_csv
 
 UNSURE = "unsure"
 ASPECTS = ("colour", "shape", "direction")
@@ -240,8 +241,7 @@ def read_truths(table: Path) -> dict[str, dict[str, str]]:
     """
     if not table.is_file():
         raise UserError(f"--table {table}: no such file")
-    with open(table, newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = [row for _, row in read_csv(table, (), f"--table {table}")]
     if not rows:
         raise UserError(f"--table {table}: the table is empty")
     missing = [aspect for aspect in ASPECTS if aspect not in rows[0]]
@@ -278,23 +278,22 @@ def read_clip(path: Path) -> np.ndarray:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Judge a folder of samples against the table that asked for them, and print the score."""
-    parser = argparse.ArgumentParser(prog="python -m data_pipeline.shapes.judge", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--table", type=Path, required=True, help="csv with name or path, colour, shape, direction")
+    return call(_judge, argv)
+
+
+def _judge(argv: list[str]) -> None:
+    parser = Parser(prog="python -m data_pipeline.shapes.judge", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=place)
+    parser.add_argument("--table", type=place, required=True, help="csv with name or path, colour, shape, direction")
     parser.add_argument("--each", action="store_true", help="print a line per file")
     args = parser.parse_args(argv)
-    try:
-        pairs = match_files(args.folder, read_truths(args.table))
-        verdicts = [judge_clip(read_clip(path)) for path, _ in pairs]
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    pairs = match_files(args.folder, read_truths(args.table))
+    verdicts = [judge_clip(read_clip(path)) for path, _ in pairs]
     if args.each:
         for (path, truth), verdict in zip(pairs, verdicts, strict=True):
             asked = " ".join(truth[aspect] for aspect in ASPECTS)
             print(f"{path.name:<48} asked: {asked:<24} seen: {verdict.colour} {verdict.shape} {verdict.direction}")
     print(format_score(score(verdicts, [truth for _, truth in pairs])))
-    return 0
 
 
 if __name__ == "__main__":

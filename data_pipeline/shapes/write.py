@@ -10,14 +10,13 @@ import csv
 import os
 import re
 import signal
-import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -31,13 +30,18 @@ from data_pipeline.shapes.render import (
     render,
     training_combinations,
 )
+from opensora.utils.arguments import Parser, number, place, whole
+from opensora.utils.command import call, naming
 from opensora.utils.errors import UserError
 from opensora.utils.signals import end_with_parent, inherited_by_nobody
+from opensora.utils.user_files import try_output, write_whole
 from opensora.utils.video_writer import write_image, write_video
 
 TABLE_COLUMNS = ("path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps")
 TRUTH_COLUMNS = ("colour", "shape", "direction", "background")
 CRF = 12  # of libx264: tiny saturated shapes suffer from compression more than natural clips do
+MAX_FILES, MAX_PROCESSES, MAX_FPS = 10**7, 1024, 1000
+LARGEST_SIDE, LONGEST = 4096, 10_000  # pixels, frames: a clip is held in memory while it is drawn
 SMALLEST_SIDE = 32  # below, there is no room for a shape that can be told from the others, and for its way
 
 
@@ -54,24 +58,26 @@ def parse_sizes(text: str) -> list[tuple[int, int]]:
     """``"32x32,48x32"`` (width x height) -> [(height, width), ...]."""
     sizes = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\d+)x(\d+)", part.strip())
+        match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", part.strip())
         if not match:
-            raise UserError(f"--sizes: '{part}' is not WIDTHxHEIGHT; write for example 32x32,48x32")
+            raise UserError(f"--sizes: '{part[:40]}' is not WIDTHxHEIGHT; write for example 32x32,48x32")
         width, height = int(match[1]), int(match[2])
-        if min(width, height) < SMALLEST_SIDE or width % 2 or height % 2:
-            raise UserError(f"--sizes: {part}: both sides must be even and at least {SMALLEST_SIDE}")
+        if not SMALLEST_SIDE <= min(width, height) <= max(width, height) <= LARGEST_SIDE or width % 2 or height % 2:
+            raise UserError(f"--sizes: {part}: both sides must be even, from {SMALLEST_SIDE} to {LARGEST_SIDE}")
         sizes.append((height, width))
     return sizes
 
 
 def parse_durations(text: str) -> list[int]:
     """``"5,9,17"`` -> [5, 9, 17]; at least 2 frames each."""
-    try:
-        durations = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"--durations: '{text}' is not a list of frame counts; write for example 5,9,17") from None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch("[0-9]{1,9}", part) for part in parts):
+        raise UserError(f"--durations: '{text[:40]}' is not a list of frame counts; write for example 5,9,17")
+    durations = [int(part) for part in parts]
     if min(durations) < 2:
         raise UserError(f"--durations: {min(durations)} is too short for a clip; use 2 or more (stills: --images)")
+    if max(durations) > LONGEST:
+        raise UserError(f"--durations: {max(durations)}: allowed are at most {LONGEST} frames")
     return durations
 
 
@@ -106,10 +112,11 @@ def plan_items(args: argparse.Namespace) -> dict[str, list[Item]]:
 def write_item(folder: Path, item: Item) -> None:
     """Render and encode one file."""
     frames = render(item.spec)
-    if item.spec.frames == 1:
-        write_image(folder / item.path, frames[0])
-    else:
-        write_video(folder / item.path, frames, item.fps, crf=CRF)
+    with naming(folder / item.path):
+        if item.spec.frames == 1:
+            write_image(folder / item.path, frames[0])
+        else:
+            write_video(folder / item.path, frames, item.fps, crf=CRF)
 
 
 def _write_job(job: tuple[Path, Item]) -> None:
@@ -178,19 +185,25 @@ def prompt_rows(combinations: Iterable[tuple[str, str, str]]) -> list[dict[str, 
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
-    """Written aside and renamed, so that a table that exists is complete."""
-    aside = path.with_suffix(".csv.part")
-    with open(aside, "w", newline="", encoding="utf-8") as stream:
+    """A table that exists is complete.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+
+    def write(stream: IO[str]) -> None:
         writer = csv.DictWriter(stream, columns)
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(aside, path)
+
+    write_whole(path, write)
 
 
 def write_dataset(args: argparse.Namespace) -> None:
     """Files first, tables last: a folder with train.csv is a complete data set."""
-    folder = Path(args.out)
+    folder: Path = args.out
     tables = plan_items(args)
+    try_output(folder, "--out", folder=True)
     for name in ("clips", "images"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     write_items(folder, [item for items in tables.values() for item in items], args.processes)
@@ -205,30 +218,19 @@ def write_dataset(args: argparse.Namespace) -> None:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; its numbers are checked here."""
-    parser = argparse.ArgumentParser(prog="python -m data_pipeline.shapes", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", required=True, help="folder to write to")
-    parser.add_argument("--clips", type=int, default=2000, help="training clips")
-    parser.add_argument("--images", type=int, default=400, help="training stills")
-    parser.add_argument("--heldout", type=int, default=4, help="clips of each held-out combination")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = Parser(prog="python -m data_pipeline.shapes", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=place, required=True, help="folder to write to")
+    parser.add_argument("--clips", type=whole(0, MAX_FILES), default=2000, help="training clips")
+    parser.add_argument("--images", type=whole(0, MAX_FILES), default=400, help="training stills")
+    parser.add_argument("--heldout", type=whole(0, MAX_FILES), default=4, help="clips of each held-out combination")
+    parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=0)
     parser.add_argument("--sizes", default="32x32,48x32,32x48", help="WIDTHxHEIGHT, comma-separated")
     parser.add_argument("--durations", default="5,9,17", help="frames per clip, comma-separated")
-    parser.add_argument("--fps", type=float, default=8)
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    args = parser.parse_args(argv)
-    for name in ("clips", "images", "heldout"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} {getattr(args, name)}: allowed are integers >= 0")
-    if args.fps <= 0:
-        raise UserError(f"--fps {args.fps}: allowed are numbers > 0")
-    return args
+    parser.add_argument("--fps", type=number(0, MAX_FPS, above=True), default=8.0)
+    parser.add_argument("--processes", type=whole(1, MAX_PROCESSES), default=os.cpu_count() or 1)
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 2 and one line for a user's mistake."""
-    try:
-        write_dataset(parse_arguments(argv))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return call(lambda words: write_dataset(parse_arguments(words)), argv)

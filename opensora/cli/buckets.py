@@ -6,6 +6,8 @@ draws buckets.png in the run's folder. Indexes the table if it was not yet.
 
 from opensora.config import RunConfig, config_from_argv, run_cli
 from opensora.train.data import expected_idle, open_data
+from opensora.train.disk import check_writable
+from opensora.utils.command import naming
 from opensora.utils.images import bucket_chart
 
 STEPS = 64  # that idle time is averaged over
@@ -14,6 +16,8 @@ STEPS = 64  # that idle time is averaged over
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
     cfg = config_from_argv(RunConfig, argv, "Show which samples a run trains on, bucket by bucket.")
+    target = cfg.folder / "buckets.png"
+    check_writable(cfg)
     _, plan = open_data(cfg)
     report = plan.report()
     print(report.histogram())
@@ -30,8 +34,8 @@ def main(argv: list[str]) -> int:
     for bucket, count in report.per_bucket:
         bars.setdefault(f"{bucket.resolution} x {bucket.frames}", []).append(count)
     left_out = sum(count for _, count in report.left_out)
-    target = cfg.folder / "buckets.png"
-    bucket_chart(list(bars.items()), target, title=f"{report.rows - left_out} of {report.rows} samples")
+    with naming(target):
+        bucket_chart(list(bars.items()), target, title=f"{report.rows - left_out} of {report.rows} samples")
     print(target)
     return 0
 

@@ -4,26 +4,26 @@ Prints the section to put into a configuration. Run it on a short run first: a c
 the order of its samples.
 """
 
-import argparse
-from pathlib import Path
-
 from opensora.config import SAVED_NAME, RunConfig, load_config, run_cli, to_yaml
 from opensora.train.calibrate import calibrate
 from opensora.train.data import open_data
+from opensora.utils.arguments import Parser, place, whole
 from opensora.utils.errors import UserError
+
+MAX_PROCESSES = 10**6
 
 
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m opensora.cli.calibrate", description="Fit data.cost to a run.")
-    parser.add_argument("run", type=Path, help="folder of a run, with config.yaml and metrics.jsonl in it")
-    parser.add_argument("--processes", type=int, default=1, help="data-parallel processes the run had; default: 1")
+    parser = Parser(prog="python -m opensora.cli.calibrate", description="Fit data.cost to a run.")
+    parser.add_argument("run", type=place, help="folder of a run, with config.yaml and metrics.jsonl in it")
+    parser.add_argument(
+        "--processes", type=whole(1, MAX_PROCESSES), default=1, help="data-parallel ones of the run (1)"
+    )
     args = parser.parse_args(argv)
     for name in (SAVED_NAME, "metrics.jsonl"):
         if not (args.run / name).is_file():
             raise UserError(f"{args.run / name}: no such file; give the folder of a run")
-    if args.processes < 1:
-        raise UserError(f"--processes={args.processes}: allowed are integers >= 1")
     _, plan = open_data(load_config(RunConfig, args.run / SAVED_NAME))
     cost, error = calibrate(plan, args.run / "metrics.jsonl", args.processes)
     print(f"# seconds; predicts the run's times to {100 * error:.1f} % on average")

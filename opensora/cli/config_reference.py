@@ -15,7 +15,9 @@ from typing import Any, get_type_hints
 
 from opensora.config import RunConfig, SampleConfig, run_cli
 from opensora.utils.errors import UserError
+from opensora.utils.limits import Limits
 from opensora.utils.typed import SIZES, TABLE, plain, wanted
+from opensora.utils.user_files import try_output, write_whole
 from opensora.utils.yaml_strict import to_yaml_text
 
 TARGET = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
@@ -30,7 +32,8 @@ on; later ones win key by key. On the command line `section.key=value`, `--secti
 `--section.key=value` win over all files. A section that changes its `kind`, and a free mapping such as
 `data.buckets`, is replaced as a whole. Unknown, duplicate and mistyped keys are refused with exit code 2.
 Numbers follow YAML 1.2 (`1e-4` is a number); only `true` and `false` are booleans; aliases, tags and `${{...}}` are
-refused.
+refused, and so are control characters and bytes that are not UTF-8 in texts. A number beyond the most that is given
+here is refused with the reason.
 """
 
 
@@ -72,14 +75,15 @@ def main(argv: list[str]) -> int:
     """Write the document, or with ``--check`` say whether it is up to date."""
     if argv not in ([], ["--check"]):
         raise UserError(f"{' '.join(argv)}: the only option is --check")
+    if not argv:
+        try_output(TARGET, "docs")
     text = render()
     if argv:
         current = TARGET.read_text(encoding="utf-8") if TARGET.exists() else ""
         if current != text:
             raise UserError(f"docs/{TARGET.name}: not up to date with the dataclasses; run {COMMAND}")
         return 0
-    TARGET.parent.mkdir(exist_ok=True)
-    TARGET.write_text(text, encoding="utf-8")
+    write_whole(TARGET, lambda file: file.write(text))
     return 0
 
 
@@ -106,7 +110,7 @@ def _sections(cls: type, path: str, seen: set[tuple[str, type]], note: str = "")
             shared.extend([f"`{key}`"] if (key, hint) in seen else [])
             below.extend(_sections(hint, key, seen))
         else:
-            cells = (f"`{field.name}`", wanted(hint), _default(field), comment)
+            cells = (f"`{field.name}`", wanted(hint) + _most(cls, field.name), _default(field), comment)
             rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     if path:
         yield f"### `{path}`{note}\n"
@@ -128,6 +132,11 @@ def _kinds(field: "dataclasses.Field[Any]", key: str, comment: str, seen: set[tu
         if sizes:
             names = ", ".join(f"`{name}`" for name in sizes)
             yield f"`{key}.size` starts from a named size instead of the defaults above: {names}.\n"
+
+
+def _most(cls: type, name: str) -> str:
+    limits: Limits = getattr(cls, "LIMITS", {})
+    return f", at most {limits[name][0]:g}" if name in limits else ""
 
 
 def _default(field: "dataclasses.Field[Any]") -> str:

@@ -4,16 +4,18 @@ Starts no process and allocates nothing. Prints the configured layout on every b
 the heaviest bucket.
 """
 
-import argparse
 import json
 from dataclasses import replace
 
 from opensora.config import RunConfig, load_config, run_cli
 from opensora.train.devices import DEVICES
 from opensora.train.forecast import Forecast, Planner, check_own
+from opensora.utils.arguments import Parser, number, whole
 from opensora.utils.errors import UserError
 
 MAX_WORLD = 4096
+MAX_TOP = 1000
+MAX_GIB = 2**20
 GIB = 2**30
 COLUMNS = (
     f"{'peak':>7}{'state':>7}{'grads':>7}{'gather':>7}{'buffer':>7}{'activ.':>7} |{'pieces':>8}{'copies':>8}"
@@ -23,19 +25,17 @@ COLUMNS = (
 
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m opensora.cli.plan", description=(__doc__ or "").split("\n\n")[1])
+    parser = Parser(prog="python -m opensora.cli.plan", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("config", help="a training configuration; overrides section.key=value follow")
-    parser.add_argument("--world", type=int, required=True, help=f"number of devices, 1 to {MAX_WORLD}")
+    parser.add_argument("--world", type=whole(1, MAX_WORLD), required=True, help=f"number of devices, 1 to {MAX_WORLD}")
     parser.add_argument("--device", choices=DEVICES, default="h100")
-    parser.add_argument("--memory-gib", type=float, help="memory of a device; default: as the device has")
-    parser.add_argument("--top", type=int, default=10, help="how many layouts to list")
+    parser.add_argument("--memory-gib", type=number(0, MAX_GIB, above=True), help="of a device; default: its own")
+    parser.add_argument("--top", type=whole(1, MAX_TOP), default=10, help="how many layouts to list")
     parser.add_argument("--measure", action="store_true", help="run every shape on the meta device: slower")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     args, overrides = parser.parse_known_args(argv)
-    if not 1 <= args.world <= MAX_WORLD:
-        raise UserError(f"--world={args.world}: allowed are integers from 1 to {MAX_WORLD}")
     device = DEVICES[args.device]
-    if args.memory_gib:
+    if args.memory_gib is not None:
         device = replace(device, memory=int(args.memory_gib * GIB))
     cfg = load_config(RunConfig, args.config, overrides)
     check_known(cfg)

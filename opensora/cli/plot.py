@@ -1,29 +1,30 @@
 """Plot a run's loss: ``python -m opensora.cli.plot RUN_FOLDER --out loss.png``."""
 
-import argparse
-from pathlib import Path
-
 from opensora.config import run_cli
+from opensora.utils.arguments import Parser, place
+from opensora.utils.command import naming
 from opensora.utils.errors import UserError
 from opensora.utils.images import loss_curve
-from opensora.utils.logging import announce
+from opensora.utils.user_files import try_output
 
 
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m opensora.cli.plot", description="Draw the loss over steps.")
-    parser.add_argument("run", type=Path, help="folder of a run, with metrics.jsonl in it")
-    parser.add_argument("--out", type=Path, help="png to write; default: loss.png in the run's folder")
+    parser = Parser(prog="python -m opensora.cli.plot", description="Draw the loss over steps.")
+    parser.add_argument("run", type=place, help="folder of a run, with metrics.jsonl in it")
+    parser.add_argument("--out", type=place, help="png to write; default: loss.png in the run's folder")
     args = parser.parse_args(argv)
     metrics = args.run / "metrics.jsonl"
     if not metrics.is_file():
         raise UserError(f"{metrics}: no such file; give the folder of a run")
-    out = args.out or args.run / "loss.png"
+    picture = args.out or args.run / "loss.png"
+    try_output(picture, "--out")
     try:
-        loss_curve(metrics, out)
+        with naming(picture):
+            loss_curve(metrics, picture)
     except ValueError as error:
         raise UserError(str(error)) from None
-    announce(f"loss curve: {out}")
+    print(f"loss curve: {picture}")
     return 0
 
 

@@ -3,9 +3,6 @@
 Train with ``data.features=DIR`` afterwards. Stopped at any time, the same command goes on where it was.
 """
 
-import argparse
-from pathlib import Path
-
 from opensora.utils import signals
 
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
@@ -13,21 +10,21 @@ if __name__ == "__main__":  # before torch is imported, which takes long enough 
 
 from opensora.config import RunConfig, config_from_argv, run_cli
 from opensora.train.precompute import precompute
-from opensora.utils.errors import UserError
+from opensora.utils.arguments import Parser, place, whole
+
+MAX_EPOCHS = 10_000  # more windows than any clip has
 
 
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m opensora.cli.precompute",
         usage="%(prog)s CONFIG.yaml --out DIR [--epochs N] [section.key=value ...]",
         description="Write the latents and text features of a training configuration to a folder for data.features.",
     )
-    parser.add_argument("--out", type=Path, required=True, help="the folder; what is there already is kept")
-    parser.add_argument("--epochs", type=int, default=1, help="windows per clip, used in turn (default 1)")
+    parser.add_argument("--out", type=place, required=True, help="the folder; what is there already is kept")
+    parser.add_argument("--epochs", type=whole(1, MAX_EPOCHS), default=1, help="windows per clip, in turn (1)")
     args, rest = parser.parse_known_args(argv)
-    if args.epochs < 1:
-        raise UserError(f"--epochs={args.epochs}: allowed are integers >= 1")
     precompute(config_from_argv(RunConfig, rest, "Encode a data set ahead."), args.out, args.epochs)
     return 0
 

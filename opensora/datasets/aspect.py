@@ -5,25 +5,13 @@ A name is ``Npx`` (area N^2, "256px") or ``Np`` (area N^2 * 16/9, "480p"), with 
 Sizes are multiples of D, the pixels one token spans in space (autoencoder stride * patch).
 """
 
-import math
 import re
-from collections.abc import Callable
 from functools import lru_cache
 
-# (w, h) of the ratios a resolution offers; each also lies on its side.
-RATIOS: dict[str, tuple[float, float]] = {
-    "2.39:1": (2.39, 1.0),
-    "2:1": (2.0, 1.0),
-    "16:9": (16.0, 9.0),
-    "1.85:1": (1.85, 1.0),
-    "9:16": (9.0, 16.0),
-    "5:8": (5.0, 8.0),
-    "3:2": (3.0, 2.0),
-    "4:3": (4.0, 3.0),
-    "1:1": (1.0, 1.0),
-}
+from opensora.utils.sizes import RATIOS, Rule, frame_size, rounded_down
+from opensora.utils.sizes import area_of as plain_area_of
 
-_NAME = re.compile(r"(?P<number>[1-9][0-9]{0,4})(?P<unit>px|p)(?:_(?P<suffix>max|ar.+))?")
+_NAME = re.compile(r"(?P<plain>[1-9][0-9]{0,4}(?:px|p))(?:_(?P<suffix>max|ar.+))?")
 
 
 @lru_cache(maxsize=256)
@@ -33,8 +21,7 @@ def area_of(resolution: str) -> int:
     Raises:
         ValueError: not a resolution name.
     """
-    number, unit, _ = _parse(resolution)
-    return number * number if unit == "px" else int(number * number * 16 / 9)
+    return plain_area_of(_parse(resolution)[0])
 
 
 @lru_cache(maxsize=256)
@@ -52,7 +39,7 @@ def training_sizes(resolution: str, multiple: int) -> tuple[tuple[int, int], ...
         raise ValueError(
             f"{resolution}: smaller than one token of {multiple}x{multiple} pixels, use a larger resolution"
         )
-    suffix = _parse(resolution)[2]
+    suffix = _parse(resolution)[1]
     if suffix.startswith("ar"):
         sizes = {_of_ratio(resolution, suffix[2:], multiple, _closest_to_area)}
     else:
@@ -69,38 +56,26 @@ def size_of(resolution: str, aspect_ratio: str, multiple: int) -> tuple[int, int
     Raises:
         ValueError: not a resolution name, or a ratio that is neither in ``RATIOS`` nor the transpose of one.
     """
-    return _of_ratio(resolution, aspect_ratio, multiple, _rounded_down)
+    return _of_ratio(resolution, aspect_ratio, multiple, rounded_down)
 
 
-def _parse(resolution: str) -> tuple[int, str, str]:
+def _parse(resolution: str) -> tuple[str, str]:
+    """(resolution without its suffix, suffix)."""
     match = _NAME.fullmatch(resolution)
     if match is None:
         raise ValueError(f"{resolution}: not a resolution, write for example 256px, 720p, 256px_ar16:9 or 768px_max")
-    return int(match["number"]), match["unit"], match["suffix"] or ""
+    return match["plain"], match["suffix"] or ""
 
 
-def _of_ratio(
-    resolution: str, name: str, multiple: int, rule: Callable[[int, float, float, int], tuple[int, int]]
-) -> tuple[int, int]:
+def _of_ratio(resolution: str, name: str, multiple: int, rule: Rule) -> tuple[int, int]:
     """The size of a named ratio; the transpose of a listed ratio has the transposed size."""
-    area = area_of(resolution)
-    if name in RATIOS:
-        return rule(area, *RATIOS[name], multiple)
-    swapped = ":".join(reversed(name.split(":")))
-    if swapped not in RATIOS:
+    if name not in RATIOS and ":".join(reversed(name.split(":"))) not in RATIOS:
         raise ValueError(f"{resolution}: no ratio {name!r}, allowed are {', '.join(RATIOS)} and their transposes")
-    width, height = rule(area, *RATIOS[swapped], multiple)
-    return height, width
-
-
-def _rounded_down(area: int, ratio_w: float, ratio_h: float, multiple: int) -> tuple[int, int]:
-    width = max(multiple, int(math.sqrt(area * ratio_w / ratio_h) // multiple) * multiple)
-    height = max(multiple, int(area / width // multiple) * multiple)
-    return height, width
+    return frame_size(area_of(resolution), name, multiple, rule)
 
 
 def _closest_to_area(area: int, ratio_w: float, ratio_h: float, multiple: int) -> tuple[int, int]:
-    height, width = _rounded_down(area, ratio_w, ratio_h, multiple)
+    height, width = rounded_down(area, ratio_w, ratio_h, multiple)
     steps = ((0, 0), (multiple, 0), (-multiple, 0), (0, multiple), (0, -multiple))
     around = [(height + dh, width + dw) for dh, dw in steps if height + dh > 0 and width + dw > 0]
     return min(around, key=lambda size: abs(size[0] * size[1] - area))

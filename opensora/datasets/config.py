@@ -1,10 +1,14 @@
 """The ``data:`` section of a run."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from opensora.datasets.aspect import area_of
 from opensora.datasets.cost import CostConfig
+from opensora.utils.limits import SECONDS, Limits
+
+MAX_FRAMES = 100_000  # of a bucket: an hour at 28 frames a second
+MAX_BATCH = 65_536  # of a bucket; samples of a micro-batch are in memory together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,17 @@ class DataConfig:
     max_bad_share: float = 0.01  # of the last 1000 samples of a process that may be unreadable before the run stops
     features: str = ""  # folder of opensora.cli.precompute: read latents and text features instead of files
     cache_mib: int = 0  # decoded windows that a training process keeps, for data sets that are read many times
+
+    LIMITS: ClassVar[Limits] = {
+        **dict.fromkeys(("micro_batches", "pack"), (10**6, "all are planned ahead")),
+        **dict.fromkeys(("tokens_per_batch", "tokens_per_sequence"), (10**9, "no device holds more")),
+        "cost_per_batch": (1e12, "0 sets no limit"),
+        "workers": (1024, "each is a process"),
+        "prefetch": (10_000, "prefetch_mib bounds them by memory"),
+        **dict.fromkeys(("prefetch_mib", "cache_mib"), (2**24, "that is 16 TiB of a machine's memory")),
+        **dict.fromkeys(("worker_timeout_s", "decode_timeout_s"), SECONDS),
+        "decode_threads": (256, "each worker starts as many"),
+    }
 
     def __post_init__(self) -> None:
         names = [self.table] if isinstance(self.table, str) else self.table
@@ -109,8 +124,8 @@ def _parse_row(resolution: str, frames: int, value: Any, meaning: str) -> Bucket
         area_of(resolution)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
-    if not isinstance(frames, int) or frames < 1:
-        raise ValueError(f"{key}: the number of frames must be an integer >= 1")
+    if not isinstance(frames, int) or not 1 <= frames <= MAX_FRAMES:
+        raise ValueError(f"{key}: the number of frames must be an integer >= 1 and at most {MAX_FRAMES}")
     shape = "write [keep_prob, batch_size] or [[keep_prob, length_prob], batch_size]"
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         raise ValueError(f"{key}={value!r}: {shape}")
@@ -125,8 +140,10 @@ def _parse_row(resolution: str, frames: int, value: Any, meaning: str) -> Bucket
         )
     if batch_size == "auto":
         batch_size = None
-    elif isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"{key}={value!r}: the batch size must be an integer >= 1, or auto; {shape}")
+    elif isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size <= MAX_BATCH:
+        raise ValueError(
+            f"{key}={value!r}: the batch size must be an integer >= 1 and at most {MAX_BATCH}, or auto; {shape}"
+        )
     length = float(pair[1]) if paired else None
     accept = 1.0 if length is None else length if meaning == "accept" else 1.0 - length
     return BucketRow(resolution=resolution, frames=frames, keep=float(pair[0]), accept=accept, batch_size=batch_size)

@@ -19,8 +19,11 @@ of the products at half the peak, and four exchanges of 30 us are as long as 90 
 from dataclasses import dataclass
 from itertools import combinations
 from math import isfinite
+from typing import ClassVar
 
 import numpy as np
+
+from opensora.utils.limits import Limits
 
 TEMPORAL_STRIDE = 4  # frames per latent frame after the first
 
@@ -36,6 +39,11 @@ class CostConfig:
     exchange: float = 0.1  # with mesh.dynamic: what moving a token between processes takes, relative to per_token
     exchange_tokens: float = 100.0  # and what exchanges take however little they move, in tokens on one process
     encode_tokens: float = 0.0  # and a sample's autoencoder and text encoder on each process that has it, likewise
+
+    LIMITS: ClassVar[Limits] = dict.fromkeys(
+        ("per_batch", "per_sample", "per_token", "per_token2", "exchange", "exchange_tokens", "encode_tokens"),
+        (1e12, "sums would lose the smaller terms"),
+    )
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

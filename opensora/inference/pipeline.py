@@ -15,6 +15,7 @@ from acceleration import runtime as runtimes
 from acceleration.runtime import Runtime
 from acceleration.work import SharedWork
 from opensora.config import SampleConfig
+from opensora.inference.check import check_sample
 from opensora.inference.load import (
     Components,
     Source,
@@ -188,6 +189,7 @@ def sample(cfg: SampleConfig) -> list[str]:
     check_layout(cfg.parallel.mesh, world_size, source.model)
     check_attention(cfg.parallel.attention)
     check_guidance(cfg.parallel.mesh, world_size, cfg.sampling)
+    check_sample(cfg, source, len(jobs), world_size)
     runtime = runtimes.start(cfg.parallel.timeout_s)
     parts = prepare_models(cfg, source, runtime)
     fit(cfg.sampling, parts)

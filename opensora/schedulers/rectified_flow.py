@@ -10,12 +10,13 @@ time, noise and dropout, on any layout.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from opensora.schedulers.timesteps import draw_per_sample, logit_normal
+from opensora.utils.limits import Limits
 from opensora.utils.rng import numpy_generator
 from opensora.utils.sampling import flow_shift, time_shift
 
@@ -28,6 +29,8 @@ class RectifiedFlowConfig:
     sigma_min: float = 1e-5  # how much noise is left in the data at t=0
     flow_shift: float | None = None  # alpha; null: from tokens per frame and latent frames
     text_dropout: float = 0.31622777  # per sample and per text input (tokens, pooled); both at once: its square, 0.1
+
+    LIMITS: ClassVar[Limits] = {"flow_shift": (1000.0, "all times would be noise")}
 
     def __post_init__(self) -> None:
         if not 0 <= self.sigma_min < 1:

@@ -21,14 +21,12 @@ def checkpoint_bytes(cfg: RunConfig, model: nn.Module) -> int:
     return trained * copies * DTYPES[cfg.parallel.precision.master].itemsize
 
 
-def check_disk(cfg: RunConfig, model: nn.Module) -> None:
-    """That the run's folder can be written, and has room for a checkpoint. Looks on the first process only.
+def check_writable(cfg: RunConfig) -> Path:
+    """The part of the path of the run's folder that is there already, which can be written; makes nothing.
 
     Raises:
-        UserError: a file is in the way, the folder cannot be written, or the disk is too small.
+        UserError: a file is in the way, or it cannot be written.
     """
-    if launched_rank() != 0:
-        return
     place = cfg.folder
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -39,6 +37,18 @@ def check_disk(cfg: RunConfig, model: nn.Module) -> None:
         Path(tempfile.mkdtemp(dir=place, prefix=".can-write-")).rmdir()
     except OSError as error:
         raise UserError(f"{key}: {place} cannot be written ({error.strerror}); choose another output") from None
+    return place
+
+
+def check_disk(cfg: RunConfig, model: nn.Module) -> None:
+    """That the run's folder can be written, and has room for a checkpoint. Looks on the first process only.
+
+    Raises:
+        UserError: a file is in the way, the folder cannot be written, or the disk is too small.
+    """
+    if launched_rank() != 0:
+        return
+    place, key = check_writable(cfg), f"output={cfg.output}"
     size, free = checkpoint_bytes(cfg, model), shutil.disk_usage(place).free
     if free < size:
         raise UserError(

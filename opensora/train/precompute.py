@@ -16,7 +16,7 @@ from acceleration.mesh import view
 from acceleration.runtime import Ranks, ranks_from_environment
 from acceleration.sequence import SequenceParallel
 from opensora.config import RunConfig
-from opensora.datasets import features
+from opensora.datasets import decode, features
 from opensora.datasets.loader import read_batches
 from opensora.datasets.manifest import ClipTable
 from opensora.datasets.plan import BatchPlan, MicroBatch
@@ -29,6 +29,7 @@ from opensora.train.step import Preparation
 from opensora.utils import signals
 from opensora.utils.errors import UserError
 from opensora.utils.logging import announce
+from opensora.utils.user_files import try_output
 
 SHARD_BATCHES = 64  # micro-batches in a file
 
@@ -41,7 +42,8 @@ def precompute(cfg: RunConfig, folder: Path, epochs: int) -> bool:
         Whether the folder is complete now.
 
     Raises:
-        UserError: the folder holds features of another configuration, or the configuration cannot be trained.
+        UserError: the folder holds features of another configuration or cannot be written, or the configuration cannot
+            be trained.
     """
     # How training will be spread, and what will share a sequence, is of no interest here.
     cfg = replace(
@@ -51,6 +53,7 @@ def precompute(cfg: RunConfig, folder: Path, epochs: int) -> bool:
     )
     ranks = ranks_from_environment()
     table, plan = check(cfg, ranks.world_size)
+    try_output(folder, "--out", folder=True)
     made_for = identity(cfg, table)
     hash_ = identity_hash(made_for)
     shards = -(-sum(1 for _ in _micro_batches(plan, epochs)) // SHARD_BATCHES)
@@ -58,6 +61,7 @@ def precompute(cfg: RunConfig, folder: Path, epochs: int) -> bool:
     mine = [number for number in range(shards) if number not in there and number % ranks.world_size == ranks.rank]
     announce(f"{folder}: {len(there)} of {shards} shards are there; this process makes {len(mine)}")
     if mine or (ranks.rank == 0 and not features.has_null(folder, hash_)):
+        decode.require(cfg.data.decoder)
         _encode(cfg, table, plan, folder, epochs, mine, hash_, _device(ranks))
     complete = all((folder / features.shard_name(number)).is_file() for number in range(shards))
     complete = complete and features.has_null(folder, hash_)

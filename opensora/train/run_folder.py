@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from acceleration.files import kind_of, read_small, replacing
+from acceleration.runtime import restart_count
 from acceleration.sealed import COUNT, FLAG, NULL, TEXT, Shape, seal, unseal
 from opensora import config
 from opensora.config import RunConfig
@@ -174,7 +175,7 @@ def identity(env: Mapping[str, str] = os.environ) -> dict[str, Any]:
         "pid": os.getpid(),
         "started": _started(os.getpid()),
         "job": env.get("SLURM_JOB_ID"),
-        "attempt": int(env.get("SLURM_RESTART_COUNT", 0)),
+        "attempt": restart_count(env),
         "since": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
 

@@ -14,7 +14,7 @@ from acceleration import runtime as runtimes
 from acceleration.checkpoint import CheckpointManager
 from acceleration.checkpoint import SaveError as SaveError  # what saving raises, also for the command line
 from acceleration.engines import build_engine, check_engine
-from acceleration.memory import device_bytes
+from acceleration.memory import device_bytes, machine_bytes
 from acceleration.mesh import Mesh
 from acceleration.parallelize import parallelize
 from acceleration.runtime import Runtime
@@ -23,13 +23,15 @@ from acceleration.signals import Interrupted as Interrupted  # what building rai
 from acceleration.signals import StopRequest
 from opensora import config
 from opensora.config import RunConfig
+from opensora.datasets import decode
 from opensora.datasets.index import IndexedTable
 from opensora.datasets.plan import BatchPlan
+from opensora.inference.check import check_validation, fit_option
 from opensora.inference.load import check_attention, check_layout, tile_runner, verify_export
 from opensora.models import build_model
-from opensora.models.base import latent_grid
-from opensora.models.text import build_text_encoder
-from opensora.models.vae import autoencoder_shape, build_autoencoder
+from opensora.models.base import AutoencoderShape, latent_grid
+from opensora.models.text import build_text_encoder, check_text_encoder
+from opensora.models.vae import autoencoder_shape, build_autoencoder, check_autoencoder
 from opensora.train import features
 from opensora.train.data import StepData, open_data, sharing
 from opensora.train.disk import check_disk
@@ -43,10 +45,10 @@ from opensora.train.resume import check_fresh, check_paths, resume, wrong_info
 from opensora.train.run import Run
 from opensora.train.run_folder import RunLock, check_places, write_config
 from opensora.train.step import Preparation
-from opensora.train.weights import adapted, add_adapters, initial_weights
+from opensora.train.weights import adapted, add_adapters, check_initial, initial_weights
 from opensora.utils import signals
 from opensora.utils.errors import UserError
-from opensora.utils.logging import MetricsLogger, announce
+from opensora.utils.logging import MetricsLogger, announce, check_installed
 from opensora.utils.weights import fingerprint
 from opensora.utils.work import RunAll, one_by_one
 
@@ -59,7 +61,14 @@ def start_run(cfg: RunConfig) -> Run:
         Interrupted: a process was asked to stop meanwhile.
     """
     ranks = runtimes.ranks_from_environment()
+    runtimes.check_visible_devices()
     table, plan = check(cfg, ranks.world_size)
+    if not cfg.data.features:
+        decode.require(cfg.data.decoder)
+    runtimes.check_meeting(ranks)  # before the run's folder is made
+    if device_bytes() is None:  # the machine that it is started on, which a submitting one need not be
+        check_memory(cfg, ranks.world_size, machine_bytes())
+    check_validation(cfg, ranks.world_size)
     signals.remember()
     lock = RunLock(cfg.folder) if ranks.rank == 0 else None
     phases = None
@@ -101,6 +110,7 @@ def check(cfg: RunConfig, world_size: int) -> tuple[IndexedTable, BatchPlan]:
     check_places(cfg.folder)
     check_fresh(cfg)
     check_paths(cfg)
+    check_files(cfg, shape)
     with torch.device("meta"):
         model = build_model(cfg.model)
         if cfg.lora.rank:
@@ -110,6 +120,23 @@ def check(cfg: RunConfig, world_size: int) -> tuple[IndexedTable, BatchPlan]:
     if cfg.data.features:
         features.check(cfg, table, plan)
     return table, plan
+
+
+def check_files(cfg: RunConfig, shape: AutoencoderShape) -> None:
+    """That the files and packages that the run will want are there, as far as names and headers tell.
+
+    Raises:
+        UserError: one is not, with its key.
+    """
+    check_initial(cfg)
+    if cfg.data.root and not Path(cfg.data.root).exists():
+        raise UserError(f"data.root={cfg.data.root}: no such folder; give the one that paths in data.table start at")
+    if not cfg.data.features or cfg.validate.every:
+        check_autoencoder(cfg.vae)
+        check_text_encoder(cfg.text, cfg.model.context_in_dim, cfg.model.vec_in_dim)
+    if cfg.validate.every:
+        fit_option("validate.sampling", cfg.validate.sampling, cfg.model, shape)
+    check_installed(cfg.log)
 
 
 def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Runtime, phases: Phases) -> Run:

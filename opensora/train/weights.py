@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from acceleration import lora
 from acceleration.plan import Fill
 from opensora.config import RunConfig
+from opensora.inference.check import check_weights
 from opensora.inference.load import FromFile, weight_layout
 from opensora.models.mmdit.convert import load_state_dict_for
 from opensora.utils.errors import UserError
@@ -24,12 +25,26 @@ def initial_weights(cfg: RunConfig, model: nn.Module) -> Fill:
 
     if cfg.train.init_from is None:
         return draw
-    # A file without cond_in (Flux) starts as if nothing were conditioned: cond_in is drawn, which is zero. Beside
-    # adapters it would stay so, and sampling would miss it in the file: the model should be built without.
-    missing = () if cfg.lora.rank else ("cond_in.*",)
-    file, report = load_state_dict_for(model, cfg.train.init_from, to=weight_layout(cfg.model), allow_missing=missing)
+    layout = weight_layout(cfg.model)
+    file, report = load_state_dict_for(model, cfg.train.init_from, to=layout, allow_missing=_may_lack(cfg))
     announce(str(report))
     return FromFile(file, otherwise=draw)
+
+
+def check_initial(cfg: RunConfig) -> None:
+    """That ``train.init_from`` holds this model's weights; reads headers only.
+
+    Raises:
+        UserError: it does not.
+    """
+    if cfg.train.init_from is not None:
+        check_weights("train.init_from", cfg.train.init_from, cfg.model, _may_lack(cfg))
+
+
+def _may_lack(cfg: RunConfig) -> tuple[str, ...]:
+    # A file without cond_in (Flux) starts as if nothing were conditioned: cond_in is drawn, which is zero. Beside
+    # adapters it would stay so, and sampling would miss it in the file: the model should be built without.
+    return () if cfg.lora.rank else ("cond_in.*",)
 
 
 def add_adapters(cfg: RunConfig, model: nn.Module) -> Fill:

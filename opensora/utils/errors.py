@@ -1,4 +1,6 @@
-"""The one exception a user is meant to read."""
+"""The one exception a user is meant to read, and how what it says is kept to one line."""
+
+MAX_LINE = 2000  # characters of a message; the middle of a longer one is left out
 
 
 class UserError(ValueError):
@@ -7,3 +9,24 @@ class UserError(ValueError):
     The message is one line: the dotted key or the file, the value found, what is allowed, what to do.
     Command-line entry points print it without a traceback and exit with code 2.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """The text as one printable line: values and file names in it cannot break the line or command a terminal.
+
+    White space becomes single spaces. Control characters, marks that change the direction of writing and lone
+    surrogates are escaped; a byte of a file name that is not UTF-8 is written as ``\\xff``.
+    """
+    line = "".join(char if char.isprintable() else _escaped(char) for char in " ".join(text.split()))
+    if len(line) <= MAX_LINE:
+        return line
+    return f"{line[: MAX_LINE // 2]} ... {line[-MAX_LINE // 2 :]}"
+
+
+def _escaped(char: str) -> str:
+    if "\udc80" <= char <= "\udcff":  # how Python holds an undecodable byte of argv or of a file name
+        return f"\\x{ord(char) - 0xDC00:02x}"
+    return char.encode("unicode_escape").decode("ascii")

@@ -1,10 +1,12 @@
 """What a run writes about itself: metrics.jsonl and its copies, console messages, the progress bar."""
 
 import contextlib
+import importlib.util
 import json
 import logging
 import math
 import os
+import re
 import secrets
 import sys
 import time
@@ -34,11 +36,28 @@ class LogConfig:
     wandb_project: str = "opensora"
 
 
+def check_installed(cfg: LogConfig) -> None:
+    """That the packages of the copies are there; imports nothing.
+
+    Raises:
+        UserError: one is not, with how to get it.
+    """
+    for wanted, key, package, off in (
+        (cfg.tensorboard, "log.tensorboard=true", "tensorboard", "log.tensorboard=false"),
+        (cfg.wandb != "off", f"log.wandb={cfg.wandb}", "wandb", "log.wandb=off"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UserError(f"{key}: {package} is not installed; pip install {package}, or {off}")
+
+
 def launched_rank() -> int:
-    """This process's rank as the launcher (torchrun, or a SLURM step) says it; 0 for a plain call."""
-    if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
-        return int(os.environ.get("SLURM_PROCID", 0))
-    return int(os.environ.get("RANK", 0))
+    """This process's rank as the launcher (torchrun, or a SLURM step) says it; 0 for a plain call.
+
+    Only for who speaks: what is no rank counts as 0, so that the one who refuses it (acceleration/runtime.py) is heard.
+    """
+    name = "RANK" if os.environ.get("RANK") or not os.environ.get("SLURM_STEP_NUM_TASKS") else "SLURM_PROCID"
+    text = os.environ.get(name, "").strip()
+    return int(text) if re.fullmatch("[0-9]{1,15}", text) else 0
 
 
 def announce(message: str, *, level: int = logging.INFO) -> None:

@@ -6,18 +6,19 @@ be imported from here as well.
 """
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from opensora.utils.errors import UserError
+from opensora.utils.limits import Limits, check_limits
 from opensora.utils.rng import torch_generator
+from opensora.utils.sizes import area_of, frame_size, ratio_of
 from opensora.utils.tokens import pack, unpack
 from opensora.utils.work import RunAll, Work, one_by_one
 
@@ -38,11 +39,13 @@ __all__ = [
     "passes_per_step",
 ]
 
+T = TypeVar("T")
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
 
+MAX_SIDE = 16384  # pixels; H.264 and players take no more
+MAX_SEED = 2**63 - 1
+MIN_FPS, MAX_FPS = 0.1, 1000.0
 OSCILLATION_START = 10  # oscillating guidance is on in all steps before this one
-# Width to height, the names of the bucket tables.
-ASPECT_RATIOS = ("2.39:1", "2:1", "16:9", "1.85:1", "9:16", "5:8", "3:2", "4:3", "1:1")
 _INFERENCE = "opensora.inference.pipeline"
 _FROM_INFERENCE = ("prepare", "prepare_models", "prepare_api", "process_and_save")
 
@@ -73,10 +76,22 @@ class SamplingOption:
     shift: bool = True  # spend more steps on high noise, by flow_shift
     flow_shift: float | None = None  # alpha of the schedule; null: from tokens per frame and latent frames
     method: Literal["i2v", "distill"] = "i2v"  # guidance by several passes, or read by the model in one
-    fps: int = 24
+    fps: float = 24.0  # frames per second, of the video and in the prompt
     motion_score: int | None = 4  # null: not said in the prompt
 
+    LIMITS: ClassVar[Limits] = {
+        **dict.fromkeys(("width", "height"), (MAX_SIDE, "H.264 and players take no more pixels a side")),
+        "num_frames": (100_000, "more than an hour at 24 frames a second"),
+        "num_steps": (10_000, "more change nothing that fp32 could show"),
+        **dict.fromkeys(("guidance", "guidance_img"), (1000.0, "the velocity would overflow")),
+        "flow_shift": (1000.0, "all times would be noise"),
+        "seed": (MAX_SEED, "it has 63 bits"),
+        "fps": (MAX_FPS, "no player shows more"),
+        "motion_score": (1000, "training's scores are below"),
+    }
+
     def __post_init__(self) -> None:
+        check_limits(self)
         for name in ("width", "height"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -84,33 +99,29 @@ class SamplingOption:
         if (self.width is None) != (self.height is None):
             given, other = ("width", "height") if self.height is None else ("height", "width")
             raise ValueError(f"{given}={getattr(self, given)} without {other}: give both, or neither with a resolution")
-        for name in ("num_frames", "num_steps", "fps"):
+        for name in ("num_frames", "num_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: allowed are integers >= 1")
         for name in ("guidance", "guidance_img"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: allowed are numbers >= 0")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: allowed are integers from 0 to 2^63-1; for another clip take another")
+        if not self.fps >= MIN_FPS:
+            raise ValueError(f"fps={self.fps}: allowed are numbers from {MIN_FPS} to {MAX_FPS:g}")
+        if self.motion_score is not None and self.motion_score < 0:
+            raise ValueError(f"motion_score={self.motion_score}: allowed are integers >= 0, or null")
         if self.flow_shift is not None and self.flow_shift <= 0:
             raise ValueError(f"flow_shift={self.flow_shift}: allowed are numbers > 0, or null for the formula")
         if self.method not in DENOISERS:
             raise ValueError(f"method={self.method}: allowed are {', '.join(DENOISERS)}")
-        _area(self.resolution)
-        _ratio(self.aspect_ratio)
-
-
-def _area(resolution: str) -> int:
-    found = re.fullmatch(r"(\d+)(px|p)", resolution)
-    if not found or int(found[1]) < 1:
-        raise ValueError(f"resolution={resolution}: allowed are a number and px or p, as 256px or 480p")
-    side = int(found[1])
-    return side**2 if found[2] == "px" else int(side**2 * 16 / 9)
-
-
-def _ratio(aspect_ratio: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)", aspect_ratio)
-    if not found or not float(found[1]) or not float(found[2]):
-        raise ValueError(f"aspect_ratio={aspect_ratio}: allowed are width:height, as {', '.join(ASPECT_RATIOS)}")
-    return float(found[1]) / float(found[2])
+        _named("resolution", self.resolution, area_of)
+        _named("aspect_ratio", self.aspect_ratio, ratio_of)
+        if self.width is None and max(image_size(self.resolution, self.aspect_ratio)) > MAX_SIDE:
+            raise ValueError(
+                f"resolution={self.resolution}: with aspect_ratio={self.aspect_ratio} a side has more than {MAX_SIDE} "
+                "pixels, which H.264 and players do not take"
+            )
 
 
 def image_size(resolution: str, aspect_ratio: str, multiple: int = 16) -> tuple[int, int]:
@@ -119,10 +130,15 @@ def image_size(resolution: str, aspect_ratio: str, multiple: int = 16) -> tuple[
     Raises:
         ValueError: a resolution or ratio that cannot be read.
     """
-    area, ratio = _area(resolution), _ratio(aspect_ratio)
-    width = max(int(math.sqrt(area * ratio)) // multiple, 1) * multiple
-    height = max(int(area / width) // multiple, 1) * multiple
-    return height, width
+    return frame_size(_named("resolution", resolution, area_of), aspect_ratio, multiple)
+
+
+def _named(name: str, value: str, read: Callable[[str], T]) -> T:
+    """``read(value)``, with the field's name in its error."""
+    try:
+        return read(value)
+    except ValueError as error:
+        raise ValueError(f"{name}={value[:40]}: {error}") from None
 
 
 def sanitize_sampling_option(

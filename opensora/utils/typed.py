@@ -8,14 +8,17 @@ import dataclasses
 import difflib
 import math
 import types
+import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from opensora.utils.errors import UserError
+from opensora.utils.limits import beyond_limit
 from opensora.utils.yaml_strict import Keys, Lines, dotted
 
 TABLE = "table"  # metadata: {kind: dataclass}, the section's class is chosen by its key ``kind``
+LONGEST_NAME = 100  # characters that are compared with known names
 SIZES = "sizes"  # metadata: {kind: {size: instance}}, the key ``size`` names the instance to start from
 
 
@@ -90,7 +93,7 @@ def wanted(hint: Any) -> str:
         return names[hint]
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal:
-        return "one of " + ", ".join(_show(choice) for choice in arguments)
+        return "one of " + ", ".join(shown(choice) for choice in arguments)
     if _is_union(hint):
         return " or ".join(wanted(member) for member in arguments)
     if origin is tuple and Ellipsis not in arguments:
@@ -106,7 +109,7 @@ def wanted(hint: Any) -> str:
 
 def suggestion(name: str, choices: Iterable[str]) -> str:
     """``did you mean x?`` where a choice is close, else all of them."""
-    known = list(choices)
+    known, name = list(choices), name[:LONGEST_NAME]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else "allowed are " + ", ".join(known)
 
@@ -116,13 +119,16 @@ class _Builder:
         self.lines = lines
 
     def fail(self, keys: Keys, text: str) -> UserError:
-        """The error for a key path, with the place that set it (or the nearest section that has one)."""
-        place = next((self.lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in self.lines), "")
-        return UserError(" ".join(f"{dotted(keys)}{text}{f' ({place})' if place else ''}".split()))
+        """The error for a key path, with the place that set it, or a key in it, or the nearest section that has one."""
+        below = (place for known, place in self.lines.items() if known[: len(keys)] == keys)
+        above = (self.lines[keys[:n]] for n in range(len(keys) - 1, 0, -1) if keys[:n] in self.lines)
+        place = self.lines.get(keys) or next(below, "") or next(above, "") if keys else ""
+        name = dotted(keys) or ("''" if keys else "")
+        return UserError(f"{name}{text}{f' ({place})' if place else ''}")
 
     def instance(self, cls: type, data: Any, keys: Keys, base: Mapping[str, Any]) -> Any:
         if not isinstance(data, dict):
-            raise self.fail(keys, f"={_show(data)}: wanted {wanted(cls)}")
+            raise self.fail(keys, f"={shown(data)}: wanted {wanted(cls)}")
         fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
         for key in data:
             if key not in fields:
@@ -140,6 +146,9 @@ class _Builder:
             elif name not in values and _has_no_default(field):
                 choices = ", ".join(field.metadata[TABLE])
                 raise self.fail(path, f": missing; wanted a section with kind, one of {choices}")
+        for name, value in values.items():
+            if problem := beyond_limit(cls, name, value):
+                raise self.fail((*keys, name), f"={shown(value)}: {problem}")
         try:
             return cls(**values)
         except UserError as error:
@@ -157,18 +166,18 @@ class _Builder:
     def chosen(self, table: Mapping[str, type], sizes: Mapping[str, Mapping[str, Any]], value: Any, keys: Keys) -> Any:
         """A section whose class depends on its ``kind``, on top of the named size if it has one."""
         if not isinstance(value, dict):
-            raise self.fail(keys, f"={_show(value)}: wanted a section with kind, one of {', '.join(table)}")
+            raise self.fail(keys, f"={shown(value)}: wanted a section with kind, one of {', '.join(table)}")
         if value.get("kind") is None:
             raise self.fail((*keys, "kind"), f": missing; allowed are {', '.join(table)}")
         kind = value["kind"]
         if not isinstance(kind, str) or kind not in table:
-            raise self.fail((*keys, "kind"), f"={_show(kind)}: {suggestion(str(kind), table)}")
+            raise self.fail((*keys, "kind"), f"={shown(kind)}: {suggestion(str(kind), table)}")
         given = dict(value)
         base: dict[str, Any] = {}
         if kind in sizes and "size" in given:
             size = given.pop("size")
             if not isinstance(size, str) or size not in sizes[kind]:
-                raise self.fail((*keys, "size"), f"={_show(size)}: {suggestion(str(size), sizes[kind])}")
+                raise self.fail((*keys, "size"), f"={shown(size)}: {suggestion(str(size), sizes[kind])}")
             start = sizes[kind][size]
             base = {field.name: getattr(start, field.name) for field in dataclasses.fields(start) if field.init}
         return self.instance(table[kind], given, keys, base)
@@ -191,12 +200,13 @@ class _Builder:
         return self.scalar(hint, value, keys)
 
     def anything(self, value: Any, keys: Keys) -> Any:
-        """A value that its owner checks; only NaN and infinity, which compare oddly, are refused here."""
+        """A value that its owner checks; only NaN and infinity, which compare oddly, and text that no file can hold
+        are refused here."""
         if isinstance(value, (dict, list)):
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
                 self.anything(item, (*keys, key))
-        if isinstance(value, float):
-            return self.scalar(float, value, keys)
+        if isinstance(value, (float, str)):
+            return self.scalar(type(value), value, keys)
         return value
 
     def union(self, hint: Any, value: Any, keys: Keys) -> Any:
@@ -206,26 +216,28 @@ class _Builder:
         rest = [member for member in members if member is not type(None)]
         if len(rest) == 1:
             return self.value(rest[0], value, keys)
+        if isinstance(value, str):
+            self.scalar(str, value, keys)
         for member in rest:
             try:
                 return self.value(member, value, keys)
             except UserError:
                 continue
-        raise self.fail(keys, f"={_show(value)}: wanted {wanted(hint)}")
+        raise self.fail(keys, f"={shown(value)}: wanted {wanted(hint)}")
 
     def literal(self, choices: tuple[Any, ...], value: Any, keys: Keys) -> Any:
         for choice in choices:
             if type(choice) is type(value) and choice == value:  # True is not 1 here
                 return choice
-        raise self.fail(keys, f"={_show(value)}: {suggestion(str(value), [str(choice) for choice in choices])}")
+        raise self.fail(keys, f"={shown(value)}: {suggestion(str(value), [str(choice) for choice in choices])}")
 
     def sequence(self, hint: Any, value: Any, keys: Keys) -> Any:
         arguments = get_args(hint)
         if not isinstance(value, (list, tuple)):
-            raise self.fail(keys, f"={_show(value)}: wanted {wanted(hint)}")
+            raise self.fail(keys, f"={shown(value)}: wanted {wanted(hint)}")
         if get_origin(hint) is tuple and Ellipsis not in arguments:
             if len(value) != len(arguments):
-                raise self.fail(keys, f"={_show(value)}: wanted {wanted(hint)}")
+                raise self.fail(keys, f"={shown(value)}: wanted {wanted(hint)}")
             return tuple(
                 self.value(member, item, (*keys, i))
                 for i, (member, item) in enumerate(zip(arguments, value, strict=True))
@@ -235,7 +247,7 @@ class _Builder:
 
     def mapping(self, hint: Any, value: Any, keys: Keys) -> dict[Any, Any]:
         if not isinstance(value, Mapping):
-            raise self.fail(keys, f"={_show(value)}: wanted {wanted(hint)}")
+            raise self.fail(keys, f"={shown(value)}: wanted {wanted(hint)}")
         key_hint, value_hint = get_args(hint) or (Any, Any)
         return {
             self.value(key_hint, key, (*keys, key)): self.value(value_hint, item, (*keys, key))
@@ -255,11 +267,24 @@ class _Builder:
         if hint is bool and isinstance(value, str) and value.lower() in ("yes", "no", "on", "off"):
             raise self.fail(keys, f"={value}: wanted true or false; only these two words are")
         if hint is Path and isinstance(value, str):
-            return Path(value)
+            return Path(self.scalar(str, value, keys))
         fits = type(value) is hint if hint in (int, bool, str) else isinstance(hint, type) and isinstance(value, hint)
         if not fits or isinstance(value, float):
-            raise self.fail(keys, f"={_show(value)}: wanted {wanted(hint)}")
+            raise self.fail(keys, f"={shown(value)}: wanted {wanted(hint)}")
+        if isinstance(value, str) and (problem := _unprintable(value)):
+            raise self.fail(keys, f"={shown(value)}: {problem}")
         return value
+
+
+def _unprintable(text: str) -> str | None:
+    """Why a text can be no file name, prompt or saved value; None: it can."""
+    for char in text:
+        if "\udc80" <= char <= "\udcff":  # how Python holds an undecodable byte of the command line
+            return f"byte 0x{ord(char) - 0xDC00:02x} is not UTF-8; write UTF-8, or rename the file"
+        kind = unicodedata.category(char)
+        if kind == "Cs" or (kind == "Cc" and char not in "\t\n\r"):
+            return f"holds the {'surrogate' if kind == 'Cs' else 'control character'} U+{ord(char):04X}; take it out"
+    return None
 
 
 def _types_below(owner: Any, key: str | int) -> list[Any]:
@@ -315,6 +340,7 @@ def _is_mapping(hint: Any) -> bool:
     return hint is dict or (isinstance(origin, type) and issubclass(origin, Mapping))
 
 
-def _show(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as it is written in a configuration, cut to 80 characters."""
     text = repr(plain(value)) if not isinstance(value, str) else repr(value)
     return {"None": "null", "True": "true", "False": "false"}.get(text, text if len(text) <= 80 else text[:77] + "...")

@@ -6,16 +6,20 @@ duplicate keys, aliases, anchors and tags are refused.
 """
 
 import math
+import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from opensora.utils.errors import UserError
+from opensora.utils.untrusted import parsing
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
+MAX_KEY = 80  # characters of a key in a message
 COMMAND_LINE = "command line"  # the source of a value that no file holds
 
 Keys = tuple[str | int, ...]
@@ -31,7 +35,16 @@ _INFINITE = re.compile(r"(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z")
 
 def dotted(keys: Keys) -> str:
     """How a key path is written in messages and overrides."""
-    return ".".join(str(key) for key in keys)
+    names = (str(key) for key in keys)
+    return ".".join(name if len(name) <= MAX_KEY else f"{name[: MAX_KEY - 3]}..." for name in names)
+
+
+def is_regular_file(path: Path) -> bool:
+    """Whether there is a file at ``path`` that reading comes to the end of: no folder, pipe or device."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError):  # ValueError: a NUL in the path
+        return False
 
 
 def read_yaml(path: Path) -> tuple[dict[str | int, Any], Lines]:
@@ -40,12 +53,7 @@ def read_yaml(path: Path) -> tuple[dict[str | int, Any], Lines]:
     Raises:
         UserError: no such file, not UTF-8, not YAML, not a mapping, or something this reader refuses.
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); give the path of a YAML file") from error
-    if len(raw) > MAX_BYTES:
-        raise UserError(f"{path}: {len(raw)} bytes; a configuration has at most {MAX_BYTES}")
+    raw = _read_bytes(path)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -58,6 +66,22 @@ def read_yaml(path: Path) -> tuple[dict[str | int, Any], Lines]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a {_kind_of(value)}; wanted a mapping of keys to values")
     return value, lines
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
+            raise UserError(f"{path}: cannot be read (it is {kind}); give the path of a YAML file")
+        if status.st_size > MAX_BYTES:
+            raise UserError(f"{path}: {status.st_size} bytes; a configuration has at most {MAX_BYTES}")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path; UserError is one too
+        if isinstance(error, UserError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read ({reason}); give the path of a YAML file") from error
 
 
 def parse_value(text: str, keys: Keys) -> Any:
@@ -74,10 +98,11 @@ def to_yaml_text(value: Any) -> str:
 
 def _parse(text: str, source: str, lines: Lines, keys: Keys = ()) -> Any:
     named = f"{dotted(keys)} ({source})" if keys else source
-    try:
-        node = _StrictComposer(text, named).get_single_node()
-    except yaml.YAMLError as error:
-        raise UserError(_yaml_message(error, named)) from error
+    with parsing(lambda reason: UserError(f"{named}: not valid YAML: {reason}")):
+        try:
+            node = _StrictComposer(text, named).get_single_node()
+        except yaml.YAMLError as error:
+            raise UserError(_yaml_message(error, named)) from error
     return None if node is None else _plain(node, keys, source, lines)
 
 
@@ -94,7 +119,7 @@ def _yaml_message(error: yaml.YAMLError, source: str) -> str:
         return f"{place}: a tab where YAML wants spaces; indent with spaces"
     if "but found another document" in problem:
         return f"{place}: a second document begins; a configuration is one document"
-    return " ".join(f"{place}: not valid YAML: {problem}".split())
+    return f"{place}: not valid YAML: {problem}"
 
 
 class _StrictComposer(yaml.SafeLoader):

@@ -4,18 +4,23 @@ Beside the mistakes of tests/unit/test_config.py, which are sent through the com
 when sections meet a data table, a number of processes, or a disk.
 """
 
+import copy
+import dataclasses
+import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from opensora.cli import train
-from opensora.config import RunConfig, load_config, run_cli
-from opensora.utils.errors import UserError
+from opensora.config import RunConfig, SampleConfig, load_config, run_cli, save
+from opensora.utils.errors import MAX_LINE, UserError, one_line
 from tests.conftest import ROOT
 from tests.faults.conftest import Tally
 from tests.integration.conftest import CONFIG
@@ -173,6 +178,245 @@ def test_the_command_itself(config: Path, tally: Tally) -> None:
         name for name in before if not name.startswith("index")
     ]
     tally("bad configurations: exit 2, one line, the key, nothing written", len(cases), len(cases))
+
+
+SAMPLE = "weights: outputs/trial\nprompt: a cat\nsampling: {width: 64, height: 64}\n"
+ODD_TEXT = (
+    *(
+        "",
+        " ",
+        "~",
+        "null",
+        "true",
+        "NO",
+        "1_0",
+        "0x1F",
+        "012",
+        "1e999",
+        ".nan",
+        "-.inf",
+        "16:9",
+        "²",
+        "٣",
+        "???",
+        "a.b",
+    ),
+    *(
+        "${x}",
+        "${oc.env:HOME}",
+        "\\\\${",
+        "%s",
+        "{0}",
+        "a=b",
+        "--",
+        "-",
+        "'",
+        '"',
+        "#",
+        "&a",
+        "*a",
+        "!!str",
+        "!x",
+        "|",
+        ">",
+    ),
+    *(
+        "\0",
+        "\x1b[31m",
+        "\x7f",
+        "\x85",
+        "\u202e",
+        "\u2028",
+        "\ud800",
+        "\udcff",
+        "\ufeff",
+        "\U0001f408",
+        "a\nb",
+        "\r",
+        "\t",
+        "..",
+    ),
+    *(
+        "/",
+        "/dev/zero",
+        "/etc",
+        "a" * 5000,
+        "1" * 5000,
+        "ä" * 300,
+        "<<",
+        "include",
+        "kind",
+        "size",
+        "__init__",
+        "=",
+        ",",
+        "]",
+    ),
+)
+ODD_NUMBERS = (0, -1, 1, 2**31, 2**63 - 1, -(2**63), 2**64, 10**400, 0.0, -0.0, 1e308, 5e-324, 1.5, True, False, None)
+
+
+class Odd:
+    """Random configurations: parts of a good one taken out, moved, wrapped and replaced by values of other kinds."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+
+    def scalar(self) -> object:
+        return self.rng.choice(ODD_TEXT) if self.rng.random() < 0.6 else self.rng.choice(ODD_NUMBERS)
+
+    def value(self, depth: int = 0) -> object:
+        """A scalar, a list or a mapping, seldom a very deep one."""
+        kind = self.rng.random()
+        if kind < 0.02:
+            value: object = self.scalar()
+            for _ in range(self.rng.choice((31, 33, 200))):
+                value = [value] if self.rng.random() < 0.5 else {"a": value}
+            return value
+        if kind < 0.6 or depth > 3:
+            return self.scalar()
+        items = [self.value(depth + 1) for _ in range(self.rng.randrange(4))]
+        if kind < 0.8:
+            return items
+        return {self.key(): item for item in items}
+
+    def key(self) -> object:
+        known = (
+            "name",
+            "train",
+            "steps",
+            "kind",
+            "model",
+            "data",
+            "buckets",
+            "64px",
+            1,
+            9,
+            "lr",
+            "include",
+            "sampling",
+        )
+        return self.rng.choice(known) if self.rng.random() < 0.6 else self.scalar()
+
+    def tree(self, good: dict[object, object]) -> dict[object, object]:
+        """``good`` with one to three changes."""
+        tree = copy.deepcopy(good)
+        for _ in range(self.rng.randint(1, 3)):
+            place: dict[object, object] = tree
+            while True:
+                key = self.rng.choice(list(place)) if place else self.key()
+                below = place.get(key)
+                if isinstance(below, dict) and self.rng.random() < 0.7:
+                    place = below
+                    continue
+                break
+            how = self.rng.randrange(5)
+            if how == 0:
+                place.pop(key, None)
+            elif how == 1:
+                place[self.key()] = self.value()
+            elif how == 2:
+                place[key] = [below]
+            elif how == 3:
+                place[key] = {self.key(): below}
+            else:
+                place[key] = self.value()
+        return tree
+
+    def override(self, good: dict[object, object]) -> list[str]:
+        """One of a known key, an odd one, or no override at all."""
+        keys, place = [], good
+        while place:
+            key = self.rng.choice(list(place))
+            keys.append(str(key))
+            below = place[key]
+            place = below if isinstance(below, dict) and self.rng.random() < 0.8 else {}
+        if self.rng.random() < 0.4:
+            keys.insert(self.rng.randrange(len(keys) + 1), str(self.key()))
+        name, value = ".".join(keys * self.rng.choice((1, 1, 1, 1, 200))), self.value()
+        text = value if isinstance(value, str) else flow(value)
+        spelled = ([f"{name}={text}"], [f"--{name}={text}"], [f"--{name}", text], [name], [text], [f"{name}=="])
+        return self.rng.choice(spelled[: 3 if self.rng.random() < 0.8 else 6])
+
+
+def flow(value: object) -> str:
+    """YAML on one line; texts are plain, quoted, or escaped, as it comes."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{flow(key)}: {flow(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(flow, value)) + "]"
+    if isinstance(value, str):
+        return value if value.isalnum() or len(value) % 3 == 1 else json.dumps(value, ensure_ascii=len(value) % 2 == 0)
+    return (
+        {None: "null", True: "true", False: "false"}.get(value, str(value))
+        if not isinstance(value, float)
+        else repr(value)
+    )
+
+
+def odd_configurations(count: int, seed: int, folder: Path) -> tuple[int, list[str]]:
+    """(how many were refused, what is wrong with the messages of those that were)."""
+    odd, refused, wrong = Odd(seed), 0, []
+    texts: dict[type, str] = {RunConfig: GOOD, SampleConfig: SAMPLE}
+    good = {cls: yaml.safe_load(text) for cls, text in texts.items()}
+    path = folder / "run.yaml"
+    for number in range(count):
+        cls = RunConfig if odd.rng.random() < 0.8 else SampleConfig
+        in_file, overrides = odd.rng.random() < 0.6, []
+        content = flow(odd.tree(good[cls])) if in_file else texts[cls]
+        if not in_file or odd.rng.random() < 0.3:
+            overrides = [word for _ in range(odd.rng.randint(1, 3)) for word in odd.override(good[cls])]
+        path.write_bytes(content.encode("utf-8", "surrogatepass"))
+        case = f"{number}: {content[:300] if in_file else overrides!r:.300}"
+        try:
+            cfg = load_config(cls, path, overrides)
+            assert load_config(cls, written(cfg, folder)) == cfg
+        except UserError as error:
+            refused += 1
+            if not names_its_place(str(error), cls, overrides):
+                wrong.append(f"{case}: {error}")
+        except BaseException as error:
+            wrong.append(f"{case}: a traceback: {error!r:.200}")
+    return refused, wrong
+
+
+def written(cfg: object, folder: Path) -> Path:
+    save(cfg, folder / "again" / "config.yaml")
+    return folder / "again" / "config.yaml"
+
+
+def names_its_place(line: str, cls: type, overrides: list[str]) -> bool:
+    """Whether a message is one printable line that names the file, or a key, or the word of the command line."""
+    if not line.isprintable() or len(line) > MAX_LINE + 10 or not line.strip():
+        return False
+    known = {field.name for field in dataclasses.fields(cls)} | {"include"}
+    first = re.split(r"[.=: (]", line)[0]
+    return "run.yaml" in line or "command line" in line or first in known or any(said_of(line, w) for w in overrides)
+
+
+def said_of(line: str, word: str) -> bool:
+    shown = one_line(word)
+    return line.startswith((shown[:20], f"'{shown[:20]}", repr(word)[:20]))
+
+
+@pytest.mark.timeout(400)  # 6 s on a quiet machine
+def test_odd_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Tally) -> None:
+    """A seeded part of what the slow test does."""
+    monkeypatch.chdir(tmp_path)
+    refused, wrong = odd_configurations(400, 0, tmp_path)
+    assert not wrong, f"{len(wrong)}\n" + "\n".join(wrong[:20])
+    assert 250 < refused < 400
+    tally("odd configurations and overrides: read, or refused in one line that names the place", 400, 400)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_many_odd_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Tally) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused, wrong = odd_configurations(10_000, 1, tmp_path)
+    assert not wrong, f"{len(wrong)}\n" + "\n".join(wrong[:20])
+    assert 6000 < refused < 10_000
+    tally("odd configurations and overrides: read, or refused in one line that names the place", 10_000, 10_000)
 
 
 @pytest.mark.slow

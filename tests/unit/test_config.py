@@ -106,6 +106,52 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     "null where it is not allowed": (None, ["train.steps=null"], "train.steps=null: wanted a whole number"),
     "empty value": (swapped("steps: 100", "steps: "), [], "train.steps=null: wanted a whole number (run.yaml:12)"),
     "null section": (None, ["model=null"], "model=null: wanted a section with kind"),
+    "list for a section": (
+        swapped("train: {steps: 100}", "train: [1, 2]"),
+        [],
+        "train=[1, 2]: wanted a section with steps",
+    ),
+    "a key in a list": (
+        swapped("train: {steps: 100}", "train: [1, 2]"),
+        ["train.steps=3"],
+        "train=[1, 2] (run.yaml:12): is a list, in which no key can be set",
+    ),
+    "a mapping over a list": (
+        GOOD + "validate: {prompts: [a]}\n",
+        ["validate.prompts.0=b"],
+        "validate.prompts=['a'] (run",
+    ),
+    "a mapping for a bucket's row": (None, ["data.buckets.64px.1={a: 1}"], "data.buckets.64px.1={'a': 1}: write [keep"),
+    "a list over a section": (None, ["vae=[]"], "vae=[]: wanted a section with kind"),
+    "digits that are none": (None, ["data.buckets.²=1"], "data.buckets.²=1: wanted a mapping"),
+    "digits of another script": (
+        None,
+        ["data.buckets.64px.٣=[1.0, 1]"],
+        "data.buckets.64px.٣='٣': wanted a whole number",
+    ),
+    "a key of 5,000 digits": (None, [f"data.buckets.64px.{'1' * 5000}=1"], "data.buckets.64px.1111"),
+    "a number of 5,000 digits": (None, ["seed=" + "1" * 5000], "seed (command line): a whole number beyond 64 bits"),
+    "a key of 500 levels": (
+        None,
+        [".".join("a" * 500) + "=1"],
+        "a.a.a.a...: 500 levels (command line); allowed are 32",
+    ),
+    "a value of 500 levels": (
+        None,
+        ["data.table=" + "[" * 500 + "]" * 500],
+        "data.table (command line): nested deeper",
+    ),
+    # texts
+    "a lone surrogate": (GOOD + 'output: "\\ud800"\n', [], "output='\\ud800': holds the surrogate U+D800"),
+    "NUL in a text": (GOOD + 'output: "a\\0b"\n', [], "output='a\\x00b': holds the control character U+0000"),
+    "a command to the terminal": (None, ["output=\x1b[31m"], "output='\\x1b[31m': holds the control character U+001B"),
+    "one in a key": (None, ["train.x\x1b[31m=1"], "train.x\\x1b[31m: unknown key"),
+    "a byte that is not UTF-8": (None, ["output=caf\udce9"], "output='caf\\udce9': byte 0xe9 is not UTF-8"),
+    "a code beyond Unicode": (GOOD + 'output: "\\UFFFFFFFF"\n', [], "run.yaml: not valid YAML"),
+    "a name of 300 bytes": (None, ["name=" + "a" * 300], "name=aaaa"),
+    "an empty key in a file": (GOOD + "'': 1\n", [], "'': unknown key"),
+    "no output": (None, ["output="], "output='': wanted the folder of all runs"),
+    "no weights to start from": (None, ["train.init_from="], "train.init_from='': wanted a safetensors file"),
     # values
     "nan": (None, ["optim.lr=.nan"], "optim.lr=nan: wanted a finite number"),
     "infinity": (None, ["optim.lr=-.inf"], "optim.lr=-inf: wanted a finite number"),
@@ -240,7 +286,13 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     "missing include": (GOOD + "include: nowhere.yaml\n", [], "include=nowhere.yaml (run.yaml:13): no such file"),
     "include of itself": (GOOD + "include: run.yaml\n", [], "round in a circle (run.yaml -> run.yaml); remove"),
     "include that is no path": (GOOD + "include: {a: 1}\n", [], "include={'a': 1} (run.yaml:13): wanted a path"),
+    "include of 5,000 characters": (GOOD + f"include: {'a' * 5000}\n", [], "... (run.yaml:13): no such file"),
+    "include of a folder": (GOOD + "include: /\n", [], "include=/ (run.yaml:13): no such file"),
+    "include of a device": (GOOD + "include: /dev/zero\n", [], "include=/dev/zero (run.yaml:13): no such file"),
+    "include with a NUL": (GOOD + 'include: "a\\0"\n', [], "include=a\\x00 (run.yaml:13): no such file"),
+    "include that is false": (GOOD + "include: false\n", [], "include=False (run.yaml:13): wanted a path or a list"),
     # the command line
+    "an empty word": (None, [""], "'': not an override"),
     "a word that is no override": (None, ["faster"], "faster: not an override"),
     "a value is missing": (None, ["--train.steps"], "--train.steps: a value is missing"),
     "a value is missing before another": (None, ["--train.steps", "--seed=1"], "--train.steps: a value is missing"),
@@ -352,6 +404,34 @@ def test_a_longer_circle_of_includes_is_refused(good: Path) -> None:
         load_config(RunConfig, good)
 
 
+def test_includes_without_end_are_refused(good: Path) -> None:
+    for number in range(20):  # each includes the next twice: 2^20 files
+        (good.parent / f"{number}.yaml").write_text(f"include: [{number + 1}.yaml, {number + 1}.yaml]\n")
+    (good.parent / "20.yaml").write_text("seed: 1\n")
+    with pytest.raises(UserError, match="include adds up to more than 100 files"):
+        load_config(RunConfig, "0.yaml")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "name too long", "loop", "NUL"])
+def test_what_is_no_file_is_no_configuration(kind: str, good: Path) -> None:
+    os.mkfifo("pipe")
+    os.symlink("loop", "loop")
+    os.mkdir("folder")
+    path = {"device": "/dev/zero", "name too long": "a" * 5000, "NUL": "a\0b"}.get(kind, kind)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config(RunConfig, path)
+    with pytest.raises(UserError, match="cannot be read"):
+        config_from_argv(RunConfig, [path], "Train.")
+
+
+def test_text_is_no_grammar(good: Path) -> None:
+    for text in ("???", "${x}", "${", "\\\\${", "${oc.env:HOME}", "a: b"):
+        cfg = load_config(RunConfig, good, [f"output={text}", "seed=1"])
+        assert cfg.output == text
+        save(cfg, "saved.yaml")
+        assert load_config(RunConfig, "saved.yaml") == cfg
+
+
 def test_the_same_file_may_be_included_twice(good: Path) -> None:
     (good.parent / "a.yaml").write_text("seed: 1\n")
     good.write_text("include: [a.yaml, a.yaml]\n" + GOOD)
@@ -392,6 +472,9 @@ def test_a_sampling_job(good: Path) -> None:
     assert load_config(SampleConfig, good, ["prompts=[a, b]", "sampling.seed=0"]).prompts == ("a", "b")
     with pytest.raises(UserError, match=r"^prompt: missing; give --prompt TEXT"):
         load_config(SampleConfig, good)
+    for key in ("save_dir", "lora", "prompt_csv", "weights"):
+        with pytest.raises(UserError, match=rf"^{key}='': wanted"):
+            load_config(SampleConfig, good, ["prompt=x", f"{key}="])
     with pytest.raises(UserError, match=r"^sampling\.num_steps=0: allowed are integers >= 1"):
         load_config(SampleConfig, good, ["prompt=x", "sampling.num_steps=0"])
 

@@ -20,7 +20,7 @@ Dh head dim.
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,10 @@ from torch import Tensor, nn
 from opensora.models.layers.embedding import MLPEmbedder, sinusoid
 from opensora.models.layers.rope import rope_table
 from opensora.models.mmdit.layers import DoubleStreamBlock, FinalLayer, SingleStreamBlock
+from opensora.utils.limits import Limits
 
 TIME_CHANNELS = 256
+_WIDTH = (2**17, "no device multiplies wider matrices")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,15 @@ class MMDiTConfig:
     cond_embed: bool = True  # reads reference latents and their mask
     fused_qkv: bool = True  # one projection for q, k, v (Flux files) or one each (Open-Sora 2 files)
     rope_layout: Literal["interleaved", "half"] = "interleaved"  # channel pairs: Flux files, Open-Sora 2 files
+
+    LIMITS: ClassVar[Limits] = {
+        **dict.fromkeys(("in_channels", "out_channels", "vec_in_dim", "context_in_dim"), _WIDTH),
+        **dict.fromkeys(("hidden_size", "num_heads"), _WIDTH),
+        **dict.fromkeys(("depth", "depth_single_blocks"), (1000, "every block is built one by one")),
+        "patch_size": (64, "a token would span more than a frame"),
+        "mlp_ratio": (64.0, "the hidden layer would be wider than any matrix product wants"),
+        "theta": (10**9, "the longest period is beyond any clip"),
+    }
 
     def __post_init__(self) -> None:
         self._check_ranges()
@@ -82,6 +93,8 @@ class MMDiTConfig:
         if self.mlp_ratio <= 0 or self.theta <= 1:
             name, low = ("mlp_ratio", 0) if self.mlp_ratio <= 0 else ("theta", 1)
             raise ValueError(f"{name}={getattr(self, name)}: allowed are numbers > {low}")
+        if self.hidden_size * self.mlp_ratio < 1:
+            raise ValueError(f"mlp_ratio={self.mlp_ratio}: leaves no hidden unit of hidden_size={self.hidden_size}")
         for name, allowed in (("kind", ("mmdit",)), ("rope_layout", ("interleaved", "half"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)}: allowed are {', '.join(allowed)}")

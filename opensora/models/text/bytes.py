@@ -9,12 +9,13 @@ averaged into one row, so that a caption costs a dozen tokens, not sixty.
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from opensora.models.base import TextFeatures
+from opensora.utils.limits import Limits
 from opensora.utils.rng import torch_generator
 
 if TYPE_CHECKING:
@@ -37,7 +38,15 @@ class ByteTextConfig:
     mask: bool = False  # False: padding rows (zeros) are attended, as in Flux
     seed: int = 0
 
+    LIMITS: ClassVar[Limits] = {
+        "dim": (65536, "the denoiser reads no wider text"),
+        "depth": (64, "the weights are never trained"),
+        "max_words": (BYTE_LIMIT, "no more bytes of a prompt are read"),
+    }
+
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: allowed are integers from 0 to 2^63-1")
         if self.dim < HEAD_DIM or self.dim % HEAD_DIM:
             raise ValueError(f"dim={self.dim}: allowed are multiples of {HEAD_DIM}")
         for name in ("depth", "max_words"):

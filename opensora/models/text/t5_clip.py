@@ -5,14 +5,18 @@ fetched. T5 is padded to ``max_tokens`` and its padding is attended, by T5 itsel
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from opensora.models.base import TextFeatures
 from opensora.utils.errors import UserError
+from opensora.utils.limits import Limits
+from opensora.utils.untrusted import parse_json, parsing
+from opensora.utils.user_files import read_text
 
 CLIP_TOKENS = 77
 
@@ -25,6 +29,8 @@ class T5ClipConfig:
     t5_path: str = ""
     clip_path: str = ""
     max_tokens: int = 512
+
+    LIMITS: ClassVar[Limits] = {"max_tokens": (65536, "T5 attends to all pairs of them")}
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -41,7 +47,7 @@ class T5ClipTextEncoder:
 
         self.cfg = cfg
         self._device = device
-        t5_folder, clip_folder = _folder("t5_path", cfg.t5_path), _folder("clip_path", cfg.clip_path)
+        t5_folder, clip_folder = check_folder("t5_path", cfg.t5_path), check_folder("clip_path", cfg.clip_path)
         self._t5_tokenizer = _load("t5_path", t5_folder, AutoTokenizer)
         self._clip_tokenizer = _load("clip_path", clip_folder, CLIPTokenizer)
         self._t5 = _load("t5_path", t5_folder, T5EncoderModel, dtype=dtype).to(device).eval().requires_grad_(False)
@@ -64,17 +70,42 @@ class T5ClipTextEncoder:
         return batch["input_ids"].to(self._device)
 
 
-def _folder(key: str, path: str) -> str:
+def check_folder(key: str, path: str) -> str:
+    """``path``, if it may hold a transformers model.
+
+    Raises:
+        UserError: no path, no such folder, or no weights in it.
+    """
     if not path:
-        raise UserError(f"text.{key} is not set: give the folder of the model, or set text.kind=bytes")
+        raise UserError(f"text.{key} is not set: give the folder of a transformers model, or set text.kind=bytes")
     if not (Path(path) / "config.json").is_file():
         raise UserError(f"text.{key}={path}: no config.json there; give the folder of a transformers model")
+    if not any(Path(path).glob("*.safetensors")) and not any(Path(path).glob("*.bin")):
+        raise UserError(f"text.{key}={path}: cannot be loaded, no *.safetensors beside config.json; fetch them")
     return path
 
 
+def stated_width(key: str, path: str, name: str) -> int | None:
+    """Width of the features that the model in a folder gives, by its config.json; None: it does not say.
+
+    Raises:
+        UserError: as ``check_folder``, or config.json cannot be read.
+    """
+    file = Path(check_folder(key, path)) / "config.json"
+    refuse = partial(_unreadable, key, path)
+    stated = parse_json(read_text(file, f"text.{key}={file}"), refuse)
+    if not isinstance(stated, dict):
+        raise refuse("no mapping")
+    both = stated.get("text_config")  # of a CLIP that reads pictures too
+    width = stated.get(name, both.get(name) if isinstance(both, dict) else None)
+    return width if isinstance(width, int) else None
+
+
+def _unreadable(key: str, path: str, reason: str) -> UserError:
+    return UserError(f"text.{key}={path}: config.json is not readable as JSON ({reason})")
+
+
 def _load(key: str, path: str, loader: Any, **options: Any) -> Any:
-    try:
+    name = f"text.{key}={path}: {loader.__name__} cannot be loaded from this folder"
+    with parsing(lambda reason: UserError(f"{name}: {reason}")):
         return loader.from_pretrained(path, local_files_only=True, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"text.{key}={path}: {loader.__name__} cannot be loaded from this folder: {reason}") from error

@@ -7,6 +7,7 @@ import torch
 from opensora.models.base import AutoencoderShape
 from opensora.models.vae.dct import TEMPORAL, DCTAutoencoder, DCTConfig
 from opensora.models.vae.flux2d import Flux2DAutoencoder, Flux2DConfig, flux2d_shape
+from opensora.models.vae.folder import check_folder
 from opensora.models.vae.hunyuan import HunyuanAutoencoder, HunyuanConfig, hunyuan_shape
 
 if TYPE_CHECKING:
@@ -32,6 +33,18 @@ def autoencoder_shape(cfg: AutoencoderConfig) -> AutoencoderShape:
         return AutoencoderShape(channels=channels, stride=stride, causal=HunyuanAutoencoder.causal)
     channels, stride = flux2d_shape(cfg)
     return AutoencoderShape(channels=channels, stride=stride, causal=Flux2DAutoencoder.causal)
+
+
+def check_autoencoder(cfg: AutoencoderConfig) -> None:
+    """That the files of ``cfg`` may be there, before a run or a model is made; loads nothing.
+
+    Raises:
+        UserError: they are not, with the key.
+    """
+    if isinstance(cfg, HunyuanConfig):
+        check_folder(cfg.path, "AutoencoderKLHunyuanVideo")
+    if isinstance(cfg, Flux2DConfig):
+        check_folder(cfg.path, "AutoencoderKL")
 
 
 def build_autoencoder(cfg: AutoencoderConfig, device: torch.device | str, dtype: torch.dtype) -> "Autoencoder":

@@ -12,12 +12,13 @@ Colour axes are the three-point cosine basis on (R, G, B): (1, 1, 1)/sqrt 3 is l
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from opensora.utils.limits import SCALE, Limits
 from opensora.utils.work import RunAll, Work, one_by_one
 
 TEMPORAL = 4  # frames per block after the first frame
@@ -40,6 +41,8 @@ class DCTConfig:
     channels: int = 64  # coefficients kept per block
     scale: float | None = None  # latents = scale * coefficients; None: unit variance for pixels of std 0.5
     equalize: float = 0.0  # 0: one factor for all channels; 1: every channel is brought to about the same variance
+
+    LIMITS: ClassVar[Limits] = {"scale": SCALE}
 
     def __post_init__(self) -> None:
         if self.spatial not in (4, 8):

@@ -2,16 +2,19 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from opensora.models.vae.folder import load_frozen, stated_shape
+from opensora.models.vae.folder import KEY, MAX_CHANNELS, load_frozen, stated_number, stated_shape
+from opensora.utils.errors import UserError
+from opensora.utils.limits import Limits
 from opensora.utils.work import RunAll, Work, one_by_one
 
 COLOURS = 3
+MAX_LEVELS = 7  # each halves the frame
 SCALE, SHIFT = 0.3611, 0.1159  # latents = SCALE * (sample - SHIFT)
 
 
@@ -22,6 +25,8 @@ class Flux2DConfig:
     kind: Literal["flux2d"] = "flux2d"
     path: str = ""
     micro_batch: int = 8  # frames coded at a time
+
+    LIMITS: ClassVar[Limits] = {"micro_batch": (100_000, "they are in memory together")}
 
     def __post_init__(self) -> None:
         if self.micro_batch < 1:
@@ -70,6 +75,8 @@ class Flux2DAutoencoder:
 
 def flux2d_shape(cfg: Flux2DConfig) -> tuple[int, tuple[int, int, int]]:
     """(channels, stride): the folder's own numbers where it exists, else the published ones."""
-    stated = stated_shape(cfg.path)
-    spatial = 2 ** (len(stated["block_out_channels"]) - 1) if "block_out_channels" in stated else 8
-    return stated.get("latent_channels", 16), (1, spatial, spatial)
+    levels = stated_shape(cfg.path).get("block_out_channels", [0] * 4)
+    if not isinstance(levels, list) or not 1 <= len(levels) <= MAX_LEVELS:
+        raise UserError(f"{KEY}={cfg.path}: config.json has block_out_channels={levels!r}; wanted a list of numbers")
+    spatial = 2 ** (len(levels) - 1)
+    return stated_number(cfg.path, "latent_channels", 16, MAX_CHANNELS), (1, spatial, spatial)

@@ -9,6 +9,7 @@ from opensora.utils.errors import UserError
 from opensora.utils.untrusted import ANY, mismatch, parse_json, parsing, read_small
 
 KEY = "vae.path"
+MAX_STRIDE, MAX_CHANNELS = 64, 4096  # of an autoencoder, as its config.json states them
 
 
 def stated_shape(path: str) -> dict[str, Any]:
@@ -29,19 +30,43 @@ def stated_shape(path: str) -> dict[str, Any]:
     return dict(stated)
 
 
+def stated_number(path: str, name: str, otherwise: int, most: int) -> int:
+    """A whole number of the folder's config.json.
+
+    Raises:
+        UserError: it is none, or absurd.
+    """
+    value = stated_shape(path).get(name, otherwise)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise UserError(f"{KEY}={path}: config.json has {name}={value!r}; allowed are integers from 1 to {most}")
+    return value
+
+
+def check_folder(path: str, model: str) -> None:
+    """That a folder of this diffusers class may be there; reads its config.json only.
+
+    Raises:
+        UserError: no path, no such folder, or no weights in it.
+    """
+    if not path:
+        raise UserError(
+            f"{KEY} is not set: give the folder of a diffusers {model}, or use vae.kind=dct, which needs none"
+        )
+    if not (Path(path) / "config.json").is_file():
+        raise UserError(f"{KEY}={path}: no config.json there; give the folder of a diffusers {model}")
+    if not any(Path(path).glob("*.safetensors")) and not any(Path(path).glob("*.bin")):
+        raise UserError(f"{KEY}={path}: cannot be loaded, no *.safetensors beside config.json; fetch them")
+    stated_shape(path)
+
+
 def load_frozen(loader: Any, path: str, device: torch.device | str, dtype: torch.dtype) -> Any:
     """The model in ``path``, in eval mode, without gradients.
 
     Raises:
         UserError: no path, no such folder, or not a model that ``loader`` can read.
     """
-    if not path:
-        raise UserError(f"{KEY} is not set: give the model's folder, or use autoencoder.kind=dct, which needs none")
-    if not (Path(path) / "config.json").is_file():
-        raise UserError(f"{KEY}={path}: no config.json there; give the folder of a diffusers {loader.__name__}")
-    try:
+    check_folder(path, loader.__name__)
+    name = f"{KEY}={path}: {loader.__name__} cannot be loaded from this folder"
+    with parsing(lambda reason: UserError(f"{name}: {reason}")):
         model = loader.from_pretrained(path, torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=False)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{KEY}={path}: {loader.__name__} cannot be loaded from this folder: {reason}") from error
     return model.to(device).eval().requires_grad_(False)

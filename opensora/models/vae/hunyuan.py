@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from opensora.models.vae.folder import load_frozen, stated_shape
+from opensora.models.vae.folder import MAX_CHANNELS, MAX_STRIDE, load_frozen, stated_number
 from opensora.models.vae.tiles import Size, Tiling, code_in_tiles
 from opensora.utils.work import RunAll, one_by_one
 
@@ -109,6 +109,6 @@ def _each(operation: Callable[[int, int], int], a: Size, b: Size) -> Size:
 
 def hunyuan_shape(cfg: HunyuanConfig) -> tuple[int, tuple[int, int, int]]:
     """(channels, stride): the folder's own numbers where it exists, else the published ones."""
-    stated = stated_shape(cfg.path)
-    spatial = stated.get("spatial_compression_ratio", 8)
-    return stated.get("latent_channels", 16), (stated.get("temporal_compression_ratio", 4), spatial, spatial)
+    spatial = stated_number(cfg.path, "spatial_compression_ratio", 8, MAX_STRIDE)
+    frames = stated_number(cfg.path, "temporal_compression_ratio", 4, MAX_STRIDE)
+    return stated_number(cfg.path, "latent_channels", 16, MAX_CHANNELS), (frames, spatial, spatial)

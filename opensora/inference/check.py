@@ -1,0 +1,179 @@
+"""What can be known of a sampling job before a process group exists or a model is loaded: does it fit together."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from acceleration import mesh as meshes
+from acceleration.config import ParallelConfig
+from acceleration.memory import device_bytes, machine_bytes
+from acceleration.precision import DTYPES
+from opensora.config import RunConfig, SampleConfig, check_fit
+from opensora.inference.load import Source, weight_layout
+from opensora.models import MMDiTConfig, build_model
+from opensora.models.base import AutoencoderShape, latent_grid
+from opensora.models.mmdit.convert import load_state_dict_for
+from opensora.models.text import check_text_encoder, text_tokens
+from opensora.models.vae import autoencoder_shape, check_autoencoder
+from opensora.utils.errors import UserError
+from opensora.utils.sampling import SamplingOption, sanitize_sampling_option
+
+GIB = 2**30
+PIXEL_BYTES = 3 * (4 + 1)  # of a decoded pixel: fp32, and the bytes that are written
+
+
+def check_sample(cfg: SampleConfig, source: Source, jobs: int, world_size: int) -> None:
+    """Everything about the job that can be refused from texts and headers of files alone.
+
+    Raises:
+        UserError: the key to change, and what would work.
+    """
+    try:
+        check_fit(source.model, source.vae, source.text)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    option = fit_option("sampling", cfg.sampling, source.model, autoencoder_shape(source.vae))
+    check_autoencoder(source.vae)
+    check_text_encoder(source.text, source.model.context_in_dim, source.model.vec_in_dim)
+    if source.checkpoint is None:
+        check_weights("weights", source.path, source.model)
+    needed = least_bytes(
+        option,
+        source.model,
+        autoencoder_shape(source.vae),
+        samples=min(cfg.batch_size, jobs),
+        txt=text_tokens(source.text),
+        itemsize=DTYPES[cfg.precision].itemsize,
+        parallel=cfg.parallel,
+        world_size=world_size,
+    )
+    check_memory("sampling", option, needed)
+
+
+def check_validation(cfg: RunConfig, world_size: int) -> None:
+    """That the samples which a run makes while it trains fit this machine beside nothing else.
+
+    Raises:
+        UserError: they do not, with the estimate.
+    """
+    if not cfg.validate.every:
+        return
+    shape, key = autoencoder_shape(cfg.vae), "validate.sampling"
+    option = fit_option(key, cfg.validate.sampling, cfg.model, shape)
+    needed = least_bytes(
+        option,
+        cfg.model,
+        shape,
+        samples=len(cfg.validate.prompts),
+        txt=text_tokens(cfg.text),
+        itemsize=DTYPES[cfg.parallel.precision.compute].itemsize,
+        parallel=cfg.parallel,
+        world_size=world_size,
+    )
+    check_memory(key, option, needed)
+
+
+def fit_option(key: str, option: SamplingOption, model: MMDiTConfig, shape: AutoencoderShape) -> SamplingOption:
+    """The option with a size that the model can make.
+
+    Args:
+        key: the section's name, for messages.
+
+    Raises:
+        UserError: a length that the autoencoder cannot code, or a method that the model is not made for.
+    """
+    multiple = shape.stride[1] * model.patch_size
+    try:
+        option = sanitize_sampling_option(option, multiple=multiple, frame_stride=shape.stride[0], causal=shape.causal)
+    except UserError as error:
+        raise UserError(f"{key}.{error}") from None
+    method = "distill" if model.guidance_embed else "i2v"
+    if option.method != method:
+        reads = "reads" if model.guidance_embed else "does not read"
+        raise UserError(
+            f"{key}.method={option.method}: allowed is {method}, as the model {reads} guidance as an input "
+            f"(model.guidance_embed={str(model.guidance_embed).lower()})"
+        )
+    return option
+
+
+def check_weights(key: str, path: str | Path, model: MMDiTConfig, allow_missing: tuple[str, ...] = ()) -> None:
+    """That the tensors at ``path`` are this model's, by their names and shapes; reads headers only.
+
+    Raises:
+        UserError: no weights, damaged ones, or those of another model.
+    """
+    with torch.device("meta"):
+        empty = build_model(model)
+    try:
+        load_state_dict_for(empty, path, to=weight_layout(model), allow_missing=allow_missing)
+    except UserError as error:
+        raise UserError(f"{key}={path}: {error}") from None
+
+
+def least_bytes(
+    option: SamplingOption,
+    model: MMDiTConfig,
+    shape: AutoencoderShape,
+    *,
+    samples: int,
+    txt: int,
+    itemsize: int,
+    parallel: ParallelConfig,
+    world_size: int,
+) -> int:
+    """What a process holds at least at one time, whatever the kernels: its share of the weights beside either the
+    activations of one block, or the decoded clips.
+
+    A lower bound, so that what it refuses could never have run: no attention matrix, no copies, nothing of the
+    autoencoder's inside, and no text encoder.
+
+    Args:
+        option: with width and height.
+        samples, txt: clips denoised together; text tokens of each.
+        itemsize: bytes of a weight and an activation.
+    """
+    assert option.width is not None and option.height is not None
+    degrees = meshes.resolve(parallel.mesh, world_size)
+    frames, rows, columns = latent_grid(option.num_frames, option.height, option.width, shape)
+    latents = frames * rows * columns
+    tokens = latents // model.patch_size**2 // (degrees["ring"] * degrees["ulysses"])
+    # Residual, queries, keys and values are whole on the process (tensor parallelism cuts the last three).
+    widths = model.hidden_size * (1 + 3 / degrees["tensor"])
+    block = int(samples * (tokens + txt / (degrees["ring"] * degrees["ulysses"])) * widths * itemsize)
+    noise = samples * tokens * model.in_channels * 4
+    clips = samples * (option.num_frames * option.height * option.width * PIXEL_BYTES + latents * shape.channels * 4)
+    weights = 0 if parallel.offload == "parameters" else parameters(model) * itemsize // world_size
+    return weights + max(block + noise, clips)
+
+
+def parameters(model: MMDiTConfig) -> int:
+    """Of the denoiser."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build_model(model).parameters())
+
+
+def check_memory(key: str, option: SamplingOption, needed: int) -> None:
+    """That this machine could ever hold ``needed`` bytes for a process.
+
+    Raises:
+        UserError: it could not, with the estimate and the remedies.
+    """
+    device = device_bytes()
+    room = device or machine_bytes()
+    if device is None and room is not None:  # processes of a machine share its memory
+        room //= max(1, _processes_here())
+    if room is None or needed <= room:
+        return
+    clip = f"{option.num_frames} frames of {option.width}x{option.height}"
+    owner = "a GPU" if device else "this machine, for each of its processes,"
+    raise UserError(
+        f"{key}: {clip} take at least {needed / GIB:.3g} GiB a process, and {owner} has {room / GIB:.3g} GiB; lower "
+        f"{key}.num_frames, the size or batch_size, or share clips among more processes (parallel.mesh.ulysses)"
+    )
+
+
+def _processes_here() -> int:
+    text = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 8 else 1
