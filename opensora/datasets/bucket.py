@@ -3,8 +3,8 @@
 A bucket is one (resolution, number of frames, height, width) with a batch size. Of a clip of 24 frames a second or more
 every k-th frame is used, k = ceil(fps / 24). Resolutions are tried by descending area. One takes a clip of at least 0.8
 times its area that passes the draws of a row whose length fits: an image, or a clip of which one frame is used, the row
-of one frame; a video the longest row its draws accept. Otherwise the next lower resolution is tried. The size is the one
-of nearest ratio. docs/training.md names where this differs from Open-Sora 2.
+of one frame; a video the longest row its draws accept. Otherwise the next lower resolution is tried. The size is the
+one of nearest ratio. docs/training.md names where this differs from Open-Sora 2.
 
 Clips that fit the same rows and take the same sizes are of one kind; a table of a hundred million clips has a few
 thousand kinds. All that follows is decided by kind: the buckets it can go to, and the probability of each.

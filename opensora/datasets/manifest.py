@@ -90,6 +90,9 @@ class ClipTable:
         """(n,) bool."""
         return self.num_frames == 1
 
+    def check(self, first: int, last: int) -> None:
+        """Before the columns of rows [first, last) are used. Raises: UserError: they are damaged on disk."""
+
     def path(self, sample_id: int) -> str:
         """Where to open the clip."""
         file = int(np.searchsorted(self.first_rows, sample_id, side="right")) - 1

@@ -54,8 +54,10 @@ def clip_table(num_frames: list[int], height: list[int], width: list[int], fps: 
 def random_table(count: int, seed: int = 0) -> ClipTable:
     rng = np.random.default_rng(seed)
     image = rng.random(count) < 0.2
-    frames = np.where(image, 1, np.where(rng.random(count) < 0.1, 2, rng.lognormal(4, 1, count).astype(int) + 2))
-    fps = np.where(image, np.nan, rng.choice([8, 12.5, 23.976, 24, 24.01, 25, 29.97, 30, 50, 59.94, 60, 120], count))
+    frames = np.where(image, 1, rng.lognormal(4, 1, count).astype(int) + 2)
+    fps = np.where(image, np.nan, rng.choice([8, 12.5, 23.976, 24, 25, 29.97, 30, 50, 59.94, 60, 120], count))
+    interval = frame_interval(fps)
+    frames = np.where(~image & (frames // interval == 1), 2 * interval, frames)  # moving, or a still by its own word
     height = rng.integers(64, 1600, count)
     width = rng.integers(64, 1600, count)
     return clip_table(frames.tolist(), height.tolist(), width.tolist(), fps.tolist())
