@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 from PIL import Image
@@ -33,9 +33,9 @@ from opensora.datasets.frames import (
 from opensora.datasets.storage import Source
 from opensora.utils.untrusted import parsing
 
-# EPS and the like, which would start another program, are left out.
+# EPS and the like, which would start another program, are left out. JPEG is MPO too.
 _FORMATS = (
-    "PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "QOI", "PCX", "SGI", "PSD",
+    "PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "QOI", "PCX", "SGI", "PSD",
     "ICO",
 )  # fmt: skip
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
@@ -137,15 +137,23 @@ def read_animation(
 
 
 def _open(source: Source, opened: contextlib.ExitStack) -> Image.Image:
+    formats = _formats()
     raw = opened.enter_context(source.open())
     with parsing(partial(DecodeError, source.path)):
-        image = opened.enter_context(Image.open(raw, formats=_FORMATS))
+        image = opened.enter_context(Image.open(raw, formats=formats))
         height, width = image.height, image.width
         is_raw = _DNG_VERSION in getattr(image, "tag_v2", {})
     check_size(source.path, height, width)
     if is_raw:
         raise DecodeError(source.path, "camera raw (DNG), only its preview could be read; save it as PNG or JPEG")
     return image
+
+
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    """Of ``_FORMATS`` those that this build of Pillow has."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def _frames_in_turn(source: Source, deadline: Deadline) -> Iterator[tuple[Image.Image, float]]:

@@ -62,6 +62,7 @@ _SKIPS_UNUSED = ("h264", "hevc")
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 _MOST_FRAMES = 2**24  # of a clip: six days at 30 per second
 _MOST_STRETCH = 16  # of pixels, in width or height: beyond is a damaged header
+_LEAST_STRETCH = Fraction(1, 200)  # off square: less is a rounded header, and not worth the loss of scaling
 _HD_WIDTH, _SD_HEIGHT = 1280, 576
 # Numbers of AVColorSpace, AVColorRange and AVColorTransferCharacteristic.
 _UNTAGGED_MATRIX = (2, 3)  # unspecified, reserved
@@ -254,7 +255,7 @@ def _about(source: Source, stream: VideoStream) -> _About:
     stretch = ratio if ratio is not None and ratio > 0 else Fraction(1)
     if not Fraction(1, _MOST_STRETCH) <= stretch <= _MOST_STRETCH:
         raise DecodeError(source.path, f"its pixels are {stretch} times as wide as high, so its header is damaged")
-    return _About(codec, stretch, decoder)
+    return _About(codec, Fraction(1) if abs(stretch - 1) < _LEAST_STRETCH else stretch, decoder)
 
 
 def _packets(source: Source, container: InputContainer, stream: VideoStream, deadline: Deadline) -> Iterator[av.Packet]:
