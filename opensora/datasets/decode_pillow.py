@@ -11,6 +11,8 @@ Whatever the pixels are stored as, what comes out is what a viewer shows, as 8-b
 
 import contextlib
 import math
+import os
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,6 +60,8 @@ _D50_TO_SRGB = np.array(
     [[3.1338561, -1.6168667, -0.4906146], [-0.9787684, 1.9161415, 0.0334540], [0.0719453, -0.2289914, 1.4052427]]
 )
 _D50 = np.array([0.96422, 1.0, 0.82521])
+_STDERR = 2
+_ERROR_OUTPUT = threading.Lock()  # held while it leads nowhere
 _DEFAULT_FPS = 10.0  # of animations whose frames last no time: what browsers make of them
 
 # What Pillow has to say about a file ends as an exception, or does not matter; it is no output of a run.
@@ -83,7 +87,7 @@ def read_still(source: Source, resize: Resize | None, background: Colour) -> tup
     """
     with contextlib.ExitStack() as opened:
         image = _open(source, opened)
-        with parsing(partial(DecodeError, source.path)):
+        with _quiet(), parsing(partial(DecodeError, source.path)):
             image.load()
             pictures = int(getattr(image, "n_frames", 1))
         turn, note = _turn(image)
@@ -173,6 +177,25 @@ def _frames_in_turn(source: Source, deadline: Deadline) -> Iterator[tuple[Image.
                 seconds = float(image.info.get("duration", 0)) / 1000
             check_size(source.path, image.height, image.width)
             yield image, seconds if math.isfinite(seconds) and seconds > 0 else 0.0
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """libtiff writes what it thinks of a damaged file to the standard error of the process, past Python."""
+    with _ERROR_OUTPUT:
+        try:
+            kept = os.dup(_STDERR)
+        except OSError:  # closed already
+            yield
+            return
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, _STDERR)
+            yield
+        finally:
+            os.dup2(kept, _STDERR)
+            os.close(kept)
+            os.close(nowhere)
 
 
 def _turn(image: Image.Image) -> tuple[Turn, str]:
