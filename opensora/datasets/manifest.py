@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as papq
 
+from opensora.datasets.frames import MAX_FPS, MAX_PIXELS, MAX_SIDE
 from opensora.utils.errors import UserError
 
 _TEXT = ("path", "text")
@@ -36,7 +37,6 @@ _ALIASES = {
     "width": ("w",),
 }
 _BLOCK_BYTES = 1 << 24  # a csv row, caption included, must fit in one block
-_MOST_PIXELS = 2**16 - 1  # of a side
 _MOST_TEXT = 2**20  # bytes of a path or caption
 BATCH_ROWS = 1 << 16  # rows that are in memory at a time while a table is read
 # Fixed-width columns: 20 bytes a row.
@@ -207,6 +207,9 @@ def _tables_nearby(path: Path) -> str:
 def _checked(file: Path, raw: pa.Table, first_row: int) -> pa.Table:
     columns: dict[str, pa.ChunkedArray] = {name: _text_column(file, raw, first_row, name) for name in _TEXT}
     columns |= {name: _count_column(file, raw, first_row, name) for name in _COUNTS}
+    areas = columns["height"].to_numpy() * columns["width"].to_numpy()
+    remedy = f"with its width that is more than {MAX_PIXELS} pixels, the most that are read; scale it down"
+    _refuse(file, first_row, "height", areas > MAX_PIXELS, raw["height"], remedy)
     columns["fps"] = _fps_column(file, raw, first_row, columns["num_frames"])
     columns["motion_score"] = _float_column(file, raw, first_row, "motion_score")
     return pa.table(columns)
@@ -276,14 +279,14 @@ def _count_column(file: Path, raw: pa.Table, first_row: int, name: str) -> pa.Ch
     bad = ~((values >= 1) & (values < 2**31) & (values == np.floor(values)))
     _refuse(file, first_row, name, bad, raw[name], "it must be an integer >= 1")
     if name != "num_frames":
-        _refuse(file, first_row, name, values > _MOST_PIXELS, raw[name], f"it must be at most {_MOST_PIXELS}")
+        _refuse(file, first_row, name, values > MAX_SIDE, raw[name], f"it must be at most {MAX_SIDE}; scale it down")
     return column
 
 
 def _fps_column(file: Path, raw: pa.Table, first_row: int, num_frames: pa.ChunkedArray) -> pa.ChunkedArray:
     column = _float_column(file, raw, first_row, "fps")
     values = column.to_numpy()
-    known = (values > 0) & (values < 1e5)
+    known = (values > 0) & (values < MAX_FPS)
     bad = ~known & ~(np.isnan(values) & (num_frames.to_numpy() == 1))
     _refuse(file, first_row, "fps", bad, raw["fps"], "it must be a number > 0 (empty only for images)")
     return column

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from opensora.datasets.frames import DecodeError, Resize
+from opensora.datasets.frames import WHITE, Colour, DecodeError, Resize
 from opensora.datasets.worker import IGNORED_SIGNALS, SharedFrames
 
 START_S = 120.0  # an interpreter that has to come over a busy network
@@ -39,6 +39,7 @@ class ReadFrames(Protocol):
         threads: int,
         decoder: str,
         timeout_s: float,
+        background: Colour = WHITE,
     ) -> np.ndarray:
         """The frames; they need to last only until the next call."""
 
@@ -77,6 +78,7 @@ class DecoderProcess:
         threads: int,
         decoder: str,
         timeout_s: float,
+        background: Colour = WHITE,
     ) -> np.ndarray:
         """See ``read_frames``; the array is overwritten by the next call.
 
@@ -87,7 +89,7 @@ class DecoderProcess:
             RuntimeError: a mistake of ours, with the traceback of the process.
         """
         request = {"path": path, "start": start, "count": count, "interval": interval, "resize": resize}
-        request |= {"threads": threads, "decoder": decoder, "timeout_s": timeout_s}
+        request |= {"threads": threads, "decoder": decoder, "timeout_s": timeout_s, "background": background}
         self.reading, self.since = path, time.monotonic()
         try:
             kind, value = self._ask(request, timeout_s * PATIENCE + PATIENCE_S)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from opensora.datasets.bucket import Bucket, frame_interval, sampled_fps
-from opensora.datasets.config import DataConfig
+from opensora.datasets.config import DataConfig, parse_colour
 from opensora.datasets.decode import DecodeError
 from opensora.datasets.draws import integer
 from opensora.datasets.features import Features, FeatureStore
@@ -186,6 +186,7 @@ class BatchReader:
                 threads=self._cfg.decode_threads,
                 decoder=self._cfg.decoder,
                 timeout_s=self._cfg.decode_timeout_s,
+                background=parse_colour(self._cfg.background),
             ),
         )
         if self._cfg.crop == "random":

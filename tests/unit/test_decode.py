@@ -8,7 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from av.video.reformatter import Interpolation
+from av.video.reformatter import Colorspace, Interpolation
 from PIL import Image
 
 from opensora.datasets.decode import DecodeError, is_image, probe, read_frames
@@ -56,7 +56,11 @@ def decode_all(path: str) -> tuple[list[np.ndarray], list[int]]:
             except av.error.InvalidDataError:
                 continue
             for frame in decoded:
-                rgb = frame.reformat(format="rgb24", interpolation=Interpolation.BICUBIC).to_ndarray()
+                untagged_hd = frame.colorspace == 2 and (frame.width >= 1280 or frame.height > 576)
+                matrix = Colorspace.ITU709 if untagged_hd and frame.format.name.startswith("yuv") else None
+                rgb = frame.reformat(
+                    format="rgb24", interpolation=Interpolation.BICUBIC, src_colorspace=matrix
+                ).to_ndarray()
                 frames.append(np.rot90(rgb, round(frame.rotation / 90)))
                 pts.append(frame.pts)
     return frames, pts
