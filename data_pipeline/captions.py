@@ -53,7 +53,7 @@ def read_captions(path: Path) -> CaptionsFile:
         real = os.path.realpath(path.parent / row["path"])
         before = captions.rows.setdefault(real, (row["path"], line, text))
         if before[2] != text:
-            raise UserError(f"{path} line {line}: {row['path']!r} has another text in line {before[1]}; keep one of them")
+            raise UserError(f"{path} line {line}: {row['path']!r} has another text in line {before[1]}; keep one")
     return captions
 
 

@@ -3,9 +3,9 @@
     python -m data_pipeline.index DIR --out table.csv [--captions captions.csv] [--workers N] [--timeout SECONDS]
 
 Captions come from a csv with columns path,text (paths relative to that csv; DIR/captions.csv or the one in the folder
-above is found by itself), else from a text file beside the clip (a.txt or a.mp4.txt). Links are followed; what a file is
-its content says. What becomes no row is counted by reason on the screen and listed in OUT.left_out.csv: rows and what is
-left out are all files that were seen, but for captions.
+above is found by itself), else from a text file beside the clip (a.txt or a.mp4.txt). Links are followed; what a file
+is its content says. What becomes no row is counted by reason on the screen and listed in OUT.left_out.csv: rows and
+what is left out are all files that were seen, but for captions.
 """
 
 import argparse

@@ -2,16 +2,20 @@
 
 A folder holds ``shard-00000.safetensors``, ... with the features of whole micro-batches, ``null.safetensors`` with
 those of the empty prompt, and, written last, ``index.arrow`` (which sample of which epoch lies where) and
-``manifest.json``. A shard is complete or absent, and so is the folder.
+``manifest.json``, which has the checksums of these two and its own. A shard is complete or absent, and so is the
+folder. One whose small files are damaged is refused when it is opened; precompute makes them anew from the shards.
 
 Epoch e of a run reads epoch ``e % epochs`` of the folder: windows and crops repeat, the order does not.
 """
 
+import hashlib
 import json
 import os
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +28,10 @@ from torch import Tensor
 
 from opensora.datasets.plan import MicroBatch
 from opensora.utils.errors import UserError
+from opensora.utils.untrusted import parse_json, parsing
 
 MANIFEST, INDEX, NULL = "manifest.json", "index.arrow", "null.safetensors"
-FORMAT = 2
+FORMAT = 3
 _OPEN_SHARDS = 64
 _ROW = np.dtype([("epoch", "i8"), ("sample", "i8"), ("shard", "i4"), ("batch", "i4"), ("row", "i4"), ("bucket", "i4")])
 
@@ -69,10 +74,20 @@ def write_null(folder: Path, tensors: Mapping[str, Tensor], identity_hash: str) 
 def shard_hash(path: Path) -> str:
     """Which configuration a shard was made for; "" where the file cannot be read."""
     try:
-        with safe_open(path, "pt") as shard:
+        with parsing(UserError), safe_open(path, "pt") as shard:
             return str(shard.metadata()["hash"])
-    except (SafetensorError, OSError, KeyError, TypeError):
+    except UserError:
         return ""
+
+
+def null_is_there(folder: Path, identity_hash: str) -> bool:
+    """Whether the features of the empty prompt are there and, where the folder is complete, undamaged."""
+    if not (folder / NULL).is_file() or shard_hash(folder / NULL) != identity_hash:
+        return False
+    try:
+        return bool(read_manifest(folder)["crc32"][NULL] == _checksum(folder / NULL))
+    except UserError:
+        return True
 
 
 def write_index(folder: Path, shards: int, epochs: int, identity: Mapping[str, Any], identity_hash: str) -> None:
@@ -80,7 +95,8 @@ def write_index(folder: Path, shards: int, epochs: int, identity: Mapping[str, A
     parts: list[np.ndarray] = []
     names: dict[str, int] = {}  # buckets by number
     for number in range(shards):
-        with safe_open(folder / shard_name(number), "pt") as shard:
+        path = folder / shard_name(number)
+        with parsing(partial(_damaged_shard, path)), safe_open(path, "pt") as shard:
             batches = json.loads(shard.metadata()["batches"])
         for position, batch in enumerate(batches):
             part = np.empty(len(batch["samples"]), dtype=_ROW)
@@ -100,8 +116,9 @@ def write_index(folder: Path, shards: int, epochs: int, identity: Mapping[str, A
     os.replace(aside, folder / INDEX)
     manifest = {"format": FORMAT, "hash": identity_hash, "epochs": epochs, "shards": shards, "made_for": identity}
     manifest |= {"samples": samples, "buckets": list(names)}
+    manifest |= {"crc32": {name: _checksum(folder / name) for name in (INDEX, NULL)}}
     aside = folder / f".{MANIFEST}.{os.getpid()}"
-    aside.write_text(json.dumps(manifest, indent=1))
+    aside.write_text(json.dumps(manifest | {"digest": _digest(manifest)}, indent=1))
     os.replace(aside, folder / MANIFEST)
 
 
@@ -111,14 +128,48 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: there is none, it is not complete, or of another version of this project.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
+    if not (folder / MANIFEST).exists():
         state = "is not complete" if folder.is_dir() else "does not exist"
-        raise UserError(f"data.features={folder}: {state}; run python -m opensora.cli.precompute") from None
+        raise UserError(f"data.features={folder}: {state}; run python -m opensora.cli.precompute")
+    refuse = partial(_damaged, folder, MANIFEST)
+    if not (folder / MANIFEST).is_file():
+        raise refuse("not a regular file")
+    with parsing(refuse):
+        raw = (folder / MANIFEST).read_bytes()
+    manifest = parse_json(raw, refuse)
+    if not isinstance(manifest, dict):
+        raise refuse("not the bytes that were written")
     if manifest.get("format") != FORMAT:
         raise UserError(f"data.features={folder}: written in another format; run python -m opensora.cli.precompute")
+    digest = manifest.pop("digest", None)
+    with parsing(refuse):
+        found = _digest(manifest)
+    if digest != found:
+        raise refuse("not the bytes that were written")
     return dict(manifest)
+
+
+def _damaged(folder: Path, name: str, problem: str) -> UserError:
+    return UserError(
+        f"data.features={folder}: {name} is damaged ({problem}); run python -m opensora.cli.precompute again, which "
+        "keeps the shards"
+    )
+
+
+def _damaged_shard(path: Path, problem: str) -> UserError:
+    return UserError(f"{path}: {problem}; remove it, and precompute again")
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _checksum(path: Path) -> int:
+    found = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            found = zlib.crc32(block, found)
+    return found
 
 
 class FeatureStore:
@@ -133,6 +184,14 @@ class FeatureStore:
         manifest = read_manifest(folder)
         self.epochs, self._samples = int(manifest["epochs"]), int(manifest["samples"])
         self._buckets: list[str] = manifest["buckets"]
+        for name, checksum in manifest["crc32"].items():
+            refuse = partial(_damaged, folder, name)
+            if not (folder / name).is_file():
+                raise refuse("missing, or not a regular file")
+            with parsing(refuse):
+                found = _checksum(folder / name)
+            if found != checksum:
+                raise refuse("not the bytes that were written")
         # Mapped, not read: all processes of a node share one copy.
         with pa.memory_map(str(folder / INDEX)) as file:
             index = pa.ipc.open_file(file).read_all()
@@ -168,7 +227,7 @@ class FeatureStore:
         try:
             return {name: shard.get_slice(f"{batch}.{name}")[row : row + 1] for name in self._names}
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{self._folder / shard_name(number)}: {error}; remove it, and precompute again") from None
+            raise _damaged_shard(self._folder / shard_name(number), str(error)) from None
 
     def _open(self, number: int) -> Any:
         if number in self._shards:
@@ -178,7 +237,7 @@ class FeatureStore:
         try:
             self._shards[number] = safe_open(path, "pt")
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: {error}; remove it, and precompute again") from None
+            raise _damaged_shard(path, str(error)) from None
         if len(self._shards) > _OPEN_SHARDS:
             self._shards.popitem(last=False)
         return self._shards[number]

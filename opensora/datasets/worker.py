@@ -16,11 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-try:
-    import resource
-except ImportError:  # not on Windows
-    resource = None  # type: ignore[assignment]
-
 from opensora.datasets.decode import DecodeError, probe, read_frames
 from opensora.utils.signals import end_with_parent
 
@@ -80,11 +75,12 @@ def main(argv: list[str]) -> None:
 
 def _limit_memory() -> None:
     """Memory that is shared, as the frames are, does not count."""
-    if resource is None:
-        return
-    _, most = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = MEMORY_BYTES if most == resource.RLIM_INFINITY else min(most, MEMORY_BYTES)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
+    if sys.platform == "linux":  # elsewhere the limit is another one, or none
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_DATA)
+        limit = MEMORY_BYTES if most == resource.RLIM_INFINITY else min(most, MEMORY_BYTES)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
 
 
 def _answer(request: dict[str, Any], shared: SharedFrames) -> Answer:

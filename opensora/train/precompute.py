@@ -56,7 +56,7 @@ def precompute(cfg: RunConfig, folder: Path, epochs: int) -> bool:
     there = {number for number in range(shards) if _is_there(folder / features.shard_name(number), hash_)}
     mine = [number for number in range(shards) if number not in there and number % ranks.world_size == ranks.rank]
     announce(f"{folder}: {len(there)} of {shards} shards are there; this process makes {len(mine)}")
-    if mine:
+    if mine or (ranks.rank == 0 and not features.null_is_there(folder, hash_)):
         _encode(cfg, table, plan, folder, epochs, mine, hash_, _device(ranks))
     complete = all((folder / features.shard_name(number)).is_file() for number in range(shards))
     if complete:
