@@ -132,6 +132,7 @@ class _Content:
         self._beside: dict[Path, list[Path]] = {entry.path: texts.beside(entry.path) for entry in others}
         used = {path for paths in self._beside.values() for path in paths}
         self.files: list[Entry] = []
+        self._ways: list[list[Entry]] = []  # to each of these files
         self.captions: list[Caption] = []
         self.left_out: list[LeftOut] = []
         self.real: set[str] = set()  # paths of all files, as captions name them
@@ -140,6 +141,7 @@ class _Content:
             # The way that has a caption, else the one without links, else the first.
             best = min(range(len(ways)), key=lambda i: (bool(captions[i].reason), ways[i].linked, i))
             self.files.append(ways[best])
+            self._ways.append(ways)
             self.captions.append(captions[best])
             self.real.update(os.path.realpath(way.path) for way in ways)
             detail = f"is {ways[best].path}, which is read once"
@@ -152,9 +154,9 @@ class _Content:
         rows: list[tuple] = []
         notes: dict[str, list[Path]] = {}
         captions_of_media: set[Path] = set()
-        for file, caption, facts in zip(self.files, self.captions, found, strict=True):
+        for file, ways, caption, facts in zip(self.files, self._ways, self.captions, found, strict=True):
             if not (isinstance(facts, LeftOut) and facts.reason == NO_MEDIA):
-                captions_of_media.update(self._beside.get(file.path, ()))
+                captions_of_media.update(path for way in ways for path in self._beside.get(way.path, ()))
             path = _table_path(file.path, out)
             if isinstance(facts, LeftOut):
                 self.left_out.append(facts)
