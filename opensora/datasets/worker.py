@@ -22,9 +22,9 @@ from opensora.utils.signals import end_with_parent
 IGNORED_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
 ORPHAN_S = 60.0  # beyond the time limit of a sample: then nobody is there who would have killed this process
 
-# What one process may hold beside the frames it hands over. A picture of the largest size takes a quarter of it; what
-# asks for more is damaged, or made to harm.
-MEMORY_BYTES = 4 << 30
+# What one process may hold beside the frames it hands over. What asks for more is damaged, or made to harm: a clip of
+# 10 KB whose header counts 60 million frames wants 2 GB before its first packet.
+MEMORY_BYTES = 1900 << 20
 
 # What goes back: the shape of the frames, which lie in the shared memory, or the ``MediaInfo`` of a probe; why the file
 # cannot be read; or the traceback of a mistake of ours.

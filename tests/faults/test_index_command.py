@@ -303,7 +303,7 @@ def test_bad_arguments_before_any_work(
 HARM = {
     "hang": ("time.sleep(600)", r"the decoding process \(pid \d+\) hung for 2 s and was killed"),
     "die": ("os.kill(os.getpid(), 11)", r"the decoding process \(pid \d+\) was killed by SIGSEGV"),
-    "grow": ("b = [bytes(1 << 28) for _ in range(100)]", "it asks for more than 4096 MiB of memory"),
+    "grow": ("b = [bytes(1 << 28) for _ in range(100)]", "it asks for more than 1900 MiB of memory"),
 }
 
 
