@@ -191,7 +191,23 @@ BASES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "zip deflated": (".zip", lambda: zipped(zipfile.ZIP_DEFLATED)),
     "range": (".bin", mp4),
 }
-_PATHS = ("0", "1", "-1", "999999999999999999", "9" * 5000, "٣", "1e3", "0x10", " 4", "\0", "#", "@", "+", "/", "\ud800")
+_PATHS = (
+    "0",
+    "1",
+    "-1",
+    "999999999999999999",
+    "9" * 5000,
+    "٣",
+    "1e3",
+    "0x10",
+    " 4",
+    "\0",
+    "#",
+    "@",
+    "+",
+    "/",
+    "\ud800",
+)
 
 
 def fragmented() -> bytes:
@@ -286,7 +302,19 @@ def _splice(raw: bytearray, other: bytes, rng: np.random.Generator) -> None:
     raw[at : at + (len(piece) if rng.random() < 0.5 else 0)] = piece
 
 
-_CHANGES = (_flip_bits, _flip_bits, _set_bytes, _set_length, _set_length, _cut, _zero, _noise, _remove, _repeat, _splice)
+_CHANGES = (
+    _flip_bits,
+    _flip_bits,
+    _set_bytes,
+    _set_length,
+    _set_length,
+    _cut,
+    _zero,
+    _noise,
+    _remove,
+    _repeat,
+    _splice,
+)
 
 
 def path_of(case: Case, folder: Path, scratch: Path) -> str:
