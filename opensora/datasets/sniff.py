@@ -173,7 +173,7 @@ def _by_content(file: BinaryIO, suffix: str) -> Sniffed | None:
         return _RIFF.get(head[8:12])
     if head[:4] == b"OggS":
         return _ogg(head, suffix)
-    if head[4:8] in _FIRST_BOXES:
+    if head[4:8] in _FIRST_BOXES and (head[0] == 0 or head[4:8] == b"mdat"):  # else it is a word of a text
         return _by_brand(head)
     if suffix in (".mjpeg", ".mjpg"):
         return None  # pictures of JPEG one behind the other
@@ -222,10 +222,11 @@ def _ogg(head: bytes, suffix: str) -> Sniffed | None:
 
 
 def _is_transport_stream(head: bytes) -> bool:
-    """Its packets begin with 0x47 every 188 bytes, 192 with a time before each, 204 with a check sum behind."""
+    """Its packets begin with 0x47 every 188 bytes, 192 with a time before each, 204 with a check sum behind; the fourth
+    byte says that something follows, as it does not in a text of the letter G."""
     for length, first in ((188, 0), (192, 4), (192, 0), (204, 0)):
         marks = head[first : 8 * length : length]
-        if len(head) > length and len(marks) > 1 and set(marks) == {0x47}:
+        if len(marks) > 1 and set(marks) == {0x47} and head[first + 3] & 0x30:
             return True
     return False
 

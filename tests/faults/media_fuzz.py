@@ -192,22 +192,8 @@ BASES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "range": (".bin", mp4),
 }
 _PATHS = (
-    "0",
-    "1",
-    "-1",
-    "999999999999999999",
-    "9" * 5000,
-    "٣",
-    "1e3",
-    "0x10",
-    " 4",
-    "\0",
-    "#",
-    "@",
-    "+",
-    "/",
-    "\ud800",
-)
+    "0", "1", "-1", "999999999999999999", "9" * 5000, "٣", "1e3", "0x10", " 4", "\0", "#", "@", "+", "/", "\ud800",
+)  # fmt: skip
 
 
 def fragmented() -> bytes:
@@ -303,18 +289,8 @@ def _splice(raw: bytearray, other: bytes, rng: np.random.Generator) -> None:
 
 
 _CHANGES = (
-    _flip_bits,
-    _flip_bits,
-    _set_bytes,
-    _set_length,
-    _set_length,
-    _cut,
-    _zero,
-    _noise,
-    _remove,
-    _repeat,
-    _splice,
-)
+    _flip_bits, _flip_bits, _set_bytes, _set_length, _set_length, _cut, _zero, _noise, _remove, _repeat, _splice,
+)  # fmt: skip
 
 
 def path_of(case: Case, folder: Path, scratch: Path) -> str:

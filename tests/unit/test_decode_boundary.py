@@ -23,8 +23,8 @@ from opensora.datasets.storage import archive_members, locate
 from tests.unit.test_decode import encode
 
 ERRORS = [
-    struct.error("x"), TypeError("x"), AttributeError("x"), KeyError("x"), IndexError(), MemoryError(), RecursionError(),
-    ZeroDivisionError("x"), OverflowError(), NotImplementedError(), SystemError("x\ny"), EOFError(), OSError(5, "x"),
+    struct.error("x"), TypeError("x"), AttributeError("x"), KeyError("x"), IndexError(), MemoryError(),
+    RecursionError(), ZeroDivisionError("x"), OverflowError(), NotImplementedError(), SystemError("x\ny"), EOFError(), OSError(5, "x"),
     UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x"), AssertionError("x"), ImportError("x"),
     type("Odd", (Exception,), {})(),
 ]  # fmt: skip
@@ -237,9 +237,9 @@ def test_paths_that_are_none(tmp_path: Path) -> None:
     base = str(tmp_path / "a.mp4")
     for path in (
         "", "\0", f"{base}\0", "a" * 5000, "/".join(["a" * 200] * 30), "\ud800.mp4", f"{base}#x@{'9' * 5000}+1",
-        f"{base}#x@0+{'9' * 5000}", f"{base}#x@٣+٤", f"{base}#x@-1+10", f"{base}#x@0+0", f"{base}#x@5+-5", f"{base}#x@0+",
-        f"{base}#x@99999999+1", f"{base}#x@1e3+1", f"{tmp_path}/d.tar#a.mp4", f"{tmp_path}/d.tar", str(tmp_path),
-        f"{tmp_path}/loop", "/dev/zero", "/dev/null", "/dev/stdin", "/proc/self/mem", "/proc/kmsg", f"{base}/x",
+        f"{base}#x@0+{'9' * 5000}", f"{base}#x@٣+٤", f"{base}#x@-1+10", f"{base}#x@0+0", f"{base}#x@5+-5",
+        f"{base}#x@0+", f"{base}#x@99999999+1", f"{base}#x@1e3+1", f"{tmp_path}/d.tar#a.mp4", f"{tmp_path}/d.tar",
+        str(tmp_path), f"{tmp_path}/loop", "/dev/zero", "/dev/null", "/dev/stdin", "/proc/self/mem", "/proc/kmsg", f"{base}/x",
         f"{base}#", "#", "@1+1", "#@1+1", f"{tmp_path}/no.zip#\0",
     ):  # fmt: skip
         refused(path)
