@@ -41,6 +41,7 @@ from opensora.datasets.frames import (
     on_background,
     scale_rgb,
 )
+from opensora.datasets.sniff import CLIP_SUFFIXES, sniff_source
 from opensora.datasets.storage import Source
 from opensora.utils.untrusted import parsing
 
@@ -52,6 +53,14 @@ _CONTAINERS = (
     "vc1", "mjpeg", "yuv4mpegpipe", "cavsvideo", "dirac", "dnxhd", "flic", "smjpeg", "kux",
 )  # fmt: skip
 _OPTIONS = {"format_whitelist": ",".join(_CONTAINERS), "protocol_whitelist": "file,subfile"}
+_WEAK_CONTENTS = {
+    "MPEG program stream": "mpeg",
+    "MPEG transport stream": "mpegts",
+    "MPEG video": "mpegvideo",
+    "MPEG-4 video": "m4v",
+    "H.264": "h264",
+    "H.265": "hevc",
+}
 # Their "keyframe" flags do not promise that decoding can start there.
 _DECODE_FROM_START = ("gif", "apng")
 # Their packets carry no presentation times; what the demuxer makes up is wrong as soon as frames are reordered.
@@ -217,10 +226,14 @@ class _Opened:
             self._url = f"subfile,,start,{source.offset},end,{source.offset + source.size},,:{self._url}"
 
     def __enter__(self) -> InputContainer:
+        demuxer = None
+        if self._source.kind not in CLIP_SUFFIXES:  # FFmpeg trusts a suffix more than these contents
+            demuxer = _WEAK_CONTENTS.get(sniff_source(self._source).what)
         with parsing(partial(DecodeError, self._source.path)):
             # Text in a damaged header need not be text.
-            self._container = av.open(self._url, metadata_errors="replace", options=dict(_OPTIONS))
-        return self._container
+            opened = av.open(self._url, format=demuxer, metadata_errors="replace", options=dict(_OPTIONS))
+        self._container = opened
+        return opened
 
     def __exit__(self, *_: object) -> None:
         with parsing(partial(DecodeError, self._source.path)):

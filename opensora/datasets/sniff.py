@@ -169,8 +169,8 @@ def _by_content(file: BinaryIO, suffix: str) -> Sniffed | None:
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         animated = head[12:16] == b"VP8X" and len(head) > 20 and head[20] & 2
         return Sniffed("clip", "animated WebP") if animated else Sniffed("still", "WebP")
-    if head[:4] == b"RIFF":
-        return _RIFF.get(head[8:12])
+    if head[:4] == b"RIFF" and head[8:12] in _RIFF:
+        return _RIFF[head[8:12]]
     if head[:4] == b"OggS":
         return _ogg(head, suffix)
     if head[4:8] in _FIRST_BOXES and (head[0] == 0 or head[4:8] == b"mdat"):  # else it is a word of a text
