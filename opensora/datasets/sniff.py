@@ -5,6 +5,7 @@ the suffix only where the content says nothing. No parser of a library is called
 so that any file of a folder may be asked about.
 """
 
+import re
 import struct
 from dataclasses import dataclass
 from typing import BinaryIO, Literal
@@ -115,6 +116,10 @@ _PNM_SUFFIXES = (".ppm", ".pgm", ".pbm", ".pnm", ".pam")
 _FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"moof", b"sidx")
 _AVIF = Sniffed("still", "AVIF")
 _HEIC = Sniffed("still", "HEIC")
+_TILED_HEIC = Sniffed("neither", "HEIC of tiles, which are not put together here; save it as PNG or JPEG")
+# An item that is put together of others, in the list of items of a HEIC; cameras of phones write these.
+_TILES = re.compile(rb"infe(?:\x02.{7}|\x03.{9})(?:grid|iovl)", re.DOTALL)
+_MOST_ITEMS = 1 << 16  # bytes
 _BRANDS = {
     b"avif": _AVIF,
     b"avis": Sniffed("clip", "animated AVIF"),
@@ -174,7 +179,9 @@ def _by_content(file: BinaryIO, suffix: str) -> Sniffed | None:
     if head[:4] == b"OggS":
         return _ogg(head, suffix)
     if head[4:8] in _FIRST_BOXES and (head[0] == 0 or head[4:8] == b"mdat"):  # else it is a word of a text
-        return _by_brand(head)
+        found = _by_brand(head)
+        tiled = found is _HEIC and _TILES.search(head + file.read(_MOST_ITEMS))
+        return _TILED_HEIC if tiled else found
     if suffix in (".mjpeg", ".mjpg"):
         return None  # pictures of JPEG one behind the other
     for offset, magic, what in _SIGNATURES:

@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 from opensora.datasets.decode import DecodeError, is_image, probe, read_frames, sniff
-from tests.faults.media_fuzz import BASES
+from tests.faults.media_fuzz import BASES, heic
 from tests.unit.test_decode import encode
 
 STILLS = [
     "png", "png 16 bits", "png palette", "jpg", "jpg progressive cmyk", "webp", "avif", "tiff", "tiff float", "bmp",
-    "jpeg 2000", "qoi", "sgi", "ico",
+    "jpeg 2000", "qoi", "sgi", "ico", "heic",
 ]  # fmt: skip
 CLIPS = [
     "mp4 h264", "fragmented mp4", "mkv h264", "webm vp9", "avi mpeg4", "mov animation", "gif", "mpeg-ts", "m2ts",
@@ -90,6 +90,19 @@ def test_camera_raw_is_not_read_as_its_preview(tmp_path: Path) -> None:
     (tmp_path / "a.tif").write_bytes(buffer.getvalue())
     with pytest.raises(DecodeError, match="camera raw"):
         probe(str(tmp_path / "a.tif"))
+
+
+def test_heic(tmp_path: Path) -> None:
+    """Of one picture, turned; of tiles it is refused, as one tile would be read in its place."""
+    picture = np.zeros((64, 96, 3), np.uint8)
+    picture[:32, :48] = (255, 0, 0)
+    for turns in range(4):
+        (tmp_path / "a.heic").write_bytes(heic(picture, turns))
+        assert sniff(str(tmp_path / "a.heic")).kind == "still"
+        found = read_frames(str(tmp_path / "a.heic"), 0, 1)[0].astype(int)
+        assert np.abs(found - np.rot90(picture, turns)).mean() < 3
+    (tmp_path / "a.heic").write_bytes(heic(picture, kind=b"grid"))
+    assert "HEIC of tiles" in sniff(str(tmp_path / "a.heic")).what
 
 
 def test_what_cannot_be_looked_at_is_neither(tmp_path: Path) -> None:
