@@ -140,7 +140,8 @@ def probe(source: Source, deadline: Deadline) -> Clip:
     count = len(index.pts) if index.exact else sum(1 for _ in _all_frames(source, threads=1, deadline=deadline))
     fps, note = _frame_rate(index, rate, base)
     if seen and seen[0].curve in _HDR_CURVES:
-        note = f"high dynamic range ({_HDR_CURVES[seen[0].curve]}) is not tone-mapped; colours look pale"
+        pale = f"high dynamic range ({_HDR_CURVES[seen[0].curve]}) is not tone-mapped; colours look pale"
+        note = f"{note}; {pale}" if note else pale
     return Clip(num_frames=count, height=first.shape[1], width=first.shape[2], fps=fps, note=note)
 
 

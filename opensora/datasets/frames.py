@@ -12,6 +12,7 @@ from PIL import Image
 MAX_SIDE = 2**16 - 1
 MAX_PIXELS = 2**26
 MAX_FPS = 1e5
+_BAND_PIXELS = 2**20
 
 Resize = Callable[[int, int], tuple[int, int]]  # displayed (height, width) -> the size wanted
 Allocate = Callable[[tuple[int, int, int, int]], np.ndarray]  # shape -> uint8 array
@@ -52,11 +53,26 @@ class Turn:
 
 def on_background(rgba: np.ndarray, background: Colour) -> np.ndarray:
     """(H, W, 4) uint8 with straight alpha -> (H, W, 3) uint8 as it looks on this colour."""
-    alpha = rgba[..., 3:].astype(np.uint16)
-    if alpha.min(initial=255) == 255:
+    if rgba[..., 3].min(initial=255) == 255:
         return rgba[..., :3]
     behind = np.array(background, dtype=np.uint16)
-    return ((rgba[..., :3] * alpha + behind * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+    def mixed(rows: np.ndarray) -> np.ndarray:
+        alpha = rows[..., 3:].astype(np.uint16)
+        return (rows[..., :3] * alpha + behind * (255 - alpha) + 127) // 255
+
+    return in_bands(mixed, rgba)
+
+
+def in_bands(convert: Callable[[np.ndarray], np.ndarray], stored: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 of what ``convert`` makes of the rows of a picture, some at a time: what it needs in between is
+    many times the picture."""
+    height, width = stored.shape[:2]
+    rows = max(1, _BAND_PIXELS // width)
+    picture = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, rows):
+        picture[top : top + rows] = convert(stored[top : top + rows])
+    return picture
 
 
 @dataclass(frozen=True)
