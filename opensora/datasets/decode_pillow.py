@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from opensora.datasets.frames import (
+    LIMITS,
     Allocate,
     Colour,
     Deadline,
@@ -145,7 +146,10 @@ def _open(source: Source, opened: contextlib.ExitStack) -> Image.Image:
     formats = _formats()
     raw = opened.enter_context(source.open())
     with parsing(partial(DecodeError, source.path)):
-        image = opened.enter_context(Image.open(raw, formats=formats))
+        try:
+            image = opened.enter_context(Image.open(raw, formats=formats))
+        except Image.DecompressionBombError as error:  # far beyond the limits here, which are to be named
+            raise DecodeError(source.path, f"too many pixels, {LIMITS}") from error
         height, width = image.height, image.width
         is_raw = _DNG_VERSION in getattr(image, "tag_v2", {})
     check_size(source.path, height, width)

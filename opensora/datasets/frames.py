@@ -11,6 +11,7 @@ from PIL import Image
 # limits (``opensora.datasets.manifest``), so that what ``probe`` accepts it accepts too.
 MAX_SIDE = 2**16 - 1
 MAX_PIXELS = 2**26
+LIMITS = f"at most {MAX_SIDE} of a side and {MAX_PIXELS} in all are read; scale it down"
 MAX_FPS = 1e5
 _BAND_PIXELS = 2**20
 
@@ -124,8 +125,7 @@ def check_size(path: str, height: int, width: int) -> None:
     if height < 1 or width < 1:
         raise DecodeError(path, f"a picture of {width}x{height} pixels")
     if max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:
-        limits = f"at most {MAX_SIDE} of a side and {MAX_PIXELS} in all are read; scale it down"
-        raise DecodeError(path, f"{width}x{height} pixels, {limits}")
+        raise DecodeError(path, f"{width}x{height} pixels, {LIMITS}")
 
 
 def scale_rgb(frame: np.ndarray, resize: Resize | None) -> np.ndarray:
