@@ -46,8 +46,8 @@ _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 _WITH_ALPHA = ("LA", "PA", "RGBA", "La", "RGBa")
 # White of grey that does not say, and the largest values that point to it: a little may be out of range, and is cut.
 _WHITES = ((1.0, 0.0, 1.1), (255.0, 16.0, 280.0), (65535.0, 4096.0, 72000.0))
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION, _DNG_VERSION = 258, 262, 274, 50706  # tags
-_WHITE_IS_ZERO = 0
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION, _SAMPLE_FORMAT, _DNG_VERSION = 258, 262, 274, 339, 50706  # tags
+_WHITE_IS_ZERO, _UNSIGNED = 0, 1
 _TURNS = {
     2: Turn(flip_columns=True),
     3: Turn(flip_rows=True, flip_columns=True),
@@ -232,6 +232,8 @@ def _to_rgb(source: Source, image: Image.Image, background: Colour) -> np.ndarra
         return in_bands(_lab_to_rgb, stored)
     if not wide:
         return on_background(stored, background) if has_alpha else stored
+    if _is_unsigned(source, image):
+        stored = stored.view(np.uint32)
     scale = _grey_scale(source, image, stored)
     clear = hidden if isinstance(hidden, int) else None  # the one value that is transparent
 
@@ -242,6 +244,13 @@ def _to_rgb(source: Source, image: Image.Image, background: Colour) -> np.ndarra
         return shown
 
     return in_bands(grey, stored)
+
+
+def _is_unsigned(source: Source, image: Image.Image) -> bool:
+    """Whether a TIFF of 32-bit integers means them from 0 on; Pillow takes all for signed."""
+    with parsing(partial(DecodeError, source.path)):
+        kinds = getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT, (_UNSIGNED,))
+        return image.mode == "I" and image.format == "TIFF" and kinds[0] == _UNSIGNED
 
 
 def _grey_scale(source: Source, image: Image.Image, stored: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:

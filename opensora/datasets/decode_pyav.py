@@ -22,6 +22,7 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.sidedata.sidedata import Type as SideDataType
+from av.stream import Disposition
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
@@ -249,6 +250,9 @@ def _video_stream(source: Source, container: InputContainer, threads: int) -> Vi
         raise DecodeError(source.path, "no video stream")
     with parsing(partial(DecodeError, source.path)):
         context = stream.codec_context
+        is_cover = bool(stream.disposition & Disposition.attached_pic)
+    if is_cover:
+        raise DecodeError(source.path, "no video stream, only a cover picture")
     if context is None:
         raise DecodeError(source.path, "no decoder for its video codec")
     with parsing(partial(DecodeError, source.path)):

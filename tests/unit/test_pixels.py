@@ -67,20 +67,30 @@ def test_grey_of_any_depth_is_a_ramp(kind: str, tmp_path: Path) -> None:
     assert found[0, 0, 0] == 0 and found[0, -1, 0] == 255
 
 
+def with_tag(image: Image.Image, tag: int, value: int) -> bytes:
+    """A TIFF of the image in which a short number has become another."""
+    buffer = io.BytesIO()
+    image.save(buffer, "TIFF")
+    raw = bytearray(buffer.getvalue())
+    directory = struct.unpack("<I", raw[4:8])[0]
+    entries = [directory + 2 + 12 * i for i in range(struct.unpack_from("<H", raw, directory)[0])]
+    at = next(entry for entry in entries if struct.unpack_from("<H", raw, entry)[0] == tag)
+    struct.pack_into("<H", raw, at + 8, value)
+    return bytes(raw)
+
+
 def test_a_big_endian_tiff_and_one_whose_zero_is_white(tmp_path: Path) -> None:
     values = (RAMP * 65535).round().astype(np.uint16)
     Image.fromarray(values.astype(">u2")).save(tmp_path / "big.tiff")
     assert abs(still(tmp_path / "big.tiff").astype(int) - BLACK_TO_WHITE).max() <= 1
-    buffer = io.BytesIO()
-    Image.fromarray(values).save(buffer, "TIFF")
-    raw = bytearray(buffer.getvalue())
-    directory = struct.unpack("<I", raw[4:8])[0]
-    for entry in range(struct.unpack_from("<H", raw, directory)[0]):
-        at = directory + 2 + 12 * entry
-        if struct.unpack_from("<H", raw, at)[0] == 262:  # photometric interpretation
-            struct.pack_into("<H", raw, at + 8, 0)
-    (tmp_path / "inverted.tiff").write_bytes(raw)
+    (tmp_path / "inverted.tiff").write_bytes(with_tag(Image.fromarray(values), 262, 0))  # photometric interpretation
     assert abs(still(tmp_path / "inverted.tiff").astype(int) - BLACK_TO_WHITE[:, ::-1]).max() <= 1
+
+
+def test_unsigned_integers_of_32_bits(tmp_path: Path) -> None:
+    image = Image.fromarray((RAMP * (2**32 - 1)).round().astype(np.uint32).view(np.int32))
+    (tmp_path / "a.tiff").write_bytes(with_tag(image, 339, 1))  # sample format
+    assert abs(still(tmp_path / "a.tiff").astype(int) - BLACK_TO_WHITE).max() <= 1
 
 
 def test_floats_that_are_no_numbers_are_black(tmp_path: Path) -> None:
