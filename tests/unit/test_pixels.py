@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from opensora.datasets import DataConfig
 from opensora.datasets.decode import DecodeError, probe, read_frames
 from opensora.datasets.frames import MAX_PIXELS, MAX_SIDE, Turn
+from opensora.datasets.loader import build_loader
 from opensora.datasets.manifest import read_table
+from opensora.datasets.plan import BatchPlan
 from opensora.utils.errors import UserError
 
 HEIGHT, WIDTH = 32, 64
@@ -186,6 +189,18 @@ def test_half_transparent_on_any_colour_in_any_format(suffix: str, tmp_path: Pat
         found = read_frames(str(tmp_path / f"a{suffix}"), 0, 1, background=background)[0]
         expected = np.array((200, 100, 0)) * (128 / 255) + np.array(background) * (127 / 255)
         assert abs(found - expected).max() < (6 if suffix == ".avif" else 1), background
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_puts_it_on_its_background(workers: int, tmp_path: Path) -> None:
+    Image.fromarray(np.full((64, 64, 4), (200, 100, 0, 0), np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "t.csv").write_text("path,text,num_frames,height,width,fps\na.png,a,1,64,64,\n")
+    table = read_table(str(tmp_path / "t.csv"))
+    cfg = DataConfig(buckets={"64px": {1: [1.0, 1]}}, workers=workers, micro_batches=1, background="#0000ff")
+    plan = BatchPlan(table, cfg, 16, seed=0)
+    batches: Any = build_loader(table, plan, cfg, start_step=0, stop_step=1, dp_rank=0, dp_degree=1, seed=0)
+    (batch,) = list(batches)
+    assert batch.pixels[0, :, 0].reshape(3, -1).unique(dim=1).tolist() == [[0], [0], [255]]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tiff", ".avif"])
