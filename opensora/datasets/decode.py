@@ -125,6 +125,7 @@ def read_frames(
     """
     if start < 0 or count < 1 or interval < 1:
         raise ValueError(f"start={start}, count={count}, interval={interval}: allowed are start >= 0, the others >= 1")
+    read_plain = DECODERS[decoder][1]
     deadline = Deadline(path, timeout_s)
     source = locate(path)
     found = _sniffed(source)
@@ -133,7 +134,7 @@ def read_frames(
         if found.what in _ANIMATIONS:
             return decode_pillow.read_animation(source, numbers, resize, deadline, allocate, background)
         if decoder != "pyav" and decode_pyav.is_plain(source, deadline):
-            return DECODERS[decoder][1](source, numbers, resize, threads, deadline, allocate)
+            return read_plain(source, numbers, resize, threads, deadline, allocate)
         return decode_pyav.read_window(source, numbers, resize, threads, deadline, allocate, background)
     if start + count > 1:
         raise DecodeError(path, f"an image has 1 frame, the window needs {numbers[-1] + 1}")

@@ -14,7 +14,7 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from opensora.datasets.frames import (
+    LIMITS,
     Allocate,
     Colour,
     Deadline,
@@ -29,6 +30,7 @@ from opensora.datasets.frames import (
     Resize,
     Turn,
     check_size,
+    in_bands,
     on_background,
     scale_rgb,
 )
@@ -44,8 +46,8 @@ _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 _WITH_ALPHA = ("LA", "PA", "RGBA", "La", "RGBa")
 # White of grey that does not say, and the largest values that point to it: a little may be out of range, and is cut.
 _WHITES = ((1.0, 0.0, 1.1), (255.0, 16.0, 280.0), (65535.0, 4096.0, 72000.0))
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION, _DNG_VERSION = 258, 262, 274, 50706  # tags
-_WHITE_IS_ZERO = 0
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION, _SAMPLE_FORMAT, _DNG_VERSION = 258, 262, 274, 339, 50706  # tags
+_WHITE_IS_ZERO, _UNSIGNED = 0, 1
 _TURNS = {
     2: Turn(flip_columns=True),
     3: Turn(flip_rows=True, flip_columns=True),
@@ -144,7 +146,10 @@ def _open(source: Source, opened: contextlib.ExitStack) -> Image.Image:
     formats = _formats()
     raw = opened.enter_context(source.open())
     with parsing(partial(DecodeError, source.path)):
-        image = opened.enter_context(Image.open(raw, formats=formats))
+        try:
+            image = opened.enter_context(Image.open(raw, formats=formats))
+        except Image.DecompressionBombError as error:  # far beyond the limits here, which are to be named
+            raise DecodeError(source.path, f"too many pixels, {LIMITS}") from error
         height, width = image.height, image.width
         is_raw = _DNG_VERSION in getattr(image, "tag_v2", {})
     check_size(source.path, height, width)
@@ -224,30 +229,50 @@ def _to_rgb(source: Source, image: Image.Image, background: Colour) -> np.ndarra
         has_alpha = mode in _WITH_ALPHA or hidden is not None
         stored = np.asarray(image if wide or is_lab else image.convert("RGBA" if has_alpha else "RGB"))
     if is_lab:
-        return _lab_to_rgb(stored)
+        return in_bands(_lab_to_rgb, stored)
     if not wide:
         return on_background(stored, background) if has_alpha else stored
-    grey = np.repeat(_grey_to_8_bits(source, image, stored)[..., None], 3, axis=2)
-    if isinstance(hidden, int):  # the one value that is transparent
-        grey[stored == hidden] = background
-    return grey
+    if _is_unsigned(source, image):
+        stored = stored.view(np.uint32)
+    scale = _grey_scale(source, image, stored)
+    clear = hidden if isinstance(hidden, int) else None  # the one value that is transparent
+
+    def grey(rows: np.ndarray) -> np.ndarray:
+        shown = np.repeat(scale(rows)[..., None], 3, axis=2)
+        if clear is not None:
+            shown[rows == clear] = background
+        return shown
+
+    return in_bands(grey, stored)
 
 
-def _grey_to_8_bits(source: Source, image: Image.Image, stored: np.ndarray) -> np.ndarray:
-    """(H, W) of any number type -> uint8, black to white."""
+def _is_unsigned(source: Source, image: Image.Image) -> bool:
+    """Whether a TIFF of 32-bit integers means them from 0 on; Pillow takes all for signed."""
+    with parsing(partial(DecodeError, source.path)):
+        kinds = getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT, (_UNSIGNED,))
+        return image.mode == "I" and image.format == "TIFF" and kinds[0] == _UNSIGNED
+
+
+def _grey_scale(source: Source, image: Image.Image, stored: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """What makes 8 bits of grey of any number type, black to white."""
     with parsing(partial(DecodeError, source.path)):
         tags = getattr(image, "tag_v2", {})
         bits = int(tags.get(_BITS_PER_SAMPLE, (16,))[0])
         inverted = tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
         says_white = image.mode in _SIXTEEN_BITS or image.format in ("PNG", "PPM")
-    values = stored.astype(np.float64 if image.mode in ("I", "F") else np.float32)
-    values[~np.isfinite(values)] = 0.0
     if says_white:
         black, white = 0.0, float(2 ** min(max(bits, 1), 16) - 1)
     else:
-        black, white = _black_and_white(float(values.min()), float(values.max()))
-    grey = np.rint((values - black) * (255 / (white - black))).clip(0, 255).astype(np.uint8)
-    return 255 - grey if inverted else grey
+        finite = stored[np.isfinite(stored)]
+        extremes = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+        black, white = _black_and_white(*extremes)
+
+    def scale(rows: np.ndarray) -> np.ndarray:
+        values = np.where(np.isfinite(rows), rows, black).astype(np.float64)
+        grey = np.rint((values - black) * (255 / (white - black))).clip(0, 255).astype(np.uint8)
+        return 255 - grey if inverted else grey
+
+    return scale
 
 
 def _black_and_white(least: float, most: float) -> tuple[float, float]:

@@ -22,6 +22,7 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.sidedata.sidedata import Type as SideDataType
+from av.stream import Disposition
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
@@ -41,6 +42,7 @@ from opensora.datasets.frames import (
     on_background,
     scale_rgb,
 )
+from opensora.datasets.sniff import CLIP_SUFFIXES, sniff_source
 from opensora.datasets.storage import Source
 from opensora.utils.untrusted import parsing
 
@@ -52,6 +54,14 @@ _CONTAINERS = (
     "vc1", "mjpeg", "yuv4mpegpipe", "cavsvideo", "dirac", "dnxhd", "flic", "smjpeg", "kux",
 )  # fmt: skip
 _OPTIONS = {"format_whitelist": ",".join(_CONTAINERS), "protocol_whitelist": "file,subfile"}
+_WEAK_CONTENTS = {
+    "MPEG program stream": "mpeg",
+    "MPEG transport stream": "mpegts",
+    "MPEG video": "mpegvideo",
+    "MPEG-4 video": "m4v",
+    "H.264": "h264",
+    "H.265": "hevc",
+}
 # Their "keyframe" flags do not promise that decoding can start there.
 _DECODE_FROM_START = ("gif", "apng")
 # Their packets carry no presentation times; what the demuxer makes up is wrong as soon as frames are reordered.
@@ -131,7 +141,8 @@ def probe(source: Source, deadline: Deadline) -> Clip:
     count = len(index.pts) if index.exact else sum(1 for _ in _all_frames(source, threads=1, deadline=deadline))
     fps, note = _frame_rate(index, rate, base)
     if seen and seen[0].curve in _HDR_CURVES:
-        note = f"high dynamic range ({_HDR_CURVES[seen[0].curve]}) is not tone-mapped; colours look pale"
+        pale = f"high dynamic range ({_HDR_CURVES[seen[0].curve]}) is not tone-mapped; colours look pale"
+        note = f"{note}; {pale}" if note else pale
     return Clip(num_frames=count, height=first.shape[1], width=first.shape[2], fps=fps, note=note)
 
 
@@ -217,10 +228,14 @@ class _Opened:
             self._url = f"subfile,,start,{source.offset},end,{source.offset + source.size},,:{self._url}"
 
     def __enter__(self) -> InputContainer:
+        demuxer = None
+        if self._source.kind not in CLIP_SUFFIXES:  # FFmpeg trusts a suffix more than these contents
+            demuxer = _WEAK_CONTENTS.get(sniff_source(self._source).what)
         with parsing(partial(DecodeError, self._source.path)):
             # Text in a damaged header need not be text.
-            self._container = av.open(self._url, metadata_errors="replace", options=dict(_OPTIONS))
-        return self._container
+            opened = av.open(self._url, format=demuxer, metadata_errors="replace", options=dict(_OPTIONS))
+        self._container = opened
+        return opened
 
     def __exit__(self, *_: object) -> None:
         with parsing(partial(DecodeError, self._source.path)):
@@ -235,6 +250,9 @@ def _video_stream(source: Source, container: InputContainer, threads: int) -> Vi
         raise DecodeError(source.path, "no video stream")
     with parsing(partial(DecodeError, source.path)):
         context = stream.codec_context
+        is_cover = bool(stream.disposition & Disposition.attached_pic)
+    if is_cover:
+        raise DecodeError(source.path, "no video stream, only a cover picture")
     if context is None:
         raise DecodeError(source.path, "no decoder for its video codec")
     with parsing(partial(DecodeError, source.path)):

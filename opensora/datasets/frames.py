@@ -11,7 +11,9 @@ from PIL import Image
 # limits (``opensora.datasets.manifest``), so that what ``probe`` accepts it accepts too.
 MAX_SIDE = 2**16 - 1
 MAX_PIXELS = 2**26
+LIMITS = f"at most {MAX_SIDE} of a side and {MAX_PIXELS} in all are read; scale it down"
 MAX_FPS = 1e5
+_BAND_PIXELS = 2**20
 
 Resize = Callable[[int, int], tuple[int, int]]  # displayed (height, width) -> the size wanted
 Allocate = Callable[[tuple[int, int, int, int]], np.ndarray]  # shape -> uint8 array
@@ -52,11 +54,26 @@ class Turn:
 
 def on_background(rgba: np.ndarray, background: Colour) -> np.ndarray:
     """(H, W, 4) uint8 with straight alpha -> (H, W, 3) uint8 as it looks on this colour."""
-    alpha = rgba[..., 3:].astype(np.uint16)
-    if alpha.min(initial=255) == 255:
+    if rgba[..., 3].min(initial=255) == 255:
         return rgba[..., :3]
     behind = np.array(background, dtype=np.uint16)
-    return ((rgba[..., :3] * alpha + behind * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+    def mixed(rows: np.ndarray) -> np.ndarray:
+        alpha = rows[..., 3:].astype(np.uint16)
+        return (rows[..., :3] * alpha + behind * (255 - alpha) + 127) // 255
+
+    return in_bands(mixed, rgba)
+
+
+def in_bands(convert: Callable[[np.ndarray], np.ndarray], stored: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 of what ``convert`` makes of the rows of a picture, some at a time: what it needs in between is
+    many times the picture."""
+    height, width = stored.shape[:2]
+    rows = max(1, _BAND_PIXELS // width)
+    picture = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, rows):
+        picture[top : top + rows] = convert(stored[top : top + rows])
+    return picture
 
 
 @dataclass(frozen=True)
@@ -108,8 +125,7 @@ def check_size(path: str, height: int, width: int) -> None:
     if height < 1 or width < 1:
         raise DecodeError(path, f"a picture of {width}x{height} pixels")
     if max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:
-        limits = f"at most {MAX_SIDE} of a side and {MAX_PIXELS} in all are read; scale it down"
-        raise DecodeError(path, f"{width}x{height} pixels, {limits}")
+        raise DecodeError(path, f"{width}x{height} pixels, {LIMITS}")
 
 
 def scale_rgb(frame: np.ndarray, resize: Resize | None) -> np.ndarray:

@@ -5,6 +5,7 @@ the suffix only where the content says nothing. No parser of a library is called
 so that any file of a folder may be asked about.
 """
 
+import re
 import struct
 from dataclasses import dataclass
 from typing import BinaryIO, Literal
@@ -115,6 +116,10 @@ _PNM_SUFFIXES = (".ppm", ".pgm", ".pbm", ".pnm", ".pam")
 _FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"moof", b"sidx")
 _AVIF = Sniffed("still", "AVIF")
 _HEIC = Sniffed("still", "HEIC")
+_TILED_HEIC = Sniffed("neither", "HEIC of tiles, which are not put together here; save it as PNG or JPEG")
+# An item that is put together of others, in the list of items of a HEIC; cameras of phones write these.
+_TILES = re.compile(rb"infe(?:\x02.{7}|\x03.{9})(?:grid|iovl)", re.DOTALL)
+_MOST_ITEMS = 1 << 16  # bytes
 _BRANDS = {
     b"avif": _AVIF,
     b"avis": Sniffed("clip", "animated AVIF"),
@@ -169,12 +174,14 @@ def _by_content(file: BinaryIO, suffix: str) -> Sniffed | None:
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         animated = head[12:16] == b"VP8X" and len(head) > 20 and head[20] & 2
         return Sniffed("clip", "animated WebP") if animated else Sniffed("still", "WebP")
-    if head[:4] == b"RIFF":
-        return _RIFF.get(head[8:12])
+    if head[:4] == b"RIFF" and head[8:12] in _RIFF:
+        return _RIFF[head[8:12]]
     if head[:4] == b"OggS":
         return _ogg(head, suffix)
-    if head[4:8] in _FIRST_BOXES:
-        return _by_brand(head)
+    if head[4:8] in _FIRST_BOXES and (head[0] == 0 or head[4:8] == b"mdat"):  # else it is a word of a text
+        found = _by_brand(head)
+        tiled = found is _HEIC and _TILES.search(head + file.read(_MOST_ITEMS))
+        return _TILED_HEIC if tiled else found
     if suffix in (".mjpeg", ".mjpg"):
         return None  # pictures of JPEG one behind the other
     for offset, magic, what in _SIGNATURES:
@@ -222,10 +229,11 @@ def _ogg(head: bytes, suffix: str) -> Sniffed | None:
 
 
 def _is_transport_stream(head: bytes) -> bool:
-    """Its packets begin with 0x47 every 188 bytes, 192 with a time before each, 204 with a check sum behind."""
+    """Its packets begin with 0x47 every 188 bytes, 192 with a time before each, 204 with a check sum behind; the fourth
+    byte says that something follows, as it does not in a text of the letter G."""
     for length, first in ((188, 0), (192, 4), (192, 0), (204, 0)):
         marks = head[first : 8 * length : length]
-        if len(head) > length and len(marks) > 1 and set(marks) == {0x47}:
+        if len(marks) > 1 and set(marks) == {0x47} and head[first + 3] & 0x30:
             return True
     return False
 

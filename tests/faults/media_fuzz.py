@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 import sys
 import tarfile
 import time
@@ -176,6 +177,7 @@ BASES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "tiff float": (".tiff", lambda: numbers("TIFF", np.float32, 1.0)),
     "tiff 16 bits": (".tif", lambda: numbers("TIFF", np.uint16, 65535, compression="tiff_deflate")),
     "tiff lab": (".tif", lambda: still("TIFF", "YCbCr")),
+    "heic": (".heic", lambda: heic()),
     "bmp": (".bmp", lambda: still("BMP")),
     "jpeg 2000": (".jp2", lambda: still("JPEG2000")),
     "ppm": (".ppm", lambda: still("PPM")),
@@ -191,7 +193,9 @@ BASES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "zip deflated": (".zip", lambda: zipped(zipfile.ZIP_DEFLATED)),
     "range": (".bin", mp4),
 }
-_PATHS = ("0", "1", "-1", "999999999999999999", "9" * 5000, "٣", "1e3", "0x10", " 4", "\0", "#", "@", "+", "/", "\ud800")
+_PATHS = (
+    "0", "1", "-1", "999999999999999999", "9" * 5000, "٣", "1e3", "0x10", " 4", "\0", "#", "@", "+", "/", "\ud800",
+)  # fmt: skip
 
 
 def fragmented() -> bytes:
@@ -210,6 +214,42 @@ def m2ts() -> bytes:
     """A transport stream with four bytes of time before each packet."""
     plain = video("libx264", "yuv420p", "mpegts")
     return b"".join(b"\0\0\0\0" + plain[i : i + 188] for i in range(0, len(plain), 188))
+
+
+def box(name: bytes, *parts: bytes, version: int | None = None) -> bytes:
+    body = (b"" if version is None else struct.pack(">I", version << 24)) + b"".join(parts)
+    return struct.pack(">I", 8 + len(body)) + name + body
+
+
+def heic(picture: np.ndarray | None = None, turns: int = 0, kind: bytes = b"hvc1") -> bytes:
+    """A picture of one H.265 frame, turned by quarters counter-clockwise; ``kind`` is the type of its item."""
+    picture = pictures()[0] if picture is None else picture
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as out:
+        stream: Any = out.add_stream("libx265", rate=1, options={"x265-params": "log-level=none:crf=1:keyint=1"})
+        stream.height, stream.width = picture.shape[:2]
+        stream.pix_fmt = "yuv420p"
+        out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        out.mux(stream.encode())
+    movie = buffer.getvalue()
+    at = movie.index(b"hvcC") - 4
+    settings = movie[at : at + int.from_bytes(movie[at : at + 4], "big")]
+    with av.open(io.BytesIO(movie)) as opened:
+        frame = bytes(next(packet for packet in opened.demux(video=0) if packet.size))
+    size = box(b"ispe", struct.pack(">II", picture.shape[1], picture.shape[0]), version=0)
+    properties = box(b"ipco", settings, size, box(b"irot", bytes([turns])))
+    applied = box(b"ipma", struct.pack(">IHB", 1, 1, 3), b"\x81\x02\x83", version=0)
+    item = box(b"infe", struct.pack(">HH", 1, 0), kind, b"\0", version=2)
+    described = (
+        box(b"hdlr", bytes(4), b"pict", bytes(13), version=0)
+        + box(b"pitm", b"\0\1", version=0)
+        + box(b"iinf", b"\0\1", item, version=0)
+        + box(b"iprp", properties, applied)
+    )
+    head = box(b"ftyp", b"heic", bytes(4), b"mif1heic")
+    place = len(head) + 12 + len(described) + 30 + 8  # of the frame, behind the boxes meta and iloc
+    where = struct.pack(">BBHHHHII", 0x44, 0, 1, 1, 0, 1, place, len(frame))
+    return head + box(b"meta", described, box(b"iloc", where, version=0), version=0) + box(b"mdat", frame)
 
 
 def write_bases(folder: Path) -> None:
@@ -286,7 +326,9 @@ def _splice(raw: bytearray, other: bytes, rng: np.random.Generator) -> None:
     raw[at : at + (len(piece) if rng.random() < 0.5 else 0)] = piece
 
 
-_CHANGES = (_flip_bits, _flip_bits, _set_bytes, _set_length, _set_length, _cut, _zero, _noise, _remove, _repeat, _splice)
+_CHANGES = (
+    _flip_bits, _flip_bits, _set_bytes, _set_length, _set_length, _cut, _zero, _noise, _remove, _repeat, _splice,
+)  # fmt: skip
 
 
 def path_of(case: Case, folder: Path, scratch: Path) -> str:

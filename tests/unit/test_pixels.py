@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from opensora.datasets import DataConfig
 from opensora.datasets.decode import DecodeError, probe, read_frames
 from opensora.datasets.frames import MAX_PIXELS, MAX_SIDE, Turn
+from opensora.datasets.loader import build_loader
 from opensora.datasets.manifest import read_table
+from opensora.datasets.plan import BatchPlan
 from opensora.utils.errors import UserError
 
 HEIGHT, WIDTH = 32, 64
@@ -67,20 +70,30 @@ def test_grey_of_any_depth_is_a_ramp(kind: str, tmp_path: Path) -> None:
     assert found[0, 0, 0] == 0 and found[0, -1, 0] == 255
 
 
+def with_tag(image: Image.Image, tag: int, value: int) -> bytes:
+    """A TIFF of the image in which a short number has become another."""
+    buffer = io.BytesIO()
+    image.save(buffer, "TIFF")
+    raw = bytearray(buffer.getvalue())
+    directory = struct.unpack("<I", raw[4:8])[0]
+    entries = [directory + 2 + 12 * i for i in range(struct.unpack_from("<H", raw, directory)[0])]
+    at = next(entry for entry in entries if struct.unpack_from("<H", raw, entry)[0] == tag)
+    struct.pack_into("<H", raw, at + 8, value)
+    return bytes(raw)
+
+
 def test_a_big_endian_tiff_and_one_whose_zero_is_white(tmp_path: Path) -> None:
     values = (RAMP * 65535).round().astype(np.uint16)
     Image.fromarray(values.astype(">u2")).save(tmp_path / "big.tiff")
     assert abs(still(tmp_path / "big.tiff").astype(int) - BLACK_TO_WHITE).max() <= 1
-    buffer = io.BytesIO()
-    Image.fromarray(values).save(buffer, "TIFF")
-    raw = bytearray(buffer.getvalue())
-    directory = struct.unpack("<I", raw[4:8])[0]
-    for entry in range(struct.unpack_from("<H", raw, directory)[0]):
-        at = directory + 2 + 12 * entry
-        if struct.unpack_from("<H", raw, at)[0] == 262:  # photometric interpretation
-            struct.pack_into("<H", raw, at + 8, 0)
-    (tmp_path / "inverted.tiff").write_bytes(raw)
+    (tmp_path / "inverted.tiff").write_bytes(with_tag(Image.fromarray(values), 262, 0))  # photometric interpretation
     assert abs(still(tmp_path / "inverted.tiff").astype(int) - BLACK_TO_WHITE[:, ::-1]).max() <= 1
+
+
+def test_unsigned_integers_of_32_bits(tmp_path: Path) -> None:
+    image = Image.fromarray((RAMP * (2**32 - 1)).round().astype(np.uint32).view(np.int32))
+    (tmp_path / "a.tiff").write_bytes(with_tag(image, 339, 1))  # sample format
+    assert abs(still(tmp_path / "a.tiff").astype(int) - BLACK_TO_WHITE).max() <= 1
 
 
 def test_floats_that_are_no_numbers_are_black(tmp_path: Path) -> None:
@@ -176,6 +189,18 @@ def test_half_transparent_on_any_colour_in_any_format(suffix: str, tmp_path: Pat
         found = read_frames(str(tmp_path / f"a{suffix}"), 0, 1, background=background)[0]
         expected = np.array((200, 100, 0)) * (128 / 255) + np.array(background) * (127 / 255)
         assert abs(found - expected).max() < (6 if suffix == ".avif" else 1), background
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_puts_it_on_its_background(workers: int, tmp_path: Path) -> None:
+    Image.fromarray(np.full((64, 64, 4), (200, 100, 0, 0), np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "t.csv").write_text("path,text,num_frames,height,width,fps\na.png,a,1,64,64,\n")
+    table = read_table(str(tmp_path / "t.csv"))
+    cfg = DataConfig(buckets={"64px": {1: [1.0, 1]}}, workers=workers, micro_batches=1, background="#0000ff")
+    plan = BatchPlan(table, cfg, 16, seed=0)
+    batches: Any = build_loader(table, plan, cfg, start_step=0, stop_step=1, dp_rank=0, dp_degree=1, seed=0)
+    (batch,) = list(batches)
+    assert batch.pixels[0, :, 0].reshape(3, -1).unique(dim=1).tolist() == [[0], [0], [255]]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tiff", ".avif"])
@@ -455,7 +480,8 @@ def test_high_dynamic_range_is_said(curve: int, name: str, tmp_path: Path) -> No
 
 def test_one_limit_for_probe_and_table(tmp_path: Path) -> None:
     """What one accepts the other accepts too."""
-    for height, width, allowed in ((1, MAX_SIDE, True), (1, MAX_SIDE + 1, False), (8193, 8192, False)):
+    sizes = ((1, MAX_SIDE, True), (1, MAX_SIDE + 1, False), (8193, 8192, False), (14000, 14000, False))
+    for height, width, allowed in sizes:
         Image.new("1", (width, height)).save(tmp_path / "a.png")
         (tmp_path / "t.csv").write_text(f"path,text,num_frames,height,width,fps\na.png,a,1,{height},{width},\n")
         if allowed:
