@@ -7,7 +7,9 @@ import csv
 import os
 import random
 import re
+import resource
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
@@ -340,6 +342,28 @@ def test_a_file_that_hangs_kills_or_floods_its_reader_costs_itself(
     listed = run.why("bad.mp4")
     assert listed[0] == "cannot be read"
     assert re.fullmatch(reason + r"( \(out of memory\?\))?", listed[1]), listed
+
+
+def test_a_small_file_that_counts_sixty_million_frames(
+    tmp_path: Path, clip: bytes, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FFmpeg makes a list of them before the first packet: more memory than a decoding process may have."""
+    frames, raw = 60_000_000, bytearray(clip)
+    for box, entry in ((b"stsz", (1, frames)), (b"stts", (1, frames, 512)), (b"stsc", (1, 1, frames, 1))):
+        at = raw.index(box) + 8
+        raw[at : at + 4 * len(entry)] = struct.pack(f">{len(entry)}I", *entry)
+    for box in (b"stss", b"ctts"):
+        raw = bytearray(bytes(raw).replace(box, b"free"))
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, content in (("a", clip), ("claims", bytes(raw))):
+        (folder / f"{name}.mp4").write_bytes(content)
+        (folder / f"{name}.txt").write_text("x")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    run = Run(folder, tmp_path / "t.csv", capsys)
+    assert run.rows == {"a.mp4": "x"} and run.why("claims.mp4")[0] == "cannot be read"
+    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    assert most == before or most < 2 << 20  # KiB
 
 
 def test_the_limits_are_those_of_training() -> None:
