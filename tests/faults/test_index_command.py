@@ -517,4 +517,3 @@ def test_many_folders_and_tables(
     tally("index: random folders: rows and what is left out are all files", sum(found.values()), 100)
     found = fuzz_tables(draw, tmp_path, 10_000)
     tally("clip tables with noise in them: read, or one line", sum(found.values()), 10_000)
-
