@@ -137,8 +137,9 @@ def report(found: dict[str, Any]) -> None:
 
 def in_process(index: Path, step: int) -> dict[str, Any]:
     """``start_run`` in a new process."""
-    command = [sys.executable, __file__, "--start", str(index), "--step", str(step)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    command = [sys.executable, "-m", "benchmarks.index", "--start", str(index), "--step", str(step)]
+    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).resolve().parents[1])
+    return json.loads(run.stdout)
 
 
 def start_run(index: Path, step: int) -> dict[str, Any]:

@@ -126,6 +126,7 @@ def test_flipped_bits_are_noticed_when_a_table_is_opened(tmp_path: Path, said: l
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_many_flipped_bits(tmp_path: Path, said: list[str], tally: Tally) -> None:
     noticed, wrong = flips(Lab(tmp_path), said, random.Random(1), 250)
     tally("clip index: a flipped bit is noticed, and the index built anew with one line", noticed, 250)
