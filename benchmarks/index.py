@@ -138,7 +138,8 @@ def report(found: dict[str, Any]) -> None:
 def in_process(index: Path, step: int) -> dict[str, Any]:
     """``start_run`` in a new process."""
     command = [sys.executable, "-m", "benchmarks.index", "--start", str(index), "--step", str(step)]
-    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).resolve().parents[1])
+    root = Path(__file__).resolve().parents[1]
+    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=root)
     return json.loads(run.stdout)
 
 

@@ -183,7 +183,7 @@ def read_batches(file: Path, row_group: int | None = None, first_row: int = 0) -
         if file.suffix == ".csv":
             _check_utf8(file)
         reason = " ".join(str(error).split())[:200]
-        remedy = ", save it again as UTF-8" if file.suffix == ".csv" else ""
+        remedy = ", save it again as UTF-8" if file.suffix == ".csv" or "utf" in reason.lower() else ""
         raise UserError(f"{file}: cannot be read as {file.suffix[1:]} ({reason}){remedy}") from error
 
 
@@ -279,6 +279,8 @@ def _parquet_batches(file: Path, row_group: int | None) -> Iterator[pa.Table]:
         columns = [name for name in (*_REQUIRED, *_OPTIONAL) if name in names]
         groups = None if row_group is None else [row_group]
         for batch in reader.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns, use_threads=False):
+            for name in _TEXT:  # that they are UTF-8, parquet promises and its reader does not check
+                batch.column(name).validate(full=True)
             yield pa.Table.from_batches([batch])
 
 
