@@ -58,6 +58,7 @@ def generate(path: Path, gop: int) -> str:
         stream = container.add_stream("libx264", rate=FPS, options={"preset": "veryfast", "crf": "23"})
         stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
         stream.codec_context.gop_size = gop
+        stream.codec_context.colorspace = stream.codec_context.color_primaries = stream.codec_context.color_trc = 1
         stream.codec_context.options |= {"keyint_min": str(gop), "sc_threshold": "0"}
         for i in range(SECONDS * FPS):
             picture = np.roll(texture, (i, 2 * i), axis=(0, 1))

@@ -139,8 +139,10 @@ def report(found: dict[str, Any]) -> None:
 
 def in_process(index: Path, step: int) -> dict[str, Any]:
     """``start_run`` in a new process."""
-    command = [sys.executable, __file__, "--start", str(index), "--step", str(step)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    command = [sys.executable, "-m", "benchmarks.index", "--start", str(index), "--step", str(step)]
+    root = Path(__file__).resolve().parents[1]
+    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=root)
+    return json.loads(run.stdout)
 
 
 def start_run(index: Path, step: int) -> dict[str, Any]:
@@ -210,11 +212,11 @@ def bucket_of_row(row: pd.Series, table: dict[str, dict[int, Any]]) -> tuple[str
     """The rules, a row at a time."""
     frames = int(row["num_frames"])
     if row["fps"] >= 24:
-        frames //= math.ceil(row["fps"] / 24 - 1e-3)
+        frames //= math.ceil(row["fps"] / 24)
     for resolution in sorted(table, key=area_of, reverse=True):
         if row["height"] * row["width"] < 0.8 * area_of(resolution):
             continue
-        image = row["num_frames"] == 1
+        image = row["num_frames"] == 1 or frames == 1
         lengths = [n for n in sorted(table[resolution], reverse=True) if (n == 1 if image else 1 < n <= frames)]
         if lengths and RANDOM.random() < table[resolution][lengths[0]][0]:
             ratio = math.log(row["width"] / row["height"])

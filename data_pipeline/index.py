@@ -1,33 +1,66 @@
 """Folder of clips and stills -> clip table.
 
-    python -m data_pipeline.index DIR --out table.csv [--captions captions.csv]
+    python -m data_pipeline.index DIR --out table.csv [--captions captions.csv] [--workers N] [--timeout SECONDS]
 
 Captions come from a csv with columns path,text (paths relative to that csv; DIR/captions.csv or the one in the folder
-above is found by itself), else from a text file beside the clip (a.txt or a.mp4.txt). What cannot be used is counted
-by reason on the screen and listed in OUT.left_out.csv.
+above is found by itself), else from a text file beside the clip (a.txt or a.mp4.txt). Links are followed; what a file
+is its content says. What becomes no row is counted by reason on the screen and listed in OUT.left_out.csv: rows and
+what is left out are all files that were seen, but for captions.
 """
 
+import argparse
 import csv
 import os
+import signal
 import sys
+import threading
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
+from typing import IO, Any
 
 from tqdm import tqdm
 
-from opensora.datasets.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError, MediaInfo, probe
-from opensora.utils.arguments import Parser, place, whole
+from data_pipeline.captions import NO_VALUE, Caption, CaptionsFile, Texts, caption_of, find_captions, read_captions
+from data_pipeline.walk import Entry, LeftOut, by_identity, walk
+from opensora.datasets.decode import DecodeError, MediaInfo, sniff
+from opensora.datasets.reader import DecoderProcess, ReaderClosed
+from opensora.utils.arguments import Parser, number, place, whole
 from opensora.utils.command import call
 from opensora.utils.errors import UserError
 from opensora.utils.signals import stopped_in_one_line
+from opensora.utils.user_files import try_output, write_whole
 
 MAX_WORKERS = 1024
 COLUMNS = ("path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps")
+TIMEOUT_S = 60.0  # for one file, as data.decode_timeout_s
+MAX_TIMEOUT_S = 86_400.0
+NO_MEDIA = "no video or image"  # the reason of a file whose content is none
+_SHOWN = 3  # names in a line
+_RATE = 24.0  # frames a second beyond which training takes every second frame
+_RATE_ERROR = 5e-4  # by which a rate measured from rounded times may be above a multiple of it
 
 
-def index_folder(folder: Path, out: Path, captions: Path | None = None, workers: int = 0) -> tuple[int, Counter[str]]:
+@dataclass(frozen=True)
+class Report:
+    """What became of a folder."""
+
+    rows: int
+    left_out: Counter[str]  # by reason
+    unmatched: tuple[str, ...] = ()  # paths of the captions file, as written, that are no file of the folder
+    notes: tuple[tuple[str, str, int], ...] = ()  # (what there is to know, the first file, of how many)
+
+    @property
+    def seen(self) -> int:
+        """Files of the folder, captions aside, and what else was there instead of a file."""
+        return self.rows + sum(self.left_out.values())
+
+
+def index_folder(
+    folder: Path, out: Path, captions: Path | None = None, workers: int = 0, timeout_s: float = TIMEOUT_S
+) -> tuple[int, Counter[str]]:
     """Write the clip table of a folder, sorted by path.
 
     Paths in the table are relative to it where the clip lies below the table's folder, absolute elsewhere.
@@ -36,34 +69,10 @@ def index_folder(folder: Path, out: Path, captions: Path | None = None, workers:
         (rows written, files left out by reason).
 
     Raises:
-        UserError: no folder, a captions file that cannot be used, or nothing to write.
+        UserError: no folder, a captions file that cannot be used, a place that cannot be written, or nothing to write.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    files = _media_files(folder)
-    if not files:
-        raise UserError(
-            f"{folder}: no video or image in it (looked for {' '.join((*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))})"
-        )
-    known = _read_captions(captions or _find_captions(folder))
-    rows: list[dict[str, object]] = []
-    left_out: list[tuple[Path, str, str]] = []
-    for file, found in zip(files, _probe_all(files, workers), strict=True):
-        caption = known.get(file.resolve()) or _caption_beside(file)
-        if isinstance(found, str):
-            left_out.append((file, "cannot be read", found))
-        elif not caption:
-            left_out.append((file, "no caption", "not in a captions file, and no text file beside it"))
-        else:
-            rows.append(_row(_table_path(file, out), caption, found))
-    counts = Counter(reason for _, reason, _ in left_out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _write(out.with_name(f"{out.name}.left_out.csv"), ("path", "reason", "detail"), left_out)
-    if not rows:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-        raise UserError(f"{folder}: none of {len(files)} files can be used ({reasons}); see {out}.left_out.csv")
-    _write(out, COLUMNS, [tuple(row[name] for name in COLUMNS) for row in rows])
-    return len(rows), counts
+    report = _index(folder, out, captions, workers, timeout_s)
+    return report.rows, report.left_out
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,94 +80,280 @@ def main(argv: Sequence[str] | None = None) -> int:
     return call(_main, argv)
 
 
-def _main(argv: list[str]) -> None:
-    parser = Parser(description="Make a clip table from a folder of videos and images.")
-    parser.add_argument("folder", type=place)
-    parser.add_argument("--out", type=place, required=True, help="csv to write")
-    parser.add_argument("--captions", type=place, help="csv with columns path,text")
-    parser.add_argument("--workers", type=whole(0, MAX_WORKERS), default=0, help="processes; 0: one per core")
-    args = parser.parse_args(argv)
-    count, left_out = index_folder(args.folder, args.out, args.captions, args.workers)
-    print(f"{args.out}: {count} rows")
-    for reason, number in left_out.items():
-        print(f"left out {number}: {reason} (listed in {args.out}.left_out.csv)")
-
-
-def _media_files(folder: Path) -> list[Path]:
-    suffixes = {*VIDEO_SUFFIXES, *IMAGE_SUFFIXES}
-    found = (Path(root) / name for root, _, names in os.walk(folder) for name in names)
-    return sorted(path for path in found if path.suffix.lower() in suffixes)
-
-
-def _probe_all(files: list[Path], workers: int) -> list[MediaInfo | str]:
-    processes = min(workers or os.cpu_count() or 1, len(files))
-    with ProcessPoolExecutor(processes) as pool:
-        chunk = max(1, min(64, len(files) // (4 * processes)))
-        results = pool.map(_probe, map(str, files), chunksize=chunk)
-        return list(tqdm(results, total=len(files), desc="probing", unit="file", disable=None))
-
-
-def _probe(path: str) -> MediaInfo | str:
-    """What the file holds, or why it cannot be read."""
+def _main(argv: list[str]) -> int:
+    args = _parse(argv)
     try:
-        return probe(path)
-    except DecodeError as error:
-        return error.cause
+        report = _index(args.folder, args.out, args.captions, args.workers or 0, args.timeout)
+    except KeyboardInterrupt as stop:
+        print("interrupted: the clip table was not written", file=sys.stderr)
+        return 128 + int(getattr(stop, "number", signal.SIGINT))
+    print(_line(f"{args.out}: {report.rows} rows of {report.seen} files"))
+    for reason, count in report.left_out.items():
+        print(_line(f"left out {count}: {reason} (listed in {args.out}.left_out.csv)"))
+    for note, first, count in report.notes:
+        others = f" and {count - 1} more" if count > 1 else ""
+        print(_line(f"{first}{others}: {note}"))
+    if report.unmatched:
+        print(_line(_unmatched(report.unmatched)))
+    return 0
 
 
-def _find_captions(folder: Path) -> Path | None:
-    places = (folder / "captions.csv", folder.resolve().parent / "captions.csv")
-    return next((path for path in places if path.is_file()), None)
+def _index(folder: Path, out: Path, captions: Path | None, workers: int, timeout_s: float) -> Report:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    listed = out.with_name(f"{out.name}.left_out.csv")
+    for path in (out, listed):
+        try_output(path, "--out")
+    source = captions or find_captions(folder)
+    if source is not None and source.exists() and out.exists() and source.samefile(out):
+        raise UserError(f"--out={out}: is the captions file; name another file to write")
+    known = read_captions(source) if source is not None else None
+    files, left_out = walk(folder, {Path(os.path.realpath(path)) for path in (out, listed, source) if path})
+    content = _Content(files, known)
+    found = _probe_all([file.path for file in content.files], workers, timeout_s)
+    rows, notes = content.rows(found, out)
+    left_out += content.left_out
+    if left_out:
+        left_out.sort(key=lambda item: os.fsencode(item.path))
+        written = [(_printable(item.path), item.reason, _printable(item.detail)) for item in left_out]
+        write_whole(listed, lambda file: _write(file, ("path", "reason", "detail"), written))
+    counts = Counter(item.reason for item in left_out)
+    unmatched = tuple(known.unused(content.real)) if known is not None else ()
+    report = Report(len(rows), counts, unmatched, notes)
+    if not rows:
+        raise UserError(_nothing(folder, listed, report))
+    if not left_out:  # that of an earlier time says what is no longer so
+        write_whole(listed, lambda file: _write(file, ("path", "reason", "detail"), []))
+    write_whole(out, lambda file: _write(file, COLUMNS, rows))
+    return report
 
 
-def _read_captions(path: Path | None) -> dict[Path, str]:
-    """Caption by resolved path; nothing without a file."""
-    if path is None:
-        return {}
-    if not path.is_file():
-        raise UserError(f"{path}: no such captions file")
+class _Content:
+    """Files of a folder with their captions, each file once; texts that are captions are none of them."""
+
+    def __init__(self, entries: Sequence[Entry], known: CaptionsFile | None) -> None:
+        texts = Texts(entry.path for entry in entries)
+        others = [entry for entry in entries if entry.path.suffix.lower() != ".txt"]
+        self._beside: dict[Path, list[Path]] = {entry.path: texts.beside(entry.path) for entry in others}
+        used = {path for paths in self._beside.values() for path in paths}
+        self.files: list[Entry] = []
+        self._ways: list[list[Entry]] = []  # to each of these files
+        self.captions: list[Caption] = []
+        self.left_out: list[LeftOut] = []
+        self.real: set[str] = set()  # paths of all files, as captions name them
+        for ways in by_identity([entry for entry in entries if entry.path not in used]):
+            captions = [caption_of(way.path, known, texts) for way in ways]
+            # The way that has a caption, else the one without links, else the first.
+            best = min(range(len(ways)), key=lambda i: (bool(captions[i].reason), ways[i].linked, i))
+            self.files.append(ways[best])
+            self._ways.append(ways)
+            self.captions.append(captions[best])
+            self.real.update(os.path.realpath(way.path) for way in ways)
+            detail = f"is {ways[best].path}, which is read once"
+            self.left_out += [LeftOut(way.path, "file reached twice", detail) for way in ways if way is not ways[best]]
+
+    def rows(
+        self, found: Iterable[MediaInfo | LeftOut], out: Path
+    ) -> tuple[list[tuple], tuple[tuple[str, str, int], ...]]:
+        """The rows of the table, in its order, and notes; the rest is ``left_out``."""
+        rows: list[tuple] = []
+        notes: dict[str, list[Path]] = {}
+        captions_of_media: set[Path] = set()
+        for file, ways, caption, facts in zip(self.files, self._ways, self.captions, found, strict=True):
+            if not (isinstance(facts, LeftOut) and facts.reason == NO_MEDIA):
+                captions_of_media.update(path for way in ways for path in self._beside.get(way.path, ()))
+            path = _table_path(file.path, out)
+            if isinstance(facts, LeftOut):
+                self.left_out.append(facts)
+            elif not _is_utf8(path):
+                self.left_out.append(LeftOut(file.path, "file name is not UTF-8", "rename it"))
+            elif caption.reason:
+                self.left_out.append(LeftOut(file.path, caption.reason, caption.detail))
+            else:
+                rows.append(_row(path, caption.text, facts))
+                if facts.note:
+                    notes.setdefault(facts.note, []).append(file.path)
+        all_captions = {path for paths in self._beside.values() for path in paths}
+        detail = "a text file beside no video or image"
+        self.left_out += [LeftOut(path, NO_MEDIA, detail) for path in sorted(all_captions - captions_of_media)]
+        return rows, tuple((note, str(files[0]), len(files)) for note, files in notes.items())
+
+
+def _probe_all(files: Sequence[Path], workers: int, timeout_s: float) -> list[MediaInfo | LeftOut]:
+    """What every file holds. Threads take one file after the other, each with a decoding process that it alone talks
+    to: one that hangs, dies or wants too much memory is replaced, and costs its file only."""
+    results: list[Any] = [None] * len(files)
+    done: SimpleQueue[BaseException | None] = SimpleQueue()
+    jobs, guard, probers = iter(enumerate(files)), threading.Lock(), _Probers(timeout_s)
+
+    def work() -> None:
+        try:
+            with probers.one() as probe:
+                while (job := _next_of(jobs, guard)) is not None:
+                    results[job[0]] = probe(job[1])
+                    done.put(None)
+        except ReaderClosed:
+            pass  # the main thread is on its way out
+        except BaseException as error:
+            done.put(error)
+
+    count = min(workers or os.cpu_count() or 1, len(files))
+    threads = [threading.Thread(target=work, name=f"probe-{number}", daemon=True) for number in range(count)]
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            names = reader.fieldnames or []
-            missing = [name for name in ("path", "text") if name not in names]
-            if missing:
-                raise UserError(f"{path}: column {missing[0]!r} is missing; it has {', '.join(names) or 'none'}")
-            return {(path.parent / row["path"]).resolve(): (row["text"] or "").strip() for row in reader}
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason}), save it again as UTF-8") from error
+        for thread in threads:
+            thread.start()
+        for _ in tqdm(files, desc="probing", unit="file", disable=None):
+            if (error := done.get()) is not None:
+                raise error
+    finally:
+        probers.close()
+    return results
 
 
-def _caption_beside(file: Path) -> str:
-    for path in (file.with_suffix(".txt"), file.with_name(f"{file.name}.txt")):
-        if path.is_file():
-            return path.read_text(encoding="utf-8-sig", errors="replace").strip()
-    return ""
+class _Probers:
+    """The decoding processes of ``_probe_all``; started when a thread meets its first clip or still."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._guard = threading.Lock()
+        self._processes: list[DecoderProcess] = []
+        self._closed = False
+
+    def one(self) -> "_Prober":
+        return _Prober(self, self._timeout_s)
+
+    def start(self) -> DecoderProcess:
+        with self._guard:
+            if self._closed:
+                raise ReaderClosed
+            self._processes.append(DecoderProcess())
+            return self._processes[-1]
+
+    def close(self) -> None:
+        """End all of them, also those at work. May be called twice."""
+        with self._guard:
+            self._closed = True
+        for process in self._processes:
+            process.close()
+
+
+class _Prober:
+    """Probes files one after the other."""
+
+    def __init__(self, probers: _Probers, timeout_s: float) -> None:
+        self._probers, self._timeout_s = probers, timeout_s
+        self._process: DecoderProcess | None = None
+
+    def __enter__(self) -> "_Prober":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.close()
+
+    def __call__(self, file: Path) -> MediaInfo | LeftOut:
+        """What the file holds, or why it is left out."""
+        kind = sniff(str(file))
+        if kind.kind == "neither":
+            return LeftOut(file, "archive" if " archive" in kind.what else NO_MEDIA, kind.what)
+        if self._process is None:
+            self._process = self._probers.start()
+        try:
+            return self._process.probe(str(file), timeout_s=self._timeout_s)
+        except DecodeError as error:
+            cause = error.cause.replace("data.decode_timeout_s", "--timeout")
+            return LeftOut(file, "cannot be read", cause)
+
+
+def _next_of(jobs: Iterator[tuple[int, Path]], guard: threading.Lock) -> tuple[int, Path] | None:
+    with guard:
+        return next(jobs, None)
+
+
+def _nothing(folder: Path, listed: Path, report: Report) -> str:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in report.left_out.items())
+    media = report.seen - report.left_out[NO_MEDIA] - report.left_out["archive"] - report.left_out["hidden"]
+    if not media:
+        found = f" ({reasons}); see {listed}" if reasons else ""
+        return f"{folder}: no video or image in it{found}"
+    unmatched = f"; {_unmatched(report.unmatched)}" if report.unmatched else ""
+    return f"{folder}: none of {report.seen} files can be used ({reasons}); see {listed}{unmatched}"
+
+
+def _unmatched(paths: Sequence[str]) -> str:
+    more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
+    return f"{len(paths)} rows of the captions file are of no file here: {', '.join(paths[:_SHOWN])}{more}"
 
 
 def _table_path(file: Path, out: Path) -> str:
     absolute, home = Path(os.path.abspath(file)), Path(os.path.abspath(out)).parent
-    return str(absolute.relative_to(home)) if absolute.is_relative_to(home) else str(absolute)
+    path = str(absolute.relative_to(home)) if absolute.is_relative_to(home) else str(absolute)
+    return f"./{path}" if path.strip() in NO_VALUE else path  # a file may be called nan
 
 
-def _row(path: str, caption: str, info: MediaInfo) -> dict[str, object]:
-    return {
-        "path": path,
-        "text": caption,
-        "num_frames": info.num_frames,
-        "height": info.height,
-        "width": info.width,
-        "aspect_ratio": round(info.height / info.width, 6),
-        "resolution": info.height * info.width,
-        "fps": "" if info.fps is None else round(info.fps, 6),
-    }
+def _is_utf8(path: str) -> bool:
+    """Undecodable bytes of a name are lone surrogates in Python."""
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
-def _write(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
+def _row(path: str, caption: str, info: MediaInfo) -> tuple:
+    ratio = round(info.height / info.width, 6)
+    fps = "" if info.fps is None else _rate(info.fps)
+    return path, caption, info.num_frames, info.height, info.width, ratio, info.height * info.width, fps
+
+
+def _rate(fps: float) -> float:
+    """A rate a little above 24, 48, ... is that: measured from times in whole milliseconds, and not to be halved."""
+    below = max(_RATE, fps // _RATE * _RATE)
+    return below if below <= fps <= below * (1 + _RATE_ERROR) else round(fps, 6)
+
+
+def _write(file: IO[str], header: tuple[str, ...], rows: Iterable[tuple]) -> None:
+    writer = csv.writer(file)
+    writer.writerow(header)
+    writer.writerows(rows)
+
+
+def _printable(text: str | Path) -> str:
+    r"""Bytes of a file name that are no UTF-8 as \udcff."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
+def _line(text: str) -> str:
+    return _printable(" ".join(text.split()))
+
+
+class _Once(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        given = vars(namespace).setdefault("given", set())
+        if self.dest in given:
+            parser.error(f"{option_string} is there twice")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m data_pipeline.index",
+        description="Make a clip table from a folder of videos and images.",
+        allow_abbrev=False,
+    )
+    workers, seconds = whole(1, MAX_WORKERS), number(0.001, MAX_TIMEOUT_S)
+    parser.add_argument("folder", type=place)
+    parser.add_argument("--out", type=place, required=True, action=_Once, help="csv to write")
+    parser.add_argument("--captions", type=place, action=_Once, help="csv with columns path,text")
+    parser.add_argument("--workers", type=workers, action=_Once, help="decoding processes (default: one per core)")
+    parser.add_argument(
+        "--timeout", type=seconds, default=TIMEOUT_S, action=_Once, help="seconds for one file (default: 60)"
+    )
+    args = parser.parse_args(argv)
+    if args.out.suffix.lower() != ".csv":
+        raise UserError(f"--out={args.out}: a clip table is written as csv; let its name end in .csv")
+    return args
 
 
 if __name__ == "__main__":

@@ -49,7 +49,12 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "opensora.cli": ("opensora.config", "opensora.train", "opensora.inference", "opensora.utils"),
     "scripts": ("opensora.config", "opensora.train", "opensora.inference", "opensora.utils", "opensora.cli"),
-    "data_pipeline": ("opensora.datasets.manifest", "opensora.datasets.decode", "opensora.utils"),
+    "data_pipeline": (
+        "opensora.datasets.manifest",
+        "opensora.datasets.decode",
+        "opensora.datasets.reader",
+        "opensora.utils",
+    ),
     "launch": ("opensora.config", "opensora.train", "opensora.utils"),
 }
 FREE = ("tests", "benchmarks")  # may import everything; nothing may import them

@@ -1,7 +1,8 @@
 """Resolution names and the table of sizes behind each.
 
 A name is ``Npx`` (area N^2, "256px") or ``Np`` (area N^2 * 16/9, "480p"), with an optional suffix:
-``_ar16:9`` keeps one ratio (w:h), ``_max`` keeps the ratio whose size has the largest area.
+``_ar16:9`` keeps one ratio (w:h), ``_max`` keeps the size of the largest area: of equal ones the first in the order of
+``RATIOS``, then of their transposes.
 Sizes are multiples of D, the pixels one token spans in space (autoencoder stride * patch).
 """
 
@@ -41,13 +42,13 @@ def training_sizes(resolution: str, multiple: int) -> tuple[tuple[int, int], ...
         )
     suffix = _parse(resolution)[1]
     if suffix.startswith("ar"):
-        sizes = {_of_ratio(resolution, suffix[2:], multiple, _closest_to_area)}
+        sizes = [_of_ratio(resolution, suffix[2:], multiple, _closest_to_area)]
     else:
-        upright = {_closest_to_area(area, *ratio, multiple) for ratio in RATIOS.values()}
-        sizes = upright | {(width, height) for height, width in upright}
+        listed = [_closest_to_area(area, *ratio, multiple) for ratio in RATIOS.values()]
+        sizes = listed + [(width, height) for height, width in listed]
     if suffix == "max":
-        sizes = {max(sizes, key=lambda size: (size[0] * size[1], -abs(size[0] - size[1]), size[1]))}
-    return tuple(sorted(sizes, key=lambda size: (-size[1] / size[0], size)))
+        sizes = [max(sizes, key=lambda size: size[0] * size[1])]  # the first of equal ones
+    return tuple(sorted(set(sizes), key=lambda size: (-size[1] / size[0], size)))
 
 
 def size_of(resolution: str, aspect_ratio: str, multiple: int) -> tuple[int, int]:

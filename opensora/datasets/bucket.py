@@ -1,9 +1,10 @@
 """Which shape every clip is trained at.
 
-A bucket is one (resolution, number of frames, height, width) with a batch size. Resolutions are tried by descending
-area. One takes a clip of at least 0.8 times its area that passes the draws of a row whose length fits: an image the
-row of one frame, a video the longest row its draws accept. Otherwise the next lower resolution is tried. The size is
-the one of nearest ratio.
+A bucket is one (resolution, number of frames, height, width) with a batch size. Of a clip of 24 frames a second or more
+every k-th frame is used, k = ceil(fps / 24). Resolutions are tried by descending area. One takes a clip of at least 0.8
+times its area that passes the draws of a row whose length fits: an image, or a clip of which one frame is used, the row
+of one frame; a video the longest row its draws accept. Otherwise the next lower resolution is tried. The size is the
+one of nearest ratio. docs/training.md names where this differs from Open-Sora 2.
 
 Clips that fit the same rows and take the same sizes are of one kind; a table of a hundred million clips has a few
 thousand kinds. All that follows is decided by kind: the buckets it can go to, and the probability of each.
@@ -26,8 +27,7 @@ from opensora.datasets.share import Sharing, choose, times
 from opensora.utils.errors import UserError
 
 MAX_FPS = 24.0
-# 24.01 frames per second is 24 measured with rounded timestamps, not a reason to drop every second frame.
-_FPS_SLACK = 1e-3
+_RULES = 2  # raised when clips are sorted into kinds by other rules, so that lists on disk are made anew
 _NEAR = 1e-9  # relative distance from a border between two ratios within which integers decide
 _BAR = 40  # characters of the longest bar of a histogram
 
@@ -36,7 +36,7 @@ TOO_SMALL, TOO_SHORT, NO_IMAGE_ROW, NOT_DRAWN = -1, -2, -3, -4
 REASONS = {
     TOO_SMALL: "too small: fewer pixels than 0.8 times the smallest resolution",
     TOO_SHORT: "too short: fewer frames than the shortest row of its resolutions",
-    NO_IMAGE_ROW: "image, but its resolutions have no row of 1 frame",
+    NO_IMAGE_ROW: "image, or clip of which 1 frame is used, but its resolutions have no row of 1 frame",
     NOT_DRAWN: "dropped by the probabilities of the bucket table",
 }
 
@@ -143,7 +143,7 @@ class BucketTable:
     @cached_property
     def kind_key(self) -> str:
         """16 hex digits: equal for tables that sort clips into the same kinds, whatever the probabilities."""
-        rule = repr((self._lengths.tolist(), self._areas, self._borders, MAX_FPS, _FPS_SLACK))
+        rule = repr((self._lengths.tolist(), self._areas, self._borders, MAX_FPS, _RULES))
         return hashlib.blake2b(rule.encode(), digest_size=8).hexdigest()
 
     def kind_of(self, table: ClipTable, rows: slice = slice(None)) -> np.ndarray:
@@ -152,7 +152,7 @@ class BucketTable:
         length = frames // frame_interval(table.fps[rows])
         # 0: an image; else 1 + how many lengths fit.
         fitting = np.searchsorted(self._lengths, length, side="right") + 1
-        fitting[frames == 1] = 0
+        fitting[(frames == 1) | (length == 1)] = 0
         # The resolutions that take a clip are those of the smallest areas.
         pixels = height.astype(np.int64) * width
         taking = np.searchsorted(4 * np.array(self._areas, dtype=np.int64), 5 * pixels, side="right")
@@ -304,7 +304,7 @@ class BucketTable:
 def frame_interval(fps: np.ndarray) -> np.ndarray:
     """(n,) int32: every how many frames one is used, so that at most 24 a second remain; 1 where fps is unknown."""
     with np.errstate(invalid="ignore"):
-        interval = np.ceil(fps / MAX_FPS - _FPS_SLACK)
+        interval = np.ceil(fps / MAX_FPS)
     return np.where(fps >= MAX_FPS, interval, 1).astype(np.int32)
 
 

@@ -3,12 +3,17 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from PIL import ImageColor
+
 from opensora.datasets.aspect import area_of
 from opensora.datasets.cost import CostConfig
+from opensora.datasets.frames import Colour
 from opensora.utils.limits import SECONDS, Limits
+from opensora.utils.untrusted import parsing
 
 MAX_FRAMES = 100_000  # of a bucket: an hour at 28 frames a second
 MAX_BATCH = 65_536  # of a bucket; samples of a micro-batch are in memory together
+_MOST_COLOUR = 100  # characters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +51,9 @@ class DataConfig:
     prefetch: int = 2  # micro-batches each worker prepares ahead
     prefetch_mib: int = 4096  # what these may hold in memory together, per training process; one is always prepared
     worker_timeout_s: int = 300  # longest time in which no worker reads a clip before the run fails
-    decoder: Literal["pyav", "decord", "torchcodec"] = "pyav"  # the latter two are optional packages
+    decoder: Literal["pyav", "decord", "torchcodec"] = "pyav"  # the latter two: optional packages, for plain clips
     decode_threads: int = 1  # per worker
+    background: str = "white"  # shown through where a picture is transparent: a name as in CSS, or #rrggbb
     decode_timeout_s: float = 60.0  # for one sample; one that takes longer counts as unreadable
     max_bad_share: float = 0.01  # of the last 1000 samples of a process that may be unreadable before the run stops
     features: str = ""  # folder of opensora.cli.precompute: read latents and text features instead of files
@@ -72,6 +78,7 @@ class DataConfig:
         _check_choice("empty_rows", self.empty_rows, ("report", "error"))
         _check_choice("crop", self.crop, ("center", "random"))
         _check_choice("decoder", self.decoder, ("pyav", "decord", "torchcodec"))
+        parse_colour(self.background)
         for name in ("micro_batches", "pack", "prefetch", "prefetch_mib", "worker_timeout_s", "decode_threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: allowed are integers >= 1")
@@ -102,6 +109,19 @@ class DataConfig:
                 f"buckets.{row.resolution}.{row.frames}: batch size auto needs a budget, give tokens_per_batch "
                 "(memory) or cost_per_batch (time)"
             )
+
+
+def parse_colour(text: str) -> Colour:
+    """
+    Raises:
+        ValueError: no colour, for the key ``background``.
+    """
+    refusal = ValueError(f"background={text[:40]!r}: allowed are colours such as white, black, gray or #8080ff")
+    with parsing(lambda _: refusal):
+        parts = ImageColor.getrgb(text)
+    if len(text) > _MOST_COLOUR or len(parts) != 3 or not all(0 <= part <= 255 for part in parts):
+        raise refusal
+    return parts
 
 
 def bucket_rows(cfg: DataConfig) -> tuple[BucketRow, ...]:

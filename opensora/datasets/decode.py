@@ -9,29 +9,31 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
 
-from opensora.datasets import decode_decord, decode_pyav, decode_torchcodec
+from opensora.datasets import decode_decord, decode_pillow, decode_pyav, decode_torchcodec
 from opensora.datasets.frames import (
+    WHITE,
     Allocate,
+    Colour,
     Deadline,
     DecodeError,
     Resize,
-    check_size,
     new_array,
-    short_reason,
 )
+from opensora.datasets.sniff import CLIP_SUFFIXES, STILL_SUFFIXES, Sniffed, sniff, sniff_source
 from opensora.datasets.storage import Source, locate
 
-__all__ = ["DECODERS", "DecodeError", "Decoder", "MediaInfo", "is_image", "probe", "read_frames", "require"]
+__all__ = [
+    "CLIP_SUFFIXES", "DECODERS", "STILL_SUFFIXES", "DecodeError", "Decoder", "MediaInfo", "Sniffed", "is_image",
+    "probe", "read_frames", "require", "sniff",
+]  # fmt: skip
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".gif")
-
-# In what ways pillow's parsers fail on a damaged or foreign file.
-_IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+IMAGE_SUFFIXES, VIDEO_SUFFIXES = STILL_SUFFIXES, CLIP_SUFFIXES
 
 Decoder = Literal["pyav", "decord", "torchcodec"]
+# Read by Pillow: FFmpeg does not put their frames together.
+_ANIMATIONS = ("animated PNG", "animated WebP", "animated AVIF")
+
 ReadWindow = Callable[[Source, range, Resize | None, int, Deadline, Allocate], np.ndarray]
 
 # name -> (what makes sure that it can be imported, what reads the frames of these numbers)
@@ -47,14 +49,16 @@ class MediaInfo:
     """What the clip table holds of a file."""
 
     num_frames: int
-    height: int  # as displayed, after rotation
+    height: int  # as displayed: turned, with square pixels
     width: int
     fps: float | None  # None for an image
+    note: str = ""  # what a user should know although the file can be read; empty: nothing
 
 
 def is_image(path: str) -> bool:
-    """Whether the file is read as a still; gif counts as a video."""
-    return Source(path, path).kind in IMAGE_SUFFIXES
+    """Whether the file is read as a still, by its content; by its name where there is no such file."""
+    found = sniff(path)
+    return found.kind == "still" or (found.kind == "neither" and Source(path, path).kind in STILL_SUFFIXES)
 
 
 def require(decoder: str) -> None:
@@ -67,18 +71,23 @@ def require(decoder: str) -> None:
 
 
 def probe(path: str, *, timeout_s: float | None = None) -> MediaInfo:
-    """Number of frames, displayed size and frame rate; decodes one frame. Always by PyAV.
+    """Number of frames, displayed size and frame rate; decodes one frame, of an animated picture all.
 
     Raises:
         DecodeError: the file cannot be read, or not within ``timeout_s``.
     """
     deadline = Deadline(path, timeout_s)
     source = locate(path)
-    if source.kind in IMAGE_SUFFIXES:
-        height, width = _read_image(source, None).shape[:2]
-        return MediaInfo(num_frames=1, height=height, width=width, fps=None)
-    count, height, width, fps = decode_pyav.probe(source, deadline)
-    return MediaInfo(num_frames=count, height=height, width=width, fps=fps)
+    found = _sniffed(source)
+    if found.kind == "still":
+        picture, note = _read_still(source, found, None, deadline, WHITE)
+        return MediaInfo(num_frames=1, height=picture.shape[0], width=picture.shape[1], fps=None, note=note)
+    if found.what in _ANIMATIONS:
+        facts: decode_pillow.Animation | decode_pyav.Clip = decode_pillow.probe_animation(source, deadline)
+    else:
+        facts = decode_pyav.probe(source, deadline)
+    size = {"num_frames": facts.num_frames, "height": facts.height, "width": facts.width}
+    return MediaInfo(**size, fps=facts.fps, note=facts.note)
 
 
 def read_frames(
@@ -92,6 +101,7 @@ def read_frames(
     decoder: str = "pyav",
     timeout_s: float | None = None,
     allocate: Allocate = new_array,
+    background: Colour = WHITE,
 ) -> np.ndarray:
     """Frames start, start + interval, ... of a clip or image.
 
@@ -103,37 +113,48 @@ def read_frames(
         timeout_s: give up after this time; a decoder that hangs within one packet is not noticed.
         allocate: where the frames go. Memory that is used again saves the system from clearing it, which at full size
             takes as long as decoding.
+        decoder: a name in ``DECODERS``. Stills, animated pictures, and clips that are turned, transparent or have
+            pixels that are not square are read by Pillow and PyAV whatever it says, so that all decoders agree.
+        background: what shows through where a picture is transparent.
 
     Returns:
-        (count, H, W, 3) uint8 RGB, rotation tag applied.
+        (count, H, W, 3) uint8 RGB as displayed: turned, with square pixels, opaque.
 
     Raises:
         DecodeError: the file cannot be read, is too short, or is damaged inside the window.
     """
     if start < 0 or count < 1 or interval < 1:
         raise ValueError(f"start={start}, count={count}, interval={interval}: allowed are start >= 0, the others >= 1")
+    read_plain = DECODERS[decoder][1]
     deadline = Deadline(path, timeout_s)
     source = locate(path)
+    found = _sniffed(source)
     numbers = range(start, start + count * interval, interval)
-    if source.kind not in IMAGE_SUFFIXES:
-        return DECODERS[decoder][1](source, numbers, resize, threads, deadline, allocate)
+    if found.kind == "clip":
+        if found.what in _ANIMATIONS:
+            return decode_pillow.read_animation(source, numbers, resize, deadline, allocate, background)
+        if decoder != "pyav" and decode_pyav.is_plain(source, deadline):
+            return read_plain(source, numbers, resize, threads, deadline, allocate)
+        return decode_pyav.read_window(source, numbers, resize, threads, deadline, allocate, background)
     if start + count > 1:
         raise DecodeError(path, f"an image has 1 frame, the window needs {numbers[-1] + 1}")
-    image = _read_image(source, resize)
-    frames = allocate((1, *image.shape))
-    frames[0] = image
+    picture, _ = _read_still(source, found, resize, deadline, background)
+    frames = allocate((1, *picture.shape))
+    frames[0] = picture
     return frames
 
 
-def _read_image(source: Source, resize: Resize | None) -> np.ndarray:
-    """(H, W, 3) uint8, EXIF orientation applied, transparency dropped."""
-    try:
-        with source.open() as raw, Image.open(raw) as file:
-            check_size(source.path, file.height, file.width)
-            image = ImageOps.exif_transpose(file).convert("RGB")
-            if resize is not None:
-                height, width = resize(image.height, image.width)
-                image = image.resize((width, height), Image.Resampling.BICUBIC)
-            return np.array(image)  # pillow's own buffer is read-only
-    except _IMAGE_ERRORS as error:
-        raise DecodeError(source.path, short_reason(error)) from error
+def _sniffed(source: Source) -> Sniffed:
+    found = sniff_source(source)
+    if found.kind == "neither":
+        raise DecodeError(source.path, found.what)
+    return found
+
+
+def _read_still(
+    source: Source, found: Sniffed, resize: Resize | None, deadline: Deadline, background: Colour
+) -> tuple[np.ndarray, str]:
+    """((H, W, 3) uint8, a note)."""
+    if found.what != "HEIC":
+        return decode_pillow.read_still(source, resize, background)
+    return decode_pyav.read_window(source, range(1), resize, 1, deadline, new_array, background)[0], ""

@@ -1,16 +1,20 @@
 """Frames by decord, or decord2, which has the same interface and is maintained.
 
-Rotation tags and the choice among several video streams are decord's own. A damaged frame is replaced by its neighbour
+The choice among several video streams is decord's own; clips that are not shown as they are stored do not come here
+(``opensora.datasets.decode``). A damaged frame is replaced by its neighbour
 without a word, and in some H.265 clips a frame reached by seeking is the next one. Where these matter, use pyav.
 """
 
+import os
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from opensora.datasets.frames import Allocate, Deadline, DecodeError, Resize, scale_rgb, short_reason
+from opensora.datasets.frames import Allocate, Deadline, DecodeError, Resize, scale_rgb
 from opensora.datasets.storage import Source
 from opensora.utils.errors import UserError
+from opensora.utils.untrusted import parsing, short_reason
 
 _AT_ONCE = 8  # frames held at full size
 
@@ -33,21 +37,23 @@ def read_window(
 ) -> np.ndarray:
     """The frames of these numbers; see ``opensora.datasets.decode.read_frames``."""
     decord = load()
-    try:
-        with source.open() as file:
-            reader = decord.VideoReader(source.file if source.size is None else file, num_threads=threads)
-        if numbers[-1] >= len(reader):
-            raise DecodeError(source.path, f"it has {len(reader)} frames, the window needs {numbers[-1] + 1}")
-        frames: np.ndarray | None = None
-        for first in range(0, len(numbers), _AT_ONCE):
-            deadline.check()
-            for slot, frame in enumerate(_frames(decord, reader, list(numbers[first : first + _AT_ONCE])), first):
-                scaled = scale_rgb(frame, resize)
-                if frames is None:
-                    frames = allocate((len(numbers), *scaled.shape))
-                frames[slot] = scaled
-    except (decord.DECORDError, RuntimeError, OSError) as error:  # it opens with the one, reads with the other
-        raise DecodeError(source.path, short_reason(error)) from error
+    refuse = partial(DecodeError, source.path)
+    with source.open() as file, parsing(refuse):
+        place = os.path.abspath(source.file) if source.size is None else file
+        reader = decord.VideoReader(place, num_threads=threads)
+        total = len(reader)
+    if numbers[-1] >= total:
+        raise DecodeError(source.path, f"it has {total} frames, the window needs {numbers[-1] + 1}")
+    frames: np.ndarray | None = None
+    for first in range(0, len(numbers), _AT_ONCE):
+        deadline.check()
+        with parsing(refuse):
+            batch = _frames(decord, reader, list(numbers[first : first + _AT_ONCE]))
+        for slot, frame in enumerate(batch, first):
+            scaled = scale_rgb(frame, resize)
+            if frames is None:
+                frames = allocate((len(numbers), *scaled.shape))
+            frames[slot] = scaled
     assert frames is not None
     return frames
 

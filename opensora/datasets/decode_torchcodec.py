@@ -1,12 +1,15 @@
 """Frames by torchcodec, which needs a version that fits the installed torch and the system's FFmpeg libraries."""
 
+import os
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from opensora.datasets.frames import Allocate, Deadline, DecodeError, Resize, scale_rgb, short_reason
+from opensora.datasets.frames import Allocate, Deadline, DecodeError, Resize, scale_rgb
 from opensora.datasets.storage import Source
 from opensora.utils.errors import UserError
+from opensora.utils.untrusted import parsing, short_reason
 
 _AT_ONCE = 8  # frames held at full size
 
@@ -33,22 +36,23 @@ def read_window(
 ) -> np.ndarray:
     """The frames of these numbers; see ``opensora.datasets.decode.read_frames``."""
     decoders = load()
-    try:
-        with source.open() as file:
-            place = source.file if source.size is None else file
+    refuse = partial(DecodeError, source.path)
+    frames: np.ndarray | None = None
+    with source.open() as file:
+        place = os.path.abspath(source.file) if source.size is None else file
+        with parsing(refuse):
             reader = decoders.VideoDecoder(place, dimension_order="NHWC", num_ffmpeg_threads=threads)
-            if numbers[-1] >= len(reader):
-                raise DecodeError(source.path, f"it has {len(reader)} frames, the window needs {numbers[-1] + 1}")
-            frames: np.ndarray | None = None
-            for first in range(0, len(numbers), _AT_ONCE):
-                deadline.check()
-                batch = reader.get_frames_at(indices=list(numbers[first : first + _AT_ONCE])).data.numpy()
-                for slot, frame in enumerate(batch, first):
-                    scaled = scale_rgb(frame, resize)
-                    if frames is None:
-                        frames = allocate((len(numbers), *scaled.shape))
-                    frames[slot] = scaled
-    except (RuntimeError, OSError) as error:  # torch's checks raise RuntimeError
-        raise DecodeError(source.path, short_reason(error)) from error
+            total = len(reader)
+        if numbers[-1] >= total:
+            raise DecodeError(source.path, f"it has {total} frames, the window needs {numbers[-1] + 1}")
+        for first in range(0, len(numbers), _AT_ONCE):
+            deadline.check()
+            with parsing(refuse):
+                batch = list(reader.get_frames_at(indices=list(numbers[first : first + _AT_ONCE])).data.numpy())
+            for slot, frame in enumerate(batch, first):
+                scaled = scale_rgb(frame, resize)
+                if frames is None:
+                    frames = allocate((len(numbers), *scaled.shape))
+                frames[slot] = scaled
     assert frames is not None
     return frames

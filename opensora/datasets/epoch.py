@@ -90,7 +90,8 @@ class Epoch:
         """(rows,) int32: the bucket number of every clip, or a key of ``REASONS``. For tables that fit in memory."""
         in_kind = np.diff(self._source.groups.start)
         result = np.empty(len(self._source.groups.ids), dtype=np.int32)
-        result[self._source.groups.ids] = np.repeat(self._source.shares.reason, in_kind)
+        every = self._source.groups.take(np.arange(len(result)))
+        result[every] = np.repeat(self._source.shares.reason, in_kind)
         for bucket in np.flatnonzero(self.samples):
             result[self._member(np.full(self.samples[bucket], bucket), np.arange(self.samples[bucket]))] = bucket
         return result
@@ -122,7 +123,7 @@ class Epoch:
         """(n,) sample ids: number ``position`` of each kind, in the order of this epoch."""
         start = self._source.groups.start
         keys = self._keys("order of a kind", len(start) - 1)
-        return self._source.groups.ids[start[kind] + permuted(position, np.diff(start)[kind], keys[kind])]
+        return self._source.groups.take(start[kind] + permuted(position, np.diff(start)[kind], keys[kind]))
 
     def _keys(self, purpose: str, count: int) -> np.ndarray:
         return bits(np.arange(count), self._source.seed, self.number, purpose)

@@ -214,6 +214,7 @@ class FeatureStore:
         manifest = read_manifest(folder)
         self.epochs, self._samples = int(manifest["epochs"]), int(manifest["samples"])
         self._buckets: list[str] = manifest["buckets"]
+        verify(folder)
         # Mapped, not read: all processes of a node share one copy.
         damaged = parsing(lambda why: UserError(f"data.features={folder}: {INDEX} is damaged ({why}); {_AGAIN}"))
         with damaged, pa.memory_map(str(require_file(folder / INDEX))) as file:

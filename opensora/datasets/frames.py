@@ -7,11 +7,18 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-# A picture beyond this is a damaged header (or a bomb): 16k x 16k as RGB are 768 MiB.
+# A picture beyond these is a damaged header (or a bomb): 16k x 16k as RGB are 768 MiB. The clip table has the same
+# limits (``opensora.datasets.manifest``), so that what ``probe`` accepts it accepts too.
+MAX_SIDE = 2**16 - 1
 MAX_PIXELS = 2**26
+LIMITS = f"at most {MAX_SIDE} of a side and {MAX_PIXELS} in all are read; scale it down"
+MAX_FPS = 1e5
+_BAND_PIXELS = 2**20
 
 Resize = Callable[[int, int], tuple[int, int]]  # displayed (height, width) -> the size wanted
 Allocate = Callable[[tuple[int, int, int, int]], np.ndarray]  # shape -> uint8 array
+Colour = tuple[int, int, int]  # RGB from 0 to 255
+WHITE: Colour = (255, 255, 255)
 
 
 class DecodeError(Exception):
@@ -24,6 +31,49 @@ class DecodeError(Exception):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.cause}"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How a stored picture has to be turned for display: rows and columns exchanged first, then the flips."""
+
+    transpose: bool = False
+    flip_rows: bool = False  # upside down
+    flip_columns: bool = False  # left and right exchanged
+
+    def shape(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) after turning."""
+        return (width, height) if self.transpose else (height, width)
+
+    def __call__(self, picture: np.ndarray) -> np.ndarray:
+        """(H, W, C) as displayed; a view."""
+        if self.transpose:
+            picture = picture.transpose(1, 0, 2)
+        return picture[:: -1 if self.flip_rows else 1, :: -1 if self.flip_columns else 1]
+
+
+def on_background(rgba: np.ndarray, background: Colour) -> np.ndarray:
+    """(H, W, 4) uint8 with straight alpha -> (H, W, 3) uint8 as it looks on this colour."""
+    if rgba[..., 3].min(initial=255) == 255:
+        return rgba[..., :3]
+    behind = np.array(background, dtype=np.uint16)
+
+    def mixed(rows: np.ndarray) -> np.ndarray:
+        alpha = rows[..., 3:].astype(np.uint16)
+        return (rows[..., :3] * alpha + behind * (255 - alpha) + 127) // 255
+
+    return in_bands(mixed, rgba)
+
+
+def in_bands(convert: Callable[[np.ndarray], np.ndarray], stored: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 of what ``convert`` makes of the rows of a picture, some at a time: what it needs in between is
+    many times the picture."""
+    height, width = stored.shape[:2]
+    rows = max(1, _BAND_PIXELS // width)
+    picture = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, rows):
+        picture[top : top + rows] = convert(stored[top : top + rows])
+    return picture
 
 
 @dataclass(frozen=True)
@@ -72,8 +122,10 @@ def new_array(shape: tuple[int, int, int, int]) -> np.ndarray:
 
 def check_size(path: str, height: int, width: int) -> None:
     """Raises: DecodeError: no picture that anybody would train on."""
-    if height * width > MAX_PIXELS:
-        raise DecodeError(path, f"{width}x{height} pixels, at most {MAX_PIXELS} are read")
+    if height < 1 or width < 1:
+        raise DecodeError(path, f"a picture of {width}x{height} pixels")
+    if max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:
+        raise DecodeError(path, f"{width}x{height} pixels, {LIMITS}")
 
 
 def scale_rgb(frame: np.ndarray, resize: Resize | None) -> np.ndarray:
@@ -84,9 +136,3 @@ def scale_rgb(frame: np.ndarray, resize: Resize | None) -> np.ndarray:
     if (height, width) == frame.shape[:2]:
         return frame
     return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
-
-
-def short_reason(error: BaseException) -> str:
-    """What went wrong, on one line."""
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(reason).split())[:200]

@@ -3,11 +3,13 @@ paths and captions in Arrow.
 
 An index is a folder named after its table files, with their sizes and times of change:
 
-    index.json         format, sources, rows, content hash
+    index.json         format, sources, rows, content hash; with checksums.bin the checksums of all others (``sealed``)
     num_frames.bin     and the other columns of ``manifest.COLUMNS``: one plain array each
     text-00000.arrow   paths and captions, uncompressed, in batches of BATCH_ROWS; one file per part of the build
 
-A changed table has another name and is built anew; nothing is deleted, as other runs may be reading it.
+A changed table has another name and is built anew; nothing is deleted, as other runs may be reading it. A damaged index
+is built anew, with a line that says so: ``open_table`` verifies all of it up to VERIFIED_BYTES (some million rows); of
+a larger one every process verifies what it uses, before it uses it.
 """
 
 import hashlib
@@ -25,7 +27,6 @@ import pyarrow as pa
 import pyarrow.parquet as papq
 
 from opensora.datasets.manifest import (
-    BATCH_ROWS,
     COLUMNS,
     ClipTable,
     folders_of,
@@ -34,10 +35,14 @@ from opensora.datasets.manifest import (
     table_files,
 )
 from opensora.datasets.once import build_once
+from opensora.datasets.sealed import ABOUT, Damaged, Sealed, seal, verified
 from opensora.utils.logging import announce
 
 FOLDER = ".clip_index"  # beside the table, unless data.index says where
-_FORMAT = 1
+VERIFIED_BYTES = 1 << 28  # verified whole when a table is opened: 0.1 s
+BATCH_ROWS = 1 << 12  # rows of texts that are verified together: half a megabyte
+_FORMAT = 2
+_STEM = 40  # characters of a table's name that its index has in its own
 _PART_BYTES = 1 << 26  # least source bytes that are worth a thread's turn
 _MOST_PARTS = 256  # so that a process can keep all of them open
 _MOST_THREADS = 16
@@ -52,8 +57,14 @@ class IndexedTable(ClipTable):
     content: str  # 32 hex digits of all values, in order; equal wherever and however the index was built
     root: str
 
+    sealed: Sealed
+
     def __reduce__(self) -> tuple:
         return open_index, (self.index, self.root)
+
+    def check(self, first: int, last: int) -> None:
+        for name, kind in COLUMNS.items():
+            self.sealed.check(f"{name}.bin", first * kind.itemsize, last * kind.itemsize)
 
 
 def open_table(table: str | Sequence[str], root: str = "", index: str = "") -> IndexedTable:
@@ -67,34 +78,52 @@ def open_table(table: str | Sequence[str], root: str = "", index: str = "") -> I
 
 
 def index_of(files: Sequence[Path], folder: Path, threads: int | None = None) -> Path:
-    """The index of these table files inside ``folder``, built if it is not there."""
+    """The index of these table files inside ``folder``, built if it is not there, or is damaged."""
     sources = [_Source(str(file), *_stamp(file)) for file in files]
     name = hashlib.blake2b(json.dumps([_FORMAT, *map(asdict, sources)]).encode(), digest_size=8).hexdigest()
-    return build_once(folder / f"{files[0].stem}-{name}", lambda aside: _build(aside, sources, threads))
+
+    def build(aside: Path) -> None:
+        _build(aside, sources, threads)
+        open_index.cache_clear()  # what stood there before, if anything did, was damaged
+
+    return build_once(folder / f"{files[0].stem[:_STEM]}-{name}", build, _verify)
 
 
 @lru_cache(maxsize=8)
 def open_index(index: Path, root: str = "") -> IndexedTable:
-    """Map an index. ``root``: what relative clip paths start at; empty: the folder of the table they stand in."""
-    about = json.loads((index / "index.json").read_text(encoding="utf-8"))
+    """Map an index. ``root``: what relative clip paths start at; empty: the folder of the table they stand in.
+
+    Raises:
+        Damaged: by its own word or its sizes; values are verified when they are used.
+    """
+    sealed = Sealed(index)
+    about = sealed.about
     files = [Path(source["path"]) for source in about["sources"]]
     rows = [source["rows"] for source in about["sources"]]
     return IndexedTable(
-        **{name: np.memmap(index / f"{name}.bin", dtype=kind, mode="r") for name, kind in COLUMNS.items()},
-        texts=_MappedTexts(index, np.cumsum([0, *about["text_rows"]])),
+        **{name: sealed.map(f"{name}.bin").view(kind) for name, kind in COLUMNS.items()},
+        texts=_MappedTexts(sealed, np.cumsum([0, *about["text_rows"]])),
         folders=folders_of(files, root),
         first_rows=np.cumsum([0, *rows[:-1]]),
         index=index,
         content=about["content"],
         root=root,
+        sealed=sealed,
     )
+
+
+def _verify(index: Path) -> None:
+    """Raises: Damaged: it must be built anew."""
+    sealed = verified(index, VERIFIED_BYTES)
+    if sealed.about.get("format") != _FORMAT:
+        raise Damaged(index / ABOUT, f"format {sealed.about.get('format')!r}, this is {_FORMAT}")
 
 
 class _MappedTexts:
     """Paths and captions where they lie on disk; a process holds the pages it has touched."""
 
-    def __init__(self, index: Path, first_rows: np.ndarray) -> None:
-        self._index = index
+    def __init__(self, sealed: Sealed, first_rows: np.ndarray) -> None:
+        self._sealed = sealed
         self._first_rows = first_rows  # (parts + 1,)
         self._readers: dict[int, pa.ipc.RecordBatchFileReader] = {}
 
@@ -108,9 +137,12 @@ class _MappedTexts:
         if not 0 <= row < self._first_rows[-1]:
             raise IndexError(f"row {row} of {self._first_rows[-1]}")
         part = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        name = _text_file(part)
         if part not in self._readers:
-            self._readers[part] = pa.ipc.open_file(pa.memory_map(str(_text_file(self._index, part))))
+            self._sealed.check_segment(name, -1)  # where the batches are
+            self._readers[part] = pa.ipc.open_file(pa.py_buffer(self._sealed.map(name)))
         batch, position = divmod(row - int(self._first_rows[part]), BATCH_ROWS)
+        self._sealed.check_segment(name, batch)
         return str(self._readers[part].get_batch(batch).column(column)[position].as_py())
 
 
@@ -137,6 +169,7 @@ class _Built:
 
     rows: list[int] = field(default_factory=list)  # of each unit
     digests: list[bytes] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)  # of the batches in its text file, and of the file
 
 
 def _stamp(file: Path) -> tuple[int, int]:
@@ -144,8 +177,8 @@ def _stamp(file: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _text_file(index: Path, part: int) -> Path:
-    return index / f"text-{part:05}.arrow"
+def _text_file(part: int) -> str:
+    return f"text-{part:05}.arrow"
 
 
 def _build(index: Path, sources: Sequence[_Source], threads: int | None) -> None:
@@ -172,7 +205,8 @@ def _build(index: Path, sources: Sequence[_Source], threads: int | None) -> None
         "text_rows": [sum(result.rows) for result in built],
         "content": content.hexdigest(),
     }
-    (index / "index.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    ends = {_text_file(part): result.ends for part, result in enumerate(built)}
+    seal(index, about, [*(f"{name}.bin" for name in COLUMNS), *ends], ends)
 
 
 def _units(number: int, source: _Source) -> list[_Unit]:
@@ -206,7 +240,7 @@ def _parts(units: Sequence[_Unit]) -> list[list[_Unit]]:
 
 def _build_part(index: Path, sources: Sequence[_Source], number: int, part: Sequence[_Unit]) -> _Built:
     built = _Built()
-    texts = _TextWriter(_text_file(index, number))
+    texts = _TextWriter(index / _text_file(number))
     columns = {name: _column_file(index, name, number).open("wb") for name in COLUMNS}
     try:
         for unit in part:
@@ -227,6 +261,7 @@ def _build_part(index: Path, sources: Sequence[_Source], number: int, part: Sequ
         texts.close()
         for file in columns.values():
             file.close()
+    built.ends = texts.ends
     return built
 
 
@@ -236,6 +271,7 @@ class _TextWriter:
     def __init__(self, path: Path) -> None:
         self._file = pa.OSFile(str(path), "wb")
         self._writer = pa.ipc.new_file(self._file, _TEXT_SCHEMA)
+        self.ends: list[int] = []  # of every batch, and of the file
         self._held: list[pa.Table] = []
         self._rows = 0
 
@@ -253,10 +289,12 @@ class _TextWriter:
         if self._rows:
             self._write(pa.concat_tables(self._held))
         self._writer.close()
+        self.ends.append(self._file.tell())
         self._file.close()
 
     def _write(self, table: pa.Table) -> None:
         self._writer.write(table.cast(_TEXT_SCHEMA).combine_chunks().to_batches()[0])
+        self.ends.append(self._file.tell())
 
 
 class _Hashes:

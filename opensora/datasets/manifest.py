@@ -6,6 +6,8 @@ image), ``height``, ``width`` (as displayed, after rotation), ``fps`` (null for 
 left alone. The position of a row over all files, in sorted order, is its sample id.
 """
 
+import codecs
+import contextlib
 import difflib
 import glob
 import os
@@ -20,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as papq
 
+from opensora.datasets.frames import MAX_FPS, MAX_PIXELS, MAX_SIDE
 from opensora.utils.errors import UserError
 
 _TEXT = ("path", "text")
@@ -36,7 +39,8 @@ _ALIASES = {
     "width": ("w",),
 }
 _BLOCK_BYTES = 1 << 24  # a csv row, caption included, must fit in one block
-_MOST_PIXELS = 2**16 - 1  # of a side
+_HEAD_BYTES = 4096  # of a csv: UTF-16 shows there
+_OTHER_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # those of UTF-32 have a NUL
 _MOST_TEXT = 2**20  # bytes of a path or caption
 BATCH_ROWS = 1 << 16  # rows that are in memory at a time while a table is read
 # Fixed-width columns: 20 bytes a row.
@@ -89,6 +93,9 @@ class ClipTable:
     def is_image(self) -> np.ndarray:
         """(n,) bool."""
         return self.num_frames == 1
+
+    def check(self, first: int, last: int) -> None:
+        """Before the columns of rows [first, last) are used. Raises: UserError: they are damaged on disk."""
 
     def path(self, sample_id: int) -> str:
         """Where to open the clip."""
@@ -170,9 +177,36 @@ def read_batches(file: Path, row_group: int | None = None, first_row: int = 0) -
         for raw in _csv_batches(file) if file.suffix == ".csv" else _parquet_batches(file, row_group):
             yield _checked(file, raw, first_row)
             first_row += raw.num_rows
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, ValueError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
+        if file.suffix == ".csv":
+            _check_utf8(file)
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{file}: cannot be read as {file.suffix[1:]} ({reason}), save it again as UTF-8") from error
+        remedy = ", save it again as UTF-8" if file.suffix == ".csv" or "utf" in reason.lower() else ""
+        raise UserError(f"{file}: cannot be read as {file.suffix[1:]} ({reason}){remedy}") from error
+
+
+def _check_utf8(file: Path) -> None:
+    """Raises: UserError: the first line that is not UTF-8 text, whatever the reader of csv made of it."""
+    decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
+    with contextlib.suppress(OSError), file.open("rb") as opened:
+        while True:
+            block = opened.read(1 << 20)
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                line += error.object.count(b"\n", 0, error.start)
+                raise _not_utf8(file, line, f"byte 0x{error.object[error.start]:02x}") from error
+            if "\0" in text:
+                raise _not_utf8(file, line + text.count("\n", 0, text.index("\0")), "a NUL character")
+            line += text.count("\n")
+            if not block:
+                return
+
+
+def _not_utf8(file: Path, line: int, found: str) -> UserError:
+    return UserError(f"{file} line {line}: cannot be read as csv ({found} is not UTF-8 text), save it again as UTF-8")
 
 
 def _files(patterns: Sequence[str]) -> list[Path]:
@@ -204,6 +238,9 @@ def _tables_nearby(path: Path) -> str:
 def _checked(file: Path, raw: pa.Table, first_row: int) -> pa.Table:
     columns: dict[str, pa.ChunkedArray] = {name: _text_column(file, raw, first_row, name) for name in _TEXT}
     columns |= {name: _count_column(file, raw, first_row, name) for name in _COUNTS}
+    areas = columns["height"].to_numpy() * columns["width"].to_numpy()
+    remedy = f"with its width that is more than {MAX_PIXELS} pixels, the most that are read; scale it down"
+    _refuse(file, first_row, "height", areas > MAX_PIXELS, raw["height"], remedy)
     columns["fps"] = _fps_column(file, raw, first_row, columns["num_frames"])
     columns["motion_score"] = _float_column(file, raw, first_row, "motion_score")
     return pa.table(columns)
@@ -212,6 +249,10 @@ def _checked(file: Path, raw: pa.Table, first_row: int) -> pa.Table:
 def _csv_batches(file: Path) -> Iterator[pa.Table]:
     if file.stat().st_size == 0:
         raise UserError(f"{file}: the file is empty, write the columns {', '.join(_REQUIRED)} and one row per clip")
+    with file.open("rb") as opened:
+        head = opened.read(_HEAD_BYTES)
+    if any(head.startswith(mark) for mark in _OTHER_MARKS) or b"\0" in head:
+        _check_utf8(file)
     parse = pacsv.ParseOptions(newlines_in_values=True)
     read = pacsv.ReadOptions(block_size=_BLOCK_BYTES)
     with pacsv.open_csv(file, read_options=read, parse_options=parse) as reader:
@@ -238,6 +279,8 @@ def _parquet_batches(file: Path, row_group: int | None) -> Iterator[pa.Table]:
         columns = [name for name in (*_REQUIRED, *_OPTIONAL) if name in names]
         groups = None if row_group is None else [row_group]
         for batch in reader.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns, use_threads=False):
+            for name in _TEXT:  # that they are UTF-8, parquet promises and its reader does not check
+                batch.column(name).validate(full=True)
             yield pa.Table.from_batches([batch])
 
 
@@ -262,6 +305,7 @@ def _text_column(file: Path, raw: pa.Table, first_row: int, name: str) -> pa.Chu
     empty = pc.or_(pc.is_null(column), unwritten)
     remedy = "write a caption, or take the row out" if name == "text" else "write the file's path, or take the row out"
     _refuse(file, first_row, name, empty, column, remedy)
+    _refuse(file, first_row, name, pc.match_substring(column, "\0"), column, "it holds a NUL character, take it out")
     beyond = pc.greater(pc.binary_length(column), _MOST_TEXT)
     _refuse(file, first_row, name, beyond, column, f"it must have at most {_MOST_TEXT} bytes")
     return column
@@ -273,14 +317,14 @@ def _count_column(file: Path, raw: pa.Table, first_row: int, name: str) -> pa.Ch
     bad = ~((values >= 1) & (values < 2**31) & (values == np.floor(values)))
     _refuse(file, first_row, name, bad, raw[name], "it must be an integer >= 1")
     if name != "num_frames":
-        _refuse(file, first_row, name, values > _MOST_PIXELS, raw[name], f"it must be at most {_MOST_PIXELS}")
+        _refuse(file, first_row, name, values > MAX_SIDE, raw[name], f"it must be at most {MAX_SIDE}; scale it down")
     return column
 
 
 def _fps_column(file: Path, raw: pa.Table, first_row: int, num_frames: pa.ChunkedArray) -> pa.ChunkedArray:
     column = _float_column(file, raw, first_row, "fps")
     values = column.to_numpy()
-    known = (values > 0) & (values < 1e5)
+    known = (values > 0) & (values < MAX_FPS)
     bad = ~known & ~(np.isnan(values) & (num_frames.to_numpy() == 1))
     _refuse(file, first_row, "fps", bad, raw["fps"], "it must be a number > 0 (empty only for images)")
     return column

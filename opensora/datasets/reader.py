@@ -15,7 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from opensora.datasets.frames import DecodeError, Resize
+from opensora.datasets.decode import MediaInfo
+from opensora.datasets.frames import WHITE, Colour, DecodeError, Resize
 from opensora.datasets.worker import IGNORED_SIGNALS, SharedFrames
 
 START_S = 120.0  # an interpreter that has to come over a busy network
@@ -39,6 +40,7 @@ class ReadFrames(Protocol):
         threads: int,
         decoder: str,
         timeout_s: float,
+        background: Colour = WHITE,
     ) -> np.ndarray:
         """The frames; they need to last only until the next call."""
 
@@ -77,6 +79,7 @@ class DecoderProcess:
         threads: int,
         decoder: str,
         timeout_s: float,
+        background: Colour = WHITE,
     ) -> np.ndarray:
         """See ``read_frames``; the array is overwritten by the next call.
 
@@ -87,17 +90,17 @@ class DecoderProcess:
             RuntimeError: a mistake of ours, with the traceback of the process.
         """
         request = {"path": path, "start": start, "count": count, "interval": interval, "resize": resize}
-        request |= {"threads": threads, "decoder": decoder, "timeout_s": timeout_s}
-        self.reading, self.since = path, time.monotonic()
-        try:
-            kind, value = self._ask(request, timeout_s * PATIENCE + PATIENCE_S)
-        finally:
-            self.reading, self.since = "", time.monotonic()
-        if kind == "unreadable":
-            raise DecodeError(path, value)
-        if kind == "mistake":
-            raise RuntimeError(f"{path}: the decoding process failed:\n{value}")
-        return self._shared.array(value)
+        request |= {"threads": threads, "decoder": decoder, "timeout_s": timeout_s, "background": background}
+        return self._shared.array(self._answer(request))
+
+    def probe(self, path: str, *, timeout_s: float) -> MediaInfo:
+        """See ``opensora.datasets.decode.probe``.
+
+        Raises:
+            DecodeError, DecoderLost, ReaderClosed, RuntimeError: as for frames.
+        """
+        facts: MediaInfo = self._answer({"path": path, "timeout_s": timeout_s, "probe": True})
+        return facts
 
     def close(self) -> None:
         """End the process, also where it hangs. May be called from any thread."""
@@ -105,6 +108,19 @@ class DecoderProcess:
             self._closed = True
             self._process.kill()
         self._process.wait()
+
+    def _answer(self, request: dict[str, Any]) -> Any:
+        path = request["path"]
+        self.reading, self.since = path, time.monotonic()
+        try:
+            kind, value = self._ask(request, request["timeout_s"] * PATIENCE + PATIENCE_S)
+        finally:
+            self.reading, self.since = "", time.monotonic()
+        if kind == "unreadable":
+            raise DecodeError(path, value)
+        if kind == "mistake":
+            raise RuntimeError(f"{path}: the decoding process failed:\n{value}")
+        return value
 
     def _ask(self, request: dict[str, Any], limit_s: float) -> Any:
         try:

@@ -19,15 +19,21 @@ import tarfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import BinaryIO, cast
 
-from opensora.datasets.frames import DecodeError, short_reason
+from opensora.datasets.frames import DecodeError
+from opensora.utils.untrusted import parsing, short_reason
 
-_RANGE = re.compile(r"(?P<file>.+)#(?P<name>[^#]+)@(?P<offset>\d+)\+(?P<size>\d+)")
-_MEMBER = re.compile(r"(?P<file>.+?\.(?:tar|zip))#(?P<name>.+)", re.IGNORECASE)
-_ZIP_HEADER = struct.Struct("<26xHH")  # of a member: lengths of its name and of its extra field
+# Digits as a program writes them: \d would match those of other scripts too.
+_RANGE = re.compile(r"(?P<file>.+)#(?P<name>[^#]+)@(?P<offset>[0-9]+)\+(?P<size>[0-9]+)", re.DOTALL)
+_MEMBER = re.compile(r"(?P<file>.+?\.(?:tar|zip))#(?P<name>.+)", re.IGNORECASE | re.DOTALL)
+_MOST_DIGITS = 18  # of a place in a file: more is beyond 2^63
+_ZIP_HEADER = struct.Struct("<4s22xHH")  # of a member: signature, lengths of its name and of its extra field
+_ZIP_SIGNATURE = b"PK\3\4"
 _DIRECTORIES = 64  # archives whose directory a process remembers
+
+Members = dict[str, tuple[int, int] | None]
 
 
 @dataclass(frozen=True)
@@ -42,21 +48,28 @@ class Source:
     @property
     def kind(self) -> str:
         """The suffix in lower case, with its dot."""
-        return os.path.splitext(re.sub(r"@\d+\+\d+$", "", self.path))[1].lower()
+        return os.path.splitext(re.sub(r"@[0-9]+\+[0-9]+$", "", self.path))[1].lower()
 
     def open(self) -> BinaryIO:
-        """The bytes as a file; seekable."""
-        if self.size is None:
-            return open(self.file, "rb")
-        return cast(BinaryIO, io.BufferedReader(_RangeFile(self.file, self.offset, self.size)))
+        """The bytes as a file; seekable.
+
+        Raises:
+            DecodeError: they cannot be read.
+        """
+        try:
+            if self.size is None:
+                return open(self.file, "rb")
+            return cast(BinaryIO, io.BufferedReader(_RangeFile(self.file, self.offset, self.size)))
+        except OSError as error:
+            raise DecodeError(self.path, short_reason(error)) from error
 
 
 def locate(path: str) -> Source:
     """Find the bytes of a path.
 
     Raises:
-        DecodeError: nothing there, no regular file (opening a pipe or a device would block for ever), no such member,
-            or a compressed one.
+        DecodeError: nothing there, no regular file (opening a pipe or a device would block for ever), nothing in it,
+            no such member, or one that does not lie there as it is (compressed, encrypted, sparse).
     """
     parts = None if os.path.exists(path) else _RANGE.fullmatch(path) or _MEMBER.fullmatch(path)
     if parts is None:
@@ -65,55 +78,92 @@ def locate(path: str) -> Source:
     file = parts["file"]
     status = _regular(path, file)
     if "offset" in parts.groupdict():
-        offset, size = int(parts["offset"]), int(parts["size"])
-        if offset + size > status.st_size:
-            raise DecodeError(path, f"{file} has {status.st_size} bytes, the range ends at {offset + size}")
-        return Source(path, file, offset, size)
-    try:
-        directory = _directory(file, status.st_mtime_ns, status.st_size)
-    except (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError) as error:
-        raise DecodeError(path, f"{file}: {short_reason(error)}") from error
-    if parts["name"] not in directory:
-        raise DecodeError(path, f"{file} has no member {parts['name']}")
-    place = directory[parts["name"]]
+        place = _range_of(path, parts)
+    else:
+        try:
+            members = _directory(file, status.st_mtime_ns, status.st_size)
+        except DecodeError as error:
+            raise DecodeError(path, f"{file}: {error.cause}") from error
+        place = _place_of(path, parts["name"], members)
+    offset, size = place
+    if offset + size > status.st_size:
+        raise DecodeError(path, f"{file} has {status.st_size} bytes, the range ends at {offset + size}")
+    if size <= 0 or offset < 0:
+        raise DecodeError(path, f"a range of {size} bytes from {offset} on holds nothing")
+    return Source(path, file, offset, size)
+
+
+def _range_of(path: str, parts: re.Match[str]) -> tuple[int, int]:
+    for name in ("offset", "size"):
+        if len(parts[name]) > _MOST_DIGITS:
+            raise DecodeError(path, f"the {name} of its range has {len(parts[name])} digits, no file is that large")
+    return int(parts["offset"]), int(parts["size"])
+
+
+def _place_of(path: str, name: str, members: Members) -> tuple[int, int]:
+    if name not in members:
+        raise DecodeError(path, f"the archive has no member {name}")
+    place = members[name]
     if place is None:
-        raise DecodeError(path, "the member is compressed; store it (zip -0), so that it can be read in place")
-    return Source(path, file, *place)
+        raise DecodeError(path, "the member is compressed, encrypted or sparse; store it as it is (tar, or zip -0)")
+    return place
 
 
 def archive_members(file: str) -> Mapping[str, tuple[int, int] | None]:
-    """(offset, size) of every member of a tar or zip by name, None for a compressed one.
+    """(offset, size) of every member of a tar or zip by name, None for one that does not lie there as it is.
 
     ``f"{file}#{name}@{offset}+{size}"`` is the path of a member that needs no look-up.
+
+    Raises:
+        DecodeError: it cannot be read as an archive.
     """
-    status = os.stat(file)
+    status = _regular(file, file)
     return _directory(file, status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(maxsize=_DIRECTORIES)
-def _directory(file: str, changed_ns: int, size: int) -> dict[str, tuple[int, int] | None]:
+def _directory(file: str, changed_ns: int, size: int) -> Members:
     """The last two arguments make an archive that was written anew another one."""
-    if file.lower().endswith(".tar"):
-        with tarfile.open(file, "r:") as tar:
-            return {member.name: (member.offset_data, member.size) for member in tar if member.isreg()}
-    found: dict[str, tuple[int, int] | None] = {}
-    with zipfile.ZipFile(file) as archive, open(file, "rb") as raw:
+    return _tar_members(file) if file.lower().endswith(".tar") else _zip_members(file)
+
+
+def _tar_members(file: str) -> Members:
+    found: Members = {}
+    at = -1
+    with parsing(partial(DecodeError, file)), tarfile.open(file, "r:") as tar:
+        while (member := tar.next()) is not None:
+            if member.offset <= at:  # a negative size: reading it would never end
+                raise DecodeError(file, f"a member at byte {at} has a size below zero")
+            at = member.offset
+            if member.isreg():
+                found[member.name] = None if member.issparse() else (member.offset_data, member.size)
+    return found
+
+
+def _zip_members(file: str) -> Members:
+    found: Members = {}
+    with parsing(partial(DecodeError, file)), zipfile.ZipFile(file) as archive, open(file, "rb") as raw:
         for info in archive.infolist():
             raw.seek(info.header_offset)
-            name_length, extra_length = _ZIP_HEADER.unpack(raw.read(_ZIP_HEADER.size))
+            signature, name_length, extra_length = _ZIP_HEADER.unpack(raw.read(_ZIP_HEADER.size))
+            if signature != _ZIP_SIGNATURE:
+                raise DecodeError(file, f"no member begins at byte {info.header_offset}, where its directory says so")
             start = info.header_offset + _ZIP_HEADER.size + name_length + extra_length
-            stored = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1  # bit 0: encrypted
-            found[info.filename] = (start, info.file_size) if stored else None
+            encrypted = info.flag_bits & 1
+            as_it_is = info.compress_type == zipfile.ZIP_STORED and not encrypted
+            found[info.filename] = (start, info.file_size) if as_it_is else None
     return found
 
 
 def _regular(path: str, file: str) -> os.stat_result:
     try:
         status = os.stat(file)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL, or half of a surrogate pair
         raise DecodeError(path, short_reason(error)) from error
     if not stat.S_ISREG(status.st_mode):
-        raise DecodeError(path, "not a regular file")
+        raise DecodeError(path, "a folder, not a file" if stat.S_ISDIR(status.st_mode) else "not a regular file")
+    if status.st_size == 0:  # so are the files that a kernel makes up, which need not end
+        raise DecodeError(path, "an empty file")
     return status
 
 

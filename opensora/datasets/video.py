@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from opensora.datasets.bucket import Bucket, frame_interval, sampled_fps
-from opensora.datasets.config import DataConfig
+from opensora.datasets.config import DataConfig, parse_colour
 from opensora.datasets.decode import DecodeError
 from opensora.datasets.draws import integer
 from opensora.datasets.features import Features, FeatureStore
@@ -171,6 +171,7 @@ class BatchReader:
         """(T, H, W, 3) uint8: the sample's window, scaled to cover the bucket's size and cropped."""
         bucket = micro_batch.bucket
         height, width = bucket.height, bucket.width
+        self._table.check(sample_id, sample_id + 1)
         interval = int(frame_interval(self._table.fps[sample_id : sample_id + 1])[0])
         key = {"seed": self._seed, "epoch": micro_batch.epoch, "sample_id": sample_id}
         start = window_start(int(self._table.num_frames[sample_id]), bucket.frames, interval, **key)
@@ -185,6 +186,7 @@ class BatchReader:
                 threads=self._cfg.decode_threads,
                 decoder=self._cfg.decoder,
                 timeout_s=self._cfg.decode_timeout_s,
+                background=parse_colour(self._cfg.background),
             ),
         )
         if self._cfg.crop == "random":
@@ -218,6 +220,8 @@ class FeatureReader:
         """
         began = time.monotonic()
         ids = micro_batch.sample_ids
+        for sample_id in ids:
+            self._table.check(sample_id, sample_id + 1)
         return Batch(
             pixels=None,
             prompts=[self._table.caption(sample_id) for sample_id in ids],

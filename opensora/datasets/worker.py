@@ -16,15 +16,19 @@ from typing import Any, Literal
 
 import numpy as np
 
-from opensora.datasets.decode import DecodeError, read_frames
+from opensora.datasets.decode import DecodeError, probe, read_frames
 from opensora.utils.signals import NAMES, end_with_parent
 
 IGNORED_SIGNALS = NAMES  # what asks a run to stop
 ORPHAN_S = 60.0  # beyond the time limit of a sample: then nobody is there who would have killed this process
 
-# What goes back: the shape of the frames, which lie in the shared memory; why the file cannot be read; or the
-# traceback of a mistake of ours.
-Answer = tuple[Literal["frames", "unreadable", "mistake"], Any]
+# What one process may hold beside the frames it hands over. What asks for more is damaged, or made to harm: a clip of
+# 10 KB whose header counts 60 million frames wants 2 GB before its first packet.
+MEMORY_BYTES = 1900 << 20
+
+# What goes back: the shape of the frames, which lie in the shared memory, or the ``MediaInfo`` of a probe; why the file
+# cannot be read; or the traceback of a mistake of ours.
+Answer = tuple[Literal["frames", "facts", "unreadable", "mistake"], Any]
 
 
 class SharedFrames:
@@ -51,6 +55,7 @@ def main(argv: list[str]) -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     end_with_parent(signal.SIGKILL)  # also while a decoder hangs
+    _limit_memory()
     connection, shared = Connection(int(argv[0])), SharedFrames(int(argv[1]))
     silence = open(os.devnull, "w")  # noqa: SIM115  (as long as the process)
     connection.send(None)
@@ -68,11 +73,26 @@ def main(argv: list[str]) -> None:
             return
 
 
+def _limit_memory() -> None:
+    """Memory that is shared, as the frames are, does not count."""
+    if sys.platform == "linux":  # elsewhere the limit is another one, or none
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_DATA)
+        limit = MEMORY_BYTES if most == resource.RLIM_INFINITY else min(most, MEMORY_BYTES)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
+
+
 def _answer(request: dict[str, Any], shared: SharedFrames) -> Answer:
+    is_probe = request.pop("probe", False)
     try:
+        if is_probe:
+            return "facts", probe(**request)
         return "frames", read_frames(**request, allocate=shared.array).shape
     except DecodeError as error:
         return "unreadable", error.cause
+    except MemoryError:
+        return "unreadable", f"it asks for more than {MEMORY_BYTES >> 20} MiB of memory"
     except Exception:
         return "mistake", traceback.format_exc()
 

@@ -36,6 +36,7 @@ def identity(cfg: RunConfig, table: IndexedTable) -> dict[str, Any]:
             "crop": data.crop,
             "prompt_suffix": data.prompt_suffix,
             "decoder": data.decoder,
+            "background": data.background,
         },
     }
 

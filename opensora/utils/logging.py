@@ -60,9 +60,12 @@ def launched_rank() -> int:
     return int(text) if re.fullmatch("[0-9]{1,15}", text) else 0
 
 
-def announce(message: str, *, level: int = logging.INFO) -> None:
-    """One console message, on rank 0 only; above a progress bar if one is drawn."""
-    if launched_rank() != 0:
+def announce(message: str, *, level: int = logging.INFO, every_rank: bool = False) -> None:
+    """One console message, on rank 0 only unless it says what only one process does, whichever it is.
+
+    Above a progress bar if one is drawn.
+    """
+    if launched_rank() != 0 and not every_rank:
         return
     if not _LOGGER.handlers:
         handler = _TqdmHandler()

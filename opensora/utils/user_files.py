@@ -136,6 +136,8 @@ def try_output(path: Path, key: str, *, folder: bool = False) -> None:
             raise UserError(f"{key}={str(path)!r}: must name a {'folder' if folder else 'file'} to write")
         if not folder and path.is_dir():
             raise UserError(f"{key}={path}: is a folder; name a file to write")
+        if not folder and path.exists() and not path.is_file():  # to open a pipe would take for ever
+            raise UserError(f"{key}={path}: is not a regular file; name another one to write")
         place = path if folder else path.parent
         place.mkdir(parents=True, exist_ok=True)
         descriptor, probe = tempfile.mkstemp(prefix=".writable.", dir=place)

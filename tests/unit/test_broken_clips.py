@@ -135,7 +135,6 @@ BROKEN: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "16k x 16k picture": (".png", many_pixels),
     "16k x 16k clip": (".avi", many_pixels_clip),
     "audio only": (".mp4", audio_only),
-    "clip called picture": (".png", lambda p: shutil.move(clip(p.with_suffix(".mp4")), p)),
     "symlink loop": (".mp4", lambda p: p.symlink_to(p)),
     "pipe": (".mp4", os.mkfifo),
     "folder": (".mp4", Path.mkdir),
@@ -154,6 +153,7 @@ ODD: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "high dynamic range": (".mp4", high_dynamic_range),
     "other container": (".mp4", lambda p: shutil.move(clip(p.with_suffix(".mkv")), p)),
     "picture called clip": (".mp4", picture_called_clip),
+    "clip called picture": (".png", lambda p: shutil.move(clip(p.with_suffix(".mp4")), p)),
 }
 
 
@@ -189,7 +189,10 @@ def test_what_is_odd_is_read(kind: str, tmp_path: Path) -> None:
     make(path)
     assert_windows_equal(str(path), 6)
     info = probe(str(path), timeout_s=LIMIT_S)
-    assert info.fps is not None and 0 < info.fps < float("inf")
+    if kind == "picture called clip":
+        assert info.fps is None and info.num_frames == 1
+    else:
+        assert info.fps is not None and 0 < info.fps < 1e5
     if kind == "turned":
         assert (info.height, info.width) == (64, 48)
 

@@ -56,6 +56,8 @@ def random_table(count: int, seed: int = 0) -> ClipTable:
     image = rng.random(count) < 0.2
     frames = np.where(image, 1, rng.lognormal(4, 1, count).astype(int) + 2)
     fps = np.where(image, np.nan, rng.choice([8, 12.5, 23.976, 24, 25, 29.97, 30, 50, 59.94, 60, 120], count))
+    interval = frame_interval(fps)
+    frames = np.where(~image & (frames // interval == 1), 2 * interval, frames)  # moving, or a still by its own word
     height = rng.integers(64, 1600, count)
     width = rng.integers(64, 1600, count)
     return clip_table(frames.tolist(), height.tolist(), width.tolist(), fps.tolist())
@@ -74,7 +76,7 @@ def assign_one(cfg: DataConfig, row: tuple[int, int, int, float], draw: Callable
         if height * width < 0.8 * area_of(resolution):
             continue
         lengths = cfg.buckets[resolution]
-        if row[0] == 1:
+        if row[0] == 1 or frames == 1:
             here, candidates = NO_IMAGE_ROW, [1] if 1 in lengths else []
         else:
             here, candidates = TOO_SHORT, [n for n in sorted(lengths, reverse=True) if n > 1 and frames >= n]
@@ -232,11 +234,13 @@ def test_draws_depend_on_every_part_of_the_key_and_only_on_it() -> None:
         (12.5, 1, 12.5),
         (23.976, 1, 23.976),
         (24, 1, 24),
-        (24.01, 1, 24),
+        (24.01, 2, 12),
+        (math.nextafter(24, 25), 2, 12),
         (25, 2, 12),
         (29.97, 2, 14),
         (30, 2, 15),
         (48, 2, 24),
+        (48.01, 3, 16),
         (50, 3, 16),
         (60, 3, 20),
         (120, 5, 24),
@@ -246,6 +250,101 @@ def test_draws_depend_on_every_part_of_the_key_and_only_on_it() -> None:
 def test_frame_interval(fps: float, interval: int, new: float) -> None:
     assert frame_interval(np.array([fps])).tolist() == [interval]
     assert sampled_fps(fps) == new
+
+
+Ratios = dict[float, tuple[int, int]]  # height / width -> (height, width), in the order of the family's table
+
+
+def family_sizes(resolution: str, multiple: int = 16) -> Ratios:
+    """The training table of Open-Sora 2, written from its description: plain rule, then the closest area."""
+    name, _, suffix = resolution.partition("_")
+    area = int(name[:-2]) ** 2 if name.endswith("px") else int(int(name[:-1]) ** 2 * 16 / 9)
+    upright: dict[tuple[int, int], None] = {}
+    for wide, tall in ((2.39, 1), (2, 1), (16, 9), (1.85, 1), (9, 16), (5, 8), (3, 2), (4, 3), (1, 1)):
+        if suffix.startswith("ar") and [wide, tall] != [float(x) for x in suffix[2:].split(":")]:
+            continue
+        width = int(math.sqrt(area * wide / tall) // multiple) * multiple
+        height = int(area / width // multiple) * multiple
+        steps = [(0, 0), (multiple, 0), (-multiple, 0), (0, multiple), (0, -multiple)]
+        around = [(height + dh, width + dw) for dh, dw in steps]
+        upright[min(around, key=lambda size: abs(size[0] * size[1] - area))] = None
+    sizes = list(upright)
+    if not suffix.startswith("ar"):
+        sizes += [(width, height) for height, width in upright]
+    if suffix == "max":
+        sizes = [max(sizes, key=lambda size: size[0] * size[1])]
+    return {height / width: (height, width) for height, width in sizes}
+
+
+def family_bucket(table: dict[str, dict[int, Any]], row: tuple[int, int, int, float]) -> tuple[str, int, Ratios] | None:
+    """Where Open-Sora 2 puts a clip when every probability is 1; the sizes it chooses from."""
+    frames, height, width, fps = row
+    if fps >= 24:
+        frames //= math.ceil(fps / 24)
+    for resolution in sorted(table, key=area_of, reverse=True):
+        if height * width < 0.8 * area_of(resolution):
+            continue
+        fitting = [n for n in table[resolution] if (n == 1 if frames == 1 else 1 < n <= frames)]
+        if fitting:
+            return resolution, max(fitting), family_sizes(resolution)
+    return None
+
+
+def test_buckets_are_those_of_the_family_but_for_the_differences_that_are_named() -> None:
+    rows: dict[str, dict[int, Any]] = {
+        "256px": {1: [1.0, 1], 5: [1.0, 1], 33: [1.0, 1], 65: [1.0, 1]},
+        "480p_ar16:9": {17: [1.0, 1], 49: [1.0, 1]},
+        "720p_max": {1: [1.0, 1], 97: [1.0, 1]},
+        "768px": {1: [1.0, 1], 129: [1.0, 1]},
+    }
+    rng = np.random.default_rng(0)
+    count = 20_000
+    frames = rng.choice([1, 2, 3, 4, 5, 6, 33, 64, 65, 66, 129, 258, 700], count)
+    near = rng.choice([24.0, 48.0, 72.0, 120.0], count) * (1 + rng.choice([-1e-3, -1e-9, 0, 1e-9, 4e-4, 1e-3], count))
+    fps = np.where(rng.random(count) < 0.5, near, rng.uniform(1, 130, count))
+    fps[rng.random(count) < 0.1] = np.nan
+    height, width = rng.integers(64, 2000, (2, count))
+    table = clip_table(frames.tolist(), height.tolist(), width.tolist(), fps.tolist())
+    cfg = DataConfig(buckets=rows, empty_rows="report")
+    buckets, assigned = BucketTable(cfg, 16).buckets, epoch_of(cfg, table, 0).assigned()
+    stills = ratios = 0
+    for i in range(count):
+        row = (int(frames[i]), int(height[i]), int(width[i]), float(fps[i]))
+        family = family_bucket(rows, row)
+        if row[0] == 1 and row[3] >= 24:  # nowhere in the family, as 1 // k = 0; ours: an image, whatever its rate
+            family = family_bucket(rows, (*row[:3], math.nan))
+            stills += 1
+        if family is None:
+            assert assigned[i] < 0, row
+            continue
+        bucket, ratio = buckets[assigned[i]], row[1] / row[2]
+        assert (bucket.resolution, bucket.frames) == family[:2], row
+        nearest = min(family[2], key=lambda r: abs(r - ratio))
+        in_log = min(family[2], key=lambda r: abs(math.log(r / ratio)))
+        assert (bucket.height, bucket.width) == family[2][in_log], row
+        ratios += nearest != in_log
+    assert stills > 500 and 0 < ratios < 0.1 * count  # the differences occur, and there are no others
+
+
+@pytest.mark.parametrize("name", ["256px", "768px", "1024px", "480p", "720p", "256px_ar16:9"])
+def test_size_tables_are_those_of_the_family(name: str) -> None:
+    assert set(training_sizes(name, 16)) == set(family_sizes(name).values())
+
+
+@pytest.mark.parametrize(("name", "size"), [("720p_max", (1232, 752)), ("256px_max", (208, 320))])
+def test_the_largest_size_is_the_first_of_equal_ones(name: str, size: tuple[int, int]) -> None:
+    assert training_sizes(name, 16) == (size,) == tuple(family_sizes(name).values())
+
+
+def test_clips_of_which_one_frame_is_used_are_images() -> None:
+    table = clip_table([5, 2, 4, 1, 9], [512] * 5, [512] * 5, [120.0, 48.0, 120.0, math.nan, 120.0])
+    cfg = DataConfig(buckets={"256px": {1: [1.0, 1], 5: [1.0, 1]}}, empty_rows="report")
+    names = [str(b) for b in BucketTable(cfg, 16).buckets]
+    places = [names[b] if b >= 0 else int(b) for b in epoch_of(cfg, table, 0).assigned()]
+    still = "256px 1x256x256"
+    assert places == [still, still, TOO_SHORT, still, still]
+    without = DataConfig(buckets={"256px": {5: [1.0, 1]}}, empty_rows="report")
+    assert epoch_of(without, table, 0).assigned().tolist() == [NO_IMAGE_ROW] * 2 + [TOO_SHORT] + [NO_IMAGE_ROW] * 2
 
 
 def test_report_counts_every_row_once() -> None:

@@ -180,6 +180,8 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     "negative": (None, ["train.log_every=-1"], "train.log_every=-1: allowed are integers >= 1"),
     "heads not divisible": (None, ["model.num_heads=5"], "model.num_heads=5: allowed are divisors of"),
     "decoder": (None, ["data.decoder=opencv"], "data.decoder='opencv': allowed are pyav, decord, torchcodec"),
+    "no colour": (None, ["data.background=grue"], "data.background='grue': allowed are colours such as white, black"),
+    "a colour with alpha": (None, ["data.background='#ff00ff80'"], "data.background='#ff00ff80': allowed are colours"),
     "no time to decode": (None, ["data.decode_timeout_s=0"], "data.decode_timeout_s=0: allowed are numbers above 0"),
     "bad clips": (None, ["data.max_bad_share=2"], "data.max_bad_share=2: allowed are numbers from 0 to 1"),
     "bad bucket row": (None, ["data.buckets.64px.9=[2.0, 2]"], "data.buckets.64px.9=[2.0, 2]: probabilities"),

@@ -8,7 +8,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from av.video.reformatter import Interpolation
+from av.stream import Disposition
+from av.video.reformatter import Colorspace, Interpolation
 from PIL import Image
 
 from opensora.datasets.decode import DecodeError, is_image, probe, read_frames
@@ -56,7 +57,11 @@ def decode_all(path: str) -> tuple[list[np.ndarray], list[int]]:
             except av.error.InvalidDataError:
                 continue
             for frame in decoded:
-                rgb = frame.reformat(format="rgb24", interpolation=Interpolation.BICUBIC).to_ndarray()
+                untagged_hd = frame.colorspace == 2 and (frame.width >= 1280 or frame.height > 576)
+                matrix = Colorspace.ITU709 if untagged_hd and frame.format.name.startswith("yuv") else None
+                rgb = frame.reformat(
+                    format="rgb24", interpolation=Interpolation.BICUBIC, src_colorspace=matrix
+                ).to_ndarray()
                 frames.append(np.rot90(rgb, round(frame.rotation / 90)))
                 pts.append(frame.pts)
     return frames, pts
@@ -188,6 +193,23 @@ def test_audio_only(tmp_path: Path) -> None:
         container.mux(stream.encode(frame))
     with pytest.raises(DecodeError, match="no video stream"):
         probe(str(path))
+
+
+def test_a_cover_picture_is_no_clip(tmp_path: Path) -> None:
+    path = str(tmp_path / "song.mp4")
+    with av.open(path, "w") as container:
+        sound = container.add_stream("aac", rate=16000)
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 64, 48, "yuvj420p"
+        cover.disposition = Disposition.attached_pic
+        picture = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")
+        container.mux([*cover.encode(picture.reformat(format="yuvj420p")), *cover.encode()])
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(sound.encode(frame))
+        container.mux(sound.encode())
+    with pytest.raises(DecodeError, match="only a cover picture"):
+        probe(path)
 
 
 EDGE_CASES = [

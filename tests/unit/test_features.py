@@ -151,6 +151,7 @@ STALE = {
     "buckets": (["data.buckets={32px: {5: [1.0, 2]}}"], "data.buckets="),
     "seed": (["seed=4"], "seed=4 (was 3)"),
     "decoder": (["data.decoder=decord"], "data.decoder=decord (was pyav)"),
+    "background": (["data.background=black"], "data.background=black (was white)"),
     "table": ([], "data.table="),
     "draws": (["data.buckets={32px: {5: [0.5, 2]}}"], "data.buckets="),
 }

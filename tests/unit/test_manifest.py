@@ -137,3 +137,12 @@ def test_files_that_are_not_there_or_not_tables(tmp_path: Path) -> None:
 def test_reading_tables_and_clips_does_not_load_torch() -> None:
     code = "import sys, opensora.datasets.manifest, opensora.datasets.decode; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_parquet_whose_texts_are_not_utf8(tmp_path: Path) -> None:
+    columns = {"path": ["abcd.mp4"], "text": ["x"], "num_frames": [9], "height": [32], "width": [32], "fps": [8.0]}
+    papq.write_table(pa.table(columns), tmp_path / "t.parquet", compression="none", use_dictionary=False)
+    raw = (tmp_path / "t.parquet").read_bytes()
+    (tmp_path / "t.parquet").write_bytes(raw.replace(b"abcd.mp4", b"ab\xf0d.mp4"))
+    with pytest.raises(UserError, match=r"t\.parquet: cannot be read as parquet \(.*UTF8.*\), save it again as UTF-8"):
+        read_table(str(tmp_path / "t.parquet"))

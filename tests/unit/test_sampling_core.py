@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -261,3 +262,44 @@ def test_writers_refuse_other_pixels(tmp_path: Path) -> None:
         write_video(tmp_path / "x.mp4", np.zeros((0, 8, 8, 3), np.uint8), 8)
     with pytest.raises(ValueError, match="uint8"):
         write_image(tmp_path / "x.png", np.zeros((8, 8), np.uint8))
+
+
+PLAIN = {"green": (0, 255, 0), "red": (255, 0, 0), "blue": (0, 0, 255), "white": (255,) * 3, "gray": (128,) * 3}
+
+
+@pytest.mark.parametrize("colour", PLAIN)
+def test_colours_are_bt709_and_say_so(tmp_path: Path, colour: str) -> None:
+    """By the samples that are stored: a reader of BT.709 written out here, which sees no tag."""
+    av = pytest.importorskip("av")
+    path = write_video(tmp_path / "a.mp4", np.full((5, 96, 128, 3), PLAIN[colour], np.uint8), 24)
+    with av.open(str(path)) as container:
+        frame = next(container.decode(video=0))
+    assert (frame.colorspace, frame.color_primaries, frame.color_trc, frame.color_range) == (1, 1, 1, 1)
+    assert b"colrnclx\0\1\0\1\0\1\0" in path.read_bytes()  # primaries, transfer, matrix, limited range
+    y, u, v = (float(np.frombuffer(plane, np.uint8)[10 * plane.line_size + 10]) for plane in frame.planes)
+    luma, blue, red = (y - 16) / 219, (u - 128) / 224, (v - 128) / 224
+    r, b = luma + 1.5748 * red, luma + 1.8556 * blue
+    g = (luma - 0.2126 * r - 0.0722 * b) / 0.7152
+    assert np.abs(np.array([r, g, b]) * 255 - PLAIN[colour]).max() < 4
+
+
+@pytest.mark.parametrize(
+    ("fps", "stored"),
+    [
+        (23.976, Fraction(24000, 1001)),
+        (23.98, Fraction(24000, 1001)),
+        (29.97, Fraction(30000, 1001)),
+        (59.94, Fraction(60000, 1001)),
+        (24, Fraction(24)),
+        (12.5, Fraction(25, 2)),
+        (24.0, Fraction(24)),
+        (0.5, Fraction(1, 2)),
+    ],
+)
+def test_rates_of_television(tmp_path: Path, fps: float, stored: Fraction) -> None:
+    av = pytest.importorskip("av")
+    path = write_video(tmp_path / "a.mp4", moving_square(6, 96, 171), fps)
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert stream.average_rate == stored and (stream.height, stream.width) == (96, 172)
+        assert sum(1 for _ in container.decode(stream)) == 6
