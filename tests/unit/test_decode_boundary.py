@@ -272,7 +272,7 @@ def test_a_list_of_other_files_is_not_followed(suffix: str, tmp_path: Path) -> N
     """Or a file in a data set could make a run open any place."""
     clip = encode(tmp_path / "secret.mp4", 5)
     for text in (
-        f"ffconcat version 1.0\nfile '{clip}'\n",
+        "ffconcat version 1.0\nfile secret.mp4\n",
         f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile:{clip}\n#EXT-X-ENDLIST\n",
         f"<?xml version='1.0'?><MPD><Period><BaseURL>file:{clip}</BaseURL></Period></MPD>",
         "hello, this is drawn as a video by some\n" * 20,
