@@ -23,6 +23,7 @@ from PIL import Image
 
 from opensora.datasets.frames import (
     LIMITS,
+    MAX_FPS,
     Allocate,
     Colour,
     Deadline,
@@ -91,7 +92,7 @@ def read_still(source: Source, resize: Resize | None, background: Colour) -> tup
         image = _open(source, opened)
         with _quiet(), parsing(partial(DecodeError, source.path)):
             image.load()
-            pictures = int(getattr(image, "n_frames", 1))
+        pictures = _pictures(image)
         turn, note = _turn(image)
         picture = turn(_to_rgb(source, image, background))
     if pictures > 1:
@@ -113,8 +114,11 @@ def probe_animation(source: Source, deadline: Deadline) -> Animation:
             turn, note = _turn(image)
             height, width = turn.shape(image.height, image.width)
         times.append(seconds)
+    if not times:
+        raise DecodeError(source.path, "it has no frame")
     shown = sum(times[:-1]) if len(times) > 1 else sum(times)
     fps = max(1, len(times) - 1) / shown if shown > 0 else _DEFAULT_FPS
+    fps = fps if fps < MAX_FPS else _DEFAULT_FPS
     return Animation(num_frames=len(times), height=height, width=width, fps=fps, note=note)
 
 
@@ -206,17 +210,26 @@ def _quiet() -> Iterator[None]:
 def _turn(image: Image.Image) -> tuple[Turn, str]:
     """(what EXIF says, a note where it cannot be read). What a damaged tag raises is no reason to lose the picture."""
     try:
-        with parsing(_OddExif):
+        with parsing(_Unreadable):
             orientation = image.getexif().get(_ORIENTATION, 1)
-    except _OddExif:
+    except _Unreadable:
         return Turn(), "its EXIF is damaged; the orientation in it is ignored"
     if isinstance(orientation, int) and 1 <= orientation <= 8:
         return _TURNS.get(orientation, Turn()), ""
     return Turn(), "" if orientation in (0, None) else "its EXIF orientation is none of 1 to 8 and is ignored"
 
 
-class _OddExif(Exception):
-    """EXIF that cannot be read."""
+def _pictures(image: Image.Image) -> int:
+    """How many a loaded file holds, as far as can be told."""
+    try:
+        with parsing(_Unreadable):
+            return int(getattr(image, "n_frames", 1))
+    except _Unreadable:
+        return 1
+
+
+class _Unreadable(Exception):
+    """Something beside the picture that cannot be read."""
 
 
 def _to_rgb(source: Source, image: Image.Image, background: Colour) -> np.ndarray:

@@ -229,7 +229,8 @@ class _Opened:
 
     def __enter__(self) -> InputContainer:
         demuxer = None
-        if self._source.kind not in CLIP_SUFFIXES:  # FFmpeg trusts a suffix more than these contents
+        suffix = os.path.splitext(self._source.file)[1].lower()
+        if suffix not in CLIP_SUFFIXES:  # FFmpeg trusts a suffix more than these contents
             demuxer = _WEAK_CONTENTS.get(sniff_source(self._source).what)
         with parsing(partial(DecodeError, self._source.path)):
             # Text in a damaged header need not be text.

@@ -18,6 +18,7 @@ from PIL import Image
 
 from opensora.datasets import decode, decode_decord, decode_pillow, decode_pyav, decode_torchcodec, storage
 from opensora.datasets.decode import DecodeError, probe, read_frames
+from opensora.datasets.frames import Deadline
 from opensora.datasets.reader import DecoderProcess
 from opensora.datasets.storage import archive_members, locate
 from tests.unit.test_decode import encode
@@ -230,6 +231,16 @@ def test_any_exif_leaves_the_picture(tmp_path: Path) -> None:
     assert notes > 5  # some damage was noticed, or this has tried nothing
 
 
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_exif_that_makes_pillow_fail_is_ignored_with_a_note(
+    error: Exception, files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = read_frames(files["still"], 0, 1)
+    monkeypatch.setattr(Image.Image, "getexif", raising(error))
+    assert np.array_equal(read_frames(files["still"], 0, 1), before)
+    assert probe(files["still"]).note == "its EXIF is damaged; the orientation in it is ignored"
+
+
 def test_paths_that_are_none(tmp_path: Path) -> None:
     encode(tmp_path / "a.mp4", 3)
     (tmp_path / "d.tar").mkdir()
@@ -261,13 +272,16 @@ def test_a_list_of_other_files_is_not_followed(suffix: str, tmp_path: Path) -> N
     """Or a file in a data set could make a run open any place."""
     clip = encode(tmp_path / "secret.mp4", 5)
     for text in (
-        f"ffconcat version 1.0\nfile '{clip}'\n",
+        "ffconcat version 1.0\nfile secret.mp4\n",
         f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile:{clip}\n#EXT-X-ENDLIST\n",
         f"<?xml version='1.0'?><MPD><Period><BaseURL>file:{clip}</BaseURL></Period></MPD>",
         "hello, this is drawn as a video by some\n" * 20,
     ):
-        (tmp_path / f"list{suffix}").write_text(text)
-        refused(str(tmp_path / f"list{suffix}"))
+        path = str(tmp_path / f"list{suffix}")
+        Path(path).write_text(text)
+        refused(path)
+        with pytest.raises(DecodeError):  # FFmpeg itself, whatever a look at the first bytes said
+            decode_pyav.probe(storage.Source(path, path), Deadline(path, 20))
 
 
 def member(size: int, kind: bytes = tarfile.REGTYPE, name: str = "a.mp4") -> bytes:
