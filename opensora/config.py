@@ -196,9 +196,10 @@ class SampleConfig:
     sampling: SamplingOption = field(default_factory=SamplingOption)
     prompt: str | None = None  # one prompt
     prompts: tuple[str, ...] = ()  # several
-    prompt_csv: str | None = None  # a table with the columns text, and optionally name, neg, ref
+    prompt_csv: str | None = None  # a table with the columns text, and optionally name and neg, or a .txt of lines
     num_sample: int = 1  # videos per prompt, with seeds seed, seed+1, ...
     save_dir: str = "samples"  # videos, stills, prompts and the contact sheet
+    overwrite: bool = False  # replace files of an earlier job in save_dir; false: this job's get other names
     batch_size: int = 1  # prompts denoised together
     precision: Literal["bf16", "fp32", "fp64"] = "bf16"  # fp64: to compare layouts
     vae_parallel: VaeParallel = "auto"  # on: processes share out the tiles of what they code; auto: on for learned VAEs
