@@ -3,12 +3,14 @@
 Weights are read into the layout of this job, whatever layout wrote them.
 """
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from acceleration import kernels, lora, sharding, tensor_parallel
@@ -83,7 +85,7 @@ def find_source(cfg: SampleConfig) -> Source:
             adapters that do not fit them.
     """
     path = Path(cfg.weights)
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"weights={path}: no such file or folder; give a run folder, an export folder or a safetensors")
     saved = load_config(RunConfig, path / SAVED_NAME) if (path / SAVED_NAME).is_file() else None
     sections: dict[str, Any] = {
@@ -108,6 +110,9 @@ def find_source(cfg: SampleConfig) -> Source:
         wanted = adapters.exported.metadata.get("base")
         if wanted and wanted != fingerprint(path):
             announce(f"{path}: not the weights that the adapters of {adapters.exported.path} were trained beside")
+    if checkpoint is None:
+        with torch.device("meta"):  # what does not fit is said before anything is built
+            load_state_dict_for(build_model(sections["model"]), path, to=weight_layout(sections["model"]))
     return Source(
         path=path,
         checkpoint=checkpoint,
@@ -246,13 +251,16 @@ def load_components(cfg: SampleConfig, source: Source, runtime: Runtime) -> Comp
     parallel = replace(cfg.parallel, precision=precision)
     with torch.device("meta"):
         model = build_model(source.model)
-    fill: Fill = _from_file(source, model) if source.checkpoint is None else _leave
+    file = _from_file(source, model) if source.checkpoint is None else None
+    fill: Fill = file or _leave
     adapters = source.adapters
     if adapters:
         lora.apply(model, adapters.lora)
         tensors = adapters.exported.tensors if adapters.exported else None
         fill = lora.Filled(fill, _leave if tensors is None else FromDict(tensors))
     parallelize(model, parallel, mesh, runtime.device, fill)
+    if file:
+        file.check_values()
     if source.checkpoint:
         _read_checkpoint(source.checkpoint, model, use_ema=cfg.use_ema, adapters=False)
     if adapters:
@@ -285,11 +293,29 @@ class FromFile:
     """Where parameters get their values: from a file, of which each process reads its pieces, or from elsewhere."""
 
     file: WeightFile
+    path: Path
     otherwise: Callable[[str, Tensor], None] | None = None  # writes a full parameter that the file lacks
+    not_finite: list[str] = field(default_factory=list)  # what this process has read so far that holds NaN or infinity
 
     def read_part(self, name: str, start: tuple[int, ...], part: Tensor) -> bool:
         """See ``Partial`` in acceleration/plan.py."""
-        return self.file.read_part(name, start, part)
+        found = self.file.read_part(name, start, part)
+        if found and not torch.isfinite(part).all():
+            self.not_finite.append(f"{name} (as {str(part.dtype).removeprefix('torch.')})")
+        return found
+
+    def check_values(self) -> None:
+        """That what all processes read are finite numbers. Collective.
+
+        Raises:
+            UserError: the first tensor that is not, on every process.
+        """
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, self.not_finite)
+        names = list(dict.fromkeys(name for found in everyone for name in found))
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{self.path}: {names[0]}{more} holds NaN or infinite values; give weights without")
 
     def __call__(self, name: str, tensor: Tensor) -> None:
         assert self.otherwise is not None, name  # loading is strict
@@ -309,7 +335,7 @@ class FromDict:
 def _from_file(source: Source, model: nn.Module) -> FromFile:
     file, report = load_state_dict_for(model, source.path, to=weight_layout(source.model))
     announce(str(report))
-    return FromFile(file)
+    return FromFile(file, source.path)
 
 
 def _leave(name: str, tensor: Tensor) -> None:

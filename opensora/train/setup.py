@@ -25,7 +25,7 @@ from opensora import config
 from opensora.config import RunConfig
 from opensora.datasets.index import IndexedTable
 from opensora.datasets.plan import BatchPlan
-from opensora.inference.load import check_attention, check_layout, tile_runner
+from opensora.inference.load import FromFile, check_attention, check_layout, tile_runner
 from opensora.models import build_model
 from opensora.models.base import latent_grid
 from opensora.models.text import build_text_encoder
@@ -132,7 +132,7 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
 
     with torch.device("meta"):
         model = build_model(cfg.model)
-    fill = initial_weights(cfg, model)
+    fill = weights = initial_weights(cfg, model)
     base = None
     if cfg.lora.rank:
         assert cfg.train.init_from is not None
@@ -140,6 +140,8 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
         fill = lora.Filled(fill, add_adapters(cfg, model))
         announce(adapted(model, cfg))
     parallelize(model, cfg.parallel, mesh, runtime.device, fill)
+    if isinstance(weights, FromFile):
+        weights.check_values()
     engine = build_engine(model, cfg.parallel, cfg.optim, mesh)
     checkpoints = CheckpointManager(
         folder / "checkpoints",

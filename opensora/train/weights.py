@@ -1,5 +1,7 @@
 """What parameters start from: a file, or draws that depend on seed and name alone."""
 
+from pathlib import Path
+
 from torch import Tensor, nn
 
 from acceleration import lora
@@ -29,7 +31,7 @@ def initial_weights(cfg: RunConfig, model: nn.Module) -> Fill:
     missing = () if cfg.lora.rank else ("cond_in.*",)
     file, report = load_state_dict_for(model, cfg.train.init_from, to=weight_layout(cfg.model), allow_missing=missing)
     announce(str(report))
-    return FromFile(file, otherwise=draw)
+    return FromFile(file, Path(cfg.train.init_from), otherwise=draw)
 
 
 def add_adapters(cfg: RunConfig, model: nn.Module) -> Fill:

@@ -13,25 +13,30 @@ is made of. Files we write name their layout in the safetensors metadata; for fi
 interleaved and separate means half-split, which is right for the two published ones.
 """
 
-import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from opensora.models.layers.rope import RopeLayout
 from opensora.utils.errors import UserError
-from opensora.utils.weights import SHARD_BYTES, write_file, write_weights
+from opensora.utils.untrusted import parse_json, parsing, short_reason
+from opensora.utils.weights import SHARD_BYTES, check_regular, check_types, open_weights, write_file, write_weights
 
 StateDict = dict[str, Tensor]
 Shape: TypeAlias = tuple[int, ...]
 _SHOWN = 4  # names in an error before "..."
+_WANTED = "give a .safetensors file, an index .json, or their folder"
+# The parts of the model, by which its names are found behind any prefix.
+_INPUTS = ("img_in", "txt_in", "time_in", "vector_in", "guidance_in", "cond_in")
+_TOP_NAMES = (*_INPUTS, "double_blocks", "single_blocks", "final_layer")
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of torch.compile, FSDP, recomputation
+_OTHER_MODELS = ("vae", "first_stage_model", "cond_stage_model", "conditioner", "text_encoders", "text_encoder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +62,8 @@ class LoadReport:
 
     source: str
     layout: WeightLayout
+    prefix: str  # of all names in the file, without which they were compared
+    left_out: tuple[str, ...]  # of an autoencoder or a text encoder in the same file
     loaded: int
     missing: tuple[str, ...]  # wanted, not in the file, and not allowed to be missing
     left_at_init: tuple[str, ...]  # wanted, not in the file, allowed to be missing
@@ -75,9 +82,12 @@ class LoadReport:
                 ("unexpected", self.unexpected),
                 ("of another shape (file, model)", self.wrong_shape),
                 ("left at their initial values", self.left_at_init),
+                ("of other models left out", self.left_out),
             )
             if names
         ]
+        if self.prefix:
+            parts.append(f"names in the file begin with {self.prefix}")
         return f"{self.source}: {self.loaded} tensors loaded" + "".join(f"; {part}" for part in parts)
 
 
@@ -126,20 +136,24 @@ class WeightFile(Mapping[str, Tensor]):
         Raises:
             UserError: no such file, not safetensors, a tensor that is in two files, or no MMDiT where order changes.
         """
-        self._files: dict[str, Any] = {}  # tensor in the files -> open file
+        self._files: dict[str, Any] = {}  # tensor -> open file
+        self._stored: dict[str, str] = {}  # tensor -> name in its file
         metadata: dict[str, str] = {}
+        opened = [open_weights(file) for file in _weight_files(Path(path))]
+        self.prefix, names, self.left_out = _plain_names([name for one in opened for name in one.shapes], str(path))
         sources: dict[str, Shape] = {}
-        for file in _weight_files(Path(path)):
-            try:
-                opened = safe_open(file, framework="pt")
-                metadata.update(opened.metadata() or {})
-                for name in opened.keys():  # noqa: SIM118 (not a dict)
-                    if name in sources:
-                        raise UserError(f"{file}: {name} is in two files of {path}: give one file, or an index json")
-                    self._files[name] = opened
-                    sources[name] = tuple(opened.get_slice(name).get_shape())
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{file}: cannot be read as safetensors ({error}): fetch or export it again") from error
+        for one in opened:
+            metadata.update(one.metadata)
+            own = {names[stored]: stored for stored in one.shapes if stored in names}
+            for name in own:
+                if name in sources:
+                    raise UserError(f"{one.path}: {name} is in two files of {path}: give one file, or an index json")
+            check_types(one, own.values())
+            self._stored |= own
+            self._files |= dict.fromkeys(own, one.file)
+            sources |= {name: one.shapes[stored] for name, stored in own.items()}
+        if foreign := _other_format(sources):
+            raise UserError(f"{path}: {foreign}")
         self.layout = guess_layout(sources, metadata)
         self._conversion = _conversion(sources, self.layout, to or self.layout)
 
@@ -151,7 +165,8 @@ class WeightFile(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         target = self._conversion.targets[name]
         if len(target.rows) == 1 and target.rows[0].all_of(self._conversion.sources):
-            return self._files[target.rows[0].tensor].get_tensor(target.rows[0].tensor)
+            whole = target.rows[0].tensor
+            return self._files[whole].get_tensor(self._stored[whole])
         pieces = [self._read(rows, ()) for rows in target.rows]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
@@ -182,7 +197,7 @@ class WeightFile(Mapping[str, Tensor]):
         return True
 
     def _read(self, rows: "_Rows", columns: tuple[slice, ...]) -> Tensor:
-        mapped = self._files[rows.tensor].get_slice(rows.tensor)
+        mapped = self._files[rows.tensor].get_slice(self._stored[rows.tensor])
 
         def get(start: int, stop: int) -> Tensor:
             index = (slice(start, stop), *columns)
@@ -219,6 +234,8 @@ def load_state_dict_for(
     report = LoadReport(
         source=str(path),
         layout=file.layout,
+        prefix=file.prefix,
+        left_out=file.left_out,
         loaded=sum(name in wanted for name in shapes),
         missing=tuple(name for name in absent if name not in allowed),
         left_at_init=tuple(allowed),
@@ -474,30 +491,87 @@ def _height(shape: Shape) -> int:
     return shape[0] if shape else 1
 
 
+def _plain_names(stored: Sequence[str], path: str) -> tuple[str, dict[str, str], tuple[str, ...]]:
+    """(prefix that all tensors of the model share, name in the file -> name in the model, names of other models).
+
+    Tools put the model's own names behind the attributes that hold it: ``module.``, ``model.diffusion_model.``; and
+    wrappers put theirs in between. Without any they are as in this package.
+
+    Raises:
+        UserError: the file holds several sets of weights.
+    """
+    plain = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in stored}
+    prefixes: dict[str, str] = {}
+    others = []
+    for name, bare in plain.items():
+        parts = bare.split(".")
+        if parts[0] in _OTHER_MODELS:
+            others.append(name)
+            continue
+        at = next((i for i, part in enumerate(parts) if part in _TOP_NAMES), None)
+        if at is not None:
+            prefixes.setdefault("".join(f"{part}." for part in parts[:at]), name)
+    if len(prefixes) > 1:
+        examples = " and ".join(list(prefixes.values())[:2])
+        raise UserError(f"{path}: holds several sets of weights, as {examples}: give a file with one of them")
+    prefix = next(iter(prefixes), "")
+    for name in others:
+        del plain[name]
+    return prefix, {name: bare.removeprefix(prefix) for name, bare in plain.items()}, tuple(others)
+
+
+def _other_format(names: Collection[str]) -> str | None:
+    """What a file is that holds something else than an MMDiT's weights under its own names, and what to do."""
+    if any("lora_" in name or name.endswith(".alpha") for name in names):
+        return "these are adapters (LoRA), not weights: give them as lora=, and the weights that they belong to here"
+    if any(name.startswith(("transformer_blocks.", "single_transformer_blocks.")) for name in names):
+        return (
+            "these are weights under diffusers' names; give the file with the original ones, as flux1-dev.safetensors"
+        )
+    return None
+
+
 def _weight_files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder: give a .safetensors file, an index .json, or their folder")
-    if path.is_file() and path.suffix == ".safetensors":
-        return [path]
-    indices = [path] if path.suffix == ".json" else sorted(path.glob("*.safetensors.index.json"))
-    if not indices:
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
-        if not files:
-            raise UserError(f"{path}: holds no weights: give a .safetensors file, an index .json, or their folder")
-        return files
+    try:
+        is_folder = path.is_dir()
+        if not is_folder:
+            check_regular(path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        absent = isinstance(error, FileNotFoundError)
+        raise UserError(f"{path}: {f'no such file or folder: {_WANTED}' if absent else short_reason(error)}") from error
+    if not is_folder:
+        return _indexed_files(path) if _begins_as_json(path) else [path]
+    with parsing(lambda reason: UserError(f"{path}: cannot be read ({reason})")):
+        indices = sorted(path.glob("*.safetensors.index.json"))
+        files = sorted(path.glob("*.safetensors"))
     if len(indices) > 1:
         found = _some([index.name for index in indices])
         raise UserError(f"{path}: holds {len(indices)} index files ({found}): give one of them")
-    return _indexed_files(indices[0])
+    if not indices and not files:
+        raise UserError(f"{path}: holds no weights: {_WANTED}")
+    return _indexed_files(indices[0]) if indices else files
+
+
+def _begins_as_json(path: Path) -> bool:
+    """Whether a file is JSON: in safetensors the first brace comes after 8 bytes of length."""
+    with parsing(lambda reason: UserError(f"{path}: cannot be read ({reason})")), path.open("rb") as file:
+        start = file.read(9)
+    return start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{" and start[8:9] != b"{"
 
 
 def _indexed_files(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        elsewhere = [name for name in names if os.path.basename(name) != name]
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise UserError(f"{index}: is not a safetensors index ({error}): it needs a weight_map") from error
-    absent = elsewhere or [name for name in names if not (index.parent / name).is_file()]
-    if absent:
-        raise UserError(f"{index}: names files that are not beside it ({_some(absent)}): fetch them too")
+    def refuse(reason: str) -> UserError:
+        return UserError(f"{index}: is not a safetensors index ({reason}): it needs a weight_map")
+
+    with parsing(refuse):
+        content = index.read_bytes()
+    table = parse_json(content, refuse)
+    with parsing(refuse):
+        names = sorted(set(table["weight_map"].values()))
+        elsewhere = [name for name in names if os.path.basename(name) != name or not name]
+        absent = elsewhere or [name for name in names if not (index.parent / name).is_file()]
+    if absent or not names:
+        raise UserError(f"{index}: names files that are not beside it ({_some(absent) or 'none'}): fetch them too")
     return [index.parent / name for name in names]
