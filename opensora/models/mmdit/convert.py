@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora.models.layers.rope import RopeLayout
+from opensora.utils.adapters import AdapterRows
 from opensora.utils.errors import UserError
 from opensora.utils.untrusted import parse_json, parsing, short_reason
 from opensora.utils.weights import SHARD_BYTES, check_regular, check_types, open_weights, write_file, write_weights
@@ -121,6 +122,11 @@ def convert_state_dict(
         ]
         converted[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     return converted
+
+
+def convert_shapes(shapes: Mapping[str, Shape], *, source: WeightLayout, to: WeightLayout) -> dict[str, Shape]:
+    """Names and shapes of the same weights in layout ``to``."""
+    return {name: target.shape for name, target in _conversion(shapes, source, to).targets.items()}
 
 
 class WeightFile(Mapping[str, Tensor]):
@@ -292,18 +298,34 @@ def flux_to_diffusers(state: Mapping[str, Tensor]) -> StateDict:
 
     Any of our layouts is read as ``guess_layout`` says. ``cond_in`` has no place there and must not be in ``state``.
     """
+    separate = convert_state_dict(state, to=WeightLayout(fused_qkv=False, rope_layout="interleaved"))
+    shapes = {name: tuple(tensor.shape) for name, tensor in separate.items()}
+    return {
+        name: torch.cat([separate[rows.tensor][rows.start : rows.stop] for rows in target.rows])
+        for name, target in _diffusers(_themselves(shapes)).items()
+    }
+
+
+def _themselves(shapes: Mapping[str, Shape]) -> dict[str, "_Target"]:
+    return {name: _Target(shape, (_Rows(name, 0, _height(shape)),)) for name, shape in shapes.items()}
+
+
+def _diffusers(separate: Mapping[str, "_Target"]) -> dict[str, "_Target"]:
+    """What each of diffusers' tensors is made of; ``separate``: q, k, v and v_mlp each by itself."""
     renamed = {}
-    for name, tensor in convert_state_dict(state, to=WeightLayout(fused_qkv=False, rope_layout="interleaved")).items():
-        if name.endswith("v_mlp.weight") or name.endswith("v_mlp.bias"):
-            block, kind = name.split(".v_mlp.")
-            hidden = state[f"{block}.linear2.weight"].shape[0]
-            prefix = _diffusers_name(f"{block}.")
-            renamed[f"{prefix}attn.to_v.{kind}"], renamed[f"{prefix}proj_mlp.{kind}"] = tensor[:hidden], tensor[hidden:]
+    for name, target in separate.items():
+        block, v_mlp, kind = name.partition(".v_mlp.")
+        (rows,), rest = target.rows, target.shape[1:]
+        if v_mlp:
+            hidden, prefix = _height(separate[f"{block}.linear2.weight"].shape), _diffusers_name(f"{block}.")
+            v, mlp = replace(rows, stop=hidden), replace(rows, start=hidden)
+            renamed[f"{prefix}attn.to_v.{kind}"] = _Target((v.count, *rest), (v,))
+            renamed[f"{prefix}proj_mlp.{kind}"] = _Target((mlp.count, *rest), (mlp,))
         elif name.startswith("final_layer.adaLN_modulation.1."):
-            shift, scale = tensor.chunk(2)  # diffusers has scale first
-            renamed[_diffusers_name(name)] = torch.cat((scale, shift))
+            shift, scale = replace(rows, stop=rows.count // 2), replace(rows, start=rows.count // 2)
+            renamed[_diffusers_name(name)] = _Target(target.shape, (scale, shift))  # diffusers has scale first
         else:
-            renamed[_diffusers_name(name)] = tensor
+            renamed[_diffusers_name(name)] = target
     return renamed
 
 
@@ -351,6 +373,97 @@ def _diffusers_name(name: str) -> str:
     for ours, theirs in _DIFFUSERS_NAMES:
         name = name.replace(ours, theirs, 1)
     return name
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterPlan:
+    """Which rows of which adapters of a file make up the adapters of a model's layers."""
+
+    pieces: dict[str, tuple[AdapterRows, ...]]  # by layer of the model, in its order
+    prefix: str  # of all layers in the file, without which they are the model's
+    guessed: RopeLayout | None  # what the file does not say of itself, where rows change places by it
+
+
+def plan_adapter(
+    layers: Mapping[str, tuple[int, int]], shapes: Mapping[str, Shape], to: WeightLayout, metadata: Mapping[str, str]
+) -> AdapterPlan:
+    """How adapters of a file fit a model, whatever names and layout they were made for.
+
+    Layers may go by our names, with q, k, v fused or separate, by diffusers' names, and by either with underscores for
+    dots, as kohya's tools write them; behind any prefix that all of them share.
+
+    Args:
+        layers: name in the file -> (inputs, outputs).
+        shapes: of all parameters of the model, by name, in layout ``to``.
+        metadata: of the file; its ``rope_layout``, if it has one, is that of the layers.
+
+    Raises:
+        ValueError: a layer that the model does not have, or one of another size.
+    """
+    places = {name: target for name, target in _unfused(shapes).items() if _is_matrix(name, target.shape)}
+    parts = _themselves({name: target.shape for name, target in places.items()})
+    every = {**_diffusers(parts), **_fused(parts), **parts}
+    known = {name.removesuffix(".weight"): target for name, target in every.items()}
+    prefix, found = _known_layers(layers, known)
+    rope, guessed = _adapter_rope(found.values(), metadata)
+    order = None if rope == to.rope_layout else _channel_order(_head_dim(shapes), to.rope_layout)
+    pieces: dict[str, list[AdapterRows]] = {name.removesuffix(".weight"): [] for name in shapes}
+    reordered = False
+    for layer, name in found.items():
+        position, target = 0, known[name]
+        if layers[layer] != (target.shape[1], target.shape[0]):
+            sizes = " -> ".join(str(size) for size in layers[layer])
+            raise ValueError(f"{layer} is {sizes}, and would be {target.shape[1]} -> {target.shape[0]} for this model")
+        for rows in target.rows:
+            (place,) = places[rows.tensor].rows
+            taken = torch.arange(position, position + rows.count)
+            if order is not None and _is_query_or_key(rows.tensor):
+                taken, reordered = taken.unflatten(0, (-1, order.numel()))[:, order].flatten(), True
+            owner = place.tensor.removesuffix(".weight")
+            pieces[owner].append(AdapterRows(layer=layer, rows=taken, start=place.start + rows.start))
+            position += rows.count
+    kept = {layer: tuple(rows) for layer, rows in pieces.items() if rows}
+    return AdapterPlan(pieces=kept, prefix=prefix, guessed=rope if guessed and reordered else None)
+
+
+def _is_matrix(name: str, shape: Shape) -> bool:
+    return name.endswith(".weight") and len(shape) == 2
+
+
+def _known_layers(layers: Collection[str], known: Collection[str]) -> tuple[str, dict[str, str]]:
+    """(prefix that all layers have in the file, layer in the file -> its name in ``known``)."""
+    flat = {name.replace(".", "_"): name for name in known}
+    assert len(flat) == len(set(known)), "two layers have the same name with underscores for dots"
+    tops = {name.partition(".")[0] for name in known}
+    prefixes: dict[str, str] = {}
+    found = {}
+    for layer in layers:
+        prefix, name = _split_prefix(layer, tops)
+        if name not in known and name not in flat:
+            raise ValueError(f"{layer}: the model has no such layer")
+        found[layer] = name if name in known else flat[name]
+        prefixes.setdefault(prefix, layer)
+    if len(prefixes) > 1:
+        raise ValueError(f"{' and '.join(list(prefixes.values())[:2])}: layers of two models in one file")
+    return next(iter(prefixes), ""), found
+
+
+def _split_prefix(layer: str, tops: Collection[str]) -> tuple[str, str]:
+    """What comes before the first part of the model in a layer's name, with dots or with underscores, and the rest."""
+    bare = ".".join(part for part in layer.split(".") if part not in _WRAPPERS)
+    for mark in (".", "_"):
+        for start in (0, *(i + 1 for i, character in enumerate(bare) if character == mark)):
+            rest = bare[start:]
+            if any(rest == top or rest.startswith(f"{top}{mark}") for top in tops):
+                return bare[:start], rest
+    return "", bare
+
+
+def _adapter_rope(names: Iterable[str], metadata: Mapping[str, str]) -> tuple[RopeLayout, bool]:
+    """The rotary layout of adapters, and whether it is guessed from the names of their layers, as for weights."""
+    stated = "rope_layout" in metadata
+    as_weights = [f"{name}.qkv." if "transformer_blocks" in name else f"{name}.weight" for name in names]
+    return guess_layout(as_weights, metadata).rope_layout, not stated
 
 
 def _some(names: Collection[str]) -> str:
@@ -477,8 +590,12 @@ def _merged(target: _Target) -> _Target:
 
 
 def _reordered(name: str, target: _Target) -> _Target:
-    is_qk = ".q_proj." in name or ".k_proj." in name or name.endswith(("query_norm.scale", "key_norm.scale"))
+    is_qk = _is_query_or_key(name) or name.endswith(("query_norm.scale", "key_norm.scale"))
     return _Target(target.shape, tuple(replace(rows, reordered=is_qk) for rows in target.rows))
+
+
+def _is_query_or_key(name: str) -> bool:
+    return ".q_proj." in name or ".k_proj." in name
 
 
 def _channel_order(head_dim: int, to: RopeLayout) -> Tensor:
