@@ -253,6 +253,10 @@ def read_adapter(path: Path) -> Adapter:
         alpha = _read(opened, alphas[layer]) if layer in alphas else None
         scales[layer], source = _scale(layer, a.shape[0], alpha, config, opened)
         tensors |= {f"{layer}{KINDS[0]}": a, f"{layer}{KINDS[1]}": b}
+    if config and (other := [layer for layer in alphas if config.scale(layer, tensors) != scales[layer]]):
+        announce(
+            f"{config.path}: lora_alpha is not the alpha of {len(other)} layers in {file}; the alpha tensors count"
+        )
     if not source:
         announce(f"{file}: says no alpha, so its adapters are added as they are (alpha = rank)")
     base = config.values.get("base_model_name_or_path") if config else None
@@ -390,6 +394,10 @@ class _PeftConfig:
     path: Path
     values: Mapping[str, Any]
 
+    def scale(self, layer: str, tensors: Mapping[str, Tensor]) -> float:
+        """What B A of a layer is multiplied by, in the file's names."""
+        return self.alpha(layer) / self.divisor(layer, tensors[f"{layer}{KINDS[0]}"].shape[0])
+
     def alpha(self, layer: str) -> float:
         return float(self._of(layer, "alpha_pattern", self.values["lora_alpha"]))
 
@@ -405,11 +413,12 @@ class _PeftConfig:
         return math.sqrt(rank) if self.values.get("use_rslora") else float(rank)
 
     def _of(self, layer: str, patterns: str, otherwise: Any) -> Any:
-        """The value of the first pattern that names the layer, or its last parts."""
+        """The value of the first pattern that names the layer, or its last parts where it does not begin with ^."""
         parts = layer.removeprefix(PREFIX).split(".")
         for pattern, value in (self.values.get(patterns) or {}).items():
-            for start in range(len(parts)):
-                if re.fullmatch(pattern.removeprefix("^").removesuffix("$"), ".".join(parts[start:])):
+            expression = pattern.removeprefix("^").removesuffix("$")
+            for start in range(1 if pattern.startswith("^") else len(parts)):
+                if re.fullmatch(expression, ".".join(parts[start:])):
                     return value
         return otherwise
 

@@ -405,6 +405,7 @@ def plan_adapter(
     every = {**_diffusers(parts), **_fused(parts), **parts}
     known = {name.removesuffix(".weight"): target for name, target in every.items()}
     prefix, found = _known_layers(layers, known)
+    _check_apart({layer: known[name].rows for layer, name in found.items()})
     rope, guessed = _adapter_rope(found.values(), metadata)
     order = None if rope == to.rope_layout else _channel_order(_head_dim(shapes), to.rope_layout)
     pieces: dict[str, list[AdapterRows]] = {name.removesuffix(".weight"): [] for name in shapes}
@@ -457,6 +458,17 @@ def _split_prefix(layer: str, tops: Collection[str]) -> tuple[str, str]:
             if any(rest == top or rest.startswith(f"{top}{mark}") for top in tops):
                 return bare[:start], rest
     return "", bare
+
+
+def _check_apart(rows_of: Mapping[str, Sequence["_Rows"]]) -> None:
+    """That no two adapters are for the same rows, as those of a fused layer and of its parts would be."""
+    owners: dict[str, list[tuple["_Rows", str]]] = {}
+    for layer, parts in rows_of.items():
+        for rows in parts:
+            for other, owner in owners.setdefault(rows.tensor, []):
+                if rows.start < other.stop and other.start < rows.stop:
+                    raise ValueError(f"{owner} and {layer}: two adapters for the same place")
+            owners[rows.tensor].append((rows, layer))
 
 
 def _adapter_rope(names: Iterable[str], metadata: Mapping[str, str]) -> tuple[RopeLayout, bool]:
