@@ -188,7 +188,7 @@ class SampleConfig:
 
     weights: str  # run folder, export folder or safetensors file
     use_ema: bool = True  # of a run that kept a moving average: sample from it
-    lora: str | None = None  # adapters to add to the weights: folder that a LoRA run exported, or that peft saved
+    lora: str | None = None  # adapters to add to the weights: a LoRA file, or folder of a LoRA run's export or of peft
     lora_scale: float = 1.0  # how much of the adapters to add; 0: none
     model: ModelConfig | None = section(MODEL_CONFIGS, sizes=MODEL_SIZES, optional=True)  # null: as saved with weights
     vae: AutoencoderConfig | None = section(AUTOENCODER_CONFIGS, optional=True)  # null: as saved with weights

@@ -58,7 +58,7 @@ def linears(model: MMDiTConfig) -> dict[str, tuple[int, int]]:
     return {n: (m.out_features, m.in_features) for n, m in built.named_modules() if isinstance(m, nn.Linear)}
 
 
-def draw_low(shape: tuple[int, int], rank: int, alpha: float, *seed: object) -> Low:
+def draw_low(shape: tuple[int, int], rank: int, alpha: float, *seed: int | str) -> Low:
     draw = torch_generator(*seed)
     return Low(torch.randn(rank, shape[1], generator=draw), torch.randn(shape[0], rank, generator=draw) * 0.1, alpha)
 

@@ -462,7 +462,7 @@ def _split_prefix(layer: str, tops: Collection[str]) -> tuple[str, str]:
 
 def _check_apart(rows_of: Mapping[str, Sequence["_Rows"]]) -> None:
     """That no two adapters are for the same rows, as those of a fused layer and of its parts would be."""
-    owners: dict[str, list[tuple["_Rows", str]]] = {}
+    owners: dict[str, list[tuple[_Rows, str]]] = {}
     for layer, parts in rows_of.items():
         for rows in parts:
             for other, owner in owners.setdefault(rows.tensor, []):
