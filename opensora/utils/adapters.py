@@ -23,7 +23,7 @@ from torch import Tensor
 from opensora.utils.errors import UserError
 from opensora.utils.logging import announce
 from opensora.utils.untrusted import parse_json, parsing
-from opensora.utils.weights import OpenWeights, check_regular, check_types, open_weights, write_file
+from opensora.utils.weights import FLOATS, OpenWeights, check_regular, check_types, open_weights, write_file
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # peft's wrapper around a model
@@ -369,11 +369,11 @@ def _scale(
         (opened.metadata[key] for key in _METADATA_ALPHAS if opened.metadata.get(key, "None") != "None"), None
     )
     if alpha is not None:
-        if alpha.numel() != 1:
-            raise UserError(f"{opened.path}: {layer}.alpha has {alpha.numel()} values: allowed is one")
-        source = f"{layer}.alpha"
-        with parsing(lambda reason: UserError(f"{opened.path}: {source} is no number ({reason})")):
-            found, divisor = float(alpha), float(rank)
+        source = f"{opened.path}: {layer}.alpha"
+        kind = opened.types[f"{layer}.alpha"]
+        if alpha.numel() != 1 or (kind not in FLOATS and kind[0] not in "IU"):
+            raise UserError(f"{source} has {alpha.numel()} values of {kind}: allowed is one number")
+        found, divisor = float(alpha), float(rank)
     elif config:
         found, divisor, source = config.alpha(layer), config.divisor(layer, rank), f"{config.path}: lora_alpha"
     elif stated is not None:
@@ -383,7 +383,7 @@ def _scale(
     else:
         return 1.0, ""
     if not math.isfinite(found) or found == 0:
-        raise UserError(f"{opened.path}: {source} is {found:g}: allowed are finite numbers other than 0")
+        raise UserError(f"{source} is {found:g}: allowed are finite numbers other than 0")
     return found / divisor, source
 
 

@@ -14,7 +14,7 @@ from opensora.config import SampleConfig
 from opensora.inference.load import _exported
 from opensora.inference.prompts import read_jobs
 from opensora.models import MODEL_SIZES
-from opensora.models.mmdit.convert import WeightFile
+from opensora.models.mmdit.convert import LAYOUTS, WeightFile
 from opensora.utils.adapters import CONFIG, WEIGHTS
 from opensora.utils.errors import UserError
 from opensora.utils.weights import INDEX
@@ -69,6 +69,16 @@ def adapter() -> dict[str, torch.Tensor]:
         )
         tensors[f"{layer}.alpha"] = torch.tensor(4.0)
     return tensors
+
+
+def weights() -> dict[str, torch.Tensor]:
+    shapes = {
+        "img_in.weight": (8, 4),
+        "double_blocks.0.img_attn.qkv.weight": (24, 8),
+        "single_blocks.0.linear1.bias": (56,),
+    }
+    shapes |= {"single_blocks.0.linear1.weight": (56, 8), "double_blocks.0.img_attn.norm.key_norm.scale": (4,)}
+    return {name: torch.ones(shape) for name, shape in shapes.items()}
 
 
 DESCRIBED = {
@@ -132,11 +142,11 @@ def changed_header(draw: random.Random, content: bytes) -> bytes:
     return struct.pack("<Q", len(header)) + header + content[8 + size :]
 
 
-def attempt(draw: random.Random, folder: Path, content: bytes) -> list[str]:
+def attempt(draw: random.Random, folder: Path, content: bytes, whole: bytes) -> list[str]:
     """What went wrong with one damaged file of each kind."""
     files = {
         folder / "adapter" / WEIGHTS: draw.choice([changed_bytes, changed_header])(draw, content),
-        folder / "weights/model.safetensors": draw.choice([changed_bytes, changed_header])(draw, content),
+        folder / "weights/model.safetensors": draw.choice([changed_bytes, changed_header])(draw, whole),
     }
     described = json.dumps(changed_json(draw, DESCRIBED)).encode()
     files[folder / "adapter" / CONFIG] = draw.choice([described, changed_bytes(draw, described)])
@@ -153,7 +163,7 @@ def attempt(draw: random.Random, folder: Path, content: bytes) -> list[str]:
     calls = {
         "adapter": lambda: _exported(folder / "adapter", MODEL, "lora"),
         "adapter file": lambda: _exported(folder / "adapter" / WEIGHTS, MODEL, "lora"),
-        "weights": lambda: dict(WeightFile(folder / "weights/model.safetensors")),
+        "weights": lambda: dict(WeightFile(folder / "weights/model.safetensors", draw.choice(list(LAYOUTS.values())))),
         "index": lambda: WeightFile(folder / "weights"),
         "prompts": lambda: read_jobs(SampleConfig(weights="w", prompt_csv=str(folder / "prompts.csv"))),
     }
@@ -173,8 +183,8 @@ def attempt(draw: random.Random, folder: Path, content: bytes) -> list[str]:
 
 
 def fuzz(seeds: range, folder: Path) -> list[str]:
-    content = save(adapter())
-    return [f"{seed}: {one}" for seed in seeds for one in attempt(random.Random(seed), folder, content)]
+    content, whole = save(adapter()), save(weights())
+    return [f"{seed}: {one}" for seed in seeds for one in attempt(random.Random(seed), folder, content, whole)]
 
 
 def test_damaged_weights_adapters_and_prompts(tmp_path: Path, tally: Tally) -> None:
