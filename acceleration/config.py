@@ -169,6 +169,9 @@ class LoraConfig:
     dropout: float = 0.0  # allowed is 0: blocks draw no random numbers, so that recomputation and layouts agree
     targets: tuple[str, ...] = ("double_blocks.*.*_attn.*", "double_blocks.*.*_mlp.*", "single_blocks.*.*")
     # layers with an adapter: * stands for one part of a name; what is not a linear layer is passed over
+    export_names: Literal["peft", "comfyui"] = (
+        "peft"  # of the exported adapters: peft's folder, or the file ComfyUI reads
+    )
 
     LIMITS: ClassVar[Limits] = {"rank": (65536, "no layer is wider"), "alpha": (1e6, "products would overflow")}
 

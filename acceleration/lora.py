@@ -7,6 +7,7 @@ gradients, optimizer state, averages and checkpoints are those of the adapters a
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -59,14 +60,23 @@ def apply(model: nn.Module, cfg: LoraConfig) -> list[str]:
         ValueError: a target that names no linear layer.
     """
     found = {id(layer) for _, _, layer in plan.slots(model, cfg.targets, nn.Linear)}
-    model.requires_grad_(False)
     names = [name for name, module in model.named_modules() if id(module) in found]
-    for name in names:
+    attach(model, {name: (cfg.rank, cfg.scale) for name in names})
+    return names
+
+
+def attach(model: nn.Module, sizes: Mapping[str, tuple[int, float]]) -> None:
+    """Give linear layers an adapter each, and freeze all else. On the meta device.
+
+    Args:
+        sizes: layer -> (rank, what B A is multiplied by).
+    """
+    model.requires_grad_(False)
+    for name, (rank, scale) in sizes.items():
         parent, _, attribute = name.rpartition(".")
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear) and not isinstance(layer, LoraLinear), name
-        setattr(model.get_submodule(parent), attribute, LoraLinear(layer, cfg.rank, cfg.scale))
-    return names
+        setattr(model.get_submodule(parent), attribute, LoraLinear(layer, rank, scale))
 
 
 def is_adapter(name: str) -> bool:

@@ -33,7 +33,7 @@ def main() -> None:
     prompts = data / "prompts_heldout.csv"
     sample = ["scripts/diffusion/inference.py", "configs/sample/demo.yaml", f"weights={run}", f"prompt_csv={prompts}"]
     how = [*SAMPLING, f"sampling.guidance={args.guidance}", f"num_sample={args.seeds}", "batch_size=24"]
-    call(["bash", "launch/torchrun.sh", args.processes, *sample, f"save_dir={samples}", *how])
+    call(["bash", "launch/torchrun.sh", args.processes, *sample, f"save_dir={samples}", "overwrite=true", *how])
     pairs = match_files(next(samples.glob("video_*")), read_truths(prompts))
     verdicts = [judge_clip(read_clip(path)) for path, _ in pairs]
     truths = [truth for _, truth in pairs]

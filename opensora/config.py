@@ -225,7 +225,7 @@ class SampleConfig:
 
     weights: str  # run folder, export folder or safetensors file
     use_ema: bool = True  # of a run that kept a moving average: sample from it
-    lora: str | None = None  # adapters to add to the weights: folder that a LoRA run exported, or that peft saved
+    lora: str | None = None  # adapters to add to the weights: a LoRA file, or folder of a LoRA run's export or of peft
     lora_scale: float = 1.0  # how much of the adapters to add; 0: none
     model: ModelConfig | None = section(MODEL_CONFIGS, sizes=MODEL_SIZES, optional=True)  # null: as saved with weights
     vae: AutoencoderConfig | None = section(AUTOENCODER_CONFIGS, optional=True)  # null: as saved with weights
@@ -233,9 +233,10 @@ class SampleConfig:
     sampling: SamplingOption = field(default_factory=SamplingOption)
     prompt: str | None = None  # one prompt
     prompts: tuple[str, ...] = ()  # several
-    prompt_csv: str | None = None  # a table with the columns text, and optionally name, neg, ref
+    prompt_csv: str | None = None  # a table with the columns text, and optionally name and neg, or a .txt of lines
     num_sample: int = 1  # videos per prompt, with seeds seed, seed+1, ...
     save_dir: str = "samples"  # videos, stills, prompts and the contact sheet
+    overwrite: bool = False  # replace files of an earlier job in save_dir; false: this job's get other names
     batch_size: int = 1  # prompts denoised together
     precision: Literal["bf16", "fp32", "fp64"] = "bf16"  # fp64: to compare layouts
     vae_parallel: VaeParallel = "auto"  # on: processes share out the tiles of what they code; auto: on for learned VAEs

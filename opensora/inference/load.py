@@ -4,8 +4,8 @@ Weights are read into the layout of this job, whatever layout wrote them.
 """
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,19 @@ from acceleration.work import SharedWork
 from opensora.config import SAVED_NAME, RunConfig, SampleConfig, VaeParallel, load_config
 from opensora.models import MMDiTConfig, build_model
 from opensora.models.base import Autoencoder, TextEncoder
-from opensora.models.mmdit.convert import WeightFile, WeightLayout, load_state_dict_for
+from opensora.models.mmdit.convert import (
+    FLUX,
+    AdapterPlan,
+    WeightFile,
+    WeightLayout,
+    convert_shapes,
+    load_state_dict_for,
+    plan_adapter,
+)
 from opensora.models.text import build_text_encoder
 from opensora.models.vae import build_autoencoder
 from opensora.utils import digests
-from opensora.utils.adapters import CONFIG, WEIGHTS, Adapter, is_adapter, read_adapter
+from opensora.utils.adapters import CONFIG, WEIGHTS, Adapter, FittedAdapter, is_adapter, read_adapter
 from opensora.utils.errors import UserError
 from opensora.utils.logging import announce
 from opensora.utils.sampling import SamplingOption, passes_per_step
@@ -44,8 +52,8 @@ from opensora.utils.work import RunAll, one_by_one
 class Adapters:
     """What is added to the weights: exported adapters, or those of a LoRA run's checkpoint."""
 
-    lora: LoraConfig
-    exported: Adapter | None
+    lora: LoraConfig | None  # of a run; None: as ``exported`` says
+    exported: FittedAdapter | None
     checkpoint: Path | None  # a step directory, where ``exported`` is None
 
 
@@ -87,7 +95,7 @@ def find_source(cfg: SampleConfig) -> Source:
             adapters that do not fit them.
     """
     path = Path(cfg.weights)
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"weights={path}: no such file or folder; give a run folder, an export folder or a safetensors")
     saved = _saved_config(path)
     sections: dict[str, Any] = {
@@ -109,9 +117,13 @@ def find_source(cfg: SampleConfig) -> Source:
             )
         path, checkpoint = Path(base), None
     if adapters and adapters.exported and checkpoint is None:
-        wanted = adapters.exported.metadata.get("base")
+        exported = adapters.exported.adapter
+        wanted = exported.metadata.get("base")
         if wanted and wanted != fingerprint(path):
-            announce(f"{path}: not the weights that the adapters of {adapters.exported.path} were trained beside")
+            announce(f"{path}: not the weights that the adapters of {exported.path} were trained beside")
+    if checkpoint is None:
+        with torch.device("meta"):  # what does not fit is said before anything is built
+            load_state_dict_for(build_model(sections["model"]), path, to=weight_layout(sections["model"]))
     return Source(
         path=path,
         checkpoint=checkpoint,
@@ -186,36 +198,78 @@ def _held_adapters(
     if is_adapter(path):
         adapters = _exported(path, model, "weights")
         assert adapters.exported is not None
-        return adapters, adapters.exported.base
+        return adapters, adapters.exported.adapter.base or (saved.train.init_from if saved else None)
     if checkpoint and saved and saved.lora.rank:
         return Adapters(lora=saved.lora, exported=None, checkpoint=checkpoint), saved.train.init_from
     return None
 
 
 def _exported(path: Path, model: MMDiTConfig, key: str) -> Adapters:
-    """Adapters of a folder, checked layer by layer against the model."""
+    """Adapters of a folder or a file, as the model's layers need them.
+
+    Raises:
+        UserError: they do not fit the model.
+    """
+    layout = weight_layout(model)
     try:
-        exported = read_adapter(path)
+        adapter = read_adapter(path)
     except UserError:
         if path.is_dir():
             digests.verify(path, [WEIGHTS, CONFIG])  # then damage is the better reason
         raise
-    cfg = LoraConfig(rank=exported.rank, alpha=exported.alpha, targets=exported.layers)
-    with torch.device("meta"):
-        adapted = build_model(model)
     try:
-        lora.apply(adapted, cfg)
+        fitted, plan = fit_adapter(adapter, _shapes(model), layout)
     except ValueError as error:
         raise UserError(f"{key}={path}: {error}; these adapters belong to another model") from None
-    wanted = {name: tuple(p.shape) for name, p in adapted.named_parameters() if lora.is_adapter(name)}
-    found = {name: tuple(tensor.shape) for name, tensor in exported.tensors.items()}
-    if wanted != found:
-        name = next(name for name in (*wanted, *found) if wanted.get(name) != found.get(name))
-        raise UserError(f"{key}={path}: {name} is {found.get(name)}, and would be {wanted.get(name)} for this model")
-    for name, value in weight_layout(model).metadata().items():
-        if exported.metadata.get(name, value) != value:
-            raise UserError(f"{key}={path}: made for {name}={exported.metadata[name]}; set model.{name} to that")
-    return Adapters(lora=cfg, exported=exported, checkpoint=None)
+    announce(f"{key}={path}: {_described(adapter)}{f', names behind {plan.prefix}' if plan.prefix else ''}")
+    if plan.guessed:
+        announce(
+            f"{key}={path}: does not say its rope_layout; taken for {plan.guessed} by the names of its layers, and put "
+            f"into the order of model.rope_layout={layout.rope_layout}"
+        )
+    return Adapters(lora=None, exported=fitted, checkpoint=None)
+
+
+def _described(adapter: Adapter) -> str:
+    """How many adapters, of which rank and scale."""
+
+    def span(values: list[float]) -> str:
+        low, high = f"{min(values):g}", f"{max(values):g}"
+        return low if low == high else f"{low} to {high}"
+
+    ranks = [adapter.matrices(layer)[0].shape[0] for layer in adapter.layers]
+    return f"adapters of {len(ranks)} layers, rank {span([*ranks])}, alpha/rank {span([*adapter.scales.values()])}"
+
+
+def fit_adapter(
+    adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], layout: WeightLayout
+) -> tuple[FittedAdapter, AdapterPlan]:
+    """Adapters as the layers of a model of these parameters need them.
+
+    Raises:
+        ValueError: a layer that the model does not have, or one of another size.
+    """
+    plan = plan_adapter(adapter.sizes(), shapes, layout, adapter.metadata)
+    outputs = {name.removesuffix(".weight"): shape[0] for name, shape in shapes.items() if shape}
+    return FittedAdapter(adapter, plan.pieces, outputs), plan
+
+
+def flux_adapter(
+    model: MMDiTConfig, tensors: Mapping[str, Tensor], scale: float
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Adapters of a model of ours for the layers of the same model in the Flux layout: (tensors, layer -> scale)."""
+    layout = weight_layout(model)
+    scales = {name.removesuffix(f".{lora.A}"): scale for name in tensors if name.endswith(lora.A)}
+    ours = Adapter(path=Path(), base=None, tensors=dict(tensors), scales=scales, metadata=layout.metadata())
+    fitted, _ = fit_adapter(ours, convert_shapes(_shapes(model), source=layout, to=FLUX), FLUX)
+    sizes = fitted.sizes()
+    names = [f"{layer}.{kind}" for layer in sizes for kind in (lora.A, lora.B)]
+    return {name: fitted.tensor(name) for name in names}, {layer: scale for layer, (_, scale) in sizes.items()}
+
+
+def _shapes(model: MMDiTConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in build_model(model).state_dict().items()}
 
 
 def check_layout(mesh: MeshConfig, world_size: int, model: MMDiTConfig) -> None:
@@ -302,15 +356,20 @@ def load_components(cfg: SampleConfig, source: Source, runtime: Runtime) -> Comp
         model = build_model(source.model)
     exported = [source.path] if source.checkpoint is None else []
     if source.adapters and source.adapters.exported:
-        exported.append(source.adapters.exported.path)
+        exported.append(source.adapters.exported.adapter.path)
     verify_export(*exported)
-    fill: Fill = _from_file(source, model) if source.checkpoint is None else _leave
+    file = _from_file(source, model) if source.checkpoint is None else None
+    fill: Fill = file or _leave
     adapters = source.adapters
     if adapters:
-        lora.apply(model, adapters.lora)
-        tensors = adapters.exported.tensors if adapters.exported else None
-        fill = lora.Filled(fill, _leave if tensors is None else FromDict(tensors))
+        if adapters.exported:
+            lora.attach(model, adapters.exported.sizes())
+        elif adapters.lora:
+            lora.apply(model, adapters.lora)
+        fill = lora.Filled(fill, FromAdapter(adapters.exported) if adapters.exported else _leave)
     parallelize(model, parallel, mesh, runtime.device, fill)
+    if file:
+        file.check_values()
     if source.checkpoint:
         _read_checkpoint(source.checkpoint, model, use_ema=cfg.use_ema, adapters=False)
     if adapters:
@@ -343,11 +402,29 @@ class FromFile:
     """Where parameters get their values: from a file, of which each process reads its pieces, or from elsewhere."""
 
     file: WeightFile
+    path: Path
     otherwise: Callable[[str, Tensor], None] | None = None  # writes a full parameter that the file lacks
+    not_finite: list[str] = field(default_factory=list)  # what this process has read so far that holds NaN or infinity
 
     def read_part(self, name: str, start: tuple[int, ...], part: Tensor) -> bool:
         """See ``Partial`` in acceleration/plan.py."""
-        return self.file.read_part(name, start, part)
+        found = self.file.read_part(name, start, part)
+        if found and not torch.isfinite(part).all():
+            self.not_finite.append(f"{name} (as {str(part.dtype).removeprefix('torch.')})")
+        return found
+
+    def check_values(self) -> None:
+        """That what all processes read are finite numbers. Collective.
+
+        Raises:
+            UserError: the first tensor that is not, on every process.
+        """
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, self.not_finite)
+        names = list(dict.fromkeys(name for found in everyone for name in found))
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{self.path}: {names[0]}{more} holds NaN or infinite values; give weights without")
 
     def __call__(self, name: str, tensor: Tensor) -> None:
         assert self.otherwise is not None, name  # loading is strict
@@ -355,19 +432,19 @@ class FromFile:
 
 
 @dataclass(frozen=True)
-class FromDict:
-    """Where parameters get their values: from tensors that every process holds."""
+class FromAdapter:
+    """Where the parameters of adapters get their values: from those of a file, which every process holds."""
 
-    tensors: dict[str, Tensor]
+    adapter: FittedAdapter
 
     def __call__(self, name: str, tensor: Tensor) -> None:
-        tensor.copy_(self.tensors[name])
+        tensor.copy_(self.adapter.tensor(name))
 
 
 def _from_file(source: Source, model: nn.Module) -> FromFile:
     file, report = load_state_dict_for(model, source.path, to=weight_layout(source.model))
     announce(str(report))
-    return FromFile(file)
+    return FromFile(file, source.path)
 
 
 def _leave(name: str, tensor: Tensor) -> None:

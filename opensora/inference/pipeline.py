@@ -25,12 +25,11 @@ from opensora.inference.load import (
     find_source,
     load_components,
 )
-from opensora.inference.prompts import Job, read_jobs
-from opensora.inference.save import Saver
+from opensora.inference.prompts import Job, final_prompt, read_jobs
+from opensora.inference.save import Saver, output_folder, unused_names
 from opensora.models.base import latent_grid
 from opensora.utils.errors import UserError
 from opensora.utils.logging import announce, progress
-from opensora.utils.prompt import with_suffix
 from opensora.utils.sampling import (
     DENOISERS,
     SamplingOption,
@@ -41,6 +40,7 @@ from opensora.utils.sampling import (
     sanitize_sampling_option,
 )
 from opensora.utils.tokens import image_ids, pack, unpack
+from opensora.utils.user_files import try_output
 
 Api = Callable[..., Tensor]
 OnStep = Callable[[int, int], None]
@@ -115,7 +115,7 @@ def prepare_api(parts: Components) -> Api:
             timesteps=get_schedule(opt.num_steps, tokens_per_frame, grid[0], alpha=opt.flow_shift, shift=opt.shift),
             option=opt,
             img_ids=parts.sequence.shard(ids),
-            prompt=prepare(parts, [_full_prompt(t, opt, parts) for t in text], tokens),
+            prompt=prepare(parts, [final_prompt(t, opt, suffix=parts.prompt_suffix) for t in text], tokens),
             negative=prepare(parts, neg or [""] * len(text), tokens) if passes_per_step(opt) > 1 else None,
             cond=parts.sequence.shard(cond) if parts.cfg.cond_embed else None,
             latent_frames=grid[0],
@@ -143,12 +143,18 @@ def fit(opt: SamplingOption, parts: Components) -> SamplingOption:
 def process_and_save(parts: Components, cfg: SampleConfig, jobs: Sequence[Job], *, quiet: bool = False) -> list[str]:
     """Sample every job and write it; data-parallel groups of processes share the jobs. Collective.
 
+    Names that files in the output folder have already are replaced by free ones, see ``unused_names``.
+
     Args:
         quiet: draw no progress bar.
 
     Returns:
-        The files written by all processes together, in job order, on the main process.
+        The files written by all processes together, in the order of their names, on the main process.
+
+    Raises:
+        UserError: the output folder cannot be written, before anything is sampled.
     """
+    jobs = unused_names(cfg, jobs)
     api = prepare_api(parts)
     saver = Saver(cfg, parts)
     batches = [jobs[i : i + cfg.batch_size] for i in range(0, len(jobs), cfg.batch_size)]
@@ -184,12 +190,13 @@ def sample(cfg: SampleConfig) -> list[str]:
     Raises:
         UserError: what the user can mend, before the process group exists where possible.
     """
-    source, jobs = find_source(cfg), read_jobs(cfg)
+    jobs, source = read_jobs(cfg), find_source(cfg)
     world_size = runtimes.ranks_from_environment().world_size
     check_layout(cfg.parallel.mesh, world_size, source.model)
     check_attention(cfg.parallel.attention)
     check_guidance(cfg.parallel.mesh, world_size, cfg.sampling)
     check_sample(cfg, source, len(jobs), world_size)
+    try_output(output_folder(cfg), "save_dir", folder=True)
     runtime = runtimes.start(cfg.parallel.timeout_s)
     parts = prepare_models(cfg, source, runtime)
     fit(cfg.sampling, parts)
@@ -222,9 +229,3 @@ def _noise(opt: SamplingOption, parts: Components, count: int, seed: int | Seque
             for one in seeds
         ]
     )
-
-
-def _full_prompt(text: str, opt: SamplingOption, parts: Components) -> str:
-    if not parts.prompt_suffix:
-        return text
-    return with_suffix(text, fps=opt.fps if opt.num_frames > 1 else None, motion=opt.motion_score)

@@ -1,13 +1,28 @@
-"""What to sample: one prompt, several, or a table."""
+"""What to sample, and what the files are called: one prompt, several, or a table of them.
 
-import csv
-from dataclasses import dataclass
+Every clip has a file name of its own, on any file system: names that differ in case or in the way Unicode writes the
+same letters count as the same. A name that is there already gets ``_1``, ``_2``, ...
+"""
+
+import re
+import unicodedata
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from opensora.config import SampleConfig
 from opensora.utils.errors import UserError
+from opensora.utils.prompt import with_suffix
+from opensora.utils.sampling import SamplingOption
+from opensora.utils.user_files import read_csv, read_text
 
-COLUMNS = ("text", "name", "neg", "ref")
+SHEET = "contact_sheet"  # a file beside the clips, so no clip is called so
+COLUMNS = ("name", "neg", "ref")  # that a table may have beside text
+MAX_PROMPT = 100_000  # characters; text encoders read a few hundred words
+MAX_NAME_BYTES = 255  # of a file name with its suffix, on every common file system
+SUFFIX_BYTES = len(".mp4")  # .png and .txt are as long
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # devices, whatever follows the dot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,49 +33,201 @@ class Job:
     neg: str
     name: str  # of the file, without suffix
     seed: int
+    row: int  # which prompt, from 0
+    wanted: str  # what the prompt's clips were to be called, before anything else was in the way
+    number: int | None  # of a prompt without a name of its own, which is called ``wanted`` and this
+    copy: int | None  # which of several clips of the same prompt
 
 
 def read_jobs(cfg: SampleConfig) -> list[Job]:
     """Every prompt ``num_sample`` times, with seeds seed, seed+1, ...; names do not collide.
 
     Raises:
-        UserError: no prompt, or a table that cannot be read.
+        UserError: no prompt, a table that cannot be read, or a name that no file can have.
     """
-    rows = [{"text": text} for text in ([cfg.prompt] if cfg.prompt is not None else []) + list(cfg.prompts)]
+    prompts = ([cfg.prompt] if cfg.prompt is not None else []) + list(cfg.prompts)
+    rows = [{"text": _checked(text, "prompt")} for text in prompts]
     stem = "sample"
     if cfg.prompt_csv is not None:
-        rows += _read_table(Path(cfg.prompt_csv))
-        stem = Path(cfg.prompt_csv).stem
+        path = Path(cfg.prompt_csv)
+        if not path.exists():
+            raise UserError(f"prompt_csv={path}: no such file")
+        rows += _read_lines(path) if path.suffix.lower() == ".txt" else _read_table(path)
+        stem = _safe_stem(path.stem)
     if not rows:
         raise UserError("prompt: missing; give --prompt TEXT, prompts=[TEXT, ...] or prompt_csv=FILE")
-    jobs = []
-    for index, row in enumerate(rows):
-        name = row.get("name") or f"{stem}_{index:04d}"
-        for k in range(cfg.num_sample):
-            suffix = f"_{k}" if cfg.num_sample > 1 else ""
-            seed = cfg.sampling.seed + k
-            jobs.append(Job(text=row["text"], neg=row.get("neg") or "", name=name + suffix, seed=seed))
-    names = [job.name for job in jobs]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UserError(f"{cfg.prompt_csv}: name {twice!r} stands for two clips; names must differ")
-    return jobs
+    jobs = [
+        Job(
+            text=row["text"],
+            neg=row.get("neg", ""),
+            name="",
+            seed=cfg.sampling.seed + k,
+            row=index,
+            wanted=row.get("name") or stem,
+            number=None if row.get("name") else index,
+            copy=k if cfg.num_sample > 1 else None,
+        )
+        for index, row in enumerate(rows)
+        for k in range(cfg.num_sample)
+    ]
+    return with_names(jobs)
+
+
+def with_names(jobs: Sequence[Job], taken: Collection[str] = ()) -> list[Job]:
+    """The jobs with file names that differ from each other and from those in ``taken``.
+
+    Names that the user gave come first and stay as they are where they can, else ``_1``, ``_2``, ... is added. Prompts
+    without a name have their number, or follow the highest number in ``taken``.
+
+    Args:
+        jobs: in the order of their prompts.
+        taken: names of files that are there, without suffix.
+
+    Raises:
+        UserError: a name that becomes too long for a file.
+    """
+    used = {_key(name) for name in (*taken, SHEET)}
+    ahead = _shifts(jobs, used)
+    clips: dict[int, list[Job]] = {}
+    for job in jobs:
+        clips.setdefault(job.row, []).append(job)
+    tried: dict[str, int] = {}
+    names: dict[tuple[int, int | None], str] = {}
+    for row in _in_turn([of_row[0] for of_row in clips.values()]):
+        job = clips[row][0]
+        base = job.wanted if job.number is None else f"{job.wanted}_{ahead[job.wanted] + job.number:04d}"
+        for candidate in _candidates(base, tried):
+            found = {job.copy: candidate if job.copy is None else f"{candidate}_{job.copy}" for job in clips[row]}
+            keys = {_key(name) for name in found.values()}
+            if not keys & used:
+                used |= keys
+                names |= {(row, copy): _fitting(name) for copy, name in found.items()}
+                break
+    return [replace(job, name=names[job.row, job.copy]) for job in jobs]
+
+
+def final_prompt(text: str, option: SamplingOption, *, suffix: bool) -> str:
+    """What the model is given for a prompt.
+
+    Args:
+        suffix: whether training told the model frame rate and motion score, in words after the caption.
+    """
+    if not suffix:
+        return text
+    return with_suffix(text, fps=option.fps if option.num_frames > 1 else None, motion=option.motion_score)
+
+
+def _in_turn(jobs: Sequence[Job]) -> list[int]:
+    """Rows in the order in which they choose: names that were given, their repetitions, numbered ones."""
+    seen: set[str] = set()
+    turns: list[tuple[int, int]] = []
+    for job in jobs:
+        key = _key(job.wanted)
+        turns.append((2 if job.number is not None else int(key in seen), job.row))
+        seen.add(key)
+    return [row for _, row in sorted(turns)]
+
+
+def _candidates(base: str, tried: dict[str, int]) -> Iterator[str]:
+    """``base``, ``base_1``, ``base_2``, ...; a second call with the same name goes on where the first one stopped."""
+    key = _key(base)
+    while True:
+        number = tried.get(key, 0)
+        tried[key] = number + 1
+        yield f"{base}_{number}" if number else base
+
+
+def _key(name: str) -> str:
+    """Equal for names that some file system takes for the same."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def _shifts(jobs: Sequence[Job], used: Collection[str]) -> dict[str, int]:
+    """What to add to the numbers of each stem so that they follow the highest number of a file called so."""
+    lowest: dict[str, int] = {}
+    for job in jobs:
+        if job.number is not None:
+            lowest[job.wanted] = min(job.number, lowest.get(job.wanted, job.number))
+    shifts = {}
+    for stem, number in lowest.items():
+        numbered = re.compile(rf"{re.escape(_key(stem))}_([0-9]{{4,18}})(_[0-9]+)*")
+        found = [int(match[1]) for name in used if (match := numbered.fullmatch(name))]
+        shifts[stem] = max(0, max(found, default=-1) + 1 - number)
+    return shifts
+
+
+def _fitting(name: str) -> str:
+    if len(name.encode()) > MAX_NAME_BYTES - SUFFIX_BYTES:
+        raise UserError(
+            f"name {name[:40]!r}...: {len(name.encode())} bytes in UTF-8, a file name has at most "
+            f"{MAX_NAME_BYTES - SUFFIX_BYTES} and its suffix; shorten it"
+        )
+    return name
 
 
 def _read_table(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        raise UserError(f"prompt_csv={path}: no such file")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
+    name = f"prompt_csv={path}"
+    rows = []
+    for line, row in read_csv(path, ["text"], name, optional=COLUMNS):
+        place = f"{name} line {line}"
+        if not row["text"].strip():
+            raise UserError(f"{place} has no text")
+        if row.get("ref", "").strip():
+            raise UserError(f"{place} has a ref; only text to video can be sampled")
+        kept = {"text": _checked(row["text"], place), "neg": _checked(row.get("neg", ""), f"{place} neg")}
+        given = row.get("name", "").strip()
+        if problem := given and name_problem(given):
+            shown = given if len(given) <= 40 else f"{given[:40]}..."
+            raise UserError(f"{place}: name {shown!r} {problem}")
+        rows.append(kept | ({"name": given} if given else {}))
     if not rows:
-        raise UserError(f"prompt_csv={path}: the table is empty; it needs a header with the column text, and rows")
-    if "text" not in rows[0]:
-        raise UserError(f"prompt_csv={path}: no column text; found {', '.join(map(str, rows[0]))}")
-    for number, row in enumerate(rows, start=2):
-        if not row["text"]:
-            raise UserError(f"prompt_csv={path}: line {number} has no text")
-        if row.get("ref"):
-            raise UserError(f"prompt_csv={path}: line {number} has a ref; only text to video can be sampled")
-        if set(row.get("name") or "") & set("/\\\0"):
-            raise UserError(f"prompt_csv={path}: line {number} name {row['name']!r} must be a file name, not a path")
-    return [{key: row[key] for key in COLUMNS if row.get(key)} for row in rows]
+        raise UserError(f"{name}: the table is empty; it needs a header with the column text, and rows")
+    return rows
+
+
+def _read_lines(path: Path) -> list[dict[str, str]]:
+    """A prompt per line; empty lines are passed over."""
+    name = f"prompt_csv={path}"
+    lines = re.split(r"\r\n|\r|\n", read_text(path, name))
+    rows = [{"text": _checked(line, f"{name} line {i}")} for i, line in enumerate(lines, start=1) if line.strip()]
+    if not rows:
+        raise UserError(f"{name}: the file is empty; it needs a prompt per line")
+    return rows
+
+
+def _checked(text: str, place: str) -> str:
+    """A prompt that a text encoder can read and a .txt file can hold.
+
+    Raises:
+        UserError: it is too long, or holds what no UTF-8 text can.
+    """
+    if len(text) > MAX_PROMPT:
+        raise UserError(f"{place}: a prompt of {len(text)} characters, allowed are at most {MAX_PROMPT}; shorten it")
+    if _NO_TEXT.search(text):
+        raise UserError(f"{place}: {text[:40]!r} is not UTF-8 text; type it again, or give it in a file as UTF-8")
+    return text
+
+
+def name_problem(name: str) -> str | None:
+    """Why no clip can be called so; None for a name that every common file system takes."""
+    if set(name) & set("/\\"):
+        return "must be a file name, not a path"
+    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
+        return "must hold no control characters; remove them"
+    if name.startswith("."):
+        return "must not begin with a dot: the file would be hidden; remove it"
+    if name.startswith("-"):
+        return "must not begin with a dash: commands take it for an option; remove it"
+    if _RESERVED.fullmatch(name):
+        return "is the name of a device on Windows; choose another one"
+    longest = MAX_NAME_BYTES - SUFFIX_BYTES
+    if len(name.encode()) > longest:
+        return f"has {len(name.encode())} bytes in UTF-8, a file name has at most {longest} and its suffix; shorten it"
+    return None
+
+
+def _safe_stem(stem: str) -> str:
+    """What the prompts of a table without names are called: its own name, as far as a clip can have it."""
+    shown = "".join("_" if unicodedata.category(one) in ("Cc", "Cs", "Zl", "Zp") else one for one in stem)
+    shown = shown.replace("\\", "_").strip().lstrip(".-").encode()[:200].decode(errors="ignore")
+    return shown if shown and not name_problem(shown) else "sample"

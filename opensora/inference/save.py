@@ -1,8 +1,12 @@
 """Pixels to files: videos and stills, their prompts, and one sheet to look at."""
 
+import contextlib
+import itertools
+import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -12,44 +16,122 @@ from torch import Tensor
 
 from opensora.config import SampleConfig
 from opensora.inference.load import Components
-from opensora.inference.prompts import Job
+from opensora.inference.prompts import SHEET, Job, final_prompt, with_names
 from opensora.utils import signals
+from opensora.utils.errors import UserError
 from opensora.utils.images import contact_sheet
+from opensora.utils.logging import announce
+from opensora.utils.user_files import try_output, write_whole, written_whole
 from opensora.utils.video_writer import write_image, write_video
 
-SHEET = "contact_sheet.png"
 SHEET_COLUMNS = 8
 SHEET_PIXELS = 192  # of a thumbnail
 SHEET_ROWS = 40  # of the contact sheet; a table of thousands of prompts would make a picture nobody can open
+_PORTABLE = re.compile(r"[A-Za-z0-9._ -]{1,100}")  # names that every file system takes
+
+
+def output_folder(cfg: SampleConfig) -> Path:
+    """``{save_dir}/{video|image}_{resolution}``, where the files of a job go."""
+    option = cfg.sampling
+    size = option.resolution if option.width is None else f"{option.width}x{option.height}"
+    return Path(cfg.save_dir) / f"{'image' if option.num_frames == 1 else 'video'}_{size}"
+
+
+def unused_names(cfg: SampleConfig, jobs: Sequence[Job]) -> list[Job]:
+    """The jobs under names that nothing in the output folder has. Collective: the main process decides.
+
+    With ``cfg.overwrite`` they keep their names.
+
+    Raises:
+        UserError: the folder cannot be written, or a file there cannot be called so; on every process.
+    """
+    decided: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            decided[0] = _decide(cfg, jobs)
+        except (UserError, OSError) as error:
+            decided[0] = str(error) if isinstance(error, UserError) else f"save_dir={cfg.save_dir}: {error}"
+    dist.broadcast_object_list(decided)
+    if isinstance(decided[0], str):
+        raise UserError(decided[0])
+    return list(decided[0])
+
+
+def _decide(cfg: SampleConfig, jobs: Sequence[Job]) -> list[Job]:
+    folder = output_folder(cfg)
+    try_output(folder, "save_dir", folder=True)
+    named = list(jobs) if cfg.overwrite else with_names(jobs, names_in(folder))
+    moved = [(old.name, new.name) for old, new in zip(jobs, named, strict=True) if old.name != new.name]
+    if moved:
+        announce(
+            f"{folder} holds files of an earlier job: this one writes {moved[0][1]} instead of {moved[0][0]}"
+            f"{f', {len(moved)} clips in all' if len(moved) > 1 else ''}; overwrite=true replaces them"
+        )
+    for job in named:
+        if not _PORTABLE.fullmatch(job.name):
+            _try_name(folder, job.name)
+    return named
+
+
+def names_in(folder: Path) -> set[str]:
+    """What the clips, stills and prompts in a folder are called, without suffix."""
+    return {path.stem for path in folder.iterdir() if path.suffix.lower() in (".mp4", ".png", ".txt")}
+
+
+def _try_name(folder: Path, name: str) -> None:
+    """That this file system can store a name with unusual characters, or a long one."""
+    probe = folder / f"{name}.tmp"
+    try:
+        probe.touch(exist_ok=True)
+        probe.unlink()
+    except OSError as error:
+        reason = f"no file there can be called {name!r} ({error.strerror})"
+        raise UserError(f"{folder}: {reason}; choose another name") from None
 
 
 class Saver:
-    """Writes ``{save_dir}/{video|image}_{resolution}/{name}.{mp4|png}`` with the prompt beside it as .txt."""
+    """Writes ``{folder}/{name}.{mp4|png}`` with the prompt that the model was given beside it as .txt.
+
+    Every file is there whole or not at all, and none of another job is replaced, unless ``cfg.overwrite``.
+    """
 
     def __init__(self, cfg: SampleConfig, parts: Components) -> None:
-        option = cfg.sampling
-        size = option.resolution if option.width is None else f"{option.width}x{option.height}"
-        kind = "image" if option.num_frames == 1 else "video"
-        self.folder = Path(cfg.save_dir) / f"{kind}_{size}"
+        self.folder = output_folder(cfg)
         self.is_main = dist.get_rank() == 0
         self._writes = parts.mesh.is_first_of_sample
-        self._fps = option.fps
+        self._option, self._overwrite, self._suffix = cfg.sampling, cfg.overwrite, parts.prompt_suffix
         self._written: list[tuple[str, str, NDArray[np.uint8]]] = []  # file, prompt, a few small frames
 
     def save(self, jobs: Sequence[Job], pixels: Tensor) -> None:
-        """Write one clip per job from pixels (B, 3, T, H, W) in [-1, 1]."""
+        """Write one clip per job from pixels (B, 3, T, H, W) in [-1, 1].
+
+        Raises:
+            UserError: a file cannot be written.
+        """
         if not self._writes:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         for job, clip in zip(jobs, to_uint8(pixels), strict=True):
-            path = self.folder / f"{job.name}.{'png' if len(clip) == 1 else 'mp4'}"
             with signals.writing():
-                if len(clip) == 1:
-                    write_image(path, clip[0].numpy())
-                else:
-                    write_video(path, clip.numpy(), self._fps)
-                path.with_suffix(".txt").write_text(job.text + "\n", encoding="utf-8")
+                path = self._write_clip(job.name, clip)
+                prompt = final_prompt(job.text, self._option, suffix=self._suffix)
+                write_whole(path.with_suffix(".txt"), partial(_write_line, prompt))
             self._written.append((str(path), job.text, _thumbnails(clip)))
+
+    def _write_clip(self, name: str, clip: Tensor) -> Path:
+        """The file, whose name has a number more if another job took it since the names were decided."""
+        suffix = "png" if len(clip) == 1 else "mp4"
+        for number in itertools.count():
+            path = self.folder / f"{name}{f'_{number}' if number else ''}.{suffix}"
+            try:
+                with written_whole(path, replace=self._overwrite) as aside:
+                    if len(clip) == 1:
+                        write_image(aside, clip[0].numpy())
+                    else:
+                        write_video(aside, clip.numpy(), self._option.fps)
+                return path
+            except FileExistsError:
+                announce(f"{path}: another job has written it since this one began; this one takes another name")
+        raise AssertionError("unreachable")
 
     def finish(self) -> list[str]:
         """Draw the contact sheet; the list of all files on the main process. Collective."""
@@ -58,10 +140,23 @@ class Saver:
         written = sorted((item for part in everyone for item in part), key=lambda item: item[0])
         if not self.is_main:
             return []
-        sheet = self.folder / SHEET
+        rows = [(prompt, frames) for _, prompt, frames in written[:SHEET_ROWS]]
         with signals.writing():
-            contact_sheet([(text, frames) for _, text, frames in written[:SHEET_ROWS]], sheet, columns=SHEET_COLUMNS)
+            sheet = self._write_sheet(rows)
         return [file for file, _, _ in written] + [str(sheet)]
+
+    def _write_sheet(self, rows: Sequence[tuple[str, NDArray[np.uint8]]]) -> Path:
+        """The contact sheet, beside those of earlier jobs."""
+        for number in itertools.count():
+            sheet = self.folder / f"{SHEET}{f'_{number}' if number else ''}.png"
+            with contextlib.suppress(FileExistsError), written_whole(sheet, replace=self._overwrite) as aside:
+                contact_sheet(rows, aside, columns=SHEET_COLUMNS)
+                return sheet
+        raise AssertionError("unreachable")
+
+
+def _write_line(line: str, file: IO[str]) -> None:
+    file.write(line + "\n")
 
 
 def _thumbnails(clip: Tensor) -> NDArray[np.uint8]:

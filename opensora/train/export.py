@@ -4,9 +4,10 @@ and the digest of each."""
 from acceleration.engines import Engine, Weights
 from opensora import config
 from opensora.config import RunConfig
-from opensora.inference.load import weight_layout
+from opensora.inference.load import flux_adapter, weight_layout
+from opensora.models.mmdit.convert import FLUX
 from opensora.utils import digests
-from opensora.utils.adapters import write_adapter
+from opensora.utils.adapters import write_adapter, write_comfyui
 from opensora.utils.weights import write_weights
 
 
@@ -30,7 +31,13 @@ def write_export(cfg: RunConfig, engine: Engine, step: int, base: str | None, *,
     weights = engine.full_weights(which)
     found: dict[str, str] = {}  # SHA-256 of every file
     try:
-        if adapters.rank:
+        if adapters.rank and adapters.export_names == "comfyui":
+            tensors = dict(weights)
+            if write:
+                renamed, scales = flux_adapter(cfg.model, tensors, adapters.scale)
+                described = FLUX.metadata() | {key: metadata[key] for key in ("step", "weights")} | {"base": base or ""}
+                write_comfyui(folder, renamed, scales=scales, metadata=described, digests=found)
+        elif adapters.rank:
             assert base is not None
             write_adapter(
                 folder,

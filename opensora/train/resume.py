@@ -22,7 +22,7 @@ from opensora.utils.yaml_strict import read_yaml
 
 # Settings that may differ from one start of a run to the next and leave it the same run.
 FREE = (
-    *("output", "parallel", "log", "train"),
+    *("output", "parallel", "log", "train", "lora.export_names"),
     *("data.index", "data.workers", "data.prefetch", "data.prefetch_mib", "data.cache_mib", "data.decode_threads"),
     *("data.decode_timeout_s", "data.worker_timeout_s", "data.max_bad_share"),
     *("guard.hang_s", "guard.start_s", "guard.aside_s", "guard.straggler", "guard.replicas_every"),
@@ -59,7 +59,7 @@ def checkpoint_info(cfg: RunConfig, runtime: Runtime, table: str, base: str | No
         "model": plain(cfg.model),
         "optimizer": cfg.optim.kind,
         "average": cfg.optim.ema_decay > 0,
-        "lora": plain(cfg.lora) if cfg.lora.rank else None,
+        "lora": _adapters(cfg),
         "base": base,
     }
 
@@ -106,6 +106,13 @@ def _check_weights(path: Path) -> None:
             f"train.init_from={path}: a checkpoint, whose tensors are in pieces; give the exported/ of its run, or go "
             "on with it by train.resume"
         )
+
+
+def _adapters(cfg: RunConfig) -> dict[str, Any] | None:
+    """What of the adapters' configuration their tensors depend on; None without adapters."""
+    if not cfg.lora.rank:
+        return None
+    return {key: value for key, value in plain(cfg.lora).items() if key != "export_names"}
 
 
 def check_fresh(cfg: RunConfig) -> None:
@@ -178,7 +185,7 @@ def check_same(cfg: RunConfig, path: Path, manifest: dict[str, Any], base: str |
     now = {
         "model": plain(cfg.model),
         "optim": {"kind": cfg.optim.kind, "ema_decay": "on" if cfg.optim.ema_decay else 0},
-        "lora": plain(cfg.lora) if cfg.lora.rank else {"rank": 0},
+        "lora": _adapters(cfg) or {"rank": 0},
     }
     changed = differences(before, now)
     if changed:

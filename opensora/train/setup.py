@@ -27,7 +27,7 @@ from opensora.datasets import decode
 from opensora.datasets.index import IndexedTable
 from opensora.datasets.plan import BatchPlan
 from opensora.inference.check import check_validation, fit_option
-from opensora.inference.load import check_attention, check_layout, tile_runner, verify_export
+from opensora.inference.load import FromFile, check_attention, check_layout, tile_runner, verify_export
 from opensora.models import build_model
 from opensora.models.base import AutoencoderShape, latent_grid
 from opensora.models.text import build_text_encoder, check_text_encoder
@@ -159,7 +159,7 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
         model = build_model(cfg.model)
     if cfg.train.init_from:
         verify_export(Path(cfg.train.init_from))
-    fill = initial_weights(cfg, model)
+    fill = weights = initial_weights(cfg, model)
     base = None
     if cfg.lora.rank:
         assert cfg.train.init_from is not None
@@ -167,6 +167,8 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
         fill = lora.Filled(fill, add_adapters(cfg, model))
         announce(adapted(model, cfg))
     parallelize(model, cfg.parallel, mesh, runtime.device, fill)
+    if isinstance(weights, FromFile):
+        weights.check_values()
     engine = build_engine(model, cfg.parallel, cfg.optim, mesh)
     checkpoints = CheckpointManager(
         folder / "checkpoints",

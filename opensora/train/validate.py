@@ -19,6 +19,7 @@ def sample_prompts(run: Run) -> None:
         prompts=validate.prompts,
         sampling=validate.sampling,
         save_dir=str(folder),
+        overwrite=True,  # a run that was resumed makes the samples of a step again
         batch_size=len(validate.prompts),
     )
     parts = Components(

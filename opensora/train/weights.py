@@ -1,5 +1,7 @@
 """What parameters start from: a file, or draws that depend on seed and name alone."""
 
+from pathlib import Path
+
 from torch import Tensor, nn
 
 from acceleration import lora
@@ -28,7 +30,7 @@ def initial_weights(cfg: RunConfig, model: nn.Module) -> Fill:
     layout = weight_layout(cfg.model)
     file, report = load_state_dict_for(model, cfg.train.init_from, to=layout, allow_missing=_may_lack(cfg))
     announce(str(report))
-    return FromFile(file, otherwise=draw)
+    return FromFile(file, Path(cfg.train.init_from), otherwise=draw)
 
 
 def check_initial(cfg: RunConfig) -> None:

@@ -133,10 +133,14 @@ def _strip(frames: np.ndarray, columns: int, frame_height: int) -> Image.Image:
 
 
 def _fitting(title: str, font: Any, width: int) -> str:
-    """The title, cut so that it fits into ``width`` pixels."""
-    title = " ".join(title.split())
-    if font.getlength(title) <= width:
+    """The title, cut so that it fits into ``width`` pixels, in time that does not grow with a long title."""
+    title = " ".join(title.lstrip()[: 4 * width].split())  # few characters are narrower than a pixel
+    shown = title[:width]
+    if shown == title and font.getlength(title) <= width:
         return title
-    while title and font.getlength(f"{title}...") > width:
-        title = title[:-1]
-    return f"{title}..."
+    low, high = 0, len(shown)
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = font.getlength(f"{shown[:middle]}...") <= width
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return f"{shown[:low].rstrip()}..."

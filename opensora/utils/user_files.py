@@ -1,10 +1,12 @@
 """Files that a user gives and takes: texts in any Unicode encoding that names itself, tables written whole or not."""
 
 import codecs
+import contextlib
 import csv
 import io
 import os
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -65,7 +67,9 @@ def _read_bytes(path: Path, name: str) -> bytes:
         raise UserError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
-def read_csv(path: Path, required: Sequence[str], name: str = "") -> Iterator[tuple[int, dict[str, str]]]:
+def read_csv(
+    path: Path, required: Sequence[str], name: str = "", *, optional: Sequence[str] = ()
+) -> Iterator[tuple[int, dict[str, str]]]:
     """Rows of a CSV file with a header: (line the row ends at, value of every column of the header).
 
     Empty lines are passed over; a row that is too short is filled with empty text.
@@ -73,6 +77,7 @@ def read_csv(path: Path, required: Sequence[str], name: str = "") -> Iterator[tu
     Args:
         required: columns that must be in the header.
         name: how messages call the file; empty: the path.
+        optional: columns that may be in the header, once.
 
     Raises:
         UserError: as ``read_text``; no header, a column missing or there twice, a field beyond ``MAX_FIELD``, a row
@@ -83,8 +88,8 @@ def read_csv(path: Path, required: Sequence[str], name: str = "") -> Iterator[tu
     csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD))
     reader = csv.reader(io.StringIO(text, newline=""))
     header = [column.strip() for column in _next_row(reader, name) or []]
-    for column in required:
-        if header.count(column) != 1:
+    for column in (*required, *optional):
+        if header.count(column) != 1 and not (column in optional and column not in header):
             problem = "is there twice" if column in header else "is missing"
             raise UserError(f"{name}: column {column!r} {problem}; it has {', '.join(header) or 'none'}")
     while (row := _next_row(reader, name)) is not None:
@@ -118,6 +123,54 @@ def write_whole(path: Path, write: Callable[[IO[str]], object]) -> None:
             text.detach()  # flushes; the file is closed when it is in its place
     except (OSError, UnicodeEncodeError) as error:
         raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+
+
+@contextlib.contextmanager
+def written_whole(path: Path, *, replace: bool = True) -> Iterator[Path]:
+    """``with written_whole(path) as aside``: what the block writes to ``aside`` is at ``path`` at its end, or nothing.
+
+    For files that a library writes by name; ``aside`` has the suffix of ``path`` and is empty at first. Folders are
+    made. After an error ``path`` is as it was.
+
+    Args:
+        replace: whether a file at ``path`` may be replaced.
+
+    Raises:
+        FileExistsError: there is one and it may not; also if another process put it there in the meantime.
+        UserError: it cannot be written.
+    """
+    aside, is_there = None, False
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{uuid.uuid4().hex[:12]}.tmp{path.suffix}")
+        aside.touch(exist_ok=False)
+        yield aside
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        is_there = not replace
+        (os.replace if replace else _rename_new)(aside, path)
+    except BaseException as error:
+        if aside is not None:
+            aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not (is_there and isinstance(error, FileExistsError)):
+            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise
+
+
+def _rename_new(source: Path, target: Path) -> None:
+    """Rename a file unless there is one at ``target``, whoever puts it there at the same time.
+
+    Raises:
+        FileExistsError: there is.
+    """
+    try:
+        os.link(source, target)
+        source.unlink()
+    except FileExistsError:
+        raise
+    except OSError:  # file systems without hard links
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        os.replace(source, target)
 
 
 def try_output(path: Path, key: str, *, folder: bool = False) -> None:

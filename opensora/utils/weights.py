@@ -1,21 +1,42 @@
-"""Weights to safetensors files: one file, or numbered shards with an index, each whole or absent."""
+"""Weights in safetensors files: one file or numbered shards with an index, written whole or not at all, read with care.
+
+Files come from strangers: what is opened is a regular file, whatever it is called; what is no safetensors is named.
+"""
 
 import errno
 import hashlib
 import json
+import stat
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 
 from acceleration import tensor_file
 from acceleration.files import flush, replacing
 from opensora.utils import digests as lists
+from opensora.utils.errors import UserError
+from opensora.utils.untrusted import parsing
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5 * 10**9
 _PART = ".part-"
+FLOATS = ("F64", "F32", "F16", "BF16")  # types of weights, as safetensors calls them
+# Beside quantized weights, which are no weights without them: of scaled fp8, and of bitsandbytes.
+_SCALES = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", ".comfy_quant", ".absmax", ".quant_map")
+_OTHER_FILES = (  # first bytes, what they are of, what to do
+    (b"PK\x03\x04", "a file of torch.save", "nothing is unpickled; save its tensors by safetensors.torch.save_file"),
+    (b"\x80", "a pickle", "nothing is unpickled; save its tensors by safetensors.torch.save_file"),
+    (b"GGUF", "a GGUF file of quantized weights", "give the safetensors that it was made of"),
+    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself", "fetch it with git lfs pull"),
+    (b"<", "a web page", "download the file again, and log in where that is needed"),
+    (b"\x93NUMPY", "a NumPy file", "save its tensors by safetensors.torch.save_file"),
+    (b"\x89HDF", "an HDF5 file", "save its tensors by safetensors.torch.save_file"),
+)
 
 
 def write_file(
@@ -149,3 +170,75 @@ def fingerprint(path: str | Path, *, samples: int = 16, sample_bytes: int = 2**1
                 opened.seek(max(0, size - sample_bytes) * index // (samples - 1))
                 digest.update(opened.read(sample_bytes))
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class OpenWeights:
+    """A safetensors file of which the header is read: what is in it, and access to its tensors."""
+
+    path: Path
+    file: Any  # of safetensors: get_tensor(name), get_slice(name)
+    metadata: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    types: dict[str, str]  # as safetensors calls them: F32, BF16, ...
+
+
+def open_weights(path: Path) -> OpenWeights:
+    """Open a safetensors file by its content, whatever its name is.
+
+    Raises:
+        UserError: it is no regular file, cannot be read, or is of another format, which is named.
+    """
+
+    def refuse(reason: str) -> UserError:
+        return UserError(f"{path}: cannot be read as safetensors ({reason}): fetch or export it again")
+
+    with parsing(refuse):
+        check_regular(path)
+        with path.open("rb") as raw:
+            start = raw.read(32)
+        for first, kind, remedy in _OTHER_FILES:
+            if start.startswith(first) and start[8:9] != b"{":
+                raise UserError(f"{path}: is {kind}, not safetensors: {remedy}")
+        file = safe_open(path, framework="pt")
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        types = {name: str(part.get_dtype()) for name, part in slices.items()}
+        return OpenWeights(path, file, dict(file.metadata() or {}), shapes, types)
+
+
+def check_regular(path: Path) -> None:
+    """That opening a path does not wait for somebody to write into it, or never end.
+
+    Raises:
+        UserError: it is a pipe, a device or a socket.
+        OSError: it is not there.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        kind = "a named pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+        raise UserError(f"{path}: is {kind}: give a file; what is streamed must be saved first")
+
+
+def check_types(opened: OpenWeights, names: Iterable[str]) -> None:
+    """That tensors are floating-point numbers that mean what they say.
+
+    Raises:
+        UserError: the first that is not, quantized ones by their name.
+    """
+    allowed = f"allowed are {', '.join(FLOATS)}"
+    scale = next(
+        (name for name in opened.types if name.endswith(_SCALES) or name.rpartition(".")[2] == "scaled_fp8"), ""
+    )
+    for name in names:
+        found = opened.types[name]
+        if found.startswith("F8"):
+            kind = f"scaled fp8, with {scale}" if scale else "fp8"
+            raise UserError(f"{opened.path}: {name} is {found} ({kind}): {allowed}; give the bf16 or fp16 weights")
+        if name == scale or (scale and found not in FLOATS):
+            raise UserError(
+                f"{opened.path}: {scale} belongs to quantized weights (scaled fp8, or bitsandbytes), which are not "
+                "read; give the bf16 or fp16 weights"
+            )
+        if found not in FLOATS:
+            raise UserError(f"{opened.path}: {name} is {found}: {allowed}; convert it, or give other weights")

@@ -55,7 +55,7 @@ def test_adapters_start_at_the_base(folder: Path, tmp_path: Path) -> None:
 
 
 def exported(run: Path) -> dict[str, Tensor]:
-    return read_adapter(run / "exported").tensors
+    return {name.removeprefix("base_model.model."): x for name, x in read_adapter(run / "exported").tensors.items()}
 
 
 def test_checkpoint_and_export_hold_adapters_alone(folder: Path) -> None:
@@ -89,6 +89,27 @@ def test_stopped_and_resumed_on_another_layout(folder: Path, tmp_path: Path) -> 
         train_on(2, folder / "adapted.yaml", [*moved, "train.steps=5", f"train.init_from={other}"])
 
 
+def test_exported_for_comfyui(folder: Path, tmp_path: Path) -> None:
+    """The same run with the other names: the same products of alpha/rank, B and A, and its base is found."""
+    names = [f"output={tmp_path}", *adapted(folder), *ONE, "lora.export_names=comfyui"]
+    assert train_on(1, folder / "adapted.yaml", names)[0]
+    path = tmp_path / "run/exported"
+    assert not (path / "adapter_config.json").exists()
+    file = load_file(path / WEIGHTS)
+    assert all(name.startswith("diffusion_model.") for name in file)
+    peft, alpha = read_adapter(folder / "adapted/run/exported"), 6.0
+    assert len(file) == 3 * len(peft.layers)
+    for layer in peft.layers:
+        a, b = peft.matrices(layer)
+        name = f"diffusion_model.{layer.removeprefix('base_model.model.')}"
+        assert file[f"{name}.alpha"] == alpha
+        found = file[f"{name}.{lora.B}"] @ file[f"{name}.{lora.A}"]
+        assert (found - b @ a).abs().max() <= 1e-10 * (b @ a).abs().max(), layer
+    source = find_source(SampleConfig(weights=str(path), prompt="x"))
+    assert source.path == folder / "base/run/exported" and source.adapters and source.adapters.exported
+    assert {scale for _, scale in source.adapters.exported.sizes().values()} == {2.0}
+
+
 def sample(tmp_path: Path, weights: Path, world: int = 1, **more: Any) -> Tensor:
     path = tmp_path / "sample.yaml"
     lines = {"weights": weights, "save_dir": tmp_path / "out", "precision": "fp32", **more}
@@ -103,11 +124,11 @@ def sample(tmp_path: Path, weights: Path, world: int = 1, **more: Any) -> Tensor
 @pytest.fixture(scope="module")
 def merged(folder: Path) -> Path:
     """The base with the adapters added by hand."""
-    adapters = read_adapter(folder / "adapted/run/exported")
+    tensors = exported(folder / "adapted/run")
     target = shutil.copytree(folder / "base/run/exported", folder / "merged")
     state = dict(read_state_dict(target)[0])
-    for layer in adapters.layers:
-        a, b = (adapters.tensors[f"{layer}.{kind}"] for kind in (lora.A, lora.B))
+    for layer in {name.removesuffix(f".{lora.A}") for name in tensors if name.endswith(lora.A)}:
+        a, b = (tensors[f"{layer}.{kind}"] for kind in (lora.A, lora.B))
         state[f"{layer}.weight"] = (state[f"{layer}.weight"] + 2.0 * b @ a).float()
     write_weights(target, state.items(), {"fused_qkv": "true", "rope_layout": "interleaved"})
     return target

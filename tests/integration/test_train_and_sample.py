@@ -195,3 +195,14 @@ def test_the_command_writes_videos_prompts_and_a_sheet(trained: Path, tmp_path: 
         f"{name}.{suffix}" for name in names for suffix in ("mp4", "txt")
     }
     assert (folder / "red.txt").read_text() == "a red circle\n"
+
+    # Again into the same folder: names that are free, then the same ones.
+    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert run_distributed(sample_command, 1, path, timeout=100, init=False) == [0]
+    new = {path.name for path in folder.iterdir()} - set(first)
+    names = {"red_1", "prompts_0003", "prompts_0004"}
+    assert new == {"contact_sheet_1.png"} | {f"{name}.{suffix}" for name in names for suffix in ("mp4", "txt")}
+    assert all((folder / name).read_bytes() == content for name, content in first.items())
+    path.write_text(path.read_text() + "\noverwrite: true\n")
+    assert run_distributed(sample_command, 1, path, timeout=100, init=False) == [0]
+    assert {path.name for path in folder.iterdir()} == set(first) | new

@@ -1,4 +1,5 @@
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -226,3 +227,132 @@ def test_fused_tensors_too_odd_to_be_cut_are_reported(tmp_path: Path, name: str)
         model = MMDiT(DEBUG)
     with pytest.raises(UserError, match=f"{name} \\(100, 64\\)"):
         load_state_dict_for(model, tmp_path, to=FLUX)
+
+
+PREFIXES = [
+    "model.diffusion_model.",
+    "module.",
+    "model.",
+    "_orig_mod.",
+    "ema.",
+    "module._orig_mod.",
+    "net.inner.model.",
+]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("written", [FLUX, OPEN_SORA_2], ids=str)
+def test_names_behind_a_common_prefix(tmp_path: Path, prefix: str, written: WeightLayout) -> None:
+    state = dict(random_model(DEBUG).state_dict())
+    named = {f"{prefix}{name}": tensor for name, tensor in convert_state_dict(state, to=written).items()}
+    save_file(named, tmp_path / "m.safetensors")
+    model = MMDiT(DEBUG)
+    report = load_into(model, tmp_path, to=FLUX)
+    assert same(dict(model.state_dict()), state)
+    plain = prefix.replace("_orig_mod.", "")
+    assert report.prefix == plain and ("names in the file begin with" in str(report)) == bool(plain)
+
+
+def test_names_of_compiled_blocks_and_other_models_in_the_same_file(tmp_path: Path) -> None:
+    state = dict(random_model(DEBUG).state_dict())
+    wrapped = {name.replace("blocks.0.", "blocks.0._orig_mod."): tensor for name, tensor in state.items()}
+    named = {f"model.diffusion_model.{name}": tensor for name, tensor in wrapped.items()}
+    others = {"vae.decoder.conv_in.weight": torch.zeros(2, dtype=torch.int32), "text_encoders.t5.x": torch.zeros(1)}
+    save_file({**named, **others}, tmp_path / "all_in_one.safetensors")
+    model = MMDiT(DEBUG)
+    report = load_into(model, tmp_path, to=FLUX)
+    assert same(dict(model.state_dict()), state) and set(report.left_out) == set(others)
+    assert "2 of other models left out: " in str(report)
+    save_file(
+        {**named, **{f"ema.{name}": tensor.clone() for name, tensor in state.items()}}, tmp_path / "two.safetensors"
+    )
+    with pytest.raises(UserError, match=r"holds several sets of weights, as .* and .*: give a file with one"):
+        load_into(model, tmp_path / "two.safetensors", to=FLUX)
+
+
+BAD_TENSORS = {
+    "int32": (lambda x: x.int(), "img_in.weight is I32: allowed are F64, F32, F16, BF16"),
+    "bool": (lambda x: x.bool(), "img_in.weight is BOOL"),
+    "complex": (lambda x: x.to(torch.complex64), "img_in.weight is C64"),
+    "fp8": (lambda x: x.to(torch.float8_e4m3fn), r"img_in.weight is F8_E4M3 \(fp8\).*give the bf16 or fp16"),
+    "fp8 of another kind": (lambda x: x.to(torch.float8_e5m2), r"img_in.weight is F8_E5M2 \(fp8\)"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_TENSORS)
+def test_types_that_are_no_weights_are_refused_by_name(tmp_path: Path, kind: str) -> None:
+    change, expected = BAD_TENSORS[kind]
+    state = dict(random_model(DEBUG).state_dict())
+    save_file({**state, "img_in.weight": change(state["img_in.weight"])}, tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match=expected):
+        load_state_dict_for(MMDiT(DEBUG), tmp_path, to=FLUX)
+
+
+@pytest.mark.parametrize("mark", ["scaled_fp8", "img_in.scale_weight", "img_in.weight_scale", "img_in.weight.absmax"])
+def test_quantized_weights_are_refused_by_name(tmp_path: Path, mark: str) -> None:
+    """The marks alone, and beside fp8."""
+    state = dict(random_model(DEBUG).state_dict())
+    for weight in (state["img_in.weight"], state["img_in.weight"].to(torch.float8_e4m3fn)):
+        save_file({**state, "img_in.weight": weight, mark: torch.ones(())}, tmp_path / "m.safetensors")
+        with pytest.raises(UserError, match=f"{mark}.*give the bf16 or fp16 weights"):
+            load_state_dict_for(MMDiT(DEBUG), tmp_path, to=FLUX)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_every_floating_point_type_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = {name: tensor.to(dtype) for name, tensor in random_model(DEBUG).state_dict().items()}
+    save_file(state, tmp_path / "m.safetensors")
+    model = MMDiT(DEBUG)
+    load_into(model, tmp_path, to=FLUX)
+    assert same(dict(model.state_dict()), {name: tensor.float() for name, tensor in state.items()})
+
+
+def test_files_are_known_by_their_content(tmp_path: Path) -> None:
+    state = dict(random_model(DEBUG).state_dict())
+    save_state_dict(state, tmp_path / "shards", source=FLUX, shard_bytes=400_000)
+    save_file(state, tmp_path / "weights.bin")
+    (tmp_path / "linked").symlink_to(tmp_path / "weights.bin")
+    (tmp_path / "index").write_bytes(b"\n " + (tmp_path / "shards" / INDEX).read_bytes())
+    for shard in (tmp_path / "shards").glob("*.safetensors"):
+        (tmp_path / shard.name).symlink_to(shard)
+    for name in ("weights.bin", "linked", "index", "shards"):
+        assert same(dict(WeightFile(tmp_path / name)), state), name
+
+
+def test_other_formats_are_named_with_the_remedy(tmp_path: Path) -> None:
+    for start, expected in (
+        (b"GGUF\3\0\0\0", "is a GGUF file of quantized weights"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "fetch it with git lfs pull"),
+        (b"<!DOCTYPE html><html>", "is a web page"),
+        (b"PK\3\4" + bytes(100), r"is a file of torch\.save.*nothing is unpickled"),
+        (b"\x80\2}q\0.", "is a pickle"),
+        (b"", "cannot be read as safetensors"),
+        (b"{}", "is not a safetensors index"),
+    ):
+        (tmp_path / "m.safetensors").write_bytes(start)
+        with pytest.raises(UserError, match=expected):
+            WeightFile(tmp_path / "m.safetensors")
+    save_file({"diffusion_model.img_in.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match=r"these are adapters \(LoRA\), not weights: give them as lora="):
+        WeightFile(tmp_path, OPEN_SORA_2)
+    save_file({"transformer_blocks.0.attn.to_q.weight": torch.zeros(1, 1)}, tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match="weights under diffusers' names"):
+        WeightFile(tmp_path, OPEN_SORA_2)
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_or_a_device_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "m.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"w": "m.safetensors"}}))
+    (tmp_path / "alone").mkdir()
+    os.mkfifo(tmp_path / "alone/m.safetensors")
+    for path, expected in (
+        (tmp_path / "m.safetensors", "is a named pipe: give a file"),
+        (tmp_path / "alone", "is a named pipe"),
+        (tmp_path, "names files that are not beside it"),
+        (Path("/dev/zero"), "is a device"),
+        (tmp_path / ("n" * 300), "File name too long"),
+        (tmp_path / "\0", "null"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            WeightFile(path)

@@ -2,17 +2,18 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 from opensora.utils import logging as logs
 from opensora.utils.errors import UserError
-from opensora.utils.images import contact_sheet, loss_curve, running_mean
+from opensora.utils.images import _fitting, contact_sheet, loss_curve, running_mean
 from opensora.utils.logging import MetricsLogger, announce, launched_rank, progress, read_metrics
 
 
@@ -196,6 +197,43 @@ def test_a_contact_sheet_shows_evenly_spaced_frames_and_its_title(tmp_path: Path
     assert [tuple(middle[8 + i * 56 + 24]) for i in range(3)] == [(0, 0, 0), (120, 0, 0), (240, 0, 0)]
     assert tuple(sheet[8 + 62 + 22 + 16, 8 + 8]) == (200, 200, 200)
     assert sheet[8:28].min() < 100 and sheet[8:28, -6:].min() == 255  # a title is drawn and does not run over
+
+
+LONG = {
+    "800 words": "long " * 800,
+    "a word of 100,000 letters": "w" * 100_000,
+    "emoji": "😀👨\u200d👩" * 30_000,
+    "from right to left": "\u05e9\u05dc\u05d5\u05dd \u0639\u0644\u064a\u0643\u0645 " * 20_000,
+    "lines": "a\n" * 100_000,
+    "accents on one letter": "e" + "\u0301" * 100_000,
+    "no width at all": "\u200b" * 100_000,
+    "controls and half characters": "\0\x1b[31m\ud800" * 20_000,
+    "blanks before a word": " " * 100_000 + "word",
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_the_time_of_a_contact_sheet_does_not_grow_with_the_prompt(kind: str, tmp_path: Path) -> None:
+    video = np.zeros((2, 32, 48, 3), dtype=np.uint8)
+
+    def seconds(title: str) -> float:
+        start = time.process_time()
+        contact_sheet([(title, video)], tmp_path / "sheet.png")
+        return time.process_time() - start
+
+    short = min(seconds("a red circle") for _ in range(3))
+    assert min(seconds(LONG[kind]) for _ in range(3)) < max(0.1, 10 * short)
+    assert np.asarray(Image.open(tmp_path / "sheet.png"))[8:28, -6:].min() == 255  # the title does not run over
+
+
+def test_a_title_is_cut_where_the_sheet_ends() -> None:
+    font = ImageFont.load_default(size=14)
+    words = " ".join(f"word{number}" for number in range(200))
+    shown = _fitting(words, font, 464)
+    assert words.startswith(shown.removesuffix("...")) and font.getlength(shown) <= 464
+    longer = words[: len(shown.removesuffix("...")) + 2] + "..."
+    assert font.getlength(longer) > 464
+    assert _fitting("  a\n short  one ", font, 464) == "a short one" and _fitting("", font, 464) == ""
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from opensora.config import SampleConfig
 from opensora.inference.load import _exported
 from opensora.models import MODEL_SIZES, build_model, init_model_
 from opensora.models.mmdit import MMDiT, MMDiTConfig
-from opensora.utils.adapters import CONFIG, WEIGHTS, read_adapter, write_adapter
+from opensora.utils.adapters import CONFIG, WEIGHTS, FittedAdapter, read_adapter, write_adapter
 from opensora.utils.errors import UserError
 from opensora.utils.rng import torch_generator
 from opensora.utils.weights import fingerprint
@@ -52,6 +52,18 @@ def with_adapters(tensors: dict[str, Tensor], cfg: LoraConfig = CFG) -> MMDiT:
     model.to_empty(device="cpu")
     model.load_state_dict({**base_model().state_dict(), **tensors})
     return model
+
+
+def with_fitted(adapter: FittedAdapter, model: MMDiTConfig = MODEL, base: MMDiT | None = None) -> MMDiT:
+    """The model with adapters of a file beside its layers, all in the base's type."""
+    base = base or base_model()
+    with torch.device("meta"):
+        built = build_model(model)
+    lora.attach(built, adapter.sizes())
+    built.to_empty(device="cpu").to(next(base.parameters()).dtype)
+    added = {name: adapter.tensor(name) for name, _ in built.named_parameters() if lora.is_adapter(name)}
+    built.load_state_dict({**base.state_dict(), **added})
+    return built
 
 
 def inputs() -> dict[str, Tensor]:
@@ -157,8 +169,8 @@ def test_we_read_what_peft_writes_and_compute_the_same(tmp_path: Path) -> None:
                 parameter.normal_(0, 0.2, generator=torch_generator(name))
     model.save_pretrained(str(tmp_path))
     adapters = _exported(tmp_path, MODEL, "lora")
-    assert adapters.exported is not None and len(adapters.exported.layers) == 4
-    ours = with_adapters(adapters.exported.tensors, adapters.lora)
+    assert adapters.exported is not None and len(adapters.exported.sizes()) == 4
+    ours = with_fitted(adapters.exported)
     assert torch.allclose(ours(**inputs()), model(**inputs()), atol=1e-5)
 
 
@@ -171,18 +183,32 @@ def test_the_file_has_pefts_names(tmp_path: Path) -> None:
     assert (described["peft_type"], described["r"], described["lora_alpha"]) == ("LORA", 4, 6.0)
     assert set(described["target_modules"]) == set(adapted()[1])
     read = read_adapter(tmp_path)
-    assert (read.rank, read.alpha, read.base) == (4, 6.0, "somewhere")
-    assert all(torch.equal(read.tensors[name], tensor) for name, tensor in values().items())
+    assert set(read.scales.values()) == {6.0 / 4} and read.base == "somewhere"
+    assert all(torch.equal(read.tensors[f"base_model.model.{name}"], tensor) for name, tensor in values().items())
 
 
-BAD: dict[str, tuple[dict[str, Any], str]] = {
+BAD: dict[str, tuple[Any, str]] = {
     "no rank": ({"r": 0}, "r=0"),
-    "no LoRA": ({"peft_type": "IA3"}, "peft_type=IA3"),
-    "another scale": ({"use_rslora": True}, "use_rslora=True"),
-    "another rank here and there": ({"rank_pattern": {"qkv": 8}}, "rank_pattern="),
+    "a rank that is true": ({"r": True}, "r=True"),
+    "no LoRA": ({"peft_type": "IA3"}, "peft_type='IA3'"),
+    "DoRA": ({"use_dora": True}, "use_dora=True"),
+    "another rank here and there": (
+        {"rank_pattern": {"qkv": 8}},
+        "qkv is of rank 8 here, and its matrices are of rank 4",
+    ),
     "another rank than the file's": ({"r": 8}, "of rank 8"),
     "biases": ({"bias": "all"}, "bias=all"),
-    "no mapping": ({"r": "many"}, "r=many"),
+    "a rank in words": ({"r": "many"}, "r='many'"),
+    "a list": ([1, 2], "not a description of adapters"),
+    "an alpha of none": ({"lora_alpha": None}, "lora_alpha=None"),
+    "an alpha of nothing": ({"lora_alpha": 0}, "is 0: allowed are finite numbers other than 0"),
+    "an alpha that is infinite": ({"lora_alpha": float("inf")}, "lora_alpha=inf"),
+    "an alpha of 400 digits": ({"lora_alpha": 10**400}, "lora_alpha=1000"),
+    "changed weights": ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),
+    "a pattern that never ends": ({"alpha_pattern": {"(.*)*x": 8}}, "too complex"),
+    "a pattern that is none": ({"alpha_pattern": {"[": 8}}, "is no pattern"),
+    "a pattern of a list": ({"alpha_pattern": ["qkv"]}, "alpha_pattern="),
+    "an alpha of a pattern": ({"alpha_pattern": {"qkv": "8"}}, "alpha_pattern="),
 }
 
 
@@ -190,7 +216,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 def test_adapters_that_we_would_not_compute_as_peft_does(case: str, tmp_path: Path) -> None:
     changed, expected = BAD[case]
     config = json.loads((written(tmp_path) / CONFIG).read_text())
-    (tmp_path / CONFIG).write_text(json.dumps(config | changed))
+    (tmp_path / CONFIG).write_text(json.dumps(config | changed if isinstance(changed, dict) else changed))
     with pytest.raises(UserError, match=expected) as caught:
         read_adapter(tmp_path)
     assert "\n" not in str(caught.value)
@@ -201,9 +227,7 @@ def test_adapters_of_another_model(tmp_path: Path) -> None:
         _exported(tmp_path, MODEL, "lora")
     written(tmp_path)
     for change, expected in (
-        ({"depth": 1}, "belong to another model"),
-        ({"fused_qkv": False}, "belong to another model"),
-        ({"rope_layout": "half"}, "made for rope_layout=interleaved"),
+        ({"depth": 1}, "the model has no such layer; these adapters belong to another model"),
         ({"hidden_size": 128, "axes_dim": (8, 12, 12)}, "would be"),
     ):
         with pytest.raises(UserError, match=expected):
@@ -211,7 +235,7 @@ def test_adapters_of_another_model(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / WEIGHTS)
     tensors.pop("base_model.model.single_blocks.0.linear1.lora_B.weight")
     save_file(tensors, tmp_path / WEIGHTS)
-    with pytest.raises(UserError, match=r"single_blocks.0.linear1.lora_B.weight is None"):
+    with pytest.raises(UserError, match=r"the other matrix of base_model.model.single_blocks.0.linear1 is missing"):
         _exported(tmp_path, MODEL, "lora")
 
 

@@ -1,11 +1,14 @@
 """What is sampled: names, seeds and tables of prompts."""
 
+import random
+import time
+import unicodedata
 from pathlib import Path
 
 import pytest
 
 from opensora.config import SampleConfig
-from opensora.inference.prompts import read_jobs
+from opensora.inference.prompts import MAX_PROMPT, Job, read_jobs, with_names
 from opensora.utils.errors import UserError
 from opensora.utils.sampling import SamplingOption
 
@@ -21,34 +24,174 @@ def test_every_prompt_gets_its_seeds_and_a_name_of_its_own() -> None:
     ]
 
 
+def jobs_of(folder: Path, content: str | bytes, *, file: str = "cats.csv", num_sample: int = 1) -> list[Job]:
+    table = folder / file
+    table.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_jobs(SampleConfig(weights="w", prompt_csv=str(table), num_sample=num_sample))
+
+
+def names_of(folder: Path, content: str, **more: int) -> list[str]:
+    return [job.name for job in jobs_of(folder, content, **more)]  # type: ignore[arg-type]
+
+
 def test_a_table_names_its_samples(tmp_path: Path) -> None:
-    table = tmp_path / "cats.csv"
-    table.write_text("\ufefftext,name,neg,score\na cat,first,blurry,3\na dog,,,\n", encoding="utf-8")
-    jobs = read_jobs(SampleConfig(weights="w", prompt_csv=str(table)))
+    jobs = jobs_of(tmp_path, "\ufefftext,name,neg,score\na cat,first,blurry,3\na dog,,,\n")
     assert [(job.text, job.neg, job.name) for job in jobs] == [("a cat", "blurry", "first"), ("a dog", "", "cats_0001")]
 
 
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        ("", "empty"),
-        ("text\n", "empty"),
-        ("caption\na\n", "no column text"),
-        ("text,name\na,x\nb,x\n", "'x' stands for two"),
-        ("text,name\na,../x\n", "must be a file name"),
-        ("text,ref\na,x.png\n", "ref"),
-        ("text,name\n,x\n", "line 2 has no text"),
-    ],
-)
-def test_tables_that_are_refused(tmp_path: Path, content: str, expected: str) -> None:
-    table = tmp_path / "t.csv"
-    table.write_text(content)
-    with pytest.raises(UserError, match=expected):
-        read_jobs(SampleConfig(weights="w", prompt_csv=str(table)))
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_a_table_in_any_encoding_that_names_itself(tmp_path: Path, encoding: str) -> None:
+    mark = "\ufeff" if encoding.endswith(("-le", "-be")) else ""
+    jobs = jobs_of(tmp_path, f"{mark}text,name\nein Kätzchen 🐱,größe\n".encode(encoding))
+    assert [(job.text, job.name) for job in jobs] == [("ein Kätzchen 🐱", "größe")]
 
 
-def test_a_missing_table_and_no_prompt_are_refused() -> None:
+def test_a_text_file_is_a_prompt_per_line(tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path, 'a cat, sitting\n\n  \nthe "big" dog\r\nlast', file="my prompts.TXT")
+    assert [(job.text, job.name) for job in jobs] == [
+        ("a cat, sitting", "my prompts_0000"),
+        ('the "big" dog', "my prompts_0001"),
+        ("last", "my prompts_0002"),
+    ]
+
+
+REFUSED: dict[str, tuple[str | bytes, str]] = {
+    "nothing": ("", "column 'text' is missing; it has none"),
+    "a header alone": ("text\n", "the table is empty"),
+    "another column": ("caption\na\n", "column 'text' is missing; it has caption"),
+    "a column twice": ("text,name,name\na,b,c\n", "column 'name' is there twice"),
+    "a path": ("text,name\na,../x\n", r"line 2: name '\.\./x' must be a file name"),
+    "a path of Windows": ("text,name\na,x\\y\n", "must be a file name"),
+    "a reference": ("text,ref\na,x.png\n", "line 2 has a ref"),
+    "no text": ("text,name\n,x\n", "line 2 has no text"),
+    "a short row": ("name,text\nx\n", "line 2 has no text"),
+    "a long row": ("text,name\na cat, sitting,x\n", "line 2: 3 fields, the header has 2"),
+    "252 characters": (f"text,name\na,{'n' * 252}\n", "252 bytes in UTF-8.*shorten"),
+    "100 emoji": (f"text,name\na,{'😀' * 100}\n", "400 bytes in UTF-8.*shorten"),
+    "a hidden file": ("text,name\na,.cat\n", "begin with a dot"),
+    "the folder": ("text,name\na,.\n", "begin with a dot"),
+    "the folder above": ("text,name\na,..\n", "begin with a dot"),
+    "an option": ("text,name\na,-rf\n", "begin with a dash"),
+    "a newline": ('text,name\na,"x\ny"\n', "control characters"),
+    "an escape": ("text,name\na,x\x1b[31m\n", "control characters"),
+    "a device": ("text,name\na,Con\n", "name of a device"),
+    "a device with a suffix": ("text,name\na,lpt1.x\n", "name of a device"),
+    "cp1252": (b"text\nvol\xe9\n", "line 2: not UTF-8"),
+    "a cut UTF-16": ("text\nhello".encode("utf-16")[:-1], "not UTF-16"),
+    "NUL": (b"text\na\0b\n", "line 2: holds a NUL"),
+    "a field of 200,000 characters": (f"text\n{'word ' * 40_000}\n", f"line 2: a prompt of .*at most {MAX_PROMPT}"),
+    "a field of 2,000,000 characters": (f"text\n{'word ' * 400_000}\n", "line 2: a field of more than"),
+    "a long negative prompt": (f"text,neg\na,{'b' * 200_000}\n", "line 2 neg: a prompt of"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_tables_that_are_refused(tmp_path: Path, case: str) -> None:
+    content, expected = REFUSED[case]
+    with pytest.raises(UserError, match=expected) as caught:
+        jobs_of(tmp_path, content)
+    line = str(caught.value)
+    assert line.startswith(f"prompt_csv={tmp_path / 'cats.csv'}") and "\n" not in line and len(line) < 500
+
+
+def test_a_missing_table_and_no_prompt_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         read_jobs(SampleConfig(weights="w", prompt_csv="nowhere.csv"))
+    with pytest.raises(UserError, match="not a regular file"):
+        read_jobs(SampleConfig(weights="w", prompt_csv=str(tmp_path)))
+    with pytest.raises(UserError, match="the file is empty; it needs a prompt per line"):
+        jobs_of(tmp_path, " \n", file="a.txt")
     with pytest.raises(ValueError, match="prompt"):
         SampleConfig(weights="w")
+
+
+@pytest.mark.parametrize("text", ["lone \ud83d half", "bytes of another encoding \udce9", "x" * 100_001, "a\0b"])
+def test_a_prompt_that_no_file_can_hold_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"^prompt: "):
+        read_jobs(SampleConfig(weights="w", prompt=text))
+    with pytest.raises(UserError, match=r"^prompt: "):
+        read_jobs(SampleConfig(weights="w", prompts=("a", text)))
+
+
+def test_a_name_that_is_there_twice_gets_a_number(tmp_path: Path) -> None:
+    assert names_of(tmp_path, "text,name\na,cat\nb,cat\nc,cat\nd,dog\n") == ["cat", "cat_1", "cat_2", "dog"]
+    assert names_of(tmp_path, "text,name\na,cat\nb,cat\nc,cat_1\n") == ["cat", "cat_2", "cat_1"]
+    assert names_of(tmp_path, "text,name\na,cat\nb,cat\n", num_sample=2) == ["cat_0", "cat_1", "cat_1_0", "cat_1_1"]
+    assert names_of(tmp_path, "text,name\na,cats_0001\nb,\nc,\n") == ["cats_0001", "cats_0001_1", "cats_0002"]
+    assert names_of(tmp_path, "text,name\na, cat \n") == ["cat"]
+
+
+def test_names_that_some_file_system_takes_for_the_same_differ(tmp_path: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    found = names_of(tmp_path, f"text,name\na,Cat\nb,cat\nc,{composed}\nd,{decomposed}\ne,STRASSE\nf,straße\n")
+    assert found == ["Cat", "cat_1", composed, f"{decomposed}_1", "STRASSE", "straße_1"]
+    assert names_of(tmp_path, "text,name\na,Contact_Sheet\n") == ["Contact_Sheet_1"]
+
+
+def test_names_at_the_limit_of_a_file_name(tmp_path: Path) -> None:
+    longest = "n" * 251
+    assert names_of(tmp_path, f"text,name\na,{longest}\n") == [longest]
+    for content, more in ((f"text,name\na,{longest}\nb,{longest}\n", {}), (f"text,name\na,{longest}\n", {"k": 2})):
+        with pytest.raises(UserError, match=r"253 bytes in UTF-8.*shorten"):
+            names_of(tmp_path, content, num_sample=more.get("k", 1))
+
+
+@pytest.mark.parametrize("stem", ["s" * 240, "😀" * 60, "-rf", ".hidden", "con", "a\nb", "x\\y", "   "])
+def test_any_name_of_a_table_gives_names_for_its_prompts(tmp_path: Path, stem: str) -> None:
+    name = names_of(tmp_path, "text\na\n", file=f"{stem}.csv")[0]  # type: ignore[arg-type]
+    assert name.endswith("_0000") and name.isprintable() and name[0] not in ".-" and len(name.encode()) <= 251
+
+
+def test_files_that_are_there_are_not_replaced() -> None:
+    jobs = read_jobs(SampleConfig(weights="w", prompts=("a", "b")))
+    assert [job.name for job in with_names(jobs, ["sample_0007", "sample_0003_1", "other_9999"])] == [
+        "sample_0008",
+        "sample_0009",
+    ]
+    assert [job.name for job in with_names(jobs, ["Sample_0001", "contact_sheet"])] == ["sample_0002", "sample_0003"]
+    once = with_names(jobs, ["sample_0000"])
+    assert with_names(once) == jobs and with_names(once, ["sample_0000"]) == once
+
+
+def test_a_given_name_that_is_there_gets_a_number(tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path, "text,name\na,cat\nb,dog\n", num_sample=2)
+    assert [job.name for job in with_names(jobs, ["CAT_1", "dog_1_0"])] == ["cat_1_0", "cat_1_1", "dog_0", "dog_1"]
+
+
+def test_random_names_never_collide() -> None:
+    draw = random.Random("names")
+    parts = ["cat", "Cat", "CAT", "cat_1", "cat_1_0", "sample", "sample_0000", "ſ", "s", "é", "e\u0301", ""]
+    for _ in range(300):
+        given = [draw.choice(parts) for _ in range(draw.randint(1, 12))]
+        copies = draw.choice([1, 2])
+        jobs = [
+            Job(
+                text="t",
+                neg="",
+                name="",
+                seed=0,
+                row=row,
+                wanted=name or "sample",
+                number=None if name else row,
+                copy=k if copies > 1 else None,
+            )
+            for row, name in enumerate(given)
+            for k in range(copies)
+        ]
+        taken = [draw.choice(parts) + draw.choice(["", "_0", "_1", "_0001"]) for _ in range(draw.randint(0, 6))]
+        names = [job.name for job in with_names(jobs, taken)]
+        keys = [unicodedata.normalize("NFC", name).casefold() for name in (*names, *taken)]
+        assert len(set(keys[: len(names)])) == len(names) and not set(keys[: len(names)]) & set(keys[len(names) :])
+
+
+@pytest.mark.parametrize("name", ["cat", ""])
+def test_time_is_linear_in_the_number_of_prompts(tmp_path: Path, name: str) -> None:
+    """16,000 prompts that want the same name, against 1,000: 16 times the time, not 256."""
+    times = []
+    for count in (1000, 16_000):
+        (tmp_path / "t.csv").write_text("text,name\n" + f"a,{name}\n" * count)
+        start = time.process_time()
+        names = [job.name for job in read_jobs(SampleConfig(weights="w", prompt_csv=str(tmp_path / "t.csv")))]
+        times.append(time.process_time() - start)
+        assert len(set(names)) == count
+    assert times[1] < 64 * max(times[0], 0.005), times

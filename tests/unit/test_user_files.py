@@ -1,5 +1,6 @@
 """User text: any encoding that names itself, nothing replaced; outputs whole or not at all."""
 
+import errno
 import os
 import random
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import IO
 import pytest
 
 from opensora.utils.errors import UserError
-from opensora.utils.user_files import MAX_FIELD, read_csv, read_text, try_output, write_whole
+from opensora.utils.user_files import MAX_FIELD, _umask, read_csv, read_text, try_output, write_whole, written_whole
 
 TEXT = "a red circle moves left, Köln, 東京, 🎬\nsecond line\n"
 
@@ -122,3 +123,33 @@ def test_outputs_are_tried_first(tmp_path: Path) -> None:
             try_output(path, "--out")
     with pytest.raises(UserError, match=r"^save_dir="):
         try_output(tmp_path / "file", "save_dir", folder=True)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_may_not_be_replaced(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With hard links and on file systems that have none."""
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "not permitted")))
+    path = tmp_path / "made/clip.mp4"
+    with written_whole(path, replace=False) as aside:
+        assert aside.suffix == ".mp4" and aside.parent == path.parent and not path.exists()
+        aside.write_bytes(b"first")
+    with pytest.raises(FileExistsError), written_whole(path, replace=False) as aside:
+        aside.write_bytes(b"second")
+    assert path.read_bytes() == b"first" and list(path.parent.iterdir()) == [path]
+    with written_whole(path) as aside:
+        aside.write_bytes(b"third")
+    assert path.read_bytes() == b"third" and list(path.parent.iterdir()) == [path]
+    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def test_a_file_that_could_not_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"old")
+    for error, expected in ((OSError(errno.ENOSPC, "No space left on device"), UserError), (KeyError("x"), KeyError)):
+        with pytest.raises(expected), written_whole(path) as aside:
+            aside.write_bytes(b"half")
+            raise error
+        assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(UserError, match=r"Not a directory|File exists"), written_whole(path / "below.mp4"):
+        pass

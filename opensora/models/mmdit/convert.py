@@ -14,24 +14,30 @@ interleaved and separate means half-split, which is right for the two published 
 """
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from opensora.models.layers.rope import RopeLayout
+from opensora.utils.adapters import AdapterRows
 from opensora.utils.errors import UserError
-from opensora.utils.untrusted import ANY, TEXT, Each, mismatch, parse_json, parsing, read_small
-from opensora.utils.weights import SHARD_BYTES, write_file, write_weights
+from opensora.utils.untrusted import ANY, TEXT, Each, mismatch, parse_json, parsing, read_small, short_reason
+from opensora.utils.weights import SHARD_BYTES, check_regular, check_types, open_weights, write_file, write_weights
 
 StateDict = dict[str, Tensor]
 Shape: TypeAlias = tuple[int, ...]
 _SHOWN = 4  # names in an error before "..."
+_WANTED = "give a .safetensors file, an index .json, or their folder"
+# The parts of the model, by which its names are found behind any prefix.
+_INPUTS = ("img_in", "txt_in", "time_in", "vector_in", "guidance_in", "cond_in")
+_TOP_NAMES = (*_INPUTS, "double_blocks", "single_blocks", "final_layer")
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of torch.compile, FSDP, recomputation
+_OTHER_MODELS = ("vae", "first_stage_model", "cond_stage_model", "conditioner", "text_encoders", "text_encoder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +63,8 @@ class LoadReport:
 
     source: str
     layout: WeightLayout
+    prefix: str  # of all names in the file, without which they were compared
+    left_out: tuple[str, ...]  # of an autoencoder or a text encoder in the same file
     loaded: int
     missing: tuple[str, ...]  # wanted, not in the file, and not allowed to be missing
     left_at_init: tuple[str, ...]  # wanted, not in the file, allowed to be missing
@@ -75,9 +83,12 @@ class LoadReport:
                 ("unexpected", self.unexpected),
                 ("of another shape (file, model)", self.wrong_shape),
                 ("left at their initial values", self.left_at_init),
+                ("of other models left out", self.left_out),
             )
             if names
         ]
+        if self.prefix:
+            parts.append(f"names in the file begin with {self.prefix}")
         return f"{self.source}: {self.loaded} tensors loaded" + "".join(f"; {part}" for part in parts)
 
 
@@ -113,6 +124,11 @@ def convert_state_dict(
     return converted
 
 
+def convert_shapes(shapes: Mapping[str, Shape], *, source: WeightLayout, to: WeightLayout) -> dict[str, Shape]:
+    """Names and shapes of the same weights in layout ``to``."""
+    return {name: target.shape for name, target in _conversion(shapes, source, to).targets.items()}
+
+
 class WeightFile(Mapping[str, Tensor]):
     """The tensors of a safetensors file, an index json, or their folder, in a layout of choice; read when asked for.
 
@@ -126,20 +142,24 @@ class WeightFile(Mapping[str, Tensor]):
         Raises:
             UserError: no such file, not safetensors, a tensor that is in two files, or no MMDiT where order changes.
         """
-        self._files: dict[str, Any] = {}  # tensor in the files -> open file
+        self._files: dict[str, Any] = {}  # tensor -> open file
+        self._stored: dict[str, str] = {}  # tensor -> name in its file
         metadata: dict[str, str] = {}
+        opened = [open_weights(file) for file in _weight_files(Path(path))]
+        self.prefix, names, self.left_out = _plain_names([name for one in opened for name in one.shapes], str(path))
         sources: dict[str, Shape] = {}
-        for file in _weight_files(Path(path)):
-            try:
-                opened = safe_open(file, framework="pt")
-                metadata.update(opened.metadata() or {})
-                for name in opened.keys():  # noqa: SIM118 (not a dict)
-                    if name in sources:
-                        raise UserError(f"{file}: {name} is in two files of {path}: give one file, or an index json")
-                    self._files[name] = opened
-                    sources[name] = tuple(opened.get_slice(name).get_shape())
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{file}: cannot be read as safetensors ({error}): fetch or export it again") from error
+        for one in opened:
+            metadata.update(one.metadata)
+            own = {names[stored]: stored for stored in one.shapes if stored in names}
+            for name in own:
+                if name in sources:
+                    raise UserError(f"{one.path}: {name} is in two files of {path}: give one file, or an index json")
+            check_types(one, own.values())
+            self._stored |= own
+            self._files |= dict.fromkeys(own, one.file)
+            sources |= {name: one.shapes[stored] for name, stored in own.items()}
+        if foreign := _other_format(sources):
+            raise UserError(f"{path}: {foreign}")
         self.layout = guess_layout(sources, metadata)
         self._conversion = _conversion(sources, self.layout, to or self.layout)
 
@@ -151,7 +171,8 @@ class WeightFile(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         target = self._conversion.targets[name]
         if len(target.rows) == 1 and target.rows[0].all_of(self._conversion.sources):
-            return self._files[target.rows[0].tensor].get_tensor(target.rows[0].tensor)
+            whole = target.rows[0].tensor
+            return self._files[whole].get_tensor(self._stored[whole])
         pieces = [self._read(rows, ()) for rows in target.rows]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
@@ -182,7 +203,7 @@ class WeightFile(Mapping[str, Tensor]):
         return True
 
     def _read(self, rows: "_Rows", columns: tuple[slice, ...]) -> Tensor:
-        mapped = self._files[rows.tensor].get_slice(rows.tensor)
+        mapped = self._files[rows.tensor].get_slice(self._stored[rows.tensor])
 
         def get(start: int, stop: int) -> Tensor:
             index = (slice(start, stop), *columns)
@@ -219,6 +240,8 @@ def load_state_dict_for(
     report = LoadReport(
         source=str(path),
         layout=file.layout,
+        prefix=file.prefix,
+        left_out=file.left_out,
         loaded=sum(name in wanted for name in shapes),
         missing=tuple(name for name in absent if name not in allowed),
         left_at_init=tuple(allowed),
@@ -275,18 +298,34 @@ def flux_to_diffusers(state: Mapping[str, Tensor]) -> StateDict:
 
     Any of our layouts is read as ``guess_layout`` says. ``cond_in`` has no place there and must not be in ``state``.
     """
+    separate = convert_state_dict(state, to=WeightLayout(fused_qkv=False, rope_layout="interleaved"))
+    shapes = {name: tuple(tensor.shape) for name, tensor in separate.items()}
+    return {
+        name: torch.cat([separate[rows.tensor][rows.start : rows.stop] for rows in target.rows])
+        for name, target in _diffusers(_themselves(shapes)).items()
+    }
+
+
+def _themselves(shapes: Mapping[str, Shape]) -> dict[str, "_Target"]:
+    return {name: _Target(shape, (_Rows(name, 0, _height(shape)),)) for name, shape in shapes.items()}
+
+
+def _diffusers(separate: Mapping[str, "_Target"]) -> dict[str, "_Target"]:
+    """What each of diffusers' tensors is made of; ``separate``: q, k, v and v_mlp each by itself."""
     renamed = {}
-    for name, tensor in convert_state_dict(state, to=WeightLayout(fused_qkv=False, rope_layout="interleaved")).items():
-        if name.endswith("v_mlp.weight") or name.endswith("v_mlp.bias"):
-            block, kind = name.split(".v_mlp.")
-            hidden = state[f"{block}.linear2.weight"].shape[0]
-            prefix = _diffusers_name(f"{block}.")
-            renamed[f"{prefix}attn.to_v.{kind}"], renamed[f"{prefix}proj_mlp.{kind}"] = tensor[:hidden], tensor[hidden:]
+    for name, target in separate.items():
+        block, v_mlp, kind = name.partition(".v_mlp.")
+        (rows,), rest = target.rows, target.shape[1:]
+        if v_mlp:
+            hidden, prefix = _height(separate[f"{block}.linear2.weight"].shape), _diffusers_name(f"{block}.")
+            v, mlp = replace(rows, stop=hidden), replace(rows, start=hidden)
+            renamed[f"{prefix}attn.to_v.{kind}"] = _Target((v.count, *rest), (v,))
+            renamed[f"{prefix}proj_mlp.{kind}"] = _Target((mlp.count, *rest), (mlp,))
         elif name.startswith("final_layer.adaLN_modulation.1."):
-            shift, scale = tensor.chunk(2)  # diffusers has scale first
-            renamed[_diffusers_name(name)] = torch.cat((scale, shift))
+            shift, scale = replace(rows, stop=rows.count // 2), replace(rows, start=rows.count // 2)
+            renamed[_diffusers_name(name)] = _Target(target.shape, (scale, shift))  # diffusers has scale first
         else:
-            renamed[_diffusers_name(name)] = tensor
+            renamed[_diffusers_name(name)] = target
     return renamed
 
 
@@ -334,6 +373,109 @@ def _diffusers_name(name: str) -> str:
     for ours, theirs in _DIFFUSERS_NAMES:
         name = name.replace(ours, theirs, 1)
     return name
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterPlan:
+    """Which rows of which adapters of a file make up the adapters of a model's layers."""
+
+    pieces: dict[str, tuple[AdapterRows, ...]]  # by layer of the model, in its order
+    prefix: str  # of all layers in the file, without which they are the model's
+    guessed: RopeLayout | None  # what the file does not say of itself, where rows change places by it
+
+
+def plan_adapter(
+    layers: Mapping[str, tuple[int, int]], shapes: Mapping[str, Shape], to: WeightLayout, metadata: Mapping[str, str]
+) -> AdapterPlan:
+    """How adapters of a file fit a model, whatever names and layout they were made for.
+
+    Layers may go by our names, with q, k, v fused or separate, by diffusers' names, and by either with underscores for
+    dots, as kohya's tools write them; behind any prefix that all of them share.
+
+    Args:
+        layers: name in the file -> (inputs, outputs).
+        shapes: of all parameters of the model, by name, in layout ``to``.
+        metadata: of the file; its ``rope_layout``, if it has one, is that of the layers.
+
+    Raises:
+        ValueError: a layer that the model does not have, or one of another size.
+    """
+    places = {name: target for name, target in _unfused(shapes).items() if _is_matrix(name, target.shape)}
+    parts = _themselves({name: target.shape for name, target in places.items()})
+    every = {**_diffusers(parts), **_fused(parts), **parts}
+    known = {name.removesuffix(".weight"): target for name, target in every.items()}
+    prefix, found = _known_layers(layers, known)
+    _check_apart({layer: known[name].rows for layer, name in found.items()})
+    rope, guessed = _adapter_rope(found.values(), metadata)
+    order = None if rope == to.rope_layout else _channel_order(_head_dim(shapes), to.rope_layout)
+    pieces: dict[str, list[AdapterRows]] = {name.removesuffix(".weight"): [] for name in shapes}
+    reordered = False
+    for layer, name in found.items():
+        position, target = 0, known[name]
+        if layers[layer] != (target.shape[1], target.shape[0]):
+            sizes = " -> ".join(str(size) for size in layers[layer])
+            raise ValueError(f"{layer} is {sizes}, and would be {target.shape[1]} -> {target.shape[0]} for this model")
+        for rows in target.rows:
+            (place,) = places[rows.tensor].rows
+            taken = torch.arange(position, position + rows.count)
+            if order is not None and _is_query_or_key(rows.tensor):
+                taken, reordered = taken.unflatten(0, (-1, order.numel()))[:, order].flatten(), True
+            owner = place.tensor.removesuffix(".weight")
+            pieces[owner].append(AdapterRows(layer=layer, rows=taken, start=place.start + rows.start))
+            position += rows.count
+    kept = {layer: tuple(rows) for layer, rows in pieces.items() if rows}
+    return AdapterPlan(pieces=kept, prefix=prefix, guessed=rope if guessed and reordered else None)
+
+
+def _is_matrix(name: str, shape: Shape) -> bool:
+    return name.endswith(".weight") and len(shape) == 2
+
+
+def _known_layers(layers: Collection[str], known: Collection[str]) -> tuple[str, dict[str, str]]:
+    """(prefix that all layers have in the file, layer in the file -> its name in ``known``)."""
+    flat = {name.replace(".", "_"): name for name in known}
+    assert len(flat) == len(set(known)), "two layers have the same name with underscores for dots"
+    tops = {name.partition(".")[0] for name in known}
+    prefixes: dict[str, str] = {}
+    found = {}
+    for layer in layers:
+        prefix, name = _split_prefix(layer, tops)
+        if name not in known and name not in flat:
+            raise ValueError(f"{layer}: the model has no such layer")
+        found[layer] = name if name in known else flat[name]
+        prefixes.setdefault(prefix, layer)
+    if len(prefixes) > 1:
+        raise ValueError(f"{' and '.join(list(prefixes.values())[:2])}: layers of two models in one file")
+    return next(iter(prefixes), ""), found
+
+
+def _split_prefix(layer: str, tops: Collection[str]) -> tuple[str, str]:
+    """What comes before the first part of the model in a layer's name, with dots or with underscores, and the rest."""
+    bare = ".".join(part for part in layer.split(".") if part not in _WRAPPERS)
+    for mark in (".", "_"):
+        for start in (0, *(i + 1 for i, character in enumerate(bare) if character == mark)):
+            rest = bare[start:]
+            if any(rest == top or rest.startswith(f"{top}{mark}") for top in tops):
+                return bare[:start], rest
+    return "", bare
+
+
+def _check_apart(rows_of: Mapping[str, Sequence["_Rows"]]) -> None:
+    """That no two adapters are for the same rows, as those of a fused layer and of its parts would be."""
+    owners: dict[str, list[tuple[_Rows, str]]] = {}
+    for layer, parts in rows_of.items():
+        for rows in parts:
+            for other, owner in owners.setdefault(rows.tensor, []):
+                if rows.start < other.stop and other.start < rows.stop:
+                    raise ValueError(f"{owner} and {layer}: two adapters for the same place")
+            owners[rows.tensor].append((rows, layer))
+
+
+def _adapter_rope(names: Iterable[str], metadata: Mapping[str, str]) -> tuple[RopeLayout, bool]:
+    """The rotary layout of adapters, and whether it is guessed from the names of their layers, as for weights."""
+    stated = "rope_layout" in metadata
+    as_weights = [f"{name}.qkv." if "transformer_blocks" in name else f"{name}.weight" for name in names]
+    return guess_layout(as_weights, metadata).rope_layout, not stated
 
 
 def _some(names: Collection[str]) -> str:
@@ -460,8 +602,12 @@ def _merged(target: _Target) -> _Target:
 
 
 def _reordered(name: str, target: _Target) -> _Target:
-    is_qk = ".q_proj." in name or ".k_proj." in name or name.endswith(("query_norm.scale", "key_norm.scale"))
+    is_qk = _is_query_or_key(name) or name.endswith(("query_norm.scale", "key_norm.scale"))
     return _Target(target.shape, tuple(replace(rows, reordered=is_qk) for rows in target.rows))
+
+
+def _is_query_or_key(name: str) -> bool:
+    return ".q_proj." in name or ".k_proj." in name
 
 
 def _channel_order(head_dim: int, to: RopeLayout) -> Tensor:
@@ -474,21 +620,74 @@ def _height(shape: Shape) -> int:
     return shape[0] if shape else 1
 
 
+def _plain_names(stored: Sequence[str], path: str) -> tuple[str, dict[str, str], tuple[str, ...]]:
+    """(prefix that all tensors of the model share, name in the file -> name in the model, names of other models).
+
+    Tools put the model's own names behind the attributes that hold it: ``module.``, ``model.diffusion_model.``; and
+    wrappers put theirs in between. Without any they are as in this package.
+
+    Raises:
+        UserError: the file holds several sets of weights.
+    """
+    plain = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in stored}
+    prefixes: dict[str, str] = {}
+    others = []
+    for name, bare in plain.items():
+        parts = bare.split(".")
+        if parts[0] in _OTHER_MODELS:
+            others.append(name)
+            continue
+        at = next((i for i, part in enumerate(parts) if part in _TOP_NAMES), None)
+        if at is not None:
+            prefixes.setdefault("".join(f"{part}." for part in parts[:at]), name)
+    if len(prefixes) > 1:
+        examples = " and ".join(list(prefixes.values())[:2])
+        raise UserError(f"{path}: holds several sets of weights, as {examples}: give a file with one of them")
+    prefix = next(iter(prefixes), "")
+    for name in others:
+        del plain[name]
+    return prefix, {name: bare.removeprefix(prefix) for name, bare in plain.items()}, tuple(others)
+
+
+def _other_format(names: Collection[str]) -> str | None:
+    """What a file is that holds something else than an MMDiT's weights under its own names, and what to do."""
+    if any("lora_" in name or name.endswith(".alpha") for name in names):
+        return "these are adapters (LoRA), not weights: give them as lora=, and the weights that they belong to here"
+    if any(name.startswith(("transformer_blocks.", "single_transformer_blocks.")) for name in names):
+        return (
+            "these are weights under diffusers' names; give the file with the original ones, as flux1-dev.safetensors"
+        )
+    return None
+
+
 def _weight_files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder: give a .safetensors file, an index .json, or their folder")
-    if path.is_file() and path.suffix == ".safetensors":
-        return [path]
-    indices = [path] if path.suffix == ".json" else sorted(path.glob("*.safetensors.index.json"))
-    if not indices:
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
-        if not files:
-            raise UserError(f"{path}: holds no weights: give a .safetensors file, an index .json, or their folder")
-        return files
+    try:
+        is_folder = path.is_dir()
+        if not is_folder:
+            check_regular(path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        absent = isinstance(error, FileNotFoundError)
+        raise UserError(f"{path}: {f'no such file or folder: {_WANTED}' if absent else short_reason(error)}") from error
+    if not is_folder:
+        return _indexed_files(path) if _begins_as_json(path) else [path]
+    with parsing(lambda reason: UserError(f"{path}: cannot be read ({reason})")):
+        indices = sorted(path.glob("*.safetensors.index.json"))
+        files = sorted(path.glob("*.safetensors"))
     if len(indices) > 1:
         found = _some([index.name for index in indices])
         raise UserError(f"{path}: holds {len(indices)} index files ({found}): give one of them")
-    return _indexed_files(indices[0])
+    if not indices and not files:
+        raise UserError(f"{path}: holds no weights: {_WANTED}")
+    return _indexed_files(indices[0]) if indices else files
+
+
+def _begins_as_json(path: Path) -> bool:
+    """Whether a file is JSON: in safetensors the first brace comes after 8 bytes of length."""
+    with parsing(lambda reason: UserError(f"{path}: cannot be read ({reason})")), path.open("rb") as file:
+        start = file.read(9)
+    return start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{" and start[8:9] != b"{"
 
 
 def _indexed_files(index: Path) -> list[Path]:
@@ -504,7 +703,7 @@ def _indexed_files(index: Path) -> list[Path]:
     names = sorted(set(found["weight_map"].values()))
     elsewhere = [name for name in names if not name or os.path.basename(name) != name]
     absent = elsewhere or [name for name in names if not os.path.isfile(index.parent / name)]
-    if absent:
-        shown = _some([name[:80] for name in absent])
+    if absent or not names:
+        shown = _some([name[:80] for name in absent]) if absent else "none"
         raise UserError(f"{index}: names files that are not beside it ({shown}): fetch them too")
     return [index.parent / name for name in names]
