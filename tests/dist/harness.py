@@ -35,6 +35,26 @@ class DistributedFailure(AssertionError):
     """One or more ranks failed; the message holds each failing rank's traceback."""
 
 
+def warm_up() -> None:
+    """Start the fork server and wait until it has imported ``PRELOAD``, which takes minutes on a busy machine.
+
+    The first call of ``run_distributed`` would do so; done before, it counts in no test's time limit.
+    """
+    process = _context().Process(target=_nothing)
+    process.start()
+    process.join()
+
+
+def _context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
+def _nothing() -> None:
+    """What the first process does."""
+
+
 def run_distributed(
     fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120, init: bool = True
 ) -> list[Any]:
@@ -50,8 +70,7 @@ def run_distributed(
     Raises:
         DistributedFailure: a rank raised, died or ran out of time; no process is left behind.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = _context()
     store = dist.TCPStore(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout), multi_tenant=False
     )
