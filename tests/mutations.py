@@ -57,7 +57,7 @@ WITH_ADAPTERS = "tests/reference/test_sampling.py::test_from_training_to_pixels[
 
 STEP, LOOP = "opensora/train/step.py", "opensora/train/loop.py"
 SETUP, WEIGHTS, DATA = "opensora/train/setup.py", "opensora/train/weights.py", "opensora/train/data.py"
-CONDITIONING, EXPORT = "opensora/train/conditioning.py", "opensora/train/export.py"
+CONDITIONING, EXPORT, RESUME = (f"opensora/train/{name}.py" for name in ("conditioning", "export", "resume"))
 FLOW, TIMES = "opensora/schedulers/rectified_flow.py", "opensora/schedulers/timesteps.py"
 OPTIM, EMA, NATIVE = "acceleration/optim.py", "acceleration/ema.py", "acceleration/engines/native.py"
 MODEL, LAYERS = "opensora/models/mmdit/model.py", "opensora/models/mmdit/layers.py"
@@ -263,14 +263,16 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "resumes a step late", SETUP, 'step = int(manifest["step"]) if', 'step = int(manifest["step"]) + 1 if', RESUMED
     ),
-    Mutation(
-        "resumes without the average",
-        NATIVE,
-        'state["ema"] = dict(self.ema.shadow)',
-        'state["ema"] = {k: v.clone() for k, v in self.ema.shadow.items()}',
-        RESUMED,
+    *(
+        Mutation(
+            f"resumes without the {what}",
+            RESUME,
+            "checkpoints.load(path, state)",
+            f'checkpoints.load(path, {{k: v for k, v in state.items() if k != "{section}"}})',
+            RESUMED,
+        )
+        for what, section in (("weights", "model"), ("moments", "optimizer"), ("average", "ema"))
     ),
-    Mutation("resumes without the weights", NATIVE, 'pieces.unwrap(state["model"])', "{}", RESUMED),
     Mutation("exports the live weights", EXPORT, 'return "ema" if', 'return "live" if', TRAIN),
     Mutation("adapters without their scale", LORA, "layer.scale * layer.lora_B(", "layer.lora_B(", ADAPTERS),
     Mutation("alpha of adapters lost", EXPORT, "alpha=adapters.scale * adapters.rank", "alpha=adapters.rank", ADAPTERS),
