@@ -1,7 +1,11 @@
 """What every test shares."""
 
 import os
+from collections.abc import Callable, Generator
+from functools import cache
 from pathlib import Path
+from types import FunctionType
+from typing import Any
 
 import pytest
 import torch
@@ -18,3 +22,33 @@ def shared_media() -> Path:
     if not (folder / "captions.csv").is_file():
         pytest.skip(f"no real clips at {folder}; set OPENSORA_MEDIA to a folder with captions.csv and clips/")
     return folder
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    """What processes of a test are forked from is there before the test's time begins."""
+    if uses_processes(item):
+        _warm_up()
+    return (yield)
+
+
+def uses_processes(item: pytest.Item) -> bool:
+    """Whether a test, one of its fixtures, or a function that these call, calls ``run_distributed``."""
+    fixtures = getattr(item, "_fixtureinfo", None)
+    made = [] if fixtures is None else [one.func for found in fixtures.name2fixturedefs.values() for one in found]
+    return any(_reaches(function, set()) for function in [getattr(item, "function", None), *made])
+
+
+def _reaches(function: Any, seen: set[Callable[..., Any]]) -> bool:
+    if not isinstance(function, FunctionType) or function in seen:
+        return False
+    seen.add(function)
+    names = function.__code__.co_names
+    return "run_distributed" in names or any(_reaches(function.__globals__.get(name), seen) for name in names)
+
+
+@cache
+def _warm_up() -> None:
+    from tests.dist.harness import warm_up
+
+    warm_up()

@@ -35,6 +35,32 @@ class DistributedFailure(AssertionError):
     """One or more ranks failed; the message holds each failing rank's traceback."""
 
 
+def warm_up() -> None:
+    """Start the fork server and wait until it has imported ``PRELOAD``, which takes minutes on a busy machine.
+
+    The first call of ``run_distributed`` does so; done before a test, it does not count in the test's time limit.
+    """
+    global _warm
+    if not _warm:
+        process = _context().Process(target=_nothing)
+        process.start()
+        process.join()
+        _warm = True
+
+
+_warm = False
+
+
+def _context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
+def _nothing() -> None:
+    """What the first process does."""
+
+
 def run_distributed(
     fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120, init: bool = True
 ) -> list[Any]:
@@ -50,8 +76,8 @@ def run_distributed(
     Raises:
         DistributedFailure: a rank raised, died or ran out of time; no process is left behind.
     """
-    context = multiprocessing.get_context("forkserver")
-    _preload(context)
+    warm_up()
+    context = _context()
     store = dist.TCPStore(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout), multi_tenant=False
     )
@@ -76,24 +102,6 @@ def run_distributed(
             process.join()
         for connection in connections:
             connection.close()
-
-
-def _preload(context: Any) -> None:
-    """Have the fork server import what every process needs: once, and outside of any group's limit.
-
-    The server imports before it serves, which takes minutes on a machine under load; a process that it has started is
-    the proof that it has.
-    """
-    global _preloaded
-    if not _preloaded:
-        context.set_forkserver_preload(PRELOAD)
-        process = context.Process(target=_nothing)
-        process.start()
-        process.join()
-        _preloaded = True
-
-
-_preloaded = False
 
 
 def _nothing() -> None:

@@ -68,3 +68,23 @@ def test_a_hanging_rank_ends_with_the_timeout() -> None:
     with pytest.raises(DistributedFailure, match=r"had not finished after 2 s|rank 0 failed"):
         run_distributed(_one_rank_hangs, 2, timeout=2)
     assert time.monotonic() - start < 30
+
+
+def _calls_one_that_does() -> None:
+    _does()
+
+
+def _does() -> None:
+    run_distributed(_sum_of_ranks, 2)
+
+
+def test_processes_are_prepared_for_whoever_reaches_them() -> None:
+    """A test's time limit must not hold the minutes that importing torch takes on a busy machine."""
+    from tests import conftest
+
+    assert conftest._reaches(_calls_one_that_does, set()) and not conftest._reaches(_one_rank_dies, set())
+    assert not conftest._reaches(_calls_itself, set())
+
+
+def _calls_itself() -> None:
+    _calls_itself()

@@ -40,8 +40,8 @@ class Noting:
     def __call__(self, batch: Any, step: int) -> Any:
         if batch.weight:
             self.consumed.append((step, batch.sample_ids))
-        if step == self._kill_at:  # once: again, a second later, means to leave at once
-            self._kill_at = None
+        if step == self._kill_at:
+            self._kill_at = None  # once: a second signal, more than a second later, means to leave at once
             os.kill(os.getpid(), signal.SIGTERM)
         return self._inner(batch, step)
 

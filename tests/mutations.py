@@ -1,0 +1,542 @@
+"""Mistakes made on purpose, and the test that finds each: ``python -m tests.mutations [--list] [part of a name ...]``.
+
+Each row of ``TABLE`` replaces one piece of source in a copy of the project and runs one test there. The test must fail,
+and by an assertion: a mistake that ends the program with an error of its own would be found without a test. A row whose
+text is not in the file exactly once is an error, as it would prove nothing; so is a test that fails without a mistake.
+
+A process that has imported torch once is forked for every row, so that a row takes as long as its test.
+"""
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = ("acceleration", "opensora", "data_pipeline", "scripts", "launch", "tests")
+COPIED = (*OURS, "configs", "pyproject.toml")
+LIMIT_S = 300.0  # for one test
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One mistake."""
+
+    name: str
+    file: str
+    old: str  # stands once in the file
+    new: str
+    test: str  # what must find it, as pytest names it
+
+
+TRAIN = "tests/reference/test_training.py::test_one_process[adamw]"
+SGD = "tests/reference/test_training.py::test_one_process[sgd, interleaved]"
+OTHER = "tests/reference/test_training.py::test_one_process[other options]"
+DRAWN = "tests/reference/test_training.py::test_one_process[drawn weights]"
+FLUX = "tests/reference/test_training.py::test_one_process[flux layout]"
+PACKS = "tests/reference/test_training.py::test_one_process[packs]"
+DAMAGED = "tests/reference/test_training.py::test_one_process[damaged files]"
+ADAPTERS = "tests/reference/test_training.py::test_one_process[adapters]"
+FEATURES = "tests/reference/test_training.py::test_from_features"
+RESUMED = "tests/reference/test_training.py::test_resumed"
+TENSOR = "tests/reference/test_training.py::test_many_processes[2-tensor2]"
+FOUR = "tests/reference/test_training.py::test_many_processes[4-tensor2-shard2-zero3]"
+CLIPS = "tests/reference/test_sampling.py::test_clips[guided]"
+DISTILLED = "tests/reference/test_sampling.py::test_clips[distilled]"
+STILLS = "tests/reference/test_sampling.py::test_stills_of_a_table"
+WHOLE = "tests/reference/test_sampling.py::test_from_training_to_pixels[adamw]"
+WITH_ADAPTERS = "tests/reference/test_sampling.py::test_from_training_to_pixels[adapters]"
+
+STEP, LOOP = "opensora/train/step.py", "opensora/train/loop.py"
+SETUP, WEIGHTS, DATA = "opensora/train/setup.py", "opensora/train/weights.py", "opensora/train/data.py"
+CONDITIONING, EXPORT, RESUME = (f"opensora/train/{name}.py" for name in ("conditioning", "export", "resume"))
+FLOW, TIMES = "opensora/schedulers/rectified_flow.py", "opensora/schedulers/timesteps.py"
+OPTIM, EMA, NATIVE = "acceleration/optim.py", "acceleration/ema.py", "acceleration/engines/native.py"
+MODEL, LAYERS = "opensora/models/mmdit/model.py", "opensora/models/mmdit/layers.py"
+CONVERT = "opensora/models/mmdit/convert.py"
+ROPE, EMBEDDING = "opensora/models/layers/rope.py", "opensora/models/layers/embedding.py"
+DCT, BYTES = "opensora/models/vae/dct.py", "opensora/models/text/bytes.py"
+TOKENS, PROMPT, SAMPLER = "opensora/utils/tokens.py", "opensora/utils/prompt.py", "opensora/utils/sampling.py"
+VIDEO, TRANSFORMS, BUCKET = (f"opensora/datasets/{name}.py" for name in ("video", "transforms", "bucket"))
+EPOCH, PLAN, BALANCE = (f"opensora/datasets/{name}.py" for name in ("epoch", "plan", "balance"))
+LORA, STORED, PACKING = "acceleration/lora.py", "opensora/datasets/features.py", "opensora/train/packing.py"
+PIPELINE, LOAD, SAVE, PROMPTS = (f"opensora/inference/{name}.py" for name in ("pipeline", "load", "save", "prompts"))
+
+TABLE: tuple[Mutation, ...] = (
+    # A step of training: what is encoded, dropped, corrupted, and how it is weighed.
+    Mutation("mask of a dropped prompt kept", STEP, "null.mask, mask)", "mask, mask)", TRAIN),
+    Mutation("tokens and pooled text dropped together", STEP, "torch.where(drop_vec[", "torch.where(drop_txt[", TRAIN),
+    Mutation("noise of step 0 always", STEP, "sample_noise(self.seed, step,", "sample_noise(self.seed, 0,", TRAIN),
+    Mutation("times of step 0 always", STEP, "timesteps(self.seed, step,", "timesteps(self.seed, 0,", TRAIN),
+    Mutation("pixels from 0 to 1", STEP, ".float() / 127.5 - 1", ".float() / 255", TRAIN),
+    Mutation("target of the other sign", STEP, "target=pack(", "target=-pack(", TRAIN),
+    Mutation("patch 1 in the shift", STEP, "ids, grid, self.patch,", "ids, grid, 1,", TRAIN),
+    Mutation("guidance of zeros", STEP, "torch.ones_like(whole.timesteps)", "torch.zeros_like(whole.timesteps)", TRAIN),
+    Mutation(
+        "time coordinate lost",
+        STEP,
+        "self.patch, self.device).expand(",
+        "self.patch, self.device).mul(torch.tensor([0.0, 1.0, 1.0])).expand(",
+        TRAIN,
+    ),
+    Mutation("AdamW becomes Adam with L2", OPTIM, "torch.optim.AdamW(", "torch.optim.Adam(", TRAIN),
+    Mutation("crop left keyed as crop top", TRANSFORMS, 'epoch, "crop left"', 'epoch, "crop top"', TRAIN),
+    Mutation("v_mlp cut as one part", MODEL, '("column", (heads, inner))', '("column", ((5 * hidden, 1),))', TENSOR),
+    Mutation(
+        "learning rate of the next step", LOOP, "set_lr(run.lr_at(run.step))", "set_lr(run.lr_at(run.step + 1))", TRAIN
+    ),
+    Mutation("dropout of step 0 always", STEP, "drop_text(self.seed, step,", "drop_text(self.seed, 0,", TRAIN),
+    Mutation("condition of ones", CONDITIONING, "torch.zeros(b, 1 + c", "torch.ones(b, 1 + c", TRAIN),
+    Mutation("repeated micro-batches count", STEP, "* (tokens.weight / global", "* (1.0 / global", FOUR),
+    Mutation("loss of the last micro-batch only", LOOP, "loss += share.detach()", "loss = share.detach()", TRAIN),
+    Mutation("mean over a wrong number of values", DATA, "samples * self._latents(", "self._latents(", TRAIN),
+    # The objective.
+    Mutation("dropout by the square of its probability", FLOW, ".random() < p ", ".random() < p * p ", TRAIN),
+    Mutation(
+        "noise left in the data forgotten", FLOW, "(1 - (1 - cfg.sigma_min) * (1 - t)) * noise", "t * noise", TRAIN
+    ),
+    Mutation(
+        "noise left in the data not in the target", FLOW, "(1 - cfg.sigma_min) * _exact(noise)", "_exact(noise)", TRAIN
+    ),
+    Mutation(
+        "shift without latent frames", SAMPLER, "(4096 - 256)) * math.sqrt(latent_frames)", "(4096 - 256))", TRAIN
+    ),
+    Mutation("shift from 0 tokens on", SAMPLER, "/ (4096 - 256)", "/ 4096", TRAIN),
+    Mutation("uniform times", TIMES, "torch.sigmoid(", "torch.special.ndtr(", TRAIN),
+    # Optimizer, schedule, average.
+    Mutation("average keeps too little", EMA, "self.shadow], 1 - decay)", "self.shadow], decay)", TRAIN),
+    Mutation("average warms up one step early", OPTIM, "(1 + step) / (10 + step)", "(2 + step) / (11 + step)", TRAIN),
+    Mutation("average without warm-up", OPTIM, "if cfg.ema_warmup else", "if False else", TRAIN),
+    Mutation(
+        "average of weights before the update",
+        NATIVE,
+        "(self.host or self.optimizer).step()\n        if self.ema:\n"
+        "            self.ema.update(self.master_params(), ema_decay_at(step, self.optim))",
+        "if self.ema:\n            self.ema.update(self.master_params(), ema_decay_at(step, self.optim))\n"
+        "        (self.host or self.optimizer).step()",
+        TRAIN,
+    ),
+    Mutation("clipping off", NATIVE, "if self.optim.clip_norm:", "if False:", TRAIN),
+    Mutation("clipping to one always", NATIVE, "self.optim.clip_norm, norm)", "1.0, norm)", TRAIN),
+    Mutation("warm-up from zero", OPTIM, "cfg.lr * (step + 1) /", "cfg.lr * step /", TRAIN),
+    Mutation("cosine over all steps", OPTIM, "max(1, total_steps - cfg.warmup_steps)", "max(1, total_steps)", TRAIN),
+    Mutation("cosine ends at zero", OPTIM, "cfg.min_lr + (cfg.lr - cfg.min_lr) * 0.5", "cfg.lr * 0.5", TRAIN),
+    Mutation("betas of the default", OPTIM, "betas=cfg.betas, ", "", TRAIN),
+    Mutation("eps of the default", OPTIM, "eps=cfg.eps, ", "", TRAIN),
+    Mutation(
+        "SGD without decay",
+        OPTIM,
+        "SGD(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)",
+        "SGD(parameters, lr=cfg.lr)",
+        SGD,
+    ),
+    Mutation("weights drawn twice as large", MODEL, "math.sqrt(3.0 / tensor", "math.sqrt(12.0 / tensor", DRAWN),
+    Mutation(
+        "weights drawn without the seed",
+        WEIGHTS,
+        'torch_generator(cfg.seed, "init", name))  #',
+        'torch_generator(0, "init", name))  #',
+        DRAWN,
+    ),
+    # The model and the encoders.
+    Mutation("rotary positions of one axis", ROPE, "ids[..., axis, None]", "ids[..., 0, None]", TRAIN),
+    Mutation(
+        "rotary frequencies over the whole head",
+        ROPE,
+        "dtype=ids.dtype) / dim",
+        "dtype=ids.dtype) / sum(axes_dim)",
+        TRAIN,
+    ),
+    Mutation(
+        "half-split pairs turned backwards",
+        ROPE,
+        "torch.cat((-sin, sin), dim=-1)",
+        "torch.cat((sin, -sin), dim=-1)",
+        TRAIN,
+    ),
+    Mutation("interleaved pairs turned backwards", ROPE, "torch.complex(cos, sin)", "torch.complex(cos, -sin)", SGD),
+    Mutation("times not scaled", EMBEDDING, "scale: float = 1000.0", "scale: float = 1.0", TRAIN),
+    Mutation("sine before cosine", EMBEDDING, "(angles.cos(), angles.sin())", "(angles.sin(), angles.cos())", TRAIN),
+    Mutation(
+        "text mask behind the image",
+        MODEL,
+        "torch.cat((txt_mask, txt_mask.new_ones(img.shape[:2])), dim=1)",
+        "torch.cat((txt_mask.new_ones(img.shape[:2]), txt_mask), dim=1)",
+        TRAIN,
+    ),
+    Mutation(
+        "gates swapped in double blocks",
+        LAYERS,
+        "_, _, attention_gate, shift, scale, mlp_gate = parts",
+        "_, _, mlp_gate, shift, scale, attention_gate = parts",
+        TRAIN,
+    ),
+    Mutation(
+        "scale and shift swapped in the last layer",
+        LAYERS,
+        "shift, scale = over_tokens(",
+        "scale, shift = over_tokens(",
+        TRAIN,
+    ),
+    Mutation("exact GELU in single blocks", LAYERS, 'gelu(inner, approximate="tanh")', "gelu(inner)", TRAIN),
+    Mutation(
+        "tokens packed position by position",
+        TOKENS,
+        '"b c t (h ph) (w pw) -> b (t h w) (c ph pw)"',
+        '"b c t (h ph) (w pw) -> b (t h w) (ph pw c)"',
+        TRAIN,
+    ),
+    Mutation("latents of half the variance", DCT, "(block * 0.25)", "(block * 0.5)", TRAIN),
+    Mutation(
+        "later frames coded backwards",
+        DCT,
+        "_to_latents, block, TEMPORAL, self._later, self._gain_later",
+        "_to_latents, block.flip(2), TEMPORAL, self._later, self._gain_later",
+        TRAIN,
+    ),
+    Mutation(
+        "pooled text with what is common",
+        BYTES,
+        "layer_norm(self._pool(words) - self._common,",
+        "layer_norm(self._pool(words),",
+        TRAIN,
+    ),
+    Mutation("prompts cut by bytes", BYTES, "BYTE_LIMIT = 1024", "BYTE_LIMIT = 16", TRAIN),
+    # What is read, and in which order.
+    Mutation(
+        "every frame of a fast clip",
+        VIDEO,
+        "                bucket.frames,\n                interval,",
+        "                bucket.frames,\n                1,",
+        TRAIN,
+    ),
+    Mutation("windows alike in every epoch", TRANSFORMS, 'seed, epoch, "window"', 'seed, 0, "window"', TRAIN),
+    Mutation("window begins one frame early", TRANSFORMS, "num_frames - span + 1)", "num_frames - span)", TRAIN),
+    Mutation(
+        "frame rate of the file in the prompt",
+        BUCKET,
+        "return float(math.floor(fps / int(frame_interval(np.array([fps]))[0]))) if fps >= MAX_FPS else fps",
+        "return fps",
+        TRAIN,
+    ),
+    Mutation("motion score left out of prompts", PROMPT, "if motion is not None and", "if False and", TRAIN),
+    Mutation(
+        "samples in one order in all epochs",
+        EPOCH,
+        "self._source.seed, self.number, purpose)",
+        "self._source.seed, 0, purpose)",
+        TRAIN,
+    ),
+    Mutation("both orders of samples by one key", EPOCH, '"order of samples"', '"order of a kind"', TRAIN),
+    Mutation(
+        "micro-batches of unequal size",
+        EPOCH,
+        "cut * samples // cuts, (cut + 1) * samples // cuts",
+        "cut * (samples // cuts), (cut + 1) * (samples // cuts)",
+        TRAIN,
+    ),
+    Mutation("steps in the order of their cost", BALANCE, "steps[generator.permutation(len(steps))]", "steps", OTHER),
+    Mutation("steps in random order by another key", PLAN, '"order of micro-batches"', '"order of steps"', TRAIN),
+    Mutation(
+        "a clip's caption for another",
+        VIDEO,
+        "caption = self._table.caption(sample_id)",
+        "caption = self._table.caption(0)",
+        TRAIN,
+    ),
+    # Checkpoints, resuming, exports.
+    Mutation(
+        "resumes with the first samples",
+        SETUP,
+        "start_step=step,\n        stop_step",
+        "start_step=0,\n        stop_step",
+        RESUMED,
+    ),
+    Mutation(
+        "resumes a step late", SETUP, 'step = int(manifest["step"]) if', 'step = int(manifest["step"]) + 1 if', RESUMED
+    ),
+    *(
+        Mutation(
+            f"resumes without the {what}",
+            RESUME,
+            "checkpoints.load(path, state)",
+            f'checkpoints.load(path, {{k: v for k, v in state.items() if k != "{section}"}})',
+            RESUMED,
+        )
+        for what, section in (("weights", "model"), ("moments", "optimizer"), ("average", "ema"))
+    ),
+    Mutation("exports the live weights", EXPORT, 'return "ema" if', 'return "live" if', TRAIN),
+    Mutation("adapters without their scale", LORA, "layer.scale * layer.lora_B(", "layer.lora_B(", ADAPTERS),
+    Mutation("alpha of adapters lost", EXPORT, "alpha=adapters.scale * adapters.rank", "alpha=adapters.rank", ADAPTERS),
+    Mutation(
+        "adapters drawn wider",
+        LORA,
+        "bound = 1 / math.sqrt(tensor.shape[1])",
+        "bound = 2 / math.sqrt(tensor.shape[1])",
+        ADAPTERS,
+    ),
+    Mutation("fused projections in another order", LAYERS, "q, k, v = self.qkv(x)", "k, q, v = self.qkv(x)", FLUX),
+    Mutation(
+        "channels permuted the other way", CONVERT, 'to_half if to == "half" else', 'to_half if to != "half" else', FLUX
+    ),
+    # Other ways to the same numbers.
+    Mutation("stored windows of one epoch", STORED, "(micro_batch.epoch % self.epochs)", "(0 % self.epochs)", FEATURES),
+    Mutation(
+        "packs with times of other samples",
+        PACKING,
+        "part.timesteps for part in parts]",
+        "part.timesteps for part in parts[::-1]]",
+        PACKS,
+    ),
+    Mutation(
+        "packs joined without regard to cost",
+        BALANCE,
+        'by_sum = np.argsort(costs[packs].sum(axis=1), kind="stable")',
+        "by_sum = np.arange(len(packs))[::-1]",
+        PACKS,
+    ),
+    Mutation(
+        "substitutes alike in every epoch", VIDEO, 'epoch, "substitute", attempt', '0, "substitute", attempt', DAMAGED
+    ),
+    Mutation(
+        "noise of the substitute",
+        VIDEO,
+        "            sample_ids=micro_batch.sample_ids,\n            bucket=micro_batch.bucket,",
+        "            sample_ids=tuple(used),\n            bucket=micro_batch.bucket,",
+        DAMAGED,
+    ),
+    Mutation(
+        "caption of the unreadable sample",
+        VIDEO,
+        "for source, fps in zip(used, rates",
+        "for source, fps in zip(micro_batch.sample_ids, rates",
+        DAMAGED,
+    ),
+    # Sampling.
+    Mutation(
+        "guidance from the prompted pass",
+        SAMPLER,
+        "return unprompted + guidance * (prompted",
+        "return prompted + guidance * (prompted",
+        CLIPS,
+    ),
+    Mutation("guidance oscillates on odd steps", SAMPLER, "or step % 2 == 0", "or step % 2 == 1", CLIPS),
+    Mutation(
+        "schedule ends before the data",
+        SAMPLER,
+        "torch.linspace(1, 0, num_steps + 1",
+        "torch.linspace(1, 0.001, num_steps + 1",
+        CLIPS,
+    ),
+    Mutation(
+        "schedule by all tokens",
+        PIPELINE,
+        "get_schedule(opt.num_steps, tokens_per_frame,",
+        "get_schedule(opt.num_steps, tokens,",
+        CLIPS,
+    ),
+    Mutation("velocity at the next time", SAMPLER, "* velocity(x, now, step)", "* velocity(x, then, step)", CLIPS),
+    Mutation("negative prompt not read", PIPELINE, 'neg or [""] * len(text)', '[""] * len(text)', CLIPS),
+    Mutation(
+        "noise of the first seed for all",
+        PIPELINE,
+        "isinstance(seed, int) else seed\n",
+        "isinstance(seed, int) else [seed[0]] * count\n",
+        CLIPS,
+    ),
+    Mutation(
+        "noise keyed as in training",
+        SAMPLER,
+        'torch_generator(seed, "sampling noise")',
+        'torch_generator(seed, "noise")',
+        CLIPS,
+    ),
+    Mutation(
+        "distilled guidance of one",
+        SAMPLER,
+        "torch.full((img.shape[0],), option.guidance,",
+        "torch.full((img.shape[0],), 1.0,",
+        DISTILLED,
+    ),
+    Mutation("latents not scaled back", DCT, "(basis / gain[:, None])", "(basis * gain[:, None])", CLIPS),
+    Mutation("levels rounded down", SAVE, "* 127.5).round()", "* 127.5).floor()", STILLS),
+    Mutation("one seed for all samples of a prompt", PROMPTS, "cfg.sampling.seed + k", "cfg.sampling.seed", STILLS),
+    Mutation("samples from the live weights", LOAD, '"ema" if use_ema and', '"model" if use_ema and', WHOLE),
+    Mutation(
+        "adapters at full strength",
+        LOAD,
+        "merge_adapters(model, cfg.lora_scale)",
+        "merge_adapters(model, 1.0)",
+        WITH_ADAPTERS,
+    ),
+    Mutation("no words about motion in sampling", LOAD, "bool(saved and saved.data.prompt_suffix)", "False", WHOLE),
+    Mutation(
+        "frame rate in the prompt of a still", PIPELINE, "opt.fps if opt.num_frames > 1 else None", "opt.fps", WHOLE
+    ),
+)
+
+
+class Verdict(NamedTuple):
+    """What a test said."""
+
+    passed: bool
+    by_assertion: bool  # it failed, and not because the program ended with an error
+    message: str  # the first failure, on one line
+
+
+class Stale(Exception):
+    """A row whose text is not in its file exactly once."""
+
+
+def edit(mutation: Mutation, root: Path) -> None:
+    """Make the mistake in the project at ``root``.
+
+    Raises:
+        Stale: the text is not there, or more than once.
+    """
+    path = root / mutation.file
+    text = path.read_text(encoding="utf-8")
+    count = text.count(mutation.old)
+    if count != 1 or mutation.old == mutation.new:
+        raise Stale(f"{mutation.name}: {mutation.old!r} stands {count} times in {mutation.file}; mend this row")
+    path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+
+
+@contextmanager
+def copied() -> Iterator[Path]:
+    """The project in a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="mutation-") as name:
+        for part in COPIED:
+            source, target = ROOT / part, Path(name) / part
+            if source.is_dir():
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "outputs"))
+            else:
+                shutil.copy(source, target)
+        yield Path(name)
+
+
+def verdict(*tests: str, mutation: Mutation | None = None) -> Verdict:
+    """What these tests say of the project with this mistake in it, one after the other until one fails.
+
+    Raises:
+        Stale: see ``edit``.
+        RuntimeError: the test did not run.
+    """
+    with copied() as root:
+        if mutation:
+            edit(mutation, root)
+        context = multiprocessing.get_context("fork")
+        receiving, sending = context.Pipe(duplex=False)
+        process = context.Process(target=_run_test, args=(root, tests, sending))
+        process.start()
+        sending.close()
+        try:
+            if not receiving.poll(LIMIT_S * len(tests)):
+                raise RuntimeError(f"{tests[0]} did not end within {LIMIT_S * len(tests):g} s")
+            return Verdict(*receiving.recv())
+        except EOFError:
+            raise RuntimeError(f"{tests[0]} died") from None
+        finally:
+            process.kill()
+            process.join()
+
+
+def _run_test(root: Path, tests: Sequence[str], sending: Any) -> None:
+    """In a process of its own, whose modules and paths are those of the copy."""
+    os.chdir(root)
+    for name in [name for name in sys.modules if name.split(".")[0] in OURS]:
+        del sys.modules[name]
+    sys.path[:] = [str(root), *(entry for entry in sys.path if entry and Path(entry).resolve() != ROOT)]
+    os.environ["PYTHONPATH"] = str(root)
+    import pytest
+
+    output = open("output.txt", "w")  # noqa: SIM115  (as long as the process)
+    for stream in (1, 2):
+        os.dup2(output.fileno(), stream)
+    judge = _Judge()
+    code = pytest.main([*tests, "-q", "-x", "-p", "no:cacheprovider", f"--rootdir={root}"], plugins=[judge])
+    output.flush()
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) or not judge.calls:
+        lines = Path("output.txt").read_text().splitlines()
+        judge.verdict = Verdict(False, False, f"pytest ended with {code!r}: {' / '.join(lines[-3:])}")
+    sending.send(tuple(judge.verdict))  # the class is another one here, if the module was imported anew
+
+
+class _Judge:
+    """Notes how the first failing test failed."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.verdict = Verdict(True, False, "")
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.calls += report.when == "call"
+
+    def pytest_exception_interact(self, call: Any, report: Any) -> None:
+        if self.verdict.passed:
+            error = call.excinfo.value
+            # What a group of processes says of a failed assertion in one of them counts as one.
+            is_group = type(error).__name__ == "DistributedFailure"
+            by_assertion = isinstance(error, AssertionError) and (not is_group or "AssertionError" in str(error))
+            text = str(error).strip() or type(error).__name__
+            line = text.splitlines()[-1 if is_group else 0]
+            self.verdict = Verdict(False, by_assertion, line[:100])
+
+
+def _warm_up() -> None:
+    """Import what is slow and not ours: forked processes have it then."""
+    import av  # noqa: F401
+    import torch
+    import torch.distributed.checkpoint
+    import torch.distributed.fsdp
+    import transformers.models.byt5
+    import transformers.models.t5.modeling_t5  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns 0 when every chosen mistake was found by an assertion, else 1."""
+    parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="parts of names; none: all")
+    parser.add_argument("--list", action="store_true", help="only say what there is")
+    chosen = parser.parse_args(argv)
+    rows = [row for row in TABLE if not chosen.names or any(part in row.name for part in chosen.names)]
+    if chosen.list or not rows:
+        print("\n".join(f"{row.name:<50} {row.file}" for row in rows) or f"no such mutation; there are {len(TABLE)}")
+        return 0 if rows else 2
+    _warm_up()
+    without = verdict(*dict.fromkeys(row.test for row in rows))
+    if not without.passed:
+        print(f"a test fails without a mistake: {without.message}")
+        return 1
+    missed = [row.name for row in rows if not _found(row)]
+    print(f"{len(rows) - len(missed)} of {len(rows)} mistakes found")
+    return 1 if missed else 0
+
+
+def _found(row: Mutation) -> bool:
+    """Print a line about one row."""
+    began = time.monotonic()
+    try:
+        found = verdict(row.test, mutation=row)
+    except (Stale, RuntimeError) as error:
+        found = Verdict(False, False, str(error))
+    word = "SURVIVED" if found.passed else "killed" if found.by_assertion else "NO TEST"
+    print(
+        f"{row.name:<50} {word:<9}{time.monotonic() - began:5.1f} s  {row.test.split('/')[-1]}  {found.message}",
+        flush=True,
+    )
+    return found.by_assertion
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
