@@ -240,7 +240,8 @@ def batch(folder: Path, run: Path) -> dict[str, str]:
     (folder / "bin").mkdir()
     stub(folder / "bin/srun", SRUN.format(python=sys.executable))
     stub(folder / "bin/scontrol", f'#!/bin/sh\necho "$*" >> {folder}/scontrol\n[ "$1" != requeue ] || kill -9 $PPID\n')
-    slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "127.0.0.1", "HOST_PYTHON": sys.executable}
+    number = uuid.uuid4().int % 10**9  # two jobs of one number would meet
+    slurm = {"SLURM_JOB_ID": str(number), "SLURM_JOB_NODELIST": "127.0.0.1", "HOST_PYTHON": sys.executable}
     slurm |= {"CODE": str(ROOT), "RUN": str(run), "ENTRY": "tests/faults/faulty.py"}
     return slurm | {"PATH": f"{folder}/bin:{os.environ['PATH']}"}
 
