@@ -104,10 +104,6 @@ def run_distributed(
             connection.close()
 
 
-def _nothing() -> None:
-    pass
-
-
 def _rank_main(
     rank: int, world_size: int, port: int, call: bytes, sending: Connection, timeout: float, init: bool
 ) -> None:
