@@ -1,7 +1,8 @@
 """The configuration of a run: sections that live beside their owners, composed here and checked across.
 
 Layers (included files, the file, overrides) are plain data, merged key by key: no interpolation, no references. What
-comes out is a tree of frozen dataclasses in which every field is stated.
+comes out is a tree of frozen dataclasses in which every field is stated. Python scripts may hand in a dict or an
+OmegaConf configuration in place of a file, and get one back by ``to_omegaconf``.
 """
 
 import hashlib
@@ -12,9 +13,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, TypeAlias, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
 
 from acceleration.config import LoraConfig, OptimConfig, ParallelConfig
 from opensora.datasets import DataConfig
@@ -29,6 +33,7 @@ from opensora.utils.limits import SECONDS, STEPS, Limits
 from opensora.utils.logging import LogConfig, launched_rank
 from opensora.utils.sampling import SamplingOption
 from opensora.utils.typed import build, is_table, plain, section, shown, types_at, wants_text
+from opensora.utils.untrusted import parsing
 from opensora.utils.user_files import replacing
 from opensora.utils.yaml_strict import (
     COMMAND_LINE,
@@ -292,7 +297,7 @@ def check_fit(model: ModelConfig, vae: AutoencoderConfig, text: TextConfig) -> N
             )
 
 
-def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+def load_config(cls: type[T], source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> T:
     """A configuration from a YAML file and command-line overrides; reads files, writes nothing.
 
     ``include: FILE`` or ``include: [FILE, ...]`` at the top of a file names files, relative to it, that it builds on.
@@ -300,12 +305,16 @@ def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
     replaced as a whole.
 
     Args:
+        source: the file; or what would be in it, as a dict or an OmegaConf configuration.
         overrides: ``section.key=value``, ``--section.key=value`` or ``--section.key value``.
 
     Raises:
         UserError: one line with the key path or the file, what was found, and what is allowed.
     """
-    layer, lines = _read_with_includes(cls, Path(path), (), [])
+    if isinstance(source, Mapping):
+        layer, lines = _from_python(source), Lines()
+    else:
+        layer, lines = _read_with_includes(cls, Path(source), (), [])
     for keys, value in _parse_overrides(cls, overrides):
         _check_way(layer, keys, lines)
         added: Any = value
@@ -332,6 +341,11 @@ def config_from_argv(cls: type[T], argv: Sequence[str], description: str) -> T:
 def to_yaml(cfg: Any) -> str:
     """The resolved configuration; ``load_config`` reads it back to an equal one."""
     return to_yaml_text(plain(cfg))
+
+
+def to_omegaconf(cfg: Any) -> DictConfig:
+    """The resolved configuration, for scripts that work with OmegaConf; ``load_config`` reads it back."""
+    return OmegaConf.create(plain(cfg))
 
 
 def save(cfg: Any, path: str | Path) -> str:
@@ -390,6 +404,18 @@ def _leave(error: BaseException, line: str, code: int) -> NoReturn:
     if line:
         print(line, file=sys.stderr, flush=True)
     raise SystemExit(code) from None
+
+
+def _from_python(given: Mapping[str, Any]) -> dict[Any, Any]:
+    """A layer that no file holds. Interpolations of OmegaConf are resolved.
+
+    Raises:
+        UserError: a value that is missing, or refers to what is not there.
+    """
+    if OmegaConf.is_config(given):
+        with parsing(lambda reason: UserError(f"the configuration that was handed in: {reason}; mend it there")):
+            return dict(OmegaConf.to_container(given, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
+    return deepcopy(dict(given))
 
 
 def _read_with_includes(

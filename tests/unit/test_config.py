@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from omegaconf import OmegaConf
 
 from opensora import config
 from opensora.config import (
@@ -19,11 +20,13 @@ from opensora.config import (
     load_config,
     run_cli,
     save,
+    to_omegaconf,
     to_yaml,
 )
 from opensora.models import MODEL_SIZES
 from opensora.utils.errors import UserError
 from opensora.utils.typed import build, plain, section
+from opensora.utils.yaml_strict import read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -181,7 +184,7 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     "heads not divisible": (None, ["model.num_heads=5"], "model.num_heads=5: allowed are divisors of"),
     "decoder": (None, ["data.decoder=opencv"], "data.decoder='opencv': allowed are pyav, decord, torchcodec"),
     "no colour": (None, ["data.background=grue"], "data.background='grue': allowed are colours such as white, black"),
-    "a colour with alpha": (None, ["data.background='#ff00ff80'"], "data.background='#ff00ff80': allowed are colours"),
+    "a colour with alpha": (None, ["data.background=#ff00ff80"], "data.background='#ff00ff80': allowed are colours"),
     "no time to decode": (None, ["data.decode_timeout_s=0"], "data.decode_timeout_s=0: allowed are numbers above 0"),
     "bad clips": (None, ["data.max_bad_share=2"], "data.max_bad_share=2: allowed are numbers from 0 to 1"),
     "bad bucket row": (None, ["data.buckets.64px.9=[2.0, 2]"], "data.buckets.64px.9=[2.0, 2]: probabilities"),
@@ -606,3 +609,17 @@ def test_shipped_training_configurations_load(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/sample").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_sampling_configurations_load(path: Path) -> None:
     assert load_config(SampleConfig, path, ["--prompt", "a cat"]).weights
+
+
+def test_configurations_of_python_scripts(good: Path) -> None:
+    """A dict, and one of OmegaConf with its interpolations, are read as the file would be, and given back."""
+    wanted = load_config(RunConfig, good, ["seed=7"])
+    as_dict = read_yaml(good)[0]
+    assert load_config(RunConfig, as_dict, ["seed=7"]) == wanted
+    given = OmegaConf.create({**as_dict, "seed": "${train.steps}"})
+    assert load_config(RunConfig, given).seed == wanted.train.steps
+    assert load_config(RunConfig, to_omegaconf(wanted)) == wanted
+    for odd in ({**as_dict, "seed": "${nothing.there}"}, {**as_dict, "seed": "???"}, {**as_dict, "sede": 1}):
+        with pytest.raises(UserError) as error:
+            load_config(RunConfig, OmegaConf.create(odd))
+        assert "\n" not in str(error.value)
