@@ -42,6 +42,7 @@ SGD = "tests/reference/test_training.py::test_one_process[sgd, interleaved]"
 OTHER = "tests/reference/test_training.py::test_one_process[other options]"
 DRAWN = "tests/reference/test_training.py::test_one_process[drawn weights]"
 FLUX = "tests/reference/test_training.py::test_one_process[flux layout]"
+ORDER = "tests/unit/test_cost.py::test_steps_come_in_the_order_that_is_drawn"
 PACKS = "tests/reference/test_training.py::test_one_process[packs]"
 DAMAGED = "tests/reference/test_training.py::test_one_process[damaged files]"
 ADAPTERS = "tests/reference/test_training.py::test_one_process[adapters]"
@@ -243,7 +244,7 @@ TABLE: tuple[Mutation, ...] = (
         "cut * (samples // cuts), (cut + 1) * (samples // cuts)",
         TRAIN,
     ),
-    Mutation("steps in the order of their cost", BALANCE, "steps[generator.permutation(len(steps))]", "steps", OTHER),
+    Mutation("steps in the order of their cost", BALANCE, "steps[generator.permutation(len(steps))]", "steps", ORDER),
     Mutation("steps in random order by another key", PLAN, '"order of micro-batches"', '"order of steps"', TRAIN),
     Mutation(
         "a clip's caption for another",

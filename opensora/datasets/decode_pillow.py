@@ -10,6 +10,7 @@ Whatever the pixels are stored as, what comes out is what a viewer shows, as 8-b
 """
 
 import contextlib
+import logging
 import math
 import os
 import threading
@@ -65,6 +66,9 @@ _D50_TO_SRGB = np.array(
 _D50 = np.array([0.96422, 1.0, 0.82521])
 _STDERR = 2
 _ERROR_OUTPUT = threading.Lock()  # held while it leads nowhere
+# What it logs of a damaged file is in the exception that follows. Whoever sets up logging still gets it; without that
+# Python would print it.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 _DEFAULT_FPS = 10.0  # of animations whose frames last no time: what browsers make of them
 
 # What Pillow has to say about a file ends as an exception, or does not matter; it is no output of a run.

@@ -122,3 +122,12 @@ def test_dealing_gives_each_item_one_owner_and_no_one_too_many(degree: int) -> N
     assert held.max() <= most and held.sum() == 32
     loads = np.bincount(owners, costs, minlength=degree)
     assert loads.max() <= max(costs.max(), 4 / 3 * costs.sum() / degree) + costs.max() / 3
+
+
+def test_steps_come_in_the_order_that_is_drawn() -> None:
+    """Of 60 steps of 4 micro-batches; sorted by cost, expensive steps would come last in every epoch."""
+    costs = np.random.default_rng(0).permutation(240).astype(float)
+    steps = compose(costs, 4, 1, np.random.default_rng(1))
+    by_cost = np.argsort(costs, kind="stable").reshape(60, 4)
+    assert np.array_equal(steps, by_cost[np.random.default_rng(1).permutation(60)])
+    assert not np.array_equal(steps, by_cost)
