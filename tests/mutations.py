@@ -380,7 +380,11 @@ TABLE: tuple[Mutation, ...] = (
     ),
     Mutation("no words about motion in sampling", LOAD, "bool(saved and saved.data.prompt_suffix)", "False", WHOLE),
     Mutation(
-        "frame rate in the prompt of a still", PIPELINE, "opt.fps if opt.num_frames > 1 else None", "opt.fps", WHOLE
+        "frame rate in the prompt of a still",
+        "opensora/inference/prompts.py",
+        "option.fps if option.num_frames > 1 else None",
+        "option.fps",
+        WHOLE,
     ),
 )
 
