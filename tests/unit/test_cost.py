@@ -131,3 +131,12 @@ def test_steps_come_in_the_order_that_is_drawn() -> None:
     by_cost = np.argsort(costs, kind="stable").reshape(60, 4)
     assert np.array_equal(steps, by_cost[np.random.default_rng(1).permutation(60)])
     assert not np.array_equal(steps, by_cost)
+
+
+@pytest.mark.parametrize("pack", [2, 3, 4])
+def test_packs_cost_about_the_same(pack: int) -> None:
+    """A fraction of how far apart they are when micro-batches are joined as they come."""
+    costs = np.random.default_rng(0).uniform(1, 5, 240)
+    packs = compose(costs, 12, pack, np.random.default_rng(1)).reshape(-1, pack)
+    as_they_come = costs.reshape(-1, pack).sum(axis=1).std()
+    assert costs[packs].sum(axis=1).std() < 0.25 * as_they_come
