@@ -391,7 +391,7 @@ def _scale(
     if not math.isfinite(found) or found == 0:
         raise UserError(f"{source} is {found:g}: allowed are finite numbers other than 0")
     if abs(found / divisor) > MAX_SCALE:
-        raise UserError(f"{source} is {found:g}, for rank {rank}: alpha/rank may be at most {MAX_SCALE:g}; mend the file")
+        raise UserError(f"{source} is {found:g}, for rank {rank}: alpha/rank is at most {MAX_SCALE:g}; mend the file")
     return found / divisor, source
 
 

@@ -91,8 +91,10 @@ def call(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = N
 
 
 def be_printable() -> None:
-    """Escape what the terminal's encoding lacks, as of file names that are not UTF-8, instead of failing at it. Standard
-    streams that were closed (``>&-``, some schedulers) lead nowhere, instead of to the next file that is opened."""
+    """Escape what the terminal's encoding lacks, as of file names that are not UTF-8, instead of failing at it.
+
+    Standard streams that were closed (``>&-``) lead nowhere, instead of to the next file that is opened.
+    """
     for number in range(3):
         with contextlib.suppress(OSError):
             os.fstat(number)
