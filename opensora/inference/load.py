@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from acceleration import kernels, lora, sharding, tensor_parallel
 from acceleration import mesh as meshes
 from acceleration.checkpoint import CheckpointManager, newest, pieces
+from acceleration.checkpoint.folder import candidates
+from acceleration.checkpoint.storage import MANIFEST
 from acceleration.config import LoraConfig, MeshConfig, PrecisionConfig
 from acceleration.mesh import SAMPLE_AXES, Mesh
 from acceleration.parallelize import parallelize
@@ -97,7 +99,9 @@ def find_source(cfg: SampleConfig) -> Source:
     path = Path(cfg.weights)
     if not os.path.exists(path):
         raise UserError(f"weights={path}: no such file or folder; give a run folder, an export folder or a safetensors")
-    saved = _saved_config(path)
+    if (path / MANIFEST).is_file():
+        raise UserError(f"weights={path}: is one checkpoint of a run; give the run's folder, whose newest one is read")
+    saved = _saved_config(path if path.is_dir() else path.parent)
     sections: dict[str, Any] = {
         name: getattr(cfg, name) or (getattr(saved, name) if saved else None) for name in ("model", "vae", "text")
     }
@@ -188,6 +192,9 @@ def _newest(run: Path) -> Path | None:
         raise UserError(f"weights={run}: {error}") from None
     if checkpoint is None:
         raise UserError(f"weights={run}: the run has no checkpoint yet; train it, or give an export folder")
+    last = candidates(run / "checkpoints")[-1]
+    if last != checkpoint:
+        announce(f"weights={run}: {last.name} is damaged; {checkpoint.name} is sampled from instead")
     return checkpoint
 
 

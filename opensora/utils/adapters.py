@@ -64,6 +64,7 @@ _MATRIX = re.compile(r"(.+?)[._]lora(?:_linear_layer)?[._](A|B|down|up)(?:\.([^.
 _ALPHA = re.compile(r"(.+)\.alpha")
 _METADATA_ALPHAS = ("lora_alpha", "network_alpha", "ss_network_alpha")  # ours, others', kohya's
 _DIFFUSERS_CONFIG = "lora_adapter_metadata"  # peft's configuration as JSON, in a file that diffusers wrote
+MAX_SCALE = 1e6  # alpha/rank, either way: beyond it the adapters drown any weights
 MAX_PATTERN = 200  # characters of a pattern in peft's configuration
 
 
@@ -389,6 +390,8 @@ def _scale(
         return 1.0, ""
     if not math.isfinite(found) or found == 0:
         raise UserError(f"{source} is {found:g}: allowed are finite numbers other than 0")
+    if abs(found / divisor) > MAX_SCALE:
+        raise UserError(f"{source} is {found:g}, for rank {rank}: alpha/rank is at most {MAX_SCALE:g}; mend the file")
     return found / divisor, source
 
 

@@ -91,7 +91,19 @@ def call(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = N
 
 
 def be_printable() -> None:
-    """Escape what the terminal's encoding lacks, as of file names that are not UTF-8, instead of failing at it."""
+    """Escape what the terminal's encoding lacks, as of file names that are not UTF-8, instead of failing at it.
+
+    Standard streams that were closed (``>&-``) lead nowhere, instead of to the next file that is opened.
+    """
+    for number in range(3):
+        with contextlib.suppress(OSError):
+            os.fstat(number)
+            continue
+        os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
+        os.set_inheritable(number, True)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (closed with the process)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -80,13 +80,13 @@ def read_csv(
         optional: columns that may be in the header, once.
 
     Raises:
-        UserError: as ``read_text``; no header, a column missing or there twice, a field beyond ``MAX_FIELD``, a row
-            with more fields than the header has; with the line.
+        UserError: as ``read_text``; no header, a column missing or there twice, a field beyond ``MAX_FIELD``, a quote
+            that is not closed or has text behind it, a row with more fields than the header has; with the line.
     """
     name = name or str(path)
     text = read_text(path, name)
     csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD))
-    reader = csv.reader(io.StringIO(text, newline=""))
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)  # else an open quote swallows the rows behind it
     header = [column.strip() for column in _next_row(reader, name) or []]
     for column in (*required, *optional):
         if header.count(column) != 1 and not (column in optional and column not in header):
@@ -102,12 +102,21 @@ def read_csv(
             yield reader.line_num, dict(zip(header, row + [""] * (len(header) - len(row)), strict=True))
 
 
+_CSV_PROBLEMS = (  # words of the csv module, and what is told
+    ("field limit", f"a field of more than {MAX_FIELD} characters"),
+    ("unexpected end", "a quote is opened and not closed; close it"),
+    ("expected after", "text behind a closing quote; write a quote that belongs to the text twice"),
+)
+
+
 def _next_row(reader: Any, name: str) -> list[str] | None:
+    first = reader.line_num + 1
     try:
         return next(reader, None)
     except csv.Error as error:
-        problem = f"a field of more than {MAX_FIELD} characters" if "field limit" in str(error) else str(error)
-        raise UserError(f"{name} line {reader.line_num}: {problem}") from error
+        problem = next((told for words, told in _CSV_PROBLEMS if words in str(error)), str(error))
+        line = first if "not closed" in problem else reader.line_num
+        raise UserError(f"{name} line {line}: {problem}") from error
 
 
 def write_whole(path: Path, write: Callable[[IO[str]], object]) -> None:

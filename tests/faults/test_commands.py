@@ -122,6 +122,25 @@ def test_an_output_that_cannot_be_said() -> None:
     assert (out, err, process.returncode) == ("a\\udcffb\n", "", 0)
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_standard_streams_that_are_closed(closed: str, tmp_path: Path) -> None:
+    """The command works and ends as ever, and what it says is in none of the files that it opens."""
+    said = tmp_path / "said"
+    (tmp_path / "program.py").write_text(
+        "import os, sys\n"
+        "from opensora.config import run_cli\n"
+        "def main(_):\n"
+        f"    with open({str(said)!r}, 'w') as file:\n"
+        "        print('out'); print('err', file=sys.stderr, flush=True); sys.stdout.flush()\n"
+        "        assert file.fileno() > 2 and os.system('echo child; echo child >&2') == 0\n"
+        "run_cli(main)\n"
+    )
+    command = f"exec {sys.executable} {tmp_path / 'program.py'} {closed}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run(command, shell=True, env=environment, capture_output=True, timeout=60).returncode == 0
+    assert said.read_text() == ""
+
+
 def test_ctrl_c() -> None:
     program = (
         "from opensora.config import run_cli\nimport time\nrun_cli(lambda _: print(1, flush=True) or time.sleep(60))"

@@ -54,6 +54,25 @@ def adapters(folder: Path) -> Path:
     return folder
 
 
+def source_of(weights: Path) -> Path:
+    found = find_source(SampleConfig(weights=str(weights), prompt="x"))
+    return found.checkpoint or found.path
+
+
+def test_what_may_be_given_as_weights(export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file of an export has the configuration beside it; one checkpoint is refused with what to give; that the
+    newest checkpoint is damaged, so that an older one is read, is said."""
+    assert source_of(export / SINGLE) == export / SINGLE
+    run = shutil.copytree(export.parent, tmp_path / "run")
+    good = run / "checkpoints/step-00000001"
+    with pytest.raises(UserError, match="is one checkpoint of a run; give the run's folder"):
+        source_of(good)
+    assert source_of(run) == good and "damaged" not in capsys.readouterr().err
+    shutil.copytree(good, run / "checkpoints/step-00000002")
+    assert source_of(run) == good
+    assert capsys.readouterr().err.count("step-00000002 is damaged; step-00000001 is sampled from instead") == 1
+
+
 def test_the_list_is_what_sha256sum_reads(export: Path, tmp_path: Path) -> None:
     for folder, names in (
         (export, {SINGLE, SAVED_NAME}),

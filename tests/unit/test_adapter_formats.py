@@ -327,6 +327,13 @@ def test_alpha_of_any_type_is_divided_by_the_rank(alpha: Tensor, tmp_path: Path)
     assert scale_of(tmp_path, {**PLAIN, f"{PROJ}.alpha": alpha}, {"ss_network_alpha": "1"}) == 1.5
 
 
+@pytest.mark.parametrize("alpha", [torch.tensor(3e38), torch.tensor(-1e300, dtype=torch.float64), torch.tensor(2**62)])
+def test_alpha_that_drowns_the_weights_is_refused(alpha: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"alpha is .* for rank 4: alpha/rank is at most 1e\+06"):
+        scale_of(tmp_path, {**PLAIN, f"{PROJ}.alpha": alpha})
+    assert scale_of(tmp_path, {**PLAIN, f"{PROJ}.alpha": torch.tensor(4e6)}) == 1e6
+
+
 @pytest.mark.parametrize("key", ["ss_network_alpha", "network_alpha", "lora_alpha"])
 def test_alpha_in_the_metadata(key: str, tmp_path: Path) -> None:
     assert scale_of(tmp_path, PLAIN, {key: "2.0"}) == 0.5

@@ -86,6 +86,8 @@ def test_rows_with_their_lines(tmp_path: Path) -> None:
         ("path,text,text\n", "column 'text' is there twice"),
         ("path,text\na,b\nc,d,e\n", "t.csv line 3: 3 fields, the header has 2"),
         (f"path,text\na,{'x' * (MAX_FIELD + 1)}\n", "t.csv line 2: a field of more than 1048576 characters"),
+        ('path,text\na,b\nc,"a red circle\nd,e\n', "t.csv line 3: a quote is opened and not closed"),
+        ('path,text\na,"a"b"c\n', "t.csv line 2: text behind a closing quote"),
     ],
 )
 def test_refused_tables(text: str, message: str, tmp_path: Path) -> None:
