@@ -177,7 +177,7 @@ def _load(model_cfg: MMDiTConfig, path: Path, cfg: ParallelConfig, mesh: Mesh) -
         model = build_model(model_cfg)
     file, _ = load_state_dict_for(model, path, to=weight_layout(model_cfg))  # a mapping, which would count as taken
     with Allocations() as loading:
-        parallelize(model, cfg, mesh, CPU, FromFile(file))
+        parallelize(model, cfg, mesh, CPU, FromFile(file, path))
     return model, loading.peak
 
 

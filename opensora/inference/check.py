@@ -1,7 +1,6 @@
 """What can be known of a sampling job before a process group exists or a model is loaded: does it fit together."""
 
 import os
-from pathlib import Path
 
 import torch
 
@@ -10,10 +9,9 @@ from acceleration.config import ParallelConfig
 from acceleration.memory import device_bytes, machine_bytes
 from acceleration.precision import DTYPES
 from opensora.config import RunConfig, SampleConfig, check_fit
-from opensora.inference.load import Source, weight_layout
+from opensora.inference.load import Source
 from opensora.models import MMDiTConfig, build_model
 from opensora.models.base import AutoencoderShape, latent_grid
-from opensora.models.mmdit.convert import load_state_dict_for
 from opensora.models.text import check_text_encoder, text_tokens
 from opensora.models.vae import autoencoder_shape, check_autoencoder
 from opensora.utils.errors import UserError
@@ -36,8 +34,6 @@ def check_sample(cfg: SampleConfig, source: Source, jobs: int, world_size: int) 
     option = fit_option("sampling", cfg.sampling, source.model, autoencoder_shape(source.vae))
     check_autoencoder(source.vae)
     check_text_encoder(source.text, source.model.context_in_dim, source.model.vec_in_dim)
-    if source.checkpoint is None:
-        check_weights("weights", source.path, source.model)
     needed = least_bytes(
         option,
         source.model,
@@ -96,20 +92,6 @@ def fit_option(key: str, option: SamplingOption, model: MMDiTConfig, shape: Auto
             f"(model.guidance_embed={str(model.guidance_embed).lower()})"
         )
     return option
-
-
-def check_weights(key: str, path: str | Path, model: MMDiTConfig, allow_missing: tuple[str, ...] = ()) -> None:
-    """That the tensors at ``path`` are this model's, by their names and shapes; reads headers only.
-
-    Raises:
-        UserError: no weights, damaged ones, or those of another model.
-    """
-    with torch.device("meta"):
-        empty = build_model(model)
-    try:
-        load_state_dict_for(empty, path, to=weight_layout(model), allow_missing=allow_missing)
-    except UserError as error:
-        raise UserError(f"{key}={path}: {error}") from None
 
 
 def least_bytes(

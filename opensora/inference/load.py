@@ -126,8 +126,7 @@ def find_source(cfg: SampleConfig) -> Source:
         if wanted and wanted != fingerprint(path):
             announce(f"{path}: not the weights that the adapters of {exported.path} were trained beside")
     if checkpoint is None:
-        with torch.device("meta"):  # what does not fit is said before anything is built
-            load_state_dict_for(build_model(sections["model"]), path, to=weight_layout(sections["model"]))
+        check_weights("weights", path, sections["model"])  # what does not fit is said before anything is built
     return Source(
         path=path,
         checkpoint=checkpoint,
@@ -135,6 +134,20 @@ def find_source(cfg: SampleConfig) -> Source:
         prompt_suffix=bool(saved and saved.data.prompt_suffix),
         **sections,
     )
+
+
+def check_weights(key: str, path: str | Path, model: MMDiTConfig, allow_missing: tuple[str, ...] = ()) -> None:
+    """That the tensors at ``path`` are this model's, by their names and shapes; reads headers only.
+
+    Raises:
+        UserError: no weights, damaged ones, or those of another model.
+    """
+    with torch.device("meta"):
+        empty = build_model(model)
+    try:
+        load_state_dict_for(empty, path, to=weight_layout(model), allow_missing=allow_missing)
+    except UserError as error:
+        raise UserError(f"{key}={path}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
 def _saved_config(path: Path) -> RunConfig | None:
@@ -416,7 +429,8 @@ class FromFile:
     def read_part(self, name: str, start: tuple[int, ...], part: Tensor) -> bool:
         """See ``Partial`` in acceleration/plan.py."""
         found = self.file.read_part(name, start, part)
-        if found and not torch.isfinite(part).all():
+        # Least and greatest take no memory beside the part, as a mask of it would.
+        if found and part.numel() and not all(torch.isfinite(end) for end in torch.aminmax(part)):
             self.not_finite.append(f"{name} (as {str(part.dtype).removeprefix('torch.')})")
         return found
 

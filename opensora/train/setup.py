@@ -110,11 +110,11 @@ def check(cfg: RunConfig, world_size: int) -> tuple[IndexedTable, BatchPlan]:
     check_places(cfg.folder)
     check_fresh(cfg)
     check_paths(cfg)
-    check_files(cfg, shape)
     with torch.device("meta"):
         model = build_model(cfg.model)
         if cfg.lora.rank:
             add_adapters(cfg, model)
+    check_files(cfg, shape)
     check_disk(cfg, model)
     table, plan = open_data(cfg)
     if cfg.data.features:

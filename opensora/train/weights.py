@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from acceleration import lora
 from acceleration.plan import Fill
 from opensora.config import RunConfig
-from opensora.inference.check import check_weights
-from opensora.inference.load import FromFile, weight_layout
+from opensora.inference.load import FromFile, check_weights, weight_layout
 from opensora.models.mmdit.convert import load_state_dict_for
 from opensora.utils.errors import UserError
 from opensora.utils.logging import announce

@@ -38,7 +38,7 @@ def ending_of(error: BaseException) -> tuple[str, int] | None:
     if isinstance(code, int):
         return f"error: {one_line(str(error))}", code
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted", INTERRUPTED
+        return "stopped by SIGINT", INTERRUPTED
     if isinstance(error, BrokenPipeError) and _reader_is_gone():
         return "", 128 + 13  # SIGPIPE
     if isinstance(error, OSError) and not isinstance(error, (ConnectionError, io.UnsupportedOperation)):

@@ -29,7 +29,7 @@ LINES = (
     (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "error: 'utf-8' codec can't decode", 2),
     (UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed"), "error: 'utf-8' codec can't encode", 2),
     (csv.Error("field larger than field limit (131072)"), "error: field larger than field limit", 2),
-    (KeyboardInterrupt(), "interrupted", 130),
+    (KeyboardInterrupt(), "stopped by SIGINT", 130),
 )
 LOUD = (
     TypeError("x"),
@@ -48,7 +48,7 @@ LOUD = (
 
 @pytest.mark.parametrize(("error", "line", "code"), LINES, ids=[type(error).__name__ for error, *_ in LINES])
 def test_one_line(
-    error: BaseException, line: str, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    error: BaseException, line: str, code: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RANK", raising=False)
 
@@ -57,10 +57,10 @@ def test_one_line(
 
     with pytest.raises(SystemExit) as caught:
         run_cli(main)
-    said = capsys.readouterr()
+    said = capfd.readouterr()
     assert caught.value.code == code and said.err.startswith(line) and said.err.count("\n") == 1 and not said.out
     assert command.call(main, []) == code
-    assert capsys.readouterr().err == said.err
+    assert capfd.readouterr().err == said.err
 
 
 @pytest.mark.parametrize("error", LOUD, ids=[type(error).__name__ for error in LOUD])
@@ -150,7 +150,7 @@ def test_ctrl_c() -> None:
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert (err, process.returncode) == ("interrupted\n", 130)
+    assert (err, process.returncode) == ("stopped by SIGINT\n", 130)
 
 
 @pytest.mark.parametrize("name", ["buckets", "precompute", "train", "submit"])

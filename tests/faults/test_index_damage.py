@@ -332,7 +332,7 @@ def test_small_files_of_stored_features(tmp_path: Path, tally: Tally) -> None:
             assert "\n" not in str(error) and "precompute" in str(error)
             noticed += 1
         if name == "null.safetensors":
-            assert not features.null_is_there(folder, "hash")
+            assert not features.has_null(folder, "hash")
         remedy(folder / name, whole[name])
     assert torch.equal(features.FeatureStore(folder).read(batch).latents, truth)
     (folder / "manifest.json").write_text("{}")

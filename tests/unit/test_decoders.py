@@ -169,27 +169,32 @@ def resident_mib(pid: int | str) -> float:
 
 
 def growth(tmp_path: Path, warm: int, clips: int) -> float:
-    """MiB that a decoding process grows by over so many clips, good and broken, after the first ``warm``."""
+    """MiB that a decoding process grows by over so many clips, good and broken, after the first ``warm``.
+
+    The largest of ten parts is not counted: the allocator takes memory for a further arena at once, at any time, and what
+    leaks does so in all of them.
+    """
     good = [encode(tmp_path / f"{i}.mp4", 12 + i, size=(48 + 2 * i, 64)) for i in range(4)]
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(Path(good[0]).read_bytes()[:3000])
     paths = [*good, str(broken)]
     process = DecoderProcess()
-    before = 0.0
+    held: list[float] = []
     for i in range(warm + clips):
-        if i == warm:
-            before = resident_mib(process.pid)
+        if i >= warm and (i - warm) % (clips // 10) == 0:
+            held.append(resident_mib(process.pid))
         try:
             process(paths[i % 5], i % 7, 3, resize=Cover(32, 32), threads=1, decoder="pyav", timeout_s=30)
         except DecodeError:
             assert i % 5 == 4
-    grown = resident_mib(process.pid) - before
+    held.append(resident_mib(process.pid))
     process.close()
-    return grown
+    parts = sorted(after - before for before, after in zip(held, held[1:], strict=False))
+    return sum(parts[:-1])
 
 
 def test_memory_does_not_grow_with_clips(tmp_path: Path) -> None:
-    assert growth(tmp_path, 1500, 1000) < 2  # the allocator's own arenas are all made after some 1,200 clips
+    assert growth(tmp_path, 1500, 1000) < 2  # the allocator's own arenas are nearly all made after some 1,200 clips
 
 
 @pytest.mark.slow
