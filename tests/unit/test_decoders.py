@@ -171,8 +171,8 @@ def resident_mib(pid: int | str) -> float:
 def growth(tmp_path: Path, warm: int, clips: int) -> float:
     """MiB that a decoding process grows by over so many clips, good and broken, after the first ``warm``.
 
-    The largest of ten parts is not counted: the allocator takes memory for a further arena at once, at any time, and what
-    leaks does so in all of them.
+    The largest of ten parts is not counted: the allocator takes memory for a further arena at once, at any time, and
+    what leaks does so in all of them.
     """
     good = [encode(tmp_path / f"{i}.mp4", 12 + i, size=(48 + 2 * i, 64)) for i in range(4)]
     broken = tmp_path / "broken.mp4"
