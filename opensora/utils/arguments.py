@@ -64,7 +64,7 @@ def number(least: float, most: float, *, above: bool = False) -> Callable[[str],
 
 def place(text: str) -> Path:
     """A type for ``add_argument``: the path of a file or folder, there or not."""
-    if not text or "\0" in text:
+    if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError(f"={text!r}: wanted the path of a file or folder")
     return Path(text)
 
