@@ -31,8 +31,8 @@ __all__ = [
 IMAGE_SUFFIXES, VIDEO_SUFFIXES = STILL_SUFFIXES, CLIP_SUFFIXES
 
 Decoder = Literal["pyav", "decord", "torchcodec"]
-# Read by Pillow: FFmpeg does not put their frames together.
-_ANIMATIONS = ("animated PNG", "animated WebP", "animated AVIF")
+# Read by Pillow: FFmpeg does not put their frames together, or takes those of a GIF without times for one.
+_ANIMATIONS = ("animated PNG", "animated WebP", "animated AVIF", "GIF without times")
 
 ReadWindow = Callable[[Source, range, Resize | None, int, Deadline, Allocate], np.ndarray]
 

@@ -1,4 +1,4 @@
-"""Stills by Pillow, and the animated pictures that FFmpeg does not put together (WebP, PNG, AVIF).
+"""Stills by Pillow, and the animated pictures that FFmpeg does not put together (WebP, PNG, AVIF, GIF without times).
 
 Whatever the pixels are stored as, what comes out is what a viewer shows, as 8-bit RGB:
 
@@ -42,7 +42,7 @@ from opensora.utils.untrusted import parsing
 # EPS and the like, which would start another program, are left out. JPEG is MPO too.
 _FORMATS = (
     "PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "QOI", "PCX", "SGI", "PSD",
-    "ICO",
+    "ICO", "GIF",
 )  # fmt: skip
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 _WITH_ALPHA = ("LA", "PA", "RGBA", "La", "RGBa")

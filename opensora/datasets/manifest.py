@@ -42,6 +42,7 @@ _BLOCK_BYTES = 1 << 24  # a csv row, caption included, must fit in one block
 _HEAD_BYTES = 4096  # of a csv: UTF-16 shows there
 _OTHER_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # those of UTF-32 have a NUL
 _MOST_TEXT = 2**20  # bytes of a path or caption
+_NO_TABLE = ".left_out.csv"  # beside a table: what data_pipeline.index put into it no row of; a glob passes it over
 BATCH_ROWS = 1 << 16  # rows that are in memory at a time while a table is read
 # Fixed-width columns: 20 bytes a row.
 COLUMNS: dict[str, np.dtype] = {
@@ -183,7 +184,9 @@ def read_batches(file: Path, row_group: int | None = None, first_row: int = 0) -
         if file.suffix == ".csv":
             _check_utf8(file)
         reason = " ".join(str(error).split())[:200]
-        remedy = ", save it again as UTF-8" if file.suffix == ".csv" or "utf" in reason.lower() else ""
+        remedy = ", save it again as UTF-8" if "utf" in reason.lower() else ""
+        if "columns" in reason:
+            remedy = ", put text that holds a comma or a quote in quotes, and close them"
         raise UserError(f"{file}: cannot be read as {file.suffix[1:]} ({reason}){remedy}") from error
 
 
@@ -217,7 +220,8 @@ def _files(patterns: Sequence[str]) -> list[Path]:
         if Path(pattern).is_file():
             found.append(Path(pattern))
             continue
-        matches = sorted(Path(name) for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
+        names = [name for name in glob.glob(pattern, recursive=True) if not name.endswith(_NO_TABLE)]
+        matches = sorted(Path(name) for name in names if os.path.isfile(name))
         if not matches:
             raise UserError(f"data.table={pattern}: no such file{_tables_nearby(Path(pattern))}")
         found += matches

@@ -29,6 +29,7 @@ ABOUT, CHECKSUMS = "index.json", "checksums.bin"
 SEGMENT_BYTES = 1 << 14  # where a file has no segments of its own; one sample reads one of each column
 _END, _CRC = np.dtype("<i8"), np.dtype("<u4")
 _MOST_THREADS = 16
+_MOST_ABOUT = 1 << 28  # bytes of index.json: a hundred for each table file and part of the texts
 
 
 class Damaged(UserError):
@@ -169,7 +170,9 @@ def _read_about(file: Path) -> tuple[dict[str, Any], int]:
     """What index.json says, and the number of the file it was read from."""
     _check_regular(file)
     with _facts_about(file), file.open("rb") as opened:
-        identity, raw = os.fstat(opened.fileno()).st_ino, opened.read()
+        identity, raw = os.fstat(opened.fileno()).st_ino, opened.read(_MOST_ABOUT + 1)
+    if len(raw) > _MOST_ABOUT:
+        raise Damaged(file, f"more than {_MOST_ABOUT} bytes")
     about = parse_json(raw, lambda reason: Damaged(file, reason))
     if not isinstance(about, dict):
         raise Damaged(file, "not the bytes that were written")

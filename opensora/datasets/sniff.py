@@ -28,6 +28,7 @@ CLIP_SUFFIXES = (
 _RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw")
 
 _HEAD = 4096  # bytes looked at
+_GIF_TIMES = b"\x21\xf9\x04"  # a graphic control extension, which says how long a frame is shown
 _MOST_CHUNKS = 256  # of a PNG before its pixels
 
 Kind = Literal["still", "clip", "neither"]
@@ -184,6 +185,8 @@ def _by_content(file: BinaryIO, suffix: str) -> Sniffed | None:
         return _TILED_HEIC if tiled else found
     if suffix in (".mjpeg", ".mjpg"):
         return None  # pictures of JPEG one behind the other
+    if head[:6] in (b"GIF87a", b"GIF89a") and _GIF_TIMES not in head:
+        return Sniffed("clip", "GIF without times")
     for offset, magic, what in _SIGNATURES:
         if head.startswith(magic, offset):
             return what

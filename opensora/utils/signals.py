@@ -246,7 +246,9 @@ def _ask(stays: str | None = None, code: int | None = None) -> Asked:
 
 
 def _launcher_is_gone() -> bool:
-    launcher = int(os.environ.get(LAUNCHER, 0))
+    text = os.environ.get(LAUNCHER, "")
+    is_number = text.isascii() and text.isdecimal() and len(text) < 10
+    launcher = int(text) if is_number else 0  # a value that launch/elastic.py did not write says nothing
     if not launcher or os.getppid() == launcher:
         return False
     try:

@@ -228,6 +228,14 @@ def test_an_index_of_another_format_or_a_file_in_its_place(tmp_path: Path, said:
     assert len(said) == 2 and "not a regular file" not in said[1]
 
 
+def test_a_description_of_two_gigabytes_is_not_read(tmp_path: Path, said: list[str]) -> None:
+    """Holes at its end cost no space and, whole in memory, 2 GB and ten seconds."""
+    lab = Lab(tmp_path)
+    os.truncate(lab.index / "index.json", 2**31)
+    lab.check(lab.open())
+    assert "index.json: more than 268435456 bytes" in said[-1]
+
+
 def test_who_has_it_open_keeps_it(tmp_path: Path, said: list[str]) -> None:
     lab = Lab(tmp_path)
     before = lab.open()

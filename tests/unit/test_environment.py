@@ -202,3 +202,12 @@ def test_a_command_says_it_in_one_line() -> None:
     for (_, err), start in itertools.zip_longest(done[:2], ("error: RANK=x:", "error: MASTER_ADDR: missing")):
         assert err.startswith(start) and err.count("\n") == 1, err
     assert "world_size=1" in done[2][0]
+
+
+@pytest.mark.parametrize("value", ["x", "", "-1", "²", "9" * 30])
+def test_a_launcher_that_none_of_ours_wrote_is_no_launcher(value: str) -> None:
+    """In a process of its own: signals are remembered once and for all."""
+    program = "from opensora.utils import signals; signals.remember()"
+    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "none", "OPENSORA_LAUNCHER_PID": value}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")

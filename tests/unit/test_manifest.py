@@ -69,6 +69,24 @@ def test_several_files_are_one_table_each_with_its_folder(tmp_path: Path) -> Non
         assert table.path(3) == str(tmp_path / "y" / "a.mp4")
 
 
+def test_a_glob_passes_over_what_was_left_out(tmp_path: Path) -> None:
+    """``data_pipeline.index --out a.csv`` writes a.csv.left_out.csv beside it."""
+    header, row = "path,text,num_frames,height,width,fps\n", "a.mp4,a cat,20,96,128,24\n"
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text(header + row)
+        (tmp_path / f"{name}.left_out.csv").write_text("path,reason,detail\n")
+    assert len(read_table(str(tmp_path / "*.csv"))) == 2
+
+
+@pytest.mark.parametrize(
+    "row", ["a.mp4,a cat, sits,20,96,128,24\n", 'a.mp4,"a cat,20,96,128,24\n' + "a.mp4,b,20,9,9,24\n"]
+)
+def test_rows_of_other_lengths_say_what_to_do(row: str, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(f"path,text,num_frames,height,width,fps\n{row}")
+    with pytest.raises(UserError, match="put text that holds a comma or a quote in quotes"):
+        read_table(str(tmp_path / "t.csv"))
+
+
 def test_counts_written_as_floats_and_a_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("path,text,num_frames,height,width,fps\na.mp4,hello,33.0,480,640,24\n", encoding="utf-8-sig")

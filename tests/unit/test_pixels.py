@@ -1,6 +1,7 @@
 """What comes out is what a viewer shows, however it is stored: depth, colours, transparency, shape, turn, matrix."""
 
 import io
+import re
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -391,6 +392,19 @@ def test_animated_pictures_are_clips(suffix: str, tmp_path: Path) -> None:
     assert np.array_equal(read_frames(str(path), 3, 2, 2), frames[3:6:2])
     with pytest.raises(DecodeError, match="it has 8 frames, the window needs 9"):
         read_frames(str(path), 8, 1)
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_gif_without_times_keeps_its_frames(count: int, tmp_path: Path) -> None:
+    """FFmpeg takes all of them for one."""
+    pages = [Image.new("L", (WIDTH, HEIGHT), 20 * i) for i in range(count)]
+    pages[0].save(tmp_path / "a.gif", save_all=True, append_images=pages[1:], duration=100)
+    content = re.sub(rb"\x21\xf9\x04.{4}\0", b"", (tmp_path / "a.gif").read_bytes(), flags=re.DOTALL)
+    (tmp_path / "a.gif").write_bytes(content)
+    info = probe(str(tmp_path / "a.gif"))
+    assert (info.num_frames, info.height, info.width, info.fps) == (count, HEIGHT, WIDTH, 10)
+    frames = read_frames(str(tmp_path / "a.gif"), 0, count)
+    assert np.array_equal(frames[:, 0, 0, 0], np.arange(count) * 20)
 
 
 def test_only_the_first_of_several_pages_is_said(tmp_path: Path) -> None:
