@@ -4,6 +4,7 @@ import multiprocessing
 import sys
 import time
 import types
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,7 @@ def growth(tmp_path: Path, warm: int, clips: int) -> float:
             assert i % 5 == 4
     held.append(resident_mib(process.pid))
     process.close()
-    parts = sorted(after - before for before, after in zip(held, held[1:], strict=False))
+    parts = sorted(after - before for before, after in pairwise(held))
     return sum(parts[:-1])
 
 
