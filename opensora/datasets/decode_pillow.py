@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from opensora.datasets.frames import (
     LIMITS,
@@ -158,6 +158,8 @@ def _open(source: Source, opened: contextlib.ExitStack) -> Image.Image:
             image = opened.enter_context(Image.open(raw, formats=formats))
         except Image.DecompressionBombError as error:  # far beyond the limits here, which are to be named
             raise DecodeError(source.path, f"too many pixels, {LIMITS}") from error
+        except UnidentifiedImageError as error:  # its text is the name of a Python object
+            raise DecodeError(source.path, "damaged: begins as a picture does, and is none") from error
         height, width = image.height, image.width
         is_raw = _DNG_VERSION in getattr(image, "tag_v2", {})
     check_size(source.path, height, width)

@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import select
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from opensora.utils.errors import UserError, one_line
 
-REFUSED, FAILED, INTERRUPTED = 2, 1, 130
+REFUSED, FAILED = 2, 1
 STDOUT = "standard output"
 # What a disk or a mount says, whoever asks; other errors without a file name are mistakes in a program.
 _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ESTALE)
@@ -27,7 +28,7 @@ def ending_of(error: BaseException) -> tuple[str, int] | None:
     * ``OSError`` that names a file or that disks raise: file and reason, and 1, as it may go well the next time; 2 for
       a path that can be none.
     * Text that cannot be decoded or a table that cannot be parsed: the reason, where it was read, and 2.
-    * The reader of the output is gone (``| head``): nothing, 141. Ctrl-C: a word, 130.
+    * The reader of the output is gone (``| head``): nothing, 141. A signal: its name, 128 plus its number.
 
     Returns:
         None for a mistake in the program, which keeps its traceback.
@@ -38,7 +39,8 @@ def ending_of(error: BaseException) -> tuple[str, int] | None:
     if isinstance(code, int):
         return f"error: {one_line(str(error))}", code
     if isinstance(error, KeyboardInterrupt):
-        return "stopped by SIGINT", INTERRUPTED
+        number = getattr(error, "number", signal.SIGINT)  # as signals.stopped_in_one_line says it
+        return f"stopped by {signal.Signals(number).name}", 128 + number
     if isinstance(error, BrokenPipeError) and _reader_is_gone():
         return "", 128 + 13  # SIGPIPE
     if isinstance(error, OSError) and not isinstance(error, (ConnectionError, io.UnsupportedOperation)):

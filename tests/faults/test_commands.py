@@ -151,6 +151,7 @@ def test_ctrl_c() -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (err, process.returncode) == ("stopped by SIGINT\n", 130)
+    assert ending_of(KeyboardInterrupt()) == ("stopped by SIGINT", 130)
 
 
 @pytest.mark.parametrize("name", ["buckets", "precompute", "train", "submit"])

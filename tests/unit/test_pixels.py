@@ -505,3 +505,13 @@ def test_one_limit_for_probe_and_table(tmp_path: Path) -> None:
             probe(str(tmp_path / "a.png"))
         with pytest.raises(UserError, match=r"row 1: (height|width) is .* scale it down"):
             read_table(str(tmp_path / "t.csv"))
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n" + bytes(40), b"BM" + bytes(12) + b"\x28" + bytes(9)]
+)
+def test_what_only_begins_as_a_picture_is_told_in_words(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(DecodeError) as error:
+        probe(str(tmp_path / "a"))
+    assert "<" not in error.value.cause
