@@ -24,6 +24,7 @@ import pyarrow.parquet as papq
 
 from opensora.datasets.frames import MAX_FPS, MAX_PIXELS, MAX_SIDE
 from opensora.utils.errors import UserError
+from opensora.utils.user_files import check_quotes
 
 _TEXT = ("path", "text")
 _COUNTS = ("num_frames", "height", "width")
@@ -269,9 +270,22 @@ def _csv_batches(file: Path) -> Iterator[pa.Table]:
         null_values=list(_MISSING),
         strings_can_be_null=True,
     )
+    rows = 0
     with pacsv.open_csv(file, read_options=read, parse_options=parse, convert_options=convert) as reader:
         for batch in reader:
+            rows += batch.num_rows
             yield pa.Table.from_batches([batch])
+    if rows + 1 != _lines(file):  # a field goes over several: meant so, or as its quote is not closed
+        check_quotes(file)
+
+
+def _lines(file: Path) -> int:
+    """Lines of a file, the last one with or without its end."""
+    count, last = 0, b"\n"
+    with file.open("rb") as opened:
+        while block := opened.read(_BLOCK_BYTES):
+            count, last = count + block.count(b"\n"), block[-1:]
+    return count + (last != b"\n")
 
 
 def _parquet_batches(file: Path, row_group: int | None) -> Iterator[pa.Table]:

@@ -102,6 +102,21 @@ def read_csv(
             yield reader.line_num, dict(zip(header, row + [""] * (len(header) - len(row)), strict=True))
 
 
+def check_quotes(path: Path) -> None:
+    """That every quote of a CSV file in UTF-8 is closed at the end of its field; a row is held at a time.
+
+    Readers that are less strict take all up to the next quote for one field, and the rows in it are gone.
+
+    Raises:
+        UserError: one is not, with its line.
+    """
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD))
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        while _next_row(reader, str(path)) is not None:
+            pass
+
+
 _CSV_PROBLEMS = (  # words of the csv module, and what is told
     ("field limit", f"a field of more than {MAX_FIELD} characters"),
     ("unexpected end", "a quote is opened and not closed; close it"),

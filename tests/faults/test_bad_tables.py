@@ -41,6 +41,14 @@ CASES: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
     "a value too many": (TABLE.replace("b.mp4", "b,b.mp4"), ("cannot be read as csv", "got 7: b,b.mp4")),
     "a value too few": (TABLE.replace("two,", ""), ("cannot be read as csv", "got 5: b.mp4")),
     "a quote that does not end": (TABLE.replace("two", '"two'), ("table.csv",)),
+    "two quotes that do not end": (
+        "path,text,num_frames,height,width,fps\n" + 2 * 'a.mp4,"a cat,9,32,32,8\n',
+        ("table.csv line", "text behind a closing quote"),
+    ),
+    "a quote in a column that is not read": (
+        "path,text,num_frames,height,width,fps,more\n" + 2 * 'a.mp4,a cat,9,32,32,8,"x\n',
+        ("table.csv line",),
+    ),
     "a caption of 20 MB": (TABLE.replace("two", "x" * 20_000_000), ("row 2", "text is 'xxx", "at most 1048576 bytes")),
     "UTF-16": (TABLE.encode("utf-16"), ("table.csv",)),
     "Latin-1": (TABLE.replace("two", "zw\xf6lf").encode("latin-1"), ("cannot be read as csv", "UTF-8")),

@@ -164,3 +164,11 @@ def test_parquet_whose_texts_are_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "t.parquet").write_bytes(raw.replace(b"abcd.mp4", b"ab\xf0d.mp4"))
     with pytest.raises(UserError, match=r"t\.parquet: cannot be read as parquet \(.*UTF8.*\), save it again as UTF-8"):
         read_table(str(tmp_path / "t.parquet"))
+
+
+def test_captions_of_several_lines_and_quotes_are_rows_as_they_stand(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    rows = 'a.mp4,"a cat,\non a ""mat""",9,32,32,8\r\n\r\nb.mp4,a 5" disk,9,32,32,8'
+    path.write_text(f"path,text,num_frames,height,width,fps\n{rows}", newline="")
+    table = read_table(str(path))
+    assert [table.caption(i) for i in range(2)] == ['a cat,\non a "mat"', 'a 5" disk']
