@@ -187,16 +187,16 @@ class Demo:
         return measure(run, MEASURED_STEPS)
 
     def steps_left_in_time(self, schedule: Schedule) -> int:
-        """The updates planned, or fewer where the machine has become slower than it was when measured."""
+        """The updates planned, or as many as fit where the machine is slower or faster than it was when measured."""
         assert self.speeds is not None
         first, second = self.speeds
         records = read_records(self.run / "metrics.jsonl")
-        slower = max(1.0, statistics.median(record["time/step_s"] for record in records) / first.step_s)
+        slower = statistics.median(record["time/step_s"] for record in records) / first.step_s
         left = fits(self.deadline - time.monotonic(), Speed(slower * second.start_s, slower * second.step_s))
         done = last_step(self.run / "metrics.jsonl")
-        if done + left >= 0.9 * schedule.total:
+        if abs(done + left - schedule.total) <= 0.1 * schedule.total:
             return schedule.total
-        print(f"an update takes {slower:.1f} times as long as measured: train.steps={done + left}", flush=True)
+        print(f"an update takes {slower:.2f} times as long as measured: train.steps={done + left}", flush=True)
         return done + left
 
     def train_until(self, schedule: Schedule, config: str, overrides: list[str]) -> None:
