@@ -22,7 +22,6 @@ MAX_PROMPT = 100_000  # characters; text encoders read a few hundred words
 MAX_NAME_BYTES = 255  # of a file name with its suffix, on every common file system
 SUFFIX_BYTES = len(".mp4")  # .png and .txt are as long
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
-_NO_NAME = frozenset('<>:"|?*')  # in no name on Windows, and on its file systems wherever they are mounted
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # devices, whatever follows the dot
 
 
@@ -213,8 +212,6 @@ def name_problem(name: str) -> str | None:
     """Why no clip can be called so; None for a name that every common file system takes."""
     if set(name) & set("/\\"):
         return "must be a file name, not a path"
-    if found := sorted(set(name) & _NO_NAME):
-        return f"must hold none of {' '.join(sorted(_NO_NAME))}, which exFAT and NTFS refuse; it has {found[0]}"
     if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
         return "must hold no control characters; remove them"
     if name.startswith("."):
@@ -231,7 +228,6 @@ def name_problem(name: str) -> str | None:
 
 def _safe_stem(stem: str) -> str:
     """What the prompts of a table without names are called: its own name, as far as a clip can have it."""
-    odd = ("Cc", "Cs", "Zl", "Zp")
-    shown = "".join("_" if one in _NO_NAME or unicodedata.category(one) in odd else one for one in stem)
+    shown = "".join("_" if unicodedata.category(one) in ("Cc", "Cs", "Zl", "Zp") else one for one in stem)
     shown = shown.replace("\\", "_").strip().lstrip(".-").encode()[:200].decode(errors="ignore")
     return shown if shown and not name_problem(shown) else "sample"

@@ -62,7 +62,6 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "a column twice": ("text,name,name\na,b,c\n", "column 'name' is there twice"),
     "a path": ("text,name\na,../x\n", r"line 2: name '\.\./x' must be a file name"),
     "a path of Windows": ("text,name\na,x\\y\n", "must be a file name"),
-    "a name for no exFAT": ("text,name\na,16:9\n", "must hold none of .* exFAT and NTFS refuse; it has :"),
     "a reference": ("text,ref\na,x.png\n", "line 2 has a ref"),
     "no text": ("text,name\n,x\n", "line 2 has no text"),
     "a short row": ("name,text\nx\n", "line 2 has no text"),
@@ -137,7 +136,7 @@ def test_names_at_the_limit_of_a_file_name(tmp_path: Path) -> None:
             names_of(tmp_path, content, num_sample=more.get("k", 1))
 
 
-@pytest.mark.parametrize("stem", ["s" * 240, "😀" * 60, "-rf", ".hidden", "con", "a\nb", "x\\y", "   ", "16:9"])
+@pytest.mark.parametrize("stem", ["s" * 240, "😀" * 60, "-rf", ".hidden", "con", "a\nb", "x\\y", "   "])
 def test_any_name_of_a_table_gives_names_for_its_prompts(tmp_path: Path, stem: str) -> None:
     name = names_of(tmp_path, "text\na\n", file=f"{stem}.csv")[0]  # type: ignore[arg-type]
     assert name.endswith("_0000") and name.isprintable() and name[0] not in ".-" and len(name.encode()) <= 251
