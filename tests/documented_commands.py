@@ -184,6 +184,8 @@ def prepare(folder: Path) -> Path:
         command = [sys.executable, "-m", "data_pipeline.shapes", *shapes]
         subprocess.run(command, cwd=clone, check=True, stdout=subprocess.DEVNULL)
         shutil.copy(clone / name / "train.csv", clone / name / "captions.csv")
+    index = [sys.executable, "-m", "data_pipeline.index", "my_clips", "--out", "clips.csv"]  # also for --only
+    subprocess.run(index, cwd=clone, check=True, stdout=subprocess.DEVNULL)
     (clone / "prompts.csv").write_text("text\na red circle moves left\n", encoding="utf-8")
     (clone / "lines.txt").write_text("seed=1\nseed=2\n", encoding="utf-8")
     return clone
