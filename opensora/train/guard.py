@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from acceleration import replicas
-from acceleration.sealed import ANY, COUNT, NUMBER, WHOLE, Each, Shape
 from acceleration.waiting import WAITING
 from opensora.config import GuardConfig
 from opensora.utils.logging import announce
@@ -28,12 +27,6 @@ from opensora.utils.logging import announce
 if TYPE_CHECKING:
     from opensora.train.run import Run
 
-STATE: Shape = {  # of what ``Guard.state`` gives
-    **dict.fromkeys(("left_out?", "row?", "returns?"), COUNT),
-    "bad?": [WHOLE, WHOLE],
-    **dict.fromkeys(("losses?", "norms?"), Each(NUMBER, list)),
-    "...": ANY,
-}
 RECOVERED = 100  # updates beyond the last bad one after which a trouble is over
 
 

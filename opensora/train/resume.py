@@ -11,10 +11,9 @@ from acceleration.checkpoint.folder import candidates
 from acceleration.checkpoint.storage import MANIFEST, step_name
 from acceleration.engines import Engine
 from acceleration.runtime import Runtime
-from acceleration.sealed import ANY, COUNT, FLAG, NULL, OBJECT, TEXT, Shape, mismatch
+from acceleration.sealed import ANY, COUNT, FLAG, NULL, NUMBER, OBJECT, TEXT, WHOLE, Each, Shape, mismatch
 from opensora import config
 from opensora.config import RunConfig
-from opensora.train import guard
 from opensora.utils.errors import UserError
 from opensora.utils.logging import announce
 from opensora.utils.typed import plain
@@ -29,6 +28,12 @@ FREE = (
 )
 NOT_FREE = ("parallel.precision",)  # but those that may not
 ASIDE = ("name", "validate")  # settings that leave the numbers of training as they are, said last
+_GUARD: Shape = {  # of what ``Guard.state`` gives, as a manifest holds it
+    **dict.fromkeys(("left_out?", "row?", "returns?"), COUNT),
+    "bad?": [WHOLE, WHOLE],
+    **dict.fromkeys(("losses?", "norms?"), Each(NUMBER, list)),
+    "...": ANY,
+}
 _INFO: Shape = {  # of ``checkpoint_info`` in a manifest; what came later may be missing
     "model": OBJECT,
     "optimizer": TEXT,
@@ -39,7 +44,7 @@ _INFO: Shape = {  # of ``checkpoint_info`` in a manifest; what came later may be
     "config?": OBJECT,
     "config_hash?": TEXT,
     "world_size?": COUNT,
-    "guard?": guard.STATE,
+    "guard?": _GUARD,
     "...": ANY,
 }
 
