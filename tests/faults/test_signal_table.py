@@ -1,6 +1,6 @@
 """Every signal to everything that can receive one: exit code, time, state on disk, what is left behind.
 
-The default run has a few; ``-m slow`` has all, most of them three times. The table is printed with -s, and kept up to
+The default run has a few; ``-m slow`` has all, three times each. The table is printed with -s, and kept up to
 date in a file while the tests run:
 
     OPENSORA_SIGNAL_TABLE=table.md python -m pytest -m "slow or not slow" -s tests/faults/test_signal_table.py
@@ -36,7 +36,6 @@ SILENT_S = 60.0  # without a word, and without a tick of computing by any of its
 LOOK_S = 2.0  # between two looks at that
 SLOW_STEP_S = 8.0  # in which a second signal comes
 TIMES = int(os.environ.get("OPENSORA_SIGNAL_TIMES", 3))
-ONCE = ("its process group", "a pipeline", "torchrun")  # the same process as torchrun.sh; not ours
 # To the whole of it, so that the reader ends with the signal, and nobody reads what the run says.
 PIPELINE = ["bash", "-c", 'trap : TERM INT HUP QUIT USR1 USR2; "$@" 2>&1 | cat >&2; exit ${PIPESTATUS[0]}', "-"]
 ROW = "signal x receiver: exit code, state and leftovers as promised"
@@ -398,9 +397,8 @@ def test_a_signal_ends_in_a_saved_state(receiver: str, name: str, config: Path, 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("receiver", "name"), EVERY)
 def test_every_signal_to_every_receiver(receiver: str, name: str, config: Path, tmp_path: Path, tally: Tally) -> None:
-    times = 1 if receiver in ONCE else TIMES
-    with ThreadPoolExecutor(times) as pool:  # at the same time, which loads the machine
-        endings = pool.map(lambda i: stop(receiver, name, config, tmp_path / f"{i}"), range(times))
+    with ThreadPoolExecutor(TIMES) as pool:  # at the same time, which loads the machine
+        endings = pool.map(lambda i: stop(receiver, name, config, tmp_path / f"{i}"), range(TIMES))
     for ending in endings:
         check(receiver, name, ending)
         tally(ROW, 1, 1)
