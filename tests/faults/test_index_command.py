@@ -415,7 +415,8 @@ def grow(draw: random.Random, folder: Path, contents: list[bytes], depth: int = 
         elif kind < 8 and depth < 3:
             grow(draw, folder / f"d{number}", contents, depth + 1)
         else:
-            path.symlink_to(draw.choice(["..", ".", "nowhere", f"d{number}", "f0.mp4", path.name]))
+            up = ".." if depth else "."  # never out of the folder that is indexed
+            path.symlink_to(draw.choice([up, ".", "nowhere", f"d{number}", "f0.mp4", path.name]))
 
 
 ENCODINGS = ("utf-8", "utf-8", "utf-16", "utf-8-sig")
@@ -433,7 +434,7 @@ def things_in(folder: Path) -> int:
 
 
 def add_up(draw: random.Random, folder: Path, contents: list[bytes], capsys: pytest.CaptureFixture[str]) -> bool:
-    """Index a random folder; whether there was a table. Links only lead within it, so each path is seen once."""
+    """Index a random folder; whether there was a table. Links lead within it only, so each path is seen once."""
     grow(draw, folder, contents)
     out = folder.parent / f"{folder.name}.csv"
     run = Run(folder, out, capsys)
