@@ -33,6 +33,7 @@ from tests.faults.runs import descendants
 from tests.faults.test_launch import stub
 
 SILENT_S = 60.0  # without a word, and without a tick of computing by any of its processes: then a command hangs
+DEAF_STEPS = 200  # made after a signal: then nobody has heard it
 LOOK_S = 2.0  # between two looks at that
 SLOW_STEP_S = 8.0  # in which a second signal comes
 TIMES = int(os.environ.get("OPENSORA_SIGNAL_TIMES", 3))
@@ -133,7 +134,7 @@ class Command:
             threading.Thread(target=drain, args=(self.keyboard, self.said), daemon=True).start()
         with self.said.open("ab") as said:
             self.process = subprocess.Popen(
-                [*words, *arguments],
+                ["env", "--default-signal", *words, *arguments],  # tests run under nohup too, which ignores SIGHUP
                 stdin=terminal or subprocess.DEVNULL,
                 stdout=terminal or subprocess.DEVNULL,
                 stderr=terminal or said,
@@ -182,7 +183,9 @@ class Command:
 
     def ending(self, since: float) -> Ending:
         """Wait for the end of the command, then look around."""
-        self._wait(lambda: self.process.poll() is not None, THE_END)
+        last = self.reached() + DEAF_STEPS
+        self._wait(lambda: self.process.poll() is not None or self.reached() > last, THE_END)
+        assert self.process.poll() is not None, f"the run goes on as if there had been no signal: {self.text()[-2000:]}"
         seconds = time.monotonic() - since
         for _ in range(100):  # what is ending needs a moment on a busy machine
             if not (left := marked(self.mark)):
