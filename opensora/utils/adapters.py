@@ -421,13 +421,17 @@ class _PeftConfig:
         return math.sqrt(rank) if self.values.get("use_rslora") else float(rank)
 
     def _of(self, layer: str, patterns: str, otherwise: Any) -> Any:
-        """The value of the first pattern that names the layer, or its last parts where it does not begin with ^."""
-        parts = layer.removeprefix(PREFIX).split(".")
-        for pattern, value in (self.values.get(patterns) or {}).items():
+        """The value of the layer's own name, as much of it as is there: diffusers writes one for every layer, and
+        ``proj_out`` is the end of many. Else of the first pattern that names the layer, or its last parts where it
+        does not begin with ^."""
+        found, parts = self.values.get(patterns) or {}, layer.removeprefix(PREFIX).split(".")
+        ends = [".".join(parts[start:]) for start in range(len(parts))]
+        if own := next((end for end in ends if end in found), None):
+            return found[own]
+        for pattern, value in found.items():
             expression = pattern.removeprefix("^").removesuffix("$")
-            for start in range(1 if pattern.startswith("^") else len(parts)):
-                if re.fullmatch(expression, ".".join(parts[start:])):
-                    return value
+            if any(re.fullmatch(expression, end) for end in (ends[:1] if pattern.startswith("^") else ends)):
+                return value
         return otherwise
 
 

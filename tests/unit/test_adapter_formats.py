@@ -309,6 +309,16 @@ def test_many_random_adapters_in_every_format(format: str, tmp_path: Path) -> No
         check(format, list(LAYOUTS)[seed % 4], seed, folder)
 
 
+def test_a_name_is_not_taken_for_the_end_of_another(tmp_path: Path) -> None:
+    """``proj_out`` of the model comes before that of a block."""
+    rows = diffusers_rows()
+    names = ["proj_out", "single_transformer_blocks.0.proj_out"]
+    shapes = {name: (sum(b - a for _, a, b in rows[name]), linears(FLUX)[rows[name][0][0]][1]) for name in names}
+    lows = {name: draw_low(shapes[name], rank, 2.0 * rank, name) for rank, name in ((3, names[0]), (1, names[1]))}
+    exported = _exported(diffusers_metadata(lows, tmp_path), FLUX, "lora").exported
+    assert exported is not None and sorted(rank for rank, _ in exported.sizes().values()) == [1, 3]
+
+
 # -- What a file says, or does not --
 
 PROJ = "double_blocks.0.img_attn.proj"
