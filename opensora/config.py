@@ -280,13 +280,19 @@ def check_fit(model: ModelConfig, vae: AutoencoderConfig, text: TextConfig) -> N
     The widths of T5 and CLIP are in their files: ``opensora.models.text.check_text_encoder`` looks there.
 
     Raises:
-        ValueError: a width of the model that does not fit, with the one that does.
+        ValueError: a width of the model that does not fit, with the one that does. One output channel would be taken
+            for all of them without an error.
     """
     channels = autoencoder_shape(vae).channels * model.patch_size**2
     if model.in_channels != channels:
         raise ValueError(
             f"model.in_channels={model.in_channels}: vae.kind={vae.kind} with model.patch_size={model.patch_size} "
             f"gives {channels} channels per token; set model.in_channels={channels}"
+        )
+    if model.out_channels not in (None, channels):
+        raise ValueError(
+            f"model.out_channels={model.out_channels}: a velocity has the {channels} channels per token of what it "
+            f"moves; set model.out_channels={channels}, or null"
         )
     if not isinstance(text, ByteTextConfig):
         return

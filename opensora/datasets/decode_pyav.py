@@ -73,6 +73,7 @@ _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 _MOST_FRAMES = 2**24  # of a clip: six days at 30 per second
 _MOST_STRETCH = 16  # of pixels, in width or height: beyond is a damaged header
 _LEAST_STRETCH = Fraction(1, 200)  # off square: less is a rounded header, and not worth the loss of scaling
+_PALETTE = "pal8"  # pixel format whose colours may be transparent, as those of PNG
 _HD_WIDTH, _SD_HEIGHT = 1280, 576
 # Numbers of AVColorSpace, AVColorRange and AVColorTransferCharacteristic.
 _UNTAGGED_MATRIX = (2, 3)  # unspecified, reserved
@@ -376,7 +377,9 @@ class _Window:
             self._frames = self._allocate((len(self.slots), *self._size(stored), 3))
         height, width = stored.turn.shape(*self._frames.shape[1:3])
         if stored.has_alpha:
-            opaque = on_background(self._convert(frame, stored, stored.height, stored.width, "rgba"), self._background)
+            rgba = self._convert(frame, stored, stored.height, stored.width, "rgba")
+            unused = stored.pixels == _PALETTE and not rgba[..., 3].any()  # a palette without alpha, its bytes left 0
+            opaque = rgba[..., :3] if unused else on_background(rgba, self._background)
             picture = scale_rgb(np.ascontiguousarray(opaque), lambda *_: (height, width))
         else:
             picture = self._convert(frame, stored, height, width, "rgb24")
@@ -417,7 +420,7 @@ class _Window:
 def _stored(source: Source, frame: VideoFrame) -> _Stored:
     with parsing(partial(DecodeError, source.path)):
         layout = frame.format
-        has_alpha = any(component.is_alpha for component in layout.components)
+        has_alpha = layout.name == _PALETTE or any(component.is_alpha for component in layout.components)
         facts = (frame.height, frame.width, layout.name, has_alpha)
         colours = (frame.colorspace, frame.color_range, frame.color_trc)
         side_data: Any = frame.side_data  # iterates over its values, unlike a mapping

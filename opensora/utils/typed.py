@@ -18,6 +18,7 @@ from opensora.utils.limits import beyond_limit
 from opensora.utils.yaml_strict import Keys, Lines, dotted
 
 TABLE = "table"  # metadata: {kind: dataclass}, the section's class is chosen by its key ``kind``
+MOST_WHOLE = 2**63  # what tensors, generators and files hold
 LONGEST_NAME = 100  # characters that are compared with known names
 SIZES = "sizes"  # metadata: {kind: {size: instance}}, the key ``size`` names the instance to start from
 
@@ -205,7 +206,7 @@ class _Builder:
         if isinstance(value, (dict, list)):
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
                 self.anything(item, (*keys, key))
-        if isinstance(value, (float, str)):
+        if isinstance(value, (int, float, str)):
             return self.scalar(type(value), value, keys)
         return value
 
@@ -256,6 +257,8 @@ class _Builder:
 
     def scalar(self, hint: Any, value: Any, keys: Keys) -> Any:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and isinstance(value, int) and abs(value) >= MOST_WHOLE:  # from Python; YAML refuses it earlier
+            raise self.fail(keys, ": a whole number beyond 64 bits")
         if hint is float and is_number:
             if not math.isfinite(value):
                 raise self.fail(keys, f"={value}: wanted a finite number")

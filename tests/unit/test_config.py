@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -200,6 +201,8 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     # across sections
     "adapters of nothing": (None, ["lora.rank=4"], "lora.rank=4: adapters need weights to adapt; give train.init_from"),
     "channels that do not fit": (None, ["vae.channels=32"], "model.in_channels=64: vae.kind=dct"),
+    "output channels that do not fit": (None, ["model.out_channels=7"], "model.out_channels=7: a velocity has the 64"),
+    "one output channel for all": (None, ["model.out_channels=1"], "model.out_channels=1: a velocity has the 64"),
     "text that does not fit": (None, ["text.dim=128"], "model.context_in_dim=256: text.kind=bytes gives 128"),
     "unknown engine": (None, ["parallel.engine=fsdp"], "parallel.engine='fsdp': allowed are native, deepspeed, coloss"),
     "tensor axis elsewhere": (
@@ -623,3 +626,17 @@ def test_configurations_of_python_scripts(good: Path) -> None:
         with pytest.raises(UserError) as error:
             load_config(RunConfig, OmegaConf.create(odd))
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["seed", "text.seed", "optim.lr", "train.steps", "data.buckets.64px.1"])
+@pytest.mark.parametrize("value", [10**400, -(2**63), 2**64])
+def test_whole_numbers_of_python_have_64_bits(key: str, value: int) -> None:
+    """A dict may hold what no YAML of ours says, and what no tensor or file could hold."""
+    layer: Any = OmegaConf.to_container(OmegaConf.create(GOOD))
+    *above, last = key.split(".")
+    inner = layer
+    for name in above:
+        inner = inner.setdefault(int(name) if name.isdigit() else name, {})
+    inner[int(last) if last.isdigit() else last] = [1.0, value] if last.isdigit() else value
+    with pytest.raises(UserError, match=rf"^{re.escape(key)}(\.1)?: a whole number beyond 64 bits$"):
+        load_config(RunConfig, layer)

@@ -379,6 +379,44 @@ def test_transparent_clips(kind: str, tmp_path: Path) -> None:
     assert small.shape == (4, HEIGHT // 2, WIDTH // 2, 3) and small[:, :, : edge // 2 - 3].min() > 240
 
 
+def palette_movie(path: Path, transparency: bytes | None) -> Path:
+    """Four pictures, the left half of colour 1 and the right half of colour 2, in a palette of PNG."""
+    indices = np.ones((HEIGHT, WIDTH), np.uint8)
+    indices[:, WIDTH // 2 :] = 2
+    image = Image.fromarray(indices, "P")
+    image.putpalette([0, 0, 0, 255, 0, 0, 0, 0, 255])
+    encoded = io.BytesIO()
+    image.save(encoded, "PNG", **({} if transparency is None else {"transparency": transparency}))
+    with av.open(str(path), "w") as out:
+        stream: Any = out.add_stream("png", rate=10)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "pal8"
+        for number in range(4):
+            packet = av.Packet(encoded.getvalue())
+            packet.stream, packet.pts, packet.dts, packet.duration = stream, number, number, 1
+            packet.time_base, packet.is_keyframe = Fraction(1, 10), True
+            out.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".mov", ".avi"])
+@pytest.mark.parametrize(
+    ("transparency", "left", "right"),
+    [
+        (None, (255, 0, 0), (0, 0, 255)),
+        (b"\xff\x00\xff", (0, 255, 0), (0, 0, 255)),
+        (b"\xff\x80\x00", (128, 127, 0), (0, 255, 0)),
+        (b"\x00\x00\x00", (255, 0, 0), (0, 0, 255)),  # nothing would be seen: decoders leave the byte 0 as well
+    ],
+)
+def test_transparent_colours_of_a_palette(
+    suffix: str, transparency: bytes | None, left: tuple[int, ...], right: tuple[int, ...], tmp_path: Path
+) -> None:
+    path = palette_movie(tmp_path / f"a{suffix}", transparency)
+    assert probe(str(path)).num_frames == 4
+    frames = read_frames(str(path), 0, 4, background=(0, 255, 0)).astype(int)
+    assert abs(frames[:, :, : WIDTH // 2] - left).max() <= 1 and abs(frames[:, :, WIDTH // 2 :] - right).max() <= 1
+
+
 @pytest.mark.parametrize("suffix", [".webp", ".apng", ".gif", ".avif", ".png"])
 def test_animated_pictures_are_clips(suffix: str, tmp_path: Path) -> None:
     """Also by a name of a still; their frames, times and windows."""
