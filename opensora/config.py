@@ -333,7 +333,7 @@ def load_config(cls: type[T], source: str | Path | Mapping[str, Any], overrides:
 
 def config_from_argv(cls: type[T], argv: Sequence[str], description: str) -> T:
     """``CONFIG.yaml [overrides]`` as typed on a command line; ``--help`` explains it and exits."""
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv[0] == "-h" or "--help" in argv:
         print(
             f"{description}\n\nusage: CONFIG.yaml [section.key=value | --section.key value | --section.key=value] ...\n"
             "All keys with their defaults: docs/configuration.md"
@@ -551,5 +551,7 @@ def _override_value(cls: type, keys: Keys, text: str) -> Any:
     if any(wants_text(hint) for hint in hints):
         if text == "null" and any(type(None) in getattr(hint, "__args__", ()) for hint in hints):
             return None
+        return text
+    if text.startswith("*") and Any in hints:  # a glob: aliases of YAML are not allowed anyway
         return text
     return parse_value(text, keys)

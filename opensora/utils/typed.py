@@ -7,6 +7,7 @@ from ``__post_init__``. Nothing is converted but a whole number into a float and
 import dataclasses
 import difflib
 import math
+import re
 import types
 import unicodedata
 from collections.abc import Iterable, Mapping
@@ -119,11 +120,18 @@ class _Builder:
     def __init__(self, lines: Lines) -> None:
         self.lines = lines
 
-    def fail(self, keys: Keys, text: str) -> UserError:
-        """The error for a key path, with the place that set it, or a key in it, or the nearest section that has one."""
+    def fail(self, keys: Keys, text: str, about: Keys = ()) -> UserError:
+        """The error for a key path, with the place that set it, or a key in it, or the nearest section that has one.
+
+        Args:
+            about: what ``text`` is of, below ``keys``: its place is said where it is known.
+        """
+        exact = (*keys, *about)
+        set_by = (self.lines[exact[:n]] for n in range(len(exact), len(keys), -1) if exact[:n] in self.lines)
         below = (place for known, place in self.lines.items() if known[: len(keys)] == keys)
         above = (self.lines[keys[:n]] for n in range(len(keys) - 1, 0, -1) if keys[:n] in self.lines)
-        place = self.lines.get(keys) or next(below, "") or next(above, "") if keys else ""
+        fallback = self.lines.get(keys) or next(below, "") or next(above, "") if keys else ""
+        place = next(set_by, "") or fallback
         name = dotted(keys) or ("''" if keys else "")
         return UserError(f"{name}{text}{f' ({place})' if place else ''}")
 
@@ -155,7 +163,7 @@ class _Builder:
         except UserError as error:
             raise self.fail(keys, f": {error}" if keys else str(error)) from error
         except ValueError as error:
-            raise self.fail(keys, _joined(str(error), fields, bool(keys))) from error
+            raise self.fail(keys, _joined(str(error), fields, bool(keys)), _field_of(str(error), fields)) from error
 
     def field(self, field: "dataclasses.Field[Any]", hint: Any, value: Any, keys: Keys) -> Any:
         if TABLE not in field.metadata:
@@ -320,6 +328,15 @@ def is_table(hint: Any) -> bool:
     if _is_union(hint):
         return any(is_table(member) for member in get_args(hint))
     return _is_mapping(hint)
+
+
+def _field_of(message: str, fields: Iterable[str]) -> Keys:
+    """The key path at the head of a dataclass's own message, as far as it is in a configuration; ``()``: none."""
+    head = re.match(r"[A-Za-z_][\w.:]*", message)
+    path = head[0].rstrip(".:").split(".") if head else []
+    if not path or path[0] not in fields:
+        return ()
+    return tuple(int(part) if part.isascii() and part.isdigit() and len(part) < 19 else part for part in path)
 
 
 def _joined(message: str, fields: Iterable[str], nested: bool) -> str:

@@ -117,6 +117,8 @@ def _yaml_message(error: yaml.YAMLError, source: str) -> str:
     problem = str(getattr(error, "problem", None) or getattr(error, "reason", None) or error)
     if "'\\t'" in problem:
         return f"{place}: a tab where YAML wants spaces; indent with spaces"
+    if "while scanning an alias" in str(getattr(error, "context", "")):
+        return f"{place}: * begins an alias, which is not allowed; put text that begins with * in quotes"
     if "but found another document" in problem:
         return f"{place}: a second document begins; a configuration is one document"
     return f"{place}: not valid YAML: {problem}"
@@ -191,7 +193,10 @@ def _scalar(text: str, keys: Keys, place: str) -> Any:
     if _BASED_INT.match(text):
         return _bounded(text, 0, name, place)
     if _FLOAT.match(text):
-        return float(text)
+        number = float(text)
+        if number == 0 and re.search(r"[1-9]", re.split("[eE]", text)[0]):
+            raise UserError(f"{name}={text} ({place}): is closer to 0 than numbers can be; write 0 if that is meant")
+        return number
     if _INFINITE.match(text):
         return math.nan if text[1] in "nN" else math.copysign(math.inf, -1 if text[0] == "-" else 1)
     return text

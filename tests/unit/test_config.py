@@ -306,6 +306,26 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     "a value is missing before another": (None, ["--train.steps", "--seed=1"], "--train.steps: a value is missing"),
     "an empty key": (None, ["train..steps=1"], "train..steps=1: an empty key"),
     "a value that is no YAML": (None, ["optim.betas=[1"], "optim.betas (command line): not valid YAML"),
+    "an alias": (None, ["optim.lr=*a"], "optim.lr (command line): aliases and anchors (*a) are not allowed"),
+    "a star": (None, ["optim.lr=*"], "optim.lr (command line): * begins an alias, which is not allowed; put text"),
+    "a number that would become 0": (None, ["optim.lr=1e-400"], "optim.lr=1e-400 (command line): is closer to 0 than"),
+    "a value of a section that its own file sets too": (
+        None,
+        ["data.workers=-1"],
+        "data.workers=-1: allowed are numbers >= 0 (command line)",
+    ),
+    "a value in a table that the file sets too": (
+        None,
+        ["data.buckets.64px.9=[2, 1]"],
+        "probabilities are numbers from 0 to 1; write [keep_prob, batch_size] or [[keep_prob, length_prob], batch_size]"
+        " (command line)",
+    ),
+    "a value of a file beside one of the command line": (
+        swapped("table: clips.csv", "table: clips.csv\n  pack: 3"),
+        ["data.workers=1"],
+        "data.pack=3: allowed are divisors of micro_batches=1; micro_batches over the number of data-parallel processes "
+        "suits (run.yaml:7)",
+    ),
     "an interpolation": (None, ["train.steps=${x}"], "train.steps=${x} (command line): ${...} is not replaced"),
 }
 
@@ -640,3 +660,17 @@ def test_whole_numbers_of_python_have_64_bits(key: str, value: int) -> None:
     inner[int(last) if last.isdigit() else last] = [1.0, value] if last.isdigit() else value
     with pytest.raises(UserError, match=rf"^{re.escape(key)}(\.1)?: a whole number beyond 64 bits$"):
         load_config(RunConfig, layer)
+
+
+@pytest.mark.parametrize("pattern", ["*.csv", "**/clips.parquet", "*"])
+def test_a_glob_needs_no_quotes_on_the_command_line(pattern: str, good: Path) -> None:
+    assert load_config(RunConfig, good, [f"data.table={pattern}"]).data.table == pattern
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["run.yaml", "--help"], ["run.yaml", "seed=x", "--help"]])
+def test_help_is_given_wherever_it_is_asked_for(
+    argv: list[str], good: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        config_from_argv(RunConfig, argv, "Train.")
+    assert caught.value.code == 0 and "usage: CONFIG.yaml" in capsys.readouterr().out
