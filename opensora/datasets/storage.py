@@ -105,7 +105,8 @@ def _place_of(path: str, name: str, members: Members) -> tuple[int, int]:
         raise DecodeError(path, f"the archive has no member {name}")
     place = members[name]
     if place is None:
-        raise DecodeError(path, "the member is compressed, encrypted, sparse or a link; store it as it is (tar, or zip -0)")
+        how = "compressed, encrypted, sparse or a link"
+        raise DecodeError(path, f"the member is {how}; store it as it is (tar, or zip -0)")
     return place
 
 

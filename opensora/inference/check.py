@@ -76,9 +76,8 @@ def check_validation(cfg: RunConfig, world_size: int) -> None:
 def announce_size(key: str, asked: SamplingOption, made: SamplingOption) -> None:
     """Say so where the size that was asked for is none that the model can make."""
     if asked.width is not None and (asked.width, asked.height) != (made.width, made.height):
-        announce(
-            f"{key}: width={asked.width}, height={asked.height} become {made.width}x{made.height}, the next whole tokens"
-        )
+        size = f"width={asked.width}, height={asked.height}"
+        announce(f"{key}: {size} become {made.width}x{made.height}, the next whole tokens")
 
 
 def fit_option(key: str, option: SamplingOption, model: MMDiTConfig, shape: AutoencoderShape) -> SamplingOption:

@@ -24,8 +24,11 @@ from acceleration.runtime import restart_count
 from acceleration.sealed import COUNT, FLAG, NULL, TEXT, Shape, seal, unseal
 from opensora import config
 from opensora.config import RunConfig
+from opensora.utils import digests
+from opensora.utils.adapters import CONFIG, WEIGHTS
 from opensora.utils.errors import UserError
 from opensora.utils.logging import METRICS_NAME, WANDB_ID_NAME, announce
+from opensora.utils.weights import INDEX, SINGLE
 from opensora.utils.yaml_strict import read_yaml
 
 DONE = "DONE"  # in the folder of a run that is finished
@@ -35,6 +38,8 @@ BEAT_S = 5.0
 REREAD_S = 0.05  # between two looks at a file that may be in the middle of a write
 STALE_S = 30.0  # an owner that did not count for so long is dead
 FILES = (LOCK, OWNER, DONE, config.SAVED_NAME, METRICS_NAME, WANDB_ID_NAME)  # what a run writes in its folder
+# What an export is renamed over, at the very end of a run; numbered files of large models are looked up.
+EXPORTED = (SINGLE, INDEX, WEIGHTS, CONFIG, config.SAVED_NAME, digests.NAME)
 FOLDERS = ("checkpoints", "exported", "hangs", "jobs", "samples", "tensorboard", "unreadable")
 _DONE: Shape = {"steps": COUNT, "exported": FLAG}
 _OWNER: Shape = {
@@ -211,7 +216,9 @@ def check_places(folder: Path) -> None:
     Raises:
         UserError: there is, with its name.
     """
-    for wanted, names in (("a file", FILES), ("a folder", FOLDERS)):
+    exported = {f"exported/{name}" for name in EXPORTED}
+    exported |= {f"exported/{path.name}" for path in (folder / "exported").glob("*.safetensors")}
+    for wanted, names in (("a folder", FOLDERS), ("a file", (*FILES, *sorted(exported)))):
         for name in names:
             try:
                 found = kind_of((folder / name).stat().st_mode)

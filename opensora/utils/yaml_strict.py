@@ -19,6 +19,7 @@ from opensora.utils.untrusted import parsing
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
+MAX_VALUES = 20_000  # keys and values of a file; the reader takes seconds for so many
 MAX_KEY = 80  # characters of a key in a message
 COMMAND_LINE = "command line"  # the source of a value that no file holds
 
@@ -130,7 +131,7 @@ class _StrictComposer(yaml.SafeLoader):
     def __init__(self, text: str, source: str) -> None:
         super().__init__(text)
         self.source = source
-        self.depth = 0
+        self.depth = self.values = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
@@ -139,6 +140,9 @@ class _StrictComposer(yaml.SafeLoader):
             raise UserError(f"{place}: aliases and anchors (*{event.anchor}) are not allowed; write the value out")
         if getattr(event, "tag", None) is not None:
             raise UserError(f"{place}: the tag {event.tag} is not allowed; values are plain data, text goes in quotes")
+        self.values += 1
+        if self.values > MAX_VALUES:
+            raise UserError(f"{place}: more than {MAX_VALUES} keys and values; give long lists as files (prompt_csv)")
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise UserError(f"{place}: nested deeper than {MAX_DEPTH} levels")

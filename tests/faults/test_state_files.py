@@ -324,6 +324,18 @@ def test_something_else_in_the_place_of_a_file_is_named(
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.parametrize("name", [*run_folder.EXPORTED, "model-00002-of-00003.safetensors"])
+def test_a_folder_in_the_place_of_an_exported_file_is_named_before_the_run(name: str, cfg: RunConfig) -> None:
+    """Not after it, when the export is renamed over it."""
+    path = cfg.folder / "exported" / name
+    path.mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))}: a folder, must be a file; move it away"):
+        check_places(cfg.folder)
+    path.rmdir()
+    path.touch()
+    check_places(cfg.folder)
+
+
 def test_a_file_in_the_place_of_a_folder_is_named(cfg: RunConfig) -> None:
     check_places(cfg.folder)
     for name in run_folder.FOLDERS:
