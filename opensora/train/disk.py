@@ -1,5 +1,6 @@
 """Whether a run can leave what it is going to leave, asked before it starts."""
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -33,10 +34,13 @@ def check_writable(cfg: RunConfig) -> Path:
     key = f"output={cfg.output}"
     if not place.is_dir():
         raise UserError(f"{key}: {place} is a file, and should be a folder; choose another output, or another name")
-    try:
-        Path(tempfile.mkdtemp(dir=place, prefix=".can-write-")).rmdir()
-    except OSError as error:
-        raise UserError(f"{key}: {place} cannot be written ({error.strerror}); choose another output") from None
+    kept = [cfg.folder / name for name in ("checkpoints", "exported", "samples")]
+    for folder in (place, *(path for path in kept if os.path.lexists(path))):
+        try:
+            Path(tempfile.mkdtemp(dir=folder, prefix=".can-write-")).rmdir()
+            os.listdir(folder)
+        except OSError as error:
+            raise UserError(f"{key}: {folder} cannot be written ({error.strerror}); choose another output") from None
     return place
 
 

@@ -6,6 +6,7 @@ Where that cannot be relied on, ``owner.json`` decides: its owner counts in it e
 stands still is dead. Waiting is measured on this process's monotonic clock only: machines need not agree on the time.
 """
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -217,7 +218,8 @@ def check_places(folder: Path) -> None:
         UserError: there is, with its name.
     """
     exported = {f"exported/{name}" for name in EXPORTED}
-    exported |= {f"exported/{path.name}" for path in (folder / "exported").glob("*.safetensors")}
+    with contextlib.suppress(OSError):  # said below
+        exported |= {f"exported/{path.name}" for path in (folder / "exported").glob("*.safetensors")}
     for wanted, names in (("a folder", FOLDERS), ("a file", (*FILES, *sorted(exported)))):
         for name in names:
             try:

@@ -24,6 +24,7 @@ from opensora.datasets import features
 from opensora.models.mmdit.convert import WeightFile
 from opensora.train import resume, run_folder
 from opensora.train.calibrate import measured
+from opensora.train.disk import check_writable
 from opensora.train.run_folder import DONE, OWNER, RunLock, check_places, finished, write_config, write_done
 from opensora.utils import digests
 from opensora.utils import logging as logs
@@ -334,6 +335,25 @@ def test_a_folder_in_the_place_of_an_exported_file_is_named_before_the_run(name:
     path.rmdir()
     path.touch()
     check_places(cfg.folder)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "exported", "samples"])
+def test_what_a_run_writes_into_is_tried_before_it(
+    name: str, cfg: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = cfg.folder / name
+    place.mkdir(parents=True, exist_ok=True)
+    assert check_writable(cfg) == cfg.folder and os.listdir(place) == []
+    real = tempfile.mkdtemp
+
+    def refused(*arguments: Any, dir: Any, **options: Any) -> str:
+        if Path(dir).name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(dir))
+        return real(*arguments, dir=dir, **options)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refused)
+    with pytest.raises(UserError, match=re.escape(f": {place} cannot be written (Permission denied)")):
+        check_writable(cfg)
 
 
 def test_a_file_in_the_place_of_a_folder_is_named(cfg: RunConfig) -> None:
