@@ -86,7 +86,8 @@ def damaged(folder: Path, names: Collection[str], listed: Mapping[str, str]) -> 
     with ThreadPoolExecutor(THREADS) as pool:
         for name, found in zip(checked, pool.map(lambda name: _digest_of(folder / name), checked), strict=True):
             if isinstance(found, OSError):
-                return f"{folder / name}: cannot be read ({found.strerror or found}); make it readable, or copy it again"
+                reason = found.strerror or found
+                return f"{folder / name}: cannot be read ({reason}); make it readable, or copy it again"
             if found != listed[name]:
                 return (
                     f"{folder / name}: damaged, or changed since it was exported (its SHA-256 is not that in {NAME}): "

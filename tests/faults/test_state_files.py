@@ -1,10 +1,12 @@
 """Small files that a run writes and reads again, damaged: rebuilt with a line, or refused in one, never a traceback."""
 
+import errno
 import json
 import logging
 import os
 import random
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
