@@ -197,10 +197,10 @@ def _scalar(text: str, keys: Keys, place: str) -> Any:
     if _BASED_INT.match(text):
         return _bounded(text, 0, name, place)
     if _FLOAT.match(text):
-        number = float(text)
-        if number == 0 and re.search(r"[1-9]", re.split("[eE]", text)[0]):
+        value = float(text)
+        if value == 0 and re.search(r"[1-9]", re.split("[eE]", text)[0]):
             raise UserError(f"{name}={text} ({place}): is closer to 0 than numbers can be; write 0 if that is meant")
-        return number
+        return value
     if _INFINITE.match(text):
         return math.nan if text[1] in "nN" else math.copysign(math.inf, -1 if text[0] == "-" else 1)
     return text
