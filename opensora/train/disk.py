@@ -26,14 +26,15 @@ def check_writable(cfg: RunConfig) -> Path:
     """The part of the path of the run's folder that is there already, which can be written; makes nothing.
 
     Raises:
-        UserError: a file is in the way, or it cannot be written.
+        UserError: a file or a broken link is in the way, or it cannot be written.
     """
     place = cfg.folder
-    while not place.exists() and place != place.parent:
+    while not os.path.lexists(place) and place != place.parent:
         place = place.parent
     key = f"output={cfg.output}"
     if not place.is_dir():
-        raise UserError(f"{key}: {place} is a file, and should be a folder; choose another output, or another name")
+        found = "a file" if place.exists() else "a link to nothing"
+        raise UserError(f"{key}: {place} is {found}, and should be a folder; choose another output, or another name")
     kept = [cfg.folder / name for name in ("checkpoints", "exported", "samples")]
     for folder in (place, *(path for path in kept if os.path.lexists(path))):
         try:

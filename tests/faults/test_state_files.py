@@ -9,6 +9,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from dataclasses import replace as replace_field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -356,6 +357,17 @@ def test_what_a_run_writes_into_is_tried_before_it(
     monkeypatch.setattr(tempfile, "mkdtemp", refused)
     with pytest.raises(UserError, match=re.escape(f": {place} cannot be written (Permission denied)")):
         check_writable(cfg)
+
+
+def test_a_link_to_nothing_is_no_place_for_a_run(cfg: RunConfig, tmp_path: Path) -> None:
+    """A disk that is not there: what is made in its stead would be a run from the beginning."""
+    away = replace_field(cfg, output=str(tmp_path / "links"))
+    (tmp_path / "links").mkdir()
+    away.folder.symlink_to(tmp_path / "unmounted" / "run")
+    with pytest.raises(UserError, match=f"{away.folder} is a link to nothing, and should be a folder; choose another"):
+        check_writable(away)
+    away.folder.unlink()
+    assert check_writable(away) == tmp_path / "links"
 
 
 def test_a_file_in_the_place_of_a_folder_is_named(cfg: RunConfig) -> None:
