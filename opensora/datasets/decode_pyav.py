@@ -66,6 +66,8 @@ _WEAK_CONTENTS = {
 _DECODE_FROM_START = ("gif", "apng")
 # Their packets carry no presentation times; what the demuxer makes up is wrong as soon as frames are reordered.
 _WITHOUT_TIMES = ("avi", "h264", "hevc", "vvc", "m4v", "mpegvideo", "vc1")
+# Of these the codec alone says the rate; the demuxer makes times up for 25 frames a second, and that is their average.
+_BARE_STREAMS = ("h264", "hevc", "vvc", "m4v", "vc1")
 # Where a frame nobody refers to may be left undecoded from packet to packet; libdav1d reads the setting only once.
 _SKIPS_UNUSED = ("h264", "hevc")
 # FFmpeg's own decoders pass over the alpha that WebM stores beside the picture.
@@ -136,7 +138,8 @@ def probe(source: Source, deadline: Deadline) -> Clip:
         stream = _video_stream(source, container, threads=1)
         index = _index(source, container, stream, deadline)
         with parsing(refuse):
-            rate, base = stream.average_rate, stream.time_base
+            bare = container.format.name in _BARE_STREAMS
+            rate, base = (stream.guessed_rate, None) if bare else (stream.average_rate, stream.time_base)
     seen: list[_Stored] = []
     first = _read(source, range(1), None, 1, deadline, new_array, WHITE, seen.append)
     count = len(index.pts) if index.exact else sum(1 for _ in _all_frames(source, threads=1, deadline=deadline))

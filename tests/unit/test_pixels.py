@@ -553,3 +553,22 @@ def test_what_only_begins_as_a_picture_is_told_in_words(content: bytes, tmp_path
     with pytest.raises(DecodeError) as error:
         probe(str(tmp_path / "a"))
     assert "<" not in error.value.cause
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "form"),
+    [
+        (".h264", "libx264", "h264"),
+        (".hevc", "libx265", "hevc"),
+        (".m4v", "mpeg4", "m4v"),
+        (".m2v", "mpeg2video", "mpeg2video"),
+    ],
+)
+@pytest.mark.parametrize("rate", [24, 30])
+def test_a_stream_without_a_container_has_the_rate_that_its_codec_says(
+    suffix: str, codec: str, form: str, rate: int, tmp_path: Path
+) -> None:
+    """At 25, which demuxers make up, every second frame of 24 would be left out."""
+    path = movie(tmp_path / f"a{suffix}", [quarters()] * 12, codec, "yuv420p", rate=rate, format=form)
+    info = probe(str(path))
+    assert (info.num_frames, info.fps) == (12, rate)
