@@ -33,8 +33,7 @@ on; later ones win key by key. On the command line `section.key=value`, `--secti
 `data.buckets`, is replaced as a whole. Unknown, duplicate and mistyped keys are refused with exit code 2.
 Numbers follow YAML 1.2 (`1e-4` is a number); only `true` and `false` are booleans; aliases, tags and `${{...}}` are
 refused, and so are control characters and bytes that are not UTF-8 in texts, and files of more than {MAX_VALUES:,} keys
-and values. A number beyond the most that is given
-here is refused with the reason.
+and values. A number beyond the most that is given here is refused with the reason.
 """
 
 
