@@ -164,7 +164,8 @@ def read_window(
 
 
 def is_plain(source: Source, deadline: Deadline) -> bool:
-    """Whether frames are shown as they are stored: no turn, square pixels, opaque, colours that need no guess.
+    """Whether frames are shown as they are stored: all of them, no turn, square pixels, opaque, colours that need no
+    guess.
 
     Other decoders than this one disagree about all else.
 
@@ -172,12 +173,18 @@ def is_plain(source: Source, deadline: Deadline) -> bool:
         DecodeError: the file cannot be read.
     """
     with _Opened(source) as container:
-        about = _about(source, _video_stream(source, container, threads=1))
+        stream = _video_stream(source, container, threads=1)
+        about = _about(source, stream)
+        with parsing(partial(DecodeError, source.path)):
+            start = stream.start_time
     if about.stretch != 1 or about.decoder is not None:
         return False
     frame = next(_all_frames(source, threads=1, deadline=deadline), None)
     if frame is None:
         raise DecodeError(source.path, "no frame of it can be decoded")
+    with parsing(partial(DecodeError, source.path)):
+        if start is not None and frame.pts is not None and frame.pts > start:
+            return False  # its first packets show nothing, and others count them as frames
     stored = _stored(source, frame)
     guessed = stored.matrix in _UNTAGGED_MATRIX and _is_hd(stored)
     return stored.turn == Turn() and not stored.has_alpha and not guessed
@@ -321,14 +328,33 @@ def _index(source: Source, container: InputContainer, stream: VideoStream, deadl
         if len(pts) > _MOST_FRAMES:
             raise DecodeError(source.path, f"more than {_MOST_FRAMES} frames; cut it into clips")
     ordered = np.unique(np.array(pts, dtype=np.int64))
+    exact = exact and len(ordered) == len(pts)
+    first_key = keys[0][0] if keys else 0
+    if exact and keys and ordered[0] < first_key:
+        shown_before = _shown_before(source, first_key, deadline)
+        ordered = np.array([at for at in ordered.tolist() if at >= first_key or at in shown_before], dtype=np.int64)
     keys.sort()
     key_array = np.array(keys, dtype=np.int64).reshape(-1, 2)
     return FrameIndex(
         pts=ordered,
         key_pts=key_array[:, 0],
         key_dts=key_array[:, 1],
-        exact=exact and len(ordered) == len(pts),
+        exact=exact,
     )
+
+
+def _shown_before(source: Source, first_key: int, deadline: Deadline) -> set[int]:
+    """Times of the frames that are decoded after the first keyframe and shown before it, as far as they can be: where
+    a clip was cut out of a longer one without coding it anew, they are predicted from what was cut off."""
+    found: set[int] = set()
+    for frame in _all_frames(source, threads=1, deadline=deadline):
+        with parsing(partial(DecodeError, source.path)):
+            damaged, at = frame.is_corrupt, frame.pts
+        if at is None or at >= first_key:
+            break
+        if not damaged:
+            found.add(at)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

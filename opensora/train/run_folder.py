@@ -259,7 +259,7 @@ def finished(cfg: RunConfig) -> bool:
         done = unseal(read_small(path), ValueError, _DONE)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        if path.is_file() or not path.exists():  # else ``check_places`` refuses to start
+        if path.is_file() or isinstance(error, FileNotFoundError):  # else ``check_places`` refuses to start
             announce(f"{path}: damaged ({reason}); the run goes on from its newest checkpoint, and writes it anew")
         return False
     return bool(done["steps"] >= cfg.train.steps and (done["exported"] or not cfg.train.export))
