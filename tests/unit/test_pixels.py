@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from opensora.datasets import DataConfig
+from opensora.datasets import DataConfig, decode_pyav
 from opensora.datasets.decode import DecodeError, probe, read_frames
-from opensora.datasets.frames import MAX_PIXELS, MAX_SIDE, Turn
+from opensora.datasets.frames import MAX_PIXELS, MAX_SIDE, Deadline, Turn
 from opensora.datasets.loader import build_loader
 from opensora.datasets.manifest import read_table
 from opensora.datasets.plan import BatchPlan
+from opensora.datasets.storage import locate
 from opensora.utils.errors import UserError
 
 HEIGHT, WIDTH = 32, 64
@@ -572,3 +573,37 @@ def test_a_stream_without_a_container_has_the_rate_that_its_codec_says(
     path = movie(tmp_path / f"a{suffix}", [quarters()] * 12, codec, "yuv420p", rate=rate, format=form)
     info = probe(str(path))
     assert (info.num_frames, info.fps) == (12, rate)
+
+
+OPEN_GROUPS = {
+    "H.264": ("libx264", {"x264-params": "bframes=3:keyint=8:min-keyint=8:open-gop=1:scenecut=0", "crf": "5"}),
+    "H.265": ("libx265", {"x265-params": "bframes=3:keyint=8:min-keyint=8:open-gop=1:log-level=none"}),
+}
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("kind", OPEN_GROUPS)
+def test_a_clip_cut_out_of_a_longer_one_without_coding_it_anew(kind: str, suffix: str, tmp_path: Path) -> None:
+    """It begins with frames that are predicted from what was cut off: players begin at the first whole one."""
+    codec, options = OPEN_GROUPS[kind]
+    pictures = [np.full((48, 64, 3), 20 + 7 * number, np.uint8) for number in range(30)]
+    whole, path = movie(tmp_path / "whole.mp4", pictures, codec, "yuv420p", options=options), tmp_path / f"cut{suffix}"
+    with av.open(str(whole)) as source, av.open(str(path), "w") as target:
+        given: Any = source.streams.video[0]
+        copied: Any = target.add_stream_from_template(given)
+        packets = [packet for packet in source.demux(given) if packet.dts is not None]
+        second = [number for number, packet in enumerate(packets) if packet.is_keyframe][1]
+        for packet in packets[second:]:
+            packet.stream = copied
+            target.mux(packet)
+    with av.open(str(path)) as source:
+        expected = [frame.to_ndarray(format="rgb24") for frame in source.decode(source.streams.video[0])]
+    assert 0 < len(expected) < len(packets) - second
+    assert probe(str(path)).num_frames == len(expected)
+    for start in (0, 3, len(expected) - 2):
+        found = read_frames(str(path), start, 2)
+        assert close(found, np.stack(expected[start : start + 2]), 1)
+    with pytest.raises(DecodeError, match=f"it has {len(expected)} frames"):
+        read_frames(str(path), len(expected), 1)
+    assert not decode_pyav.is_plain(locate(str(path)), Deadline(str(path), None))  # others count what shows nothing
+    assert decode_pyav.is_plain(locate(str(whole)), Deadline(str(whole), None))
