@@ -175,19 +175,30 @@ def is_plain(source: Source, deadline: Deadline) -> bool:
     with _Opened(source) as container:
         stream = _video_stream(source, container, threads=1)
         about = _about(source, stream)
-        with parsing(partial(DecodeError, source.path)):
-            start = stream.start_time
-    if about.stretch != 1 or about.decoder is not None:
-        return False
-    frame = next(_all_frames(source, threads=1, deadline=deadline), None)
+        if about.stretch != 1 or about.decoder is not None:
+            return False
+        frame, before = _first_frame(source, container, stream, deadline)
     if frame is None:
         raise DecodeError(source.path, "no frame of it can be decoded")
-    with parsing(partial(DecodeError, source.path)):
-        if start is not None and frame.pts is not None and frame.pts > start:
-            return False  # its first packets show nothing, and others count them as frames
+    if before:
+        return False
     stored = _stored(source, frame)
     guessed = stored.matrix in _UNTAGGED_MATRIX and _is_hd(stored)
     return stored.turn == Turn() and not stored.has_alpha and not guessed
+
+
+def _first_frame(
+    source: Source, container: InputContainer, stream: VideoStream, deadline: Deadline
+) -> tuple[VideoFrame | None, bool]:
+    """(the first frame that the decoder puts out, whether packets before it were to be shown earlier)."""
+    times: list[int] = []
+    for packet in _packets(source, container, stream, deadline):
+        with parsing(partial(DecodeError, source.path)):
+            times += [] if packet.pts is None else [packet.pts]
+        for frame in _frames_or_damage(source, packet, None) or ():
+            with parsing(partial(DecodeError, source.path)):
+                return frame, frame.pts is not None and min(times, default=frame.pts) < frame.pts
+    return None, False
 
 
 def _read(

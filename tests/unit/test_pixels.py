@@ -572,7 +572,7 @@ def test_a_stream_without_a_container_has_the_rate_that_its_codec_says(
     """At 25, which demuxers make up, every second frame of 24 would be left out."""
     path = movie(tmp_path / f"a{suffix}", [quarters()] * 12, codec, "yuv420p", rate=rate, format=form)
     info = probe(str(path))
-    assert (info.num_frames, info.fps) == (12, rate)
+    assert info.num_frames == 12 and info.fps == pytest.approx(rate, rel=1e-9)
 
 
 OPEN_GROUPS = {
@@ -586,7 +586,7 @@ OPEN_GROUPS = {
 def test_a_clip_cut_out_of_a_longer_one_without_coding_it_anew(kind: str, suffix: str, tmp_path: Path) -> None:
     """It begins with frames that are predicted from what was cut off: players begin at the first whole one."""
     codec, options = OPEN_GROUPS[kind]
-    pictures = [np.full((48, 64, 3), 20 + 7 * number, np.uint8) for number in range(30)]
+    pictures = [np.roll(quarters(48, 64), 2 * number, axis=1) for number in range(30)]
     whole, path = movie(tmp_path / "whole.mp4", pictures, codec, "yuv420p", options=options), tmp_path / f"cut{suffix}"
     with av.open(str(whole)) as source, av.open(str(path), "w") as target:
         given: Any = source.streams.video[0]
@@ -602,7 +602,7 @@ def test_a_clip_cut_out_of_a_longer_one_without_coding_it_anew(kind: str, suffix
     assert probe(str(path)).num_frames == len(expected)
     for start in (0, 3, len(expected) - 2):
         found = read_frames(str(path), start, 2)
-        assert close(found, np.stack(expected[start : start + 2]), 1)
+        assert close(found, np.stack(expected[start : start + 2]), 2)
     with pytest.raises(DecodeError, match=f"it has {len(expected)} frames"):
         read_frames(str(path), len(expected), 1)
     assert not decode_pyav.is_plain(locate(str(path)), Deadline(str(path), None))  # others count what shows nothing
