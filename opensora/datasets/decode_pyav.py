@@ -358,6 +358,7 @@ def _shown_before(source: Source, first_key: int, deadline: Deadline) -> set[int
     """Times of the frames that are decoded after the first keyframe and shown before it, as far as they can be: where
     a clip was cut out of a longer one without coding it anew, they are predicted from what was cut off."""
     found: set[int] = set()
+    at: int | None
     for frame in _all_frames(source, threads=1, deadline=deadline):
         with parsing(partial(DecodeError, source.path)):
             damaged, at = frame.is_corrupt, frame.pts
