@@ -341,9 +341,7 @@ def test_a_folder_in_the_place_of_an_exported_file_is_named_before_the_run(name:
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "exported", "samples"])
-def test_what_a_run_writes_into_is_tried_before_it(
-    name: str, cfg: RunConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_run_writes_into_is_tried_before_it(name: str, cfg: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     place = cfg.folder / name
     place.mkdir(parents=True, exist_ok=True)
     assert check_writable(cfg) == cfg.folder and os.listdir(place) == []
