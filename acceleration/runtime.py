@@ -10,11 +10,13 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from acceleration.rendezvous import StartError, check_in, meet
+from acceleration.untrusted import parsing
 
 DOORS = 4  # ports that are tried one after the other
 MAX_WORLD, MAX_PORT = 10**6, 65535
@@ -167,8 +169,9 @@ def start(timeout_s: int) -> Runtime:
     """Join the process group (nccl with a GPU per process, else gloo) and choose the device.
 
     Raises:
-        StartError: a peer did not come within ``timeout_s`` seconds, the port is in use, two processes have one GPU, or
-            a variable of the environment is not what it should be; one line says which.
+        StartError: a peer did not come within ``timeout_s`` seconds, the port is in use, two processes have one GPU, no
+            network interface can be used, or a variable of the environment is not what it should be; one line says
+            which.
     """
     ranks = ranks_from_environment()
     check_visible_devices()
@@ -179,15 +182,26 @@ def start(timeout_s: int) -> Runtime:
         backend = "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-    dist.init_process_group(
-        backend,
-        store=dist.PrefixStore("group", common_store(ranks, timeout_s, device_identity(device))),
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        timeout=timedelta(seconds=timeout_s),
-        device_id=device if device.type == "cuda" else None,  # nccl must not guess it from the rank
-    )
+    store = dist.PrefixStore("group", common_store(ranks, timeout_s, device_identity(device)))
+    with parsing(partial(_no_group, backend)):
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if device.type == "cuda" else None,  # nccl must not guess it from the rank
+        )
     return Runtime(ranks.rank, ranks.world_size, ranks.local_rank, device)
+
+
+def _no_group(backend: str, reason: str, env: Mapping[str, str] = os.environ) -> StartError:
+    """What the library of ``backend`` found wrong with this machine, and the variable that chooses its interface."""
+    name = f"{backend.upper()}_SOCKET_IFNAME"
+    reason = re.sub(r"^\[enforce fail at [^\]]*\]\s*", "", reason)
+    if "find address" in reason and _text(env, name):
+        return _refused(f"{name}={_text(env, name)[:80]}: no such network interface, or it has no address; unset it")
+    return StartError(f"{backend} cannot start on {socket.gethostname()} ({reason}); {name} chooses the interface")
 
 
 def check_visible_devices(env: Mapping[str, str] = os.environ) -> None:

@@ -280,13 +280,19 @@ def check_fit(model: ModelConfig, vae: AutoencoderConfig, text: TextConfig) -> N
     The widths of T5 and CLIP are in their files: ``opensora.models.text.check_text_encoder`` looks there.
 
     Raises:
-        ValueError: a width of the model that does not fit, with the one that does.
+        ValueError: a width of the model that does not fit, with the one that does. One output channel would be taken
+            for all of them without an error.
     """
     channels = autoencoder_shape(vae).channels * model.patch_size**2
     if model.in_channels != channels:
         raise ValueError(
             f"model.in_channels={model.in_channels}: vae.kind={vae.kind} with model.patch_size={model.patch_size} "
             f"gives {channels} channels per token; set model.in_channels={channels}"
+        )
+    if model.out_channels not in (None, channels):
+        raise ValueError(
+            f"model.out_channels={model.out_channels}: a velocity has the {channels} channels per token of what it "
+            f"moves; set model.out_channels={channels}, or null"
         )
     if not isinstance(text, ByteTextConfig):
         return
@@ -327,7 +333,7 @@ def load_config(cls: type[T], source: str | Path | Mapping[str, Any], overrides:
 
 def config_from_argv(cls: type[T], argv: Sequence[str], description: str) -> T:
     """``CONFIG.yaml [overrides]`` as typed on a command line; ``--help`` explains it and exits."""
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv[0] == "-h" or "--help" in argv:
         print(
             f"{description}\n\nusage: CONFIG.yaml [section.key=value | --section.key value | --section.key=value] ...\n"
             "All keys with their defaults: docs/configuration.md"
@@ -545,5 +551,7 @@ def _override_value(cls: type, keys: Keys, text: str) -> Any:
     if any(wants_text(hint) for hint in hints):
         if text == "null" and any(type(None) in getattr(hint, "__args__", ()) for hint in hints):
             return None
+        return text
+    if text.startswith("*") and Any in hints:  # a glob: aliases of YAML are not allowed anyway
         return text
     return parse_value(text, keys)

@@ -1,5 +1,6 @@
 """What is in a folder of checkpoints, for anybody who looks: no process group, nothing is written."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,32 @@ def newest(folder: Path) -> Path | None:
 
 
 def candidates(folder: Path) -> list[Path]:
-    """Every directory that is called as a checkpoint is, oldest first."""
-    found = {path: step_of(path.name) for path in folder.glob(f"{PREFIX}*") if path.is_dir()}
+    """Every directory that is called as a checkpoint is, oldest first.
+
+    Raises:
+        OSError: the folder is there and cannot be listed: that is not to have no checkpoint.
+    """
+    found = {path: step_of(path.name) for path in _entries(folder) if path.is_dir()}
     steps = {path: step for path, step in found.items() if step is not None}
     return sorted(steps, key=lambda path: steps[path])
 
 
 def misnamed(folder: Path) -> list[Path]:
-    """Directories with a manifest that are called nearly as a checkpoint is, such as ``step-8`` or a copy of one."""
-    found = (path for path in folder.glob(f"{PREFIX}*") if step_of(path.name) is None)
+    """Directories with a manifest that are called nearly as a checkpoint is, such as ``step-8`` or a copy of one.
+
+    Raises:
+        OSError: as ``candidates``.
+    """
+    found = (path for path in _entries(folder) if step_of(path.name) is None)
     return sorted(path for path in found if (path / storage.MANIFEST).is_file())
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is called a bit like a checkpoint; ``Path.glob`` would find nothing in a folder that it may not read."""
+    try:
+        return [folder / name for name in os.listdir(folder) if name.startswith(PREFIX)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def none_is_good(folder: Path) -> str:

@@ -18,7 +18,7 @@ from opensora.utils.errors import UserError
 from opensora.utils.limits import Limits
 from opensora.utils.typed import SIZES, TABLE, plain, wanted
 from opensora.utils.user_files import try_output, write_whole
-from opensora.utils.yaml_strict import to_yaml_text
+from opensora.utils.yaml_strict import MAX_VALUES, to_yaml_text
 
 TARGET = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 COMMAND = "python -m opensora.cli.config_reference"
@@ -32,8 +32,8 @@ on; later ones win key by key. On the command line `section.key=value`, `--secti
 `--section.key=value` win over all files. A section that changes its `kind`, and a free mapping such as
 `data.buckets`, is replaced as a whole. Unknown, duplicate and mistyped keys are refused with exit code 2.
 Numbers follow YAML 1.2 (`1e-4` is a number); only `true` and `false` are booleans; aliases, tags and `${{...}}` are
-refused, and so are control characters and bytes that are not UTF-8 in texts. A number beyond the most that is given
-here is refused with the reason.
+refused, and so are control characters and bytes that are not UTF-8 in texts, and files of more than {MAX_VALUES:,} keys
+and values. A number beyond the most that is given here is refused with the reason.
 """
 
 

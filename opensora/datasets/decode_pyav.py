@@ -66,6 +66,8 @@ _WEAK_CONTENTS = {
 _DECODE_FROM_START = ("gif", "apng")
 # Their packets carry no presentation times; what the demuxer makes up is wrong as soon as frames are reordered.
 _WITHOUT_TIMES = ("avi", "h264", "hevc", "vvc", "m4v", "mpegvideo", "vc1")
+# Of these the codec alone says the rate; the demuxer makes times up for 25 frames a second, and that is their average.
+_BARE_STREAMS = ("h264", "hevc", "vvc", "m4v", "vc1")
 # Where a frame nobody refers to may be left undecoded from packet to packet; libdav1d reads the setting only once.
 _SKIPS_UNUSED = ("h264", "hevc")
 # FFmpeg's own decoders pass over the alpha that WebM stores beside the picture.
@@ -73,6 +75,7 @@ _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 _MOST_FRAMES = 2**24  # of a clip: six days at 30 per second
 _MOST_STRETCH = 16  # of pixels, in width or height: beyond is a damaged header
 _LEAST_STRETCH = Fraction(1, 200)  # off square: less is a rounded header, and not worth the loss of scaling
+_PALETTE = "pal8"  # pixel format whose colours may be transparent, as those of PNG
 _HD_WIDTH, _SD_HEIGHT = 1280, 576
 # Numbers of AVColorSpace, AVColorRange and AVColorTransferCharacteristic.
 _UNTAGGED_MATRIX = (2, 3)  # unspecified, reserved
@@ -135,7 +138,8 @@ def probe(source: Source, deadline: Deadline) -> Clip:
         stream = _video_stream(source, container, threads=1)
         index = _index(source, container, stream, deadline)
         with parsing(refuse):
-            rate, base = stream.average_rate, stream.time_base
+            bare = container.format.name in _BARE_STREAMS
+            rate, base = (stream.guessed_rate, None) if bare else (stream.average_rate, stream.time_base)
     seen: list[_Stored] = []
     first = _read(source, range(1), None, 1, deadline, new_array, WHITE, seen.append)
     count = len(index.pts) if index.exact else sum(1 for _ in _all_frames(source, threads=1, deadline=deadline))
@@ -160,7 +164,8 @@ def read_window(
 
 
 def is_plain(source: Source, deadline: Deadline) -> bool:
-    """Whether frames are shown as they are stored: no turn, square pixels, opaque, colours that need no guess.
+    """Whether frames are shown as they are stored: all of them, no turn, square pixels, opaque, colours that need no
+    guess.
 
     Other decoders than this one disagree about all else.
 
@@ -168,15 +173,32 @@ def is_plain(source: Source, deadline: Deadline) -> bool:
         DecodeError: the file cannot be read.
     """
     with _Opened(source) as container:
-        about = _about(source, _video_stream(source, container, threads=1))
-    if about.stretch != 1 or about.decoder is not None:
-        return False
-    frame = next(_all_frames(source, threads=1, deadline=deadline), None)
+        stream = _video_stream(source, container, threads=1)
+        about = _about(source, stream)
+        if about.stretch != 1 or about.decoder is not None:
+            return False
+        frame, before = _first_frame(source, container, stream, deadline)
     if frame is None:
         raise DecodeError(source.path, "no frame of it can be decoded")
+    if before:
+        return False
     stored = _stored(source, frame)
     guessed = stored.matrix in _UNTAGGED_MATRIX and _is_hd(stored)
     return stored.turn == Turn() and not stored.has_alpha and not guessed
+
+
+def _first_frame(
+    source: Source, container: InputContainer, stream: VideoStream, deadline: Deadline
+) -> tuple[VideoFrame | None, bool]:
+    """(the first frame that the decoder puts out, whether packets before it were to be shown earlier)."""
+    times: list[int] = []
+    for packet in _packets(source, container, stream, deadline):
+        with parsing(partial(DecodeError, source.path)):
+            times += [] if packet.pts is None else [packet.pts]
+        for frame in _frames_or_damage(source, packet, None) or ():
+            with parsing(partial(DecodeError, source.path)):
+                return frame, frame.pts is not None and min(times, default=frame.pts) < frame.pts
+    return None, False
 
 
 def _read(
@@ -317,14 +339,34 @@ def _index(source: Source, container: InputContainer, stream: VideoStream, deadl
         if len(pts) > _MOST_FRAMES:
             raise DecodeError(source.path, f"more than {_MOST_FRAMES} frames; cut it into clips")
     ordered = np.unique(np.array(pts, dtype=np.int64))
+    exact = exact and len(ordered) == len(pts)
+    first_key = keys[0][0] if keys else 0
+    if exact and keys and ordered[0] < first_key:
+        shown_before = _shown_before(source, first_key, deadline)
+        ordered = np.array([at for at in ordered.tolist() if at >= first_key or at in shown_before], dtype=np.int64)
     keys.sort()
     key_array = np.array(keys, dtype=np.int64).reshape(-1, 2)
     return FrameIndex(
         pts=ordered,
         key_pts=key_array[:, 0],
         key_dts=key_array[:, 1],
-        exact=exact and len(ordered) == len(pts),
+        exact=exact,
     )
+
+
+def _shown_before(source: Source, first_key: int, deadline: Deadline) -> set[int]:
+    """Times of the frames that are decoded after the first keyframe and shown before it, as far as they can be: where
+    a clip was cut out of a longer one without coding it anew, they are predicted from what was cut off."""
+    found: set[int] = set()
+    at: int | None
+    for frame in _all_frames(source, threads=1, deadline=deadline):
+        with parsing(partial(DecodeError, source.path)):
+            damaged, at = frame.is_corrupt, frame.pts
+        if at is None or at >= first_key:
+            break
+        if not damaged:
+            found.add(at)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,7 +418,9 @@ class _Window:
             self._frames = self._allocate((len(self.slots), *self._size(stored), 3))
         height, width = stored.turn.shape(*self._frames.shape[1:3])
         if stored.has_alpha:
-            opaque = on_background(self._convert(frame, stored, stored.height, stored.width, "rgba"), self._background)
+            rgba = self._convert(frame, stored, stored.height, stored.width, "rgba")
+            unused = stored.pixels == _PALETTE and not rgba[..., 3].any()  # a palette without alpha, its bytes left 0
+            opaque = rgba[..., :3] if unused else on_background(rgba, self._background)
             picture = scale_rgb(np.ascontiguousarray(opaque), lambda *_: (height, width))
         else:
             picture = self._convert(frame, stored, height, width, "rgb24")
@@ -417,7 +461,7 @@ class _Window:
 def _stored(source: Source, frame: VideoFrame) -> _Stored:
     with parsing(partial(DecodeError, source.path)):
         layout = frame.format
-        has_alpha = any(component.is_alpha for component in layout.components)
+        has_alpha = layout.name == _PALETTE or any(component.is_alpha for component in layout.components)
         facts = (frame.height, frame.width, layout.name, has_alpha)
         colours = (frame.colorspace, frame.color_range, frame.color_trc)
         side_data: Any = frame.side_data  # iterates over its values, unlike a mapping

@@ -224,9 +224,17 @@ def _files(patterns: Sequence[str]) -> list[Path]:
         names = [name for name in glob.glob(pattern, recursive=True) if not name.endswith(_NO_TABLE)]
         matches = sorted(Path(name) for name in names if os.path.isfile(name))
         if not matches:
-            raise UserError(f"data.table={pattern}: no such file{_tables_nearby(Path(pattern))}")
+            raise UserError(f"data.table={pattern}: {_why_no_table(Path(pattern))}")
         found += matches
     return found
+
+
+def _why_no_table(path: Path) -> str:
+    if path.is_dir():
+        return f"is a folder; give a csv or parquet file in it, or make one by python -m data_pipeline.index {path}"
+    if path.exists():
+        return "is a pipe or device; give a csv or parquet file"
+    return f"no such file{_tables_nearby(path)}"
 
 
 def _tables_nearby(path: Path) -> str:

@@ -111,7 +111,8 @@ _SIGNATURES: tuple[tuple[int, bytes, Sniffed], ...] = (
     *((offset, magic, Sniffed("neither", what)) for offset, magic, what in _NEITHER),
 )
 _BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)  # sizes
-_PNM = (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"P7")
+_PNM = (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6")
+_NOT_READ_PNM = {b"P7": "PAM", b"PF": "PFM", b"Pf": "PFM"}
 _PNM_SUFFIXES = (".ppm", ".pgm", ".pbm", ".pnm", ".pam")
 # Boxes that an MP4 or QuickTime file may begin with.
 _FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"moof", b"sidx")
@@ -194,6 +195,8 @@ def _by_content(file: BinaryIO, suffix: str) -> Sniffed | None:
         return Sniffed("still", "BMP")
     if suffix in _PNM_SUFFIXES and head[:2] in _PNM:
         return Sniffed("still", "PNM")
+    if suffix in (*_PNM_SUFFIXES, ".pfm") and head[:2] in _NOT_READ_PNM:
+        return Sniffed("neither", f"{_NOT_READ_PNM[head[:2]]}, which is not read here; save it as PNG")
     if _is_transport_stream(head):
         return Sniffed("clip", "MPEG transport stream")
     return _text(head, suffix)

@@ -69,7 +69,7 @@ def locate(path: str) -> Source:
 
     Raises:
         DecodeError: nothing there, no regular file (opening a pipe or a device would block for ever), nothing in it,
-            no such member, or one that does not lie there as it is (compressed, encrypted, sparse).
+            no such member, or one that does not lie there as it is (compressed, encrypted, sparse, a link).
     """
     parts = None if os.path.exists(path) else _RANGE.fullmatch(path) or _MEMBER.fullmatch(path)
     if parts is None:
@@ -105,7 +105,8 @@ def _place_of(path: str, name: str, members: Members) -> tuple[int, int]:
         raise DecodeError(path, f"the archive has no member {name}")
     place = members[name]
     if place is None:
-        raise DecodeError(path, "the member is compressed, encrypted or sparse; store it as it is (tar, or zip -0)")
+        how = "compressed, encrypted, sparse or a link"
+        raise DecodeError(path, f"the member is {how}; store it as it is (tar, or zip -0)")
     return place
 
 
@@ -135,8 +136,9 @@ def _tar_members(file: str) -> Members:
             if member.offset <= at:  # a negative size: reading it would never end
                 raise DecodeError(file, f"a member at byte {at} has a size below zero")
             at = member.offset
-            if member.isreg():
-                found[member.name] = None if member.issparse() else (member.offset_data, member.size)
+            if not member.isdir():
+                as_it_is = member.isreg() and not member.issparse()
+                found[member.name] = (member.offset_data, member.size) if as_it_is else None
     return found
 
 

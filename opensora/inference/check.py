@@ -15,6 +15,7 @@ from opensora.models.base import AutoencoderShape, latent_grid
 from opensora.models.text import check_text_encoder, text_tokens
 from opensora.models.vae import autoencoder_shape, check_autoencoder
 from opensora.utils.errors import UserError
+from opensora.utils.logging import announce
 from opensora.utils.sampling import SamplingOption, sanitize_sampling_option
 
 GIB = 2**30
@@ -32,6 +33,7 @@ def check_sample(cfg: SampleConfig, source: Source, jobs: int, world_size: int) 
     except ValueError as error:
         raise UserError(str(error)) from None
     option = fit_option("sampling", cfg.sampling, source.model, autoencoder_shape(source.vae))
+    announce_size("sampling", cfg.sampling, option)
     check_autoencoder(source.vae)
     check_text_encoder(source.text, source.model.context_in_dim, source.model.vec_in_dim)
     needed = least_bytes(
@@ -57,6 +59,7 @@ def check_validation(cfg: RunConfig, world_size: int) -> None:
         return
     shape, key = autoencoder_shape(cfg.vae), "validate.sampling"
     option = fit_option(key, cfg.validate.sampling, cfg.model, shape)
+    announce_size(key, cfg.validate.sampling, option)
     needed = least_bytes(
         option,
         cfg.model,
@@ -68,6 +71,13 @@ def check_validation(cfg: RunConfig, world_size: int) -> None:
         world_size=world_size,
     )
     check_memory(key, option, needed)
+
+
+def announce_size(key: str, asked: SamplingOption, made: SamplingOption) -> None:
+    """Say so where the size that was asked for is none that the model can make."""
+    if asked.width is not None and (asked.width, asked.height) != (made.width, made.height):
+        size = f"width={asked.width}, height={asked.height}"
+        announce(f"{key}: {size} become {made.width}x{made.height}, the next whole tokens")
 
 
 def fit_option(key: str, option: SamplingOption, model: MMDiTConfig, shape: AutoencoderShape) -> SamplingOption:

@@ -127,6 +127,7 @@ def find_source(cfg: SampleConfig) -> Source:
             announce(f"{path}: not the weights that the adapters of {exported.path} were trained beside")
     if checkpoint is None:
         check_weights("weights", path, sections["model"])  # what does not fit is said before anything is built
+        digests.read_digests(path if path.is_dir() else path.parent)  # and so is a list that cannot be read
     return Source(
         path=path,
         checkpoint=checkpoint,

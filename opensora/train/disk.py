@@ -1,5 +1,6 @@
 """Whether a run can leave what it is going to leave, asked before it starts."""
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -25,18 +26,22 @@ def check_writable(cfg: RunConfig) -> Path:
     """The part of the path of the run's folder that is there already, which can be written; makes nothing.
 
     Raises:
-        UserError: a file is in the way, or it cannot be written.
+        UserError: a file or a broken link is in the way, or it cannot be written.
     """
     place = cfg.folder
-    while not place.exists() and place != place.parent:
+    while not os.path.lexists(place) and place != place.parent:
         place = place.parent
     key = f"output={cfg.output}"
     if not place.is_dir():
-        raise UserError(f"{key}: {place} is a file, and should be a folder; choose another output, or another name")
-    try:
-        Path(tempfile.mkdtemp(dir=place, prefix=".can-write-")).rmdir()
-    except OSError as error:
-        raise UserError(f"{key}: {place} cannot be written ({error.strerror}); choose another output") from None
+        found = "a file" if place.exists() else "a link to nothing"
+        raise UserError(f"{key}: {place} is {found}, and should be a folder; choose another output, or another name")
+    kept = [cfg.folder / name for name in ("checkpoints", "exported", "samples")]
+    for folder in (place, *(path for path in kept if os.path.lexists(path))):
+        try:
+            Path(tempfile.mkdtemp(dir=folder, prefix=".can-write-")).rmdir()
+            os.listdir(folder)
+        except OSError as error:
+            raise UserError(f"{key}: {folder} cannot be written ({error.strerror}); choose another output") from None
     return place
 
 

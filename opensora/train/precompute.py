@@ -54,6 +54,7 @@ def precompute(cfg: RunConfig, folder: Path, epochs: int) -> bool:
     ranks = ranks_from_environment()
     table, plan = check(cfg, ranks.world_size)
     try_output(folder, "--out", folder=True)
+    _check_no_folders(folder)
     made_for = identity(cfg, table)
     hash_ = identity_hash(made_for)
     shards = -(-sum(1 for _ in _micro_batches(plan, epochs)) // SHARD_BATCHES)
@@ -70,6 +71,18 @@ def precompute(cfg: RunConfig, folder: Path, epochs: int) -> bool:
             features.write_index(folder, shards, epochs, made_for, hash_)
         announce(f"{folder} is complete: data.features={folder}")
     return complete
+
+
+def _check_no_folders(folder: Path) -> None:
+    """That no folder is where a file of features will be renamed to, hours later.
+
+    Raises:
+        UserError: one is.
+    """
+    for path in sorted(folder.iterdir()):
+        ours = path.name in (features.MANIFEST, features.INDEX, features.NULL) or path.name.startswith("shard-")
+        if ours and path.is_dir():
+            raise UserError(f"--out={folder}: {path.name} in it is a folder, must be a file; move it away")
 
 
 def _is_there(path: Path, hash_: str) -> bool:

@@ -6,6 +6,7 @@ Where that cannot be relied on, ``owner.json`` decides: its owner counts in it e
 stands still is dead. Waiting is measured on this process's monotonic clock only: machines need not agree on the time.
 """
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -24,8 +25,11 @@ from acceleration.runtime import restart_count
 from acceleration.sealed import COUNT, FLAG, NULL, TEXT, Shape, seal, unseal
 from opensora import config
 from opensora.config import RunConfig
+from opensora.utils import digests
+from opensora.utils.adapters import CONFIG, WEIGHTS
 from opensora.utils.errors import UserError
 from opensora.utils.logging import METRICS_NAME, WANDB_ID_NAME, announce
+from opensora.utils.weights import INDEX, SINGLE
 from opensora.utils.yaml_strict import read_yaml
 
 DONE = "DONE"  # in the folder of a run that is finished
@@ -35,6 +39,8 @@ BEAT_S = 5.0
 REREAD_S = 0.05  # between two looks at a file that may be in the middle of a write
 STALE_S = 30.0  # an owner that did not count for so long is dead
 FILES = (LOCK, OWNER, DONE, config.SAVED_NAME, METRICS_NAME, WANDB_ID_NAME)  # what a run writes in its folder
+# What an export is renamed over, at the very end of a run; numbered files of large models are looked up.
+EXPORTED = (SINGLE, INDEX, WEIGHTS, CONFIG, config.SAVED_NAME, digests.NAME)
 FOLDERS = ("checkpoints", "exported", "hangs", "jobs", "samples", "tensorboard", "unreadable")
 _DONE: Shape = {"steps": COUNT, "exported": FLAG}
 _OWNER: Shape = {
@@ -211,7 +217,10 @@ def check_places(folder: Path) -> None:
     Raises:
         UserError: there is, with its name.
     """
-    for wanted, names in (("a file", FILES), ("a folder", FOLDERS)):
+    exported = {f"exported/{name}" for name in EXPORTED}
+    with contextlib.suppress(OSError):  # said below
+        exported |= {f"exported/{path.name}" for path in (folder / "exported").glob("*.safetensors")}
+    for wanted, names in (("a folder", FOLDERS), ("a file", (*FILES, *sorted(exported)))):
         for name in names:
             try:
                 found = kind_of((folder / name).stat().st_mode)
@@ -250,7 +259,8 @@ def finished(cfg: RunConfig) -> bool:
         done = unseal(read_small(path), ValueError, _DONE)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        announce(f"{path}: damaged ({reason}); the run goes on from its newest checkpoint, and writes it anew")
+        if path.is_file() or isinstance(error, FileNotFoundError):  # else ``check_places`` refuses to start
+            announce(f"{path}: damaged ({reason}); the run goes on from its newest checkpoint, and writes it anew")
         return False
     return bool(done["steps"] >= cfg.train.steps and (done["exported"] or not cfg.train.export))
 

@@ -85,6 +85,9 @@ def damaged(folder: Path, names: Collection[str], listed: Mapping[str, str]) -> 
     checked = [name for name in names if name in listed]
     with ThreadPoolExecutor(THREADS) as pool:
         for name, found in zip(checked, pool.map(lambda name: _digest_of(folder / name), checked), strict=True):
+            if isinstance(found, OSError):
+                reason = found.strerror or found
+                return f"{folder / name}: cannot be read ({reason}); make it readable, or copy it again"
             if found != listed[name]:
                 return (
                     f"{folder / name}: damaged, or changed since it was exported (its SHA-256 is not that in {NAME}): "
@@ -105,13 +108,13 @@ def verify(folder: Path, names: Collection[str]) -> None:
         raise UserError(problem)
 
 
-def _digest_of(path: Path) -> str:
-    """SHA-256 of a file; of none where it cannot be read."""
+def _digest_of(path: Path) -> str | OSError:
+    """SHA-256 of a file, or why it cannot be read, which is no damage."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
             while chunk := file.read(CHUNK):
                 digest.update(chunk)
-    except OSError:
-        return ""
+    except OSError as error:
+        return error
     return digest.hexdigest()

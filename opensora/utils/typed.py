@@ -7,6 +7,7 @@ from ``__post_init__``. Nothing is converted but a whole number into a float and
 import dataclasses
 import difflib
 import math
+import re
 import types
 import unicodedata
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,7 @@ from opensora.utils.limits import beyond_limit
 from opensora.utils.yaml_strict import Keys, Lines, dotted
 
 TABLE = "table"  # metadata: {kind: dataclass}, the section's class is chosen by its key ``kind``
+MOST_WHOLE = 2**63  # what tensors, generators and files hold
 LONGEST_NAME = 100  # characters that are compared with known names
 SIZES = "sizes"  # metadata: {kind: {size: instance}}, the key ``size`` names the instance to start from
 
@@ -118,11 +120,18 @@ class _Builder:
     def __init__(self, lines: Lines) -> None:
         self.lines = lines
 
-    def fail(self, keys: Keys, text: str) -> UserError:
-        """The error for a key path, with the place that set it, or a key in it, or the nearest section that has one."""
+    def fail(self, keys: Keys, text: str, about: Keys = ()) -> UserError:
+        """The error for a key path, with the place that set it, or a key in it, or the nearest section that has one.
+
+        Args:
+            about: what ``text`` is of, below ``keys``: its place is said where it is known.
+        """
+        exact = (*keys, *about)
+        set_by = (self.lines[exact[:n]] for n in range(len(exact), len(keys), -1) if exact[:n] in self.lines)
         below = (place for known, place in self.lines.items() if known[: len(keys)] == keys)
         above = (self.lines[keys[:n]] for n in range(len(keys) - 1, 0, -1) if keys[:n] in self.lines)
-        place = self.lines.get(keys) or next(below, "") or next(above, "") if keys else ""
+        fallback = self.lines.get(keys) or next(below, "") or next(above, "") if keys else ""
+        place = next(set_by, "") or fallback
         name = dotted(keys) or ("''" if keys else "")
         return UserError(f"{name}{text}{f' ({place})' if place else ''}")
 
@@ -154,7 +163,7 @@ class _Builder:
         except UserError as error:
             raise self.fail(keys, f": {error}" if keys else str(error)) from error
         except ValueError as error:
-            raise self.fail(keys, _joined(str(error), fields, bool(keys))) from error
+            raise self.fail(keys, _joined(str(error), fields, bool(keys)), _field_of(str(error), fields)) from error
 
     def field(self, field: "dataclasses.Field[Any]", hint: Any, value: Any, keys: Keys) -> Any:
         if TABLE not in field.metadata:
@@ -205,7 +214,7 @@ class _Builder:
         if isinstance(value, (dict, list)):
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
                 self.anything(item, (*keys, key))
-        if isinstance(value, (float, str)):
+        if isinstance(value, (int, float, str)):
             return self.scalar(type(value), value, keys)
         return value
 
@@ -256,6 +265,8 @@ class _Builder:
 
     def scalar(self, hint: Any, value: Any, keys: Keys) -> Any:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and isinstance(value, int) and abs(value) >= MOST_WHOLE:  # from Python; YAML refuses it earlier
+            raise self.fail(keys, ": a whole number beyond 64 bits")
         if hint is float and is_number:
             if not math.isfinite(value):
                 raise self.fail(keys, f"={value}: wanted a finite number")
@@ -317,6 +328,15 @@ def is_table(hint: Any) -> bool:
     if _is_union(hint):
         return any(is_table(member) for member in get_args(hint))
     return _is_mapping(hint)
+
+
+def _field_of(message: str, fields: Iterable[str]) -> Keys:
+    """The key path at the head of a dataclass's own message, as far as it is in a configuration; ``()``: none."""
+    head = re.match(r"[A-Za-z_][\w.:]*", message)
+    path = head[0].rstrip(".:").split(".") if head else []
+    if not path or path[0] not in fields:
+        return ()
+    return tuple(int(part) if part.isascii() and part.isdigit() and len(part) < 19 else part for part in path)
 
 
 def _joined(message: str, fields: Iterable[str], nested: bool) -> str:

@@ -19,6 +19,7 @@ from opensora.utils.untrusted import parsing
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
+MAX_VALUES = 20_000  # keys and values of a file; the reader takes seconds for so many
 MAX_KEY = 80  # characters of a key in a message
 COMMAND_LINE = "command line"  # the source of a value that no file holds
 
@@ -117,6 +118,8 @@ def _yaml_message(error: yaml.YAMLError, source: str) -> str:
     problem = str(getattr(error, "problem", None) or getattr(error, "reason", None) or error)
     if "'\\t'" in problem:
         return f"{place}: a tab where YAML wants spaces; indent with spaces"
+    if "while scanning an alias" in str(getattr(error, "context", "")):
+        return f"{place}: * begins an alias, which is not allowed; put text that begins with * in quotes"
     if "but found another document" in problem:
         return f"{place}: a second document begins; a configuration is one document"
     return f"{place}: not valid YAML: {problem}"
@@ -128,7 +131,7 @@ class _StrictComposer(yaml.SafeLoader):
     def __init__(self, text: str, source: str) -> None:
         super().__init__(text)
         self.source = source
-        self.depth = 0
+        self.depth = self.values = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
@@ -137,6 +140,9 @@ class _StrictComposer(yaml.SafeLoader):
             raise UserError(f"{place}: aliases and anchors (*{event.anchor}) are not allowed; write the value out")
         if getattr(event, "tag", None) is not None:
             raise UserError(f"{place}: the tag {event.tag} is not allowed; values are plain data, text goes in quotes")
+        self.values += 1
+        if self.values > MAX_VALUES:
+            raise UserError(f"{place}: more than {MAX_VALUES} keys and values; give long lists as files (prompt_csv)")
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise UserError(f"{place}: nested deeper than {MAX_DEPTH} levels")
@@ -191,7 +197,10 @@ def _scalar(text: str, keys: Keys, place: str) -> Any:
     if _BASED_INT.match(text):
         return _bounded(text, 0, name, place)
     if _FLOAT.match(text):
-        return float(text)
+        value = float(text)
+        if value == 0 and re.search(r"[1-9]", re.split("[eE]", text)[0]):
+            raise UserError(f"{name}={text} ({place}): is closer to 0 than numbers can be; write 0 if that is meant")
+        return value
     if _INFINITE.match(text):
         return math.nan if text[1] in "nN" else math.copysign(math.inf, -1 if text[0] == "-" else 1)
     return text

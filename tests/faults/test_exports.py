@@ -151,6 +151,20 @@ def shares(folder: Path) -> list[str]:
     return hashed
 
 
+def test_a_file_that_cannot_be_read_is_not_called_damaged(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its owner would export again what only needs another permission, or another moment."""
+    real = Path.open
+
+    def forbidden(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == SAVED_NAME:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    with pytest.raises(UserError, match=rf"/{SAVED_NAME}: cannot be read \(Permission denied\); make it readable"):
+        digests.verify(export, [SAVED_NAME])
+
+
 def test_each_file_is_hashed_by_one_process(tmp_path: Path) -> None:
     folder = sharded(tmp_path / "sharded")
     everyone = run_distributed(shares, 3, folder)

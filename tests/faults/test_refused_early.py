@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from opensora.cli import sample, train
 from opensora.config import RunConfig, SampleConfig, load_config, run_cli, save
 from opensora.inference import check
 from opensora.inference.check import least_bytes
-from opensora.inference.load import weight_layout
+from opensora.inference.load import find_source, weight_layout
 from opensora.models import build_model
 from opensora.models.mmdit.convert import save_state_dict
 from opensora.models.vae import autoencoder_shape
@@ -73,6 +74,10 @@ TRAINING = {
 MODEL = "{{kind: mmdit, size: debug, depth: 5, patch_size: 1, context_in_dim: 32, vec_in_dim: 32, cond_embed: false}}"
 # overrides of sampling -> what the line must begin with
 SAMPLES = {
+    "a list of digests that is none": (
+        ["weights={folder}/badlist"],
+        "{folder}/badlist/SHA256SUMS line 1: damaged; export again",
+    ),
     "6 frames": (["sampling.num_frames=6"], "sampling.num_frames=6: allowed are 4k+1 and 1"),
     "method": (["sampling.method=distill"], "sampling.method=distill: allowed is i2v"),
     "no weights": (["weights={folder}/nowhere"], "weights={folder}/nowhere: no such file or folder"),
@@ -101,6 +106,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_state_dict(model.state_dict(), tmp_path / "exported", source=weight_layout(cfg.model))
     for name in ("exported", "empty"):
         save(cfg, tmp_path / name / "config.yaml")
+    shutil.copytree(tmp_path / "exported", tmp_path / "badlist")
+    (tmp_path / "badlist" / "SHA256SUMS").write_text("x\n")
     (tmp_path / "damaged.safetensors").write_bytes(b"\xff" * 64)
     for name, stated in (("vae", {}), ("odd", {"latent_channels": "x"}), ("t5", {"d_model": 4096})):
         (tmp_path / name).mkdir()
@@ -229,3 +236,17 @@ def test_this_machine_has_memory() -> None:
     found = check.machine_bytes()
     assert found is None or 2**28 < found < 2**50
     assert os.path.exists("/proc/meminfo") == (found is not None)
+
+
+def test_a_size_between_whole_tokens_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("opensora.inference.check.announce", said.append)
+    for width, expected in ((32, 0), (33, 1)):
+        size = f"{{width: {width}, height: 32}}"
+        sizes = [f"validate={{every: 1, prompts: [a], sampling: {size}}}", "parallel.mesh.ulysses=1"]
+        check.check_validation(load_config(RunConfig, "train.yaml", sizes), 1)
+        cfg = load_config(SampleConfig, "sample.yaml", [f"sampling.width={width}"])
+        check.check_sample(cfg, find_source(cfg), 1, 1)
+        assert len(said) == 2 * expected
+    assert said[0] == "validate.sampling: width=33, height=32 become 40x32, the next whole tokens"
+    assert said[1] == said[0].removeprefix("validate.")

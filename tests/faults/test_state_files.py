@@ -1,12 +1,15 @@
 """Small files that a run writes and reads again, damaged: rebuilt with a line, or refused in one, never a traceback."""
 
+import errno
 import json
 import logging
 import os
 import random
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from dataclasses import replace as replace_field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +27,7 @@ from opensora.datasets import features
 from opensora.models.mmdit.convert import WeightFile
 from opensora.train import resume, run_folder
 from opensora.train.calibrate import measured
+from opensora.train.disk import check_writable
 from opensora.train.run_folder import DONE, OWNER, RunLock, check_places, finished, write_config, write_done
 from opensora.utils import digests
 from opensora.utils import logging as logs
@@ -314,11 +318,54 @@ def test_something_else_in_the_place_of_a_file_is_named(
         file.path.unlink()
         IN_PLACE[kind](file.path)
         if name not in ("config.yaml", "DONE", "owner.json", "wandb_id") or kind != "a folder":
+            said.clear()
             found = outcome(file.read)
+            if name == "DONE" and "the run goes on" in " ".join(said):  # it does not: ``check_places`` refuses
+                wrong.append(f"{name}: {said}")
             wrong += [f"{name}: {found}"] if found.startswith("WRONG") and "not noticed" not in found else []
         file.path.rmdir() if file.path.is_dir() else file.path.unlink(missing_ok=True)
     tally("another kind of thing in a file's place: named, refused or replaced", len(FILES), len(FILES))
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", [*run_folder.EXPORTED, "model-00002-of-00003.safetensors"])
+def test_a_folder_in_the_place_of_an_exported_file_is_named_before_the_run(name: str, cfg: RunConfig) -> None:
+    """Not after it, when the export is renamed over it."""
+    path = cfg.folder / "exported" / name
+    path.mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))}: a folder, must be a file; move it away"):
+        check_places(cfg.folder)
+    path.rmdir()
+    path.touch()
+    check_places(cfg.folder)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "exported", "samples"])
+def test_what_a_run_writes_into_is_tried_before_it(name: str, cfg: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = cfg.folder / name
+    place.mkdir(parents=True, exist_ok=True)
+    assert check_writable(cfg) == cfg.folder and os.listdir(place) == []
+    real = tempfile.mkdtemp
+
+    def refused(*arguments: Any, dir: Any, **options: Any) -> str:
+        if Path(dir).name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(dir))
+        return real(*arguments, dir=dir, **options)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refused)
+    with pytest.raises(UserError, match=re.escape(f": {place} cannot be written (Permission denied)")):
+        check_writable(cfg)
+
+
+def test_a_link_to_nothing_is_no_place_for_a_run(cfg: RunConfig, tmp_path: Path) -> None:
+    """A disk that is not there: what is made in its stead would be a run from the beginning."""
+    away = replace_field(cfg, output=str(tmp_path / "links"))
+    (tmp_path / "links").mkdir()
+    away.folder.symlink_to(tmp_path / "unmounted" / "run")
+    with pytest.raises(UserError, match=f"{away.folder} is a link to nothing, and should be a folder; choose another"):
+        check_writable(away)
+    away.folder.unlink()
+    assert check_writable(away) == tmp_path / "links"
 
 
 def test_a_file_in_the_place_of_a_folder_is_named(cfg: RunConfig) -> None:

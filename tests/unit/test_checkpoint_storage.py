@@ -1,14 +1,17 @@
 """What must be on the disk before a checkpoint may be called one."""
 
+import errno
 import os
+import re
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from acceleration.checkpoint import storage, writer
+from acceleration.checkpoint import folder, storage, writer
 from acceleration.checkpoint.background import BackgroundWriter
 
 
@@ -98,3 +101,21 @@ def test_the_process_that_writes_is_out_of_reach_of_signals(tmp_path: Path) -> N
         assert children() - others == {pid}  # one that died would have been replaced
     finally:
         writing.close()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_folder_that_cannot_be_listed_is_no_folder_without_checkpoints(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run would begin anew, and export over what it had."""
+
+    def forbidden(path: Any = ".") -> list[str]:
+        raise OSError(number, os.strerror(number), str(path))
+
+    assert folder.candidates(tmp_path) == [] and folder.newest(tmp_path / "nowhere") is None
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, forbidden)
+    for look in (folder.candidates, folder.misnamed, folder.newest, folder.steps_in):
+        with pytest.raises(OSError, match=re.escape(str(tmp_path))) as caught:
+            look(tmp_path)
+        assert caught.value.errno == number

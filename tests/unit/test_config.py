@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,11 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
         [".".join("a" * 500) + "=1"],
         "a.a.a.a...: 500 levels (command line); allowed are 32",
     ),
+    "a list that takes minutes to read": (
+        GOOD + "x: [" + "1," * 170_000 + "]\n",
+        [],
+        "run.yaml:13: more than 20000 keys and values; give long lists as files",
+    ),
     "a value of 500 levels": (
         None,
         ["data.table=" + "[" * 500 + "]" * 500],
@@ -200,6 +206,8 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     # across sections
     "adapters of nothing": (None, ["lora.rank=4"], "lora.rank=4: adapters need weights to adapt; give train.init_from"),
     "channels that do not fit": (None, ["vae.channels=32"], "model.in_channels=64: vae.kind=dct"),
+    "output channels that do not fit": (None, ["model.out_channels=7"], "model.out_channels=7: a velocity has the 64"),
+    "one output channel for all": (None, ["model.out_channels=1"], "model.out_channels=1: a velocity has the 64"),
     "text that does not fit": (None, ["text.dim=128"], "model.context_in_dim=256: text.kind=bytes gives 128"),
     "unknown engine": (None, ["parallel.engine=fsdp"], "parallel.engine='fsdp': allowed are native, deepspeed, coloss"),
     "tensor axis elsewhere": (
@@ -303,6 +311,25 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     "a value is missing before another": (None, ["--train.steps", "--seed=1"], "--train.steps: a value is missing"),
     "an empty key": (None, ["train..steps=1"], "train..steps=1: an empty key"),
     "a value that is no YAML": (None, ["optim.betas=[1"], "optim.betas (command line): not valid YAML"),
+    "an alias": (None, ["optim.lr=*a"], "optim.lr (command line): aliases and anchors (*a) are not allowed"),
+    "a star": (None, ["optim.lr=*"], "optim.lr (command line): * begins an alias, which is not allowed; put text"),
+    "a number that would become 0": (None, ["optim.lr=1e-400"], "optim.lr=1e-400 (command line): is closer to 0 than"),
+    "a value of a section that its own file sets too": (
+        None,
+        ["data.workers=-1"],
+        "data.workers=-1: allowed are numbers >= 0 (command line)",
+    ),
+    "a value in a table that the file sets too": (
+        None,
+        ["data.buckets.64px.9=[2, 1]"],
+        "probabilities are numbers from 0 to 1; write [keep_prob, batch_size] or [[keep_prob, length_prob], batch_size]"
+        " (command line)",
+    ),
+    "a value of a file beside one of the command line": (
+        swapped("table: clips.csv", "table: clips.csv\n  pack: 3"),
+        ["data.workers=1"],
+        "micro_batches over the number of data-parallel processes suits (run.yaml:7)",
+    ),
     "an interpolation": (None, ["train.steps=${x}"], "train.steps=${x} (command line): ${...} is not replaced"),
 }
 
@@ -623,3 +650,31 @@ def test_configurations_of_python_scripts(good: Path) -> None:
         with pytest.raises(UserError) as error:
             load_config(RunConfig, OmegaConf.create(odd))
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["seed", "text.seed", "optim.lr", "train.steps", "data.buckets.64px.1"])
+@pytest.mark.parametrize("value", [10**400, -(2**63), 2**64])
+def test_whole_numbers_of_python_have_64_bits(key: str, value: int) -> None:
+    """A dict may hold what no YAML of ours says, and what no tensor or file could hold."""
+    layer: Any = OmegaConf.to_container(OmegaConf.create(GOOD))
+    *above, last = key.split(".")
+    inner = layer
+    for name in above:
+        inner = inner.setdefault(int(name) if name.isdigit() else name, {})
+    inner[int(last) if last.isdigit() else last] = [1.0, value] if last.isdigit() else value
+    with pytest.raises(UserError, match=rf"^{re.escape(key)}(\.1)?: a whole number beyond 64 bits$"):
+        load_config(RunConfig, layer)
+
+
+@pytest.mark.parametrize("pattern", ["*.csv", "**/clips.parquet", "*"])
+def test_a_glob_needs_no_quotes_on_the_command_line(pattern: str, good: Path) -> None:
+    assert load_config(RunConfig, good, [f"data.table={pattern}"]).data.table == pattern
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["run.yaml", "--help"], ["run.yaml", "seed=x", "--help"]])
+def test_help_is_given_wherever_it_is_asked_for(
+    argv: list[str], good: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        config_from_argv(RunConfig, argv, "Train.")
+    assert caught.value.code == 0 and "usage: CONFIG.yaml" in capsys.readouterr().out

@@ -313,6 +313,17 @@ def test_tars_that_lie(raw: bytes, tmp_path: Path) -> None:
     refused(f"{tmp_path}/a.tar#a.mp4")
 
 
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+def test_a_member_that_is_no_file_of_its_own_is_named_so(kind: bytes, tmp_path: Path) -> None:
+    """It is in the archive: to say that it is not would send its owner to look for it."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        member = tarfile.TarInfo("a.mp4")
+        member.type, member.linkname = kind, "b.mp4"
+        tar.addfile(member)
+    refused(f"{tmp_path}/a.tar#a.mp4", "sparse or a link; store it as it is")
+    refused(f"{tmp_path}/a.tar#b.mp4", "the archive has no member b.mp4")
+
+
 def test_a_sparse_member_is_not_read_as_it_lies(tmp_path: Path) -> None:
     header = bytearray(member(512, tarfile.GNUTYPE_SPARSE))
     header[386:398], header[398:410] = b"%011o\0" % 4096, b"%011o\0" % 512  # one piece

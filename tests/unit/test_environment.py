@@ -1,6 +1,5 @@
 """The launcher's variables: one place reads them, and refuses in one line what is no place in a group."""
 
-import itertools
 import os
 import random
 import subprocess
@@ -185,7 +184,12 @@ def test_a_command_says_it_in_one_line() -> None:
         "from acceleration import runtime\nfrom opensora.config import run_cli\n"
         "run_cli(lambda _: print(runtime.start(5)) or runtime.stop())"
     )
-    cases = ({"RANK": "x", "WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "1"})
+    cases = (
+        {"RANK": "x", "WORLD_SIZE": "1"},
+        {"RANK": "0", "WORLD_SIZE": "2"},
+        {"GLOO_SOCKET_IFNAME": "nothere0"},
+        {"RANK": "0", "WORLD_SIZE": "1"},
+    )
     clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     running = [
         subprocess.Popen(
@@ -198,10 +202,11 @@ def test_a_command_says_it_in_one_line() -> None:
         for env in cases
     ]
     done = [process.communicate(timeout=100) for process in running]
-    assert [process.returncode for process in running] == [2, 2, 0]
-    for (_, err), start in itertools.zip_longest(done[:2], ("error: RANK=x:", "error: MASTER_ADDR: missing")):
+    assert [process.returncode for process in running] == [2, 2, 2, 0]
+    said = ("error: RANK=x:", "error: MASTER_ADDR: missing", "error: GLOO_SOCKET_IFNAME=nothere0: no such network")
+    for (_, err), start in zip(done, said, strict=False):
         assert err.startswith(start) and err.count("\n") == 1, err
-    assert "world_size=1" in done[2][0]
+    assert "world_size=1" in done[3][0]
 
 
 @pytest.mark.parametrize("value", ["x", "", "-1", "²", "9" * 30])

@@ -203,6 +203,19 @@ def test_incomplete_damaged_or_too_short(folder: Path, made: Path, tmp_path: Pat
         check(configuration(folder, *draws, f"data.features={tmp_path / 'draws'}", "train.steps=99"), 1)
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "index.arrow", "null.safetensors", "shard-00003.safetensors"])
+def test_a_folder_in_the_place_of_a_file_is_named_before_the_work(
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def worked(*_: object, **__: object) -> None:
+        raise AssertionError("it went to work")
+
+    monkeypatch.setattr("opensora.train.precompute._encode", worked)
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"^--out={tmp_path}: {name} in it is a folder, must be a file; move it away$"):
+        precompute(configuration(folder), tmp_path, 1)
+
+
 def test_the_command(folder: Path, made: Path, tmp_path: Path) -> None:
     from opensora.cli.precompute import main
 

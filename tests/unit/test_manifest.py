@@ -136,6 +136,10 @@ def test_files_that_are_not_there_or_not_tables(tmp_path: Path) -> None:
         read_table(str(tmp_path / "trian.csv"))
     with pytest.raises(UserError, match="no folder"):
         read_table(str(tmp_path / "nowhere" / "t.csv"))
+    with pytest.raises(UserError, match=rf"^data\.table={tmp_path}: is a folder; give a csv or parquet file in it"):
+        read_table(str(tmp_path))
+    with pytest.raises(UserError, match=r"^data\.table=/dev/null: is a pipe or device; give"):
+        read_table("/dev/null")
     with pytest.raises(UserError, match=r"data\.table is empty"):
         read_table("")
     (tmp_path / "empty.csv").write_text("")

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from opensora.datasets import DataConfig
+from opensora.datasets import DataConfig, decode_pyav
 from opensora.datasets.decode import DecodeError, probe, read_frames
-from opensora.datasets.frames import MAX_PIXELS, MAX_SIDE, Turn
+from opensora.datasets.frames import MAX_PIXELS, MAX_SIDE, Deadline, Turn
 from opensora.datasets.loader import build_loader
 from opensora.datasets.manifest import read_table
 from opensora.datasets.plan import BatchPlan
+from opensora.datasets.storage import locate
 from opensora.utils.errors import UserError
 
 HEIGHT, WIDTH = 32, 64
@@ -379,6 +380,44 @@ def test_transparent_clips(kind: str, tmp_path: Path) -> None:
     assert small.shape == (4, HEIGHT // 2, WIDTH // 2, 3) and small[:, :, : edge // 2 - 3].min() > 240
 
 
+def palette_movie(path: Path, transparency: bytes | None) -> Path:
+    """Four pictures, the left half of colour 1 and the right half of colour 2, in a palette of PNG."""
+    indices = np.ones((HEIGHT, WIDTH), np.uint8)
+    indices[:, WIDTH // 2 :] = 2
+    image = Image.fromarray(indices, "P")
+    image.putpalette([0, 0, 0, 255, 0, 0, 0, 0, 255])
+    encoded = io.BytesIO()
+    image.save(encoded, "PNG", **({} if transparency is None else {"transparency": transparency}))
+    with av.open(str(path), "w") as out:
+        stream: Any = out.add_stream("png", rate=10)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "pal8"
+        for number in range(4):
+            packet = av.Packet(encoded.getvalue())
+            packet.stream, packet.pts, packet.dts, packet.duration = stream, number, number, 1
+            packet.time_base, packet.is_keyframe = Fraction(1, 10), True
+            out.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".mov", ".avi"])
+@pytest.mark.parametrize(
+    ("transparency", "left", "right"),
+    [
+        (None, (255, 0, 0), (0, 0, 255)),
+        (b"\xff\x00\xff", (0, 255, 0), (0, 0, 255)),
+        (b"\xff\x80\x00", (128, 127, 0), (0, 255, 0)),
+        (b"\x00\x00\x00", (255, 0, 0), (0, 0, 255)),  # nothing would be seen: decoders leave the byte 0 as well
+    ],
+)
+def test_transparent_colours_of_a_palette(
+    suffix: str, transparency: bytes | None, left: tuple[int, ...], right: tuple[int, ...], tmp_path: Path
+) -> None:
+    path = palette_movie(tmp_path / f"a{suffix}", transparency)
+    assert probe(str(path)).num_frames == 4
+    frames = read_frames(str(path), 0, 4, background=(0, 255, 0)).astype(int)
+    assert abs(frames[:, :, : WIDTH // 2] - left).max() <= 1 and abs(frames[:, :, WIDTH // 2 :] - right).max() <= 1
+
+
 @pytest.mark.parametrize("suffix", [".webp", ".apng", ".gif", ".avif", ".png"])
 def test_animated_pictures_are_clips(suffix: str, tmp_path: Path) -> None:
     """Also by a name of a still; their frames, times and windows."""
@@ -515,3 +554,56 @@ def test_what_only_begins_as_a_picture_is_told_in_words(content: bytes, tmp_path
     with pytest.raises(DecodeError) as error:
         probe(str(tmp_path / "a"))
     assert "<" not in error.value.cause
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "form"),
+    [
+        (".h264", "libx264", "h264"),
+        (".hevc", "libx265", "hevc"),
+        (".m4v", "mpeg4", "m4v"),
+        (".m2v", "mpeg2video", "mpeg2video"),
+    ],
+)
+@pytest.mark.parametrize("rate", [24, 30])
+def test_a_stream_without_a_container_has_the_rate_that_its_codec_says(
+    suffix: str, codec: str, form: str, rate: int, tmp_path: Path
+) -> None:
+    """At 25, which demuxers make up, every second frame of 24 would be left out."""
+    path = movie(tmp_path / f"a{suffix}", [quarters()] * 12, codec, "yuv420p", rate=rate, format=form)
+    info = probe(str(path))
+    assert info.num_frames == 12 and info.fps == pytest.approx(rate, rel=1e-9)
+
+
+OPEN_GROUPS = {
+    "H.264": ("libx264", {"x264-params": "bframes=3:keyint=8:min-keyint=8:open-gop=1:scenecut=0", "crf": "5"}),
+    "H.265": ("libx265", {"x265-params": "bframes=3:keyint=8:min-keyint=8:open-gop=1:log-level=none"}),
+}
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("kind", OPEN_GROUPS)
+def test_a_clip_cut_out_of_a_longer_one_without_coding_it_anew(kind: str, suffix: str, tmp_path: Path) -> None:
+    """It begins with frames that are predicted from what was cut off: players begin at the first whole one."""
+    codec, options = OPEN_GROUPS[kind]
+    pictures = [np.roll(quarters(48, 64), 2 * number, axis=1) for number in range(30)]
+    whole, path = movie(tmp_path / "whole.mp4", pictures, codec, "yuv420p", options=options), tmp_path / f"cut{suffix}"
+    with av.open(str(whole)) as source, av.open(str(path), "w") as target:
+        given: Any = source.streams.video[0]
+        copied: Any = target.add_stream_from_template(given)
+        packets = [packet for packet in source.demux(given) if packet.dts is not None]
+        second = [number for number, packet in enumerate(packets) if packet.is_keyframe][1]
+        for packet in packets[second:]:
+            packet.stream = copied
+            target.mux(packet)
+    with av.open(str(path)) as source:
+        expected = [frame.to_ndarray(format="rgb24") for frame in source.decode(source.streams.video[0])]
+    assert 0 < len(expected) < len(packets) - second
+    assert probe(str(path)).num_frames == len(expected)
+    for start in (0, 3, len(expected) - 2):
+        found = read_frames(str(path), start, 2)
+        assert close(found, np.stack(expected[start : start + 2]), 2)
+    with pytest.raises(DecodeError, match=f"it has {len(expected)} frames"):
+        read_frames(str(path), len(expected), 1)
+    assert not decode_pyav.is_plain(locate(str(path)), Deadline(str(path), None))  # others count what shows nothing
+    assert decode_pyav.is_plain(locate(str(whole)), Deadline(str(whole), None))

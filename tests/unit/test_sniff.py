@@ -38,6 +38,21 @@ def test_the_content_decides(kind: str, tmp_path: Path) -> None:
         assert read_frames(str(path), 0, 1).shape == (1, info.height, info.width, 3)
 
 
+@pytest.mark.parametrize(
+    ("name", "data", "what"),
+    [
+        ("a.pam", b"P7\nWIDTH 1\nHEIGHT 1\nDEPTH 3\nMAXVAL 255\nTUPLTYPE RGB\nENDHDR\nabc", "PAM"),
+        ("a.pfm", b"PF\n1 1\n-1.0\n" + bytes(12), "PFM"),
+        ("a.pnm", b"Pf\n1 1\n-1.0\n" + bytes(4), "PFM"),
+    ],
+)
+def test_relatives_of_a_format_that_is_read(name: str, data: bytes, what: str, tmp_path: Path) -> None:
+    """Not damaged, but not read."""
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DecodeError, match=f"{what}, which is not read here; save it as PNG"):
+        probe(str(tmp_path / name))
+
+
 @pytest.mark.parametrize("suffix", [".txt", ".mp4", ".png", ""])
 @pytest.mark.parametrize(
     ("data", "what"),
