@@ -1,8 +1,8 @@
 """What a run would train on: ``python -m opensora.cli.buckets CONFIG.yaml [section.key=value ...]``.
 
 Prints samples per bucket, every row of the table that is left out by reason, and how evenly steps can be shared out;
-draws buckets.png in the run's folder. Indexes the table if it was not yet. Rows of ``data.buckets`` that no clip fits are
-shown too, and end it with exit code 2 where a run would refuse them.
+draws buckets.png in the run's folder. Indexes the table if it was not yet. Rows of ``data.buckets`` that no clip fits
+are shown too, and end it with exit code 2 where a run would refuse them.
 """
 
 from dataclasses import replace

@@ -336,8 +336,8 @@ def check_rows(report: BucketReport) -> None:
         more = len(report.empty_rows) - 1
         others = f" and {more} more row{'s' if more > 1 else ''} get" if more else " gets"
         raise UserError(
-            f"data.buckets.{resolution}.{frames}{others} no sample: take {'them' if more else 'it'} out, add clips that "
-            "fit, or set data.empty_rows=report; python -m opensora.cli.buckets shows all rows"
+            f"data.buckets.{resolution}.{frames}{others} no sample: take {'them' if more else 'it'} out, add clips "
+            "that fit, or set data.empty_rows=report; python -m opensora.cli.buckets shows all rows"
         )
 
 
