@@ -5,6 +5,11 @@ draws buckets.png in the run's folder. Indexes the table if it was not yet. Rows
 are shown too, and end it with exit code 2 where a run would refuse them.
 """
 
+from opensora.utils import signals
+
+if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
+    signals.listen_early()
+
 from dataclasses import replace
 
 from opensora.config import RunConfig, config_from_argv, run_cli

@@ -4,6 +4,11 @@ Starts no process and allocates nothing. Prints the configured layout on every b
 the heaviest bucket.
 """
 
+from opensora.utils import signals
+
+if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
+    signals.listen_early()
+
 import json
 import sys
 from collections.abc import Callable

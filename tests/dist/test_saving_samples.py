@@ -112,3 +112,22 @@ def test_a_name_that_this_file_system_cannot_store(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(Path, "touch", lambda *_, **__: (_ for _ in ()).throw(OSError(22, "Invalid argument")))
     with pytest.raises(UserError, match=r"no file there can be called '16:9\?' \(Invalid argument\)"):
         save._decide(cfg, read_jobs(cfg))
+
+
+def refused(cfg: SampleConfig) -> str:
+    try:
+        unused_names(cfg, read_jobs(cfg))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", ["sample_0001.mp4", "sample_0000.txt", "contact_sheet.png"])
+def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(name: str, tmp_path: Path) -> None:
+    cfg = config(tmp_path, 5, overwrite=True)
+    (output_folder(cfg) / name).mkdir(parents=True)
+    (output_folder(cfg) / "sample_0000.png").mkdir()  # of a still, and in nobody's way
+    (said,) = run_distributed(refused, 1, cfg, timeout=60)
+    assert said == f"overwrite=true: {output_folder(cfg) / name} is a folder; move it away, or give another name"
+    (said,) = run_distributed(refused, 1, config(tmp_path, 5), timeout=60)
+    assert said == ""
