@@ -20,7 +20,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: it cannot be written, or a folder is in its place.
     """
-    aside = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex[:8]}")
+    # A part of the name, to be recognized by; 48 characters are at most 192 bytes, and a name has at most 255.
+    aside = path.with_name(f".{path.name[:48]}.{uuid.uuid4().hex[:8]}")
     try:
         with open(aside, "xb") as file:
             yield file

@@ -43,12 +43,12 @@ opensora_quietly() {
     echo "setup: $message" >&2
     "$@" >"$log" 2>&1 </dev/null &
     pid=$!
-    trap 'kill "$pid" 2>/dev/null; echo "setup: interrupted; the same command begins anew" >&2; exit 130' INT TERM HUP
+    trap 'kill "$pid" 2>/dev/null; echo "setup: interrupted; the same command begins anew" >&2; exit 130' INT TERM HUP USR1 USR2
     while kill -0 "$pid" 2>/dev/null; do
         sleep 0.2
         if ((SECONDS - said >= 20)); then said=$SECONDS && echo "setup: still at it, $((SECONDS - start)) s" >&2; fi
     done
-    trap - INT TERM HUP
+    trap - INT TERM HUP USR1 USR2
     wait "$pid"
 }
 
@@ -157,8 +157,8 @@ opensora_install() {
     fi
 }
 
-opensora_setup() (
-    # A shell of its own: its traps and its lock end with it.
+opensora_setup() {
+    # In a shell of its own, so that its traps and its lock end with it.
     cd "$OPENSORA_ROOT" || return
     OPENSORA_FOR_TESTS=(.installed-for-tests requirements.txt requirements-test.txt requirements-colossalai.txt pyproject.toml)
     if [[ -z "$(opensora_wrong)" ]] && opensora_is_installed .installed requirements.txt pyproject.toml; then
@@ -168,7 +168,25 @@ opensora_setup() (
         flock -n 9 || { echo "setup: another one is at work in this checkout; waiting for it" >&2 && flock 9; }
     fi
     opensora_install
-)
+}
 
-opensora_setup || { OPENSORA_STATUS=$? && { return "$OPENSORA_STATUS" 2>/dev/null || exit "$OPENSORA_STATUS"; }; }
+opensora_setup_or_stop() {
+    # Runs opensora_setup and takes it along when a signal comes to this shell alone, which would leave what it waits for
+    # behind, or wait for it to end. The status is then 128 plus the signal's number.
+    local pid name traps asked="" status=0 names=(INT TERM HUP QUIT USR1 USR2)
+    traps="$(trap -p "${names[@]}")"
+    opensora_setup </dev/null &
+    pid=$!
+    for name in "${names[@]}"; do
+        trap "asked=\"\${asked:-$(kill -l "$name")}\"; kill $pid 2>/dev/null" "$name"
+    done
+    while kill -0 "$pid" 2>/dev/null; do
+        if wait "$pid"; then status=0; else status=$?; fi # returns when a signal comes, too
+    done
+    trap - "${names[@]}"
+    eval "$traps"
+    return $((asked ? 128 + asked : status))
+}
+
+opensora_setup_or_stop || { OPENSORA_STATUS=$? && { return "$OPENSORA_STATUS" 2>/dev/null || exit "$OPENSORA_STATUS"; }; }
 export PYTHON

@@ -23,6 +23,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from opensora.utils import signals  # noqa: E402
+
+if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
+    signals.listen_early()
+
 from opensora.config import RunConfig, load_config, run_cli, save  # noqa: E402
 from opensora.train.setup import check  # noqa: E402
 from opensora.utils.arguments import Parser, place, whole, word  # noqa: E402
@@ -51,11 +56,8 @@ def main(argv: list[str]) -> int:
         return 0
     if shutil.which("sbatch") is None:
         raise UserError("sbatch: not found; submit where SLURM is, or look at the job with --dry-run")
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
+    with signals.stopped_in_one_line():  # as from the command line, for those who call this
         return submit(args, head, runs, argv)
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def submit(args: argparse.Namespace, head: RunConfig, runs: Sequence[RunConfig], argv: Sequence[str]) -> int:
@@ -75,9 +77,9 @@ def submit(args: argparse.Namespace, head: RunConfig, runs: Sequence[RunConfig],
         number = sbatch(script)
     except BaseException as error:
         clear_away(job if job != jobs else None, made)
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        if isinstance(error, KeyboardInterrupt):
             print(f"interrupted: {job} is removed; squeue --name={head.name} shows if a job was queued all the same")
-            return 128 + (signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)
+            return 128 + getattr(error, "number", signal.SIGINT)  # as signals.stopped_in_one_line says it
         if isinstance(error, (OSError, shutil.Error)):
             reason = getattr(error, "strerror", None) or str(error)
             raise UserError(f"{job}: cannot be written ({reason}); nothing was submitted") from None

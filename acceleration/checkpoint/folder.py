@@ -1,5 +1,6 @@
 """What is in a folder of checkpoints, for anybody who looks: no process group, nothing is written."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -40,19 +41,32 @@ def candidates(folder: Path) -> list[Path]:
 
 
 def misnamed(folder: Path) -> list[Path]:
-    """Directories with a manifest that are called nearly as a checkpoint is, such as ``step-8`` or a copy of one.
+    """What was a checkpoint and cannot be taken for one: directories with a manifest by another name, as ``step-8`` or
+    a copy, and links by the right name that lead nowhere, as to a disk that is not mounted.
 
     Raises:
         OSError: as ``candidates``.
     """
-    found = (path for path in _entries(folder) if step_of(path.name) is None)
-    return sorted(path for path in found if (path / storage.MANIFEST).is_file())
+    return sorted(path for path in _entries(folder) if _is_lost(path))
+
+
+def _is_lost(path: Path) -> bool:
+    if step_of(path.name) is not None:
+        return leads_nowhere(path)
+    with contextlib.suppress(OSError):  # what may not be looked into, as lost+found
+        return not path.name.startswith(".") and (path / storage.MANIFEST).is_file()
+    return False
+
+
+def leads_nowhere(path: Path) -> bool:
+    """Whether it is a link to nothing."""
+    return path.is_symlink() and not path.exists()
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What is called a bit like a checkpoint; ``Path.glob`` would find nothing in a folder that it may not read."""
+    """What is in it; ``Path.glob`` would find nothing in a folder that it may not read."""
     try:
-        return [folder / name for name in os.listdir(folder) if name.startswith(PREFIX)]
+        return [folder / name for name in os.listdir(folder)]
     except (FileNotFoundError, NotADirectoryError):
         return []
 

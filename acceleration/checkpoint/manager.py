@@ -22,7 +22,7 @@ from torch import Tensor
 
 from acceleration.checkpoint import background, shards, storage, writer
 from acceleration.checkpoint.background import BackgroundWriter
-from acceleration.checkpoint.folder import candidates, misnamed, none_is_good
+from acceleration.checkpoint.folder import candidates, leads_nowhere, misnamed, none_is_good
 from acceleration.checkpoint.pieces import Boxes, Pieces, boxes
 from acceleration.sealed import NUMBER
 from acceleration.waiting import WAITING
@@ -93,7 +93,8 @@ class CheckpointManager:
         steps: list[Path] = self.from_main(candidates(folder) if self._is_main else None)
         odd: list[Path] = self.from_main(misnamed(folder) if self._is_main else None)
         for path in odd if self._is_main else []:
-            self._report(f"{path}: not the name of a checkpoint, which is as {storage.step_name(8)}: passed over")
+            unlike = f"not the name of a checkpoint, which is as {storage.step_name(8)}"
+            self._report(f"{path}: {'a link that leads nowhere' if leads_nowhere(path) else unlike}: passed over")
         for path in reversed(steps):
             bad = self._damaged(path)
             if bad is None:

@@ -1,5 +1,10 @@
 """``python -m data_pipeline.shapes --out DIR --clips 2000 --images 400`` writes the shapes data set."""
 
+from opensora.utils import signals
+
+if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
+    signals.listen_early()
+
 import sys
 
 from data_pipeline.shapes.write import main

@@ -1,11 +1,19 @@
 """What a run would train on: ``python -m opensora.cli.buckets CONFIG.yaml [section.key=value ...]``.
 
 Prints samples per bucket, every row of the table that is left out by reason, and how evenly steps can be shared out;
-draws buckets.png in the run's folder. Indexes the table if it was not yet.
+draws buckets.png in the run's folder. Indexes the table if it was not yet. Rows of ``data.buckets`` that no clip fits
+are shown too, and end it with exit code 2 where a run would refuse them.
 """
 
+from opensora.utils import signals
+
+if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
+    signals.listen_early()
+
+from dataclasses import replace
+
 from opensora.config import RunConfig, config_from_argv, run_cli
-from opensora.train.data import expected_idle, open_data
+from opensora.train.data import check_rows, expected_idle, open_data
 from opensora.train.disk import check_writable
 from opensora.utils.command import naming
 from opensora.utils.images import bucket_chart
@@ -18,7 +26,7 @@ def main(argv: list[str]) -> int:
     cfg = config_from_argv(RunConfig, argv, "Show which samples a run trains on, bucket by bucket.")
     target = cfg.folder / "buckets.png"
     check_writable(cfg)
-    _, plan = open_data(cfg)
+    _, plan = open_data(replace(cfg, data=replace(cfg.data, empty_rows="report")))
     report = plan.report()
     print(report.histogram())
     steps, micro_batches = plan.steps_in_epoch(0), cfg.data.micro_batches
@@ -33,10 +41,13 @@ def main(argv: list[str]) -> int:
     bars: dict[str, list[int]] = {}
     for bucket, count in report.per_bucket:
         bars.setdefault(f"{bucket.resolution} x {bucket.frames}", []).append(count)
+    bars |= {f"{resolution} x {frames}": [0] for resolution, frames in report.empty_rows}
     left_out = sum(count for _, count in report.left_out)
     with naming(target):
         bucket_chart(list(bars.items()), target, title=f"{report.rows - left_out} of {report.rows} samples")
     print(target)
+    if cfg.data.empty_rows == "error":
+        check_rows(report)
     return 0
 
 

@@ -4,6 +4,11 @@ Prints the section to put into a configuration. Run it on a short run first: a c
 the order of its samples.
 """
 
+from opensora.utils import signals
+
+if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
+    signals.listen_early()
+
 from opensora.config import SAVED_NAME, RunConfig, load_config, run_cli, to_yaml
 from opensora.train.calibrate import calibrate
 from opensora.train.data import open_data

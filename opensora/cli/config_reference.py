@@ -3,6 +3,11 @@
 Type and default are the field's, the meaning is the comment beside it in the source.
 """
 
+from opensora.utils import signals
+
+if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
+    signals.listen_early()
+
 import ast
 import dataclasses
 import inspect

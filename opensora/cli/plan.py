@@ -4,7 +4,14 @@ Starts no process and allocates nothing. Prints the configured layout on every b
 the heaviest bucket.
 """
 
+from opensora.utils import signals
+
+if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
+    signals.listen_early()
+
 import json
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 from opensora.config import RunConfig, load_config, run_cli
@@ -12,6 +19,7 @@ from opensora.train.devices import DEVICES
 from opensora.train.forecast import Forecast, Planner, check_own
 from opensora.utils.arguments import Parser, number, whole
 from opensora.utils.errors import UserError
+from opensora.utils.logging import Progress
 
 MAX_WORLD = 4096
 MAX_TOP = 1000
@@ -43,8 +51,8 @@ def main(argv: list[str]) -> int:
     planner = Planner(cfg, args.world, device, device_type=device_type, exact=args.measure)
     problem = check_own(cfg, args.world)
     own = [] if problem else planner.own()
-    best = planner.best(args.top)
     if args.json:
+        best = planner.best(args.top, show_progress())
         plain = {"own": [f.plain() for f in own], "best": [f.plain() for f in best], "room_gib": planner.room / GIB}
         print(json.dumps(plain))
         return 0
@@ -56,10 +64,26 @@ def main(argv: list[str]) -> int:
         for forecast in own:
             too_much = "  does not fit" if forecast.memory.total > planner.room else ""
             print(f"{forecast.shape:<44}{row(forecast)}{too_much}")
+    sys.stdout.flush()  # to be read while the layouts are timed, which takes longer
+    best = planner.best(args.top, show_progress())
     print(f"\nfastest that fit {best[0].shape}\n{'layout':<44}{COLUMNS}")
     for forecast in best:
         print(f"{describe(forecast):<44}{row(forecast)}")
     return 0
+
+
+def show_progress() -> Callable[[int, int], None]:
+    """Draws on stderr how many layouts are timed."""
+    drawn: list[Progress] = []
+
+    def show(done: int, total: int) -> None:
+        if not drawn:
+            drawn.append(Progress(total, every_s=5.0, unit="layout"))
+        drawn[0].update_to(done)
+        if done == total:
+            drawn[0].close()
+
+    return show
 
 
 def check_known(cfg: RunConfig) -> None:

@@ -1,5 +1,10 @@
 """Plot a run's loss: ``python -m opensora.cli.plot RUN_FOLDER --out loss.png``."""
 
+from opensora.utils import signals
+
+if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
+    signals.listen_early()
+
 from opensora.config import run_cli
 from opensora.utils.arguments import Parser, place
 from opensora.utils.command import naming

@@ -116,7 +116,9 @@ class BatchPlan:
         self._steps = _Recent[_Step](64)
         epoch = self._epoch(0)
         self._report = self._buckets.report(epoch.samples, epoch.left_out())
-        _check_report(self._report, cfg)
+        _check_some(self._report)
+        if cfg.empty_rows == "error":
+            check_rows(self._report)
         if self._budget:
             _check_budget(self._budget, self._buckets)
 
@@ -314,18 +316,28 @@ class _Recent(OrderedDict[Hashable, T]):
         return self[key]
 
 
-def _check_report(report: BucketReport, cfg: DataConfig) -> None:
+def _check_some(report: BucketReport) -> None:
     if not report.per_bucket:
         reasons = "; ".join(f"{count} {reason}" for reason, count in report.left_out)
         raise UserError(
             f"data.buckets: none of the {report.rows} samples fits a bucket ({reasons}): add a smaller resolution, "
             "a shorter row or a row of 1 frame, or raise the probabilities"
         )
-    if cfg.empty_rows == "error" and report.empty_rows:
+
+
+def check_rows(report: BucketReport) -> None:
+    """That every row of the bucket table has a sample.
+
+    Raises:
+        UserError: the first that has none, and how many more.
+    """
+    if report.empty_rows:
         resolution, frames = report.empty_rows[0]
+        more = len(report.empty_rows) - 1
+        others = f" and {more} more row{'s' if more > 1 else ''} get" if more else " gets"
         raise UserError(
-            f"data.buckets.{resolution}.{frames} and {len(report.empty_rows) - 1} more rows get no sample: "
-            "take them out, add clips that fit, or set data.empty_rows=report"
+            f"data.buckets.{resolution}.{frames}{others} no sample: take {'them' if more else 'it'} out, add clips "
+            "that fit, or set data.empty_rows=report; python -m opensora.cli.buckets shows all rows"
         )
 
 

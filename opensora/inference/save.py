@@ -61,6 +61,8 @@ def _decide(cfg: SampleConfig, jobs: Sequence[Job]) -> list[Job]:
     folder = output_folder(cfg)
     try_output(folder, "save_dir", folder=True)
     named = list(jobs) if cfg.overwrite else with_names(jobs, names_in(folder))
+    if cfg.overwrite:
+        _check_replaceable(folder, named, "png" if cfg.sampling.num_frames == 1 else "mp4")
     moved = [(old.name, new.name) for old, new in zip(jobs, named, strict=True) if old.name != new.name]
     if moved:
         announce(
@@ -71,6 +73,14 @@ def _decide(cfg: SampleConfig, jobs: Sequence[Job]) -> list[Job]:
         if not _PORTABLE.fullmatch(job.name):
             _try_name(folder, job.name)
     return named
+
+
+def _check_replaceable(folder: Path, jobs: Sequence[Job], suffix: str) -> None:
+    """That what the job will replace are files."""
+    names = [f"{job.name}.{kind}" for job in jobs for kind in (suffix, "txt")]
+    for path in (folder / name for name in (*names, f"{SHEET}.png")):
+        if path.is_dir() and not path.is_symlink():  # which is replaced like a file
+            raise UserError(f"overwrite=true: {path} is a folder; move it away, or give another name")
 
 
 def names_in(folder: Path) -> set[str]:

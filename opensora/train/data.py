@@ -12,6 +12,7 @@ from opensora.datasets.bucket import Bucket
 from opensora.datasets.index import IndexedTable, open_table
 from opensora.datasets.loader import build_loader
 from opensora.datasets.plan import BatchPlan, MicroBatch, Pack
+from opensora.datasets.plan import check_rows as check_rows
 from opensora.datasets.share import Sharing
 from opensora.datasets.video import Batch, PackedBatch
 from opensora.models.base import AutoencoderShape, latent_grid

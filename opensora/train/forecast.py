@@ -378,8 +378,11 @@ class Planner:
             memory = self.forecaster.state(place)
         return self.forecaster.forecast(place, shape, batches, self.device, memory, self.cfg.data.micro_batches)
 
-    def best(self, count: int) -> list[Forecast]:
+    def best(self, count: int, watch: Callable[[int, int], None] = lambda done, total: None) -> list[Forecast]:
         """The ``count`` fastest layouts whose heaviest shape fits, fastest first, on that shape.
+
+        Args:
+            watch: told after each layout how many are timed, of how many.
 
         Raises:
             UserError: nothing fits, with what to change.
@@ -387,9 +390,11 @@ class Planner:
         heaviest, some = self.shapes[-1], self.shapes[:: max(1, len(self.shapes) // 3)]
         timed: list[tuple[float, int, ParallelConfig]] = []
         closest: Forecast | None = None
-        for parallel in layouts(self.cfg, self.world, self.device):
+        tried = list(layouts(self.cfg, self.world, self.device))
+        for number, parallel in enumerate(tried, 1):
             if self.forecaster.state(self._place(parallel)).total <= self.room:
                 timed.append((sum(self.one(parallel, s, with_memory=False).step_s for s in some), len(timed), parallel))
+            watch(number, len(tried))
         found: list[Forecast] = []
         for _, _, parallel in sorted(timed):
             forecast = self.one(parallel, heaviest)

@@ -44,7 +44,7 @@ OTHER = (
 )
 PLAIN_INIT = (True, False, "gaussian", "eva", "orthogonal")  # peft's others change the weights beside the adapters
 _OTHER_KINDS = (  # what a name has that is no plain LoRA, and what that is called
-    (r"\.(dora_scale|lora_magnitude_vector)\b", "DoRA"),
+    (r"\.(dora_scale|lora_magnitude_vector|magnitude)\b", "DoRA"),
     (r"\.hada_", "LoHa"),
     (r"\.lokr_", "LoKr"),
     (r"\.(oft|boft)_", "OFT"),
@@ -54,7 +54,8 @@ _OTHER_KINDS = (  # what a name has that is no plain LoRA, and what that is call
     (r"\.diff(_b)?$", "whole differences of weights"),
     (r"\.(w|b)_norm$", "changes of norms"),
     (r"lora_embedding_", "LoRA of embeddings"),
-    (r"\.processor\.", "LoRA as XLabs writes it"),
+    (r"\.[ab][12]\.weight$", "GLoRA"),
+    (r"\.processor\.", "LoRA as XLabs writes it, or an old diffusers"),
     (r"\blora_?(A|B|down|up)(\.\w+)?\.bias$", "LoRA with biases"),
 )
 _FOR_TEXT = re.compile(

@@ -9,6 +9,7 @@ Sampling and encoding ahead (``leave_when_asked``): the same thread ends the pro
 that is being written; the main thread may be in an exchange with others, and cannot be asked.
 
 Commands of one process (``stopped_in_one_line``): a signal is an exception, so that what was written aside is removed.
+Before that, while their modules are imported (``listen_early``), nothing is there to be removed.
 """
 
 import atexit
@@ -29,6 +30,7 @@ SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name)
 IMPATIENT = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGQUIT") if hasattr(signal, name))
 LAUNCHER = "OPENSORA_LAUNCHER_PID"  # set by launch/elastic.py
 REPEAT_S = 1.0  # the same signal within this time came by two ways: from a terminal, and passed on by a launcher
+_ENDS = (signal.SIG_DFL, signal.default_int_handler)  # what ends a program that says nothing of signals
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -169,6 +171,19 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
+def listen_early() -> None:
+    """For the first line of a command of one process: until ``stopped_in_one_line`` begins, a signal ends it at once,
+    with one line and 128 plus the signal's number, instead of a traceback from the middle of an import."""
+    for number in SIGNALS:
+        if signal.getsignal(number) in _ENDS:  # not what nohup has ignored
+            signal.signal(number, _end_early)
+
+
+def _end_early(number: int, frame: object) -> NoReturn:
+    _say(f"stopped by {signal.Signals(number).name}: nothing was begun")
+    os._exit(128 + number)
+
+
 @contextmanager
 def stopped_in_one_line(stays: str = "") -> Iterator[None]:
     """For a command of one process: a signal ends what is done inside as an exception does, then the program with one
@@ -180,7 +195,7 @@ def stopped_in_one_line(stays: str = "") -> Iterator[None]:
     if _asked is not None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    ends = (signal.SIG_DFL, signal.default_int_handler)
+    ends = (*_ENDS, _end_early)
     replaced = {number: signal.signal(number, _raise) for number in SIGNALS if signal.getsignal(number) in ends}
     try:
         yield
@@ -191,7 +206,7 @@ def stopped_in_one_line(stays: str = "") -> Iterator[None]:
     finally:
         for number, handler in replaced.items():
             if signal.getsignal(number) in (_raise, signal.SIG_IGN):
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_DFL if handler is _end_early else handler)
 
 
 def _raise(number: int, frame: object) -> NoReturn:

@@ -112,3 +112,23 @@ def test_a_name_that_this_file_system_cannot_store(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(Path, "touch", lambda *_, **__: (_ for _ in ()).throw(OSError(22, "Invalid argument")))
     with pytest.raises(UserError, match=r"no file there can be called '16:9\?' \(Invalid argument\)"):
         save._decide(cfg, read_jobs(cfg))
+
+
+@pytest.mark.parametrize("name", ["sample_0001.mp4", "sample_0000.txt", "contact_sheet.png"])
+def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(name: str, tmp_path: Path) -> None:
+    cfg = config(tmp_path, 5, overwrite=True)
+    (output_folder(cfg) / name).mkdir(parents=True)
+    (output_folder(cfg) / "sample_0000.png").mkdir()  # of a still, and in nobody's way
+    (said,) = run_distributed(refused, 1, cfg, timeout=60)
+    assert said == f"overwrite=true: {output_folder(cfg) / name} is a folder; move it away, or give another name"
+    (said,) = run_distributed(refused, 1, config(tmp_path, 5), timeout=60)
+    assert said == "accepted"
+
+
+@pytest.mark.parametrize("name", ["n" * 251, "😀" * 62, "é" * 125])
+def test_the_longest_names_are_written(name: str, tmp_path: Path) -> None:
+    """A file name has 255 bytes, and so has that of what is written aside."""
+    (tmp_path / "prompts.csv").write_text(f"text,name\na,{name}\n", encoding="utf-8")
+    cfg = config(tmp_path, prompts=(), prompt_csv=str(tmp_path / "prompts.csv"))
+    run_distributed(write, 1, cfg, timeout=60)
+    assert names(output_folder(cfg)) == sorted([f"{name}.png", f"{name}.txt", "contact_sheet.png"])

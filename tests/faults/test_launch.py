@@ -243,8 +243,9 @@ def test_a_refused_job_leaves_nothing(
 @pytest.mark.parametrize(
     ("number", "queued"),
     [
-        (signal.SIGINT, False),
+        (signal.SIGUSR1, False),
         (signal.SIGTERM, True),
+        pytest.param(signal.SIGINT, False, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, True, marks=pytest.mark.slow),
     ],

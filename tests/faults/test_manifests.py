@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from acceleration.checkpoint import CheckpointManager, contents, newest, steps_in, storage
-from acceleration.checkpoint.folder import candidates
+from acceleration.checkpoint.folder import candidates, misnamed
 from acceleration.checkpoint.storage import MANIFEST, step_of
 from acceleration.sealed import seal
 from launch.attempts import newest_step
@@ -202,12 +202,32 @@ def test_a_copy_by_another_name_is_no_checkpoint(saved: Path, tmp_path: Path, ta
     tally("directories by other names than their step's: passed over with a line", 1, 1)
 
 
-def test_a_run_does_not_begin_anew_over_misnamed_checkpoints(saved: Path, tmp_path: Path) -> None:
-    shutil.copytree(saved / NEW, tmp_path / "step-2")
+@pytest.mark.parametrize("name", ["step-2", "old-00000002", "Step-00000002", "copy of step-00000002", "latest"])
+def test_a_run_does_not_begin_anew_over_misnamed_checkpoints(name: str, saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved / NEW, tmp_path / name)
     with pytest.raises(DistributedFailure, match="no checkpoint is complete; move the damaged step-"):
         run_distributed(latest_of, 1, tmp_path)
     with pytest.raises(ValueError, match="no checkpoint is complete"):
         newest(tmp_path)
+
+
+@pytest.mark.parametrize("target", ["gone", NEW])  # a disk that is not mounted, a link to itself
+def test_a_run_does_not_begin_anew_over_links_that_lead_nowhere(target: str, saved: Path, tmp_path: Path) -> None:
+    (tmp_path / NEW).symlink_to(tmp_path / target)
+    with pytest.raises(DistributedFailure, match="no checkpoint is complete"):
+        run_distributed(latest_of, 1, tmp_path)
+    shutil.copytree(saved / OLD, tmp_path / OLD)
+    name, said = run_distributed(latest_of, 1, tmp_path)[0]
+    assert name == OLD and said == [f"{tmp_path / NEW}: a link that leads nowhere: passed over"]
+
+
+def test_what_holds_no_manifest_is_no_trace_of_a_run(tmp_path: Path) -> None:
+    """Folders of others, a save that was cut short, and what may not be looked into."""
+    for name in ("lost+found", ".tmp-step-00000002", "notes"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".tmp-step-00000002" / "manifest.json").write_text("{}")
+    (tmp_path / "manifest.json").write_text("{}")
+    assert misnamed(tmp_path) == [] and newest(tmp_path) is None and misnamed(tmp_path / "none") == []
 
 
 @pytest.mark.parametrize("odd", ODD)

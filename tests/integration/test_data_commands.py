@@ -26,6 +26,20 @@ def test_buckets_shows_where_every_row_goes(config: Path, capsys: pytest.Capture
         assert image.width > 300 and picture.name == "buckets.png"
 
 
+def test_buckets_shows_all_rows_before_it_refuses_those_without_a_clip(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = "data.buckets={32px: {5: [1.0, 2], 801: [1.0, 2], 901: [1.0, 2]}}"
+    with pytest.raises(UserError, match=r"32px\.901 and 1 more row get no sample: take them out"):
+        buckets.main([str(config), rows])
+    shown = capsys.readouterr().out
+    assert "samples in" in shown and "rows without a sample: 32px x 901, 32px x 801" in shown
+    assert Path(shown.strip().splitlines()[-1]).is_file()
+    with pytest.raises(UserError, match=r"32px\.901 gets no sample: take it out"):
+        buckets.main([str(config), "data.buckets={32px: {5: [1.0, 2], 901: [1.0, 2]}}"])
+    assert buckets.main([str(config), rows, "data.empty_rows=report"]) == 0
+
+
 def test_calibrate_prints_a_section_that_a_configuration_takes(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -129,9 +129,24 @@ def test_an_interrupted_setup_is_done_again(checkout: Checkout, number: signal.S
     os.killpg(process.pid, number)
     _, said = process.communicate(timeout=60)
     if number != signal.SIGKILL:
-        assert process.returncode in (130, -number) and "interrupted; the same command begins anew" in said
+        assert process.returncode == 128 + number and "interrupted; the same command begins anew" in said
     code, said, calls = checkout.run()
     assert code == 0 and len(calls) == 2 and ".venv is built anew: an earlier set-up was interrupted" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_to_the_shell_alone_leaves_no_process(checkout: Checkout, number: signal.Signals) -> None:
+    # A shell starts what is in the background with some signals ignored, and so may these tests be.
+    reset = f"{sys.executable} -c 'import os, signal; signal.signal({int(number)}, signal.SIG_DFL); "
+    process = checkout.start(
+        f'exec {reset} os.execvp("bash", ["bash", "launch/setup.sh"])\'', PIP_DOES="exec sleep 300"
+    )
+    deadline = time.monotonic() + 60
+    while not checkout.calls.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)  # the pipe is closed when the last process has ended
+    assert process.returncode == 128 + number and said.count("interrupted; the same command begins anew") == 1, said
 
 
 def test_an_environment_whose_python_has_changed_is_built_anew(checkout: Checkout) -> None:

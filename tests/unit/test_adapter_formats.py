@@ -390,6 +390,8 @@ OTHERS: dict[str, tuple[dict[str, Tensor], str]] = {
     "Tucker": ({**PLAIN, f"{PROJ}.lora_mid.weight": MATRIX}, "third matrix"),
     "differences": ({f"diffusion_model.{PROJ}.diff": MATRIX}, "whole differences"),
     "XLabs": ({"double_blocks.0.processor.qkv_lora1.down.weight": MATRIX}, "as XLabs writes it"),
+    "GLoRA": ({"lora_unet_x.a1.weight": MATRIX}, "these are GLoRA"),
+    "old diffusers": ({"transformer.x.attn.processor.to_q_lora.down.weight": MATRIX}, "or an old diffusers"),
     "biases": ({**PLAIN, f"{PROJ}.lora_B.bias": torch.ones(64)}, "LoRA with biases"),
     "embeddings": ({"x.lora_embedding_A": MATRIX}, "LoRA of embeddings"),
     "weights": ({f"{PROJ}.weight": MATRIX}, "no part of LoRA.*given as weights="),

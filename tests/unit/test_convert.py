@@ -356,3 +356,37 @@ def test_a_pipe_or_a_device_is_not_waited_for(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=expected):
             WeightFile(path)
+
+
+def test_shards_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    """One that is missing, given alone, or of another release than the index."""
+    state = dict(random_model(DEBUG).state_dict())
+    first, second = "m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"
+    halves = [dict(list(state.items())[start::2]) for start in (0, 1)]
+    for name, half in zip((first, second), halves, strict=True):
+        save_file(half, tmp_path / name)
+    assert len(WeightFile(tmp_path)) == len(state)
+    with pytest.raises(UserError, match=f"{first}: is one of 2 files of the same weights: give their folder"):
+        WeightFile(tmp_path / first)
+
+    map_ = {tensor: name for name, half in zip((first, second), halves, strict=True) for tensor in half}
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": map_}))
+    assert len(WeightFile(index)) == len(state)
+    for lie in ({**map_, "img_in.gone": second}, {**map_, "img_in.weight": second, "img_in.bias": second}):
+        index.write_text(json.dumps({"weight_map": lie}))
+        with pytest.raises(UserError, match=f"{second}: does not hold img_in.*as its index says: fetch"):
+            WeightFile(tmp_path)
+
+    index.unlink()
+    (tmp_path / second).unlink()
+    for place in (tmp_path, tmp_path / first):
+        with pytest.raises(UserError, match=f"is one of 2 files of the same weights: fetch {second} too"):
+            WeightFile(place)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt"])
+def test_a_folder_of_pickles_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"PK\x03\x04")
+    with pytest.raises(UserError, match=rf"no safetensors, and nothing is unpickled \({name}\): save its tensors by"):
+        WeightFile(tmp_path)

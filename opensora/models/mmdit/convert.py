@@ -14,6 +14,7 @@ interleaved and separate means half-split, which is right for the two published 
 """
 
 import os
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -37,6 +38,8 @@ _WANTED = "give a .safetensors file, an index .json, or their folder"
 _INPUTS = ("img_in", "txt_in", "time_in", "vector_in", "guidance_in", "cond_in")
 _TOP_NAMES = (*_INPUTS, "double_blocks", "single_blocks", "final_layer")
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of torch.compile, FSDP, recomputation
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 _OTHER_MODELS = ("vae", "first_stage_model", "cond_stage_model", "conditioner", "text_encoders", "text_encoder")
 
 
@@ -145,7 +148,9 @@ class WeightFile(Mapping[str, Tensor]):
         self._files: dict[str, Any] = {}  # tensor -> open file
         self._stored: dict[str, str] = {}  # tensor -> name in its file
         metadata: dict[str, str] = {}
-        opened = [open_weights(file) for file in _weight_files(Path(path))]
+        files, index = _weight_files(Path(path))
+        opened = [open_weights(file) for file in files]
+        _check_index({one.path.name: one.shapes for one in opened}, index)
         self.prefix, names, self.left_out = _plain_names([name for one in opened for name in one.shapes], str(path))
         sources: dict[str, Shape] = {}
         for one in opened:
@@ -660,7 +665,8 @@ def _other_format(names: Collection[str]) -> str | None:
     return None
 
 
-def _weight_files(path: Path) -> list[Path]:
+def _weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
+    """(files of the weights, tensor -> name of its file as an index says, empty without one)."""
     try:
         is_folder = path.is_dir()
         if not is_folder:
@@ -671,16 +677,41 @@ def _weight_files(path: Path) -> list[Path]:
         absent = isinstance(error, FileNotFoundError)
         raise UserError(f"{path}: {f'no such file or folder: {_WANTED}' if absent else short_reason(error)}") from error
     if not is_folder:
-        return _indexed_files(path) if _begins_as_json(path) else [path]
+        return _indexed_files(path) if _begins_as_json(path) else (_whole([path]), {})
     with parsing(lambda reason: UserError(f"{path}: cannot be read ({reason})")):
         indices = sorted(path.glob("*.safetensors.index.json"))
         files = sorted(path.glob("*.safetensors"))
+        pickled = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLED)
     if len(indices) > 1:
         found = _some([index.name for index in indices])
         raise UserError(f"{path}: holds {len(indices)} index files ({found}): give one of them")
     if not indices and not files:
+        if pickled:
+            raise UserError(
+                f"{path}: holds no safetensors, and nothing is unpickled ({_some(pickled)}): save its tensors by "
+                "safetensors.torch.save_file"
+            )
         raise UserError(f"{path}: holds no weights: {_WANTED}")
-    return _indexed_files(indices[0]) if indices else files
+    return _indexed_files(indices[0]) if indices else (_whole(files), {})
+
+
+def _whole(files: list[Path]) -> list[Path]:
+    """The files, if no shard of a set is missing, as far as their names tell.
+
+    Raises:
+        UserError: one is.
+    """
+    names = {file.name for file in files}
+    for file in files:
+        if match := _SHARD.fullmatch(file.name):
+            start, count = match[1], int(match[2])
+            others = (f"{start}-{number:05d}-of-{match[2]}.safetensors" for number in range(1, count + 1))
+            absent = next((name for name in others if name not in names), None)
+            if absent is not None:
+                there = (file.parent / absent).is_file()
+                remedy = "give their folder" if there else f"fetch {absent} too, and give their folder"
+                raise UserError(f"{file}: is one of {count} files of the same weights: {remedy}")
+    return files
 
 
 def _begins_as_json(path: Path) -> bool:
@@ -690,7 +721,7 @@ def _begins_as_json(path: Path) -> bool:
     return start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{" and start[8:9] != b"{"
 
 
-def _indexed_files(index: Path) -> list[Path]:
+def _indexed_files(index: Path) -> tuple[list[Path], dict[str, str]]:
     def refuse(why: str) -> UserError:
         return UserError(f"{index}: is not a safetensors index ({why}): it needs a weight_map; fetch it again")
 
@@ -706,4 +737,20 @@ def _indexed_files(index: Path) -> list[Path]:
     if absent or not names:
         shown = _some([name[:80] for name in absent]) if absent else "none"
         raise UserError(f"{index}: names files that are not beside it ({shown}): fetch them too")
-    return [index.parent / name for name in names]
+    return [index.parent / name for name in names], dict(found["weight_map"])
+
+
+def _check_index(shapes: Mapping[str, Collection[str]], index: Mapping[str, str]) -> None:
+    """That every tensor is in the file where an index says that it is: files of two releases have the same names.
+
+    Args:
+        shapes: file name -> names of its tensors.
+
+    Raises:
+        UserError: one is not.
+    """
+    for tensor, name in index.items():
+        if tensor not in shapes[name]:
+            raise UserError(
+                f"{name}: does not hold {tensor[:200]}, as its index says: fetch the index and its files again"
+            )

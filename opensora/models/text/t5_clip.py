@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from opensora.models.base import TextFeatures
+from opensora.models.pretrained import load_pretrained
 from opensora.utils.errors import UserError
 from opensora.utils.limits import Limits
 from opensora.utils.untrusted import parse_json, parsing
@@ -48,10 +49,10 @@ class T5ClipTextEncoder:
         self.cfg = cfg
         self._device = device
         t5_folder, clip_folder = check_folder("t5_path", cfg.t5_path), check_folder("clip_path", cfg.clip_path)
-        self._t5_tokenizer = _load("t5_path", t5_folder, AutoTokenizer)
-        self._clip_tokenizer = _load("clip_path", clip_folder, CLIPTokenizer)
-        self._t5 = _load("t5_path", t5_folder, T5EncoderModel, dtype=dtype).to(device).eval().requires_grad_(False)
-        self._clip = _load("clip_path", clip_folder, CLIPTextModel, dtype=dtype).to(device).eval().requires_grad_(False)
+        self._t5_tokenizer = _tokenizer("t5_path", t5_folder, AutoTokenizer)
+        self._clip_tokenizer = _tokenizer("clip_path", clip_folder, CLIPTokenizer)
+        self._t5 = load_pretrained("text.t5_path", t5_folder, T5EncoderModel, dtype=dtype).to(device)
+        self._clip = load_pretrained("text.clip_path", clip_folder, CLIPTextModel, dtype=dtype).to(device)
         self.context_dim: int = self._t5.config.d_model
         self.vec_dim: int = self._clip.config.hidden_size
 
@@ -105,7 +106,7 @@ def _unreadable(key: str, path: str, reason: str) -> UserError:
     return UserError(f"text.{key}={path}: config.json is not readable as JSON ({reason})")
 
 
-def _load(key: str, path: str, loader: Any, **options: Any) -> Any:
+def _tokenizer(key: str, path: str, loader: Any) -> Any:
     name = f"text.{key}={path}: {loader.__name__} cannot be loaded from this folder"
     with parsing(lambda reason: UserError(f"{name}: {reason}")):
-        return loader.from_pretrained(path, local_files_only=True, **options)
+        return loader.from_pretrained(path, local_files_only=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from opensora.models.pretrained import load_pretrained
 from opensora.utils.errors import UserError
 from opensora.utils.untrusted import ANY, mismatch, parse_json, parsing, read_small
 
@@ -63,10 +64,7 @@ def load_frozen(loader: Any, path: str, device: torch.device | str, dtype: torch
     """The model in ``path``, in eval mode, without gradients.
 
     Raises:
-        UserError: no path, no such folder, or not a model that ``loader`` can read.
+        UserError: no path, no such folder, not a model that ``loader`` can read, or not all of it.
     """
     check_folder(path, loader.__name__)
-    name = f"{KEY}={path}: {loader.__name__} cannot be loaded from this folder"
-    with parsing(lambda reason: UserError(f"{name}: {reason}")):
-        model = loader.from_pretrained(path, torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=False)
-    return model.to(device).eval().requires_grad_(False)
+    return load_pretrained(KEY, path, loader, torch_dtype=dtype, low_cpu_mem_usage=False).to(device)

@@ -1,0 +1,69 @@
+"""Signals to commands while they import torch, which takes seconds."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opensora.utils import signals
+from tests.conftest import ROOT
+
+COMMANDS = {
+    **{
+        name: ["-m", f"opensora.cli.{name}", "nowhere.yaml"]
+        for name in ("buckets", "calibrate", "config_reference", "plan", "plot", "precompute", "preflight")
+    },
+    "index": ["-m", "data_pipeline.index", "nowhere"],
+    "shapes": ["-m", "data_pipeline.shapes"],
+    "submit": [str(ROOT / "launch/submit.py"), "nowhere.yaml"],
+}
+# In place of torch and numpy, whichever is imported first: says so, and takes its time.
+SLOW = "import os, time\nopen(os.environ['IMPORTING'], 'w').close()\ntime.sleep(100)\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c_during_an_import_is_one_line(command: str, tmp_path: Path) -> None:
+    number = signal.SIGINT if len(command) % 2 else signal.SIGTERM
+    for name in ("numpy", "torch", "yaml", "tqdm"):
+        (tmp_path / f"{name}.py").write_text(SLOW)
+    os.mkfifo(tmp_path / "importing")
+    process = subprocess.Popen(
+        [sys.executable, *COMMANDS[command]],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "IMPORTING": str(tmp_path / "importing")},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts what is in the background with Ctrl-C ignored, and so may these tests be.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        (tmp_path / "importing").open().close()  # opens when the other end does
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    code = 75 if command == "precompute" else 128 + number
+    assert (process.returncode, out) == (code, "") and err.startswith(f"stopped by {number.name}: "), err
+    assert err.count("\n") == 1
+
+
+def test_what_is_ignored_stays_so_and_a_command_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    monkeypatch.setattr(signals, "_asked", None)
+    try:
+        for number in signals.SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+        signals.listen_early()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        with pytest.raises(SystemExit) as caught, signals.stopped_in_one_line():
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert caught.value.code == 128 + signal.SIGUSR1
+        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL  # what was begun is over
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
