@@ -40,8 +40,10 @@ from opensora.datasets.frames import (
     check_size,
     new_array,
     on_background,
+    rate_of,
     scale_rgb,
 )
+from opensora.datasets.gif import pictures_in
 from opensora.datasets.sniff import CLIP_SUFFIXES, sniff_source
 from opensora.datasets.storage import Source
 from opensora.utils.untrusted import parsing
@@ -90,6 +92,7 @@ class FrameIndex:
     key_pts: np.ndarray  # (k,) int64, ascending
     key_dts: np.ndarray  # (k,) int64, of the same keyframes
     exact: bool  # False: packets without, or with repeated, timestamps; only counting decoded frames is right
+    shown_s: tuple[float, ...] = ()  # of a GIF: what every picture says of the time that it is shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,7 +298,9 @@ def _index(source: Source, container: InputContainer, stream: VideoStream, deadl
     refuse = partial(DecodeError, source.path)
     pts: list[int] = []
     keys: list[tuple[int, int]] = []
+    shown_s: list[float] = []
     with parsing(refuse):
+        is_gif = container.format.name == "gif"
         exact = container.format.name not in _WITHOUT_TIMES
         hidden_by_vp8 = stream.codec_context.name in ("vp8", "libvpx")
     for packet in _packets(source, container, stream, deadline):
@@ -304,8 +309,14 @@ def _index(source: Source, container: InputContainer, stream: VideoStream, deadl
             shown, decoded, is_key = packet.pts, packet.dts, packet.is_keyframe
             # A reference picture of VP8 that is never shown.
             hidden = hidden_by_vp8 and not nothing and not bytes(packet)[0] & 0x10
+            content = bytes(packet) if is_gif else b""
         if nothing:
             continue
+        if is_gif:
+            pictures = pictures_in(content)
+            if not all(picture.is_whole for picture in pictures):
+                break  # the file ends within it, and FFmpeg would show what there is of it
+            shown_s += [picture.seconds for picture in pictures[:1]]
         if shown is None:
             exact = False
             continue
@@ -324,6 +335,7 @@ def _index(source: Source, container: InputContainer, stream: VideoStream, deadl
         key_pts=key_array[:, 0],
         key_dts=key_array[:, 1],
         exact=exact and len(ordered) == len(pts),
+        shown_s=tuple(shown_s),
     )
 
 
@@ -545,6 +557,8 @@ def _read_by_counting(source: Source, window: _Window, numbers: range, threads: 
 
 def _frame_rate(index: FrameIndex, declared: Fraction | None, base: Fraction | None) -> tuple[float, str]:
     """(frames per second by the timestamps, a note); the declared rate where it agrees: timestamps may be rounded."""
+    if index.shown_s:
+        return rate_of(index.shown_s), ""
     seconds = float((int(index.pts[-1]) - int(index.pts[0])) * base) if base and len(index.pts) > 1 else 0.0
     rate = float(declared) if declared else 1.0
     if seconds > 0:
