@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from acceleration.rendezvous import StartError, check_in, meet
+from acceleration.untrusted import short
 
 DOORS = 4  # ports that are tried one after the other
 MAX_WORLD, MAX_PORT = 10**6, 65535
@@ -70,7 +71,7 @@ def _of_torchrun(env: Mapping[str, str]) -> Ranks:
     for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
         alone = "0" if name == "RANK" else "1"
         if _text(env, name) not in ("", alone) and not _text(env, other):
-            raise _refused(f"{name}={_text(env, name)[:80]} without {other}: {_START}")
+            raise _refused(f"{name}={short(_text(env, name))} without {other}: {_START}")
     world_size = _whole(env, "WORLD_SIZE", 1, MAX_WORLD, default=1)
     rank = _whole(env, "RANK", 0, world_size - 1, f"WORLD_SIZE={world_size}", default=0)
     here = _whole(env, "LOCAL_WORLD_SIZE", 1, world_size, f"WORLD_SIZE={world_size}", default=world_size)
@@ -128,7 +129,7 @@ def first_host(nodelist: str, name: str = "SLURM_STEP_NODELIST") -> str:
     match = re.match(r"([^,\[\]\s]*)(?:\[([0-9]+)[^\[\]]*\])?([^,\[\]\s]*)", nodelist.strip())
     host = "".join(part or "" for part in match.groups()) if match else ""
     if not host:
-        raise _refused(f"{name}={nodelist[:80]!r}: begins with no host; set MASTER_ADDR")
+        raise _refused(f"{name}={short(repr(nodelist))}: begins with no host; set MASTER_ADDR")
     return host
 
 
@@ -146,7 +147,7 @@ def _whole(
     if re.fullmatch(r"[0-9]{1,15}", text) and least <= int(text) <= most:
         return int(text)
     bound = f" with {why}" if why else ""
-    raise _refused(f"{name}={text[:80]}: allowed are integers from {least} to {most}{bound}; {_START}")
+    raise _refused(f"{name}={short(text)}: allowed are integers from {least} to {most}{bound}; {_START}")
 
 
 def _refused(message: str) -> StartError:
@@ -200,7 +201,7 @@ def check_visible_devices(env: Mapping[str, str] = os.environ) -> None:
     named = r"(?:[0-9]{1,4}|(?:GPU|MIG)-[0-9A-Za-z/-]+)"
     if text in ("", "-1") or text.startswith("No") or re.fullmatch(rf"{named}(?: *, *{named})*,?", text):
         return
-    raise _refused(f"CUDA_VISIBLE_DEVICES={text[:80]}: allowed are numbers or names of devices, as 0,1, or -1 for none")
+    raise _refused(f"CUDA_VISIBLE_DEVICES={short(text)}: allowed are numbers or names of devices, as 0,1, or -1 for none")
 
 
 def device_identity(device: torch.device) -> str:

@@ -113,8 +113,9 @@ def read_frames(
         timeout_s: give up after this time; a decoder that hangs within one packet is not noticed.
         allocate: where the frames go. Memory that is used again saves the system from clearing it, which at full size
             takes as long as decoding.
-        decoder: a name in ``DECODERS``. Stills, animated pictures (GIF too), and clips that are turned, transparent or have
-            pixels that are not square are read by Pillow and PyAV whatever it says, so that all decoders agree.
+        decoder: a name in ``DECODERS``. Stills, animated pictures with GIF among them, and clips that are turned,
+            transparent or have pixels that are not square are read by Pillow and PyAV whatever it says, so that all
+            decoders agree.
         background: what shows through where a picture is transparent.
 
     Returns:

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import repeat
 from typing import cast
 
 import numpy as np
@@ -220,18 +221,22 @@ def _frames_in_turn(source: Source, deadline: Deadline) -> Iterator[tuple[Image.
     refuse = partial(DecodeError, source.path)
     with contextlib.ExitStack() as opened:
         image = _open(source, opened, animated=True)
-        if image.format == "PNG":
-            _check_end_of_png(source)
+        lacks = png_lacks(opened.enter_context(source.open())) if image.format == "PNG" else repeat("")
         with parsing(refuse):
             total = int(getattr(image, "n_frames", 1))
             # A PNG may hold a picture for viewers that show no animation, which is no frame of it.
             first = 1 if image.info.get("default_image") and total > 1 else 0
+            if first:
+                next(lacks)
         for number in range(first, total):
             deadline.check()
             with parsing(lambda reason, number=number: refuse(f"frame {number - first}: {reason}")):  # type: ignore[misc]
                 image.seek(number)
                 image.load()
                 seconds = float(image.info.get("duration", 0)) / 1000
+                lack = next(lacks, "")
+            if lack:
+                raise refuse(f"frame {number - first}: {lack}")
             check_size(source.path, image.height, image.width)
             yield image, seconds
 
@@ -260,9 +265,8 @@ def _last_rows(image: Image.Image, count: int) -> tuple[int, int, int, int]:
 
 
 def _check_end_of_png(source: Source) -> None:
-    with source.open() as file:
-        with parsing(partial(DecodeError, source.path)):
-            lack = png_lacks(file)
+    with source.open() as file, parsing(partial(DecodeError, source.path)):
+        lack = next(png_lacks(file))
     if lack:
         raise DecodeError(source.path, lack)
 
@@ -277,8 +281,8 @@ def _check_end_of_jpeg(source: Source) -> None:
     with parsing(refuse):
         more = jpeg_with_more(data)
         if more is not None:
-            pictures = [np.asarray(Image.open(io.BytesIO(each), formats=("JPEG",))) for each in (data, more)]
-            lack = "" if np.array_equal(*pictures) else "its data end early: the rest of the picture is missing"
+            shown, with_more = (np.asarray(Image.open(io.BytesIO(each), formats=("JPEG",))) for each in (data, more))
+            lack = "" if np.array_equal(shown, with_more) else "its data end early: the rest of the picture is missing"
     if lack:
         raise DecodeError(source.path, lack)
 

@@ -14,7 +14,8 @@ MAX_SIDE = 2**16 - 1
 MAX_PIXELS = 2**26
 LIMITS = f"at most {MAX_SIDE} of a side and {MAX_PIXELS} in all are read; scale it down"
 MAX_FPS = 1e5
-# A picture of an animation that lasts this long or less, or does not say, is shown for a tenth of a second: as browsers do.
+# A picture of an animation that lasts this long or less, or does not say, is shown for a tenth of a second: as browsers
+# do.
 BRIEFEST_S, USUAL_S = 0.01, 0.1
 _BAND_PIXELS = 2**20
 

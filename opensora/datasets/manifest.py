@@ -24,7 +24,7 @@ import pyarrow.parquet as papq
 
 from opensora.datasets.frames import MAX_FPS, MAX_PIXELS, MAX_SIDE
 from opensora.utils.errors import UserError
-from opensora.utils.user_files import check_quotes
+from opensora.utils.user_files import absence, check_quotes
 
 _TEXT = ("path", "text")
 _COUNTS = ("num_frames", "height", "width")
@@ -218,12 +218,15 @@ def _files(patterns: Sequence[str]) -> list[Path]:
         raise UserError("data.table is empty: give a csv or parquet file, a glob, or a list of these")
     found: list[Path] = []
     for pattern in patterns:
-        if Path(pattern).is_file():
+        if os.path.isfile(pattern):
             found.append(Path(pattern))
             continue
         names = [name for name in glob.glob(pattern, recursive=True) if not name.endswith(_NO_TABLE)]
         matches = sorted(Path(name) for name in names if os.path.isfile(name))
         if not matches:
+            reason = absence(pattern, "file")
+            if reason and not reason.startswith("no such"):
+                raise UserError(f"data.table={pattern}: {reason}")
             raise UserError(f"data.table={pattern}: no such file{_tables_nearby(Path(pattern))}")
         found += matches
     return found

@@ -21,44 +21,44 @@ _LAST_COEFFICIENT = 63
 _JUNK = bytes(i * 37 % 251 + 1 for i in range(512))
 
 
-def png_lacks(file: BinaryIO) -> str:
-    """What the compressed data of a PNG, or of a frame of an animated one, lack; empty: nothing.
+def png_lacks(file: BinaryIO) -> Iterator[str]:
+    """What the compressed data of a PNG lack, of an animated one those of every picture in turn; empty: nothing.
 
     Raises:
-        struct.error, zlib.error, KeyError: it is damaged.
+        struct.error, KeyError: it is damaged.
     """
     header, size, inflated = b"", (0, 0), _Inflated()
-    frame = 0
     for name, data in _chunks(file):
         if name == b"IHDR":
             header, size = data, struct.unpack(">II", data[:8])
         elif name == b"fcTL":
-            if lack := inflated.lacks(header, size):
-                return f"frame {frame}: {lack}"
-            frame += inflated.begun
+            if inflated.begun:
+                yield inflated.lacks(header, size)
             size, inflated = struct.unpack(">II", data[4:12]), _Inflated()
-        elif name in (b"IDAT", b"fdAT"):
+        else:
             inflated.add(data[4:] if name == b"fdAT" else data)
-    lack = inflated.lacks(header, size)
-    return f"frame {frame}: {lack}" if lack and frame else lack
+    yield inflated.lacks(header, size)
 
 
 class _Inflated:
-    """How many bytes the data of one picture become."""
+    """How many bytes the data of one picture become. Of damaged ones, which decoders refuse, nothing is said."""
 
     def __init__(self) -> None:
-        self.begun = False
+        self.begun = self._damaged = False
         self._count = 0
         self._inflate = zlib.decompressobj()
 
     def add(self, data: bytes) -> None:
         self.begun = True
-        while data and not self._inflate.eof:
-            self._count += len(self._inflate.decompress(data, _PIECE))
-            data = self._inflate.unconsumed_tail
+        try:
+            while data and not self._inflate.eof:
+                self._count += len(self._inflate.decompress(data, _PIECE))
+                data = self._inflate.unconsumed_tail
+        except zlib.error:
+            self._damaged = True
 
     def lacks(self, header: bytes, size: tuple[int, int]) -> str:
-        wanted = _png_bytes(header, *size) if self.begun else 0
+        wanted = _png_bytes(header, *size) if self.begun and not self._damaged else 0
         return f"its data end early: {self._count} of {wanted} bytes of pixels" if self._count < wanted else ""
 
 

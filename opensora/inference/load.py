@@ -46,6 +46,7 @@ from opensora.utils.adapters import CONFIG, WEIGHTS, Adapter, FittedAdapter, is_
 from opensora.utils.errors import UserError
 from opensora.utils.logging import announce
 from opensora.utils.sampling import SamplingOption, passes_per_step
+from opensora.utils.user_files import absence
 from opensora.utils.weights import fingerprint
 from opensora.utils.work import RunAll, one_by_one
 
@@ -97,10 +98,14 @@ def find_source(cfg: SampleConfig) -> Source:
             adapters that do not fit them.
     """
     path = Path(cfg.weights)
-    if not os.path.exists(path):
-        raise UserError(f"weights={path}: no such file or folder; give a run folder, an export folder or a safetensors")
-    if (path / MANIFEST).is_file():
-        raise UserError(f"weights={path}: is one checkpoint of a run; give the run's folder, whose newest one is read")
+    if reason := absence(path):
+        raise UserError(f"weights={path}: {reason}; give a run folder, an export folder or a safetensors file")
+    if os.path.lexists(path / MANIFEST):
+        run = Path(os.path.abspath(path)).parents[1]
+        raise UserError(f"weights={path}: is one checkpoint of a run; give weights={run}, whose newest one is read")
+    if candidates(path):
+        run = Path(os.path.abspath(path)).parent
+        raise UserError(f"weights={path}: holds the checkpoints of a run; give weights={run}, whose newest one is read")
     saved = _saved_config(path if path.is_dir() else path.parent)
     sections: dict[str, Any] = {
         name: getattr(cfg, name) or (getattr(saved, name) if saved else None) for name in ("model", "vae", "text")
@@ -115,7 +120,7 @@ def find_source(cfg: SampleConfig) -> Source:
         if adapters:
             raise UserError(f"lora={cfg.lora}: {path} holds adapters already; give the weights that they belong to")
         adapters, base = held
-        if base is None or not os.path.exists(base):
+        if base is None or absence(base):
             raise UserError(
                 f"weights={path}: its adapters belong to {base}, which is not there; give weights= and lora="
             )
