@@ -27,7 +27,7 @@ from opensora.config import RunConfig, load_config, run_cli, save  # noqa: E402
 from opensora.train.setup import check  # noqa: E402
 from opensora.utils.arguments import Parser, place, whole, word  # noqa: E402
 from opensora.utils.errors import UserError  # noqa: E402
-from opensora.utils.untrusted import short
+from opensora.utils.untrusted import short  # noqa: E402
 from opensora.utils.user_files import read_text  # noqa: E402
 from opensora.utils.version import PACKAGES, code_digest  # noqa: E402
 
@@ -184,7 +184,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def time_limit(text: str) -> str:
     """A time as sbatch takes it: minutes, [hours:]minutes:seconds, or days-hours[:minutes[:seconds]]."""
     if not re.fullmatch(r"[0-9]{1,7}(?::[0-9]{1,2}){0,2}|[0-9]{1,5}-[0-9]{1,2}(?::[0-9]{1,2}){0,2}", text):
-        raise argparse.ArgumentTypeError(f"={short(repr(text), 40)}: allowed are times such as 30, 4:00:00 or 1-12:00:00")
+        allowed = "allowed are times such as 30, 4:00:00 or 1-12:00:00"
+        raise argparse.ArgumentTypeError(f"={short(repr(text), 40)}: {allowed}")
     return text
 
 

@@ -116,7 +116,8 @@ def parse_colour(text: str) -> Colour:
     Raises:
         ValueError: no colour, for the key ``background``.
     """
-    refusal = ValueError(f"background={short(repr(text), 40)}: allowed are colours such as white, black, gray or #8080ff")
+    allowed = "allowed are colours such as white, black, gray or #8080ff"
+    refusal = ValueError(f"background={short(repr(text), 40)}: {allowed}")
     with parsing(lambda _: refusal):
         parts = ImageColor.getrgb(text)
     if len(text) > _MOST_COLOUR or len(parts) != 3 or not all(0 <= part <= 255 for part in parts):

@@ -200,7 +200,8 @@ def _checked(text: str, place: str) -> str:
     if len(text) > MAX_PROMPT:
         raise UserError(f"{place}: a prompt of {len(text)} characters, allowed are at most {MAX_PROMPT}; shorten it")
     if _NO_TEXT.search(text):
-        raise UserError(f"{place}: {short(repr(text), 40)} is not UTF-8 text; type it again, or give it in a file as UTF-8")
+        start = short(repr(text), 40)
+        raise UserError(f"{place}: {start} is not UTF-8 text; type it again, or give it in a file as UTF-8")
     return text
 
 

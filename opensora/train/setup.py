@@ -74,7 +74,7 @@ def start_run(cfg: RunConfig) -> Run:
     lock = RunLock(cfg.folder) if ranks.rank == 0 else None
     phases = None
     try:
-        runtime = runtimes.start(cfg.parallel.timeout_s)
+        runtime = runtimes.start(cfg.parallel.timeout_s, lambda: signals.remember().name is not None)
         phases = start_phases(cfg, runtime)
         run = build_run(cfg, table, plan, runtime, phases)
     except BaseException as error:

@@ -499,9 +499,10 @@ def _checked(file: Path, values: dict[str, Any]) -> _PeftConfig:
 def _check_pattern(file: Path, key: str, pattern: str) -> None:
     """That a regular expression of a stranger is one, and short to try."""
     repeats = len(re.findall(r"[*+{]|\?", pattern))
+    shown = short(repr(pattern), 60)
     if len(pattern) > MAX_PATTERN or repeats > 2 or re.search(r"\)[*+{?]", pattern):
-        raise UserError(f"{file}: {key}: {short(repr(pattern), 60)} is too complex; save adapters with plain names of layers")
-    with parsing(lambda reason: UserError(f"{file}: {key}: {short(repr(pattern), 60)} is no pattern ({reason})")):
+        raise UserError(f"{file}: {key}: {shown} is too complex; save adapters with plain names of layers")
+    with parsing(lambda reason: UserError(f"{file}: {key}: {shown} is no pattern ({reason})")):
         re.compile(pattern)
 
 

@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 def _once(action: Any) -> Any:
     """An action of argparse that refuses to be called twice for an option: the last one would win without a word."""
 
-    class Once(action):  # type: ignore[misc]
+    class Once(action):
         def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
             if option_string is not None and self in parser._given:
                 parser.error(f"{option_string} is there twice; give it once")

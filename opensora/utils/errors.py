@@ -23,8 +23,9 @@ class UserError(ValueError):
 def one_line(text: str) -> str:
     """The text as one printable line: values and file names in it cannot break the line or command a terminal.
 
-    White space becomes single spaces; long values lose their middle (``short``), and so does a long line. Control characters, marks that change the direction of writing and lone
-    surrogates are escaped; a byte of a file name that is not UTF-8 is written as ``\\xff``.
+    White space becomes single spaces; long values lose their middle (``short``), and so does a long line. Control
+    characters, marks that change the direction of writing and lone surrogates are escaped; a byte of a file name that
+    is not UTF-8 is written as ``\\xff``.
     """
     line = "".join(char if char.isprintable() else _escaped(char) for char in " ".join(text.split()))
     line = _LONG_WORD.sub(lambda found: short(found[0], MAX_WORD), line)
