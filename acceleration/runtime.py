@@ -272,8 +272,8 @@ def check_address(address: str, name: str) -> None:
                 break
         time.sleep(RESOLVE_PAUSE_S)
     raise _refused(
-        f"{name}={short(address)}: no machine of this name is known here ({reason}, tried for {RESOLVE_S:g} s); give the name or the "
-        "address of the machine of rank 0"
+        f"{name}={short(address)}: no machine of this name is known here ({reason}, tried for {RESOLVE_S:g} s); "
+        "give the name or the address of the machine of rank 0"
     )
 
 

@@ -156,7 +156,7 @@ class GuardConfig:
 class RunConfig:
     """One training run."""
 
-    name: str  # the run's folder is output/name
+    name: str  # the run's folder is output/name: no path, no dot or dash in front, no dot or space behind, no device
     output: str = "outputs"  # folder of all runs
     seed: int = 42  # every draw is a function of this, the step and the sample
     model: ModelConfig = section(MODEL_CONFIGS, sizes=MODEL_SIZES)  # the denoiser

