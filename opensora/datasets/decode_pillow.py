@@ -190,6 +190,22 @@ class _Bounded(io.BufferedReader):
         return end - at
 
 
+def gif_lacks_pixels(start: bytes, block: bytes) -> bool:
+    """Whether the compressed data of a picture of a GIF end before it does; FFmpeg then shows what was there before.
+
+    Args:
+        start: of the file, 13 bytes.
+        block: what FFmpeg takes for one picture.
+    """
+    alone = block if block[:3] == start[:3] else start[:10] + b"\0" + start[11:13] + block  # without a palette
+    try:
+        with Image.open(io.BytesIO(alone), formats=("GIF",)) as image:
+            image.load()
+    except Exception as error:  # of anything else decoders speak for themselves
+        return "truncated" in str(error)
+    return False
+
+
 def _open(source: Source, opened: contextlib.ExitStack, *, animated: bool = False) -> Image.Image:
     formats = _formats()
     raw = opened.enter_context(_Bounded(cast(io.BufferedReader, source.open()).detach()))

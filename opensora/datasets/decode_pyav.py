@@ -28,6 +28,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
+from opensora.datasets.decode_pillow import gif_lacks_pixels
 from opensora.datasets.frames import (
     MAX_FPS,
     WHITE,
@@ -303,6 +304,7 @@ def _index(source: Source, container: InputContainer, stream: VideoStream, deadl
         is_gif = container.format.name == "gif"
         exact = container.format.name not in _WITHOUT_TIMES
         hidden_by_vp8 = stream.codec_context.name in ("vp8", "libvpx")
+    start = _start(source) if is_gif else b""
     for packet in _packets(source, container, stream, deadline):
         with parsing(refuse):
             nothing = packet.size == 0 or packet.is_discard
@@ -314,8 +316,8 @@ def _index(source: Source, container: InputContainer, stream: VideoStream, deadl
             continue
         if is_gif:
             pictures = pictures_in(content)
-            if not all(picture.is_whole for picture in pictures):
-                break  # the file ends within it, and FFmpeg would show what there is of it
+            if not all(picture.is_whole for picture in pictures) or gif_lacks_pixels(start, content):
+                break  # FFmpeg would show what there is of it, and the others are drawn over it
             shown_s += [picture.seconds for picture in pictures[:1]]
         if shown is None:
             exact = False
@@ -337,6 +339,12 @@ def _index(source: Source, container: InputContainer, stream: VideoStream, deadl
         exact=exact and len(ordered) == len(pts),
         shown_s=tuple(shown_s),
     )
+
+
+def _start(source: Source) -> bytes:
+    """The size and the flags of a GIF."""
+    with source.open() as file, parsing(partial(DecodeError, source.path)):
+        return file.read(13)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ import unicodedata
 
 MAX_BYTES = 255  # of a name, on every common file system
 # Devices on Windows, whatever follows the dot.
-_RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com\d|lpt\d)( *\..*)?", re.IGNORECASE)
+_RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])( *\..*)?", re.IGNORECASE)
 _CONTROLS = ("Cc", "Cs", "Zl", "Zp")
 # Marks that have a name shown in another order than it is written in.
 _DIRECTIONS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
@@ -22,7 +22,7 @@ def name_problem(name: str, suffix: str = "", most: int = MAX_BYTES) -> str | No
     if not name:
         return "must not be empty"
     if set(name) & set("/\\"):
-        return "must be a name, not a path: it has a slash"
+        return f"must be a {'file ' if suffix else ''}name, not a path"
     if any(unicodedata.category(character) in _CONTROLS for character in name):
         return "must hold no control characters; remove them"
     if any(character in _MARKS or unicodedata.bidirectional(character) in _DIRECTIONS for character in name):

@@ -228,7 +228,7 @@ def test_the_first_signal_ends_the_wait(name: str, config: Path, monkeypatch: py
     finally:
         process.kill()
     assert process.returncode == 75, err
-    assert err.count("\n") == 1 and err.startswith("stopped before the first step: nothing was trained"), err
+    assert err.count("\n") == 1 and "stopped before the first step: nothing was trained" in err, err
 
 
 def listens(port: int) -> bool:

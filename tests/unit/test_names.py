@@ -8,8 +8,8 @@ from opensora.utils.names import name_problem
 
 WRONG = {
     "": "empty",
-    "a/b": "slash",
-    "a\\b": "slash",
+    "a/b": "not a path",
+    "a\\b": "not a path",
     "..": "begin with a dot",
     ".": "begin with a dot",
     "...": "begin with a dot",
