@@ -272,8 +272,10 @@ def _check_end(source: Source, image: Image.Image) -> None:
             is_filled = is_filled or bool(image.info.get("progressive"))
         else:
             return
-    if is_filled:
-        (_check_end_of_png if image.format == "PNG" else _check_end_of_jpeg)(source)
+    if is_filled and image.format == "PNG":
+        _check_end_of_png(source)
+    elif is_filled:
+        _check_end_of_jpeg(source, image)
 
 
 def _last_rows(image: Image.Image, count: int) -> tuple[int, int, int, int]:
@@ -287,7 +289,7 @@ def _check_end_of_png(source: Source) -> None:
         raise DecodeError(source.path, lack)
 
 
-def _check_end_of_jpeg(source: Source) -> None:
+def _check_end_of_jpeg(source: Source, image: Image.Image) -> None:
     refuse = partial(DecodeError, source.path)
     with source.open() as file, parsing(refuse):
         data = file.read(_HEADER_BYTES)
@@ -297,8 +299,8 @@ def _check_end_of_jpeg(source: Source) -> None:
     with parsing(refuse):
         more = jpeg_with_more(data)
         if more is not None:
-            shown, with_more = (np.asarray(Image.open(io.BytesIO(each), formats=("JPEG",))) for each in (data, more))
-            lack = "" if np.array_equal(shown, with_more) else "its data end early: the rest of the picture is missing"
+            same = np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(more), formats=("JPEG",))))
+            lack = "" if same else "its data end early: the rest of the picture is missing"
     if lack:
         raise DecodeError(source.path, lack)
 

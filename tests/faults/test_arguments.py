@@ -135,7 +135,9 @@ def test_an_option_that_is_there_twice(
         if not action.option_strings or isinstance(action, argparse._AppendAction):
             continue
         flag, kind = action.option_strings[0], getattr(action.type, "__qualname__", "")
-        value = next(iter(action.choices)) if action.choices else {"time_limit": "4:00:00", "place": "x"}.get(kind, "60")
+        value = (
+            next(iter(action.choices)) if action.choices else {"time_limit": "4:00:00", "place": "x"}.get(kind, "60")
+        )
         once = [flag] if action.nargs == 0 else [flag, value]
         given = [] if flag in COMMANDS[module] else once
         line = said(module, [*COMMANDS[module], *given, *once], capsys, monkeypatch)

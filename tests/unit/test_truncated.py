@@ -273,3 +273,18 @@ def test_frames_of_a_gif_that_say_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.gif").write_bytes(raw)
     info = probe(str(tmp_path / "a.gif"))
     assert (info.num_frames, info.fps) == (5, pytest.approx(4000 / 300))
+
+
+def test_no_whole_picture_is_refused(tmp_path: Path) -> None:
+    """Any size, subsampling, quality and restart interval, of pictures that end in grey, black, noise or a ramp."""
+    rng = np.random.default_rng(1)
+    for number in range(120):
+        height, width = (int(side) for side in rng.integers(1, 70, 2))
+        picture = rng.integers(0, 256, (height, width, 3), np.uint8)
+        picture[height // 2 :] = rng.choice([0, 126, 128, 130, 255])
+        options = {"quality": int(rng.integers(1, 100)), "subsampling": int(rng.integers(0, 3)), "optimize": True}
+        options |= {"progressive": True} if number % 2 else {"restart_marker_blocks": int(rng.integers(1, 9))}
+        mode = ("RGB", "L", "CMYK")[number % 3]
+        assert refused(tmp_path / "a.jpg", jpeg(picture, mode, **options)) == "", (number, options)
+        Image.fromarray(picture).convert(("RGB", "L", "P", "1", "RGBA")[number % 5]).save(tmp_path / "b.png")
+        assert refused(tmp_path / "b.png", (tmp_path / "b.png").read_bytes()) == "", number
