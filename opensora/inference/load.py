@@ -100,12 +100,14 @@ def find_source(cfg: SampleConfig) -> Source:
     path = Path(cfg.weights)
     if reason := absence(path):
         raise UserError(f"weights={path}: {reason}; give a run folder, an export folder or a safetensors file")
-    if os.path.lexists(path / MANIFEST):
-        run = Path(os.path.abspath(path)).parents[1]
-        raise UserError(f"weights={path}: is one checkpoint of a run; give weights={run}, whose newest one is read")
-    if candidates(path):
-        run = Path(os.path.abspath(path)).parent
-        raise UserError(f"weights={path}: holds the checkpoints of a run; give weights={run}, whose newest one is read")
+    kind, run = part_of_run(path)
+    if run is not None and not candidates(path / "checkpoints"):
+        raise UserError(f"weights={path}: is {kind}; give the run's folder, weights={run}, whose newest one is read")
+    of_lora = part_of_run(Path(cfg.lora)) if cfg.lora else ("", None)
+    if of_lora[1] is not None:
+        raise UserError(
+            f"lora={cfg.lora}: is {of_lora[0]}; give lora={of_lora[1] / 'exported'}, or weights={of_lora[1]}"
+        )
     saved = _saved_config(path if path.is_dir() else path.parent)
     sections: dict[str, Any] = {
         name: getattr(cfg, name) or (getattr(saved, name) if saved else None) for name in ("model", "vae", "text")
@@ -139,6 +141,18 @@ def find_source(cfg: SampleConfig) -> Source:
         prompt_suffix=bool(saved and saved.data.prompt_suffix),
         **sections,
     )
+
+
+def part_of_run(path: Path) -> tuple[str, Path | None]:
+    """(what ``path`` is of a training run, the run's folder), for messages; None: nothing where checkpoints are."""
+    whole = Path(os.path.abspath(path))
+    if candidates(path / "checkpoints"):
+        return "the folder of a run", path
+    if candidates(path):
+        return "the checkpoints of a run", whole.parent
+    if os.path.lexists(path / MANIFEST) and (whole in candidates(whole.parent) or any(path.glob("shard-*"))):
+        return "one checkpoint of a run", whole.parents[1]
+    return "", None
 
 
 def check_weights(key: str, path: str | Path, model: MMDiTConfig, allow_missing: tuple[str, ...] = ()) -> None:

@@ -14,6 +14,7 @@ from acceleration.runtime import Runtime
 from acceleration.sealed import ANY, COUNT, FLAG, NULL, NUMBER, OBJECT, TEXT, WHOLE, Each, Shape, mismatch
 from opensora import config
 from opensora.config import RunConfig
+from opensora.inference.load import part_of_run
 from opensora.utils.errors import UserError
 from opensora.utils.logging import announce
 from opensora.utils.typed import plain
@@ -103,16 +104,12 @@ def _check_checkpoint(path: Path) -> None:
 
 
 def _check_weights(path: Path) -> None:
-    whole = Path(os.path.abspath(path))
-    if candidates(path / "checkpoints"):
-        kind, run = "the folder of a run", path
-    elif candidates(path):
-        kind, run = "the checkpoints of a run, whose tensors are in pieces", whole.parent
-    elif os.path.lexists(path / MANIFEST) and list(path.glob("shard-*.safetensors")):
-        kind, run = "a checkpoint, whose tensors are in pieces", whole.parents[1]
-    else:
-        return
-    raise UserError(f"train.init_from={path}: {kind}; give {run / 'exported'}, or go on with it by train.resume")
+    kind, run = part_of_run(path)
+    if run is not None:
+        pieces = ", whose tensors are in pieces" if run != path else ""
+        raise UserError(
+            f"train.init_from={path}: {kind}{pieces}; give {run / 'exported'}, or go on with it by train.resume"
+        )
 
 
 def _adapters(cfg: RunConfig) -> dict[str, Any] | None:

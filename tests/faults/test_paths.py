@@ -118,7 +118,10 @@ def test_a_place_inside_a_run(where: str, tmp_path: Path, monkeypatch: pytest.Mo
         cfg = load_config(SampleConfig, {"weights": given, "prompt": "x", "sampling": {"resolution": "256px"}})
         with pytest.raises(UserError) as caught:
             find_source(cfg)
-        assert where == "" or f"give weights={tmp_path / 'runs/first'}, whose newest one is read" in str(caught.value)
+        assert where == "" or f"give the run's folder, weights={tmp_path / 'runs/first'}, " in str(caught.value)
+        other = {"weights": str(tmp_path), "prompt": "x", "sampling": {"resolution": "256px"}, "lora": given}
+        with pytest.raises(UserError, match=r"^lora=.*; give lora=.*runs/first/exported, or weights=.*runs/first$"):
+            find_source(load_config(SampleConfig, other))
         (tmp_path / "run.yaml").write_text(GOOD)
         with pytest.raises(UserError, match=r"give .*runs/first/exported, or go on with it by train.resume"):
             check_paths(load_config(RunConfig, tmp_path / "run.yaml", [f"train.init_from={given}"]))
