@@ -262,8 +262,8 @@ class _Builder:
                 raise self.fail(keys, f"={value}: wanted a finite number")
             return float(value)
         if hint is int and isinstance(value, float) and value.is_integer():
-            written = f"write {int(value)}" if abs(value) < 2**63 else "of at most 64 bits"
-            raise self.fail(keys, f"={value}: wanted a whole number; {written}")
+            written = f"; write {int(value)}" if abs(value) < 2**63 else " of at most 64 bits"
+            raise self.fail(keys, f"={value}: wanted a whole number{written}")
         if hint is str and is_number:
             raise self.fail(keys, f'={value}: wanted text; write "{value}" in quotes')
         if hint is bool and isinstance(value, str) and value.lower() in ("yes", "no", "on", "off"):

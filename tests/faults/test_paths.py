@@ -163,3 +163,15 @@ def test_a_long_row_is_not_repeated_whole(
     (tmp_path / "captions.csv").write_text(f"path,text\n{'a' * 5000},one\n{'a' * 5000},two\n")
     line = said("data_pipeline.index", [".", "--out", "t.csv"], capsys, monkeypatch)
     assert "has another text in line 2" in line and len(line) < 500
+
+
+def test_a_number_that_no_file_can_hold_is_not_suggested() -> None:
+    base = {"weights": "w", "prompt": "x", "sampling": {"resolution": "256px"}}
+    for text, said in (
+        ("1e99", "1e+99: wanted a whole number of at most 64 bits"),
+        ("4.0", "4.0: wanted a whole number"),
+    ):
+        with pytest.raises(UserError) as caught:
+            load_config(SampleConfig, base, [f"sampling.motion_score={text}"])
+        assert str(caught.value).startswith(f"sampling.motion_score={said}")
+        assert ("write 4 " in str(caught.value)) == (text == "4.0")

@@ -1,10 +1,14 @@
 """Names of runs and of samples: one rule, which every common file system can hold and show as written."""
 
 import string
+from pathlib import Path
 
 import pytest
 
+from opensora.config import RunConfig, load_config
+from opensora.utils.errors import UserError
 from opensora.utils.names import name_problem
+from tests.unit.test_config import GOOD
 
 WRONG = {
     "": "empty",
@@ -73,3 +77,10 @@ def test_the_suffix_counts() -> None:
 
 def test_every_letter_and_digit() -> None:
     assert all(name_problem(letter) is None for letter in string.ascii_letters + string.digits + "_+=,@~!()[]{}")
+
+
+@pytest.mark.parametrize("name", [name for name in WRONG if name.isprintable()])
+def test_a_run_is_held_to_it(name: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(GOOD)
+    with pytest.raises(UserError, match="^name=.*: allowed is the name of a folder; this one "):
+        load_config(RunConfig, tmp_path / "run.yaml", [f"name={name}"])
