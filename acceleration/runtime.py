@@ -246,8 +246,8 @@ def unless_asked(asked: Callable[[], bool], wait: Callable[..., T], *args: Any) 
         try:
             return result.result(ASK_S)
         except FutureTimeout:
-            if result.done():  # it is what the wait itself raised
-                raise
+            if result.done():  # just now, or this is what the wait itself raised
+                return result.result()
             if asked():
                 raise Interrupted from None
 
