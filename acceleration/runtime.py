@@ -7,18 +7,28 @@ torchrun (RANK, WORLD_SIZE, LOCAL_RANK), SLURM steps (SLURM_PROCID, SLURM_STEP_N
 import os
 import re
 import socket
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from acceleration.rendezvous import StartError, check_in, meet
-from acceleration.untrusted import parsing
+from acceleration.signals import Interrupted
+from acceleration.untrusted import parsing, short
 
+T = TypeVar("T")
 DOORS = 4  # ports that are tried one after the other
+ASK_S = 0.1  # between two looks whether a process was asked to stop
+RESOLVE_S, RESOLVE_PAUSE_S = 10.0, 1.0  # how long an unknown name is looked up again, and how often
+_ADDRESSES = ("MASTER_ADDR", "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST")  # where an address comes from, first to last
 MAX_WORLD, MAX_PORT = 10**6, 65535
 _START = "start with torchrun or srun, which set all of them, or unset it"
 
@@ -72,7 +82,7 @@ def _of_torchrun(env: Mapping[str, str]) -> Ranks:
     for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
         alone = "0" if name == "RANK" else "1"
         if _text(env, name) not in ("", alone) and not _text(env, other):
-            raise _refused(f"{name}={_text(env, name)[:80]} without {other}: {_START}")
+            raise _refused(f"{name}={short(_text(env, name))} without {other}: {_START}")
     world_size = _whole(env, "WORLD_SIZE", 1, MAX_WORLD, default=1)
     rank = _whole(env, "RANK", 0, world_size - 1, f"WORLD_SIZE={world_size}", default=0)
     here = _whole(env, "LOCAL_WORLD_SIZE", 1, world_size, f"WORLD_SIZE={world_size}", default=world_size)
@@ -130,7 +140,7 @@ def first_host(nodelist: str, name: str = "SLURM_STEP_NODELIST") -> str:
     match = re.match(r"([^,\[\]\s]*)(?:\[([0-9]+)[^\[\]]*\])?([^,\[\]\s]*)", nodelist.strip())
     host = "".join(part or "" for part in match.groups()) if match else ""
     if not host:
-        raise _refused(f"{name}={nodelist[:80]!r}: begins with no host; set MASTER_ADDR")
+        raise _refused(f"{name}={short(repr(nodelist))}: begins with no host; set MASTER_ADDR")
     return host
 
 
@@ -148,7 +158,7 @@ def _whole(
     if re.fullmatch(r"[0-9]{1,15}", text) and least <= int(text) <= most:
         return int(text)
     bound = f" with {why}" if why else ""
-    raise _refused(f"{name}={text[:80]}: allowed are integers from {least} to {most}{bound}; {_START}")
+    raise _refused(f"{name}={short(text)}: allowed are integers from {least} to {most}{bound}; {_START}")
 
 
 def _refused(message: str) -> StartError:
@@ -165,13 +175,17 @@ def attempt_token(env: Mapping[str, str] = os.environ) -> str:
     return "-".join(env.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
 
 
-def start(timeout_s: int) -> Runtime:
+def start(timeout_s: int, asked: Callable[[], bool] = lambda: False) -> Runtime:
     """Join the process group (nccl with a GPU per process, else gloo) and choose the device.
+
+    Args:
+        asked: whether this process was asked to stop; looked at while it waits for the others.
 
     Raises:
         StartError: a peer did not come within ``timeout_s`` seconds, the port is in use, two processes have one GPU, no
             network interface can be used, or a variable of the environment is not what it should be; one line says
             which.
+        Interrupted: it was asked to stop before all were there.
     """
     ranks = ranks_from_environment()
     check_visible_devices()
@@ -182,11 +196,11 @@ def start(timeout_s: int) -> Runtime:
         backend = "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-    store = dist.PrefixStore("group", common_store(ranks, timeout_s, device_identity(device)))
+    store = unless_asked(asked, common_store, ranks, timeout_s, device_identity(device))
     with parsing(partial(_no_group, backend)):
         dist.init_process_group(
             backend,
-            store=store,
+            store=dist.PrefixStore("group", store),
             rank=ranks.rank,
             world_size=ranks.world_size,
             timeout=timedelta(seconds=timeout_s),
@@ -200,7 +214,7 @@ def _no_group(backend: str, reason: str, env: Mapping[str, str] = os.environ) ->
     name = f"{backend.upper()}_SOCKET_IFNAME"
     reason = re.sub(r"^\[enforce fail at [^\]]*\]\s*", "", reason)
     if "find address" in reason and _text(env, name):
-        return _refused(f"{name}={_text(env, name)[:80]}: no such network interface, or it has no address; unset it")
+        return _refused(f"{name}={short(_text(env, name))}: no such network interface, or it has no address; unset it")
     return StartError(f"{backend} cannot start on {socket.gethostname()} ({reason}); {name} chooses the interface")
 
 
@@ -214,7 +228,8 @@ def check_visible_devices(env: Mapping[str, str] = os.environ) -> None:
     named = r"(?:[0-9]{1,4}|(?:GPU|MIG)-[0-9A-Za-z/-]+)"
     if text in ("", "-1") or text.startswith("No") or re.fullmatch(rf"{named}(?: *, *{named})*,?", text):
         return
-    raise _refused(f"CUDA_VISIBLE_DEVICES={text[:80]}: allowed are numbers or names of devices, as 0,1, or -1 for none")
+    allowed = "allowed are numbers or names of devices, as 0,1, or -1 for none"
+    raise _refused(f"CUDA_VISIBLE_DEVICES={short(text)}: {allowed}")
 
 
 def device_identity(device: torch.device) -> str:
@@ -223,6 +238,56 @@ def device_identity(device: torch.device) -> str:
         return ""
     properties = torch.cuda.get_device_properties(device)
     return f"{socket.gethostname()} GPU {getattr(properties, 'uuid', device.index)}"
+
+
+def unless_asked(asked: Callable[[], bool], wait: Callable[..., T], *args: Any) -> T:
+    """``wait(*args)``, which may take any time inside a library; a thread of its own waits, so that signals are heard.
+
+    Raises:
+        Interrupted: ``asked()`` became true first; the thread is left behind, and ends with the process.
+    """
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(wait(*args))
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="meeting", daemon=True).start()
+    while True:
+        try:
+            return result.result(ASK_S)
+        except FutureTimeout:
+            if result.done():  # just now, or this is what the wait itself raised
+                return result.result()
+            if asked():
+                raise Interrupted from None
+
+
+def check_address(address: str, name: str) -> None:
+    """That the name of the machine of rank 0 is known; on a cluster that is starting it may be a little later.
+
+    Args:
+        name: the variable that it is from.
+
+    Raises:
+        StartError: it is not, after some tries in ``RESOLVE_S``; exit code 2.
+    """
+    deadline = time.monotonic() + RESOLVE_S
+    while True:
+        try:
+            socket.getaddrinfo(address, None)
+            return
+        except (OSError, UnicodeError) as error:  # UnicodeError: it can be no name, as with two dots in a row
+            reason = getattr(error, "strerror", None) or "it can be no name of a machine"
+            if time.monotonic() >= deadline or isinstance(error, UnicodeError):
+                break
+        time.sleep(RESOLVE_PAUSE_S)
+    raise _refused(
+        f"{name}={short(address)}: no machine of this name is known here ({reason}, tried for {RESOLVE_S:g} s); "
+        "give the name or the address of the machine of rank 0"
+    )
 
 
 def common_store(ranks: Ranks, timeout_s: int, device: str = "") -> dist.Store:
@@ -236,7 +301,10 @@ def common_store(ranks: Ranks, timeout_s: int, device: str = "") -> dist.Store:
     check_meeting(ranks)
     if ranks.launcher == "slurm":
         address, port = rendezvous_from_environment()
+        if ranks.rank != 0:  # which listens, and need not find itself
+            check_address(address, next((name for name in _ADDRESSES if _text(os.environ, name)), _ADDRESSES[0]))
         return meet(ranks.rank, ranks.world_size, address, doors(port), attempt_token(), timeout_s, device)
+    check_address(_text(os.environ, "MASTER_ADDR"), "MASTER_ADDR")
     limit = timedelta(seconds=timeout_s)
     try:
         store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=limit))

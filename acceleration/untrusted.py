@@ -11,6 +11,7 @@ Blocks therefore hold calls into the parser and nothing else; callbacks are call
 """
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,7 @@ OUR_PACKAGES = ("acceleration", "opensora", "data_pipeline")
 _ALWAYS_OURS = (NameError, AssertionError, ImportError)
 # Until Python 3.12 these have frames of their own.
 _COMPREHENSIONS = ("<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>")
+_LONG_NUMBER = re.compile(r"(?<![0-9A-Za-z])[0-9]{41,}(?![0-9A-Za-z])")
 _RUST_PANIC = "PanicException"  # of parsers in Rust; no subclass of Exception
 
 
@@ -94,6 +96,19 @@ def short_reason(error: BaseException) -> str:
         return type(error).__name__
     tells = isinstance(error, (OSError, ValueError, EOFError, SyntaxError)) or " " in reason
     return (reason if tells else f"{type(error).__name__}: {reason}")[:200]
+
+
+def short(value: object, most: int = 80) -> str:
+    """A value, name or path as it is shown in a message: of a long text both ends, of a long number how many digits.
+
+    Every message shortens what it quotes by this, so that a value never fills the screen.
+    """
+    try:
+        text = str(value)
+    except ValueError:  # a number of more digits than Python writes
+        return "a number of thousands of digits"
+    text = _LONG_NUMBER.sub(lambda found: f"{found[0][:8]}... ({len(found[0])} digits)", text)
+    return text if len(text) <= most else f"{text[: most - most // 4 - 3]}...{text[-(most // 4) :]}"
 
 
 def parse_json(data: bytes | str, refuse: Callable[[str], Exception]) -> Any:

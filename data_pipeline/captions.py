@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from opensora.utils.errors import UserError
-from opensora.utils.user_files import MAX_FIELD, read_csv, read_text
+from opensora.utils.user_files import MAX_FIELD, absence, read_csv, read_text
 
 NO_VALUE = ("", "nan", "NaN")  # what the reader of clip tables takes for an empty field
 
@@ -43,8 +43,8 @@ def read_captions(path: Path) -> CaptionsFile:
     Raises:
         UserError: it cannot be read as such, a row has no path, or two rows give one file different texts.
     """
-    if not path.exists():
-        raise UserError(f"{path}: no such captions file")
+    if reason := absence(path, "captions file"):
+        raise UserError(f"{path}: {reason}")
     captions = CaptionsFile(path)
     for line, row in read_csv(path, ("path", "text")):
         if not row["path"].strip():

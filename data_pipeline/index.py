@@ -34,9 +34,9 @@ from opensora.datasets.decode import DecodeError, MediaInfo, sniff
 from opensora.datasets.reader import DecoderProcess, ReaderClosed
 from opensora.utils.arguments import Parser, number, place, whole
 from opensora.utils.command import call
-from opensora.utils.errors import UserError
+from opensora.utils.errors import UserError, one_line
 from opensora.utils.signals import stopped_in_one_line
-from opensora.utils.user_files import try_output, write_whole
+from opensora.utils.user_files import absence, try_output, write_whole
 
 MAX_WORKERS = 1024
 COLUMNS = ("path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps")
@@ -104,13 +104,15 @@ def _main(argv: list[str]) -> int:
 
 
 def _index(folder: Path, out: Path, captions: Path | None, workers: int, timeout_s: float) -> Report:
+    if reason := absence(folder, "folder"):
+        raise UserError(f"{folder}: {reason}")
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
+        raise UserError(f"{folder}: no folder; give the one that holds the clips")
     listed = out.with_name(f"{out.name}.left_out.csv")
     for path in (out, listed):
         try_output(path, "--out")
     source = captions or find_captions(folder)
-    if source is not None and source.exists() and out.exists() and source.samefile(out):
+    if source is not None and not absence(source) and not absence(out) and source.samefile(out):
         raise UserError(f"--out={out}: is the captions file; name another file to write")
     known = read_captions(source) if source is not None else None
     files, left_out = walk(folder, {Path(os.path.realpath(path)) for path in (out, listed, source) if path})
@@ -329,16 +331,7 @@ def _printable(text: str | Path) -> str:
 
 
 def _line(text: str) -> str:
-    return _printable(" ".join(text.split()))
-
-
-class _Once(argparse.Action):
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        given = vars(namespace).setdefault("given", set())
-        if self.dest in given:
-            parser.error(f"{option_string} is there twice")
-        given.add(self.dest)
-        setattr(namespace, self.dest, values)
+    return one_line(_printable(text))
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -349,12 +342,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     workers, seconds = whole(1, MAX_WORKERS), number(0.001, MAX_TIMEOUT_S)
     parser.add_argument("folder", type=place)
-    parser.add_argument("--out", type=place, required=True, action=_Once, help="csv to write")
-    parser.add_argument("--captions", type=place, action=_Once, help="csv with columns path,text")
-    parser.add_argument("--workers", type=workers, action=_Once, help="decoding processes (default: one per core)")
-    parser.add_argument(
-        "--timeout", type=seconds, default=TIMEOUT_S, action=_Once, help="seconds for one file (default: 60)"
-    )
+    parser.add_argument("--out", type=place, required=True, help="csv to write")
+    parser.add_argument("--captions", type=place, help="csv with columns path,text")
+    parser.add_argument("--workers", type=workers, help="decoding processes (default: one per core)")
+    parser.add_argument("--timeout", type=seconds, default=TIMEOUT_S, help="seconds for one file (default: 60)")
     args = parser.parse_args(argv)
     if args.out.suffix.lower() != ".csv":
         raise UserError(f"--out={args.out}: a clip table is written as csv; let its name end in .csv")

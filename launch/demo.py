@@ -262,6 +262,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.0, help="time for everything after the data; default: 8")
     parser.add_argument("--steps", type=int, help="optimizer updates; default: as many as fit into the minutes")
     parser.add_argument("overrides", nargs="*", help="section.key=value for the training")
+    given = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+    if twice := next((option for option in given if given.count(option) > 1), None):
+        parser.error(f"{twice} is there twice; give it once")
     args = parser.parse_args()
     args.out = args.out.resolve()
     if args.videos:

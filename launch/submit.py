@@ -32,6 +32,7 @@ from opensora.config import RunConfig, load_config, run_cli, save  # noqa: E402
 from opensora.train.setup import check  # noqa: E402
 from opensora.utils.arguments import Parser, place, whole, word  # noqa: E402
 from opensora.utils.errors import UserError  # noqa: E402
+from opensora.utils.untrusted import short  # noqa: E402
 from opensora.utils.user_files import read_text  # noqa: E402
 from opensora.utils.version import PACKAGES, code_digest  # noqa: E402
 
@@ -185,7 +186,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def time_limit(text: str) -> str:
     """A time as sbatch takes it: minutes, [hours:]minutes:seconds, or days-hours[:minutes[:seconds]]."""
     if not re.fullmatch(r"[0-9]{1,7}(?::[0-9]{1,2}){0,2}|[0-9]{1,5}-[0-9]{1,2}(?::[0-9]{1,2}){0,2}", text):
-        raise argparse.ArgumentTypeError(f"={text[:40]!r}: allowed are times such as 30, 4:00:00 or 1-12:00:00")
+        allowed = "allowed are times such as 30, 4:00:00 or 1-12:00:00"
+        raise argparse.ArgumentTypeError(f"={short(repr(text), 40)}: {allowed}")
     return text
 
 
@@ -216,7 +218,7 @@ def _words(array: Path, line: str) -> list[str]:
     try:
         return shlex.split(line)
     except ValueError as error:
-        raise UserError(f"--array={array}: {error} in the line {line[:80]!r}") from None
+        raise UserError(f"--array={array}: {error} in the line {short(repr(line))}") from None
 
 
 def next_folder(jobs: Path) -> Path:

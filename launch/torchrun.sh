@@ -16,9 +16,11 @@ usage() {
         "PROCESSES SCRIPT [ARGS...]" >&2
     exit 2
 }
-nodes=1 rendezvous="" restarts=0 shutdown=3600
+nodes=1 rendezvous="" restarts=0 shutdown=3600 given=" "
 while [[ "${1:-}" == --* ]]; do
     [[ $# -ge 2 ]] || usage
+    [[ "$given" != *" $1 "* ]] || { echo "error: $1 is there twice; give it once" >&2; exit 2; }
+    given="$given$1 "
     case "$1" in
         --nodes) nodes="$2" ;;
         --rendezvous) rendezvous="$2" ;;

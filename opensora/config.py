@@ -7,7 +7,6 @@ OmegaConf configuration in place of a file, and get one back by ``to_omegaconf``
 
 import hashlib
 import json
-import os
 import re
 import signal
 import sys
@@ -31,9 +30,10 @@ from opensora.utils.command import abandon_output, be_printable, ending_of, fini
 from opensora.utils.errors import UserError
 from opensora.utils.limits import SECONDS, STEPS, Limits
 from opensora.utils.logging import LogConfig, launched_rank
+from opensora.utils.names import name_problem
 from opensora.utils.sampling import SamplingOption
 from opensora.utils.typed import build, is_table, plain, section, shown, types_at, wants_text
-from opensora.utils.untrusted import parsing
+from opensora.utils.untrusted import parsing, short
 from opensora.utils.user_files import replacing
 from opensora.utils.yaml_strict import (
     COMMAND_LINE,
@@ -49,8 +49,7 @@ from opensora.utils.yaml_strict import (
 
 SAVED_NAME = "config.yaml"  # of the resolved configuration inside a run's folder
 MAX_FILES = 100  # that a configuration may be put together from
-MAX_SHOWN = 80  # characters of a path in a message
-MAX_NAME = 200  # bytes of a run's name; file systems take 255
+MAX_NAME = 200  # bytes of a run's name; file systems take 255, and jobs and logs are named after it
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")  # a key of a free mapping, such as a number of frames
 PEER_WAIT_S = 5.0  # how long other ranks leave the word to rank 0 before they speak themselves
 
@@ -157,7 +156,7 @@ class GuardConfig:
 class RunConfig:
     """One training run."""
 
-    name: str  # the run's folder is output/name
+    name: str  # the run's folder is output/name: no path, no dot or dash in front, no dot or space behind, no device
     output: str = "outputs"  # folder of all runs
     seed: int = 42  # every draw is a function of this, the step and the sample
     model: ModelConfig = section(MODEL_CONFIGS, sizes=MODEL_SIZES)  # the denoiser
@@ -174,10 +173,8 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        if not self.name or self.name in (".", "..") or set(self.name) & set("/\\\0\n"):
-            raise ValueError(f"name={self.name!r}: allowed is the name of a folder, without a slash")
-        if len(os.fsencode(self.name)) > MAX_NAME:
-            raise ValueError(f"name={self.name[:MAX_SHOWN]}...: allowed are at most {MAX_NAME} bytes")
+        if problem := name_problem(self.name, most=MAX_NAME):
+            raise ValueError(f"name={short(repr(self.name))}: allowed is the name of a folder; this one {problem}")
         if not self.output:
             raise ValueError("output='': wanted the folder of all runs; . is this one")
         if not 0 <= self.seed < 2**63:
@@ -459,8 +456,9 @@ def _includes(path: Path, included: Any, place: str) -> list[Path]:
         raise UserError(f"include={included!r} ({place}): wanted a path or a list of paths")
     for name in names:
         if not is_regular_file(path.parent / name):
-            start = name if len(name) <= MAX_SHOWN else f"{name[:MAX_SHOWN]}..."
-            raise UserError(f"include={start} ({place}): no such file; paths are relative to the file that includes")
+            raise UserError(
+                f"include={short(name)} ({place}): no such file; paths are relative to the file that includes"
+            )
     return [path.parent / name for name in names]
 
 

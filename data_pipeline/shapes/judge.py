@@ -21,7 +21,7 @@ from opensora.datasets.decode import DecodeError, probe, read_frames
 from opensora.utils.arguments import Parser, place
 from opensora.utils.command import call
 from opensora.utils.errors import UserError
-from opensora.utils.user_files import read_csv
+from opensora.utils.user_files import absence, read_csv
 
 UNSURE = "unsure"
 ASPECTS = ("colour", "shape", "direction")
@@ -239,8 +239,8 @@ def read_truths(table: Path) -> dict[str, dict[str, str]]:
     Raises:
         UserError: no such file, or a column is missing.
     """
-    if not table.is_file():
-        raise UserError(f"--table {table}: no such file")
+    if reason := absence(table, "file"):
+        raise UserError(f"--table {table}: {reason}")
     rows = [row for _, row in read_csv(table, (), f"--table {table}")]
     if not rows:
         raise UserError(f"--table {table}: the table is empty")

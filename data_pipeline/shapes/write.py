@@ -34,6 +34,7 @@ from opensora.utils.arguments import Parser, number, place, whole
 from opensora.utils.command import call, naming
 from opensora.utils.errors import UserError
 from opensora.utils.signals import end_with_parent, inherited_by_nobody
+from opensora.utils.untrusted import short
 from opensora.utils.user_files import try_output, write_whole
 from opensora.utils.video_writer import write_image, write_video
 
@@ -60,7 +61,7 @@ def parse_sizes(text: str) -> list[tuple[int, int]]:
     for part in text.split(","):
         match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", part.strip())
         if not match:
-            raise UserError(f"--sizes: '{part[:40]}' is not WIDTHxHEIGHT; write for example 32x32,48x32")
+            raise UserError(f"--sizes: '{short(part, 40)}' is not WIDTHxHEIGHT; write for example 32x32,48x32")
         width, height = int(match[1]), int(match[2])
         if not SMALLEST_SIDE <= min(width, height) <= max(width, height) <= LARGEST_SIDE or width % 2 or height % 2:
             raise UserError(f"--sizes: {part}: both sides must be even, from {SMALLEST_SIDE} to {LARGEST_SIDE}")
@@ -72,7 +73,7 @@ def parse_durations(text: str) -> list[int]:
     """``"5,9,17"`` -> [5, 9, 17]; at least 2 frames each."""
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch("[0-9]{1,9}", part) for part in parts):
-        raise UserError(f"--durations: '{text[:40]}' is not a list of frame counts; write for example 5,9,17")
+        raise UserError(f"--durations: '{short(text, 40)}' is not a list of frame counts; write for example 5,9,17")
     durations = [int(part) for part in parts]
     if min(durations) < 2:
         raise UserError(f"--durations: {min(durations)} is too short for a clip; use 2 or more (stills: --images)")

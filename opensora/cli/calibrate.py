@@ -14,6 +14,7 @@ from opensora.train.calibrate import calibrate
 from opensora.train.data import open_data
 from opensora.utils.arguments import Parser, place, whole
 from opensora.utils.errors import UserError
+from opensora.utils.user_files import absence
 
 MAX_PROCESSES = 10**6
 
@@ -27,8 +28,8 @@ def main(argv: list[str]) -> int:
     )
     args = parser.parse_args(argv)
     for name in (SAVED_NAME, "metrics.jsonl"):
-        if not (args.run / name).is_file():
-            raise UserError(f"{args.run / name}: no such file; give the folder of a run")
+        if reason := absence(args.run / name, "file"):
+            raise UserError(f"{args.run / name}: {reason}; give the folder of a run")
     _, plan = open_data(load_config(RunConfig, args.run / SAVED_NAME))
     cost, error = calibrate(plan, args.run / "metrics.jsonl", args.processes)
     print(f"# seconds; predicts the run's times to {100 * error:.1f} % on average")

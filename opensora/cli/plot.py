@@ -10,7 +10,7 @@ from opensora.utils.arguments import Parser, place
 from opensora.utils.command import naming
 from opensora.utils.errors import UserError
 from opensora.utils.images import loss_curve
-from opensora.utils.user_files import try_output
+from opensora.utils.user_files import absence, try_output
 
 
 def main(argv: list[str]) -> int:
@@ -20,8 +20,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=place, help="png to write; default: loss.png in the run's folder")
     args = parser.parse_args(argv)
     metrics = args.run / "metrics.jsonl"
-    if not metrics.is_file():
-        raise UserError(f"{metrics}: no such file; give the folder of a run")
+    if reason := absence(metrics, "file"):
+        raise UserError(f"{metrics}: {reason}; give the folder of a run")
     picture = args.out or args.run / "loss.png"
     try_output(picture, "--out")
     try:

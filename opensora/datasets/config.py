@@ -9,7 +9,7 @@ from opensora.datasets.aspect import area_of
 from opensora.datasets.cost import CostConfig
 from opensora.datasets.frames import Colour
 from opensora.utils.limits import SECONDS, Limits
-from opensora.utils.untrusted import parsing
+from opensora.utils.untrusted import parsing, short
 
 MAX_FRAMES = 100_000  # of a bucket: an hour at 28 frames a second
 MAX_BATCH = 65_536  # of a bucket; samples of a micro-batch are in memory together
@@ -116,7 +116,8 @@ def parse_colour(text: str) -> Colour:
     Raises:
         ValueError: no colour, for the key ``background``.
     """
-    refusal = ValueError(f"background={text[:40]!r}: allowed are colours such as white, black, gray or #8080ff")
+    allowed = "allowed are colours such as white, black, gray or #8080ff"
+    refusal = ValueError(f"background={short(repr(text), 40)}: {allowed}")
     with parsing(lambda _: refusal):
         parts = ImageColor.getrgb(text)
     if len(text) > _MOST_COLOUR or len(parts) != 3 or not all(0 <= part <= 255 for part in parts):

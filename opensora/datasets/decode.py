@@ -113,8 +113,9 @@ def read_frames(
         timeout_s: give up after this time; a decoder that hangs within one packet is not noticed.
         allocate: where the frames go. Memory that is used again saves the system from clearing it, which at full size
             takes as long as decoding.
-        decoder: a name in ``DECODERS``. Stills, animated pictures, and clips that are turned, transparent or have
-            pixels that are not square are read by Pillow and PyAV whatever it says, so that all decoders agree.
+        decoder: a name in ``DECODERS``. Stills, animated pictures with GIF among them, and clips that are turned,
+            transparent or have pixels that are not square are read by Pillow and PyAV whatever it says, so that all
+            decoders agree.
         background: what shows through where a picture is transparent.
 
     Returns:
@@ -133,7 +134,7 @@ def read_frames(
     if found.kind == "clip":
         if found.what in _ANIMATIONS:
             return decode_pillow.read_animation(source, numbers, resize, deadline, allocate, background)
-        if decoder != "pyav" and decode_pyav.is_plain(source, deadline):
+        if decoder != "pyav" and found.what != "GIF" and decode_pyav.is_plain(source, deadline):
             return read_plain(source, numbers, resize, threads, deadline, allocate)
         return decode_pyav.read_window(source, numbers, resize, threads, deadline, allocate, background)
     if start + count > 1:

@@ -7,24 +7,28 @@ Whatever the pixels are stored as, what comes out is what a viewer shows, as 8-b
   the values (``_WHITES``), else the least value is black and the largest white; what is no number is black;
 * transparency on a background, CMYK and YCbCr by the usual formulas, L*a*b* to sRGB; ICC profiles are not applied;
 * turned as EXIF says; EXIF that cannot be read is ignored, with a note.
+
+A picture is there whole or not at all: one whose data end early is refused, also where Pillow would fill the rest.
 """
 
 import contextlib
+import io
 import logging
-import math
 import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import repeat
+from typing import cast
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from opensora.datasets.frames import (
     LIMITS,
-    MAX_FPS,
+    MAX_PIXELS,
     Allocate,
     Colour,
     Deadline,
@@ -34,9 +38,11 @@ from opensora.datasets.frames import (
     check_size,
     in_bands,
     on_background,
+    rate_of,
     scale_rgb,
 )
 from opensora.datasets.storage import Source
+from opensora.datasets.truncated import jpeg_lacks_scans, jpeg_with_more, png_lacks
 from opensora.utils.untrusted import parsing
 
 # EPS and the like, which would start another program, are left out. JPEG is MPO too.
@@ -69,7 +75,10 @@ _ERROR_OUTPUT = threading.Lock()  # held while it leads nowhere
 # What it logs of a damaged file is in the exception that follows. Whoever sets up logging still gets it; without that
 # Python would print it.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
-_DEFAULT_FPS = 10.0  # of animations whose frames last no time: what browsers make of them
+# What may be read of a file until its size in pixels is known: more is no header. Files of real pictures take some
+# hundred reads; what a format without compression needs for MAX_PIXELS pixels of 16 bytes may be read at once.
+_HEADER_READS, _BYTES_A_READ, _HEADER_BYTES = 1 << 18, 16, 16 * MAX_PIXELS
+_GREY, _CORNER = (126, 130), 2  # what libjpeg makes of blocks that are missing; pixels that colours of others reach not
 
 # What Pillow has to say about a file ends as an exception, or does not matter; it is no output of a run.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -96,6 +105,7 @@ def read_still(source: Source, resize: Resize | None, background: Colour) -> tup
         image = _open(source, opened)
         with _quiet(), parsing(partial(DecodeError, source.path)):
             image.load()
+        _check_end(source, image)
         pictures = _pictures(image)
         turn, note = _turn(image)
         picture = turn(_to_rgb(source, image, background))
@@ -120,10 +130,7 @@ def probe_animation(source: Source, deadline: Deadline) -> Animation:
         times.append(seconds)
     if not times:
         raise DecodeError(source.path, "it has no frame")
-    shown = sum(times[:-1]) if len(times) > 1 else sum(times)
-    fps = max(1, len(times) - 1) / shown if shown > 0 else _DEFAULT_FPS
-    fps = fps if fps < MAX_FPS else _DEFAULT_FPS
-    return Animation(num_frames=len(times), height=height, width=width, fps=fps, note=note)
+    return Animation(num_frames=len(times), height=height, width=width, fps=rate_of(times), note=note)
 
 
 def read_animation(
@@ -150,9 +157,58 @@ def read_animation(
     raise DecodeError(source.path, f"it has {seen} frames, the window needs {numbers[-1] + 1}")
 
 
-def _open(source: Source, opened: contextlib.ExitStack) -> Image.Image:
+class _Bounded(io.BufferedReader):
+    """A file of which no more is read than a picture's header can have, until ``unbound``.
+
+    Pillow looks for the next block of a JPEG or a GIF byte by byte, to the end of the file: gigabytes, if it is sparse.
+    """
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        super().__init__(raw)
+        self._reads, self._bytes = 0, 0
+        self._most_bytes: int | None = _HEADER_BYTES
+        self._is_bound = True
+
+    def unbound(self, *, reads: bool) -> None:
+        """Any number of bytes from here on; also any number of reads, or so many that they are of some bytes each."""
+        self._most_bytes, self._is_bound = None, not reads
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self._is_bound:
+            self._reads += 1
+            self._bytes += self._left() if size is None or size < 0 else size
+            if self._reads > _HEADER_READS + self._bytes // _BYTES_A_READ:
+                raise OSError("begins as a picture does, and no picture is found behind it")
+            if self._most_bytes is not None and self._bytes > self._most_bytes:
+                raise OSError(f"a header of more than {self._most_bytes} bytes, which no picture has")
+        return super().read(size)
+
+    def _left(self) -> int:
+        at = self.tell()
+        end = self.seek(0, os.SEEK_END)
+        self.seek(at)
+        return end - at
+
+
+def gif_lacks_pixels(start: bytes, block: bytes) -> bool:
+    """Whether the compressed data of a picture of a GIF end before it does; FFmpeg then shows what was there before.
+
+    Args:
+        start: of the file, 13 bytes.
+        block: what FFmpeg takes for one picture.
+    """
+    alone = block if block[:3] == start[:3] else start[:10] + b"\0" + start[11:13] + block  # without a palette
+    try:
+        with Image.open(io.BytesIO(alone), formats=("GIF",)) as image:
+            image.load()
+    except Exception as error:  # of anything else decoders speak for themselves
+        return "truncated" in str(error)
+    return False
+
+
+def _open(source: Source, opened: contextlib.ExitStack, *, animated: bool = False) -> Image.Image:
     formats = _formats()
-    raw = opened.enter_context(source.open())
+    raw = opened.enter_context(_Bounded(cast(io.BufferedReader, source.open()).detach()))
     with parsing(partial(DecodeError, source.path)):
         try:
             image = opened.enter_context(Image.open(raw, formats=formats))
@@ -162,6 +218,7 @@ def _open(source: Source, opened: contextlib.ExitStack) -> Image.Image:
             raise DecodeError(source.path, "damaged: begins as a picture does, and is none") from error
         height, width = image.height, image.width
         is_raw = _DNG_VERSION in getattr(image, "tag_v2", {})
+    raw.unbound(reads=not animated)
     check_size(source.path, height, width)
     if is_raw:
         raise DecodeError(source.path, "camera raw (DNG), only its preview could be read; save it as PNG or JPEG")
@@ -179,19 +236,73 @@ def _frames_in_turn(source: Source, deadline: Deadline) -> Iterator[tuple[Image.
     """(the picture, seconds it is shown) of every frame; the picture is valid until the next."""
     refuse = partial(DecodeError, source.path)
     with contextlib.ExitStack() as opened:
-        image = _open(source, opened)
+        image = _open(source, opened, animated=True)
+        lacks = png_lacks(opened.enter_context(source.open())) if image.format == "PNG" else repeat("")
         with parsing(refuse):
             total = int(getattr(image, "n_frames", 1))
             # A PNG may hold a picture for viewers that show no animation, which is no frame of it.
             first = 1 if image.info.get("default_image") and total > 1 else 0
+            if first:
+                next(lacks)
         for number in range(first, total):
             deadline.check()
             with parsing(lambda reason, number=number: refuse(f"frame {number - first}: {reason}")):  # type: ignore[misc]
                 image.seek(number)
                 image.load()
                 seconds = float(image.info.get("duration", 0)) / 1000
+                lack = next(lacks, "")
+            if lack:
+                raise refuse(f"frame {number - first}: {lack}")
             check_size(source.path, image.height, image.width)
-            yield image, seconds if math.isfinite(seconds) and seconds > 0 else 0.0
+            yield image, seconds
+
+
+def _check_end(source: Source, image: Image.Image) -> None:
+    """That the data of a loaded picture are there to its end, where Pillow does not say.
+
+    The look at the pixels costs nothing; only a picture that ends as one that is filled up does is looked at again.
+    """
+    refuse = partial(DecodeError, source.path)
+    with parsing(refuse):
+        if image.format == "PNG":
+            is_filled = bool(image.info.get("interlace")) or not np.asarray(image.crop(_last_rows(image, 1))).any()
+        elif image.format in ("JPEG", "MPO"):
+            corner = np.asarray(image.crop(_last_rows(image, _CORNER)))[:, -_CORNER:]
+            is_filled = bool(((corner >= _GREY[0]) & (corner <= _GREY[1])).all())
+            is_filled = is_filled or bool(image.info.get("progressive"))
+        else:
+            return
+    if is_filled and image.format == "PNG":
+        _check_end_of_png(source)
+    elif is_filled:
+        _check_end_of_jpeg(source, image)
+
+
+def _last_rows(image: Image.Image, count: int) -> tuple[int, int, int, int]:
+    return 0, max(0, image.height - count), image.width, image.height
+
+
+def _check_end_of_png(source: Source) -> None:
+    with source.open() as file, parsing(partial(DecodeError, source.path)):
+        lack = next(png_lacks(file))
+    if lack:
+        raise DecodeError(source.path, lack)
+
+
+def _check_end_of_jpeg(source: Source, image: Image.Image) -> None:
+    refuse = partial(DecodeError, source.path)
+    with source.open() as file, parsing(refuse):
+        data = file.read(_HEADER_BYTES)
+        lack = jpeg_lacks_scans(data)
+    if lack:
+        raise DecodeError(source.path, lack)
+    with parsing(refuse):
+        more = jpeg_with_more(data)
+        if more is not None:
+            same = np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(more), formats=("JPEG",))))
+            lack = "" if same else "its data end early: the rest of the picture is missing"
+    if lack:
+        raise DecodeError(source.path, lack)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
+from opensora.datasets.decode_pillow import gif_lacks_pixels
 from opensora.datasets.frames import (
     MAX_FPS,
     WHITE,
@@ -40,8 +41,10 @@ from opensora.datasets.frames import (
     check_size,
     new_array,
     on_background,
+    rate_of,
     scale_rgb,
 )
+from opensora.datasets.gif import pictures_in
 from opensora.datasets.sniff import CLIP_SUFFIXES, sniff_source
 from opensora.datasets.storage import Source
 from opensora.utils.untrusted import parsing
@@ -93,6 +96,7 @@ class FrameIndex:
     key_pts: np.ndarray  # (k,) int64, ascending
     key_dts: np.ndarray  # (k,) int64, of the same keyframes
     exact: bool  # False: packets without, or with repeated, timestamps; only counting decoded frames is right
+    shown_s: tuple[float, ...] = ()  # of a GIF: what every picture says of the time that it is shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,17 +321,26 @@ def _index(source: Source, container: InputContainer, stream: VideoStream, deadl
     refuse = partial(DecodeError, source.path)
     pts: list[int] = []
     keys: list[tuple[int, int]] = []
+    shown_s: list[float] = []
     with parsing(refuse):
+        is_gif = container.format.name == "gif"
         exact = container.format.name not in _WITHOUT_TIMES
         hidden_by_vp8 = stream.codec_context.name in ("vp8", "libvpx")
+    start = _start(source) if is_gif else b""
     for packet in _packets(source, container, stream, deadline):
         with parsing(refuse):
             nothing = packet.size == 0 or packet.is_discard
             shown, decoded, is_key = packet.pts, packet.dts, packet.is_keyframe
             # A reference picture of VP8 that is never shown.
             hidden = hidden_by_vp8 and not nothing and not bytes(packet)[0] & 0x10
+            content = bytes(packet) if is_gif else b""
         if nothing:
             continue
+        if is_gif:
+            pictures = pictures_in(content)
+            if not all(picture.is_whole for picture in pictures) or gif_lacks_pixels(start, content):
+                break  # FFmpeg would show what there is of it, and the others are drawn over it
+            shown_s += [picture.seconds for picture in pictures[:1]]
         if shown is None:
             exact = False
             continue
@@ -351,6 +364,7 @@ def _index(source: Source, container: InputContainer, stream: VideoStream, deadl
         key_pts=key_array[:, 0],
         key_dts=key_array[:, 1],
         exact=exact,
+        shown_s=tuple(shown_s),
     )
 
 
@@ -367,6 +381,12 @@ def _shown_before(source: Source, first_key: int, deadline: Deadline) -> set[int
         if not damaged:
             found.add(at)
     return found
+
+
+def _start(source: Source) -> bytes:
+    """The size and the flags of a GIF."""
+    with source.open() as file, parsing(partial(DecodeError, source.path)):
+        return file.read(13)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -589,6 +609,8 @@ def _read_by_counting(source: Source, window: _Window, numbers: range, threads: 
 
 def _frame_rate(index: FrameIndex, declared: Fraction | None, base: Fraction | None) -> tuple[float, str]:
     """(frames per second by the timestamps, a note); the declared rate where it agrees: timestamps may be rounded."""
+    if index.shown_s:
+        return rate_of(index.shown_s), ""
     seconds = float((int(index.pts[-1]) - int(index.pts[0])) * base) if base and len(index.pts) > 1 else 0.0
     rate = float(declared) if declared else 1.0
     if seconds > 0:

@@ -39,7 +39,7 @@ from opensora.utils.untrusted import (
     seal,
     unseal,
 )
-from opensora.utils.user_files import replacing
+from opensora.utils.user_files import absence, replacing
 from opensora.utils.weights import write_file
 
 MANIFEST, INDEX, NULL = "manifest.json", "index.arrow", "null.safetensors"
@@ -143,7 +143,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         content = read_small(folder / MANIFEST)
     except FileNotFoundError:
-        state = "is not complete" if folder.is_dir() else "does not exist"
+        state = absence(folder, "folder") or "is not complete"
         raise UserError(f"{name}: {state}; run python -m opensora.cli.precompute") from None
     except OSError as error:
         raise UserError(f"{name}: {MANIFEST} cannot be read ({error.strerror}); move it away, and {_AGAIN}") from None

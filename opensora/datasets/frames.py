@@ -1,7 +1,8 @@
 """What all decoders share: how they fail, how long they may take, and where their frames go."""
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,9 @@ MAX_SIDE = 2**16 - 1
 MAX_PIXELS = 2**26
 LIMITS = f"at most {MAX_SIDE} of a side and {MAX_PIXELS} in all are read; scale it down"
 MAX_FPS = 1e5
+# A picture of an animation that lasts this long or less, or does not say, is shown for a tenth of a second: as browsers
+# do.
+BRIEFEST_S, USUAL_S = 0.01, 0.1
 _BAND_PIXELS = 2**20
 
 Resize = Callable[[int, int], tuple[int, int]]  # displayed (height, width) -> the size wanted
@@ -113,6 +117,13 @@ class Deadline:
         """Raises: DecodeError: it is over."""
         if self._at is not None and time.monotonic() > self._at:
             raise DecodeError(self._path, f"not read within {self._seconds:g} s (data.decode_timeout_s)")
+
+
+def rate_of(times: Sequence[float]) -> float:
+    """Frames a second of an animation from the seconds that each frame says it is shown; the last one's do not count,
+    unless it is the only one."""
+    shown = [seconds if BRIEFEST_S < seconds < math.inf else USUAL_S for seconds in times[:-1] or times]
+    return 1000 * len(shown) / math.fsum(1000 * seconds for seconds in shown)  # what files say are milliseconds
 
 
 def new_array(shape: tuple[int, int, int, int]) -> np.ndarray:

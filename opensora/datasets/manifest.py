@@ -24,7 +24,7 @@ import pyarrow.parquet as papq
 
 from opensora.datasets.frames import MAX_FPS, MAX_PIXELS, MAX_SIDE
 from opensora.utils.errors import UserError
-from opensora.utils.user_files import check_quotes
+from opensora.utils.user_files import absence, check_quotes
 
 _TEXT = ("path", "text")
 _COUNTS = ("num_frames", "height", "width")
@@ -218,7 +218,7 @@ def _files(patterns: Sequence[str]) -> list[Path]:
         raise UserError("data.table is empty: give a csv or parquet file, a glob, or a list of these")
     found: list[Path] = []
     for pattern in patterns:
-        if Path(pattern).is_file():
+        if os.path.isfile(pattern):
             found.append(Path(pattern))
             continue
         names = [name for name in glob.glob(pattern, recursive=True) if not name.endswith(_NO_TABLE)]
@@ -230,16 +230,17 @@ def _files(patterns: Sequence[str]) -> list[Path]:
 
 
 def _why_no_table(path: Path) -> str:
-    if path.is_dir():
+    if os.path.isdir(path):
         return f"is a folder; give a csv or parquet file in it, or make one by python -m data_pipeline.index {path}"
-    if path.exists():
+    if os.path.exists(path):
         return "is a pipe or device; give a csv or parquet file"
-    return f"no such file{_tables_nearby(path)}"
+    reason = absence(path, "file")
+    return reason if reason and not reason.startswith("no such") else f"no such file{_tables_nearby(path)}"
 
 
 def _tables_nearby(path: Path) -> str:
     folder = path.parent
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return f", and no folder {folder}"
     names = sorted(entry.name for entry in folder.iterdir() if entry.suffix in (".csv", ".parquet"))
     near = difflib.get_close_matches(path.name, names, n=1)

@@ -46,6 +46,7 @@ from opensora.utils.adapters import CONFIG, WEIGHTS, Adapter, FittedAdapter, is_
 from opensora.utils.errors import UserError
 from opensora.utils.logging import announce
 from opensora.utils.sampling import SamplingOption, passes_per_step
+from opensora.utils.user_files import absence
 from opensora.utils.weights import fingerprint
 from opensora.utils.work import RunAll, one_by_one
 
@@ -97,10 +98,16 @@ def find_source(cfg: SampleConfig) -> Source:
             adapters that do not fit them.
     """
     path = Path(cfg.weights)
-    if not os.path.exists(path):
-        raise UserError(f"weights={path}: no such file or folder; give a run folder, an export folder or a safetensors")
-    if (path / MANIFEST).is_file():
-        raise UserError(f"weights={path}: is one checkpoint of a run; give the run's folder, whose newest one is read")
+    if reason := absence(path):
+        raise UserError(f"weights={path}: {reason}; give a run folder, an export folder or a safetensors file")
+    kind, run = part_of_run(path)
+    if run is not None and not candidates(path / "checkpoints"):
+        raise UserError(f"weights={path}: is {kind}; give the run's folder, weights={run}, whose newest one is read")
+    of_lora = part_of_run(Path(cfg.lora)) if cfg.lora else ("", None)
+    if of_lora[1] is not None:
+        raise UserError(
+            f"lora={cfg.lora}: is {of_lora[0]}; give lora={of_lora[1] / 'exported'}, or weights={of_lora[1]}"
+        )
     saved = _saved_config(path if path.is_dir() else path.parent)
     sections: dict[str, Any] = {
         name: getattr(cfg, name) or (getattr(saved, name) if saved else None) for name in ("model", "vae", "text")
@@ -115,7 +122,7 @@ def find_source(cfg: SampleConfig) -> Source:
         if adapters:
             raise UserError(f"lora={cfg.lora}: {path} holds adapters already; give the weights that they belong to")
         adapters, base = held
-        if base is None or not os.path.exists(base):
+        if base is None or absence(base):
             raise UserError(
                 f"weights={path}: its adapters belong to {base}, which is not there; give weights= and lora="
             )
@@ -135,6 +142,18 @@ def find_source(cfg: SampleConfig) -> Source:
         prompt_suffix=bool(saved and saved.data.prompt_suffix),
         **sections,
     )
+
+
+def part_of_run(path: Path) -> tuple[str, Path | None]:
+    """(what ``path`` is of a training run, the run's folder), for messages; None: nothing where checkpoints are."""
+    whole = Path(os.path.abspath(path))
+    if candidates(path / "checkpoints"):
+        return "the folder of a run", path
+    if candidates(path):
+        return "the checkpoints of a run", whole.parent
+    if os.path.lexists(path / MANIFEST) and (whole in candidates(whole.parent) or any(path.glob("shard-*"))):
+        return "one checkpoint of a run", whole.parents[1]
+    return "", None
 
 
 def check_weights(key: str, path: str | Path, model: MMDiTConfig, allow_missing: tuple[str, ...] = ()) -> None:

@@ -12,17 +12,17 @@ from pathlib import Path
 
 from opensora.config import SampleConfig
 from opensora.utils.errors import UserError
+from opensora.utils.names import name_problem
 from opensora.utils.prompt import with_suffix
 from opensora.utils.sampling import SamplingOption
-from opensora.utils.user_files import read_csv, read_text
+from opensora.utils.untrusted import short
+from opensora.utils.user_files import absence, read_csv, read_text
 
 SHEET = "contact_sheet"  # a file beside the clips, so no clip is called so
 COLUMNS = ("name", "neg", "ref")  # that a table may have beside text
 MAX_PROMPT = 100_000  # characters; text encoders read a few hundred words
-MAX_NAME_BYTES = 255  # of a file name with its suffix, on every common file system
-SUFFIX_BYTES = len(".mp4")  # .png and .txt are as long
+SUFFIX = ".mp4"  # .png and .txt are as long
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # devices, whatever follows the dot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +50,8 @@ def read_jobs(cfg: SampleConfig) -> list[Job]:
     stem = "sample"
     if cfg.prompt_csv is not None:
         path = Path(cfg.prompt_csv)
-        if not path.exists():
-            raise UserError(f"prompt_csv={path}: no such file")
+        if reason := absence(path, "file"):
+            raise UserError(f"prompt_csv={path}: {reason}")
         rows += _read_lines(path) if path.suffix.lower() == ".txt" else _read_table(path)
         stem = _safe_stem(path.stem)
     if not rows:
@@ -157,11 +157,8 @@ def _shifts(jobs: Sequence[Job], used: Collection[str]) -> dict[str, int]:
 
 
 def _fitting(name: str) -> str:
-    if len(name.encode()) > MAX_NAME_BYTES - SUFFIX_BYTES:
-        raise UserError(
-            f"name {name[:40]!r}...: {len(name.encode())} bytes in UTF-8, a file name has at most "
-            f"{MAX_NAME_BYTES - SUFFIX_BYTES} and its suffix; shorten it"
-        )
+    if problem := name_problem(name, SUFFIX):
+        raise UserError(f"name {short(repr(name), 40)} {problem}")
     return name
 
 
@@ -176,9 +173,8 @@ def _read_table(path: Path) -> list[dict[str, str]]:
             raise UserError(f"{place} has a ref; only text to video can be sampled")
         kept = {"text": _checked(row["text"], place), "neg": _checked(row.get("neg", ""), f"{place} neg")}
         given = row.get("name", "").strip()
-        if problem := given and name_problem(given):
-            shown = given if len(given) <= 40 else f"{given[:40]}..."
-            raise UserError(f"{place}: name {shown!r} {problem}")
+        if problem := given and name_problem(given, SUFFIX):
+            raise UserError(f"{place}: name {short(repr(given), 40)} {problem}")
         rows.append(kept | ({"name": given} if given else {}))
     if not rows:
         raise UserError(f"{name}: the table is empty; it needs a header with the column text, and rows")
@@ -204,30 +200,13 @@ def _checked(text: str, place: str) -> str:
     if len(text) > MAX_PROMPT:
         raise UserError(f"{place}: a prompt of {len(text)} characters, allowed are at most {MAX_PROMPT}; shorten it")
     if _NO_TEXT.search(text):
-        raise UserError(f"{place}: {text[:40]!r} is not UTF-8 text; type it again, or give it in a file as UTF-8")
+        start = short(repr(text), 40)
+        raise UserError(f"{place}: {start} is not UTF-8 text; type it again, or give it in a file as UTF-8")
     return text
-
-
-def name_problem(name: str) -> str | None:
-    """Why no clip can be called so; None for a name that every common file system takes."""
-    if set(name) & set("/\\"):
-        return "must be a file name, not a path"
-    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
-        return "must hold no control characters; remove them"
-    if name.startswith("."):
-        return "must not begin with a dot: the file would be hidden; remove it"
-    if name.startswith("-"):
-        return "must not begin with a dash: commands take it for an option; remove it"
-    if _RESERVED.fullmatch(name):
-        return "is the name of a device on Windows; choose another one"
-    longest = MAX_NAME_BYTES - SUFFIX_BYTES
-    if len(name.encode()) > longest:
-        return f"has {len(name.encode())} bytes in UTF-8, a file name has at most {longest} and its suffix; shorten it"
-    return None
 
 
 def _safe_stem(stem: str) -> str:
     """What the prompts of a table without names are called: its own name, as far as a clip can have it."""
     shown = "".join("_" if unicodedata.category(one) in ("Cc", "Cs", "Zl", "Zp") else one for one in stem)
     shown = shown.replace("\\", "_").strip().lstrip(".-").encode()[:200].decode(errors="ignore")
-    return shown if shown and not name_problem(shown) else "sample"
+    return "sample" if name_problem(shown, SUFFIX) else shown

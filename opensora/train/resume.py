@@ -14,9 +14,11 @@ from acceleration.runtime import Runtime
 from acceleration.sealed import ANY, COUNT, FLAG, NULL, NUMBER, OBJECT, TEXT, WHOLE, Each, Shape, mismatch
 from opensora import config
 from opensora.config import RunConfig
+from opensora.inference.load import part_of_run
 from opensora.utils.errors import UserError
 from opensora.utils.logging import announce
 from opensora.utils.typed import plain
+from opensora.utils.user_files import absence
 from opensora.utils.yaml_strict import read_yaml
 
 # Settings that may differ from one start of a run to the next and leave it the same run.
@@ -82,8 +84,8 @@ def check_paths(cfg: RunConfig) -> None:
     """
     for key in ("init_from", "resume"):
         path = getattr(cfg.train, key)
-        if path not in (None, "auto", "none") and not os.path.exists(path):
-            raise UserError(f"train.{key}={path}: no such file or folder")
+        if path not in (None, "auto", "none") and (reason := absence(path)):
+            raise UserError(f"train.{key}={path}: {reason}")
     if cfg.train.resume not in ("auto", "none"):
         _check_checkpoint(Path(cfg.train.resume))
     if cfg.train.init_from:
@@ -102,14 +104,11 @@ def _check_checkpoint(path: Path) -> None:
 
 
 def _check_weights(path: Path) -> None:
-    if candidates(path / "checkpoints"):
+    kind, run = part_of_run(path)
+    if run is not None:
+        pieces = ", whose tensors are in pieces" if run != path else ""
         raise UserError(
-            f"train.init_from={path}: the folder of a run; give {path / 'exported'}, or go on with it by train.resume"
-        )
-    if os.path.lexists(path / MANIFEST) and list(path.glob("shard-*.safetensors")):
-        raise UserError(
-            f"train.init_from={path}: a checkpoint, whose tensors are in pieces; give the exported/ of its run, or go "
-            "on with it by train.resume"
+            f"train.init_from={path}: {kind}{pieces}; give {run / 'exported'}, or go on with it by train.resume"
         )
 
 

@@ -49,6 +49,7 @@ from opensora.train.weights import adapted, add_adapters, check_initial, initial
 from opensora.utils import signals
 from opensora.utils.errors import UserError
 from opensora.utils.logging import MetricsLogger, announce, check_installed
+from opensora.utils.user_files import absence
 from opensora.utils.weights import fingerprint
 from opensora.utils.work import RunAll, one_by_one
 
@@ -73,7 +74,7 @@ def start_run(cfg: RunConfig) -> Run:
     lock = RunLock(cfg.folder) if ranks.rank == 0 else None
     phases = None
     try:
-        runtime = runtimes.start(cfg.parallel.timeout_s)
+        runtime = runtimes.start(cfg.parallel.timeout_s, lambda: signals.remember().name is not None)
         phases = start_phases(cfg, runtime)
         run = build_run(cfg, table, plan, runtime, phases)
     except BaseException as error:
@@ -129,8 +130,8 @@ def check_files(cfg: RunConfig, shape: AutoencoderShape) -> None:
         UserError: one is not, with its key.
     """
     check_initial(cfg)
-    if cfg.data.root and not Path(cfg.data.root).exists():
-        raise UserError(f"data.root={cfg.data.root}: no such folder; give the one that paths in data.table start at")
+    if cfg.data.root and (reason := absence(cfg.data.root, "folder")):
+        raise UserError(f"data.root={cfg.data.root}: {reason}; give the one that paths in data.table start at")
     if not cfg.data.features or cfg.validate.every:
         check_autoencoder(cfg.vae)
         check_text_encoder(cfg.text, cfg.model.context_in_dim, cfg.model.vec_in_dim)

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from opensora.utils.errors import UserError
 from opensora.utils.logging import announce
-from opensora.utils.untrusted import parse_json, parsing, read_small
+from opensora.utils.untrusted import parse_json, parsing, read_small, short
+from opensora.utils.user_files import absence
 from opensora.utils.weights import FLOATS, OpenWeights, check_regular, check_types, open_weights, write_file, write_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -278,8 +279,8 @@ def read_adapter(path: Path) -> Adapter:
 
 def _find(path: Path) -> tuple[Path, "_PeftConfig | None"]:
     """The safetensors file at a path, and peft's configuration if there is one."""
-    if not os.path.exists(path):
-        raise UserError(f"{path}: no such file or folder; give a LoRA file, or a folder that peft or a LoRA run wrote")
+    if reason := absence(path):
+        raise UserError(f"{path}: {reason}; give a LoRA file, or a folder that peft or a LoRA run wrote")
     if path.name == CONFIG and path.is_file():
         path = path.parent
     if not path.is_dir():
@@ -479,13 +480,13 @@ def _checked(file: Path, values: dict[str, Any]) -> _PeftConfig:
         raise UserError(f"{file}: {said}: allowed are peft_type LORA, r a whole number >= 1, lora_alpha a number")
     for key in OTHER:
         if values.get(key):
-            raise UserError(f"{file}: {key}={str(values[key])[:100]}: allowed are adapters without it")
+            raise UserError(f"{file}: {key}={short(values[key])}: allowed are adapters without it")
     if values.get("bias", "none") != "none":
-        raise UserError(f"{file}: bias={str(values['bias'])[:100]}: allowed is none")
+        raise UserError(f"{file}: bias={short(values['bias'])}: allowed is none")
     init = values.get("init_lora_weights", True)
     if init not in PLAIN_INIT and init is not None:
         raise UserError(
-            f"{file}: init_lora_weights={str(init)[:100]}: such adapters belong to weights that were changed with "
+            f"{file}: init_lora_weights={short(init)}: such adapters belong to weights that were changed with "
             "them; save them with path_initial_model_for_weight_conversion"
         )
     for key, allowed, fits in (
@@ -494,7 +495,7 @@ def _checked(file: Path, values: dict[str, Any]) -> _PeftConfig:
     ):
         patterns = values.get(key) or {}
         if not isinstance(patterns, dict) or not all(fits(value) for value in patterns.values()):
-            raise UserError(f"{file}: {key}={str(patterns)[:100]}: allowed are names of layers, and {allowed}")
+            raise UserError(f"{file}: {key}={short(patterns)}: allowed are names of layers, and {allowed}")
         for pattern in patterns:
             _check_pattern(file, key, pattern)
     return _PeftConfig(file, values)
@@ -503,9 +504,10 @@ def _checked(file: Path, values: dict[str, Any]) -> _PeftConfig:
 def _check_pattern(file: Path, key: str, pattern: str) -> None:
     """That a regular expression of a stranger is one, and short to try."""
     repeats = len(re.findall(r"[*+{]|\?", pattern))
+    shown = short(repr(pattern), 60)
     if len(pattern) > MAX_PATTERN or repeats > 2 or re.search(r"\)[*+{?]", pattern):
-        raise UserError(f"{file}: {key}: {pattern[:60]!r} is too complex; save adapters with plain names of layers")
-    with parsing(lambda reason: UserError(f"{file}: {key}: {pattern[:60]!r} is no pattern ({reason})")):
+        raise UserError(f"{file}: {key}: {shown} is too complex; save adapters with plain names of layers")
+    with parsing(lambda reason: UserError(f"{file}: {key}: {shown} is no pattern ({reason})")):
         re.compile(pattern)
 
 

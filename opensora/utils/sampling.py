@@ -20,6 +20,7 @@ from opensora.utils.limits import Limits, check_limits
 from opensora.utils.rng import torch_generator
 from opensora.utils.sizes import area_of, frame_size, ratio_of
 from opensora.utils.tokens import pack, unpack
+from opensora.utils.untrusted import short
 from opensora.utils.work import RunAll, Work, one_by_one
 
 __all__ = [
@@ -138,7 +139,7 @@ def _named(name: str, value: str, read: Callable[[str], T]) -> T:
     try:
         return read(value)
     except ValueError as error:
-        raise ValueError(f"{name}={value[:40]}: {error}") from None
+        raise ValueError(f"{name}={short(value, 40)}: {error}") from None
 
 
 def sanitize_sampling_option(

@@ -16,6 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from opensora.utils.errors import UserError
 from opensora.utils.limits import beyond_limit
+from opensora.utils.untrusted import short
 from opensora.utils.yaml_strict import Keys, Lines, dotted
 
 TABLE = "table"  # metadata: {kind: dataclass}, the section's class is chosen by its key ``kind``
@@ -272,7 +273,8 @@ class _Builder:
                 raise self.fail(keys, f"={value}: wanted a finite number")
             return float(value)
         if hint is int and isinstance(value, float) and value.is_integer():
-            raise self.fail(keys, f"={value}: wanted a whole number; write {int(value)}")
+            written = f"; write {int(value)}" if abs(value) < 2**63 else " of at most 64 bits"
+            raise self.fail(keys, f"={value}: wanted a whole number{written}")
         if hint is str and is_number:
             raise self.fail(keys, f'={value}: wanted text; write "{value}" in quotes')
         if hint is bool and isinstance(value, str) and value.lower() in ("yes", "no", "on", "off"):
@@ -361,6 +363,6 @@ def _is_mapping(hint: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value as it is written in a configuration, cut to 80 characters."""
+    """A value as it is written in a configuration, shortened."""
     text = repr(plain(value)) if not isinstance(value, str) else repr(value)
-    return {"None": "null", "True": "true", "False": "false"}.get(text, text if len(text) <= 80 else text[:77] + "...")
+    return {"None": "null", "True": "true", "False": "false"}.get(text) or short(text)

@@ -17,13 +17,14 @@ from acceleration.sealed import (
     seal,
     unseal,
 )
-from acceleration.untrusted import OUR_PACKAGES, is_our_mistake, parse_json, parsing, short_reason
+from acceleration.untrusted import OUR_PACKAGES, is_our_mistake, parse_json, parsing, short, short_reason
 
 __all__ = [
     "OUR_PACKAGES",
     "is_our_mistake",
     "parse_json",
     "parsing",
+    "short",
     "short_reason",
     "read_small",
     "require_file",

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from acceleration.files import replacing as replacing
 from opensora.utils.errors import UserError
+from opensora.utils.untrusted import short_reason
 
 MAX_TEXT_BYTES = 1 << 30  # a text beyond this is not what it is taken for
 MAX_FIELD = 1 << 20  # characters of one field of a table, as for captions in a clip table
@@ -24,6 +25,21 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+
+
+def absence(path: str | Path, wanted: str = "file or folder") -> str | None:
+    """Why nothing is found at a path, in words for a message; None: something is there.
+
+    A loop of links, a name that is too long, a file where a folder should be, and a folder that may not be entered are
+    told as what they are.
+    """
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return f"a link to nothing (no such {wanted})" if os.path.islink(path) else f"no such {wanted}"
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        return short_reason(error)
+    return None
 
 
 def read_text(path: Path, name: str = "") -> str:

@@ -15,12 +15,11 @@ from typing import Any
 import yaml
 
 from opensora.utils.errors import UserError
-from opensora.utils.untrusted import parsing
+from opensora.utils.untrusted import parsing, short
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 MAX_VALUES = 20_000  # keys and values of a file; the reader takes seconds for so many
-MAX_KEY = 80  # characters of a key in a message
 COMMAND_LINE = "command line"  # the source of a value that no file holds
 
 Keys = tuple[str | int, ...]
@@ -36,8 +35,7 @@ _INFINITE = re.compile(r"(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z")
 
 def dotted(keys: Keys) -> str:
     """How a key path is written in messages and overrides."""
-    names = (str(key) for key in keys)
-    return ".".join(name if len(name) <= MAX_KEY else f"{name[: MAX_KEY - 3]}..." for name in names)
+    return ".".join(short(key) for key in keys)
 
 
 def is_regular_file(path: Path) -> bool:

@@ -127,6 +127,25 @@ def test_absurd_values(
 
 
 @pytest.mark.parametrize("module", COMMANDS)
+def test_an_option_that_is_there_twice(
+    module: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last one would win without a word. Those that collect values may be repeated."""
+    for action in options_of(module, monkeypatch):
+        if not action.option_strings or isinstance(action, argparse._AppendAction):
+            continue
+        flag, kind = action.option_strings[0], getattr(action.type, "__qualname__", "")
+        value = (
+            next(iter(action.choices)) if action.choices else {"time_limit": "4:00:00", "place": "x"}.get(kind, "60")
+        )
+        once = [flag] if action.nargs == 0 else [flag, value]
+        given = [] if flag in COMMANDS[module] else once
+        line = said(module, [*COMMANDS[module], *given, *once], capsys, monkeypatch)
+        assert line == f"error: {flag} is there twice; give it once\n", line
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize("module", COMMANDS)
 @pytest.mark.parametrize("argv", [["--nosuch"], ["--"], [], ["\udcff"], ["--help=1"], ["\x1b[31m", "--out"]])
 def test_arguments_that_are_none(
     module: str, argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

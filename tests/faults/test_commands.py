@@ -253,35 +253,39 @@ def ends(main: Callable[[list[str]], int | None], argv: list[str], patch: pytest
         return exit_.code
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_read_only_disk_is_refused_before_the_work(
-    name: str,
+@pytest.fixture(params=NAMES)
+def end_on(
+    request: pytest.FixtureRequest,
     run_folder: Path,
-    disks: dict[str, Path],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-    tally: Tally,
+) -> Callable[[Path], tuple[object, str, str, str]]:
+    """``end_on(disk)``: exit code, what is said on stdout and stderr, and the key of the output, of a command whose
+    output is to be there."""
+
+    def end(disk: Path) -> tuple[object, str, str, str]:
+        monkeypatch.setattr("opensora.cli.config_reference.TARGET", disk / "configuration.md")
+        monkeypatch.setattr("shutil.which", lambda name: "/bin/true")
+        main, argv, key = commands(run_folder, disk)[request.param]
+        code = ends(main, argv, monkeypatch)
+        return (code, *capsys.readouterr(), key)
+
+    return end
+
+
+def test_a_read_only_disk_is_refused_before_the_work(
+    end_on: Callable[[Path], tuple[object, str, str, str]], disks: dict[str, Path], tally: Tally
 ) -> None:
     disk = disks["readonly"]
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    monkeypatch.setattr("opensora.cli.config_reference.TARGET", disk / "configuration.md")
-    monkeypatch.setattr("shutil.which", lambda name: "/bin/true")
-    main, argv, key = commands(run_folder, disk)[name]
-    code = ends(main, argv, monkeypatch)
-    said = capsys.readouterr()
-    assert code == 2 and said.err.count("\n") == 1 and said.out == "", said
-    assert said.err.startswith(f"error: {key}") and str(disk) in said.err and "Read-only" in said.err
+    code, out, err, key = end_on(disk)
+    assert code == 2 and err.count("\n") == 1 and out == "", (out, err)
+    assert err.startswith(f"error: {key}") and str(disk) in err and "Read-only" in err
     tally("outputs that cannot be written: one line, before the work", 1, 1)
 
 
-@pytest.mark.parametrize("name", NAMES)
 def test_a_full_disk_is_one_line(
-    name: str,
-    run_folder: Path,
-    disks: dict[str, Path],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tally: Tally,
+    end_on: Callable[[Path], tuple[object, str, str, str]], disks: dict[str, Path], tally: Tally
 ) -> None:
     disk = disks["full"]
     with (disk / "filler").open("wb", buffering=0) as filler:
@@ -290,11 +294,8 @@ def test_a_full_disk_is_one_line(
                 filler.write(bytes(4096))
         except OSError:
             pass
-    monkeypatch.setattr("opensora.cli.config_reference.TARGET", disk / "configuration.md")
-    monkeypatch.setattr("shutil.which", lambda name: "/bin/true")
-    main, argv, _ = commands(run_folder, disk)[name]
-    code = ends(main, argv, monkeypatch)
-    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    code, _, said, _ = end_on(disk)
+    err = [line for line in said.splitlines() if line.startswith("error: ")]
     assert code in (1, 2) and len(err) == 1 and str(disk) in err[0], err
     assert "space" in err[0] or "disk has" in err[0] or "disk full" in err[0]
     tally("a full disk under a command: one line, exit code not 0", 1, 1)

@@ -299,11 +299,17 @@ def test_attempts_that_cannot_be_written_down_are_not_made_without_end(
     assert said.count("\n") == 1 and "attempts.jsonl: not a file; move it away, and submit again" in said
 
 
-# Two tasks; USR2 and TERM go to all processes of a task, one that fails ends the other, the highest code is returned.
+# Two tasks, as in SLURM: USR2 and TERM go to all processes of a task, one that fails ends the other, the highest code
+# is returned.
 SRUN = """#!{python}
 import os, signal, subprocess, sys, time
-command = [word for i, word in enumerate(sys.argv[1:]) if not word.startswith("--") or i > 1]
-tasks = [subprocess.Popen(command, start_new_session=True, env={{**os.environ, "RANK": str(i)}}) for i in range(2)]
+command = sys.argv[next(i for i, word in enumerate(sys.argv) if word == "sh"):]
+slurm = {{"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "127.0.0.1"}}
+tasks = [
+    subprocess.Popen(command, start_new_session=True,
+                     env={{**os.environ, **slurm, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}})
+    for i in range(2)
+]
 def forward(number, frame):
     for task in tasks:
         if task.poll() is None:
@@ -318,7 +324,7 @@ sys.exit(max(task.returncode if task.returncode >= 0 else 128 - task.returncode 
 """
 TASK = """#!{python}
 import os, signal, sys, time
-rank = int(os.environ["RANK"])
+rank = int(os.environ["SLURM_PROCID"])
 def leave(*_):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(0.5 * rank)

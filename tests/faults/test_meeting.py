@@ -2,9 +2,12 @@
 
 import os
 import re
+import signal
 import socket
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from opensora.config import RunConfig, load_config, run_cli
 from opensora.train import run_folder
 from opensora.train.setup import start_run
 from opensora.utils.errors import UserError
+from tests.conftest import ROOT
 from tests.dist.harness import DistributedFailure, run_distributed
 from tests.integration import conftest as integration
 
@@ -171,3 +175,62 @@ def test_a_command_whose_peers_do_not_come(
         run_cli(train_main)
     assert caught.value.code == 1
     assert capsys.readouterr().err == ("error: 1 of 2 processes came within 1 s; missing: rank 1; see their logs\n")
+
+
+def alone(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
+    """The environment of the first of two processes, whose launcher is a person."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": str(free_ports(1)[0]), **variables}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("name", ["no-such-machine.invalid", "a..b", "x" * 300])
+def test_an_address_that_is_none(
+    name: str, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone(monkeypatch, MASTER_ADDR=name)
+    monkeypatch.setattr(runtimes, "RESOLVE_S", 0.5)
+    monkeypatch.setattr(sys, "argv", ["train.py", str(config), "parallel.timeout_s=600"])
+    with pytest.raises(SystemExit) as caught:
+        run_cli(train_main)
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and err.count("\n") == 1
+    assert err.startswith(f"error: MASTER_ADDR={name[:40]}") and "no machine of this name" in err
+
+
+def test_a_name_that_is_known_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names of a cluster that is starting may come after its processes."""
+    asked: list[str] = []
+
+    def look_up(host: str, *_: Any) -> list[Any]:
+        asked.append(host)
+        if len(asked) < 3:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(runtimes, "RESOLVE_PAUSE_S", 0.01)
+    runtimes.check_address("node1", "MASTER_ADDR")
+    assert asked == ["node1"] * 3
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR2"])
+def test_the_first_signal_ends_the_wait(name: str, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone(monkeypatch, MASTER_ADDR="127.0.0.1")
+    command = [sys.executable, str(ROOT / "scripts/diffusion/train.py"), str(config), "parallel.timeout_s=600"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        port, limit = int(os.environ["MASTER_PORT"]), time.monotonic() + 100
+        while not listens(port):  # then it waits for the other
+            assert process.poll() is None and time.monotonic() < limit
+            time.sleep(0.1)
+        process.send_signal(getattr(signal, name))
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 75, err
+    assert err.count("\n") == 1 and "stopped before the first step: nothing was trained" in err, err
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as visitor:
+        return visitor.connect_ex(("127.0.0.1", port)) == 0

@@ -30,7 +30,7 @@ from acceleration.checkpoint.storage import read_manifest
 from tests.conftest import ROOT
 from tests.faults.conftest import Tally
 from tests.faults.runs import descendants
-from tests.faults.test_launch import stub
+from tests.faults.test_launch import SRUN, stub
 
 SILENT_S = 60.0  # without a word, and without a tick of computing by any of its processes: then a command hangs
 DEAF_STEPS = 200  # made after a signal: then nobody has heard it
@@ -65,29 +65,6 @@ RECEIVERS = (
 )
 KEYS = {signal.SIGINT: b"\x03", signal.SIGQUIT: b"\x1c"}  # what a terminal makes these of
 TABLE: dict[tuple[str, str], list["Ending"]] = defaultdict(list)  # by signal and receiver
-
-# Two tasks; a signal for srun goes to all processes of a task, as in SLURM.
-SRUN = """#!{python}
-import os, signal, subprocess, sys, time
-command = sys.argv[next(i for i, word in enumerate(sys.argv) if word == "sh"):]
-slurm = {{"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "127.0.0.1"}}
-tasks = [
-    subprocess.Popen(command, start_new_session=True,
-                     env={{**os.environ, **slurm, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}})
-    for i in range(2)
-]
-def forward(number, frame):
-    for task in tasks:
-        if task.poll() is None:
-            os.killpg(task.pid, number)
-for number in (signal.SIGUSR2, signal.SIGTERM):
-    signal.signal(number, forward)
-while any(task.poll() is None for task in tasks):
-    if any(task.poll() for task in tasks):
-        forward(signal.SIGTERM, None)
-    time.sleep(0.02)
-sys.exit(max(task.returncode if task.returncode >= 0 else 128 - task.returncode for task in tasks))
-"""
 
 
 @dataclass(frozen=True)

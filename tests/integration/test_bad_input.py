@@ -178,7 +178,7 @@ ODD_PATHS = {
     "resume=exported": "exported weights; start from them by train.init_from",
     "init_from=nowhere": "no such file or folder",
     "init_from=run": "the folder of a run; give run/exported, or go on with it by train.resume",
-    "init_from=run/checkpoints/step-00000008": "a checkpoint, whose tensors are in pieces; give the exported/",
+    "init_from=run/checkpoints/step-00000008": "one checkpoint of a run, whose tensors are in pieces; give ",
 }
 
 

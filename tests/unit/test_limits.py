@@ -114,8 +114,8 @@ def test_absurd_numbers(files: dict[type, Path]) -> None:
         (RunConfig, "model.mlp_ratio=1e-300", "model.mlp_ratio=1e-300: leaves no hidden unit"),
         (RunConfig, "data.buckets.64px.1000000000=[1.0, 1]", "data.buckets.64px.1000000000: the number of frames"),
         (RunConfig, "data.buckets.64px.9=[1.0, 1000000000]", "data.buckets.64px.9=[1.0, 1000000000]: the batch size"),
-        (RunConfig, "name=" + "a" * 300, "name=aaaa"),
-        (RunConfig, "name=" + "ä" * 120, "name=ä"),
+        (RunConfig, "name=" + "a" * 300, "name='aaaa"),
+        (RunConfig, "name=" + "ä" * 120, "name='ä"),
     ],
 )
 def test_the_reason_is_said(files: dict[type, Path], cls: type, override: str, said: str) -> None:

@@ -125,15 +125,15 @@ def test_judge_says_unsure_and_notices_wrong_answers(wanted: list[ClipSpec], cli
         assert judge.judge_clip(clip[:1]).direction == "still"
 
 
-def write_small(folder: Path, *more: str) -> int:
+def write_small(folder: Path, processes: str = "1") -> int:
     return shapes.main(
-        ["--out", str(folder), "--clips", "6", "--images", "3", "--heldout", "1", "--processes", "1", *more]
+        ["--out", str(folder), "--clips", "6", "--images", "3", "--heldout", "1", "--processes", processes]
     )
 
 
 def test_data_set_on_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert write_small(tmp_path / "one") == 0
-    assert write_small(tmp_path / "two", "--processes", "2") == 0
+    assert write_small(tmp_path / "two", "2") == 0
     for name in ("train", "heldout", "prompts_train", "prompts_heldout"):
         assert (tmp_path / "one" / f"{name}.csv").read_bytes() == (tmp_path / "two" / f"{name}.csv").read_bytes()
     with open(tmp_path / "one" / "train.csv", newline="") as stream:

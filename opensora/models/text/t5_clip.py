@@ -17,7 +17,7 @@ from opensora.models.pretrained import load_pretrained
 from opensora.utils.errors import UserError
 from opensora.utils.limits import Limits
 from opensora.utils.untrusted import parse_json, parsing
-from opensora.utils.user_files import read_text
+from opensora.utils.user_files import absence, read_text
 
 CLIP_TOKENS = 77
 
@@ -79,8 +79,9 @@ def check_folder(key: str, path: str) -> str:
     """
     if not path:
         raise UserError(f"text.{key} is not set: give the folder of a transformers model, or set text.kind=bytes")
-    if not (Path(path) / "config.json").is_file():
-        raise UserError(f"text.{key}={path}: no config.json there; give the folder of a transformers model")
+    if reason := absence(Path(path) / "config.json", "file"):
+        detail = "" if reason.startswith("no such") else f" ({reason})"
+        raise UserError(f"text.{key}={path}: no config.json there{detail}; give the folder of a transformers model")
     if not any(Path(path).glob("*.safetensors")) and not any(Path(path).glob("*.bin")):
         raise UserError(f"text.{key}={path}: cannot be loaded, no *.safetensors beside config.json; fetch them")
     return path

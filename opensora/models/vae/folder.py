@@ -8,6 +8,7 @@ import torch
 from opensora.models.pretrained import load_pretrained
 from opensora.utils.errors import UserError
 from opensora.utils.untrusted import ANY, mismatch, parse_json, parsing, read_small
+from opensora.utils.user_files import absence
 
 KEY = "vae.path"
 MAX_STRIDE, MAX_CHANNELS = 64, 4096  # of an autoencoder, as its config.json states them
@@ -53,8 +54,9 @@ def check_folder(path: str, model: str) -> None:
         raise UserError(
             f"{KEY} is not set: give the folder of a diffusers {model}, or use vae.kind=dct, which needs none"
         )
-    if not (Path(path) / "config.json").is_file():
-        raise UserError(f"{KEY}={path}: no config.json there; give the folder of a diffusers {model}")
+    if reason := absence(Path(path) / "config.json", "file"):
+        detail = "" if reason.startswith("no such") else f" ({reason})"
+        raise UserError(f"{KEY}={path}: no config.json there{detail}; give the folder of a diffusers {model}")
     if not any(Path(path).glob("*.safetensors")) and not any(Path(path).glob("*.bin")):
         raise UserError(f"{KEY}={path}: cannot be loaded, no *.safetensors beside config.json; fetch them")
     stated_shape(path)
