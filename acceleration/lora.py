@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acceleration import plan
+from acceleration import protocol as plan
 from acceleration.config import LoraConfig
-from acceleration.plan import Fill, Partial
+from acceleration.protocol import Fill, Partial
 
 A, B = "lora_A.weight", "lora_B.weight"  # parameters of an adapted layer, beside its own
 

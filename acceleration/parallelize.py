@@ -3,10 +3,12 @@
 import torch
 from torch import nn
 
-from acceleration import compile, recompute, sequence, sharding, tensor_parallel
+from acceleration.blocks import compile, activation_checkpoint as recompute
+from acceleration import sequence
+from acceleration.sharding import fsdp as sharding, tensor_parallel
 from acceleration.config import ParallelConfig
-from acceleration.mesh import Mesh
-from acceleration.plan import Fill, Shardable
+from acceleration.distributed.mesh import Mesh
+from acceleration.protocol import Fill, Shardable
 
 
 def parallelize(model: nn.Module, cfg: ParallelConfig, mesh: Mesh, device: torch.device, fill: Fill) -> nn.Module:

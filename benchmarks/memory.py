@@ -3,7 +3,7 @@
     python -m benchmarks.memory [--processes 1,2,4,8] [--width 320] [--offload none,optimizer,parameters]
 
 Layouts run as groups of gloo processes on this machine, on an MMDiT of --width (320: 33 million parameters) with so few
-tokens that weights are nearly all there is to see. Counted are bytes of tensors (acceleration/memory.py), exactly:
+tokens that weights are nearly all there is to see. Counted are bytes of tensors (acceleration/diagnostics/memory_usage.py), exactly:
 resident memory would add the interpreter and what malloc keeps back, and lack what no page was touched of. Of a mapped
 file the tensor being read is counted, though its pages are the system's to take back. The worst process is shown.
 
@@ -24,13 +24,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from acceleration import mesh as meshes
-from acceleration import plan, sharding
-from acceleration.checkpoint.pieces import Pieces
+from acceleration.distributed import mesh as meshes
+from acceleration import protocol as plan
+from acceleration.sharding import fsdp as sharding
+from acceleration.checkpoint.tensor_shards import Pieces
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.engines import build_engine
-from acceleration.memory import Allocations, held
-from acceleration.mesh import Mesh
+from acceleration.diagnostics.memory_usage import Allocations, held
+from acceleration.distributed.mesh import Mesh
 from acceleration.parallelize import parallelize
 from opensora.inference.load import FromFile, weight_layout
 from opensora.models import MMDiTConfig, build_model

@@ -27,7 +27,7 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from acceleration.mesh import view
+from acceleration.distributed.mesh import view
 from acceleration.sequence import SequenceParallel
 from benchmarks.clip_columns import clip_columns
 from opensora.datasets.config import DataConfig

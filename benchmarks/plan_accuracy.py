@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from acceleration import mesh as meshes
-from acceleration.accounting import MicroBatch, Place
+from acceleration.distributed import mesh as meshes
+from acceleration.accounting.comm_volume import MicroBatch, Place
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from acceleration import mesh as meshes
-from acceleration.accounting import MicroBatch
+from acceleration.distributed import mesh as meshes
+from acceleration.accounting.comm_volume import MicroBatch
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from acceleration.checkpoint import pieces
+from acceleration.checkpoint import tensor_shards as pieces
 from acceleration.config import OptimConfig
-from acceleration.ema import EMA
+from acceleration.optim.ema import EMA
 from acceleration.engines.base import Weights
-from acceleration.optim import build_optimizer, ema_decay_at
+from acceleration.optim.optimizers import build_optimizer, ema_decay_at
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps for every element
 

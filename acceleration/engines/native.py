@@ -13,14 +13,16 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from acceleration import collectives, plan, sharding, tensor_parallel
-from acceleration.checkpoint import pieces
+from acceleration.distributed import collectives
+from acceleration import protocol as plan
+from acceleration.sharding import fsdp as sharding, tensor_parallel
+from acceleration.checkpoint import tensor_shards as pieces
 from acceleration.config import OptimConfig, ParallelConfig
-from acceleration.ema import EMA
+from acceleration.optim.ema import EMA
 from acceleration.engines.base import Accept, Weights
-from acceleration.host_optimizer import HostOptimizer
-from acceleration.mesh import Mesh
-from acceleration.optim import build_optimizer, ema_decay_at
+from acceleration.optim.cpu_optimizer import HostOptimizer
+from acceleration.distributed.mesh import Mesh
+from acceleration.optim.optimizers import build_optimizer, ema_decay_at
 
 
 class NativeEngine:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from acceleration import collectives
-from acceleration.mesh import Axis, Mesh
+from acceleration.distributed import collectives
+from acceleration.distributed.mesh import Axis, Mesh
 from acceleration.sequence.segments import Segments
 
 

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acceleration import attention, collectives, recompute
-from acceleration.collectives import Shift
-from acceleration.kernels import Kernel
-from acceleration.mesh import Axis
+from acceleration.attention import core as attention
+from acceleration.distributed import collectives
+from acceleration.blocks import activation_checkpoint as recompute
+from acceleration.distributed.collectives import Shift
+from acceleration.attention.kernels import Kernel
+from acceleration.distributed.mesh import Axis
 from acceleration.sequence.layout import SequenceContext, ring_groups
 
 KEYS_VALUES, GRADIENTS = 1, 2  # tags: two transfers between the same processes at the same time

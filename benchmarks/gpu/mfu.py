@@ -14,8 +14,8 @@ import time
 
 import torch
 
-from acceleration import mesh as meshes
-from acceleration import runtime as runtimes
+from acceleration.distributed import mesh as meshes
+from acceleration.distributed import runtime as runtimes
 from acceleration.config import MeshConfig, ParallelConfig, RecomputeConfig
 from acceleration.parallelize import parallelize
 from opensora.models import MMDiTConfig, build_model

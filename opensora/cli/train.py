@@ -16,7 +16,7 @@ INTERRUPTED = 75  # the state is on disk: start the same command again
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 when the run is finished (before, or now), 75 when it was stopped and can be resumed, 1
     when checkpoints could not be saved any more or numbers stay wrong. A hang ends the process with 70
-    (acceleration/watchdog.py)."""
+    (acceleration/diagnostics/watchdog.py)."""
     cfg = config_from_argv(RunConfig, argv, "Train a video diffusion transformer.")
     if finished(cfg):
         announce(f"{cfg.folder} is finished; for more raise train.steps={cfg.train.steps}, or give another name")

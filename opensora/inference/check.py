@@ -4,10 +4,10 @@ import os
 
 import torch
 
-from acceleration import mesh as meshes
+from acceleration.distributed import mesh as meshes
 from acceleration.config import ParallelConfig
-from acceleration.memory import device_bytes, machine_bytes
-from acceleration.precision import DTYPES
+from acceleration.diagnostics.memory_usage import device_bytes, machine_bytes
+from acceleration.sharding.precision import DTYPES
 from opensora.config import RunConfig, SampleConfig, check_fit
 from opensora.inference.load import Source
 from opensora.models import MMDiTConfig, build_model

@@ -13,20 +13,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from acceleration import kernels, lora, sharding, tensor_parallel
-from acceleration import mesh as meshes
-from acceleration.checkpoint import CheckpointManager, newest, pieces
-from acceleration.checkpoint.folder import candidates
-from acceleration.checkpoint.storage import MANIFEST
+from acceleration.attention import kernels
+from acceleration import lora
+from acceleration.sharding import fsdp as sharding, tensor_parallel
+from acceleration.distributed import mesh as meshes
+from acceleration.checkpoint import CheckpointManager, newest, tensor_shards as pieces
+from acceleration.checkpoint.listing import candidates
+from acceleration.checkpoint.atomic_dir import MANIFEST
 from acceleration.config import LoraConfig, MeshConfig, PrecisionConfig
-from acceleration.mesh import SAMPLE_AXES, Mesh
+from acceleration.distributed.mesh import SAMPLE_AXES, Mesh
 from acceleration.parallelize import parallelize
-from acceleration.plan import Fill
-from acceleration.precision import DTYPES
-from acceleration.runtime import Runtime
+from acceleration.protocol import Fill
+from acceleration.sharding.precision import DTYPES
+from acceleration.distributed.runtime import Runtime
 from acceleration.sequence import SequenceParallel
-from acceleration.waiting import WAITING
-from acceleration.work import SharedWork
+from acceleration.distributed.comm_timer import WAITING
+from acceleration.distributed.tasks import SharedWork
 from opensora.config import SAVED_NAME, RunConfig, SampleConfig, VaeParallel, load_config
 from opensora.models import MMDiTConfig, build_model
 from opensora.models.base import Autoencoder, TextEncoder
@@ -447,7 +449,7 @@ class FromFile:
     not_finite: list[str] = field(default_factory=list)  # what this process has read so far that holds NaN or infinity
 
     def read_part(self, name: str, start: tuple[int, ...], part: Tensor) -> bool:
-        """See ``Partial`` in acceleration/plan.py."""
+        """See ``Partial`` in acceleration/protocol.py."""
         found = self.file.read_part(name, start, part)
         # Least and greatest take no memory beside the part, as a mask of it would.
         if found and part.numel() and not all(torch.isfinite(end) for end in torch.aminmax(part)):

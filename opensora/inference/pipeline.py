@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from acceleration import runtime as runtimes
-from acceleration.runtime import Runtime
-from acceleration.work import SharedWork
+from acceleration.distributed import runtime as runtimes
+from acceleration.distributed.runtime import Runtime
+from acceleration.distributed.tasks import SharedWork
 from opensora.config import SampleConfig
 from opensora.inference.check import check_sample
 from opensora.inference.load import (

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from math import prod
 
-from acceleration.mesh import Mesh
+from acceleration.distributed.mesh import Mesh
 from opensora.config import RunConfig
 from opensora.datasets import DataConfig
 from opensora.datasets.bucket import Bucket

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from acceleration.precision import DTYPES
+from acceleration.sharding.precision import DTYPES
 from opensora.config import RunConfig
 from opensora.utils.errors import UserError
 from opensora.utils.logging import announce, launched_rank

@@ -1,6 +1,6 @@
 """What a run would need, before it is started: memory, bytes, operations and time, per bucket and layout.
 
-Memory is added up as FSDP2 allocates it, over activations found on the meta device (acceleration/footprint.py,
+Memory is added up as FSDP2 allocates it, over activations found on the meta device (acceleration/accounting/peak_memory.py,
 activations.py); bytes are those the axes would count (accounting.py). Both are exact to a few percent. Time is a rough
 model on top of them, good for comparing layouts: products at ``EFFICIENCY`` of the peak, exchanges at the speed of the
 slowest link they cross, weights and gradients moved while blocks compute.
@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acceleration import accounting, footprint
-from acceleration import mesh as meshes
-from acceleration.accounting import MicroBatch, Place
-from acceleration.activations import Timeline, assemble, interpolate, spread, timeline
+from acceleration.accounting import comm_volume as accounting, peak_memory as footprint
+from acceleration.distributed import mesh as meshes
+from acceleration.accounting.comm_volume import MicroBatch, Place
+from acceleration.accounting.activation_memory import Timeline, assemble, interpolate, spread, timeline
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, RecomputeConfig
-from acceleration.footprint import Footprint
-from acceleration.mesh import COPIES, PIECES, Mesh
+from acceleration.accounting.peak_memory import Footprint
+from acceleration.distributed.mesh import COPIES, PIECES, Mesh
 from acceleration.sequence import SequenceParallel
-from acceleration.structure import Structure, Unit, structure_of
+from acceleration.accounting.model_profile import Structure, Unit, structure_of
 from opensora.config import RunConfig
 from opensora.datasets.bucket import BucketTable
 from opensora.datasets.plan import MicroBatch as PlannedBatch

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from acceleration.checkpoint import steps_in, storage
-from acceleration.replicas import is_finite
+from acceleration.checkpoint import steps_in, atomic_dir as storage
+from acceleration.diagnostics.replica_check import is_finite
 from opensora.train.guard import Guard, Hopeless, Return
 from opensora.train.resume import load
 from opensora.train.run import Run

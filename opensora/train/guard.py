@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from acceleration import replicas
-from acceleration.waiting import WAITING
+from acceleration.diagnostics import replica_check as replicas
+from acceleration.distributed.comm_timer import WAITING
 from opensora.config import GuardConfig
 from opensora.utils.logging import announce
 

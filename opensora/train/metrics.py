@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from acceleration.memory import peak_gib
-from acceleration.mesh import Mesh
+from acceleration.diagnostics.memory_usage import peak_gib
+from acceleration.distributed.mesh import Mesh
 from opensora.utils.logging import MetricsLogger, progress
 
 if TYPE_CHECKING:

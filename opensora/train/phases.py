@@ -7,10 +7,10 @@ from statistics import median_low
 import torch
 import torch.distributed as dist
 
-from acceleration.mesh import Mesh
-from acceleration.runtime import Runtime
-from acceleration.waiting import WAITING
-from acceleration.watchdog import Watchdog
+from acceleration.distributed.mesh import Mesh
+from acceleration.distributed.runtime import Runtime
+from acceleration.distributed.comm_timer import WAITING
+from acceleration.diagnostics.watchdog import Watchdog
 from opensora.config import RunConfig
 from opensora.utils.logging import announce
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from acceleration.config import MeshConfig
-from acceleration.mesh import view
-from acceleration.runtime import Ranks, ranks_from_environment
+from acceleration.distributed.mesh import view
+from acceleration.distributed.runtime import Ranks, ranks_from_environment
 from acceleration.sequence import SequenceParallel
 from opensora.config import RunConfig
 from opensora.datasets import decode, features

@@ -1,10 +1,10 @@
-"""What is looked at before a run is built: acceleration/preflight.py, with this run's code, configuration and disk."""
+"""What is looked at before a run is built: acceleration/diagnostics/preflight.py, with this run's code, configuration and disk."""
 
 import logging
 
-from acceleration import runtime as runtimes
-from acceleration.preflight import PreflightError, preflight
-from acceleration.runtime import Runtime
+from acceleration.distributed import runtime as runtimes
+from acceleration.diagnostics.preflight import PreflightError, preflight
+from acceleration.distributed.runtime import Runtime
 from opensora.config import RunConfig, config_hash
 from opensora.utils.errors import UserError
 from opensora.utils.logging import announce

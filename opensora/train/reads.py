@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from acceleration.mesh import SAMPLE_AXES, Mesh
+from acceleration.distributed.mesh import SAMPLE_AXES, Mesh
 from opensora.datasets.manifest import ClipTable
 from opensora.utils.errors import UserError
 from opensora.utils.logging import announce

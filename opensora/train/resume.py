@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from acceleration.checkpoint import CheckpointManager, steps_in
-from acceleration.checkpoint.folder import candidates
-from acceleration.checkpoint.storage import MANIFEST, step_name
+from acceleration.checkpoint.listing import candidates
+from acceleration.checkpoint.atomic_dir import MANIFEST, step_name
 from acceleration.engines import Engine
-from acceleration.runtime import Runtime
-from acceleration.sealed import ANY, COUNT, FLAG, NULL, NUMBER, OBJECT, TEXT, WHOLE, Each, Shape, mismatch
+from acceleration.distributed.runtime import Runtime
+from acceleration.files.sealed_json import ANY, COUNT, FLAG, NULL, NUMBER, OBJECT, TEXT, WHOLE, Each, Shape, mismatch
 from opensora import config
 from opensora.config import RunConfig
 from opensora.inference.load import part_of_run

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from acceleration import runtime as runtimes
+from acceleration.distributed import runtime as runtimes
 from acceleration.checkpoint import CheckpointManager, SaveError
 from acceleration.engines import Engine
-from acceleration.mesh import Mesh
-from acceleration.optim import lr_at
-from acceleration.runtime import Runtime
-from acceleration.signals import StopRequest
+from acceleration.distributed.mesh import Mesh
+from acceleration.optim.optimizers import lr_at
+from acceleration.distributed.runtime import Runtime
+from acceleration.distributed.agreement import StopRequest
 from opensora.config import RunConfig
 from opensora.train.data import StepData
 from opensora.train.export import exported, write_export

@@ -20,9 +20,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from acceleration.files import kind_of, read_small, replacing
-from acceleration.runtime import restart_count
-from acceleration.sealed import COUNT, FLAG, NULL, TEXT, Shape, seal, unseal
+from acceleration.files.atomic_write import kind_of, read_small, replacing
+from acceleration.distributed.runtime import restart_count
+from acceleration.files.sealed_json import COUNT, FLAG, NULL, TEXT, Shape, seal, unseal
 from opensora import config
 from opensora.config import RunConfig
 from opensora.utils import digests

@@ -9,18 +9,18 @@ from pathlib import Path
 import torch
 
 from acceleration import lora
-from acceleration import mesh as meshes
-from acceleration import runtime as runtimes
+from acceleration.distributed import mesh as meshes
+from acceleration.distributed import runtime as runtimes
 from acceleration.checkpoint import CheckpointManager
 from acceleration.checkpoint import SaveError as SaveError  # what saving raises, also for the command line
 from acceleration.engines import build_engine, check_engine
-from acceleration.memory import device_bytes, machine_bytes
-from acceleration.mesh import Mesh
+from acceleration.diagnostics.memory_usage import device_bytes, machine_bytes
+from acceleration.distributed.mesh import Mesh
 from acceleration.parallelize import parallelize
-from acceleration.runtime import Runtime
+from acceleration.distributed.runtime import Runtime
 from acceleration.sequence import SequenceParallel
-from acceleration.signals import Interrupted as Interrupted  # what building raises, for the command line
-from acceleration.signals import StopRequest
+from acceleration.distributed.agreement import Interrupted as Interrupted  # what building raises, for the command line
+from acceleration.distributed.agreement import StopRequest
 from opensora import config
 from opensora.config import RunConfig
 from opensora.datasets import decode

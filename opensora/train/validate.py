@@ -1,6 +1,6 @@
 """Samples while training: the sampling pipeline over the model that is being trained, in its own layout."""
 
-from acceleration import sharding
+from acceleration.sharding import fsdp as sharding
 from opensora.config import SampleConfig
 from opensora.inference.load import Components
 from opensora.inference.pipeline import process_and_save

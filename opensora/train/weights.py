@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from acceleration import lora
-from acceleration.plan import Fill
+from acceleration.protocol import Fill
 from opensora.config import RunConfig
 from opensora.inference.load import FromFile, check_weights, weight_layout
 from opensora.models.mmdit.convert import load_state_dict_for

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from acceleration.files import read_small, replacing
+from acceleration.files.atomic_write import read_small, replacing
 from opensora.utils.errors import UserError
 
 NAME = "SHA256SUMS"

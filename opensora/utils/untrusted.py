@@ -1,23 +1,9 @@
-"""The boundary around other people's bytes, for all that is above acceleration: at home in acceleration/untrusted.py,
+"""The boundary around other people's bytes, for all that is above acceleration: at home in acceleration/files/untrusted.py,
 files.py and sealed.py, as checkpoints need it too."""
 
-from acceleration.files import read_small, require_file
-from acceleration.sealed import (
-    ANY,
-    COUNT,
-    NUMBER,
-    OBJECT,
-    SHA256,
-    TEXT,
-    WHOLE,
-    Each,
-    Kind,
-    Shape,
-    mismatch,
-    seal,
-    unseal,
-)
-from acceleration.untrusted import OUR_PACKAGES, is_our_mistake, parse_json, parsing, short, short_reason
+from acceleration.files.atomic_write import read_small, require_file
+from acceleration.files.sealed_json import ANY, COUNT, NUMBER, OBJECT, SHA256, TEXT, WHOLE, Each, Kind, Shape, mismatch, seal, unseal
+from acceleration.files.untrusted import OUR_PACKAGES, is_our_mistake, parse_json, parsing, short, short_reason
 
 __all__ = [
     "OUR_PACKAGES",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from acceleration.files import replacing as replacing
+from acceleration.files.atomic_write import replacing as replacing
 from opensora.utils.errors import UserError
 from opensora.utils.untrusted import short_reason
 

@@ -15,8 +15,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from acceleration import tensor_file
-from acceleration.files import flush, replacing
+from acceleration.files import tensor_file
+from acceleration.files.atomic_write import flush, replacing
 from opensora.utils import digests as lists
 from opensora.utils.errors import UserError
 from opensora.utils.untrusted import parsing

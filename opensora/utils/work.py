@@ -1,7 +1,7 @@
 """Independent pieces of work, listed by those who know them and run by those who know processes.
 
 A denoiser lists the passes of a step, an autoencoder the tiles of a clip. Both hand them to a ``RunAll``, which gives
-back all results, in order: ``one_by_one``, or ``SharedWork`` of acceleration/work.py on several processes.
+back all results, in order: ``one_by_one``, or ``SharedWork`` of acceleration/distributed/tasks.py on several processes.
 """
 
 from collections.abc import Callable, Sequence

@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from acceleration import mesh as meshes
-from acceleration.accounting import MicroBatch, Place, step_bytes
+from acceleration.distributed import mesh as meshes
+from acceleration.accounting.comm_volume import MicroBatch, Place, step_bytes
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
-from acceleration.structure import Structure, structure_of
+from acceleration.accounting.model_profile import Structure, structure_of
 from opensora.models import build_model
 from opensora.models.mmdit import MMDiTConfig
 from opensora.train.forecast import run_denoiser

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from acceleration import mesh as meshes
+from acceleration.distributed import mesh as meshes
 from acceleration.config import MeshConfig, ParallelConfig
 from acceleration.parallelize import parallelize
 from opensora.inference.load import FromFile

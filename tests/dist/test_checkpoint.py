@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from acceleration import mesh as meshes
-from acceleration.checkpoint import CheckpointManager, SaveError, newest, pieces, steps_in
-from acceleration.checkpoint.storage import MANIFEST
+from acceleration.distributed import mesh as meshes
+from acceleration.checkpoint import CheckpointManager, SaveError, newest, tensor_shards as pieces, steps_in
+from acceleration.checkpoint.atomic_dir import MANIFEST
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig
 from acceleration.engines import Engine, build_engine
-from acceleration.optim import lr_at
+from acceleration.optim.optimizers import lr_at
 from acceleration.parallelize import parallelize
 from opensora.models import build_model
 from opensora.train.step import loss_share

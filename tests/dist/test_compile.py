@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from acceleration import mesh as meshes
-from acceleration import sharding, tensor_parallel
+from acceleration.distributed import mesh as meshes
+from acceleration.sharding import fsdp as sharding, tensor_parallel
 from acceleration.config import CompileConfig, MeshConfig, OptimConfig, ParallelConfig, RecomputeConfig
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize

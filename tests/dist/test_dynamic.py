@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from acceleration import mesh as meshes
+from acceleration.distributed import mesh as meshes
 from acceleration.config import MeshConfig, ParallelConfig
-from acceleration.mesh import AXES, Mesh
+from acceleration.distributed.mesh import AXES, Mesh
 from opensora.datasets.share import Sharing
 from opensora.inference.load import tile_runner
 from opensora.models.vae import build_autoencoder

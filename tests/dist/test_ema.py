@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from acceleration import mesh as meshes
-from acceleration import sharding
+from acceleration.distributed import mesh as meshes
+from acceleration.sharding import fsdp as sharding
 from acceleration.config import OptimConfig, ParallelConfig
 from acceleration.engines import build_engine
-from acceleration.optim import ema_decay_at
+from acceleration.optim.optimizers import ema_decay_at
 from acceleration.parallelize import parallelize
 from opensora.models import build_model
 from tests.dist.harness import run_distributed

@@ -18,13 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from acceleration import checkpoint, sharding
-from acceleration import mesh as meshes
+from acceleration import checkpoint
+from acceleration.sharding import fsdp as sharding
+from acceleration.distributed import mesh as meshes
 from acceleration.checkpoint import CheckpointManager
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.engines import ENGINES, Engine, build_engine
-from acceleration.engines.colossalai import ColossalAIEngine
-from acceleration.optim import lr_at
+from acceleration.engines.colossalai_engine import ColossalAIEngine
+from acceleration.optim.optimizers import lr_at
 from acceleration.parallelize import parallelize
 from opensora.models import build_model
 from opensora.train.step import loss_share

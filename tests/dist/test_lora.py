@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from acceleration import lora, plan, sharding, tensor_parallel
-from acceleration import mesh as meshes
-from acceleration.checkpoint import CheckpointManager, pieces
-from acceleration.collectives import nbytes
+from acceleration import lora, protocol as plan
+from acceleration.sharding import fsdp as sharding, tensor_parallel
+from acceleration.distributed import mesh as meshes
+from acceleration.checkpoint import CheckpointManager, tensor_shards as pieces
+from acceleration.distributed.collectives import nbytes
 from acceleration.config import LoraConfig, OptimConfig, ParallelConfig, PrecisionConfig
 from acceleration.engines import Engine, build_engine
-from acceleration.mesh import COPIES, Mesh
+from acceleration.distributed.mesh import COPIES, Mesh
 from acceleration.parallelize import parallelize
 from opensora.models import build_model
 from opensora.train.step import loss_share

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from acceleration import mesh as meshes
-from acceleration import sharding
+from acceleration.distributed import mesh as meshes
+from acceleration.sharding import fsdp as sharding
 from acceleration.checkpoint import CheckpointManager
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.engines import build_engine

@@ -14,15 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from acceleration import mesh as meshes
-from acceleration import sharding, tensor_parallel
-from acceleration.accounting import MicroBatch, Place, step_bytes
+from acceleration.distributed import mesh as meshes
+from acceleration.sharding import fsdp as sharding, tensor_parallel
+from acceleration.accounting.comm_volume import MicroBatch, Place, step_bytes
 from acceleration.config import OptimConfig, ParallelConfig
 from acceleration.engines import build_engine
-from acceleration.mesh import Mesh
+from acceleration.distributed.mesh import Mesh
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
-from acceleration.structure import structure_of
+from acceleration.accounting.model_profile import structure_of
 from opensora.datasets.video import PackedBatch
 from opensora.models import build_model
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from acceleration import mesh as meshes
+from acceleration.distributed import mesh as meshes
 from acceleration.config import MeshConfig
 from opensora.train.reads import Reads
 from opensora.utils.errors import UserError

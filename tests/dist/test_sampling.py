@@ -14,14 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from acceleration import mesh as meshes
-from acceleration.accounting import MicroBatch, Place, sampling_bytes
+from acceleration.distributed import mesh as meshes
+from acceleration.accounting.comm_volume import MicroBatch, Place, sampling_bytes
 from acceleration.config import MeshConfig, ParallelConfig
-from acceleration.mesh import Mesh
+from acceleration.distributed.mesh import Mesh
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
-from acceleration.structure import structure_of
-from acceleration.work import SharedWork
+from acceleration.accounting.model_profile import structure_of
+from acceleration.distributed.tasks import SharedWork
 from opensora.inference.load import Components, check_guidance
 from opensora.inference.pipeline import prepare_api
 from opensora.models import MMDiTConfig, build_model

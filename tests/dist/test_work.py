@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from acceleration import mesh as meshes
+from acceleration.distributed import mesh as meshes
 from acceleration.config import MeshConfig
-from acceleration.mesh import SAMPLE_AXES
+from acceleration.distributed.mesh import SAMPLE_AXES
 from acceleration.sequence import SequenceParallel
-from acceleration.work import SharedWork
+from acceleration.distributed.tasks import SharedWork
 from opensora.inference.load import tile_runner
 from opensora.models.vae import AutoencoderConfig, DCTConfig, Flux2DConfig, HunyuanConfig, build_autoencoder
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from acceleration.checkpoint import contents, newest
-from acceleration.sharding import local
+from acceleration.sharding.fsdp import local
 from opensora.config import RunConfig, load_config
 from opensora.train import loop, setup
 from opensora.train.guard import Hopeless

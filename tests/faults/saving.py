@@ -22,8 +22,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 import torch.distributed as dist
 
-from acceleration.checkpoint import CheckpointManager, contents, pieces, storage
-from acceleration.checkpoint.folder import candidates
+from acceleration.checkpoint import CheckpointManager, contents, tensor_shards as pieces, atomic_dir as storage
+from acceleration.checkpoint.listing import candidates
 
 # Every call that makes, fills, flushes, renames or removes a file, or could be refused for want of space.
 CALLS = (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from acceleration.watchdog import LOOK_S, PEERS_S, Place, Watchdog, verdict, where
+from acceleration.diagnostics.watchdog import LOOK_S, PEERS_S, Place, Watchdog, verdict, where
 from tests.conftest import ROOT
 from tests.dist.harness import DistributedFailure, run_distributed
 from tests.faults.conftest import Tally

@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from acceleration.checkpoint import CheckpointManager, storage
-from acceleration.checkpoint.folder import contents, newest
-from acceleration.sealed import seal
+from acceleration.checkpoint import CheckpointManager, atomic_dir as storage
+from acceleration.checkpoint.listing import contents, newest
+from acceleration.files.sealed_json import seal
 from opensora.config import SampleConfig, load_config
 from opensora.datasets import features
 from opensora.datasets.frames import DecodeError

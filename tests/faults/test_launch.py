@@ -15,7 +15,7 @@ import pytest
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from acceleration.checkpoint.storage import read_manifest
+from acceleration.checkpoint.atomic_dir import read_manifest
 from launch import elastic, submit
 from launch.attempts import Attempt, attempts_without_progress, decide, newest_step, read_history
 from launch.attempts import main as attempts_main

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from acceleration.checkpoint import CheckpointManager, contents, newest, steps_in, storage
-from acceleration.checkpoint.folder import candidates, misnamed
-from acceleration.checkpoint.storage import MANIFEST, step_of
-from acceleration.sealed import seal
+from acceleration.checkpoint import CheckpointManager, contents, newest, steps_in, atomic_dir as storage
+from acceleration.checkpoint.listing import candidates, misnamed
+from acceleration.checkpoint.atomic_dir import MANIFEST, step_of
+from acceleration.files.sealed_json import seal
 from launch.attempts import newest_step
 from opensora.train.resume import wrong_info
 from tests.dist.harness import DistributedFailure, run_distributed

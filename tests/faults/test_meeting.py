@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from acceleration import preflight as look
-from acceleration import runtime as runtimes
-from acceleration.preflight import Facts, assess, differences
-from acceleration.rendezvous import Door, StartError, meet, ranges
-from acceleration.runtime import Runtime
+from acceleration.diagnostics import preflight as look
+from acceleration.distributed import runtime as runtimes
+from acceleration.diagnostics.preflight import Facts, assess, differences
+from acceleration.distributed.rendezvous import Door, StartError, meet, ranges
+from acceleration.distributed.runtime import Runtime
 from opensora.cli.train import main as train_main
 from opensora.config import RunConfig, load_config, run_cli
 from opensora.train import run_folder

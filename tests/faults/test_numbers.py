@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from acceleration.checkpoint import contents, newest
-from acceleration.replicas import digest as hashed
+from acceleration.diagnostics.replica_check import digest as hashed
 from opensora.cli import train as cli
 from opensora.config import GuardConfig
 from opensora.train.guard import RECOVERED, Guard

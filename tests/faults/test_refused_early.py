@@ -159,7 +159,7 @@ def test_nothing_is_written(
     def started(*_: object) -> None:
         raise AssertionError("a process group was started")
 
-    monkeypatch.setattr("acceleration.runtime.start", started)
+    monkeypatch.setattr("acceleration.distributed.runtime.start", started)
     before, wrong = tree(folder), []
     for case, (overrides, expected) in cases.items():
         single = ["parallel.mesh.ulysses=1"] if file == "train.yaml" else []

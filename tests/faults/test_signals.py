@@ -139,7 +139,7 @@ def stops_at_step_2(config: Path, folder: Path, full: bool) -> int:
     """Exit code of the training command that is asked to stop in its third step; maybe its disk is full."""
     import errno
 
-    from acceleration.checkpoint import writer
+    from acceleration.checkpoint import writer_process as writer
     from opensora.cli.train import main
     from opensora.train.run import Run
 

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from acceleration.checkpoint import newest
-from acceleration.checkpoint.storage import read_manifest
-from acceleration.runtime import doors, rendezvous_from_environment
+from acceleration.checkpoint.atomic_dir import read_manifest
+from acceleration.distributed.runtime import doors, rendezvous_from_environment
 from tests.conftest import ROOT
 from tests.integration import conftest as integration
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from acceleration.checkpoint import CheckpointManager, shards, storage
+from acceleration.checkpoint import CheckpointManager, shard_file as shards, atomic_dir as storage
 from acceleration.config import ParallelConfig
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64

@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from acceleration.sealed import seal
+from acceleration.files.sealed_json import seal
 from launch import attempts
 from opensora.config import SAVED_NAME, RunConfig, load_config, save, to_yaml
 from opensora.datasets import features

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from acceleration import mesh as meshes
-from acceleration import runtime as runtimes
+from acceleration.distributed import mesh as meshes
+from acceleration.distributed import runtime as runtimes
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize

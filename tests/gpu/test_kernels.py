@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from acceleration import attention
-from acceleration.attention import KernelCore
-from acceleration.kernels import KERNELS, PACKAGES
+from acceleration.attention import core as attention
+from acceleration.attention.core import KernelCore
+from acceleration.attention.kernels import KERNELS, PACKAGES
 from acceleration.sequence import Segments
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from acceleration import mesh as meshes
+from acceleration.distributed import mesh as meshes
 from acceleration.config import CompileConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize

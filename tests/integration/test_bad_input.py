@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from acceleration.checkpoint import storage
-from acceleration.runtime import Runtime
+from acceleration.checkpoint import atomic_dir as storage
+from acceleration.distributed.runtime import Runtime
 from opensora.cli import sample, train
 from opensora.config import RunConfig, load_config, run_cli, save
 from opensora.train import resume

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from acceleration.checkpoint import newest
-from acceleration.runtime import start, stop
+from acceleration.distributed.runtime import start, stop
 from opensora.cli import sample as sample_cli
 from opensora.config import RunConfig, SampleConfig, load_config
 from opensora.inference.load import find_source

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from acceleration.runtime import start, stop
+from acceleration.distributed.runtime import start, stop
 from opensora.cli import sample as command
 from opensora.cli import train as training_command
 from opensora.config import SampleConfig, load_config

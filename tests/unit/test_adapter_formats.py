@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from acceleration import lora, sharding
+from acceleration import lora
+from acceleration.sharding import fsdp as sharding
 from opensora.inference.load import _exported, flux_adapter, weight_layout
 from opensora.models import MODEL_SIZES, build_model
 from opensora.models.mmdit import MMDiT, MMDiTConfig

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from acceleration.checkpoint import folder, storage, writer
-from acceleration.checkpoint.background import BackgroundWriter
+from acceleration.checkpoint import listing as folder, atomic_dir as storage, writer_process as writer
+from acceleration.checkpoint.async_writer import BackgroundWriter
 
 
 @pytest.fixture

@@ -7,17 +7,8 @@ import sys
 
 import pytest
 
-from acceleration.rendezvous import StartError
-from acceleration.runtime import (
-    Ranks,
-    check_meeting,
-    check_visible_devices,
-    doors,
-    first_host,
-    ranks_from_environment,
-    rendezvous_from_environment,
-    restart_count,
-)
+from acceleration.distributed.rendezvous import StartError
+from acceleration.distributed.runtime import Ranks, check_meeting, check_visible_devices, doors, first_host, ranks_from_environment, rendezvous_from_environment, restart_count
 from opensora.utils.errors import one_line
 from opensora.utils.logging import launched_rank
 from tests.conftest import ROOT

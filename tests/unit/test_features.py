@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from acceleration.mesh import view
+from acceleration.distributed.mesh import view
 from acceleration.sequence import SequenceParallel
 from opensora.config import RunConfig, load_config
 from opensora.datasets.features import FeatureStore, shard_name

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from acceleration import mesh as meshes
-from acceleration.accounting import MicroBatch, Place
+from acceleration.distributed import mesh as meshes
+from acceleration.accounting.comm_volume import MicroBatch, Place
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from opensora.cli.plan import main
 from opensora.config import RunConfig, load_config

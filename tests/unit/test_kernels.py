@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from acceleration import attention
-from acceleration.kernels import KERNELS, PACKAGES, check_kernel, kernel_for
-from acceleration.kernels.base import by_autograd
+from acceleration.attention import core as attention
+from acceleration.attention.kernels import KERNELS, PACKAGES, check_kernel, kernel_for
+from acceleration.attention.kernels.base import by_autograd
 
 BATCH, QUERIES, KEYS, HEADS, DIM = 2, 5, 9, 3, 8
 MATH = KERNELS["math"]

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from acceleration import lora, sharding
+from acceleration import lora
+from acceleration.sharding import fsdp as sharding
 from acceleration.config import LoraConfig
 from opensora.config import SampleConfig
 from opensora.inference.load import _exported

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from acceleration import recompute, sequence
-from acceleration.attention import KernelCore
+from acceleration.blocks import activation_checkpoint as recompute
+from acceleration import sequence
+from acceleration.attention.core import KernelCore
 from acceleration.config import RecomputeConfig
-from acceleration.kernels import KERNELS, Kernel, varlen
-from acceleration.kernels.varlen import Varlen
-from acceleration.mesh import view
+from acceleration.attention.kernels import KERNELS, Kernel, varlen
+from acceleration.attention.kernels.varlen import Varlen
+from acceleration.distributed.mesh import view
 from acceleration.sequence import Segments, SequenceParallel
 from opensora.datasets.video import PackedBatch
 from opensora.models import build_model

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from acceleration.mesh import view
+from acceleration.distributed.mesh import view
 from opensora.datasets.bucket import Bucket
 from opensora.datasets.manifest import ClipTable, TextsInMemory
 from opensora.datasets.video import Batch
