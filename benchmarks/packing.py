@@ -31,11 +31,11 @@ from acceleration.distributed.mesh import view
 from acceleration.sequence import SequenceParallel
 from benchmarks.clip_columns import clip_columns
 from opensora.datasets.config import DataConfig
-from opensora.datasets.cost import image_tokens
-from opensora.datasets.features import Features
-from opensora.datasets.manifest import ClipTable, TextsInMemory
-from opensora.datasets.plan import BatchPlan, MicroBatch, Pack
-from opensora.datasets.video import Batch, PackedBatch
+from opensora.datasets.buckets.cost import image_tokens
+from opensora.datasets.loading.feature_store import Features
+from opensora.datasets.table.manifest import ClipTable, TextsInMemory
+from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch, Pack
+from opensora.datasets.loading.reader import Batch, PackedBatch
 from opensora.models import build_model, init_model_
 from opensora.models.base import TextFeatures
 from opensora.models.mmdit import MMDiTConfig

@@ -2,7 +2,7 @@
 
     python -m benchmarks.sharing [--rows 1000000] [--steps 100]
 
-By the cost model (``opensora/datasets/cost.py``) of the 11B model, with and without ``parallel.mesh.dynamic``: a round
+By the cost model (``opensora/datasets/buckets/cost.py``) of the 11B model, with and without ``parallel.mesh.dynamic``: a round
 of micro-batches lasts as long as its longest on any process, a step as long as its rounds. Everything is in image
 tokens on one process, 78 us on an H100 at half its peak. Cases:
 
@@ -29,12 +29,12 @@ import pyarrow as pa
 import yaml
 
 from benchmarks.clip_columns import clip_columns
-from opensora.datasets.balance import deal
+from opensora.datasets.plan.balance import deal
 from opensora.datasets.config import DataConfig
-from opensora.datasets.cost import CostConfig
-from opensora.datasets.manifest import ClipTable, TextsInMemory
-from opensora.datasets.plan import BatchPlan
-from opensora.datasets.share import Sharing
+from opensora.datasets.buckets.cost import CostConfig
+from opensora.datasets.table.manifest import ClipTable, TextsInMemory
+from opensora.datasets.plan.batch_plan import BatchPlan
+from opensora.datasets.plan.dynamic_sp import Sharing
 
 PROCESSES, EACH = 224, 4
 TEXT_TOKENS = 512

@@ -22,8 +22,8 @@ from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, Precisi
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
-from opensora.datasets.cost import CostConfig, features
-from opensora.datasets.share import Sharing, choose, times
+from opensora.datasets.buckets.cost import CostConfig, features
+from opensora.datasets.plan.dynamic_sp import Sharing, choose, times
 from opensora.models import build_model
 from opensora.models.mmdit import MMDiTConfig
 from opensora.schedulers.rectified_flow import squared_error

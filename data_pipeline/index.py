@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 from data_pipeline.captions import NO_VALUE, Caption, CaptionsFile, Texts, caption_of, find_captions, read_captions
 from data_pipeline.walk import Entry, LeftOut, by_identity, walk
-from opensora.datasets.decode import DecodeError, MediaInfo, sniff
-from opensora.datasets.reader import DecoderProcess, ReaderClosed
+from opensora.datasets.decode.api import DecodeError, MediaInfo, sniff
+from opensora.datasets.decode.process import DecoderProcess, ReaderClosed
 from opensora.utils.arguments import Parser, number, place, whole
 from opensora.utils.command import call
 from opensora.utils.errors import UserError, one_line

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from opensora.datasets.decode import require
+from opensora.datasets.decode.api import require
 from opensora.models.mmdit.convert import read_state_dict
 from opensora.utils.adapters import WEIGHTS
 from opensora.utils.errors import UserError

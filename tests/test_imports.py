@@ -50,9 +50,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "opensora.cli": ("opensora.config", "opensora.train", "opensora.inference", "opensora.utils"),
     "scripts": ("opensora.config", "opensora.train", "opensora.inference", "opensora.utils", "opensora.cli"),
     "data_pipeline": (
-        "opensora.datasets.manifest",
-        "opensora.datasets.decode",
-        "opensora.datasets.reader",
+        "opensora.datasets.table.manifest",
+        "opensora.datasets.decode.api",
+        "opensora.datasets.decode.process",
         "opensora.utils",
     ),
     "launch": ("opensora.config", "opensora.train", "opensora.utils"),
@@ -69,9 +69,9 @@ HOMES: dict[str, tuple[str, ...]] = {
     "colossalai": ("acceleration/engines/colossalai_engine.py",),
     "flash_attn": ("acceleration/attention/kernels/flash.py",),
     "flash_attn_interface": ("acceleration/attention/kernels/flash.py",),
-    "decord": ("opensora/datasets/decode_decord.py",),
-    "torchcodec": ("opensora/datasets/decode_torchcodec.py",),
-    "av": ("opensora/datasets/decode_pyav.py", "opensora/utils/video_writer.py"),
+    "decord": ("opensora/datasets/decode/decord_backend.py",),
+    "torchcodec": ("opensora/datasets/decode/torchcodec_backend.py",),
+    "av": ("opensora/datasets/decode/pyav_backend.py", "opensora/utils/video_writer.py"),
 }
 
 

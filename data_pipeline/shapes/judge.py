@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from opensora.datasets.decode import DecodeError, probe, read_frames
+from opensora.datasets.decode.api import DecodeError, probe, read_frames
 from opensora.utils.arguments import Parser, place
 from opensora.utils.command import call
 from opensora.utils.errors import UserError

@@ -5,9 +5,9 @@ from typing import Any, ClassVar, Literal
 
 from PIL import ImageColor
 
-from opensora.datasets.aspect import area_of
-from opensora.datasets.cost import CostConfig
-from opensora.datasets.frames import Colour
+from opensora.datasets.buckets.aspect import area_of
+from opensora.datasets.buckets.cost import CostConfig
+from opensora.datasets.decode.common import Colour
 from opensora.utils.limits import SECONDS, Limits
 from opensora.utils.untrusted import parsing, short
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from opensora.datasets.cost import CostConfig, fit
-from opensora.datasets.plan import BatchPlan
+from opensora.datasets.buckets.cost import CostConfig, fit
+from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.utils.errors import UserError
 from opensora.utils.logging import read_metrics
 from opensora.utils.untrusted import NUMBER

@@ -8,13 +8,13 @@ from math import prod
 from acceleration.distributed.mesh import Mesh
 from opensora.config import RunConfig
 from opensora.datasets import DataConfig
-from opensora.datasets.bucket import Bucket
-from opensora.datasets.index import IndexedTable, open_table
-from opensora.datasets.loader import build_loader
-from opensora.datasets.plan import BatchPlan, MicroBatch, Pack
-from opensora.datasets.plan import check_rows as check_rows
-from opensora.datasets.share import Sharing
-from opensora.datasets.video import Batch, PackedBatch
+from opensora.datasets.buckets.bucket import Bucket
+from opensora.datasets.table.index import IndexedTable, open_table
+from opensora.datasets.loading.loader import build_loader
+from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch, Pack
+from opensora.datasets.plan.batch_plan import check_rows as check_rows
+from opensora.datasets.plan.dynamic_sp import Sharing
+from opensora.datasets.loading.reader import Batch, PackedBatch
 from opensora.models.base import AutoencoderShape, latent_grid
 from opensora.models.text import text_tokens
 from opensora.models.vae import autoencoder_shape

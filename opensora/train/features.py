@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from opensora.config import RunConfig
-from opensora.datasets import features
+from opensora.datasets.loading import feature_store as features
 from opensora.datasets.config import bucket_rows
-from opensora.datasets.index import IndexedTable
-from opensora.datasets.plan import BatchPlan
+from opensora.datasets.table.index import IndexedTable
+from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.models.base import TextFeatures
 from opensora.train.resume import differences
 from opensora.utils.errors import UserError

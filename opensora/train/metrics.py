@@ -12,7 +12,7 @@ from acceleration.distributed.mesh import Mesh
 from opensora.utils.logging import MetricsLogger, progress
 
 if TYPE_CHECKING:
-    from opensora.datasets.bucket import Bucket
+    from opensora.datasets.buckets.bucket import Bucket
     from opensora.train.guard import Update
     from opensora.train.run import Run
 

@@ -16,11 +16,12 @@ from acceleration.distributed.mesh import view
 from acceleration.distributed.runtime import Ranks, ranks_from_environment
 from acceleration.sequence import SequenceParallel
 from opensora.config import RunConfig
-from opensora.datasets import decode, features
-from opensora.datasets.loader import read_batches
-from opensora.datasets.manifest import ClipTable
-from opensora.datasets.plan import BatchPlan, MicroBatch
-from opensora.datasets.video import Batch
+from opensora.datasets.decode import api as decode
+from opensora.datasets.loading import feature_store as features
+from opensora.datasets.loading.loader import read_batches
+from opensora.datasets.table.manifest import ClipTable
+from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch
+from opensora.datasets.loading.reader import Batch
 from opensora.models.text import build_text_encoder
 from opensora.models.vae import build_autoencoder
 from opensora.train.features import encoder_dtype, identity, identity_hash

@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 
 from acceleration.distributed.mesh import SAMPLE_AXES, Mesh
-from opensora.datasets.manifest import ClipTable
+from opensora.datasets.table.manifest import ClipTable
 from opensora.utils.errors import UserError
 from opensora.utils.logging import announce
 from opensora.utils.rng import derive_key
 
 if TYPE_CHECKING:
-    from opensora.datasets.video import Batch, PackedBatch
+    from opensora.datasets.loading.reader import Batch, PackedBatch
 
 RECENT = 1000  # samples that ``data.max_bad_share`` is a share of
 IN_A_ROW = 100  # unreadable samples after which something else is wrong than the samples

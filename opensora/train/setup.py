@@ -23,9 +23,9 @@ from acceleration.distributed.agreement import Interrupted as Interrupted  # wha
 from acceleration.distributed.agreement import StopRequest
 from opensora import config
 from opensora.config import RunConfig
-from opensora.datasets import decode
-from opensora.datasets.index import IndexedTable
-from opensora.datasets.plan import BatchPlan
+from opensora.datasets.decode import api as decode
+from opensora.datasets.table.index import IndexedTable
+from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.inference.check import check_validation, fit_option
 from opensora.inference.load import FromFile, check_attention, check_layout, tile_runner, verify_export
 from opensora.models import build_model

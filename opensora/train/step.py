@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from acceleration.sequence import SequenceContext, SequenceParallel
-from opensora.datasets.features import Features
-from opensora.datasets.video import PackedBatch
+from opensora.datasets.loading.feature_store import Features
+from opensora.datasets.loading.reader import PackedBatch
 from opensora.models.base import Autoencoder, TextEncoder, TextFeatures
 from opensora.schedulers import rectified_flow as flow
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
@@ -20,7 +20,7 @@ from opensora.utils.tokens import image_ids, pack
 from opensora.utils.work import RunAll, one_by_one
 
 if TYPE_CHECKING:
-    from opensora.datasets.video import Batch
+    from opensora.datasets.loading.reader import Batch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from acceleration.distributed import mesh as meshes
 from acceleration.config import MeshConfig, ParallelConfig
 from acceleration.distributed.mesh import AXES, Mesh
-from opensora.datasets.share import Sharing
+from opensora.datasets.plan.dynamic_sp import Sharing
 from opensora.inference.load import tile_runner
 from opensora.models.vae import build_autoencoder
 from opensora.models.vae.dct import DCTConfig

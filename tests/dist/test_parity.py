@@ -23,7 +23,7 @@ from acceleration.distributed.mesh import Mesh
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
 from acceleration.accounting.model_profile import structure_of
-from opensora.datasets.video import PackedBatch
+from opensora.datasets.loading.reader import PackedBatch
 from opensora.models import build_model
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.train.forecast import run_denoiser

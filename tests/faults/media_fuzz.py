@@ -17,8 +17,8 @@ import av
 import numpy as np
 from PIL import Image
 
-from opensora.datasets.decode import DecodeError, probe, read_frames, sniff
-from opensora.datasets.frames import Cover
+from opensora.datasets.decode.api import DecodeError, probe, read_frames, sniff
+from opensora.datasets.decode.common import Cover
 
 HEIGHT, WIDTH, FRAMES = 48, 64, 12
 LIMIT_S = 5.0  # given to the readers

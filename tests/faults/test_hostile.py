@@ -18,9 +18,9 @@ from acceleration.checkpoint import CheckpointManager, atomic_dir as storage
 from acceleration.checkpoint.listing import contents, newest
 from acceleration.files.sealed_json import seal
 from opensora.config import SampleConfig, load_config
-from opensora.datasets import features
-from opensora.datasets.frames import DecodeError
-from opensora.datasets.storage import locate
+from opensora.datasets.loading import feature_store as features
+from opensora.datasets.decode.common import DecodeError
+from opensora.datasets.table.clip_storage import locate
 from opensora.inference.load import find_source
 from opensora.models.mmdit.convert import WeightFile
 from opensora.utils.adapters import CONFIG, WEIGHTS, read_adapter

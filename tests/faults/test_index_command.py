@@ -26,8 +26,8 @@ from PIL import Image
 
 from data_pipeline import index as command
 from data_pipeline.index import TIMEOUT_S, main
-from opensora.datasets import reader
-from opensora.datasets.manifest import read_table
+from opensora.datasets.decode import process as reader
+from opensora.datasets.table.manifest import read_table
 from opensora.utils.errors import UserError
 from tests.conftest import ROOT
 from tests.faults.conftest import Tally
@@ -313,8 +313,8 @@ def harmful(folder: Path, code: str) -> None:
     """A decoding process does this when it probes a file called bad.mp4."""
     (folder / "sitecustomize.py").write_text(
         "import sys\n"
-        "if 'opensora.datasets.worker' in sys.orig_argv:\n"
-        "    import os, time, opensora.datasets.decode as d\n"
+        "if 'opensora.datasets.decode.worker' in sys.orig_argv:\n"
+        "    import os, time, opensora.datasets.decode.api as d\n"
         "    real = d.probe\n"
         "    def probe(path, **k):\n"
         f"        if path.endswith('bad.mp4'): {code}\n"

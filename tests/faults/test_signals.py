@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from opensora.datasets.decode import probe
+from opensora.datasets.decode.api import probe
 from opensora.utils import signals
 from tests.conftest import ROOT
 from tests.dist.harness import DistributedFailure, run_distributed

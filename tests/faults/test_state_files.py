@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from acceleration.files.sealed_json import seal
 from launch import attempts
 from opensora.config import SAVED_NAME, RunConfig, load_config, save, to_yaml
-from opensora.datasets import features
+from opensora.datasets.loading import feature_store as features
 from opensora.models.mmdit.convert import WeightFile
 from opensora.train import resume, run_folder
 from opensora.train.calibrate import measured

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from opensora.datasets import draws as columns
+from opensora.datasets.plan import counter_rng as columns
 from opensora.utils import rng
 from tests.reference import draws
 

@@ -12,13 +12,14 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as papq
 import pytest
 
-from opensora.datasets import DataConfig, index
-from opensora.datasets.bucket import BucketTable
-from opensora.datasets.groups import group_rows
-from opensora.datasets.index import index_of, open_index, open_table
-from opensora.datasets.manifest import COLUMNS, ClipTable, read_table
-from opensora.datasets.once import build_once
-from opensora.datasets.plan import BatchPlan
+from opensora.datasets import DataConfig
+from opensora.datasets.table import index
+from opensora.datasets.buckets.bucket import BucketTable
+from opensora.datasets.buckets.shape_class_index import group_rows
+from opensora.datasets.table.index import index_of, open_index, open_table
+from opensora.datasets.table.manifest import COLUMNS, ClipTable, read_table
+from opensora.datasets.table.build_once import build_once
+from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.utils.errors import UserError
 from tests.unit.test_bucket import BUCKETS
 
@@ -179,7 +180,7 @@ def test_an_indexed_table_has_the_plan_of_the_same_table_in_memory(tmp_path: Pat
 def test_rows_are_grouped_by_kind_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = open_table([str(path) for path in make_tables(tmp_path)])
     buckets = BucketTable(DataConfig(buckets=BUCKETS), 16)
-    monkeypatch.setattr("opensora.datasets.groups._CHUNK", 101)
+    monkeypatch.setattr("opensora.datasets.buckets.shape_class_index._CHUNK", 101)
     groups = group_rows(table, buckets)
     kind = buckets.kind_of(table)
     assert groups.ids.tolist() == np.argsort(kind, kind="stable").tolist()

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from opensora.datasets import DataConfig
-from opensora.datasets.balance import compose, deal
-from opensora.datasets.bucket import BucketTable
-from opensora.datasets.cost import CostConfig, features, fit, image_tokens
-from opensora.datasets.plan import BatchPlan
+from opensora.datasets.plan.balance import compose, deal
+from opensora.datasets.buckets.bucket import BucketTable
+from opensora.datasets.buckets.cost import CostConfig, features, fit, image_tokens
+from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.train.calibrate import calibrate, measured
 from opensora.utils.errors import UserError
 from tests.unit.test_bucket import random_table

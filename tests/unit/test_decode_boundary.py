@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from opensora.datasets import decode, decode_decord, decode_pillow, decode_pyav, decode_torchcodec, storage
-from opensora.datasets.decode import DecodeError, probe, read_frames
-from opensora.datasets.frames import Deadline
-from opensora.datasets.reader import DecoderProcess
-from opensora.datasets.storage import archive_members, locate
+from opensora.datasets.decode import api as decode, decord_backend as decode_decord, pillow_backend as decode_pillow, pyav_backend as decode_pyav, torchcodec_backend as decode_torchcodec
+from opensora.datasets.table import clip_storage as storage
+from opensora.datasets.decode.api import DecodeError, probe, read_frames
+from opensora.datasets.decode.common import Deadline
+from opensora.datasets.decode.process import DecoderProcess
+from opensora.datasets.table.clip_storage import archive_members, locate
 from tests.unit.test_decode import encode
 
 ERRORS = [
@@ -425,7 +426,7 @@ def test_nothing_is_printed(files: dict[str, str], tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
     Image.new("1", (15000, 15000)).save(tmp_path / "large.png")
     code = (
-        "import sys\nfrom opensora.datasets.decode import *\n"
+        "import sys\nfrom opensora.datasets.decode.api import *\n"
         "for path in sys.argv[1:]:\n    try: probe(path)\n    except DecodeError: pass\n"
     )
     paths = [str(tmp_path / name) for name in (*bad, "large.png")] + list(files.values())

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opensora.datasets import DataConfig, decode_pyav, decode_torchcodec
-from opensora.datasets.decode import DECODERS, DecodeError, probe, read_frames, require
-from opensora.datasets.frames import Cover
-from opensora.datasets.reader import DecoderProcess
+from opensora.datasets import DataConfig
+from opensora.datasets.decode import pyav_backend as decode_pyav, torchcodec_backend as decode_torchcodec
+from opensora.datasets.decode.api import DECODERS, DecodeError, probe, read_frames, require
+from opensora.datasets.decode.common import Cover
+from opensora.datasets.decode.process import DecoderProcess
 from opensora.utils.errors import UserError
 from tests.unit.test_decode import MEDIA, encode, needs_media
 

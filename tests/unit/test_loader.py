@@ -13,15 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
-from opensora.datasets import DataConfig, decode, loader, reader, video
-from opensora.datasets.decode import read_frames
-from opensora.datasets.frames import Cover, cover_size
-from opensora.datasets.loader import build_loader
-from opensora.datasets.manifest import ClipTable, read_table
-from opensora.datasets.plan import BatchPlan
-from opensora.datasets.reader import DecoderProcess
-from opensora.datasets.transforms import window_start
-from opensora.datasets.video import Batch, BatchReader, Job
+from opensora.datasets import DataConfig
+from opensora.datasets.decode import api as decode, process as reader
+from opensora.datasets.loading import loader, reader as video
+from opensora.datasets.decode.api import read_frames
+from opensora.datasets.decode.common import Cover, cover_size
+from opensora.datasets.loading.loader import build_loader
+from opensora.datasets.table.manifest import ClipTable, read_table
+from opensora.datasets.plan.batch_plan import BatchPlan
+from opensora.datasets.decode.process import DecoderProcess
+from opensora.datasets.loading.window import window_start
+from opensora.datasets.loading.reader import Batch, BatchReader, Job
 from opensora.utils.errors import UserError
 from opensora.utils.prompt import with_suffix
 from tests.unit.test_decode import encode
@@ -196,7 +198,7 @@ def test_programming_errors_go_through(clips: Path, monkeypatch: pytest.MonkeyPa
     def wrong(*args: Any, **kwargs: Any) -> None:
         raise KeyError("a mistake of ours")
 
-    monkeypatch.setattr("opensora.datasets.decode.read_frames", wrong)
+    monkeypatch.setattr("opensora.datasets.decode.api.read_frames", wrong)
     with pytest.raises(KeyError, match="a mistake of ours"):
         load(read_table(str(clips / "t.csv")), range(1))
 
@@ -247,7 +249,7 @@ def test_workers_ignore_signals_and_end_with_the_iterator(clips: Path, processes
 
 def test_workers_end_with_their_trainer_however_it_ends(clips: Path) -> None:
     code = (
-        "import time; from opensora.datasets.reader import DecoderProcess; "
+        "import time; from opensora.datasets.decode.process import DecoderProcess; "
         "p = DecoderProcess(); print(p.pid, flush=True); time.sleep(60)"
     )
     trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
@@ -285,8 +287,8 @@ def test_a_clip_that_takes_its_decoder_along_is_named_and_replaced(
     harm = "os.kill(os.getpid(), 9)" if how == "die" else "time.sleep(600)"
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
-        "if 'opensora.datasets.worker' in sys.orig_argv:\n"
-        "    import os, time, opensora.datasets.decode as d\n"
+        "if 'opensora.datasets.decode.worker' in sys.orig_argv:\n"
+        "    import os, time, opensora.datasets.decode.api as d\n"
         "    real = d.read_frames\n"
         "    def read(path, *a, **k):\n"
         f"        if path.endswith('1.mp4'): {harm}\n"

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from opensora.datasets import DataConfig
-from opensora.datasets.cost import CostConfig, image_tokens
-from opensora.datasets.loader import build_loader
-from opensora.datasets.manifest import read_table
-from opensora.datasets.packing import fill
-from opensora.datasets.plan import BatchPlan, Pack
-from opensora.datasets.video import Batch, PackedBatch
+from opensora.datasets.buckets.cost import CostConfig, image_tokens
+from opensora.datasets.loading.loader import build_loader
+from opensora.datasets.table.manifest import read_table
+from opensora.datasets.plan.sequence_packing import fill
+from opensora.datasets.plan.batch_plan import BatchPlan, Pack
+from opensora.datasets.loading.reader import Batch, PackedBatch
 from opensora.utils.errors import UserError
 from tests.unit.test_bucket import random_table
 from tests.unit.test_loader import clips as clips

@@ -17,7 +17,7 @@ from acceleration.attention.kernels import KERNELS, Kernel, varlen
 from acceleration.attention.kernels.varlen import Varlen
 from acceleration.distributed.mesh import view
 from acceleration.sequence import Segments, SequenceParallel
-from opensora.datasets.video import PackedBatch
+from opensora.datasets.loading.reader import PackedBatch
 from opensora.models import build_model
 from opensora.models.layers import modulation
 from opensora.models.layers.attention import SDPACore

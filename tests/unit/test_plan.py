@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from opensora.datasets import DataConfig
-from opensora.datasets.bucket import Bucket
-from opensora.datasets.plan import BatchPlan, MicroBatch
+from opensora.datasets.buckets.bucket import Bucket
+from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch
 from opensora.utils.errors import UserError
 from tests.unit.test_bucket import BUCKETS, clip_table, random_table
 

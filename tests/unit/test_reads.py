@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from acceleration.distributed.mesh import view
-from opensora.datasets.bucket import Bucket
-from opensora.datasets.manifest import ClipTable, TextsInMemory
-from opensora.datasets.video import Batch
+from opensora.datasets.buckets.bucket import Bucket
+from opensora.datasets.table.manifest import ClipTable, TextsInMemory
+from opensora.datasets.loading.reader import Batch
 from opensora.train.reads import Reads
 from opensora.utils.errors import UserError
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from opensora.datasets import DataConfig
-from opensora.datasets.cost import CostConfig, features
-from opensora.datasets.plan import BatchPlan
-from opensora.datasets.share import Sharing, choose, times
+from opensora.datasets.buckets.cost import CostConfig, features
+from opensora.datasets.plan.batch_plan import BatchPlan
+from opensora.datasets.plan.dynamic_sp import Sharing, choose, times
 from tests.unit.test_bucket import random_table
 from tests.unit.test_plan import FIXED
 

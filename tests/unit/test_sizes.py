@@ -4,7 +4,7 @@ from math import sqrt
 
 import pytest
 
-from opensora.datasets.aspect import size_of, training_sizes
+from opensora.datasets.buckets.aspect import size_of, training_sizes
 from opensora.utils.errors import UserError
 from opensora.utils.sampling import SamplingOption, image_size, sanitize_sampling_option
 from opensora.utils.sizes import RATIOS

@@ -10,18 +10,10 @@ from typing import Literal
 
 import numpy as np
 
-from opensora.datasets import decode_decord, decode_pillow, decode_pyav, decode_torchcodec
-from opensora.datasets.frames import (
-    WHITE,
-    Allocate,
-    Colour,
-    Deadline,
-    DecodeError,
-    Resize,
-    new_array,
-)
-from opensora.datasets.sniff import CLIP_SUFFIXES, STILL_SUFFIXES, Sniffed, sniff, sniff_source
-from opensora.datasets.storage import Source, locate
+from opensora.datasets.decode import decord_backend as decode_decord, pillow_backend as decode_pillow, pyav_backend as decode_pyav, torchcodec_backend as decode_torchcodec
+from opensora.datasets.decode.common import WHITE, Allocate, Colour, Deadline, DecodeError, Resize, new_array
+from opensora.datasets.decode.file_type import CLIP_SUFFIXES, STILL_SUFFIXES, Sniffed, sniff, sniff_source
+from opensora.datasets.table.clip_storage import Source, locate
 
 __all__ = [
     "CLIP_SUFFIXES", "DECODERS", "STILL_SUFFIXES", "DecodeError", "Decoder", "MediaInfo", "Sniffed", "is_image",
@@ -106,7 +98,7 @@ def read_frames(
     """Frames start, start + interval, ... of a clip or image.
 
     Args:
-        path: a file, or a member of an archive (``opensora.datasets.storage``).
+        path: a file, or a member of an archive (``opensora.datasets.table.clip_storage``).
         count: how many frames to return.
         resize: maps the displayed (height, width) to the size wanted; frames are scaled one by one (bicubic,
             antialiased), so that memory holds the window at the small size only.

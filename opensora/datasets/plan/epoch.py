@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opensora.datasets.bucket import REASONS, BucketTable, Shares
-from opensora.datasets.draws import bits, permuted, uniform
-from opensora.datasets.groups import Groups
+from opensora.datasets.buckets.bucket import REASONS, BucketTable, Shares
+from opensora.datasets.plan.counter_rng import bits, permuted, uniform
+from opensora.datasets.buckets.shape_class_index import Groups
 
 
 @dataclass(frozen=True)

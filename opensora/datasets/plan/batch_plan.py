@@ -17,15 +17,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from opensora.datasets.balance import compose, deal
-from opensora.datasets.bucket import Bucket, BucketReport, BucketTable
+from opensora.datasets.plan.balance import compose, deal
+from opensora.datasets.buckets.bucket import Bucket, BucketReport, BucketTable
 from opensora.datasets.config import DataConfig
-from opensora.datasets.draws import permuted
-from opensora.datasets.epoch import Epoch, Source
-from opensora.datasets.groups import group_rows
-from opensora.datasets.manifest import ClipTable
-from opensora.datasets.packing import fill
-from opensora.datasets.share import Sharing
+from opensora.datasets.plan.counter_rng import permuted
+from opensora.datasets.plan.epoch import Epoch, Source
+from opensora.datasets.buckets.shape_class_index import group_rows
+from opensora.datasets.table.manifest import ClipTable
+from opensora.datasets.plan.sequence_packing import fill
+from opensora.datasets.plan.dynamic_sp import Sharing
 from opensora.utils.errors import UserError
 from opensora.utils.rng import derive_key, numpy_generator
 

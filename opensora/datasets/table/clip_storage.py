@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import BinaryIO, cast
 
-from opensora.datasets.frames import DecodeError
+from opensora.datasets.decode.common import DecodeError
 from opensora.utils.untrusted import parsing, short_reason
 
 # Digits as a program writes them: \d would match those of other scripts too.

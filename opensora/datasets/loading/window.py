@@ -1,6 +1,6 @@
 """Where in a clip the training window lies, in time and in the picture. Every draw is keyed by the sample."""
 
-from opensora.datasets.draws import integer
+from opensora.datasets.plan.counter_rng import integer
 
 
 def crop_origin(height: int, width: int, target_height: int, target_width: int) -> tuple[int, int]:

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as papq
 
-from opensora.datasets.frames import MAX_FPS, MAX_PIXELS, MAX_SIDE
+from opensora.datasets.decode.common import MAX_FPS, MAX_PIXELS, MAX_SIDE
 from opensora.utils.errors import UserError
 from opensora.utils.user_files import absence, check_quotes
 

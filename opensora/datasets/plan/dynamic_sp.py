@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opensora.datasets.cost import CostConfig, largest_group
+from opensora.datasets.buckets.cost import CostConfig, largest_group
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,23 +26,9 @@ from typing import cast
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from opensora.datasets.frames import (
-    LIMITS,
-    MAX_PIXELS,
-    Allocate,
-    Colour,
-    Deadline,
-    DecodeError,
-    Resize,
-    Turn,
-    check_size,
-    in_bands,
-    on_background,
-    rate_of,
-    scale_rgb,
-)
-from opensora.datasets.storage import Source
-from opensora.datasets.truncated import jpeg_lacks_scans, jpeg_with_more, png_lacks
+from opensora.datasets.decode.common import LIMITS, MAX_PIXELS, Allocate, Colour, Deadline, DecodeError, Resize, Turn, check_size, in_bands, on_background, rate_of, scale_rgb
+from opensora.datasets.table.clip_storage import Source
+from opensora.datasets.decode.truncated import jpeg_lacks_scans, jpeg_with_more, png_lacks
 from opensora.utils.untrusted import parsing
 
 # EPS and the like, which would start another program, are left out. JPEG is MPO too.
@@ -141,7 +127,7 @@ def read_animation(
     allocate: Allocate,
     background: Colour,
 ) -> np.ndarray:
-    """The frames of these numbers; see ``opensora.datasets.decode.read_frames``."""
+    """The frames of these numbers; see ``opensora.datasets.decode.api.read_frames``."""
     frames: np.ndarray | None = None
     seen = 0
     for seen, (image, _) in enumerate(_frames_in_turn(source, deadline), start=1):

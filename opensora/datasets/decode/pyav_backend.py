@@ -28,25 +28,11 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-from opensora.datasets.decode_pillow import gif_lacks_pixels
-from opensora.datasets.frames import (
-    MAX_FPS,
-    WHITE,
-    Allocate,
-    Colour,
-    Deadline,
-    DecodeError,
-    Resize,
-    Turn,
-    check_size,
-    new_array,
-    on_background,
-    rate_of,
-    scale_rgb,
-)
-from opensora.datasets.gif import pictures_in
-from opensora.datasets.sniff import CLIP_SUFFIXES, sniff_source
-from opensora.datasets.storage import Source
+from opensora.datasets.decode.pillow_backend import gif_lacks_pixels
+from opensora.datasets.decode.common import MAX_FPS, WHITE, Allocate, Colour, Deadline, DecodeError, Resize, Turn, check_size, new_array, on_background, rate_of, scale_rgb
+from opensora.datasets.decode.gif_blocks import pictures_in
+from opensora.datasets.decode.file_type import CLIP_SUFFIXES, sniff_source
+from opensora.datasets.table.clip_storage import Source
 from opensora.utils.untrusted import parsing
 
 # What a file may be read as. Lists of other files (concat, HLS, DASH, numbered pictures), text that is drawn and
@@ -163,7 +149,7 @@ def read_window(
     allocate: Allocate,
     background: Colour = WHITE,
 ) -> np.ndarray:
-    """The frames of these numbers; see ``opensora.datasets.decode.read_frames``."""
+    """The frames of these numbers; see ``opensora.datasets.decode.api.read_frames``."""
     return _read(source, numbers, resize, threads, deadline, allocate, background, lambda stored: None)
 
 

@@ -1,7 +1,7 @@
 """Frames by decord, or decord2, which has the same interface and is maintained.
 
 The choice among several video streams is decord's own; clips that are not shown as they are stored do not come here
-(``opensora.datasets.decode``). A damaged frame is replaced by its neighbour
+(``opensora.datasets.decode.api``). A damaged frame is replaced by its neighbour
 without a word, and in some H.265 clips a frame reached by seeking is the next one. Where these matter, use pyav.
 """
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from opensora.datasets.frames import Allocate, Deadline, DecodeError, Resize, scale_rgb
-from opensora.datasets.storage import Source
+from opensora.datasets.decode.common import Allocate, Deadline, DecodeError, Resize, scale_rgb
+from opensora.datasets.table.clip_storage import Source
 from opensora.utils.errors import UserError
 from opensora.utils.untrusted import parsing, short_reason
 
@@ -35,7 +35,7 @@ def load() -> Any:
 def read_window(
     source: Source, numbers: range, resize: Resize | None, threads: int, deadline: Deadline, allocate: Allocate
 ) -> np.ndarray:
-    """The frames of these numbers; see ``opensora.datasets.decode.read_frames``."""
+    """The frames of these numbers; see ``opensora.datasets.decode.api.read_frames``."""
     decord = load()
     refuse = partial(DecodeError, source.path)
     with source.open() as file, parsing(refuse):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from opensora.datasets.sealed import Damaged
+from opensora.datasets.table.checksums import Damaged
 from opensora.utils.errors import UserError
 from opensora.utils.logging import announce
 

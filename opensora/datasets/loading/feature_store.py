@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from opensora.datasets.plan import MicroBatch
+from opensora.datasets.plan.batch_plan import MicroBatch
 from opensora.utils.errors import UserError
 from opensora.utils.untrusted import (
     COUNT,

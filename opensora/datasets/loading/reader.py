@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opensora.datasets.bucket import Bucket, frame_interval, sampled_fps
+from opensora.datasets.buckets.bucket import Bucket, frame_interval, sampled_fps
 from opensora.datasets.config import DataConfig, parse_colour
-from opensora.datasets.decode import DecodeError
-from opensora.datasets.draws import integer
-from opensora.datasets.features import Features, FeatureStore
-from opensora.datasets.frames import Cover
-from opensora.datasets.manifest import ClipTable
-from opensora.datasets.plan import MicroBatch
-from opensora.datasets.reader import DecoderLost, ReadFrames
-from opensora.datasets.transforms import crop_origin, random_crop_origin, window_start
+from opensora.datasets.decode.api import DecodeError
+from opensora.datasets.plan.counter_rng import integer
+from opensora.datasets.loading.feature_store import Features, FeatureStore
+from opensora.datasets.decode.common import Cover
+from opensora.datasets.table.manifest import ClipTable
+from opensora.datasets.plan.batch_plan import MicroBatch
+from opensora.datasets.decode.process import DecoderLost, ReadFrames
+from opensora.datasets.loading.window import crop_origin, random_crop_origin, window_start
 from opensora.utils.errors import UserError
 from opensora.utils.logging import announce
 from opensora.utils.prompt import with_suffix

@@ -10,8 +10,8 @@ import struct
 from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
-from opensora.datasets.frames import DecodeError
-from opensora.datasets.storage import Source, locate
+from opensora.datasets.decode.common import DecodeError
+from opensora.datasets.table.clip_storage import Source, locate
 
 STILL_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".avif", ".heic",

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 # A picture beyond these is a damaged header (or a bomb): 16k x 16k as RGB are 768 MiB. The clip table has the same
-# limits (``opensora.datasets.manifest``), so that what ``probe`` accepts it accepts too.
+# limits (``opensora.datasets.table.manifest``), so that what ``probe`` accepts it accepts too.
 MAX_SIDE = 2**16 - 1
 MAX_PIXELS = 2**26
 LIMITS = f"at most {MAX_SIDE} of a side and {MAX_PIXELS} in all are read; scale it down"
@@ -105,7 +105,7 @@ def _divide(numerator: int, denominator: int) -> int:
 
 class Deadline:
     """When a sample has to be read; decoders ask between packets. One that hangs inside a packet does not ask: that
-    takes a process of its own (``opensora.datasets.reader``)."""
+    takes a process of its own (``opensora.datasets.decode.process``)."""
 
     def __init__(self, path: str, seconds: float | None) -> None:
         """``seconds`` from now; None: any time."""

@@ -1,7 +1,7 @@
 """A decoding process: reads one window after another for the process that started it, and ends with it.
 
 It is a fresh interpreter, not a fork, and never loads torch: it costs tens of megabytes, has none of the trainer's
-locks, and may be killed at any time. ``opensora.datasets.reader`` is the other end.
+locks, and may be killed at any time. ``opensora.datasets.decode.process`` is the other end.
 """
 
 import faulthandler
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from opensora.datasets.decode import DecodeError, probe, read_frames
+from opensora.datasets.decode.api import DecodeError, probe, read_frames
 from opensora.utils.signals import NAMES, end_with_parent
 
 IGNORED_SIGNALS = NAMES  # what asks a run to stop

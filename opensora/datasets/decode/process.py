@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from opensora.datasets.decode import MediaInfo
-from opensora.datasets.frames import WHITE, Colour, DecodeError, Resize
-from opensora.datasets.worker import IGNORED_SIGNALS, SharedFrames
+from opensora.datasets.decode.api import MediaInfo
+from opensora.datasets.decode.common import WHITE, Colour, DecodeError, Resize
+from opensora.datasets.decode.worker import IGNORED_SIGNALS, SharedFrames
 
 START_S = 120.0  # an interpreter that has to come over a busy network
 PATIENCE = 1.2  # of a sample's time limit: its process notices most delays itself, and need not be killed then
@@ -27,7 +27,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 class ReadFrames(Protocol):
-    """``opensora.datasets.decode.read_frames``, here or in another process."""
+    """``opensora.datasets.decode.api.read_frames``, here or in another process."""
 
     def __call__(
         self,
@@ -94,7 +94,7 @@ class DecoderProcess:
         return self._shared.array(self._answer(request))
 
     def probe(self, path: str, *, timeout_s: float) -> MediaInfo:
-        """See ``opensora.datasets.decode.probe``.
+        """See ``opensora.datasets.decode.api.probe``.
 
         Raises:
             DecodeError, DecoderLost, ReaderClosed, RuntimeError: as for frames.
@@ -160,7 +160,7 @@ class DecoderProcess:
         path = os.pathsep.join([str(_ROOT), *(entry for entry in sys.path if entry)])
         with _signals_held():
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "opensora.datasets.worker", *map(str, fds)],
+                [sys.executable, "-m", "opensora.datasets.decode.worker", *map(str, fds)],
                 pass_fds=fds,
                 stdin=subprocess.DEVNULL,
                 env=os.environ | {"PYTHONPATH": path},

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from opensora.datasets.frames import Allocate, Deadline, DecodeError, Resize, scale_rgb
-from opensora.datasets.storage import Source
+from opensora.datasets.decode.common import Allocate, Deadline, DecodeError, Resize, scale_rgb
+from opensora.datasets.table.clip_storage import Source
 from opensora.utils.errors import UserError
 from opensora.utils.untrusted import parsing, short_reason
 
@@ -34,7 +34,7 @@ def load() -> Any:
 def read_window(
     source: Source, numbers: range, resize: Resize | None, threads: int, deadline: Deadline, allocate: Allocate
 ) -> np.ndarray:
-    """The frames of these numbers; see ``opensora.datasets.decode.read_frames``."""
+    """The frames of these numbers; see ``opensora.datasets.decode.api.read_frames``."""
     decoders = load()
     refuse = partial(DecodeError, source.path)
     frames: np.ndarray | None = None
