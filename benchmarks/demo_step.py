@@ -23,7 +23,7 @@ import torch.distributed as dist
 from opensora.config import RunConfig, load_config, run_cli
 from opensora.train.run import Run
 from opensora.train.setup import start_run
-from opensora.train.step import loss_share
+from opensora.train.preparation import loss_share
 
 ROOT = Path(__file__).resolve().parent.parent
 WARMUP = 3

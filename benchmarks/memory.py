@@ -36,7 +36,7 @@ from acceleration.parallelize import parallelize
 from opensora.inference.load import FromFile, weight_layout
 from opensora.models import MMDiTConfig, build_model
 from opensora.models.mmdit.convert import OPEN_SORA_2, load_state_dict_for, save_state_dict
-from opensora.train.step import Tokens, loss_share
+from opensora.train.preparation import Tokens, loss_share
 from opensora.utils.rng import torch_generator
 from tests.dist.harness import run_distributed
 from tests.dist.problem import MODEL, FakeBatch

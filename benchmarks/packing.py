@@ -40,7 +40,7 @@ from opensora.models import build_model, init_model_
 from opensora.models.base import TextFeatures
 from opensora.models.mmdit import MMDiTConfig
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
-from opensora.train.step import Preparation, loss_share
+from opensora.train.preparation import Preparation, loss_share
 from opensora.utils.rng import torch_generator
 
 MODEL = MMDiTConfig(

@@ -26,7 +26,7 @@ from acceleration.sequence import SequenceParallel
 from opensora.models import build_model
 from opensora.models.mmdit import MMDiTConfig
 from opensora.schedulers.rectified_flow import squared_error
-from opensora.train.forecast import Forecaster, denoiser_inputs
+from opensora.planner.forecast import Forecaster, denoiser_inputs
 from tests.dist.harness import run_distributed
 
 SMALL = MMDiTConfig(

@@ -27,7 +27,7 @@ from opensora.datasets.plan.dynamic_sp import Sharing, choose, times
 from opensora.models import build_model
 from opensora.models.mmdit import MMDiTConfig
 from opensora.schedulers.rectified_flow import squared_error
-from opensora.train.forecast import denoiser_inputs
+from opensora.planner.forecast import denoiser_inputs
 from tests.dist.harness import run_distributed
 
 MODEL = MMDiTConfig(

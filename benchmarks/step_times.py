@@ -21,8 +21,8 @@ import numpy as np
 import torch.distributed as dist
 
 from opensora.config import RunConfig, load_config, run_cli, to_yaml
-from opensora.train.calibrate import calibrate
-from opensora.train.data import open_data
+from opensora.planner.cost_fit import calibrate
+from opensora.train.step_data import open_data
 from opensora.train.loop import train
 from opensora.train.setup import start_run
 

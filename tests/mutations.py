@@ -57,8 +57,8 @@ STILLS = "tests/reference/test_sampling.py::test_stills_of_a_table"
 WHOLE = "tests/reference/test_sampling.py::test_from_training_to_pixels[adamw]"
 WITH_ADAPTERS = "tests/reference/test_sampling.py::test_from_training_to_pixels[adapters]"
 
-STEP, LOOP = "opensora/train/step.py", "opensora/train/loop.py"
-SETUP, WEIGHTS, DATA = "opensora/train/setup.py", "opensora/train/weights.py", "opensora/train/data.py"
+STEP, LOOP = "opensora/train/preparation.py", "opensora/train/loop.py"
+SETUP, WEIGHTS, DATA = "opensora/train/setup.py", "opensora/assembly/initial_weights.py", "opensora/train/step_data.py"
 CONDITIONING, EXPORT, RESUME = (f"opensora/train/{name}.py" for name in ("conditioning", "export", "resume"))
 FLOW, TIMES = "opensora/schedulers/rectified_flow.py", "opensora/schedulers/timesteps.py"
 OPTIM, EMA, NATIVE = "acceleration/optim/optimizers.py", "acceleration/optim/ema.py", "acceleration/engines/native.py"
@@ -69,7 +69,7 @@ DCT, BYTES = "opensora/models/vae/dct.py", "opensora/models/text/bytes.py"
 TOKENS, PROMPT, SAMPLER = "opensora/utils/tokens.py", "opensora/utils/prompt.py", "opensora/utils/sampling.py"
 VIDEO, TRANSFORMS, BUCKET = (f"opensora/datasets/{name}.py" for name in ("video", "transforms", "bucket"))
 EPOCH, PLAN, BALANCE = (f"opensora/datasets/{name}.py" for name in ("epoch", "plan", "balance"))
-LORA, STORED, PACKING = "acceleration/lora.py", "opensora/datasets/loading/feature_store.py", "opensora/train/packing.py"
+LORA, STORED, PACKING = "acceleration/lora.py", "opensora/datasets/loading/feature_store.py", "opensora/train/packed_tokens.py"
 PIPELINE, LOAD, SAVE, PROMPTS = (f"opensora/inference/{name}.py" for name in ("pipeline", "load", "save", "prompts"))
 
 TABLE: tuple[Mutation, ...] = (

@@ -13,8 +13,8 @@ if __name__ == "__main__":  # before torch is imported, which takes long enough 
 from dataclasses import replace
 
 from opensora.config import RunConfig, config_from_argv, run_cli
-from opensora.train.data import check_rows, expected_idle, open_data
-from opensora.train.disk import check_writable
+from opensora.train.step_data import check_rows, expected_idle, open_data
+from opensora.train.state.disk_check import check_writable
 from opensora.utils.command import naming
 from opensora.utils.images import bucket_chart
 

@@ -10,8 +10,8 @@ if __name__ == "__main__":  # before torch is imported, which takes long enough 
     signals.listen_early()
 
 from opensora.config import SAVED_NAME, RunConfig, load_config, run_cli, to_yaml
-from opensora.train.calibrate import calibrate
-from opensora.train.data import open_data
+from opensora.planner.cost_fit import calibrate
+from opensora.train.step_data import open_data
 from opensora.utils.arguments import Parser, place, whole
 from opensora.utils.errors import UserError
 from opensora.utils.user_files import absence

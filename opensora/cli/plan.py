@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from opensora.config import RunConfig, load_config, run_cli
-from opensora.train.devices import DEVICES
-from opensora.train.forecast import Forecast, Planner, check_own
+from opensora.planner.devices import DEVICES
+from opensora.planner.forecast import Forecast, Planner, check_own
 from opensora.utils.arguments import Parser, number, whole
 from opensora.utils.errors import UserError
 from opensora.utils.logging import Progress

@@ -9,7 +9,7 @@ if __name__ == "__main__":  # before torch is imported, which takes long enough 
     signals.leave_when_asked("shards that are written stay in --out; the same command makes the others", code=75)
 
 from opensora.config import RunConfig, config_from_argv, run_cli
-from opensora.train.precompute import precompute
+from opensora.precompute import precompute
 from opensora.utils.arguments import Parser, place, whole
 
 MAX_EPOCHS = 10_000  # more windows than any clip has

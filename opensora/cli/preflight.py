@@ -6,7 +6,7 @@ if __name__ == "__main__":  # before torch is imported, which takes long enough 
     signals.listen_early()
 
 from opensora.config import RunConfig, config_from_argv, run_cli
-from opensora.train.preflight import check_alone
+from opensora.train.health.preflight import check_alone
 
 
 def main(argv: list[str]) -> None:

@@ -3,10 +3,10 @@
 import logging
 
 from opensora.config import RunConfig, config_from_argv
-from opensora.train.guard import Hopeless
+from opensora.train.health.anomaly_guard import Hopeless
 from opensora.train.loop import train
 from opensora.train.run import Run
-from opensora.train.run_folder import finished, write_done
+from opensora.train.state.run_lock import finished, write_done
 from opensora.train.setup import Interrupted, SaveError, start_run
 from opensora.utils.logging import announce
 

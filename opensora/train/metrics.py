@@ -13,7 +13,7 @@ from opensora.utils.logging import MetricsLogger, progress
 
 if TYPE_CHECKING:
     from opensora.datasets.buckets.bucket import Bucket
-    from opensora.train.guard import Update
+    from opensora.train.health.anomaly_guard import Update
     from opensora.train.run import Run
 
 

@@ -13,16 +13,16 @@ from acceleration.optim.optimizers import lr_at
 from acceleration.distributed.runtime import Runtime
 from acceleration.distributed.agreement import StopRequest
 from opensora.config import RunConfig
-from opensora.train.data import StepData
-from opensora.train.export import exported, write_export
-from opensora.train.forecast import Traffic
-from opensora.train.guard import Guard
+from opensora.train.step_data import StepData
+from opensora.train.state.export import exported, write_export
+from opensora.planner.forecast import Traffic
+from opensora.train.health.anomaly_guard import Guard
 from opensora.train.metrics import Metrics
-from opensora.train.phases import Phases
-from opensora.train.reads import Reads
-from opensora.train.resume import checkpoint_info
-from opensora.train.run_folder import RunLock
-from opensora.train.step import Preparation
+from opensora.train.health.step_timer import Phases
+from opensora.train.health.data_health import Reads
+from opensora.train.state.resume import checkpoint_info
+from opensora.train.state.run_lock import RunLock
+from opensora.train.preparation import Preparation
 from opensora.utils import signals
 from opensora.utils.logging import announce
 

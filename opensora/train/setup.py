@@ -32,20 +32,20 @@ from opensora.models import build_model
 from opensora.models.base import AutoencoderShape, latent_grid
 from opensora.models.text import build_text_encoder, check_text_encoder
 from opensora.models.vae import autoencoder_shape, build_autoencoder, check_autoencoder
-from opensora.train import features
-from opensora.train.data import StepData, open_data, sharing
-from opensora.train.disk import check_disk
-from opensora.train.forecast import Traffic, check_memory
-from opensora.train.guard import Guard
+from opensora.assembly import stored_features as features
+from opensora.train.step_data import StepData, open_data, sharing
+from opensora.train.state.disk_check import check_disk
+from opensora.planner.forecast import Traffic, check_memory
+from opensora.train.health.anomaly_guard import Guard
 from opensora.train.metrics import Metrics
-from opensora.train.phases import Phases, start_phases
-from opensora.train.preflight import check_processes
-from opensora.train.reads import Reads
-from opensora.train.resume import check_fresh, check_paths, resume, wrong_info
+from opensora.train.health.step_timer import Phases, start_phases
+from opensora.train.health.preflight import check_processes
+from opensora.train.health.data_health import Reads
+from opensora.train.state.resume import check_fresh, check_paths, resume, wrong_info
 from opensora.train.run import Run
-from opensora.train.run_folder import RunLock, check_places, write_config
-from opensora.train.step import Preparation
-from opensora.train.weights import adapted, add_adapters, check_initial, initial_weights
+from opensora.train.state.run_lock import RunLock, check_places, write_config
+from opensora.train.preparation import Preparation
+from opensora.assembly.initial_weights import adapted, add_adapters, check_initial, initial_weights
 from opensora.utils import signals
 from opensora.utils.errors import UserError
 from opensora.utils.logging import MetricsLogger, announce, check_installed

@@ -16,8 +16,8 @@ from acceleration.parallelize import parallelize
 from acceleration.accounting.model_profile import Structure, structure_of
 from opensora.models import build_model
 from opensora.models.mmdit import MMDiTConfig
-from opensora.train.forecast import run_denoiser
-from opensora.train.step import loss_share
+from opensora.planner.forecast import run_denoiser
+from opensora.train.preparation import loss_share
 from opensora.utils.rng import torch_generator
 from tests.dist.harness import run_distributed
 from tests.dist.problem import BUCKETS, MODEL, TEXT_TOKENS, FakeBatch, FakeText, batches, elements

@@ -19,7 +19,7 @@ from acceleration.engines import Engine, build_engine
 from acceleration.optim.optimizers import lr_at
 from acceleration.parallelize import parallelize
 from opensora.models import build_model
-from opensora.train.step import loss_share
+from opensora.train.preparation import loss_share
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64
 from tests.dist.problem import MODEL, elements

@@ -18,7 +18,7 @@ from opensora.datasets.plan.dynamic_sp import Sharing
 from opensora.inference.load import tile_runner
 from opensora.models.vae import build_autoencoder
 from opensora.models.vae.dct import DCTConfig
-from opensora.train.step import Tokens
+from opensora.train.preparation import Tokens
 from tests.dist import test_engines, test_parity
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64, RECOMPUTE

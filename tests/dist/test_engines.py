@@ -28,7 +28,7 @@ from acceleration.engines.colossalai_engine import ColossalAIEngine
 from acceleration.optim.optimizers import lr_at
 from acceleration.parallelize import parallelize
 from opensora.models import build_model
-from opensora.train.step import loss_share
+from opensora.train.preparation import loss_share
 from tests.dist import fake_colossalai
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64

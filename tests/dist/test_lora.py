@@ -26,7 +26,7 @@ from acceleration.engines import Engine, build_engine
 from acceleration.distributed.mesh import COPIES, Mesh
 from acceleration.parallelize import parallelize
 from opensora.models import build_model
-from opensora.train.step import loss_share
+from opensora.train.preparation import loss_share
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import MESHES, Layout
 from tests.dist.problem import MODEL, batches, elements

@@ -16,7 +16,7 @@ from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, Precisi
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from opensora.models import build_model
-from opensora.train.step import loss_share
+from opensora.train.preparation import loss_share
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64
 from tests.dist.problem import MODEL, elements

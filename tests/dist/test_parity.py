@@ -26,8 +26,8 @@ from acceleration.accounting.model_profile import structure_of
 from opensora.datasets.loading.reader import PackedBatch
 from opensora.models import build_model
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
-from opensora.train.forecast import run_denoiser
-from opensora.train.step import Preparation, loss_share
+from opensora.planner.forecast import run_denoiser
+from opensora.train.preparation import Preparation, loss_share
 from opensora.utils.rng import torch_generator
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import QUICK, Layout, every_layout

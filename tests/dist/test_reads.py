@@ -8,7 +8,7 @@ import torch
 
 from acceleration.distributed import mesh as meshes
 from acceleration.config import MeshConfig
-from opensora.train.reads import Reads
+from opensora.train.health.data_health import Reads
 from opensora.utils.errors import UserError
 from tests.dist.harness import run_distributed
 from tests.unit.test_reads import batch, table

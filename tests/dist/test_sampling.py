@@ -25,7 +25,7 @@ from acceleration.distributed.tasks import SharedWork
 from opensora.inference.load import Components, check_guidance
 from opensora.inference.pipeline import prepare_api
 from opensora.models import MMDiTConfig, build_model
-from opensora.train.forecast import run_denoiser
+from opensora.planner.forecast import run_denoiser
 from opensora.utils.errors import UserError
 from opensora.utils.rng import torch_generator
 from opensora.utils.sampling import I2VDenoiser, SamplingOption, TextInputs, get_noise, get_schedule, oscillate

@@ -19,7 +19,7 @@ from acceleration.distributed.tasks import SharedWork
 from opensora.inference.load import tile_runner
 from opensora.models.vae import AutoencoderConfig, DCTConfig, Flux2DConfig, HunyuanConfig, build_autoencoder
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
-from opensora.train.step import Preparation, Tokens
+from opensora.train.preparation import Preparation, Tokens
 from opensora.utils.work import Work, one_by_one
 from tests.dist.harness import run_distributed
 from tests.dist.problem import FakeBatch, FakeText

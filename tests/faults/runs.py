@@ -17,7 +17,7 @@ from acceleration.checkpoint import contents, newest
 from acceleration.sharding.fsdp import local
 from opensora.config import RunConfig, load_config
 from opensora.train import loop, setup
-from opensora.train.guard import Hopeless
+from opensora.train.health.anomaly_guard import Hopeless
 from opensora.train.run import Run
 from opensora.train.setup import Interrupted, start_run
 from opensora.utils import signals

@@ -13,7 +13,7 @@ from acceleration.checkpoint.listing import candidates, misnamed
 from acceleration.checkpoint.atomic_dir import MANIFEST, step_of
 from acceleration.files.sealed_json import seal
 from launch.attempts import newest_step
-from opensora.train.resume import wrong_info
+from opensora.train.state.resume import wrong_info
 from tests.dist.harness import DistributedFailure, run_distributed
 from tests.faults.conftest import Tally
 from tests.faults.damages import of_values, outcome

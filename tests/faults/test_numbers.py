@@ -11,7 +11,7 @@ from acceleration.checkpoint import contents, newest
 from acceleration.diagnostics.replica_check import digest as hashed
 from opensora.cli import train as cli
 from opensora.config import GuardConfig
-from opensora.train.guard import RECOVERED, Guard
+from opensora.train.health.anomaly_guard import RECOVERED, Guard
 from opensora.train.run import Run
 from tests.dist.harness import run_distributed
 from tests.faults.conftest import Tally
@@ -159,7 +159,7 @@ def test_a_slow_process_is_named_and_the_run_goes_on(config: Path, tmp_path: Pat
 
 def lines_of(config: Path, overrides: list[str], faults: tuple[Fault, ...]) -> list[str]:
     """What the account of times announces."""
-    from opensora.train import phases
+    from opensora.train.health import step_timer as phases
 
     lines: list[str] = []
     phases.announce = lines.append  # type: ignore[assignment]

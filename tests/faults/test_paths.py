@@ -9,7 +9,7 @@ import pytest
 
 from opensora.config import RunConfig, SampleConfig, load_config, run_cli
 from opensora.inference.load import find_source
-from opensora.train.resume import check_paths
+from opensora.train.state.resume import check_paths
 from opensora.utils.errors import MAX_LINE, MAX_WORD, UserError, one_line
 from opensora.utils.untrusted import short
 from tests.conftest import ROOT

@@ -15,9 +15,9 @@ import torch
 
 from opensora.cli.train import main as train_main
 from opensora.config import RunConfig, load_config
-from opensora.train import run_folder
-from opensora.train.disk import check_disk, checkpoint_bytes
-from opensora.train.run_folder import DONE, OWNER, RunLock, finished, read_owner, write_done
+from opensora.train.state import run_lock as run_folder
+from opensora.train.state.disk_check import check_disk, checkpoint_bytes
+from opensora.train.state.run_lock import DONE, OWNER, RunLock, finished, read_owner, write_done
 from opensora.utils.errors import UserError
 from tests.conftest import ROOT
 from tests.integration.conftest import CONFIG

@@ -25,10 +25,10 @@ from launch import attempts
 from opensora.config import SAVED_NAME, RunConfig, load_config, save, to_yaml
 from opensora.datasets.loading import feature_store as features
 from opensora.models.mmdit.convert import WeightFile
-from opensora.train import resume, run_folder
-from opensora.train.calibrate import measured
-from opensora.train.disk import check_writable
-from opensora.train.run_folder import DONE, OWNER, RunLock, check_places, finished, write_config, write_done
+from opensora.train.state import resume, run_lock as run_folder
+from opensora.planner.cost_fit import measured
+from opensora.train.state.disk_check import check_writable
+from opensora.train.state.run_lock import DONE, OWNER, RunLock, check_places, finished, write_config, write_done
 from opensora.utils import digests
 from opensora.utils import logging as logs
 from opensora.utils.adapters import CONFIG, WEIGHTS, read_adapter, write_adapter

@@ -9,7 +9,7 @@ from acceleration.config import CompileConfig, OptimConfig, ParallelConfig, Prec
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from opensora.models import build_model
-from opensora.train.step import loss_share
+from opensora.train.preparation import loss_share
 from tests.dist.layouts import FP64
 from tests.dist.problem import MODEL, batches, elements
 from tests.dist.test_parity import fill, preparation, relative

@@ -9,7 +9,7 @@ from PIL import Image
 from opensora import config as configs
 from opensora.cli import buckets, calibrate
 from opensora.config import RunConfig, load_config
-from opensora.train.data import open_data
+from opensora.train.step_data import open_data
 from opensora.utils.errors import UserError
 
 

@@ -18,8 +18,8 @@ from opensora.config import RunConfig, SampleConfig, load_config
 from opensora.inference.load import find_source
 from opensora.inference.pipeline import fit, prepare_api, prepare_models
 from opensora.models.mmdit.convert import read_state_dict
-from opensora.train.calibrate import measured
-from opensora.train.data import open_data
+from opensora.planner.cost_fit import measured
+from opensora.train.step_data import open_data
 from opensora.train.loop import train
 from opensora.train.setup import start_run
 from opensora.utils.logging import read_metrics

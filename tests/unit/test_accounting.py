@@ -15,7 +15,7 @@ from acceleration.accounting.model_profile import Linear, Structure, structure_o
 from opensora.models import build_model
 from opensora.models.mmdit import MMDiTConfig
 from opensora.models.mmdit.model import SIZES, count_parameters
-from opensora.train.forecast import denoiser_inputs, run_denoiser
+from opensora.planner.forecast import denoiser_inputs, run_denoiser
 
 FP32 = ParallelConfig(zero=0, precision=PrecisionConfig(compute="fp32"))
 

@@ -11,7 +11,7 @@ from opensora.datasets.plan.balance import compose, deal
 from opensora.datasets.buckets.bucket import BucketTable
 from opensora.datasets.buckets.cost import CostConfig, features, fit, image_tokens
 from opensora.datasets.plan.batch_plan import BatchPlan
-from opensora.train.calibrate import calibrate, measured
+from opensora.planner.cost_fit import calibrate, measured
 from opensora.utils.errors import UserError
 from tests.unit.test_bucket import random_table
 from tests.unit.test_plan import FIXED, make_plan

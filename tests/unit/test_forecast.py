@@ -13,8 +13,8 @@ from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, Precisi
 from opensora.cli.plan import main
 from opensora.config import RunConfig, load_config
 from opensora.models.mmdit.model import SIZES
-from opensora.train.devices import DEVICES
-from opensora.train.forecast import Forecaster, Planner, check_memory
+from opensora.planner.devices import DEVICES
+from opensora.planner.forecast import Forecaster, Planner, check_memory
 from opensora.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,7 +21,7 @@ from opensora.datasets.loading.reader import PackedBatch
 from opensora.models import build_model
 from opensora.models.layers import modulation
 from opensora.models.layers.attention import SDPACore
-from opensora.train.step import Tokens, loss_share
+from opensora.train.preparation import Tokens, loss_share
 from tests.dist.problem import MODEL, TEXT_TOKENS, batches, elements
 from tests.dist.test_parity import fill, preparation, relative
 from tests.unit.test_mmdit import DEBUG, VARIANTS, inputs, random_model

@@ -12,7 +12,7 @@ from acceleration.distributed.mesh import view
 from opensora.datasets.buckets.bucket import Bucket
 from opensora.datasets.table.manifest import ClipTable, TextsInMemory
 from opensora.datasets.loading.reader import Batch
-from opensora.train.reads import Reads
+from opensora.train.health.data_health import Reads
 from opensora.utils.errors import UserError
 
 BUCKET = Bucket("32px", 1, 32, 32, 4)

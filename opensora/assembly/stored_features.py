@@ -13,7 +13,7 @@ from opensora.datasets.config import bucket_rows
 from opensora.datasets.table.index import IndexedTable
 from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.models.base import TextFeatures
-from opensora.train.resume import differences
+from opensora.train.state.resume import differences
 from opensora.utils.errors import UserError
 from opensora.utils.logging import launched_rank
 from opensora.utils.typed import plain

@@ -24,9 +24,9 @@ from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch
 from opensora.datasets.loading.reader import Batch
 from opensora.models.text import build_text_encoder
 from opensora.models.vae import build_autoencoder
-from opensora.train.features import encoder_dtype, identity, identity_hash
+from opensora.assembly.stored_features import encoder_dtype, identity, identity_hash
 from opensora.train.setup import check
-from opensora.train.step import Preparation
+from opensora.train.preparation import Preparation
 from opensora.utils import signals
 from opensora.utils.errors import UserError
 from opensora.utils.logging import announce

@@ -14,8 +14,8 @@ from opensora.datasets.loading.reader import PackedBatch
 from opensora.models.base import Autoencoder, TextEncoder, TextFeatures
 from opensora.schedulers import rectified_flow as flow
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
-from opensora.train.conditioning import unconditioned
-from opensora.train.packing import Rows, Whole, joined
+from opensora.conditioning.frames import unconditioned
+from opensora.train.packed_tokens import Rows, Whole, joined
 from opensora.utils.tokens import image_ids, pack
 from opensora.utils.work import RunAll, one_by_one
 

@@ -6,8 +6,8 @@ import torch.distributed as dist
 
 from acceleration.checkpoint import steps_in, atomic_dir as storage
 from acceleration.diagnostics.replica_check import is_finite
-from opensora.train.guard import Guard, Hopeless, Return
-from opensora.train.resume import load
+from opensora.train.health.anomaly_guard import Guard, Hopeless, Return
+from opensora.train.state.resume import load
 from opensora.train.run import Run
 from opensora.train.setup import open_batches
 from opensora.utils.logging import announce

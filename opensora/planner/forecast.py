@@ -36,9 +36,9 @@ from opensora.models.base import latent_grid
 from opensora.models.text import ByteTextConfig, text_tokens
 from opensora.models.vae import autoencoder_shape
 from opensora.schedulers.rectified_flow import squared_error
-from opensora.train.devices import Device
+from opensora.planner.devices import Device
 from opensora.utils.errors import UserError
-from opensora.utils.flops import attention_flops, linear_flops, mfu, training_flops
+from opensora.planner.flops import attention_flops, linear_flops, mfu, training_flops
 
 EFFICIENCY = 0.5  # of the peak, in the products of a large transformer
 RESERVE = 0.08  # of the device's memory: context, kernels' workspace, fragments
