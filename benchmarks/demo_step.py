@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from opensora.config import RunConfig, load_config, run_cli
+from opensora.config.run import RunConfig, load_config, run_cli
 from opensora.train.run import Run
 from opensora.train.setup import start_run
 from opensora.train.preparation import loss_share

@@ -34,7 +34,7 @@ from acceleration.diagnostics.memory_usage import Allocations, held
 from acceleration.distributed.mesh import Mesh
 from acceleration.parallelize import parallelize
 from opensora.inference.load import FromFile, weight_layout
-from opensora.models import MMDiTConfig, build_model
+from opensora.models.families import MMDiTConfig, build_model
 from opensora.models.mmdit.convert import OPEN_SORA_2, load_state_dict_for, save_state_dict
 from opensora.train.preparation import Tokens, loss_share
 from opensora.utils.rng import torch_generator

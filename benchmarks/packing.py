@@ -36,7 +36,7 @@ from opensora.datasets.loading.feature_store import Features
 from opensora.datasets.table.manifest import ClipTable, TextsInMemory
 from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch, Pack
 from opensora.datasets.loading.reader import Batch, PackedBatch
-from opensora.models import build_model, init_model_
+from opensora.models.families import build_model, init_model_
 from opensora.models.base import TextFeatures
 from opensora.models.mmdit import MMDiTConfig
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig

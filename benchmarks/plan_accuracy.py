@@ -23,7 +23,7 @@ from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, Precisi
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
-from opensora.models import build_model
+from opensora.models.families import build_model
 from opensora.models.mmdit import MMDiTConfig
 from opensora.schedulers.rectified_flow import squared_error
 from opensora.planner.forecast import Forecaster, denoiser_inputs

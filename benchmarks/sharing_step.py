@@ -24,7 +24,7 @@ from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
 from opensora.datasets.buckets.cost import CostConfig, features
 from opensora.datasets.plan.dynamic_sp import Sharing, choose, times
-from opensora.models import build_model
+from opensora.models.families import build_model
 from opensora.models.mmdit import MMDiTConfig
 from opensora.schedulers.rectified_flow import squared_error
 from opensora.planner.forecast import denoiser_inputs

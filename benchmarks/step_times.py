@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from opensora.config import RunConfig, load_config, run_cli, to_yaml
+from opensora.config.run import RunConfig, load_config, run_cli, to_yaml
 from opensora.planner.cost_fit import calibrate
 from opensora.train.step_data import open_data
 from opensora.train.loop import train

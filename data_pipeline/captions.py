@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from opensora.utils.errors import UserError
-from opensora.utils.user_files import MAX_FIELD, absence, read_csv, read_text
+from opensora.utils.files.user_files import MAX_FIELD, absence, read_csv, read_text
 
 NO_VALUE = ("", "nan", "NaN")  # what the reader of clip tables takes for an empty field
 

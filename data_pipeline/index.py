@@ -8,7 +8,7 @@ is its content says. What becomes no row is counted by reason on the screen and 
 what is left out are all files that were seen, but for captions.
 """
 
-from opensora.utils import signals
+from opensora.utils import signal_handler as signals
 
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
     signals.listen_early()
@@ -32,11 +32,11 @@ from data_pipeline.captions import NO_VALUE, Caption, CaptionsFile, Texts, capti
 from data_pipeline.walk import Entry, LeftOut, by_identity, walk
 from opensora.datasets.decode.api import DecodeError, MediaInfo, sniff
 from opensora.datasets.decode.process import DecoderProcess, ReaderClosed
-from opensora.utils.arguments import Parser, number, place, whole
-from opensora.utils.command import call
+from opensora.utils.command_line.arguments import Parser, number, place, whole
+from opensora.utils.command_line.command import call
 from opensora.utils.errors import UserError, one_line
-from opensora.utils.signals import stopped_in_one_line
-from opensora.utils.user_files import absence, try_output, write_whole
+from opensora.utils.signal_handler import stopped_in_one_line
+from opensora.utils.files.user_files import absence, try_output, write_whole
 
 MAX_WORKERS = 1024
 COLUMNS = ("path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps")

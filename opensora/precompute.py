@@ -15,7 +15,7 @@ from acceleration.config import MeshConfig
 from acceleration.distributed.mesh import view
 from acceleration.distributed.runtime import Ranks, ranks_from_environment
 from acceleration.sequence import SequenceParallel
-from opensora.config import RunConfig
+from opensora.config.run import RunConfig
 from opensora.datasets.decode import api as decode
 from opensora.datasets.loading import feature_store as features
 from opensora.datasets.loading.loader import read_batches
@@ -27,10 +27,10 @@ from opensora.models.vae import build_autoencoder
 from opensora.assembly.stored_features import encoder_dtype, identity, identity_hash
 from opensora.train.setup import check
 from opensora.train.preparation import Preparation
-from opensora.utils import signals
+from opensora.utils import signal_handler as signals
 from opensora.utils.errors import UserError
-from opensora.utils.logging import announce
-from opensora.utils.user_files import try_output
+from opensora.utils.console import announce
+from opensora.utils.files.user_files import try_output
 
 SHARD_BATCHES = 64  # micro-batches in a file
 

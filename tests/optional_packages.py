@@ -22,9 +22,9 @@ import torch
 
 from opensora.datasets.decode.api import require
 from opensora.models.mmdit.convert import read_state_dict
-from opensora.utils.adapters import WEIGHTS
+from opensora.models.weights.adapters import WEIGHTS
 from opensora.utils.errors import UserError
-from opensora.utils.logging import read_metrics
+from opensora.utils.console import read_metrics
 from tests.integration.conftest import CONFIG
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,8 +151,8 @@ def peft(place: Place) -> str:
     """Adapters that a run exported, read and merged by peft."""
     from safetensors.torch import load_file
 
-    from opensora.config import RunConfig, load_config
-    from opensora.models import build_model
+    from opensora.config.run import RunConfig, load_config
+    from opensora.models.families import build_model
 
     run = place.train("adapters", "lora.rank=4 optim.warmup_steps=0", f"train.init_from={place.native()}/exported")
     import peft as vendor

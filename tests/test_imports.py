@@ -62,9 +62,9 @@ OURS = ("acceleration", "opensora", "scripts", "data_pipeline", "launch", *FREE)
 
 # vendor -> the files that may import it
 HOMES: dict[str, tuple[str, ...]] = {
-    "omegaconf": ("opensora/config.py",),
-    "yaml": ("opensora/utils/yaml_strict.py",),
-    "wandb": ("opensora/utils/logging.py",),
+    "omegaconf": ("opensora/config/run.py",),
+    "yaml": ("opensora/config/strict_yaml.py",),
+    "wandb": ("opensora/utils/console.py",),
     "deepspeed": ("acceleration/engines/deepspeed_engine.py",),
     "colossalai": ("acceleration/engines/colossalai_engine.py",),
     "flash_attn": ("acceleration/attention/kernels/flash.py",),
@@ -152,8 +152,8 @@ BAD = {
     "inside TYPE_CHECKING": ("opensora/models/x.py", "if TYPE_CHECKING:\n    from acceleration.distributed.mesh import Mesh"),
     "siblings": ("opensora/models/x.py", "from opensora.datasets import plan"),
     "relative": ("opensora/models/vae/x.py", "from ...datasets import plan"),
-    "relative, in a package": ("opensora/models/__init__.py", "from ..train import loop"),
-    "more of a package than allowed": ("opensora/config.py", "from acceleration.distributed.mesh import Mesh"),
+    "relative, in a package": ("opensora/models/families.py", "from ..train import loop"),
+    "more of a package than allowed": ("opensora/config/run.py", "from acceleration.distributed.mesh import Mesh"),
     "the package instead of its part": ("data_pipeline/x.py", "from opensora import datasets"),
     "another part": ("data_pipeline/x.py", "from opensora.datasets import plan"),
     "a prefix is not a parent": ("data_pipeline/x.py", "import opensora.datasets.manifest_tools"),
@@ -168,7 +168,7 @@ BAD = {
 }
 GOOD = {
     "down": ("opensora/train/x.py", "from opensora.inference import load\nfrom acceleration import mesh"),
-    "the allowed part": ("opensora/config.py", "from acceleration.config import MeshConfig\nimport omegaconf"),
+    "the allowed part": ("opensora/config/run.py", "from acceleration.config import MeshConfig\nimport omegaconf"),
     "a part by name": ("data_pipeline/x.py", "from opensora.datasets import manifest"),
     "relative, own layer": ("opensora/models/vae/x.py", "from ..base import Autoencoder"),
     "a vendor at home": ("acceleration/engines/deepspeed_engine.py", "def f():\n    import deepspeed"),

@@ -18,7 +18,7 @@ from acceleration.distributed import mesh as meshes
 from acceleration.distributed import runtime as runtimes
 from acceleration.config import MeshConfig, ParallelConfig, RecomputeConfig
 from acceleration.parallelize import parallelize
-from opensora.models import MMDiTConfig, build_model
+from opensora.models.families import MMDiTConfig, build_model
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, data sheets of the SXM boards
 TEXT = 512

@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 from acceleration import lora
 from acceleration.protocol import Fill
-from opensora.config import RunConfig
+from opensora.config.run import RunConfig
 from opensora.inference.load import FromFile, check_weights, weight_layout
 from opensora.models.mmdit.convert import load_state_dict_for
 from opensora.utils.errors import UserError
-from opensora.utils.logging import announce
+from opensora.utils.console import announce
 from opensora.utils.rng import torch_generator
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from opensora.config import RunConfig
+from opensora.config.run import RunConfig
 from opensora.datasets.loading import feature_store as features
 from opensora.datasets.config import bucket_rows
 from opensora.datasets.table.index import IndexedTable
@@ -15,8 +15,8 @@ from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.models.base import TextFeatures
 from opensora.train.state.resume import differences
 from opensora.utils.errors import UserError
-from opensora.utils.logging import launched_rank
-from opensora.utils.typed import plain
+from opensora.utils.console import launched_rank
+from opensora.config.schema import plain
 
 _SHOWN = 3  # differing keys in an error
 

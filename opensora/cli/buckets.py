@@ -5,18 +5,18 @@ draws buckets.png in the run's folder. Indexes the table if it was not yet. Rows
 are shown too, and end it with exit code 2 where a run would refuse them.
 """
 
-from opensora.utils import signals
+from opensora.utils import signal_handler as signals
 
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
     signals.listen_early()
 
 from dataclasses import replace
 
-from opensora.config import RunConfig, config_from_argv, run_cli
+from opensora.config.run import RunConfig, config_from_argv, run_cli
 from opensora.train.step_data import check_rows, expected_idle, open_data
 from opensora.train.state.disk_check import check_writable
-from opensora.utils.command import naming
-from opensora.utils.images import bucket_chart
+from opensora.utils.command_line.command import naming
+from opensora.utils.charts import bucket_chart
 
 STEPS = 64  # that idle time is averaged over
 

@@ -1,11 +1,11 @@
 """Processes and links, without training: ``srun ... python -m opensora.cli.preflight CONFIG.yaml [overrides]``."""
 
-from opensora.utils import signals
+from opensora.utils import signal_handler as signals
 
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
     signals.listen_early()
 
-from opensora.config import RunConfig, config_from_argv, run_cli
+from opensora.config.run import RunConfig, config_from_argv, run_cli
 from opensora.train.health.preflight import check_alone
 
 

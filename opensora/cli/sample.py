@@ -1,8 +1,8 @@
 """Sample: ``torchrun --nproc_per_node N scripts/diffusion/inference.py CONFIG.yaml --prompt "..."``."""
 
-from opensora.config import SampleConfig, config_from_argv
+from opensora.config.run import SampleConfig, config_from_argv
 from opensora.inference.pipeline import sample
-from opensora.utils.logging import announce
+from opensora.utils.console import announce
 
 
 def main(argv: list[str]) -> int:

@@ -8,14 +8,14 @@ from acceleration.distributed import mesh as meshes
 from acceleration.config import ParallelConfig
 from acceleration.diagnostics.memory_usage import device_bytes, machine_bytes
 from acceleration.sharding.precision import DTYPES
-from opensora.config import RunConfig, SampleConfig, check_fit
+from opensora.config.run import RunConfig, SampleConfig, check_fit
 from opensora.inference.load import Source
-from opensora.models import MMDiTConfig, build_model
+from opensora.models.families import MMDiTConfig, build_model
 from opensora.models.base import AutoencoderShape, latent_grid
 from opensora.models.text import check_text_encoder, text_tokens
 from opensora.models.vae import autoencoder_shape, check_autoencoder
 from opensora.utils.errors import UserError
-from opensora.utils.logging import announce
+from opensora.utils.console import announce
 from opensora.utils.sampling import SamplingOption, sanitize_sampling_option
 
 GIB = 2**30

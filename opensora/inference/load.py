@@ -29,8 +29,8 @@ from acceleration.distributed.runtime import Runtime
 from acceleration.sequence import SequenceParallel
 from acceleration.distributed.comm_timer import WAITING
 from acceleration.distributed.tasks import SharedWork
-from opensora.config import SAVED_NAME, RunConfig, SampleConfig, VaeParallel, load_config
-from opensora.models import MMDiTConfig, build_model
+from opensora.config.run import SAVED_NAME, RunConfig, SampleConfig, VaeParallel, load_config
+from opensora.models.families import MMDiTConfig, build_model
 from opensora.models.base import Autoencoder, TextEncoder
 from opensora.models.mmdit.convert import (
     FLUX,
@@ -43,14 +43,14 @@ from opensora.models.mmdit.convert import (
 )
 from opensora.models.text import build_text_encoder
 from opensora.models.vae import build_autoencoder
-from opensora.utils import digests
-from opensora.utils.adapters import CONFIG, WEIGHTS, Adapter, FittedAdapter, is_adapter, read_adapter
+from opensora.utils.files import digests
+from opensora.models.weights.adapters import CONFIG, WEIGHTS, Adapter, FittedAdapter, is_adapter, read_adapter
 from opensora.utils.errors import UserError
-from opensora.utils.logging import announce
+from opensora.utils.console import announce
 from opensora.utils.sampling import SamplingOption, passes_per_step
-from opensora.utils.user_files import absence
-from opensora.utils.weights import fingerprint
-from opensora.utils.work import RunAll, one_by_one
+from opensora.utils.files.user_files import absence
+from opensora.utils.files.safetensors_files import fingerprint
+from opensora.utils.tasks import RunAll, one_by_one
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from acceleration.distributed import runtime as runtimes
 from acceleration.distributed.runtime import Runtime
 from acceleration.distributed.tasks import SharedWork
-from opensora.config import SampleConfig
+from opensora.config.run import SampleConfig
 from opensora.inference.check import check_sample
 from opensora.inference.load import (
     Components,
@@ -29,7 +29,7 @@ from opensora.inference.prompts import Job, final_prompt, read_jobs
 from opensora.inference.save import Saver, output_folder, unused_names
 from opensora.models.base import latent_grid
 from opensora.utils.errors import UserError
-from opensora.utils.logging import announce, progress
+from opensora.utils.console import announce, progress
 from opensora.utils.sampling import (
     DENOISERS,
     SamplingOption,
@@ -40,7 +40,7 @@ from opensora.utils.sampling import (
     sanitize_sampling_option,
 )
 from opensora.utils.tokens import image_ids, pack, unpack
-from opensora.utils.user_files import try_output
+from opensora.utils.files.user_files import try_output
 
 Api = Callable[..., Tensor]
 OnStep = Callable[[int, int], None]

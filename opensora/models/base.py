@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from opensora.utils.work import RunAll, one_by_one
+from opensora.utils.tasks import RunAll, one_by_one
 
 
 class AttentionCore(Protocol):

@@ -26,12 +26,12 @@ from acceleration.accounting.peak_memory import Footprint
 from acceleration.distributed.mesh import COPIES, PIECES, Mesh
 from acceleration.sequence import SequenceParallel
 from acceleration.accounting.model_profile import Structure, Unit, structure_of
-from opensora.config import RunConfig
+from opensora.config.run import RunConfig
 from opensora.datasets.buckets.bucket import BucketTable
 from opensora.datasets.plan.batch_plan import MicroBatch as PlannedBatch
 from opensora.datasets.plan.batch_plan import Pack
 from opensora.inference.load import check_layout
-from opensora.models import MMDiTConfig, build_model
+from opensora.models.families import MMDiTConfig, build_model
 from opensora.models.base import latent_grid
 from opensora.models.text import ByteTextConfig, text_tokens
 from opensora.models.vae import autoencoder_shape

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from acceleration.diagnostics.memory_usage import peak_gib
 from acceleration.distributed.mesh import Mesh
-from opensora.utils.logging import MetricsLogger, progress
+from opensora.utils.console import MetricsLogger, progress
 
 if TYPE_CHECKING:
     from opensora.datasets.buckets.bucket import Bucket

@@ -17,7 +17,7 @@ from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.conditioning.frames import unconditioned
 from opensora.train.packed_tokens import Rows, Whole, joined
 from opensora.utils.tokens import image_ids, pack
-from opensora.utils.work import RunAll, one_by_one
+from opensora.utils.tasks import RunAll, one_by_one
 
 if TYPE_CHECKING:
     from opensora.datasets.loading.reader import Batch

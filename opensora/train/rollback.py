@@ -10,7 +10,7 @@ from opensora.train.health.anomaly_guard import Guard, Hopeless, Return
 from opensora.train.state.resume import load
 from opensora.train.run import Run
 from opensora.train.setup import open_batches
-from opensora.utils.logging import announce
+from opensora.utils.console import announce
 
 
 def go_back(run: Run, to: Return) -> None:

@@ -12,7 +12,7 @@ from acceleration.distributed.mesh import Mesh
 from acceleration.optim.optimizers import lr_at
 from acceleration.distributed.runtime import Runtime
 from acceleration.distributed.agreement import StopRequest
-from opensora.config import RunConfig
+from opensora.config.run import RunConfig
 from opensora.train.step_data import StepData
 from opensora.train.state.export import exported, write_export
 from opensora.planner.forecast import Traffic
@@ -23,8 +23,8 @@ from opensora.train.health.data_health import Reads
 from opensora.train.state.resume import checkpoint_info
 from opensora.train.state.run_lock import RunLock
 from opensora.train.preparation import Preparation
-from opensora.utils import signals
-from opensora.utils.logging import announce
+from opensora.utils import signal_handler as signals
+from opensora.utils.console import announce
 
 
 @dataclass(kw_only=True)

@@ -21,14 +21,14 @@ from acceleration.distributed.runtime import Runtime
 from acceleration.sequence import SequenceParallel
 from acceleration.distributed.agreement import Interrupted as Interrupted  # what building raises, for the command line
 from acceleration.distributed.agreement import StopRequest
-from opensora import config
-from opensora.config import RunConfig
+from opensora.config import run as config
+from opensora.config.run import RunConfig
 from opensora.datasets.decode import api as decode
 from opensora.datasets.table.index import IndexedTable
 from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.inference.check import check_validation, fit_option
 from opensora.inference.load import FromFile, check_attention, check_layout, tile_runner, verify_export
-from opensora.models import build_model
+from opensora.models.families import build_model
 from opensora.models.base import AutoencoderShape, latent_grid
 from opensora.models.text import build_text_encoder, check_text_encoder
 from opensora.models.vae import autoencoder_shape, build_autoencoder, check_autoencoder
@@ -46,12 +46,12 @@ from opensora.train.run import Run
 from opensora.train.state.run_lock import RunLock, check_places, write_config
 from opensora.train.preparation import Preparation
 from opensora.assembly.initial_weights import adapted, add_adapters, check_initial, initial_weights
-from opensora.utils import signals
+from opensora.utils import signal_handler as signals
 from opensora.utils.errors import UserError
-from opensora.utils.logging import MetricsLogger, announce, check_installed
-from opensora.utils.user_files import absence
-from opensora.utils.weights import fingerprint
-from opensora.utils.work import RunAll, one_by_one
+from opensora.utils.console import MetricsLogger, announce, check_installed
+from opensora.utils.files.user_files import absence
+from opensora.utils.files.safetensors_files import fingerprint
+from opensora.utils.tasks import RunAll, one_by_one
 
 
 def start_run(cfg: RunConfig) -> Run:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from math import prod
 
 from acceleration.distributed.mesh import Mesh
-from opensora.config import RunConfig
+from opensora.config.run import RunConfig
 from opensora.datasets import DataConfig
 from opensora.datasets.buckets.bucket import Bucket
 from opensora.datasets.table.index import IndexedTable, open_table

@@ -1,12 +1,12 @@
 """Samples while training: the sampling pipeline over the model that is being trained, in its own layout."""
 
 from acceleration.sharding import fsdp as sharding
-from opensora.config import SampleConfig
+from opensora.config.run import SampleConfig
 from opensora.inference.load import Components
 from opensora.inference.pipeline import process_and_save
 from opensora.inference.prompts import read_jobs
 from opensora.train.run import Run
-from opensora.utils.logging import announce
+from opensora.utils.console import announce
 
 
 def sample_prompts(run: Run) -> None:

@@ -1,7 +1,7 @@
 """The most that a number of the configuration may be, beside its owner: more than a person would set is a slip.
 
 A dataclass carries ``LIMITS``: field -> (the most, why not more). What is least is checked by the class itself.
-``opensora.utils.typed`` holds every configuration to it, before the class is built.
+``opensora.config.schema`` holds every configuration to it, before the class is built.
 """
 
 from collections.abc import Mapping

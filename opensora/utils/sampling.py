@@ -20,8 +20,8 @@ from opensora.utils.limits import Limits, check_limits
 from opensora.utils.rng import torch_generator
 from opensora.utils.sizes import area_of, frame_size, ratio_of
 from opensora.utils.tokens import pack, unpack
-from opensora.utils.untrusted import short
-from opensora.utils.work import RunAll, Work, one_by_one
+from opensora.utils.files.untrusted import short
+from opensora.utils.tasks import RunAll, Work, one_by_one
 
 __all__ = [
     "SamplingOption",

@@ -1,12 +1,12 @@
 """Entry point for torchrun and srun; see opensora/cli/sample.py."""
 
-from opensora.utils import signals
+from opensora.utils import signal_handler as signals
 
 if __name__ == "__main__":
     # Before torch is imported, which takes long enough to be interrupted in.
     signals.leave_when_asked("samples that are written stay in save_dir; the same command makes all of them again")
 
     from opensora.cli.sample import main
-    from opensora.config import run_cli
+    from opensora.config.run import run_cli
 
     run_cli(main)

@@ -1,12 +1,12 @@
 """Entry point for torchrun and srun; see opensora/cli/train.py."""
 
-from opensora.utils import signals
+from opensora.utils import signal_handler as signals
 
 if __name__ == "__main__":
     signals.remember()  # before torch is imported, which takes long enough to be interrupted in
 
     from opensora.cli.train import INTERRUPTED, main
-    from opensora.config import run_cli
+    from opensora.config.run import run_cli
 
     try:
         run_cli(main)

@@ -8,7 +8,7 @@ from torch import Tensor
 from opensora.models.base import TextFeatures
 from opensora.models.mmdit import MMDiTConfig
 from opensora.utils.rng import torch_generator
-from opensora.utils.work import RunAll, one_by_one
+from opensora.utils.tasks import RunAll, one_by_one
 
 MODEL = MMDiTConfig(
     in_channels=8,

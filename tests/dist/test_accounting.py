@@ -14,7 +14,7 @@ from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, Precisi
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from acceleration.accounting.model_profile import Structure, structure_of
-from opensora.models import build_model
+from opensora.models.families import build_model
 from opensora.models.mmdit import MMDiTConfig
 from opensora.planner.forecast import run_denoiser
 from opensora.train.preparation import loss_share

@@ -12,7 +12,7 @@ from acceleration.distributed import mesh as meshes
 from acceleration.config import MeshConfig, ParallelConfig
 from acceleration.parallelize import parallelize
 from opensora.inference.load import FromFile
-from opensora.models import MODEL_SIZES, build_model, init_model_
+from opensora.models.families import MODEL_SIZES, build_model, init_model_
 from opensora.models.mmdit.convert import FLUX, load_state_dict_for
 from opensora.utils.errors import UserError
 from tests.dist.harness import run_distributed

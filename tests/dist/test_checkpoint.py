@@ -18,7 +18,7 @@ from acceleration.config import MeshConfig, OptimConfig, ParallelConfig
 from acceleration.engines import Engine, build_engine
 from acceleration.optim.optimizers import lr_at
 from acceleration.parallelize import parallelize
-from opensora.models import build_model
+from opensora.models.families import build_model
 from opensora.train.preparation import loss_share
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64

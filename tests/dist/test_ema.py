@@ -12,7 +12,7 @@ from acceleration.config import OptimConfig, ParallelConfig
 from acceleration.engines import build_engine
 from acceleration.optim.optimizers import ema_decay_at
 from acceleration.parallelize import parallelize
-from opensora.models import build_model
+from opensora.models.families import build_model
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import Layout
 from tests.dist.problem import MODEL, batches, elements

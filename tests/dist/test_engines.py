@@ -27,7 +27,7 @@ from acceleration.engines import ENGINES, Engine, build_engine
 from acceleration.engines.colossalai_engine import ColossalAIEngine
 from acceleration.optim.optimizers import lr_at
 from acceleration.parallelize import parallelize
-from opensora.models import build_model
+from opensora.models.families import build_model
 from opensora.train.preparation import loss_share
 from tests.dist import fake_colossalai
 from tests.dist.harness import run_distributed

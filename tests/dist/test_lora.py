@@ -25,7 +25,7 @@ from acceleration.config import LoraConfig, OptimConfig, ParallelConfig, Precisi
 from acceleration.engines import Engine, build_engine
 from acceleration.distributed.mesh import COPIES, Mesh
 from acceleration.parallelize import parallelize
-from opensora.models import build_model
+from opensora.models.families import build_model
 from opensora.train.preparation import loss_share
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import MESHES, Layout

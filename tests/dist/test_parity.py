@@ -24,7 +24,7 @@ from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
 from acceleration.accounting.model_profile import structure_of
 from opensora.datasets.loading.reader import PackedBatch
-from opensora.models import build_model
+from opensora.models.families import build_model
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.planner.forecast import run_denoiser
 from opensora.train.preparation import Preparation, loss_share

@@ -24,7 +24,7 @@ from acceleration.accounting.model_profile import structure_of
 from acceleration.distributed.tasks import SharedWork
 from opensora.inference.load import Components, check_guidance
 from opensora.inference.pipeline import prepare_api
-from opensora.models import MMDiTConfig, build_model
+from opensora.models.families import MMDiTConfig, build_model
 from opensora.planner.forecast import run_denoiser
 from opensora.utils.errors import UserError
 from opensora.utils.rng import torch_generator

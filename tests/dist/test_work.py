@@ -20,7 +20,7 @@ from opensora.inference.load import tile_runner
 from opensora.models.vae import AutoencoderConfig, DCTConfig, Flux2DConfig, HunyuanConfig, build_autoencoder
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.train.preparation import Preparation, Tokens
-from opensora.utils.work import Work, one_by_one
+from opensora.utils.tasks import Work, one_by_one
 from tests.dist.harness import run_distributed
 from tests.dist.problem import FakeBatch, FakeText
 

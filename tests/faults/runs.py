@@ -15,13 +15,13 @@ import torch.distributed as dist
 
 from acceleration.checkpoint import contents, newest
 from acceleration.sharding.fsdp import local
-from opensora.config import RunConfig, load_config
+from opensora.config.run import RunConfig, load_config
 from opensora.train import loop, setup
 from opensora.train.health.anomaly_guard import Hopeless
 from opensora.train.run import Run
 from opensora.train.setup import Interrupted, start_run
-from opensora.utils import signals
-from opensora.utils.logging import read_metrics
+from opensora.utils import signal_handler as signals
+from opensora.utils.console import read_metrics
 
 ALWAYS = 10**9
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from opensora.config import run_cli
+from opensora.config.run import run_cli
 from opensora.utils.errors import UserError
 from tests.conftest import ROOT
 from tests.faults.conftest import Tally
@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "launch"))
 
 # module -> arguments that are right up to the configuration or folder, which is not there
 COMMANDS = {
-    "opensora.cli.plan": ["nowhere.yaml", "--world", "8"],
+    "opensora.cli.forecast": ["nowhere.yaml", "--world", "8"],
     "opensora.cli.plot": ["nowhere"],
     "opensora.cli.calibrate": ["nowhere"],
     "opensora.cli.precompute": ["nowhere.yaml", "--out", "features"],
@@ -166,7 +166,7 @@ def test_every_command_is_here() -> None:
 
 
 def test_a_number_that_is_one() -> None:
-    from opensora.utils.arguments import number, whole
+    from opensora.utils.command_line.arguments import number, whole
 
     assert [whole(0, 9)(text) for text in ("0", "+3", "9", "007")] == [0, 3, 9, 7]
     assert [number(0, 9)(text) for text in ("0", ".5", "1e-3", "9.", "+2")] == [0, 0.5, 1e-3, 9, 2]
@@ -184,4 +184,4 @@ def test_messages(monkeypatch: pytest.MonkeyPatch) -> None:
         (["x.yaml"], "the following arguments are required: --world"),
     ):
         with pytest.raises(UserError, match=f"^{message}"):
-            main_of("opensora.cli.plan")(argv)
+            main_of("opensora.cli.forecast")(argv)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from opensora.config import RunConfig, load_config, run_cli, save
-from opensora.utils import command
-from opensora.utils.command import ending_of
+from opensora.config.run import RunConfig, load_config, run_cli, save
+from opensora.utils.command_line import command
+from opensora.utils.command_line.command import ending_of
 from opensora.utils.errors import UserError, one_line
 from tests.conftest import ROOT
 from tests.faults.conftest import Tally

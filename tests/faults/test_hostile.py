@@ -17,15 +17,15 @@ from safetensors.torch import save_file
 from acceleration.checkpoint import CheckpointManager, atomic_dir as storage
 from acceleration.checkpoint.listing import contents, newest
 from acceleration.files.sealed_json import seal
-from opensora.config import SampleConfig, load_config
+from opensora.config.run import SampleConfig, load_config
 from opensora.datasets.loading import feature_store as features
 from opensora.datasets.decode.common import DecodeError
 from opensora.datasets.table.clip_storage import locate
 from opensora.inference.load import find_source
 from opensora.models.mmdit.convert import WeightFile
-from opensora.utils.adapters import CONFIG, WEIGHTS, read_adapter
+from opensora.models.weights.adapters import CONFIG, WEIGHTS, read_adapter
 from opensora.utils.errors import UserError
-from opensora.utils.weights import INDEX
+from opensora.utils.files.safetensors_files import INDEX
 from tests.dist.harness import run_distributed
 from tests.faults.conftest import Tally
 from tests.faults.saving import state

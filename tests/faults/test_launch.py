@@ -19,8 +19,8 @@ from acceleration.checkpoint.atomic_dir import read_manifest
 from launch import elastic, submit
 from launch.attempts import Attempt, attempts_without_progress, decide, newest_step, read_history
 from launch.attempts import main as attempts_main
-from opensora.config import RunConfig, load_config, run_cli
-from opensora.utils.version import code_digest
+from opensora.config.run import RunConfig, load_config, run_cli
+from opensora.utils.code_digest import code_digest
 from tests.conftest import ROOT
 from tests.integration import conftest as integration
 from tests.integration.conftest import CONFIG

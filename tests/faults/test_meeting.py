@@ -21,7 +21,7 @@ from acceleration.diagnostics.preflight import Facts, assess, differences
 from acceleration.distributed.rendezvous import Door, StartError, meet, ranges
 from acceleration.distributed.runtime import Runtime
 from opensora.cli.train import main as train_main
-from opensora.config import RunConfig, load_config, run_cli
+from opensora.config.run import RunConfig, load_config, run_cli
 from opensora.train.state import run_lock as run_folder
 from opensora.train.setup import start_run
 from opensora.utils.errors import UserError

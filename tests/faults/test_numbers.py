@@ -10,7 +10,7 @@ import torch
 from acceleration.checkpoint import contents, newest
 from acceleration.diagnostics.replica_check import digest as hashed
 from opensora.cli import train as cli
-from opensora.config import GuardConfig
+from opensora.config.run import GuardConfig
 from opensora.train.health.anomaly_guard import RECOVERED, Guard
 from opensora.train.run import Run
 from tests.dist.harness import run_distributed

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from opensora.config import RunConfig, SampleConfig, load_config, run_cli
+from opensora.config.run import RunConfig, SampleConfig, load_config, run_cli
 from opensora.inference.load import find_source
 from opensora.train.state.resume import check_paths
 from opensora.utils.errors import MAX_LINE, MAX_WORD, UserError, one_line
-from opensora.utils.untrusted import short
+from opensora.utils.files.untrusted import short
 from tests.conftest import ROOT
 from tests.faults.conftest import Tally
 from tests.unit.test_config import GOOD
@@ -49,7 +49,7 @@ READS = {
     "index --captions": ("data_pipeline.index", [".", "--out", "t.csv", "--captions", "{}"]),
     "plot RUN": ("opensora.cli.plot", ["{}"]),
     "calibrate RUN": ("opensora.cli.calibrate", ["{}"]),
-    "plan CONFIG": ("opensora.cli.plan", ["{}", "--world", "2"]),
+    "plan CONFIG": ("opensora.cli.forecast", ["{}", "--world", "2"]),
     "buckets CONFIG": ("opensora.cli.buckets", ["{}"]),
     "buckets data.table": ("opensora.cli.buckets", ["run.yaml", "data.table={}"]),
     "train CONFIG": ("opensora.cli.train", ["{}"]),

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from opensora.cli import sample, train
-from opensora.config import RunConfig, SampleConfig, load_config, run_cli, save
+from opensora.config.run import RunConfig, SampleConfig, load_config, run_cli, save
 from opensora.inference import check
 from opensora.inference.check import least_bytes
 from opensora.inference.load import find_source, weight_layout
-from opensora.models import build_model
+from opensora.models.families import build_model
 from opensora.models.mmdit.convert import save_state_dict
 from opensora.models.vae import autoencoder_shape
 from opensora.utils.errors import UserError

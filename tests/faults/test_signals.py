@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from opensora.datasets.decode.api import probe
-from opensora.utils import signals
+from opensora.utils import signal_handler as signals
 from tests.conftest import ROOT
 from tests.dist.harness import DistributedFailure, run_distributed
 from tests.faults.conftest import CONFIG, Tally

@@ -14,7 +14,7 @@ from acceleration.config import OptimConfig, ParallelConfig, PrecisionConfig
 from acceleration.engines import build_engine
 from acceleration.distributed.mesh import build as build_mesh
 from acceleration.parallelize import parallelize
-from opensora.models import build_model
+from opensora.models.families import build_model
 from opensora.train.preparation import loss_share
 from tests.dist.problem import MODEL, batches, elements
 from tests.dist.test_parity import CLIP, LR, STEPS, fill, on_one_process, preparation, relative

@@ -11,7 +11,7 @@ from acceleration.distributed import runtime as runtimes
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
-from opensora.models import build_model
+from opensora.models.families import build_model
 from opensora.train.preparation import loss_share
 from tests.dist.problem import MODEL, batches, elements
 from tests.dist.test_parity import fill, on_one_process, preparation, relative

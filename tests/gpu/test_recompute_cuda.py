@@ -8,7 +8,7 @@ from acceleration.distributed import mesh as meshes
 from acceleration.config import CompileConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
-from opensora.models import build_model
+from opensora.models.families import build_model
 from opensora.train.preparation import loss_share
 from tests.dist.layouts import FP64
 from tests.dist.problem import MODEL, batches, elements

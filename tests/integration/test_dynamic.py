@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from opensora.config import RunConfig, load_config
+from opensora.config.run import RunConfig, load_config
 from opensora.train.loop import train
 from opensora.train.setup import start_run
 from tests.dist.harness import run_distributed

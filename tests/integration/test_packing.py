@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from opensora.cli.buckets import main as buckets
-from opensora.cli.plan import main as plan
+from opensora.cli.forecast import main as plan
 from opensora.cli.precompute import main as precompute
-from opensora.models import MMDiT
+from opensora.models.families import MMDiT
 from opensora.utils.errors import UserError
 from tests.integration.test_train_and_sample import LAYOUT_B, train_on, weights
 

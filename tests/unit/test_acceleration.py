@@ -15,7 +15,7 @@ from acceleration.distributed.mesh import resolve, view
 from acceleration.optim.optimizers import ema_decay_at, lr_at
 from acceleration.distributed.runtime import first_host, ranks_from_environment, rendezvous_from_environment
 from acceleration.sequence import SequenceParallel
-from opensora.utils.weights import INDEX, write_weights
+from opensora.utils.files.safetensors_files import INDEX, write_weights
 from tests.dist.toy import Toy
 
 

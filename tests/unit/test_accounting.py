@@ -12,7 +12,7 @@ from acceleration.accounting.activation_memory import spread
 from acceleration.config import MeshConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.sequence import SequenceParallel
 from acceleration.accounting.model_profile import Linear, Structure, structure_of
-from opensora.models import build_model
+from opensora.models.families import build_model
 from opensora.models.mmdit import MMDiTConfig
 from opensora.models.mmdit.model import SIZES, count_parameters
 from opensora.planner.forecast import denoiser_inputs, run_denoiser

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from acceleration import lora
 from acceleration.sharding import fsdp as sharding
 from opensora.inference.load import _exported, flux_adapter, weight_layout
-from opensora.models import MODEL_SIZES, build_model
+from opensora.models.families import MODEL_SIZES, build_model
 from opensora.models.mmdit import MMDiT, MMDiTConfig
 from opensora.models.mmdit.convert import plan_adapter
-from opensora.utils.adapters import CONFIG, WEIGHTS, read_adapter, write_adapter, write_comfyui
+from opensora.models.weights.adapters import CONFIG, WEIGHTS, read_adapter, write_adapter, write_comfyui
 from opensora.utils.errors import UserError
 from opensora.utils.rng import torch_generator
 

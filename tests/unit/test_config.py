@@ -9,25 +9,12 @@ from typing import Any, Literal
 import pytest
 from omegaconf import OmegaConf
 
-from opensora import config
-from opensora.config import (
-    AUTOENCODER_CONFIGS,
-    MODEL_CONFIGS,
-    TEXT_ENCODER_CONFIGS,
-    RunConfig,
-    SampleConfig,
-    config_from_argv,
-    config_hash,
-    load_config,
-    run_cli,
-    save,
-    to_omegaconf,
-    to_yaml,
-)
-from opensora.models import MODEL_SIZES
+from opensora.config import run as config
+from opensora.config.run import AUTOENCODER_CONFIGS, MODEL_CONFIGS, TEXT_ENCODER_CONFIGS, RunConfig, SampleConfig, config_from_argv, config_hash, load_config, run_cli, save, to_omegaconf, to_yaml
+from opensora.models.families import MODEL_SIZES
 from opensora.utils.errors import UserError
-from opensora.utils.typed import build, plain, section
-from opensora.utils.yaml_strict import read_yaml
+from opensora.config.schema import build, plain, section
+from opensora.config.strict_yaml import read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 

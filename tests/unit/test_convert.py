@@ -24,7 +24,7 @@ from opensora.models.mmdit.convert import (
 )
 from opensora.models.mmdit.model import MMDiT, MMDiTConfig
 from opensora.utils.errors import UserError
-from opensora.utils.weights import INDEX
+from opensora.utils.files.safetensors_files import INDEX
 from tests.unit.test_mmdit import DEBUG, inputs, random_model
 
 ALL = [WeightLayout(fused_qkv=fused, rope_layout=rope) for fused in (True, False) for rope in ("interleaved", "half")]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from acceleration.distributed.mesh import view
 from acceleration.sequence import SequenceParallel
-from opensora.config import RunConfig, load_config
+from opensora.config.run import RunConfig, load_config
 from opensora.datasets.loading.feature_store import FeatureStore, shard_name
 from opensora.datasets.loading.loader import build_loader
 from opensora.models.text import build_text_encoder

@@ -10,8 +10,8 @@ import torch
 from acceleration.distributed import mesh as meshes
 from acceleration.accounting.comm_volume import MicroBatch, Place
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
-from opensora.cli.plan import main
-from opensora.config import RunConfig, load_config
+from opensora.cli.forecast import main
+from opensora.config.run import RunConfig, load_config
 from opensora.models.mmdit.model import SIZES
 from opensora.planner.devices import DEVICES
 from opensora.planner.forecast import Forecaster, Planner, check_memory

@@ -10,10 +10,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
-from opensora.config import RunConfig, SampleConfig, load_config
+from opensora.config.run import RunConfig, SampleConfig, load_config
 from opensora.utils.errors import UserError
 from opensora.utils.sampling import SamplingOption
-from opensora.utils.typed import TABLE
+from opensora.config.schema import TABLE
 from tests.unit.test_config import GOOD
 
 HUGE = ["1000000000000000", "9223372036854775807", "1.0e+18", "1.0e+308"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from opensora.utils import signals
+from opensora.utils import signal_handler as signals
 from tests.conftest import ROOT
 
 COMMANDS = {

@@ -25,7 +25,7 @@ from opensora.datasets.decode.process import DecoderProcess
 from opensora.datasets.loading.window import window_start
 from opensora.datasets.loading.reader import Batch, BatchReader, Job
 from opensora.utils.errors import UserError
-from opensora.utils.prompt import with_suffix
+from opensora.utils.prompt_suffix import with_suffix
 from tests.unit.test_decode import encode
 
 BUCKETS = {"32px": {1: [1.0, 3], 5: [1.0, 2], 9: [1.0, 2]}}

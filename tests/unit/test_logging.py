@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from opensora.utils import logging as logs
+from opensora.utils import console as logs
 from opensora.utils.errors import UserError
-from opensora.utils.images import _fitting, contact_sheet, loss_curve, running_mean
-from opensora.utils.logging import MetricsLogger, announce, launched_rank, progress, read_metrics
+from opensora.utils.charts import _fitting, contact_sheet, loss_curve, running_mean
+from opensora.utils.console import MetricsLogger, announce, launched_rank, progress, read_metrics
 
 
 def _steps(path: Path) -> list[int]:
@@ -272,7 +272,7 @@ def test_the_running_mean_starts_at_the_first_value() -> None:
 
 def test_importing_loads_no_optional_package() -> None:
     program = (
-        "import sys, opensora.utils.logging, opensora.utils.images\n"
+        "import sys, opensora.utils.console, opensora.utils.charts\n"
         "print(sorted({'wandb', 'tensorboard', 'matplotlib', 'torch'} & set(sys.modules)))"
     )
     root = Path(__file__).resolve().parents[2]

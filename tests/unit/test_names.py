@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from opensora.config import RunConfig, load_config
+from opensora.config.run import RunConfig, load_config
 from opensora.utils.errors import UserError
 from opensora.utils.names import name_problem
 from tests.unit.test_config import GOOD

@@ -18,7 +18,7 @@ from acceleration.attention.kernels.varlen import Varlen
 from acceleration.distributed.mesh import view
 from acceleration.sequence import Segments, SequenceParallel
 from opensora.datasets.loading.reader import PackedBatch
-from opensora.models import build_model
+from opensora.models.families import build_model
 from opensora.models.layers import modulation
 from opensora.models.layers.attention import SDPACore
 from opensora.train.preparation import Tokens, loss_share

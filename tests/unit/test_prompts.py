@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from opensora.config import SampleConfig
+from opensora.config.run import SampleConfig
 from opensora.inference.prompts import MAX_PROMPT, Job, read_jobs, with_names
 from opensora.utils.errors import UserError
 from opensora.utils.sampling import SamplingOption

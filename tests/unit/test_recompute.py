@@ -16,7 +16,7 @@ from acceleration.config import RecomputeConfig
 from acceleration.attention.kernels import KERNELS, Kernel
 from acceleration.distributed.mesh import view
 from acceleration.blocks.activation_offload import Offload
-from opensora.models import build_model
+from opensora.models.families import build_model
 from tests.dist.problem import MODEL, batches
 from tests.dist.test_parity import fill, preparation
 from tests.dist.toy import Toy

@@ -17,7 +17,7 @@ from opensora.models.vae import (
 )
 from opensora.models.vae.dct import DCTAutoencoder, block_basis, first_frame_frequencies, kept_frequencies
 from opensora.utils.errors import UserError
-from opensora.utils.work import Work, one_by_one
+from opensora.utils.tasks import Work, one_by_one
 
 
 def clip(frames: int = 9, height: int = 16, width: int = 24, dtype: torch.dtype = torch.float32) -> torch.Tensor:

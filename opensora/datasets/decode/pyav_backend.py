@@ -33,7 +33,7 @@ from opensora.datasets.decode.common import MAX_FPS, WHITE, Allocate, Colour, De
 from opensora.datasets.decode.gif_blocks import pictures_in
 from opensora.datasets.decode.file_type import CLIP_SUFFIXES, sniff_source
 from opensora.datasets.table.clip_storage import Source
-from opensora.utils.untrusted import parsing
+from opensora.utils.files.untrusted import parsing
 
 # What a file may be read as. Lists of other files (concat, HLS, DASH, numbered pictures), text that is drawn and
 # devices are not among them: a file must not make a run open another place.

@@ -9,7 +9,7 @@ import numpy as np
 from opensora.datasets.decode.common import Allocate, Deadline, DecodeError, Resize, scale_rgb
 from opensora.datasets.table.clip_storage import Source
 from opensora.utils.errors import UserError
-from opensora.utils.untrusted import parsing, short_reason
+from opensora.utils.files.untrusted import parsing, short_reason
 
 _AT_ONCE = 8  # frames held at full size
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from opensora.datasets.decode.api import DecodeError, probe, read_frames
-from opensora.utils.signals import NAMES, end_with_parent
+from opensora.utils.signal_handler import NAMES, end_with_parent
 
 IGNORED_SIGNALS = NAMES  # what asks a run to stop
 ORPHAN_S = 60.0  # beyond the time limit of a sample: then nobody is there who would have killed this process

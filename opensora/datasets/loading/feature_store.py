@@ -24,23 +24,9 @@ from torch import Tensor
 
 from opensora.datasets.plan.batch_plan import MicroBatch
 from opensora.utils.errors import UserError
-from opensora.utils.untrusted import (
-    COUNT,
-    OBJECT,
-    SHA256,
-    TEXT,
-    Each,
-    Shape,
-    mismatch,
-    parse_json,
-    parsing,
-    read_small,
-    require_file,
-    seal,
-    unseal,
-)
-from opensora.utils.user_files import absence, replacing
-from opensora.utils.weights import write_file
+from opensora.utils.files.untrusted import COUNT, OBJECT, SHA256, TEXT, Each, Shape, mismatch, parse_json, parsing, read_small, require_file, seal, unseal
+from opensora.utils.files.user_files import absence, replacing
+from opensora.utils.files.safetensors_files import write_file
 
 MANIFEST, INDEX, NULL = "manifest.json", "index.arrow", "null.safetensors"
 FORMAT = 3

@@ -23,8 +23,8 @@ from opensora.datasets.plan.batch_plan import MicroBatch
 from opensora.datasets.decode.process import DecoderLost, ReadFrames
 from opensora.datasets.loading.window import crop_origin, random_crop_origin, window_start
 from opensora.utils.errors import UserError
-from opensora.utils.logging import announce
-from opensora.utils.prompt import with_suffix
+from opensora.utils.console import announce
+from opensora.utils.prompt_suffix import with_suffix
 
 MAX_TRIES = 8  # substitutes tried for one unreadable sample
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from opensora.datasets.table.checksums import Damaged
 from opensora.utils.errors import UserError
-from opensora.utils.logging import announce
+from opensora.utils.console import announce
 
 try:
     import fcntl

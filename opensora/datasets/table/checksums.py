@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from opensora.utils.errors import UserError
-from opensora.utils.untrusted import parse_json, parsing
+from opensora.utils.files.untrusted import parse_json, parsing
 
 ABOUT, CHECKSUMS = "index.json", "checksums.bin"
 SEGMENT_BYTES = 1 << 14  # where a file has no segments of its own; one sample reads one of each column

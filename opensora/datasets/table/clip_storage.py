@@ -23,7 +23,7 @@ from functools import lru_cache, partial
 from typing import BinaryIO, cast
 
 from opensora.datasets.decode.common import DecodeError
-from opensora.utils.untrusted import parsing, short_reason
+from opensora.utils.files.untrusted import parsing, short_reason
 
 # Digits as a program writes them: \d would match those of other scripts too.
 _RANGE = re.compile(r"(?P<file>.+)#(?P<name>[^#]+)@(?P<offset>[0-9]+)\+(?P<size>[0-9]+)", re.DOTALL)

@@ -24,7 +24,7 @@ import pyarrow.parquet as papq
 
 from opensora.datasets.decode.common import MAX_FPS, MAX_PIXELS, MAX_SIDE
 from opensora.utils.errors import UserError
-from opensora.utils.user_files import absence, check_quotes
+from opensora.utils.files.user_files import absence, check_quotes
 
 _TEXT = ("path", "text")
 _COUNTS = ("num_frames", "height", "width")

@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor
 
 from opensora.utils.limits import SCALE, Limits
-from opensora.utils.work import RunAll, Work, one_by_one
+from opensora.utils.tasks import RunAll, Work, one_by_one
 
 TEMPORAL = 4  # frames per block after the first frame
 COLOURS = 3

@@ -11,7 +11,7 @@ from torch import Tensor
 from opensora.models.vae.folder import KEY, MAX_CHANNELS, load_frozen, stated_number, stated_shape
 from opensora.utils.errors import UserError
 from opensora.utils.limits import Limits
-from opensora.utils.work import RunAll, Work, one_by_one
+from opensora.utils.tasks import RunAll, Work, one_by_one
 
 COLOURS = 3
 MAX_LEVELS = 7  # each halves the frame

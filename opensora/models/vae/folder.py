@@ -7,8 +7,8 @@ import torch
 
 from opensora.models.pretrained import load_pretrained
 from opensora.utils.errors import UserError
-from opensora.utils.untrusted import ANY, mismatch, parse_json, parsing, read_small
-from opensora.utils.user_files import absence
+from opensora.utils.files.untrusted import ANY, mismatch, parse_json, parsing, read_small
+from opensora.utils.files.user_files import absence
 
 KEY = "vae.path"
 MAX_STRIDE, MAX_CHANNELS = 64, 4096  # of an autoencoder, as its config.json states them

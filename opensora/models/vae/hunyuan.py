@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opensora.models.vae.folder import MAX_CHANNELS, MAX_STRIDE, load_frozen, stated_number
 from opensora.models.vae.tiles import Size, Tiling, code_in_tiles
-from opensora.utils.work import RunAll, one_by_one
+from opensora.utils.tasks import RunAll, one_by_one
 
 SCALE = 0.476986  # latents = SCALE * sample
 COLOURS = 3

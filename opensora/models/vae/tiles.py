@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from opensora.utils.work import RunAll, Work
+from opensora.utils.tasks import RunAll, Work
 
 Size = tuple[int, int, int]  # (frames, height, width)
 TIME, HEIGHT, WIDTH = 2, 3, 4  # dims of (B, C, T, H, W)

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from acceleration.diagnostics import replica_check as replicas
 from acceleration.distributed.comm_timer import WAITING
-from opensora.config import GuardConfig
-from opensora.utils.logging import announce
+from opensora.config.run import GuardConfig
+from opensora.utils.console import announce
 
 if TYPE_CHECKING:
     from opensora.train.run import Run

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from acceleration.distributed.mesh import SAMPLE_AXES, Mesh
 from opensora.datasets.table.manifest import ClipTable
 from opensora.utils.errors import UserError
-from opensora.utils.logging import announce
+from opensora.utils.console import announce
 from opensora.utils.rng import derive_key
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ import logging
 from acceleration.distributed import runtime as runtimes
 from acceleration.diagnostics.preflight import PreflightError, preflight
 from acceleration.distributed.runtime import Runtime
-from opensora.config import RunConfig, config_hash
+from opensora.config.run import RunConfig, config_hash
 from opensora.utils.errors import UserError
-from opensora.utils.logging import announce
-from opensora.utils.version import code_digest
+from opensora.utils.console import announce
+from opensora.utils.code_digest import code_digest
 
 BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 

@@ -11,8 +11,8 @@ from acceleration.distributed.mesh import Mesh
 from acceleration.distributed.runtime import Runtime
 from acceleration.distributed.comm_timer import WAITING
 from acceleration.diagnostics.watchdog import Watchdog
-from opensora.config import RunConfig
-from opensora.utils.logging import announce
+from opensora.config.run import RunConfig
+from opensora.utils.console import announce
 
 STEP = ("data", "encode", "forward", "backward", "update", "agree", "record", "commit")
 ASIDE = ("save", "sample", "export", "replicas", "return")

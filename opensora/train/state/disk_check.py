@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import nn
 
 from acceleration.sharding.precision import DTYPES
-from opensora.config import RunConfig
+from opensora.config.run import RunConfig
 from opensora.utils.errors import UserError
-from opensora.utils.logging import announce, launched_rank
+from opensora.utils.console import announce, launched_rank
 
 _MOMENTS = {"adamw": 2, "sgd": 0}
 

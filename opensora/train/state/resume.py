@@ -12,14 +12,14 @@ from acceleration.checkpoint.atomic_dir import MANIFEST, step_name
 from acceleration.engines import Engine
 from acceleration.distributed.runtime import Runtime
 from acceleration.files.sealed_json import ANY, COUNT, FLAG, NULL, NUMBER, OBJECT, TEXT, WHOLE, Each, Shape, mismatch
-from opensora import config
-from opensora.config import RunConfig
+from opensora.config import run as config
+from opensora.config.run import RunConfig
 from opensora.inference.load import part_of_run
 from opensora.utils.errors import UserError
-from opensora.utils.logging import announce
-from opensora.utils.typed import plain
-from opensora.utils.user_files import absence
-from opensora.utils.yaml_strict import read_yaml
+from opensora.utils.console import announce
+from opensora.config.schema import plain
+from opensora.utils.files.user_files import absence
+from opensora.config.strict_yaml import read_yaml
 
 # Settings that may differ from one start of a run to the next and leave it the same run.
 FREE = (

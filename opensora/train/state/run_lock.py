@@ -23,14 +23,14 @@ from typing import Any
 from acceleration.files.atomic_write import kind_of, read_small, replacing
 from acceleration.distributed.runtime import restart_count
 from acceleration.files.sealed_json import COUNT, FLAG, NULL, TEXT, Shape, seal, unseal
-from opensora import config
-from opensora.config import RunConfig
-from opensora.utils import digests
-from opensora.utils.adapters import CONFIG, WEIGHTS
+from opensora.config import run as config
+from opensora.config.run import RunConfig
+from opensora.utils.files import digests
+from opensora.models.weights.adapters import CONFIG, WEIGHTS
 from opensora.utils.errors import UserError
-from opensora.utils.logging import METRICS_NAME, WANDB_ID_NAME, announce
-from opensora.utils.weights import INDEX, SINGLE
-from opensora.utils.yaml_strict import read_yaml
+from opensora.utils.console import METRICS_NAME, WANDB_ID_NAME, announce
+from opensora.utils.files.safetensors_files import INDEX, SINGLE
+from opensora.config.strict_yaml import read_yaml
 
 DONE = "DONE"  # in the folder of a run that is finished
 LOCK, OWNER = ".lock", "owner.json"

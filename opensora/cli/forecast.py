@@ -1,10 +1,10 @@
-"""Forecast memory, traffic and time: ``python -m opensora.cli.plan CONFIG.yaml --world 512 --device h100 [overrides]``.
+"""Forecast memory, traffic and time: ``python -m opensora.cli.forecast CONFIG.yaml --world 512 --device h100 [overrides]``.
 
 Starts no process and allocates nothing. Prints the configured layout on every bucket, then the fastest layouts that fit
 the heaviest bucket.
 """
 
-from opensora.utils import signals
+from opensora.utils import signal_handler as signals
 
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
     signals.listen_early()
@@ -14,12 +14,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
-from opensora.config import RunConfig, load_config, run_cli
+from opensora.config.run import RunConfig, load_config, run_cli
 from opensora.planner.devices import DEVICES
 from opensora.planner.forecast import Forecast, Planner, check_own
-from opensora.utils.arguments import Parser, number, whole
+from opensora.utils.command_line.arguments import Parser, number, whole
 from opensora.utils.errors import UserError
-from opensora.utils.logging import Progress
+from opensora.utils.console import Progress
 
 MAX_WORLD = 4096
 MAX_TOP = 1000
@@ -33,7 +33,7 @@ COLUMNS = (
 
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
-    parser = Parser(prog="python -m opensora.cli.plan", description=(__doc__ or "").split("\n\n")[1])
+    parser = Parser(prog="python -m opensora.cli.forecast", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("config", help="a training configuration; overrides section.key=value follow")
     parser.add_argument("--world", type=whole(1, MAX_WORLD), required=True, help=f"number of devices, 1 to {MAX_WORLD}")
     parser.add_argument("--device", choices=DEVICES, default="h100")

@@ -21,31 +21,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from acceleration.config import LoraConfig, OptimConfig, ParallelConfig
 from opensora.datasets import DataConfig
-from opensora.models import MODEL_SIZES, MODELS, MMDiTConfig
+from opensora.models.families import MODEL_SIZES, MODELS, MMDiTConfig
 from opensora.models.text import TEXT_ENCODERS, ByteTextConfig, TextConfig
 from opensora.models.vae import AUTOENCODERS, AutoencoderConfig, autoencoder_shape
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
-from opensora.utils import signals
-from opensora.utils.command import abandon_output, be_printable, ending_of, finish_output
+from opensora.utils import signal_handler as signals
+from opensora.utils.command_line.command import abandon_output, be_printable, ending_of, finish_output
 from opensora.utils.errors import UserError
 from opensora.utils.limits import SECONDS, STEPS, Limits
-from opensora.utils.logging import LogConfig, launched_rank
+from opensora.utils.console import LogConfig, launched_rank
 from opensora.utils.names import name_problem
 from opensora.utils.sampling import SamplingOption
-from opensora.utils.typed import build, is_table, plain, section, shown, types_at, wants_text
-from opensora.utils.untrusted import parsing, short
-from opensora.utils.user_files import replacing
-from opensora.utils.yaml_strict import (
-    COMMAND_LINE,
-    MAX_DEPTH,
-    Keys,
-    Lines,
-    dotted,
-    is_regular_file,
-    parse_value,
-    read_yaml,
-    to_yaml_text,
-)
+from opensora.config.schema import build, is_table, plain, section, shown, types_at, wants_text
+from opensora.utils.files.untrusted import parsing, short
+from opensora.utils.files.user_files import replacing
+from opensora.config.strict_yaml import COMMAND_LINE, MAX_DEPTH, Keys, Lines, dotted, is_regular_file, parse_value, read_yaml, to_yaml_text
 
 SAVED_NAME = "config.yaml"  # of the resolved configuration inside a run's folder
 MAX_FILES = 100  # that a configuration may be put together from

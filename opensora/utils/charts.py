@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from opensora.utils.logging import read_metrics
-from opensora.utils.untrusted import NUMBER
+from opensora.utils.console import read_metrics
+from opensora.utils.files.untrusted import NUMBER
 
 MARGIN = 8  # pixels around and between frames
 TITLE_HEIGHT = 22

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from opensora.utils.errors import UserError
-from opensora.utils.untrusted import parsing, short
+from opensora.utils.files.untrusted import parsing, short
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32

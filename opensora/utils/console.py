@@ -18,8 +18,8 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from opensora.utils.errors import UserError
-from opensora.utils.untrusted import ANY, COUNT, TEXT, mismatch, parse_json, read_small, seal, unseal
-from opensora.utils.user_files import replacing
+from opensora.utils.files.untrusted import ANY, COUNT, TEXT, mismatch, parse_json, read_small, seal, unseal
+from opensora.utils.files.user_files import replacing
 
 METRICS_NAME, WANDB_ID_NAME = "metrics.jsonl", "wandb_id"
 MAX_METRICS = 1 << 34  # bytes

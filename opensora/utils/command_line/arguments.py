@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from opensora.utils.errors import UserError
-from opensora.utils.untrusted import short
+from opensora.utils.files.untrusted import short
 
 _WHOLE = re.compile(r"[-+]?[0-9]{1,18}")
 _NUMBER = re.compile(r"[-+]?(?:\.[0-9]{1,300}|[0-9]{1,300}(?:\.[0-9]{0,300})?)(?:[eE][-+]?[0-9]{1,3})?")
