@@ -3,12 +3,14 @@
 import torch
 from torch import nn
 
-from acceleration.blocks import compile, activation_checkpoint as recompute
 from acceleration import sequence
-from acceleration.sharding import fsdp as sharding, tensor_parallel
+from acceleration.blocks import activation_checkpoint as recompute
+from acceleration.blocks import compile
 from acceleration.config import ParallelConfig
 from acceleration.distributed.mesh import Mesh
 from acceleration.protocol import Fill, Shardable
+from acceleration.sharding import fsdp as sharding
+from acceleration.sharding import tensor_parallel
 
 
 def parallelize(model: nn.Module, cfg: ParallelConfig, mesh: Mesh, device: torch.device, fill: Fill) -> nn.Module:

@@ -25,12 +25,12 @@ import pyarrow as pa
 import yaml
 
 from benchmarks.clip_columns import clip_columns
-from opensora.datasets.plan.balance import deal
 from opensora.datasets.buckets.bucket import BucketTable
-from opensora.datasets.config import DataConfig
 from opensora.datasets.buckets.cost import image_tokens
-from opensora.datasets.table.manifest import ClipTable, TextsInMemory
+from opensora.datasets.config import DataConfig
+from opensora.datasets.plan.balance import deal
 from opensora.datasets.plan.batch_plan import BatchPlan
+from opensora.datasets.table.manifest import ClipTable, TextsInMemory
 
 RANKS = (8, 64, 224, 1024)
 MULTIPLE = 16

@@ -31,12 +31,12 @@ import yaml
 from benchmarks.clip_columns import clip_columns
 from opensora.datasets.buckets.aspect import area_of, training_sizes
 from opensora.datasets.buckets.bucket import BucketTable
-from opensora.datasets.config import DataConfig
-from opensora.datasets.plan.epoch import Epoch, Source
 from opensora.datasets.buckets.shape_class_index import group_rows
+from opensora.datasets.config import DataConfig
+from opensora.datasets.plan.batch_plan import BatchPlan
+from opensora.datasets.plan.epoch import Epoch, Source
 from opensora.datasets.table.index import index_of, open_index
 from opensora.datasets.table.manifest import COLUMNS, ClipTable, TextsInMemory
-from opensora.datasets.plan.batch_plan import BatchPlan
 
 SHARD = 1_000_000
 STAGE = Path(__file__).resolve().parents[1] / "configs" / "data" / "stage1.yaml"

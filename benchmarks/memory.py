@@ -24,16 +24,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from acceleration.distributed import mesh as meshes
 from acceleration import protocol as plan
-from acceleration.sharding import fsdp as sharding
 from acceleration.checkpoint.tensor_shards import Pieces
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
-from acceleration.engines import build_engine
 from acceleration.diagnostics.memory_usage import Allocations, held
+from acceleration.distributed import mesh as meshes
 from acceleration.distributed.mesh import Mesh
+from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
-from opensora.inference.load import FromFile, weight_layout
+from acceleration.sharding import fsdp as sharding
+from opensora.assembly.initial_weights import FromFile, weight_layout
 from opensora.models.families import MMDiTConfig, build_model
 from opensora.models.mmdit.convert import OPEN_SORA_2, load_state_dict_for, save_state_dict
 from opensora.train.preparation import Tokens, loss_share

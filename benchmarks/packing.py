@@ -30,14 +30,14 @@ from torch import nn
 from acceleration.distributed.mesh import view
 from acceleration.sequence import SequenceParallel
 from benchmarks.clip_columns import clip_columns
-from opensora.datasets.config import DataConfig
 from opensora.datasets.buckets.cost import image_tokens
+from opensora.datasets.config import DataConfig
 from opensora.datasets.loading.feature_store import Features
-from opensora.datasets.table.manifest import ClipTable, TextsInMemory
-from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch, Pack
 from opensora.datasets.loading.reader import Batch, PackedBatch
-from opensora.models.families import build_model, init_model_
+from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch, Pack
+from opensora.datasets.table.manifest import ClipTable, TextsInMemory
 from opensora.models.base import TextFeatures
+from opensora.models.families import build_model, init_model_
 from opensora.models.mmdit import MMDiTConfig
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.train.preparation import Preparation, loss_share

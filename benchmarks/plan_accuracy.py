@@ -17,16 +17,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from acceleration.distributed import mesh as meshes
 from acceleration.accounting.comm_volume import MicroBatch, Place
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
+from acceleration.distributed import mesh as meshes
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
 from opensora.models.families import build_model
 from opensora.models.mmdit import MMDiTConfig
-from opensora.schedulers.rectified_flow import squared_error
 from opensora.planner.forecast import Forecaster, denoiser_inputs
+from opensora.schedulers.rectified_flow import squared_error
 from tests.dist.harness import run_distributed
 
 SMALL = MMDiTConfig(

@@ -29,12 +29,12 @@ import pyarrow as pa
 import yaml
 
 from benchmarks.clip_columns import clip_columns
-from opensora.datasets.plan.balance import deal
-from opensora.datasets.config import DataConfig
 from opensora.datasets.buckets.cost import CostConfig
-from opensora.datasets.table.manifest import ClipTable, TextsInMemory
+from opensora.datasets.config import DataConfig
+from opensora.datasets.plan.balance import deal
 from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.datasets.plan.dynamic_sp import Sharing
+from opensora.datasets.table.manifest import ClipTable, TextsInMemory
 
 PROCESSES, EACH = 224, 4
 TEXT_TOKENS = 512

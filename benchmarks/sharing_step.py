@@ -16,9 +16,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from acceleration.distributed import mesh as meshes
 from acceleration.accounting.comm_volume import MicroBatch
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig
+from acceleration.distributed import mesh as meshes
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
@@ -26,8 +26,8 @@ from opensora.datasets.buckets.cost import CostConfig, features
 from opensora.datasets.plan.dynamic_sp import Sharing, choose, times
 from opensora.models.families import build_model
 from opensora.models.mmdit import MMDiTConfig
-from opensora.schedulers.rectified_flow import squared_error
 from opensora.planner.forecast import denoiser_inputs
+from opensora.schedulers.rectified_flow import squared_error
 from tests.dist.harness import run_distributed
 
 MODEL = MMDiTConfig(

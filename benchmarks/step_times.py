@@ -20,11 +20,13 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from opensora.config.run import RunConfig, load_config, run_cli, to_yaml
+from opensora.cli.main import run_cli
+from opensora.config.load import load_config, to_yaml
+from opensora.config.run import RunConfig
 from opensora.planner.cost_fit import calibrate
-from opensora.train.step_data import open_data
 from opensora.train.loop import train
 from opensora.train.setup import start_run
+from opensora.train.step_data import open_data
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 10

@@ -35,8 +35,8 @@ from opensora.datasets.decode.process import DecoderProcess, ReaderClosed
 from opensora.utils.command_line.arguments import Parser, number, place, whole
 from opensora.utils.command_line.command import call
 from opensora.utils.errors import UserError, one_line
-from opensora.utils.signal_handler import stopped_in_one_line
 from opensora.utils.files.user_files import absence, try_output, write_whole
+from opensora.utils.signal_handler import stopped_in_one_line
 
 MAX_WORKERS = 1024
 COLUMNS = ("path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps")

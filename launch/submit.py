@@ -28,13 +28,15 @@ from opensora.utils import signal_handler as signals  # noqa: E402
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
     signals.listen_early()
 
-from opensora.config.run import RunConfig, load_config, run_cli, save  # noqa: E402
+from opensora.cli.main import run_cli
+from opensora.config.load import load_config, save  # noqa: E402
+from opensora.config.run import RunConfig
 from opensora.train.setup import check  # noqa: E402
+from opensora.utils.code_digest import PACKAGES, code_digest  # noqa: E402
 from opensora.utils.command_line.arguments import Parser, place, whole, word  # noqa: E402
 from opensora.utils.errors import UserError  # noqa: E402
 from opensora.utils.files.untrusted import short  # noqa: E402
 from opensora.utils.files.user_files import read_text  # noqa: E402
-from opensora.utils.code_digest import PACKAGES, code_digest  # noqa: E402
 
 TEMPLATE = ROOT / "launch" / "slurm.sbatch"
 MARK = "# settings of launch/submit.py\n"

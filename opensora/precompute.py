@@ -15,21 +15,21 @@ from acceleration.config import MeshConfig
 from acceleration.distributed.mesh import view
 from acceleration.distributed.runtime import Ranks, ranks_from_environment
 from acceleration.sequence import SequenceParallel
+from opensora.assembly.stored_features import encoder_dtype, identity, identity_hash
 from opensora.config.run import RunConfig
 from opensora.datasets.decode import api as decode
 from opensora.datasets.loading import feature_store as features
 from opensora.datasets.loading.loader import read_batches
-from opensora.datasets.table.manifest import ClipTable
-from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch
 from opensora.datasets.loading.reader import Batch
+from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch
+from opensora.datasets.table.manifest import ClipTable
 from opensora.models.text import build_text_encoder
 from opensora.models.vae import build_autoencoder
-from opensora.assembly.stored_features import encoder_dtype, identity, identity_hash
-from opensora.train.setup import check
 from opensora.train.preparation import Preparation
+from opensora.train.setup import check
 from opensora.utils import signal_handler as signals
-from opensora.utils.errors import UserError
 from opensora.utils.console import announce
+from opensora.utils.errors import UserError
 from opensora.utils.files.user_files import try_output
 
 SHARD_BATCHES = 64  # micro-batches in a file

@@ -69,7 +69,11 @@ DCT, BYTES = "opensora/models/vae/dct.py", "opensora/models/text/bytes.py"
 TOKENS, PROMPT, SAMPLER = "opensora/utils/tokens.py", "opensora/utils/prompt_suffix.py", "opensora/utils/sampling.py"
 VIDEO, TRANSFORMS, BUCKET = (f"opensora/datasets/{name}.py" for name in ("video", "transforms", "bucket"))
 EPOCH, PLAN, BALANCE = (f"opensora/datasets/{name}.py" for name in ("epoch", "plan", "balance"))
-LORA, STORED, PACKING = "acceleration/lora.py", "opensora/datasets/loading/feature_store.py", "opensora/train/packed_tokens.py"
+LORA, STORED, PACKING = (
+    "acceleration/lora.py",
+    "opensora/datasets/loading/feature_store.py",
+    "opensora/train/packed_tokens.py",
+)
 PIPELINE, LOAD, SAVE, PROMPTS = (f"opensora/inference/{name}.py" for name in ("pipeline", "load", "save", "prompts"))
 
 TABLE: tuple[Mutation, ...] = (

@@ -24,7 +24,7 @@ from opensora.datasets.decode.api import require
 from opensora.models.mmdit.convert import read_state_dict
 from opensora.models.weights.adapters import WEIGHTS
 from opensora.utils.errors import UserError
-from opensora.utils.console import read_metrics
+from opensora.utils.metrics_log import read_metrics
 from tests.integration.conftest import CONFIG
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,7 +151,8 @@ def peft(place: Place) -> str:
     """Adapters that a run exported, read and merged by peft."""
     from safetensors.torch import load_file
 
-    from opensora.config.run import RunConfig, load_config
+    from opensora.config.load import load_config
+    from opensora.config.run import RunConfig
     from opensora.models.families import build_model
 
     run = place.train("adapters", "lora.rank=4 optim.warmup_steps=0", f"train.init_from={place.native()}/exported")

@@ -149,7 +149,10 @@ def test_the_table_lists_only_what_can_exist() -> None:
 BAD = {
     "a lower layer imports a higher one": ("opensora/utils/x.py", "from opensora.models import build_model"),
     "inside a function": ("acceleration/x.py", "def f():\n    import opensora.utils.rng"),
-    "inside TYPE_CHECKING": ("opensora/models/x.py", "if TYPE_CHECKING:\n    from acceleration.distributed.mesh import Mesh"),
+    "inside TYPE_CHECKING": (
+        "opensora/models/x.py",
+        "if TYPE_CHECKING:\n    from acceleration.distributed.mesh import Mesh",
+    ),
     "siblings": ("opensora/models/x.py", "from opensora.datasets import plan"),
     "relative": ("opensora/models/vae/x.py", "from ...datasets import plan"),
     "relative, in a package": ("opensora/models/families.py", "from ..train import loop"),

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from acceleration import protocol as plan, sequence
+from acceleration import protocol as plan
+from acceleration import sequence
 from acceleration.blocks import activation_checkpoint as recompute
-from acceleration.sharding import tensor_parallel
 from acceleration.config import ParallelConfig
 from acceleration.distributed.mesh import Mesh
+from acceleration.sharding import tensor_parallel
 from acceleration.sharding.precision import DTYPES
 
 

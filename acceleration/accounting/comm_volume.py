@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
+from acceleration.accounting.model_profile import Attention, Layer, Parameter, Structure, Unit
 from acceleration.blocks import activation_checkpoint as recompute
 from acceleration.config import ParallelConfig
 from acceleration.distributed.mesh import COPIES, PIECES, Mesh
-from acceleration.sharding.precision import DTYPES
 from acceleration.sequence.layout import SequenceParallel, ring_groups
 from acceleration.sequence.ulysses import head_shares
-from acceleration.accounting.model_profile import Attention, Layer, Parameter, Structure, Unit
+from acceleration.sharding.precision import DTYPES
 
 
 class Rerun(NamedTuple):

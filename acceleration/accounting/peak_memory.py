@@ -11,10 +11,10 @@ Walks through a step as FSDP2 does and adds up bytes by purpose. The order of it
 from collections import Counter
 from dataclasses import dataclass
 
-from acceleration.accounting.comm_volume import Place, held, padded
 from acceleration.accounting.activation_memory import Segment, Timeline
-from acceleration.config import OptimConfig
+from acceleration.accounting.comm_volume import Place, held, padded
 from acceleration.accounting.model_profile import Structure
+from acceleration.config import OptimConfig
 
 MOMENTS = {"adamw": 2, "sgd": 0}  # values that an optimizer keeps per weight
 

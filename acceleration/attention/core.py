@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acceleration.blocks import activation_checkpoint as recompute
 from acceleration.attention.kernels import Kernel, varlen
+from acceleration.blocks import activation_checkpoint as recompute
 
 
 def forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -29,8 +29,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from acceleration import protocol as plan
-from acceleration.config import RecomputeConfig
 from acceleration.blocks.activation_offload import Offload, Parcel
+from acceleration.config import RecomputeConfig
 
 
 def apply(model: nn.Module, cfg: RecomputeConfig) -> None:

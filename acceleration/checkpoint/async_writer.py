@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from acceleration.checkpoint import shard_file as shards, writer_process as writer
+from acceleration.checkpoint import shard_file as shards
+from acceleration.checkpoint import writer_process as writer
 from acceleration.diagnostics.watchdog import UNTOUCHED, end
 
 CLOSE_S = 10.0  # for an idle process to end by itself

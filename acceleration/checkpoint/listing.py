@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from acceleration.checkpoint import shard_file as shards, atomic_dir as storage
-from acceleration.checkpoint.tensor_shards import Boxes
+from acceleration.checkpoint import atomic_dir as storage
+from acceleration.checkpoint import shard_file as shards
 from acceleration.checkpoint.atomic_dir import PREFIX, step_of
+from acceleration.checkpoint.tensor_shards import Boxes
 
 
 def steps_in(folder: Path) -> list[Path]:

@@ -20,12 +20,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from acceleration.checkpoint import async_writer as background, shard_file as shards, atomic_dir as storage, writer_process as writer
+from acceleration.checkpoint import async_writer as background
+from acceleration.checkpoint import atomic_dir as storage
+from acceleration.checkpoint import shard_file as shards
+from acceleration.checkpoint import writer_process as writer
 from acceleration.checkpoint.async_writer import BackgroundWriter
 from acceleration.checkpoint.listing import candidates, leads_nowhere, misnamed, none_is_good
 from acceleration.checkpoint.tensor_shards import Boxes, Pieces, boxes
-from acceleration.files.sealed_json import NUMBER
 from acceleration.distributed.comm_timer import WAITING
+from acceleration.files.sealed_json import NUMBER
 
 MAX_FAILURES = 3  # saves in a row that may fail before the run stops
 Report = Callable[[str], None]

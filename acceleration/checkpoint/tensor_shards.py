@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from acceleration.distributed import collectives
-from acceleration.sharding import fsdp as sharding, tensor_parallel
 from acceleration.distributed.mesh import Axis
+from acceleration.sharding import fsdp as sharding
+from acceleration.sharding import tensor_parallel
 from acceleration.sharding.tensor_parallel import Cut
 
 Offset = tuple[int, ...]

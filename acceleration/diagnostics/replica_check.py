@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from acceleration.sharding import tensor_parallel
-from acceleration.engines.base import Engine
 from acceleration.distributed.mesh import COPIES, Axis, Mesh
+from acceleration.engines.base import Engine
+from acceleration.sharding import tensor_parallel
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 22  # elements hashed at once: as many times 24 bytes are needed

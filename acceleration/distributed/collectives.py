@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from acceleration.distributed.mesh import Axis
 from acceleration.distributed.comm_timer import WAITING
+from acceleration.distributed.mesh import Axis
 
 
 def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], axis: Axis) -> Tensor:

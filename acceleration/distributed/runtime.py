@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from acceleration.distributed.rendezvous import StartError, check_in, meet
 from acceleration.distributed.agreement import Interrupted
+from acceleration.distributed.rendezvous import StartError, check_in, meet
 from acceleration.files.untrusted import parsing, short
 
 T = TypeVar("T")

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from torch import nn
 
 from acceleration.config import OptimConfig, ParallelConfig
-from acceleration.engines import colossalai_engine as colossalai, deepspeed_engine as deepspeed
+from acceleration.distributed.mesh import Mesh
+from acceleration.engines import colossalai_engine as colossalai
+from acceleration.engines import deepspeed_engine as deepspeed
 from acceleration.engines.base import Engine, Weights
 from acceleration.engines.colossalai_engine import ColossalAIEngine
 from acceleration.engines.deepspeed_engine import DeepSpeedEngine
 from acceleration.engines.native import NativeEngine
-from acceleration.distributed.mesh import Mesh
 
 ENGINES: dict[str, Callable[[nn.Module, ParallelConfig, OptimConfig, Mesh], Engine]] = {
     "native": NativeEngine,

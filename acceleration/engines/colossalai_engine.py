@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from acceleration.config import OptimConfig, ParallelConfig
+from acceleration.distributed.mesh import Mesh
 from acceleration.engines.base import Accept
 from acceleration.engines.flat import MOMENTS, FlatEngine, Run
-from acceleration.distributed.mesh import Mesh
 from acceleration.optim.optimizers import build_optimizer
 from acceleration.sharding.precision import DTYPES
 

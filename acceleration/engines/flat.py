@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from acceleration.checkpoint import tensor_shards as pieces
 from acceleration.config import OptimConfig
-from acceleration.optim.ema import EMA
 from acceleration.engines.base import Weights
+from acceleration.optim.ema import EMA
 from acceleration.optim.optimizers import build_optimizer, ema_decay_at
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps for every element

@@ -13,16 +13,17 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from acceleration.distributed import collectives
 from acceleration import protocol as plan
-from acceleration.sharding import fsdp as sharding, tensor_parallel
 from acceleration.checkpoint import tensor_shards as pieces
 from acceleration.config import OptimConfig, ParallelConfig
-from acceleration.optim.ema import EMA
+from acceleration.distributed import collectives
+from acceleration.distributed.mesh import Mesh
 from acceleration.engines.base import Accept, Weights
 from acceleration.optim.cpu_optimizer import HostOptimizer
-from acceleration.distributed.mesh import Mesh
+from acceleration.optim.ema import EMA
 from acceleration.optim.optimizers import build_optimizer, ema_decay_at
+from acceleration.sharding import fsdp as sharding
+from acceleration.sharding import tensor_parallel
 
 
 class NativeEngine:

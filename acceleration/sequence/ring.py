@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from acceleration.attention import core as attention
-from acceleration.distributed import collectives
-from acceleration.blocks import activation_checkpoint as recompute
-from acceleration.distributed.collectives import Shift
 from acceleration.attention.kernels import Kernel
+from acceleration.blocks import activation_checkpoint as recompute
+from acceleration.distributed import collectives
+from acceleration.distributed.collectives import Shift
 from acceleration.distributed.mesh import Axis
 from acceleration.sequence.layout import SequenceContext, ring_groups
 

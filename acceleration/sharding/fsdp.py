@@ -32,15 +32,15 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from acceleration import protocol as plan
-from acceleration.sharding import tensor_parallel
-from acceleration.distributed.collectives import count_all_reduce, nbytes
 from acceleration.config import PrecisionConfig
-from acceleration.lora import LoraLinear
+from acceleration.distributed.collectives import count_all_reduce, nbytes
+from acceleration.distributed.comm_timer import WAITING
 from acceleration.distributed.mesh import COPIES, PIECES, Axis, Mesh, sharding_mesh
+from acceleration.lora import LoraLinear
 from acceleration.protocol import Fill, Partial
+from acceleration.sharding import tensor_parallel
 from acceleration.sharding.precision import DTYPES, fsdp_policy
 from acceleration.sharding.tensor_parallel import Cut
-from acceleration.distributed.comm_timer import WAITING
 
 
 def shard(

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from acceleration import lora
+from acceleration import protocol as plan
 from acceleration.distributed import collectives
-from acceleration import lora, protocol as plan
 from acceleration.distributed.mesh import Axis
 
 CUTS, SHARED = "tensor_cuts", "tensor_shared_names"  # attributes of a model that was cut

@@ -14,9 +14,9 @@ import time
 
 import torch
 
+from acceleration.config import MeshConfig, ParallelConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.distributed import runtime as runtimes
-from acceleration.config import MeshConfig, ParallelConfig, RecomputeConfig
 from acceleration.parallelize import parallelize
 from opensora.models.families import MMDiTConfig, build_model
 

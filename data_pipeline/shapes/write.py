@@ -33,9 +33,9 @@ from data_pipeline.shapes.render import (
 from opensora.utils.command_line.arguments import Parser, number, place, whole
 from opensora.utils.command_line.command import call, naming
 from opensora.utils.errors import UserError
-from opensora.utils.signal_handler import end_with_parent, inherited_by_nobody
 from opensora.utils.files.untrusted import short
 from opensora.utils.files.user_files import try_output, write_whole
+from opensora.utils.signal_handler import end_with_parent, inherited_by_nobody
 from opensora.utils.video_writer import write_image, write_video
 
 TABLE_COLUMNS = ("path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps")

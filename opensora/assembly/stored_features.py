@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
+from opensora.config.compare import differences
 from opensora.config.run import RunConfig
-from opensora.datasets.loading import feature_store as features
-from opensora.datasets.config import bucket_rows
-from opensora.datasets.table.index import IndexedTable
-from opensora.datasets.plan.batch_plan import BatchPlan
-from opensora.models.base import TextFeatures
-from opensora.train.state.resume import differences
-from opensora.utils.errors import UserError
-from opensora.utils.console import launched_rank
 from opensora.config.schema import plain
+from opensora.datasets.config import bucket_rows
+from opensora.datasets.loading import feature_store as features
+from opensora.datasets.plan.batch_plan import BatchPlan
+from opensora.datasets.table.index import IndexedTable
+from opensora.models.base import TextFeatures
+from opensora.utils.console import launched_rank
+from opensora.utils.errors import UserError
 
 _SHOWN = 3  # differing keys in an error
 

@@ -12,11 +12,13 @@ if __name__ == "__main__":  # before torch is imported, which takes long enough 
 
 from dataclasses import replace
 
-from opensora.config.run import RunConfig, config_from_argv, run_cli
-from opensora.train.step_data import check_rows, expected_idle, open_data
+from opensora.cli.main import run_cli
+from opensora.config.load import config_from_argv
+from opensora.config.run import RunConfig
 from opensora.train.state.disk_check import check_writable
-from opensora.utils.command_line.command import naming
+from opensora.train.step_data import check_rows, expected_idle, open_data
 from opensora.utils.charts import bucket_chart
+from opensora.utils.command_line.command import naming
 
 STEPS = 64  # that idle time is averaged over
 

@@ -9,7 +9,9 @@ from opensora.utils import signal_handler as signals
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
     signals.listen_early()
 
-from opensora.config.run import SAVED_NAME, RunConfig, load_config, run_cli, to_yaml
+from opensora.cli.main import run_cli
+from opensora.config.load import load_config, to_yaml
+from opensora.config.run import SAVED_NAME, RunConfig
 from opensora.planner.cost_fit import calibrate
 from opensora.train.step_data import open_data
 from opensora.utils.command_line.arguments import Parser, place, whole

@@ -14,12 +14,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
-from opensora.config.run import RunConfig, load_config, run_cli
+from opensora.cli.main import run_cli
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig
 from opensora.planner.devices import DEVICES
-from opensora.planner.forecast import Forecast, Planner, check_own
+from opensora.planner.forecast import Forecast
+from opensora.planner.search import Planner, check_own
 from opensora.utils.command_line.arguments import Parser, number, whole
-from opensora.utils.errors import UserError
 from opensora.utils.console import Progress
+from opensora.utils.errors import UserError
 
 MAX_WORLD = 4096
 MAX_TOP = 1000

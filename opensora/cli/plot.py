@@ -5,11 +5,11 @@ from opensora.utils import signal_handler as signals
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
     signals.listen_early()
 
-from opensora.config.run import run_cli
+from opensora.cli.main import run_cli
+from opensora.utils.charts import loss_curve
 from opensora.utils.command_line.arguments import Parser, place
 from opensora.utils.command_line.command import naming
 from opensora.utils.errors import UserError
-from opensora.utils.charts import loss_curve
 from opensora.utils.files.user_files import absence, try_output
 
 

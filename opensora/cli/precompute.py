@@ -8,7 +8,9 @@ from opensora.utils import signal_handler as signals
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
     signals.leave_when_asked("shards that are written stay in --out; the same command makes the others", code=75)
 
-from opensora.config.run import RunConfig, config_from_argv, run_cli
+from opensora.cli.main import run_cli
+from opensora.config.load import config_from_argv
+from opensora.config.run import RunConfig
 from opensora.precompute import precompute
 from opensora.utils.command_line.arguments import Parser, place, whole
 

@@ -5,7 +5,9 @@ from opensora.utils import signal_handler as signals
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
     signals.listen_early()
 
-from opensora.config.run import RunConfig, config_from_argv, run_cli
+from opensora.cli.main import run_cli
+from opensora.config.load import config_from_argv
+from opensora.config.run import RunConfig
 from opensora.train.health.preflight import check_alone
 
 

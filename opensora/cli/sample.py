@@ -1,6 +1,7 @@
 """Sample: ``torchrun --nproc_per_node N scripts/diffusion/inference.py CONFIG.yaml --prompt "..."``."""
 
-from opensora.config.run import SampleConfig, config_from_argv
+from opensora.config.load import config_from_argv
+from opensora.config.run import SampleConfig
 from opensora.inference.pipeline import sample
 from opensora.utils.console import announce
 

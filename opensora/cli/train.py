@@ -2,12 +2,13 @@
 
 import logging
 
-from opensora.config.run import RunConfig, config_from_argv
+from opensora.config.load import config_from_argv
+from opensora.config.run import RunConfig
 from opensora.train.health.anomaly_guard import Hopeless
 from opensora.train.loop import train
 from opensora.train.run import Run
-from opensora.train.state.run_lock import finished, write_done
 from opensora.train.setup import Interrupted, SaveError, start_run
+from opensora.train.state.run_lock import finished, write_done
 from opensora.utils.console import announce
 
 INTERRUPTED = 75  # the state is on disk: start the same command again

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from opensora.utils.errors import UserError
-from opensora.utils.limits import beyond_limit
-from opensora.utils.files.untrusted import short
 from opensora.config.strict_yaml import Keys, Lines, dotted
+from opensora.utils.errors import UserError
+from opensora.utils.files.untrusted import short
+from opensora.utils.limits import beyond_limit
 
 TABLE = "table"  # metadata: {kind: dataclass}, the section's class is chosen by its key ``kind``
 MOST_WHOLE = 2**63  # what tensors, generators and files hold

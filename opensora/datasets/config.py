@@ -8,8 +8,8 @@ from PIL import ImageColor
 from opensora.datasets.buckets.aspect import area_of
 from opensora.datasets.buckets.cost import CostConfig
 from opensora.datasets.decode.common import Colour
-from opensora.utils.limits import SECONDS, Limits
 from opensora.utils.files.untrusted import parsing, short
+from opensora.utils.limits import SECONDS, Limits
 
 MAX_FRAMES = 100_000  # of a bucket: an hour at 28 frames a second
 MAX_BATCH = 65_536  # of a bucket; samples of a micro-batch are in memory together

@@ -4,19 +4,19 @@ import os
 
 import torch
 
-from acceleration.distributed import mesh as meshes
 from acceleration.config import ParallelConfig
 from acceleration.diagnostics.memory_usage import device_bytes, machine_bytes
+from acceleration.distributed import mesh as meshes
 from acceleration.sharding.precision import DTYPES
 from opensora.config.run import RunConfig, SampleConfig, check_fit
 from opensora.inference.load import Source
-from opensora.models.families import MMDiTConfig, build_model
 from opensora.models.base import AutoencoderShape, latent_grid
+from opensora.models.families import MMDiTConfig, build_model
 from opensora.models.text import check_text_encoder, text_tokens
 from opensora.models.vae import autoencoder_shape, check_autoencoder
-from opensora.utils.errors import UserError
+from opensora.sampling.options import SamplingOption, sanitize_sampling_option
 from opensora.utils.console import announce
-from opensora.utils.sampling import SamplingOption, sanitize_sampling_option
+from opensora.utils.errors import UserError
 
 GIB = 2**30
 PIXEL_BYTES = 3 * (4 + 1)  # of a decoded pixel: fp32, and the bytes that are written

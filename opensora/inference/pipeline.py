@@ -14,33 +14,23 @@ from torch import Tensor
 from acceleration.distributed import runtime as runtimes
 from acceleration.distributed.runtime import Runtime
 from acceleration.distributed.tasks import SharedWork
+from opensora.assembly.components import Components
+from opensora.assembly.layout import check_attention, check_guidance, check_layout
 from opensora.config.run import SampleConfig
 from opensora.inference.check import check_sample
-from opensora.inference.load import (
-    Components,
-    Source,
-    check_attention,
-    check_guidance,
-    check_layout,
-    find_source,
-    load_components,
-)
+from opensora.inference.load import Source, find_source, load_components
 from opensora.inference.prompts import Job, final_prompt, read_jobs
 from opensora.inference.save import Saver, output_folder, unused_names
 from opensora.models.base import latent_grid
-from opensora.utils.errors import UserError
+from opensora.sampling.guidance import DENOISERS, passes_per_step
+from opensora.sampling.loop import TextInputs
+from opensora.sampling.noise import get_noise
+from opensora.sampling.options import SamplingOption, sanitize_sampling_option
+from opensora.schedulers.timesteps import get_schedule
 from opensora.utils.console import announce, progress
-from opensora.utils.sampling import (
-    DENOISERS,
-    SamplingOption,
-    TextInputs,
-    get_noise,
-    get_schedule,
-    passes_per_step,
-    sanitize_sampling_option,
-)
-from opensora.utils.tokens import image_ids, pack, unpack
+from opensora.utils.errors import UserError
 from opensora.utils.files.user_files import try_output
+from opensora.utils.tokens import image_ids, pack, unpack
 
 Api = Callable[..., Tensor]
 OnStep = Callable[[int, int], None]

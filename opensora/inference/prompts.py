@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from opensora.config.run import SampleConfig
+from opensora.sampling.options import SamplingOption
 from opensora.utils.errors import UserError
-from opensora.utils.names import name_problem
-from opensora.utils.prompt_suffix import with_suffix
-from opensora.utils.sampling import SamplingOption
 from opensora.utils.files.untrusted import short
 from opensora.utils.files.user_files import absence, read_csv, read_text
+from opensora.utils.names import name_problem
+from opensora.utils.prompt_suffix import with_suffix
 
 SHEET = "contact_sheet"  # a file beside the clips, so no clip is called so
 COLUMNS = ("name", "neg", "ref")  # that a table may have beside text

@@ -14,13 +14,13 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from opensora.assembly.components import Components
 from opensora.config.run import SampleConfig
-from opensora.inference.load import Components
 from opensora.inference.prompts import SHEET, Job, final_prompt, with_names
 from opensora.utils import signal_handler as signals
-from opensora.utils.errors import UserError
 from opensora.utils.charts import contact_sheet
 from opensora.utils.console import announce
+from opensora.utils.errors import UserError
 from opensora.utils.files.user_files import try_output, write_whole, written_whole
 from opensora.utils.video_writer import write_image, write_video
 

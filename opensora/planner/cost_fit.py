@@ -9,8 +9,8 @@ import numpy as np
 from opensora.datasets.buckets.cost import CostConfig, fit
 from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.utils.errors import UserError
-from opensora.utils.console import read_metrics
 from opensora.utils.files.untrusted import NUMBER
+from opensora.utils.metrics_log import read_metrics
 
 LEAST_RECORDS = 8
 MOST_STEPS = 10**5  # from one record to the next; more is a damaged number

@@ -7,42 +7,35 @@ slowest link they cross, weights and gradients moved while blocks compute.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import product
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from acceleration.accounting import comm_volume as accounting, peak_memory as footprint
-from acceleration.distributed import mesh as meshes
-from acceleration.accounting.comm_volume import MicroBatch, Place
+from acceleration.accounting import comm_volume as accounting
+from acceleration.accounting import peak_memory as footprint
 from acceleration.accounting.activation_memory import Timeline, assemble, interpolate, spread, timeline
-from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, RecomputeConfig
-from acceleration.accounting.peak_memory import Footprint
-from acceleration.distributed.mesh import COPIES, PIECES, Mesh
-from acceleration.sequence import SequenceParallel
+from acceleration.accounting.comm_volume import MicroBatch, Place
 from acceleration.accounting.model_profile import Structure, Unit, structure_of
+from acceleration.accounting.peak_memory import Footprint
+from acceleration.config import OptimConfig, ParallelConfig, RecomputeConfig
+from acceleration.distributed import mesh as meshes
+from acceleration.distributed.mesh import COPIES, PIECES
+from acceleration.sequence import SequenceParallel
 from opensora.config.run import RunConfig
 from opensora.datasets.buckets.bucket import BucketTable
-from opensora.datasets.plan.batch_plan import MicroBatch as PlannedBatch
-from opensora.datasets.plan.batch_plan import Pack
-from opensora.inference.load import check_layout
-from opensora.models.families import MMDiTConfig, build_model
 from opensora.models.base import latent_grid
+from opensora.models.families import MMDiTConfig, build_model
 from opensora.models.text import ByteTextConfig, text_tokens
 from opensora.models.vae import autoencoder_shape
-from opensora.schedulers.rectified_flow import squared_error
 from opensora.planner.devices import Device
-from opensora.utils.errors import UserError
 from opensora.planner.flops import attention_flops, linear_flops, mfu, training_flops
+from opensora.schedulers.rectified_flow import squared_error
 
 EFFICIENCY = 0.5  # of the peak, in the products of a large transformer
-RESERVE = 0.08  # of the device's memory: context, kernels' workspace, fragments
-MAX_RING = 16
 REPEATED = 3  # blocks of a list that are run to know them all: the first, one like all between, the last
 PROBED = (1024, 4096)  # tokens of a process in the runs between which is interpolated
 FROZEN = {"t5_clip": 4_885_000_000, "hunyuan": 246_000_000, "flux2d": 84_000_000}  # parameters, by kind
@@ -277,156 +270,6 @@ def _rerun_flops(unit: Unit, batch: MicroBatch, kind: str) -> int:
 def _attention_flops(unit: Unit, batch: MicroBatch) -> int:
     sizes = ((a.tokens.at(batch.txt, batch.img), a.heads * a.head_dim) for a in unit.attentions)
     return sum(attention_flops(tokens, hidden) * batch.samples for tokens, hidden in sizes)
-
-
-def layouts(cfg: RunConfig, world: int, device: Device) -> Iterator[ParallelConfig]:
-    """Every layout worth a thought: layers and heads are shared within a node, no process is without a micro-batch."""
-    heads, inner = cfg.model.num_heads, int(cfg.model.hidden_size * cfg.model.mlp_ratio)
-    node, batches = device.per_node, cfg.data.micro_batches
-    for tensor in _divisors(world, node):
-        if heads % tensor or inner % tensor:
-            continue
-        for ulysses, ring in product(_divisors(world // tensor, node // tensor), _divisors(world, MAX_RING)):
-            data, rest = divmod(world, tensor * ulysses * ring)
-            if rest or (heads // tensor) % ulysses or data > batches:
-                continue
-            for replicate, zero, kind in product(_divisors(data, data), (0, 1, 2, 3), ("none", "full")):
-                if zero == 0 and replicate > 1:
-                    continue  # all processes have a copy as it is
-                mesh = MeshConfig(
-                    replicate=replicate, shard=data // replicate, ring=ring, ulysses=ulysses, tensor=tensor
-                )
-                recompute = RecomputeConfig(kind=kind)  # type: ignore[arg-type]
-                yield replace(cfg.parallel, zero=zero, mesh=mesh, recompute=recompute)  # type: ignore[arg-type]
-
-
-def check_own(cfg: RunConfig, world: int) -> str | None:
-    """What is wrong with the configured layout on so many processes; None: nothing."""
-    try:
-        check_layout(cfg.parallel.mesh, world, cfg.model)
-    except UserError as error:
-        return str(error)
-    return None
-
-
-def check_memory(cfg: RunConfig, world: int, device_bytes: int | None) -> None:
-    """That weights, optimizer state, average and gradients alone, all held when the optimizer steps, fit the device.
-
-    A lower bound: activations, buffers and frozen models are left out, so what is refused could never have run.
-
-    Args:
-        device_bytes: memory of a device; None: unknown, nothing is refused.
-
-    Raises:
-        UserError: they do not fit, with the key to change.
-    """
-    # Adapters keep no state of the weights, and what is offloaded is not on the device.
-    if device_bytes is None or cfg.lora.rank or cfg.parallel.offload != "none" or cfg.parallel.engine != "native":
-        return
-    place = Place(meshes.view(meshes.resolve(cfg.parallel.mesh, world)), cfg.parallel)  # the first has most
-    least = Forecaster(cfg.model, cfg.optim, device_type="cuda").state(place).total
-    if least <= device_bytes:
-        return
-    need = f"{least / 2**30:.0f} GiB for weights, optimizer and gradients, and a device has {device_bytes / 2**30:.0f}"
-    if cfg.parallel.zero < 2:
-        raise UserError(f"parallel.zero={cfg.parallel.zero}: a process needs {need}: set parallel.zero=3")
-    raise UserError(
-        f"parallel.mesh: a process of {world} needs {need}: start more processes, lower parallel.mesh.replicate, "
-        "or choose a smaller model.size"
-    )
-
-
-class Traffic:
-    """Bytes that this process should send in every step of a run, by formula."""
-
-    def __init__(self, cfg: RunConfig, mesh: Mesh, assigned: Callable[[int], Sequence[PlannedBatch | Pack]]) -> None:
-        """``assigned``: step -> this process's micro-batches."""
-        self._cfg, self._assigned = cfg, assigned
-        self._place, self._structure = Place(mesh, cfg.parallel), structure(cfg.model)
-
-    def of_step(self, step: int) -> dict[str, int]:
-        """Axis -> bytes in update ``step``."""
-        mine = [part for m in self._assigned(step) for part in m.parts]  # packs have no forecast
-        batches = [_as_seen(self._cfg, m.bucket.frames, (m.bucket.height, m.bucket.width)) for m in mine]
-        sized = [
-            replace(batch, samples=len(m.sample_ids), degree=m.degree) for batch, m in zip(batches, mine, strict=True)
-        ]
-        return accounting.step_bytes(self._structure, self._place, sized)
-
-
-class Planner:
-    """Forecasts of a run on ``world`` devices, of its own layout and of others."""
-
-    def __init__(self, cfg: RunConfig, world: int, device: Device, *, device_type: str, exact: bool = False) -> None:
-        """``exact``: run every shape on the meta device, instead of interpolating between two."""
-        self.cfg, self.world, self.device, self.exact = cfg, world, device, exact
-        self.forecaster = Forecaster(cfg.model, cfg.optim, device_type=device_type, frozen=frozen_bytes(cfg))
-        self.device_type = device_type
-        self.shapes = sorted(shapes(cfg), key=lambda s: s.batch.samples * (s.batch.txt + s.batch.img))
-        self.room = int(device.memory * (1 - RESERVE))
-
-    def own(self) -> list[Forecast]:
-        """The configured layout, on every shape."""
-        return [self.one(self.cfg.parallel, shape) for shape in self.shapes]
-
-    def one(self, parallel: ParallelConfig, shape: Shape, *, with_memory: bool = True) -> Forecast:
-        """One layout on one shape; without memory, of activations there are none."""
-        place, batches = self._place(parallel), self._batches(parallel)
-        if with_memory:
-            memory = self.forecaster.memory(place, shape.batch, batches=batches, exact=self.exact)
-        else:
-            memory = self.forecaster.state(place)
-        return self.forecaster.forecast(place, shape, batches, self.device, memory, self.cfg.data.micro_batches)
-
-    def best(self, count: int, watch: Callable[[int, int], None] = lambda done, total: None) -> list[Forecast]:
-        """The ``count`` fastest layouts whose heaviest shape fits, fastest first, on that shape.
-
-        Args:
-            watch: told after each layout how many are timed, of how many.
-
-        Raises:
-            UserError: nothing fits, with what to change.
-        """
-        heaviest, some = self.shapes[-1], self.shapes[:: max(1, len(self.shapes) // 3)]
-        timed: list[tuple[float, int, ParallelConfig]] = []
-        closest: Forecast | None = None
-        tried = list(layouts(self.cfg, self.world, self.device))
-        for number, parallel in enumerate(tried, 1):
-            if self.forecaster.state(self._place(parallel)).total <= self.room:
-                timed.append((sum(self.one(parallel, s, with_memory=False).step_s for s in some), len(timed), parallel))
-            watch(number, len(tried))
-        found: list[Forecast] = []
-        for _, _, parallel in sorted(timed):
-            forecast = self.one(parallel, heaviest)
-            if forecast.memory.total <= self.room:
-                found.append(forecast)
-                if len(found) == count:
-                    break
-            elif closest is None or forecast.memory.total < closest.memory.total:
-                closest = forecast
-        if not found:
-            raise UserError(self._nothing(closest))
-        return found
-
-    def _nothing(self, closest: Forecast | None) -> str:
-        room = f"{self.room / 2**30:.1f} GiB of {self.world} devices"
-        if closest is None:
-            return f"no layout fits: weights, optimizer and gradients alone need more than the {room}; use more devices"
-        return (
-            f"no layout fits: {closest.shape} needs at least {closest.memory.total / 2**30:.1f} GiB and there are the "
-            f"{room}; lower its batch size in data.buckets, or use more devices"
-        )
-
-    def _place(self, parallel: ParallelConfig) -> Place:
-        return Place(meshes.view(meshes.resolve(parallel.mesh, self.world), 0, self.device_type), parallel)
-
-    def _batches(self, parallel: ParallelConfig) -> int:
-        degrees = meshes.resolve(parallel.mesh, self.world)
-        return -(-self.cfg.data.micro_batches // (degrees["replicate"] * degrees["shard"]))
-
-
-def _divisors(n: int, most: int) -> list[int]:
-    return [d for d in range(1, min(n, most) + 1) if n % d == 0]
 
 
 def _bandwidths(place: Place, device: Device) -> dict[str, float]:

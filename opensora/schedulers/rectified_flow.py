@@ -15,10 +15,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from opensora.schedulers.timesteps import draw_per_sample, logit_normal
+from opensora.schedulers.timesteps import draw_per_sample, flow_shift, logit_normal, time_shift
 from opensora.utils.limits import Limits
 from opensora.utils.rng import numpy_generator
-from opensora.utils.sampling import flow_shift, time_shift
 
 
 @dataclass(frozen=True, kw_only=True)

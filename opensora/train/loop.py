@@ -1,8 +1,8 @@
 """The training loop, on one page."""
 
+from opensora.train.preparation import loss_share
 from opensora.train.rollback import go_back
 from opensora.train.run import Run
-from opensora.train.preparation import loss_share
 from opensora.train.validate import sample_prompts
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from acceleration.diagnostics.memory_usage import peak_gib
 from acceleration.distributed.mesh import Mesh
-from opensora.utils.console import MetricsLogger, progress
+from opensora.utils.console import progress
+from opensora.utils.metrics_log import MetricsLogger
 
 if TYPE_CHECKING:
     from opensora.datasets.buckets.bucket import Bucket

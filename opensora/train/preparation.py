@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from acceleration.sequence import SequenceContext, SequenceParallel
+from opensora.conditioning.frames import unconditioned
 from opensora.datasets.loading.feature_store import Features
 from opensora.datasets.loading.reader import PackedBatch
 from opensora.models.base import Autoencoder, TextEncoder, TextFeatures
 from opensora.schedulers import rectified_flow as flow
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
-from opensora.conditioning.frames import unconditioned
 from opensora.train.packed_tokens import Rows, Whole, joined
-from opensora.utils.tokens import image_ids, pack
 from opensora.utils.tasks import RunAll, one_by_one
+from opensora.utils.tokens import image_ids, pack
 
 if TYPE_CHECKING:
     from opensora.datasets.loading.reader import Batch

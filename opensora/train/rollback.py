@@ -4,12 +4,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from acceleration.checkpoint import steps_in, atomic_dir as storage
+from acceleration.checkpoint import atomic_dir as storage
+from acceleration.checkpoint import steps_in
 from acceleration.diagnostics.replica_check import is_finite
 from opensora.train.health.anomaly_guard import Guard, Hopeless, Return
-from opensora.train.state.resume import load
 from opensora.train.run import Run
-from opensora.train.setup import open_batches
+from opensora.train.state.resume import load
+from opensora.train.step_data import open_batches
 from opensora.utils.console import announce
 
 

@@ -5,24 +5,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from acceleration.distributed import runtime as runtimes
 from acceleration.checkpoint import CheckpointManager, SaveError
-from acceleration.engines import Engine
-from acceleration.distributed.mesh import Mesh
-from acceleration.optim.optimizers import lr_at
-from acceleration.distributed.runtime import Runtime
+from acceleration.distributed import runtime as runtimes
 from acceleration.distributed.agreement import StopRequest
+from acceleration.distributed.mesh import Mesh
+from acceleration.distributed.runtime import Runtime
+from acceleration.engines import Engine
+from acceleration.optim.optimizers import lr_at
 from opensora.config.run import RunConfig
-from opensora.train.step_data import StepData
-from opensora.train.state.export import exported, write_export
-from opensora.planner.forecast import Traffic
+from opensora.planner.checks import Traffic
 from opensora.train.health.anomaly_guard import Guard
-from opensora.train.metrics import Metrics
-from opensora.train.health.step_timer import Phases
 from opensora.train.health.data_health import Reads
+from opensora.train.health.step_timer import Phases
+from opensora.train.metrics import Metrics
+from opensora.train.preparation import Preparation
+from opensora.train.state.export import exported, write_export
 from opensora.train.state.resume import checkpoint_info
 from opensora.train.state.run_lock import RunLock
-from opensora.train.preparation import Preparation
+from opensora.train.step_data import StepData
 from opensora.utils import signal_handler as signals
 from opensora.utils.console import announce
 

@@ -9,48 +9,51 @@ from pathlib import Path
 import torch
 
 from acceleration import lora
-from acceleration.distributed import mesh as meshes
-from acceleration.distributed import runtime as runtimes
 from acceleration.checkpoint import CheckpointManager
 from acceleration.checkpoint import SaveError as SaveError  # what saving raises, also for the command line
-from acceleration.engines import build_engine, check_engine
 from acceleration.diagnostics.memory_usage import device_bytes, machine_bytes
-from acceleration.distributed.mesh import Mesh
-from acceleration.parallelize import parallelize
-from acceleration.distributed.runtime import Runtime
-from acceleration.sequence import SequenceParallel
+from acceleration.distributed import mesh as meshes
+from acceleration.distributed import runtime as runtimes
 from acceleration.distributed.agreement import Interrupted as Interrupted  # what building raises, for the command line
 from acceleration.distributed.agreement import StopRequest
+from acceleration.distributed.mesh import Mesh
+from acceleration.distributed.runtime import Runtime
+from acceleration.engines import build_engine, check_engine
+from acceleration.parallelize import parallelize
+from acceleration.sequence import SequenceParallel
+from opensora.assembly import stored_features as features
+from opensora.assembly.components import tile_runner
+from opensora.assembly.initial_weights import FromFile, adapted, add_adapters, check_initial, initial_weights
+from opensora.assembly.layout import check_attention, check_layout
 from opensora.config import run as config
 from opensora.config.run import RunConfig
 from opensora.datasets.decode import api as decode
-from opensora.datasets.table.index import IndexedTable
 from opensora.datasets.plan.batch_plan import BatchPlan
+from opensora.datasets.table.index import IndexedTable
 from opensora.inference.check import check_validation, fit_option
-from opensora.inference.load import FromFile, check_attention, check_layout, tile_runner, verify_export
-from opensora.models.families import build_model
+from opensora.inference.load import verify_export
 from opensora.models.base import AutoencoderShape, latent_grid
+from opensora.models.families import build_model
 from opensora.models.text import build_text_encoder, check_text_encoder
 from opensora.models.vae import autoencoder_shape, build_autoencoder, check_autoencoder
-from opensora.assembly import stored_features as features
-from opensora.train.step_data import StepData, open_data, sharing
-from opensora.train.state.disk_check import check_disk
-from opensora.planner.forecast import Traffic, check_memory
+from opensora.planner.checks import Traffic, check_memory
 from opensora.train.health.anomaly_guard import Guard
-from opensora.train.metrics import Metrics
-from opensora.train.health.step_timer import Phases, start_phases
-from opensora.train.health.preflight import check_processes
 from opensora.train.health.data_health import Reads
-from opensora.train.state.resume import check_fresh, check_paths, resume, wrong_info
-from opensora.train.run import Run
-from opensora.train.state.run_lock import RunLock, check_places, write_config
+from opensora.train.health.preflight import check_processes
+from opensora.train.health.step_timer import Phases, start_phases
+from opensora.train.metrics import Metrics
 from opensora.train.preparation import Preparation
-from opensora.assembly.initial_weights import adapted, add_adapters, check_initial, initial_weights
+from opensora.train.run import Run
+from opensora.train.state.disk_check import check_disk
+from opensora.train.state.resume import check_fresh, check_paths, resume, wrong_info
+from opensora.train.state.run_lock import RunLock, check_places, write_config
+from opensora.train.step_data import open_batches, open_data
 from opensora.utils import signal_handler as signals
+from opensora.utils.console import announce
 from opensora.utils.errors import UserError
-from opensora.utils.console import MetricsLogger, announce, check_installed
-from opensora.utils.files.user_files import absence
 from opensora.utils.files.safetensors_files import fingerprint
+from opensora.utils.files.user_files import absence
+from opensora.utils.metrics_log import MetricsLogger, check_installed
 from opensora.utils.tasks import RunAll, one_by_one
 
 
@@ -207,22 +210,6 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
         step=step,
         base=base,
         traffic=Traffic(cfg, mesh, data.assigned) if logger and has_formulas(cfg) else None,
-    )
-
-
-def open_batches(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, mesh: Mesh, step: int) -> StepData:
-    """What this process reads from update ``step`` on."""
-    shape = autoencoder_shape(cfg.vae)
-    return StepData(
-        table,
-        plan,
-        cfg.data,
-        mesh,
-        shape,
-        start_step=step,
-        stop_step=cfg.train.steps,
-        seed=cfg.seed,
-        sharing=sharing(cfg, mesh),
     )
 
 

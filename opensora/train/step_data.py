@@ -9,12 +9,12 @@ from acceleration.distributed.mesh import Mesh
 from opensora.config.run import RunConfig
 from opensora.datasets import DataConfig
 from opensora.datasets.buckets.bucket import Bucket
-from opensora.datasets.table.index import IndexedTable, open_table
 from opensora.datasets.loading.loader import build_loader
+from opensora.datasets.loading.reader import Batch, PackedBatch
 from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch, Pack
 from opensora.datasets.plan.batch_plan import check_rows as check_rows
 from opensora.datasets.plan.dynamic_sp import Sharing
-from opensora.datasets.loading.reader import Batch, PackedBatch
+from opensora.datasets.table.index import IndexedTable, open_table
 from opensora.models.base import AutoencoderShape, latent_grid
 from opensora.models.text import text_tokens
 from opensora.models.vae import autoencoder_shape
@@ -108,3 +108,19 @@ class StepData:
 
     def _latents(self, bucket: Bucket) -> int:
         return self._shape.channels * prod(latent_grid(bucket.frames, bucket.height, bucket.width, self._shape))
+
+
+def open_batches(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, mesh: Mesh, step: int) -> StepData:
+    """What this process reads from update ``step`` on."""
+    shape = autoencoder_shape(cfg.vae)
+    return StepData(
+        table,
+        plan,
+        cfg.data,
+        mesh,
+        shape,
+        start_step=step,
+        stop_step=cfg.train.steps,
+        seed=cfg.seed,
+        sharing=sharing(cfg, mesh),
+    )

@@ -1,8 +1,8 @@
 """Samples while training: the sampling pipeline over the model that is being trained, in its own layout."""
 
 from acceleration.sharding import fsdp as sharding
+from opensora.assembly.components import Components
 from opensora.config.run import SampleConfig
-from opensora.inference.load import Components
 from opensora.inference.pipeline import process_and_save
 from opensora.inference.prompts import read_jobs
 from opensora.train.run import Run

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from opensora.utils.console import read_metrics
 from opensora.utils.files.untrusted import NUMBER
+from opensora.utils.metrics_log import read_metrics
 
 MARGIN = 8  # pixels around and between frames
 TITLE_HEIGHT = 22

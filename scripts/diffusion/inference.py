@@ -6,7 +6,7 @@ if __name__ == "__main__":
     # Before torch is imported, which takes long enough to be interrupted in.
     signals.leave_when_asked("samples that are written stay in save_dir; the same command makes all of them again")
 
+    from opensora.cli.main import run_cli
     from opensora.cli.sample import main
-    from opensora.config.run import run_cli
 
     run_cli(main)

@@ -5,8 +5,8 @@ from opensora.utils import signal_handler as signals
 if __name__ == "__main__":
     signals.remember()  # before torch is imported, which takes long enough to be interrupted in
 
+    from opensora.cli.main import run_cli
     from opensora.cli.train import INTERRUPTED, main
-    from opensora.config.run import run_cli
 
     try:
         run_cli(main)

@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from acceleration.distributed import mesh as meshes
 from acceleration.accounting.comm_volume import MicroBatch, Place, step_bytes
+from acceleration.accounting.model_profile import Structure, structure_of
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
+from acceleration.distributed import mesh as meshes
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
-from acceleration.accounting.model_profile import Structure, structure_of
 from opensora.models.families import build_model
 from opensora.models.mmdit import MMDiTConfig
 from opensora.planner.forecast import run_denoiser

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from acceleration.distributed import mesh as meshes
 from acceleration.config import MeshConfig, ParallelConfig
+from acceleration.distributed import mesh as meshes
 from acceleration.parallelize import parallelize
-from opensora.inference.load import FromFile
+from opensora.assembly.initial_weights import FromFile
 from opensora.models.families import MODEL_SIZES, build_model, init_model_
 from opensora.models.mmdit.convert import FLUX, load_state_dict_for
 from opensora.utils.errors import UserError

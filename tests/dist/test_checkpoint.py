@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from acceleration.distributed import mesh as meshes
-from acceleration.checkpoint import CheckpointManager, SaveError, newest, tensor_shards as pieces, steps_in
+from acceleration.checkpoint import CheckpointManager, SaveError, newest, steps_in
+from acceleration.checkpoint import tensor_shards as pieces
 from acceleration.checkpoint.atomic_dir import MANIFEST
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig
+from acceleration.distributed import mesh as meshes
 from acceleration.engines import Engine, build_engine
 from acceleration.optim.optimizers import lr_at
 from acceleration.parallelize import parallelize

@@ -10,12 +10,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from acceleration.distributed import mesh as meshes
-from acceleration.sharding import fsdp as sharding, tensor_parallel
 from acceleration.config import CompileConfig, MeshConfig, OptimConfig, ParallelConfig, RecomputeConfig
+from acceleration.distributed import mesh as meshes
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
+from acceleration.sharding import fsdp as sharding
+from acceleration.sharding import tensor_parallel
 from opensora.utils.rng import torch_generator
 from tests.dist import problem, test_parity
 from tests.dist.harness import run_distributed

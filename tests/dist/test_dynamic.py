@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from acceleration.distributed import mesh as meshes
 from acceleration.config import MeshConfig, ParallelConfig
+from acceleration.distributed import mesh as meshes
 from acceleration.distributed.mesh import AXES, Mesh
+from opensora.assembly.components import tile_runner
 from opensora.datasets.plan.dynamic_sp import Sharing
-from opensora.inference.load import tile_runner
 from opensora.models.vae import build_autoencoder
 from opensora.models.vae.dct import DCTConfig
 from opensora.train.preparation import Tokens

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from acceleration.distributed import mesh as meshes
-from acceleration.sharding import fsdp as sharding
 from acceleration.config import OptimConfig, ParallelConfig
+from acceleration.distributed import mesh as meshes
 from acceleration.engines import build_engine
 from acceleration.optim.optimizers import ema_decay_at
 from acceleration.parallelize import parallelize
+from acceleration.sharding import fsdp as sharding
 from opensora.models.families import build_model
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import Layout

@@ -19,14 +19,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from acceleration import checkpoint
-from acceleration.sharding import fsdp as sharding
-from acceleration.distributed import mesh as meshes
 from acceleration.checkpoint import CheckpointManager
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
+from acceleration.distributed import mesh as meshes
 from acceleration.engines import ENGINES, Engine, build_engine
 from acceleration.engines.colossalai_engine import ColossalAIEngine
 from acceleration.optim.optimizers import lr_at
 from acceleration.parallelize import parallelize
+from acceleration.sharding import fsdp as sharding
 from opensora.models.families import build_model
 from opensora.train.preparation import loss_share
 from tests.dist import fake_colossalai

@@ -16,15 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from acceleration import lora, protocol as plan
-from acceleration.sharding import fsdp as sharding, tensor_parallel
-from acceleration.distributed import mesh as meshes
-from acceleration.checkpoint import CheckpointManager, tensor_shards as pieces
-from acceleration.distributed.collectives import nbytes
+from acceleration import lora
+from acceleration import protocol as plan
+from acceleration.checkpoint import CheckpointManager
+from acceleration.checkpoint import tensor_shards as pieces
 from acceleration.config import LoraConfig, OptimConfig, ParallelConfig, PrecisionConfig
-from acceleration.engines import Engine, build_engine
+from acceleration.distributed import mesh as meshes
+from acceleration.distributed.collectives import nbytes
 from acceleration.distributed.mesh import COPIES, Mesh
+from acceleration.engines import Engine, build_engine
 from acceleration.parallelize import parallelize
+from acceleration.sharding import fsdp as sharding
+from acceleration.sharding import tensor_parallel
 from opensora.models.families import build_model
 from opensora.train.preparation import loss_share
 from tests.dist.harness import run_distributed

@@ -14,19 +14,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from acceleration.distributed import mesh as meshes
-from acceleration.sharding import fsdp as sharding, tensor_parallel
 from acceleration.accounting.comm_volume import MicroBatch, Place, step_bytes
+from acceleration.accounting.model_profile import structure_of
 from acceleration.config import OptimConfig, ParallelConfig
-from acceleration.engines import build_engine
+from acceleration.distributed import mesh as meshes
 from acceleration.distributed.mesh import Mesh
+from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
-from acceleration.accounting.model_profile import structure_of
+from acceleration.sharding import fsdp as sharding
+from acceleration.sharding import tensor_parallel
 from opensora.datasets.loading.reader import PackedBatch
 from opensora.models.families import build_model
-from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.planner.forecast import run_denoiser
+from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.train.preparation import Preparation, loss_share
 from opensora.utils.rng import torch_generator
 from tests.dist.harness import run_distributed

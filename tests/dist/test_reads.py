@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from acceleration.distributed import mesh as meshes
 from acceleration.config import MeshConfig
+from acceleration.distributed import mesh as meshes
 from opensora.train.health.data_health import Reads
 from opensora.utils.errors import UserError
 from tests.dist.harness import run_distributed

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from acceleration.attention import core as attention
-from acceleration.distributed import mesh as meshes
-from acceleration.config import MeshConfig
 from acceleration.attention.kernels import KERNELS
+from acceleration.config import MeshConfig
+from acceleration.distributed import mesh as meshes
 from acceleration.sequence import RingAttention, SequenceParallel, UlyssesAttention
 from tests.dist.harness import run_distributed
 from tests.dist.toy import Core

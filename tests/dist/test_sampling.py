@@ -14,21 +14,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from acceleration.distributed import mesh as meshes
 from acceleration.accounting.comm_volume import MicroBatch, Place, sampling_bytes
+from acceleration.accounting.model_profile import structure_of
 from acceleration.config import MeshConfig, ParallelConfig
+from acceleration.distributed import mesh as meshes
 from acceleration.distributed.mesh import Mesh
+from acceleration.distributed.tasks import SharedWork
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
-from acceleration.accounting.model_profile import structure_of
-from acceleration.distributed.tasks import SharedWork
-from opensora.inference.load import Components, check_guidance
+from opensora.assembly.components import Components
+from opensora.assembly.layout import check_guidance
 from opensora.inference.pipeline import prepare_api
 from opensora.models.families import MMDiTConfig, build_model
 from opensora.planner.forecast import run_denoiser
+from opensora.sampling.guidance import I2VDenoiser, oscillate
+from opensora.sampling.loop import TextInputs
+from opensora.sampling.noise import get_noise
+from opensora.sampling.options import SamplingOption
+from opensora.schedulers.timesteps import get_schedule
 from opensora.utils.errors import UserError
 from opensora.utils.rng import torch_generator
-from opensora.utils.sampling import I2VDenoiser, SamplingOption, TextInputs, get_noise, get_schedule, oscillate
 from opensora.utils.tokens import image_ids, pack, unpack
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64

@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from acceleration.config import MeshConfig
 from acceleration.distributed import collectives
 from acceleration.distributed import mesh as meshes
-from acceleration.config import MeshConfig
 from acceleration.distributed.mesh import Mesh
 from acceleration.sequence import SequenceParallel, UlyssesAttention, fill_slots
 from tests.dist.harness import run_distributed

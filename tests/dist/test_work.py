@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from acceleration.distributed import mesh as meshes
 from acceleration.config import MeshConfig
+from acceleration.distributed import mesh as meshes
 from acceleration.distributed.mesh import SAMPLE_AXES
-from acceleration.sequence import SequenceParallel
 from acceleration.distributed.tasks import SharedWork
-from opensora.inference.load import tile_runner
+from acceleration.sequence import SequenceParallel
+from opensora.assembly.components import tile_runner
 from opensora.models.vae import AutoencoderConfig, DCTConfig, Flux2DConfig, HunyuanConfig, build_autoencoder
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.train.preparation import Preparation, Tokens

@@ -15,13 +15,14 @@ import torch.distributed as dist
 
 from acceleration.checkpoint import contents, newest
 from acceleration.sharding.fsdp import local
-from opensora.config.run import RunConfig, load_config
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig
 from opensora.train import loop, setup
 from opensora.train.health.anomaly_guard import Hopeless
 from opensora.train.run import Run
 from opensora.train.setup import Interrupted, start_run
 from opensora.utils import signal_handler as signals
-from opensora.utils.console import read_metrics
+from opensora.utils.metrics_log import read_metrics
 
 ALWAYS = 10**9
 

@@ -22,7 +22,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 import torch.distributed as dist
 
-from acceleration.checkpoint import CheckpointManager, contents, tensor_shards as pieces, atomic_dir as storage
+from acceleration.checkpoint import CheckpointManager, contents
+from acceleration.checkpoint import atomic_dir as storage
+from acceleration.checkpoint import tensor_shards as pieces
 from acceleration.checkpoint.listing import candidates
 
 # Every call that makes, fills, flushes, renames or removes a file, or could be refused for want of space.

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from opensora.config.run import run_cli
+from opensora.cli.main import run_cli
 from opensora.utils.errors import UserError
 from tests.conftest import ROOT
 from tests.faults.conftest import Tally

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from opensora.config.run import RunConfig, load_config, run_cli, save
+from opensora.cli.main import run_cli
+from opensora.config.load import load_config, save
+from opensora.config.run import RunConfig
 from opensora.utils.command_line import command
 from opensora.utils.command_line.command import ending_of
 from opensora.utils.errors import UserError, one_line

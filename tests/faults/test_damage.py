@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from acceleration.checkpoint import CheckpointManager, atomic_dir as storage
+from acceleration.checkpoint import CheckpointManager
+from acceleration.checkpoint import atomic_dir as storage
 from acceleration.checkpoint.atomic_dir import MANIFEST
 from tests.dist.harness import run_distributed
 from tests.faults.conftest import Tally

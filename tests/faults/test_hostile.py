@@ -14,12 +14,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from acceleration.checkpoint import CheckpointManager, atomic_dir as storage
+from acceleration.checkpoint import CheckpointManager
+from acceleration.checkpoint import atomic_dir as storage
 from acceleration.checkpoint.listing import contents, newest
 from acceleration.files.sealed_json import seal
-from opensora.config.run import SampleConfig, load_config
-from opensora.datasets.loading import feature_store as features
+from opensora.config.load import load_config
+from opensora.config.run import SampleConfig
 from opensora.datasets.decode.common import DecodeError
+from opensora.datasets.loading import feature_store as features
 from opensora.datasets.table.clip_storage import locate
 from opensora.inference.load import find_source
 from opensora.models.mmdit.convert import WeightFile

@@ -15,15 +15,15 @@ import pytest
 import torch
 
 from opensora.datasets import DataConfig
-from opensora.datasets.loading import feature_store as features
 from opensora.datasets.buckets import shape_class_index as groups
-from opensora.datasets.table import index
 from opensora.datasets.buckets.bucket import Bucket, BucketTable
 from opensora.datasets.buckets.shape_class_index import group_rows
+from opensora.datasets.loading import feature_store as features
+from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch
+from opensora.datasets.table import index
+from opensora.datasets.table.checksums import Damaged, Sealed
 from opensora.datasets.table.index import IndexedTable, open_index, open_table
 from opensora.datasets.table.manifest import ClipTable, read_table
-from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch
-from opensora.datasets.table.checksums import Damaged, Sealed
 from opensora.utils.errors import UserError
 from tests.faults.conftest import Tally
 from tests.faults.test_bad_config import TABLE, config, line_of

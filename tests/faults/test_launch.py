@@ -19,7 +19,9 @@ from acceleration.checkpoint.atomic_dir import read_manifest
 from launch import elastic, submit
 from launch.attempts import Attempt, attempts_without_progress, decide, newest_step, read_history
 from launch.attempts import main as attempts_main
-from opensora.config.run import RunConfig, load_config, run_cli
+from opensora.cli.main import run_cli
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig
 from opensora.utils.code_digest import code_digest
 from tests.conftest import ROOT
 from tests.integration import conftest as integration

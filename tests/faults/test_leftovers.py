@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from acceleration.diagnostics import watchdog
 from acceleration.checkpoint import async_writer as background
 from acceleration.checkpoint.async_writer import BackgroundWriter
+from acceleration.diagnostics import watchdog
 from acceleration.diagnostics.watchdog import Watchdog
 from tests.dist.harness import DistributedFailure, run_distributed
 from tests.faults.conftest import Tally

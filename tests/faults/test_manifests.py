@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from acceleration.checkpoint import CheckpointManager, contents, newest, steps_in, atomic_dir as storage
-from acceleration.checkpoint.listing import candidates, misnamed
+from acceleration.checkpoint import CheckpointManager, contents, newest, steps_in
+from acceleration.checkpoint import atomic_dir as storage
 from acceleration.checkpoint.atomic_dir import MANIFEST, step_of
+from acceleration.checkpoint.listing import candidates, misnamed
 from acceleration.files.sealed_json import seal
 from launch.attempts import newest_step
 from opensora.train.state.resume import wrong_info

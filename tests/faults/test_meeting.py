@@ -16,14 +16,16 @@ import pytest
 import torch
 
 from acceleration.diagnostics import preflight as look
-from acceleration.distributed import runtime as runtimes
 from acceleration.diagnostics.preflight import Facts, assess, differences
+from acceleration.distributed import runtime as runtimes
 from acceleration.distributed.rendezvous import Door, StartError, meet, ranges
 from acceleration.distributed.runtime import Runtime
+from opensora.cli.main import run_cli
 from opensora.cli.train import main as train_main
-from opensora.config.run import RunConfig, load_config, run_cli
-from opensora.train.state import run_lock as run_folder
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig
 from opensora.train.setup import start_run
+from opensora.train.state import run_lock as run_folder
 from opensora.utils.errors import UserError
 from tests.conftest import ROOT
 from tests.dist.harness import DistributedFailure, run_distributed

@@ -10,16 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from opensora.assembly.initial_weights import weight_layout
 from opensora.cli import sample, train
-from opensora.config.run import RunConfig, SampleConfig, load_config, run_cli, save
+from opensora.cli.main import run_cli
+from opensora.config.load import load_config, save
+from opensora.config.run import RunConfig, SampleConfig
 from opensora.inference import check
 from opensora.inference.check import least_bytes
-from opensora.inference.load import find_source, weight_layout
+from opensora.inference.load import find_source
 from opensora.models.families import build_model
 from opensora.models.mmdit.convert import save_state_dict
 from opensora.models.vae import autoencoder_shape
+from opensora.sampling.options import SamplingOption, sanitize_sampling_option
 from opensora.utils.errors import UserError
-from opensora.utils.sampling import SamplingOption, sanitize_sampling_option
 from tests.faults.conftest import Tally
 from tests.integration.conftest import CONFIG
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from opensora.cli.train import main as train_main
-from opensora.config.run import RunConfig, load_config
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig
 from opensora.train.state import run_lock as run_folder
 from opensora.train.state.disk_check import check_disk, checkpoint_bytes
 from opensora.train.state.run_lock import DONE, OWNER, RunLock, finished, read_owner, write_done

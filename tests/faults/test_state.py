@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from acceleration.checkpoint import CheckpointManager, shard_file as shards, atomic_dir as storage
+from acceleration.checkpoint import CheckpointManager
+from acceleration.checkpoint import atomic_dir as storage
+from acceleration.checkpoint import shard_file as shards
 from acceleration.config import ParallelConfig
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64

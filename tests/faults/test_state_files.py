@@ -22,19 +22,21 @@ from safetensors.torch import save_file
 
 from acceleration.files.sealed_json import seal
 from launch import attempts
-from opensora.config.run import SAVED_NAME, RunConfig, load_config, save, to_yaml
+from opensora.config.load import load_config, save, to_yaml
+from opensora.config.run import SAVED_NAME, RunConfig
 from opensora.datasets.loading import feature_store as features
 from opensora.models.mmdit.convert import WeightFile
-from opensora.train.state import resume, run_lock as run_folder
+from opensora.models.weights.adapters import CONFIG, WEIGHTS, read_adapter, write_adapter
 from opensora.planner.cost_fit import measured
+from opensora.train.state import resume
+from opensora.train.state import run_lock as run_folder
 from opensora.train.state.disk_check import check_writable
 from opensora.train.state.run_lock import DONE, OWNER, RunLock, check_places, finished, write_config, write_done
-from opensora.utils.files import digests
 from opensora.utils import console as logs
-from opensora.models.weights.adapters import CONFIG, WEIGHTS, read_adapter, write_adapter
 from opensora.utils.errors import UserError
-from opensora.utils.console import METRICS_NAME, MetricsLogger, read_metrics
+from opensora.utils.files import digests
 from opensora.utils.files.safetensors_files import INDEX, write_weights
+from opensora.utils.metrics_log import METRICS_NAME, MetricsLogger, read_metrics
 from tests.dist.harness import run_distributed
 from tests.faults.conftest import CONFIG as TRAINING
 from tests.faults.conftest import Tally

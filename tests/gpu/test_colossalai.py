@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from acceleration.distributed import runtime as runtimes
 from acceleration.checkpoint import CheckpointManager
 from acceleration.config import OptimConfig, ParallelConfig, PrecisionConfig
-from acceleration.engines import build_engine
+from acceleration.distributed import runtime as runtimes
 from acceleration.distributed.mesh import build as build_mesh
+from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from opensora.models.families import build_model
 from opensora.train.preparation import loss_share

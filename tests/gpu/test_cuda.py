@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.distributed import runtime as runtimes
-from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from opensora.models.families import build_model

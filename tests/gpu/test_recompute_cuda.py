@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from acceleration.distributed import mesh as meshes
 from acceleration.config import CompileConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
+from acceleration.distributed import mesh as meshes
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from opensora.models.families import build_model

@@ -10,7 +10,9 @@ import torch
 from acceleration.checkpoint import atomic_dir as storage
 from acceleration.distributed.runtime import Runtime
 from opensora.cli import sample, train
-from opensora.config.run import RunConfig, load_config, run_cli, save
+from opensora.cli.main import run_cli
+from opensora.config.load import load_config, save
+from opensora.config.run import RunConfig
 from opensora.train.state import resume
 from opensora.train.state.resume import check_same, checkpoint_info
 from opensora.utils.errors import UserError

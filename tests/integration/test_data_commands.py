@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from opensora.config import run as configs
 from opensora.cli import buckets, calibrate
-from opensora.config.run import RunConfig, load_config
+from opensora.config import run as configs
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig
 from opensora.train.step_data import open_data
 from opensora.utils.errors import UserError
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from opensora.config.run import RunConfig, load_config
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig
 from opensora.train.loop import train
 from opensora.train.setup import start_run
 from tests.dist.harness import run_distributed

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from acceleration import lora
 from acceleration.checkpoint import newest
-from opensora.config.run import SampleConfig, load_config
+from opensora.config.load import load_config
+from opensora.config.run import SampleConfig
 from opensora.inference.load import find_source
 from opensora.models.mmdit.convert import read_state_dict
 from opensora.models.weights.adapters import WEIGHTS, read_adapter

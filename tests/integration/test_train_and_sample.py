@@ -14,15 +14,16 @@ from torch import Tensor
 from acceleration.checkpoint import newest
 from acceleration.distributed.runtime import start, stop
 from opensora.cli import sample as sample_cli
-from opensora.config.run import RunConfig, SampleConfig, load_config
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig, SampleConfig
 from opensora.inference.load import find_source
 from opensora.inference.pipeline import fit, prepare_api, prepare_models
 from opensora.models.mmdit.convert import read_state_dict
 from opensora.planner.cost_fit import measured
-from opensora.train.step_data import open_data
 from opensora.train.loop import train
 from opensora.train.setup import start_run
-from opensora.utils.console import read_metrics
+from opensora.train.step_data import open_data
+from opensora.utils.metrics_log import read_metrics
 from tests.dist.harness import run_distributed
 
 Consumed = list[tuple[int, tuple[int, ...]]]  # (step, sample ids) of every weighted micro-batch

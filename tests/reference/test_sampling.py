@@ -15,7 +15,8 @@ from torch import Tensor
 from acceleration.distributed.runtime import start, stop
 from opensora.cli import sample as command
 from opensora.cli import train as training_command
-from opensora.config.run import SampleConfig, load_config
+from opensora.config.load import load_config
+from opensora.config.run import SampleConfig
 from opensora.inference.load import find_source
 from opensora.inference.pipeline import fit, prepare_api, prepare_models
 from tests.dist.harness import run_distributed

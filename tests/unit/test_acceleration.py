@@ -10,10 +10,10 @@ from torch import nn
 from acceleration import protocol as plan
 from acceleration.blocks import activation_checkpoint as recompute
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, RecomputeConfig
-from acceleration.optim.ema import EMA
 from acceleration.distributed.mesh import resolve, view
-from acceleration.optim.optimizers import ema_decay_at, lr_at
 from acceleration.distributed.runtime import first_host, ranks_from_environment, rendezvous_from_environment
+from acceleration.optim.ema import EMA
+from acceleration.optim.optimizers import ema_decay_at, lr_at
 from acceleration.sequence import SequenceParallel
 from opensora.utils.files.safetensors_files import INDEX, write_weights
 from tests.dist.toy import Toy

@@ -6,12 +6,12 @@ from math import prod
 import pytest
 import torch
 
-from acceleration.distributed import mesh as meshes
-from acceleration.accounting.comm_volume import MicroBatch, Place, forward_bytes, step_bytes
 from acceleration.accounting.activation_memory import spread
-from acceleration.config import MeshConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
-from acceleration.sequence import SequenceParallel
+from acceleration.accounting.comm_volume import MicroBatch, Place, forward_bytes, step_bytes
 from acceleration.accounting.model_profile import Linear, Structure, structure_of
+from acceleration.config import MeshConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
+from acceleration.distributed import mesh as meshes
+from acceleration.sequence import SequenceParallel
 from opensora.models.families import build_model
 from opensora.models.mmdit import MMDiTConfig
 from opensora.models.mmdit.model import SIZES, count_parameters

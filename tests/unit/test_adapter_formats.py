@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from acceleration import lora
 from acceleration.sharding import fsdp as sharding
-from opensora.inference.load import _exported, flux_adapter, weight_layout
+from opensora.assembly.initial_weights import weight_layout
+from opensora.inference.load import _exported, flux_adapter
 from opensora.models.families import MODEL_SIZES, build_model
 from opensora.models.mmdit import MMDiT, MMDiTConfig
 from opensora.models.mmdit.convert import plan_adapter

@@ -13,12 +13,20 @@ import yaml
 
 from opensora.datasets import DataConfig
 from opensora.datasets.buckets.aspect import area_of, training_sizes
-from opensora.datasets.buckets.bucket import NO_IMAGE_ROW, NOT_DRAWN, TOO_SHORT, TOO_SMALL, BucketTable, frame_interval, sampled_fps
+from opensora.datasets.buckets.bucket import (
+    NO_IMAGE_ROW,
+    NOT_DRAWN,
+    TOO_SHORT,
+    TOO_SMALL,
+    BucketTable,
+    frame_interval,
+    sampled_fps,
+)
+from opensora.datasets.buckets.shape_class_index import group_rows
+from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.datasets.plan.counter_rng import uniform
 from opensora.datasets.plan.epoch import Epoch, Source
-from opensora.datasets.buckets.shape_class_index import group_rows
 from opensora.datasets.table.manifest import ClipTable, TextsInMemory
-from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.utils.errors import UserError
 
 BUCKETS: dict[str, dict[int, Any]] = {

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from acceleration.checkpoint import listing as folder, atomic_dir as storage, writer_process as writer
+from acceleration.checkpoint import atomic_dir as storage
+from acceleration.checkpoint import listing as folder
+from acceleration.checkpoint import writer_process as writer
 from acceleration.checkpoint.async_writer import BackgroundWriter
 
 

@@ -13,13 +13,13 @@ import pyarrow.parquet as papq
 import pytest
 
 from opensora.datasets import DataConfig
-from opensora.datasets.table import index
 from opensora.datasets.buckets.bucket import BucketTable
 from opensora.datasets.buckets.shape_class_index import group_rows
+from opensora.datasets.plan.batch_plan import BatchPlan
+from opensora.datasets.table import index
+from opensora.datasets.table.build_once import build_once
 from opensora.datasets.table.index import index_of, open_index, open_table
 from opensora.datasets.table.manifest import COLUMNS, ClipTable, read_table
-from opensora.datasets.table.build_once import build_once
-from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.utils.errors import UserError
 from tests.unit.test_bucket import BUCKETS
 

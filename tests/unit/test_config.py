@@ -9,12 +9,14 @@ from typing import Any, Literal
 import pytest
 from omegaconf import OmegaConf
 
+from opensora.cli.main import run_cli
 from opensora.config import run as config
-from opensora.config.run import AUTOENCODER_CONFIGS, MODEL_CONFIGS, TEXT_ENCODER_CONFIGS, RunConfig, SampleConfig, config_from_argv, config_hash, load_config, run_cli, save, to_omegaconf, to_yaml
-from opensora.models.families import MODEL_SIZES
-from opensora.utils.errors import UserError
+from opensora.config.load import config_from_argv, config_hash, load_config, save, to_omegaconf, to_yaml
+from opensora.config.run import AUTOENCODER_CONFIGS, MODEL_CONFIGS, TEXT_ENCODER_CONFIGS, RunConfig, SampleConfig
 from opensora.config.schema import build, plain, section
 from opensora.config.strict_yaml import read_yaml
+from opensora.models.families import MODEL_SIZES
+from opensora.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 

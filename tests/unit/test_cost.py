@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from opensora.datasets import DataConfig
-from opensora.datasets.plan.balance import compose, deal
 from opensora.datasets.buckets.bucket import BucketTable
 from opensora.datasets.buckets.cost import CostConfig, features, fit, image_tokens
+from opensora.datasets.plan.balance import compose, deal
 from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.planner.cost_fit import calibrate, measured
 from opensora.utils.errors import UserError

@@ -16,11 +16,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from opensora.datasets.decode import api as decode, decord_backend as decode_decord, pillow_backend as decode_pillow, pyav_backend as decode_pyav, torchcodec_backend as decode_torchcodec
-from opensora.datasets.table import clip_storage as storage
+from opensora.datasets.decode import api as decode
+from opensora.datasets.decode import decord_backend as decode_decord
+from opensora.datasets.decode import pillow_backend as decode_pillow
+from opensora.datasets.decode import pyav_backend as decode_pyav
+from opensora.datasets.decode import torchcodec_backend as decode_torchcodec
 from opensora.datasets.decode.api import DecodeError, probe, read_frames
 from opensora.datasets.decode.common import Deadline
 from opensora.datasets.decode.process import DecoderProcess
+from opensora.datasets.table import clip_storage as storage
 from opensora.datasets.table.clip_storage import archive_members, locate
 from tests.unit.test_decode import encode
 

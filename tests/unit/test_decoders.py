@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from opensora.datasets import DataConfig
-from opensora.datasets.decode import pyav_backend as decode_pyav, torchcodec_backend as decode_torchcodec
+from opensora.datasets.decode import pyav_backend as decode_pyav
+from opensora.datasets.decode import torchcodec_backend as decode_torchcodec
 from opensora.datasets.decode.api import DECODERS, DecodeError, probe, read_frames, require
 from opensora.datasets.decode.common import Cover
 from opensora.datasets.decode.process import DecoderProcess

@@ -8,7 +8,9 @@ import torch
 
 from acceleration.checkpoint import tensor_shards as pieces
 from acceleration.config import ParallelConfig, PrecisionConfig
-from acceleration.engines import check_engine, colossalai_engine as colossalai, deepspeed_engine as deepspeed
+from acceleration.engines import check_engine
+from acceleration.engines import colossalai_engine as colossalai
+from acceleration.engines import deepspeed_engine as deepspeed
 
 
 def test_an_engine_that_is_not_there_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

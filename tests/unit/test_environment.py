@@ -8,9 +8,18 @@ import sys
 import pytest
 
 from acceleration.distributed.rendezvous import StartError
-from acceleration.distributed.runtime import Ranks, check_meeting, check_visible_devices, doors, first_host, ranks_from_environment, rendezvous_from_environment, restart_count
-from opensora.utils.errors import one_line
+from acceleration.distributed.runtime import (
+    Ranks,
+    check_meeting,
+    check_visible_devices,
+    doors,
+    first_host,
+    ranks_from_environment,
+    rendezvous_from_environment,
+    restart_count,
+)
 from opensora.utils.console import launched_rank
+from opensora.utils.errors import one_line
 from tests.conftest import ROOT
 
 ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}

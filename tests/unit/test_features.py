@@ -14,16 +14,17 @@ from safetensors.torch import load_file
 
 from acceleration.distributed.mesh import view
 from acceleration.sequence import SequenceParallel
-from opensora.config.run import RunConfig, load_config
+from opensora import precompute as module
+from opensora.assembly.stored_features import stored_text
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig
 from opensora.datasets.loading.feature_store import FeatureStore, shard_name
 from opensora.datasets.loading.loader import build_loader
 from opensora.models.text import build_text_encoder
 from opensora.models.vae import build_autoencoder
-from opensora import precompute as module
-from opensora.assembly.stored_features import stored_text
 from opensora.precompute import precompute
-from opensora.train.setup import check
 from opensora.train.preparation import Preparation, Tokens
+from opensora.train.setup import check
 from opensora.utils.errors import UserError
 from tests.integration.conftest import CONFIG
 from tests.unit.test_decode import encode

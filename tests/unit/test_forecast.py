@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from acceleration.distributed import mesh as meshes
 from acceleration.accounting.comm_volume import MicroBatch, Place
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
+from acceleration.distributed import mesh as meshes
 from opensora.cli.forecast import main
-from opensora.config.run import RunConfig, load_config
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig
 from opensora.models.mmdit.model import SIZES
+from opensora.planner.checks import check_memory
 from opensora.planner.devices import DEVICES
-from opensora.planner.forecast import Forecaster, Planner, check_memory
+from opensora.planner.forecast import Forecaster
+from opensora.planner.search import Planner
 from opensora.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

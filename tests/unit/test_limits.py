@@ -10,10 +10,11 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
-from opensora.config.run import RunConfig, SampleConfig, load_config
-from opensora.utils.errors import UserError
-from opensora.utils.sampling import SamplingOption
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig, SampleConfig
 from opensora.config.schema import TABLE
+from opensora.sampling.options import SamplingOption
+from opensora.utils.errors import UserError
 from tests.unit.test_config import GOOD
 
 HUGE = ["1000000000000000", "9223372036854775807", "1.0e+18", "1.0e+308"]

@@ -14,16 +14,18 @@ import torch
 from PIL import Image
 
 from opensora.datasets import DataConfig
-from opensora.datasets.decode import api as decode, process as reader
-from opensora.datasets.loading import loader, reader as video
+from opensora.datasets.decode import api as decode
+from opensora.datasets.decode import process as reader
 from opensora.datasets.decode.api import read_frames
 from opensora.datasets.decode.common import Cover, cover_size
-from opensora.datasets.loading.loader import build_loader
-from opensora.datasets.table.manifest import ClipTable, read_table
-from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.datasets.decode.process import DecoderProcess
-from opensora.datasets.loading.window import window_start
+from opensora.datasets.loading import loader
+from opensora.datasets.loading import reader as video
+from opensora.datasets.loading.loader import build_loader
 from opensora.datasets.loading.reader import Batch, BatchReader, Job
+from opensora.datasets.loading.window import window_start
+from opensora.datasets.plan.batch_plan import BatchPlan
+from opensora.datasets.table.manifest import ClipTable, read_table
 from opensora.utils.errors import UserError
 from opensora.utils.prompt_suffix import with_suffix
 from tests.unit.test_decode import encode

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image, ImageFont
 
 from opensora.utils import console as logs
-from opensora.utils.errors import UserError
 from opensora.utils.charts import _fitting, contact_sheet, loss_curve, running_mean
-from opensora.utils.console import MetricsLogger, announce, launched_rank, progress, read_metrics
+from opensora.utils.console import announce, launched_rank, progress
+from opensora.utils.errors import UserError
+from opensora.utils.metrics_log import MetricsLogger, read_metrics
 
 
 def _steps(path: Path) -> list[int]:

@@ -9,16 +9,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from acceleration import lora
-from acceleration.sharding import fsdp as sharding
 from acceleration.config import LoraConfig
+from acceleration.sharding import fsdp as sharding
 from opensora.config.run import SampleConfig
 from opensora.inference.load import _exported
 from opensora.models.families import MODEL_SIZES, build_model, init_model_
 from opensora.models.mmdit import MMDiT, MMDiTConfig
 from opensora.models.weights.adapters import CONFIG, WEIGHTS, FittedAdapter, read_adapter, write_adapter
 from opensora.utils.errors import UserError
-from opensora.utils.rng import torch_generator
 from opensora.utils.files.safetensors_files import fingerprint
+from opensora.utils.rng import torch_generator
 
 MODEL = replace(MODEL_SIZES["mmdit"]["debug"], cond_embed=False)
 CFG = LoraConfig(rank=4, alpha=6.0)

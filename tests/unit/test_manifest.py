@@ -157,7 +157,9 @@ def test_files_that_are_not_there_or_not_tables(tmp_path: Path) -> None:
 
 
 def test_reading_tables_and_clips_does_not_load_torch() -> None:
-    code = "import sys, opensora.datasets.table.manifest, opensora.datasets.decode.api; assert 'torch' not in sys.modules"
+    code = (
+        "import sys, opensora.datasets.table.manifest, opensora.datasets.decode.api; assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

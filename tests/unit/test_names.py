@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from opensora.config.run import RunConfig, load_config
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig
 from opensora.utils.errors import UserError
 from opensora.utils.names import name_problem
 from tests.unit.test_config import GOOD

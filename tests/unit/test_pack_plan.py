@@ -10,10 +10,10 @@ import torch
 from opensora.datasets import DataConfig
 from opensora.datasets.buckets.cost import CostConfig, image_tokens
 from opensora.datasets.loading.loader import build_loader
-from opensora.datasets.table.manifest import read_table
-from opensora.datasets.plan.sequence_packing import fill
-from opensora.datasets.plan.batch_plan import BatchPlan, Pack
 from opensora.datasets.loading.reader import Batch, PackedBatch
+from opensora.datasets.plan.batch_plan import BatchPlan, Pack
+from opensora.datasets.plan.sequence_packing import fill
+from opensora.datasets.table.manifest import read_table
 from opensora.utils.errors import UserError
 from tests.unit.test_bucket import random_table
 from tests.unit.test_loader import clips as clips

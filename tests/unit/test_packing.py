@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from acceleration.blocks import activation_checkpoint as recompute
 from acceleration import sequence
 from acceleration.attention.core import KernelCore
-from acceleration.config import RecomputeConfig
 from acceleration.attention.kernels import KERNELS, Kernel, varlen
 from acceleration.attention.kernels.varlen import Varlen
+from acceleration.blocks import activation_checkpoint as recompute
+from acceleration.config import RecomputeConfig
 from acceleration.distributed.mesh import view
 from acceleration.sequence import Segments, SequenceParallel
 from opensora.datasets.loading.reader import PackedBatch

@@ -17,9 +17,9 @@ from opensora.datasets.decode import pyav_backend as decode_pyav
 from opensora.datasets.decode.api import DecodeError, probe, read_frames
 from opensora.datasets.decode.common import MAX_PIXELS, MAX_SIDE, Deadline, Turn
 from opensora.datasets.loading.loader import build_loader
-from opensora.datasets.table.manifest import read_table
 from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.datasets.table.clip_storage import locate
+from opensora.datasets.table.manifest import read_table
 from opensora.utils.errors import UserError
 
 HEIGHT, WIDTH = 32, 64

@@ -10,8 +10,8 @@ import torch
 
 from acceleration.distributed.mesh import view
 from opensora.datasets.buckets.bucket import Bucket
-from opensora.datasets.table.manifest import ClipTable, TextsInMemory
 from opensora.datasets.loading.reader import Batch
+from opensora.datasets.table.manifest import ClipTable, TextsInMemory
 from opensora.train.health.data_health import Reads
 from opensora.utils.errors import UserError
 

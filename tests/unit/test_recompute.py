@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from acceleration.blocks import activation_checkpoint as recompute
 from acceleration import sequence
-from acceleration.config import RecomputeConfig
 from acceleration.attention.kernels import KERNELS, Kernel
-from acceleration.distributed.mesh import view
+from acceleration.blocks import activation_checkpoint as recompute
 from acceleration.blocks.activation_offload import Offload
+from acceleration.config import RecomputeConfig
+from acceleration.distributed.mesh import view
 from opensora.models.families import build_model
 from tests.dist.problem import MODEL, batches
 from tests.dist.test_parity import fill, preparation

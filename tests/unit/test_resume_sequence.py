@@ -10,10 +10,11 @@ import torch
 
 from opensora.datasets import DataConfig
 from opensora.datasets.decode import api as decode
-from opensora.datasets.loading import loader, reader as video
-from opensora.datasets.table.index import open_index, open_table
+from opensora.datasets.loading import loader
+from opensora.datasets.loading import reader as video
 from opensora.datasets.loading.loader import build_loader
 from opensora.datasets.plan.batch_plan import BatchPlan
+from opensora.datasets.table.index import open_index, open_table
 from opensora.schedulers.rectified_flow import drop_text, sample_noise
 from tests.unit.test_clip_index import make_tables
 

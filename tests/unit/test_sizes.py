@@ -5,8 +5,8 @@ from math import sqrt
 import pytest
 
 from opensora.datasets.buckets.aspect import size_of, training_sizes
+from opensora.sampling.options import SamplingOption, image_size, sanitize_sampling_option
 from opensora.utils.errors import UserError
-from opensora.utils.sampling import SamplingOption, image_size, sanitize_sampling_option
 from opensora.utils.sizes import RATIOS
 
 AREAS = {"256px": 256**2, "360p": int(360**2 * 16 / 9), "512px": 512**2, "720p": int(720**2 * 16 / 9), "768px": 768**2}

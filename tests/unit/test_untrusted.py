@@ -5,8 +5,8 @@ import struct
 
 import pytest
 
-from opensora.utils.files import untrusted
 from opensora.utils.errors import UserError
+from opensora.utils.files import untrusted
 from opensora.utils.files.untrusted import parse_json, parsing
 from tests.conftest import ROOT
 

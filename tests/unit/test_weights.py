@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from opensora.models.mmdit.convert import WeightFile
-from opensora.utils.files import safetensors_files as module
 from opensora.utils.errors import UserError
+from opensora.utils.files import safetensors_files as module
 from opensora.utils.files.safetensors_files import INDEX, write_file, write_weights
 
 BYTES = 80  # of a tensor below

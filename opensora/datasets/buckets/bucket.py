@@ -20,10 +20,10 @@ from itertools import pairwise
 import numpy as np
 
 from opensora.datasets.buckets.aspect import area_of, training_sizes
-from opensora.datasets.config import BucketRow, DataConfig, bucket_rows
 from opensora.datasets.buckets.cost import features, image_tokens
-from opensora.datasets.table.manifest import ClipTable
+from opensora.datasets.config import BucketRow, DataConfig, bucket_rows
 from opensora.datasets.plan.dynamic_sp import Sharing, choose, times
+from opensora.datasets.table.manifest import ClipTable
 from opensora.utils.errors import UserError
 
 MAX_FPS = 24.0

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from opensora.datasets.buckets.bucket import BucketTable
-from opensora.datasets.table.index import VERIFIED_BYTES, IndexedTable
-from opensora.datasets.table.manifest import ClipTable
 from opensora.datasets.table.build_once import build_once
 from opensora.datasets.table.checksums import Sealed, seal, verified
+from opensora.datasets.table.index import VERIFIED_BYTES, IndexedTable
+from opensora.datasets.table.manifest import ClipTable
 
 _IDS, _START = "ids.bin", "start.bin"
 _CHUNK = 1 << 20

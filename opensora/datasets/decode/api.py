@@ -10,7 +10,10 @@ from typing import Literal
 
 import numpy as np
 
-from opensora.datasets.decode import decord_backend as decode_decord, pillow_backend as decode_pillow, pyav_backend as decode_pyav, torchcodec_backend as decode_torchcodec
+from opensora.datasets.decode import decord_backend as decode_decord
+from opensora.datasets.decode import pillow_backend as decode_pillow
+from opensora.datasets.decode import pyav_backend as decode_pyav
+from opensora.datasets.decode import torchcodec_backend as decode_torchcodec
 from opensora.datasets.decode.common import WHITE, Allocate, Colour, Deadline, DecodeError, Resize, new_array
 from opensora.datasets.decode.file_type import CLIP_SUFFIXES, STILL_SUFFIXES, Sniffed, sniff, sniff_source
 from opensora.datasets.table.clip_storage import Source, locate

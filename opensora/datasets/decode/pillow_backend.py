@@ -26,9 +26,23 @@ from typing import cast
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from opensora.datasets.decode.common import LIMITS, MAX_PIXELS, Allocate, Colour, Deadline, DecodeError, Resize, Turn, check_size, in_bands, on_background, rate_of, scale_rgb
-from opensora.datasets.table.clip_storage import Source
+from opensora.datasets.decode.common import (
+    LIMITS,
+    MAX_PIXELS,
+    Allocate,
+    Colour,
+    Deadline,
+    DecodeError,
+    Resize,
+    Turn,
+    check_size,
+    in_bands,
+    on_background,
+    rate_of,
+    scale_rgb,
+)
 from opensora.datasets.decode.truncated import jpeg_lacks_scans, jpeg_with_more, png_lacks
+from opensora.datasets.table.clip_storage import Source
 from opensora.utils.files.untrusted import parsing
 
 # EPS and the like, which would start another program, are left out. JPEG is MPO too.

@@ -28,10 +28,24 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-from opensora.datasets.decode.pillow_backend import gif_lacks_pixels
-from opensora.datasets.decode.common import MAX_FPS, WHITE, Allocate, Colour, Deadline, DecodeError, Resize, Turn, check_size, new_array, on_background, rate_of, scale_rgb
-from opensora.datasets.decode.gif_blocks import pictures_in
+from opensora.datasets.decode.common import (
+    MAX_FPS,
+    WHITE,
+    Allocate,
+    Colour,
+    Deadline,
+    DecodeError,
+    Resize,
+    Turn,
+    check_size,
+    new_array,
+    on_background,
+    rate_of,
+    scale_rgb,
+)
 from opensora.datasets.decode.file_type import CLIP_SUFFIXES, sniff_source
+from opensora.datasets.decode.gif_blocks import pictures_in
+from opensora.datasets.decode.pillow_backend import gif_lacks_pixels
 from opensora.datasets.table.clip_storage import Source
 from opensora.utils.files.untrusted import parsing
 

@@ -24,9 +24,23 @@ from torch import Tensor
 
 from opensora.datasets.plan.batch_plan import MicroBatch
 from opensora.utils.errors import UserError
-from opensora.utils.files.untrusted import COUNT, OBJECT, SHA256, TEXT, Each, Shape, mismatch, parse_json, parsing, read_small, require_file, seal, unseal
-from opensora.utils.files.user_files import absence, replacing
 from opensora.utils.files.safetensors_files import write_file
+from opensora.utils.files.untrusted import (
+    COUNT,
+    OBJECT,
+    SHA256,
+    TEXT,
+    Each,
+    Shape,
+    mismatch,
+    parse_json,
+    parsing,
+    read_small,
+    require_file,
+    seal,
+    unseal,
+)
+from opensora.utils.files.user_files import absence, replacing
 
 MANIFEST, INDEX, NULL = "manifest.json", "index.arrow", "null.safetensors"
 FORMAT = 3

@@ -15,13 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opensora.datasets.decode import api as decode
 from opensora.datasets.config import DataConfig
-from opensora.datasets.table.manifest import ClipTable
-from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch, Pack
+from opensora.datasets.decode import api as decode
 from opensora.datasets.decode.process import DecoderProcess, ReadFrames
-from opensora.datasets.plan.dynamic_sp import Sharing
 from opensora.datasets.loading.reader import Batch, BatchReader, FeatureReader, Job, PackedBatch
+from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch, Pack
+from opensora.datasets.plan.dynamic_sp import Sharing
+from opensora.datasets.table.manifest import ClipTable
 from opensora.utils.errors import UserError
 
 _LOOK_S = 1.0  # between two looks at whether anything is read at all

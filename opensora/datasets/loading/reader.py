@@ -15,15 +15,15 @@ from torch import Tensor
 from opensora.datasets.buckets.bucket import Bucket, frame_interval, sampled_fps
 from opensora.datasets.config import DataConfig, parse_colour
 from opensora.datasets.decode.api import DecodeError
-from opensora.datasets.plan.counter_rng import integer
-from opensora.datasets.loading.feature_store import Features, FeatureStore
 from opensora.datasets.decode.common import Cover
-from opensora.datasets.table.manifest import ClipTable
-from opensora.datasets.plan.batch_plan import MicroBatch
 from opensora.datasets.decode.process import DecoderLost, ReadFrames
+from opensora.datasets.loading.feature_store import Features, FeatureStore
 from opensora.datasets.loading.window import crop_origin, random_crop_origin, window_start
-from opensora.utils.errors import UserError
+from opensora.datasets.plan.batch_plan import MicroBatch
+from opensora.datasets.plan.counter_rng import integer
+from opensora.datasets.table.manifest import ClipTable
 from opensora.utils.console import announce
+from opensora.utils.errors import UserError
 from opensora.utils.prompt_suffix import with_suffix
 
 MAX_TRIES = 8  # substitutes tried for one unreadable sample

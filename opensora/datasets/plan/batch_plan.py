@@ -17,15 +17,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from opensora.datasets.plan.balance import compose, deal
 from opensora.datasets.buckets.bucket import Bucket, BucketReport, BucketTable
-from opensora.datasets.config import DataConfig
-from opensora.datasets.plan.counter_rng import permuted
-from opensora.datasets.plan.epoch import Epoch, Source
 from opensora.datasets.buckets.shape_class_index import group_rows
-from opensora.datasets.table.manifest import ClipTable
-from opensora.datasets.plan.sequence_packing import fill
+from opensora.datasets.config import DataConfig
+from opensora.datasets.plan.balance import compose, deal
+from opensora.datasets.plan.counter_rng import permuted
 from opensora.datasets.plan.dynamic_sp import Sharing
+from opensora.datasets.plan.epoch import Epoch, Source
+from opensora.datasets.plan.sequence_packing import fill
+from opensora.datasets.table.manifest import ClipTable
 from opensora.utils.errors import UserError
 from opensora.utils.rng import derive_key, numpy_generator
 

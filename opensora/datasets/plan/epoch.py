@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from opensora.datasets.buckets.bucket import REASONS, BucketTable, Shares
-from opensora.datasets.plan.counter_rng import bits, permuted, uniform
 from opensora.datasets.buckets.shape_class_index import Groups
+from opensora.datasets.plan.counter_rng import bits, permuted, uniform
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from opensora.datasets.table.checksums import Damaged
-from opensora.utils.errors import UserError
 from opensora.utils.console import announce
+from opensora.utils.errors import UserError
 
 try:
     import fcntl

@@ -27,8 +27,15 @@ from torch import Tensor, nn
 from opensora.models.layers.rope import RopeLayout
 from opensora.models.weights.adapters import AdapterRows
 from opensora.utils.errors import UserError
+from opensora.utils.files.safetensors_files import (
+    SHARD_BYTES,
+    check_regular,
+    check_types,
+    open_weights,
+    write_file,
+    write_weights,
+)
 from opensora.utils.files.untrusted import ANY, TEXT, Each, mismatch, parse_json, parsing, read_small, short_reason
-from opensora.utils.files.safetensors_files import SHARD_BYTES, check_regular, check_types, open_weights, write_file, write_weights
 
 StateDict = dict[str, Tensor]
 Shape: TypeAlias = tuple[int, ...]

@@ -15,9 +15,9 @@ from torch import Tensor
 from opensora.models.base import TextFeatures
 from opensora.models.pretrained import load_pretrained
 from opensora.utils.errors import UserError
-from opensora.utils.limits import Limits
 from opensora.utils.files.untrusted import parse_json, parsing
 from opensora.utils.files.user_files import absence, read_text
+from opensora.utils.limits import Limits
 
 CLIP_TOKENS = 77
 

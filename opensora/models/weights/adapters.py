@@ -19,11 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora.utils.errors import UserError
 from opensora.utils.console import announce
+from opensora.utils.errors import UserError
+from opensora.utils.files.safetensors_files import (
+    FLOATS,
+    OpenWeights,
+    check_regular,
+    check_types,
+    open_weights,
+    write_file,
+    write_json,
+)
 from opensora.utils.files.untrusted import parse_json, parsing, read_small, short
 from opensora.utils.files.user_files import absence
-from opensora.utils.files.safetensors_files import FLOATS, OpenWeights, check_regular, check_types, open_weights, write_file, write_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # peft's wrapper around a model

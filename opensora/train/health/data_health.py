@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from acceleration.distributed.mesh import SAMPLE_AXES, Mesh
 from opensora.datasets.table.manifest import ClipTable
-from opensora.utils.errors import UserError
 from opensora.utils.console import announce
+from opensora.utils.errors import UserError
 from opensora.utils.rng import derive_key
 
 if TYPE_CHECKING:

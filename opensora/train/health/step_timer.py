@@ -7,10 +7,10 @@ from statistics import median_low
 import torch
 import torch.distributed as dist
 
+from acceleration.diagnostics.watchdog import Watchdog
+from acceleration.distributed.comm_timer import WAITING
 from acceleration.distributed.mesh import Mesh
 from acceleration.distributed.runtime import Runtime
-from acceleration.distributed.comm_timer import WAITING
-from acceleration.diagnostics.watchdog import Watchdog
 from opensora.config.run import RunConfig
 from opensora.utils.console import announce
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from acceleration.sharding.precision import DTYPES
 from opensora.config.run import RunConfig
-from opensora.utils.errors import UserError
 from opensora.utils.console import announce, launched_rank
+from opensora.utils.errors import UserError
 
 _MOMENTS = {"adamw": 2, "sgd": 0}
 

@@ -2,12 +2,13 @@
 and the digest of each."""
 
 from acceleration.engines import Engine, Weights
+from opensora.assembly.initial_weights import weight_layout
 from opensora.config import run as config
 from opensora.config.run import RunConfig
-from opensora.inference.load import flux_adapter, weight_layout
+from opensora.inference.load import flux_adapter
 from opensora.models.mmdit.convert import FLUX
-from opensora.utils.files import digests
 from opensora.models.weights.adapters import write_adapter, write_comfyui
+from opensora.utils.files import digests
 from opensora.utils.files.safetensors_files import write_weights
 
 

@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from acceleration.checkpoint import CheckpointManager, steps_in
-from acceleration.checkpoint.listing import candidates
 from acceleration.checkpoint.atomic_dir import MANIFEST, step_name
-from acceleration.engines import Engine
+from acceleration.checkpoint.listing import candidates
 from acceleration.distributed.runtime import Runtime
+from acceleration.engines import Engine
 from acceleration.files.sealed_json import ANY, COUNT, FLAG, NULL, NUMBER, OBJECT, TEXT, WHOLE, Each, Shape, mismatch
 from opensora.config import run as config
+from opensora.config.compare import differences
 from opensora.config.run import RunConfig
-from opensora.inference.load import part_of_run
-from opensora.utils.errors import UserError
-from opensora.utils.console import announce
 from opensora.config.schema import plain
-from opensora.utils.files.user_files import absence
 from opensora.config.strict_yaml import read_yaml
+from opensora.inference.load import part_of_run
+from opensora.utils.console import announce
+from opensora.utils.errors import UserError
+from opensora.utils.files.user_files import absence
 
 # Settings that may differ from one start of a run to the next and leave it the same run.
 FREE = (
@@ -244,12 +245,3 @@ def _as_json(value: Any) -> dict[str, Any]:
 
 def _is_below(line: str, keys: Any) -> bool:
     return any(line.startswith((f"{key}.", f"{key}=")) for key in keys)
-
-
-def differences(before: Any, now: Any, key: str = "") -> list[str]:
-    """``key=new (was old)`` for every leaf that differs between two plain trees."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        names = [*now, *(name for name in before if name not in now)]
-        path = f"{key}." if key else ""
-        return [line for name in names for line in differences(before.get(name), now.get(name), f"{path}{name}")]
-    return [] if before == now else [f"{key}={now} (was {before})"]

@@ -20,17 +20,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from acceleration.files.atomic_write import kind_of, read_small, replacing
 from acceleration.distributed.runtime import restart_count
+from acceleration.files.atomic_write import kind_of, read_small, replacing
 from acceleration.files.sealed_json import COUNT, FLAG, NULL, TEXT, Shape, seal, unseal
 from opensora.config import run as config
 from opensora.config.run import RunConfig
-from opensora.utils.files import digests
-from opensora.models.weights.adapters import CONFIG, WEIGHTS
-from opensora.utils.errors import UserError
-from opensora.utils.console import METRICS_NAME, WANDB_ID_NAME, announce
-from opensora.utils.files.safetensors_files import INDEX, SINGLE
 from opensora.config.strict_yaml import read_yaml
+from opensora.models.weights.adapters import CONFIG, WEIGHTS
+from opensora.utils.console import announce
+from opensora.utils.errors import UserError
+from opensora.utils.files import digests
+from opensora.utils.files.safetensors_files import INDEX, SINGLE
+from opensora.utils.metrics_log import METRICS_NAME, WANDB_ID_NAME
 
 DONE = "DONE"  # in the folder of a run that is finished
 LOCK, OWNER = ".lock", "owner.json"

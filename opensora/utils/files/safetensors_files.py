@@ -17,8 +17,8 @@ from torch import Tensor
 
 from acceleration.files import tensor_file
 from acceleration.files.atomic_write import flush, replacing
-from opensora.utils.files import digests as lists
 from opensora.utils.errors import UserError
+from opensora.utils.files import digests as lists
 from opensora.utils.files.untrusted import parsing
 
 INDEX = "model.safetensors.index.json"

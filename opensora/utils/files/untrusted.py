@@ -2,7 +2,21 @@
 files.py and sealed.py, as checkpoints need it too."""
 
 from acceleration.files.atomic_write import read_small, require_file
-from acceleration.files.sealed_json import ANY, COUNT, NUMBER, OBJECT, SHA256, TEXT, WHOLE, Each, Kind, Shape, mismatch, seal, unseal
+from acceleration.files.sealed_json import (
+    ANY,
+    COUNT,
+    NUMBER,
+    OBJECT,
+    SHA256,
+    TEXT,
+    WHOLE,
+    Each,
+    Kind,
+    Shape,
+    mismatch,
+    seal,
+    unseal,
+)
 from acceleration.files.untrusted import OUR_PACKAGES, is_our_mistake, parse_json, parsing, short, short_reason
 
 __all__ = [
