@@ -3,7 +3,7 @@
     python -m benchmarks.memory [--processes 1,2,4,8] [--width 320] [--offload none,optimizer,parameters]
 
 Layouts run as groups of gloo processes on this machine, on an MMDiT of --width (320: 33 million parameters) with so few
-tokens that weights are nearly all there is to see. Counted are bytes of tensors (acceleration/diagnostics/memory_usage.py), exactly:
+tokens that weights are nearly all there is to see. Counted are bytes of tensors (diagnostics/memory_usage.py), exactly:
 resident memory would add the interpreter and what malloc keeps back, and lack what no page was touched of. Of a mapped
 file the tensor being read is counted, though its pages are the system's to take back. The worst process is shown.
 

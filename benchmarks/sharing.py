@@ -2,7 +2,7 @@
 
     python -m benchmarks.sharing [--rows 1000000] [--steps 100]
 
-By the cost model (``opensora/datasets/buckets/cost.py``) of the 11B model, with and without ``parallel.mesh.dynamic``: a round
+By the cost model (``buckets/cost.py``) of the 11B model, with and without ``parallel.mesh.dynamic``: a round
 of micro-batches lasts as long as its longest on any process, a step as long as its rounds. Everything is in image
 tokens on one process, 78 us on an H100 at half its peak. Cases:
 

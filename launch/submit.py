@@ -28,9 +28,9 @@ from opensora.utils import signal_handler as signals  # noqa: E402
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
     signals.listen_early()
 
-from opensora.cli.main import run_cli
+from opensora.cli.main import run_cli  # noqa: E402
 from opensora.config.load import load_config, save  # noqa: E402
-from opensora.config.run import RunConfig
+from opensora.config.run import RunConfig  # noqa: E402
 from opensora.train.setup import check  # noqa: E402
 from opensora.utils.code_digest import PACKAGES, code_digest  # noqa: E402
 from opensora.utils.command_line.arguments import Parser, place, whole, word  # noqa: E402

@@ -4,7 +4,7 @@ Sizes may differ between processes, and may be zero. The backward of an exchange
 shares stay sums of shares: nothing here divides. Bytes are those this process sends when every collective is carried
 out at its lower bound (an all-reduce as a reduce-scatter and an all-gather), whatever algorithm a backend prefers.
 
-Meta tensors get their shapes and are counted, but nothing is sent: that is how a layout is planned (activations.py).
+Meta tensors get their shapes and are counted, but nothing is sent: that is how a layout is planned.
 """
 
 from collections.abc import Sequence

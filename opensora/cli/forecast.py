@@ -1,4 +1,4 @@
-"""Forecast memory, traffic and time: ``python -m opensora.cli.forecast CONFIG.yaml --world 512 --device h100 [overrides]``.
+"""Forecast memory, traffic and time: ``python -m opensora.cli.forecast CONFIG.yaml --world 512 --device h100``.
 
 Starts no process and allocates nothing. Prints the configured layout on every bucket, then the fastest layouts that fit
 the heaviest bucket.

@@ -1,9 +1,9 @@
 """What a run would need, before it is started: memory, bytes, operations and time, per bucket and layout.
 
-Memory is added up as FSDP2 allocates it, over activations found on the meta device (acceleration/accounting/peak_memory.py,
-activations.py); bytes are those the axes would count (accounting.py). Both are exact to a few percent. Time is a rough
-model on top of them, good for comparing layouts: products at ``EFFICIENCY`` of the peak, exchanges at the speed of the
-slowest link they cross, weights and gradients moved while blocks compute.
+Memory is added up as FSDP2 allocates it, over activations found on the meta device (peak_memory.py and
+activation_memory.py in acceleration/accounting); bytes are those the axes would count (comm_volume.py there). Both are
+exact to a few percent. Time is a rough model on top of them, good for comparing layouts: products at ``EFFICIENCY`` of
+the peak, exchanges at the speed of the slowest link they cross, weights and gradients moved while blocks compute.
 """
 
 from collections import Counter

@@ -91,8 +91,8 @@ class I2VDenoiser:
                 return unprompted + guidance * (prompted - unprompted)
             nothing = torch.zeros_like(cond)
             prompted, unprompted, ignorant = evaluate((prompt, cond), (negative, cond), (negative, nothing))
-            image_guidance = image_guidance(option, step, len(timesteps), latent_frames, img_ids)
-            return ignorant + image_guidance * (unprompted - ignorant) + guidance * (prompted - unprompted)
+            along_clip = image_guidance(option, step, len(timesteps), latent_frames, img_ids)
+            return ignorant + along_clip * (unprompted - ignorant) + guidance * (prompted - unprompted)
 
         return integrate(velocity, img, timesteps, progress)
 

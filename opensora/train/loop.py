@@ -13,7 +13,7 @@ def train(run: Run) -> bool:
         True when the run is finished, False when it was interrupted and can be resumed.
 
     Raises:
-        Hopeless: loss, gradients or copies of the state stay wrong after every remedy; see guard.py.
+        Hopeless: loss, gradients or copies of the state stay wrong after every remedy; see health/anomaly_guard.py.
     """
     total = run.cfg.train.steps
     while run.step < total:
@@ -32,14 +32,14 @@ def train(run: Run) -> bool:
             loss += share.detach()
             run.at("data")
         run.at("update")
-        update = run.guard.update(run, loss)
+        update = run.guard.update(run.engine, run.mesh, run.step, loss)
         run.step += 1
 
         run.at("agree")
         stop = run.stop.agreed()
         run.at("record")
-        run.metrics.record(run, update, last=stop or run.step == total)
-        if not stop and (wanted := run.guard.wants_return(run)):
+        run.record(update, last=stop or run.step == total)
+        if not stop and (wanted := run.guard.wants_return(run.engine, run.mesh, run.step, run.at)):
             go_back(run, wanted)
             continue
         if not stop and run.cfg.validate.every and run.step % run.cfg.validate.every == 0:

@@ -49,7 +49,8 @@ def go_back(run: Run, to: Return) -> None:
                 storage.remove(newer)
     run.data.close()
     run.data = open_batches(run.cfg, run.data.index, run.data.plan, run.mesh, run.step)
-    run.metrics.rewind(run)
+    run.begin_record()
+    run.metrics.rewind(run.step)
     leap = f", without the samples up to step {run.step}" if to.leap_to else ""
     announce(f"step {came_from}: {to.why}: back to {path.name}{leap}")
     run.metrics.note("went_back", run.step, came_from=came_from, checkpoint=path.name, why=to.why)

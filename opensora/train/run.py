@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from acceleration.checkpoint import CheckpointManager, SaveError
+from acceleration.diagnostics.memory_usage import peak_gib
 from acceleration.distributed import runtime as runtimes
 from acceleration.distributed.agreement import StopRequest
 from acceleration.distributed.mesh import Mesh
@@ -14,7 +15,7 @@ from acceleration.engines import Engine
 from acceleration.optim.optimizers import lr_at
 from opensora.config.run import RunConfig
 from opensora.planner.checks import Traffic
-from opensora.train.health.anomaly_guard import Guard
+from opensora.train.health.anomaly_guard import Guard, Update
 from opensora.train.health.data_health import Reads
 from opensora.train.health.step_timer import Phases
 from opensora.train.metrics import Metrics
@@ -66,6 +67,26 @@ class Run:
     def tokens(self, step: int) -> int:
         """Image tokens that update ``step`` works on, all processes together."""
         return self.data.global_elements(step) // self.cfg.model.in_channels
+
+    def record(self, update: Update, *, last: bool) -> None:
+        """Note the update just made or left out (``step`` counts it). Collective when a record is due."""
+        made = self.step - 1
+        predicted = self.traffic.of_step(made) if self.traffic else {}
+        self.metrics.add(update, self.data.bucket_samples(made), self.tokens(made), predicted)
+        if update.bad:
+            self.metrics.note("left_out", self.step, why=update.bad)
+        if not last and not self.metrics.is_due(self.step):
+            return
+        values = {"lr": self.lr_at(made), "epoch": self.data.plan.epoch_of(made)}
+        values |= self.metrics.values(self.mesh, self.data.waited_s)
+        values |= {"mem/peak_gib": peak_gib(self.runtime.device), "guard/left_out": self.guard.left_out}
+        values |= self.reads.due() | self.phases.due(self.mesh, self.metrics.steps, self.step)
+        self.begin_record()
+        self.metrics.write(self.step, values)
+
+    def begin_record(self) -> None:
+        """The next record counts from here."""
+        self.metrics.begin(self.mesh, self.data.waited_s)
 
     def save(self) -> None:
         """Write a checkpoint of the state after ``step`` updates. Collective."""

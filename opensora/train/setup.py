@@ -25,7 +25,7 @@ from opensora.assembly import stored_features as features
 from opensora.assembly.components import tile_runner
 from opensora.assembly.initial_weights import FromFile, adapted, add_adapters, check_initial, initial_weights
 from opensora.assembly.layout import check_attention, check_layout
-from opensora.config import run as config
+from opensora.config.load import to_yaml
 from opensora.config.run import RunConfig
 from opensora.datasets.decode import api as decode
 from opensora.datasets.plan.batch_plan import BatchPlan
@@ -157,7 +157,7 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
     if cfg.train.preflight:
         check_processes(cfg, runtime)
     mesh = meshes.build(cfg.parallel.mesh, runtime.world_size, runtime.device)
-    announce(f"{config.to_yaml(cfg)}\n{plan.report()}\n{layout(cfg, mesh)}")
+    announce(f"{to_yaml(cfg)}\n{plan.report()}\n{layout(cfg, mesh)}")
 
     with torch.device("meta"):
         model = build_model(cfg.model)

@@ -18,7 +18,7 @@ _LOGGER = logging.getLogger("opensora")
 def launched_rank() -> int:
     """This process's rank as the launcher (torchrun, or a SLURM step) says it; 0 for a plain call.
 
-    Only for who speaks: what is no rank counts as 0, so that the one who refuses it (acceleration/distributed/runtime.py) is heard.
+    Only for who speaks: what is no rank counts as 0, so that the one who refuses it (distributed/runtime.py) is heard.
     """
     name = "RANK" if os.environ.get("RANK") or not os.environ.get("SLURM_STEP_NUM_TASKS") else "SLURM_PROCID"
     text = os.environ.get(name, "").strip()

@@ -1,16 +1,17 @@
-"""The sampling core: options, start noise, schedule, and the loop from noise to latents.
+"""The public names of sampling, under the name where people look for them; nothing of ours imports this.
 
-Works on tokens that may be one process's share; what surrounds it (text encoding, references, distribution, decoding,
-files) is in ``opensora.inference``. Its ``prepare``, ``prepare_models``, ``prepare_api`` and ``process_and_save`` can
-be imported from here as well.
+They live in ``opensora.sampling`` (options, noise, guidance, loop), ``opensora.schedulers.timesteps`` and
+``opensora.inference.pipeline``, whose names are looked up when they are asked for: they need ``acceleration`` too.
 """
 
 from importlib import import_module
 from typing import Any
 
+from opensora.sampling.guidance import DENOISERS, DistilledDenoiser, I2VDenoiser, passes_per_step
 from opensora.sampling.loop import TextInputs
-from opensora.sampling.options import SamplingOption
-from opensora.schedulers.timesteps import flow_shift
+from opensora.sampling.noise import get_noise
+from opensora.sampling.options import SamplingOption, image_size, sanitize_sampling_option
+from opensora.schedulers.timesteps import flow_shift, get_schedule, time_shift
 from opensora.utils.tokens import pack, unpack
 
 __all__ = [
@@ -30,13 +31,11 @@ __all__ = [
     "passes_per_step",
 ]
 
-
-_INFERENCE = "opensora.inference.pipeline"
-_FROM_INFERENCE = ("prepare", "prepare_models", "prepare_api", "process_and_save")
+_PIPELINE = "opensora.inference.pipeline"
+_FROM_PIPELINE = ("prepare", "prepare_models", "prepare_api", "process_and_save")
 
 
 def __getattr__(name: str) -> Any:
-    """The public names of inference, looked up by string when asked for: utils must not import upwards."""
-    if name in _FROM_INFERENCE:
-        return getattr(import_module(_INFERENCE), name)
+    if name in _FROM_PIPELINE:
+        return getattr(import_module(_PIPELINE), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,6 @@
 """Resolution names, aspect ratios, and the size of a frame that has about this area and this ratio.
 
-``Npx`` is an area of N^2 pixels, ``Np`` one of N^2 * 16/9. Training's table of sizes (``opensora.datasets.buckets.aspect``)
+``Npx`` is an area of N^2 pixels, ``Np`` one of N^2 * 16/9. Training's table of sizes (``datasets/buckets/aspect.py``)
 and sampling both start from ``frame_size``.
 """
 

@@ -1,4 +1,4 @@
-"""Stands in for the two plugins of colossalai 0.5.0 that refuse a CPU: what acceleration/engines/colossalai_engine.py calls.
+"""Stands in for the two plugins of colossalai 0.5.0 that refuse a CPU: what colossalai_engine.py calls.
 
 Names, signatures and arithmetic are those of the release (booster/plugin/{low_level_zero,gemini}_plugin.py,
 zero/low_level/low_level_optim.py, zero/gemini/{gemini_ddp,gemini_optimizer}.py): masters cut over all processes,

@@ -92,7 +92,7 @@ def start(program: str, **options: object) -> "subprocess.Popen[str]":
 
 
 PRINTING = """
-from opensora.config import run_cli
+from opensora.cli.main import run_cli
 def main(argv):
     for i in range(200_000):
         print(i)
@@ -118,7 +118,7 @@ def test_a_full_disk_behind_the_output(count: str, tmp_path: Path) -> None:
 
 
 def test_an_output_that_cannot_be_said() -> None:
-    program = "from opensora.config import run_cli\nrun_cli(lambda _: print('a\\udcffb'))"
+    program = "from opensora.cli.main import run_cli\nrun_cli(lambda _: print('a\\udcffb'))"
     process = start(program, stdout=subprocess.PIPE)
     out, err = process.communicate(timeout=60)
     assert (out, err, process.returncode) == ("a\\udcffb\n", "", 0)
@@ -130,7 +130,7 @@ def test_standard_streams_that_are_closed(closed: str, tmp_path: Path) -> None:
     said = tmp_path / "said"
     (tmp_path / "program.py").write_text(
         "import os, sys\n"
-        "from opensora.config import run_cli\n"
+        "from opensora.cli.main import run_cli\n"
         "def main(_):\n"
         f"    with open({str(said)!r}, 'w') as file:\n"
         "        print('out'); print('err', file=sys.stderr, flush=True); sys.stdout.flush()\n"
@@ -145,7 +145,7 @@ def test_standard_streams_that_are_closed(closed: str, tmp_path: Path) -> None:
 
 def test_ctrl_c() -> None:
     program = (
-        "from opensora.config import run_cli\nimport time\nrun_cli(lambda _: print(1, flush=True) or time.sleep(60))"
+        "from opensora.cli.main import run_cli\nimport time\nrun_cli(lambda _: print(1, flush=True) or time.sleep(60))"
     )
     process = start(program, stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == "1\n"

@@ -188,7 +188,7 @@ def test_what_is_submitted_is_frozen(config: Path, monkeypatch: pytest.MonkeyPat
     assert cfg == load_config(RunConfig, config, ["optim.lr=3e-4", "name=first"])
     about = json.loads((job / "job.json").read_text())
     assert about["code"] == code_digest() == code_digest(job / "code") and "optim.lr=3e-4" in about["command"]
-    (job / "code/opensora/config.py").open("a").write("\n")
+    (job / "code/opensora/config/run.py").open("a").write("\n")
     code_digest.cache_clear()
     assert code_digest(job / "code") != about["code"]
 

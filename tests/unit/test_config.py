@@ -550,7 +550,9 @@ def test_our_own_mistakes_keep_their_traceback() -> None:
 
 def test_a_process_ends_with_one_line_and_no_traceback(good: Path) -> None:
     program = (
-        "from opensora.config import *\nrun_cli(lambda argv: print(config_from_argv(RunConfig, argv, 'Train.')))\n"
+        "from opensora.cli.main import run_cli\n"
+        "from opensora.config import RunConfig\nfrom opensora.config.load import config_from_argv\n"
+        "run_cli(lambda argv: print(config_from_argv(RunConfig, argv, 'Train.')))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, "run.yaml", "train.stepz=1"],

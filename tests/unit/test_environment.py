@@ -181,7 +181,7 @@ def test_who_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_command_says_it_in_one_line() -> None:
     program = (
-        "from acceleration import runtime\nfrom opensora.config import run_cli\n"
+        "from acceleration.distributed import runtime\nfrom opensora.cli.main import run_cli\n"
         "run_cli(lambda _: print(runtime.start(5)) or runtime.stop())"
     )
     cases = (

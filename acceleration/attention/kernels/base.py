@@ -1,7 +1,7 @@
 """What an attention kernel is, and ways to make one of two, or of any differentiable attention.
 
 Shapes are (B, L, H, Dh) for q and (B, S, H, Dh) for k and v; key masks are (B, S), True where attended, with at least
-one key a sample (acceleration/attention/core.py sees to it); the log-sum-exp is (B, H, L) in fp32, or fp64 for fp64 inputs.
+one key a sample (attention/core.py sees to it); the log-sum-exp is (B, H, L) in fp32, or fp64 for fp64 inputs.
 """
 
 import math

@@ -11,9 +11,10 @@ and never to leap.
 
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,11 +22,10 @@ from torch import Tensor
 
 from acceleration.diagnostics import replica_check as replicas
 from acceleration.distributed.comm_timer import WAITING
+from acceleration.distributed.mesh import Mesh
+from acceleration.engines import Engine
 from opensora.config.run import GuardConfig
 from opensora.utils.console import announce
-
-if TYPE_CHECKING:
-    from opensora.train.run import Run
 
 RECOVERED = 100  # updates beyond the last bad one after which a trouble is over
 
@@ -83,23 +83,22 @@ class Guard:
             "norms": list(self._norms),
         }
 
-    def update(self, run: "Run", share: Tensor) -> Update:
-        """Make the update if its numbers are good. ``share``: this process's of the loss. Collective."""
+    def update(self, engine: Engine, mesh: Mesh, step: int, share: Tensor) -> Update:
+        """Make update ``step`` if its numbers are good. ``share``: this process's of the loss. Collective."""
         asked: list[Update] = []
 
         def accept(norm: Tensor) -> bool:
-            asked.append(self.judge(run.step, *_global(run, share, norm)))
+            asked.append(self.judge(step, *_global(mesh, share, norm)))
             return asked[-1].bad is None
 
-        norm = run.engine.step(run.step, accept)
+        norm = engine.step(step, accept)
         if not asked:  # the engine does not ask: what is bad is known afterwards, and is in the weights
             accept(norm)
             if asked[-1].bad:
                 self._row = self.cfg.max_bad + 1
         update = asked[-1]
         if update.bad:
-            announce(f"step {run.step}: {update.bad}: update left out, {self._row} in a row")
-            run.metrics.note("left_out", run.step + 1, why=update.bad)
+            announce(f"step {step}: {update.bad}: update left out, {self._row} in a row")
         return update
 
     def judge(self, step: int, loss: float, norm: float) -> Update:
@@ -127,14 +126,17 @@ class Guard:
                     return f"{name} {value:.4g} is {(value - mean) / deviation:.1f} deviations above {mean:.4g}"
         return None
 
-    def wants_return(self, run: "Run") -> Return | None:
-        """Whether to go back, and where to, after ``run.step`` updates. Collective.
+    def wants_return(self, engine: Engine, mesh: Mesh, step: int, enter: Callable[[str], None]) -> Return | None:
+        """Whether to go back, and where to, after ``step`` updates. Collective.
+
+        Args:
+            enter: is told the phase ``replicas`` where copies are compared.
 
         Raises:
             Hopeless: it was done often enough.
         """
-        ruined = self._row == 1 and not replicas.is_finite(run.engine, run.mesh)
-        wanted = self._bad_row(ruined) or self._unequal(run)
+        ruined = self._row == 1 and not replicas.is_finite(engine, mesh)
+        wanted = self._bad_row(ruined) or self._unequal(engine, mesh, step, enter)
         if wanted is None:
             return None
         self._returns += 1
@@ -154,16 +156,16 @@ class Guard:
             why = f"values of the state are not finite at step {self._first}"
         return Return(why=why, before=self._first, leap_to=self._last + 1 if self._returns else None)
 
-    def _unequal(self, run: "Run") -> Return | None:
-        if not self.cfg.replicas_every or run.step % self.cfg.replicas_every:
+    def _unequal(self, engine: Engine, mesh: Mesh, step: int, enter: Callable[[str], None]) -> Return | None:
+        if not self.cfg.replicas_every or step % self.cfg.replicas_every:
             return None
-        run.at("replicas")
-        ranks = replicas.differing(run.engine, run.engine.model, run.mesh)
+        enter("replicas")
+        ranks = replicas.differing(engine, engine.model, mesh)
         if not ranks:
-            self._equal = run.step
+            self._equal = step
             return None
         names = ", ".join(str(rank) for rank in ranks)
-        self._last = run.step
+        self._last = step
         why = f"the state of rank {names} differs from its copies, which were equal at step {self._equal}"
         return Return(why=why, before=self._equal, leap_to=None)
 
@@ -174,11 +176,11 @@ class Guard:
         return returned
 
 
-def _global(run: "Run", share: Tensor, norm: Tensor) -> tuple[float, float]:
+def _global(mesh: Mesh, share: Tensor, norm: Tensor) -> tuple[float, float]:
     """(loss of the global batch, gradient norm), the same bits on every process. Collective."""
     # Processes along the tensor axis hold the same share: one of them counts, a NaN of any does.
-    share = share.detach() * (run.mesh["tensor"].rank == 0)
-    both = torch.stack([share.double(), norm.detach().to(share.device).double() / run.mesh.world_size])
+    share = share.detach() * (mesh["tensor"].rank == 0)
+    both = torch.stack([share.double(), norm.detach().to(share.device).double() / mesh.world_size])
     with WAITING.on("all_reduce of loss and gradient norm"):
         dist.all_reduce(both)
     loss, norm_everywhere = both.tolist()

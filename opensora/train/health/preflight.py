@@ -1,4 +1,4 @@
-"""What is looked at before a run is built: acceleration/diagnostics/preflight.py, with this run's code, configuration and disk."""
+"""Before a run is built: acceleration/diagnostics/preflight.py, with this run's code, configuration and disk."""
 
 import logging
 

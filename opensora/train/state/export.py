@@ -3,8 +3,8 @@ and the digest of each."""
 
 from acceleration.engines import Engine, Weights
 from opensora.assembly.initial_weights import weight_layout
-from opensora.config import run as config
-from opensora.config.run import RunConfig
+from opensora.config.load import save
+from opensora.config.run import SAVED_NAME, RunConfig
 from opensora.inference.load import flux_adapter
 from opensora.models.mmdit.convert import FLUX
 from opensora.models.weights.adapters import write_adapter, write_comfyui
@@ -53,8 +53,8 @@ def write_export(cfg: RunConfig, engine: Engine, step: int, base: str | None, *,
         else:
             write_weights(folder, weights, metadata, write=write, digests=found)
         if write:
-            digests.forget(folder, [config.SAVED_NAME])
-            found[config.SAVED_NAME] = config.save(cfg, folder / config.SAVED_NAME)
+            digests.forget(folder, [SAVED_NAME])
+            found[SAVED_NAME] = save(cfg, folder / SAVED_NAME)
             digests.write_digests(folder, found)
     except OSError as error:
         for _ in weights:  # the others are still putting tensors together

@@ -12,9 +12,9 @@ from acceleration.checkpoint.listing import candidates
 from acceleration.distributed.runtime import Runtime
 from acceleration.engines import Engine
 from acceleration.files.sealed_json import ANY, COUNT, FLAG, NULL, NUMBER, OBJECT, TEXT, WHOLE, Each, Shape, mismatch
-from opensora.config import run as config
 from opensora.config.compare import differences
-from opensora.config.run import RunConfig
+from opensora.config.load import config_hash
+from opensora.config.run import SAVED_NAME, RunConfig
 from opensora.config.schema import plain
 from opensora.config.strict_yaml import read_yaml
 from opensora.inference.load import part_of_run
@@ -62,7 +62,7 @@ def checkpoint_info(cfg: RunConfig, runtime: Runtime, table: str, base: str | No
     return {
         "table": table,
         "config": _told(cfg),
-        "config_hash": config.config_hash(cfg),
+        "config_hash": config_hash(cfg),
         "world_size": runtime.world_size,
         "model": plain(cfg.model),
         "optimizer": cfg.optim.kind,
@@ -227,7 +227,7 @@ def _matters(line: str, cfg: RunConfig) -> bool:
 def _saved(cfg: RunConfig) -> dict[str, Any] | None:
     """The configuration in the run's folder; None if there is none, or it is damaged, which is said when it is
     replaced."""
-    path = cfg.folder / config.SAVED_NAME
+    path = cfg.folder / SAVED_NAME
     try:
         return _as_json(read_yaml(path)[0]) if path.is_file() else None
     except UserError:

@@ -23,8 +23,8 @@ from typing import Any
 from acceleration.distributed.runtime import restart_count
 from acceleration.files.atomic_write import kind_of, read_small, replacing
 from acceleration.files.sealed_json import COUNT, FLAG, NULL, TEXT, Shape, seal, unseal
-from opensora.config import run as config
-from opensora.config.run import RunConfig
+from opensora.config.load import save
+from opensora.config.run import SAVED_NAME, RunConfig
 from opensora.config.strict_yaml import read_yaml
 from opensora.models.weights.adapters import CONFIG, WEIGHTS
 from opensora.utils.console import announce
@@ -39,9 +39,9 @@ OWNER_BYTES = 1024  # overwritten in place, so that a full disk does not look li
 BEAT_S = 5.0
 REREAD_S = 0.05  # between two looks at a file that may be in the middle of a write
 STALE_S = 30.0  # an owner that did not count for so long is dead
-FILES = (LOCK, OWNER, DONE, config.SAVED_NAME, METRICS_NAME, WANDB_ID_NAME)  # what a run writes in its folder
+FILES = (LOCK, OWNER, DONE, SAVED_NAME, METRICS_NAME, WANDB_ID_NAME)  # what a run writes in its folder
 # What an export is renamed over, at the very end of a run; numbered files of large models are looked up.
-EXPORTED = (SINGLE, INDEX, WEIGHTS, CONFIG, config.SAVED_NAME, digests.NAME)
+EXPORTED = (SINGLE, INDEX, WEIGHTS, CONFIG, SAVED_NAME, digests.NAME)
 FOLDERS = ("checkpoints", "exported", "hangs", "jobs", "samples", "tensorboard", "unreadable")
 _DONE: Shape = {"steps": COUNT, "exported": FLAG}
 _OWNER: Shape = {
@@ -236,13 +236,13 @@ def check_places(folder: Path) -> None:
 def write_config(cfg: RunConfig) -> None:
     """Keep the configuration in the run's folder, for sampling and for people; what was there before is replaced, and
     is said to be damaged if it is. One process calls this."""
-    path = cfg.folder / config.SAVED_NAME
+    path = cfg.folder / SAVED_NAME
     try:
         if path.is_file():  # anything else is refused by ``check_places``
             read_yaml(path)
     except UserError as error:
         announce(f"{error}: damaged, and written anew")
-    config.save(cfg, path)
+    save(cfg, path)
 
 
 def write_done(cfg: RunConfig) -> None:

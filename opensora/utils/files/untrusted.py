@@ -1,5 +1,5 @@
-"""The boundary around other people's bytes, for all that is above acceleration: at home in acceleration/files/untrusted.py,
-files.py and sealed.py, as checkpoints need it too."""
+"""The boundary around other people's bytes, for all that is above acceleration: at home in
+acceleration/files, as checkpoints need it too."""
 
 from acceleration.files.atomic_write import read_small, require_file
 from acceleration.files.sealed_json import (
