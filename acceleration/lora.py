@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acceleration import protocol as plan
+from acceleration import protocol
 from acceleration.config import LoraConfig
 from acceleration.protocol import Fill, Partial
 
@@ -59,7 +59,7 @@ def apply(model: nn.Module, cfg: LoraConfig) -> list[str]:
     Raises:
         ValueError: a target that names no linear layer.
     """
-    found = {id(layer) for _, _, layer in plan.slots(model, cfg.targets, nn.Linear)}
+    found = {id(layer) for _, _, layer in protocol.slots(model, cfg.targets, nn.Linear)}
     names = [name for name, module in model.named_modules() if id(module) in found]
     attach(model, {name: (cfg.rank, cfg.scale) for name in names})
     return names

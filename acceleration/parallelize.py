@@ -4,13 +4,11 @@ import torch
 from torch import nn
 
 from acceleration import sequence
-from acceleration.blocks import activation_checkpoint as recompute
-from acceleration.blocks import compile
+from acceleration.blocks import activation_checkpoint, compile
 from acceleration.config import ParallelConfig
 from acceleration.distributed.mesh import Mesh
 from acceleration.protocol import Fill, Shardable
-from acceleration.sharding import fsdp as sharding
-from acceleration.sharding import tensor_parallel
+from acceleration.sharding import fsdp, tensor_parallel
 
 
 def parallelize(model: nn.Module, cfg: ParallelConfig, mesh: Mesh, device: torch.device, fill: Fill) -> nn.Module:
@@ -25,11 +23,11 @@ def parallelize(model: nn.Module, cfg: ParallelConfig, mesh: Mesh, device: torch
     tensor_parallel.apply(model, mesh["tensor"])
     sequence.fill_slots(model, mesh, cfg.attention, keeps=cfg.recompute.kind == "selective")
     compile.apply(model, cfg.compile)
-    recompute.apply(model, cfg.recompute)
+    activation_checkpoint.apply(model, cfg.recompute)
     on_host = cfg.offload == "parameters"
     if cfg.engine == "native":
-        sharding.shard(model, cfg.zero, cfg.precision, mesh, offload=on_host, prefetch=cfg.prefetch)
+        fsdp.shard(model, cfg.zero, cfg.precision, mesh, offload=on_host, prefetch=cfg.prefetch)
     else:  # shards by itself when it is built, from whole masters on the CPU
         on_host = True
-    sharding.materialize(model, cfg.precision, torch.device("cpu") if on_host else device, fill)
+    fsdp.materialize(model, cfg.precision, torch.device("cpu") if on_host else device, fill)
     return model

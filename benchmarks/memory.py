@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from acceleration import protocol as plan
+from acceleration import protocol
 from acceleration.checkpoint.tensor_shards import Pieces
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.diagnostics.memory_usage import Allocations, held
@@ -32,7 +32,7 @@ from acceleration.distributed import mesh as meshes
 from acceleration.distributed.mesh import Mesh
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
-from acceleration.sharding import fsdp as sharding
+from acceleration.sharding import fsdp
 from opensora.assembly.initial_weights import FromFile, weight_layout
 from opensora.models.families import MMDiTConfig, build_model
 from opensora.models.mmdit.convert import OPEN_SORA_2, load_state_dict_for, save_state_dict
@@ -101,7 +101,7 @@ def model_of(width: int) -> MMDiTConfig:
 def sizes_of(cfg: MMDiTConfig) -> Sizes:
     with torch.device("meta"):
         model = build_model(cfg)
-    blocks = [sum(p.numel() for p in block.parameters()) for block in plan.blocks(model)]
+    blocks = [sum(p.numel() for p in block.parameters()) for block in protocol.blocks(model)]
     parameters = [p.numel() for p in model.parameters()]
     return Sizes(4 * sum(parameters), 4 * max(parameters), 4 * max(blocks))
 
@@ -192,7 +192,7 @@ def _tokens(mesh: Mesh) -> list[Tokens]:
 def gathered_bytes(model: nn.Module) -> int:
     """Bytes of parameters that are whole at this moment, beside the pieces."""
     whole = 0
-    for module in sharding.fsdp_modules(model):
+    for module in fsdp.fsdp_modules(model):
         group = module._get_fsdp_state()._fsdp_param_group  # type: ignore[attr-defined]
         whole += sum(held(param.all_gather_outputs) for param in group.fsdp_params) if group else 0
     return whole

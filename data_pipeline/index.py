@@ -8,10 +8,10 @@ is its content says. What becomes no row is counted by reason on the screen and 
 what is left out are all files that were seen, but for captions.
 """
 
-from opensora.utils import signal_handler as signals
+from opensora.utils import signal_handler
 
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
-    signals.listen_early()
+    signal_handler.listen_early()
 
 import argparse
 import csv

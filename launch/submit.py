@@ -23,10 +23,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from opensora.utils import signal_handler as signals  # noqa: E402
+from opensora.utils import signal_handler  # noqa: E402
 
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
-    signals.listen_early()
+    signal_handler.listen_early()
 
 from opensora.cli.main import run_cli  # noqa: E402
 from opensora.config.load import load_config, save  # noqa: E402
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
         return 0
     if shutil.which("sbatch") is None:
         raise UserError("sbatch: not found; submit where SLURM is, or look at the job with --dry-run")
-    with signals.stopped_in_one_line():  # as from the command line, for those who call this
+    with signal_handler.stopped_in_one_line():  # as from the command line, for those who call this
         return submit(args, head, runs, argv)
 
 

@@ -17,8 +17,8 @@ from acceleration.distributed.runtime import Ranks, ranks_from_environment
 from acceleration.sequence import SequenceParallel
 from opensora.assembly.stored_features import encoder_dtype, identity, identity_hash
 from opensora.config.run import RunConfig
-from opensora.datasets.decode import api as decode
-from opensora.datasets.loading import feature_store as features
+from opensora.datasets.decode import api
+from opensora.datasets.loading import feature_store
 from opensora.datasets.loading.loader import read_batches
 from opensora.datasets.loading.reader import Batch
 from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch
@@ -27,7 +27,7 @@ from opensora.models.text import build_text_encoder
 from opensora.models.vae import build_autoencoder
 from opensora.train.preparation import Preparation
 from opensora.train.setup import check
-from opensora.utils import signal_handler as signals
+from opensora.utils import signal_handler
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 from opensora.utils.files.user_files import try_output
@@ -59,17 +59,17 @@ def precompute(cfg: RunConfig, folder: Path, epochs: int) -> bool:
     made_for = identity(cfg, table)
     hash_ = identity_hash(made_for)
     shards = -(-sum(1 for _ in _micro_batches(plan, epochs)) // SHARD_BATCHES)
-    there = {number for number in range(shards) if _is_there(folder / features.shard_name(number), hash_)}
+    there = {number for number in range(shards) if _is_there(folder / feature_store.shard_name(number), hash_)}
     mine = [number for number in range(shards) if number not in there and number % ranks.world_size == ranks.rank]
     announce(f"{folder}: {len(there)} of {shards} shards are there; this process makes {len(mine)}")
-    if mine or (ranks.rank == 0 and not features.has_null(folder, hash_)):
-        decode.require(cfg.data.decoder)
+    if mine or (ranks.rank == 0 and not feature_store.has_null(folder, hash_)):
+        api.require(cfg.data.decoder)
         _encode(cfg, table, plan, folder, epochs, mine, hash_, _device(ranks))
-    complete = all((folder / features.shard_name(number)).is_file() for number in range(shards))
-    complete = complete and features.has_null(folder, hash_)
+    complete = all((folder / feature_store.shard_name(number)).is_file() for number in range(shards))
+    complete = complete and feature_store.has_null(folder, hash_)
     if complete:
-        with signals.writing():
-            features.write_index(folder, shards, epochs, made_for, hash_)
+        with signal_handler.writing():
+            feature_store.write_index(folder, shards, epochs, made_for, hash_)
         announce(f"{folder} is complete: data.features={folder}")
     return complete
 
@@ -81,7 +81,9 @@ def _check_no_folders(folder: Path) -> None:
         UserError: one is.
     """
     for path in sorted(folder.iterdir()):
-        ours = path.name in (features.MANIFEST, features.INDEX, features.NULL) or path.name.startswith("shard-")
+        ours = path.name in (feature_store.MANIFEST, feature_store.INDEX, feature_store.NULL) or path.name.startswith(
+            "shard-"
+        )
         if ours and path.is_dir():
             raise UserError(f"--out={folder}: {path.name} in it is a folder, must be a file; move it away")
 
@@ -89,7 +91,7 @@ def _check_no_folders(folder: Path) -> None:
 def _is_there(path: Path, hash_: str) -> bool:
     if not path.is_file():
         return False
-    found = features.shard_hash(path)
+    found = feature_store.shard_hash(path)
     if found not in (hash_, ""):
         raise UserError(
             f"--out={path.parent}: {path.name} was made for {found}, this is {hash_}; choose another folder"
@@ -130,8 +132,8 @@ def _encode(
     )
     null = text_encoder.encode([""])
     named = {"txt": null.txt, "y_vec": null.y_vec, "mask": null.mask}
-    with signals.writing():
-        features.write_null(folder, {name: x for name, x in named.items() if x is not None}, hash_)
+    with signal_handler.writing():
+        feature_store.write_null(folder, {name: x for name, x in named.items() if x is not None}, hash_)
     if not mine:
         return
     chosen = set(mine)
@@ -145,9 +147,11 @@ def _encode(
                 for sample, other, why in batch.replaced:
                     announce(f"sample {sample} is replaced by {other}: {why}")
                 encoded = prepare.encode(batch)
-                parts.append((micro_batch, features.Features(**{n: x.cpu() for n, x in encoded.tensors().items()})))
-            with signals.writing():
-                path = features.write_shard(folder, number, parts, hash_)
+                parts.append(
+                    (micro_batch, feature_store.Features(**{n: x.cpu() for n, x in encoded.tensors().items()}))
+                )
+            with signal_handler.writing():
+                path = feature_store.write_shard(folder, number, parts, hash_)
             announce(f"wrote {path}")
     finally:
         batches.close()

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from acceleration import protocol as plan
-from acceleration import sequence
-from acceleration.blocks import activation_checkpoint as recompute
+from acceleration import protocol, sequence
+from acceleration.blocks import activation_checkpoint
 from acceleration.config import ParallelConfig
 from acceleration.distributed.mesh import Mesh
 from acceleration.sharding import tensor_parallel
@@ -88,7 +87,7 @@ def spread(model: nn.Module, cfg: ParallelConfig, mesh: Mesh, device_type: str) 
     tensor_parallel.apply(model, mesh["tensor"])
     kernel = cfg.attention if cfg.attention != "auto" else device_type
     sequence.fill_slots(model, mesh, kernel)
-    recompute.apply(model, cfg.recompute)
+    activation_checkpoint.apply(model, cfg.recompute)
     return model.to(DTYPES[cfg.precision.compute])
 
 
@@ -101,7 +100,7 @@ def timeline(model: nn.Module, loss: Callable[[], Tensor], *, accumulates: bool 
     """
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter) if accumulates and parameter.requires_grad else None
-    blocks = plan.blocks(model)
+    blocks = protocol.blocks(model)
     with _Live() as live:
         marks = _Marks(live, len(blocks))
         handles = [block.register_forward_pre_hook(marks.forward(i)) for i, block in enumerate(blocks)]

@@ -18,7 +18,7 @@ from math import prod
 from typing import NamedTuple
 
 from acceleration.accounting.model_profile import Attention, Layer, Parameter, Structure, Unit
-from acceleration.blocks import activation_checkpoint as recompute
+from acceleration.blocks import activation_checkpoint
 from acceleration.config import ParallelConfig
 from acceleration.distributed.mesh import COPIES, PIECES, Mesh
 from acceleration.sequence.layout import SequenceParallel, ring_groups
@@ -137,7 +137,7 @@ def forward_bytes(structure: Structure, place: Place, batch: MicroBatch, *, gath
 def recomputed(blocks: int, place: Place) -> tuple[str, ...]:
     """How every block is recomputed, as a key of ``RERUN``."""
     cfg = place.cfg.recompute
-    chosen = recompute.chosen(cfg, blocks)
+    chosen = activation_checkpoint.chosen(cfg, blocks)
     kind = "selective" if cfg.kind == "selective" else "full"
     return tuple(kind if index in chosen else "none" for index in range(blocks))
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acceleration import protocol as plan
+from acceleration import protocol
 
 # Runs the model's forward on meta tensors: (model, text tokens, image tokens), one sample.
 Forward = Callable[[nn.Module, int, int], Tensor]
@@ -115,11 +115,11 @@ class Structure:
 
 def structure_of(model: nn.Module, forward: Forward) -> Structure:
     """What ``model``, whole and on the meta device, is made of."""
-    assert isinstance(model, plan.Shardable), type(model)
+    assert isinstance(model, protocol.Shardable), type(model)
     runs = [_run(model, forward, *tokens) for tokens in ((TXT, IMG), (2 * TXT, IMG), (TXT, 2 * IMG))]
     calls = [_linear_calls(*same) for same in zip(*runs, strict=True)]
-    owner = {id(module): index for index, block in enumerate(plan.blocks(model)) for module in block.modules()}
-    rest = len(plan.blocks(model))
+    owner = {id(module): index for index, block in enumerate(protocol.blocks(model)) for module in block.modules()}
+    rest = len(protocol.blocks(model))
     units = [Unit((), (), ()) for _ in range(rest + 1)]
     for module, call in calls:
         index = owner.get(id(module), rest)
@@ -187,9 +187,9 @@ def _run(model: nn.Module, forward: Forward, txt: int, img: int) -> list[_Call]:
         if isinstance(module, nn.Linear):
             kind = kinds.get(name, "whole")
             handles.append(module.register_forward_hook(lambda m, args, out, kind=kind: note(m, kind, args[0])))
-    for block in plan.blocks(model):
+    for block in protocol.blocks(model):
         handles += [block.register_forward_pre_hook(begin), block.register_forward_hook(end)]
-    slots = list(plan.slots(model, model.attention_cores))  # type: ignore[arg-type]
+    slots = list(protocol.slots(model, model.attention_cores))  # type: ignore[arg-type]
     for parent, attribute, _ in slots:
         setattr(parent, attribute, _Slot(lambda m, q: note(m, None, q)))
     stand_ins = [getattr(parent, attribute) for parent, attribute, _ in slots]
@@ -227,12 +227,12 @@ def _fit(first: int, more_txt: int, more_img: int) -> Linear:
 
 def planned_kinds(model: nn.Module) -> dict[str, str]:
     """Name of every linear layer that tensor parallelism cuts -> how."""
-    patterns: dict[str, plan.LayerPlan] = model.tensor_plan()  # type: ignore[operator]
+    patterns: dict[str, protocol.LayerPlan] = model.tensor_plan()  # type: ignore[operator]
     return {
         name: kind
         for pattern, (kind, _) in patterns.items()
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and plan.matches(name, pattern)
+        if isinstance(module, nn.Linear) and protocol.matches(name, pattern)
     }
 
 
@@ -245,7 +245,7 @@ def _parameters(model: nn.Module, owner: dict[int, int], rest: int) -> dict[int,
         for key, value in module.named_parameters(recurse=False):
             name = f"{prefix}.{key}" if prefix else key
             cut_dim = None if kind is None or (kind == "row" and key == "bias") else int(kind == "row")
-            is_shared = any(plan.matches(name, pattern) for pattern in shared)
+            is_shared = any(protocol.matches(name, pattern) for pattern in shared)
             parameter = Parameter(name, tuple(value.shape), value.requires_grad, cut_dim, is_shared)
             found.setdefault(owner.get(id(module), rest), []).append(parameter)
     return found

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from acceleration.attention.kernels import Kernel, varlen
-from acceleration.blocks import activation_checkpoint as recompute
+from acceleration.blocks import activation_checkpoint
 
 
 def forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,7 @@ class KernelCore(nn.Module):
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, kernel: Kernel) -> Tensor:
-        out, lse = recompute.kept(lambda: forward(kernel, q, k, v, key_mask))
+        out, lse = activation_checkpoint.kept(lambda: forward(kernel, q, k, v, key_mask))
         ctx.save_for_backward(q, k, v, key_mask, out, lse)
         ctx.kernel = kernel
         return out

@@ -28,14 +28,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from acceleration import protocol as plan
+from acceleration import protocol
 from acceleration.blocks.activation_offload import Offload, Parcel
 from acceleration.config import RecomputeConfig
 
 
 def apply(model: nn.Module, cfg: RecomputeConfig) -> None:
     """Make the chosen blocks run again in backward, in place. Kind ``selective`` needs slots that use ``kept``."""
-    blocks = plan.blocks(model)
+    blocks = protocol.blocks(model)
     offload = Offload() if cfg.offload else None
     for index in chosen(cfg, len(blocks)):
         # The forward is replaced, not the module wrapped: parameter names stay what checkpoints say.

@@ -11,7 +11,7 @@ the whole block in one graph, and where it is not, compiles nothing without a wo
 import torch
 from torch import nn
 
-from acceleration import protocol as plan
+from acceleration import protocol
 from acceleration.config import CompileConfig
 
 
@@ -19,6 +19,6 @@ def apply(model: nn.Module, cfg: CompileConfig) -> None:
     """Compile the forward of every block, in place; it happens at the first call."""
     if not cfg.enabled:
         return
-    for block in plan.blocks(model):
+    for block in protocol.blocks(model):
         # The forward is replaced, not the module wrapped: parameter names stay what checkpoints say.
         block.forward = torch.compile(block.forward, backend=cfg.backend, dynamic=cfg.dynamic)

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from acceleration.checkpoint import shard_file as shards
-from acceleration.checkpoint import writer_process as writer
+from acceleration.checkpoint import shard_file, writer_process
 from acceleration.diagnostics.watchdog import UNTOUCHED, end
 
 CLOSE_S = 10.0  # for an idle process to end by itself
@@ -44,7 +43,7 @@ class BackgroundWriter:
             OSError: no memory for the copy, or no process.
         """
         assert not self._busy
-        header = shards.header(tensors)
+        header = shard_file.header(tensors)
         size = len(header) + sum(t.numel() * t.element_size() for t in tensors.values())
         memory = self._room(size)
         memory[: len(header)] = header
@@ -126,7 +125,7 @@ class BackgroundWriter:
             before = signal.pthread_sigmask(signal.SIG_BLOCK, UNTOUCHED)
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, writer.__file__],
+                    [sys.executable, writer_process.__file__],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     text=True,

@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 
-from acceleration.checkpoint import atomic_dir as storage
-from acceleration.checkpoint import shard_file as shards
+from acceleration.checkpoint import atomic_dir, shard_file
 from acceleration.checkpoint.atomic_dir import PREFIX, step_of
 from acceleration.checkpoint.tensor_shards import Boxes
 
 
 def steps_in(folder: Path) -> list[Path]:
     """Complete checkpoints in ``folder`` by their manifests and file sizes, oldest first."""
-    return [p for p in candidates(folder) if storage.read_manifest(p) is not None]
+    return [p for p in candidates(folder) if atomic_dir.read_manifest(p) is not None]
 
 
 def newest(folder: Path) -> Path | None:
@@ -55,7 +54,7 @@ def _is_lost(path: Path) -> bool:
     if step_of(path.name) is not None:
         return leads_nowhere(path)
     with contextlib.suppress(OSError):  # what may not be looked into, as lost+found
-        return not path.name.startswith(".") and (path / storage.MANIFEST).is_file()
+        return not path.name.startswith(".") and (path / atomic_dir.MANIFEST).is_file()
     return False
 
 
@@ -84,14 +83,14 @@ def contents(path: Path) -> dict[str, Any]:
         ValueError: ``path`` is not a complete checkpoint.
     """
     try:
-        manifest = storage.manifest_of(path)
+        manifest = atomic_dir.manifest_of(path)
     except ValueError as error:
         raise ValueError(f"{path}: not a complete checkpoint ({error})") from None
     lacking = next((part for part in ("tensors", "values") if part not in manifest), None)
     if lacking:
-        raise ValueError(f"{path}: not a complete checkpoint ({storage.MANIFEST} has no {lacking})")
-    types = {name: dtype for dtype, name in shards.DTYPES.items()}
+        raise ValueError(f"{path}: not a complete checkpoint ({atomic_dir.MANIFEST} has no {lacking})")
+    types = {name: dtype for dtype, name in shard_file.DTYPES.items()}
     tensors = {key: torch.empty(shape, dtype=types[name]) for key, (name, shape) in manifest["tensors"].items()}
     held = {key: Boxes(tuple(t.shape), t.dtype, {(0,) * t.dim(): t}, True) for key, t in tensors.items()}
-    shards.read([path / name for name in manifest["files"]], held)
+    shard_file.read([path / name for name in manifest["files"]], held)
     return {**tensors, **manifest["values"]}

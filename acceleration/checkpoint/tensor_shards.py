@@ -18,8 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from acceleration.distributed import collectives
 from acceleration.distributed.mesh import Axis
-from acceleration.sharding import fsdp as sharding
-from acceleration.sharding import tensor_parallel
+from acceleration.sharding import fsdp, tensor_parallel
 from acceleration.sharding.tensor_parallel import Cut
 
 Offset = tuple[int, ...]
@@ -49,7 +48,7 @@ def boxes(value: Tensor | Pieces) -> Boxes:
     if isinstance(value, Pieces):
         return value.boxes
     if isinstance(value, DTensor):
-        return Boxes(tuple(value.shape), value.dtype, dict(sharding.chunks(value)), _is_first_replica(value))
+        return Boxes(tuple(value.shape), value.dtype, dict(fsdp.chunks(value)), _is_first_replica(value))
     return Boxes(tuple(value.shape), value.dtype, {(0,) * value.dim(): value}, dist.get_rank() == 0)
 
 
@@ -77,11 +76,11 @@ def unwrap(values: Mapping[str, Any]) -> dict[str, Any]:
 def whole(value: Tensor | Pieces, axis: Axis) -> Tensor:
     """The full value of anything in the native engine's state dict; ``axis`` is the tensor axis. Collective."""
     if not isinstance(value, Pieces):
-        return sharding.full(value)
+        return fsdp.full(value)
     if value.cut is None:
         assert value.held.shape == value.boxes.shape, "flat memory is put together by reading a checkpoint"
-        return sharding.full(value.held)
-    return value.cut.join(list(collectives.all_gather(sharding.full(value.held)[None], 0, [1] * axis.degree, axis)))
+        return fsdp.full(value.held)
+    return value.cut.join(list(collectives.all_gather(fsdp.full(value.held)[None], 0, [1] * axis.degree, axis)))
 
 
 def _wrapped(key: str, value: Any, cuts: Mapping[str, Cut], first_copy: bool) -> Any:
@@ -92,7 +91,7 @@ def _wrapped(key: str, value: Any, cuts: Mapping[str, Cut], first_copy: bool) ->
         return value
     if cut is None or value.dim() != len(cut.shape):
         return value if first_copy else Pieces(value, replace(boxes(value), first_copy=False))
-    held = Boxes(cut.shape, value.dtype, dict(sharding.chunks(value, cut)), _is_first_replica(value))
+    held = Boxes(cut.shape, value.dtype, dict(fsdp.chunks(value, cut)), _is_first_replica(value))
     return Pieces(value, held, cut)
 
 

@@ -6,8 +6,7 @@ from torch import nn
 
 from acceleration.config import OptimConfig, ParallelConfig
 from acceleration.distributed.mesh import Mesh
-from acceleration.engines import colossalai_engine as colossalai
-from acceleration.engines import deepspeed_engine as deepspeed
+from acceleration.engines import colossalai_engine, deepspeed_engine
 from acceleration.engines.base import Engine, Weights
 from acceleration.engines.colossalai_engine import ColossalAIEngine
 from acceleration.engines.deepspeed_engine import DeepSpeedEngine
@@ -18,7 +17,10 @@ ENGINES: dict[str, Callable[[nn.Module, ParallelConfig, OptimConfig, Mesh], Engi
     "deepspeed": DeepSpeedEngine,
     "colossalai": ColossalAIEngine,
 }
-CHECKS: dict[str, Callable[[ParallelConfig], None]] = {"deepspeed": deepspeed.check, "colossalai": colossalai.check}
+CHECKS: dict[str, Callable[[ParallelConfig], None]] = {
+    "deepspeed": deepspeed_engine.check,
+    "colossalai": colossalai_engine.check,
+}
 
 
 def check_engine(parallel: ParallelConfig) -> None:

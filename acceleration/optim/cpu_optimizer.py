@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acceleration import protocol as plan
+from acceleration import protocol
 from acceleration.config import OptimConfig
 from acceleration.optim.optimizers import build_optimizer
 from acceleration.sharding.fsdp import local
@@ -21,7 +21,7 @@ class HostOptimizer:
     """Steps the parameters of a model that was sharded, from the CPU."""
 
     def __init__(self, model: nn.Module, cfg: OptimConfig) -> None:
-        self.weights: dict[str, nn.Parameter] = dict(plan.trainable(model))
+        self.weights: dict[str, nn.Parameter] = dict(protocol.trainable(model))
         self.masters = {name: nn.Parameter(_on_host(weight.detach())) for name, weight in self.weights.items()}
         self.optimizer = build_optimizer(self.masters.values(), cfg)
 

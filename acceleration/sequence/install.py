@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from acceleration import protocol as plan
+from acceleration import protocol
 from acceleration.attention.core import KernelCore
 from acceleration.attention.kernels import kernel_for
 from acceleration.distributed.mesh import Mesh
@@ -19,7 +19,7 @@ def fill_slots(model: nn.Module, mesh: Mesh, kernel: str = "auto", *, keeps: boo
     """
     ring, ulysses = mesh["ring"], mesh["ulysses"]
     chosen = kernel_for(kernel, torch.device(mesh.device_type))
-    for parent, attribute, own in list(plan.slots(model, model.attention_cores)):  # type: ignore[arg-type]
+    for parent, attribute, own in list(protocol.slots(model, model.attention_cores)):  # type: ignore[arg-type]
         core = own if kernel == "auto" and not keeps else KernelCore(chosen)
         if ring.degree > 1:
             core = RingAttention(chosen, ring, ulysses.degree)

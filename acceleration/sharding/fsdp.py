@@ -31,7 +31,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from acceleration import protocol as plan
+from acceleration import protocol
 from acceleration.config import PrecisionConfig
 from acceleration.distributed.collectives import count_all_reduce, nbytes
 from acceleration.distributed.comm_timer import WAITING
@@ -54,7 +54,7 @@ def shard(
     """
     pieces, policy = sharding_mesh(mesh, zero), fsdp_policy(precision)
     where = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
-    for part in (*plan.blocks(model), model):
+    for part in (*protocol.blocks(model), model):
         fully_shard(part, mesh=pieces, mp_policy=policy, reshard_after_forward=zero == 3, offload_policy=where)
     copies = mesh[COPIES]
     for module in fsdp_modules(model):
@@ -74,7 +74,7 @@ def _prefetch(model: nn.Module, ahead: int) -> None:
 
     Blocks are taken to run in the order of their lists; in another order the result is the same, and time is lost.
     """
-    forward: list[Any] = plan.blocks(model)
+    forward: list[Any] = protocol.blocks(model)
     backward = forward[::-1]
     root: Any = model  # runs first in both directions: it is left when its last block is done, and comes back first
     for index, part in enumerate((root, *forward)):

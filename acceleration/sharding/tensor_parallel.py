@@ -21,8 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from acceleration import lora
-from acceleration import protocol as plan
+from acceleration import lora, protocol
 from acceleration.distributed import collectives
 from acceleration.distributed.mesh import Axis
 
@@ -76,7 +75,7 @@ def apply(model: nn.Module, axis: Axis) -> None:
             if isinstance(linear, lora.LoraLinear):
                 shared.append(f"{name}.{lora.B if kind == 'row' else lora.A}")
         patterns: tuple[str, ...] = model.tensor_shared  # type: ignore[assignment]
-        shared += [n for n, _ in model.named_parameters() if any(plan.matches(n, p) for p in patterns)]
+        shared += [n for n, _ in model.named_parameters() if any(protocol.matches(n, p) for p in patterns)]
     setattr(model, CUTS, cuts)
     setattr(model, SHARED, frozenset(shared))
 
@@ -113,7 +112,7 @@ def _planned(model: nn.Module) -> Iterator[tuple[str, str, tuple[tuple[int, int]
     """(layer, kind, parts) for every linear layer in the model's plan; a layer without parts is one part."""
     for pattern, (kind, parts) in model.tensor_plan().items():  # type: ignore[operator]
         for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and plan.matches(name, pattern):
+            if isinstance(module, nn.Linear) and protocol.matches(name, pattern):
                 yield name, kind, parts or ((module.out_features, 1),)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from acceleration.config import MeshConfig, ParallelConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
-from acceleration.distributed import runtime as runtimes
+from acceleration.distributed import runtime
 from acceleration.parallelize import parallelize
 from opensora.models.families import MMDiTConfig, build_model
 
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--single", type=int, default=4, help="single-stream blocks")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    runtimes.start(60)
+    runtime.start(60)
     name = torch.cuda.get_device_name()
     peak = next((value for key, value in PEAK_FLOPS.items() if key in name), None)
     cfg = MMDiTConfig(depth=args.double, depth_single_blocks=args.single)
@@ -89,7 +89,7 @@ def main() -> None:
             print(
                 json.dumps({"benchmark": "mfu", "tokens": tokens, "recompute": recompute, "s": seconds, "flops": rate})
             )
-    runtimes.stop()
+    runtime.stop()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """``python -m data_pipeline.shapes --out DIR --clips 2000 --images 400`` writes the shapes data set."""
 
-from opensora.utils import signal_handler as signals
+from opensora.utils import signal_handler
 
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
-    signals.listen_early()
+    signal_handler.listen_early()
 
 import sys
 

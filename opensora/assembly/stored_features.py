@@ -11,7 +11,7 @@ from opensora.config.compare import differences
 from opensora.config.run import RunConfig
 from opensora.config.schema import plain
 from opensora.datasets.config import bucket_rows
-from opensora.datasets.loading import feature_store as features
+from opensora.datasets.loading import feature_store
 from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.datasets.table.index import IndexedTable
 from opensora.models.base import TextFeatures
@@ -58,9 +58,9 @@ def check(cfg: RunConfig, table: IndexedTable, plan: BatchPlan) -> None:
         UserError: it is not complete, was made for something else, or does not reach far enough.
     """
     folder = Path(cfg.data.features)
-    manifest = features.read_manifest(folder)
+    manifest = feature_store.read_manifest(folder)
     if launched_rank() == 0:
-        features.verify(folder)
+        feature_store.verify(folder)
     wanted = identity(cfg, table)
     if manifest["hash"] != identity_hash(wanted):
         changed = differences(manifest["made_for"], json.loads(json.dumps(wanted)))
@@ -92,5 +92,5 @@ class StoredText:
 
 def stored_text(cfg: RunConfig, device: torch.device) -> StoredText:
     """The empty prompt as ``data.features`` has it."""
-    null = features.FeatureStore(Path(cfg.data.features)).null()
+    null = feature_store.FeatureStore(Path(cfg.data.features)).null()
     return StoredText(TextFeatures(**{name: tensor.to(device) for name, tensor in null.items()}))

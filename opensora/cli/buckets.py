@@ -5,10 +5,10 @@ draws buckets.png in the run's folder. Indexes the table if it was not yet. Rows
 are shown too, and end it with exit code 2 where a run would refuse them.
 """
 
-from opensora.utils import signal_handler as signals
+from opensora.utils import signal_handler
 
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
-    signals.listen_early()
+    signal_handler.listen_early()
 
 from dataclasses import replace
 

@@ -4,10 +4,10 @@ Prints the section to put into a configuration. Run it on a short run first: a c
 the order of its samples.
 """
 
-from opensora.utils import signal_handler as signals
+from opensora.utils import signal_handler
 
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
-    signals.listen_early()
+    signal_handler.listen_early()
 
 from opensora.cli.main import run_cli
 from opensora.config.load import load_config, to_yaml

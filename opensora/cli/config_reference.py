@@ -3,10 +3,10 @@
 Type and default are the field's, the meaning is the comment beside it in the source.
 """
 
-from opensora.utils import signal_handler as signals
+from opensora.utils import signal_handler
 
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
-    signals.listen_early()
+    signal_handler.listen_early()
 
 import ast
 import dataclasses

@@ -4,10 +4,10 @@ Starts no process and allocates nothing. Prints the configured layout on every b
 the heaviest bucket.
 """
 
-from opensora.utils import signal_handler as signals
+from opensora.utils import signal_handler
 
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
-    signals.listen_early()
+    signal_handler.listen_early()
 
 import json
 import sys

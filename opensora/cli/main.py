@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from opensora.utils import signal_handler as signals
+from opensora.utils import signal_handler
 from opensora.utils.command_line.command import abandon_output, be_printable, ending_of, finish_output
 from opensora.utils.console import launched_rank
 from opensora.utils.errors import UserError
@@ -25,7 +25,7 @@ def run_cli(main: Callable[[list[str]], int | None]) -> NoReturn:
     """
     be_printable()
     try:
-        with signals.stopped_in_one_line():
+        with signal_handler.stopped_in_one_line():
             code = main(sys.argv[1:])
             finish_output()
     except BaseException as error:

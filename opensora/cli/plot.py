@@ -1,9 +1,9 @@
 """Plot a run's loss: ``python -m opensora.cli.plot RUN_FOLDER --out loss.png``."""
 
-from opensora.utils import signal_handler as signals
+from opensora.utils import signal_handler
 
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
-    signals.listen_early()
+    signal_handler.listen_early()
 
 from opensora.cli.main import run_cli
 from opensora.utils.charts import loss_curve

@@ -3,10 +3,10 @@
 Train with ``data.features=DIR`` afterwards. Stopped at any time, the same command goes on where it was.
 """
 
-from opensora.utils import signal_handler as signals
+from opensora.utils import signal_handler
 
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
-    signals.leave_when_asked("shards that are written stay in --out; the same command makes the others", code=75)
+    signal_handler.leave_when_asked("shards that are written stay in --out; the same command makes the others", code=75)
 
 from opensora.cli.main import run_cli
 from opensora.config.load import config_from_argv

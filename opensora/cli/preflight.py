@@ -1,9 +1,9 @@
 """Processes and links, without training: ``srun ... python -m opensora.cli.preflight CONFIG.yaml [overrides]``."""
 
-from opensora.utils import signal_handler as signals
+from opensora.utils import signal_handler
 
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
-    signals.listen_early()
+    signal_handler.listen_early()
 
 from opensora.cli.main import run_cli
 from opensora.config.load import config_from_argv

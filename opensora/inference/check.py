@@ -6,7 +6,7 @@ import torch
 
 from acceleration.config import ParallelConfig
 from acceleration.diagnostics.memory_usage import device_bytes, machine_bytes
-from acceleration.distributed import mesh as meshes
+from acceleration.distributed import mesh
 from acceleration.sharding.precision import DTYPES
 from opensora.config.run import RunConfig, SampleConfig, check_fit
 from opensora.inference.load import Source
@@ -127,7 +127,7 @@ def least_bytes(
         itemsize: bytes of a weight and an activation.
     """
     assert option.width is not None and option.height is not None
-    degrees = meshes.resolve(parallel.mesh, world_size)
+    degrees = mesh.resolve(parallel.mesh, world_size)
     frames, rows, columns = latent_grid(option.num_frames, option.height, option.width, shape)
     latents = frames * rows * columns
     tokens = latents // model.patch_size**2 // (degrees["ring"] * degrees["ulysses"])

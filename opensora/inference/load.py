@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from acceleration import lora
-from acceleration.checkpoint import CheckpointManager, newest
-from acceleration.checkpoint import tensor_shards as pieces
+from acceleration.checkpoint import CheckpointManager, newest, tensor_shards
 from acceleration.checkpoint.atomic_dir import MANIFEST
 from acceleration.checkpoint.listing import candidates
 from acceleration.config import LoraConfig, PrecisionConfig
@@ -25,7 +24,7 @@ from acceleration.distributed.runtime import Runtime
 from acceleration.parallelize import parallelize
 from acceleration.protocol import Fill
 from acceleration.sequence import SequenceParallel
-from acceleration.sharding import fsdp as sharding
+from acceleration.sharding import fsdp
 from acceleration.sharding.precision import DTYPES
 from opensora.assembly.components import Components, tile_runner
 from opensora.assembly.initial_weights import FromAdapter, FromFile, check_weights, weight_layout
@@ -314,7 +313,7 @@ def load_components(cfg: SampleConfig, source: Source, runtime: Runtime) -> Comp
     if adapters:
         if adapters.checkpoint:
             _read_checkpoint(adapters.checkpoint, model, use_ema=cfg.use_ema, adapters=True)
-        sharding.merge_adapters(model, cfg.lora_scale)
+        fsdp.merge_adapters(model, cfg.lora_scale)
     model.requires_grad_(False).eval()
     dtype = DTYPES[cfg.precision]
     autoencoder = build_autoencoder(source.vae, runtime.device, dtype)
@@ -356,5 +355,5 @@ def _read_checkpoint(path: Path, model: nn.Module, *, use_ema: bool, adapters: b
         raise UserError(f"{error}; move it away to sample from the one before") from None
     which = "ema" if use_ema and manager.has(path, "ema") else "model"
     weights = {name: p.detach() for name, p in model.named_parameters() if lora.is_adapter(name) == adapters}
-    manager.load(path, {which: pieces.wrap(model, weights)})
+    manager.load(path, {which: tensor_shards.wrap(model, weights)})
     announce(f"{path}: read {'the moving average' if which == 'ema' else 'the live weights'}")

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from acceleration.accounting import comm_volume as accounting
+from acceleration.accounting import comm_volume
 from acceleration.accounting.comm_volume import Place
 from acceleration.distributed import mesh as meshes
 from acceleration.distributed.mesh import Mesh
@@ -56,4 +56,4 @@ class Traffic:
         sized = [
             replace(batch, samples=len(m.sample_ids), degree=m.degree) for batch, m in zip(batches, mine, strict=True)
         ]
-        return accounting.step_bytes(self._structure, self._place, sized)
+        return comm_volume.step_bytes(self._structure, self._place, sized)

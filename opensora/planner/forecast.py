@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acceleration.accounting import comm_volume as accounting
-from acceleration.accounting import peak_memory as footprint
+from acceleration.accounting import comm_volume, peak_memory
 from acceleration.accounting.activation_memory import Timeline, assemble, interpolate, spread, timeline
 from acceleration.accounting.comm_volume import MicroBatch, Place
 from acceleration.accounting.model_profile import Structure, Unit, structure_of
@@ -160,12 +159,12 @@ class Forecaster:
         """
         whole = (False, True) if batches > 1 and place.cfg.zero < 2 else (False,)
         lines = [self._micro_batch(place, batch, accumulates, exact) for accumulates in whole]
-        return footprint.peak(self.structure, place, self.optim, *lines, batches=batches, frozen=self.frozen)
+        return peak_memory.peak(self.structure, place, self.optim, *lines, batches=batches, frozen=self.frozen)
 
     def state(self, place: Place) -> Footprint:
         """What a process holds whatever goes through the model: between steps, and its gradients."""
-        state = footprint.state_of(self.structure, place, self.optim, self.frozen)
-        return replace(state, gradients=footprint.trained_values(self.structure, place) * place.itemsize("master"))
+        state = peak_memory.state_of(self.structure, place, self.optim, self.frozen)
+        return replace(state, gradients=peak_memory.trained_values(self.structure, place) * place.itemsize("master"))
 
     def forward_flops(self, batch: MicroBatch) -> int:
         """Of one whole micro-batch, all processes that share it together."""
@@ -192,12 +191,12 @@ class Forecaster:
     def _step(self, place: Place, batch: MicroBatch, batches: int, device: Device) -> tuple[dict[str, int], float]:
         """(bytes by axis, seconds) of a step of ``batches`` of these on every process."""
         mesh = place.mesh
-        sent = accounting.step_bytes(self.structure, place, [batch] * batches)
+        sent = comm_volume.step_bytes(self.structure, place, [batch] * batches)
         links = _bandwidths(place, device)
         shared = mesh["ring"].degree * mesh["ulysses"].degree * mesh["tensor"].degree
         attention = sum(count * _attention_flops(unit, batch) for unit, count in self.structure.tally)
         blocks = self.structure.blocks
-        kinds = Counter(zip(self.structure.alike, accounting.recomputed(len(blocks), place), strict=True))
+        kinds = Counter(zip(self.structure.alike, comm_volume.recomputed(len(blocks), place), strict=True))
         again = sum(n * _rerun_flops(blocks[i], batch, kind) for (i, kind), n in kinds.items())
         hardware = training_flops(self.forward_flops(batch)) + again
         speed = device.flops * EFFICIENCY * shared
@@ -208,7 +207,7 @@ class Forecaster:
 
     def _micro_batch(self, place: Place, batch: MicroBatch, accumulates: bool, exact: bool) -> Timeline:
         """Every block at its own kind of recomputation, from short models in which all blocks have the same."""
-        kinds = accounting.recomputed(len(self.structure.blocks), place)
+        kinds = comm_volume.recomputed(len(self.structure.blocks), place)
         lines = {kind: self._line(place, kind, batch, accumulates, exact) for kind in dict.fromkeys(kinds)}
         depths = (self.model.depth, self.model.depth_single_blocks)
         parts, first, position = [], 0, 0
@@ -263,7 +262,7 @@ def _unit_flops(unit: Unit, batch: MicroBatch) -> int:
 
 def _rerun_flops(unit: Unit, batch: MicroBatch, kind: str) -> int:
     """Of what the block computes again in backward."""
-    again, attention = accounting.RERUN[kind], _attention_flops(unit, batch)
+    again, attention = comm_volume.RERUN[kind], _attention_flops(unit, batch)
     return again.layers * (_unit_flops(unit, batch) - attention) + again.attention * attention
 
 

@@ -13,7 +13,7 @@ from opensora.conditioning.frames import unconditioned
 from opensora.datasets.loading.feature_store import Features
 from opensora.datasets.loading.reader import PackedBatch
 from opensora.models.base import Autoencoder, TextEncoder, TextFeatures
-from opensora.schedulers import rectified_flow as flow
+from opensora.schedulers import rectified_flow
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.train.packed_tokens import Rows, Whole, joined
 from opensora.utils.tasks import RunAll, one_by_one
@@ -90,13 +90,13 @@ class Preparation:
         x0 = encoded.latents.float()  # (B, C, T', H', W')
         grid = (x0.shape[2], x0.shape[3], x0.shape[4])
         ids = batch.sample_ids
-        noise = flow.sample_noise(self.seed, step, ids, tuple(x0.shape[1:])).to(self.device)
-        t = flow.sample_timesteps(self.seed, step, ids, grid, self.patch, self.flow).to(self.device)
+        noise = rectified_flow.sample_noise(self.seed, step, ids, tuple(x0.shape[1:])).to(self.device)
+        t = rectified_flow.sample_timesteps(self.seed, step, ids, grid, self.patch, self.flow).to(self.device)
         prompts = self._text(encoded, ids, step)
         return Whole(
-            img=pack(flow.corrupt(x0, noise, t, self.flow), self.patch),
+            img=pack(rectified_flow.corrupt(x0, noise, t, self.flow), self.patch),
             img_ids=image_ids(grid, self.patch, self.device).expand(len(ids), -1, -1),
-            target=pack(flow.target(x0, noise, self.flow), self.patch),
+            target=pack(rectified_flow.target(x0, noise, self.flow), self.patch),
             cond=unconditioned(x0, self.patch) if self.cond_embed else None,
             txt=prompts.txt,
             txt_mask=prompts.mask,
@@ -136,7 +136,7 @@ class Preparation:
     def _text(self, text: Features, ids: tuple[int, ...], step: int) -> TextFeatures:
         """Features of the prompts; tokens and pooled vector of dropped samples, each on its own, are those of ""."""
         drop_txt, drop_vec = (
-            drop.to(self.device) for drop in flow.drop_text(self.seed, step, ids, self.flow.text_dropout)
+            drop.to(self.device) for drop in rectified_flow.drop_text(self.seed, step, ids, self.flow.text_dropout)
         )
         null, mask = self._null, text.mask
         if mask is not None:
@@ -159,4 +159,4 @@ def loss_share(model: nn.Module, tokens: Tokens, global_elements: int) -> Tensor
     The sum over all processes and micro-batches of a step is the loss, and the sum of their gradients its gradient.
     """
     velocity = model(**tokens.inputs)
-    return flow.squared_error(velocity, tokens.target) * (tokens.weight / global_elements)
+    return rectified_flow.squared_error(velocity, tokens.target) * (tokens.weight / global_elements)

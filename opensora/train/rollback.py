@@ -4,8 +4,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from acceleration.checkpoint import atomic_dir as storage
-from acceleration.checkpoint import steps_in
+from acceleration.checkpoint import atomic_dir, steps_in
 from acceleration.diagnostics.replica_check import is_finite
 from opensora.train.health.anomaly_guard import Guard, Hopeless, Return
 from opensora.train.run import Run
@@ -46,7 +45,7 @@ def go_back(run: Run, to: Return) -> None:
     if run.runtime.is_main:
         for newer in steps_in(run.checkpoints.folder):
             if _step(newer) > loaded:
-                storage.remove(newer)
+                atomic_dir.remove(newer)
     run.data.close()
     run.data = open_batches(run.cfg, run.data.index, run.data.plan, run.mesh, run.step)
     run.begin_record()

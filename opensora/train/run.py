@@ -24,7 +24,7 @@ from opensora.train.state.export import exported, write_export
 from opensora.train.state.resume import checkpoint_info
 from opensora.train.state.run_lock import RunLock
 from opensora.train.step_data import StepData
-from opensora.utils import signal_handler as signals
+from opensora.utils import signal_handler
 from opensora.utils.console import announce
 
 
@@ -92,21 +92,21 @@ class Run:
         """Write a checkpoint of the state after ``step`` updates. Collective."""
         self.at("save")
         self.reads.check_agreement()
-        with self.metrics.aside("save", self.mesh), signals.remember().saving():
+        with self.metrics.aside("save", self.mesh), signal_handler.remember().saving():
             info = checkpoint_info(self.cfg, self.runtime, self.data.table, self.base) | {"guard": self.guard.state()}
             self.checkpoints.save(self.step, self.engine.state_dict(), info)
 
     def finish_saving(self) -> None:
         """Wait until the checkpoint is on disk. Collective."""
         self.at("save")
-        with signals.remember().saving():
+        with signal_handler.remember().saving():
             self.checkpoints.wait()
 
     def where_stopped(self) -> str | None:
         """After an interruption: where the state is and how to go on; None if this step's state could not be saved."""
         if self.checkpoints.failures:
             return None
-        name = signals.remember().name
+        name = signal_handler.remember().name
         path = self.checkpoints.folder / f"step-{self.step:08d}"
         return (
             f"stopped by {name or 'a signal to another process'}: step {self.step} of {self.cfg.train.steps} is saved "
@@ -135,7 +135,7 @@ class Run:
         Signals kill again: a process that failed must not outlive its launcher's patience.
         """
         if kind is not None:
-            signals.forget()
+            signal_handler.forget()
         self.data.close()
         self.metrics.close()
         self.checkpoints.close()
@@ -144,4 +144,4 @@ class Run:
             runtimes.stop()
         if self.lock is not None:
             self.lock.release()
-        signals.forget()
+        signal_handler.forget()

@@ -21,13 +21,13 @@ from acceleration.distributed.runtime import Runtime
 from acceleration.engines import build_engine, check_engine
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
-from opensora.assembly import stored_features as features
+from opensora.assembly import stored_features
 from opensora.assembly.components import tile_runner
 from opensora.assembly.initial_weights import FromFile, adapted, add_adapters, check_initial, initial_weights
 from opensora.assembly.layout import check_attention, check_layout
 from opensora.config.load import to_yaml
 from opensora.config.run import RunConfig
-from opensora.datasets.decode import api as decode
+from opensora.datasets.decode import api
 from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.datasets.table.index import IndexedTable
 from opensora.inference.check import check_validation, fit_option
@@ -48,7 +48,7 @@ from opensora.train.state.disk_check import check_disk
 from opensora.train.state.resume import check_fresh, check_paths, resume, wrong_info
 from opensora.train.state.run_lock import RunLock, check_places, write_config
 from opensora.train.step_data import open_batches, open_data
-from opensora.utils import signal_handler as signals
+from opensora.utils import signal_handler
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 from opensora.utils.files.safetensors_files import fingerprint
@@ -68,16 +68,16 @@ def start_run(cfg: RunConfig) -> Run:
     runtimes.check_visible_devices()
     table, plan = check(cfg, ranks.world_size)
     if not cfg.data.features:
-        decode.require(cfg.data.decoder)
+        api.require(cfg.data.decoder)
     runtimes.check_meeting(ranks)  # before the run's folder is made
     if device_bytes() is None:  # the machine that it is started on, which a submitting one need not be
         check_memory(cfg, ranks.world_size, machine_bytes())
     check_validation(cfg, ranks.world_size)
-    signals.remember()
+    signal_handler.remember()
     lock = RunLock(cfg.folder) if ranks.rank == 0 else None
     phases = None
     try:
-        runtime = runtimes.start(cfg.parallel.timeout_s, lambda: signals.remember().name is not None)
+        runtime = runtimes.start(cfg.parallel.timeout_s, lambda: signal_handler.remember().name is not None)
         phases = start_phases(cfg, runtime)
         run = build_run(cfg, table, plan, runtime, phases)
     except BaseException as error:
@@ -122,7 +122,7 @@ def check(cfg: RunConfig, world_size: int) -> tuple[IndexedTable, BatchPlan]:
     check_disk(cfg, model)
     table, plan = open_data(cfg)
     if cfg.data.features:
-        features.check(cfg, table, plan)
+        stored_features.check(cfg, table, plan)
     return table, plan
 
 
@@ -150,7 +150,7 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
         Interrupted: a process was asked to stop meanwhile.
     """
     folder = cfg.folder
-    asked = signals.remember()
+    asked = signal_handler.remember()
     stop = StopRequest(lambda: asked.name is not None)
     stop.check()
     phases.at("build", 0)
@@ -220,7 +220,7 @@ def has_formulas(cfg: RunConfig) -> bool:
 
 def build_preparation(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Preparation:
     """What turns batches into tokens; autoencoder and text encoder only where something is left to encode."""
-    frozen = features.encoder_dtype(cfg)
+    frozen = stored_features.encoder_dtype(cfg)
     stored = bool(cfg.data.features)
     encoders = not stored or cfg.validate.every > 0  # samples while training need them
     autoencoder = build_autoencoder(cfg.vae, device, frozen) if encoders else None
@@ -230,7 +230,9 @@ def build_preparation(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Prepa
 
     whole = Preparation(
         autoencoder=autoencoder,
-        text_encoder=build_text_encoder(cfg.text, device, frozen) if encoders else features.stored_text(cfg, device),
+        text_encoder=build_text_encoder(cfg.text, device, frozen)
+        if encoders
+        else stored_features.stored_text(cfg, device),
         flow=cfg.flow,
         patch=cfg.model.patch_size,
         cond_embed=cfg.model.cond_embed,

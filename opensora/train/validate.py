@@ -1,6 +1,6 @@
 """Samples while training: the sampling pipeline over the model that is being trained, in its own layout."""
 
-from acceleration.sharding import fsdp as sharding
+from acceleration.sharding import fsdp
 from opensora.assembly.components import Components
 from opensora.config.run import SampleConfig
 from opensora.inference.pipeline import process_and_save
@@ -36,5 +36,5 @@ def sample_prompts(run: Run) -> None:
     run.at("sample")
     with run.metrics.aside("validate", run.mesh):
         files = process_and_save(parts, job, read_jobs(job), quiet=True)
-    sharding.release(run.engine.model)
+    fsdp.release(run.engine.model)
     announce(f"step {run.step}: sampled {', '.join(files[-1:])}")

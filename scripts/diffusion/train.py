@@ -1,9 +1,9 @@
 """Entry point for torchrun and srun; see opensora/cli/train.py."""
 
-from opensora.utils import signal_handler as signals
+from opensora.utils import signal_handler
 
 if __name__ == "__main__":
-    signals.remember()  # before torch is imported, which takes long enough to be interrupted in
+    signal_handler.remember()  # before torch is imported, which takes long enough to be interrupted in
 
     from opensora.cli.main import run_cli
     from opensora.cli.train import INTERRUPTED, main
@@ -12,5 +12,5 @@ if __name__ == "__main__":
         run_cli(main)
     except SystemExit as end:
         if end.code in (0, INTERRUPTED):  # the state is on disk
-            signals.end_process(end.code)
+            signal_handler.end_process(end.code)
         raise

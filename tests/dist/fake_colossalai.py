@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from acceleration.engines import colossalai_engine as adapter
+from acceleration.engines import colossalai_engine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -41,7 +41,7 @@ def install() -> None:
         module = ModuleType(name)
         module.__dict__.update(values)
         sys.modules[name] = module
-    adapter.check = lambda parallel: None
+    colossalai_engine.check = lambda parallel: None
 
 
 class Booster:

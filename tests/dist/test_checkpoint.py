@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from acceleration.checkpoint import CheckpointManager, SaveError, newest, steps_in
-from acceleration.checkpoint import tensor_shards as pieces
+from acceleration.checkpoint import CheckpointManager, SaveError, newest, steps_in, tensor_shards
 from acceleration.checkpoint.atomic_dir import MANIFEST
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig
 from acceleration.distributed import mesh as meshes
@@ -64,8 +63,8 @@ def everything(engine: Engine, tensor: meshes.Axis) -> dict[str, Tensor]:
     """All state as whole tensors: weights, moments, step counts, average."""
     state = engine.state_dict()
     flat = {f"{part}.{name}": value for part, values in state.items() for name, value in values.items()}
-    tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor | pieces.Pieces)}
-    return {name: pieces.whole(value, tensor).clone() for name, value in tensors.items()}
+    tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor | tensor_shards.Pieces)}
+    return {name: tensor_shards.whole(value, tensor).clone() for name, value in tensors.items()}
 
 
 def train_and_save(cfg: ParallelConfig, folder: Path, start: int, stop: int) -> dict[str, Tensor]:

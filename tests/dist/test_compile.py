@@ -15,8 +15,7 @@ from acceleration.distributed import mesh as meshes
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
-from acceleration.sharding import fsdp as sharding
-from acceleration.sharding import tensor_parallel
+from acceleration.sharding import fsdp, tensor_parallel
 from opensora.utils.rng import torch_generator
 from tests.dist import problem, test_parity
 from tests.dist.harness import run_distributed
@@ -92,7 +91,7 @@ def toy_on_this_layout(cfg: ParallelConfig, whole: Sequence[tuple[int, int]] = (
         named = model.named_parameters()
         steps.append(
             {
-                name: tensor_parallel.full(name, sharding.full(p.grad), model, mesh["tensor"]).clone()
+                name: tensor_parallel.full(name, fsdp.full(p.grad), model, mesh["tensor"]).clone()
                 for name, p in named
                 if p.grad is not None
             }

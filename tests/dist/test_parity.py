@@ -22,8 +22,7 @@ from acceleration.distributed.mesh import Mesh
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
-from acceleration.sharding import fsdp as sharding
-from acceleration.sharding import tensor_parallel
+from acceleration.sharding import fsdp, tensor_parallel
 from opensora.datasets.loading.reader import PackedBatch
 from opensora.models.families import build_model
 from opensora.planner.forecast import run_denoiser
@@ -132,7 +131,7 @@ def on_this_layout(cfg: ParallelConfig, dealt: Callable[[int, Mesh], list[FakeBa
         dist.all_reduce(total)
         counted = {axis.name: axis.bytes_sent for axis in mesh.axes.values()}
         gradients = {
-            name: tensor_parallel.full(name, sharding.full(p.grad), engine.model, mesh["tensor"]).clone()
+            name: tensor_parallel.full(name, fsdp.full(p.grad), engine.model, mesh["tensor"]).clone()
             for name, p in engine.model.named_parameters()
             if p.grad is not None
         }

@@ -21,7 +21,7 @@ from opensora.train import loop, setup
 from opensora.train.health.anomaly_guard import Hopeless
 from opensora.train.run import Run
 from opensora.train.setup import Interrupted, start_run
-from opensora.utils import signal_handler as signals
+from opensora.utils import signal_handler
 from opensora.utils.metrics_log import read_metrics
 
 ALWAYS = 10**9
@@ -53,7 +53,7 @@ class Outcome:
 
 def run_with(config: Path, overrides: list[str], faults: tuple[Fault, ...] = ()) -> Outcome:
     """What scripts/diffusion/train.py does, with faults; called on every process."""
-    signals.remember()
+    signal_handler.remember()
     try:
         for fault in _mine(faults, before_start=True):
             _BEFORE[fault.kind](fault)
@@ -70,7 +70,7 @@ def run_with(config: Path, overrides: list[str], faults: tuple[Fault, ...] = ())
     except Interrupted:
         return Outcome("before the first step")
     finally:
-        signals.remember()  # one that comes after the end must not look like a failure
+        signal_handler.remember()  # one that comes after the end must not look like a failure
 
 
 def digest(folder: Path) -> str:

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from acceleration.checkpoint import CheckpointManager
-from acceleration.checkpoint import atomic_dir as storage
+from acceleration.checkpoint import CheckpointManager, atomic_dir
 from acceleration.checkpoint.atomic_dir import MANIFEST
 from tests.dist.harness import run_distributed
 from tests.faults.conftest import Tally
@@ -206,7 +205,7 @@ def keep_two(folder: Path) -> tuple[list[str], list[str]]:
         kept = sorted(path.name for path in folder.glob("step-0000000?") if not path.is_symlink())
         if step == 4:  # the damaged third does not count, so the second stays
             assert kept == ["step-00000002", "step-00000003", "step-00000004"]
-            assert storage.read_manifest(folder / kept[0]) is not None
+            assert atomic_dir.read_manifest(folder / kept[0]) is not None
     assert all((folder / name).read_text() == "mine" for name in foreign)
     return sorted(str(path.relative_to(folder)) for path in folder.glob("step-0*/*")), said
 

@@ -26,7 +26,7 @@ from PIL import Image
 
 from data_pipeline import index as command
 from data_pipeline.index import TIMEOUT_S, main
-from opensora.datasets.decode import process as reader
+from opensora.datasets.decode import process
 from opensora.datasets.table.manifest import read_table
 from opensora.utils.errors import UserError
 from tests.conftest import ROOT
@@ -330,7 +330,7 @@ def test_a_file_that_hangs_kills_or_floods_its_reader_costs_itself(
     code, reason = HARM[how]
     harmful(tmp_path, code)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.setattr(reader, "PATIENCE_S", 0.8)
+    monkeypatch.setattr(process, "PATIENCE_S", 0.8)
     folder = tmp_path / "in"
     folder.mkdir()
     for name in ("a", "bad", "c", "d"):

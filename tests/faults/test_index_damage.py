@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from opensora.datasets import DataConfig
-from opensora.datasets.buckets import shape_class_index as groups
+from opensora.datasets.buckets import shape_class_index
 from opensora.datasets.buckets.bucket import Bucket, BucketTable
 from opensora.datasets.buckets.shape_class_index import group_rows
-from opensora.datasets.loading import feature_store as features
+from opensora.datasets.loading import feature_store
 from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch
 from opensora.datasets.table import index
 from opensora.datasets.table.checksums import Damaged, Sealed
@@ -140,7 +140,7 @@ def test_flipped_bits_are_noticed_in_use_where_an_index_is_too_large_to_be_read_
     tmp_path: Path, said: list[str], tally: Tally, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(index, "VERIFIED_BYTES", 0)
-    monkeypatch.setattr(groups, "VERIFIED_BYTES", 0)
+    monkeypatch.setattr(shape_class_index, "VERIFIED_BYTES", 0)
     lab, draw, noticed, count = Lab(tmp_path), random.Random(2), 0, 40
     for number in range(count):
         file = lab.files[number % len(lab.files)]
@@ -318,10 +318,10 @@ def feature_folder(folder: Path) -> Path:
     parts = []
     for first in (0, 2):
         tensors = {"latents": torch.randn(2, 4, 1, 8, 8), "txt": torch.randn(2, 3, 8), "y_vec": torch.randn(2, 8)}
-        parts.append((MicroBatch(bucket, (first, first + 1), 0), features.Features(**tensors)))
-    features.write_shard(folder, 0, parts, "hash")
-    features.write_null(folder, {"txt": torch.randn(1, 3, 8), "y_vec": torch.randn(1, 8)}, "hash")
-    features.write_index(folder, 1, 1, {"seed": 0}, "hash")
+        parts.append((MicroBatch(bucket, (first, first + 1), 0), feature_store.Features(**tensors)))
+    feature_store.write_shard(folder, 0, parts, "hash")
+    feature_store.write_null(folder, {"txt": torch.randn(1, 3, 8), "y_vec": torch.randn(1, 8)}, "hash")
+    feature_store.write_index(folder, 1, 1, {"seed": 0}, "hash")
     return folder
 
 
@@ -329,7 +329,7 @@ def test_small_files_of_stored_features(tmp_path: Path, tally: Tally) -> None:
     """Every flipped bit is refused in one line that says what to do, and precompute's last step mends it."""
     folder = feature_folder(tmp_path)
     batch = MicroBatch(Bucket("64px", 1, 64, 64, 2), (1, 2), 0)
-    truth = features.FeatureStore(folder).read(batch).latents
+    truth = feature_store.FeatureStore(folder).read(batch).latents
     names, draw, noticed, count = ("manifest.json", "index.arrow", "null.safetensors"), random.Random(3), 0, 150
     whole = {name: (folder / name).read_bytes() for name in names}
     changes = [*[flip(draw)] * (count - len(DAMAGES)), *DAMAGES]
@@ -337,18 +337,18 @@ def test_small_files_of_stored_features(tmp_path: Path, tally: Tally) -> None:
         name = names[number % 3]
         change(folder / name)
         try:
-            store = features.FeatureStore(folder)
+            store = feature_store.FeatureStore(folder)
             assert torch.equal(store.read(batch).latents, truth)
         except UserError as error:
             assert "\n" not in str(error) and "precompute" in str(error)
             noticed += 1
         if name == "null.safetensors":
-            assert not features.has_null(folder, "hash")
+            assert not feature_store.has_null(folder, "hash")
         remedy(folder / name, whole[name])
-    assert torch.equal(features.FeatureStore(folder).read(batch).latents, truth)
+    assert torch.equal(feature_store.FeatureStore(folder).read(batch).latents, truth)
     (folder / "manifest.json").write_text("{}")
-    features.write_index(folder, 1, 1, {"seed": 0}, "hash")
-    assert torch.equal(features.FeatureStore(folder).read(batch).latents, truth)
+    feature_store.write_index(folder, 1, 1, {"seed": 0}, "hash")
+    assert torch.equal(feature_store.FeatureStore(folder).read(batch).latents, truth)
     tally("stored features: damage of manifest, index and empty prompt is refused in one line", noticed, count)
     assert noticed == count
 

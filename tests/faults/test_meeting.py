@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from acceleration.diagnostics import preflight as look
+from acceleration.diagnostics import preflight
 from acceleration.diagnostics.preflight import Facts, assess, differences
 from acceleration.distributed import runtime as runtimes
 from acceleration.distributed.rendezvous import Door, StartError, meet, ranges
@@ -25,7 +25,7 @@ from opensora.cli.train import main as train_main
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig
 from opensora.train.setup import start_run
-from opensora.train.state import run_lock as run_folder
+from opensora.train.state import run_lock
 from opensora.utils.errors import UserError
 from tests.conftest import ROOT
 from tests.dist.harness import DistributedFailure, run_distributed
@@ -138,7 +138,7 @@ def test_slow_links_and_mixed_devices_are_named() -> None:
 def look_at_all(differing: int | None) -> str:
     rank = int(os.environ["RANK"])
     runtime = Runtime(rank, int(os.environ["WORLD_SIZE"]), rank, torch.device("cpu"))
-    return look.preflight(runtime, {"code": "b" if rank == differing else "a"}).summary
+    return preflight.preflight(runtime, {"code": "b" if rank == differing else "a"}).summary
 
 
 def test_preflight_on_processes() -> None:
@@ -163,7 +163,7 @@ def test_a_rank_with_other_settings_is_refused(config: Path) -> None:
     assert said[0] == said[1]
     assert re.fullmatch(r"configuration is not the same on all processes: rank 1 has \w+, the others \w+", said[0])
     folder = load_config(RunConfig, config).folder
-    assert os.listdir(folder) == [run_folder.LOCK]
+    assert os.listdir(folder) == [run_lock.LOCK]
 
 
 def test_a_command_whose_peers_do_not_come(

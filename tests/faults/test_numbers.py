@@ -159,10 +159,10 @@ def test_a_slow_process_is_named_and_the_run_goes_on(config: Path, tmp_path: Pat
 
 def lines_of(config: Path, overrides: list[str], faults: tuple[Fault, ...]) -> list[str]:
     """What the account of times announces."""
-    from opensora.train.health import step_timer as phases
+    from opensora.train.health import step_timer
 
     lines: list[str] = []
-    phases.announce = lines.append  # type: ignore[assignment]
+    step_timer.announce = lines.append  # type: ignore[assignment]
     assert run_with(config, overrides, faults).end == "finished"
     return lines
 

@@ -16,7 +16,7 @@ import torch
 from opensora.cli.train import main as train_main
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig
-from opensora.train.state import run_lock as run_folder
+from opensora.train.state import run_lock
 from opensora.train.state.disk_check import check_disk, checkpoint_bytes
 from opensora.train.state.run_lock import DONE, OWNER, RunLock, finished, read_owner, write_done
 from opensora.utils.errors import UserError
@@ -74,7 +74,7 @@ def test_a_second_run_on_a_folder_is_told_who_has_it(tmp_path: Path) -> None:
 
 
 def test_what_a_dead_process_held_is_taken_over_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder, "_machine", lambda: "here")
+    monkeypatch.setattr(run_lock, "_machine", lambda: "here")
     another_process(tmp_path, ends=True)
     assert (tmp_path / OWNER).exists()
     begun = time.monotonic()
@@ -86,10 +86,10 @@ def test_a_live_process_holds_without_file_locks(tmp_path: Path, monkeypatch: py
     """By its number and start on this machine; by its count on another. Dead, the count stands still."""
     process = another_process(tmp_path, ends=False)
     try:
-        monkeypatch.setattr(run_folder, "_machine", lambda: "here")
+        monkeypatch.setattr(run_lock, "_machine", lambda: "here")
         assert "in use by process" in refused(tmp_path)  # the kernel's lock
         assert "in use by process" in refused(tmp_path, lock=no_locks)
-        monkeypatch.setattr(run_folder, "_machine", lambda: "elsewhere")
+        monkeypatch.setattr(run_lock, "_machine", lambda: "elsewhere")
         # A lock that only holds on the other machine: it is granted here, the count decides.
         assert "in use by process" in refused(tmp_path, lock=lambda file, how: None)
         assert "in use by process" in refused(tmp_path, lock=no_locks)
@@ -125,7 +125,7 @@ def test_locks_are_not_inherited(tmp_path: Path) -> None:
     lock = RunLock(tmp_path)
     child = subprocess.Popen(["sleep", "20"])
     lock.release()
-    file = os.open(tmp_path / run_folder.LOCK, os.O_RDWR)
+    file = os.open(tmp_path / run_lock.LOCK, os.O_RDWR)
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(file)
     child.kill()

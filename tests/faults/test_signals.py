@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from opensora.datasets.decode.api import probe
-from opensora.utils import signal_handler as signals
+from opensora.utils import signal_handler
 from tests.conftest import ROOT
 from tests.dist.harness import DistributedFailure, run_distributed
 from tests.faults.conftest import CONFIG, Tally
@@ -139,7 +139,7 @@ def stops_at_step_2(config: Path, folder: Path, full: bool) -> int:
     """Exit code of the training command that is asked to stop in its third step; maybe its disk is full."""
     import errno
 
-    from acceleration.checkpoint import writer_process as writer
+    from acceleration.checkpoint import writer_process
     from opensora.cli.train import main
     from opensora.train.run import Run
 
@@ -156,7 +156,7 @@ def stops_at_step_2(config: Path, folder: Path, full: bool) -> int:
 
     Run.lr_at = asking  # type: ignore[method-assign]
     if full:
-        writer.write = no_room  # type: ignore[assignment]
+        writer_process.write = no_room  # type: ignore[assignment]
     overrides = [f"output={folder}", "train.checkpoint_async=false", "train.checkpoint_every=100"]
     return main([str(config), *overrides])
 
@@ -295,7 +295,7 @@ time.sleep(60)
 
 @pytest.mark.parametrize("writing", [False, True])
 @pytest.mark.parametrize(("code", "wanted"), [("", None), (", code=75", 75)])
-@pytest.mark.parametrize("number", signals.SIGNALS)
+@pytest.mark.parametrize("number", signal_handler.SIGNALS)
 def test_a_command_without_a_state_leaves_after_the_file_that_it_writes(
     number: signal.Signals, code: str, wanted: int | None, writing: bool, tmp_path: Path, tally: Tally
 ) -> None:

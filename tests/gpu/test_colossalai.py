@@ -10,7 +10,7 @@ import torch
 
 from acceleration.checkpoint import CheckpointManager
 from acceleration.config import OptimConfig, ParallelConfig, PrecisionConfig
-from acceleration.distributed import runtime as runtimes
+from acceleration.distributed import runtime
 from acceleration.distributed.mesh import build as build_mesh
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
@@ -31,8 +31,8 @@ def group():  # type: ignore[no-untyped-def]
     """A group of one over nccl."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)
-    yield runtimes.start(60)
-    runtimes.stop()
+    yield runtime.start(60)
+    runtime.stop()
 
 
 def build(zero: Any, compute: Any, optim: OptimConfig) -> tuple[Any, Any]:

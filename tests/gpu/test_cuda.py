@@ -8,7 +8,7 @@ from torch import Tensor
 
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
-from acceleration.distributed import runtime as runtimes
+from acceleration.distributed import runtime
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from opensora.models.families import build_model
@@ -24,8 +24,8 @@ def group():  # type: ignore[no-untyped-def]
     """A group of one over nccl, as a plain ``python scripts/diffusion/train.py`` starts it."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)
-    yield runtimes.start(60)
-    runtimes.stop()
+    yield runtime.start(60)
+    runtime.stop()
 
 
 def gradients_on_cuda(precision: PrecisionConfig, zero: int, recompute: str) -> tuple[float, dict[str, Tensor]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from acceleration.checkpoint import atomic_dir as storage
+from acceleration.checkpoint import atomic_dir
 from acceleration.distributed.runtime import Runtime
 from opensora.cli import sample, train
 from opensora.cli.main import run_cli
@@ -70,8 +70,8 @@ def test_training(
 def test_a_fresh_start_over_checkpoints(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    staged = storage.stage(tmp_path / "runs/run/checkpoints", "x")
-    storage.commit(staged, staged.parent / "step-00000007", {"step": 7}, {})
+    staged = atomic_dir.stage(tmp_path / "runs/run/checkpoints", "x")
+    atomic_dir.commit(staged, staged.parent / "step-00000007", {"step": 7}, {})
     error = refused(train.main, [str(config), "train.resume=none", "parallel.mesh.ulysses=1"], capsys, monkeypatch)
     assert "already has step-00000007" in error
 

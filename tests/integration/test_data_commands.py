@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from opensora.cli import buckets, calibrate
-from opensora.config import run as configs
+from opensora.config import run
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig
 from opensora.train.step_data import open_data
@@ -45,7 +45,7 @@ def test_calibrate_prints_a_section_that_a_configuration_takes(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = load_config(RunConfig, config)
-    configs.save(cfg, cfg.folder / configs.SAVED_NAME)
+    run.save(cfg, cfg.folder / run.SAVED_NAME)
     _, plan = open_data(cfg)
     with (cfg.folder / "metrics.jsonl").open("w") as file:
         for step in range(1, 30):

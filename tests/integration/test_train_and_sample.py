@@ -13,7 +13,7 @@ from torch import Tensor
 
 from acceleration.checkpoint import newest
 from acceleration.distributed.runtime import start, stop
-from opensora.cli import sample as sample_cli
+from opensora.cli import sample
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig, SampleConfig
 from opensora.inference.load import find_source
@@ -177,7 +177,7 @@ def test_any_number_of_processes_samples_the_same(trained: Path, tmp_path: Path,
 
 
 def sample_command(path: Path) -> int:
-    return sample_cli.main([str(path)])
+    return sample.main([str(path)])
 
 
 def test_the_command_writes_videos_prompts_and_a_sheet(trained: Path, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from acceleration import protocol as plan
-from acceleration.blocks import activation_checkpoint as recompute
+from acceleration import protocol
+from acceleration.blocks import activation_checkpoint
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, RecomputeConfig
 from acceleration.distributed.mesh import resolve, view
 from acceleration.distributed.runtime import first_host, ranks_from_environment, rendezvous_from_environment
@@ -121,11 +121,11 @@ def test_ema_follows_its_decay() -> None:
 
 def test_slots_are_found_by_pattern() -> None:
     model = Toy(depth=2)
-    found = [(parent, attribute) for parent, attribute, _ in plan.slots(model, ("blocks.*.core",))]
+    found = [(parent, attribute) for parent, attribute, _ in protocol.slots(model, ("blocks.*.core",))]
     assert found == [(block, "core") for block in model.blocks]
     with pytest.raises(ValueError, match=r"'blocks.\*.missing' matches no Module"):
-        list(plan.slots(model, ("blocks.*.missing",)))
-    assert list(plan.slots(Toy(depth=0), ("blocks.*.core",))) == []
+        list(protocol.slots(model, ("blocks.*.missing",)))
+    assert list(protocol.slots(Toy(depth=0), ("blocks.*.core",))) == []
 
 
 RECOMPUTED = [("none", 0, 0), ("full", 0, 3), ("first", 2, 2), ("first", 9, 3)]
@@ -137,7 +137,7 @@ def test_recomputation_runs_the_chosen_blocks_twice(kind, blocks: int, wanted: i
     calls: list[int] = []
     for block in model.blocks:
         block.core.register_forward_hook(lambda *args: calls.append(1))
-    recompute.apply(model, RecomputeConfig(kind=kind, blocks=blocks))
+    activation_checkpoint.apply(model, RecomputeConfig(kind=kind, blocks=blocks))
     model(torch.randn(1, 4, 5), torch.randn(1, 3)).sum().backward()
     assert len(calls) == 3 + wanted
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from acceleration import lora
-from acceleration.sharding import fsdp as sharding
+from acceleration.sharding import fsdp
 from opensora.assembly.initial_weights import weight_layout
 from opensora.inference.load import _exported, flux_adapter
 from opensora.models.families import MODEL_SIZES, build_model
@@ -273,7 +273,7 @@ def merged(path: Path, model: MMDiTConfig, scale: float) -> dict[str, Tensor]:
     adapted.double().to_empty(device="cpu")
     names = [name for name, _ in adapted.named_parameters() if lora.is_adapter(name)]
     adapted.load_state_dict({**built.state_dict(), **{name: exported.tensor(name) for name in names}})
-    sharding.merge_adapters(adapted, scale)
+    fsdp.merge_adapters(adapted, scale)
     return {name: adapted.get_parameter(f"{name}.weight") for name in linears(model)}
 
 

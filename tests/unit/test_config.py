@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from opensora.cli.main import run_cli
-from opensora.config import run as config
+from opensora.config import run
 from opensora.config.load import config_from_argv, config_hash, load_config, save, to_omegaconf, to_yaml
 from opensora.config.run import AUTOENCODER_CONFIGS, MODEL_CONFIGS, TEXT_ENCODER_CONFIGS, RunConfig, SampleConfig
 from opensora.config.schema import build, plain, section
@@ -524,8 +524,8 @@ def _fail(_: list[str]) -> None:
 
 def test_rank_0_speaks_first(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     waited: list[float] = []
-    monkeypatch.setattr(config.time, "sleep", waited.append)
-    monkeypatch.setattr(config.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(run.time, "sleep", waited.append)
+    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
     cases = (("0", "error: key=1: allowed are 2\n", 0), ("1", "error: rank 1: key=1: allowed are 2\n", 1))
     for rank, line, waits in cases:
         monkeypatch.setenv("RANK", rank)

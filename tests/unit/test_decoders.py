@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from opensora.datasets import DataConfig
-from opensora.datasets.decode import pyav_backend as decode_pyav
-from opensora.datasets.decode import torchcodec_backend as decode_torchcodec
+from opensora.datasets.decode import pyav_backend, torchcodec_backend
 from opensora.datasets.decode.api import DECODERS, DecodeError, probe, read_frames, require
 from opensora.datasets.decode.common import Cover
 from opensora.datasets.decode.process import DecoderProcess
@@ -121,7 +120,7 @@ def test_torchcodec_is_called_as_it_wants(tmp_path: Path, monkeypatch: pytest.Mo
             assert len(indices) <= 8
             return types.SimpleNamespace(data=torch.from_numpy(self.frames[indices]))
 
-    monkeypatch.setattr(decode_torchcodec, "load", lambda: types.SimpleNamespace(VideoDecoder=Decoder))
+    monkeypatch.setattr(torchcodec_backend, "load", lambda: types.SimpleNamespace(VideoDecoder=Decoder))
     path = encode(tmp_path / "c.mp4", 20)
     frames = read_frames(path, 1, 10, 2 - 1, decoder="torchcodec", threads=3)
     assert np.array_equal(frames, read_frames(path, 1, 10))
@@ -138,8 +137,8 @@ def test_choices() -> None:
 
 def test_what_takes_too_long_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = encode(tmp_path / "c.mp4", 60)
-    plain = decode_pyav._frames_of
-    monkeypatch.setattr(decode_pyav, "_frames_of", lambda packet: time.sleep(0.05) or plain(packet))
+    plain = pyav_backend._frames_of
+    monkeypatch.setattr(pyav_backend, "_frames_of", lambda packet: time.sleep(0.05) or plain(packet))
     began = time.monotonic()
     with pytest.raises(DecodeError, match=r"not read within 0.5 s \(data.decode_timeout_s\)"):
         read_frames(path, 0, 60, timeout_s=0.5)

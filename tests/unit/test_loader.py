@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from opensora.datasets import DataConfig
-from opensora.datasets.decode import api as decode
+from opensora.datasets.decode import api
 from opensora.datasets.decode import process as reader
 from opensora.datasets.decode.api import read_frames
 from opensora.datasets.decode.common import Cover, cover_size
@@ -124,8 +124,8 @@ def test_a_cache_changes_nothing_but_the_reading(clips: Path, crop: str, monkeyp
     table = read_table(str(clips / "t.csv"))
     reference = load(table, range(12), crop=crop)
     opened: list[str] = []
-    real = decode.read_frames
-    monkeypatch.setattr(decode, "read_frames", lambda path, *a, **k: opened.append(path) or real(path, *a, **k))
+    real = api.read_frames
+    monkeypatch.setattr(api, "read_frames", lambda path, *a, **k: opened.append(path) or real(path, *a, **k))
     large = load(table, range(12), crop=crop, cache_mib=64)
     read_once = len(opened)
     small = load(table, range(12), crop=crop)
@@ -378,5 +378,5 @@ def test_the_reader_is_what_the_loader_maps(clips: Path) -> None:
     plan = BatchPlan(table, cfg, 8, 0)
     micro_batch = plan.step(0)[0]
     pixels = loader._empty_pixels(micro_batch)
-    batch = BatchReader(table, cfg, 0).load(Job(micro_batch, plan.members(micro_batch)), pixels, decode.read_frames)
+    batch = BatchReader(table, cfg, 0).load(Job(micro_batch, plan.members(micro_batch)), pixels, api.read_frames)
     assert isinstance(batch, Batch) and batch.sample_ids == plan.step(0)[0].sample_ids

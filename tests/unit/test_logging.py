@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from opensora.utils import console as logs
+from opensora.utils import console
 from opensora.utils.charts import _fitting, contact_sheet, loss_curve, running_mean
 from opensora.utils.console import announce, launched_rank, progress
 from opensora.utils.errors import UserError
@@ -136,7 +136,7 @@ def test_wandb_gets_a_copy_and_goes_offline_without_a_key(
     fake, said = FakeWandb(key), []
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setattr(logs, "announce", said.append)
+    monkeypatch.setattr(console, "announce", said.append)
     with MetricsLogger(tmp_path / "trial", wandb=wanted, config={"seed": 1}) as logger:
         logger.log(10, {"loss": 0.5, "note": "text"})
     assert fake.started["mode"] == mode and fake.started["name"] == "trial" and fake.started["config"] == {"seed": 1}
@@ -166,7 +166,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 100.0
-    monkeypatch.setattr(logs.time, "monotonic", lambda: now)
+    monkeypatch.setattr(console.time, "monotonic", lambda: now)
     bar = progress(100, initial=50, every_s=10)
     values = {"loss": 0.25, "rate/tokens_per_s": 12345.6, "time/step_s": 1.5}
     for step, now in ((51, 101.0), (55, 105.0), (60, 112.0), (100, 113.0)):  # noqa: B007

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from acceleration import lora
 from acceleration.config import LoraConfig
-from acceleration.sharding import fsdp as sharding
+from acceleration.sharding import fsdp
 from opensora.config.run import SampleConfig
 from opensora.inference.load import _exported
 from opensora.models.families import MODEL_SIZES, build_model, init_model_
@@ -139,7 +139,7 @@ def test_merged(scale: float) -> None:
     wanted = with_adapters(scaled)(**inputs())
     model = with_adapters(tensors)
     for _ in range(2):
-        sharding.merge_adapters(model, scale)
+        fsdp.merge_adapters(model, scale)
         assert torch.allclose(model(**inputs()), wanted, atol=1e-5)
 
 

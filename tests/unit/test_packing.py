@@ -13,7 +13,7 @@ from acceleration import sequence
 from acceleration.attention.core import KernelCore
 from acceleration.attention.kernels import KERNELS, Kernel, varlen
 from acceleration.attention.kernels.varlen import Varlen
-from acceleration.blocks import activation_checkpoint as recompute
+from acceleration.blocks import activation_checkpoint
 from acceleration.config import RecomputeConfig
 from acceleration.distributed.mesh import view
 from acceleration.sequence import Segments, SequenceParallel
@@ -254,7 +254,7 @@ def test_recomputed_packs(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, name = model_of_the_problem(), kind.split("-")[0]
     cfg = RecomputeConfig(kind=name, offload=kind.endswith("offload"))  # type: ignore[arg-type]
     sequence.fill_slots(model, view({}), keeps=name == "selective")
-    recompute.apply(model, cfg)
+    activation_checkpoint.apply(model, cfg)
     calls: list[int] = []
     right = KERNELS["cpu"].forward
     counting = replace_forward(KERNELS["cpu"], lambda *given: calls.append(1) or right(*given))

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from opensora.datasets import DataConfig
-from opensora.datasets.decode import pyav_backend as decode_pyav
+from opensora.datasets.decode import pyav_backend
 from opensora.datasets.decode.api import DecodeError, probe, read_frames
 from opensora.datasets.decode.common import MAX_PIXELS, MAX_SIDE, Deadline, Turn
 from opensora.datasets.loading.loader import build_loader
@@ -606,5 +606,5 @@ def test_a_clip_cut_out_of_a_longer_one_without_coding_it_anew(kind: str, suffix
         assert close(found, np.stack(expected[start : start + 2]), 2)
     with pytest.raises(DecodeError, match=f"it has {len(expected)} frames"):
         read_frames(str(path), len(expected), 1)
-    assert not decode_pyav.is_plain(locate(str(path)), Deadline(str(path), None))  # others count what shows nothing
-    assert decode_pyav.is_plain(locate(str(whole)), Deadline(str(whole), None))
+    assert not pyav_backend.is_plain(locate(str(path)), Deadline(str(path), None))  # others count what shows nothing
+    assert pyav_backend.is_plain(locate(str(whole)), Deadline(str(whole), None))

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from acceleration import sequence
 from acceleration.attention.kernels import KERNELS, Kernel
-from acceleration.blocks import activation_checkpoint as recompute
+from acceleration.blocks import activation_checkpoint
 from acceleration.blocks.activation_offload import Offload
 from acceleration.config import RecomputeConfig
 from acceleration.distributed.mesh import view
@@ -43,7 +43,7 @@ def prepared(model: nn.Module, cfg: RecomputeConfig, dtype: torch.dtype, kernel:
             fill(name, full)
             parameter.copy_(full)
     sequence.fill_slots(model, view({}), kernel, keeps=cfg.kind == "selective")
-    recompute.apply(model, cfg)
+    activation_checkpoint.apply(model, cfg)
     return model
 
 

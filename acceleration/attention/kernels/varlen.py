@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from acceleration.blocks import activation_checkpoint as recompute
+from acceleration.blocks import activation_checkpoint
 
 aten = torch.ops.aten
 DTYPES = (torch.bfloat16, torch.float16)
@@ -34,7 +34,7 @@ def attend(kernel: Varlen, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longes
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, kernel: Varlen) -> Tensor:
-        out, lse = recompute.kept(lambda: kernel.forward(q, k, v, ends, longest))
+        out, lse = activation_checkpoint.kept(lambda: kernel.forward(q, k, v, ends, longest))
         ctx.save_for_backward(q, k, v, ends, out, lse)
         ctx.kernel, ctx.longest = kernel, longest
         return out

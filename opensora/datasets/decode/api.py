@@ -10,10 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from opensora.datasets.decode import decord_backend as decode_decord
-from opensora.datasets.decode import pillow_backend as decode_pillow
-from opensora.datasets.decode import pyav_backend as decode_pyav
-from opensora.datasets.decode import torchcodec_backend as decode_torchcodec
+from opensora.datasets.decode import decord_backend, pillow_backend, pyav_backend, torchcodec_backend
 from opensora.datasets.decode.common import WHITE, Allocate, Colour, Deadline, DecodeError, Resize, new_array
 from opensora.datasets.decode.file_type import CLIP_SUFFIXES, STILL_SUFFIXES, Sniffed, sniff, sniff_source
 from opensora.datasets.table.clip_storage import Source, locate
@@ -33,9 +30,9 @@ ReadWindow = Callable[[Source, range, Resize | None, int, Deadline, Allocate], n
 
 # name -> (what makes sure that it can be imported, what reads the frames of these numbers)
 DECODERS: dict[str, tuple[Callable[[], object], ReadWindow]] = {
-    "pyav": (lambda: None, decode_pyav.read_window),
-    "decord": (decode_decord.load, decode_decord.read_window),
-    "torchcodec": (decode_torchcodec.load, decode_torchcodec.read_window),
+    "pyav": (lambda: None, pyav_backend.read_window),
+    "decord": (decord_backend.load, decord_backend.read_window),
+    "torchcodec": (torchcodec_backend.load, torchcodec_backend.read_window),
 }
 
 
@@ -78,9 +75,9 @@ def probe(path: str, *, timeout_s: float | None = None) -> MediaInfo:
         picture, note = _read_still(source, found, None, deadline, WHITE)
         return MediaInfo(num_frames=1, height=picture.shape[0], width=picture.shape[1], fps=None, note=note)
     if found.what in _ANIMATIONS:
-        facts: decode_pillow.Animation | decode_pyav.Clip = decode_pillow.probe_animation(source, deadline)
+        facts: pillow_backend.Animation | pyav_backend.Clip = pillow_backend.probe_animation(source, deadline)
     else:
-        facts = decode_pyav.probe(source, deadline)
+        facts = pyav_backend.probe(source, deadline)
     size = {"num_frames": facts.num_frames, "height": facts.height, "width": facts.width}
     return MediaInfo(**size, fps=facts.fps, note=facts.note)
 
@@ -128,10 +125,10 @@ def read_frames(
     numbers = range(start, start + count * interval, interval)
     if found.kind == "clip":
         if found.what in _ANIMATIONS:
-            return decode_pillow.read_animation(source, numbers, resize, deadline, allocate, background)
-        if decoder != "pyav" and found.what != "GIF" and decode_pyav.is_plain(source, deadline):
+            return pillow_backend.read_animation(source, numbers, resize, deadline, allocate, background)
+        if decoder != "pyav" and found.what != "GIF" and pyav_backend.is_plain(source, deadline):
             return read_plain(source, numbers, resize, threads, deadline, allocate)
-        return decode_pyav.read_window(source, numbers, resize, threads, deadline, allocate, background)
+        return pyav_backend.read_window(source, numbers, resize, threads, deadline, allocate, background)
     if start + count > 1:
         raise DecodeError(path, f"an image has 1 frame, the window needs {numbers[-1] + 1}")
     picture, _ = _read_still(source, found, resize, deadline, background)
@@ -152,5 +149,5 @@ def _read_still(
 ) -> tuple[np.ndarray, str]:
     """((H, W, 3) uint8, a note)."""
     if found.what != "HEIC":
-        return decode_pillow.read_still(source, resize, background)
-    return decode_pyav.read_window(source, range(1), resize, 1, deadline, new_array, background)[0], ""
+        return pillow_backend.read_still(source, resize, background)
+    return pyav_backend.read_window(source, range(1), resize, 1, deadline, new_array, background)[0], ""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from opensora.datasets.config import DataConfig
-from opensora.datasets.decode import api as decode
+from opensora.datasets.decode import api
 from opensora.datasets.decode.process import DecoderProcess, ReadFrames
 from opensora.datasets.loading.reader import Batch, BatchReader, FeatureReader, Job, PackedBatch
 from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch, Pack
@@ -77,7 +77,7 @@ def read_batches(
     table: ClipTable, plan: BatchPlan, cfg: DataConfig, micro_batches: Iterator[MicroBatch | Pack], seed: int
 ) -> Generator[AnyBatch, None, None]:
     """These micro-batches of the plan, from their files; see ``build_loader``."""
-    decode.require(cfg.decoder)
+    api.require(cfg.decoder)
     reader = BatchReader(table, cfg, seed)
     loads = (
         Load(tuple(Job(m, plan.members(m)) for m in batch.parts), isinstance(batch, Pack)) for batch in micro_batches
@@ -109,7 +109,7 @@ def _stored(
 
 def _here(reader: BatchReader, loads: Iterator[Load]) -> Generator[AnyBatch, None, None]:
     for load in loads:
-        yield load.run(reader, load.empty_pixels(), decode.read_frames)
+        yield load.run(reader, load.empty_pixels(), api.read_frames)
 
 
 def _ahead(reader: BatchReader, loads: Iterator[Load], cfg: DataConfig) -> Generator[AnyBatch, None, None]:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from acceleration.diagnostics import replica_check as replicas
+from acceleration.diagnostics import replica_check
 from acceleration.distributed.comm_timer import WAITING
 from acceleration.distributed.mesh import Mesh
 from acceleration.engines import Engine
@@ -135,7 +135,7 @@ class Guard:
         Raises:
             Hopeless: it was done often enough.
         """
-        ruined = self._row == 1 and not replicas.is_finite(engine, mesh)
+        ruined = self._row == 1 and not replica_check.is_finite(engine, mesh)
         wanted = self._bad_row(ruined) or self._unequal(engine, mesh, step, enter)
         if wanted is None:
             return None
@@ -160,7 +160,7 @@ class Guard:
         if not self.cfg.replicas_every or step % self.cfg.replicas_every:
             return None
         enter("replicas")
-        ranks = replicas.differing(engine, engine.model, mesh)
+        ranks = replica_check.differing(engine, engine.model, mesh)
         if not ranks:
             self._equal = step
             return None
