@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from acceleration import protocol
 from acceleration.config import LoraConfig
-from acceleration.protocol import Fill, Partial
+from acceleration.protocol import ParameterSource, PartialSource
 
 A, B = "lora_A.weight", "lora_B.weight"  # parameters of an adapted layer, beside its own
 
@@ -98,19 +98,19 @@ def init_parameter_(name: str, tensor: Tensor, generator: torch.Generator) -> No
 
 
 @dataclass(frozen=True)
-class Filled:
+class LoraSource:
     """A source of values (see ``sharding.materialize``): adapters from one, everything else from the other."""
 
-    base: Fill
-    adapter: Fill
+    base: ParameterSource
+    adapter: ParameterSource
 
     def __call__(self, name: str, tensor: Tensor) -> None:
         self._source(name)(name, tensor)
 
     def read_part(self, name: str, start: tuple[int, ...], part: Tensor) -> bool:
-        """See ``plan.Partial``."""
+        """See ``plan.PartialSource``."""
         source = self._source(name)
-        return isinstance(source, Partial) and source.read_part(name, start, part)
+        return isinstance(source, PartialSource) and source.read_part(name, start, part)
 
-    def _source(self, name: str) -> Fill:
+    def _source(self, name: str) -> ParameterSource:
         return self.adapter if is_adapter(name) else self.base

@@ -7,11 +7,13 @@ from acceleration import sequence
 from acceleration.blocks import activation_checkpoint, compile
 from acceleration.config import ParallelConfig
 from acceleration.distributed.mesh import Mesh
-from acceleration.protocol import Fill, Shardable
+from acceleration.protocol import ParameterSource, Shardable
 from acceleration.sharding import fsdp, tensor_parallel
 
 
-def parallelize(model: nn.Module, cfg: ParallelConfig, mesh: Mesh, device: torch.device, fill: Fill) -> nn.Module:
+def parallelize(
+    model: nn.Module, cfg: ParallelConfig, mesh: Mesh, device: torch.device, fill: ParameterSource
+) -> nn.Module:
     """Spread a model built on the meta device over ``mesh``, in place.
 
     Tensor parallelism first (it changes what a layer holds), then attention slots (the wrapper is what gets

@@ -64,7 +64,7 @@ def matches(name: str, pattern: str) -> bool:
 
 
 @runtime_checkable
-class Partial(Protocol):
+class PartialSource(Protocol):
     """A source of values that can give a part of a parameter without the rest, as a file can."""
 
     def __call__(self, name: str, tensor: Tensor) -> None:
@@ -74,4 +74,4 @@ class Partial(Protocol):
         """Write the full parameter's values from index ``start`` on into ``part``; False: ask for all of it instead."""
 
 
-Fill: TypeAlias = Callable[[str, Tensor], None] | Partial
+ParameterSource: TypeAlias = Callable[[str, Tensor], None] | PartialSource

@@ -68,7 +68,7 @@ def config(buckets: dict, micro_batches: int, pack: int = 1, **budget: float) ->
         buckets=buckets,
         micro_batches=micro_batches,
         pack=pack,
-        empty_rows="report",
+        unused_rows="report",
         **budget,  # type: ignore[arg-type]
     )
 

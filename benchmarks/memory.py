@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from acceleration import protocol
-from acceleration.checkpoint.tensor_shards import Pieces
+from acceleration.checkpoint.tensor_shards import TensorShards
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.diagnostics.memory_usage import Allocations, held
 from acceleration.distributed import mesh as meshes
@@ -33,7 +33,7 @@ from acceleration.distributed.mesh import Mesh
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from acceleration.sharding import fsdp
-from opensora.assembly.initial_weights import FromFile, weight_layout
+from opensora.assembly.initial_weights import FileSource, weight_layout
 from opensora.models.families import MMDiTConfig, build_model
 from opensora.models.mmdit.convert import OPEN_SORA_2, load_state_dict_for, save_state_dict
 from opensora.train.preparation import Tokens, loss_share
@@ -143,7 +143,9 @@ def _train(model_cfg: MMDiTConfig, path: Path, cfg: ParallelConfig, mesh: Mesh) 
 
     step(0)  # moments are made, and FSDP2 pads what does not divide
     state = engine.state_dict()
-    values = [v for v in state["optimizer"].values() if isinstance(v, Tensor | Pieces)]  # not settings of the optimizer
+    values = [
+        v for v in state["optimizer"].values() if isinstance(v, Tensor | TensorShards)
+    ]  # not settings of the optimizer
     moments = held(getattr(value, "held", value) for value in values)
     average = held(getattr(value, "held", value) for value in state["ema"].values())
     masters = held(p for _, p in engine.master_params())
@@ -178,7 +180,7 @@ def _load(model_cfg: MMDiTConfig, path: Path, cfg: ParallelConfig, mesh: Mesh) -
         model = build_model(model_cfg)
     file, _ = load_state_dict_for(model, path, to=weight_layout(model_cfg))  # a mapping, which would count as taken
     with Allocations() as loading:
-        parallelize(model, cfg, mesh, CPU, FromFile(file, path))
+        parallelize(model, cfg, mesh, CPU, FileSource(file, path))
     return model, loading.peak
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from acceleration.accounting.comm_volume import MicroBatch, Place
+from acceleration.accounting.comm_volume import MicroBatch, RankLayout
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.engines import build_engine
@@ -99,7 +99,7 @@ def predict(case: Case) -> int:
     forecast = Forecaster(case.model, OPTIM, device_type="cpu")
     degrees = meshes.resolve(MeshConfig(**case.mesh), case.world)
     return max(
-        forecast.memory(Place(meshes.view(degrees, rank), case.parallel), case.batch, batches=case.batches).total
+        forecast.memory(RankLayout(meshes.view(degrees, rank), case.parallel), case.batch, batches=case.batches).total
         for rank in range(case.world)
     )
 

@@ -33,7 +33,7 @@ from opensora.datasets.buckets.cost import CostConfig
 from opensora.datasets.config import DataConfig
 from opensora.datasets.plan.balance import deal
 from opensora.datasets.plan.batch_plan import BatchPlan
-from opensora.datasets.plan.dynamic_sp import Sharing
+from opensora.datasets.plan.dynamic_sp import SequenceSharing
 from opensora.datasets.table.manifest import ClipTable, TextsInMemory
 
 PROCESSES, EACH = 224, 4
@@ -80,14 +80,14 @@ def config(name: str, micro_batches: int, cost: CostConfig) -> DataConfig:
     return DataConfig(
         buckets=buckets,
         micro_batches=micro_batches,
-        empty_rows="report",
+        unused_rows="report",
         cost=cost,
     )
 
 
 def saved(plan: BatchPlan, ranks: int, ulysses: int, steps: int) -> dict[str, Any]:
     """The share of the time that the choice saves on average and in the best step, and what was chosen."""
-    choice = Sharing(degree=ulysses, text_tokens=TEXT_TOKENS)
+    choice = SequenceSharing(degree=ulysses, text_tokens=TEXT_TOKENS)
     full = plan.steps_in_epoch(0) - 1
     times = []
     degrees: Counter[int] = Counter()

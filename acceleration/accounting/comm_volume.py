@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
-from acceleration.accounting.model_profile import Attention, Layer, Parameter, Structure, Unit
+from acceleration.accounting.model_profile import Attention, Layer, ModelProfile, Parameter, ShardUnit
 from acceleration.blocks import activation_checkpoint
 from acceleration.config import ParallelConfig
-from acceleration.distributed.mesh import COPIES, PIECES, Mesh
+from acceleration.distributed.mesh import FSDP, REPLICATE, Mesh
 from acceleration.sequence.layout import SequenceParallel, ring_groups
 from acceleration.sequence.ulysses import head_shares
 from acceleration.sharding.precision import DTYPES
@@ -53,7 +53,7 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Place:
+class RankLayout:
     """One process of a layout that need not exist, and how sharding sees it."""
 
     mesh: Mesh
@@ -78,14 +78,14 @@ class Place:
 
     def local_tokens(self, batch: MicroBatch) -> tuple[int, int]:
         """(text, image) tokens of a sample that this process holds."""
-        seq = SequenceParallel(self.mesh.narrow(batch.degree))
-        return seq.sizes(batch.txt, surplus_last=True)[seq.rank], seq.sizes(batch.img)[seq.rank]
+        seq = SequenceParallel(self.mesh.submesh(batch.degree))
+        return seq.sizes(batch.txt, extra_to_last=True)[seq.rank], seq.sizes(batch.img)[seq.rank]
 
 
-def step_bytes(structure: Structure, place: Place, batches: Sequence[MicroBatch]) -> dict[str, int]:
+def step_bytes(structure: ModelProfile, place: RankLayout, batches: Sequence[MicroBatch]) -> dict[str, int]:
     """Axis -> bytes that this process sends in one optimizer step over its micro-batches; axes of degree 1 left out."""
     total: Counter[str] = Counter()
-    blocks = Counter(zip(structure.alike, recomputed(len(structure.blocks), place), strict=True))
+    blocks = Counter(zip(structure.like, recomputed(len(structure.blocks), place), strict=True))
     units = [(structure.blocks[index], kind, count) for (index, kind), count in blocks.items()]
     for batch, times in Counter(batches).items():
         for unit, kind, count in (*units, (structure.rest, "none", 1)):
@@ -97,7 +97,7 @@ def step_bytes(structure: Structure, place: Place, batches: Sequence[MicroBatch]
 
 
 def sampling_bytes(
-    structure: Structure, place: Place, batch: MicroBatch, passes: Sequence[int], channels: int
+    structure: ModelProfile, place: RankLayout, batch: MicroBatch, passes: Sequence[int], channels: int
 ) -> dict[str, int]:
     """Axis -> bytes of integrating the latents of a batch, on a model that has not run before; decoding not counted.
 
@@ -121,7 +121,9 @@ def sampling_bytes(
     return dict(+total)
 
 
-def forward_bytes(structure: Structure, place: Place, batch: MicroBatch, *, gathers: bool = True) -> dict[str, int]:
+def forward_bytes(
+    structure: ModelProfile, place: RankLayout, batch: MicroBatch, *, gathers: bool = True
+) -> dict[str, int]:
     """Axis -> bytes of one forward without gradient.
 
     ``gathers``: weights are gathered; with ZeRO 1 and 2 only the first forward does so.
@@ -130,11 +132,11 @@ def forward_bytes(structure: Structure, place: Place, batch: MicroBatch, *, gath
     for unit in structure.units:
         total += _forward(unit, place, batch)
         if gathers and place.pieces > 1:
-            total[PIECES] += gather_bytes(unit, place)
+            total[FSDP] += gather_bytes(unit, place)
     return dict(total)
 
 
-def recomputed(blocks: int, place: Place) -> tuple[str, ...]:
+def recomputed(blocks: int, place: RankLayout) -> tuple[str, ...]:
     """How every block is recomputed, as a key of ``RERUN``."""
     cfg = place.cfg.recompute
     chosen = activation_checkpoint.chosen(cfg, blocks)
@@ -142,17 +144,17 @@ def recomputed(blocks: int, place: Place) -> tuple[str, ...]:
     return tuple(kind if index in chosen else "none" for index in range(blocks))
 
 
-def padded(parameters: Iterable[Parameter], place: Place) -> int:
+def padded(parameters: Iterable[Parameter], place: RankLayout) -> int:
     """Values that one piece of these parameters has, padding included."""
     return sum(-(-shape[0] // place.pieces) * prod(shape[1:]) for shape in _cut(parameters, place))
 
 
-def held(parameters: Iterable[Parameter], place: Place) -> int:
+def held(parameters: Iterable[Parameter], place: RankLayout) -> int:
     """Values of these parameters that this process really holds."""
     return sum(_rows(shape[0], place) * prod(shape[1:]) for shape in _cut(parameters, place))
 
 
-def gather_bytes(unit: Unit, place: Place) -> int:
+def gather_bytes(unit: ShardUnit, place: RankLayout) -> int:
     """Sent in one all-gather of a unit's weights."""
     return padded(unit.parameters, place) * place.itemsize("compute") * (place.pieces - 1)
 
@@ -172,30 +174,32 @@ def reductions_per_step(zero: int, batches: int) -> int:
     return batches if zero >= 2 else 1
 
 
-def _sharding_bytes(structure: Structure, place: Place, batches: int) -> Counter[str]:
+def _sharding_bytes(structure: ModelProfile, place: RankLayout, batches: int) -> Counter[str]:
     zero, total = place.cfg.zero, Counter[str]()
-    for unit, count in structure.tally:
+    for unit, count in structure.unit_counts:
         trained = padded((p for p in unit.parameters if p.trains), place) * place.itemsize("reduce")
         if place.pieces > 1:
-            total[PIECES] += count * gathers_per_step(zero, batches) * gather_bytes(unit, place)
-            total[PIECES] += count * reductions_per_step(zero, batches) * trained * (place.pieces - 1)
+            total[FSDP] += count * gathers_per_step(zero, batches) * gather_bytes(unit, place)
+            total[FSDP] += count * reductions_per_step(zero, batches) * trained * (place.pieces - 1)
         if place.copies > 1:
-            total[COPIES] += count * all_reduce_bytes(trained, place.copies)
+            total[REPLICATE] += count * all_reduce_bytes(trained, place.copies)
     return total
 
 
-def _shared_gradients(structure: Structure, place: Place) -> Counter[str]:
+def _shared_gradients(structure: ModelProfile, place: RankLayout) -> Counter[str]:
     """Once per step along tensor: gradients of what all hold but use for their own heads, and the norm's square."""
     tensor = place.mesh["tensor"].degree
     if tensor == 1:
         return Counter()
-    shared = sum(n * held((p for p in u.parameters if p.is_shared and p.trains), place) for u, n in structure.tally)
-    is_cut = any(p.cut_dim is not None and p.trains for unit, _ in structure.tally for p in unit.parameters)
+    shared = sum(
+        n * held((p for p in u.parameters if p.is_shared and p.trains), place) for u, n in structure.unit_counts
+    )
+    is_cut = any(p.cut_dim is not None and p.trains for unit, _ in structure.unit_counts for p in unit.parameters)
     sizes = (shared, int(is_cut))
     return Counter(tensor=sum(all_reduce_bytes(n * place.itemsize("master"), tensor) for n in sizes))
 
 
-def _exchanged(unit: Unit, place: Place, batch: MicroBatch, kind: str) -> Counter[str]:
+def _exchanged(unit: ShardUnit, place: RankLayout, batch: MicroBatch, kind: str) -> Counter[str]:
     """Forward and backward of one micro-batch; what is recomputed goes through forward twice."""
     again = RERUN[kind]
     total = Counter[str]()
@@ -210,7 +214,7 @@ def _exchanged(unit: Unit, place: Place, batch: MicroBatch, kind: str) -> Counte
     return +total
 
 
-def _forward(unit: Unit, place: Place, batch: MicroBatch) -> Counter[str]:
+def _forward(unit: ShardUnit, place: RankLayout, batch: MicroBatch) -> Counter[str]:
     total = Counter[str]()
     for slot in unit.attentions:
         total += _attention_forward(slot, place, batch)
@@ -229,10 +233,10 @@ class _Share:
     ring: tuple[int, ...]  # tokens of each place on the ring
 
 
-def _share(slot: Attention, place: Place, batch: MicroBatch) -> _Share:
-    mesh = place.mesh.narrow(batch.degree)
+def _share(slot: Attention, place: RankLayout, batch: MicroBatch) -> _Share:
+    mesh = place.mesh.submesh(batch.degree)
     ring, ulysses, sequence = mesh["ring"], mesh["ulysses"], SequenceParallel(mesh)
-    txt, img = sequence.sizes(batch.txt, surplus_last=True), sequence.sizes(batch.img)
+    txt, img = sequence.sizes(batch.txt, extra_to_last=True), sequence.sizes(batch.img)
     lengths = tuple(slot.tokens.at(*pair) for pair in zip(txt, img, strict=True))
     groups = ring_groups(lengths, ulysses.degree)
     heads = slot.heads // place.mesh["tensor"].degree
@@ -245,13 +249,13 @@ def _share(slot: Attention, place: Place, batch: MicroBatch) -> _Share:
     )
 
 
-def _attention_forward(slot: Attention, place: Place, batch: MicroBatch, *, inside: bool = True) -> Counter[str]:
+def _attention_forward(slot: Attention, place: RankLayout, batch: MicroBatch, *, inside: bool = True) -> Counter[str]:
     """q, k, v of other heads go out and come back as outputs; keys and values of every part but one are passed on.
 
     ``inside``: False where attention itself is kept, and with it what the ring has passed.
     """
     share, size = _share(slot, place, batch), place.itemsize("compute") * batch.samples * slot.head_dim
-    ring, ulysses = place.mesh["ring"], place.mesh.narrow(batch.degree)["ulysses"]
+    ring, ulysses = place.mesh["ring"], place.mesh.submesh(batch.degree)["ulysses"]
     sent = Counter[str]()
     if ulysses.degree > 1:
         elsewhere = sum(share.group) - share.local
@@ -266,10 +270,10 @@ def _attention_forward(slot: Attention, place: Place, batch: MicroBatch, *, insi
     return sent
 
 
-def _attention_backward(slot: Attention, place: Place, batch: MicroBatch) -> Counter[str]:
+def _attention_backward(slot: Attention, place: RankLayout, batch: MicroBatch) -> Counter[str]:
     """Ulysses in reverse; the ring passes keys and values again, and the gradients of every part, in fp32 at least."""
     share, compute = _share(slot, place, batch), place.itemsize("compute")
-    ring, ulysses = place.mesh["ring"], place.mesh.narrow(batch.degree)["ulysses"]
+    ring, ulysses = place.mesh["ring"], place.mesh.submesh(batch.degree)["ulysses"]
     per_head = batch.samples * slot.head_dim
     sent = Counter[str]()
     if ulysses.degree > 1:
@@ -282,7 +286,7 @@ def _attention_backward(slot: Attention, place: Place, batch: MicroBatch) -> Cou
     return sent
 
 
-def _layer_forward(layer: Layer, place: Place, batch: MicroBatch) -> int:
+def _layer_forward(layer: Layer, place: RankLayout, batch: MicroBatch) -> int:
     degree, rows = place.mesh["tensor"].degree, batch.samples * layer.rows.at(*place.local_tokens(batch))
     if degree == 1 or layer.kind in ("column", "whole"):
         return 0
@@ -290,18 +294,18 @@ def _layer_forward(layer: Layer, place: Place, batch: MicroBatch) -> int:
     return all_reduce_bytes(out, degree) if layer.kind == "row" else out // degree * (degree - 1)
 
 
-def _layer_backward(layer: Layer, place: Place, batch: MicroBatch) -> int:
+def _layer_backward(layer: Layer, place: RankLayout, batch: MicroBatch) -> int:
     degree, rows = place.mesh["tensor"].degree, batch.samples * layer.rows.at(*place.local_tokens(batch))
     if degree == 1 or layer.kind in ("row", "whole") or not layer.input_trains:
         return 0
     return all_reduce_bytes(rows * layer.inputs * place.itemsize("compute"), degree)
 
 
-def _cut(parameters: Iterable[Parameter], place: Place) -> Iterable[tuple[int, ...]]:
+def _cut(parameters: Iterable[Parameter], place: RankLayout) -> Iterable[tuple[int, ...]]:
     return (p.cut(place.mesh["tensor"].degree) for p in parameters)
 
 
-def _rows(rows: int, place: Place) -> int:
+def _rows(rows: int, place: RankLayout) -> int:
     """Of a dim of ``rows``: torch.chunk gives the first processes ceil(rows / n) each."""
     chunk = -(-rows // place.pieces)
     return max(0, min(rows, chunk * (place.pieces_rank + 1)) - chunk * place.pieces_rank)

@@ -70,7 +70,7 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Unit:
+class ShardUnit:
     """What sharding gathers and reduces as one: a block, or the rest of the model."""
 
     parameters: tuple[Parameter, ...]
@@ -79,18 +79,18 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Structure:
+class ModelProfile:
     """Blocks in order, then what is left."""
 
-    blocks: tuple[Unit, ...]
-    rest: Unit
+    blocks: tuple[ShardUnit, ...]
+    rest: ShardUnit
 
     @property
-    def units(self) -> tuple[Unit, ...]:
+    def units(self) -> tuple[ShardUnit, ...]:
         return (*self.blocks, self.rest)
 
     @cached_property
-    def alike(self) -> tuple[int, ...]:
+    def like(self) -> tuple[int, ...]:
         """For every block the number of the first one that is like it but for its names."""
         first: dict[tuple[Any, ...], int] = {}
         shapes = (tuple((p.shape, p.trains, p.cut_dim, p.is_shared) for p in unit.parameters) for unit in self.blocks)
@@ -98,9 +98,9 @@ class Structure:
         return tuple(first.setdefault(key, index) for index, key in enumerate(keys))
 
     @cached_property
-    def tally(self) -> tuple[tuple[Unit, int], ...]:
+    def unit_counts(self) -> tuple[tuple[ShardUnit, int], ...]:
         """Units that differ, and how many there are of each."""
-        blocks = Counter(self.alike)
+        blocks = Counter(self.like)
         return (*((self.blocks[index], count) for index, count in blocks.items()), (self.rest, 1))
 
     @property
@@ -113,14 +113,14 @@ class Structure:
         return sum(torch.Size(parameter.shape).numel() for parameter in self.parameters)
 
 
-def structure_of(model: nn.Module, forward: Forward) -> Structure:
+def profile_of(model: nn.Module, forward: Forward) -> ModelProfile:
     """What ``model``, whole and on the meta device, is made of."""
     assert isinstance(model, protocol.Shardable), type(model)
     runs = [_run(model, forward, *tokens) for tokens in ((TXT, IMG), (2 * TXT, IMG), (TXT, 2 * IMG))]
     calls = [_linear_calls(*same) for same in zip(*runs, strict=True)]
     owner = {id(module): index for index, block in enumerate(protocol.blocks(model)) for module in block.modules()}
     rest = len(protocol.blocks(model))
-    units = [Unit((), (), ()) for _ in range(rest + 1)]
+    units = [ShardUnit((), (), ()) for _ in range(rest + 1)]
     for module, call in calls:
         index = owner.get(id(module), rest)
         unit = units[index]
@@ -130,7 +130,7 @@ def structure_of(model: nn.Module, forward: Forward) -> Structure:
             units[index] = replace(unit, attentions=(*unit.attentions, call))
     for index, parameters in _parameters(model, owner, rest).items():
         units[index] = replace(units[index], parameters=tuple(parameters))
-    return Structure(tuple(units[:-1]), units[-1])
+    return ModelProfile(tuple(units[:-1]), units[-1])
 
 
 @dataclass

@@ -12,8 +12,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from acceleration.accounting.activation_memory import Segment, Timeline
-from acceleration.accounting.comm_volume import Place, held, padded
-from acceleration.accounting.model_profile import Structure
+from acceleration.accounting.comm_volume import RankLayout, held, padded
+from acceleration.accounting.model_profile import ModelProfile
 from acceleration.config import OptimConfig
 
 MOMENTS = {"adamw": 2, "sgd": 0}  # values that an optimizer keeps per weight
@@ -42,14 +42,16 @@ class Footprint:
         return self.weights + self.optimizer + self.ema + self.frozen
 
 
-def state_of(structure: Structure, place: Place, optim: OptimConfig, frozen: int = 0) -> Footprint:
+def state_of(structure: ModelProfile, place: RankLayout, optim: OptimConfig, frozen: int = 0) -> Footprint:
     """What a process keeps between steps."""
     master = place.itemsize("master")
     trained = trained_values(structure, place) * master
     return Footprint(
-        weights=sum(count * padded(unit.parameters, place) for unit, count in structure.tally) * master,
+        weights=sum(count * padded(unit.parameters, place) for unit, count in structure.unit_counts) * master,
         optimizer=trained * MOMENTS[optim.kind],
-        ema=sum(n * held(unit.parameters, place) for unit, n in structure.tally) * master if optim.ema_decay else 0,
+        ema=sum(n * held(unit.parameters, place) for unit, n in structure.unit_counts) * master
+        if optim.ema_decay
+        else 0,
         gradients=0,
         gathered=0,
         buffers=0,
@@ -58,14 +60,14 @@ def state_of(structure: Structure, place: Place, optim: OptimConfig, frozen: int
     )
 
 
-def trained_values(structure: Structure, place: Place) -> int:
+def trained_values(structure: ModelProfile, place: RankLayout) -> int:
     """Values of gradients that a process holds when the optimizer steps."""
-    return sum(n * held((p for p in unit.parameters if p.trains), place) for unit, n in structure.tally)
+    return sum(n * held((p for p in unit.parameters if p.trains), place) for unit, n in structure.unit_counts)
 
 
 def peak(
-    structure: Structure,
-    place: Place,
+    structure: ModelProfile,
+    place: RankLayout,
     optim: OptimConfig,
     first: Timeline,
     more: Timeline | None = None,
@@ -87,7 +89,7 @@ def peak(
 
 
 class _Walk:
-    def __init__(self, structure: Structure, place: Place, state: Footprint) -> None:
+    def __init__(self, structure: ModelProfile, place: RankLayout, state: Footprint) -> None:
         self.place, self.state = place, state
         self.now: Counter[str] = Counter()
         self.worst = state
@@ -95,7 +97,7 @@ class _Walk:
         self.packed = 0  # the buffer of the unit reduced last
         self.copied = 0  # the buffer of the unit gathered last
         self.rest = len(structure.blocks)
-        like = (*structure.alike, self.rest)
+        like = (*structure.like, self.rest)
         units = {index: structure.units[index].parameters for index in set(like)}
         pieces = {index: padded(parameters, place) for index, parameters in units.items()}
         trained = {index: padded((p for p in parameters if p.trains), place) for index, parameters in units.items()}

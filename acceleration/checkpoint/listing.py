@@ -9,7 +9,7 @@ import torch
 
 from acceleration.checkpoint import atomic_dir, shard_file
 from acceleration.checkpoint.atomic_dir import PREFIX, step_of
-from acceleration.checkpoint.tensor_shards import Boxes
+from acceleration.checkpoint.tensor_shards import Slices
 
 
 def steps_in(folder: Path) -> list[Path]:
@@ -91,6 +91,6 @@ def contents(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a complete checkpoint ({atomic_dir.MANIFEST} has no {lacking})")
     types = {name: dtype for dtype, name in shard_file.DTYPES.items()}
     tensors = {key: torch.empty(shape, dtype=types[name]) for key, (name, shape) in manifest["tensors"].items()}
-    held = {key: Boxes(tuple(t.shape), t.dtype, {(0,) * t.dim(): t}, True) for key, t in tensors.items()}
+    held = {key: Slices(tuple(t.shape), t.dtype, {(0,) * t.dim(): t}, True) for key, t in tensors.items()}
     shard_file.read([path / name for name in manifest["files"]], held)
     return {**tensors, **manifest["values"]}

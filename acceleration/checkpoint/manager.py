@@ -23,7 +23,7 @@ from torch import Tensor
 from acceleration.checkpoint import async_writer, atomic_dir, shard_file, writer_process
 from acceleration.checkpoint.async_writer import BackgroundWriter
 from acceleration.checkpoint.listing import candidates, leads_nowhere, misnamed, none_is_good
-from acceleration.checkpoint.tensor_shards import Boxes, Pieces, boxes
+from acceleration.checkpoint.tensor_shards import Slices, TensorShards, slices_of
 from acceleration.distributed.comm_timer import WAITING
 from acceleration.files.sealed_json import NUMBER
 
@@ -291,18 +291,18 @@ class CheckpointManager:
         shard_file.read([path / name for name in manifest["files"]], held)
         for section, entries in state.items():
             for name, old in entries.items():
-                if not isinstance(old, Tensor | Pieces):
+                if not isinstance(old, Tensor | TensorShards):
                     value = manifest["values"][f"{section}.{name}"]
                     entries[name] = tuple(value) if isinstance(old, tuple) else value
 
-    def _described(self, state: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Boxes], dict[str, Any]]:
+    def _described(self, state: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Slices], dict[str, Any]]:
         """(tensors, other values) of a state, by ``section.name``."""
-        held: dict[str, Boxes] = {}
+        held: dict[str, Slices] = {}
         values: dict[str, Any] = {}
         for section, entries in state.items():
             for name, value in entries.items():
-                if isinstance(value, Tensor | Pieces):
-                    held[f"{section}.{name}"] = boxes(value)
+                if isinstance(value, Tensor | TensorShards):
+                    held[f"{section}.{name}"] = slices_of(value)
                 else:
                     values[f"{section}.{name}"] = value
         return held, values

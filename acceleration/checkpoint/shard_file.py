@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from acceleration.checkpoint.tensor_shards import Boxes, Offset
+from acceleration.checkpoint.tensor_shards import Offset, Slices
 from acceleration.files.atomic_write import require_file
 from acceleration.files.tensor_file import DTYPES as DTYPES
 from acceleration.files.tensor_file import header as header
@@ -35,7 +35,7 @@ def entry(key: str, offset: Offset) -> str:
     return f"{key}@{','.join(map(str, offset))}"
 
 
-def to_write(state: Mapping[str, Boxes]) -> dict[str, Tensor]:
+def to_write(state: Mapping[str, Slices]) -> dict[str, Tensor]:
     """The boxes that this process writes, by their names in the file."""
     return {
         entry(key, offset): view.detach()
@@ -45,7 +45,7 @@ def to_write(state: Mapping[str, Boxes]) -> dict[str, Tensor]:
     }
 
 
-def read(files: Iterable[Path], wanted: Mapping[str, Boxes]) -> None:
+def read(files: Iterable[Path], wanted: Mapping[str, Slices]) -> None:
     """Fill the views of ``wanted`` in place from the files of one checkpoint.
 
     Raises:
@@ -114,7 +114,7 @@ def _stored(names: Iterable[str]) -> dict[str, list[Offset]]:
 
 
 def _fill(
-    path: Path, file: Any, key: str, stored: list[Offset], held: Boxes, missing: dict[tuple[str, Offset], int]
+    path: Path, file: Any, key: str, stored: list[Offset], held: Slices, missing: dict[tuple[str, Offset], int]
 ) -> None:
     for offset in stored:
         name = entry(key, offset)

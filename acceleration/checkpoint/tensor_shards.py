@@ -1,9 +1,9 @@
 """What this process holds of a full tensor: boxes at offsets, whatever cut them.
 
 A checkpoint knows full tensors only, so that any layout can read what any other wrote. Sharding leaves a process some
-rows, which a DTensor can say. ``Pieces`` can say the rest: under tensor parallelism rows of several places of a fused
-layer (of q, of k, of v), and who writes what is not cut; of an engine that shards flat memory a run of elements, which
-is up to two parts of a row around whole rows.
+rows, which a DTensor can say. ``TensorShards`` can say the rest: under tensor parallelism rows of several places of a
+fused layer (of q, of k, of v), and who writes what is not cut; of an engine that shards flat memory a run of elements,
+which is up to two parts of a row around whole rows.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ Offset = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Boxes:
+class Slices:
     """Parts of one full tensor; the views are of the memory that the run uses."""
 
     shape: tuple[int, ...]  # of the full tensor
@@ -35,31 +35,31 @@ class Boxes:
 
 
 @dataclass(frozen=True, eq=False)
-class Pieces:
+class TensorShards:
     """Stands for the full parameter in a state dict, or for a quantity that the optimizer keeps of it."""
 
     held: Tensor
-    boxes: Boxes
+    slices_of: Slices
     cut: Cut | None = None  # by tensor parallelism
 
 
-def boxes(value: Tensor | Pieces) -> Boxes:
+def slices_of(value: Tensor | TensorShards) -> Slices:
     """What this process holds of ``value``; a plain tensor is the same everywhere."""
-    if isinstance(value, Pieces):
-        return value.boxes
+    if isinstance(value, TensorShards):
+        return value.slices_of
     if isinstance(value, DTensor):
-        return Boxes(tuple(value.shape), value.dtype, dict(fsdp.chunks(value)), _is_first_replica(value))
-    return Boxes(tuple(value.shape), value.dtype, {(0,) * value.dim(): value}, dist.get_rank() == 0)
+        return Slices(tuple(value.shape), value.dtype, dict(fsdp.chunks(value)), _is_first_replica(value))
+    return Slices(tuple(value.shape), value.dtype, {(0,) * value.dim(): value}, dist.get_rank() == 0)
 
 
-def run(values: Tensor, shape: Sequence[int], start: int, *, first_copy: bool = True) -> Pieces:
+def run(values: Tensor, shape: Sequence[int], start: int, *, first_copy: bool = True) -> TensorShards:
     """``values`` (n,) stand for the elements from ``start`` on, in row-major order, of a parameter of this shape."""
     views = dict(_boxes(values, tuple(shape), start))
-    return Pieces(values, Boxes(tuple(shape), values.dtype, views, first_copy))
+    return TensorShards(values, Slices(tuple(shape), values.dtype, views, first_copy))
 
 
 def wrap(model: nn.Module, values: Mapping[str, Any], *, first_copy: bool = True) -> dict[str, Any]:
-    """A section of a state dict with every parameter that was cut, and every moment of one, as ``Pieces``.
+    """A section of a state dict with every parameter that was cut, and every moment of one, as ``TensorShards``.
 
     Args:
         first_copy: False on processes where what was not cut is a copy of another place's on the tensor axis.
@@ -70,15 +70,15 @@ def wrap(model: nn.Module, values: Mapping[str, Any], *, first_copy: bool = True
 
 def unwrap(values: Mapping[str, Any]) -> dict[str, Any]:
     """What ``wrap`` was given."""
-    return {key: value.held if isinstance(value, Pieces) else value for key, value in values.items()}
+    return {key: value.held if isinstance(value, TensorShards) else value for key, value in values.items()}
 
 
-def whole(value: Tensor | Pieces, axis: Axis) -> Tensor:
+def whole(value: Tensor | TensorShards, axis: Axis) -> Tensor:
     """The full value of anything in the native engine's state dict; ``axis`` is the tensor axis. Collective."""
-    if not isinstance(value, Pieces):
+    if not isinstance(value, TensorShards):
         return fsdp.full(value)
     if value.cut is None:
-        assert value.held.shape == value.boxes.shape, "flat memory is put together by reading a checkpoint"
+        assert value.held.shape == value.slices_of.shape, "flat memory is put together by reading a checkpoint"
         return fsdp.full(value.held)
     return value.cut.join(list(collectives.all_gather(fsdp.full(value.held)[None], 0, [1] * axis.degree, axis)))
 
@@ -90,9 +90,9 @@ def _wrapped(key: str, value: Any, cuts: Mapping[str, Cut], first_copy: bool) ->
     if not isinstance(value, Tensor):
         return value
     if cut is None or value.dim() != len(cut.shape):
-        return value if first_copy else Pieces(value, replace(boxes(value), first_copy=False))
-    held = Boxes(cut.shape, value.dtype, dict(fsdp.chunks(value, cut)), _is_first_replica(value))
-    return Pieces(value, held, cut)
+        return value if first_copy else TensorShards(value, replace(slices_of(value), first_copy=False))
+    held = Slices(cut.shape, value.dtype, dict(fsdp.chunks(value, cut)), _is_first_replica(value))
+    return TensorShards(value, held, cut)
 
 
 def _boxes(values: Tensor, shape: tuple[int, ...], start: int) -> Iterator[tuple[Offset, Tensor]]:

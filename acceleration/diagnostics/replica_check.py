@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from acceleration.distributed.mesh import COPIES, Axis, Mesh
+from acceleration.distributed.mesh import REPLICATE, Axis, Mesh
 from acceleration.engines.base import Engine
 from acceleration.sharding import tensor_parallel
 
@@ -45,7 +45,7 @@ def differing(engine: Engine, model: nn.Module, mesh: Mesh) -> list[int]:
     cuts = tensor_parallel.cuts(model)
     alike = (x for name, x in engine.held() if not any(name == cut or name.startswith(f"{cut}.") for cut in cuts))
     whole = (x for _, x in engine.held())
-    for axis, tensors in ((mesh[COPIES], whole), (mesh["tensor"], alike)):
+    for axis, tensors in ((mesh[REPLICATE], whole), (mesh["tensor"], alike)):
         if axis.degree > 1:
             mine = digest(tensors).to(device)
             suspect[dist.get_rank()] += _stands_alone(mine, axis)

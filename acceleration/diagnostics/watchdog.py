@@ -163,7 +163,7 @@ def _scratch() -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class RankState:
     """Where a process is."""
 
     rank: int
@@ -188,10 +188,10 @@ class Place:
         return f"rank {self.rank} ({self.host}, pid {self.pid}), step {self.step}, {self.phase}: {doing}"
 
 
-def verdict(places: Iterable[Place], world_size: int) -> str:
+def verdict(places: Iterable[RankState], world_size: int) -> str:
     """What to look at first: who is silent, who does not wait while others do, or who waits in what."""
     found = {place.rank: place for place in places}
-    by_exchange: dict[tuple[str, str, int], list[Place]] = defaultdict(list)
+    by_exchange: dict[tuple[str, str, int], list[RankState]] = defaultdict(list)
     for place in found.values():
         if not place.suspect:
             by_exchange[(place.exchange, place.phase, place.step)].append(place)
@@ -220,7 +220,7 @@ def where(stacks: str, main_thread: int) -> tuple[str, str]:
     return found
 
 
-class _Beside:
+class _Monitor:
     """The process beside the one that trains."""
 
     def __init__(self, argv: list[str]) -> None:
@@ -238,12 +238,12 @@ class _Beside:
                 self._end()
                 return
 
-    def _place(self, called: str, line: str) -> Place:
+    def _place(self, called: str, line: str) -> RankState:
         """Where the process is, by its heartbeat, what it ``called`` and the ``line`` it is in."""
         since, step, allowed, phase, exchange_since, exchange = _BEAT.unpack_from(self.memory)
         in_phase, in_exchange = time.monotonic() - since, time.monotonic() - exchange_since
         exchange = _text(exchange)
-        return Place(
+        return RankState(
             rank=self.rank,
             host=socket.gethostname(),
             pid=self.pid,
@@ -310,10 +310,10 @@ def _write(path: Path, text: str) -> None:
     aside.rename(path)
 
 
-def _read(path: Path) -> Place | None:
+def _read(path: Path) -> RankState | None:
     """What another process said of itself; None if that cannot be read."""
     try:
-        place = Place(**json.loads(path.read_text().partition("\n")[0]))
+        place = RankState(**json.loads(path.read_text().partition("\n")[0]))
         return place if place.late in (True, False) and place.since_s >= 0 else None
     except (OSError, ValueError, TypeError, RecursionError):
         return None
@@ -341,4 +341,4 @@ def _ended(pid: int, within_s: float) -> bool:
 
 
 if __name__ == "__main__":
-    _Beside(sys.argv[1:]).watch()
+    _Monitor(sys.argv[1:]).watch()

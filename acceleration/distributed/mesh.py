@@ -18,7 +18,7 @@ from acceleration.config import MeshConfig
 
 AXES = ("replicate", "shard", "cfg", "ring", "ulysses", "tensor")
 SAMPLE_AXES = AXES[2:]  # whose processes work on the same samples
-PIECES, COPIES = "pieces", "copies"  # the axes of sharding: one copy of the state is cut into pieces
+FSDP, REPLICATE = "pieces", "copies"  # the axes of sharding: one copy of the state is cut into pieces
 
 
 @dataclass
@@ -29,18 +29,18 @@ class Axis:
     degree: int
     rank: int
     group: dist.ProcessGroup | None  # None only where the degree is 1
-    whole: "Axis | None" = None  # the axis that this is a part of, which counts its bytes
+    parent: "Axis | None" = None  # the axis that this is a part of, which counts its bytes
     _sent: int = field(default=0)
 
     @property
     def bytes_sent(self) -> int:
         """By this process, over the axis and all its parts."""
-        return self.whole.bytes_sent if self.whole else self._sent
+        return self.parent.bytes_sent if self.parent else self._sent
 
     @bytes_sent.setter
     def bytes_sent(self, sent: int) -> None:
-        if self.whole:
-            self.whole.bytes_sent = sent
+        if self.parent:
+            self.parent.bytes_sent = sent
         else:
             self._sent = sent
 
@@ -51,7 +51,7 @@ class Mesh:
 
     axes: dict[str, Axis]
     device_type: str
-    parts: dict[int, Axis] = field(default_factory=dict)  # of ulysses, by degree: of so many consecutive processes
+    subgroups: dict[int, Axis] = field(default_factory=dict)  # of ulysses, by degree: of so many consecutive processes
 
     def __getitem__(self, axis: str) -> Axis:
         return self.axes[axis]
@@ -83,14 +83,14 @@ class Mesh:
         """True on one of the processes that work on the same samples."""
         return all(self[name].rank == 0 for name in SAMPLE_AXES)
 
-    def narrow(self, ulysses: int | None) -> "Mesh":
+    def submesh(self, ulysses: int | None) -> "Mesh":
         """The mesh for samples that only so many processes of ulysses cut, each part of the axis its own.
 
         ``ulysses``: a divisor of the axis's degree; None: the whole axis.
         """
         if ulysses is None or ulysses == self["ulysses"].degree:
             return self
-        return replace(self, axes=self.axes | {"ulysses": self.parts[ulysses]})
+        return replace(self, axes=self.axes | {"ulysses": self.subgroups[ulysses]})
 
 
 def resolve(cfg: MeshConfig, world_size: int) -> dict[str, int]:
@@ -126,10 +126,10 @@ def view(degrees: dict[str, int], rank: int = 0, device_type: str = "cpu") -> Me
     degrees = {axis: degrees.get(axis, 1) for axis in AXES}
     place = coordinates(degrees, rank)
     axes = {name: Axis(name, degree, place[name], None) for name, degree in degrees.items()}
-    whole = axes["ulysses"]
-    parts = {d: Axis("ulysses", d, whole.rank % d, None, whole) for d in divisors(whole.degree)[:-1]}
+    parent = axes["ulysses"]
+    parts = {d: Axis("ulysses", d, parent.rank % d, None, parent) for d in divisors(parent.degree)[:-1]}
     # Nobody moves tokens along these two: they count what sharding sends.
-    return Mesh(axes | {name: Axis(name, 1, 0, None) for name in (PIECES, COPIES)}, device_type, parts)
+    return Mesh(axes | {name: Axis(name, 1, 0, None) for name in (FSDP, REPLICATE)}, device_type, parts)
 
 
 def divisors(degree: int) -> list[int]:
@@ -147,7 +147,7 @@ def build(cfg: MeshConfig, world_size: int, device: torch.device) -> Mesh:
         assert devices is not None
         mesh[name].group = devices.get_group(name)
     if cfg.dynamic:
-        for degree, part in mesh.parts.items():
+        for degree, part in mesh.subgroups.items():
             if degree > 1:
                 part.group, _ = dist.new_subgroups_by_enumeration(part_ranks(degrees, degree))
     return mesh
@@ -170,10 +170,10 @@ def sharding_mesh(mesh: Mesh, zero: int) -> DeviceMesh:
     tensor = mesh["tensor"].degree
     members = mesh.world_size // tensor
     copies = members if zero == 0 else mesh["replicate"].degree
-    sizes = {COPIES: copies, PIECES: members // copies, "tensor": tensor}
-    kept = {name: size for name, size in sizes.items() if size > 1 or name == PIECES}
+    sizes = {REPLICATE: copies, FSDP: members // copies, "tensor": tensor}
+    kept = {name: size for name, size in sizes.items() if size > 1 or name == FSDP}
     devices = init_device_mesh(mesh.device_type, tuple(kept.values()), mesh_dim_names=tuple(kept))
-    for name in (PIECES, COPIES):
+    for name in (FSDP, REPLICATE):
         axis = mesh[name]
         axis.degree = sizes[name]
         if name in kept:

@@ -28,7 +28,7 @@ class StartError(Exception):
         self.exit_code = exit_code
 
 
-class Door:
+class RendezvousServer:
     """Rank 0's side: answers every connection with ``opensora TOKEN PORT`` until it is closed."""
 
     def __init__(self, address: str, ports: Sequence[int], token: str, store_port: int) -> None:
@@ -58,7 +58,7 @@ class Door:
         self._thread.join(timeout=ANSWER_S)
 
 
-def meet(
+def rendezvous(
     rank: int, world_size: int, address: str, ports: Sequence[int], token: str, timeout_s: float, device: str = ""
 ) -> dist.Store:
     """A store that all ranks share, hosted by rank 0 on a port that the system picks.
@@ -75,13 +75,13 @@ def meet(
     if rank == 0:
         limit = timedelta(seconds=timeout_s)
         store = dist.TCPStore("127.0.0.1", 0, world_size, True, limit, wait_for_workers=False)
-        door = Door(address, ports, token, store.port)
+        door = RendezvousServer(address, ports, token, store.port)
         try:
             check_in(store, rank, world_size, deadline - time.monotonic(), device)
         finally:
             door.close()
         return store
-    port = find_door(address, ports, token, deadline)
+    port = find_server(address, ports, token, deadline)
     limit = timedelta(seconds=max(1.0, deadline - time.monotonic()))
     try:
         store = dist.TCPStore(address, port, world_size, False, limit, wait_for_workers=False)
@@ -140,7 +140,7 @@ def _shared(devices: Sequence[str]) -> str:
     return ""
 
 
-def find_door(address: str, ports: Sequence[int], token: str, deadline: float) -> int:
+def find_server(address: str, ports: Sequence[int], token: str, deadline: float) -> int:
     """Port of rank 0's store, asked at its door.
 
     Raises:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from acceleration.distributed.agreement import Interrupted
-from acceleration.distributed.rendezvous import StartError, check_in, meet
+from acceleration.distributed.rendezvous import StartError, check_in, rendezvous
 from acceleration.files.untrusted import parsing, short
 
 T = TypeVar("T")
@@ -165,7 +165,7 @@ def _refused(message: str) -> StartError:
     return StartError(message, exit_code=2)
 
 
-def doors(port: int, env: Mapping[str, str] = os.environ) -> list[int]:
+def candidate_ports(port: int, env: Mapping[str, str] = os.environ) -> list[int]:
     """Ports to try in turn, the same on every rank; only ``port`` where a person chose it."""
     return [port] if _text(env, "MASTER_PORT") else [15000 + (port + 3989 * i) % 15000 for i in range(DOORS)]
 
@@ -303,7 +303,9 @@ def common_store(ranks: Ranks, timeout_s: int, device: str = "") -> dist.Store:
         address, port = rendezvous_from_environment()
         if ranks.rank != 0:  # which listens, and need not find itself
             check_address(address, next((name for name in _ADDRESSES if _text(os.environ, name)), _ADDRESSES[0]))
-        return meet(ranks.rank, ranks.world_size, address, doors(port), attempt_token(), timeout_s, device)
+        return rendezvous(
+            ranks.rank, ranks.world_size, address, candidate_ports(port), attempt_token(), timeout_s, device
+        )
     check_address(_text(os.environ, "MASTER_ADDR"), "MASTER_ADDR")
     limit = timedelta(seconds=timeout_s)
     try:

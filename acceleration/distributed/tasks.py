@@ -28,7 +28,7 @@ class Piece(Protocol):
         """Of the result."""
 
 
-class SharedWork:
+class DistributedRunner:
     """Runs pieces over the processes of some axes. Collective over them; results have one dtype. Not differentiable."""
 
     def __init__(self, *axes: Axis) -> None:

@@ -104,7 +104,7 @@ class FlatEngine(ABC):
             state["ema"] = {name: self._piece(runs[name], values) for name, values in self.ema.shadow.items()}
         return state
 
-    def _piece(self, run: Run, values: Tensor) -> tensor_shards.Pieces:
+    def _piece(self, run: Run, values: Tensor) -> tensor_shards.TensorShards:
         first_copy = not self.replicated or dist.get_rank() == 0
         return tensor_shards.run(values, run.shape, run.start, first_copy=first_copy)
 

@@ -35,9 +35,9 @@ from acceleration import protocol
 from acceleration.config import PrecisionConfig
 from acceleration.distributed.collectives import count_all_reduce, nbytes
 from acceleration.distributed.comm_timer import WAITING
-from acceleration.distributed.mesh import COPIES, PIECES, Axis, Mesh, sharding_mesh
+from acceleration.distributed.mesh import FSDP, REPLICATE, Axis, Mesh, sharding_mesh
 from acceleration.lora import LoraLinear
-from acceleration.protocol import Fill, Partial
+from acceleration.protocol import ParameterSource, PartialSource
 from acceleration.sharding import tensor_parallel
 from acceleration.sharding.precision import DTYPES, fsdp_policy
 from acceleration.sharding.tensor_parallel import Cut
@@ -56,10 +56,10 @@ def shard(
     where = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     for part in (*protocol.blocks(model), model):
         fully_shard(part, mesh=pieces, mp_policy=policy, reshard_after_forward=zero == 3, offload_policy=where)
-    copies = mesh[COPIES]
+    copies = mesh[REPLICATE]
     for module in fsdp_modules(model):
-        module.set_custom_all_gather(_AllGather(mesh[PIECES]))  # type: ignore[arg-type]
-        module.set_custom_reduce_scatter(_ReduceScatter(mesh[PIECES]))  # type: ignore[arg-type]
+        module.set_custom_all_gather(_AllGather(mesh[FSDP]))  # type: ignore[arg-type]
+        module.set_custom_reduce_scatter(_ReduceScatter(mesh[FSDP]))  # type: ignore[arg-type]
         if copies.degree > 1:
             module.set_all_reduce_hook(lambda reduced: count_all_reduce(reduced, copies))
         # Sum, don't average; the order matters, since gloo has no scaled sum.
@@ -130,11 +130,11 @@ class _ReduceScatter(_Buffers):
             return getattr(dist, REDUCE_SCATTER)(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
 
 
-def materialize(model: nn.Module, precision: PrecisionConfig, device: torch.device, fill: Fill) -> None:
+def materialize(model: nn.Module, precision: PrecisionConfig, device: torch.device, fill: ParameterSource) -> None:
     """Allocate a meta model on ``device`` and give every parameter its value.
 
     ``fill(name, tensor)`` writes the full value of one parameter into a CPU tensor of the type it is kept in; every
-    process keeps its piece. If it is ``Partial`` it is asked for the piece alone. No process ever holds more than its
+    process keeps its piece. A ``PartialSource`` is asked for the piece alone. No process ever holds more than its
     pieces and one full parameter, or one piece, and values do not depend on the layout. What is frozen needs no master:
     kept in the compute type it takes less memory, and the numbers that blocks compute with are the same.
     """
@@ -147,7 +147,7 @@ def materialize(model: nn.Module, precision: PrecisionConfig, device: torch.devi
             cut = cuts.get(name)
             parts = chunks(parameter, cut)
             if not parts or (
-                isinstance(fill, Partial) and all(fill.read_part(name, start, part) for start, part in parts)
+                isinstance(fill, PartialSource) and all(fill.read_part(name, start, part) for start, part in parts)
             ):
                 continue
             whole = torch.empty(cut.shape if cut else parameter.shape, dtype=parameter.dtype)

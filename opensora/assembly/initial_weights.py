@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from acceleration import lora
-from acceleration.protocol import Fill
+from acceleration.protocol import ParameterSource
 from opensora.config.run import RunConfig
 from opensora.models.families import MMDiTConfig, build_model
 from opensora.models.mmdit.convert import WeightFile, WeightLayout, load_state_dict_for
@@ -20,7 +20,7 @@ from opensora.utils.errors import UserError
 from opensora.utils.rng import torch_generator
 
 
-def initial_weights(cfg: RunConfig, model: nn.Module) -> Fill:
+def initial_weights(cfg: RunConfig, model: nn.Module) -> ParameterSource:
     """What every parameter starts from: the weights at ``train.init_from``, or draws keyed by (seed, name).
 
     Raises:
@@ -35,7 +35,7 @@ def initial_weights(cfg: RunConfig, model: nn.Module) -> Fill:
     layout = weight_layout(cfg.model)
     file, report = load_state_dict_for(model, cfg.train.init_from, to=layout, allow_missing=_may_lack(cfg))
     announce(str(report))
-    return FromFile(file, Path(cfg.train.init_from), otherwise=draw)
+    return FileSource(file, Path(cfg.train.init_from), otherwise=draw)
 
 
 def check_initial(cfg: RunConfig) -> None:
@@ -54,7 +54,7 @@ def _may_lack(cfg: RunConfig) -> tuple[str, ...]:
     return () if cfg.lora.rank else ("cond_in.*",)
 
 
-def add_adapters(cfg: RunConfig, model: nn.Module) -> Fill:
+def add_adapters(cfg: RunConfig, model: nn.Module) -> ParameterSource:
     """Give the model ``cfg.lora``'s adapters; returns what their parameters start from, draws keyed by (seed, name).
 
     Raises:
@@ -95,7 +95,7 @@ def weight_layout(cfg: MMDiTConfig) -> WeightLayout:
 
 
 @dataclass(frozen=True)
-class FromFile:
+class FileSource:
     """Where parameters get their values: from a file, of which each process reads its pieces, or from elsewhere."""
 
     file: WeightFile
@@ -104,7 +104,7 @@ class FromFile:
     not_finite: list[str] = field(default_factory=list)  # what this process has read so far that holds NaN or infinity
 
     def read_part(self, name: str, start: tuple[int, ...], part: Tensor) -> bool:
-        """See ``Partial`` in acceleration/protocol.py."""
+        """See ``PartialSource`` in acceleration/protocol.py."""
         found = self.file.read_part(name, start, part)
         # Least and greatest take no memory beside the part, as a mask of it would.
         if found and part.numel() and not all(torch.isfinite(end) for end in torch.aminmax(part)):
@@ -130,7 +130,7 @@ class FromFile:
 
 
 @dataclass(frozen=True)
-class FromAdapter:
+class AdapterSource:
     """Where the parameters of adapters get their values: from those of a file, which every process holds."""
 
     adapter: FittedAdapter

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     cfg = config_from_argv(RunConfig, argv, "Show which samples a run trains on, bucket by bucket.")
     target = cfg.folder / "buckets.png"
     check_writable(cfg)
-    _, plan = open_data(replace(cfg, data=replace(cfg.data, empty_rows="report")))
+    _, plan = open_data(replace(cfg, data=replace(cfg.data, unused_rows="report")))
     report = plan.report()
     print(report.histogram())
     steps, micro_batches = plan.steps_in_epoch(0), cfg.data.micro_batches
@@ -43,12 +43,12 @@ def main(argv: list[str]) -> int:
     bars: dict[str, list[int]] = {}
     for bucket, count in report.per_bucket:
         bars.setdefault(f"{bucket.resolution} x {bucket.frames}", []).append(count)
-    bars |= {f"{resolution} x {frames}": [0] for resolution, frames in report.empty_rows}
+    bars |= {f"{resolution} x {frames}": [0] for resolution, frames in report.unused_rows}
     left_out = sum(count for _, count in report.left_out)
     with naming(target):
         bucket_chart(list(bars.items()), target, title=f"{report.rows - left_out} of {report.rows} samples")
     print(target)
-    if cfg.data.empty_rows == "error":
+    if cfg.data.unused_rows == "error":
         check_rows(report)
     return 0
 

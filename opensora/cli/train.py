@@ -4,7 +4,7 @@ import logging
 
 from opensora.config.load import config_from_argv
 from opensora.config.run import RunConfig
-from opensora.train.health.anomaly_guard import Hopeless
+from opensora.train.health.anomaly_guard import TrainingDiverged
 from opensora.train.loop import train
 from opensora.train.run import Run
 from opensora.train.setup import Interrupted, SaveError, start_run
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     except Interrupted:
         announce("stopped before the first step: nothing was trained, nothing is lost; the same command goes on")
         return INTERRUPTED
-    except (SaveError, Hopeless) as error:
+    except (SaveError, TrainingDiverged) as error:
         announce(f"error: {error}", level=logging.ERROR)
         return 1
 

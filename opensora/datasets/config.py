@@ -41,7 +41,7 @@ class DataConfig:
     cost_per_batch: float = 0.0  # most that an auto micro-batch may cost, in the unit of data.cost; 0: no such limit
     cost: CostConfig = field(default_factory=CostConfig)  # time of a micro-batch, from its tokens
     probability: Literal["skip", "accept"] = "skip"  # what length_prob is the probability of
-    empty_rows: Literal["error", "report"] = "error"  # a line of the bucket table that no clip fits
+    unused_rows: Literal["error", "report"] = "error"  # a line of the bucket table that no clip fits
     micro_batches: int = 1  # per optimizer step, over all data-parallel processes, whatever their number
     pack: int = 1  # micro-batches joined to equal costs: steps are even on micro_batches / pack processes; 1: on any
     tokens_per_sequence: int = 0  # join samples of any buckets, up to so many image tokens; 0: one bucket each
@@ -75,7 +75,7 @@ class DataConfig:
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"table={self.table!r}: allowed are a path, a glob, or a list of these")
         _check_choice("probability", self.probability, ("skip", "accept"))
-        _check_choice("empty_rows", self.empty_rows, ("report", "error"))
+        _check_choice("empty_rows", self.unused_rows, ("report", "error"))
         _check_choice("crop", self.crop, ("center", "random"))
         _check_choice("decoder", self.decoder, ("pyav", "decord", "torchcodec"))
         parse_colour(self.background)

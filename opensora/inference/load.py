@@ -22,12 +22,12 @@ from acceleration.distributed import mesh as meshes
 from acceleration.distributed.comm_timer import WAITING
 from acceleration.distributed.runtime import Runtime
 from acceleration.parallelize import parallelize
-from acceleration.protocol import Fill
+from acceleration.protocol import ParameterSource
 from acceleration.sequence import SequenceParallel
 from acceleration.sharding import fsdp
 from acceleration.sharding.precision import DTYPES
 from opensora.assembly.components import Components, tile_runner
-from opensora.assembly.initial_weights import FromAdapter, FromFile, check_weights, weight_layout
+from opensora.assembly.initial_weights import AdapterSource, FileSource, check_weights, weight_layout
 from opensora.config.load import load_config
 from opensora.config.run import SAVED_NAME, RunConfig, SampleConfig
 from opensora.models.families import MMDiTConfig, build_model
@@ -297,14 +297,14 @@ def load_components(cfg: SampleConfig, source: Source, runtime: Runtime) -> Comp
         exported.append(source.adapters.exported.adapter.path)
     verify_export(*exported)
     file = _from_file(source, model) if source.checkpoint is None else None
-    fill: Fill = file or _leave
+    fill: ParameterSource = file or _leave
     adapters = source.adapters
     if adapters:
         if adapters.exported:
             lora.attach(model, adapters.exported.sizes())
         elif adapters.lora:
             lora.apply(model, adapters.lora)
-        fill = lora.Filled(fill, FromAdapter(adapters.exported) if adapters.exported else _leave)
+        fill = lora.LoraSource(fill, AdapterSource(adapters.exported) if adapters.exported else _leave)
     parallelize(model, parallel, mesh, runtime.device, fill)
     if file:
         file.check_values()
@@ -330,10 +330,10 @@ def load_components(cfg: SampleConfig, source: Source, runtime: Runtime) -> Comp
     )
 
 
-def _from_file(source: Source, model: nn.Module) -> FromFile:
+def _from_file(source: Source, model: nn.Module) -> FileSource:
     file, report = load_state_dict_for(model, source.path, to=weight_layout(source.model))
     announce(str(report))
-    return FromFile(file, source.path)
+    return FileSource(file, source.path)
 
 
 def _leave(name: str, tensor: Tensor) -> None:

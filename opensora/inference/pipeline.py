@@ -13,7 +13,7 @@ from torch import Tensor
 
 from acceleration.distributed import runtime as runtimes
 from acceleration.distributed.runtime import Runtime
-from acceleration.distributed.tasks import SharedWork
+from acceleration.distributed.tasks import DistributedRunner
 from opensora.assembly.components import Components
 from opensora.assembly.layout import check_attention, check_guidance, check_layout
 from opensora.config.run import SampleConfig
@@ -47,7 +47,7 @@ def prepare(parts: Components, texts: Sequence[str], img_tokens: int) -> TextInp
     tokens = text.txt.shape[1]
 
     def shard(x: Tensor) -> Tensor:
-        return parts.sequence.shard(x, surplus_last=True)
+        return parts.sequence.shard(x, extra_to_last=True)
 
     return TextInputs(
         txt=shard(text.txt),
@@ -60,7 +60,7 @@ def prepare(parts: Components, texts: Sequence[str], img_tokens: int) -> TextInp
 
 def prepare_api(parts: Components) -> Api:
     """A function from prompts to pixels over loaded components."""
-    run_passes = SharedWork(parts.mesh["cfg"])
+    run_passes = DistributedRunner(parts.mesh["cfg"])
 
     @torch.no_grad()
     def api(

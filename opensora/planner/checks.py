@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from acceleration.accounting import comm_volume
-from acceleration.accounting.comm_volume import Place
+from acceleration.accounting.comm_volume import RankLayout
 from acceleration.distributed import mesh as meshes
 from acceleration.distributed.mesh import Mesh
 from opensora.config.run import RunConfig
 from opensora.datasets.plan.batch_plan import MicroBatch as PlannedBatch
-from opensora.datasets.plan.batch_plan import Pack
+from opensora.datasets.plan.batch_plan import PackedSequence
 from opensora.planner.forecast import Forecaster, _as_seen, structure
 from opensora.utils.errors import UserError
 
@@ -28,7 +28,7 @@ def check_memory(cfg: RunConfig, world: int, device_bytes: int | None) -> None:
     # Adapters keep no state of the weights, and what is offloaded is not on the device.
     if device_bytes is None or cfg.lora.rank or cfg.parallel.offload != "none" or cfg.parallel.engine != "native":
         return
-    place = Place(meshes.view(meshes.resolve(cfg.parallel.mesh, world)), cfg.parallel)  # the first has most
+    place = RankLayout(meshes.view(meshes.resolve(cfg.parallel.mesh, world)), cfg.parallel)  # the first has most
     least = Forecaster(cfg.model, cfg.optim, device_type="cuda").state(place).total
     if least <= device_bytes:
         return
@@ -44,10 +44,12 @@ def check_memory(cfg: RunConfig, world: int, device_bytes: int | None) -> None:
 class Traffic:
     """Bytes that this process should send in every step of a run, by formula."""
 
-    def __init__(self, cfg: RunConfig, mesh: Mesh, assigned: Callable[[int], Sequence[PlannedBatch | Pack]]) -> None:
+    def __init__(
+        self, cfg: RunConfig, mesh: Mesh, assigned: Callable[[int], Sequence[PlannedBatch | PackedSequence]]
+    ) -> None:
         """``assigned``: step -> this process's micro-batches."""
         self._cfg, self._assigned = cfg, assigned
-        self._place, self._structure = Place(mesh, cfg.parallel), structure(cfg.model)
+        self._place, self._structure = RankLayout(mesh, cfg.parallel), structure(cfg.model)
 
     def of_step(self, step: int) -> dict[str, int]:
         """Axis -> bytes in update ``step``."""

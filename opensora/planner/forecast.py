@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from acceleration.accounting import comm_volume, peak_memory
 from acceleration.accounting.activation_memory import Timeline, assemble, interpolate, spread, timeline
-from acceleration.accounting.comm_volume import MicroBatch, Place
-from acceleration.accounting.model_profile import Structure, Unit, structure_of
+from acceleration.accounting.comm_volume import MicroBatch, RankLayout
+from acceleration.accounting.model_profile import ModelProfile, ShardUnit, profile_of
 from acceleration.accounting.peak_memory import Footprint
 from acceleration.config import OptimConfig, ParallelConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
-from acceleration.distributed.mesh import COPIES, PIECES
+from acceleration.distributed.mesh import FSDP, REPLICATE
 from acceleration.sequence import SequenceParallel
 from opensora.config.run import RunConfig
 from opensora.datasets.buckets.bucket import BucketTable
@@ -89,7 +89,7 @@ def denoiser_inputs(
     cfg: Any, batch: MicroBatch, sequence: SequenceParallel, *, device: torch.device | str = "meta"
 ) -> dict[str, Any]:
     """Arguments of a denoiser's forward, with the shapes and types that ``Preparation`` gives them; zeros."""
-    txt = sequence.sizes(batch.txt, surplus_last=True)[sequence.rank]
+    txt = sequence.sizes(batch.txt, extra_to_last=True)[sequence.rank]
     img = sequence.sizes(batch.img)[sequence.rank]
 
     def zeros(*shape: int) -> Tensor:
@@ -110,10 +110,10 @@ def denoiser_inputs(
 
 
 @lru_cache
-def structure(cfg: MMDiTConfig) -> Structure:
+def structure(cfg: MMDiTConfig) -> ModelProfile:
     """What a model of this shape is made of."""
     with torch.device("meta"):
-        return structure_of(build_model(cfg), run_denoiser)
+        return profile_of(build_model(cfg), run_denoiser)
 
 
 def shapes(cfg: RunConfig) -> list[Shape]:
@@ -152,7 +152,7 @@ class Forecaster:
         self.structure = structure(model)
         self._lines: dict[Any, Timeline] = {}
 
-    def memory(self, place: Place, batch: MicroBatch, *, batches: int = 1, exact: bool = True) -> Footprint:
+    def memory(self, place: RankLayout, batch: MicroBatch, *, batches: int = 1, exact: bool = True) -> Footprint:
         """Most that a process holds at any moment of a step of ``batches`` equal micro-batches.
 
         ``exact=False`` interpolates between two runs on the meta device that serve all buckets and degrees.
@@ -161,17 +161,17 @@ class Forecaster:
         lines = [self._micro_batch(place, batch, accumulates, exact) for accumulates in whole]
         return peak_memory.peak(self.structure, place, self.optim, *lines, batches=batches, frozen=self.frozen)
 
-    def state(self, place: Place) -> Footprint:
+    def state(self, place: RankLayout) -> Footprint:
         """What a process holds whatever goes through the model: between steps, and its gradients."""
         state = peak_memory.state_of(self.structure, place, self.optim, self.frozen)
         return replace(state, gradients=peak_memory.trained_values(self.structure, place) * place.itemsize("master"))
 
     def forward_flops(self, batch: MicroBatch) -> int:
         """Of one whole micro-batch, all processes that share it together."""
-        return sum(count * _unit_flops(unit, batch) for unit, count in self.structure.tally)
+        return sum(count * _unit_flops(unit, batch) for unit, count in self.structure.unit_counts)
 
     def forecast(
-        self, place: Place, shape: Shape, batches: int, device: Device, memory: Footprint, step_batches: int
+        self, place: RankLayout, shape: Shape, batches: int, device: Device, memory: Footprint, step_batches: int
     ) -> Forecast:
         """Everything about a step in which every micro-batch is of this shape."""
         sent, seconds = self._step(place, shape.batch, batches, device)
@@ -188,24 +188,24 @@ class Forecaster:
             mfu=mfu(flops, seconds, device.flops * place.mesh.world_size),
         )
 
-    def _step(self, place: Place, batch: MicroBatch, batches: int, device: Device) -> tuple[dict[str, int], float]:
+    def _step(self, place: RankLayout, batch: MicroBatch, batches: int, device: Device) -> tuple[dict[str, int], float]:
         """(bytes by axis, seconds) of a step of ``batches`` of these on every process."""
         mesh = place.mesh
         sent = comm_volume.step_bytes(self.structure, place, [batch] * batches)
         links = _bandwidths(place, device)
         shared = mesh["ring"].degree * mesh["ulysses"].degree * mesh["tensor"].degree
-        attention = sum(count * _attention_flops(unit, batch) for unit, count in self.structure.tally)
+        attention = sum(count * _attention_flops(unit, batch) for unit, count in self.structure.unit_counts)
         blocks = self.structure.blocks
-        kinds = Counter(zip(self.structure.alike, comm_volume.recomputed(len(blocks), place), strict=True))
+        kinds = Counter(zip(self.structure.like, comm_volume.recomputed(len(blocks), place), strict=True))
         again = sum(n * _rerun_flops(blocks[i], batch, kind) for (i, kind), n in kinds.items())
         hardware = training_flops(self.forward_flops(batch)) + again
         speed = device.flops * EFFICIENCY * shared
         compute, inside = hardware / speed * batches, training_flops(attention) / speed * batches
         seconds = {axis: count / links[axis] for axis, count in sent.items()}
-        hidden = {PIECES: compute, "ring": inside}
+        hidden = {FSDP: compute, "ring": inside}
         return sent, compute + sum(max(0.0, s - hidden.get(axis, 0.0)) for axis, s in seconds.items())
 
-    def _micro_batch(self, place: Place, batch: MicroBatch, accumulates: bool, exact: bool) -> Timeline:
+    def _micro_batch(self, place: RankLayout, batch: MicroBatch, accumulates: bool, exact: bool) -> Timeline:
         """Every block at its own kind of recomputation, from short models in which all blocks have the same."""
         kinds = comm_volume.recomputed(len(self.structure.blocks), place)
         lines = {kind: self._line(place, kind, batch, accumulates, exact) for kind in dict.fromkeys(kinds)}
@@ -220,7 +220,7 @@ class Forecaster:
             first += shown
         return assemble(parts, lines[kinds[-1]])
 
-    def _line(self, place: Place, kind: str, batch: MicroBatch, accumulates: bool, exact: bool) -> Timeline:
+    def _line(self, place: RankLayout, kind: str, batch: MicroBatch, accumulates: bool, exact: bool) -> Timeline:
         if exact:
             return self._run(place, kind, batch, accumulates)
         degrees = {name: min(2, place.mesh[name].degree) for name in ("ring", "ulysses")}
@@ -231,7 +231,7 @@ class Forecaster:
         here = batch.samples * sum(place.local_tokens(batch))
         return interpolate(low, high, (here - PROBED[0]) / (PROBED[1] - PROBED[0]))
 
-    def _run(self, place: Place, kind: str, batch: MicroBatch, accumulates: bool) -> Timeline:
+    def _run(self, place: RankLayout, kind: str, batch: MicroBatch, accumulates: bool) -> Timeline:
         mesh = place.mesh
         layout = tuple((mesh[name].degree, mesh[name].rank) for name in ("ring", "ulysses", "tensor"))
         key = (layout, place.cfg.precision, place.cfg.attention, kind, batch, accumulates)
@@ -255,23 +255,23 @@ class Forecaster:
         return self._lines[key]
 
 
-def _unit_flops(unit: Unit, batch: MicroBatch) -> int:
+def _unit_flops(unit: ShardUnit, batch: MicroBatch) -> int:
     rows = ((layer, layer.rows.at(batch.txt, batch.img) * batch.samples) for layer in unit.layers)
     return sum(linear_flops(layer.inputs, layer.outputs, n) for layer, n in rows) + _attention_flops(unit, batch)
 
 
-def _rerun_flops(unit: Unit, batch: MicroBatch, kind: str) -> int:
+def _rerun_flops(unit: ShardUnit, batch: MicroBatch, kind: str) -> int:
     """Of what the block computes again in backward."""
     again, attention = comm_volume.RERUN[kind], _attention_flops(unit, batch)
     return again.layers * (_unit_flops(unit, batch) - attention) + again.attention * attention
 
 
-def _attention_flops(unit: Unit, batch: MicroBatch) -> int:
+def _attention_flops(unit: ShardUnit, batch: MicroBatch) -> int:
     sizes = ((a.tokens.at(batch.txt, batch.img), a.heads * a.head_dim) for a in unit.attentions)
     return sum(attention_flops(tokens, hidden) * batch.samples for tokens, hidden in sizes)
 
 
-def _bandwidths(place: Place, device: Device) -> dict[str, float]:
+def _bandwidths(place: RankLayout, device: Device) -> dict[str, float]:
     """Bytes/s along every axis. Groups that span nodes use the net cards of all their members on a node, but for the
     exchange of heads, in which every process sends most of its bytes to other nodes itself."""
     mesh, links = place.mesh, {}
@@ -280,8 +280,8 @@ def _bandwidths(place: Place, device: Device) -> dict[str, float]:
         below *= mesh[name].degree
         links[name] = _link(mesh[name].degree, below, device, all_cards=name != "ulysses")
     inner = mesh["tensor"].degree
-    links[PIECES] = _link(place.pieces, place.pieces * inner, device)
-    links[COPIES] = _link(place.copies, mesh.world_size, device)
+    links[FSDP] = _link(place.pieces, place.pieces * inner, device)
+    links[REPLICATE] = _link(place.copies, mesh.world_size, device)
     return links
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 
-from acceleration.accounting.comm_volume import Place
+from acceleration.accounting.comm_volume import RankLayout
 from acceleration.config import MeshConfig, ParallelConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
 from opensora.assembly.layout import check_layout
@@ -110,8 +110,8 @@ class Planner:
             f"{room}; lower its batch size in data.buckets, or use more devices"
         )
 
-    def _place(self, parallel: ParallelConfig) -> Place:
-        return Place(meshes.view(meshes.resolve(parallel.mesh, self.world), 0, self.device_type), parallel)
+    def _place(self, parallel: ParallelConfig) -> RankLayout:
+        return RankLayout(meshes.view(meshes.resolve(parallel.mesh, self.world), 0, self.device_type), parallel)
 
     def _batches(self, parallel: ParallelConfig) -> int:
         degrees = meshes.resolve(parallel.mesh, self.world)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opensora.sampling.loop import Progress, TextInputs, integrate, predict
 from opensora.sampling.options import SamplingOption
-from opensora.utils.tasks import RunAll, Work, one_by_one
+from opensora.utils.tasks import Task, TaskRunner, one_by_one
 
 OSCILLATION_START = 10  # oscillating guidance is on in all steps before this one
 
@@ -31,7 +31,7 @@ class SampleDenoiser(Protocol):
         references: bool = False,
         latent_frames: int = 1,
         progress: Progress | None = None,
-        run: RunAll = one_by_one,
+        run: TaskRunner = one_by_one,
     ) -> Tensor:
         """Tokens at t=0 in fp32 (fp64 for fp64 img), (B, N, C) as img.
 
@@ -72,7 +72,7 @@ class I2VDenoiser:
         references: bool = False,
         latent_frames: int = 1,
         progress: Progress | None = None,
-        run: RunAll = one_by_one,
+        run: TaskRunner = one_by_one,
     ) -> Tensor:
         """See SampleDenoiser. Raises ValueError when guidance is on and there is no negative prompt."""
         if negative is None and (references or option.guidance != 1):
@@ -80,7 +80,7 @@ class I2VDenoiser:
 
         def velocity(x: Tensor, t: float, step: int) -> Tensor:
             def evaluate(*passes: tuple[TextInputs, Tensor | None]) -> list[Tensor]:
-                work = [Work(partial(predict, model, x, t, img_ids, *known), tuple(x.shape)) for known in passes]
+                work = [Task(partial(predict, model, x, t, img_ids, *known), tuple(x.shape)) for known in passes]
                 return [found.to(x.dtype) for found in run(work)]
 
             guidance = oscillate(option.guidance, step) if option.text_osci else option.guidance
@@ -90,9 +90,9 @@ class I2VDenoiser:
                 prompted, unprompted = evaluate((prompt, cond), (negative, cond))
                 return unprompted + guidance * (prompted - unprompted)
             nothing = torch.zeros_like(cond)
-            prompted, unprompted, ignorant = evaluate((prompt, cond), (negative, cond), (negative, nothing))
+            prompted, unprompted, uncond_image = evaluate((prompt, cond), (negative, cond), (negative, nothing))
             along_clip = image_guidance(option, step, len(timesteps), latent_frames, img_ids)
-            return ignorant + along_clip * (unprompted - ignorant) + guidance * (prompted - unprompted)
+            return uncond_image + along_clip * (unprompted - uncond_image) + guidance * (prompted - unprompted)
 
         return integrate(velocity, img, timesteps, progress)
 
@@ -115,13 +115,13 @@ class DistilledDenoiser:
         references: bool = False,
         latent_frames: int = 1,
         progress: Progress | None = None,
-        run: RunAll = one_by_one,
+        run: TaskRunner = one_by_one,
     ) -> Tensor:
         """See SampleDenoiser; there is nothing to move away from, so the negative prompt is not read."""
         guidance = torch.full((img.shape[0],), option.guidance, device=img.device)
 
         def velocity(x: Tensor, t: float, step: int) -> Tensor:
-            one = Work(partial(predict, model, x, t, img_ids, prompt, cond, guidance), tuple(x.shape))
+            one = Task(partial(predict, model, x, t, img_ids, prompt, cond, guidance), tuple(x.shape))
             return run([one])[0].to(x.dtype)
 
         return integrate(velocity, img, timesteps, progress)

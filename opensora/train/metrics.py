@@ -98,7 +98,7 @@ class Metrics:
         self._since, self._waited_s = time.monotonic(), waited_s
 
     @contextmanager
-    def aside(self, name: str, mesh: Mesh) -> Iterator[None]:
+    def excluded(self, name: str, mesh: Mesh) -> Iterator[None]:
         """Time and traffic of what is done here are not the steps'; the next record has ``time/{name}_s``."""
         started, sent = time.monotonic(), mesh.bytes_sent()
         yield
@@ -107,10 +107,10 @@ class Metrics:
         self._since += seconds
         self._aside[f"time/{name}_s"] = self._aside.get(f"time/{name}_s", 0.0) + seconds
 
-    def note(self, event: str, step: int, **values: Any) -> None:
+    def log_event(self, event: str, step: int, **values: Any) -> None:
         """Put an event between the records."""
         if self._logger:
-            self._logger.note(event, step, **values)
+            self._logger.log_event(event, step, **values)
 
     def close(self) -> None:
         """Flush the writers."""

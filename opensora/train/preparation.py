@@ -16,7 +16,7 @@ from opensora.models.base import Autoencoder, TextEncoder, TextFeatures
 from opensora.schedulers import rectified_flow
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.train.packed_tokens import Rows, Whole, joined
-from opensora.utils.tasks import RunAll, one_by_one
+from opensora.utils.tasks import TaskRunner, one_by_one
 from opensora.utils.tokens import image_ids, pack
 
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ class Preparation:
     sequence: SequenceParallel
     seed: int
     device: torch.device
-    run_tiles: RunAll = one_by_one  # who codes the tiles of a clip
+    run_tiles: TaskRunner = one_by_one  # who codes the tiles of a clip
     stored: bool = False  # batches hold features in place of pixels
-    narrow: Mapping[int, "Preparation"] = field(default_factory=dict)  # by how many processes cut a sample
+    by_degree: Mapping[int, "Preparation"] = field(default_factory=dict)  # by how many processes cut a sample
 
     @torch.no_grad()
     def __call__(self, batch: "Batch | PackedBatch", step: int) -> Tokens:
@@ -60,8 +60,8 @@ class Preparation:
             texts = self._texts(batch)
             whole, rows = joined([self._whole(part, step, text) for part, text in zip(batch.parts, texts, strict=True)])
             return self._cut(whole, batch.weight, self.sequence.packed_context(*rows, self.device), rows)
-        if batch.degree is not None and batch.degree in self.narrow:
-            return self.narrow[batch.degree](batch, step)
+        if batch.degree is not None and batch.degree in self.by_degree:
+            return self.by_degree[batch.degree](batch, step)
         whole = self._whole(batch, step)
         return self._cut(whole, batch.weight, self.sequence.context(whole.txt.shape[1], whole.img.shape[1]))
 
@@ -131,7 +131,7 @@ class Preparation:
         return [TextFeatures(txt=txt, y_vec=y_vec, mask=mask) for txt, y_vec, mask in columns]
 
     def _shard_text(self, x: Tensor) -> Tensor:
-        return self.sequence.shard(x, surplus_last=True)
+        return self.sequence.shard(x, extra_to_last=True)
 
     def _text(self, text: Features, ids: tuple[int, ...], step: int) -> TextFeatures:
         """Features of the prompts; tokens and pooled vector of dropped samples, each on its own, are those of ""."""

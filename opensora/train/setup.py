@@ -23,7 +23,7 @@ from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
 from opensora.assembly import stored_features
 from opensora.assembly.components import tile_runner
-from opensora.assembly.initial_weights import FromFile, adapted, add_adapters, check_initial, initial_weights
+from opensora.assembly.initial_weights import FileSource, adapted, add_adapters, check_initial, initial_weights
 from opensora.assembly.layout import check_attention, check_layout
 from opensora.config.load import to_yaml
 from opensora.config.run import RunConfig
@@ -37,10 +37,10 @@ from opensora.models.families import build_model
 from opensora.models.text import build_text_encoder, check_text_encoder
 from opensora.models.vae import autoencoder_shape, build_autoencoder, check_autoencoder
 from opensora.planner.checks import Traffic, check_memory
-from opensora.train.health.anomaly_guard import Guard
-from opensora.train.health.data_health import Reads
+from opensora.train.health.anomaly_guard import AnomalyGuard
+from opensora.train.health.data_health import DataHealth
 from opensora.train.health.preflight import check_processes
-from opensora.train.health.step_timer import Phases, start_phases
+from opensora.train.health.step_timer import StepTimer, start_timer
 from opensora.train.metrics import Metrics
 from opensora.train.preparation import Preparation
 from opensora.train.run import Run
@@ -54,7 +54,7 @@ from opensora.utils.errors import UserError
 from opensora.utils.files.safetensors_files import fingerprint
 from opensora.utils.files.user_files import absence
 from opensora.utils.metrics_log import MetricsLogger, check_installed
-from opensora.utils.tasks import RunAll, one_by_one
+from opensora.utils.tasks import TaskRunner, one_by_one
 
 
 def start_run(cfg: RunConfig) -> Run:
@@ -73,16 +73,16 @@ def start_run(cfg: RunConfig) -> Run:
     if device_bytes() is None:  # the machine that it is started on, which a submitting one need not be
         check_memory(cfg, ranks.world_size, machine_bytes())
     check_validation(cfg, ranks.world_size)
-    signal_handler.remember()
+    signal_handler.install()
     lock = RunLock(cfg.folder) if ranks.rank == 0 else None
-    phases = None
+    timer = None
     try:
-        runtime = runtimes.start(cfg.parallel.timeout_s, lambda: signal_handler.remember().name is not None)
-        phases = start_phases(cfg, runtime)
-        run = build_run(cfg, table, plan, runtime, phases)
+        runtime = runtimes.start(cfg.parallel.timeout_s, lambda: signal_handler.install().name is not None)
+        timer = start_timer(cfg, runtime)
+        run = build_run(cfg, table, plan, runtime, timer)
     except BaseException as error:
-        if phases and isinstance(error, Interrupted):  # on every process
-            phases.close()
+        if timer and isinstance(error, Interrupted):  # on every process
+            timer.close()
             runtimes.stop()
         if lock is not None:
             lock.release()
@@ -143,17 +143,17 @@ def check_files(cfg: RunConfig, shape: AutoencoderShape) -> None:
     check_installed(cfg.log)
 
 
-def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Runtime, phases: Phases) -> Run:
+def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Runtime, timer: StepTimer) -> Run:
     """Build, shard and load everything. Collective.
 
     Raises:
         Interrupted: a process was asked to stop meanwhile.
     """
     folder = cfg.folder
-    asked = signal_handler.remember()
+    asked = signal_handler.install()
     stop = StopRequest(lambda: asked.name is not None)
     stop.check()
-    phases.at("build", 0)
+    timer.enter("build", 0)
     if cfg.train.preflight:
         check_processes(cfg, runtime)
     mesh = meshes.build(cfg.parallel.mesh, runtime.world_size, runtime.device)
@@ -168,10 +168,10 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
     if cfg.lora.rank:
         assert cfg.train.init_from is not None
         base = fingerprint(cfg.train.init_from)
-        fill = lora.Filled(fill, add_adapters(cfg, model))
+        fill = lora.LoraSource(fill, add_adapters(cfg, model))
         announce(adapted(model, cfg))
     parallelize(model, cfg.parallel, mesh, runtime.device, fill)
-    if isinstance(weights, FromFile):
+    if isinstance(weights, FileSource):
         weights.check_values()
     engine = build_engine(model, cfg.parallel, cfg.optim, mesh)
     checkpoints = CheckpointManager(
@@ -182,7 +182,7 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
         wrong=wrong_info,
     )
     stop.check()
-    phases.at("load", 0)
+    timer.enter("load", 0)
     manifest = resume(cfg, engine, checkpoints, table.content, base)
     step = int(manifest["step"]) if manifest else 0
     stop.check()
@@ -203,10 +203,10 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
         prepare=build_preparation(cfg, mesh, runtime.device),
         checkpoints=checkpoints,
         metrics=metrics,
-        reads=Reads(folder / "unreadable", table, mesh, cfg.data.max_bad_share),
+        reads=DataHealth(folder / "unreadable", table, mesh, cfg.data.max_bad_share),
         stop=stop,
-        guard=Guard(cfg.guard, step, manifest.get("guard") if manifest else None),
-        phases=phases,
+        guard=AnomalyGuard(cfg.guard, step, manifest.get("guard") if manifest else None),
+        timer=timer,
         step=step,
         base=base,
         traffic=Traffic(cfg, mesh, data.assigned) if logger and has_formulas(cfg) else None,
@@ -225,7 +225,7 @@ def build_preparation(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Prepa
     encoders = not stored or cfg.validate.every > 0  # samples while training need them
     autoencoder = build_autoencoder(cfg.vae, device, frozen) if encoders else None
 
-    def tiles(peers: Mesh) -> RunAll:
+    def tiles(peers: Mesh) -> TaskRunner:
         return tile_runner(cfg.train.vae_parallel, autoencoder, peers) if autoencoder else one_by_one
 
     whole = Preparation(
@@ -245,9 +245,9 @@ def build_preparation(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Prepa
     )
     if not cfg.parallel.mesh.dynamic:
         return whole
-    parts = [(degree, mesh.narrow(degree)) for degree in mesh.parts]
-    narrow = {d: replace(whole, sequence=SequenceParallel(part), run_tiles=tiles(part)) for d, part in parts}
-    return replace(whole, narrow=narrow)
+    parts = [(degree, mesh.submesh(degree)) for degree in mesh.subgroups]
+    by_degree = {d: replace(whole, sequence=SequenceParallel(part), run_tiles=tiles(part)) for d, part in parts}
+    return replace(whole, by_degree=by_degree)
 
 
 def open_logger(cfg: RunConfig, plan: BatchPlan, step: int) -> MetricsLogger:
@@ -262,11 +262,11 @@ def open_logger(cfg: RunConfig, plan: BatchPlan, step: int) -> MetricsLogger:
         resumed_step=step,
     )
     if step:
-        logger.note("resumed", step)
+        logger.log_event("resumed", step)
     report = plan.report()
     buckets = {str(bucket): count for bucket, count in report.per_bucket}
     left_out = dict(report.left_out)
-    logger.note("started", step, steps=cfg.train.steps, rows=report.rows, buckets=buckets, left_out=left_out)
+    logger.log_event("started", step, steps=cfg.train.steps, rows=report.rows, buckets=buckets, left_out=left_out)
     return logger
 
 

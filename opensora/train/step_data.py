@@ -11,9 +11,9 @@ from opensora.datasets import DataConfig
 from opensora.datasets.buckets.bucket import Bucket
 from opensora.datasets.loading.loader import build_loader
 from opensora.datasets.loading.reader import Batch, PackedBatch
-from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch, Pack
+from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch, PackedSequence
 from opensora.datasets.plan.batch_plan import check_rows as check_rows
-from opensora.datasets.plan.dynamic_sp import Sharing
+from opensora.datasets.plan.dynamic_sp import SequenceSharing
 from opensora.datasets.table.index import IndexedTable, open_table
 from opensora.models.base import AutoencoderShape, latent_grid
 from opensora.models.text import text_tokens
@@ -38,12 +38,12 @@ def expected_idle(plan: BatchPlan, dp_degree: int, steps: Iterable[int]) -> floa
     return sum(shares) / len(shares)
 
 
-def sharing(cfg: RunConfig, mesh: Mesh) -> Sharing | None:
+def sharing(cfg: RunConfig, mesh: Mesh) -> SequenceSharing | None:
     """This process among those of its data-parallel rank; None where all of them cut all samples."""
     if not cfg.parallel.mesh.dynamic:
         return None
     axis = mesh["ulysses"]
-    return Sharing(degree=axis.degree, rank=axis.rank, text_tokens=text_tokens(cfg.text))
+    return SequenceSharing(degree=axis.degree, rank=axis.rank, text_tokens=text_tokens(cfg.text))
 
 
 class StepData:
@@ -60,7 +60,7 @@ class StepData:
         start_step: int,
         stop_step: int,
         seed: int,
-        sharing: Sharing | None = None,
+        sharing: SequenceSharing | None = None,
     ) -> None:
         """``sharing``: choose for each micro-batch how many processes cut a sample; see ``BatchPlan.assign``."""
         self.plan = plan
@@ -81,7 +81,7 @@ class StepData:
             sharing=sharing,
         )
 
-    def assigned(self, step: int) -> tuple[MicroBatch | Pack, ...]:
+    def assigned(self, step: int) -> tuple[MicroBatch | PackedSequence, ...]:
         """This process's micro-batches, or packs, of a step."""
         return self.plan.assign(step, self._rank, self._degree, self._sharing)
 

@@ -33,8 +33,8 @@ def sample_prompts(run: Run) -> None:
         prompt_suffix=run.cfg.data.prompt_suffix,
         run_tiles=run.prepare.run_tiles,
     )
-    run.at("sample")
-    with run.metrics.aside("validate", run.mesh):
+    run.enter("sample")
+    with run.metrics.excluded("validate", run.mesh):
         files = process_and_save(parts, job, read_jobs(job), quiet=True)
     fsdp.release(run.engine.model)
     announce(f"step {run.step}: sampled {', '.join(files[-1:])}")

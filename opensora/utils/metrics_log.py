@@ -95,7 +95,7 @@ class MetricsLogger:
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
 
-    def note(self, event: str, step: int, **values: Any) -> None:
+    def log_event(self, event: str, step: int, **values: Any) -> None:
         """Write an event (``resumed``, ``interrupted``, ...) between the records; it has ``event`` and no metrics."""
         record = {"step": step, "event": event, **{name: _jsonable(value) for name, value in values.items()}}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")

@@ -34,7 +34,7 @@ _ENDS = (signal.SIG_DFL, signal.default_int_handler)  # what ends a program that
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-class Asked:
+class SignalHandler:
     """What this process was asked. Make one per process, in its main thread."""
 
     def __init__(self, stays: str | None = None, code: int | None = None) -> None:
@@ -131,10 +131,10 @@ def _say(text: str) -> None:
             os.write(sys.stderr.fileno(), f"{text}\n".encode())
 
 
-_asked: Asked | None = None
+_asked: SignalHandler | None = None
 
 
-def remember() -> Asked:
+def install() -> SignalHandler:
     """Signals are remembered from here on; the same object for every call."""
     global _asked
     if _asked is None:
@@ -142,7 +142,7 @@ def remember() -> Asked:
     return _asked
 
 
-def leave_when_asked(stays: str, code: int | None = None) -> Asked:
+def leave_when_asked(stays: str, code: int | None = None) -> SignalHandler:
     """For a command without a state to save: a signal ends the process with one line, which says what ``stays``.
 
     Files are written inside ``writing()``, so that they are whole.
@@ -227,7 +227,7 @@ def inherited_by_nobody() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def forget() -> None:
+def uninstall() -> None:
     """Signals do again what they did before ``remember``."""
     global _asked
     if _asked is not None:
@@ -250,11 +250,11 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _ask(stays: str | None = None, code: int | None = None) -> Asked:
+def _ask(stays: str | None = None, code: int | None = None) -> SignalHandler:
     launched = "TORCHELASTIC_RUN_ID" in os.environ  # of others the parent may be a shell that the run is to outlive
     if launched:
         end_with_parent(signal.SIGTERM)
-    asked = Asked(stays, code)
+    asked = SignalHandler(stays, code)
     if launched and _launcher_is_gone():  # before the line above
         os.kill(os.getpid(), signal.SIGTERM)
     return asked

@@ -1,7 +1,7 @@
 """Independent pieces of work, listed by those who know them and run by those who know processes.
 
-A denoiser lists the passes of a step, an autoencoder the tiles of a clip. Both hand them to a ``RunAll``, which gives
-back all results, in order: ``one_by_one``, or ``SharedWork`` of acceleration/distributed/tasks.py on several processes.
+A denoiser lists the passes of a step, an autoencoder the tiles of a clip. Both hand them to a ``TaskRunner``, which
+gives back all results, in order: ``one_by_one``, or ``DistributedRunner`` of acceleration on several processes.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,16 +10,16 @@ from typing import NamedTuple, TypeAlias
 from torch import Tensor
 
 
-class Work(NamedTuple):
+class Task(NamedTuple):
     """One piece; it does not depend on the results of others."""
 
     run: Callable[[], Tensor]
     shape: tuple[int, ...]  # of the result, known beforehand: others need not ask for it
 
 
-RunAll: TypeAlias = Callable[[Sequence[Work]], list[Tensor]]
+TaskRunner: TypeAlias = Callable[[Sequence[Task]], list[Tensor]]
 
 
-def one_by_one(work: Sequence[Work]) -> list[Tensor]:
+def one_by_one(work: Sequence[Task]) -> list[Tensor]:
     """The results of all pieces, in order."""
     return [piece.run() for piece in work]

@@ -3,7 +3,7 @@
 from opensora.utils import signal_handler
 
 if __name__ == "__main__":
-    signal_handler.remember()  # before torch is imported, which takes long enough to be interrupted in
+    signal_handler.install()  # before torch is imported, which takes long enough to be interrupted in
 
     from opensora.cli.main import run_cli
     from opensora.cli.train import INTERRUPTED, main

@@ -63,7 +63,7 @@ def everything(engine: Engine, tensor: meshes.Axis) -> dict[str, Tensor]:
     """All state as whole tensors: weights, moments, step counts, average."""
     state = engine.state_dict()
     flat = {f"{part}.{name}": value for part, values in state.items() for name, value in values.items()}
-    tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor | tensor_shards.Pieces)}
+    tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor | tensor_shards.TensorShards)}
     return {name: tensor_shards.whole(value, tensor).clone() for name, value in tensors.items()}
 
 

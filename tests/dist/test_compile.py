@@ -77,7 +77,7 @@ def toy_on_this_layout(cfg: ParallelConfig, whole: Sequence[tuple[int, int]] = (
 
     def share(shape: tuple[int, int], step: int) -> Tensor:
         is_cut, ulysses = shape not in whole, mesh["ulysses"]
-        sequence = SequenceParallel(mesh if is_cut else mesh.narrow(1))
+        sequence = SequenceParallel(mesh if is_cut else mesh.submesh(1))
         samples = slice(None) if is_cut else slice(ulysses.rank, None, ulysses.degree)
         mine = {name: values[samples] for name, values in toy_batch(shape, step).items()}
         x, key_mask = (sequence.shard(mine[name]) for name in ("x", "key_mask"))

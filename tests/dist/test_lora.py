@@ -21,7 +21,7 @@ from acceleration.checkpoint import CheckpointManager, tensor_shards
 from acceleration.config import LoraConfig, OptimConfig, ParallelConfig, PrecisionConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.distributed.collectives import nbytes
-from acceleration.distributed.mesh import COPIES, Mesh
+from acceleration.distributed.mesh import REPLICATE, Mesh
 from acceleration.engines import Engine, build_engine
 from acceleration.parallelize import parallelize
 from acceleration.sharding import fsdp, tensor_parallel
@@ -200,7 +200,7 @@ def what_is_kept(cfg: ParallelConfig) -> dict[str, Any]:
     """Bytes and names after a step with AdamW and an average."""
     mesh, engine = build(cfg, BLOCKS, OptimConfig(lr=1e-3, ema_decay=0.9))
     backward(engine, mesh, 0)
-    reduced = mesh[COPIES].bytes_sent
+    reduced = mesh[REPLICATE].bytes_sent
     graded = {name for name, p in engine.model.named_parameters() if p.grad is not None}
     engine.step(0)
     state = engine.state_dict()
@@ -257,7 +257,7 @@ def train(engine: Engine, mesh: Mesh, start: int, stop: int) -> dict[str, Tensor
     return {
         n: tensor_shards.whole(value, mesh["tensor"]).clone()
         for n, value in flat.items()
-        if isinstance(value, Tensor | tensor_shards.Pieces)
+        if isinstance(value, Tensor | tensor_shards.TensorShards)
     }
 
 

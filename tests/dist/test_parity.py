@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from acceleration.accounting.comm_volume import MicroBatch, Place, step_bytes
-from acceleration.accounting.model_profile import structure_of
+from acceleration.accounting.comm_volume import MicroBatch, RankLayout, step_bytes
+from acceleration.accounting.model_profile import profile_of
 from acceleration.config import OptimConfig, ParallelConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.distributed.mesh import Mesh
@@ -67,8 +67,8 @@ def preparation(mesh: Mesh, device: torch.device | str = "cpu") -> Preparation:
         seed=7,
         device=torch.device(device),
     )
-    narrow = {d: replace(whole, sequence=SequenceParallel(mesh.narrow(d))) for d in mesh.parts}
-    return replace(whole, narrow=narrow)
+    by_degree = {d: replace(whole, sequence=SequenceParallel(mesh.submesh(d))) for d in mesh.subgroups}
+    return replace(whole, by_degree=by_degree)
 
 
 def on_one_process() -> Outcome:
@@ -146,9 +146,9 @@ def on_this_layout(cfg: ParallelConfig, dealt: Callable[[int, Mesh], list[FakeBa
 
 def predicted(cfg: ParallelConfig, mesh: Mesh, mine: list[Any], step: int) -> Bytes:
     """What the formulas say of a step in which this process has these micro-batches."""
-    place = Place(meshes.view({name: mesh[name].degree for name in meshes.AXES}, dist.get_rank()), cfg)
+    place = RankLayout(meshes.view({name: mesh[name].degree for name in meshes.AXES}, dist.get_rank()), cfg)
     with torch.device("meta"):
-        structure = structure_of(build_model(MODEL), run_denoiser)
+        structure = profile_of(build_model(MODEL), run_denoiser)
     return step_bytes(structure, place, [sizes(batch, step) for batch in mine])
 
 

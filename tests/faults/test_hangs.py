@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from acceleration.diagnostics.watchdog import LOOK_S, PEERS_S, Place, Watchdog, verdict, where
+from acceleration.diagnostics.watchdog import LOOK_S, PEERS_S, RankState, Watchdog, verdict, where
 from tests.conftest import ROOT
 from tests.dist.harness import DistributedFailure, run_distributed
 from tests.faults.conftest import Tally
@@ -143,8 +143,8 @@ def test_the_exchange_is_read_from_a_stack() -> None:
     assert where("", 1) == ("", "stack unknown")
 
 
-def place(rank: int, exchange: str, step: int = 5, state: str = "S (sleeping)") -> Place:
-    return Place(
+def place(rank: int, exchange: str, step: int = 5, state: str = "S (sleeping)") -> RankState:
+    return RankState(
         rank=rank, host=f"n{rank}", pid=100 + rank, step=step, phase="forward", since_s=9.0, late=True,
         exchange=exchange, line="File x", state=state,
     )  # fmt: skip
@@ -161,6 +161,6 @@ def place(rank: int, exchange: str, step: int = 5, state: str = "S (sleeping)") 
         ([place(0, "all_reduce"), place(1, "all_reduce")], ["suspect: all wait in the same exchange"], "no word"),
     ],
 )
-def test_what_to_look_at_first(places: list[Place], said: list[str], not_said: str) -> None:
+def test_what_to_look_at_first(places: list[RankState], said: list[str], not_said: str) -> None:
     text = verdict(places, 2)
     assert all(part in text for part in said) and not_said not in text

@@ -17,7 +17,7 @@ import torch
 from opensora.datasets import DataConfig
 from opensora.datasets.buckets import shape_class_index
 from opensora.datasets.buckets.bucket import Bucket, BucketTable
-from opensora.datasets.buckets.shape_class_index import group_rows
+from opensora.datasets.buckets.shape_class_index import index_shape_classes
 from opensora.datasets.loading import feature_store
 from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch
 from opensora.datasets.table import index
@@ -31,7 +31,7 @@ from tests.unit.test_bucket import BUCKETS
 from tests.unit.test_clip_index import make_tables, same
 
 __all__ = ["config"]  # a fixture
-CFG = DataConfig(buckets=BUCKETS, micro_batches=2, empty_rows="report")
+CFG = DataConfig(buckets=BUCKETS, micro_batches=2, unused_rows="report")
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ class Lab:
         self.truth = read_table(self.paths)
         self.steps = self.use(self.truth)
         self.index = self.open().index
-        group_rows(self.open(), BucketTable(CFG, 16))
+        index_shape_classes(self.open(), BucketTable(CFG, 16))
         self.files = sorted(file for file in self.index.rglob("*") if file.is_file() and file.suffix != ".lock")
         self.whole = {file: file.read_bytes() for file in self.files}
 

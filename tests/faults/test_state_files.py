@@ -121,7 +121,7 @@ def metrics_file(cfg: RunConfig) -> File:
     with MetricsLogger(cfg.folder) as logger:
         for step in range(1, 9):
             logger.log(step, {"loss": 1 / step, "time/step_s": 1.0, "data/wait_s": 0.5})
-        logger.note("interrupted", 8)
+        logger.log_event("interrupted", 8)
 
     plan = SimpleNamespace(cost_features=lambda step: np.ones(4))
 

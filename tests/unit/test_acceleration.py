@@ -148,7 +148,7 @@ def test_parts_cover_the_sequence(degree: int, tokens: int) -> None:
     x = torch.arange(tokens)[None]
     for last in (False, True):
         ranks = [SequenceParallel(view({"ulysses": degree}, rank)) for rank in range(degree)]
-        parts = [rank.shard(x, surplus_last=last) for rank in ranks]
+        parts = [rank.shard(x, extra_to_last=last) for rank in ranks]
         assert torch.equal(torch.cat(parts, dim=1), x)
         assert max(p.shape[1] for p in parts) - min(p.shape[1] for p in parts) <= 1
 

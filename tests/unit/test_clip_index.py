@@ -14,7 +14,7 @@ import pytest
 
 from opensora.datasets import DataConfig
 from opensora.datasets.buckets.bucket import BucketTable
-from opensora.datasets.buckets.shape_class_index import group_rows
+from opensora.datasets.buckets.shape_class_index import index_shape_classes
 from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.datasets.table import index
 from opensora.datasets.table.build_once import build_once
@@ -161,7 +161,7 @@ def test_of_many_processes_one_builds(tmp_path: Path) -> None:
 
 def test_workers_get_the_files_not_the_values(tmp_path: Path) -> None:
     table = open_table([str(path) for path in make_tables(tmp_path)])
-    plan = BatchPlan(table, DataConfig(buckets=BUCKETS, micro_batches=2, empty_rows="report"), 16, 0)
+    plan = BatchPlan(table, DataConfig(buckets=BUCKETS, micro_batches=2, unused_rows="report"), 16, 0)
     sent = pickle.dumps((table, plan))
     assert len(sent) < 2000
     open_index.cache_clear()
@@ -172,7 +172,7 @@ def test_workers_get_the_files_not_the_values(tmp_path: Path) -> None:
 
 def test_an_indexed_table_has_the_plan_of_the_same_table_in_memory(tmp_path: Path) -> None:
     paths = [str(path) for path in make_tables(tmp_path)]
-    cfg = DataConfig(buckets=BUCKETS, micro_batches=2, empty_rows="report")
+    cfg = DataConfig(buckets=BUCKETS, micro_batches=2, unused_rows="report")
     plans = [BatchPlan(table, cfg, 16, 0) for table in (open_table(paths), read_table(paths))]
     assert [plans[0].step(s) for s in range(30)] == [plans[1].step(s) for s in range(30)]
 
@@ -181,7 +181,7 @@ def test_rows_are_grouped_by_kind_in_chunks(tmp_path: Path, monkeypatch: pytest.
     table = open_table([str(path) for path in make_tables(tmp_path)])
     buckets = BucketTable(DataConfig(buckets=BUCKETS), 16)
     monkeypatch.setattr("opensora.datasets.buckets.shape_class_index._CHUNK", 101)
-    groups = group_rows(table, buckets)
+    groups = index_shape_classes(table, buckets)
     kind = buckets.kind_of(table)
     assert groups.ids.tolist() == np.argsort(kind, kind="stable").tolist()
     assert (np.diff(groups.start) == np.bincount(kind, minlength=buckets.kinds)).all()

@@ -44,7 +44,7 @@ def test_columns_and_numbers_agree() -> None:
 )
 def test_auto_takes_as_many_samples_as_the_budgets_allow(budget: dict[str, Any]) -> None:
     rows = {"256px": {1: [1.0, "auto"], 33: [1.0, 2], 65: [1.0, "auto"]}, "768px": {129: [1.0, "auto"]}}
-    cfg = DataConfig(buckets=rows, empty_rows="report", micro_batches=2, **budget)
+    cfg = DataConfig(buckets=rows, unused_rows="report", micro_batches=2, **budget)
     for bucket in BucketTable(cfg, 16).buckets:
         tokens = image_tokens(bucket.frames, bucket.height, bucket.width, 16)
 

@@ -14,7 +14,7 @@ import pytest
 from opensora.datasets import DataConfig
 from opensora.datasets.decode import pyav_backend, torchcodec_backend
 from opensora.datasets.decode.api import DECODERS, DecodeError, probe, read_frames, require
-from opensora.datasets.decode.common import Cover
+from opensora.datasets.decode.common import ResizeToFill
 from opensora.datasets.decode.process import DecoderProcess
 from opensora.utils.errors import UserError
 from tests.unit.test_decode import MEDIA, encode, needs_media
@@ -42,7 +42,7 @@ def test_another_decoder_gives_the_same_frames(tmp_path: Path, suffix: str, gop:
         theirs = read_frames(path, start, count, interval, decoder=decoder)
         assert theirs.dtype == np.uint8 and theirs.shape == ours.shape
         assert abs(ours - theirs).mean() < 1.5
-    small = read_frames(path, 5, 10, resize=Cover(24, 24), decoder=decoder)
+    small = read_frames(path, 5, 10, resize=ResizeToFill(24, 24), decoder=decoder)
     assert small.shape == (10, 24, 32, 3)
     with pytest.raises(DecodeError, match="it has 40 frames, the window needs 41"):
         read_frames(path, 40, 1, decoder=decoder)
@@ -77,9 +77,9 @@ def test_decoders_number_real_frames_alike(decoder: str) -> None:
     for name in ("clips/bird.mkv", "edge_cases/test_non_zero_start.mp4"):
         path = str(MEDIA / name)
         total = probe(path).num_frames
-        every = read_frames(path, 0, min(total, 12), resize=Cover(64, 64)).astype(int)
+        every = read_frames(path, 0, min(total, 12), resize=ResizeToFill(64, 64)).astype(int)
         for i in (0, 3, len(every) - 1):
-            one = read_frames(path, i, 1, resize=Cover(64, 64), decoder=decoder).astype(int)
+            one = read_frames(path, i, 1, resize=ResizeToFill(64, 64), decoder=decoder).astype(int)
             assert abs(every - one).mean(axis=(1, 2, 3)).argmin() == i, (name, i)
 
 
@@ -186,7 +186,7 @@ def growth(tmp_path: Path, warm: int, clips: int) -> float:
         if i >= warm and (i - warm) % (clips // 10) == 0:
             held.append(resident_mib(process.pid))
         try:
-            process(paths[i % 5], i % 7, 3, resize=Cover(32, 32), threads=1, decoder="pyav", timeout_s=30)
+            process(paths[i % 5], i % 7, 3, resize=ResizeToFill(32, 32), threads=1, decoder="pyav", timeout_s=30)
         except DecodeError:
             assert i % 5 == 4
     held.append(resident_mib(process.pid))

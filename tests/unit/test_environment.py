@@ -10,9 +10,9 @@ import pytest
 from acceleration.distributed.rendezvous import StartError
 from acceleration.distributed.runtime import (
     Ranks,
+    candidate_ports,
     check_meeting,
     check_visible_devices,
-    doors,
     first_host,
     ranks_from_environment,
     rendezvous_from_environment,
@@ -63,7 +63,9 @@ def test_a_place_among_others() -> None:
     assert read({"RANK": "0", "WORLD_SIZE": "1", **ADDRESS}) == Ranks(0, 1, 0, "torchrun")
     slurm = {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "n[3-5]"}
     assert read(slurm) == Ranks(2, 4, 0, "slurm")
-    assert doors(5, {"MASTER_PORT": ""}) == doors(5, {}) and doors(5, {"MASTER_PORT": "5"}) == [5]
+    assert candidate_ports(5, {"MASTER_PORT": ""}) == candidate_ports(5, {}) and candidate_ports(
+        5, {"MASTER_PORT": "5"}
+    ) == [5]
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,12 @@ from opensora.datasets import DataConfig
 from opensora.datasets.decode import api
 from opensora.datasets.decode import process as reader
 from opensora.datasets.decode.api import read_frames
-from opensora.datasets.decode.common import Cover, cover_size
+from opensora.datasets.decode.common import ResizeToFill, cover_size
 from opensora.datasets.decode.process import DecoderProcess
 from opensora.datasets.loading import loader
 from opensora.datasets.loading import reader as video
 from opensora.datasets.loading.loader import build_loader
-from opensora.datasets.loading.reader import Batch, BatchReader, Job
+from opensora.datasets.loading.reader import Batch, BatchReader, ReadTask
 from opensora.datasets.loading.window import window_start
 from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.datasets.table.manifest import ClipTable, read_table
@@ -313,7 +313,7 @@ def test_a_clip_that_takes_its_decoder_along_is_named_and_replaced(
 def test_a_worker_never_loads_torch(clips: Path) -> None:
     """It would cost every worker seconds and hundreds of megabytes."""
     process = DecoderProcess()
-    process(str(clips / "0.mp4"), 0, 3, resize=Cover(32, 32), threads=1, decoder="pyav", timeout_s=30)
+    process(str(clips / "0.mp4"), 0, 3, resize=ResizeToFill(32, 32), threads=1, decoder="pyav", timeout_s=30)
     maps = Path(f"/proc/{process.pid}/maps").read_text()
     process.close()
     assert "libav" in maps and "torch" not in maps
@@ -356,7 +356,7 @@ def test_what_is_prepared_ahead_is_bounded(clips: Path, monkeypatch: pytest.Monk
 
 
 def test_a_run_of_any_length_starts_at_once(clips: Path) -> None:
-    cfg = DataConfig(buckets=BUCKETS, empty_rows="report", workers=0)
+    cfg = DataConfig(buckets=BUCKETS, unused_rows="report", workers=0)
     table = read_table(str(clips / "t.csv"))
     plan = BatchPlan(table, cfg, 8, 0)
     batches = build_loader(table, plan, cfg, start_step=10**9, stop_step=10**12, dp_rank=0, dp_degree=1, seed=0)
@@ -373,10 +373,10 @@ def test_prompt_suffix(clips: Path) -> None:
 
 
 def test_the_reader_is_what_the_loader_maps(clips: Path) -> None:
-    cfg = DataConfig(buckets=BUCKETS, empty_rows="report", workers=0)
+    cfg = DataConfig(buckets=BUCKETS, unused_rows="report", workers=0)
     table = read_table(str(clips / "t.csv"))
     plan = BatchPlan(table, cfg, 8, 0)
     micro_batch = plan.step(0)[0]
     pixels = loader._empty_pixels(micro_batch)
-    batch = BatchReader(table, cfg, 0).load(Job(micro_batch, plan.members(micro_batch)), pixels, api.read_frames)
+    batch = BatchReader(table, cfg, 0).load(ReadTask(micro_batch, plan.members(micro_batch)), pixels, api.read_frames)
     assert isinstance(batch, Batch) and batch.sample_ids == plan.step(0)[0].sample_ids

@@ -53,11 +53,11 @@ def test_a_resume_cuts_what_it_will_write_again(tmp_path: Path) -> None:
     with MetricsLogger(tmp_path) as logger:
         for step in (10, 20, 30):
             logger.log(step, {"loss": 1.0})
-        logger.note("interrupted", 30, signal="SIGTERM")
+        logger.log_event("interrupted", 30, signal="SIGTERM")
     with logger.path.open("a") as file:
         file.write('{"step": 40, "lo')  # a crash in the middle of a line
     with MetricsLogger(tmp_path, resumed_step=20) as logger:
-        logger.note("resumed", 20)
+        logger.log_event("resumed", 20)
         logger.log(30, {"loss": 0.9})
     records, events = read_metrics(logger.path)
     assert [(record["step"], record["loss"]) for record in records] == [(10, 1.0), (20, 1.0), (30, 0.9)]
@@ -67,9 +67,9 @@ def test_a_resume_cuts_what_it_will_write_again(tmp_path: Path) -> None:
 
 def test_an_interruption_at_the_saved_step_stays(tmp_path: Path) -> None:
     with MetricsLogger(tmp_path) as logger:
-        logger.note("interrupted", 7)
+        logger.log_event("interrupted", 7)
     with MetricsLogger(tmp_path, resumed_step=7) as logger:
-        logger.note("resumed", 7)
+        logger.log_event("resumed", 7)
     assert [event["event"] for event in read_metrics(tmp_path / "metrics.jsonl")[1]] == ["interrupted", "resumed"]
 
 
@@ -252,7 +252,7 @@ def test_the_loss_curve_marks_where_the_run_was_cut(tmp_path: Path) -> None:
             for step in range(10, 110, 10):
                 logger.log(step, {"loss": 1 / step})
             if folder is marked:
-                logger.note("interrupted", 50)
+                logger.log_event("interrupted", 50)
         loss_curve(logger.path, folder / "loss.png")
     images = [np.asarray(Image.open(folder / "loss.png").convert("RGB")).astype(int) for folder in (plain, marked)]
     red = [((image[..., 0] > 180) & (image[..., 1] < 90) & (image[..., 2] < 90)).sum() for image in images]

@@ -56,7 +56,7 @@ def run(tables: list[str], steps: range, degree: int, workers: int, pack: int) -
         table=tables,
         buckets=BUCKETS,
         probability="accept",
-        empty_rows="report",
+        unused_rows="report",
         micro_batches=12,
         pack=pack,
         crop="random",

@@ -8,7 +8,7 @@ import pytest
 from opensora.datasets import DataConfig
 from opensora.datasets.buckets.cost import CostConfig, features
 from opensora.datasets.plan.batch_plan import BatchPlan
-from opensora.datasets.plan.dynamic_sp import Sharing, choose, times
+from opensora.datasets.plan.dynamic_sp import SequenceSharing, choose, times
 from tests.unit.test_bucket import random_table
 from tests.unit.test_plan import FIXED
 
@@ -21,8 +21,8 @@ def make_plan(pack: int = 1, **cost: float) -> BatchPlan:
     return BatchPlan(random_table(600), cfg, 16, 3)
 
 
-def place(degree: int, rank: int = 0) -> Sharing:
-    return Sharing(degree=degree, rank=rank, text_tokens=TEXT)
+def place(degree: int, rank: int = 0) -> SequenceSharing:
+    return SequenceSharing(degree=degree, rank=rank, text_tokens=TEXT)
 
 
 @pytest.mark.parametrize("degree", DEGREES)

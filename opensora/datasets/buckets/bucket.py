@@ -22,7 +22,7 @@ import numpy as np
 from opensora.datasets.buckets.aspect import area_of, training_sizes
 from opensora.datasets.buckets.cost import features, image_tokens
 from opensora.datasets.config import BucketRow, DataConfig, bucket_rows
-from opensora.datasets.plan.dynamic_sp import Sharing, choose, times
+from opensora.datasets.plan.dynamic_sp import SequenceSharing, choose, times
 from opensora.datasets.table.manifest import ClipTable
 from opensora.utils.errors import UserError
 
@@ -62,7 +62,7 @@ class BucketReport:
     rows: int
     per_bucket: tuple[tuple[Bucket, int], ...]  # buckets that hold at least one sample
     left_out: tuple[tuple[str, int], ...]  # (reason, count), only reasons that occur
-    empty_rows: tuple[tuple[str, int], ...]  # (resolution, frames) of the bucket table that no sample reached
+    unused_rows: tuple[tuple[str, int], ...]  # (resolution, frames) of the bucket table that no sample reached
 
     def __str__(self) -> str:
         """One line per row of the bucket table."""
@@ -92,8 +92,8 @@ class BucketReport:
         text = [f"{placed} of {self.rows} samples in {len(self.per_bucket)} buckets"]
         text += [f"  {label} {count:>10} {'#' * math.ceil(_BAR * count / longest)}" for label, count in lines]
         text += [f"  left out {count:>9}: {reason}" for reason, count in self.left_out]
-        if self.empty_rows:
-            names = ", ".join(f"{resolution} x {frames}" for resolution, frames in self.empty_rows)
+        if self.unused_rows:
+            names = ", ".join(f"{resolution} x {frames}" for resolution, frames in self.unused_rows)
             text.append(f"  rows without a sample: {names}")
         return "\n".join(text)
 
@@ -199,7 +199,7 @@ class BucketTable:
             rows=int(per_bucket.sum()) + sum(left_out.values()),
             per_bucket=tuple(filled),
             left_out=tuple((REASONS[code], left_out[code]) for code in REASONS if left_out.get(code)),
-            empty_rows=tuple(
+            unused_rows=tuple(
                 (row.resolution, row.frames) for row in self.rows if (row.resolution, row.frames) not in reached
             ),
         )
@@ -237,7 +237,9 @@ class BucketTable:
     def _tokens(self, frames: int, height: int, width: int) -> int:
         return image_tokens(frames, height, width, self._multiple)
 
-    def shared(self, numbers: np.ndarray, samples: np.ndarray, sharing: Sharing) -> tuple[np.ndarray, np.ndarray]:
+    def shared(
+        self, numbers: np.ndarray, samples: np.ndarray, sharing: SequenceSharing
+    ) -> tuple[np.ndarray, np.ndarray]:
         """((n,) degree, (n,) time) of micro-batches, where the degree may be chosen; see ``share.times``."""
         sizes = np.array([bucket.batch_size for bucket in self.buckets])
         most = (sizes * (self._all_tokens + sharing.text_tokens)).max()

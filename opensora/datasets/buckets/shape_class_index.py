@@ -23,7 +23,7 @@ _MOST_THREADS = 16
 
 
 @dataclass(frozen=True)
-class Groups:
+class ShapeClassIndex:
     """Sample ids, kind by kind, in ascending order within each."""
 
     ids: np.ndarray  # (n,) uint32
@@ -37,11 +37,11 @@ class Groups:
         return self.ids[places]
 
 
-def group_rows(table: ClipTable, buckets: BucketTable) -> Groups:
+def index_shape_classes(table: ClipTable, buckets: BucketTable) -> ShapeClassIndex:
     """Sort the rows; of an indexed table on disk beside it, once. Any number of processes may call this at once."""
     if not isinstance(table, IndexedTable):
         ids = np.empty(len(table), dtype=np.uint32)
-        return Groups(ids, _sort(table, buckets, ids, np.empty(len(table), dtype=_kind_type(buckets))))
+        return ShapeClassIndex(ids, _sort(table, buckets, ids, np.empty(len(table), dtype=_kind_type(buckets))))
     folder = build_once(
         table.index / f"kinds-{buckets.kind_key}",
         lambda aside: _write(table, buckets, aside),
@@ -49,7 +49,7 @@ def group_rows(table: ClipTable, buckets: BucketTable) -> Groups:
     )
     sealed = Sealed(folder)
     sealed.check_segment(_START, 0)
-    return Groups(sealed.map(_IDS).view(np.uint32), sealed.map(_START).view(np.int64), sealed)
+    return ShapeClassIndex(sealed.map(_IDS).view(np.uint32), sealed.map(_START).view(np.int64), sealed)
 
 
 def _write(table: ClipTable, buckets: BucketTable, folder: Path) -> None:

@@ -81,7 +81,7 @@ def in_bands(convert: Callable[[np.ndarray], np.ndarray], stored: np.ndarray) ->
 
 
 @dataclass(frozen=True)
-class Cover:
+class ResizeToFill:
     """``cover_size`` for one target: a ``Resize`` that can be sent to another process."""
 
     height: int

@@ -18,9 +18,9 @@ from torch import Tensor
 from opensora.datasets.config import DataConfig
 from opensora.datasets.decode import api
 from opensora.datasets.decode.process import DecoderProcess, ReadFrames
-from opensora.datasets.loading.reader import Batch, BatchReader, FeatureReader, Job, PackedBatch
-from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch, Pack
-from opensora.datasets.plan.dynamic_sp import Sharing
+from opensora.datasets.loading.reader import Batch, BatchReader, FeatureReader, PackedBatch, ReadTask
+from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch, PackedSequence
+from opensora.datasets.plan.dynamic_sp import SequenceSharing
 from opensora.datasets.table.manifest import ClipTable
 from opensora.utils.errors import UserError
 
@@ -28,10 +28,10 @@ _LOOK_S = 1.0  # between two looks at whether anything is read at all
 AnyBatch = Batch | PackedBatch
 
 
-class Load(NamedTuple):
+class LoadTask(NamedTuple):
     """What one worker reads: a micro-batch, or all parts of a pack."""
 
-    jobs: tuple[Job, ...]
+    jobs: tuple[ReadTask, ...]
     is_pack: bool
 
     def run(self, reader: BatchReader, pixels: list[Tensor], read: ReadFrames) -> AnyBatch:
@@ -55,7 +55,7 @@ def build_loader(
     dp_rank: int,
     dp_degree: int,
     seed: int,
-    sharing: Sharing | None = None,
+    sharing: SequenceSharing | None = None,
 ) -> Generator[AnyBatch, None, None]:
     """The batches of ``plan.assign(step, dp_rank, dp_degree, sharing)`` for step in [start_step, stop_step), in order.
 
@@ -74,25 +74,26 @@ def build_loader(
 
 
 def read_batches(
-    table: ClipTable, plan: BatchPlan, cfg: DataConfig, micro_batches: Iterator[MicroBatch | Pack], seed: int
+    table: ClipTable, plan: BatchPlan, cfg: DataConfig, micro_batches: Iterator[MicroBatch | PackedSequence], seed: int
 ) -> Generator[AnyBatch, None, None]:
     """These micro-batches of the plan, from their files; see ``build_loader``."""
     api.require(cfg.decoder)
     reader = BatchReader(table, cfg, seed)
     loads = (
-        Load(tuple(Job(m, plan.members(m)) for m in batch.parts), isinstance(batch, Pack)) for batch in micro_batches
+        LoadTask(tuple(ReadTask(m, plan.members(m)) for m in batch.parts), isinstance(batch, PackedSequence))
+        for batch in micro_batches
     )
     return _ahead(reader, loads, cfg) if cfg.workers else _here(reader, loads)
 
 
 def _stored(
-    reader: FeatureReader, micro_batches: Iterator[MicroBatch | Pack], cfg: DataConfig
+    reader: FeatureReader, micro_batches: Iterator[MicroBatch | PackedSequence], cfg: DataConfig
 ) -> Generator[AnyBatch, None, None]:
     """One thread reads ahead: a store waits for the disk and does not compute."""
 
-    def load(micro_batch: MicroBatch | Pack) -> AnyBatch:
+    def load(micro_batch: MicroBatch | PackedSequence) -> AnyBatch:
         parts = [reader.load(part) for part in micro_batch.parts]
-        return PackedBatch(tuple(parts)) if isinstance(micro_batch, Pack) else parts[0]
+        return PackedBatch(tuple(parts)) if isinstance(micro_batch, PackedSequence) else parts[0]
 
     if not cfg.workers:
         yield from map(load, micro_batches)
@@ -107,19 +108,19 @@ def _stored(
             yield future.result()
 
 
-def _here(reader: BatchReader, loads: Iterator[Load]) -> Generator[AnyBatch, None, None]:
+def _here(reader: BatchReader, loads: Iterator[LoadTask]) -> Generator[AnyBatch, None, None]:
     for load in loads:
         yield load.run(reader, load.empty_pixels(), api.read_frames)
 
 
-def _ahead(reader: BatchReader, loads: Iterator[Load], cfg: DataConfig) -> Generator[AnyBatch, None, None]:
+def _ahead(reader: BatchReader, loads: Iterator[LoadTask], cfg: DataConfig) -> Generator[AnyBatch, None, None]:
     """Up to ``workers * prefetch`` batches are under way or ready, and no more than ``prefetch_mib`` of them."""
     processes = [DecoderProcess() for _ in range(cfg.workers)]
     idle: SimpleQueue[DecoderProcess] = SimpleQueue()
     for process in processes:
         idle.put(process)
 
-    def run(load: Load, pixels: list[Tensor]) -> AnyBatch:
+    def run(load: LoadTask, pixels: list[Tensor]) -> AnyBatch:
         process = idle.get()
         try:
             return load.run(reader, pixels, process)

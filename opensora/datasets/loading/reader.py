@@ -15,7 +15,7 @@ from torch import Tensor
 from opensora.datasets.buckets.bucket import Bucket, frame_interval, sampled_fps
 from opensora.datasets.config import DataConfig, parse_colour
 from opensora.datasets.decode.api import DecodeError
-from opensora.datasets.decode.common import Cover
+from opensora.datasets.decode.common import ResizeToFill
 from opensora.datasets.decode.process import DecoderLost, ReadFrames
 from opensora.datasets.loading.feature_store import Features, FeatureStore
 from opensora.datasets.loading.window import crop_origin, random_crop_origin, window_start
@@ -29,7 +29,7 @@ from opensora.utils.prompt_suffix import with_suffix
 MAX_TRIES = 8  # substitutes tried for one unreadable sample
 
 
-class Job(NamedTuple):
+class ReadTask(NamedTuple):
     """What the plan says about one micro-batch."""
 
     micro_batch: MicroBatch
@@ -81,7 +81,7 @@ class PackedBatch:
 
 
 class BatchReader:
-    """Reads the files of a ``Job`` into its ``Batch``; the shape never depends on whether files can be read.
+    """Reads the files of a ``ReadTask`` into its ``Batch``; the shape never depends on whether files can be read.
 
     A clip that cannot be read gives its slot (pixels and caption) to another one of the same bucket, chosen by
     (seed, epoch, sample id, try). Only errors of the file count; a programming error goes through. A clip whose
@@ -95,7 +95,7 @@ class BatchReader:
         self._cache = _FrameCache(cfg.cache_mib * 2**20)
         self._given_up: dict[int, DecoderLost] = {}
 
-    def load(self, job: Job, pixels: Tensor, read: ReadFrames) -> Batch:
+    def load(self, job: ReadTask, pixels: Tensor, read: ReadFrames) -> Batch:
         """Fill ``pixels`` (B, 3, T, H, W) uint8 with what ``read`` finds.
 
         Raises:
@@ -126,7 +126,7 @@ class BatchReader:
             read_s=time.monotonic() - began,
         )
 
-    def _read_or_replace(self, sample_id: int, job: Job, read: ReadFrames) -> tuple[np.ndarray, int, str]:
+    def _read_or_replace(self, sample_id: int, job: ReadTask, read: ReadFrames) -> tuple[np.ndarray, int, str]:
         """(frames, the sample they are of, why it is another than planned)."""
         first_reason = ""
         for source in self._candidates(sample_id, job):
@@ -153,7 +153,7 @@ class BatchReader:
             self._given_up[sample_id] = lost
             raise
 
-    def _candidates(self, sample_id: int, job: Job) -> Iterator[int]:
+    def _candidates(self, sample_id: int, job: ReadTask) -> Iterator[int]:
         """The sample itself, then up to MAX_TRIES distinct others of its bucket."""
         yield sample_id
         members, epoch = job.members, job.micro_batch.epoch
@@ -182,7 +182,7 @@ class BatchReader:
                 start,
                 bucket.frames,
                 interval,
-                resize=Cover(height, width),
+                resize=ResizeToFill(height, width),
                 threads=self._cfg.decode_threads,
                 decoder=self._cfg.decoder,
                 timeout_s=self._cfg.decode_timeout_s,

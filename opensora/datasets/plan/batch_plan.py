@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from opensora.datasets.buckets.bucket import Bucket, BucketReport, BucketTable
-from opensora.datasets.buckets.shape_class_index import group_rows
+from opensora.datasets.buckets.shape_class_index import index_shape_classes
 from opensora.datasets.config import DataConfig
 from opensora.datasets.plan.balance import compose, deal
 from opensora.datasets.plan.counter_rng import permuted
-from opensora.datasets.plan.dynamic_sp import Sharing
+from opensora.datasets.plan.dynamic_sp import SequenceSharing
 from opensora.datasets.plan.epoch import Epoch, Source
 from opensora.datasets.plan.sequence_packing import fill
 from opensora.datasets.table.manifest import ClipTable
@@ -57,7 +57,7 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Pack:
+class PackedSequence:
     """Samples of several buckets that go through the model together, in one sequence."""
 
     parts: tuple[MicroBatch, ...]  # one for each bucket, all of one epoch and weight
@@ -74,9 +74,9 @@ class Pack:
     def degree(self) -> None:
         """All that can cut its samples."""
 
-    def uncounted(self) -> "Pack":
+    def uncounted(self) -> "PackedSequence":
         """The same with weight 0."""
-        return Pack(tuple(part.uncounted() for part in self.parts))
+        return PackedSequence(tuple(part.uncounted() for part in self.parts))
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class BatchPlan:
         self._budget = cfg.tokens_per_sequence
         self._buckets = BucketTable(cfg, spatial_multiple)
         self._number = {bucket: number for number, bucket in enumerate(self._buckets.buckets)}
-        self._source = Source(self._buckets, self._buckets.shares(), group_rows(table, self._buckets), seed)
+        self._source = Source(self._buckets, self._buckets.shares(), index_shape_classes(table, self._buckets), seed)
         self._first_step = [0]  # first step of each epoch known so far, where epochs differ in length
         self._epochs = _Recent[Epoch](3)
         self._windows = _Recent[np.ndarray](2)
@@ -117,7 +117,7 @@ class BatchPlan:
         epoch = self._epoch(0)
         self._report = self._buckets.report(epoch.samples, epoch.left_out())
         _check_some(self._report)
-        if cfg.empty_rows == "error":
+        if cfg.unused_rows == "error":
             check_rows(self._report)
         if self._budget:
             _check_budget(self._budget, self._buckets)
@@ -129,14 +129,14 @@ class BatchPlan:
         """Samples per bucket in epoch 0, and the others by reason."""
         return self._report
 
-    def step(self, step: int) -> tuple[MicroBatch | Pack, ...]:
+    def step(self, step: int) -> tuple[MicroBatch | PackedSequence, ...]:
         """All micro-batches of an optimizer step, or all packs of their samples, each with weight 1."""
         whole = self._step(step)
         return self._filled(whole, np.arange(len(whole.costs)))
 
     def assign(
-        self, step: int, dp_rank: int, dp_degree: int, sharing: Sharing | None = None
-    ) -> tuple[MicroBatch | Pack, ...]:
+        self, step: int, dp_rank: int, dp_degree: int, sharing: SequenceSharing | None = None
+    ) -> tuple[MicroBatch | PackedSequence, ...]:
         """This rank's micro-batches, or packs, of a step, most expensive first; equally many on every rank.
 
         A rank that would have fewer repeats the cheapest of the step with weight 0.
@@ -212,7 +212,7 @@ class BatchPlan:
         """The ids of all samples in this micro-batch's bucket in its epoch."""
         return self._epoch(micro_batch.epoch).members(self._number[micro_batch.bucket])
 
-    def _filled(self, whole: _Step, chosen: np.ndarray) -> tuple[MicroBatch | Pack, ...]:
+    def _filled(self, whole: _Step, chosen: np.ndarray) -> tuple[MicroBatch | PackedSequence, ...]:
         if whole.packs is not None:
             return self._filled_packs(whole, whole.packs, chosen)
         ids = whole.epoch.sample_ids(whole.numbers[chosen])
@@ -221,7 +221,7 @@ class BatchPlan:
             for bucket, samples in zip(whole.bucket[chosen].tolist(), ids, strict=True)
         )
 
-    def _filled_packs(self, whole: _Step, packs: np.ndarray, chosen: np.ndarray) -> tuple[Pack, ...]:
+    def _filled_packs(self, whole: _Step, packs: np.ndarray, chosen: np.ndarray) -> tuple[PackedSequence, ...]:
         ids = np.array([sample for ids in whole.epoch.sample_ids(whole.numbers) for sample in ids])
         bucket = np.repeat(whole.bucket, whole.sizes)
         order = np.argsort(packs, kind="stable")
@@ -231,7 +231,7 @@ class BatchPlan:
             inside = order[bounds[pack] : bounds[pack + 1]]
             by_bucket = {b: ids[inside[bucket[inside] == b]].tolist() for b in np.unique(bucket[inside]).tolist()}
             parts = (MicroBatch(self._buckets.buckets[b], tuple(i), whole.epoch.number) for b, i in by_bucket.items())
-            found.append(Pack(tuple(parts)))
+            found.append(PackedSequence(tuple(parts)))
         return tuple(found)
 
     def _step(self, step: int) -> _Step:
@@ -291,7 +291,7 @@ class BatchPlan:
         return self._epochs.get(number, lambda: Epoch(self._source, number))
 
 
-def _part(micro_batch: MicroBatch, degree: int, sharing: Sharing) -> MicroBatch:
+def _part(micro_batch: MicroBatch, degree: int, sharing: SequenceSharing) -> MicroBatch:
     """The samples that this process has; where there are none, the first one uncounted, to keep in step."""
     ids = micro_batch.sample_ids
     mine = sharing.mine(len(ids), degree)
@@ -331,9 +331,9 @@ def check_rows(report: BucketReport) -> None:
     Raises:
         UserError: the first that has none, and how many more.
     """
-    if report.empty_rows:
-        resolution, frames = report.empty_rows[0]
-        more = len(report.empty_rows) - 1
+    if report.unused_rows:
+        resolution, frames = report.unused_rows[0]
+        more = len(report.unused_rows) - 1
         others = f" and {more} more row{'s' if more > 1 else ''} get" if more else " gets"
         raise UserError(
             f"data.buckets.{resolution}.{frames}{others} no sample: take {'them' if more else 'it'} out, add clips "

@@ -15,7 +15,7 @@ from opensora.datasets.buckets.cost import CostConfig, largest_group
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sharing:
+class SequenceSharing:
     """A process's place among those of its data-parallel rank."""
 
     degree: int  # processes that can share a sample
@@ -39,7 +39,7 @@ class Sharing:
         return range(start, start + base + (group < surplus))
 
 
-def times(features: np.ndarray, cost: CostConfig, sharing: Sharing, most_tokens: float) -> np.ndarray:
+def times(features: np.ndarray, cost: CostConfig, sharing: SequenceSharing, most_tokens: float) -> np.ndarray:
     """(degrees, n) time of each micro-batch by the number of processes that share a sample; inf where memory forbids.
 
     No process may hold more tokens than it has of a micro-batch of ``most_tokens`` that all processes cut: having the

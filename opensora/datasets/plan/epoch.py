@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from opensora.datasets.buckets.bucket import REASONS, BucketTable, Shares
-from opensora.datasets.buckets.shape_class_index import Groups
+from opensora.datasets.buckets.shape_class_index import ShapeClassIndex
 from opensora.datasets.plan.counter_rng import bits, permuted, uniform
 
 
@@ -22,7 +22,7 @@ class Source:
 
     buckets: BucketTable
     shares: Shares
-    groups: Groups
+    groups: ShapeClassIndex
     seed: int
 
 

@@ -30,7 +30,7 @@ from opensora.utils.console import announce
 RECOVERED = 100  # updates beyond the last bad one after which a trouble is over
 
 
-class Hopeless(Exception):
+class TrainingDiverged(Exception):
     """Numbers that stay wrong after every remedy."""
 
 
@@ -44,15 +44,15 @@ class Update:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Return:
+class Rollback:
     """Where to go back to."""
 
     why: str
     before: int  # a checkpoint of at most so many updates
-    leap_to: int | None  # then go on with this update; None: with the one after the checkpoint
+    skip_to: int | None  # then go on with this update; None: with the one after the checkpoint
 
 
-class Guard:
+class AnomalyGuard:
     """Judges updates by what all processes know, so all judge alike. Its state is a few numbers in the checkpoint."""
 
     def __init__(self, cfg: GuardConfig, step: int = 0, state: dict[str, Any] | None = None) -> None:
@@ -62,13 +62,13 @@ class Guard:
         self.left_out = int(state.get("left_out", 0))  # updates, since the run began
         self._row = int(state.get("row", 0))  # bad updates one after the other
         self._first, self._last = state.get("bad", (-1, -1))  # of them
-        self._returns = int(state.get("returns", 0))  # for the trouble at hand
+        self._rollbacks = int(state.get("returns", 0))  # for the trouble at hand
         self._equal = step  # updates made when copies were last known to be equal: they are read from one file
         self._losses: deque[float] = deque(state.get("losses", ()), maxlen=cfg.spike_window)
         self._norms: deque[float] = deque(state.get("norms", ()), maxlen=cfg.spike_window)
 
     @property
-    def calm(self) -> bool:
+    def last_step_ok(self) -> bool:
         """The last update was good: its state is worth keeping."""
         return self._row == 0
 
@@ -78,7 +78,7 @@ class Guard:
             "left_out": self.left_out,
             "row": self._row,
             "bad": [self._first, self._last],
-            "returns": self._returns,
+            "returns": self._rollbacks,
             "losses": list(self._losses),
             "norms": list(self._norms),
         }
@@ -108,8 +108,8 @@ class Guard:
             self._row = 0
             self._losses.append(loss)
             self._norms.append(norm)
-            if self._returns and step > self._last + RECOVERED:
-                self._returns = 0
+            if self._rollbacks and step > self._last + RECOVERED:
+                self._rollbacks = 0
         else:
             self.left_out += 1
             self._row += 1
@@ -126,37 +126,37 @@ class Guard:
                     return f"{name} {value:.4g} is {(value - mean) / deviation:.1f} deviations above {mean:.4g}"
         return None
 
-    def wants_return(self, engine: Engine, mesh: Mesh, step: int, enter: Callable[[str], None]) -> Return | None:
+    def wants_rollback(self, engine: Engine, mesh: Mesh, step: int, enter: Callable[[str], None]) -> Rollback | None:
         """Whether to go back, and where to, after ``step`` updates. Collective.
 
         Args:
             enter: is told the phase ``replicas`` where copies are compared.
 
         Raises:
-            Hopeless: it was done often enough.
+            TrainingDiverged: it was done often enough.
         """
         ruined = self._row == 1 and not replica_check.is_finite(engine, mesh)
         wanted = self._bad_row(ruined) or self._unequal(engine, mesh, step, enter)
         if wanted is None:
             return None
-        self._returns += 1
-        if self._returns > self.cfg.max_returns:
-            raise Hopeless(
+        self._rollbacks += 1
+        if self._rollbacks > self.cfg.max_returns:
+            raise TrainingDiverged(
                 f"{wanted.why} again, after going back {self.cfg.max_returns} times; checkpoints of "
                 f"{wanted.before} and fewer steps are good: change optim.lr, the data, or the machine"
             )
         self._row = 0
         return wanted
 
-    def _bad_row(self, ruined: bool = False) -> Return | None:
+    def _bad_row(self, ruined: bool = False) -> Rollback | None:
         if self._row <= self.cfg.max_bad and not ruined:
             return None
         why = f"{self._row} bad updates in a row from step {self._first} on"
         if ruined:
             why = f"values of the state are not finite at step {self._first}"
-        return Return(why=why, before=self._first, leap_to=self._last + 1 if self._returns else None)
+        return Rollback(why=why, before=self._first, skip_to=self._last + 1 if self._rollbacks else None)
 
-    def _unequal(self, engine: Engine, mesh: Mesh, step: int, enter: Callable[[str], None]) -> Return | None:
+    def _unequal(self, engine: Engine, mesh: Mesh, step: int, enter: Callable[[str], None]) -> Rollback | None:
         if not self.cfg.replicas_every or step % self.cfg.replicas_every:
             return None
         enter("replicas")
@@ -167,12 +167,12 @@ class Guard:
         names = ", ".join(str(rank) for rank in ranks)
         self._last = step
         why = f"the state of rank {names} differs from its copies, which were equal at step {self._equal}"
-        return Return(why=why, before=self._equal, leap_to=None)
+        return Rollback(why=why, before=self._equal, skip_to=None)
 
-    def went_back(self, returned: "Guard") -> "Guard":
+    def rolled_back(self, returned: "AnomalyGuard") -> "AnomalyGuard":
         """The guard of a checkpoint that was gone back to, which knows of the trouble to come."""
         returned.left_out = self.left_out
-        returned._returns, returned._first, returned._last = self._returns, self._first, self._last
+        returned._rollbacks, returned._first, returned._last = self._rollbacks, self._first, self._last
         return returned
 
 

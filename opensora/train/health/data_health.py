@@ -23,7 +23,7 @@ RECENT = 1000  # samples that ``data.max_bad_share`` is a share of
 IN_A_ROW = 100  # unreadable samples after which something else is wrong than the samples
 
 
-class Reads:
+class DataHealth:
     """Watches the micro-batches of this process.
 
     ``folder/rank-00000.jsonl`` gets a line for every sample that could not be read: step, sample, path, why, and the
@@ -51,7 +51,7 @@ class Reads:
             UserError: more than the allowed share of the last samples, or too many in a row, could not be read.
         """
         seconds, samples, replaced = self._since_record
-        counts = self._mesh.narrow(batch.degree).is_first_of_sample  # else another process has them too
+        counts = self._mesh.submesh(batch.degree).is_first_of_sample  # else another process has them too
         if counts:
             self._since_record = [seconds + batch.read_s, samples + len(batch.sample_ids), replaced]
         seen = repr([(bad, other) for bad, other, _ in batch.replaced])
@@ -92,7 +92,7 @@ class Reads:
         differs = torch.zeros(1, dtype=torch.int64)
         for degree, digest in sorted(self._digests.items()):
             both = torch.tensor([digest, -digest], dtype=torch.int64)
-            highest, lowest = _highest(both, self._mesh.narrow(degree)).tolist()
+            highest, lowest = _highest(both, self._mesh.submesh(degree)).tolist()
             differs += highest != -lowest
         if _highest(differs, self._mesh).item():
             raise UserError(

@@ -28,7 +28,7 @@ def hang_s(cfg: RunConfig) -> float:
     return HANG_SHARE * cfg.parallel.timeout_s if cfg.guard.hang_s is None else cfg.guard.hang_s
 
 
-class Phases:
+class StepTimer:
     """The current phase of this process. ``at`` is called at the beginning of every phase."""
 
     def __init__(self, cfg: RunConfig, watchdog: Watchdog | None = None) -> None:
@@ -44,7 +44,7 @@ class Phases:
         if watchdog:
             WAITING.note = watchdog.exchange
 
-    def at(self, name: str, step: int) -> None:
+    def enter(self, name: str, step: int) -> None:
         """``name`` begins, for update ``step``."""
         now, waited = time.monotonic(), WAITING.seconds
         if self._name in self._spent:
@@ -100,11 +100,11 @@ class Phases:
             self._watchdog.close()
 
 
-def start_phases(cfg: RunConfig, runtime: Runtime) -> Phases:
+def start_timer(cfg: RunConfig, runtime: Runtime) -> StepTimer:
     """The account of times, and beside it what ends a run that stands still (see guard.hang_s). Collective."""
     if not hang_s(cfg):
-        return Phases(cfg)
+        return StepTimer(cfg)
     name = [f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"]  # a hang of an earlier start must not end this one
     dist.broadcast_object_list(name, src=0)
     folder = (cfg.folder / "hangs" / name[0]).absolute()
-    return Phases(cfg, Watchdog(folder, runtime.rank, runtime.world_size, hang_s(cfg)))
+    return StepTimer(cfg, Watchdog(folder, runtime.rank, runtime.world_size, hang_s(cfg)))

@@ -31,7 +31,7 @@ FREE = (
 )
 NOT_FREE = ("parallel.precision",)  # but those that may not
 ASIDE = ("name", "validate")  # settings that leave the numbers of training as they are, said last
-_GUARD: Shape = {  # of what ``Guard.state`` gives, as a manifest holds it
+_GUARD: Shape = {  # of what ``AnomalyGuard.state`` gives, as a manifest holds it
     **dict.fromkeys(("left_out?", "row?", "returns?"), COUNT),
     "bad?": [WHOLE, WHOLE],
     **dict.fromkeys(("losses?", "norms?"), Each(NUMBER, list)),
