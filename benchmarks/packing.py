@@ -172,7 +172,7 @@ def plan(case: Case, micro_batches: int, budget: int) -> BatchPlan:
     cfg = DataConfig(
         buckets=case.buckets,
         micro_batches=micro_batches,
-        pack=micro_batches,
+        balance_group=micro_batches,
         tokens_per_sequence=budget,
         unused_rows="report",
     )

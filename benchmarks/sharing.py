@@ -12,8 +12,8 @@ tokens on one process, 78 us on an H100 at half its peak. Cases:
     overhead    of every micro-batch on every process, however small: gathered weights, launches
 
 Tables are configs/data/*.yaml on synthetic clips (lognormal durations, a fifth images), 224 processes, 4 micro-batches
-per data-parallel rank and step, data.pack=1. ``even`` has the largest powers of two up to the table's batch sizes:
-samples are given out whole where they divide.
+per data-parallel rank and step, data.balance_group=1. ``even`` has the largest powers of two up to the table's
+batch sizes: samples are given out whole where they divide.
 Prints one line per case and one JSON line.
 """
 

@@ -62,7 +62,7 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     config = folder / "config.yaml"
     config.write_text(
         f"include: [{ROOT / 'configs/train/demo.yaml'}]\noutput: {folder}\n"
-        f"data: {{table: {table}, micro_batches: {4 * args.processes}, pack: 4, probability: accept}}\n"
+        f"data: {{table: {table}, micro_batches: {4 * args.processes}, balance_group: 4, probability: accept}}\n"
         f"parallel: {{zero: 1, mesh: {{ulysses: 1}}, recompute: {{kind: none}}}}\n"
         f"train: {{steps: {args.steps}, log_every: 1, checkpoint_every: 100000, export: false}}\n"
     )

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
         count = sum(len(plan.costs(step)) for step in range(min(STEPS, steps))) / min(STEPS, steps)
         budget = cfg.data.tokens_per_sequence
         print(f"{count:.1f} sequences of at most {budget} image tokens for the {micro_batches} micro-batches of a step")
-    for degree in sorted({micro_batches // cfg.data.pack, micro_batches}):
+    for degree in sorted({micro_batches // cfg.data.balance_group, micro_batches}):
         idle = expected_idle(plan, degree, range(min(STEPS, steps)))
         print(f"idle on {degree} data-parallel processes, by the cost model: {100 * idle:.2f} %")
     bars: dict[str, list[int]] = {}

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
+from opensora.config.renamed_keys import new_name, with_new_names
 from opensora.config.schema import build, is_table, plain, shown, types_at, wants_text
 from opensora.config.strict_yaml import (
     COMMAND_LINE,
@@ -46,10 +47,11 @@ def load_config(cls: type[T], source: str | Path | Mapping[str, Any], overrides:
         UserError: one line with the key path or the file, what was found, and what is allowed.
     """
     if isinstance(source, Mapping):
-        layer, lines = _from_python(source), Lines()
+        layer, lines = with_new_names(_from_python(source)), Lines()
     else:
         layer, lines = _read_with_includes(cls, Path(source), (), [])
-    for keys, value in _parse_overrides(cls, overrides):
+    for old_keys, value in _parse_overrides(cls, overrides):
+        keys = new_name(old_keys)
         _check_way(layer, keys, lines)
         added: Any = value
         for key in reversed(keys):
@@ -124,6 +126,7 @@ def _read_with_includes(
         read: all files that were read until now; this one is added.
     """
     data, lines = read_yaml(path)
+    data = with_new_names(data, lines)
     here = path.resolve()
     if here in chain:
         loop = " -> ".join(step.name for step in (*chain, path))

@@ -89,25 +89,25 @@ class GuardConfig:
     max_bad: int = (
         5  # updates in a row left out for a loss or gradient that is not finite, or spikes; then it goes back
     )
-    max_returns: int = 2  # times to go back to an older checkpoint for one trouble before the run stops
+    max_rollbacks: int = 2  # times to go back to an older checkpoint for one trouble before the run stops
     spike_sigma: float = 0.0  # leave out an update whose loss or gradient norm is so many deviations high; 0: none
     spike_window: int = 128  # good updates that mean and standard deviation are of
     replicas_every: int = 1000  # steps between two comparisons of the copies of the state; 0: none
     straggler: float = 1.5  # name a process that takes so many times as long as the median; 0: none
     hang_s: float | None = None  # longest part of a step, or exchange; null: 0.8 parallel.timeout_s; 0: no watchdog
     start_s: float = 1800.0  # longest that building, loading, and a part of the first step may take
-    aside_s: float = 3600.0  # longest that saving, sampling or exporting may take
+    save_s: float = 3600.0  # longest that saving, sampling or exporting may take
 
     LIMITS: ClassVar[Limits] = {
-        **dict.fromkeys(("max_bad", "max_returns", "spike_window"), (10**6, "a run is beyond help long before")),
+        **dict.fromkeys(("max_bad", "max_rollbacks", "spike_window"), (10**6, "a run is beyond help long before")),
         "spike_sigma": (1e6, "no number is so far off; 0 leaves out no spike"),
         "replicas_every": STEPS,
         "straggler": (1e6, "0 names no process"),
-        **dict.fromkeys(("hang_s", "start_s", "aside_s"), SECONDS),
+        **dict.fromkeys(("hang_s", "start_s", "save_s"), SECONDS),
     }
 
     def __post_init__(self) -> None:
-        for name in ("max_bad", "max_returns", "replicas_every"):
+        for name in ("max_bad", "max_rollbacks", "replicas_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: allowed are integers >= 0")
         if self.spike_sigma < 0:
@@ -118,7 +118,7 @@ class GuardConfig:
             raise ValueError(f"straggler={self.straggler}: allowed are numbers > 1; 0 names no process")
         if self.hang_s is not None and self.hang_s < 0:
             raise ValueError(f"hang_s={self.hang_s}: allowed are numbers >= 0; 0 is no watchdog")
-        for name in ("start_s", "aside_s"):
+        for name in ("start_s", "save_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: allowed are numbers > 0")
 

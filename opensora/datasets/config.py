@@ -43,7 +43,9 @@ class DataConfig:
     probability: Literal["skip", "accept"] = "skip"  # what length_prob is the probability of
     unused_rows: Literal["error", "report"] = "error"  # a line of the bucket table that no clip fits
     micro_batches: int = 1  # per optimizer step, over all data-parallel processes, whatever their number
-    pack: int = 1  # micro-batches joined to equal costs: steps are even on micro_batches / pack processes; 1: on any
+    balance_group: int = (
+        1  # micro-batches joined to equal costs: steps are even on micro_batches / balance_group processes; 1: on any
+    )
     tokens_per_sequence: int = 0  # join samples of any buckets, up to so many image tokens; 0: one bucket each
     crop: Literal["center", "random"] = "center"
     prompt_suffix: bool = False  # append frame rate and motion score to the caption
@@ -60,7 +62,7 @@ class DataConfig:
     cache_mib: int = 0  # decoded windows that a training process keeps, for data sets that are read many times
 
     LIMITS: ClassVar[Limits] = {
-        **dict.fromkeys(("micro_batches", "pack"), (10**6, "all are planned ahead")),
+        **dict.fromkeys(("micro_batches", "balance_group"), (10**6, "all are planned ahead")),
         **dict.fromkeys(("tokens_per_batch", "tokens_per_sequence"), (10**9, "no device holds more")),
         "cost_per_batch": (1e12, "0 sets no limit"),
         "workers": (1024, "each is a process"),
@@ -75,25 +77,32 @@ class DataConfig:
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"table={self.table!r}: allowed are a path, a glob, or a list of these")
         _check_choice("probability", self.probability, ("skip", "accept"))
-        _check_choice("empty_rows", self.unused_rows, ("report", "error"))
+        _check_choice("unused_rows", self.unused_rows, ("report", "error"))
         _check_choice("crop", self.crop, ("center", "random"))
         _check_choice("decoder", self.decoder, ("pyav", "decord", "torchcodec"))
         parse_colour(self.background)
-        for name in ("micro_batches", "pack", "prefetch", "prefetch_mib", "worker_timeout_s", "decode_threads"):
+        for name in (
+            "micro_batches",
+            "balance_group",
+            "prefetch",
+            "prefetch_mib",
+            "worker_timeout_s",
+            "decode_threads",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: allowed are integers >= 1")
-        if self.micro_batches % self.pack:
+        if self.micro_batches % self.balance_group:
             raise ValueError(
-                f"pack={self.pack}: allowed are divisors of micro_batches={self.micro_batches}; micro_batches over the "
-                "number of data-parallel processes suits"
+                f"balance_group={self.balance_group}: allowed are divisors of micro_batches={self.micro_batches}; "
+                "micro_batches over the number of data-parallel processes suits"
             )
         for name in ("workers", "cache_mib", "tokens_per_batch", "cost_per_batch", "tokens_per_sequence"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: allowed are numbers >= 0")
-        if self.tokens_per_sequence and self.pack == 1:
+        if self.tokens_per_sequence and self.balance_group == 1:
             raise ValueError(
-                f"pack=1: with tokens_per_sequence={self.tokens_per_sequence} allowed are divisors of micro_batches="
-                f"{self.micro_batches} from 2 on, as so many micro-batches are laid into sequences together"
+                f"balance_group=1: with tokens_per_sequence={self.tokens_per_sequence} allowed are divisors of "
+                f"micro_batches={self.micro_batches} from 2 on, as so many micro-batches are laid into sequences together"
             )
         if not 0 < self.decode_timeout_s < self.worker_timeout_s:
             raise ValueError(

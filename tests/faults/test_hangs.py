@@ -89,7 +89,7 @@ def program(pid: int) -> str:
 def test_a_stopped_process_ends_the_command_with_70(stopped: str, config: Path, tmp_path: Path, tally: Tally) -> None:
     """A process that trains, or writes a checkpoint; nothing is left. A watchdog that is stopped harms nobody: the run
     ends as it should, when it is asked to."""
-    limits = ["guard.hang_s=5", "guard.aside_s=5"]
+    limits = ["guard.hang_s=5", "guard.save_s=5"]
     process = train_command(config, [f"output={tmp_path}", "train.steps=100000", *limits])
     deadline = time.monotonic() + 200
     while not list((tmp_path / "run/checkpoints").glob("step-*")):

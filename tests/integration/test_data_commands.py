@@ -38,7 +38,7 @@ def test_buckets_shows_all_rows_before_it_refuses_those_without_a_clip(
     assert Path(shown.strip().splitlines()[-1]).is_file()
     with pytest.raises(UserError, match=r"32px\.901 gets no sample: take it out"):
         buckets.main([str(config), "data.buckets={32px: {5: [1.0, 2], 901: [1.0, 2]}}"])
-    assert buckets.main([str(config), rows, "data.empty_rows=report"]) == 0
+    assert buckets.main([str(config), rows, "data.unused_rows=report"]) == 0
 
 
 def test_calibrate_prints_a_section_that_a_configuration_takes(

@@ -9,12 +9,13 @@ from typing import Any, Literal
 import pytest
 from omegaconf import OmegaConf
 
+from opensora.cli import main
 from opensora.cli.main import run_cli
-from opensora.config import run
 from opensora.config.load import config_from_argv, config_hash, load_config, save, to_omegaconf, to_yaml
+from opensora.config.renamed_keys import RENAMED
 from opensora.config.run import AUTOENCODER_CONFIGS, MODEL_CONFIGS, TEXT_ENCODER_CONFIGS, RunConfig, SampleConfig
 from opensora.config.schema import build, plain, section
-from opensora.config.strict_yaml import read_yaml
+from opensora.config.strict_yaml import read_yaml, to_yaml_text
 from opensora.models.families import MODEL_SIZES
 from opensora.utils.errors import UserError
 
@@ -49,7 +50,7 @@ def swapped(old: str, new: str) -> str:
     return GOOD.replace(old, new)
 
 
-PACKED = ["data.micro_batches=4", "data.pack=2", "data.tokens_per_sequence=64"]
+PACKED = ["data.micro_batches=4", "data.balance_group=2", "data.tokens_per_sequence=64"]
 
 # name -> (file content or None for the good one, overrides, what the one line must contain)
 BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
@@ -252,7 +253,11 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     "a choice of shares of one": (None, ["parallel.mesh.dynamic=true"], "parallel.mesh.dynamic=true with ulysses=1"),
     "guidance in training": (None, ["parallel.mesh.cfg=2"], "parallel.mesh.cfg=2: allowed is 1"),
     "warm-up beyond the end": (None, ["optim.warmup_steps=101"], "optim.warmup_steps=101: allowed are at most train"),
-    "pack that does not divide": (None, ["data.pack=2"], "data.pack=2: allowed are divisors of micro_batches=1"),
+    "pack that does not divide": (
+        None,
+        ["data.balance_group=2"],
+        "data.balance_group=2: allowed are divisors of micro_batches=1",
+    ),
     "packs on a ring": (
         None,
         [*PACKED, "parallel.mesh.ring=2"],
@@ -260,8 +265,8 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     ),
     "packs of one": (
         None,
-        [*PACKED, "data.pack=1"],
-        "data.pack=1: with tokens_per_sequence=64 allowed are divisors of micro_batches=4 from 2 on",
+        [*PACKED, "data.balance_group=1"],
+        "data.balance_group=1: with tokens_per_sequence=64 allowed are divisors of micro_batches=4 from 2 on",
     ),
     "negative sequence": (None, ["data.tokens_per_sequence=-1"], "data.tokens_per_sequence=-1: allowed are numbers >="),
     "auto without a budget": (None, ["data.buckets.64px.1=[1.0, auto]"], "batch size auto needs a budget"),
@@ -524,8 +529,8 @@ def _fail(_: list[str]) -> None:
 
 def test_rank_0_speaks_first(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     waited: list[float] = []
-    monkeypatch.setattr(run.time, "sleep", waited.append)
-    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(main.time, "sleep", waited.append)
+    monkeypatch.setattr(main.signal, "signal", lambda *_: None)
     cases = (("0", "error: key=1: allowed are 2\n", 0), ("1", "error: rank 1: key=1: allowed are 2\n", 1))
     for rank, line, waits in cases:
         monkeypatch.setenv("RANK", rank)
@@ -669,3 +674,23 @@ def test_help_is_given_wherever_it_is_asked_for(
     with pytest.raises(SystemExit) as caught:
         config_from_argv(RunConfig, argv, "Train.")
     assert caught.value.code == 0 and "usage: CONFIG.yaml" in capsys.readouterr().out
+
+
+def test_keys_that_had_other_names_are_read(good: Path) -> None:
+    """From a file, an override and Python; the new names are keys that there are."""
+    values = {"unused_rows": "report", "balance_group": 1}
+    for old, (where, key) in RENAMED.items():
+        value = values.get(key, 7)
+        override = load_config(RunConfig, "run.yaml", [f"{'.'.join(map(str, old))}={value}"])
+        tree = plain(override)
+        del tree[where][key]
+        tree[where][old[1]] = value
+        (good.parent / "old.yaml").write_text(to_yaml_text(tree))
+        for cfg in (override, load_config(RunConfig, tree), load_config(RunConfig, "old.yaml")):
+            assert getattr(getattr(cfg, where), key) == value
+
+
+def test_a_key_under_both_names_is_refused(good: Path) -> None:
+    good.write_text(GOOD.replace("  table:", "  pack: 1\n  balance_group: 1\n  table:"))
+    with pytest.raises(UserError, match=r"data\.pack: is called data\.balance_group now"):
+        load_config(RunConfig, "run.yaml")

@@ -53,7 +53,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(table: ClipTable, steps: range, rank: int = 0, degree: int = 1, **changes: Any) -> list[Batch]:
     settings: dict[str, Any] = {"buckets": BUCKETS, "micro_batches": 2, "workers": 0} | changes
-    cfg = DataConfig(**{"empty_rows": "report", **settings})
+    cfg = DataConfig(**{"unused_rows": "report", **settings})
     plan = BatchPlan(table, cfg, 8, seed=1)
     batches = build_loader(
         table, plan, cfg, start_step=steps.start, stop_step=steps.stop, dp_rank=rank, dp_degree=degree, seed=1
@@ -229,7 +229,7 @@ def wait_until(true: Any, seconds: float = 20.0) -> bool:
 
 
 def batches_of(table: ClipTable, steps: int, **changes: Any) -> Any:
-    cfg = DataConfig(**{"buckets": BUCKETS, "empty_rows": "report", "micro_batches": 1} | changes)
+    cfg = DataConfig(**{"buckets": BUCKETS, "unused_rows": "report", "micro_batches": 1} | changes)
     plan = BatchPlan(table, cfg, 8, 0)
     return build_loader(table, plan, cfg, start_step=0, stop_step=steps, dp_rank=0, dp_degree=1, seed=0)
 

@@ -26,7 +26,7 @@ def make_plan(budget: int, *, micro_batches: int = 16, pack: int = 4, rows: int 
     cfg = DataConfig(
         buckets=FIXED,
         micro_batches=micro_batches,
-        pack=pack,
+        balance_group=pack,
         tokens_per_sequence=budget,
         cost=CostConfig(per_batch=50.0, per_sample=20.0),
     )
@@ -121,7 +121,12 @@ def batches_of(clips: Path, workers: int, budget: int) -> list[Batch | PackedBat
     table = read_table(str(clips / "t.csv"))
     buckets = {"32px": {1: [1.0, 1], 5: [1.0, 1], 9: [1.0, 1]}}
     cfg = DataConfig(
-        buckets=buckets, micro_batches=6, pack=3, workers=workers, tokens_per_sequence=budget, unused_rows="report"
+        buckets=buckets,
+        micro_batches=6,
+        balance_group=3,
+        workers=workers,
+        tokens_per_sequence=budget,
+        unused_rows="report",
     )
     plan = BatchPlan(table, cfg, 8, seed=1)
     assert not budget or len(plan.step(0)) < 6

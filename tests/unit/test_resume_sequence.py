@@ -58,7 +58,7 @@ def run(tables: list[str], steps: range, degree: int, workers: int, pack: int) -
         probability="accept",
         unused_rows="report",
         micro_batches=12,
-        pack=pack,
+        balance_group=pack,
         crop="random",
         prompt_suffix=True,
         workers=workers,

@@ -17,7 +17,7 @@ DEGREES = {1: (1,), 2: (1, 2), 4: (1, 2, 4), 6: (1, 2, 3, 6), 8: (1, 2, 4, 8)}
 
 
 def make_plan(pack: int = 1, **cost: float) -> BatchPlan:
-    cfg = DataConfig(buckets=FIXED, micro_batches=7, pack=pack, cost=CostConfig(**cost))
+    cfg = DataConfig(buckets=FIXED, micro_batches=7, balance_group=pack, cost=CostConfig(**cost))
     return BatchPlan(random_table(600), cfg, 16, 3)
 
 

@@ -100,12 +100,12 @@ class BatchPlan:
             spatial_multiple: pixels one token spans in space (autoencoder stride * patch).
 
         Raises:
-            UserError: no sample fits any bucket, with ``empty_rows: error`` a row of the bucket table has none, or a
+            UserError: no sample fits any bucket, with ``unused_rows: error`` a row of the bucket table has none, or a
                 sample of some bucket is longer than ``tokens_per_sequence``.
         """
         self._made_of = (table, cfg, spatial_multiple, seed)
         self._seed = seed
-        self._per_step, self._pack = cfg.micro_batches, cfg.pack
+        self._per_step, self._pack = cfg.micro_batches, cfg.balance_group
         self._budget = cfg.tokens_per_sequence
         self._buckets = BucketTable(cfg, spatial_multiple)
         self._number = {bucket: number for number, bucket in enumerate(self._buckets.buckets)}
@@ -255,7 +255,7 @@ class BatchPlan:
     def _packed(self, epoch: Epoch, numbers: np.ndarray, bucket: np.ndarray, sizes: np.ndarray) -> _Step:
         """The step of these micro-batches, their samples laid into packs if they are to be.
 
-        There are as many packs as micro-batches / ``pack``, or a multiple: on so many processes steps are even.
+        There are as many packs as micro-batches / ``balance_group``, or a multiple: steps are even on so many processes.
         """
         if not self._budget:
             return _Step(epoch, numbers, bucket, sizes, self._buckets.costs(bucket, sizes))
@@ -337,7 +337,7 @@ def check_rows(report: BucketReport) -> None:
         others = f" and {more} more row{'s' if more > 1 else ''} get" if more else " gets"
         raise UserError(
             f"data.buckets.{resolution}.{frames}{others} no sample: take {'them' if more else 'it'} out, add clips "
-            "that fit, or set data.empty_rows=report; python -m opensora.cli.buckets shows all rows"
+            "that fit, or set data.unused_rows=report; python -m opensora.cli.buckets shows all rows"
         )
 
 

@@ -140,9 +140,9 @@ class AnomalyGuard:
         if wanted is None:
             return None
         self._rollbacks += 1
-        if self._rollbacks > self.cfg.max_returns:
+        if self._rollbacks > self.cfg.max_rollbacks:
             raise TrainingDiverged(
-                f"{wanted.why} again, after going back {self.cfg.max_returns} times; checkpoints of "
+                f"{wanted.why} again, after going back {self.cfg.max_rollbacks} times; checkpoints of "
                 f"{wanted.before} and fewer steps are good: change optim.lr, the data, or the machine"
             )
         self._row = 0

@@ -33,7 +33,7 @@ class StepTimer:
 
     def __init__(self, cfg: RunConfig, watchdog: Watchdog | None = None) -> None:
         guard = cfg.guard
-        self._allowed = {**dict.fromkeys(STEP, hang_s(cfg)), **dict.fromkeys(ASIDE, guard.aside_s)}
+        self._allowed = {**dict.fromkeys(STEP, hang_s(cfg)), **dict.fromkeys(ASIDE, guard.save_s)}
         self._start_s = guard.start_s
         self._started = False  # the first step has been made
         self._straggler = guard.straggler

@@ -14,6 +14,7 @@ from acceleration.engines import Engine
 from acceleration.files.sealed_json import ANY, COUNT, FLAG, NULL, NUMBER, OBJECT, TEXT, WHOLE, Each, Shape, mismatch
 from opensora.config.compare import differences
 from opensora.config.load import config_hash
+from opensora.config.renamed_keys import with_new_names
 from opensora.config.run import SAVED_NAME, RunConfig
 from opensora.config.schema import plain
 from opensora.config.strict_yaml import read_yaml
@@ -27,7 +28,7 @@ FREE = (
     *("output", "parallel", "log", "train", "lora.export_names"),
     *("data.index", "data.workers", "data.prefetch", "data.prefetch_mib", "data.cache_mib", "data.decode_threads"),
     *("data.decode_timeout_s", "data.worker_timeout_s", "data.max_bad_share"),
-    *("guard.hang_s", "guard.start_s", "guard.aside_s", "guard.straggler", "guard.replicas_every"),
+    *("guard.hang_s", "guard.start_s", "guard.save_s", "guard.straggler", "guard.replicas_every"),
 )
 NOT_FREE = ("parallel.precision",)  # but those that may not
 ASIDE = ("name", "validate")  # settings that leave the numbers of training as they are, said last
@@ -209,7 +210,7 @@ def announce_changes(cfg: RunConfig, manifest: Mapping[str, Any] | None = None) 
     Args:
         manifest: of the checkpoint; without a configuration in it, that of the run's folder is looked at.
     """
-    before = (manifest or {}).get("config") or _saved(cfg)
+    before = with_new_names((manifest or {}).get("config") or {}) or _saved(cfg)
     if before is None:
         return
     lines = [line for line in differences(before, _told(cfg)) if _matters(line, cfg)]
@@ -229,7 +230,7 @@ def _saved(cfg: RunConfig) -> dict[str, Any] | None:
     replaced."""
     path = cfg.folder / SAVED_NAME
     try:
-        return _as_json(read_yaml(path)[0]) if path.is_file() else None
+        return _as_json(with_new_names(read_yaml(path)[0])) if path.is_file() else None
     except UserError:
         return None
 
