@@ -39,14 +39,14 @@ class TensorShards:
     """Stands for the full parameter in a state dict, or for a quantity that the optimizer keeps of it."""
 
     held: Tensor
-    slices_of: Slices
+    slices: Slices
     cut: Cut | None = None  # by tensor parallelism
 
 
 def slices_of(value: Tensor | TensorShards) -> Slices:
     """What this process holds of ``value``; a plain tensor is the same everywhere."""
     if isinstance(value, TensorShards):
-        return value.slices_of
+        return value.slices
     if isinstance(value, DTensor):
         return Slices(tuple(value.shape), value.dtype, dict(fsdp.chunks(value)), _is_first_replica(value))
     return Slices(tuple(value.shape), value.dtype, {(0,) * value.dim(): value}, dist.get_rank() == 0)
@@ -78,7 +78,7 @@ def whole(value: Tensor | TensorShards, axis: Axis) -> Tensor:
     if not isinstance(value, TensorShards):
         return fsdp.full(value)
     if value.cut is None:
-        assert value.held.shape == value.slices_of.shape, "flat memory is put together by reading a checkpoint"
+        assert value.held.shape == value.slices.shape, "flat memory is put together by reading a checkpoint"
         return fsdp.full(value.held)
     return value.cut.join(list(collectives.all_gather(fsdp.full(value.held)[None], 0, [1] * axis.degree, axis)))
 

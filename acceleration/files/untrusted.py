@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-_ROOT = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 OUR_PACKAGES = ("acceleration", "opensora", "data_pipeline")
 # A name that does not exist, or a broken invariant, is a mistake also where the block itself made it.
 _ALWAYS_OURS = (NameError, AssertionError, ImportError)

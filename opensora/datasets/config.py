@@ -102,7 +102,7 @@ class DataConfig:
         if self.tokens_per_sequence and self.balance_group == 1:
             raise ValueError(
                 f"balance_group=1: with tokens_per_sequence={self.tokens_per_sequence} allowed are divisors of "
-                f"micro_batches={self.micro_batches} from 2 on, as so many micro-batches are laid into sequences together"
+                f"micro_batches={self.micro_batches} from 2 on: so many are laid into sequences together"
             )
         if not 0 < self.decode_timeout_s < self.worker_timeout_s:
             raise ValueError(

@@ -85,7 +85,7 @@ def program(pid: int) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("stopped", ["train.py", "writer.py", "watchdog.py"])
+@pytest.mark.parametrize("stopped", ["train.py", "writer_process.py", "watchdog.py"])
 def test_a_stopped_process_ends_the_command_with_70(stopped: str, config: Path, tmp_path: Path, tally: Tally) -> None:
     """A process that trains, or writes a checkpoint; nothing is left. A watchdog that is stopped harms nobody: the run
     ends as it should, when it is asked to."""
@@ -104,7 +104,7 @@ def test_a_stopped_process_ends_the_command_with_70(stopped: str, config: Path, 
     _, said = process.communicate(timeout=200)
     assert process.returncode == (75 if stopped == "watchdog.py" else 70), said
     if stopped != "watchdog.py":
-        assert "HANG: no progress" in said and ("T (stopped)" in said or stopped == "writer.py")
+        assert "HANG: no progress" in said and ("T (stopped)" in said or stopped == "writer_process.py")
     while left := [pid for pid in family if alive(pid)]:
         assert time.monotonic() < deadline + 100, left
         time.sleep(0.1)

@@ -415,7 +415,7 @@ def free_port() -> int:
 WORKER = """
 import os, sys
 import torch, torch.distributed as dist
-from acceleration.runtime import start, stop
+from acceleration.distributed.runtime import start, stop
 attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
 open(f"{sys.argv[1]}/{attempt}-{rank}", "w").close()  # before the group is made, which waits for both
 start(30)

@@ -46,10 +46,10 @@ def no_locks(file: int, how: int) -> None:
 def another_process(folder: Path, *, ends: bool, job: str = "", machine: str = "") -> "subprocess.Popen[str]":
     """Takes the folder, then dies without a word or stays."""
     code = (
-        "import sys, time, os, fcntl; from pathlib import Path; from opensora.train import run_folder\n"
-        f"run_folder._machine = lambda: {machine!r} or 'here'\n"
+        "import sys, time, os, fcntl; from pathlib import Path; from opensora.train.state import run_lock\n"
+        f"run_lock._machine = lambda: {machine!r} or 'here'\n"
         f"env = {{'SLURM_JOB_ID': {job!r}}} if {job!r} else {{}}\n"
-        f"lock = run_folder.RunLock(Path({str(folder)!r}), env=env, beat_s=0.1)\n"
+        f"lock = run_lock.RunLock(Path({str(folder)!r}), env=env, beat_s=0.1)\n"
         f"print('taken', flush=True); os._exit(9) if {ends} else time.sleep(60)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)

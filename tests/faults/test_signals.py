@@ -232,8 +232,8 @@ def test_the_same_signal_again_leaves_at_once(config: Path, tmp_path: Path, tall
 
 REPEATED = """
 import os, signal, time
-from opensora.utils import signals
-asked = signals.remember()
+from opensora.utils import signal_handler
+asked = signal_handler.install()
 for _ in range(3):
     os.kill(os.getpid(), signal.SIGUSR2)
     time.sleep(1.1)
@@ -250,8 +250,8 @@ def test_a_repeated_warning_is_one_warning(tally: Tally) -> None:
 
 NOHUP = """
 import os, signal
-from opensora.utils import signals
-asked = signals.remember()
+from opensora.utils import signal_handler
+asked = signal_handler.install()
 os.kill(os.getpid(), signal.SIGHUP)
 print(asked.name, signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)
 """
@@ -279,12 +279,12 @@ def test_nohup_is_respected(tally: Tally) -> None:
 LEAVES = """
 import os, signal, sys, time
 from pathlib import Path
-from opensora.utils import signals
-signals.leave_when_asked("what is written stays"{code})
+from opensora.utils import signal_handler
+signal_handler.leave_when_asked("what is written stays"{code})
 path = Path(sys.argv[1])
 print("ready", flush=True)
 if {writing}:
-    with signals.writing():
+    with signal_handler.writing():
         path.write_text("half")
         print("writes", flush=True)
         time.sleep(2.0)

@@ -181,7 +181,7 @@ def test_other_decoders(
     home: Any, fails: str, error: Exception, files: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(home, "load", lambda: Package(fails, error))
-    name = home.__name__.rsplit("_", 1)[1]
+    name = home.__name__.rsplit(".", 1)[1].removesuffix("_backend")
     with pytest.raises(DecodeError) as found:
         read_frames(files["clip"], 0, 2, decoder=name)
     assert "\n" not in found.value.cause

@@ -44,10 +44,10 @@ def test_a_run_of_elements_is_boxes_that_cover_it_once(shape: tuple[int, ...]) -
         for stop in range(start, size + 1):
             held = whole.reshape(-1)[start:stop].clone()
             run = tensor_shards.run(held, shape, start)
-            assert run.boxes.shape == whole.shape
+            assert run.slices.shape == whole.shape
             boxes = [
                 (whole[tuple(slice(o, o + n) for o, n in zip(offset, box.shape, strict=True))], box)
-                for offset, box in run.boxes.views.items()
+                for offset, box in run.slices.views.items()
             ]
             assert all(torch.equal(there, box) for there, box in boxes)
             assert sum(box.numel() for _, box in boxes) == stop - start

@@ -214,7 +214,7 @@ def test_a_command_says_it_in_one_line() -> None:
 @pytest.mark.parametrize("value", ["x", "", "-1", "²", "9" * 30])
 def test_a_launcher_that_none_of_ours_wrote_is_no_launcher(value: str) -> None:
     """In a process of its own: signals are remembered once and for all."""
-    program = "from opensora.utils import signals; signals.remember()"
+    program = "from opensora.utils import signal_handler; signal_handler.install()"
     environment = {**os.environ, "TORCHELASTIC_RUN_ID": "none", "OPENSORA_LAUNCHER_PID": value}
     done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, b"")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from opensora.utils import console
+from opensora.utils import console, metrics_log
 from opensora.utils.charts import _fitting, contact_sheet, loss_curve, running_mean
 from opensora.utils.console import announce, launched_rank, progress
 from opensora.utils.errors import UserError
@@ -136,7 +136,7 @@ def test_wandb_gets_a_copy_and_goes_offline_without_a_key(
     fake, said = FakeWandb(key), []
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setattr(console, "announce", said.append)
+    monkeypatch.setattr(metrics_log, "announce", said.append)
     with MetricsLogger(tmp_path / "trial", wandb=wanted, config={"seed": 1}) as logger:
         logger.log(10, {"loss": 0.5, "note": "text"})
     assert fake.started["mode"] == mode and fake.started["name"] == "trial" and fake.started["config"] == {"seed": 1}

@@ -23,7 +23,7 @@ START_S = 120.0  # an interpreter that has to come over a busy network
 PATIENCE = 1.2  # of a sample's time limit: its process notices most delays itself, and need not be killed then
 PATIENCE_S = 2.0
 
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(__file__).resolve().parents[3]
 
 
 class ReadFrames(Protocol):

@@ -255,7 +255,7 @@ class BatchPlan:
     def _packed(self, epoch: Epoch, numbers: np.ndarray, bucket: np.ndarray, sizes: np.ndarray) -> _Step:
         """The step of these micro-batches, their samples laid into packs if they are to be.
 
-        There are as many packs as micro-batches / ``balance_group``, or a multiple: steps are even on so many processes.
+        There are as many packs as micro-batches / ``balance_group``, or a multiple: on so many steps are even.
         """
         if not self._budget:
             return _Step(epoch, numbers, bucket, sizes, self._buckets.costs(bucket, sizes))
