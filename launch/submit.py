@@ -179,7 +179,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         args.tasks_per_node = args.gpus_per_node or 1
     if args.gpus_per_node and args.tasks_per_node > args.gpus_per_node:
         raise UserError(
-            f"--tasks-per-node={args.tasks_per_node}: allowed are at most --gpus-per-node={args.gpus_per_node}, "
+            f"--tasks-per-node={args.tasks_per_node}: must be at most --gpus-per-node={args.gpus_per_node}, "
             "as a process has a GPU of its own"
         )
     return args, overrides
@@ -188,7 +188,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def time_limit(text: str) -> str:
     """A time as sbatch takes it: minutes, [hours:]minutes:seconds, or days-hours[:minutes[:seconds]]."""
     if not re.fullmatch(r"[0-9]{1,7}(?::[0-9]{1,2}){0,2}|[0-9]{1,5}-[0-9]{1,2}(?::[0-9]{1,2}){0,2}", text):
-        allowed = "allowed are times such as 30, 4:00:00 or 1-12:00:00"
+        allowed = "must be a time such as 30, 4:00:00 or 1-12:00:00"
         raise argparse.ArgumentTypeError(f"={short(repr(text), 40)}: {allowed}")
     return text
 

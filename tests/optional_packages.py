@@ -67,7 +67,7 @@ class Place:
         found, wanted = (read_state_dict(folder / "exported")[0] for folder in (run, self.native()))
         error = max(float((found[name] - w).norm() / w.norm().clamp(min=1e-12)) for name, w in wanted.items())
         if found.keys() != wanted.keys() or not error <= near:
-            raise Failed(f"weights are {error:.1e} from the native engine's, allowed is {near:.0e}")
+            raise Failed(f"weights are {error:.1e} from the native engine's, must be {near:.0e}")
         return f"weights within {error:.0e} of the native engine's"
 
 

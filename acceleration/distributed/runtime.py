@@ -158,7 +158,7 @@ def _whole(
     if re.fullmatch(r"[0-9]{1,15}", text) and least <= int(text) <= most:
         return int(text)
     bound = f" with {why}" if why else ""
-    raise _refused(f"{name}={short(text)}: allowed are integers from {least} to {most}{bound}; {_START}")
+    raise _refused(f"{name}={short(text)}: must be an integer from {least} to {most}{bound}; {_START}")
 
 
 def _refused(message: str) -> StartError:
@@ -228,7 +228,7 @@ def check_visible_devices(env: Mapping[str, str] = os.environ) -> None:
     named = r"(?:[0-9]{1,4}|(?:GPU|MIG)-[0-9A-Za-z/-]+)"
     if text in ("", "-1") or text.startswith("No") or re.fullmatch(rf"{named}(?: *, *{named})*,?", text):
         return
-    allowed = "allowed are numbers or names of devices, as 0,1, or -1 for none"
+    allowed = "must be numbers or names of devices, as 0,1, or -1 for none"
     raise _refused(f"CUDA_VISIBLE_DEVICES={short(text)}: {allowed}")
 
 

@@ -78,7 +78,7 @@ def parse_durations(text: str) -> list[int]:
     if min(durations) < 2:
         raise UserError(f"--durations: {min(durations)} is too short for a clip; use 2 or more (stills: --images)")
     if max(durations) > LONGEST:
-        raise UserError(f"--durations: {max(durations)}: allowed are at most {LONGEST} frames")
+        raise UserError(f"--durations: {max(durations)}: must be at most {LONGEST} frames")
     return durations
 
 

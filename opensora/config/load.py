@@ -149,7 +149,7 @@ def _includes(path: Path, included: Any, place: str) -> list[Path]:
     """The files that ``include`` names, relative to the file that it stands in."""
     names = [] if included is None else [included] if isinstance(included, str) else included
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise UserError(f"include={included!r} ({place}): wanted a path or a list of paths")
+        raise UserError(f"include={included!r} ({place}): must be a path or a list of paths")
     for name in names:
         if not is_regular_file(path.parent / name):
             raise UserError(
@@ -235,7 +235,9 @@ def _keys(name: str, word: str) -> Keys:
     if not all(parts):
         raise UserError(f"{word}: an empty key; write section.key=value")
     if len(parts) > MAX_DEPTH:
-        raise UserError(f"{dotted(tuple(parts[:4]))}...: {len(parts)} levels ({COMMAND_LINE}); allowed are {MAX_DEPTH}")
+        raise UserError(
+            f"{dotted(tuple(parts[:4]))}...: {len(parts)} levels ({COMMAND_LINE}); must be at most {MAX_DEPTH}"
+        )
     return tuple(int(part) if _NUMBER.fullmatch(part) else part for part in parts)
 
 

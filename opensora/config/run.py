@@ -56,13 +56,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: allowed are integers >= 1")
+                raise ValueError(f"{name}={getattr(self, name)}: must be an integer >= 1")
         if self.checkpoint_keep < 0:
-            raise ValueError(f"checkpoint_keep={self.checkpoint_keep}: allowed are integers >= 0; 0 keeps all")
+            raise ValueError(f"checkpoint_keep={self.checkpoint_keep}: must be an integer >= 0; 0 keeps all")
         if self.init_from == "":
-            raise ValueError("init_from='': wanted a safetensors file or an export folder, or null")
+            raise ValueError("init_from='': must be a safetensors file or an export folder, or null")
         if not self.resume:
-            raise ValueError("resume='': allowed are auto, none, or the path of a checkpoint")
+            raise ValueError("resume='': must be one of auto, none, or the path of a checkpoint")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class ValidateConfig:
 
     def __post_init__(self) -> None:
         if self.every < 0:
-            raise ValueError(f"every={self.every}: allowed are integers >= 0; 0 makes no samples")
+            raise ValueError(f"every={self.every}: must be an integer >= 0; 0 makes no samples")
         if self.every and not self.prompts:
             raise ValueError("prompts: missing; give validate.prompts=[TEXT, ...], or validate.every=0")
 
@@ -109,18 +109,18 @@ class GuardConfig:
     def __post_init__(self) -> None:
         for name in ("max_bad", "max_rollbacks", "replicas_every"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: allowed are integers >= 0")
+                raise ValueError(f"{name}={getattr(self, name)}: must be an integer >= 0")
         if self.spike_sigma < 0:
-            raise ValueError(f"spike_sigma={self.spike_sigma}: allowed are numbers >= 0; 0 leaves out no spike")
+            raise ValueError(f"spike_sigma={self.spike_sigma}: must be a number >= 0; 0 leaves out no spike")
         if self.spike_window < 8:
-            raise ValueError(f"spike_window={self.spike_window}: allowed are integers >= 8")
+            raise ValueError(f"spike_window={self.spike_window}: must be an integer >= 8")
         if self.straggler and self.straggler <= 1:
-            raise ValueError(f"straggler={self.straggler}: allowed are numbers > 1; 0 names no process")
+            raise ValueError(f"straggler={self.straggler}: must be a number > 1; 0 names no process")
         if self.hang_s is not None and self.hang_s < 0:
-            raise ValueError(f"hang_s={self.hang_s}: allowed are numbers >= 0; 0 is no watchdog")
+            raise ValueError(f"hang_s={self.hang_s}: must be a number >= 0; 0 is no watchdog")
         for name in ("start_s", "save_s"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: allowed are numbers > 0")
+                raise ValueError(f"{name}={getattr(self, name)}: must be a number > 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,18 +145,18 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if problem := name_problem(self.name, most=MAX_NAME):
-            raise ValueError(f"name={short(repr(self.name))}: allowed is the name of a folder; this one {problem}")
+            raise ValueError(f"name={short(repr(self.name))}: must be the name of a folder; this one {problem}")
         if not self.output:
-            raise ValueError("output='': wanted the folder of all runs; . is this one")
+            raise ValueError("output='': must be the folder of all runs; . is this one")
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed={self.seed}: allowed are integers from 0 to 2^63-1")
+            raise ValueError(f"seed={self.seed}: must be an integer from 0 to 2^63-1")
         if not self.data.table:
             raise ValueError("data.table: missing; give the path of a clip table (csv or parquet)")
         if not self.data.buckets:
             raise ValueError("data.buckets: missing; give a table such as {256px: {1: [1.0, 8], 33: [1.0, 2]}}")
         check_fit(self.model, self.vae, self.text)
         if self.parallel.mesh.cfg != 1:
-            raise ValueError(f"parallel.mesh.cfg={self.parallel.mesh.cfg}: allowed is 1; guidance is for sampling")
+            raise ValueError(f"parallel.mesh.cfg={self.parallel.mesh.cfg}: must be 1; guidance is for sampling")
         if self.data.tokens_per_sequence:
             self._check_packs()
         if self.lora.rank and self.train.init_from is None:
@@ -171,7 +171,7 @@ class RunConfig:
             )
         if self.optim.warmup_steps > self.train.steps:
             raise ValueError(
-                f"optim.warmup_steps={self.optim.warmup_steps}: allowed are at most train.steps={self.train.steps}"
+                f"optim.warmup_steps={self.optim.warmup_steps}: must be at most train.steps={self.train.steps}"
             )
 
     def _check_packs(self) -> None:
@@ -179,12 +179,12 @@ class RunConfig:
         key = f"data.tokens_per_sequence={self.data.tokens_per_sequence}"
         if self.parallel.mesh.ring != 1:
             raise ValueError(
-                f"{key}: with parallel.mesh.ring={self.parallel.mesh.ring} allowed is 0; use parallel.mesh.ulysses"
+                f"{key}: with parallel.mesh.ring={self.parallel.mesh.ring} must be 0; use parallel.mesh.ulysses"
             )
         if self.parallel.mesh.dynamic:
-            raise ValueError(f"{key}: with parallel.mesh.dynamic=true allowed is 0; use the one or the other")
+            raise ValueError(f"{key}: with parallel.mesh.dynamic=true must be 0; use the one or the other")
         if not getattr(MODELS[self.model.kind][1], "takes_packs", False):
-            raise ValueError(f"{key}: model.kind={self.model.kind} takes one sample per sequence; allowed is 0")
+            raise ValueError(f"{key}: model.kind={self.model.kind} takes one sample per sequence; must be 0")
 
     @property
     def folder(self) -> Path:
@@ -223,21 +223,21 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         if self.lora_scale < -LORA_SCALE:
-            raise ValueError(f"lora_scale={self.lora_scale}: allowed are numbers from -{LORA_SCALE} to {LORA_SCALE}")
+            raise ValueError(f"lora_scale={self.lora_scale}: must be a number from -{LORA_SCALE} to {LORA_SCALE}")
         if not self.weights:
-            raise ValueError("weights='': wanted a run folder, an export folder or a safetensors file")
+            raise ValueError("weights='': must be a run folder, an export folder or a safetensors file")
         if not self.save_dir:
-            raise ValueError("save_dir='': wanted the folder to write to; . is this one")
+            raise ValueError("save_dir='': must be the folder to write to; . is this one")
         for name in ("lora", "prompt_csv"):
             if getattr(self, name) == "":
-                raise ValueError(f"{name}='': wanted a path, or null")
+                raise ValueError(f"{name}='': must be a path, or null")
         for name in ("num_sample", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: allowed are integers >= 1")
+                raise ValueError(f"{name}={getattr(self, name)}: must be an integer >= 1")
         if self.parallel.engine != "native":
-            raise ValueError(f"parallel.engine={self.parallel.engine}: allowed is native; the others are for training")
+            raise ValueError(f"parallel.engine={self.parallel.engine}: must be native; the others are for training")
         if self.parallel.mesh.dynamic:
-            raise ValueError("parallel.mesh.dynamic=true: allowed is false; in sampling all share every clip")
+            raise ValueError("parallel.mesh.dynamic=true: must be false; in sampling all share every clip")
         if self.prompt is None and not self.prompts and self.prompt_csv is None:
             raise ValueError("prompt: missing; give --prompt TEXT, prompts=[TEXT, ...] or prompt_csv=FILE")
 

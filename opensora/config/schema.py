@@ -114,7 +114,7 @@ def suggestion(name: str, choices: Iterable[str]) -> str:
     """``did you mean x?`` where a choice is close, else all of them."""
     known, name = list(choices), name[:LONGEST_NAME]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]}?" if close else "allowed are " + ", ".join(known)
+    return f"did you mean {close[0]}?" if close else "must be one of " + ", ".join(known)
 
 
 class _Builder:
@@ -138,7 +138,7 @@ class _Builder:
 
     def instance(self, cls: type, data: Any, keys: Keys, base: Mapping[str, Any]) -> Any:
         if not isinstance(data, dict):
-            raise self.fail(keys, f"={shown(data)}: wanted {wanted(cls)}")
+            raise self.fail(keys, f"={shown(data)}: must be {wanted(cls)}")
         fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
         for key in data:
             if key not in fields:
@@ -151,11 +151,11 @@ class _Builder:
                 values[name] = self.field(field, hints[name], data[name], path)
             elif name not in values and TABLE not in field.metadata and _has_no_default(field):
                 if not dataclasses.is_dataclass(hints[name]):
-                    raise self.fail(path, f": missing; wanted {wanted(hints[name])}")
+                    raise self.fail(path, f": missing; must be {wanted(hints[name])}")
                 values[name] = self.instance(hints[name], {}, path, {})  # a section of defaults, or what it lacks
             elif name not in values and _has_no_default(field):
                 choices = ", ".join(field.metadata[TABLE])
-                raise self.fail(path, f": missing; wanted a section with kind, one of {choices}")
+                raise self.fail(path, f": missing; must be a section with kind, one of {choices}")
         for name, value in values.items():
             if problem := beyond_limit(cls, name, value):
                 raise self.fail((*keys, name), f"={shown(value)}: {problem}")
@@ -176,9 +176,9 @@ class _Builder:
     def chosen(self, table: Mapping[str, type], sizes: Mapping[str, Mapping[str, Any]], value: Any, keys: Keys) -> Any:
         """A section whose class depends on its ``kind``, on top of the named size if it has one."""
         if not isinstance(value, dict):
-            raise self.fail(keys, f"={shown(value)}: wanted a section with kind, one of {', '.join(table)}")
+            raise self.fail(keys, f"={shown(value)}: must be a section with kind, one of {', '.join(table)}")
         if value.get("kind") is None:
-            raise self.fail((*keys, "kind"), f": missing; allowed are {', '.join(table)}")
+            raise self.fail((*keys, "kind"), f": missing; must be one of {', '.join(table)}")
         kind = value["kind"]
         if not isinstance(kind, str) or kind not in table:
             raise self.fail((*keys, "kind"), f"={shown(kind)}: {suggestion(str(kind), table)}")
@@ -233,7 +233,7 @@ class _Builder:
                 return self.value(member, value, keys)
             except UserError:
                 continue
-        raise self.fail(keys, f"={shown(value)}: wanted {wanted(hint)}")
+        raise self.fail(keys, f"={shown(value)}: must be {wanted(hint)}")
 
     def literal(self, choices: tuple[Any, ...], value: Any, keys: Keys) -> Any:
         for choice in choices:
@@ -244,10 +244,10 @@ class _Builder:
     def sequence(self, hint: Any, value: Any, keys: Keys) -> Any:
         arguments = get_args(hint)
         if not isinstance(value, (list, tuple)):
-            raise self.fail(keys, f"={shown(value)}: wanted {wanted(hint)}")
+            raise self.fail(keys, f"={shown(value)}: must be {wanted(hint)}")
         if get_origin(hint) is tuple and Ellipsis not in arguments:
             if len(value) != len(arguments):
-                raise self.fail(keys, f"={shown(value)}: wanted {wanted(hint)}")
+                raise self.fail(keys, f"={shown(value)}: must be {wanted(hint)}")
             return tuple(
                 self.value(member, item, (*keys, i))
                 for i, (member, item) in enumerate(zip(arguments, value, strict=True))
@@ -257,7 +257,7 @@ class _Builder:
 
     def mapping(self, hint: Any, value: Any, keys: Keys) -> dict[Any, Any]:
         if not isinstance(value, Mapping):
-            raise self.fail(keys, f"={shown(value)}: wanted {wanted(hint)}")
+            raise self.fail(keys, f"={shown(value)}: must be {wanted(hint)}")
         key_hint, value_hint = get_args(hint) or (Any, Any)
         return {
             self.value(key_hint, key, (*keys, key)): self.value(value_hint, item, (*keys, key))
@@ -270,20 +270,20 @@ class _Builder:
             raise self.fail(keys, ": a whole number beyond 64 bits")
         if hint is float and is_number:
             if not math.isfinite(value):
-                raise self.fail(keys, f"={value}: wanted a finite number")
+                raise self.fail(keys, f"={value}: must be a finite number")
             return float(value)
         if hint is int and isinstance(value, float) and value.is_integer():
             written = f"; write {int(value)}" if abs(value) < 2**63 else " of at most 64 bits"
-            raise self.fail(keys, f"={value}: wanted a whole number{written}")
+            raise self.fail(keys, f"={value}: must be a whole number{written}")
         if hint is str and is_number:
-            raise self.fail(keys, f'={value}: wanted text; write "{value}" in quotes')
+            raise self.fail(keys, f'={value}: must be text; write "{value}" in quotes')
         if hint is bool and isinstance(value, str) and value.lower() in ("yes", "no", "on", "off"):
-            raise self.fail(keys, f"={value}: wanted true or false; only these two words are")
+            raise self.fail(keys, f"={value}: must be true or false; only these two words are")
         if hint is Path and isinstance(value, str):
             return Path(self.scalar(str, value, keys))
         fits = type(value) is hint if hint in (int, bool, str) else isinstance(hint, type) and isinstance(value, hint)
         if not fits or isinstance(value, float):
-            raise self.fail(keys, f"={shown(value)}: wanted {wanted(hint)}")
+            raise self.fail(keys, f"={shown(value)}: must be {wanted(hint)}")
         if isinstance(value, str) and (problem := _unprintable(value)):
             raise self.fail(keys, f"={shown(value)}: {problem}")
         return value

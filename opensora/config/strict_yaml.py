@@ -63,7 +63,7 @@ def read_yaml(path: Path) -> tuple[dict[str | int, Any], Lines]:
     if value is None:
         return {}, lines
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {_kind_of(value)}; wanted a mapping of keys to values")
+        raise UserError(f"{path}: holds a {_kind_of(value)}; must be a mapping of keys to values")
     return value, lines
 
 

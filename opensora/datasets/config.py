@@ -75,7 +75,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         names = [self.table] if isinstance(self.table, str) else self.table
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"table={self.table!r}: allowed are a path, a glob, or a list of these")
+            raise ValueError(f"table={self.table!r}: must be a path, a glob, or a list of these")
         _check_choice("probability", self.probability, ("skip", "accept"))
         _check_choice("unused_rows", self.unused_rows, ("report", "error"))
         _check_choice("crop", self.crop, ("center", "random"))
@@ -90,27 +90,27 @@ class DataConfig:
             "decode_threads",
         ):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: allowed are integers >= 1")
+                raise ValueError(f"{name}={getattr(self, name)}: must be an integer >= 1")
         if self.micro_batches % self.balance_group:
             raise ValueError(
-                f"balance_group={self.balance_group}: allowed are divisors of micro_batches={self.micro_batches}; "
+                f"balance_group={self.balance_group}: must be a divisor of micro_batches={self.micro_batches}; "
                 "micro_batches over the number of data-parallel processes suits"
             )
         for name in ("workers", "cache_mib", "tokens_per_batch", "cost_per_batch", "tokens_per_sequence"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: allowed are numbers >= 0")
+                raise ValueError(f"{name}={getattr(self, name)}: must be a number >= 0")
         if self.tokens_per_sequence and self.balance_group == 1:
             raise ValueError(
-                f"balance_group=1: with tokens_per_sequence={self.tokens_per_sequence} allowed are divisors of "
+                f"balance_group=1: with tokens_per_sequence={self.tokens_per_sequence} must be a divisor of "
                 f"micro_batches={self.micro_batches} from 2 on: so many are laid into sequences together"
             )
         if not 0 < self.decode_timeout_s < self.worker_timeout_s:
             raise ValueError(
-                f"decode_timeout_s={self.decode_timeout_s:g}: allowed are numbers above 0 and below "
+                f"decode_timeout_s={self.decode_timeout_s:g}: must be a number above 0 and below "
                 f"worker_timeout_s={self.worker_timeout_s}"
             )
         if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"max_bad_share={self.max_bad_share:g}: allowed are numbers from 0 to 1")
+            raise ValueError(f"max_bad_share={self.max_bad_share:g}: must be a number from 0 to 1")
         automatic = [row for row in bucket_rows(self) if row.batch_size is None]
         if automatic and not (self.tokens_per_batch or self.cost_per_batch):
             row = automatic[0]
@@ -125,7 +125,7 @@ def parse_colour(text: str) -> Colour:
     Raises:
         ValueError: no colour, for the key ``background``.
     """
-    allowed = "allowed are colours such as white, black, gray or #8080ff"
+    allowed = "must be a colour such as white, black, gray or #8080ff"
     refusal = ValueError(f"background={short(repr(text), 40)}: {allowed}")
     with parsing(lambda _: refusal):
         parts = ImageColor.getrgb(text)
@@ -185,4 +185,4 @@ def _is_probability(value: Any) -> bool:
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")

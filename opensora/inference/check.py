@@ -98,7 +98,7 @@ def fit_option(key: str, option: SamplingOption, model: MMDiTConfig, shape: Auto
     if option.method != method:
         reads = "reads" if model.guidance_embed else "does not read"
         raise UserError(
-            f"{key}.method={option.method}: allowed is {method}, as the model {reads} guidance as an input "
+            f"{key}.method={option.method}: must be {method}, as the model {reads} guidance as an input "
             f"(model.guidance_embed={str(model.guidance_embed).lower()})"
         )
     return option

@@ -89,7 +89,7 @@ def prepare_api(parts: Components) -> Api:
             UserError: a size, length or condition that cannot be sampled.
         """
         if cond_type != "t2v":
-            raise UserError(f"cond_type={cond_type}: allowed is t2v")
+            raise UserError(f"cond_type={cond_type}: must be t2v")
         opt = fit(opt, parts)
         assert opt.height is not None and opt.width is not None
         patch = parts.cfg.patch_size

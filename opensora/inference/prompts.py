@@ -198,7 +198,7 @@ def _checked(text: str, place: str) -> str:
         UserError: it is too long, or holds what no UTF-8 text can.
     """
     if len(text) > MAX_PROMPT:
-        raise UserError(f"{place}: a prompt of {len(text)} characters, allowed are at most {MAX_PROMPT}; shorten it")
+        raise UserError(f"{place}: a prompt of {len(text)} characters, must be at most {MAX_PROMPT}; shorten it")
     if _NO_TEXT.search(text):
         start = short(repr(text), 40)
         raise UserError(f"{place}: {start} is not UTF-8 text; type it again, or give it in a file as UTF-8")

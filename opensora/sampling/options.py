@@ -55,26 +55,26 @@ class SamplingOption:
         for name in ("width", "height"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: allowed are integers >= 1, or null")
+                raise ValueError(f"{name}={value}: must be an integer >= 1, or null")
         if (self.width is None) != (self.height is None):
             given, other = ("width", "height") if self.height is None else ("height", "width")
             raise ValueError(f"{given}={getattr(self, given)} without {other}: give both, or neither with a resolution")
         for name in ("num_frames", "num_steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: allowed are integers >= 1")
+                raise ValueError(f"{name}={getattr(self, name)}: must be an integer >= 1")
         for name in ("guidance", "guidance_img"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: allowed are numbers >= 0")
+                raise ValueError(f"{name}={getattr(self, name)}: must be a number >= 0")
         if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: allowed are integers from 0 to 2^63-1; for another clip take another")
+            raise ValueError(f"seed={self.seed}: must be an integer from 0 to 2^63-1; for another clip take another")
         if not self.fps >= MIN_FPS:
-            raise ValueError(f"fps={self.fps}: allowed are numbers from {MIN_FPS} to {MAX_FPS:g}")
+            raise ValueError(f"fps={self.fps}: must be a number from {MIN_FPS} to {MAX_FPS:g}")
         if self.motion_score is not None and self.motion_score < 0:
-            raise ValueError(f"motion_score={self.motion_score}: allowed are integers >= 0, or null")
+            raise ValueError(f"motion_score={self.motion_score}: must be an integer >= 0, or null")
         if self.flow_shift is not None and self.flow_shift <= 0:
-            raise ValueError(f"flow_shift={self.flow_shift}: allowed are numbers > 0, or null for the formula")
+            raise ValueError(f"flow_shift={self.flow_shift}: must be a number > 0, or null for the formula")
         if self.method not in METHODS:
-            raise ValueError(f"method={self.method}: allowed are {', '.join(METHODS)}")
+            raise ValueError(f"method={self.method}: must be one of {', '.join(METHODS)}")
         _named("resolution", self.resolution, area_of)
         _named("aspect_ratio", self.aspect_ratio, ratio_of)
         if self.width is None and max(image_size(self.resolution, self.aspect_ratio)) > MAX_SIDE:
@@ -122,7 +122,7 @@ def sanitize_sampling_option(
     if option.num_frames > 1 and (option.num_frames - lead) % frame_stride:
         below = (option.num_frames - lead) // frame_stride * frame_stride + lead
         raise UserError(
-            f"num_frames={option.num_frames}: allowed are {frame_stride}k{'+1' if causal else ''} and 1, "
+            f"num_frames={option.num_frames}: must be {frame_stride}k{'+1' if causal else ''} and 1, "
             f"as the autoencoder codes {frame_stride} frames at a time: use {max(below, 1)} or {below + frame_stride}"
         )
     return replace(option, width=width, height=height)

@@ -119,7 +119,7 @@ def _mark(axes: Any, events: list[dict[str, Any]]) -> None:
 
 def _strip(frames: np.ndarray, columns: int, frame_height: int) -> Image.Image:
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or len(frames) == 0:
-        raise ValueError(f"frames {frames.dtype} {frames.shape}: wanted uint8 (T, H, W, 3), T >= 1")
+        raise ValueError(f"frames {frames.dtype} {frames.shape}: must be uint8 (T, H, W, 3), T >= 1")
     count = min(columns, len(frames))
     chosen = np.linspace(0, len(frames) - 1, count).round().astype(int)
     width = max(1, round(frame_height * frames.shape[2] / frames.shape[1]))

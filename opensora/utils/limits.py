@@ -21,7 +21,7 @@ def beyond_limit(cls: type, name: str, value: Any) -> str | None:
     if name not in limits or not isinstance(value, (int, float)):
         return None
     most, reason = limits[name]
-    return None if value <= most else f"allowed are at most {most:{'g' if isinstance(most, float) else 'd'}}; {reason}"
+    return None if value <= most else f"must be at most {most:{'g' if isinstance(most, float) else 'd'}}; {reason}"
 
 
 def check_limits(owner: Any) -> None:

@@ -176,10 +176,10 @@ def test_a_number_that_is_one() -> None:
 
 def test_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     for argv, message in (
-        (["x.yaml", "--world", "0"], "--world=0: allowed are integers from 1 to 4096"),
-        (["x.yaml", "--world", "8", "--memory-gib", "nan"], "--memory-gib=nan: allowed are numbers above 0"),
-        (["x.yaml", "--world", "8", "--memory-gib", "0"], "--memory-gib=0: allowed are numbers above 0"),
-        (["x.yaml", "--world", "8", "--top", "0"], "--top=0: allowed are integers from 1 to 1000"),
+        (["x.yaml", "--world", "0"], "--world=0: must be an integer from 1 to 4096"),
+        (["x.yaml", "--world", "8", "--memory-gib", "nan"], "--memory-gib=nan: must be a number above 0"),
+        (["x.yaml", "--world", "8", "--memory-gib", "0"], "--memory-gib=0: must be a number above 0"),
+        (["x.yaml", "--world", "8", "--top", "0"], "--top=0: must be an integer from 1 to 1000"),
         (["x.yaml", "--world", "8", "--device", "h1000"], "--device: invalid choice"),
         (["x.yaml"], "the following arguments are required: --world"),
     ):

@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 from tests.faults.conftest import Tally
 
 LINES = (
-    (UserError("key=1:\n  allowed are 2"), "error: key=1: allowed are 2", 2),
+    (UserError("key=1:\n  must be one of 2"), "error: key=1: must be one of 2", 2),
     (OSError(28, "No space left on device", "out/a.png"), "error: out/a.png: No space left on device", 1),
     (PermissionError(13, "Permission denied", b"out/\xff"), "error: out/\\xff: Permission denied", 1),
     (FileNotFoundError(2, "No such file or directory", "a\x1b[31m\nb"), "error: a\\x1b[31m b: No such file", 1),

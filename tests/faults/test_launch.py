@@ -148,9 +148,9 @@ def test_a_container_and_an_array(config: Path, capsys: pytest.CaptureFixture[st
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "a key": (["train.stepz=3"], "train.stepz: unknown key; did you mean steps?"),
     "an option": (["--nodez=2"], "nodez: unknown key"),
-    "no nodes": (["--nodes=0"], "--nodes=0: allowed are integers from 1 to"),
-    "no time to save": (["--signal=5"], "--signal=5: allowed are integers from 30 to"),
-    "two processes on a GPU": (["--gpus-per-node=4", "--tasks-per-node=8"], "--tasks-per-node=8: allowed are at most"),
+    "no nodes": (["--nodes=0"], "--nodes=0: must be an integer from 1 to"),
+    "no time to save": (["--signal=5"], "--signal=5: must be an integer from 30 to"),
+    "two processes on a GPU": (["--gpus-per-node=4", "--tasks-per-node=8"], "--tasks-per-node=8: must be at most"),
     "a layout that does not fit": (["--check", "--gpus-per-node=3"], "parallel.mesh"),
     "an array of nothing": (["--array=nowhere"], "--array=nowhere: cannot be read (No such file"),
     "two runs in one folder": (["--array=same"], "two runs in"),

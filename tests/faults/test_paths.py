@@ -170,8 +170,8 @@ def test_a_long_row_is_not_repeated_whole(
 def test_a_number_that_no_file_can_hold_is_not_suggested() -> None:
     base = {"weights": "w", "prompt": "x", "sampling": {"resolution": "256px"}}
     for text, said in (
-        ("1e99", "1e+99: wanted a whole number of at most 64 bits"),
-        ("4.0", "4.0: wanted a whole number"),
+        ("1e99", "1e+99: must be a whole number of at most 64 bits"),
+        ("4.0", "4.0: must be a whole number"),
     ):
         with pytest.raises(UserError) as caught:
             load_config(SampleConfig, base, [f"sampling.motion_score={text}"])

@@ -63,7 +63,7 @@ TRAINING = {
     "wandb": (["log.wandb=offline"], "log.wandb=offline: wandb is not installed"),
     "samples: frames": (
         ["validate={{every: 1, prompts: [a], sampling: {{num_frames: 6}}}}"],
-        "validate.sampling.num_frames=6: allowed are 4k+1 and 1, as the autoencoder codes 4 frames",
+        "validate.sampling.num_frames=6: must be 4k+1 and 1, as the autoencoder codes 4 frames",
     ),
     "samples: memory": (
         ["validate={{every: 1, prompts: [a], sampling: {{width: 16384, height: 16384, num_frames: 99997}}}}"],
@@ -71,7 +71,7 @@ TRAINING = {
     ),
     "samples: method": (
         ["validate={{every: 1, prompts: [a], sampling: {{method: distill}}}}"],
-        "validate.sampling.method=distill: allowed is i2v",
+        "validate.sampling.method=distill: must be i2v",
     ),
 }
 MODEL = "{{kind: mmdit, size: debug, depth: 5, patch_size: 1, context_in_dim: 32, vec_in_dim: 32, cond_embed: false}}"
@@ -81,8 +81,8 @@ SAMPLES = {
         ["weights={folder}/badlist"],
         "{folder}/badlist/SHA256SUMS line 1: damaged; export again",
     ),
-    "6 frames": (["sampling.num_frames=6"], "sampling.num_frames=6: allowed are 4k+1 and 1"),
-    "method": (["sampling.method=distill"], "sampling.method=distill: allowed is i2v"),
+    "6 frames": (["sampling.num_frames=6"], "sampling.num_frames=6: must be 4k+1 and 1"),
+    "method": (["sampling.method=distill"], "sampling.method=distill: must be i2v"),
     "no weights": (["weights={folder}/nowhere"], "weights={folder}/nowhere: no such file or folder"),
     "weights that are none": (["weights={folder}/empty"], "weights={folder}/empty: "),
     "weights of another model": ([f"model={MODEL}"], "weights={folder}/exported: "),

@@ -408,7 +408,7 @@ OTHERS: dict[str, tuple[dict[str, Tensor], str]] = {
         {**PLAIN, "y.lora_A.style.weight": MATRIX, "y.lora_B.style.weight": MATRIX.T.contiguous()},
         "two adapters in one file",
     ),
-    "other ranks": ({**PLAIN, f"{PROJ}.lora_A.weight": torch.ones(3, 64)}, r"\(3, 64\) and \(64, 4\): allowed are"),
+    "other ranks": ({**PLAIN, f"{PROJ}.lora_A.weight": torch.ones(3, 64)}, r"\(3, 64\) and \(64, 4\): must be"),
     "a vector": ({**PLAIN, f"{PROJ}.lora_A.weight": torch.ones(64)}, r"\(64,\) and"),
     "rank 0": ({f"{PROJ}.lora_A.weight": torch.ones(0, 64), f"{PROJ}.lora_B.weight": torch.ones(64, 0)}, r"\(0, 64\)"),
     "NaN": ({**PLAIN, f"{PROJ}.lora_A.weight": LOW.down * math.nan}, "lora_A.weight holds NaN"),
@@ -418,9 +418,9 @@ OTHERS: dict[str, tuple[dict[str, Tensor], str]] = {
     "many alphas": ({**PLAIN, f"{PROJ}.alpha": torch.ones(2)}, "alpha has 2 values of F32"),
     "a complex alpha": (
         {**PLAIN, f"{PROJ}.alpha": torch.ones((), dtype=torch.complex64)},
-        "alpha has 1 values of C64: allowed is one number",
+        "alpha has 1 values of C64: must be one number",
     ),
-    "integers": ({**PLAIN, f"{PROJ}.lora_A.weight": LOW.down.int()}, "lora_A.weight is I32: allowed are F64"),
+    "integers": ({**PLAIN, f"{PROJ}.lora_A.weight": LOW.down.int()}, "lora_A.weight is I32: must be one of F64"),
     "fp8": ({**PLAIN, f"{PROJ}.lora_A.weight": LOW.down.to(torch.float8_e4m3fn)}, r"is F8_E4M3 \(fp8\)"),
     "no tensors": ({}, "no adapters for the model"),
 }

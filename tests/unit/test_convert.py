@@ -271,7 +271,7 @@ def test_names_of_compiled_blocks_and_other_models_in_the_same_file(tmp_path: Pa
 
 
 BAD_TENSORS = {
-    "int32": (lambda x: x.int(), "img_in.weight is I32: allowed are F64, F32, F16, BF16"),
+    "int32": (lambda x: x.int(), "img_in.weight is I32: must be one of F64, F32, F16, BF16"),
     "bool": (lambda x: x.bool(), "img_in.weight is BOOL"),
     "complex": (lambda x: x.to(torch.complex64), "img_in.weight is C64"),
     "fp8": (lambda x: x.to(torch.float8_e4m3fn), r"img_in.weight is F8_E4M3 \(fp8\).*give the bf16 or fp16"),

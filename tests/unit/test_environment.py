@@ -71,12 +71,12 @@ def test_a_place_among_others() -> None:
 @pytest.mark.parametrize(
     ("env", "said"),
     [
-        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x: allowed are integers from 0 to 1 with WORLD_SIZE=2"),
-        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE=0: allowed are integers from 1"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x: must be an integer from 0 to 1 with WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE=0: must be an integer from 1"),
         ({"RANK": "0", "WORLD_SIZE": "-1"}, "WORLD_SIZE=-1: allowed"),
         ({"RANK": "0", "WORLD_SIZE": "1e9"}, "WORLD_SIZE=1e9: allowed"),
         ({"RANK": "0", "WORLD_SIZE": "9" * 5000}, "WORLD_SIZE=999"),
-        ({"RANK": "5", "WORLD_SIZE": "1"}, "RANK=5: allowed are integers from 0 to 0"),
+        ({"RANK": "5", "WORLD_SIZE": "1"}, "RANK=5: must be an integer from 0 to 0"),
         ({"RANK": "٣", "WORLD_SIZE": "8"}, "RANK=٣: allowed"),
         ({"RANK": "3"}, "RANK=3 without WORLD_SIZE"),
         ({"RANK": "x"}, "RANK=x without WORLD_SIZE"),
@@ -89,7 +89,7 @@ def test_a_place_among_others() -> None:
         ({"RANK": "0", "WORLD_SIZE": "2", **ADDRESS, "MASTER_PORT": "70000"}, "MASTER_PORT=70000: allowed"),
         (
             {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "2", **ADDRESS},
-            "LOCAL_RANK=2: allowed are integers from 0 to 1",
+            "LOCAL_RANK=2: must be an integer from 0 to 1",
         ),
         ({"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "4", "LOCAL_WORLD_SIZE": "4", **ADDRESS}, "LOCAL_RANK=4"),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "4", **ADDRESS}, "LOCAL_WORLD_SIZE=4: allowed"),

@@ -202,7 +202,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "a rank in words": ({"r": "many"}, "r='many'"),
     "a list": ([1, 2], "not a description of adapters"),
     "an alpha of none": ({"lora_alpha": None}, "lora_alpha=None"),
-    "an alpha of nothing": ({"lora_alpha": 0}, "is 0: allowed are finite numbers other than 0"),
+    "an alpha of nothing": ({"lora_alpha": 0}, "is 0: must be a finite number other than 0"),
     "an alpha that is infinite": ({"lora_alpha": float("inf")}, "lora_alpha=inf"),
     "an alpha of 400 digits": ({"lora_alpha": 10**400}, "lora_alpha=1000"),
     "changed weights": ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),

@@ -152,7 +152,7 @@ def test_files_that_are_not_there_or_not_tables(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"wide\.csv"):
         read_table(str(tmp_path / "wide.csv"))
     (tmp_path / "t.txt").write_text("x")
-    with pytest.raises(UserError, match=r"allowed are \.csv and \.parquet"):
+    with pytest.raises(UserError, match=r"must be \.csv and \.parquet"):
         read_table(str(tmp_path / "t.txt"))
 
 

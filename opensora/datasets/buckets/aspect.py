@@ -71,7 +71,7 @@ def _parse(resolution: str) -> tuple[str, str]:
 def _of_ratio(resolution: str, name: str, multiple: int, rule: Rule) -> tuple[int, int]:
     """The size of a named ratio; the transpose of a listed ratio has the transposed size."""
     if name not in RATIOS and ":".join(reversed(name.split(":"))) not in RATIOS:
-        raise ValueError(f"{resolution}: no ratio {name!r}, allowed are {', '.join(RATIOS)} and their transposes")
+        raise ValueError(f"{resolution}: no ratio {name!r}, must be one of {', '.join(RATIOS)} and their transposes")
     return frame_size(area_of(resolution), name, multiple, rule)
 
 

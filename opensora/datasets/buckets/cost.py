@@ -48,7 +48,7 @@ class CostConfig:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not (isfinite(value) and value >= 0):
-                raise ValueError(f"{name}={value}: allowed are numbers >= 0")
+                raise ValueError(f"{name}={value}: must be a number >= 0")
         if self.per_token + self.per_token2 == 0:
             raise ValueError("per_token=0: per_token2 is 0 too; a sample must cost more, the more tokens it has")
 

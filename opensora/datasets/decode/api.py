@@ -117,7 +117,7 @@ def read_frames(
         DecodeError: the file cannot be read, is too short, or is damaged inside the window.
     """
     if start < 0 or count < 1 or interval < 1:
-        raise ValueError(f"start={start}, count={count}, interval={interval}: allowed are start >= 0, the others >= 1")
+        raise ValueError(f"start={start}, count={count}, interval={interval}: must be start >= 0, the others >= 1")
     read_plain = DECODERS[decoder][1]
     deadline = Deadline(path, timeout_s)
     source = locate(path)

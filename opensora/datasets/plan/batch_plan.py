@@ -146,7 +146,7 @@ class BatchPlan:
                 have samples of their own; what is returned is this process's part. None: all cut all. Not for packs.
         """
         if not 0 <= dp_rank < dp_degree:
-            raise ValueError(f"dp_rank={dp_rank}: allowed are 0 to {dp_degree - 1}")
+            raise ValueError(f"dp_rank={dp_rank}: must be 0 to {dp_degree - 1}")
         whole = self._step(step)
         costs = whole.costs
         if sharing:
@@ -192,7 +192,7 @@ class BatchPlan:
     def epoch_of(self, step: int) -> int:
         """The epoch a step belongs to."""
         if step < 0:
-            raise ValueError(f"step={step}: allowed are integers >= 0")
+            raise ValueError(f"step={step}: must be an integer >= 0")
         if not self._source.shares.draws:
             return step // self.steps_in_epoch(0)
         while self._first_step[-1] <= step:

@@ -299,7 +299,7 @@ def _lines(file: Path) -> int:
 
 def _parquet_batches(file: Path, row_group: int | None) -> Iterator[pa.Table]:
     if file.suffix != ".parquet":
-        raise UserError(f"{file}: not a clip table, allowed are .csv and .parquet")
+        raise UserError(f"{file}: not a clip table, must be .csv and .parquet")
     with papq.ParquetFile(file) as reader:
         names = reader.schema_arrow.names
         _check_columns(file, names)

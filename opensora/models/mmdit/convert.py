@@ -107,7 +107,7 @@ def guess_layout(names: Iterable[str], metadata: Mapping[str, str] | None = None
     fused = any(".qkv." in name or ".linear1." in name for name in names)
     rope = (metadata or {}).get("rope_layout") or ("interleaved" if fused else "half")
     if rope not in ("interleaved", "half"):
-        raise UserError(f"rope_layout={rope} in the file's metadata: allowed are interleaved, half")
+        raise UserError(f"rope_layout={rope} in the file's metadata: must be one of interleaved, half")
     return WeightLayout(fused_qkv=fused, rope_layout="half" if rope == "half" else "interleaved")
 
 

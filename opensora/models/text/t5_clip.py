@@ -35,7 +35,7 @@ class T5ClipConfig:
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
-            raise ValueError(f"max_tokens={self.max_tokens}: allowed are integers >= 1")
+            raise ValueError(f"max_tokens={self.max_tokens}: must be an integer >= 1")
 
 
 class T5ClipTextEncoder:

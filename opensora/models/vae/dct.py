@@ -46,14 +46,14 @@ class DCTConfig:
 
     def __post_init__(self) -> None:
         if self.spatial not in (4, 8):
-            raise ValueError(f"spatial={self.spatial}: allowed are 4, 8")
+            raise ValueError(f"spatial={self.spatial}: must be one of 4, 8")
         most = COLOURS * TEMPORAL * self.spatial**2
         if not 1 <= self.channels <= most:
-            raise ValueError(f"channels={self.channels}: allowed are 1 to {most} with spatial={self.spatial}")
+            raise ValueError(f"channels={self.channels}: must be 1 to {most} with spatial={self.spatial}")
         if self.scale is not None and self.scale <= 0:
-            raise ValueError(f"scale={self.scale}: allowed are numbers > 0, or null")
+            raise ValueError(f"scale={self.scale}: must be a number > 0, or null")
         if not 0 <= self.equalize <= 1:
-            raise ValueError(f"equalize={self.equalize}: allowed are numbers from 0 to 1")
+            raise ValueError(f"equalize={self.equalize}: must be a number from 0 to 1")
 
 
 def expected_cost(frequency: Frequency) -> float:

@@ -30,7 +30,7 @@ class Flux2DConfig:
 
     def __post_init__(self) -> None:
         if self.micro_batch < 1:
-            raise ValueError(f"micro_batch={self.micro_batch}: allowed are integers >= 1")
+            raise ValueError(f"micro_batch={self.micro_batch}: must be an integer >= 1")
 
 
 class Flux2DAutoencoder:
@@ -77,6 +77,6 @@ def flux2d_shape(cfg: Flux2DConfig) -> tuple[int, tuple[int, int, int]]:
     """(channels, stride): the folder's own numbers where it exists, else the published ones."""
     levels = stated_shape(cfg.path).get("block_out_channels", [0] * 4)
     if not isinstance(levels, list) or not 1 <= len(levels) <= MAX_LEVELS:
-        raise UserError(f"{KEY}={cfg.path}: config.json has block_out_channels={levels!r}; wanted a list of numbers")
+        raise UserError(f"{KEY}={cfg.path}: config.json has block_out_channels={levels!r}; must be a list of numbers")
     spatial = 2 ** (len(levels) - 1)
     return stated_number(cfg.path, "latent_channels", 16, MAX_CHANNELS), (1, spatial, spatial)

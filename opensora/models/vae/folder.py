@@ -40,7 +40,7 @@ def stated_number(path: str, name: str, otherwise: int, most: int) -> int:
     """
     value = stated_shape(path).get(name, otherwise)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise UserError(f"{KEY}={path}: config.json has {name}={value!r}; allowed are integers from 1 to {most}")
+        raise UserError(f"{KEY}={path}: config.json has {name}={value!r}; must be an integer from 1 to {most}")
     return value
 
 

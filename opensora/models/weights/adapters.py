@@ -265,7 +265,7 @@ def read_adapter(path: Path) -> Adapter:
         a, b = (_read(opened, name) for name in (down, up))
         if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
             shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
-            raise UserError(f"{file}: {down} and {up} are {shapes}: allowed are (rank, inputs) and (outputs, rank)")
+            raise UserError(f"{file}: {down} and {up} are {shapes}: must be (rank, inputs) and (outputs, rank)")
         alpha = _read(opened, alphas[layer]) if layer in alphas else None
         scales[layer], source = _scale(layer, a.shape[0], alpha, config, opened)
         tensors |= {f"{layer}{KINDS[0]}": a, f"{layer}{KINDS[1]}": b}
@@ -325,7 +325,7 @@ def _sorted_names(opened: OpenWeights) -> tuple[dict[str, tuple[str, str]], dict
         for pattern, kind in _OTHER_KINDS:
             if re.search(pattern, name):
                 raise UserError(
-                    f"{opened.path}: {name}: these are {kind}; allowed is plain LoRA. Merge them into the weights with "
+                    f"{opened.path}: {name}: these are {kind}; must be plain LoRA. Merge them into the weights with "
                     "the tool that made them, and give those"
                 )
         if match := _MATRIX.fullmatch(name):
@@ -388,18 +388,18 @@ def _scale(
         source = f"{opened.path}: {layer}.alpha"
         kind = opened.types[f"{layer}.alpha"]
         if alpha.numel() != 1 or (kind not in FLOATS and kind[0] not in "IU"):
-            raise UserError(f"{source} has {alpha.numel()} values of {kind}: allowed is one number")
+            raise UserError(f"{source} has {alpha.numel()} values of {kind}: must be one number")
         found, divisor = float(alpha), float(rank)
     elif config:
         found, divisor, source = config.alpha(layer), config.divisor(layer, rank), f"{config.path}: lora_alpha"
     elif stated is not None:
         source = f"{opened.path}: alpha in its metadata"
-        with parsing(lambda reason: UserError(f"{source} is {stated!r}: allowed is a number")):
+        with parsing(lambda reason: UserError(f"{source} is {stated!r}: must be a number")):
             found, divisor = float(stated), float(rank)
     else:
         return 1.0, ""
     if not math.isfinite(found) or found == 0:
-        raise UserError(f"{source} is {found:g}: allowed are finite numbers other than 0")
+        raise UserError(f"{source} is {found:g}: must be a finite number other than 0")
     if abs(found / divisor) > MAX_SCALE:
         raise UserError(f"{source} is {found:g}, for rank {rank}: alpha/rank is at most {MAX_SCALE:g}; mend the file")
     return found / divisor, source
@@ -485,12 +485,12 @@ def _checked(file: Path, values: dict[str, Any]) -> _PeftConfig:
     kind, rank, alpha = (values.get(key) for key in ("peft_type", "r", "lora_alpha"))
     if kind != "LORA" or not _is_rank(rank) or not _is_number(alpha):
         said = f"peft_type={kind!r}, r={rank!r}, lora_alpha={alpha!r}"[:200]
-        raise UserError(f"{file}: {said}: allowed are peft_type LORA, r a whole number >= 1, lora_alpha a number")
+        raise UserError(f"{file}: {said}: must have peft_type LORA, r a whole number >= 1, lora_alpha a number")
     for key in OTHER:
         if values.get(key):
-            raise UserError(f"{file}: {key}={short(values[key])}: allowed are adapters without it")
+            raise UserError(f"{file}: {key}={short(values[key])}: must be absent")
     if values.get("bias", "none") != "none":
-        raise UserError(f"{file}: bias={short(values['bias'])}: allowed is none")
+        raise UserError(f"{file}: bias={short(values['bias'])}: must be none")
     init = values.get("init_lora_weights", True)
     if init not in PLAIN_INIT and init is not None:
         raise UserError(
@@ -503,7 +503,7 @@ def _checked(file: Path, values: dict[str, Any]) -> _PeftConfig:
     ):
         patterns = values.get(key) or {}
         if not isinstance(patterns, dict) or not all(fits(value) for value in patterns.values()):
-            raise UserError(f"{file}: {key}={short(patterns)}: allowed are names of layers, and {allowed}")
+            raise UserError(f"{file}: {key}={short(patterns)}: must be names of layers, and {allowed}")
         for pattern in patterns:
             _check_pattern(file, key, pattern)
     return _PeftConfig(file, values)

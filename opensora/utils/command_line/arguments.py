@@ -64,7 +64,7 @@ def whole(least: int, most: int) -> Callable[[str], int]:
     def convert(text: str) -> int:
         value = int(text) if _WHOLE.fullmatch(text) else None
         if value is None or not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"={_short(text)}: allowed are integers from {least} to {most}")
+            raise argparse.ArgumentTypeError(f"={_short(text)}: must be an integer from {least} to {most}")
         return value
 
     return convert
@@ -78,7 +78,7 @@ def number(least: float, most: float, *, above: bool = False) -> Callable[[str],
         fits = (least < value if above else least <= value) and value <= most
         if not fits:
             start = f"above {least:g} and" if above else f"from {least:g}"
-            raise argparse.ArgumentTypeError(f"={_short(text)}: allowed are numbers {start} up to {most:g}")
+            raise argparse.ArgumentTypeError(f"={_short(text)}: must be a number {start} up to {most:g}")
         return value
 
     return convert
@@ -87,14 +87,14 @@ def number(least: float, most: float, *, above: bool = False) -> Callable[[str],
 def place(text: str) -> Path:
     """A type for ``add_argument``: the path of a file or folder, there or not."""
     if not text.strip() or "\0" in text:
-        raise argparse.ArgumentTypeError(f"={text!r}: wanted the path of a file or folder")
+        raise argparse.ArgumentTypeError(f"={text!r}: must be the path of a file or folder")
     return Path(text)
 
 
 def word(text: str) -> str:
     """A type for ``add_argument``: text on one line."""
     if not text or not text.isprintable():
-        raise argparse.ArgumentTypeError(f"={short(repr(text), 40)}: wanted printable text on one line")
+        raise argparse.ArgumentTypeError(f"={short(repr(text), 40)}: must be printable text on one line")
     return text
 
 

@@ -226,7 +226,7 @@ def check_types(opened: OpenWeights, names: Iterable[str]) -> None:
     Raises:
         UserError: the first that is not, quantized ones by their name.
     """
-    allowed = f"allowed are {', '.join(FLOATS)}"
+    allowed = f"must be one of {', '.join(FLOATS)}"
     scale = next(
         (name for name in opened.types if name.endswith(_SCALES) or name.rpartition(".")[2] == "scaled_fp8"), ""
     )
