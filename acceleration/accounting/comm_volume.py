@@ -2,9 +2,9 @@
 
 What is counted, per process, for one optimizer step:
 
-* pieces: FSDP2's all-gathers of weights in compute type and reduce-scatters of gradients in reduce type. Every
+* fsdp: FSDP2's all-gathers of weights in compute type and reduce-scatters of gradients in reduce type. Every
   parameter is padded along its first dim to a multiple of the processes.
-* copies: its all-reduces of gradients between copies, once per step.
+* replicas: its all-reduces of gradients between copies, once per step.
 * ulysses, ring: what an attention slot exchanges in forward, again where a block is recomputed, and in backward.
 * tensor: the exchanges of cut layers likewise; once per step, the gradients that are shared and the norm.
 
@@ -58,19 +58,19 @@ class RankLayout:
 
     mesh: Mesh
     cfg: ParallelConfig
-    pieces: int = field(init=False)
-    pieces_rank: int = field(init=False)
-    copies: int = field(init=False)
+    fsdp_degree: int = field(init=False)
+    fsdp_rank: int = field(init=False)
+    replicas: int = field(init=False)
 
     def __post_init__(self) -> None:
         members = self.mesh.world_size // self.mesh["tensor"].degree
         copies = members if self.cfg.zero == 0 else self.mesh["replicate"].degree
-        object.__setattr__(self, "copies", copies)
-        object.__setattr__(self, "pieces", members // copies)
+        object.__setattr__(self, "replicas", copies)
+        object.__setattr__(self, "fsdp_degree", members // copies)
         rank = 0  # on the mesh without tensor, tensor being the fastest axis
         for name in ("replicate", "shard", "cfg", "ring", "ulysses"):
             rank = rank * self.mesh[name].degree + self.mesh[name].rank
-        object.__setattr__(self, "pieces_rank", rank % self.pieces)
+        object.__setattr__(self, "fsdp_rank", rank % self.fsdp_degree)
 
     def itemsize(self, which: str) -> int:
         """Bytes of a value in ``compute``, ``reduce`` or ``master`` type."""
@@ -131,7 +131,7 @@ def forward_bytes(
     total: Counter[str] = Counter()
     for unit in structure.units:
         total += _forward(unit, place, batch)
-        if gathers and place.pieces > 1:
+        if gathers and place.fsdp_degree > 1:
             total[FSDP] += gather_bytes(unit, place)
     return dict(total)
 
@@ -146,7 +146,7 @@ def recomputed(blocks: int, place: RankLayout) -> tuple[str, ...]:
 
 def padded(parameters: Iterable[Parameter], place: RankLayout) -> int:
     """Values that one piece of these parameters has, padding included."""
-    return sum(-(-shape[0] // place.pieces) * prod(shape[1:]) for shape in _cut(parameters, place))
+    return sum(-(-shape[0] // place.fsdp_degree) * prod(shape[1:]) for shape in _cut(parameters, place))
 
 
 def held(parameters: Iterable[Parameter], place: RankLayout) -> int:
@@ -156,7 +156,7 @@ def held(parameters: Iterable[Parameter], place: RankLayout) -> int:
 
 def gather_bytes(unit: ShardUnit, place: RankLayout) -> int:
     """Sent in one all-gather of a unit's weights."""
-    return padded(unit.parameters, place) * place.itemsize("compute") * (place.pieces - 1)
+    return padded(unit.parameters, place) * place.itemsize("compute") * (place.fsdp_degree - 1)
 
 
 def all_reduce_bytes(nbytes: int, degree: int) -> int:
@@ -178,11 +178,11 @@ def _sharding_bytes(structure: ModelProfile, place: RankLayout, batches: int) ->
     zero, total = place.cfg.zero, Counter[str]()
     for unit, count in structure.unit_counts:
         trained = padded((p for p in unit.parameters if p.trains), place) * place.itemsize("reduce")
-        if place.pieces > 1:
+        if place.fsdp_degree > 1:
             total[FSDP] += count * gathers_per_step(zero, batches) * gather_bytes(unit, place)
-            total[FSDP] += count * reductions_per_step(zero, batches) * trained * (place.pieces - 1)
-        if place.copies > 1:
-            total[REPLICATE] += count * all_reduce_bytes(trained, place.copies)
+            total[FSDP] += count * reductions_per_step(zero, batches) * trained * (place.fsdp_degree - 1)
+        if place.replicas > 1:
+            total[REPLICATE] += count * all_reduce_bytes(trained, place.replicas)
     return total
 
 
@@ -307,5 +307,5 @@ def _cut(parameters: Iterable[Parameter], place: RankLayout) -> Iterable[tuple[i
 
 def _rows(rows: int, place: RankLayout) -> int:
     """Of a dim of ``rows``: torch.chunk gives the first processes ceil(rows / n) each."""
-    chunk = -(-rows // place.pieces)
-    return max(0, min(rows, chunk * (place.pieces_rank + 1)) - chunk * place.pieces_rank)
+    chunk = -(-rows // place.fsdp_degree)
+    return max(0, min(rows, chunk * (place.fsdp_rank + 1)) - chunk * place.fsdp_rank)

@@ -143,7 +143,7 @@ class _Walk:
 
     def compute_gradients(self, index: int) -> int:
         """Bytes of a unit's whole gradients as backward makes them."""
-        return self.trained[index] * self.place.pieces * self.place.itemsize("compute")
+        return self.trained[index] * self.place.fsdp_degree * self.place.itemsize("compute")
 
     def gather(self, index: int, *, below: int = -1, forward: bool = False) -> None:
         """All-gather into a buffer, and copy out. ``below``: the unit whose buffer is filled ahead of time."""
@@ -151,7 +151,7 @@ class _Walk:
             return
         size = self.whole_weights(index)
         self.gathered.add(index)
-        if self.place.pieces == 1:
+        if self.place.fsdp_degree == 1:
             self.now["gathered"] += size
             self.look()
             return
@@ -169,7 +169,7 @@ class _Walk:
 
     def whole_weights(self, index: int) -> int:
         """Bytes of a unit's weights in compute type, padded to equal pieces."""
-        return self.weights[index] * self.place.pieces * self.place.itemsize("compute")
+        return self.weights[index] * self.place.fsdp_degree * self.place.itemsize("compute")
 
     def free(self, index: int) -> None:
         if index in self.gathered:
@@ -184,7 +184,7 @@ class _Walk:
     def take(self, index: int, grads: int, left: int, *, last: bool, accumulates: bool) -> None:
         """After backward of a unit: its whole gradients are kept, or reduced. ``left``: activations without them."""
         place, trained, zero = self.place, self.trained[index], self.place.cfg.zero
-        whole = trained * place.pieces
+        whole = trained * place.fsdp_degree
         wide = place.itemsize("reduce") if place.cfg.precision.reduce != place.cfg.precision.compute else 0
         kept = whole * (wide or place.itemsize("compute"))  # of a unit, between micro-batches
         self.now["activations"] = left
@@ -202,11 +202,11 @@ class _Walk:
         self.look()
         self.now["gradients"] -= source
         reduced = trained * place.itemsize("reduce")
-        self.now["buffers"] += reduced + (self.packed if place.pieces == 1 else 0)  # divided by 1 on its way
+        self.now["buffers"] += reduced + (self.packed if place.fsdp_degree == 1 else 0)  # divided by 1 on its way
         self.look()
-        self.now["buffers"] -= self.packed if place.pieces == 1 else 0
+        self.now["buffers"] -= self.packed if place.fsdp_degree == 1 else 0
         cast = trained * place.itemsize("master")
-        partial = place.copies > 1 and not last
+        partial = place.replicas > 1 and not last
         if partial or place.cfg.precision.reduce == place.cfg.precision.master:
             self.now["buffers"] -= reduced
             if f"sharded {index}" not in self.now:

@@ -18,7 +18,7 @@ from acceleration.config import MeshConfig
 
 AXES = ("replicate", "shard", "cfg", "ring", "ulysses", "tensor")
 SAMPLE_AXES = AXES[2:]  # whose processes work on the same samples
-FSDP, REPLICATE = "pieces", "copies"  # the axes of sharding: one copy of the state is cut into pieces
+FSDP, REPLICATE = "fsdp", "replicas"  # the axes of sharding: a replica of the state is cut into FSDP shards
 
 
 @dataclass

@@ -29,7 +29,7 @@ MAX_TOP = 1000
 MAX_GIB = 2**20
 GIB = 2**30
 COLUMNS = (
-    f"{'peak':>7}{'state':>7}{'grads':>7}{'gather':>7}{'buffer':>7}{'activ.':>7} |{'pieces':>8}{'copies':>8}"
+    f"{'peak':>7}{'state':>7}{'grads':>7}{'gather':>7}{'buffer':>7}{'activ.':>7} |{'fsdp':>8}{'replica':>8}"
     f"{'ring':>8}{'ulysses':>8}{'tensor':>8} |{'PFLOP':>9}{'step s':>9}{'MFU':>6}"
 )
 
@@ -122,7 +122,7 @@ def row(forecast: Forecast) -> str:
     """The numbers of a line."""
     memory, sent = forecast.memory, forecast.sent
     parts = (memory.total, memory.state, memory.gradients, memory.gathered, memory.buffers, memory.activations)
-    axes = (sent.get(axis, 0) for axis in ("pieces", "copies", "ring", "ulysses", "tensor"))
+    axes = (sent.get(axis, 0) for axis in ("fsdp", "replicas", "ring", "ulysses", "tensor"))
     return (
         "".join(f"{value / GIB:>7.2f}" for value in parts)
         + " |"

@@ -280,8 +280,8 @@ def _bandwidths(place: RankLayout, device: Device) -> dict[str, float]:
         below *= mesh[name].degree
         links[name] = _link(mesh[name].degree, below, device, all_cards=name != "ulysses")
     inner = mesh["tensor"].degree
-    links[FSDP] = _link(place.pieces, place.pieces * inner, device)
-    links[REPLICATE] = _link(place.copies, mesh.world_size, device)
+    links[FSDP] = _link(place.fsdp_degree, place.fsdp_degree * inner, device)
+    links[REPLICATE] = _link(place.replicas, mesh.world_size, device)
     return links
 
 

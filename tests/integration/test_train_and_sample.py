@@ -122,7 +122,7 @@ def test_samples_while_training_change_nothing_but_the_folder(config: Path, tmp_
         assert torch.equal(weights(watched_folder)[name], weight), name
     records = [json.loads(line) for line in (watched_folder / "metrics.jsonl").read_text().splitlines()]
     for record in (record for record in records if "loss" in record):  # samples are not counted as steps' traffic
-        for axis in ("ulysses", "pieces"):
+        for axis in ("ulysses", "fsdp"):
             assert record[f"comm/{axis}_gib"] == record[f"comm/{axis}_predicted_gib"] > 0
     made = sorted(path.name for path in (watched_folder / "samples/step-00000002/video_40x24").iterdir())
     assert made == ["contact_sheet.png", "sample_0000.mp4", "sample_0000.txt", "sample_0001.mp4", "sample_0001.txt"]
