@@ -15,7 +15,7 @@ from opensora.datasets.loading.reader import PackedBatch
 from opensora.models.base import Autoencoder, TextEncoder, TextFeatures
 from opensora.schedulers import rectified_flow
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
-from opensora.train.packed_tokens import Rows, Whole, joined
+from opensora.train.packed_tokens import EncodedTokens, SampleOf, concat_packed
 from opensora.utils.tasks import TaskRunner, one_by_one
 from opensora.utils.tokens import image_ids, pack
 
@@ -58,33 +58,38 @@ class Preparation:
         """The tokens of ``batch`` as used by update ``step``; no gradient."""
         if isinstance(batch, PackedBatch):
             texts = self._texts(batch)
-            whole, rows = joined([self._whole(part, step, text) for part, text in zip(batch.parts, texts, strict=True)])
-            return self._cut(whole, batch.weight, self.sequence.packed_context(*rows, self.device), rows)
+            parts = [self._encoded(part, step, text) for part, text in zip(batch.parts, texts, strict=True)]
+            packed, sample_of = concat_packed(parts)
+            packed_context = self.sequence.packed_context(*sample_of, self.device)
+            return self._cut(packed, batch.weight, packed_context, sample_of)
         if batch.degree is not None and batch.degree in self.by_degree:
             return self.by_degree[batch.degree](batch, step)
-        whole = self._whole(batch, step)
-        return self._cut(whole, batch.weight, self.sequence.context(whole.txt.shape[1], whole.img.shape[1]))
+        tokens = self._encoded(batch, step)
+        context = self.sequence.context(tokens.txt.shape[1], tokens.img.shape[1])
+        return self._cut(tokens, batch.weight, context)
 
-    def _cut(self, whole: Whole, weight: float, context: SequenceContext | None, rows: Rows | None = None) -> Tokens:
-        """This process's part; ``rows`` of a pack, on the CPU."""
-        image, words = self.sequence.shard, self._shard_text
+    def _cut(
+        self, tokens: EncodedTokens, weight: float, context: SequenceContext | None, sample_of: SampleOf | None = None
+    ) -> Tokens:
+        """This process's part; ``sample_of`` of a packed sequence, on the CPU."""
+        image, text = self.sequence.shard, self._shard_text
         inputs: dict[str, Any] = {
-            "img": image(whole.img),
-            "img_ids": image(whole.img_ids),
-            "txt": words(whole.txt),
-            "txt_ids": words(torch.zeros(*whole.txt.shape[:2], 3, device=self.device)),
-            "timesteps": whole.timesteps,
-            "y_vec": whole.y_vec,
-            "cond": None if whole.cond is None else image(whole.cond),
-            "guidance": torch.ones_like(whole.timesteps) if self.guidance_embed else None,
-            "txt_mask": None if whole.txt_mask is None else words(whole.txt_mask),
+            "img": image(tokens.img),
+            "img_ids": image(tokens.img_ids),
+            "txt": text(tokens.txt),
+            "txt_ids": text(torch.zeros(*tokens.txt.shape[:2], 3, device=self.device)),
+            "timesteps": tokens.timesteps,
+            "y_vec": tokens.y_vec,
+            "cond": None if tokens.cond is None else image(tokens.cond),
+            "guidance": torch.ones_like(tokens.timesteps) if self.guidance_embed else None,
+            "txt_mask": None if tokens.txt_mask is None else text(tokens.txt_mask),
             "context": context,
         }
-        if rows is not None:
-            inputs["rows"] = words(rows[0]).to(self.device), image(rows[1]).to(self.device)
-        return Tokens(inputs=inputs, target=image(whole.target), weight=weight)
+        if sample_of is not None:
+            inputs["rows"] = text(sample_of[0]).to(self.device), image(sample_of[1]).to(self.device)
+        return Tokens(inputs=inputs, target=image(tokens.target), weight=weight)
 
-    def _whole(self, batch: "Batch", step: int, text: TextFeatures | None = None) -> Whole:
+    def _encoded(self, batch: "Batch", step: int, text: TextFeatures | None = None) -> EncodedTokens:
         """Samples of one shape, encoded and corrupted."""
         encoded = self.encode(batch, text)
         x0 = encoded.latents.float()  # (B, C, T', H', W')
@@ -93,7 +98,7 @@ class Preparation:
         noise = rectified_flow.sample_noise(self.seed, step, ids, tuple(x0.shape[1:])).to(self.device)
         t = rectified_flow.sample_timesteps(self.seed, step, ids, grid, self.patch, self.flow).to(self.device)
         prompts = self._text(encoded, ids, step)
-        return Whole(
+        return EncodedTokens(
             img=pack(rectified_flow.corrupt(x0, noise, t, self.flow), self.patch),
             img_ids=image_ids(grid, self.patch, self.device).expand(len(ids), -1, -1),
             target=pack(rectified_flow.target(x0, noise, self.flow), self.patch),
