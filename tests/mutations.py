@@ -88,7 +88,9 @@ TABLE: tuple[Mutation, ...] = (
     Mutation("pixels from 0 to 1", STEP, ".float() / 127.5 - 1", ".float() / 255", TRAIN),
     Mutation("target of the other sign", STEP, "target=pack(", "target=-pack(", TRAIN),
     Mutation("patch 1 in the shift", STEP, "ids, grid, self.patch,", "ids, grid, 1,", TRAIN),
-    Mutation("guidance of zeros", STEP, "torch.ones_like(tokens.timesteps)", "torch.zeros_like(tokens.timesteps)", TRAIN),
+    Mutation(
+        "guidance of zeros", STEP, "torch.ones_like(tokens.timesteps)", "torch.zeros_like(tokens.timesteps)", TRAIN
+    ),
     Mutation(
         "time coordinate lost",
         STEP,
