@@ -142,8 +142,10 @@ class Demo:
     def render_shapes(self) -> Path:
         self.say("Rendering captioned clips and stills of moving shapes")
         data = self.out / "data"
-        size = ["--clips", "1500", "--images", "300"]
-        self.command([sys.executable, "-m", "data_pipeline.shapes", "--out", data, *size])
+        # Large shapes that move clearly, near the middle: what minutes of training can learn.
+        look = ["--radius", "0.24,0.26", "--travel", "0.32,0.36", "--off-centre", "0.2"]
+        size = ["--clips", "1600", "--images", "200", "--sizes", "32x32,32x32,48x32,32x48", "--durations", "5,9,9"]
+        self.command([sys.executable, "-m", "data_pipeline.shapes", "--out", data, *size, *look])
         choose_prompts(data / "prompts_train.csv", data / "prompts_heldout.csv", data / "demo_prompts.csv")
         return data / "train.csv"
 
