@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from budget import Schedule, Speed, fits, lay_out, measure  # launch/budget.py; this is run as a script
+from budget import FIRST_SHARE, Schedule, Speed, fits, lay_out, measure  # launch/budget.py; this is run as a script
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = ["bash", "launch/torchrun.sh"]
@@ -58,7 +58,7 @@ def main() -> None:
 
     demo.deadline = time.monotonic() + 60 * args.minutes
     if args.steps:
-        schedule = Schedule(first=args.steps // 4, total=args.steps)
+        schedule = Schedule(first=max(10, int(FIRST_SHARE * args.steps)), total=args.steps)
     else:
         schedule = demo.choose_steps(config, overrides, args.minutes)
 
