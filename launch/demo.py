@@ -24,7 +24,7 @@ from budget import FIRST_SHARE, Schedule, Speed, fits, lay_out, measure  # launc
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = ["bash", "launch/torchrun.sh"]
 MARK = ".demo"  # in a folder that this program may empty
-MEASURED_STEPS = 5
+MEASURED_STEPS = 10
 FIRST_LAYOUT = "ZeRO 3, Ulysses 2, gradient checkpointing"
 SECOND_LAYOUT = "ZeRO 2, two data-parallel processes, no gradient checkpointing"
 OTHER_LAYOUT = ["parallel.zero=2", "parallel.mesh.ulysses=1", "parallel.recompute.kind=none"]
