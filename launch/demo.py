@@ -193,7 +193,8 @@ class Demo:
         assert self.speeds is not None
         first, second = self.speeds
         records = read_records(self.run / "metrics.jsonl")
-        slower = statistics.median(record["time/step_s"] for record in records) / first.step_s
+        steady = records[1:] or records  # the first has the warm-up in it
+        slower = statistics.median(record["time/step_s"] for record in steady) / first.step_s
         left = fits(self.deadline - time.monotonic(), Speed(slower * second.start_s, slower * second.step_s))
         done = last_step(self.run / "metrics.jsonl")
         if abs(done + left - schedule.total) <= 0.1 * schedule.total:
