@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-FIRST_SHARE = 0.25  # of the training time goes to the run that is interrupted
+FIRST_SHARE = 0.1  # of the training time goes to the run that is interrupted
 SAMPLING_STEPS = 12  # sampling, plot and summary cost about a start and as much as so many updates
 FEWEST_STEPS = 40
 SLACK = 0.95  # of the time left is planned for

@@ -19,12 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from budget import Schedule, Speed, fits, lay_out, measure  # launch/budget.py; this is run as a script
+from budget import FIRST_SHARE, Schedule, Speed, fits, lay_out, measure  # launch/budget.py; this is run as a script
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = ["bash", "launch/torchrun.sh"]
 MARK = ".demo"  # in a folder that this program may empty
-MEASURED_STEPS = 5
+MEASURED_STEPS = 10
 FIRST_LAYOUT = "ZeRO 3, Ulysses 2, gradient checkpointing"
 SECOND_LAYOUT = "ZeRO 2, two data-parallel processes, no gradient checkpointing"
 OTHER_LAYOUT = ["parallel.zero=2", "parallel.mesh.ulysses=1", "parallel.recompute.kind=none"]
@@ -58,7 +58,7 @@ def main() -> None:
 
     demo.deadline = time.monotonic() + 60 * args.minutes
     if args.steps:
-        schedule = Schedule(first=args.steps // 4, total=args.steps)
+        schedule = Schedule(first=max(10, int(FIRST_SHARE * args.steps)), total=args.steps)
     else:
         schedule = demo.choose_steps(config, overrides, args.minutes)
 
@@ -142,8 +142,10 @@ class Demo:
     def render_shapes(self) -> Path:
         self.say("Rendering captioned clips and stills of moving shapes")
         data = self.out / "data"
-        size = ["--clips", "1500", "--images", "300"]
-        self.command([sys.executable, "-m", "data_pipeline.shapes", "--out", data, *size])
+        # Large shapes that move clearly, near the middle: what minutes of training can learn.
+        look = ["--radius", "0.24,0.26", "--travel", "0.32,0.36", "--off-centre", "0.2"]
+        size = ["--clips", "1600", "--images", "200", "--sizes", "32x32,32x32,48x32,32x48", "--durations", "5,9,9"]
+        self.command([sys.executable, "-m", "data_pipeline.shapes", "--out", data, *size, *look])
         choose_prompts(data / "prompts_train.csv", data / "prompts_heldout.csv", data / "demo_prompts.csv")
         return data / "train.csv"
 
@@ -191,7 +193,8 @@ class Demo:
         assert self.speeds is not None
         first, second = self.speeds
         records = read_records(self.run / "metrics.jsonl")
-        slower = statistics.median(record["time/step_s"] for record in records) / first.step_s
+        steady = records[1:] or records  # the first has the warm-up in it
+        slower = statistics.median(record["time/step_s"] for record in steady) / first.step_s
         left = fits(self.deadline - time.monotonic(), Speed(slower * second.start_s, slower * second.step_s))
         done = last_step(self.run / "metrics.jsonl")
         if abs(done + left - schedule.total) <= 0.1 * schedule.total:

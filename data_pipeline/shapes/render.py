@@ -34,6 +34,20 @@ RADIUS = (0.20, 0.24)  # half of the shape's extent, as a share of the shorter s
 TRAVEL = (0.28, 0.40)  # distance from first to last frame, as a share of the shorter side
 MARGIN = 1.5  # pixels between the shape and the edge; the outermost pixels show background only
 
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How large a shape is, how far it moves and where, as shares of the shorter side of the frame.
+
+    Ranges are drawn from evenly.
+    """
+
+    radius: tuple[float, float] = RADIUS
+    travel: tuple[float, float] = TRAVEL
+    off_centre: float = 1.0  # of the room beside the shape: 0 keeps its way in the middle, 1 lets it be anywhere
+
+
+ANYWHERE = Layout()
 Combination = tuple[str, str, str]  # (colour, shape, direction)
 
 
@@ -103,10 +117,12 @@ def draw_spec(
     allowed: list[Combination],
     sizes: list[tuple[int, int]],
     durations: list[int],
+    layout: Layout = ANYWHERE,
 ) -> ClipSpec:
     """The clip number ``index``. Combinations take turns (a fresh order per round); the rest is drawn.
 
-    ``sizes`` are (height, width). Every draw keeps the whole shape inside the frame in all frames.
+    ``sizes`` are (height, width). Every draw keeps the whole shape inside the frame in all frames, which ``layout``
+    must leave room for.
     """
     round_number, turn = divmod(index, len(allowed))
     order = numpy_generator(seed, "shapes", purpose, "order", round_number).permutation(len(allowed))
@@ -116,8 +132,8 @@ def draw_spec(
     frames = durations[rng.integers(len(durations))]
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
     shorter = min(height, width)
-    radius = rng.uniform(*RADIUS) * shorter
-    travel = rng.uniform(*TRAVEL) * shorter if direction != "still" else 0.0
+    radius = rng.uniform(*layout.radius) * shorter
+    travel = rng.uniform(*layout.travel) * shorter if direction != "still" else 0.0
     step_x, step_y = DIRECTIONS[direction]
     return ClipSpec(
         colour=colour,
@@ -128,17 +144,21 @@ def draw_spec(
         height=height,
         width=width,
         radius=radius,
-        x=_start(rng, width, radius, step_x * travel),
-        y=_start(rng, height, radius, step_y * travel),
+        x=_start(rng, width, radius, step_x * travel, layout.off_centre),
+        y=_start(rng, height, radius, step_y * travel, layout.off_centre),
         travel=travel,
     )
 
 
-def _start(rng: np.random.Generator, size: int, radius: float, shift: float) -> float:
-    """A centre such that the shape is inside [0, size] both at the start and after ``shift``."""
+def _start(rng: np.random.Generator, size: int, radius: float, shift: float, off_centre: float) -> float:
+    """A centre such that the shape is inside [0, size] both at the start and after ``shift``.
+
+    Of the room there is, the share ``off_centre`` around the middle is used.
+    """
     low = radius + MARGIN + max(0.0, -shift)
     high = size - radius - MARGIN - max(0.0, shift)
-    return float(rng.uniform(low, high))
+    unused = (1 - off_centre) * (high - low) / 2
+    return float(rng.uniform(low + unused, high - unused))
 
 
 def render(spec: ClipSpec) -> np.ndarray:

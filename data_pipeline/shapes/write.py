@@ -22,9 +22,11 @@ from tqdm import tqdm
 
 from data_pipeline.shapes.render import (
     BACKGROUNDS,
+    MARGIN,
     RADIUS,
     TRAVEL,
     ClipSpec,
+    Layout,
     draw_spec,
     held_out_combinations,
     render,
@@ -82,27 +84,52 @@ def parse_durations(text: str) -> list[int]:
     return durations
 
 
+def parse_range(option: str, text: str) -> tuple[float, float]:
+    """``"0.2,0.24"`` -> (0.2, 0.24)."""
+    match = re.fullmatch(r"([01]?\.[0-9]{1,9}),([01]?\.[0-9]{1,9})", text)
+    least, most = (float(match[1]), float(match[2])) if match else (0.0, 0.0)
+    if not 0 < least <= most < 1:
+        raise UserError(f"{option}: '{text[:40]}' is not a range of shares of the shorter side; write 0.2,0.24")
+    return least, most
+
+
+def parse_layout(args: argparse.Namespace) -> Layout:
+    """How large shapes are and where they may move; refused where the smallest frame has no room for that."""
+    radius, travel = parse_range("--radius", args.radius), parse_range("--travel", args.travel)
+    most = 1 - 2 * MARGIN / SMALLEST_SIDE
+    if 2 * radius[1] + travel[1] > most:
+        raise UserError(
+            f"--radius {args.radius} --travel {args.travel}: the largest shape would leave the frame; "
+            f"twice the radius and the travel may be at most {most:.2f} together"
+        )
+    return Layout(radius=radius, travel=travel, off_centre=args.off_centre)
+
+
 def plan_items(args: argparse.Namespace) -> dict[str, list[Item]]:
     """Table name -> its items, in table order."""
-    sizes, durations = parse_sizes(args.sizes), parse_durations(args.durations)
+    sizes, durations, layout = parse_sizes(args.sizes), parse_durations(args.durations), parse_layout(args)
     stills = [combination for combination in training_combinations() if combination[2] == "still"]
     held_out = held_out_combinations()
     train = [
         Item(
             path=f"clips/{i:06d}.mp4",
-            spec=draw_spec(args.seed, "clip", i, training_combinations(), sizes, durations),
+            spec=draw_spec(args.seed, "clip", i, training_combinations(), sizes, durations, layout),
             fps=args.fps,
         )
         for i in range(args.clips)
     ]
     train += [
-        Item(path=f"images/still_{i:06d}.png", spec=draw_spec(args.seed, "image", i, stills, sizes, [1]), fps=args.fps)
+        Item(
+            path=f"images/still_{i:06d}.png",
+            spec=draw_spec(args.seed, "image", i, stills, sizes, [1], layout),
+            fps=args.fps,
+        )
         for i in range(args.images)
     ]
     kept = [
         Item(
             path=f"clips/heldout_{i:04d}.mp4",
-            spec=draw_spec(args.seed, "held out clip", i, held_out, sizes, durations),
+            spec=draw_spec(args.seed, "held out clip", i, held_out, sizes, durations, layout),
             fps=args.fps,
         )
         for i in range(args.heldout * len(held_out))
@@ -227,6 +254,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=0)
     parser.add_argument("--sizes", default="32x32,48x32,32x48", help="WIDTHxHEIGHT, comma-separated")
     parser.add_argument("--durations", default="5,9,17", help="frames per clip, comma-separated")
+    share = "a range of shares of the frame's shorter side"
+    parser.add_argument("--radius", default=f"{RADIUS[0]},{RADIUS[1]}", help=f"half of a shape's extent: {share}")
+    parser.add_argument("--travel", default=f"{TRAVEL[0]},{TRAVEL[1]}", help=f"from first to last frame: {share}")
+    parser.add_argument(
+        "--off-centre", type=number(0, 1), default=1.0, help="of the room beside a shape: 0 keeps its way in the middle"
+    )
     parser.add_argument("--fps", type=number(0, MAX_FPS, above=True), default=8.0)
     parser.add_argument("--processes", type=whole(1, MAX_PROCESSES), default=os.cpu_count() or 1)
     return parser.parse_args(argv)

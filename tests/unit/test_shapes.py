@@ -14,8 +14,10 @@ from data_pipeline.shapes import write as shapes
 from data_pipeline.shapes.render import (
     COLOURS,
     DIRECTIONS,
+    MARGIN,
     SHAPES,
     ClipSpec,
+    Layout,
     combinations,
     draw_spec,
     held_out_combinations,
@@ -76,6 +78,20 @@ def test_shapes_stay_inside_and_visibly_move(wanted: list[ClipSpec], clips: list
         assert (border == clip[0, 0, 0]).all()
         changed = (clip[0].astype(int) - clip[-1].astype(int) != 0).any()
         assert changed == (spec.direction != "still")
+
+
+def test_layout_of_large_shapes_near_the_middle() -> None:
+    layout = Layout(radius=(0.24, 0.26), travel=(0.32, 0.36), off_centre=0.25)
+    wanted = [draw_spec(7, "test", i, combinations(), [(32, 32)], [9], layout) for i in range(len(combinations()))]
+    for spec in wanted:
+        step_x, step_y = DIRECTIONS[spec.direction]
+        assert 0.24 * 32 <= spec.radius <= 0.26 * 32
+        assert spec.direction == "still" or 0.32 * 32 <= spec.travel <= 0.36 * 32
+        middle = (spec.x + step_x * spec.travel / 2, spec.y + step_y * spec.travel / 2)
+        assert max(abs(centre - 16) for centre in middle) <= 0.25 * (16 - MARGIN - spec.radius)
+        edges = [spec.x, spec.y, spec.x + step_x * spec.travel, spec.y + step_y * spec.travel]
+        assert spec.radius + MARGIN <= min(edges) and max(edges) <= 32 - spec.radius - MARGIN
+    assert accuracy([render(spec) for spec in wanted], wanted) == 1.0
 
 
 def test_captions() -> None:
@@ -187,6 +203,10 @@ def test_samples_are_matched_by_name(tmp_path: Path) -> None:
         ("--durations", "1"),
         ("--clips", "-1"),
         ("--fps", "0"),
+        ("--radius", "0.3"),
+        ("--radius", "0.3,0.2"),
+        ("--travel", "0.4,0.5"),  # with the default radius it leaves the frame
+        ("--off-centre", "2"),
     ],
 )
 def test_wrong_arguments_are_one_line(
