@@ -77,8 +77,8 @@ class Run:
             self.metrics.log_event("left_out", self.step, why=update.bad)
         if not last and not self.metrics.is_due(self.step):
             return
-        values = {"lr": self.lr_at(made), "epoch": self.data.plan.epoch_of(made)}
-        values |= self.metrics.values(self.mesh, self.data.waited_s)
+        values = self.metrics.values(self.mesh, self.data.waited_s)
+        values |= {"lr": self.lr_at(made), "epoch": self.data.plan.epoch_of(made)}
         values |= {"mem/peak_gib": peak_gib(self.runtime.device), "guard/left_out": self.guard.left_out}
         values |= self.reads.due() | self.timer.due(self.mesh, self.metrics.steps, self.step)
         self.begin_record()
