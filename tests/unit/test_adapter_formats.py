@@ -414,7 +414,7 @@ OTHERS: dict[str, tuple[dict[str, Tensor], str]] = {
     "NaN": ({**PLAIN, f"{PROJ}.lora_A.weight": LOW.down * math.nan}, "lora_A.weight holds NaN"),
     "infinity": ({**PLAIN, f"{PROJ}.lora_B.weight": LOW.up / 0}, "lora_B.weight holds NaN or infinite"),
     "NaN as alpha": ({**PLAIN, f"{PROJ}.alpha": torch.tensor(math.nan)}, "alpha holds NaN"),
-    "0 as alpha": ({**PLAIN, f"{PROJ}.alpha": torch.tensor(0.0)}, "alpha is 0: allowed"),
+    "0 as alpha": ({**PLAIN, f"{PROJ}.alpha": torch.tensor(0.0)}, "alpha is 0: must be"),
     "many alphas": ({**PLAIN, f"{PROJ}.alpha": torch.ones(2)}, "alpha has 2 values of F32"),
     "a complex alpha": (
         {**PLAIN, f"{PROJ}.alpha": torch.ones((), dtype=torch.complex64)},

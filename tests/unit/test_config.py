@@ -503,7 +503,7 @@ def test_a_sampling_job(good: Path) -> None:
     with pytest.raises(UserError, match=r"^prompt: missing; give --prompt TEXT"):
         load_config(SampleConfig, good)
     for key in ("save_dir", "lora", "prompt_csv", "weights"):
-        with pytest.raises(UserError, match=rf"^{key}='': wanted"):
+        with pytest.raises(UserError, match=rf"^{key}='': must be"):
             load_config(SampleConfig, good, ["prompt=x", f"{key}="])
     with pytest.raises(UserError, match=r"^sampling\.num_steps=0: must be an integer >= 1"):
         load_config(SampleConfig, good, ["prompt=x", "sampling.num_steps=0"])

@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 COMMANDS = {
     **{
         name: ["-m", f"opensora.cli.{name}", "nowhere.yaml"]
-        for name in ("buckets", "calibrate", "config_reference", "plan", "plot", "precompute", "preflight")
+        for name in ("buckets", "calibrate", "config_reference", "forecast", "plot", "precompute", "preflight")
     },
     "index": ["-m", "data_pipeline.index", "nowhere"],
     "shapes": ["-m", "data_pipeline.shapes"],

@@ -241,7 +241,7 @@ def test_a_title_is_cut_where_the_sheet_ends() -> None:
     "frames", [np.zeros((2, 4, 4, 3)), np.zeros((4, 4, 3), np.uint8), np.zeros((0, 4, 4, 3), np.uint8)]
 )
 def test_a_contact_sheet_refuses_other_arrays(frames: np.ndarray, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="wanted uint8"):
+    with pytest.raises(ValueError, match="must be uint8"):
         contact_sheet([("x", frames)], tmp_path / "x.png")
 
 
