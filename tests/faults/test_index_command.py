@@ -14,9 +14,11 @@ import subprocess
 import sys
 import tarfile
 import time
+import unicodedata
 import zipfile
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -117,6 +119,29 @@ def test_texts_beside_clips(tmp_path: Path, clip: bytes, capsys: pytest.CaptureF
     assert run.why("nan.mp4") == ("no caption", "nan.txt says 'NaN', which tables write for no value")
     assert run.why("long.mp4") == ("caption too long", "long.txt has 1048577 bytes, a caption may have at most 1048576")
     assert run.why("folder.mp4") == ("no caption", "not in a captions file, and no text file beside it")
+
+
+@pytest.mark.parametrize(("on_disk", "in_table"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_accents_written_in_two_ways_are_one_name(
+    on_disk: Literal["NFC", "NFD"],
+    in_table: Literal["NFC", "NFD"],
+    tmp_path: Path,
+    clip: bytes,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As a folder of a Mac and a table typed elsewhere; names that differ in nothing else are told apart."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("é.mp4", "ü.mp4"):
+        (folder / unicodedata.normalize(on_disk, name)).write_bytes(clip + name.encode())
+    other = unicodedata.normalize(in_table, "ü.mp4")
+    (folder / other).write_bytes(clip + b"another")
+    rows = [f"{unicodedata.normalize(in_table, name)},{name[0]}\n" for name in ("é.mp4", "ü.mp4")]
+    (folder / "captions.csv").write_text("path,text\n" + "".join(rows) + "nowhere.mp4,x\n", encoding="utf-8")
+    run = Run(folder, tmp_path / "t.csv", capsys)
+    assert run.rows[unicodedata.normalize(on_disk, "é.mp4")] == "é" and run.rows[other] == "ü"
+    assert run.why(unicodedata.normalize(on_disk, "ü.mp4"))[0] == "no caption"  # the row is the other's
+    assert "nowhere.mp4" in run.said and "é.mp4" not in run.said
 
 
 @pytest.mark.parametrize(
