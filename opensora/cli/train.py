@@ -1,7 +1,13 @@
 """Train: ``torchrun --nproc_per_node N scripts/diffusion/train.py CONFIG.yaml [section.key=value ...]``."""
 
+from opensora.utils import signal_handler
+
+if __name__ == "__main__":
+    signal_handler.install()  # before torch is imported, which takes long enough to be interrupted in
+
 import logging
 
+from opensora.cli.main import run_cli
 from opensora.config.load import config_from_argv
 from opensora.config.run import RunConfig
 from opensora.train.health.anomaly_guard import TrainingDiverged
@@ -48,3 +54,12 @@ def _interrupted(run: Run) -> int:
         return 1
     announce(where)
     return INTERRUPTED
+
+
+if __name__ == "__main__":
+    try:
+        run_cli(main)
+    except SystemExit as end:
+        if end.code in (0, INTERRUPTED):  # the state is on disk
+            signal_handler.end_process(end.code)
+        raise
