@@ -108,7 +108,7 @@ class LoraSource:
         self._source(name)(name, tensor)
 
     def read_part(self, name: str, start: tuple[int, ...], part: Tensor) -> bool:
-        """See ``plan.PartialSource``."""
+        """See ``PartialSource`` in acceleration/protocol.py."""
         source = self._source(name)
         return isinstance(source, PartialSource) and source.read_part(name, start, part)
 

@@ -82,7 +82,7 @@ def submit(args: argparse.Namespace, head: RunConfig, runs: Sequence[RunConfig],
         clear_away(job if job != jobs else None, made)
         if isinstance(error, KeyboardInterrupt):
             print(f"interrupted: {job} is removed; squeue --name={head.name} shows if a job was queued all the same")
-            return 128 + getattr(error, "number", signal.SIGINT)  # as signals.stopped_in_one_line says it
+            return 128 + getattr(error, "number", signal.SIGINT)  # as signal_handler.stopped_in_one_line says it
         if isinstance(error, (OSError, shutil.Error)):
             reason = getattr(error, "strerror", None) or str(error)
             raise UserError(f"{job}: cannot be written ({reason}); nothing was submitted") from None

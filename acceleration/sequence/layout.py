@@ -31,7 +31,7 @@ class SequenceContext:
 class SequenceParallel:
     """Cuts tokens over ring x ulysses on the way into the model and joins them on the way out.
 
-    Of a narrowed mesh (``Mesh.narrow``): tokens of samples that belong to a part of ulysses alone.
+    Of a submesh (``Mesh.submesh``): tokens of samples that belong to a part of ulysses alone.
     """
 
     def __init__(self, mesh: Mesh) -> None:

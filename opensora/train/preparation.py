@@ -37,7 +37,7 @@ class Preparation:
     """Encodes, corrupts and cuts; draws depend on (seed, step, sample) alone, so all layouts agree.
 
     ``sequence`` and ``run_tiles`` belong to the processes that cut the same samples. Where fewer cut those of some
-    micro-batches (``Batch.degree``), ``narrow`` has the preparation of these.
+    micro-batches (``Batch.degree``), ``by_degree`` has the preparation of these.
     """
 
     autoencoder: Autoencoder | None  # None: not needed, as batches hold features

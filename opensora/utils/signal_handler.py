@@ -1,6 +1,6 @@
 """Requests to stop, from the first line of a program on. Standard library only: torch takes seconds to import.
 
-Training (``remember``): a signal sets a flag that the run reads at its own pace. SIGTERM, SIGINT or SIGQUIT once more
+Training (``install``): a signal sets a flag that the run reads at its own pace. SIGTERM, SIGINT or SIGQUIT once more
 means at once: a thread that the interpreter tells of signals ends the process, wherever it is, with 128 plus the
 signal's number. SIGUSR1 and SIGUSR2 are warnings that a batch script repeats until they are heeded, and a terminal that
 closes sends SIGHUP more than once: these say no more the second time.
@@ -187,7 +187,7 @@ def _end_early(number: int, frame: object) -> NoReturn:
 @contextmanager
 def stopped_in_one_line(stays: str = "") -> Iterator[None]:
     """For a command of one process: a signal ends what is done inside as an exception does, then the program with one
-    line and 128 plus the signal's number. Leaves alone what ``remember`` or ``leave_when_asked`` set up.
+    line and 128 plus the signal's number. Leaves alone what ``install`` or ``leave_when_asked`` set up.
 
     Args:
         stays: what the line says beyond the signal's name.
@@ -228,7 +228,7 @@ def inherited_by_nobody() -> Iterator[None]:
 
 
 def uninstall() -> None:
-    """Signals do again what they did before ``remember``."""
+    """Signals do again what they did before ``install``."""
     global _asked
     if _asked is not None:
         _asked.release()

@@ -240,7 +240,7 @@ class BucketTable:
     def shared(
         self, numbers: np.ndarray, samples: np.ndarray, sharing: SequenceSharing
     ) -> tuple[np.ndarray, np.ndarray]:
-        """((n,) degree, (n,) time) of micro-batches, where the degree may be chosen; see ``share.times``."""
+        """((n,) degree, (n,) time) of micro-batches, where the degree may be chosen; see ``dynamic_sp.times``."""
         sizes = np.array([bucket.batch_size for bucket in self.buckets])
         most = (sizes * (self._all_tokens + sharing.text_tokens)).max()
         return choose(times(self.features(numbers, samples), self._cfg.cost, sharing, most), sharing.degrees)

@@ -39,7 +39,7 @@ def ending_of(error: BaseException) -> tuple[str, int] | None:
     if isinstance(code, int):
         return f"error: {one_line(str(error))}", code
     if isinstance(error, KeyboardInterrupt):
-        number = getattr(error, "number", signal.SIGINT)  # as signals.stopped_in_one_line says it
+        number = getattr(error, "number", signal.SIGINT)  # as signal_handler.stopped_in_one_line says it
         return f"stopped by {signal.Signals(number).name}", 128 + number
     if isinstance(error, BrokenPipeError) and _reader_is_gone():
         return "", 128 + 13  # SIGPIPE
