@@ -147,7 +147,7 @@ def encoded() -> tuple[bool, bool, list[int]]:
     """Whether every process has the latents of its own clip, and of the common one; bytes sent for each."""
     mesh = meshes.build(MeshConfig(shard=1, ulysses=2, dynamic=True), 2, CPU)
     autoencoder = build_autoencoder(DCTConfig(channels=16), CPU, torch.float32)
-    whole = replace(preparation(mesh), autoencoder=autoencoder, patch=1, cond_embed=False, narrow={})
+    whole = replace(preparation(mesh), autoencoder=autoencoder, patch=1, cond_embed=False, by_degree={})
     together = replace(whole, run_tiles=tile_runner("on", autoencoder, mesh))
     apart = replace(whole, run_tiles=tile_runner("on", autoencoder, mesh.submesh(1)))
     same, sent = [], []

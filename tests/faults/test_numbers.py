@@ -242,9 +242,9 @@ def test_at_most_five_in_a_row() -> None:
 def test_what_is_long_past_no_longer_counts() -> None:
     guard = AnomalyGuard(GuardConfig(max_bad=0))
     guard.judge(10, NAN, 1.0)
-    guard._returns, guard._row = 2, 0
+    guard._rollbacks, guard._row = 2, 0
     for step in range(5, 10 + RECOVERED + 1):  # the same steps again do not
         guard.judge(step, 1.0, 1.0)
-    assert guard._returns == 2
+    assert guard._rollbacks == 2
     guard.judge(10 + RECOVERED + 1, 1.0, 1.0)
-    assert guard._returns == 0
+    assert guard._rollbacks == 0

@@ -31,7 +31,7 @@ from opensora.planner.cost_fit import measured
 from opensora.train.state import resume, run_lock
 from opensora.train.state.disk_check import check_writable
 from opensora.train.state.run_lock import DONE, OWNER, RunLock, check_places, finished, write_config, write_done
-from opensora.utils import console
+from opensora.utils import metrics_log
 from opensora.utils.errors import UserError
 from opensora.utils.files import digests
 from opensora.utils.files.safetensors_files import INDEX, write_weights
@@ -60,7 +60,7 @@ def cfg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was announced."""
     lines: list[str] = []
-    for module in (run_lock, resume, console):
+    for module in (run_lock, resume, metrics_log):
         monkeypatch.setattr(module, "announce", lambda line, level=logging.INFO: lines.append(line))
     return lines
 
@@ -141,14 +141,14 @@ def metrics_file(cfg: RunConfig) -> File:
 
 
 def wandb_file(cfg: RunConfig) -> File:
-    console._wandb_identity(cfg.folder, "run", fresh=True)
+    metrics_log._wandb_identity(cfg.folder, "run", fresh=True)
 
     def read() -> None:
-        identity = console._wandb_identity(cfg.folder, "run", fresh=False)
+        identity = metrics_log._wandb_identity(cfg.folder, "run", fresh=False)
         assert re.fullmatch("run-[0-9a-f]{8}", identity)
-        assert console._wandb_identity(cfg.folder, "run", fresh=False) == identity
+        assert metrics_log._wandb_identity(cfg.folder, "run", fresh=False) == identity
 
-    return File(cfg.folder / console.WANDB_ID_NAME, read, rebuilt=True)
+    return File(cfg.folder / metrics_log.WANDB_ID_NAME, read, rebuilt=True)
 
 
 def attempts_file(cfg: RunConfig) -> File:
@@ -259,7 +259,7 @@ def test_valid_json_of_other_values(name: str, count: int, cfg: RunConfig, said:
     sealed = value.pop("sha256", None)
     readers: dict[str, Callable[[], Any]] = {  # values of the right kind are taken: a DONE may say that it is finished
         "DONE": lambda: finished(cfg),
-        "wandb_id": lambda: console._wandb_identity(cfg.folder, "run", fresh=False),
+        "wandb_id": lambda: metrics_log._wandb_identity(cfg.folder, "run", fresh=False),
         "features/manifest.json": lambda: feature_store.read_manifest(cfg.folder / "features"),
     }
     for changed in of_values(value, random.Random(name), count):

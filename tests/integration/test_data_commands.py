@@ -8,7 +8,7 @@ from PIL import Image
 
 from opensora.cli import buckets, calibrate
 from opensora.config import run
-from opensora.config.load import load_config
+from opensora.config.load import load_config, save
 from opensora.config.run import RunConfig
 from opensora.train.step_data import open_data
 from opensora.utils.errors import UserError
@@ -45,7 +45,7 @@ def test_calibrate_prints_a_section_that_a_configuration_takes(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = load_config(RunConfig, config)
-    run.save(cfg, cfg.folder / run.SAVED_NAME)
+    save(cfg, cfg.folder / run.SAVED_NAME)
     _, plan = open_data(cfg)
     with (cfg.folder / "metrics.jsonl").open("w") as file:
         for step in range(1, 30):
