@@ -79,7 +79,7 @@ def absurd(action: argparse.Action) -> list[str]:
     if kind.startswith("whole"):
         return NO_INTEGER
     if kind.startswith("number"):
-        return [*NO_NUMBER, "0"]
+        return [*NO_NUMBER, *([] if action.dest == "off_centre" else ["0"])]
     return {"place": NO_PLACE, "word": NO_WORD, "time_limit": [*NO_NUMBER, "4:00:00:00"]}.get(kind, NO_TEXT)
 
 
@@ -110,7 +110,7 @@ def test_absurd_values(
     assert options and all(
         action.type or action.nargs == 0 or action.choices
         for action in options
-        if action.dest not in ("sizes", "durations", "config")
+        if action.dest not in ("sizes", "durations", "radius", "travel", "config")
     )
     done, wrong = 0, []
     for action in options:
@@ -136,7 +136,9 @@ def test_an_option_that_is_there_twice(
             continue
         flag, kind = action.option_strings[0], getattr(action.type, "__qualname__", "")
         value = (
-            next(iter(action.choices)) if action.choices else {"time_limit": "4:00:00", "place": "x"}.get(kind, "60")
+            next(iter(action.choices))
+            if action.choices
+            else {"time_limit": "4:00:00", "place": "x", "number": "1"}.get(kind.partition(".")[0], "60")
         )
         once = [flag] if action.nargs == 0 else [flag, value]
         given = [] if flag in COMMANDS[module] else once

@@ -136,13 +136,13 @@ def alter_bytes(folder: Path, every_bit: bool) -> dict[str, tuple[int, list[str]
 
 def misplace(folder: Path) -> list[str]:
     """Kinds of damage that were not noticed."""
-    newest, missed = Newest(folder), []
-    shutil.copytree(folder / NEW, folder / "kept")
+    newest, missed, kept = Newest(folder), [], folder.with_name("kept")
+    shutil.copytree(folder / NEW, kept)
     for kind, damage in MISPLACED.items():
         damage(folder / NEW, folder / OLD)
         missed += [] if newest.passed_over() else [f"{kind}: {newest.said}"]
         shutil.rmtree(folder / NEW)
-        shutil.copytree(folder / "kept", folder / NEW)
+        shutil.copytree(kept, folder / NEW)
     assert not newest.passed_over() and newest.said == []
     return missed
 

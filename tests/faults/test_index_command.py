@@ -323,7 +323,7 @@ def test_bad_arguments_before_any_work(
         said = capsys.readouterr()
         assert words in said.err and said.err.count("\n") == 1 and not said.out, (argv, said)
     for where in ("", "  "):
-        assert main([where, "--out", out]) == 2 and "wanted the path" in capsys.readouterr().err
+        assert main([where, "--out", out]) == 2 and "must be the path" in capsys.readouterr().err
     assert not Path(out).exists()
 
 
