@@ -36,12 +36,12 @@ class MeshConfig:
                 open_axes.append(name)
             elif degree < 1:
                 remaining = "" if name == "replicate" else ", or -1 for all remaining processes"
-                raise ValueError(f"{name}={degree}: allowed are integers >= 1{remaining}")
+                raise ValueError(f"{name}={degree}: must be an integer >= 1{remaining}")
         if len(open_axes) > 1:
             both = " with ".join(f"{name}=-1" for name in open_axes)
             raise ValueError(f"{both}: only one axis can take all remaining processes")
         if self.cfg > 3:
-            raise ValueError(f"cfg={self.cfg}: allowed are 1, 2 and 3, as guidance has at most three passes")
+            raise ValueError(f"cfg={self.cfg}: must be one of 1, 2 and 3, as guidance has at most three passes")
         if self.dynamic and self.ring != 1:
             raise ValueError(f"ring={self.ring}: allowed with dynamic=true is 1; use ulysses, or dynamic=false")
         if self.dynamic and self.ulysses == 1:
@@ -61,11 +61,11 @@ class RecomputeConfig:
 
     def __post_init__(self) -> None:
         if self.blocks < 0:
-            raise ValueError(f"blocks={self.blocks}: allowed are integers >= 0")
+            raise ValueError(f"blocks={self.blocks}: must be an integer >= 0")
         if self.kind == "first" and self.blocks == 0:
             raise ValueError("blocks=0 with kind=first recomputes nothing: set blocks >= 1, or kind=none")
         if self.every < 2:
-            raise ValueError(f"every={self.every}: allowed are integers >= 2; kind=full recomputes every block")
+            raise ValueError(f"every={self.every}: must be an integer >= 2; kind=full recomputes every block")
         if self.offload and self.kind == "none":
             raise ValueError("offload=true with kind=none moves nothing: choose another kind, such as kind=full")
 
@@ -110,9 +110,9 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         if self.timeout_s <= 0:
-            raise ValueError(f"timeout_s={self.timeout_s}: allowed are integers > 0")
+            raise ValueError(f"timeout_s={self.timeout_s}: must be an integer > 0")
         if self.prefetch < 0:
-            raise ValueError(f"prefetch={self.prefetch}: allowed are integers >= 0; 0 leaves it to FSDP2")
+            raise ValueError(f"prefetch={self.prefetch}: must be an integer >= 0; 0 leaves it to FSDP2")
         if self.engine != "native":
             self._check_vendor()
 
@@ -166,7 +166,7 @@ class LoraConfig:
 
     rank: int = 0  # inner size of every adapter; 0: no adapters, all weights are trained
     alpha: float | None = None  # an adapter's output is scaled by alpha/rank; null: alpha=rank
-    dropout: float = 0.0  # allowed is 0: blocks draw no random numbers, so that recomputation and layouts agree
+    dropout: float = 0.0  # must be 0: blocks draw no random numbers, so that recomputation and layouts agree
     targets: tuple[str, ...] = ("double_blocks.*.*_attn.*", "double_blocks.*.*_mlp.*", "single_blocks.*.*")
     # layers with an adapter: * stands for one part of a name; what is not a linear layer is passed over
     export_names: Literal["peft", "comfyui"] = (
@@ -177,11 +177,11 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         if self.rank < 0:
-            raise ValueError(f"rank={self.rank}: allowed are integers >= 0; 0 switches adapters off")
+            raise ValueError(f"rank={self.rank}: must be an integer >= 0; 0 switches adapters off")
         if self.alpha is not None and self.alpha <= 0:
-            raise ValueError(f"alpha={self.alpha}: allowed are numbers > 0, or null for alpha=rank")
+            raise ValueError(f"alpha={self.alpha}: must be a number > 0, or null for alpha=rank")
         if self.dropout:
-            raise ValueError(f"dropout={self.dropout}: allowed is 0, as blocks draw no random numbers")
+            raise ValueError(f"dropout={self.dropout}: must be 0, as blocks draw no random numbers")
         if not self.targets:
             raise ValueError("targets=[]: name layers, as in [single_blocks.*.linear1], or set rank=0")
 
@@ -216,11 +216,11 @@ class OptimConfig:
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "weight_decay", "clip_norm", "warmup_steps", "min_lr"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: allowed are numbers >= 0")
+                raise ValueError(f"{name}={getattr(self, name)}: must be a number >= 0")
         for beta in self.betas:
             if not 0 <= beta < 1:
-                raise ValueError(f"betas={list(self.betas)}: allowed are two numbers in [0, 1)")
+                raise ValueError(f"betas={list(self.betas)}: must be two numbers in [0, 1)")
         if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay}: allowed are numbers in [0, 1); 0 switches it off")
+            raise ValueError(f"ema_decay={self.ema_decay}: must be a number in [0, 1); 0 switches it off")
         if self.min_lr > self.lr:
-            raise ValueError(f"min_lr={self.min_lr}: allowed are numbers <= lr={self.lr}")
+            raise ValueError(f"min_lr={self.min_lr}: must be a number <= lr={self.lr}")

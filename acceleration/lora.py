@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acceleration import plan
+from acceleration import protocol
 from acceleration.config import LoraConfig
-from acceleration.plan import Fill, Partial
+from acceleration.protocol import ParameterSource, PartialSource
 
 A, B = "lora_A.weight", "lora_B.weight"  # parameters of an adapted layer, beside its own
 
@@ -59,7 +59,7 @@ def apply(model: nn.Module, cfg: LoraConfig) -> list[str]:
     Raises:
         ValueError: a target that names no linear layer.
     """
-    found = {id(layer) for _, _, layer in plan.slots(model, cfg.targets, nn.Linear)}
+    found = {id(layer) for _, _, layer in protocol.slots(model, cfg.targets, nn.Linear)}
     names = [name for name, module in model.named_modules() if id(module) in found]
     attach(model, {name: (cfg.rank, cfg.scale) for name in names})
     return names
@@ -98,19 +98,19 @@ def init_parameter_(name: str, tensor: Tensor, generator: torch.Generator) -> No
 
 
 @dataclass(frozen=True)
-class Filled:
+class LoraSource:
     """A source of values (see ``sharding.materialize``): adapters from one, everything else from the other."""
 
-    base: Fill
-    adapter: Fill
+    base: ParameterSource
+    adapter: ParameterSource
 
     def __call__(self, name: str, tensor: Tensor) -> None:
         self._source(name)(name, tensor)
 
     def read_part(self, name: str, start: tuple[int, ...], part: Tensor) -> bool:
-        """See ``plan.Partial``."""
+        """See ``PartialSource`` in acceleration/protocol.py."""
         source = self._source(name)
-        return isinstance(source, Partial) and source.read_part(name, start, part)
+        return isinstance(source, PartialSource) and source.read_part(name, start, part)
 
-    def _source(self, name: str) -> Fill:
+    def _source(self, name: str) -> ParameterSource:
         return self.adapter if is_adapter(name) else self.base

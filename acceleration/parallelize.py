@@ -3,13 +3,17 @@
 import torch
 from torch import nn
 
-from acceleration import compile, recompute, sequence, sharding, tensor_parallel
+from acceleration import sequence
+from acceleration.blocks import activation_checkpoint, compile
 from acceleration.config import ParallelConfig
-from acceleration.mesh import Mesh
-from acceleration.plan import Fill, Shardable
+from acceleration.distributed.mesh import Mesh
+from acceleration.protocol import ParameterSource, Shardable
+from acceleration.sharding import fsdp, tensor_parallel
 
 
-def parallelize(model: nn.Module, cfg: ParallelConfig, mesh: Mesh, device: torch.device, fill: Fill) -> nn.Module:
+def parallelize(
+    model: nn.Module, cfg: ParallelConfig, mesh: Mesh, device: torch.device, fill: ParameterSource
+) -> nn.Module:
     """Spread a model built on the meta device over ``mesh``, in place.
 
     Tensor parallelism first (it changes what a layer holds), then attention slots (the wrapper is what gets
@@ -21,11 +25,11 @@ def parallelize(model: nn.Module, cfg: ParallelConfig, mesh: Mesh, device: torch
     tensor_parallel.apply(model, mesh["tensor"])
     sequence.fill_slots(model, mesh, cfg.attention, keeps=cfg.recompute.kind == "selective")
     compile.apply(model, cfg.compile)
-    recompute.apply(model, cfg.recompute)
+    activation_checkpoint.apply(model, cfg.recompute)
     on_host = cfg.offload == "parameters"
     if cfg.engine == "native":
-        sharding.shard(model, cfg.zero, cfg.precision, mesh, offload=on_host, prefetch=cfg.prefetch)
+        fsdp.shard(model, cfg.zero, cfg.precision, mesh, offload=on_host, prefetch=cfg.prefetch)
     else:  # shards by itself when it is built, from whole masters on the CPU
         on_host = True
-    sharding.materialize(model, cfg.precision, torch.device("cpu") if on_host else device, fill)
+    fsdp.materialize(model, cfg.precision, torch.device("cpu") if on_host else device, fill)
     return model

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.shapes.render import combinations, draw_spec, render
-from opensora.datasets.decode import VIDEO_SUFFIXES, DecodeError, read_frames
+from opensora.datasets.decode.api import VIDEO_SUFFIXES, DecodeError, read_frames
 from opensora.models.vae import (
     AutoencoderConfig,
     DCTConfig,

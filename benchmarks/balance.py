@@ -8,7 +8,7 @@ Idle is 1 - mean / max of the processes' loads in a step, averaged over steps; l
     random        every process takes a micro-batch of any bucket (Open-Sora)
     equal tokens  as random, with batch sizes that make tokens per micro-batch equal (the table's mean)
     equal cost    as random, with batch sizes that make the cost equal (data.cost_per_batch): rounding remains
-    ours          BatchPlan, data.pack=1, or 4 micro-batches per process and data.pack=4
+    ours          BatchPlan, data.balance_group=1, or 4 micro-batches per process and data.balance_group=4
     ours, auto    BatchPlan with the batch sizes of "equal cost"
 
 Then: whether every sample comes once, and how random the order still is. Prints tables and one JSON line.
@@ -25,12 +25,12 @@ import pyarrow as pa
 import yaml
 
 from benchmarks.clip_columns import clip_columns
-from opensora.datasets.balance import deal
-from opensora.datasets.bucket import BucketTable
+from opensora.datasets.buckets.bucket import BucketTable
+from opensora.datasets.buckets.cost import image_tokens
 from opensora.datasets.config import DataConfig
-from opensora.datasets.cost import image_tokens
-from opensora.datasets.manifest import ClipTable, TextsInMemory
-from opensora.datasets.plan import BatchPlan
+from opensora.datasets.plan.balance import deal
+from opensora.datasets.plan.batch_plan import BatchPlan
+from opensora.datasets.table.manifest import ClipTable, TextsInMemory
 
 RANKS = (8, 64, 224, 1024)
 MULTIPLE = 16
@@ -55,7 +55,7 @@ def main() -> None:
         buckets = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["data"]["buckets"]
         results[name] = {"idle": idle_of_policies(name, table, buckets, args.steps)}
         results[name] |= order_of(name, BatchPlan(table, config(buckets, 224), MULTIPLE, 0), len(table))
-        print(f"{'':<12}with data.pack=4:", end=" ")
+        print(f"{'':<12}with data.balance_group=4:", end=" ")
         order_of(name, BatchPlan(table, config(buckets, 224 * 4, 4), MULTIPLE, 0), len(table))
     print(json.dumps({"benchmark": "balance", "rows": args.rows, "steps": args.steps, "results": results}))
 
@@ -67,8 +67,8 @@ def config(buckets: dict, micro_batches: int, pack: int = 1, **budget: float) ->
     return DataConfig(
         buckets=buckets,
         micro_batches=micro_batches,
-        pack=pack,
-        empty_rows="report",
+        balance_group=pack,
+        unused_rows="report",
         **budget,  # type: ignore[arg-type]
     )
 
@@ -102,7 +102,7 @@ def idle_of_policies(name: str, table: ClipTable, buckets: dict, steps: int) -> 
         row = {head: idle(load) for head, load in zip(heads, loads, strict=True)}
         print(f"{ranks:>6} " + " ".join(f"{100 * mean:>7.2f} ({100 * timed:>5.2f})" for mean, timed in row.values()))
         found.append({"ranks": ranks} | {head: [round(x, 5) for x in pair] for head, pair in row.items()})
-    print("x4: four micro-batches per process and step; the last two columns differ in data.pack only")
+    print("x4: four micro-batches per process and step; the last two columns differ in data.balance_group only")
     return found
 
 

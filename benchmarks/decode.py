@@ -24,7 +24,7 @@ import av
 import numpy as np
 from av.video.reformatter import Interpolation
 
-from opensora.datasets.decode import DECODERS, VIDEO_SUFFIXES, probe, read_frames, require
+from opensora.datasets.decode.api import DECODERS, VIDEO_SUFFIXES, probe, read_frames, require
 from opensora.utils.errors import UserError
 
 SECONDS, FPS, HEIGHT, WIDTH = 31, 30, 720, 1280

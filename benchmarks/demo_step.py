@@ -20,10 +20,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from opensora.config import RunConfig, load_config, run_cli
+from opensora.cli.main import run_cli
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig
+from opensora.train.preparation import loss_share
 from opensora.train.run import Run
 from opensora.train.setup import start_run
-from opensora.train.step import loss_share
 
 ROOT = Path(__file__).resolve().parent.parent
 WARMUP = 3

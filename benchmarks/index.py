@@ -29,14 +29,14 @@ import pyarrow.parquet as papq
 import yaml
 
 from benchmarks.clip_columns import clip_columns
-from opensora.datasets.aspect import area_of, training_sizes
-from opensora.datasets.bucket import BucketTable
+from opensora.datasets.buckets.aspect import area_of, training_sizes
+from opensora.datasets.buckets.bucket import BucketTable
+from opensora.datasets.buckets.shape_class_index import index_shape_classes
 from opensora.datasets.config import DataConfig
-from opensora.datasets.epoch import Epoch, Source
-from opensora.datasets.groups import group_rows
-from opensora.datasets.index import index_of, open_index
-from opensora.datasets.manifest import COLUMNS, ClipTable, TextsInMemory
-from opensora.datasets.plan import BatchPlan
+from opensora.datasets.plan.batch_plan import BatchPlan
+from opensora.datasets.plan.epoch import Epoch, Source
+from opensora.datasets.table.index import index_of, open_index
+from opensora.datasets.table.manifest import COLUMNS, ClipTable, TextsInMemory
 
 SHARD = 1_000_000
 STAGE = Path(__file__).resolve().parents[1] / "configs" / "data" / "stage1.yaml"
@@ -109,7 +109,7 @@ def measure(folder: Path, shard: Path, rows: int, threads: int | None) -> dict[s
     index_of(files, folder / "index", threads)
     found["index again"] = watch.lap()
     table = open_index(index)
-    group_rows(table, BucketTable(config(), 16))
+    index_shape_classes(table, BucketTable(config(), 16))
     found["kinds"] = watch.lap()
     plan = BatchPlan(table, config(), 16, 0)
     steps = plan.steps_in_epoch(0)
@@ -197,7 +197,7 @@ def against_pandas(rows: int) -> dict[str, float]:
     table = ClipTable(**columns, texts=TextsInMemory(nothing, nothing), folders=("",), first_rows=np.zeros(1, np.int64))
     watch.lap()
     buckets = BucketTable(CONFIG, 16)
-    Epoch(Source(buckets, buckets.shares(), group_rows(table, buckets), 0), 0)
+    Epoch(Source(buckets, buckets.shares(), index_shape_classes(table, buckets), 0), 0)
     _, by_column = watch.lap()
     ratio = by_row / by_column
     print(f"\nbuckets of {rows:,} rows: pandas apply {by_row:.2f} s CPU, ours {by_column:.3f} s: {ratio:.0f} x")

@@ -3,7 +3,7 @@
     python -m benchmarks.memory [--processes 1,2,4,8] [--width 320] [--offload none,optimizer,parameters]
 
 Layouts run as groups of gloo processes on this machine, on an MMDiT of --width (320: 33 million parameters) with so few
-tokens that weights are nearly all there is to see. Counted are bytes of tensors (acceleration/memory.py), exactly:
+tokens that weights are nearly all there is to see. Counted are bytes of tensors (diagnostics/memory_usage.py), exactly:
 resident memory would add the interpreter and what malloc keeps back, and lack what no page was touched of. Of a mapped
 file the tensor being read is counted, though its pages are the system's to take back. The worst process is shown.
 
@@ -24,18 +24,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from acceleration import mesh as meshes
-from acceleration import plan, sharding
-from acceleration.checkpoint.pieces import Pieces
+from acceleration import protocol
+from acceleration.checkpoint.tensor_shards import TensorShards
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
+from acceleration.diagnostics.memory_usage import Allocations, held
+from acceleration.distributed import mesh as meshes
+from acceleration.distributed.mesh import Mesh
 from acceleration.engines import build_engine
-from acceleration.memory import Allocations, held
-from acceleration.mesh import Mesh
 from acceleration.parallelize import parallelize
-from opensora.inference.load import FromFile, weight_layout
-from opensora.models import MMDiTConfig, build_model
+from acceleration.sharding import fsdp
+from opensora.assembly.initial_weights import FileSource, weight_layout
+from opensora.models.families import MMDiTConfig, build_model
 from opensora.models.mmdit.convert import OPEN_SORA_2, load_state_dict_for, save_state_dict
-from opensora.train.step import Tokens, loss_share
+from opensora.train.preparation import Tokens, loss_share
 from opensora.utils.rng import torch_generator
 from tests.dist.harness import run_distributed
 from tests.dist.problem import MODEL, FakeBatch
@@ -100,7 +101,7 @@ def model_of(width: int) -> MMDiTConfig:
 def sizes_of(cfg: MMDiTConfig) -> Sizes:
     with torch.device("meta"):
         model = build_model(cfg)
-    blocks = [sum(p.numel() for p in block.parameters()) for block in plan.blocks(model)]
+    blocks = [sum(p.numel() for p in block.parameters()) for block in protocol.blocks(model)]
     parameters = [p.numel() for p in model.parameters()]
     return Sizes(4 * sum(parameters), 4 * max(parameters), 4 * max(blocks))
 
@@ -142,7 +143,9 @@ def _train(model_cfg: MMDiTConfig, path: Path, cfg: ParallelConfig, mesh: Mesh) 
 
     step(0)  # moments are made, and FSDP2 pads what does not divide
     state = engine.state_dict()
-    values = [v for v in state["optimizer"].values() if isinstance(v, Tensor | Pieces)]  # not settings of the optimizer
+    values = [
+        v for v in state["optimizer"].values() if isinstance(v, Tensor | TensorShards)
+    ]  # not settings of the optimizer
     moments = held(getattr(value, "held", value) for value in values)
     average = held(getattr(value, "held", value) for value in state["ema"].values())
     masters = held(p for _, p in engine.master_params())
@@ -177,7 +180,7 @@ def _load(model_cfg: MMDiTConfig, path: Path, cfg: ParallelConfig, mesh: Mesh) -
         model = build_model(model_cfg)
     file, _ = load_state_dict_for(model, path, to=weight_layout(model_cfg))  # a mapping, which would count as taken
     with Allocations() as loading:
-        parallelize(model, cfg, mesh, CPU, FromFile(file, path))
+        parallelize(model, cfg, mesh, CPU, FileSource(file, path))
     return model, loading.peak
 
 
@@ -191,7 +194,7 @@ def _tokens(mesh: Mesh) -> list[Tokens]:
 def gathered_bytes(model: nn.Module) -> int:
     """Bytes of parameters that are whole at this moment, beside the pieces."""
     whole = 0
-    for module in sharding.fsdp_modules(model):
+    for module in fsdp.fsdp_modules(model):
         group = module._get_fsdp_state()._fsdp_param_group  # type: ignore[attr-defined]
         whole += sum(held(param.all_gather_outputs) for param in group.fsdp_params) if group else 0
     return whole

@@ -27,20 +27,20 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from acceleration.mesh import view
+from acceleration.distributed.mesh import view
 from acceleration.sequence import SequenceParallel
 from benchmarks.clip_columns import clip_columns
+from opensora.datasets.buckets.cost import image_tokens
 from opensora.datasets.config import DataConfig
-from opensora.datasets.cost import image_tokens
-from opensora.datasets.features import Features
-from opensora.datasets.manifest import ClipTable, TextsInMemory
-from opensora.datasets.plan import BatchPlan, MicroBatch, Pack
-from opensora.datasets.video import Batch, PackedBatch
-from opensora.models import build_model, init_model_
+from opensora.datasets.loading.feature_store import Features
+from opensora.datasets.loading.reader import Batch, PackedBatch
+from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch, PackedSequence
+from opensora.datasets.table.manifest import ClipTable, TextsInMemory
 from opensora.models.base import TextFeatures
+from opensora.models.families import build_model, init_model_
 from opensora.models.mmdit import MMDiTConfig
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
-from opensora.train.step import Preparation, loss_share
+from opensora.train.preparation import Preparation, loss_share
 from opensora.utils.rng import torch_generator
 
 MODEL = MMDiTConfig(
@@ -172,17 +172,17 @@ def plan(case: Case, micro_batches: int, budget: int) -> BatchPlan:
     cfg = DataConfig(
         buckets=case.buckets,
         micro_batches=micro_batches,
-        pack=micro_batches,
+        balance_group=micro_batches,
         tokens_per_sequence=budget,
-        empty_rows="report",
+        unused_rows="report",
     )
     return BatchPlan(table, cfg, MULTIPLE, 0)
 
 
-def drawn(item: MicroBatch | Pack, case: Case) -> Batch | PackedBatch:
+def drawn(item: MicroBatch | PackedSequence, case: Case) -> Batch | PackedBatch:
     """Features in the place of files."""
     parts = [part_drawn(part, case) for part in item.parts]
-    return PackedBatch(tuple(parts)) if isinstance(item, Pack) else parts[0]
+    return PackedBatch(tuple(parts)) if isinstance(item, PackedSequence) else parts[0]
 
 
 def part_drawn(part: MicroBatch, case: Case) -> Batch:

@@ -17,16 +17,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from acceleration import mesh as meshes
-from acceleration.accounting import MicroBatch, Place
+from acceleration.accounting.comm_volume import MicroBatch, RankLayout
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
+from acceleration.distributed import mesh as meshes
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
-from opensora.models import build_model
+from opensora.models.families import build_model
 from opensora.models.mmdit import MMDiTConfig
+from opensora.planner.forecast import Forecaster, denoiser_inputs
 from opensora.schedulers.rectified_flow import squared_error
-from opensora.train.forecast import Forecaster, denoiser_inputs
 from tests.dist.harness import run_distributed
 
 SMALL = MMDiTConfig(
@@ -99,7 +99,7 @@ def predict(case: Case) -> int:
     forecast = Forecaster(case.model, OPTIM, device_type="cpu")
     degrees = meshes.resolve(MeshConfig(**case.mesh), case.world)
     return max(
-        forecast.memory(Place(meshes.view(degrees, rank), case.parallel), case.batch, batches=case.batches).total
+        forecast.memory(RankLayout(meshes.view(degrees, rank), case.parallel), case.batch, batches=case.batches).total
         for rank in range(case.world)
     )
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.sharing [--rows 1000000] [--steps 100]
 
-By the cost model (``opensora/datasets/cost.py``) of the 11B model, with and without ``parallel.mesh.dynamic``: a round
+By the cost model (``buckets/cost.py``) of the 11B model, with and without ``parallel.mesh.dynamic``: a round
 of micro-batches lasts as long as its longest on any process, a step as long as its rounds. Everything is in image
 tokens on one process, 78 us on an H100 at half its peak. Cases:
 
@@ -12,8 +12,8 @@ tokens on one process, 78 us on an H100 at half its peak. Cases:
     overhead    of every micro-batch on every process, however small: gathered weights, launches
 
 Tables are configs/data/*.yaml on synthetic clips (lognormal durations, a fifth images), 224 processes, 4 micro-batches
-per data-parallel rank and step, data.pack=1. ``even`` has the largest powers of two up to the table's batch sizes:
-samples are given out whole where they divide.
+per data-parallel rank and step, data.balance_group=1. ``even`` has the largest powers of two up to the table's
+batch sizes: samples are given out whole where they divide.
 Prints one line per case and one JSON line.
 """
 
@@ -29,12 +29,12 @@ import pyarrow as pa
 import yaml
 
 from benchmarks.clip_columns import clip_columns
-from opensora.datasets.balance import deal
+from opensora.datasets.buckets.cost import CostConfig
 from opensora.datasets.config import DataConfig
-from opensora.datasets.cost import CostConfig
-from opensora.datasets.manifest import ClipTable, TextsInMemory
-from opensora.datasets.plan import BatchPlan
-from opensora.datasets.share import Sharing
+from opensora.datasets.plan.balance import deal
+from opensora.datasets.plan.batch_plan import BatchPlan
+from opensora.datasets.plan.dynamic_sp import SequenceSharing
+from opensora.datasets.table.manifest import ClipTable, TextsInMemory
 
 PROCESSES, EACH = 224, 4
 TEXT_TOKENS = 512
@@ -80,14 +80,14 @@ def config(name: str, micro_batches: int, cost: CostConfig) -> DataConfig:
     return DataConfig(
         buckets=buckets,
         micro_batches=micro_batches,
-        empty_rows="report",
+        unused_rows="report",
         cost=cost,
     )
 
 
 def saved(plan: BatchPlan, ranks: int, ulysses: int, steps: int) -> dict[str, Any]:
     """The share of the time that the choice saves on average and in the best step, and what was chosen."""
-    choice = Sharing(degree=ulysses, text_tokens=TEXT_TOKENS)
+    choice = SequenceSharing(degree=ulysses, text_tokens=TEXT_TOKENS)
     full = plan.steps_in_epoch(0) - 1
     times = []
     degrees: Counter[int] = Counter()

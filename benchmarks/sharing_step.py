@@ -16,18 +16,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from acceleration import mesh as meshes
-from acceleration.accounting import MicroBatch
+from acceleration.accounting.comm_volume import MicroBatch
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig
+from acceleration.distributed import mesh as meshes
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
-from opensora.datasets.cost import CostConfig, features
-from opensora.datasets.share import Sharing, choose, times
-from opensora.models import build_model
+from opensora.datasets.buckets.cost import CostConfig, features
+from opensora.datasets.plan.dynamic_sp import SequenceSharing, choose, times
+from opensora.models.families import build_model
 from opensora.models.mmdit import MMDiTConfig
+from opensora.planner.forecast import denoiser_inputs
 from opensora.schedulers.rectified_flow import squared_error
-from opensora.train.forecast import denoiser_inputs
 from tests.dist.harness import run_distributed
 
 MODEL = MMDiTConfig(
@@ -89,18 +89,18 @@ def chosen() -> list[int]:
     """The degree of each micro-batch by the cost model, with attention's part for this width."""
     rows = features(*np.array(SHAPES, dtype=float).T)
     cost = CostConfig(per_token2=1 / (6 * MODEL.hidden_size))
-    sharing = Sharing(degree=2, text_tokens=TEXT_TOKENS)
+    sharing = SequenceSharing(degree=2, text_tokens=TEXT_TOKENS)
     most = max(samples * (tokens + TEXT_TOKENS) for samples, tokens in SHAPES)
     return choose(times(rows, cost, sharing, most), sharing.degrees)[0].tolist()
 
 
 def parts(mesh: meshes.Mesh, degrees: list[int]) -> list[Part]:
     """What this process has of every micro-batch."""
-    sharing = Sharing(degree=2, rank=mesh["ulysses"].rank, text_tokens=TEXT_TOKENS)
+    sharing = SequenceSharing(degree=2, rank=mesh["ulysses"].rank, text_tokens=TEXT_TOKENS)
     return [
         (
             MicroBatch(samples=len(sharing.mine(samples, degree)), txt=TEXT_TOKENS, img=tokens),
-            SequenceParallel(mesh.narrow(degree)),
+            SequenceParallel(mesh.submesh(degree)),
         )
         for (samples, tokens), degree in zip(SHAPES, degrees, strict=True)
     ]

@@ -20,11 +20,13 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from opensora.config import RunConfig, load_config, run_cli, to_yaml
-from opensora.train.calibrate import calibrate
-from opensora.train.data import open_data
+from opensora.cli.main import run_cli
+from opensora.config.load import load_config, to_yaml
+from opensora.config.run import RunConfig
+from opensora.planner.cost_fit import calibrate
 from opensora.train.loop import train
 from opensora.train.setup import start_run
+from opensora.train.step_data import open_data
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 10
@@ -60,7 +62,7 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     config = folder / "config.yaml"
     config.write_text(
         f"include: [{ROOT / 'configs/train/demo.yaml'}]\noutput: {folder}\n"
-        f"data: {{table: {table}, micro_batches: {4 * args.processes}, pack: 4, probability: accept}}\n"
+        f"data: {{table: {table}, micro_batches: {4 * args.processes}, balance_group: 4, probability: accept}}\n"
         f"parallel: {{zero: 1, mesh: {{ulysses: 1}}, recompute: {{kind: none}}}}\n"
         f"train: {{steps: {args.steps}, log_every: 1, checkpoint_every: 100000, export: false}}\n"
     )

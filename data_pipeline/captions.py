@@ -1,12 +1,13 @@
 """The caption of every file: from a captions file, or from a text beside it. Nothing in them is replaced or guessed."""
 
 import os
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from opensora.utils.errors import UserError
-from opensora.utils.user_files import MAX_FIELD, absence, read_csv, read_text
+from opensora.utils.files.user_files import MAX_FIELD, absence, read_csv, read_text
 
 NO_VALUE = ("", "nan", "NaN")  # what the reader of clip tables takes for an empty field
 
@@ -26,10 +27,26 @@ class CaptionsFile:
 
     path: Path
     rows: dict[str, tuple[str, int, str]] = field(default_factory=dict)  # by real path: as written, line, text
+    composed: dict[str, str] = field(default_factory=dict)  # real path by its composed form, see ``of``
 
-    def unused(self, used: set[str]) -> list[str]:
+    def add(self, real: str, row: tuple[str, int, str]) -> tuple[str, int, str]:
+        """The first row of this file."""
+        self.composed.setdefault(unicodedata.normalize("NFC", real), real)
+        return self.rows.setdefault(real, row)
+
+    def of(self, file: Path) -> tuple[str, int, str] | None:
+        """The row of a file: by its name as it is, else by the same letters. File systems of Apple, and archives made
+        there, write an accent as a character of its own, where a table has one character for both."""
+        return self.rows.get(self._named(os.path.realpath(file)))
+
+    def _named(self, real: str) -> str:
+        alike = self.composed.get(unicodedata.normalize("NFC", real), real)
+        return real if real in self.rows or os.path.lexists(alike) else alike
+
+    def unused(self, used: Iterable[str]) -> list[str]:
         """Paths, as written, of rows that none of these real paths is."""
-        return [written for real, (written, _, _) in self.rows.items() if real not in used]
+        named = {self._named(real) for real in used}
+        return [written for real, (written, _, _) in self.rows.items() if real not in named]
 
 
 def find_captions(folder: Path) -> Path | None:
@@ -51,7 +68,7 @@ def read_captions(path: Path) -> CaptionsFile:
             raise UserError(f"{path} line {line} has no path; write one, or take the row out")
         text = row["text"].strip()
         real = os.path.realpath(path.parent / row["path"])
-        before = captions.rows.setdefault(real, (row["path"], line, text))
+        before = captions.add(real, (row["path"], line, text))
         if before[2] != text:
             raise UserError(f"{path} line {line}: {row['path']!r} has another text in line {before[1]}; keep one")
     return captions
@@ -72,7 +89,7 @@ class Texts:
 def caption_of(file: Path, known: CaptionsFile | None, texts: Texts) -> Caption:
     """Of the captions file if it has one, else of the first text beside the file that is not empty."""
     faults: list[Caption] = []
-    if known is not None and (row := known.rows.get(os.path.realpath(file))) is not None:
+    if known is not None and (row := known.of(file)) is not None:
         found = _judged(row[2], f"{known.path.name} line {row[1]}")
         if not found.reason:
             return found

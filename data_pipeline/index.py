@@ -8,10 +8,10 @@ is its content says. What becomes no row is counted by reason on the screen and 
 what is left out are all files that were seen, but for captions.
 """
 
-from opensora.utils import signals
+from opensora.utils import signal_handler
 
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
-    signals.listen_early()
+    signal_handler.listen_early()
 
 import argparse
 import csv
@@ -30,13 +30,13 @@ from tqdm import tqdm
 
 from data_pipeline.captions import NO_VALUE, Caption, CaptionsFile, Texts, caption_of, find_captions, read_captions
 from data_pipeline.walk import Entry, LeftOut, by_identity, walk
-from opensora.datasets.decode import DecodeError, MediaInfo, sniff
-from opensora.datasets.reader import DecoderProcess, ReaderClosed
-from opensora.utils.arguments import Parser, number, place, whole
-from opensora.utils.command import call
+from opensora.datasets.decode.api import DecodeError, MediaInfo, sniff
+from opensora.datasets.decode.process import DecoderProcess, ReaderClosed
+from opensora.utils.command_line.arguments import Parser, number, place, whole
+from opensora.utils.command_line.command import call
 from opensora.utils.errors import UserError, one_line
-from opensora.utils.signals import stopped_in_one_line
-from opensora.utils.user_files import absence, try_output, write_whole
+from opensora.utils.files.user_files import absence, try_output, write_whole
+from opensora.utils.signal_handler import stopped_in_one_line
 
 MAX_WORKERS = 1024
 COLUMNS = ("path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps")

@@ -279,7 +279,7 @@ def parse_arguments() -> argparse.Namespace:
     if not 1 <= args.minutes <= 7 * 24 * 60:
         parser.error(f"--minutes {args.minutes:g}: must be a number from 1 to 10080")
     if args.steps is not None and args.steps < 40:
-        parser.error(f"--steps {args.steps}: allowed are integers >= 40")
+        parser.error(f"--steps {args.steps}: must be an integer >= 40")
     return args
 
 

@@ -28,7 +28,7 @@ BEGIN_S = 30.0  # for a process that has just been started to listen to signals;
 PATIENCE_S = 10.0  # from the third request to the end by SIGKILL
 ENDING_S = 10.0  # for this launcher to end after its processes
 LIMIT = "OPENSORA_SHUTDOWN_TIMEOUT"  # seconds; set by launch/torchrun.sh
-LIMIT_S = 3600.0  # the longest that saving may take: guard.aside_s
+LIMIT_S = 3600.0  # the longest that saving may take: guard.save_s
 
 
 class Stop:

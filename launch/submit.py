@@ -23,18 +23,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from opensora.utils import signals  # noqa: E402
+from opensora.utils import signal_handler  # noqa: E402
 
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
-    signals.listen_early()
+    signal_handler.listen_early()
 
-from opensora.config import RunConfig, load_config, run_cli, save  # noqa: E402
+from opensora.cli.main import run_cli  # noqa: E402
+from opensora.config.load import load_config, save  # noqa: E402
+from opensora.config.run import RunConfig  # noqa: E402
 from opensora.train.setup import check  # noqa: E402
-from opensora.utils.arguments import Parser, place, whole, word  # noqa: E402
+from opensora.utils.code_digest import PACKAGES, code_digest  # noqa: E402
+from opensora.utils.command_line.arguments import Parser, place, whole, word  # noqa: E402
 from opensora.utils.errors import UserError  # noqa: E402
-from opensora.utils.untrusted import short  # noqa: E402
-from opensora.utils.user_files import read_text  # noqa: E402
-from opensora.utils.version import PACKAGES, code_digest  # noqa: E402
+from opensora.utils.files.untrusted import short  # noqa: E402
+from opensora.utils.files.user_files import read_text  # noqa: E402
 
 TEMPLATE = ROOT / "launch" / "slurm.sbatch"
 MARK = "# settings of launch/submit.py\n"
@@ -57,7 +59,7 @@ def main(argv: list[str]) -> int:
         return 0
     if shutil.which("sbatch") is None:
         raise UserError("sbatch: not found; submit where SLURM is, or look at the job with --dry-run")
-    with signals.stopped_in_one_line():  # as from the command line, for those who call this
+    with signal_handler.stopped_in_one_line():  # as from the command line, for those who call this
         return submit(args, head, runs, argv)
 
 
@@ -80,7 +82,7 @@ def submit(args: argparse.Namespace, head: RunConfig, runs: Sequence[RunConfig],
         clear_away(job if job != jobs else None, made)
         if isinstance(error, KeyboardInterrupt):
             print(f"interrupted: {job} is removed; squeue --name={head.name} shows if a job was queued all the same")
-            return 128 + getattr(error, "number", signal.SIGINT)  # as signals.stopped_in_one_line says it
+            return 128 + getattr(error, "number", signal.SIGINT)  # as signal_handler.stopped_in_one_line says it
         if isinstance(error, (OSError, shutil.Error)):
             reason = getattr(error, "strerror", None) or str(error)
             raise UserError(f"{job}: cannot be written ({reason}); nothing was submitted") from None
@@ -177,7 +179,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         args.tasks_per_node = args.gpus_per_node or 1
     if args.gpus_per_node and args.tasks_per_node > args.gpus_per_node:
         raise UserError(
-            f"--tasks-per-node={args.tasks_per_node}: allowed are at most --gpus-per-node={args.gpus_per_node}, "
+            f"--tasks-per-node={args.tasks_per_node}: must be at most --gpus-per-node={args.gpus_per_node}, "
             "as a process has a GPU of its own"
         )
     return args, overrides
@@ -186,7 +188,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def time_limit(text: str) -> str:
     """A time as sbatch takes it: minutes, [hours:]minutes:seconds, or days-hours[:minutes[:seconds]]."""
     if not re.fullmatch(r"[0-9]{1,7}(?::[0-9]{1,2}){0,2}|[0-9]{1,5}-[0-9]{1,2}(?::[0-9]{1,2}){0,2}", text):
-        allowed = "allowed are times such as 30, 4:00:00 or 1-12:00:00"
+        allowed = "must be a time such as 30, 4:00:00 or 1-12:00:00"
         raise argparse.ArgumentTypeError(f"={short(repr(text), 40)}: {allowed}")
     return text
 

@@ -57,19 +57,26 @@ STILLS = "tests/reference/test_sampling.py::test_stills_of_a_table"
 WHOLE = "tests/reference/test_sampling.py::test_from_training_to_pixels[adamw]"
 WITH_ADAPTERS = "tests/reference/test_sampling.py::test_from_training_to_pixels[adapters]"
 
-STEP, LOOP = "opensora/train/step.py", "opensora/train/loop.py"
-SETUP, WEIGHTS, DATA = "opensora/train/setup.py", "opensora/train/weights.py", "opensora/train/data.py"
-CONDITIONING, EXPORT, RESUME = (f"opensora/train/{name}.py" for name in ("conditioning", "export", "resume"))
+STEP, LOOP = "opensora/train/preparation.py", "opensora/train/loop.py"
+SETUP, WEIGHTS, DATA = "opensora/train/setup.py", "opensora/assembly/initial_weights.py", "opensora/train/step_data.py"
+CONDITIONING = "opensora/conditioning/frames.py"
+EXPORT, RESUME = (f"opensora/train/state/{name}.py" for name in ("export", "resume"))
 FLOW, TIMES = "opensora/schedulers/rectified_flow.py", "opensora/schedulers/timesteps.py"
-OPTIM, EMA, NATIVE = "acceleration/optim.py", "acceleration/ema.py", "acceleration/engines/native.py"
+OPTIM, EMA, NATIVE = "acceleration/optim/optimizers.py", "acceleration/optim/ema.py", "acceleration/engines/native.py"
+GUIDANCE, SOLVER, NOISE = (f"opensora/sampling/{name}.py" for name in ("guidance", "loop", "noise"))
 MODEL, LAYERS = "opensora/models/mmdit/model.py", "opensora/models/mmdit/layers.py"
 CONVERT = "opensora/models/mmdit/convert.py"
 ROPE, EMBEDDING = "opensora/models/layers/rope.py", "opensora/models/layers/embedding.py"
 DCT, BYTES = "opensora/models/vae/dct.py", "opensora/models/text/bytes.py"
-TOKENS, PROMPT, SAMPLER = "opensora/utils/tokens.py", "opensora/utils/prompt.py", "opensora/utils/sampling.py"
-VIDEO, TRANSFORMS, BUCKET = (f"opensora/datasets/{name}.py" for name in ("video", "transforms", "bucket"))
-EPOCH, PLAN, BALANCE = (f"opensora/datasets/{name}.py" for name in ("epoch", "plan", "balance"))
-LORA, STORED, PACKING = "acceleration/lora.py", "opensora/datasets/features.py", "opensora/train/packing.py"
+TOKENS, PROMPT = "opensora/utils/tokens.py", "opensora/utils/prompt_suffix.py"
+VIDEO, TRANSFORMS = (f"opensora/datasets/loading/{name}.py" for name in ("reader", "window"))
+BUCKET = "opensora/datasets/buckets/bucket.py"
+EPOCH, PLAN, BALANCE = (f"opensora/datasets/plan/{name}.py" for name in ("epoch", "batch_plan", "balance"))
+LORA, STORED, PACKING = (
+    "acceleration/lora.py",
+    "opensora/datasets/loading/feature_store.py",
+    "opensora/train/packed_tokens.py",
+)
 PIPELINE, LOAD, SAVE, PROMPTS = (f"opensora/inference/{name}.py" for name in ("pipeline", "load", "save", "prompts"))
 
 TABLE: tuple[Mutation, ...] = (
@@ -81,7 +88,9 @@ TABLE: tuple[Mutation, ...] = (
     Mutation("pixels from 0 to 1", STEP, ".float() / 127.5 - 1", ".float() / 255", TRAIN),
     Mutation("target of the other sign", STEP, "target=pack(", "target=-pack(", TRAIN),
     Mutation("patch 1 in the shift", STEP, "ids, grid, self.patch,", "ids, grid, 1,", TRAIN),
-    Mutation("guidance of zeros", STEP, "torch.ones_like(whole.timesteps)", "torch.zeros_like(whole.timesteps)", TRAIN),
+    Mutation(
+        "guidance of zeros", STEP, "torch.ones_like(tokens.timesteps)", "torch.zeros_like(tokens.timesteps)", TRAIN
+    ),
     Mutation(
         "time coordinate lost",
         STEP,
@@ -108,10 +117,8 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "noise left in the data not in the target", FLOW, "(1 - cfg.sigma_min) * _exact(noise)", "_exact(noise)", TRAIN
     ),
-    Mutation(
-        "shift without latent frames", SAMPLER, "(4096 - 256)) * math.sqrt(latent_frames)", "(4096 - 256))", TRAIN
-    ),
-    Mutation("shift from 0 tokens on", SAMPLER, "/ (4096 - 256)", "/ 4096", TRAIN),
+    Mutation("shift without latent frames", TIMES, "(4096 - 256)) * math.sqrt(latent_frames)", "(4096 - 256))", TRAIN),
+    Mutation("shift from 0 tokens on", TIMES, "/ (4096 - 256)", "/ 4096", TRAIN),
     Mutation("uniform times", TIMES, "torch.sigmoid(", "torch.special.ndtr(", TRAIN),
     # Optimizer, schedule, average.
     Mutation("average keeps too little", EMA, "self.shadow], 1 - decay)", "self.shadow], decay)", TRAIN),
@@ -257,7 +264,7 @@ TABLE: tuple[Mutation, ...] = (
     # Checkpoints, resuming, exports.
     Mutation(
         "resumes with the first samples",
-        SETUP,
+        DATA,
         "start_step=step,\n        stop_step",
         "start_step=0,\n        stop_step",
         RESUMED,
@@ -325,15 +332,15 @@ TABLE: tuple[Mutation, ...] = (
     # Sampling.
     Mutation(
         "guidance from the prompted pass",
-        SAMPLER,
+        GUIDANCE,
         "return unprompted + guidance * (prompted",
         "return prompted + guidance * (prompted",
         CLIPS,
     ),
-    Mutation("guidance oscillates on odd steps", SAMPLER, "or step % 2 == 0", "or step % 2 == 1", CLIPS),
+    Mutation("guidance oscillates on odd steps", GUIDANCE, "or step % 2 == 0", "or step % 2 == 1", CLIPS),
     Mutation(
         "schedule ends before the data",
-        SAMPLER,
+        TIMES,
         "torch.linspace(1, 0, num_steps + 1",
         "torch.linspace(1, 0.001, num_steps + 1",
         CLIPS,
@@ -345,7 +352,7 @@ TABLE: tuple[Mutation, ...] = (
         "get_schedule(opt.num_steps, tokens,",
         CLIPS,
     ),
-    Mutation("velocity at the next time", SAMPLER, "* velocity(x, now, step)", "* velocity(x, then, step)", CLIPS),
+    Mutation("velocity at the next time", SOLVER, "* velocity(x, now, step)", "* velocity(x, then, step)", CLIPS),
     Mutation("negative prompt not read", PIPELINE, 'neg or [""] * len(text)', '[""] * len(text)', CLIPS),
     Mutation(
         "noise of the first seed for all",
@@ -356,14 +363,14 @@ TABLE: tuple[Mutation, ...] = (
     ),
     Mutation(
         "noise keyed as in training",
-        SAMPLER,
+        NOISE,
         'torch_generator(seed, "sampling noise")',
         'torch_generator(seed, "noise")',
         CLIPS,
     ),
     Mutation(
         "distilled guidance of one",
-        SAMPLER,
+        GUIDANCE,
         "torch.full((img.shape[0],), option.guidance,",
         "torch.full((img.shape[0],), 1.0,",
         DISTILLED,

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import torch
 
-from opensora.datasets.decode import require
+from opensora.datasets.decode.api import require
 from opensora.models.mmdit.convert import read_state_dict
-from opensora.utils.adapters import WEIGHTS
+from opensora.models.weights.adapters import WEIGHTS
 from opensora.utils.errors import UserError
-from opensora.utils.logging import read_metrics
+from opensora.utils.metrics_log import read_metrics
 from tests.integration.conftest import CONFIG
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,7 +67,7 @@ class Place:
         found, wanted = (read_state_dict(folder / "exported")[0] for folder in (run, self.native()))
         error = max(float((found[name] - w).norm() / w.norm().clamp(min=1e-12)) for name, w in wanted.items())
         if found.keys() != wanted.keys() or not error <= near:
-            raise Failed(f"weights are {error:.1e} from the native engine's, allowed is {near:.0e}")
+            raise Failed(f"weights are {error:.1e} from the native engine's, must be {near:.0e}")
         return f"weights within {error:.0e} of the native engine's"
 
 
@@ -151,8 +151,9 @@ def peft(place: Place) -> str:
     """Adapters that a run exported, read and merged by peft."""
     from safetensors.torch import load_file
 
-    from opensora.config import RunConfig, load_config
-    from opensora.models import build_model
+    from opensora.config.load import load_config
+    from opensora.config.run import RunConfig
+    from opensora.models.families import build_model
 
     run = place.train("adapters", "lora.rank=4 optim.warmup_steps=0", f"train.init_from={place.native()}/exported")
     import peft as vendor

@@ -96,7 +96,7 @@ def test_colossalai_changes_no_version_of_ours() -> None:
     }
     listed = pins("requirements-colossalai.txt")
     assert all(str(pin.specifier) == ours.get(pin.name, str(pin.specifier)) for pin in listed)
-    from acceleration.engines.colossalai import NEEDS
+    from acceleration.engines.colossalai_engine import NEEDS
 
     assert [pin.name for pin in listed] == list(NEEDS)
     assert not {pin.name for pin in pins("requirements.txt")} & {pin.name for pin in listed}

@@ -20,12 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from acceleration.checkpoint import background, shards, storage, writer
-from acceleration.checkpoint.background import BackgroundWriter
-from acceleration.checkpoint.folder import candidates, leads_nowhere, misnamed, none_is_good
-from acceleration.checkpoint.pieces import Boxes, Pieces, boxes
-from acceleration.sealed import NUMBER
-from acceleration.waiting import WAITING
+from acceleration.checkpoint import async_writer, atomic_dir, shard_file, writer_process
+from acceleration.checkpoint.async_writer import BackgroundWriter
+from acceleration.checkpoint.listing import candidates, leads_nowhere, misnamed, none_is_good
+from acceleration.checkpoint.tensor_shards import Slices, TensorShards, slices_of
+from acceleration.distributed.comm_timer import WAITING
+from acceleration.files.sealed_json import NUMBER
 
 MAX_FAILURES = 3  # saves in a row that may fail before the run stops
 Report = Callable[[str], None]
@@ -71,7 +71,7 @@ class CheckpointManager:
         self.failures = 0  # in a row
         self._report = report
         self._wrong = wrong
-        self._writer = BackgroundWriter() if in_background and background.available() else None
+        self._writer = BackgroundWriter() if in_background and async_writer.available() else None
         self._pending: _Pending | None = None
         self._verified: dict[Path, bool] = {}  # what this run has written or read, so that it is read once
         # File names and plans travel over gloo also where tensors travel over nccl.
@@ -93,7 +93,7 @@ class CheckpointManager:
         steps: list[Path] = self.from_main(candidates(folder) if self._is_main else None)
         odd: list[Path] = self.from_main(misnamed(folder) if self._is_main else None)
         for path in odd if self._is_main else []:
-            unlike = f"not the name of a checkpoint, which is as {storage.step_name(8)}"
+            unlike = f"not the name of a checkpoint, which is as {atomic_dir.step_name(8)}"
             self._report(f"{path}: {'a link that leads nowhere' if leads_nowhere(path) else unlike}: passed over")
         for path in reversed(steps):
             bad = self._damaged(path)
@@ -111,7 +111,7 @@ class CheckpointManager:
         Raises:
             ValueError: no good checkpoint there.
         """
-        if self.from_main((path / storage.MANIFEST).is_file()):
+        if self.from_main((path / atomic_dir.MANIFEST).is_file()):
             bad = self._damaged(path)
             if bad is not None:
                 raise ValueError(f"{path} is damaged ({bad})")
@@ -132,19 +132,19 @@ class CheckpointManager:
     def _read(self, path: Path) -> tuple[dict[str, Any], str | None]:
         """(manifest, what is wrong with it)."""
         try:
-            manifest = storage.manifest_of(path)
+            manifest = atomic_dir.manifest_of(path)
         except ValueError as error:
             return {}, str(error)
         lacking = [f"{part} is missing" for part in ("tensors", "values") if part not in manifest]
         wrong = next(iter(lacking), None) or self._wrong(manifest)
-        return manifest, f"{storage.MANIFEST}: {wrong}" if wrong else None
+        return manifest, f"{atomic_dir.MANIFEST}: {wrong}" if wrong else None
 
     def _mine(self, manifest: dict[str, Any]) -> list[str]:
         return sorted(manifest["files"])[dist.get_rank() :: dist.get_world_size()]
 
     def _differs(self, path: Path, manifest: dict[str, Any]) -> str | None:
         names = self._mine(manifest)
-        return self._first(storage.damaged(path, {name: manifest["files"][name] for name in names}))
+        return self._first(atomic_dir.damaged(path, {name: manifest["files"][name] for name in names}))
 
     def _incomplete(self, path: Path, manifest: dict[str, Any]) -> str | None:
         """Whether the files hold other tensors than the manifest says, or parts of them. Collective."""
@@ -152,7 +152,7 @@ class CheckpointManager:
         counts: dict[str, int] = {}
         for name in self._mine(manifest):
             try:
-                for key, count in shards.counted(path / name, tensors).items():
+                for key, count in shard_file.counted(path / name, tensors).items():
                     counts[key] = counts.get(key, 0) + count
             except ValueError as error:
                 problem = problem or str(error)
@@ -162,7 +162,7 @@ class CheckpointManager:
             dist.all_reduce(held, group=self.group)
             for (key, (_, sizes)), count in zip(tensors.items(), held.tolist(), strict=True):
                 if count != prod(sizes):
-                    return f"{storage.MANIFEST}: tensors.{key[:99]!r}: {sizes}, and the files hold {count} elements"
+                    return f"{atomic_dir.MANIFEST}: tensors.{key[:99]!r}: {sizes}, and the files hold {count} elements"
         return problem
 
     def _first(self, mine: str | None) -> str | None:
@@ -181,16 +181,16 @@ class CheckpointManager:
         """
         self.wait()  # for one that is still being written
         held, values = self._described(state)
-        tensors = shards.to_write(held)
-        described = {key: [shards.DTYPES[one.dtype], list(one.shape)] for key, one in held.items()}
-        final = self.folder / storage.step_name(step)
+        tensors = shard_file.to_write(held)
+        described = {key: [shard_file.DTYPES[one.dtype], list(one.shape)] for key, one in held.items()}
+        final = self.folder / atomic_dir.step_name(step)
         size = self._total_bytes(tensors)
         staged, problem = self.from_main(self._prepare(final, size) if self._is_main else None)
         pending = _Pending(staged, final, {"step": step, **info, "tensors": described, "values": values}, problem)
         self._pending = pending
         if problem is None:
             try:
-                self._write(staged / shards.file_name(dist.get_rank()), tensors)
+                self._write(staged / shard_file.file_name(dist.get_rank()), tensors)
             except OSError as error:
                 pending.failed = _explain(error)
         if self._writer is None:
@@ -262,7 +262,7 @@ class CheckpointManager:
             ValueError: it is not complete (any more).
         """
         try:
-            return storage.manifest_of(path)
+            return atomic_dir.manifest_of(path)
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error})") from None
 
@@ -288,21 +288,21 @@ class CheckpointManager:
             if not _alike(manifest["values"][key], value):
                 found = json.dumps(manifest["values"][key])[:60]
                 raise ValueError(f"{path}: {key} is {found} there and {json.dumps(value)} here")
-        shards.read([path / name for name in manifest["files"]], held)
+        shard_file.read([path / name for name in manifest["files"]], held)
         for section, entries in state.items():
             for name, old in entries.items():
-                if not isinstance(old, Tensor | Pieces):
+                if not isinstance(old, Tensor | TensorShards):
                     value = manifest["values"][f"{section}.{name}"]
                     entries[name] = tuple(value) if isinstance(old, tuple) else value
 
-    def _described(self, state: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Boxes], dict[str, Any]]:
+    def _described(self, state: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Slices], dict[str, Any]]:
         """(tensors, other values) of a state, by ``section.name``."""
-        held: dict[str, Boxes] = {}
+        held: dict[str, Slices] = {}
         values: dict[str, Any] = {}
         for section, entries in state.items():
             for name, value in entries.items():
-                if isinstance(value, Tensor | Pieces):
-                    held[f"{section}.{name}"] = boxes(value)
+                if isinstance(value, Tensor | TensorShards):
+                    held[f"{section}.{name}"] = slices_of(value)
                 else:
                     values[f"{section}.{name}"] = value
         return held, values
@@ -315,8 +315,8 @@ class CheckpointManager:
     def _prepare(self, final: Path, size: int) -> tuple[Path, str | None]:
         """(staging directory, why there is none). Main process only."""
         try:
-            storage.remove_stale(self.folder)
-            staged = storage.stage(self.folder, final.name)
+            atomic_dir.remove_stale(self.folder)
+            staged = atomic_dir.stage(self.folder, final.name)
             free = shutil.disk_usage(self.folder).free
             if free < size:
                 shutil.rmtree(staged, ignore_errors=True)
@@ -329,24 +329,24 @@ class CheckpointManager:
         if self._writer is not None:
             self._writer.start(path, tensors)
             return
-        parts = (part for tensor in tensors.values() for part in [shards.raw(tensor)])
-        self._written = writer.write(str(path), _chain(shards.header(tensors), parts))
+        parts = (part for tensor in tensors.values() for part in [shard_file.raw(tensor)])
+        self._written = writer_process.write(str(path), _chain(shard_file.header(tensors), parts))
 
-    def _finish(self, pending: _Pending) -> storage.Files:
+    def _finish(self, pending: _Pending) -> atomic_dir.Files:
         written = self._writer.result() if self._writer is not None else self._written
-        return {shards.file_name(dist.get_rank()): written}
+        return {shard_file.file_name(dist.get_rank()): written}
 
-    def _commit(self, pending: _Pending, problem: str | None, files: storage.Files) -> str | None:
+    def _commit(self, pending: _Pending, problem: str | None, files: atomic_dir.Files) -> str | None:
         """Why there is no checkpoint, or None. Main process only."""
         if problem is None:
             try:
-                storage.commit(pending.staged, pending.final, pending.info, files)
+                atomic_dir.commit(pending.staged, pending.final, pending.info, files)
             except OSError as error:
                 problem = _explain(error)
         if problem is None:
             self._report(f"step {pending.info['step']}: saved {pending.final}")
             return None
-        if pending.staged.name.startswith(storage.STAGING):
+        if pending.staged.name.startswith(atomic_dir.STAGING):
             shutil.rmtree(pending.staged, ignore_errors=True)
         left = MAX_FAILURES - self.failures - 1
         self._report(f"step {pending.info['step']}: NOT SAVED, {problem}; the run goes on, {left} more may fail")
@@ -365,7 +365,7 @@ class CheckpointManager:
             if good < self.keep:
                 good += self._verified[path] if path in self._verified else self._damaged(path) is None
             elif self._is_main:
-                self._said(storage.remove, path)
+                self._said(atomic_dir.remove, path)
 
     def _said(self, function: Callable[[Path], Any], path: Path) -> Any:
         """``function(path)``, or None after a line on why it failed."""

@@ -5,19 +5,22 @@ from collections.abc import Callable
 from torch import nn
 
 from acceleration.config import OptimConfig, ParallelConfig
-from acceleration.engines import colossalai, deepspeed
+from acceleration.distributed.mesh import Mesh
+from acceleration.engines import colossalai_engine, deepspeed_engine
 from acceleration.engines.base import Engine, Weights
-from acceleration.engines.colossalai import ColossalAIEngine
-from acceleration.engines.deepspeed import DeepSpeedEngine
+from acceleration.engines.colossalai_engine import ColossalAIEngine
+from acceleration.engines.deepspeed_engine import DeepSpeedEngine
 from acceleration.engines.native import NativeEngine
-from acceleration.mesh import Mesh
 
 ENGINES: dict[str, Callable[[nn.Module, ParallelConfig, OptimConfig, Mesh], Engine]] = {
     "native": NativeEngine,
     "deepspeed": DeepSpeedEngine,
     "colossalai": ColossalAIEngine,
 }
-CHECKS: dict[str, Callable[[ParallelConfig], None]] = {"deepspeed": deepspeed.check, "colossalai": colossalai.check}
+CHECKS: dict[str, Callable[[ParallelConfig], None]] = {
+    "deepspeed": deepspeed_engine.check,
+    "colossalai": colossalai_engine.check,
+}
 
 
 def check_engine(parallel: ParallelConfig) -> None:

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from acceleration.checkpoint import pieces
+from acceleration.checkpoint import tensor_shards
 from acceleration.config import OptimConfig
-from acceleration.ema import EMA
 from acceleration.engines.base import Weights
-from acceleration.optim import build_optimizer, ema_decay_at
+from acceleration.optim.ema import EMA
+from acceleration.optim.optimizers import build_optimizer, ema_decay_at
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps for every element
 
@@ -104,9 +104,9 @@ class FlatEngine(ABC):
             state["ema"] = {name: self._piece(runs[name], values) for name, values in self.ema.shadow.items()}
         return state
 
-    def _piece(self, run: Run, values: Tensor) -> pieces.Pieces:
+    def _piece(self, run: Run, values: Tensor) -> tensor_shards.TensorShards:
         first_copy = not self.replicated or dist.get_rank() == 0
-        return pieces.run(values, run.shape, run.start, first_copy=first_copy)
+        return tensor_shards.run(values, run.shape, run.start, first_copy=first_copy)
 
     def _settings(self) -> dict[str, Any]:
         """What torch's optimizer calls its settings: the native engine saves them and wants them back."""

@@ -13,14 +13,16 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from acceleration import collectives, plan, sharding, tensor_parallel
-from acceleration.checkpoint import pieces
+from acceleration import protocol
+from acceleration.checkpoint import tensor_shards
 from acceleration.config import OptimConfig, ParallelConfig
-from acceleration.ema import EMA
+from acceleration.distributed import collectives
+from acceleration.distributed.mesh import Mesh
 from acceleration.engines.base import Accept, Weights
-from acceleration.host_optimizer import HostOptimizer
-from acceleration.mesh import Mesh
-from acceleration.optim import build_optimizer, ema_decay_at
+from acceleration.optim.cpu_optimizer import HostOptimizer
+from acceleration.optim.ema import EMA
+from acceleration.optim.optimizers import build_optimizer, ema_decay_at
+from acceleration.sharding import fsdp, tensor_parallel
 
 
 class NativeEngine:
@@ -31,13 +33,13 @@ class NativeEngine:
         self.mesh = mesh
         self.zero = parallel.zero
         self.optim = optim
-        self.trained = dict(plan.trainable(model))
+        self.trained = dict(protocol.trainable(model))
         self.host = HostOptimizer(model, optim) if parallel.offload == "optimizer" else None
         self.optimizer = self.host.optimizer if self.host else build_optimizer(self.trained.values(), optim)
         self.ema = EMA(self.master_params()) if optim.ema_decay else None
 
     def backward(self, loss_share: Tensor, *, last_microbatch: bool) -> None:
-        sharding.begin_backward(self.model, self.zero, last_microbatch=last_microbatch)
+        fsdp.begin_backward(self.model, self.zero, last_microbatch=last_microbatch)
         loss_share.backward()
         if last_microbatch:
             tensor_parallel.sum_shared_gradients(self.model, self.mesh["tensor"], self.mesh.device_type)
@@ -70,7 +72,7 @@ class NativeEngine:
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         if not gradients:  # torch's answer to no gradients is on the CPU
             return torch.zeros((), device=self.mesh.device_type)
-        return sharding.full(torch.nn.utils.get_total_norm(gradients))
+        return fsdp.full(torch.nn.utils.get_total_norm(gradients))
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -81,18 +83,18 @@ class NativeEngine:
 
     def held(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.master_params():
-            yield name, sharding.local(parameter.detach())
+            yield name, fsdp.local(parameter.detach())
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                yield f"{name}.{key}", sharding.local(value)
+                yield f"{name}.{key}", fsdp.local(value)
         if self.ema:
-            yield from ((f"{name}.ema", sharding.local(shadow)) for name, shadow in self.ema.shadow.items())
+            yield from ((f"{name}.ema", fsdp.local(shadow)) for name, shadow in self.ema.shadow.items())
 
     def full_weights(self, which: Weights = "live") -> Iterator[tuple[str, Tensor]]:
         if which == "ema" and self.ema is None:
             raise ValueError("this run keeps no moving average: set optim.ema_decay, or export the live weights")
         named = self.ema.shadow.items() if which == "ema" and self.ema else self.trained.items()
         for name, weight in named:
-            whole = sharding.full(weight.detach())
+            whole = fsdp.full(weight.detach())
             yield name, tensor_parallel.full(name, whole, self.model, self.mesh["tensor"]).cpu()
 
     def state_dict(self) -> dict[str, Any]:
@@ -104,16 +106,18 @@ class NativeEngine:
         if self.ema:
             state["ema"] = dict(self.ema.shadow)
         first = self.mesh["tensor"].rank == 0
-        return {section: pieces.wrap(self.model, values, first_copy=first) for section, values in state.items()}
+        return {section: tensor_shards.wrap(self.model, values, first_copy=first) for section, values in state.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        set_model_state_dict(self.model, pieces.unwrap(state["model"]), options=_TRAINED)
+        set_model_state_dict(self.model, tensor_shards.unwrap(state["model"]), options=_TRAINED)
         # What has no call was read in place, into the tensors that state_dict handed out.
         if self.host:
             self.host.follow_weights()
         else:
             settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-            set_optimizer_state_dict(self.model, self.optimizer, pieces.unwrap(state["optimizer"]), options=_FLAT)
+            set_optimizer_state_dict(
+                self.model, self.optimizer, tensor_shards.unwrap(state["optimizer"]), options=_FLAT
+            )
             for group, configured in zip(self.optimizer.param_groups, settings, strict=True):
                 group.update(configured)  # a run goes on with the decay, say, that its configuration now has
 

@@ -1,6 +1,6 @@
 """Sequence parallelism: one sample's tokens over several processes."""
 
-from acceleration.sequence.fill import fill_slots
+from acceleration.sequence.install import fill_slots
 from acceleration.sequence.layout import SequenceContext, SequenceParallel
 from acceleration.sequence.ring import RingAttention
 from acceleration.sequence.segments import Segments

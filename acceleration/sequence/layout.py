@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from acceleration import collectives
-from acceleration.mesh import Axis, Mesh
+from acceleration.distributed import collectives
+from acceleration.distributed.mesh import Axis, Mesh
 from acceleration.sequence.segments import Segments
 
 
@@ -31,26 +31,26 @@ class SequenceContext:
 class SequenceParallel:
     """Cuts tokens over ring x ulysses on the way into the model and joins them on the way out.
 
-    Of a narrowed mesh (``Mesh.narrow``): tokens of samples that belong to a part of ulysses alone.
+    Of a submesh (``Mesh.submesh``): tokens of samples that belong to a part of ulysses alone.
     """
 
     def __init__(self, mesh: Mesh) -> None:
         self.ring, self.ulysses = mesh["ring"], mesh["ulysses"]
         self.degree = self.ring.degree * self.ulysses.degree
         self.rank = self.ring.rank * self.ulysses.degree + self.ulysses.rank
-        self.cuts = self.degree > 1 or self.ulysses.whole is not None  # some micro-batches, though maybe not this one
+        self.cuts = self.degree > 1 or self.ulysses.parent is not None  # some micro-batches, though maybe not this one
 
-    def sizes(self, tokens: int, *, surplus_last: bool = False) -> tuple[int, ...]:
+    def sizes(self, tokens: int, *, extra_to_last: bool = False) -> tuple[int, ...]:
         """Tokens per process; the surplus of an uneven cut goes to the first processes, or to the last."""
         base, surplus = divmod(tokens, self.degree)
         sizes = tuple(base + (rank < surplus) for rank in range(self.degree))
-        return sizes[::-1] if surplus_last else sizes
+        return sizes[::-1] if extra_to_last else sizes
 
-    def shard(self, x: Tensor, dim: int = 1, *, surplus_last: bool = False) -> Tensor:
-        """This process's part of ``x`` along ``dim``. Text uses ``surplus_last``, which evens out the sums."""
+    def shard(self, x: Tensor, dim: int = 1, *, extra_to_last: bool = False) -> Tensor:
+        """This process's part of ``x`` along ``dim``. Text uses ``extra_to_last``, which evens out the sums."""
         if not self.cuts:
             return x
-        sizes = self.sizes(x.shape[dim], surplus_last=surplus_last)
+        sizes = self.sizes(x.shape[dim], extra_to_last=extra_to_last)
         return x.narrow(dim, sum(sizes[: self.rank]), sizes[self.rank]).contiguous()
 
     def gather(self, x: Tensor, total: int, dim: int = 1) -> Tensor:
@@ -63,8 +63,8 @@ class SequenceParallel:
         """What to pass as the model's ``context`` for these whole-sequence lengths; None where slots never cut."""
         if not self.cuts:
             return None
-        part = self.ulysses if self.ulysses.whole else None
-        txt, img = self.sizes(txt_tokens, surplus_last=True), self.sizes(img_tokens)
+        part = self.ulysses if self.ulysses.parent else None
+        txt, img = self.sizes(txt_tokens, extra_to_last=True), self.sizes(img_tokens)
         return SequenceContext(tuple(a + b for a, b in zip(txt, img, strict=True)), part)
 
     def packed_context(self, txt: Tensor, img: Tensor, device: torch.device | str) -> SequenceContext:
@@ -76,7 +76,7 @@ class SequenceParallel:
             img: (B, N), of each image token.
         """
         assert self.ring.degree == 1, "a ring knows no segments"
-        sizes = self.sizes(txt.shape[1], surplus_last=True), self.sizes(img.shape[1])
+        sizes = self.sizes(txt.shape[1], extra_to_last=True), self.sizes(img.shape[1])
         parts = zip(txt.split(sizes[0], dim=1), img.split(sizes[1], dim=1), strict=True)
         held = [torch.cat(part, dim=1) for part in parts]  # of each process, text before image
         segments = Segments.of(torch.cat(held, dim=1), device)

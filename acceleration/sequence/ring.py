@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acceleration import attention, collectives, recompute
-from acceleration.collectives import Shift
-from acceleration.kernels import Kernel
-from acceleration.mesh import Axis
+from acceleration.attention import core
+from acceleration.attention.kernels import Kernel
+from acceleration.blocks import activation_checkpoint
+from acceleration.distributed import collectives
+from acceleration.distributed.collectives import Shift
+from acceleration.distributed.mesh import Axis
 from acceleration.sequence.layout import SequenceContext, ring_groups
 
 KEYS_VALUES, GRADIENTS = 1, 2  # tags: two transfers between the same processes at the same time
@@ -62,7 +64,7 @@ class _Ring(torch.autograd.Function):
         axis: Axis,
         kernel: Kernel,
     ) -> Tensor:
-        out, lse = recompute.kept(lambda: _attend(q, k, v, masks, lengths, axis, kernel))
+        out, lse = activation_checkpoint.kept(lambda: _attend(q, k, v, masks, lengths, axis, kernel))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.masks, ctx.lengths, ctx.axis, ctx.kernel = masks, lengths, axis, kernel
         return out
@@ -78,7 +80,7 @@ class _Ring(torch.autograd.Function):
             owner = (axis.rank - hop) % axis.degree
             coming = _pass_on(held, lengths, owner, axis) if hop < axis.degree - 1 else None
             mask = masks[owner] if masks else None
-            part = attention.backward(ctx.kernel, grad, q, held[0], held[1], out, lse, mask)
+            part = core.backward(ctx.kernel, grad, q, held[0], held[1], out, lse, mask)
             dq += part[0]
             dkv = torch.stack(part[1:]).to(lse.dtype)
             if returning:
@@ -106,11 +108,11 @@ def _attend(
     for hop in range(axis.degree):
         owner = (axis.rank - hop) % axis.degree
         coming = _pass_on(held, lengths, owner, axis) if hop < axis.degree - 1 else None
-        part, part_lse = attention.forward(kernel, q, held[0], held[1], masks[owner] if masks else None)
+        part, part_lse = core.forward(kernel, q, held[0], held[1], masks[owner] if masks else None)
         if out is None or lse is None:
             out, lse = part.to(part_lse.dtype), part_lse
         else:
-            out, lse = attention.merge(out, lse, part, part_lse)
+            out, lse = core.merge(out, lse, part, part_lse)
         if coming:
             held = coming.wait()
     assert out is not None and lse is not None

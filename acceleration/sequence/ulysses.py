@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from acceleration import collectives
-from acceleration.mesh import Axis
+from acceleration.distributed import collectives
+from acceleration.distributed.mesh import Axis
 from acceleration.sequence.layout import SequenceContext, ring_groups
 
 

@@ -14,11 +14,11 @@ import time
 
 import torch
 
-from acceleration import mesh as meshes
-from acceleration import runtime as runtimes
 from acceleration.config import MeshConfig, ParallelConfig, RecomputeConfig
+from acceleration.distributed import mesh as meshes
+from acceleration.distributed import runtime
 from acceleration.parallelize import parallelize
-from opensora.models import MMDiTConfig, build_model
+from opensora.models.families import MMDiTConfig, build_model
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, data sheets of the SXM boards
 TEXT = 512
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--single", type=int, default=4, help="single-stream blocks")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    runtimes.start(60)
+    runtime.start(60)
     name = torch.cuda.get_device_name()
     peak = next((value for key, value in PEAK_FLOPS.items() if key in name), None)
     cfg = MMDiTConfig(depth=args.double, depth_single_blocks=args.single)
@@ -89,7 +89,7 @@ def main() -> None:
             print(
                 json.dumps({"benchmark": "mfu", "tokens": tokens, "recompute": recompute, "s": seconds, "flops": rate})
             )
-    runtimes.stop()
+    runtime.stop()
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from opensora.datasets.decode import DecodeError, probe, read_frames
-from opensora.utils.arguments import Parser, place
-from opensora.utils.command import call
+from opensora.datasets.decode.api import DecodeError, probe, read_frames
+from opensora.utils.command_line.arguments import Parser, place
+from opensora.utils.command_line.command import call
 from opensora.utils.errors import UserError
-from opensora.utils.user_files import absence, read_csv
+from opensora.utils.files.user_files import absence, read_csv
 
 UNSURE = "unsure"
 ASPECTS = ("colour", "shape", "direction")

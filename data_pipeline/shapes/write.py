@@ -32,12 +32,12 @@ from data_pipeline.shapes.render import (
     render,
     training_combinations,
 )
-from opensora.utils.arguments import Parser, number, place, whole
-from opensora.utils.command import call, naming
+from opensora.utils.command_line.arguments import Parser, number, place, whole
+from opensora.utils.command_line.command import call, naming
 from opensora.utils.errors import UserError
-from opensora.utils.signals import end_with_parent, inherited_by_nobody
-from opensora.utils.untrusted import short
-from opensora.utils.user_files import try_output, write_whole
+from opensora.utils.files.untrusted import short
+from opensora.utils.files.user_files import try_output, write_whole
+from opensora.utils.signal_handler import end_with_parent, inherited_by_nobody
 from opensora.utils.video_writer import write_image, write_video
 
 TABLE_COLUMNS = ("path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps")
@@ -80,7 +80,7 @@ def parse_durations(text: str) -> list[int]:
     if min(durations) < 2:
         raise UserError(f"--durations: {min(durations)} is too short for a clip; use 2 or more (stills: --images)")
     if max(durations) > LONGEST:
-        raise UserError(f"--durations: {max(durations)}: allowed are at most {LONGEST} frames")
+        raise UserError(f"--durations: {max(durations)}: must be at most {LONGEST} frames")
     return durations
 
 

@@ -4,17 +4,19 @@ Prints the section to put into a configuration. Run it on a short run first: a c
 the order of its samples.
 """
 
-from opensora.utils import signals
+from opensora.utils import signal_handler
 
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
-    signals.listen_early()
+    signal_handler.listen_early()
 
-from opensora.config import SAVED_NAME, RunConfig, load_config, run_cli, to_yaml
-from opensora.train.calibrate import calibrate
-from opensora.train.data import open_data
-from opensora.utils.arguments import Parser, place, whole
+from opensora.cli.main import run_cli
+from opensora.config.load import load_config, to_yaml
+from opensora.config.run import SAVED_NAME, RunConfig
+from opensora.planner.cost_fit import calibrate
+from opensora.train.step_data import open_data
+from opensora.utils.command_line.arguments import Parser, place, whole
 from opensora.utils.errors import UserError
-from opensora.utils.user_files import absence
+from opensora.utils.files.user_files import absence
 
 MAX_PROCESSES = 10**6
 

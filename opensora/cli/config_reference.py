@@ -3,10 +3,10 @@
 Type and default are the field's, the meaning is the comment beside it in the source.
 """
 
-from opensora.utils import signals
+from opensora.utils import signal_handler
 
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
-    signals.listen_early()
+    signal_handler.listen_early()
 
 import ast
 import dataclasses
@@ -18,12 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from opensora.config import RunConfig, SampleConfig, run_cli
+from opensora.cli.main import run_cli
+from opensora.config.run import RunConfig, SampleConfig
+from opensora.config.schema import SIZES, TABLE, plain, wanted
+from opensora.config.strict_yaml import MAX_VALUES, to_yaml_text
 from opensora.utils.errors import UserError
+from opensora.utils.files.user_files import try_output, write_whole
 from opensora.utils.limits import Limits
-from opensora.utils.typed import SIZES, TABLE, plain, wanted
-from opensora.utils.user_files import try_output, write_whole
-from opensora.utils.yaml_strict import MAX_VALUES, to_yaml_text
 
 TARGET = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 COMMAND = "python -m opensora.cli.config_reference"

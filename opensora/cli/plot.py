@@ -1,16 +1,16 @@
 """Plot a run's loss: ``python -m opensora.cli.plot RUN_FOLDER --out loss.png``."""
 
-from opensora.utils import signals
+from opensora.utils import signal_handler
 
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
-    signals.listen_early()
+    signal_handler.listen_early()
 
-from opensora.config import run_cli
-from opensora.utils.arguments import Parser, place
-from opensora.utils.command import naming
+from opensora.cli.main import run_cli
+from opensora.utils.charts import loss_curve
+from opensora.utils.command_line.arguments import Parser, place
+from opensora.utils.command_line.command import naming
 from opensora.utils.errors import UserError
-from opensora.utils.images import loss_curve
-from opensora.utils.user_files import absence, try_output
+from opensora.utils.files.user_files import absence, try_output
 
 
 def main(argv: list[str]) -> int:

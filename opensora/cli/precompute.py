@@ -3,14 +3,16 @@
 Train with ``data.features=DIR`` afterwards. Stopped at any time, the same command goes on where it was.
 """
 
-from opensora.utils import signals
+from opensora.utils import signal_handler
 
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
-    signals.leave_when_asked("shards that are written stay in --out; the same command makes the others", code=75)
+    signal_handler.leave_when_asked("shards that are written stay in --out; the same command makes the others", code=75)
 
-from opensora.config import RunConfig, config_from_argv, run_cli
-from opensora.train.precompute import precompute
-from opensora.utils.arguments import Parser, place, whole
+from opensora.cli.main import run_cli
+from opensora.config.load import config_from_argv
+from opensora.config.run import RunConfig
+from opensora.precompute import precompute
+from opensora.utils.command_line.arguments import Parser, place, whole
 
 MAX_EPOCHS = 10_000  # more windows than any clip has
 

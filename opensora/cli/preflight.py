@@ -1,12 +1,14 @@
 """Processes and links, without training: ``srun ... python -m opensora.cli.preflight CONFIG.yaml [overrides]``."""
 
-from opensora.utils import signals
+from opensora.utils import signal_handler
 
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
-    signals.listen_early()
+    signal_handler.listen_early()
 
-from opensora.config import RunConfig, config_from_argv, run_cli
-from opensora.train.preflight import check_alone
+from opensora.cli.main import run_cli
+from opensora.config.load import config_from_argv
+from opensora.config.run import RunConfig
+from opensora.train.health.preflight import check_alone
 
 
 def main(argv: list[str]) -> None:

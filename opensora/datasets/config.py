@@ -5,11 +5,11 @@ from typing import Any, ClassVar, Literal
 
 from PIL import ImageColor
 
-from opensora.datasets.aspect import area_of
-from opensora.datasets.cost import CostConfig
-from opensora.datasets.frames import Colour
+from opensora.datasets.buckets.aspect import area_of
+from opensora.datasets.buckets.cost import CostConfig
+from opensora.datasets.decode.common import Colour
+from opensora.utils.files.untrusted import parsing, short
 from opensora.utils.limits import SECONDS, Limits
-from opensora.utils.untrusted import parsing, short
 
 MAX_FRAMES = 100_000  # of a bucket: an hour at 28 frames a second
 MAX_BATCH = 65_536  # of a bucket; samples of a micro-batch are in memory together
@@ -41,9 +41,11 @@ class DataConfig:
     cost_per_batch: float = 0.0  # most that an auto micro-batch may cost, in the unit of data.cost; 0: no such limit
     cost: CostConfig = field(default_factory=CostConfig)  # time of a micro-batch, from its tokens
     probability: Literal["skip", "accept"] = "skip"  # what length_prob is the probability of
-    empty_rows: Literal["error", "report"] = "error"  # a line of the bucket table that no clip fits
+    unused_rows: Literal["error", "report"] = "error"  # a line of the bucket table that no clip fits
     micro_batches: int = 1  # per optimizer step, over all data-parallel processes, whatever their number
-    pack: int = 1  # micro-batches joined to equal costs: steps are even on micro_batches / pack processes; 1: on any
+    balance_group: int = (
+        1  # micro-batches joined to equal costs: steps are even on micro_batches / balance_group processes; 1: on any
+    )
     tokens_per_sequence: int = 0  # join samples of any buckets, up to so many image tokens; 0: one bucket each
     crop: Literal["center", "random"] = "center"
     prompt_suffix: bool = False  # append frame rate and motion score to the caption
@@ -60,7 +62,7 @@ class DataConfig:
     cache_mib: int = 0  # decoded windows that a training process keeps, for data sets that are read many times
 
     LIMITS: ClassVar[Limits] = {
-        **dict.fromkeys(("micro_batches", "pack"), (10**6, "all are planned ahead")),
+        **dict.fromkeys(("micro_batches", "balance_group"), (10**6, "all are planned ahead")),
         **dict.fromkeys(("tokens_per_batch", "tokens_per_sequence"), (10**9, "no device holds more")),
         "cost_per_batch": (1e12, "0 sets no limit"),
         "workers": (1024, "each is a process"),
@@ -73,35 +75,42 @@ class DataConfig:
     def __post_init__(self) -> None:
         names = [self.table] if isinstance(self.table, str) else self.table
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"table={self.table!r}: allowed are a path, a glob, or a list of these")
+            raise ValueError(f"table={self.table!r}: must be a path, a glob, or a list of these")
         _check_choice("probability", self.probability, ("skip", "accept"))
-        _check_choice("empty_rows", self.empty_rows, ("report", "error"))
+        _check_choice("unused_rows", self.unused_rows, ("report", "error"))
         _check_choice("crop", self.crop, ("center", "random"))
         _check_choice("decoder", self.decoder, ("pyav", "decord", "torchcodec"))
         parse_colour(self.background)
-        for name in ("micro_batches", "pack", "prefetch", "prefetch_mib", "worker_timeout_s", "decode_threads"):
+        for name in (
+            "micro_batches",
+            "balance_group",
+            "prefetch",
+            "prefetch_mib",
+            "worker_timeout_s",
+            "decode_threads",
+        ):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: allowed are integers >= 1")
-        if self.micro_batches % self.pack:
+                raise ValueError(f"{name}={getattr(self, name)}: must be an integer >= 1")
+        if self.micro_batches % self.balance_group:
             raise ValueError(
-                f"pack={self.pack}: allowed are divisors of micro_batches={self.micro_batches}; micro_batches over the "
-                "number of data-parallel processes suits"
+                f"balance_group={self.balance_group}: must be a divisor of micro_batches={self.micro_batches}; "
+                "micro_batches over the number of data-parallel processes suits"
             )
         for name in ("workers", "cache_mib", "tokens_per_batch", "cost_per_batch", "tokens_per_sequence"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: allowed are numbers >= 0")
-        if self.tokens_per_sequence and self.pack == 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be a number >= 0")
+        if self.tokens_per_sequence and self.balance_group == 1:
             raise ValueError(
-                f"pack=1: with tokens_per_sequence={self.tokens_per_sequence} allowed are divisors of micro_batches="
-                f"{self.micro_batches} from 2 on, as so many micro-batches are laid into sequences together"
+                f"balance_group=1: with tokens_per_sequence={self.tokens_per_sequence} must be a divisor of "
+                f"micro_batches={self.micro_batches} from 2 on: so many are laid into sequences together"
             )
         if not 0 < self.decode_timeout_s < self.worker_timeout_s:
             raise ValueError(
-                f"decode_timeout_s={self.decode_timeout_s:g}: allowed are numbers above 0 and below "
+                f"decode_timeout_s={self.decode_timeout_s:g}: must be a number above 0 and below "
                 f"worker_timeout_s={self.worker_timeout_s}"
             )
         if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"max_bad_share={self.max_bad_share:g}: allowed are numbers from 0 to 1")
+            raise ValueError(f"max_bad_share={self.max_bad_share:g}: must be a number from 0 to 1")
         automatic = [row for row in bucket_rows(self) if row.batch_size is None]
         if automatic and not (self.tokens_per_batch or self.cost_per_batch):
             row = automatic[0]
@@ -116,7 +125,7 @@ def parse_colour(text: str) -> Colour:
     Raises:
         ValueError: no colour, for the key ``background``.
     """
-    allowed = "allowed are colours such as white, black, gray or #8080ff"
+    allowed = "must be a colour such as white, black, gray or #8080ff"
     refusal = ValueError(f"background={short(repr(text), 40)}: {allowed}")
     with parsing(lambda _: refusal):
         parts = ImageColor.getrgb(text)
@@ -176,4 +185,4 @@ def _is_probability(value: Any) -> bool:
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")

@@ -4,19 +4,19 @@ import os
 
 import torch
 
-from acceleration import mesh as meshes
 from acceleration.config import ParallelConfig
-from acceleration.memory import device_bytes, machine_bytes
-from acceleration.precision import DTYPES
-from opensora.config import RunConfig, SampleConfig, check_fit
+from acceleration.diagnostics.memory_usage import device_bytes, machine_bytes
+from acceleration.distributed import mesh
+from acceleration.sharding.precision import DTYPES
+from opensora.config.run import RunConfig, SampleConfig, check_fit
 from opensora.inference.load import Source
-from opensora.models import MMDiTConfig, build_model
 from opensora.models.base import AutoencoderShape, latent_grid
+from opensora.models.families import MMDiTConfig, build_model
 from opensora.models.text import check_text_encoder, text_tokens
 from opensora.models.vae import autoencoder_shape, check_autoencoder
+from opensora.sampling.options import SamplingOption, sanitize_sampling_option
+from opensora.utils.console import announce
 from opensora.utils.errors import UserError
-from opensora.utils.logging import announce
-from opensora.utils.sampling import SamplingOption, sanitize_sampling_option
 
 GIB = 2**30
 PIXEL_BYTES = 3 * (4 + 1)  # of a decoded pixel: fp32, and the bytes that are written
@@ -98,7 +98,7 @@ def fit_option(key: str, option: SamplingOption, model: MMDiTConfig, shape: Auto
     if option.method != method:
         reads = "reads" if model.guidance_embed else "does not read"
         raise UserError(
-            f"{key}.method={option.method}: allowed is {method}, as the model {reads} guidance as an input "
+            f"{key}.method={option.method}: must be {method}, as the model {reads} guidance as an input "
             f"(model.guidance_embed={str(model.guidance_embed).lower()})"
         )
     return option
@@ -127,7 +127,7 @@ def least_bytes(
         itemsize: bytes of a weight and an activation.
     """
     assert option.width is not None and option.height is not None
-    degrees = meshes.resolve(parallel.mesh, world_size)
+    degrees = mesh.resolve(parallel.mesh, world_size)
     frames, rows, columns = latent_grid(option.num_frames, option.height, option.width, shape)
     latents = frames * rows * columns
     tokens = latents // model.patch_size**2 // (degrees["ring"] * degrees["ulysses"])

@@ -4,8 +4,8 @@ Weights are read into the layout of this job, whatever layout wrote them.
 """
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +13,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from acceleration import kernels, lora, sharding, tensor_parallel
-from acceleration import mesh as meshes
-from acceleration.checkpoint import CheckpointManager, newest, pieces
-from acceleration.checkpoint.folder import candidates
-from acceleration.checkpoint.storage import MANIFEST
-from acceleration.config import LoraConfig, MeshConfig, PrecisionConfig
-from acceleration.mesh import SAMPLE_AXES, Mesh
+from acceleration import lora
+from acceleration.checkpoint import CheckpointManager, newest, tensor_shards
+from acceleration.checkpoint.atomic_dir import MANIFEST
+from acceleration.checkpoint.listing import candidates
+from acceleration.config import LoraConfig, PrecisionConfig
+from acceleration.distributed import mesh as meshes
+from acceleration.distributed.comm_timer import WAITING
+from acceleration.distributed.runtime import Runtime
 from acceleration.parallelize import parallelize
-from acceleration.plan import Fill
-from acceleration.precision import DTYPES
-from acceleration.runtime import Runtime
+from acceleration.protocol import ParameterSource
 from acceleration.sequence import SequenceParallel
-from acceleration.waiting import WAITING
-from acceleration.work import SharedWork
-from opensora.config import SAVED_NAME, RunConfig, SampleConfig, VaeParallel, load_config
-from opensora.models import MMDiTConfig, build_model
-from opensora.models.base import Autoencoder, TextEncoder
+from acceleration.sharding import fsdp
+from acceleration.sharding.precision import DTYPES
+from opensora.assembly.components import Components, tile_runner
+from opensora.assembly.initial_weights import AdapterSource, FileSource, check_weights, weight_layout
+from opensora.config.load import load_config
+from opensora.config.run import SAVED_NAME, RunConfig, SampleConfig
+from opensora.models.families import MMDiTConfig, build_model
 from opensora.models.mmdit.convert import (
     FLUX,
     AdapterPlan,
-    WeightFile,
     WeightLayout,
     convert_shapes,
     load_state_dict_for,
@@ -41,14 +41,12 @@ from opensora.models.mmdit.convert import (
 )
 from opensora.models.text import build_text_encoder
 from opensora.models.vae import build_autoencoder
-from opensora.utils import digests
-from opensora.utils.adapters import CONFIG, WEIGHTS, Adapter, FittedAdapter, is_adapter, read_adapter
+from opensora.models.weights.adapters import CONFIG, WEIGHTS, Adapter, FittedAdapter, is_adapter, read_adapter
+from opensora.utils.console import announce
 from opensora.utils.errors import UserError
-from opensora.utils.logging import announce
-from opensora.utils.sampling import SamplingOption, passes_per_step
-from opensora.utils.user_files import absence
-from opensora.utils.weights import fingerprint
-from opensora.utils.work import RunAll, one_by_one
+from opensora.utils.files import digests
+from opensora.utils.files.safetensors_files import fingerprint
+from opensora.utils.files.user_files import absence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,21 +69,6 @@ class Source:
     vae: Any
     text: Any
     prompt_suffix: bool  # training told the model frame rate and motion score
-
-
-@dataclass(frozen=True, kw_only=True)
-class Components:
-    """Everything that sampling needs, on this process's device."""
-
-    model: nn.Module
-    cfg: MMDiTConfig
-    autoencoder: Autoencoder
-    text_encoder: TextEncoder
-    sequence: SequenceParallel
-    mesh: Mesh
-    device: torch.device
-    prompt_suffix: bool
-    run_tiles: RunAll = one_by_one  # who codes the tiles of a clip
 
 
 def find_source(cfg: SampleConfig) -> Source:
@@ -154,20 +137,6 @@ def part_of_run(path: Path) -> tuple[str, Path | None]:
     if os.path.lexists(path / MANIFEST) and (whole in candidates(whole.parent) or any(path.glob("shard-*"))):
         return "one checkpoint of a run", whole.parents[1]
     return "", None
-
-
-def check_weights(key: str, path: str | Path, model: MMDiTConfig, allow_missing: tuple[str, ...] = ()) -> None:
-    """That the tensors at ``path`` are this model's, by their names and shapes; reads headers only.
-
-    Raises:
-        UserError: no weights, damaged ones, or those of another model.
-    """
-    with torch.device("meta"):
-        empty = build_model(model)
-    try:
-        load_state_dict_for(empty, path, to=weight_layout(model), allow_missing=allow_missing)
-    except UserError as error:
-        raise UserError(f"{key}={path}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
 def _saved_config(path: Path) -> RunConfig | None:
@@ -312,77 +281,6 @@ def _shapes(model: MMDiTConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in build_model(model).state_dict().items()}
 
 
-def check_layout(mesh: MeshConfig, world_size: int, model: MMDiTConfig) -> None:
-    """That this many processes can be arranged as asked, and can share the model's heads.
-
-    Raises:
-        UserError: the key to change, and what would work.
-    """
-    try:
-        degrees = meshes.resolve(mesh, world_size)
-    except ValueError as error:
-        raise UserError(f"parallel.mesh: {error}") from None
-    tensor, ulysses, ring = degrees["tensor"], degrees["ulysses"], degrees["ring"]
-    if tensor > 1:
-        try:
-            with torch.device("meta"):
-                tensor_parallel.check(build_model(model), tensor)
-        except ValueError as error:
-            allowed = ", ".join(str(d) for d in range(1, model.num_heads + 1) if model.num_heads % d == 0)
-            raise UserError(f"parallel.mesh.{error}; divisors of model.num_heads are {allowed}") from None
-    heads = model.num_heads // tensor
-    if ulysses > heads:
-        best = max(d for d in range(1, heads + 1) if (ring * ulysses) % d == 0)
-        raise UserError(
-            f"parallel.mesh.ulysses={ulysses}: more than the {heads} heads that each process holds; "
-            f"use ulysses={best} with ring={ring * ulysses // best}"
-        )
-    if heads % ulysses:
-        announce(
-            f"parallel.mesh.ulysses={ulysses} does not divide {heads} heads: some processes attend with "
-            f"{-(-heads // ulysses)} heads, others with {heads // ulysses}"
-        )
-
-
-def check_attention(name: str) -> None:
-    """That this machine has the attention kernel that ``parallel.attention`` names.
-
-    Raises:
-        UserError: what is missing, and what would work.
-    """
-    try:
-        kernels.check_kernel(name, "cuda" if torch.cuda.is_available() else "cpu")
-    except ValueError as error:
-        raise UserError(f"parallel.{error}") from None
-
-
-def check_guidance(mesh: MeshConfig, world_size: int, option: SamplingOption) -> None:
-    """That every process along the cfg axis has a pass of guidance to compute.
-
-    Raises:
-        UserError: the key to change, and what would work.
-    """
-    degree, passes = meshes.resolve(mesh, world_size)["cfg"], passes_per_step(option)
-    if degree <= passes:
-        return
-    if passes > 1:
-        why = f"text to video is guided by {passes} passes per step (a third needs references)"
-    elif option.method == "distill":
-        why = "sampling.method=distill makes one pass per step"
-    else:
-        why = f"sampling.guidance={option.guidance:g} is off, one pass per step"
-    raise UserError(
-        f"parallel.mesh.cfg={degree}: {why}; set parallel.mesh.cfg={passes}, and ring, ulysses or shard=-1 for the rest"
-    )
-
-
-def tile_runner(choice: VaeParallel, autoencoder: Autoencoder, mesh: Mesh) -> RunAll:
-    """Who codes the tiles of a clip: the processes that work on the same samples together, or each all of them."""
-    if choice == "off" or (choice == "auto" and not autoencoder.is_costly):
-        return one_by_one
-    return SharedWork(*(mesh[name] for name in SAMPLE_AXES))
-
-
 def load_components(cfg: SampleConfig, source: Source, runtime: Runtime) -> Components:
     """Build and shard the model, and read its weights. Collective.
 
@@ -399,14 +297,14 @@ def load_components(cfg: SampleConfig, source: Source, runtime: Runtime) -> Comp
         exported.append(source.adapters.exported.adapter.path)
     verify_export(*exported)
     file = _from_file(source, model) if source.checkpoint is None else None
-    fill: Fill = file or _leave
+    fill: ParameterSource = file or _leave
     adapters = source.adapters
     if adapters:
         if adapters.exported:
             lora.attach(model, adapters.exported.sizes())
         elif adapters.lora:
             lora.apply(model, adapters.lora)
-        fill = lora.Filled(fill, FromAdapter(adapters.exported) if adapters.exported else _leave)
+        fill = lora.LoraSource(fill, AdapterSource(adapters.exported) if adapters.exported else _leave)
     parallelize(model, parallel, mesh, runtime.device, fill)
     if file:
         file.check_values()
@@ -415,7 +313,7 @@ def load_components(cfg: SampleConfig, source: Source, runtime: Runtime) -> Comp
     if adapters:
         if adapters.checkpoint:
             _read_checkpoint(adapters.checkpoint, model, use_ema=cfg.use_ema, adapters=True)
-        sharding.merge_adapters(model, cfg.lora_scale)
+        fsdp.merge_adapters(model, cfg.lora_scale)
     model.requires_grad_(False).eval()
     dtype = DTYPES[cfg.precision]
     autoencoder = build_autoencoder(source.vae, runtime.device, dtype)
@@ -432,60 +330,10 @@ def load_components(cfg: SampleConfig, source: Source, runtime: Runtime) -> Comp
     )
 
 
-def weight_layout(cfg: MMDiTConfig) -> WeightLayout:
-    """How this model names and orders its weights."""
-    return WeightLayout(fused_qkv=cfg.fused_qkv, rope_layout=cfg.rope_layout)
-
-
-@dataclass(frozen=True)
-class FromFile:
-    """Where parameters get their values: from a file, of which each process reads its pieces, or from elsewhere."""
-
-    file: WeightFile
-    path: Path
-    otherwise: Callable[[str, Tensor], None] | None = None  # writes a full parameter that the file lacks
-    not_finite: list[str] = field(default_factory=list)  # what this process has read so far that holds NaN or infinity
-
-    def read_part(self, name: str, start: tuple[int, ...], part: Tensor) -> bool:
-        """See ``Partial`` in acceleration/plan.py."""
-        found = self.file.read_part(name, start, part)
-        # Least and greatest take no memory beside the part, as a mask of it would.
-        if found and part.numel() and not all(torch.isfinite(end) for end in torch.aminmax(part)):
-            self.not_finite.append(f"{name} (as {str(part.dtype).removeprefix('torch.')})")
-        return found
-
-    def check_values(self) -> None:
-        """That what all processes read are finite numbers. Collective.
-
-        Raises:
-            UserError: the first tensor that is not, on every process.
-        """
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, self.not_finite)
-        names = list(dict.fromkeys(name for found in everyone for name in found))
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{self.path}: {names[0]}{more} holds NaN or infinite values; give weights without")
-
-    def __call__(self, name: str, tensor: Tensor) -> None:
-        assert self.otherwise is not None, name  # loading is strict
-        self.otherwise(name, tensor)
-
-
-@dataclass(frozen=True)
-class FromAdapter:
-    """Where the parameters of adapters get their values: from those of a file, which every process holds."""
-
-    adapter: FittedAdapter
-
-    def __call__(self, name: str, tensor: Tensor) -> None:
-        tensor.copy_(self.adapter.tensor(name))
-
-
-def _from_file(source: Source, model: nn.Module) -> FromFile:
+def _from_file(source: Source, model: nn.Module) -> FileSource:
     file, report = load_state_dict_for(model, source.path, to=weight_layout(source.model))
     announce(str(report))
-    return FromFile(file, source.path)
+    return FileSource(file, source.path)
 
 
 def _leave(name: str, tensor: Tensor) -> None:
@@ -507,5 +355,5 @@ def _read_checkpoint(path: Path, model: nn.Module, *, use_ema: bool, adapters: b
         raise UserError(f"{error}; move it away to sample from the one before") from None
     which = "ema" if use_ema and manager.has(path, "ema") else "model"
     weights = {name: p.detach() for name, p in model.named_parameters() if lora.is_adapter(name) == adapters}
-    manager.load(path, {which: pieces.wrap(model, weights)})
+    manager.load(path, {which: tensor_shards.wrap(model, weights)})
     announce(f"{path}: read {'the moving average' if which == 'ema' else 'the live weights'}")

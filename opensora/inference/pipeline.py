@@ -11,36 +11,26 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from acceleration import runtime as runtimes
-from acceleration.runtime import Runtime
-from acceleration.work import SharedWork
-from opensora.config import SampleConfig
+from acceleration.distributed import runtime as runtimes
+from acceleration.distributed.runtime import Runtime
+from acceleration.distributed.tasks import DistributedRunner
+from opensora.assembly.components import Components
+from opensora.assembly.layout import check_attention, check_guidance, check_layout
+from opensora.config.run import SampleConfig
 from opensora.inference.check import check_sample
-from opensora.inference.load import (
-    Components,
-    Source,
-    check_attention,
-    check_guidance,
-    check_layout,
-    find_source,
-    load_components,
-)
+from opensora.inference.load import Source, find_source, load_components
 from opensora.inference.prompts import Job, final_prompt, read_jobs
 from opensora.inference.save import Saver, output_folder, unused_names
 from opensora.models.base import latent_grid
+from opensora.sampling.guidance import DENOISERS, passes_per_step
+from opensora.sampling.loop import TextInputs
+from opensora.sampling.noise import get_noise
+from opensora.sampling.options import SamplingOption, sanitize_sampling_option
+from opensora.schedulers.timesteps import get_schedule
+from opensora.utils.console import announce, progress
 from opensora.utils.errors import UserError
-from opensora.utils.logging import announce, progress
-from opensora.utils.sampling import (
-    DENOISERS,
-    SamplingOption,
-    TextInputs,
-    get_noise,
-    get_schedule,
-    passes_per_step,
-    sanitize_sampling_option,
-)
+from opensora.utils.files.user_files import try_output
 from opensora.utils.tokens import image_ids, pack, unpack
-from opensora.utils.user_files import try_output
 
 Api = Callable[..., Tensor]
 OnStep = Callable[[int, int], None]
@@ -57,7 +47,7 @@ def prepare(parts: Components, texts: Sequence[str], img_tokens: int) -> TextInp
     tokens = text.txt.shape[1]
 
     def shard(x: Tensor) -> Tensor:
-        return parts.sequence.shard(x, surplus_last=True)
+        return parts.sequence.shard(x, extra_to_last=True)
 
     return TextInputs(
         txt=shard(text.txt),
@@ -70,7 +60,7 @@ def prepare(parts: Components, texts: Sequence[str], img_tokens: int) -> TextInp
 
 def prepare_api(parts: Components) -> Api:
     """A function from prompts to pixels over loaded components."""
-    run_passes = SharedWork(parts.mesh["cfg"])
+    run_passes = DistributedRunner(parts.mesh["cfg"])
 
     @torch.no_grad()
     def api(
@@ -99,7 +89,7 @@ def prepare_api(parts: Components) -> Api:
             UserError: a size, length or condition that cannot be sampled.
         """
         if cond_type != "t2v":
-            raise UserError(f"cond_type={cond_type}: allowed is t2v")
+            raise UserError(f"cond_type={cond_type}: must be t2v")
         opt = fit(opt, parts)
         assert opt.height is not None and opt.width is not None
         patch = parts.cfg.patch_size

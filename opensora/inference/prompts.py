@@ -10,13 +10,13 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from opensora.config import SampleConfig
+from opensora.config.run import SampleConfig
+from opensora.sampling.options import SamplingOption
 from opensora.utils.errors import UserError
+from opensora.utils.files.untrusted import short
+from opensora.utils.files.user_files import absence, read_csv, read_text
 from opensora.utils.names import name_problem
-from opensora.utils.prompt import with_suffix
-from opensora.utils.sampling import SamplingOption
-from opensora.utils.untrusted import short
-from opensora.utils.user_files import absence, read_csv, read_text
+from opensora.utils.prompt_suffix import with_suffix
 
 SHEET = "contact_sheet"  # a file beside the clips, so no clip is called so
 COLUMNS = ("name", "neg", "ref")  # that a table may have beside text
@@ -198,7 +198,7 @@ def _checked(text: str, place: str) -> str:
         UserError: it is too long, or holds what no UTF-8 text can.
     """
     if len(text) > MAX_PROMPT:
-        raise UserError(f"{place}: a prompt of {len(text)} characters, allowed are at most {MAX_PROMPT}; shorten it")
+        raise UserError(f"{place}: a prompt of {len(text)} characters, must be at most {MAX_PROMPT}; shorten it")
     if _NO_TEXT.search(text):
         start = short(repr(text), 40)
         raise UserError(f"{place}: {start} is not UTF-8 text; type it again, or give it in a file as UTF-8")

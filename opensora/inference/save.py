@@ -14,14 +14,14 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from opensora.config import SampleConfig
-from opensora.inference.load import Components
+from opensora.assembly.components import Components
+from opensora.config.run import SampleConfig
 from opensora.inference.prompts import SHEET, Job, final_prompt, with_names
-from opensora.utils import signals
+from opensora.utils import signal_handler
+from opensora.utils.charts import contact_sheet
+from opensora.utils.console import announce
 from opensora.utils.errors import UserError
-from opensora.utils.images import contact_sheet
-from opensora.utils.logging import announce
-from opensora.utils.user_files import try_output, write_whole, written_whole
+from opensora.utils.files.user_files import try_output, write_whole, written_whole
 from opensora.utils.video_writer import write_image, write_video
 
 SHEET_COLUMNS = 8
@@ -121,7 +121,7 @@ class Saver:
         if not self._writes:
             return
         for job, clip in zip(jobs, to_uint8(pixels), strict=True):
-            with signals.writing():
+            with signal_handler.writing():
                 path = self._write_clip(job.name, clip)
                 prompt = final_prompt(job.text, self._option, suffix=self._suffix)
                 write_whole(path.with_suffix(".txt"), partial(_write_line, prompt))
@@ -151,7 +151,7 @@ class Saver:
         if not self.is_main:
             return []
         rows = [(prompt, frames) for _, prompt, frames in written[:SHEET_ROWS]]
-        with signals.writing():
+        with signal_handler.writing():
             sheet = self._write_sheet(rows)
         return [file for file, _, _ in written] + [str(sheet)]
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from opensora.utils.work import RunAll, one_by_one
+from opensora.utils.tasks import TaskRunner, one_by_one
 
 
 class AttentionCore(Protocol):
@@ -79,13 +79,13 @@ class Autoencoder(Protocol):
     causal: bool  # True: the first frame is coded on its own, T' = (T-1)/stride_t + 1; False: T' = T/stride_t
     is_costly: bool  # True: to code a piece takes longer than to send it to another process
 
-    def encode(self, pixels: Tensor, run: RunAll = one_by_one) -> Tensor:
+    def encode(self, pixels: Tensor, run: TaskRunner = one_by_one) -> Tensor:
         """(B, 3, T, H, W) in [-1, 1] -> (B, channels, T', H', W'), scaled to about unit variance.
 
         The pieces of work, which ``run`` carries out, depend on the shape alone and not on who runs them.
         """
 
-    def decode(self, latents: Tensor, run: RunAll = one_by_one) -> Tensor:
+    def decode(self, latents: Tensor, run: TaskRunner = one_by_one) -> Tensor:
         """(B, channels, T', H', W') -> (B, 3, T, H, W), clamped to [-1, 1]; ``run`` as in encode."""
 
 

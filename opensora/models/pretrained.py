@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from opensora.utils.errors import UserError
-from opensora.utils.untrusted import parsing
-from opensora.utils.weights import check_types, open_weights
+from opensora.utils.files.safetensors_files import check_types, open_weights
+from opensora.utils.files.untrusted import parsing
 
 # What from_pretrained reads; other files in the folder are variants, as of half precision.
 _READ = re.compile(r"(diffusion_pytorch_)?model(-\d{5}-of-\d{5})?\.safetensors")

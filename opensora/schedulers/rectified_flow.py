@@ -15,10 +15,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from opensora.schedulers.timesteps import draw_per_sample, logit_normal
+from opensora.schedulers.timesteps import draw_per_sample, flow_shift, logit_normal, time_shift
 from opensora.utils.limits import Limits
 from opensora.utils.rng import numpy_generator
-from opensora.utils.sampling import flow_shift, time_shift
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +33,11 @@ class RectifiedFlowConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.sigma_min < 1:
-            raise ValueError(f"sigma_min={self.sigma_min}: allowed are numbers from 0 to below 1")
+            raise ValueError(f"sigma_min={self.sigma_min}: must be a number from 0 to below 1")
         if self.flow_shift is not None and self.flow_shift <= 0:
-            raise ValueError(f"flow_shift={self.flow_shift}: allowed are numbers > 0, or null for the formula")
+            raise ValueError(f"flow_shift={self.flow_shift}: must be a number > 0, or null for the formula")
         if not 0 <= self.text_dropout <= 1:
-            raise ValueError(f"text_dropout={self.text_dropout}: allowed are numbers from 0 to 1")
+            raise ValueError(f"text_dropout={self.text_dropout}: must be a number from 0 to 1")
 
 
 def sample_timesteps(

@@ -1,5 +1,7 @@
 """At which times a model is trained."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,3 +17,35 @@ def draw_per_sample(seed: int, step: int, sample_ids: tuple[int, ...], purpose: 
 def logit_normal(seed: int, step: int, sample_ids: tuple[int, ...]) -> Tensor:
     """(B,) fp32 in (0, 1): the sigmoid of a standard normal, more in the middle than at the ends (arXiv 2403.03206)."""
     return torch.sigmoid(draw_per_sample(seed, step, sample_ids, "timestep", ()))
+
+
+def latent_frames(num_frames: int, frame_stride: int = 4, causal: bool = True) -> int:
+    """T' of a clip: 1 for a still, else (F-1)/stride + 1 for a causal autoencoder and F/stride for another."""
+    if num_frames == 1:
+        return 1
+    return (num_frames - 1) // frame_stride + 1 if causal else num_frames // frame_stride
+
+
+def flow_shift(tokens_per_frame: int, latent_frames: int) -> float:
+    """alpha of ``time_shift``: 1 at 256 tokens to 3 at 4096, linear and beyond, times sqrt(T')."""
+    return (1 + 2 * (tokens_per_frame - 256) / (4096 - 256)) * math.sqrt(latent_frames)
+
+
+def time_shift(alpha: float, t: Tensor) -> Tensor:
+    """t in [0, 1] -> alpha t / (1 + (alpha - 1) t): alpha > 1 moves times towards 1, the noise."""
+    return alpha * t / (1 + (alpha - 1) * t)
+
+
+def get_schedule(
+    num_steps: int, tokens_per_frame: int, latent_frames: int, *, alpha: float | None = None, shift: bool = True
+) -> list[float]:
+    """num_steps + 1 times from 1 (noise) to 0 (data).
+
+    Args:
+        alpha: the shift; None: ``flow_shift(tokens_per_frame, latent_frames)``.
+        shift: False for evenly spaced times.
+    """
+    times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    if shift:
+        times = time_shift(flow_shift(tokens_per_frame, latent_frames) if alpha is None else alpha, times)
+    return times.tolist()

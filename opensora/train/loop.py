@@ -1,8 +1,8 @@
 """The training loop, on one page."""
 
-from opensora.train.goback import go_back
+from opensora.train.preparation import loss_share
+from opensora.train.rollback import roll_back
 from opensora.train.run import Run
-from opensora.train.step import loss_share
 from opensora.train.validate import sample_prompts
 
 
@@ -13,45 +13,45 @@ def train(run: Run) -> bool:
         True when the run is finished, False when it was interrupted and can be resumed.
 
     Raises:
-        Hopeless: loss, gradients or copies of the state stay wrong after every remedy; see guard.py.
+        TrainingDiverged: loss, gradients or copies of the state stay wrong after every remedy (anomaly_guard.py).
     """
     total = run.cfg.train.steps
     while run.step < total:
-        run.at("data")
+        run.enter("data")
         run.engine.set_lr(run.lr_at(run.step))
         elements = run.data.global_elements(run.step)
         loss = run.zero_loss()
         for batch, is_last in run.data.microbatches(run.step):
-            run.at("encode")
+            run.enter("encode")
             run.reads.note(batch, run.step)
             tokens = run.prepare(batch, run.step)
-            run.at("forward")
+            run.enter("forward")
             share = loss_share(run.engine.model, tokens, elements)
-            run.at("backward")
+            run.enter("backward")
             run.engine.backward(share, last_microbatch=is_last)
             loss += share.detach()
-            run.at("data")
-        run.at("update")
-        update = run.guard.update(run, loss)
+            run.enter("data")
+        run.enter("update")
+        update = run.guard.update(run.engine, run.mesh, run.step, loss)
         run.step += 1
 
-        run.at("agree")
+        run.enter("agree")
         stop = run.stop.agreed()
-        run.at("record")
-        run.metrics.record(run, update, last=stop or run.step == total)
-        if not stop and (wanted := run.guard.wants_return(run)):
-            go_back(run, wanted)
+        run.enter("record")
+        run.record(update, last=stop or run.step == total)
+        if not stop and (wanted := run.guard.wants_rollback(run.engine, run.mesh, run.step, run.enter)):
+            roll_back(run, wanted)
             continue
         if not stop and run.cfg.validate.every and run.step % run.cfg.validate.every == 0:
             sample_prompts(run)
             stop = run.stop.agreed()
-        if stop or run.step == total or (run.guard.calm and run.step % run.cfg.train.checkpoint_every == 0):
+        if stop or run.step == total or (run.guard.last_step_ok and run.step % run.cfg.train.checkpoint_every == 0):
             run.save()
-        run.at("commit")
+        run.enter("commit")
         run.checkpoints.poll()
         if stop and run.step < total:
             run.finish_saving()
-            run.metrics.note("interrupted", run.step)
+            run.metrics.log_event("interrupted", run.step)
             return False
     run.finish_saving()
     if run.cfg.train.export:

@@ -2,23 +2,20 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from acceleration.memory import peak_gib
-from acceleration.mesh import Mesh
-from opensora.utils.logging import MetricsLogger, progress
-
-if TYPE_CHECKING:
-    from opensora.datasets.bucket import Bucket
-    from opensora.train.guard import Update
-    from opensora.train.run import Run
+from acceleration.distributed.mesh import Mesh
+from opensora.datasets.buckets.bucket import Bucket
+from opensora.train.health.anomaly_guard import Update
+from opensora.utils.console import progress
+from opensora.utils.metrics_log import MetricsLogger
 
 
 class Metrics:
-    """Collects updates; every ``every`` steps writes one record on rank 0."""
+    """Adds up updates; every ``every`` steps there is one record, on rank 0. ``Run.record`` puts it together."""
 
     def __init__(self, logger: MetricsLogger | None, *, every: int, start_step: int, total_steps: int) -> None:
         """``logger``: where records go; None on processes that do not write."""
@@ -34,59 +31,74 @@ class Metrics:
         self._predicted: Counter[str] = Counter()
         self._aside: dict[str, float] = {}
 
-    def record(self, run: "Run", update: "Update", *, last: bool) -> None:
-        """Note the update just made or left out (``run.step`` counts it). Collective when due."""
+    def add(self, update: Update, samples: Counter[Bucket], tokens: int, predicted: Mapping[str, int]) -> None:
+        """One more update, made or left out.
+
+        Args:
+            samples: consumed of each bucket, by all processes together.
+            tokens: image tokens, of all processes together.
+            predicted: axis -> bytes that this process should have sent.
+        """
         self._updates.append(update)
-        self._buckets += run.data.bucket_samples(run.step - 1)
-        self._tokens += run.tokens(run.step - 1)
-        if self._logger and run.traffic:
-            self._predicted.update(run.traffic.of_step(run.step - 1))
-        if run.step % self._every and not last:
-            return
+        self._buckets += samples
+        self._tokens += tokens
+        self._predicted.update(predicted)
+
+    @property
+    def steps(self) -> int:
+        """Updates since the last record."""
+        return len(self._updates)
+
+    def is_due(self, step: int) -> bool:
+        """Whether a record is to be written after ``step`` updates."""
+        return step % self._every == 0
+
+    def values(self, mesh: Mesh, waited_s: float) -> dict[str, Any]:
+        """What the updates since the last record amount to, on this process.
+
+        Args:
+            waited_s: that the loop has waited for data since the run was started.
+        """
         made = [update for update in self._updates if update.bad is None] or self._updates
-        seconds = time.monotonic() - self._since
-        steps = len(self._updates)
-        values = {
+        seconds, steps = time.monotonic() - self._since, len(self._updates)
+        sent = mesh.bytes_sent() - self._sent
+        values: dict[str, Any] = {
             "loss": fmean(update.loss for update in made),
             "grad_norm": fmean(update.grad_norm for update in made),
-            "lr": run.lr_at(run.step - 1),
-            "epoch": run.data.plan.epoch_of(run.step - 1),
             "time/step_s": seconds / steps,
-            "data/wait_s": (run.data.waited_s - self._waited_s) / steps,
+            "data/wait_s": (waited_s - self._waited_s) / steps,
             "rate/samples_per_s": self._buckets.total() / seconds,
             "rate/tokens_per_s": self._tokens / seconds,
-            "mem/peak_gib": peak_gib(run.runtime.device),
         }
-        for name, sent in (run.mesh.bytes_sent() - self._sent).items():
-            values[f"comm/{name}_gib"] = sent / steps / 2**30
-        values |= {f"comm/{name}_predicted_gib": sent / steps / 2**30 for name, sent in self._predicted.items()}
-        values |= run.reads.due()
-        values |= run.phases.due(run.mesh, steps, run.step)
-        values["guard/left_out"] = run.guard.left_out
+        values |= {f"comm/{name}_gib": count / steps / 2**30 for name, count in sent.items()}
+        values |= {f"comm/{name}_predicted_gib": count / steps / 2**30 for name, count in self._predicted.items()}
         values |= {f"samples/{bucket}": count for bucket, count in self._buckets.items()}
         values |= self._aside
         self._aside.clear()
-        self._begin(run)
+        return values
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """The record of ``step``, on the process that writes."""
         if self._logger and self._bar is not None:
-            self._logger.log(run.step, values)
-            self._bar.update_to(run.step, values)
+            self._logger.log(step, values)
+            self._bar.update_to(step, values)
 
-    def rewind(self, run: "Run") -> None:
-        """Forget the steps after ``run.step``, which will be made again."""
-        self._begin(run)
+    def rewind(self, step: int) -> None:
+        """Remove what was written about the steps after ``step``, which will be made again."""
         if self._logger:
-            self._logger.rewind(run.step)
+            self._logger.rewind(step)
 
-    def _begin(self, run: "Run") -> None:
+    def begin(self, mesh: Mesh, waited_s: float) -> None:
+        """The next record counts from here."""
         self._updates.clear()
         self._tokens = 0
-        self._sent = run.mesh.bytes_sent()
+        self._sent = mesh.bytes_sent()
         self._predicted.clear()
         self._buckets.clear()
-        self._since, self._waited_s = time.monotonic(), run.data.waited_s
+        self._since, self._waited_s = time.monotonic(), waited_s
 
     @contextmanager
-    def aside(self, name: str, mesh: Mesh) -> Iterator[None]:
+    def excluded(self, name: str, mesh: Mesh) -> Iterator[None]:
         """Time and traffic of what is done here are not the steps'; the next record has ``time/{name}_s``."""
         started, sent = time.monotonic(), mesh.bytes_sent()
         yield
@@ -95,10 +107,10 @@ class Metrics:
         self._since += seconds
         self._aside[f"time/{name}_s"] = self._aside.get(f"time/{name}_s", 0.0) + seconds
 
-    def note(self, event: str, step: int, **values: Any) -> None:
+    def log_event(self, event: str, step: int, **values: Any) -> None:
         """Put an event between the records."""
         if self._logger:
-            self._logger.note(event, step, **values)
+            self._logger.log_event(event, step, **values)
 
     def close(self) -> None:
         """Flush the writers."""

@@ -5,26 +5,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from acceleration import runtime as runtimes
 from acceleration.checkpoint import CheckpointManager, SaveError
+from acceleration.diagnostics.memory_usage import peak_gib
+from acceleration.distributed import runtime as runtimes
+from acceleration.distributed.agreement import StopRequest
+from acceleration.distributed.mesh import Mesh
+from acceleration.distributed.runtime import Runtime
 from acceleration.engines import Engine
-from acceleration.mesh import Mesh
-from acceleration.optim import lr_at
-from acceleration.runtime import Runtime
-from acceleration.signals import StopRequest
-from opensora.config import RunConfig
-from opensora.train.data import StepData
-from opensora.train.export import exported, write_export
-from opensora.train.forecast import Traffic
-from opensora.train.guard import Guard
+from acceleration.optim.optimizers import lr_at
+from opensora.config.run import RunConfig
+from opensora.planner.checks import Traffic
+from opensora.train.health.anomaly_guard import AnomalyGuard, Update
+from opensora.train.health.data_health import DataHealth
+from opensora.train.health.step_timer import StepTimer
 from opensora.train.metrics import Metrics
-from opensora.train.phases import Phases
-from opensora.train.reads import Reads
-from opensora.train.resume import checkpoint_info
-from opensora.train.run_folder import RunLock
-from opensora.train.step import Preparation
-from opensora.utils import signals
-from opensora.utils.logging import announce
+from opensora.train.preparation import Preparation
+from opensora.train.state.export import exported, write_export
+from opensora.train.state.resume import checkpoint_info
+from opensora.train.state.run_lock import RunLock
+from opensora.train.step_data import StepData
+from opensora.utils import signal_handler
+from opensora.utils.console import announce
 
 
 @dataclass(kw_only=True)
@@ -40,10 +41,10 @@ class Run:
     prepare: Preparation
     checkpoints: CheckpointManager
     metrics: Metrics
-    reads: Reads
+    reads: DataHealth
     stop: StopRequest
-    guard: Guard
-    phases: Phases
+    guard: AnomalyGuard
+    timer: StepTimer
     step: int
     traffic: Traffic | None  # on the process that writes records
     base: str | None = None  # fingerprint of the weights that adapters are trained beside
@@ -53,9 +54,9 @@ class Run:
         """Learning rate of update ``step``."""
         return lr_at(step, self.cfg.optim, self.cfg.train.steps)
 
-    def at(self, phase: str) -> None:
+    def enter(self, phase: str) -> None:
         """``phase`` begins: for the watchdog, and the account of times."""
-        self.phases.at(phase, self.step)
+        self.timer.enter(phase, self.step)
 
     def zero_loss(self) -> Tensor:
         """Where the shares of a step are added up."""
@@ -67,25 +68,45 @@ class Run:
         """Image tokens that update ``step`` works on, all processes together."""
         return self.data.global_elements(step) // self.cfg.model.in_channels
 
+    def record(self, update: Update, *, last: bool) -> None:
+        """Note the update just made or left out (``step`` counts it). Collective when a record is due."""
+        made = self.step - 1
+        predicted = self.traffic.of_step(made) if self.traffic else {}
+        self.metrics.add(update, self.data.bucket_samples(made), self.tokens(made), predicted)
+        if update.bad:
+            self.metrics.log_event("left_out", self.step, why=update.bad)
+        if not last and not self.metrics.is_due(self.step):
+            return
+        values = self.metrics.values(self.mesh, self.data.waited_s)
+        values |= {"lr": self.lr_at(made), "epoch": self.data.plan.epoch_of(made)}
+        values |= {"mem/peak_gib": peak_gib(self.runtime.device), "guard/left_out": self.guard.left_out}
+        values |= self.reads.due() | self.timer.due(self.mesh, self.metrics.steps, self.step)
+        self.begin_record()
+        self.metrics.write(self.step, values)
+
+    def begin_record(self) -> None:
+        """The next record counts from here."""
+        self.metrics.begin(self.mesh, self.data.waited_s)
+
     def save(self) -> None:
         """Write a checkpoint of the state after ``step`` updates. Collective."""
-        self.at("save")
+        self.enter("save")
         self.reads.check_agreement()
-        with self.metrics.aside("save", self.mesh), signals.remember().saving():
+        with self.metrics.excluded("save", self.mesh), signal_handler.install().saving():
             info = checkpoint_info(self.cfg, self.runtime, self.data.table, self.base) | {"guard": self.guard.state()}
             self.checkpoints.save(self.step, self.engine.state_dict(), info)
 
     def finish_saving(self) -> None:
         """Wait until the checkpoint is on disk. Collective."""
-        self.at("save")
-        with signals.remember().saving():
+        self.enter("save")
+        with signal_handler.install().saving():
             self.checkpoints.wait()
 
     def where_stopped(self) -> str | None:
         """After an interruption: where the state is and how to go on; None if this step's state could not be saved."""
         if self.checkpoints.failures:
             return None
-        name = signals.remember().name
+        name = signal_handler.install().name
         path = self.checkpoints.folder / f"step-{self.step:08d}"
         return (
             f"stopped by {name or 'a signal to another process'}: step {self.step} of {self.cfg.train.steps} is saved "
@@ -98,7 +119,7 @@ class Run:
         Raises:
             SaveError: it could not be written; the state is in the last checkpoint.
         """
-        self.at("export")
+        self.enter("export")
         problem = write_export(self.cfg, self.engine, self.step, self.base, write=self.runtime.is_main)
         problem = self.checkpoints.from_main(problem)
         if problem:
@@ -114,13 +135,13 @@ class Run:
         Signals kill again: a process that failed must not outlive its launcher's patience.
         """
         if kind is not None:
-            signals.forget()
+            signal_handler.uninstall()
         self.data.close()
         self.metrics.close()
         self.checkpoints.close()
-        self.phases.close()
+        self.timer.close()
         if kind is None:
             runtimes.stop()
         if self.lock is not None:
             self.lock.release()
-        signals.forget()
+        signal_handler.uninstall()

@@ -9,49 +9,52 @@ from pathlib import Path
 import torch
 
 from acceleration import lora
-from acceleration import mesh as meshes
-from acceleration import runtime as runtimes
 from acceleration.checkpoint import CheckpointManager
 from acceleration.checkpoint import SaveError as SaveError  # what saving raises, also for the command line
+from acceleration.diagnostics.memory_usage import device_bytes, machine_bytes
+from acceleration.distributed import mesh as meshes
+from acceleration.distributed import runtime as runtimes
+from acceleration.distributed.agreement import Interrupted as Interrupted  # what building raises, for the command line
+from acceleration.distributed.agreement import StopRequest
+from acceleration.distributed.mesh import Mesh
+from acceleration.distributed.runtime import Runtime
 from acceleration.engines import build_engine, check_engine
-from acceleration.memory import device_bytes, machine_bytes
-from acceleration.mesh import Mesh
 from acceleration.parallelize import parallelize
-from acceleration.runtime import Runtime
 from acceleration.sequence import SequenceParallel
-from acceleration.signals import Interrupted as Interrupted  # what building raises, for the command line
-from acceleration.signals import StopRequest
-from opensora import config
-from opensora.config import RunConfig
-from opensora.datasets import decode
-from opensora.datasets.index import IndexedTable
-from opensora.datasets.plan import BatchPlan
+from opensora.assembly import stored_features
+from opensora.assembly.components import tile_runner
+from opensora.assembly.initial_weights import FileSource, adapted, add_adapters, check_initial, initial_weights
+from opensora.assembly.layout import check_attention, check_layout
+from opensora.config.load import to_yaml
+from opensora.config.run import RunConfig
+from opensora.datasets.decode import api
+from opensora.datasets.plan.batch_plan import BatchPlan
+from opensora.datasets.table.index import IndexedTable
 from opensora.inference.check import check_validation, fit_option
-from opensora.inference.load import FromFile, check_attention, check_layout, tile_runner, verify_export
-from opensora.models import build_model
+from opensora.inference.load import verify_export
 from opensora.models.base import AutoencoderShape, latent_grid
+from opensora.models.families import build_model
 from opensora.models.text import build_text_encoder, check_text_encoder
 from opensora.models.vae import autoencoder_shape, build_autoencoder, check_autoencoder
-from opensora.train import features
-from opensora.train.data import StepData, open_data, sharing
-from opensora.train.disk import check_disk
-from opensora.train.forecast import Traffic, check_memory
-from opensora.train.guard import Guard
+from opensora.planner.checks import Traffic, check_memory
+from opensora.train.health.anomaly_guard import AnomalyGuard
+from opensora.train.health.data_health import DataHealth
+from opensora.train.health.preflight import check_processes
+from opensora.train.health.step_timer import StepTimer, start_timer
 from opensora.train.metrics import Metrics
-from opensora.train.phases import Phases, start_phases
-from opensora.train.preflight import check_processes
-from opensora.train.reads import Reads
-from opensora.train.resume import check_fresh, check_paths, resume, wrong_info
+from opensora.train.preparation import Preparation
 from opensora.train.run import Run
-from opensora.train.run_folder import RunLock, check_places, write_config
-from opensora.train.step import Preparation
-from opensora.train.weights import adapted, add_adapters, check_initial, initial_weights
-from opensora.utils import signals
+from opensora.train.state.disk_check import check_disk
+from opensora.train.state.resume import check_fresh, check_paths, resume, wrong_info
+from opensora.train.state.run_lock import RunLock, check_places, write_config
+from opensora.train.step_data import open_batches, open_data
+from opensora.utils import signal_handler
+from opensora.utils.console import announce
 from opensora.utils.errors import UserError
-from opensora.utils.logging import MetricsLogger, announce, check_installed
-from opensora.utils.user_files import absence
-from opensora.utils.weights import fingerprint
-from opensora.utils.work import RunAll, one_by_one
+from opensora.utils.files.safetensors_files import fingerprint
+from opensora.utils.files.user_files import absence
+from opensora.utils.metrics_log import MetricsLogger, check_installed
+from opensora.utils.tasks import TaskRunner, one_by_one
 
 
 def start_run(cfg: RunConfig) -> Run:
@@ -65,21 +68,21 @@ def start_run(cfg: RunConfig) -> Run:
     runtimes.check_visible_devices()
     table, plan = check(cfg, ranks.world_size)
     if not cfg.data.features:
-        decode.require(cfg.data.decoder)
+        api.require(cfg.data.decoder)
     runtimes.check_meeting(ranks)  # before the run's folder is made
     if device_bytes() is None:  # the machine that it is started on, which a submitting one need not be
         check_memory(cfg, ranks.world_size, machine_bytes())
     check_validation(cfg, ranks.world_size)
-    signals.remember()
+    signal_handler.install()
     lock = RunLock(cfg.folder) if ranks.rank == 0 else None
-    phases = None
+    timer = None
     try:
-        runtime = runtimes.start(cfg.parallel.timeout_s, lambda: signals.remember().name is not None)
-        phases = start_phases(cfg, runtime)
-        run = build_run(cfg, table, plan, runtime, phases)
+        runtime = runtimes.start(cfg.parallel.timeout_s, lambda: signal_handler.install().name is not None)
+        timer = start_timer(cfg, runtime)
+        run = build_run(cfg, table, plan, runtime, timer)
     except BaseException as error:
-        if phases and isinstance(error, Interrupted):  # on every process
-            phases.close()
+        if timer and isinstance(error, Interrupted):  # on every process
+            timer.close()
             runtimes.stop()
         if lock is not None:
             lock.release()
@@ -119,7 +122,7 @@ def check(cfg: RunConfig, world_size: int) -> tuple[IndexedTable, BatchPlan]:
     check_disk(cfg, model)
     table, plan = open_data(cfg)
     if cfg.data.features:
-        features.check(cfg, table, plan)
+        stored_features.check(cfg, table, plan)
     return table, plan
 
 
@@ -140,21 +143,21 @@ def check_files(cfg: RunConfig, shape: AutoencoderShape) -> None:
     check_installed(cfg.log)
 
 
-def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Runtime, phases: Phases) -> Run:
+def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Runtime, timer: StepTimer) -> Run:
     """Build, shard and load everything. Collective.
 
     Raises:
         Interrupted: a process was asked to stop meanwhile.
     """
     folder = cfg.folder
-    asked = signals.remember()
+    asked = signal_handler.install()
     stop = StopRequest(lambda: asked.name is not None)
     stop.check()
-    phases.at("build", 0)
+    timer.enter("build", 0)
     if cfg.train.preflight:
         check_processes(cfg, runtime)
     mesh = meshes.build(cfg.parallel.mesh, runtime.world_size, runtime.device)
-    announce(f"{config.to_yaml(cfg)}\n{plan.report()}\n{layout(cfg, mesh)}")
+    announce(f"{to_yaml(cfg)}\n{plan.report()}\n{layout(cfg, mesh)}")
 
     with torch.device("meta"):
         model = build_model(cfg.model)
@@ -165,10 +168,10 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
     if cfg.lora.rank:
         assert cfg.train.init_from is not None
         base = fingerprint(cfg.train.init_from)
-        fill = lora.Filled(fill, add_adapters(cfg, model))
+        fill = lora.LoraSource(fill, add_adapters(cfg, model))
         announce(adapted(model, cfg))
     parallelize(model, cfg.parallel, mesh, runtime.device, fill)
-    if isinstance(weights, FromFile):
+    if isinstance(weights, FileSource):
         weights.check_values()
     engine = build_engine(model, cfg.parallel, cfg.optim, mesh)
     checkpoints = CheckpointManager(
@@ -179,7 +182,7 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
         wrong=wrong_info,
     )
     stop.check()
-    phases.at("load", 0)
+    timer.enter("load", 0)
     manifest = resume(cfg, engine, checkpoints, table.content, base)
     step = int(manifest["step"]) if manifest else 0
     stop.check()
@@ -200,29 +203,13 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
         prepare=build_preparation(cfg, mesh, runtime.device),
         checkpoints=checkpoints,
         metrics=metrics,
-        reads=Reads(folder / "unreadable", table, mesh, cfg.data.max_bad_share),
+        reads=DataHealth(folder / "unreadable", table, mesh, cfg.data.max_bad_share),
         stop=stop,
-        guard=Guard(cfg.guard, step, manifest.get("guard") if manifest else None),
-        phases=phases,
+        guard=AnomalyGuard(cfg.guard, step, manifest.get("guard") if manifest else None),
+        timer=timer,
         step=step,
         base=base,
         traffic=Traffic(cfg, mesh, data.assigned) if logger and has_formulas(cfg) else None,
-    )
-
-
-def open_batches(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, mesh: Mesh, step: int) -> StepData:
-    """What this process reads from update ``step`` on."""
-    shape = autoencoder_shape(cfg.vae)
-    return StepData(
-        table,
-        plan,
-        cfg.data,
-        mesh,
-        shape,
-        start_step=step,
-        stop_step=cfg.train.steps,
-        seed=cfg.seed,
-        sharing=sharing(cfg, mesh),
     )
 
 
@@ -233,17 +220,19 @@ def has_formulas(cfg: RunConfig) -> bool:
 
 def build_preparation(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Preparation:
     """What turns batches into tokens; autoencoder and text encoder only where something is left to encode."""
-    frozen = features.encoder_dtype(cfg)
+    frozen = stored_features.encoder_dtype(cfg)
     stored = bool(cfg.data.features)
     encoders = not stored or cfg.validate.every > 0  # samples while training need them
     autoencoder = build_autoencoder(cfg.vae, device, frozen) if encoders else None
 
-    def tiles(peers: Mesh) -> RunAll:
+    def tiles(peers: Mesh) -> TaskRunner:
         return tile_runner(cfg.train.vae_parallel, autoencoder, peers) if autoencoder else one_by_one
 
     whole = Preparation(
         autoencoder=autoencoder,
-        text_encoder=build_text_encoder(cfg.text, device, frozen) if encoders else features.stored_text(cfg, device),
+        text_encoder=build_text_encoder(cfg.text, device, frozen)
+        if encoders
+        else stored_features.stored_text(cfg, device),
         flow=cfg.flow,
         patch=cfg.model.patch_size,
         cond_embed=cfg.model.cond_embed,
@@ -256,9 +245,9 @@ def build_preparation(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Prepa
     )
     if not cfg.parallel.mesh.dynamic:
         return whole
-    parts = [(degree, mesh.narrow(degree)) for degree in mesh.parts]
-    narrow = {d: replace(whole, sequence=SequenceParallel(part), run_tiles=tiles(part)) for d, part in parts}
-    return replace(whole, narrow=narrow)
+    parts = [(degree, mesh.submesh(degree)) for degree in mesh.subgroups]
+    by_degree = {d: replace(whole, sequence=SequenceParallel(part), run_tiles=tiles(part)) for d, part in parts}
+    return replace(whole, by_degree=by_degree)
 
 
 def open_logger(cfg: RunConfig, plan: BatchPlan, step: int) -> MetricsLogger:
@@ -273,11 +262,11 @@ def open_logger(cfg: RunConfig, plan: BatchPlan, step: int) -> MetricsLogger:
         resumed_step=step,
     )
     if step:
-        logger.note("resumed", step)
+        logger.log_event("resumed", step)
     report = plan.report()
     buckets = {str(bucket): count for bucket, count in report.per_bucket}
     left_out = dict(report.left_out)
-    logger.note("started", step, steps=cfg.train.steps, rows=report.rows, buckets=buckets, left_out=left_out)
+    logger.log_event("started", step, steps=cfg.train.steps, rows=report.rows, buckets=buckets, left_out=left_out)
     return logger
 
 

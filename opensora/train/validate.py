@@ -1,12 +1,12 @@
 """Samples while training: the sampling pipeline over the model that is being trained, in its own layout."""
 
-from acceleration import sharding
-from opensora.config import SampleConfig
-from opensora.inference.load import Components
+from acceleration.sharding import fsdp
+from opensora.assembly.components import Components
+from opensora.config.run import SampleConfig
 from opensora.inference.pipeline import process_and_save
 from opensora.inference.prompts import read_jobs
 from opensora.train.run import Run
-from opensora.utils.logging import announce
+from opensora.utils.console import announce
 
 
 def sample_prompts(run: Run) -> None:
@@ -33,8 +33,8 @@ def sample_prompts(run: Run) -> None:
         prompt_suffix=run.cfg.data.prompt_suffix,
         run_tiles=run.prepare.run_tiles,
     )
-    run.at("sample")
-    with run.metrics.aside("validate", run.mesh):
+    run.enter("sample")
+    with run.metrics.excluded("validate", run.mesh):
         files = process_and_save(parts, job, read_jobs(job), quiet=True)
-    sharding.release(run.engine.model)
+    fsdp.release(run.engine.model)
     announce(f"step {run.step}: sampled {', '.join(files[-1:])}")

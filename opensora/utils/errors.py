@@ -2,7 +2,7 @@
 
 import re
 
-from opensora.utils.untrusted import short
+from opensora.utils.files.untrusted import short
 
 MAX_LINE = 1000  # characters of a message; the middle of a longer one is left out
 MAX_WORD = 320  # of a path or another value without a space in it; the longest name of a file has 255

@@ -1,7 +1,7 @@
 """The most that a number of the configuration may be, beside its owner: more than a person would set is a slip.
 
 A dataclass carries ``LIMITS``: field -> (the most, why not more). What is least is checked by the class itself.
-``opensora.utils.typed`` holds every configuration to it, before the class is built.
+``opensora.config.schema`` holds every configuration to it, before the class is built.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ def beyond_limit(cls: type, name: str, value: Any) -> str | None:
     if name not in limits or not isinstance(value, (int, float)):
         return None
     most, reason = limits[name]
-    return None if value <= most else f"allowed are at most {most:{'g' if isinstance(most, float) else 'd'}}; {reason}"
+    return None if value <= most else f"must be at most {most:{'g' if isinstance(most, float) else 'd'}}; {reason}"
 
 
 def check_limits(owner: Any) -> None:

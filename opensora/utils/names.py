@@ -39,5 +39,5 @@ def name_problem(name: str, suffix: str = "", most: int = MAX_BYTES) -> str | No
         return "is the name of a device on Windows; choose another one"
     size, longest = len(name.encode()), most - len(suffix.encode())
     if size > longest:
-        return f"has {size} bytes in UTF-8, allowed are at most {longest}{' and its suffix' * bool(suffix)}; shorten it"
+        return f"has {size} bytes in UTF-8, must be at most {longest}{' and its suffix' * bool(suffix)}; shorten it"
     return None

@@ -1,6 +1,6 @@
 """Resolution names, aspect ratios, and the size of a frame that has about this area and this ratio.
 
-``Npx`` is an area of N^2 pixels, ``Np`` one of N^2 * 16/9. Training's table of sizes (``opensora.datasets.aspect``)
+``Npx`` is an area of N^2 pixels, ``Np`` one of N^2 * 16/9. Training's table of sizes (``datasets/buckets/aspect.py``)
 and sampling both start from ``frame_size``.
 """
 
@@ -35,7 +35,7 @@ def area_of(resolution: str) -> int:
     """
     found = _RESOLUTION.fullmatch(resolution)
     if not found:
-        raise ValueError("allowed are a number of at most 5 digits and px or p, as 256px or 480p")
+        raise ValueError("must be a number of at most 5 digits and px or p, as 256px or 480p")
     side = int(found[1])
     return side**2 if found[2] == "px" else int(side**2 * 16 / 9)
 
@@ -49,9 +49,9 @@ def ratio_of(aspect_ratio: str) -> tuple[float, float]:
     found = _RATIO.fullmatch(aspect_ratio)
     width, height = (float(found[1]), float(found[2])) if found else (0.0, 0.0)
     if not width or not height:
-        raise ValueError(f"allowed are width:height, as {', '.join(RATIOS)}")
+        raise ValueError(f"must be width:height, as {', '.join(RATIOS)}")
     if max(width, height) > MAX_RATIO * min(width, height):
-        raise ValueError(f"allowed are ratios from 1:{MAX_RATIO} to {MAX_RATIO}:1")
+        raise ValueError(f"must be a ratio from 1:{MAX_RATIO} to {MAX_RATIO}:1")
     return width, height
 
 

@@ -1,12 +1,6 @@
-"""Entry point for torchrun and srun; see opensora/cli/sample.py."""
+"""Entry point for torchrun and srun: ``python -m opensora.cli.sample``."""
 
-from opensora.utils import signals
+import runpy
 
 if __name__ == "__main__":
-    # Before torch is imported, which takes long enough to be interrupted in.
-    signals.leave_when_asked("samples that are written stay in save_dir; the same command makes all of them again")
-
-    from opensora.cli.sample import main
-    from opensora.config import run_cli
-
-    run_cli(main)
+    runpy.run_module("opensora.cli.sample", run_name="__main__")

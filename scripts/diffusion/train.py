@@ -1,16 +1,6 @@
-"""Entry point for torchrun and srun; see opensora/cli/train.py."""
+"""Entry point for torchrun and srun: ``python -m opensora.cli.train``."""
 
-from opensora.utils import signals
+import runpy
 
 if __name__ == "__main__":
-    signals.remember()  # before torch is imported, which takes long enough to be interrupted in
-
-    from opensora.cli.train import INTERRUPTED, main
-    from opensora.config import run_cli
-
-    try:
-        run_cli(main)
-    except SystemExit as end:
-        if end.code in (0, INTERRUPTED):  # the state is on disk
-            signals.end_process(end.code)
-        raise
+    runpy.run_module("opensora.cli.train", run_name="__main__")

@@ -1,4 +1,4 @@
-"""Stands in for the two plugins of colossalai 0.5.0 that refuse a CPU: what acceleration/engines/colossalai.py calls.
+"""Stands in for the two plugins of colossalai 0.5.0 that refuse a CPU: what colossalai_engine.py calls.
 
 Names, signatures and arithmetic are those of the release (booster/plugin/{low_level_zero,gemini}_plugin.py,
 zero/low_level/low_level_optim.py, zero/gemini/{gemini_ddp,gemini_optimizer}.py): masters cut over all processes,
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from acceleration.engines import colossalai as adapter
+from acceleration.engines import colossalai_engine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -41,7 +41,7 @@ def install() -> None:
         module = ModuleType(name)
         module.__dict__.update(values)
         sys.modules[name] = module
-    adapter.check = lambda parallel: None
+    colossalai_engine.check = lambda parallel: None
 
 
 class Booster:

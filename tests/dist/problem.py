@@ -8,7 +8,7 @@ from torch import Tensor
 from opensora.models.base import TextFeatures
 from opensora.models.mmdit import MMDiTConfig
 from opensora.utils.rng import torch_generator
-from opensora.utils.work import RunAll, one_by_one
+from opensora.utils.tasks import TaskRunner, one_by_one
 
 MODEL = MMDiTConfig(
     in_channels=8,
@@ -43,10 +43,10 @@ class PassThrough:
 
     channels, stride, causal, is_costly = 8, (1, 1, 1), True, False
 
-    def encode(self, pixels: Tensor, run: RunAll = one_by_one) -> Tensor:
+    def encode(self, pixels: Tensor, run: TaskRunner = one_by_one) -> Tensor:
         return pixels
 
-    def decode(self, latents: Tensor, run: RunAll = one_by_one) -> Tensor:
+    def decode(self, latents: Tensor, run: TaskRunner = one_by_one) -> Tensor:
         return latents
 
 

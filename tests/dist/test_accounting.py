@@ -8,16 +8,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from acceleration import mesh as meshes
-from acceleration.accounting import MicroBatch, Place, step_bytes
+from acceleration.accounting.comm_volume import MicroBatch, RankLayout, step_bytes
+from acceleration.accounting.model_profile import ModelProfile, profile_of
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
+from acceleration.distributed import mesh as meshes
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
-from acceleration.structure import Structure, structure_of
-from opensora.models import build_model
+from opensora.models.families import build_model
 from opensora.models.mmdit import MMDiTConfig
-from opensora.train.forecast import run_denoiser
-from opensora.train.step import loss_share
+from opensora.planner.forecast import run_denoiser
+from opensora.train.preparation import loss_share
 from opensora.utils.rng import torch_generator
 from tests.dist.harness import run_distributed
 from tests.dist.problem import BUCKETS, MODEL, TEXT_TOKENS, FakeBatch, FakeText, batches, elements
@@ -35,9 +35,9 @@ class Unmasked(FakeText):
         return replace(super().encode(prompts), mask=None)
 
 
-def structure(model: MMDiTConfig) -> Structure:
+def structure(model: MMDiTConfig) -> ModelProfile:
     with torch.device("meta"):
-        return structure_of(build_model(model), run_denoiser)
+        return profile_of(build_model(model), run_denoiser)
 
 
 def mine(step: int, rank: int, degree: int) -> list[tuple[FakeBatch, MicroBatch]]:
@@ -58,7 +58,7 @@ def count(cfg: ParallelConfig, model: MMDiTConfig, has_mask: bool) -> list[dict[
     """Runs in every process: {counted, predicted} of two steps."""
     device = torch.device("cpu")
     mesh = meshes.build(cfg.mesh, dist.get_world_size(), device)
-    place = Place(meshes.view({name: mesh[name].degree for name in meshes.AXES}, dist.get_rank()), cfg)
+    place = RankLayout(meshes.view({name: mesh[name].degree for name in meshes.AXES}, dist.get_rank()), cfg)
     shape = structure(model)
     with torch.device("meta"):
         net = build_model(model)

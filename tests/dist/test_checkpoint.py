@@ -11,15 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from acceleration import mesh as meshes
-from acceleration.checkpoint import CheckpointManager, SaveError, newest, pieces, steps_in
-from acceleration.checkpoint.storage import MANIFEST
+from acceleration.checkpoint import CheckpointManager, SaveError, newest, steps_in, tensor_shards
+from acceleration.checkpoint.atomic_dir import MANIFEST
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig
+from acceleration.distributed import mesh as meshes
 from acceleration.engines import Engine, build_engine
-from acceleration.optim import lr_at
+from acceleration.optim.optimizers import lr_at
 from acceleration.parallelize import parallelize
-from opensora.models import build_model
-from opensora.train.step import loss_share
+from opensora.models.families import build_model
+from opensora.train.preparation import loss_share
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64
 from tests.dist.problem import MODEL, elements
@@ -63,8 +63,8 @@ def everything(engine: Engine, tensor: meshes.Axis) -> dict[str, Tensor]:
     """All state as whole tensors: weights, moments, step counts, average."""
     state = engine.state_dict()
     flat = {f"{part}.{name}": value for part, values in state.items() for name, value in values.items()}
-    tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor | pieces.Pieces)}
-    return {name: pieces.whole(value, tensor).clone() for name, value in tensors.items()}
+    tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor | tensor_shards.TensorShards)}
+    return {name: tensor_shards.whole(value, tensor).clone() for name, value in tensors.items()}
 
 
 def train_and_save(cfg: ParallelConfig, folder: Path, start: int, stop: int) -> dict[str, Tensor]:

@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from acceleration import mesh as meshes
-from acceleration import sharding, tensor_parallel
 from acceleration.config import CompileConfig, MeshConfig, OptimConfig, ParallelConfig, RecomputeConfig
+from acceleration.distributed import mesh as meshes
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
+from acceleration.sharding import fsdp, tensor_parallel
 from opensora.utils.rng import torch_generator
 from tests.dist import problem, test_parity
 from tests.dist.harness import run_distributed
@@ -77,7 +77,7 @@ def toy_on_this_layout(cfg: ParallelConfig, whole: Sequence[tuple[int, int]] = (
 
     def share(shape: tuple[int, int], step: int) -> Tensor:
         is_cut, ulysses = shape not in whole, mesh["ulysses"]
-        sequence = SequenceParallel(mesh if is_cut else mesh.narrow(1))
+        sequence = SequenceParallel(mesh if is_cut else mesh.submesh(1))
         samples = slice(None) if is_cut else slice(ulysses.rank, None, ulysses.degree)
         mine = {name: values[samples] for name, values in toy_batch(shape, step).items()}
         x, key_mask = (sequence.shard(mine[name]) for name in ("x", "key_mask"))
@@ -91,7 +91,7 @@ def toy_on_this_layout(cfg: ParallelConfig, whole: Sequence[tuple[int, int]] = (
         named = model.named_parameters()
         steps.append(
             {
-                name: tensor_parallel.full(name, sharding.full(p.grad), model, mesh["tensor"]).clone()
+                name: tensor_parallel.full(name, fsdp.full(p.grad), model, mesh["tensor"]).clone()
                 for name, p in named
                 if p.grad is not None
             }

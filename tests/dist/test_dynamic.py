@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from acceleration import mesh as meshes
 from acceleration.config import MeshConfig, ParallelConfig
-from acceleration.mesh import AXES, Mesh
-from opensora.datasets.share import Sharing
-from opensora.inference.load import tile_runner
+from acceleration.distributed import mesh as meshes
+from acceleration.distributed.mesh import AXES, Mesh
+from opensora.assembly.components import tile_runner
+from opensora.datasets.plan.dynamic_sp import SequenceSharing
 from opensora.models.vae import build_autoencoder
 from opensora.models.vae.dct import DCTConfig
-from opensora.train.step import Tokens
+from opensora.train.preparation import Tokens
 from tests.dist import test_engines, test_parity
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64, RECOMPUTE
@@ -33,7 +33,7 @@ DEGREES = {2: (2, 2, 1, 1), 3: (3, 3, 1, 1), 4: (2, 4, 1, 2)}
 def divided(step: int, mesh: Mesh) -> list[FakeBatch]:
     """This process's part of its rank's micro-batches; who has no sample repeats one."""
     ulysses, mine = mesh["ulysses"], []
-    sharing = Sharing(degree=ulysses.degree, rank=ulysses.rank, text_tokens=TEXT_TOKENS)
+    sharing = SequenceSharing(degree=ulysses.degree, rank=ulysses.rank, text_tokens=TEXT_TOKENS)
     for batch in assign(step, mesh.data_rank, mesh.data_degree):
         degree = DEGREES[ulysses.degree][batch.sample_ids[0] // 10 % 10]
         part = sharing.mine(len(batch.sample_ids), degree)
@@ -133,7 +133,7 @@ def test_the_mistake_is_found(truth: Outcome) -> None:
 def groups() -> list[tuple[int, list[int]]]:
     """(degree, processes) of every part that this process belongs to."""
     mesh = meshes.build(MeshConfig(shard=2, ulysses=4, tensor=1, dynamic=True), 8, CPU)
-    return [(d, dist.get_process_group_ranks(part.group)) for d, part in mesh.parts.items() if part.group]
+    return [(d, dist.get_process_group_ranks(part.group)) for d, part in mesh.subgroups.items() if part.group]
 
 
 @pytest.mark.slow
@@ -147,9 +147,9 @@ def encoded() -> tuple[bool, bool, list[int]]:
     """Whether every process has the latents of its own clip, and of the common one; bytes sent for each."""
     mesh = meshes.build(MeshConfig(shard=1, ulysses=2, dynamic=True), 2, CPU)
     autoencoder = build_autoencoder(DCTConfig(channels=16), CPU, torch.float32)
-    whole = replace(preparation(mesh), autoencoder=autoencoder, patch=1, cond_embed=False, narrow={})
+    whole = replace(preparation(mesh), autoencoder=autoencoder, patch=1, cond_embed=False, by_degree={})
     together = replace(whole, run_tiles=tile_runner("on", autoencoder, mesh))
-    apart = replace(whole, run_tiles=tile_runner("on", autoencoder, mesh.narrow(1)))
+    apart = replace(whole, run_tiles=tile_runner("on", autoencoder, mesh.submesh(1)))
     same, sent = [], []
     for seed, prepare in ((dist.get_rank(), apart), (7, together)):
         generator = torch.Generator().manual_seed(seed)
@@ -171,10 +171,10 @@ def test_processes_with_clips_of_their_own_encode_them_alone() -> None:
 def test_a_narrow_mesh_is_the_whole_but_for_ulysses() -> None:
     for rank in range(16):
         mesh = meshes.view({"shard": 2, "ulysses": 4, "tensor": 2}, rank)
-        part = mesh.narrow(2)
+        part = mesh.submesh(2)
         assert part["ulysses"].degree == 2 and part["ulysses"].rank == mesh["ulysses"].rank % 2
         assert all(part[name] is mesh[name] for name in AXES if name != "ulysses")
-        assert mesh.narrow(None) is mesh.narrow(4) is mesh
+        assert mesh.submesh(None) is mesh.submesh(4) is mesh
         part["ulysses"].bytes_sent += 3
         assert mesh["ulysses"].bytes_sent == mesh.bytes_sent()["ulysses"] == 3
         members = [ranks for ranks in meshes.part_ranks({"shard": 2, "ulysses": 4, "tensor": 2}, 2) if rank in ranks]

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from acceleration import mesh as meshes
-from acceleration import sharding
 from acceleration.config import OptimConfig, ParallelConfig
+from acceleration.distributed import mesh as meshes
 from acceleration.engines import build_engine
-from acceleration.optim import ema_decay_at
+from acceleration.optim.optimizers import ema_decay_at
 from acceleration.parallelize import parallelize
-from opensora.models import build_model
+from acceleration.sharding import fsdp
+from opensora.models.families import build_model
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import Layout
 from tests.dist.problem import MODEL, batches, elements
@@ -61,7 +61,7 @@ def on_this_layout(cfg: ParallelConfig) -> tuple[dict[str, Tensor], int]:
     for step in range(STEPS):
         backward(engine, mesh, step)
         engine.step(step)
-    held = sum(sharding.local(average).numel() for average in engine.ema.shadow.values())  # type: ignore[attr-defined]
+    held = sum(fsdp.local(average).numel() for average in engine.ema.shadow.values())  # type: ignore[attr-defined]
     return dict(engine.full_weights("ema")), held
 
 

@@ -18,16 +18,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from acceleration import checkpoint, sharding
-from acceleration import mesh as meshes
+from acceleration import checkpoint
 from acceleration.checkpoint import CheckpointManager
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
+from acceleration.distributed import mesh as meshes
 from acceleration.engines import ENGINES, Engine, build_engine
-from acceleration.engines.colossalai import ColossalAIEngine
-from acceleration.optim import lr_at
+from acceleration.engines.colossalai_engine import ColossalAIEngine
+from acceleration.optim.optimizers import lr_at
 from acceleration.parallelize import parallelize
-from opensora.models import build_model
-from opensora.train.step import loss_share
+from acceleration.sharding import fsdp
+from opensora.models.families import build_model
+from opensora.train.preparation import loss_share
 from tests.dist import fake_colossalai
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64
@@ -60,7 +61,7 @@ def gradients(engine: Engine) -> dict[str, Tensor]:
     """Of the whole step, summed over all processes."""
     if isinstance(engine, ENGINES["native"]):  # type: ignore[arg-type]
         named = engine.model.named_parameters()
-        return {name: sharding.full(p.grad).clone() for name, p in named if p.grad is not None}
+        return {name: fsdp.full(p.grad).clone() for name, p in named if p.grad is not None}
     if isinstance(engine, ColossalAIEngine):
         whole = engine.parameters if engine.zero == 0 else []
         return {name: p.grad.clone() for name, p in whole if p.grad is not None}

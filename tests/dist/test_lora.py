@@ -16,16 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from acceleration import lora, plan, sharding, tensor_parallel
-from acceleration import mesh as meshes
-from acceleration.checkpoint import CheckpointManager, pieces
-from acceleration.collectives import nbytes
+from acceleration import lora, protocol
+from acceleration.checkpoint import CheckpointManager, tensor_shards
 from acceleration.config import LoraConfig, OptimConfig, ParallelConfig, PrecisionConfig
+from acceleration.distributed import mesh as meshes
+from acceleration.distributed.collectives import nbytes
+from acceleration.distributed.mesh import REPLICATE, Mesh
 from acceleration.engines import Engine, build_engine
-from acceleration.mesh import COPIES, Mesh
 from acceleration.parallelize import parallelize
-from opensora.models import build_model
-from opensora.train.step import loss_share
+from acceleration.sharding import fsdp, tensor_parallel
+from opensora.models.families import build_model
+from opensora.train.preparation import loss_share
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import MESHES, Layout
 from tests.dist.problem import MODEL, batches, elements
@@ -63,7 +64,7 @@ LATE = LoraConfig(rank=2, targets=("single_blocks.1.linear2",))  # most blocks s
 
 def layers(model: nn.Module, cfg: LoraConfig) -> list[str]:
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return [name for name in linears if any(plan.matches(name, pattern) for pattern in cfg.targets)]
+    return [name for name in linears if any(protocol.matches(name, pattern) for pattern in cfg.targets)]
 
 
 def on_one_process(cfg: LoraConfig) -> Outcome:
@@ -114,7 +115,7 @@ def build(cfg: ParallelConfig, adapters: LoraConfig, optim: OptimConfig) -> tupl
 
 
 def whole(name: str, x: Tensor, model: nn.Module, mesh: Mesh) -> Tensor:
-    return tensor_parallel.full(name, sharding.full(x.detach()), model, mesh["tensor"]).clone()
+    return tensor_parallel.full(name, fsdp.full(x.detach()), model, mesh["tensor"]).clone()
 
 
 def backward(engine: Engine, mesh: Mesh, step: int) -> float:
@@ -199,7 +200,7 @@ def what_is_kept(cfg: ParallelConfig) -> dict[str, Any]:
     """Bytes and names after a step with AdamW and an average."""
     mesh, engine = build(cfg, BLOCKS, OptimConfig(lr=1e-3, ema_decay=0.9))
     backward(engine, mesh, 0)
-    reduced = mesh[COPIES].bytes_sent
+    reduced = mesh[REPLICATE].bytes_sent
     graded = {name for name, p in engine.model.named_parameters() if p.grad is not None}
     engine.step(0)
     state = engine.state_dict()
@@ -224,12 +225,12 @@ def test_frozen_weights_have_no_gradient_no_state_and_no_traffic() -> None:
 
 def in_bf16(cfg: ParallelConfig, frozen: str) -> tuple[dict[str, Tensor], int]:
     """Adapters after two steps, and the bytes of weights held; ``frozen`` is the type that the base is kept in."""
-    with mock.patch.object(sharding, "DTYPES", sharding.DTYPES | {"bf16": sharding.DTYPES[frozen]}):
+    with mock.patch.object(fsdp, "DTYPES", fsdp.DTYPES | {"bf16": fsdp.DTYPES[frozen]}):
         mesh, engine = build(cfg, BLOCKS, OptimConfig(lr=1e-2))
     for step in range(2):
         backward(engine, mesh, step)
         engine.step(step)
-    held = sum(nbytes(sharding.local(p)) for p in engine.model.parameters())
+    held = sum(nbytes(fsdp.local(p)) for p in engine.model.parameters())
     return dict(engine.full_weights()), held
 
 
@@ -254,9 +255,9 @@ def train(engine: Engine, mesh: Mesh, start: int, stop: int) -> dict[str, Tensor
     state = engine.state_dict()
     flat = {f"{part}.{name}": value for part, values in state.items() for name, value in values.items()}
     return {
-        n: pieces.whole(value, mesh["tensor"]).clone()
+        n: tensor_shards.whole(value, mesh["tensor"]).clone()
         for n, value in flat.items()
-        if isinstance(value, Tensor | pieces.Pieces)
+        if isinstance(value, Tensor | tensor_shards.TensorShards)
     }
 
 
@@ -295,7 +296,7 @@ def merged(cfg: ParallelConfig, scale: float) -> tuple[dict[str, Tensor], Tensor
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    sharding.merge_adapters(model, scale)
+    fsdp.merge_adapters(model, scale)
     after = model(**inputs)
     for module in model.modules():
         if isinstance(module, FSDPModule):

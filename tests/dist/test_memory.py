@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from acceleration.config import MeshConfig, ParallelConfig, RecomputeConfig
-from acceleration.memory import Allocations, held
+from acceleration.diagnostics.memory_usage import Allocations, held
 from benchmarks.memory import Usage, measure, model_of, pieces_of, sizes_of, worst, write_weights
-from opensora.models import build_model
+from opensora.models.families import build_model
 from tests.dist.harness import run_distributed
 
 MODEL = replace(model_of(64), depth=2, depth_single_blocks=4)

@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from acceleration import collectives, tensor_parallel
 from acceleration.config import MeshConfig, ParallelConfig
+from acceleration.distributed import collectives
+from acceleration.distributed.mesh import Axis
 from acceleration.engines.native import NativeEngine
-from acceleration.mesh import Axis
+from acceleration.sharding import tensor_parallel
 from opensora.models.mmdit import MMDiT
 from opensora.schedulers import rectified_flow
 from tests.dist import test_parity

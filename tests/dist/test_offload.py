@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from acceleration import mesh as meshes
-from acceleration import sharding
 from acceleration.checkpoint import CheckpointManager
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
+from acceleration.distributed import mesh as meshes
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
-from opensora.models import build_model
-from opensora.train.step import loss_share
+from acceleration.sharding import fsdp
+from opensora.models.families import build_model
+from opensora.train.preparation import loss_share
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64
 from tests.dist.problem import MODEL, elements
@@ -108,13 +108,13 @@ def gathers_before_each_block(ahead: list[int]) -> list[tuple[list[int], list[in
     """For every setting of prefetch: all-gathers begun before block i runs, in forward and in backward order."""
     device = torch.device("cpu")
     begun: list[int] = [0]
-    original = sharding._AllGather.__call__
+    original = fsdp._AllGather.__call__
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
         begun[0] += 1
         return original(self, *args, **kwargs)
 
-    sharding._AllGather.__call__ = counted  # type: ignore[method-assign]
+    fsdp._AllGather.__call__ = counted  # type: ignore[method-assign]
     found = []
     for count in ahead:
         cfg = ParallelConfig(zero=3, precision=FP64, prefetch=count)
@@ -165,7 +165,7 @@ def gradients_in(precisions: list[PrecisionConfig]) -> list[dict[str, Tensor]]:
             share = loss_share(engine.model, prepare(batch, 0), elements(0))  # type: ignore[arg-type]
             engine.backward(share, last_microbatch=index == len(mine) - 1)
         named = engine.model.named_parameters()
-        found.append({name: sharding.full(p.grad).double().clone() for name, p in named if p.grad is not None})
+        found.append({name: fsdp.full(p.grad).double().clone() for name, p in named if p.grad is not None})
     return found
 
 
@@ -195,8 +195,8 @@ def norm_of_uneven_pieces() -> tuple[float, float]:
     whole = torch.arange(5 * 3, dtype=torch.float64).view(5, 3) + 1
     placed = torch.distributed.tensor.distribute_tensor(whole, devices, [torch.distributed.tensor.Shard(0)])
     norm = torch.linalg.vector_norm(placed)
-    assert torch.equal(sharding.to_mesh_device(placed).full_tensor(), whole)
-    return sharding.to_mesh_device(norm).full_tensor().item(), torch.linalg.vector_norm(whole).item()
+    assert torch.equal(fsdp.to_mesh_device(placed).full_tensor(), whole)
+    return fsdp.to_mesh_device(norm).full_tensor().item(), torch.linalg.vector_norm(whole).item()
 
 
 def test_the_norm_survives_the_move_to_the_device() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from acceleration.config import CompileConfig, MeshConfig, ParallelConfig
 from acceleration.sequence import Segments
-from opensora.datasets.video import PackedBatch
+from opensora.datasets.loading.reader import PackedBatch
 from tests.dist import test_engines
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64, RECOMPUTE

@@ -14,20 +14,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from acceleration import mesh as meshes
-from acceleration import sharding, tensor_parallel
-from acceleration.accounting import MicroBatch, Place, step_bytes
+from acceleration.accounting.comm_volume import MicroBatch, RankLayout, step_bytes
+from acceleration.accounting.model_profile import profile_of
 from acceleration.config import OptimConfig, ParallelConfig
+from acceleration.distributed import mesh as meshes
+from acceleration.distributed.mesh import Mesh
 from acceleration.engines import build_engine
-from acceleration.mesh import Mesh
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
-from acceleration.structure import structure_of
-from opensora.datasets.video import PackedBatch
-from opensora.models import build_model
+from acceleration.sharding import fsdp, tensor_parallel
+from opensora.datasets.loading.reader import PackedBatch
+from opensora.models.families import build_model
+from opensora.planner.forecast import run_denoiser
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
-from opensora.train.forecast import run_denoiser
-from opensora.train.step import Preparation, loss_share
+from opensora.train.preparation import Preparation, loss_share
 from opensora.utils.rng import torch_generator
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import QUICK, Layout, every_layout
@@ -67,8 +67,8 @@ def preparation(mesh: Mesh, device: torch.device | str = "cpu") -> Preparation:
         seed=7,
         device=torch.device(device),
     )
-    narrow = {d: replace(whole, sequence=SequenceParallel(mesh.narrow(d))) for d in mesh.parts}
-    return replace(whole, narrow=narrow)
+    by_degree = {d: replace(whole, sequence=SequenceParallel(mesh.submesh(d))) for d in mesh.subgroups}
+    return replace(whole, by_degree=by_degree)
 
 
 def on_one_process() -> Outcome:
@@ -131,7 +131,7 @@ def on_this_layout(cfg: ParallelConfig, dealt: Callable[[int, Mesh], list[FakeBa
         dist.all_reduce(total)
         counted = {axis.name: axis.bytes_sent for axis in mesh.axes.values()}
         gradients = {
-            name: tensor_parallel.full(name, sharding.full(p.grad), engine.model, mesh["tensor"]).clone()
+            name: tensor_parallel.full(name, fsdp.full(p.grad), engine.model, mesh["tensor"]).clone()
             for name, p in engine.model.named_parameters()
             if p.grad is not None
         }
@@ -146,9 +146,9 @@ def on_this_layout(cfg: ParallelConfig, dealt: Callable[[int, Mesh], list[FakeBa
 
 def predicted(cfg: ParallelConfig, mesh: Mesh, mine: list[Any], step: int) -> Bytes:
     """What the formulas say of a step in which this process has these micro-batches."""
-    place = Place(meshes.view({name: mesh[name].degree for name in meshes.AXES}, dist.get_rank()), cfg)
+    place = RankLayout(meshes.view({name: mesh[name].degree for name in meshes.AXES}, dist.get_rank()), cfg)
     with torch.device("meta"):
-        structure = structure_of(build_model(MODEL), run_denoiser)
+        structure = profile_of(build_model(MODEL), run_denoiser)
     return step_bytes(structure, place, [sizes(batch, step) for batch in mine])
 
 

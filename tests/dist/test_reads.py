@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from acceleration import mesh as meshes
 from acceleration.config import MeshConfig
-from opensora.train.reads import Reads
+from acceleration.distributed import mesh as meshes
+from opensora.train.health.data_health import DataHealth
 from opensora.utils.errors import UserError
 from tests.dist.harness import run_distributed
 from tests.unit.test_reads import batch, table
@@ -18,7 +18,7 @@ def on_groups(folder: Path, bad: dict[int, tuple[int, int]]) -> Any:
     """Micro-batches that 1, 2 and 4 of a rank's processes cut; ``bad``: process -> (degree, slot) it could not read."""
     mesh = meshes.build(MeshConfig(shard=1, ulysses=4, dynamic=True), 4, torch.device("cpu"))
     rank = torch.distributed.get_rank()
-    watch = Reads(folder, table(), mesh, 0.01)
+    watch = DataHealth(folder, table(), mesh, 0.01)
     for degree in (1, 2, 4):
         size, slot = bad.get(rank, (0, 0))
         mine = batch(100 * degree + 10 * (rank // degree), 2, (slot,) if size == degree else ())
@@ -43,7 +43,7 @@ def test_processes_with_samples_of_their_own(tmp_path: Path) -> None:
 def on_a_process(folder: Path, bad_on: tuple[int, ...], degrees: dict[str, int]) -> Any:
     mesh = meshes.build(MeshConfig(**degrees), 4, torch.device("cpu"))
     rank = torch.distributed.get_rank()
-    watch = Reads(folder, table(), mesh, 0.01)
+    watch = DataHealth(folder, table(), mesh, 0.01)
     watch.note(batch(100 * mesh.data_rank, 4, (1,) if rank in bad_on else ()), 0)
     try:
         return watch.due(), watch.due()

@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from acceleration import attention
-from acceleration import mesh as meshes
+from acceleration.attention import core as attention
+from acceleration.attention.kernels import KERNELS
 from acceleration.config import MeshConfig
-from acceleration.kernels import KERNELS
+from acceleration.distributed import mesh as meshes
 from acceleration.sequence import RingAttention, SequenceParallel, UlyssesAttention
 from tests.dist.harness import run_distributed
 from tests.dist.toy import Core

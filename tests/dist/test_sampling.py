@@ -14,21 +14,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from acceleration import mesh as meshes
-from acceleration.accounting import MicroBatch, Place, sampling_bytes
+from acceleration.accounting.comm_volume import MicroBatch, RankLayout, sampling_bytes
+from acceleration.accounting.model_profile import profile_of
 from acceleration.config import MeshConfig, ParallelConfig
-from acceleration.mesh import Mesh
+from acceleration.distributed import mesh as meshes
+from acceleration.distributed.mesh import Mesh
+from acceleration.distributed.tasks import DistributedRunner
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
-from acceleration.structure import structure_of
-from acceleration.work import SharedWork
-from opensora.inference.load import Components, check_guidance
+from opensora.assembly.components import Components
+from opensora.assembly.layout import check_guidance
 from opensora.inference.pipeline import prepare_api
-from opensora.models import MMDiTConfig, build_model
-from opensora.train.forecast import run_denoiser
+from opensora.models.families import MMDiTConfig, build_model
+from opensora.planner.forecast import run_denoiser
+from opensora.sampling.guidance import I2VDenoiser, oscillate
+from opensora.sampling.loop import TextInputs
+from opensora.sampling.noise import get_noise
+from opensora.sampling.options import SamplingOption
+from opensora.schedulers.timesteps import get_schedule
 from opensora.utils.errors import UserError
 from opensora.utils.rng import torch_generator
-from opensora.utils.sampling import I2VDenoiser, SamplingOption, TextInputs, get_noise, get_schedule, oscillate
 from opensora.utils.tokens import image_ids, pack, unpack
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64
@@ -148,8 +153,8 @@ def predicted(job: Job, mesh: Mesh, zero: Any) -> dict[str, int]:
     """Bytes by axis of one job, by formula."""
     option, (t, h, w) = job.option, job.grid
     with torch.device("meta"):
-        structure = structure_of(build_model(job.model), run_denoiser)
-    place = Place(
+        structure = profile_of(build_model(job.model), run_denoiser)
+    place = RankLayout(
         meshes.view({name: mesh[name].degree for name in meshes.AXES}, dist.get_rank()),
         ParallelConfig(zero=zero, precision=FP64),
     )
@@ -255,7 +260,7 @@ def with_references(degrees: Degrees) -> tuple[Tensor, int, int, int]:
 
     def text(prompts: list[str]) -> TextInputs:
         features = FakeText().encode(prompts)
-        txt, mask = (sequence.shard(x, surplus_last=True) for x in (features.txt, features.mask))  # type: ignore[arg-type]
+        txt, mask = (sequence.shard(x, extra_to_last=True) for x in (features.txt, features.mask))  # type: ignore[arg-type]
         return TextInputs(
             txt=txt,
             txt_ids=torch.zeros(*txt.shape[:2], 3),
@@ -275,7 +280,7 @@ def with_references(degrees: Degrees) -> tuple[Tensor, int, int, int]:
         cond=draw(MODEL.cond_channels, "references"),
         references=True,
         latent_frames=3,
-        run=SharedWork(mesh["cfg"]),
+        run=DistributedRunner(mesh["cfg"]),
     )
     return sequence.gather(local, tokens), len(calls), mesh["cfg"].bytes_sent, local.numel()
 

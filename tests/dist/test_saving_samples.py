@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from opensora.config import SampleConfig
+from opensora.config.run import SampleConfig
 from opensora.inference.prompts import read_jobs
 from opensora.inference.save import Saver, output_folder, unused_names
+from opensora.sampling.options import SamplingOption
 from opensora.utils.errors import UserError
-from opensora.utils.sampling import SamplingOption
-from opensora.utils.user_files import read_text
+from opensora.utils.files.user_files import read_text
 from tests.dist.harness import run_distributed
 
 

@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from acceleration import collectives
-from acceleration import mesh as meshes
 from acceleration.config import MeshConfig
-from acceleration.mesh import Mesh
+from acceleration.distributed import collectives
+from acceleration.distributed import mesh as meshes
+from acceleration.distributed.mesh import Mesh
 from acceleration.sequence import SequenceParallel, UlyssesAttention, fill_slots
 from tests.dist.harness import run_distributed
 from tests.dist.toy import Core, Toy

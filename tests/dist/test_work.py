@@ -11,16 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from acceleration import mesh as meshes
 from acceleration.config import MeshConfig
-from acceleration.mesh import SAMPLE_AXES
+from acceleration.distributed import mesh as meshes
+from acceleration.distributed.mesh import SAMPLE_AXES
+from acceleration.distributed.tasks import DistributedRunner
 from acceleration.sequence import SequenceParallel
-from acceleration.work import SharedWork
-from opensora.inference.load import tile_runner
+from opensora.assembly.components import tile_runner
 from opensora.models.vae import AutoencoderConfig, DCTConfig, Flux2DConfig, HunyuanConfig, build_autoencoder
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
-from opensora.train.step import Preparation, Tokens
-from opensora.utils.work import Work, one_by_one
+from opensora.train.preparation import Preparation, Tokens
+from opensora.utils.tasks import Task, one_by_one
 from tests.dist.harness import run_distributed
 from tests.dist.problem import FakeBatch, FakeText
 
@@ -29,19 +29,19 @@ SHAPES = [(2, 3), (4,), (1, 0, 2), (5, 1), (3, 3), (2, 2), (7,)]
 LAYOUTS = [(2, {"cfg": 2}), (4, {"ring": 2, "tensor": 2}), (4, {"shard": 2, "ulysses": 2})]
 
 
-def pieces(count: int, ran: list[int]) -> list[Work]:
+def pieces(count: int, ran: list[int]) -> list[Task]:
     def compute(index: int) -> Tensor:
         ran.append(index)
         return torch.full(SHAPES[index], float(index), dtype=torch.bfloat16)
 
-    return [Work(partial(compute, index), SHAPES[index]) for index in range(count)]
+    return [Task(partial(compute, index), SHAPES[index]) for index in range(count)]
 
 
 def shared(degrees: dict[str, int], count: int) -> tuple[list[Tensor], list[int], int]:
     """(results, which pieces ran here, bytes sent)."""
     mesh = meshes.build(MeshConfig(**degrees), dist.get_world_size(), CPU)
     ran: list[int] = []
-    results = SharedWork(*(mesh[name] for name in SAMPLE_AXES))(pieces(count, ran))
+    results = DistributedRunner(*(mesh[name] for name in SAMPLE_AXES))(pieces(count, ran))
     return results, ran, sum(mesh[name].bytes_sent for name in SAMPLE_AXES)
 
 
@@ -71,16 +71,16 @@ def coded(
 ) -> tuple[Tensor, Tensor, int, int]:
     """(latents, pixels, pieces in all, pieces computed here)."""
     mesh = meshes.build(MeshConfig(**degrees), dist.get_world_size(), CPU) if degrees else meshes.view({})
-    run_all = SharedWork(*(mesh[name] for name in SAMPLE_AXES))
+    run_all = DistributedRunner(*(mesh[name] for name in SAMPLE_AXES))
     listed, ran = [], []
 
-    def noting(piece: Work) -> Tensor:
+    def noting(piece: Task) -> Tensor:
         ran.append(piece)
         return piece.run()
 
-    def run(work: Sequence[Work]) -> list[Tensor]:
+    def run(work: Sequence[Task]) -> list[Tensor]:
         listed.extend(work)
-        return run_all([Work(partial(noting, piece), piece.shape) for piece in work])
+        return run_all([Task(partial(noting, piece), piece.shape) for piece in work])
 
     autoencoder = build_autoencoder(cfg, "cpu", torch.float64)
     pixels = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1

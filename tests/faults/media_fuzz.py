@@ -17,8 +17,8 @@ import av
 import numpy as np
 from PIL import Image
 
-from opensora.datasets.decode import DecodeError, probe, read_frames, sniff
-from opensora.datasets.frames import Cover
+from opensora.datasets.decode.api import DecodeError, probe, read_frames, sniff
+from opensora.datasets.decode.common import ResizeToFill
 
 HEIGHT, WIDTH, FRAMES = 48, 64, 12
 LIMIT_S = 5.0  # given to the readers
@@ -382,7 +382,7 @@ def _ask_probe(path: str) -> bool:
 
 def _ask_frames(path: str) -> bool:
     start = len(path) * 7 % 5
-    frames = read_frames(path, start, 2, timeout_s=LIMIT_S, resize=Cover(24, 24))
+    frames = read_frames(path, start, 2, timeout_s=LIMIT_S, resize=ResizeToFill(24, 24))
     if frames.dtype != np.uint8 or frames.shape[0] != 2 or min(frames.shape[1:3]) != 24:
         raise ValueError(f"{frames.shape} {frames.dtype} are no frames")
     return True

@@ -14,14 +14,15 @@ import torch
 import torch.distributed as dist
 
 from acceleration.checkpoint import contents, newest
-from acceleration.sharding import local
-from opensora.config import RunConfig, load_config
+from acceleration.sharding.fsdp import local
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig
 from opensora.train import loop, setup
-from opensora.train.guard import Hopeless
+from opensora.train.health.anomaly_guard import TrainingDiverged
 from opensora.train.run import Run
 from opensora.train.setup import Interrupted, start_run
-from opensora.utils import signals
-from opensora.utils.logging import read_metrics
+from opensora.utils import signal_handler
+from opensora.utils.metrics_log import read_metrics
 
 ALWAYS = 10**9
 
@@ -52,7 +53,7 @@ class Outcome:
 
 def run_with(config: Path, overrides: list[str], faults: tuple[Fault, ...] = ()) -> Outcome:
     """What scripts/diffusion/train.py does, with faults; called on every process."""
-    signals.remember()
+    signal_handler.install()
     try:
         for fault in _mine(faults, before_start=True):
             _BEFORE[fault.kind](fault)
@@ -63,13 +64,13 @@ def run_with(config: Path, overrides: list[str], faults: tuple[Fault, ...] = ())
                 _install(run, fault)
             try:
                 end = "finished" if loop.train(run) else "interrupted"
-            except Hopeless as error:
+            except TrainingDiverged as error:
                 end = f"hopeless: {error}"
             return Outcome(end, run.step, run.guard.left_out, tuple(judged))
     except Interrupted:
         return Outcome("before the first step")
     finally:
-        signals.remember()  # one that comes after the end must not look like a failure
+        signal_handler.install()  # one that comes after the end must not look like a failure
 
 
 def digest(folder: Path) -> str:

@@ -22,8 +22,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 import torch.distributed as dist
 
-from acceleration.checkpoint import CheckpointManager, contents, pieces, storage
-from acceleration.checkpoint.folder import candidates
+from acceleration.checkpoint import CheckpointManager, atomic_dir, contents, tensor_shards
+from acceleration.checkpoint.listing import candidates
 
 # Every call that makes, fills, flushes, renames or removes a file, or could be refused for want of space.
 CALLS = (
@@ -102,7 +102,7 @@ def state(step: int, rank: int, world: int) -> dict[str, dict[str, Any]]:
         if isinstance(value, torch.Tensor) and value.dim() == 2:
             size = -(-value.numel() // world)
             mine = value.flatten()[rank * size : (rank + 1) * size].clone()
-            value = pieces.run(mine, value.shape, rank * size)
+            value = tensor_shards.run(mine, value.shape, rank * size)
         sections[section][name] = value
     return sections
 
@@ -115,9 +115,9 @@ def newest_good(folder: Path) -> int:
     """
     steps = candidates(folder)
     for path in steps:
-        manifest = storage.read_manifest(path)
+        manifest = atomic_dir.read_manifest(path)
         assert manifest is not None, f"{path} is not whole"
-        assert storage.damaged(path, manifest["files"]) is None, f"{path} is damaged"
+        assert atomic_dir.damaged(path, manifest["files"]) is None, f"{path} is damaged"
         found, wanted = contents(path), values(manifest["step"])
         assert found.keys() == wanted.keys()
         for key, value in wanted.items():

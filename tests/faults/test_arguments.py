@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from opensora.config import run_cli
+from opensora.cli.main import run_cli
 from opensora.utils.errors import UserError
 from tests.conftest import ROOT
 from tests.faults.conftest import Tally
@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "launch"))
 
 # module -> arguments that are right up to the configuration or folder, which is not there
 COMMANDS = {
-    "opensora.cli.plan": ["nowhere.yaml", "--world", "8"],
+    "opensora.cli.forecast": ["nowhere.yaml", "--world", "8"],
     "opensora.cli.plot": ["nowhere"],
     "opensora.cli.calibrate": ["nowhere"],
     "opensora.cli.precompute": ["nowhere.yaml", "--out", "features"],
@@ -79,7 +79,7 @@ def absurd(action: argparse.Action) -> list[str]:
     if kind.startswith("whole"):
         return NO_INTEGER
     if kind.startswith("number"):
-        return [*NO_NUMBER, "0"]
+        return [*NO_NUMBER, *([] if action.dest == "off_centre" else ["0"])]
     return {"place": NO_PLACE, "word": NO_WORD, "time_limit": [*NO_NUMBER, "4:00:00:00"]}.get(kind, NO_TEXT)
 
 
@@ -110,7 +110,7 @@ def test_absurd_values(
     assert options and all(
         action.type or action.nargs == 0 or action.choices
         for action in options
-        if action.dest not in ("sizes", "durations", "config")
+        if action.dest not in ("sizes", "durations", "radius", "travel", "config")
     )
     done, wrong = 0, []
     for action in options:
@@ -136,7 +136,9 @@ def test_an_option_that_is_there_twice(
             continue
         flag, kind = action.option_strings[0], getattr(action.type, "__qualname__", "")
         value = (
-            next(iter(action.choices)) if action.choices else {"time_limit": "4:00:00", "place": "x"}.get(kind, "60")
+            next(iter(action.choices))
+            if action.choices
+            else {"time_limit": "4:00:00", "place": "x", "number": "1"}.get(kind.partition(".")[0], "60")
         )
         once = [flag] if action.nargs == 0 else [flag, value]
         given = [] if flag in COMMANDS[module] else once
@@ -166,7 +168,7 @@ def test_every_command_is_here() -> None:
 
 
 def test_a_number_that_is_one() -> None:
-    from opensora.utils.arguments import number, whole
+    from opensora.utils.command_line.arguments import number, whole
 
     assert [whole(0, 9)(text) for text in ("0", "+3", "9", "007")] == [0, 3, 9, 7]
     assert [number(0, 9)(text) for text in ("0", ".5", "1e-3", "9.", "+2")] == [0, 0.5, 1e-3, 9, 2]
@@ -176,12 +178,12 @@ def test_a_number_that_is_one() -> None:
 
 def test_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     for argv, message in (
-        (["x.yaml", "--world", "0"], "--world=0: allowed are integers from 1 to 4096"),
-        (["x.yaml", "--world", "8", "--memory-gib", "nan"], "--memory-gib=nan: allowed are numbers above 0"),
-        (["x.yaml", "--world", "8", "--memory-gib", "0"], "--memory-gib=0: allowed are numbers above 0"),
-        (["x.yaml", "--world", "8", "--top", "0"], "--top=0: allowed are integers from 1 to 1000"),
+        (["x.yaml", "--world", "0"], "--world=0: must be an integer from 1 to 4096"),
+        (["x.yaml", "--world", "8", "--memory-gib", "nan"], "--memory-gib=nan: must be a number above 0"),
+        (["x.yaml", "--world", "8", "--memory-gib", "0"], "--memory-gib=0: must be a number above 0"),
+        (["x.yaml", "--world", "8", "--top", "0"], "--top=0: must be an integer from 1 to 1000"),
         (["x.yaml", "--world", "8", "--device", "h1000"], "--device: invalid choice"),
         (["x.yaml"], "the following arguments are required: --world"),
     ):
         with pytest.raises(UserError, match=f"^{message}"):
-            main_of("opensora.cli.plan")(argv)
+            main_of("opensora.cli.forecast")(argv)

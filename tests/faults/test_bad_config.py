@@ -19,7 +19,9 @@ import pytest
 import yaml
 
 from opensora.cli import train
-from opensora.config import RunConfig, SampleConfig, load_config, run_cli, save
+from opensora.cli.main import run_cli
+from opensora.config.load import load_config, save
+from opensora.config.run import RunConfig, SampleConfig
 from opensora.utils.errors import MAX_LINE, UserError, one_line
 from tests.conftest import ROOT
 from tests.faults.conftest import Tally

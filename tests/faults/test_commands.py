@@ -12,15 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from opensora.config import RunConfig, load_config, run_cli, save
-from opensora.utils import command
-from opensora.utils.command import ending_of
+from opensora.cli.main import run_cli
+from opensora.config.load import load_config, save
+from opensora.config.run import RunConfig
+from opensora.utils.command_line import command
+from opensora.utils.command_line.command import ending_of
 from opensora.utils.errors import UserError, one_line
 from tests.conftest import ROOT
 from tests.faults.conftest import Tally
 
 LINES = (
-    (UserError("key=1:\n  allowed are 2"), "error: key=1: allowed are 2", 2),
+    (UserError("key=1:\n  must be one of 2"), "error: key=1: must be one of 2", 2),
     (OSError(28, "No space left on device", "out/a.png"), "error: out/a.png: No space left on device", 1),
     (PermissionError(13, "Permission denied", b"out/\xff"), "error: out/\\xff: Permission denied", 1),
     (FileNotFoundError(2, "No such file or directory", "a\x1b[31m\nb"), "error: a\\x1b[31m b: No such file", 1),
@@ -90,7 +92,7 @@ def start(program: str, **options: object) -> "subprocess.Popen[str]":
 
 
 PRINTING = """
-from opensora.config import run_cli
+from opensora.cli.main import run_cli
 def main(argv):
     for i in range(200_000):
         print(i)
@@ -116,7 +118,7 @@ def test_a_full_disk_behind_the_output(count: str, tmp_path: Path) -> None:
 
 
 def test_an_output_that_cannot_be_said() -> None:
-    program = "from opensora.config import run_cli\nrun_cli(lambda _: print('a\\udcffb'))"
+    program = "from opensora.cli.main import run_cli\nrun_cli(lambda _: print('a\\udcffb'))"
     process = start(program, stdout=subprocess.PIPE)
     out, err = process.communicate(timeout=60)
     assert (out, err, process.returncode) == ("a\\udcffb\n", "", 0)
@@ -128,7 +130,7 @@ def test_standard_streams_that_are_closed(closed: str, tmp_path: Path) -> None:
     said = tmp_path / "said"
     (tmp_path / "program.py").write_text(
         "import os, sys\n"
-        "from opensora.config import run_cli\n"
+        "from opensora.cli.main import run_cli\n"
         "def main(_):\n"
         f"    with open({str(said)!r}, 'w') as file:\n"
         "        print('out'); print('err', file=sys.stderr, flush=True); sys.stdout.flush()\n"
@@ -143,7 +145,7 @@ def test_standard_streams_that_are_closed(closed: str, tmp_path: Path) -> None:
 
 def test_ctrl_c() -> None:
     program = (
-        "from opensora.config import run_cli\nimport time\nrun_cli(lambda _: print(1, flush=True) or time.sleep(60))"
+        "from opensora.cli.main import run_cli\nimport time\nrun_cli(lambda _: print(1, flush=True) or time.sleep(60))"
     )
     process = start(program, stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == "1\n"

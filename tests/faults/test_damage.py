@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from acceleration.checkpoint import CheckpointManager, storage
-from acceleration.checkpoint.storage import MANIFEST
+from acceleration.checkpoint import CheckpointManager, atomic_dir
+from acceleration.checkpoint.atomic_dir import MANIFEST
 from tests.dist.harness import run_distributed
 from tests.faults.conftest import Tally
 from tests.faults.saving import state
@@ -136,13 +136,13 @@ def alter_bytes(folder: Path, every_bit: bool) -> dict[str, tuple[int, list[str]
 
 def misplace(folder: Path) -> list[str]:
     """Kinds of damage that were not noticed."""
-    newest, missed = Newest(folder), []
-    shutil.copytree(folder / NEW, folder / "kept")
+    newest, missed, kept = Newest(folder), [], folder.with_name("kept")
+    shutil.copytree(folder / NEW, kept)
     for kind, damage in MISPLACED.items():
         damage(folder / NEW, folder / OLD)
         missed += [] if newest.passed_over() else [f"{kind}: {newest.said}"]
         shutil.rmtree(folder / NEW)
-        shutil.copytree(folder / "kept", folder / NEW)
+        shutil.copytree(kept, folder / NEW)
     assert not newest.passed_over() and newest.said == []
     return missed
 
@@ -205,7 +205,7 @@ def keep_two(folder: Path) -> tuple[list[str], list[str]]:
         kept = sorted(path.name for path in folder.glob("step-0000000?") if not path.is_symlink())
         if step == 4:  # the damaged third does not count, so the second stays
             assert kept == ["step-00000002", "step-00000003", "step-00000004"]
-            assert storage.read_manifest(folder / kept[0]) is not None
+            assert atomic_dir.read_manifest(folder / kept[0]) is not None
     assert all((folder / name).read_text() == "mine" for name in foreign)
     return sorted(str(path.relative_to(folder)) for path in folder.glob("step-0*/*")), said
 

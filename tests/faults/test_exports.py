@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from opensora.config import SAVED_NAME, SampleConfig
+from opensora.config.run import SAVED_NAME, SampleConfig
 from opensora.inference.load import find_source, verify_export
+from opensora.models.weights.adapters import CONFIG, WEIGHTS, read_adapter, write_adapter
 from opensora.train.setup import start_run
-from opensora.utils import digests
-from opensora.utils.adapters import CONFIG, WEIGHTS, read_adapter, write_adapter
-from opensora.utils.digests import NAME, read_digests, write_digests
 from opensora.utils.errors import UserError
-from opensora.utils.weights import INDEX, SINGLE, write_file, write_weights
+from opensora.utils.files import digests
+from opensora.utils.files.digests import NAME, read_digests, write_digests
+from opensora.utils.files.safetensors_files import INDEX, SINGLE, write_file, write_weights
 from tests.dist.harness import DistributedFailure, run_distributed
 from tests.faults.conftest import CONFIG as TRAINING
 from tests.faults.conftest import Tally
@@ -209,7 +209,8 @@ def test_files_that_are_replaced_leave_the_list(tmp_path: Path) -> None:
 
 
 def start(config: Path, overrides: list[str]) -> Any:
-    from opensora.config import RunConfig, load_config
+    from opensora.config.load import load_config
+    from opensora.config.run import RunConfig
 
     with start_run(load_config(RunConfig, config, overrides)) as run:
         return run.step

@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from opensora.config import SampleConfig
+from opensora.config.run import SampleConfig
 from opensora.inference.load import _exported
 from opensora.inference.prompts import read_jobs
-from opensora.models import MODEL_SIZES
+from opensora.models.families import MODEL_SIZES
 from opensora.models.mmdit.convert import LAYOUTS, WeightFile
-from opensora.utils.adapters import CONFIG, WEIGHTS
+from opensora.models.weights.adapters import CONFIG, WEIGHTS
 from opensora.utils.errors import UserError
-from opensora.utils.weights import INDEX
+from opensora.utils.files.safetensors_files import INDEX
 from tests.faults.conftest import Tally
 
 MODEL = MODEL_SIZES["mmdit"]["debug"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from acceleration.watchdog import LOOK_S, PEERS_S, Place, Watchdog, verdict, where
+from acceleration.diagnostics.watchdog import LOOK_S, PEERS_S, RankState, Watchdog, verdict, where
 from tests.conftest import ROOT
 from tests.dist.harness import DistributedFailure, run_distributed
 from tests.faults.conftest import Tally
@@ -85,11 +85,11 @@ def program(pid: int) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("stopped", ["train.py", "writer.py", "watchdog.py"])
+@pytest.mark.parametrize("stopped", ["train.py", "writer_process.py", "watchdog.py"])
 def test_a_stopped_process_ends_the_command_with_70(stopped: str, config: Path, tmp_path: Path, tally: Tally) -> None:
     """A process that trains, or writes a checkpoint; nothing is left. A watchdog that is stopped harms nobody: the run
     ends as it should, when it is asked to."""
-    limits = ["guard.hang_s=5", "guard.aside_s=5"]
+    limits = ["guard.hang_s=5", "guard.save_s=5"]
     process = train_command(config, [f"output={tmp_path}", "train.steps=100000", *limits])
     deadline = time.monotonic() + 200
     while not list((tmp_path / "run/checkpoints").glob("step-*")):
@@ -104,7 +104,7 @@ def test_a_stopped_process_ends_the_command_with_70(stopped: str, config: Path, 
     _, said = process.communicate(timeout=200)
     assert process.returncode == (75 if stopped == "watchdog.py" else 70), said
     if stopped != "watchdog.py":
-        assert "HANG: no progress" in said and ("T (stopped)" in said or stopped == "writer.py")
+        assert "HANG: no progress" in said and ("T (stopped)" in said or stopped == "writer_process.py")
     while left := [pid for pid in family if alive(pid)]:
         assert time.monotonic() < deadline + 100, left
         time.sleep(0.1)
@@ -143,8 +143,8 @@ def test_the_exchange_is_read_from_a_stack() -> None:
     assert where("", 1) == ("", "stack unknown")
 
 
-def place(rank: int, exchange: str, step: int = 5, state: str = "S (sleeping)") -> Place:
-    return Place(
+def place(rank: int, exchange: str, step: int = 5, state: str = "S (sleeping)") -> RankState:
+    return RankState(
         rank=rank, host=f"n{rank}", pid=100 + rank, step=step, phase="forward", since_s=9.0, late=True,
         exchange=exchange, line="File x", state=state,
     )  # fmt: skip
@@ -161,6 +161,6 @@ def place(rank: int, exchange: str, step: int = 5, state: str = "S (sleeping)") 
         ([place(0, "all_reduce"), place(1, "all_reduce")], ["suspect: all wait in the same exchange"], "no word"),
     ],
 )
-def test_what_to_look_at_first(places: list[Place], said: list[str], not_said: str) -> None:
+def test_what_to_look_at_first(places: list[RankState], said: list[str], not_said: str) -> None:
     text = verdict(places, 2)
     assert all(part in text for part in said) and not_said not in text

@@ -14,18 +14,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from acceleration.checkpoint import CheckpointManager, storage
-from acceleration.checkpoint.folder import contents, newest
-from acceleration.sealed import seal
-from opensora.config import SampleConfig, load_config
-from opensora.datasets import features
-from opensora.datasets.frames import DecodeError
-from opensora.datasets.storage import locate
+from acceleration.checkpoint import CheckpointManager, atomic_dir
+from acceleration.checkpoint.listing import contents, newest
+from acceleration.files.sealed_json import seal
+from opensora.config.load import load_config
+from opensora.config.run import SampleConfig
+from opensora.datasets.decode.common import DecodeError
+from opensora.datasets.loading import feature_store
+from opensora.datasets.table.clip_storage import locate
 from opensora.inference.load import find_source
 from opensora.models.mmdit.convert import WeightFile
-from opensora.utils.adapters import CONFIG, WEIGHTS, read_adapter
+from opensora.models.weights.adapters import CONFIG, WEIGHTS, read_adapter
 from opensora.utils.errors import UserError
-from opensora.utils.weights import INDEX
+from opensora.utils.files.safetensors_files import INDEX
 from tests.dist.harness import run_distributed
 from tests.faults.conftest import Tally
 from tests.faults.saving import state
@@ -100,11 +101,13 @@ def refused(read: Callable[[], object]) -> str:
 
 def as_shard(path: Path, content: bytes) -> None:
     """A checkpoint whose manifest vouches for the file."""
-    staged = storage.stage(path.parent, path.name)
+    staged = atomic_dir.stage(path.parent, path.name)
     shard = staged / "shard-00000.safetensors"
     shard.write_bytes(content)
-    about = {"size": len(content), "sha256": storage.digest_of(str(shard))}
-    storage.commit(staged, path, {"step": 1, "tensors": {"model.w": ["F32", [1]]}, "values": {}}, {shard.name: about})
+    about = {"size": len(content), "sha256": atomic_dir.digest_of(str(shard))}
+    atomic_dir.commit(
+        staged, path, {"step": 1, "tensors": {"model.w": ["F32", [1]]}, "values": {}}, {shard.name: about}
+    )
 
 
 @pytest.mark.parametrize("case", SAFETENSORS)
@@ -182,8 +185,8 @@ def test_a_manifest_cannot_reach_out_of_its_folder(case: str, tmp_path: Path, ta
     folder = tmp_path / "checkpoints"
     (folder / "step-00000001").mkdir(parents=True)
     (folder / "secret").write_text("secret")
-    body = {"schema": storage.SCHEMA, "step": 1, "tensors": {}, "values": {}, "files": MANIFESTS[case]}
-    (folder / "step-00000001" / storage.MANIFEST).write_text(seal(body))
+    body = {"schema": atomic_dir.SCHEMA, "step": 1, "tensors": {}, "values": {}, "files": MANIFESTS[case]}
+    (folder / "step-00000001" / atomic_dir.MANIFEST).write_text(seal(body))
     assert "not a complete checkpoint" in refused(lambda: contents(folder / "step-00000001"))
     run_distributed(remove_by_manifest, 1, folder)
     assert (folder / "secret").read_text() == "secret" and Path("/etc/hostname").exists()
@@ -242,7 +245,7 @@ def test_archives_of_clips_are_never_unpacked(tmp_path: Path, tally: Tally) -> N
 
 def test_stored_features_are_not_unpickled(tmp_path: Path, tally: Tally) -> None:
     (tmp_path / "manifest.json").write_bytes(pickled(tmp_path))
-    said = refused(lambda: features.read_manifest(tmp_path))
+    said = refused(lambda: feature_store.read_manifest(tmp_path))
     assert not said.startswith("WRONG"), said
     assert not (tmp_path / "hacked").exists()
     tally("hostile files: no code, no write, refused", 1, 1)

@@ -14,9 +14,11 @@ import subprocess
 import sys
 import tarfile
 import time
+import unicodedata
 import zipfile
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -26,8 +28,8 @@ from PIL import Image
 
 from data_pipeline import index as command
 from data_pipeline.index import TIMEOUT_S, main
-from opensora.datasets import reader
-from opensora.datasets.manifest import read_table
+from opensora.datasets.decode import process
+from opensora.datasets.table.manifest import read_table
 from opensora.utils.errors import UserError
 from tests.conftest import ROOT
 from tests.faults.conftest import Tally
@@ -117,6 +119,29 @@ def test_texts_beside_clips(tmp_path: Path, clip: bytes, capsys: pytest.CaptureF
     assert run.why("nan.mp4") == ("no caption", "nan.txt says 'NaN', which tables write for no value")
     assert run.why("long.mp4") == ("caption too long", "long.txt has 1048577 bytes, a caption may have at most 1048576")
     assert run.why("folder.mp4") == ("no caption", "not in a captions file, and no text file beside it")
+
+
+@pytest.mark.parametrize(("on_disk", "in_table"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_accents_written_in_two_ways_are_one_name(
+    on_disk: Literal["NFC", "NFD"],
+    in_table: Literal["NFC", "NFD"],
+    tmp_path: Path,
+    clip: bytes,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As a folder of a Mac and a table typed elsewhere; names that differ in nothing else are told apart."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("é.mp4", "ü.mp4"):
+        (folder / unicodedata.normalize(on_disk, name)).write_bytes(clip + name.encode())
+    other = unicodedata.normalize(in_table, "ü.mp4")
+    (folder / other).write_bytes(clip + b"another")
+    rows = [f"{unicodedata.normalize(in_table, name)},{name[0]}\n" for name in ("é.mp4", "ü.mp4")]
+    (folder / "captions.csv").write_text("path,text\n" + "".join(rows) + "nowhere.mp4,x\n", encoding="utf-8")
+    run = Run(folder, tmp_path / "t.csv", capsys)
+    assert run.rows[unicodedata.normalize(on_disk, "é.mp4")] == "é" and run.rows[other] == "ü"
+    assert run.why(unicodedata.normalize(on_disk, "ü.mp4"))[0] == "no caption"  # the row is the other's
+    assert "nowhere.mp4" in run.said and "é.mp4" not in run.said
 
 
 @pytest.mark.parametrize(
@@ -298,7 +323,7 @@ def test_bad_arguments_before_any_work(
         said = capsys.readouterr()
         assert words in said.err and said.err.count("\n") == 1 and not said.out, (argv, said)
     for where in ("", "  "):
-        assert main([where, "--out", out]) == 2 and "wanted the path" in capsys.readouterr().err
+        assert main([where, "--out", out]) == 2 and "must be the path" in capsys.readouterr().err
     assert not Path(out).exists()
 
 
@@ -313,8 +338,8 @@ def harmful(folder: Path, code: str) -> None:
     """A decoding process does this when it probes a file called bad.mp4."""
     (folder / "sitecustomize.py").write_text(
         "import sys\n"
-        "if 'opensora.datasets.worker' in sys.orig_argv:\n"
-        "    import os, time, opensora.datasets.decode as d\n"
+        "if 'opensora.datasets.decode.worker' in sys.orig_argv:\n"
+        "    import os, time, opensora.datasets.decode.api as d\n"
         "    real = d.probe\n"
         "    def probe(path, **k):\n"
         f"        if path.endswith('bad.mp4'): {code}\n"
@@ -330,7 +355,7 @@ def test_a_file_that_hangs_kills_or_floods_its_reader_costs_itself(
     code, reason = HARM[how]
     harmful(tmp_path, code)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.setattr(reader, "PATIENCE_S", 0.8)
+    monkeypatch.setattr(process, "PATIENCE_S", 0.8)
     folder = tmp_path / "in"
     folder.mkdir()
     for name in ("a", "bad", "c", "d"):

@@ -14,13 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-from opensora.datasets import DataConfig, features, groups, index
-from opensora.datasets.bucket import Bucket, BucketTable
-from opensora.datasets.groups import group_rows
-from opensora.datasets.index import IndexedTable, open_index, open_table
-from opensora.datasets.manifest import ClipTable, read_table
-from opensora.datasets.plan import BatchPlan, MicroBatch
-from opensora.datasets.sealed import Damaged, Sealed
+from opensora.datasets import DataConfig
+from opensora.datasets.buckets import shape_class_index
+from opensora.datasets.buckets.bucket import Bucket, BucketTable
+from opensora.datasets.buckets.shape_class_index import index_shape_classes
+from opensora.datasets.loading import feature_store
+from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch
+from opensora.datasets.table import index
+from opensora.datasets.table.checksums import Damaged, Sealed
+from opensora.datasets.table.index import IndexedTable, open_index, open_table
+from opensora.datasets.table.manifest import ClipTable, read_table
 from opensora.utils.errors import UserError
 from tests.faults.conftest import Tally
 from tests.faults.test_bad_config import TABLE, config, line_of
@@ -28,7 +31,7 @@ from tests.unit.test_bucket import BUCKETS
 from tests.unit.test_clip_index import make_tables, same
 
 __all__ = ["config"]  # a fixture
-CFG = DataConfig(buckets=BUCKETS, micro_batches=2, empty_rows="report")
+CFG = DataConfig(buckets=BUCKETS, micro_batches=2, unused_rows="report")
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +66,7 @@ class Lab:
         self.truth = read_table(self.paths)
         self.steps = self.use(self.truth)
         self.index = self.open().index
-        group_rows(self.open(), BucketTable(CFG, 16))
+        index_shape_classes(self.open(), BucketTable(CFG, 16))
         self.files = sorted(file for file in self.index.rglob("*") if file.is_file() and file.suffix != ".lock")
         self.whole = {file: file.read_bytes() for file in self.files}
 
@@ -137,7 +140,7 @@ def test_flipped_bits_are_noticed_in_use_where_an_index_is_too_large_to_be_read_
     tmp_path: Path, said: list[str], tally: Tally, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(index, "VERIFIED_BYTES", 0)
-    monkeypatch.setattr(groups, "VERIFIED_BYTES", 0)
+    monkeypatch.setattr(shape_class_index, "VERIFIED_BYTES", 0)
     lab, draw, noticed, count = Lab(tmp_path), random.Random(2), 0, 40
     for number in range(count):
         file = lab.files[number % len(lab.files)]
@@ -315,10 +318,10 @@ def feature_folder(folder: Path) -> Path:
     parts = []
     for first in (0, 2):
         tensors = {"latents": torch.randn(2, 4, 1, 8, 8), "txt": torch.randn(2, 3, 8), "y_vec": torch.randn(2, 8)}
-        parts.append((MicroBatch(bucket, (first, first + 1), 0), features.Features(**tensors)))
-    features.write_shard(folder, 0, parts, "hash")
-    features.write_null(folder, {"txt": torch.randn(1, 3, 8), "y_vec": torch.randn(1, 8)}, "hash")
-    features.write_index(folder, 1, 1, {"seed": 0}, "hash")
+        parts.append((MicroBatch(bucket, (first, first + 1), 0), feature_store.Features(**tensors)))
+    feature_store.write_shard(folder, 0, parts, "hash")
+    feature_store.write_null(folder, {"txt": torch.randn(1, 3, 8), "y_vec": torch.randn(1, 8)}, "hash")
+    feature_store.write_index(folder, 1, 1, {"seed": 0}, "hash")
     return folder
 
 
@@ -326,7 +329,7 @@ def test_small_files_of_stored_features(tmp_path: Path, tally: Tally) -> None:
     """Every flipped bit is refused in one line that says what to do, and precompute's last step mends it."""
     folder = feature_folder(tmp_path)
     batch = MicroBatch(Bucket("64px", 1, 64, 64, 2), (1, 2), 0)
-    truth = features.FeatureStore(folder).read(batch).latents
+    truth = feature_store.FeatureStore(folder).read(batch).latents
     names, draw, noticed, count = ("manifest.json", "index.arrow", "null.safetensors"), random.Random(3), 0, 150
     whole = {name: (folder / name).read_bytes() for name in names}
     changes = [*[flip(draw)] * (count - len(DAMAGES)), *DAMAGES]
@@ -334,18 +337,18 @@ def test_small_files_of_stored_features(tmp_path: Path, tally: Tally) -> None:
         name = names[number % 3]
         change(folder / name)
         try:
-            store = features.FeatureStore(folder)
+            store = feature_store.FeatureStore(folder)
             assert torch.equal(store.read(batch).latents, truth)
         except UserError as error:
             assert "\n" not in str(error) and "precompute" in str(error)
             noticed += 1
         if name == "null.safetensors":
-            assert not features.has_null(folder, "hash")
+            assert not feature_store.has_null(folder, "hash")
         remedy(folder / name, whole[name])
-    assert torch.equal(features.FeatureStore(folder).read(batch).latents, truth)
+    assert torch.equal(feature_store.FeatureStore(folder).read(batch).latents, truth)
     (folder / "manifest.json").write_text("{}")
-    features.write_index(folder, 1, 1, {"seed": 0}, "hash")
-    assert torch.equal(features.FeatureStore(folder).read(batch).latents, truth)
+    feature_store.write_index(folder, 1, 1, {"seed": 0}, "hash")
+    assert torch.equal(feature_store.FeatureStore(folder).read(batch).latents, truth)
     tally("stored features: damage of manifest, index and empty prompt is refused in one line", noticed, count)
     assert noticed == count
 

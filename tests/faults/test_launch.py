@@ -15,12 +15,14 @@ import pytest
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from acceleration.checkpoint.storage import read_manifest
+from acceleration.checkpoint.atomic_dir import read_manifest
 from launch import elastic, submit
 from launch.attempts import Attempt, attempts_without_progress, decide, newest_step, read_history
 from launch.attempts import main as attempts_main
-from opensora.config import RunConfig, load_config, run_cli
-from opensora.utils.version import code_digest
+from opensora.cli.main import run_cli
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig
+from opensora.utils.code_digest import code_digest
 from tests.conftest import ROOT
 from tests.integration import conftest as integration
 from tests.integration.conftest import CONFIG
@@ -146,9 +148,9 @@ def test_a_container_and_an_array(config: Path, capsys: pytest.CaptureFixture[st
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "a key": (["train.stepz=3"], "train.stepz: unknown key; did you mean steps?"),
     "an option": (["--nodez=2"], "nodez: unknown key"),
-    "no nodes": (["--nodes=0"], "--nodes=0: allowed are integers from 1 to"),
-    "no time to save": (["--signal=5"], "--signal=5: allowed are integers from 30 to"),
-    "two processes on a GPU": (["--gpus-per-node=4", "--tasks-per-node=8"], "--tasks-per-node=8: allowed are at most"),
+    "no nodes": (["--nodes=0"], "--nodes=0: must be an integer from 1 to"),
+    "no time to save": (["--signal=5"], "--signal=5: must be an integer from 30 to"),
+    "two processes on a GPU": (["--gpus-per-node=4", "--tasks-per-node=8"], "--tasks-per-node=8: must be at most"),
     "a layout that does not fit": (["--check", "--gpus-per-node=3"], "parallel.mesh"),
     "an array of nothing": (["--array=nowhere"], "--array=nowhere: cannot be read (No such file"),
     "two runs in one folder": (["--array=same"], "two runs in"),
@@ -186,7 +188,7 @@ def test_what_is_submitted_is_frozen(config: Path, monkeypatch: pytest.MonkeyPat
     assert cfg == load_config(RunConfig, config, ["optim.lr=3e-4", "name=first"])
     about = json.loads((job / "job.json").read_text())
     assert about["code"] == code_digest() == code_digest(job / "code") and "optim.lr=3e-4" in about["command"]
-    (job / "code/opensora/config.py").open("a").write("\n")
+    (job / "code/opensora/config/run.py").open("a").write("\n")
     code_digest.cache_clear()
     assert code_digest(job / "code") != about["code"]
 
@@ -413,7 +415,7 @@ def free_port() -> int:
 WORKER = """
 import os, sys
 import torch, torch.distributed as dist
-from acceleration.runtime import start, stop
+from acceleration.distributed.runtime import start, stop
 attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
 open(f"{sys.argv[1]}/{attempt}-{rank}", "w").close()  # before the group is made, which waits for both
 start(30)

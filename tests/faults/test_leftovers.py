@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from acceleration import watchdog
-from acceleration.checkpoint import background
-from acceleration.checkpoint.background import BackgroundWriter
-from acceleration.watchdog import Watchdog
+from acceleration.checkpoint import async_writer
+from acceleration.checkpoint.async_writer import BackgroundWriter
+from acceleration.diagnostics import watchdog
+from acceleration.diagnostics.watchdog import Watchdog
 from tests.dist.harness import DistributedFailure, run_distributed
 from tests.faults.conftest import Tally
 from tests.faults.runs import alive
@@ -65,7 +65,7 @@ STOPPED = {
 
 def ends(kind: str, how: str, folder: Path) -> None:
     """Start and stop a process beside this one, then end."""
-    background.CLOSE_S = watchdog.CLOSE_S = 1.0
+    async_writer.CLOSE_S = watchdog.CLOSE_S = 1.0
     one, pid = STOPPED[kind](folder)
     while state(pid) != "T":
         time.sleep(0.01)

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from acceleration.checkpoint import CheckpointManager, contents, newest, steps_in, storage
-from acceleration.checkpoint.folder import candidates, misnamed
-from acceleration.checkpoint.storage import MANIFEST, step_of
-from acceleration.sealed import seal
+from acceleration.checkpoint import CheckpointManager, atomic_dir, contents, newest, steps_in
+from acceleration.checkpoint.atomic_dir import MANIFEST, step_of
+from acceleration.checkpoint.listing import candidates, misnamed
+from acceleration.files.sealed_json import seal
 from launch.attempts import newest_step
-from opensora.train.resume import wrong_info
+from opensora.train.state.resume import wrong_info
 from tests.dist.harness import DistributedFailure, run_distributed
 from tests.faults.conftest import Tally
 from tests.faults.damages import of_values, outcome
@@ -70,7 +70,7 @@ def resumed(folder: Path) -> tuple[str, str]:
 def mutate(folder: Path, count: int) -> tuple[dict[str, int], list[str]]:
     """How often step 2 with an altered manifest was passed over, refused, and taken; and what went wrong."""
     path = folder / NEW / MANIFEST
-    manifest = storage.read_manifest(folder / NEW)
+    manifest = atomic_dir.read_manifest(folder / NEW)
     assert manifest is not None
     found: dict[str, int] = {}
     wrong = []
@@ -113,7 +113,7 @@ def test_altered_values(saved: Path, tmp_path: Path, count: int, tally: Tally) -
 def passed_over(folder: Path, changes: dict[str, dict[str, Any]]) -> dict[str, str]:
     """What is said of step 2 with each change."""
     path, said = folder / NEW / MANIFEST, {}
-    manifest = storage.read_manifest(folder / NEW)
+    manifest = atomic_dir.read_manifest(folder / NEW)
     assert manifest is not None
     for name, change in changes.items():
         path.write_text(seal({key: value for key, value in {**manifest, **change}.items() if value != "gone"}))
@@ -122,7 +122,7 @@ def passed_over(folder: Path, changes: dict[str, dict[str, Any]]) -> dict[str, s
 
 
 def test_each_kind_is_named(saved: Path, tmp_path: Path, tally: Tally) -> None:
-    manifest = storage.read_manifest(saved / NEW)
+    manifest = atomic_dir.read_manifest(saved / NEW)
     assert manifest is not None
     tensors, files = manifest["tensors"], manifest["files"]
     (shard,) = files
@@ -167,7 +167,7 @@ def test_each_kind_is_named(saved: Path, tmp_path: Path, tally: Tally) -> None:
 
 def test_values_of_another_kind_are_not_loaded(saved: Path, tmp_path: Path) -> None:
     """A learning rate in words, in a list, not finite, gone."""
-    manifest = storage.read_manifest(saved / NEW)
+    manifest = atomic_dir.read_manifest(saved / NEW)
     assert manifest is not None
     key = "optimizer.param_groups.weight.lr"
     found = ("0.1", [0.1], {}, True, None, float("nan"))

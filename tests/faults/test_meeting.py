@@ -15,15 +15,17 @@ from typing import Any
 import pytest
 import torch
 
-from acceleration import preflight as look
-from acceleration import runtime as runtimes
-from acceleration.preflight import Facts, assess, differences
-from acceleration.rendezvous import Door, StartError, meet, ranges
-from acceleration.runtime import Runtime
+from acceleration.diagnostics import preflight
+from acceleration.diagnostics.preflight import Facts, assess, differences
+from acceleration.distributed import runtime as runtimes
+from acceleration.distributed.rendezvous import RendezvousServer, StartError, ranges, rendezvous
+from acceleration.distributed.runtime import Runtime
+from opensora.cli.main import run_cli
 from opensora.cli.train import main as train_main
-from opensora.config import RunConfig, load_config, run_cli
-from opensora.train import run_folder
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig
 from opensora.train.setup import start_run
+from opensora.train.state import run_lock
 from opensora.utils.errors import UserError
 from tests.conftest import ROOT
 from tests.dist.harness import DistributedFailure, run_distributed
@@ -65,8 +67,10 @@ def test_ranks_meet_past_strangers() -> None:
     silent = socket.create_server(("0.0.0.0", ports[0]))
     talker = socket.create_server(("0.0.0.0", ports[1]))
     threading.Thread(target=lambda: talker.accept()[0].sendall(b"220 ready\r\n"), daemon=True).start()
-    other = Door("localhost", ports[2:3], "another-job", 1)
-    found = in_threads(*(lambda rank=rank: meet(rank, 3, "127.0.0.1", ports, "this-job", 20) for rank in range(3)))
+    other = RendezvousServer("localhost", ports[2:3], "another-job", 1)
+    found = in_threads(
+        *(lambda rank=rank: rendezvous(rank, 3, "127.0.0.1", ports, "this-job", 20) for rank in range(3))
+    )
     found[1].set("a", "b")
     assert found[0].get("a") == found[2].get("a") == b"b"
     silent.close(), talker.close(), other.close()
@@ -74,7 +78,7 @@ def test_ranks_meet_past_strangers() -> None:
 
 def test_who_does_not_come_is_named() -> None:
     ports = free_ports(1)
-    said = in_threads(*(lambda rank=rank: meet(rank, 5, "127.0.0.1", ports, "job", 1) for rank in (0, 2)))
+    said = in_threads(*(lambda rank=rank: rendezvous(rank, 5, "127.0.0.1", ports, "job", 1) for rank in (0, 2)))
     assert str(said[0]) == "2 of 5 processes came within 1 s; missing: rank 1, 3-4; see their logs"
     assert isinstance(said[1], StartError) and "rank 2" in str(said[1])
 
@@ -83,7 +87,8 @@ def test_a_port_in_use_is_named() -> None:
     with socket.create_server(("0.0.0.0", 0)) as stranger:
         port = stranger.getsockname()[1]
         said = in_threads(
-            lambda: meet(0, 2, "127.0.0.1", [port], "job", 2), lambda: meet(1, 2, "127.0.0.1", [port], "job", 1)
+            lambda: rendezvous(0, 2, "127.0.0.1", [port], "job", 2),
+            lambda: rendezvous(1, 2, "127.0.0.1", [port], "job", 1),
         )
     assert str(said[0]).startswith(f"127.0.0.1: port {port} in use by another program")
     assert str(said[1]).startswith("rank 0 did not answer at 127.0.0.1 within") and f"port {port}" in str(said[1])
@@ -92,7 +97,7 @@ def test_a_port_in_use_is_named() -> None:
 def test_who_shares_a_device_is_named() -> None:
     """On every rank, before a library that cannot say it so well tries to connect them."""
     ports = free_ports(1)
-    calls = (lambda r=r: meet(r, 3, "127.0.0.1", ports, "job", 20, device=f"gpu-{r % 2}") for r in range(3))
+    calls = (lambda r=r: rendezvous(r, 3, "127.0.0.1", ports, "job", 20, device=f"gpu-{r % 2}") for r in range(3))
     said = in_threads(*calls)
     assert {str(one) for one in said} == {"rank 0, 2 share one device (gpu-0): start one process per device"}
     assert {one.exit_code for one in said} == {2}
@@ -136,7 +141,7 @@ def test_slow_links_and_mixed_devices_are_named() -> None:
 def look_at_all(differing: int | None) -> str:
     rank = int(os.environ["RANK"])
     runtime = Runtime(rank, int(os.environ["WORLD_SIZE"]), rank, torch.device("cpu"))
-    return look.preflight(runtime, {"code": "b" if rank == differing else "a"}).summary
+    return preflight.preflight(runtime, {"code": "b" if rank == differing else "a"}).summary
 
 
 def test_preflight_on_processes() -> None:
@@ -161,7 +166,7 @@ def test_a_rank_with_other_settings_is_refused(config: Path) -> None:
     assert said[0] == said[1]
     assert re.fullmatch(r"configuration is not the same on all processes: rank 1 has \w+, the others \w+", said[0])
     folder = load_config(RunConfig, config).folder
-    assert os.listdir(folder) == [run_folder.LOCK]
+    assert os.listdir(folder) == [run_lock.LOCK]
 
 
 def test_a_command_whose_peers_do_not_come(

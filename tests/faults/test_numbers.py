@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from acceleration.checkpoint import contents, newest
-from acceleration.replicas import digest as hashed
+from acceleration.diagnostics.replica_check import digest as hashed
 from opensora.cli import train as cli
-from opensora.config import GuardConfig
-from opensora.train.guard import RECOVERED, Guard
+from opensora.config.run import GuardConfig
+from opensora.train.health.anomaly_guard import RECOVERED, AnomalyGuard
 from opensora.train.run import Run
 from tests.dist.harness import run_distributed
 from tests.faults.conftest import Tally
@@ -159,10 +159,10 @@ def test_a_slow_process_is_named_and_the_run_goes_on(config: Path, tmp_path: Pat
 
 def lines_of(config: Path, overrides: list[str], faults: tuple[Fault, ...]) -> list[str]:
     """What the account of times announces."""
-    from opensora.train import phases
+    from opensora.train.health import step_timer
 
     lines: list[str] = []
-    phases.announce = lines.append  # type: ignore[assignment]
+    step_timer.announce = lines.append  # type: ignore[assignment]
     assert run_with(config, overrides, faults).end == "finished"
     return lines
 
@@ -197,23 +197,23 @@ def test_a_run_that_cannot_be_helped_ends_with_one_line_and_1(config: Path, tmp_
 # The policy by itself: what needs no process.
 
 
-def judged(guard: Guard, losses: list[float], start: int = 0) -> list[bool]:
+def judged(guard: AnomalyGuard, losses: list[float], start: int = 0) -> list[bool]:
     return [guard.judge(start + i, loss, 1.0).bad is None for i, loss in enumerate(losses)]
 
 
 def test_a_spike_is_left_out_and_never_enters_the_window(tally: Tally) -> None:
-    guard = Guard(GuardConfig(spike_sigma=10.0, spike_window=16))
+    guard = AnomalyGuard(GuardConfig(spike_sigma=10.0, spike_window=16))
     usual = [1.0 + 0.01 * (i % 3) for i in range(16)]
     deviation = torch.tensor(usual).std(correction=0).item()
     assert all(judged(guard, usual))
     assert judged(guard, [NAN, INF, 1.01 + 11 * deviation, 1.01 + 8 * deviation]) == [False, False, False, True]
     assert guard.left_out == 3 and all(loss < 1.2 for loss in guard.state()["losses"])
-    assert not judged(Guard(GuardConfig()), [NAN])[0] and all(judged(Guard(GuardConfig()), [*usual, 1e9]))
+    assert not judged(AnomalyGuard(GuardConfig()), [NAN])[0] and all(judged(AnomalyGuard(GuardConfig()), [*usual, 1e9]))
     tally("spike of 10 deviations: left out, not in the window", 1, 1)
 
 
 def test_a_window_must_be_half_full_before_it_judges() -> None:
-    guard = Guard(GuardConfig(spike_sigma=3.0, spike_window=16))
+    guard = AnomalyGuard(GuardConfig(spike_sigma=3.0, spike_window=16))
     assert all(judged(guard, [1.0, 1.1, 1.0, 50.0, 1.0, 1.1, 1.0, 1.1]))
     assert judged(guard, [500.0]) == [False]
 
@@ -222,29 +222,29 @@ def test_a_window_must_be_half_full_before_it_judges() -> None:
 def test_the_guard_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(cut: int) -> None:
     losses = [1.0, 1.1, NAN, 1.0, 1.1, 9.0, NAN, NAN, 1.0, 1.05]
     cfg = GuardConfig(spike_sigma=3.0, spike_window=8)
-    whole = Guard(cfg)
+    whole = AnomalyGuard(cfg)
     wanted = judged(whole, losses)
-    first = Guard(cfg)
+    first = AnomalyGuard(cfg)
     before = judged(first, losses[:cut])
-    second = Guard(cfg, cut, json.loads(json.dumps(first.state())))
+    second = AnomalyGuard(cfg, cut, json.loads(json.dumps(first.state())))
     assert before + judged(second, losses[cut:], cut) == wanted and second.state() == whole.state()
 
 
 def test_at_most_five_in_a_row() -> None:
-    guard = Guard(GuardConfig())
+    guard = AnomalyGuard(GuardConfig())
     judged(guard, [1.0, *[NAN] * 5, 1.0, *[NAN] * 5])
     assert guard._bad_row() is None
     judged(guard, [NAN], 12)
     wanted = guard._bad_row()
-    assert wanted is not None and wanted.before == 7 and wanted.leap_to is None
+    assert wanted is not None and wanted.before == 7 and wanted.skip_to is None
 
 
 def test_what_is_long_past_no_longer_counts() -> None:
-    guard = Guard(GuardConfig(max_bad=0))
+    guard = AnomalyGuard(GuardConfig(max_bad=0))
     guard.judge(10, NAN, 1.0)
-    guard._returns, guard._row = 2, 0
+    guard._rollbacks, guard._row = 2, 0
     for step in range(5, 10 + RECOVERED + 1):  # the same steps again do not
         guard.judge(step, 1.0, 1.0)
-    assert guard._returns == 2
+    assert guard._rollbacks == 2
     guard.judge(10 + RECOVERED + 1, 1.0, 1.0)
-    assert guard._returns == 0
+    assert guard._rollbacks == 0

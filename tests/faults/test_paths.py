@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from opensora.config import RunConfig, SampleConfig, load_config, run_cli
+from opensora.cli.main import run_cli
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig, SampleConfig
 from opensora.inference.load import find_source
-from opensora.train.resume import check_paths
+from opensora.train.state.resume import check_paths
 from opensora.utils.errors import MAX_LINE, MAX_WORD, UserError, one_line
-from opensora.utils.untrusted import short
+from opensora.utils.files.untrusted import short
 from tests.conftest import ROOT
 from tests.faults.conftest import Tally
 from tests.unit.test_config import GOOD
@@ -49,7 +51,7 @@ READS = {
     "index --captions": ("data_pipeline.index", [".", "--out", "t.csv", "--captions", "{}"]),
     "plot RUN": ("opensora.cli.plot", ["{}"]),
     "calibrate RUN": ("opensora.cli.calibrate", ["{}"]),
-    "plan CONFIG": ("opensora.cli.plan", ["{}", "--world", "2"]),
+    "plan CONFIG": ("opensora.cli.forecast", ["{}", "--world", "2"]),
     "buckets CONFIG": ("opensora.cli.buckets", ["{}"]),
     "buckets data.table": ("opensora.cli.buckets", ["run.yaml", "data.table={}"]),
     "train CONFIG": ("opensora.cli.train", ["{}"]),
@@ -168,8 +170,8 @@ def test_a_long_row_is_not_repeated_whole(
 def test_a_number_that_no_file_can_hold_is_not_suggested() -> None:
     base = {"weights": "w", "prompt": "x", "sampling": {"resolution": "256px"}}
     for text, said in (
-        ("1e99", "1e+99: wanted a whole number of at most 64 bits"),
-        ("4.0", "4.0: wanted a whole number"),
+        ("1e99", "1e+99: must be a whole number of at most 64 bits"),
+        ("4.0", "4.0: must be a whole number"),
     ):
         with pytest.raises(UserError) as caught:
             load_config(SampleConfig, base, [f"sampling.motion_score={text}"])

@@ -10,16 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from opensora.assembly.initial_weights import weight_layout
 from opensora.cli import sample, train
-from opensora.config import RunConfig, SampleConfig, load_config, run_cli, save
+from opensora.cli.main import run_cli
+from opensora.config.load import load_config, save
+from opensora.config.run import RunConfig, SampleConfig
 from opensora.inference import check
 from opensora.inference.check import least_bytes
-from opensora.inference.load import find_source, weight_layout
-from opensora.models import build_model
+from opensora.inference.load import find_source
+from opensora.models.families import build_model
 from opensora.models.mmdit.convert import save_state_dict
 from opensora.models.vae import autoencoder_shape
+from opensora.sampling.options import SamplingOption, sanitize_sampling_option
 from opensora.utils.errors import UserError
-from opensora.utils.sampling import SamplingOption, sanitize_sampling_option
 from tests.faults.conftest import Tally
 from tests.integration.conftest import CONFIG
 
@@ -60,7 +63,7 @@ TRAINING = {
     "wandb": (["log.wandb=offline"], "log.wandb=offline: wandb is not installed"),
     "samples: frames": (
         ["validate={{every: 1, prompts: [a], sampling: {{num_frames: 6}}}}"],
-        "validate.sampling.num_frames=6: allowed are 4k+1 and 1, as the autoencoder codes 4 frames",
+        "validate.sampling.num_frames=6: must be 4k+1 and 1, as the autoencoder codes 4 frames",
     ),
     "samples: memory": (
         ["validate={{every: 1, prompts: [a], sampling: {{width: 16384, height: 16384, num_frames: 99997}}}}"],
@@ -68,7 +71,7 @@ TRAINING = {
     ),
     "samples: method": (
         ["validate={{every: 1, prompts: [a], sampling: {{method: distill}}}}"],
-        "validate.sampling.method=distill: allowed is i2v",
+        "validate.sampling.method=distill: must be i2v",
     ),
 }
 MODEL = "{{kind: mmdit, size: debug, depth: 5, patch_size: 1, context_in_dim: 32, vec_in_dim: 32, cond_embed: false}}"
@@ -78,8 +81,8 @@ SAMPLES = {
         ["weights={folder}/badlist"],
         "{folder}/badlist/SHA256SUMS line 1: damaged; export again",
     ),
-    "6 frames": (["sampling.num_frames=6"], "sampling.num_frames=6: allowed are 4k+1 and 1"),
-    "method": (["sampling.method=distill"], "sampling.method=distill: allowed is i2v"),
+    "6 frames": (["sampling.num_frames=6"], "sampling.num_frames=6: must be 4k+1 and 1"),
+    "method": (["sampling.method=distill"], "sampling.method=distill: must be i2v"),
     "no weights": (["weights={folder}/nowhere"], "weights={folder}/nowhere: no such file or folder"),
     "weights that are none": (["weights={folder}/empty"], "weights={folder}/empty: "),
     "weights of another model": ([f"model={MODEL}"], "weights={folder}/exported: "),
@@ -159,7 +162,7 @@ def test_nothing_is_written(
     def started(*_: object) -> None:
         raise AssertionError("a process group was started")
 
-    monkeypatch.setattr("acceleration.runtime.start", started)
+    monkeypatch.setattr("acceleration.distributed.runtime.start", started)
     before, wrong = tree(folder), []
     for case, (overrides, expected) in cases.items():
         single = ["parallel.mesh.ulysses=1"] if file == "train.yaml" else []

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from opensora.cli.train import main as train_main
-from opensora.config import RunConfig, load_config
-from opensora.train import run_folder
-from opensora.train.disk import check_disk, checkpoint_bytes
-from opensora.train.run_folder import DONE, OWNER, RunLock, finished, read_owner, write_done
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig
+from opensora.train.state import run_lock
+from opensora.train.state.disk_check import check_disk, checkpoint_bytes
+from opensora.train.state.run_lock import DONE, OWNER, RunLock, finished, read_owner, write_done
 from opensora.utils.errors import UserError
 from tests.conftest import ROOT
 from tests.integration.conftest import CONFIG
@@ -45,10 +46,10 @@ def no_locks(file: int, how: int) -> None:
 def another_process(folder: Path, *, ends: bool, job: str = "", machine: str = "") -> "subprocess.Popen[str]":
     """Takes the folder, then dies without a word or stays."""
     code = (
-        "import sys, time, os, fcntl; from pathlib import Path; from opensora.train import run_folder\n"
-        f"run_folder._machine = lambda: {machine!r} or 'here'\n"
+        "import sys, time, os, fcntl; from pathlib import Path; from opensora.train.state import run_lock\n"
+        f"run_lock._machine = lambda: {machine!r} or 'here'\n"
         f"env = {{'SLURM_JOB_ID': {job!r}}} if {job!r} else {{}}\n"
-        f"lock = run_folder.RunLock(Path({str(folder)!r}), env=env, beat_s=0.1)\n"
+        f"lock = run_lock.RunLock(Path({str(folder)!r}), env=env, beat_s=0.1)\n"
         f"print('taken', flush=True); os._exit(9) if {ends} else time.sleep(60)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -73,7 +74,7 @@ def test_a_second_run_on_a_folder_is_told_who_has_it(tmp_path: Path) -> None:
 
 
 def test_what_a_dead_process_held_is_taken_over_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder, "_machine", lambda: "here")
+    monkeypatch.setattr(run_lock, "_machine", lambda: "here")
     another_process(tmp_path, ends=True)
     assert (tmp_path / OWNER).exists()
     begun = time.monotonic()
@@ -85,10 +86,10 @@ def test_a_live_process_holds_without_file_locks(tmp_path: Path, monkeypatch: py
     """By its number and start on this machine; by its count on another. Dead, the count stands still."""
     process = another_process(tmp_path, ends=False)
     try:
-        monkeypatch.setattr(run_folder, "_machine", lambda: "here")
+        monkeypatch.setattr(run_lock, "_machine", lambda: "here")
         assert "in use by process" in refused(tmp_path)  # the kernel's lock
         assert "in use by process" in refused(tmp_path, lock=no_locks)
-        monkeypatch.setattr(run_folder, "_machine", lambda: "elsewhere")
+        monkeypatch.setattr(run_lock, "_machine", lambda: "elsewhere")
         # A lock that only holds on the other machine: it is granted here, the count decides.
         assert "in use by process" in refused(tmp_path, lock=lambda file, how: None)
         assert "in use by process" in refused(tmp_path, lock=no_locks)
@@ -124,7 +125,7 @@ def test_locks_are_not_inherited(tmp_path: Path) -> None:
     lock = RunLock(tmp_path)
     child = subprocess.Popen(["sleep", "20"])
     lock.release()
-    file = os.open(tmp_path / run_folder.LOCK, os.O_RDWR)
+    file = os.open(tmp_path / run_lock.LOCK, os.O_RDWR)
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(file)
     child.kill()

@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 
-from acceleration.checkpoint.storage import read_manifest
+from acceleration.checkpoint.atomic_dir import read_manifest
 from tests.conftest import ROOT
 from tests.faults.conftest import Tally
 from tests.faults.runs import descendants

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from opensora.datasets.decode import probe
-from opensora.utils import signals
+from opensora.datasets.decode.api import probe
+from opensora.utils import signal_handler
 from tests.conftest import ROOT
 from tests.dist.harness import DistributedFailure, run_distributed
 from tests.faults.conftest import CONFIG, Tally
@@ -139,7 +139,7 @@ def stops_at_step_2(config: Path, folder: Path, full: bool) -> int:
     """Exit code of the training command that is asked to stop in its third step; maybe its disk is full."""
     import errno
 
-    from acceleration.checkpoint import writer
+    from acceleration.checkpoint import writer_process
     from opensora.cli.train import main
     from opensora.train.run import Run
 
@@ -156,7 +156,7 @@ def stops_at_step_2(config: Path, folder: Path, full: bool) -> int:
 
     Run.lr_at = asking  # type: ignore[method-assign]
     if full:
-        writer.write = no_room  # type: ignore[assignment]
+        writer_process.write = no_room  # type: ignore[assignment]
     overrides = [f"output={folder}", "train.checkpoint_async=false", "train.checkpoint_every=100"]
     return main([str(config), *overrides])
 
@@ -232,8 +232,8 @@ def test_the_same_signal_again_leaves_at_once(config: Path, tmp_path: Path, tall
 
 REPEATED = """
 import os, signal, time
-from opensora.utils import signals
-asked = signals.remember()
+from opensora.utils import signal_handler
+asked = signal_handler.install()
 for _ in range(3):
     os.kill(os.getpid(), signal.SIGUSR2)
     time.sleep(1.1)
@@ -250,8 +250,8 @@ def test_a_repeated_warning_is_one_warning(tally: Tally) -> None:
 
 NOHUP = """
 import os, signal
-from opensora.utils import signals
-asked = signals.remember()
+from opensora.utils import signal_handler
+asked = signal_handler.install()
 os.kill(os.getpid(), signal.SIGHUP)
 print(asked.name, signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)
 """
@@ -279,12 +279,12 @@ def test_nohup_is_respected(tally: Tally) -> None:
 LEAVES = """
 import os, signal, sys, time
 from pathlib import Path
-from opensora.utils import signals
-signals.leave_when_asked("what is written stays"{code})
+from opensora.utils import signal_handler
+signal_handler.leave_when_asked("what is written stays"{code})
 path = Path(sys.argv[1])
 print("ready", flush=True)
 if {writing}:
-    with signals.writing():
+    with signal_handler.writing():
         path.write_text("half")
         print("writes", flush=True)
         time.sleep(2.0)
@@ -295,7 +295,7 @@ time.sleep(60)
 
 @pytest.mark.parametrize("writing", [False, True])
 @pytest.mark.parametrize(("code", "wanted"), [("", None), (", code=75", 75)])
-@pytest.mark.parametrize("number", signals.SIGNALS)
+@pytest.mark.parametrize("number", signal_handler.SIGNALS)
 def test_a_command_without_a_state_leaves_after_the_file_that_it_writes(
     number: signal.Signals, code: str, wanted: int | None, writing: bool, tmp_path: Path, tally: Tally
 ) -> None:

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from acceleration.checkpoint import newest
-from acceleration.checkpoint.storage import read_manifest
-from acceleration.runtime import doors, rendezvous_from_environment
+from acceleration.checkpoint.atomic_dir import read_manifest
+from acceleration.distributed.runtime import candidate_ports, rendezvous_from_environment
 from tests.conftest import ROOT
 from tests.integration import conftest as integration
 
@@ -249,7 +249,10 @@ def test_port_in_use(cluster: Cluster, wanted: Any) -> None:
     """Strangers, one silent and one that talks, on the first two ports of the job."""
     job = cluster.submit("run", "--sbatch=--hold")
     _, port = rendezvous_from_environment({"SLURM_JOB_ID": job})
-    with socket.create_server(("0.0.0.0", doors(port, {})[0])), socket.create_server(("0.0.0.0", doors(port, {})[1])):
+    with (
+        socket.create_server(("0.0.0.0", candidate_ports(port, {})[0])),
+        socket.create_server(("0.0.0.0", candidate_ports(port, {})[1])),
+    ):
         call("scontrol", "release", job)
         assert cluster.end(job) == "COMPLETED", cluster.logs()
     assert cluster.facts(job)["Restarts"] == "0"

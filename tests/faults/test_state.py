@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from acceleration.checkpoint import CheckpointManager, shards, storage
+from acceleration.checkpoint import CheckpointManager, atomic_dir, shard_file
 from acceleration.config import ParallelConfig
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64
@@ -72,7 +72,7 @@ def unnoticed(folder: Path, each: bool) -> tuple[int, list[str]]:
     same = resumed_without(folder, nothing)
     assert same is not None and all(torch.equal(same[key], truth[key]) for key in truth)
 
-    manifest = storage.read_manifest(folder / NAME)
+    manifest = atomic_dir.read_manifest(folder / NAME)
     assert manifest is not None and all(any(fnmatchcase(key, item) for item in ITEMS) for key in manifest["tensors"])
     items = list(manifest["tensors"] if each else ITEMS)
     missed = []
@@ -111,7 +111,7 @@ def accepted(folder: Path, stride: int) -> tuple[int, list[str]]:
     state = engine.state_dict()
     manager = Lacking(folder, keep=0)
     path = folder / NAME
-    manifest = storage.read_manifest(path)
+    manifest = atomic_dir.read_manifest(path)
     assert manifest is not None
     (name,) = manifest["files"]
     entries = load_file(path / name)
@@ -135,7 +135,7 @@ def accepted(folder: Path, stride: int) -> tuple[int, list[str]]:
         expect_refusal(key, tensors={**manifest["tensors"], key: [dtype, [*shape, 1]]})
         kept = {entry: tensor for entry, tensor in entries.items() if not entry.startswith(f"{key}@")}
         (path / name).unlink()  # it is mapped: to cut it short would kill who reads it
-        (path / name).write_bytes(shards.header(kept) + b"".join(map(bytes, map(shards.raw, kept.values()))))
+        (path / name).write_bytes(shard_file.header(kept) + b"".join(map(bytes, map(shard_file.raw, kept.values()))))
         expect_refusal(key)
     return done, missed
 

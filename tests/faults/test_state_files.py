@@ -20,21 +20,22 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from acceleration.sealed import seal
+from acceleration.files.sealed_json import seal
 from launch import attempts
-from opensora.config import SAVED_NAME, RunConfig, load_config, save, to_yaml
-from opensora.datasets import features
+from opensora.config.load import load_config, save, to_yaml
+from opensora.config.run import SAVED_NAME, RunConfig
+from opensora.datasets.loading import feature_store
 from opensora.models.mmdit.convert import WeightFile
-from opensora.train import resume, run_folder
-from opensora.train.calibrate import measured
-from opensora.train.disk import check_writable
-from opensora.train.run_folder import DONE, OWNER, RunLock, check_places, finished, write_config, write_done
-from opensora.utils import digests
-from opensora.utils import logging as logs
-from opensora.utils.adapters import CONFIG, WEIGHTS, read_adapter, write_adapter
+from opensora.models.weights.adapters import CONFIG, WEIGHTS, read_adapter, write_adapter
+from opensora.planner.cost_fit import measured
+from opensora.train.state import resume, run_lock
+from opensora.train.state.disk_check import check_writable
+from opensora.train.state.run_lock import DONE, OWNER, RunLock, check_places, finished, write_config, write_done
+from opensora.utils import metrics_log
 from opensora.utils.errors import UserError
-from opensora.utils.logging import METRICS_NAME, MetricsLogger, read_metrics
-from opensora.utils.weights import INDEX, write_weights
+from opensora.utils.files import digests
+from opensora.utils.files.safetensors_files import INDEX, write_weights
+from opensora.utils.metrics_log import METRICS_NAME, MetricsLogger, read_metrics
 from tests.dist.harness import run_distributed
 from tests.faults.conftest import CONFIG as TRAINING
 from tests.faults.conftest import Tally
@@ -46,7 +47,7 @@ COUNTS = [50, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(60
 
 @pytest.fixture
 def cfg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
-    monkeypatch.setattr(run_folder, "REREAD_S", 0.0)
+    monkeypatch.setattr(run_lock, "REREAD_S", 0.0)
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # thousands of files on a busy disk
     path = tmp_path / "train.yaml"
     path.write_text(TRAINING.format(output=tmp_path / "runs", table="clips.csv"))
@@ -59,7 +60,7 @@ def cfg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was announced."""
     lines: list[str] = []
-    for module in (run_folder, resume, logs):
+    for module in (run_lock, resume, metrics_log):
         monkeypatch.setattr(module, "announce", lambda line, level=logging.INFO: lines.append(line))
     return lines
 
@@ -120,7 +121,7 @@ def metrics_file(cfg: RunConfig) -> File:
     with MetricsLogger(cfg.folder) as logger:
         for step in range(1, 9):
             logger.log(step, {"loss": 1 / step, "time/step_s": 1.0, "data/wait_s": 0.5})
-        logger.note("interrupted", 8)
+        logger.log_event("interrupted", 8)
 
     plan = SimpleNamespace(cost_features=lambda step: np.ones(4))
 
@@ -140,14 +141,14 @@ def metrics_file(cfg: RunConfig) -> File:
 
 
 def wandb_file(cfg: RunConfig) -> File:
-    logs._wandb_identity(cfg.folder, "run", fresh=True)
+    metrics_log._wandb_identity(cfg.folder, "run", fresh=True)
 
     def read() -> None:
-        identity = logs._wandb_identity(cfg.folder, "run", fresh=False)
+        identity = metrics_log._wandb_identity(cfg.folder, "run", fresh=False)
         assert re.fullmatch("run-[0-9a-f]{8}", identity)
-        assert logs._wandb_identity(cfg.folder, "run", fresh=False) == identity
+        assert metrics_log._wandb_identity(cfg.folder, "run", fresh=False) == identity
 
-    return File(cfg.folder / logs.WANDB_ID_NAME, read, rebuilt=True)
+    return File(cfg.folder / metrics_log.WANDB_ID_NAME, read, rebuilt=True)
 
 
 def attempts_file(cfg: RunConfig) -> File:
@@ -194,13 +195,15 @@ def stored(cfg: RunConfig, name: str) -> File:
     folder = cfg.folder / "features"
     tensors = {"latents": torch.zeros(2, 1), "txt": torch.zeros(2, 1, 1), "y_vec": torch.zeros(2, 1)}
     part = SimpleNamespace(epoch=0, bucket="32px", sample_ids=(4, 7))
-    features.write_null(folder, {name: tensor[:1] for name, tensor in tensors.items() if name != "latents"}, "1234")
-    features.write_shard(folder, 0, [(part, features.Features(**tensors))], "1234")  # type: ignore[list-item]
-    features.write_index(folder, 1, 1, {"seed": 3}, "1234")
+    feature_store.write_null(
+        folder, {name: tensor[:1] for name, tensor in tensors.items() if name != "latents"}, "1234"
+    )
+    feature_store.write_shard(folder, 0, [(part, feature_store.Features(**tensors))], "1234")  # type: ignore[list-item]
+    feature_store.write_index(folder, 1, 1, {"seed": 3}, "1234")
 
     def read() -> None:
-        features.verify(folder)
-        store = features.FeatureStore(folder)
+        feature_store.verify(folder)
+        store = feature_store.FeatureStore(folder)
         assert store.read(part).txt.shape == (2, 1, 1)  # type: ignore[arg-type]
         assert name.startswith("shard"), "damage was not noticed"
 
@@ -208,8 +211,11 @@ def stored(cfg: RunConfig, name: str) -> File:
 
 
 FILES = {
-    **{f"features/{n}": partial(stored, name=n) for n in (features.MANIFEST, features.INDEX, features.NULL)},
-    "features/shard": partial(stored, name=features.shard_name(0)),
+    **{
+        f"features/{n}": partial(stored, name=n)
+        for n in (feature_store.MANIFEST, feature_store.INDEX, feature_store.NULL)
+    },
+    "features/shard": partial(stored, name=feature_store.shard_name(0)),
     "config.yaml": config_file,
     "owner.json": owner_file,
     "DONE": done_file,
@@ -253,8 +259,8 @@ def test_valid_json_of_other_values(name: str, count: int, cfg: RunConfig, said:
     sealed = value.pop("sha256", None)
     readers: dict[str, Callable[[], Any]] = {  # values of the right kind are taken: a DONE may say that it is finished
         "DONE": lambda: finished(cfg),
-        "wandb_id": lambda: logs._wandb_identity(cfg.folder, "run", fresh=False),
-        "features/manifest.json": lambda: features.read_manifest(cfg.folder / "features"),
+        "wandb_id": lambda: metrics_log._wandb_identity(cfg.folder, "run", fresh=False),
+        "features/manifest.json": lambda: feature_store.read_manifest(cfg.folder / "features"),
     }
     for changed in of_values(value, random.Random(name), count):
         content = seal(changed).encode() if sealed and isinstance(changed, dict) else json_bytes(changed)
@@ -302,14 +308,14 @@ def test_something_else_in_the_place_of_a_file_is_named(
 ) -> None:
     """Before anything else is done, with what to do; by every reader too, for those who call them alone."""
     wrong = []
-    for name in run_folder.FILES:
+    for name in run_lock.FILES:
         path = cfg.folder / name
         path.unlink(missing_ok=True)
         IN_PLACE[kind](path)
         found = outcome(lambda: check_places(cfg.folder))
         if str(path) not in found or "move it away" not in found:
             wrong.append(f"{name}: {found}")
-        if name in (OWNER, run_folder.LOCK) and kind != "a device":
+        if name in (OWNER, run_lock.LOCK) and kind != "a device":
             found = outcome(lambda: RunLock(cfg.folder, beat_s=0.01, stale_s=0.01).release())
             wrong += [f"{name} alone: {found}"] if found.startswith("WRONG") else []
         path.rmdir() if kind == "a folder" else path.unlink()
@@ -328,7 +334,7 @@ def test_something_else_in_the_place_of_a_file_is_named(
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("name", [*run_folder.EXPORTED, "model-00002-of-00003.safetensors"])
+@pytest.mark.parametrize("name", [*run_lock.EXPORTED, "model-00002-of-00003.safetensors"])
 def test_a_folder_in_the_place_of_an_exported_file_is_named_before_the_run(name: str, cfg: RunConfig) -> None:
     """Not after it, when the export is renamed over it."""
     path = cfg.folder / "exported" / name
@@ -370,7 +376,7 @@ def test_a_link_to_nothing_is_no_place_for_a_run(cfg: RunConfig, tmp_path: Path)
 
 def test_a_file_in_the_place_of_a_folder_is_named(cfg: RunConfig) -> None:
     check_places(cfg.folder)
-    for name in run_folder.FOLDERS:
+    for name in run_lock.FOLDERS:
         (cfg.folder / name).write_text("x")
         with pytest.raises(UserError, match=rf"{cfg.folder / name}: a file, must be a folder; move it away"):
             check_places(cfg.folder)
@@ -424,5 +430,5 @@ def test_a_run_goes_on_whatever_became_of_its_small_files(way: str, config: Path
 
 def run_quick(config: Path, overrides: list[str]) -> Any:
     """Without the patience for an owner on another machine."""
-    run_folder.RunLock.__init__.__kwdefaults__["stale_s"] = 0.5
+    run_lock.RunLock.__init__.__kwdefaults__["stale_s"] = 0.5
     return run_with(config, overrides)

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from acceleration import runtime as runtimes
 from acceleration.checkpoint import CheckpointManager
 from acceleration.config import OptimConfig, ParallelConfig, PrecisionConfig
+from acceleration.distributed import runtime
+from acceleration.distributed.mesh import build as build_mesh
 from acceleration.engines import build_engine
-from acceleration.mesh import build as build_mesh
 from acceleration.parallelize import parallelize
-from opensora.models import build_model
-from opensora.train.step import loss_share
+from opensora.models.families import build_model
+from opensora.train.preparation import loss_share
 from tests.dist.problem import MODEL, batches, elements
 from tests.dist.test_parity import CLIP, LR, STEPS, fill, on_one_process, preparation, relative
 
@@ -31,8 +31,8 @@ def group():  # type: ignore[no-untyped-def]
     """A group of one over nccl."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)
-    yield runtimes.start(60)
-    runtimes.stop()
+    yield runtime.start(60)
+    runtime.stop()
 
 
 def build(zero: Any, compute: Any, optim: OptimConfig) -> tuple[Any, Any]:

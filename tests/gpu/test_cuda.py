@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from acceleration import mesh as meshes
-from acceleration import runtime as runtimes
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
+from acceleration.distributed import mesh as meshes
+from acceleration.distributed import runtime
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
-from opensora.models import build_model
-from opensora.train.step import loss_share
+from opensora.models.families import build_model
+from opensora.train.preparation import loss_share
 from tests.dist.problem import MODEL, batches, elements
 from tests.dist.test_parity import fill, on_one_process, preparation, relative
 
@@ -24,8 +24,8 @@ def group():  # type: ignore[no-untyped-def]
     """A group of one over nccl, as a plain ``python scripts/diffusion/train.py`` starts it."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)
-    yield runtimes.start(60)
-    runtimes.stop()
+    yield runtime.start(60)
+    runtime.stop()
 
 
 def gradients_on_cuda(precision: PrecisionConfig, zero: int, recompute: str) -> tuple[float, dict[str, Tensor]]:

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from acceleration import attention
-from acceleration.attention import KernelCore
-from acceleration.kernels import KERNELS, PACKAGES
+from acceleration.attention import core
+from acceleration.attention.core import KernelCore
+from acceleration.attention.kernels import KERNELS, PACKAGES
 from acceleration.sequence import Segments
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -33,10 +33,10 @@ def test_kernel_equals_mathematics(kernel: str, masked: bool, dtype: torch.dtype
         mask = (torch.rand(BATCH, TOKENS, generator=generator) > 0.3).cuda()
         mask[1] = False
     wide = [x.double() for x in (q, k, v)]
-    true_out, true_lse = attention.forward(KERNELS["math"], *wide, mask)
-    truth = attention.backward(KERNELS["math"], grad.double(), *wide, true_out, true_lse, mask)
-    out, lse = attention.forward(KERNELS[kernel], q, k, v, mask)
-    found = attention.backward(KERNELS[kernel], grad, q, k, v, out, lse, mask)
+    true_out, true_lse = core.forward(KERNELS["math"], *wide, mask)
+    truth = core.backward(KERNELS["math"], grad.double(), *wide, true_out, true_lse, mask)
+    out, lse = core.forward(KERNELS[kernel], q, k, v, mask)
+    found = core.backward(KERNELS[kernel], grad, q, k, v, out, lse, mask)
     assert (out.double() - true_out).abs().max() <= tolerance * true_out.abs().max()
     seen = true_lse.isfinite()
     assert torch.equal(lse.isfinite(), seen)

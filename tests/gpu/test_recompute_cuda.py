@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from acceleration import mesh as meshes
 from acceleration.config import CompileConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
+from acceleration.distributed import mesh as meshes
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
-from opensora.models import build_model
-from opensora.train.step import loss_share
+from opensora.models.families import build_model
+from opensora.train.preparation import loss_share
 from tests.dist.layouts import FP64
 from tests.dist.problem import MODEL, batches, elements
 from tests.dist.test_parity import fill, preparation, relative

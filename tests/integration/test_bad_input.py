@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from acceleration.checkpoint import storage
-from acceleration.runtime import Runtime
+from acceleration.checkpoint import atomic_dir
+from acceleration.distributed.runtime import Runtime
 from opensora.cli import sample, train
-from opensora.config import RunConfig, load_config, run_cli, save
-from opensora.train import resume
-from opensora.train.resume import check_same, checkpoint_info
+from opensora.cli.main import run_cli
+from opensora.config.load import load_config, save
+from opensora.config.run import RunConfig
+from opensora.train.state import resume
+from opensora.train.state.resume import check_same, checkpoint_info
 from opensora.utils.errors import UserError
 
 BAD_TRAINING = {
@@ -68,8 +70,8 @@ def test_training(
 def test_a_fresh_start_over_checkpoints(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    staged = storage.stage(tmp_path / "runs/run/checkpoints", "x")
-    storage.commit(staged, staged.parent / "step-00000007", {"step": 7}, {})
+    staged = atomic_dir.stage(tmp_path / "runs/run/checkpoints", "x")
+    atomic_dir.commit(staged, staged.parent / "step-00000007", {"step": 7}, {})
     error = refused(train.main, [str(config), "train.resume=none", "parallel.mesh.ulysses=1"], capsys, monkeypatch)
     assert "already has step-00000007" in error
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from opensora import config as configs
 from opensora.cli import buckets, calibrate
-from opensora.config import RunConfig, load_config
-from opensora.train.data import open_data
+from opensora.config import run
+from opensora.config.load import load_config, save
+from opensora.config.run import RunConfig
+from opensora.train.step_data import open_data
 from opensora.utils.errors import UserError
 
 
@@ -37,14 +38,14 @@ def test_buckets_shows_all_rows_before_it_refuses_those_without_a_clip(
     assert Path(shown.strip().splitlines()[-1]).is_file()
     with pytest.raises(UserError, match=r"32px\.901 gets no sample: take it out"):
         buckets.main([str(config), "data.buckets={32px: {5: [1.0, 2], 901: [1.0, 2]}}"])
-    assert buckets.main([str(config), rows, "data.empty_rows=report"]) == 0
+    assert buckets.main([str(config), rows, "data.unused_rows=report"]) == 0
 
 
 def test_calibrate_prints_a_section_that_a_configuration_takes(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = load_config(RunConfig, config)
-    configs.save(cfg, cfg.folder / configs.SAVED_NAME)
+    save(cfg, cfg.folder / run.SAVED_NAME)
     _, plan = open_data(cfg)
     with (cfg.folder / "metrics.jsonl").open("w") as file:
         for step in range(1, 30):

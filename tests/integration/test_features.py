@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from opensora.cli.precompute import main as precompute
-from opensora.config import RunConfig, load_config
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig
 from opensora.models.mmdit.convert import read_state_dict
 from opensora.train.loop import train
 from opensora.train.setup import start_run

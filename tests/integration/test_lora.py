@@ -11,12 +11,13 @@ from torch import Tensor
 
 from acceleration import lora
 from acceleration.checkpoint import newest
-from opensora.config import SampleConfig, load_config
+from opensora.config.load import load_config
+from opensora.config.run import SampleConfig
 from opensora.inference.load import find_source
 from opensora.models.mmdit.convert import read_state_dict
-from opensora.utils.adapters import WEIGHTS, read_adapter
+from opensora.models.weights.adapters import WEIGHTS, read_adapter
 from opensora.utils.errors import UserError
-from opensora.utils.weights import write_weights
+from opensora.utils.files.safetensors_files import write_weights
 from tests.dist.harness import run_distributed
 from tests.integration.conftest import CONFIG
 from tests.integration.test_train_and_sample import LAYOUT_B, sample_pixels, train_on

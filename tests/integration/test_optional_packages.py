@@ -38,5 +38,5 @@ def test_one_command_with_all_that_go_together(place: Place) -> None:
 
 def test_what_does_not_run_is_found(place: Place) -> None:
     """A table of results that cannot fail would show nothing."""
-    with pytest.raises(optional_packages.Failed, match=r"exit code 2: error: data\.decoder='cv2': allowed are"):
+    with pytest.raises(optional_packages.Failed, match=r"exit code 2: error: data\.decoder='cv2': must be"):
         place.train("refused", "data.decoder=cv2", processes=1)

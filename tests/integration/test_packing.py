@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 
 from opensora.cli.buckets import main as buckets
-from opensora.cli.plan import main as plan
+from opensora.cli.forecast import main as plan
 from opensora.cli.precompute import main as precompute
-from opensora.models import MMDiT
+from opensora.models.families import MMDiT
 from opensora.utils.errors import UserError
 from tests.integration.test_train_and_sample import LAYOUT_B, train_on, weights
 
 # SGD: Adam would make steps of the roundings of gradients that are zero at the start.
 OPTIM = ["optim.kind=sgd", "optim.lr=0.1", "optim.warmup_steps=0", "train.log_every=1"]
-ALONE = ["data.micro_batches=6", "data.pack=3", *OPTIM]
+ALONE = ["data.micro_batches=6", "data.balance_group=3", *OPTIM]
 PACKS = [*ALONE, "data.tokens_per_sequence=200"]
 
 

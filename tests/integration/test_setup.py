@@ -50,7 +50,7 @@ class Checkout:
         self.python.chmod(0o755)
         self.env = {"PATH": f"{self.python.parent}:{os.environ['PATH']}", "CALLS": str(self.calls), "HOME": "/tmp"}
 
-    def start(self, how: str = "exec bash launch/setup.sh", **env: str) -> "subprocess.Popen[str]":
+    def start(self, how: str = "exec env --default-signal bash launch/setup.sh", **env: str) -> "subprocess.Popen[str]":
         return subprocess.Popen(
             how,
             shell=True,
@@ -136,11 +136,7 @@ def test_an_interrupted_setup_is_done_again(checkout: Checkout, number: signal.S
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_to_the_shell_alone_leaves_no_process(checkout: Checkout, number: signal.Signals) -> None:
-    # A shell starts what is in the background with some signals ignored, and so may these tests be.
-    reset = f"{sys.executable} -c 'import os, signal; signal.signal({int(number)}, signal.SIG_DFL); "
-    process = checkout.start(
-        f'exec {reset} os.execvp("bash", ["bash", "launch/setup.sh"])\'', PIP_DOES="exec sleep 300"
-    )
+    process = checkout.start(PIP_DOES="exec sleep 300")
     deadline = time.monotonic() + 60
     while not checkout.calls.exists() and time.monotonic() < deadline:
         time.sleep(0.05)

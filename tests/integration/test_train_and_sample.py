@@ -12,17 +12,18 @@ import torch
 from torch import Tensor
 
 from acceleration.checkpoint import newest
-from acceleration.runtime import start, stop
-from opensora.cli import sample as sample_cli
-from opensora.config import RunConfig, SampleConfig, load_config
+from acceleration.distributed.runtime import start, stop
+from opensora.cli import sample
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig, SampleConfig
 from opensora.inference.load import find_source
 from opensora.inference.pipeline import fit, prepare_api, prepare_models
 from opensora.models.mmdit.convert import read_state_dict
-from opensora.train.calibrate import measured
-from opensora.train.data import open_data
+from opensora.planner.cost_fit import measured
 from opensora.train.loop import train
 from opensora.train.setup import start_run
-from opensora.utils.logging import read_metrics
+from opensora.train.step_data import open_data
+from opensora.utils.metrics_log import read_metrics
 from tests.dist.harness import run_distributed
 
 Consumed = list[tuple[int, tuple[int, ...]]]  # (step, sample ids) of every weighted micro-batch
@@ -121,7 +122,7 @@ def test_samples_while_training_change_nothing_but_the_folder(config: Path, tmp_
         assert torch.equal(weights(watched_folder)[name], weight), name
     records = [json.loads(line) for line in (watched_folder / "metrics.jsonl").read_text().splitlines()]
     for record in (record for record in records if "loss" in record):  # samples are not counted as steps' traffic
-        for axis in ("ulysses", "pieces"):
+        for axis in ("ulysses", "fsdp"):
             assert record[f"comm/{axis}_gib"] == record[f"comm/{axis}_predicted_gib"] > 0
     made = sorted(path.name for path in (watched_folder / "samples/step-00000002/video_40x24").iterdir())
     assert made == ["contact_sheet.png", "sample_0000.mp4", "sample_0000.txt", "sample_0001.mp4", "sample_0001.txt"]
@@ -176,7 +177,7 @@ def test_any_number_of_processes_samples_the_same(trained: Path, tmp_path: Path,
 
 
 def sample_command(path: Path) -> int:
-    return sample_cli.main([str(path)])
+    return sample.main([str(path)])
 
 
 def test_the_command_writes_videos_prompts_and_a_sheet(trained: Path, tmp_path: Path) -> None:

@@ -229,7 +229,7 @@ def write_config(path: Path, table: Path, *, init_from: Path | None, case: Case 
             "table": str(table),
             "buckets": {f"{SIDE}px_ar1:1": {frames: [1.0, size] for frames, size in BATCH_SIZES.items()}},
             "micro_batches": case.micro_batches,
-            "pack": case.pack,
+            "balance_group": case.pack,
             "tokens_per_sequence": SEQUENCE if case.pack > 1 else 0,
             "crop": stated.crop,
             "prompt_suffix": stated.suffix,

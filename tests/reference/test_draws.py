@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from opensora.datasets import draws as columns
+from opensora.datasets.plan import counter_rng
 from opensora.utils import rng
 from tests.reference import draws
 
@@ -37,12 +37,12 @@ def test_generators() -> None:
 
 def test_columns() -> None:
     """A number for a sample, and where a permutation sends it."""
-    assert draws.uniform(12, 7, 0, "crop left") == columns.uniform(np.array([12]), 7, 0, "crop left")[0]
+    assert draws.uniform(12, 7, 0, "crop left") == counter_rng.uniform(np.array([12]), 7, 0, "crop left")[0]
     assert draws.uniform(12, 7, 0, "crop left") == 0.11367727603583411
-    assert draws.below(100, 12, 7, 0, "crop left") == columns.integer(12, 100, 7, 0, "crop left") == 11
+    assert draws.below(100, 12, 7, 0, "crop left") == counter_rng.integer(12, 100, 7, 0, "crop left") == 11
     golden = [3, 10, 0, 9, 2, 4, 7, 6, 1, 5, 8]
     assert [draws.permuted(i, 11, draws.key("p")) for i in range(11)] == golden
-    assert columns.permuted(np.arange(11), 11, draws.key("p")).tolist() == golden
+    assert counter_rng.permuted(np.arange(11), 11, draws.key("p")).tolist() == golden
 
 
 def test_splitmix64_is_the_published_sequence() -> None:

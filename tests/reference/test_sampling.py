@@ -12,10 +12,11 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from acceleration.runtime import start, stop
+from acceleration.distributed.runtime import start, stop
 from opensora.cli import sample as command
-from opensora.cli import train as training_command
-from opensora.config import SampleConfig, load_config
+from opensora.cli import train
+from opensora.config.load import load_config
+from opensora.config.run import SampleConfig
 from opensora.inference.load import find_source
 from opensora.inference.pipeline import fit, prepare_api, prepare_models
 from tests.dist.harness import run_distributed
@@ -160,7 +161,7 @@ def test_from_training_to_pixels(tmp_path: Path, case: str) -> None:
     weights = files.write_weights(tmp_path / "weights.safetensors", files.alive())
     table = files.write_clips(tmp_path / "clips")
     config = files.write_config(tmp_path / "train.yaml", table, init_from=weights, case=trained)
-    assert training_command.main([str(config)]) == 0
+    assert train.main([str(config)]) == 0
     average = truth(trained)[1].ema
     if trained.lora:
         rank, alpha = trained.lora

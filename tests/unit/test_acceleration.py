@@ -7,14 +7,15 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from acceleration import plan, recompute
+from acceleration import protocol
+from acceleration.blocks import activation_checkpoint
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, RecomputeConfig
-from acceleration.ema import EMA
-from acceleration.mesh import resolve, view
-from acceleration.optim import ema_decay_at, lr_at
-from acceleration.runtime import first_host, ranks_from_environment, rendezvous_from_environment
+from acceleration.distributed.mesh import resolve, view
+from acceleration.distributed.runtime import first_host, ranks_from_environment, rendezvous_from_environment
+from acceleration.optim.ema import EMA
+from acceleration.optim.optimizers import ema_decay_at, lr_at
 from acceleration.sequence import SequenceParallel
-from opensora.utils.weights import INDEX, write_weights
+from opensora.utils.files.safetensors_files import INDEX, write_weights
 from tests.dist.toy import Toy
 
 
@@ -120,11 +121,11 @@ def test_ema_follows_its_decay() -> None:
 
 def test_slots_are_found_by_pattern() -> None:
     model = Toy(depth=2)
-    found = [(parent, attribute) for parent, attribute, _ in plan.slots(model, ("blocks.*.core",))]
+    found = [(parent, attribute) for parent, attribute, _ in protocol.slots(model, ("blocks.*.core",))]
     assert found == [(block, "core") for block in model.blocks]
     with pytest.raises(ValueError, match=r"'blocks.\*.missing' matches no Module"):
-        list(plan.slots(model, ("blocks.*.missing",)))
-    assert list(plan.slots(Toy(depth=0), ("blocks.*.core",))) == []
+        list(protocol.slots(model, ("blocks.*.missing",)))
+    assert list(protocol.slots(Toy(depth=0), ("blocks.*.core",))) == []
 
 
 RECOMPUTED = [("none", 0, 0), ("full", 0, 3), ("first", 2, 2), ("first", 9, 3)]
@@ -136,7 +137,7 @@ def test_recomputation_runs_the_chosen_blocks_twice(kind, blocks: int, wanted: i
     calls: list[int] = []
     for block in model.blocks:
         block.core.register_forward_hook(lambda *args: calls.append(1))
-    recompute.apply(model, RecomputeConfig(kind=kind, blocks=blocks))
+    activation_checkpoint.apply(model, RecomputeConfig(kind=kind, blocks=blocks))
     model(torch.randn(1, 4, 5), torch.randn(1, 3)).sum().backward()
     assert len(calls) == 3 + wanted
 
@@ -147,7 +148,7 @@ def test_parts_cover_the_sequence(degree: int, tokens: int) -> None:
     x = torch.arange(tokens)[None]
     for last in (False, True):
         ranks = [SequenceParallel(view({"ulysses": degree}, rank)) for rank in range(degree)]
-        parts = [rank.shard(x, surplus_last=last) for rank in ranks]
+        parts = [rank.shard(x, extra_to_last=last) for rank in ranks]
         assert torch.equal(torch.cat(parts, dim=1), x)
         assert max(p.shape[1] for p in parts) - min(p.shape[1] for p in parts) <= 1
 

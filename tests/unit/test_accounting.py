@@ -6,24 +6,24 @@ from math import prod
 import pytest
 import torch
 
-from acceleration import mesh as meshes
-from acceleration.accounting import MicroBatch, Place, forward_bytes, step_bytes
-from acceleration.activations import spread
+from acceleration.accounting.activation_memory import spread
+from acceleration.accounting.comm_volume import MicroBatch, RankLayout, forward_bytes, step_bytes
+from acceleration.accounting.model_profile import Linear, ModelProfile, profile_of
 from acceleration.config import MeshConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
+from acceleration.distributed import mesh as meshes
 from acceleration.sequence import SequenceParallel
-from acceleration.structure import Linear, Structure, structure_of
-from opensora.models import build_model
+from opensora.models.families import build_model
 from opensora.models.mmdit import MMDiTConfig
 from opensora.models.mmdit.model import SIZES, count_parameters
-from opensora.train.forecast import denoiser_inputs, run_denoiser
+from opensora.planner.forecast import denoiser_inputs, run_denoiser
 
 FP32 = ParallelConfig(zero=0, precision=PrecisionConfig(compute="fp32"))
 
 
 @lru_cache
-def structure(cfg: MMDiTConfig) -> Structure:
+def structure(cfg: MMDiTConfig) -> ModelProfile:
     with torch.device("meta"):
-        return structure_of(build_model(cfg), run_denoiser)
+        return profile_of(build_model(cfg), run_denoiser)
 
 
 @pytest.mark.parametrize("size", ["debug", "demo", "11b"])
@@ -42,7 +42,7 @@ def test_structure_holds_every_parameter_slot_and_cut_layer(size: str) -> None:
 
 def sent(axis: str, degree: int, rank: int, batch: MicroBatch, cfg: MMDiTConfig) -> float:
     """Values per layer and sample that one process sends in forward."""
-    place = Place(meshes.view({axis: degree}, rank), FP32)
+    place = RankLayout(meshes.view({axis: degree}, rank), FP32)
     layers = cfg.depth + cfg.depth_single_blocks
     return forward_bytes(structure(cfg), place, batch).get(axis, 0) / 4 / layers / batch.samples
 
@@ -58,7 +58,7 @@ def test_bounds_of_sequence_parallelism(degree: int, txt: int, img: int) -> None
     batch, tokens = MicroBatch(samples=3, txt=txt, img=img), txt + img
     everywhere = [sent("ulysses", degree, rank, batch, cfg) for rank in range(degree)]
     sequences = [SequenceParallel(meshes.view({"ulysses": degree}, rank)) for rank in range(degree)]
-    local = [seq.sizes(txt, surplus_last=True)[seq.rank] + seq.sizes(img)[seq.rank] for seq in sequences]
+    local = [seq.sizes(txt, extra_to_last=True)[seq.rank] + seq.sizes(img)[seq.rank] for seq in sequences]
     for values, held in zip(everywhere, local, strict=True):
         surplus = max(0.0, held - tokens / degree)  # tokens above an even share
         assert values <= (4 * tokens / degree + 3 * surplus) * cfg.hidden_size
@@ -93,7 +93,7 @@ def test_layouts_of_any_size_count_on_the_meta_device_what_is_predicted(
             model = build_model(cfg)
         spread(model, parallel, mesh, "cpu")
         model(**denoiser_inputs(cfg, batch, SequenceParallel(mesh))).sum().backward()
-        place = Place(meshes.view(degrees, rank), parallel)
+        place = RankLayout(meshes.view(degrees, rank), parallel)
         predicted = step_bytes(structure(cfg), place, [batch])
         once = step_bytes(structure(cfg), place, [])  # what does not depend on micro-batches
         for axis in degrees:

@@ -18,12 +18,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from acceleration import lora, sharding
-from opensora.inference.load import _exported, flux_adapter, weight_layout
-from opensora.models import MODEL_SIZES, build_model
+from acceleration import lora
+from acceleration.sharding import fsdp
+from opensora.assembly.initial_weights import weight_layout
+from opensora.inference.load import _exported, flux_adapter
+from opensora.models.families import MODEL_SIZES, build_model
 from opensora.models.mmdit import MMDiT, MMDiTConfig
 from opensora.models.mmdit.convert import plan_adapter
-from opensora.utils.adapters import CONFIG, WEIGHTS, read_adapter, write_adapter, write_comfyui
+from opensora.models.weights.adapters import CONFIG, WEIGHTS, read_adapter, write_adapter, write_comfyui
 from opensora.utils.errors import UserError
 from opensora.utils.rng import torch_generator
 
@@ -271,7 +273,7 @@ def merged(path: Path, model: MMDiTConfig, scale: float) -> dict[str, Tensor]:
     adapted.double().to_empty(device="cpu")
     names = [name for name, _ in adapted.named_parameters() if lora.is_adapter(name)]
     adapted.load_state_dict({**built.state_dict(), **{name: exported.tensor(name) for name in names}})
-    sharding.merge_adapters(adapted, scale)
+    fsdp.merge_adapters(adapted, scale)
     return {name: adapted.get_parameter(f"{name}.weight") for name in linears(model)}
 
 
@@ -406,19 +408,19 @@ OTHERS: dict[str, tuple[dict[str, Tensor], str]] = {
         {**PLAIN, "y.lora_A.style.weight": MATRIX, "y.lora_B.style.weight": MATRIX.T.contiguous()},
         "two adapters in one file",
     ),
-    "other ranks": ({**PLAIN, f"{PROJ}.lora_A.weight": torch.ones(3, 64)}, r"\(3, 64\) and \(64, 4\): allowed are"),
+    "other ranks": ({**PLAIN, f"{PROJ}.lora_A.weight": torch.ones(3, 64)}, r"\(3, 64\) and \(64, 4\): must be"),
     "a vector": ({**PLAIN, f"{PROJ}.lora_A.weight": torch.ones(64)}, r"\(64,\) and"),
     "rank 0": ({f"{PROJ}.lora_A.weight": torch.ones(0, 64), f"{PROJ}.lora_B.weight": torch.ones(64, 0)}, r"\(0, 64\)"),
     "NaN": ({**PLAIN, f"{PROJ}.lora_A.weight": LOW.down * math.nan}, "lora_A.weight holds NaN"),
     "infinity": ({**PLAIN, f"{PROJ}.lora_B.weight": LOW.up / 0}, "lora_B.weight holds NaN or infinite"),
     "NaN as alpha": ({**PLAIN, f"{PROJ}.alpha": torch.tensor(math.nan)}, "alpha holds NaN"),
-    "0 as alpha": ({**PLAIN, f"{PROJ}.alpha": torch.tensor(0.0)}, "alpha is 0: allowed"),
+    "0 as alpha": ({**PLAIN, f"{PROJ}.alpha": torch.tensor(0.0)}, "alpha is 0: must be"),
     "many alphas": ({**PLAIN, f"{PROJ}.alpha": torch.ones(2)}, "alpha has 2 values of F32"),
     "a complex alpha": (
         {**PLAIN, f"{PROJ}.alpha": torch.ones((), dtype=torch.complex64)},
-        "alpha has 1 values of C64: allowed is one number",
+        "alpha has 1 values of C64: must be one number",
     ),
-    "integers": ({**PLAIN, f"{PROJ}.lora_A.weight": LOW.down.int()}, "lora_A.weight is I32: allowed are F64"),
+    "integers": ({**PLAIN, f"{PROJ}.lora_A.weight": LOW.down.int()}, "lora_A.weight is I32: must be one of F64"),
     "fp8": ({**PLAIN, f"{PROJ}.lora_A.weight": LOW.down.to(torch.float8_e4m3fn)}, r"is F8_E4M3 \(fp8\)"),
     "no tensors": ({}, "no adapters for the model"),
 }

@@ -2,7 +2,7 @@
 
 import pytest
 
-from opensora.datasets.aspect import area_of, size_of, training_sizes
+from opensora.datasets.buckets.aspect import area_of, size_of, training_sizes
 
 LIST_256 = [(160, 400), (176, 368), (192, 336), (208, 320), (224, 288), (256, 256)]
 LIST_768 = [(496, 1184), (544, 1088), (560, 1056), (576, 1024), (624, 944), (672, 880), (768, 768), (992, 592)]

@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from opensora.datasets import DataConfig
-from opensora.datasets.decode import DecodeError, is_image, probe, read_frames
-from opensora.datasets.loader import build_loader
-from opensora.datasets.manifest import read_table
-from opensora.datasets.plan import BatchPlan
-from opensora.datasets.reader import DecoderProcess
+from opensora.datasets.decode.api import DecodeError, is_image, probe, read_frames
+from opensora.datasets.decode.process import DecoderProcess
+from opensora.datasets.loading.loader import build_loader
+from opensora.datasets.plan.batch_plan import BatchPlan
+from opensora.datasets.table.manifest import read_table
 from opensora.utils.errors import UserError
 from tests.unit.test_decode import MEDIA, assert_windows_equal, encode, needs_media
 

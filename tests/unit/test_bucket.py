@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from opensora.datasets import DataConfig
-from opensora.datasets.aspect import area_of, training_sizes
-from opensora.datasets.bucket import (
+from opensora.datasets.buckets.aspect import area_of, training_sizes
+from opensora.datasets.buckets.bucket import (
     NO_IMAGE_ROW,
     NOT_DRAWN,
     TOO_SHORT,
@@ -22,11 +22,11 @@ from opensora.datasets.bucket import (
     frame_interval,
     sampled_fps,
 )
-from opensora.datasets.draws import uniform
-from opensora.datasets.epoch import Epoch, Source
-from opensora.datasets.groups import group_rows
-from opensora.datasets.manifest import ClipTable, TextsInMemory
-from opensora.datasets.plan import BatchPlan
+from opensora.datasets.buckets.shape_class_index import index_shape_classes
+from opensora.datasets.plan.batch_plan import BatchPlan
+from opensora.datasets.plan.counter_rng import uniform
+from opensora.datasets.plan.epoch import Epoch, Source
+from opensora.datasets.table.manifest import ClipTable, TextsInMemory
 from opensora.utils.errors import UserError
 
 BUCKETS: dict[str, dict[int, Any]] = {
@@ -140,7 +140,7 @@ def outcomes(cfg: DataConfig, row: tuple[int, int, int, float]) -> list[tuple[Ou
 @pytest.mark.parametrize("probability", ["skip", "accept"])
 @pytest.mark.parametrize("epoch", [0, 3])
 def test_columns_agree_with_the_rules_row_for_row(probability: Any, epoch: int) -> None:
-    cfg = DataConfig(buckets=BUCKETS, probability=probability, empty_rows="report")
+    cfg = DataConfig(buckets=BUCKETS, probability=probability, unused_rows="report")
     table = random_table(800)
     buckets = BucketTable(cfg, 16)
     content = epoch_of(cfg, table, epoch)
@@ -201,7 +201,7 @@ def test_ratios_on_and_beside_a_border_take_the_size_that_integers_say() -> None
 
 def epoch_of(cfg: DataConfig, table: ClipTable, epoch: int, seed: int = 7) -> Epoch:
     buckets = BucketTable(cfg, 16)
-    return Epoch(Source(buckets, buckets.shares(), group_rows(table, buckets), seed), epoch)
+    return Epoch(Source(buckets, buckets.shares(), index_shape_classes(table, buckets), seed), epoch)
 
 
 def test_skip_and_accept_are_opposites() -> None:
@@ -305,7 +305,7 @@ def test_buckets_are_those_of_the_family_but_for_the_differences_that_are_named(
     fps[rng.random(count) < 0.1] = np.nan
     height, width = rng.integers(64, 2000, (2, count))
     table = clip_table(frames.tolist(), height.tolist(), width.tolist(), fps.tolist())
-    cfg = DataConfig(buckets=rows, empty_rows="report")
+    cfg = DataConfig(buckets=rows, unused_rows="report")
     buckets, assigned = BucketTable(cfg, 16).buckets, epoch_of(cfg, table, 0).assigned()
     stills = ratios = 0
     for i in range(count):
@@ -338,12 +338,12 @@ def test_the_largest_size_is_the_first_of_equal_ones(name: str, size: tuple[int,
 
 def test_clips_of_which_one_frame_is_used_are_images() -> None:
     table = clip_table([5, 2, 4, 1, 9], [512] * 5, [512] * 5, [120.0, 48.0, 120.0, math.nan, 120.0])
-    cfg = DataConfig(buckets={"256px": {1: [1.0, 1], 5: [1.0, 1]}}, empty_rows="report")
+    cfg = DataConfig(buckets={"256px": {1: [1.0, 1], 5: [1.0, 1]}}, unused_rows="report")
     names = [str(b) for b in BucketTable(cfg, 16).buckets]
     places = [names[b] if b >= 0 else int(b) for b in epoch_of(cfg, table, 0).assigned()]
     still = "256px 1x256x256"
     assert places == [still, still, TOO_SHORT, still, still]
-    without = DataConfig(buckets={"256px": {5: [1.0, 1]}}, empty_rows="report")
+    without = DataConfig(buckets={"256px": {5: [1.0, 1]}}, unused_rows="report")
     assert epoch_of(without, table, 0).assigned().tolist() == [NO_IMAGE_ROW] * 2 + [TOO_SHORT] + [NO_IMAGE_ROW] * 2
 
 
@@ -351,12 +351,12 @@ def test_report_counts_every_row_once() -> None:
     table = clip_table(
         [1, 1, 100, 3, 50], [512, 32, 512, 512, 512], [512, 32, 512, 512, 512], [math.nan] * 2 + [24.0] * 3
     )
-    cfg = DataConfig(buckets={"256px": {33: [1.0, 2], 65: [1.0, 1], 97: [0.0, 1]}}, empty_rows="report")
+    cfg = DataConfig(buckets={"256px": {33: [1.0, 2], 65: [1.0, 1], 97: [0.0, 1]}}, unused_rows="report")
     plan = BatchPlan(table, cfg, 16, 0)
     report = plan.report()
     assert [(bucket.frames, count) for bucket, count in report.per_bucket] == [(33, 1)]
     assert sum(count for _, count in report.left_out) == 4 and len(report.left_out) == 4
-    assert report.empty_rows == (("256px", 97), ("256px", 65))
+    assert report.unused_rows == (("256px", 97), ("256px", 65))
     text = str(report)
     for words in ("1 of 5 samples", "too small", "too short", "no row of 1 frame", "dropped", "256px x 97"):
         assert words in text

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from acceleration.checkpoint import folder, storage, writer
-from acceleration.checkpoint.background import BackgroundWriter
+from acceleration.checkpoint import atomic_dir, listing, writer_process
+from acceleration.checkpoint.async_writer import BackgroundWriter
 
 
 @pytest.fixture
@@ -38,13 +38,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 def test_everything_is_flushed_before_the_rename_and_the_rename_after(
     tmp_path: Path, calls: list[tuple[str, str]]
 ) -> None:
-    staged = storage.stage(tmp_path / "checkpoints", "step-00000001")
-    written = writer.write(str(staged / "shard"), [b"abc", memoryview(b"defg")])
+    staged = atomic_dir.stage(tmp_path / "checkpoints", "step-00000001")
+    written = writer_process.write(str(staged / "shard"), [b"abc", memoryview(b"defg")])
     assert written["size"] == 7 and (staged / "shard").read_bytes() == b"abcdefg"
-    storage.commit(staged, tmp_path / "checkpoints/step-00000001", {"step": 1}, {"shard": written})
+    atomic_dir.commit(staged, tmp_path / "checkpoints/step-00000001", {"step": 1}, {"shard": written})
     assert calls == [
         ("flush", "shard"),
-        ("flush", storage.MANIFEST),
+        ("flush", atomic_dir.MANIFEST),
         ("flush", staged.name),
         ("rename", "step-00000001"),
         ("flush", "checkpoints"),
@@ -52,23 +52,23 @@ def test_everything_is_flushed_before_the_rename_and_the_rename_after(
 
 
 def test_what_is_read_back_must_be_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "digest_of", lambda path: "0" * 64)
+    monkeypatch.setattr(writer_process, "digest_of", lambda path: "0" * 64)
     with pytest.raises(OSError, match="not what was written"):
-        writer.write(str(tmp_path / "shard"), [b"abc"])
+        writer_process.write(str(tmp_path / "shard"), [b"abc"])
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "missing", "manifest"])
 def test_damage_is_found(tmp_path: Path, damage: str) -> None:
-    staged = storage.stage(tmp_path, "step-00000001")
-    written = writer.write(str(staged / "shard"), [bytes(1000)])
+    staged = atomic_dir.stage(tmp_path, "step-00000001")
+    written = writer_process.write(str(staged / "shard"), [bytes(1000)])
     final = tmp_path / "step-00000001"
-    storage.commit(staged, final, {"step": 1}, {"shard": written})
-    manifest = storage.read_manifest(final)
-    assert manifest is not None and storage.damaged(final, manifest["files"]) is None
-    shard, about = final / "shard", final / storage.MANIFEST
+    atomic_dir.commit(staged, final, {"step": 1}, {"shard": written})
+    manifest = atomic_dir.read_manifest(final)
+    assert manifest is not None and atomic_dir.damaged(final, manifest["files"]) is None
+    shard, about = final / "shard", final / atomic_dir.MANIFEST
     if damage == "flip":
         shard.write_bytes(bytes(500) + b"\1" + bytes(499))
-        assert storage.damaged(final, manifest["files"]) == "shard"
+        assert atomic_dir.damaged(final, manifest["files"]) == "shard"
         return
     if damage == "cut":
         shard.write_bytes(bytes(999))
@@ -76,7 +76,7 @@ def test_damage_is_found(tmp_path: Path, damage: str) -> None:
         shard.unlink()
     else:
         about.write_text(about.read_text().replace('"step": 1', '"step": 2'))
-    assert storage.read_manifest(final) is None
+    assert atomic_dir.read_manifest(final) is None
 
 
 # What asks a run to stop.
@@ -112,10 +112,10 @@ def test_a_folder_that_cannot_be_listed_is_no_folder_without_checkpoints(
     def forbidden(path: Any = ".") -> list[str]:
         raise OSError(number, os.strerror(number), str(path))
 
-    assert folder.candidates(tmp_path) == [] and folder.newest(tmp_path / "nowhere") is None
+    assert listing.candidates(tmp_path) == [] and listing.newest(tmp_path / "nowhere") is None
     for name in ("listdir", "scandir"):
         monkeypatch.setattr(os, name, forbidden)
-    for look in (folder.candidates, folder.misnamed, folder.newest, folder.steps_in):
+    for look in (listing.candidates, listing.misnamed, listing.newest, listing.steps_in):
         with pytest.raises(OSError, match=re.escape(str(tmp_path))) as caught:
             look(tmp_path)
         assert caught.value.errno == number

@@ -12,13 +12,14 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as papq
 import pytest
 
-from opensora.datasets import DataConfig, index
-from opensora.datasets.bucket import BucketTable
-from opensora.datasets.groups import group_rows
-from opensora.datasets.index import index_of, open_index, open_table
-from opensora.datasets.manifest import COLUMNS, ClipTable, read_table
-from opensora.datasets.once import build_once
-from opensora.datasets.plan import BatchPlan
+from opensora.datasets import DataConfig
+from opensora.datasets.buckets.bucket import BucketTable
+from opensora.datasets.buckets.shape_class_index import index_shape_classes
+from opensora.datasets.plan.batch_plan import BatchPlan
+from opensora.datasets.table import index
+from opensora.datasets.table.build_once import build_once
+from opensora.datasets.table.index import index_of, open_index, open_table
+from opensora.datasets.table.manifest import COLUMNS, ClipTable, read_table
 from opensora.utils.errors import UserError
 from tests.unit.test_bucket import BUCKETS
 
@@ -160,7 +161,7 @@ def test_of_many_processes_one_builds(tmp_path: Path) -> None:
 
 def test_workers_get_the_files_not_the_values(tmp_path: Path) -> None:
     table = open_table([str(path) for path in make_tables(tmp_path)])
-    plan = BatchPlan(table, DataConfig(buckets=BUCKETS, micro_batches=2, empty_rows="report"), 16, 0)
+    plan = BatchPlan(table, DataConfig(buckets=BUCKETS, micro_batches=2, unused_rows="report"), 16, 0)
     sent = pickle.dumps((table, plan))
     assert len(sent) < 2000
     open_index.cache_clear()
@@ -171,7 +172,7 @@ def test_workers_get_the_files_not_the_values(tmp_path: Path) -> None:
 
 def test_an_indexed_table_has_the_plan_of_the_same_table_in_memory(tmp_path: Path) -> None:
     paths = [str(path) for path in make_tables(tmp_path)]
-    cfg = DataConfig(buckets=BUCKETS, micro_batches=2, empty_rows="report")
+    cfg = DataConfig(buckets=BUCKETS, micro_batches=2, unused_rows="report")
     plans = [BatchPlan(table, cfg, 16, 0) for table in (open_table(paths), read_table(paths))]
     assert [plans[0].step(s) for s in range(30)] == [plans[1].step(s) for s in range(30)]
 
@@ -179,8 +180,8 @@ def test_an_indexed_table_has_the_plan_of_the_same_table_in_memory(tmp_path: Pat
 def test_rows_are_grouped_by_kind_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = open_table([str(path) for path in make_tables(tmp_path)])
     buckets = BucketTable(DataConfig(buckets=BUCKETS), 16)
-    monkeypatch.setattr("opensora.datasets.groups._CHUNK", 101)
-    groups = group_rows(table, buckets)
+    monkeypatch.setattr("opensora.datasets.buckets.shape_class_index._CHUNK", 101)
+    groups = index_shape_classes(table, buckets)
     kind = buckets.kind_of(table)
     assert groups.ids.tolist() == np.argsort(kind, kind="stable").tolist()
     assert (np.diff(groups.start) == np.bincount(kind, minlength=buckets.kinds)).all()

@@ -9,25 +9,15 @@ from typing import Any, Literal
 import pytest
 from omegaconf import OmegaConf
 
-from opensora import config
-from opensora.config import (
-    AUTOENCODER_CONFIGS,
-    MODEL_CONFIGS,
-    TEXT_ENCODER_CONFIGS,
-    RunConfig,
-    SampleConfig,
-    config_from_argv,
-    config_hash,
-    load_config,
-    run_cli,
-    save,
-    to_omegaconf,
-    to_yaml,
-)
-from opensora.models import MODEL_SIZES
+from opensora.cli import main
+from opensora.cli.main import run_cli
+from opensora.config.load import config_from_argv, config_hash, load_config, save, to_omegaconf, to_yaml
+from opensora.config.renamed_keys import RENAMED
+from opensora.config.run import AUTOENCODER_CONFIGS, MODEL_CONFIGS, TEXT_ENCODER_CONFIGS, RunConfig, SampleConfig
+from opensora.config.schema import build, plain, section
+from opensora.config.strict_yaml import read_yaml, to_yaml_text
+from opensora.models.families import MODEL_SIZES
 from opensora.utils.errors import UserError
-from opensora.utils.typed import build, plain, section
-from opensora.utils.yaml_strict import read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,14 +50,14 @@ def swapped(old: str, new: str) -> str:
     return GOOD.replace(old, new)
 
 
-PACKED = ["data.micro_batches=4", "data.pack=2", "data.tokens_per_sequence=64"]
+PACKED = ["data.micro_batches=4", "data.balance_group=2", "data.tokens_per_sequence=64"]
 
 # name -> (file content or None for the good one, overrides, what the one line must contain)
 BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     # keys
     "unknown key": (None, ["train.stepz=3"], "train.stepz: unknown key; did you mean steps?"),
     "unknown section": (None, ["optimizer.lr=3"], "optimizer: unknown key; did you mean optim?"),
-    "unknown key, nothing close": (None, ["train.qqq=3"], "train.qqq: unknown key; allowed are steps, log_every"),
+    "unknown key, nothing close": (None, ["train.qqq=3"], "train.qqq: unknown key; must be one of steps, log_every"),
     "unknown key deep down": (None, ["parallel.mesh.ulises=2"], "parallel.mesh.ulises: unknown key; did you mean ul"),
     "unknown key in a file": (GOOD + "sede: 1\n", [], "sede: unknown key; did you mean seed? (run.yaml:13)"),
     "unknown key of a chosen kind": (
@@ -82,38 +72,38 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
         [],
         "data.table: given twice",
     ),
-    "missing key": (swapped("train: {steps: 100}\n", ""), [], "train.steps: missing; wanted a whole number"),
+    "missing key": (swapped("train: {steps: 100}\n", ""), [], "train.steps: missing; must be a whole number"),
     "missing section": (swapped("vae: {kind: dct, spatial: 8, channels: 16}\n", ""), [], "vae: missing"),
-    "missing kind": (swapped("kind: bytes, ", ""), [], "text.kind: missing; allowed are bytes, t5_clip"),
+    "missing kind": (swapped("kind: bytes, ", ""), [], "text.kind: missing; must be one of bytes, t5_clip"),
     "key that is no text": (GOOD + "[1, 2]: 3\n", [], "run.yaml:13: a key under the top level"),
     "null key": (GOOD + "~: 3\n", [], "run.yaml:13: a key under the top level"),
     # types
-    "text for a whole number": (None, ["train.steps=ten"], "train.steps='ten': wanted a whole number"),
-    "fraction for a whole number": (None, ["train.steps=1.5"], "train.steps=1.5: wanted a whole number"),
-    "float that is whole": (None, ["train.steps=1e3"], "train.steps=1000.0: wanted a whole number; write 1000"),
-    "true for a whole number": (None, ["train.steps=true"], "train.steps=true: wanted a whole number"),
-    "text for a number": (None, ["optim.lr=fast"], "optim.lr='fast': wanted a number"),
-    "quoted number": (swapped("lr: 1e-4", 'lr: "1e-4"'), [], "optim.lr='1e-4': wanted a number (run.yaml:11)"),
-    "true for a number": (None, ["optim.lr=true"], "optim.lr=true: wanted a number"),
-    "no for a boolean": (None, ["train.export=no"], "train.export=no: wanted true or false"),
-    "number for a boolean": (None, ["train.export=1"], "train.export=1: wanted true or false"),
-    "number for text": (swapped("name: trial", "name: 7"), [], 'name=7: wanted text; write "7" in quotes'),
-    "list for a scalar": (None, ["seed=[1]"], "seed=[1]: wanted a whole number"),
-    "scalar for a list": (None, ["optim.betas=0.9"], "optim.betas=0.9: wanted a list of 2"),
-    "list of another length": (None, ["optim.betas=[0.9]"], "optim.betas=[0.9]: wanted a list of 2"),
-    "wrong type in a list": (None, ["optim.betas=[0.9, x]"], "optim.betas.1='x': wanted a number"),
-    "scalar for a section": (None, ["train=3"], "train=3: wanted a section with steps"),
-    "section for a scalar": (None, ["seed.x=3"], "seed={'x': 3}: wanted a whole number"),
-    "scalar for a chosen section": (None, ["vae=dct"], "vae='dct': wanted a section with kind, one of dct"),
-    "text for a frame count": (swapped("9: [[", "nine: [["), [], "data.buckets.64px.nine='nine': wanted a whole numb"),
-    "scalar for a mapping": (None, ["data.buckets=3"], "data.buckets=3: wanted a mapping from text"),
-    "null where it is not allowed": (None, ["train.steps=null"], "train.steps=null: wanted a whole number"),
-    "empty value": (swapped("steps: 100", "steps: "), [], "train.steps=null: wanted a whole number (run.yaml:12)"),
-    "null section": (None, ["model=null"], "model=null: wanted a section with kind"),
+    "text for a whole number": (None, ["train.steps=ten"], "train.steps='ten': must be a whole number"),
+    "fraction for a whole number": (None, ["train.steps=1.5"], "train.steps=1.5: must be a whole number"),
+    "float that is whole": (None, ["train.steps=1e3"], "train.steps=1000.0: must be a whole number; write 1000"),
+    "true for a whole number": (None, ["train.steps=true"], "train.steps=true: must be a whole number"),
+    "text for a number": (None, ["optim.lr=fast"], "optim.lr='fast': must be a number"),
+    "quoted number": (swapped("lr: 1e-4", 'lr: "1e-4"'), [], "optim.lr='1e-4': must be a number (run.yaml:11)"),
+    "true for a number": (None, ["optim.lr=true"], "optim.lr=true: must be a number"),
+    "no for a boolean": (None, ["train.export=no"], "train.export=no: must be true or false"),
+    "number for a boolean": (None, ["train.export=1"], "train.export=1: must be true or false"),
+    "number for text": (swapped("name: trial", "name: 7"), [], 'name=7: must be text; write "7" in quotes'),
+    "list for a scalar": (None, ["seed=[1]"], "seed=[1]: must be a whole number"),
+    "scalar for a list": (None, ["optim.betas=0.9"], "optim.betas=0.9: must be a list of 2"),
+    "list of another length": (None, ["optim.betas=[0.9]"], "optim.betas=[0.9]: must be a list of 2"),
+    "wrong type in a list": (None, ["optim.betas=[0.9, x]"], "optim.betas.1='x': must be a number"),
+    "scalar for a section": (None, ["train=3"], "train=3: must be a section with steps"),
+    "section for a scalar": (None, ["seed.x=3"], "seed={'x': 3}: must be a whole number"),
+    "scalar for a chosen section": (None, ["vae=dct"], "vae='dct': must be a section with kind, one of dct"),
+    "text for a frame count": (swapped("9: [[", "nine: [["), [], "data.buckets.64px.nine='nine': must be a whole numb"),
+    "scalar for a mapping": (None, ["data.buckets=3"], "data.buckets=3: must be a mapping from text"),
+    "null where it is not allowed": (None, ["train.steps=null"], "train.steps=null: must be a whole number"),
+    "empty value": (swapped("steps: 100", "steps: "), [], "train.steps=null: must be a whole number (run.yaml:12)"),
+    "null section": (None, ["model=null"], "model=null: must be a section with kind"),
     "list for a section": (
         swapped("train: {steps: 100}", "train: [1, 2]"),
         [],
-        "train=[1, 2]: wanted a section with steps",
+        "train=[1, 2]: must be a section with steps",
     ),
     "a key in a list": (
         swapped("train: {steps: 100}", "train: [1, 2]"),
@@ -126,19 +116,19 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
         "validate.prompts=['a'] (run",
     ),
     "a mapping for a bucket's row": (None, ["data.buckets.64px.1={a: 1}"], "data.buckets.64px.1={'a': 1}: write [keep"),
-    "a list over a section": (None, ["vae=[]"], "vae=[]: wanted a section with kind"),
-    "digits that are none": (None, ["data.buckets.²=1"], "data.buckets.²=1: wanted a mapping"),
+    "a list over a section": (None, ["vae=[]"], "vae=[]: must be a section with kind"),
+    "digits that are none": (None, ["data.buckets.²=1"], "data.buckets.²=1: must be a mapping"),
     "digits of another script": (
         None,
         ["data.buckets.64px.٣=[1.0, 1]"],
-        "data.buckets.64px.٣='٣': wanted a whole number",
+        "data.buckets.64px.٣='٣': must be a whole number",
     ),
     "a key of 5,000 digits": (None, [f"data.buckets.64px.{'1' * 5000}=1"], "data.buckets.64px.1111"),
     "a number of 5,000 digits": (None, ["seed=" + "1" * 5000], "seed (command line): a whole number beyond 64 bits"),
     "a key of 500 levels": (
         None,
         [".".join("a" * 500) + "=1"],
-        "a.a.a.a...: 500 levels (command line); allowed are 32",
+        "a.a.a.a...: 500 levels (command line); must be at most 32",
     ),
     "a list that takes minutes to read": (
         GOOD + "x: [" + "1," * 170_000 + "]\n",
@@ -159,57 +149,61 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     "a code beyond Unicode": (GOOD + 'output: "\\UFFFFFFFF"\n', [], "run.yaml: not valid YAML"),
     "a name of 300 bytes": (None, ["name=" + "a" * 300], "name='aaaa"),
     "an empty key in a file": (GOOD + "'': 1\n", [], "'': unknown key"),
-    "no output": (None, ["output="], "output='': wanted the folder of all runs"),
-    "no weights to start from": (None, ["train.init_from="], "train.init_from='': wanted a safetensors file"),
+    "no output": (None, ["output="], "output='': must be the folder of all runs"),
+    "no weights to start from": (None, ["train.init_from="], "train.init_from='': must be a safetensors file"),
     # values
-    "nan": (None, ["optim.lr=.nan"], "optim.lr=nan: wanted a finite number"),
-    "infinity": (None, ["optim.lr=-.inf"], "optim.lr=-inf: wanted a finite number"),
-    "overflow to infinity": (None, ["optim.lr=1e999"], "optim.lr=inf: wanted a finite number"),
-    "nan in a free value": (None, ["data.buckets.64px.1=[.nan, 2]"], "data.buckets.64px.1.0=nan: wanted a finite"),
+    "nan": (None, ["optim.lr=.nan"], "optim.lr=nan: must be a finite number"),
+    "infinity": (None, ["optim.lr=-.inf"], "optim.lr=-inf: must be a finite number"),
+    "overflow to infinity": (None, ["optim.lr=1e999"], "optim.lr=inf: must be a finite number"),
+    "nan in a free value": (None, ["data.buckets.64px.1=[.nan, 2]"], "data.buckets.64px.1.0=nan: must be a finite"),
     "huge whole number": (None, ["seed=99999999999999999999"], "seed (command line): a whole number beyond 64 bits"),
     "leading zero": (swapped("steps: 100", "steps: 0100"), [], "train.steps=0100 (run.yaml:12): readers disagree on"),
-    "underscores": (None, ["train.steps=1_000"], "train.steps='1_000': wanted a whole number"),
-    "sexagesimal": (None, ["train.steps=1:40"], "train.steps='1:40': wanted a whole number"),
+    "underscores": (None, ["train.steps=1_000"], "train.steps='1_000': must be a whole number"),
+    "sexagesimal": (None, ["train.steps=1:40"], "train.steps='1:40': must be a whole number"),
     "a choice that is none": (None, ["optim.kind=adam"], "optim.kind='adam': did you mean adamw?"),
-    "a choice by another type": (None, ["parallel.zero=true"], "parallel.zero=true: allowed are 0, 1, 2, 3"),
-    "a number out of the choices": (None, ["parallel.zero=4"], "parallel.zero=4: allowed are 0, 1, 2, 3"),
+    "a choice by another type": (None, ["parallel.zero=true"], "parallel.zero=true: must be one of 0, 1, 2, 3"),
+    "a number out of the choices": (None, ["parallel.zero=4"], "parallel.zero=4: must be one of 0, 1, 2, 3"),
     "an offload that is none": (
         None,
         ["parallel.offload=disk"],
-        "parallel.offload='disk': allowed are none, optimizer",
+        "parallel.offload='disk': must be one of none, optimizer",
     ),
     "unknown kind": (None, ["vae.kind=dtc"], "vae.kind='dtc': did you mean dct?"),
     "unknown size": (None, ["model.size=debugg"], "model.size='debugg': did you mean debug?"),
     "offload of nothing": (None, ["parallel.recompute.offload=true"], "parallel.recompute.offload=true with kind=none"),
-    "every block": (None, ["parallel.recompute.every=1"], "parallel.recompute.every=1: allowed are integers >= 2"),
-    "an unknown compiler": (None, ["parallel.compile.backend=gcc"], "parallel.compile.backend='gcc': allowed are"),
-    "refused by its dataclass": (None, ["parallel.mesh.ulysses=0"], "parallel.mesh.ulysses=0: allowed are integers >="),
-    "refused by a chosen dataclass": (None, ["vae.channels=0"], "vae.channels=0: allowed are 1 to"),
-    "refused at the top": (None, ["name=a/b"], "name='a/b': allowed is the name of a folder"),
-    "negative": (None, ["train.log_every=-1"], "train.log_every=-1: allowed are integers >= 1"),
-    "heads not divisible": (None, ["model.num_heads=5"], "model.num_heads=5: allowed are divisors of"),
-    "decoder": (None, ["data.decoder=opencv"], "data.decoder='opencv': allowed are pyav, decord, torchcodec"),
-    "no colour": (None, ["data.background=grue"], "data.background='grue': allowed are colours such as white, black"),
-    "a colour with alpha": (None, ["data.background=#ff00ff80"], "data.background='#ff00ff80': allowed are colours"),
-    "no time to decode": (None, ["data.decode_timeout_s=0"], "data.decode_timeout_s=0: allowed are numbers above 0"),
-    "bad clips": (None, ["data.max_bad_share=2"], "data.max_bad_share=2: allowed are numbers from 0 to 1"),
+    "every block": (None, ["parallel.recompute.every=1"], "parallel.recompute.every=1: must be an integer >= 2"),
+    "an unknown compiler": (None, ["parallel.compile.backend=gcc"], "parallel.compile.backend='gcc': must be"),
+    "refused by its dataclass": (None, ["parallel.mesh.ulysses=0"], "parallel.mesh.ulysses=0: must be an integer >="),
+    "refused by a chosen dataclass": (None, ["vae.channels=0"], "vae.channels=0: must be 1 to"),
+    "refused at the top": (None, ["name=a/b"], "name='a/b': must be the name of a folder"),
+    "negative": (None, ["train.log_every=-1"], "train.log_every=-1: must be an integer >= 1"),
+    "heads not divisible": (None, ["model.num_heads=5"], "model.num_heads=5: must be a divisor of"),
+    "decoder": (None, ["data.decoder=opencv"], "data.decoder='opencv': must be one of pyav, decord, torchcodec"),
+    "no colour": (None, ["data.background=grue"], "data.background='grue': must be a colour such as white, black"),
+    "a colour with alpha": (None, ["data.background=#ff00ff80"], "data.background='#ff00ff80': must be a colour"),
+    "no time to decode": (None, ["data.decode_timeout_s=0"], "data.decode_timeout_s=0: must be a number above 0"),
+    "bad clips": (None, ["data.max_bad_share=2"], "data.max_bad_share=2: must be a number from 0 to 1"),
     "bad bucket row": (None, ["data.buckets.64px.9=[2.0, 2]"], "data.buckets.64px.9=[2.0, 2]: probabilities"),
-    "adapters of no size": (None, ["lora.rank=-1"], "lora.rank=-1: allowed are integers >= 0"),
-    "adapters that draw": (None, ["lora.dropout=0.1"], "lora.dropout=0.1: allowed is 0"),
-    "adapters of no scale": (None, ["lora.alpha=0"], "lora.alpha=0.0: allowed are numbers > 0"),
+    "adapters of no size": (None, ["lora.rank=-1"], "lora.rank=-1: must be an integer >= 0"),
+    "adapters that draw": (None, ["lora.dropout=0.1"], "lora.dropout=0.1: must be 0"),
+    "adapters of no scale": (None, ["lora.alpha=0"], "lora.alpha=0.0: must be a number > 0"),
     "adapters nowhere": (None, ["lora.targets=[]"], "lora.targets=[]: name layers"),
-    "less than no bad update": (None, ["guard.max_bad=-1"], "guard.max_bad=-1: allowed are integers >= 0"),
-    "a window of nothing": (None, ["guard.spike_window=2"], "guard.spike_window=2: allowed are integers >= 8"),
-    "slower than itself": (None, ["guard.straggler=1"], "guard.straggler=1.0: allowed are numbers > 1; 0 names no"),
-    "a hang before it begins": (None, ["guard.hang_s=-1"], "guard.hang_s=-1.0: allowed are numbers >= 0; 0 is no wat"),
-    "no time to start": (None, ["guard.start_s=0"], "guard.start_s=0.0: allowed are numbers > 0"),
+    "less than no bad update": (None, ["guard.max_bad=-1"], "guard.max_bad=-1: must be an integer >= 0"),
+    "a window of nothing": (None, ["guard.spike_window=2"], "guard.spike_window=2: must be an integer >= 8"),
+    "slower than itself": (None, ["guard.straggler=1"], "guard.straggler=1.0: must be a number > 1; 0 names no"),
+    "a hang before it begins": (None, ["guard.hang_s=-1"], "guard.hang_s=-1.0: must be a number >= 0; 0 is no wat"),
+    "no time to start": (None, ["guard.start_s=0"], "guard.start_s=0.0: must be a number > 0"),
     # across sections
     "adapters of nothing": (None, ["lora.rank=4"], "lora.rank=4: adapters need weights to adapt; give train.init_from"),
     "channels that do not fit": (None, ["vae.channels=32"], "model.in_channels=64: vae.kind=dct"),
     "output channels that do not fit": (None, ["model.out_channels=7"], "model.out_channels=7: a velocity has the 64"),
     "one output channel for all": (None, ["model.out_channels=1"], "model.out_channels=1: a velocity has the 64"),
     "text that does not fit": (None, ["text.dim=128"], "model.context_in_dim=256: text.kind=bytes gives 128"),
-    "unknown engine": (None, ["parallel.engine=fsdp"], "parallel.engine='fsdp': allowed are native, deepspeed, coloss"),
+    "unknown engine": (
+        None,
+        ["parallel.engine=fsdp"],
+        "parallel.engine='fsdp': must be one of native, deepspeed, coloss",
+    ),
     "tensor axis elsewhere": (
         None,
         ["parallel.engine=deepspeed", "parallel.mesh.tensor=2"],
@@ -261,20 +255,24 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
         "parallel.mesh.ring=2: allowed with dynamic=true is 1; use ulysses, or dynamic=false",
     ),
     "a choice of shares of one": (None, ["parallel.mesh.dynamic=true"], "parallel.mesh.dynamic=true with ulysses=1"),
-    "guidance in training": (None, ["parallel.mesh.cfg=2"], "parallel.mesh.cfg=2: allowed is 1"),
-    "warm-up beyond the end": (None, ["optim.warmup_steps=101"], "optim.warmup_steps=101: allowed are at most train"),
-    "pack that does not divide": (None, ["data.pack=2"], "data.pack=2: allowed are divisors of micro_batches=1"),
+    "guidance in training": (None, ["parallel.mesh.cfg=2"], "parallel.mesh.cfg=2: must be 1"),
+    "warm-up beyond the end": (None, ["optim.warmup_steps=101"], "optim.warmup_steps=101: must be at most train"),
+    "pack that does not divide": (
+        None,
+        ["data.balance_group=2"],
+        "data.balance_group=2: must be a divisor of micro_batches=1",
+    ),
     "packs on a ring": (
         None,
         [*PACKED, "parallel.mesh.ring=2"],
-        "data.tokens_per_sequence=64: with parallel.mesh.ring=2 allowed is 0; use parallel.mesh.ulysses",
+        "data.tokens_per_sequence=64: with parallel.mesh.ring=2 must be 0; use parallel.mesh.ulysses",
     ),
     "packs of one": (
         None,
-        [*PACKED, "data.pack=1"],
-        "data.pack=1: with tokens_per_sequence=64 allowed are divisors of micro_batches=4 from 2 on",
+        [*PACKED, "data.balance_group=1"],
+        "data.balance_group=1: with tokens_per_sequence=64 must be a divisor of micro_batches=4 from 2 on",
     ),
-    "negative sequence": (None, ["data.tokens_per_sequence=-1"], "data.tokens_per_sequence=-1: allowed are numbers >="),
+    "negative sequence": (None, ["data.tokens_per_sequence=-1"], "data.tokens_per_sequence=-1: must be a number >="),
     "auto without a budget": (None, ["data.buckets.64px.1=[1.0, auto]"], "batch size auto needs a budget"),
     "negative cost": (None, ["data.cost.per_token=-1"], "data.cost.per_token=-1"),
     "no table": (None, ["data.table=''"], "data.table: missing"),
@@ -298,12 +296,12 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     "too large": (GOOD + "# " + "x" * (1 << 20) + "\n", [], "run.yaml: 1048"),
     "missing include": (GOOD + "include: nowhere.yaml\n", [], "include=nowhere.yaml (run.yaml:13): no such file"),
     "include of itself": (GOOD + "include: run.yaml\n", [], "round in a circle (run.yaml -> run.yaml); remove"),
-    "include that is no path": (GOOD + "include: {a: 1}\n", [], "include={'a': 1} (run.yaml:13): wanted a path"),
+    "include that is no path": (GOOD + "include: {a: 1}\n", [], "include={'a': 1} (run.yaml:13): must be a path"),
     "include of 5,000 characters": (GOOD + f"include: {'a' * 5000}\n", [], "aaa (run.yaml:13): no such file"),
     "include of a folder": (GOOD + "include: /\n", [], "include=/ (run.yaml:13): no such file"),
     "include of a device": (GOOD + "include: /dev/zero\n", [], "include=/dev/zero (run.yaml:13): no such file"),
     "include with a NUL": (GOOD + 'include: "a\\0"\n', [], "include=a\\x00 (run.yaml:13): no such file"),
-    "include that is false": (GOOD + "include: false\n", [], "include=False (run.yaml:13): wanted a path or a list"),
+    "include that is false": (GOOD + "include: false\n", [], "include=False (run.yaml:13): must be a path or a list"),
     # the command line
     "an empty word": (None, [""], "'': not an override"),
     "a word that is no override": (None, ["faster"], "faster: not an override"),
@@ -317,7 +315,7 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     "a value of a section that its own file sets too": (
         None,
         ["data.workers=-1"],
-        "data.workers=-1: allowed are numbers >= 0 (command line)",
+        "data.workers=-1: must be a number >= 0 (command line)",
     ),
     "a value in a table that the file sets too": (
         None,
@@ -425,7 +423,7 @@ def test_includes_merge_in_order_relative_to_their_file(good: Path) -> None:
 def test_a_mistake_in_an_include_names_that_file(good: Path) -> None:
     (good.parent / "a.yaml").write_text("seed: 1\ntrain: {log_every: x}\n")
     good.write_text("include: a.yaml\n" + GOOD)
-    with pytest.raises(UserError, match=r"^train\.log_every='x': wanted a whole number \(\S*a\.yaml:2\)$"):
+    with pytest.raises(UserError, match=r"^train\.log_every='x': must be a whole number \(\S*a\.yaml:2\)$"):
         load_config(RunConfig, good)
 
 
@@ -505,9 +503,9 @@ def test_a_sampling_job(good: Path) -> None:
     with pytest.raises(UserError, match=r"^prompt: missing; give --prompt TEXT"):
         load_config(SampleConfig, good)
     for key in ("save_dir", "lora", "prompt_csv", "weights"):
-        with pytest.raises(UserError, match=rf"^{key}='': wanted"):
+        with pytest.raises(UserError, match=rf"^{key}='': must be"):
             load_config(SampleConfig, good, ["prompt=x", f"{key}="])
-    with pytest.raises(UserError, match=r"^sampling\.num_steps=0: allowed are integers >= 1"):
+    with pytest.raises(UserError, match=r"^sampling\.num_steps=0: must be an integer >= 1"):
         load_config(SampleConfig, good, ["prompt=x", "sampling.num_steps=0"])
 
 
@@ -530,14 +528,14 @@ def test_a_missing_file_is_named() -> None:
 
 
 def _fail(_: list[str]) -> None:
-    raise UserError("key=1:\n  allowed are 2")
+    raise UserError("key=1:\n  must be one of 2")
 
 
 def test_rank_0_speaks_first(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     waited: list[float] = []
-    monkeypatch.setattr(config.time, "sleep", waited.append)
-    monkeypatch.setattr(config.signal, "signal", lambda *_: None)
-    cases = (("0", "error: key=1: allowed are 2\n", 0), ("1", "error: rank 1: key=1: allowed are 2\n", 1))
+    monkeypatch.setattr(main.time, "sleep", waited.append)
+    monkeypatch.setattr(main.signal, "signal", lambda *_: None)
+    cases = (("0", "error: key=1: must be one of 2\n", 0), ("1", "error: rank 1: key=1: must be one of 2\n", 1))
     for rank, line, waits in cases:
         monkeypatch.setenv("RANK", rank)
         waited.clear()
@@ -561,7 +559,9 @@ def test_our_own_mistakes_keep_their_traceback() -> None:
 
 def test_a_process_ends_with_one_line_and_no_traceback(good: Path) -> None:
     program = (
-        "from opensora.config import *\nrun_cli(lambda argv: print(config_from_argv(RunConfig, argv, 'Train.')))\n"
+        "from opensora.cli.main import run_cli\n"
+        "from opensora.config import RunConfig\nfrom opensora.config.load import config_from_argv\n"
+        "run_cli(lambda argv: print(config_from_argv(RunConfig, argv, 'Train.')))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, "run.yaml", "train.stepz=1"],
@@ -609,17 +609,20 @@ def test_building_any_tree() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"part": {"kind": "small"}}, "part.width: missing; wanted a whole number"),
+        ({"part": {"kind": "small"}}, "part.width: missing; must be a whole number"),
         ({"part": {"kind": "large", "size": "s"}}, "part.size: unknown key"),
         ({"part": {"kind": ["small"]}}, "part.kind=['small']: did you mean"),
-        ({"part": {"kind": "large", "names": ["a", 1]}}, 'part.names.1=1: wanted text; write "1" in quotes'),
-        ({"part": {"kind": "large", "names": "a"}}, "part.names='a': wanted a list, each text"),
-        ({"part": {"kind": "large", "limits": {"x": [1]}}}, "part.limits.x=[1]: wanted a list of 2"),
-        ({"part": {"kind": "large", "limits": {1: [1, 2]}}}, "part.limits.1=1: wanted text"),
-        ({"part": {"kind": "large", "either": 1.5}}, "part.either=1.5: wanted a whole number or text or null"),
+        ({"part": {"kind": "large", "names": ["a", 1]}}, 'part.names.1=1: must be text; write "1" in quotes'),
+        ({"part": {"kind": "large", "names": "a"}}, "part.names='a': must be a list, each text"),
+        ({"part": {"kind": "large", "limits": {"x": [1]}}}, "part.limits.x=[1]: must be a list of 2"),
+        ({"part": {"kind": "large", "limits": {1: [1, 2]}}}, "part.limits.1=1: must be text"),
+        ({"part": {"kind": "large", "either": 1.5}}, "part.either=1.5: must be a whole number or text or null"),
         ({"part": {"kind": "large", "either": "x"}}, "part: names and either do not go together"),
-        ({"part": {"kind": "small", "size": "m"}, "spare": {"kind": "large"}}, "spare.kind='large': allowed are small"),
-        ({"part": None}, "part=null: wanted a section with kind, one of small, large"),
+        (
+            {"part": {"kind": "small", "size": "m"}, "spare": {"kind": "large"}},
+            "spare.kind='large': must be one of small",
+        ),
+        ({"part": None}, "part=null: must be a section with kind, one of small, large"),
     ],
 )
 def test_mistakes_in_any_tree(data: Any, message: str) -> None:
@@ -678,3 +681,23 @@ def test_help_is_given_wherever_it_is_asked_for(
     with pytest.raises(SystemExit) as caught:
         config_from_argv(RunConfig, argv, "Train.")
     assert caught.value.code == 0 and "usage: CONFIG.yaml" in capsys.readouterr().out
+
+
+def test_keys_that_had_other_names_are_read(good: Path) -> None:
+    """From a file, an override and Python; the new names are keys that there are."""
+    values = {"unused_rows": "report", "balance_group": 1}
+    for old, (where, key) in RENAMED.items():
+        value = values.get(key, 7)
+        override = load_config(RunConfig, "run.yaml", [f"{'.'.join(map(str, old))}={value}"])
+        tree = plain(override)
+        del tree[where][key]
+        tree[where][old[1]] = value
+        (good.parent / "old.yaml").write_text(to_yaml_text(tree))
+        for cfg in (override, load_config(RunConfig, tree), load_config(RunConfig, "old.yaml")):
+            assert getattr(getattr(cfg, where), key) == value
+
+
+def test_a_key_under_both_names_is_refused(good: Path) -> None:
+    good.write_text(GOOD.replace("  table:", "  pack: 1\n  balance_group: 1\n  table:"))
+    with pytest.raises(UserError, match=r"data\.pack: is called data\.balance_group now"):
+        load_config(RunConfig, "run.yaml")

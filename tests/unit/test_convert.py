@@ -24,7 +24,7 @@ from opensora.models.mmdit.convert import (
 )
 from opensora.models.mmdit.model import MMDiT, MMDiTConfig
 from opensora.utils.errors import UserError
-from opensora.utils.weights import INDEX
+from opensora.utils.files.safetensors_files import INDEX
 from tests.unit.test_mmdit import DEBUG, inputs, random_model
 
 ALL = [WeightLayout(fused_qkv=fused, rope_layout=rope) for fused in (True, False) for rope in ("interleaved", "half")]
@@ -271,7 +271,7 @@ def test_names_of_compiled_blocks_and_other_models_in_the_same_file(tmp_path: Pa
 
 
 BAD_TENSORS = {
-    "int32": (lambda x: x.int(), "img_in.weight is I32: allowed are F64, F32, F16, BF16"),
+    "int32": (lambda x: x.int(), "img_in.weight is I32: must be one of F64, F32, F16, BF16"),
     "bool": (lambda x: x.bool(), "img_in.weight is BOOL"),
     "complex": (lambda x: x.to(torch.complex64), "img_in.weight is C64"),
     "fp8": (lambda x: x.to(torch.float8_e4m3fn), r"img_in.weight is F8_E4M3 \(fp8\).*give the bf16 or fp16"),

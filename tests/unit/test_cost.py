@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from opensora.datasets import DataConfig
-from opensora.datasets.balance import compose, deal
-from opensora.datasets.bucket import BucketTable
-from opensora.datasets.cost import CostConfig, features, fit, image_tokens
-from opensora.datasets.plan import BatchPlan
-from opensora.train.calibrate import calibrate, measured
+from opensora.datasets.buckets.bucket import BucketTable
+from opensora.datasets.buckets.cost import CostConfig, features, fit, image_tokens
+from opensora.datasets.plan.balance import compose, deal
+from opensora.datasets.plan.batch_plan import BatchPlan
+from opensora.planner.cost_fit import calibrate, measured
 from opensora.utils.errors import UserError
 from tests.unit.test_bucket import random_table
 from tests.unit.test_plan import FIXED, make_plan
@@ -44,7 +44,7 @@ def test_columns_and_numbers_agree() -> None:
 )
 def test_auto_takes_as_many_samples_as_the_budgets_allow(budget: dict[str, Any]) -> None:
     rows = {"256px": {1: [1.0, "auto"], 33: [1.0, 2], 65: [1.0, "auto"]}, "768px": {129: [1.0, "auto"]}}
-    cfg = DataConfig(buckets=rows, empty_rows="report", micro_batches=2, **budget)
+    cfg = DataConfig(buckets=rows, unused_rows="report", micro_batches=2, **budget)
     for bucket in BucketTable(cfg, 16).buckets:
         tokens = image_tokens(bucket.frames, bucket.height, bucket.width, 16)
 

@@ -12,7 +12,7 @@ from av.stream import Disposition
 from av.video.reformatter import Colorspace, Interpolation
 from PIL import Image
 
-from opensora.datasets.decode import DecodeError, is_image, probe, read_frames
+from opensora.datasets.decode.api import DecodeError, is_image, probe, read_frames
 
 MEDIA = Path(__file__).resolve().parents[3] / "shared" / "media"
 needs_media = pytest.mark.skipif(not MEDIA.is_dir(), reason=f"real clips are not at {MEDIA}")
@@ -118,12 +118,12 @@ def test_several_threads_give_the_same(tmp_path: Path) -> None:
 
 
 def test_only_the_window_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from opensora.datasets import decode_pyav as decode
+    from opensora.datasets.decode import pyav_backend
 
     path = encode(tmp_path / "c.mp4", 240, gop=12)
     released = []
-    plain = decode._frames_of
-    monkeypatch.setattr(decode, "_frames_of", lambda packet: [released.append(1) or f for f in plain(packet)])
+    plain = pyav_backend._frames_of
+    monkeypatch.setattr(pyav_backend, "_frames_of", lambda packet: [released.append(1) or f for f in plain(packet)])
     read_frames(path, 200, 5)
     assert 5 <= len(released) <= 12 + 5 + 3
 

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from opensora.datasets import decode, decode_decord, decode_pillow, decode_pyav, decode_torchcodec, storage
-from opensora.datasets.decode import DecodeError, probe, read_frames
-from opensora.datasets.frames import Deadline
-from opensora.datasets.reader import DecoderProcess
-from opensora.datasets.storage import archive_members, locate
+from opensora.datasets.decode import api, decord_backend, pillow_backend, pyav_backend, torchcodec_backend
+from opensora.datasets.decode.api import DecodeError, probe, read_frames
+from opensora.datasets.decode.common import Deadline
+from opensora.datasets.decode.process import DecoderProcess
+from opensora.datasets.table import clip_storage
+from opensora.datasets.table.clip_storage import archive_members, locate
 from tests.unit.test_decode import encode
 
 ERRORS = [
@@ -68,7 +69,7 @@ LIBRARY = {
     "converting a still": ("still", Image.Image, "convert"),
     "seeking in an animation": ("animation", "WebPImagePlugin.WebPImageFile", "seek"),
     "opening a clip": ("clip", av, "open"),
-    "converting a frame": ("clip", decode_pyav, "VideoReformatter"),
+    "converting a frame": ("clip", pyav_backend, "VideoReformatter"),
     "a tar": ("tar", tarfile, "open"),
     "the next member of a tar": ("tar", tarfile.TarFile, "next"),
     "a zip": ("zip", zipfile, "ZipFile"),
@@ -90,22 +91,22 @@ def test_whatever_a_library_raises_is_about_the_file(
         monkeypatch.setattr(owner, name, lambda: types.SimpleNamespace(reformat=raising(error)))
     else:
         monkeypatch.setattr(owner, name, raising(error))
-    storage._directory.cache_clear()
+    clip_storage._directory.cache_clear()
     refused(files[kind])
 
 
 OURS: list[tuple[str, Any, str]] = [
-    *(("clip", decode_pyav, name) for name in ("_video_stream", "_about", "_index", "_stored", "_decode_into")),
-    *(("clip", decode_pyav, name) for name in ("_frames_of", "check_size")),
-    ("clip", decode_pyav._Window, "put"),
-    ("clip", decode_pyav._Window, "_convert"),
-    ("clip", decode, "sniff_source"),
-    ("clip", decode, "locate"),
-    *(("still", decode_pillow, name) for name in ("_turn", "_to_rgb", "check_size", "scale_rgb", "_formats")),
-    *(("animation", decode_pillow, name) for name in ("_frames_in_turn", "_turn", "on_background")),
-    ("tar", storage, "_tar_members"),
-    ("zip", storage, "_zip_members"),
-    ("tar", storage, "_place_of"),
+    *(("clip", pyav_backend, name) for name in ("_video_stream", "_about", "_index", "_stored", "_decode_into")),
+    *(("clip", pyav_backend, name) for name in ("_frames_of", "check_size")),
+    ("clip", pyav_backend._Window, "put"),
+    ("clip", pyav_backend._Window, "_convert"),
+    ("clip", api, "sniff_source"),
+    ("clip", api, "locate"),
+    *(("still", pillow_backend, name) for name in ("_turn", "_to_rgb", "check_size", "scale_rgb", "_formats")),
+    *(("animation", pillow_backend, name) for name in ("_frames_in_turn", "_turn", "on_background")),
+    ("tar", clip_storage, "_tar_members"),
+    ("zip", clip_storage, "_zip_members"),
+    ("tar", clip_storage, "_place_of"),
 ]  # fmt: skip
 
 
@@ -116,7 +117,7 @@ def test_a_mistake_in_a_function_of_ours_is_loud(
 ) -> None:
     assert hasattr(owner, name)
     monkeypatch.setattr(owner, name, raising(error("ours")))
-    storage._directory.cache_clear()
+    clip_storage._directory.cache_clear()
     with pytest.raises(error, match="ours"):
         read_frames(files[kind], 0, 1)
 
@@ -175,12 +176,12 @@ class Package:
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("fails", ["open", "count", "read"])
-@pytest.mark.parametrize("home", [decode_decord, decode_torchcodec], ids=["decord", "torchcodec"])
+@pytest.mark.parametrize("home", [decord_backend, torchcodec_backend], ids=["decord", "torchcodec"])
 def test_other_decoders(
     home: Any, fails: str, error: Exception, files: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(home, "load", lambda: Package(fails, error))
-    name = home.__name__.rsplit("_", 1)[1]
+    name = home.__name__.rsplit(".", 1)[1].removesuffix("_backend")
     with pytest.raises(DecodeError) as found:
         read_frames(files["clip"], 0, 2, decoder=name)
     assert "\n" not in found.value.cause
@@ -281,7 +282,7 @@ def test_a_list_of_other_files_is_not_followed(suffix: str, tmp_path: Path) -> N
         Path(path).write_text(text)
         refused(path)
         with pytest.raises(DecodeError):  # FFmpeg itself, whatever a look at the first bytes said
-            decode_pyav.probe(storage.Source(path, path), Deadline(path, 20))
+            pyav_backend.probe(clip_storage.Source(path, path), Deadline(path, 20))
 
 
 def member(size: int, kind: bytes = tarfile.REGTYPE, name: str = "a.mp4") -> bytes:
@@ -355,7 +356,7 @@ def test_zips_that_lie(tmp_path: Path) -> None:
     }
     for _, (at, data) in changes.items():
         path.write_bytes(raw[:at] + data + raw[at + len(data) :])
-        storage._directory.cache_clear()
+        clip_storage._directory.cache_clear()
         refused(f"{path}#a.mp4")
 
 
@@ -425,7 +426,7 @@ def test_nothing_is_printed(files: dict[str, str], tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
     Image.new("1", (15000, 15000)).save(tmp_path / "large.png")
     code = (
-        "import sys\nfrom opensora.datasets.decode import *\n"
+        "import sys\nfrom opensora.datasets.decode.api import *\n"
         "for path in sys.argv[1:]:\n    try: probe(path)\n    except DecodeError: pass\n"
     )
     paths = [str(tmp_path / name) for name in (*bad, "large.png")] + list(files.values())

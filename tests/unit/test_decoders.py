@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opensora.datasets import DataConfig, decode_pyav, decode_torchcodec
-from opensora.datasets.decode import DECODERS, DecodeError, probe, read_frames, require
-from opensora.datasets.frames import Cover
-from opensora.datasets.reader import DecoderProcess
+from opensora.datasets import DataConfig
+from opensora.datasets.decode import pyav_backend, torchcodec_backend
+from opensora.datasets.decode.api import DECODERS, DecodeError, probe, read_frames, require
+from opensora.datasets.decode.common import ResizeToFill
+from opensora.datasets.decode.process import DecoderProcess
 from opensora.utils.errors import UserError
 from tests.unit.test_decode import MEDIA, encode, needs_media
 
@@ -41,7 +42,7 @@ def test_another_decoder_gives_the_same_frames(tmp_path: Path, suffix: str, gop:
         theirs = read_frames(path, start, count, interval, decoder=decoder)
         assert theirs.dtype == np.uint8 and theirs.shape == ours.shape
         assert abs(ours - theirs).mean() < 1.5
-    small = read_frames(path, 5, 10, resize=Cover(24, 24), decoder=decoder)
+    small = read_frames(path, 5, 10, resize=ResizeToFill(24, 24), decoder=decoder)
     assert small.shape == (10, 24, 32, 3)
     with pytest.raises(DecodeError, match="it has 40 frames, the window needs 41"):
         read_frames(path, 40, 1, decoder=decoder)
@@ -76,9 +77,9 @@ def test_decoders_number_real_frames_alike(decoder: str) -> None:
     for name in ("clips/bird.mkv", "edge_cases/test_non_zero_start.mp4"):
         path = str(MEDIA / name)
         total = probe(path).num_frames
-        every = read_frames(path, 0, min(total, 12), resize=Cover(64, 64)).astype(int)
+        every = read_frames(path, 0, min(total, 12), resize=ResizeToFill(64, 64)).astype(int)
         for i in (0, 3, len(every) - 1):
-            one = read_frames(path, i, 1, resize=Cover(64, 64), decoder=decoder).astype(int)
+            one = read_frames(path, i, 1, resize=ResizeToFill(64, 64), decoder=decoder).astype(int)
             assert abs(every - one).mean(axis=(1, 2, 3)).argmin() == i, (name, i)
 
 
@@ -119,7 +120,7 @@ def test_torchcodec_is_called_as_it_wants(tmp_path: Path, monkeypatch: pytest.Mo
             assert len(indices) <= 8
             return types.SimpleNamespace(data=torch.from_numpy(self.frames[indices]))
 
-    monkeypatch.setattr(decode_torchcodec, "load", lambda: types.SimpleNamespace(VideoDecoder=Decoder))
+    monkeypatch.setattr(torchcodec_backend, "load", lambda: types.SimpleNamespace(VideoDecoder=Decoder))
     path = encode(tmp_path / "c.mp4", 20)
     frames = read_frames(path, 1, 10, 2 - 1, decoder="torchcodec", threads=3)
     assert np.array_equal(frames, read_frames(path, 1, 10))
@@ -130,14 +131,14 @@ def test_torchcodec_is_called_as_it_wants(tmp_path: Path, monkeypatch: pytest.Mo
 def test_choices() -> None:
     assert set(DECODERS) == {"pyav", "decord", "torchcodec"}
     for bad in ({"decoder": "opencv"}, {"decode_timeout_s": 0}, {"decode_timeout_s": 300}, {"max_bad_share": 2}):
-        with pytest.raises(ValueError, match=rf"^{next(iter(bad))}=.*: allowed are"):
+        with pytest.raises(ValueError, match=rf"^{next(iter(bad))}=.*: must be"):
             DataConfig(**bad)
 
 
 def test_what_takes_too_long_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = encode(tmp_path / "c.mp4", 60)
-    plain = decode_pyav._frames_of
-    monkeypatch.setattr(decode_pyav, "_frames_of", lambda packet: time.sleep(0.05) or plain(packet))
+    plain = pyav_backend._frames_of
+    monkeypatch.setattr(pyav_backend, "_frames_of", lambda packet: time.sleep(0.05) or plain(packet))
     began = time.monotonic()
     with pytest.raises(DecodeError, match=r"not read within 0.5 s \(data.decode_timeout_s\)"):
         read_frames(path, 0, 60, timeout_s=0.5)
@@ -185,7 +186,7 @@ def growth(tmp_path: Path, warm: int, clips: int) -> float:
         if i >= warm and (i - warm) % (clips // 10) == 0:
             held.append(resident_mib(process.pid))
         try:
-            process(paths[i % 5], i % 7, 3, resize=Cover(32, 32), threads=1, decoder="pyav", timeout_s=30)
+            process(paths[i % 5], i % 7, 3, resize=ResizeToFill(32, 32), threads=1, decoder="pyav", timeout_s=30)
         except DecodeError:
             assert i % 5 == 4
     held.append(resident_mib(process.pid))

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from acceleration.checkpoint import pieces
+from acceleration.checkpoint import tensor_shards
 from acceleration.config import ParallelConfig, PrecisionConfig
-from acceleration.engines import check_engine, colossalai, deepspeed
+from acceleration.engines import check_engine, colossalai_engine, deepspeed_engine
 
 
 def test_an_engine_that_is_not_there_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (deepspeed, colossalai):
+    for module in (deepspeed_engine, colossalai_engine):
         monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(
         ValueError, match=r'^engine=deepspeed: not installed; pip install "deepspeed>=0\.19", or use engin'
@@ -20,7 +20,7 @@ def test_an_engine_that_is_not_there_says_how_to_get_it(monkeypatch: pytest.Monk
         check_engine(ParallelConfig(engine="deepspeed"))
     with pytest.raises(ValueError, match=r"^engine=colossalai: colossalai, .* not installed; pip install --no-deps "):
         check_engine(ParallelConfig(engine="colossalai"))
-    monkeypatch.setattr(colossalai, "find_spec", lambda name: None if name == "galore_torch" else name)
+    monkeypatch.setattr(colossalai_engine, "find_spec", lambda name: None if name == "galore_torch" else name)
     with pytest.raises(ValueError, match=r"^engine=colossalai: galore_torch not installed; pip install --no-deps "):
         check_engine(ParallelConfig(engine="colossalai"))  # after a plain pip install --no-deps colossalai
     check_engine(ParallelConfig())
@@ -29,7 +29,7 @@ def test_an_engine_that_is_not_there_says_how_to_get_it(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(("zero", "plugin"), [(1, "LowLevelZero"), (2, "LowLevelZero"), (3, "Gemini")])
 def test_colossalai_on_a_cpu_has_zero_0_only(monkeypatch: pytest.MonkeyPatch, zero: Any, plugin: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(colossalai, "find_spec", lambda name: name)
+    monkeypatch.setattr(colossalai_engine, "find_spec", lambda name: name)
     with pytest.raises(ValueError, match=rf"^zero={zero}: with engine=colossalai this is {plugin}, which needs a GPU"):
         check_engine(ParallelConfig(engine="colossalai", zero=zero))
     check_engine(ParallelConfig(engine="colossalai", zero=0, precision=PrecisionConfig(compute="fp32")))
@@ -43,11 +43,11 @@ def test_a_run_of_elements_is_boxes_that_cover_it_once(shape: tuple[int, ...]) -
     for start in range(size + 1):
         for stop in range(start, size + 1):
             held = whole.reshape(-1)[start:stop].clone()
-            run = pieces.run(held, shape, start)
-            assert run.boxes.shape == whole.shape
+            run = tensor_shards.run(held, shape, start)
+            assert run.slices.shape == whole.shape
             boxes = [
                 (whole[tuple(slice(o, o + n) for o, n in zip(offset, box.shape, strict=True))], box)
-                for offset, box in run.boxes.views.items()
+                for offset, box in run.slices.views.items()
             ]
             assert all(torch.equal(there, box) for there, box in boxes)
             assert sum(box.numel() for _, box in boxes) == stop - start

@@ -7,19 +7,19 @@ import sys
 
 import pytest
 
-from acceleration.rendezvous import StartError
-from acceleration.runtime import (
+from acceleration.distributed.rendezvous import StartError
+from acceleration.distributed.runtime import (
     Ranks,
+    candidate_ports,
     check_meeting,
     check_visible_devices,
-    doors,
     first_host,
     ranks_from_environment,
     rendezvous_from_environment,
     restart_count,
 )
+from opensora.utils.console import launched_rank
 from opensora.utils.errors import one_line
-from opensora.utils.logging import launched_rank
 from tests.conftest import ROOT
 
 ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -63,37 +63,39 @@ def test_a_place_among_others() -> None:
     assert read({"RANK": "0", "WORLD_SIZE": "1", **ADDRESS}) == Ranks(0, 1, 0, "torchrun")
     slurm = {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "n[3-5]"}
     assert read(slurm) == Ranks(2, 4, 0, "slurm")
-    assert doors(5, {"MASTER_PORT": ""}) == doors(5, {}) and doors(5, {"MASTER_PORT": "5"}) == [5]
+    assert candidate_ports(5, {"MASTER_PORT": ""}) == candidate_ports(5, {}) and candidate_ports(
+        5, {"MASTER_PORT": "5"}
+    ) == [5]
 
 
 @pytest.mark.parametrize(
     ("env", "said"),
     [
-        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x: allowed are integers from 0 to 1 with WORLD_SIZE=2"),
-        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE=0: allowed are integers from 1"),
-        ({"RANK": "0", "WORLD_SIZE": "-1"}, "WORLD_SIZE=-1: allowed"),
-        ({"RANK": "0", "WORLD_SIZE": "1e9"}, "WORLD_SIZE=1e9: allowed"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x: must be an integer from 0 to 1 with WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE=0: must be an integer from 1"),
+        ({"RANK": "0", "WORLD_SIZE": "-1"}, "WORLD_SIZE=-1: must be"),
+        ({"RANK": "0", "WORLD_SIZE": "1e9"}, "WORLD_SIZE=1e9: must be"),
         ({"RANK": "0", "WORLD_SIZE": "9" * 5000}, "WORLD_SIZE=999"),
-        ({"RANK": "5", "WORLD_SIZE": "1"}, "RANK=5: allowed are integers from 0 to 0"),
-        ({"RANK": "٣", "WORLD_SIZE": "8"}, "RANK=٣: allowed"),
+        ({"RANK": "5", "WORLD_SIZE": "1"}, "RANK=5: must be an integer from 0 to 0"),
+        ({"RANK": "٣", "WORLD_SIZE": "8"}, "RANK=٣: must be"),
         ({"RANK": "3"}, "RANK=3 without WORLD_SIZE"),
         ({"RANK": "x"}, "RANK=x without WORLD_SIZE"),
         ({"RANK": "", "WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR: missing with WORLD_SIZE=2"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h"}, "MASTER_PORT: missing"),
         ({"RANK": "0", "WORLD_SIZE": "2", **ADDRESS, "MASTER_ADDR": " "}, "MASTER_ADDR: missing"),
-        ({"RANK": "0", "WORLD_SIZE": "2", **ADDRESS, "MASTER_PORT": "abc"}, "MASTER_PORT=abc: allowed"),
-        ({"RANK": "0", "WORLD_SIZE": "2", **ADDRESS, "MASTER_PORT": "0"}, "MASTER_PORT=0: allowed"),
-        ({"RANK": "0", "WORLD_SIZE": "2", **ADDRESS, "MASTER_PORT": "70000"}, "MASTER_PORT=70000: allowed"),
+        ({"RANK": "0", "WORLD_SIZE": "2", **ADDRESS, "MASTER_PORT": "abc"}, "MASTER_PORT=abc: must be"),
+        ({"RANK": "0", "WORLD_SIZE": "2", **ADDRESS, "MASTER_PORT": "0"}, "MASTER_PORT=0: must be"),
+        ({"RANK": "0", "WORLD_SIZE": "2", **ADDRESS, "MASTER_PORT": "70000"}, "MASTER_PORT=70000: must be"),
         (
             {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "2", **ADDRESS},
-            "LOCAL_RANK=2: allowed are integers from 0 to 1",
+            "LOCAL_RANK=2: must be an integer from 0 to 1",
         ),
         ({"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "4", "LOCAL_WORLD_SIZE": "4", **ADDRESS}, "LOCAL_RANK=4"),
-        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "4", **ADDRESS}, "LOCAL_WORLD_SIZE=4: allowed"),
-        ({"SLURM_PROCID": "x", "SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID=x: allowed"),
-        ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID=2: allowed"),
-        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "many"}, "SLURM_STEP_NUM_TASKS=many: allowed"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "4", **ADDRESS}, "LOCAL_WORLD_SIZE=4: must be"),
+        ({"SLURM_PROCID": "x", "SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID=x: must be"),
+        ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID=2: must be"),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "many"}, "SLURM_STEP_NUM_TASKS=many: must be"),
         ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "-1"}, "SLURM_LOCALID=-1"),
         ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "x"}, "SLURM_JOB_ID=x"),
         ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_RESTART_COUNT": "x"}, "SLURM_RESTART_COUNT=x"),
@@ -101,8 +103,8 @@ def test_a_place_among_others() -> None:
             {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "[["},
             "SLURM_STEP_NODELIST='\\[\\['",
         ),
-        ({"CUDA_VISIBLE_DEVICES": "abc"}, "CUDA_VISIBLE_DEVICES=abc: allowed"),
-        ({"CUDA_VISIBLE_DEVICES": "0;1"}, "CUDA_VISIBLE_DEVICES=0;1: allowed"),
+        ({"CUDA_VISIBLE_DEVICES": "abc"}, "CUDA_VISIBLE_DEVICES=abc: must be"),
+        ({"CUDA_VISIBLE_DEVICES": "0;1"}, "CUDA_VISIBLE_DEVICES=0;1: must be"),
     ],
 )
 def test_no_place_is_one_line_and_exit_code_2(env: dict[str, str], said: str) -> None:
@@ -181,7 +183,7 @@ def test_who_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_command_says_it_in_one_line() -> None:
     program = (
-        "from acceleration import runtime\nfrom opensora.config import run_cli\n"
+        "from acceleration.distributed import runtime\nfrom opensora.cli.main import run_cli\n"
         "run_cli(lambda _: print(runtime.start(5)) or runtime.stop())"
     )
     cases = (
@@ -212,7 +214,7 @@ def test_a_command_says_it_in_one_line() -> None:
 @pytest.mark.parametrize("value", ["x", "", "-1", "²", "9" * 30])
 def test_a_launcher_that_none_of_ours_wrote_is_no_launcher(value: str) -> None:
     """In a process of its own: signals are remembered once and for all."""
-    program = "from opensora.utils import signals; signals.remember()"
+    program = "from opensora.utils import signal_handler; signal_handler.install()"
     environment = {**os.environ, "TORCHELASTIC_RUN_ID": "none", "OPENSORA_LAUNCHER_PID": value}
     done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, b"")

@@ -12,18 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from acceleration.mesh import view
+from acceleration.distributed.mesh import view
 from acceleration.sequence import SequenceParallel
-from opensora.config import RunConfig, load_config
-from opensora.datasets.features import FeatureStore, shard_name
-from opensora.datasets.loader import build_loader
+from opensora import precompute as module
+from opensora.assembly.stored_features import stored_text
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig
+from opensora.datasets.loading.feature_store import FeatureStore, shard_name
+from opensora.datasets.loading.loader import build_loader
 from opensora.models.text import build_text_encoder
 from opensora.models.vae import build_autoencoder
-from opensora.train import precompute as module
-from opensora.train.features import stored_text
-from opensora.train.precompute import precompute
+from opensora.precompute import precompute
+from opensora.train.preparation import Preparation, Tokens
 from opensora.train.setup import check
-from opensora.train.step import Preparation, Tokens
 from opensora.utils.errors import UserError
 from tests.integration.conftest import CONFIG
 from tests.unit.test_decode import encode
@@ -210,7 +211,7 @@ def test_a_folder_in_the_place_of_a_file_is_named_before_the_work(
     def worked(*_: object, **__: object) -> None:
         raise AssertionError("it went to work")
 
-    monkeypatch.setattr("opensora.train.precompute._encode", worked)
+    monkeypatch.setattr("opensora.precompute._encode", worked)
     (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=f"^--out={tmp_path}: {name} in it is a folder, must be a file; move it away$"):
         precompute(configuration(folder), tmp_path, 1)

@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from acceleration import mesh as meshes
-from acceleration.accounting import MicroBatch, Place
+from acceleration.accounting.comm_volume import MicroBatch, RankLayout
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
-from opensora.cli.plan import main
-from opensora.config import RunConfig, load_config
+from acceleration.distributed import mesh as meshes
+from opensora.cli.forecast import main
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig
 from opensora.models.mmdit.model import SIZES
-from opensora.train.devices import DEVICES
-from opensora.train.forecast import Forecaster, Planner, check_memory
+from opensora.planner.checks import check_memory
+from opensora.planner.devices import DEVICES
+from opensora.planner.forecast import Forecaster
+from opensora.planner.search import Planner
 from opensora.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +38,7 @@ def test_memory_falls_with_every_process_and_every_stage() -> None:
 
     def total(zero: int, mesh: dict[str, int], world: int) -> int:
         cfg = ParallelConfig(zero=zero, mesh=MeshConfig(**mesh))  # type: ignore[arg-type]
-        place = Place(meshes.view(meshes.resolve(cfg.mesh, world)), cfg)
+        place = RankLayout(meshes.view(meshes.resolve(cfg.mesh, world)), cfg)
         return forecaster.memory(place, MicroBatch(samples=2, txt=64, img=960)).total
 
     stages = [total(zero, {}, 4) for zero in (0, 1, 2, 3)]
@@ -50,7 +53,7 @@ def test_interpolation_is_close_to_running_the_shape() -> None:
     )
     for kind in ({}, {"ulysses": 4}, {"ring": 2, "tensor": 2}):
         cfg = ParallelConfig(zero=3, mesh=MeshConfig(**kind))
-        place = Place(meshes.view(meshes.resolve(cfg.mesh, 8)), cfg)
+        place = RankLayout(meshes.view(meshes.resolve(cfg.mesh, 8)), cfg)
         batch = MicroBatch(samples=3, txt=512, img=8316)
         exact, quick = (forecaster.memory(place, batch, exact=exact).total for exact in (True, False))
         assert quick == pytest.approx(exact, rel=0.02)
@@ -117,7 +120,7 @@ def test_the_bound_is_below_the_forecast() -> None:
     forecaster = Forecaster(SIZES["debug"], OptimConfig(), device_type="cuda")
     for zero in (0, 1, 2, 3):
         cfg = ParallelConfig(zero=zero, precision=PrecisionConfig(compute="fp32"))  # type: ignore[arg-type]
-        place = Place(meshes.view({"shard": 4}), cfg)
+        place = RankLayout(meshes.view({"shard": 4}), cfg)
         assert forecaster.state(place).total <= forecaster.memory(place, MicroBatch(samples=1, txt=1, img=1)).total
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from data_pipeline.index import index_folder, main
-from opensora.datasets.manifest import read_table
+from opensora.datasets.table.manifest import read_table
 from opensora.utils.errors import UserError
 from tests.unit.test_decode import MEDIA, encode, needs_media
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from acceleration import attention
-from acceleration.kernels import KERNELS, PACKAGES, check_kernel, kernel_for
-from acceleration.kernels.base import by_autograd
+from acceleration.attention import core
+from acceleration.attention.kernels import KERNELS, PACKAGES, check_kernel, kernel_for
+from acceleration.attention.kernels.base import by_autograd
 
 BATCH, QUERIES, KEYS, HEADS, DIM = 2, 5, 9, 3, 8
 MATH = KERNELS["math"]
@@ -29,9 +29,9 @@ def inputs(dtype: torch.dtype = torch.float64, device: str = "cpu") -> tuple[Ten
 def test_shapes_are_those_of_the_contract(name: str, masked: bool, dtype: torch.dtype) -> None:
     q, k, v, grad = inputs(dtype, "meta")
     mask = torch.ones(BATCH, KEYS, dtype=torch.bool, device="meta") if masked else None
-    out, lse = attention.forward(KERNELS[name], q, k, v, mask)
+    out, lse = core.forward(KERNELS[name], q, k, v, mask)
     assert out.shape == q.shape and out.dtype == dtype and lse.shape == (BATCH, HEADS, QUERIES)
-    gradients = attention.backward(KERNELS[name], grad, q, k, v, out, lse, mask)
+    gradients = core.backward(KERNELS[name], grad, q, k, v, out, lse, mask)
     assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
     assert all(x.dtype == dtype for x in gradients)
 
@@ -41,7 +41,7 @@ def test_shapes_are_those_of_the_contract(name: str, masked: bool, dtype: torch.
 def test_flex_equals_the_mathematics_in_forward(masked: bool) -> None:
     q, k, v, _ = inputs()
     mask = torch.rand(BATCH, KEYS) > 0.4 if masked else None
-    found, truth = (attention.forward(KERNELS[name], q, k, v, mask) for name in ("flex", "math"))
+    found, truth = (core.forward(KERNELS[name], q, k, v, mask) for name in ("flex", "math"))
     assert all(torch.allclose(a, b, atol=1e-13) for a, b in zip(found, truth, strict=True))
 
 
@@ -49,8 +49,8 @@ def test_any_differentiable_attention_makes_a_kernel() -> None:
     """Backward of one part of two, given what both together attend to."""
     q, k, v, grad = inputs()
     kernel = by_autograd(differentiable)
-    parts = [attention.forward(kernel, q, k[:, s], v[:, s], None) for s in (slice(4), slice(4, None))]
-    out, lse = attention.merge(*parts[0], *parts[1])
+    parts = [core.forward(kernel, q, k[:, s], v[:, s], None) for s in (slice(4), slice(4, None))]
+    out, lse = core.merge(*parts[0], *parts[1])
     whole, whole_lse = MATH.forward(q, k, v, None)
     assert torch.allclose(out, whole, atol=1e-14) and torch.allclose(lse, whole_lse, atol=1e-14)
     for s in (slice(4), slice(4, None)):
@@ -142,10 +142,10 @@ def test_packages_are_called_as_they_are_declared(
     monkeypatch.setitem(sys.modules, module, package)
     q, k, v, grad = inputs()
     out, lse = MATH.forward(q, k, v, None)
-    found = attention.forward(KERNELS[name], q, k, v, None)
+    found = core.forward(KERNELS[name], q, k, v, None)
     assert torch.equal(found[0], out) and torch.equal(found[1], lse)
     truth = MATH.backward(grad, q, k, v, out, lse, None)
-    assert all(map(torch.equal, attention.backward(KERNELS[name], grad, q, k, v, out, lse, None), truth))
+    assert all(map(torch.equal, core.backward(KERNELS[name], grad, q, k, v, out, lse, None), truth))
 
 
 @pytest.mark.parametrize("name", sorted(PACKAGES))

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from opensora.utils import signals
+from opensora.utils import signal_handler
 from tests.conftest import ROOT
 
 COMMANDS = {
     **{
         name: ["-m", f"opensora.cli.{name}", "nowhere.yaml"]
-        for name in ("buckets", "calibrate", "config_reference", "plan", "plot", "precompute", "preflight")
+        for name in ("buckets", "calibrate", "config_reference", "forecast", "plot", "precompute", "preflight")
     },
     "index": ["-m", "data_pipeline.index", "nowhere"],
     "shapes": ["-m", "data_pipeline.shapes"],
@@ -52,15 +52,15 @@ def test_ctrl_c_during_an_import_is_one_line(command: str, tmp_path: Path) -> No
 
 
 def test_what_is_ignored_stays_so_and_a_command_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
-    monkeypatch.setattr(signals, "_asked", None)
+    before = {number: signal.getsignal(number) for number in signal_handler.SIGNALS}
+    monkeypatch.setattr(signal_handler, "_asked", None)
     try:
-        for number in signals.SIGNALS:
+        for number in signal_handler.SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
-        signals.listen_early()
+        signal_handler.listen_early()
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        with pytest.raises(SystemExit) as caught, signals.stopped_in_one_line():
+        with pytest.raises(SystemExit) as caught, signal_handler.stopped_in_one_line():
             os.kill(os.getpid(), signal.SIGUSR1)
         assert caught.value.code == 128 + signal.SIGUSR1
         assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL  # what was begun is over

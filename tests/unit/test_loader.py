@@ -13,17 +13,21 @@ import pytest
 import torch
 from PIL import Image
 
-from opensora.datasets import DataConfig, decode, loader, reader, video
-from opensora.datasets.decode import read_frames
-from opensora.datasets.frames import Cover, cover_size
-from opensora.datasets.loader import build_loader
-from opensora.datasets.manifest import ClipTable, read_table
-from opensora.datasets.plan import BatchPlan
-from opensora.datasets.reader import DecoderProcess
-from opensora.datasets.transforms import window_start
-from opensora.datasets.video import Batch, BatchReader, Job
+from opensora.datasets import DataConfig
+from opensora.datasets.decode import api
+from opensora.datasets.decode import process as reader
+from opensora.datasets.decode.api import read_frames
+from opensora.datasets.decode.common import ResizeToFill, cover_size
+from opensora.datasets.decode.process import DecoderProcess
+from opensora.datasets.loading import loader
+from opensora.datasets.loading import reader as video
+from opensora.datasets.loading.loader import build_loader
+from opensora.datasets.loading.reader import Batch, BatchReader, ReadTask
+from opensora.datasets.loading.window import window_start
+from opensora.datasets.plan.batch_plan import BatchPlan
+from opensora.datasets.table.manifest import ClipTable, read_table
 from opensora.utils.errors import UserError
-from opensora.utils.prompt import with_suffix
+from opensora.utils.prompt_suffix import with_suffix
 from tests.unit.test_decode import encode
 
 BUCKETS = {"32px": {1: [1.0, 3], 5: [1.0, 2], 9: [1.0, 2]}}
@@ -49,7 +53,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(table: ClipTable, steps: range, rank: int = 0, degree: int = 1, **changes: Any) -> list[Batch]:
     settings: dict[str, Any] = {"buckets": BUCKETS, "micro_batches": 2, "workers": 0} | changes
-    cfg = DataConfig(**{"empty_rows": "report", **settings})
+    cfg = DataConfig(**{"unused_rows": "report", **settings})
     plan = BatchPlan(table, cfg, 8, seed=1)
     batches = build_loader(
         table, plan, cfg, start_step=steps.start, stop_step=steps.stop, dp_rank=rank, dp_degree=degree, seed=1
@@ -120,8 +124,8 @@ def test_a_cache_changes_nothing_but_the_reading(clips: Path, crop: str, monkeyp
     table = read_table(str(clips / "t.csv"))
     reference = load(table, range(12), crop=crop)
     opened: list[str] = []
-    real = decode.read_frames
-    monkeypatch.setattr(decode, "read_frames", lambda path, *a, **k: opened.append(path) or real(path, *a, **k))
+    real = api.read_frames
+    monkeypatch.setattr(api, "read_frames", lambda path, *a, **k: opened.append(path) or real(path, *a, **k))
     large = load(table, range(12), crop=crop, cache_mib=64)
     read_once = len(opened)
     small = load(table, range(12), crop=crop)
@@ -196,7 +200,7 @@ def test_programming_errors_go_through(clips: Path, monkeypatch: pytest.MonkeyPa
     def wrong(*args: Any, **kwargs: Any) -> None:
         raise KeyError("a mistake of ours")
 
-    monkeypatch.setattr("opensora.datasets.decode.read_frames", wrong)
+    monkeypatch.setattr("opensora.datasets.decode.api.read_frames", wrong)
     with pytest.raises(KeyError, match="a mistake of ours"):
         load(read_table(str(clips / "t.csv")), range(1))
 
@@ -225,7 +229,7 @@ def wait_until(true: Any, seconds: float = 20.0) -> bool:
 
 
 def batches_of(table: ClipTable, steps: int, **changes: Any) -> Any:
-    cfg = DataConfig(**{"buckets": BUCKETS, "empty_rows": "report", "micro_batches": 1} | changes)
+    cfg = DataConfig(**{"buckets": BUCKETS, "unused_rows": "report", "micro_batches": 1} | changes)
     plan = BatchPlan(table, cfg, 8, 0)
     return build_loader(table, plan, cfg, start_step=0, stop_step=steps, dp_rank=0, dp_degree=1, seed=0)
 
@@ -247,7 +251,7 @@ def test_workers_ignore_signals_and_end_with_the_iterator(clips: Path, processes
 
 def test_workers_end_with_their_trainer_however_it_ends(clips: Path) -> None:
     code = (
-        "import time; from opensora.datasets.reader import DecoderProcess; "
+        "import time; from opensora.datasets.decode.process import DecoderProcess; "
         "p = DecoderProcess(); print(p.pid, flush=True); time.sleep(60)"
     )
     trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
@@ -285,8 +289,8 @@ def test_a_clip_that_takes_its_decoder_along_is_named_and_replaced(
     harm = "os.kill(os.getpid(), 9)" if how == "die" else "time.sleep(600)"
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
-        "if 'opensora.datasets.worker' in sys.orig_argv:\n"
-        "    import os, time, opensora.datasets.decode as d\n"
+        "if 'opensora.datasets.decode.worker' in sys.orig_argv:\n"
+        "    import os, time, opensora.datasets.decode.api as d\n"
         "    real = d.read_frames\n"
         "    def read(path, *a, **k):\n"
         f"        if path.endswith('1.mp4'): {harm}\n"
@@ -309,7 +313,7 @@ def test_a_clip_that_takes_its_decoder_along_is_named_and_replaced(
 def test_a_worker_never_loads_torch(clips: Path) -> None:
     """It would cost every worker seconds and hundreds of megabytes."""
     process = DecoderProcess()
-    process(str(clips / "0.mp4"), 0, 3, resize=Cover(32, 32), threads=1, decoder="pyav", timeout_s=30)
+    process(str(clips / "0.mp4"), 0, 3, resize=ResizeToFill(32, 32), threads=1, decoder="pyav", timeout_s=30)
     maps = Path(f"/proc/{process.pid}/maps").read_text()
     process.close()
     assert "libav" in maps and "torch" not in maps
@@ -352,7 +356,7 @@ def test_what_is_prepared_ahead_is_bounded(clips: Path, monkeypatch: pytest.Monk
 
 
 def test_a_run_of_any_length_starts_at_once(clips: Path) -> None:
-    cfg = DataConfig(buckets=BUCKETS, empty_rows="report", workers=0)
+    cfg = DataConfig(buckets=BUCKETS, unused_rows="report", workers=0)
     table = read_table(str(clips / "t.csv"))
     plan = BatchPlan(table, cfg, 8, 0)
     batches = build_loader(table, plan, cfg, start_step=10**9, stop_step=10**12, dp_rank=0, dp_degree=1, seed=0)
@@ -369,10 +373,10 @@ def test_prompt_suffix(clips: Path) -> None:
 
 
 def test_the_reader_is_what_the_loader_maps(clips: Path) -> None:
-    cfg = DataConfig(buckets=BUCKETS, empty_rows="report", workers=0)
+    cfg = DataConfig(buckets=BUCKETS, unused_rows="report", workers=0)
     table = read_table(str(clips / "t.csv"))
     plan = BatchPlan(table, cfg, 8, 0)
     micro_batch = plan.step(0)[0]
     pixels = loader._empty_pixels(micro_batch)
-    batch = BatchReader(table, cfg, 0).load(Job(micro_batch, plan.members(micro_batch)), pixels, decode.read_frames)
+    batch = BatchReader(table, cfg, 0).load(ReadTask(micro_batch, plan.members(micro_batch)), pixels, api.read_frames)
     assert isinstance(batch, Batch) and batch.sample_ids == plan.step(0)[0].sample_ids

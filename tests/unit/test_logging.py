@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from opensora.utils import logging as logs
+from opensora.utils import console, metrics_log
+from opensora.utils.charts import _fitting, contact_sheet, loss_curve, running_mean
+from opensora.utils.console import announce, launched_rank, progress
 from opensora.utils.errors import UserError
-from opensora.utils.images import _fitting, contact_sheet, loss_curve, running_mean
-from opensora.utils.logging import MetricsLogger, announce, launched_rank, progress, read_metrics
+from opensora.utils.metrics_log import MetricsLogger, read_metrics
 
 
 def _steps(path: Path) -> list[int]:
@@ -52,11 +53,11 @@ def test_a_resume_cuts_what_it_will_write_again(tmp_path: Path) -> None:
     with MetricsLogger(tmp_path) as logger:
         for step in (10, 20, 30):
             logger.log(step, {"loss": 1.0})
-        logger.note("interrupted", 30, signal="SIGTERM")
+        logger.log_event("interrupted", 30, signal="SIGTERM")
     with logger.path.open("a") as file:
         file.write('{"step": 40, "lo')  # a crash in the middle of a line
     with MetricsLogger(tmp_path, resumed_step=20) as logger:
-        logger.note("resumed", 20)
+        logger.log_event("resumed", 20)
         logger.log(30, {"loss": 0.9})
     records, events = read_metrics(logger.path)
     assert [(record["step"], record["loss"]) for record in records] == [(10, 1.0), (20, 1.0), (30, 0.9)]
@@ -66,9 +67,9 @@ def test_a_resume_cuts_what_it_will_write_again(tmp_path: Path) -> None:
 
 def test_an_interruption_at_the_saved_step_stays(tmp_path: Path) -> None:
     with MetricsLogger(tmp_path) as logger:
-        logger.note("interrupted", 7)
+        logger.log_event("interrupted", 7)
     with MetricsLogger(tmp_path, resumed_step=7) as logger:
-        logger.note("resumed", 7)
+        logger.log_event("resumed", 7)
     assert [event["event"] for event in read_metrics(tmp_path / "metrics.jsonl")[1]] == ["interrupted", "resumed"]
 
 
@@ -135,7 +136,7 @@ def test_wandb_gets_a_copy_and_goes_offline_without_a_key(
     fake, said = FakeWandb(key), []
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setattr(logs, "announce", said.append)
+    monkeypatch.setattr(metrics_log, "announce", said.append)
     with MetricsLogger(tmp_path / "trial", wandb=wanted, config={"seed": 1}) as logger:
         logger.log(10, {"loss": 0.5, "note": "text"})
     assert fake.started["mode"] == mode and fake.started["name"] == "trial" and fake.started["config"] == {"seed": 1}
@@ -165,7 +166,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 100.0
-    monkeypatch.setattr(logs.time, "monotonic", lambda: now)
+    monkeypatch.setattr(console.time, "monotonic", lambda: now)
     bar = progress(100, initial=50, every_s=10)
     values = {"loss": 0.25, "rate/tokens_per_s": 12345.6, "time/step_s": 1.5}
     for step, now in ((51, 101.0), (55, 105.0), (60, 112.0), (100, 113.0)):  # noqa: B007
@@ -240,7 +241,7 @@ def test_a_title_is_cut_where_the_sheet_ends() -> None:
     "frames", [np.zeros((2, 4, 4, 3)), np.zeros((4, 4, 3), np.uint8), np.zeros((0, 4, 4, 3), np.uint8)]
 )
 def test_a_contact_sheet_refuses_other_arrays(frames: np.ndarray, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="wanted uint8"):
+    with pytest.raises(ValueError, match="must be uint8"):
         contact_sheet([("x", frames)], tmp_path / "x.png")
 
 
@@ -251,7 +252,7 @@ def test_the_loss_curve_marks_where_the_run_was_cut(tmp_path: Path) -> None:
             for step in range(10, 110, 10):
                 logger.log(step, {"loss": 1 / step})
             if folder is marked:
-                logger.note("interrupted", 50)
+                logger.log_event("interrupted", 50)
         loss_curve(logger.path, folder / "loss.png")
     images = [np.asarray(Image.open(folder / "loss.png").convert("RGB")).astype(int) for folder in (plain, marked)]
     red = [((image[..., 0] > 180) & (image[..., 1] < 90) & (image[..., 2] < 90)).sum() for image in images]
@@ -272,7 +273,7 @@ def test_the_running_mean_starts_at_the_first_value() -> None:
 
 def test_importing_loads_no_optional_package() -> None:
     program = (
-        "import sys, opensora.utils.logging, opensora.utils.images\n"
+        "import sys, opensora.utils.console, opensora.utils.charts\n"
         "print(sorted({'wandb', 'tensorboard', 'matplotlib', 'torch'} & set(sys.modules)))"
     )
     root = Path(__file__).resolve().parents[2]

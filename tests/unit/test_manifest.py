@@ -10,7 +10,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as papq
 import pytest
 
-from opensora.datasets.manifest import read_table
+from opensora.datasets.table.manifest import read_table
 from opensora.utils.errors import UserError
 
 ROWS = {
@@ -152,12 +152,14 @@ def test_files_that_are_not_there_or_not_tables(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"wide\.csv"):
         read_table(str(tmp_path / "wide.csv"))
     (tmp_path / "t.txt").write_text("x")
-    with pytest.raises(UserError, match=r"allowed are \.csv and \.parquet"):
+    with pytest.raises(UserError, match=r"must be \.csv and \.parquet"):
         read_table(str(tmp_path / "t.txt"))
 
 
 def test_reading_tables_and_clips_does_not_load_torch() -> None:
-    code = "import sys, opensora.datasets.manifest, opensora.datasets.decode; assert 'torch' not in sys.modules"
+    code = (
+        "import sys, opensora.datasets.table.manifest, opensora.datasets.decode.api; assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from opensora.models import MODEL_SIZES, MODELS, build_model, init_model_
+from opensora.models.families import MODEL_SIZES, MODELS, build_model, init_model_
 from opensora.models.layers import attention
 from opensora.models.layers.attention import SDPACore
 from opensora.models.layers.embedding import sinusoid

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from opensora.config import RunConfig, load_config
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig
 from opensora.utils.errors import UserError
 from opensora.utils.names import name_problem
 from tests.unit.test_config import GOOD
@@ -82,5 +83,5 @@ def test_every_letter_and_digit() -> None:
 @pytest.mark.parametrize("name", [name for name in WRONG if not set(name) & set("\t\n\x1b")])
 def test_a_run_is_held_to_it(name: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(GOOD)
-    with pytest.raises(UserError, match=r"^name=.*: allowed is the name of a folder; this one "):
+    with pytest.raises(UserError, match=r"^name=.*: must be the name of a folder; this one "):
         load_config(RunConfig, tmp_path / "run.yaml", [f"name={name}"])

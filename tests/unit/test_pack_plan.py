@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from opensora.datasets import DataConfig
-from opensora.datasets.cost import CostConfig, image_tokens
-from opensora.datasets.loader import build_loader
-from opensora.datasets.manifest import read_table
-from opensora.datasets.packing import fill
-from opensora.datasets.plan import BatchPlan, Pack
-from opensora.datasets.video import Batch, PackedBatch
+from opensora.datasets.buckets.cost import CostConfig, image_tokens
+from opensora.datasets.loading.loader import build_loader
+from opensora.datasets.loading.reader import Batch, PackedBatch
+from opensora.datasets.plan.batch_plan import BatchPlan, PackedSequence
+from opensora.datasets.plan.sequence_packing import fill
+from opensora.datasets.table.manifest import read_table
 from opensora.utils.errors import UserError
 from tests.unit.test_bucket import random_table
 from tests.unit.test_loader import clips as clips
@@ -26,14 +26,14 @@ def make_plan(budget: int, *, micro_batches: int = 16, pack: int = 4, rows: int 
     cfg = DataConfig(
         buckets=FIXED,
         micro_batches=micro_batches,
-        pack=pack,
+        balance_group=pack,
         tokens_per_sequence=budget,
         cost=CostConfig(per_batch=50.0, per_sample=20.0),
     )
     return BatchPlan(random_table(rows), cfg, 16, seed)
 
 
-def tokens_of(pack: Pack) -> int:
+def tokens_of(pack: PackedSequence) -> int:
     return sum(
         len(part.sample_ids) * image_tokens(part.bucket.frames, part.bucket.height, part.bucket.width, 16)
         for part in pack.parts
@@ -51,7 +51,7 @@ def test_a_step_has_the_samples_it_has_without_packs(budget: int) -> None:
         assert plan.shapes(step) == plain.shapes(step)
         where = {sample: (m.bucket, m.epoch) for m in micro_batches for sample in m.sample_ids}  # type: ignore[union-attr]
         for pack in packs:
-            assert isinstance(pack, Pack) and 0 < tokens_of(pack) <= budget
+            assert isinstance(pack, PackedSequence) and 0 < tokens_of(pack) <= budget
             assert all(where[sample] == (part.bucket, part.epoch) for part in pack.parts for sample in part.sample_ids)
             assert len({part.bucket for part in pack.parts}) == len(pack.parts)
             mixed |= len({part.bucket.frames for part in pack.parts}) > 1
@@ -121,14 +121,19 @@ def batches_of(clips: Path, workers: int, budget: int) -> list[Batch | PackedBat
     table = read_table(str(clips / "t.csv"))
     buckets = {"32px": {1: [1.0, 1], 5: [1.0, 1], 9: [1.0, 1]}}
     cfg = DataConfig(
-        buckets=buckets, micro_batches=6, pack=3, workers=workers, tokens_per_sequence=budget, empty_rows="report"
+        buckets=buckets,
+        micro_batches=6,
+        balance_group=3,
+        workers=workers,
+        tokens_per_sequence=budget,
+        unused_rows="report",
     )
     plan = BatchPlan(table, cfg, 8, seed=1)
     assert not budget or len(plan.step(0)) < 6
     found = list(build_loader(table, plan, cfg, start_step=0, stop_step=3, dp_rank=0, dp_degree=1, seed=1))
     planned = [m for step in range(3) for m in plan.assign(step, 0, 1)]
     for batch, wanted in zip(found, planned, strict=True):
-        assert isinstance(batch, PackedBatch) == isinstance(wanted, Pack)
+        assert isinstance(batch, PackedBatch) == isinstance(wanted, PackedSequence)
         parts = batch.parts if isinstance(batch, PackedBatch) else (batch,)
         assert [(p.bucket, p.sample_ids) for p in parts] == [(p.bucket, p.sample_ids) for p in wanted.parts]
     return found

@@ -9,18 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from acceleration import recompute, sequence
-from acceleration.attention import KernelCore
+from acceleration import sequence
+from acceleration.attention.core import KernelCore
+from acceleration.attention.kernels import KERNELS, Kernel, varlen
+from acceleration.attention.kernels.varlen import Varlen
+from acceleration.blocks import activation_checkpoint
 from acceleration.config import RecomputeConfig
-from acceleration.kernels import KERNELS, Kernel, varlen
-from acceleration.kernels.varlen import Varlen
-from acceleration.mesh import view
+from acceleration.distributed.mesh import view
 from acceleration.sequence import Segments, SequenceParallel
-from opensora.datasets.video import PackedBatch
-from opensora.models import build_model
+from opensora.datasets.loading.reader import PackedBatch
+from opensora.models.families import build_model
 from opensora.models.layers import modulation
 from opensora.models.layers.attention import SDPACore
-from opensora.train.step import Tokens, loss_share
+from opensora.train.preparation import Tokens, loss_share
 from tests.dist.problem import MODEL, TEXT_TOKENS, batches, elements
 from tests.dist.test_parity import fill, preparation, relative
 from tests.unit.test_mmdit import DEBUG, VARIANTS, inputs, random_model
@@ -253,7 +254,7 @@ def test_recomputed_packs(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, name = model_of_the_problem(), kind.split("-")[0]
     cfg = RecomputeConfig(kind=name, offload=kind.endswith("offload"))  # type: ignore[arg-type]
     sequence.fill_slots(model, view({}), keeps=name == "selective")
-    recompute.apply(model, cfg)
+    activation_checkpoint.apply(model, cfg)
     calls: list[int] = []
     right = KERNELS["cpu"].forward
     counting = replace_forward(KERNELS["cpu"], lambda *given: calls.append(1) or right(*given))

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from opensora.datasets import DataConfig, decode_pyav
-from opensora.datasets.decode import DecodeError, probe, read_frames
-from opensora.datasets.frames import MAX_PIXELS, MAX_SIDE, Deadline, Turn
-from opensora.datasets.loader import build_loader
-from opensora.datasets.manifest import read_table
-from opensora.datasets.plan import BatchPlan
-from opensora.datasets.storage import locate
+from opensora.datasets import DataConfig
+from opensora.datasets.decode import pyav_backend
+from opensora.datasets.decode.api import DecodeError, probe, read_frames
+from opensora.datasets.decode.common import MAX_PIXELS, MAX_SIDE, Deadline, Turn
+from opensora.datasets.loading.loader import build_loader
+from opensora.datasets.plan.batch_plan import BatchPlan
+from opensora.datasets.table.clip_storage import locate
+from opensora.datasets.table.manifest import read_table
 from opensora.utils.errors import UserError
 
 HEIGHT, WIDTH = 32, 64
@@ -285,7 +286,7 @@ def test_display_matrices(kind: str, decoder: str, tmp_path: Path) -> None:
 
 
 def test_a_turn_by_other_angles_is_the_nearest_quarter() -> None:
-    from opensora.datasets.decode_pyav import _turn_of
+    from opensora.datasets.decode.pyav_backend import _turn_of
 
     for degrees in range(0, 360, 5):
         if degrees % 90 == 45:
@@ -605,5 +606,5 @@ def test_a_clip_cut_out_of_a_longer_one_without_coding_it_anew(kind: str, suffix
         assert close(found, np.stack(expected[start : start + 2]), 2)
     with pytest.raises(DecodeError, match=f"it has {len(expected)} frames"):
         read_frames(str(path), len(expected), 1)
-    assert not decode_pyav.is_plain(locate(str(path)), Deadline(str(path), None))  # others count what shows nothing
-    assert decode_pyav.is_plain(locate(str(whole)), Deadline(str(whole), None))
+    assert not pyav_backend.is_plain(locate(str(path)), Deadline(str(path), None))  # others count what shows nothing
+    assert pyav_backend.is_plain(locate(str(whole)), Deadline(str(whole), None))

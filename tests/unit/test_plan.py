@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from opensora.datasets import DataConfig
-from opensora.datasets.bucket import Bucket
-from opensora.datasets.plan import BatchPlan, MicroBatch
+from opensora.datasets.buckets.bucket import Bucket
+from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch
 from opensora.utils.errors import UserError
 from tests.unit.test_bucket import BUCKETS, clip_table, random_table
 
@@ -17,7 +17,7 @@ FIXED = {"256px": {1: [1.0, 9], 5: [1.0, 8], 33: [1.0, 4], 65: [1.0, 2]}, "480p"
 def make_plan(
     buckets: dict | None = None, *, micro_batches: int = 7, pack: int = 1, rows: int = 600, seed: int = 3
 ) -> BatchPlan:
-    cfg = DataConfig(buckets=buckets or FIXED, micro_batches=micro_batches, pack=pack)
+    cfg = DataConfig(buckets=buckets or FIXED, micro_batches=micro_batches, balance_group=pack)
     return BatchPlan(random_table(rows), cfg, 16, seed)
 
 

@@ -76,7 +76,7 @@ DAMAGES: dict[str, tuple[Callable[[Tensors, str], Tensors], str]] = {
     ),
     "NaN": (lambda t, name: {**t, name: t[name] * math.nan}, "{name} holds NaN"),
     "infinity": (lambda t, name: {**t, name: t[name].abs().clamp(min=1) / 0}, "{name} holds NaN or infinite values"),
-    "fp8": (lambda t, name: {**t, name: t[name].to(torch.float8_e4m3fn)}, "{name} is F8_E4M3 (fp8): allowed are"),
+    "fp8": (lambda t, name: {**t, name: t[name].to(torch.float8_e4m3fn)}, "{name} is F8_E4M3 (fp8): must be"),
     "integers": (lambda t, name: {**t, name: t[name].int()}, "{name}"),  # diffusers says it first, in its own words
     "another shape": (lambda t, name: {**t, name: torch.ones(3, 5)}, "cannot be loaded from this folder"),
 }

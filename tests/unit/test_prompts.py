@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from opensora.config import SampleConfig
+from opensora.config.run import SampleConfig
 from opensora.inference.prompts import MAX_PROMPT, Job, read_jobs, with_names
+from opensora.sampling.options import SamplingOption
 from opensora.utils.errors import UserError
-from opensora.utils.sampling import SamplingOption
 
 
 def test_every_prompt_gets_its_seeds_and_a_name_of_its_own() -> None:

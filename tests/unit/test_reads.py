@@ -8,11 +8,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from acceleration.mesh import view
-from opensora.datasets.bucket import Bucket
-from opensora.datasets.manifest import ClipTable, TextsInMemory
-from opensora.datasets.video import Batch
-from opensora.train.reads import Reads
+from acceleration.distributed.mesh import view
+from opensora.datasets.buckets.bucket import Bucket
+from opensora.datasets.loading.reader import Batch
+from opensora.datasets.table.manifest import ClipTable, TextsInMemory
+from opensora.train.health.data_health import DataHealth
 from opensora.utils.errors import UserError
 
 BUCKET = Bucket("32px", 1, 32, 32, 4)
@@ -37,8 +37,8 @@ def batch(first: int, count: int, bad: tuple[int, ...] = (), weight: float = 1.0
     )  # fmt: skip
 
 
-def reads(folder: Path, share: float = 0.01, rank: int = 0, **degrees: int) -> Reads:
-    return Reads(folder, table(), view(degrees, rank), share)
+def reads(folder: Path, share: float = 0.01, rank: int = 0, **degrees: int) -> DataHealth:
+    return DataHealth(folder, table(), view(degrees, rank), share)
 
 
 def test_every_unreadable_sample_is_a_line(tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from acceleration import recompute, sequence
+from acceleration import sequence
+from acceleration.attention.kernels import KERNELS, Kernel
+from acceleration.blocks import activation_checkpoint
+from acceleration.blocks.activation_offload import Offload
 from acceleration.config import RecomputeConfig
-from acceleration.kernels import KERNELS, Kernel
-from acceleration.mesh import view
-from acceleration.offload import Offload
-from opensora.models import build_model
+from acceleration.distributed.mesh import view
+from opensora.models.families import build_model
 from tests.dist.problem import MODEL, batches
 from tests.dist.test_parity import fill, preparation
 from tests.dist.toy import Toy
@@ -42,7 +43,7 @@ def prepared(model: nn.Module, cfg: RecomputeConfig, dtype: torch.dtype, kernel:
             fill(name, full)
             parameter.copy_(full)
     sequence.fill_slots(model, view({}), kernel, keeps=cfg.kind == "selective")
-    recompute.apply(model, cfg)
+    activation_checkpoint.apply(model, cfg)
     return model
 
 

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from opensora.datasets import DataConfig, decode, loader, video
-from opensora.datasets.index import open_index, open_table
-from opensora.datasets.loader import build_loader
-from opensora.datasets.plan import BatchPlan
+from opensora.datasets import DataConfig
+from opensora.datasets.decode import api
+from opensora.datasets.loading import loader, reader
+from opensora.datasets.loading.loader import build_loader
+from opensora.datasets.plan.batch_plan import BatchPlan
+from opensora.datasets.table.index import open_index, open_table
 from opensora.schedulers.rectified_flow import drop_text, sample_noise
 from tests.unit.test_clip_index import make_tables
 
@@ -54,9 +56,9 @@ def run(tables: list[str], steps: range, degree: int, workers: int, pack: int) -
         table=tables,
         buckets=BUCKETS,
         probability="accept",
-        empty_rows="report",
+        unused_rows="report",
         micro_batches=12,
-        pack=pack,
+        balance_group=pack,
         crop="random",
         prompt_suffix=True,
         workers=workers,
@@ -85,7 +87,7 @@ def run(tables: list[str], steps: range, degree: int, workers: int, pack: int) -
     return trace
 
 
-def drawn(batch: video.Batch, step: int) -> tuple:
+def drawn(batch: reader.Batch, step: int) -> tuple:
     """Everything random about a batch."""
     ids = batch.sample_ids
     noise = sample_noise(SEED, step, ids, (1, 2, 2, 2))
@@ -103,7 +105,7 @@ def stops(count: int) -> list[tuple[int, int]]:
 @pytest.fixture(scope="module", autouse=True)
 def frames() -> Any:
     patch = pytest.MonkeyPatch()
-    patch.setattr(decode, "read_frames", fake_frames)
+    patch.setattr(api, "read_frames", fake_frames)
     patch.setattr(loader, "DecoderProcess", FakeProcess)
     torch.set_num_threads(1)
     yield

@@ -9,21 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from opensora.sampling.guidance import DENOISERS, DistilledDenoiser, I2VDenoiser, oscillate
+from opensora.sampling.loop import TextInputs
+from opensora.sampling.noise import get_noise
+from opensora.sampling.options import SamplingOption, image_size, sanitize_sampling_option
+from opensora.schedulers.timesteps import flow_shift, get_schedule, time_shift
 from opensora.utils.errors import UserError
-from opensora.utils.sampling import (
-    DENOISERS,
-    DistilledDenoiser,
-    I2VDenoiser,
-    SamplingOption,
-    TextInputs,
-    flow_shift,
-    get_noise,
-    get_schedule,
-    image_size,
-    oscillate,
-    sanitize_sampling_option,
-    time_shift,
-)
 from opensora.utils.video_writer import write_image, write_video
 
 

@@ -6,7 +6,21 @@ from typing import Any
 
 import pytest
 
-from acceleration.sealed import ANY, COUNT, FLAG, NULL, NUMBER, SHA256, TEXT, WHOLE, Each, Shape, mismatch, seal, unseal
+from acceleration.files.sealed_json import (
+    ANY,
+    COUNT,
+    FLAG,
+    NULL,
+    NUMBER,
+    SHA256,
+    TEXT,
+    WHOLE,
+    Each,
+    Shape,
+    mismatch,
+    seal,
+    unseal,
+)
 
 BODY = {"b": [1, 2.5, None, "é"], "a": {"x": True}}
 

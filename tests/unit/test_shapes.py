@@ -174,7 +174,7 @@ def test_data_set_on_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_clip_table_reads_it(tmp_path: Path) -> None:
-    from opensora.datasets.manifest import read_table
+    from opensora.datasets.table.manifest import read_table
 
     assert write_small(tmp_path) == 0
     table = read_table(str(tmp_path / "train.csv"))

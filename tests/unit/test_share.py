@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from opensora.datasets import DataConfig
-from opensora.datasets.cost import CostConfig, features
-from opensora.datasets.plan import BatchPlan
-from opensora.datasets.share import Sharing, choose, times
+from opensora.datasets.buckets.cost import CostConfig, features
+from opensora.datasets.plan.batch_plan import BatchPlan
+from opensora.datasets.plan.dynamic_sp import SequenceSharing, choose, times
 from tests.unit.test_bucket import random_table
 from tests.unit.test_plan import FIXED
 
@@ -17,12 +17,12 @@ DEGREES = {1: (1,), 2: (1, 2), 4: (1, 2, 4), 6: (1, 2, 3, 6), 8: (1, 2, 4, 8)}
 
 
 def make_plan(pack: int = 1, **cost: float) -> BatchPlan:
-    cfg = DataConfig(buckets=FIXED, micro_batches=7, pack=pack, cost=CostConfig(**cost))
+    cfg = DataConfig(buckets=FIXED, micro_batches=7, balance_group=pack, cost=CostConfig(**cost))
     return BatchPlan(random_table(600), cfg, 16, 3)
 
 
-def place(degree: int, rank: int = 0) -> Sharing:
-    return Sharing(degree=degree, rank=rank, text_tokens=TEXT)
+def place(degree: int, rank: int = 0) -> SequenceSharing:
+    return SequenceSharing(degree=degree, rank=rank, text_tokens=TEXT)
 
 
 @pytest.mark.parametrize("degree", DEGREES)

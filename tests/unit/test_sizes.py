@@ -4,9 +4,9 @@ from math import sqrt
 
 import pytest
 
-from opensora.datasets.aspect import size_of, training_sizes
+from opensora.datasets.buckets.aspect import size_of, training_sizes
+from opensora.sampling.options import SamplingOption, image_size, sanitize_sampling_option
 from opensora.utils.errors import UserError
-from opensora.utils.sampling import SamplingOption, image_size, sanitize_sampling_option
 from opensora.utils.sizes import RATIOS
 
 AREAS = {"256px": 256**2, "360p": int(360**2 * 16 / 9), "512px": 512**2, "720p": int(720**2 * 16 / 9), "768px": 768**2}
@@ -70,14 +70,14 @@ def test_a_ratio_without_a_name_is_the_transpose_of_itself_on_its_side() -> None
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("aspect_ratio", "1000000000:1", "allowed are width:height"),
+        ("aspect_ratio", "1000000000:1", "must be width:height"),
         ("aspect_ratio", "100:1", "from 1:32 to 32:1"),
         ("aspect_ratio", "1:100", "from 1:32 to 32:1"),
-        ("aspect_ratio", "٣:١", "allowed are width:height"),
-        ("aspect_ratio", "9" * 5000 + ":1", "allowed are width:height"),
-        ("aspect_ratio", "1:0", "allowed are width:height"),
+        ("aspect_ratio", "٣:١", "must be width:height"),
+        ("aspect_ratio", "9" * 5000 + ":1", "must be width:height"),
+        ("aspect_ratio", "1:0", "must be width:height"),
         ("aspect_ratio", "0.000001:1", "from 1:32"),
-        ("aspect_ratio", "16:9\n", "allowed are width:height"),
+        ("aspect_ratio", "16:9\n", "must be width:height"),
         ("resolution", "٣px", "at most 5 digits"),
         ("resolution", "²px", "at most 5 digits"),
         ("resolution", "9" * 5000 + "px", "at most 5 digits"),

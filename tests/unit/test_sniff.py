@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from opensora.datasets.decode import DecodeError, is_image, probe, read_frames, sniff
+from opensora.datasets.decode.api import DecodeError, is_image, probe, read_frames, sniff
 from tests.faults.media_fuzz import BASES, heic
 from tests.unit.test_decode import encode
 

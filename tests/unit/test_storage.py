@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from opensora.datasets.decode import DECODERS, DecodeError, is_image, probe, read_frames
-from opensora.datasets.storage import archive_members, locate
+from opensora.datasets.decode.api import DECODERS, DecodeError, is_image, probe, read_frames
+from opensora.datasets.table.clip_storage import archive_members, locate
 from tests.unit.test_decode import encode
 from tests.unit.test_decoders import needs
 

@@ -88,7 +88,7 @@ def test_a_linear_probe_reads_every_word() -> None:
 
 @pytest.mark.parametrize("wrong", [{"dim": 40}, {"depth": 0}, {"max_words": 0}])
 def test_config_refuses(wrong: dict) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.*allowed are"):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.*must be"):
         ByteTextConfig(**wrong)
 
 

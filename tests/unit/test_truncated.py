@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from opensora.datasets.decode import DecodeError, probe, read_frames
+from opensora.datasets.decode.api import DecodeError, probe, read_frames
 
 HEIGHT, WIDTH = 90, 130
 RNG = np.random.default_rng(0)

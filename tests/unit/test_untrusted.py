@@ -5,9 +5,9 @@ import struct
 
 import pytest
 
-from opensora.utils import untrusted
 from opensora.utils.errors import UserError
-from opensora.utils.untrusted import parse_json, parsing
+from opensora.utils.files import untrusted
+from opensora.utils.files.untrusted import parse_json, parsing
 from tests.conftest import ROOT
 
 

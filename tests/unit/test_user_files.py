@@ -9,7 +9,7 @@ from typing import IO
 import pytest
 
 from opensora.utils.errors import UserError
-from opensora.utils.user_files import MAX_FIELD, read_csv, read_text, try_output, write_whole, written_whole
+from opensora.utils.files.user_files import MAX_FIELD, read_csv, read_text, try_output, write_whole, written_whole
 
 TEXT = "a red circle moves left, Köln, 東京, 🎬\nsecond line\n"
 

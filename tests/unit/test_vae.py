@@ -17,7 +17,7 @@ from opensora.models.vae import (
 )
 from opensora.models.vae.dct import DCTAutoencoder, block_basis, first_frame_frequencies, kept_frequencies
 from opensora.utils.errors import UserError
-from opensora.utils.work import Work, one_by_one
+from opensora.utils.tasks import Task, one_by_one
 
 
 def clip(frames: int = 9, height: int = 16, width: int = 24, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -104,7 +104,7 @@ def test_dct_refuses_sizes_it_cannot_code(frames: int, height: int) -> None:
     "wrong", [{"spatial": 5}, {"channels": 0}, {"channels": 769}, {"scale": 0.0}, {"equalize": 2.0}]
 )
 def test_dct_config_refuses(wrong: dict) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.*allowed are"):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.*must be"):
         DCTConfig(**wrong)
 
 
@@ -192,7 +192,7 @@ def test_hunyuan_tiles_are_those_of_diffusers(case: str, hunyuan_folder: str, mo
     reference.enable_slicing()
     pixels, pieces = clip(*size), []
 
-    def run(work: list[Work]) -> list[torch.Tensor]:
+    def run(work: list[Task]) -> list[torch.Tensor]:
         pieces.append(len(work))
         results = one_by_one(work)
         assert all(result.shape == piece.shape for result, piece in zip(results, work, strict=True))

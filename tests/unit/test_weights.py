@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from opensora.models.mmdit.convert import WeightFile
-from opensora.utils import weights as module
 from opensora.utils.errors import UserError
-from opensora.utils.weights import INDEX, write_file, write_weights
+from opensora.utils.files import safetensors_files
+from opensora.utils.files.safetensors_files import INDEX, write_file, write_weights
 
 BYTES = 80  # of a tensor below
 
@@ -47,7 +47,7 @@ def test_no_more_than_a_shard_and_a_tensor_is_held(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_weights_that_were_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = write_weights(tmp_path, tensors(3), {}, shard_bytes=BYTES)
     content = [file.read_bytes() for file in before]
-    written, walked, parts = 0, 0, module.tensor_file.parts
+    written, walked, parts = 0, 0, safetensors_files.tensor_file.parts
 
     def fill_up(held: dict[str, Tensor], metadata: dict[str, str]) -> Iterator[bytes]:
         nonlocal written
@@ -63,7 +63,7 @@ def test_a_full_disk_leaves_the_weights_that_were_there(tmp_path: Path, monkeypa
             walked += 1
             yield item
 
-    monkeypatch.setattr(module.tensor_file, "parts", fill_up)
+    monkeypatch.setattr(safetensors_files.tensor_file, "parts", fill_up)
     with pytest.raises(OSError, match="disk full"):
         write_weights(tmp_path, walk(), {}, shard_bytes=BYTES)
     assert walked == 6  # other processes walk as far

@@ -25,10 +25,17 @@ import torch
 from torch import Tensor, nn
 
 from opensora.models.layers.rope import RopeLayout
-from opensora.utils.adapters import AdapterRows
+from opensora.models.weights.adapters import AdapterRows
 from opensora.utils.errors import UserError
-from opensora.utils.untrusted import ANY, TEXT, Each, mismatch, parse_json, parsing, read_small, short_reason
-from opensora.utils.weights import SHARD_BYTES, check_regular, check_types, open_weights, write_file, write_weights
+from opensora.utils.files.safetensors_files import (
+    SHARD_BYTES,
+    check_regular,
+    check_types,
+    open_weights,
+    write_file,
+    write_weights,
+)
+from opensora.utils.files.untrusted import ANY, TEXT, Each, mismatch, parse_json, parsing, read_small, short_reason
 
 StateDict = dict[str, Tensor]
 Shape: TypeAlias = tuple[int, ...]
@@ -100,7 +107,7 @@ def guess_layout(names: Iterable[str], metadata: Mapping[str, str] | None = None
     fused = any(".qkv." in name or ".linear1." in name for name in names)
     rope = (metadata or {}).get("rope_layout") or ("interleaved" if fused else "half")
     if rope not in ("interleaved", "half"):
-        raise UserError(f"rope_layout={rope} in the file's metadata: allowed are interleaved, half")
+        raise UserError(f"rope_layout={rope} in the file's metadata: must be one of interleaved, half")
     return WeightLayout(fused_qkv=fused, rope_layout="half" if rope == "half" else "interleaved")
 
 

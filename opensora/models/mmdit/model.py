@@ -69,35 +69,33 @@ class MMDiTConfig:
     def __post_init__(self) -> None:
         self._check_ranges()
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"num_heads={self.num_heads}: allowed are divisors of hidden_size={self.hidden_size}")
+            raise ValueError(f"num_heads={self.num_heads}: must be a divisor of hidden_size={self.hidden_size}")
         if len(self.axes_dim) != 3 or any(dim <= 0 or dim % 2 for dim in self.axes_dim):
-            raise ValueError(f"axes_dim={tuple(self.axes_dim)}: allowed are three even numbers > 0, for (t, h, w)")
+            raise ValueError(f"axes_dim={tuple(self.axes_dim)}: must be three even numbers > 0, for (t, h, w)")
         if sum(self.axes_dim) != self.head_dim:
             raise ValueError(
-                f"axes_dim={tuple(self.axes_dim)}: allowed are dims whose sum is the head dim, "
+                f"axes_dim={tuple(self.axes_dim)}: must be dims whose sum is the head dim, "
                 f"hidden_size/num_heads={self.head_dim}, not {sum(self.axes_dim)}"
             )
         if self.in_channels % self.patch_size**2:
-            raise ValueError(
-                f"in_channels={self.in_channels}: allowed are multiples of patch_size^2={self.patch_size**2}"
-            )
+            raise ValueError(f"in_channels={self.in_channels}: must be a multiple of patch_size^2={self.patch_size**2}")
 
     def _check_ranges(self) -> None:
         for name in ("in_channels", "patch_size", "vec_in_dim", "context_in_dim", "hidden_size", "num_heads", "depth"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: allowed are integers >= 1")
+                raise ValueError(f"{name}={getattr(self, name)}: must be an integer >= 1")
         if self.depth_single_blocks < 0:
-            raise ValueError(f"depth_single_blocks={self.depth_single_blocks}: allowed are integers >= 0")
+            raise ValueError(f"depth_single_blocks={self.depth_single_blocks}: must be an integer >= 0")
         if self.out_channels is not None and self.out_channels < 1:
-            raise ValueError(f"out_channels={self.out_channels}: allowed are integers >= 1, or null for in_channels")
+            raise ValueError(f"out_channels={self.out_channels}: must be an integer >= 1, or null for in_channels")
         if self.mlp_ratio <= 0 or self.theta <= 1:
             name, low = ("mlp_ratio", 0) if self.mlp_ratio <= 0 else ("theta", 1)
-            raise ValueError(f"{name}={getattr(self, name)}: allowed are numbers > {low}")
+            raise ValueError(f"{name}={getattr(self, name)}: must be a number > {low}")
         if self.hidden_size * self.mlp_ratio < 1:
             raise ValueError(f"mlp_ratio={self.mlp_ratio}: leaves no hidden unit of hidden_size={self.hidden_size}")
         for name, allowed in (("kind", ("mmdit",)), ("rope_layout", ("interleaved", "half"))):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)}: allowed are {', '.join(allowed)}")
+                raise ValueError(f"{name}={getattr(self, name)}: must be one of {', '.join(allowed)}")
 
     @property
     def head_dim(self) -> int:

@@ -31,7 +31,7 @@ def check_text_encoder(cfg: TextConfig, context_in_dim: int, vec_in_dim: int) ->
         UserError: they are not, or give other widths; with the key.
     """
     if not isinstance(cfg, T5ClipConfig):
-        return  # its widths are in the configuration: opensora.config.check_fit
+        return  # its widths are in the configuration: opensora.config.run.check_fit
     for key, path, name, wanted, stated in (
         ("context_in_dim", "t5_path", cfg.t5_path, context_in_dim, "d_model"),
         ("vec_in_dim", "clip_path", cfg.clip_path, vec_in_dim, "hidden_size"),

@@ -46,12 +46,12 @@ class ByteTextConfig:
 
     def __post_init__(self) -> None:
         if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: allowed are integers from 0 to 2^63-1")
+            raise ValueError(f"seed={self.seed}: must be an integer from 0 to 2^63-1")
         if self.dim < HEAD_DIM or self.dim % HEAD_DIM:
-            raise ValueError(f"dim={self.dim}: allowed are multiples of {HEAD_DIM}")
+            raise ValueError(f"dim={self.dim}: must be a multiple of {HEAD_DIM}")
         for name in ("depth", "max_words"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: allowed are integers >= 1")
+                raise ValueError(f"{name}={getattr(self, name)}: must be an integer >= 1")
 
 
 class ByteTextEncoder:

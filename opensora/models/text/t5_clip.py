@@ -15,9 +15,9 @@ from torch import Tensor
 from opensora.models.base import TextFeatures
 from opensora.models.pretrained import load_pretrained
 from opensora.utils.errors import UserError
+from opensora.utils.files.untrusted import parse_json, parsing
+from opensora.utils.files.user_files import absence, read_text
 from opensora.utils.limits import Limits
-from opensora.utils.untrusted import parse_json, parsing
-from opensora.utils.user_files import absence, read_text
 
 CLIP_TOKENS = 77
 
@@ -35,7 +35,7 @@ class T5ClipConfig:
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
-            raise ValueError(f"max_tokens={self.max_tokens}: allowed are integers >= 1")
+            raise ValueError(f"max_tokens={self.max_tokens}: must be an integer >= 1")
 
 
 class T5ClipTextEncoder:

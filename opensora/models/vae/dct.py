@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor
 
 from opensora.utils.limits import SCALE, Limits
-from opensora.utils.work import RunAll, Work, one_by_one
+from opensora.utils.tasks import Task, TaskRunner, one_by_one
 
 TEMPORAL = 4  # frames per block after the first frame
 COLOURS = 3
@@ -46,14 +46,14 @@ class DCTConfig:
 
     def __post_init__(self) -> None:
         if self.spatial not in (4, 8):
-            raise ValueError(f"spatial={self.spatial}: allowed are 4, 8")
+            raise ValueError(f"spatial={self.spatial}: must be one of 4, 8")
         most = COLOURS * TEMPORAL * self.spatial**2
         if not 1 <= self.channels <= most:
-            raise ValueError(f"channels={self.channels}: allowed are 1 to {most} with spatial={self.spatial}")
+            raise ValueError(f"channels={self.channels}: must be 1 to {most} with spatial={self.spatial}")
         if self.scale is not None and self.scale <= 0:
-            raise ValueError(f"scale={self.scale}: allowed are numbers > 0, or null")
+            raise ValueError(f"scale={self.scale}: must be a number > 0, or null")
         if not 0 <= self.equalize <= 1:
-            raise ValueError(f"equalize={self.equalize}: allowed are numbers from 0 to 1")
+            raise ValueError(f"equalize={self.equalize}: must be a number from 0 to 1")
 
 
 def expected_cost(frequency: Frequency) -> float:
@@ -139,7 +139,7 @@ class DCTAutoencoder:
         return factor * (energy.sum() / (energy * factor**2).sum()).sqrt()
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor, run: RunAll = one_by_one) -> Tensor:
+    def encode(self, pixels: Tensor, run: TaskRunner = one_by_one) -> Tensor:
         """(B, 3, T, H, W) in [-1, 1], T = 4k+1 -> (B, channels, k+1, H/s, W/s).
 
         Raises:
@@ -153,21 +153,21 @@ class DCTAutoencoder:
             )
         x = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
         shape = (len(x), self.channels, 1, height // s, width // s)
-        work = [Work(partial(self._to_latents, x[:, :, :1], 1, self._first, self._gain_first), shape)]
+        work = [Task(partial(self._to_latents, x[:, :, :1], 1, self._first, self._gain_first), shape)]
         for block in x[:, :, 1:].split(TEMPORAL, dim=2):
             if block.shape[2]:  # a still has nothing behind its first frame
-                work.append(Work(partial(self._to_latents, block, TEMPORAL, self._later, self._gain_later), shape))
+                work.append(Task(partial(self._to_latents, block, TEMPORAL, self._later, self._gain_later), shape))
         return torch.cat(run(work), dim=2)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, run: RunAll = one_by_one) -> Tensor:
+    def decode(self, latents: Tensor, run: TaskRunner = one_by_one) -> Tensor:
         """(B, channels, T', H', W') -> (B, 3, 4T'-3, s*H', s*W'), clamped to [-1, 1]."""
         z = latents.to(torch.promote_types(latents.dtype, torch.float32))
         side = (self.cfg.spatial * z.shape[3], self.cfg.spatial * z.shape[4])
         frames = z.split(1, dim=2)
         bases = [(1, self._first, self._gain_first)] + [(TEMPORAL, self._later, self._gain_later)] * (len(frames) - 1)
         work = [
-            Work(partial(self._to_pixels, frame, count, basis, gain), (len(z), COLOURS, count, *side))
+            Task(partial(self._to_pixels, frame, count, basis, gain), (len(z), COLOURS, count, *side))
             for frame, (count, basis, gain) in zip(frames, bases, strict=True)
         ]
         return torch.cat(run(work), dim=2).clamp(-1, 1)

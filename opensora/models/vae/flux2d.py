@@ -11,7 +11,7 @@ from torch import Tensor
 from opensora.models.vae.folder import KEY, MAX_CHANNELS, load_frozen, stated_number, stated_shape
 from opensora.utils.errors import UserError
 from opensora.utils.limits import Limits
-from opensora.utils.work import RunAll, Work, one_by_one
+from opensora.utils.tasks import Task, TaskRunner, one_by_one
 
 COLOURS = 3
 MAX_LEVELS = 7  # each halves the frame
@@ -30,7 +30,7 @@ class Flux2DConfig:
 
     def __post_init__(self) -> None:
         if self.micro_batch < 1:
-            raise ValueError(f"micro_batch={self.micro_batch}: allowed are integers >= 1")
+            raise ValueError(f"micro_batch={self.micro_batch}: must be an integer >= 1")
 
 
 class Flux2DAutoencoder:
@@ -48,22 +48,22 @@ class Flux2DAutoencoder:
         self.channels, self.stride = flux2d_shape(cfg)
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor, run: RunAll = one_by_one) -> Tensor:
+    def encode(self, pixels: Tensor, run: TaskRunner = one_by_one) -> Tensor:
         """(B, 3, T, H, W) in [-1, 1] -> (B, channels, T, H', W') fp32."""
         frames = rearrange(pixels, "b c t h w -> (b t) c h w").to(self._dtype)
         size = (
             self.channels,
             *(side // stride for side, stride in zip(frames.shape[2:], self.stride[1:], strict=True)),
         )
-        parts = run([Work(partial(self._encode, x), (len(x), *size)) for x in frames.split(self.cfg.micro_batch)])
+        parts = run([Task(partial(self._encode, x), (len(x), *size)) for x in frames.split(self.cfg.micro_batch)])
         return rearrange((torch.cat(parts).float() - SHIFT) * SCALE, "(b t) c h w -> b c t h w", b=len(pixels))
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, run: RunAll = one_by_one) -> Tensor:
+    def decode(self, latents: Tensor, run: TaskRunner = one_by_one) -> Tensor:
         """(B, channels, T, H', W') -> (B, 3, T, H, W) fp32, clamped to [-1, 1]."""
         frames = rearrange(latents.float() / SCALE + SHIFT, "b c t h w -> (b t) c h w").to(self._dtype)
         size = (COLOURS, *(side * stride for side, stride in zip(frames.shape[2:], self.stride[1:], strict=True)))
-        parts = run([Work(partial(self._decode, z), (len(z), *size)) for z in frames.split(self.cfg.micro_batch)])
+        parts = run([Task(partial(self._decode, z), (len(z), *size)) for z in frames.split(self.cfg.micro_batch)])
         return rearrange(torch.cat(parts).float(), "(b t) c h w -> b c t h w", b=len(latents)).clamp(-1, 1)
 
     def _encode(self, frames: Tensor) -> Tensor:
@@ -77,6 +77,6 @@ def flux2d_shape(cfg: Flux2DConfig) -> tuple[int, tuple[int, int, int]]:
     """(channels, stride): the folder's own numbers where it exists, else the published ones."""
     levels = stated_shape(cfg.path).get("block_out_channels", [0] * 4)
     if not isinstance(levels, list) or not 1 <= len(levels) <= MAX_LEVELS:
-        raise UserError(f"{KEY}={cfg.path}: config.json has block_out_channels={levels!r}; wanted a list of numbers")
+        raise UserError(f"{KEY}={cfg.path}: config.json has block_out_channels={levels!r}; must be a list of numbers")
     spatial = 2 ** (len(levels) - 1)
     return stated_number(cfg.path, "latent_channels", 16, MAX_CHANNELS), (1, spatial, spatial)

@@ -7,8 +7,8 @@ import torch
 
 from opensora.models.pretrained import load_pretrained
 from opensora.utils.errors import UserError
-from opensora.utils.untrusted import ANY, mismatch, parse_json, parsing, read_small
-from opensora.utils.user_files import absence
+from opensora.utils.files.untrusted import ANY, mismatch, parse_json, parsing, read_small
+from opensora.utils.files.user_files import absence
 
 KEY = "vae.path"
 MAX_STRIDE, MAX_CHANNELS = 64, 4096  # of an autoencoder, as its config.json states them
@@ -40,7 +40,7 @@ def stated_number(path: str, name: str, otherwise: int, most: int) -> int:
     """
     value = stated_shape(path).get(name, otherwise)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise UserError(f"{KEY}={path}: config.json has {name}={value!r}; allowed are integers from 1 to {most}")
+        raise UserError(f"{KEY}={path}: config.json has {name}={value!r}; must be an integer from 1 to {most}")
     return value
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opensora.models.vae.folder import MAX_CHANNELS, MAX_STRIDE, load_frozen, stated_number
 from opensora.models.vae.tiles import Size, Tiling, code_in_tiles
-from opensora.utils.work import RunAll, one_by_one
+from opensora.utils.tasks import TaskRunner, one_by_one
 
 SCALE = 0.476986  # latents = SCALE * sample
 COLOURS = 3
@@ -53,13 +53,13 @@ class HunyuanAutoencoder:
         self._encoding, self._decoding = _tilings(self._model, self.stride)
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor, run: RunAll = one_by_one) -> Tensor:
+    def encode(self, pixels: Tensor, run: TaskRunner = one_by_one) -> Tensor:
         """(B, 3, T, H, W) in [-1, 1] -> (B, channels, T', H', W') fp32."""
         x = pixels.to(self._dtype)
         return code_in_tiles(x, self._encode_tile, self.channels, self._encoding, run).float() * SCALE
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, run: RunAll = one_by_one) -> Tensor:
+    def decode(self, latents: Tensor, run: TaskRunner = one_by_one) -> Tensor:
         """(B, channels, T', H', W') -> (B, 3, T, H, W) fp32, clamped to [-1, 1]."""
         z = (latents.float() / SCALE).to(self._dtype)
         return code_in_tiles(z, self._decode_tile, COLOURS, self._decoding, run).float().clamp(-1, 1)

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from opensora.utils.work import RunAll, Work
+from opensora.utils.tasks import Task, TaskRunner
 
 Size = tuple[int, int, int]  # (frames, height, width)
 TIME, HEIGHT, WIDTH = 2, 3, 4  # dims of (B, C, T, H, W)
@@ -48,7 +48,9 @@ class Tiling:
         return rows, columns
 
 
-def code_in_tiles(x: Tensor, code: Callable[[Tensor], Tensor], channels: int, tiling: Tiling, run: RunAll) -> Tensor:
+def code_in_tiles(
+    x: Tensor, code: Callable[[Tensor], Tensor], channels: int, tiling: Tiling, run: TaskRunner
+) -> Tensor:
     """(B, C, T, H, W) -> (B, channels, *coded size) by ``code``, which maps (1, C, t, h, w) to (1, channels, ...).
 
     Every tile of every sample is a piece of work for ``run``.
@@ -69,9 +71,9 @@ def code_in_tiles(x: Tensor, code: Callable[[Tensor], Tensor], channels: int, ti
     return torch.cat(clips)
 
 
-def _work(x: Tensor, code: Callable[[Tensor], Tensor], channels: int, tiling: Tiling, *, has_context: bool) -> Work:
+def _work(x: Tensor, code: Callable[[Tensor], Tensor], channels: int, tiling: Tiling, *, has_context: bool) -> Task:
     frames, height, width = tiling.coded(*x.shape[TIME:])
-    return Work(
+    return Task(
         partial(_code_tile, x, code, drop=int(has_context)), (1, channels, frames - int(has_context), height, width)
     )
 

@@ -1,0 +1,228 @@
+"""Peak memory of one process in a step: what sharding keeps and moves, laid over the timeline of activations.
+
+Walks through a step as FSDP2 does and adds up bytes by purpose. The order of its allocations (torch 2.11 to 2.13):
+
+* forward gathers a unit into a buffer, then copies it out; the buffer of a unit stays until the next is gathered.
+* backward gathers the unit below ahead of time (ZeRO 3), and drops the buffer when it is copied out.
+* gradients are packed into a buffer of reduce type, which stays until the next unit's; what comes out is of reduce
+  type, and is cast to master type.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from acceleration.accounting.activation_memory import Segment, Timeline
+from acceleration.accounting.comm_volume import RankLayout, held, padded
+from acceleration.accounting.model_profile import ModelProfile
+from acceleration.config import OptimConfig
+
+MOMENTS = {"adamw": 2, "sgd": 0}  # values that an optimizer keeps per weight
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one process by purpose at the moment when they are most."""
+
+    weights: int  # masters, in pieces
+    optimizer: int
+    ema: int
+    gradients: int
+    gathered: int  # weights in compute type
+    buffers: int  # of communication
+    activations: int  # with the gradients of the unit at work
+    frozen: int = 0  # autoencoder and text encoder
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+    @property
+    def state(self) -> int:
+        """What stays between steps."""
+        return self.weights + self.optimizer + self.ema + self.frozen
+
+
+def state_of(structure: ModelProfile, place: RankLayout, optim: OptimConfig, frozen: int = 0) -> Footprint:
+    """What a process keeps between steps."""
+    master = place.itemsize("master")
+    trained = trained_values(structure, place) * master
+    return Footprint(
+        weights=sum(count * padded(unit.parameters, place) for unit, count in structure.unit_counts) * master,
+        optimizer=trained * MOMENTS[optim.kind],
+        ema=sum(n * held(unit.parameters, place) for unit, n in structure.unit_counts) * master
+        if optim.ema_decay
+        else 0,
+        gradients=0,
+        gathered=0,
+        buffers=0,
+        activations=0,
+        frozen=frozen,
+    )
+
+
+def trained_values(structure: ModelProfile, place: RankLayout) -> int:
+    """Values of gradients that a process holds when the optimizer steps."""
+    return sum(n * held((p for p in unit.parameters if p.trains), place) for unit, n in structure.unit_counts)
+
+
+def peak(
+    structure: ModelProfile,
+    place: RankLayout,
+    optim: OptimConfig,
+    first: Timeline,
+    more: Timeline | None = None,
+    *,
+    batches: int = 1,
+    frozen: int = 0,
+) -> Footprint:
+    """The moment of a step with ``batches`` micro-batches when this process holds most.
+
+    Args:
+        first: a micro-batch, blocks as in ``structure``.
+        more: a later micro-batch, where whole gradients are accumulated (ZeRO 0 and 1); None: as the first.
+    """
+    walk = _Walk(structure, place, state_of(structure, place, optim, frozen))
+    for index in range(batches):
+        whole = place.cfg.zero < 2 and index > 0  # gradients of all micro-batches so far are there, whole
+        walk.micro_batch(more if whole and more else first, last=index == batches - 1, is_first=index == 0)
+    return walk.worst
+
+
+class _Walk:
+    def __init__(self, structure: ModelProfile, place: RankLayout, state: Footprint) -> None:
+        self.place, self.state = place, state
+        self.now: Counter[str] = Counter()
+        self.worst = state
+        self.gathered: set[int] = set()
+        self.packed = 0  # the buffer of the unit reduced last
+        self.copied = 0  # the buffer of the unit gathered last
+        self.rest = len(structure.blocks)
+        like = (*structure.like, self.rest)
+        units = {index: structure.units[index].parameters for index in set(like)}
+        pieces = {index: padded(parameters, place) for index, parameters in units.items()}
+        trained = {index: padded((p for p in parameters if p.trains), place) for index, parameters in units.items()}
+        self.weights = [pieces[index] for index in like]  # values of a piece of every unit
+        self.trained = [trained[index] for index in like]  # and of a piece of its gradient
+
+    def micro_batch(self, timeline: Timeline, *, last: bool, is_first: bool) -> None:
+        zero = self.place.cfg.zero
+        accumulates = zero < 2 and not is_first
+        self.gather(self.rest, forward=True)
+        self.run(timeline.before)
+        for index, segment in enumerate(timeline.forward):
+            self.gather(index, forward=True)
+            self.run(segment)
+            if zero == 3:
+                self.free(index)
+        self.now["buffers"] -= self.copied
+        self.copied = 0
+        spent = 0  # gradients of blocks that the timeline still holds, and sharding has taken
+        if zero == 3:
+            self.free(self.rest)
+            self.gather(self.rest, below=self.rest - 1)
+        self.run(timeline.between)
+        for index in reversed(range(self.rest)):
+            if zero == 3:
+                self.gather(index, below=index - 1)
+            self.run(timeline.backward[index], spent)
+            if last or zero >= 2:
+                self.free(index)
+            grads = self.compute_gradients(index)
+            if not accumulates:
+                spent += grads
+            self.take(index, grads, timeline.backward[index].end - spent, last=last, accumulates=accumulates)
+        self.run(timeline.after, spent)
+        if last or zero >= 2:
+            self.free(self.rest)
+        rest = self.compute_gradients(self.rest)
+        self.take(self.rest, rest, 0, last=last, accumulates=accumulates)
+        self.now["activations"] = 0
+        if last:
+            self.now["buffers"] -= self.packed
+            self.packed = 0
+
+    def compute_gradients(self, index: int) -> int:
+        """Bytes of a unit's whole gradients as backward makes them."""
+        return self.trained[index] * self.place.fsdp_degree * self.place.itemsize("compute")
+
+    def gather(self, index: int, *, below: int = -1, forward: bool = False) -> None:
+        """All-gather into a buffer, and copy out. ``below``: the unit whose buffer is filled ahead of time."""
+        if index in self.gathered:
+            return
+        size = self.whole_weights(index)
+        self.gathered.add(index)
+        if self.place.fsdp_degree == 1:
+            self.now["gathered"] += size
+            self.look()
+            return
+        self.now["buffers"] += size - self.now.pop("ahead", 0)
+        self.look()
+        self.now["buffers"] -= self.copied
+        self.copied = size if forward else 0
+        self.now["gathered"] += size
+        self.look()
+        self.now["buffers"] -= size - self.copied
+        if below >= 0 and below not in self.gathered:
+            self.now["ahead"] = self.whole_weights(below)
+            self.now["buffers"] += self.now["ahead"]
+            self.look()
+
+    def whole_weights(self, index: int) -> int:
+        """Bytes of a unit's weights in compute type, padded to equal pieces."""
+        return self.weights[index] * self.place.fsdp_degree * self.place.itemsize("compute")
+
+    def free(self, index: int) -> None:
+        if index in self.gathered:
+            self.now["gathered"] -= self.whole_weights(index)
+            self.gathered.discard(index)
+
+    def run(self, segment: Segment, spent: int = 0) -> None:
+        self.now["activations"] = segment.peak - spent
+        self.look()
+        self.now["activations"] = segment.end - spent
+
+    def take(self, index: int, grads: int, left: int, *, last: bool, accumulates: bool) -> None:
+        """After backward of a unit: its whole gradients are kept, or reduced. ``left``: activations without them."""
+        place, trained, zero = self.place, self.trained[index], self.place.cfg.zero
+        whole = trained * place.fsdp_degree
+        wide = place.itemsize("reduce") if place.cfg.precision.reduce != place.cfg.precision.compute else 0
+        kept = whole * (wide or place.itemsize("compute"))  # of a unit, between micro-batches
+        self.now["activations"] = left
+        if zero < 2 and not last:
+            if not accumulates:
+                self.now["gradients"] += kept
+                self.look()
+            return
+        source = kept if accumulates else grads
+        if not accumulates:
+            self.now["gradients"] += grads
+        self.now["buffers"] -= self.packed
+        self.packed = whole * place.itemsize("reduce")
+        self.now["buffers"] += self.packed
+        self.look()
+        self.now["gradients"] -= source
+        reduced = trained * place.itemsize("reduce")
+        self.now["buffers"] += reduced + (self.packed if place.fsdp_degree == 1 else 0)  # divided by 1 on its way
+        self.look()
+        self.now["buffers"] -= self.packed if place.fsdp_degree == 1 else 0
+        cast = trained * place.itemsize("master")
+        partial = place.replicas > 1 and not last
+        if partial or place.cfg.precision.reduce == place.cfg.precision.master:
+            self.now["buffers"] -= reduced
+            if f"sharded {index}" not in self.now:
+                self.now["gradients"] += reduced
+                self.now[f"sharded {index}"] = 0
+        else:
+            self.now["buffers"] += cast
+            self.look()
+            self.now["buffers"] -= cast + reduced
+            if f"sharded {index}" not in self.now:
+                self.now["gradients"] += cast
+                self.now[f"sharded {index}"] = 0
+        self.look()
+
+    def look(self) -> None:
+        """Compare with the worst moment so far."""
+        parts = {name: self.now[name] for name in ("gradients", "gathered", "buffers", "activations")}
+        if sum(parts.values()) + self.state.total > self.worst.total:
+            self.worst = Footprint(**(vars(self.state) | parts))

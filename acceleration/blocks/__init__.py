@@ -1,0 +1,1 @@
+"""What is done to every transformer block: gradient checkpointing, offload of activations, compilation."""

@@ -1,0 +1,204 @@
+"""Where the processes of a step that no launcher introduced to each other meet.
+
+Rank 0 keeps a door: it listens on the first free of a few ports that all ranks compute alike, and tells whoever
+connects what it belongs to and where its store is. A stranger on one of these ports (another job's store would do)
+gives another answer or none, and is passed over; torch's own client would wait for it without end.
+"""
+
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+
+import torch.distributed as dist
+
+GREETING = "opensora"
+ANSWER_S = 2.0  # a door answers at once; whoever takes longer is a stranger
+PAUSE_S = 0.2  # between two rounds over the ports
+
+
+class StartError(Exception):
+    """The processes did not find each other. One line: which port of which host, or which ranks."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        """``exit_code``: for a command line; 1: it may go well the next time, 2: it will not."""
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class RendezvousServer:
+    """Rank 0's side: answers every connection with ``opensora TOKEN PORT`` until it is closed."""
+
+    def __init__(self, address: str, ports: Sequence[int], token: str, store_port: int) -> None:
+        """
+        Raises:
+            StartError: every port is in use.
+        """
+        self._socket, self.port = _listen(address, ports)
+        self._answer = f"{GREETING} {token} {store_port}\n".encode()
+        self._thread = threading.Thread(target=self._serve, name="door", daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                visitor, _ = self._socket.accept()
+            except OSError:  # closed
+                return
+            with visitor, suppress(OSError):
+                visitor.sendall(self._answer)
+
+    def close(self) -> None:
+        """Nobody else will come."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread, which closing alone does not
+        self._socket.close()
+        self._thread.join(timeout=ANSWER_S)
+
+
+def rendezvous(
+    rank: int, world_size: int, address: str, ports: Sequence[int], token: str, timeout_s: float, device: str = ""
+) -> dist.Store:
+    """A store that all ranks share, hosted by rank 0 on a port that the system picks.
+
+    Args:
+        ports: where rank 0's door may be, the same on all ranks, best first.
+        token: without spaces; the same on all ranks of this attempt of this job and on nobody else.
+        device: as for ``check_in``.
+
+    Raises:
+        StartError: no port is free, a rank did not come within ``timeout_s`` seconds, or two share a device.
+    """
+    deadline = time.monotonic() + timeout_s
+    if rank == 0:
+        limit = timedelta(seconds=timeout_s)
+        store = dist.TCPStore("127.0.0.1", 0, world_size, True, limit, wait_for_workers=False)
+        door = RendezvousServer(address, ports, token, store.port)
+        try:
+            check_in(store, rank, world_size, deadline - time.monotonic(), device)
+        finally:
+            door.close()
+        return store
+    port = find_server(address, ports, token, deadline)
+    limit = timedelta(seconds=max(1.0, deadline - time.monotonic()))
+    try:
+        store = dist.TCPStore(address, port, world_size, False, limit, wait_for_workers=False)
+    except dist.DistError as error:
+        raise StartError(f"{address}:{port}: rank 0 ended before rank {rank} came ({_first_line(error)})") from None
+    check_in(store, rank, world_size, deadline - time.monotonic(), device)
+    store.set_timeout(timedelta(seconds=timeout_s))
+    return store
+
+
+def check_in(store: dist.Store, rank: int, world_size: int, timeout_s: float, device: str = "") -> None:
+    """Wait until every rank has come. Every rank calls this once for a store.
+
+    Args:
+        device: what no other device has; empty where processes may share it.
+
+    Raises:
+        StartError: some did not come within ``timeout_s`` seconds, rank 0 names them; or two share a device.
+    """
+    store = dist.PrefixStore("check-in", store)
+    host = socket.gethostname()
+    store.set(str(rank), device)
+    if rank != 0:
+        try:
+            store.wait(["all"], timedelta(seconds=timeout_s + ANSWER_S))  # rank 0 speaks first
+        except (dist.DistError, RuntimeError):
+            raise StartError(f"rank {rank} on {host} came, others did not within {timeout_s:.0f} s") from None
+    else:
+        _await(store, world_size, timeout_s)
+        devices = store.multi_get([str(other) for other in range(world_size)])
+        store.set("all", _shared([one.decode() for one in devices]))
+    problem = store.get("all").decode()
+    if problem:
+        if rank == 0:
+            time.sleep(ANSWER_S / 2)  # the others read it before the store is gone
+        raise StartError(problem, exit_code=2)
+
+
+def _await(store: dist.Store, world_size: int, timeout_s: float) -> None:
+    missing, deadline = list(range(world_size)), time.monotonic() + timeout_s
+    while missing := [other for other in missing if not store.check([str(other)])]:
+        if time.monotonic() > deadline:
+            raise StartError(
+                f"{world_size - len(missing)} of {world_size} processes came within {timeout_s:.0f} s; "
+                f"missing: rank {ranges(missing)}; see their logs"
+            )
+        time.sleep(PAUSE_S / 4)
+
+
+def _shared(devices: Sequence[str]) -> str:
+    """Which ranks have the same device, in words; empty if none do."""
+    for device in dict.fromkeys(devices):
+        ranks = [rank for rank, one in enumerate(devices) if one == device]
+        if device and len(ranks) > 1:
+            return f"rank {ranges(ranks)} share one device ({device}): start one process per device"
+    return ""
+
+
+def find_server(address: str, ports: Sequence[int], token: str, deadline: float) -> int:
+    """Port of rank 0's store, asked at its door.
+
+    Raises:
+        StartError: no door with this token before ``deadline`` (monotonic), with what was found instead.
+    """
+    begun = time.monotonic()
+    while True:
+        found: dict[int, str] = {}
+        for port in ports:
+            answer = _ask(address, port)
+            words = answer.split()
+            if words[:2] == [GREETING, token] and len(words) == 3:
+                return int(words[2])
+            found[port] = f"{port} {'is another job' if words[:1] == [GREETING] else answer or 'gives no answer'}"
+        if time.monotonic() > deadline:
+            raise StartError(
+                f"rank 0 did not answer at {address} within {time.monotonic() - begun:.0f} s "
+                f"(port {'; '.join(found.values())}): see its log, or set MASTER_ADDR and MASTER_PORT"
+            )
+        time.sleep(PAUSE_S)
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Sorted numbers in short: ``0-2, 5``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _listen(address: str, ports: Sequence[int]) -> tuple[socket.socket, int]:
+    for port in ports:
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # an attempt that just ended is no obstacle
+        try:
+            listener.bind(("0.0.0.0", port))
+            listener.listen(1024)
+            return listener, port
+        except OSError:
+            listener.close()
+    raise StartError(
+        f"{address}: port {ranges(sorted(ports))} in use by another program; set MASTER_ADDR and a free MASTER_PORT"
+    )
+
+
+def _ask(address: str, port: int) -> str:
+    """What the door at this port says; why there is none, in words, where nobody listens; '' from who is silent."""
+    try:
+        with socket.create_connection((address, port), timeout=ANSWER_S) as connection:
+            return connection.makefile("r", errors="replace").readline(200).strip()
+    except TimeoutError:
+        return ""
+    except OSError as error:
+        return f"says {(error.strerror or str(error)).lower()}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200]

@@ -1,0 +1,325 @@
+"""Processes: who am I, how many are we, on which device; starting and stopping the process group.
+
+torchrun (RANK, WORLD_SIZE, LOCAL_RANK), SLURM steps (SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID) and a plain
+``python`` call are the same to the rest of the code: a plain call is a group of one.
+"""
+
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from acceleration.distributed.agreement import Interrupted
+from acceleration.distributed.rendezvous import StartError, check_in, rendezvous
+from acceleration.files.untrusted import parsing, short
+
+T = TypeVar("T")
+DOORS = 4  # ports that are tried one after the other
+ASK_S = 0.1  # between two looks whether a process was asked to stop
+RESOLVE_S, RESOLVE_PAUSE_S = 10.0, 1.0  # how long an unknown name is looked up again, and how often
+_ADDRESSES = ("MASTER_ADDR", "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST")  # where an address comes from, first to last
+MAX_WORLD, MAX_PORT = 10**6, 65535
+_START = "start with torchrun or srun, which set all of them, or unset it"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place, known before any process group exists."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    launcher: str  # torchrun | slurm | none
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A started process group."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes what all share."""
+        return self.rank == 0
+
+
+def ranks_from_environment(env: Mapping[str, str] = os.environ) -> Ranks:
+    """Read the launcher's variables: torchrun before SLURM (torchrun may run inside a SLURM job), else one process.
+
+    An empty variable is one that is not set. One process needs no address: RANK=0 and WORLD_SIZE=1 are then a plain
+    call.
+
+    Raises:
+        StartError: they contradict each other, or are no numbers; exit code 2.
+    """
+    if _text(env, "RANK") or _text(env, "WORLD_SIZE"):
+        return _of_torchrun(env)
+    # Only srun sets the step's task count: a batch script alone has SLURM_NTASKS, but is one process.
+    if _text(env, "SLURM_PROCID") and _text(env, "SLURM_STEP_NUM_TASKS"):
+        world_size = _whole(env, "SLURM_STEP_NUM_TASKS", 1, MAX_WORLD)
+        rank = _whole(env, "SLURM_PROCID", 0, world_size - 1, "tasks of the step")
+        return Ranks(rank, world_size, _whole(env, "SLURM_LOCALID", 0, MAX_WORLD, default=0), "slurm")
+    return Ranks(0, 1, 0, "none")
+
+
+def _of_torchrun(env: Mapping[str, str]) -> Ranks:
+    """RANK and WORLD_SIZE, either of which may be missing for one process only."""
+    for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
+        alone = "0" if name == "RANK" else "1"
+        if _text(env, name) not in ("", alone) and not _text(env, other):
+            raise _refused(f"{name}={short(_text(env, name))} without {other}: {_START}")
+    world_size = _whole(env, "WORLD_SIZE", 1, MAX_WORLD, default=1)
+    rank = _whole(env, "RANK", 0, world_size - 1, f"WORLD_SIZE={world_size}", default=0)
+    here = _whole(env, "LOCAL_WORLD_SIZE", 1, world_size, f"WORLD_SIZE={world_size}", default=world_size)
+    local_rank = _whole(env, "LOCAL_RANK", 0, here - 1, f"{here} processes of this machine", default=0)
+    has_address = _text(env, "MASTER_ADDR") and _text(env, "MASTER_PORT")
+    launcher = "torchrun" if world_size > 1 or has_address else "none"
+    return Ranks(rank, world_size, local_rank, launcher)
+
+
+def check_meeting(ranks: Ranks, env: Mapping[str, str] = os.environ) -> None:
+    """That the environment says where the processes meet; looks at its text only.
+
+    Raises:
+        StartError: it does not; exit code 2.
+    """
+    if ranks.launcher == "torchrun":
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if not _text(env, name):
+                raise _refused(f"{name}: missing with WORLD_SIZE={ranks.world_size}; {_START}")
+        _whole(env, "MASTER_PORT", 1, MAX_PORT)
+    if ranks.launcher == "slurm":
+        rendezvous_from_environment(env)
+
+
+def rendezvous_from_environment(env: Mapping[str, str] = os.environ) -> tuple[str, int]:
+    """(address, port) where rank 0 of a SLURM step, or of a plain call, is found.
+
+    The first host of the step, and a port from job id and restart count below the ephemeral range, so that two jobs or
+    two attempts on one host do not meet; MASTER_ADDR and MASTER_PORT win.
+
+    Raises:
+        StartError: a variable is not what it should be; exit code 2.
+    """
+    name = next((name for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST") if _text(env, name)), "")
+    address = _text(env, "MASTER_ADDR") or (first_host(env[name], name) if name else "127.0.0.1")
+    job, restart = _whole(env, "SLURM_JOB_ID", 0, 2**40, default=0), restart_count(env)
+    return address, _whole(env, "MASTER_PORT", 1, MAX_PORT, default=15000 + (job * 7 + restart) % 15000)
+
+
+def restart_count(env: Mapping[str, str] = os.environ) -> int:
+    """How often SLURM has started this job again.
+
+    Raises:
+        StartError: the variable is no number; exit code 2.
+    """
+    return _whole(env, "SLURM_RESTART_COUNT", 0, 2**31, default=0)
+
+
+def first_host(nodelist: str, name: str = "SLURM_STEP_NODELIST") -> str:
+    """First host of a SLURM node list: ``n[3-5,9],m1`` -> ``n3``; ``name``: of the variable that holds it.
+
+    Raises:
+        StartError: it begins with no host; exit code 2.
+    """
+    match = re.match(r"([^,\[\]\s]*)(?:\[([0-9]+)[^\[\]]*\])?([^,\[\]\s]*)", nodelist.strip())
+    host = "".join(part or "" for part in match.groups()) if match else ""
+    if not host:
+        raise _refused(f"{name}={short(repr(nodelist))}: begins with no host; set MASTER_ADDR")
+    return host
+
+
+def _text(env: Mapping[str, str], name: str) -> str:
+    return env.get(name, "").strip()
+
+
+def _whole(
+    env: Mapping[str, str], name: str, least: int, most: int, why: str = "", *, default: int | None = None
+) -> int:
+    """The integer in a variable; ``why``: what bounds it, for the message."""
+    text = _text(env, name)
+    if not text and default is not None:
+        return default
+    if re.fullmatch(r"[0-9]{1,15}", text) and least <= int(text) <= most:
+        return int(text)
+    bound = f" with {why}" if why else ""
+    raise _refused(f"{name}={short(text)}: must be an integer from {least} to {most}{bound}; {_START}")
+
+
+def _refused(message: str) -> StartError:
+    return StartError(message, exit_code=2)
+
+
+def candidate_ports(port: int, env: Mapping[str, str] = os.environ) -> list[int]:
+    """Ports to try in turn, the same on every rank; only ``port`` where a person chose it."""
+    return [port] if _text(env, "MASTER_PORT") else [15000 + (port + 3989 * i) % 15000 for i in range(DOORS)]
+
+
+def attempt_token(env: Mapping[str, str] = os.environ) -> str:
+    """What tells this attempt of this SLURM step from all others, the same on every rank of it."""
+    return "-".join(env.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+
+
+def start(timeout_s: int, asked: Callable[[], bool] = lambda: False) -> Runtime:
+    """Join the process group (nccl with a GPU per process, else gloo) and choose the device.
+
+    Args:
+        asked: whether this process was asked to stop; looked at while it waits for the others.
+
+    Raises:
+        StartError: a peer did not come within ``timeout_s`` seconds, the port is in use, two processes have one GPU, no
+            network interface can be used, or a variable of the environment is not what it should be; one line says
+            which.
+        Interrupted: it was asked to stop before all were there.
+    """
+    ranks = ranks_from_environment()
+    check_visible_devices()
+    check_meeting(ranks)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        backend = "nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    store = unless_asked(asked, common_store, ranks, timeout_s, device_identity(device))
+    with parsing(partial(_no_group, backend)):
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("group", store),
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if device.type == "cuda" else None,  # nccl must not guess it from the rank
+        )
+    return Runtime(ranks.rank, ranks.world_size, ranks.local_rank, device)
+
+
+def _no_group(backend: str, reason: str, env: Mapping[str, str] = os.environ) -> StartError:
+    """What the library of ``backend`` found wrong with this machine, and the variable that chooses its interface."""
+    name = f"{backend.upper()}_SOCKET_IFNAME"
+    reason = re.sub(r"^\[enforce fail at [^\]]*\]\s*", "", reason)
+    if "find address" in reason and _text(env, name):
+        return _refused(f"{name}={short(_text(env, name))}: no such network interface, or it has no address; unset it")
+    return StartError(f"{backend} cannot start on {socket.gethostname()} ({reason}); {name} chooses the interface")
+
+
+def check_visible_devices(env: Mapping[str, str] = os.environ) -> None:
+    """That CUDA_VISIBLE_DEVICES names devices, or none: CUDA reads anything else as no device, without a word.
+
+    Raises:
+        StartError: it does not; exit code 2.
+    """
+    text = _text(env, "CUDA_VISIBLE_DEVICES")
+    named = r"(?:[0-9]{1,4}|(?:GPU|MIG)-[0-9A-Za-z/-]+)"
+    if text in ("", "-1") or text.startswith("No") or re.fullmatch(rf"{named}(?: *, *{named})*,?", text):
+        return
+    allowed = "must be numbers or names of devices, as 0,1, or -1 for none"
+    raise _refused(f"CUDA_VISIBLE_DEVICES={short(text)}: {allowed}")
+
+
+def device_identity(device: torch.device) -> str:
+    """What no other device has; empty for a CPU, which processes share."""
+    if device.type != "cuda":
+        return ""
+    properties = torch.cuda.get_device_properties(device)
+    return f"{socket.gethostname()} GPU {getattr(properties, 'uuid', device.index)}"
+
+
+def unless_asked(asked: Callable[[], bool], wait: Callable[..., T], *args: Any) -> T:
+    """``wait(*args)``, which may take any time inside a library; a thread of its own waits, so that signals are heard.
+
+    Raises:
+        Interrupted: ``asked()`` became true first; the thread is left behind, and ends with the process.
+    """
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(wait(*args))
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="meeting", daemon=True).start()
+    while True:
+        try:
+            return result.result(ASK_S)
+        except FutureTimeout:
+            if result.done():  # just now, or this is what the wait itself raised
+                return result.result()
+            if asked():
+                raise Interrupted from None
+
+
+def check_address(address: str, name: str) -> None:
+    """That the name of the machine of rank 0 is known; on a cluster that is starting it may be a little later.
+
+    Args:
+        name: the variable that it is from.
+
+    Raises:
+        StartError: it is not, after some tries in ``RESOLVE_S``; exit code 2.
+    """
+    deadline = time.monotonic() + RESOLVE_S
+    while True:
+        try:
+            socket.getaddrinfo(address, None)
+            return
+        except (OSError, UnicodeError) as error:  # UnicodeError: it can be no name, as with two dots in a row
+            reason = getattr(error, "strerror", None) or "it can be no name of a machine"
+            if time.monotonic() >= deadline or isinstance(error, UnicodeError):
+                break
+        time.sleep(RESOLVE_PAUSE_S)
+    raise _refused(
+        f"{name}={short(address)}: no machine of this name is known here ({reason}, tried for {RESOLVE_S:g} s); "
+        "give the name or the address of the machine of rank 0"
+    )
+
+
+def common_store(ranks: Ranks, timeout_s: int, device: str = "") -> dist.Store:
+    """The store of the launcher if it has one, else of rank 0; returns when every rank is there.
+
+    Raises:
+        StartError: as ``start``.
+    """
+    if ranks.launcher == "none":
+        return dist.HashStore()
+    check_meeting(ranks)
+    if ranks.launcher == "slurm":
+        address, port = rendezvous_from_environment()
+        if ranks.rank != 0:  # which listens, and need not find itself
+            check_address(address, next((name for name in _ADDRESSES if _text(os.environ, name)), _ADDRESSES[0]))
+        return rendezvous(
+            ranks.rank, ranks.world_size, address, candidate_ports(port), attempt_token(), timeout_s, device
+        )
+    check_address(_text(os.environ, "MASTER_ADDR"), "MASTER_ADDR")
+    limit = timedelta(seconds=timeout_s)
+    try:
+        store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=limit))
+    except dist.DistError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = "in use by another program" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
+        raise StartError(f"{where}: {reason}; set MASTER_ADDR and MASTER_PORT, or start again") from None
+    check_in(store, ranks.rank, ranks.world_size, timeout_s, device)
+    return store
+
+
+def stop() -> None:
+    """Leave together: a process that exits without this aborts now and then, and the launcher reports a failure."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

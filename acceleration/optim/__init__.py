@@ -1,0 +1,1 @@
+"""Optimizers, on the device and on the CPU, and the moving average of weights."""

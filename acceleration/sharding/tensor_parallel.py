@@ -1,0 +1,206 @@
+"""Tensor parallelism: every process holds some heads and some hidden units of every layer (Megatron, arXiv:1909.08053).
+
+A model states in ``tensor_plan`` how each linear layer is cut:
+
+* ``column``: by outputs; the input is the same everywhere, its gradient is summed. One exchange, in backward.
+* ``row``: by inputs, which the process already holds; outputs are summed, then the bias is added. One, in forward.
+* ``gather``: by outputs, which are then joined: for layers outside the stream of tokens, whose weights are large.
+
+A fused layer is a row of parts (q, k, v, hidden units, ...): each is cut by itself. What is not in the plan is held and
+computed by all alike, so its gradient is the same everywhere; only weights that all hold but use for their own heads
+(``tensor_shared``: the norms of queries and keys) have partial gradients, which are summed once per step.
+
+An adapter (``lora.py``) is cut with its layer: B by outputs as the weight is, part by part, or A by inputs. The other
+matrix is held by all, each of whom uses it for its own outputs or inputs: one more partial gradient, and no exchange
+beside those of the layer.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from acceleration import lora, protocol
+from acceleration.distributed import collectives
+from acceleration.distributed.mesh import Axis
+
+CUTS, SHARED = "tensor_cuts", "tensor_shared_names"  # attributes of a model that was cut
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which slices of a full parameter this process holds, one after the other along ``dim``."""
+
+    dim: int
+    ranges: tuple[tuple[int, int], ...]
+    shape: tuple[int, ...]  # of the full parameter
+    parts: tuple[int, ...]  # sizes along dim that are cut each by itself
+
+    def take(self, full: Tensor) -> Tensor:
+        """This process's part."""
+        return torch.cat([full.narrow(self.dim, start, stop - start) for start, stop in self.ranges], self.dim)
+
+    def join(self, pieces: list[Tensor]) -> Tensor:
+        """The full parameter from the parts of all processes, in rank order."""
+        sizes = [size // len(pieces) for size in self.parts]
+        by_part = zip(*(piece.split(sizes, self.dim) for piece in pieces), strict=True)
+        return torch.cat([part for parts in by_part for part in parts], self.dim)
+
+
+def check(model: nn.Module, degree: int) -> None:
+    """That every layer of the plan can be cut. Works on the meta device.
+
+    Raises:
+        ValueError: a layer whose parts ``degree`` does not divide.
+    """
+    for name, _, parts in _planned(model):
+        for size, unit in parts:
+            if (size // unit) % degree:
+                what = "heads" if unit > 1 else "hidden units"
+                raise ValueError(f"tensor={degree}: does not divide the {size // unit} {what} of {name}")
+
+
+def apply(model: nn.Module, axis: Axis) -> None:
+    """Cut the model's linear layers in place. The model must be on the meta device: values come afterwards."""
+    cuts: dict[str, Cut] = {}
+    shared: list[str] = []
+    if axis.degree > 1:
+        check(model, axis.degree)
+        for name, kind, parts in list(_planned(model)):
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear), name
+            sizes = tuple(size for size, _ in parts)
+            cuts |= {f"{name}.{key}": cut for key, cut in _cut_linear(linear, kind, sizes, axis).items()}
+            if isinstance(linear, lora.LoraLinear):
+                shared.append(f"{name}.{lora.B if kind == 'row' else lora.A}")
+        patterns: tuple[str, ...] = model.tensor_shared  # type: ignore[assignment]
+        shared += [n for n, _ in model.named_parameters() if any(protocol.matches(n, p) for p in patterns)]
+    setattr(model, CUTS, cuts)
+    setattr(model, SHARED, frozenset(shared))
+
+
+def cuts(model: nn.Module) -> dict[str, Cut]:
+    """Parameter name -> what this process holds of it; empty for a model that was not cut."""
+    return getattr(model, CUTS, {})
+
+
+def sum_shared_gradients(model: nn.Module, axis: Axis, device_type: str) -> None:
+    """Make the gradients of weights that all hold, but use for their own heads, those of all heads.
+
+    They are exchanged on a device of this type, wherever they are.
+    """
+    names: frozenset[str] = getattr(model, SHARED, frozenset())
+    gradients = [_local(p.grad) for name, p in model.named_parameters() if name in names and p.grad is not None]
+    if axis.degree == 1 or not gradients:
+        return
+    flat = collectives.all_reduce_(torch.cat([g.flatten() for g in gradients]).to(device_type), axis)
+    for gradient, values in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(values.view_as(gradient))
+
+
+def full(name: str, value: Tensor, model: nn.Module, axis: Axis) -> Tensor:
+    """The whole parameter from what this process holds of it along the axis. Collective."""
+    cut = cuts(model).get(name)
+    if cut is None:
+        return value
+    stacked = collectives.all_gather(value[None], 0, [1] * axis.degree, axis)
+    return cut.join(list(stacked.unbind(0)))
+
+
+def _planned(model: nn.Module) -> Iterator[tuple[str, str, tuple[tuple[int, int], ...]]]:
+    """(layer, kind, parts) for every linear layer in the model's plan; a layer without parts is one part."""
+    for pattern, (kind, parts) in model.tensor_plan().items():  # type: ignore[operator]
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and protocol.matches(name, pattern):
+                yield name, kind, parts or ((module.out_features, 1),)
+
+
+def _cut_linear(linear: nn.Linear, kind: str, parts: tuple[int, ...], axis: Axis) -> dict[str, Cut]:
+    dim = 1 if kind == "row" else 0
+    size = linear.weight.shape[dim]
+    assert sum(parts) == size, (parts, size)
+    ranges = _ranges(parts, axis)
+    found = {"weight": Cut(dim, ranges, tuple(linear.weight.shape), parts)}
+    if linear.bias is not None and kind != "row":
+        found["bias"] = Cut(0, ranges, tuple(linear.bias.shape), parts)
+    if isinstance(linear, lora.LoraLinear):
+        key = lora.A if kind == "row" else lora.B
+        found[key] = Cut(dim, ranges, tuple(linear.get_parameter(key).shape), parts)
+    for key, cut in found.items():
+        _shrink(linear, key, cut, axis.degree)
+    # The forward is replaced, not the module wrapped: parameter names stay what checkpoints say.
+    linear.forward = FORWARDS[kind](linear, parts, axis)  # type: ignore[method-assign, assignment]
+    return found
+
+
+def _shrink(linear: nn.Linear, key: str, cut: Cut, degree: int) -> None:
+    """Put a parameter of this process's size in the place of the full one."""
+    owner, _, attribute = key.rpartition(".")
+    layer = linear.get_submodule(owner)
+    assert isinstance(layer, nn.Linear)
+    old = layer.get_parameter(attribute)
+    shape = list(cut.shape)
+    shape[cut.dim] //= degree
+    new = nn.Parameter(torch.empty(shape, dtype=old.dtype, device="meta"), requires_grad=old.requires_grad)
+    setattr(layer, attribute, new)
+    if attribute == "weight":
+        layer.out_features, layer.in_features = shape
+
+
+def _ranges(parts: tuple[int, ...], axis: Axis) -> tuple[tuple[int, int], ...]:
+    ranges, start = [], 0
+    for size in parts:
+        share = size // axis.degree
+        ranges.append((start + axis.rank * share, start + (axis.rank + 1) * share))
+        start += size
+    return tuple(ranges)
+
+
+@dataclass(frozen=True)
+class _Column:
+    linear: nn.Linear
+    parts: tuple[int, ...]
+    axis: Axis
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return lora.linear(self.linear, collectives.share_out(x, self.axis), self.linear.bias)
+
+
+@dataclass(frozen=True)
+class _Row:
+    linear: nn.Linear
+    parts: tuple[int, ...]
+    axis: Axis
+
+    def __call__(self, x: Tensor) -> Tensor:
+        summed = collectives.sum_shares(lora.linear(self.linear, x, None), self.axis)
+        return summed if self.linear.bias is None else summed + self.linear.bias
+
+
+@dataclass(frozen=True)
+class _Gather:
+    linear: nn.Linear
+    parts: tuple[int, ...]
+    axis: Axis
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = lora.linear(self.linear, collectives.share_out(x, self.axis), self.linear.bias)
+        degree = self.axis.degree
+        joined = collectives.join(out, [out.shape[-1]] * degree, self.axis)  # (..., rank x parts)
+        sizes = [size // degree for size in self.parts]
+        by_rank = [piece.split(sizes, dim=-1) for piece in joined.chunk(degree, dim=-1)]
+        return torch.cat([part for parts in zip(*by_rank, strict=True) for part in parts], dim=-1)
+
+
+FORWARDS: dict[str, Callable[[nn.Linear, tuple[int, ...], Axis], Callable[[Tensor], Tensor]]] = {
+    "column": _Column,
+    "row": _Row,
+    "gather": _Gather,
+}
+
+
+def _local(x: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    return x.to_local() if isinstance(x, DTensor) else x

@@ -1,0 +1,1 @@
+"""Where models meet acceleration, once for training, sampling and encoding ahead."""

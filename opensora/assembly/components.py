@@ -1,0 +1,36 @@
+"""Model, autoencoder and text encoder as sampling needs them, on this process's device."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from acceleration.distributed.mesh import SAMPLE_AXES, Mesh
+from acceleration.distributed.tasks import DistributedRunner
+from acceleration.sequence import SequenceParallel
+from opensora.config.run import VaeParallel
+from opensora.models.base import Autoencoder, TextEncoder
+from opensora.models.families import MMDiTConfig
+from opensora.utils.tasks import TaskRunner, one_by_one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Components:
+    """Everything that sampling needs, on this process's device."""
+
+    model: nn.Module
+    cfg: MMDiTConfig
+    autoencoder: Autoencoder
+    text_encoder: TextEncoder
+    sequence: SequenceParallel
+    mesh: Mesh
+    device: torch.device
+    prompt_suffix: bool
+    run_tiles: TaskRunner = one_by_one  # who codes the tiles of a clip
+
+
+def tile_runner(choice: VaeParallel, autoencoder: Autoencoder, mesh: Mesh) -> TaskRunner:
+    """Who codes the tiles of a clip: the processes that work on the same samples together, or each all of them."""
+    if choice == "off" or (choice == "auto" and not autoencoder.is_costly):
+        return one_by_one
+    return DistributedRunner(*(mesh[name] for name in SAMPLE_AXES))

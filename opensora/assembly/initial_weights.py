@@ -1,0 +1,139 @@
+"""What parameters start from: a file, or draws that depend on seed and name alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from acceleration import lora
+from acceleration.protocol import ParameterSource
+from opensora.config.run import RunConfig
+from opensora.models.families import MMDiTConfig, build_model
+from opensora.models.mmdit.convert import WeightFile, WeightLayout, load_state_dict_for
+from opensora.models.weights.adapters import FittedAdapter
+from opensora.utils.console import announce
+from opensora.utils.errors import UserError
+from opensora.utils.rng import torch_generator
+
+
+def initial_weights(cfg: RunConfig, model: nn.Module) -> ParameterSource:
+    """What every parameter starts from: the weights at ``train.init_from``, or draws keyed by (seed, name).
+
+    Raises:
+        UserError: weights that do not fit the model, with a report of what is missing.
+    """
+
+    def draw(name: str, tensor: Tensor) -> None:
+        model.init_parameter_(name, tensor, torch_generator(cfg.seed, "init", name))  # type: ignore[operator]
+
+    if cfg.train.init_from is None:
+        return draw
+    layout = weight_layout(cfg.model)
+    file, report = load_state_dict_for(model, cfg.train.init_from, to=layout, allow_missing=_may_lack(cfg))
+    announce(str(report))
+    return FileSource(file, Path(cfg.train.init_from), otherwise=draw)
+
+
+def check_initial(cfg: RunConfig) -> None:
+    """That ``train.init_from`` holds this model's weights; reads headers only.
+
+    Raises:
+        UserError: it does not.
+    """
+    if cfg.train.init_from is not None:
+        check_weights("train.init_from", cfg.train.init_from, cfg.model, _may_lack(cfg))
+
+
+def _may_lack(cfg: RunConfig) -> tuple[str, ...]:
+    # A file without cond_in (Flux) starts as if nothing were conditioned: cond_in is drawn, which is zero. Beside
+    # adapters it would stay so, and sampling would miss it in the file: the model should be built without.
+    return () if cfg.lora.rank else ("cond_in.*",)
+
+
+def add_adapters(cfg: RunConfig, model: nn.Module) -> ParameterSource:
+    """Give the model ``cfg.lora``'s adapters; returns what their parameters start from, draws keyed by (seed, name).
+
+    Raises:
+        UserError: a target that names no layer.
+    """
+    try:
+        lora.apply(model, cfg.lora)
+    except ValueError as error:
+        raise UserError(f"lora.targets: {error}; layers are called as in single_blocks.0.linear1") from None
+    return lambda name, tensor: lora.init_parameter_(name, tensor, torch_generator(cfg.seed, "init", name))
+
+
+def adapted(model: nn.Module, cfg: RunConfig) -> str:
+    """One line on what is trained."""
+    sizes = [(lora.is_adapter(name), parameter.numel()) for name, parameter in model.named_parameters()]
+    trained, total = sum(size for is_adapter, size in sizes if is_adapter), sum(size for _, size in sizes)
+    layers = sum(is_adapter for is_adapter, _ in sizes) // 2
+    return f"LoRA of rank {cfg.lora.rank} on {layers} layers: {trained:,} of {total:,} parameters are trained"
+
+
+def check_weights(key: str, path: str | Path, model: MMDiTConfig, allow_missing: tuple[str, ...] = ()) -> None:
+    """That the tensors at ``path`` are this model's, by their names and shapes; reads headers only.
+
+    Raises:
+        UserError: no weights, damaged ones, or those of another model.
+    """
+    with torch.device("meta"):
+        empty = build_model(model)
+    try:
+        load_state_dict_for(empty, path, to=weight_layout(model), allow_missing=allow_missing)
+    except UserError as error:
+        raise UserError(f"{key}={path}: {str(error).removeprefix(f'{path}: ')}") from None
+
+
+def weight_layout(cfg: MMDiTConfig) -> WeightLayout:
+    """How this model names and orders its weights."""
+    return WeightLayout(fused_qkv=cfg.fused_qkv, rope_layout=cfg.rope_layout)
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Where parameters get their values: from a file, of which each process reads its pieces, or from elsewhere."""
+
+    file: WeightFile
+    path: Path
+    otherwise: Callable[[str, Tensor], None] | None = None  # writes a full parameter that the file lacks
+    not_finite: list[str] = field(default_factory=list)  # what this process has read so far that holds NaN or infinity
+
+    def read_part(self, name: str, start: tuple[int, ...], part: Tensor) -> bool:
+        """See ``PartialSource`` in acceleration/protocol.py."""
+        found = self.file.read_part(name, start, part)
+        # Least and greatest take no memory beside the part, as a mask of it would.
+        if found and part.numel() and not all(torch.isfinite(end) for end in torch.aminmax(part)):
+            self.not_finite.append(f"{name} (as {str(part.dtype).removeprefix('torch.')})")
+        return found
+
+    def check_values(self) -> None:
+        """That what all processes read are finite numbers. Collective.
+
+        Raises:
+            UserError: the first tensor that is not, on every process.
+        """
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, self.not_finite)
+        names = list(dict.fromkeys(name for found in everyone for name in found))
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{self.path}: {names[0]}{more} holds NaN or infinite values; give weights without")
+
+    def __call__(self, name: str, tensor: Tensor) -> None:
+        assert self.otherwise is not None, name  # loading is strict
+        self.otherwise(name, tensor)
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """Where the parameters of adapters get their values: from those of a file, which every process holds."""
+
+    adapter: FittedAdapter
+
+    def __call__(self, name: str, tensor: Tensor) -> None:
+        tensor.copy_(self.adapter.tensor(name))

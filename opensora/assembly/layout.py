@@ -1,0 +1,77 @@
+"""That a layout of processes fits the model, this machine and the way of sampling."""
+
+import torch
+
+from acceleration.attention import kernels
+from acceleration.config import MeshConfig
+from acceleration.distributed import mesh as meshes
+from acceleration.sharding import tensor_parallel
+from opensora.models.families import MMDiTConfig, build_model
+from opensora.sampling.guidance import passes_per_step
+from opensora.sampling.options import SamplingOption
+from opensora.utils.console import announce
+from opensora.utils.errors import UserError
+
+
+def check_layout(mesh: MeshConfig, world_size: int, model: MMDiTConfig) -> None:
+    """That this many processes can be arranged as asked, and can share the model's heads.
+
+    Raises:
+        UserError: the key to change, and what would work.
+    """
+    try:
+        degrees = meshes.resolve(mesh, world_size)
+    except ValueError as error:
+        raise UserError(f"parallel.mesh: {error}") from None
+    tensor, ulysses, ring = degrees["tensor"], degrees["ulysses"], degrees["ring"]
+    if tensor > 1:
+        try:
+            with torch.device("meta"):
+                tensor_parallel.check(build_model(model), tensor)
+        except ValueError as error:
+            allowed = ", ".join(str(d) for d in range(1, model.num_heads + 1) if model.num_heads % d == 0)
+            raise UserError(f"parallel.mesh.{error}; divisors of model.num_heads are {allowed}") from None
+    heads = model.num_heads // tensor
+    if ulysses > heads:
+        best = max(d for d in range(1, heads + 1) if (ring * ulysses) % d == 0)
+        raise UserError(
+            f"parallel.mesh.ulysses={ulysses}: more than the {heads} heads that each process holds; "
+            f"use ulysses={best} with ring={ring * ulysses // best}"
+        )
+    if heads % ulysses:
+        announce(
+            f"parallel.mesh.ulysses={ulysses} does not divide {heads} heads: some processes attend with "
+            f"{-(-heads // ulysses)} heads, others with {heads // ulysses}"
+        )
+
+
+def check_attention(name: str) -> None:
+    """That this machine has the attention kernel that ``parallel.attention`` names.
+
+    Raises:
+        UserError: what is missing, and what would work.
+    """
+    try:
+        kernels.check_kernel(name, "cuda" if torch.cuda.is_available() else "cpu")
+    except ValueError as error:
+        raise UserError(f"parallel.{error}") from None
+
+
+def check_guidance(mesh: MeshConfig, world_size: int, option: SamplingOption) -> None:
+    """That every process along the cfg axis has a pass of guidance to compute.
+
+    Raises:
+        UserError: the key to change, and what would work.
+    """
+    degree, passes = meshes.resolve(mesh, world_size)["cfg"], passes_per_step(option)
+    if degree <= passes:
+        return
+    if passes > 1:
+        why = f"text to video is guided by {passes} passes per step (a third needs references)"
+    elif option.method == "distill":
+        why = "sampling.method=distill makes one pass per step"
+    else:
+        why = f"sampling.guidance={option.guidance:g} is off, one pass per step"
+    raise UserError(
+        f"parallel.mesh.cfg={degree}: {why}; set parallel.mesh.cfg={passes}, and ring, ulysses or shard=-1 for the rest"
+    )

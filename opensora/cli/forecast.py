@@ -1,0 +1,135 @@
+"""Forecast memory, traffic and time: ``python -m opensora.cli.forecast CONFIG.yaml --world 512 --device h100``.
+
+Starts no process and allocates nothing. Prints the configured layout on every bucket, then the fastest layouts that fit
+the heaviest bucket.
+"""
+
+from opensora.utils import signal_handler
+
+if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
+    signal_handler.listen_early()
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+from opensora.cli.main import run_cli
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig
+from opensora.planner.devices import DEVICES
+from opensora.planner.forecast import Forecast
+from opensora.planner.search import Planner, check_own
+from opensora.utils.command_line.arguments import Parser, number, whole
+from opensora.utils.console import Progress
+from opensora.utils.errors import UserError
+
+MAX_WORLD = 4096
+MAX_TOP = 1000
+MAX_GIB = 2**20
+GIB = 2**30
+COLUMNS = (
+    f"{'peak':>7}{'state':>7}{'grads':>7}{'gather':>7}{'buffer':>7}{'activ.':>7} |{'fsdp':>8}{'replica':>8}"
+    f"{'ring':>8}{'ulysses':>8}{'tensor':>8} |{'PFLOP':>9}{'step s':>9}{'MFU':>6}"
+)
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code."""
+    parser = Parser(prog="python -m opensora.cli.forecast", description=(__doc__ or "").split("\n\n")[1])
+    parser.add_argument("config", help="a training configuration; overrides section.key=value follow")
+    parser.add_argument("--world", type=whole(1, MAX_WORLD), required=True, help=f"number of devices, 1 to {MAX_WORLD}")
+    parser.add_argument("--device", choices=DEVICES, default="h100")
+    parser.add_argument("--memory-gib", type=number(0, MAX_GIB, above=True), help="of a device; default: its own")
+    parser.add_argument("--top", type=whole(1, MAX_TOP), default=10, help="how many layouts to list")
+    parser.add_argument("--measure", action="store_true", help="run every shape on the meta device: slower")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    args, overrides = parser.parse_known_args(argv)
+    device = DEVICES[args.device]
+    if args.memory_gib is not None:
+        device = replace(device, memory=int(args.memory_gib * GIB))
+    cfg = load_config(RunConfig, args.config, overrides)
+    check_known(cfg)
+    device_type = "cpu" if args.device == "cpu" else "cuda"
+    planner = Planner(cfg, args.world, device, device_type=device_type, exact=args.measure)
+    problem = check_own(cfg, args.world)
+    own = [] if problem else planner.own()
+    if args.json:
+        best = planner.best(args.top, show_progress())
+        plain = {"own": [f.plain() for f in own], "best": [f.plain() for f in best], "room_gib": planner.room / GIB}
+        print(json.dumps(plain))
+        return 0
+    print(f"{args.world} x {args.device}; {planner.room / GIB:.1f} GiB of each can be used; GiB per process and step")
+    if problem:
+        print(f"\nthe configured layout does not fit {args.world} devices: {problem}")
+    else:
+        print(f"\nconfigured: {describe(own[0])}\n{'bucket':<44}{COLUMNS}")
+        for forecast in own:
+            too_much = "  does not fit" if forecast.memory.total > planner.room else ""
+            print(f"{forecast.shape:<44}{row(forecast)}{too_much}")
+    sys.stdout.flush()  # to be read while the layouts are timed, which takes longer
+    best = planner.best(args.top, show_progress())
+    print(f"\nfastest that fit {best[0].shape}\n{'layout':<44}{COLUMNS}")
+    for forecast in best:
+        print(f"{describe(forecast):<44}{row(forecast)}")
+    return 0
+
+
+def show_progress() -> Callable[[int, int], None]:
+    """Draws on stderr how many layouts are timed."""
+    drawn: list[Progress] = []
+
+    def show(done: int, total: int) -> None:
+        if not drawn:
+            drawn.append(Progress(total, every_s=5.0, unit="layout"))
+        drawn[0].update_to(done)
+        if done == total:
+            drawn[0].close()
+
+    return show
+
+
+def check_known(cfg: RunConfig) -> None:
+    """That the forecast is of the run that was configured.
+
+    Raises:
+        UserError: something that changes memory and traffic and that the formulas do not know.
+    """
+    parallel = cfg.parallel
+    if cfg.data.tokens_per_sequence:
+        raise UserError(
+            f"data.tokens_per_sequence={cfg.data.tokens_per_sequence}: the planner knows 0 only, one bucket at a time"
+        )
+    for key, value, known in (
+        ("lora.rank", cfg.lora.rank, 0),
+        ("parallel.engine", parallel.engine, "native"),
+        ("parallel.offload", parallel.offload, "none"),
+        ("parallel.recompute.offload", parallel.recompute.offload, False),
+        ("parallel.mesh.dynamic", parallel.mesh.dynamic, False),
+    ):
+        if value != known:
+            shown = str(known).lower()
+            raise UserError(f"{key}={value}: the planner knows {shown} only; with {key}={shown} it gives a bound")
+
+
+def describe(forecast: Forecast) -> str:
+    """A layout in a few words."""
+    mesh = " ".join(f"{name}{degree}" for name, degree in forecast.degrees.items() if degree > 1) or "one process"
+    return f"{mesh} zero{forecast.parallel.zero} {forecast.parallel.recompute.kind} x{forecast.batches}"
+
+
+def row(forecast: Forecast) -> str:
+    """The numbers of a line."""
+    memory, sent = forecast.memory, forecast.sent
+    parts = (memory.total, memory.state, memory.gradients, memory.gathered, memory.buffers, memory.activations)
+    axes = (sent.get(axis, 0) for axis in ("fsdp", "replicas", "ring", "ulysses", "tensor"))
+    return (
+        "".join(f"{value / GIB:>7.2f}" for value in parts)
+        + " |"
+        + "".join(f"{value / GIB:>8.2f}" for value in axes)
+        + f" |{forecast.flops / 1e15:>9.1f}{forecast.step_s:>9.2f}{forecast.mfu:>6.0%}"
+    )
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,1 @@
+"""What the model is told beside noise and time."""

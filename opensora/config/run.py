@@ -1,0 +1,271 @@
+"""The configuration of a run: sections that live beside their owners, composed here and checked across.
+
+Layers (included files, the file, overrides) are plain data, merged key by key: no interpolation, no references. What
+comes out is a tree of frozen dataclasses in which every field is stated. Python scripts may hand in a dict or an
+OmegaConf configuration in place of a file, and get one back by ``to_omegaconf``.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal, TypeAlias
+
+from acceleration.config import LoraConfig, OptimConfig, ParallelConfig
+from opensora.config.schema import section
+from opensora.datasets import DataConfig
+from opensora.models.families import MODEL_SIZES, MODELS, MMDiTConfig
+from opensora.models.text import TEXT_ENCODERS, ByteTextConfig, TextConfig
+from opensora.models.vae import AUTOENCODERS, AutoencoderConfig, autoencoder_shape
+from opensora.sampling.options import SamplingOption
+from opensora.schedulers.rectified_flow import RectifiedFlowConfig
+from opensora.utils.files.untrusted import short
+from opensora.utils.limits import SECONDS, STEPS, Limits
+from opensora.utils.metrics_log import LogConfig
+from opensora.utils.names import name_problem
+
+SAVED_NAME = "config.yaml"  # of the resolved configuration inside a run's folder
+MAX_NAME = 200  # bytes of a run's name; file systems take 255, and jobs and logs are named after it
+
+LORA_SCALE = 1000.0  # the most, either way
+
+VaeParallel: TypeAlias = Literal["auto", "on", "off"]
+
+ModelConfig: TypeAlias = MMDiTConfig
+MODEL_CONFIGS: dict[str, type] = {kind: entry[0] for kind, entry in MODELS.items()}
+AUTOENCODER_CONFIGS: dict[str, type] = {kind: entry[0] for kind, entry in AUTOENCODERS.items()}
+TEXT_ENCODER_CONFIGS: dict[str, type] = {kind: entry[0] for kind, entry in TEXT_ENCODERS.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long a run trains and what it leaves behind."""
+
+    steps: int  # optimizer updates in all, whatever the number of interruptions
+    log_every: int = 10  # steps between two records in metrics.jsonl
+    checkpoint_every: int = 1000  # steps between two checkpoints; the last step always has one
+    checkpoint_async: bool = True  # another process writes while training goes on
+    checkpoint_keep: int = 3  # newest complete checkpoints that stay; 0: all
+    resume: Literal["auto", "none"] | str = "auto"  # newest complete checkpoint if any, a fresh start, or a path
+    vae_parallel: VaeParallel = "auto"  # on: processes share out the tiles of what they code; auto: on for learned VAEs
+    init_from: str | None = None  # safetensors file or export folder to start from, or to adapt with lora.rank > 0
+    preflight: bool = True  # compare code, settings and devices of all processes, and look for slow links, at the start
+    export: bool = True  # write the weights for sampling when the run is finished; with lora.rank > 0 the adapters
+    export_live: bool = False  # those of the last step, also where there is a moving average
+
+    LIMITS: ClassVar[Limits] = dict.fromkeys(("steps", "log_every", "checkpoint_every", "checkpoint_keep"), STEPS)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be an integer >= 1")
+        if self.checkpoint_keep < 0:
+            raise ValueError(f"checkpoint_keep={self.checkpoint_keep}: must be an integer >= 0; 0 keeps all")
+        if self.init_from == "":
+            raise ValueError("init_from='': must be a safetensors file or an export folder, or null")
+        if not self.resume:
+            raise ValueError("resume='': must be one of auto, none, or the path of a checkpoint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidateConfig:
+    """Pictures of what the model makes while it trains, in samples/ of the run's folder."""
+
+    every: int = 0  # steps between two rounds of samples; 0: none
+    prompts: tuple[str, ...] = ()  # one clip each
+    sampling: SamplingOption = field(default_factory=SamplingOption)
+
+    LIMITS: ClassVar[Limits] = {"every": STEPS}
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"every={self.every}: must be an integer >= 0; 0 makes no samples")
+        if self.every and not self.prompts:
+            raise ValueError("prompts: missing; give validate.prompts=[TEXT, ...], or validate.every=0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What a run does when numbers go wrong, processes stand still, or copies of its state differ."""
+
+    max_bad: int = (
+        5  # updates in a row left out for a loss or gradient that is not finite, or spikes; then it goes back
+    )
+    max_rollbacks: int = 2  # times to go back to an older checkpoint for one trouble before the run stops
+    spike_sigma: float = 0.0  # leave out an update whose loss or gradient norm is so many deviations high; 0: none
+    spike_window: int = 128  # good updates that mean and standard deviation are of
+    replicas_every: int = 1000  # steps between two comparisons of the copies of the state; 0: none
+    straggler: float = 1.5  # name a process that takes so many times as long as the median; 0: none
+    hang_s: float | None = None  # longest part of a step, or exchange; null: 0.8 parallel.timeout_s; 0: no watchdog
+    start_s: float = 1800.0  # longest that building, loading, and a part of the first step may take
+    save_s: float = 3600.0  # longest that saving, sampling or exporting may take
+
+    LIMITS: ClassVar[Limits] = {
+        **dict.fromkeys(("max_bad", "max_rollbacks", "spike_window"), (10**6, "a run is beyond help long before")),
+        "spike_sigma": (1e6, "no number is so far off; 0 leaves out no spike"),
+        "replicas_every": STEPS,
+        "straggler": (1e6, "0 names no process"),
+        **dict.fromkeys(("hang_s", "start_s", "save_s"), SECONDS),
+    }
+
+    def __post_init__(self) -> None:
+        for name in ("max_bad", "max_rollbacks", "replicas_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be an integer >= 0")
+        if self.spike_sigma < 0:
+            raise ValueError(f"spike_sigma={self.spike_sigma}: must be a number >= 0; 0 leaves out no spike")
+        if self.spike_window < 8:
+            raise ValueError(f"spike_window={self.spike_window}: must be an integer >= 8")
+        if self.straggler and self.straggler <= 1:
+            raise ValueError(f"straggler={self.straggler}: must be a number > 1; 0 names no process")
+        if self.hang_s is not None and self.hang_s < 0:
+            raise ValueError(f"hang_s={self.hang_s}: must be a number >= 0; 0 is no watchdog")
+        for name in ("start_s", "save_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be a number > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run."""
+
+    name: str  # the run's folder is output/name: no path, no dot or dash in front, no dot or space behind, no device
+    output: str = "outputs"  # folder of all runs
+    seed: int = 42  # every draw is a function of this, the step and the sample
+    model: ModelConfig = section(MODEL_CONFIGS, sizes=MODEL_SIZES)  # the denoiser
+    vae: AutoencoderConfig = section(AUTOENCODER_CONFIGS)  # the autoencoder
+    text: TextConfig = section(TEXT_ENCODER_CONFIGS)  # the text encoder
+    flow: RectifiedFlowConfig = field(default_factory=RectifiedFlowConfig)
+    data: DataConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        if problem := name_problem(self.name, most=MAX_NAME):
+            raise ValueError(f"name={short(repr(self.name))}: must be the name of a folder; this one {problem}")
+        if not self.output:
+            raise ValueError("output='': must be the folder of all runs; . is this one")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed}: must be an integer from 0 to 2^63-1")
+        if not self.data.table:
+            raise ValueError("data.table: missing; give the path of a clip table (csv or parquet)")
+        if not self.data.buckets:
+            raise ValueError("data.buckets: missing; give a table such as {256px: {1: [1.0, 8], 33: [1.0, 2]}}")
+        check_fit(self.model, self.vae, self.text)
+        if self.parallel.mesh.cfg != 1:
+            raise ValueError(f"parallel.mesh.cfg={self.parallel.mesh.cfg}: must be 1; guidance is for sampling")
+        if self.data.tokens_per_sequence:
+            self._check_packs()
+        if self.lora.rank and self.train.init_from is None:
+            raise ValueError(
+                f"lora.rank={self.lora.rank}: adapters need weights to adapt; give train.init_from=PATH, or lora.rank=0"
+            )
+        if self.lora.rank and self.parallel.engine != "native":
+            raise ValueError(f"lora.rank={self.lora.rank}: allowed with parallel.engine=native only")
+        if self.parallel.engine == "colossalai" and self.parallel.zero == 3 and self.optim.kind != "adamw":
+            raise ValueError(
+                f"optim.kind={self.optim.kind}: allowed with parallel.engine=colossalai and zero=3 is adamw"
+            )
+        if self.optim.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"optim.warmup_steps={self.optim.warmup_steps}: must be at most train.steps={self.train.steps}"
+            )
+
+    def _check_packs(self) -> None:
+        """That samples of several buckets can share a sequence."""
+        key = f"data.tokens_per_sequence={self.data.tokens_per_sequence}"
+        if self.parallel.mesh.ring != 1:
+            raise ValueError(
+                f"{key}: with parallel.mesh.ring={self.parallel.mesh.ring} must be 0; use parallel.mesh.ulysses"
+            )
+        if self.parallel.mesh.dynamic:
+            raise ValueError(f"{key}: with parallel.mesh.dynamic=true must be 0; use the one or the other")
+        if not getattr(MODELS[self.model.kind][1], "takes_packs", False):
+            raise ValueError(f"{key}: model.kind={self.model.kind} takes one sample per sequence; must be 0")
+
+    @property
+    def folder(self) -> Path:
+        """Where this run keeps everything."""
+        return Path(self.output) / self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """One sampling job."""
+
+    weights: str  # run folder, export folder or safetensors file
+    use_ema: bool = True  # of a run that kept a moving average: sample from it
+    lora: str | None = None  # adapters to add to the weights: a LoRA file, or folder of a LoRA run's export or of peft
+    lora_scale: float = 1.0  # how much of the adapters to add; 0: none
+    model: ModelConfig | None = section(MODEL_CONFIGS, sizes=MODEL_SIZES, optional=True)  # null: as saved with weights
+    vae: AutoencoderConfig | None = section(AUTOENCODER_CONFIGS, optional=True)  # null: as saved with weights
+    text: TextConfig | None = section(TEXT_ENCODER_CONFIGS, optional=True)  # null: as saved with weights
+    sampling: SamplingOption = field(default_factory=SamplingOption)
+    prompt: str | None = None  # one prompt
+    prompts: tuple[str, ...] = ()  # several
+    prompt_csv: str | None = None  # a table with the columns text, and optionally name and neg, or a .txt of lines
+    num_sample: int = 1  # videos per prompt, with seeds seed, seed+1, ...
+    save_dir: str = "samples"  # videos, stills, prompts and the contact sheet
+    overwrite: bool = False  # replace files of an earlier job in save_dir; false: this job's get other names
+    batch_size: int = 1  # prompts denoised together
+    precision: Literal["bf16", "fp32", "fp64"] = "bf16"  # fp64: to compare layouts
+    vae_parallel: VaeParallel = "auto"  # on: processes share out the tiles of what they code; auto: on for learned VAEs
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    LIMITS: ClassVar[Limits] = {
+        "num_sample": (100_000, "names and seeds are counted up for every one of them"),
+        "batch_size": (65_536, "they are denoised together, in memory"),
+        "lora_scale": (LORA_SCALE, "the adapters would drown the weights"),
+    }
+
+    def __post_init__(self) -> None:
+        if self.lora_scale < -LORA_SCALE:
+            raise ValueError(f"lora_scale={self.lora_scale}: must be a number from -{LORA_SCALE} to {LORA_SCALE}")
+        if not self.weights:
+            raise ValueError("weights='': must be a run folder, an export folder or a safetensors file")
+        if not self.save_dir:
+            raise ValueError("save_dir='': must be the folder to write to; . is this one")
+        for name in ("lora", "prompt_csv"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name}='': must be a path, or null")
+        for name in ("num_sample", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be an integer >= 1")
+        if self.parallel.engine != "native":
+            raise ValueError(f"parallel.engine={self.parallel.engine}: must be native; the others are for training")
+        if self.parallel.mesh.dynamic:
+            raise ValueError("parallel.mesh.dynamic=true: must be false; in sampling all share every clip")
+        if self.prompt is None and not self.prompts and self.prompt_csv is None:
+            raise ValueError("prompt: missing; give --prompt TEXT, prompts=[TEXT, ...] or prompt_csv=FILE")
+
+
+def check_fit(model: ModelConfig, vae: AutoencoderConfig, text: TextConfig) -> None:
+    """That the denoiser reads what the autoencoder and the text encoder write.
+
+    The widths of T5 and CLIP are in their files: ``opensora.models.text.check_text_encoder`` looks there.
+
+    Raises:
+        ValueError: a width of the model that does not fit, with the one that does. One output channel would be taken
+            for all of them without an error.
+    """
+    channels = autoencoder_shape(vae).channels * model.patch_size**2
+    if model.in_channels != channels:
+        raise ValueError(
+            f"model.in_channels={model.in_channels}: vae.kind={vae.kind} with model.patch_size={model.patch_size} "
+            f"gives {channels} channels per token; set model.in_channels={channels}"
+        )
+    if model.out_channels not in (None, channels):
+        raise ValueError(
+            f"model.out_channels={model.out_channels}: a velocity has the {channels} channels per token of what it "
+            f"moves; set model.out_channels={channels}, or null"
+        )
+    if not isinstance(text, ByteTextConfig):
+        return
+    for key in ("context_in_dim", "vec_in_dim"):
+        if getattr(model, key) != text.dim:
+            raise ValueError(
+                f"model.{key}={getattr(model, key)}: text.kind={text.kind} gives {text.dim}; set model.{key}={text.dim}"
+            )

@@ -1,0 +1,1 @@
+"""From the plan to batches in memory: decoded clips, or features that were stored."""

@@ -1,0 +1,1 @@
+"""Weights and adapters of files, for every family of models."""

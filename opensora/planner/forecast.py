@@ -1,0 +1,294 @@
+"""What a run would need, before it is started: memory, bytes, operations and time, per bucket and layout.
+
+Memory is added up as FSDP2 allocates it, over activations found on the meta device (peak_memory.py and
+activation_memory.py in acceleration/accounting); bytes are those the axes would count (comm_volume.py there). Both are
+exact to a few percent. Time is a rough model on top of them, good for comparing layouts: products at ``EFFICIENCY`` of
+the peak, exchanges at the speed of the slowest link they cross, weights and gradients moved while blocks compute.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from acceleration.accounting import comm_volume, peak_memory
+from acceleration.accounting.activation_memory import Timeline, assemble, interpolate, spread, timeline
+from acceleration.accounting.comm_volume import MicroBatch, RankLayout
+from acceleration.accounting.model_profile import ModelProfile, ShardUnit, profile_of
+from acceleration.accounting.peak_memory import Footprint
+from acceleration.config import OptimConfig, ParallelConfig, RecomputeConfig
+from acceleration.distributed import mesh as meshes
+from acceleration.distributed.mesh import FSDP, REPLICATE
+from acceleration.sequence import SequenceParallel
+from opensora.config.run import RunConfig
+from opensora.datasets.buckets.bucket import BucketTable
+from opensora.models.base import latent_grid
+from opensora.models.families import MMDiTConfig, build_model
+from opensora.models.text import ByteTextConfig, text_tokens
+from opensora.models.vae import autoencoder_shape
+from opensora.planner.devices import Device
+from opensora.planner.flops import attention_flops, linear_flops, mfu, training_flops
+from opensora.schedulers.rectified_flow import squared_error
+
+EFFICIENCY = 0.5  # of the peak, in the products of a large transformer
+REPEATED = 3  # blocks of a list that are run to know them all: the first, one like all between, the last
+PROBED = (1024, 4096)  # tokens of a process in the runs between which is interpolated
+FROZEN = {"t5_clip": 4_885_000_000, "hunyuan": 246_000_000, "flux2d": 84_000_000}  # parameters, by kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A bucket as the model sees it."""
+
+    name: str
+    batch: MicroBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """One layout on one bucket, for the process that needs most."""
+
+    parallel: ParallelConfig
+    degrees: dict[str, int]
+    shape: str
+    batches: int  # micro-batches of a process in a step
+    memory: Footprint
+    sent: dict[str, int]  # bytes by axis and step
+    flops: float  # model FLOPs of a step, all processes together
+    step_s: float
+    mfu: float
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON; memory and bytes in GiB."""
+        return {
+            "mesh": {name: degree for name, degree in self.degrees.items() if degree > 1},
+            "zero": self.parallel.zero,
+            "recompute": self.parallel.recompute.kind,
+            "shape": self.shape,
+            "batches": self.batches,
+            "memory_gib": {name: value / 2**30 for name, value in vars(self.memory).items()},
+            "peak_gib": self.memory.total / 2**30,
+            "comm_gib": {axis: value / 2**30 for axis, value in self.sent.items()},
+            "flops": self.flops,
+            "step_s": self.step_s,
+            "mfu": self.mfu,
+        }
+
+
+def run_denoiser(model: nn.Module, txt: int, img: int) -> Tensor:
+    """The forward of a denoiser on the meta device, for one sample of so many tokens."""
+    batch = MicroBatch(samples=1, txt=txt, img=img)
+    return model(**denoiser_inputs(model.cfg, batch, SequenceParallel(meshes.view({}))))
+
+
+def denoiser_inputs(
+    cfg: Any, batch: MicroBatch, sequence: SequenceParallel, *, device: torch.device | str = "meta"
+) -> dict[str, Any]:
+    """Arguments of a denoiser's forward, with the shapes and types that ``Preparation`` gives them; zeros."""
+    txt = sequence.sizes(batch.txt, extra_to_last=True)[sequence.rank]
+    img = sequence.sizes(batch.img)[sequence.rank]
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(batch.samples, *shape, device=device)
+
+    return {
+        "img": zeros(img, cfg.in_channels),
+        "img_ids": zeros(img, 3),
+        "txt": zeros(txt, cfg.context_in_dim),
+        "txt_ids": zeros(txt, 3),
+        "timesteps": zeros(),
+        "y_vec": zeros(cfg.vec_in_dim),
+        "cond": zeros(img, cfg.cond_channels) if cfg.cond_embed else None,
+        "guidance": zeros() if cfg.guidance_embed else None,
+        "txt_mask": torch.ones(batch.samples, txt, dtype=torch.bool, device=device) if batch.has_mask else None,
+        "context": sequence.context(batch.txt, batch.img),
+    }
+
+
+@lru_cache
+def structure(cfg: MMDiTConfig) -> ModelProfile:
+    """What a model of this shape is made of."""
+    with torch.device("meta"):
+        return profile_of(build_model(cfg), run_denoiser)
+
+
+def shapes(cfg: RunConfig) -> list[Shape]:
+    """Every row of the bucket table at its size of most tokens; the table of clips is not read."""
+    multiple = autoencoder_shape(cfg.vae).stride[1] * cfg.model.patch_size
+    largest: dict[str, MicroBatch] = {}
+    for bucket in BucketTable(cfg.data, multiple).buckets:
+        one = _as_seen(cfg, bucket.frames, (bucket.height, bucket.width))
+        batch = replace(one, samples=bucket.batch_size)
+        name = f"{bucket.resolution} x {bucket.frames}"
+        if name not in largest or batch.samples * batch.img > largest[name].samples * largest[name].img:
+            largest[name] = batch
+    return [Shape(name=name, batch=batch) for name, batch in largest.items()]
+
+
+def _as_seen(cfg: RunConfig, frames: int, size: tuple[int, int]) -> MicroBatch:
+    """One clip of this length and (height, width), as tokens."""
+    text = cfg.text
+    has_mask = text.mask if isinstance(text, ByteTextConfig) else False
+    img = prod(latent_grid(frames, *size, autoencoder_shape(cfg.vae))) // cfg.model.patch_size**2
+    return MicroBatch(samples=1, txt=text_tokens(text), img=img, has_mask=has_mask)
+
+
+def frozen_bytes(cfg: RunConfig) -> int:
+    """Weights of autoencoder and text encoder, as ``build_run`` loads them."""
+    itemsize = 2 if cfg.parallel.precision.compute == "bf16" else 4
+    return sum(FROZEN.get(kind, 0) for kind in (cfg.vae.kind, cfg.text.kind)) * itemsize
+
+
+class Forecaster:
+    """Answers for one model; what costs time is remembered."""
+
+    def __init__(self, model: MMDiTConfig, optim: OptimConfig, *, device_type: str, frozen: int = 0) -> None:
+        """``frozen``: bytes of autoencoder and text encoder."""
+        self.model, self.optim, self.device_type, self.frozen = model, optim, device_type, frozen
+        self.structure = structure(model)
+        self._lines: dict[Any, Timeline] = {}
+
+    def memory(self, place: RankLayout, batch: MicroBatch, *, batches: int = 1, exact: bool = True) -> Footprint:
+        """Most that a process holds at any moment of a step of ``batches`` equal micro-batches.
+
+        ``exact=False`` interpolates between two runs on the meta device that serve all buckets and degrees.
+        """
+        whole = (False, True) if batches > 1 and place.cfg.zero < 2 else (False,)
+        lines = [self._micro_batch(place, batch, accumulates, exact) for accumulates in whole]
+        return peak_memory.peak(self.structure, place, self.optim, *lines, batches=batches, frozen=self.frozen)
+
+    def state(self, place: RankLayout) -> Footprint:
+        """What a process holds whatever goes through the model: between steps, and its gradients."""
+        state = peak_memory.state_of(self.structure, place, self.optim, self.frozen)
+        return replace(state, gradients=peak_memory.trained_values(self.structure, place) * place.itemsize("master"))
+
+    def forward_flops(self, batch: MicroBatch) -> int:
+        """Of one whole micro-batch, all processes that share it together."""
+        return sum(count * _unit_flops(unit, batch) for unit, count in self.structure.unit_counts)
+
+    def forecast(
+        self, place: RankLayout, shape: Shape, batches: int, device: Device, memory: Footprint, step_batches: int
+    ) -> Forecast:
+        """Everything about a step in which every micro-batch is of this shape."""
+        sent, seconds = self._step(place, shape.batch, batches, device)
+        flops = training_flops(self.forward_flops(shape.batch)) * step_batches
+        return Forecast(
+            parallel=place.cfg,
+            degrees={name: place.mesh[name].degree for name in meshes.AXES},
+            shape=shape.name,
+            batches=batches,
+            memory=memory,
+            sent=sent,
+            flops=flops,
+            step_s=seconds,
+            mfu=mfu(flops, seconds, device.flops * place.mesh.world_size),
+        )
+
+    def _step(self, place: RankLayout, batch: MicroBatch, batches: int, device: Device) -> tuple[dict[str, int], float]:
+        """(bytes by axis, seconds) of a step of ``batches`` of these on every process."""
+        mesh = place.mesh
+        sent = comm_volume.step_bytes(self.structure, place, [batch] * batches)
+        links = _bandwidths(place, device)
+        shared = mesh["ring"].degree * mesh["ulysses"].degree * mesh["tensor"].degree
+        attention = sum(count * _attention_flops(unit, batch) for unit, count in self.structure.unit_counts)
+        blocks = self.structure.blocks
+        kinds = Counter(zip(self.structure.like, comm_volume.recomputed(len(blocks), place), strict=True))
+        again = sum(n * _rerun_flops(blocks[i], batch, kind) for (i, kind), n in kinds.items())
+        hardware = training_flops(self.forward_flops(batch)) + again
+        speed = device.flops * EFFICIENCY * shared
+        compute, inside = hardware / speed * batches, training_flops(attention) / speed * batches
+        seconds = {axis: count / links[axis] for axis, count in sent.items()}
+        hidden = {FSDP: compute, "ring": inside}
+        return sent, compute + sum(max(0.0, s - hidden.get(axis, 0.0)) for axis, s in seconds.items())
+
+    def _micro_batch(self, place: RankLayout, batch: MicroBatch, accumulates: bool, exact: bool) -> Timeline:
+        """Every block at its own kind of recomputation, from short models in which all blocks have the same."""
+        kinds = comm_volume.recomputed(len(self.structure.blocks), place)
+        lines = {kind: self._line(place, kind, batch, accumulates, exact) for kind in dict.fromkeys(kinds)}
+        depths = (self.model.depth, self.model.depth_single_blocks)
+        parts, first, position = [], 0, 0
+        for depth in depths:
+            shown = min(depth, REPEATED)
+            for index in range(depth):
+                like = index if index < shown - 1 else shown - 1 if index == depth - 1 else shown - 2
+                parts.append((lines[kinds[position]], first + like))
+                position += 1
+            first += shown
+        return assemble(parts, lines[kinds[-1]])
+
+    def _line(self, place: RankLayout, kind: str, batch: MicroBatch, accumulates: bool, exact: bool) -> Timeline:
+        if exact:
+            return self._run(place, kind, batch, accumulates)
+        degrees = {name: min(2, place.mesh[name].degree) for name in ("ring", "ulysses")}
+        shared = prod(degrees.values())
+        small = replace(place, mesh=meshes.view(degrees | {"tensor": place.mesh["tensor"].degree}))
+        tries = [replace(batch, samples=1, txt=n // 16 * shared, img=n * 15 // 16 * shared) for n in PROBED]
+        low, high = (self._run(small, kind, tried, accumulates) for tried in tries)
+        here = batch.samples * sum(place.local_tokens(batch))
+        return interpolate(low, high, (here - PROBED[0]) / (PROBED[1] - PROBED[0]))
+
+    def _run(self, place: RankLayout, kind: str, batch: MicroBatch, accumulates: bool) -> Timeline:
+        mesh = place.mesh
+        layout = tuple((mesh[name].degree, mesh[name].rank) for name in ("ring", "ulysses", "tensor"))
+        key = (layout, place.cfg.precision, place.cfg.attention, kind, batch, accumulates)
+        if key not in self._lines:
+            cfg = replace(place.cfg, recompute=RecomputeConfig(kind=kind))  # type: ignore[arg-type]
+            short = replace(
+                self.model,
+                depth=min(REPEATED, self.model.depth),
+                depth_single_blocks=min(REPEATED, self.model.depth_single_blocks),
+            )
+            with torch.device("meta"):
+                model = build_model(short)
+            spread(model, cfg, mesh, self.device_type)
+            sequence = SequenceParallel(mesh)
+
+            def loss() -> Tensor:
+                velocity = model(**denoiser_inputs(short, batch, sequence))
+                return squared_error(velocity, torch.zeros(velocity.shape, device="meta"))
+
+            self._lines[key] = timeline(model, loss, accumulates=accumulates)
+        return self._lines[key]
+
+
+def _unit_flops(unit: ShardUnit, batch: MicroBatch) -> int:
+    rows = ((layer, layer.rows.at(batch.txt, batch.img) * batch.samples) for layer in unit.layers)
+    return sum(linear_flops(layer.inputs, layer.outputs, n) for layer, n in rows) + _attention_flops(unit, batch)
+
+
+def _rerun_flops(unit: ShardUnit, batch: MicroBatch, kind: str) -> int:
+    """Of what the block computes again in backward."""
+    again, attention = comm_volume.RERUN[kind], _attention_flops(unit, batch)
+    return again.layers * (_unit_flops(unit, batch) - attention) + again.attention * attention
+
+
+def _attention_flops(unit: ShardUnit, batch: MicroBatch) -> int:
+    sizes = ((a.tokens.at(batch.txt, batch.img), a.heads * a.head_dim) for a in unit.attentions)
+    return sum(attention_flops(tokens, hidden) * batch.samples for tokens, hidden in sizes)
+
+
+def _bandwidths(place: RankLayout, device: Device) -> dict[str, float]:
+    """Bytes/s along every axis. Groups that span nodes use the net cards of all their members on a node, but for the
+    exchange of heads, in which every process sends most of its bytes to other nodes itself."""
+    mesh, links = place.mesh, {}
+    below = 1
+    for name in reversed(meshes.AXES):
+        below *= mesh[name].degree
+        links[name] = _link(mesh[name].degree, below, device, all_cards=name != "ulysses")
+    inner = mesh["tensor"].degree
+    links[FSDP] = _link(place.fsdp_degree, place.fsdp_degree * inner, device)
+    links[REPLICATE] = _link(place.replicas, mesh.world_size, device)
+    return links
+
+
+def _link(degree: int, span: int, device: Device, *, all_cards: bool = True) -> float:
+    """``span``: processes from the first to the last of a group, ``degree`` of which belong to it."""
+    if span <= device.per_node:
+        return device.node_bandwidth
+    stride = span // degree
+    here = max(1, device.per_node // stride) if all_cards else 1
+    return min(device.node_bandwidth, here * device.net_bandwidth)

@@ -1,0 +1,122 @@
+"""The fastest layouts that fit: every layout worth a thought, forecast and compared."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import product
+
+from acceleration.accounting.comm_volume import RankLayout
+from acceleration.config import MeshConfig, ParallelConfig, RecomputeConfig
+from acceleration.distributed import mesh as meshes
+from opensora.assembly.layout import check_layout
+from opensora.config.run import RunConfig
+from opensora.planner.devices import Device
+from opensora.planner.forecast import Forecast, Forecaster, Shape, frozen_bytes, shapes
+from opensora.utils.errors import UserError
+
+RESERVE = 0.08  # of the device's memory: context, kernels' workspace, fragments
+MAX_RING = 16
+
+
+def layouts(cfg: RunConfig, world: int, device: Device) -> Iterator[ParallelConfig]:
+    """Every layout worth a thought: layers and heads are shared within a node, no process is without a micro-batch."""
+    heads, inner = cfg.model.num_heads, int(cfg.model.hidden_size * cfg.model.mlp_ratio)
+    node, batches = device.per_node, cfg.data.micro_batches
+    for tensor in _divisors(world, node):
+        if heads % tensor or inner % tensor:
+            continue
+        for ulysses, ring in product(_divisors(world // tensor, node // tensor), _divisors(world, MAX_RING)):
+            data, rest = divmod(world, tensor * ulysses * ring)
+            if rest or (heads // tensor) % ulysses or data > batches:
+                continue
+            for replicate, zero, kind in product(_divisors(data, data), (0, 1, 2, 3), ("none", "full")):
+                if zero == 0 and replicate > 1:
+                    continue  # all processes have a copy as it is
+                mesh = MeshConfig(
+                    replicate=replicate, shard=data // replicate, ring=ring, ulysses=ulysses, tensor=tensor
+                )
+                recompute = RecomputeConfig(kind=kind)  # type: ignore[arg-type]
+                yield replace(cfg.parallel, zero=zero, mesh=mesh, recompute=recompute)  # type: ignore[arg-type]
+
+
+def check_own(cfg: RunConfig, world: int) -> str | None:
+    """What is wrong with the configured layout on so many processes; None: nothing."""
+    try:
+        check_layout(cfg.parallel.mesh, world, cfg.model)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+class Planner:
+    """Forecasts of a run on ``world`` devices, of its own layout and of others."""
+
+    def __init__(self, cfg: RunConfig, world: int, device: Device, *, device_type: str, exact: bool = False) -> None:
+        """``exact``: run every shape on the meta device, instead of interpolating between two."""
+        self.cfg, self.world, self.device, self.exact = cfg, world, device, exact
+        self.forecaster = Forecaster(cfg.model, cfg.optim, device_type=device_type, frozen=frozen_bytes(cfg))
+        self.device_type = device_type
+        self.shapes = sorted(shapes(cfg), key=lambda s: s.batch.samples * (s.batch.txt + s.batch.img))
+        self.room = int(device.memory * (1 - RESERVE))
+
+    def own(self) -> list[Forecast]:
+        """The configured layout, on every shape."""
+        return [self.one(self.cfg.parallel, shape) for shape in self.shapes]
+
+    def one(self, parallel: ParallelConfig, shape: Shape, *, with_memory: bool = True) -> Forecast:
+        """One layout on one shape; without memory, of activations there are none."""
+        place, batches = self._place(parallel), self._batches(parallel)
+        if with_memory:
+            memory = self.forecaster.memory(place, shape.batch, batches=batches, exact=self.exact)
+        else:
+            memory = self.forecaster.state(place)
+        return self.forecaster.forecast(place, shape, batches, self.device, memory, self.cfg.data.micro_batches)
+
+    def best(self, count: int, watch: Callable[[int, int], None] = lambda done, total: None) -> list[Forecast]:
+        """The ``count`` fastest layouts whose heaviest shape fits, fastest first, on that shape.
+
+        Args:
+            watch: told after each layout how many are timed, of how many.
+
+        Raises:
+            UserError: nothing fits, with what to change.
+        """
+        heaviest, some = self.shapes[-1], self.shapes[:: max(1, len(self.shapes) // 3)]
+        timed: list[tuple[float, int, ParallelConfig]] = []
+        closest: Forecast | None = None
+        tried = list(layouts(self.cfg, self.world, self.device))
+        for number, parallel in enumerate(tried, 1):
+            if self.forecaster.state(self._place(parallel)).total <= self.room:
+                timed.append((sum(self.one(parallel, s, with_memory=False).step_s for s in some), len(timed), parallel))
+            watch(number, len(tried))
+        found: list[Forecast] = []
+        for _, _, parallel in sorted(timed):
+            forecast = self.one(parallel, heaviest)
+            if forecast.memory.total <= self.room:
+                found.append(forecast)
+                if len(found) == count:
+                    break
+            elif closest is None or forecast.memory.total < closest.memory.total:
+                closest = forecast
+        if not found:
+            raise UserError(self._nothing(closest))
+        return found
+
+    def _nothing(self, closest: Forecast | None) -> str:
+        room = f"{self.room / 2**30:.1f} GiB of {self.world} devices"
+        if closest is None:
+            return f"no layout fits: weights, optimizer and gradients alone need more than the {room}; use more devices"
+        return (
+            f"no layout fits: {closest.shape} needs at least {closest.memory.total / 2**30:.1f} GiB and there are the "
+            f"{room}; lower its batch size in data.buckets, or use more devices"
+        )
+
+    def _place(self, parallel: ParallelConfig) -> RankLayout:
+        return RankLayout(meshes.view(meshes.resolve(parallel.mesh, self.world), 0, self.device_type), parallel)
+
+    def _batches(self, parallel: ParallelConfig) -> int:
+        degrees = meshes.resolve(parallel.mesh, self.world)
+        return -(-self.cfg.data.micro_batches // (degrees["replicate"] * degrees["shard"]))
+
+
+def _divisors(n: int, most: int) -> list[int]:
+    return [d for d in range(1, min(n, most) + 1) if n % d == 0]

@@ -1,0 +1,34 @@
+"""Start latents, and the latent frames of a clip."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from opensora.schedulers.timesteps import latent_frames
+from opensora.utils.rng import torch_generator
+
+
+def get_noise(
+    num_samples: int,
+    height: int,
+    width: int,
+    num_frames: int,
+    *,
+    seed: int,
+    channels: int = 16,
+    stride: tuple[int, int, int] = (4, 8, 8),
+    causal: bool = True,
+    patch_size: int = 2,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Start latents (B, channels, T', H', W'), standard normal, from one generator keyed by the seed.
+
+    Drawn on the CPU in fp32 and then moved, so that devices agree. H' and W' are rounded up to whole patches.
+    """
+    frames = latent_frames(num_frames, stride[0], causal)
+    rows = patch_size * math.ceil(height / (stride[1] * patch_size))
+    columns = patch_size * math.ceil(width / (stride[2] * patch_size))
+    shape = (num_samples, channels, frames, rows, columns)
+    return torch.randn(shape, generator=torch_generator(seed, "sampling noise")).to(device, dtype)

@@ -1,0 +1,128 @@
+"""What a sampling job may choose: size, length, guidance, seed; and how a choice becomes a size the model can make."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, TypeVar
+
+from opensora.utils.errors import UserError
+from opensora.utils.files.untrusted import short
+from opensora.utils.limits import Limits, check_limits
+from opensora.utils.sizes import area_of, frame_size, ratio_of
+
+T = TypeVar("T")
+METHODS = ("i2v", "distill")  # of guidance; DENOISERS has them
+MAX_SIDE = 16384  # pixels; H.264 and players take no more
+MAX_SEED = 2**63 - 1
+MIN_FPS, MAX_FPS = 0.1, 1000.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOption:
+    """What to sample and how; ``sanitize_sampling_option`` fills in width and height."""
+
+    width: int | None = None  # pixels; width and height win over resolution and aspect_ratio
+    height: int | None = None
+    resolution: str = "256px"  # area: "256px" is 256^2, "256p" is 256^2 * 16/9
+    aspect_ratio: str = "16:9"  # width:height
+    num_frames: int = 129
+    num_steps: int = 50
+    guidance: float = 7.5  # towards the prompt; 1: off
+    guidance_img: float = 3.0  # towards the references; 1: off
+    text_osci: bool = False  # guidance only in the first 10 and every even step
+    image_osci: bool = False  # the same for guidance_img
+    scale_temporal_osci: bool = False  # guidance_img grows along the clip and fades over the steps
+    seed: int = 42
+    shift: bool = True  # spend more steps on high noise, by flow_shift
+    flow_shift: float | None = None  # alpha of the schedule; null: from tokens per frame and latent frames
+    method: Literal["i2v", "distill"] = "i2v"  # guidance by several passes, or read by the model in one
+    fps: float = 24.0  # frames per second, of the video and in the prompt
+    motion_score: int | None = 4  # null: not said in the prompt
+
+    LIMITS: ClassVar[Limits] = {
+        **dict.fromkeys(("width", "height"), (MAX_SIDE, "H.264 and players take no more pixels a side")),
+        "num_frames": (100_000, "more than an hour at 24 frames a second"),
+        "num_steps": (10_000, "more change nothing that fp32 could show"),
+        **dict.fromkeys(("guidance", "guidance_img"), (1000.0, "the velocity would overflow")),
+        "flow_shift": (1000.0, "all times would be noise"),
+        "seed": (MAX_SEED, "it has 63 bits"),
+        "fps": (MAX_FPS, "no player shows more"),
+        "motion_score": (1000, "training's scores are below"),
+    }
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+        for name in ("width", "height"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: must be an integer >= 1, or null")
+        if (self.width is None) != (self.height is None):
+            given, other = ("width", "height") if self.height is None else ("height", "width")
+            raise ValueError(f"{given}={getattr(self, given)} without {other}: give both, or neither with a resolution")
+        for name in ("num_frames", "num_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be an integer >= 1")
+        for name in ("guidance", "guidance_img"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be a number >= 0")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: must be an integer from 0 to 2^63-1; for another clip take another")
+        if not self.fps >= MIN_FPS:
+            raise ValueError(f"fps={self.fps}: must be a number from {MIN_FPS} to {MAX_FPS:g}")
+        if self.motion_score is not None and self.motion_score < 0:
+            raise ValueError(f"motion_score={self.motion_score}: must be an integer >= 0, or null")
+        if self.flow_shift is not None and self.flow_shift <= 0:
+            raise ValueError(f"flow_shift={self.flow_shift}: must be a number > 0, or null for the formula")
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method}: must be one of {', '.join(METHODS)}")
+        _named("resolution", self.resolution, area_of)
+        _named("aspect_ratio", self.aspect_ratio, ratio_of)
+        if self.width is None and max(image_size(self.resolution, self.aspect_ratio)) > MAX_SIDE:
+            raise ValueError(
+                f"resolution={self.resolution}: with aspect_ratio={self.aspect_ratio} a side has more than {MAX_SIDE} "
+                "pixels, which H.264 and players do not take"
+            )
+
+
+def image_size(resolution: str, aspect_ratio: str, multiple: int = 16) -> tuple[int, int]:
+    """(height, width) of about this area and ratio, both multiples of ``multiple``.
+
+    Raises:
+        ValueError: a resolution or ratio that cannot be read.
+    """
+    return frame_size(_named("resolution", resolution, area_of), aspect_ratio, multiple)
+
+
+def _named(name: str, value: str, read: Callable[[str], T]) -> T:
+    """``read(value)``, with the field's name in its error."""
+    try:
+        return read(value)
+    except ValueError as error:
+        raise ValueError(f"{name}={short(value, 40)}: {error}") from None
+
+
+def sanitize_sampling_option(
+    option: SamplingOption, *, multiple: int = 16, frame_stride: int = 4, causal: bool = True
+) -> SamplingOption:
+    """The option with width and height set, rounded up to multiples.
+
+    Args:
+        multiple: pixels per token side, the autoencoder's stride times the patch.
+        frame_stride: frames per latent frame.
+        causal: the autoencoder codes the first frame on its own, so clips have k * frame_stride + 1 frames.
+
+    Raises:
+        UserError: a number of frames the autoencoder cannot code (a single frame always can be).
+    """
+    if option.width is not None and option.height is not None:
+        height, width = (math.ceil(side / multiple) * multiple for side in (option.height, option.width))
+    else:
+        height, width = image_size(option.resolution, option.aspect_ratio, multiple)
+    lead = 1 if causal else 0
+    if option.num_frames > 1 and (option.num_frames - lead) % frame_stride:
+        below = (option.num_frames - lead) // frame_stride * frame_stride + lead
+        raise UserError(
+            f"num_frames={option.num_frames}: must be {frame_stride}k{'+1' if causal else ''} and 1, "
+            f"as the autoencoder codes {frame_stride} frames at a time: use {max(below, 1)} or {below + frame_stride}"
+        )
+    return replace(option, width=width, height=height)

@@ -1,0 +1,63 @@
+"""What a run leaves for sampling: whole weights or adapters, in files of at most 5 GB, with the configuration
+and the digest of each."""
+
+from acceleration.engines import Engine, Weights
+from opensora.assembly.initial_weights import weight_layout
+from opensora.config.load import save
+from opensora.config.run import SAVED_NAME, RunConfig
+from opensora.inference.load import flux_adapter
+from opensora.models.mmdit.convert import FLUX
+from opensora.models.weights.adapters import write_adapter, write_comfyui
+from opensora.utils.files import digests
+from opensora.utils.files.safetensors_files import write_weights
+
+
+def exported(cfg: RunConfig) -> Weights:
+    """Which weights are written: the moving average, if there is one and it is wanted."""
+    return "ema" if cfg.optim.ema_decay and not cfg.train.export_live else "live"
+
+
+def write_export(cfg: RunConfig, engine: Engine, step: int, base: str | None, *, write: bool) -> str | None:
+    """Write to ``exported/`` of the run's folder; tensors are put together one at a time. Collective.
+
+    Args:
+        base: fingerprint of the weights that adapters belong to.
+        write: False on the processes that only help to put tensors together.
+
+    Returns:
+        Why it could not be written, on the process that writes.
+    """
+    folder, which, adapters = cfg.folder / "exported", exported(cfg), cfg.lora
+    metadata = weight_layout(cfg.model).metadata() | {"step": str(step), "weights": which}
+    weights = engine.full_weights(which)
+    found: dict[str, str] = {}  # SHA-256 of every file
+    try:
+        if adapters.rank and adapters.export_names == "comfyui":
+            tensors = dict(weights)
+            if write:
+                renamed, scales = flux_adapter(cfg.model, tensors, adapters.scale)
+                described = FLUX.metadata() | {key: metadata[key] for key in ("step", "weights")} | {"base": base or ""}
+                write_comfyui(folder, renamed, scales=scales, metadata=described, digests=found)
+        elif adapters.rank:
+            assert base is not None
+            write_adapter(
+                folder,
+                weights,
+                rank=adapters.rank,
+                alpha=adapters.scale * adapters.rank,
+                base=cfg.train.init_from,
+                metadata=metadata | {"base": base},
+                write=write,
+                digests=found,
+            )
+        else:
+            write_weights(folder, weights, metadata, write=write, digests=found)
+        if write:
+            digests.forget(folder, [SAVED_NAME])
+            found[SAVED_NAME] = save(cfg, folder / SAVED_NAME)
+            digests.write_digests(folder, found)
+    except OSError as error:
+        for _ in weights:  # the others are still putting tensors together
+            pass
+        return str(error)
+    return None

@@ -1,0 +1,126 @@
+"""What this process reads at each step, and what the whole step amounts to."""
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from math import prod
+
+from acceleration.distributed.mesh import Mesh
+from opensora.config.run import RunConfig
+from opensora.datasets import DataConfig
+from opensora.datasets.buckets.bucket import Bucket
+from opensora.datasets.loading.loader import build_loader
+from opensora.datasets.loading.reader import Batch, PackedBatch
+from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch, PackedSequence
+from opensora.datasets.plan.batch_plan import check_rows as check_rows
+from opensora.datasets.plan.dynamic_sp import SequenceSharing
+from opensora.datasets.table.index import IndexedTable, open_table
+from opensora.models.base import AutoencoderShape, latent_grid
+from opensora.models.text import text_tokens
+from opensora.models.vae import autoencoder_shape
+
+
+def open_data(cfg: RunConfig) -> tuple[IndexedTable, BatchPlan]:
+    """The clip table, indexed once per node, and the order of the run.
+
+    Raises:
+        UserError: the table cannot be read, or no clip fits a bucket.
+    """
+    table = open_table(cfg.data.table, cfg.data.root, cfg.data.index)
+    # A bucket's size is a multiple of the pixels that one token spans on a side.
+    multiple = autoencoder_shape(cfg.vae).stride[1] * cfg.model.patch_size
+    return table, BatchPlan(table, cfg.data, multiple, cfg.seed)
+
+
+def expected_idle(plan: BatchPlan, dp_degree: int, steps: Iterable[int]) -> float:
+    """Mean share of steps that data-parallel processes wait for the slowest, by the cost model."""
+    shares = [plan.idle(step, dp_degree) for step in steps]
+    return sum(shares) / len(shares)
+
+
+def sharing(cfg: RunConfig, mesh: Mesh) -> SequenceSharing | None:
+    """This process among those of its data-parallel rank; None where all of them cut all samples."""
+    if not cfg.parallel.mesh.dynamic:
+        return None
+    axis = mesh["ulysses"]
+    return SequenceSharing(degree=axis.degree, rank=axis.rank, text_tokens=text_tokens(cfg.text))
+
+
+class StepData:
+    """Batches of this process in step order, from ``start_step`` on."""
+
+    def __init__(
+        self,
+        table: IndexedTable,
+        plan: BatchPlan,
+        cfg: DataConfig,
+        mesh: Mesh,
+        shape: AutoencoderShape,
+        *,
+        start_step: int,
+        stop_step: int,
+        seed: int,
+        sharing: SequenceSharing | None = None,
+    ) -> None:
+        """``sharing``: choose for each micro-batch how many processes cut a sample; see ``BatchPlan.assign``."""
+        self.plan = plan
+        self.index = table
+        self.table = table.content
+        self.waited_s = 0.0  # time the loop spent waiting for data
+        self._rank, self._degree, self._sharing = mesh.data_rank, mesh.data_degree, sharing
+        self._shape = shape
+        self._batches = build_loader(
+            table,
+            plan,
+            cfg,
+            start_step=start_step,
+            stop_step=stop_step,
+            dp_rank=self._rank,
+            dp_degree=self._degree,
+            seed=seed,
+            sharing=sharing,
+        )
+
+    def assigned(self, step: int) -> tuple[MicroBatch | PackedSequence, ...]:
+        """This process's micro-batches, or packs, of a step."""
+        return self.plan.assign(step, self._rank, self._degree, self._sharing)
+
+    def microbatches(self, step: int) -> Iterator[tuple[Batch | PackedBatch, bool]]:
+        """(batch, whether it is the step's last) for this process. Every process gets equally many."""
+        count = len(self.assigned(step))
+        for i in range(count):
+            started = time.monotonic()
+            batch = next(self._batches)
+            self.waited_s += time.monotonic() - started
+            yield batch, i == count - 1
+
+    def global_elements(self, step: int) -> int:
+        """Latent values that the loss of this step is the mean over, all processes together; no communication."""
+        return sum(samples * self._latents(bucket) for bucket, samples in self.plan.shapes(step).items())
+
+    def bucket_samples(self, step: int) -> Counter[Bucket]:
+        """Samples of each bucket that this step consumes, all processes together."""
+        return self.plan.shapes(step)
+
+    def close(self) -> None:
+        """End the workers."""
+        self._batches.close()
+
+    def _latents(self, bucket: Bucket) -> int:
+        return self._shape.channels * prod(latent_grid(bucket.frames, bucket.height, bucket.width, self._shape))
+
+
+def open_batches(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, mesh: Mesh, step: int) -> StepData:
+    """What this process reads from update ``step`` on."""
+    shape = autoencoder_shape(cfg.vae)
+    return StepData(
+        table,
+        plan,
+        cfg.data,
+        mesh,
+        shape,
+        start_step=step,
+        stop_step=cfg.train.steps,
+        seed=cfg.seed,
+        sharing=sharing(cfg, mesh),
+    )

@@ -1,0 +1,146 @@
+"""Pictures for people: frames of videos on one sheet, the loss over time, how many samples each bucket has."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from opensora.utils.files.untrusted import NUMBER
+from opensora.utils.metrics_log import read_metrics
+
+MARGIN = 8  # pixels around and between frames
+TITLE_HEIGHT = 22
+MIN_WIDTH = 480  # of the sheet, so that titles can be read
+
+
+def contact_sheet(
+    videos: Sequence[tuple[str, np.ndarray]], path: str | Path, *, columns: int = 8, frame_height: int = 96
+) -> None:
+    """A png with one row per video: its title above ``columns`` evenly spaced frames, the first and last among them.
+
+    Args:
+        videos: (title, frames uint8 (T, H, W, 3)); sizes and lengths may differ, a still has T = 1.
+        frame_height: pixels; frames are resized to it, keeping their shape.
+
+    Raises:
+        ValueError: no videos, or frames that are not uint8 THWC.
+    """
+    if not videos:
+        raise ValueError("videos=[]: a contact sheet needs at least one")
+    rows = [(title, _strip(frames, columns, frame_height)) for title, frames in videos]
+    width = max(MIN_WIDTH, max(strip.width for _, strip in rows) + 2 * MARGIN)
+    row_height = TITLE_HEIGHT + frame_height + MARGIN
+    sheet = Image.new("RGB", (width, MARGIN + row_height * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=14)
+    for index, (title, strip) in enumerate(rows):
+        top = MARGIN + index * row_height
+        draw.text((MARGIN, top), _fitting(title, font, width - 2 * MARGIN), fill="black", font=font)
+        sheet.paste(strip, (MARGIN, top + TITLE_HEIGHT))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, format="PNG")
+
+
+def loss_curve(metrics_jsonl: str | Path, path: str | Path) -> None:
+    """A png of the loss over steps, with its running mean; resumes and interruptions are marked.
+
+    Raises:
+        ValueError: the file holds no loss yet.
+    """
+    records, events = read_metrics(metrics_jsonl)
+    points = [(record["step"], record["loss"]) for record in records if NUMBER.test(record.get("loss"))]
+    if not points:
+        raise ValueError(f"{metrics_jsonl}: holds no loss; train at least log_every steps")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    steps, losses = np.array([step for step, _ in points]), np.array([loss for _, loss in points])
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="loss")
+    axes.plot(steps, running_mean(losses), color="tab:blue", linewidth=2, label="running mean")
+    _mark(axes, events)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+
+
+def bucket_chart(bars: Sequence[tuple[str, Sequence[int]]], path: str | Path, *, title: str) -> None:
+    """A png of (name, counts) as stacked bars: one part per bucket, one bar per resolution and length."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(6.0, 1.5 + 0.22 * len(bars)), 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for place, (_, counts) in enumerate(bars):
+        bottoms = np.cumsum([0, *counts[:-1]])
+        axes.bar(
+            np.full(len(counts), place), counts, bottom=bottoms, color="tab:blue", edgecolor="white", linewidth=0.4
+        )
+    axes.set_xticks(range(len(bars)), [name for name, _ in bars], rotation=90, fontsize=7)
+    axes.set_ylabel("samples per epoch")
+    axes.set_title(title, fontsize=10)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+
+
+def running_mean(values: np.ndarray, decay: float = 0.9) -> np.ndarray:
+    """Exponential mean of (n,) values, without the pull towards zero at the start."""
+    mean, weight, out = 0.0, 0.0, np.empty(len(values))
+    for i, value in enumerate(values):
+        mean = decay * mean + (1 - decay) * float(value)
+        weight = decay * weight + (1 - decay)
+        out[i] = mean / weight
+    return out
+
+
+def _mark(axes: Any, events: list[dict[str, Any]]) -> None:
+    """A vertical line per event, each kind once in the legend."""
+    colours = {"interrupted": "tab:red", "resumed": "tab:green"}
+    labelled: set[str] = set()
+    for event in events:
+        name = event["event"]
+        axes.axvline(
+            event["step"],
+            color=colours.get(name, "tab:gray"),
+            linestyle="--" if name == "interrupted" else ":",
+            linewidth=1.5,
+            label=None if name in labelled else name,
+        )
+        labelled.add(name)
+
+
+def _strip(frames: np.ndarray, columns: int, frame_height: int) -> Image.Image:
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or len(frames) == 0:
+        raise ValueError(f"frames {frames.dtype} {frames.shape}: must be uint8 (T, H, W, 3), T >= 1")
+    count = min(columns, len(frames))
+    chosen = np.linspace(0, len(frames) - 1, count).round().astype(int)
+    width = max(1, round(frame_height * frames.shape[2] / frames.shape[1]))
+    strip = Image.new("RGB", (count * (width + MARGIN) - MARGIN, frame_height), "white")
+    for column, index in enumerate(chosen):
+        frame = Image.fromarray(np.ascontiguousarray(frames[index]))
+        # small synthetic frames stay crisp when they are enlarged
+        method = Image.Resampling.NEAREST if frame.height < frame_height else Image.Resampling.LANCZOS
+        strip.paste(frame.resize((width, frame_height), method), (column * (width + MARGIN), 0))
+    return strip
+
+
+def _fitting(title: str, font: Any, width: int) -> str:
+    """The title, cut so that it fits into ``width`` pixels, in time that does not grow with a long title."""
+    title = " ".join(title.lstrip()[: 4 * width].split())  # few characters are narrower than a pixel
+    shown = title[:width]
+    if shown == title and font.getlength(title) <= width:
+        return title
+    low, high = 0, len(shown)
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = font.getlength(f"{shown[:middle]}...") <= width
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return f"{shown[:low].rstrip()}..."

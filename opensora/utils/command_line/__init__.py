@@ -1,0 +1,1 @@
+"""What every command does alike: options, errors of one line, exit codes."""
