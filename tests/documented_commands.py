@@ -90,12 +90,13 @@ def _normal(text: str) -> str:
 
 # Why a command is not run here. The first pattern found in it counts.
 NOT_RUN = {
-    r"^RUN=\S+ sbatch |^srun ": "needs SLURM: tests/faults/test_slurm.py runs it on a real one",
+    r"^RUN=\S+ sbatch |^srun\b": "needs SLURM: tests/faults/test_slurm.py runs it on a real one",
     r"--nodes 4 --rendezvous": "needs several machines",
     r"-m slow|slow or not slow": "hours: the slow part of the tests",
     r"^bash launch/test\.sh$|pytest tests/(faults|dist)$": "the default tests, which run on every change",
     r"benchmarks\.gpu|--device cuda": "needs a CUDA device",
     r"^pip install .*(flash-attn|apex)": "needs CUDA and its compiler",
+    r"^pip install$": "of this checkout: launch/setup.sh does the same, and tests/unit/test_console_command.py runs it",
     r"^pip install ": "docs/results has what each optional package was tried with",
     r"tests\.documented_commands": "this one",
 }
