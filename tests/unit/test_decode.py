@@ -248,3 +248,12 @@ def test_a_damaged_clip_gives_right_frames_or_an_error() -> None:
     assert read >= 5
     with pytest.raises(DecodeError, match=r"(?i)truncated"):
         probe(str(MEDIA / "edge_cases/truncated.jpg"))
+
+
+def test_what_reads_clips_can_be_imported_from_the_package() -> None:
+    from opensora.datasets import decode
+    from opensora.datasets.decode import api, read_frames
+
+    assert read_frames is api.read_frames and decode.probe is api.probe
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        decode.nothing  # noqa: B018
