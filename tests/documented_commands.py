@@ -91,6 +91,7 @@ def _normal(text: str) -> str:
 # Why a command is not run here. The first pattern found in it counts.
 NOT_RUN = {
     r"^RUN=\S+ sbatch |^srun\b": "needs SLURM: tests/faults/test_slurm.py runs it on a real one",
+    r"^python scripts/diffusion/train\.py$": "without a configuration it says how it is used, and ends with 2",
     r"--nodes 4 --rendezvous": "needs several machines",
     r"-m slow|slow or not slow": "hours: the slow part of the tests",
     r"^bash launch/test\.sh$|pytest tests/(faults|dist)$": "the default tests, which run on every change",
@@ -135,6 +136,7 @@ OPTIONS = {
     r"opensora\.cli\.buckets": BUCKETS,
     r"inference\.py configs/sample/256px": f"weights=outputs/first model=null vae=null text=null {SAMPLE}",
     r"inference\.py configs/sample": SAMPLE,
+    r"launch/submit\.py.*--dry-run": f"{TRAIN} train.init_from=null",
     r"launch/submit\.py": f"--dry-run {TRAIN} train.init_from=null",
     r"launch/demo\.sh$": "--minutes 1",
     r"launch/demo\.sh --videos": "--steps 40 --out outputs/demo_clips",

@@ -27,6 +27,7 @@ from acceleration.files.untrusted import parsing, short
 T = TypeVar("T")
 DOORS = 4  # ports that are tried one after the other
 ASK_S = 0.1  # between two looks whether a process was asked to stop
+GRACE_S = 10.0  # of a process that was asked to stop while it waited for the others
 RESOLVE_S, RESOLVE_PAUSE_S = 10.0, 1.0  # how long an unknown name is looked up again, and how often
 _ADDRESSES = ("MASTER_ADDR", "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST")  # where an address comes from, first to last
 MAX_WORLD, MAX_PORT = 10**6, 65535
@@ -243,10 +244,13 @@ def device_identity(device: torch.device) -> str:
 def unless_asked(asked: Callable[[], bool], wait: Callable[..., T], *args: Any) -> T:
     """``wait(*args)``, which may take any time inside a library; a thread of its own waits, so that signals are heard.
 
+    Processes that are on their way have ``GRACE_S`` to come, so that all agree to stop instead of waiting for this one.
+
     Raises:
         Interrupted: ``asked()`` became true first; the thread is left behind, and ends with the process.
     """
     result: Future[T] = Future()
+    leave_at: float | None = None
 
     def run() -> None:
         try:
@@ -261,7 +265,9 @@ def unless_asked(asked: Callable[[], bool], wait: Callable[..., T], *args: Any) 
         except FutureTimeout:
             if result.done():  # just now, or this is what the wait itself raised
                 return result.result()
-            if asked():
+            if leave_at is None and asked():
+                leave_at = time.monotonic() + GRACE_S
+            if leave_at is not None and time.monotonic() >= leave_at:
                 raise Interrupted from None
 
 

@@ -24,7 +24,7 @@ from opensora.cli.main import run_cli
 from opensora.cli.train import main as train_main
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig
-from opensora.train.setup import start_run
+from opensora.train.setup import Interrupted, start_run
 from opensora.train.state import run_lock
 from opensora.utils.errors import UserError
 from tests.conftest import ROOT
@@ -239,3 +239,14 @@ def test_the_first_signal_ends_the_wait(name: str, config: Path, monkeypatch: py
 def listens(port: int) -> bool:
     with socket.socket() as visitor:
         return visitor.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_others_that_come_within_the_grace_learn_of_the_signal() -> None:
+    """A process that was asked to stop does not leave those alone that are on their way; they stop together."""
+    assert runtimes.unless_asked(lambda: True, lambda: time.sleep(0.5) or "all are here") == "all are here"
+
+
+def test_nobody_comes_and_the_signal_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes, "GRACE_S", 0.3)
+    with pytest.raises(Interrupted):
+        runtimes.unless_asked(lambda: True, threading.Event().wait)
