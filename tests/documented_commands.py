@@ -91,7 +91,7 @@ def _normal(text: str) -> str:
 # Why a command is not run here. The first pattern found in it counts.
 NOT_RUN = {
     r"^RUN=\S+ sbatch |^srun\b": "needs SLURM: tests/faults/test_slurm.py runs it on a real one",
-    r"^python scripts/diffusion/train\.py$": "without a configuration it says how it is used, and ends with 2",
+    r"^(python|bash launch/torchrun\.sh( 2)?)( scripts/diffusion/train\.py)?$": "alone it says how it is used, and ends with 2",
     r"--nodes 4 --rendezvous": "needs several machines",
     r"-m slow|slow or not slow": "hours: the slow part of the tests",
     r"^bash launch/test\.sh$|pytest tests/(faults|dist)$": "the default tests, which run on every change",
@@ -125,7 +125,7 @@ MODEL = (
     "vae.kind=dct vae.channels=16 text.kind=bytes text.dim=32 model.size=debug model.patch_size=1 model.vec_in_dim=32"
 )
 BUCKETS = "'data.buckets={32px:{1:[1.0,4],5:[1.0,2]}}' data.micro_batches=2 data.table=clips.csv"
-RUN = "train.steps=3 train.log_every=1 optim.warmup_steps=0 parallel.mesh.ulysses=1 parallel.precision.compute=fp32"
+RUN = "train.steps=10 train.log_every=1 optim.warmup_steps=0 parallel.mesh.ulysses=1 parallel.precision.compute=fp32"
 TRAIN = f"{MODEL} {BUCKETS} {RUN}"
 SAMPLE = "sampling.num_steps=2 sampling.num_frames=5 sampling.resolution=32px sampling.aspect_ratio=1:1 precision=fp32"
 # Options that make a command small: what it contains -> what is put behind it. The first that fits counts.
@@ -189,7 +189,8 @@ def prepare(folder: Path) -> Path:
         shutil.copy(clone / name / "train.csv", clone / name / "captions.csv")
     index = [sys.executable, "-m", "data_pipeline.index", "my_clips", "--out", "clips.csv"]  # also for --only
     subprocess.run(index, cwd=clone, check=True, stdout=subprocess.DEVNULL)
-    (clone / "prompts.csv").write_text("text\na red circle moves left\n", encoding="utf-8")
+    prompts = "text,name\na red circle moves left on a black background,red_circle_left_black\n"
+    (clone / "prompts.csv").write_text(prompts, encoding="utf-8")
     (clone / "lines.txt").write_text("seed=1\nseed=2\n", encoding="utf-8")
     return clone
 
