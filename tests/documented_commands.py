@@ -91,7 +91,7 @@ def _normal(text: str) -> str:
 # Why a command is not run here. The first pattern found in it counts.
 NOT_RUN = {
     r"^RUN=\S+ sbatch |^srun\b": "needs SLURM: tests/faults/test_slurm.py runs it on a real one",
-    r"^(python|bash launch/torchrun\.sh( 2)?)( scripts/diffusion/train\.py)?$": "alone it says how it is used, and ends with 2",
+    r"^(python|bash launch/torchrun\.sh( 2)?)( scripts/diffusion/train\.py)?$": "alone it says how to use it",
     r"--nodes 4 --rendezvous": "needs several machines",
     r"-m slow|slow or not slow": "hours: the slow part of the tests",
     r"^bash launch/test\.sh$|pytest tests/(faults|dist)$": "the default tests, which run on every change",
