@@ -18,7 +18,7 @@ from acceleration.distributed import collectives
 from acceleration.distributed.mesh import Axis
 from acceleration.engines.native import NativeEngine
 from acceleration.sharding import tensor_parallel
-from opensora.models.mmdit import MMDiT
+from opensora.models.mmdit import MMDiTModel
 from opensora.schedulers import rectified_flow
 from tests.dist import test_parity
 from tests.dist.harness import run_distributed
@@ -38,13 +38,13 @@ def divide_by_the_degree() -> Patch:
 
 
 def count_the_text_projection_twice() -> Patch:
-    right = MMDiT.forward
+    right = MMDiTModel.forward
 
-    def wrong(self: MMDiT, *args: Any, **inputs: Any) -> Tensor:
+    def wrong(self: MMDiTModel, *args: Any, **inputs: Any) -> Tensor:
         with self.txt_in.register_forward_hook(lambda module, args, out: out + (out - out.detach())):
             return right(self, *args, **inputs)
 
-    return mock.patch.object(MMDiT, "forward", wrong)
+    return mock.patch.object(MMDiTModel, "forward", wrong)
 
 
 def drop_the_mask_in_one_hop() -> Patch:

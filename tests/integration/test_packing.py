@@ -9,7 +9,7 @@ import pytest
 from opensora.cli.buckets import main as buckets
 from opensora.cli.forecast import main as plan
 from opensora.cli.precompute import main as precompute
-from opensora.models.families import MMDiT
+from opensora.models.families import MMDiTModel
 from opensora.utils.errors import UserError
 from tests.integration.test_train_and_sample import LAYOUT_B, train_on, weights
 
@@ -93,6 +93,6 @@ def test_what_is_said_before(config: Path, capsys: pytest.CaptureFixture[str], m
     assert "sequences of at most 200 image tokens" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"data\.tokens_per_sequence=200: the planner knows 0 only"):
         plan([str(config), "--world", "2", *PACKS])
-    monkeypatch.setattr(MMDiT, "takes_packs", False)
+    monkeypatch.setattr(MMDiTModel, "takes_packs", False)
     with pytest.raises(UserError, match=r"data\.tokens_per_sequence=200: model\.kind=mmdit takes one sample"):
         buckets([str(config), *PACKS])

@@ -23,7 +23,7 @@ from acceleration.sharding import fsdp
 from opensora.assembly.initial_weights import weight_layout
 from opensora.inference.load import _exported, flux_adapter
 from opensora.models.families import MODEL_SIZES, build_model
-from opensora.models.mmdit import MMDiT, MMDiTConfig
+from opensora.models.mmdit import MMDiTConfig, MMDiTModel
 from opensora.models.mmdit.convert import plan_adapter
 from opensora.models.weights.adapters import CONFIG, WEIGHTS, read_adapter, write_adapter, write_comfyui
 from opensora.utils.errors import UserError
@@ -254,7 +254,7 @@ def flux_weights() -> dict[str, Tensor]:
     }
 
 
-def base_model(model: MMDiTConfig) -> MMDiT:
+def base_model(model: MMDiTConfig) -> MMDiTModel:
     """A model in fp64 of these weights."""
     built = build_model(model).double().requires_grad_(False)
     for name, value in in_layout(flux_weights(), model).items():

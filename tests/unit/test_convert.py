@@ -22,7 +22,7 @@ from opensora.models.mmdit.convert import (
     read_state_dict,
     save_state_dict,
 )
-from opensora.models.mmdit.model import MMDiT, MMDiTConfig
+from opensora.models.mmdit.model import MMDiTConfig, MMDiTModel
 from opensora.utils.errors import UserError
 from opensora.utils.files.safetensors_files import INDEX
 from tests.unit.test_mmdit import DEBUG, inputs, random_model
@@ -45,7 +45,7 @@ def test_every_layout_computes_the_same_and_comes_back(base: MMDiTConfig, to: We
     state = dict(first.state_dict())
     converted = convert_state_dict(state, to=to, source=FLUX)
     cfg = replace(base, fused_qkv=to.fused_qkv, rope_layout=to.rope_layout)
-    second = MMDiT(cfg).double()
+    second = MMDiTModel(cfg).double()
     second.load_state_dict(converted, strict=True)
     given = inputs(cfg, dtype=torch.float64)
     assert torch.allclose(first(**given), second(**given), rtol=0, atol=1e-12)
@@ -83,7 +83,7 @@ def test_files_state_their_layout_and_load_into_any_model(tmp_path: Path, to: We
         assert opened.metadata()["rope_layout"] == to.rope_layout
         assert opened.metadata()["fused_qkv"] == str(to.fused_qkv).lower() and opened.metadata()["step"] == "7"
     for cfg in (DEBUG, replace(DEBUG, fused_qkv=False, rope_layout="half")):
-        other = MMDiT(cfg)
+        other = MMDiTModel(cfg)
         report = load_into(other, path, to=layout_of(cfg))
         assert report.fits and report.layout == to and report.loaded == len(other.state_dict())
         assert torch.allclose(other(**inputs(cfg)), model(**inputs(cfg)), atol=1e-4)
@@ -134,7 +134,7 @@ def test_everything_that_does_not_fit_is_in_one_line(tmp_path: Path) -> None:
     state["extra"] = torch.zeros(1)
     path = save_state_dict(state, tmp_path / "bad.safetensors", source=FLUX)[0]
     with torch.device("meta"):
-        model = MMDiT(DEBUG)
+        model = MMDiTModel(DEBUG)
     with pytest.raises(UserError) as caught:
         load_state_dict_for(model, path, to=FLUX, allow_missing=("cond_in.*",))
     line = str(caught.value)
@@ -212,9 +212,9 @@ def test_nothing_is_read_before_all_is_checked(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(WeightFile, "__getitem__", None)
     monkeypatch.setattr(WeightFile, "_read", None)
     with torch.device("meta"):
-        file, report = load_state_dict_for(MMDiT(DEBUG), path, to=FLUX)
+        file, report = load_state_dict_for(MMDiTModel(DEBUG), path, to=FLUX)
         with pytest.raises(UserError, match="of another shape"):
-            load_state_dict_for(MMDiT(replace(DEBUG, hidden_size=32, axes_dim=(2, 2, 4))), path, to=FLUX)
+            load_state_dict_for(MMDiTModel(replace(DEBUG, hidden_size=32, axes_dim=(2, 2, 4))), path, to=FLUX)
     assert report.fits and len(file) == report.loaded
 
 
@@ -224,7 +224,7 @@ def test_fused_tensors_too_odd_to_be_cut_are_reported(tmp_path: Path, name: str)
     state[name] = state[name][:100]  # 64 wide: no three equal parts, and less than q and k
     save_file(state, tmp_path / "m.safetensors")
     with torch.device("meta"):
-        model = MMDiT(DEBUG)
+        model = MMDiTModel(DEBUG)
     with pytest.raises(UserError, match=f"{name} \\(100, 64\\)"):
         load_state_dict_for(model, tmp_path, to=FLUX)
 
@@ -246,7 +246,7 @@ def test_names_behind_a_common_prefix(tmp_path: Path, prefix: str, written: Weig
     state = dict(random_model(DEBUG).state_dict())
     named = {f"{prefix}{name}": tensor for name, tensor in convert_state_dict(state, to=written).items()}
     save_file(named, tmp_path / "m.safetensors")
-    model = MMDiT(DEBUG)
+    model = MMDiTModel(DEBUG)
     report = load_into(model, tmp_path, to=FLUX)
     assert same(dict(model.state_dict()), state)
     plain = prefix.replace("_orig_mod.", "")
@@ -259,7 +259,7 @@ def test_names_of_compiled_blocks_and_other_models_in_the_same_file(tmp_path: Pa
     named = {f"model.diffusion_model.{name}": tensor for name, tensor in wrapped.items()}
     others = {"vae.decoder.conv_in.weight": torch.zeros(2, dtype=torch.int32), "text_encoders.t5.x": torch.zeros(1)}
     save_file({**named, **others}, tmp_path / "all_in_one.safetensors")
-    model = MMDiT(DEBUG)
+    model = MMDiTModel(DEBUG)
     report = load_into(model, tmp_path, to=FLUX)
     assert same(dict(model.state_dict()), state) and set(report.left_out) == set(others)
     assert "2 of other models left out: " in str(report)
@@ -285,7 +285,7 @@ def test_types_that_are_no_weights_are_refused_by_name(tmp_path: Path, kind: str
     state = dict(random_model(DEBUG).state_dict())
     save_file({**state, "img_in.weight": change(state["img_in.weight"])}, tmp_path / "m.safetensors")
     with pytest.raises(UserError, match=expected):
-        load_state_dict_for(MMDiT(DEBUG), tmp_path, to=FLUX)
+        load_state_dict_for(MMDiTModel(DEBUG), tmp_path, to=FLUX)
 
 
 @pytest.mark.parametrize("mark", ["scaled_fp8", "img_in.scale_weight", "img_in.weight_scale", "img_in.weight.absmax"])
@@ -295,14 +295,14 @@ def test_quantized_weights_are_refused_by_name(tmp_path: Path, mark: str) -> Non
     for weight in (state["img_in.weight"], state["img_in.weight"].to(torch.float8_e4m3fn)):
         save_file({**state, "img_in.weight": weight, mark: torch.ones(())}, tmp_path / "m.safetensors")
         with pytest.raises(UserError, match=f"{mark}.*give the bf16 or fp16 weights"):
-            load_state_dict_for(MMDiT(DEBUG), tmp_path, to=FLUX)
+            load_state_dict_for(MMDiTModel(DEBUG), tmp_path, to=FLUX)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_every_floating_point_type_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
     state = {name: tensor.to(dtype) for name, tensor in random_model(DEBUG).state_dict().items()}
     save_file(state, tmp_path / "m.safetensors")
-    model = MMDiT(DEBUG)
+    model = MMDiTModel(DEBUG)
     load_into(model, tmp_path, to=FLUX)
     assert same(dict(model.state_dict()), {name: tensor.float() for name, tensor in state.items()})
 

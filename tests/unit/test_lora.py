@@ -14,7 +14,7 @@ from acceleration.sharding import fsdp
 from opensora.config.run import SampleConfig
 from opensora.inference.load import _exported
 from opensora.models.families import MODEL_SIZES, build_model, init_model_
-from opensora.models.mmdit import MMDiT, MMDiTConfig
+from opensora.models.mmdit import MMDiTConfig, MMDiTModel
 from opensora.models.weights.adapters import CONFIG, WEIGHTS, FittedAdapter, read_adapter, write_adapter
 from opensora.utils.errors import UserError
 from opensora.utils.files.safetensors_files import fingerprint
@@ -25,7 +25,7 @@ CFG = LoraConfig(rank=4, alpha=6.0)
 LAYOUT = {"format": "pt", "fused_qkv": "true", "rope_layout": "interleaved"}
 
 
-def adapted(cfg: LoraConfig = CFG, model: MMDiTConfig = MODEL) -> tuple[MMDiT, list[str]]:
+def adapted(cfg: LoraConfig = CFG, model: MMDiTConfig = MODEL) -> tuple[MMDiTModel, list[str]]:
     with torch.device("meta"):
         built = build_model(model)
     return built, lora.apply(built, cfg)
@@ -40,7 +40,7 @@ def values(cfg: LoraConfig = CFG) -> dict[str, Tensor]:
     }
 
 
-def base_model() -> MMDiT:
+def base_model() -> MMDiTModel:
     model = build_model(MODEL).requires_grad_(False)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -48,14 +48,14 @@ def base_model() -> MMDiT:
     return model
 
 
-def with_adapters(tensors: dict[str, Tensor], cfg: LoraConfig = CFG) -> MMDiT:
+def with_adapters(tensors: dict[str, Tensor], cfg: LoraConfig = CFG) -> MMDiTModel:
     model, _ = adapted(cfg)
     model.to_empty(device="cpu")
     model.load_state_dict({**base_model().state_dict(), **tensors})
     return model
 
 
-def with_fitted(adapter: FittedAdapter, model: MMDiTConfig = MODEL, base: MMDiT | None = None) -> MMDiT:
+def with_fitted(adapter: FittedAdapter, model: MMDiTConfig = MODEL, base: MMDiTModel | None = None) -> MMDiTModel:
     """The model with adapters of a file beside its layers, all in the base's type."""
     base = base or base_model()
     with torch.device("meta"):

@@ -11,7 +11,7 @@ from opensora.models.layers import attention
 from opensora.models.layers.attention import SDPACore
 from opensora.models.layers.embedding import sinusoid
 from opensora.models.layers.rope import apply_rope, rope_table
-from opensora.models.mmdit.model import MMDiT, MMDiTConfig, count_parameters
+from opensora.models.mmdit.model import MMDiTConfig, MMDiTModel, count_parameters
 from opensora.utils.rng import torch_generator
 from opensora.utils.tokens import image_ids
 
@@ -20,9 +20,9 @@ torch.set_num_threads(1)
 DEBUG = MODEL_SIZES["mmdit"]["debug"]
 
 
-def random_model(cfg: MMDiTConfig, dtype: torch.dtype = torch.float32) -> MMDiT:
+def random_model(cfg: MMDiTConfig, dtype: torch.dtype = torch.float32) -> MMDiTModel:
     """Every parameter random and nonzero, so that nothing hides behind a zero gate."""
-    model = MMDiT(cfg)
+    model = MMDiTModel(cfg)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(std=0.1, generator=torch_generator(0, name))
@@ -139,7 +139,7 @@ def test_built_on_meta() -> None:
 
 
 def test_state_dict_names_are_those_of_flux() -> None:
-    names = set(MMDiT(replace(DEBUG, guidance_embed=True)).state_dict())
+    names = set(MMDiTModel(replace(DEBUG, guidance_embed=True)).state_dict())
     bias = ("weight", "bias")
     wanted = {f"{layer}.{kind}" for layer in ("img_in", "cond_in", "txt_in", "final_layer.linear") for kind in bias}
     wanted |= {f"final_layer.adaLN_modulation.1.{kind}" for kind in bias}
@@ -172,7 +172,7 @@ class Recorder(nn.Module):
 def test_cores_are_slots_and_receive_mask_and_context(cfg: MMDiTConfig) -> None:
     model, given, context = random_model(cfg), inputs(cfg), object()
     plain = model(**given)
-    slots = [f"{kind}.{i}" for kind in MMDiT.block_lists for i in range(len(model.get_submodule(kind)))]
+    slots = [f"{kind}.{i}" for kind in MMDiTModel.block_lists for i in range(len(model.get_submodule(kind)))]
     recorders = []
     for slot in slots:
         assert not list(model.get_submodule(f"{slot}.core").parameters())
@@ -341,4 +341,4 @@ def test_bad_shapes_are_named(bad: dict[str, Any]) -> None:
 
 def test_config_says_its_kind_first() -> None:
     assert fields(MMDiTConfig)[0].name == "kind"
-    assert MODELS[DEBUG.kind] == (MMDiTConfig, MMDiT)
+    assert MODELS[DEBUG.kind] == (MMDiTConfig, MMDiTModel)

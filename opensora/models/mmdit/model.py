@@ -107,7 +107,7 @@ class MMDiTConfig:
         return self.in_channels + self.patch_size**2
 
 
-class MMDiT(nn.Module):
+class MMDiTModel(nn.Module):
     """Velocity of every image token, given the text tokens."""
 
     block_lists = ("double_blocks", "single_blocks")
@@ -265,7 +265,7 @@ def _starts_at_zero(name: str) -> bool:
 def count_parameters(cfg: MMDiTConfig) -> int:
     """Parameters of the model of this shape, without building its weights."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in MMDiT(cfg).parameters())
+        return sum(parameter.numel() for parameter in MMDiTModel(cfg).parameters())
 
 
 SIZES = {
