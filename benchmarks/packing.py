@@ -30,7 +30,7 @@ from torch import nn
 from acceleration.distributed.mesh import view
 from acceleration.sequence import SequenceParallel
 from benchmarks.clip_columns import clip_columns
-from opensora.datasets.buckets.cost import image_tokens
+from opensora.datasets.buckets.cost import FullAttention
 from opensora.datasets.config import DataConfig
 from opensora.datasets.loading.feature_store import Features
 from opensora.datasets.loading.reader import Batch, PackedBatch
@@ -139,7 +139,7 @@ def measured(model: nn.Module, case: Case, steps: int, micro_batches: int) -> di
                 seconds[way, step], forwards[way, step] = time.process_time() - started, len(work)
         assert abs(losses[0] - losses[1]) <= 1e-4 * abs(losses[0]), losses
         of_bucket = plans[0].shapes(step % steps).items()
-        tokens[step] = sum(n * image_tokens(b.frames, b.height, b.width, MULTIPLE) for b, n in of_bucket)
+        tokens[step] = sum(n * FullAttention(MULTIPLE)(b.frames, b.height, b.width)[0] for b, n in of_bucket)
     ratios = seconds[0] / seconds[1]
     return {
         "forwards": forwards.mean(axis=1).tolist(),

@@ -16,6 +16,7 @@ from acceleration.distributed.mesh import view
 from acceleration.distributed.runtime import Ranks, ranks_from_environment
 from acceleration.sequence import SequenceParallel
 from opensora.assembly.stored_features import encoder_dtype, identity, identity_hash
+from opensora.assembly.token_layout import token_layout
 from opensora.config.run import RunConfig
 from opensora.datasets.decode import api
 from opensora.datasets.loading import feature_store
@@ -25,6 +26,7 @@ from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch
 from opensora.datasets.table.manifest import ClipTable
 from opensora.models.text import build_text_encoder
 from opensora.models.vae import build_autoencoder
+from opensora.schedulers import build_objective
 from opensora.train.preparation import Preparation
 from opensora.train.setup import check
 from opensora.utils import signal_handler
@@ -122,11 +124,10 @@ def _encode(
     prepare = Preparation(
         autoencoder=build_autoencoder(cfg.vae, device, dtype),
         text_encoder=text_encoder,
-        flow=cfg.flow,
-        patch=cfg.model.patch_size,
-        cond_embed=False,
-        guidance_embed=False,
-        sequence=SequenceParallel(view({})),
+        objective=build_objective(cfg.objective),
+        conditioning=cfg.conditioning,
+        model=cfg.model,
+        layout=token_layout(cfg.model, SequenceParallel(view({}))),
         seed=cfg.seed,
         device=device,
     )

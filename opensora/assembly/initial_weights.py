@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from acceleration import lora
 from acceleration.protocol import ParameterSource
 from opensora.config.run import RunConfig
-from opensora.models.families import MMDiTConfig, build_model
+from opensora.models.base import ModelConfig
+from opensora.models.families import build_model
 from opensora.models.mmdit.convert import WeightFile, WeightLayout, load_state_dict_for
 from opensora.models.weights.adapters import FittedAdapter
 from opensora.utils.console import announce
@@ -75,7 +76,7 @@ def adapted(model: nn.Module, cfg: RunConfig) -> str:
     return f"LoRA of rank {cfg.lora.rank} on {layers} layers: {trained:,} of {total:,} parameters are trained"
 
 
-def check_weights(key: str, path: str | Path, model: MMDiTConfig, allow_missing: tuple[str, ...] = ()) -> None:
+def check_weights(key: str, path: str | Path, model: ModelConfig, allow_missing: tuple[str, ...] = ()) -> None:
     """That the tensors at ``path`` are this model's, by their names and shapes; reads headers only.
 
     Raises:
@@ -89,9 +90,9 @@ def check_weights(key: str, path: str | Path, model: MMDiTConfig, allow_missing:
         raise UserError(f"{key}={path}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
-def weight_layout(cfg: MMDiTConfig) -> WeightLayout:
+def weight_layout(cfg: ModelConfig) -> WeightLayout:
     """How this model names and orders its weights."""
-    return WeightLayout(fused_qkv=cfg.fused_qkv, rope_layout=cfg.rope_layout)
+    return WeightLayout(fused_qkv=cfg.fused_qkv, rope_layout=cfg.rope_layout)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

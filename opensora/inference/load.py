@@ -28,9 +28,11 @@ from acceleration.sharding import fsdp
 from acceleration.sharding.precision import DTYPES
 from opensora.assembly.components import Components, tile_runner
 from opensora.assembly.initial_weights import AdapterSource, FileSource, check_weights, weight_layout
+from opensora.assembly.token_layout import token_layout
 from opensora.config.load import load_config
 from opensora.config.run import SAVED_NAME, RunConfig, SampleConfig
-from opensora.models.families import MMDiTConfig, build_model
+from opensora.models.base import ModelConfig
+from opensora.models.families import build_model, family_of
 from opensora.models.mmdit.convert import (
     FLUX,
     AdapterPlan,
@@ -42,6 +44,7 @@ from opensora.models.mmdit.convert import (
 from opensora.models.text import build_text_encoder
 from opensora.models.vae import build_autoencoder
 from opensora.models.weights.adapters import CONFIG, WEIGHTS, Adapter, FittedAdapter, is_adapter, read_adapter
+from opensora.schedulers import OBJECTIVE_CONFIGS, ObjectiveConfig
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 from opensora.utils.files import digests
@@ -65,9 +68,10 @@ class Source:
     path: Path
     checkpoint: Path | None  # a step directory of a run; None: safetensors at ``path``
     adapters: Adapters | None
-    model: MMDiTConfig
+    model: ModelConfig
     vae: Any
     text: Any
+    objective: ObjectiveConfig  # that it was trained with
     prompt_suffix: bool  # training told the model frame rate and motion score
 
 
@@ -98,6 +102,7 @@ def find_source(cfg: SampleConfig) -> Source:
     for name, value in sections.items():
         if value is None:
             raise UserError(f"{name}: missing; {path} has no {SAVED_NAME} beside the weights, so say {name}.kind=...")
+    objective = cfg.objective or (saved.objective if saved else default_objective(sections["model"]))
     checkpoint = _newest(path)
     held = _held_adapters(path, checkpoint, saved, sections["model"])
     adapters = _exported(Path(cfg.lora), sections["model"], "lora") if cfg.lora else None
@@ -122,9 +127,15 @@ def find_source(cfg: SampleConfig) -> Source:
         path=path,
         checkpoint=checkpoint,
         adapters=adapters,
+        objective=objective,
         prompt_suffix=bool(saved and saved.data.prompt_suffix),
         **sections,
     )
+
+
+def default_objective(model: ModelConfig) -> ObjectiveConfig:
+    """What weights without a configuration beside them were trained with: as those that the family publishes."""
+    return OBJECTIVE_CONFIGS[family_of(model).objective]()
 
 
 def part_of_run(path: Path) -> tuple[str, Path | None]:
@@ -201,7 +212,7 @@ def _newest(run: Path) -> Path | None:
 
 
 def _held_adapters(
-    path: Path, checkpoint: Path | None, saved: RunConfig | None, model: MMDiTConfig
+    path: Path, checkpoint: Path | None, saved: RunConfig | None, model: ModelConfig
 ) -> tuple[Adapters, str | None] | None:
     """The adapters of a LoRA run or of its export, and where their base is; None where whole weights are."""
     if is_adapter(path):
@@ -213,7 +224,7 @@ def _held_adapters(
     return None
 
 
-def _exported(path: Path, model: MMDiTConfig, key: str) -> Adapters:
+def _exported(path: Path, model: ModelConfig, key: str) -> Adapters:
     """Adapters of a folder or a file, as the model's layers need them.
 
     Raises:
@@ -264,7 +275,7 @@ def fit_adapter(
 
 
 def flux_adapter(
-    model: MMDiTConfig, tensors: Mapping[str, Tensor], scale: float
+    model: ModelConfig, tensors: Mapping[str, Tensor], scale: float
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Adapters of a model of ours for the layers of the same model in the Flux layout: (tensors, layer -> scale)."""
     layout = weight_layout(model)
@@ -276,7 +287,7 @@ def flux_adapter(
     return {name: fitted.tensor(name) for name in names}, {layer: scale for layer, (_, scale) in sizes.items()}
 
 
-def _shapes(model: MMDiTConfig) -> dict[str, tuple[int, ...]]:
+def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in build_model(model).state_dict().items()}
 
@@ -322,7 +333,8 @@ def load_components(cfg: SampleConfig, source: Source, runtime: Runtime) -> Comp
         cfg=source.model,
         autoencoder=autoencoder,
         text_encoder=build_text_encoder(source.text, runtime.device, dtype),
-        sequence=SequenceParallel(mesh),
+        objective=source.objective,
+        layout=token_layout(source.model, SequenceParallel(mesh)),
         mesh=mesh,
         device=runtime.device,
         prompt_suffix=source.prompt_suffix,

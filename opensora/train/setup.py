@@ -25,6 +25,7 @@ from opensora.assembly import stored_features
 from opensora.assembly.components import tile_runner
 from opensora.assembly.initial_weights import FileSource, adapted, add_adapters, check_initial, initial_weights
 from opensora.assembly.layout import check_attention, check_layout
+from opensora.assembly.token_layout import token_layout
 from opensora.config.load import to_yaml
 from opensora.config.run import RunConfig
 from opensora.datasets.decode import api
@@ -32,11 +33,12 @@ from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.datasets.table.index import IndexedTable
 from opensora.inference.check import check_validation, fit_option
 from opensora.inference.load import verify_export
-from opensora.models.base import AutoencoderShape, latent_grid
+from opensora.models.base import AutoencoderShape
 from opensora.models.families import build_model
 from opensora.models.text import build_text_encoder, check_text_encoder
 from opensora.models.vae import autoencoder_shape, build_autoencoder, check_autoencoder
 from opensora.planner.checks import Traffic, check_memory
+from opensora.schedulers import build_objective
 from opensora.train.health.anomaly_guard import AnomalyGuard
 from opensora.train.health.data_health import DataHealth
 from opensora.train.health.preflight import check_processes
@@ -47,7 +49,7 @@ from opensora.train.run import Run
 from opensora.train.state.disk_check import check_disk
 from opensora.train.state.resume import check_fresh, check_paths, resume, wrong_info
 from opensora.train.state.run_lock import RunLock, check_places, write_config
-from opensora.train.step_data import open_batches, open_data
+from opensora.train.step_data import check_buckets, open_batches, open_data
 from opensora.utils import signal_handler
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
@@ -105,12 +107,7 @@ def check(cfg: RunConfig, world_size: int) -> tuple[IndexedTable, BatchPlan]:
         raise UserError(f"parallel.{error}") from None
     check_memory(cfg, world_size, device_bytes())
     shape = autoencoder_shape(cfg.vae)
-    for resolution, rows in cfg.data.buckets.items():
-        for frames in rows:
-            try:
-                latent_grid(int(frames), shape.stride[1], shape.stride[2], shape)
-            except ValueError as error:
-                raise UserError(f"data.buckets.{resolution}.{frames}: {error}") from None
+    check_buckets(cfg.data, shape)
     check_places(cfg.folder)
     check_fresh(cfg)
     check_paths(cfg)
@@ -137,7 +134,7 @@ def check_files(cfg: RunConfig, shape: AutoencoderShape) -> None:
         raise UserError(f"data.root={cfg.data.root}: {reason}; give the one that paths in data.table start at")
     if not cfg.data.features or cfg.validate.every:
         check_autoencoder(cfg.vae)
-        check_text_encoder(cfg.text, cfg.model.context_in_dim, cfg.model.vec_in_dim)
+        check_text_encoder(cfg.text, shape.channels, cfg.model)
     if cfg.validate.every:
         fit_option("validate.sampling", cfg.validate.sampling, cfg.model, shape)
     check_installed(cfg.log)
@@ -233,11 +230,10 @@ def build_preparation(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Prepa
         text_encoder=build_text_encoder(cfg.text, device, frozen)
         if encoders
         else stored_features.stored_text(cfg, device),
-        flow=cfg.flow,
-        patch=cfg.model.patch_size,
-        cond_embed=cfg.model.cond_embed,
-        guidance_embed=cfg.model.guidance_embed,
-        sequence=SequenceParallel(mesh),
+        objective=build_objective(cfg.objective),
+        conditioning=cfg.conditioning,
+        model=cfg.model,
+        layout=token_layout(cfg.model, SequenceParallel(mesh)),
         seed=cfg.seed,
         device=device,
         run_tiles=tiles(mesh),
@@ -246,7 +242,10 @@ def build_preparation(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Prepa
     if not cfg.parallel.mesh.dynamic:
         return whole
     parts = [(degree, mesh.submesh(degree)) for degree in mesh.subgroups]
-    by_degree = {d: replace(whole, sequence=SequenceParallel(part), run_tiles=tiles(part)) for d, part in parts}
+    by_degree = {
+        d: replace(whole, layout=token_layout(cfg.model, SequenceParallel(part)), run_tiles=tiles(part))
+        for d, part in parts
+    }
     return replace(whole, by_degree=by_degree)
 
 
