@@ -7,7 +7,7 @@ from acceleration import sequence
 from acceleration.blocks import activation_checkpoint, compile
 from acceleration.config import ParallelConfig
 from acceleration.distributed.mesh import Mesh
-from acceleration.protocol import ParameterSource, Shardable
+from acceleration.protocol import Parallelizable, ParameterSource
 from acceleration.sharding import fsdp, tensor_parallel
 
 
@@ -21,7 +21,7 @@ def parallelize(
     outside of a block), then memory and values: ``fill(name, tensor)`` gives the full value of one
     parameter, or parts of it, see ``sharding.materialize``.
     """
-    assert isinstance(model, Shardable), type(model)
+    assert isinstance(model, Parallelizable), type(model)
     tensor_parallel.apply(model, mesh["tensor"])
     sequence.fill_slots(model, mesh, cfg.attention, keeps=cfg.recompute.kind == "selective")
     compile.apply(model, cfg.compile)

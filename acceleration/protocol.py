@@ -1,8 +1,9 @@
 """How a model says what it is made of, and how names with ``*`` find modules in it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Protocol, TypeAlias, runtime_checkable
+from itertools import zip_longest
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,32 @@ from torch import Tensor, nn
 LayerPlan: TypeAlias = tuple[str, tuple[tuple[int, int], ...]]
 
 
-@runtime_checkable
-class Shardable(Protocol):
-    """A model that states its structure as data; nothing is inherited and nothing imported."""
+AttentionAxis: TypeAlias = Literal["joint", "space", "time", "cross"]
+TokenAxis: TypeAlias = Literal["space", "time"]
 
-    block_lists: tuple[str, ...]  # attributes that are ModuleLists: sharded, recomputed, compiled block by block
-    attention_cores: tuple[str, ...]  # patterns of the attention slots, such as "double_blocks.*.core"
+
+@runtime_checkable
+class Parallelizable(Protocol):
+    """A model that states its structure as data; nothing is inherited and nothing imported.
+
+    Its tokens are one sequence (B, N, D), cut over processes along N; or frames x places (B, T, S, D), cut along S but
+    for what runs between two axis switches, which may be cut along T.
+    """
+
+    block_lists: tuple[str | tuple[str, ...], ...]
+    # attributes that are ModuleLists: sharded, recomputed, compiled block by block, in the order in which they run;
+    # lists in a tuple of their own run in turns: ("spatial", "temporal") is spatial.0, temporal.0, spatial.1, ...
+
+    attention_cores: Mapping[str, AttentionAxis]
+    # pattern of attention slots, such as "double_blocks.*.core" -> what attention runs along:
+    #   joint  the whole sequence, queries and keys alike
+    #   space  the places of a frame, (B * frames, places, H, Dh); behind a switch to space
+    #   time   the frames of a place, (B * places, frames, H, Dh)
+    #   cross  queries are tokens, keys and values are of something that every process holds whole, such as text
+
+    axis_switches: Mapping[str, TokenAxis]
+    # pattern of identity modules, called with (x, context), x (B, frames, places, ...) -> the axis that is whole on
+    # this process behind it. Tokens enter the model with time whole, and leave it so
 
     tensor_shared: tuple[str, ...]  # parameters of one head that every head uses, such as "double_blocks.*.scale"
 
@@ -29,13 +50,27 @@ class Shardable(Protocol):
 
 def block_lists(model: nn.Module) -> tuple[str, ...]:
     """Names of the model's lists of blocks."""
-    return model.block_lists  # type: ignore[return-value]
+    return tuple(name for names in _turns(model) for name in names)
+
+
+def block_names(model: nn.Module) -> list[str]:
+    """Of every block of every block list, in the order in which they run."""
+    found = []
+    for names in _turns(model):
+        columns = [[f"{name}.{key}" for key, _ in model.get_submodule(name).named_children()] for name in names]
+        turns = zip_longest(*columns)
+        found += [name for turn in turns for name in turn if name is not None]
+    return found
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """Every block of every block list, in order."""
-    lists = (model.get_submodule(name) for name in block_lists(model))
-    return [block for blocks in lists for block in blocks.children()]
+    """Every block of every block list, in the order in which they run."""
+    return [model.get_submodule(name) for name in block_names(model)]
+
+
+def _turns(model: nn.Module) -> Iterator[tuple[str, ...]]:
+    stated: tuple[str | tuple[str, ...], ...] = model.block_lists  # type: ignore[assignment]
+    return ((names,) if isinstance(names, str) else names for names in stated)
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -44,7 +79,7 @@ def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def slots(
-    model: nn.Module, patterns: tuple[str, ...], of: type[nn.Module] = nn.Module
+    model: nn.Module, patterns: Iterable[str], of: type[nn.Module] = nn.Module
 ) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """(parent, attribute, module) for every module of a type that a pattern names; ``*``: one path component.
 

@@ -36,9 +36,9 @@ class Timeline:
     """One micro-batch. Gradients of parameters are among the live tensors, and stay."""
 
     before: Segment  # forward up to the first block, inputs included
-    forward: tuple[Segment, ...]  # of every block
+    forward: tuple[Segment, ...]  # of every block, in the order in which they run
     between: Segment  # forward from the last block on, loss, and backward down to it
-    backward: tuple[Segment, ...]  # of every block, in the order of blocks
+    backward: tuple[Segment, ...]  # of every block, in the same order
     after: Segment  # backward below the first block
 
 
@@ -62,18 +62,25 @@ def assemble(parts: Sequence[tuple[Timeline, int]], head: Timeline) -> Timeline:
     return Timeline(head.before, tuple(forward), between, tuple(reversed(backward)), _moved(head.after, at))
 
 
-def interpolate(low: Timeline, high: Timeline, share: float) -> Timeline:
-    """Between, or beyond, two sizes of the same micro-batch: every count is linear in its tokens."""
+def interpolate(low: Timeline, *highs: tuple[Timeline, float]) -> Timeline:
+    """Between, or beyond, sizes of the same micro-batch: every count is linear in its tokens.
 
-    def mix(a: Segment, b: Segment) -> Segment:
-        return Segment(*(round(x + (y - x) * share) for x, y in zip(astuple(a), astuple(b), strict=True)))
+    Args:
+        highs: timelines with more of something, and how much of the way from ``low`` to each is gone.
+    """
+    shares = [share for _, share in highs]
 
+    def mix(a: Segment, *more: Segment) -> Segment:
+        columns = zip(astuple(a), *(astuple(b) for b in more), strict=True)
+        return Segment(*(round(x + sum((y - x) * s for y, s in zip(ys, shares, strict=True))) for x, *ys in columns))
+
+    lines = [low, *(high for high, _ in highs)]
     return Timeline(
-        mix(low.before, high.before),
-        tuple(mix(a, b) for a, b in zip(low.forward, high.forward, strict=True)),
-        mix(low.between, high.between),
-        tuple(mix(a, b) for a, b in zip(low.backward, high.backward, strict=True)),
-        mix(low.after, high.after),
+        mix(*(line.before for line in lines)),
+        tuple(mix(*same) for same in zip(*(line.forward for line in lines), strict=True)),
+        mix(*(line.between for line in lines)),
+        tuple(mix(*same) for same in zip(*(line.backward for line in lines), strict=True)),
+        mix(*(line.after for line in lines)),
     )
 
 
@@ -151,12 +158,15 @@ class _Marks:
         self.live, self.blocks = live, blocks
         self.found: dict[str, Segment] = {}
         self.name, self.start = "before", 0
+        self.begun = 0  # blocks
 
     def forward(self, index: int) -> Callable[..., Any]:
         """For the outside of a block, before it runs: its inputs go through one node, as FSDP2 has them do, so that
         no backward of a block above is left when that of a block below begins."""
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            assert self.begun == index, "blocks run in another order than block_lists says"
+            self.begun += 1
             self._begin(f"forward {index}")
             flat, spec = tree_flatten(args)
             trains = [i for i, x in enumerate(flat) if isinstance(x, Tensor) and x.requires_grad]

@@ -5,10 +5,12 @@ What is counted, per process, for one optimizer step:
 * fsdp: FSDP2's all-gathers of weights in compute type and reduce-scatters of gradients in reduce type. Every
   parameter is padded along its first dim to a multiple of the processes.
 * replicas: its all-reduces of gradients between copies, once per step.
-* ulysses, ring: what an attention slot exchanges in forward, again where a block is recomputed, and in backward.
+* ulysses, ring: what an attention slot and an axis switch exchange in forward, again where a block is recomputed, and
+  in backward. Text that is read by cross-attention is whole on every process, and nothing of it is exchanged.
 * tensor: the exchanges of cut layers likewise; once per step, the gradients that are shared and the norm.
 
-Masks are one byte per token. Scalars of logging and clipping that go over the whole world are not counted.
+Masks are one byte per token, also on their way through a switch. Scalars of logging and clipping that go over the whole
+world are not counted.
 """
 
 from collections import Counter
@@ -17,11 +19,22 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
-from acceleration.accounting.model_profile import Attention, Layer, ModelProfile, Parameter, ShardUnit
+import torch
+
+from acceleration.accounting.model_profile import (
+    Attention,
+    Layer,
+    ModelProfile,
+    Parameter,
+    ShardUnit,
+    Sizes,
+    Switch,
+)
 from acceleration.blocks import activation_checkpoint
 from acceleration.config import ParallelConfig
-from acceleration.distributed.mesh import FSDP, REPLICATE, Mesh
-from acceleration.sequence.layout import SequenceParallel, ring_groups
+from acceleration.distributed.mesh import FSDP, REPLICATE, Axis, Mesh
+from acceleration.sequence.install import IS_SPREAD
+from acceleration.sequence.layout import SequenceParallel, even_sizes, exchanges_axes, ring_groups
 from acceleration.sequence.ulysses import head_shares
 from acceleration.sharding.precision import DTYPES
 
@@ -48,8 +61,22 @@ class MicroBatch:
     samples: int
     txt: int  # text tokens of a sample
     img: int  # image tokens of a sample
+    frames: int | None = None  # among which these are divided, for models that keep time and space apart
     has_mask: bool = False  # the text has a padding mask
     degree: int | None = None  # processes of ulysses that cut its samples; None: the whole axis
+
+    @property
+    def places(self) -> int:
+        """Tokens of a frame."""
+        assert self.frames is not None, "a model that keeps time and space apart needs MicroBatch.frames"
+        return self.img // self.frames
+
+    def sizes(self, profile: ModelProfile) -> Sizes:
+        """Of a whole sample, as the counts of a profile want them."""
+        if not profile.is_factored:
+            return {"txt": self.txt, "img": self.img}
+        assert self.frames is not None, "a model that keeps time and space apart needs MicroBatch.frames"
+        return _factored(self.txt, self.frames, self.places, self.frames, self.places)
 
 
 @dataclass(frozen=True)
@@ -76,10 +103,60 @@ class RankLayout:
         """Bytes of a value in ``compute``, ``reduce`` or ``master`` type."""
         return DTYPES[getattr(self.cfg.precision, which)].itemsize
 
-    def local_tokens(self, batch: MicroBatch) -> tuple[int, int]:
+    def local_sizes(self, profile: ModelProfile, batch: MicroBatch) -> Sizes:
+        """Of the part of a sample that this process holds, as the counts of a profile want them."""
+        return _Shares(profile, self, batch).local
+
+    def local_tokens(self, profile: ModelProfile, batch: MicroBatch) -> tuple[int, int]:
         """(text, image) tokens of a sample that this process holds."""
-        seq = SequenceParallel(self.mesh.submesh(batch.degree))
-        return seq.sizes(batch.txt, extra_to_last=True)[seq.rank], seq.sizes(batch.img)[seq.rank]
+        sizes = self.local_sizes(profile, batch)
+        return sizes["txt"], sizes["frames"] * sizes["places"] if profile.is_factored else sizes["img"]
+
+
+class _Shares:
+    """The parts of a sample that the processes have that cut it."""
+
+    def __init__(self, profile: ModelProfile, place: RankLayout, batch: MicroBatch) -> None:
+        mesh = place.mesh.submesh(batch.degree)
+        sequence = SequenceParallel(mesh)
+        self.place, self.batch = place, batch
+        self.ring, self.ulysses, self.rank = mesh["ring"], mesh["ulysses"], sequence.rank
+        self.tensor, self.switches = place.mesh["tensor"].degree, False
+        if profile.is_factored:
+            self.all = self._factored(profile, sequence)
+        else:
+            txt = sequence.sizes(batch.txt, extra_to_last=True)
+            txt = txt if profile.cuts_text else (batch.txt,) * sequence.degree
+            self.all = [{"txt": t, "img": i} for t, i in zip(txt, sequence.sizes(batch.img), strict=True)]
+        self.local = self.all[self.rank]
+
+    def _factored(self, profile: ModelProfile, sequence: SequenceParallel) -> list[Sizes]:
+        batch, degree = self.batch, self.ulysses.degree
+        assert batch.frames is not None, "a model that keeps time and space apart needs MicroBatch.frames"
+        places = sequence.sizes(batch.places)
+        self.switches = exchanges_axes(batch.frames, profile.heads_along_space // self.tensor, degree)
+        if not self.switches:
+            return [_factored(batch.txt, batch.frames, here, batch.frames, here) for here in places]
+        frames, whole = even_sizes(batch.frames, degree), [sum(group) for group in ring_groups(places, degree)]
+        return [
+            _factored(batch.txt, batch.frames, here, frames[rank % degree], whole[rank // degree])
+            for rank, here in enumerate(places)
+        ]
+
+    def itemsize(self, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes of a value of this type in a profile, see ``Switch``."""
+        compute = self.place.itemsize("compute")
+        return {torch.bfloat16: compute, torch.float32: max(compute, 4)}.get(dtype, dtype.itemsize)
+
+
+def _factored(txt: int, frames: int, places: int, frames_inside: int, places_inside: int) -> Sizes:
+    return {
+        "txt": txt,
+        "frames": frames,
+        "places": places,
+        "frames_inside": frames_inside,
+        "places_inside": places_inside,
+    }
 
 
 def step_bytes(structure: ModelProfile, place: RankLayout, batches: Sequence[MicroBatch]) -> dict[str, int]:
@@ -88,8 +165,9 @@ def step_bytes(structure: ModelProfile, place: RankLayout, batches: Sequence[Mic
     blocks = Counter(zip(structure.like, recomputed(len(structure.blocks), place), strict=True))
     units = [(structure.blocks[index], kind, count) for (index, kind), count in blocks.items()]
     for batch, times in Counter(batches).items():
+        shares = _Shares(structure, place, batch)
         for unit, kind, count in (*units, (structure.rest, "none", 1)):
-            for axis, sent in _exchanged(unit, place, batch, kind).items():
+            for axis, sent in _exchanged(unit, shares, kind).items():
                 total[axis] += sent * count * times
     total += _sharding_bytes(structure, place, len(batches))
     total += _shared_gradients(structure, place)
@@ -97,25 +175,33 @@ def step_bytes(structure: ModelProfile, place: RankLayout, batches: Sequence[Mic
 
 
 def sampling_bytes(
-    structure: ModelProfile, place: RankLayout, batch: MicroBatch, passes: Sequence[int], channels: int
+    structure: ModelProfile,
+    place: RankLayout,
+    batch: MicroBatch,
+    passes: Sequence[int],
+    channels: int,
+    outputs: int = 1,
 ) -> dict[str, int]:
     """Axis -> bytes of integrating the latents of a batch, on a model that has not run before; decoding not counted.
 
     Args:
-        passes: evaluations of the model in every step; processes along cfg take one each and exchange the velocities.
+        passes: evaluations of the model in every step; processes along cfg take one each and exchange the predictions.
         channels: values of an image token.
+        outputs: values that the model predicts for each of them.
     """
-    mesh, (_, img), total = place.mesh, place.local_tokens(batch), Counter[str]()
+    mesh, (_, img), total = place.mesh, place.local_tokens(structure, batch), Counter[str]()
     turns = Counter(-(-count // mesh["cfg"].degree) for count in passes)
     forwards = sum(turn * steps for turn, steps in turns.items())
     gathered = forwards if place.cfg.zero == 3 else min(forwards, 1)
     for gathers, times in ((True, gathered), (False, forwards - gathered)):
         for axis, sent in forward_bytes(structure, place, batch, gathers=gathers).items():
             total[axis] += sent * times
-    velocity = batch.samples * img * channels * place.itemsize("compute")
-    total["cfg"] = forwards * velocity * (mesh["cfg"].degree - 1)
-    groups = ring_groups(SequenceParallel(mesh).sizes(batch.img), mesh["ulysses"].degree)
-    token = batch.samples * channels * max(place.itemsize("compute"), 4)  # sums of steps are kept in fp32 at least
+    prediction = batch.samples * img * outputs * channels * place.itemsize("compute")
+    total["cfg"] = forwards * prediction * (mesh["cfg"].degree - 1)
+    rows, frames = (batch.places, batch.img // batch.places) if structure.is_factored else (batch.img, 1)
+    groups = ring_groups(SequenceParallel(mesh).sizes(rows), mesh["ulysses"].degree)
+    exact = max(place.itemsize("compute"), 4)  # sums of steps are kept in fp32 at least
+    token = batch.samples * frames * channels * exact
     total["ulysses"] += max(groups[mesh["ring"].rank]) * token * (mesh["ulysses"].degree - 1)
     total["ring"] += max(map(sum, groups)) * token * (mesh["ring"].degree - 1)
     return dict(+total)
@@ -129,8 +215,9 @@ def forward_bytes(
     ``gathers``: weights are gathered; with ZeRO 1 and 2 only the first forward does so.
     """
     total: Counter[str] = Counter()
+    shares = _Shares(structure, place, batch)
     for unit in structure.units:
-        total += _forward(unit, place, batch)
+        total += _forward(unit, shares)
         if gathers and place.fsdp_degree > 1:
             total[FSDP] += gather_bytes(unit, place)
     return dict(total)
@@ -199,26 +286,30 @@ def _shared_gradients(structure: ModelProfile, place: RankLayout) -> Counter[str
     return Counter(tensor=sum(all_reduce_bytes(n * place.itemsize("master"), tensor) for n in sizes))
 
 
-def _exchanged(unit: ShardUnit, place: RankLayout, batch: MicroBatch, kind: str) -> Counter[str]:
+def _exchanged(unit: ShardUnit, shares: _Shares, kind: str) -> Counter[str]:
     """Forward and backward of one micro-batch; what is recomputed goes through forward twice."""
     again = RERUN[kind]
     total = Counter[str]()
     for slot in unit.attentions:
-        total += _attention_forward(slot, place, batch)
+        total += _attention_forward(slot, shares)
         if again.around:
-            total += _attention_forward(slot, place, batch, inside=again.attention)
-        total += _attention_backward(slot, place, batch)
+            total += _attention_forward(slot, shares, inside=again.attention)
+        total += _attention_backward(slot, shares)
+    for switch in unit.switches:
+        sent, returned = _switch_bytes(switch, shares)
+        total["ulysses"] += sent * (1 + (again.around and switch.reruns)) + returned * switch.trains
     for layer in unit.layers:
-        total["tensor"] += _layer_forward(layer, place, batch) * (1 + (again.layers and layer.reruns))
-        total["tensor"] += _layer_backward(layer, place, batch)
+        total["tensor"] += _layer_forward(layer, shares) * (1 + (again.layers and layer.reruns))
+        total["tensor"] += _layer_backward(layer, shares)
     return +total
 
 
-def _forward(unit: ShardUnit, place: RankLayout, batch: MicroBatch) -> Counter[str]:
+def _forward(unit: ShardUnit, shares: _Shares) -> Counter[str]:
     total = Counter[str]()
     for slot in unit.attentions:
-        total += _attention_forward(slot, place, batch)
-    total["tensor"] += sum(_layer_forward(layer, place, batch) for layer in unit.layers)
+        total += _attention_forward(slot, shares)
+    total["ulysses"] += sum(_switch_bytes(switch, shares)[0] for switch in unit.switches)
+    total["tensor"] += sum(_layer_forward(layer, shares) for layer in unit.layers)
     return +total
 
 
@@ -226,79 +317,97 @@ def _forward(unit: ShardUnit, place: RankLayout, batch: MicroBatch) -> Counter[s
 class _Share:
     """One process's part in an attention slot: tokens and heads here, in its ulysses group, and on the ring."""
 
+    sequences: int  # of all samples
     heads: int  # before ulysses cuts them
     mine: int  # heads of this process inside attention
     local: int  # tokens of this process
     group: tuple[int, ...]  # tokens of each process of its ulysses group
     ring: tuple[int, ...]  # tokens of each place on the ring
+    ulysses: Axis | None  # None: nothing is exchanged for heads
 
 
-def _share(slot: Attention, place: RankLayout, batch: MicroBatch) -> _Share:
-    mesh = place.mesh.submesh(batch.degree)
-    ring, ulysses, sequence = mesh["ring"], mesh["ulysses"], SequenceParallel(mesh)
-    txt, img = sequence.sizes(batch.txt, extra_to_last=True), sequence.sizes(batch.img)
-    lengths = tuple(slot.tokens.at(*pair) for pair in zip(txt, img, strict=True))
+def _share(slot: Attention, shares: _Shares) -> _Share:
+    ring, ulysses = shares.ring, shares.ulysses
+    is_whole = ulysses.degree == 1 or (slot.axis == "space" and shares.switches)
+    lengths = tuple(slot.queries.at(sizes) for sizes in shares.all)
     groups = ring_groups(lengths, ulysses.degree)
-    heads = slot.heads // place.mesh["tensor"].degree
+    heads = slot.heads // shares.tensor
     return _Share(
+        sequences=slot.batch.at(shares.local) * shares.batch.samples,
         heads=heads,
-        mine=head_shares(heads, ulysses.degree)[ulysses.rank],
-        local=lengths[sequence.rank],
+        mine=heads if is_whole else head_shares(heads, ulysses.degree)[ulysses.rank],
+        local=lengths[shares.rank],
         group=groups[ring.rank],
-        ring=tuple(sum(group) for group in groups),
+        ring=tuple(group[0] if is_whole else sum(group) for group in groups),
+        ulysses=None if is_whole else ulysses,
     )
 
 
-def _attention_forward(slot: Attention, place: RankLayout, batch: MicroBatch, *, inside: bool = True) -> Counter[str]:
+def _attention_forward(slot: Attention, shares: _Shares, *, inside: bool = True) -> Counter[str]:
     """q, k, v of other heads go out and come back as outputs; keys and values of every part but one are passed on.
 
     ``inside``: False where attention itself is kept, and with it what the ring has passed.
     """
-    share, size = _share(slot, place, batch), place.itemsize("compute") * batch.samples * slot.head_dim
-    ring, ulysses = place.mesh["ring"], place.mesh.submesh(batch.degree)["ulysses"]
     sent = Counter[str]()
-    if ulysses.degree > 1:
+    if not IS_SPREAD[slot.axis]:
+        return sent
+    share, ring = _share(slot, shares), shares.ring
+    size = shares.itemsize() * share.sequences * slot.head_dim
+    has_mask = shares.batch.has_mask and slot.is_masked
+    if share.ulysses is not None:
         elsewhere = sum(share.group) - share.local
         sent["ulysses"] = (3 * share.local * (share.heads - share.mine) + elsewhere * share.mine) * size
-        if batch.has_mask:
-            sent["ulysses"] += max(share.group) * batch.samples * (ulysses.degree - 1)
+        if has_mask:
+            sent["ulysses"] += max(share.group) * share.sequences * (share.ulysses.degree - 1)
     if ring.degree > 1:
         stays = share.ring[(ring.rank + 1) % ring.degree]  # what the next process had at the start
         sent["ring"] = 2 * (sum(share.ring) - stays) * share.mine * size * inside
-        if batch.has_mask:
-            sent["ring"] += max(share.ring) * batch.samples * (ring.degree - 1)
+        if has_mask:
+            sent["ring"] += max(share.ring) * share.sequences * (ring.degree - 1)
     return sent
 
 
-def _attention_backward(slot: Attention, place: RankLayout, batch: MicroBatch) -> Counter[str]:
+def _attention_backward(slot: Attention, shares: _Shares) -> Counter[str]:
     """Ulysses in reverse; the ring passes keys and values again, and the gradients of every part, in fp32 at least."""
-    share, compute = _share(slot, place, batch), place.itemsize("compute")
-    ring, ulysses = place.mesh["ring"], place.mesh.submesh(batch.degree)["ulysses"]
-    per_head = batch.samples * slot.head_dim
     sent = Counter[str]()
-    if ulysses.degree > 1:
+    if not IS_SPREAD[slot.axis]:
+        return sent
+    share, ring, compute = _share(slot, shares), shares.ring, shares.itemsize()
+    per_head = share.sequences * slot.head_dim
+    if share.ulysses is not None:
         elsewhere = sum(share.group) - share.local
         sent["ulysses"] = (share.local * (share.heads - share.mine) + 3 * elsewhere * share.mine) * per_head * compute
     if ring.degree > 1:
         stays = share.ring[(ring.rank + 1) % ring.degree]
         values = 2 * share.mine * per_head
-        sent["ring"] = values * ((sum(share.ring) - stays) * compute + sum(share.ring) * max(compute, 4))
+        sent["ring"] = values * ((sum(share.ring) - stays) * compute + sum(share.ring) * shares.itemsize(torch.float32))
     return sent
 
 
-def _layer_forward(layer: Layer, place: RankLayout, batch: MicroBatch) -> int:
-    degree, rows = place.mesh["tensor"].degree, batch.samples * layer.rows.at(*place.local_tokens(batch))
+def _switch_bytes(switch: Switch, shares: _Shares) -> tuple[int, int]:
+    """(sent in forward, in backward): tokens of other frames go out, and places of other processes come back."""
+    if not shares.switches:
+        return 0, 0
+    here = shares.local
+    value = switch.values * shares.batch.samples * shares.itemsize(switch.dtype)
+    to_space = (here["frames"] - here["frames_inside"]) * here["places"] * value
+    to_time = (here["places_inside"] - here["places"]) * here["frames_inside"] * value
+    return (to_space, to_time) if switch.whole == "space" else (to_time, to_space)
+
+
+def _layer_forward(layer: Layer, shares: _Shares) -> int:
+    degree, rows = shares.tensor, shares.batch.samples * layer.rows.at(shares.local)
     if degree == 1 or layer.kind in ("column", "whole"):
         return 0
-    out = rows * layer.outputs * place.itemsize("compute")
+    out = rows * layer.outputs * shares.itemsize()
     return all_reduce_bytes(out, degree) if layer.kind == "row" else out // degree * (degree - 1)
 
 
-def _layer_backward(layer: Layer, place: RankLayout, batch: MicroBatch) -> int:
-    degree, rows = place.mesh["tensor"].degree, batch.samples * layer.rows.at(*place.local_tokens(batch))
+def _layer_backward(layer: Layer, shares: _Shares) -> int:
+    degree, rows = shares.tensor, shares.batch.samples * layer.rows.at(shares.local)
     if degree == 1 or layer.kind in ("row", "whole") or not layer.input_trains:
         return 0
-    return all_reduce_bytes(rows * layer.inputs * place.itemsize("compute"), degree)
+    return all_reduce_bytes(rows * layer.inputs * shares.itemsize(), degree)
 
 
 def _cut(parameters: Iterable[Parameter], place: RankLayout) -> Iterable[tuple[int, ...]]:

@@ -1,36 +1,55 @@
 """What a model is made of, as far as bytes and memory depend on it: found by running it on the meta device.
 
-Nothing is computed and nothing allocated, so a model of any size takes a second. Counts are linear in the text and
-image tokens of a sample, which three small runs determine exactly.
+Nothing is computed and nothing allocated, so a model of any size takes a second. How often something is done per sample
+is a polynomial in the sizes of the sample (``JOINT``, ``FACTORED``), which a few small runs determine exactly. Between
+two axis switches frames and places have names of their own, and other sizes in the runs.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import combinations
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from acceleration import protocol
+from acceleration.protocol import AttentionAxis, TokenAxis
 
-# Runs the model's forward on meta tensors: (model, text tokens, image tokens), one sample.
-Forward = Callable[[nn.Module, int, int], Tensor]
+Sizes = Mapping[str, int]
+# Runs the model's forward on meta tensors for one sample with masked text: (model, **sizes), those that enter the model
+Forward = Callable[..., Tensor]
 
-TXT, IMG = 16, 64  # tokens of the runs; any that are positive do
+# Sizes of the runs; any that are positive do.
+JOINT = {"txt": 16, "img": 64}
+FACTORED = {"txt": 16, "frames": 5, "places": 12, "frames_inside": 3, "places_inside": 7}
+OUTSIDE, INSIDE = ("frames", "places"), ("frames_inside", "places_inside")  # of the switches
+
+Subset = frozenset[str]
 
 
 @dataclass(frozen=True)
-class Linear:
-    """A count that is linear in the tokens of a sample."""
+class Count:
+    """A polynomial in the sizes of a sample: {names that are multiplied: factor}."""
 
-    txt: int
-    img: int
-    once: int
+    terms: tuple[tuple[tuple[str, ...], int], ...]
 
-    def at(self, txt: int, img: int) -> int:
-        return self.txt * txt + self.img * img + self.once
+    @staticmethod
+    def of(terms: Mapping[str | tuple[str, ...], int]) -> "Count":
+        """``{"txt": 1, ("frames", "places"): 2, (): 3}`` is txt + 2 frames places + 3."""
+        named = (((names,) if isinstance(names, str) else tuple(sorted(names)), n) for names, n in terms.items())
+        return Count(tuple(sorted((names, n) for names, n in named if n)))
+
+    def at(self, sizes: Sizes) -> int:
+        return sum(factor * prod(sizes[name] for name in names) for names, factor in self.terms)
+
+    @property
+    def names(self) -> Subset:
+        """The sizes that it depends on."""
+        return frozenset(name for names, _ in self.terms for name in names)
 
 
 @dataclass(frozen=True)
@@ -55,18 +74,33 @@ class Layer:
     kind: str  # column, row or gather, as tensor parallelism cuts it (see tensor_parallel.py); whole: not cut
     inputs: int
     outputs: int
-    rows: Linear  # of its input, per sample
+    rows: Count  # of its input, per sample
     input_trains: bool  # a gradient flows to its input
     reruns: bool  # a recomputed block gets as far as the layer's exchange before it has all that backward needs
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention slot."""
+    """One call of an attention slot."""
 
+    axis: AttentionAxis
     heads: int
     head_dim: int
-    tokens: Linear
+    batch: Count  # sequences per sample
+    queries: Count  # of a sequence
+    keys: Count
+    is_masked: bool  # keys are masked where text is
+
+
+@dataclass(frozen=True)
+class Switch:
+    """One call of an axis switch."""
+
+    whole: TokenAxis  # behind it
+    values: int  # of a frame and place
+    dtype: torch.dtype  # bfloat16: what the model computes in; float32: that, but fp32 at least
+    trains: bool  # a gradient flows through it
+    reruns: bool  # as of a layer
 
 
 @dataclass(frozen=True)
@@ -76,14 +110,16 @@ class ShardUnit:
     parameters: tuple[Parameter, ...]
     layers: tuple[Layer, ...]
     attentions: tuple[Attention, ...]
+    switches: tuple[Switch, ...] = ()
 
 
 @dataclass(frozen=True)
 class ModelProfile:
-    """Blocks in order, then what is left."""
+    """Blocks in the order in which they run, then what is left."""
 
     blocks: tuple[ShardUnit, ...]
     rest: ShardUnit
+    is_factored: bool = False  # time and space are kept apart
 
     @property
     def units(self) -> tuple[ShardUnit, ...]:
@@ -94,7 +130,10 @@ class ModelProfile:
         """For every block the number of the first one that is like it but for its names."""
         first: dict[tuple[Any, ...], int] = {}
         shapes = (tuple((p.shape, p.trains, p.cut_dim, p.is_shared) for p in unit.parameters) for unit in self.blocks)
-        keys = ((unit.layers, unit.attentions, shape) for unit, shape in zip(self.blocks, shapes, strict=True))
+        keys = (
+            (unit.layers, unit.attentions, unit.switches, shape)
+            for unit, shape in zip(self.blocks, shapes, strict=True)
+        )
         return tuple(first.setdefault(key, index) for index, key in enumerate(keys))
 
     @cached_property
@@ -112,117 +151,248 @@ class ModelProfile:
         """Parameters in all."""
         return sum(torch.Size(parameter.shape).numel() for parameter in self.parameters)
 
+    @cached_property
+    def heads_along_space(self) -> int:
+        """Of the attention that axis switches are for."""
+        found = [slot.heads for unit, _ in self.unit_counts for slot in unit.attentions if slot.axis == "space"]
+        return min(found, default=1)
+
+    @cached_property
+    def cuts_text(self) -> bool:
+        """Whether text is a part of the sequence that is cut over processes; else every process has all of it."""
+        slots = (slot for unit, _ in self.unit_counts for slot in unit.attentions)
+        return any("txt" in slot.queries.names for slot in slots if slot.axis == "joint")
+
 
 def profile_of(model: nn.Module, forward: Forward) -> ModelProfile:
-    """What ``model``, whole and on the meta device, is made of."""
-    assert isinstance(model, protocol.Shardable), type(model)
-    runs = [_run(model, forward, *tokens) for tokens in ((TXT, IMG), (2 * TXT, IMG), (TXT, 2 * IMG))]
-    calls = [_linear_calls(*same) for same in zip(*runs, strict=True)]
+    """What ``model``, whole and on the meta device, is made of.
+
+    Raises:
+        ValueError: blocks run in another order than ``block_lists`` says, or a count is no polynomial in the sizes.
+    """
+    assert isinstance(model, protocol.Parallelizable), type(model)
+    is_factored = bool(model.axis_switches) or not {"space", "time"}.isdisjoint(model.attention_cores.values())
     owner = {id(module): index for index, block in enumerate(protocol.blocks(model)) for module in block.modules()}
     rest = len(protocol.blocks(model))
     units = [ShardUnit((), (), ()) for _ in range(rest + 1)]
-    for module, call in calls:
+    for module, call in _calls(model, forward, is_factored):
         index = owner.get(id(module), rest)
-        unit = units[index]
-        if isinstance(call, Layer):
-            units[index] = replace(unit, layers=(*unit.layers, call))
-        else:
-            units[index] = replace(unit, attentions=(*unit.attentions, call))
+        field = {Layer: "layers", Attention: "attentions", Switch: "switches"}[type(call)]
+        units[index] = replace(units[index], **{field: (*getattr(units[index], field), call)})
     for index, parameters in _parameters(model, owner, rest).items():
         units[index] = replace(units[index], parameters=tuple(parameters))
-    return ModelProfile(tuple(units[:-1]), units[-1])
+    return ModelProfile(tuple(units[:-1]), units[-1], is_factored)
+
+
+def _calls(model: nn.Module, forward: Forward, is_factored: bool) -> list[tuple[nn.Module, Layer | Attention | Switch]]:
+    """Every call of a layer, slot or switch, in order."""
+    base = FACTORED if is_factored else JOINT
+    runs: dict[Subset, list[_Call]] = {}
+
+    def run(changed: Subset, factor: int = 2) -> list[_Call]:
+        return _run(model, forward, {name: size * (factor if name in changed else 1) for name, size in base.items()})
+
+    for changed in (frozenset[str](), *(frozenset([name]) for name in base)):
+        runs[changed] = run(changed)
+    if is_factored:  # the counts of joint models know no products
+        for changed in _products(runs):
+            runs[changed] = run(changed)
+    changes = list(runs)
+    found = []
+    for same in zip(*runs.values(), strict=True):
+        fit = _Fit(base, changes, same)
+        found.append((same[0].module, same[0].as_found(fit)))
+        assert all(call.module is same[0].module for call in same)
+    if is_factored:
+        _check(found, run(frozenset(base), 3), {name: size * 3 for name, size in base.items()})
+    return found
+
+
+def _products(runs: Mapping[Subset, "list[_Call]"]) -> list[Subset]:
+    """Sizes that have to be changed together, as some count depends on all of them."""
+    _, *singles = runs
+    found: dict[Subset, None] = {}
+    for same in zip(*runs.values(), strict=True):
+        for counts in zip(*(call.counts for call in same), strict=True):
+            names = [name for (name,), count in zip(singles, counts[1:], strict=True) if count != counts[0]]
+            found |= {frozenset(s): None for size in range(2, len(names) + 1) for s in combinations(names, size)}
+    return sorted(found, key=len)
+
+
+def _check(found: "list[tuple[nn.Module, Any]]", seen: "list[_Call]", sizes: Sizes) -> None:
+    """That counts are what another run sees.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for (module, call), other in zip(found, seen, strict=True):
+        counts = (call.rows,) if isinstance(call, Layer) else ()
+        counts = (call.batch, call.queries, call.keys) if isinstance(call, Attention) else counts
+        if tuple(count.at(sizes) for count in counts) != other.counts:
+            raise ValueError(f"{type(module).__name__}: its calls are no polynomial in {', '.join(sizes)}: {counts}")
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """The runs that a call was seen in: what was changed in each, by a factor of 2."""
+
+    base: Sizes
+    changes: list[Subset]
+    calls: tuple["_Call", ...]
+
+    def count(self, index: int) -> Count:
+        """Of the numbers called ``index``: differences of runs, from the largest products down."""
+        seen = {changed: call.counts[index] for changed, call in zip(self.changes, self.calls, strict=True)}
+        terms: dict[Subset, int] = {}
+        for names in sorted(self.changes, key=len, reverse=True):
+            subsets = (frozenset(s) for size in range(len(names) + 1) for s in combinations(names, size))
+            rise = sum((-1) ** (len(names) - len(s)) * seen[s] for s in subsets)
+            rise -= sum(n * prod(self.base[name] for name in more) for more, n in terms.items() if more > names)
+            terms[names], left = divmod(rise, prod(self.base[name] for name in names))
+            if left:
+                raise ValueError(f"{type(self.calls[0].module).__name__}: its calls are no polynomial: {seen}")
+        return Count.of({tuple(names): n for names, n in terms.items()})
 
 
 @dataclass
 class _Call:
-    """One call of a layer or a slot in one run."""
+    """One call of a layer, a slot or a switch in one run."""
 
     module: nn.Module
-    kind: str | None  # of a layer; None: an attention slot
-    shape: tuple[int, ...]
-    input_trains: bool
+    name: str  # of a layer: how it is cut; of a slot and a switch: the axis
+    counts: tuple[int, ...]  # those that depend on sizes
+    shape: tuple[int, ...]  # of its input
+    dtype: torch.dtype
+    trains: bool  # a gradient flows to it
     at: int  # how many tensors had been kept for backward when it ended
     kept_in_block: int = 0  # and when its block ended
+    is_masked: bool = False
+    is_switch: bool = False
+
+    def as_found(self, fit: _Fit) -> Layer | Attention | Switch:
+        """What it is for any sizes."""
+        module, name, reruns = self.module, self.name, self.kept_in_block > self.at
+        if isinstance(module, nn.Linear):
+            return Layer(name, module.in_features, module.out_features, fit.count(0), self.trains, reruns)
+        if self.is_switch:
+            return Switch(name, prod(self.shape[3:]), self.dtype, self.trains, reruns)  # type: ignore[arg-type]
+        batch, queries, keys = (fit.count(index) for index in range(3))
+        return Attention(name, *self.shape[2:], batch, queries, keys, self.is_masked)  # type: ignore[arg-type,misc]
 
 
 class _Slot(nn.Module):
     """Stands in an attention slot and notes the call."""
 
-    def __init__(self, note: Callable[[nn.Module, Tensor], None]) -> None:
+    def __init__(self, note: Callable[..., None]) -> None:
         super().__init__()
         self.note = note
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, context: Any = None
     ) -> Tensor:
-        self.note(self, q)
-        return q + k * v
+        self.note(q, (q.shape[0], q.shape[1], k.shape[1]), is_masked=key_mask is not None)
+        return q + (k * v).sum(dim=1, keepdim=True)
 
 
-def _run(model: nn.Module, forward: Forward, txt: int, img: int) -> list[_Call]:
-    """Every call of a linear layer and of a slot, in order."""
+class _Switched(nn.Module):
+    """Stands in for an axis switch, gives frames and places their other sizes and notes the call."""
+
+    def __init__(self, note: Callable[..., None], before: tuple[int, int], behind: tuple[int, int]) -> None:
+        super().__init__()
+        self.note, self.before, self.behind = note, before, behind
+
+    def forward(self, x: Tensor, context: Any = None) -> Tensor:
+        if x.shape[1:3] != self.before:
+            raise ValueError(f"an axis switch must be given (B, frames, places, ...), not {tuple(x.shape)}")
+        out = _Resized.apply(x, self.behind)
+        self.note(x, ())
+        return out
+
+
+class _Resized(torch.autograd.Function):
+    """Something of another size, through which gradients flow; keeps nothing, as the exchange does not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: tuple[int, int]) -> Tensor:
+        return x.new_empty((x.shape[0], *sizes, *x.shape[3:]))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        raise AssertionError("only forward is run")
+
+
+def _run(model: nn.Module, forward: Forward, sizes: Sizes) -> list[_Call]:
+    """Every call of a linear layer, a slot and a switch, in order."""
     calls: list[_Call] = []
+    order: list[nn.Module] = []
     kept = 0
     block_start = 0
 
-    def note(module: nn.Module, kind: str | None, x: Tensor) -> None:
-        calls.append(_Call(module, kind, tuple(x.shape), x.requires_grad, kept))
+    def note(module: nn.Module, name: str, x: Tensor, counts: tuple[int, ...], **more: bool) -> None:
+        calls.append(_Call(module, name, counts, tuple(x.shape), x.dtype, x.requires_grad, kept, **more))
 
     def keep(x: Tensor) -> Tensor:
         nonlocal kept
         kept += 1
         return x
 
-    def begin(*_: Any) -> None:
+    def begin(block: nn.Module, args: Any) -> None:
         nonlocal block_start
         block_start = len(calls)
+        order.append(block)
 
     def end(*_: Any) -> None:
         for call in calls[block_start:]:
             call.kept_in_block = kept
 
-    handles = []
+    def noted_layer(name: str) -> Callable[..., None]:
+        return lambda layer, args, out: note(layer, name, args[0], (prod(args[0].shape[:-1]),))
+
     kinds = planned_kinds(model)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            kind = kinds.get(name, "whole")
-            handles.append(module.register_forward_hook(lambda m, args, out, kind=kind: note(m, kind, args[0])))
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    handles = [module.register_forward_hook(noted_layer(kinds.get(name, "whole"))) for name, module in linear]
     for block in protocol.blocks(model):
         handles += [block.register_forward_pre_hook(begin), block.register_forward_hook(end)]
-    slots = list(protocol.slots(model, model.attention_cores))  # type: ignore[arg-type]
-    for parent, attribute, _ in slots:
-        setattr(parent, attribute, _Slot(lambda m, q: note(m, None, q)))
-    stand_ins = [getattr(parent, attribute) for parent, attribute, _ in slots]
+    owns = _stand_in(model, note, sizes)
+    dtype = next(model.parameters()).dtype
+    entering = {name: size for name, size in sizes.items() if name not in INSIDE}
     try:
+        if model.axis_switches:  # so that what is computed with can be told from what is kept exact
+            model.to(torch.bfloat16)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            forward(model, txt, img)
+            forward(model, **entering)
     finally:
+        model.to(dtype)
         for handle in handles:
             handle.remove()
-        for parent, attribute, own in slots:
+        for parent, attribute, own in owns:
             setattr(parent, attribute, own)
-    real = {id(stand_in): own for stand_in, (_, _, own) in zip(stand_ins, slots, strict=True)}
-    for call in calls:
-        call.module = real.get(id(call.module), call.module)
+    if order != protocol.blocks(model):
+        raise ValueError(
+            f"{type(model).__name__}.block_lists: blocks must run once each, in the order of the lists"
+        )
     return calls
 
 
-def _linear_calls(first: _Call, more_txt: _Call, more_img: _Call) -> tuple[nn.Module, Layer | Attention]:
-    """One call of three runs -> what it is at any number of tokens."""
-    module = first.module
-    assert module is more_txt.module is more_img.module
-    if first.kind is None:
-        tokens = _fit(*(call.shape[1] for call in (first, more_txt, more_img)))
-        return module, Attention(first.shape[2], first.shape[3], tokens)
-    rows = _fit(*(torch.Size(call.shape[:-1]).numel() for call in (first, more_txt, more_img)))
-    assert isinstance(module, nn.Linear)
-    reruns = first.kept_in_block > first.at
-    return module, Layer(first.kind, module.in_features, module.out_features, rows, first.input_trains, reruns)
+def _stand_in(model: nn.Module, note: Callable[..., None], sizes: Sizes) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Fill every slot and switch with what notes its calls.
 
-
-def _fit(first: int, more_txt: int, more_img: int) -> Linear:
-    txt, img = (more_txt - first) // TXT, (more_img - first) // IMG
-    return Linear(txt, img, first - txt * TXT - img * IMG)
+    Returns:
+        (parent, attribute, module that was there) of each.
+    """
+    found = []
+    for pattern, axis in model.attention_cores.items():  # type: ignore[operator, union-attr]
+        for parent, attribute, own in list(protocol.slots(model, [pattern])):
+            found.append((parent, attribute, own))
+            setattr(parent, attribute, _Slot(lambda *call, own=own, axis=axis, **more: note(own, axis, *call, **more)))
+    for pattern, whole in model.axis_switches.items():  # type: ignore[operator, union-attr]
+        names = (OUTSIDE, INSIDE) if whole == "space" else (INSIDE, OUTSIDE)
+        before, behind = (tuple(sizes[name] for name in pair) for pair in names)
+        for parent, attribute, own in list(protocol.slots(model, [pattern])):
+            found.append((parent, attribute, own))
+            noted = lambda *call, own=own, whole=whole: note(own, whole, *call, is_switch=True)  # noqa: E731
+            setattr(parent, attribute, _Switched(noted, before, behind))  # type: ignore[arg-type]
+    return found
 
 
 def planned_kinds(model: nn.Module) -> dict[str, str]:

@@ -5,8 +5,8 @@ kind       what runs again in backward
 =========  ============================================================================
 none       nothing
 full       every block
-first      the first ``blocks`` blocks, counted over all block lists in order
-every      one block of every ``every``, the first of them
+first      the first ``blocks`` blocks, in the order in which they run, over all block lists
+every      one block of every ``every``, the first of them, counted the same way
 selective  every block but for attention, whose output and log-sum-exp are kept
 =========  ============================================================================
 

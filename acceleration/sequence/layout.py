@@ -4,6 +4,11 @@ A sequence of n tokens is cut into p = ring x ulysses contiguous parts that diff
 empty. Text and image tokens are cut separately, so that every process runs both streams of a double-stream block.
 Attention sees the parts in rank order, [txt_0, img_0, txt_1, img_1, ...]: after RoPE full attention does not depend on
 token order. Where a sequence holds several samples, attention must know of which one each of these tokens is.
+
+Models that keep time and space apart have frames x places. Places are cut as above, and all processes of a ulysses
+group exchange them for frames where attention along space begins, and back where it ends (axis_switch.py). Fewer frames
+than processes would leave some without any: then nothing is exchanged there, and attention along space is spread by
+heads, as attention over one sequence is (ulysses.py).
 """
 
 from dataclasses import dataclass
@@ -28,6 +33,16 @@ class SequenceContext:
     ulysses: Axis | None = None  # the part of the axis that cuts these samples; None: the whole axis
     segments: Segments | None = None  # of the tokens of all; None: every sequence is one sample
     frames: int | None = None  # of models that keep time and space apart: all frames
+    switches: bool = False  # axis switches exchange places for frames; False: they leave tokens as they are
+
+
+def exchanges_axes(frames: int, heads: int, degree: int) -> bool:
+    """Whether ``degree`` processes exchange places for frames, so that attention along space is each one's own.
+
+    Not if there would be fewer frames than processes, as in stills; unless heads are too few as well, and some
+    processes have to wait in either case.
+    """
+    return degree > 1 and (frames >= degree or heads < degree)
 
 
 class SequenceParallel:
@@ -41,11 +56,11 @@ class SequenceParallel:
         self.degree = self.ring.degree * self.ulysses.degree
         self.rank = self.ring.rank * self.ulysses.degree + self.ulysses.rank
         self.cuts = self.degree > 1 or self.ulysses.parent is not None  # some micro-batches, though maybe not this one
+        self._tensor = mesh["tensor"].degree
 
     def sizes(self, tokens: int, *, extra_to_last: bool = False) -> tuple[int, ...]:
         """Tokens per process; the surplus of an uneven cut goes to the first processes, or to the last."""
-        base, surplus = divmod(tokens, self.degree)
-        sizes = tuple(base + (rank < surplus) for rank in range(self.degree))
+        sizes = even_sizes(tokens, self.degree)
         return sizes[::-1] if extra_to_last else sizes
 
     def shard(self, x: Tensor, dim: int = 1, *, extra_to_last: bool = False) -> Tensor:
@@ -69,12 +84,16 @@ class SequenceParallel:
         txt, img = self.sizes(txt_tokens, extra_to_last=True), self.sizes(img_tokens)
         return SequenceContext(tuple(a + b for a, b in zip(txt, img, strict=True)), part)
 
-    def factored_context(self, frames: int, places: int) -> SequenceContext | None:
-        """The same for models that keep ``frames`` x ``places`` tokens apart: these are cut along places."""
+    def factored_context(self, frames: int, places: int, heads: int) -> SequenceContext | None:
+        """The same for models that keep ``frames`` x ``places`` tokens apart: these are cut along places.
+
+        ``heads``: of attention along space, before they are cut over tensor.
+        """
         if not self.cuts:
             return None
         part = self.ulysses if self.ulysses.parent else None
-        return SequenceContext(self.sizes(places), part, frames=frames)
+        switches = exchanges_axes(frames, heads // self._tensor, self.ulysses.degree)
+        return SequenceContext(self.sizes(places), part, frames=frames, switches=switches)
 
     def packed_context(self, txt: Tensor, img: Tensor, device: torch.device | str) -> SequenceContext:
         """The same for sequences that hold several samples; not for a ring.
@@ -90,6 +109,12 @@ class SequenceParallel:
         held = [torch.cat(part, dim=1) for part in parts]  # of each process, text before image
         segments = Segments.of(torch.cat(held, dim=1), device)
         return SequenceContext(tuple(part.shape[1] for part in held), segments=segments)
+
+
+def even_sizes(count: int, degree: int) -> tuple[int, ...]:
+    """Contiguous parts that differ by at most one; the first ones take the surplus."""
+    base, surplus = divmod(count, degree)
+    return tuple(base + (rank < surplus) for rank in range(degree))
 
 
 def ring_groups(lengths: tuple[int, ...], ulysses: int) -> list[tuple[int, ...]]:

@@ -4,6 +4,9 @@ One packed exchange turns q, k, v of this process's tokens and all heads into al
 process's heads; the wrapped core attends as on one process (or goes on over a ring of groups); one exchange turns the
 result back. Per process and layer forward sends 4 * B * L * D * (p-1)/p^2 elements for L tokens of the group and D
 channels. Heads that p does not divide are cut as tokens are: the first processes take one more.
+
+In attention along space the sequence is the places of a frame, and the frames are samples. Where an axis switch has
+made them whole on this process there is nothing to exchange.
 """
 
 from collections.abc import Sequence
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 
 from acceleration.distributed import collectives
 from acceleration.distributed.mesh import Axis
-from acceleration.sequence.layout import SequenceContext, ring_groups
+from acceleration.sequence.layout import SequenceContext, even_sizes, ring_groups
 
 
 class UlyssesAttention(nn.Module):
@@ -44,9 +47,10 @@ class UlyssesAttention(nn.Module):
         """
         assert context is not None, "pass SequenceParallel.context(...) as the model's context"
         axis = context.ulysses or self.axis
-        if axis.degree == 1:  # a sequence that is not cut
-            return self.core(q_BLHD, k_BLHD, v_BLHD, key_mask=key_mask, context=context)
         lengths = ring_groups(context.lengths, axis.degree)[self.ring_rank]
+        if axis.degree == 1 or context.switches:  # not cut, or no more: the places of this process's frames
+            assert q_BLHD.shape[1] == sum(lengths), (q_BLHD.shape, lengths)
+            return self.core(q_BLHD, k_BLHD, v_BLHD, key_mask=key_mask, context=context)
         batch, local, heads, dim = q_BLHD.shape
         assert local == lengths[axis.rank], (local, lengths)
         shares = head_shares(heads, axis.degree)
@@ -55,20 +59,20 @@ class UlyssesAttention(nn.Module):
         by_token = torch.stack((q_BLHD, k_BLHD, v_BLHD)).permute(2, 1, 0, 3, 4)  # (L_local, B, 3, H, Dh)
         send = [local * batch * 3 * share * dim for share in shares]
         receive = [length * batch * 3 * mine * dim for length in lengths]
-        values = collectives.all_to_all(_blocks(by_token, shares, 3), send, receive, axis)
+        values = collectives.all_to_all(blocks_of(by_token, shares, 3), send, receive, axis)
         q, k, v = values.view(whole, batch, 3, mine, dim).transpose(0, 1).unbind(2)  # (B, L, H_mine, Dh) each
         if key_mask is not None:
             key_mask = collectives.all_gather(key_mask, 1, lengths, axis)
         out = self.core(q, k, v, key_mask=key_mask, context=context)
 
         send, receive = ([n // 3 for n in counts] for counts in (receive, send))
-        values = collectives.all_to_all(_blocks(out.transpose(0, 1), lengths, 0), send, receive, axis)
+        values = collectives.all_to_all(blocks_of(out.transpose(0, 1), lengths, 0), send, receive, axis)
         by_peer = zip(values.split(receive), shares, strict=True)
         parts = [part.view(local, batch, share, dim) for part, share in by_peer]
         return torch.cat(parts, dim=2).transpose(0, 1)
 
 
-def _blocks(x: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
+def blocks_of(x: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
     """The values of ``x`` as one block per peer, where ``sizes`` cut ``dim``."""
     return torch.cat([part.flatten() for part in x.split(list(sizes), dim)])
 
@@ -81,5 +85,4 @@ def head_shares(heads: int, degree: int) -> tuple[int, ...]:
     """
     if heads < degree:
         raise ValueError(f"{heads} attention heads cannot be split over ulysses={degree}")
-    base, surplus = divmod(heads, degree)
-    return tuple(base + (rank < surplus) for rank in range(degree))
+    return even_sizes(heads, degree)

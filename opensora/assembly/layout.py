@@ -34,6 +34,8 @@ def check_layout(mesh: MeshConfig, world_size: int, model: ModelConfig) -> None:
             allowed = ", ".join(str(d) for d in range(1, all_heads + 1) if all_heads % d == 0)
             raise UserError(f"parallel.mesh.{error}; divisors of the model's heads are {allowed}") from None
     heads = all_heads // tensor
+    if describe(model).token_axes == "factored":  # exchanges frames for places: any number of heads will do
+        return
     if ulysses > heads:
         best = max(d for d in range(1, heads + 1) if (ring * ulysses) % d == 0)
         raise UserError(

@@ -72,7 +72,7 @@ class TokenLayout:
     def context(self, conditions: Conditions, x: Tensor) -> SequenceContext | None:
         """Which process holds which of the whole tokens ``x``; None where nothing is ever cut."""
         if self.denoising.token_axes == "factored":
-            return self.sequence.factored_context(x.shape[1], x.shape[2])
+            return self.sequence.factored_context(x.shape[1], x.shape[2], self.denoising.heads)
         text = conditions.text if self.denoising.text == "joint" else None
         return self.sequence.context(0 if text is None else text.shape[1], x.shape[1])
 

@@ -6,9 +6,9 @@ def linear_flops(inputs: int, outputs: int, rows: int) -> int:
     return 2 * inputs * outputs * rows
 
 
-def attention_flops(tokens: int, hidden: int) -> int:
-    """Forward of full attention of ``tokens`` over themselves, all heads together: scores, and weighted values."""
-    return 4 * tokens * tokens * hidden
+def attention_flops(queries: int, keys: int, hidden: int) -> int:
+    """Forward of attention of one sequence, all heads together: scores, and weighted values."""
+    return 4 * queries * keys * hidden
 
 
 def training_flops(forward: int) -> int:

@@ -8,7 +8,7 @@ the peak, exchanges at the speed of the slowest link they cross, weights and gra
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 from typing import Any
 
@@ -19,7 +19,7 @@ from acceleration import protocol
 from acceleration.accounting import comm_volume, peak_memory
 from acceleration.accounting.activation_memory import Timeline, assemble, interpolate, spread, timeline
 from acceleration.accounting.comm_volume import MicroBatch, RankLayout
-from acceleration.accounting.model_profile import ModelProfile, ShardUnit, profile_of
+from acceleration.accounting.model_profile import ModelProfile, ShardUnit, Sizes, profile_of
 from acceleration.accounting.peak_memory import Footprint
 from acceleration.config import OptimConfig, ParallelConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
@@ -40,6 +40,8 @@ from opensora.schedulers import OBJECTIVE_CONFIGS, build_objective
 EFFICIENCY = 0.5  # of the peak, in the products of a large transformer
 REPEATED = 3  # blocks of a list that are run to know them all: the first, one like all between, the last
 PROBED = (1024, 4096)  # tokens of a process in the runs between which is interpolated
+PROBED_TEXT = (64, 256)  # and text tokens, where these are no part of the sequence
+PROBED_FRAMES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,44 +83,61 @@ class Forecast:
         }
 
 
-def run_denoiser(model: nn.Module, txt: int, img: int) -> Tensor:
-    """The forward of a denoiser on the meta device, for one sample of so many tokens."""
-    batch = MicroBatch(samples=1, txt=txt, img=img)
-    return model(**denoiser_inputs(model.cfg, batch, SequenceParallel(meshes.view({}))))
+def run_denoiser(model: nn.Module, *, known: bool = False, **sizes: int) -> Tensor:
+    """The forward of a denoiser on the meta device, for one sample: ``txt`` text tokens, which have a mask, and ``img``
+    image tokens or ``frames`` x ``places``.
+
+    ``known``: frames are given in the place of noisy ones.
+    """
+    frames = sizes.get("frames")
+    img = sizes["img"] if frames is None else frames * sizes["places"]
+    batch = MicroBatch(samples=1, txt=sizes["txt"], img=img, frames=frames, has_mask=True)
+    return model(**denoiser_inputs(model.cfg, batch, SequenceParallel(meshes.view({})), known=known))
 
 
 def denoiser_inputs(
-    cfg: Any, batch: MicroBatch, sequence: SequenceParallel, *, device: torch.device | str = "meta"
+    cfg: Any,
+    batch: MicroBatch,
+    sequence: SequenceParallel,
+    *,
+    known: bool = False,
+    device: torch.device | str = "meta",
 ) -> dict[str, Any]:
-    """Arguments of a denoiser's forward, with the shapes and types that ``Preparation`` gives them; zeros."""
+    """Arguments of a denoiser's forward, with the shapes and types that ``Preparation`` gives them; zeros.
+
+    ``known``: with frames that are given in the place of noisy ones.
+    """
     layout = token_layout(cfg, sequence)
     denoising, samples = layout.denoising, batch.samples
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(samples, *shape, device=device)
 
-    def positions(channels: int) -> Tensor:
-        """Image tokens, whole: of one frame, which a joint model does not know, and a factored one."""
-        whole = zeros(batch.img, channels)
-        return whole if denoising.token_axes == "joint" else whole[:, None]
+    def tokens_of(*channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Image tokens, whole."""
+        sizes = (batch.img,) if denoising.token_axes == "joint" else (batch.frames or 1, batch.places)
+        return zeros(*sizes, *channels).to(dtype)
 
     numbers = {"fps": zeros(), "size": zeros(2), "guidance": zeros()}
     conditions = Conditions(
         text=zeros(batch.txt, denoising.text_dim) if denoising.text != "none" else None,
         text_mask=torch.ones(samples, batch.txt, dtype=torch.bool, device=device) if batch.has_mask else None,
         pooled=zeros(denoising.pooled_dim) if denoising.pooled_dim else None,
+        label=zeros().to(torch.int64) if denoising.num_classes else None,
+        dropped=zeros().to(torch.bool) if denoising.null_text == "learned" else None,
+        known=tokens_of(dtype=torch.bool) if known else None,
         **{name: x for name, x in numbers.items() if name in denoising.wants},
     )
-    x = positions(denoising.latent_channels * prod(denoising.patch))
-    tokens = TokenBatch(x=layout.shard(x), positions=layout.shard(positions(3)))
+    x = tokens_of(denoising.latent_channels * prod(denoising.patch))
+    tokens = TokenBatch(x=layout.shard(x), positions=layout.shard(tokens_of(3)))
     return forward_arguments(cfg, tokens, zeros(), layout.shard_conditions(conditions, x))
 
 
 @lru_cache
-def structure(cfg: ModelConfig) -> ModelProfile:
-    """What a model of this shape is made of."""
+def structure(cfg: ModelConfig, known: bool = False) -> ModelProfile:
+    """What a model of this shape is made of. ``known``: as trained with ``conditioning.masks``."""
     with torch.device("meta"):
-        return profile_of(build_model(cfg), run_denoiser)
+        return profile_of(build_model(cfg), partial(run_denoiser, known=known))
 
 
 def shapes(cfg: RunConfig) -> list[Shape]:
@@ -136,8 +155,15 @@ def shapes(cfg: RunConfig) -> list[Shape]:
 
 def _as_seen(cfg: RunConfig, frames: int, size: tuple[int, int]) -> MicroBatch:
     """One clip of this length and (height, width), as tokens."""
-    grid = describe(cfg.model).grid(latent_grid(frames, *size, autoencoder_shape(cfg.vae)))
-    return MicroBatch(samples=1, txt=text_tokens(cfg.text), img=grid.tokens, has_mask=has_mask(cfg.text))
+    denoising = describe(cfg.model)
+    grid = denoising.grid(latent_grid(frames, *size, autoencoder_shape(cfg.vae)))
+    return MicroBatch(
+        samples=1,
+        txt=text_tokens(cfg.text),
+        img=grid.tokens,
+        frames=grid.frames if denoising.token_axes == "factored" else None,
+        has_mask=has_mask(cfg.text),
+    )
 
 
 def frozen_bytes(cfg: RunConfig) -> int:
@@ -149,13 +175,19 @@ def frozen_bytes(cfg: RunConfig) -> int:
 class Forecaster:
     """Answers for one model; what costs time is remembered."""
 
-    def __init__(self, model: ModelConfig, optim: OptimConfig, *, device_type: str, frozen: int = 0) -> None:
-        """``frozen``: bytes of autoencoder and text encoder."""
+    def __init__(
+        self, model: ModelConfig, optim: OptimConfig, *, device_type: str, frozen: int = 0, known: bool = False
+    ) -> None:
+        """
+        Args:
+            frozen: bytes of autoencoder and text encoder.
+            known: training gives the model frames, see ``conditioning.masks``.
+        """
         self.model, self.optim, self.device_type, self.frozen = model, optim, device_type, frozen
-        self.structure = structure(model)
+        self.known = known
+        self.structure = structure(model, known)
         with torch.device("meta"):
-            whole = build_model(model)
-        self._depths = [len(list(whole.get_submodule(name).children())) for name in protocol.block_lists(whole)]
+            self._stand_ins = _stand_ins(build_model(model))
         self._lines: dict[Any, Timeline] = {}
 
     def memory(self, place: RankLayout, batch: MicroBatch, *, batches: int = 1, exact: bool = True) -> Footprint:
@@ -174,7 +206,8 @@ class Forecaster:
 
     def forward_flops(self, batch: MicroBatch) -> int:
         """Of one whole micro-batch, all processes that share it together."""
-        return sum(count * _unit_flops(unit, batch) for unit, count in self.structure.unit_counts)
+        sizes = batch.sizes(self.structure)
+        return batch.samples * sum(count * _unit_flops(unit, sizes) for unit, count in self.structure.unit_counts)
 
     def forecast(
         self, place: RankLayout, shape: Shape, batches: int, device: Device, memory: Footprint, step_batches: int
@@ -200,13 +233,13 @@ class Forecaster:
         sent = comm_volume.step_bytes(self.structure, place, [batch] * batches)
         links = _bandwidths(place, device)
         shared = mesh["ring"].degree * mesh["ulysses"].degree * mesh["tensor"].degree
-        attention = sum(count * _attention_flops(unit, batch) for unit, count in self.structure.unit_counts)
-        blocks = self.structure.blocks
+        sizes, blocks = batch.sizes(self.structure), self.structure.blocks
+        attention = sum(count * _attention_flops(unit, sizes) for unit, count in self.structure.unit_counts)
         kinds = Counter(zip(self.structure.like, comm_volume.recomputed(len(blocks), place), strict=True))
-        again = sum(n * _rerun_flops(blocks[i], batch, kind) for (i, kind), n in kinds.items())
-        hardware = training_flops(self.forward_flops(batch)) + again
+        again = sum(n * _rerun_flops(blocks[i], sizes, kind) for (i, kind), n in kinds.items())
+        hardware = training_flops(self.forward_flops(batch)) + again * batch.samples
         speed = device.flops * EFFICIENCY * shared
-        compute, inside = hardware / speed * batches, training_flops(attention) / speed * batches
+        compute, inside = hardware / speed * batches, training_flops(attention * batch.samples) / speed * batches
         seconds = {axis: count / links[axis] for axis, count in sent.items()}
         hidden = {FSDP: compute, "ring": inside}
         return sent, compute + sum(max(0.0, s - hidden.get(axis, 0.0)) for axis, s in seconds.items())
@@ -215,14 +248,7 @@ class Forecaster:
         """Every block at its own kind of recomputation, from short models in which all blocks have the same."""
         kinds = comm_volume.recomputed(len(self.structure.blocks), place)
         lines = {kind: self._line(place, kind, batch, accumulates, exact) for kind in dict.fromkeys(kinds)}
-        parts, first, position = [], 0, 0
-        for depth in self._depths:
-            shown = min(depth, REPEATED)
-            for index in range(depth):
-                like = index if index < shown - 1 else shown - 1 if index == depth - 1 else shown - 2
-                parts.append((lines[kinds[position]], first + like))
-                position += 1
-            first += shown
+        parts = [(lines[kind], shown) for kind, shown in zip(kinds, self._stand_ins, strict=True)]
         return assemble(parts, lines[kinds[-1]])
 
     def _line(self, place: RankLayout, kind: str, batch: MicroBatch, accumulates: bool, exact: bool) -> Timeline:
@@ -231,10 +257,19 @@ class Forecaster:
         degrees = {name: min(2, place.mesh[name].degree) for name in ("ring", "ulysses")}
         shared = prod(degrees.values())
         small = replace(place, mesh=meshes.view(degrees | {"tensor": place.mesh["tensor"].degree}))
-        tries = [replace(batch, samples=1, txt=n // 16 * shared, img=n * 15 // 16 * shared) for n in PROBED]
-        low, high = (self._run(small, kind, tried, accumulates) for tried in tries)
-        here = batch.samples * sum(place.local_tokens(batch))
-        return interpolate(low, high, (here - PROBED[0]) / (PROBED[1] - PROBED[0]))
+        txt, img = (batch.samples * tokens for tokens in place.local_tokens(self.structure, batch))
+        if self.structure.cuts_text:
+            tries = [replace(batch, samples=1, txt=n // 16 * shared, img=n * 15 // 16 * shared) for n in PROBED]
+            here = [_way(txt + img, PROBED)]
+        else:
+            frames = batch.frames and (PROBED_FRAMES if batch.frames >= place.mesh["ulysses"].degree else 1)
+            sizes = ((0, 0), (0, 1), (1, 0))  # of text and image
+            tries = [
+                replace(batch, samples=1, txt=PROBED_TEXT[t], img=PROBED[i] * shared, frames=frames) for t, i in sizes
+            ]
+            here = [_way(img, PROBED), _way(txt, PROBED_TEXT)]
+        low, *highs = (self._run(small, kind, tried, accumulates) for tried in tries)
+        return interpolate(low, *zip(highs, here, strict=True))
 
     def _run(self, place: RankLayout, kind: str, batch: MicroBatch, accumulates: bool) -> Timeline:
         mesh = place.mesh
@@ -248,7 +283,8 @@ class Forecaster:
             sequence = SequenceParallel(mesh)
 
             def loss() -> Tensor:
-                return _objective_loss(self.model, model(**denoiser_inputs(self.model, batch, sequence)))
+                inputs = denoiser_inputs(self.model, batch, sequence, known=self.known)
+                return _objective_loss(self.model, model(**inputs))
 
             self._lines[key] = timeline(model, loss, accumulates=accumulates)
         return self._lines[key]
@@ -263,6 +299,25 @@ def _shortened(model: nn.Module) -> nn.Module:
     return model
 
 
+def _stand_ins(model: nn.Module) -> list[int]:
+    """For every block the number of one like it in the model that ``_shortened`` leaves; shortens the model."""
+    names = protocol.block_names(model)
+    depths = {name: len(list(model.get_submodule(name).children())) for name in protocol.block_lists(model)}
+    shown = protocol.block_names(_shortened(model))
+    found = []
+    for name in names:
+        blocks, _, key = name.rpartition(".")
+        depth, left, index = depths[blocks], min(depths[blocks], REPEATED), int(key)
+        like = index if index < left - 1 else left - 1 if index == depth - 1 else left - 2
+        found.append(shown.index(f"{blocks}.{like}"))
+    return found
+
+
+def _way(here: int, probed: tuple[int, int]) -> float:
+    """How much of the way from the one to the other ``here`` is."""
+    return (here - probed[0]) / (probed[1] - probed[0])
+
+
 def _objective_loss(cfg: ModelConfig, prediction: Tensor) -> Tensor:
     """What training sums up of a prediction, by the objective that the family's published weights were trained with."""
     objective = build_objective(OBJECTIVE_CONFIGS[family_of(cfg).objective]())
@@ -273,20 +328,23 @@ def _objective_loss(cfg: ModelConfig, prediction: Tensor) -> Tensor:
     return objective.loss(prediction, targets, time.to(prediction.device)).sum()
 
 
-def _unit_flops(unit: ShardUnit, batch: MicroBatch) -> int:
-    rows = ((layer, layer.rows.at(batch.txt, batch.img) * batch.samples) for layer in unit.layers)
-    return sum(linear_flops(layer.inputs, layer.outputs, n) for layer, n in rows) + _attention_flops(unit, batch)
+def _unit_flops(unit: ShardUnit, sizes: Sizes) -> int:
+    """Forward of one sample."""
+    layers = sum(linear_flops(layer.inputs, layer.outputs, layer.rows.at(sizes)) for layer in unit.layers)
+    return layers + _attention_flops(unit, sizes)
 
 
-def _rerun_flops(unit: ShardUnit, batch: MicroBatch, kind: str) -> int:
+def _rerun_flops(unit: ShardUnit, sizes: Sizes, kind: str) -> int:
     """Of what the block computes again in backward."""
-    again, attention = comm_volume.RERUN[kind], _attention_flops(unit, batch)
-    return again.layers * (_unit_flops(unit, batch) - attention) + again.attention * attention
+    again, attention = comm_volume.RERUN[kind], _attention_flops(unit, sizes)
+    return again.layers * (_unit_flops(unit, sizes) - attention) + again.attention * attention
 
 
-def _attention_flops(unit: ShardUnit, batch: MicroBatch) -> int:
-    sizes = ((a.tokens.at(batch.txt, batch.img), a.heads * a.head_dim) for a in unit.attentions)
-    return sum(attention_flops(tokens, hidden) * batch.samples for tokens, hidden in sizes)
+def _attention_flops(unit: ShardUnit, sizes: Sizes) -> int:
+    return sum(
+        slot.batch.at(sizes) * attention_flops(slot.queries.at(sizes), slot.keys.at(sizes), slot.heads * slot.head_dim)
+        for slot in unit.attentions
+    )
 
 
 def _bandwidths(place: RankLayout, device: Device) -> dict[str, float]:

@@ -24,7 +24,8 @@ MAX_RING = 16
 
 def layouts(cfg: RunConfig, world: int, device: Device) -> Iterator[ParallelConfig]:
     """Every layout worth a thought: layers and heads are shared within a node, no process is without a micro-batch."""
-    heads = describe(cfg.model).heads
+    denoising = describe(cfg.model)
+    heads = denoising.heads
     with torch.device("meta"):
         model = build_model(cfg.model)
     node, batches = device.per_node, cfg.data.micro_batches
@@ -33,7 +34,9 @@ def layouts(cfg: RunConfig, world: int, device: Device) -> Iterator[ParallelConf
             continue
         for ulysses, ring in product(_divisors(world // tensor, node // tensor), _divisors(world, MAX_RING)):
             data, rest = divmod(world, tensor * ulysses * ring)
-            if rest or (heads // tensor) % ulysses or data > batches:
+            # Models that keep time and space apart exchange frames, and heads where frames are few.
+            uneven = denoising.token_axes == "joint" and (heads // tensor) % ulysses
+            if rest or uneven or data > batches:
                 continue
             for replicate, zero, kind in product(_divisors(data, data), (0, 1, 2, 3), ("none", "full")):
                 if zero == 0 and replicate > 1:
@@ -68,7 +71,8 @@ class Planner:
     def __init__(self, cfg: RunConfig, world: int, device: Device, *, device_type: str, exact: bool = False) -> None:
         """``exact``: run every shape on the meta device, instead of interpolating between two."""
         self.cfg, self.world, self.device, self.exact = cfg, world, device, exact
-        self.forecaster = Forecaster(cfg.model, cfg.optim, device_type=device_type, frozen=frozen_bytes(cfg))
+        known = bool(cfg.conditioning.masks)
+        self.forecaster = Forecaster(cfg.model, cfg.optim, device_type=device_type, frozen=frozen_bytes(cfg), known=known)
         self.device_type = device_type
         self.shapes = sorted(shapes(cfg), key=lambda s: s.batch.samples * (s.batch.txt + s.batch.img))
         self.room = int(device.memory * (1 - RESERVE))

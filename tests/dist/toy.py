@@ -1,4 +1,4 @@
-"""A two-stream toy that is Shardable: acceleration must work for any model that states its structure."""
+"""A two-stream toy that is Parallelizable: acceleration must work for any model that states its structure."""
 
 from typing import Any
 
@@ -31,7 +31,8 @@ class Block(nn.Module):
 
 class Toy(nn.Module):
     block_lists = ("blocks",)
-    attention_cores = ("blocks.*.core",)
+    attention_cores = {"blocks.*.core": "joint"}
+    axis_switches: dict[str, str] = {}
     tensor_shared = ()
 
     def __init__(self, width: int = 24, heads: int = 4, depth: int = 3) -> None:
