@@ -49,7 +49,8 @@ class Traffic:
     ) -> None:
         """``assigned``: step -> this process's micro-batches."""
         self._cfg, self._assigned = cfg, assigned
-        self._place, self._structure = RankLayout(mesh, cfg.parallel), structure(cfg.model, bool(cfg.conditioning.masks))
+        self._place = RankLayout(mesh, cfg.parallel)
+        self._structure = structure(cfg.model, bool(cfg.conditioning.masks))
 
     def of_step(self, step: int) -> dict[str, int]:
         """Axis -> bytes in update ``step``."""

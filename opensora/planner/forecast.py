@@ -280,11 +280,11 @@ class Forecaster:
             with torch.device("meta"):
                 model = _shortened(build_model(self.model))
             spread(model, cfg, mesh, self.device_type)
-            sequence = SequenceParallel(mesh)
+            sequence, known = SequenceParallel(mesh), self.known
 
             def loss() -> Tensor:
-                inputs = denoiser_inputs(self.model, batch, sequence, known=self.known)
-                return _objective_loss(self.model, model(**inputs))
+                # In one line: a name would keep the inputs alive while the loss is computed.
+                return _objective_loss(self.model, model(**denoiser_inputs(self.model, batch, sequence, known=known)))
 
             self._lines[key] = timeline(model, loss, accumulates=accumulates)
         return self._lines[key]

@@ -71,8 +71,13 @@ class Planner:
     def __init__(self, cfg: RunConfig, world: int, device: Device, *, device_type: str, exact: bool = False) -> None:
         """``exact``: run every shape on the meta device, instead of interpolating between two."""
         self.cfg, self.world, self.device, self.exact = cfg, world, device, exact
-        known = bool(cfg.conditioning.masks)
-        self.forecaster = Forecaster(cfg.model, cfg.optim, device_type=device_type, frozen=frozen_bytes(cfg), known=known)
+        self.forecaster = Forecaster(
+            cfg.model,
+            cfg.optim,
+            device_type=device_type,
+            frozen=frozen_bytes(cfg),
+            known=bool(cfg.conditioning.masks),
+        )
         self.device_type = device_type
         self.shapes = sorted(shapes(cfg), key=lambda s: s.batch.samples * (s.batch.txt + s.batch.img))
         self.room = int(device.memory * (1 - RESERVE))
