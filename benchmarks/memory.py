@@ -34,7 +34,8 @@ from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from acceleration.sharding import fsdp
 from opensora.assembly.initial_weights import FileSource, weight_layout
-from opensora.models.families import MMDiTConfig, build_model
+from opensora.models.families import build_model
+from opensora.models.mmdit import MMDiTConfig
 from opensora.models.mmdit.convert import OPEN_SORA_2, load_state_dict_for, save_state_dict
 from opensora.train.preparation import Tokens, loss_share
 from opensora.utils.rng import torch_generator

@@ -30,8 +30,8 @@ class Components:
     run_tiles: TaskRunner = one_by_one  # who codes the tiles of a clip
 
 
-def tile_runner(choice: VaeParallel, autoencoder: Autoencoder, mesh: Mesh) -> TaskRunner:
+def tile_runner(choice: VaeParallel, autoencoder: Autoencoder | None, mesh: Mesh) -> TaskRunner:
     """Who codes the tiles of a clip: the processes that work on the same samples together, or each all of them."""
-    if choice == "off" or (choice == "auto" and not autoencoder.is_costly):
+    if autoencoder is None or choice == "off" or (choice == "auto" and not autoencoder.is_costly):
         return one_by_one
     return DistributedRunner(*(mesh[name] for name in SAMPLE_AXES))

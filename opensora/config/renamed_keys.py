@@ -42,12 +42,14 @@ def with_new_names(tree: Mapping[Any, Any], lines: Lines | None = None) -> dict[
     for old, new in RENAMED.items():
         if not _has(renamed, old):
             continue
+        renamed, value = _without(renamed, old)
+        if value == {} and any(_has(renamed, name) for name in new):
+            continue  # what was in the section has moved elsewhere
         for name in new:
             if _has(renamed, name):
                 raise UserError(
                     f"{dotted(old)}: is called {dotted(name)} now, which is given as well; take the old one out"
                 )
-        renamed, value = _without(renamed, old)
         for name in new:
             renamed = _with(renamed, name, value)
         if lines is not None:

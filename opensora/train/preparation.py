@@ -2,25 +2,24 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from acceleration.sequence import SequenceContext
+from opensora.assembly.encoders import Encoders
 from opensora.assembly.token_layout import TokenLayout, forward_arguments
 from opensora.conditioning import ConditioningConfig
 from opensora.conditioning.dropout import drop_text
 from opensora.conditioning.frames import known_frames
 from opensora.datasets.loading.feature_store import Features
 from opensora.datasets.loading.reader import PackedBatch
-from opensora.models.base import Autoencoder, ModelConfig, TextEncoder, TextFeatures
+from opensora.models.base import ModelConfig, TextFeatures
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.schedulers.base import Objective
 from opensora.schedulers.timesteps import draw_per_sample
 from opensora.train.packed_tokens import EncodedTokens, SampleOf, concat_packed, of_samples
-from opensora.utils.tasks import TaskRunner, one_by_one
 
 if TYPE_CHECKING:
     from opensora.datasets.loading.reader import Batch
@@ -42,30 +41,26 @@ class Tokens:
 class Preparation:
     """Encodes, corrupts and cuts; draws depend on (seed, step, sample) alone, so all layouts agree.
 
-    ``layout`` and ``run_tiles`` belong to the processes that cut the same samples. Where fewer cut those of some
+    ``layout`` and ``encoders`` belong to the processes that cut the same samples. Where fewer cut those of some
     micro-batches (``Batch.degree``), ``by_degree`` has the preparation of these.
     """
 
-    autoencoder: Autoencoder | None  # None: not needed, as batches hold features
-    text_encoder: TextEncoder
+    encoders: Encoders
     objective: Objective
     conditioning: ConditioningConfig
     model: ModelConfig
     layout: TokenLayout
     seed: int
-    device: torch.device
-    run_tiles: TaskRunner = one_by_one  # who codes the tiles of a clip
-    stored: bool = False  # batches hold features in place of pixels
     by_degree: Mapping[int, "Preparation"] = field(default_factory=dict)  # by how many processes cut a sample
 
     @torch.no_grad()
     def __call__(self, batch: "Batch | PackedBatch", step: int) -> Tokens:
         """The tokens of ``batch`` as used by update ``step``; no gradient."""
         if isinstance(batch, PackedBatch):
-            texts = self._texts(batch)
+            texts = self.encoders.encode_prompts(batch.parts)
             parts = [self._encoded(part, step, text) for part, text in zip(batch.parts, texts, strict=True)]
             packed, sample_of = concat_packed(parts)
-            context = self.layout.sequence.packed_context(*sample_of, self.device)
+            context = self.layout.sequence.packed_context(*sample_of, self.encoders.device)
             return self._cut(packed, batch.weight, context, sample_of)
         if batch.degree is not None and batch.degree in self.by_degree:
             return self.by_degree[batch.degree](batch, step)
@@ -79,7 +74,7 @@ class Preparation:
         image, text = self.layout.shard, self.layout.shard_text
         mine = None
         if sample_of is not None:
-            mine = text(sample_of[0]).to(self.device), image(sample_of[1]).to(self.device)
+            mine = text(sample_of[0]).to(self.encoders.device), image(sample_of[1]).to(self.encoders.device)
         batch = TokenBatch(x=image(tokens.x), positions=image(tokens.positions), sample_of=mine)
         known = replace(tokens.conditions.map(image=image, text=text), context=context)
         left_out = known.known if self.layout.denoising.references == "in_place" else None
@@ -94,56 +89,30 @@ class Preparation:
 
     def _encoded(self, batch: "Batch", step: int, text: TextFeatures | None = None) -> EncodedTokens:
         """Samples of one shape, encoded and corrupted."""
-        encoded = self.encode(batch, text)
+        encoded = self.encoders.encode(batch, text)
         x0 = encoded.latents.float()  # (B, C, T', H', W')
         grid = self.layout.denoising.grid((x0.shape[2], x0.shape[3], x0.shape[4]))
         ids = batch.sample_ids
-        noise = draw_per_sample(self.seed, step, ids, "noise", tuple(x0.shape[1:])).to(self.device)
-        t = self.objective.times(self.seed, step, ids, grid).to(self.device)
+        noise = draw_per_sample(self.seed, step, ids, "noise", tuple(x0.shape[1:])).to(self.encoders.device)
+        t = self.objective.times(self.seed, step, ids, grid).to(self.encoders.device)
         known = self._known(batch, step, grid.latents)
         noised = self.objective.noised(x0, noise, t, known)
         conditions = replace(self._text(encoded, ids, step), known=known, **self._numbers(batch, t))
         return EncodedTokens(
             x=self.layout.patchify(noised.x),
-            positions=self.layout.positions(grid, len(ids), self.device),
+            positions=self.layout.positions(grid, len(ids), self.encoders.device),
             targets={name: self.layout.patchify(target) for name, target in noised.targets.items()},
             t=t,
             conditions=self.layout.patchify_conditions(conditions),
         )
 
-    @torch.no_grad()
-    def encode(self, batch: "Batch", text: TextFeatures | None = None) -> Features:
-        """What the autoencoder and the text encoder make of a batch, or made of it before, on this device.
-
-        ``text``: of its prompts, where they are encoded already.
-        """
-        if self.stored:
-            assert batch.features is not None
-            return Features(**{name: x.to(self.device) for name, x in batch.features.tensors().items()})
-        assert batch.pixels is not None and self.autoencoder is not None
-        pixels = batch.pixels.to(self.device, non_blocking=True).float() / 127.5 - 1  # (B, 3, T, H, W)
-        text = text or self.text_encoder.encode(batch.prompts)
-        return Features(
-            latents=self.autoencoder.encode(pixels, self.run_tiles), txt=text.txt, y_vec=text.y_vec, mask=text.mask
-        )
-
-    def _texts(self, batch: PackedBatch) -> list[TextFeatures | None]:
-        """Of the prompts of every part, all encoded at once; None where they are stored."""
-        if self.stored:
-            return [None] * len(batch.parts)
-        counts = [len(part.prompts) for part in batch.parts]
-        text = self.text_encoder.encode([prompt for part in batch.parts for prompt in part.prompts])
-        masks = [None] * len(counts) if text.mask is None else text.mask.split(counts)
-        columns = zip(text.txt.split(counts), text.y_vec.split(counts), masks, strict=True)
-        return [TextFeatures(txt=txt, y_vec=y_vec, mask=mask) for txt, y_vec, mask in columns]
-
     def _text(self, text: Features, ids: tuple[int, ...], step: int) -> Conditions:
         """Features of the prompts. Those of dropped samples, tokens and pooled vector each on its own, are those of "";
         or the model puts its own null embedding there, which ``dropped`` tells it."""
         drop_txt, drop_vec = (
-            drop.to(self.device) for drop in drop_text(self.seed, step, ids, self.conditioning.dropout)
+            drop.to(self.encoders.device) for drop in drop_text(self.seed, step, ids, self.conditioning.dropout)
         )
-        null, mask, denoising = self._null, text.mask, self.layout.denoising
+        null, mask, denoising = self.encoders.null, text.mask, self.layout.denoising
         pooled = torch.where(drop_vec[:, None], null.y_vec, text.y_vec) if denoising.pooled_dim else None
         if denoising.null_text == "learned":
             return Conditions(text=text.txt, text_mask=mask, pooled=pooled, dropped=drop_txt)
@@ -158,7 +127,7 @@ class Preparation:
         if self.layout.denoising.references != "in_place":
             return None
         known = known_frames(self.seed, step, batch.sample_ids, latents, self.conditioning.masks)
-        return None if known is None else known.to(self.device)
+        return None if known is None else known.to(self.encoders.device)
 
     def _numbers(self, batch: "Batch", t: Tensor) -> dict[str, Tensor]:
         """What the family wants of the clip beside its text."""
@@ -166,15 +135,11 @@ class Preparation:
         if "guidance" in wants:
             found["guidance"] = torch.ones_like(t)
         if "fps" in wants:
-            found["fps"] = batch.fps.to(self.device)
+            found["fps"] = batch.fps.to(self.encoders.device)
         if "size" in wants:
             size = torch.tensor((batch.bucket.height, batch.bucket.width), dtype=torch.float32)
-            found["size"] = size.expand(len(batch.sample_ids), 2).to(self.device)
+            found["size"] = size.expand(len(batch.sample_ids), 2).to(self.encoders.device)
         return found
-
-    @cached_property
-    def _null(self) -> TextFeatures:
-        return self.text_encoder.encode([""])
 
 
 def loss_share(model: nn.Module, tokens: Tokens, global_elements: int) -> Tensor:

@@ -23,6 +23,7 @@ from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
 from opensora.assembly import stored_features
 from opensora.assembly.components import tile_runner
+from opensora.assembly.encoders import Encoders
 from opensora.assembly.initial_weights import FileSource, adapted, add_adapters, check_initial, initial_weights
 from opensora.assembly.layout import check_attention, check_layout
 from opensora.assembly.token_layout import token_layout
@@ -56,7 +57,6 @@ from opensora.utils.errors import UserError
 from opensora.utils.files.safetensors_files import fingerprint
 from opensora.utils.files.user_files import absence
 from opensora.utils.metrics_log import MetricsLogger, check_installed
-from opensora.utils.tasks import TaskRunner, one_by_one
 
 
 def start_run(cfg: RunConfig) -> Run:
@@ -216,37 +216,37 @@ def has_formulas(cfg: RunConfig) -> bool:
 
 
 def build_preparation(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Preparation:
-    """What turns batches into tokens; autoencoder and text encoder only where something is left to encode."""
-    frozen = stored_features.encoder_dtype(cfg)
-    stored = bool(cfg.data.features)
-    encoders = not stored or cfg.validate.every > 0  # samples while training need them
-    autoencoder = build_autoencoder(cfg.vae, device, frozen) if encoders else None
+    """What turns batches into tokens, for all processes of a sample and, with ``mesh.dynamic``, for parts of them."""
+    encoders = build_encoders(cfg, device)
 
-    def tiles(peers: Mesh) -> TaskRunner:
-        return tile_runner(cfg.train.vae_parallel, autoencoder, peers) if autoencoder else one_by_one
+    def of(peers: Mesh) -> Preparation:
+        tiles = tile_runner(cfg.train.vae_parallel, encoders.autoencoder, peers)
+        return Preparation(
+            encoders=replace(encoders, run_tiles=tiles),
+            objective=build_objective(cfg.objective),
+            conditioning=cfg.conditioning,
+            model=cfg.model,
+            layout=token_layout(cfg.model, SequenceParallel(peers)),
+            seed=cfg.seed,
+        )
 
-    whole = Preparation(
-        autoencoder=autoencoder,
-        text_encoder=build_text_encoder(cfg.text, device, frozen)
-        if encoders
-        else stored_features.stored_text(cfg, device),
-        objective=build_objective(cfg.objective),
-        conditioning=cfg.conditioning,
-        model=cfg.model,
-        layout=token_layout(cfg.model, SequenceParallel(mesh)),
-        seed=cfg.seed,
+    by_degree = {degree: of(mesh.submesh(degree)) for degree in mesh.subgroups} if cfg.parallel.mesh.dynamic else {}
+    return replace(of(mesh), by_degree=by_degree)
+
+
+def build_encoders(cfg: RunConfig, device: torch.device) -> Encoders:
+    """Autoencoder and text encoder, only where something is left to encode."""
+    dtype, stored = stored_features.encoder_dtype(cfg), bool(cfg.data.features)
+    if stored and not cfg.validate.every:  # samples while training need them
+        return Encoders(
+            autoencoder=None, text_encoder=stored_features.stored_text(cfg, device), device=device, stored=True
+        )
+    return Encoders(
+        autoencoder=build_autoencoder(cfg.vae, device, dtype),
+        text_encoder=build_text_encoder(cfg.text, device, dtype),
         device=device,
-        run_tiles=tiles(mesh),
         stored=stored,
     )
-    if not cfg.parallel.mesh.dynamic:
-        return whole
-    parts = [(degree, mesh.submesh(degree)) for degree in mesh.subgroups]
-    by_degree = {
-        d: replace(whole, layout=token_layout(cfg.model, SequenceParallel(part)), run_tiles=tiles(part))
-        for d, part in parts
-    }
-    return replace(whole, by_degree=by_degree)
 
 
 def open_logger(cfg: RunConfig, plan: BatchPlan, step: int) -> MetricsLogger:

@@ -20,7 +20,7 @@ from tests.unit.test_plan import FIXED, make_plan
 def test_the_default_is_the_transformers_formula() -> None:
     for tokens in (1, 512, 8448, 76032):
         flops = 24 * tokens * 3072**2 + 4 * tokens**2 * 3072
-        assert CostConfig().batch(3, tokens) == pytest.approx(3 * flops / (24 * 3072**2))
+        assert CostConfig().batch(3, tokens, tokens**2) == pytest.approx(3 * flops / (24 * 3072**2))
     assert FullAttention(16)(1, 256, 256)[0] == 256 and FullAttention(16)(129, 768, 768)[0] == 33 * 48 * 48
 
 
