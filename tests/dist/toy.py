@@ -1,6 +1,6 @@
 """A two-stream toy that is Parallelizable: acceleration must work for any model that states its structure."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,8 @@ class Block(nn.Module):
 
 class Toy(nn.Module):
     block_lists = ("blocks",)
-    attention_cores = {"blocks.*.core": "joint"}
-    axis_switches: dict[str, str] = {}
+    attention_cores: ClassVar[dict[str, str]] = {"blocks.*.core": "joint"}
+    axis_switches: ClassVar[dict[str, str]] = {}
     tensor_shared = ()
 
     def __init__(self, width: int = 24, heads: int = 4, depth: int = 3) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from acceleration.accounting.activation_memory import spread
 from acceleration.accounting.comm_volume import MicroBatch, RankLayout, forward_bytes, step_bytes
-from acceleration.accounting.model_profile import Linear, ModelProfile, profile_of
+from acceleration.accounting.model_profile import Count, ModelProfile, profile_of
 from acceleration.config import MeshConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.sequence import SequenceParallel
@@ -32,9 +32,11 @@ def test_structure_holds_every_parameter_slot_and_cut_layer(size: str) -> None:
     found = structure(cfg)
     assert found.count == count_parameters(cfg)
     assert len(found.blocks) == cfg.depth + cfg.depth_single_blocks
-    heads = {(a.heads, a.head_dim, a.tokens) for unit in found.blocks for a in unit.attentions}
-    assert heads == {(cfg.num_heads, cfg.head_dim, Linear(1, 1, 0))}
-    assert {layer.rows for layer in found.blocks[0].layers} == {Linear(1, 0, 0), Linear(0, 1, 0), Linear(0, 0, 1)}
+    heads = {(a.axis, a.heads, a.head_dim, a.batch, a.queries, a.keys) for unit in found.blocks for a in unit.attentions}
+    once, both = Count.of({(): 1}), Count.of({"txt": 1, "img": 1})
+    assert heads == {("joint", cfg.num_heads, cfg.head_dim, once, both, both)}
+    assert {layer.rows for layer in found.blocks[0].layers} == {Count.of({"txt": 1}), Count.of({"img": 1}), once}
+    assert found.cuts_text and not found.is_factored
     assert all(layer.reruns for unit in found.blocks for layer in unit.layers)  # a gated residual comes last
     embedders = [layer for layer in found.rest.layers if layer.kind == "column"]
     assert embedders and not any(layer.input_trains for layer in embedders)

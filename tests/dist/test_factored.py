@@ -1,0 +1,95 @@
+"""A model that keeps time and space apart computes on any layout what it computes on one process, and sends what the
+formulas say: loss, every gradient, the clipping norm and the weights after steps, in fp64."""
+
+from typing import Any
+
+import pytest
+
+from acceleration.config import CompileConfig
+from tests.dist.factored import ADAMW, SGD, Run, on_one_process, on_these_layouts
+from tests.dist.harness import run_distributed
+from tests.dist.layouts import RECOMPUTE
+from tests.dist.test_parity import TOLERANCE, Outcome, worst_error
+
+COMPILED = {"compile": CompileConfig(enabled=True, backend="aot_eager")}
+
+
+def recompute(kind: str) -> dict[str, Any]:
+    return {"recompute": RECOMPUTE[kind]}
+
+
+QUICK = [
+    Run(1, {}, 0),
+    Run(2, {"ulysses": 2}, 3, recompute("full")),
+    Run(2, {"ring": 2}, 2),
+    Run(2, {"tensor": 2}, 1, recompute("selective"), ADAMW),
+    Run(2, {"ulysses": 2, "dynamic": True}, 2, recompute("first")),
+    Run(3, {"ulysses": 3}, 2, recompute("selective")),
+    Run(4, {"ulysses": 4}, 3, recompute("every")),
+    Run(4, {"ring": 2, "ulysses": 2}, 3, recompute("full"), ADAMW),
+    Run(4, {"ulysses": 2, "tensor": 2}, 0),
+]
+AXES: dict[int, list[dict[str, int]]] = {
+    1: [{}],
+    2: [{}, {"replicate": 2}, {"ulysses": 2}, {"ring": 2}, {"tensor": 2}, {"ulysses": 2, "dynamic": True}],
+    3: [{}, {"ulysses": 3}, {"ring": 3}, {"ulysses": 3, "dynamic": True}],
+    4: [
+        {},
+        {"ulysses": 4},
+        {"ring": 4},
+        {"tensor": 4},
+        {"ring": 2, "ulysses": 2},
+        {"ring": 2, "tensor": 2},
+        {"ulysses": 2, "tensor": 2},
+        {"replicate": 2, "ulysses": 2},
+        {"ulysses": 4, "dynamic": True},
+        {"ulysses": 2, "tensor": 2, "dynamic": True},
+    ],
+    6: [{"ulysses": 6}, {"ring": 2, "ulysses": 3}],
+    8: [{"ring": 2, "ulysses": 2, "tensor": 2}, {"ulysses": 8}],
+}
+SLOW = [
+    Run(world, mesh, zero, recompute(kind), optim)
+    for world, meshes in AXES.items()
+    for mesh in meshes
+    for zero, kind, optim in (
+        (0, "none", ADAMW),
+        (1, "full", SGD),
+        (2, "offload", SGD),
+        (3, "selective", ADAMW),
+        (3, "every", SGD),
+    )
+] + [Run(4, {"ring": 2, "ulysses": 2}, 3, COMPILED | recompute("full")), Run(3, {"ulysses": 3}, 2, COMPILED)]
+
+
+@pytest.fixture(scope="module")
+def truths() -> dict[str, Outcome]:
+    return {optim.kind: on_one_process(optim) for optim in (SGD, ADAMW)}
+
+
+def check(truths: dict[str, Outcome], world: int, runs: list[Run], timeout: float) -> None:
+    for rank, found in enumerate(run_distributed(on_these_layouts, world, runs, timeout=timeout)):
+        for run, outcome in zip(runs, found, strict=True):
+            assert worst_error(outcome, truths[run.optim.kind]) <= TOLERANCE, (str(run), rank)
+            for counted, formula in outcome.traffic:
+                assert counted == formula, (str(run), rank)
+                cut = [a for a, degree in run.mesh.items() if degree > 1 and a in ("ulysses", "ring", "tensor")]
+                assert all(counted.get(axis) for axis in cut), (str(run), rank)
+
+
+@pytest.mark.parametrize("world", sorted({run.world for run in QUICK}))
+def test_layouts_equal_one_process(truths: dict[str, Outcome], world: int) -> None:
+    check(truths, world, [run for run in QUICK if run.world == world], 100)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("world", AXES)
+def test_every_layout_equals_one_process(truths: dict[str, Outcome], world: int) -> None:
+    check(truths, world, [run for run in SLOW if run.world == world], 500)
+
+
+def test_every_parameter_gets_a_gradient(truths: dict[str, Outcome]) -> None:
+    """A parity test of gradients that are zero would prove nothing."""
+    for name, gradient in truths["sgd"].steps[0][2].items():
+        assert gradient.abs().max() > 0, name
