@@ -226,7 +226,7 @@ def _check(found: "list[tuple[nn.Module, Any]]", seen: "list[_Call]", sizes: Siz
         ValueError: one is not.
     """
     for (module, call), other in zip(found, seen, strict=True):
-        counts = (call.rows,) if isinstance(call, Layer) else ()
+        counts: tuple[Count, ...] = (call.rows,) if isinstance(call, Layer) else ()
         counts = (call.batch, call.queries, call.keys) if isinstance(call, Attention) else counts
         if tuple(count.at(sizes) for count in counts) != other.counts:
             raise ValueError(f"{type(module).__name__}: its calls are no polynomial in {', '.join(sizes)}: {counts}")
@@ -277,7 +277,8 @@ class _Call:
         if self.is_switch:
             return Switch(name, prod(self.shape[3:]), self.dtype, self.trains, reruns)  # type: ignore[arg-type]
         batch, queries, keys = (fit.count(index) for index in range(3))
-        return Attention(name, *self.shape[2:], batch, queries, keys, self.is_masked)  # type: ignore[arg-type,misc]
+        heads, head_dim = self.shape[2:]
+        return Attention(name, heads, head_dim, batch, queries, keys, self.is_masked)  # type: ignore[arg-type]
 
 
 class _Slot(nn.Module):

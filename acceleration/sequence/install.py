@@ -36,8 +36,8 @@ def fill_slots(model: nn.Module, mesh: Mesh, kernel: str = "auto", *, keeps: boo
         ValueError: attention along something unknown, or along space without switches.
     """
     chosen = kernel_for(kernel, torch.device(mesh.device_type))
-    along: dict[str, protocol.AttentionAxis] = dict(model.attention_cores)  # type: ignore[call-overload]
-    switches: dict[str, protocol.TokenAxis] = dict(model.axis_switches)  # type: ignore[call-overload]
+    along: dict[str, protocol.AttentionAxis] = dict(model.attention_cores)  # type: ignore[arg-type]
+    switches: dict[str, protocol.TokenAxis] = dict(model.axis_switches)  # type: ignore[arg-type]
     _check(model, along, switches)
     for pattern, axis in along.items():
         for parent, attribute, own in list(protocol.slots(model, [pattern])):

@@ -2,17 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from acceleration import lora
 from acceleration.accounting.comm_volume import MicroBatch, RankLayout, step_bytes
-from acceleration.config import MeshConfig, OptimConfig, ParallelConfig
+from acceleration.checkpoint import CheckpointManager, tensor_shards
+from acceleration.config import LoraConfig, MeshConfig, OptimConfig, ParallelConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.distributed.mesh import Mesh
-from acceleration.engines import build_engine
+from acceleration.engines import Engine, build_engine
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
 from acceleration.sharding import fsdp, tensor_parallel
@@ -28,7 +32,7 @@ from opensora.utils.rng import torch_generator
 from tests.dist.layouts import FP64
 from tests.dist.problem import TEXT_TOKENS, FakeText, PassThrough
 from tests.dist.test_parity import Outcome, fill
-from tests.factored_family import GaussianFlow, GaussianFlowConfig, ToyConfig
+from tests.factored_family import FAMILY, GaussianFlow, GaussianFlowConfig, ToyConfig
 
 CPU = torch.device("cpu")
 MODEL = ToyConfig(depth=2)
@@ -39,6 +43,7 @@ MASKS = {"random": 0.4, "image_head": 0.3}
 CONDITIONING = ConditioningConfig(dropout=DropoutConfig(text=0.4), masks=MASKS)
 SGD = OptimConfig(kind="sgd", lr=0.05, clip_norm=0.3)
 ADAMW = OptimConfig(kind="adamw", lr=0.01, clip_norm=0.3, weight_decay=0.1, eps=1e-8, ema_decay=0.9)
+ADAPTERS = LoraConfig(rank=3, alpha=5.0, targets=(*FAMILY.lora_targets, "text_in.*", "final"))
 
 
 class Latents(PassThrough):
@@ -104,13 +109,37 @@ def preparation(mesh: Mesh) -> Preparation:
     return replace(whole, by_degree=by_degree)
 
 
-def on_one_process(optim: OptimConfig = SGD) -> Outcome:
-    """The truth, in plain torch."""
+def plain_model() -> nn.Module:
+    """On one process, as it is written."""
     model = build_model(MODEL).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             fill(name, parameter)
-    parameters = list(model.parameters())
+    return model
+
+
+def adapted_by_hand(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters of ``ADAPTERS``, each added by a hook; all else frozen."""
+    model.requires_grad_(False)
+    with torch.device("meta"):
+        names = lora.apply(build_model(MODEL), ADAPTERS)
+    found: dict[str, Tensor] = {}
+    for name in names:
+        layer: Any = model.get_submodule(name)
+        a = torch.empty(ADAPTERS.rank, layer.in_features, dtype=torch.float64)
+        b = torch.empty(layer.out_features, ADAPTERS.rank, dtype=torch.float64)
+        for kind, value in (("A", a), ("B", b)):
+            fill(f"{name}.lora_{kind}.weight", value)
+            found[f"{name}.lora_{kind}.weight"] = value.requires_grad_()
+        layer.register_forward_hook(lambda _, args, out, a=a, b=b: out + 5 / 3 * F.linear(F.linear(args[0], a), b))
+    return found
+
+
+def on_one_process(optim: OptimConfig = SGD, *, adapters: bool = False) -> Outcome:
+    """The truth, in plain torch."""
+    model = plain_model()
+    named = adapted_by_hand(model) if adapters else dict(model.named_parameters())
+    parameters = list(named.values())
     kinds: dict[str, Callable[[], torch.optim.Optimizer]] = {
         "sgd": lambda: torch.optim.SGD(parameters, lr=optim.lr),
         "adamw": lambda: torch.optim.AdamW(
@@ -127,12 +156,12 @@ def on_one_process(optim: OptimConfig = SGD) -> Outcome:
             known = tokens.inputs["known"]
             total = total + (loss * ~known[..., None]).sum() / elements(step)
         total.backward()
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        gradients = {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
         norm = torch.nn.utils.clip_grad_norm_(parameters, optim.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
         steps.append((total.item(), norm.item(), gradients))
-    return Outcome(steps, {name: p.detach().clone() for name, p in model.named_parameters()})
+    return Outcome(steps, {name: p.detach().clone() for name, p in named.items()})
 
 
 def assign(step: int, mesh: Mesh) -> list[ToyBatch]:
@@ -168,10 +197,11 @@ class Run:
     zero: int = 3
     options: dict[str, Any] = field(default_factory=dict, hash=False)  # of ParallelConfig
     optim: OptimConfig = SGD
+    adapters: bool = False
 
     def __str__(self) -> str:
         axes = "".join(f"-{axis}{degree}" for axis, degree in self.mesh.items())
-        more = "".join(f"-{name}" for name in (*self.options, self.optim.kind))
+        more = "".join(f"-{name}" for name in (*self.options, self.optim.kind, *["lora"] * self.adapters))
         return f"{self.world}{axes}-zero{self.zero}{more}"
 
     @property
@@ -180,25 +210,28 @@ class Run:
         return ParallelConfig(zero=self.zero, mesh=MeshConfig(**{"shard": -1} | self.mesh), **options)  # type: ignore[arg-type]
 
 
-def on_this_layout(run: Run) -> Outcome:
-    """Runs in every process of the group."""
+def build(run: Run) -> tuple[Mesh, Engine]:
+    """The sharded model and its optimizer."""
     cfg = run.config
     mesh = meshes.build(cfg.mesh, dist.get_world_size(), CPU)
     with torch.device("meta"):
         model = build_model(MODEL)
+    if run.adapters:
+        lora.apply(model, ADAPTERS)
     parallelize(model, cfg, mesh, CPU, fill)
-    engine = build_engine(model, cfg, run.optim, mesh)
-    prepare = preparation(mesh)
+    return mesh, build_engine(model, cfg, run.optim, mesh)
+
+
+def on_this_layout(run: Run) -> Outcome:
+    """Runs in every process of the group."""
+    cfg = run.config
+    mesh, engine = build(run)
     outcome = Outcome([], {})
     for step in range(STEPS):
         for axis in mesh.axes.values():
             axis.bytes_sent = 0
-        total = torch.zeros((), dtype=torch.float64)
         mine = divided(step, mesh) if cfg.mesh.dynamic else assign(step, mesh)
-        for index, batch in enumerate(mine):
-            share = loss_share(engine.model, prepare(batch, step), elements(step))  # type: ignore[arg-type]
-            engine.backward(share, last_microbatch=index == len(mine) - 1)
-            total += share.detach()
+        total = backward(engine, mesh, mine, step)
         total *= mesh["tensor"].rank == 0  # along this axis all hold the same share
         dist.all_reduce(total)
         counted = {axis.name: axis.bytes_sent for axis in mesh.axes.values()}
@@ -212,9 +245,37 @@ def on_this_layout(run: Run) -> Outcome:
         norm = engine.step(step)
         outcome.steps.append((total.item(), norm.item(), gradients))
         counted = {axis.name: axis.bytes_sent for axis in mesh.axes.values() if axis.bytes_sent}
-        outcome.traffic.append((counted, predicted(cfg, mesh, mine)))
+        if not run.adapters:  # of which formulas know nothing
+            outcome.traffic.append((counted, predicted(cfg, mesh, mine)))
     outcome.weights.update(engine.full_weights())
     return outcome
+
+
+def backward(engine: Engine, mesh: Mesh, mine: list[ToyBatch], step: int) -> Tensor:
+    """The gradients of a step; this process's share of its loss."""
+    prepare, total = preparation(mesh), torch.zeros((), dtype=torch.float64)
+    for index, batch in enumerate(mine):
+        share = loss_share(engine.model, prepare(batch, step), elements(step))  # type: ignore[arg-type]
+        engine.backward(share, last_microbatch=index == len(mine) - 1)
+        total += share.detach()
+    return total
+
+
+def train_and_save(run: Run, folder: Path, start: int, stop: int) -> dict[str, Tensor]:
+    """Resume at ``start`` if it is not zero, run to ``stop``, save; all state as whole tensors."""
+    mesh, engine = build(run)
+    manager = CheckpointManager(folder, keep=0)
+    if start:
+        state = engine.state_dict()
+        manager.load(folder / f"step-{start:08d}", state)
+        engine.load_state_dict(state)
+    for step in range(start, stop):
+        backward(engine, mesh, assign(step, mesh), step)
+        engine.step(step)
+    manager.save(stop, engine.state_dict(), {})
+    flat = {f"{part}.{name}": value for part, values in engine.state_dict().items() for name, value in values.items()}
+    tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor | tensor_shards.TensorShards)}
+    return {name: tensor_shards.whole(value, mesh["tensor"]).clone() for name, value in tensors.items()}
 
 
 def on_these_layouts(runs: list[Run]) -> list[Outcome]:

@@ -1,15 +1,16 @@
 """A model that keeps time and space apart computes on any layout what it computes on one process, and sends what the
 formulas say: loss, every gradient, the clipping norm and the weights after steps, in fp64."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from acceleration.config import CompileConfig
-from tests.dist.factored import ADAMW, SGD, Run, on_one_process, on_these_layouts
+from tests.dist.factored import ADAMW, SGD, STEPS, Run, on_one_process, on_these_layouts, train_and_save
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import RECOMPUTE
-from tests.dist.test_parity import TOLERANCE, Outcome, worst_error
+from tests.dist.test_parity import TOLERANCE, Outcome, relative, worst_error
 
 COMPILED = {"compile": CompileConfig(enabled=True, backend="aot_eager")}
 
@@ -28,6 +29,12 @@ QUICK = [
     Run(4, {"ulysses": 4}, 3, recompute("every")),
     Run(4, {"ring": 2, "ulysses": 2}, 3, recompute("full"), ADAMW),
     Run(4, {"ulysses": 2, "tensor": 2}, 0),
+]
+LORA = [
+    Run(2, {"ulysses": 2}, 3, recompute("full"), adapters=True),
+    Run(4, {"ring": 2, "ulysses": 2}, 2, adapters=True),
+    Run(4, {"ulysses": 2, "tensor": 2}, 3, adapters=True),
+    Run(3, {"ulysses": 3, "dynamic": True}, 1, adapters=True),
 ]
 AXES: dict[int, list[dict[str, int]]] = {
     1: [{}],
@@ -64,13 +71,17 @@ SLOW = [
 
 @pytest.fixture(scope="module")
 def truths() -> dict[str, Outcome]:
-    return {optim.kind: on_one_process(optim) for optim in (SGD, ADAMW)}
+    found = {optim.kind: on_one_process(optim) for optim in (SGD, ADAMW)}
+    return found | {"lora": on_one_process(adapters=True)}
 
 
 def check(truths: dict[str, Outcome], world: int, runs: list[Run], timeout: float) -> None:
     for rank, found in enumerate(run_distributed(on_these_layouts, world, runs, timeout=timeout)):
         for run, outcome in zip(runs, found, strict=True):
-            assert worst_error(outcome, truths[run.optim.kind]) <= TOLERANCE, (str(run), rank)
+            assert worst_error(outcome, truths["lora" if run.adapters else run.optim.kind]) <= TOLERANCE, (
+                str(run),
+                rank,
+            )
             for counted, formula in outcome.traffic:
                 assert counted == formula, (str(run), rank)
                 cut = [a for a, degree in run.mesh.items() if degree > 1 and a in ("ulysses", "ring", "tensor")]
@@ -87,6 +98,24 @@ def test_layouts_equal_one_process(truths: dict[str, Outcome], world: int) -> No
 @pytest.mark.parametrize("world", AXES)
 def test_every_layout_equals_one_process(truths: dict[str, Outcome], world: int) -> None:
     check(truths, world, [run for run in SLOW if run.world == world], 500)
+
+
+@pytest.mark.parametrize(
+    "run", [run if run is LORA[0] else pytest.param(run, marks=pytest.mark.slow) for run in LORA], ids=str
+)
+def test_adapters(truths: dict[str, Outcome], run: Run) -> None:
+    check(truths, run.world, [run], 100)
+
+
+def test_saved_on_one_layout_and_resumed_on_another(tmp_path: Path) -> None:
+    """Weights, moments and average after the last step are those of an unbroken run."""
+    first, second = Run(3, {"ulysses": 3}, 3, optim=ADAMW), Run(2, {"ring": 2}, 1, optim=ADAMW)
+    (truth,) = run_distributed(train_and_save, 1, Run(1, {}, 0, optim=ADAMW), tmp_path / "whole", 0, STEPS + 1)
+    run_distributed(train_and_save, 3, first, tmp_path / "moved", 0, 1)
+    found = run_distributed(train_and_save, 2, second, tmp_path / "moved", 1, STEPS + 1)[0]
+    assert found.keys() == truth.keys()
+    assert {name.split(".")[0] for name in truth} == {"model", "optimizer", "ema"}
+    assert max(relative(found[name], truth[name]) for name in truth) <= TOLERANCE
 
 
 def test_every_parameter_gets_a_gradient(truths: dict[str, Outcome]) -> None:

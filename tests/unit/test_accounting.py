@@ -32,7 +32,8 @@ def test_structure_holds_every_parameter_slot_and_cut_layer(size: str) -> None:
     found = structure(cfg)
     assert found.count == count_parameters(cfg)
     assert len(found.blocks) == cfg.depth + cfg.depth_single_blocks
-    heads = {(a.axis, a.heads, a.head_dim, a.batch, a.queries, a.keys) for unit in found.blocks for a in unit.attentions}
+    slots = [slot for unit in found.blocks for slot in unit.attentions]
+    heads = {(slot.axis, slot.heads, slot.head_dim, slot.batch, slot.queries, slot.keys) for slot in slots}
     once, both = Count.of({(): 1}), Count.of({"txt": 1, "img": 1})
     assert heads == {("joint", cfg.num_heads, cfg.head_dim, once, both, both)}
     assert {layer.rows for layer in found.blocks[0].layers} == {Count.of({"txt": 1}), Count.of({"img": 1}), once}
