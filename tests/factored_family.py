@@ -102,14 +102,14 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        times: tuple[Tensor, Tensor],
+        times: tuple[Tensor, ...],
         known: Tensor | None,
         text: Tensor,
         mask: Tensor | None,
         rope: RopeTable,
         context: Any,
     ) -> Tensor:
-        """x (B, T, S, D); times (B, 6 D) of noisy and of known frames; known (B, T, S) bool."""
+        """x (B, T, S, D); times (B, 6 D) of noisy and, if known is given, of known frames; known (B, T, S) bool."""
         x = x.to(self.table.dtype)
         if self.axis == "space":
             x = self.to_space(x, context)
@@ -127,10 +127,11 @@ class Block(nn.Module):
         return self.to_time(x, context) if self.axis == "space" else x
 
 
-def modulations(table: Tensor, times: tuple[Tensor, Tensor], known: Tensor | None) -> list[Tensor]:
+def modulations(table: Tensor, times: tuple[Tensor, ...], known: Tensor | None) -> list[Tensor]:
     """Rows of ``table`` (n, D) plus those of a time: (B, 1, 1, D) each, or (B, T, S, D) where frames are known."""
-    noisy, clean = ((table + time.unflatten(-1, table.shape))[:, None, None] for time in times)  # (B, 1, 1, n, D)
-    rows = noisy if known is None else torch.where(known[..., None, None], clean, noisy)
+    rows, *clean = ((table + time.unflatten(-1, table.shape))[:, None, None] for time in times)  # (B, 1, 1, n, D)
+    if known is not None:
+        rows = torch.where(known[..., None, None], clean[0], rows)
     return list(rows.unbind(-2))
 
 
@@ -195,10 +196,9 @@ class ToyFactored(nn.Module):
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         given = self.fps_in(sinusoid(fps.to(exact), SINUSOID, scale=1.0))
         given = given + self.size_in(torch.cat([sinusoid(s.to(exact), SINUSOID, scale=1.0) for s in size.T], dim=-1))
-        noisy, clean = (
-            self.time_in(sinusoid(t.to(exact), SINUSOID)) + given for t in (timestep, torch.zeros_like(timestep))
-        )
-        times = self.time_block(noisy), self.time_block(clean)
+        both = (timestep,) if known is None else (timestep, torch.zeros_like(timestep))  # of noisy and of known frames
+        vectors = tuple(self.time_in(sinusoid(t.to(exact), SINUSOID)) + given for t in both)
+        times = tuple(self.time_block(vector) for vector in vectors)
         text = torch.where(dropped[:, None, None], self.null_text, y.to(dtype))
         text = self.text_in(text)
         mask = None if y_mask is None else y_mask | dropped[:, None]
@@ -209,8 +209,7 @@ class ToyFactored(nn.Module):
         for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
             h = spatial(h, times, known, text, mask, rope, context)
             h = temporal(h, times, known, text, mask, rope, context)
-        pair = (noisy.repeat(1, 2), clean.repeat(1, 2))
-        shift, scale = modulations(self.final_table, pair, known)
+        shift, scale = modulations(self.final_table, tuple(vector.repeat(1, 2) for vector in vectors), known)
         return self.final(self.final_norm(h) * (1 + scale) + shift).clone()
 
     def _places(self, positions: Tensor) -> Tensor:

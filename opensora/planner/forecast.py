@@ -12,6 +12,7 @@ from functools import lru_cache, partial
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -257,19 +258,35 @@ class Forecaster:
         degrees = {name: min(2, place.mesh[name].degree) for name in ("ring", "ulysses")}
         shared = prod(degrees.values())
         small = replace(place, mesh=meshes.view(degrees | {"tensor": place.mesh["tensor"].degree}))
-        txt, img = (batch.samples * tokens for tokens in place.local_tokens(self.structure, batch))
         if self.structure.cuts_text:
             tries = [replace(batch, samples=1, txt=n // 16 * shared, img=n * 15 // 16 * shared) for n in PROBED]
-            here = [_way(txt + img, PROBED)]
+            here = batch.samples * sum(place.local_tokens(self.structure, batch))
+            shares = [(here - PROBED[0]) / (PROBED[1] - PROBED[0])]
         else:
-            frames = batch.frames and (PROBED_FRAMES if batch.frames >= place.mesh["ulysses"].degree else 1)
-            sizes = ((0, 0), (0, 1), (1, 0))  # of text and image
-            tries = [
-                replace(batch, samples=1, txt=PROBED_TEXT[t], img=PROBED[i] * shared, frames=frames) for t, i in sizes
-            ]
-            here = [_way(img, PROBED), _way(txt, PROBED_TEXT)]
+            tries = self._tries(place, batch, shared)
+            first, *others = (self._sizes(small, tried) for tried in tries)
+            shares = np.linalg.lstsq((np.array(others) - first).T, self._sizes(place, batch) - first)[0].tolist()
         low, *highs = (self._run(small, kind, tried, accumulates) for tried in tries)
-        return interpolate(low, *zip(highs, here, strict=True))
+        return interpolate(low, *zip(highs, shares, strict=True))
+
+    def _tries(self, place: RankLayout, batch: MicroBatch, shared: int) -> list[MicroBatch]:
+        """Where text is no part of the sequence: one with little of all, one each with more tokens and more text. If
+        axes are exchanged also one whose frames are cut unevenly, so that a process has more tokens between switches.
+        """
+        inside = place.local_sizes(self.structure, batch).get("frames_inside")
+        switches = batch.frames is not None and inside != batch.frames
+        frames = batch.frames and (PROBED_FRAMES if switches or place.mesh["ulysses"].degree == 1 else 1)
+        sizes = [(PROBED_TEXT[t], PROBED[i] * shared, frames) for t, i in ((0, 0), (0, 1), (1, 0))]
+        if switches:
+            sizes.append((PROBED_TEXT[0], PROBED[0] // 3 * 3 * shared, 3))
+        return [replace(batch, samples=1, txt=txt, img=img, frames=frames) for txt, img, frames in sizes]
+
+    def _sizes(self, place: RankLayout, batch: MicroBatch) -> np.ndarray:
+        """Tokens of all samples on a process: image, the same between axis switches, text."""
+        sizes = place.local_sizes(self.structure, batch)
+        txt, img = place.local_tokens(self.structure, batch)
+        inside = sizes["frames_inside"] * sizes["places_inside"] if self.structure.is_factored else img
+        return batch.samples * np.array([img, inside, txt], float)
 
     def _run(self, place: RankLayout, kind: str, batch: MicroBatch, accumulates: bool) -> Timeline:
         mesh = place.mesh
@@ -311,11 +328,6 @@ def _stand_ins(model: nn.Module) -> list[int]:
         like = index if index < left - 1 else left - 1 if index == depth - 1 else left - 2
         found.append(shown.index(f"{blocks}.{like}"))
     return found
-
-
-def _way(here: int, probed: tuple[int, int]) -> float:
-    """How much of the way from the one to the other ``here`` is."""
-    return (here - probed[0]) / (probed[1] - probed[0])
 
 
 def _objective_loss(cfg: ModelConfig, prediction: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def by_hand(w: dict[str, Tensor], given: dict[str, Tensor], heads: int, depth: i
     vectors = [embedded("time_in", waves(1000 * t)) + more for t in (given["timestep"], 0 * given["timestep"])]
     sixes = [linear("time_block.1", v * torch.sigmoid(v)) for v in vectors]
     text = torch.where(given["dropped"][:, None, None], w["null_text"], given["y"])
-    text = linear("text_in.2", F.gelu(linear("text_in.0", text)))
+    text = linear("text_in.2", F.gelu(linear("text_in.0", text), approximate="tanh"))
     mask = given["y_mask"] | given["dropped"][:, None]
     time, row, column = given["positions"].unbind(-1)
     quarter = width // 4
@@ -119,7 +119,7 @@ def by_hand(w: dict[str, Tensor], given: dict[str, Tensor], heads: int, depth: i
                 out = attended(q, k, v).transpose(1, 2)
             x = x + gate * linear(f"{name}.attention.proj", out.flatten(-2))
             (q,), (k, v) = split(linear(f"{name}.cross.q", x)), split(linear(f"{name}.cross.kv", text))
-            out = attended(q.flatten(1, 2), k, v, mask).view(batch, frames, places, width)
+            out = attended(q.flatten(1, 2), k, v, mask).reshape(batch, frames, places, width)
             x = x + linear(f"{name}.cross.proj", out)
             hidden = F.gelu(linear(f"{name}.mlp.0", normed(x) * (1 + scale2) + shift2), approximate="tanh")
             x = x + gate2 * linear(f"{name}.mlp.2", hidden)
@@ -196,27 +196,25 @@ def test_operations_are_those_that_torch_counts(batch: MicroBatch) -> None:
 
 
 LAYOUTS = [
-    ({"ulysses": 3}, "none"),
-    ({"ulysses": 7}, "full"),  # more than heads, and than most shapes' frames
-    ({"ring": 4, "ulysses": 2, "tensor": 2}, "full"),
-    ({"ring": 3, "ulysses": 4}, "first"),
-    ({"ring": 2}, "selective"),
-    ({"tensor": 4}, "every"),
-    ({"ulysses": 4, "tensor": 4}, "full"),  # one head each
+    ({"ulysses": 3}, "none", "bf16"),
+    ({"ulysses": 7}, "full", "fp64"),  # more than heads, and than most shapes' frames
+    ({"ring": 4, "ulysses": 2, "tensor": 2}, "full", "fp64"),
+    ({"ring": 2, "ulysses": 4}, "first", "fp32"),
+    ({"tensor": 4}, "every", "bf16"),
+    ({"ulysses": 4, "tensor": 4}, "full", "bf16"),  # one head each
 ]
 
 
-@pytest.mark.parametrize(("degrees", "kind"), LAYOUTS)
-@pytest.mark.parametrize("precision", ["bf16", "fp64"])
+@pytest.mark.parametrize(("degrees", "kind", "precision"), LAYOUTS)
 def test_layouts_of_any_size_count_on_the_meta_device_what_is_predicted(
-    degrees: dict[str, int], kind: str, precision: Any
+    degrees: dict[str, int], kind: Any, precision: Any
 ) -> None:
     """What tests/dist/test_factored.py shows with processes, for as many as one likes."""
-    recompute = RecomputeConfig(kind=kind, blocks=3 if kind == "first" else 0)  # type: ignore[arg-type]
+    recompute = RecomputeConfig(kind=kind, blocks=3 if kind == "first" else 0)
     types = PrecisionConfig(compute=precision)
     parallel = ParallelConfig(zero=3, mesh=MeshConfig(shard=1, **degrees), recompute=recompute, precision=types)
     world = prod(degrees.values())
-    for batch, rank, known in [(b, r, k) for b in SHAPES for r in (0, world // 2, world - 1) for k in (True, False)]:
+    for batch, rank, known in zip(SHAPES, (0, world // 2, world - 1), (True, False, True), strict=True):
         mesh, model = meshes.view(degrees, rank), meta(TOY)
         spread(model, parallel, mesh, "cpu")
         model(**denoiser_inputs(TOY, batch, SequenceParallel(mesh), known=known)).sum().backward()
@@ -409,7 +407,7 @@ def test_interpolation_is_close_to_running_the_shape(frames: int) -> None:
 
 
 def config(*overrides: str) -> RunConfig:
-    base = ["data.table=t.csv", "model={kind: toy_factored, channels: 64, text_dim: 64}", "parallel.mesh.ulysses=1"]
+    base = ["data.table=t.csv", "model={kind: toy_factored, channels: 24, text_dim: 128}", "parallel.mesh.ulysses=1"]
     objective = ["objective={kind: toy_gaussian_flow}", "conditioning.masks={random: 0.5}", "lora={}"]
     buckets = "data.buckets={32px: {1: [1.0, 48], 9: [1.0, 8]}}"
     return load_config(RunConfig, ROOT / "configs" / "train" / "demo.yaml", [*base, *objective, buckets, *overrides])
@@ -422,8 +420,7 @@ def test_the_planner_plans_it() -> None:
     degrees = {parallel.mesh.ulysses for parallel in layouts(cfg, 12, DEVICES["h100"])}
     assert {3, 6} <= degrees  # which divide no 4 heads
     best = planner.best(3)
-    assert len(best) == 3 and [f.step_s for f in best] == sorted(f.step_s for f in best)
-    assert all(f.flops > 0 and f.memory.activations > 0 for f in best)
+    assert len(best) == 3 and all(f.flops > 0 and f.memory.activations > 0 for f in best)
 
 
 def test_any_number_of_processes_shares_a_sample() -> None:
