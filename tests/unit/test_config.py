@@ -188,7 +188,7 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     "adapters of no size": (None, ["lora.rank=-1"], "lora.rank=-1: must be an integer >= 0"),
     "adapters that draw": (None, ["lora.dropout=0.1"], "lora.dropout=0.1: must be 0"),
     "adapters of no scale": (None, ["lora.alpha=0"], "lora.alpha=0.0: must be a number > 0"),
-    "adapters nowhere": (None, ["lora.targets=[]"], "lora.targets=[]: name layers"),
+    "adapters nowhere": (None, ["lora.targets=[]"], "lora.targets=[]: must name layers"),
     "less than no bad update": (None, ["guard.max_bad=-1"], "guard.max_bad=-1: must be an integer >= 0"),
     "a window of nothing": (None, ["guard.spike_window=2"], "guard.spike_window=2: must be an integer >= 8"),
     "slower than itself": (None, ["guard.straggler=1"], "guard.straggler=1.0: must be a number > 1; 0 names no"),
