@@ -196,13 +196,13 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     "no time to start": (None, ["guard.start_s=0"], "guard.start_s=0.0: must be a number > 0"),
     # across sections
     "adapters of nothing": (None, ["lora.rank=4"], "lora.rank=4: adapters need weights to adapt; give train.init_from"),
-    "channels that do not fit": (None, ["vae.channels=32"], "model.in_channels=64: 32 latent channels with"),
+    "channels that do not fit": (None, ["vae.channels=32"], "model.in_channels=64: vae.kind=dct"),
     "output channels that do not fit": (None, ["model.out_channels=7"], "model.out_channels=7: a velocity has the 64"),
     "one output channel for all": (None, ["model.out_channels=1"], "model.out_channels=1: a velocity has the 64"),
     "text that does not fit": (
         None,
         ["text.dim=128"],
-        "model.context_in_dim=256: the text encoder gives 128; set",
+        "model.context_in_dim=256: text.kind=bytes gives 128",
     ),
     "unknown engine": (
         None,

@@ -223,5 +223,5 @@ def test_an_autoencoder_and_a_text_encoder(monkeypatch: pytest.MonkeyPatch) -> N
     assert isinstance(vae.build_autoencoder(cfg.vae, CPU, torch.float32), MeanAutoencoder)
     assert vae.autoencoder_shape(cfg.vae).channels == 3 and text.text_tokens(cfg.text) == 1
     assert text.build_text_encoder(cfg.text, CPU, torch.float32).encode(["abc"]).txt[0, 0, 0] == 3
-    with pytest.raises(Exception, match=r"model\.in_channels=64: 3 latent channels with model\.patch_size=2 are 12"):
+    with pytest.raises(Exception, match=r"model\.in_channels=64: vae\.kind=mean with model\.patch_size=2 gives 12"):
         load_config(RunConfig, RUN, wanted[:2])
