@@ -183,7 +183,9 @@ class LoraConfig:
         if self.dropout:
             raise ValueError(f"dropout={self.dropout}: must be 0, as blocks draw no random numbers")
         if self.targets is not None and not self.targets:
-            raise ValueError("targets=[]: name layers, as in [single_blocks.*.linear1], or set rank=0")
+            raise ValueError(
+                "targets=[]: must name layers, or be null for those that the model's family names; rank=0 is none"
+            )
 
     @property
     def scale(self) -> float:

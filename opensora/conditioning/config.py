@@ -26,7 +26,8 @@ class ConditioningConfig:
     dropout: DropoutConfig = field(default_factory=DropoutConfig)
     masks: dict[str, float] = field(default_factory=dict)
     # {strategy: probability} of latent frames that are given clean, for models that take them in place of noisy ones;
-    # the rest of the probability: none. docs/configuration.md lists the strategies
+    # what is left of the probability: none. Strategies: random, intepolate (every other frame), and quarter_ (up to a
+    # quarter of the frames) or image_ (one) before random, head, tail, head_tail
 
     def __post_init__(self) -> None:
         if not isinstance(self.masks, Mapping):

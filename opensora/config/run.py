@@ -13,7 +13,7 @@ from acceleration.config import LoraConfig, OptimConfig, ParallelConfig
 from opensora.conditioning import ConditioningConfig
 from opensora.config.schema import section
 from opensora.datasets import DataConfig
-from opensora.models.base import ModelConfig
+from opensora.models.base import ModelConfig, Width, Widths
 from opensora.models.families import MODEL_CONFIGS, MODEL_SIZES, describe, family_of
 from opensora.models.text import TEXT_ENCODER_CONFIGS, TextConfig, text_widths
 from opensora.models.vae import AUTOENCODER_CONFIGS, AutoencoderConfig, autoencoder_shape
@@ -258,8 +258,10 @@ def check_fit(model: ModelConfig, vae: AutoencoderConfig, text: TextConfig) -> N
     Raises:
         ValueError: a width of the model that does not fit, with the one that does.
     """
+    latents = Width(autoencoder_shape(vae).channels, f"vae.kind={vae.kind}")
+    given = Widths(latents, *(Width(size, f"text.kind={text.kind}") for size in text_widths(text)))
     try:
-        family_of(model).check(model, autoencoder_shape(vae).channels, *text_widths(text))
+        family_of(model).check(model, given)
     except ValueError as error:
         raise ValueError(f"model.{error}") from None
 

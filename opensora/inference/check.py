@@ -9,7 +9,7 @@ from acceleration.distributed import mesh
 from acceleration.sharding.precision import DTYPES
 from opensora.config.run import RunConfig, SampleConfig, check_fit, check_objective
 from opensora.inference.load import Source
-from opensora.models.base import AutoencoderShape, ModelConfig, latent_grid
+from opensora.models.base import AutoencoderShape, ModelConfig, Width, latent_grid
 from opensora.models.families import count_parameters, describe
 from opensora.models.text import check_text_encoder, text_tokens
 from opensora.models.vae import autoencoder_shape, check_autoencoder
@@ -37,7 +37,8 @@ def check_sample(cfg: SampleConfig, source: Source, jobs: int, world_size: int) 
     option = fit_option("sampling", cfg.sampling, source.model, autoencoder_shape(source.vae))
     announce_size("sampling", cfg.sampling, option)
     check_autoencoder(source.vae)
-    check_text_encoder(source.text, autoencoder_shape(source.vae).channels, source.model)
+    latents = Width(autoencoder_shape(source.vae).channels, f"vae.kind={source.vae.kind}")
+    check_text_encoder(source.text, latents, source.model)
     solver_of("sampling", cfg.sampling, source.objective)
     needed = least_bytes(
         option,

@@ -103,6 +103,21 @@ class Denoising:
         return Grid(latents, self.patch)
 
 
+class Width(NamedTuple):
+    """How wide something is that a denoiser reads."""
+
+    size: int | None  # None: not known without loading a model
+    key: str  # who says so, for messages, as in "vae.kind=dct"
+
+
+class Widths(NamedTuple):
+    """What autoencoder and text encoder give."""
+
+    latents: Width  # channels
+    text: Width  # of a text token
+    pooled: Width  # of the prompt as one vector
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """A kind of denoiser: everything that the rest of the project may ask of it. The table is in families.py."""
@@ -111,8 +126,7 @@ class Family:
     model: type[nn.Module]  # made from a config; a Denoiser
     sizes: Mapping[str, Any]  # configs by name
     describe: Callable[[Any], Denoising]
-    check: Callable[[Any, int, int | None, int | None], None]
-    # (config, channels of latents, width of text tokens, of the pooled prompt; None: unknown) -> ValueError "key=..."
+    check: Callable[[Any, Widths], None]  # that a config fits what it is given; ValueError "key=value: ..., set ..."
     arguments: Callable[[Any, TokenBatch, Tensor, Conditions], dict[str, Any]]
     # (config, tokens, t (B,), conditions) -> the forward's arguments but for context; pure
     lora_targets: tuple[str, ...]  # patterns of the layers that adapters are for, if none are named

@@ -34,7 +34,7 @@ from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.datasets.table.index import IndexedTable
 from opensora.inference.check import check_validation, fit_option
 from opensora.inference.load import verify_export
-from opensora.models.base import AutoencoderShape
+from opensora.models.base import AutoencoderShape, Width
 from opensora.models.families import build_model
 from opensora.models.text import build_text_encoder, check_text_encoder
 from opensora.models.vae import autoencoder_shape, build_autoencoder, check_autoencoder
@@ -134,7 +134,7 @@ def check_files(cfg: RunConfig, shape: AutoencoderShape) -> None:
         raise UserError(f"data.root={cfg.data.root}: {reason}; give the one that paths in data.table start at")
     if not cfg.data.features or cfg.validate.every:
         check_autoencoder(cfg.vae)
-        check_text_encoder(cfg.text, shape.channels, cfg.model)
+        check_text_encoder(cfg.text, Width(shape.channels, f"vae.kind={cfg.vae.kind}"), cfg.model)
     if cfg.validate.every:
         fit_option("validate.sampling", cfg.validate.sampling, cfg.model, shape)
     check_installed(cfg.log)

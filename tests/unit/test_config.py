@@ -188,7 +188,7 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     "adapters of no size": (None, ["lora.rank=-1"], "lora.rank=-1: must be an integer >= 0"),
     "adapters that draw": (None, ["lora.dropout=0.1"], "lora.dropout=0.1: must be 0"),
     "adapters of no scale": (None, ["lora.alpha=0"], "lora.alpha=0.0: must be a number > 0"),
-    "adapters nowhere": (None, ["lora.targets=[]"], "lora.targets=[]: name layers"),
+    "adapters nowhere": (None, ["lora.targets=[]"], "lora.targets=[]: must name layers"),
     "less than no bad update": (None, ["guard.max_bad=-1"], "guard.max_bad=-1: must be an integer >= 0"),
     "a window of nothing": (None, ["guard.spike_window=2"], "guard.spike_window=2: must be an integer >= 8"),
     "slower than itself": (None, ["guard.straggler=1"], "guard.straggler=1.0: must be a number > 1; 0 names no"),
@@ -196,13 +196,13 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     "no time to start": (None, ["guard.start_s=0"], "guard.start_s=0.0: must be a number > 0"),
     # across sections
     "adapters of nothing": (None, ["lora.rank=4"], "lora.rank=4: adapters need weights to adapt; give train.init_from"),
-    "channels that do not fit": (None, ["vae.channels=32"], "model.in_channels=64: 32 latent channels with"),
+    "channels that do not fit": (None, ["vae.channels=32"], "model.in_channels=64: vae.kind=dct"),
     "output channels that do not fit": (None, ["model.out_channels=7"], "model.out_channels=7: a velocity has the 64"),
     "one output channel for all": (None, ["model.out_channels=1"], "model.out_channels=1: a velocity has the 64"),
     "text that does not fit": (
         None,
         ["text.dim=128"],
-        "model.context_in_dim=256: the text encoder gives 128; set",
+        "model.context_in_dim=256: text.kind=bytes gives 128",
     ),
     "unknown engine": (
         None,

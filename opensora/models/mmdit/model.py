@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from opensora.models.base import AttentionAxis, Denoising, Family, TokenAxis
+from opensora.models.base import AttentionAxis, Denoising, Family, TokenAxis, Widths
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.models.layers.embedding import MLPEmbedder, sinusoid
 from opensora.models.layers.rope import rope_table
@@ -313,25 +313,28 @@ def describe(cfg: MMDiTConfig) -> Denoising:
     )
 
 
-def check(cfg: MMDiTConfig, channels: int, text_dim: int | None, pooled_dim: int | None) -> None:
-    """That the model reads what an autoencoder and a text encoder write; widths that are None are not known yet.
+def check(cfg: MMDiTConfig, given: Widths) -> None:
+    """That the model reads what it is given.
 
     Raises:
         ValueError: a width that does not fit, with the one that does. One output channel would be taken for all of
             them without an error.
     """
-    per_token = channels * cfg.patch_size**2
-    gives = f"{channels} latent channels with model.patch_size={cfg.patch_size} are {per_token} channels per token"
+    assert given.latents.size is not None
+    per_token = given.latents.size * cfg.patch_size**2
     if cfg.in_channels != per_token:
-        raise ValueError(f"in_channels={cfg.in_channels}: {gives}; set model.in_channels={per_token}")
+        raise ValueError(
+            f"in_channels={cfg.in_channels}: {given.latents.key} with model.patch_size={cfg.patch_size} gives "
+            f"{per_token} channels per token; set model.in_channels={per_token}"
+        )
     if cfg.out_channels not in (None, per_token):
         raise ValueError(
             f"out_channels={cfg.out_channels}: a velocity has the {per_token} channels per token of what it moves; set "
             f"model.out_channels={per_token}, or null"
         )
-    for key, width in (("context_in_dim", text_dim), ("vec_in_dim", pooled_dim)):
-        if width is not None and getattr(cfg, key) != width:
-            raise ValueError(f"{key}={getattr(cfg, key)}: the text encoder gives {width}; set model.{key}={width}")
+    for key, width in (("context_in_dim", given.text), ("vec_in_dim", given.pooled)):
+        if width.size is not None and getattr(cfg, key) != width.size:
+            raise ValueError(f"{key}={getattr(cfg, key)}: {width.key} gives {width.size}; set model.{key}={width.size}")
 
 
 def arguments(cfg: MMDiTConfig, tokens: TokenBatch, t: Tensor, conditions: Conditions) -> dict[str, Any]:

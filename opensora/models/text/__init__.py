@@ -5,17 +5,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
+from opensora.models.base import ModelConfig, Width, Widths
 from opensora.models.families import family_of
 from opensora.models.text.bytes import ByteTextConfig, ByteTextEncoder
 from opensora.models.text.t5_clip import T5ClipConfig, T5ClipTextEncoder, stated_widths
 from opensora.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from opensora.models.base import ModelConfig, TextEncoder
+    from opensora.models.base import TextEncoder
 
 TextConfig: TypeAlias = ByteTextConfig | T5ClipConfig
 Device: TypeAlias = torch.device | str
-Widths: TypeAlias = tuple[int | None, int | None]  # of text tokens and of the pooled prompt; None: not stated
 
 
 class TextEncoderKind(NamedTuple):
@@ -25,8 +25,9 @@ class TextEncoderKind(NamedTuple):
     build: Callable[[Any, Device, torch.dtype], "TextEncoder"]
     tokens: Callable[[Any], int]  # of a prompt, padding included
     has_mask: Callable[[Any], bool]  # its features say which tokens are padding
-    widths: Callable[[Any], Widths]  # by the configuration alone
-    stated: Callable[[Any], Widths] | None = None  # by its files, without loading them; UserError if they are not there
+    widths: Callable[[Any], tuple[int | None, int | None]]  # of text tokens and of the pooled prompt, by the
+    # configuration alone; None: not said there
+    stated: Callable[[Any], tuple[Width, Width]] | None = None  # by its files, without loading them, or UserError
     parameters: int = 0  # of the published one, for forecasts
 
 
@@ -61,16 +62,13 @@ def has_mask(cfg: TextConfig) -> bool:
     return TEXT_ENCODERS[cfg.kind].has_mask(cfg)
 
 
-def text_widths(cfg: TextConfig) -> Widths:
+def text_widths(cfg: TextConfig) -> tuple[int | None, int | None]:
     """Widths of the features, as far as the configuration says them."""
     return TEXT_ENCODERS[cfg.kind].widths(cfg)
 
 
-def check_text_encoder(cfg: TextConfig, channels: int, model: "ModelConfig") -> None:
+def check_text_encoder(cfg: TextConfig, latents: Width, model: ModelConfig) -> None:
     """That the files of ``cfg`` may be there and give what the denoiser reads, before either is made; loads nothing.
-
-    Args:
-        channels: of the latents.
 
     Raises:
         UserError: they are not, or give other widths; with the key.
@@ -78,8 +76,9 @@ def check_text_encoder(cfg: TextConfig, channels: int, model: "ModelConfig") -> 
     stated = TEXT_ENCODERS[cfg.kind].stated
     if stated is None:
         return  # its widths are in the configuration: opensora.config.run.check_fit
+    given = Widths(latents, *stated(cfg))
     try:
-        family_of(model).check(model, channels, *stated(cfg))
+        family_of(model).check(model, given)
     except ValueError as error:
         raise UserError(f"model.{error}") from None
 

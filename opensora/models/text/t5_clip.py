@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from opensora.models.base import TextFeatures
+from opensora.models.base import TextFeatures, Width
 from opensora.models.pretrained import load_pretrained
 from opensora.utils.errors import UserError
 from opensora.utils.files.untrusted import parse_json, parsing
@@ -87,13 +87,17 @@ def check_folder(key: str, path: str) -> str:
     return path
 
 
-def stated_widths(cfg: T5ClipConfig) -> tuple[int | None, int | None]:
+def stated_widths(cfg: T5ClipConfig) -> tuple[Width, Width]:
     """Widths of T5's tokens and of CLIP's vector, by the config.json of their folders; None: it does not say.
 
     Raises:
         UserError: as ``_stated_width``.
     """
-    return _stated_width("t5_path", cfg.t5_path, "d_model"), _stated_width("clip_path", cfg.clip_path, "hidden_size")
+    t5, clip = (
+        _stated_width("t5_path", cfg.t5_path, "d_model"),
+        _stated_width("clip_path", cfg.clip_path, "hidden_size"),
+    )
+    return Width(t5, f"text.t5_path={cfg.t5_path}"), Width(clip, f"text.clip_path={cfg.clip_path}")
 
 
 def _stated_width(key: str, path: str, name: str) -> int | None:
