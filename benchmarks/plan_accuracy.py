@@ -40,7 +40,7 @@ FP32, BF16 = PrecisionConfig(compute="fp32"), PrecisionConfig()
 
 @dataclass(frozen=True)
 class Case:
-    model: MMDiTConfig = SMALL
+    model: Any = SMALL
     world: int = 1
     mesh: dict[str, int] = field(default_factory=dict)
     zero: Any = 3
@@ -49,6 +49,7 @@ class Case:
     samples: int = 1
     txt: int = 64
     img: int = 512
+    frames: int | None = None  # of models that keep time and space apart
     batches: int = 1
 
     @property
@@ -62,10 +63,10 @@ class Case:
 
     @property
     def batch(self) -> MicroBatch:
-        return MicroBatch(samples=self.samples, txt=self.txt, img=self.img)
+        return MicroBatch(samples=self.samples, txt=self.txt, img=self.img, frames=self.frames)
 
     def __str__(self) -> str:
-        name = {SMALL: "small", DEEP: "deep", WIDE: "wide"}[self.model]
+        name = {SMALL: "small", DEEP: "deep", WIDE: "wide"}.get(self.model, self.model.kind)
         mesh = " ".join(f"{axis}{degree}" for axis, degree in self.mesh.items()) or "-"
         tokens = f"{self.samples}x({self.txt}+{self.img})x{self.batches}"
         return (
