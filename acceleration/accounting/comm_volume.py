@@ -23,6 +23,7 @@ import torch
 
 from acceleration.accounting.model_profile import (
     Attention,
+    Count,
     Layer,
     ModelProfile,
     Parameter,
@@ -129,6 +130,13 @@ class _Shares:
             txt = txt if profile.cuts_text else (batch.txt,) * sequence.degree
             self.all = [{"txt": t, "img": i} for t, i in zip(txt, sequence.sizes(batch.img), strict=True)]
         self.local = self.all[self.rank]
+        self._lengths: dict[Count, tuple[int, ...]] = {}
+
+    def lengths(self, count: Count) -> tuple[int, ...]:
+        """What ``count`` is on every process."""
+        if count not in self._lengths:
+            self._lengths[count] = tuple(count.at(sizes) for sizes in self.all)
+        return self._lengths[count]
 
     def _factored(self, profile: ModelProfile, sequence: SequenceParallel) -> list[Sizes]:
         batch, degree = self.batch, self.ulysses.degree
@@ -329,7 +337,7 @@ class _Share:
 def _share(slot: Attention, shares: _Shares) -> _Share:
     ring, ulysses = shares.ring, shares.ulysses
     is_whole = ulysses.degree == 1 or (slot.axis == "space" and shares.switches)
-    lengths = tuple(slot.queries.at(sizes) for sizes in shares.all)
+    lengths = shares.lengths(slot.queries)
     groups = ring_groups(lengths, ulysses.degree)
     heads = slot.heads // shares.tensor
     return _Share(
@@ -396,17 +404,18 @@ def _switch_bytes(switch: Switch, shares: _Shares) -> tuple[int, int]:
 
 
 def _layer_forward(layer: Layer, shares: _Shares) -> int:
-    degree, rows = shares.tensor, shares.batch.samples * layer.rows.at(shares.local)
+    degree = shares.tensor
     if degree == 1 or layer.kind in ("column", "whole"):
         return 0
-    out = rows * layer.outputs * shares.itemsize()
+    out = shares.batch.samples * layer.rows.at(shares.local) * layer.outputs * shares.itemsize()
     return all_reduce_bytes(out, degree) if layer.kind == "row" else out // degree * (degree - 1)
 
 
 def _layer_backward(layer: Layer, shares: _Shares) -> int:
-    degree, rows = shares.tensor, shares.batch.samples * layer.rows.at(shares.local)
+    degree = shares.tensor
     if degree == 1 or layer.kind in ("row", "whole") or not layer.input_trains:
         return 0
+    rows = shares.batch.samples * layer.rows.at(shares.local)
     return all_reduce_bytes(rows * layer.inputs * shares.itemsize(), degree)
 
 

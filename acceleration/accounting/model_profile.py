@@ -44,7 +44,12 @@ class Count:
         return Count(tuple(sorted((names, n) for names, n in named if n)))
 
     def at(self, sizes: Sizes) -> int:
-        return sum(factor * prod(sizes[name] for name in names) for names, factor in self.terms)
+        total = 0
+        for names, factor in self.terms:
+            for name in names:
+                factor *= sizes[name]
+            total += factor
+        return total
 
     @property
     def names(self) -> Subset:

@@ -53,7 +53,7 @@ class Denoiser(Protocol):
     also take ``context`` and hand it to every attention core and axis switch untouched.
     """
 
-    block_lists: tuple[str, ...]  # see Parallelizable in acceleration/protocol.py, as for the rest
+    block_lists: tuple[str | tuple[str, ...], ...]  # see Parallelizable in acceleration/protocol.py, as for the rest
     attention_cores: Mapping[str, AttentionAxis]
     axis_switches: Mapping[str, TokenAxis]
 
