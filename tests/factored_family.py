@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora.models import families
-from opensora.models.base import AttentionAxis, Denoising, Family, TokenAxis
+from opensora.models.base import AttentionAxis, Denoising, Family, TokenAxis, Widths
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.models.layers.attention import SDPACore
 from opensora.models.layers.axis_switch import AxisSwitch
@@ -269,11 +269,10 @@ def describe(cfg: ToyConfig) -> Denoising:
     )
 
 
-def check(cfg: ToyConfig, channels: int, text_dim: int | None, pooled_dim: int | None) -> None:
-    if cfg.channels != channels:
-        raise ValueError(f"channels={cfg.channels}: the autoencoder has {channels}; set model.channels={channels}")
-    if text_dim not in (None, cfg.text_dim):
-        raise ValueError(f"text_dim={cfg.text_dim}: the text encoder gives {text_dim}; set model.text_dim={text_dim}")
+def check(cfg: ToyConfig, given: Widths) -> None:
+    for key, width in (("channels", given.latents), ("text_dim", given.text)):
+        if width.size not in (None, getattr(cfg, key)):
+            raise ValueError(f"{key}={getattr(cfg, key)}: {width.key} gives {width.size}; set model.{key}={width.size}")
 
 
 def arguments(cfg: ToyConfig, tokens: TokenBatch, t: Tensor, conditions: Conditions) -> dict[str, Any]:

@@ -70,5 +70,7 @@ def test_train_and_sample(factored: Path, tmp_path: Path) -> None:
         argv = [str(job), f"save_dir={out}", "precision=fp64", *extra]
         argv += ["sampling={width: 32, height: 32, num_frames: 9, num_steps: 2, fps: 8, guidance: 3.0}"]
         run_distributed(run_sample, world, argv, timeout=140, init=False)
-        made[world] = {file.name: file.read_bytes() for file in out.iterdir() if file.suffix in (".mp4", ".png")}
+        made[world] = {
+            file.name: file.read_bytes() for file in out.rglob("*") if file.suffix in (".mp4", ".png", ".gif")
+        }
     assert made[1] and made[1] == made[2]
