@@ -1,6 +1,6 @@
 """A run in memory: what it is made of, and what can be done with it as a whole."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from acceleration.engines import Engine
 from acceleration.optim.optimizers import lr_at
 from opensora.config.run import RunConfig
 from opensora.planner.checks import Traffic
+from opensora.train.garbage_collection import GarbageCollection
 from opensora.train.health.anomaly_guard import AnomalyGuard, Update
 from opensora.train.health.data_health import DataHealth
 from opensora.train.health.step_timer import StepTimer
@@ -49,6 +50,7 @@ class Run:
     traffic: Traffic | None  # on the process that writes records
     base: str | None = None  # fingerprint of the weights that adapters are trained beside
     lock: RunLock | None = None  # on the main process
+    garbage: GarbageCollection = field(default_factory=GarbageCollection)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of update ``step``."""
@@ -134,6 +136,7 @@ class Run:
 
         Signals kill again: a process that failed must not outlive its launcher's patience.
         """
+        self.garbage.restore()
         if kind is not None:
             signal_handler.uninstall()
         self.data.close()
