@@ -81,7 +81,7 @@ class Run:
             return
         values = self.metrics.values(self.mesh, self.data.waited_s)
         values |= {"lr": self.lr_at(made), "epoch": self.data.plan.epoch_of(made)}
-        values |= {"mem/peak_gib": peak_gib(self.runtime.device), "guard/left_out": self.guard.left_out}
+        values |= {"mem/peak_gib": peak_gib(self.runtime.device), "guard/left_out": self.guard.skipped}
         values |= self.reads.due() | self.timer.due(self.mesh, self.metrics.steps, self.step)
         self.begin_record()
         self.metrics.write(self.step, values)

@@ -31,9 +31,9 @@ FREE = (
     *("guard.hang_s", "guard.start_s", "guard.save_s", "guard.straggler", "guard.replicas_every"),
 )
 NOT_FREE = ("parallel.precision",)  # but those that may not
-ASIDE = ("name", "validate")  # settings that leave the numbers of training as they are, said last
+SAID_LAST = ("name", "validate")  # settings that leave the numbers of training as they are
 _GUARD: Shape = {  # of what ``AnomalyGuard.state`` gives, as a manifest holds it
-    **dict.fromkeys(("left_out?", "row?", "returns?"), COUNT),
+    **dict.fromkeys(("skipped?", "left_out?", "row?", "returns?"), COUNT),
     "bad?": [WHOLE, WHOLE],
     **dict.fromkeys(("losses?", "norms?"), Each(NUMBER, list)),
     "...": ANY,
@@ -214,7 +214,7 @@ def announce_changes(cfg: RunConfig, manifest: Mapping[str, Any] | None = None) 
     if before is None:
         return
     lines = [line for line in differences(before, _told(cfg)) if _matters(line, cfg)]
-    lines.sort(key=lambda line: _is_below(line, ASIDE))  # stable
+    lines.sort(key=lambda line: _is_below(line, SAID_LAST))  # stable
     if lines:
         announce(f"resuming with other settings than before: {'; '.join(lines)}")
 
