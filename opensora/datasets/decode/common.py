@@ -11,7 +11,7 @@ from PIL import Image
 from opensora.utils.files.untrusted import parsing
 
 # A picture beyond these is a damaged header (or a bomb): 16k x 16k as RGB are 768 MiB. The clip table has the same
-# limits (``opensora.datasets.table.manifest``), so that what ``probe`` accepts it accepts too.
+# limits (``opensora.datasets.table.table_files``), so that what ``probe`` accepts it accepts too.
 MAX_SIDE = 2**16 - 1
 MAX_PIXELS = 2**26
 MAX_PICTURE_BYTES = 16 * MAX_PIXELS  # of a file, what a format without compression needs

@@ -28,7 +28,8 @@ import pyarrow.parquet as papq
 
 from opensora.datasets.table.build_once import build_once
 from opensora.datasets.table.checksums import ABOUT, Damaged, Sealed, seal, verified
-from opensora.datasets.table.manifest import COLUMNS, ClipTable, folders_of, no_rows, read_batches, table_files
+from opensora.datasets.table.manifest import COLUMNS, ClipTable, folders_of
+from opensora.datasets.table.table_files import no_rows, read_batches, table_files
 from opensora.utils.console import announce
 
 FOLDER = ".clip_index"  # beside the table, unless data.index says where
