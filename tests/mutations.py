@@ -57,6 +57,7 @@ STILLS = "tests/reference/test_sampling.py::test_stills_of_a_table"
 WHOLE = "tests/reference/test_sampling.py::test_from_training_to_pixels[adamw]"
 WITH_ADAPTERS = "tests/reference/test_sampling.py::test_from_training_to_pixels[adapters]"
 
+GARBAGE, BORDERS = "opensora/train/garbage_collection.py", "tests/unit/test_garbage_collection.py"
 STEP, LOOP = "opensora/train/preparation.py", "opensora/train/loop.py"
 SETUP, WEIGHTS, DATA = "opensora/train/setup.py", "opensora/assembly/initial_weights.py", "opensora/train/step_data.py"
 ENCODERS = "opensora/assembly/encoders.py"
@@ -406,6 +407,27 @@ TABLE: tuple[Mutation, ...] = (
         "option.fps if option.num_frames > 1 else None",
         "option.fps",
         WHOLE,
+    ),
+    Mutation(
+        "garbage collected within steps",
+        GARBAGE,
+        "gc.disable()",
+        "gc.isenabled()",
+        f"{BORDERS}::test_nothing_is_collected_between_borders",
+    ),
+    Mutation(
+        "no collection after a run",
+        GARBAGE,
+        "gc.enable()",
+        "gc.disable()",
+        f"{BORDERS}::test_off_between_borders_and_as_it_was_afterwards",
+    ),
+    Mutation(
+        "garbage of a step is kept",
+        GARBAGE,
+        "gc.collect()",
+        "gc.get_count()",
+        f"{BORDERS}::test_every_border_frees_the_cycles_of_its_step",
     ),
 )
 
