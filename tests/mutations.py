@@ -77,7 +77,9 @@ LORA, STORED, PACKING = (
     "opensora/datasets/loading/feature_store.py",
     "opensora/train/packed_tokens.py",
 )
-PIPELINE, LOAD, SAVE, PROMPTS = (f"opensora/inference/{name}.py" for name in ("pipeline", "load", "save", "prompts"))
+PIPELINE, FIND, LOAD, SAVE, PROMPTS = (
+    f"opensora/inference/{name}.py" for name in ("pipeline", "find", "load", "save", "prompts")
+)
 
 TABLE: tuple[Mutation, ...] = (
     # A step of training: what is encoded, dropped, corrupted, and how it is weighed.
@@ -386,7 +388,7 @@ TABLE: tuple[Mutation, ...] = (
         "merge_adapters(model, 1.0)",
         WITH_ADAPTERS,
     ),
-    Mutation("no words about motion in sampling", LOAD, "bool(saved and saved.data.prompt_suffix)", "False", WHOLE),
+    Mutation("no words about motion in sampling", FIND, "bool(saved and saved.data.prompt_suffix)", "False", WHOLE),
     Mutation(
         "frame rate in the prompt of a still",
         "opensora/inference/prompts.py",

@@ -9,7 +9,7 @@ from acceleration.diagnostics.memory_usage import device_bytes, machine_bytes
 from acceleration.distributed import mesh
 from acceleration.sharding.precision import DTYPES
 from opensora.config.run import RunConfig, SampleConfig, check_fit
-from opensora.inference.load import Source
+from opensora.inference.find import Source
 from opensora.models.base import AutoencoderShape, latent_grid
 from opensora.models.families import MMDiTConfig, build_model
 from opensora.models.text import check_text_encoder, text_tokens
