@@ -49,10 +49,12 @@ class WeightFormat(Protocol):
         """The layout that adapters of these layers were made for, and whether that is a guess from their names."""
 
     def adapter_targets(self, shapes: Mapping[str, Shape], layout: Layout, source: Layout) -> dict[str, Target]:
-        """Weights that adapters in layout ``source`` may be for, under every name that is in use for them.
+        """Weights that adapters may be for, under every name of every layout, with rows in the order of ``source``.
 
         Args:
             shapes: of all parameters of the model, in ``layout``.
+            source: decides on the order alone, and on what a name means that several layouts have; never on which
+                names there are, since it is found by them.
 
         Returns:
             Name in a file of adapters, with ``.weight`` -> which rows of the model's weights it is.
