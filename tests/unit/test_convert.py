@@ -220,6 +220,40 @@ def test_fused_tensors_too_odd_to_be_cut_are_reported(tmp_path: Path, name: str)
         load_state_dict_for(model, tmp_path, WEIGHTS, to=FLUX)
 
 
+ODD: dict[str, tuple[str, tuple[int, ...], str]] = {  # of a file with separate projections: tensor, shape, what is said
+    "k of another width": (
+        "double_blocks.0.img_attn.k_proj.weight",
+        (64, 1),
+        r"1 of another shape \(file, model\): .*\.qkv\.weight made of .*q_proj.weight \(64, 64\) and .* \(64, 1\) and",
+    ),
+    "k without rows": ("double_blocks.0.img_attn.k_proj.bias", (), r"img_attn\.qkv\.bias \(129,\), \(192,\)"),
+    "half a head": ("single_blocks.0.q_proj.bias", (24,), r"single_blocks\.0\.linear1\.bias \(408,\), \(448,\)"),
+    "a norm that is a number": ("double_blocks.0.img_attn.norm.key_norm.scale", (), r"key_norm\.scale \(\), \(16,\)"),
+    "a norm of nothing": ("double_blocks.0.img_attn.norm.key_norm.scale", (0,), r"key_norm\.scale \(0,\), \(16,\)"),
+    "a norm of a few": ("double_blocks.0.img_attn.norm.key_norm.scale", (3,), r"key_norm\.scale \(3,\), \(16,\)"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_tensors_too_odd_to_be_joined_or_permuted_are_reported(tmp_path: Path, case: str) -> None:
+    name, shape, expected = ODD[case]
+    state = convert_state_dict(dict(random_model(DEBUG).state_dict()), WEIGHTS, to=OPEN_SORA_2)
+    save_file({**state, name: torch.zeros(shape)}, tmp_path / "m.safetensors")
+    with torch.device("meta"):
+        model = MMDiTModel(DEBUG)
+    with pytest.raises(UserError, match=expected) as caught:
+        load_state_dict_for(model, tmp_path, WEIGHTS, to=FLUX)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_another_tensor_takes_is_reported(tmp_path: Path) -> None:
+    """q by itself beside q, k, v in one: neither is dropped without a word."""
+    state = {key: tensor.clone() for key, tensor in random_model(DEBUG).state_dict().items()}
+    save_file({**state, "double_blocks.0.img_attn.q_proj.weight": torch.zeros(64, 64)}, tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match=r"1 unexpected: double_blocks\.0\.img_attn\.(q_proj|qkv)\.weight"):
+        load_state_dict_for(MMDiTModel(DEBUG), tmp_path, WEIGHTS, to=FLUX)
+
+
 PREFIXES = [
     "model.diffusion_model.",
     "module.",

@@ -96,6 +96,15 @@ def test_what_does_not_fit_is_said_in_the_familys_words(tmp_path: Path) -> None:
     save_file({**file, "layers.0.odd": torch.zeros(2)}, tmp_path / "m.safetensors")
     with pytest.raises(UserError, match=r"1 unexpected: layers\.0\.odd"):
         load_state_dict_for(Film(), tmp_path, FILM, to=OURS)
+    for shape in ((D, 2 * C, *PATCH), (2 * D, C, *PATCH), (D, OUT, 1), ()):  # the last but one has as many values
+        odd = {**published(random_state()), "x_embedder.proj.weight": torch.zeros(shape)}
+        save_file(odd, tmp_path / "m.safetensors")
+        if shape == (D, OUT, 1):
+            load_state_dict_for(Film(), tmp_path, FILM, to=OURS)
+            continue
+        with pytest.raises(UserError, match=r"1 of another shape .* embed\.weight .*, ") as caught:
+            load_state_dict_for(Film(), tmp_path, FILM, to=OURS)
+        assert f"embed.weight {shape}, {(D, OUT)}" in str(caught.value)
     save_file({"reel.weight": torch.zeros(2)}, tmp_path / "m.safetensors")
     with pytest.raises(UserError, match="these are reels; give films"):
         WeightFile(tmp_path, FILM)

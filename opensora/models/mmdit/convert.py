@@ -133,7 +133,7 @@ def _is_matrix(name: str, shape: Shape) -> bool:
 def _head_dim(shapes: Mapping[str, Shape]) -> int:
     for name, shape in shapes.items():
         if name.endswith("norm.key_norm.scale"):
-            return shape[0]
+            return max(height(shape), 1)
     raise UserError("these weights have no norm.key_norm.scale, so they are no MMDiT: give a Flux or Open-Sora 2 file")
 
 
@@ -177,13 +177,17 @@ def _fused(targets: Mapping[str, Target]) -> dict[str, Target]:
 
 
 def _reordered(targets: Mapping[str, Target], head_dim: int, to: RopeLayout) -> dict[str, Target]:
-    """The channels of q and k, and of their norms, in the rotary layout ``to`` instead of the other one."""
+    """The channels of q and k, and of their norms, in the rotary layout ``to`` instead of the other one.
+
+    What is not made of whole heads keeps its order, and fits no model.
+    """
     order = _channel_order(head_dim, to)
     found = {}
     for name, target in targets.items():
         is_qk = ".q_proj." in name or ".k_proj." in name or name.endswith(("query_norm.scale", "key_norm.scale"))
+        is_whole = all(rows.start % head_dim == rows.stop % head_dim == 0 for rows in target.rows)
         rows = tuple(replace(rows, order=order) for rows in target.rows)
-        found[name] = replace(target, rows=rows) if is_qk else target
+        found[name] = replace(target, rows=rows) if is_qk and is_whole else target
     return found
 
 

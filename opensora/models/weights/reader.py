@@ -74,6 +74,7 @@ class WeightFile(Mapping[str, Tensor]):
             UserError: no such file, not safetensors, a tensor that is in two files, or another family's where order
                 changes.
         """
+        self._path = path
         self._files: dict[str, Any] = {}  # tensor -> open file
         self._stored: dict[str, str] = {}  # tensor -> name in its file
         self._sources: dict[str, Shape] = {}  # of the tensors, under the model's names
@@ -85,6 +86,8 @@ class WeightFile(Mapping[str, Tensor]):
         self.made_anew = _matching(self._sources, format.made_anew)
         kept = {name: shape for name, shape in self._sources.items() if name not in self.made_anew}
         self._targets = format.targets(kept, self.layout, self.layout if to is None else to)
+        wrong = {name: target for name, target in self._targets.items() if not target.fits(kept)}
+        self.misfits = {name: _described(target, kept) for name, target in wrong.items()}
         used = {rows.tensor for target in self._targets.values() for rows in target.rows}
         self.unused = tuple(name for name in kept if name not in used)
 
@@ -113,6 +116,8 @@ class WeightFile(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         target = self._targets[name]
+        if name in self.misfits:
+            raise UserError(f"{self._path}: {name} cannot be {self.misfits[name]}: fetch or export the file again")
         if unchanged := target.unchanged(self._sources):
             return self._files[unchanged].get_tensor(self._stored[unchanged])
         return build(target, self._sources, self._get)
@@ -196,9 +201,9 @@ def load_state_dict_for(
         left_at_init=allowed,
         unexpected=(*(name for name in shapes if name not in wanted), *file.unused),
         wrong_shape=tuple(
-            f"{name} {shapes[name]}, {shape}"
+            f"{name} {file.misfits.get(name, shapes[name])}, {shape}"
             for name, shape in wanted.items()
-            if name in shapes and shapes[name] != shape
+            if name in file.misfits or shapes.get(name, shape) != shape
         ),
         made_anew=file.made_anew,
     )
@@ -222,6 +227,12 @@ def load_into(
         if name in file:
             tensor.copy_(file[name])
     return report
+
+
+def _described(target: Target, stored: Mapping[str, Shape]) -> str:
+    """What a tensor is made of, where that cannot be."""
+    parts = {rows.tensor: stored[rows.tensor] for rows in target.rows}
+    return "made of " + " and ".join(f"{name} {shape}" for name, shape in parts.items())
 
 
 def _adapters(names: Collection[str]) -> str | None:

@@ -67,6 +67,11 @@ class Target:
             return None
         return first.tensor if (first.start, first.stop) == (0, height(self.shape)) else None
 
+    def fits(self, sources: Mapping[str, Shape]) -> bool:
+        """Whether the other tensors have as many values as are to be read of them."""
+        size = math.prod(self.shape[1:])
+        return all(rows.span()[1] * size <= math.prod(sources[rows.tensor]) for rows in self.rows)
+
 
 def height(shape: Shape) -> int:
     """Rows of a tensor; a single number is one."""
@@ -74,9 +79,14 @@ def height(shape: Shape) -> int:
 
 
 def whole(name: str, shape: Shape, to: Shape | None = None, order: tuple[int, ...] | None = None) -> Target:
-    """All of a tensor, in the shape ``to`` if it is another, its rows permuted by ``order``."""
-    shape = shape if to is None else to
-    return Target(shape, (Rows(name, 0, height(shape), order),))
+    """All of a tensor, in the shape ``to`` if it is another, its rows permuted by ``order``.
+
+    A tensor that has another number of values, or no whole groups of rows, is as it is, and then fits no model.
+    """
+    if to is not None and math.prod(to) == math.prod(shape):
+        shape = to
+    count = height(shape)
+    return Target(shape, (Rows(name, 0, count, order if order and count % len(order) == 0 else None),))
 
 
 def joined(*targets: Target) -> Target:
