@@ -84,6 +84,7 @@ class FilmWeights:
     original = PUBLISHED
     may_lack: tuple[str, ...] = ("blocks.*.table",)
     made_anew: tuple[str, ...] = ("pos_embed*",)
+    torch_keys: tuple[str, ...] | None = ("ema", "state_dict")
     advice = "choose the film of this file"
     example_layer = "blocks.0.out"
 

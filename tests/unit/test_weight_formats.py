@@ -6,6 +6,7 @@ Truth is written here with reshapes and concatenations of whole tensors.
 import random
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from opensora.models.mmdit.convert import WEIGHTS as WEIGHTS_OF_MMDIT
 from opensora.models.weights.adapter_export import convert_adapter, write_adapter, write_comfyui
 from opensora.models.weights.adapter_fit import fit_adapter
 from opensora.models.weights.adapter_names import WEIGHTS
@@ -108,6 +110,71 @@ def test_what_does_not_fit_is_said_in_the_familys_words(tmp_path: Path) -> None:
     save_file({"reel.weight": torch.zeros(2)}, tmp_path / "m.safetensors")
     with pytest.raises(UserError, match="these are reels; give films"):
         WeightFile(tmp_path, FILM)
+
+
+class Program:
+    """What a file must not be able to run."""
+
+    def __reduce__(self) -> Any:
+        return exec, ("raise SystemExit(3)",)
+
+
+def test_files_of_torch_save_where_the_format_says_so(tmp_path: Path) -> None:
+    """Bare, or a checkpoint with more in it; given alone, or the one in a folder."""
+    state = random_state()
+    file = published(state)
+    others = {"epoch": 3, "optimizer": {"state": {}}, "args": ["a"]}
+    for number, content in enumerate((file, {**others, "state_dict": file}, {"ema": file, "model": random_state(1)})):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        torch.save(content, folder / "film.pth")
+        for path in (folder, folder / "film.pth"):
+            assert same(dict(WeightFile(path, FILM, OURS)), state)
+            part = torch.zeros(2, 3)
+            assert WeightFile(path, FILM, OURS).read_part("last.weight", (4, 1), part)
+            assert torch.equal(part, state["last.weight"][4:6, 1:4])
+        with pytest.raises(UserError, match=r"is a file of torch\.save.*nothing is unpickled"):
+            WeightFile(folder / "film.pth", WEIGHTS_OF_MMDIT)
+        with pytest.raises(UserError, match=r"no safetensors, and nothing is unpickled \(film\.pth\)"):
+            WeightFile(folder, WEIGHTS_OF_MMDIT)
+    (tmp_path / "0/other.pt").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"holds 2 files of weights \(film\.pth, other\.pt\): give one of them"):
+        WeightFile(tmp_path / "0", FILM)
+
+
+def test_what_torch_save_may_not_hold(tmp_path: Path) -> None:
+    path, file = tmp_path / "film.pt", published(random_state())
+    for content, expected in (
+        ({"state_dict": file, "args": Program()}, "holds more than tensors, which could be a program"),
+        ([1, 2], "it holds no tensors by name"),
+        ({}, "it holds no tensors by name"),
+        ({"weights": file}, r"'weights' is no tensor; a checkpoint has its weights under ema or state_dict"),
+        ({**file, 3: torch.zeros(1)}, "3 is no tensor"),
+        ({**file, "strength": torch.zeros(1, dtype=torch.int32)}, "strength is torch.int32: must be one of F64"),
+        ({**file, "strength": torch.eye(2).to_sparse()}, "'strength' is no tensor"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(UserError, match=expected) as caught:
+            WeightFile(path, FILM)
+        assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_damaged_files_of_torch_save_are_refused_in_a_line(tmp_path: Path) -> None:
+    torch.save(published(random_state()), tmp_path / "whole.pt")
+    content, draw = (tmp_path / "whole.pt").read_bytes(), random.Random(0)
+    taken = 0
+    for _ in range(300):
+        data = bytearray(content)
+        for _ in range(draw.choice([1, 3])):
+            at = draw.randrange(draw.choice([100, 2000, len(data)]))
+            data[at : at + draw.choice([0, 1, 9])] = draw.randbytes(draw.choice([0, 1, 4]))
+        (tmp_path / "m.pt").write_bytes(bytes(data[: draw.choice([len(data), draw.randrange(1, len(data))])]))
+        try:
+            load_state_dict_for(Film(), tmp_path / "m.pt", FILM, to=OURS)
+            taken += 1
+        except UserError as error:
+            assert "\n" not in str(error) and len(str(error)) < 2000
+    assert 0 < taken < 300
 
 
 class Forgetful(FilmWeights):

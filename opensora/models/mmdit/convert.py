@@ -63,6 +63,7 @@ class MMDiTWeights:
     # A file without cond_in (Flux) starts as if nothing were conditioned: cond_in is drawn, which is zero.
     may_lack: tuple[str, ...] = ("cond_in.*",)
     made_anew: tuple[str, ...] = ()
+    torch_keys: tuple[str, ...] | None = None
     advice = "choose the model size and embeds (cond_embed, guidance_embed) of this file"
     example_layer = "single_blocks.0.linear1"
 

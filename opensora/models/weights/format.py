@@ -20,6 +20,7 @@ class WeightFormat(Protocol):
     original: Layout  # of the first release, which other tools read
     may_lack: tuple[str, ...]  # patterns: what training may draw where the file to start from lacks it
     made_anew: tuple[str, ...]  # patterns: what files hold and the model computes, as tables of positions
+    torch_keys: tuple[str, ...] | None  # where a checkpoint of torch.save has the weights; None: none is ever read
     advice: str  # what to do about a file that does not fit the model
     example_layer: str  # how a layer is called that an adapter may be for
 

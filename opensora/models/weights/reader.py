@@ -1,4 +1,4 @@
-"""Weights of any family out of safetensors files, in the layout of choice, strictly, and part by part.
+"""Weights of any family out of files, in the layout of choice, strictly, and part by part.
 
 Any process reads the rows that it needs and no others. What belongs to a family comes from its ``WeightFormat``.
 """
@@ -17,6 +17,7 @@ from opensora.models.weights.format import Layout, WeightFormat
 from opensora.models.weights.names import plain_names, some
 from opensora.models.weights.rows import Rows, Shape, Target, build, read_rows
 from opensora.models.weights.shards import check_index, weight_files
+from opensora.models.weights.torch_files import is_torch_file, open_torch_file
 from opensora.utils.errors import UserError
 from opensora.utils.files.safetensors_files import check_types, open_weights
 
@@ -61,7 +62,7 @@ class LoadReport:
 
 
 class WeightFile(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, an index json, or their folder, in a layout of choice; read when asked for.
+    """The tensors of a file, an index json, or their folder, in a layout of choice; read when asked for.
 
     Only names and shapes are read at once. Tensors come on the CPU; those that need no conversion are mapped from the
     file, so that not even they take memory of their own.
@@ -93,8 +94,9 @@ class WeightFile(Mapping[str, Tensor]):
 
     def _open(self, path: Path, format: WeightFormat) -> None:
         """Open the files and learn names, shapes and metadata."""
-        files, index = weight_files(path)
-        opened = [open_weights(file) for file in files]
+        keys = format.torch_keys
+        files, index = weight_files(path, torch_files=keys is not None)
+        opened = [open_weights(f) if keys is None or not is_torch_file(f) else open_torch_file(f, keys) for f in files]
         check_index({one.path.name: one.shapes for one in opened}, index)
         stored = [name for one in opened for name in one.shapes]
         self.prefix, names, self.left_out = plain_names(stored, format.parts, str(path))

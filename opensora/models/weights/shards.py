@@ -6,17 +6,21 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from opensora.models.weights.names import some
+from opensora.models.weights.torch_files import SUFFIXES
 from opensora.utils.errors import UserError
 from opensora.utils.files.safetensors_files import check_regular
 from opensora.utils.files.untrusted import ANY, TEXT, Each, mismatch, parse_json, parsing, read_small, short_reason
 
 _WANTED = "give a .safetensors file, an index .json, or their folder"
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 
 
-def weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
-    """(files of the weights, tensor -> name of its file as an index says, empty without one)."""
+def weight_files(path: Path, *, torch_files: bool = False) -> tuple[list[Path], dict[str, str]]:
+    """(files of the weights, tensor -> name of its file as an index says, empty without one).
+
+    Args:
+        torch_files: a folder without safetensors may hold one file of ``torch.save``.
+    """
     try:
         is_folder = path.is_dir()
         if not is_folder:
@@ -31,11 +35,15 @@ def weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
     with parsing(lambda reason: UserError(f"{path}: cannot be read ({reason})")):
         indices = sorted(path.glob("*.safetensors.index.json"))
         files = sorted(path.glob("*.safetensors"))
-        pickled = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLED)
+        pickled = sorted(file.name for file in path.iterdir() if file.suffix in SUFFIXES)
     if len(indices) > 1:
         found = some([index.name for index in indices])
         raise UserError(f"{path}: holds {len(indices)} index files ({found}): give one of them")
     if not indices and not files:
+        if pickled and torch_files:
+            if len(pickled) > 1:
+                raise UserError(f"{path}: holds {len(pickled)} files of weights ({some(pickled)}): give one of them")
+            return [path / pickled[0]], {}
         if pickled:
             raise UserError(
                 f"{path}: holds no safetensors, and nothing is unpickled ({some(pickled)}): save its tensors by "
