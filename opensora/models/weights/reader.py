@@ -203,9 +203,9 @@ def load_state_dict_for(
         left_at_init=allowed,
         unexpected=(*(name for name in shapes if name not in wanted), *file.unused),
         wrong_shape=tuple(
-            f"{name} {file.misfits.get(name, shapes[name])}, {shape}"
+            f"{name} {file.misfits[name] if shapes[name] == shape else shapes[name]}, {shape}"
             for name, shape in wanted.items()
-            if name in file.misfits or shapes.get(name, shape) != shape
+            if name in shapes and (shapes[name] != shape or name in file.misfits)
         ),
         made_anew=file.made_anew,
     )
