@@ -77,13 +77,13 @@ RENAMED = {"embed.bias": "x_embedder.proj.bias"}
 class FilmWeights:
     """What a second family has to write: its names, and which rows of which tensors a parameter is made of."""
 
-    parts: tuple[str, ...] = (
+    top_level: tuple[str, ...] = (
         *("embed", "blocks", "nothing", "strength", "last"),
         *("x_embedder", "layers", "y_embedder", "final_layer", "pos_embed"),
     )
     original = PUBLISHED
     may_lack: tuple[str, ...] = ("blocks.*.table",)
-    made_anew: tuple[str, ...] = ("pos_embed*",)
+    recomputed: tuple[str, ...] = ("pos_embed*",)
     torch_keys: tuple[str, ...] | None = ("ema", "state_dict")
     advice = "choose the film of this file"
     example_layer = "blocks.0.out"
@@ -91,7 +91,7 @@ class FilmWeights:
     def layout(self, cfg: Any) -> FilmLayout:
         return cfg
 
-    def stated_layout(self, names: Collection[str], metadata: Mapping[str, str]) -> FilmLayout:
+    def detect_layout(self, names: Collection[str], metadata: Mapping[str, str]) -> FilmLayout:
         if "film" in metadata:
             return FilmLayout(metadata["film"] == "published")
         return FilmLayout(any(name.startswith(("layers.", "x_embedder.", "final_layer.")) for name in names))
@@ -105,17 +105,15 @@ class FilmWeights:
         return "these are reels; give films" if any(name.startswith("reel.") for name in names) else None
 
     def adapter_layout(self, layers: Collection[str], metadata: Mapping[str, str]) -> tuple[FilmLayout, bool]:
-        return self.stated_layout([f"{layer}." for layer in layers], metadata), "film" not in metadata
+        return self.detect_layout([f"{layer}." for layer in layers], metadata), "film" not in metadata
 
-    def adapter_targets(
-        self, shapes: Mapping[str, Shape], layout: FilmLayout, source: FilmLayout
-    ) -> dict[str, Target]:
+    def adapter_targets(self, shapes: Mapping[str, Shape], layout: FilmLayout, source: FilmLayout) -> dict[str, Target]:
         found: dict[str, Target] = {}
         for to in (OURS, PUBLISHED, source):
             found |= self.targets(shapes, layout, to)
         return {name: target for name, target in found.items() if name.endswith(".weight") and len(target.shape) == 2}
 
-    def guess(self, source: FilmLayout, to: FilmLayout) -> str:
+    def describe_guess(self, source: FilmLayout, to: FilmLayout) -> str:
         return f"taken for {source.metadata()['film']}"
 
     def _to_ours(self, shapes: Mapping[str, Shape]) -> dict[str, Target]:

@@ -56,11 +56,11 @@ def test_the_permutation_is_the_documented_one() -> None:
 
 def test_layouts_are_told_by_names_then_metadata() -> None:
     flux = dict(random_model(DEBUG).state_dict())
-    assert WEIGHTS.stated_layout(flux, {}) == FLUX == LAYOUTS["flux"]
-    assert WEIGHTS.stated_layout(convert_state_dict(flux, WEIGHTS, to=OPEN_SORA_2), {}) == OPEN_SORA_2
-    assert WEIGHTS.stated_layout(flux, {"rope_layout": "half"}).rope_layout == "half"
+    assert WEIGHTS.detect_layout(flux, {}) == FLUX == LAYOUTS["flux"]
+    assert WEIGHTS.detect_layout(convert_state_dict(flux, WEIGHTS, to=OPEN_SORA_2), {}) == OPEN_SORA_2
+    assert WEIGHTS.detect_layout(flux, {"rope_layout": "half"}).rope_layout == "half"
     with pytest.raises(UserError, match="rope_layout=spiral"):
-        WEIGHTS.stated_layout(flux, {"rope_layout": "spiral"})
+        WEIGHTS.detect_layout(flux, {"rope_layout": "spiral"})
 
 
 @pytest.mark.parametrize("to", ALL, ids=str)

@@ -58,11 +58,11 @@ class _Config(Protocol):
 class MMDiTWeights:
     """The family's ``WeightFormat``."""
 
-    parts: tuple[str, ...] = (*_INPUTS, "double_blocks", "single_blocks", "final_layer")
+    top_level: tuple[str, ...] = (*_INPUTS, "double_blocks", "single_blocks", "final_layer")
     original = FLUX
     # A file without cond_in (Flux) starts as if nothing were conditioned: cond_in is drawn, which is zero.
     may_lack: tuple[str, ...] = ("cond_in.*",)
-    made_anew: tuple[str, ...] = ()
+    recomputed: tuple[str, ...] = ()
     torch_keys: tuple[str, ...] | None = None
     advice = "choose the model size and embeds (cond_embed, guidance_embed) of this file"
     example_layer = "single_blocks.0.linear1"
@@ -70,7 +70,7 @@ class MMDiTWeights:
     def layout(self, cfg: _Config) -> WeightLayout:
         return WeightLayout(fused_qkv=cfg.fused_qkv, rope_layout=cfg.rope_layout)
 
-    def stated_layout(self, names: Collection[str], metadata: Mapping[str, str]) -> WeightLayout:
+    def detect_layout(self, names: Collection[str], metadata: Mapping[str, str]) -> WeightLayout:
         """The rotary layout that metadata states, else that of the published one with these names."""
         fused = any(".qkv." in name or ".linear1." in name for name in names)
         rope = metadata.get("rope_layout") or ("interleaved" if fused else "half")
@@ -96,7 +96,7 @@ class MMDiTWeights:
     def adapter_layout(self, layers: Collection[str], metadata: Mapping[str, str]) -> tuple[WeightLayout, bool]:
         """As for weights; diffusers' names come with interleaved pairs."""
         as_weights = [f"{name}.qkv." if "transformer_blocks" in name else f"{name}.weight" for name in layers]
-        return self.stated_layout(as_weights, metadata), "rope_layout" not in metadata
+        return self.detect_layout(as_weights, metadata), "rope_layout" not in metadata
 
     def adapter_targets(
         self, shapes: Mapping[str, Shape], layout: WeightLayout, source: WeightLayout
@@ -107,7 +107,7 @@ class MMDiTWeights:
             separate = _reordered(separate, _head_dim(shapes), source.rope_layout)
         return {**_diffusers(separate), **_fused(separate), **separate}
 
-    def guess(self, source: WeightLayout, to: WeightLayout) -> str:
+    def describe_guess(self, source: WeightLayout, to: WeightLayout) -> str:
         return (
             f"does not say its rope_layout; taken for {source.rope_layout} by the names of its layers, and put into "
             f"the order of model.rope_layout={to.rope_layout}"
@@ -124,7 +124,7 @@ def flux_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     shapes = shapes_of(state)
     separate = WeightLayout(fused_qkv=False, rope_layout="interleaved")
-    return assemble(state, _diffusers(WEIGHTS.targets(shapes, WEIGHTS.stated_layout(shapes, {}), separate)))
+    return assemble(state, _diffusers(WEIGHTS.targets(shapes, WEIGHTS.detect_layout(shapes, {}), separate)))
 
 
 def _is_matrix(name: str, shape: Shape) -> bool:

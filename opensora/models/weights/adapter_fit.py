@@ -71,7 +71,7 @@ def plan_adapter(
     return AdapterPlan(
         pieces={layer: tuple(rows) for layer, rows in pieces.items() if rows},
         prefix=prefix,
-        guess=format.guess(source, to) if guessed and moved else "",
+        guess=format.describe_guess(source, to) if guessed and moved else "",
     )
 
 

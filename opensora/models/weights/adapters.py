@@ -137,9 +137,7 @@ def _scale(
     layer: str, rank: int, alpha: Tensor | None, config: PeftConfig | None, opened: OpenWeights
 ) -> tuple[float, str]:
     """(alpha/rank, where alpha is said), the nearest to the layer: its tensor, the configuration, the metadata."""
-    stated = next(
-        (opened.metadata[key] for key in METADATA_ALPHAS if opened.metadata.get(key, "None") != "None"), None
-    )
+    stated = next((opened.metadata[key] for key in METADATA_ALPHAS if opened.metadata.get(key, "None") != "None"), None)
     if alpha is not None:
         source = f"{opened.path}: {layer}.alpha"
         kind = opened.types[f"{layer}.alpha"]

@@ -9,17 +9,18 @@ from typing import Any, Protocol, TypeAlias
 
 from opensora.models.weights.rows import Shape, Target
 
-# The family's own frozen value. ``metadata()`` gives what safetensors files say of it: dict[str, str].
+# The family's own frozen value. ``metadata()`` gives what safetensors files say of it: dict[str, str]. It may hold what
+# a conversion must know of the configuration beside the shapes, as the length of an empty prompt.
 Layout: TypeAlias = Any
 
 
 class WeightFormat(Protocol):
     """Names are without any prefix and without the names of wrappers; shapes are by name."""
 
-    parts: tuple[str, ...]  # first words of the model's names, in every layout: behind what stands before is a prefix
+    top_level: tuple[str, ...]  # first words of its names, in every layout; what stands before them is a prefix
     original: Layout  # of the first release, which other tools read
     may_lack: tuple[str, ...]  # patterns: what training may draw where the file to start from lacks it
-    made_anew: tuple[str, ...]  # patterns: what files hold and the model computes, as tables of positions
+    recomputed: tuple[str, ...]  # patterns: what files hold and the model computes, as tables of positions
     torch_keys: tuple[str, ...] | None  # where a checkpoint of torch.save has the weights; None: none is ever read
     advice: str  # what to do about a file that does not fit the model
     example_layer: str  # how a layer is called that an adapter may be for
@@ -27,7 +28,7 @@ class WeightFormat(Protocol):
     def layout(self, cfg: Any) -> Layout:
         """How the model of a configuration names and orders its weights."""
 
-    def stated_layout(self, names: Collection[str], metadata: Mapping[str, str]) -> Layout:
+    def detect_layout(self, names: Collection[str], metadata: Mapping[str, str]) -> Layout:
         """The layout of a file, by what its metadata states, else by its names.
 
         Raises:
@@ -61,5 +62,5 @@ class WeightFormat(Protocol):
             Name in a file of adapters, with ``.weight`` -> which rows of the model's weights it is.
         """
 
-    def guess(self, source: Layout, to: Layout) -> str:
+    def describe_guess(self, source: Layout, to: Layout) -> str:
         """What to say of a layout of adapters that was guessed, where rows changed places by it."""

@@ -37,7 +37,7 @@ class LoadReport:
     left_at_init: tuple[str, ...]  # wanted, not in the file, allowed to be missing
     unexpected: tuple[str, ...]
     wrong_shape: tuple[str, ...]  # "name (shape in the file, shape wanted)"
-    made_anew: tuple[str, ...] = ()  # in the file, and computed by the model
+    recomputed: tuple[str, ...] = ()  # in the file, and computed by the model
 
     @property
     def fits(self) -> bool:
@@ -52,7 +52,7 @@ class LoadReport:
                 ("of another shape (file, model)", self.wrong_shape),
                 ("left at their initial values", self.left_at_init),
                 ("of other models left out", self.left_out),
-                ("computed by the model and not read", self.made_anew),
+                ("computed by the model and not read", self.recomputed),
             )
             if names
         ]
@@ -83,12 +83,12 @@ class WeightFile(Mapping[str, Tensor]):
         self._open(Path(path), format)
         if foreign := _adapters(self._sources) or format.other_format(self._sources):
             raise UserError(f"{path}: {foreign}")
-        self.layout = format.stated_layout(self._sources, self._metadata)
-        self.made_anew = _matching(self._sources, format.made_anew)
-        kept = {name: shape for name, shape in self._sources.items() if name not in self.made_anew}
+        self.layout = format.detect_layout(self._sources, self._metadata)
+        self.recomputed = _matching(self._sources, format.recomputed)
+        kept = {name: shape for name, shape in self._sources.items() if name not in self.recomputed}
         self._targets = format.targets(kept, self.layout, self.layout if to is None else to)
         wrong = {name: target for name, target in self._targets.items() if not target.fits(kept)}
-        self.misfits = {name: _described(target, kept) for name, target in wrong.items()}
+        self.mismatched = {name: _described(target, kept) for name, target in wrong.items()}
         used = {rows.tensor for target in self._targets.values() for rows in target.rows}
         self.unused = tuple(name for name in kept if name not in used)
 
@@ -99,7 +99,7 @@ class WeightFile(Mapping[str, Tensor]):
         opened = [open_weights(f) if keys is None or not is_torch_file(f) else open_torch_file(f, keys) for f in files]
         check_index({one.path.name: one.shapes for one in opened}, index)
         stored = [name for one in opened for name in one.shapes]
-        self.prefix, names, self.left_out = plain_names(stored, format.parts, str(path))
+        self.prefix, names, self.left_out = plain_names(stored, format.top_level, str(path))
         for one in opened:
             self._metadata.update(one.metadata)
             own = {names[stored]: stored for stored in one.shapes if stored in names}
@@ -118,8 +118,8 @@ class WeightFile(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         target = self._targets[name]
-        if name in self.misfits:
-            raise UserError(f"{self._path}: {name} cannot be {self.misfits[name]}: fetch or export the file again")
+        if name in self.mismatched:
+            raise UserError(f"{self._path}: {name} cannot be {self.mismatched[name]}: fetch or export the file again")
         if unchanged := target.unchanged(self._sources):
             return self._files[unchanged].get_tensor(self._stored[unchanged])
         return build(target, self._sources, self._get)
@@ -203,11 +203,11 @@ def load_state_dict_for(
         left_at_init=allowed,
         unexpected=(*(name for name in shapes if name not in wanted), *file.unused),
         wrong_shape=tuple(
-            f"{name} {file.misfits[name] if shapes[name] == shape else shapes[name]}, {shape}"
+            f"{name} {file.mismatched[name] if shapes[name] == shape else shapes[name]}, {shape}"
             for name, shape in wanted.items()
-            if name in shapes and (shapes[name] != shape or name in file.misfits)
+            if name in shapes and (shapes[name] != shape or name in file.mismatched)
         ),
-        made_anew=file.made_anew,
+        recomputed=file.recomputed,
     )
     if not report.fits:
         raise UserError(f"{report}; {format.advice}")

@@ -24,7 +24,7 @@ def convert_state_dict(
         UserError: ``state`` is of another family.
     """
     shapes = shapes_of(state)
-    source = format.stated_layout(shapes, {}) if source is None else source
+    source = format.detect_layout(shapes, {}) if source is None else source
     return assemble(state, format.targets(shapes, source, to))
 
 

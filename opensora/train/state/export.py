@@ -37,9 +37,7 @@ def write_export(cfg: RunConfig, engine: Engine, step: int, base: str | None, *,
             tensors = dict(weights)
             if write:
                 shapes = parameter_shapes(cfg.model)
-                renamed, scales = convert_adapter(
-                    tensors, adapters.scale, shapes, format, source=layout, to=original
-                )
+                renamed, scales = convert_adapter(tensors, adapters.scale, shapes, format, source=layout, to=original)
                 metadata = original.metadata() | described | {"base": base or ""}
                 write_comfyui(folder, renamed, scales=scales, metadata=metadata, digests=found)
         elif adapters.rank:
