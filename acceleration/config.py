@@ -167,8 +167,8 @@ class LoraConfig:
     rank: int = 0  # inner size of every adapter; 0: no adapters, all weights are trained
     alpha: float | None = None  # an adapter's output is scaled by alpha/rank; null: alpha=rank
     dropout: float = 0.0  # must be 0: blocks draw no random numbers, so that recomputation and layouts agree
-    targets: tuple[str, ...] = ("double_blocks.*.*_attn.*", "double_blocks.*.*_mlp.*", "single_blocks.*.*")
-    # layers with an adapter: * stands for one part of a name; what is not a linear layer is passed over
+    targets: tuple[str, ...] | None = None  # layers with an adapter: * stands for one part of a name, and what is not a
+    # linear layer is passed over; null: those that the model's family names
     export_names: Literal["peft", "comfyui"] = (
         "peft"  # of the exported adapters: peft's folder, or the file ComfyUI reads
     )
@@ -182,8 +182,8 @@ class LoraConfig:
             raise ValueError(f"alpha={self.alpha}: must be a number > 0, or null for alpha=rank")
         if self.dropout:
             raise ValueError(f"dropout={self.dropout}: must be 0, as blocks draw no random numbers")
-        if not self.targets:
-            raise ValueError("targets=[]: name layers, as in [single_blocks.*.linear1], or set rank=0")
+        if self.targets is not None and not self.targets:
+            raise ValueError("targets=[]: must name layers, or be null for those that the model's family names; rank=0 is none")
 
     @property
     def scale(self) -> float:

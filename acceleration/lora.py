@@ -59,6 +59,7 @@ def apply(model: nn.Module, cfg: LoraConfig) -> list[str]:
     Raises:
         ValueError: a target that names no linear layer.
     """
+    assert cfg.targets is not None, "the family's own are put in where configuration and model meet"
     found = {id(layer) for _, _, layer in protocol.slots(model, cfg.targets, nn.Linear)}
     names = [name for name, module in model.named_modules() if id(module) in found]
     attach(model, {name: (cfg.rank, cfg.scale) for name in names})

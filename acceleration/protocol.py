@@ -27,9 +27,14 @@ class Shardable(Protocol):
         """Fill the full value of one parameter in place."""
 
 
+def block_lists(model: nn.Module) -> tuple[str, ...]:
+    """Names of the model's lists of blocks."""
+    return model.block_lists  # type: ignore[return-value]
+
+
 def blocks(model: nn.Module) -> list[nn.Module]:
     """Every block of every block list, in order."""
-    lists = (model.get_submodule(name) for name in model.block_lists)  # type: ignore[union-attr]
+    lists = (model.get_submodule(name) for name in block_lists(model))
     return [block for blocks in lists for block in blocks.children()]
 
 

@@ -26,7 +26,7 @@ import yaml
 
 from benchmarks.clip_columns import clip_columns
 from opensora.datasets.buckets.bucket import BucketTable
-from opensora.datasets.buckets.cost import image_tokens
+from opensora.datasets.buckets.cost import FullAttention
 from opensora.datasets.config import DataConfig
 from opensora.datasets.plan.balance import deal
 from opensora.datasets.plan.batch_plan import BatchPlan
@@ -76,7 +76,7 @@ def config(buckets: dict, micro_batches: int, pack: int = 1, **budget: float) ->
 def idle_of_policies(name: str, table: ClipTable, buckets: dict, steps: int) -> list[dict[str, Any]]:
     fixed = every_cost(BatchPlan(table, config(buckets, 1), MULTIPLE, 0))
     rows = BucketTable(config(buckets, 1), MULTIPLE).buckets
-    mean_tokens = np.mean([b.batch_size * image_tokens(b.frames, b.height, b.width, MULTIPLE) for b in rows])
+    mean_tokens = np.mean([b.batch_size * FullAttention(MULTIPLE)(b.frames, b.height, b.width)[0] for b in rows])
     tokens = every_cost(BatchPlan(table, config(buckets, 1, tokens_per_batch=int(mean_tokens)), MULTIPLE, 0))
     budget = float(fixed.max())
     cost = every_cost(BatchPlan(table, config(buckets, 1, cost_per_batch=budget), MULTIPLE, 0))

@@ -34,7 +34,8 @@ from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from acceleration.sharding import fsdp
 from opensora.assembly.initial_weights import FileSource
-from opensora.models.families import MMDiTConfig, build_model
+from opensora.models.families import build_model
+from opensora.models.mmdit import MMDiTConfig
 from opensora.models.mmdit.convert import OPEN_SORA_2, WEIGHTS
 from opensora.models.weights.reader import load_state_dict_for
 from opensora.models.weights.writer import save_state_dict

@@ -30,7 +30,10 @@ from torch import nn
 from acceleration.distributed.mesh import view
 from acceleration.sequence import SequenceParallel
 from benchmarks.clip_columns import clip_columns
-from opensora.datasets.buckets.cost import image_tokens
+from opensora.assembly.encoders import Encoders
+from opensora.assembly.token_layout import token_layout
+from opensora.conditioning import ConditioningConfig
+from opensora.datasets.buckets.cost import FullAttention
 from opensora.datasets.config import DataConfig
 from opensora.datasets.loading.feature_store import Features
 from opensora.datasets.loading.reader import Batch, PackedBatch
@@ -39,7 +42,7 @@ from opensora.datasets.table.manifest import ClipTable, TextsInMemory
 from opensora.models.base import TextFeatures
 from opensora.models.families import build_model, init_model_
 from opensora.models.mmdit import MMDiTConfig
-from opensora.schedulers.rectified_flow import RectifiedFlowConfig
+from opensora.schedulers.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from opensora.train.preparation import Preparation, loss_share
 from opensora.utils.rng import torch_generator
 
@@ -117,16 +120,12 @@ def measured(model: nn.Module, case: Case, steps: int, micro_batches: int) -> di
     """Both ways, the first step not counted; the ratio is the median over steps."""
     plans = [plan(case, micro_batches, budget) for budget in (0, BUDGET)]
     prepare = Preparation(
-        autoencoder=None,
-        text_encoder=Text(case),
-        flow=RectifiedFlowConfig(),
-        patch=1,
-        cond_embed=False,
-        guidance_embed=False,
-        sequence=SequenceParallel(view({})),
+        encoders=Encoders(autoencoder=None, text_encoder=Text(case), device=torch.device("cpu"), stored=True),
+        objective=RectifiedFlow(RectifiedFlowConfig()),
+        conditioning=ConditioningConfig(),
+        model=model.cfg,
+        layout=token_layout(model.cfg, SequenceParallel(view({}))),
         seed=0,
-        device=torch.device("cpu"),
-        stored=True,
     )
     seconds, tokens, forwards = np.zeros((2, steps)), np.zeros(steps), np.zeros((2, steps))
     for step in range(-1, steps):
@@ -139,7 +138,7 @@ def measured(model: nn.Module, case: Case, steps: int, micro_batches: int) -> di
                 seconds[way, step], forwards[way, step] = time.process_time() - started, len(work)
         assert abs(losses[0] - losses[1]) <= 1e-4 * abs(losses[0]), losses
         of_bucket = plans[0].shapes(step % steps).items()
-        tokens[step] = sum(n * image_tokens(b.frames, b.height, b.width, MULTIPLE) for b, n in of_bucket)
+        tokens[step] = sum(n * FullAttention(MULTIPLE)(b.frames, b.height, b.width)[0] for b, n in of_bucket)
     ratios = seconds[0] / seconds[1]
     return {
         "forwards": forwards.mean(axis=1).tolist(),

@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 
 from acceleration.config import MeshConfig
-from acceleration.distributed.mesh import view
 from acceleration.distributed.runtime import Ranks, ranks_from_environment
-from acceleration.sequence import SequenceParallel
+from opensora.assembly.encoders import Encoders
 from opensora.assembly.stored_features import encoder_dtype, identity, identity_hash
 from opensora.config.run import RunConfig
 from opensora.datasets.decode import api
@@ -25,7 +24,6 @@ from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch
 from opensora.datasets.table.manifest import ClipTable
 from opensora.models.text import build_text_encoder
 from opensora.models.vae import build_autoencoder
-from opensora.train.preparation import Preparation
 from opensora.train.setup import check
 from opensora.utils import signal_handler
 from opensora.utils.console import announce
@@ -118,19 +116,12 @@ def _encode(
     device: torch.device,
 ) -> None:
     dtype = encoder_dtype(cfg)
-    text_encoder = build_text_encoder(cfg.text, device, dtype)
-    prepare = Preparation(
+    encoders = Encoders(
         autoencoder=build_autoencoder(cfg.vae, device, dtype),
-        text_encoder=text_encoder,
-        flow=cfg.flow,
-        patch=cfg.model.patch_size,
-        cond_embed=False,
-        guidance_embed=False,
-        sequence=SequenceParallel(view({})),
-        seed=cfg.seed,
+        text_encoder=build_text_encoder(cfg.text, device, dtype),
         device=device,
     )
-    null = text_encoder.encode([""])
+    null = encoders.null
     named = {"txt": null.txt, "y_vec": null.y_vec, "mask": null.mask}
     with signal_handler.writing():
         feature_store.write_null(folder, {name: x for name, x in named.items() if x is not None}, hash_)
@@ -146,7 +137,7 @@ def _encode(
                 assert isinstance(batch, Batch)  # nothing is packed here
                 for sample, other, why in batch.replaced:
                     announce(f"sample {sample} is replaced by {other}: {why}")
-                encoded = prepare.encode(batch)
+                encoded = encoders.encode(batch)
                 parts.append(
                     (micro_batch, feature_store.Features(**{n: x.cpu() for n, x in encoded.tensors().items()}))
                 )

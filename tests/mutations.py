@@ -59,9 +59,10 @@ WITH_ADAPTERS = "tests/reference/test_sampling.py::test_from_training_to_pixels[
 
 STEP, LOOP = "opensora/train/preparation.py", "opensora/train/loop.py"
 SETUP, WEIGHTS, DATA = "opensora/train/setup.py", "opensora/assembly/initial_weights.py", "opensora/train/step_data.py"
-CONDITIONING = "opensora/conditioning/frames.py"
+ENCODERS = "opensora/assembly/encoders.py"
+TOKENS, DROPOUT = "opensora/assembly/token_layout.py", "opensora/conditioning/dropout.py"
 EXPORT, RESUME = (f"opensora/train/state/{name}.py" for name in ("export", "resume"))
-FLOW, TIMES = "opensora/schedulers/rectified_flow.py", "opensora/schedulers/timesteps.py"
+FLOW, TIMES, EULER = (f"opensora/schedulers/{name}.py" for name in ("rectified_flow", "timesteps", "euler"))
 OPTIM, EMA, NATIVE = "acceleration/optim/optimizers.py", "acceleration/optim/ema.py", "acceleration/engines/native.py"
 GUIDANCE, SOLVER, NOISE = (f"opensora/sampling/{name}.py" for name in ("guidance", "loop", "noise"))
 MODEL, LAYERS = "opensora/models/mmdit/model.py", "opensora/models/mmdit/layers.py"
@@ -87,19 +88,25 @@ TABLE: tuple[Mutation, ...] = (
     # A step of training: what is encoded, dropped, corrupted, and how it is weighed.
     Mutation("mask of a dropped prompt kept", STEP, "null.mask, mask)", "mask, mask)", TRAIN),
     Mutation("tokens and pooled text dropped together", STEP, "torch.where(drop_vec[", "torch.where(drop_txt[", TRAIN),
-    Mutation("noise of step 0 always", STEP, "sample_noise(self.seed, step,", "sample_noise(self.seed, 0,", TRAIN),
-    Mutation("times of step 0 always", STEP, "timesteps(self.seed, step,", "timesteps(self.seed, 0,", TRAIN),
-    Mutation("pixels from 0 to 1", STEP, ".float() / 127.5 - 1", ".float() / 255", TRAIN),
-    Mutation("target of the other sign", STEP, "target=pack(", "target=-pack(", TRAIN),
-    Mutation("patch 1 in the shift", STEP, "ids, grid, self.patch,", "ids, grid, 1,", TRAIN),
     Mutation(
-        "guidance of zeros", STEP, "torch.ones_like(tokens.timesteps)", "torch.zeros_like(tokens.timesteps)", TRAIN
+        "noise of step 0 always", STEP, "draw_per_sample(self.seed, step,", "draw_per_sample(self.seed, 0,", TRAIN
     ),
+    Mutation("times of step 0 always", STEP, "times(self.seed, step,", "times(self.seed, 0,", TRAIN),
+    Mutation("pixels from 0 to 1", ENCODERS, ".float() / 127.5 - 1", ".float() / 255", TRAIN),
+    Mutation(
+        "target of the other sign",
+        STEP,
+        "{name: self.layout.patchify(target)",
+        "{name: -self.layout.patchify(target)",
+        TRAIN,
+    ),
+    Mutation("patch 1 in the shift", STEP, "step, ids, grid)", "step, ids, grid._replace(patch=(1, 1, 1)))", TRAIN),
+    Mutation("guidance of zeros", STEP, "torch.ones_like(t)", "torch.zeros_like(t)", TRAIN),
     Mutation(
         "time coordinate lost",
-        STEP,
-        "self.patch, self.device).expand(",
-        "self.patch, self.device).mul(torch.tensor([0.0, 1.0, 1.0])).expand(",
+        TOKENS,
+        "grid.patch, device).expand(",
+        "grid.patch, device).mul(torch.tensor([0.0, 1.0, 1.0])).expand(",
         TRAIN,
     ),
     Mutation("AdamW becomes Adam with L2", OPTIM, "torch.optim.AdamW(", "torch.optim.Adam(", TRAIN),
@@ -109,17 +116,21 @@ TABLE: tuple[Mutation, ...] = (
         "learning rate of the next step", LOOP, "set_lr(run.lr_at(run.step))", "set_lr(run.lr_at(run.step + 1))", TRAIN
     ),
     Mutation("dropout of step 0 always", STEP, "drop_text(self.seed, step,", "drop_text(self.seed, 0,", TRAIN),
-    Mutation("condition of ones", CONDITIONING, "torch.zeros(b, 1 + c", "torch.ones(b, 1 + c", TRAIN),
+    Mutation("condition of ones", MODEL, "torch.zeros(*tokens.x", "torch.ones(*tokens.x", TRAIN),
     Mutation("repeated micro-batches count", STEP, "* (tokens.weight / global", "* (1.0 / global", FOUR),
     Mutation("loss of the last micro-batch only", LOOP, "loss += share.detach()", "loss = share.detach()", TRAIN),
     Mutation("mean over a wrong number of values", DATA, "samples * self._latents(", "self._latents(", TRAIN),
     # The objective.
-    Mutation("dropout by the square of its probability", FLOW, ".random() < p ", ".random() < p * p ", TRAIN),
+    Mutation("dropout by the square of its probability", DROPOUT, ".random() < p ", ".random() < p * p ", TRAIN),
     Mutation(
-        "noise left in the data forgotten", FLOW, "(1 - (1 - cfg.sigma_min) * (1 - t)) * noise", "t * noise", TRAIN
+        "noise left in the data forgotten",
+        FLOW,
+        "(1 - (1 - self.cfg.sigma_min) * (1 - at)) * noise",
+        "at * noise",
+        TRAIN,
     ),
     Mutation(
-        "noise left in the data not in the target", FLOW, "(1 - cfg.sigma_min) * _exact(noise)", "_exact(noise)", TRAIN
+        "noise left in the data not in the target", FLOW, "(1 - self.cfg.sigma_min) * noise - x0", "noise - x0", TRAIN
     ),
     Mutation("shift without latent frames", TIMES, "(4096 - 256)) * math.sqrt(latent_frames)", "(4096 - 256))", TRAIN),
     Mutation("shift from 0 tokens on", TIMES, "/ (4096 - 256)", "/ 4096", TRAIN),
@@ -365,8 +376,8 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "guidance from the prompted pass",
         GUIDANCE,
-        "return unprompted + guidance * (prompted",
-        "return prompted + guidance * (prompted",
+        "return uncond + text_scale(",
+        "return cond + text_scale(",
         CLIPS,
     ),
     Mutation("guidance oscillates on odd steps", GUIDANCE, "or step % 2 == 0", "or step % 2 == 1", CLIPS),
@@ -379,18 +390,20 @@ TABLE: tuple[Mutation, ...] = (
     ),
     Mutation(
         "schedule by all tokens",
-        PIPELINE,
-        "get_schedule(opt.num_steps, tokens_per_frame,",
-        "get_schedule(opt.num_steps, tokens,",
+        EULER,
+        "grid.places, grid.latent_frames",
+        "grid.tokens, grid.latent_frames",
         CLIPS,
     ),
-    Mutation("velocity at the next time", SOLVER, "* velocity(x, now, step)", "* velocity(x, then, step)", CLIPS),
+    Mutation(
+        "velocity at the next time", SOLVER, "solver.times[index], device", "solver.times[index + 1], device", CLIPS
+    ),
     Mutation("negative prompt not read", PIPELINE, 'neg or [""] * len(text)', '[""] * len(text)', CLIPS),
     Mutation(
         "noise of the first seed for all",
         PIPELINE,
         "isinstance(seed, int) else seed\n",
-        "isinstance(seed, int) else [seed[0]] * count\n",
+        "isinstance(seed, int) else [seed[0]] * clips\n",
         CLIPS,
     ),
     Mutation(
@@ -403,8 +416,8 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "distilled guidance of one",
         GUIDANCE,
-        "torch.full((img.shape[0],), option.guidance,",
-        "torch.full((img.shape[0],), 1.0,",
+        "shape[0],), self.option.guidance,",
+        "shape[0],), 1.0,",
         DISTILLED,
     ),
     Mutation("latents not scaled back", DCT, "(basis / gain[:, None])", "(basis * gain[:, None])", CLIPS),

@@ -26,6 +26,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "opensora.sampling": ("opensora.models", "opensora.schedulers", "opensora.utils"),
     "opensora.config": (
         "acceleration.config",
+        "opensora.conditioning",
         "opensora.datasets",
         "opensora.models",
         "opensora.sampling",

@@ -23,9 +23,11 @@ class SequenceContext:
     An argument and not a state of the slot: recomputation in backward sees the same value as forward did.
     """
 
-    lengths: tuple[int, ...]  # tokens (text and image) of each process that shares the sequence, in rank order
+    lengths: tuple[int, ...]  # of each process that shares the sequence, in rank order: tokens, text and image; where
+    # frames are given, places of a frame
     ulysses: Axis | None = None  # the part of the axis that cuts these samples; None: the whole axis
     segments: Segments | None = None  # of the tokens of all; None: every sequence is one sample
+    frames: int | None = None  # of models that keep time and space apart: all frames
 
 
 class SequenceParallel:
@@ -66,6 +68,13 @@ class SequenceParallel:
         part = self.ulysses if self.ulysses.parent else None
         txt, img = self.sizes(txt_tokens, extra_to_last=True), self.sizes(img_tokens)
         return SequenceContext(tuple(a + b for a, b in zip(txt, img, strict=True)), part)
+
+    def factored_context(self, frames: int, places: int) -> SequenceContext | None:
+        """The same for models that keep ``frames`` x ``places`` tokens apart: these are cut along places."""
+        if not self.cuts:
+            return None
+        part = self.ulysses if self.ulysses.parent else None
+        return SequenceContext(self.sizes(places), part, frames=frames)
 
     def packed_context(self, txt: Tensor, img: Tensor, device: torch.device | str) -> SequenceContext:
         """The same for sequences that hold several samples; not for a ring.

@@ -18,7 +18,8 @@ from acceleration.config import MeshConfig, ParallelConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.distributed import runtime
 from acceleration.parallelize import parallelize
-from opensora.models.families import MMDiTConfig, build_model
+from opensora.models.families import build_model
+from opensora.models.mmdit import MMDiTConfig
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, data sheets of the SXM boards
 TEXT = 512

@@ -7,10 +7,10 @@ from torch import nn
 
 from acceleration.distributed.mesh import SAMPLE_AXES, Mesh
 from acceleration.distributed.tasks import DistributedRunner
-from acceleration.sequence import SequenceParallel
+from opensora.assembly.token_layout import TokenLayout
 from opensora.config.run import VaeParallel
-from opensora.models.base import Autoencoder, TextEncoder
-from opensora.models.families import MMDiTConfig
+from opensora.models.base import Autoencoder, ModelConfig, TextEncoder
+from opensora.schedulers import ObjectiveConfig
 from opensora.utils.tasks import TaskRunner, one_by_one
 
 
@@ -19,18 +19,19 @@ class Components:
     """Everything that sampling needs, on this process's device."""
 
     model: nn.Module
-    cfg: MMDiTConfig
+    cfg: ModelConfig
     autoencoder: Autoencoder
     text_encoder: TextEncoder
-    sequence: SequenceParallel
+    objective: ObjectiveConfig  # that the model was trained with
+    layout: TokenLayout
     mesh: Mesh
     device: torch.device
     prompt_suffix: bool
     run_tiles: TaskRunner = one_by_one  # who codes the tiles of a clip
 
 
-def tile_runner(choice: VaeParallel, autoencoder: Autoencoder, mesh: Mesh) -> TaskRunner:
+def tile_runner(choice: VaeParallel, autoencoder: Autoencoder | None, mesh: Mesh) -> TaskRunner:
     """Who codes the tiles of a clip: the processes that work on the same samples together, or each all of them."""
-    if choice == "off" or (choice == "auto" and not autoencoder.is_costly):
+    if autoencoder is None or choice == "off" or (choice == "auto" and not autoencoder.is_costly):
         return one_by_one
     return DistributedRunner(*(mesh[name] for name in SAMPLE_AXES))

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from acceleration import lora
 from acceleration.protocol import ParameterSource
 from opensora.config.run import RunConfig
-from opensora.models.families import MMDiTConfig, build_model
-from opensora.models.weight_formats import weight_format
+from opensora.models.base import ModelConfig
+from opensora.models.families import build_model, family_of
 from opensora.models.weights.adapter_fit import FittedAdapter
 from opensora.models.weights.reader import WeightFile, load_state_dict_for
 from opensora.models.weights.rows import Shape
@@ -34,7 +34,7 @@ def initial_weights(cfg: RunConfig, model: nn.Module) -> ParameterSource:
 
     if cfg.train.init_from is None:
         return draw
-    format, source = weight_format(cfg.model), cfg.train.init_from
+    format, source = family_of(cfg.model).weights, cfg.train.init_from
     layout = format.layout(cfg.model)
     file, report = load_state_dict_for(model, source, format, to=layout, allow_missing=_may_lack(cfg))
     announce(str(report))
@@ -54,7 +54,7 @@ def check_initial(cfg: RunConfig) -> None:
 def _may_lack(cfg: RunConfig) -> tuple[str, ...]:
     # What is drawn beside adapters would stay as drawn, and sampling would miss it in the file: the model should be
     # built without.
-    return () if cfg.lora.rank else weight_format(cfg.model).may_lack
+    return () if cfg.lora.rank else family_of(cfg.model).weights.may_lack
 
 
 def add_adapters(cfg: RunConfig, model: nn.Module) -> ParameterSource:
@@ -66,7 +66,7 @@ def add_adapters(cfg: RunConfig, model: nn.Module) -> ParameterSource:
     try:
         lora.apply(model, cfg.lora)
     except ValueError as error:
-        example = weight_format(cfg.model).example_layer
+        example = family_of(cfg.model).weights.example_layer
         raise UserError(f"lora.targets: {error}; layers are called as in {example}") from None
     return lambda name, tensor: lora.init_parameter_(name, tensor, torch_generator(cfg.seed, "init", name))
 
@@ -79,7 +79,7 @@ def adapted(model: nn.Module, cfg: RunConfig) -> str:
     return f"LoRA of rank {cfg.lora.rank} on {layers} layers: {trained:,} of {total:,} parameters are trained"
 
 
-def check_weights(key: str, path: str | Path, model: MMDiTConfig, allow_missing: tuple[str, ...] = ()) -> None:
+def check_weights(key: str, path: str | Path, model: ModelConfig, allow_missing: tuple[str, ...] = ()) -> None:
     """That the tensors at ``path`` are this model's, by their names and shapes; reads headers only.
 
     Raises:
@@ -87,14 +87,14 @@ def check_weights(key: str, path: str | Path, model: MMDiTConfig, allow_missing:
     """
     with torch.device("meta"):
         empty = build_model(model)
-    format = weight_format(model)
+    format = family_of(model).weights
     try:
         load_state_dict_for(empty, path, format, to=format.layout(model), allow_missing=allow_missing)
     except UserError as error:
         raise UserError(f"{key}={path}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
-def parameter_shapes(model: MMDiTConfig) -> dict[str, Shape]:
+def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
     """Shape of every parameter and buffer of a model, by name; takes no memory."""
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in build_model(model).state_dict().items()}

@@ -6,14 +6,15 @@ from acceleration.attention import kernels
 from acceleration.config import MeshConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.sharding import tensor_parallel
-from opensora.models.families import MMDiTConfig, build_model
+from opensora.models.base import ModelConfig
+from opensora.models.families import build_model, describe
 from opensora.sampling.guidance import passes_per_step
 from opensora.sampling.options import SamplingOption
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 
 
-def check_layout(mesh: MeshConfig, world_size: int, model: MMDiTConfig) -> None:
+def check_layout(mesh: MeshConfig, world_size: int, model: ModelConfig) -> None:
     """That this many processes can be arranged as asked, and can share the model's heads.
 
     Raises:
@@ -24,14 +25,15 @@ def check_layout(mesh: MeshConfig, world_size: int, model: MMDiTConfig) -> None:
     except ValueError as error:
         raise UserError(f"parallel.mesh: {error}") from None
     tensor, ulysses, ring = degrees["tensor"], degrees["ulysses"], degrees["ring"]
+    all_heads = describe(model).heads
     if tensor > 1:
         try:
             with torch.device("meta"):
                 tensor_parallel.check(build_model(model), tensor)
         except ValueError as error:
-            allowed = ", ".join(str(d) for d in range(1, model.num_heads + 1) if model.num_heads % d == 0)
-            raise UserError(f"parallel.mesh.{error}; divisors of model.num_heads are {allowed}") from None
-    heads = model.num_heads // tensor
+            allowed = ", ".join(str(d) for d in range(1, all_heads + 1) if all_heads % d == 0)
+            raise UserError(f"parallel.mesh.{error}; divisors of the model's heads are {allowed}") from None
+    heads = all_heads // tensor
     if ulysses > heads:
         best = max(d for d in range(1, heads + 1) if (ring * ulysses) % d == 0)
         raise UserError(

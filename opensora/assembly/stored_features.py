@@ -15,6 +15,7 @@ from opensora.datasets.loading import feature_store
 from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.datasets.table.index import IndexedTable
 from opensora.models.base import TextFeatures
+from opensora.models.families import describe
 from opensora.utils.console import launched_rank
 from opensora.utils.errors import UserError
 
@@ -27,7 +28,7 @@ def identity(cfg: RunConfig, table: IndexedTable) -> dict[str, Any]:
     return {
         "vae": plain(cfg.vae),
         "text": plain(cfg.text),
-        "model": {"patch_size": cfg.model.patch_size},  # bucket sizes are multiples of it
+        "model": {"patch_size": describe(cfg.model).patch[1]},  # bucket sizes are multiples of it
         "seed": cfg.seed,
         "encoders": str(encoder_dtype(cfg)),
         "data": {

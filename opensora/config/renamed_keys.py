@@ -9,17 +9,23 @@ from typing import Any
 from opensora.config.strict_yaml import Keys, Lines, dotted
 from opensora.utils.errors import UserError
 
-RENAMED: dict[Keys, Keys] = {
-    ("data", "empty_rows"): ("data", "unused_rows"),
-    ("data", "pack"): ("data", "balance_group"),
-    ("guard", "max_returns"): ("guard", "max_rollbacks"),
-    ("guard", "aside_s"): ("guard", "save_s"),
+# A key, or a whole section, and what it is called now; one value may have become several.
+RENAMED: dict[Keys, tuple[Keys, ...]] = {
+    ("data", "empty_rows"): (("data", "unused_rows"),),
+    ("data", "pack"): (("data", "balance_group"),),
+    ("guard", "max_returns"): (("guard", "max_rollbacks"),),
+    ("guard", "aside_s"): (("guard", "save_s"),),
+    ("flow", "text_dropout"): (("conditioning", "dropout", "text"), ("conditioning", "dropout", "pooled")),
+    ("flow",): (("objective",),),
 }
 
 
-def new_name(keys: Keys) -> Keys:
-    """The path of a key as it is called now."""
-    return RENAMED.get(keys, keys)
+def new_names(keys: Keys) -> tuple[Keys, ...]:
+    """The paths of a key as it is called now."""
+    for old in sorted(RENAMED, key=len, reverse=True):
+        if keys[: len(old)] == old:
+            return tuple((*new, *keys[len(old) :]) for new in RENAMED[old])
+    return (keys,)
 
 
 def with_new_names(tree: Mapping[Any, Any], lines: Lines | None = None) -> dict[Any, Any]:
@@ -34,12 +40,52 @@ def with_new_names(tree: Mapping[Any, Any], lines: Lines | None = None) -> dict[
     """
     renamed = dict(tree)
     for old, new in RENAMED.items():
-        section = renamed.get(old[0])
-        if not isinstance(section, Mapping) or old[1] not in section:
+        if not _has(renamed, old):
             continue
-        if new[1] in section:
-            raise UserError(f"{dotted(old)}: is called {dotted(new)} now, which is given as well; take the old one out")
-        renamed[old[0]] = {new[1] if key == old[1] else key: value for key, value in section.items()}
-        if lines is not None and old in lines:
-            lines[new] = lines.pop(old)
+        renamed, value = _without(renamed, old)
+        if value == {} and any(_has(renamed, name) for name in new):
+            continue  # what was in the section has moved elsewhere
+        for name in new:
+            if _has(renamed, name):
+                raise UserError(
+                    f"{dotted(old)}: is called {dotted(name)} now, which is given as well; take the old one out"
+                )
+        for name in new:
+            renamed = _with(renamed, name, value)
+        if lines is not None:
+            _move_lines(lines, old, new)
     return renamed
+
+
+def _has(tree: Any, keys: Keys) -> bool:
+    """Whether there is a value at a path."""
+    for key in keys:
+        if not isinstance(tree, Mapping) or key not in tree:
+            return False
+        tree = tree[key]
+    return True
+
+
+def _without(tree: Mapping[Any, Any], keys: Keys) -> tuple[dict[Any, Any], Any]:
+    """(the tree without the value at a path, that value)"""
+    if len(keys) == 1:
+        return {key: value for key, value in tree.items() if key != keys[0]}, tree[keys[0]]
+    below, value = _without(tree[keys[0]], keys[1:])
+    return {**tree, keys[0]: below}, value
+
+
+def _with(tree: Any, keys: Keys, value: Any) -> Any:
+    """The tree with a value at a path. What is no section on the way stays, and is refused where it is read."""
+    if not keys:
+        return value
+    if not isinstance(tree, Mapping):
+        return tree
+    return {**tree, keys[0]: _with(tree.get(keys[0], {}), keys[1:], value)}
+
+
+def _move_lines(lines: Lines, old: Keys, new: tuple[Keys, ...]) -> None:
+    for keys in [keys for keys in lines if keys[: len(old)] == old]:
+        place = lines.pop(keys)
+        for name in new:
+            moved: Keys = (*name, *keys[len(old) :])
+            lines[moved] = place

@@ -5,17 +5,20 @@ comes out is a tree of frozen dataclasses in which every field is stated. Python
 OmegaConf configuration in place of a file, and get one back by ``to_omegaconf``.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal, TypeAlias
 
 from acceleration.config import LoraConfig, OptimConfig, ParallelConfig
+from opensora.conditioning import ConditioningConfig
 from opensora.config.schema import section
 from opensora.datasets import DataConfig
-from opensora.models.families import MODEL_SIZES, MODELS, MMDiTConfig
-from opensora.models.text import TEXT_ENCODERS, ByteTextConfig, TextConfig
-from opensora.models.vae import AUTOENCODERS, AutoencoderConfig, autoencoder_shape
+from opensora.models.base import ModelConfig
+from opensora.models.families import MODEL_CONFIGS, MODEL_SIZES, describe, family_of
+from opensora.models.text import TEXT_ENCODER_CONFIGS, TextConfig, text_widths
+from opensora.models.vae import AUTOENCODER_CONFIGS, AutoencoderConfig, autoencoder_shape
 from opensora.sampling.options import SamplingOption
+from opensora.schedulers import OBJECTIVE_CONFIGS, ObjectiveConfig, build_objective
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.utils.files.untrusted import short
 from opensora.utils.limits import SECONDS, STEPS, Limits
@@ -28,11 +31,6 @@ MAX_NAME = 200  # bytes of a run's name; file systems take 255, and jobs and log
 LORA_SCALE = 1000.0  # the most, either way
 
 VaeParallel: TypeAlias = Literal["auto", "on", "off"]
-
-ModelConfig: TypeAlias = MMDiTConfig
-MODEL_CONFIGS: dict[str, type] = {kind: entry[0] for kind, entry in MODELS.items()}
-AUTOENCODER_CONFIGS: dict[str, type] = {kind: entry[0] for kind, entry in AUTOENCODERS.items()}
-TEXT_ENCODER_CONFIGS: dict[str, type] = {kind: entry[0] for kind, entry in TEXT_ENCODERS.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +131,8 @@ class RunConfig:
     model: ModelConfig = section(MODEL_CONFIGS, sizes=MODEL_SIZES)  # the denoiser
     vae: AutoencoderConfig = section(AUTOENCODER_CONFIGS)  # the autoencoder
     text: TextConfig = section(TEXT_ENCODER_CONFIGS)  # the text encoder
-    flow: RectifiedFlowConfig = field(default_factory=RectifiedFlowConfig)
+    objective: ObjectiveConfig = section(OBJECTIVE_CONFIGS, default=RectifiedFlowConfig)  # what is learned, and when
+    conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
     data: DataConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -155,6 +154,14 @@ class RunConfig:
         if not self.data.buckets:
             raise ValueError("data.buckets: missing; give a table such as {256px: {1: [1.0, 8], 33: [1.0, 2]}}")
         check_fit(self.model, self.vae, self.text)
+        check_objective(self.model, self.objective)
+        if self.lora.targets is None:  # what is saved states every value
+            object.__setattr__(self, "lora", replace(self.lora, targets=family_of(self.model).lora_targets))
+        if self.conditioning.masks and describe(self.model).references != "in_place":
+            raise ValueError(
+                f"conditioning.masks: model.kind={self.model.kind} takes no clean frames in place of noisy ones; "
+                "must be {}"
+            )
         if self.parallel.mesh.cfg != 1:
             raise ValueError(f"parallel.mesh.cfg={self.parallel.mesh.cfg}: must be 1; guidance is for sampling")
         if self.data.tokens_per_sequence:
@@ -183,7 +190,7 @@ class RunConfig:
             )
         if self.parallel.mesh.dynamic:
             raise ValueError(f"{key}: with parallel.mesh.dynamic=true must be 0; use the one or the other")
-        if not getattr(MODELS[self.model.kind][1], "takes_packs", False):
+        if not describe(self.model).packs:
             raise ValueError(f"{key}: model.kind={self.model.kind} takes one sample per sequence; must be 0")
 
     @property
@@ -203,6 +210,7 @@ class SampleConfig:
     model: ModelConfig | None = section(MODEL_CONFIGS, sizes=MODEL_SIZES, optional=True)  # null: as saved with weights
     vae: AutoencoderConfig | None = section(AUTOENCODER_CONFIGS, optional=True)  # null: as saved with weights
     text: TextConfig | None = section(TEXT_ENCODER_CONFIGS, optional=True)  # null: as saved with weights
+    objective: ObjectiveConfig | None = section(OBJECTIVE_CONFIGS, optional=True)  # null: as saved with weights
     sampling: SamplingOption = field(default_factory=SamplingOption)
     prompt: str | None = None  # one prompt
     prompts: tuple[str, ...] = ()  # several
@@ -248,24 +256,23 @@ def check_fit(model: ModelConfig, vae: AutoencoderConfig, text: TextConfig) -> N
     The widths of T5 and CLIP are in their files: ``opensora.models.text.check_text_encoder`` looks there.
 
     Raises:
-        ValueError: a width of the model that does not fit, with the one that does. One output channel would be taken
-            for all of them without an error.
+        ValueError: a width of the model that does not fit, with the one that does.
     """
-    channels = autoencoder_shape(vae).channels * model.patch_size**2
-    if model.in_channels != channels:
+    try:
+        family_of(model).check(model, autoencoder_shape(vae).channels, *text_widths(text))
+    except ValueError as error:
+        raise ValueError(f"model.{error}") from None
+
+
+def check_objective(model: ModelConfig, objective: ObjectiveConfig) -> None:
+    """That the model predicts what the objective needs.
+
+    Raises:
+        ValueError: it does not.
+    """
+    needed, found = build_objective(objective).outputs, describe(model).outputs
+    if found < needed:
         raise ValueError(
-            f"model.in_channels={model.in_channels}: vae.kind={vae.kind} with model.patch_size={model.patch_size} "
-            f"gives {channels} channels per token; set model.in_channels={channels}"
+            f"objective.kind={objective.kind}: needs {needed} values per latent, model.kind={model.kind} predicts "
+            f"{found}; choose another objective, or a model with a learned variance"
         )
-    if model.out_channels not in (None, channels):
-        raise ValueError(
-            f"model.out_channels={model.out_channels}: a velocity has the {channels} channels per token of what it "
-            f"moves; set model.out_channels={channels}, or null"
-        )
-    if not isinstance(text, ByteTextConfig):
-        return
-    for key in ("context_in_dim", "vec_in_dim"):
-        if getattr(model, key) != text.dim:
-            raise ValueError(
-                f"model.{key}={getattr(model, key)}: text.kind={text.kind} gives {text.dim}; set model.{key}={text.dim}"
-            )

@@ -26,15 +26,22 @@ SIZES = "sizes"  # metadata: {kind: {size: instance}}, the key ``size`` names th
 
 
 def section(
-    table: Mapping[str, type], *, sizes: Mapping[str, Mapping[str, Any]] | None = None, optional: bool = False
+    table: Mapping[str, type],
+    *,
+    sizes: Mapping[str, Mapping[str, Any]] | None = None,
+    optional: bool = False,
+    default: type | None = None,
 ) -> Any:
     """A dataclass field whose class is looked up in ``table`` by the section's ``kind``.
 
     Args:
         sizes: named instances per kind; ``size: NAME`` in the section starts from one.
         optional: the section may be left out or null; it is then None.
+        default: the class of a section that is left out, or that does not say its kind.
     """
     metadata = {TABLE: table, SIZES: sizes or {}}
+    if default is not None:
+        return dataclasses.field(default_factory=default, metadata=metadata)
     if optional:
         return dataclasses.field(default=None, metadata=metadata)
     return dataclasses.field(metadata=metadata)
@@ -171,6 +178,9 @@ class _Builder:
             return self.value(hint, value, keys)
         if value is None and field.default is None:
             return None
+        default = field.default_factory
+        if isinstance(value, dict) and value.get("kind") is None and default is not dataclasses.MISSING:
+            return self.instance(default, {k: v for k, v in value.items() if k != "kind"}, keys, {})  # type: ignore
         return self.chosen(field.metadata[TABLE], field.metadata[SIZES], value, keys)
 
     def chosen(self, table: Mapping[str, type], sizes: Mapping[str, Mapping[str, Any]], value: Any, keys: Keys) -> Any:

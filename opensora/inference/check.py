@@ -1,22 +1,23 @@
 """What can be known of a sampling job before a process group exists or a model is loaded: does it fit together."""
 
 import os
-
-import torch
+from math import prod
 
 from acceleration.config import ParallelConfig
 from acceleration.diagnostics.memory_usage import device_bytes, machine_bytes
 from acceleration.distributed import mesh
 from acceleration.sharding.precision import DTYPES
-from opensora.config.run import RunConfig, SampleConfig, check_fit
+from opensora.config.run import RunConfig, SampleConfig, check_fit, check_objective
 from opensora.inference.find import Source
-from opensora.models.base import AutoencoderShape, latent_grid
-from opensora.models.families import MMDiTConfig, build_model
+from opensora.models.base import AutoencoderShape, ModelConfig, latent_grid
+from opensora.models.families import count_parameters, describe
 from opensora.models.text import check_text_encoder, text_tokens
 from opensora.models.vae import autoencoder_shape, check_autoencoder
 from opensora.sampling.options import SamplingOption, sanitize_sampling_option
+from opensora.schedulers import ObjectiveConfig, build_objective
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
+from opensora.utils.files.untrusted import short
 
 GIB = 2**30
 PIXEL_BYTES = 3 * (4 + 1)  # of a decoded pixel: fp32, and the bytes that are written
@@ -30,12 +31,14 @@ def check_sample(cfg: SampleConfig, source: Source, jobs: int, world_size: int) 
     """
     try:
         check_fit(source.model, source.vae, source.text)
+        check_objective(source.model, source.objective)
     except ValueError as error:
         raise UserError(str(error)) from None
     option = fit_option("sampling", cfg.sampling, source.model, autoencoder_shape(source.vae))
     announce_size("sampling", cfg.sampling, option)
     check_autoencoder(source.vae)
-    check_text_encoder(source.text, source.model.context_in_dim, source.model.vec_in_dim)
+    check_text_encoder(source.text, autoencoder_shape(source.vae).channels, source.model)
+    solver_of("sampling", cfg.sampling, source.objective)
     needed = least_bytes(
         option,
         source.model,
@@ -80,7 +83,7 @@ def announce_size(key: str, asked: SamplingOption, made: SamplingOption) -> None
         announce(f"{key}: {size} become {made.width}x{made.height}, the next whole tokens")
 
 
-def fit_option(key: str, option: SamplingOption, model: MMDiTConfig, shape: AutoencoderShape) -> SamplingOption:
+def fit_option(key: str, option: SamplingOption, model: ModelConfig, shape: AutoencoderShape) -> SamplingOption:
     """The option with a size that the model can make.
 
     Args:
@@ -89,24 +92,22 @@ def fit_option(key: str, option: SamplingOption, model: MMDiTConfig, shape: Auto
     Raises:
         UserError: a length that the autoencoder cannot code, or a method that the model is not made for.
     """
-    multiple = shape.stride[1] * model.patch_size
+    reads_guidance = "guidance" in describe(model).wants
+    multiple = shape.stride[1] * describe(model).patch[1]
     try:
         option = sanitize_sampling_option(option, multiple=multiple, frame_stride=shape.stride[0], causal=shape.causal)
     except UserError as error:
         raise UserError(f"{key}.{error}") from None
-    method = "distill" if model.guidance_embed else "i2v"
+    method = "distill" if reads_guidance else "i2v"
     if option.method != method:
-        reads = "reads" if model.guidance_embed else "does not read"
-        raise UserError(
-            f"{key}.method={option.method}: must be {method}, as the model {reads} guidance as an input "
-            f"(model.guidance_embed={str(model.guidance_embed).lower()})"
-        )
+        reads = "reads" if reads_guidance else "does not read"
+        raise UserError(f"{key}.method={option.method}: must be {method}, as the model {reads} guidance as an input")
     return option
 
 
 def least_bytes(
     option: SamplingOption,
-    model: MMDiTConfig,
+    model: ModelConfig,
     shape: AutoencoderShape,
     *,
     samples: int,
@@ -130,20 +131,34 @@ def least_bytes(
     degrees = mesh.resolve(parallel.mesh, world_size)
     frames, rows, columns = latent_grid(option.num_frames, option.height, option.width, shape)
     latents = frames * rows * columns
-    tokens = latents // model.patch_size**2 // (degrees["ring"] * degrees["ulysses"])
+    denoising = describe(model)
+    patch = prod(denoising.patch)
+    tokens = latents // patch // (degrees["ring"] * degrees["ulysses"])
     # Residual, queries, keys and values are whole on the process (tensor parallelism cuts the last three).
-    widths = model.hidden_size * (1 + 3 / degrees["tensor"])
+    widths = denoising.width * (1 + 3 / degrees["tensor"])
     block = int(samples * (tokens + txt / (degrees["ring"] * degrees["ulysses"])) * widths * itemsize)
-    noise = samples * tokens * model.in_channels * 4
+    noise = samples * tokens * denoising.latent_channels * patch * 4
     clips = samples * (option.num_frames * option.height * option.width * PIXEL_BYTES + latents * shape.channels * 4)
-    weights = 0 if parallel.offload == "parameters" else parameters(model) * itemsize // world_size
+    weights = 0 if parallel.offload == "parameters" else count_parameters(model) * itemsize // world_size
     return weights + max(block + noise, clips)
 
 
-def parameters(model: MMDiTConfig) -> int:
-    """Of the denoiser."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in build_model(model).parameters())
+def solver_of(key: str, option: SamplingOption, objective: ObjectiveConfig) -> str:
+    """The solver that ``option`` names, or the first that fits.
+
+    Args:
+        key: the section's name, for messages.
+
+    Raises:
+        UserError: one that does not fit what the model was trained for.
+    """
+    fitting = build_objective(objective).solvers
+    if option.solver is not None and option.solver not in fitting:
+        raise UserError(
+            f"{key}.solver={short(option.solver)}: must be one of {', '.join(fitting)}, as the model was trained with "
+            f"objective.kind={objective.kind}; null takes the first"
+        )
+    return option.solver or fitting[0]
 
 
 def check_memory(key: str, option: SamplingOption, needed: int) -> None:

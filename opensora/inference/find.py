@@ -12,11 +12,12 @@ from acceleration.config import LoraConfig
 from opensora.assembly.initial_weights import check_weights, parameter_shapes
 from opensora.config.load import load_config
 from opensora.config.run import SAVED_NAME, RunConfig, SampleConfig
-from opensora.models.families import MMDiTConfig
-from opensora.models.weight_formats import weight_format
+from opensora.models.base import ModelConfig
+from opensora.models.families import family_of
 from opensora.models.weights.adapter_fit import FittedAdapter, fit_adapter
 from opensora.models.weights.adapter_names import CONFIG, WEIGHTS
 from opensora.models.weights.adapters import Adapter, is_adapter, read_adapter
+from opensora.schedulers import OBJECTIVE_CONFIGS, ObjectiveConfig
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 from opensora.utils.files import digests
@@ -40,9 +41,10 @@ class Source:
     path: Path
     checkpoint: Path | None  # a step directory of a run; None: safetensors at ``path``
     adapters: Adapters | None
-    model: MMDiTConfig
+    model: ModelConfig
     vae: Any
     text: Any
+    objective: ObjectiveConfig  # that it was trained with
     prompt_suffix: bool  # training told the model frame rate and motion score
 
 
@@ -73,6 +75,7 @@ def find_source(cfg: SampleConfig) -> Source:
     for name, value in sections.items():
         if value is None:
             raise UserError(f"{name}: missing; {path} has no {SAVED_NAME} beside the weights, so say {name}.kind=...")
+    objective = cfg.objective or (saved.objective if saved else default_objective(sections["model"]))
     checkpoint = _newest(path)
     held = _held_adapters(path, checkpoint, saved, sections["model"])
     adapters = read_adapters(Path(cfg.lora), sections["model"], "lora") if cfg.lora else None
@@ -97,9 +100,15 @@ def find_source(cfg: SampleConfig) -> Source:
         path=path,
         checkpoint=checkpoint,
         adapters=adapters,
+        objective=objective,
         prompt_suffix=bool(saved and saved.data.prompt_suffix),
         **sections,
     )
+
+
+def default_objective(model: ModelConfig) -> ObjectiveConfig:
+    """What weights without a configuration beside them were trained with: as those that the family publishes."""
+    return OBJECTIVE_CONFIGS[family_of(model).objective]()
 
 
 def part_of_run(path: Path) -> tuple[str, Path | None]:
@@ -144,7 +153,7 @@ def _newest(run: Path) -> Path | None:
 
 
 def _held_adapters(
-    path: Path, checkpoint: Path | None, saved: RunConfig | None, model: MMDiTConfig
+    path: Path, checkpoint: Path | None, saved: RunConfig | None, model: ModelConfig
 ) -> tuple[Adapters, str | None] | None:
     """The adapters of a LoRA run or of its export, and where their base is; None where whole weights are."""
     if is_adapter(path):
@@ -156,13 +165,13 @@ def _held_adapters(
     return None
 
 
-def read_adapters(path: Path, model: MMDiTConfig, key: str) -> Adapters:
+def read_adapters(path: Path, model: ModelConfig, key: str) -> Adapters:
     """Adapters of a folder or a file, as the model's layers need them.
 
     Raises:
         UserError: they do not fit the model.
     """
-    format = weight_format(model)
+    format = family_of(model).weights
     try:
         adapter = read_adapter(path)
     except UserError:

@@ -23,12 +23,12 @@ from acceleration.sharding import fsdp
 from acceleration.sharding.precision import DTYPES
 from opensora.assembly.components import Components, tile_runner
 from opensora.assembly.initial_weights import AdapterSource, FileSource
+from opensora.assembly.token_layout import token_layout
 from opensora.config.run import SampleConfig
 from opensora.inference.find import Source
-from opensora.models.families import build_model
+from opensora.models.families import build_model, family_of
 from opensora.models.text import build_text_encoder
 from opensora.models.vae import build_autoencoder
-from opensora.models.weight_formats import weight_format
 from opensora.models.weights.reader import load_state_dict_for
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
@@ -76,7 +76,8 @@ def load_components(cfg: SampleConfig, source: Source, runtime: Runtime) -> Comp
         cfg=source.model,
         autoencoder=autoencoder,
         text_encoder=build_text_encoder(source.text, runtime.device, dtype),
-        sequence=SequenceParallel(mesh),
+        objective=source.objective,
+        layout=token_layout(source.model, SequenceParallel(mesh)),
         mesh=mesh,
         device=runtime.device,
         prompt_suffix=source.prompt_suffix,
@@ -85,7 +86,7 @@ def load_components(cfg: SampleConfig, source: Source, runtime: Runtime) -> Comp
 
 
 def _from_file(source: Source, model: nn.Module) -> FileSource:
-    format = weight_format(source.model)
+    format = family_of(source.model).weights
     file, report = load_state_dict_for(model, source.path, format, to=format.layout(source.model))
     announce(str(report))
     return FileSource(file, source.path)

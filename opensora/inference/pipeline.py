@@ -7,6 +7,7 @@ seed alone, so any number of processes gives the same video.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -16,22 +17,26 @@ from acceleration.distributed.runtime import Runtime
 from acceleration.distributed.tasks import DistributedRunner
 from opensora.assembly.components import Components
 from opensora.assembly.layout import check_attention, check_guidance, check_layout
+from opensora.assembly.token_layout import TokenLayout, forward_arguments
 from opensora.config.run import SampleConfig
-from opensora.inference.check import check_sample
+from opensora.inference.check import check_sample, solver_of
 from opensora.inference.find import Source, find_source
 from opensora.inference.load import load_components
 from opensora.inference.prompts import Job, final_prompt, read_jobs
 from opensora.inference.save import Saver, output_folder, unused_names
 from opensora.models.base import latent_grid
-from opensora.sampling.guidance import DENOISERS, passes_per_step
-from opensora.sampling.loop import TextInputs
+from opensora.models.conditions import Conditions, TokenBatch
+from opensora.sampling.guidance import build_guidance, passes_per_step
+from opensora.sampling.loop import Predict, denoise
 from opensora.sampling.noise import get_noise
 from opensora.sampling.options import SamplingOption, sanitize_sampling_option
-from opensora.schedulers.timesteps import get_schedule
+from opensora.schedulers import build_solver
+from opensora.schedulers.base import SolverOptions
 from opensora.utils.console import announce, progress
 from opensora.utils.errors import UserError
 from opensora.utils.files.user_files import try_output
-from opensora.utils.tokens import image_ids, pack, unpack
+from opensora.utils.rng import torch_generator
+from opensora.utils.tokens import Grid
 
 Api = Callable[..., Tensor]
 OnStep = Callable[[int, int], None]
@@ -42,21 +47,34 @@ def prepare_models(cfg: SampleConfig, source: Source, runtime: Runtime) -> Compo
     return load_components(cfg, source, runtime)
 
 
-def prepare(parts: Components, texts: Sequence[str], img_tokens: int) -> TextInputs:
-    """Features of one prompt per sample, this process's share of the text tokens."""
-    text = parts.text_encoder.encode(list(texts))
-    tokens = text.txt.shape[1]
+def prepare(
+    parts: Components, texts: Sequence[str], x: Tensor, opt: SamplingOption, *, null: bool = False
+) -> Conditions:
+    """What the model is told of one prompt per sample, this process's share of it.
 
-    def shard(x: Tensor) -> Tensor:
-        return parts.sequence.shard(x, extra_to_last=True)
-
-    return TextInputs(
-        txt=shard(text.txt),
-        txt_ids=shard(torch.zeros(len(texts), tokens, 3, device=parts.device)),
-        y_vec=text.y_vec,
-        txt_mask=None if text.mask is None else shard(text.mask),
-        context=parts.sequence.context(tokens, img_tokens),
+    Args:
+        x: the tokens of the samples, whole.
+        opt: with width and height.
+        null: these are no prompts, or what to move away from: a model with a null embedding of its own takes that for
+            empty ones.
+    """
+    text, denoising = parts.text_encoder.encode(list(texts)), parts.layout.denoising
+    dropped = None
+    if denoising.null_text == "learned":
+        dropped = torch.tensor([null and not prompt for prompt in texts], device=parts.device)
+    numbers = {"fps": torch.tensor([opt.fps]), "size": torch.tensor([[opt.height, opt.width]], dtype=torch.float32)}
+    conditions = Conditions(
+        text=text.txt,
+        text_mask=text.mask,
+        pooled=text.y_vec if denoising.pooled_dim else None,
+        dropped=dropped,
+        **{
+            name: x.repeat_interleave(len(texts), 0).to(parts.device)
+            for name, x in numbers.items()
+            if name in denoising.wants
+        },
     )
+    return parts.layout.shard_conditions(conditions, x)
 
 
 def prepare_api(parts: Components) -> Api:
@@ -93,27 +111,33 @@ def prepare_api(parts: Components) -> Api:
             raise UserError(f"cond_type={cond_type}: must be t2v")
         opt = fit(opt, parts)
         assert opt.height is not None and opt.width is not None
-        patch = parts.cfg.patch_size
-        grid = latent_grid(opt.num_frames, opt.height, opt.width, parts.autoencoder)
-        img = pack(_noise(opt, parts, len(text), opt.seed if seed is None else seed), patch)  # (B, N, C*p*p)
-        ids = image_ids(grid, patch, parts.device).expand(len(text), -1, -1)
-        tokens = img.shape[1]
-        cond = torch.zeros(*img.shape[:2], parts.cfg.cond_channels, device=parts.device)
-        tokens_per_frame = tokens // grid[0]
-        img = DENOISERS[opt.method]().denoise(
-            parts.model,
-            parts.sequence.shard(img),
-            timesteps=get_schedule(opt.num_steps, tokens_per_frame, grid[0], alpha=opt.flow_shift, shift=opt.shift),
-            option=opt,
-            img_ids=parts.sequence.shard(ids),
-            prompt=prepare(parts, [final_prompt(t, opt, suffix=parts.prompt_suffix) for t in text], tokens),
-            negative=prepare(parts, neg or [""] * len(text), tokens) if passes_per_step(opt) > 1 else None,
-            cond=parts.sequence.shard(cond) if parts.cfg.cond_embed else None,
-            latent_frames=grid[0],
+        layout = parts.layout
+        grid = layout.denoising.grid(latent_grid(opt.num_frames, opt.height, opt.width, parts.autoencoder))
+        seeds = _seeds(opt.seed if seed is None else seed, len(text))
+        x = layout.patchify(_noise(opt, parts, seeds))  # (B, N, C) or (B, T, S, C)
+        positions = layout.shard(layout.positions(grid, len(text), parts.device))
+        options = SolverOptions(opt.num_steps, opt.shift, opt.flow_shift)
+        solver = build_solver(solver_of("sampling", opt, parts.objective), parts.objective, options, grid)
+        prompts = [final_prompt(t, opt, suffix=parts.prompt_suffix) for t in text]
+        tokens = denoise(
+            _predict(parts, positions),
+            layout.shard(x),
+            solver,
+            build_guidance(
+                opt,
+                references=False,
+                steps=len(solver.times) - 1,
+                latent_frames=grid.latent_frames,
+                positions=positions,
+            ),
+            prepare(parts, prompts, x, opt),
+            prepare(parts, neg or [""] * len(text), x, opt, null=True) if passes_per_step(opt) > 1 else None,
+            outputs=layout.denoising.outputs,
+            noise=_step_noise(layout, grid, seeds, x),
             progress=on_step,
             run=run_passes,
         )
-        latents = unpack(parts.sequence.gather(img, tokens), grid, patch)  # (B, C, T', H', W')
+        latents = layout.unpatchify(layout.gather(tokens, grid), grid)  # (B, C, T', H', W')
         return parts.autoencoder.decode(latents, parts.run_tiles)[:, :, : opt.num_frames]
 
     return api
@@ -127,7 +151,7 @@ def fit(opt: SamplingOption, parts: Components) -> SamplingOption:
     """
     stride, causal = parts.autoencoder.stride, parts.autoencoder.causal
     return sanitize_sampling_option(
-        opt, multiple=stride[1] * parts.cfg.patch_size, frame_stride=stride[0], causal=causal
+        opt, multiple=stride[1] * parts.layout.denoising.patch[1], frame_stride=stride[0], causal=causal
     )
 
 
@@ -197,10 +221,36 @@ def sample(cfg: SampleConfig) -> list[str]:
     return files
 
 
-def _noise(opt: SamplingOption, parts: Components, count: int, seed: int | Sequence[int]) -> Tensor:
+def _predict(parts: Components, positions: Tensor) -> Predict:
+    """The model on this process's tokens, which are at ``positions``."""
+
+    def predict(x: Tensor, t: Tensor, known: Conditions) -> Tensor:
+        tokens = TokenBatch(x=x, positions=positions)
+        return parts.model(**forward_arguments(parts.cfg, tokens, t, known))
+
+    return predict
+
+
+def _step_noise(layout: TokenLayout, grid: Grid, seeds: Sequence[int], x: Tensor) -> Callable[[], Tensor]:
+    """Normal values for a solver that draws some: this process's part of those that each clip's seed gives a step."""
+    calls = count()
+    shape = (layout.denoising.latent_channels, *grid.latents)
+
+    def draw() -> Tensor:
+        call = next(calls)
+        drawn = [torch.randn(shape, generator=torch_generator(seed, "solver noise", call)) for seed in seeds]
+        return layout.shard(layout.patchify(torch.stack(drawn)).to(x))
+
+    return draw
+
+
+def _seeds(seed: int | Sequence[int], clips: int) -> Sequence[int]:
+    return [seed] * clips if isinstance(seed, int) else seed
+
+
+def _noise(opt: SamplingOption, parts: Components, seeds: Sequence[int]) -> Tensor:
     """(B, C, T', H', W'), every clip drawn from its own seed; fp32, and steps then are, or fp64 for an fp64 model."""
     assert opt.height is not None and opt.width is not None
-    seeds = [seed] * count if isinstance(seed, int) else seed
     autoencoder, dtype = parts.autoencoder, next(parts.model.parameters()).dtype
     return torch.cat(
         [
@@ -213,7 +263,7 @@ def _noise(opt: SamplingOption, parts: Components, count: int, seed: int | Seque
                 channels=autoencoder.channels,
                 stride=autoencoder.stride,
                 causal=autoencoder.causal,
-                patch_size=parts.cfg.patch_size,
+                patch_size=parts.layout.denoising.patch[1],
                 device=parts.device,
                 dtype=torch.promote_types(dtype, torch.float32),
             )

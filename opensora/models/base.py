@@ -4,13 +4,20 @@ Structural types: a class fits by having the members, nothing is inherited. ``ac
 and ``attention_cores`` the same way, so the model does not know that it is sharded.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from opensora.models.conditions import Conditions, TokenBatch
+from opensora.models.weights.format import WeightFormat
 from opensora.utils.tasks import TaskRunner, one_by_one
+from opensora.utils.tokens import Grid
+
+AttentionAxis = Literal["joint", "space", "time", "cross"]  # what an attention slot runs along
+TokenAxis = Literal["space", "time"]
 
 
 class AttentionCore(Protocol):
@@ -41,34 +48,77 @@ class Segments(Protocol):
 
 
 class Denoiser(Protocol):
-    """Tokens with coordinates in, tokens out; patching, padding and sharding happen outside."""
+    """A model: tokens with positions in, tokens out; patching, padding and sharding happen outside.
 
-    block_lists: tuple[str, ...]
-    attention_cores: tuple[str, ...]
-    takes_packs: bool  # forward takes ``rows``: sequences that hold several samples
+    Its forward keeps the argument names under which it was published; ``Family.arguments`` knows them. All of them
+    also take ``context`` and hand it to every attention core and axis switch untouched.
+    """
 
-    def __call__(
-        self,
-        img: Tensor,
-        img_ids: Tensor,
-        txt: Tensor,
-        txt_ids: Tensor,
-        timesteps: Tensor,
-        y_vec: Tensor,
-        cond: Tensor | None = None,
-        guidance: Tensor | None = None,
-        *,
-        txt_mask: Tensor | None = None,
-        rows: tuple[Tensor, Tensor] | None = None,
-        context: Any = None,
-    ) -> Tensor:
-        """Velocity (B, N, patch^2 * channels) for img (B, N, ...) and txt (B, L, ...) at timesteps (B,).
+    block_lists: tuple[str, ...]  # see Parallelizable in acceleration/protocol.py, as for the rest
+    attention_cores: Mapping[str, AttentionAxis]
+    axis_switches: Mapping[str, TokenAxis]
 
-        ``rows``: of timesteps and y_vec, for every text and image token, where sequences hold several samples.
-        """
+    def __call__(self, *, context: Any = None, **arguments: Any) -> Tensor:
+        """(B, N, outputs * C) for tokens (B, N, C), or (B, T, S, ...) for (B, T, S, C)."""
 
     def init_parameter_(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Fill ``tensor``, the full value of the parameter called ``name``, in place: the model's one init method."""
+
+
+class ModelConfig(Protocol):
+    """The ``model:`` section; its class belongs to the family that ``kind`` names."""
+
+    @property
+    def kind(self) -> str: ...
+
+    def __hash__(self) -> int: ...
+
+
+def all_pairs(grid: Grid) -> int:
+    """Full attention: N^2."""
+    return grid.tokens**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denoising:
+    """What others must know of a denoiser, from its configuration alone."""
+
+    latent_channels: int  # C of what it denoises
+    patch: tuple[int, int, int]  # latents per token along (t, h, w)
+    width: int  # channels of a token inside
+    heads: int
+    token_axes: Literal["joint", "factored"] = "joint"  # tokens as one sequence, or as time x space
+    text: Literal["joint", "cross", "none"] = "joint"  # text tokens in the sequence, or read by cross-attention
+    text_dim: int = 0  # of a text token
+    pooled_dim: int = 0  # of the prompt as one vector; 0: not read
+    num_classes: int = 0  # of labels; 0: not read
+    outputs: int = 1  # values per latent: 2 with a learned variance
+    null_text: Literal["encoded", "learned"] = "encoded"  # no prompt is the prompt "", or an embedding of the model
+    references: Literal["none", "channels", "in_place"] = "none"  # known frames beside the noise, or in its place
+    wants: frozenset[str] = frozenset()  # of fps, size, guidance
+    packs: bool = False  # sequences may hold several samples
+    attention_pairs: Callable[[Grid], int] = all_pairs  # of image tokens that meet in a layer; a function with a name
+
+    def grid(self, latents: tuple[int, int, int]) -> Grid:
+        """(T', H', W') of a clip, with this model's patches."""
+        return Grid(latents, self.patch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A kind of denoiser: everything that the rest of the project may ask of it. The table is in families.py."""
+
+    config: type  # of the ``model:`` section
+    model: type[nn.Module]  # made from a config; a Denoiser
+    sizes: Mapping[str, Any]  # configs by name
+    describe: Callable[[Any], Denoising]
+    check: Callable[[Any, int, int | None, int | None], None]
+    # (config, channels of latents, width of text tokens, of the pooled prompt; None: unknown) -> ValueError "key=..."
+    arguments: Callable[[Any, TokenBatch, Tensor, Conditions], dict[str, Any]]
+    # (config, tokens, t (B,), conditions) -> the forward's arguments but for context; pure
+    weights: WeightFormat  # names and order of weights in files
+    lora_targets: tuple[str, ...]  # patterns of the layers that adapters are for, if none are named
+    objective: str = "rectified_flow"  # what published weights were trained with, for files that do not say
 
 
 class Autoencoder(Protocol):
@@ -134,3 +184,16 @@ def latent_grid(
     if height % stride_h or width % stride_w:
         raise ValueError(f"{height}x{width} pixels do not fit the autoencoder: use multiples of {stride_h}x{stride_w}")
     return (frames - lead) // stride_t + lead, height // stride_h, width // stride_w
+
+
+@dataclass(frozen=True)
+class ClipMeasure:
+    """What a clip amounts to for a model behind an autoencoder: for the cost of micro-batches."""
+
+    autoencoder: AutoencoderShape
+    denoising: Denoising
+
+    def __call__(self, frames: int, height: int, width: int) -> tuple[int, int]:
+        """(image tokens, pairs of them that meet in attention)."""
+        grid = self.denoising.grid(latent_grid(frames, height, width, self.autoencoder))
+        return grid.tokens, self.denoising.attention_pairs(grid)

@@ -1,26 +1,52 @@
-"""Denoisers by name."""
+"""Kinds of denoiser by name: the table that everything else asks. A new family is a line of it."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch import nn
 
-from opensora.models.mmdit import SIZES as MMDIT_SIZES
-from opensora.models.mmdit import MMDiTConfig, MMDiTModel
+from opensora.models import mmdit
+from opensora.models.base import Denoising, Family, ModelConfig
 from opensora.utils.rng import torch_generator
 
-MODELS = {"mmdit": (MMDiTConfig, MMDiTModel)}
-MODEL_SIZES = {"mmdit": MMDIT_SIZES}
+FAMILIES: dict[str, Family] = {"mmdit": mmdit.FAMILY}
+MODEL_CONFIGS: dict[str, type] = {kind: family.config for kind, family in FAMILIES.items()}
+MODEL_SIZES: dict[str, Mapping[str, Any]] = {kind: family.sizes for kind, family in FAMILIES.items()}
 
 
-def build_model(cfg: MMDiTConfig) -> MMDiTModel:
+def register(kind: str, family: Family) -> None:
+    """One more family, kept outside this package; before a configuration that names it is loaded."""
+    FAMILIES[kind], MODEL_CONFIGS[kind], MODEL_SIZES[kind] = family, family.config, family.sizes
+
+
+def family_of(cfg: ModelConfig) -> Family:
+    """The family that ``cfg`` is a configuration of."""
+    return FAMILIES[cfg.kind]
+
+
+def describe(cfg: ModelConfig) -> Denoising:
+    """What others must know of the model of this configuration."""
+    return family_of(cfg).describe(cfg)
+
+
+def build_model(cfg: ModelConfig) -> nn.Module:
     """The denoiser of ``cfg.kind``; under ``torch.device("meta")`` it costs no memory and no draws."""
-    return MODELS[cfg.kind][1](cfg)
+    return family_of(cfg).model(cfg)
+
+
+def count_parameters(cfg: ModelConfig) -> int:
+    """Parameters of the denoiser, without building its weights."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build_model(cfg).parameters())
 
 
 @torch.no_grad()
-def init_model_(model: MMDiTModel, seed: int) -> None:
+def init_model_(model: nn.Module, seed: int) -> None:
     """Fill every parameter of an unsharded denoiser.
 
     Every parameter draws from a generator of its own, keyed (seed, "init", name): the values do not depend on order,
     on the device, or on which parameters another process initialises.
     """
     for name, parameter in model.named_parameters():
-        model.init_parameter_(name, parameter, torch_generator(seed, "init", name))
+        model.init_parameter_(name, parameter, torch_generator(seed, "init", name))  # type: ignore[operator]

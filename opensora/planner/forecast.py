@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from acceleration import protocol
 from acceleration.accounting import comm_volume, peak_memory
 from acceleration.accounting.activation_memory import Timeline, assemble, interpolate, spread, timeline
 from acceleration.accounting.comm_volume import MicroBatch, RankLayout
@@ -24,20 +25,21 @@ from acceleration.config import OptimConfig, ParallelConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.distributed.mesh import FSDP, REPLICATE
 from acceleration.sequence import SequenceParallel
+from opensora.assembly.token_layout import forward_arguments, token_layout
 from opensora.config.run import RunConfig
 from opensora.datasets.buckets.bucket import BucketTable
-from opensora.models.base import latent_grid
-from opensora.models.families import MMDiTConfig, build_model
-from opensora.models.text import ByteTextConfig, text_tokens
-from opensora.models.vae import autoencoder_shape
+from opensora.models.base import ModelConfig, latent_grid
+from opensora.models.conditions import Conditions, TokenBatch
+from opensora.models.families import build_model, describe, family_of
+from opensora.models.text import TEXT_ENCODERS, has_mask, text_tokens
+from opensora.models.vae import AUTOENCODERS, autoencoder_shape
 from opensora.planner.devices import Device
 from opensora.planner.flops import attention_flops, linear_flops, mfu, training_flops
-from opensora.schedulers.rectified_flow import squared_error
+from opensora.schedulers import OBJECTIVE_CONFIGS, build_objective
 
 EFFICIENCY = 0.5  # of the peak, in the products of a large transformer
 REPEATED = 3  # blocks of a list that are run to know them all: the first, one like all between, the last
 PROBED = (1024, 4096)  # tokens of a process in the runs between which is interpolated
-FROZEN = {"t5_clip": 4_885_000_000, "hunyuan": 246_000_000, "flux2d": 84_000_000}  # parameters, by kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,28 +91,31 @@ def denoiser_inputs(
     cfg: Any, batch: MicroBatch, sequence: SequenceParallel, *, device: torch.device | str = "meta"
 ) -> dict[str, Any]:
     """Arguments of a denoiser's forward, with the shapes and types that ``Preparation`` gives them; zeros."""
-    txt = sequence.sizes(batch.txt, extra_to_last=True)[sequence.rank]
-    img = sequence.sizes(batch.img)[sequence.rank]
+    layout = token_layout(cfg, sequence)
+    denoising, samples = layout.denoising, batch.samples
 
     def zeros(*shape: int) -> Tensor:
-        return torch.zeros(batch.samples, *shape, device=device)
+        return torch.zeros(samples, *shape, device=device)
 
-    return {
-        "img": zeros(img, cfg.in_channels),
-        "img_ids": zeros(img, 3),
-        "txt": zeros(txt, cfg.context_in_dim),
-        "txt_ids": zeros(txt, 3),
-        "timesteps": zeros(),
-        "y_vec": zeros(cfg.vec_in_dim),
-        "cond": zeros(img, cfg.cond_channels) if cfg.cond_embed else None,
-        "guidance": zeros() if cfg.guidance_embed else None,
-        "txt_mask": torch.ones(batch.samples, txt, dtype=torch.bool, device=device) if batch.has_mask else None,
-        "context": sequence.context(batch.txt, batch.img),
-    }
+    def positions(channels: int) -> Tensor:
+        """Image tokens, whole: of one frame, which a joint model does not know, and a factored one."""
+        whole = zeros(batch.img, channels)
+        return whole if denoising.token_axes == "joint" else whole[:, None]
+
+    numbers = {"fps": zeros(), "size": zeros(2), "guidance": zeros()}
+    conditions = Conditions(
+        text=zeros(batch.txt, denoising.text_dim) if denoising.text != "none" else None,
+        text_mask=torch.ones(samples, batch.txt, dtype=torch.bool, device=device) if batch.has_mask else None,
+        pooled=zeros(denoising.pooled_dim) if denoising.pooled_dim else None,
+        **{name: x for name, x in numbers.items() if name in denoising.wants},
+    )
+    x = positions(denoising.latent_channels * prod(denoising.patch))
+    tokens = TokenBatch(x=layout.shard(x), positions=layout.shard(positions(3)))
+    return forward_arguments(cfg, tokens, zeros(), layout.shard_conditions(conditions, x))
 
 
 @lru_cache
-def structure(cfg: MMDiTConfig) -> ModelProfile:
+def structure(cfg: ModelConfig) -> ModelProfile:
     """What a model of this shape is made of."""
     with torch.device("meta"):
         return profile_of(build_model(cfg), run_denoiser)
@@ -118,7 +123,7 @@ def structure(cfg: MMDiTConfig) -> ModelProfile:
 
 def shapes(cfg: RunConfig) -> list[Shape]:
     """Every row of the bucket table at its size of most tokens; the table of clips is not read."""
-    multiple = autoencoder_shape(cfg.vae).stride[1] * cfg.model.patch_size
+    multiple = autoencoder_shape(cfg.vae).stride[1] * describe(cfg.model).patch[1]
     largest: dict[str, MicroBatch] = {}
     for bucket in BucketTable(cfg.data, multiple).buckets:
         one = _as_seen(cfg, bucket.frames, (bucket.height, bucket.width))
@@ -131,25 +136,26 @@ def shapes(cfg: RunConfig) -> list[Shape]:
 
 def _as_seen(cfg: RunConfig, frames: int, size: tuple[int, int]) -> MicroBatch:
     """One clip of this length and (height, width), as tokens."""
-    text = cfg.text
-    has_mask = text.mask if isinstance(text, ByteTextConfig) else False
-    img = prod(latent_grid(frames, *size, autoencoder_shape(cfg.vae))) // cfg.model.patch_size**2
-    return MicroBatch(samples=1, txt=text_tokens(text), img=img, has_mask=has_mask)
+    grid = describe(cfg.model).grid(latent_grid(frames, *size, autoencoder_shape(cfg.vae)))
+    return MicroBatch(samples=1, txt=text_tokens(cfg.text), img=grid.tokens, has_mask=has_mask(cfg.text))
 
 
 def frozen_bytes(cfg: RunConfig) -> int:
     """Weights of autoencoder and text encoder, as ``build_run`` loads them."""
     itemsize = 2 if cfg.parallel.precision.compute == "bf16" else 4
-    return sum(FROZEN.get(kind, 0) for kind in (cfg.vae.kind, cfg.text.kind)) * itemsize
+    return (AUTOENCODERS[cfg.vae.kind].parameters + TEXT_ENCODERS[cfg.text.kind].parameters) * itemsize
 
 
 class Forecaster:
     """Answers for one model; what costs time is remembered."""
 
-    def __init__(self, model: MMDiTConfig, optim: OptimConfig, *, device_type: str, frozen: int = 0) -> None:
+    def __init__(self, model: ModelConfig, optim: OptimConfig, *, device_type: str, frozen: int = 0) -> None:
         """``frozen``: bytes of autoencoder and text encoder."""
         self.model, self.optim, self.device_type, self.frozen = model, optim, device_type, frozen
         self.structure = structure(model)
+        with torch.device("meta"):
+            whole = build_model(model)
+        self._depths = [len(list(whole.get_submodule(name).children())) for name in protocol.block_lists(whole)]
         self._lines: dict[Any, Timeline] = {}
 
     def memory(self, place: RankLayout, batch: MicroBatch, *, batches: int = 1, exact: bool = True) -> Footprint:
@@ -209,9 +215,8 @@ class Forecaster:
         """Every block at its own kind of recomputation, from short models in which all blocks have the same."""
         kinds = comm_volume.recomputed(len(self.structure.blocks), place)
         lines = {kind: self._line(place, kind, batch, accumulates, exact) for kind in dict.fromkeys(kinds)}
-        depths = (self.model.depth, self.model.depth_single_blocks)
         parts, first, position = [], 0, 0
-        for depth in depths:
+        for depth in self._depths:
             shown = min(depth, REPEATED)
             for index in range(depth):
                 like = index if index < shown - 1 else shown - 1 if index == depth - 1 else shown - 2
@@ -237,22 +242,35 @@ class Forecaster:
         key = (layout, place.cfg.precision, place.cfg.attention, kind, batch, accumulates)
         if key not in self._lines:
             cfg = replace(place.cfg, recompute=RecomputeConfig(kind=kind))  # type: ignore[arg-type]
-            short = replace(
-                self.model,
-                depth=min(REPEATED, self.model.depth),
-                depth_single_blocks=min(REPEATED, self.model.depth_single_blocks),
-            )
             with torch.device("meta"):
-                model = build_model(short)
+                model = _shortened(build_model(self.model))
             spread(model, cfg, mesh, self.device_type)
             sequence = SequenceParallel(mesh)
 
             def loss() -> Tensor:
-                velocity = model(**denoiser_inputs(short, batch, sequence))
-                return squared_error(velocity, torch.zeros(velocity.shape, device="meta"))
+                return _objective_loss(self.model, model(**denoiser_inputs(self.model, batch, sequence)))
 
             self._lines[key] = timeline(model, loss, accumulates=accumulates)
         return self._lines[key]
+
+
+def _shortened(model: nn.Module) -> nn.Module:
+    """The model with the blocks of every list that are run to know them all, in place."""
+    for name in protocol.block_lists(model):
+        blocks = list(model.get_submodule(name).children())
+        if len(blocks) > REPEATED:
+            setattr(model, name, nn.ModuleList([*blocks[: REPEATED - 1], blocks[-1]]))
+    return model
+
+
+def _objective_loss(cfg: ModelConfig, prediction: Tensor) -> Tensor:
+    """What training sums up of a prediction, by the objective that the family's published weights were trained with."""
+    objective = build_objective(OBJECTIVE_CONFIGS[family_of(cfg).objective]())
+    point, time = torch.zeros(1, 1, 1, 1, 1), torch.zeros(1)
+    shape = (*prediction.shape[:-1], prediction.shape[-1] // describe(cfg).outputs)
+    names = objective.noised(point, point, time).targets
+    targets = {name: torch.zeros(shape, device=prediction.device) for name in names}
+    return objective.loss(prediction, targets, time.to(prediction.device)).sum()
 
 
 def _unit_flops(unit: ShardUnit, batch: MicroBatch) -> int:

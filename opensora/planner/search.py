@@ -4,11 +4,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 
+import torch
+from torch import nn
+
 from acceleration.accounting.comm_volume import RankLayout
 from acceleration.config import MeshConfig, ParallelConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
+from acceleration.sharding import tensor_parallel
 from opensora.assembly.layout import check_layout
 from opensora.config.run import RunConfig
+from opensora.models.families import build_model, describe
 from opensora.planner.devices import Device
 from opensora.planner.forecast import Forecast, Forecaster, Shape, frozen_bytes, shapes
 from opensora.utils.errors import UserError
@@ -19,10 +24,12 @@ MAX_RING = 16
 
 def layouts(cfg: RunConfig, world: int, device: Device) -> Iterator[ParallelConfig]:
     """Every layout worth a thought: layers and heads are shared within a node, no process is without a micro-batch."""
-    heads, inner = cfg.model.num_heads, int(cfg.model.hidden_size * cfg.model.mlp_ratio)
+    heads = describe(cfg.model).heads
+    with torch.device("meta"):
+        model = build_model(cfg.model)
     node, batches = device.per_node, cfg.data.micro_batches
     for tensor in _divisors(world, node):
-        if heads % tensor or inner % tensor:
+        if not _divides(model, tensor):
             continue
         for ulysses, ring in product(_divisors(world // tensor, node // tensor), _divisors(world, MAX_RING)):
             data, rest = divmod(world, tensor * ulysses * ring)
@@ -36,6 +43,14 @@ def layouts(cfg: RunConfig, world: int, device: Device) -> Iterator[ParallelConf
                 )
                 recompute = RecomputeConfig(kind=kind)  # type: ignore[arg-type]
                 yield replace(cfg.parallel, zero=zero, mesh=mesh, recompute=recompute)  # type: ignore[arg-type]
+
+
+def _divides(model: nn.Module, tensor: int) -> bool:
+    try:
+        tensor_parallel.check(model, tensor)
+    except ValueError:
+        return False
+    return True
 
 
 def check_own(cfg: RunConfig, world: int) -> str | None:

@@ -1,133 +1,115 @@
-"""Guidance: the passes of the model in a step, and how they are combined."""
+"""Guidance: the passes of the model in a step, and how their predictions are combined.
 
-from collections.abc import Callable
-from functools import partial
+Apart from the solver, which sees one prediction, and from the model, which sees one pass. Names of passes: ``cond``
+knows prompt and references, ``uncond`` knows the references, ``uncond_image`` knows nothing.
+"""
+
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from opensora.sampling.loop import Progress, TextInputs, integrate, predict
+from opensora.models.conditions import Conditions
 from opensora.sampling.options import SamplingOption
-from opensora.utils.tasks import Task, TaskRunner, one_by_one
 
 OSCILLATION_START = 10  # oscillating guidance is on in all steps before this one
 
 
-class SampleDenoiser(Protocol):
-    """From noise to latents; the choices are in ``DENOISERS``."""
+class Guidance(Protocol):
+    """What a step asks of the model."""
 
-    def denoise(
-        self,
-        model: Callable[..., Tensor],
-        img: Tensor,
-        *,
-        timesteps: list[float],
-        option: SamplingOption,
-        img_ids: Tensor,
-        prompt: TextInputs,
-        negative: TextInputs | None = None,
-        cond: Tensor | None = None,
-        references: bool = False,
-        latent_frames: int = 1,
-        progress: Progress | None = None,
-        run: TaskRunner = one_by_one,
-    ) -> Tensor:
-        """Tokens at t=0 in fp32 (fp64 for fp64 img), (B, N, C) as img.
+    def passes(self, known: Conditions, null: Conditions | None, index: int) -> list[Conditions]:
+        """What each pass of step ``index`` knows; the passes do not depend on each other.
 
-        Args:
-            model: a denoiser, see opensora/models/base.py.
-            img: (B, N, C) noise, packed; N may be this process's share.
-            timesteps: falling times, see get_schedule.
-            option: guidance, and how it varies.
-            img_ids: (B, N, 3), the (t, h, w) of img.
-            prompt, negative: the prompt and what to move away from ("" if nothing).
-            cond: (B, N, C') for models that read references, zeros where nothing is known; None for others.
-            references: whether cond knows anything, on any process: all must say the same.
-            latent_frames: T' of the whole clip.
-            progress: called after every step.
-            run: evaluates the model for the passes of a step, which do not depend on each other.
+        ``null``: the negative prompt, or no prompt; None where ``needs_null`` says that there is none to know.
         """
 
+    def combine(self, predictions: list[Tensor], index: int) -> Tensor:
+        """One prediction of those of the passes, in their order."""
 
-class I2VDenoiser:
-    """Classifier-free guidance by several passes, for prompts and for references.
 
-    With c the pass that knows prompt and references, u the one that knows references, u2 the one that knows nothing:
-    v = u2 + g_img (u - u2) + g_txt (c - u). Without references u = u2 and two passes do; with a guidance of 1 one.
+@dataclass(frozen=True)
+class NoGuidance:
+    """One pass."""
+
+    def passes(self, known: Conditions, null: Conditions | None, index: int) -> list[Conditions]:
+        return [known]
+
+    def combine(self, predictions: list[Tensor], index: int) -> Tensor:
+        return predictions[0]
+
+
+@dataclass(frozen=True)
+class TextGuidance:
+    """Classifier-free guidance (arXiv:2207.12598): v = uncond + g (cond - uncond). Two passes; one where g is 1."""
+
+    option: SamplingOption
+
+    def passes(self, known: Conditions, null: Conditions | None, index: int) -> list[Conditions]:
+        if null is None or text_scale(self.option, index) == 1:
+            return [known]
+        return [known, known.without_text(null)]
+
+    def combine(self, predictions: list[Tensor], index: int) -> Tensor:
+        if len(predictions) == 1:
+            return predictions[0]
+        cond, uncond = predictions
+        return uncond + text_scale(self.option, index) * (cond - uncond)
+
+
+@dataclass(frozen=True)
+class TextImageGuidance:
+    """Guidance by prompt and references (InstructPix2Pix, arXiv:2211.09800, as in Open-Sora 2). Three passes:
+
+    v = uncond_image + g_img (uncond - uncond_image) + g (cond - uncond)
     """
 
-    @torch.no_grad()
-    def denoise(
-        self,
-        model: Callable[..., Tensor],
-        img: Tensor,
-        *,
-        timesteps: list[float],
-        option: SamplingOption,
-        img_ids: Tensor,
-        prompt: TextInputs,
-        negative: TextInputs | None = None,
-        cond: Tensor | None = None,
-        references: bool = False,
-        latent_frames: int = 1,
-        progress: Progress | None = None,
-        run: TaskRunner = one_by_one,
-    ) -> Tensor:
-        """See SampleDenoiser. Raises ValueError when guidance is on and there is no negative prompt."""
-        if negative is None and (references or option.guidance != 1):
-            raise ValueError(f"guidance={option.guidance} needs the features of a negative prompt, as those of ''")
+    option: SamplingOption
+    steps: int
+    latent_frames: int  # T' of the whole clip
+    positions: Tensor  # (B, N, 3) or (B, T, S, 3), of this process's tokens
 
-        def velocity(x: Tensor, t: float, step: int) -> Tensor:
-            def evaluate(*passes: tuple[TextInputs, Tensor | None]) -> list[Tensor]:
-                work = [Task(partial(predict, model, x, t, img_ids, *known), tuple(x.shape)) for known in passes]
-                return [found.to(x.dtype) for found in run(work)]
+    def passes(self, known: Conditions, null: Conditions | None, index: int) -> list[Conditions]:
+        assert null is not None
+        without_text = known.without_text(null)
+        return [known, without_text, without_text.without_reference()]
 
-            guidance = oscillate(option.guidance, step) if option.text_osci else option.guidance
-            if negative is None or (guidance == 1 and not references):
-                return evaluate((prompt, cond))[0]
-            if not references or cond is None:
-                prompted, unprompted = evaluate((prompt, cond), (negative, cond))
-                return unprompted + guidance * (prompted - unprompted)
-            nothing = torch.zeros_like(cond)
-            prompted, unprompted, uncond_image = evaluate((prompt, cond), (negative, cond), (negative, nothing))
-            along_clip = image_guidance(option, step, len(timesteps), latent_frames, img_ids)
-            return uncond_image + along_clip * (unprompted - uncond_image) + guidance * (prompted - unprompted)
-
-        return integrate(velocity, img, timesteps, progress)
+    def combine(self, predictions: list[Tensor], index: int) -> Tensor:
+        cond, uncond, uncond_image = predictions
+        along_clip = image_scale(self.option, index, self.steps, self.latent_frames, self.positions)
+        return uncond_image + along_clip * (uncond - uncond_image) + text_scale(self.option, index) * (cond - uncond)
 
 
-class DistilledDenoiser:
-    """One pass per step; the model reads the guidance scale as an input (Flux-dev)."""
+@dataclass(frozen=True)
+class DistilledGuidance:
+    """One pass; the model reads the scale as an input (Flux-dev)."""
 
-    @torch.no_grad()
-    def denoise(
-        self,
-        model: Callable[..., Tensor],
-        img: Tensor,
-        *,
-        timesteps: list[float],
-        option: SamplingOption,
-        img_ids: Tensor,
-        prompt: TextInputs,
-        negative: TextInputs | None = None,
-        cond: Tensor | None = None,
-        references: bool = False,
-        latent_frames: int = 1,
-        progress: Progress | None = None,
-        run: TaskRunner = one_by_one,
-    ) -> Tensor:
-        """See SampleDenoiser; there is nothing to move away from, so the negative prompt is not read."""
-        guidance = torch.full((img.shape[0],), option.guidance, device=img.device)
+    option: SamplingOption
 
-        def velocity(x: Tensor, t: float, step: int) -> Tensor:
-            one = Task(partial(predict, model, x, t, img_ids, prompt, cond, guidance), tuple(x.shape))
-            return run([one])[0].to(x.dtype)
+    def passes(self, known: Conditions, null: Conditions | None, index: int) -> list[Conditions]:
+        assert known.pooled is not None
+        scale = torch.full((known.pooled.shape[0],), self.option.guidance, device=known.pooled.device)
+        return [replace(known, guidance=scale)]
 
-        return integrate(velocity, img, timesteps, progress)
+    def combine(self, predictions: list[Tensor], index: int) -> Tensor:
+        return predictions[0]
 
 
-DENOISERS: dict[str, type[SampleDenoiser]] = {"i2v": I2VDenoiser, "distill": DistilledDenoiser}
+def build_guidance(
+    option: SamplingOption, *, references: bool, steps: int, latent_frames: int, positions: Tensor
+) -> Guidance:
+    """How a job is guided.
+
+    Args:
+        references: whether frames are known, on any process: all must say the same.
+        steps, latent_frames, positions: see ``TextImageGuidance``.
+    """
+    if option.method == "distill":
+        return DistilledGuidance(option)
+    if references:
+        return TextImageGuidance(option, steps, latent_frames, positions)
+    return NoGuidance() if option.guidance == 1 else TextGuidance(option)
 
 
 def passes_per_step(option: SamplingOption, *, references: bool = False) -> int:
@@ -142,12 +124,15 @@ def oscillate(guidance: float, step: int) -> float:
     return guidance if step < OSCILLATION_START or step % 2 == 0 else 1.0
 
 
-def image_guidance(
-    option: SamplingOption, step: int, times: int, latent_frames: int, img_ids: Tensor
-) -> float | Tensor:
-    """g_img of a step: a number, or (B, N, 1) growing from 1 to a limit along the clip, the limit falling to 1."""
+def text_scale(option: SamplingOption, step: int) -> float:
+    """g of a step."""
+    return oscillate(option.guidance, step) if option.text_osci else option.guidance
+
+
+def image_scale(option: SamplingOption, step: int, steps: int, latent_frames: int, positions: Tensor) -> float | Tensor:
+    """g_img of a step: a number, or (..., 1) growing from 1 to a limit along the clip, the limit falling to 1."""
     guidance = oscillate(option.guidance_img, step) if option.image_osci else option.guidance_img
     if not option.scale_temporal_osci or guidance <= 1:
         return guidance
-    limit = 1 + (guidance - 1) * (1 - step / (times - 1))
-    return 1 + (limit - 1) * img_ids[..., :1] / max(latent_frames - 1, 1)
+    limit = 1 + (guidance - 1) * (1 - step / steps)
+    return 1 + (limit - 1) * positions[..., :1] / max(latent_frames - 1, 1)

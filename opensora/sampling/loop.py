@@ -1,59 +1,57 @@
-"""From noise to latents: the inputs of a pass, and Euler steps down the times."""
+"""From noise to latents: in every step the passes of guidance, one prediction of them, and a step of the solver."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from opensora.models.conditions import Conditions
+from opensora.sampling.guidance import Guidance
+from opensora.schedulers.base import Solver
+from opensora.utils.tasks import Task, TaskRunner, one_by_one
+
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
+Predict = Callable[[Tensor, Tensor, Conditions], Tensor]  # (tokens, times (B,), what the pass knows) -> prediction
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextInputs:
-    """What one pass of the model reads of a prompt, this process's share of it."""
-
-    txt: Tensor  # (B, L, context_in_dim)
-    txt_ids: Tensor  # (B, L, 3)
-    y_vec: Tensor  # (B, vec_in_dim)
-    txt_mask: Tensor | None = None  # (B, L)
-    context: Any = None  # for the attention cores: who holds which tokens
-
-
-def predict(
-    model: Callable[..., Tensor],
+@torch.no_grad()
+def denoise(
+    predict: Predict,
     x: Tensor,
-    t: float,
-    img_ids: Tensor,
-    text: TextInputs,
-    cond: Tensor | None,
-    guidance: Tensor | None = None,
+    solver: Solver,
+    guidance: Guidance,
+    known: Conditions,
+    null: Conditions | None,
+    *,
+    outputs: int = 1,
+    noise: Callable[[], Tensor] | None = None,
+    progress: Progress | None = None,
+    run: TaskRunner = one_by_one,
 ) -> Tensor:
-    times = torch.full((x.shape[0],), t, device=x.device, dtype=x.dtype)
-    return model(
-        img=x,
-        img_ids=img_ids,
-        txt=text.txt,
-        txt_ids=text.txt_ids,
-        timesteps=times,
-        y_vec=text.y_vec,
-        cond=cond,
-        guidance=guidance,
-        txt_mask=text.txt_mask,
-        context=text.context,
-    )
+    """Tokens at the end of the solver's times, like ``x``, in fp32 (fp64 for fp64 x).
 
-
-def integrate(
-    velocity: Callable[[Tensor, float, int], Tensor], img: Tensor, timesteps: list[float], progress: Progress | None
-) -> Tensor:
-    """Euler steps down the times; the sum is kept in fp32 (fp64 for fp64 img)."""
-    x = img if img.dtype == torch.float64 else img.float()
-    steps = len(timesteps) - 1
-    for step in range(steps):
-        now, then = timesteps[step], timesteps[step + 1]
-        x = x + (then - now) * velocity(x, now, step)
+    Args:
+        predict: the model, with its tokens' positions; x may be this process's share of the tokens.
+        x: (B, N, C) or (B, T, S, C) noise.
+        known, null: what is known, and what to move away from, cut as x is.
+        outputs: values that the model predicts per latent.
+        noise: for solvers that draw some: values like x, other ones at each call.
+        progress: called after every step.
+        run: evaluates the model for the passes of a step.
+    """
+    x = x if x.dtype == torch.float64 else x.float()
+    steps = len(solver.times) - 1
+    for index in range(steps):
+        t = torch.full((x.shape[0],), solver.times[index], device=x.device, dtype=x.dtype)
+        shape = (*x.shape[:-1], x.shape[-1] * outputs)
+        work = [Task(partial(predict, x, t, one), shape) for one in guidance.passes(known, null, index)]
+        predictions = [found.to(x.dtype) for found in run(work)]
+        x = solver.step(x, guidance.combine(predictions, index), index, noise or _no_noise)
         if progress is not None:
-            progress(step + 1, steps)
+            progress(index + 1, steps)
     return x
+
+
+def _no_noise() -> Tensor:
+    raise AssertionError("this solver draws noise: hand it a source")

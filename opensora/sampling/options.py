@@ -11,7 +11,7 @@ from opensora.utils.limits import Limits, check_limits
 from opensora.utils.sizes import area_of, frame_size, ratio_of
 
 T = TypeVar("T")
-METHODS = ("i2v", "distill")  # of guidance; DENOISERS has them
+METHODS = ("i2v", "distill")  # of guidance
 MAX_SIDE = 16384  # pixels; H.264 and players take no more
 MAX_SEED = 2**63 - 1
 MIN_FPS, MAX_FPS = 0.1, 1000.0
@@ -34,7 +34,8 @@ class SamplingOption:
     scale_temporal_osci: bool = False  # guidance_img grows along the clip and fades over the steps
     seed: int = 42
     shift: bool = True  # spend more steps on high noise, by flow_shift
-    flow_shift: float | None = None  # alpha of the schedule; null: from tokens per frame and latent frames
+    flow_shift: float | None = None  # alpha of the schedule; null: as in training
+    solver: str | None = None  # steps from noise to data; null: the first that fits what the model was trained for
     method: Literal["i2v", "distill"] = "i2v"  # guidance by several passes, or read by the model in one
     fps: float = 24.0  # frames per second, of the video and in the prompt
     motion_score: int | None = 4  # null: not said in the prompt

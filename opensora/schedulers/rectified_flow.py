@@ -5,19 +5,21 @@
     x_t = (1 - t) x0 + (1 - (1 - s)(1 - t)) x1           x1 ~ N(0, I), s = sigma_min
     v   = (1 - s) x1 - x0                                the target, d x_t / dt
 
-Everything is fp32 (fp64 for fp64 latents). Draws belong to samples: whoever holds a sample at a step draws the same
-time, noise and dropout, on any layout.
+Everything is fp32 (fp64 for fp64 latents). Latents that are known stand in x_t as they are, and the caller leaves them
+out of the loss.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from opensora.schedulers.timesteps import draw_per_sample, flow_shift, logit_normal, time_shift
+from opensora.schedulers.base import Noised, first_outputs
+from opensora.schedulers.timesteps import flow_shift, logit_normal, time_shift
 from opensora.utils.limits import Limits
-from opensora.utils.rng import numpy_generator
+from opensora.utils.tokens import Grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,6 @@ class RectifiedFlowConfig:
     kind: Literal["rectified_flow"] = "rectified_flow"
     sigma_min: float = 1e-5  # how much noise is left in the data at t=0
     flow_shift: float | None = None  # alpha; null: from tokens per frame and latent frames
-    text_dropout: float = 0.31622777  # per sample and per text input (tokens, pooled); both at once: its square, 0.1
 
     LIMITS: ClassVar[Limits] = {"flow_shift": (1000.0, "all times would be noise")}
 
@@ -36,57 +37,36 @@ class RectifiedFlowConfig:
             raise ValueError(f"sigma_min={self.sigma_min}: must be a number from 0 to below 1")
         if self.flow_shift is not None and self.flow_shift <= 0:
             raise ValueError(f"flow_shift={self.flow_shift}: must be a number > 0, or null for the formula")
-        if not 0 <= self.text_dropout <= 1:
-            raise ValueError(f"text_dropout={self.text_dropout}: must be a number from 0 to 1")
 
 
-def sample_timesteps(
-    seed: int,
-    step: int,
-    sample_ids: tuple[int, ...],
-    grid: tuple[int, int, int],
-    patch: int,
-    cfg: RectifiedFlowConfig,
-) -> Tensor:
-    """t (B,) fp32 on the CPU for clips with latent grid (T', H', W'), ``patch`` latents per token side."""
-    frames, height, width = grid
-    alpha = cfg.flow_shift if cfg.flow_shift is not None else flow_shift((height // patch) * (width // patch), frames)
-    return time_shift(alpha, logit_normal(seed, step, sample_ids))
+@dataclass(frozen=True)
+class RectifiedFlow:
+    """See ``Objective``."""
 
+    cfg: RectifiedFlowConfig
+    outputs: ClassVar[int] = 1
+    solvers: ClassVar[tuple[str, ...]] = ("euler",)
 
-def sample_noise(seed: int, step: int, sample_ids: tuple[int, ...], latent_shape: tuple[int, ...]) -> Tensor:
-    """x1 (B, C, T', H', W') fp32 on the CPU, for ``latent_shape`` = (C, T', H', W')."""
-    return draw_per_sample(seed, step, sample_ids, "noise", latent_shape)
+    def times(self, seed: int, step: int, sample_ids: tuple[int, ...], grid: Grid) -> Tensor:
+        """t (B,) fp32 on the CPU."""
+        alpha = self.cfg.flow_shift
+        if alpha is None:
+            alpha = flow_shift(grid.places, grid.latent_frames)
+        return time_shift(alpha, logit_normal(seed, step, sample_ids))
 
+    def noised(self, x0: Tensor, noise: Tensor, t: Tensor, known: Tensor | None = None) -> Noised:
+        """x_t and the velocity."""
+        x0, noise = _exact(x0), _exact(noise)
+        at = t.to(x0).view(-1, *[1] * (x0.ndim - 1))
+        x = (1 - at) * x0 + (1 - (1 - self.cfg.sigma_min) * (1 - at)) * noise
+        if known is not None:
+            x = torch.where(known[:, None], x0, x)
+        return Noised(x, {"velocity": (1 - self.cfg.sigma_min) * noise - x0})
 
-def corrupt(x0: Tensor, noise: Tensor, t: Tensor, cfg: RectifiedFlowConfig) -> Tensor:
-    """x_t of the shape of x0 (B, ...), in fp32 (fp64 for fp64 x0), for t (B,)."""
-    x0, noise = _exact(x0), _exact(noise)
-    t = t.to(x0).view(-1, *[1] * (x0.ndim - 1))
-    return (1 - t) * x0 + (1 - (1 - cfg.sigma_min) * (1 - t)) * noise
-
-
-def target(x0: Tensor, noise: Tensor, cfg: RectifiedFlowConfig) -> Tensor:
-    """The velocity (1 - s) x1 - x0, in fp32 (fp64 for fp64 x0)."""
-    return (1 - cfg.sigma_min) * _exact(noise) - _exact(x0)
-
-
-def squared_error(v: Tensor, target: Tensor) -> Tensor:
-    """Sum (not mean) of squared differences, a scalar in fp32 (fp64 if either input is).
-
-    The caller divides by the number of elements of the whole global batch, so that shares add up to its mean.
-    """
-    return (_exact(v) - _exact(target)).square().sum()
-
-
-def drop_text(seed: int, step: int, sample_ids: tuple[int, ...], p: float) -> tuple[Tensor, Tensor]:
-    """Which samples lose their text tokens, and which their pooled prompt: two (B,) bool, independent, each with p."""
-
-    def draw(purpose: str) -> Tensor:
-        dropped = [numpy_generator(seed, step, sample, purpose).random() < p for sample in sample_ids]
-        return torch.tensor(dropped, dtype=torch.bool)
-
-    return draw("drop_txt"), draw("drop_vec")
+    def loss(self, prediction: Tensor, targets: Mapping[str, Tensor], t: Tensor) -> Tensor:
+        """Squared differences of velocities."""
+        target = _exact(targets["velocity"])
+        return (_exact(first_outputs(prediction, target)) - target).square()
 
 
 def _exact(x: Tensor) -> Tensor:

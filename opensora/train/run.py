@@ -1,6 +1,7 @@
 """A run in memory: what it is made of, and what can be done with it as a whole."""
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -66,7 +67,8 @@ class Run:
 
     def tokens(self, step: int) -> int:
         """Image tokens that update ``step`` works on, all processes together."""
-        return self.data.global_elements(step) // self.cfg.model.in_channels
+        denoising = self.prepare.layout.denoising
+        return self.data.latent_values(step) // (denoising.latent_channels * prod(denoising.patch))
 
     def record(self, update: Update, *, last: bool) -> None:
         """Note the update just made or left out (``step`` counts it). Collective when a record is due."""

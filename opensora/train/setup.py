@@ -23,8 +23,10 @@ from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
 from opensora.assembly import stored_features
 from opensora.assembly.components import tile_runner
+from opensora.assembly.encoders import Encoders
 from opensora.assembly.initial_weights import FileSource, adapted, add_adapters, check_initial, initial_weights
 from opensora.assembly.layout import check_attention, check_layout
+from opensora.assembly.token_layout import token_layout
 from opensora.config.load import to_yaml
 from opensora.config.run import RunConfig
 from opensora.datasets.decode import api
@@ -32,11 +34,12 @@ from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.datasets.table.index import IndexedTable
 from opensora.inference.check import check_validation, fit_option
 from opensora.inference.load import verify_export
-from opensora.models.base import AutoencoderShape, latent_grid
+from opensora.models.base import AutoencoderShape
 from opensora.models.families import build_model
 from opensora.models.text import build_text_encoder, check_text_encoder
 from opensora.models.vae import autoencoder_shape, build_autoencoder, check_autoencoder
 from opensora.planner.checks import Traffic, check_memory
+from opensora.schedulers import build_objective
 from opensora.train.health.anomaly_guard import AnomalyGuard
 from opensora.train.health.data_health import DataHealth
 from opensora.train.health.preflight import check_processes
@@ -47,14 +50,13 @@ from opensora.train.run import Run
 from opensora.train.state.disk_check import check_disk
 from opensora.train.state.resume import check_fresh, check_paths, resume, wrong_info
 from opensora.train.state.run_lock import RunLock, check_places, write_config
-from opensora.train.step_data import open_batches, open_data
+from opensora.train.step_data import check_buckets, open_batches, open_data
 from opensora.utils import signal_handler
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 from opensora.utils.files.safetensors_files import fingerprint
 from opensora.utils.files.user_files import absence
 from opensora.utils.metrics_log import MetricsLogger, check_installed
-from opensora.utils.tasks import TaskRunner, one_by_one
 
 
 def start_run(cfg: RunConfig) -> Run:
@@ -105,12 +107,7 @@ def check(cfg: RunConfig, world_size: int) -> tuple[IndexedTable, BatchPlan]:
         raise UserError(f"parallel.{error}") from None
     check_memory(cfg, world_size, device_bytes())
     shape = autoencoder_shape(cfg.vae)
-    for resolution, rows in cfg.data.buckets.items():
-        for frames in rows:
-            try:
-                latent_grid(int(frames), shape.stride[1], shape.stride[2], shape)
-            except ValueError as error:
-                raise UserError(f"data.buckets.{resolution}.{frames}: {error}") from None
+    check_buckets(cfg.data, shape)
     check_places(cfg.folder)
     check_fresh(cfg)
     check_paths(cfg)
@@ -137,7 +134,7 @@ def check_files(cfg: RunConfig, shape: AutoencoderShape) -> None:
         raise UserError(f"data.root={cfg.data.root}: {reason}; give the one that paths in data.table start at")
     if not cfg.data.features or cfg.validate.every:
         check_autoencoder(cfg.vae)
-        check_text_encoder(cfg.text, cfg.model.context_in_dim, cfg.model.vec_in_dim)
+        check_text_encoder(cfg.text, shape.channels, cfg.model)
     if cfg.validate.every:
         fit_option("validate.sampling", cfg.validate.sampling, cfg.model, shape)
     check_installed(cfg.log)
@@ -219,35 +216,37 @@ def has_formulas(cfg: RunConfig) -> bool:
 
 
 def build_preparation(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Preparation:
-    """What turns batches into tokens; autoencoder and text encoder only where something is left to encode."""
-    frozen = stored_features.encoder_dtype(cfg)
-    stored = bool(cfg.data.features)
-    encoders = not stored or cfg.validate.every > 0  # samples while training need them
-    autoencoder = build_autoencoder(cfg.vae, device, frozen) if encoders else None
+    """What turns batches into tokens, for all processes of a sample and, with ``mesh.dynamic``, for parts of them."""
+    encoders = build_encoders(cfg, device)
 
-    def tiles(peers: Mesh) -> TaskRunner:
-        return tile_runner(cfg.train.vae_parallel, autoencoder, peers) if autoencoder else one_by_one
+    def of(peers: Mesh) -> Preparation:
+        tiles = tile_runner(cfg.train.vae_parallel, encoders.autoencoder, peers)
+        return Preparation(
+            encoders=replace(encoders, run_tiles=tiles),
+            objective=build_objective(cfg.objective),
+            conditioning=cfg.conditioning,
+            model=cfg.model,
+            layout=token_layout(cfg.model, SequenceParallel(peers)),
+            seed=cfg.seed,
+        )
 
-    whole = Preparation(
-        autoencoder=autoencoder,
-        text_encoder=build_text_encoder(cfg.text, device, frozen)
-        if encoders
-        else stored_features.stored_text(cfg, device),
-        flow=cfg.flow,
-        patch=cfg.model.patch_size,
-        cond_embed=cfg.model.cond_embed,
-        guidance_embed=cfg.model.guidance_embed,
-        sequence=SequenceParallel(mesh),
-        seed=cfg.seed,
+    by_degree = {degree: of(mesh.submesh(degree)) for degree in mesh.subgroups} if cfg.parallel.mesh.dynamic else {}
+    return replace(of(mesh), by_degree=by_degree)
+
+
+def build_encoders(cfg: RunConfig, device: torch.device) -> Encoders:
+    """Autoencoder and text encoder, only where something is left to encode."""
+    dtype, stored = stored_features.encoder_dtype(cfg), bool(cfg.data.features)
+    if stored and not cfg.validate.every:  # samples while training need them
+        return Encoders(
+            autoencoder=None, text_encoder=stored_features.stored_text(cfg, device), device=device, stored=True
+        )
+    return Encoders(
+        autoencoder=build_autoencoder(cfg.vae, device, dtype),
+        text_encoder=build_text_encoder(cfg.text, device, dtype),
         device=device,
-        run_tiles=tiles(mesh),
         stored=stored,
     )
-    if not cfg.parallel.mesh.dynamic:
-        return whole
-    parts = [(degree, mesh.submesh(degree)) for degree in mesh.subgroups]
-    by_degree = {d: replace(whole, sequence=SequenceParallel(part), run_tiles=tiles(part)) for d, part in parts}
-    return replace(whole, by_degree=by_degree)
 
 
 def open_logger(cfg: RunConfig, plan: BatchPlan, step: int) -> MetricsLogger:

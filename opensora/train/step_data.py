@@ -2,10 +2,11 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 
 from acceleration.distributed.mesh import Mesh
+from opensora.conditioning.frames import draw_known
 from opensora.config.run import RunConfig
 from opensora.datasets import DataConfig
 from opensora.datasets.buckets.bucket import Bucket
@@ -15,21 +16,39 @@ from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch, PackedSeque
 from opensora.datasets.plan.batch_plan import check_rows as check_rows
 from opensora.datasets.plan.dynamic_sp import SequenceSharing
 from opensora.datasets.table.index import IndexedTable, open_table
-from opensora.models.base import AutoencoderShape, latent_grid
+from opensora.models.base import AutoencoderShape, ClipMeasure, latent_grid
+from opensora.models.families import describe
 from opensora.models.text import text_tokens
 from opensora.models.vae import autoencoder_shape
+from opensora.utils.errors import UserError
 
 
 def open_data(cfg: RunConfig) -> tuple[IndexedTable, BatchPlan]:
     """The clip table, indexed once per node, and the order of the run.
 
     Raises:
-        UserError: the table cannot be read, or no clip fits a bucket.
+        UserError: the table cannot be read, the autoencoder cannot code a bucket's length, or no clip fits a bucket.
     """
+    shape, denoising = autoencoder_shape(cfg.vae), describe(cfg.model)
+    check_buckets(cfg.data, shape)
     table = open_table(cfg.data.table, cfg.data.root, cfg.data.index)
     # A bucket's size is a multiple of the pixels that one token spans on a side.
-    multiple = autoencoder_shape(cfg.vae).stride[1] * cfg.model.patch_size
-    return table, BatchPlan(table, cfg.data, multiple, cfg.seed)
+    multiple = shape.stride[1] * denoising.patch[1]
+    return table, BatchPlan(table, cfg.data, multiple, cfg.seed, ClipMeasure(shape, denoising))
+
+
+def check_buckets(cfg: DataConfig, shape: AutoencoderShape) -> None:
+    """That the autoencoder can code the lengths of all buckets.
+
+    Raises:
+        UserError: one that it cannot.
+    """
+    for resolution, rows in cfg.buckets.items():
+        for frames in rows:
+            try:
+                latent_grid(int(frames), shape.stride[1], shape.stride[2], shape)
+            except ValueError as error:
+                raise UserError(f"data.buckets.{resolution}.{frames}: {error}") from None
 
 
 def expected_idle(plan: BatchPlan, dp_degree: int, steps: Iterable[int]) -> float:
@@ -61,14 +80,19 @@ class StepData:
         stop_step: int,
         seed: int,
         sharing: SequenceSharing | None = None,
+        masks: Mapping[str, float] | None = None,
     ) -> None:
-        """``sharing``: choose for each micro-batch how many processes cut a sample; see ``BatchPlan.assign``."""
+        """
+        Args:
+            sharing: choose for each micro-batch how many processes cut a sample; see ``BatchPlan.assign``.
+            masks: ``conditioning.masks``, where the model is given frames that are then left out of the loss.
+        """
         self.plan = plan
         self.index = table
         self.table = table.content
         self.waited_s = 0.0  # time the loop spent waiting for data
         self._rank, self._degree, self._sharing = mesh.data_rank, mesh.data_degree, sharing
-        self._shape = shape
+        self._shape, self._seed, self._masks = shape, seed, masks
         self._batches = build_loader(
             table,
             plan,
@@ -96,6 +120,13 @@ class StepData:
 
     def global_elements(self, step: int) -> int:
         """Latent values that the loss of this step is the mean over, all processes together; no communication."""
+        if not self._masks:
+            return self.latent_values(step)
+        parts = [part for batch in self.plan.step(step) for part in batch.parts]
+        return sum(self._learned(part.bucket, step, sample) for part in parts for sample in part.sample_ids)
+
+    def latent_values(self, step: int) -> int:
+        """Latent values of this step's samples, all processes together."""
         return sum(samples * self._latents(bucket) for bucket, samples in self.plan.shapes(step).items())
 
     def bucket_samples(self, step: int) -> Counter[Bucket]:
@@ -108,6 +139,13 @@ class StepData:
 
     def _latents(self, bucket: Bucket) -> int:
         return self._shape.channels * prod(latent_grid(bucket.frames, bucket.height, bucket.width, self._shape))
+
+    def _learned(self, bucket: Bucket, step: int, sample: int) -> int:
+        """Latent values of one sample without the frames that the model is given."""
+        frames = latent_grid(bucket.frames, bucket.height, bucket.width, self._shape)[0]
+        known = draw_known(self._seed, step, sample, frames, self._masks or {})
+        given = 0 if known is None else int(known.sum())
+        return self._latents(bucket) * (frames - given) // frames
 
 
 def open_batches(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, mesh: Mesh, step: int) -> StepData:
@@ -123,4 +161,5 @@ def open_batches(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, mesh: Mes
         stop_step=cfg.train.steps,
         seed=cfg.seed,
         sharing=sharing(cfg, mesh),
+        masks=cfg.conditioning.masks if describe(cfg.model).references == "in_place" else None,
     )

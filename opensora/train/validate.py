@@ -12,7 +12,8 @@ from opensora.utils.console import announce
 def sample_prompts(run: Run) -> None:
     """Write samples/step-XXXXXXXX/ with a clip per prompt and a contact sheet, from the live weights. Collective."""
     validate = run.cfg.validate
-    assert run.prepare.autoencoder is not None
+    encoders = run.prepare.encoders
+    assert encoders.autoencoder is not None
     folder = run.cfg.folder / "samples" / f"step-{run.step:08d}"
     job = SampleConfig(
         weights=str(run.cfg.folder),
@@ -25,13 +26,14 @@ def sample_prompts(run: Run) -> None:
     parts = Components(
         model=run.engine.model,
         cfg=run.cfg.model,
-        autoencoder=run.prepare.autoencoder,
-        text_encoder=run.prepare.text_encoder,
-        sequence=run.prepare.sequence,
+        autoencoder=encoders.autoencoder,
+        text_encoder=encoders.text_encoder,
+        layout=run.prepare.layout,
+        objective=run.cfg.objective,
         mesh=run.mesh,
         device=run.runtime.device,
         prompt_suffix=run.cfg.data.prompt_suffix,
-        run_tiles=run.prepare.run_tiles,
+        run_tiles=encoders.run_tiles,
     )
     run.enter("sample")
     with run.metrics.excluded("validate", run.mesh):

@@ -1,14 +1,14 @@
 """The public names of sampling, under the name where people look for them; nothing of ours imports this.
 
-They live in ``opensora.sampling`` (options, noise, guidance, loop), ``opensora.schedulers.timesteps`` and
+They live in ``opensora.sampling`` (options, noise, guidance, denoisers), ``opensora.schedulers.timesteps`` and
 ``opensora.inference.pipeline``, whose names are looked up when they are asked for: they need ``acceleration`` too.
 """
 
 from importlib import import_module
 from typing import Any
 
-from opensora.sampling.guidance import DENOISERS, DistilledDenoiser, I2VDenoiser, passes_per_step
-from opensora.sampling.loop import TextInputs
+from opensora.sampling.denoisers import DENOISERS, DistilledDenoiser, I2VDenoiser, TextInputs
+from opensora.sampling.guidance import passes_per_step
 from opensora.sampling.noise import get_noise
 from opensora.sampling.options import SamplingOption, image_size, sanitize_sampling_option
 from opensora.schedulers.timesteps import flow_shift, get_schedule, time_shift

@@ -64,7 +64,9 @@ def count(cfg: ParallelConfig, model: MMDiTConfig, has_mask: bool) -> list[dict[
         net = build_model(model)
     parallelize(net, cfg, mesh, device, fill)
     engine = build_engine(net, cfg, OptimConfig(kind="sgd", lr=0.01), mesh)
-    prepare = replace(preparation(mesh), text_encoder=FakeText() if has_mask else Unmasked())
+    prepare = preparation(mesh)
+    encoders = replace(prepare.encoders, text_encoder=FakeText() if has_mask else Unmasked())
+    prepare = replace(prepare, encoders=encoders)
     found = []
     for step in range(2):
         for axis in mesh.axes.values():

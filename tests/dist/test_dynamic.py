@@ -147,16 +147,16 @@ def encoded() -> tuple[bool, bool, list[int]]:
     """Whether every process has the latents of its own clip, and of the common one; bytes sent for each."""
     mesh = meshes.build(MeshConfig(shard=1, ulysses=2, dynamic=True), 2, CPU)
     autoencoder = build_autoencoder(DCTConfig(channels=16), CPU, torch.float32)
-    whole = replace(preparation(mesh), autoencoder=autoencoder, patch=1, cond_embed=False, by_degree={})
+    whole = replace(preparation(mesh).encoders, autoencoder=autoencoder)
     together = replace(whole, run_tiles=tile_runner("on", autoencoder, mesh))
     apart = replace(whole, run_tiles=tile_runner("on", autoencoder, mesh.submesh(1)))
     same, sent = [], []
-    for seed, prepare in ((dist.get_rank(), apart), (7, together)):
+    for seed, encoders in ((dist.get_rank(), apart), (7, together)):
         generator = torch.Generator().manual_seed(seed)
         pixels = torch.randint(0, 256, (1, 3, 9, 16, 24), generator=generator, dtype=torch.uint8)
         batch: Any = FakeBatch(pixels, ["a"], (4,))
         before = mesh["ulysses"].bytes_sent
-        found = prepare.encode(batch).latents
+        found = encoders.encode(batch).latents
         sent.append(mesh["ulysses"].bytes_sent - before)
         same.append(torch.allclose(found, replace(whole).encode(batch).latents, atol=1e-6))
     return same[0], same[1], sent

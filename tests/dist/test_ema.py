@@ -35,7 +35,7 @@ def on_one_process() -> dict[str, Tensor]:
     for step in range(STEPS):
         for batch in batches(step):
             tokens = prepare(batch, step)  # type: ignore[arg-type]
-            (((model(**tokens.inputs) - tokens.target.double()) ** 2).sum() / elements(step)).backward()
+            (((model(**tokens.inputs) - tokens.targets["velocity"].double()) ** 2).sum() / elements(step)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()

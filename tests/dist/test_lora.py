@@ -26,6 +26,7 @@ from acceleration.engines import Engine, build_engine
 from acceleration.parallelize import parallelize
 from acceleration.sharding import fsdp, tensor_parallel
 from opensora.models.families import build_model
+from opensora.models.mmdit import FAMILY
 from opensora.train.preparation import loss_share
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import MESHES, Layout
@@ -44,7 +45,7 @@ from tests.dist.test_parity import (
     worst_error,
 )
 
-BLOCKS = LoraConfig(rank=3, alpha=5.0)  # a rank that no number of processes divides
+BLOCKS = LoraConfig(rank=3, alpha=5.0, targets=FAMILY.lora_targets)  # a rank that no number of processes divides
 # Every kind of layer: cut by outputs, by inputs, joined again, held by all; inside blocks and outside.
 EVERY = LoraConfig(
     rank=3,
@@ -90,7 +91,7 @@ def on_one_process(cfg: LoraConfig) -> Outcome:
         total = torch.zeros((), dtype=torch.float64)
         for batch in batches(step):
             tokens = prepare(batch, step)  # type: ignore[arg-type]
-            total = total + ((model(**tokens.inputs) - tokens.target.double()) ** 2).sum() / elements(step)
+            total = total + ((model(**tokens.inputs) - tokens.targets["velocity"].double()) ** 2).sum() / elements(step)
         total.backward()
         gradients = {name: p.grad.clone() for name, p in adapters.items() if p.grad is not None}
         norm = torch.nn.utils.clip_grad_norm_(adapters.values(), CLIP)

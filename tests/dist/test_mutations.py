@@ -19,7 +19,7 @@ from acceleration.distributed.mesh import Axis
 from acceleration.engines.native import NativeEngine
 from acceleration.sharding import tensor_parallel
 from opensora.models.mmdit import MMDiTModel
-from opensora.schedulers import rectified_flow
+from opensora.train import preparation
 from tests.dist import test_parity
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64
@@ -60,8 +60,8 @@ def drop_the_mask_in_one_hop() -> Patch:
 
 
 def draw_noise_per_process() -> Patch:
-    right = rectified_flow.sample_noise
-    return mock.patch.object(rectified_flow, "sample_noise", lambda seed, *rest: right(seed + dist.get_rank(), *rest))
+    right = preparation.draw_per_sample
+    return mock.patch.object(preparation, "draw_per_sample", lambda seed, *rest: right(seed + dist.get_rank(), *rest))
 
 
 def permute_heads() -> Patch:
@@ -80,7 +80,7 @@ def accumulate_without_weights() -> Patch:
     right = test_parity.loss_share
 
     def wrong(model: Any, tokens: Any, elements: int) -> Tensor:
-        return right(model, tokens, tokens.target.numel() * len(test_parity.batches(0)))
+        return right(model, tokens, tokens.targets["velocity"].numel() * len(test_parity.batches(0)))
 
     return mock.patch.object(test_parity, "loss_share", wrong)
 

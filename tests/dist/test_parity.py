@@ -23,10 +23,13 @@ from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
 from acceleration.sharding import fsdp, tensor_parallel
+from opensora.assembly.encoders import Encoders
+from opensora.assembly.token_layout import token_layout
+from opensora.conditioning import ConditioningConfig
 from opensora.datasets.loading.reader import PackedBatch
 from opensora.models.families import build_model
 from opensora.planner.forecast import run_denoiser
-from opensora.schedulers.rectified_flow import RectifiedFlowConfig
+from opensora.schedulers.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from opensora.train.preparation import Preparation, loss_share
 from opensora.utils.rng import torch_generator
 from tests.dist.harness import run_distributed
@@ -57,17 +60,16 @@ def fill(name: str, tensor: Tensor) -> None:
 
 def preparation(mesh: Mesh, device: torch.device | str = "cpu") -> Preparation:
     whole = Preparation(
-        autoencoder=PassThrough(),
-        text_encoder=FakeText(device),
-        flow=RectifiedFlowConfig(),
-        patch=MODEL.patch_size,
-        cond_embed=MODEL.cond_embed,
-        guidance_embed=MODEL.guidance_embed,
-        sequence=SequenceParallel(mesh),
+        encoders=Encoders(autoencoder=PassThrough(), text_encoder=FakeText(device), device=torch.device(device)),
+        objective=RectifiedFlow(RectifiedFlowConfig()),
+        conditioning=ConditioningConfig(),
+        model=MODEL,
+        layout=token_layout(MODEL, SequenceParallel(mesh)),
         seed=7,
-        device=torch.device(device),
     )
-    by_degree = {d: replace(whole, sequence=SequenceParallel(mesh.submesh(d))) for d in mesh.subgroups}
+    by_degree = {
+        d: replace(whole, layout=token_layout(MODEL, SequenceParallel(mesh.submesh(d)))) for d in mesh.subgroups
+    }
     return replace(whole, by_degree=by_degree)
 
 
@@ -84,7 +86,7 @@ def on_one_process() -> Outcome:
         total = torch.zeros((), dtype=torch.float64)
         for batch in batches(step):
             tokens = prepare(batch, step)  # type: ignore[arg-type]
-            total = total + ((model(**tokens.inputs) - tokens.target.double()) ** 2).sum() / elements(step)
+            total = total + ((model(**tokens.inputs) - tokens.targets["velocity"].double()) ** 2).sum() / elements(step)
         total.backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)

@@ -24,13 +24,16 @@ from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
 from opensora.assembly.components import Components
 from opensora.assembly.layout import check_guidance
+from opensora.assembly.token_layout import token_layout
 from opensora.inference.pipeline import prepare_api
-from opensora.models.families import MMDiTConfig, build_model
+from opensora.models.families import build_model
+from opensora.models.mmdit import MMDiTConfig
 from opensora.planner.forecast import run_denoiser
-from opensora.sampling.guidance import I2VDenoiser, oscillate
-from opensora.sampling.loop import TextInputs
+from opensora.sampling.denoisers import I2VDenoiser, TextInputs
+from opensora.sampling.guidance import oscillate
 from opensora.sampling.noise import get_noise
 from opensora.sampling.options import SamplingOption
+from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.schedulers.timesteps import get_schedule
 from opensora.utils.errors import UserError
 from opensora.utils.rng import torch_generator
@@ -136,7 +139,8 @@ def on_these_layouts(cases: list[tuple[Degrees, int, tuple[str, ...]]]) -> list[
                 cfg=job.model,
                 autoencoder=PassThrough(),
                 text_encoder=FakeText(),
-                sequence=SequenceParallel(mesh),
+                objective=RectifiedFlowConfig(),
+                layout=token_layout(job.model, SequenceParallel(mesh)),
                 mesh=mesh,
                 device=CPU,
                 prompt_suffix=False,

@@ -17,8 +17,12 @@ from acceleration.distributed.mesh import SAMPLE_AXES
 from acceleration.distributed.tasks import DistributedRunner
 from acceleration.sequence import SequenceParallel
 from opensora.assembly.components import tile_runner
+from opensora.assembly.encoders import Encoders
+from opensora.assembly.token_layout import token_layout
+from opensora.conditioning import ConditioningConfig
+from opensora.models.mmdit import MMDiTConfig
 from opensora.models.vae import AutoencoderConfig, DCTConfig, Flux2DConfig, HunyuanConfig, build_autoencoder
-from opensora.schedulers.rectified_flow import RectifiedFlowConfig
+from opensora.schedulers.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from opensora.train.preparation import Preparation, Tokens
 from opensora.utils.tasks import Task, one_by_one
 from tests.dist.harness import run_distributed
@@ -135,28 +139,27 @@ def prepared() -> tuple[Tokens, Tokens, list[int]]:
     """A micro-batch encoded by all together, and by this process alone; bytes sent on every axis for the first."""
     mesh = meshes.build(MeshConfig(ulysses=2, tensor=2), dist.get_world_size(), CPU)
     autoencoder = build_autoencoder(DCTConfig(channels=16), CPU, torch.float32)
+    model = MMDiTConfig(in_channels=16, patch_size=1, context_in_dim=12, vec_in_dim=12, cond_embed=False)
     prepare = Preparation(
-        autoencoder=autoencoder,
-        text_encoder=FakeText(),
-        flow=RectifiedFlowConfig(),
-        patch=1,
-        cond_embed=False,
-        guidance_embed=False,
-        sequence=SequenceParallel(mesh),
+        encoders=Encoders(
+            autoencoder=autoencoder, text_encoder=FakeText(), device=CPU, run_tiles=tile_runner("on", autoencoder, mesh)
+        ),
+        objective=RectifiedFlow(RectifiedFlowConfig()),
+        conditioning=ConditioningConfig(),
+        model=model,
+        layout=token_layout(model, SequenceParallel(mesh)),
         seed=7,
-        device=CPU,
-        run_tiles=tile_runner("on", autoencoder, mesh),
     )
     assert tile_runner("auto", autoencoder, mesh) is one_by_one  # cheaper to compute than to send
     pixels = torch.randint(0, 256, (2, 3, 9, 16, 24), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     batch: Any = FakeBatch(pixels, ["a", "b c"], (4, 9))
     together = prepare(batch, 5)
     sent = [mesh[name].bytes_sent for name in ("ulysses", "tensor")]
-    return together, replace(prepare, run_tiles=one_by_one)(batch, 5), sent
+    return together, replace(prepare, encoders=replace(prepare.encoders, run_tiles=one_by_one))(batch, 5), sent
 
 
 def test_a_micro_batch_is_encoded_by_all_that_work_on_it() -> None:
     for together, alone, sent in run_distributed(prepared, 4):
         assert all(sent)
-        assert torch.allclose(together.target, alone.target, atol=1e-6)
+        assert torch.allclose(together.targets["velocity"], alone.targets["velocity"], atol=1e-6)
         assert torch.allclose(together.inputs["img"], alone.inputs["img"], atol=1e-6)

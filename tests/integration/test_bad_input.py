@@ -136,12 +136,11 @@ def test_every_change_is_said_and_what_changes_the_numbers_first(
         "optim.lr": (0.5, 0.001),
         "optim.warmup_steps": (5, 3),
         "optim.weight_decay": (0.25, cfg.optim.weight_decay),
-        "flow.cond_dropout": None,
+        "conditioning.dropout.text": (0.5, cfg.conditioning.dropout.text),
         "seed": (4, 3),
         "guard.max_bad": (2, 5),
         "parallel.precision.reduce": ("fp32", "fp64"),
     }
-    del changes["flow.cond_dropout"]
     overrides = [f"{key}={pair[0]}" for key, pair in changes.items() if pair]
     resume.announce_changes(load_config(RunConfig, config, [*overrides, "validate.prompts=[a]"]), manifest)
     assert len(said) == 1 and "more" not in said[0]

@@ -19,7 +19,7 @@ from tests.dist.harness import run_distributed
 
 def train_in_process(config: Path, overrides: list[str]) -> bool:
     with start_run(load_config(RunConfig, config, overrides)) as run:
-        assert (run.prepare.autoencoder is None) == run.prepare.stored
+        assert (run.prepare.encoders.autoencoder is None) == run.prepare.encoders.stored
         return train(run)
 
 

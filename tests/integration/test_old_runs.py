@@ -11,9 +11,11 @@ import pytest
 
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig, SampleConfig
+from opensora.config.strict_yaml import read_yaml
 from opensora.inference.find import find_source
 from opensora.models.mmdit.convert import WEIGHTS
 from opensora.models.weights.reader import read_state_dict
+from opensora.train.state import resume
 from opensora.utils.files import digests
 from opensora.utils.metrics_log import read_metrics
 from tests.dist.harness import run_distributed
@@ -44,6 +46,21 @@ def test_a_checkpoint_of_before_resumes_with_the_same_numbers(world: int, old: P
 def test_keys_of_before_are_read_from_a_saved_configuration(old: Path) -> None:
     cfg = load_config(RunConfig, old / "run" / "config.yaml")
     assert (cfg.data.unused_rows, cfg.data.balance_group, cfg.guard.max_rollbacks) == ("report", 2, 3)
+    old_flow = read_yaml(old / "run" / "config.yaml")[0]["flow"]
+    dropout = cfg.conditioning.dropout
+    assert cfg.objective.sigma_min == old_flow["sigma_min"]
+    assert dropout.text == dropout.pooled == old_flow["text_dropout"]
+
+
+def test_nothing_is_said_of_keys_that_there_were_not_yet(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(resume, "announce", said.append)
+    saved, folder = read_yaml(old / "run" / "config.yaml")[0], [f"output={old}"]
+    resume.announce_changes(load_config(RunConfig, old / "run" / "config.yaml", folder), {"config": saved})
+    assert said == []
+    changed = [*folder, "flow.text_dropout=0.75", "conditioning.dropout.pooled=0.5"]
+    resume.announce_changes(load_config(RunConfig, old / "run" / "config.yaml", changed), {"config": saved})
+    assert "conditioning.dropout.text=0.75" in said[0] and "conditioning.dropout.pooled=0.5" in said[0]
 
 
 def test_an_export_of_before_can_be_sampled_from(old: Path) -> None:

@@ -1,6 +1,7 @@
 """The real commands with samples of several buckets in one sequence: the run is the one without, step by step."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 from opensora.cli.buckets import main as buckets
 from opensora.cli.forecast import main as plan
 from opensora.cli.precompute import main as precompute
-from opensora.models.families import MMDiTModel
+from opensora.models.families import FAMILIES
+from opensora.models.mmdit.model import FAMILY, describe
 from opensora.utils.errors import UserError
 from tests.integration.test_train_and_sample import LAYOUT_B, train_on, weights
 
@@ -93,6 +95,7 @@ def test_what_is_said_before(config: Path, capsys: pytest.CaptureFixture[str], m
     assert "sequences of at most 200 image tokens" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"data\.tokens_per_sequence=200: the planner knows 0 only"):
         plan([str(config), "--world", "2", *PACKS])
-    monkeypatch.setattr(MMDiTModel, "takes_packs", False)
+    without = replace(FAMILY, describe=lambda cfg: replace(describe(cfg), packs=False))
+    monkeypatch.setitem(FAMILIES, "mmdit", without)
     with pytest.raises(UserError, match=r"data\.tokens_per_sequence=200: model\.kind=mmdit takes one sample"):
         buckets([str(config), *PACKS])

@@ -12,9 +12,9 @@ from acceleration.accounting.model_profile import Linear, ModelProfile, profile_
 from acceleration.config import MeshConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.sequence import SequenceParallel
-from opensora.models.families import build_model
+from opensora.models.families import build_model, count_parameters
 from opensora.models.mmdit import MMDiTConfig
-from opensora.models.mmdit.model import SIZES, count_parameters
+from opensora.models.mmdit.model import SIZES
 from opensora.planner.forecast import denoiser_inputs, run_denoiser
 
 FP32 = ParallelConfig(zero=0, precision=PrecisionConfig(compute="fp32"))

@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -187,7 +188,7 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     "adapters of no size": (None, ["lora.rank=-1"], "lora.rank=-1: must be an integer >= 0"),
     "adapters that draw": (None, ["lora.dropout=0.1"], "lora.dropout=0.1: must be 0"),
     "adapters of no scale": (None, ["lora.alpha=0"], "lora.alpha=0.0: must be a number > 0"),
-    "adapters nowhere": (None, ["lora.targets=[]"], "lora.targets=[]: name layers"),
+    "adapters nowhere": (None, ["lora.targets=[]"], "lora.targets=[]: must name layers"),
     "less than no bad update": (None, ["guard.max_bad=-1"], "guard.max_bad=-1: must be an integer >= 0"),
     "a window of nothing": (None, ["guard.spike_window=2"], "guard.spike_window=2: must be an integer >= 8"),
     "slower than itself": (None, ["guard.straggler=1"], "guard.straggler=1.0: must be a number > 1; 0 names no"),
@@ -195,10 +196,14 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     "no time to start": (None, ["guard.start_s=0"], "guard.start_s=0.0: must be a number > 0"),
     # across sections
     "adapters of nothing": (None, ["lora.rank=4"], "lora.rank=4: adapters need weights to adapt; give train.init_from"),
-    "channels that do not fit": (None, ["vae.channels=32"], "model.in_channels=64: vae.kind=dct"),
+    "channels that do not fit": (None, ["vae.channels=32"], "model.in_channels=64: 32 latent channels with"),
     "output channels that do not fit": (None, ["model.out_channels=7"], "model.out_channels=7: a velocity has the 64"),
     "one output channel for all": (None, ["model.out_channels=1"], "model.out_channels=1: a velocity has the 64"),
-    "text that does not fit": (None, ["text.dim=128"], "model.context_in_dim=256: text.kind=bytes gives 128"),
+    "text that does not fit": (
+        None,
+        ["text.dim=128"],
+        "model.context_in_dim=256: the text encoder gives 128; set",
+    ),
     "unknown engine": (
         None,
         ["parallel.engine=fsdp"],
@@ -685,16 +690,39 @@ def test_help_is_given_wherever_it_is_asked_for(
 
 def test_keys_that_had_other_names_are_read(good: Path) -> None:
     """From a file, an override and Python; the new names are keys that there are."""
-    values = {"unused_rows": "report", "balance_group": 1}
-    for old, (where, key) in RENAMED.items():
-        value = values.get(key, 7)
+    values: dict[str, Any] = {"unused_rows": "report", "balance_group": 1, "text": 0.5, "pooled": 0.5}
+    values["objective"] = {"kind": "rectified_flow", "sigma_min": 0.25}
+
+    def at(tree: Any, keys: Sequence[str | int]) -> Any:
+        return tree if not keys else at(tree[keys[0]], keys[1:])
+
+    for old, new in RENAMED.items():
+        value = values.get(str(new[0][-1]), 7)
         override = load_config(RunConfig, "run.yaml", [f"{'.'.join(map(str, old))}={value}"])
         tree = plain(override)
-        del tree[where][key]
-        tree[where][old[1]] = value
+        for name in new:
+            del at(tree, name[:-1])[name[-1]]
+        for key in old[:-1]:
+            tree.setdefault(key, {})
+        at(tree, old[:-1])[old[-1]] = value
         (good.parent / "old.yaml").write_text(to_yaml_text(tree))
         for cfg in (override, load_config(RunConfig, tree), load_config(RunConfig, "old.yaml")):
-            assert getattr(getattr(cfg, where), key) == value
+            found = plain(cfg)
+            for name in new:
+                want = value if not isinstance(value, dict) else {**at(found, name), **value}
+                assert at(found, name) == want, name
+
+
+def test_a_section_that_had_another_name_keeps_what_is_left_in_it(good: Path) -> None:
+    cfg = load_config(RunConfig, "run.yaml", ["flow.sigma_min=0.5", "flow.text_dropout=0.25"])
+    assert cfg.objective.sigma_min == 0.5
+    assert (cfg.conditioning.dropout.text, cfg.conditioning.dropout.pooled) == (0.25, 0.25)
+    good.write_text(GOOD + "flow: {sigma_min: 0.5, text_dropout: 0.25}\n")
+    assert load_config(RunConfig, "run.yaml") == cfg
+    good.write_text(GOOD + "flow: {sigma_min: 2}\n")
+    line = len(good.read_text().splitlines())
+    with pytest.raises(UserError, match=rf"objective\.sigma_min=2.*\(run\.yaml:{line}\)"):
+        load_config(RunConfig, "run.yaml")
 
 
 def test_a_key_under_both_names_is_refused(good: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from opensora.datasets import DataConfig
 from opensora.datasets.buckets.bucket import BucketTable
-from opensora.datasets.buckets.cost import CostConfig, features, fit, image_tokens
+from opensora.datasets.buckets.cost import CostConfig, FullAttention, features, fit
 from opensora.datasets.plan.balance import compose, deal
 from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.planner.cost_fit import calibrate, measured
@@ -20,8 +20,8 @@ from tests.unit.test_plan import FIXED, make_plan
 def test_the_default_is_the_transformers_formula() -> None:
     for tokens in (1, 512, 8448, 76032):
         flops = 24 * tokens * 3072**2 + 4 * tokens**2 * 3072
-        assert CostConfig().batch(3, tokens) == pytest.approx(3 * flops / (24 * 3072**2))
-    assert image_tokens(1, 256, 256, 16) == 256 and image_tokens(129, 768, 768, 16) == 33 * 48 * 48
+        assert CostConfig().batch(3, tokens, tokens**2) == pytest.approx(3 * flops / (24 * 3072**2))
+    assert FullAttention(16)(1, 256, 256)[0] == 256 and FullAttention(16)(129, 768, 768)[0] == 33 * 48 * 48
 
 
 def test_columns_and_numbers_agree() -> None:
@@ -46,11 +46,13 @@ def test_auto_takes_as_many_samples_as_the_budgets_allow(budget: dict[str, Any])
     rows = {"256px": {1: [1.0, "auto"], 33: [1.0, 2], 65: [1.0, "auto"]}, "768px": {129: [1.0, "auto"]}}
     cfg = DataConfig(buckets=rows, unused_rows="report", micro_batches=2, **budget)
     for bucket in BucketTable(cfg, 16).buckets:
-        tokens = image_tokens(bucket.frames, bucket.height, bucket.width, 16)
+        tokens = FullAttention(16)(bucket.frames, bucket.height, bucket.width)[0]
 
         def fits(samples: int, tokens: int = tokens) -> bool:
             within = samples * tokens <= cfg.tokens_per_batch or not cfg.tokens_per_batch
-            return within and (cfg.cost.batch(samples, tokens) <= cfg.cost_per_batch or not cfg.cost_per_batch)
+            return within and (
+                cfg.cost.batch(samples, tokens, tokens**2) <= cfg.cost_per_batch or not cfg.cost_per_batch
+            )
 
         if bucket.frames == 33:
             assert bucket.batch_size == 2

@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from acceleration.distributed.mesh import view
 from acceleration.sequence import SequenceParallel
 from opensora import precompute as module
+from opensora.assembly.encoders import Encoders
 from opensora.assembly.stored_features import stored_text
+from opensora.assembly.token_layout import token_layout
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig
 from opensora.datasets.loading.feature_store import FeatureStore, shard_name
@@ -23,6 +25,7 @@ from opensora.datasets.loading.loader import build_loader
 from opensora.models.text import build_text_encoder
 from opensora.models.vae import build_autoencoder
 from opensora.precompute import precompute
+from opensora.schedulers import build_objective
 from opensora.train.preparation import Preparation, Tokens
 from opensora.train.setup import check
 from opensora.utils.errors import UserError
@@ -59,10 +62,13 @@ def tokens(cfg: RunConfig, steps: range, workers: int = 0) -> Iterator[Tokens]:
     table, plan = check(cfg, 1)
     stored = bool(cfg.data.features)
     prepare = Preparation(
-        autoencoder=None if stored else build_autoencoder(cfg.vae, CPU, torch.float32),
-        text_encoder=stored_text(cfg, CPU) if stored else build_text_encoder(cfg.text, CPU, torch.float32),
-        flow=cfg.flow, patch=1, cond_embed=True, guidance_embed=False,
-        sequence=SequenceParallel(view({})), seed=cfg.seed, device=CPU, stored=stored,
+        encoders=Encoders(
+            autoencoder=None if stored else build_autoencoder(cfg.vae, CPU, torch.float32),
+            text_encoder=stored_text(cfg, CPU) if stored else build_text_encoder(cfg.text, CPU, torch.float32),
+            device=CPU, stored=stored,
+        ),
+        objective=build_objective(cfg.objective), conditioning=cfg.conditioning, model=cfg.model,
+        layout=token_layout(cfg.model, SequenceParallel(view({}))), seed=cfg.seed,
     )  # fmt: skip
     batches = build_loader(
         table, plan, cfg.data, start_step=steps.start, stop_step=steps.stop, dp_rank=0, dp_degree=1, seed=cfg.seed
@@ -76,7 +82,7 @@ def tokens(cfg: RunConfig, steps: range, workers: int = 0) -> Iterator[Tokens]:
 def assert_equal(ours: Iterator[Tokens], theirs: Iterator[Tokens]) -> int:
     count = 0
     for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a.target, b.target)
+        assert torch.equal(a.targets["velocity"], b.targets["velocity"])
         for name, value in a.inputs.items():
             assert torch.equal(value, b.inputs[name]) if torch.is_tensor(value) else value == b.inputs[name], name
         count += 1

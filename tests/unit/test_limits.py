@@ -33,6 +33,7 @@ KINDS = {
     "model": ["model={kind: mmdit, size: debug, in_channels: 64, context_in_dim: 256, vec_in_dim: 256}"],
     "vae": ["vae={kind: dct, channels: 16}", "vae={kind: hunyuan}", "vae={kind: flux2d}"],
     "text": ["text={kind: bytes}", "text={kind: t5_clip}"],
+    "objective": ["objective={kind: rectified_flow}"],
 }
 
 

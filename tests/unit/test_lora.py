@@ -14,7 +14,7 @@ from acceleration.sharding import fsdp
 from opensora.config.run import SampleConfig
 from opensora.inference.find import read_adapters
 from opensora.models.families import MODEL_SIZES, build_model, init_model_
-from opensora.models.mmdit import MMDiTConfig, MMDiTModel
+from opensora.models.mmdit import FAMILY, MMDiTConfig, MMDiTModel
 from opensora.models.weights.adapter_export import write_adapter
 from opensora.models.weights.adapter_fit import FittedAdapter
 from opensora.models.weights.adapter_names import CONFIG, WEIGHTS
@@ -24,7 +24,7 @@ from opensora.utils.files.safetensors_files import fingerprint
 from opensora.utils.rng import torch_generator
 
 MODEL = replace(MODEL_SIZES["mmdit"]["debug"], cond_embed=False)
-CFG = LoraConfig(rank=4, alpha=6.0)
+CFG = LoraConfig(rank=4, alpha=6.0, targets=FAMILY.lora_targets)
 LAYOUT = {"format": "pt", "fused_qkv": "true", "rope_layout": "interleaved"}
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from opensora.models.families import MODEL_SIZES, MODELS, build_model, init_model_
+from opensora.models.families import FAMILIES, MODEL_SIZES, build_model, count_parameters, init_model_
 from opensora.models.layers import attention
 from opensora.models.layers.attention import SDPACore
 from opensora.models.layers.embedding import sinusoid
 from opensora.models.layers.rope import apply_rope, rope_table
-from opensora.models.mmdit.model import MMDiTConfig, MMDiTModel, count_parameters
+from opensora.models.mmdit.model import FAMILY, MMDiTConfig, MMDiTModel
 from opensora.utils.rng import torch_generator
 from opensora.utils.tokens import image_ids
 
@@ -341,4 +341,4 @@ def test_bad_shapes_are_named(bad: dict[str, Any]) -> None:
 
 def test_config_says_its_kind_first() -> None:
     assert fields(MMDiTConfig)[0].name == "kind"
-    assert MODELS[DEBUG.kind] == (MMDiTConfig, MMDiTModel)
+    assert FAMILIES[DEBUG.kind] == FAMILY and (FAMILY.config, FAMILY.model) == (MMDiTConfig, MMDiTModel)

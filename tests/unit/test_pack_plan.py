@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from opensora.datasets import DataConfig
-from opensora.datasets.buckets.cost import CostConfig, image_tokens
+from opensora.datasets.buckets.cost import CostConfig, FullAttention
 from opensora.datasets.loading.loader import build_loader
 from opensora.datasets.loading.reader import Batch, PackedBatch
 from opensora.datasets.plan.batch_plan import BatchPlan, PackedSequence
@@ -35,7 +35,7 @@ def make_plan(budget: int, *, micro_batches: int = 16, pack: int = 4, rows: int 
 
 def tokens_of(pack: PackedSequence) -> int:
     return sum(
-        len(part.sample_ids) * image_tokens(part.bucket.frames, part.bucket.height, part.bucket.width, 16)
+        len(part.sample_ids) * FullAttention(16)(part.bucket.frames, part.bucket.height, part.bucket.width)[0]
         for part in pack.parts
     )
 

@@ -71,7 +71,7 @@ def together(samples: list[dict[str, Any]], sequences: int) -> dict[str, Any]:
     for name in ("timesteps", "y_vec", "guidance"):
         missing = samples[0][name] is None
         given[name] = None if missing else torch.cat([samples[i][name] for order in orders for i in order])
-    return given | {"rows": rows, "context": WHOLE.packed_context(*rows, "cpu")}
+    return given | {"sample_of": rows, "context": WHOLE.packed_context(*rows, "cpu")}
 
 
 def gradients_of(model: nn.Module, loss: Tensor) -> Gradients:
@@ -142,9 +142,9 @@ def test_a_mistake_would_be_found(mistake: Any) -> None:
         assert max(packed_and_apart(DEBUG, 1)) > 1e-6
 
 
-def test_rows_and_segments_come_together() -> None:
+def test_samples_and_segments_come_together() -> None:
     model, given = random_model(DEBUG, torch.float64), together(apart(DEBUG), 1)
-    for lacking in ({"context": None}, {"rows": None}, {"context": SimpleNamespace(segments=None)}):
+    for lacking in ({"context": None}, {"sample_of": None}, {"context": SimpleNamespace(segments=None)}):
         with pytest.raises(ValueError, match="belong together"):
             model(**{**given, **lacking})
 

@@ -57,7 +57,7 @@ def toy_loss(model: nn.Module, tokens: int = 9) -> Tensor:
 def mmdit_loss(model: nn.Module, dtype: torch.dtype) -> Tensor:
     prepare = preparation(view({}))
     tokens = [prepare(batch, 0) for batch in batches(0)[:2]]  # type: ignore[arg-type]
-    return torch.stack([(model(**t.inputs) - t.target.to(dtype)).square().sum() for t in tokens]).sum()
+    return torch.stack([(model(**t.inputs) - t.targets["velocity"].to(dtype)).square().sum() for t in tokens]).sum()
 
 
 def gradients(kind: str, cfg: RecomputeConfig, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from opensora.conditioning import DropoutConfig
+from opensora.conditioning.dropout import drop_text
 from opensora.datasets import DataConfig
 from opensora.datasets.decode import api
 from opensora.datasets.loading import loader, reader
 from opensora.datasets.loading.loader import build_loader
 from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.datasets.table.index import open_index, open_table
-from opensora.schedulers.rectified_flow import drop_text, sample_noise
+from opensora.schedulers.timesteps import draw_per_sample
 from tests.unit.test_clip_index import make_tables
 
 SEED, STEPS, STOPS = 5, 80, 200
@@ -90,8 +92,8 @@ def run(tables: list[str], steps: range, degree: int, workers: int, pack: int) -
 def drawn(batch: reader.Batch, step: int) -> tuple:
     """Everything random about a batch."""
     ids = batch.sample_ids
-    noise = sample_noise(SEED, step, ids, (1, 2, 2, 2))
-    dropped = [drop.tolist() for drop in drop_text(SEED, step, ids, 0.3)]
+    noise = draw_per_sample(SEED, step, ids, "noise", (1, 2, 2, 2))
+    dropped = [drop.tolist() for drop in drop_text(SEED, step, ids, DropoutConfig(text=0.3, pooled=0.3))]
     pixels = batch.pixels[:, :, :, 0, 0].tolist(), int(batch.pixels.sum())
     return batch.epoch, str(batch.bucket), batch.prompts, pixels, noise.tolist(), dropped
 

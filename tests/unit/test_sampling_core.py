@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from opensora.sampling.guidance import DENOISERS, DistilledDenoiser, I2VDenoiser, oscillate
-from opensora.sampling.loop import TextInputs
+from opensora.sampling.denoisers import DENOISERS, DistilledDenoiser, I2VDenoiser, TextInputs
+from opensora.sampling.guidance import oscillate
 from opensora.sampling.noise import get_noise
 from opensora.sampling.options import SamplingOption, image_size, sanitize_sampling_option
 from opensora.schedulers.timesteps import flow_shift, get_schedule, time_shift

@@ -20,7 +20,7 @@ from itertools import pairwise
 import numpy as np
 
 from opensora.datasets.buckets.aspect import area_of, training_sizes
-from opensora.datasets.buckets.cost import features, image_tokens
+from opensora.datasets.buckets.cost import FullAttention, Measure, features
 from opensora.datasets.config import BucketRow, DataConfig, bucket_rows
 from opensora.datasets.plan.dynamic_sp import SequenceSharing, choose, times
 from opensora.datasets.table.manifest import ClipTable
@@ -113,8 +113,11 @@ class Shares:
 class BucketTable:
     """The configured rows with their sizes; sorts clips into kinds, and divides kinds among buckets."""
 
-    def __init__(self, cfg: DataConfig, spatial_multiple: int) -> None:
-        """``spatial_multiple``: pixels one token spans in space (autoencoder stride * patch).
+    def __init__(self, cfg: DataConfig, spatial_multiple: int, measure: Measure | None = None) -> None:
+        """
+        Args:
+            spatial_multiple: pixels one token spans in space (autoencoder stride * patch).
+            measure: what a clip amounts to for the model; None: full attention over its tokens.
 
         Raises:
             UserError: no row, or a resolution below one token.
@@ -124,7 +127,7 @@ class BucketTable:
             raise UserError("data.buckets is empty: give {resolution: {frames: [keep_prob, batch_size]}}")
         self.buckets: list[Bucket] = []
         self._cfg = cfg
-        self._multiple = spatial_multiple
+        self._measure = measure or FullAttention(spatial_multiple)
         self._first: dict[BucketRow, int] = {}  # a row's buckets stand together, in the order of its sizes
         self._sizes: dict[str, tuple[tuple[int, int], ...]] = {}
         for row in self.rows:
@@ -206,7 +209,7 @@ class BucketTable:
 
     def cost(self, bucket: Bucket, samples: int) -> float:
         """Time of a micro-batch in the unit of ``data.cost``."""
-        return self._cfg.cost.batch(samples, self._tokens(bucket.frames, bucket.height, bucket.width))
+        return self._cfg.cost.batch(samples, *self._measure(bucket.frames, bucket.height, bucket.width))
 
     def costs(self, numbers: np.ndarray, samples: np.ndarray) -> np.ndarray:
         """(n,) ``cost`` of micro-batches of the buckets with these numbers."""
@@ -214,7 +217,7 @@ class BucketTable:
 
     def features(self, numbers: np.ndarray, samples: np.ndarray) -> np.ndarray:
         """(n, 4) what the costs of such micro-batches are linear in."""
-        return features(samples.astype(np.float64), self._all_tokens[numbers])
+        return features(samples.astype(np.float64), self._all_tokens[numbers], self._all_keys[numbers])
 
     def tokens(self, numbers: np.ndarray) -> np.ndarray:
         """(n,) int64 image tokens of one sample of the buckets with these numbers."""
@@ -232,10 +235,13 @@ class BucketTable:
 
     @cached_property
     def _all_tokens(self) -> np.ndarray:
-        return np.array([self._tokens(b.frames, b.height, b.width) for b in self.buckets], dtype=np.float64)
+        return np.array([self._measure(b.frames, b.height, b.width)[0] for b in self.buckets], dtype=np.float64)
 
-    def _tokens(self, frames: int, height: int, width: int) -> int:
-        return image_tokens(frames, height, width, self._multiple)
+    @cached_property
+    def _all_keys(self) -> np.ndarray:
+        """Image tokens that one of each bucket attends to, in the mean."""
+        pairs = [self._measure(b.frames, b.height, b.width)[1] for b in self.buckets]
+        return np.array(pairs, dtype=np.float64) / self._all_tokens
 
     def shared(
         self, numbers: np.ndarray, samples: np.ndarray, sharing: SequenceSharing
@@ -248,12 +254,12 @@ class BucketTable:
     def _batch_size(self, row: BucketRow, height: int, width: int) -> int:
         if row.batch_size is not None:
             return row.batch_size
-        tokens, cost = self._tokens(row.frames, height, width), self._cfg.cost
+        (tokens, pairs), cost = self._measure(row.frames, height, width), self._cfg.cost
         limits = []
         if self._cfg.tokens_per_batch:
             limits.append(self._cfg.tokens_per_batch / tokens)
         if self._cfg.cost_per_batch:
-            limits.append((self._cfg.cost_per_batch - cost.per_batch) / cost.sample(tokens))
+            limits.append((self._cfg.cost_per_batch - cost.per_batch) / cost.sample(tokens, pairs))
         return max(1, int(min(limits)))
 
     def _leaves(self, fitting: int, taking: int) -> tuple[list[tuple[BucketRow, float]], int]:

@@ -1,31 +1,38 @@
 """What a micro-batch costs: seconds, or anything proportional to them, from its tokens.
 
-    cost(B samples of L tokens) = per_batch + B (per_sample + per_token L + per_token2 L^2)
+    cost(B samples of L tokens) = per_batch + B (per_sample + per_token L + per_token2 L K)
 
-A transformer of width d multiplies 24 L d^2 + 4 L^2 d times per layer and sample, which is L + L^2 / 6d up to scale:
-the default, with d of the 11B model. ``python -m opensora.cli.calibrate RUN_FOLDER`` fits the four numbers to a run's
-times. They belong to the configuration, because the order of samples depends on them: a run must not change its own.
+with K the tokens that one attends to: L in a model whose tokens all meet, fewer where it keeps time and space apart,
+as its family says (``Denoising.attention_pairs``). A transformer of width d multiplies 24 L d^2 + 4 L K d times per
+layer and sample, which is L + L K / 6d up to scale: the default, with d of the 11B model.
+
+``python -m opensora.cli.calibrate RUN_FOLDER`` fits the four numbers to a run's times. They belong to the
+configuration, because the order of samples depends on them: a run must not change its own.
 
 With ``parallel.mesh.dynamic`` the cost is that of a micro-batch whose samples are each cut for all p processes of the
 ulysses axis. Where groups of d of them have n whole samples each, n = B d/p rounded up, it takes
 
     per_batch + p n (sample/d + per_token encode_tokens) + p per_token (exchange_tokens + exchange n L (d-1)/d^2)
 
-with sample = per_sample + per_token L + per_token2 L^2, and the last term where d > 1. Per layer 4 n L D (d-1)/d^2
+with sample = per_sample + per_token L + per_token2 L K, and the last term where d > 1. Per layer 4 n L D (d-1)/d^2
 elements are sent in forward and as many in backward: on one H100 node and with the 11B model that is 0.08 of the time
 of the products at half the peak, and four exchanges of 30 us are as long as 90 tokens. T5-XXL takes 130 a prompt.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 from math import isfinite
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 
 from opensora.utils.limits import Limits
 
 TEMPORAL_STRIDE = 4  # frames per latent frame after the first
+
+Measure: TypeAlias = Callable[[int, int, int], tuple[int, int]]
+# (frames, height, width) of a clip -> (its image tokens, the pairs of them that meet in attention)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,20 +64,20 @@ class CostConfig:
         """(4,) the numbers that ``features`` are multiplied by."""
         return np.array([self.per_batch, self.per_sample, self.per_token, self.per_token2])
 
-    def sample(self, tokens: int) -> float:
-        """One sample of a micro-batch."""
-        return self.per_sample + self.per_token * tokens + self.per_token2 * tokens * tokens
+    def sample(self, tokens: int, pairs: int) -> float:
+        """One sample of a micro-batch, of so many image tokens and pairs of them that meet."""
+        return self.per_sample + self.per_token * tokens + self.per_token2 * tokens * (pairs / tokens)
 
-    def batch(self, samples: int, tokens: int) -> float:
-        """A micro-batch of ``samples`` with ``tokens`` image tokens each."""
-        return self.per_batch + samples * self.sample(tokens)
+    def batch(self, samples: int, tokens: int, pairs: int) -> float:
+        """A micro-batch of ``samples`` such samples."""
+        return self.per_batch + samples * self.sample(tokens, pairs)
 
     def shared(self, rows: np.ndarray, degree: int, whole: int) -> np.ndarray:
         """(n,) times of micro-batches, by their (n, 4) ``features``, divided among groups of ``degree`` processes."""
-        samples, tokens = rows[:, 1], rows[:, 2] / rows[:, 1]
+        samples, tokens, keys = rows[:, 1], rows[:, 2] / rows[:, 1], rows[:, 3] / rows[:, 2]
         most = largest_group(samples, degree, whole)
         # No product of matrices: its rounding may differ between machines, whose processes must choose alike.
-        sample = self.per_sample + tokens * (self.per_token + tokens * self.per_token2)
+        sample = self.per_sample + tokens * (self.per_token + keys * self.per_token2)
         alone = sample / degree + self.per_token * self.encode_tokens
         moved = np.zeros(len(rows))
         if degree > 1:
@@ -83,9 +90,10 @@ def largest_group(samples: np.ndarray, degree: int, whole: int) -> np.ndarray:
     return np.ceil(samples * degree / whole)
 
 
-def features(samples: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """(n, 4) what the cost of micro-batches is linear in: 1, B, B L, B L^2."""
-    return np.stack([np.ones_like(tokens), samples, samples * tokens, samples * tokens * tokens], axis=-1)
+def features(samples: np.ndarray, tokens: np.ndarray, keys: np.ndarray | None = None) -> np.ndarray:
+    """(n, 4) what the cost of micro-batches is linear in: 1, B, B L, B L K; ``keys``: K, all tokens if not given."""
+    keys = tokens if keys is None else keys
+    return np.stack([np.ones_like(tokens), samples, samples * tokens, samples * tokens * keys], axis=-1)
 
 
 def fit(rows: np.ndarray, seconds: np.ndarray) -> CostConfig:
@@ -117,6 +125,14 @@ def fit(rows: np.ndarray, seconds: np.ndarray) -> CostConfig:
     return CostConfig(**{name: best.get(number, 0.0) for number, name in enumerate(names)})
 
 
-def image_tokens(frames: int, height: int, width: int, spatial_multiple: int) -> int:
-    """Image tokens of a clip; ``spatial_multiple``: pixels one token spans in space."""
-    return ((frames - 1) // TEMPORAL_STRIDE + 1) * (height // spatial_multiple) * (width // spatial_multiple)
+@dataclass(frozen=True)
+class FullAttention:
+    """The measure of a model whose image tokens all meet, behind a causal autoencoder of four frames a latent one."""
+
+    spatial_multiple: int  # pixels one token spans on a side
+
+    def __call__(self, frames: int, height: int, width: int) -> tuple[int, int]:
+        """See ``Measure``."""
+        per_frame = (height // self.spatial_multiple) * (width // self.spatial_multiple)
+        tokens = ((frames - 1) // TEMPORAL_STRIDE + 1) * per_frame
+        return tokens, tokens * tokens

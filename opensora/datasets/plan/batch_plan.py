@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from opensora.datasets.buckets.bucket import Bucket, BucketReport, BucketTable
+from opensora.datasets.buckets.cost import Measure
 from opensora.datasets.buckets.shape_class_index import index_shape_classes
 from opensora.datasets.config import DataConfig
 from opensora.datasets.plan.balance import compose, deal
@@ -94,20 +95,23 @@ class _Step:
 class BatchPlan:
     """The order of a run. Holds no position: ask for any step, in any order, in any process."""
 
-    def __init__(self, table: ClipTable, cfg: DataConfig, spatial_multiple: int, seed: int) -> None:
+    def __init__(
+        self, table: ClipTable, cfg: DataConfig, spatial_multiple: int, seed: int, measure: Measure | None = None
+    ) -> None:
         """
         Args:
             spatial_multiple: pixels one token spans in space (autoencoder stride * patch).
+            measure: what a clip amounts to for the model, see ``BucketTable``.
 
         Raises:
             UserError: no sample fits any bucket, with ``unused_rows: error`` a row of the bucket table has none, or a
                 sample of some bucket is longer than ``tokens_per_sequence``.
         """
-        self._made_of = (table, cfg, spatial_multiple, seed)
+        self._made_of = (table, cfg, spatial_multiple, seed, measure)
         self._seed = seed
         self._per_step, self._pack = cfg.micro_batches, cfg.balance_group
         self._budget = cfg.tokens_per_sequence
-        self._buckets = BucketTable(cfg, spatial_multiple)
+        self._buckets = BucketTable(cfg, spatial_multiple, measure)
         self._number = {bucket: number for number, bucket in enumerate(self._buckets.buckets)}
         self._source = Source(self._buckets, self._buckets.shares(), index_shape_classes(table, self._buckets), seed)
         self._first_step = [0]  # first step of each epoch known so far, where epochs differ in length

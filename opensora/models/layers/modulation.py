@@ -15,19 +15,19 @@ class Modulation(nn.Module):
         self.act = nn.SiLU()
         self.lin = nn.Linear(hidden, parts * hidden)
 
-    def forward(self, vec: Tensor, rows: Tensor | None = None) -> tuple[Tensor, ...]:
-        return over_tokens(self.lin(self.act(vec.to(self.lin.weight.dtype))), self.parts, rows)
+    def forward(self, vec: Tensor, sample_of: Tensor | None = None) -> tuple[Tensor, ...]:
+        return over_tokens(self.lin(self.act(vec.to(self.lin.weight.dtype))), self.parts, sample_of)
 
 
-def over_tokens(joined: Tensor, parts: int, rows: Tensor | None) -> tuple[Tensor, ...]:
+def over_tokens(joined: Tensor, parts: int, sample_of: Tensor | None) -> tuple[Tensor, ...]:
     """(S, parts * D) -> ``parts`` tensors for (B, N, D) tokens.
 
-    Without ``rows`` sample s is sequence s: (S, 1, D) each. ``rows`` (B, N) int64 says for every token which sample it
-    is of: (B, N, D) each.
+    Without ``sample_of`` sample s is sequence s: (S, 1, D) each. ``sample_of`` (B, N) int64 says for every token which
+    sample it is of: (B, N, D) each.
     """
-    if rows is None:
+    if sample_of is None:
         return joined[:, None, :].chunk(parts, dim=-1)
-    return tuple(_Spread.apply(part, rows) for part in joined.chunk(parts, dim=-1))
+    return tuple(_Spread.apply(part, sample_of) for part in joined.chunk(parts, dim=-1))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -43,13 +43,13 @@ class _Spread(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
+    def forward(ctx: Any, table: Tensor, sample_of: Tensor) -> Tensor:
+        ctx.save_for_backward(sample_of)
         ctx.samples = table.shape[0]
-        return table[rows]
+        return table[sample_of]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (rows,) = ctx.saved_tensors
-        is_of = torch.arange(ctx.samples, device=rows.device)[:, None] == rows.flatten()  # (S, B * N)
+        (sample_of,) = ctx.saved_tensors
+        is_of = torch.arange(ctx.samples, device=sample_of.device)[:, None] == sample_of.flatten()  # (S, B * N)
         return is_of.to(grad.dtype) @ grad.flatten(0, 1), None

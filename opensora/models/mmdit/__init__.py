@@ -1,5 +1,5 @@
 """The multimodal diffusion transformer of Flux and Open-Sora 2."""
 
-from opensora.models.mmdit.model import SIZES, MMDiTConfig, MMDiTModel
+from opensora.models.mmdit.model import FAMILY, SIZES, MMDiTConfig, MMDiTModel
 
-__all__ = ["SIZES", "MMDiTConfig", "MMDiTModel"]
+__all__ = ["FAMILY", "SIZES", "MMDiTConfig", "MMDiTModel"]

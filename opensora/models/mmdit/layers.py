@@ -113,15 +113,15 @@ class DoubleStreamBlock(nn.Module):
         rope: RopeTable,
         key_mask: Tensor | None = None,
         context: Any = None,
-        rows: tuple[Tensor, Tensor] | None = None,
+        sample_of: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """img (B, N, D), txt (B, L, D), vec (B, D) -> img, txt of the same shapes; N or L may be 0.
 
-        With ``rows`` (B, L), (B, N), vec has a row per sample, and they say which of them a token is modulated by.
+        With ``sample_of`` (B, L), (B, N), vec has a row per sample, and they say which of them a token is modulated by.
         """
         dtype = self.img_mod.lin.weight.dtype
         img, txt = img.to(dtype), txt.to(dtype)
-        txt_rows, img_rows = rows or (None, None)
+        txt_rows, img_rows = sample_of or (None, None)
         img_parts, txt_parts = self.img_mod(vec, img_rows), self.txt_mod(vec, txt_rows)
         img_q, img_k, img_v = self.img_attn.project(modulate(self.img_norm1(img), *img_parts[:2]))
         txt_q, txt_k, txt_v = self.txt_attn.project(modulate(self.txt_norm1(txt), *txt_parts[:2]))
@@ -176,11 +176,11 @@ class SingleStreamBlock(nn.Module):
         rope: RopeTable,
         key_mask: Tensor | None = None,
         context: Any = None,
-        rows: Tensor | None = None,
+        sample_of: Tensor | None = None,
     ) -> Tensor:
-        """x (B, L+N, D), vec (B, D) -> (B, L+N, D); with ``rows`` (B, L+N) as in a double block."""
+        """x (B, L+N, D), vec (B, D) -> (B, L+N, D); with ``sample_of`` (B, L+N) as in a double block."""
         x = x.to(self.linear2.weight.dtype)
-        shift, scale, gate = self.modulation(vec, rows)
+        shift, scale, gate = self.modulation(vec, sample_of)
         h = modulate(self.pre_norm(x), shift, scale)
         if self.fused_qkv:
             q, k, v, inner = split_in_proportion(self.linear1(h), *self.widths)
@@ -209,7 +209,7 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden, out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
 
-    def forward(self, x: Tensor, vec: Tensor, rows: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, vec: Tensor, sample_of: Tensor | None = None) -> Tensor:
         dtype = self.linear.weight.dtype
-        shift, scale = over_tokens(self.adaLN_modulation(vec.to(dtype)), 2, rows)
+        shift, scale = over_tokens(self.adaLN_modulation(vec.to(dtype)), 2, sample_of)
         return self.linear(modulate(self.norm_final(x.to(dtype)), shift, scale))

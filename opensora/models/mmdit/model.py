@@ -7,8 +7,8 @@ What is unusual:
 * Tokens arrive with their coordinates. Packing pixels into tokens, padding and distributing tokens over processes
   happen outside, so a process with a share of the tokens, even with no text or no image token, runs these same lines.
   Tokens meet only in the attention cores (``attention_cores``), whose modules may be replaced.
-* A sequence may hold several samples, each with its text, time and prompt. ``rows`` then says which sample a token is
-  of, and ``context`` keeps them apart in attention; nothing else in the model knows.
+* A sequence may hold several samples, each with its text, time and prompt. ``sample_of`` then says which sample a token
+  is of, and ``context`` keeps them apart in attention; nothing else in the model knows.
 * The conditioning vector (time, pooled prompt, guidance) enters by modulation only, zero at the start: an untrained
   block is the identity, and the untrained model returns zeros.
 * Inputs are cast to the dtype of the weights where they are used. Times, coordinates and rotary tables stay in fp32
@@ -19,18 +19,23 @@ Dh head dim.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from opensora.models.base import AttentionAxis, Denoising, Family, TokenAxis
+from opensora.models.conditions import Conditions, TokenBatch
 from opensora.models.layers.embedding import MLPEmbedder, sinusoid
 from opensora.models.layers.rope import rope_table
+from opensora.models.mmdit.convert import WEIGHTS
 from opensora.models.mmdit.layers import DoubleStreamBlock, FinalLayer, SingleStreamBlock
 from opensora.utils.limits import Limits
 
 TIME_CHANNELS = 256
+LORA_TARGETS = ("double_blocks.*.*_attn.*", "double_blocks.*.*_mlp.*", "single_blocks.*.*")
 _WIDTH = (2**17, "no device multiplies wider matrices")
 
 
@@ -111,8 +116,11 @@ class MMDiTModel(nn.Module):
     """Velocity of every image token, given the text tokens."""
 
     block_lists = ("double_blocks", "single_blocks")
-    attention_cores = ("double_blocks.*.core", "single_blocks.*.core")
-    takes_packs = True
+    attention_cores: ClassVar[Mapping[str, AttentionAxis]] = {
+        "double_blocks.*.core": "joint",
+        "single_blocks.*.core": "joint",
+    }
+    axis_switches: ClassVar[Mapping[str, TokenAxis]] = {}
     tensor_shared = ("double_blocks.*.*_attn.norm.*.scale", "single_blocks.*.norm.*.scale")
 
     def __init__(self, cfg: MMDiTConfig) -> None:
@@ -162,7 +170,7 @@ class MMDiTModel(nn.Module):
         guidance: Tensor | None = None,
         *,
         txt_mask: Tensor | None = None,
-        rows: tuple[Tensor, Tensor] | None = None,
+        sample_of: tuple[Tensor, Tensor] | None = None,
         context: Any = None,
     ) -> Tensor:
         """Velocity (B, N, out_channels), in the dtype of the weights.
@@ -177,12 +185,12 @@ class MMDiTModel(nn.Module):
             cond: (B, N, cond_channels), given if and only if ``cond_embed``; zeros where nothing is known.
             guidance: (S,), given if and only if ``guidance_embed``.
             txt_mask: (B, L) bool, True for text that is attended to; None: all.
-            rows: (B, L) and (B, N) int64, the row of timesteps, y_vec and guidance that a token belongs to; None: all
-                of sequence b to row b. Given if and only if the context has segments.
+            sample_of: (B, L) and (B, N) int64, the row of timesteps, y_vec and guidance that a token belongs to; None:
+                all of sequence b to row b. Given if and only if the context has segments.
             context: handed to every attention core untouched.
         """
-        if (rows is None) != (getattr(context, "segments", None) is None):
-            raise ValueError("rows and context.segments belong together: one says what the other keeps apart")
+        if (sample_of is None) != (getattr(context, "segments", None) is None):
+            raise ValueError("sample_of and context.segments belong together: one says what the other keeps apart")
         for name, given, wanted in (("cond", cond, self.cond_in), ("guidance", guidance, self.guidance_in)):
             if (given is None) != (wanted is None):
                 raise ValueError(f"{name} {'is missing' if given is None else 'was given'}, but {name}_embed says not")
@@ -203,15 +211,15 @@ class MMDiTModel(nn.Module):
             key_mask = torch.cat((txt_mask, txt_mask.new_ones(img.shape[:2])), dim=1)
 
         for block in self.double_blocks:
-            img, txt = block(img, txt, vec, rope, key_mask, context, rows)
+            img, txt = block(img, txt, vec, rope, key_mask, context, sample_of)
         if len(self.single_blocks):
             x = torch.cat((txt, img), dim=1)  # (B, L + N, D)
-            joined = None if rows is None else torch.cat(rows, dim=1)  # (B, L + N)
+            joined = None if sample_of is None else torch.cat(sample_of, dim=1)  # (B, L + N)
             for block in self.single_blocks:
                 x = block(x, vec, rope, key_mask, context, joined)
             img = x[:, txt.shape[1] :]
         # A 3-D linear may return a view, and hooks that sharding puts on a view are lost when somebody writes to it.
-        return self.final_layer(img, vec, None if rows is None else rows[1]).clone()
+        return self.final_layer(img, vec, None if sample_of is None else sample_of[1]).clone()
 
     def tensor_plan(self) -> dict[str, tuple[str, tuple[tuple[int, int], ...]]]:
         """How tensor parallelism cuts the linear layers: {pattern: (kind, parts of (size, unit))}.
@@ -262,12 +270,6 @@ def _starts_at_zero(name: str) -> bool:
     return name.startswith(("cond_in.", "final_layer.")) or name.split(".")[-2] == "lin"
 
 
-def count_parameters(cfg: MMDiTConfig) -> int:
-    """Parameters of the model of this shape, without building its weights."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in MMDiTModel(cfg).parameters())
-
-
 SIZES = {
     "debug": MMDiTConfig(  # for tests
         in_channels=16,
@@ -295,3 +297,78 @@ SIZES = {
     "3b": MMDiTConfig(hidden_size=2048, num_heads=16, depth=11, depth_single_blocks=22),
     "11b": MMDiTConfig(),
 }
+
+
+def describe(cfg: MMDiTConfig) -> Denoising:
+    """What others must know of a model of this shape."""
+    return Denoising(
+        latent_channels=cfg.in_channels // cfg.patch_size**2,
+        patch=(1, cfg.patch_size, cfg.patch_size),
+        width=cfg.hidden_size,
+        heads=cfg.num_heads,
+        text_dim=cfg.context_in_dim,
+        pooled_dim=cfg.vec_in_dim,
+        references="channels" if cfg.cond_embed else "none",
+        wants=frozenset(("guidance",) if cfg.guidance_embed else ()),
+        packs=True,
+    )
+
+
+def check(cfg: MMDiTConfig, channels: int, text_dim: int | None, pooled_dim: int | None) -> None:
+    """That the model reads what an autoencoder and a text encoder write; widths that are None are not known yet.
+
+    Raises:
+        ValueError: a width that does not fit, with the one that does. One output channel would be taken for all of
+            them without an error.
+    """
+    per_token = channels * cfg.patch_size**2
+    gives = f"{channels} latent channels with model.patch_size={cfg.patch_size} are {per_token} channels per token"
+    if cfg.in_channels != per_token:
+        raise ValueError(f"in_channels={cfg.in_channels}: {gives}; set model.in_channels={per_token}")
+    if cfg.out_channels not in (None, per_token):
+        raise ValueError(
+            f"out_channels={cfg.out_channels}: a velocity has the {per_token} channels per token of what it moves; set "
+            f"model.out_channels={per_token}, or null"
+        )
+    for key, width in (("context_in_dim", text_dim), ("vec_in_dim", pooled_dim)):
+        if width is not None and getattr(cfg, key) != width:
+            raise ValueError(f"{key}={getattr(cfg, key)}: the text encoder gives {width}; set model.{key}={width}")
+
+
+def arguments(cfg: MMDiTConfig, tokens: TokenBatch, t: Tensor, conditions: Conditions) -> dict[str, Any]:
+    """``MMDiTModel.forward``'s own names. Known frames are cat(mask, latents), as the tokens are."""
+    text = conditions.text
+    assert text is not None and conditions.pooled is not None, "MMDiT reads text tokens and a pooled prompt"
+    return {
+        "img": tokens.x,
+        "img_ids": tokens.positions,
+        "txt": text,
+        "txt_ids": torch.zeros(*text.shape[:2], 3, device=text.device),
+        "timesteps": t,
+        "y_vec": conditions.pooled,
+        "cond": _known_frames(cfg, tokens, conditions) if cfg.cond_embed else None,
+        "guidance": conditions.guidance if cfg.guidance_embed else None,
+        "txt_mask": conditions.text_mask,
+        "sample_of": tokens.sample_of,
+    }
+
+
+def _known_frames(cfg: MMDiTConfig, tokens: TokenBatch, conditions: Conditions) -> Tensor:
+    """(B, N, cond_channels); zeros where nothing is known."""
+    reference, known = conditions.reference, conditions.known
+    if reference is None or known is None:
+        return torch.zeros(*tokens.x.shape[:2], cfg.cond_channels, device=tokens.x.device)
+    mask = known[..., None].expand(*known.shape, cfg.patch_size**2)
+    return torch.cat((mask.to(reference), reference), dim=-1)
+
+
+FAMILY = Family(
+    config=MMDiTConfig,
+    model=MMDiTModel,
+    sizes=SIZES,
+    describe=describe,
+    check=check,
+    arguments=arguments,
+    weights=WEIGHTS,
+    lora_targets=LORA_TARGETS,
+)

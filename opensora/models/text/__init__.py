@@ -1,48 +1,89 @@
-"""Text encoders by name."""
+"""Text encoders by kind: the table that everything else asks. A new one is a file, and a line of it."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
+from opensora.models.families import family_of
 from opensora.models.text.bytes import ByteTextConfig, ByteTextEncoder
-from opensora.models.text.t5_clip import T5ClipConfig, T5ClipTextEncoder, stated_width
+from opensora.models.text.t5_clip import T5ClipConfig, T5ClipTextEncoder, stated_widths
 from opensora.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from opensora.models.base import TextEncoder
+    from opensora.models.base import ModelConfig, TextEncoder
 
-TextConfig = ByteTextConfig | T5ClipConfig
+TextConfig: TypeAlias = ByteTextConfig | T5ClipConfig
+Device: TypeAlias = torch.device | str
+Widths: TypeAlias = tuple[int | None, int | None]  # of text tokens and of the pooled prompt; None: not stated
 
-TEXT_ENCODERS = {
-    "bytes": (ByteTextConfig, ByteTextEncoder),
-    "t5_clip": (T5ClipConfig, T5ClipTextEncoder),
+
+class TextEncoderKind(NamedTuple):
+    """What can be asked of a kind of text encoder."""
+
+    config: type
+    build: Callable[[Any, Device, torch.dtype], "TextEncoder"]
+    tokens: Callable[[Any], int]  # of a prompt, padding included
+    has_mask: Callable[[Any], bool]  # its features say which tokens are padding
+    widths: Callable[[Any], Widths]  # by the configuration alone
+    stated: Callable[[Any], Widths] | None = None  # by its files, without loading them; UserError if they are not there
+    parameters: int = 0  # of the published one, for forecasts
+
+
+TEXT_ENCODERS: dict[str, TextEncoderKind] = {
+    "bytes": TextEncoderKind(
+        ByteTextConfig,
+        ByteTextEncoder,
+        tokens=lambda cfg: cfg.max_words,
+        has_mask=lambda cfg: cfg.mask,
+        widths=lambda cfg: (cfg.dim, cfg.dim),
+    ),
+    "t5_clip": TextEncoderKind(
+        T5ClipConfig,
+        T5ClipTextEncoder,
+        tokens=lambda cfg: cfg.max_tokens,
+        has_mask=lambda cfg: False,
+        widths=lambda cfg: (None, None),
+        stated=stated_widths,
+        parameters=4_885_000_000,
+    ),
 }
+TEXT_ENCODER_CONFIGS: dict[str, type] = {kind: entry.config for kind, entry in TEXT_ENCODERS.items()}
 
 
 def text_tokens(cfg: TextConfig) -> int:
     """Tokens of a prompt, padding included."""
-    return cfg.max_words if isinstance(cfg, ByteTextConfig) else cfg.max_tokens
+    return TEXT_ENCODERS[cfg.kind].tokens(cfg)
 
 
-def check_text_encoder(cfg: TextConfig, context_in_dim: int, vec_in_dim: int) -> None:
+def has_mask(cfg: TextConfig) -> bool:
+    """Whether features say which of their tokens are padding."""
+    return TEXT_ENCODERS[cfg.kind].has_mask(cfg)
+
+
+def text_widths(cfg: TextConfig) -> Widths:
+    """Widths of the features, as far as the configuration says them."""
+    return TEXT_ENCODERS[cfg.kind].widths(cfg)
+
+
+def check_text_encoder(cfg: TextConfig, channels: int, model: "ModelConfig") -> None:
     """That the files of ``cfg`` may be there and give what the denoiser reads, before either is made; loads nothing.
+
+    Args:
+        channels: of the latents.
 
     Raises:
         UserError: they are not, or give other widths; with the key.
     """
-    if not isinstance(cfg, T5ClipConfig):
+    stated = TEXT_ENCODERS[cfg.kind].stated
+    if stated is None:
         return  # its widths are in the configuration: opensora.config.run.check_fit
-    for key, path, name, wanted, stated in (
-        ("context_in_dim", "t5_path", cfg.t5_path, context_in_dim, "d_model"),
-        ("vec_in_dim", "clip_path", cfg.clip_path, vec_in_dim, "hidden_size"),
-    ):
-        width = stated_width(path, name, stated)
-        if width is not None and width != wanted:
-            raise UserError(f"model.{key}={wanted}: text.{path}={name} gives {width}; set model.{key}={width}")
+    try:
+        family_of(model).check(model, channels, *stated(cfg))
+    except ValueError as error:
+        raise UserError(f"model.{error}") from None
 
 
-def build_text_encoder(cfg: TextConfig, device: torch.device | str, dtype: torch.dtype) -> "TextEncoder":
+def build_text_encoder(cfg: TextConfig, device: Device, dtype: torch.dtype) -> "TextEncoder":
     """The frozen encoder of ``cfg`` on ``device``; its features have ``dtype``."""
-    if isinstance(cfg, ByteTextConfig):
-        return ByteTextEncoder(cfg, device, dtype)
-    return T5ClipTextEncoder(cfg, device, dtype)
+    return TEXT_ENCODERS[cfg.kind].build(cfg, device, dtype)

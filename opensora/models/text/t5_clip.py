@@ -87,7 +87,16 @@ def check_folder(key: str, path: str) -> str:
     return path
 
 
-def stated_width(key: str, path: str, name: str) -> int | None:
+def stated_widths(cfg: T5ClipConfig) -> tuple[int | None, int | None]:
+    """Widths of T5's tokens and of CLIP's vector, by the config.json of their folders; None: it does not say.
+
+    Raises:
+        UserError: as ``_stated_width``.
+    """
+    return _stated_width("t5_path", cfg.t5_path, "d_model"), _stated_width("clip_path", cfg.clip_path, "hidden_size")
+
+
+def _stated_width(key: str, path: str, name: str) -> int | None:
     """Width of the features that the model in a folder gives, by its config.json; None: it does not say.
 
     Raises:

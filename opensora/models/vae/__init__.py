@@ -1,11 +1,12 @@
-"""Autoencoders by name, and their shapes without their weights."""
+"""Autoencoders by kind: the table that everything else asks. A new one is a file, and a line of it."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
 from opensora.models.base import AutoencoderShape
-from opensora.models.vae.dct import TEMPORAL, DCTAutoencoder, DCTConfig
+from opensora.models.vae.dct import DCTAutoencoder, DCTConfig, dct_shape
 from opensora.models.vae.flux2d import Flux2DAutoencoder, Flux2DConfig, flux2d_shape
 from opensora.models.vae.folder import check_folder
 from opensora.models.vae.hunyuan import HunyuanAutoencoder, HunyuanConfig, hunyuan_shape
@@ -13,26 +14,33 @@ from opensora.models.vae.hunyuan import HunyuanAutoencoder, HunyuanConfig, hunyu
 if TYPE_CHECKING:
     from opensora.models.base import Autoencoder
 
-AutoencoderConfig = DCTConfig | HunyuanConfig | Flux2DConfig
+AutoencoderConfig: TypeAlias = DCTConfig | HunyuanConfig | Flux2DConfig
+Device: TypeAlias = torch.device | str
 
-AUTOENCODERS = {
-    "dct": (DCTConfig, DCTAutoencoder),
-    "hunyuan": (HunyuanConfig, HunyuanAutoencoder),
-    "flux2d": (Flux2DConfig, Flux2DAutoencoder),
+
+class AutoencoderKind(NamedTuple):
+    """What can be asked of a kind of autoencoder."""
+
+    config: type
+    build: Callable[[Any, Device, torch.dtype], "Autoencoder"]
+    shape: Callable[[Any], AutoencoderShape]  # without its weights
+    diffusers: str = ""  # the class whose folder ``path`` names; none: it has no files
+    parameters: int = 0  # of the published one, for forecasts
+
+
+AUTOENCODERS: dict[str, AutoencoderKind] = {
+    "dct": AutoencoderKind(DCTConfig, lambda cfg, device, _: DCTAutoencoder(cfg, device), dct_shape),
+    "hunyuan": AutoencoderKind(
+        HunyuanConfig, HunyuanAutoencoder, hunyuan_shape, "AutoencoderKLHunyuanVideo", 246_000_000
+    ),
+    "flux2d": AutoencoderKind(Flux2DConfig, Flux2DAutoencoder, flux2d_shape, "AutoencoderKL", 84_000_000),
 }
+AUTOENCODER_CONFIGS: dict[str, type] = {kind: entry.config for kind, entry in AUTOENCODERS.items()}
 
 
 def autoencoder_shape(cfg: AutoencoderConfig) -> AutoencoderShape:
     """The shape without building or reading weights; ``latent_grid`` accepts it in place of an autoencoder."""
-    if isinstance(cfg, DCTConfig):
-        return AutoencoderShape(
-            channels=cfg.channels, stride=(TEMPORAL, cfg.spatial, cfg.spatial), causal=DCTAutoencoder.causal
-        )
-    if isinstance(cfg, HunyuanConfig):
-        channels, stride = hunyuan_shape(cfg)
-        return AutoencoderShape(channels=channels, stride=stride, causal=HunyuanAutoencoder.causal)
-    channels, stride = flux2d_shape(cfg)
-    return AutoencoderShape(channels=channels, stride=stride, causal=Flux2DAutoencoder.causal)
+    return AUTOENCODERS[cfg.kind].shape(cfg)
 
 
 def check_autoencoder(cfg: AutoencoderConfig) -> None:
@@ -41,20 +49,14 @@ def check_autoencoder(cfg: AutoencoderConfig) -> None:
     Raises:
         UserError: they are not, with the key.
     """
-    if isinstance(cfg, HunyuanConfig):
-        check_folder(cfg.path, "AutoencoderKLHunyuanVideo")
-    if isinstance(cfg, Flux2DConfig):
-        check_folder(cfg.path, "AutoencoderKL")
+    if diffusers := AUTOENCODERS[cfg.kind].diffusers:
+        check_folder(cfg.path, diffusers)  # type: ignore[union-attr]
 
 
-def build_autoencoder(cfg: AutoencoderConfig, device: torch.device | str, dtype: torch.dtype) -> "Autoencoder":
+def build_autoencoder(cfg: AutoencoderConfig, device: Device, dtype: torch.dtype) -> "Autoencoder":
     """The frozen autoencoder of ``cfg`` on ``device``; ``dtype`` is what its weights compute in.
 
     Raises:
         UserError: weights that are missing or unreadable.
     """
-    if isinstance(cfg, DCTConfig):
-        return DCTAutoencoder(cfg, device)
-    if isinstance(cfg, HunyuanConfig):
-        return HunyuanAutoencoder(cfg, device, dtype)
-    return Flux2DAutoencoder(cfg, device, dtype)
+    return AUTOENCODERS[cfg.kind].build(cfg, device, dtype)

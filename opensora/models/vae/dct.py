@@ -18,6 +18,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from opensora.models.base import AutoencoderShape
 from opensora.utils.limits import SCALE, Limits
 from opensora.utils.tasks import Task, TaskRunner, one_by_one
 
@@ -183,3 +184,8 @@ class DCTAutoencoder:
         synthesis = (basis / gain[:, None]).to(z.dtype)
         blocks = rearrange(z, "b c t h w -> b t h w c") @ synthesis
         return rearrange(blocks, "b t h w (c kt kh kw) -> b c (t kt) (h kh) (w kw)", c=COLOURS, kt=frames, kh=s, kw=s)
+
+
+def dct_shape(cfg: DCTConfig) -> AutoencoderShape:
+    """As the configuration says."""
+    return AutoencoderShape(cfg.channels, (TEMPORAL, cfg.spatial, cfg.spatial), DCTAutoencoder.causal)

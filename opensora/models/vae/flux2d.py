@@ -8,6 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from opensora.models.base import AutoencoderShape
 from opensora.models.vae.folder import KEY, MAX_CHANNELS, load_frozen, stated_number, stated_shape
 from opensora.utils.errors import UserError
 from opensora.utils.limits import Limits
@@ -45,7 +46,7 @@ class Flux2DAutoencoder:
         self.cfg = cfg
         self._model: Any = load_frozen(AutoencoderKL, cfg.path, device, dtype)
         self._dtype = dtype
-        self.channels, self.stride = flux2d_shape(cfg)
+        self.channels, self.stride, _ = flux2d_shape(cfg)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, run: TaskRunner = one_by_one) -> Tensor:
@@ -73,10 +74,11 @@ class Flux2DAutoencoder:
         return self._model.decode(latents).sample
 
 
-def flux2d_shape(cfg: Flux2DConfig) -> tuple[int, tuple[int, int, int]]:
-    """(channels, stride): the folder's own numbers where it exists, else the published ones."""
+def flux2d_shape(cfg: Flux2DConfig) -> AutoencoderShape:
+    """The folder's own numbers where it exists, else the published ones."""
     levels = stated_shape(cfg.path).get("block_out_channels", [0] * 4)
     if not isinstance(levels, list) or not 1 <= len(levels) <= MAX_LEVELS:
         raise UserError(f"{KEY}={cfg.path}: config.json has block_out_channels={levels!r}; must be a list of numbers")
     spatial = 2 ** (len(levels) - 1)
-    return stated_number(cfg.path, "latent_channels", 16, MAX_CHANNELS), (1, spatial, spatial)
+    channels = stated_number(cfg.path, "latent_channels", 16, MAX_CHANNELS)
+    return AutoencoderShape(channels, (1, spatial, spatial), Flux2DAutoencoder.causal)

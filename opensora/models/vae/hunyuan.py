@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from opensora.models.base import AutoencoderShape
 from opensora.models.vae.folder import MAX_CHANNELS, MAX_STRIDE, load_frozen, stated_number
 from opensora.models.vae.tiles import Size, Tiling, code_in_tiles
 from opensora.utils.tasks import TaskRunner, one_by_one
@@ -40,7 +41,7 @@ class HunyuanAutoencoder:
 
         self._model: Any = load_frozen(AutoencoderKLHunyuanVideo, cfg.path, device, dtype)
         self._dtype = dtype
-        self.channels, self.stride = hunyuan_shape(cfg)
+        self.channels, self.stride, _ = hunyuan_shape(cfg)
         if cfg.tiling:
             self._model.enable_tiling(
                 tile_sample_min_height=TILE_PIXELS,
@@ -107,8 +108,9 @@ def _each(operation: Callable[[int, int], int], a: Size, b: Size) -> Size:
     return operation(a[0], b[0]), operation(a[1], b[1]), operation(a[2], b[2])
 
 
-def hunyuan_shape(cfg: HunyuanConfig) -> tuple[int, tuple[int, int, int]]:
-    """(channels, stride): the folder's own numbers where it exists, else the published ones."""
+def hunyuan_shape(cfg: HunyuanConfig) -> AutoencoderShape:
+    """The folder's own numbers where it exists, else the published ones."""
     spatial = stated_number(cfg.path, "spatial_compression_ratio", 8, MAX_STRIDE)
     frames = stated_number(cfg.path, "temporal_compression_ratio", 4, MAX_STRIDE)
-    return stated_number(cfg.path, "latent_channels", 16, MAX_CHANNELS), (frames, spatial, spatial)
+    channels = stated_number(cfg.path, "latent_channels", 16, MAX_CHANNELS)
+    return AutoencoderShape(channels, (frames, spatial, spatial), HunyuanAutoencoder.causal)

@@ -5,7 +5,7 @@ from acceleration.engines import Engine, Weights
 from opensora.assembly.initial_weights import parameter_shapes
 from opensora.config.load import save
 from opensora.config.run import SAVED_NAME, RunConfig
-from opensora.models.weight_formats import weight_format
+from opensora.models.families import family_of
 from opensora.models.weights.adapter_export import convert_adapter, write_adapter, write_comfyui
 from opensora.utils.files import digests
 from opensora.utils.files.safetensors_files import write_weights
@@ -27,7 +27,7 @@ def write_export(cfg: RunConfig, engine: Engine, step: int, base: str | None, *,
         Why it could not be written, on the process that writes.
     """
     folder, which, adapters = cfg.folder / "exported", exported(cfg), cfg.lora
-    format = weight_format(cfg.model)
+    format = family_of(cfg.model).weights
     layout, original = format.layout(cfg.model), format.original
     described = {"step": str(step), "weights": which}
     weights = engine.full_weights(which)

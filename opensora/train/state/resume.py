@@ -12,7 +12,7 @@ from acceleration.checkpoint.listing import candidates
 from acceleration.distributed.runtime import Runtime
 from acceleration.engines import Engine
 from acceleration.files.sealed_json import ANY, COUNT, FLAG, NULL, NUMBER, OBJECT, TEXT, WHOLE, Each, Shape, mismatch
-from opensora.config.compare import differences
+from opensora.config.compare import differences, with_defaults
 from opensora.config.load import config_hash
 from opensora.config.renamed_keys import with_new_names
 from opensora.config.run import SAVED_NAME, RunConfig
@@ -213,7 +213,8 @@ def announce_changes(cfg: RunConfig, manifest: Mapping[str, Any] | None = None) 
     before = with_new_names((manifest or {}).get("config") or {}) or _saved(cfg)
     if before is None:
         return
-    lines = [line for line in differences(before, _told(cfg)) if _matters(line, cfg)]
+    complete = _as_json(with_defaults(RunConfig, before))  # a key that there was not yet had no other value
+    lines = [line for line in differences(complete, _told(cfg)) if _matters(line, cfg)]
     lines.sort(key=lambda line: _is_below(line, ASIDE))  # stable
     if lines:
         announce(f"resuming with other settings than before: {'; '.join(lines)}")

@@ -1,0 +1,57 @@
+"""The frozen models of a run at work: from the pixels and prompts of a batch to latents and text features."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+
+from opensora.datasets.loading.feature_store import Features
+from opensora.models.base import Autoencoder, TextEncoder, TextFeatures
+from opensora.utils.tasks import TaskRunner, one_by_one
+
+if TYPE_CHECKING:
+    from opensora.datasets.loading.reader import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoders:
+    """Autoencoder and text encoder on this process's device, for training and for encoding ahead of it."""
+
+    autoencoder: Autoencoder | None  # None: not needed, as batches hold features
+    text_encoder: TextEncoder
+    device: torch.device
+    run_tiles: TaskRunner = one_by_one  # who codes the tiles of a clip
+    stored: bool = False  # batches hold features in place of pixels
+
+    @torch.no_grad()
+    def encode(self, batch: "Batch", text: TextFeatures | None = None) -> Features:
+        """What the autoencoder and the text encoder make of a batch, or made of it before, on this device.
+
+        ``text``: of its prompts, where they are encoded already.
+        """
+        if self.stored:
+            assert batch.features is not None
+            return Features(**{name: x.to(self.device) for name, x in batch.features.tensors().items()})
+        assert batch.pixels is not None and self.autoencoder is not None
+        pixels = batch.pixels.to(self.device, non_blocking=True).float() / 127.5 - 1  # (B, 3, T, H, W)
+        text = text or self.text_encoder.encode(batch.prompts)
+        return Features(
+            latents=self.autoencoder.encode(pixels, self.run_tiles), txt=text.txt, y_vec=text.y_vec, mask=text.mask
+        )
+
+    def encode_prompts(self, batches: "Sequence[Batch]") -> list[TextFeatures | None]:
+        """Of the prompts of every batch, all encoded at once; None where they are stored."""
+        if self.stored:
+            return [None] * len(batches)
+        counts = [len(batch.prompts) for batch in batches]
+        text = self.text_encoder.encode([prompt for batch in batches for prompt in batch.prompts])
+        masks = [None] * len(counts) if text.mask is None else text.mask.split(counts)
+        columns = zip(text.txt.split(counts), text.y_vec.split(counts), masks, strict=True)
+        return [TextFeatures(txt=txt, y_vec=y_vec, mask=mask) for txt, y_vec, mask in columns]
+
+    @cached_property
+    def null(self) -> TextFeatures:
+        """Of the empty prompt."""
+        return self.text_encoder.encode([""])

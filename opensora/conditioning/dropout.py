@@ -1,0 +1,17 @@
+"""Which samples of a micro-batch lose their prompt."""
+
+import torch
+from torch import Tensor
+
+from opensora.conditioning.config import DropoutConfig
+from opensora.utils.rng import numpy_generator
+
+
+def drop_text(seed: int, step: int, sample_ids: tuple[int, ...], cfg: DropoutConfig) -> tuple[Tensor, Tensor]:
+    """Which samples lose their text tokens, and which their pooled prompt: two (B,) bool on the CPU, independent."""
+
+    def draw(purpose: str, p: float) -> Tensor:
+        dropped = [numpy_generator(seed, step, sample, purpose).random() < p for sample in sample_ids]
+        return torch.tensor(dropped, dtype=torch.bool)
+
+    return draw("drop_txt", cfg.text), draw("drop_vec", cfg.pooled)

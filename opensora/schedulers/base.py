@@ -1,0 +1,77 @@
+"""What a training objective and a solver are. Models, masks and layouts are no business of theirs.
+
+An objective says at which times a model is trained, what it sees there, and what its prediction is compared with. A
+solver walks from noise to data with predictions of a model trained by one of the objectives it fits.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, NamedTuple, Protocol
+
+from torch import Tensor
+
+from opensora.utils.tokens import Grid
+
+
+class Noised(NamedTuple):
+    """A training sample at a time, shaped as its latents."""
+
+    x: Tensor  # (B, C, T', H', W'), what the model sees
+    targets: dict[str, Tensor]  # by name, (B, C, T', H', W') each: what ``Objective.loss`` compares with
+
+
+class Objective(Protocol):
+    """A kind of training; made from its section of the configuration. Draws belong to (seed, step, sample)."""
+
+    outputs: ClassVar[int]  # values per latent that it needs of a model, 2 with a learned variance; of more it reads
+    # the first
+    solvers: ClassVar[tuple[str, ...]]  # of ``SOLVERS``, those that sample from models it trained; first the default
+
+    def times(self, seed: int, step: int, sample_ids: tuple[int, ...], grid: Grid) -> Tensor:
+        """(B,) fp32 on the CPU: the time of each sample, as the model reads it."""
+
+    def noised(self, x0: Tensor, noise: Tensor, t: Tensor, known: Tensor | None = None) -> Noised:
+        """Clean latents and standard normal noise (B, C, T', H', W') at times (B,), in fp32 (fp64 for fp64 latents).
+
+        ``known`` (B, T', H', W') bool: latents that the model is given in the place of noisy ones.
+        """
+
+    def loss(self, prediction: Tensor, targets: Mapping[str, Tensor], t: Tensor) -> Tensor:
+        """The loss of every value, in fp32 (fp64 if an input is); the caller masks, sums, and divides by their number.
+
+        Args:
+            prediction: (..., outputs * C), tokens or latents with their channels last.
+            targets: (..., C) each, from ``noised``.
+            t: times that broadcast with them.
+
+        Returns:
+            (..., C)
+        """
+
+
+class Solver(Protocol):
+    """Steps from noise to data. Elementwise, so that every process steps its own tokens."""
+
+    @property
+    def times(self) -> Sequence[float]:
+        """Falling, as the model reads them; the model is evaluated at all but the last."""
+
+    def step(self, x: Tensor, prediction: Tensor, index: int, noise: Callable[[], Tensor]) -> Tensor:
+        """``x`` at ``times[index]``, with the model's prediction there, moved to ``times[index + 1]``.
+
+        Args:
+            x: (..., C) in fp32 or fp64; prediction: (..., outputs * C).
+            noise: standard normal values like ``x``, other ones at each call.
+        """
+
+
+class SolverOptions(NamedTuple):
+    """What a sampling job may say of the steps."""
+
+    num_steps: int
+    shift: bool = True  # spend more steps on high noise
+    alpha: float | None = None  # by how much; None: as in training
+
+
+def first_outputs(prediction: Tensor, like: Tensor) -> Tensor:
+    """The first C of (..., outputs * C) channels, for ``like`` (..., C): what a learned variance stands beside."""
+    return prediction[..., : like.shape[-1]] if prediction.shape[-1] != like.shape[-1] else prediction
