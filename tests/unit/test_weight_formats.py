@@ -20,6 +20,8 @@ from opensora.models.weights.adapter_export import convert_adapter, write_adapte
 from opensora.models.weights.adapter_fit import fit_adapter
 from opensora.models.weights.adapter_names import WEIGHTS
 from opensora.models.weights.adapters import read_adapter
+from opensora.models.weights.format import WeightFormat
+from opensora.models.weights.plain import PlainWeights
 from opensora.models.weights.reader import WeightFile, load_into, load_state_dict_for, read_state_dict
 from opensora.models.weights.rows import Rows, Shape, Target, build, height, joined
 from opensora.models.weights.writer import assemble, convert_shapes, convert_state_dict, save_state_dict, shapes_of
@@ -350,6 +352,23 @@ def test_adapters_for_the_same_rows_are_refused(tmp_path: Path) -> None:
         merged(state, write({"layers.9.attn.proj": D}), OURS)
     with pytest.raises(ValueError, match=r"8 -> 9, and would be 8 -> 8 for this model"):
         merged(state, write({"layers.0.attn.proj": 9}), OURS)
+
+
+def test_a_family_without_conversions(tmp_path: Path) -> None:
+    state = random_state()
+    plain: WeightFormat = PlainWeights(
+        top_level=("embed", "blocks", "nothing", "strength", "last"), example_layer="blocks.0.out"
+    )
+    named = {f"module.{name}": tensor for name, tensor in state.items()}
+    save_file(named, tmp_path / "m.safetensors")
+    model = Film()
+    assert load_into(model, tmp_path, plain, to=plain.layout(None)).prefix == "module."
+    assert same(model.state_dict(), state)
+    a, b = low_rank(3 * D, D, "plain")
+    tensors = {"lora_unet_blocks_1_qkv.lora_down.weight": a, "lora_unet_blocks_1_qkv.lora_up.weight": b}
+    save_file(tensors, tmp_path / "a.safetensors")
+    fitted, plan = fit_adapter(read_adapter(tmp_path / "a.safetensors"), shapes_of(state), plain, plain.original)
+    assert torch.equal(fitted.tensor("blocks.1.qkv.lora_B.weight"), b) and plan.guess == ""
 
 
 # -- Rows, at random --
