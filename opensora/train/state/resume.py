@@ -18,7 +18,7 @@ from opensora.config.renamed_keys import with_new_names
 from opensora.config.run import SAVED_NAME, RunConfig
 from opensora.config.schema import plain
 from opensora.config.strict_yaml import read_yaml
-from opensora.inference.load import part_of_run
+from opensora.inference.find import part_of_run
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 from opensora.utils.files.user_files import absence
