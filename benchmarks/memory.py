@@ -33,10 +33,12 @@ from acceleration.distributed.mesh import Mesh
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from acceleration.sharding import fsdp
-from opensora.assembly.initial_weights import FileSource, weight_layout
+from opensora.assembly.initial_weights import FileSource
 from opensora.models.families import build_model
 from opensora.models.mmdit import MMDiTConfig
-from opensora.models.mmdit.convert import OPEN_SORA_2, load_state_dict_for, save_state_dict
+from opensora.models.mmdit.convert import OPEN_SORA_2, WEIGHTS
+from opensora.models.weights.reader import load_state_dict_for
+from opensora.models.weights.writer import save_state_dict
 from opensora.train.preparation import Tokens, loss_share
 from opensora.utils.rng import torch_generator
 from tests.dist.harness import run_distributed
@@ -112,7 +114,7 @@ def write_weights(cfg: MMDiTConfig, path: Path) -> None:
     with torch.device("meta"):
         named = list(build_model(cfg).named_parameters())
     state = {name: torch.randn(p.shape, generator=torch_generator(name)) * 0.1 for name, p in named}
-    save_state_dict(state, path, source=weight_layout(cfg), to=OPEN_SORA_2)
+    save_state_dict(state, path, WEIGHTS, source=WEIGHTS.layout(cfg), to=OPEN_SORA_2)
 
 
 def measure(model_cfg: MMDiTConfig, path: Path, layouts: Sequence[ParallelConfig]) -> list[Usage]:
@@ -179,7 +181,8 @@ def _load(model_cfg: MMDiTConfig, path: Path, cfg: ParallelConfig, mesh: Mesh) -
     """The model with its weights, and the bytes this took at the peak."""
     with torch.device("meta"):
         model = build_model(model_cfg)
-    file, _ = load_state_dict_for(model, path, to=weight_layout(model_cfg))  # a mapping, which would count as taken
+    layout = WEIGHTS.layout(model_cfg)
+    file, _ = load_state_dict_for(model, path, WEIGHTS, to=layout)  # a mapping, which would count as taken
     with Allocations() as loading:
         parallelize(model, cfg, mesh, CPU, FileSource(file, path))
     return model, loading.peak

@@ -98,7 +98,7 @@ def parts(mesh: meshes.Mesh, degrees: list[int]) -> list[Part]:
     sharing = SequenceSharing(degree=2, rank=mesh["ulysses"].rank, text_tokens=TEXT_TOKENS)
     return [
         (
-            MicroBatch(samples=len(sharing.mine(samples, degree)), txt=TEXT_TOKENS, img=tokens),
+            MicroBatch(samples=len(sharing.local_rows(samples, degree)), txt=TEXT_TOKENS, img=tokens),
             SequenceParallel(mesh.submesh(degree)),
         )
         for (samples, tokens), degree in zip(SHAPES, degrees, strict=True)

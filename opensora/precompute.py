@@ -58,11 +58,12 @@ def precompute(cfg: RunConfig, folder: Path, epochs: int) -> bool:
     hash_ = identity_hash(made_for)
     shards = -(-sum(1 for _ in _micro_batches(plan, epochs)) // SHARD_BATCHES)
     there = {number for number in range(shards) if _is_there(folder / feature_store.shard_name(number), hash_)}
-    mine = [number for number in range(shards) if number not in there and number % ranks.world_size == ranks.rank]
-    announce(f"{folder}: {len(there)} of {shards} shards are there; this process makes {len(mine)}")
-    if mine or (ranks.rank == 0 and not feature_store.has_null(folder, hash_)):
+    todo = (number for number in range(shards) if number not in there)
+    local_shards = [number for number in todo if number % ranks.world_size == ranks.rank]
+    announce(f"{folder}: {len(there)} of {shards} shards are there; this process makes {len(local_shards)}")
+    if local_shards or (ranks.rank == 0 and not feature_store.has_null(folder, hash_)):
         api.require(cfg.data.decoder)
-        _encode(cfg, table, plan, folder, epochs, mine, hash_, _device(ranks))
+        _encode(cfg, table, plan, folder, epochs, local_shards, hash_, _device(ranks))
     complete = all((folder / feature_store.shard_name(number)).is_file() for number in range(shards))
     complete = complete and feature_store.has_null(folder, hash_)
     if complete:
@@ -111,7 +112,7 @@ def _encode(
     plan: BatchPlan,
     folder: Path,
     epochs: int,
-    mine: list[int],
+    local_shards: list[int],
     hash_: str,
     device: torch.device,
 ) -> None:
@@ -125,9 +126,9 @@ def _encode(
     named = {"txt": null.txt, "y_vec": null.y_vec, "mask": null.mask}
     with signal_handler.writing():
         feature_store.write_null(folder, {name: x for name, x in named.items() if x is not None}, hash_)
-    if not mine:
+    if not local_shards:
         return
-    chosen = set(mine)
+    chosen = set(local_shards)
     wanted = {number: shard for number, shard in enumerate(_shards(plan, epochs)) if number in chosen}
     batches = read_batches(table, plan, cfg.data, (m for shard in wanted.values() for m in shard), cfg.seed)
     try:

@@ -57,6 +57,7 @@ STILLS = "tests/reference/test_sampling.py::test_stills_of_a_table"
 WHOLE = "tests/reference/test_sampling.py::test_from_training_to_pixels[adamw]"
 WITH_ADAPTERS = "tests/reference/test_sampling.py::test_from_training_to_pixels[adapters]"
 
+GARBAGE, BORDERS = "opensora/train/garbage_collection.py", "tests/unit/test_garbage_collection.py"
 STEP, LOOP = "opensora/train/preparation.py", "opensora/train/loop.py"
 SETUP, WEIGHTS, DATA = "opensora/train/setup.py", "opensora/assembly/initial_weights.py", "opensora/train/step_data.py"
 ENCODERS = "opensora/assembly/encoders.py"
@@ -67,6 +68,8 @@ OPTIM, EMA, NATIVE = "acceleration/optim/optimizers.py", "acceleration/optim/ema
 GUIDANCE, SOLVER, NOISE = (f"opensora/sampling/{name}.py" for name in ("guidance", "loop", "noise"))
 MODEL, LAYERS = "opensora/models/mmdit/model.py", "opensora/models/mmdit/layers.py"
 CONVERT = "opensora/models/mmdit/convert.py"
+ROWS, READER, FIT = (f"opensora/models/weights/{name}.py" for name in ("rows", "reader", "adapter_fit"))
+FILES = "tests/unit/test_weight_formats.py"
 ROPE, EMBEDDING = "opensora/models/layers/rope.py", "opensora/models/layers/embedding.py"
 DCT, BYTES = "opensora/models/vae/dct.py", "opensora/models/text/bytes.py"
 TOKENS, PROMPT = "opensora/utils/tokens.py", "opensora/utils/prompt_suffix.py"
@@ -78,7 +81,9 @@ LORA, STORED, PACKING = (
     "opensora/datasets/loading/feature_store.py",
     "opensora/train/packed_tokens.py",
 )
-PIPELINE, LOAD, SAVE, PROMPTS = (f"opensora/inference/{name}.py" for name in ("pipeline", "load", "save", "prompts"))
+PIPELINE, FIND, LOAD, SAVE, PROMPTS = (
+    f"opensora/inference/{name}.py" for name in ("pipeline", "find", "load", "save", "prompts")
+)
 
 TABLE: tuple[Mutation, ...] = (
     # A step of training: what is encoded, dropped, corrupted, and how it is weighed.
@@ -303,6 +308,34 @@ TABLE: tuple[Mutation, ...] = (
         "bound = 2 / math.sqrt(tensor.shape[1])",
         ADAPTERS,
     ),
+    Mutation(
+        "permuted rows as stored",
+        ROWS,
+        "[wanted % size]",
+        "[wanted % size].sort()[0]",
+        f"{FILES}::test_random_rows",
+    ),
+    Mutation(
+        "reshaped rows from the first on",
+        ROWS,
+        "flat[low * size - start : high * size - start]",
+        "flat[: (high - low) * size]",
+        f"{FILES}::test_random_rows",
+    ),
+    Mutation(
+        "parts of a joined tensor from its first rows",
+        READER,
+        "rows.part(low - position, high - position)",
+        "rows.part(0, high - low)",
+        f"{FILES}::test_random_rows",
+    ),
+    Mutation(
+        "adapters placed in the order of their file",
+        FIT,
+        "places=rows.indices()",
+        "places=torch.arange(rows.start, rows.stop)",
+        f"{FILES}::test_our_adapters_for_other_tools_and_back",
+    ),
     Mutation("fused projections in another order", LAYERS, "q, k, v = self.qkv(x)", "k, q, v = self.qkv(x)", FLUX),
     Mutation(
         "channels permuted the other way", CONVERT, 'to_half if to == "half" else', 'to_half if to != "half" else', FLUX
@@ -399,13 +432,34 @@ TABLE: tuple[Mutation, ...] = (
         "merge_adapters(model, 1.0)",
         WITH_ADAPTERS,
     ),
-    Mutation("no words about motion in sampling", LOAD, "bool(saved and saved.data.prompt_suffix)", "False", WHOLE),
+    Mutation("no words about motion in sampling", FIND, "bool(saved and saved.data.prompt_suffix)", "False", WHOLE),
     Mutation(
         "frame rate in the prompt of a still",
         "opensora/inference/prompts.py",
         "option.fps if option.num_frames > 1 else None",
         "option.fps",
         WHOLE,
+    ),
+    Mutation(
+        "garbage collected within steps",
+        GARBAGE,
+        "gc.disable()",
+        "gc.isenabled()",
+        f"{BORDERS}::test_nothing_is_collected_between_borders",
+    ),
+    Mutation(
+        "no collection after a run",
+        GARBAGE,
+        "gc.enable()",
+        "gc.disable()",
+        f"{BORDERS}::test_off_between_borders_and_as_it_was_afterwards",
+    ),
+    Mutation(
+        "garbage of a step is kept",
+        GARBAGE,
+        "gc.collect()",
+        "gc.get_count()",
+        f"{BORDERS}::test_every_border_frees_the_cycles_of_its_step",
     ),
 )
 

@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 
 from opensora.datasets.decode.api import require
-from opensora.models.mmdit.convert import read_state_dict
-from opensora.models.weights.adapters import WEIGHTS
+from opensora.models.mmdit.convert import WEIGHTS as FORMAT
+from opensora.models.weights.adapter_names import WEIGHTS
+from opensora.models.weights.reader import read_state_dict
 from opensora.utils.errors import UserError
 from opensora.utils.metrics_log import read_metrics
 from tests.integration.conftest import CONFIG
@@ -64,7 +65,7 @@ class Place:
 
     def same_weights(self, run: Path, near: float) -> str:
         """How far the export of a run is from the native one's."""
-        found, wanted = (read_state_dict(folder / "exported")[0] for folder in (run, self.native()))
+        found, wanted = (read_state_dict(folder / "exported", FORMAT)[0] for folder in (run, self.native()))
         error = max(float((found[name] - w).norm() / w.norm().clamp(min=1e-12)) for name, w in wanted.items())
         if found.keys() != wanted.keys() or not error <= near:
             raise Failed(f"weights are {error:.1e} from the native engine's, must be {near:.0e}")

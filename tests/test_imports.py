@@ -115,7 +115,13 @@ HOMES: dict[str, tuple[str, ...]] = {
     "flash_attn_interface": ("acceleration/attention/kernels/flash.py",),
     "decord": ("opensora/datasets/decode/decord_backend.py",),
     "torchcodec": ("opensora/datasets/decode/torchcodec_backend.py",),
-    "av": ("opensora/datasets/decode/pyav_backend.py", "opensora/utils/video_writer.py"),
+    "av": (
+        "opensora/datasets/decode/pyav_backend.py",
+        "opensora/datasets/decode/pyav_container.py",
+        "opensora/datasets/decode/pyav_index.py",
+        "opensora/datasets/decode/pyav_pixels.py",
+        "opensora/utils/video_writer.py",
+    ),
 }
 
 

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import prod
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from acceleration.checkpoint import async_writer, atomic_dir, shard_file, writer
 from acceleration.checkpoint.async_writer import BackgroundWriter
 from acceleration.checkpoint.listing import candidates, leads_nowhere, misnamed, none_is_good
 from acceleration.checkpoint.tensor_shards import Slices, TensorShards, slices_of
+from acceleration.checkpoint.verify import AGREEING, Verifier, Wrong
+from acceleration.distributed.agreement import from_main
 from acceleration.distributed.comm_timer import WAITING
 from acceleration.files.sealed_json import NUMBER
 
@@ -56,7 +58,7 @@ class CheckpointManager:
         *,
         in_background: bool = False,
         report: Report = lambda text: None,
-        wrong: Callable[[Mapping[str, Any]], str | None] = lambda manifest: None,
+        wrong: Wrong = lambda manifest: None,
     ) -> None:
         """
         Args:
@@ -70,12 +72,11 @@ class CheckpointManager:
         self.keep = keep
         self.failures = 0  # in a row
         self._report = report
-        self._wrong = wrong
         self._writer = BackgroundWriter() if in_background and async_writer.available() else None
         self._pending: _Pending | None = None
-        self._verified: dict[Path, bool] = {}  # what this run has written or read, so that it is read once
         # File names and plans travel over gloo also where tensors travel over nccl.
         self.group = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
+        self._verifier = Verifier(self.group, wrong)
 
     @property
     def _is_main(self) -> bool:
@@ -96,7 +97,7 @@ class CheckpointManager:
             unlike = f"not the name of a checkpoint, which is as {atomic_dir.step_name(8)}"
             self._report(f"{path}: {'a link that leads nowhere' if leads_nowhere(path) else unlike}: passed over")
         for path in reversed(steps):
-            bad = self._damaged(path)
+            bad = self._verifier.damage(path)
             if bad is None:
                 return path
             if self._is_main:
@@ -112,7 +113,7 @@ class CheckpointManager:
             ValueError: no good checkpoint there.
         """
         if self.from_main((path / atomic_dir.MANIFEST).is_file()):
-            bad = self._damaged(path)
+            bad = self._verifier.damage(path)
             if bad is not None:
                 raise ValueError(f"{path} is damaged ({bad})")
             return path
@@ -120,56 +121,6 @@ class CheckpointManager:
         if found is None:
             raise ValueError(f"{path}: no complete checkpoint there")
         return found
-
-    def _damaged(self, path: Path) -> str | None:
-        """What is damaged in a checkpoint, if anything; every process reads its share of the bytes. Collective."""
-        manifest, bad = self.from_main(self._read(path) if self._is_main else None)
-        if bad is None:
-            bad = self._differs(path, manifest) or self._incomplete(path, manifest)
-        self._verified[path] = bad is None
-        return bad
-
-    def _read(self, path: Path) -> tuple[dict[str, Any], str | None]:
-        """(manifest, what is wrong with it)."""
-        try:
-            manifest = atomic_dir.manifest_of(path)
-        except ValueError as error:
-            return {}, str(error)
-        lacking = [f"{part} is missing" for part in ("tensors", "values") if part not in manifest]
-        wrong = next(iter(lacking), None) or self._wrong(manifest)
-        return manifest, f"{atomic_dir.MANIFEST}: {wrong}" if wrong else None
-
-    def _mine(self, manifest: dict[str, Any]) -> list[str]:
-        return sorted(manifest["files"])[dist.get_rank() :: dist.get_world_size()]
-
-    def _differs(self, path: Path, manifest: dict[str, Any]) -> str | None:
-        names = self._mine(manifest)
-        return self._first(atomic_dir.damaged(path, {name: manifest["files"][name] for name in names}))
-
-    def _incomplete(self, path: Path, manifest: dict[str, Any]) -> str | None:
-        """Whether the files hold other tensors than the manifest says, or parts of them. Collective."""
-        tensors, problem = manifest["tensors"], None
-        counts: dict[str, int] = {}
-        for name in self._mine(manifest):
-            try:
-                for key, count in shard_file.counted(path / name, tensors).items():
-                    counts[key] = counts.get(key, 0) + count
-            except ValueError as error:
-                problem = problem or str(error)
-        problem = self._first(problem)
-        if problem is None:
-            held = torch.tensor([counts.get(key, 0) for key in tensors], dtype=torch.int64)
-            dist.all_reduce(held, group=self.group)
-            for (key, (_, sizes)), count in zip(tensors.items(), held.tolist(), strict=True):
-                if count != prod(sizes):
-                    return f"{atomic_dir.MANIFEST}: tensors.{key[:99]!r}: {sizes}, and the files hold {count} elements"
-        return problem
-
-    def _first(self, mine: str | None) -> str | None:
-        """What the first process with something to say says. Collective."""
-        everyone: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine, group=self.group)
-        return next((one for one in everyone if one is not None), None)
 
     def save(self, step: int, state: Mapping[str, Mapping[str, Any]], info: Mapping[str, Any]) -> None:
         """Write ``state`` as the checkpoint after ``step`` updates; ``info`` (JSON) goes into the manifest.
@@ -184,8 +135,9 @@ class CheckpointManager:
         tensors = shard_file.to_write(held)
         described = {key: [shard_file.DTYPES[one.dtype], list(one.shape)] for key, one in held.items()}
         final = self.folder / atomic_dir.step_name(step)
-        size = self._total_bytes(tensors)
-        staged, problem = self.from_main(self._prepare(final, size) if self._is_main else None)
+        size = torch.tensor(sum(t.numel() * t.element_size() for t in tensors.values()))
+        dist.all_reduce(size, group=self.group)
+        staged, problem = self.from_main(self._prepare(final, int(size)) if self._is_main else None)
         pending = _Pending(staged, final, {"step": step, **info, "tensors": described, "values": values}, problem)
         self._pending = pending
         if problem is None:
@@ -205,7 +157,7 @@ class CheckpointManager:
         if self._pending is None or self._writer is None:
             return
         ready = torch.tensor(int(self._pending.failed is not None or self._writer.ready()))
-        with WAITING.on("agreement on a checkpoint"):
+        with WAITING.on(AGREEING):
             dist.all_reduce(ready, op=dist.ReduceOp.MIN, group=self.group)
         if ready:
             self.wait()
@@ -219,20 +171,21 @@ class CheckpointManager:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        written: dict[str, Any] = {}
+        written: atomic_dir.Files = {}
         if pending.failed is None:
             try:
-                written = self._finish(pending)
+                result = self._writer.result() if self._writer is not None else self._written
+                written = {shard_file.file_name(dist.get_rank()): result}
             except OSError as error:
                 pending.failed = _explain(error)
         everyone: list[Any] = [None] * dist.get_world_size()
-        with WAITING.on("agreement on a checkpoint"):
+        with WAITING.on(AGREEING):
             dist.all_gather_object(everyone, (pending.failed, written), group=self.group)
         problem = next((failed for failed, _ in everyone if failed), None)
         if self._is_main:
             problem = self._commit(pending, problem, {n: about for _, files in everyone for n, about in files.items()})
         problem = self.from_main(problem)
-        self._verified[pending.final] = problem is None  # each file was read back by its writer
+        self._verifier.note(pending.final, problem is None)
         if problem is None:
             self._retire()
         self.failures = self.failures + 1 if problem else 0
@@ -241,10 +194,7 @@ class CheckpointManager:
 
     def from_main(self, value: Any) -> Any:
         """The main process's ``value``, on all."""
-        box = [value]
-        with WAITING.on("agreement on a checkpoint"):
-            dist.broadcast_object_list(box, src=0, group=self.group)
-        return box[0]
+        return from_main(value, self.group, AGREEING)
 
     def close(self) -> None:
         """End the process that writes."""
@@ -307,11 +257,6 @@ class CheckpointManager:
                     values[f"{section}.{name}"] = value
         return held, values
 
-    def _total_bytes(self, tensors: Mapping[str, Tensor]) -> int:
-        size = torch.tensor(sum(t.numel() * t.element_size() for t in tensors.values()))
-        dist.all_reduce(size, group=self.group)
-        return int(size)
-
     def _prepare(self, final: Path, size: int) -> tuple[Path, str | None]:
         """(staging directory, why there is none). Main process only."""
         try:
@@ -329,12 +274,8 @@ class CheckpointManager:
         if self._writer is not None:
             self._writer.start(path, tensors)
             return
-        parts = (part for tensor in tensors.values() for part in [shard_file.raw(tensor)])
-        self._written = writer_process.write(str(path), _chain(shard_file.header(tensors), parts))
-
-    def _finish(self, pending: _Pending) -> atomic_dir.Files:
-        written = self._writer.result() if self._writer is not None else self._written
-        return {shard_file.file_name(dist.get_rank()): written}
+        parts = map(shard_file.raw, tensors.values())  # one at a time
+        self._written = writer_process.write(str(path), chain([shard_file.header(tensors)], parts))
 
     def _commit(self, pending: _Pending, problem: str | None, files: atomic_dir.Files) -> str | None:
         """Why there is no checkpoint, or None. Main process only."""
@@ -363,7 +304,7 @@ class CheckpointManager:
         good = 0
         for path in reversed(steps):
             if good < self.keep:
-                good += self._verified[path] if path in self._verified else self._damaged(path) is None
+                good += self._verifier.is_good(path)
             elif self._is_main:
                 self._said(atomic_dir.remove, path)
 
@@ -385,11 +326,6 @@ def _alike(found: Any, held: Any) -> bool:
     if isinstance(held, (int, float)):
         return NUMBER.test(found)
     return isinstance(found, type(held))
-
-
-def _chain(first: bytes, rest: Any) -> Any:
-    yield first
-    yield from rest
 
 
 def _explain(error: OSError) -> str:

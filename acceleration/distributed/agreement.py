@@ -1,11 +1,25 @@
-"""A polite stop: some process was asked to, and all agree on it at a boundary."""
+"""What all processes have to agree on: what the main one says, and a graceful stop that some process was asked for."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from acceleration.distributed.comm_timer import WAITING
+
+
+def from_main(value: Any, group: dist.ProcessGroup | None, what: str) -> Any:
+    """The main process's ``value``, on all. Collective.
+
+    Args:
+        group: of CPU tensors; None where the default one is.
+        what: is waited for, as a report of a hang calls it.
+    """
+    box = [value]
+    with WAITING.on(what):
+        dist.broadcast_object_list(box, src=0, group=group)
+    return box[0]
 
 
 class Interrupted(Exception):

@@ -86,7 +86,8 @@ def rendezvous(
     try:
         store = dist.TCPStore(address, port, world_size, False, limit, wait_for_workers=False)
     except dist.DistError as error:
-        raise StartError(f"{address}:{port}: rank 0 ended before rank {rank} came ({_first_line(error)})") from None
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise StartError(f"{address}:{port}: rank 0 ended before rank {rank} came ({reason})") from None
     check_in(store, rank, world_size, deadline - time.monotonic(), device)
     store.set_timeout(timedelta(seconds=timeout_s))
     return store
@@ -198,7 +199,3 @@ def _ask(address: str, port: int) -> str:
         return ""
     except OSError as error:
         return f"says {(error.strerror or str(error)).lower()}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:200]

@@ -13,9 +13,10 @@ from acceleration import lora
 from acceleration.protocol import ParameterSource
 from opensora.config.run import RunConfig
 from opensora.models.base import ModelConfig
-from opensora.models.families import build_model
-from opensora.models.mmdit.convert import WeightFile, WeightLayout, load_state_dict_for
-from opensora.models.weights.adapters import FittedAdapter
+from opensora.models.families import build_model, family_of
+from opensora.models.weights.adapter_fit import FittedAdapter
+from opensora.models.weights.reader import WeightFile, load_state_dict_for
+from opensora.models.weights.rows import Shape
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 from opensora.utils.rng import torch_generator
@@ -33,10 +34,11 @@ def initial_weights(cfg: RunConfig, model: nn.Module) -> ParameterSource:
 
     if cfg.train.init_from is None:
         return draw
-    layout = weight_layout(cfg.model)
-    file, report = load_state_dict_for(model, cfg.train.init_from, to=layout, allow_missing=_may_lack(cfg))
+    format, source = family_of(cfg.model).weights, cfg.train.init_from
+    layout = format.layout(cfg.model)
+    file, report = load_state_dict_for(model, source, format, to=layout, allow_missing=_may_lack(cfg))
     announce(str(report))
-    return FileSource(file, Path(cfg.train.init_from), otherwise=draw)
+    return FileSource(file, Path(source), otherwise=draw)
 
 
 def check_initial(cfg: RunConfig) -> None:
@@ -50,9 +52,9 @@ def check_initial(cfg: RunConfig) -> None:
 
 
 def _may_lack(cfg: RunConfig) -> tuple[str, ...]:
-    # A file without cond_in (Flux) starts as if nothing were conditioned: cond_in is drawn, which is zero. Beside
-    # adapters it would stay so, and sampling would miss it in the file: the model should be built without.
-    return () if cfg.lora.rank else ("cond_in.*",)
+    # What is drawn beside adapters would stay as drawn, and sampling would miss it in the file: the model should be
+    # built without.
+    return () if cfg.lora.rank else family_of(cfg.model).weights.may_lack
 
 
 def add_adapters(cfg: RunConfig, model: nn.Module) -> ParameterSource:
@@ -64,7 +66,8 @@ def add_adapters(cfg: RunConfig, model: nn.Module) -> ParameterSource:
     try:
         lora.apply(model, cfg.lora)
     except ValueError as error:
-        raise UserError(f"lora.targets: {error}; layers are called as in single_blocks.0.linear1") from None
+        example = family_of(cfg.model).weights.example_layer
+        raise UserError(f"lora.targets: {error}; layers are called as in {example}") from None
     return lambda name, tensor: lora.init_parameter_(name, tensor, torch_generator(cfg.seed, "init", name))
 
 
@@ -84,15 +87,17 @@ def check_weights(key: str, path: str | Path, model: ModelConfig, allow_missing:
     """
     with torch.device("meta"):
         empty = build_model(model)
+    format = family_of(model).weights
     try:
-        load_state_dict_for(empty, path, to=weight_layout(model), allow_missing=allow_missing)
+        load_state_dict_for(empty, path, format, to=format.layout(model), allow_missing=allow_missing)
     except UserError as error:
         raise UserError(f"{key}={path}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
-def weight_layout(cfg: ModelConfig) -> WeightLayout:
-    """How this model names and orders its weights."""
-    return WeightLayout(fused_qkv=cfg.fused_qkv, rope_layout=cfg.rope_layout)  # type: ignore[attr-defined]
+def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
+    """Shape of every parameter and buffer of a model, by name; takes no memory."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in build_model(model).state_dict().items()}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from acceleration.diagnostics.memory_usage import device_bytes, machine_bytes
 from acceleration.distributed import mesh
 from acceleration.sharding.precision import DTYPES
 from opensora.config.run import RunConfig, SampleConfig, check_fit, check_objective
-from opensora.inference.load import Source
+from opensora.inference.find import Source
 from opensora.models.base import AutoencoderShape, ModelConfig, Width, latent_grid
 from opensora.models.families import count_parameters, describe
 from opensora.models.text import check_text_encoder, text_tokens

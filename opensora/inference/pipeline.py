@@ -20,7 +20,8 @@ from opensora.assembly.layout import check_attention, check_guidance, check_layo
 from opensora.assembly.token_layout import TokenLayout, forward_arguments
 from opensora.config.run import SampleConfig
 from opensora.inference.check import check_sample, solver_of
-from opensora.inference.load import Source, find_source, load_components
+from opensora.inference.find import Source, find_source
+from opensora.inference.load import load_components
 from opensora.inference.prompts import Job, final_prompt, read_jobs
 from opensora.inference.save import Saver, output_folder, unused_names
 from opensora.models.base import latent_grid

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora.models.conditions import Conditions, TokenBatch
+from opensora.models.weights.format import WeightFormat
 from opensora.utils.tasks import TaskRunner, one_by_one
 from opensora.utils.tokens import Grid
 
@@ -129,6 +130,7 @@ class Family:
     check: Callable[[Any, Widths], None]  # that a config fits what it is given; ValueError "key=value: ..., set ..."
     arguments: Callable[[Any, TokenBatch, Tensor, Conditions], dict[str, Any]]
     # (config, tokens, t (B,), conditions) -> the forward's arguments but for context; pure
+    weights: WeightFormat  # names and order of weights in files
     lora_targets: tuple[str, ...]  # patterns of the layers that adapters are for, if none are named
     objective: str = "rectified_flow"  # what published weights were trained with, for files that do not say
 

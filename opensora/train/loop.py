@@ -17,6 +17,7 @@ def train(run: Run) -> bool:
     """
     total = run.cfg.train.steps
     while run.step < total:
+        run.garbage.collect()
         run.enter("data")
         run.engine.set_lr(run.lr_at(run.step))
         elements = run.data.global_elements(run.step)

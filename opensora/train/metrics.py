@@ -29,7 +29,7 @@ class Metrics:
         self._waited_s = 0.0
         self._sent: Counter[str] = Counter()  # bytes by axis that are not of the steps since the last record
         self._predicted: Counter[str] = Counter()
-        self._aside: dict[str, float] = {}
+        self._excluded: dict[str, float] = {}
 
     def add(self, update: Update, samples: Counter[Bucket], tokens: int, predicted: Mapping[str, int]) -> None:
         """One more update, made or left out.
@@ -73,8 +73,8 @@ class Metrics:
         values |= {f"comm/{name}_gib": count / steps / 2**30 for name, count in sent.items()}
         values |= {f"comm/{name}_predicted_gib": count / steps / 2**30 for name, count in self._predicted.items()}
         values |= {f"samples/{bucket}": count for bucket, count in self._buckets.items()}
-        values |= self._aside
-        self._aside.clear()
+        values |= self._excluded
+        self._excluded.clear()
         return values
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -105,7 +105,7 @@ class Metrics:
         self._sent += mesh.bytes_sent() - sent
         seconds = time.monotonic() - started
         self._since += seconds
-        self._aside[f"time/{name}_s"] = self._aside.get(f"time/{name}_s", 0.0) + seconds
+        self._excluded[f"time/{name}_s"] = self._excluded.get(f"time/{name}_s", 0.0) + seconds
 
     def log_event(self, event: str, step: int, **values: Any) -> None:
         """Put an event between the records."""

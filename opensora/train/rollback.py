@@ -48,6 +48,7 @@ def roll_back(run: Run, to: Rollback) -> None:
                 atomic_dir.remove(newer)
     run.data.close()
     run.data = open_batches(run.cfg, run.data.index, run.data.plan, run.mesh, run.step)
+    run.garbage.collect(everything=True)
     run.begin_record()
     run.metrics.rewind(run.step)
     leap = f", without the samples up to step {run.step}" if to.skip_to else ""

@@ -1,6 +1,6 @@
 """A run in memory: what it is made of, and what can be done with it as a whole."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -16,6 +16,7 @@ from acceleration.engines import Engine
 from acceleration.optim.optimizers import lr_at
 from opensora.config.run import RunConfig
 from opensora.planner.checks import Traffic
+from opensora.train.garbage_collection import GarbageCollection
 from opensora.train.health.anomaly_guard import AnomalyGuard, Update
 from opensora.train.health.data_health import DataHealth
 from opensora.train.health.step_timer import StepTimer
@@ -50,6 +51,7 @@ class Run:
     traffic: Traffic | None  # on the process that writes records
     base: str | None = None  # fingerprint of the weights that adapters are trained beside
     lock: RunLock | None = None  # on the main process
+    garbage: GarbageCollection = field(default_factory=GarbageCollection)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of update ``step``."""
@@ -81,7 +83,7 @@ class Run:
             return
         values = self.metrics.values(self.mesh, self.data.waited_s)
         values |= {"lr": self.lr_at(made), "epoch": self.data.plan.epoch_of(made)}
-        values |= {"mem/peak_gib": peak_gib(self.runtime.device), "guard/left_out": self.guard.left_out}
+        values |= {"mem/peak_gib": peak_gib(self.runtime.device), "guard/left_out": self.guard.skipped}
         values |= self.reads.due() | self.timer.due(self.mesh, self.metrics.steps, self.step)
         self.begin_record()
         self.metrics.write(self.step, values)
@@ -136,6 +138,7 @@ class Run:
 
         Signals kill again: a process that failed must not outlive its launcher's patience.
         """
+        self.garbage.restore()
         if kind is not None:
             signal_handler.uninstall()
         self.data.close()

@@ -13,7 +13,8 @@ from acceleration.distributed import mesh as meshes
 from acceleration.parallelize import parallelize
 from opensora.assembly.initial_weights import FileSource
 from opensora.models.families import MODEL_SIZES, build_model, init_model_
-from opensora.models.mmdit.convert import FLUX, load_state_dict_for
+from opensora.models.mmdit.convert import FLUX, WEIGHTS
+from opensora.models.weights.reader import load_state_dict_for
 from opensora.utils.errors import UserError
 from tests.dist.harness import run_distributed
 
@@ -25,7 +26,7 @@ def load(path: Path) -> str:
         model = build_model(MODEL)
     parallel = ParallelConfig(zero=3, mesh=MeshConfig(shard=-1))
     mesh = meshes.build(parallel.mesh, torch.distributed.get_world_size(), torch.device("cpu"))
-    file = FileSource(load_state_dict_for(model, path, to=FLUX)[0], path)
+    file = FileSource(load_state_dict_for(model, path, WEIGHTS, to=FLUX)[0], path)
     parallelize(model, parallel, mesh, torch.device("cpu"), file)
     try:
         file.check_values()

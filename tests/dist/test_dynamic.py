@@ -36,7 +36,7 @@ def divided(step: int, mesh: Mesh) -> list[FakeBatch]:
     sharing = SequenceSharing(degree=ulysses.degree, rank=ulysses.rank, text_tokens=TEXT_TOKENS)
     for batch in assign(step, mesh.data_rank, mesh.data_degree):
         degree = DEGREES[ulysses.degree][batch.sample_ids[0] // 10 % 10]
-        part = sharing.mine(len(batch.sample_ids), degree)
+        part = sharing.local_rows(len(batch.sample_ids), degree)
         found = slice(part.start, part.stop) if part else slice(0, 1)
         mine.append(
             FakeBatch(

@@ -66,7 +66,7 @@ def run_with(config: Path, overrides: list[str], faults: tuple[Fault, ...] = ())
                 end = "finished" if loop.train(run) else "interrupted"
             except TrainingDiverged as error:
                 end = f"hopeless: {error}"
-            return Outcome(end, run.step, run.guard.left_out, tuple(judged))
+            return Outcome(end, run.step, run.guard.skipped, tuple(judged))
     except Interrupted:
         return Outcome("before the first step")
     finally:

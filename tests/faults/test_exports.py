@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from opensora.config.run import SAVED_NAME, SampleConfig
-from opensora.inference.load import find_source, verify_export
-from opensora.models.weights.adapters import CONFIG, WEIGHTS, read_adapter, write_adapter
+from opensora.inference.find import find_source
+from opensora.inference.load import verify_export
+from opensora.models.weights.adapter_export import write_adapter
+from opensora.models.weights.adapter_names import CONFIG, WEIGHTS
+from opensora.models.weights.adapters import read_adapter
 from opensora.train.setup import start_run
 from opensora.utils.errors import UserError
 from opensora.utils.files import digests

@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import save
 
 from opensora.config.run import SampleConfig
-from opensora.inference.load import _exported
+from opensora.inference.find import read_adapters
 from opensora.inference.prompts import read_jobs
 from opensora.models.families import MODEL_SIZES
-from opensora.models.mmdit.convert import LAYOUTS, WeightFile
-from opensora.models.weights.adapters import CONFIG, WEIGHTS
+from opensora.models.mmdit.convert import LAYOUTS
+from opensora.models.mmdit.convert import WEIGHTS as FORMAT
+from opensora.models.weights.adapter_names import CONFIG, WEIGHTS
+from opensora.models.weights.reader import WeightFile
 from opensora.utils.errors import UserError
 from opensora.utils.files.safetensors_files import INDEX
 from tests.faults.conftest import Tally
@@ -161,10 +163,12 @@ def attempt(draw: random.Random, folder: Path, content: bytes, whole: bytes) -> 
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
     calls = {
-        "adapter": lambda: _exported(folder / "adapter", MODEL, "lora"),
-        "adapter file": lambda: _exported(folder / "adapter" / WEIGHTS, MODEL, "lora"),
-        "weights": lambda: dict(WeightFile(folder / "weights/model.safetensors", draw.choice(list(LAYOUTS.values())))),
-        "index": lambda: WeightFile(folder / "weights"),
+        "adapter": lambda: read_adapters(folder / "adapter", MODEL, "lora"),
+        "adapter file": lambda: read_adapters(folder / "adapter" / WEIGHTS, MODEL, "lora"),
+        "weights": lambda: dict(
+            WeightFile(folder / "weights/model.safetensors", FORMAT, draw.choice(list(LAYOUTS.values())))
+        ),
+        "index": lambda: WeightFile(folder / "weights", FORMAT),
         "prompts": lambda: read_jobs(SampleConfig(weights="w", prompt_csv=str(folder / "prompts.csv"))),
     }
     wrong = []

@@ -22,9 +22,11 @@ from opensora.config.run import SampleConfig
 from opensora.datasets.decode.common import DecodeError
 from opensora.datasets.loading import feature_store
 from opensora.datasets.table.clip_storage import locate
-from opensora.inference.load import find_source
-from opensora.models.mmdit.convert import WeightFile
-from opensora.models.weights.adapters import CONFIG, WEIGHTS, read_adapter
+from opensora.inference.find import find_source
+from opensora.models.mmdit.convert import WEIGHTS as FORMAT
+from opensora.models.weights.adapter_names import CONFIG, WEIGHTS
+from opensora.models.weights.adapters import read_adapter
+from opensora.models.weights.reader import WeightFile
 from opensora.utils.errors import UserError
 from opensora.utils.files.safetensors_files import INDEX
 from tests.dist.harness import run_distributed
@@ -124,8 +126,8 @@ def test_what_is_no_safetensors(case: str, tmp_path: Path, tally: Tally) -> None
     as_shard(tmp_path / "step-00000001", content)
     before = sorted(tmp_path.rglob("*"))
     said = [
-        refused(lambda: WeightFile(weights)),
-        refused(lambda: WeightFile(weights.parent)),
+        refused(lambda: WeightFile(weights, FORMAT)),
+        refused(lambda: WeightFile(weights.parent, FORMAT)),
         refused(lambda: read_adapter(adapters)),
         refused(lambda: contents(tmp_path / "step-00000001")),
     ]
@@ -141,8 +143,8 @@ def test_pickles_by_their_own_names_are_not_opened(suffix: str, tmp_path: Path, 
     job = tmp_path / "sample.yaml"
     job.write_text(f"prompt: a cat\nweights: {path}\n")
     said = [
-        refused(lambda: WeightFile(path)),
-        refused(lambda: WeightFile(tmp_path)),
+        refused(lambda: WeightFile(path, FORMAT)),
+        refused(lambda: WeightFile(tmp_path, FORMAT)),
         refused(lambda: find_source(load_config(SampleConfig, job))),
     ]
     assert not any(line.startswith("WRONG") for line in said), said
@@ -221,10 +223,10 @@ def test_an_index_of_weights_cannot_reach_out_of_its_folder(tmp_path: Path, tall
     folder.mkdir()
     for name in ("../secret.safetensors", str(tmp_path / "secret.safetensors")):
         (folder / INDEX).write_text(json.dumps({"weight_map": {"w": name}}))
-        assert "beside" in refused(lambda: WeightFile(folder))
+        assert "beside" in refused(lambda: WeightFile(folder, FORMAT))
     for content in ("[]", "{", "[" * 10**5, '{"weight_map": {"w": 3}}', '{"weight_map": {"w": ["a"]}}', "\0"):
         (folder / INDEX).write_text(content)
-        said = refused(lambda: WeightFile(folder))
+        said = refused(lambda: WeightFile(folder, FORMAT))
         assert "is not a safetensors index" in said, said
     tally("hostile files: no code, no write, refused", 8, 8)
 

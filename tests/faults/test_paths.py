@@ -10,7 +10,7 @@ import pytest
 from opensora.cli.main import run_cli
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig, SampleConfig
-from opensora.inference.load import find_source
+from opensora.inference.find import find_source
 from opensora.train.state.resume import check_paths
 from opensora.utils.errors import MAX_LINE, MAX_WORD, UserError, one_line
 from opensora.utils.files.untrusted import short

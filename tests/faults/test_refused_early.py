@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from opensora.assembly.initial_weights import weight_layout
 from opensora.cli import sample, train
 from opensora.cli.main import run_cli
 from opensora.config.load import load_config, save
 from opensora.config.run import RunConfig, SampleConfig
 from opensora.inference import check
 from opensora.inference.check import least_bytes
-from opensora.inference.load import find_source
+from opensora.inference.find import find_source
 from opensora.models.families import build_model
-from opensora.models.mmdit.convert import save_state_dict
+from opensora.models.mmdit.convert import WEIGHTS
 from opensora.models.vae import autoencoder_shape
+from opensora.models.weights.writer import save_state_dict
 from opensora.sampling.options import SamplingOption, sanitize_sampling_option
 from opensora.utils.errors import UserError
 from tests.faults.conftest import Tally
@@ -106,7 +106,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "train.yaml").write_text(CONFIG.format(output=tmp_path / "runs", table=tmp_path / "table.csv"))
     cfg = load_config(RunConfig, tmp_path / "train.yaml", ["parallel.mesh.ulysses=1"])
     model = build_model(cfg.model)
-    save_state_dict(model.state_dict(), tmp_path / "exported", source=weight_layout(cfg.model))
+    save_state_dict(model.state_dict(), tmp_path / "exported", WEIGHTS, source=WEIGHTS.layout(cfg.model))
     for name in ("exported", "empty"):
         save(cfg, tmp_path / name / "config.yaml")
     shutil.copytree(tmp_path / "exported", tmp_path / "badlist")

@@ -25,8 +25,11 @@ from launch import attempts
 from opensora.config.load import load_config, save, to_yaml
 from opensora.config.run import SAVED_NAME, RunConfig
 from opensora.datasets.loading import feature_store
-from opensora.models.mmdit.convert import WeightFile
-from opensora.models.weights.adapters import CONFIG, WEIGHTS, read_adapter, write_adapter
+from opensora.models.mmdit.convert import WEIGHTS as FORMAT
+from opensora.models.weights.adapter_export import write_adapter
+from opensora.models.weights.adapter_names import CONFIG, WEIGHTS
+from opensora.models.weights.adapters import read_adapter
+from opensora.models.weights.reader import WeightFile
 from opensora.planner.cost_fit import measured
 from opensora.train.state import resume, run_lock
 from opensora.train.state.disk_check import check_writable
@@ -173,7 +176,7 @@ def adapter_weights(cfg: RunConfig) -> File:
 def index_file(cfg: RunConfig) -> File:
     weights = {f"w{number}": torch.zeros(4) for number in range(3)}
     write_weights(cfg.folder / "weights", weights.items(), {}, shard_bytes=16)
-    return File(cfg.folder / "weights" / INDEX, lambda: WeightFile(cfg.folder / "weights"), rebuilt=False)
+    return File(cfg.folder / "weights" / INDEX, lambda: WeightFile(cfg.folder / "weights", FORMAT), rebuilt=False)
 
 
 def list_of_digests(cfg: RunConfig) -> File:

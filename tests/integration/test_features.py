@@ -9,7 +9,8 @@ import torch
 from opensora.cli.precompute import main as precompute
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig
-from opensora.models.mmdit.convert import read_state_dict
+from opensora.models.mmdit.convert import WEIGHTS
+from opensora.models.weights.reader import read_state_dict
 from opensora.train.loop import train
 from opensora.train.setup import start_run
 from opensora.utils.errors import UserError
@@ -43,7 +44,7 @@ def test_the_same_weights_come_out(config: Path, tmp_path: Path) -> None:
         assert run_distributed(
             train_in_process, 2, config, [*one_length, f"output={tmp_path / name}", *more], timeout=280, init=False
         ) == [True, True]
-    found = [read_state_dict(tmp_path / name / "run/exported")[0] for name in ("files", "stored")]
+    found = [read_state_dict(tmp_path / name / "run/exported", WEIGHTS)[0] for name in ("files", "stored")]
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     losses = [

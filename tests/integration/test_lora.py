@@ -13,9 +13,11 @@ from acceleration import lora
 from acceleration.checkpoint import newest
 from opensora.config.load import load_config
 from opensora.config.run import SampleConfig
-from opensora.inference.load import find_source
-from opensora.models.mmdit.convert import read_state_dict
-from opensora.models.weights.adapters import WEIGHTS, read_adapter
+from opensora.inference.find import find_source
+from opensora.models.mmdit.convert import WEIGHTS as FORMAT
+from opensora.models.weights.adapter_names import WEIGHTS
+from opensora.models.weights.adapters import read_adapter
+from opensora.models.weights.reader import read_state_dict
 from opensora.utils.errors import UserError
 from opensora.utils.files.safetensors_files import write_weights
 from tests.dist.harness import run_distributed
@@ -84,7 +86,7 @@ def test_stopped_and_resumed_on_another_layout(folder: Path, tmp_path: Path) -> 
         assert (tensor - whole[name]).abs().max() <= 1e-10 * whole[name].abs().max(), name
 
     other = shutil.copytree(folder / "base/run/exported", tmp_path / "other")
-    state = {name: tensor + 1e-3 for name, tensor in read_state_dict(other)[0].items()}
+    state = {name: tensor + 1e-3 for name, tensor in read_state_dict(other, FORMAT)[0].items()}
     write_weights(other, state.items(), {})
     with pytest.raises(AssertionError, match="not the weights that the adapters of"):
         train_on(2, folder / "adapted.yaml", [*moved, "train.steps=5", f"train.init_from={other}"])
@@ -127,7 +129,7 @@ def merged(folder: Path) -> Path:
     """The base with the adapters added by hand."""
     tensors = exported(folder / "adapted/run")
     target = shutil.copytree(folder / "base/run/exported", folder / "merged")
-    state = dict(read_state_dict(target)[0])
+    state = dict(read_state_dict(target, FORMAT)[0])
     for layer in {name.removesuffix(f".{lora.A}") for name in tensors if name.endswith(lora.A)}:
         a, b = (tensors[f"{layer}.{kind}"] for kind in (lora.A, lora.B))
         state[f"{layer}.weight"] = (state[f"{layer}.weight"] + 2.0 * b @ a).float()

@@ -12,8 +12,9 @@ import pytest
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig, SampleConfig
 from opensora.config.strict_yaml import read_yaml
-from opensora.inference.load import find_source
-from opensora.models.mmdit.convert import read_state_dict
+from opensora.inference.find import find_source
+from opensora.models.mmdit.convert import WEIGHTS
+from opensora.models.weights.reader import read_state_dict
 from opensora.train.state import resume
 from opensora.utils.files import digests
 from opensora.utils.metrics_log import read_metrics
@@ -66,5 +67,5 @@ def test_an_export_of_before_can_be_sampled_from(old: Path) -> None:
     digests.verify(old / "run" / "exported", ["model.safetensors", "config.yaml"])
     cfg = load_config(SampleConfig, {"weights": "run/exported", "prompt": "a red circle"})
     source = find_source(cfg)
-    tensors, layout = read_state_dict(source.path)
+    tensors, layout = read_state_dict(source.path, WEIGHTS)
     assert source.model.hidden_size == 16 and layout.fused_qkv and len(tensors) > 40

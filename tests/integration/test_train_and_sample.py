@@ -16,9 +16,10 @@ from acceleration.distributed.runtime import start, stop
 from opensora.cli import sample
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig, SampleConfig
-from opensora.inference.load import find_source
+from opensora.inference.find import find_source
 from opensora.inference.pipeline import fit, prepare_api, prepare_models
-from opensora.models.mmdit.convert import read_state_dict
+from opensora.models.mmdit.convert import WEIGHTS
+from opensora.models.weights.reader import read_state_dict
 from opensora.planner.cost_fit import measured
 from opensora.train.loop import train
 from opensora.train.setup import start_run
@@ -68,7 +69,7 @@ def train_on(world: int, config: Path, overrides: list[str], kill_at: int | None
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    return read_state_dict(folder / "exported")[0]
+    return read_state_dict(folder / "exported", WEIGHTS)[0]
 
 
 def output(tmp_path: Path, name: str) -> tuple[list[str], Path]:

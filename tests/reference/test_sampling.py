@@ -17,7 +17,7 @@ from opensora.cli import sample as command
 from opensora.cli import train
 from opensora.config.load import load_config
 from opensora.config.run import SampleConfig
-from opensora.inference.load import find_source
+from opensora.inference.find import find_source
 from opensora.inference.pipeline import fit, prepare_api, prepare_models
 from tests.dist.harness import run_distributed
 from tests.reference import files, mmdit, sampling

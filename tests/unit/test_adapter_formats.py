@@ -20,12 +20,15 @@ from torch import Tensor, nn
 
 from acceleration import lora
 from acceleration.sharding import fsdp
-from opensora.assembly.initial_weights import weight_layout
-from opensora.inference.load import _exported, flux_adapter
+from opensora.assembly.initial_weights import parameter_shapes
+from opensora.inference.find import read_adapters
 from opensora.models.families import MODEL_SIZES, build_model
 from opensora.models.mmdit import MMDiTConfig, MMDiTModel
-from opensora.models.mmdit.convert import plan_adapter
-from opensora.models.weights.adapters import CONFIG, WEIGHTS, read_adapter, write_adapter, write_comfyui
+from opensora.models.mmdit.convert import WEIGHTS as FORMAT
+from opensora.models.weights.adapter_export import convert_adapter, write_adapter, write_comfyui
+from opensora.models.weights.adapter_fit import plan_adapter
+from opensora.models.weights.adapter_names import CONFIG, WEIGHTS
+from opensora.models.weights.adapters import read_adapter
 from opensora.utils.errors import UserError
 from opensora.utils.rng import torch_generator
 
@@ -265,7 +268,7 @@ def base_model(model: MMDiTConfig) -> MMDiTModel:
 def merged(path: Path, model: MMDiTConfig, scale: float) -> dict[str, Tensor]:
     """Weights of the model with the adapters of a file, as sampling makes them."""
     built = base_model(model)
-    exported = _exported(path, model, "lora").exported
+    exported = read_adapters(path, model, "lora").exported
     assert exported is not None
     with torch.device("meta"):
         adapted = build_model(model)
@@ -317,7 +320,7 @@ def test_a_name_is_not_taken_for_the_end_of_another(tmp_path: Path) -> None:
     names = ["proj_out", "single_transformer_blocks.0.proj_out"]
     shapes = {name: (sum(b - a for _, a, b in rows[name]), linears(FLUX)[rows[name][0][0]][1]) for name in names}
     lows = {name: draw_low(shapes[name], rank, 2.0 * rank, name) for rank, name in ((3, names[0]), (1, names[1]))}
-    exported = _exported(diffusers_metadata(lows, tmp_path), FLUX, "lora").exported
+    exported = read_adapters(diffusers_metadata(lows, tmp_path), FLUX, "lora").exported
     assert exported is not None and sorted(rank for rank, _ in exported.sizes().values()) == [1, 3]
 
 
@@ -460,7 +463,7 @@ def test_adapters_for_other_layers_are_refused_by_name(case: str, tmp_path: Path
     layers, expected = ELSEWHERE[case]
     path = one_file(tmp_path, dict.fromkeys(layers, LOW), ".lora_A.weight", ".lora_B.weight", str)
     with pytest.raises(UserError, match=expected) as caught:
-        _exported(path, FLUX, "lora")
+        read_adapters(path, FLUX, "lora")
     assert "belong to another model" in str(caught.value) and str(caught.value).startswith(f"lora={path}: ")
 
 
@@ -514,15 +517,15 @@ def test_every_layer_is_found_by_its_name_with_underscores(case: str) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
     sizes = {n: (m.in_features, m.out_features) for n, m in built.named_modules() if isinstance(m, nn.Linear)}
     flat = {f"lora_unet_{name.replace('.', '_')}": size for name, size in sizes.items()}
-    layout = weight_layout(model)
-    found = plan_adapter(flat, shapes, layout, layout.metadata()).pieces
+    layout = FORMAT.layout(model)
+    found = plan_adapter(flat, shapes, FORMAT, layout, layout.metadata()).pieces
     assert len(flat) == len(sizes) == len(found)
     for name, pieces in found.items():
         (piece,) = pieces if name in sizes and len(pieces) == 1 else (None,)
         if piece is not None:
-            assert piece.layer == f"lora_unet_{name.replace('.', '_')}" and piece.start == 0
+            assert piece.layer == f"lora_unet_{name.replace('.', '_')}" and torch.equal(piece.places, piece.rows)
             assert torch.equal(piece.rows, torch.arange(sizes[name][1]))
-        else:  # q, k and v in one: three runs of the same layer
+        else:  # q, k and v in one: runs of the same layer
             assert {one.layer for one in pieces} == {f"lora_unet_{name.replace('.', '_')}"}
             assert torch.equal(torch.cat([one.rows for one in pieces]), torch.arange(sizes[name][1]))
 
@@ -539,7 +542,10 @@ def test_what_is_written_for_comfyui_is_read_back_equal(layout: str, tmp_path: P
     shapes = linears(model)
     lows = {name: draw_low(shapes[name], 3, 5.0, layout, name) for name in chosen}
     tensors = {f"{n}.{kind}": x for n, low in lows.items() for kind, x in ((lora.A, low.down), (lora.B, low.up))}
-    renamed, scales = flux_adapter(model, tensors, 5 / 3)
+    source = FORMAT.layout(model)
+    renamed, scales = convert_adapter(
+        tensors, 5 / 3, parameter_shapes(model), FORMAT, source=source, to=FORMAT.original
+    )
     (tmp_path / CONFIG).write_text("left by an export of another kind")
     write_comfyui(tmp_path, renamed, scales=scales, metadata={"rope_layout": "interleaved"})
     assert [path.name for path in tmp_path.iterdir()] == [WEIGHTS]

@@ -174,7 +174,7 @@ def test_draws_are_uniform_for_every_clip_and_even_within_a_kind() -> None:
     assert abs((draws < 0.3).mean(axis=0) - 0.3).max() < 4.5 * math.sqrt(0.21 / 400)
     after = np.corrcoef(draws[1:].ravel(), draws[:-1].ravel())[0, 1]
     assert abs(after) < 0.015  # epochs are independent
-    kind = BucketTable(cfg, 16).kind_of(table)
+    kind = BucketTable(cfg, 16).shape_class_of(table)
     for number in np.unique(kind):
         mine = np.sort(draws[:, kind == number], axis=1)
         assert np.allclose(np.diff(mine, axis=1), 1 / mine.shape[1])  # neither more nor fewer than asked for

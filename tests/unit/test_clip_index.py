@@ -182,12 +182,13 @@ def test_rows_are_grouped_by_kind_in_chunks(tmp_path: Path, monkeypatch: pytest.
     buckets = BucketTable(DataConfig(buckets=BUCKETS), 16)
     monkeypatch.setattr("opensora.datasets.buckets.shape_class_index._CHUNK", 101)
     groups = index_shape_classes(table, buckets)
-    kind = buckets.kind_of(table)
+    kind = buckets.shape_class_of(table)
     assert groups.ids.tolist() == np.argsort(kind, kind="stable").tolist()
-    assert (np.diff(groups.start) == np.bincount(kind, minlength=buckets.kinds)).all()
+    assert (np.diff(groups.start) == np.bincount(kind, minlength=buckets.num_shape_classes)).all()
     # Neither probabilities nor batch sizes make other kinds, other shapes do.
     keys = {
-        BucketTable(DataConfig(buckets={"256px": {33: value}}), 16).kind_key for value in ([1.0, 1], [[0.5, 0.5], 7])
+        BucketTable(DataConfig(buckets={"256px": {33: value}}), 16).shape_class_key
+        for value in ([1.0, 1], [[0.5, 0.5], 7])
     }
     assert len(keys) == 1
-    assert BucketTable(DataConfig(buckets={"256px": {29: [1.0, 1]}}), 16).kind_key not in keys
+    assert BucketTable(DataConfig(buckets={"256px": {29: [1.0, 1]}}), 16).shape_class_key not in keys

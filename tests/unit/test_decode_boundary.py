@@ -16,7 +16,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from opensora.datasets.decode import api, decord_backend, pillow_backend, pyav_backend, torchcodec_backend
+from opensora.datasets.decode import (
+    api,
+    decord_backend,
+    pillow_backend,
+    pillow_pixels,
+    pyav_backend,
+    pyav_container,
+    pyav_pixels,
+    torchcodec_backend,
+)
 from opensora.datasets.decode.api import DecodeError, probe, read_frames
 from opensora.datasets.decode.common import Deadline
 from opensora.datasets.decode.process import DecoderProcess
@@ -69,7 +78,7 @@ LIBRARY = {
     "converting a still": ("still", Image.Image, "convert"),
     "seeking in an animation": ("animation", "WebPImagePlugin.WebPImageFile", "seek"),
     "opening a clip": ("clip", av, "open"),
-    "converting a frame": ("clip", pyav_backend, "VideoReformatter"),
+    "converting a frame": ("clip", pyav_pixels, "VideoReformatter"),
     "a tar": ("tar", tarfile, "open"),
     "the next member of a tar": ("tar", tarfile.TarFile, "next"),
     "a zip": ("zip", zipfile, "ZipFile"),
@@ -96,14 +105,17 @@ def test_whatever_a_library_raises_is_about_the_file(
 
 
 OURS: list[tuple[str, Any, str]] = [
-    *(("clip", pyav_backend, name) for name in ("_video_stream", "_about", "_index", "_stored", "_decode_into")),
-    *(("clip", pyav_backend, name) for name in ("_frames_of", "check_size")),
-    ("clip", pyav_backend._Window, "put"),
-    ("clip", pyav_backend._Window, "_convert"),
+    *(("clip", pyav_backend, name) for name in ("video_stream", "stream_info", "frame_index", "_decode_into")),
+    *(("clip", pyav_backend, name) for name in ("packets", "decode_packet")),
+    *(("clip", pyav_pixels, name) for name in ("stored_frame", "check_size")),
+    ("clip", pyav_container, "check_size"),
+    ("clip", pyav_pixels.Window, "put"),
+    ("clip", pyav_pixels.Window, "_convert"),
     ("clip", api, "sniff_source"),
     ("clip", api, "locate"),
-    *(("still", pillow_backend, name) for name in ("_turn", "_to_rgb", "check_size", "scale_rgb", "_formats")),
-    *(("animation", pillow_backend, name) for name in ("_frames_in_turn", "_turn", "on_background")),
+    *(("still", pillow_backend, name) for name in ("turn_of", "to_rgb", "check_size", "scale_rgb", "_formats")),
+    *(("animation", pillow_backend, name) for name in ("_frames_in_turn", "turn_of")),
+    ("animation", pillow_pixels, "on_background"),
     ("tar", clip_storage, "_tar_members"),
     ("zip", clip_storage, "_zip_members"),
     ("tar", clip_storage, "_place_of"),

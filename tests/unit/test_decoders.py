@@ -137,8 +137,8 @@ def test_choices() -> None:
 
 def test_what_takes_too_long_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = encode(tmp_path / "c.mp4", 60)
-    plain = pyav_backend._frames_of
-    monkeypatch.setattr(pyav_backend, "_frames_of", lambda packet: time.sleep(0.05) or plain(packet))
+    plain = pyav_backend.decode_packet
+    monkeypatch.setattr(pyav_backend, "decode_packet", lambda *of: time.sleep(0.05) or plain(*of))
     began = time.monotonic()
     with pytest.raises(DecodeError, match=r"not read within 0.5 s \(data.decode_timeout_s\)"):
         read_frames(path, 0, 60, timeout_s=0.5)

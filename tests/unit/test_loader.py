@@ -21,7 +21,7 @@ from opensora.datasets.decode.common import ResizeToFill, cover_size
 from opensora.datasets.decode.process import DecoderProcess
 from opensora.datasets.loading import loader
 from opensora.datasets.loading import reader as video
-from opensora.datasets.loading.loader import build_loader
+from opensora.datasets.loading.loader import LoadTask, build_loader
 from opensora.datasets.loading.reader import Batch, BatchReader, ReadTask
 from opensora.datasets.loading.window import window_start
 from opensora.datasets.plan.batch_plan import BatchPlan
@@ -342,16 +342,16 @@ def test_nothing_read_for_too_long_is_one_line(clips: Path, processes: list[Deco
 def test_what_is_prepared_ahead_is_bounded(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = read_table(str(clips / "t.csv"))
     alive: list[int] = []
-    real = loader._empty_pixels
-    monkeypatch.setattr(loader, "_empty_pixels", lambda m: alive.append(loader._pixel_bytes(m)) or real(m))
+    real = LoadTask.empty_pixels
+    monkeypatch.setattr(LoadTask, "empty_pixels", lambda task: alive.append(task.pixel_bytes()) or real(task))
     batches = batches_of(table, 60, workers=2, prefetch=9, prefetch_mib=1)
-    monkeypatch.setattr(loader, "_pixel_bytes", lambda m: 300 * 1024)
+    monkeypatch.setattr(LoadTask, "pixel_bytes", lambda task: 300 * 1024)
     next(batches)
     assert len(alive) == 3  # 300 KiB each: a fourth would be too much
     next(batches)
     assert len(alive) == 4
     batches.close()
-    monkeypatch.setattr(loader, "_pixel_bytes", lambda m: 2**40)
+    monkeypatch.setattr(LoadTask, "pixel_bytes", lambda task: 2**40)
     assert len(list(batches_of(table, 3, workers=1, prefetch_mib=1))) == 3
 
 
@@ -377,6 +377,7 @@ def test_the_reader_is_what_the_loader_maps(clips: Path) -> None:
     table = read_table(str(clips / "t.csv"))
     plan = BatchPlan(table, cfg, 8, 0)
     micro_batch = plan.step(0)[0]
-    pixels = loader._empty_pixels(micro_batch)
-    batch = BatchReader(table, cfg, 0).load(ReadTask(micro_batch, plan.members(micro_batch)), pixels, api.read_frames)
+    job = ReadTask(micro_batch, plan.members(micro_batch))
+    (pixels,) = LoadTask((job,), is_pack=False).empty_pixels()
+    batch = BatchReader(table, cfg, 0).load(job, pixels, api.read_frames)
     assert isinstance(batch, Batch) and batch.sample_ids == plan.step(0)[0].sample_ids

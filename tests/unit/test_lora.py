@@ -12,10 +12,13 @@ from acceleration import lora
 from acceleration.config import LoraConfig
 from acceleration.sharding import fsdp
 from opensora.config.run import SampleConfig
-from opensora.inference.load import _exported
+from opensora.inference.find import read_adapters
 from opensora.models.families import MODEL_SIZES, build_model, init_model_
 from opensora.models.mmdit import FAMILY, MMDiTConfig, MMDiTModel
-from opensora.models.weights.adapters import CONFIG, WEIGHTS, FittedAdapter, read_adapter, write_adapter
+from opensora.models.weights.adapter_export import write_adapter
+from opensora.models.weights.adapter_fit import FittedAdapter
+from opensora.models.weights.adapter_names import CONFIG, WEIGHTS
+from opensora.models.weights.adapters import read_adapter
 from opensora.utils.errors import UserError
 from opensora.utils.files.safetensors_files import fingerprint
 from opensora.utils.rng import torch_generator
@@ -169,7 +172,7 @@ def test_we_read_what_peft_writes_and_compute_the_same(tmp_path: Path) -> None:
             if "lora_B" in name:
                 parameter.normal_(0, 0.2, generator=torch_generator(name))
     model.save_pretrained(str(tmp_path))
-    adapters = _exported(tmp_path, MODEL, "lora")
+    adapters = read_adapters(tmp_path, MODEL, "lora")
     assert adapters.exported is not None and len(adapters.exported.sizes()) == 4
     ours = with_fitted(adapters.exported)
     assert torch.allclose(ours(**inputs()), model(**inputs()), atol=1e-5)
@@ -225,19 +228,19 @@ def test_adapters_that_we_would_not_compute_as_peft_does(case: str, tmp_path: Pa
 
 def test_adapters_of_another_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no adapter_config\.json"):
-        _exported(tmp_path, MODEL, "lora")
+        read_adapters(tmp_path, MODEL, "lora")
     written(tmp_path)
     for change, expected in (
         ({"depth": 1}, "the model has no such layer; these adapters belong to another model"),
         ({"hidden_size": 128, "axes_dim": (8, 12, 12)}, "would be"),
     ):
         with pytest.raises(UserError, match=expected):
-            _exported(tmp_path, replace(MODEL, **change), "lora")
+            read_adapters(tmp_path, replace(MODEL, **change), "lora")
     tensors = load_file(tmp_path / WEIGHTS)
     tensors.pop("base_model.model.single_blocks.0.linear1.lora_B.weight")
     save_file(tensors, tmp_path / WEIGHTS)
     with pytest.raises(UserError, match=r"the other matrix of base_model.model.single_blocks.0.linear1 is missing"):
-        _exported(tmp_path, MODEL, "lora")
+        read_adapters(tmp_path, MODEL, "lora")
 
 
 def test_the_fingerprint_knows_weights_not_places(tmp_path: Path) -> None:

@@ -286,7 +286,7 @@ def test_display_matrices(kind: str, decoder: str, tmp_path: Path) -> None:
 
 
 def test_a_turn_by_other_angles_is_the_nearest_quarter() -> None:
-    from opensora.datasets.decode.pyav_backend import _turn_of
+    from opensora.datasets.decode.pyav_pixels import _turn_of
 
     for degrees in range(0, 360, 5):
         if degrees % 90 == 45:

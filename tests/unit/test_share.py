@@ -30,7 +30,7 @@ def place(degree: int, rank: int = 0) -> SequenceSharing:
 def test_groups_divide_the_samples(degree: int, samples: int) -> None:
     assert place(degree).degrees == DEGREES[degree]
     for size in DEGREES[degree]:
-        parts = [place(degree, rank).mine(samples, size) for rank in range(degree)]
+        parts = [place(degree, rank).local_rows(samples, size) for rank in range(degree)]
         assert [i for part in parts[::size] for i in part] == list(range(samples))
         assert all(parts[rank] == parts[rank // size * size] for rank in range(degree))
         assert max(map(len, parts)) == -(-samples * size // degree) and max(map(len, parts)) - min(map(len, parts)) <= 1
@@ -72,7 +72,7 @@ def test_the_fastest_allowed_degree_is_chosen(seed: int) -> None:
     for item in range(50):
         ways = {}
         for size in DEGREES[degree]:
-            most = max(len(place(degree, rank).mine(int(rows[item, 1]), size)) for rank in range(degree))
+            most = max(len(place(degree, rank).local_rows(int(rows[item, 1]), size)) for rank in range(degree))
             if most * held[item] / rows[item, 1] / size <= held.max() / degree * (1 + 1e-9):
                 ways[size] = cost.shared(rows[item : item + 1], size, degree).item()
         assert chosen[item] in ways and seconds[item] == min(ways.values()) == ways[chosen[item]]

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from opensora.models.mmdit.convert import WeightFile
+from opensora.models.mmdit.convert import WEIGHTS
+from opensora.models.weights.reader import WeightFile
 from opensora.utils.errors import UserError
 from opensora.utils.files import safetensors_files
 from opensora.utils.files.safetensors_files import INDEX, write_file, write_weights
@@ -80,11 +81,11 @@ def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
 def test_shards_are_read_by_their_index_and_are_wanted_all(tmp_path: Path) -> None:
     write_weights(tmp_path, tensors(3), {}, shard_bytes=BYTES)
     for path in (tmp_path, tmp_path / INDEX):
-        found = WeightFile(path)
+        found = WeightFile(path, WEIGHTS)
         assert set(found) == {"w0", "w1", "w2"} and torch.equal(found["w2"], torch.full((4, 5), 2.0))
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(UserError, match=r"names files that are not beside it \(model-00002-of-00003"):
-        WeightFile(tmp_path)
+        WeightFile(tmp_path, WEIGHTS)
 
 
 KINDS = (

@@ -6,8 +6,8 @@ times its area that passes the draws of a row whose length fits: an image, or a 
 of one frame; a video the longest row its draws accept. Otherwise the next lower resolution is tried. The size is the
 one of nearest ratio. docs/training.md names where this differs from Open-Sora 2.
 
-Clips that fit the same rows and take the same sizes are of one kind; a table of a hundred million clips has a few
-thousand kinds. All that follows is decided by kind: the buckets it can go to, and the probability of each.
+Clips that fit the same rows and take the same sizes are of one shape class; a table of a hundred million clips has a
+few thousand. All that follows is decided by shape class: the buckets it can go to, and the probability of each.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from opensora.datasets.table.manifest import ClipTable
 from opensora.utils.errors import UserError
 
 MAX_FPS = 24.0
-_RULES = 2  # raised when clips are sorted into kinds by other rules, so that lists on disk are made anew
+_RULES = 2  # raised when clips are sorted into shape classes by other rules, so that lists on disk are made anew
 _NEAR = 1e-9  # relative distance from a border between two ratios within which integers decide
 _BAR = 40  # characters of the longest bar of a histogram
 
@@ -100,18 +100,18 @@ class BucketReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Shares:
-    """How the clips of every kind are divided among buckets: the share [low, high) of kind k goes to bucket b."""
+    """How the clips of every shape class are divided among buckets: the share [low, high) of class k goes to b."""
 
-    kind: np.ndarray  # (s,) int64, in ascending order of bucket
+    shape_class: np.ndarray  # (s,) int64, in ascending order of bucket
     bucket: np.ndarray  # (s,) int64
     low: np.ndarray  # (s,) float64, 0 <= low < high <= 1
-    high: np.ndarray  # (s,) float64; shares of one kind do not overlap
-    reason: np.ndarray  # (kinds,) int8: why the rest of a kind is left out, a key of ``REASONS``
-    draws: bool  # whether any kind is divided, so that epochs differ
+    high: np.ndarray  # (s,) float64; shares of one shape class do not overlap
+    reason: np.ndarray  # (shape classes,) int8: why the rest of a shape class is left out, a key of ``REASONS``
+    draws: bool  # whether any shape class is divided, so that epochs differ
 
 
 class BucketTable:
-    """The configured rows with their sizes; sorts clips into kinds, and divides kinds among buckets."""
+    """The configured rows with their sizes; sorts clips into shape classes, and divides these among buckets."""
 
     def __init__(self, cfg: DataConfig, spatial_multiple: int, measure: Measure | None = None) -> None:
         """
@@ -141,16 +141,16 @@ class BucketTable:
         self._areas = sorted(area_of(name) for name in self._sizes)
         borders = {border for sizes in self._sizes.values() for border in _borders(sizes)}
         self._borders = sorted(borders, key=lambda border: border[0] / border[1])
-        self.kinds = (len(self._lengths) + 2) * (len(self._areas) + 1) * (len(self._borders) + 1)
+        self.num_shape_classes = (len(self._lengths) + 2) * (len(self._areas) + 1) * (len(self._borders) + 1)
 
     @cached_property
-    def kind_key(self) -> str:
-        """16 hex digits: equal for tables that sort clips into the same kinds, whatever the probabilities."""
+    def shape_class_key(self) -> str:
+        """16 hex digits: equal for tables that sort clips into the same shape classes, whatever the probabilities."""
         rule = repr((self._lengths.tolist(), self._areas, self._borders, MAX_FPS, _RULES))
         return hashlib.blake2b(rule.encode(), digest_size=8).hexdigest()
 
-    def kind_of(self, table: ClipTable, rows: slice = slice(None)) -> np.ndarray:
-        """(n,) int32: the kind of every clip, in [0, kinds); ``rows``: a part of the table."""
+    def shape_class_of(self, table: ClipTable, rows: slice = slice(None)) -> np.ndarray:
+        """(n,) int32: the shape class of every clip, in [0, num_shape_classes); ``rows``: a part of the table."""
         frames, height, width = table.num_frames[rows], table.height[rows], table.width[rows]
         length = frames // frame_interval(table.fps[rows])
         # 0: an image; else 1 + how many lengths fit.
@@ -159,34 +159,34 @@ class BucketTable:
         # The resolutions that take a clip are those of the smallest areas.
         pixels = height.astype(np.int64) * width
         taking = np.searchsorted(4 * np.array(self._areas, dtype=np.int64), 5 * pixels, side="right")
-        kind = fitting * (len(self._areas) + 1) + taking
-        return (kind * (len(self._borders) + 1) + self._ratio_bin(height, width)).astype(np.int32)
+        shape_class = fitting * (len(self._areas) + 1) + taking
+        return (shape_class * (len(self._borders) + 1) + self._ratio_bin(height, width)).astype(np.int32)
 
     def shares(self) -> Shares:
-        """The buckets of every kind."""
-        parts: list[tuple[np.ndarray, np.ndarray, float, float]] = []  # kinds, their buckets, low, high
-        reason = np.full(self.kinds, TOO_SMALL, dtype=np.int8)
+        """The buckets of every shape class."""
+        parts: list[tuple[np.ndarray, np.ndarray, float, float]] = []  # shape classes, their buckets, low, high
+        reason = np.full(self.num_shape_classes, TOO_SMALL, dtype=np.int8)
         ratios = np.arange(len(self._borders) + 1)
         size_at = {name: self._size_at(sizes) for name, sizes in self._sizes.items()}  # ratio bin -> size number
         for fitting in range(len(self._lengths) + 2):
             for taking in range(1, len(self._areas) + 1):
-                kinds = (fitting * (len(self._areas) + 1) + taking) * len(ratios) + ratios
-                leaves, reason[kinds] = self._leaves(fitting, taking)
+                shape_classes = (fitting * (len(self._areas) + 1) + taking) * len(ratios) + ratios
+                leaves, reason[shape_classes] = self._leaves(fitting, taking)
                 low = 0.0
                 for row, probability in leaves:
-                    parts.append((kinds, self._first[row] + size_at[row.resolution], low, low + probability))
+                    parts.append((shape_classes, self._first[row] + size_at[row.resolution], low, low + probability))
                     low += probability
         if not parts:
             nothing = np.zeros(0)
             whole = nothing.astype(np.int64)
-            return Shares(kind=whole, bucket=whole, low=nothing, high=nothing, reason=reason, draws=False)
-        kind = np.concatenate([kinds for kinds, *_ in parts])
+            return Shares(shape_class=whole, bucket=whole, low=nothing, high=nothing, reason=reason, draws=False)
+        shape_class = np.concatenate([shape_classes for shape_classes, *_ in parts])
         bucket = np.concatenate([buckets for _, buckets, *_ in parts])
         low_high = np.repeat([(low, high) for *_, low, high in parts], len(ratios), axis=0)
         low_high[low_high > 1 - 1e-12] = 1.0  # sums of products fall short of one by rounding
         order = np.argsort(bucket, kind="stable")
         return Shares(
-            kind=kind[order],
+            shape_class=shape_class[order],
             bucket=bucket[order],
             low=low_high[order, 0],
             high=low_high[order, 1],

@@ -1,6 +1,6 @@
-"""The rows of a table sorted by kind: one list on disk for a node, of which every bucket of every epoch is a part.
+"""The rows of a table by shape class: one list on disk for a node, of which every bucket of every epoch is a part.
 
-Kinds do not depend on probabilities, batch sizes, seed or epoch, so the list is made once per table and set of shapes.
+They do not depend on probabilities, batch sizes, seed or epoch, so the list is made once per table and set of shapes.
 """
 
 import errno
@@ -24,10 +24,10 @@ _MOST_THREADS = 16
 
 @dataclass(frozen=True)
 class ShapeClassIndex:
-    """Sample ids, kind by kind, in ascending order within each."""
+    """Sample ids, class by class, in ascending order within each."""
 
     ids: np.ndarray  # (n,) uint32
-    start: np.ndarray  # (kinds + 1,) int64: where each kind begins
+    start: np.ndarray  # (num_shape_classes + 1,) int64: where each shape class begins
     sealed: Sealed | None = None  # where they are files
 
     def take(self, places: np.ndarray) -> np.ndarray:
@@ -41,9 +41,9 @@ def index_shape_classes(table: ClipTable, buckets: BucketTable) -> ShapeClassInd
     """Sort the rows; of an indexed table on disk beside it, once. Any number of processes may call this at once."""
     if not isinstance(table, IndexedTable):
         ids = np.empty(len(table), dtype=np.uint32)
-        return ShapeClassIndex(ids, _sort(table, buckets, ids, np.empty(len(table), dtype=_kind_type(buckets))))
+        return ShapeClassIndex(ids, _sort(table, buckets, ids, np.empty(len(table), dtype=_class_dtype(buckets))))
     folder = build_once(
-        table.index / f"kinds-{buckets.kind_key}",
+        table.index / f"kinds-{buckets.shape_class_key}",
         lambda aside: _write(table, buckets, aside),
         lambda target: verified(target, VERIFIED_BYTES),
     )
@@ -54,36 +54,36 @@ def index_shape_classes(table: ClipTable, buckets: BucketTable) -> ShapeClassInd
 
 def _write(table: ClipTable, buckets: BucketTable, folder: Path) -> None:
     ids = _room(folder / _IDS, len(table), np.uint32)
-    kinds = _room(folder / "kinds.bin", len(table), _kind_type(buckets))
-    start = _sort(table, buckets, ids, kinds)
+    shape_classes = _room(folder / "kinds.bin", len(table), _class_dtype(buckets))
+    start = _sort(table, buckets, ids, shape_classes)
     ids.flush()
     (folder / "kinds.bin").unlink()
     (folder / _START).write_bytes(start.astype(np.int64).tobytes())
     seal(folder, {}, [_IDS, _START], {_START: [start.size * np.dtype(np.int64).itemsize]})
 
 
-def _room(path: Path, rows: int, kind: type) -> np.memmap:
+def _room(path: Path, rows: int, dtype: type) -> np.memmap:
     """(rows,) on disk, taken at once: a disk that is full says so now, and does not kill the process later."""
     with path.open("wb") as file:
-        size = rows * np.dtype(kind).itemsize
+        size = rows * np.dtype(dtype).itemsize
         file.truncate(size)
         try:
             os.posix_fallocate(file.fileno(), 0, size)
         except (AttributeError, OSError) as error:
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise  # else this system cannot promise room
-    return np.memmap(path, dtype=kind, mode="r+", shape=(rows,))
+    return np.memmap(path, dtype=dtype, mode="r+", shape=(rows,))
 
 
-def _kind_type(buckets: BucketTable) -> type:
+def _class_dtype(buckets: BucketTable) -> type:
     """16 bits are sorted digit by digit, several times faster than 32."""
-    return np.uint16 if buckets.kinds < 1 << 16 else np.uint32
+    return np.uint16 if buckets.num_shape_classes < 1 << 16 else np.uint32
 
 
-def _sort(table: ClipTable, buckets: BucketTable, ids: np.ndarray, kinds: np.ndarray) -> np.ndarray:
-    """Fill ``ids`` and return where each kind begins; ``kinds`` is room to work in.
+def _sort(table: ClipTable, buckets: BucketTable, ids: np.ndarray, shape_classes: np.ndarray) -> np.ndarray:
+    """Fill ``ids`` and return where each shape class begins; ``shape_classes`` is room to work in.
 
-    A counting sort, in chunks: count the kinds of each, add up where they go, put them there.
+    A counting sort, in chunks: count the shape classes of each, add up where they go, put them there.
     """
     rows = len(table)
     assert rows < 1 << 32
@@ -91,18 +91,18 @@ def _sort(table: ClipTable, buckets: BucketTable, ids: np.ndarray, kinds: np.nda
 
     def count(chunk: slice) -> np.ndarray:
         table.check(chunk.start, chunk.stop)
-        kinds[chunk] = buckets.kind_of(table, chunk)
-        return np.bincount(kinds[chunk], minlength=buckets.kinds)
+        shape_classes[chunk] = buckets.shape_class_of(table, chunk)
+        return np.bincount(shape_classes[chunk], minlength=buckets.num_shape_classes)
 
     def place(job: tuple[slice, np.ndarray]) -> None:
         chunk, first = job
-        order = np.argsort(kinds[chunk], kind="stable")
-        sorted_kinds = kinds[chunk][order].astype(np.int64)
-        here = np.concatenate([[0], np.cumsum(np.bincount(sorted_kinds, minlength=buckets.kinds))])
-        ids[first[sorted_kinds] + np.arange(len(order)) - here[sorted_kinds]] = order + chunk.start
+        order = np.argsort(shape_classes[chunk], kind="stable")
+        sorted_classes = shape_classes[chunk][order].astype(np.int64)
+        here = np.concatenate([[0], np.cumsum(np.bincount(sorted_classes, minlength=buckets.num_shape_classes))])
+        ids[first[sorted_classes] + np.arange(len(order)) - here[sorted_classes]] = order + chunk.start
 
     with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
-        counts = np.array(list(pool.map(count, chunks)))  # (chunks, kinds)
+        counts = np.array(list(pool.map(count, chunks)))  # (chunks, shape classes)
         start = np.concatenate([[0], np.cumsum(counts.sum(axis=0))])
         before = np.cumsum(counts, axis=0) - counts
         list(pool.map(place, zip(chunks, start[:-1] + before, strict=True)))

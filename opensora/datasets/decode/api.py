@@ -5,13 +5,12 @@ per call and never kept, which makes the functions safe in forked and in spawned
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from opensora.datasets.decode import decord_backend, pillow_backend, pyav_backend, torchcodec_backend
-from opensora.datasets.decode.common import WHITE, Allocate, Colour, Deadline, DecodeError, Resize, new_array
+from opensora.datasets.decode.common import WHITE, Allocate, Colour, Deadline, DecodeError, MediaInfo, Resize, new_array
 from opensora.datasets.decode.file_type import CLIP_SUFFIXES, STILL_SUFFIXES, Sniffed, sniff, sniff_source
 from opensora.datasets.table.clip_storage import Source, locate
 
@@ -34,17 +33,6 @@ DECODERS: dict[str, tuple[Callable[[], object], ReadWindow]] = {
     "decord": (decord_backend.load, decord_backend.read_window),
     "torchcodec": (torchcodec_backend.load, torchcodec_backend.read_window),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class MediaInfo:
-    """What the clip table holds of a file."""
-
-    num_frames: int
-    height: int  # as displayed: turned, with square pixels
-    width: int
-    fps: float | None  # None for an image
-    note: str = ""  # what a user should know although the file can be read; empty: nothing
 
 
 def is_image(path: str) -> bool:
@@ -75,11 +63,8 @@ def probe(path: str, *, timeout_s: float | None = None) -> MediaInfo:
         picture, note = _read_still(source, found, None, deadline, WHITE)
         return MediaInfo(num_frames=1, height=picture.shape[0], width=picture.shape[1], fps=None, note=note)
     if found.what in _ANIMATIONS:
-        facts: pillow_backend.Animation | pyav_backend.Clip = pillow_backend.probe_animation(source, deadline)
-    else:
-        facts = pyav_backend.probe(source, deadline)
-    size = {"num_frames": facts.num_frames, "height": facts.height, "width": facts.width}
-    return MediaInfo(**size, fps=facts.fps, note=facts.note)
+        return pillow_backend.probe_animation(source, deadline)
+    return pyav_backend.probe(source, deadline)
 
 
 def read_frames(

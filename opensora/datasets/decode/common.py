@@ -2,22 +2,26 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
+from opensora.utils.files.untrusted import parsing
+
 # A picture beyond these is a damaged header (or a bomb): 16k x 16k as RGB are 768 MiB. The clip table has the same
-# limits (``opensora.datasets.table.manifest``), so that what ``probe`` accepts it accepts too.
+# limits (``opensora.datasets.table.table_files``), so that what ``probe`` accepts it accepts too.
 MAX_SIDE = 2**16 - 1
 MAX_PIXELS = 2**26
+MAX_PICTURE_BYTES = 16 * MAX_PIXELS  # of a file, what a format without compression needs
 LIMITS = f"at most {MAX_SIDE} of a side and {MAX_PIXELS} in all are read; scale it down"
 MAX_FPS = 1e5
 # A picture of an animation that lasts this long or less, or does not say, is shown for a tenth of a second: as browsers
 # do.
 BRIEFEST_S, USUAL_S = 0.01, 0.1
 _BAND_PIXELS = 2**20
+_AT_ONCE = 8  # frames held at full size
 
 Resize = Callable[[int, int], tuple[int, int]]  # displayed (height, width) -> the size wanted
 Allocate = Callable[[tuple[int, int, int, int]], np.ndarray]  # shape -> uint8 array
@@ -35,6 +39,26 @@ class DecodeError(Exception):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.cause}"
+
+
+def decoding(path: str, part: str = "") -> parsing:
+    """A ``with`` block that calls a decoder: what the decoder raises is a ``DecodeError`` of this file.
+
+    Args:
+        part: of the file that it is about, which the message begins with.
+    """
+    return parsing(lambda reason: DecodeError(path, part + reason))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaInfo:
+    """What the clip table holds of a file."""
+
+    num_frames: int
+    height: int  # as displayed: turned, with square pixels
+    width: int
+    fps: float | None  # None for an image
+    note: str = ""  # what a user should know although the file can be read; empty: nothing
 
 
 @dataclass(frozen=True)
@@ -147,3 +171,23 @@ def scale_rgb(frame: np.ndarray, resize: Resize | None) -> np.ndarray:
     if (height, width) == frame.shape[:2]:
         return frame
     return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def read_in_batches(
+    read: Callable[[list[int]], Iterable[np.ndarray]],
+    numbers: range,
+    resize: Resize | None,
+    deadline: Deadline,
+    allocate: Allocate,
+) -> np.ndarray:
+    """The frames of these numbers from a decoder that is asked by number; few at a time are held at full size."""
+    frames: np.ndarray | None = None
+    for first in range(0, len(numbers), _AT_ONCE):
+        deadline.check()
+        for slot, frame in enumerate(read(list(numbers[first : first + _AT_ONCE])), first):
+            scaled = scale_rgb(frame, resize)
+            if frames is None:
+                frames = allocate((len(numbers), *scaled.shape))
+            frames[slot] = scaled
+    assert frames is not None
+    return frames

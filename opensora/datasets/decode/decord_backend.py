@@ -6,17 +6,14 @@ without a word, and in some H.265 clips a frame reached by seeking is the next o
 """
 
 import os
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from opensora.datasets.decode.common import Allocate, Deadline, DecodeError, Resize, scale_rgb
+from opensora.datasets.decode.common import Allocate, Deadline, DecodeError, Resize, decoding, read_in_batches
 from opensora.datasets.table.clip_storage import Source
 from opensora.utils.errors import UserError
-from opensora.utils.files.untrusted import parsing, short_reason
-
-_AT_ONCE = 8  # frames held at full size
+from opensora.utils.files.untrusted import short_reason
 
 
 def load() -> Any:
@@ -37,25 +34,18 @@ def read_window(
 ) -> np.ndarray:
     """The frames of these numbers; see ``opensora.datasets.decode.api.read_frames``."""
     decord = load()
-    refuse = partial(DecodeError, source.path)
-    with source.open() as file, parsing(refuse):
+    with source.open() as file, decoding(source.path):
         place = os.path.abspath(source.file) if source.size is None else file
         reader = decord.VideoReader(place, num_threads=threads)
         total = len(reader)
     if numbers[-1] >= total:
         raise DecodeError(source.path, f"it has {total} frames, the window needs {numbers[-1] + 1}")
-    frames: np.ndarray | None = None
-    for first in range(0, len(numbers), _AT_ONCE):
-        deadline.check()
-        with parsing(refuse):
-            batch = _frames(decord, reader, list(numbers[first : first + _AT_ONCE]))
-        for slot, frame in enumerate(batch, first):
-            scaled = scale_rgb(frame, resize)
-            if frames is None:
-                frames = allocate((len(numbers), *scaled.shape))
-            frames[slot] = scaled
-    assert frames is not None
-    return frames
+
+    def read(some: list[int]) -> np.ndarray:
+        with decoding(source.path):
+            return _frames(decord, reader, some)
+
+    return read_in_batches(read, numbers, resize, deadline, allocate)
 
 
 def _frames(decord: Any, reader: Any, numbers: list[int]) -> np.ndarray:

@@ -4,11 +4,18 @@ with black or grey without a word.
 A file that is cut off is no such case: Pillow refuses it.
 """
 
+import io
 import re
 import struct
 import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from opensora.datasets.decode.common import MAX_PICTURE_BYTES, DecodeError, decoding
+from opensora.datasets.table.clip_storage import Source
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a PNG, by its colour type
@@ -19,6 +26,53 @@ _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # of a JPEG; within its c
 _SOS, _EOI, _PROGRESSIVE = 0xDA, 0xD9, (0xC2, 0xC6, 0xCA, 0xCE)
 _LAST_COEFFICIENT = 63
 _JUNK = bytes(i * 37 % 251 + 1 for i in range(512))
+_GREY, _CORNER = (126, 130), 2  # what libjpeg makes of blocks that are missing; pixels that colours of others reach not
+
+
+def check_end(source: Source, image: Image.Image) -> None:
+    """That the data of a loaded picture are there to its end, where Pillow does not say.
+
+    The look at the pixels costs nothing; only a picture that ends as one that is filled up does is looked at again.
+    """
+    with decoding(source.path):
+        if image.format == "PNG":
+            is_filled = bool(image.info.get("interlace")) or not np.asarray(image.crop(_last_rows(image, 1))).any()
+        elif image.format in ("JPEG", "MPO"):
+            corner = np.asarray(image.crop(_last_rows(image, _CORNER)))[:, -_CORNER:]
+            is_filled = bool(((corner >= _GREY[0]) & (corner <= _GREY[1])).all())
+            is_filled = is_filled or bool(image.info.get("progressive"))
+        else:
+            return
+    if is_filled and image.format == "PNG":
+        _check_end_of_png(source)
+    elif is_filled:
+        _check_end_of_jpeg(source, image)
+
+
+def _last_rows(image: Image.Image, count: int) -> tuple[int, int, int, int]:
+    return 0, max(0, image.height - count), image.width, image.height
+
+
+def _check_end_of_png(source: Source) -> None:
+    with source.open() as file, decoding(source.path):
+        lack = next(png_lacks(file))
+    if lack:
+        raise DecodeError(source.path, lack)
+
+
+def _check_end_of_jpeg(source: Source, image: Image.Image) -> None:
+    with source.open() as file, decoding(source.path):
+        data = file.read(MAX_PICTURE_BYTES)
+        lack = jpeg_lacks_scans(data)
+    if lack:
+        raise DecodeError(source.path, lack)
+    with decoding(source.path):
+        more = jpeg_with_more(data)
+        if more is not None:
+            same = np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(more), formats=("JPEG",))))
+            lack = "" if same else "its data end early: the rest of the picture is missing"
+    if lack:
+        raise DecodeError(source.path, lack)
 
 
 def png_lacks(file: BinaryIO) -> Iterator[str]:
@@ -123,3 +177,19 @@ def _segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:
             return
         yield marker, data[found.end() + 2 : found.end() + length], start
         at = found.end() + max(length, 2)
+
+
+def gif_lacks_pixels(start: bytes, block: bytes) -> bool:
+    """Whether the compressed data of a picture of a GIF end before it does; FFmpeg then shows what was there before.
+
+    Args:
+        start: of the file, 13 bytes.
+        block: what FFmpeg takes for one picture.
+    """
+    alone = block if block[:3] == start[:3] else start[:10] + b"\0" + start[11:13] + block  # without a palette
+    try:
+        with Image.open(io.BytesIO(alone), formats=("GIF",)) as image:
+            image.load()
+    except Exception as error:  # of anything else decoders speak for themselves
+        return "truncated" in str(error)
+    return False

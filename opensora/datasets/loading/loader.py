@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
+from math import prod
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -39,10 +40,16 @@ class LoadTask(NamedTuple):
         return PackedBatch(parts) if self.is_pack else parts[0]
 
     def empty_pixels(self) -> list[Tensor]:
-        return [_empty_pixels(job.micro_batch) for job in self.jobs]
+        pinned = torch.cuda.is_available()
+        return [torch.empty(shape, dtype=torch.uint8, pin_memory=pinned) for shape in self._shapes()]
 
     def pixel_bytes(self) -> int:
-        return sum(_pixel_bytes(job.micro_batch) for job in self.jobs)
+        return sum(map(prod, self._shapes()))
+
+    def _shapes(self) -> list[tuple[int, ...]]:
+        """(B, 3, T, H, W) of every part."""
+        parts = [(len(job.micro_batch.sample_ids), job.micro_batch.bucket) for job in self.jobs]
+        return [(samples, 3, bucket.frames, bucket.height, bucket.width) for samples, bucket in parts]
 
 
 def build_loader(
@@ -161,16 +168,3 @@ def _wait_for(future: "Future[AnyBatch]", processes: list[DecoderProcess], limit
                 raise UserError(
                     f"data.worker_timeout_s={limit_s:g}: nothing was read in this time; at work: {files or 'nothing'}"
                 ) from None
-
-
-def _shape(micro_batch: MicroBatch) -> tuple[int, int, int, int, int]:
-    bucket = micro_batch.bucket
-    return len(micro_batch.sample_ids), 3, bucket.frames, bucket.height, bucket.width
-
-
-def _pixel_bytes(micro_batch: MicroBatch) -> int:
-    return torch.Size(_shape(micro_batch)).numel()
-
-
-def _empty_pixels(micro_batch: MicroBatch) -> Tensor:
-    return torch.empty(_shape(micro_batch), dtype=torch.uint8, pin_memory=torch.cuda.is_available())

@@ -156,16 +156,16 @@ class BatchPlan:
         if sharing:
             degrees, costs = self._buckets.shared(whole.bucket, whole.sizes, sharing)
         owners, per_rank = deal(costs, dp_degree)
-        mine = np.flatnonzero(owners == dp_rank)
-        chosen = mine[np.argsort(-costs[mine], kind="stable")]
-        fillers = per_rank - len(mine)
+        local = np.flatnonzero(owners == dp_rank)
+        chosen = local[np.argsort(-costs[local], kind="stable")]
+        fillers = per_rank - len(local)
         if fillers:
             chosen = np.append(chosen, np.argmin(costs))
         found = self._filled(whole, chosen)
         if sharing:
             choices = zip(found, degrees[chosen].tolist(), strict=True)
             found = tuple(_part(m, degree, sharing) for m, degree in choices if isinstance(m, MicroBatch))
-        return found[: len(mine)] + tuple(filler.uncounted() for filler in found[len(mine) :]) * fillers
+        return found[: len(local)] + tuple(filler.uncounted() for filler in found[len(local) :]) * fillers
 
     def shapes(self, step: int) -> Counter[Bucket]:
         """Samples of a step by bucket; cheaper than the samples themselves."""
@@ -244,7 +244,8 @@ class BatchPlan:
     def _find_step(self, step: int) -> _Step:
         number = self.epoch_of(step)
         epoch = self._epoch(number)
-        within = step - self._start_of(number)
+        first = self._first_step[number] if self._source.shares.draws else number * self.steps_in_epoch(0)
+        within = step - first
         full = epoch.micro_batches // self._per_step
         if within == full:  # what does not fill a step
             numbers = self._ordered(epoch, full * self._per_step, epoch.micro_batches)
@@ -282,9 +283,6 @@ class BatchPlan:
         key = derive_key(self._seed, epoch.number, "order of micro-batches")
         return permuted(np.arange(first, last), epoch.micro_batches, key)
 
-    def _start_of(self, epoch: int) -> int:
-        return self._first_step[epoch] if self._source.shares.draws else epoch * self.steps_in_epoch(0)
-
     def _extend(self) -> None:
         count = self.steps_in_epoch(len(self._first_step) - 1)
         self._first_step.append(self._first_step[-1] + count)
@@ -298,10 +296,10 @@ class BatchPlan:
 def _part(micro_batch: MicroBatch, degree: int, sharing: SequenceSharing) -> MicroBatch:
     """The samples that this process has; where there are none, the first one uncounted, to keep in step."""
     ids = micro_batch.sample_ids
-    mine = sharing.mine(len(ids), degree)
-    if not mine:
+    local = sharing.local_rows(len(ids), degree)
+    if not local:
         return replace(micro_batch, sample_ids=ids[:1], degree=degree, weight=0.0)
-    return replace(micro_batch, sample_ids=ids[mine.start : mine.stop], degree=degree)
+    return replace(micro_batch, sample_ids=ids[local.start : local.stop], degree=degree)
 
 
 class _Recent(OrderedDict[Hashable, T]):

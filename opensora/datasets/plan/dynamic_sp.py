@@ -27,7 +27,7 @@ class SequenceSharing:
         """How many may share one: the divisors, ascending."""
         return tuple(d for d in range(1, self.degree + 1) if self.degree % d == 0)
 
-    def mine(self, samples: int, degree: int) -> range:
+    def local_rows(self, samples: int, degree: int) -> range:
         """Which of a micro-batch's samples this process has, where groups of ``degree`` processes divide them.
 
         Contiguous, and at most one more than any other group has; none where there are more groups than samples.

@@ -1,7 +1,7 @@
 """One epoch: which samples each bucket has, and in which micro-batches, without a list of them.
 
-Everything is a rule on numbers. The clips of a kind are permuted (a Feistel network keyed by seed, epoch and kind) and
-divided among buckets in proportion to their probabilities; a bucket's samples are the parts of kinds that fell to it,
+Everything is a rule on numbers. The clips of a shape class are permuted (a Feistel network keyed by seed, epoch and
+class) and divided among buckets in proportion to their probabilities; a bucket's samples are the parts that fell to it,
 permuted again; its micro-batches are equal cuts of that. What a process holds is a few thousand numbers per epoch, and
 any sample of any micro-batch is found by itself.
 """
@@ -22,7 +22,7 @@ class Source:
 
     buckets: BucketTable
     shares: Shares
-    groups: ShapeClassIndex
+    shape_class_index: ShapeClassIndex
     seed: int
 
 
@@ -32,18 +32,19 @@ class Epoch:
     def __init__(self, source: Source, number: int) -> None:
         self.number = number
         self._source = source
-        shares, in_kind = source.shares, np.diff(source.groups.start)
-        # Clip j of n (after the permutation) stands at (j + u) / n on the unit interval, u drawn for the kind: every
+        shares, in_class = source.shares, np.diff(source.shape_class_index.start)
+        # Clip j of n (after the permutation) stands at (j + u) / n on the unit interval, u drawn for the class: every
         # clip is taken with just the probability asked for, and never fewer or more clips than that, rounded.
-        offset = uniform(np.arange(len(in_kind)), source.seed, number, "share of a kind")[shares.kind]
+        offset = uniform(np.arange(len(in_class)), source.seed, number, "share of a kind")[shares.shape_class]
+        clips = in_class[shares.shape_class]
         first, last = (
-            np.where(end == 1.0, in_kind[shares.kind], np.ceil(in_kind[shares.kind] * end - offset)).astype(np.int64)
+            np.where(end == 1.0, clips, np.ceil(clips * end - offset)).astype(np.int64)
             for end in (shares.low, shares.high)
         )
         first, last = np.maximum(first, 0), np.maximum(last, 0)
         filled = np.flatnonzero(last > first)
-        self._part_kind = shares.kind[filled]
-        self._part_first = first[filled]  # the first of a part's clips, as positions among their kind
+        self._part_class = shares.shape_class[filled]
+        self._part_first = first[filled]  # the first of a part's clips, as positions among their shape class
         part_bucket, part_size = shares.bucket[filled], (last - first)[filled]
         self._part_end = np.cumsum(part_size)  # parts laid end to end, bucket by bucket
         self._part_begin = self._part_end - part_size
@@ -81,30 +82,30 @@ class Epoch:
 
     def left_out(self) -> dict[int, int]:
         """Clips in no bucket, by key of ``REASONS``."""
-        in_kind = np.diff(self._source.groups.start)
-        placed = np.bincount(self._part_kind, self._part_end - self._part_begin, minlength=len(in_kind)).astype(int)
+        in_class = np.diff(self._source.shape_class_index.start)
+        placed = np.bincount(self._part_class, self._part_end - self._part_begin, minlength=len(in_class)).astype(int)
         reason = self._source.shares.reason
-        return {code: int((in_kind - placed)[reason == code].sum()) for code in REASONS}
+        return {code: int((in_class - placed)[reason == code].sum()) for code in REASONS}
 
     def assigned(self) -> np.ndarray:
         """(rows,) int32: the bucket number of every clip, or a key of ``REASONS``. For tables that fit in memory."""
-        in_kind = np.diff(self._source.groups.start)
-        result = np.empty(len(self._source.groups.ids), dtype=np.int32)
-        every = self._source.groups.take(np.arange(len(result)))
-        result[every] = np.repeat(self._source.shares.reason, in_kind)
+        in_class = np.diff(self._source.shape_class_index.start)
+        result = np.empty(len(self._source.shape_class_index.ids), dtype=np.int32)
+        every = self._source.shape_class_index.take(np.arange(len(result)))
+        result[every] = np.repeat(self._source.shares.reason, in_class)
         for bucket in np.flatnonzero(self.samples):
             result[self._member(np.full(self.samples[bucket], bucket), np.arange(self.samples[bucket]))] = bucket
         return result
 
     def draws(self) -> np.ndarray:
-        """(rows,) float64 in [0, 1): where every clip stands among its kind, which decides its bucket."""
-        groups = self._source.groups
-        in_kind = np.diff(groups.start)
-        kind = np.repeat(np.arange(len(in_kind)), in_kind)
-        positions = np.arange(len(kind)) - groups.start[kind]
-        offset = uniform(np.arange(len(in_kind)), self._source.seed, self.number, "share of a kind")
-        result = np.empty(len(kind))
-        result[self._clip(kind, positions)] = (positions + offset[kind]) / in_kind[kind]
+        """(rows,) float64 in [0, 1): where every clip stands among its shape class, which decides its bucket."""
+        start = self._source.shape_class_index.start
+        in_class = np.diff(start)
+        shape_class = np.repeat(np.arange(len(in_class)), in_class)
+        positions = np.arange(len(shape_class)) - start[shape_class]
+        offset = uniform(np.arange(len(in_class)), self._source.seed, self.number, "share of a kind")
+        result = np.empty(len(shape_class))
+        result[self._clip(shape_class, positions)] = (positions + offset[shape_class]) / in_class[shape_class]
         return result
 
     def _range(self, numbers: np.ndarray, bucket: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -117,13 +118,14 @@ class Epoch:
         """(n,) sample ids: number ``position`` of each bucket's parts laid end to end."""
         place = self._begin[bucket] + position
         part = np.searchsorted(self._part_end, place, side="right")
-        return self._clip(self._part_kind[part], self._part_first[part] + place - self._part_begin[part])
+        return self._clip(self._part_class[part], self._part_first[part] + place - self._part_begin[part])
 
-    def _clip(self, kind: np.ndarray, position: np.ndarray) -> np.ndarray:
-        """(n,) sample ids: number ``position`` of each kind, in the order of this epoch."""
-        start = self._source.groups.start
+    def _clip(self, shape_class: np.ndarray, position: np.ndarray) -> np.ndarray:
+        """(n,) sample ids: number ``position`` of each shape class, in the order of this epoch."""
+        start = self._source.shape_class_index.start
         keys = self._keys("order of a kind", len(start) - 1)
-        return self._source.groups.take(start[kind] + permuted(position, np.diff(start)[kind], keys[kind]))
+        among = permuted(position, np.diff(start)[shape_class], keys[shape_class])
+        return self._source.shape_class_index.take(start[shape_class] + among)
 
     def _keys(self, purpose: str, count: int) -> np.ndarray:
         return bits(np.arange(count), self._source.seed, self.number, purpose)

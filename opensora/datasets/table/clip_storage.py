@@ -19,11 +19,11 @@ import tarfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import BinaryIO, cast
 
-from opensora.datasets.decode.common import DecodeError
-from opensora.utils.files.untrusted import parsing, short_reason
+from opensora.datasets.decode.common import DecodeError, decoding
+from opensora.utils.files.untrusted import short_reason
 
 # Digits as a program writes them: \d would match those of other scripts too.
 _RANGE = re.compile(r"(?P<file>.+)#(?P<name>[^#]+)@(?P<offset>[0-9]+)\+(?P<size>[0-9]+)", re.DOTALL)
@@ -131,7 +131,7 @@ def _directory(file: str, changed_ns: int, size: int) -> Members:
 def _tar_members(file: str) -> Members:
     found: Members = {}
     at = -1
-    with parsing(partial(DecodeError, file)), tarfile.open(file, "r:") as tar:
+    with decoding(file), tarfile.open(file, "r:") as tar:
         while (member := tar.next()) is not None:
             if member.offset <= at:  # a negative size: reading it would never end
                 raise DecodeError(file, f"a member at byte {at} has a size below zero")
@@ -144,7 +144,7 @@ def _tar_members(file: str) -> Members:
 
 def _zip_members(file: str) -> Members:
     found: Members = {}
-    with parsing(partial(DecodeError, file)), zipfile.ZipFile(file) as archive, open(file, "rb") as raw:
+    with decoding(file), zipfile.ZipFile(file) as archive, open(file, "rb") as raw:
         for info in archive.infolist():
             raw.seek(info.header_offset)
             signature, name_length, extra_length = _ZIP_HEADER.unpack(raw.read(_ZIP_HEADER.size))

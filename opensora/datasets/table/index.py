@@ -28,7 +28,8 @@ import pyarrow.parquet as papq
 
 from opensora.datasets.table.build_once import build_once
 from opensora.datasets.table.checksums import ABOUT, Damaged, Sealed, seal, verified
-from opensora.datasets.table.manifest import COLUMNS, ClipTable, folders_of, no_rows, read_batches, table_files
+from opensora.datasets.table.manifest import COLUMNS, ClipTable, folders_of
+from opensora.datasets.table.table_files import no_rows, read_batches, table_files
 from opensora.utils.console import announce
 
 FOLDER = ".clip_index"  # beside the table, unless data.index says where
@@ -72,7 +73,8 @@ def open_table(table: str | Sequence[str], root: str = "", index: str = "") -> I
 
 def index_of(files: Sequence[Path], folder: Path, threads: int | None = None) -> Path:
     """The index of these table files inside ``folder``, built if it is not there, or is damaged."""
-    sources = [_Source(str(file), *_stamp(file)) for file in files]
+    stats = [file.stat() for file in files]
+    sources = [_Source(str(file), at.st_size, at.st_mtime_ns) for file, at in zip(files, stats, strict=True)]
     name = hashlib.blake2b(json.dumps([_FORMAT, *map(asdict, sources)]).encode(), digest_size=8).hexdigest()
 
     def build(aside: Path) -> None:
@@ -163,11 +165,6 @@ class _Built:
     rows: list[int] = field(default_factory=list)  # of each unit
     digests: list[bytes] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)  # of the batches in its text file, and of the file
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    stat = file.stat()
-    return stat.st_size, stat.st_mtime_ns
 
 
 def _text_file(part: int) -> str:

@@ -30,6 +30,7 @@ from opensora.models.base import AttentionAxis, Denoising, Family, TokenAxis, Wi
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.models.layers.embedding import MLPEmbedder, sinusoid
 from opensora.models.layers.rope import rope_table
+from opensora.models.mmdit.convert import WEIGHTS
 from opensora.models.mmdit.layers import DoubleStreamBlock, FinalLayer, SingleStreamBlock
 from opensora.utils.limits import Limits
 
@@ -371,5 +372,6 @@ FAMILY = Family(
     describe=describe,
     check=check,
     arguments=arguments,
+    weights=WEIGHTS,
     lora_targets=LORA_TARGETS,
 )

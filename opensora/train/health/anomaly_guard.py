@@ -59,7 +59,7 @@ class AnomalyGuard:
         """``state``: as ``state`` gave it when the checkpoint of ``step`` updates was written."""
         state = state or {}
         self.cfg = cfg
-        self.left_out = int(state.get("left_out", 0))  # updates, since the run began
+        self.skipped = int(state.get("skipped", state.get("left_out", 0)))  # updates, since the run began; the old name
         self._row = int(state.get("row", 0))  # bad updates one after the other
         self._first, self._last = state.get("bad", (-1, -1))  # of them
         self._rollbacks = int(state.get("returns", 0))  # for the trouble at hand
@@ -75,7 +75,7 @@ class AnomalyGuard:
     def state(self) -> dict[str, Any]:
         """For the checkpoint; JSON."""
         return {
-            "left_out": self.left_out,
+            "skipped": self.skipped,
             "row": self._row,
             "bad": [self._first, self._last],
             "returns": self._rollbacks,
@@ -111,7 +111,7 @@ class AnomalyGuard:
             if self._rollbacks and step > self._last + RECOVERED:
                 self._rollbacks = 0
         else:
-            self.left_out += 1
+            self.skipped += 1
             self._row += 1
             self._first, self._last = (step if self._row == 1 else self._first), step
         return Update(loss=loss, grad_norm=norm, bad=bad)
@@ -171,7 +171,7 @@ class AnomalyGuard:
 
     def rolled_back(self, returned: "AnomalyGuard") -> "AnomalyGuard":
         """The guard of a checkpoint that was gone back to, which knows of the trouble to come."""
-        returned.left_out = self.left_out
+        returned.skipped = self.skipped
         returned._rollbacks, returned._first, returned._last = self._rollbacks, self._first, self._last
         return returned
 

@@ -15,7 +15,7 @@ from opensora.config.run import RunConfig
 from opensora.utils.console import announce
 
 STEP = ("data", "encode", "forward", "backward", "update", "agree", "record", "commit")
-ASIDE = ("save", "sample", "export", "replicas", "return")
+PAUSES = ("save", "sample", "export", "replicas", "return")
 STARTING = ("start", "build", "load")
 MEASURED = STEP[:5]
 HANG_SHARE = 0.8  # of the time after which an exchange fails by itself, with less to say
@@ -29,11 +29,11 @@ def hang_s(cfg: RunConfig) -> float:
 
 
 class StepTimer:
-    """The current phase of this process. ``at`` is called at the beginning of every phase."""
+    """The current phase of this process. ``enter`` is called at the beginning of every phase."""
 
     def __init__(self, cfg: RunConfig, watchdog: Watchdog | None = None) -> None:
         guard = cfg.guard
-        self._allowed = {**dict.fromkeys(STEP, hang_s(cfg)), **dict.fromkeys(ASIDE, guard.save_s)}
+        self._allowed = {**dict.fromkeys(STEP, hang_s(cfg)), **dict.fromkeys(PAUSES, guard.save_s)}
         self._start_s = guard.start_s
         self._started = False  # the first step has been made
         self._straggler = guard.straggler
@@ -52,7 +52,7 @@ class StepTimer:
         self._name, self._since, self._waited = name, now, waited
         self._started |= name == "agree"
         if self._watchdog:
-            slow_start = not self._started and name not in ASIDE  # compilers and caches are at work
+            slow_start = not self._started and name not in PAUSES  # compilers and caches are at work
             self._watchdog.phase(name, step, self._start_s if slow_start else self._allowed[name])
 
     def due(self, mesh: Mesh, steps: int, step: int) -> dict[str, float]:
@@ -61,11 +61,11 @@ class StepTimer:
         Times are those that processes are at work themselves, mean over all: what they wait for each other is not in
         them, where exchanges are waited for (not on GPUs).
         """
-        mine = torch.tensor([self._spent[name] / steps for name in MEASURED], dtype=torch.float64)
-        mine = mine.to(torch.device(mesh.device_type))
+        local_times = torch.tensor([self._spent[name] / steps for name in MEASURED], dtype=torch.float64)
+        local_times = local_times.to(torch.device(mesh.device_type))
         self._spent = dict.fromkeys(MEASURED, 0.0)
-        gathered = [torch.empty_like(mine) for _ in range(mesh.world_size)]
-        dist.all_gather(gathered, mine)
+        gathered = [torch.empty_like(local_times) for _ in range(mesh.world_size)]
+        dist.all_gather(gathered, local_times)
         times = torch.stack(gathered).cpu()  # (processes, phases)
         means = {f"time/{name}_s": value for name, value in zip(MEASURED, times.mean(0).tolist(), strict=True)}
         return means | self._slowest(times, step)

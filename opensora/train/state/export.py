@@ -2,12 +2,11 @@
 and the digest of each."""
 
 from acceleration.engines import Engine, Weights
-from opensora.assembly.initial_weights import weight_layout
+from opensora.assembly.initial_weights import parameter_shapes
 from opensora.config.load import save
 from opensora.config.run import SAVED_NAME, RunConfig
-from opensora.inference.load import flux_adapter
-from opensora.models.mmdit.convert import FLUX
-from opensora.models.weights.adapters import write_adapter, write_comfyui
+from opensora.models.families import family_of
+from opensora.models.weights.adapter_export import convert_adapter, write_adapter, write_comfyui
 from opensora.utils.files import digests
 from opensora.utils.files.safetensors_files import write_weights
 
@@ -28,16 +27,19 @@ def write_export(cfg: RunConfig, engine: Engine, step: int, base: str | None, *,
         Why it could not be written, on the process that writes.
     """
     folder, which, adapters = cfg.folder / "exported", exported(cfg), cfg.lora
-    metadata = weight_layout(cfg.model).metadata() | {"step": str(step), "weights": which}
+    format = family_of(cfg.model).weights
+    layout, original = format.layout(cfg.model), format.original
+    described = {"step": str(step), "weights": which}
     weights = engine.full_weights(which)
     found: dict[str, str] = {}  # SHA-256 of every file
     try:
         if adapters.rank and adapters.export_names == "comfyui":
             tensors = dict(weights)
             if write:
-                renamed, scales = flux_adapter(cfg.model, tensors, adapters.scale)
-                described = FLUX.metadata() | {key: metadata[key] for key in ("step", "weights")} | {"base": base or ""}
-                write_comfyui(folder, renamed, scales=scales, metadata=described, digests=found)
+                shapes = parameter_shapes(cfg.model)
+                renamed, scales = convert_adapter(tensors, adapters.scale, shapes, format, source=layout, to=original)
+                metadata = original.metadata() | described | {"base": base or ""}
+                write_comfyui(folder, renamed, scales=scales, metadata=metadata, digests=found)
         elif adapters.rank:
             assert base is not None
             write_adapter(
@@ -46,12 +48,12 @@ def write_export(cfg: RunConfig, engine: Engine, step: int, base: str | None, *,
                 rank=adapters.rank,
                 alpha=adapters.scale * adapters.rank,
                 base=cfg.train.init_from,
-                metadata=metadata | {"base": base},
+                metadata=layout.metadata() | described | {"base": base},
                 write=write,
                 digests=found,
             )
         else:
-            write_weights(folder, weights, metadata, write=write, digests=found)
+            write_weights(folder, weights, layout.metadata() | described, write=write, digests=found)
         if write:
             digests.forget(folder, [SAVED_NAME])
             found[SAVED_NAME] = save(cfg, folder / SAVED_NAME)

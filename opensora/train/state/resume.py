@@ -18,7 +18,7 @@ from opensora.config.renamed_keys import with_new_names
 from opensora.config.run import SAVED_NAME, RunConfig
 from opensora.config.schema import plain
 from opensora.config.strict_yaml import read_yaml
-from opensora.inference.load import part_of_run
+from opensora.inference.find import part_of_run
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 from opensora.utils.files.user_files import absence
@@ -31,9 +31,9 @@ FREE = (
     *("guard.hang_s", "guard.start_s", "guard.save_s", "guard.straggler", "guard.replicas_every"),
 )
 NOT_FREE = ("parallel.precision",)  # but those that may not
-ASIDE = ("name", "validate")  # settings that leave the numbers of training as they are, said last
+SAID_LAST = ("name", "validate")  # settings that leave the numbers of training as they are
 _GUARD: Shape = {  # of what ``AnomalyGuard.state`` gives, as a manifest holds it
-    **dict.fromkeys(("left_out?", "row?", "returns?"), COUNT),
+    **dict.fromkeys(("skipped?", "left_out?", "row?", "returns?"), COUNT),
     "bad?": [WHOLE, WHOLE],
     **dict.fromkeys(("losses?", "norms?"), Each(NUMBER, list)),
     "...": ANY,
@@ -215,7 +215,7 @@ def announce_changes(cfg: RunConfig, manifest: Mapping[str, Any] | None = None) 
         return
     complete = _as_json(with_defaults(RunConfig, before))  # a key that there was not yet had no other value
     lines = [line for line in differences(complete, _told(cfg)) if _matters(line, cfg)]
-    lines.sort(key=lambda line: _is_below(line, ASIDE))  # stable
+    lines.sort(key=lambda line: _is_below(line, SAID_LAST))  # stable
     if lines:
         announce(f"resuming with other settings than before: {'; '.join(lines)}")
 

@@ -26,7 +26,7 @@ from acceleration.files.sealed_json import COUNT, FLAG, NULL, TEXT, Shape, seal,
 from opensora.config.load import save
 from opensora.config.run import SAVED_NAME, RunConfig
 from opensora.config.strict_yaml import read_yaml
-from opensora.models.weights.adapters import CONFIG, WEIGHTS
+from opensora.models.weights.adapter_names import CONFIG, WEIGHTS
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 from opensora.utils.files import digests

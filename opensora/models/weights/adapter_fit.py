@@ -1,0 +1,174 @@
+"""Adapters of a file for the layers of a model, whatever names, order and fusion they were made for."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opensora.models.weights.adapter_names import KINDS
+from opensora.models.weights.adapters import Adapter
+from opensora.models.weights.format import Layout, WeightFormat
+from opensora.models.weights.names import known_layers
+from opensora.models.weights.rows import Rows, Shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterRows:
+    """Rows of B of one adapter, and which rows of B of a layer of a model they are."""
+
+    layer: str  # of the adapter
+    rows: Tensor  # (n,) indices
+    places: Tensor  # (n,) indices in the model's layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterPlan:
+    """Which rows of which adapters of a file make up the adapters of a model's layers."""
+
+    pieces: dict[str, tuple[AdapterRows, ...]]  # by layer of the model, in its order
+    prefix: str  # of all layers in the file, without which they are the model's
+    guess: str  # what to say of a layout that the file does not state, where rows change places by it
+
+
+def plan_adapter(
+    layers: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, Shape],
+    format: WeightFormat,
+    to: Layout,
+    metadata: Mapping[str, str],
+) -> AdapterPlan:
+    """How adapters of a file fit a model, whatever names and layout they were made for.
+
+    Layers may go by every name that ``format`` knows, and by the same with underscores for dots, as kohya's tools write
+    them; behind any prefix that all of them share.
+
+    Args:
+        layers: name in the file -> (inputs, outputs).
+        shapes: of all parameters of the model, by name, in layout ``to``.
+        metadata: of the file, which may state the layout of the layers.
+
+    Raises:
+        ValueError: a layer that the model does not have, or one of another size.
+    """
+    known = [name.removesuffix(".weight") for name in format.adapter_targets(shapes, to, to)]
+    prefix, found = known_layers(layers, known)
+    source, guessed = format.adapter_layout(tuple(found.values()), metadata)
+    targets = format.adapter_targets(shapes, to, source)
+    _check_apart({layer: targets[f"{name}.weight"].rows for layer, name in found.items()})
+    pieces: dict[str, list[AdapterRows]] = {name.removesuffix(".weight"): [] for name in shapes}
+    for layer, name in found.items():
+        position, target = 0, targets[f"{name}.weight"]
+        if layers[layer] != (target.shape[1], target.shape[0]):
+            sizes = " -> ".join(str(size) for size in layers[layer])
+            raise ValueError(f"{layer} is {sizes}, and would be {target.shape[1]} -> {target.shape[0]} for this model")
+        for rows in target.rows:
+            taken = torch.arange(position, position + rows.count)
+            owner = rows.tensor.removesuffix(".weight")
+            pieces[owner].append(AdapterRows(layer=layer, rows=taken, places=rows.indices()))
+            position += rows.count
+    moved = any(rows.order for name in found.values() for rows in targets[f"{name}.weight"].rows)
+    return AdapterPlan(
+        pieces={layer: tuple(rows) for layer, rows in pieces.items() if rows},
+        prefix=prefix,
+        guess=format.describe_guess(source, to) if guessed and moved else "",
+    )
+
+
+def _check_apart(rows_of: Mapping[str, Sequence[Rows]]) -> None:
+    """That no two adapters are for the same rows, as those of a fused layer and of its parts would be."""
+    owners: dict[str, list[tuple[Rows, str]]] = {}
+    for layer, parts in rows_of.items():
+        for rows in parts:
+            for other, owner in owners.setdefault(rows.tensor, []):
+                if _overlap(rows, other):
+                    raise ValueError(f"{owner} and {layer}: two adapters for the same place")
+            owners[rows.tensor].append((rows, layer))
+
+
+def _overlap(first: Rows, second: Rows) -> bool:
+    (low, high), (other_low, other_high) = first.span(), second.span()
+    if low >= other_high or other_low >= high:
+        return False
+    return bool(torch.isin(first.indices(), second.indices()).any())
+
+
+@dataclass(frozen=True)
+class FittedAdapter:
+    """Adapters as the layers of a model need them, put together from those of a file when they are asked for.
+
+    A layer that is made of several of the file's (q, k, v in one) has the sum of their ranks, and zeros in B where a
+    row has no part in one of them. One that is a part of a file's layer has rows of its B.
+    """
+
+    adapter: Adapter
+    pieces: Mapping[str, Sequence[AdapterRows]]  # by layer of the model
+    outputs: Mapping[str, int]  # of every layer of the model
+
+    def sizes(self) -> dict[str, tuple[int, float]]:
+        """Layer of the model -> (rank, what B A is multiplied by)."""
+        return {
+            layer: (sum(self._ranks(layer).values()), self._scale(layer)) for layer in self.pieces if self._ranks(layer)
+        }
+
+    def tensor(self, name: str) -> Tensor:
+        """A or B of a layer of the model, by its parameter's name."""
+        kind = KINDS[0] if name.endswith(KINDS[0]) else KINDS[1]
+        layer = name.removesuffix(kind)
+        ranks = self._ranks(layer)
+        if kind == KINDS[0]:
+            found = [self.adapter.matrices(source)[0] for source in ranks]
+            return found[0] if len(found) == 1 else torch.cat(found)
+        first = dict(zip(ranks, _starts(ranks.values()), strict=True))
+        scale = self._scale(layer)
+        dtypes = {self.adapter.matrices(source)[1].dtype for source in ranks}
+        whole = torch.zeros(self.outputs[layer], sum(ranks.values()), dtype=_widest(dtypes))
+        for piece in self.pieces[layer]:
+            own = self.adapter.scales[piece.layer]
+            b = self.adapter.matrices(piece.layer)[1][piece.rows]
+            if own != scale:  # exactly, and rounded once where the value is used
+                whole, b = whole.double(), b.double() * own / scale
+            columns = slice(first[piece.layer], first[piece.layer] + ranks[piece.layer])
+            whole[piece.places, columns] = b.to(whole.dtype)
+        return whole
+
+    def _ranks(self, layer: str) -> dict[str, int]:
+        """Rank of each of the file's adapters that a layer of the model is made of."""
+        sources = dict.fromkeys(piece.layer for piece in self.pieces[layer])
+        return {source: self.adapter.matrices(source)[0].shape[0] for source in sources}
+
+    def _scale(self, layer: str) -> float:
+        scales = {self.adapter.scales[source] for source in self._ranks(layer)}
+        return scales.pop() if len(scales) == 1 else 1.0
+
+
+def fit_adapter(
+    adapter: Adapter, shapes: Mapping[str, Shape], format: WeightFormat, to: Layout
+) -> tuple[FittedAdapter, AdapterPlan]:
+    """Adapters as the layers of a model of these parameters need them.
+
+    Args:
+        shapes: of all parameters of the model, in layout ``to``.
+
+    Raises:
+        ValueError: a layer that the model does not have, or one of another size.
+    """
+    plan = plan_adapter(adapter.sizes(), shapes, format, to, adapter.metadata)
+    outputs = {name.removesuffix(".weight"): shape[0] for name, shape in shapes.items() if shape}
+    return FittedAdapter(adapter, plan.pieces, outputs), plan
+
+
+def _starts(sizes: Iterable[int]) -> list[int]:
+    starts, position = [], 0
+    for size in sizes:
+        starts.append(position)
+        position += size
+    return starts
+
+
+def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    widest = None
+    for dtype in dtypes:
+        widest = dtype if widest is None else torch.promote_types(widest, dtype)
+    assert widest is not None
+    return widest

@@ -1,0 +1,88 @@
+"""Names of tensors in files: what stands before the model's own, and what wrappers put in between."""
+
+from collections.abc import Collection, Sequence
+
+from opensora.utils.errors import UserError
+
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of torch.compile, FSDP, recomputation
+OTHER_MODELS = ("vae", "first_stage_model", "cond_stage_model", "conditioner", "text_encoders", "text_encoder")
+_SHOWN = 4  # names in an error before "..."
+
+
+def some(names: Collection[str]) -> str:
+    """The first names, for a message."""
+    return ", ".join(list(names)[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def without_wrappers(name: str) -> str:
+    """A name as it is in the model itself."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def plain_names(
+    stored: Sequence[str], parts: Collection[str], path: str
+) -> tuple[str, dict[str, str], tuple[str, ...]]:
+    """(prefix that all tensors of the model share, name in the file -> name in the model, names of other models).
+
+    Tools put the model's own names behind the attributes that hold it: ``module.``, ``model.diffusion_model.``; and
+    wrappers put theirs in between. Without any they are as in this package.
+
+    Args:
+        parts: first words of the model's own names.
+
+    Raises:
+        UserError: the file holds several sets of weights.
+    """
+    plain = {name: without_wrappers(name) for name in stored}
+    prefixes: dict[str, str] = {}
+    others = []
+    for name, bare in plain.items():
+        words = bare.split(".")
+        if words[0] in OTHER_MODELS:
+            others.append(name)
+            continue
+        at = next((i for i, word in enumerate(words) if word in parts), None)
+        if at is not None:
+            prefixes.setdefault("".join(f"{word}." for word in words[:at]), name)
+    if len(prefixes) > 1:
+        examples = " and ".join(list(prefixes.values())[:2])
+        raise UserError(f"{path}: holds several sets of weights, as {examples}: give a file with one of them")
+    prefix = next(iter(prefixes), "")
+    for name in others:
+        del plain[name]
+    return prefix, {name: bare.removeprefix(prefix) for name, bare in plain.items()}, tuple(others)
+
+
+def known_layers(layers: Collection[str], known: Collection[str]) -> tuple[str, dict[str, str]]:
+    """(prefix that all layers have in a file, layer in the file -> its name in ``known``).
+
+    Layers may have underscores for dots, as kohya's tools write them.
+
+    Raises:
+        ValueError: a layer that is not known, or two prefixes.
+    """
+    flat = {name.replace(".", "_"): name for name in known}
+    assert len(flat) == len(set(known)), "two layers have the same name with underscores for dots"
+    parts = {name.partition(".")[0] for name in known}
+    prefixes: dict[str, str] = {}
+    found = {}
+    for layer in layers:
+        prefix, name = _split_prefix(layer, parts)
+        if name not in known and name not in flat:
+            raise ValueError(f"{layer}: the model has no such layer")
+        found[layer] = name if name in known else flat[name]
+        prefixes.setdefault(prefix, layer)
+    if len(prefixes) > 1:
+        raise ValueError(f"{' and '.join(list(prefixes.values())[:2])}: layers of two models in one file")
+    return next(iter(prefixes), ""), found
+
+
+def _split_prefix(layer: str, parts: Collection[str]) -> tuple[str, str]:
+    """What comes before the first part of the model in a layer's name, with dots or with underscores, and the rest."""
+    bare = without_wrappers(layer)
+    for mark in (".", "_"):
+        for start in (0, *(i + 1 for i, character in enumerate(bare) if character == mark)):
+            rest = bare[start:]
+            if any(rest == part or rest.startswith(f"{part}{mark}") for part in parts):
+                return bare[:start], rest
+    return "", bare
