@@ -21,6 +21,7 @@ from opensora.models.layers.axis_switch import AxisSwitch
 from opensora.models.layers.embedding import MLPEmbedder, sinusoid
 from opensora.models.layers.norm import QKNorm
 from opensora.models.layers.rope import RopeTable, apply_rope, rope_table
+from opensora.models.weights.plain import PlainWeights
 from opensora.schedulers import register_objective
 from opensora.schedulers.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from opensora.utils.limits import Limits
@@ -309,6 +310,11 @@ class GaussianFlow(RectifiedFlow):
         return 0.5 * (log_variance + (mean - target).square() * (-log_variance).exp())
 
 
+def _parameter_names() -> list[str]:
+    with torch.device("meta"):
+        return [name for name, _ in ToyFactored(ToyConfig()).named_parameters()]
+
+
 FAMILY = Family(
     config=ToyConfig,
     model=ToyFactored,
@@ -316,6 +322,10 @@ FAMILY = Family(
     describe=describe,
     check=check,
     arguments=arguments,
+    weights=PlainWeights(
+        top_level=tuple(dict.fromkeys(name.split(".")[0] for name in _parameter_names())),
+        example_layer="spatial_blocks.0.attention.qkv",
+    ),
     lora_targets=("*_blocks.*.attention.*", "*_blocks.*.cross.*", "*_blocks.*.mlp.*"),
     objective=OBJECTIVE,
 )
