@@ -84,6 +84,16 @@ LORA, STORED, PACKING = (
 PIPELINE, FIND, LOAD, SAVE, PROMPTS = (
     f"opensora/inference/{name}.py" for name in ("pipeline", "find", "load", "save", "prompts")
 )
+SWITCH, LAYOUT = "acceleration/sequence/axis_switch.py", "acceleration/sequence/layout.py"
+VOLUME, PROFILE = (f"acceleration/accounting/{name}.py" for name in ("comm_volume", "model_profile"))
+SWITCHED = "tests/dist/test_axis_switch.py::test_every_process_gets_its_part[2-mesh0]"
+FACTORED = "tests/unit/test_factored.py::"
+FRAMES, STATED = (
+    FACTORED + f"test_{name}"
+    for name in ("frames_are_exchanged_where_there_are_enough", "the_profile_states_slots_switches_and_order")
+)
+COUNTED = FACTORED + "test_layouts_of_any_size_count_on_the_meta_device_what_is_predicted[degrees1-full-fp64]"
+OPERATIONS = FACTORED + "test_operations_are_those_that_torch_counts[batch0]"
 
 TABLE: tuple[Mutation, ...] = (
     # A step of training: what is encoded, dropped, corrupted, and how it is weighed.
@@ -460,6 +470,29 @@ TABLE: tuple[Mutation, ...] = (
         "gc.collect()",
         "gc.get_count()",
         f"{BORDERS}::test_every_border_frees_the_cycles_of_its_step",
+    ),
+    # Models that keep time and space apart.
+    Mutation(
+        "frames come back in the reverse order",
+        SWITCH,
+        "for block, part in zip(blocks, parts, strict=True)]",
+        "for block, part in zip(blocks, parts, strict=True)][::-1]",
+        SWITCHED,
+    ),
+    Mutation("few frames exchanged", LAYOUT, "(frames >= degree or", "(frames >= 1 or", FRAMES),
+    Mutation(
+        "as many frames as processes not exchanged", LAYOUT, "(frames >= degree or", "(frames > degree or", FRAMES
+    ),
+    Mutation("heads of one tensor process taken for all", LAYOUT, "heads // self._tensor, self", "heads, self", FRAMES),
+    Mutation("masks sent as numbers", VOLUME, ".get(dtype, dtype.itemsize)", ".get(dtype, compute)", COUNTED),
+    Mutation("switches run again to the end", VOLUME, "(again.around and switch.reruns)", "again.around", COUNTED),
+    Mutation("text of cross-attention cut", PROFILE, 'return any("txt" in', 'return True or any("txt" in', STATED),
+    Mutation(
+        "as many keys as queries",
+        PROFILE,
+        "(q.shape[0], q.shape[1], k.shape[1])",
+        "(q.shape[0], q.shape[1], q.shape[1])",
+        OPERATIONS,
     ),
 )
 
