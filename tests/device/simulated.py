@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 ROOT = Path(__file__).resolve().parents[2]
-PRODUCT = tuple(str(ROOT / name) + "/" for name in ("acceleration", "opensora"))
+OURS = tuple(str(ROOT / name) + "/" for name in ("acceleration", "opensora", "tests/device"))
 CUDA = torch.device("cuda", 0)
 BACKEND = "simulated"  # the name of torch's private backend while this runs
 aten = torch.ops.aten
@@ -138,7 +138,11 @@ class _Operators(TorchDispatchMode):
             _check_has_kernel(func)
             self._note_wait(func, args)
         held = {id(x.held): x for x in ours}
-        found = _compute(func, tree_map(_unwrap, args), {key: _on_host(x) for key, x in kwargs.items()})
+        pin = kwargs.get("pin_memory") and not on_device
+        kwargs = {key: _on_host(x) for key, x in kwargs.items() if key != "pin_memory"}
+        found = _compute(func, tree_map(_unwrap, args), kwargs)
+        if pin:
+            return _pinned(found)
         if func is aten._local_scalar_dense.default or func is aten.equal.default:
             return found
         return tree_map(lambda x: _wrapped(x, held) if on_device and isinstance(x, Tensor) else x, found)
@@ -159,7 +163,7 @@ class _Operators(TorchDispatchMode):
             host = target if from_device else source
         else:
             host, non_blocking = args[0], kwargs.get("non_blocking") or False
-        if from_device == to_device or (non_blocking and getattr(host, "is_pinned_here", False)):
+        if from_device == to_device or (non_blocking and _is_pinned(host)):
             return
         if host.numel():
             self._note("download" if from_device else "upload", func)
@@ -174,9 +178,16 @@ class _Names(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.Tensor.pin_memory:
-            return _pinned(args[0].clone())
+            return args[0] if _is_pinned(args[0]) else _pinned(args[0].clone())
         if func is torch.Tensor.is_pinned:
-            return getattr(args[0], "is_pinned_here", False)
+            return _is_pinned(args[0])
+        if func is torch.Tensor.tolist and isinstance(args[0], DeviceTensor):
+            return args[0].cpu().tolist()  # as C++ does, but for subclasses
+        if func in (torch.tensor, torch.as_tensor) and _is_ours(kwargs.get("device") or "cpu"):
+            made = func(*args, **{key: x for key, x in kwargs.items() if key != "device"})
+            return made.to(CUDA)
+        if func is torch.device:
+            return func(*args, **kwargs)
         return func(*tree_map(_renamed, args), **tree_map(_renamed, kwargs))
 
 
@@ -202,19 +213,23 @@ def _on_host(x: Any) -> Any:
 
 def _wrapped(x: Tensor, held: dict[int, DeviceTensor]) -> Tensor:
     """The tensor that was given, where an operator returns what it wrote to."""
-    return held[id(x)] if id(x) in held else DeviceTensor(x)
+    return held[id(x)] if id(x) in held else DeviceTensor(x.resolve_conj().resolve_neg())
 
 
 def _on_cpu(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """An operator of CPU tensors; what it is to make in pinned memory is remembered as such."""
-    if not kwargs.get("pin_memory"):
-        return func(*args, **kwargs)
-    return _pinned(func(*args, **{key: x for key, x in kwargs.items() if key != "pin_memory"}))
+    found = func(*args, **{key: x for key, x in kwargs.items() if key != "pin_memory"})
+    return _pinned(found) if kwargs.get("pin_memory") else found
 
 
 def _pinned(x: Tensor) -> Tensor:
-    x.is_pinned_here = True  # type: ignore[attr-defined]
+    storage = x.untyped_storage()
+    _PINNED[storage.data_ptr()] = storage  # kept, so that no other memory gets the same address
     return x
+
+
+def _is_pinned(x: Tensor) -> bool:
+    return not isinstance(x, DeviceTensor) and x.untyped_storage().data_ptr() in _PINNED
 
 
 def _check_together(func: Any, leaves: list[Any]) -> None:
@@ -222,12 +237,18 @@ def _check_together(func: Any, leaves: list[Any]) -> None:
     pointwise = torch.Tag.pointwise in func.tags or "_foreach" in str(func) or func in _TAKES_CPU_SCALARS
     if func in _INDEXING:
         strangers = [x for x in strangers if x.dtype not in (torch.int64, torch.int32)]  # CUDA fetches these
-    if str(func).startswith(("c10d.", "fsdp.")) or all(x.dim() == 0 and pointwise for x in strangers):
+    if _reads_no_values(func) or str(func).startswith(("c10d.", "fsdp.")) or all(x.dim() == 0 and pointwise for x in strangers):
         return
     raise WrongDevice(
         f"{func}: Expected all tensors to be on the same device, but found at least two devices, cuda:0 and "
         f"{strangers[0].device}, at {_site()}"
     )
+
+
+def _reads_no_values(func: Any) -> bool:
+    """Whether an operator reads no values of the tensor that it is given, as ``zeros_like``."""
+    name = str(func).split(".")[1]
+    return name.endswith("_like") or name.startswith("new_")
 
 
 def _check_has_kernel(func: Any) -> None:
@@ -242,12 +263,13 @@ def _has_mask(indices: Any) -> bool:
 def _site() -> str:
     frame: Any = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_filename.startswith(PRODUCT):
+        if frame.f_code.co_filename.startswith(OURS) and frame.f_code.co_filename != __file__:
             return f"{Path(frame.f_code.co_filename).relative_to(ROOT)}:{frame.f_code.co_name}"
         frame = frame.f_back
     return "torch"
 
 
+_PINNED: dict[int, Any] = {}
 _PLAIN = (Tensor, DeviceTensor, torch.nn.Parameter)
 _COPIES = {aten._to_copy.default, aten.copy_.default}
 _READS_VALUES = {aten._local_scalar_dense.default, aten.equal.default}
