@@ -4,8 +4,10 @@ Everything a run does on its device is done: prepare (encode, draw, corrupt, cut
 (norm, clipping, optimizer, average), the state for a checkpoint, and its file.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from opensora.train.preparation import Preparation, loss_share
 from opensora.train.setup import build_preparation
 from opensora.utils.rng import torch_generator
 
+Enter = Callable[[str], None]
 CPU = torch.device("cpu")
 STEPS = 2
 # (samples, frames, height, width): a clip of two, a still, three of another shape.
@@ -69,11 +72,12 @@ def config(changes: dict[str, Any] | None = None) -> RunConfig:
 
 @dataclass
 class Outcome:
-    """What a run came to."""
+    """What a run came to, on one process."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
-    weights: dict[str, Tensor] = field(default_factory=dict)  # whole, on the CPU: the average
+    weights: dict[str, Tensor] = field(default_factory=dict)  # the average, whole, on the CPU
+    pixels: Tensor | None = None
     waits: list[Any] = field(default_factory=list)
     operators: int = 0
 
@@ -152,6 +156,42 @@ def one_step(trainer: Trainer, step: int) -> tuple[float, float]:
     return update.loss, update.grad_norm
 
 
+def run(cfg: RunConfig, device: torch.device, enter: Enter, sampled: Sequence[dict[str, Any]]) -> Outcome:
+    """Train, save in the background, load into another trainer, and sample as every element of ``sampled`` says.
+
+    Args:
+        enter: is told what begins: build, step, save, load, sample.
+    """
+    enter("build")
+    trainer, found = build(cfg, device), Outcome()
+    enter("step")
+    steps = [one_step(trainer, step) for step in range(STEPS)]
+    found.losses, found.norms = [list(column) for column in zip(*steps, strict=True)]
+    with shared_folder() as folder:
+        enter("save")
+        path = save(trainer, folder, in_background=True)
+        enter("load")
+        other = build(cfg, device)
+        load(other, path)
+    found.weights = dict(other.engine.full_weights("ema" if cfg.optim.ema_decay else "live"))
+    enter("sample")
+    with torch.no_grad():
+        clips = [sample(trainer, **option) for option in sampled]
+    enter("end")
+    found.pixels = torch.cat(clips).cpu() if clips else None
+    return found
+
+
+@contextmanager
+def shared_folder() -> Iterator[Path]:
+    """A temporary folder that every process of the group knows."""
+    with tempfile.TemporaryDirectory() as own:
+        names = [own]
+        dist.broadcast_object_list(names)
+        yield Path(names[0])
+        dist.barrier()
+
+
 def save(trainer: Trainer, folder: Path, *, in_background: bool) -> Path:
     """The state as a checkpoint."""
     manager = CheckpointManager(folder, keep=1, in_background=in_background)
@@ -189,10 +229,5 @@ def components(trainer: Trainer) -> Components:
 
 def sample(trainer: Trainer, **option: Any) -> Tensor:
     """Pixels of two prompts."""
-    chosen = SamplingOption(width=24, height=16, num_frames=5, num_steps=3, **option)
+    chosen = SamplingOption(width=24, height=16, num_frames=5, num_steps=2, **option)
     return prepare_api(components(trainer))(chosen, text=["a red circle", "blue"], neg=["", "gray"])
-
-
-def with_degrees(cfg: RunConfig) -> RunConfig:
-    """The same run, with samples cut over as many processes as each batch asks for."""
-    return replace(cfg, parallel=replace(cfg.parallel, mesh=replace(cfg.parallel.mesh, ulysses=2, dynamic=True)))
