@@ -21,52 +21,73 @@ class Case:
     quick: bool = True
 
 
-EXACT = {**FP64, **SGD}
+def slow(*changes: dict[str, Any], world: int = 1, near: float = 1e-6) -> Case:
+    """One option by itself."""
+    merged = {key: value for change in changes for key, value in change.items()}
+    return Case(merged, world=world, sampled=GUIDED, near=near, quick=False)
+
+
 # Text features are fp32, and attention over them has other sums on the device: that is the difference that is left.
+EXACT = {**FP64, **SGD}
+MASKS = {"text.mask": "true"}
+FULL, FIRST, EVERY, SELECTIVE = ({"parallel.recompute.kind": kind} for kind in ("full", "first", "every", "selective"))
+ON_HOST = {"parallel.recompute.offload": "true"}
 CASES: dict[str, Case] = {
-    "zero3 adamw fp32": Case(sampled=({}, {"guidance": 1.0}, {"text_osci": True}), near=1e-5),
-    "zero0": Case({**EXACT, "parallel.zero": 0}, quick=False),
-    "zero1": Case({**EXACT, "parallel.zero": 1}, quick=False),
-    "zero2, no conditions, separate projections, half-split rope": Case(
+    # Each option is in one of the first; by itself it is in one of the others.
+    "zero3 adamw fp32": Case(sampled=({}, {"guidance": 1.0}), near=1e-5),
+    "zero2, optimizer and inputs on the host, half-split rope, no conditions": Case(
+        {
+            **FP64,
+            **FULL,
+            **ON_HOST,
+            "parallel.zero": 2,
+            "parallel.offload": "optimizer",
+            "model.rope_layout": "half",
+            "model.fused_qkv": "false",
+            "model.cond_embed": "false",
+        }
+    ),
+    "parameters on the host, recompute first, guidance as an input": Case(
         {
             **EXACT,
-            "parallel.zero": 2,
-            "model.cond_embed": "false",
-            "model.fused_qkv": "false",
-            "model.rope_layout": "half",
+            **FIRST,
+            "parallel.recompute.blocks": 1,
+            "parallel.offload": "parameters",
+            "parallel.prefetch": 1,
+            "model.guidance_embed": "true",
         },
-        sampled=GUIDED,
+        sampled=({"method": "distill"},),
     ),
-    "optimizer on the host": Case({**FP64, "parallel.offload": "optimizer"}),
-    "parameters on the host": Case({**FP64, "parallel.offload": "parameters"}, sampled=GUIDED),
-    "recompute full": Case({**EXACT, "parallel.recompute.kind": "full"}, quick=False),
-    "recompute full, inputs on the host": Case(
-        {**EXACT, "parallel.recompute.kind": "full", "parallel.recompute.offload": "true"}
-    ),
-    "recompute first": Case(
-        {**EXACT, "parallel.recompute.kind": "first", "parallel.recompute.blocks": 1}, quick=False
-    ),
-    "recompute every, prefetch": Case(
-        {**EXACT, "parallel.recompute.kind": "every", "parallel.prefetch": 1}, quick=False
-    ),
-    "recompute selective, bf16": Case({**BF16, "parallel.recompute.kind": "selective"}, sampled=GUIDED, near=2e-2),
-    "recompute selective, attention on the host": Case(
-        {**EXACT, "parallel.recompute.kind": "selective", "parallel.recompute.offload": "true"}
-    ),
-    "attention cuda, fp32, masks": Case({"parallel.attention": "cuda", "text.mask": "true"}, sampled=GUIDED, near=1e-4),
-    "attention cudnn, bf16": Case({**BF16, "parallel.attention": "cudnn"}, near=2e-2, quick=False),
-    "attention math, masks": Case({**EXACT, "parallel.attention": "math", "text.mask": "true"}, quick=False),
-    "masks": Case({**EXACT, "text.mask": "true"}, sampled=GUIDED, quick=False),
-    "packed": Case({**EXACT, **PACKED}),
-    "packed, masks": Case({**EXACT, **PACKED, "text.mask": "true"}),
-    "packed, bf16, selective": Case({**BF16, **PACKED, "parallel.recompute.kind": "selective"}, near=2e-2),
-    "guidance as an input": Case({**EXACT, "model.guidance_embed": "true"}, sampled=({"method": "distill"},)),
-    "2 processes, ulysses": Case({**EXACT, "parallel.mesh.ulysses": 2}, world=2, sampled=GUIDED, quick=False),
-    "2 processes, ring": Case({**EXACT, "parallel.mesh.ring": 2}, world=2, sampled=GUIDED, quick=False),
-    "2 processes, tensor": Case({**EXACT, "parallel.mesh.tensor": 2}, world=2, sampled=GUIDED, quick=False),
+    "packed, masks, selective, attention on the host": Case({**EXACT, **PACKED, **MASKS, **SELECTIVE, **ON_HOST}),
+    "packed, bf16, selective": Case({**BF16, **PACKED, **SELECTIVE}, near=2e-2),
+    "attention cuda, fp32, masks": Case({**MASKS, "parallel.attention": "cuda"}, sampled=GUIDED, near=1e-4),
     "2 processes, dynamic": Case({**EXACT, "parallel.mesh.ulysses": 2, "parallel.mesh.dynamic": "true"}, world=2),
-    "2 processes, hybrid sharding": Case({**EXACT, "parallel.mesh.replicate": 2}, world=2, quick=False),
-    "2 processes, packed over ulysses": Case({**EXACT, **PACKED, "parallel.mesh.ulysses": 2}, world=2, quick=False),
+    # minutes
+    "zero0": slow(EXACT, {"parallel.zero": 0}),
+    "zero1": slow(EXACT, {"parallel.zero": 1}),
+    "zero3": slow(EXACT),
+    "optimizer on the host": slow(EXACT, {"parallel.offload": "optimizer"}),
+    "parameters on the host": slow(EXACT, {"parallel.offload": "parameters"}),
+    "recompute full": slow(EXACT, FULL),
+    "recompute full, inputs on the host": slow(EXACT, FULL, ON_HOST),
+    "recompute first": slow(EXACT, FIRST, {"parallel.recompute.blocks": 1}),
+    "recompute every, prefetch": slow(EXACT, EVERY, {"parallel.prefetch": 1}),
+    "recompute every, inputs on the host": slow(EXACT, EVERY, ON_HOST),
+    "recompute selective": slow(EXACT, SELECTIVE),
+    "recompute selective, attention on the host": slow(EXACT, SELECTIVE, ON_HOST),
+    "bf16": slow(BF16, near=2e-2),
+    "bf16, selective": slow(BF16, SELECTIVE, near=2e-2),
+    "attention cudnn, bf16": slow(BF16, {"parallel.attention": "cudnn"}, near=2e-2),
+    "attention math, masks": slow(EXACT, MASKS, {"parallel.attention": "math"}),
+    "masks": slow(EXACT, MASKS),
+    "packed": slow(EXACT, PACKED),
+    "packed, masks": slow(EXACT, PACKED, MASKS),
+    "2 processes, zero3": slow(EXACT, world=2),
+    "2 processes, ulysses": slow(EXACT, {"parallel.mesh.ulysses": 2}, world=2),
+    "2 processes, ring": slow(EXACT, {"parallel.mesh.ring": 2}, world=2),
+    "2 processes, tensor": slow(EXACT, {"parallel.mesh.tensor": 2}, world=2),
+    "2 processes, hybrid sharding": slow(EXACT, {"parallel.mesh.replicate": 2}, world=2),
+    "2 processes, packed over ulysses": slow(EXACT, PACKED, {"parallel.mesh.ulysses": 2}, world=2),
 }
 
 # (phase, "file:function", kind) -> why. Everything else is a fault. "upload" and "download" are copies between the
@@ -75,6 +96,7 @@ Place = tuple[str, str, str]
 GUARD = "opensora/train/health/anomaly_guard.py:_global"
 PREPARE = "opensora/train/preparation.py"
 BYTES = "opensora/models/text/bytes.py"
+FSDP = "torch/_fsdp_collectives.py:foreach_reduce"
 PACK = "opensora/train/packed_tokens.py:concat_packed"
 WAITS: dict[Place, str] = {
     ("step", GUARD, "download"): "loss and gradient norm, once an update: the guard decides whether it is made",
@@ -91,6 +113,7 @@ WAITS: dict[Place, str] = {
     ("step", "acceleration/optim/cpu_optimizer.py:step", "download"): "gradients, to the optimizer on the host",
     ("step", "acceleration/engines/native.py:_update", "download"): "parameters on the host: the factor of clipping",
     ("step", "acceleration/sharding/fsdp.py:to_mesh_device", "upload"): "parameters on the host: parts of their norm",
+    ("step", FSDP, "download"): "parameters on the host: gradients that are added to those of earlier micro-batches",
     ("sample", "opensora/sampling/noise.py:get_noise", "upload"): "start noise, once a clip",
     ("sample", f"{BYTES}:_word_rows", "upload"): "a prompt, once a clip",
     ("sample", f"{BYTES}:encode", "upload"): "the same",

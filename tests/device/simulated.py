@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = tuple(str(ROOT / name) + "/" for name in ("acceleration", "opensora", "tests/device"))
@@ -126,7 +125,8 @@ class _Operators(TorchDispatchMode):
         return self.run(func, args, kwargs or {})
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        leaves = tree_leaves((args, kwargs))
+        leaves: list[Any] = []
+        _collect((args, kwargs), leaves)
         ours = [x for x in leaves if isinstance(x, DeviceTensor)]
         asked = kwargs.get("device")
         if not ours and (asked is None or not _is_ours(asked)):
@@ -142,12 +142,12 @@ class _Operators(TorchDispatchMode):
         held = {id(x.held): x for x in ours}
         pin = not on_device and (kwargs.get("pin_memory") or (func in _COPIES and kwargs.get("non_blocking")))
         kwargs = {key: _on_host(x) for key, x in kwargs.items() if key != "pin_memory"}
-        found = _compute(func, tree_map(_unwrap, args), kwargs)
+        found = _compute(func, _changed(_unwrap, args), kwargs)
         if pin:
             return _pinned(found)
         if func is aten._local_scalar_dense.default or func is aten.equal.default:
             return found
-        return tree_map(lambda x: _wrapped(x, held) if on_device and isinstance(x, Tensor) else x, found)
+        return _changed(lambda x: _wrapped(x, held), found) if on_device else found
 
     def _note_wait(self, func: Any, args: Any) -> None:
         if func in _READS_VALUES:
@@ -190,29 +190,49 @@ class _Names(TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor) and _is_ours(kwargs.get("device") or "cpu"):
             made = func(*args, **{key: x for key, x in kwargs.items() if key != "device"})
             return made.to(CUDA)
-        if func is torch.device:
+        if func is torch.device or not any(map(_names_device, (*args, *kwargs.values()))):
             return func(*args, **kwargs)
-        return func(*tree_map(_renamed, args), **tree_map(_renamed, kwargs))
+        return func(*map(_renamed, args), **{key: _renamed(x) for key, x in kwargs.items()})
+
+
+def _names_device(x: Any) -> bool:
+    return type(x) is torch.device and x.type == "cuda" or type(x) is str and x in ("cuda", "cuda:0")
 
 
 def _renamed(x: Any) -> Any:
-    if isinstance(x, torch.device) and x.type == "cuda":
-        return torch.device(BACKEND, 0)
-    return torch.device(BACKEND, 0) if isinstance(x, str) and x in ("cuda", "cuda:0") else x
+    return torch.device(BACKEND, 0) if _names_device(x) else x
 
 
 def _is_ours(device: Any) -> bool:
     return torch.device(device).type in (BACKEND, "cuda")
 
 
-def _unwrap(x: Any) -> Any:
+def _collect(x: Any, leaves: list[Any]) -> None:
+    """Every tensor in the arguments of an operator."""
+    if isinstance(x, Tensor):
+        leaves.append(x)
+    elif isinstance(x, (tuple, list)):
+        for part in x:
+            _collect(part, leaves)
+    elif isinstance(x, dict):
+        _collect(list(x.values()), leaves)
+
+
+def _changed(change: Callable[[Tensor], Any], x: Any) -> Any:
+    """The same structure with ``change`` of every tensor in it."""
+    if isinstance(x, Tensor):
+        return change(x)
+    return type(x)(_changed(change, part) for part in x) if type(x) in (tuple, list) else x
+
+
+def _unwrap(x: Tensor) -> Tensor:
     return x.held if isinstance(x, DeviceTensor) else x
 
 
 def _on_host(x: Any) -> Any:
     if isinstance(x, (torch.device, str)) and not isinstance(x, DeviceTensor):
         return torch.device("cpu") if str(x).split(":")[0] in (BACKEND, "cuda") else x
-    return tree_map(_unwrap, x)
+    return _changed(_unwrap, x)
 
 
 def _wrapped(x: Tensor, held: dict[int, DeviceTensor]) -> Tensor:
@@ -265,12 +285,17 @@ def _has_mask(indices: Any) -> bool:
 
 
 def _site() -> str:
+    """The innermost frame of ours; else of FSDP2, which backward calls; else unknown."""
     frame: Any = sys._getframe(1)
+    of_torch = "unknown"
     while frame is not None:
-        if frame.f_code.co_filename.startswith(OURS) and frame.f_code.co_filename != __file__:
-            return f"{Path(frame.f_code.co_filename).relative_to(ROOT)}:{frame.f_code.co_name}"
+        file, name = frame.f_code.co_filename, frame.f_code.co_name
+        if file.startswith(OURS) and file != __file__:
+            return f"{Path(file).relative_to(ROOT)}:{name}"
+        if "_fully_shard" in file and of_torch == "unknown":
+            of_torch = f"torch/{Path(file).name}:{name}"
         frame = frame.f_back
-    return "torch"
+    return of_torch
 
 
 _PINNED: dict[int, Any] = {}
@@ -302,15 +327,15 @@ _TAKES_CPU_SCALARS = {aten.lerp_.Scalar, aten.fill_.Tensor, aten.index_put_.defa
 def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func not in _EMULATED:
         return func(*args, **kwargs)
-    described = func(*tree_map(_to_meta, args), **tree_map(_to_meta, kwargs))
+    described = func(*_changed(_to_meta, args), **{key: _changed(_to_meta, x) for key, x in kwargs.items()})
     found = _EMULATED[func](described, *args, **kwargs)
     for got, wanted in zip(found, described, strict=True):
         assert not isinstance(wanted, Tensor) or (got.shape, got.dtype) == (wanted.shape, wanted.dtype), func
     return found
 
 
-def _to_meta(x: Any) -> Any:
-    return torch.empty_like(x, device="meta") if isinstance(x, Tensor) else x
+def _to_meta(x: Tensor) -> Tensor:
+    return torch.empty_like(x, device="meta")
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -502,7 +527,11 @@ def _is_cpu(x: Tensor) -> bool:
 
 
 def _register() -> None:
-    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as setup
+    from torch.utils import backend_registration as backends
+
+    class Module(backends._DummyBackendModule):
+        def get_amp_supported_dtype(self) -> list[torch.dtype]:
+            return [torch.bfloat16, torch.float16]
 
     if torch._C._get_privateuse1_backend_name() != BACKEND:
-        setup(BACKEND)
+        backends._setup_privateuseone_for_python_backend(BACKEND, backend_module=Module())
