@@ -106,7 +106,7 @@ def run_all(parts: Sequence[Part], budget_s: float, out: Path, machine: dict[str
         left = budget_s - (time.monotonic() - began) - GRACE_S
         results.append(run_part(part, left, out))
         say(results[-1])
-        write(results, out, {**machine, "budget_s": budget_s, "seconds": round(time.monotonic() - began, 1)})
+        write(results, out, {**machine, "budget_s": round(budget_s), "seconds": round(time.monotonic() - began, 1)})
     return results
 
 
@@ -196,8 +196,10 @@ def table(results: Sequence[Result], about: dict[str, Any]) -> str:
     lines = ["# " + ", ".join(f"{key} {value}" for key, value in about.items() if key != "benchmark"), ""]
     lines += ["| part | state | s | limit s | result |", "|---|---|---|---|---|"]
     for result in results:
-        shown = [_record(record) for record in result.records] or ([_counts(result.tests)] if result.tests else [])
-        first = shown[0] if shown else (result.tail[-1] if result.tail else "")
+        shown = result.tail[-1:] if result.state == "failed" else []
+        shown += [_counts(result.tests)] if result.tests else []
+        shown += [_record(record) for record in result.records]
+        first = shown[0] if shown else ""
         lines.append(
             f"| {result.name} | {result.state} | {result.seconds:g} | {result.limit_s:g} | {_cell(first)} |"
         )
@@ -231,7 +233,7 @@ def say(result: Result) -> None:
 
 def machine() -> dict[str, Any] | None:
     """What it computes on, as another process sees it, so that this one holds no memory of the GPU; None without."""
-    found = subprocess.run([sys.executable, "-c", MACHINE], stdout=subprocess.PIPE, text=True, timeout=120)
+    found = subprocess.run([sys.executable, "-c", MACHINE], stdout=subprocess.PIPE, text=True, timeout=60)
     records = records_of(found.stdout)
     return {**records[0], "commit": _commit()} if records else None
 

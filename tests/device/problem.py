@@ -4,6 +4,7 @@ Everything a run does on its device is done: prepare (encode, draw, corrupt, cut
 (norm, clipping, optimizer, average), the state for a checkpoint, and its file.
 """
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,13 +27,16 @@ from opensora.config.load import load_config
 from opensora.config.run import RunConfig
 from opensora.datasets.buckets.bucket import Bucket
 from opensora.datasets.loading.reader import Batch, PackedBatch
-from opensora.inference.pipeline import prepare_api
+from opensora.inference.pipeline import prepare, prepare_api
 from opensora.models.families import build_model
+from opensora.sampling.guidance import DENOISERS
 from opensora.sampling.options import SamplingOption
+from opensora.schedulers.timesteps import get_schedule
 from opensora.train.health.anomaly_guard import AnomalyGuard
 from opensora.train.preparation import Preparation, loss_share
 from opensora.train.setup import build_preparation
 from opensora.utils.rng import torch_generator
+from opensora.utils.tokens import image_ids, pack, unpack
 
 Enter = Callable[[str], None]
 CPU = torch.device("cpu")
@@ -177,6 +181,8 @@ def run(cfg: RunConfig, device: torch.device, enter: Enter, sampled: Sequence[di
     enter("sample")
     with torch.no_grad():
         clips = [sample(trainer, **option) for option in sampled]
+        if sampled and cfg.model.cond_embed and not cfg.model.guidance_embed:
+            clips.append(with_references(trainer))
     enter("end")
     found.pixels = torch.cat(clips).cpu() if clips else None
     return found
@@ -231,3 +237,25 @@ def sample(trainer: Trainer, **option: Any) -> Tensor:
     """Pixels of two prompts."""
     chosen = SamplingOption(width=24, height=16, num_frames=5, num_steps=2, **option)
     return prepare_api(components(trainer))(chosen, text=["a red circle", "blue"], neg=["", "gray"])
+
+
+def with_references(trainer: Trainer) -> Tensor:
+    """Pixels of a clip whose first frame is known: three passes a step. Sampling has no command for it yet."""
+    parts, device = components(trainer), trainer.device
+    grid, prompts = (2, 2, 3), ["a red circle", "blue"]
+    noise = torch.randn(2, 24, *grid, generator=torch_generator("noise")).to(device)
+    tokens = math.prod(grid)
+    known = torch.randn(2, tokens, trainer.cfg.model.cond_channels, generator=torch_generator("known")).to(device)
+    found = DENOISERS["i2v"]().denoise(
+        parts.model,
+        parts.sequence.shard(pack(noise, 1)),
+        timesteps=get_schedule(2, 6, 2),
+        option=SamplingOption(image_osci=True, scale_temporal_osci=True),
+        img_ids=parts.sequence.shard(image_ids(grid, 1, device).expand(2, -1, -1)),
+        prompt=prepare(parts, prompts, tokens),
+        negative=prepare(parts, ["", ""], tokens),
+        cond=parts.sequence.shard(known),
+        references=True,
+        latent_frames=2,
+    )
+    return parts.autoencoder.decode(unpack(parts.sequence.gather(found, tokens), grid, 1))

@@ -467,6 +467,8 @@ class _Event:
         return True
 
     def synchronize(self) -> None: ...
+    def elapsed_time(self, end: "_Event") -> float:
+        return 1.0  # ms
 
 
 _LEDGERS: list[_Operators] = []
@@ -485,6 +487,7 @@ _TORCH_CUDA: dict[str, Any] = {
     "default_stream": lambda device=None: _STREAM,
     "stream": lambda stream: stream or contextlib.nullcontext(),
     "max_memory_allocated": lambda device=None: 0,
+    "reset_peak_memory_stats": lambda device=None: None,
     "get_device_name": lambda device=None: "simulated",
 }
 
