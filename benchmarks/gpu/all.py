@@ -200,9 +200,7 @@ def table(results: Sequence[Result], about: dict[str, Any]) -> str:
         shown += [_counts(result.tests)] if result.tests else []
         shown += [_record(record) for record in result.records]
         first = shown[0] if shown else ""
-        lines.append(
-            f"| {result.name} | {result.state} | {result.seconds:g} | {result.limit_s:g} | {_cell(first)} |"
-        )
+        lines.append(f"| {result.name} | {result.state} | {result.seconds:g} | {result.limit_s:g} | {_cell(first)} |")
         lines += [f"| | | | | {_cell(one)} |" for one in shown[1:]]
     for result in results:
         if result.tail:

@@ -28,7 +28,7 @@ def kernels() -> list[str]:
     return ["model", "cuda", "cudnn", "flex", *(name for name, (module, _) in PACKAGES.items() if find_spec(module))]
 
 
-def seconds(run: Callable[[], None], rounds: int, device: torch.device) -> float:
+def seconds(run: Callable[[], object], rounds: int, device: torch.device) -> float:
     """Median time of ``run`` on the device, after two that do not count."""
     times = []
     for turn in range(rounds + 2):
@@ -59,7 +59,7 @@ def measure(name: str, tokens: int, rounds: int, heads: int = HEADS, dim: int = 
         forward().backward(grad)
 
     with torch.no_grad():
-        ahead = seconds(lambda: None if forward() is None else None, rounds, CUDA)
+        ahead = seconds(forward, rounds, CUDA)
     return ahead, seconds(both, rounds, CUDA)
 
 

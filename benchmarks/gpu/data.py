@@ -82,7 +82,8 @@ def prepared(frames: int, cfg: MMDiTConfig, rounds: int = 3, size: tuple[int, in
 def read(clips: int) -> dict[str, Any]:
     """Clips a second of the loader's workers, with the decoder of the platform."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "data_pipeline.shapes", "--out", folder, "--clips", str(clips), "--images", "0"]
+        arguments = ["--out", folder, "--clips", str(clips), "--images", "0"]
+        command = [sys.executable, "-m", "data_pipeline.shapes", *arguments]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         return loaded(Path(folder) / "train.csv")
 

@@ -13,7 +13,6 @@ import statistics
 import time
 
 import torch
-
 from torch import Tensor
 
 from acceleration.config import CompileConfig, MeshConfig, ParallelConfig, RecomputeConfig

@@ -56,7 +56,7 @@ def _in_backward(right: Any) -> Any:
     def forward(self: Any, q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out: Tensor = right(self, q, *args, **kwargs)
         if out.requires_grad:
-            out.register_hook(lambda grad: print(end="" if grad.sum().item() == 0 else ""))
+            out.register_hook(lambda grad: grad * (grad.sum().item() ** 0))
         return out
 
     return forward
@@ -92,6 +92,18 @@ class _Stays(Tensor):
         return self.as_subclass(Tensor)
 
 
+def _repeated(x: Tensor) -> Tensor:
+    return x.flatten().repeat_interleave(torch.ones(x.numel(), dtype=torch.int64, device=x.device))
+
+
+def _basis_on_the_host(right: Any) -> Any:
+    return lambda self, x, frames, basis, gain: right(self, x, frames, basis.cpu(), gain.cpu())
+
+
+def _scale_on_the_host(right: Any) -> Any:
+    return lambda x, shift, scale: right(x, shift, torch.ones(scale.shape, dtype=scale.dtype))
+
+
 def _not_pinned(right: Any) -> Any:
     return lambda self, x, device: x.to(device)
 
@@ -118,47 +130,40 @@ FAULTS = [
     Fault(
         "positions without a device",
         ((preparation, "image_ids", lambda right: lambda grid, patch, device: right(grid, patch)),),
-        "waits for a upload",  # FSDP2 moves the inputs of the model, and would hide it
+        "waits: upload",  # FSDP2 moves the inputs of the model, and would hide it
     ),
     Fault(
         "times left on the CPU",
         ((rectified_flow, "sample_timesteps", lambda right: lambda *args: _Stays(right(*args))),),
-        "waits for a upload",
+        "waits: upload",
     ),
     Fault("zeros without a device, in backward", ((SDPACore, "forward", _zeros_in_backward),), "WrongDevice: aten.add"),
-    Fault("item() in a block", _attention(lambda x: x.sum().item()), "waits for a value"),
-    Fault("item() in backward", ((SDPACore, "forward", _in_backward),), "waits for a value"),
-    Fault("bool() in a block", _attention(lambda x: bool((x > 1e9).any())), "waits for a value"),
-    Fault("tolist() in a block", _attention(lambda x: x.sum().tolist()), "waits for a download"),
-    Fault("cpu() in a block", _attention(lambda x: x.cpu()), "waits for a download"),
+    Fault("item() in a block", _attention(lambda x: x.sum().item()), "waits: value"),
+    Fault("item() in backward", ((SDPACore, "forward", _in_backward),), "waits: value"),
+    Fault("bool() in a block", _attention(lambda x: bool((x > 1e9).any())), "waits: value"),
+    Fault("tolist() in a block", _attention(lambda x: x.sum().tolist()), "waits: download"),
+    Fault("cpu() in a block", _attention(lambda x: x.cpu()), "waits: download"),
     Fault("numpy() in a block", _attention(lambda x: x.detach().numpy()), "numpy() is not supported"),
-    Fault("printing in a block", _attention(lambda x: f"{float(x.max()):g}"), "waits for a value"),
-    Fault("nonzero in a block", _attention(lambda x: x.nonzero()), "waits for a shape"),
-    Fault("a mask as an index", _attention(lambda x: x[x > 0]), "waits for a shape"),
-    Fault("unique in a block", _attention(lambda x: torch.unique(x)), "waits for a shape"),
-    Fault("repeats that the device counts", _attention(lambda x: x.flatten().repeat_interleave(
-        torch.ones(x.numel(), dtype=torch.int64, device=x.device))), "waits for a shape"),  # fmt: skip
-    Fault("an index made on the CPU", _attention(lambda x: x[torch.tensor([0])]), "waits for a upload"),
-    Fault("a constant made on the CPU and moved", _attention(lambda x: torch.ones(3).to(x.device)), "for a upload"),
-    Fault("equal() in a block", _attention(lambda x: torch.equal(x, x)), "waits for a value"),
+    Fault("printing in a block", _attention(lambda x: f"{float(x.max()):g}"), "waits: value"),
+    Fault("nonzero in a block", _attention(lambda x: x.nonzero()), "waits: shape"),
+    Fault("a mask as an index", _attention(lambda x: x[x > 0]), "waits: shape"),
+    Fault("unique in a block", _attention(lambda x: torch.unique(x)), "waits: shape"),
+    Fault("repeats that the device counts", _attention(_repeated), "waits: shape"),
+    Fault("an index made on the CPU", _attention(lambda x: x[torch.tensor([0])]), "waits: upload"),
+    Fault("a constant made on the CPU and moved", _attention(lambda x: torch.ones(3).to(x.device)), "waits: upload"),
+    Fault("equal() in a block", _attention(lambda x: torch.equal(x, x)), "waits: value"),
     Fault("a kernel of the CPU", ((SDPACore, "forward", _kernel_of_the_cpu),), "NoKernel"),
     Fault("the average on the CPU", ((EMA, "__init__", _ema_on_the_host),), "WrongDevice: aten._foreach_lerp"),
-    Fault("the norm read too early", ((NativeEngine, "_norm", _norm_on_the_host),), "waits for a"),
-    Fault(
-        "a basis left on the CPU",
-        ((DCTAutoencoder, "_to_latents", lambda right: lambda self, x, frames, basis, gain: right(
-            self, x, frames, basis.cpu(), gain.cpu())),),
-        "WrongDevice: aten.mm",
-    ),  # fmt: skip
-    Fault("offloaded activations in plain memory", ((Offload, "move", _not_pinned),), "waits for a download", OFFLOAD),
+    Fault("the norm read too early", ((NativeEngine, "_norm", _norm_on_the_host),), "waits: "),
+    Fault("a basis left on the CPU", ((DCTAutoencoder, "_to_latents", _basis_on_the_host),), "WrongDevice: aten.mm"),
+    Fault("offloaded activations in plain memory", ((Offload, "move", _not_pinned),), "waits: download", OFFLOAD),
     Fault(
         "segments left on the CPU",
         ((Segments, "of", lambda right: lambda samples, device: right(samples, "cpu")),),
-        "waits for a upload",
+        "waits: upload",
         PACKED,
     ),
-    Fault("modulation by a CPU tensor", ((layers, "modulate", lambda right: lambda x, shift, scale: right(
-        x, shift, torch.ones(scale.shape, dtype=scale.dtype))),), "WrongDevice"),  # fmt: skip
+    Fault("modulation by a CPU tensor", ((layers, "modulate", _scale_on_the_host),), "WrongDevice"),
 ]
 
 

@@ -109,7 +109,7 @@ WAITS: dict[Place, str] = {
     ("step", PACK, "shape"): "text that is masked takes no place in a packed sequence: its length is counted",
     ("step", PACK, "download"): "the same lengths, for what follows from them on the CPU",
     ("step", "acceleration/sequence/segments.py:of", "upload"): "order of the tokens of a packed sequence",
-    ("step", "acceleration/sequence/segments.py:ends", "upload"): "where samples begin in it, for kernels that want that",
+    ("step", "acceleration/sequence/segments.py:ends", "upload"): "where samples begin in it, for some kernels",
     ("step", "acceleration/optim/cpu_optimizer.py:step", "download"): "gradients, to the optimizer on the host",
     ("step", "acceleration/engines/native.py:_update", "download"): "parameters on the host: the factor of clipping",
     ("step", "acceleration/sharding/fsdp.py:to_mesh_device", "upload"): "parameters on the host: parts of their norm",

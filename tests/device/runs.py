@@ -36,7 +36,7 @@ def on_cpu(case: Case) -> dict[str, Any]:
 def unexpected(waits: list[Wait]) -> list[str]:
     """Waits in steps and in sampling that nobody has given a reason for; what a test asks for itself is left out."""
     odd = [w for w in waits if w.phase in ("step", "sample") and (w.phase, w.site, w.kind) not in WAITS]
-    return sorted({f"{w.phase}: {w.site} waits for a {w.kind} ({w.operator})" for w in odd if _is_of_the_run(w)})
+    return sorted({f"{w.phase}: {w.site} waits: {w.kind} ({w.operator})" for w in odd if _is_of_the_run(w)})
 
 
 def _is_of_the_run(wait: Wait) -> bool:

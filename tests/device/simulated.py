@@ -20,6 +20,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -196,7 +197,7 @@ class _Names(TorchFunctionMode):
 
 
 def _names_device(x: Any) -> bool:
-    return type(x) is torch.device and x.type == "cuda" or type(x) is str and x in ("cuda", "cuda:0")
+    return (type(x) is torch.device and x.type == "cuda") or (type(x) is str and x in ("cuda", "cuda:0"))
 
 
 def _renamed(x: Any) -> Any:
@@ -261,7 +262,9 @@ def _check_together(func: Any, leaves: list[Any]) -> None:
     pointwise = torch.Tag.pointwise in func.tags or "_foreach" in str(func) or func in _TAKES_CPU_SCALARS
     if func in _INDEXING:
         strangers = [x for x in strangers if x.dtype not in (torch.int64, torch.int32)]  # CUDA fetches these
-    if _reads_no_values(func) or str(func).startswith(("c10d.", "fsdp.")) or all(x.dim() == 0 and pointwise for x in strangers):
+    if _reads_no_values(func) or str(func).startswith(("c10d.", "fsdp.")):
+        return
+    if all(x.dim() == 0 and pointwise for x in strangers):
         return
     raise WrongDevice(
         f"{func}: Expected all tensors to be on the same device, but found at least two devices, cuda:0 and "
@@ -388,7 +391,7 @@ def _efficient(
 
 
 def _efficient_backward(
-    described: Any, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, *_: Any
+    described: Any, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Any, out: Tensor, lse: Tensor, *_: Any
 ) -> tuple[Any, ...]:
     dq, dk, dv = _attend_backward(grad, q, k, v, out, lse[..., : q.shape[2]], bias)
     return _with_results(described, _0=dq, _1=dk, _2=dv)
@@ -406,7 +409,7 @@ def _cudnn_backward(described: Any, grad: Tensor, q: Tensor, k: Tensor, v: Tenso
 
 def _spans(ends: Tensor) -> list[slice]:
     marks = ends.tolist()
-    return [slice(start, stop) for start, stop in zip(marks, marks[1:], strict=False)]
+    return [slice(start, stop) for start, stop in pairwise(marks)]
 
 
 def _varlen(described: Any, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, *rest: Any) -> tuple[Any, ...]:

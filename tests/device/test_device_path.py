@@ -1,4 +1,4 @@
-"""A whole run on a simulated GPU: each option of the way a step takes, with real numbers, and no wait without a reason."""
+"""Whole runs on a simulated GPU, with each option that a step has there: real numbers, no wait without a reason."""
 
 import pytest
 from torch import Tensor
@@ -57,4 +57,3 @@ def test_every_fault_is_noticed() -> None:
     (noticed,) = run_distributed(with_faults, 1, [fault.name for fault in FAULTS], timeout=TIMEOUT)
     passed = [fault.name for fault in FAULTS if not any(fault.says in line for line in noticed[fault.name])]
     assert passed == [], {name: noticed[name] for name in passed}
-

@@ -74,7 +74,7 @@ def operators(turn: Any, *given: Any) -> set[str]:
 
 
 def test_graphs_hold_no_complex_number() -> None:
-    """Also of a graph that is traced on a CPU: compilers leave complex numbers to kernels that nothing is fused with."""
+    """Also one that is traced on a CPU: compilers leave complex numbers to kernels that nothing is fused with."""
     ids, x, grad = drawn(torch.float32, torch.float32)
     table = rope_table(ids, AXES, 10000.0, "interleaved")
     found = operators(lambda x, table: apply_rope(x, table, "interleaved"), x, table, grad)
