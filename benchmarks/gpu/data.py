@@ -94,9 +94,9 @@ def loaded(table: Path) -> dict[str, Any]:
     from opensora.config.run import RunConfig
     from opensora.train.step_data import open_batches, open_data
 
-    buckets = {"32px": {5: [1.0, 1]}}
+    buckets = "{32px: {5: [1.0, 1]}}"
     demo = Path(__file__).resolve().parents[2] / "configs/train/demo.yaml"
-    cfg = load_config(RunConfig, demo, [f"data.table={table}", f"data.buckets={json.dumps(buckets)}", "data.workers=4"])
+    cfg = load_config(RunConfig, demo, [f"data.table={table}", f"data.buckets={buckets}", "data.workers=4"])
     opened, plan = open_data(cfg)
     data = open_batches(cfg, opened, plan, view({}), 0)
     began, count = time.perf_counter(), 0

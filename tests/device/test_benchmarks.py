@@ -37,6 +37,11 @@ def test_benchmarks_run_on_the_simulated_device() -> None:
     assert found["data"][0].keys() == {"pinned_gb_s", "plain_gb_s"}
 
 
+def test_clips_are_read() -> None:
+    """Rendered, indexed and loaded as ``benchmarks.gpu.data`` does."""
+    assert data.read(16)["clips_per_s"] > 0
+
+
 def test_model_flops_are_those_of_its_layers() -> None:
     """6 parameters and token forward and backward, but for attention: the formula must not count a fantasy."""
     cfg = MMDiTConfig(depth=2, depth_single_blocks=4)
