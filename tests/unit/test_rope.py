@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from opensora.models.layers import rope
 from opensora.models.layers.rope import RopeTable, apply_rope, rope_table
