@@ -13,6 +13,7 @@ from opensora.models.base import AutoencoderShape, ModelConfig, Width, latent_gr
 from opensora.models.families import count_parameters, describe
 from opensora.models.text import check_text_encoder, text_tokens
 from opensora.models.vae import autoencoder_shape, check_autoencoder
+from opensora.sampling.guidance import passes_per_step
 from opensora.sampling.options import SamplingOption, sanitize_sampling_option
 from opensora.schedulers import ObjectiveConfig, build_objective
 from opensora.utils.console import announce
@@ -40,6 +41,7 @@ def check_sample(cfg: SampleConfig, source: Source, jobs: int, world_size: int) 
     latents = Width(autoencoder_shape(source.vae).channels, f"vae.kind={source.vae.kind}")
     check_text_encoder(source.text, latents, source.model)
     solver_of("sampling", cfg.sampling, source.objective)
+    announce_untrained_guidance(cfg.sampling, source)
     needed = least_bytes(
         option,
         source.model,
@@ -75,6 +77,15 @@ def check_validation(cfg: RunConfig, world_size: int) -> None:
         world_size=world_size,
     )
     check_memory(key, option, needed)
+
+
+def announce_untrained_guidance(option: SamplingOption, source: Source) -> None:
+    """Say so where guidance moves away from what training never showed the model."""
+    if source.conditioning and not source.conditioning.dropout.text and passes_per_step(option) > 1:
+        announce(
+            f"sampling.guidance={option.guidance:g}: the model was trained with conditioning.dropout.text=0, so it has "
+            "never seen a clip without its prompt, which guidance moves away from; guidance=1 switches it off"
+        )
 
 
 def announce_size(key: str, asked: SamplingOption, made: SamplingOption) -> None:

@@ -10,6 +10,7 @@ from acceleration.checkpoint.atomic_dir import MANIFEST
 from acceleration.checkpoint.listing import candidates
 from acceleration.config import LoraConfig
 from opensora.assembly.initial_weights import check_weights, parameter_shapes
+from opensora.conditioning import ConditioningConfig
 from opensora.config.load import load_config
 from opensora.config.run import SAVED_NAME, RunConfig, SampleConfig
 from opensora.models.base import ModelConfig
@@ -45,6 +46,7 @@ class Source:
     vae: Any
     text: Any
     objective: ObjectiveConfig  # that it was trained with
+    conditioning: ConditioningConfig | None  # likewise; None: nothing says so
     prompt_suffix: bool  # training told the model frame rate and motion score
 
 
@@ -101,6 +103,7 @@ def find_source(cfg: SampleConfig) -> Source:
         checkpoint=checkpoint,
         adapters=adapters,
         objective=objective,
+        conditioning=saved.conditioning if saved else None,
         prompt_suffix=bool(saved and saved.data.prompt_suffix),
         **sections,
     )

@@ -35,7 +35,7 @@ def fp32_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     exact = model_module.rope_table
     monkeypatch.setattr(model_module, "sinusoid", lambda t, dim: sinusoid(t.float(), dim).to(t))
-    monkeypatch.setattr(model_module, "rope_table", lambda *a: tuple(x.to(torch.complex64).to(x) for x in exact(*a)))
+    monkeypatch.setattr(model_module, "rope_table", lambda *a: tuple(x.float().to(x) for x in exact(*a)))
 
 
 @pytest.mark.parametrize("guidance", [False, True])

@@ -1,0 +1,81 @@
+"""A saved run says what it is, and sampling takes objective, conditioning, model, autoencoder and encoder from it."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig, SampleConfig
+from opensora.config.strict_yaml import read_yaml
+from opensora.inference import check, pipeline
+from opensora.inference.find import find_source
+from opensora.schedulers.timesteps import get_schedule
+from tests.dist.harness import run_distributed
+from tests.integration.test_train_and_sample import LAYOUT_B, train_on
+
+TRAINED = [
+    *LAYOUT_B,
+    "objective.flow_shift=4.5",
+    "objective.sigma_min=0.25",
+    "conditioning.dropout.text=0.0",
+    "optim.warmup_steps=0",
+    "train.steps=1",
+]
+SECTIONS = ("objective", "conditioning", "model", "vae", "text")
+
+
+@pytest.fixture
+def run(config: Path, tmp_path: Path) -> Path:
+    assert train_on(1, config, TRAINED)[0]
+    return tmp_path / "runs" / "run"
+
+
+def sampled(job: dict[str, Any]) -> tuple[list[list[float]], list[str]]:
+    """(times of every solver that was made, what was said) of a sampling job."""
+    asked: list[list[float]] = []
+    said: list[str] = []
+    right = pipeline.build_solver
+
+    def noting(kind: str, *rest: Any) -> Any:
+        solver = right(kind, *rest)
+        asked.append(list(solver.times))
+        return solver
+
+    with mock.patch.object(pipeline, "build_solver", noting), mock.patch.object(check, "announce", said.append):
+        assert pipeline.sample(load_config(SampleConfig, job))
+    return asked, said
+
+
+def test_sampling_takes_everything_from_the_run_and_from_its_export(config: Path, run: Path, tmp_path: Path) -> None:
+    trained = load_config(RunConfig, config, TRAINED)
+    for place in (run, run / "exported"):
+        saved = read_yaml(place / "config.yaml")[0]
+        assert all("kind" in saved[name] for name in SECTIONS if name != "conditioning")
+        source = find_source(SampleConfig(weights=str(place), prompt="a"))
+        assert [getattr(source, name) for name in SECTIONS] == [getattr(trained, name) for name in SECTIONS]
+
+    option = {"width": 32, "height": 32, "num_frames": 1, "num_steps": 3, "fps": 8.0}
+    base = {"weights": str(run / "exported"), "prompt": "a", "precision": "fp64", "save_dir": str(tmp_path / "samples")}
+    changes: list[tuple[float, dict[str, Any]]] = [
+        (4.5, {"sampling": option}),
+        (2.0, {"sampling": {**option, "flow_shift": 2.0}}),
+        (7.0, {"sampling": option, "objective": {"kind": "rectified_flow", "flow_shift": 7.0}}),
+    ]
+    for alpha, change in changes:
+        ((asked, said),) = run_distributed(sampled, 1, {**base, **change}, timeout=60, init=False)
+        assert asked == [get_schedule(3, 16, 1, alpha=alpha)]
+        assert sum("conditioning.dropout.text=0" in line for line in said) == 1
+
+
+def test_weights_that_say_nothing_are_taken_for_the_familys_published_ones(run: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare" / "model.safetensors"
+    bare.parent.mkdir()
+    bare.write_bytes((run / "exported" / "model.safetensors").read_bytes())
+    saved = find_source(SampleConfig(weights=str(run), prompt="a"))
+    cfg = SampleConfig(weights=str(bare), prompt="a", model=saved.model, vae=saved.vae, text=saved.text)
+    found = find_source(cfg)
+    assert found.objective == replace(saved.objective, flow_shift=None, sigma_min=1e-5)
+    assert found.conditioning is None
