@@ -181,7 +181,7 @@ def divided(step: int, mesh: Mesh) -> list[ToyBatch]:
     sharing = SequenceSharing(degree=ulysses.degree, rank=ulysses.rank, text_tokens=TEXT_TOKENS)
     for batch in assign(step, mesh):
         degree = DEGREES[ulysses.degree][batch.sample_ids[0] // 10 % 10]
-        part = sharing.mine(len(batch.sample_ids), degree)
+        part = sharing.local_rows(len(batch.sample_ids), degree)
         found = slice(part.start, part.stop) if part else slice(0, 1)
         fields = {name: getattr(batch, name)[found] for name in ("pixels", "prompts", "sample_ids", "fps")}
         mine.append(replace(batch, **fields, weight=batch.weight if part else 0.0, degree=degree))
