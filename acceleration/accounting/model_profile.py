@@ -374,9 +374,7 @@ def _run(model: nn.Module, forward: Forward, sizes: Sizes) -> list[_Call]:
         for parent, attribute, own in owns:
             setattr(parent, attribute, own)
     if order != protocol.blocks(model):
-        raise ValueError(
-            f"{type(model).__name__}.block_lists: blocks must run once each, in the order of the lists"
-        )
+        raise ValueError(f"{type(model).__name__}.block_lists: blocks must run once each, in the order of the lists")
     return calls
 
 

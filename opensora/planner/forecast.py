@@ -138,7 +138,10 @@ def denoiser_inputs(
 def structure(cfg: ModelConfig, known: bool = False) -> ModelProfile:
     """What a model of this shape is made of. ``known``: as trained with ``conditioning.masks``."""
     with torch.device("meta"):
-        return profile_of(build_model(cfg), partial(run_denoiser, known=known))
+        found = profile_of(build_model(cfg), partial(run_denoiser, known=known))
+    # Who exchanges what is decided by the one in a run, and by the other in formulas.
+    assert not found.is_factored or found.heads_along_space == describe(cfg).heads, "Denoising.heads: along space"
+    return found
 
 
 def shapes(cfg: RunConfig) -> list[Shape]:
