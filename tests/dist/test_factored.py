@@ -28,7 +28,6 @@ QUICK = [
     Run(3, {"ulysses": 3}, 2, recompute("selective")),
     Run(4, {"ulysses": 4}, 3, recompute("every")),
     Run(4, {"ring": 2, "ulysses": 2}, 3, recompute("full"), ADAMW),
-    Run(4, {"ulysses": 2, "tensor": 2}, 0),
 ]
 LORA = [
     Run(2, {"ulysses": 2}, 3, recompute("full"), adapters=True),
