@@ -366,8 +366,8 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "packs with times of other samples",
         PACKING,
-        "part.timesteps for part in parts]",
-        "part.timesteps for part in parts[::-1]]",
+        "part.t for part in parts]",
+        "part.t for part in parts[::-1]]",
         PACKS,
     ),
     Mutation(
