@@ -61,7 +61,7 @@ GARBAGE, BORDERS = "opensora/train/garbage_collection.py", "tests/unit/test_garb
 STEP, LOOP = "opensora/train/preparation.py", "opensora/train/loop.py"
 SETUP, WEIGHTS, DATA = "opensora/train/setup.py", "opensora/assembly/initial_weights.py", "opensora/train/step_data.py"
 ENCODERS = "opensora/assembly/encoders.py"
-TOKENS, DROPOUT = "opensora/assembly/token_layout.py", "opensora/conditioning/dropout.py"
+TOKEN_LAYOUT, DROPOUT = "opensora/assembly/token_layout.py", "opensora/conditioning/dropout.py"
 EXPORT, RESUME = (f"opensora/train/state/{name}.py" for name in ("export", "resume"))
 FLOW, TIMES, EULER = (f"opensora/schedulers/{name}.py" for name in ("rectified_flow", "timesteps", "euler"))
 OPTIM, EMA, NATIVE = "acceleration/optim/optimizers.py", "acceleration/optim/ema.py", "acceleration/engines/native.py"
@@ -115,7 +115,7 @@ TABLE: tuple[Mutation, ...] = (
     Mutation("guidance of zeros", STEP, "torch.ones_like(t)", "torch.zeros_like(t)", TRAIN),
     Mutation(
         "time coordinate lost",
-        TOKENS,
+        TOKEN_LAYOUT,
         "grid.patch, device).expand(",
         "grid.patch, device).mul(torch.tensor([0.0, 1.0, 1.0])).expand(",
         TRAIN,
@@ -246,8 +246,8 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "tokens packed position by position",
         TOKENS,
-        '"b c t (h ph) (w pw) -> b (t h w) (c ph pw)"',
-        '"b c t (h ph) (w pw) -> b (t h w) (ph pw c)"',
+        '"b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)"',
+        '"b c (t pt) (h ph) (w pw) -> b (t h w) (pt ph pw c)"',
         TRAIN,
     ),
     Mutation("latents of half the variance", DCT, "(block * 0.25)", "(block * 0.5)", TRAIN),
@@ -376,8 +376,8 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "packs with times of other samples",
         PACKING,
-        "part.timesteps for part in parts]",
-        "part.timesteps for part in parts[::-1]]",
+        "part.t for part in parts]",
+        "part.t for part in parts[::-1]]",
         PACKS,
     ),
     Mutation(

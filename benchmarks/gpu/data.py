@@ -22,11 +22,14 @@ import torch
 from acceleration.distributed.mesh import view
 from acceleration.sequence import SequenceParallel
 from benchmarks.gpu.sampling import DrawnText
+from opensora.assembly.encoders import Encoders
+from opensora.assembly.token_layout import token_layout
+from opensora.conditioning import ConditioningConfig
 from opensora.datasets.buckets.bucket import Bucket
 from opensora.datasets.loading.reader import Batch
-from opensora.models.families import MMDiTConfig
+from opensora.models.mmdit import MMDiTConfig
 from opensora.models.vae.dct import DCTAutoencoder, DCTConfig
-from opensora.schedulers.rectified_flow import RectifiedFlowConfig
+from opensora.schedulers.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from opensora.train.preparation import Preparation
 
 CUDA = torch.device("cuda", 0)
@@ -57,15 +60,16 @@ def copies(frames: int, rounds: int = 20) -> dict[str, float]:
 def prepared(frames: int, cfg: MMDiTConfig, rounds: int = 3, size: tuple[int, int] = (HEIGHT, WIDTH)) -> float:
     """Seconds of a micro-batch of one clip, from pixels to tokens."""
     prepare = Preparation(
-        autoencoder=DCTAutoencoder(DCTConfig(channels=cfg.in_channels // cfg.patch_size**2), CUDA),
-        text_encoder=DrawnText(cfg, CUDA),
-        flow=RectifiedFlowConfig(),
-        patch=cfg.patch_size,
-        cond_embed=cfg.cond_embed,
-        guidance_embed=cfg.guidance_embed,
-        sequence=SequenceParallel(view({}, device_type="cuda")),
+        encoders=Encoders(
+            autoencoder=DCTAutoencoder(DCTConfig(channels=cfg.in_channels // cfg.patch_size**2), CUDA),
+            text_encoder=DrawnText(cfg, CUDA),
+            device=CUDA,
+        ),
+        objective=RectifiedFlow(RectifiedFlowConfig()),
+        conditioning=ConditioningConfig(),
+        model=cfg,
+        layout=token_layout(cfg, SequenceParallel(view({}, device_type="cuda"))),
         seed=0,
-        device=CUDA,
     )
     batch = Batch(
         pixels=torch.zeros(1, 3, frames, *size, dtype=torch.uint8, pin_memory=True),

@@ -20,11 +20,14 @@ from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
 from benchmarks.gpu.mfu import drawn_values
 from opensora.assembly.components import Components
+from opensora.assembly.token_layout import token_layout
 from opensora.inference.pipeline import prepare_api
 from opensora.models.base import TextFeatures
-from opensora.models.families import MMDiTConfig, build_model
+from opensora.models.families import build_model
+from opensora.models.mmdit import MMDiTConfig
 from opensora.models.vae.dct import DCTAutoencoder, DCTConfig
 from opensora.sampling.options import SamplingOption
+from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 
 TEXT = 512
 BF16 = PrecisionConfig(compute="bf16", reduce="fp32", master="bf16")
@@ -57,7 +60,8 @@ def build(cfg: MMDiTConfig, device: torch.device, text_tokens: int = TEXT) -> Co
         cfg=cfg,
         autoencoder=DCTAutoencoder(DCTConfig(channels=cfg.in_channels // cfg.patch_size**2), device),
         text_encoder=DrawnText(cfg, device, text_tokens),
-        sequence=SequenceParallel(mesh),
+        objective=RectifiedFlowConfig(),
+        layout=token_layout(cfg, SequenceParallel(mesh)),
         mesh=mesh,
         device=device,
         prompt_suffix=False,

@@ -20,6 +20,7 @@ from opensora.models.conditions import Conditions, TokenBatch
 from opensora.schedulers.base import Objective
 from opensora.schedulers.timesteps import draw_per_sample
 from opensora.train.packed_tokens import EncodedTokens, SampleOf, concat_packed, of_samples
+from opensora.utils.upload import upload
 
 if TYPE_CHECKING:
     from opensora.datasets.loading.reader import Batch
@@ -74,7 +75,7 @@ class Preparation:
         image, text = self.layout.shard, self.layout.shard_text
         mine = None
         if sample_of is not None:
-            mine = text(sample_of[0]).to(self.encoders.device), image(sample_of[1]).to(self.encoders.device)
+            mine = self._upload(text(sample_of[0])), self._upload(image(sample_of[1]))
         batch = TokenBatch(x=image(tokens.x), positions=image(tokens.positions), sample_of=mine)
         known = replace(tokens.conditions.map(image=image, text=text), context=context)
         left_out = known.known if self.layout.denoising.references == "in_place" else None
@@ -93,8 +94,8 @@ class Preparation:
         x0 = encoded.latents.float()  # (B, C, T', H', W')
         grid = self.layout.denoising.grid((x0.shape[2], x0.shape[3], x0.shape[4]))
         ids = batch.sample_ids
-        noise = draw_per_sample(self.seed, step, ids, "noise", tuple(x0.shape[1:])).to(self.encoders.device)
-        t = self.objective.times(self.seed, step, ids, grid).to(self.encoders.device)
+        noise = self._upload(draw_per_sample(self.seed, step, ids, "noise", tuple(x0.shape[1:])))
+        t = self._upload(self.objective.times(self.seed, step, ids, grid))
         known = self._known(batch, step, grid.latents)
         noised = self.objective.noised(x0, noise, t, known)
         conditions = replace(self._text(encoded, ids, step), known=known, **self._numbers(batch, t))
@@ -109,9 +110,7 @@ class Preparation:
     def _text(self, text: Features, ids: tuple[int, ...], step: int) -> Conditions:
         """Features of the prompts. Those of dropped samples, tokens and pooled vector each on its own, are those of "";
         or the model puts its own null embedding there, which ``dropped`` tells it."""
-        drop_txt, drop_vec = (
-            drop.to(self.encoders.device) for drop in drop_text(self.seed, step, ids, self.conditioning.dropout)
-        )
+        drop_txt, drop_vec = map(self._upload, drop_text(self.seed, step, ids, self.conditioning.dropout))
         null, mask, denoising = self.encoders.null, text.mask, self.layout.denoising
         pooled = torch.where(drop_vec[:, None], null.y_vec, text.y_vec) if denoising.pooled_dim else None
         if denoising.null_text == "learned":
@@ -127,7 +126,7 @@ class Preparation:
         if self.layout.denoising.references != "in_place":
             return None
         known = known_frames(self.seed, step, batch.sample_ids, latents, self.conditioning.masks)
-        return None if known is None else known.to(self.encoders.device)
+        return None if known is None else self._upload(known)
 
     def _numbers(self, batch: "Batch", t: Tensor) -> dict[str, Tensor]:
         """What the family wants of the clip beside its text."""
@@ -135,11 +134,14 @@ class Preparation:
         if "guidance" in wants:
             found["guidance"] = torch.ones_like(t)
         if "fps" in wants:
-            found["fps"] = batch.fps.to(self.encoders.device)
+            found["fps"] = self._upload(batch.fps)
         if "size" in wants:
             size = torch.tensor((batch.bucket.height, batch.bucket.width), dtype=torch.float32)
-            found["size"] = size.expand(len(batch.sample_ids), 2).to(self.encoders.device)
+            found["size"] = self._upload(size.expand(len(batch.sample_ids), 2))
         return found
+
+    def _upload(self, x: Tensor) -> Tensor:
+        return upload(x, self.encoders.device)
 
 
 def loss_share(model: nn.Module, tokens: Tokens, global_elements: int) -> Tensor:

@@ -12,11 +12,12 @@ from acceleration.blocks.activation_offload import Offload
 from acceleration.engines.native import NativeEngine
 from acceleration.optim.ema import EMA
 from acceleration.sequence.segments import Segments
+from opensora.assembly import token_layout
 from opensora.models.layers.attention import SDPACore
 from opensora.models.mmdit import layers
 from opensora.models.vae.dct import DCTAutoencoder
-from opensora.schedulers import rectified_flow
-from opensora.train import preparation
+from opensora.schedulers.rectified_flow import RectifiedFlow
+from opensora.train.preparation import Preparation
 from tests.device.layouts import PACKED
 
 Change = Callable[[Any], Any]  # the right function -> the wrong one
@@ -81,17 +82,6 @@ def _kernel_of_the_cpu(right: Any) -> Any:
     return forward
 
 
-class _Stays(Tensor):
-    """A CPU tensor that does not move."""
-
-    @staticmethod
-    def __new__(cls, x: Tensor) -> "_Stays":
-        return x.as_subclass(cls)
-
-    def to(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.as_subclass(Tensor)
-
-
 def _repeated(x: Tensor) -> Tensor:
     return x.flatten().repeat_interleave(torch.ones(x.numel(), dtype=torch.int64, device=x.device))
 
@@ -121,20 +111,24 @@ def _zeros_in_backward(right: Any) -> Any:
     return lambda self, *args, **kwargs: Scaled.apply(right(self, *args, **kwargs))
 
 
+def _times_stay(right: Any) -> Any:
+    return lambda self, x: x if x.dtype.is_floating_point and x.ndim == 1 else right(self, x)
+
+
 FAULTS = [
     Fault(
         "zeros without a device, in the noisy input",
-        ((rectified_flow, "corrupt", then(lambda x: x + torch.zeros(x.shape))),),
+        ((RectifiedFlow, "noised", then(lambda found: found._replace(x=found.x + torch.zeros(found.x.shape)))),),
         "WrongDevice: aten.add.Tensor",
     ),
     Fault(
         "positions without a device",
-        ((preparation, "image_ids", lambda right: lambda grid, patch, device: right(grid, patch)),),
+        ((token_layout, "image_ids", lambda right: lambda grid, patch, device: right(grid, patch)),),
         "waits: upload",  # FSDP2 moves the inputs of the model, and would hide it
     ),
     Fault(
         "times left on the CPU",
-        ((rectified_flow, "sample_timesteps", lambda right: lambda *args: _Stays(right(*args))),),
+        ((Preparation, "_upload", _times_stay),),
         "waits: upload",
     ),
     Fault("zeros without a device, in backward", ((SDPACore, "forward", _zeros_in_backward),), "WrongDevice: aten.add"),

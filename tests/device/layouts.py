@@ -94,16 +94,13 @@ CASES: dict[str, Case] = {
 # device and memory that is not pinned; CUDA waits for what was asked of the device before.
 Place = tuple[str, str, str]
 GUARD = "opensora/train/health/anomaly_guard.py:_global"
-PREPARE = "opensora/train/preparation.py"
+ENCODERS = "opensora/assembly/encoders.py"
 BYTES = "opensora/models/text/bytes.py"
 FSDP = "torch/_fsdp_collectives.py:foreach_reduce"
 PACK = "opensora/train/packed_tokens.py:concat_packed"
 WAITS: dict[Place, str] = {
     ("step", GUARD, "download"): "loss and gradient norm, once an update: the guard decides whether it is made",
-    ("step", f"{PREPARE}:encode", "upload"): "pixels; from the loader they come pinned, and nothing waits",
-    ("step", f"{PREPARE}:_encoded", "upload"): "noise and times, drawn on the CPU so that layouts and devices agree",
-    ("step", f"{PREPARE}:<genexpr>", "upload"): "which samples lose their text",
-    ("step", f"{PREPARE}:_cut", "upload"): "of a packed sequence, the sample of every token",
+    ("step", f"{ENCODERS}:encode", "upload"): "pixels; from the loader they come pinned, and nothing waits",
     ("step", f"{BYTES}:_word_rows", "upload"): "bytes of a prompt that was not encoded before",
     ("step", f"{BYTES}:encode", "upload"): "lengths of the prompts, where padding is masked",
     ("step", PACK, "shape"): "text that is masked takes no place in a packed sequence: its length is counted",

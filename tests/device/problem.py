@@ -4,11 +4,10 @@ Everything a run does on its device is done: prepare (encode, draw, corrupt, cut
 (norm, clipping, optimizer, average), the state for a checkpoint, and its file.
 """
 
-import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +20,23 @@ from acceleration.distributed import mesh as meshes
 from acceleration.distributed.mesh import Mesh
 from acceleration.engines import Engine, build_engine
 from acceleration.parallelize import parallelize
-from acceleration.sequence import SequenceParallel
 from opensora.assembly.components import Components
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig
 from opensora.datasets.buckets.bucket import Bucket
 from opensora.datasets.loading.reader import Batch, PackedBatch
-from opensora.inference.pipeline import prepare, prepare_api
-from opensora.models.families import build_model
-from opensora.sampling.guidance import DENOISERS
+from opensora.inference.pipeline import _predict, prepare, prepare_api
+from opensora.models.conditions import Conditions
+from opensora.models.families import build_model, describe
+from opensora.sampling.guidance import build_guidance
+from opensora.sampling.loop import denoise
 from opensora.sampling.options import SamplingOption
+from opensora.schedulers.euler import Euler
 from opensora.schedulers.timesteps import get_schedule
 from opensora.train.health.anomaly_guard import AnomalyGuard
 from opensora.train.preparation import Preparation, loss_share
 from opensora.train.setup import build_preparation
 from opensora.utils.rng import torch_generator
-from opensora.utils.tokens import image_ids, pack, unpack
 
 Enter = Callable[[str], None]
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ BASE: dict[str, Any] = {
     },
     "vae": {"kind": "dct", "channels": 24},
     "text": {"kind": "bytes", "dim": 64, "depth": 1, "max_words": 6},
-    "flow": {"text_dropout": 0.5},
+    "conditioning": {"dropout": {"text": 0.5, "pooled": 0.5}},
     "data": {"table": "none.csv", "buckets": {"32px": {1: [1.0, 1]}}},
     "parallel": {"zero": 3, "precision": {"compute": "fp32"}},
     "optim": {"lr": 1e-3, "clip_norm": 0.3, "ema_decay": 0.9, "eps": 1e-8},
@@ -181,7 +181,7 @@ def run(cfg: RunConfig, device: torch.device, enter: Enter, sampled: Sequence[di
     enter("sample")
     with torch.no_grad():
         clips = [sample(trainer, **option) for option in sampled]
-        if sampled and cfg.model.cond_embed and not cfg.model.guidance_embed:
+        if sampled and reads_references(cfg):
             clips.append(with_references(trainer))
     enter("end")
     found.pixels = torch.cat(clips).cpu() if clips else None
@@ -219,14 +219,15 @@ def load(trainer: Trainer, path: Path) -> None:
 
 def components(trainer: Trainer) -> Components:
     """What sampling needs, around the same model."""
-    cfg, prepare = trainer.cfg, trainer.prepare
-    assert prepare.autoencoder is not None
+    cfg, encoders = trainer.cfg, trainer.prepare.encoders
+    assert encoders.autoencoder is not None
     return Components(
         model=trainer.engine.model,
         cfg=cfg.model,
-        autoencoder=prepare.autoencoder,
-        text_encoder=prepare.text_encoder,
-        sequence=SequenceParallel(trainer.mesh),
+        autoencoder=encoders.autoencoder,
+        text_encoder=encoders.text_encoder,
+        objective=cfg.objective,
+        layout=trainer.prepare.layout,
         mesh=trainer.mesh,
         device=trainer.device,
         prompt_suffix=True,
@@ -239,23 +240,32 @@ def sample(trainer: Trainer, **option: Any) -> Tensor:
     return prepare_api(components(trainer))(chosen, text=["a red circle", "blue"], neg=["", "gray"])
 
 
+def reads_references(cfg: RunConfig) -> bool:
+    """Whether the model takes known frames, and is guided by passes."""
+    denoising = describe(cfg.model)
+    return denoising.references != "none" and "guidance" not in denoising.wants
+
+
 def with_references(trainer: Trainer) -> Tensor:
     """Pixels of a clip whose first frame is known: three passes a step. Sampling has no command for it yet."""
     parts, device = components(trainer), trainer.device
-    grid, prompts = (2, 2, 3), ["a red circle", "blue"]
-    noise = torch.randn(2, 24, *grid, generator=torch_generator("noise")).to(device)
-    tokens = math.prod(grid)
-    known = torch.randn(2, tokens, trainer.cfg.model.cond_channels, generator=torch_generator("known")).to(device)
-    found = DENOISERS["i2v"]().denoise(
-        parts.model,
-        parts.sequence.shard(pack(noise, 1)),
-        timesteps=get_schedule(2, 6, 2),
-        option=SamplingOption(image_osci=True, scale_temporal_osci=True),
-        img_ids=parts.sequence.shard(image_ids(grid, 1, device).expand(2, -1, -1)),
-        prompt=prepare(parts, prompts, tokens),
-        negative=prepare(parts, ["", ""], tokens),
-        cond=parts.sequence.shard(known),
-        references=True,
-        latent_frames=2,
+    layout, prompts = parts.layout, ["a red circle", "blue"]
+    grid = layout.denoising.grid((2, 2, 3))
+    x = layout.patchify(torch.randn(2, 24, *grid.latents, generator=torch_generator("noise")).to(device))
+    positions = layout.shard(layout.positions(grid, 2, device))
+    known = torch.zeros(2, *grid.latents, dtype=torch.bool)
+    known[:, 0] = True
+    latents = torch.randn(2, 24, *grid.latents, generator=torch_generator("known")) * known[:, None]
+    frames = layout.patchify_conditions(Conditions(reference=latents.to(device), known=known.to(device)))
+    frames = layout.shard_conditions(frames, x)
+    option = SamplingOption(width=24, height=16, num_frames=5, image_osci=True, scale_temporal_osci=True)
+    told = prepare(parts, prompts, x, option)
+    found = denoise(
+        _predict(parts, positions),
+        layout.shard(x),
+        Euler(get_schedule(2, 6, 2)),
+        build_guidance(option, references=True, steps=2, latent_frames=2, positions=positions),
+        replace(told, reference=frames.reference, known=frames.known),
+        prepare(parts, ["", ""], x, option),
     )
-    return parts.autoencoder.decode(unpack(parts.sequence.gather(found, tokens), grid, 1))
+    return parts.autoencoder.decode(layout.unpatchify(layout.gather(found, grid), grid))

@@ -6,7 +6,7 @@ import pytest
 
 from acceleration.distributed import runtime
 from benchmarks.gpu import attention, data, mfu, sampling
-from opensora.models.families import MMDiTConfig
+from opensora.models.mmdit import MMDiTConfig
 from opensora.sampling.options import SamplingOption
 from tests.device.simulated import simulated_cuda
 from tests.dist.harness import run_distributed
