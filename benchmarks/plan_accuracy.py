@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from acceleration.accounting.comm_volume import MicroBatch, RankLayout
+from acceleration.accounting.rank_layout import MicroBatch, RankLayout
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.engines import build_engine

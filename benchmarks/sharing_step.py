@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from acceleration.accounting.comm_volume import MicroBatch
+from acceleration.accounting.rank_layout import MicroBatch
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.engines import build_engine

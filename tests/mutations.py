@@ -85,7 +85,9 @@ PIPELINE, FIND, LOAD, SAVE, PROMPTS = (
     f"opensora/inference/{name}.py" for name in ("pipeline", "find", "load", "save", "prompts")
 )
 SWITCH, LAYOUT = "acceleration/sequence/axis_switch.py", "acceleration/sequence/layout.py"
-VOLUME, PROFILE = (f"acceleration/accounting/{name}.py" for name in ("comm_volume", "model_profile"))
+VOLUME, PROFILE, PROFILING, RANK = (
+    f"acceleration/accounting/{name}.py" for name in ("comm_volume", "model_profile", "profiling", "rank_layout")
+)
 SWITCHED = "tests/dist/test_axis_switch.py::test_every_process_gets_its_part[2-mesh0]"
 FACTORED = "tests/unit/test_factored.py::"
 FRAMES, STATED = (
@@ -505,12 +507,12 @@ TABLE: tuple[Mutation, ...] = (
         "as many frames as processes not exchanged", LAYOUT, "(frames >= degree or", "(frames > degree or", FRAMES
     ),
     Mutation("heads of one tensor process taken for all", LAYOUT, "heads // self._tensor, self", "heads, self", FRAMES),
-    Mutation("masks sent as numbers", VOLUME, ".get(dtype, dtype.itemsize)", ".get(dtype, compute)", COUNTED),
+    Mutation("masks sent as numbers", RANK, ".get(dtype, dtype.itemsize)", ".get(dtype, compute)", COUNTED),
     Mutation("switches run again to the end", VOLUME, "(again.around and switch.reruns)", "again.around", COUNTED),
     Mutation("text of cross-attention cut", PROFILE, 'return any("txt" in', 'return True or any("txt" in', STATED),
     Mutation(
         "as many keys as queries",
-        PROFILE,
+        PROFILING,
         "(q.shape[0], q.shape[1], k.shape[1])",
         "(q.shape[0], q.shape[1], q.shape[1])",
         OPERATIONS,

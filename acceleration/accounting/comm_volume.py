@@ -15,7 +15,7 @@ world are not counted.
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
@@ -23,21 +23,18 @@ import torch
 
 from acceleration.accounting.model_profile import (
     Attention,
-    Count,
     Layer,
     ModelProfile,
     Parameter,
     ShardUnit,
-    Sizes,
     Switch,
 )
+from acceleration.accounting.rank_layout import MicroBatch, RankLayout, TokenShares
 from acceleration.blocks import activation_checkpoint
-from acceleration.config import ParallelConfig
-from acceleration.distributed.mesh import FSDP, REPLICATE, Axis, Mesh
+from acceleration.distributed.mesh import FSDP, REPLICATE, Axis
 from acceleration.sequence.install import IS_SPREAD
-from acceleration.sequence.layout import SequenceParallel, even_sizes, exchanges_axes, ring_groups
+from acceleration.sequence.layout import SequenceParallel, ring_groups
 from acceleration.sequence.ulysses import head_shares
-from acceleration.sharding.precision import DTYPES
 
 
 class Rerun(NamedTuple):
@@ -55,125 +52,13 @@ RERUN = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class MicroBatch:
-    """Whole-sequence sizes of what goes through the model at once, before tokens are cut over processes."""
-
-    samples: int
-    txt: int  # text tokens of a sample
-    img: int  # image tokens of a sample
-    frames: int | None = None  # among which these are divided, for models that keep time and space apart
-    has_mask: bool = False  # the text has a padding mask
-    degree: int | None = None  # processes of ulysses that cut its samples; None: the whole axis
-
-    @property
-    def places(self) -> int:
-        """Tokens of a frame."""
-        assert self.frames is not None, "a model that keeps time and space apart needs MicroBatch.frames"
-        return self.img // self.frames
-
-    def sizes(self, profile: ModelProfile) -> Sizes:
-        """Of a whole sample, as the counts of a profile want them."""
-        if not profile.is_factored:
-            return {"txt": self.txt, "img": self.img}
-        assert self.frames is not None, "a model that keeps time and space apart needs MicroBatch.frames"
-        return _factored(self.txt, self.frames, self.places, self.frames, self.places)
-
-
-@dataclass(frozen=True)
-class RankLayout:
-    """One process of a layout that need not exist, and how sharding sees it."""
-
-    mesh: Mesh
-    cfg: ParallelConfig
-    fsdp_degree: int = field(init=False)
-    fsdp_rank: int = field(init=False)
-    replicas: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        members = self.mesh.world_size // self.mesh["tensor"].degree
-        copies = members if self.cfg.zero == 0 else self.mesh["replicate"].degree
-        object.__setattr__(self, "replicas", copies)
-        object.__setattr__(self, "fsdp_degree", members // copies)
-        rank = 0  # on the mesh without tensor, tensor being the fastest axis
-        for name in ("replicate", "shard", "cfg", "ring", "ulysses"):
-            rank = rank * self.mesh[name].degree + self.mesh[name].rank
-        object.__setattr__(self, "fsdp_rank", rank % self.fsdp_degree)
-
-    def itemsize(self, which: str) -> int:
-        """Bytes of a value in ``compute``, ``reduce`` or ``master`` type."""
-        return DTYPES[getattr(self.cfg.precision, which)].itemsize
-
-    def local_sizes(self, profile: ModelProfile, batch: MicroBatch) -> Sizes:
-        """Of the part of a sample that this process holds, as the counts of a profile want them."""
-        return _Shares(profile, self, batch).local
-
-    def local_tokens(self, profile: ModelProfile, batch: MicroBatch) -> tuple[int, int]:
-        """(text, image) tokens of a sample that this process holds."""
-        sizes = self.local_sizes(profile, batch)
-        return sizes["txt"], sizes["frames"] * sizes["places"] if profile.is_factored else sizes["img"]
-
-
-class _Shares:
-    """The parts of a sample that the processes have that cut it."""
-
-    def __init__(self, profile: ModelProfile, place: RankLayout, batch: MicroBatch) -> None:
-        mesh = place.mesh.submesh(batch.degree)
-        sequence = SequenceParallel(mesh)
-        self.place, self.batch = place, batch
-        self.ring, self.ulysses, self.rank = mesh["ring"], mesh["ulysses"], sequence.rank
-        self.tensor, self.switches = place.mesh["tensor"].degree, False
-        if profile.is_factored:
-            self.all = self._factored(profile, sequence)
-        else:
-            txt = sequence.sizes(batch.txt, extra_to_last=True)
-            txt = txt if profile.cuts_text else (batch.txt,) * sequence.degree
-            self.all = [{"txt": t, "img": i} for t, i in zip(txt, sequence.sizes(batch.img), strict=True)]
-        self.local = self.all[self.rank]
-        self._lengths: dict[Count, tuple[int, ...]] = {}
-
-    def lengths(self, count: Count) -> tuple[int, ...]:
-        """What ``count`` is on every process."""
-        if count not in self._lengths:
-            self._lengths[count] = tuple(count.at(sizes) for sizes in self.all)
-        return self._lengths[count]
-
-    def _factored(self, profile: ModelProfile, sequence: SequenceParallel) -> list[Sizes]:
-        batch, degree = self.batch, self.ulysses.degree
-        assert batch.frames is not None, "a model that keeps time and space apart needs MicroBatch.frames"
-        places = sequence.sizes(batch.places)
-        self.switches = exchanges_axes(batch.frames, profile.heads_along_space // self.tensor, degree)
-        if not self.switches:
-            return [_factored(batch.txt, batch.frames, here, batch.frames, here) for here in places]
-        frames, whole = even_sizes(batch.frames, degree), [sum(group) for group in ring_groups(places, degree)]
-        return [
-            _factored(batch.txt, batch.frames, here, frames[rank % degree], whole[rank // degree])
-            for rank, here in enumerate(places)
-        ]
-
-    def itemsize(self, dtype: torch.dtype = torch.bfloat16) -> int:
-        """Bytes of a value of this type in a profile, see ``Switch``."""
-        compute = self.place.itemsize("compute")
-        return {torch.bfloat16: compute, torch.float32: max(compute, 4)}.get(dtype, dtype.itemsize)
-
-
-def _factored(txt: int, frames: int, places: int, frames_inside: int, places_inside: int) -> Sizes:
-    return {
-        "txt": txt,
-        "frames": frames,
-        "places": places,
-        "frames_inside": frames_inside,
-        "places_inside": places_inside,
-    }
-
-
 def step_bytes(structure: ModelProfile, place: RankLayout, batches: Sequence[MicroBatch]) -> dict[str, int]:
     """Axis -> bytes that this process sends in one optimizer step over its micro-batches; axes of degree 1 left out."""
     total: Counter[str] = Counter()
     blocks = Counter(zip(structure.like, recomputed(len(structure.blocks), place), strict=True))
     units = [(structure.blocks[index], kind, count) for (index, kind), count in blocks.items()]
     for batch, times in Counter(batches).items():
-        shares = _Shares(structure, place, batch)
+        shares = TokenShares(structure, place, batch)
         for unit, kind, count in (*units, (structure.rest, "none", 1)):
             for axis, sent in _exchanged(unit, shares, kind).items():
                 total[axis] += sent * count * times
@@ -223,7 +108,7 @@ def forward_bytes(
     ``gathers``: weights are gathered; with ZeRO 1 and 2 only the first forward does so.
     """
     total: Counter[str] = Counter()
-    shares = _Shares(structure, place, batch)
+    shares = TokenShares(structure, place, batch)
     for unit in structure.units:
         total += _forward(unit, shares)
         if gathers and place.fsdp_degree > 1:
@@ -294,7 +179,7 @@ def _shared_gradients(structure: ModelProfile, place: RankLayout) -> Counter[str
     return Counter(tensor=sum(all_reduce_bytes(n * place.itemsize("master"), tensor) for n in sizes))
 
 
-def _exchanged(unit: ShardUnit, shares: _Shares, kind: str) -> Counter[str]:
+def _exchanged(unit: ShardUnit, shares: TokenShares, kind: str) -> Counter[str]:
     """Forward and backward of one micro-batch; what is recomputed goes through forward twice."""
     again = RERUN[kind]
     total = Counter[str]()
@@ -312,7 +197,7 @@ def _exchanged(unit: ShardUnit, shares: _Shares, kind: str) -> Counter[str]:
     return +total
 
 
-def _forward(unit: ShardUnit, shares: _Shares) -> Counter[str]:
+def _forward(unit: ShardUnit, shares: TokenShares) -> Counter[str]:
     total = Counter[str]()
     for slot in unit.attentions:
         total += _attention_forward(slot, shares)
@@ -334,7 +219,7 @@ class _Share:
     ulysses: Axis | None  # None: nothing is exchanged for heads
 
 
-def _share(slot: Attention, shares: _Shares) -> _Share:
+def _share(slot: Attention, shares: TokenShares) -> _Share:
     ring, ulysses = shares.ring, shares.ulysses
     is_whole = ulysses.degree == 1 or (slot.axis == "space" and shares.switches)
     lengths = shares.lengths(slot.queries)
@@ -351,7 +236,7 @@ def _share(slot: Attention, shares: _Shares) -> _Share:
     )
 
 
-def _attention_forward(slot: Attention, shares: _Shares, *, inside: bool = True) -> Counter[str]:
+def _attention_forward(slot: Attention, shares: TokenShares, *, inside: bool = True) -> Counter[str]:
     """q, k, v of other heads go out and come back as outputs; keys and values of every part but one are passed on.
 
     ``inside``: False where attention itself is kept, and with it what the ring has passed.
@@ -375,7 +260,7 @@ def _attention_forward(slot: Attention, shares: _Shares, *, inside: bool = True)
     return sent
 
 
-def _attention_backward(slot: Attention, shares: _Shares) -> Counter[str]:
+def _attention_backward(slot: Attention, shares: TokenShares) -> Counter[str]:
     """Ulysses in reverse; the ring passes keys and values again, and the gradients of every part, in fp32 at least."""
     sent = Counter[str]()
     if not IS_SPREAD[slot.axis]:
@@ -392,7 +277,7 @@ def _attention_backward(slot: Attention, shares: _Shares) -> Counter[str]:
     return sent
 
 
-def _switch_bytes(switch: Switch, shares: _Shares) -> tuple[int, int]:
+def _switch_bytes(switch: Switch, shares: TokenShares) -> tuple[int, int]:
     """(sent in forward, in backward): tokens of other frames go out, and places of other processes come back."""
     if not shares.switches:
         return 0, 0
@@ -403,7 +288,7 @@ def _switch_bytes(switch: Switch, shares: _Shares) -> tuple[int, int]:
     return (to_space, to_time) if switch.whole == "space" else (to_time, to_space)
 
 
-def _layer_forward(layer: Layer, shares: _Shares) -> int:
+def _layer_forward(layer: Layer, shares: TokenShares) -> int:
     degree = shares.tensor
     if degree == 1 or layer.kind in ("column", "whole"):
         return 0
@@ -411,7 +296,7 @@ def _layer_forward(layer: Layer, shares: _Shares) -> int:
     return all_reduce_bytes(out, degree) if layer.kind == "row" else out // degree * (degree - 1)
 
 
-def _layer_backward(layer: Layer, shares: _Shares) -> int:
+def _layer_backward(layer: Layer, shares: TokenShares) -> int:
     degree = shares.tensor
     if degree == 1 or layer.kind in ("row", "whole") or not layer.input_trains:
         return 0

@@ -12,8 +12,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from acceleration.accounting.activation_memory import Segment, Timeline
-from acceleration.accounting.comm_volume import RankLayout, held, padded
+from acceleration.accounting.comm_volume import held, padded
 from acceleration.accounting.model_profile import ModelProfile
+from acceleration.accounting.rank_layout import RankLayout
 from acceleration.config import OptimConfig
 
 MOMENTS = {"adamw": 2, "sgd": 0}  # values that an optimizer keeps per weight

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from acceleration.accounting import comm_volume
-from acceleration.accounting.comm_volume import RankLayout
+from acceleration.accounting.rank_layout import RankLayout
 from acceleration.distributed import mesh as meshes
 from acceleration.distributed.mesh import Mesh
 from opensora.config.run import RunConfig

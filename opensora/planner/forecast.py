@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from acceleration import protocol
 from acceleration.accounting import comm_volume, peak_memory
 from acceleration.accounting.activation_memory import Timeline, assemble, interpolate, spread, timeline
-from acceleration.accounting.comm_volume import MicroBatch, RankLayout
-from acceleration.accounting.model_profile import ModelProfile, ShardUnit, Sizes, profile_of
+from acceleration.accounting.model_profile import ModelProfile, ShardUnit, Sizes
 from acceleration.accounting.peak_memory import Footprint
+from acceleration.accounting.profiling import profile_of
+from acceleration.accounting.rank_layout import MicroBatch, RankLayout
 from acceleration.config import OptimConfig, ParallelConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.distributed.mesh import FSDP, REPLICATE

@@ -7,7 +7,7 @@ from itertools import product
 import torch
 from torch import nn
 
-from acceleration.accounting.comm_volume import RankLayout
+from acceleration.accounting.rank_layout import RankLayout
 from acceleration.config import MeshConfig, ParallelConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.sharding import tensor_parallel

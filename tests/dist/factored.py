@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acceleration import lora
-from acceleration.accounting.comm_volume import MicroBatch, RankLayout, step_bytes
+from acceleration.accounting.comm_volume import step_bytes
+from acceleration.accounting.rank_layout import MicroBatch, RankLayout
 from acceleration.checkpoint import CheckpointManager, tensor_shards
 from acceleration.config import LoraConfig, MeshConfig, OptimConfig, ParallelConfig
 from acceleration.distributed import mesh as meshes

@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from acceleration.accounting.comm_volume import MicroBatch, RankLayout, step_bytes
-from acceleration.accounting.model_profile import ModelProfile, profile_of
+from acceleration.accounting.comm_volume import step_bytes
+from acceleration.accounting.model_profile import ModelProfile
+from acceleration.accounting.profiling import profile_of
+from acceleration.accounting.rank_layout import MicroBatch, RankLayout
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.engines import build_engine

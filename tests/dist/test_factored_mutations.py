@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from acceleration.accounting import comm_volume
+from acceleration.accounting import rank_layout
 from acceleration.sequence import axis_switch, layout
 from tests.dist.factored import Run, on_one_process, on_this_layout
 from tests.dist.harness import run_distributed
@@ -53,7 +53,9 @@ def count_the_text_twice() -> Patch:
 
 
 def take_masks_for_numbers() -> Patch:
-    return mock.patch.object(comm_volume._Shares, "itemsize", lambda self, dtype=None: self.place.itemsize("compute"))
+    return mock.patch.object(
+        rank_layout.TokenShares, "itemsize", lambda self, dtype=None: self.place.itemsize("compute")
+    )
 
 
 def exchange_few_frames_too() -> Patch:

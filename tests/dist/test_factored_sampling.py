@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from acceleration.accounting.comm_volume import MicroBatch, RankLayout, sampling_bytes
+from acceleration.accounting.comm_volume import sampling_bytes
+from acceleration.accounting.rank_layout import MicroBatch, RankLayout
 from acceleration.config import MeshConfig, ParallelConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.distributed.mesh import Mesh

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from acceleration.accounting.comm_volume import MicroBatch, RankLayout, sampling_bytes
-from acceleration.accounting.model_profile import profile_of
+from acceleration.accounting.comm_volume import sampling_bytes
+from acceleration.accounting.profiling import profile_of
+from acceleration.accounting.rank_layout import MicroBatch, RankLayout
 from acceleration.config import MeshConfig, ParallelConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.distributed.mesh import Mesh

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from acceleration.accounting.activation_memory import spread
-from acceleration.accounting.comm_volume import MicroBatch, RankLayout, forward_bytes, step_bytes
-from acceleration.accounting.model_profile import Count, ModelProfile, profile_of
+from acceleration.accounting.comm_volume import forward_bytes, step_bytes
+from acceleration.accounting.model_profile import Count, ModelProfile
+from acceleration.accounting.profiling import profile_of
+from acceleration.accounting.rank_layout import MicroBatch, RankLayout
 from acceleration.config import MeshConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.sequence import SequenceParallel

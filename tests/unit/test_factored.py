@@ -15,8 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from acceleration import protocol, sequence
 from acceleration.accounting.activation_memory import spread, timeline
-from acceleration.accounting.comm_volume import MicroBatch, RankLayout, step_bytes
-from acceleration.accounting.model_profile import Count, profile_of
+from acceleration.accounting.comm_volume import step_bytes
+from acceleration.accounting.model_profile import Count
+from acceleration.accounting.profiling import profile_of
+from acceleration.accounting.rank_layout import MicroBatch, RankLayout
 from acceleration.blocks import activation_checkpoint
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes

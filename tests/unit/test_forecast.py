@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from acceleration.accounting.comm_volume import MicroBatch, RankLayout
+from acceleration.accounting.rank_layout import MicroBatch, RankLayout
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
 from opensora.cli.forecast import main

@@ -1,0 +1,123 @@
+"""One process of a layout that need not exist, and the parts of a micro-batch that it and its peers hold."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from acceleration.accounting.model_profile import Count, ModelProfile, Sizes
+from acceleration.config import ParallelConfig
+from acceleration.distributed.mesh import Mesh
+from acceleration.sequence.layout import SequenceParallel, even_sizes, exchanges_axes, ring_groups
+from acceleration.sharding.precision import DTYPES
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Whole-sequence sizes of what goes through the model at once, before tokens are cut over processes."""
+
+    samples: int
+    txt: int  # text tokens of a sample
+    img: int  # image tokens of a sample
+    frames: int | None = None  # among which these are divided, for models that keep time and space apart
+    has_mask: bool = False  # the text has a padding mask
+    degree: int | None = None  # processes of ulysses that cut its samples; None: the whole axis
+
+    @property
+    def places(self) -> int:
+        """Tokens of a frame."""
+        assert self.frames is not None, "a model that keeps time and space apart needs MicroBatch.frames"
+        return self.img // self.frames
+
+    def sizes(self, profile: ModelProfile) -> Sizes:
+        """Of a whole sample, as the counts of a profile want them."""
+        if not profile.is_factored:
+            return {"txt": self.txt, "img": self.img}
+        assert self.frames is not None, "a model that keeps time and space apart needs MicroBatch.frames"
+        return _factored_sizes(self.txt, self.frames, self.places, self.frames, self.places)
+
+
+@dataclass(frozen=True)
+class RankLayout:
+    """One process of a layout that need not exist, and how sharding sees it."""
+
+    mesh: Mesh
+    cfg: ParallelConfig
+    fsdp_degree: int = field(init=False)
+    fsdp_rank: int = field(init=False)
+    replicas: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        members = self.mesh.world_size // self.mesh["tensor"].degree
+        copies = members if self.cfg.zero == 0 else self.mesh["replicate"].degree
+        object.__setattr__(self, "replicas", copies)
+        object.__setattr__(self, "fsdp_degree", members // copies)
+        rank = 0  # on the mesh without tensor, tensor being the fastest axis
+        for name in ("replicate", "shard", "cfg", "ring", "ulysses"):
+            rank = rank * self.mesh[name].degree + self.mesh[name].rank
+        object.__setattr__(self, "fsdp_rank", rank % self.fsdp_degree)
+
+    def itemsize(self, which: str) -> int:
+        """Bytes of a value in ``compute``, ``reduce`` or ``master`` type."""
+        return DTYPES[getattr(self.cfg.precision, which)].itemsize
+
+    def local_sizes(self, profile: ModelProfile, batch: MicroBatch) -> Sizes:
+        """Of the part of a sample that this process holds, as the counts of a profile want them."""
+        return TokenShares(profile, self, batch).local
+
+    def local_tokens(self, profile: ModelProfile, batch: MicroBatch) -> tuple[int, int]:
+        """(text, image) tokens of a sample that this process holds."""
+        sizes = self.local_sizes(profile, batch)
+        return sizes["txt"], sizes["frames"] * sizes["places"] if profile.is_factored else sizes["img"]
+
+
+class TokenShares:
+    """The parts of a sample that the processes have that cut it."""
+
+    def __init__(self, profile: ModelProfile, place: RankLayout, batch: MicroBatch) -> None:
+        mesh = place.mesh.submesh(batch.degree)
+        sequence = SequenceParallel(mesh)
+        self.place, self.batch = place, batch
+        self.ring, self.ulysses, self.rank = mesh["ring"], mesh["ulysses"], sequence.rank
+        self.tensor, self.switches = place.mesh["tensor"].degree, False
+        if profile.is_factored:
+            self.all = self._factored(profile, sequence)
+        else:
+            txt = sequence.sizes(batch.txt, extra_to_last=True)
+            txt = txt if profile.cuts_text else (batch.txt,) * sequence.degree
+            self.all = [{"txt": t, "img": i} for t, i in zip(txt, sequence.sizes(batch.img), strict=True)]
+        self.local = self.all[self.rank]
+        self._lengths: dict[Count, tuple[int, ...]] = {}
+
+    def lengths(self, count: Count) -> tuple[int, ...]:
+        """What ``count`` is on every process."""
+        if count not in self._lengths:
+            self._lengths[count] = tuple(count.at(sizes) for sizes in self.all)
+        return self._lengths[count]
+
+    def _factored(self, profile: ModelProfile, sequence: SequenceParallel) -> list[Sizes]:
+        batch, degree = self.batch, self.ulysses.degree
+        assert batch.frames is not None, "a model that keeps time and space apart needs MicroBatch.frames"
+        places = sequence.sizes(batch.places)
+        self.switches = exchanges_axes(batch.frames, profile.heads_along_space // self.tensor, degree)
+        if not self.switches:
+            return [_factored_sizes(batch.txt, batch.frames, here, batch.frames, here) for here in places]
+        frames, whole = even_sizes(batch.frames, degree), [sum(group) for group in ring_groups(places, degree)]
+        return [
+            _factored_sizes(batch.txt, batch.frames, here, frames[rank % degree], whole[rank // degree])
+            for rank, here in enumerate(places)
+        ]
+
+    def itemsize(self, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes of a value of this type in a profile, see ``Switch``."""
+        compute = self.place.itemsize("compute")
+        return {torch.bfloat16: compute, torch.float32: max(compute, 4)}.get(dtype, dtype.itemsize)
+
+
+def _factored_sizes(txt: int, frames: int, places: int, frames_inside: int, places_inside: int) -> Sizes:
+    return {
+        "txt": txt,
+        "frames": frames,
+        "places": places,
+        "frames_inside": frames_inside,
+        "places_inside": places_inside,
+    }
