@@ -22,7 +22,7 @@ class Guidance(Protocol):
     def passes(self, known: Conditions, null: Conditions | None, index: int) -> list[Conditions]:
         """What each pass of step ``index`` knows; the passes do not depend on each other.
 
-        ``null``: the negative prompt, or no prompt; None where ``needs_null`` says that there is none to know.
+        ``null``: the negative prompt, or no prompt; None where no step has a pass that knows it (``passes_per_step``).
         """
 
     def combine(self, predictions: list[Tensor], index: int) -> Tensor:
@@ -88,9 +88,9 @@ class DistilledGuidance:
     option: SamplingOption
 
     def passes(self, known: Conditions, null: Conditions | None, index: int) -> list[Conditions]:
-        assert known.pooled is not None
-        scale = torch.full((known.pooled.shape[0],), self.option.guidance, device=known.pooled.device)
-        return [replace(known, guidance=scale)]
+        told = known.pooled if known.pooled is not None else known.text
+        assert told is not None, "a distilled model reads a prompt"
+        return [replace(known, guidance=torch.full((told.shape[0],), self.option.guidance, device=told.device))]
 
     def combine(self, predictions: list[Tensor], index: int) -> Tensor:
         return predictions[0]
