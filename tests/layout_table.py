@@ -3,7 +3,8 @@
 Training rows: the largest relative differences, in fp64, over all processes and three SGD steps, of the loss, of any
 parameter's gradient, of the norm that clipping uses and of the weights afterwards. Sampling rows: the latents. Both say
 whether the bytes that each process sent over each axis are those of the formulas. DeepSpeed knows no fp64: its rows are
-held to what fp32 leaves of the truth. ColossalAI's rows are its ZeRO 0. ``SUM`` counts what is within its tolerance.
+held to what fp32 leaves of the truth. ColossalAI's rows are its ZeRO 0. Rows of ``factored`` are of the tests' model that
+keeps time and space apart, with masked frames. ``SUM`` counts what is within its tolerance.
 """
 
 import itertools
@@ -14,7 +15,10 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
-from tests.dist import test_engines, test_sampling
+from tests.dist import test_engines, test_factored, test_sampling
+from tests.dist.factored import ADAMW, SGD, Run
+from tests.dist.factored import on_one_process as on_one_process_factored
+from tests.dist.factored import on_this_layout as on_this_layout_factored
 from tests.dist.harness import DistributedFailure, run_distributed
 from tests.dist.layouts import Layout, every_layout
 from tests.dist.test_parity import TOLERANCE, Outcome, errors, on_one_process, on_this_layout, relative
@@ -58,6 +62,9 @@ def rows() -> Iterator[tuple[str, dict[str, float], Callable[[], Row]]]:
     truth = on_one_process()
     for layout in every_layout():
         yield str(layout), FP64_LIMITS, lambda layout=layout: trained(layout, truth)
+    factored = {optim.kind: on_one_process_factored(optim) for optim in (SGD, ADAMW)}
+    for run in test_factored.SLOW[::2]:
+        yield f"factored-{run}", FP64_LIMITS, lambda run=run: trained_factored(run, factored[run.optim.kind])
     for world, cases in (*test_sampling.QUICK.items(), *test_sampling.SLOW.items()):
         for case in cases:
             degrees, zero, jobs = case
@@ -74,7 +81,15 @@ def rows() -> Iterator[tuple[str, dict[str, float], Callable[[], Row]]]:
 
 def trained(layout: Layout, truth: Outcome) -> Row:
     """The largest differences by kind, over all processes."""
-    results = run_distributed(on_this_layout, layout.world, layout.config, timeout=240)
+    return compared(run_distributed(on_this_layout, layout.world, layout.config, timeout=240), truth)
+
+
+def trained_factored(run: Run, truth: Outcome) -> Row:
+    """The same of the model that keeps time and space apart."""
+    return compared(run_distributed(on_this_layout_factored, run.world, run, timeout=240), truth)
+
+
+def compared(results: list[Outcome], truth: Outcome) -> Row:
     found = [errors(result, truth) for result in results]
     as_predicted = all(counted == formula for result in results for counted, formula in result.traffic)
     return {column: max(one[column] for one in found) for column in found[0]}, as_predicted
