@@ -178,7 +178,8 @@ def _first_held(parameters: Any, *, grad: bool = False) -> torch.Tensor:
 
 
 def _nan_target(run: Run, fault: Fault, tokens: Any) -> None:
-    tokens.target.fill_(fault.value)
+    for target in tokens.targets.values():
+        target.fill_(fault.value)
 
 
 def _nan_weight(run: Run, fault: Fault, tokens: Any) -> None:
