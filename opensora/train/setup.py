@@ -32,7 +32,7 @@ from opensora.config.run import RunConfig
 from opensora.datasets.decode import api
 from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.datasets.table.index import IndexedTable
-from opensora.inference.check import check_validation, fit_option
+from opensora.inference.check import check_validation, fit_option, solver_of
 from opensora.inference.load import verify_export
 from opensora.models.base import AutoencoderShape, Width
 from opensora.models.families import build_model
@@ -137,6 +137,7 @@ def check_files(cfg: RunConfig, shape: AutoencoderShape) -> None:
         check_text_encoder(cfg.text, Width(shape.channels, f"vae.kind={cfg.vae.kind}"), cfg.model)
     if cfg.validate.every:
         fit_option("validate.sampling", cfg.validate.sampling, cfg.model, shape)
+        solver_of("validate.sampling", cfg.validate.sampling, cfg.objective)
     check_installed(cfg.log)
 
 
