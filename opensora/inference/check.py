@@ -136,7 +136,7 @@ def least_bytes(
 
     Args:
         option: with width and height.
-        samples, txt: clips denoised together; text tokens of each.
+        samples, txt: clips denoised together; text tokens of each, whether the model reads them or not.
         itemsize: bytes of a weight and an activation.
     """
     assert option.width is not None and option.height is not None
@@ -145,7 +145,7 @@ def least_bytes(
     latents = frames * rows * columns
     denoising = describe(model)
     patch = prod(denoising.patch)
-    tokens = latents // patch // (degrees["ring"] * degrees["ulysses"])
+    txt, tokens = denoising.text_tokens(txt), latents // patch // (degrees["ring"] * degrees["ulysses"])
     # Residual, queries, keys and values are whole on the process (tensor parallelism cuts the last three).
     widths = denoising.width * (1 + 3 / degrees["tensor"])
     block = int(samples * (tokens + txt / (degrees["ring"] * degrees["ulysses"])) * widths * itemsize)

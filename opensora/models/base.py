@@ -103,6 +103,10 @@ class Denoising:
         """(T', H', W') of a clip, with this model's patches."""
         return Grid(latents, self.patch)
 
+    def text_tokens(self, encoded: int) -> int:
+        """Those that the model reads of ``encoded`` tokens of a prompt."""
+        return 0 if self.text == "none" else encoded
+
 
 class Width(NamedTuple):
     """How wide something is that a denoiser reads."""

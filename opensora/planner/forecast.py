@@ -164,7 +164,7 @@ def _as_seen(cfg: RunConfig, frames: int, size: tuple[int, int]) -> MicroBatch:
     grid = denoising.grid(latent_grid(frames, *size, autoencoder_shape(cfg.vae)))
     return MicroBatch(
         samples=1,
-        txt=text_tokens(cfg.text),
+        txt=denoising.text_tokens(text_tokens(cfg.text)),
         img=grid.tokens,
         frames=grid.frames if denoising.token_axes == "factored" else None,
         has_mask=has_mask(cfg.text),

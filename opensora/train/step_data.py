@@ -62,7 +62,8 @@ def sharing(cfg: RunConfig, mesh: Mesh) -> SequenceSharing | None:
     if not cfg.parallel.mesh.dynamic:
         return None
     axis = mesh["ulysses"]
-    return SequenceSharing(degree=axis.degree, rank=axis.rank, text_tokens=text_tokens(cfg.text))
+    text = describe(cfg.model).text_tokens(text_tokens(cfg.text))
+    return SequenceSharing(degree=axis.degree, rank=axis.rank, text_tokens=text)
 
 
 class StepData:
