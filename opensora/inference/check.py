@@ -16,6 +16,7 @@ from opensora.models.vae import autoencoder_shape, check_autoencoder
 from opensora.sampling.guidance import passes_per_step
 from opensora.sampling.options import SamplingOption, sanitize_sampling_option
 from opensora.schedulers import ObjectiveConfig, build_objective
+from opensora.schedulers.timesteps import latent_frames
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 from opensora.utils.files.untrusted import short
@@ -104,12 +105,16 @@ def fit_option(key: str, option: SamplingOption, model: ModelConfig, shape: Auto
     Raises:
         UserError: a length that the autoencoder cannot code, or a method that the model is not made for.
     """
-    reads_guidance = "guidance" in describe(model).wants
-    multiple = shape.stride[1] * describe(model).patch[1]
+    denoising, stride = describe(model), shape.stride
+    reads_guidance, multiple = "guidance" in denoising.wants, denoising.pixel_multiple(stride)
     try:
-        option = sanitize_sampling_option(option, multiple=multiple, frame_stride=shape.stride[0], causal=shape.causal)
+        option = sanitize_sampling_option(option, multiple=multiple, frame_stride=stride[0], causal=shape.causal)
     except UserError as error:
         raise UserError(f"{key}.{error}") from None
+    try:
+        denoising.check_frames(latent_frames(option.num_frames, stride[0], shape.causal))
+    except ValueError as error:
+        raise UserError(f"{key}.num_frames={option.num_frames}: {error}") from None
     method = "distill" if reads_guidance else "i2v"
     if option.method != method:
         reads = "reads" if reads_guidance else "does not read"

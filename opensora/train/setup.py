@@ -35,7 +35,7 @@ from opensora.datasets.table.index import IndexedTable
 from opensora.inference.check import check_validation, fit_option, solver_of
 from opensora.inference.load import verify_export
 from opensora.models.base import AutoencoderShape, Width
-from opensora.models.families import build_model
+from opensora.models.families import build_model, describe
 from opensora.models.text import build_text_encoder, check_text_encoder
 from opensora.models.vae import autoencoder_shape, build_autoencoder, check_autoencoder
 from opensora.planner.checks import Traffic, check_memory
@@ -107,7 +107,7 @@ def check(cfg: RunConfig, world_size: int) -> tuple[IndexedTable, BatchPlan]:
         raise UserError(f"parallel.{error}") from None
     check_memory(cfg, world_size, device_bytes())
     shape = autoencoder_shape(cfg.vae)
-    check_buckets(cfg.data, shape)
+    check_buckets(cfg.data, shape, describe(cfg.model))
     check_places(cfg.folder)
     check_fresh(cfg)
     check_paths(cfg)
