@@ -517,6 +517,20 @@ TABLE: tuple[Mutation, ...] = (
         "(q.shape[0], q.shape[1], q.shape[1])",
         OPERATIONS,
     ),
+    Mutation(
+        "sides of a clip fit square patches only",
+        "opensora/models/base.py",
+        "lcm(stride[1] * self.patch[1], stride[2] * self.patch[2])",
+        "stride[1] * self.patch[1]",
+        "tests/unit/test_patches.py::test_sizes_are_whole_tokens",
+    ),
+    Mutation(
+        "text tokens counted that no model reads",
+        DATA,
+        "describe(cfg.model).text_tokens(text_tokens(cfg.text))",
+        "text_tokens(cfg.text)",
+        "tests/unit/test_no_text.py::test_text_tokens_count_where_the_model_reads_them",
+    ),
 )
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def identity(cfg: RunConfig, table: IndexedTable) -> dict[str, Any]:
     return {
         "vae": plain(cfg.vae),
         "text": plain(cfg.text),
-        "model": {"patch_size": describe(cfg.model).patch[1]},  # bucket sizes are multiples of it
+        "model": {"patch_size": lcm(*describe(cfg.model).patch[1:])},  # bucket sizes are multiples of it
         "seed": cfg.seed,
         "encoders": str(encoder_dtype(cfg)),
         "data": {

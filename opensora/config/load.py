@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
-from opensora.config.renamed_keys import new_names, with_new_names
+from opensora.config.renamed_keys import as_now, with_new_names
 from opensora.config.schema import build, is_table, plain, shown, types_at, wants_text
 from opensora.config.strict_yaml import (
     COMMAND_LINE,
@@ -50,14 +50,14 @@ def load_config(cls: type[T], source: str | Path | Mapping[str, Any], overrides:
         layer, lines = with_new_names(_from_python(source)), Lines()
     else:
         layer, lines = _read_with_includes(cls, Path(source), (), [])
-    given = [(keys, value) for old, value in _parse_overrides(cls, overrides) for keys in new_names(old)]
-    for keys, value in given:
+    given = [(old, *now) for old, text in _parse_overrides(cls, overrides) for now in as_now(old, text)]
+    for old, keys, value in given:
         _check_way(layer, keys, lines)
         added: Any = value
         for key in reversed(keys):
             added = {key: added}
         layer = _merge(cls, layer, added, lines, addressed=keys)
-        lines[keys] = COMMAND_LINE
+        lines[keys] = COMMAND_LINE if keys == old else f"{COMMAND_LINE}, as {dotted(old)}"
     return build(cls, layer, lines)
 
 

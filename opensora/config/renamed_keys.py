@@ -6,7 +6,7 @@ Configurations of people, of runs and of exports live longer than names do. A ne
 from collections.abc import Mapping
 from typing import Any
 
-from opensora.config.strict_yaml import Keys, Lines, dotted
+from opensora.config.strict_yaml import COMMAND_LINE, Keys, Lines, dotted
 from opensora.utils.errors import UserError
 
 # A key, or a whole section, and what it is called now; one value may have become several.
@@ -28,6 +28,26 @@ def new_names(keys: Keys) -> tuple[Keys, ...]:
     return (keys,)
 
 
+def as_now(keys: Keys, value: Any) -> list[tuple[Keys, Any]]:
+    """An override by the names of now: one for every key that its own has become, and for every old key in its value.
+
+    Raises:
+        UserError: the value has a key under both names.
+    """
+    inside: list[tuple[Keys, Any]] = []
+    for old, new in RENAMED.items():
+        below = old[len(keys) :]
+        if not below or old[: len(keys)] != keys or not _has(value, below):
+            continue
+        value, moved = _without(value, below)
+        for name in new:
+            if name[: len(keys)] == keys and _has(value, name[len(keys) :]):
+                raise _given_twice(old, name, COMMAND_LINE)
+        inside += [(name, moved) for name in new]
+    rest = [] if inside and value == {} else [(name, value) for name in new_names(keys)]
+    return rest + inside
+
+
 def with_new_names(tree: Mapping[Any, Any], lines: Lines | None = None) -> dict[Any, Any]:
     """A configuration, or a layer of one, in which every key is called as it is now.
 
@@ -47,14 +67,19 @@ def with_new_names(tree: Mapping[Any, Any], lines: Lines | None = None) -> dict[
             continue  # what was in the section has moved elsewhere
         for name in new:
             if _has(renamed, name):
-                raise UserError(
-                    f"{dotted(old)}: is called {dotted(name)} now, which is given as well; take the old one out"
-                )
+                raise _given_twice(old, name, (lines or {}).get(old))
         for name in new:
             renamed = _with(renamed, name, value)
         if lines is not None:
             _move_lines(lines, old, new)
     return renamed
+
+
+def _given_twice(old: Keys, name: Keys, place: str | None) -> UserError:
+    return UserError(
+        f"{dotted(old)}: is called {dotted(name)} now, which is given as well; take the old one out"
+        f"{f' ({place})' if place else ''}"
+    )
 
 
 def _has(tree: Any, keys: Keys) -> bool:
@@ -85,7 +110,7 @@ def _with(tree: Any, keys: Keys, value: Any) -> Any:
 
 def _move_lines(lines: Lines, old: Keys, new: tuple[Keys, ...]) -> None:
     for keys in [keys for keys in lines if keys[: len(old)] == old]:
-        place = lines.pop(keys)
+        place = f"{lines.pop(keys)}, as {dotted(keys)}"  # by which name it is found there
         for name in new:
             moved: Keys = (*name, *keys[len(old) :])
             lines[moved] = place

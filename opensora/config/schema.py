@@ -135,11 +135,12 @@ class _Builder:
             about: what ``text`` is of, below ``keys``: its place is said where it is known.
         """
         exact = (*keys, *about)
+        inside = [place for known, place in self.lines.items() if about and known[: len(exact)] == exact]
         set_by = (self.lines[exact[:n]] for n in range(len(exact), len(keys), -1) if exact[:n] in self.lines)
         below = (place for known, place in self.lines.items() if known[: len(keys)] == keys)
         above = (self.lines[keys[:n]] for n in range(len(keys) - 1, 0, -1) if keys[:n] in self.lines)
         fallback = self.lines.get(keys) or next(below, "") or next(above, "") if keys else ""
-        place = next(set_by, "") or fallback
+        place = self.lines.get(exact, "") or next(iter(inside), "") or next(set_by, "") or fallback
         name = dotted(keys) or ("''" if keys else "")
         return UserError(f"{name}{text}{f' ({place})' if place else ''}")
 

@@ -16,6 +16,7 @@ from opensora.models.vae import autoencoder_shape, check_autoencoder
 from opensora.sampling.guidance import passes_per_step
 from opensora.sampling.options import SamplingOption, sanitize_sampling_option
 from opensora.schedulers import ObjectiveConfig, build_objective
+from opensora.schedulers.timesteps import latent_frames
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 from opensora.utils.files.untrusted import short
@@ -104,12 +105,16 @@ def fit_option(key: str, option: SamplingOption, model: ModelConfig, shape: Auto
     Raises:
         UserError: a length that the autoencoder cannot code, or a method that the model is not made for.
     """
-    reads_guidance = "guidance" in describe(model).wants
-    multiple = shape.stride[1] * describe(model).patch[1]
+    denoising, stride = describe(model), shape.stride
+    reads_guidance, multiple = "guidance" in denoising.wants, denoising.pixel_multiple(stride)
     try:
-        option = sanitize_sampling_option(option, multiple=multiple, frame_stride=shape.stride[0], causal=shape.causal)
+        option = sanitize_sampling_option(option, multiple=multiple, frame_stride=stride[0], causal=shape.causal)
     except UserError as error:
         raise UserError(f"{key}.{error}") from None
+    try:
+        denoising.check_frames(latent_frames(option.num_frames, stride[0], shape.causal))
+    except ValueError as error:
+        raise UserError(f"{key}.num_frames={option.num_frames}: {error}") from None
     method = "distill" if reads_guidance else "i2v"
     if option.method != method:
         reads = "reads" if reads_guidance else "does not read"
@@ -136,7 +141,7 @@ def least_bytes(
 
     Args:
         option: with width and height.
-        samples, txt: clips denoised together; text tokens of each.
+        samples, txt: clips denoised together; text tokens of each, whether the model reads them or not.
         itemsize: bytes of a weight and an activation.
     """
     assert option.width is not None and option.height is not None
@@ -145,7 +150,7 @@ def least_bytes(
     latents = frames * rows * columns
     denoising = describe(model)
     patch = prod(denoising.patch)
-    tokens = latents // patch // (degrees["ring"] * degrees["ulysses"])
+    txt, tokens = denoising.text_tokens(txt), latents // patch // (degrees["ring"] * degrees["ulysses"])
     # Residual, queries, keys and values are whole on the process (tensor parallelism cuts the last three).
     widths = denoising.width * (1 + 3 / degrees["tensor"])
     block = int(samples * (tokens + txt / (degrees["ring"] * degrees["ulysses"])) * widths * itemsize)

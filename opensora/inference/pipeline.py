@@ -150,9 +150,8 @@ def fit(opt: SamplingOption, parts: Components) -> SamplingOption:
         UserError: a number of frames that the autoencoder cannot code.
     """
     stride, causal = parts.autoencoder.stride, parts.autoencoder.causal
-    return sanitize_sampling_option(
-        opt, multiple=stride[1] * parts.layout.denoising.patch[1], frame_stride=stride[0], causal=causal
-    )
+    multiple = parts.layout.denoising.pixel_multiple(stride)
+    return sanitize_sampling_option(opt, multiple=multiple, frame_stride=stride[0], causal=causal)
 
 
 def process_and_save(parts: Components, cfg: SampleConfig, jobs: Sequence[Job], *, quiet: bool = False) -> list[str]:

@@ -6,6 +6,7 @@ and ``attention_cores`` the same way, so the model does not know that it is shar
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import lcm
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -102,6 +103,26 @@ class Denoising:
     def grid(self, latents: tuple[int, int, int]) -> Grid:
         """(T', H', W') of a clip, with this model's patches."""
         return Grid(latents, self.patch)
+
+    def check_frames(self, latent_frames: int) -> None:
+        """That latent frames are whole patches.
+
+        Raises:
+            ValueError: they are not.
+        """
+        if latent_frames % self.patch[0]:
+            raise ValueError(
+                f"makes {latent_frames} latent frames; must make a multiple of {self.patch[0]}, which a token of the "
+                "model spans"
+            )
+
+    def pixel_multiple(self, stride: tuple[int, int, int]) -> int:
+        """Pixels that the sides of a clip are multiples of, behind an autoencoder of this stride: whole tokens."""
+        return lcm(stride[1] * self.patch[1], stride[2] * self.patch[2])
+
+    def text_tokens(self, encoded: int) -> int:
+        """Those that the model reads of ``encoded`` tokens of a prompt."""
+        return 0 if self.text == "none" else encoded
 
 
 class Width(NamedTuple):

@@ -147,7 +147,7 @@ def structure(cfg: ModelConfig, known: bool = False) -> ModelProfile:
 
 def shapes(cfg: RunConfig) -> list[Shape]:
     """Every row of the bucket table at its size of most tokens; the table of clips is not read."""
-    multiple = autoencoder_shape(cfg.vae).stride[1] * describe(cfg.model).patch[1]
+    multiple = describe(cfg.model).pixel_multiple(autoencoder_shape(cfg.vae).stride)
     largest: dict[str, MicroBatch] = {}
     for bucket in BucketTable(cfg.data, multiple).buckets:
         one = _as_seen(cfg, bucket.frames, (bucket.height, bucket.width))
@@ -164,7 +164,7 @@ def _as_seen(cfg: RunConfig, frames: int, size: tuple[int, int]) -> MicroBatch:
     grid = denoising.grid(latent_grid(frames, *size, autoencoder_shape(cfg.vae)))
     return MicroBatch(
         samples=1,
-        txt=text_tokens(cfg.text),
+        txt=denoising.text_tokens(text_tokens(cfg.text)),
         img=grid.tokens,
         frames=grid.frames if denoising.token_axes == "factored" else None,
         has_mask=has_mask(cfg.text),

@@ -32,10 +32,10 @@ from opensora.config.run import RunConfig
 from opensora.datasets.decode import api
 from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.datasets.table.index import IndexedTable
-from opensora.inference.check import check_validation, fit_option
+from opensora.inference.check import check_validation, fit_option, solver_of
 from opensora.inference.load import verify_export
 from opensora.models.base import AutoencoderShape, Width
-from opensora.models.families import build_model
+from opensora.models.families import build_model, describe
 from opensora.models.text import build_text_encoder, check_text_encoder
 from opensora.models.vae import autoencoder_shape, build_autoencoder, check_autoencoder
 from opensora.planner.checks import Traffic, check_memory
@@ -107,7 +107,7 @@ def check(cfg: RunConfig, world_size: int) -> tuple[IndexedTable, BatchPlan]:
         raise UserError(f"parallel.{error}") from None
     check_memory(cfg, world_size, device_bytes())
     shape = autoencoder_shape(cfg.vae)
-    check_buckets(cfg.data, shape)
+    check_buckets(cfg.data, shape, describe(cfg.model))
     check_places(cfg.folder)
     check_fresh(cfg)
     check_paths(cfg)
@@ -137,6 +137,7 @@ def check_files(cfg: RunConfig, shape: AutoencoderShape) -> None:
         check_text_encoder(cfg.text, Width(shape.channels, f"vae.kind={cfg.vae.kind}"), cfg.model)
     if cfg.validate.every:
         fit_option("validate.sampling", cfg.validate.sampling, cfg.model, shape)
+        solver_of("validate.sampling", cfg.validate.sampling, cfg.objective)
     check_installed(cfg.log)
 
 

@@ -16,7 +16,7 @@ from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch, PackedSeque
 from opensora.datasets.plan.batch_plan import check_rows as check_rows
 from opensora.datasets.plan.dynamic_sp import SequenceSharing
 from opensora.datasets.table.index import IndexedTable, open_table
-from opensora.models.base import AutoencoderShape, ClipMeasure, latent_grid
+from opensora.models.base import AutoencoderShape, ClipMeasure, Denoising, latent_grid
 from opensora.models.families import describe
 from opensora.models.text import text_tokens
 from opensora.models.vae import autoencoder_shape
@@ -30,15 +30,15 @@ def open_data(cfg: RunConfig) -> tuple[IndexedTable, BatchPlan]:
         UserError: the table cannot be read, the autoencoder cannot code a bucket's length, or no clip fits a bucket.
     """
     shape, denoising = autoencoder_shape(cfg.vae), describe(cfg.model)
-    check_buckets(cfg.data, shape)
+    check_buckets(cfg.data, shape, denoising)
     table = open_table(cfg.data.table, cfg.data.root, cfg.data.index)
     # A bucket's size is a multiple of the pixels that one token spans on a side.
-    multiple = shape.stride[1] * denoising.patch[1]
+    multiple = denoising.pixel_multiple(shape.stride)
     return table, BatchPlan(table, cfg.data, multiple, cfg.seed, ClipMeasure(shape, denoising))
 
 
-def check_buckets(cfg: DataConfig, shape: AutoencoderShape) -> None:
-    """That the autoencoder can code the lengths of all buckets.
+def check_buckets(cfg: DataConfig, shape: AutoencoderShape, denoising: Denoising) -> None:
+    """That the autoencoder can code the lengths of all buckets, and the model cut them into patches.
 
     Raises:
         UserError: one that it cannot.
@@ -46,7 +46,7 @@ def check_buckets(cfg: DataConfig, shape: AutoencoderShape) -> None:
     for resolution, rows in cfg.buckets.items():
         for frames in rows:
             try:
-                latent_grid(int(frames), shape.stride[1], shape.stride[2], shape)
+                denoising.check_frames(latent_grid(int(frames), shape.stride[1], shape.stride[2], shape)[0])
             except ValueError as error:
                 raise UserError(f"data.buckets.{resolution}.{frames}: {error}") from None
 
@@ -62,7 +62,8 @@ def sharing(cfg: RunConfig, mesh: Mesh) -> SequenceSharing | None:
     if not cfg.parallel.mesh.dynamic:
         return None
     axis = mesh["ulysses"]
-    return SequenceSharing(degree=axis.degree, rank=axis.rank, text_tokens=text_tokens(cfg.text))
+    text = describe(cfg.model).text_tokens(text_tokens(cfg.text))
+    return SequenceSharing(degree=axis.degree, rank=axis.rank, text_tokens=text)
 
 
 class StepData:

@@ -33,6 +33,11 @@ __all__ = [
 
 _PIPELINE = "opensora.inference.pipeline"
 _FROM_PIPELINE = ("prepare", "prepare_models", "prepare_api", "process_and_save")
+__all__ += _FROM_PIPELINE
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_FROM_PIPELINE]
 
 
 def __getattr__(name: str) -> Any:

@@ -73,6 +73,10 @@ TRAINING = {
         ["validate={{every: 1, prompts: [a], sampling: {{method: distill}}}}"],
         "validate.sampling.method=distill: must be i2v",
     ),
+    "samples: solver": (
+        ["validate={{every: 1, prompts: [a], sampling: {{solver: eule}}}}"],
+        "validate.sampling.solver=eule: must be one of euler",
+    ),
 }
 MODEL = "{{kind: mmdit, size: debug, depth: 5, patch_size: 1, context_in_dim: 32, vec_in_dim: 32, cond_embed: false}}"
 # overrides of sampling -> what the line must begin with
@@ -83,6 +87,7 @@ SAMPLES = {
     ),
     "6 frames": (["sampling.num_frames=6"], "sampling.num_frames=6: must be 4k+1 and 1"),
     "method": (["sampling.method=distill"], "sampling.method=distill: must be i2v"),
+    "solver": (["sampling.solver=1"], "sampling.solver=1: must be one of euler, as the model was trained with"),
     "no weights": (["weights={folder}/nowhere"], "weights={folder}/nowhere: no such file or folder"),
     "weights that are none": (["weights={folder}/empty"], "weights={folder}/empty: "),
     "weights of another model": ([f"model={MODEL}"], "weights={folder}/exported: "),

@@ -331,7 +331,7 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     "a value of a file beside one of the command line": (
         swapped("table: clips.csv", "table: clips.csv\n  pack: 3"),
         ["data.workers=1"],
-        "micro_batches over the number of data-parallel processes suits (run.yaml:7)",
+        "micro_batches over the number of data-parallel processes suits (run.yaml:7, as data.pack)",
     ),
     "an interpolation": (None, ["train.steps=${x}"], "train.steps=${x} (command line): ${...} is not replaced"),
 }
@@ -721,11 +721,36 @@ def test_a_section_that_had_another_name_keeps_what_is_left_in_it(good: Path) ->
     assert load_config(RunConfig, "run.yaml") == cfg
     good.write_text(GOOD + "flow: {sigma_min: 2}\n")
     line = len(good.read_text().splitlines())
-    with pytest.raises(UserError, match=rf"objective\.sigma_min=2.*\(run\.yaml:{line}\)"):
+    with pytest.raises(UserError, match=rf"objective\.sigma_min=2.*\(run\.yaml:{line}, as flow\.sigma_min\)"):
         load_config(RunConfig, "run.yaml")
+
+
+def test_an_old_key_inside_a_section_of_the_command_line(good: Path) -> None:
+    """``section={old: value}`` is ``section.old=value``, for every key that had another name."""
+    values = {"empty_rows": "error", "pack": 1, "max_returns": 7, "aside_s": 7.5, "text_dropout": 0.25}
+    for old in RENAMED:
+        if old == ("flow",):
+            continue
+        section, key = ".".join(map(str, old[:-1])), str(old[-1])
+        inside = load_config(RunConfig, "run.yaml", [f"{section}={{{key}: {values[key]}}}"])
+        assert inside == load_config(RunConfig, "run.yaml", [f"{section}.{key}={values[key]}"])
+    cfg = load_config(RunConfig, "run.yaml", ["flow={kind: rectified_flow, text_dropout: 0.25, sigma_min: 0.5}"])
+    assert (cfg.objective.sigma_min, cfg.conditioning.dropout.pooled) == (0.5, 0.25)
+    with pytest.raises(UserError, match=r"data\.pack: is called data\.balance_group now.* out \(command line\)$"):
+        load_config(RunConfig, "run.yaml", ["data={pack: 1, balance_group: 1}"])
+    with pytest.raises(UserError, match=r"conditioning\.dropout\.text='x': .*\(command line, as flow\)$"):
+        load_config(RunConfig, "run.yaml", ["flow={text_dropout: x}"])
+    with pytest.raises(UserError, match=r"objective=null: .*\(command line, as flow\)$"):
+        load_config(RunConfig, "run.yaml", ["flow=null"])
+
+
+def test_a_mistake_in_a_free_mapping_names_where_it_was_made(good: Path) -> None:
+    good.write_text(GOOD + "conditioning: {dropout: {text: 0.1}}\n")
+    with pytest.raises(UserError, match=r"conditioning\.masks: .*\(command line\)$"):
+        load_config(RunConfig, "run.yaml", ["conditioning.masks.random=0.1"])
 
 
 def test_a_key_under_both_names_is_refused(good: Path) -> None:
     good.write_text(GOOD.replace("  table:", "  pack: 1\n  balance_group: 1\n  table:"))
-    with pytest.raises(UserError, match=r"data\.pack: is called data\.balance_group now"):
+    with pytest.raises(UserError, match=r"data\.pack: is called data\.balance_group now.*\(run\.yaml:\d+\)$"):
         load_config(RunConfig, "run.yaml")

@@ -218,6 +218,17 @@ def test_utils_do_not_pull_in_inference() -> None:
     assert "no attribute 'prepared'" in done.stderr
 
 
+def test_public_names_of_sampling_are_exported() -> None:
+    """Those of the pipeline too, though they are looked up when they are asked for: `import *` and completion."""
+    import opensora.utils.sampling as names
+
+    wanted = {"SamplingOption", "sanitize_sampling_option", "prepare", "prepare_models", "prepare_api"}
+    wanted |= {"process_and_save", "I2VDenoiser", "DistilledDenoiser", "get_noise", "get_schedule", "pack", "unpack"}
+    given: dict[str, object] = {}
+    exec("from opensora.utils.sampling import *", given)
+    assert wanted <= given.keys() and wanted <= {*dir(names)}
+
+
 def moving_square(frames: int, height: int, width: int) -> np.ndarray:
     clip = np.full((frames, height, width, 3), (40, 90, 160), np.uint8)
     for index in range(frames):
