@@ -37,7 +37,8 @@ from opensora.models.text import TEXT_ENCODERS, has_mask, text_tokens
 from opensora.models.vae import AUTOENCODERS, autoencoder_shape
 from opensora.planner.devices import Device
 from opensora.planner.flops import attention_flops, linear_flops, mfu, training_flops
-from opensora.schedulers import OBJECTIVE_CONFIGS, build_objective
+from opensora.schedulers import OBJECTIVE_CONFIGS, ObjectiveConfig, build_objective
+from opensora.schedulers.base import Objective
 
 EFFICIENCY = 0.5  # of the peak, in the products of a large transformer
 REPEATED = 3  # blocks of a list that are run to know them all: the first, one like all between, the last
@@ -181,15 +182,24 @@ class Forecaster:
     """Answers for one model; what costs time is remembered."""
 
     def __init__(
-        self, model: ModelConfig, optim: OptimConfig, *, device_type: str, frozen: int = 0, known: bool = False
+        self,
+        model: ModelConfig,
+        optim: OptimConfig,
+        *,
+        device_type: str,
+        frozen: int = 0,
+        known: bool = False,
+        objective: ObjectiveConfig | None = None,
     ) -> None:
         """
         Args:
             frozen: bytes of autoencoder and text encoder.
             known: training gives the model frames, see ``conditioning.masks``.
+            objective: that it is trained with; None: that of the family's published weights.
         """
         self.model, self.optim, self.device_type, self.frozen = model, optim, device_type, frozen
         self.known = known
+        self.objective = build_objective(objective or OBJECTIVE_CONFIGS[family_of(model).objective]())
         self.structure = structure(model, known)
         with torch.device("meta"):
             self._stand_ins = _stand_ins(build_model(model))
@@ -304,8 +314,9 @@ class Forecaster:
             sequence, known = SequenceParallel(mesh), self.known
 
             def loss() -> Tensor:
-                # In one line: a name would keep the inputs alive while the loss is computed.
-                return _objective_loss(self.model, model(**denoiser_inputs(self.model, batch, sequence, known=known)))
+                # Inputs without a name, which would keep them alive while the loss is computed.
+                prediction = model(**denoiser_inputs(self.model, batch, sequence, known=known))
+                return _objective_loss(self.model, self.objective, prediction)
 
             self._lines[key] = timeline(model, loss, accumulates=accumulates)
         return self._lines[key]
@@ -334,9 +345,8 @@ def _stand_ins(model: nn.Module) -> list[int]:
     return found
 
 
-def _objective_loss(cfg: ModelConfig, prediction: Tensor) -> Tensor:
-    """What training sums up of a prediction, by the objective that the family's published weights were trained with."""
-    objective = build_objective(OBJECTIVE_CONFIGS[family_of(cfg).objective]())
+def _objective_loss(cfg: ModelConfig, objective: Objective, prediction: Tensor) -> Tensor:
+    """What training sums up of a prediction."""
     point, time = torch.zeros(1, 1, 1, 1, 1), torch.zeros(1)
     shape = (*prediction.shape[:-1], prediction.shape[-1] // describe(cfg).outputs)
     names = objective.noised(point, point, time).targets

@@ -77,6 +77,7 @@ class Planner:
             device_type=device_type,
             frozen=frozen_bytes(cfg),
             known=bool(cfg.conditioning.masks),
+            objective=cfg.objective,
         )
         self.device_type = device_type
         self.shapes = sorted(shapes(cfg), key=lambda s: s.batch.samples * (s.batch.txt + s.batch.img))
