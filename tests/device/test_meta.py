@@ -38,7 +38,12 @@ OTHERS = {**MASKS, "model.guidance_embed": "true", "model.fused_qkv": "false"}
 
 @pytest.mark.parametrize(
     ("changes", "compiled"),
-    [({}, False), (OTHERS, False), (SMALL, True), pytest.param(SMALL | OTHERS, True, marks=pytest.mark.slow)],
+    [
+        ({}, False),
+        (OTHERS, False),
+        pytest.param(SMALL, True, marks=pytest.mark.slow),
+        pytest.param(SMALL | OTHERS, True, marks=pytest.mark.slow),
+    ],
 )
 def test_a_step_reads_no_value(changes: dict[str, Any], compiled: bool) -> None:
     model, prepare = build(changes, compiled)

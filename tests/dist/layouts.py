@@ -54,10 +54,8 @@ QUICK = {
     "2-tensor2-zero2-full",
     "3-ulysses3-zero3-none",
     "3-ring3-zero1-first",
-    "4-tensor2-zero3-full",
     "4-ring2-ulysses2-zero3-selective",
     "4-ulysses2-tensor2-zero2-none",
-    "4-ring2-tensor2-zero0-full",
     "4-replicate2-ulysses2-zero1-first",
 }
 

@@ -115,7 +115,7 @@ def trained(config: Path, overrides: list[str], fault: str | None) -> Seen:
     "layout",
     [
         pytest.param(ZERO_3, id="zero3"),
-        pytest.param(DYNAMIC, id="dynamic"),
+        pytest.param(DYNAMIC, id="dynamic", marks=pytest.mark.slow),
         pytest.param(ZERO_1, id="zero1", marks=pytest.mark.slow),
         pytest.param(OFFLOADED, id="offloaded", marks=pytest.mark.slow),
     ],
@@ -136,7 +136,9 @@ def test_only_between_steps_and_never_a_tensor(config: Path, layout: list[str]) 
     assert len({tuple(seen.borders) for seen in by_rank}) == 1
 
 
-@pytest.mark.parametrize(("fault", "end"), [("signal", "interrupted"), ("error", "failed")])
+@pytest.mark.parametrize(
+    ("fault", "end"), [("signal", "interrupted"), pytest.param("error", "failed", marks=pytest.mark.slow)]
+)
 def test_on_again_however_a_run_ends(config: Path, fault: str, end: str) -> None:
     for seen in run_distributed(trained, 2, config, [], fault, timeout=110, init=False):
         assert seen.end == end and seen.after == (True, 0)

@@ -162,7 +162,10 @@ def sample_pixels(cfg: SampleConfig) -> Tensor:
     return pixels
 
 
-@pytest.mark.parametrize("size", [(9, 24, 40), (1, 40, 40)], ids=["clip", "still"])
+@pytest.mark.parametrize(
+    "size",
+    [pytest.param((9, 24, 40), id="clip"), pytest.param((1, 40, 40), id="still", marks=pytest.mark.slow)],
+)
 def test_any_number_of_processes_samples_the_same(trained: Path, tmp_path: Path, size: tuple[int, int, int]) -> None:
     """45 and 25 image tokens over 1, 2 and 4 processes, from the run and from its export; fp32, at most one level."""
     found = {}
