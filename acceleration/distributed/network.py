@@ -1,7 +1,7 @@
 """Which address and network interface each host of a start uses, and that every host reaches every other there.
 
 Groups on the CPU (gloo) connect every process with every other. Left alone, gloo takes the address that the host name
-resolves to, which on many machines is loopback. So the interface is chosen here: the one by which the processes have met.
+resolves to, which on many machines is loopback. So the interface is chosen here: that by which the processes have met.
 """
 
 import json
@@ -130,7 +130,7 @@ def _within_host(chosen: Chosen) -> tuple[str, str]:
 
 
 def _own_address(me: Peer, leaders: Sequence[Peer], chosen: Chosen) -> str:
-    """This host's address for the others: where they have met, or where the routing table leaves to them; may be none."""
+    """This host's address for the others: where they met, or where the routing table leaves to them; empty if none."""
     others = [peer.address for peer in leaders if peer.host_id != me.host_id and peer.address]
     outward = [me.address] if me.address and not is_loopback(me.address) else []
     for other in others[:MAX_NAMED]:

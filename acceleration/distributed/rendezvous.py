@@ -2,9 +2,10 @@
 
 Rank 0 listens on the first free of a few ports that all ranks compute alike, on every address of its machine, and
 greets whoever connects with what it belongs to. A stranger on one of these ports (another job would do) greets
-otherwise or not at all, and is passed over. The others ask all addresses of all names under which rank 0 may be known, at
-the same time, as a name may lead nowhere, to several addresses, or to the machine that asks. Whoever finds rank 0 says who
-it is, and keeps the connection until rank 0 says that all have come, or why they will not: then every process says it.
+otherwise or not at all, and is passed over. The others ask all addresses of all names under which rank 0 may be known,
+at the same time, as a name may lead nowhere, to several addresses, or to the machine that asks. Whoever finds rank 0
+says who it is, and keeps the connection until rank 0 says that all have come, or why they will not: then every process
+says it.
 """
 
 import contextlib

@@ -233,9 +233,8 @@ def candidate_ports(port: int, env: Mapping[str, str] = os.environ) -> list[int]
 def attempt_token(launcher: str, env: Mapping[str, str] = os.environ) -> str:
     """What tells this start from others, as far as its launcher says: the same on every rank of it, without spaces.
 
-    Of a SLURM step its number and attempt. Otherwise the identity that torchrun was given, which is no secret and may be
-    none at all: what differs between hosts (their users, counts of restarts) is left out, and MASTER_PORT is in any case
-    their own.
+    Of a SLURM step its number and attempt. Otherwise the identity that torchrun was given, which may be none at all:
+    what may differ between hosts (users, counts of restarts) is left out, and each start has a MASTER_PORT of its own.
     """
     if launcher != "slurm":
         return f"run-{'_'.join(_text(env, 'TORCHELASTIC_RUN_ID').split())[:100]}"
@@ -249,7 +248,7 @@ def start(
 
     Args:
         asked: whether this process was asked to stop; looked at while it waits for the others.
-        mesh: for which ranks are laid out, so that what exchanges most stays within a host; None: in the launcher's order.
+        mesh: for which ranks are laid out, so that what exchanges most stays within a host; None: the launcher's order.
         interface: network interface of groups on the CPU; empty: found from the routing table.
 
     Raises:
