@@ -28,8 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
@@ -86,8 +85,9 @@ class HostProcess(subprocess.Popen[str]):
 
     def __init__(self, inside: Sequence[str], command: Sequence[object], **more: Any) -> None:
         self._files = (_unnamed_file(), _unnamed_file())
-        streams = {"stdin": subprocess.DEVNULL, "stdout": self._files[0], "stderr": self._files[1]} | more
-        super().__init__([*inside, *map(str, command)], text=True, errors="replace", start_new_session=True, **streams)
+        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": self._files[0], "stderr": self._files[1]}
+        options |= {"text": True, "errors": "replace", "start_new_session": True, **more}
+        super().__init__([*inside, *map(str, command)], **options)
         self._inner: int | None = None
 
     @property
@@ -217,7 +217,7 @@ class Host:
             code = process.finish(limit_s)
         finally:
             process.kill()
-        done = subprocess.CompletedProcess(command, code, process.out, process.err)
+        done = subprocess.CompletedProcess([*map(str, command)], code, process.out, process.err)
         assert not check or code == 0, f"{self.name}: {[*map(str, command)]} ended with {code}\n{process.said}"
         return done
 

@@ -2,7 +2,8 @@
 
 Orders come as lines of JSON on standard input and are answered by ``done``:
 ``{"do": "plug", "host": 0, "pid": P}`` makes eth0 in the network namespace of process P; ``unplug``; ``cable`` (up);
-``shape`` (rate_mbit both ways, delay_ms and loss of what the host sends); ``rule`` (port, direction, action); ``clear``.
+``shape`` (rate_mbit both ways, delay_ms and loss of what the host sends); ``rule`` (port, direction, action);
+``clear``.
 """
 
 import ctypes
