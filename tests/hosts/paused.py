@@ -14,7 +14,7 @@ from opensora.train.run import Run
 
 LIMIT_S = 120.0
 _enter = Run.enter
-_paused = []
+_paused: list[str] = []
 
 
 def enter(run: Run, name: str) -> None:
@@ -30,7 +30,7 @@ def enter(run: Run, name: str) -> None:
             time.sleep(0.02)
 
 
-Run.enter = enter  # type: ignore[method-assign]
+Run.enter = enter  # type: ignore
 if __name__ == "__main__":
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -262,6 +262,10 @@ def test_filters(family: str, make_lab: MakeLab) -> None:
     assert said(client, server.address, PORT) == "echo" and said(server, client.address, PORT) == "TimeoutError"
     server.clear_filters()
     assert said(server, client.address, PORT) == "echo"
+    server.firewall(PORT)
+    assert said(client, server.address, PORT) == said(server, client.address, PORT) == "echo"
+    assert said(client, server.address, PORT + 1) == "TimeoutError"
+    server.clear_filters()
     server.filter()
     assert said(server, client.address, PORT) == said(client, server.address, PORT + 1) == "TimeoutError"
 

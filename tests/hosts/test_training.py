@@ -21,7 +21,7 @@ PLACES: dict[str, dict[str, Any]] = {
 }
 
 
-def told(start: str, place: str, lab_address: str) -> dict[str, str]:
+def told(start: str, place: str, lab_address: str) -> dict[str, Any]:
     """What a person tells beside the command: SLURM's names serve only where they lead to the hosts."""
     if start == "srun" and place not in ("names to loopback", "good names", "IPv6 only"):
         return {"where": lab_address}

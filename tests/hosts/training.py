@@ -47,12 +47,17 @@ def by_torchrun(
     port: int = PORT,
     options: Sequence[object] = (),
     env: Mapping[str, str] | None = None,
+    only: int | None = None,
 ) -> Processes:
-    """``launch/torchrun.sh`` on every host; ``where``: the host of the rendezvous, by default the first's address."""
+    """``launch/torchrun.sh`` on every host, or ``only`` on one of them while the others are awaited.
+
+    Args:
+        where: the host of the rendezvous, by default the address of the first.
+    """
     meeting = f"{bracketed(where or hosts[0].address)}:{port}"
     together = ["--nodes", len(hosts), "--rendezvous", meeting] if len(hosts) > 1 else []
     shared = ["bash", ROOT / "launch/torchrun.sh", *together, *options, per_host]
-    return [host.popen([*shared, *command], env=environment(**(env or {}))) for host in hosts]
+    return [host.popen([*shared, *command], env=environment(**(env or {}))) for _, host in _chosen(hosts, only)]
 
 
 def by_variables(
@@ -63,10 +68,11 @@ def by_variables(
     where: str = "",
     port: int = PORT,
     env: Mapping[str, str] | None = None,
+    only: int | None = None,
 ) -> Processes:
     """RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT by hand, a command for each process."""
     shared = {"WORLD_SIZE": len(hosts) * per_host, "MASTER_ADDR": where or hosts[0].address, "MASTER_PORT": port}
-    return _each(hosts, per_host, command, env, shared, "RANK", "LOCAL_RANK")
+    return _each(hosts, per_host, command, env, only, shared, "RANK", "LOCAL_RANK")
 
 
 def by_srun(
@@ -77,13 +83,14 @@ def by_srun(
     where: str = "",
     port: int = 0,
     env: Mapping[str, str] | None = None,
+    only: int | None = None,
 ) -> Processes:
     """The variables of a step of SLURM; ``where`` (MASTER_ADDR) and ``port`` where its names lead nowhere."""
     shared: dict[str, object] = {"SLURM_STEP_NUM_TASKS": len(hosts) * per_host, "SLURM_JOB_ID": 7, "SLURM_STEP_ID": 0}
     shared |= {"SLURM_STEP_NODELIST": ",".join(host.name for host in hosts), "SLURM_NNODES": len(hosts)}
     shared |= {"MASTER_ADDR": where} if where else {}
     shared |= {"MASTER_PORT": port} if port else {}
-    return _each(hosts, per_host, command, env, shared, "SLURM_PROCID", "SLURM_LOCALID")
+    return _each(hosts, per_host, command, env, only, shared, "SLURM_PROCID", "SLURM_LOCALID")
 
 
 STARTS: dict[str, Start] = {"torchrun.sh": by_torchrun, "variables": by_variables, "srun": by_srun}
@@ -94,17 +101,23 @@ def _each(
     per_host: int,
     command: Sequence[object],
     env: Mapping[str, str] | None,
+    only: int | None,
     shared: Mapping[str, object],
     rank: str,
     local_rank: str,
 ) -> Processes:
     started = []
-    for i, host in enumerate(hosts):
+    for i, host in _chosen(hosts, only):
         for j in range(per_host):
             own = {**shared, rank: i * per_host + j, local_rank: j}
             variables = {name: str(value) for name, value in own.items()} | dict(env or {})
             started.append(host.popen([sys.executable, *command], env=environment(**variables)))
     return started
+
+
+def _chosen(hosts: Sequence[Host], only: int | None) -> list[tuple[int, Host]]:
+    """(number, host) of those on which something is started."""
+    return [(i, host) for i, host in enumerate(hosts) if only in (None, i)]
 
 
 def bracketed(address: str) -> str:
