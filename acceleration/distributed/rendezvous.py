@@ -147,6 +147,7 @@ class _Visitor:
     channel: Channel
     read: bytes = b""
     peer: Peer | None = None  # once it has said who it is
+    told: bool = False  # something, by rank 0
 
 
 class RendezvousServer:
@@ -213,6 +214,7 @@ class RendezvousServer:
 
     def dismiss(self) -> None:
         """Tell all that the store is there."""
+        self._stop()
         self._tell({"go": True})
         self._close_visitors()
 
@@ -303,12 +305,17 @@ class RendezvousServer:
         with self._lock:
             if self.problem is not None:
                 visitor.channel.send(self._refusal(self.problem))
+                visitor.told = True
             elif "leaving" in message and visitor.peer is not None:
                 self.refuse(StartError(self._failure(float(message["leaving"]))))
             elif "peer" in message:
-                visitor.peer = peer = Peer.from_text(json.dumps(message["peer"]))
-                other = self.came.get(peer.rank)
-                if problem := self._misfit(peer, other):
+                peer = Peer.from_text(json.dumps(message["peer"]))
+                problem = self._misfit(peer, self.came.get(peer.rank))
+                if self._complete.is_set():  # one too many, who is not to spoil it for those that have met
+                    visitor.channel.send(self._refusal(problem or StartError("all processes have met already")))
+                    return
+                visitor.peer = peer
+                if problem:
                     self.refuse(problem)
                 else:
                     self.came[peer.rank] = visitor
@@ -344,6 +351,7 @@ class RendezvousServer:
             told = [visitor for visitor in self._visitors if visitor.peer is not None]
         for visitor in told:
             visitor.channel.send(message)
+            visitor.told = True
 
     def _refusal(self, problem: StartError) -> dict[str, Any]:
         return {"problem": str(problem), "exit_code": problem.exit_code}
@@ -353,7 +361,7 @@ class RendezvousServer:
         limit = time.monotonic() + LINGER_S
         while time.monotonic() < limit:
             with self._lock:
-                told = sum(visitor.peer is not None for visitor in self._visitors)
+                told = sum(visitor.told for visitor in self._visitors)
             if told >= self.me.world_size - 1:
                 return
             time.sleep(PAUSE_S / 4)
