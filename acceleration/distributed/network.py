@@ -46,16 +46,17 @@ def chosen_interface(configured: str, env: Mapping[str, str] = os.environ) -> Ch
     given = [(name, env.get(name, "").strip()) for name in VARIABLES]
     given = [one for one in given if one[1] and not (env is os.environ and one == (VARIABLES[0], _ours))]
     by, value = [*given, (KEY, configured.strip())][0]
-    there = addresses.interfaces()
-    if there:
-        for name in value.split(",") if value else []:
-            if not there.get(name):
-                listed = ", ".join(f"{one} ({', '.join(own[:3])})" for one, own in sorted(there.items()))
-                problem = (
-                    f"{by}={short(value)}: no such network interface on {socket.gethostname()}, or it has no address"
-                )
-                return Chosen(name, by, f"{problem}; there are {listed}; choose one of them, or none")
-    return Chosen(value.split(",")[0], by if value else "")
+    names, there = [name.strip() for name in value.split(",") if name.strip()], addresses.interfaces()
+    found = [name for name in names if there.get(name)]
+    if not names:
+        return Chosen("", "")
+    if (
+        not there or len(found) == len(names) or (found and by == KEY)
+    ):  # the key is for all hosts, a variable for this one
+        return Chosen((found or names)[0], by)
+    listed = ", ".join(f"{one} ({', '.join(own[:3])})" for one, own in sorted(there.items()))
+    problem = f"{by}={short(value)}: no such network interface on {socket.gethostname()}, or it has no address"
+    return Chosen(names[0], by, f"{problem}; there are {listed}; choose one of them, or none")
 
 
 def settle(
@@ -141,7 +142,7 @@ def _own_address(me: Peer, leaders: Sequence[Peer], chosen: Chosen) -> str:
         outward = [one for one in outward if one in own] or sorted(
             own, key=lambda one: bool(outward) and (":" in one) != (":" in outward[0])
         )
-    return outward[0] if outward else ""
+    return addresses.lasting(outward[0]) if outward else ""
 
 
 class _Listener:

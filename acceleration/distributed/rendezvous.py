@@ -238,8 +238,16 @@ class RendezvousServer:
         missing, world = self._missing(), self.me.world_size
         return (
             f"rank 0 on {self.me.host} waits at port {self.port} for {len(missing)} of {world} processes: "
-            f"{_with_hosts(missing, self.host_of)}{self._who_left(missing)}"
+            f"{_with_hosts(missing, self._hosts())}{self._who_left(missing)}"
         )
+
+    def _hosts(self) -> Mapping[int, str]:
+        """Host of each rank as the launcher says, unless somebody who came is on another of these hosts."""
+        with self._lock:
+            peers = [visitor.peer for visitor in self.came.values() if visitor.peer is not None]
+        known = set(self.host_of.values())
+        names = {peer.rank: {peer.host, peer.host.partition(".")[0]} & known for peer in peers}
+        return {} if any(own and self.host_of[rank] not in own for rank, own in names.items()) else self.host_of
 
     # --- what the thread does
 
@@ -384,7 +392,7 @@ class RendezvousServer:
         missing, world = self._missing(), self.me.world_size
         return (
             f"{world - len(missing)} of {world} processes came within {timeout_s:.0f} s; missing: "
-            f"{_with_hosts(missing, self.host_of)}; see their logs{self._who_left(missing)}; {self._likely(missing)}"
+            f"{_with_hosts(missing, self._hosts())}; see their logs{self._who_left(missing)}; {self._likely(missing)}"
         )
 
     def _likely(self, missing: Sequence[int]) -> str:
@@ -394,7 +402,7 @@ class RendezvousServer:
         where = ", ".join(endpoint(one, self.port) for one in outward[:4]) or f"port {self.port}"
         text = f"rank 0 listens on {self.me.host} at {where}"
         odd = "".join(_leads(place, outward) for place in self.places[:1])
-        return text + (odd or ", where nothing of them arrived: not started, looking elsewhere, or filtered")
+        return text + (odd or f", where nothing of {_them(missing)} arrived: {NOT_COME}")
 
     def _own_address(self, peers: Sequence[Peer]) -> str:
         """The end at which another host's connection arrived; on one host, that of any."""
@@ -510,6 +518,13 @@ def _leads(place: Place, outward: Sequence[str]) -> str:
     if not any(map(addresses.is_here, found)):
         return f"; {name}{leads_to} is no address of this machine, which is right behind NAT or a service only"
     return ""
+
+
+NOT_COME = "not started, started with RANK=0 too, looking elsewhere (MASTER_ADDR, MASTER_PORT), or filtered"
+
+
+def _them(ranks: Sequence[int]) -> str:
+    return "it" if len(ranks) == 1 else "them"
 
 
 def _with_hosts(ranks: Sequence[int], host_of: Mapping[int, str]) -> str:

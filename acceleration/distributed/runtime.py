@@ -10,13 +10,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -276,7 +275,8 @@ def start(
     network.use(peers[ranks.rank], chosen)
     if ranks.rank == 0 and (line := network.describe(peers)):
         say(line)
-    with parsing(partial(_no_group, backend, peers[ranks.rank])):
+    connecting = Connecting(store, backend, peers, ranks.rank)
+    with connecting.announced(Waiting(meeting.say, asked)), parsing(connecting.failure):
         dist.init_process_group(
             backend,
             store=dist.PrefixStore("group", store),
@@ -299,12 +299,46 @@ def group_order(peers: Sequence[Peer], mesh: MeshConfig | None) -> list[int]:
     return list(range(len(peers)))
 
 
-def _no_group(backend: str, me: Peer, reason: str) -> StartError:
-    """What the library of ``backend`` found wrong with this machine, and the variable that chooses its interface."""
-    name = f"{backend.upper()}_SOCKET_IFNAME"
-    reason = re.sub(r"^\[enforce fail at [^\]]*\]\s*", "", reason)
-    where = f"{me.where()}, interface {me.interface}" if me.interface else me.where()
-    return StartError(f"{backend} cannot connect the processes, says {where} ({reason}); {name} chooses the interface")
+class Connecting:
+    """While the library of a backend connects the processes, which says little about whom it waits for."""
+
+    def __init__(self, store: dist.Store, backend: str, peers: Sequence[Peer], rank: int) -> None:
+        """``rank``: of this process, as the launcher numbers it."""
+        self._store, self._backend, self._peers, self._me = store, backend, peers, peers[rank]
+        with suppress(dist.DistError, RuntimeError):  # the same will come to light in a moment
+            store.set(f"connecting/{rank}", "1")
+
+    @contextmanager
+    def announced(self, waiting: Waiting) -> Iterator[None]:
+        """A line says what is waited for if it takes long."""
+        done = threading.Event()
+
+        def look() -> None:
+            while not done.wait(ASK_S):
+                waiting.look(lambda: f"{self._me.where(rank=True)} waits for {self._backend} to connect all processes")
+
+        threading.Thread(target=look, name="connecting", daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
+
+    def failure(self, reason: str) -> StartError:
+        """What the library found wrong, who has not come so far, and the variable that chooses the interface."""
+        name = f"{self._backend.upper()}_SOCKET_IFNAME"
+        reason = re.sub(r"^\[enforce fail at [^\]]*\]\s*", "", reason)
+        interface = f", interface {self._me.interface}" if self._me.interface else ""
+        return StartError(
+            f"{self._backend} cannot connect the processes, says {self._me.where(rank=True)}{interface} "
+            f"({reason}){self._behind()}; {name} chooses the interface"
+        )
+
+    def _behind(self) -> str:
+        try:
+            behind = [peer for peer in self._peers if not self._store.check([f"connecting/{peer.rank}"])]
+        except (dist.DistError, RuntimeError):
+            return f"; {self._peers[0].where(rank=True)} has ended"
+        return f"; not there: {', '.join(peer.where(rank=True) for peer in behind[:8])}" if behind else ""
 
 
 def check_visible_devices(env: Mapping[str, str] = os.environ) -> None:
