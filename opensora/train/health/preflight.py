@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 
 from acceleration.diagnostics.preflight import PreflightError, preflight
 from acceleration.distributed import runtime as runtimes
@@ -24,8 +25,10 @@ def check_processes(cfg: RunConfig, runtime: Runtime, content: Mapping[str, str]
     Raises:
         UserError: code, configuration or torch differ, or a device is shared; names the ranks.
     """
+    # Interfaces may be called otherwise on each host.
+    common = replace(cfg, parallel=replace(cfg.parallel, interface=""))
     try:
-        report = preflight(runtime, {"code": code_digest(), "configuration": config_hash(cfg), **(content or {})})
+        report = preflight(runtime, {"code": code_digest(), "configuration": config_hash(common), **(content or {})})
     except PreflightError as error:
         raise UserError(str(error)) from None
     announce(report.summary)
@@ -40,6 +43,7 @@ def check_alone(cfg: RunConfig) -> None:
         StartError: a process did not come, or the port is in use.
         UserError: as ``check_processes``.
     """
-    runtime = runtimes.start(cfg.parallel.timeout_s)
+    parallel = cfg.parallel
+    runtime = runtimes.start(parallel.timeout_s, mesh=parallel.mesh, interface=parallel.interface)
     check_processes(cfg, runtime)
     runtimes.stop()
