@@ -107,7 +107,7 @@ class Coordinator:
         own = self._own
         if (about.run, about.run or about.command) != (own.run, own.run or own.command):
             ours, theirs = (one.run or one.command for one in (own, about))
-            self.notices.append(f"refused {about.host} ({address}), which starts another run: {theirs}")
+            self._refused_one(about, address, f"it starts another run: {theirs}")
             advice = "give the same command on every machine, or another port (--id NAME names runs)"
             return self._refused(f"another run meets at {self._endpoint}: {ours}; this one is {theirs}: {advice}")
         found = "; ".join(differences(about, own))
@@ -115,10 +115,21 @@ class Coordinator:
             return None
         line = f"error: {about.host} ({address}) cannot join {own.host}: {found}"
         if self.round or self._roster:
-            self.notices.append(f"refused {about.host} ({address}): {found}")
+            self._refused_one(about, address, found)
         else:
             self._end(line, 2)
         return self._refused(line.removeprefix("error: "))
+
+    def _refused_one(self, about: About, address: str, why: str) -> None:
+        self.notices.append(f"refused {about.host} ({address}): {why}")
+        self._remember(about.host, f"refused, as {why}")
+        self.advice, self.advice_code = self.advice or "start the same command with the same code on all machines", 2
+
+    def _remember(self, host: str, why: str) -> None:
+        """Why a host is not here."""
+        self._missing[host] = why
+        if len(self._missing) > KNOWN:
+            del self._missing[next(iter(self._missing))]
 
     def _refused(self, text: str) -> Order:
         return replace(self._blank, is_="end", text=f"error: {text}", code=2)
@@ -185,9 +196,7 @@ class Coordinator:
 
     def _remove(self, member: str, why: str, now: float) -> None:
         machine = self.machines.pop(member)
-        self._missing[machine.about.host] = why
-        if len(self._missing) > KNOWN:
-            del self._missing[next(iter(self._missing))]
+        self._remember(machine.about.host, why)
         if member in self._roster and member not in self._finished and self.ended is None:
             self._fail(Failure(1, f"{self._name(machine)} is gone: {why}", 1), now)
         elif not self._roster and self.ended is None:

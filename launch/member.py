@@ -40,7 +40,7 @@ from launch.rendezvous import (
 )
 
 CONNECT_S = 3.0  # for one address to answer
-ANSWER_S = 10.0  # for a coordinator to answer a hello; whoever takes longer is none
+ANSWER_S = 8.0  # for a coordinator to answer a hello; whoever takes longer is none
 RESOLVE_S = 30.0  # names of a cluster that is starting may come late
 PAUSE_S = 0.5  # between two rounds over the addresses
 LOOK_S = 0.05  # between two looks of the main thread
@@ -88,6 +88,8 @@ class Member:
         self._epoch = ""  # of the coordinator of the last round
         self._peer = ""  # its address
         self._trouble = f"{self._endpoint} is looked up"  # why there is no connection, in words
+        self._likely, self._code = UNANSWERED, 1  # what to do about it, and the exit code if it stays so
+        self._asking = False  # somebody is there, and has not answered yet
         self._refusing = False  # its machine answers, and nobody listens there
         self._away_since: float | None = time.monotonic()  # since when there is no connection
         self._fatal: RunEnded | None = None
@@ -123,8 +125,9 @@ class Member:
             if order is not None and self._is_new(order):
                 return self._begin(order)
             if away is not None and time.monotonic() - max(away, begun) > self._limits.timeout_s:
-                raise self._nobody_there()
-            lines.show(order.text if order is not None else f"waiting: {self._trouble}", self._say)
+                raise self._nobody_there(self._limits.timeout_s)
+            trouble = f"waiting: {self._trouble}" if not self._asking else ""
+            lines.show(order.text if order is not None else trouble, self._say)
             time.sleep(LOOK_S)
 
     def _is_new(self, order: Order) -> bool:
@@ -257,16 +260,16 @@ class Member:
             return resolve(self._host)
         except OSError as error:
             reason = error.strerror or str(error)
-            self._give_up_after(RESOLVE_S, 2, f"{self._host}: no machine of this name is known here ({reason})")
+            self._no_address(f"{self._host}: no machine of this name is known here ({reason})")
             return []
 
-    def _give_up_after(self, limit_s: float, code: int, trouble: str) -> None:
-        """Why there is no connection; the end, if it has been so for ``limit_s`` seconds and there never was one."""
+    def _no_address(self, trouble: str) -> None:
+        """The name leads nowhere, and why; the end, if it has for long and there never was a connection."""
         self._trouble, self._refusing = trouble, False
+        self._likely, self._code = "give --rendezvous the name or the address of one of these machines", 2
         away = self._away_since
-        if not self._found and away is not None and time.monotonic() - away > min(limit_s, self._limits.timeout_s):
-            advice = "give --rendezvous the name or the address of one of these machines"
-            raise RunEnded(f"error: {trouble}, tried for {time.monotonic() - away:.0f} s; {advice}", code)
+        if not self._found and away is not None and time.monotonic() - away > RESOLVE_S:
+            raise self._nobody_there(time.monotonic() - away)
 
     def _is_own(self, address: str) -> bool:
         """Whether this machine is the rendezvous. Its loopback is meant only by its own name, and by localhost."""
@@ -303,7 +306,7 @@ class Member:
             link.connect(name)
             if link.getsockname()[:2] == link.getpeername()[:2]:  # a socket that found itself, as nobody listens
                 raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
-            self._trouble = f"{self._endpoint} has not answered yet"
+            self._asking = True
             order = self._greet(link)
         except TimeoutError:
             found[address] = "no answer"
@@ -316,6 +319,8 @@ class Member:
                 self._arrived(link, order)
                 return link
             found[address] = order.text
+        finally:
+            self._asking = False
         link.close()
         return None
 
@@ -364,11 +369,12 @@ class Member:
         """
         if misled:
             own = f"{self._host} leads to a loopback address here, though this machine is called {socket.gethostname()}"
-            self._give_up_after(RESOLVE_S, 2, f"{own} (see /etc/hosts)")
+            self._no_address(f"{own} (see /etc/hosts)")
             return
         words = [why if address == self._host else f"{address}: {why}" for address, why in list(found.items())[:4]]
         self._trouble = f"{self._endpoint} does not answer ({'; '.join(words)})"
         self._refusing = any("refused" in why for why in found.values())
+        self._likely, self._code = (REFUSED if self._refusing else UNANSWERED), 1
         stranger = STRANGER in found.values()
         doubtful = stranger or in_use or CLOSED in found.values()
         self._doubtful_since = (self._doubtful_since or time.monotonic()) if doubtful else None
@@ -378,15 +384,11 @@ class Member:
             advice = f"give --rendezvous another port ({'; '.join(words)})"
             raise RunEnded(f"error: {self._endpoint} is in use by another program; {advice}", 1)
 
-    def _nobody_there(self) -> RunEnded:
-        """After the timeout."""
-        limit = f"{self._limits.timeout_s:.0f} s"
+    def _nobody_there(self, tried_s: float) -> RunEnded:
+        """After too long."""
         if self._found:
-            return RunEnded(f"error: {self._trouble}: the launcher there has not come back within {limit}", 1)
-        likely = "is it the address of one of these machines, and does a firewall let the port through?"
-        if self._refusing:
-            likely = "is the same command started on that machine, and is this its own address?"
-        return RunEnded(f"error: {self._trouble}, tried for {limit}: {likely}", 1)
+            return RunEnded(f"error: {self._trouble}; the launcher there has not come back within {tried_s:.0f} s", 1)
+        return RunEnded(f"error: {self._trouble}, tried for {tried_s:.0f} s: {self._likely}", self._code)
 
     def _talk(self, link: socket.socket) -> None:
         """Until the connection ends, is silent for too long, or this launcher leaves."""
@@ -442,6 +444,8 @@ class Member:
 
 STRANGER = "another program listens there"
 CLOSED = "it ends the connection without a word"
+UNANSWERED = "is it the address of one of these machines, and does a firewall let the port through?"
+REFUSED = "is the same command started on that machine, and is this its own address?"
 
 
 class Lines:
