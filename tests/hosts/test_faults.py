@@ -8,7 +8,7 @@ The default run has a few; ``-m slow`` has all. The table is printed with -s, an
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from tests.hosts.training import LIMIT_S, OVERRIDES, PORT, STARTS, Processes, al
 
 pytestmark = pytest.mark.timeout(900)
 TIMEOUT_S = 20  # parallel.timeout_s where processes do not meet
+HEARTBEAT_S = 5  # of launchers
 HANG_S = 8  # guard.hang_s where a network fails under way
 SILENT_S = (
     20.0  # until the first line of a command that waits: 5 s, after those that it takes to begin on a busy machine
@@ -88,9 +89,11 @@ class Scene:
         """Of the lab."""
         return self.lab.hosts
 
-    def run(self, *overrides: str, **more: Any) -> Processes:
+    def run(self, *overrides: str, hosts: Sequence[Host] = (), **more: Any) -> Processes:
         """The command on all hosts, with one process each."""
-        return STARTS[self.start](self.hosts, 1, self.command(*overrides), **more)
+        if self.start == "torchrun.sh":
+            more.setdefault("options", ("--timeout", TIMEOUT_S, "--heartbeat-timeout", HEARTBEAT_S))
+        return STARTS[self.start](hosts or self.hosts, 1, self.command(*overrides), **more)
 
     def command(self, *overrides: str) -> list[object]:
         """Of one process."""
@@ -141,7 +144,7 @@ def other_number(scene: Scene) -> Processes:
     """The second host was told of three."""
     if scene.start == "torchrun.sh":
         three = [*scene.hosts, scene.hosts[0]]
-        return scene.run(only=0) + STARTS[scene.start](three, 1, scene.command(), only=1)
+        return scene.run(only=0) + scene.run(only=1, hosts=three)
     return scene.run(only=0) + scene.run(only=1, env={"WORLD_SIZE": "3"})
 
 
