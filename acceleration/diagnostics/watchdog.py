@@ -51,7 +51,7 @@ _IN_EXCHANGE = re.compile(
     r'File ".*torch/distributed/(?:distributed_c10d|_functional_collectives)\.py", line \d+ in (\w+)'
 )
 _NOT_WELL = ("T", "t", "D", "Z")  # states of /proc/PID/status
-_NOT_EXCHANGES = ("wrapper", "_new_group_with_tag")
+_NOT_EXCHANGES = ("wrapper", "_new_group_with_tag", "__torch_dispatch__", "<lambda>", "unwrap", "trigger_wait")
 
 
 class Watchdog:
@@ -74,6 +74,7 @@ class Watchdog:
         handles = (self._beat.fileno(), self._stacks.fileno())
         arguments = [*handles, os.getpid(), threading.main_thread().ident, rank, world_size, exchange_s, folder]
         arguments.append(" ".join(f"{name}*{len(list(same))}" for name, same in itertools.groupby(hosts)))
+        arguments.append(" ".join(_interfaces("1")))
         before = signal.pthread_sigmask(signal.SIG_BLOCK, UNTOUCHED)  # the mask is inherited
         try:
             self._process = subprocess.Popen(
@@ -251,7 +252,7 @@ class _Monitor:
         self.exchange_s, self.folder = float(argv[6]), Path(argv[7])
         counted = [pair.rpartition("*") for pair in argv[8].split()]
         self.hosts = [name for name, _, count in counted for _ in range(int(count))]
-        self.connected = _interfaces("1")
+        self.connected = set(argv[9].split())
         self.memory = mmap.mmap(beat, mmap.PAGESIZE, prot=mmap.PROT_READ)
         self.stacks = stacks
         if sys.platform == "linux":  # were this process stopped, it would not see that the other has ended
