@@ -46,13 +46,16 @@ NAMES = ("full", "loopback", "loopback only", "none", "different")
 
 # The first process of a host. $1: its name, $2: the text of its hosts file. It ignores SIGCHLD, so that what is
 # orphaned in the host leaves no zombies. Files are written in the host's own shared memory and bound to their places.
+# /sys must be mounted anew to show the host's interfaces, and keeps the control groups below it.
 _INIT = r"""
 set -e
 trap '' CHLD
 echo "$1" > /proc/sys/kernel/hostname
-mount -t sysfs sysfs /sys
 mount -t tmpfs -o mode=1777 shm /dev/shm
-mkdir /dev/shm/.etc
+mkdir /dev/shm/.etc /dev/shm/.cgroup
+mount --rbind /sys/fs/cgroup /dev/shm/.cgroup || true
+mount -t sysfs sysfs /sys
+mount --move /dev/shm/.cgroup /sys/fs/cgroup || true
 cd /dev/shm/.etc
 printf '%s' "$2" > hosts
 echo 'hosts: files' > nsswitch.conf
@@ -64,7 +67,7 @@ for name in hosts nsswitch.conf resolv.conf hostname; do
 done
 mount --bind boot_id /proc/sys/kernel/random/boot_id
 cd /
-rm -r /dev/shm/.etc
+rm -r /dev/shm/.etc /dev/shm/.cgroup
 for all in all default; do
     echo 0 > "/proc/sys/net/ipv6/conf/$all/accept_dad" || true
 done
