@@ -310,7 +310,7 @@ def test_a_network_that_fails_is_named_and_nothing_is_lost(
     do(second)
     (tmp_path / "pause/go").touch()
     heard.listen(LIMIT_S)
-    named = heard.first(r"(error|HANG|suspect|rank 1).*h1")
+    named = heard.first(r"h1 is gone|(error|suspect|rank 1).*h1")
     note(fault, start, heard, named)
     assert heard.processes[0].returncode in (1, 70) and "Traceback" not in str(heard), heard
     assert max(heard.ended.values()) < 6 * HANG_S, heard
