@@ -11,6 +11,7 @@ import torch
 from acceleration import lora
 from acceleration.checkpoint import CheckpointManager
 from acceleration.checkpoint import SaveError as SaveError  # what saving raises, also for the command line
+from acceleration.diagnostics.lost_peers import naming_lost_peers
 from acceleration.diagnostics.memory_usage import device_bytes, machine_bytes
 from acceleration.distributed import mesh as meshes
 from acceleration.distributed import runtime as runtimes
@@ -83,8 +84,9 @@ def start_run(cfg: RunConfig) -> Run:
         parallel, asked = cfg.parallel, signal_handler.install()
         runtime = runtimes.start(parallel.timeout_s, lambda: asked.name is not None, parallel.mesh, parallel.interface)
         timer = start_timer(cfg, runtime)
-        check_folder(cfg.folder, lock.owner["token"] if lock else None, runtime)
-        run = build_run(cfg, table, plan, runtime, timer)
+        with naming_lost_peers(runtime, lambda: "building"):
+            check_folder(cfg.folder, lock.owner["token"] if lock else None, runtime)
+            run = build_run(cfg, table, plan, runtime, timer)
     except BaseException as error:
         if timer and isinstance(error, Interrupted):  # on every process
             timer.close()

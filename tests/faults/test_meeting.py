@@ -145,7 +145,7 @@ def test_who_differs_is_named() -> None:
     everyone = [facts(rank) for rank in range(6)]
     assert differences(everyone) == []
     everyone[3] = facts(3, same={"code": "b"})
-    assert differences(everyone) == ["code is not the same on all processes: rank 3 has b, the others a"]
+    assert differences(everyone) == ["code is not the same on all processes: rank 3 on n1 has b, the others a"]
 
 
 def test_slow_links_and_mixed_devices_are_named() -> None:

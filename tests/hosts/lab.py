@@ -39,19 +39,23 @@ NETWORK, NETWORK_V6 = "10.77.0", "fd77::"
 DEAD_NETWORK, DEAD_NETWORK_V6 = "10.77.99", "fd77:99::"
 NOBODY, NOBODY_V6 = "10.77.0.200", "fd77::200"  # in the network of the hosts, and no host's
 ELSEWHERE, ELSEWHERE_V6 = "10.77.200.1", "fd77:200::1"  # reached by a router that answers nothing
-_ROUTER_MAC = "02:77:00:00:00:fe"
+_MAC = "02:77:00:00:00:"
+_ROUTER_MAC = f"{_MAC}fe"
 _LOCALHOST = "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n"
 NAMES = ("full", "loopback", "loopback only", "none", "different")
 
 # The first process of a host. $1: its name, $2: the text of its hosts file. It ignores SIGCHLD, so that what is
 # orphaned in the host leaves no zombies. Files are written in the host's own shared memory and bound to their places.
+# /sys must be mounted anew to show the host's interfaces, and keeps the control groups below it.
 _INIT = r"""
 set -e
 trap '' CHLD
 echo "$1" > /proc/sys/kernel/hostname
-mount -t sysfs sysfs /sys
 mount -t tmpfs -o mode=1777 shm /dev/shm
-mkdir /dev/shm/.etc
+mkdir /dev/shm/.etc /dev/shm/.cgroup
+mount --rbind /sys/fs/cgroup /dev/shm/.cgroup || true
+mount -t sysfs sysfs /sys
+mount --move /dev/shm/.cgroup /sys/fs/cgroup || true
 cd /dev/shm/.etc
 printf '%s' "$2" > hosts
 echo 'hosts: files' > nsswitch.conf
@@ -63,7 +67,7 @@ for name in hosts nsswitch.conf resolv.conf hostname; do
 done
 mount --bind boot_id /proc/sys/kernel/random/boot_id
 cd /
-rm -r /dev/shm/.etc
+rm -r /dev/shm/.etc /dev/shm/.cgroup
 for all in all default; do
     echo 0 > "/proc/sys/net/ipv6/conf/$all/accept_dad" || true
 done
@@ -330,7 +334,7 @@ class Host:
         if lab.dead_interface:
             lines += [_add(self.dead_address, "dead0"), "link set dead0 up"]
         lines += [_add(address, "eth0") for address in self.addresses]
-        lines += [f"link set eth0 mtu {lab.mtu} up"]
+        lines += [f"link set eth0 address {_MAC}{self.index + 1:02x} mtu {lab.mtu} up"]  # the same after it was down
         routers = [f"{NETWORK}.254"] * (lab.family != "ipv6") + [f"{NETWORK_V6}fe"] * (lab.family != "ipv4")
         for router in routers * lab.router:
             lines += [f"neigh add {router} lladdr {_ROUTER_MAC} dev eth0 nud permanent"]
