@@ -335,6 +335,7 @@ def about(argv: Sequence[str]) -> About:
     """This launcher."""
     given = parse_args(argv)
     least, _, most = given.nnodes.partition(":")
+    words = [given.training_script, *given.training_script_args]
     return About(
         member=secrets.token_hex(8),
         host=host_name(),
@@ -343,15 +344,21 @@ def about(argv: Sequence[str]) -> About:
         nodes_max=int(most or least),
         restarts=given.max_restarts,
         run="" if given.rdzv_id == NO_NAME else given.rdzv_id,
-        command=command([given.training_script, *given.training_script_args]),
+        command=shown(words[:1] + [one for one in words[1:] if names_run(one)]),
+        settings=shown([one for one in words[1:] if not names_run(one)]),
         torch=str(torch.__version__),
         python=python_version(),
         code=code_digest(),
     )
 
 
-def command(words: Sequence[str], root: Path = ROOT) -> str:
-    """What is started, the same on machines that have the code in different folders; long ones by their digest too."""
+def names_run(word: str) -> bool:
+    """Whether an argument says which run it is: the configuration, and where it is written."""
+    return "=" not in word or word.startswith(("name=", "output="))
+
+
+def shown(words: Sequence[str], root: Path = ROOT) -> str:
+    """The same on machines that have the code in different folders; of long ones the beginning and a digest."""
     inside = [str(path.relative_to(root)) if (path := Path(one)).is_relative_to(root) else one for one in words]
     text = " ".join(inside)
     if len(text) <= SHOWN:
