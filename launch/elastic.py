@@ -185,7 +185,7 @@ QUIET = ("", ".agent.server.api", ".multiprocessing.api", ".multiprocessing.erro
 BACKEND = "machines"  # name of this rendezvous in torch's registry
 NO_NAME = "opensora"  # of a run without --id
 GRACE_S = 15  # for processes to end after a failure: their peers are gone, and they can agree on nothing
-AGREED_S = 60.0  # for processes to leave by themselves when those of another machine have, having agreed to
+AGREED_S = 5.0  # for processes to leave by themselves when those of another machine have, having agreed to
 
 
 class Agent(api.LocalElasticAgent):
@@ -309,12 +309,13 @@ class MachineAgent(Agent):
     def _end_processes(self, order: Order) -> None:
         """Ask them to save and leave if there is time for that, and wait; kill them if there is none."""
         deadline = time.monotonic() + AGREED_S
-        while order.is_ == "end" and order.code == SAVED and time.monotonic() < deadline:
+        while order.is_ == "end" and order.code == SAVED and (STOP.number or time.monotonic() < deadline):
             if all(process.poll() is not None for process in self._processes().values()):
                 return
             time.sleep(LOOK_S)
         context: Any = self._pcontext
-        context.close(signal.SIGTERM, STOP.patience_s if order.gentle else GRACE_S)
+        saves = order.gentle or (order.is_ == "end" and order.code == SAVED)
+        context.close(signal.SIGTERM, STOP.patience_s if saves else GRACE_S)
 
 
 def machines(member: Callable[[RendezvousParameters], Member], parameters: RendezvousParameters) -> RendezvousHandler:
