@@ -18,7 +18,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 def submit(host: Host, conf: Path, config: Path, nodes: int, tasks: int) -> str:
     """The number of a job of ``launch/submit.py``."""
     fixed = ["--nodes", nodes, "--gpus-per-node", 0, "--tasks-per-node", tasks, "--python", sys.executable]
-    command = [sys.executable, ROOT / "launch/submit.py", *arguments(config, nodes * tasks, f"train.steps={STEPS}")]
+    command = [sys.executable, ROOT / "launch/submit.py", *arguments(config, f"train.steps={STEPS}")]
     done = host.run([*command, *fixed], env=environment(conf) | {"OMP_NUM_THREADS": "1"}, limit_s=LIMIT_S)
     return done.stdout.split()[2].rstrip(":")
 
