@@ -375,7 +375,7 @@ class Member:
             RunEnded: it is no use to try again.
         """
         if misled:
-            own = f"{self._host} leads to a loopback address here, though this machine is called {socket.gethostname()}"
+            own = f"{self._host} leads to a loopback address here, though this machine is {socket.gethostname()}"
             self._no_address(f"{own} (see /etc/hosts)")
             return
         words = [why if address == self._host else f"{address}: {why}" for address, why in list(found.items())[:4]]
