@@ -5,14 +5,18 @@ connects what it belongs to and where its store is. A stranger on one of these p
 gives another answer or none, and is passed over; torch's own client would wait for it without end.
 """
 
+import json
 import socket
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import timedelta
 
 import torch.distributed as dist
+
+from acceleration.distributed.peers import Peer
 
 GREETING = "opensora"
 ANSWER_S = 2.0  # a door answers at once; whoever takes longer is a stranger
@@ -59,28 +63,27 @@ class RendezvousServer:
 
 
 def rendezvous(
-    rank: int, world_size: int, address: str, ports: Sequence[int], token: str, timeout_s: float, device: str = ""
-) -> dist.Store:
-    """A store that all ranks share, hosted by rank 0 on a port that the system picks.
+    me: Peer, address: str, ports: Sequence[int], token: str, timeout_s: float
+) -> tuple[dist.Store, list[Peer]]:
+    """A store that all ranks share, hosted by rank 0 on a port that the system picks, and all ranks.
 
     Args:
         ports: where rank 0's door may be, the same on all ranks, best first.
         token: without spaces; the same on all ranks of this attempt of this job and on nobody else.
-        device: as for ``check_in``.
 
     Raises:
         StartError: no port is free, a rank did not come within ``timeout_s`` seconds, or two share a device.
     """
     deadline = time.monotonic() + timeout_s
+    rank, world_size = me.rank, me.world_size
     if rank == 0:
         limit = timedelta(seconds=timeout_s)
         store = dist.TCPStore("127.0.0.1", 0, world_size, True, limit, wait_for_workers=False)
         door = RendezvousServer(address, ports, token, store.port)
         try:
-            check_in(store, rank, world_size, deadline - time.monotonic(), device)
+            return store, check_in(store, me, deadline - time.monotonic())
         finally:
             door.close()
-        return store
     port = find_server(address, ports, token, deadline)
     limit = timedelta(seconds=max(1.0, deadline - time.monotonic()))
     try:
@@ -88,37 +91,40 @@ def rendezvous(
     except dist.DistError as error:
         reason = (str(error).splitlines() or [""])[0][:200]
         raise StartError(f"{address}:{port}: rank 0 ended before rank {rank} came ({reason})") from None
-    check_in(store, rank, world_size, deadline - time.monotonic(), device)
+    peers = check_in(store, me, deadline - time.monotonic())
     store.set_timeout(timedelta(seconds=timeout_s))
-    return store
+    return store, peers
 
 
-def check_in(store: dist.Store, rank: int, world_size: int, timeout_s: float, device: str = "") -> None:
+def check_in(store: dist.Store, me: Peer, timeout_s: float) -> list[Peer]:
     """Wait until every rank has come. Every rank calls this once for a store.
 
-    Args:
-        device: what no other device has; empty where processes may share it.
+    Returns:
+        what all of them said of themselves, by rank.
 
     Raises:
         StartError: some did not come within ``timeout_s`` seconds, rank 0 names them; or two share a device.
     """
     store = dist.PrefixStore("check-in", store)
-    host = socket.gethostname()
-    store.set(str(rank), device)
-    if rank != 0:
+    store.set(str(me.rank), me.to_text())
+    if me.rank != 0:
         try:
             store.wait(["all"], timedelta(seconds=timeout_s + ANSWER_S))  # rank 0 speaks first
         except (dist.DistError, RuntimeError):
-            raise StartError(f"rank {rank} on {host} came, others did not within {timeout_s:.0f} s") from None
+            raise StartError(f"rank {me.rank} on {me.host} came, others did not within {timeout_s:.0f} s") from None
     else:
-        _await(store, world_size, timeout_s)
-        devices = store.multi_get([str(other) for other in range(world_size)])
-        store.set("all", _shared([one.decode() for one in devices]))
-    problem = store.get("all").decode()
-    if problem:
-        if rank == 0:
+        _await(store, me.world_size, timeout_s)
+        texts = store.multi_get([str(other) for other in range(me.world_size)])
+        peers = [Peer.from_text(text.decode()) for text in texts]
+        store.set(
+            "all", json.dumps({"problem": _shared([peer.device for peer in peers]), "peers": list(map(asdict, peers))})
+        )
+    said = json.loads(store.get("all"))
+    if said["problem"]:
+        if me.rank == 0:
             time.sleep(ANSWER_S / 2)  # the others read it before the store is gone
-        raise StartError(problem, exit_code=2)
+        raise StartError(said["problem"], exit_code=2)
+    return [Peer(**one) for one in said["peers"]]
 
 
 def _await(store: dist.Store, world_size: int, timeout_s: float) -> None:

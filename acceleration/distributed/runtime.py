@@ -9,7 +9,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
@@ -20,7 +20,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from acceleration.config import MeshConfig
 from acceleration.distributed.agreement import Interrupted
+from acceleration.distributed.peers import Peer
 from acceleration.distributed.rendezvous import StartError, check_in, rendezvous
 from acceleration.files.untrusted import parsing, short
 
@@ -52,6 +54,9 @@ class Runtime:
     world_size: int
     local_rank: int
     device: torch.device
+    peers: tuple[
+        Peer, ...
+    ] = ()  # all processes, by rank in the process group; empty in a group of one that was not started
 
     @property
     def is_main(self) -> bool:
@@ -176,11 +181,15 @@ def attempt_token(env: Mapping[str, str] = os.environ) -> str:
     return "-".join(env.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
 
 
-def start(timeout_s: int, asked: Callable[[], bool] = lambda: False) -> Runtime:
+def start(
+    timeout_s: int, asked: Callable[[], bool] = lambda: False, mesh: MeshConfig | None = None, interface: str = ""
+) -> Runtime:
     """Join the process group (nccl with a GPU per process, else gloo) and choose the device.
 
     Args:
         asked: whether this process was asked to stop; looked at while it waits for the others.
+        mesh: for which ranks are laid out, so that what exchanges most stays within a host; None: as the launcher has them.
+        interface: network interface of groups on the CPU; empty: found from the routing table.
 
     Raises:
         StartError: a peer did not come within ``timeout_s`` seconds, the port is in use, two processes have one GPU, no
@@ -197,17 +206,24 @@ def start(timeout_s: int, asked: Callable[[], bool] = lambda: False) -> Runtime:
         backend = "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-    store = unless_asked(asked, common_store, ranks, timeout_s, device_identity(device))
+    store, peers = unless_asked(asked, common_store, ranks, timeout_s, device_identity(device))
+    order = group_order(peers, mesh)
+    rank = order.index(ranks.rank)
     with parsing(partial(_no_group, backend)):
         dist.init_process_group(
             backend,
             store=dist.PrefixStore("group", store),
-            rank=ranks.rank,
+            rank=rank,
             world_size=ranks.world_size,
             timeout=timedelta(seconds=timeout_s),
             device_id=device if device.type == "cuda" else None,  # nccl must not guess it from the rank
         )
-    return Runtime(ranks.rank, ranks.world_size, ranks.local_rank, device)
+    return Runtime(rank, ranks.world_size, ranks.local_rank, device, tuple(peers[other] for other in order))
+
+
+def group_order(peers: Sequence[Peer], mesh: MeshConfig | None) -> list[int]:
+    """The launcher's rank of every rank of the process group; the launcher's rank 0 stays rank 0."""
+    return list(range(len(peers)))
 
 
 def _no_group(backend: str, reason: str, env: Mapping[str, str] = os.environ) -> StartError:
@@ -296,22 +312,21 @@ def check_address(address: str, name: str) -> None:
     )
 
 
-def common_store(ranks: Ranks, timeout_s: int, device: str = "") -> dist.Store:
-    """The store of the launcher if it has one, else of rank 0; returns when every rank is there.
+def common_store(ranks: Ranks, timeout_s: int, device: str = "") -> tuple[dist.Store, list[Peer]]:
+    """The store of the launcher if it has one, else of rank 0, and all processes; returns when every rank is there.
 
     Raises:
         StartError: as ``start``.
     """
+    me = Peer.here(ranks.rank, ranks.world_size, device)
     if ranks.launcher == "none":
-        return dist.HashStore()
+        return dist.HashStore(), [me]
     check_meeting(ranks)
     if ranks.launcher == "slurm":
         address, port = rendezvous_from_environment()
         if ranks.rank != 0:  # which listens, and need not find itself
             check_address(address, next((name for name in _ADDRESSES if _text(os.environ, name)), _ADDRESSES[0]))
-        return rendezvous(
-            ranks.rank, ranks.world_size, address, candidate_ports(port), attempt_token(), timeout_s, device
-        )
+        return rendezvous(me, address, candidate_ports(port), attempt_token(), timeout_s)
     check_address(_text(os.environ, "MASTER_ADDR"), "MASTER_ADDR")
     limit = timedelta(seconds=timeout_s)
     try:
@@ -320,8 +335,7 @@ def common_store(ranks: Ranks, timeout_s: int, device: str = "") -> dist.Store:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = "in use by another program" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
         raise StartError(f"{where}: {reason}; set MASTER_ADDR and MASTER_PORT, or start again") from None
-    check_in(store, ranks.rank, ranks.world_size, timeout_s, device)
-    return store
+    return store, check_in(store, me, timeout_s)
 
 
 def stop() -> None:

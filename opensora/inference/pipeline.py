@@ -211,7 +211,8 @@ def sample(cfg: SampleConfig) -> list[str]:
     check_guidance(cfg.parallel.mesh, world_size, cfg.sampling)
     check_sample(cfg, source, len(jobs), world_size)
     try_output(output_folder(cfg), "save_dir", folder=True)
-    runtime = runtimes.start(cfg.parallel.timeout_s)
+    parallel = cfg.parallel
+    runtime = runtimes.start(parallel.timeout_s, mesh=parallel.mesh, interface=parallel.interface)
     parts = prepare_models(cfg, source, runtime)
     fit(cfg.sampling, parts)
     announce(f"{len(jobs)} samples on {runtime.world_size} processes, {runtime.device.type}")

@@ -79,7 +79,8 @@ def start_run(cfg: RunConfig) -> Run:
     lock = RunLock(cfg.folder) if ranks.rank == 0 else None
     timer = None
     try:
-        runtime = runtimes.start(cfg.parallel.timeout_s, lambda: signal_handler.install().name is not None)
+        parallel, asked = cfg.parallel, signal_handler.install()
+        runtime = runtimes.start(parallel.timeout_s, lambda: asked.name is not None, parallel.mesh, parallel.interface)
         timer = start_timer(cfg, runtime)
         run = build_run(cfg, table, plan, runtime, timer)
     except BaseException as error:

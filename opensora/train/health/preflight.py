@@ -36,6 +36,7 @@ def check_alone(cfg: RunConfig) -> None:
         StartError: a process did not come, or the port is in use.
         UserError: as ``check_processes``.
     """
-    runtime = runtimes.start(cfg.parallel.timeout_s)
+    parallel = cfg.parallel
+    runtime = runtimes.start(parallel.timeout_s, mesh=parallel.mesh, interface=parallel.interface)
     check_processes(cfg, runtime)
     runtimes.stop()
