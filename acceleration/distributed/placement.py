@@ -9,11 +9,8 @@ because sizes divide one another the blocks of one level can be cut out of those
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TypeVar
 
 from acceleration.distributed.mesh import AXES
-
-T = TypeVar("T")
 
 
 def place(hosts: Sequence[Hashable], degrees: Mapping[str, int]) -> list[int]:
@@ -33,11 +30,6 @@ def place(hosts: Sequence[Hashable], degrees: Mapping[str, int]) -> list[int]:
     for rank, number in enumerate(arrange(list(processes.values()), block_sizes(degrees))):
         ranks[next(waiting[names[number]])] = rank
     return ranks
-
-
-def by_rank(launched: Sequence[T], ranks: Sequence[int]) -> list[T]:
-    """What belongs to each launcher rank, in the order of the ranks that ``place`` gave them."""
-    return [one for _, one in sorted(zip(ranks, launched, strict=True), key=lambda pair: pair[0])]
 
 
 def block_sizes(degrees: Mapping[str, int]) -> list[int]:
