@@ -30,8 +30,10 @@ from acceleration.accounting.rank_layout import MicroBatch, Peers, RankLayout
 from acceleration.config import ParallelConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.distributed.mesh import AXES, FSDP, REPLICATE, Axis
+from acceleration.distributed.rendezvous import ranges
 
 REDUCTIONS = {"gloo": 2, "nccl": 1}  # how often a reduce-scatter sends what it has to send
+NAMED = 8  # hosts that are named in the line about them
 TRAFFIC = (FSDP, REPLICATE, "cfg", "ring", "ulysses", "tensor")  # what bytes are counted on
 
 
@@ -130,11 +132,55 @@ def shares_leaving(degrees: Mapping[str, int], zero: int, hosts: Sequence[int]) 
     return found
 
 
+def summary(degrees: Mapping[str, int], hosts: Sequence[str], launched: Sequence[int], sent: Mapping[str, int]) -> str:
+    """One line: which ranks each host has, which axes cross hosts, and what the first host will send in a step.
+
+    Args:
+        hosts: name of the host of every rank.
+        launched: the launcher's rank of every rank; said where it is another.
+        sent: of ``leaving_host``; empty where it is not known.
+    """
+    names = list(dict.fromkeys(hosts))
+    listed = [_ranks_of(name, hosts, launched) for name in names[:NAMED]]
+    more = [f"{len(names) - NAMED} more"] if len(names) > NAMED else []
+    parts = ", ".join(f"{axis} {readable(count)}" for axis, count in sent.items())
+    predicted = f"; {hosts[0]} sends the others {readable(sum(sent.values()))} per step ({parts}; predicted)"
+    return f"{len(names)} hosts: {', '.join([*listed, *more])}; {_axes(degrees, hosts)}{predicted if sent else ''}"
+
+
+def _ranks_of(name: str, hosts: Sequence[str], launched: Sequence[int]) -> str:
+    ranks = [rank for rank, one in enumerate(hosts) if one == name]
+    theirs = sorted(launched[rank] for rank in ranks)
+    return f"{name} has rank {ranges(ranks)}" + (f" (the launcher's {ranges(theirs)})" if theirs != ranks else "")
+
+
+def _axes(degrees: Mapping[str, int], hosts: Sequence[Hashable]) -> str:
+    """``ulysses stays within a host, shard crosses hosts``."""
+    groups = {axis: (count, len(hosts) // degrees[axis]) for axis, count in crossing(degrees, hosts).items()}
+    within = [axis for axis, (count, _) in groups.items() if not count]
+    across = [f"{axis} ({n} of {every} groups)" if n < every else axis for axis, (n, every) in groups.items() if n]
+    said = []
+    if within:
+        said.append(f"{' and '.join(within)} {'stays' if len(within) == 1 else 'stay'} within a host")
+    if across:
+        said.append(f"{' and '.join(across)} {'crosses' if len(across) == 1 else 'cross'} hosts")
+    return ", ".join(said)
+
+
+def readable(count: float) -> str:
+    """Bytes in the largest unit of which there is one: ``1.5 GiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} TiB"
+
+
 def crossing(degrees: Mapping[str, int], hosts: Sequence[Hashable]) -> dict[str, int]:
     """Axis of the mesh -> how many of its groups have processes of several hosts; axes of degree 1 left out."""
     found = {}
-    for axis, degree in degrees.items():
-        if degree > 1:
+    for axis in AXES:
+        if degrees[axis] > 1:
             groups = {tuple(members(degrees, 1, axis, rank)) for rank in range(len(hosts))}
             found[axis] = sum(len({hosts[rank] for rank in group}) > 1 for group in groups)
     return found

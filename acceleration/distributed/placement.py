@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 
 from acceleration.distributed.mesh import AXES
+from acceleration.distributed.peers import Peer
 
 
 def place(hosts: Sequence[Hashable], degrees: Mapping[str, int]) -> list[int]:
@@ -30,6 +31,16 @@ def place(hosts: Sequence[Hashable], degrees: Mapping[str, int]) -> list[int]:
     for rank, number in enumerate(arrange(list(processes.values()), block_sizes(degrees))):
         ranks[next(waiting[names[number]])] = rank
     return ranks
+
+
+def host_names(peers: Sequence[Peer]) -> list[str]:
+    """A name for the host of each process: the host's own, with its address where several hosts are called alike."""
+    ids = {peer.host: {one.host_id for one in peers if one.host == peer.host} for peer in peers}
+    order = list(dict.fromkeys(peer.host_id for peer in peers))
+    return [
+        peer.host if len(ids[peer.host]) == 1 else f"{peer.host} ({peer.address or order.index(peer.host_id)})"
+        for peer in peers
+    ]
 
 
 def block_sizes(degrees: Mapping[str, int]) -> list[int]:
