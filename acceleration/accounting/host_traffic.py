@@ -14,8 +14,8 @@ shift along a ring                 to the next process                          
 =================================  ==============================================  =================================
 
 Where bytes go round, what leaves a host is what one process sends, times the places where the ring leaves it. NCCL may
-choose trees or other rings; it is not measured here. Not counted: headers, messages of a few bytes (the norm, agreements,
-records), checkpoints and samples, and what encoders exchange.
+choose trees or other rings; it is not measured here. Not counted: headers, messages of a few bytes (the norm,
+agreements, records), checkpoints and samples, and what encoders exchange.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -42,7 +42,8 @@ class OtherHosts(Peers):
 
     def __init__(self, place: RankLayout, hosts: Sequence[Hashable], backend: str = "gloo") -> None:
         """``hosts``: of every rank, anything that tells hosts apart."""
-        self._place, self._hosts, self.reductions = place, hosts, REDUCTIONS[backend]
+        super().__init__(REDUCTIONS[backend])
+        self._place, self._hosts = place, hosts
         self._degrees = {name: place.mesh[name].degree for name in AXES}
         self._rank = 0
         for name in AXES:
@@ -127,7 +128,7 @@ def shares_leaving(degrees: Mapping[str, int], zero: int, hosts: Sequence[int]) 
         first = ranks - place * stride
         # From each to each: the mean over all others; else to the next one alone.
         hops = range(1, degree) if axis == "ulysses" else (1,)
-        away = sum((host[first + (place + hop) % degree * stride] != host).double() for hop in hops) / len(hops)
+        away = torch.stack([host[first + (place + hop) % degree * stride] != host for hop in hops]).double().mean(0)
         found[axis] = float(torch.zeros(int(host.max()) + 1, dtype=torch.float64).index_add_(0, host, away).max())
     return found
 

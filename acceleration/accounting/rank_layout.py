@@ -43,7 +43,9 @@ class Peers:
     as gloo does it and NCCL's rings) or from each to each (all-to-all).
     """
 
-    reductions = 1  # how often a reduce-scatter sends what it has to send
+    def __init__(self, reductions: int = 1) -> None:
+        """``reductions``: how often a reduce-scatter sends what it has to send."""
+        self.reductions = reductions
 
     def follows(self, axis: str, degree: int | None = None) -> bool:
         """Whether the next process of the axis, or of its part of this degree, is one of them."""
@@ -54,13 +56,16 @@ class Peers:
         return tuple(rank != axis.rank for rank in range(axis.degree))
 
 
+ALL_PEERS = Peers()
+
+
 @dataclass(frozen=True)
 class RankLayout:
     """One process of a layout that need not exist, and how sharding sees it."""
 
     mesh: Mesh
     cfg: ParallelConfig
-    peers: Peers = Peers()
+    peers: Peers = ALL_PEERS
     fsdp_degree: int = field(init=False)
     fsdp_rank: int = field(init=False)
     replicas: int = field(init=False)

@@ -36,9 +36,7 @@ class Metrics:
         self._buckets: Counter[Bucket] = Counter()  # samples consumed
         self._since = time.monotonic()
         self._waited_s = 0.0
-        self._sent = (
-            self._host_sent()
-        )  # bytes by axis, and of the host, that are not of the steps since the last record
+        self._sent = self._host_sent()  # bytes that are not of the steps since the last record
         self._predicted: Counter[str] = Counter()
         self._excluded: dict[str, float] = {}
 

@@ -12,6 +12,7 @@ from acceleration import lora
 from acceleration.accounting import host_traffic
 from acceleration.checkpoint import CheckpointManager
 from acceleration.checkpoint import SaveError as SaveError  # what saving raises, also for the command line
+from acceleration.diagnostics import links
 from acceleration.diagnostics.memory_usage import device_bytes, machine_bytes
 from acceleration.distributed import mesh as meshes
 from acceleration.distributed import runtime as runtimes
@@ -156,7 +157,7 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
     stop.check()
     timer.enter("build", 0)
     if cfg.train.preflight:
-        check_processes(cfg, runtime)
+        check_processes(cfg, runtime, folder / links.NAME)
     mesh = meshes.build(cfg.parallel.mesh, runtime.world_size, runtime.device)
     announce(f"{to_yaml(cfg)}\n{plan.report()}\n{layout(cfg, mesh)}")
 
