@@ -255,9 +255,7 @@ class Forecaster:
 
     def seconds(self, place: RankLayout, batches: Sequence[MicroBatch], device: Device, network: Network) -> float:
         """Time of a step with these micro-batches on every process: products, and what exchanges take beside them."""
-        mesh, is_cpu = place.mesh, self.device_type == "cpu"
-        on_wire = replace(place, peers=Peers(host_traffic.REDUCTIONS["gloo" if is_cpu else "nccl"]))
-        sent = comm_volume.step_bytes(self.structure, on_wire, batches)
+        mesh, sent = place.mesh, self.on_wire(place, batches)
         compute = inside = 0.0
         for batch, count in Counter(batches).items():
             every, attention = self._hardware_flops(place, batch)
@@ -265,8 +263,13 @@ class Forecaster:
             speed = device.flops * EFFICIENCY * shared / count
             compute, inside = compute + every / speed, inside + attention / speed
         seconds = network.seconds({name: mesh[name].degree for name in meshes.AXES}, place.cfg.zero, sent)
-        hidden = {} if is_cpu else {FSDP: compute, "ring": inside}
+        hidden = {} if self.device_type == "cpu" else {FSDP: compute, "ring": inside}
         return compute + sum(max(0.0, s - hidden.get(axis, 0.0)) for axis, s in seconds.items())
+
+    def on_wire(self, place: RankLayout, batches: Sequence[MicroBatch]) -> dict[str, int]:
+        """Axis -> bytes that this process sends in a step by what the backend makes of the exchanges."""
+        peers = Peers(host_traffic.REDUCTIONS["gloo" if self.device_type == "cpu" else "nccl"])
+        return comm_volume.step_bytes(self.structure, replace(place, peers=peers), batches)
 
     def _hardware_flops(self, place: RankLayout, batch: MicroBatch) -> tuple[int, int]:
         """(operations of a micro-batch with what is computed again, those of attention), all that share it together."""

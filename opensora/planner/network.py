@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from acceleration.accounting import host_traffic
 from acceleration.diagnostics.links import Links
 from acceleration.distributed.mesh import AXES
 from acceleration.distributed.placement import arrange, block_sizes
 from opensora.planner.devices import Device
+from opensora.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,22 @@ class Network:
             f"{len(self.processes)} hosts; {self.within / 1e9:.3g} GB/s from a process within its host, "
             f"{self.between / 1e9:.3g} GB/s from a host to others ({source})"
         )
+
+
+def read_links(path: Path, device: Device, world: int) -> Network:
+    """What preflight measured, for ``world`` processes.
+
+    Raises:
+        UserError: there is no such file, or it does not fit.
+    """
+    try:
+        return Network.of_links(Links.read(path), device, world)
+    except OSError as error:
+        raise UserError(
+            f"--links={path}: {error.strerror or error}; opensora.cli.preflight --links writes one"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"--links={path}: {error}") from None
 
 
 @cache

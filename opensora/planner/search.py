@@ -182,7 +182,10 @@ class Planner:
         return self.network.leaving_host(degrees, parallel.zero, {FSDP: 1.0}) > 0
 
     def _leaving(self, forecast: Forecast) -> float:
-        return self.network.leaving_host(forecast.degrees, forecast.parallel.zero, forecast.sent)
+        """Bytes that leave a host in a step of the heaviest shape."""
+        batches = [self.shapes[-1].batch] * forecast.batches
+        sent = self.forecaster.on_wire(self._place(forecast.parallel), batches)
+        return self.network.leaving_host(forecast.degrees, forecast.parallel.zero, sent)
 
     def _nothing(self, closest: Forecast | None) -> str:
         room = f"{self.room / 2**30:.1f} GiB of {self.world} devices"
