@@ -219,11 +219,9 @@ def measure(layout: Layout, runtime: runtimes.Runtime, steps: int) -> dict[str, 
     dist.all_gather_object(everyone, (hosts[runtime.rank], counted / steps))
     degrees = {name: mesh[name].degree for name in meshes.AXES}
     profile = structure(MODEL)
-    views = [meshes.view(degrees, rank) for rank in range(runtime.world_size)]
+    batches = {rank: batches_of(layout, meshes.view(degrees, rank)) for rank in range(runtime.world_size)}
     leaving = {
-        host: host_traffic.leaving_host(
-            profile, parallel, degrees, hosts, lambda rank: batches_of(layout, views[rank]), host
-        )
+        host: host_traffic.leaving_host(profile, parallel, degrees, hosts, batches, host)
         for host in dict.fromkeys(hosts)
     }
     by_host = dict(everyone)

@@ -18,7 +18,7 @@ choose trees or other rings; it is not measured here. Not counted: headers, mess
 agreements, records), checkpoints and samples, and what encoders exchange.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -90,7 +90,7 @@ def leaving_host(
     cfg: ParallelConfig,
     degrees: Mapping[str, int],
     hosts: Sequence[Hashable],
-    batches: Callable[[int], Sequence[MicroBatch]],
+    batches: Mapping[int, Sequence[MicroBatch]],
     host: Hashable,
     backend: str = "gloo",
 ) -> dict[str, int]:
@@ -99,13 +99,13 @@ def leaving_host(
     Args:
         degrees: of every axis.
         hosts: of every rank.
-        batches: rank -> its micro-batches of the step.
+        batches: of the step, for every rank on the host.
     """
     total: dict[str, int] = {}
     for rank in (rank for rank, one in enumerate(hosts) if one == host):
         place = RankLayout(meshes.view(dict(degrees), rank), cfg)
         place = replace(place, peers=OtherHosts(place, hosts, backend))
-        for axis, sent in comm_volume.step_bytes(structure, place, batches(rank)).items():
+        for axis, sent in comm_volume.step_bytes(structure, place, batches[rank]).items():
             if sent:
                 total[axis] = total.get(axis, 0) + sent
     return total

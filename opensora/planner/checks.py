@@ -77,7 +77,7 @@ class Traffic:
             self._cfg.parallel,
             degrees,
             self._hosts,
-            lambda rank: self._batches(step, seen[rank]),
+            {rank: self._batches(step, mesh) for rank, mesh in seen.items()},
             self._hosts[0],
             backend,
         )
