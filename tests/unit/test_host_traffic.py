@@ -41,6 +41,11 @@ class SameHost(OtherHosts):
         return tuple(not far and rank != axis.rank for rank, far in enumerate(super().counted(axis)))
 
 
+def everywhere(*batches: MicroBatch) -> dict[int, Sequence[MicroBatch]]:
+    """The same micro-batches on every rank."""
+    return {rank: batches for rank in range(32)}
+
+
 def layouts(count: int) -> list[tuple[dict[str, int], ParallelConfig, list[MicroBatch], str]]:
     """(degrees, configuration, micro-batches, host of every rank) of layouts drawn at random."""
     draw, found = random.Random(5), []
@@ -83,12 +88,10 @@ def test_within_hosts_and_between_them_is_all(kind: str) -> None:
 def test_one_host_sends_nothing_and_alone_on_a_host_all() -> None:
     profile = structure(MODEL)
     for degrees, cfg, batches, hosts in layouts(40):
-        everywhere = [str(rank) for rank in range(len(hosts))]
-        assert leaving_host(profile, cfg, degrees, "a" * len(hosts), dict.fromkeys(range(99), batches), "a") == {}
+        alone = [str(rank) for rank in range(len(hosts))]
+        assert leaving_host(profile, cfg, degrees, "a" * len(hosts), everywhere(*batches), "a") == {}
         for rank in range(len(hosts)):
-            found = leaving_host(
-                profile, cfg, degrees, everywhere, dict.fromkeys(range(99), batches), str(rank), "nccl"
-            )
+            found = leaving_host(profile, cfg, degrees, alone, everywhere(*batches), str(rank), "nccl")
             sent = step_bytes(profile, RankLayout(meshes.view(degrees, rank), cfg), batches)
             assert found == {axis: count for axis, count in sent.items() if count}
 
@@ -100,7 +103,7 @@ def test_by_hand() -> None:
 
     def leaving(mesh: dict[str, int], zero: Any, backend: str, hosts: str = "aabb") -> dict[str, int]:
         cfg = ParallelConfig(zero=zero, mesh=MeshConfig(**{"shard": 1} | mesh))
-        return leaving_host(profile, cfg, degrees_of(**mesh), hosts, dict.fromkeys(range(99), [batch]), "a", backend)
+        return leaving_host(profile, cfg, degrees_of(**mesh), hosts, everywhere(batch), "a", backend)
 
     # One process of a host has its next one on the other: an all-reduce of fp32 sends 2 * 3/4 of all.
     assert leaving({"replicate": 4}, 0, "gloo") == {"replicas": pytest.approx(values * 4 * 1.5, rel=0.01)}
@@ -128,10 +131,7 @@ def test_shares_are_those_of_the_formulas_where_all_send_the_same() -> None:
         numbers = [sorted(set(hosts)).index(host) for host in hosts]
         sent = step_bytes(profile, RankLayout(meshes.view(degrees), cfg), [batch])
         shares = shares_leaving(degrees, cfg.zero, numbers)
-        by_host = [
-            leaving_host(profile, cfg, degrees, hosts, dict.fromkeys(range(99), [batch]), host, "nccl")
-            for host in set(hosts)
-        ]
+        by_host = [leaving_host(profile, cfg, degrees, hosts, everywhere(batch), host, "nccl") for host in set(hosts)]
         for axis, count in sent.items():
             most = max(found.get(axis, 0) for found in by_host)
             assert most == pytest.approx(count * shares[axis], rel=0.01), (axis, degrees, hosts)
