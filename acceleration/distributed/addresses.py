@@ -1,8 +1,8 @@
 """Addresses of this machine and of others, from the system's tables and from connections, never from what names say.
 
-A host name may resolve to loopback, to nothing, or differently on every host. What can be relied on is which addresses the
-interfaces have, which one the routing table leaves from, and the two ends of a connection that was made. Neither torch nor
-anything of ours is imported here, so that a launcher may use it before either is loaded.
+A host name may resolve to loopback, to nothing, or differently on every host. What can be relied on is which addresses
+the interfaces have, which one the routing table leaves from, and the two ends of a connection that was made. Neither
+torch nor anything of ours is imported here, so that a launcher may use it before either is loaded.
 """
 
 import ctypes
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+NO_NAME = "it can be no name of a machine"  # why a text has no address
 DISCARD = 9  # any port does: a datagram socket that is connected sends nothing
 
 
@@ -40,11 +41,11 @@ def resolve(host: str) -> list[str]:
     """
     name = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if not name or "\0" in name:
-        raise socket.gaierror(socket.EAI_NONAME, "it can be no name of a machine")
+        raise socket.gaierror(socket.EAI_NONAME, NO_NAME)
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except UnicodeError:  # two dots in a row, a part of more than 63 characters
-        raise socket.gaierror(socket.EAI_NONAME, "it can be no name of a machine") from None
+        raise socket.gaierror(socket.EAI_NONAME, NO_NAME) from None
     addresses = [address_of(one[4]) for one in found if one[0] in (socket.AF_INET, socket.AF_INET6)]
     if not addresses:
         raise socket.gaierror(socket.EAI_NONAME, "no address belongs to it")
@@ -230,7 +231,8 @@ def _same(one: str, other: str) -> bool:
 def host_id() -> str:
     """The same in all processes that share a network stack, and on no other host; names do not count.
 
-    Two containers of one machine with a network each are two hosts, whatever they are called; two that share it are one.
+    Two containers of one machine with a network each are two hosts, whatever they are called; two that share it are
+    one.
     Where the system has no network namespaces it is the host name.
     """
     try:

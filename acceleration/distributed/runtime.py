@@ -7,11 +7,13 @@ torchrun (RANK, WORLD_SIZE, LOCAL_RANK), SLURM steps (SLURM_PROCID, SLURM_STEP_N
 import os
 import re
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -22,18 +24,20 @@ import torch.distributed as dist
 
 from acceleration.config import MeshConfig
 from acceleration.distributed import mesh as meshes
+from acceleration.distributed import network
 from acceleration.distributed.agreement import Interrupted
+from acceleration.distributed.meeting import agent_store, rendezvous
 from acceleration.distributed.peers import Peer
 from acceleration.distributed.placement import place
-from acceleration.distributed.rendezvous import StartError, check_in, rendezvous
+from acceleration.distributed.rendezvous import Place, StartError, Waiting
 from acceleration.files.untrusted import parsing, short
 
 T = TypeVar("T")
 DOORS = 4  # ports that are tried one after the other
 ASK_S = 0.1  # between two looks whether a process was asked to stop
 GRACE_S = 10.0  # of a process that was asked to stop while it waited for the others
-RESOLVE_S, RESOLVE_PAUSE_S = 10.0, 1.0  # how long an unknown name is looked up again, and how often
-_ADDRESSES = ("MASTER_ADDR", "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST")  # where an address comes from, first to last
+_NODE_LISTS = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST")  # first to last
+_LAUNCHED_AT = ("SLURM_LAUNCH_NODE_IPADDR", "SLURM_SRUN_COMM_HOST")
 MAX_WORLD, MAX_PORT = 10**6, 65535
 _START = "start with torchrun or srun, which set all of them, or unset it"
 
@@ -124,10 +128,60 @@ def rendezvous_from_environment(env: Mapping[str, str] = os.environ) -> tuple[st
     Raises:
         StartError: a variable is not what it should be; exit code 2.
     """
-    name = next((name for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST") if _text(env, name)), "")
+    name = next((name for name in _NODE_LISTS if _text(env, name)), "")
     address = _text(env, "MASTER_ADDR") or (first_host(env[name], name) if name else "127.0.0.1")
     job, restart = _whole(env, "SLURM_JOB_ID", 0, 2**40, default=0), restart_count(env)
     return address, _whole(env, "MASTER_PORT", 1, MAX_PORT, default=15000 + (job * 7 + restart) % 15000)
+
+
+def places_from_environment(ranks: Ranks, env: Mapping[str, str] = os.environ) -> list[Place]:
+    """Where the others may find rank 0, best first.
+
+    MASTER_ADDR; else the first host of a SLURM step, and since its name may lead nowhere, or to whoever asks, the
+    addresses that SLURM tells of the machine where the step was started: rank 0 is often there.
+    """
+    if _text(env, "MASTER_ADDR"):
+        return [Place(_text(env, "MASTER_ADDR"), "MASTER_ADDR", expected=ranks.launcher == "torchrun")]
+    name = next((name for name in _NODE_LISTS if _text(env, name)), "")
+    first = [Place(first_host(env[name], name), name)] if name else [Place("127.0.0.1", "MASTER_ADDR")]
+    return first + [Place(_text(env, other), other) for other in _LAUNCHED_AT if _text(env, other)]
+
+
+def hosts_of_ranks(world_size: int, env: Mapping[str, str] = os.environ) -> dict[int, str]:
+    """Host of every rank of a SLURM step that fills host after host; empty where SLURM does not say so."""
+    name = next((name for name in _NODE_LISTS if _text(env, name)), "")
+    counts = _text(env, "SLURM_STEP_TASKS_PER_NODE")
+    if not name or not re.fullmatch(r"[0-9]{1,6}(\(x[0-9]{1,6}\))?(,[0-9]{1,6}(\(x[0-9]{1,6}\))?)*", counts):
+        return {}
+    tasks: list[int] = []
+    for part in counts.split(","):  # as 2(x3),1
+        number, _, times = part.rstrip(")").partition("(x")
+        tasks += [int(number)] * min(int(times or 1), MAX_WORLD)
+    hosts = all_hosts(env[name])
+    ranks = [host for host, count in zip(hosts, tasks, strict=False) for _ in range(min(count, world_size))]
+    complete = len(hosts) == len(tasks) and len(ranks) == world_size
+    return dict(enumerate(ranks)) if complete else {}
+
+
+def all_hosts(nodelist: str) -> list[str]:
+    """All hosts of a SLURM node list: ``n[3-5,9],m1`` -> ``n3 n4 n5 n9 m1``; empty if it is none."""
+    found: list[str] = []
+    for part in re.findall(r"(?:[^,\[\]\s]|\[[^\[\]]*\])+", nodelist):
+        hosts = [""]
+        for text, numbers in re.findall(r"([^\[\]]+)|\[([0-9,-]+)\]", part):
+            ends = [text] if text else [one for span in numbers.split(",") for one in _span(span)]
+            hosts = [host + end for host in hosts for end in ends][:MAX_WORLD]
+        found += hosts
+    return found
+
+
+def _span(text: str) -> list[str]:
+    """``08-10`` -> ``08 09 10``."""
+    first, _, last = text.partition("-")
+    if not first.isdigit() or not (last or first).isdigit():
+        return []
+    stop = min(int(last or first), int(first) + MAX_WORLD)
+    return [str(number).zfill(len(first)) for number in range(int(first), stop + 1)]
 
 
 def restart_count(env: Mapping[str, str] = os.environ) -> int:
@@ -178,8 +232,14 @@ def candidate_ports(port: int, env: Mapping[str, str] = os.environ) -> list[int]
     return [port] if _text(env, "MASTER_PORT") else [15000 + (port + 3989 * i) % 15000 for i in range(DOORS)]
 
 
-def attempt_token(env: Mapping[str, str] = os.environ) -> str:
-    """What tells this attempt of this SLURM step from all others, the same on every rank of it."""
+def attempt_token(launcher: str, env: Mapping[str, str] = os.environ) -> str:
+    """What tells this start from others, as far as its launcher says: the same on every rank of it, without spaces.
+
+    Of a SLURM step its number and attempt. Otherwise the identity that torchrun was given, which may be none at all:
+    what may differ between hosts (users, counts of restarts) is left out, and each start has a MASTER_PORT of its own.
+    """
+    if launcher != "slurm":
+        return f"run-{'_'.join(_text(env, 'TORCHELASTIC_RUN_ID').split())[:100]}"
     return "-".join(env.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
 
 
@@ -190,7 +250,7 @@ def start(
 
     Args:
         asked: whether this process was asked to stop; looked at while it waits for the others.
-        mesh: for which ranks are laid out, so that what exchanges most stays within a host; None: as the launcher has them.
+        mesh: for which ranks are laid out, so that what exchanges most stays within a host; None: the launcher's order.
         interface: network interface of groups on the CPU; empty: found from the routing table.
 
     Raises:
@@ -208,10 +268,15 @@ def start(
         backend = "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-    store, peers = unless_asked(asked, common_store, ranks, timeout_s, device_identity(device))
+    chosen = network.chosen_interface(interface)
+    meeting = Meeting(timeout_s, asked, None if ranks.local_rank else say)
+    store, peers = unless_asked(asked, meeting.hold, ranks, device_identity(device), chosen)
     order = group_order(peers, mesh)
     rank = order.index(ranks.rank)
-    with parsing(partial(_no_group, backend)):
+    network.use(peers[ranks.rank], chosen)
+    if ranks.rank == 0 and (line := network.describe(peers)):
+        say(line)
+    with parsing(partial(_no_group, backend, peers[ranks.rank])):
         dist.init_process_group(
             backend,
             store=dist.PrefixStore("group", store),
@@ -221,6 +286,12 @@ def start(
             device_id=device if device.type == "cuda" else None,  # nccl must not guess it from the rank
         )
     return Runtime(rank, ranks.world_size, ranks.local_rank, device, tuple(peers[other] for other in order))
+
+
+def say(text: str) -> None:
+    """One line to stderr; a terminal or a pipe that is gone is no reason to stop."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def group_order(peers: Sequence[Peer], mesh: MeshConfig | None) -> list[int]:
@@ -235,13 +306,12 @@ def group_order(peers: Sequence[Peer], mesh: MeshConfig | None) -> list[int]:
     return sorted(range(len(peers)), key=ranks.__getitem__)
 
 
-def _no_group(backend: str, reason: str, env: Mapping[str, str] = os.environ) -> StartError:
+def _no_group(backend: str, me: Peer, reason: str) -> StartError:
     """What the library of ``backend`` found wrong with this machine, and the variable that chooses its interface."""
     name = f"{backend.upper()}_SOCKET_IFNAME"
     reason = re.sub(r"^\[enforce fail at [^\]]*\]\s*", "", reason)
-    if "find address" in reason and _text(env, name):
-        return _refused(f"{name}={short(_text(env, name))}: no such network interface, or it has no address; unset it")
-    return StartError(f"{backend} cannot start on {socket.gethostname()} ({reason}); {name} chooses the interface")
+    where = f"{me.where()}, interface {me.interface}" if me.interface else me.where()
+    return StartError(f"{backend} cannot connect the processes, says {where} ({reason}); {name} chooses the interface")
 
 
 def check_visible_devices(env: Mapping[str, str] = os.environ) -> None:
@@ -296,55 +366,39 @@ def unless_asked(asked: Callable[[], bool], wait: Callable[..., T], *args: Any) 
                 raise Interrupted from None
 
 
-def check_address(address: str, name: str) -> None:
-    """That the name of the machine of rank 0 is known; on a cluster that is starting it may be a little later.
+@dataclass(frozen=True)
+class Meeting:
+    """How processes meet: how long they wait for one another, and who says so."""
 
-    Args:
-        name: the variable that it is from.
+    timeout_s: int
+    asked: Callable[[], bool]  # whether this process was asked to stop, which ends its speaking
+    say: (
+        Callable[[str], None] | None
+    )  # one line, after five seconds and later; None: another process of the host speaks
 
-    Raises:
-        StartError: it is not, after some tries in ``RESOLVE_S``; exit code 2.
-    """
-    deadline = time.monotonic() + RESOLVE_S
-    while True:
-        try:
-            socket.getaddrinfo(address, None)
-            return
-        except (OSError, UnicodeError) as error:  # UnicodeError: it can be no name, as with two dots in a row
-            reason = getattr(error, "strerror", None) or "it can be no name of a machine"
-            if time.monotonic() >= deadline or isinstance(error, UnicodeError):
-                break
-        time.sleep(RESOLVE_PAUSE_S)
-    raise _refused(
-        f"{name}={short(address)}: no machine of this name is known here ({reason}, tried for {RESOLVE_S:g} s); "
-        "give the name or the address of the machine of rank 0"
-    )
+    def hold(self, ranks: Ranks, device: str, chosen: network.Chosen) -> tuple[dist.Store, list[Peer]]:
+        """A store that all share, and all processes by rank; returns when every rank is there, and can be reached.
 
+        Raises:
+            StartError: as ``start``.
+        """
+        me, waiting = Peer.here(ranks.rank, ranks.world_size, device), Waiting(self.say, self.asked)
+        if ranks.world_size == 1:
+            store: dist.Store = dist.HashStore()
+            peers = [me]
+        else:
+            check_meeting(ranks)
+            store, peers = self._common_store(ranks, me, waiting)
+        return store, network.settle(store, ranks.rank, peers, chosen, self.timeout_s, waiting)
 
-def common_store(ranks: Ranks, timeout_s: int, device: str = "") -> tuple[dist.Store, list[Peer]]:
-    """The store of the launcher if it has one, else of rank 0, and all processes; returns when every rank is there.
-
-    Raises:
-        StartError: as ``start``.
-    """
-    me = Peer.here(ranks.rank, ranks.world_size, device)
-    if ranks.launcher == "none":
-        return dist.HashStore(), [me]
-    check_meeting(ranks)
-    if ranks.launcher == "slurm":
-        address, port = rendezvous_from_environment()
-        if ranks.rank != 0:  # which listens, and need not find itself
-            check_address(address, next((name for name in _ADDRESSES if _text(os.environ, name)), _ADDRESSES[0]))
-        return rendezvous(me, address, candidate_ports(port), attempt_token(), timeout_s)
-    check_address(_text(os.environ, "MASTER_ADDR"), "MASTER_ADDR")
-    limit = timedelta(seconds=timeout_s)
-    try:
-        store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=limit))
-    except dist.DistError as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        reason = "in use by another program" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
-        raise StartError(f"{where}: {reason}; set MASTER_ADDR and MASTER_PORT, or start again") from None
-    return store, check_in(store, me, timeout_s)
+    def _common_store(self, ranks: Ranks, me: Peer, waiting: Waiting) -> tuple[dist.Store, list[Peer]]:
+        """Hosted by the launcher if it does so, else by rank 0."""
+        places, (_, port) = places_from_environment(ranks), rendezvous_from_environment()
+        if ranks.launcher == "torchrun" and _text(os.environ, "TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return agent_store(me, places[0], port, self.timeout_s, waiting)
+        hosts = hosts_of_ranks(ranks.world_size) if ranks.launcher == "slurm" else {}
+        token, ports = attempt_token(ranks.launcher), candidate_ports(port)
+        return rendezvous(me, places, ports, token, self.timeout_s, waiting, hosts)
 
 
 def stop() -> None:

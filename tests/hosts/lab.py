@@ -295,6 +295,10 @@ class Host:
         """Connections to ``port`` are answered with a reset, as a firewall that rejects does."""
         self._rule(port, direction, "refuse")
 
+    def firewall(self, *open_ports: int) -> None:
+        """What would begin a connection of TCP to any other port of it vanishes; what it begins itself passes."""
+        self.lab._relay_say(do="firewall", host=self.index, open_ports=open_ports)
+
     def clear_filters(self) -> None:
         """Forgets all filters of this host."""
         self.lab._relay_say(do="clear", host=self.index)

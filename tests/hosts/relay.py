@@ -25,7 +25,7 @@ _TUNSETIFF, _TUNSETCARRIER = 0x400454CA, 0x400454E2
 _IFF_TAP, _IFF_NO_PI = 0x0002, 0x1000
 _QUEUE_S = 0.2  # what waits longer for a slow link is dropped, as a switch with a full queue does
 _BATCH = 64  # frames read from one host before the others get their turn
-_TCP, _UDP, _SYN, _RST_ACK = 6, 17, 0x02, 0x14
+_TCP, _UDP, _SYN, _ACK, _RST_ACK = 6, 17, 0x02, 0x10, 0x14
 
 
 @dataclass
@@ -115,7 +115,11 @@ class Relay:
 
     def do_rule(self, host: int, port: int | None, direction: str, action: str) -> None:
         """For packets to this port (None: any)."""
-        self.ports[host].rules.append({"port": port, "direction": direction, "action": action})
+        self.ports[host].rules.append({"port": port, "direction": direction, "action": action, "but": None})
+
+    def do_firewall(self, host: int, open_ports: list[int]) -> None:
+        """For what begins a connection to the host, but to these ports."""
+        self.ports[host].rules.append({"port": None, "direction": "in", "action": "drop", "but": open_ports})
 
     def do_clear(self, host: int) -> None:
         """No rules."""
@@ -189,6 +193,8 @@ class Relay:
         if packet is None:
             return False
         for rule in port.rules:
+            if rule["but"] is not None and (not begins(frame, packet) or packet.to_port in rule["but"]):
+                continue
             if rule["direction"] in (direction, "both") and rule["port"] in (None, packet.to_port):
                 sender = self.ports.get(answer_to)
                 if rule["action"] == "refuse" and packet.protocol == _TCP and sender is not None:
@@ -220,6 +226,11 @@ def parse(frame: bytes) -> Packet | None:
         return None
     port = struct.unpack_from("!H", frame, at + 2)[0] if protocol in (_TCP, _UDP) and len(frame) >= at + 4 else -1
     return Packet(version, protocol, at, port)
+
+
+def begins(frame: bytes, packet: Packet) -> bool:
+    """Whether a packet is the first of a connection of TCP."""
+    return packet.protocol == _TCP and len(frame) > packet.at + 13 and frame[packet.at + 13] & (_SYN | _ACK) == _SYN
 
 
 def reset(frame: bytes, packet: Packet) -> bytes:

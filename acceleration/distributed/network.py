@@ -1,0 +1,250 @@
+"""Which address and network interface each host of a start uses, and that every host reaches every other there.
+
+Groups on the CPU (gloo) connect every process with every other. Left alone, gloo takes the address that the host name
+resolves to, which on many machines is loopback. So the interface is chosen here: that by which the processes have met.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
+
+import torch.distributed as dist
+
+from acceleration.distributed import addresses
+from acceleration.distributed.addresses import endpoint, is_loopback
+from acceleration.distributed.meeting import awaited
+from acceleration.distributed.peers import Peer, ranges, ranks_by_host
+from acceleration.distributed.rendezvous import ANSWER_S, MAX_NAMED, Channel, StartError, Waiting, ask
+from acceleration.files.untrusted import short
+
+VARIABLES = ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME")  # usual ones that choose an interface, first to last
+KEY = "parallel.interface"
+PROBES, PROBE_TRIES = 64, 2  # hosts that are tried at the same time, and how often each
+LOOK_S = 60.0  # for all hosts to try all others, at most
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """An interface that a person chose."""
+
+    interface: str
+    by: str  # the variable or the key; empty: nobody chose
+
+
+_ours: str | None = None  # what ``use`` has put into the environment, which then is nobody's choice
+
+
+def chosen_interface(configured: str, env: Mapping[str, str] = os.environ) -> Chosen:
+    """What the environment says, else the configuration.
+
+    Raises:
+        StartError: there is no such interface on this machine, or it has no address; exit code 2.
+    """
+    given = [(name, env.get(name, "").strip()) for name in VARIABLES]
+    given = [one for one in given if one[1] and not (env is os.environ and one == (VARIABLES[0], _ours))]
+    by, value = [*given, (KEY, configured.strip())][0]
+    there = addresses.interfaces()
+    if there:
+        for name in value.split(",") if value else []:
+            if not there.get(name):
+                listed = ", ".join(f"{one} ({', '.join(own[:3])})" for one, own in sorted(there.items()))
+                raise StartError(
+                    f"{by}={short(value)}: no such network interface on {socket.gethostname()}, or it has no address; "
+                    f"there are {listed}; choose one of them, or none",
+                    exit_code=2,
+                )
+    return Chosen(value.split(",")[0], by if value else "")
+
+
+def settle(
+    store: dist.Store, rank: int, peers: Sequence[Peer], chosen: Chosen, timeout_s: float, waiting: Waiting
+) -> list[Peer]:
+    """Address and interface of every host, tried from every other. Collective over all processes.
+
+    Args:
+        rank: of this process.
+        peers: all, by rank.
+
+    Returns:
+        the peers with them.
+
+    Raises:
+        StartError: a host has no address, or does not reach another; the same on all ranks.
+    """
+    hosts = ranks_by_host(peers)
+    if len(hosts) == 1:
+        address, interface = _within_host(chosen)
+        return [replace(peer, address=address, interface=interface) for peer in peers]
+    me, leaders = peers[rank], [peers[ranks[0]] for ranks in hosts.values()]
+    inside, limit = dist.PrefixStore("network", store), min(timeout_s, LOOK_S)
+    if me not in leaders:
+        at = _read(inside, leaders, limit, waiting)
+        _judged(inside, limit, waiting)
+    else:
+        with closing(_Listener(_own_address(me, leaders, chosen), me.host_id)) as listener:
+            inside.set(f"at/{me.host_id}", json.dumps(listener.at))
+            at = _read(inside, leaders, limit, waiting)
+            inside.set(f"reached/{me.host_id}", json.dumps(_unreached(me, leaders, at)))
+            if rank == 0:
+                _judge(inside, peers, at, limit, waiting)
+            _judged(inside, limit, waiting)
+    return [replace(peer, address=at[peer.host_id][0], interface=at[peer.host_id][1]) for peer in peers]
+
+
+def use(me: Peer, chosen: Chosen) -> None:
+    """Make groups on the CPU use this process's interface, from now on and in its child processes."""
+    global _ours
+    if chosen.by != VARIABLES[0] and me.interface:
+        os.environ[VARIABLES[0]] = _ours = me.interface
+
+
+def describe(peers: Sequence[Peer], env: Mapping[str, str] = os.environ) -> str:
+    """One line: the address and interface of each host, and what nccl will use; empty on one host."""
+    hosts = ranks_by_host(peers)
+    if len(hosts) == 1:
+        return ""
+    named = []
+    for ranks in list(hosts.values())[:MAX_NAMED]:
+        first = peers[ranks[0]]
+        named.append(f"{first.host} (rank {ranges(sorted(peers[rank].rank for rank in ranks))}) {first.address}")
+        named[-1] += f" ({first.interface})" if first.interface else ""
+    more = f" and {len(hosts) - MAX_NAMED} more" if len(hosts) > MAX_NAMED else ""
+    nccl = env.get("NCCL_SOCKET_IFNAME", "").strip()
+    nccl = f"NCCL_SOCKET_IFNAME={short(nccl)}" if nccl else "its own choice (NCCL_SOCKET_IFNAME is not set)"
+    return f"network: {len(hosts)} hosts: {', '.join(named)}{more}; nccl uses {nccl}"
+
+
+def _within_host(chosen: Chosen) -> tuple[str, str]:
+    """Loopback, which no change of a network ends; what else there is where it is down."""
+    there = addresses.interfaces()
+    if chosen.interface:
+        return next(iter(there.get(chosen.interface, [])), ""), chosen.interface
+    every = [(address, name) for name, own in there.items() for address in own]
+    return min(every, key=lambda one: not is_loopback(one[0]), default=("", ""))
+
+
+def _own_address(me: Peer, leaders: Sequence[Peer], chosen: Chosen) -> str:
+    """This host's address for the others: where they met, or where the routing table leaves to them; empty if none."""
+    others = [peer.address for peer in leaders if peer.host_id != me.host_id and peer.address]
+    outward = [me.address] if me.address and not is_loopback(me.address) else []
+    for other in others[:MAX_NAMED]:
+        with suppress(OSError):
+            outward.append(addresses.source_address(other))
+    outward = [one for one in outward if not is_loopback(one)]
+    if chosen.interface:
+        own = addresses.interfaces().get(chosen.interface, [])
+        outward = [one for one in outward if one in own] or sorted(
+            own, key=lambda one: bool(outward) and (":" in one) != (":" in outward[0])
+        )
+    return outward[0] if outward else ""
+
+
+class _Listener:
+    """Says on which host it is, at the address that the host will use, to whoever connects."""
+
+    def __init__(self, address: str, host_id: str) -> None:
+        self._socket: socket.socket | None = None
+        port = 0
+        if address:
+            with suppress(OSError):
+                family, name = addresses.socket_address(address, 0)
+                self._socket = socket.create_server(name, family=family, backlog=1024)
+                port = self._socket.getsockname()[1]
+        self.at = (address, addresses.interface_of(address) if address else "", port)
+        self._answer = f"{host_id}\n".encode()
+        threading.Thread(target=self._serve, name="network", daemon=True).start()
+
+    def _serve(self) -> None:
+        with suppress(OSError):  # closed
+            while self._socket is not None:
+                connection, _ = self._socket.accept()
+                with connection, suppress(OSError):
+                    connection.sendall(self._answer)
+
+    def close(self) -> None:
+        """All have tried."""
+        if self._socket is not None:
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread, which closing alone does not
+            self._socket.close()
+
+
+def _read(
+    inside: dist.Store, leaders: Sequence[Peer], limit: float, waiting: Waiting
+) -> dict[str, tuple[str, str, int]]:
+    """(address, interface, port) of every host, by host_id."""
+    found = {}
+    for peer in leaders:
+        text = awaited(inside, f"at/{peer.host_id}", limit, waiting, f"waiting for the address of {peer.where()}")
+        if text is None:
+            raise StartError(f"{peer.where(rank=True)} came, and said no more within {limit:.0f} s: see its log")
+        address, interface, port = json.loads(text)
+        found[peer.host_id] = (str(address), str(interface), int(port))
+    return found
+
+
+def _unreached(me: Peer, leaders: Sequence[Peer], at: Mapping[str, tuple[str, str, int]]) -> dict[str, str]:
+    """Why this host does not reach another, by host_id; nothing for those it reaches."""
+    others = [peer for peer in leaders if peer.host_id != me.host_id and at[peer.host_id][2]]
+    with ThreadPoolExecutor(PROBES) as pool:
+        said = list(pool.map(lambda peer: _probe(peer, *at[peer.host_id]), others))
+    return {peer.host_id: reason for peer, reason in zip(others, said, strict=True) if reason}
+
+
+def _probe(peer: Peer, address: str, interface: str, port: int) -> str:
+    reason = ""
+    for _ in range(PROBE_TRIES):  # packets may be lost
+        answer = ask(address, port)
+        if isinstance(answer, Channel):
+            with closing(answer), suppress(OSError):
+                if answer.line(ANSWER_S).decode(errors="replace") == peer.host_id:
+                    return ""
+            return "another machine has this address too"
+        reason = answer
+    return reason.replace("no machine has this address", "another network")
+
+
+def _verdict(
+    inside: dist.Store, peers: Sequence[Peer], at: Mapping[str, tuple[str, str, int]], limit: float, waiting: Waiting
+) -> str:
+    """What keeps the hosts from one another, in words; empty if nothing does."""
+    hosts = ranks_by_host(peers)
+    name = {one: f"host {peers[ranks[0]].host} (rank {ranges(ranks)})" for one, ranks in hosts.items()}
+    found = [f"{name[one]} has no address by which other hosts reach it" for one in hosts if not at[one][0]]
+    found += [f"{name[one]} cannot listen at {at[one][0]}" for one in hosts if at[one][0] and not at[one][2]]
+    for one in hosts:
+        text = awaited(inside, f"reached/{one}", limit, waiting, f"waiting for {name[one]} to try the other hosts")
+        unreached = {} if text is None else json.loads(text)
+        if text is None:
+            found.append(f"{name[one]} was gone before it had tried the other hosts")
+        found += [
+            f"{name[one]} cannot reach {name[other]} at {endpoint(at[other][0], at[other][2])}: {reason}"
+            for other, reason in unreached.items()
+        ]
+    more = f"; and {len(found) - MAX_NAMED // 2} more" if len(found) > MAX_NAMED // 2 else ""
+    remedy = f"; {KEY} (or {VARIABLES[0]}) chooses another interface"
+    return f"{'; '.join(found[: MAX_NAMED // 2])}{more}{remedy}" if found else ""
+
+
+def _judge(
+    inside: dist.Store, peers: Sequence[Peer], at: Mapping[str, tuple[str, str, int]], limit: float, waiting: Waiting
+) -> None:
+    """Let all know the verdict, also that it is bad, before the store ends with rank 0."""
+    verdict = _verdict(inside, peers, at, limit, waiting)
+    inside.set("verdict", verdict)
+    if verdict:
+        time.sleep(ANSWER_S / 2)
+
+
+def _judged(inside: dist.Store, limit: float, waiting: Waiting) -> None:
+    problem = awaited(inside, "verdict", limit + ANSWER_S, waiting, "waiting for all hosts to try one another")
+    if problem is None:
+        raise StartError(f"rank 0 was gone before all hosts had tried one another within {limit:.0f} s: see its log")
+    if problem:
+        raise StartError(problem)
