@@ -1,21 +1,26 @@
 """torchrun for launch/torchrun.sh: exit codes are kept, some are final, and it says one line instead of pages.
 
+Launchers of several machines meet by launch/member.py: that is the rendezvous which torch's agent sees here, and it
+decides when processes are stopped and started.
+
 What torch does with a signal is to end the processes after 30 seconds, saved or not, and to end with a traceback. Here
 it is passed on to the processes, which save and leave with 75, and the launcher waits for them and ends as they do.
 """
 
 import contextlib
+import hashlib
 import logging
 import os
+import secrets
 import select
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from datetime import timedelta
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
@@ -29,6 +34,8 @@ PATIENCE_S = 10.0  # from the third request to the end by SIGKILL
 ENDING_S = 10.0  # for this launcher to end after its processes
 LIMIT = "OPENSORA_SHUTDOWN_TIMEOUT"  # seconds; set by launch/torchrun.sh
 LIMIT_S = 3600.0  # the longest that saving may take: guard.save_s
+ROOT = Path(__file__).resolve().parent.parent
+SHOWN = 300  # characters of a command
 
 
 class Stop:
@@ -44,7 +51,8 @@ class Stop:
         self._untold: list[tuple[subprocess.Popen[Any], int]] = []  # what has still to be passed on
         self._begun = 0.0  # when the processes were started
         self._over: float | None = None  # since when all processes have ended
-        self._limit_s = float(os.environ.get(LIMIT, LIMIT_S))
+        self._limit_s = self.patience_s = float(os.environ.get(LIMIT, LIMIT_S))
+        self.farewell: Callable[[int], None] = lambda number: None  # what others hear when this launcher leaves alone
 
     def listen(self) -> None:
         """From here on signals are passed on to the processes that will be started. In the main thread."""
@@ -109,6 +117,7 @@ class Stop:
                 self._kill(alive, f"{len(alive)} processes did not leave within {waited:.0f} s (--shutdown-timeout)")
         elif not self.started:
             say(f"{signal.Signals(self.number).name}: stopped before the first process was started, nothing is lost")
+            self.farewell(self.number)
             os._exit(SAVED)
         else:
             self._over = self._over or now
@@ -143,22 +152,40 @@ def listens(pid: int, number: int) -> bool:
 def say(text: str) -> None:
     """One line; a terminal or a pipe that is gone is no reason to stop."""
     with contextlib.suppress(OSError):
-        os.write(2, f"{text}\n".encode())
+        os.write(2, f"{text}\n".encode(errors="replace"))
 
 
 STOP = Stop()
 if __name__ == "__main__":
     STOP.listen()  # before torch is imported, which takes long enough to be interrupted in
+    sys.path[0] = str(ROOT)
 
+import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup  # noqa: E402
+from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec, WorkerState  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
+from torch.distributed.elastic.rendezvous import (  # noqa: E402
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+    rendezvous_handler_registry,
+)
+from torch.distributed.elastic.rendezvous.api import RendezvousError  # noqa: E402
 from torch.distributed.launcher import api  # noqa: E402
-from torch.distributed.run import main  # noqa: E402
+from torch.distributed.run import main, parse_args  # noqa: E402
 
-FINAL = (2, SAVED)  # bad configuration, which would be refused again; stopped on purpose, the state is saved
+from acceleration.distributed.addresses import parse_endpoint  # noqa: E402
+from launch.coordinator import Limits  # noqa: E402
+from launch.member import Member, Place  # noqa: E402
+from launch.rendezvous import FINAL, About, Order, RunEnded, State, host_name, python_version  # noqa: E402
+from opensora.utils.code_digest import code_digest  # noqa: E402
+
 QUIET = ("", ".agent.server.api", ".multiprocessing.api", ".multiprocessing.errors")
-ANSWER_S = 10.0  # of a store that is alive
+BACKEND = "machines"  # name of this rendezvous in torch's registry
+NO_NAME = "opensora"  # of a run without --id
+GRACE_S = 15  # for processes to end after a failure: their peers are gone, and they can agree on nothing
+AGREED_S = 60.0  # for processes to leave by themselves when those of another machine have, having agreed to
 
 
 class Agent(api.LocalElasticAgent):
@@ -184,33 +211,172 @@ class Agent(api.LocalElasticAgent):
         return result
 
 
-def check_endpoint(argv: list[str]) -> None:
-    """End with one line if a stranger listens where the machines should meet: torch would wait for it without end."""
-    if "--rdzv-endpoint" not in argv:
-        return
-    host, _, port = argv[argv.index("--rdzv-endpoint") + 1].rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
-    except OSError:
-        return  # nobody is there yet
-    limit = timedelta(seconds=ANSWER_S)
-    probe = threading.Thread(target=lambda: dist.TCPStore(host, int(port), is_master=False, timeout=limit), daemon=True)
-    probe.start()
-    probe.join(ANSWER_S)
-    if probe.is_alive():
-        print(f"error: {host}:{port} is in use by another program; give --rendezvous another port", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(1)  # the probe cannot be ended
+class Machines(RendezvousHandler):
+    """The rendezvous of several machines, as torch's agent sees it. Ranks meet at rank 0: launchers share no store."""
+
+    def __init__(self, member: Member, run: str) -> None:
+        self.member, self._run = member, run
+        self.place: Place | None = None
+
+    def get_backend(self) -> str:
+        return BACKEND
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Raises: RunEnded."""
+        place = self.place = self.member.meet()
+        rank_0 = RendezvousStoreInfo(place.address, place.port)
+        return RendezvousInfo(dist.HashStore(), place.group_rank, place.group_size, rank_0)
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None:
+        """Nobody is kept from coming back."""
+
+    def num_nodes_waiting(self) -> int:
+        return 0  # the coordinator says when somebody is taken in
+
+    def get_run_id(self) -> str:
+        return self._run
+
+    def shutdown(self) -> bool:
+        self.member.close()
+        return True
+
+
+class MachineAgent(Agent):
+    """The processes of one of several machines: started, watched and stopped as the coordinator says."""
+
+    def _assign_worker_ranks(
+        self, store: object, group_rank: int, group_world_size: int, spec: WorkerSpec
+    ) -> list[Worker]:
+        handler: Any = spec.rdzv_handler
+        place: Place = handler.place
+        self._remaining_restarts = spec.max_restarts - place.failures
+        ranks = [(i, place.first_rank + i, place.world_size) for i in range(spec.local_world_size)]
+        return [Worker(local, rank, role_rank=rank, world_size=n, role_world_size=n) for local, rank, n in ranks]
+
+    def _invoke_run(self, role: str = "default") -> RunResult:
+        """Round after round, until the coordinator ends the run.
+
+        Raises:
+            RunEnded: it did not end well.
+        """
+        group = self._worker_group
+        handler: Any = group.spec.rdzv_handler
+        while True:
+            self._initialize_workers(group)
+            order = self._watch(group, handler.member)
+            self._end_processes(order)
+            group.state = WorkerState.STOPPED
+            if order.is_ == "end" and order.code == 0:
+                group.state = WorkerState.SUCCEEDED
+                return RunResult(WorkerState.SUCCEEDED, {one.global_rank: None for one in group.workers})
+            if order.is_ == "end":
+                raise RunEnded(order.text, order.code)
+            if order.text:
+                say(order.text)
+
+    def _watch(self, group: WorkerGroup, member: Member) -> Order:
+        """Tells what becomes of the processes, until there is something to do."""
+        told = False
+        while True:
+            time.sleep(group.spec.monitor_interval)
+            order = member.order()
+            if order is not None:
+                return order
+            state = None if told else self._state(group, member.round)
+            if state is not None:
+                member.tell(state)
+                told = True
+
+    def _state(self, group: WorkerGroup, number: int) -> State | None:
+        """Of processes that have failed, or have all finished; None: they run."""
+        codes = {rank: process.poll() for rank, process in self._processes().items()}
+        if STOP.number and None in codes.values():  # each of them leaves or is killed
+            return None
+        failed = [rank for rank, code in codes.items() if code]
+        if failed:
+            rank = failed[0]
+            code = STOP.code([codes[one] or 0 for one in failed])
+            return State("failed", number, group.workers[rank].global_rank, code, STOP.number)
+        return State("finished", number) if None not in codes.values() else None
+
+    def _processes(self) -> "dict[int, subprocess.Popen[Any]]":
+        context: Any = self._pcontext
+        return {rank: handler.proc for rank, handler in context.subprocess_handlers.items()}
+
+    def _end_processes(self, order: Order) -> None:
+        """Ask them to save and leave if there is time for that, and wait; kill them if there is none."""
+        deadline = time.monotonic() + AGREED_S
+        while order.is_ == "end" and order.code == SAVED and time.monotonic() < deadline:
+            if all(process.poll() is not None for process in self._processes().values()):
+                return
+            time.sleep(LOOK_S)
+        context: Any = self._pcontext
+        context.close(signal.SIGTERM, STOP.patience_s if order.gentle else GRACE_S)
+
+
+def machines(member: Callable[[RendezvousParameters], Member], parameters: RendezvousParameters) -> RendezvousHandler:
+    """What torch's registry asks for."""
+    made = member(parameters)
+    STOP.farewell = made.leave
+    return Machines(made, parameters.run_id)
+
+
+def make_member(about: About, parameters: RendezvousParameters) -> Member:
+    """By the options that launch/torchrun.sh has read."""
+    host, port = parse_endpoint(parameters.endpoint)
+    limits = Limits(*(float(parameters.get(name)) for name in ("timeout", "last_call_timeout", "heartbeat_timeout")))
+    return Member(host, port, about, limits, say, lambda: STOP.number)
+
+
+def about(argv: Sequence[str]) -> About:
+    """This launcher."""
+    given = parse_args(argv)
+    least, _, most = given.nnodes.partition(":")
+    return About(
+        member=secrets.token_hex(8),
+        host=host_name(),
+        processes=int(given.nproc_per_node),
+        nodes_min=int(least),
+        nodes_max=int(most or least),
+        restarts=given.max_restarts,
+        run="" if given.rdzv_id == NO_NAME else given.rdzv_id,
+        command=command([given.training_script, *given.training_script_args]),
+        torch=str(torch.__version__),
+        python=python_version(),
+        code=code_digest(),
+    )
+
+
+def command(words: Sequence[str], root: Path = ROOT) -> str:
+    """What is started, the same on machines that have the code in different folders; long ones by their digest too."""
+    inside = [str(path.relative_to(root)) if (path := Path(one)).is_relative_to(root) else one for one in words]
+    text = " ".join(inside)
+    if len(text) <= SHOWN:
+        return text
+    return f"{text[:SHOWN]}... ({hashlib.sha256(chr(0).join(inside).encode(errors='replace')).hexdigest()[:12]})"
 
 
 if __name__ == "__main__":
     for name in QUIET:
         logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
-    api.LocalElasticAgent = Agent  # what torchrun makes; it has no option for it
     os.environ["OPENSORA_LAUNCHER_PID"] = str(os.getpid())
+    argv = sys.argv[1:]
+    several = "--standalone" not in argv
+    if several:
+        rendezvous_handler_registry.register(BACKEND, partial(machines, partial(make_member, about(argv))))
+    api.LocalElasticAgent = MachineAgent if several else Agent  # what torchrun makes; it has no option for it
     try:
-        check_endpoint(sys.argv)
-        main(sys.argv[1:])
+        main(argv)
+    except RunEnded as error:
+        if str(error):
+            say(str(error))
+        sys.exit(error.exit_code)
+    except RendezvousError as error:
+        say(f"error: {' '.join(str(error).split())}")
+        sys.exit(1)
     except ChildFailedError as error:
         first = error.get_first_failure()[1].exitcode
         sys.exit(STOP.code([first, *(failure.exitcode for failure in error.failures.values())]))

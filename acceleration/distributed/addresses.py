@@ -171,7 +171,7 @@ def interfaces() -> dict[str, list[str]]:
     IPv4 before IPv6, and those that only this link knows last.
     """
     found: dict[str, list[str]] = {}
-    for name, address in _listed():
+    for name, address in listed():
         found.setdefault(name, []).append(address)
     return {name: sorted(own, key=lambda one: (is_link_local(one), ":" in one)) for name, own in found.items()}
 
@@ -180,8 +180,8 @@ UP = 0x1  # IFF_UP
 _SIZES = {socket.AF_INET: 16, socket.AF_INET6: 28}  # of struct sockaddr_in and sockaddr_in6
 
 
-def _listed() -> list[tuple[str, str]]:
-    """(interface, address) of all interfaces that are up, by getifaddrs."""
+def listed() -> list[tuple[str, str]]:
+    """(interface, address) of all interfaces that are up, in the order of getifaddrs."""
     try:
         library = ctypes.CDLL(None, use_errno=True)
         first = ctypes.POINTER(_Interface)()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 
-from acceleration.distributed import addresses
+from acceleration.distributed import addresses, gloo_address
 from acceleration.distributed.addresses import endpoint, is_loopback
 from acceleration.distributed.meeting import awaited
 from acceleration.distributed.peers import Peer, ranges, ranks_by_host
@@ -98,10 +98,13 @@ def settle(
 
 
 def use(me: Peer, chosen: Chosen) -> None:
-    """Make groups on the CPU use this process's interface, from now on and in its child processes."""
+    """Make groups on the CPU use this process's address and interface; the latter in its child processes too."""
     global _ours
     if chosen.by != VARIABLES[0] and me.interface:
         os.environ[VARIABLES[0]] = _ours = me.interface
+    interfaces = os.environ.get(VARIABLES[0], "")
+    other = me.address and "," not in interfaces and gloo_address.first_address(interfaces) != me.address
+    gloo_address.listen_at(me.address if other else "")
 
 
 def describe(peers: Sequence[Peer], env: Mapping[str, str] = os.environ) -> str:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ import torch
 
 from acceleration.diagnostics import preflight
 from acceleration.diagnostics.preflight import Facts, assess, differences
+from acceleration.distributed import rendezvous as meetings
 from acceleration.distributed import runtime as runtimes
-from acceleration.distributed.rendezvous import RendezvousServer, StartError, ranges, rendezvous
+from acceleration.distributed.meeting import rendezvous
+from acceleration.distributed.peers import Peer, ranges
+from acceleration.distributed.rendezvous import Place, RendezvousServer, Waiting
 from acceleration.distributed.runtime import Runtime
 from opensora.cli.main import run_cli
 from opensora.cli.train import main as train_main
@@ -61,44 +65,57 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def peer(rank: int, world_size: int, **more: Any) -> Peer:
+    """A process of this machine, but for what ``more`` says."""
+    return replace(Peer.here(rank, world_size), **more)
+
+
+def meet(me: Peer, ports: list[int], token: str = "job", timeout_s: float = 20, host: str = "127.0.0.1") -> Any:
+    """What ``rendezvous`` returns, in silence."""
+    return rendezvous(me, [Place(host, "MASTER_ADDR")], ports, token, timeout_s, Waiting(None))
+
+
 def test_ranks_meet_past_strangers() -> None:
-    """A silent one, one that talks, and the door of another job."""
+    """A silent one, one that talks, and the server of another job."""
     ports = free_ports(4)
     silent = socket.create_server(("0.0.0.0", ports[0]))
     talker = socket.create_server(("0.0.0.0", ports[1]))
     threading.Thread(target=lambda: talker.accept()[0].sendall(b"220 ready\r\n"), daemon=True).start()
-    other = RendezvousServer("localhost", ports[2:3], "another-job", 1)
-    found = in_threads(
-        *(lambda rank=rank: rendezvous(rank, 3, "127.0.0.1", ports, "this-job", 20) for rank in range(3))
-    )
-    found[1].set("a", "b")
-    assert found[0].get("a") == found[2].get("a") == b"b"
+    other = RendezvousServer(peer(0, 2), ports[2:3], "another-job")
+    found = in_threads(*(lambda rank=rank: meet(peer(rank, 3), ports, "this-job") for rank in range(3)))
+    stores = [store for store, _ in found]
+    stores[1].set("a", "b")
+    assert stores[0].get("a") == stores[2].get("a") == b"b"
+    assert all([one.rank for one in peers] == [0, 1, 2] for _, peers in found)
+    assert {peers[1].address for _, peers in found} == {"127.0.0.1"}
     silent.close(), talker.close(), other.close()
 
 
 def test_who_does_not_come_is_named() -> None:
     ports = free_ports(1)
-    said = in_threads(*(lambda rank=rank: rendezvous(rank, 5, "127.0.0.1", ports, "job", 1) for rank in (0, 2)))
-    assert str(said[0]) == "2 of 5 processes came within 1 s; missing: rank 1, 3-4; see their logs"
-    assert isinstance(said[1], StartError) and "rank 2" in str(said[1])
+    said = in_threads(*(lambda rank=rank: meet(peer(rank, 5), ports, timeout_s=1) for rank in (0, 2)))
+    assert str(said[0]).startswith(
+        "2 of 5 processes came within 1 s; missing: rank 1, 3-4; see their logs; rank 0 listens"
+    )
+    assert str(said[1]) == str(said[0]) and [one.exit_code for one in said] == [1, 1]
 
 
 def test_a_port_in_use_is_named() -> None:
     with socket.create_server(("0.0.0.0", 0)) as stranger:
         port = stranger.getsockname()[1]
         said = in_threads(
-            lambda: rendezvous(0, 2, "127.0.0.1", [port], "job", 2),
-            lambda: rendezvous(1, 2, "127.0.0.1", [port], "job", 1),
+            lambda: meet(peer(0, 2), [port], timeout_s=2),
+            lambda: meet(peer(1, 2), [port], timeout_s=3),
         )
     assert str(said[0]).startswith(f"127.0.0.1: port {port} in use by another program")
-    assert str(said[1]).startswith("rank 0 did not answer at 127.0.0.1 within") and f"port {port}" in str(said[1])
+    assert str(said[1]).startswith("rank 0 did not answer at 127.0.0.1 within")
+    assert f"127.0.0.1:{port}, which is this machine itself, takes connections and says nothing" in str(said[1])
 
 
 def test_who_shares_a_device_is_named() -> None:
     """On every rank, before a library that cannot say it so well tries to connect them."""
     ports = free_ports(1)
-    calls = (lambda r=r: rendezvous(r, 3, "127.0.0.1", ports, "job", 20, device=f"gpu-{r % 2}") for r in range(3))
-    said = in_threads(*calls)
+    said = in_threads(*(lambda r=r: meet(peer(r, 3, device=f"gpu-{r % 2}"), ports) for r in range(3)))
     assert {str(one) for one in said} == {"rank 0, 2 share one device (gpu-0): start one process per device"}
     assert {one.exit_code for one in said} == {2}
 
@@ -179,7 +196,11 @@ def test_a_command_whose_peers_do_not_come(
     with pytest.raises(SystemExit) as caught:
         run_cli(train_main)
     assert caught.value.code == 1
-    assert capsys.readouterr().err == ("error: 1 of 2 processes came within 1 s; missing: rank 1; see their logs\n")
+    err = capsys.readouterr().err
+    assert err.startswith(
+        "error: 1 of 2 processes came within 1 s; missing: rank 1; see their logs; rank 0 listens on "
+    )
+    assert err.count("\n") == 1
 
 
 def alone(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
@@ -193,7 +214,7 @@ def test_an_address_that_is_none(
     name: str, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alone(monkeypatch, MASTER_ADDR=name)
-    monkeypatch.setattr(runtimes, "RESOLVE_S", 0.5)
+    monkeypatch.setattr(meetings, "RESOLVE_S", 0.5)
     monkeypatch.setattr(sys, "argv", ["train.py", str(config), "parallel.timeout_s=600"])
     with pytest.raises(SystemExit) as caught:
         run_cli(train_main)
@@ -206,16 +227,20 @@ def test_a_name_that_is_known_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """The names of a cluster that is starting may come after its processes."""
     asked: list[str] = []
 
-    def look_up(host: str, *_: Any) -> list[Any]:
+    def look_up(host: str, *more: Any, **options: Any) -> list[Any]:
+        if host != "node1":
+            return known(host, *more, **options)
         asked.append(host)
         if len(asked) < 3:
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-        return []
+        return known("127.0.0.1", *more, **options)
 
+    known = socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    monkeypatch.setattr(runtimes, "RESOLVE_PAUSE_S", 0.01)
-    runtimes.check_address("node1", "MASTER_ADDR")
-    assert asked == ["node1"] * 3
+    monkeypatch.setattr(meetings, "RESOLVE_PAUSE_S", 0.01)
+    ports = free_ports(1)
+    found = in_threads(*(lambda rank=rank: meet(peer(rank, 2), ports, host="node1") for rank in range(2)))
+    assert len(found[1][1]) == 2 and len(asked) >= 3
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR2"])

@@ -11,7 +11,7 @@ from tests.dist.harness import run_distributed
 from tests.faults.conftest import CONFIG
 from tests.faults.runs import run_with
 from tests.hosts.lab import Lab, LabUnavailable
-from tests.hosts.training import MICRO_BATCHES, OVERRIDES, STEPS
+from tests.hosts.training import OVERRIDES, STEPS
 
 MakeLab = Callable[..., Lab]
 
@@ -47,7 +47,7 @@ def truth(stills: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("truth")
     config = folder / "train.yaml"
     config.write_text(CONFIG.format(output=folder, table=stills))
-    overrides = [f"data.micro_batches={MICRO_BATCHES}", f"train.steps={STEPS}", *OVERRIDES]
+    overrides = [f"train.steps={STEPS}", *OVERRIDES]
     (outcome,) = run_distributed(run_with, 1, config, overrides, init=False)
     assert outcome.end == "finished"
     return folder / "run"

@@ -39,7 +39,8 @@ NETWORK, NETWORK_V6 = "10.77.0", "fd77::"
 DEAD_NETWORK, DEAD_NETWORK_V6 = "10.77.99", "fd77:99::"
 NOBODY, NOBODY_V6 = "10.77.0.200", "fd77::200"  # in the network of the hosts, and no host's
 ELSEWHERE, ELSEWHERE_V6 = "10.77.200.1", "fd77:200::1"  # reached by a router that answers nothing
-_ROUTER_MAC = "02:77:00:00:00:fe"
+_MAC = "02:77:00:00:00:"
+_ROUTER_MAC = f"{_MAC}fe"
 _LOCALHOST = "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n"
 NAMES = ("full", "loopback", "loopback only", "none", "different")
 
@@ -330,7 +331,7 @@ class Host:
         if lab.dead_interface:
             lines += [_add(self.dead_address, "dead0"), "link set dead0 up"]
         lines += [_add(address, "eth0") for address in self.addresses]
-        lines += [f"link set eth0 mtu {lab.mtu} up"]
+        lines += [f"link set eth0 address {_MAC}{self.index + 1:02x} mtu {lab.mtu} up"]  # the same after it was down
         routers = [f"{NETWORK}.254"] * (lab.family != "ipv6") + [f"{NETWORK_V6}fe"] * (lab.family != "ipv4")
         for router in routers * lab.router:
             lines += [f"neigh add {router} lladdr {_ROUTER_MAC} dev eth0 nud permanent"]

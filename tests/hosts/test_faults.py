@@ -21,7 +21,7 @@ from tests.faults.runs import digest, run_with
 from tests.hosts.conftest import MakeLab
 from tests.hosts.heard import Heard
 from tests.hosts.lab import ELSEWHERE, NOBODY, Host, Lab, until
-from tests.hosts.training import LIMIT_S, PORT, STARTS, Processes, all_said, arguments, finish
+from tests.hosts.training import LIMIT_S, OVERRIDES, PORT, STARTS, Processes, all_said, arguments, finish
 
 pytestmark = pytest.mark.timeout(900)
 TIMEOUT_S = 20  # parallel.timeout_s where processes do not meet
@@ -94,7 +94,7 @@ class Scene:
 
     def command(self, *overrides: str) -> list[object]:
         """Of one process."""
-        return [*TRAIN, *arguments(self.config, 2, *self.limits, *overrides)]
+        return [*TRAIN, *arguments(self.config, *self.limits, *overrides)]
 
 
 def filtered(scene: Scene) -> Processes:
@@ -220,7 +220,7 @@ def whole(stills: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("whole")
     path = folder / "train.yaml"
     path.write_text(CONFIG.format(output=folder, table=stills))
-    overrides = [*arguments(path, 2)[1:], f"train.steps={STEPS}", f"train.checkpoint_every={EVERY}"]
+    overrides = [*OVERRIDES, f"train.steps={STEPS}", f"train.checkpoint_every={EVERY}"]
     assert {one.end for one in run_distributed(run_with, 2, path, overrides, init=False)} == {"finished"}
     return digest(folder / "run")
 
