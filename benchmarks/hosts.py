@@ -5,7 +5,8 @@
 Two hosts of two processes each, which a launcher has numbered in turns (ranks 0 and 2 on one host), in the lab of
 tests/hosts: network namespaces joined by a bridge, with the given rates in Mbit/s (0: no limit). Linux, root.
 
-Every layout takes the same micro-batches: two of four short samples, two of one long sample. For each are printed
+Every layout takes the same micro-batches: two of four short samples, two of one long sample. The model is wider where
+the rate is high, so that links decide there too and not the cores of a small machine. For each layout are printed
 
 * bytes that left a host per step, as the kernel counts them on the host's interface: with TCP/IP and Ethernet headers,
   acknowledgements, and the small messages that no formula counts; beside them what host_traffic.py predicts;
@@ -21,6 +22,7 @@ import os
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,15 +49,19 @@ from opensora.planner.devices import DEVICES
 from opensora.planner.flops import training_flops
 from opensora.planner.forecast import EFFICIENCY, Forecaster, denoiser_inputs, structure
 from opensora.planner.network import Network
-from tests.hosts.lab import Lab
+from tests.hosts.lab import HostProcess, Lab
+from tests.hosts.training import environment
 
 ROOT = Path(__file__).resolve().parent.parent
-HOSTS, EACH = 2, 2
+IN_TURNS = (0, 1, 0, 1)  # the host of every launcher rank
 TIE = 0.05
-MODEL = MMDiTConfig(
+# Of a rate a tenth as high as the other's; wider, so that a step takes seconds at either: bytes grow as its square.
+NARROW = MMDiTConfig(
     in_channels=16, vec_in_dim=32, context_in_dim=32, hidden_size=192, num_heads=4, depth=1, depth_single_blocks=2,
     axes_dim=(16, 16, 16),
 )  # fmt: skip
+WIDE = replace(NARROW, hidden_size=512, axes_dim=(32, 48, 48))
+FAST_MBIT = 500.0  # from here on the wide one
 OPTIM = OptimConfig(kind="sgd", lr=0.01)
 EXACT = PrecisionConfig(compute="fp32")
 SHORT, LONG = MicroBatch(samples=4, txt=16, img=64), MicroBatch(samples=1, txt=16, img=304)
@@ -105,50 +111,55 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[1000.0, 100.0], help="Mbit/s of every host; 0: any")
     parser.add_argument("--only", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), metavar="LAYOUT")
     parser.add_argument("--steps", type=int, default=5, help="that are measured, after one to warm up")
+    parser.add_argument("--wide", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        work(args.only, args.steps)
+        work(WIDE if args.wide else NARROW, args.only, args.steps)
         return
     found = {f"{rate:g}": in_lab(rate, args.only, args.steps) for rate in args.rates}
     for rate, rows in found.items():
         report(float(rate), rows)
-    print(json.dumps({"benchmark": "hosts", "hosts": HOSTS, "processes": HOSTS * EACH, "steps": args.steps, **found}))
+    print(json.dumps({"benchmark": "hosts", "numbering": IN_TURNS, "steps": args.steps, **found}))
 
 
-def in_lab(rate_mbit: float, names: Sequence[str], steps: int, env: dict[str, str] | None = None) -> dict[str, Any]:
-    """What the processes find with this rate between the hosts: ``{"links": ..., "rows": [...]}``."""
-    world = HOSTS * EACH
-    with Lab(hosts=HOSTS, mtu=9000) as lab:
+def in_lab(rate_mbit: float, names: Sequence[str], steps: int, numbering: Sequence[int] = IN_TURNS) -> dict[str, Any]:
+    """What the processes find, as ``work`` prints it, with this rate (0: no limit) between the hosts.
+
+    ``numbering``: the host of every launcher rank.
+    """
+    with Lab(hosts=len(set(numbering)), mtu=9000) as lab:
         if rate_mbit:
             lab.shape(rate_mbit=rate_mbit)
-        started = []
-        for rank in range(world):  # in turns
-            host = lab.hosts[rank % HOSTS]
-            variables = {
-                "RANK": rank,
-                "WORLD_SIZE": world,
-                "LOCAL_RANK": rank // HOSTS,
-                "LOCAL_WORLD_SIZE": EACH,
-                "MASTER_ADDR": lab.hosts[0].address,
-                "MASTER_PORT": PORT,
-                "OMP_NUM_THREADS": 1,
-            }
-            command = [sys.executable, "-m", "benchmarks.hosts", "--worker", "--steps", steps, "--only", *names]
-            whole = {**os.environ, **{name: str(value) for name, value in variables.items()}, **(env or {})}
-            started.append(host.popen(command, env=whole, cwd=ROOT))
+        wide = rate_mbit >= FAST_MBIT
+        command = [sys.executable, "-m", "benchmarks.hosts", "--worker", "--steps", steps, "--only", *names]
+        command += ["--wide"] * wide
+        started = start_in_any_order(lab, numbering, command)
         codes = [process.finish(LIMIT_S) for process in started]
-        assert codes == [0] * world, "\n".join(process.said for process in started)
+        assert not any(codes), "\n".join(process.said for process in started)
         result: dict[str, Any] = json.loads(started[0].out.splitlines()[-1])
         return result
 
 
-def work(names: Sequence[str], steps: int) -> None:
+def start_in_any_order(lab: Lab, numbering: Sequence[int], command: Sequence[object]) -> list[HostProcess]:
+    """A command on the hosts of the lab, by the variables of a launcher that puts rank r on host ``numbering[r]``."""
+    shared = {"WORLD_SIZE": len(numbering), "MASTER_ADDR": lab.hosts[numbering[0]].address, "MASTER_PORT": PORT}
+    seen: Counter[int] = Counter()
+    started = []
+    for rank, number in enumerate(numbering):
+        own = {"RANK": rank, "LOCAL_RANK": seen[number], "LOCAL_WORLD_SIZE": numbering.count(number), **shared}
+        env = environment(**{name: str(value) for name, value in own.items()})
+        started.append(lab.hosts[number].popen(command, env=env, cwd=ROOT))
+        seen[number] += 1
+    return started
+
+
+def work(model: MMDiTConfig, names: Sequence[str], steps: int) -> None:
     """In every process: all layouts, one after the other, each in a process group of its own."""
     torch.set_num_threads(1)
     runtime = runtimes.start(120)
     found = links.measure(runtime, host_names(runtime.peers), "cpu")
-    flops = product_speed()
+    flops = product_speed(model)
     runtimes.stop()
     device = replace(DEVICES["cpu"], flops=flops / EFFICIENCY)
     network = Network.of_links(found, device, runtime.world_size)
@@ -156,10 +167,10 @@ def work(names: Sequence[str], steps: int) -> None:
     for number, name in enumerate(names, 1):
         os.environ["MASTER_PORT"] = str(PORT + number)
         runtime = runtimes.start(120, mesh=LAYOUTS[name].parallel.mesh)
-        row = measure(LAYOUTS[name], runtime, steps)
+        row = measure(model, LAYOUTS[name], runtime, steps)
         mesh = meshes.view(row.pop("degrees"))
         place = RankLayout(mesh, LAYOUTS[name].parallel)
-        forecaster = Forecaster(MODEL, OPTIM, device_type="cpu")
+        forecaster = Forecaster(model, OPTIM, device_type="cpu")
         row["planned_s"] = forecaster.seconds(place, batches_of(LAYOUTS[name], mesh), device, network)
         rows.append({"layout": name, **row})
         runtimes.stop()
@@ -168,38 +179,38 @@ def work(names: Sequence[str], steps: int) -> None:
         print(json.dumps({**rates, "rows": rows}))
 
 
-def product_speed() -> float:
+def product_speed(cfg: MMDiTConfig) -> float:
     """FLOP/s of this process in training steps of the model, while all others do the same; the slowest. Collective."""
-    model = build_model(MODEL)
+    model = build_model(cfg)
     sequence = SequenceParallel(meshes.view({}))
-    work = sum(training_flops(Forecaster(MODEL, OPTIM, device_type="cpu").forward_flops(batch)) for batch in STEP)
+    work = sum(training_flops(Forecaster(cfg, OPTIM, device_type="cpu").forward_flops(batch)) for batch in STEP)
     took = float("inf")
     for _ in range(3):
         dist.barrier()
         begun = time.perf_counter()
         for batch in STEP:
-            model(**denoiser_inputs(MODEL, batch, sequence, device="cpu")).square().sum().backward()
+            model(**denoiser_inputs(cfg, batch, sequence, device="cpu")).square().sum().backward()
         took = min(took, time.perf_counter() - begun)
     slowest = torch.tensor(took)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     return work / float(slowest)
 
 
-def measure(layout: Layout, runtime: runtimes.Runtime, steps: int) -> dict[str, Any]:
+def measure(cfg: MMDiTConfig, layout: Layout, runtime: runtimes.Runtime, steps: int) -> dict[str, Any]:
     """Bytes that leave every host, counted and predicted, and seconds, per step. Collective."""
     parallel, device = layout.parallel, torch.device("cpu")
     mesh = meshes.build(parallel.mesh, runtime.world_size, device)
     with torch.device("meta"):
-        model = build_model(MODEL)
+        model = build_model(cfg)
     parallelize(model, parallel, mesh, device, lambda name, tensor: tensor.normal_(0, 0.02))
     engine = build_engine(model, parallel, OPTIM, mesh)
     mine = batches_of(layout, mesh)
-    interface = runtime.peers[runtime.rank].interface or "eth0"
+    interface = runtime.peers[runtime.rank].interface
 
     def step(number: int) -> None:
         for index, batch in enumerate(mine):
             sequence = SequenceParallel(mesh.submesh(batch.degree))
-            share = engine.model(**denoiser_inputs(MODEL, batch, sequence, device=device)).square().sum()
+            share = engine.model(**denoiser_inputs(cfg, batch, sequence, device=device)).square().sum()
             engine.backward(share, last_microbatch=index == len(mine) - 1)
         engine.step(number)
 
@@ -218,7 +229,7 @@ def measure(layout: Layout, runtime: runtimes.Runtime, steps: int) -> dict[str, 
     everyone: list[Any] = [None] * runtime.world_size
     dist.all_gather_object(everyone, (hosts[runtime.rank], counted / steps))
     degrees = {name: mesh[name].degree for name in meshes.AXES}
-    profile = structure(MODEL)
+    profile = structure(cfg)
     batches = {rank: batches_of(layout, meshes.view(degrees, rank)) for rank in range(runtime.world_size)}
     leaving = {
         host: host_traffic.leaving_host(profile, parallel, degrees, hosts, batches, host)
