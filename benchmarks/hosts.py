@@ -159,7 +159,7 @@ def work(model: MMDiTConfig, names: Sequence[str], steps: int) -> None:
     torch.set_num_threads(1)
     runtime = runtimes.start(120)
     found = links.measure(runtime, host_names(runtime.peers), "cpu")
-    flops = product_speed(model)
+    flops = product_speed(model, min(3, steps))
     runtimes.stop()
     device = replace(DEVICES["cpu"], flops=flops / EFFICIENCY)
     network = Network.of_links(found, device, runtime.world_size)
@@ -179,13 +179,13 @@ def work(model: MMDiTConfig, names: Sequence[str], steps: int) -> None:
         print(json.dumps({**rates, "rows": rows}))
 
 
-def product_speed(cfg: MMDiTConfig) -> float:
+def product_speed(cfg: MMDiTConfig, tries: int) -> float:
     """FLOP/s of this process in training steps of the model, while all others do the same; the slowest. Collective."""
     model = build_model(cfg)
     sequence = SequenceParallel(meshes.view({}))
     work = sum(training_flops(Forecaster(cfg, OPTIM, device_type="cpu").forward_flops(batch)) for batch in STEP)
     took = float("inf")
-    for _ in range(3):
+    for _ in range(tries):
         dist.barrier()
         begun = time.perf_counter()
         for batch in STEP:
