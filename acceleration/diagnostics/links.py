@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -10,16 +10,18 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from acceleration.accounting.host_traffic import REDUCTIONS
 from acceleration.distributed.runtime import Runtime
 from acceleration.files.atomic_write import read_small, replacing
 from acceleration.files.untrusted import parse_json
+from acceleration.sharding.fsdp import ALL_GATHER, REDUCE_SCATTER
 
 T = TypeVar("T")
 NAME = "links.json"  # in the folder of a run
 FIRST = {"cpu": 1 << 20, "cuda": 1 << 26}  # bytes of the first try
 MOST = 1 << 28  # of one that is measured
 LEAST_S = 0.1  # that it should take: a short one is over before the link's own buffers are full
-ROUNDS = 3
+ROUNDS, LONG_S = 3, 1.0  # how often, but once where one takes longer
 FIELDS = {"processes", "within", "between", "device"}
 MAX_HOSTS, MAX_RATE = 10**6, 1e15
 
@@ -29,7 +31,7 @@ class Links:
     """Rates in bytes/s, in one direction while the other is used as much, all processes exchanging at the same time."""
 
     processes: tuple[int, ...]  # of every host, in the order of ranks
-    within: float | None  # from every process to another one of its host; None: no host has two
+    within: float | None  # from every process to others of its host, in what sharding does; None: no host has two
     between: float | None  # from every host to another one, all its processes together; None: there is one host
     device: str = ""  # kind of device between which it was measured
 
@@ -62,7 +64,7 @@ class Links:
 
 
 def measure(runtime: Runtime, hosts: Sequence[Hashable], device: str = "") -> Links:
-    """Send between neighbours within every host, then from every host to the next one. Collective; takes a second.
+    """Do within every host what sharding does there, then send from every host to the next one. Collective; a second.
 
     The slowest host or process counts.
 
@@ -76,12 +78,10 @@ def measure(runtime: Runtime, hosts: Sequence[Hashable], device: str = "") -> Li
     groups = list(members.values())
     within = between = None
     if any(len(group) > 1 for group in groups):
-        neighbours = {a: b for group in groups if len(group) > 1 for a, b in _turned(group)}
-        nbytes, seconds = _timed(neighbours, runtime)
-        within = nbytes / max(seconds[rank] for rank in neighbours)
+        within = _rate_within(groups, runtime)
     if len(groups) > 1:
-        across = {rank: there[i % len(there)] for here, there in _turned(groups) for i, rank in enumerate(here)}
-        nbytes, seconds = _timed(across, runtime)
+        receivers = {rank: there[i % len(there)] for here, there in _turned(groups) for i, rank in enumerate(here)}
+        nbytes, seconds = _timed(lambda nbytes: _sending(receivers, nbytes, runtime), runtime)
         between = min(nbytes * len(group) / max(seconds[rank] for rank in group) for group in groups)
     return Links(processes=tuple(map(len, groups)), within=within, between=between, device=device)
 
@@ -91,27 +91,62 @@ def _turned(one: Sequence[T]) -> list[tuple[T, T]]:
     return list(zip(one, [*one[1:], one[0]], strict=True))
 
 
-def _timed(receivers: dict[int, int], runtime: Runtime) -> tuple[int, list[float]]:
-    """(bytes, seconds of every rank) to send so many to ``receivers[rank]``, all at the same time; the best try."""
+def _rate_within(groups: Sequence[Sequence[int]], runtime: Runtime) -> float:
+    """Bytes/s that a process sends in a reduce-scatter and an all-gather, which on CPUs take more than sending does."""
+    mine = next(list(group) for group in groups if runtime.rank in group)
+    group = dist.new_group(mine, use_local_synchronization=True) if len(mine) > 1 else None
+    backend = dist.get_backend()
+
+    def exchanging(nbytes: int) -> Callable[[], None]:
+        piece = torch.zeros(nbytes // 4, device=runtime.device)
+        whole = torch.zeros(nbytes // 4 * len(mine), device=runtime.device)
+
+        def exchange() -> None:
+            if group is not None:
+                getattr(dist, REDUCE_SCATTER)(piece, whole, group=group)
+                getattr(dist, ALL_GATHER)(whole, piece, group=group)
+
+        return exchange
+
+    nbytes, seconds = _timed(exchanging, runtime)
+    if group is not None:
+        dist.destroy_process_group(group)
+    sent = nbytes * (REDUCTIONS.get(backend, 1) + 1)
+    return min(sent * (len(g) - 1) / seconds[rank] for g in groups for rank in g if len(g) > 1)
+
+
+def _sending(receivers: dict[int, int], nbytes: int, runtime: Runtime) -> Callable[[], None]:
+    """What sends so many bytes to the receiver of this rank, and takes what comes."""
+    buffer = torch.zeros(nbytes, dtype=torch.uint8, device=runtime.device)
+    senders = [sender for sender, receiver in receivers.items() if receiver == runtime.rank]
+    incoming = [torch.empty_like(buffer) for _ in senders]
+
+    def send() -> None:
+        transfers = [dist.P2POp(dist.irecv, x, sender) for x, sender in zip(incoming, senders, strict=True)]
+        transfers.append(dist.P2POp(dist.isend, buffer, receivers[runtime.rank]))
+        for work in dist.batch_isend_irecv(transfers):
+            work.wait()
+
+    return send
+
+
+def _timed(made_for: Callable[[int], Callable[[], None]], runtime: Runtime) -> tuple[int, list[float]]:
+    """(bytes, seconds of every rank) of an exchange of so many bytes that it takes ``LEAST_S``; the best of a few."""
     nbytes = FIRST[runtime.device.type]
-    tried = max(_exchange(receivers, nbytes, runtime))
-    nbytes = min(int(nbytes * max(1.0, LEAST_S / tried)), MOST)
-    rounds = [_exchange(receivers, nbytes, runtime) for _ in range(ROUNDS if tried < 1.0 else 1)]
+    tried = max(_once(made_for(nbytes), runtime))
+    nbytes = min(int(nbytes * max(1.0, LEAST_S / tried)) // 4 * 4, MOST)
+    exchange = made_for(nbytes)
+    rounds = [_once(exchange, runtime) for _ in range(ROUNDS if tried < LONG_S else 1)]
     return nbytes, min(rounds, key=max)
 
 
-def _exchange(receivers: dict[int, int], nbytes: int, runtime: Runtime) -> list[float]:
+def _once(exchange: Callable[[], None], runtime: Runtime) -> list[float]:
+    """Seconds that it takes every rank."""
     device = runtime.device
-    buffer = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-    senders = [sender for sender, receiver in receivers.items() if receiver == runtime.rank]
-    transfers = [dist.P2POp(dist.irecv, torch.empty_like(buffer), sender) for sender in senders]
-    if runtime.rank in receivers:
-        transfers.append(dist.P2POp(dist.isend, buffer, receivers[runtime.rank]))
     dist.barrier()
     _finish(device)
     begun = time.perf_counter()
-    for work in dist.batch_isend_irecv(transfers) if transfers else ():
-        work.wait()
+    exchange()
     _finish(device)
     took = torch.tensor(time.perf_counter() - begun, dtype=torch.float64, device=device)
     everyone = [torch.empty_like(took) for _ in range(runtime.world_size)]
