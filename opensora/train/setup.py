@@ -157,7 +157,7 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
     stop.check()
     timer.enter("build", 0)
     if cfg.train.preflight:
-        check_processes(cfg, runtime, folder / links.NAME)
+        check_processes(cfg, runtime, folder / links.NAME if runtime.world_size > 1 else None)
     mesh = meshes.build(cfg.parallel.mesh, runtime.world_size, runtime.device)
     announce(f"{to_yaml(cfg)}\n{plan.report()}\n{layout(cfg, mesh)}")
 

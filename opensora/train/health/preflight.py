@@ -32,7 +32,9 @@ def check_processes(cfg: RunConfig, runtime: Runtime, links: Path | None = None)
     announce(report.summary)
     for warning in report.warnings:
         announce(f"preflight: {warning}", level=logging.WARNING)
-    if links and report.links and runtime.is_main:
+    if links and runtime.is_main and not report.links:
+        announce(f"preflight: {links}: not written, one process has no links")
+    elif links and report.links and runtime.is_main:
         try:
             report.links.write(links)
         except OSError as error:  # the planner will lack it, the run will not
