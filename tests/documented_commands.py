@@ -119,6 +119,7 @@ SMALLER = (
     (r"\bDIR\b", "my_clips"),
     (r"data\.table=(TABLE|outputs/\S+)", "data.table=clips.csv"),
     (r"--clips \d+ --images \d+", "--clips 24 --images 8"),
+    (r"(cli\.forecast .*) --links \S+", r"\1"),  # of a run on several hosts
     (r"(data_pipeline\.shapes --out \S+)$", r"\1 --clips 24 --images 8"),
 )
 MODEL = (
@@ -153,6 +154,7 @@ OPTIONS = {
     r"benchmarks\.decode": "--windows 1 --frames 5",
     r"benchmarks\.packing": "--steps 1 --micro-batches 2",
     r"benchmarks\.plan_accuracy": "--only 1",
+    r"benchmarks\.hosts": "--rates 0 --steps 1 --only shard hybrid",
     r"benchmarks\.demo_step": "--steps 2",
     r"launch/test\.sh -k": "--collect-only",
 }

@@ -10,12 +10,13 @@ What is counted, per process, for one optimizer step:
 * tensor: the exchanges of cut layers likewise; once per step, the gradients that are shared and the norm.
 
 Masks are one byte per token, also on their way through a switch. Scalars of logging and clipping that go over the whole
-world are not counted.
+world are not counted. ``RankLayout.peers`` counts the bytes to some of the others alone, as host_traffic.py does.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from math import prod
 from typing import NamedTuple
 
@@ -136,7 +137,8 @@ def held(parameters: Iterable[Parameter], place: RankLayout) -> int:
 
 def gather_bytes(unit: ShardUnit, place: RankLayout) -> int:
     """Sent in one all-gather of a unit's weights."""
-    return padded(unit.parameters, place) * place.itemsize("compute") * (place.fsdp_degree - 1)
+    sent = padded(unit.parameters, place) * place.itemsize("compute") * (place.fsdp_degree - 1)
+    return sent * place.peers.follows(FSDP)
 
 
 def all_reduce_bytes(nbytes: int, degree: int) -> int:
@@ -160,8 +162,9 @@ def _sharding_bytes(structure: ModelProfile, place: RankLayout, batches: int) ->
         trained = padded((p for p in unit.parameters if p.trains), place) * place.itemsize("reduce")
         if place.fsdp_degree > 1:
             total[FSDP] += count * gathers_per_step(zero, batches) * gather_bytes(unit, place)
-            total[FSDP] += count * reductions_per_step(zero, batches) * trained * (place.fsdp_degree - 1)
-        if place.replicas > 1:
+            reductions = count * reductions_per_step(zero, batches) * place.peers.reductions
+            total[FSDP] += reductions * trained * (place.fsdp_degree - 1) * place.peers.follows(FSDP)
+        if place.replicas > 1 and place.peers.follows(REPLICATE):
             total[REPLICATE] += count * all_reduce_bytes(trained, place.replicas)
     return total
 
@@ -169,7 +172,7 @@ def _sharding_bytes(structure: ModelProfile, place: RankLayout, batches: int) ->
 def _shared_gradients(structure: ModelProfile, place: RankLayout) -> Counter[str]:
     """Once per step along tensor: gradients of what all hold but use for their own heads, and the norm's square."""
     tensor = place.mesh["tensor"].degree
-    if tensor == 1:
+    if tensor == 1 or not place.peers.follows("tensor"):
         return Counter()
     shared = sum(
         n * held((p for p in u.parameters if p.is_shared and p.trains), place) for u, n in structure.unit_counts
@@ -211,11 +214,12 @@ class _Share:
     """One process's part in an attention slot: tokens and heads here, in its ulysses group, and on the ring."""
 
     sequences: int  # of all samples
-    heads: int  # before ulysses cuts them
     mine: int  # heads of this process inside attention
+    away: int  # heads of the others that bytes are counted to
     local: int  # tokens of this process
     group: tuple[int, ...]  # tokens of each process of its ulysses group
     ring: tuple[int, ...]  # tokens of each place on the ring
+    elsewhere: int  # tokens of the others of that group that bytes are counted to
     ulysses: Axis | None  # None: nothing is exchanged for heads
 
 
@@ -225,12 +229,15 @@ def _share(slot: Attention, shares: TokenShares) -> _Share:
     lengths = shares.lengths(slot.queries)
     groups = ring_groups(lengths, ulysses.degree)
     heads = slot.heads // shares.tensor
+    counted, group = shares.counted, groups[ring.rank]
+    by_process = (heads,) * ulysses.degree if is_whole else head_shares(heads, ulysses.degree)
     return _Share(
         sequences=slot.batch.at(shares.local) * shares.batch.samples,
-        heads=heads,
-        mine=heads if is_whole else head_shares(heads, ulysses.degree)[ulysses.rank],
+        mine=by_process[ulysses.rank],
+        away=sum(compress(by_process, counted)),
         local=lengths[shares.rank],
-        group=groups[ring.rank],
+        group=group,
+        elsewhere=sum(compress(group, counted)),
         ring=tuple(group[0] if is_whole else sum(group) for group in groups),
         ulysses=None if is_whole else ulysses,
     )
@@ -248,11 +255,10 @@ def _attention_forward(slot: Attention, shares: TokenShares, *, inside: bool = T
     size = shares.itemsize() * share.sequences * slot.head_dim
     has_mask = shares.batch.has_mask and slot.is_masked
     if share.ulysses is not None:
-        elsewhere = sum(share.group) - share.local
-        sent["ulysses"] = (3 * share.local * (share.heads - share.mine) + elsewhere * share.mine) * size
-        if has_mask:
+        sent["ulysses"] = (3 * share.local * share.away + share.elsewhere * share.mine) * size
+        if has_mask and shares.follows("ulysses"):
             sent["ulysses"] += max(share.group) * share.sequences * (share.ulysses.degree - 1)
-    if ring.degree > 1:
+    if ring.degree > 1 and shares.follows("ring"):
         stays = share.ring[(ring.rank + 1) % ring.degree]  # what the next process had at the start
         sent["ring"] = 2 * (sum(share.ring) - stays) * share.mine * size * inside
         if has_mask:
@@ -268,9 +274,8 @@ def _attention_backward(slot: Attention, shares: TokenShares) -> Counter[str]:
     share, ring, compute = _share(slot, shares), shares.ring, shares.itemsize()
     per_head = share.sequences * slot.head_dim
     if share.ulysses is not None:
-        elsewhere = sum(share.group) - share.local
-        sent["ulysses"] = (share.local * (share.heads - share.mine) + 3 * elsewhere * share.mine) * per_head * compute
-    if ring.degree > 1:
+        sent["ulysses"] = (share.local * share.away + 3 * share.elsewhere * share.mine) * per_head * compute
+    if ring.degree > 1 and shares.follows("ring"):
         stays = share.ring[(ring.rank + 1) % ring.degree]
         values = 2 * share.mine * per_head
         sent["ring"] = values * ((sum(share.ring) - stays) * compute + sum(share.ring) * shares.itemsize(torch.float32))
@@ -283,14 +288,15 @@ def _switch_bytes(switch: Switch, shares: TokenShares) -> tuple[int, int]:
         return 0, 0
     here = shares.local
     value = switch.values * shares.batch.samples * shares.itemsize(switch.dtype)
-    to_space = (here["frames"] - here["frames_inside"]) * here["places"] * value
-    to_time = (here["places_inside"] - here["places"]) * here["frames_inside"] * value
+    there = list(compress(shares.group, shares.counted))
+    to_space = sum(peer["frames_inside"] for peer in there) * here["places"] * value
+    to_time = sum(peer["places"] for peer in there) * here["frames_inside"] * value
     return (to_space, to_time) if switch.whole == "space" else (to_time, to_space)
 
 
 def _layer_forward(layer: Layer, shares: TokenShares) -> int:
     degree = shares.tensor
-    if degree == 1 or layer.kind in ("column", "whole"):
+    if degree == 1 or layer.kind in ("column", "whole") or not shares.follows("tensor"):
         return 0
     out = shares.batch.samples * layer.rows.at(shares.local) * layer.outputs * shares.itemsize()
     return all_reduce_bytes(out, degree) if layer.kind == "row" else out // degree * (degree - 1)
@@ -298,7 +304,7 @@ def _layer_forward(layer: Layer, shares: TokenShares) -> int:
 
 def _layer_backward(layer: Layer, shares: TokenShares) -> int:
     degree = shares.tensor
-    if degree == 1 or layer.kind in ("row", "whole") or not layer.input_trains:
+    if degree == 1 or layer.kind in ("row", "whole") or not layer.input_trains or not shares.follows("tensor"):
         return 0
     rows = shares.batch.samples * layer.rows.at(shares.local)
     return all_reduce_bytes(rows * layer.inputs * shares.itemsize(), degree)

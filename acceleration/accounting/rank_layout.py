@@ -6,7 +6,7 @@ import torch
 
 from acceleration.accounting.model_profile import Count, ModelProfile, Sizes
 from acceleration.config import ParallelConfig
-from acceleration.distributed.mesh import Mesh
+from acceleration.distributed.mesh import Axis, Mesh
 from acceleration.sequence.layout import SequenceParallel, even_sizes, exchanges_axes, ring_groups
 from acceleration.sharding.precision import DTYPES
 
@@ -36,12 +36,36 @@ class MicroBatch:
         return _factored_sizes(self.txt, self.frames, self.places, self.frames, self.places)
 
 
+class Peers:
+    """To which of its peers the bytes of a process are counted: to all of them.
+
+    Exchanges go round (all-gather, reduce-scatter, all-reduce, a ring's shifts: a process sends to the next one alone,
+    as gloo does it and NCCL's rings) or from each to each (all-to-all).
+    """
+
+    def __init__(self, reductions: int = 1) -> None:
+        """``reductions``: how often a reduce-scatter sends what it has to send."""
+        self.reductions = reductions
+
+    def follows(self, axis: str, degree: int | None = None) -> bool:
+        """Whether the next process of the axis, or of its part of this degree, is one of them."""
+        return True
+
+    def counted(self, axis: Axis) -> tuple[bool, ...]:
+        """Of every process of the axis, or of a part of it, whether it is one of them; this one is not."""
+        return tuple(rank != axis.rank for rank in range(axis.degree))
+
+
+ALL_PEERS = Peers()
+
+
 @dataclass(frozen=True)
 class RankLayout:
     """One process of a layout that need not exist, and how sharding sees it."""
 
     mesh: Mesh
     cfg: ParallelConfig
+    peers: Peers = ALL_PEERS
     fsdp_degree: int = field(init=False)
     fsdp_rank: int = field(init=False)
     replicas: int = field(init=False)
@@ -86,6 +110,9 @@ class TokenShares:
             txt = txt if profile.cuts_text else (batch.txt,) * sequence.degree
             self.all = [{"txt": t, "img": i} for t, i in zip(txt, sequence.sizes(batch.img), strict=True)]
         self.local = self.all[self.rank]
+        first = self.ring.rank * self.ulysses.degree
+        self.group = self.all[first : first + self.ulysses.degree]  # of each process of its ulysses group
+        self.counted = place.peers.counted(self.ulysses)  # of whom bytes are counted to
         self._lengths: dict[Count, tuple[int, ...]] = {}
 
     def lengths(self, count: Count) -> tuple[int, ...]:
@@ -93,6 +120,10 @@ class TokenShares:
         if count not in self._lengths:
             self._lengths[count] = tuple(count.at(sizes) for sizes in self.all)
         return self._lengths[count]
+
+    def follows(self, axis: str) -> bool:
+        """Whether bytes to the next process of ring, ulysses or tensor are counted."""
+        return self.place.peers.follows(axis, self.ulysses.degree if axis == "ulysses" else None)
 
     def _factored(self, profile: ModelProfile, sequence: SequenceParallel) -> list[Sizes]:
         batch, degree = self.batch, self.ulysses.degree

@@ -9,11 +9,14 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 
+from acceleration.diagnostics import links
+from acceleration.diagnostics.links import Links
+from acceleration.distributed.placement import host_names
 from acceleration.distributed.rendezvous import ranges
 from acceleration.distributed.runtime import Runtime
 
@@ -46,6 +49,7 @@ class Report:
 
     summary: str  # one line
     warnings: list[str] = field(default_factory=list)
+    links: Links | None = None  # None where there is one process
 
 
 def preflight(runtime: Runtime, same: Mapping[str, str]) -> Report:
@@ -58,9 +62,10 @@ def preflight(runtime: Runtime, same: Mapping[str, str]) -> Report:
         PreflightError: something differs; the same line on every process.
     """
     group = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
+    hosts = host_names(runtime.peers) if runtime.peers else [socket.gethostname()] * runtime.world_size
     facts = Facts(
         rank=runtime.rank,
-        host=socket.gethostname(),
+        host=hosts[runtime.rank],
         device=device_name(runtime.device),
         visible=torch.cuda.device_count(),
         same={**same, "torch": torch.__version__},
@@ -71,7 +76,11 @@ def preflight(runtime: Runtime, same: Mapping[str, str]) -> Report:
     nbytes = BYTES[runtime.device.type]
     link_s, reduce_s = measure(runtime, nbytes)
     measured = Facts(**{**vars(facts), "link_s": link_s, "reduce_s": reduce_s})
-    return assess(_gather(measured, runtime, group), nbytes)
+    report = assess(_gather(measured, runtime, group), nbytes)
+    if runtime.world_size == 1:
+        return report
+    found = links.measure(runtime, hosts, facts.device)
+    return replace(report, summary=f"{report.summary}{_rates(found)}", links=found)
 
 
 def differences(everyone: list[Facts]) -> list[str]:
@@ -120,6 +129,14 @@ def assess(everyone: list[Facts], nbytes: int) -> Report:
     speed = f"; all-reduce {_rate(moved, reduce_s)}" if world > 1 else ""
     kinds = ", ".join(f"{len(ranks)} x {name}" for name, ranks in devices.items())
     return Report(summary=f"preflight: {world} processes on {len(hosts)} hosts, {kinds}{speed}", warnings=warnings)
+
+
+def _rates(found: Links) -> str:
+    """Of both kinds of links, where there are both: of one kind the all-reduce says enough."""
+    if found.within is None or found.between is None:
+        return ""
+    within, between = found.within / 1e9, found.between / 1e9
+    return f"; a process sends {within:.2g} GB/s within its host, a host {between:.2g} GB/s to others"
 
 
 def measure(runtime: Runtime, nbytes: int) -> tuple[float, float]:

@@ -22,10 +22,12 @@ import torch
 import torch.distributed as dist
 
 from acceleration.config import MeshConfig
+from acceleration.distributed import mesh as meshes
 from acceleration.distributed import network
 from acceleration.distributed.agreement import Interrupted
 from acceleration.distributed.meeting import agent_store, rendezvous
 from acceleration.distributed.peers import Peer
+from acceleration.distributed.placement import place
 from acceleration.distributed.rendezvous import Place, StartError, Waiting
 from acceleration.files.untrusted import parsing, short
 
@@ -295,8 +297,15 @@ def say(text: str) -> None:
 
 
 def group_order(peers: Sequence[Peer], mesh: MeshConfig | None) -> list[int]:
-    """The launcher's rank of every rank of the process group; the launcher's rank 0 stays rank 0."""
-    return list(range(len(peers)))
+    """The launcher's rank of every rank of the process group; the launcher's rank 0 stays rank 0.
+
+    Raises:
+        ValueError: the mesh is not of so many processes.
+    """
+    if mesh is None:
+        return list(range(len(peers)))
+    ranks = place([peer.host_id for peer in peers], meshes.resolve(mesh, len(peers)))
+    return sorted(range(len(peers)), key=ranks.__getitem__)
 
 
 class Connecting:

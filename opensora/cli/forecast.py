@@ -19,8 +19,9 @@ from opensora.config.load import load_config
 from opensora.config.run import RunConfig
 from opensora.planner.devices import DEVICES
 from opensora.planner.forecast import Forecast
+from opensora.planner.network import Network, read_links
 from opensora.planner.search import Planner, check_own
-from opensora.utils.command_line.arguments import Parser, number, whole
+from opensora.utils.command_line.arguments import Parser, number, place, whole
 from opensora.utils.console import Progress
 from opensora.utils.errors import UserError
 
@@ -41,6 +42,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--world", type=whole(1, MAX_WORLD), required=True, help=f"number of devices, 1 to {MAX_WORLD}")
     parser.add_argument("--device", choices=DEVICES, default="h100")
     parser.add_argument("--memory-gib", type=number(0, MAX_GIB, above=True), help="of a device; default: its own")
+    parser.add_argument("--links", type=place, help="rates that preflight measured: its file, or the folder of a run")
     parser.add_argument("--top", type=whole(1, MAX_TOP), default=10, help="how many layouts to list")
     parser.add_argument("--measure", action="store_true", help="run every shape on the meta device: slower")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
@@ -51,15 +53,18 @@ def main(argv: list[str]) -> int:
     cfg = load_config(RunConfig, args.config, overrides)
     check_known(cfg)
     device_type = "cpu" if args.device == "cpu" else "cuda"
-    planner = Planner(cfg, args.world, device, device_type=device_type, exact=args.measure)
+    network = read_links(args.links, device, args.world) if args.links else Network.of_device(device, args.world)
+    planner = Planner(cfg, args.world, device, device_type=device_type, exact=args.measure, network=network)
     problem = check_own(cfg, args.world)
     own = [] if problem else planner.own()
     if args.json:
         best = planner.best(args.top, show_progress())
         plain = {"own": [f.plain() for f in own], "best": [f.plain() for f in best], "room_gib": planner.room / GIB}
-        print(json.dumps(plain))
+        print(json.dumps(plain | {"network": vars(network), "hybrid": planner.hybrid(best[0])}))
         return 0
     print(f"{args.world} x {args.device}; {planner.room / GIB:.1f} GiB of each can be used; GiB per process and step")
+    if len(network.processes) > 1:
+        print(network)
     if problem:
         print(f"\nthe configured layout does not fit {args.world} devices: {problem}")
     else:
@@ -72,6 +77,9 @@ def main(argv: list[str]) -> int:
     print(f"\nfastest that fit {best[0].shape}\n{'layout':<44}{COLUMNS}")
     for forecast in best:
         print(f"{describe(forecast):<44}{row(forecast)}")
+    proposal = planner.hybrid(best[0])
+    if proposal:
+        print(f"\n{proposal}")
     return 0
 
 

@@ -12,7 +12,10 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from acceleration.accounting import host_traffic
+from acceleration.distributed import mesh as meshes
 from acceleration.distributed import runtime as runtimes
+from acceleration.distributed.placement import host_names
 from acceleration.distributed.runtime import Runtime
 from acceleration.distributed.tasks import DistributedRunner
 from opensora.assembly.components import Components
@@ -216,6 +219,9 @@ def sample(cfg: SampleConfig) -> list[str]:
     parts = prepare_models(cfg, source, runtime)
     fit(cfg.sampling, parts)
     announce(f"{len(jobs)} samples on {runtime.world_size} processes, {runtime.device.type}")
+    if len(set(hosts := host_names(runtime.peers))) > 1:
+        launched = [peer.rank for peer in runtime.peers]
+        announce(host_traffic.summary(meshes.resolve(parallel.mesh, runtime.world_size), hosts, launched, {}))
     files = process_and_save(parts, cfg, jobs)
     runtimes.stop()
     return files

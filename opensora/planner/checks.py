@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from acceleration.accounting import comm_volume
-from acceleration.accounting.rank_layout import RankLayout
+from acceleration.accounting import comm_volume, host_traffic
+from acceleration.accounting.rank_layout import MicroBatch, RankLayout
 from acceleration.distributed import mesh as meshes
 from acceleration.distributed.mesh import Mesh
 from opensora.config.run import RunConfig
@@ -42,21 +42,50 @@ def check_memory(cfg: RunConfig, world: int, device_bytes: int | None) -> None:
 
 
 class Traffic:
-    """Bytes that this process should send in every step of a run, by formula."""
+    """Bytes that this process, and this process's host, should send in every step of a run, by formula."""
 
     def __init__(
-        self, cfg: RunConfig, mesh: Mesh, assigned: Callable[[int], Sequence[PlannedBatch | PackedSequence]]
+        self,
+        cfg: RunConfig,
+        mesh: Mesh,
+        assigned: Callable[[int, Mesh], Sequence[PlannedBatch | PackedSequence]],
+        hosts: Sequence[str] = (),
     ) -> None:
-        """``assigned``: step -> this process's micro-batches."""
-        self._cfg, self._assigned = cfg, assigned
-        self._place = RankLayout(mesh, cfg.parallel)
+        """
+        Args:
+            assigned: (step, the mesh as a process sees it) -> that process's micro-batches.
+            hosts: of every rank, this process's being the first; nothing where there is one.
+        """
+        self._cfg, self._assigned, self._hosts = cfg, assigned, hosts if len(set(hosts)) > 1 else ()
+        self._mesh, self._place = mesh, RankLayout(mesh, cfg.parallel)
         self._structure = structure(cfg.model, bool(cfg.conditioning.masks))
 
     def of_step(self, step: int) -> dict[str, int]:
-        """Axis -> bytes in update ``step``."""
-        mine = [part for m in self._assigned(step) for part in m.parts]  # packs have no forecast
-        batches = [_as_seen(self._cfg, m.bucket.frames, (m.bucket.height, m.bucket.width)) for m in mine]
-        sized = [
-            replace(batch, samples=len(m.sample_ids), degree=m.degree) for batch, m in zip(batches, mine, strict=True)
+        """Axis -> bytes of this process in update ``step``; of several hosts also ``hosts``: bytes leaving its own."""
+        sent = comm_volume.step_bytes(self._structure, self._place, self._batches(step, self._mesh))
+        return sent | ({"hosts": sum(self.leaving_host(step).values())} if self._hosts else {})
+
+    def leaving_host(self, step: int) -> dict[str, int]:
+        """Axis -> bytes that this process's host sends to other hosts in update ``step``; {} where there is one."""
+        if not self._hosts:
+            return {}
+        degrees = {name: self._mesh[name].degree for name in meshes.AXES}
+        backend = "nccl" if self._mesh.device_type == "cuda" else "gloo"
+        seen = {rank: meshes.view(degrees, rank) for rank, host in enumerate(self._hosts) if host == self._hosts[0]}
+        return host_traffic.leaving_host(
+            self._structure,
+            self._cfg.parallel,
+            degrees,
+            self._hosts,
+            {rank: self._batches(step, mesh) for rank, mesh in seen.items()},
+            self._hosts[0],
+            backend,
+        )
+
+    def _batches(self, step: int, mesh: Mesh) -> list[MicroBatch]:
+        """Of the process that sees ``mesh``, as formulas want them."""
+        theirs = [part for m in self._assigned(step, mesh) for part in m.parts]  # packs have no forecast
+        batches = [_as_seen(self._cfg, m.bucket.frames, (m.bucket.height, m.bucket.width)) for m in theirs]
+        return [
+            replace(batch, samples=len(m.sample_ids), degree=m.degree) for batch, m in zip(batches, theirs, strict=True)
         ]
-        return comm_volume.step_bytes(self._structure, self._place, sized)

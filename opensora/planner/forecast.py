@@ -3,10 +3,12 @@
 Memory is added up as FSDP2 allocates it, over activations found on the meta device (peak_memory.py and
 activation_memory.py in acceleration/accounting); bytes are those the axes would count (comm_volume.py there). Both are
 exact to a few percent. Time is a rough model on top of them, good for comparing layouts: products at ``EFFICIENCY`` of
-the peak, exchanges at the speed of the slowest link they cross, weights and gradients moved while blocks compute.
+the peak, exchanges by network.py, on GPUs weights and gradients moved while blocks compute. On CPUs FSDP2 waits for
+each exchange, and gloo makes an all-reduce of a reduce-scatter.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from math import prod
@@ -17,15 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from acceleration import protocol
-from acceleration.accounting import comm_volume, peak_memory
+from acceleration.accounting import comm_volume, host_traffic, peak_memory
 from acceleration.accounting.activation_memory import Timeline, assemble, interpolate, spread, timeline
 from acceleration.accounting.model_profile import ModelProfile, ShardUnit, Sizes
 from acceleration.accounting.peak_memory import Footprint
 from acceleration.accounting.profiling import profile_of
-from acceleration.accounting.rank_layout import MicroBatch, RankLayout
+from acceleration.accounting.rank_layout import MicroBatch, Peers, RankLayout
 from acceleration.config import OptimConfig, ParallelConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
-from acceleration.distributed.mesh import FSDP, REPLICATE
+from acceleration.distributed.mesh import FSDP
 from acceleration.sequence import SequenceParallel
 from opensora.assembly.token_layout import forward_arguments, token_layout
 from opensora.config.run import RunConfig
@@ -37,6 +39,7 @@ from opensora.models.text import TEXT_ENCODERS, has_mask, text_tokens
 from opensora.models.vae import AUTOENCODERS, autoencoder_shape
 from opensora.planner.devices import Device
 from opensora.planner.flops import attention_flops, linear_flops, mfu, training_flops
+from opensora.planner.network import Network
 from opensora.schedulers import OBJECTIVE_CONFIGS, ObjectiveConfig, build_objective
 from opensora.schedulers.base import Objective
 
@@ -225,10 +228,18 @@ class Forecaster:
         return batch.samples * sum(count * _unit_flops(unit, sizes) for unit, count in self.structure.unit_counts)
 
     def forecast(
-        self, place: RankLayout, shape: Shape, batches: int, device: Device, memory: Footprint, step_batches: int
+        self,
+        place: RankLayout,
+        shape: Shape,
+        batches: int,
+        device: Device,
+        network: Network,
+        memory: Footprint,
+        step_batches: int,
     ) -> Forecast:
         """Everything about a step in which every micro-batch is of this shape."""
-        sent, seconds = self._step(place, shape.batch, batches, device)
+        sent = comm_volume.step_bytes(self.structure, place, [shape.batch] * batches)
+        seconds = self.seconds(place, [shape.batch] * batches, device, network)
         flops = training_flops(self.forward_flops(shape.batch)) * step_batches
         return Forecast(
             parallel=place.cfg,
@@ -242,22 +253,32 @@ class Forecaster:
             mfu=mfu(flops, seconds, device.flops * place.mesh.world_size),
         )
 
-    def _step(self, place: RankLayout, batch: MicroBatch, batches: int, device: Device) -> tuple[dict[str, int], float]:
-        """(bytes by axis, seconds) of a step of ``batches`` of these on every process."""
-        mesh = place.mesh
-        sent = comm_volume.step_bytes(self.structure, place, [batch] * batches)
-        links = _bandwidths(place, device)
-        shared = mesh["ring"].degree * mesh["ulysses"].degree * mesh["tensor"].degree
+    def seconds(self, place: RankLayout, batches: Sequence[MicroBatch], device: Device, network: Network) -> float:
+        """Time of a step with these micro-batches on every process: products, and what exchanges take beside them."""
+        mesh, sent = place.mesh, self.on_wire(place, batches)
+        compute = inside = 0.0
+        for batch, count in Counter(batches).items():
+            every, attention = self._hardware_flops(place, batch)
+            shared = mesh["ring"].degree * (batch.degree or mesh["ulysses"].degree) * mesh["tensor"].degree
+            speed = device.flops * EFFICIENCY * shared / count
+            compute, inside = compute + every / speed, inside + attention / speed
+        seconds = network.seconds({name: mesh[name].degree for name in meshes.AXES}, place.cfg.zero, sent)
+        hidden = {} if self.device_type == "cpu" else {FSDP: compute, "ring": inside}
+        return compute + sum(max(0.0, s - hidden.get(axis, 0.0)) for axis, s in seconds.items())
+
+    def on_wire(self, place: RankLayout, batches: Sequence[MicroBatch]) -> dict[str, int]:
+        """Axis -> bytes that this process sends in a step by what the backend makes of the exchanges."""
+        peers = Peers(host_traffic.REDUCTIONS["gloo" if self.device_type == "cpu" else "nccl"])
+        return comm_volume.step_bytes(self.structure, replace(place, peers=peers), batches)
+
+    def _hardware_flops(self, place: RankLayout, batch: MicroBatch) -> tuple[int, int]:
+        """(operations of a micro-batch with what is computed again, those of attention), all that share it together."""
         sizes, blocks = batch.sizes(self.structure), self.structure.blocks
         attention = sum(count * _attention_flops(unit, sizes) for unit, count in self.structure.unit_counts)
         kinds = Counter(zip(self.structure.like, comm_volume.recomputed(len(blocks), place), strict=True))
         again = sum(n * _rerun_flops(blocks[i], sizes, kind) for (i, kind), n in kinds.items())
-        hardware = training_flops(self.forward_flops(batch)) + again * batch.samples
-        speed = device.flops * EFFICIENCY * shared
-        compute, inside = hardware / speed * batches, training_flops(attention * batch.samples) / speed * batches
-        seconds = {axis: count / links[axis] for axis, count in sent.items()}
-        hidden = {FSDP: compute, "ring": inside}
-        return sent, compute + sum(max(0.0, s - hidden.get(axis, 0.0)) for axis, s in seconds.items())
+        every = training_flops(self.forward_flops(batch)) + again * batch.samples
+        return every, training_flops(attention * batch.samples)
 
     def _micro_batch(self, place: RankLayout, batch: MicroBatch, accumulates: bool, exact: bool) -> Timeline:
         """Every block at its own kind of recomputation, from short models in which all blocks have the same."""
@@ -371,26 +392,3 @@ def _attention_flops(unit: ShardUnit, sizes: Sizes) -> int:
         slot.batch.at(sizes) * attention_flops(slot.queries.at(sizes), slot.keys.at(sizes), slot.heads * slot.head_dim)
         for slot in unit.attentions
     )
-
-
-def _bandwidths(place: RankLayout, device: Device) -> dict[str, float]:
-    """Bytes/s along every axis. Groups that span nodes use the net cards of all their members on a node, but for the
-    exchange of heads, in which every process sends most of its bytes to other nodes itself."""
-    mesh, links = place.mesh, {}
-    below = 1
-    for name in reversed(meshes.AXES):
-        below *= mesh[name].degree
-        links[name] = _link(mesh[name].degree, below, device, all_cards=name != "ulysses")
-    inner = mesh["tensor"].degree
-    links[FSDP] = _link(place.fsdp_degree, place.fsdp_degree * inner, device)
-    links[REPLICATE] = _link(place.replicas, mesh.world_size, device)
-    return links
-
-
-def _link(degree: int, span: int, device: Device, *, all_cards: bool = True) -> float:
-    """``span``: processes from the first to the last of a group, ``degree`` of which belong to it."""
-    if span <= device.per_node:
-        return device.node_bandwidth
-    stride = span // degree
-    here = max(1, device.per_node // stride) if all_cards else 1
-    return min(device.node_bandwidth, here * device.net_bandwidth)

@@ -7,28 +7,34 @@ from itertools import product
 import torch
 from torch import nn
 
+from acceleration.accounting import host_traffic
 from acceleration.accounting.rank_layout import RankLayout
 from acceleration.config import MeshConfig, ParallelConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
+from acceleration.distributed.mesh import FSDP
 from acceleration.sharding import tensor_parallel
 from opensora.assembly.layout import check_layout
 from opensora.config.run import RunConfig
 from opensora.models.families import build_model, describe
 from opensora.planner.devices import Device
 from opensora.planner.forecast import Forecast, Forecaster, Shape, frozen_bytes, shapes
+from opensora.planner.network import Network
 from opensora.utils.errors import UserError
 
 RESERVE = 0.08  # of the device's memory: context, kernels' workspace, fragments
 MAX_RING = 16
 
 
-def layouts(cfg: RunConfig, world: int, device: Device) -> Iterator[ParallelConfig]:
-    """Every layout worth a thought: layers and heads are shared within a node, no process is without a micro-batch."""
+def layouts(cfg: RunConfig, world: int, node: int) -> Iterator[ParallelConfig]:
+    """Every layout worth a thought: layers and heads are shared within a node, no process is without a micro-batch.
+
+    ``node``: processes of a node.
+    """
     denoising = describe(cfg.model)
     heads = denoising.heads
     with torch.device("meta"):
         model = build_model(cfg.model)
-    node, batches = device.per_node, cfg.data.micro_batches
+    batches = cfg.data.micro_batches
     for tensor in _divisors(world, node):
         if not _divides(model, tensor):
             continue
@@ -68,9 +74,23 @@ def check_own(cfg: RunConfig, world: int) -> str | None:
 class Planner:
     """Forecasts of a run on ``world`` devices, of its own layout and of others."""
 
-    def __init__(self, cfg: RunConfig, world: int, device: Device, *, device_type: str, exact: bool = False) -> None:
-        """``exact``: run every shape on the meta device, instead of interpolating between two."""
+    def __init__(
+        self,
+        cfg: RunConfig,
+        world: int,
+        device: Device,
+        *,
+        device_type: str,
+        exact: bool = False,
+        network: Network | None = None,
+    ) -> None:
+        """
+        Args:
+            exact: run every shape on the meta device, instead of interpolating between two.
+            network: None: nodes and links as the device's makers say.
+        """
         self.cfg, self.world, self.device, self.exact = cfg, world, device, exact
+        self.network = network or Network.of_device(device, world)
         self.forecaster = Forecaster(
             cfg.model,
             cfg.optim,
@@ -94,7 +114,8 @@ class Planner:
             memory = self.forecaster.memory(place, shape.batch, batches=batches, exact=self.exact)
         else:
             memory = self.forecaster.state(place)
-        return self.forecaster.forecast(place, shape, batches, self.device, memory, self.cfg.data.micro_batches)
+        every = self.cfg.data.micro_batches
+        return self.forecaster.forecast(place, shape, batches, self.device, self.network, memory, every)
 
     def best(self, count: int, watch: Callable[[int, int], None] = lambda done, total: None) -> list[Forecast]:
         """The ``count`` fastest layouts whose heaviest shape fits, fastest first, on that shape.
@@ -108,7 +129,7 @@ class Planner:
         heaviest, some = self.shapes[-1], self.shapes[:: max(1, len(self.shapes) // 3)]
         timed: list[tuple[float, int, ParallelConfig]] = []
         closest: Forecast | None = None
-        tried = list(layouts(self.cfg, self.world, self.device))
+        tried = list(layouts(self.cfg, self.world, self.network.most))
         for number, parallel in enumerate(tried, 1):
             if self.forecaster.state(self._place(parallel)).total <= self.room:
                 timed.append((sum(self.one(parallel, s, with_memory=False).step_s for s in some), len(timed), parallel))
@@ -125,6 +146,46 @@ class Planner:
         if not found:
             raise UserError(self._nothing(closest))
         return found
+
+    def hybrid(self, best: Forecast) -> str | None:
+        """Whether a copy of the state on every host, cut within it (hybrid sharding), is better than one over all of
+        them, and why; None where the question does not arise.
+
+        ``best``: the layout about whose state it is, on the heaviest shape.
+        """
+        mesh, data = best.parallel.mesh, best.degrees["replicate"] * best.degrees["shard"]
+        zero = best.parallel.zero or self.cfg.parallel.zero or 2
+        ways = [
+            replace(best.parallel, zero=zero, mesh=replace(mesh, replicate=n, shard=data // n))
+            for n in _divisors(data, data)
+        ]
+        every, copies = ways[0], next((way for way in ways if not self._cut_across(way)), None)
+        if copies is None or copies is every:
+            return None
+        whole, own = self.one(every, self.shapes[-1], with_memory=False), self.one(copies, self.shapes[-1])
+        leaving = [host_traffic.readable(self._leaving(forecast)) for forecast in (own, whole)]
+        said = (
+            f"hybrid sharding, parallel.mesh.replicate={copies.mesh.replicate} across hosts x "
+            f"shard={copies.mesh.shard} within: {own.step_s:.3g} s per step and {leaving[0]} from a host, where "
+            f"shard={data} over all takes {whole.step_s:.3g} s and {leaving[1]}"
+        )
+        if own.step_s >= whole.step_s:
+            return f"{said}: not faster"
+        if own.memory.total > self.room:
+            return f"{said}: faster, but it needs {own.memory.total / 2**30:.1f} GiB of {self.room / 2**30:.1f}"
+        return f"{said}: faster, and it fits"
+
+    def _cut_across(self, parallel: ParallelConfig) -> bool:
+        """Whether a copy of the state is cut over processes of several hosts."""
+        place = self._place(parallel)
+        degrees = {name: place.mesh[name].degree for name in meshes.AXES}
+        return self.network.leaving_host(degrees, parallel.zero, {FSDP: 1.0}) > 0
+
+    def _leaving(self, forecast: Forecast) -> float:
+        """Bytes that leave a host in a step of the heaviest shape."""
+        batches = [self.shapes[-1].batch] * forecast.batches
+        sent = self.forecaster.on_wire(self._place(forecast.parallel), batches)
+        return self.network.leaving_host(forecast.degrees, forecast.parallel.zero, sent)
 
     def _nothing(self, closest: Forecast | None) -> str:
         room = f"{self.room / 2**30:.1f} GiB of {self.world} devices"

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from statistics import fmean
 from typing import Any
 
+from acceleration.diagnostics.interface_bytes import bytes_sent
 from acceleration.distributed.mesh import Mesh
 from opensora.datasets.buckets.bucket import Bucket
 from opensora.train.health.anomaly_guard import Update
@@ -17,8 +18,16 @@ from opensora.utils.metrics_log import MetricsLogger
 class Metrics:
     """Adds up updates; every ``every`` steps there is one record, on rank 0. ``Run.record`` puts it together."""
 
-    def __init__(self, logger: MetricsLogger | None, *, every: int, start_step: int, total_steps: int) -> None:
-        """``logger``: where records go; None on processes that do not write."""
+    def __init__(
+        self, logger: MetricsLogger | None, *, every: int, start_step: int, total_steps: int, interface: str = ""
+    ) -> None:
+        """
+        Args:
+            logger: where records go; None on processes that do not write.
+            interface: by which this process's host reaches the others, whose bytes are then in the records; empty where
+                there are none.
+        """
+        self._interface = interface
         self._logger = logger
         self._every = every
         self._bar = progress(total_steps, initial=start_step) if logger else None
@@ -27,7 +36,7 @@ class Metrics:
         self._buckets: Counter[Bucket] = Counter()  # samples consumed
         self._since = time.monotonic()
         self._waited_s = 0.0
-        self._sent: Counter[str] = Counter()  # bytes by axis that are not of the steps since the last record
+        self._sent = self._host_sent()  # bytes that are not of the steps since the last record
         self._predicted: Counter[str] = Counter()
         self._excluded: dict[str, float] = {}
 
@@ -61,7 +70,7 @@ class Metrics:
         """
         made = [update for update in self._updates if update.bad is None] or self._updates
         seconds, steps = time.monotonic() - self._since, len(self._updates)
-        sent = mesh.bytes_sent() - self._sent
+        sent = self._bytes_sent(mesh) - self._sent
         values: dict[str, Any] = {
             "loss": fmean(update.loss for update in made),
             "grad_norm": fmean(update.grad_norm for update in made),
@@ -92,7 +101,7 @@ class Metrics:
         """The next record counts from here."""
         self._updates.clear()
         self._tokens = 0
-        self._sent = mesh.bytes_sent()
+        self._sent = self._bytes_sent(mesh)
         self._predicted.clear()
         self._buckets.clear()
         self._since, self._waited_s = time.monotonic(), waited_s
@@ -100,12 +109,20 @@ class Metrics:
     @contextmanager
     def excluded(self, name: str, mesh: Mesh) -> Iterator[None]:
         """Time and traffic of what is done here are not the steps'; the next record has ``time/{name}_s``."""
-        started, sent = time.monotonic(), mesh.bytes_sent()
+        started, sent = time.monotonic(), self._bytes_sent(mesh)
         yield
-        self._sent += mesh.bytes_sent() - sent
+        self._sent += self._bytes_sent(mesh) - sent
         seconds = time.monotonic() - started
         self._since += seconds
         self._excluded[f"time/{name}_s"] = self._excluded.get(f"time/{name}_s", 0.0) + seconds
+
+    def _bytes_sent(self, mesh: Mesh) -> Counter[str]:
+        """Bytes so far, of this process by axis, and of its host."""
+        return mesh.bytes_sent() + self._host_sent()
+
+    def _host_sent(self) -> Counter[str]:
+        sent = bytes_sent(self._interface) if self._interface else None
+        return Counter() if sent is None else Counter(hosts=sent)
 
     def log_event(self, event: str, step: int, **values: Any) -> None:
         """Put an event between the records."""

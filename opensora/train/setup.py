@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 
 from acceleration import lora
+from acceleration.accounting import host_traffic
 from acceleration.checkpoint import CheckpointManager
 from acceleration.checkpoint import SaveError as SaveError  # what saving raises, also for the command line
+from acceleration.diagnostics import links
 from acceleration.diagnostics.lost_peers import naming_lost_peers
 from acceleration.diagnostics.memory_usage import device_bytes, machine_bytes
 from acceleration.distributed import mesh as meshes
@@ -18,6 +20,7 @@ from acceleration.distributed import runtime as runtimes
 from acceleration.distributed.agreement import Interrupted as Interrupted  # what building raises, for the command line
 from acceleration.distributed.agreement import StopRequest
 from acceleration.distributed.mesh import Mesh
+from acceleration.distributed.placement import host_names
 from acceleration.distributed.runtime import Runtime
 from acceleration.engines import build_engine, check_engine
 from acceleration.parallelize import parallelize
@@ -158,7 +161,8 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
     stop.check()
     timer.enter("build", 0)
     if cfg.train.preflight:
-        check_processes(cfg, runtime, content(cfg, table))
+        rates = folder / links.NAME if runtime.world_size > 1 else None
+        check_processes(cfg, runtime, content(cfg, table), rates)
     mesh = meshes.build(cfg.parallel.mesh, runtime.world_size, runtime.device)
     announce(f"{to_yaml(cfg)}\n{plan.report()}\n{layout(cfg, mesh)}")
 
@@ -196,7 +200,26 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
 
     data = open_batches(cfg, table, plan, mesh, step)
     logger = open_logger(cfg, plan, step) if runtime.is_main else None
-    metrics = Metrics(logger, every=cfg.train.log_every, start_step=step, total_steps=cfg.train.steps)
+    hosts = host_names(runtime.peers)
+    several = len(set(hosts)) > 1
+    metrics = Metrics(
+        logger,
+        every=cfg.train.log_every,
+        start_step=step,
+        total_steps=cfg.train.steps,
+        # NCCL may send past the kernel and by interfaces of its own.
+        interface=runtime.peers[runtime.rank].interface if several and runtime.device.type == "cpu" else "",
+    )
+    traffic = Traffic(cfg, mesh, data.assigned_to, hosts) if logger and has_formulas(cfg) else None
+    if several:
+        announce(
+            host_traffic.summary(
+                {name: mesh[name].degree for name in meshes.AXES},
+                hosts,
+                [peer.rank for peer in runtime.peers],
+                traffic.leaving_host(step) if traffic else {},
+            )
+        )
     return Run(
         cfg=cfg,
         runtime=runtime,
@@ -212,7 +235,7 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
         timer=timer,
         step=step,
         base=base,
-        traffic=Traffic(cfg, mesh, data.assigned) if logger and has_formulas(cfg) else None,
+        traffic=traffic,
     )
 
 

@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from math import prod
 
 from acceleration.distributed.mesh import Mesh
@@ -109,6 +110,11 @@ class StepData:
     def assigned(self, step: int) -> tuple[MicroBatch | PackedSequence, ...]:
         """This process's micro-batches, or packs, of a step."""
         return self.plan.assign(step, self._rank, self._degree, self._sharing)
+
+    def assigned_to(self, step: int, mesh: Mesh) -> tuple[MicroBatch | PackedSequence, ...]:
+        """The same of the process that sees ``mesh``."""
+        sharing = replace(self._sharing, rank=mesh["ulysses"].rank) if self._sharing else None
+        return self.plan.assign(step, mesh.data_rank, mesh.data_degree, sharing)
 
     def microbatches(self, step: int) -> Iterator[tuple[Batch | PackedBatch, bool]]:
         """(batch, whether it is the step's last) for this process. Every process gets equally many."""

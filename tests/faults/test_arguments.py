@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT / "launch"))
 COMMANDS = {
     "opensora.cli.forecast": ["nowhere.yaml", "--world", "8"],
     "opensora.cli.plot": ["nowhere"],
+    "opensora.cli.preflight": ["nowhere.yaml"],
     "opensora.cli.calibrate": ["nowhere"],
     "opensora.cli.precompute": ["nowhere.yaml", "--out", "features"],
     "launch.submit": ["nowhere.yaml"],

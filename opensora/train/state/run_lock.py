@@ -20,6 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from acceleration.diagnostics import links
 from acceleration.distributed.runtime import restart_count
 from acceleration.files.atomic_write import kind_of, read_small, replacing
 from acceleration.files.sealed_json import COUNT, FLAG, NULL, TEXT, Shape, seal, unseal
@@ -39,7 +40,7 @@ OWNER_BYTES = 1024  # overwritten in place, so that a full disk does not look li
 BEAT_S = 5.0
 REREAD_S = 0.05  # between two looks at a file that may be in the middle of a write
 STALE_S = 30.0  # an owner that did not count for so long is dead
-FILES = (LOCK, OWNER, DONE, SAVED_NAME, METRICS_NAME, WANDB_ID_NAME)  # what a run writes in its folder
+FILES = (LOCK, OWNER, DONE, SAVED_NAME, METRICS_NAME, WANDB_ID_NAME, links.NAME)  # what a run writes in its folder
 # What an export is renamed over, at the very end of a run; numbered files of large models are looked up.
 EXPORTED = (SINGLE, INDEX, WEIGHTS, CONFIG, SAVED_NAME, digests.NAME)
 FOLDERS = ("checkpoints", "exported", "hangs", "jobs", "samples", "tensorboard", "unreadable")

@@ -1,0 +1,70 @@
+"""Ranks, bytes and records of processes on several hosts, whatever order they are numbered in."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from acceleration.diagnostics.links import Links
+from benchmarks.hosts import IN_TURNS, LAYOUTS, in_lab, start_in_any_order
+from opensora.cli.forecast import main
+from opensora.utils.metrics_log import read_metrics
+from tests.hosts.conftest import MakeLab
+from tests.hosts.training import TRAIN, all_said, arguments, difference, finish
+
+pytestmark = pytest.mark.timeout(600)
+RATIO = (1.0, 1.1)  # of counted to predicted bytes: headers, acknowledgements and messages of a few bytes are counted
+DYNAMIC = {"ulysses", "ring", "ring x ulysses", "dynamic"}  # that work with any number of hosts
+
+
+def check(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        for host, counted in row["counted"].items():
+            assert RATIO[0] <= counted / row["predicted"][host] <= RATIO[1], row
+
+
+def test_counted_bytes_between_hosts_are_those_predicted() -> None:
+    """On the sockets of two hosts; a launcher that numbers in turns has not made ulysses cross them."""
+    (row,) = in_lab(0, ["shard x ulysses"], 1)["rows"]
+    check([row])
+    assert row["axes"].keys() == {"fsdp"}
+    assert "(the launcher's 0, 2)" in row["summary"] and "ulysses stays within a host, shard crosses" in row["summary"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("numbering", "names"),
+    [(IN_TURNS, LAYOUTS), ((0, 1, 2, 1), DYNAMIC), ((0, 1, 1, 1), DYNAMIC), ((0, 1, 2, 3), LAYOUTS)],
+    ids=["in turns", "three hosts", "1 + 3", "four hosts"],
+)
+def test_every_layout(numbering: tuple[int, ...], names: Any) -> None:
+    check(in_lab(0, list(names), 2, numbering)["rows"])
+
+
+@pytest.mark.slow
+def test_a_run_says_and_records_what_crosses(
+    make_lab: MakeLab, config: Path, truth: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three processes and one, in turns: the same weights as on one, the line, the records, rates for the planner."""
+    lab = make_lab(hosts=2, names="loopback", mtu=9000)
+    # As truth, but where nothing stands still a step is logged by itself.
+    command = [*TRAIN, *arguments(config, "parallel.mesh.ulysses=2", "parallel.zero=3", "train.log_every=1")]
+    processes = start_in_any_order(lab, IN_TURNS, ["python", *command])
+    assert not any(finish(processes)), all_said(processes)
+    said = processes[0].err
+    line = re.search(r"2 hosts: h0 has rank 0-1 \(the launcher's 0, 2\), .* sends the others (\S+) KiB per step", said)
+    assert line, said
+    assert re.search(r"preflight: 4 processes on 2 hosts.* \S+ GB/s within its host, a host \S+ GB/s to others", said)
+    run = config.parent / "run"
+    assert difference(run, truth) <= 1e-10
+    records, _ = read_metrics(run / "metrics.jsonl")
+    assert len(records) >= 4
+    for record in records:
+        # A model of a few thousand weights: messages without weights in them are most of what is sent.
+        assert record["comm/hosts_gib"] > record["comm/hosts_predicted_gib"] > 0
+    links = Links.read(run)
+    assert links.processes == (2, 2) and links.between and links.within
+    assert main([str(config), "--world", "4", "--device", "cpu", "--links", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["network"]["between"] == links.between
