@@ -82,12 +82,12 @@ def rows() -> Iterator[tuple[str, dict[str, float], Callable[[], Row]]]:
 
 def trained(layout: Layout, truth: Outcome) -> Row:
     """The largest differences by kind, over all processes."""
-    return compared(run_distributed(on_this_layout, layout.world, layout.config, timeout=240), truth)
+    return compared(run_distributed(on_this_layout, layout.world, layout.config, timeout=600), truth)
 
 
 def trained_factored(run: Run, truth: Outcome) -> Row:
     """The same of the model that keeps time and space apart."""
-    return compared(run_distributed(on_this_layout_factored, run.world, run, timeout=240), truth)
+    return compared(run_distributed(on_this_layout_factored, run.world, run, timeout=600), truth)
 
 
 def compared(results: list[Outcome], truth: Outcome) -> Row:
@@ -110,7 +110,7 @@ def on_another_engine(engine: str, zero: int, ulysses: int, truth: Outcome) -> R
     cfg = test_engines.layout(engine, zero, ulysses)
     found = [
         errors(Outcome([step[:3] for step in steps], steps[-1][3]), truth)
-        for steps in run_distributed(test_engines.on_engine, 2, cfg, timeout=240)
+        for steps in run_distributed(test_engines.on_engine, 2, cfg, timeout=600)
     ]
     return {column: max(one[column] for one in found) for column in found[0]}, None
 

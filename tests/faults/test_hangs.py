@@ -25,7 +25,7 @@ KINDS = {
     "mismatch": (Fault("mismatch", step=2, rank=-1), "processes wait in different exchanges", "waits in recv"),
     "stop": (Fault("stop", step=2, rank=1), "step 2, encode: does not wait for others", "T (stopped)"),
 }
-DEFAULT = ("sleep", "lock", "mismatch")
+DEFAULT = ("sleep", "mismatch")
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k in DEFAULT else pytest.mark.slow) for k in KINDS])
