@@ -18,8 +18,9 @@ import torch
 
 from acceleration.diagnostics import preflight
 from acceleration.diagnostics.preflight import Facts, assess, differences
-from acceleration.distributed import rendezvous as meetings
+from acceleration.distributed import rendezvous as servers
 from acceleration.distributed import runtime as runtimes
+from acceleration.distributed import search
 from acceleration.distributed.meeting import rendezvous
 from acceleration.distributed.peers import Peer, ranges
 from acceleration.distributed.rendezvous import Place, RendezvousServer, Waiting
@@ -222,7 +223,7 @@ def test_an_address_that_is_none(
     name: str, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alone(monkeypatch, MASTER_ADDR=name)
-    monkeypatch.setattr(meetings, "RESOLVE_S", 0.5)
+    monkeypatch.setattr(servers, "RESOLVE_S", 0.5)
     monkeypatch.setattr(sys, "argv", ["train.py", str(config), "parallel.timeout_s=600"])
     with pytest.raises(SystemExit) as caught:
         run_cli(train_main)
@@ -245,7 +246,7 @@ def test_a_name_that_is_known_late(monkeypatch: pytest.MonkeyPatch) -> None:
 
     known = socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    monkeypatch.setattr(meetings, "RESOLVE_PAUSE_S", 0.01)
+    monkeypatch.setattr(search, "RESOLVE_PAUSE_S", 0.01)
     ports = free_ports(1)
     found = in_threads(*(lambda rank=rank: meet(peer(rank, 2), ports, host="node1") for rank in range(2)))
     assert len(found[1][1]) == 2 and len(asked) >= 3

@@ -10,8 +10,8 @@ import pytest
 from acceleration.distributed import addresses, gloo_address, network
 from acceleration.distributed.network import Chosen, chosen_interface, describe, use
 from acceleration.distributed.peers import Peer, misfits, ranks_by_host, shared_devices
-from acceleration.distributed.rendezvous import Place
 from acceleration.distributed.runtime import Ranks, all_hosts, attempt_token, hosts_of_ranks, places_from_environment
+from acceleration.distributed.search import Place
 
 THERE = {"lo": ["127.0.0.1", "::1"], "eth0": ["169.254.7.1", "10.77.0.1", "fd77::1"], "tun0": ["10.8.0.2"]}
 
@@ -165,6 +165,10 @@ def test_where_rank_0_may_be() -> None:
     chosen = {**step, "MASTER_ADDR": "m", "MASTER_PORT": "9"}
     assert places_from_environment(slurm, chosen) == [Place("m", "MASTER_ADDR")]
     assert places_from_environment(torchrun, chosen) == [Place("m", "MASTER_ADDR", expected=True)]
+    for here in ({"GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, {"LOCAL_WORLD_SIZE": "3"}):
+        assert [place.host for place in places_from_environment(torchrun, {**chosen, **here})] == ["m", "127.0.0.1"]
+    elsewhere = {**chosen, "GROUP_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert [place.host for place in places_from_environment(torchrun, elsewhere)] == ["m"]
 
 
 def test_tokens_are_the_same_on_all_hosts_of_a_start() -> None:
