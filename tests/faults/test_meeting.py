@@ -130,15 +130,7 @@ def test_ranges() -> None:
 
 def facts(rank: int, **more: Any) -> Facts:
     return Facts(
-        **{
-            "rank": rank,
-            "host": f"n{rank // 2}",
-            "host_id": f"id{rank // 2}",
-            "device": "cpu",
-            "visible": 0,
-            "same": {"code": "a"},
-            **more,
-        }
+        **{"rank": rank, "host": f"n{rank // 2}", "device": "cpu", "visible": 0, "same": {"code": "a"}, **more}
     )
 
 
