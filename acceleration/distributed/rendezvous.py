@@ -79,6 +79,7 @@ class RendezvousServer:
         self.came: dict[int, _Visitor] = {}
         self.left: dict[int, Peer] = {}  # those that came, and are gone again
         self.problem: StartError | None = None
+        self._found: list[str] | str = "the name servers do not answer"  # addresses of the place, or why there are none
         self._visitors: set[_Visitor] = set()
         self._complete = threading.Event()  # all have come, or there is a problem
         self._lock = threading.RLock()
@@ -305,7 +306,7 @@ class RendezvousServer:
         outward = [one for one in own if not addresses.is_loopback(one) and not addresses.is_link_local(one)]
         where = ", ".join(endpoint(one, self.port) for one in outward[:4]) or f"port {self.port}"
         text = f"rank 0 listens on {self.me.host} at {where}"
-        odd = "".join(_leads(place, outward) for place in self.places[:1])
+        odd = "".join(_leads(place, self._found, outward) for place in self.places[:1])
         return text + (odd or f", where nothing of {_them(missing)} arrived: {NOT_COME}")
 
     def _own_address(self, peers: Sequence[Peer]) -> str:
@@ -321,9 +322,10 @@ class RendezvousServer:
         while not self._complete.is_set():
             for place in self.places[:1]:
                 try:
-                    found = addresses.resolve(place.host)
+                    self._found = found = addresses.resolve(place.host)
                 except OSError as error:
-                    self._unknown(place, error.strerror or str(error), time.monotonic() - begun)
+                    self._found = error.strerror or str(error)
+                    self._unknown(place, self._found, time.monotonic() - begun)
                     continue
                 for answer in [ask(address, self.port, self.token) for address in found[:8]]:
                     if isinstance(answer, Channel):
@@ -405,13 +407,16 @@ def _bound_to(listener: socket.socket, address: str, port: int) -> socket.socket
     return listener
 
 
-def _leads(place: Place, outward: Sequence[str]) -> str:
-    """What is odd about where the others look for rank 0, if they know its name as this machine does."""
+def _leads(place: Place, found: list[str] | str, outward: Sequence[str]) -> str:
+    """What is odd about where the others look for rank 0, if they know its name as this machine does.
+
+    Args:
+        found: addresses of the name, or why there are none.
+        outward: this machine's own.
+    """
     name = f"{place.variable}={short(place.host)}"
-    try:
-        found = addresses.resolve(place.host)
-    except OSError as error:
-        return f"; {name} is no name that is known here ({error.strerror})"
+    if isinstance(found, str):
+        return f"; {name} is no name that is known here ({found})"
     leads_to = "" if found == [place.host] else f" ({', '.join(found[:3])})"
     if all(map(addresses.is_loopback, found)):
         better = f", as {outward[0]}" if outward else ""

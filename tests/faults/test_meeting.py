@@ -21,10 +21,12 @@ from acceleration.diagnostics.preflight import Facts, assess, differences
 from acceleration.distributed import rendezvous as servers
 from acceleration.distributed import runtime as runtimes
 from acceleration.distributed import search
+from acceleration.distributed.addresses import interface_of
 from acceleration.distributed.meeting import rendezvous
 from acceleration.distributed.peers import Peer, ranges
-from acceleration.distributed.rendezvous import Place, RendezvousServer, Waiting
+from acceleration.distributed.rendezvous import RendezvousServer
 from acceleration.distributed.runtime import Runtime
+from acceleration.distributed.search import Place, StartError, Waiting
 from opensora.cli.main import run_cli
 from opensora.cli.train import main as train_main
 from opensora.config.load import load_config
@@ -276,3 +278,70 @@ def test_nobody_comes_and_the_signal_ends_the_wait(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(runtimes, "GRACE_S", 0.3)
     with pytest.raises(Interrupted):
         runtimes.unless_asked(lambda: True, threading.Event().wait)
+
+
+# --- after all have come
+
+
+def start_beside_one_that_does_not(limit_s: int) -> str:
+    """What rank 0 says when rank 1 has come, and then does nothing more."""
+
+    def idle(*_: Any) -> None:
+        time.sleep(3 * limit_s)
+        raise StartError("idle")
+
+    if os.environ["RANK"] == "1":
+        runtimes.Connecting = idle  # type: ignore[assignment,misc]
+    with pytest.raises(StartError) as caught:
+        runtimes.start(limit_s)
+    return str(caught.value)
+
+
+def test_who_is_not_there_when_a_backend_connects_is_named() -> None:
+    (said, _) = run_distributed(start_beside_one_that_does_not, 2, 4, timeout=60, init=False)
+    assert said.startswith("gloo cannot connect the processes, says rank 0 on ") and "\n" not in said
+    assert "; not there: rank 1 on " in said and said.endswith("; GLOO_SOCKET_IFNAME chooses the interface")
+
+
+def start_all() -> Any:
+    """What a process knows after a start in which the launcher hosts the store, as torchrun does."""
+    os.environ.pop("GLOO_SOCKET_IFNAME")
+    runtime = runtimes.start(60)
+    peers = [(one.rank, one.host, one.address, one.interface) for one in runtime.peers]
+    chosen = os.environ.get("GLOO_SOCKET_IFNAME")
+    runtimes.stop()
+    return peers, chosen
+
+
+def test_processes_of_one_host_talk_over_loopback() -> None:
+    found = run_distributed(start_all, 2, timeout=60, init=False)
+    loopback = interface_of("127.0.0.1")
+    peers = [(rank, socket.gethostname(), "127.0.0.1", loopback) for rank in range(2)]
+    assert found == [(peers, loopback)] * 2
+
+
+def start_as_differing(field: str, value: Any) -> tuple[str, int]:
+    """Rank 1 is not like rank 0."""
+    interface = ""
+    if os.environ["RANK"] == "1" and field == "interface":
+        interface = value
+        os.environ.pop("GLOO_SOCKET_IFNAME")
+    elif os.environ["RANK"] == "1":
+        real = Peer.here.__func__  # type: ignore[attr-defined]
+        Peer.here = classmethod(lambda cls, *args: replace(real(cls, *args), **{field: value}))  # type: ignore[method-assign]
+    with pytest.raises(StartError) as caught:
+        runtimes.start(30, interface=interface)
+    return str(caught.value), caught.value.exit_code
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("torch", "2.0", "the version of torch is not the same on all processes (rank 0 on "),
+        ("world_size", 5, "the number of processes (WORLD_SIZE) is not the same on all processes (rank 0 on "),
+        ("interface", "nothere0", "parallel.interface=nothere0: no such network interface on "),
+    ],
+)
+def test_who_differs_is_named_by_all_where_the_launcher_hosts_the_store(field: str, value: Any, said: str) -> None:
+    found = run_distributed(start_as_differing, 2, field, value, timeout=60, init=False)
+    assert found[0] == found[1] and found[0][0].startswith(said) and found[0][1] == 2
