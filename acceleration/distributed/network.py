@@ -81,14 +81,16 @@ def settle(
     me, leaders = peers[rank], [peers[ranks[0]] for ranks in hosts.values()]
     inside, limit = dist.PrefixStore("network", store), min(timeout_s, LOOK_S)
     if me not in leaders:
-        at = _agreed(_read(inside, leaders, limit, waiting))
+        at = _places(inside, limit, waiting)
         _judged(inside, limit, waiting)
     else:
         with ExitStack() as opened:
             own = _own_addresses(me, leaders, chosen)
             listeners = [opened.enter_context(closing(_Listener(address, me.host_id))) for address in own]
             inside.set(f"at/{me.host_id}", json.dumps([listener.at for listener in listeners]))
-            at = _agreed(_read(inside, leaders, limit, waiting))
+            if rank == 0:
+                _collect(inside, leaders, limit, waiting)
+            at = _places(inside, limit, waiting)
             inside.set(f"reached/{me.host_id}", json.dumps(_unreached(me, leaders, at)))
             if rank == 0:
                 _judge(inside, peers, at, limit, waiting)
@@ -196,17 +198,31 @@ class _Listener:
             self._socket.close()
 
 
-def _read(inside: dist.Store, leaders: Sequence[Peer], limit: float, waiting: Waiting) -> dict[str, list[At]]:
-    """Where every host listens, by host_id."""
+def _collect(inside: dist.Store, leaders: Sequence[Peer], limit: float, waiting: Waiting) -> None:
+    """Let all know where every host listens, or which host does not say so: one key for all, as there may be many."""
     found: dict[str, list[At]] = {}
     for peer in leaders:
         text = awaited(inside, f"at/{peer.host_id}", limit, waiting, f"waiting for the address of {peer.where()}")
         if text is None:
-            raise StartError(f"{peer.where(rank=True)} came, and said no more within {limit:.0f} s: see its log")
+            problem = f"{peer.where(rank=True)} came, and said no more within {limit:.0f} s: see its log"
+            inside.set("at", json.dumps({"problem": problem}))
+            time.sleep(ANSWER_S / 2)  # the others read it before the store is gone
+            return
         found[peer.host_id] = [
             (str(address), str(interface), int(port)) for address, interface, port in json.loads(text)
         ]
-    return found
+    inside.set("at", json.dumps(_agreed(found)))
+
+
+def _places(inside: dist.Store, limit: float, waiting: Waiting) -> dict[str, At]:
+    """Where every host listens, by host_id."""
+    text = awaited(inside, "at", limit + ANSWER_S, waiting, "waiting for the addresses of all hosts")
+    if text is None:
+        raise StartError(f"rank 0 was gone before all hosts had said where they are within {limit:.0f} s: see its log")
+    found = json.loads(text)
+    if "problem" in found:
+        raise StartError(str(found["problem"]))
+    return {host: (str(address), str(interface), int(port)) for host, (address, interface, port) in found.items()}
 
 
 def _unreached(me: Peer, leaders: Sequence[Peer], at: Mapping[str, At]) -> dict[str, str]:
