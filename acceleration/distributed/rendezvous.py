@@ -83,6 +83,7 @@ class RendezvousServer:
         self._visitors: set[_Visitor] = set()
         self._complete = threading.Event()  # all have come, or there is a problem
         self._lock = threading.RLock()
+        _allow_files(4 * me.world_size + 1024)  # a connection here, then one of the store, and those of groups
         self._wake, self._woken = socket.socketpair()
         self._listener, self.port = _listen(me, ports, token, places)
         self._thread = threading.Thread(target=self._serve, name="rendezvous", daemon=True)
@@ -360,6 +361,17 @@ class RendezvousServer:
             leaving, self._visitors = self._visitors, set()
         for visitor in leaving:
             visitor.channel.close()
+
+
+def _allow_files(count: int) -> None:
+    """As many open files for this process as the system lets it have, where that is not enough."""
+    with suppress(ImportError, OSError, ValueError):  # ImportError: Windows
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        if soft != resource.RLIM_INFINITY and soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _listen(me: Peer, ports: Sequence[int], token: str, places: Sequence[Place]) -> tuple[socket.socket, int]:
