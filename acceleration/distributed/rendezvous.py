@@ -223,7 +223,7 @@ class RendezvousServer:
             elif "leaving" in message and visitor.peer is not None:
                 self.refuse(StartError(self._failure(float(message["leaving"]))))
             elif "peer" in message:
-                peer = Peer.from_text(json.dumps(message["peer"]))
+                peer = self._placed(Peer.from_text(json.dumps(message["peer"])), visitor.channel.remote)
                 problem = self._misfit(peer, self.came.get(peer.rank))
                 if self._complete.is_set():  # one too many, who is not to spoil it for those that have met
                     visitor.channel.send(self._refusal(problem or StartError("all processes have met already")))
@@ -234,6 +234,12 @@ class RendezvousServer:
                 else:
                     self.came[peer.rank] = visitor
                     self._look()
+
+    def _placed(self, peer: Peer, remote: str) -> Peer:
+        """Virtual machines that were copied while they ran have one boot id: who comes from elsewhere is elsewhere."""
+        if peer.host_id != self.me.host_id or addresses.is_here(remote):
+            return peer
+        return replace(peer, host_id=f"{peer.host_id}-{remote}")
 
     def _misfit(self, peer: Peer, other: _Visitor | None) -> StartError | None:
         if problem := peer.problem or misfits([self.me, peer]):

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,16 @@ def test_ranks_meet_past_strangers() -> None:
     assert all([one.rank for one in peers] == [0, 1, 2] for _, peers in found)
     assert {peers[1].address for _, peers in found} == {"127.0.0.1"}
     silent.close(), talker.close(), other.close()
+
+
+def test_copies_of_a_running_machine_are_hosts_of_their_own() -> None:
+    """They say that they are one host, but come from an address that is not here."""
+    with closing(RendezvousServer(peer(0, 3), free_ports(1), "job")) as server:
+        assert server._placed(peer(1, 3), "127.0.0.1") == peer(1, 3)
+        one, other = (server._placed(peer(1, 3), f"192.0.2.{number}") for number in (77, 78))
+        assert len({peer(0, 3).host_id, one.host_id, other.host_id}) == 3
+        elsewhere = peer(1, 3, host_id="another")
+        assert server._placed(elsewhere, "192.0.2.77") == elsewhere
 
 
 def test_who_does_not_come_is_named() -> None:
