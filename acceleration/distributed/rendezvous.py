@@ -41,6 +41,7 @@ from acceleration.distributed.search import (
 from acceleration.distributed.search import StartError as StartError
 from acceleration.files.untrusted import short
 
+TELL_S = 2.0  # between two times that those who came are told who has not
 LINGER_S = 3.0  # how long rank 0 tells those who are late why there will be no start
 
 
@@ -98,13 +99,16 @@ class RendezvousServer:
         Raises:
             StartError: some did not come within ``timeout_s`` seconds, or cannot be of this start; all have been told.
         """
-        deadline = time.monotonic() + timeout_s
+        deadline, tell_at = time.monotonic() + timeout_s, time.monotonic() + TELL_S
         threading.Thread(target=self._look_for_another, daemon=True).start()
         while not self._complete.wait(PAUSE_S / 4):
             if time.monotonic() > deadline:
                 self.refuse(StartError(self._failure(timeout_s)))
-            elif text := waiting.look(self.awaited):
-                self._tell({"waiting": text})
+                break
+            if time.monotonic() > tell_at:
+                tell_at = time.monotonic() + TELL_S
+                self._tell({"waiting": self.awaited()})
+            waiting.look(self.awaited)
         if self.problem is not None:
             if self.problem.exit_code == 2:  # it was found at once: some are still on their way
                 self._linger()

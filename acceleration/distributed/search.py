@@ -68,21 +68,15 @@ class Waiting:
         self._say, self._quiet, self._pause = say, quiet, FIRST_LINE_S
         self._next = time.monotonic() + FIRST_LINE_S
 
-    def look(self, describe: Callable[[], str]) -> str:
-        """Say it if it is time; returns what is to be said now, also where another process speaks."""
+    def look(self, describe: Callable[[], str]) -> None:
+        """Say it if it is time."""
         now = time.monotonic()
         if now < self._next or self._quiet():
-            return ""
+            return
         self._pause = min(2 * self._pause, MAX_LINE_PAUSE_S)
         self._next = now + self._pause
-        text = describe()
-        self.tell(text)
-        return text
-
-    def tell(self, text: str) -> None:
-        """Say it now."""
-        if self._say is not None and not self._quiet():
-            self._say(text)
+        if self._say is not None:
+            self._say(describe())
 
 
 class Channel:
@@ -148,8 +142,9 @@ def join(
     with contextlib.closing(Search(me, places, ports, partial(ask, token=token)).find(timeout_s, waiting)) as channel:
         where = endpoint(channel.remote, channel.port)
         channel.send({"peer": asdict(replace(me, address=channel.local))})
-        awaited, asked = "", False
+        awaited, asked, connected = "", False, f"{me.where(rank=True)} is connected to {where}, and waits"
         while True:
+            waiting.look(partial(str.__add__, connected, awaited))
             try:
                 message = channel.receive(PAUSE_S)
             except TimeoutError:
@@ -171,7 +166,6 @@ def join(
                 raise StartError(str(message["problem"]), exit_code=int(message.get("exit_code", 1)))
             if "waiting" in message:
                 awaited = f"; {message['waiting']}"
-                waiting.tell(f"{me.where(rank=True)} is connected to {where}: {message['waiting']}")
             if "go" in message:
                 return channel.remote, channel.port
 
