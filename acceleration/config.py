@@ -106,9 +106,7 @@ class ParallelConfig:
     prefetch: int = 0  # blocks gathered ahead of their use; 0: as FSDP2 does by itself, one ahead in backward
     timeout_s: int = 600  # longest wait for a peer before the run fails
     # GLOO_SOCKET_IFNAME wins over it; NCCL_SOCKET_IFNAME chooses that of nccl, which is left alone.
-    interface: str = (
-        ""  # of the network, for gloo; eth0,ens3: the first that a host has; empty: by which hosts have met
-    )
+    interface: str = ""  # network interface of gloo; eth0,ens3: the first that a host has; empty: where hosts have met
 
     LIMITS: ClassVar[Limits] = {"prefetch": _BLOCKS, "timeout_s": (30 * 24 * 3600, "30 days")}
 
