@@ -28,7 +28,7 @@ from acceleration.distributed.agreement import Interrupted
 from acceleration.distributed.meeting import agent_store, rendezvous
 from acceleration.distributed.peers import Peer
 from acceleration.distributed.placement import place
-from acceleration.distributed.rendezvous import Place, StartError, Waiting
+from acceleration.distributed.search import Place, StartError, Waiting
 from acceleration.files.untrusted import parsing, short
 
 T = TypeVar("T")
@@ -136,11 +136,15 @@ def rendezvous_from_environment(env: Mapping[str, str] = os.environ) -> tuple[st
 def places_from_environment(ranks: Ranks, env: Mapping[str, str] = os.environ) -> list[Place]:
     """Where the others may find rank 0, best first.
 
-    MASTER_ADDR; else the first host of a SLURM step, and since its name may lead nowhere, or to whoever asks, the
-    addresses that SLURM tells of the machine where the step was started: rank 0 is often there.
+    MASTER_ADDR, and this machine itself where torchrun says that rank 0 is on it: torchrun gives a name that this
+    machine need not know. Else the first host of a SLURM step, and since its name may lead nowhere, or to whoever asks,
+    the addresses that SLURM tells of the machine where the step was started: rank 0 is often there.
     """
     if _text(env, "MASTER_ADDR"):
-        return [Place(_text(env, "MASTER_ADDR"), "MASTER_ADDR", expected=ranks.launcher == "torchrun")]
+        chosen = Place(_text(env, "MASTER_ADDR"), "MASTER_ADDR", expected=ranks.launcher == "torchrun")
+        with_rank_0 = _text(env, "GROUP_RANK") == "0" or _text(env, "LOCAL_WORLD_SIZE") == str(ranks.world_size)
+        here = with_rank_0 and ranks.launcher == "torchrun"
+        return [chosen, *([Place("127.0.0.1", "GROUP_RANK")] if here else [])]
     name = next((name for name in _NODE_LISTS if _text(env, name)), "")
     first = [Place(first_host(env[name], name), name)] if name else [Place("127.0.0.1", "MASTER_ADDR")]
     return first + [Place(_text(env, other), other) for other in _LAUNCHED_AT if _text(env, other)]
@@ -432,7 +436,7 @@ class Meeting:
         """Hosted by the launcher if it does so, else by rank 0."""
         places, (_, port) = places_from_environment(ranks), rendezvous_from_environment()
         if ranks.launcher == "torchrun" and _text(os.environ, "TORCHELASTIC_USE_AGENT_STORE") == "True":
-            return agent_store(me, places[0], port, self.timeout_s, waiting)
+            return agent_store(me, places, port, self.timeout_s, waiting)
         hosts = hosts_of_ranks(ranks.world_size) if ranks.launcher == "slurm" else {}
         token, ports = attempt_token(ranks.launcher), candidate_ports(port)
         return rendezvous(me, places, ports, token, self.timeout_s, waiting, hosts)

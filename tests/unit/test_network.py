@@ -10,8 +10,8 @@ import pytest
 from acceleration.distributed import addresses, gloo_address, network
 from acceleration.distributed.network import Chosen, chosen_interface, describe, use
 from acceleration.distributed.peers import Peer, misfits, ranks_by_host, shared_devices
-from acceleration.distributed.rendezvous import Place
 from acceleration.distributed.runtime import Ranks, all_hosts, attempt_token, hosts_of_ranks, places_from_environment
+from acceleration.distributed.search import Place
 
 THERE = {"lo": ["127.0.0.1", "::1"], "eth0": ["169.254.7.1", "10.77.0.1", "fd77::1"], "tun0": ["10.8.0.2"]}
 
@@ -97,7 +97,18 @@ OTHERS = [peer(2, "b", "10.77.0.2"), peer(3, "c", "fd77::3")]
 )
 def test_address_of_a_host(met_at: str, interface: str, address: str, tables: None) -> None:
     me = peer(0, "a", met_at)
-    assert network._own_address(me, [me, *OTHERS], Chosen(interface, "x" if interface else "")) == address
+    found = network._own_addresses(me, [me, *OTHERS], Chosen(interface, "x" if interface else ""))
+    assert found[0] == address and len({":" in one for one in found}) == len(found)
+    assert not interface or set(found) <= set(THERE[interface])
+
+
+def test_hosts_agree_on_one_family() -> None:
+    """Rank 0's, if all have it: gloo connects no two."""
+    v4, v6, other = ("10.0.0.1", "eth0", 1), ("fd00::1", "eth0", 2), ("10.0.0.2", "eth1", 3)
+    assert network._agreed({"a": [v4, v6], "b": [v6, other]}) == {"a": v4, "b": other}
+    assert network._agreed({"a": [v4, v6], "b": [v6]}) == {"a": v6, "b": v6}
+    assert network._agreed({"a": [v4], "b": [v6], "c": []}) == {"a": v4, "b": v6, "c": ("", "", 0)}
+    assert network._agreed({"a": [], "b": [v6]}) == {"a": ("", "", 0), "b": v6}
 
 
 def test_within_a_host_it_is_loopback(tables: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +176,10 @@ def test_where_rank_0_may_be() -> None:
     chosen = {**step, "MASTER_ADDR": "m", "MASTER_PORT": "9"}
     assert places_from_environment(slurm, chosen) == [Place("m", "MASTER_ADDR")]
     assert places_from_environment(torchrun, chosen) == [Place("m", "MASTER_ADDR", expected=True)]
+    for here in ({"GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, {"LOCAL_WORLD_SIZE": "3"}):
+        assert [place.host for place in places_from_environment(torchrun, {**chosen, **here})] == ["m", "127.0.0.1"]
+    elsewhere = {**chosen, "GROUP_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert [place.host for place in places_from_environment(torchrun, elsewhere)] == ["m"]
 
 
 def test_tokens_are_the_same_on_all_hosts_of_a_start() -> None:
