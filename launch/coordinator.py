@@ -152,7 +152,7 @@ class Coordinator:
             self._progress(member, machine, now)
 
     def _left(self, member: str, machine: Machine, now: float) -> None:
-        begun = bool(self.round)
+        begun = machine.state.round > 0  # one that was not taken in yet goes alone
         why = f"it was stopped there by signal {machine.state.signal}" if machine.state.signal else "its launcher ended"
         self._remove(member, why, now)
         if begun and machine.state.signal and self.ended is None:

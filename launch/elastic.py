@@ -329,7 +329,7 @@ def make_member(about: About, parameters: RendezvousParameters) -> Member:
     """By the options that launch/torchrun.sh has read."""
     host, port = parse_endpoint(parameters.endpoint)
     limits = Limits(*(float(parameters.get(name)) for name in ("timeout", "last_call_timeout", "heartbeat_timeout")))
-    return Member(host, port, about, limits, say, lambda: STOP.number)
+    return Member(host, port, about, limits, say, lambda: STOP.number if STOP.started else 0)
 
 
 def about(argv: Sequence[str]) -> About:

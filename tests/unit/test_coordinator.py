@@ -421,7 +421,7 @@ class World:
         if it.connected and it.cable and self.now - it.heard > LIMITS.heartbeat_s:
             it.connected = False
         if not it.connected and it.cable and self.draw.random() < 0.5:
-            it.inbox.clear(), it.outbox.clear()
+            it.inbox, it.outbox = deque(), deque()
             answer = self.coordinator.hello(it.about, "10.0.0.1", "10.0.0.97", self.now)
             if answer.is_ == "later":
                 it.ended = 99
