@@ -34,8 +34,6 @@ PATIENCE_S = 10.0  # from the third request to the end by SIGKILL
 ENDING_S = 10.0  # for this launcher to end after its processes
 LIMIT = "OPENSORA_SHUTDOWN_TIMEOUT"  # seconds; set by launch/torchrun.sh
 LIMIT_S = 3600.0  # the longest that saving may take: guard.save_s
-ROOT = Path(__file__).resolve().parent.parent
-SHOWN = 300  # characters of a command
 
 
 class Stop:
@@ -156,12 +154,15 @@ def say(text: str) -> None:
 
 
 STOP = Stop()
+ROOT = Path(__file__).resolve().parent.parent
+SHOWN = 300  # characters of a command
 if __name__ == "__main__":
     STOP.listen()  # before torch is imported, which takes long enough to be interrupted in
     sys.path[0] = str(ROOT)
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from torch.distributed.elastic.agent.server import api as server_api  # noqa: E402
 from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec, WorkerState  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
 from torch.distributed.elastic.rendezvous import (  # noqa: E402
@@ -372,8 +373,9 @@ if __name__ == "__main__":
         logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
     os.environ["OPENSORA_LAUNCHER_PID"] = str(os.getpid())
     argv = sys.argv[1:]
-    several = "--standalone" not in argv
+    several = argv[:1] != ["--standalone"]
     if several:
+        server_api._get_fq_hostname = host_name  # torch would ask name servers, which may take long, for events
         rendezvous_handler_registry.register(BACKEND, partial(machines, partial(make_member, about(argv))))
     api.LocalElasticAgent = MachineAgent if several else Agent  # what torchrun makes; it has no option for it
     try:
