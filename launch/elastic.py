@@ -268,7 +268,7 @@ class MachineAgent(Agent):
         while True:
             self._initialize_workers(group)
             order = self._watch(group, handler.member)
-            self._end_processes(order)
+            self._end_processes(order, handler.member)
             group.state = WorkerState.STOPPED
             if order.is_ == "end" and order.code == 0:
                 group.state = WorkerState.SUCCEEDED
@@ -307,16 +307,34 @@ class MachineAgent(Agent):
         context: Any = self._pcontext
         return {rank: handler.proc for rank, handler in context.subprocess_handlers.items()}
 
-    def _end_processes(self, order: Order) -> None:
+    def _end_processes(self, order: Order, member: Member) -> None:
         """Ask them to save and leave if there is time for that, and wait; kill them if there is none."""
-        deadline = time.monotonic() + AGREED_S
-        while order.is_ == "end" and order.code == SAVED and (STOP.number or time.monotonic() < deadline):
-            if all(process.poll() is not None for process in self._processes().values()):
-                return
+        begun, saves = time.monotonic(), order.gentle or (order.is_ == "end" and order.code == SAVED)
+        asked = bool(STOP.number)  # by the signal that this launcher has passed on
+        wait_s = STOP.patience_s if saves else GRACE_S
+        while self._alive() and time.monotonic() - begun < wait_s:
+            agreed = order.is_ == "end" and order.code == SAVED and time.monotonic() - begun < AGREED_S
+            if not asked and not agreed:
+                asked = True
+                self._signal(signal.SIGTERM)
+            hurry = member.order() if order.gentle else None
+            if hurry is not None and not hurry.gentle:  # with a machine gone they cannot agree to save
+                wait_s = min(wait_s, time.monotonic() - begun + GRACE_S)
+                order = hurry
             time.sleep(LOOK_S)
+        self._signal(signal.SIGKILL)
         context: Any = self._pcontext
-        saves = order.gentle or (order.is_ == "end" and order.code == SAVED)
-        context.close(signal.SIGTERM, STOP.patience_s if saves else GRACE_S)
+        context.close(signal.SIGKILL, GRACE_S)
+
+    def _alive(self) -> bool:
+        return any(process.poll() is None for process in self._processes().values())
+
+    def _signal(self, number: int) -> None:
+        """To those that live, and to what they have started."""
+        for process in self._processes().values():
+            if process.poll() is None:
+                with contextlib.suppress(OSError):
+                    os.killpg(process.pid, number)
 
 
 def machines(member: Callable[[RendezvousParameters], Member], parameters: RendezvousParameters) -> RendezvousHandler:

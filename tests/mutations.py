@@ -566,7 +566,7 @@ TABLE: tuple[Mutation, ...] = (
         COORDINATOR,
         "cause = min(self._failed, key=lambda one: one.weight)",
         "cause = self._failed[0]",
-        f"{ORDERS}::test_codes_that_are_final",
+        f"{ORDERS}::test_codes_that_are_final[2]",
     ),
     Mutation(
         "the run over when one machine has finished",
