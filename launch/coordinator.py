@@ -191,10 +191,10 @@ class Coordinator:
             silent = now - machine.heard
             if member == self._own.member:
                 continue
-            if silent > self._limits.heartbeat_s:
-                self._remove(member, f"it has not been heard of for {silent:.0f} s", now)
-            elif machine.lost is not None and now - machine.lost > RETURN_S:
+            if machine.lost is not None and now - machine.lost > min(RETURN_S, self._limits.heartbeat_s):
                 self._remove(member, "its connection ended without a word", now)
+            elif machine.lost is None and silent > self._limits.heartbeat_s:
+                self._remove(member, f"it has not been heard of for {silent:.0f} s", now)
         if self._roster:
             self._run(now)
         else:

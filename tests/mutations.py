@@ -543,14 +543,14 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "a host without power never missed",
         COORDINATOR,
-        "if silent > self._limits.heartbeat_s:",
-        "if silent < 0:",
+        "machine.lost is None and silent > self._limits.heartbeat_s",
+        "machine.lost is None and silent < 0",
         f"{ORDERS}::test_a_host_that_dies_is_named_in_time[power]",
     ),
     Mutation(
         "a connection that ended never missed",
         COORDINATOR,
-        "now - machine.lost > RETURN_S",
+        "now - machine.lost > min(RETURN_S, self._limits.heartbeat_s)",
         "now < machine.lost",
         f"{ORDERS}::test_a_host_that_dies_is_named_in_time[killed]",
     ),

@@ -274,6 +274,36 @@ def test_a_host_that_dies_and_comes_back_elastic() -> None:
     assert run.order("b").is_ == "start" and run.order("b").group_size == 2 and run.order("b").failures == 1
 
 
+def test_a_newcomer_does_not_stop_a_run_that_is_ending() -> None:
+    run = running("a", "b", least=2, most=3)
+    run.say("b", "finished")
+    run.come("c")
+    run.pass_time(LIMITS.last_call_s + 1)
+    assert run.order("a").is_ == "start"
+    run.say("a", "finished")
+    run.pass_time(1)
+    assert run.order("c").is_ == "end" and run.order("c").text == "the run has ended without this machine"
+
+
+def test_nobody_begins_while_another_machine_still_stops() -> None:
+    run = running("a", "b", least=1, most=2, restarts=1)
+    run.say("a", "failed", code=1)
+    run.pass_time(1)
+    run.obey("a")
+    run.pass_time(50)
+    assert run.order("a").is_ == "wait" and run.order("b").is_ == "stop"
+    run.obey("b")
+    assert run.order("a").is_ == run.order("b").is_ == "start" and run.order("a").group_size == 2
+
+
+def test_a_round_has_a_number_that_no_machine_of_it_has_seen() -> None:
+    run = running("a", "b", least=2, most=3)
+    run.come("c", round=7, epoch="earlier", failures=0)
+    run.coordinator.tick(run.now)
+    run.obey("a", "b")
+    assert run.order("c").is_ == "start" and run.order("c").round == 8
+
+
 @pytest.mark.parametrize("how", ["gone", "failed"])
 def test_a_stop_that_waits_for_processes_to_save_is_none_when_they_cannot(how: str) -> None:
     run = running("a", "b", least=2, most=3, restarts=1)
