@@ -213,6 +213,11 @@ def test_a_signal_anywhere_ends_all() -> None:
     waiting.say("a", "waits")
     waiting.say("b", "leaves", signal=2)
     assert waiting.order("a").is_ == "end" and waiting.order("a").code == 75
+    newcomer = running("a", "b", least=2, most=3)
+    newcomer.come("c")
+    newcomer.say("c", "leaves", 0, signal=15)
+    newcomer.pass_time(1)
+    assert newcomer.order("a").is_ != "end"
     before = Run(nodes_min=3, nodes_max=3)
     before.come("a")
     before.come("b")
