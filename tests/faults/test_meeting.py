@@ -18,8 +18,9 @@ import torch
 
 from acceleration.diagnostics import preflight
 from acceleration.diagnostics.preflight import Facts, assess, differences
-from acceleration.distributed import rendezvous as meetings
+from acceleration.distributed import rendezvous as servers
 from acceleration.distributed import runtime as runtimes
+from acceleration.distributed import search
 from acceleration.distributed.meeting import rendezvous
 from acceleration.distributed.peers import Peer, ranges
 from acceleration.distributed.rendezvous import Place, RendezvousServer, Waiting
@@ -109,7 +110,7 @@ def test_a_port_in_use_is_named() -> None:
         )
     assert str(said[0]).startswith(f"127.0.0.1: port {port} in use by another program")
     assert str(said[1]).startswith("rank 0 did not answer at 127.0.0.1 within")
-    assert f"127.0.0.1:{port}, which is this machine itself, takes connections and says nothing" in str(said[1])
+    assert f"127.0.0.1:{port} (this machine itself, takes connections and says nothing" in str(said[1])
 
 
 def test_who_shares_a_device_is_named() -> None:
@@ -129,7 +130,15 @@ def test_ranges() -> None:
 
 def facts(rank: int, **more: Any) -> Facts:
     return Facts(
-        **{"rank": rank, "host": f"n{rank // 2}", "device": "cpu", "visible": 0, "same": {"code": "a"}, **more}
+        **{
+            "rank": rank,
+            "host": f"n{rank // 2}",
+            "host_id": f"id{rank // 2}",
+            "device": "cpu",
+            "visible": 0,
+            "same": {"code": "a"},
+            **more,
+        }
     )
 
 
@@ -214,7 +223,7 @@ def test_an_address_that_is_none(
     name: str, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alone(monkeypatch, MASTER_ADDR=name)
-    monkeypatch.setattr(meetings, "RESOLVE_S", 0.5)
+    monkeypatch.setattr(servers, "RESOLVE_S", 0.5)
     monkeypatch.setattr(sys, "argv", ["train.py", str(config), "parallel.timeout_s=600"])
     with pytest.raises(SystemExit) as caught:
         run_cli(train_main)
@@ -237,7 +246,7 @@ def test_a_name_that_is_known_late(monkeypatch: pytest.MonkeyPatch) -> None:
 
     known = socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    monkeypatch.setattr(meetings, "RESOLVE_PAUSE_S", 0.01)
+    monkeypatch.setattr(search, "RESOLVE_PAUSE_S", 0.01)
     ports = free_ports(1)
     found = in_threads(*(lambda rank=rank: meet(peer(rank, 2), ports, host="node1") for rank in range(2)))
     assert len(found[1][1]) == 2 and len(asked) >= 3

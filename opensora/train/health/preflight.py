@@ -1,6 +1,7 @@
 """Before a run is built: acceleration/diagnostics/preflight.py, with this run's code, configuration and disk."""
 
 import logging
+from dataclasses import replace
 
 from acceleration.diagnostics.preflight import PreflightError, preflight
 from acceleration.distributed import runtime as runtimes
@@ -20,8 +21,11 @@ def check_processes(cfg: RunConfig, runtime: Runtime) -> None:
     Raises:
         UserError: code, configuration or torch differ, or a device is shared; names the ranks.
     """
+    common = replace(
+        cfg, parallel=replace(cfg.parallel, interface="")
+    )  # interfaces may be called otherwise on each host
     try:
-        report = preflight(runtime, {"code": code_digest(), "configuration": config_hash(cfg)})
+        report = preflight(runtime, {"code": code_digest(), "configuration": config_hash(common)})
     except PreflightError as error:
         raise UserError(str(error)) from None
     announce(report.summary)
