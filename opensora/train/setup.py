@@ -51,6 +51,7 @@ from opensora.train.run import Run
 from opensora.train.state.disk_check import check_disk
 from opensora.train.state.resume import check_fresh, check_paths, resume, wrong_info
 from opensora.train.state.run_lock import RunLock, check_places, write_config
+from opensora.train.state.same_files import check_folder, content
 from opensora.train.step_data import check_buckets, open_batches, open_data
 from opensora.utils import signal_handler
 from opensora.utils.console import announce
@@ -84,6 +85,7 @@ def start_run(cfg: RunConfig) -> Run:
         runtime = runtimes.start(parallel.timeout_s, lambda: asked.name is not None, parallel.mesh, parallel.interface)
         timer = start_timer(cfg, runtime)
         with naming_lost_peers(runtime, lambda: "building"):
+            check_folder(cfg.folder, lock.owner["token"] if lock else None, runtime)
             run = build_run(cfg, table, plan, runtime, timer)
     except BaseException as error:
         if timer and isinstance(error, Interrupted):  # on every process
@@ -156,7 +158,7 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
     stop.check()
     timer.enter("build", 0)
     if cfg.train.preflight:
-        check_processes(cfg, runtime)
+        check_processes(cfg, runtime, content(cfg, table))
     mesh = meshes.build(cfg.parallel.mesh, runtime.world_size, runtime.device)
     announce(f"{to_yaml(cfg)}\n{plan.report()}\n{layout(cfg, mesh)}")
 
