@@ -204,7 +204,6 @@ NOT_MET: dict[str, Fault] = {
 CASES = [(fault, start) for fault, about in NOT_MET.items() for start in about.starts]
 QUICK = [("second host missing", "variables")]
 WANTED = {
-    "folder not shared": "nobody looks yet whether all hosts see one run folder",
     "both rank 0": "the second is told that the folder is in use, the first that rank 1 is missing",
 }
 
