@@ -57,6 +57,14 @@ STILLS = "tests/reference/test_sampling.py::test_stills_of_a_table"
 WHOLE = "tests/reference/test_sampling.py::test_from_training_to_pixels[adamw]"
 WITH_ADAPTERS = "tests/reference/test_sampling.py::test_from_training_to_pixels[adapters]"
 
+ADDRESSES, NETWORK, PEERS, SERVER, SEARCH, RUNTIME = (
+    f"acceleration/distributed/{name}.py"
+    for name in ("addresses", "network", "peers", "rendezvous", "search", "runtime")
+)
+ADDRESS, CHOICE, MEETING = (
+    f"tests/{name}.py::test_" for name in ("unit/test_addresses", "unit/test_network", "faults/test_meeting_fuzz")
+)
+MEETING += "any_meeting_ends_in_one_of_two_ways"
 GARBAGE, BORDERS = "opensora/train/garbage_collection.py", "tests/unit/test_garbage_collection.py"
 STEP, LOOP = "opensora/train/preparation.py", "opensora/train/loop.py"
 SETUP, WEIGHTS, DATA = "opensora/train/setup.py", "opensora/assembly/initial_weights.py", "opensora/train/step_data.py"
@@ -493,6 +501,80 @@ TABLE: tuple[Mutation, ...] = (
         "gc.collect()",
         "gc.get_count()",
         f"{BORDERS}::test_every_border_frees_the_cycles_of_its_step",
+    ),
+    # Processes that meet: which address is whose, who is there twice, what chooses an interface.
+    Mutation(
+        "every address that can be bound is here",
+        ADDRESSES,
+        "return _same(source_address(address), address)",
+        "return True",
+        f"{ADDRESS}a_machine_that_may_bind_to_any_address",
+    ),
+    Mutation(
+        "IPv4 by an IPv6 socket is IPv6",
+        ADDRESSES,
+        "return str(parsed.ipv4_mapped)",
+        "return str(parsed)",
+        f"{ADDRESS}ends_of_connections",
+    ),
+    Mutation(
+        "temporary addresses are relied on",
+        ADDRESSES,
+        "if not int(own[4], 16) & _TEMPORARY:",
+        "if True:",
+        f"{ADDRESS}temporary_addresses_are_not_relied_on",
+    ),
+    Mutation(
+        "loopback for other hosts",
+        NETWORK,
+        "outward = [one for one in outward if not is_loopback(one)]",
+        "outward = [met for met in [me.address, *outward] if met]",
+        f"{CHOICE}address_of_a_host",
+    ),
+    Mutation(
+        "the key wins over the variable",
+        NETWORK,
+        "[*given, (KEY, configured.strip())][0]",
+        "[*given, (KEY, configured.strip())][-1]",
+        f"{CHOICE}who_chooses",
+    ),
+    Mutation(
+        "gloo takes the first address",
+        NETWORK,
+        'listen_at(me.address if other else "")',
+        'listen_at("")',
+        f"{CHOICE}what_gloo_is_told",
+    ),
+    Mutation(
+        "one host leaves loopback",
+        NETWORK,
+        "key=lambda one: not is_loopback(one[0])",
+        "key=lambda one: is_loopback(one[0])",
+        f"{CHOICE}within_a_host_it_is_loopback",
+    ),
+    Mutation("ranks may be there twice", SERVER, "if twin is None:", "if True:", MEETING),
+    Mutation("versions are not compared", SERVER, "peer.problem or misfits([self.me, peer])", "peer.problem", MEETING),
+    Mutation("another job is ours", SEARCH, "if words[1:2] != [token]:", "if not words[1:2]:", MEETING),
+    Mutation(
+        "the first address only",
+        SEARCH,
+        "for address in one.addresses for port",
+        "for address in one.addresses[:1] for port",
+        MEETING,
+    ),
+    Mutation(
+        "names are asked once",
+        SEARCH,
+        "while not self._over.is_set():\n            try:",
+        "while not self.tried.is_set():\n            try:",
+        MEETING,
+    ),
+    Mutation(
+        "one step of SLURM per host",
+        RUNTIME,
+        'if launcher != "slurm":',
+        "if False:",
+        f"{CHOICE}tokens_are_the_same_on_all_hosts_of_a_start",
     ),
     # Models that keep time and space apart.
     Mutation(

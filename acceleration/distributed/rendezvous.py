@@ -79,9 +79,11 @@ class RendezvousServer:
         self.came: dict[int, _Visitor] = {}
         self.left: dict[int, Peer] = {}  # those that came, and are gone again
         self.problem: StartError | None = None
+        self._found: list[str] | str = "the name servers do not answer"  # addresses of the place, or why there are none
         self._visitors: set[_Visitor] = set()
         self._complete = threading.Event()  # all have come, or there is a problem
         self._lock = threading.RLock()
+        _allow_files(4 * me.world_size + 1024)  # a connection here, then one of the store, and those of groups
         self._wake, self._woken = socket.socketpair()
         self._listener, self.port = _listen(me, ports, token, places)
         self._thread = threading.Thread(target=self._serve, name="rendezvous", daemon=True)
@@ -221,7 +223,7 @@ class RendezvousServer:
             elif "leaving" in message and visitor.peer is not None:
                 self.refuse(StartError(self._failure(float(message["leaving"]))))
             elif "peer" in message:
-                peer = Peer.from_text(json.dumps(message["peer"]))
+                peer = self._placed(Peer.from_text(json.dumps(message["peer"])), visitor.channel.remote)
                 problem = self._misfit(peer, self.came.get(peer.rank))
                 if self._complete.is_set():  # one too many, who is not to spoil it for those that have met
                     visitor.channel.send(self._refusal(problem or StartError("all processes have met already")))
@@ -232,6 +234,12 @@ class RendezvousServer:
                 else:
                     self.came[peer.rank] = visitor
                     self._look()
+
+    def _placed(self, peer: Peer, remote: str) -> Peer:
+        """Virtual machines that were copied while they ran have one boot id: who comes from elsewhere is elsewhere."""
+        if peer.host_id != self.me.host_id or addresses.is_here(remote):
+            return peer
+        return replace(peer, host_id=f"{peer.host_id}-{remote}")
 
     def _misfit(self, peer: Peer, other: _Visitor | None) -> StartError | None:
         if problem := peer.problem or misfits([self.me, peer]):
@@ -305,7 +313,7 @@ class RendezvousServer:
         outward = [one for one in own if not addresses.is_loopback(one) and not addresses.is_link_local(one)]
         where = ", ".join(endpoint(one, self.port) for one in outward[:4]) or f"port {self.port}"
         text = f"rank 0 listens on {self.me.host} at {where}"
-        odd = "".join(_leads(place, outward) for place in self.places[:1])
+        odd = "".join(_leads(place, self._found, outward) for place in self.places[:1])
         return text + (odd or f", where nothing of {_them(missing)} arrived: {NOT_COME}")
 
     def _own_address(self, peers: Sequence[Peer]) -> str:
@@ -321,9 +329,10 @@ class RendezvousServer:
         while not self._complete.is_set():
             for place in self.places[:1]:
                 try:
-                    found = addresses.resolve(place.host)
+                    self._found = found = addresses.resolve(place.host)
                 except OSError as error:
-                    self._unknown(place, error.strerror or str(error), time.monotonic() - begun)
+                    self._found = error.strerror or str(error)
+                    self._unknown(place, self._found, time.monotonic() - begun)
                     continue
                 for answer in [ask(address, self.port, self.token) for address in found[:8]]:
                     if isinstance(answer, Channel):
@@ -358,6 +367,17 @@ class RendezvousServer:
             leaving, self._visitors = self._visitors, set()
         for visitor in leaving:
             visitor.channel.close()
+
+
+def _allow_files(count: int) -> None:
+    """As many open files for this process as the system lets it have, where that is not enough."""
+    with suppress(ImportError, OSError, ValueError):  # ImportError: Windows
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        if soft != resource.RLIM_INFINITY and soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _listen(me: Peer, ports: Sequence[int], token: str, places: Sequence[Place]) -> tuple[socket.socket, int]:
@@ -405,13 +425,16 @@ def _bound_to(listener: socket.socket, address: str, port: int) -> socket.socket
     return listener
 
 
-def _leads(place: Place, outward: Sequence[str]) -> str:
-    """What is odd about where the others look for rank 0, if they know its name as this machine does."""
+def _leads(place: Place, found: list[str] | str, outward: Sequence[str]) -> str:
+    """What is odd about where the others look for rank 0, if they know its name as this machine does.
+
+    Args:
+        found: addresses of the name, or why there are none.
+        outward: this machine's own.
+    """
     name = f"{place.variable}={short(place.host)}"
-    try:
-        found = addresses.resolve(place.host)
-    except OSError as error:
-        return f"; {name} is no name that is known here ({error.strerror})"
+    if isinstance(found, str):
+        return f"; {name} is no name that is known here ({found})"
     leads_to = "" if found == [place.host] else f" ({', '.join(found[:3])})"
     if all(map(addresses.is_loopback, found)):
         better = f", as {outward[0]}" if outward else ""

@@ -97,7 +97,18 @@ OTHERS = [peer(2, "b", "10.77.0.2"), peer(3, "c", "fd77::3")]
 )
 def test_address_of_a_host(met_at: str, interface: str, address: str, tables: None) -> None:
     me = peer(0, "a", met_at)
-    assert network._own_address(me, [me, *OTHERS], Chosen(interface, "x" if interface else "")) == address
+    found = network._own_addresses(me, [me, *OTHERS], Chosen(interface, "x" if interface else ""))
+    assert found[0] == address and len({":" in one for one in found}) == len(found)
+    assert not interface or set(found) <= set(THERE[interface])
+
+
+def test_hosts_agree_on_one_family() -> None:
+    """Rank 0's, if all have it: gloo connects no two."""
+    v4, v6, other = ("10.0.0.1", "eth0", 1), ("fd00::1", "eth0", 2), ("10.0.0.2", "eth1", 3)
+    assert network._agreed({"a": [v4, v6], "b": [v6, other]}) == {"a": v4, "b": other}
+    assert network._agreed({"a": [v4, v6], "b": [v6]}) == {"a": v6, "b": v6}
+    assert network._agreed({"a": [v4], "b": [v6], "c": []}) == {"a": v4, "b": v6, "c": ("", "", 0)}
+    assert network._agreed({"a": [], "b": [v6]}) == {"a": ("", "", 0), "b": v6}
 
 
 def test_within_a_host_it_is_loopback(tables: None, monkeypatch: pytest.MonkeyPatch) -> None:
