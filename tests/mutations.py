@@ -65,6 +65,7 @@ ADDRESS, CHOICE, MEETING = (
     f"tests/{name}.py::test_" for name in ("unit/test_addresses", "unit/test_network", "faults/test_meeting_fuzz")
 )
 MEETING += "any_meeting_ends_in_one_of_two_ways"
+COORDINATOR, ORDERS = "launch/coordinator.py", "tests/unit/test_coordinator.py"
 GARBAGE, BORDERS = "opensora/train/garbage_collection.py", "tests/unit/test_garbage_collection.py"
 STEP, LOOP = "opensora/train/preparation.py", "opensora/train/loop.py"
 SETUP, WEIGHTS, DATA = "opensora/train/setup.py", "opensora/assembly/initial_weights.py", "opensora/train/step_data.py"
@@ -612,6 +613,56 @@ TABLE: tuple[Mutation, ...] = (
         "describe(cfg.model).text_tokens(text_tokens(cfg.text))",
         "text_tokens(cfg.text)",
         "tests/unit/test_no_text.py::test_text_tokens_count_where_the_model_reads_them",
+    ),
+    # Launchers of several machines: what the coordinator decides.
+    Mutation(
+        "a machine of several ranks counted as one",
+        COORDINATOR,
+        "first += machine.about.processes",
+        "first += 1",
+        f"{ORDERS}::test_the_ranks_of_uneven_machines",
+    ),
+    Mutation(
+        "a host without power never missed",
+        COORDINATOR,
+        "if silent > self._limits.heartbeat_s:",
+        "if silent < 0:",
+        f"{ORDERS}::test_a_host_that_dies_is_named_in_time[power]",
+    ),
+    Mutation(
+        "a connection that ended never missed",
+        COORDINATOR,
+        "now - machine.lost > RETURN_S",
+        "now < machine.lost",
+        f"{ORDERS}::test_a_host_that_dies_is_named_in_time[killed]",
+    ),
+    Mutation(
+        "a newcomer counted as a failure",
+        COORDINATOR,
+        'start again with it", gentle=True, now=now)',
+        'start again with it", gentle=False, now=now)',
+        f"{ORDERS}::test_a_host_that_dies_and_comes_back_elastic",
+    ),
+    Mutation(
+        "the first report taken for the cause",
+        COORDINATOR,
+        "cause = min(self._failed, key=lambda one: one.weight)",
+        "cause = self._failed[0]",
+        f"{ORDERS}::test_codes_that_are_final[2]",
+    ),
+    Mutation(
+        "the run over when one machine has finished",
+        COORDINATOR,
+        "if self._finished.issuperset(self._roster):",
+        "if self._finished:",
+        f"{ORDERS}::test_a_machine_that_has_finished_may_go",
+    ),
+    Mutation(
+        "what was used of the restarts forgotten",
+        COORDINATOR,
+        "return about.failures + (about.round > 0 and about.epoch != epoch)",
+        "return 0",
+        f"{ORDERS}::test_a_coordinator_started_anew_counts_what_was_used",
     ),
 )
 
