@@ -21,7 +21,8 @@ from tests.dist.factored import on_one_process as on_one_process_factored
 from tests.dist.factored import on_this_layout as on_this_layout_factored
 from tests.dist.harness import DistributedFailure, run_distributed
 from tests.dist.layouts import Layout, every_layout
-from tests.dist.test_parity import TOLERANCE, Outcome, errors, on_one_process, on_this_layout, relative
+from tests.dist.parity import TOLERANCE, Outcome, errors, relative
+from tests.dist.test_parity import on_one_process, on_this_layout
 
 COLUMNS = ("loss", "gradients", "norm", "weights", "latents")
 FP64_LIMITS = dict.fromkeys(COLUMNS, TOLERANCE)

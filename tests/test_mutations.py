@@ -50,7 +50,7 @@ def test_verdicts() -> None:
 
 
 def test_the_command() -> None:
-    done = run("time coordinate lost", timeout=110)
+    done = run("weights drawn twice as large", timeout=110)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " killed " in done.stdout and done.stdout.endswith("1 of 1 mistakes found\n")
 

@@ -25,7 +25,7 @@ from acceleration.checkpoint.async_writer import BackgroundWriter
 from acceleration.checkpoint.listing import candidates, leads_nowhere, misnamed, none_is_good
 from acceleration.checkpoint.tensor_shards import Slices, TensorShards, slices_of
 from acceleration.checkpoint.verify import AGREEING, Verifier, Wrong
-from acceleration.distributed.agreement import from_main
+from acceleration.distributed.agreement import cpu_group, from_main
 from acceleration.distributed.comm_timer import WAITING
 from acceleration.files.sealed_json import NUMBER
 
@@ -75,7 +75,7 @@ class CheckpointManager:
         self._writer = BackgroundWriter() if in_background and async_writer.available() else None
         self._pending: _Pending | None = None
         # File names and plans travel over gloo also where tensors travel over nccl.
-        self.group = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
+        self.group = cpu_group()
         self._verifier = Verifier(self.group, wrong)
 
     @property

@@ -22,6 +22,12 @@ def from_main(value: Any, group: dist.ProcessGroup | None, what: str) -> Any:
     return box[0]
 
 
+def cpu_group() -> dist.ProcessGroup | None:
+    """A group of all processes for CPU tensors, so that talking does not wait for the GPU; None where the default one
+    is such a group. Collective."""
+    return dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
+
+
 class Interrupted(Exception):
     """Asked to stop before the first step; what is on disk is the state."""
 
@@ -32,8 +38,7 @@ class StopRequest:
     def __init__(self, asked: Callable[[], bool]) -> None:
         """``asked``: whether this process was asked to stop; called at every boundary. Collective."""
         self._asked = asked
-        # CPU tensors: agreeing must not wait for the GPU to finish the step.
-        self._group = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
+        self._group = cpu_group()
 
     def agreed(self) -> bool:
         """True on every process as soon as one was asked. Collective."""

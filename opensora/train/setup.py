@@ -11,6 +11,7 @@ import torch
 from acceleration import lora
 from acceleration.checkpoint import CheckpointManager
 from acceleration.checkpoint import SaveError as SaveError  # what saving raises, also for the command line
+from acceleration.diagnostics.lost_peers import naming_lost_peers
 from acceleration.diagnostics.memory_usage import device_bytes, machine_bytes
 from acceleration.distributed import mesh as meshes
 from acceleration.distributed import runtime as runtimes
@@ -50,6 +51,7 @@ from opensora.train.run import Run
 from opensora.train.state.disk_check import check_disk
 from opensora.train.state.resume import check_fresh, check_paths, resume, wrong_info
 from opensora.train.state.run_lock import RunLock, check_places, write_config
+from opensora.train.state.same_files import check_folder, content
 from opensora.train.step_data import check_buckets, open_batches, open_data
 from opensora.utils import signal_handler
 from opensora.utils.console import announce
@@ -82,7 +84,9 @@ def start_run(cfg: RunConfig) -> Run:
         parallel, asked = cfg.parallel, signal_handler.install()
         runtime = runtimes.start(parallel.timeout_s, lambda: asked.name is not None, parallel.mesh, parallel.interface)
         timer = start_timer(cfg, runtime)
-        run = build_run(cfg, table, plan, runtime, timer)
+        with naming_lost_peers(runtime, "building"):
+            check_folder(cfg.folder, lock.owner["token"] if lock else None, runtime)
+            run = build_run(cfg, table, plan, runtime, timer)
     except BaseException as error:
         if timer and isinstance(error, Interrupted):  # on every process
             timer.close()
@@ -154,7 +158,7 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
     stop.check()
     timer.enter("build", 0)
     if cfg.train.preflight:
-        check_processes(cfg, runtime)
+        check_processes(cfg, runtime, content(cfg, table))
     mesh = meshes.build(cfg.parallel.mesh, runtime.world_size, runtime.device)
     announce(f"{to_yaml(cfg)}\n{plan.report()}\n{layout(cfg, mesh)}")
 

@@ -59,7 +59,7 @@ CASES: dict[str, Case] = {
         sampled=({"method": "distill"},),
     ),
     "packed, masks, selective, attention on the host": Case({**EXACT, **PACKED, **MASKS, **SELECTIVE, **ON_HOST}),
-    "packed, bf16, selective": Case({**BF16, **PACKED, **SELECTIVE}, near=2e-2),
+    "packed, bf16, selective": slow(BF16, PACKED, SELECTIVE, near=2e-2),
     "attention cuda, fp32, masks": Case({**MASKS, "parallel.attention": "cuda"}, sampled=GUIDED, near=1e-4),
     "2 processes, dynamic": Case({**EXACT, "parallel.mesh.ulysses": 2, "parallel.mesh.dynamic": "true"}, world=2),
     # minutes

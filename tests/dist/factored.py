@@ -20,7 +20,6 @@ from acceleration.distributed.mesh import Mesh
 from acceleration.engines import Engine, build_engine
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
-from acceleration.sharding import fsdp, tensor_parallel
 from opensora.assembly.encoders import Encoders
 from opensora.assembly.token_layout import token_layout
 from opensora.conditioning import ConditioningConfig, DropoutConfig
@@ -31,8 +30,8 @@ from opensora.planner.forecast import structure
 from opensora.train.preparation import Preparation, loss_share
 from opensora.utils.rng import torch_generator
 from tests.dist.layouts import FP64
+from tests.dist.parity import Outcome, fill, measured_steps
 from tests.dist.problem import TEXT_TOKENS, FakeText, PassThrough
-from tests.dist.test_parity import Outcome, fill
 from tests.factored_family import FAMILY, GaussianFlow, GaussianFlowConfig, ToyConfig
 
 CPU = torch.device("cpu")
@@ -225,31 +224,10 @@ def build(run: Run) -> tuple[Mesh, Engine]:
 
 def on_this_layout(run: Run) -> Outcome:
     """Runs in every process of the group."""
-    cfg = run.config
     mesh, engine = build(run)
-    outcome = Outcome([], {})
-    for step in range(STEPS):
-        for axis in mesh.axes.values():
-            axis.bytes_sent = 0
-        mine = divided(step, mesh) if cfg.mesh.dynamic else assign(step, mesh)
-        total = backward(engine, mesh, mine, step)
-        total *= mesh["tensor"].rank == 0  # along this axis all hold the same share
-        dist.all_reduce(total)
-        counted = {axis.name: axis.bytes_sent for axis in mesh.axes.values()}
-        gradients = {
-            name: tensor_parallel.full(name, fsdp.full(p.grad), engine.model, mesh["tensor"]).clone()
-            for name, p in engine.model.named_parameters()
-            if p.grad is not None
-        }
-        for axis in mesh.axes.values():
-            axis.bytes_sent = counted[axis.name]  # looking at gradients is no part of a step
-        norm = engine.step(step)
-        outcome.steps.append((total.item(), norm.item(), gradients))
-        counted = {axis.name: axis.bytes_sent for axis in mesh.axes.values() if axis.bytes_sent}
-        if not run.adapters:  # of which formulas know nothing
-            outcome.traffic.append((counted, predicted(cfg, mesh, mine)))
-    outcome.weights.update(engine.full_weights())
-    return outcome
+    dealt = divided if run.config.mesh.dynamic else assign
+    formula = None if run.adapters else lambda step: predicted(run.config, mesh, dealt(step, mesh))  # know no adapters
+    return measured_steps(engine, mesh, STEPS, lambda step: backward(engine, mesh, dealt(step, mesh), step), formula)
 
 
 def backward(engine: Engine, mesh: Mesh, mine: list[ToyBatch], step: int) -> Tensor:

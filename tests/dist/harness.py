@@ -28,6 +28,7 @@ PRELOAD = [
     "torch._dynamo",
     "transformers.models.byt5",
     "opensora.train.loop",
+    "tests.dist.preloaded",
 ]
 
 

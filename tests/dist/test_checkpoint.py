@@ -22,8 +22,9 @@ from opensora.models.families import build_model
 from opensora.train.preparation import loss_share
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64
+from tests.dist.parity import fill, relative
 from tests.dist.problem import MODEL, elements
-from tests.dist.test_parity import assign, fill, preparation, relative
+from tests.dist.test_parity import assign, preparation
 
 OPTIM = OptimConfig(lr=1e-3, clip_norm=0.3, ema_decay=0.9, warmup_steps=2, schedule="cosine")
 STEPS = 5

@@ -20,7 +20,7 @@ from opensora.utils.rng import torch_generator
 from tests.dist import problem, test_parity
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64
-from tests.dist.test_parity import TOLERANCE, fill, relative, worst_error
+from tests.dist.parity import TOLERANCE, fill, relative, worst_error
 from tests.dist.toy import Block, Toy
 
 STEPS, LR = 2, 0.05

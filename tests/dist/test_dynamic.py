@@ -22,8 +22,9 @@ from opensora.train.preparation import Tokens
 from tests.dist import test_engines, test_parity
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64, RECOMPUTE
+from tests.dist.parity import TOLERANCE, Outcome, relative, worst_error
 from tests.dist.problem import TEXT_TOKENS, FakeBatch
-from tests.dist.test_parity import TOLERANCE, Outcome, assign, on_one_process, on_this_layout, preparation, worst_error
+from tests.dist.test_parity import assign, on_one_process, on_this_layout, preparation
 
 CPU = torch.device("cpu")
 # ulysses -> how many processes cut the samples of each of the problem's micro-batches, which have 2, 1, 3 and 1
@@ -109,7 +110,7 @@ def test_on_another_engine(truth: Outcome, zero: int) -> None:
     _, near, gradient, weight = test_engines.EXACT["deepspeed"]
     for steps in run_distributed(on_deepspeed, 2, zero, timeout=110):
         for (loss, norm, gradients, _), (true_loss, true_norm, truths) in zip(steps, truth.steps, strict=True):
-            assert test_parity.relative(loss, true_loss) <= near and test_parity.relative(norm, true_norm) <= near
+            assert relative(loss, true_loss) <= near and relative(norm, true_norm) <= near
             assert test_engines.farthest(gradients, truths)[0] <= gradient
         assert test_engines.farthest(steps[-1][3], truth.weights)[0] <= weight
 

@@ -15,9 +15,10 @@ from acceleration.sharding import fsdp
 from opensora.models.families import build_model
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import Layout
+from tests.dist.parity import TOLERANCE, fill, relative
 from tests.dist.problem import MODEL, batches, elements
 from tests.dist.test_lora import backward
-from tests.dist.test_parity import CLIP, LR, TOLERANCE, fill, preparation, relative
+from tests.dist.test_parity import CLIP, LR, preparation
 
 STEPS = 5
 OPTIM = OptimConfig(kind="sgd", lr=LR, clip_norm=CLIP, ema_decay=0.7)

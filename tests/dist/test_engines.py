@@ -32,8 +32,9 @@ from opensora.train.preparation import loss_share
 from tests.dist import fake_colossalai
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64
+from tests.dist.parity import fill, relative
 from tests.dist.problem import MODEL, elements
-from tests.dist.test_parity import CLIP, LR, STEPS, assign, fill, on_one_process, preparation, relative
+from tests.dist.test_parity import CLIP, LR, STEPS, assign, on_one_process, preparation
 
 FP32 = PrecisionConfig(compute="fp32")
 BF16 = PrecisionConfig(compute="bf16")

@@ -10,7 +10,7 @@ from acceleration.config import CompileConfig
 from tests.dist.factored import ADAMW, SGD, STEPS, Run, on_one_process, on_these_layouts, train_and_save
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import RECOMPUTE
-from tests.dist.test_parity import TOLERANCE, Outcome, relative, worst_error
+from tests.dist.parity import TOLERANCE, Outcome, relative, worst_error
 
 COMPILED = {"compile": CompileConfig(enabled=True, backend="aot_eager")}
 

@@ -12,7 +12,7 @@ from acceleration.accounting import rank_layout
 from acceleration.sequence import axis_switch, layout
 from tests.dist.factored import Run, on_one_process, on_this_layout
 from tests.dist.harness import run_distributed
-from tests.dist.test_parity import Outcome, worst_error
+from tests.dist.parity import Outcome, worst_error
 from tests.factored_family import ToyFactored
 
 FOUND = 1e-6  # every mistake is far above the tolerance of 1e-10

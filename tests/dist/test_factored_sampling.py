@@ -3,7 +3,7 @@ formulas say. The reference is a plain model, the guidance formula and Euler ste
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -29,8 +29,8 @@ from opensora.utils.tokens import image_ids, pack, unpack
 from tests.dist.factored import CPU, MODEL, Latents, plain_model
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64
+from tests.dist.parity import Sampled, SamplingCase, check_sampled, fill
 from tests.dist.problem import TEXT_TOKENS, FakeText
-from tests.dist.test_parity import TOLERANCE, fill, relative
 from tests.factored_family import GaussianFlowConfig
 
 PROMPTS, NEGATIVES, SEEDS = ["a fox runs", "two"], ["blur", ""], [3, 11]  # one has no negative: the learned embedding
@@ -88,18 +88,7 @@ def by_hand(job: Job) -> Tensor:
     return unpack(x.flatten(1, 2), grid, patch)
 
 
-class Sampled(NamedTuple):
-    """What a process made of a job, and what it sent for it over each axis."""
-
-    latents: Tensor
-    counted: dict[str, int]
-    predicted: dict[str, int]
-
-
-Case = tuple[dict[str, int], int, tuple[str, ...]]  # degrees, ZeRO, jobs
-
-
-def on_these_layouts(cases: list[Case]) -> list[dict[str, Sampled]]:
+def on_these_layouts(cases: list[SamplingCase]) -> list[dict[str, Sampled]]:
     """Runs in every process of the group: every job on every layout."""
     return [{name: on_this_layout(degrees, zero, JOBS[name]) for name in names} for degrees, zero, names in cases]
 
@@ -137,8 +126,8 @@ def predicted(job: Job, mesh: Mesh, parallel: ParallelConfig) -> dict[str, int]:
 
 
 ALL = tuple(JOBS)
-QUICK: list[Case] = [({"ulysses": 2}, 0, ("unguided",)), ({"cfg": 2}, 3, ("clip",))]
-SLOW: dict[int, list[Case]] = {
+QUICK: list[SamplingCase] = [({"ulysses": 2}, 0, ("unguided",)), ({"cfg": 2}, 3, ("clip",))]
+SLOW: dict[int, list[SamplingCase]] = {
     2: [({axis: 2}, zero, ALL) for axis in ("shard", "ulysses", "ring", "tensor") for zero in (0, 3)],
     3: [({axis: 3}, 3, ALL) for axis in ("ulysses", "ring")],
     4: [
@@ -151,16 +140,9 @@ SLOW: dict[int, list[Case]] = {
 }
 
 
-def check(world: int, cases: list[Case], timeout: float) -> None:
+def check(world: int, cases: list[SamplingCase], timeout: float) -> None:
     truths = {name: by_hand(JOBS[name]) for name in {name for *_, names in cases for name in names}}
-    found_everywhere = zip(*run_distributed(on_these_layouts, world, cases, timeout=timeout), strict=True)
-    for (degrees, *_), every in zip(cases, found_everywhere, strict=True):
-        for rank, found in enumerate(every):
-            for name, (latents, counted, formula) in found.items():
-                assert latents.dtype == torch.float64
-                assert relative(latents, truths[name]) <= TOLERANCE, (degrees, rank, name)
-                assert counted == formula, (degrees, rank, name)
-                assert all(axis in counted for axis in degrees if axis != "shard"), (degrees, rank, name)
+    check_sampled(cases, run_distributed(on_these_layouts, world, cases, timeout=timeout), truths)
 
 
 def test_layouts_sample_what_one_process_samples() -> None:

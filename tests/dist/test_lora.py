@@ -30,20 +30,9 @@ from opensora.models.mmdit import FAMILY
 from opensora.train.preparation import loss_share
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import MESHES, Layout
+from tests.dist.parity import TOLERANCE, Outcome, Step, fill, measured_steps, relative, worst_error
 from tests.dist.problem import MODEL, batches, elements
-from tests.dist.test_parity import (
-    CLIP,
-    LR,
-    STEPS,
-    TOLERANCE,
-    Outcome,
-    Step,
-    assign,
-    fill,
-    preparation,
-    relative,
-    worst_error,
-)
+from tests.dist.test_parity import CLIP, LR, STEPS, assign, preparation
 
 BLOCKS = LoraConfig(rank=3, alpha=5.0, targets=FAMILY.lora_targets)  # a rank that no number of processes divides
 # Every kind of layer: cut by outputs, by inputs, joined again, held by all; inside blocks and outside.
@@ -119,8 +108,8 @@ def whole(name: str, x: Tensor, model: nn.Module, mesh: Mesh) -> Tensor:
     return tensor_parallel.full(name, fsdp.full(x.detach()), model, mesh["tensor"]).clone()
 
 
-def backward(engine: Engine, mesh: Mesh, step: int) -> float:
-    """The gradients of a step; its loss."""
+def backward(engine: Engine, mesh: Mesh, step: int) -> Tensor:
+    """The gradients of a step; this process's share of its loss."""
     prepare = preparation(mesh)
     total = torch.zeros((), dtype=torch.float64)
     mine = assign(step, mesh.data_rank, mesh.data_degree)
@@ -128,26 +117,20 @@ def backward(engine: Engine, mesh: Mesh, step: int) -> float:
         share = loss_share(engine.model, prepare(batch, step), elements(step))  # type: ignore[arg-type]
         engine.backward(share, last_microbatch=index == len(mine) - 1)
         total += share.detach()
-    total *= mesh["tensor"].rank == 0  # along this axis all hold the same share
-    dist.all_reduce(total)
-    return total.item()
+    return total
 
 
 def on_this_layout(cfg: ParallelConfig, adapters: LoraConfig) -> Outcome:
     """Runs in every process of the group."""
     mesh, engine = build(cfg, adapters, OptimConfig(kind="sgd", lr=LR, clip_norm=CLIP))
-    model, steps = engine.model, list[Step]()
-    for step in range(STEPS):
-        loss = backward(engine, mesh, step)
-        gradients = {n: whole(n, p.grad, model, mesh) for n, p in model.named_parameters() if p.grad is not None}
-        steps.append((loss, engine.step(step).item(), gradients))
-    for name, parameter in model.named_parameters():
+    outcome = measured_steps(engine, mesh, STEPS, lambda step: backward(engine, mesh, step))
+    for name, parameter in engine.model.named_parameters():
         if not lora.is_adapter(name):
-            now = whole(name, parameter, model, mesh)
+            now = whole(name, parameter, engine.model, mesh)
             before = torch.empty_like(now)
             fill(name, before)
             assert torch.equal(now, before), f"{name} is frozen, and has changed"
-    return Outcome(steps, dict(engine.full_weights()))
+    return outcome
 
 
 def compare(found: list[Outcome], truth: Outcome) -> None:

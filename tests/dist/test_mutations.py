@@ -23,7 +23,8 @@ from opensora.train import preparation
 from tests.dist import test_parity
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64
-from tests.dist.test_parity import Outcome, on_one_process, on_this_layout, worst_error
+from tests.dist.parity import Outcome, worst_error
+from tests.dist.test_parity import on_one_process, on_this_layout
 
 FOUND = 1e-6  # every mistake is far above the tolerance of 1e-10
 ULYSSES, RING, TENSOR, SHARD = {"ulysses": 2}, {"ring": 2}, {"tensor": 2}, {"shard": 2}

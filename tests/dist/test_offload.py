@@ -19,18 +19,10 @@ from opensora.models.families import build_model
 from opensora.train.preparation import loss_share
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64
+from tests.dist.parity import TOLERANCE, Step, fill, worst_error
 from tests.dist.problem import MODEL, elements
 from tests.dist.test_checkpoint import OPTIM, build, everything, run_steps
-from tests.dist.test_parity import (
-    TOLERANCE,
-    Step,
-    assign,
-    fill,
-    on_one_process,
-    on_this_layout,
-    preparation,
-    worst_error,
-)
+from tests.dist.test_parity import assign, on_one_process, on_this_layout, preparation
 from tests.dist.toy import Toy
 
 SETTINGS: tuple[dict[str, Any], ...] = (

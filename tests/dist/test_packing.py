@@ -15,8 +15,9 @@ from opensora.datasets.loading.reader import PackedBatch
 from tests.dist import test_engines
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64, RECOMPUTE
+from tests.dist.parity import TOLERANCE, Outcome, relative, worst_error
 from tests.dist.problem import batches
-from tests.dist.test_parity import TOLERANCE, Outcome, on_one_process, on_this_layout, relative, worst_error
+from tests.dist.test_parity import on_one_process, on_this_layout
 
 slow = pytest.mark.slow
 # processes, mesh, ZeRO, recomputation

@@ -6,7 +6,7 @@ SGD: Adam would hide a gradient that is off by a factor.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from acceleration.accounting.comm_volume import step_bytes
-from acceleration.accounting.profiling import profile_of
 from acceleration.accounting.rank_layout import MicroBatch, RankLayout
 from acceleration.config import OptimConfig, ParallelConfig
 from acceleration.distributed import mesh as meshes
@@ -23,40 +22,22 @@ from acceleration.distributed.mesh import Mesh
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
-from acceleration.sharding import fsdp, tensor_parallel
 from opensora.assembly.encoders import Encoders
 from opensora.assembly.token_layout import token_layout
 from opensora.conditioning import ConditioningConfig
 from opensora.datasets.loading.reader import PackedBatch
 from opensora.models.families import build_model
-from opensora.planner.forecast import run_denoiser
+from opensora.planner.forecast import structure
 from opensora.schedulers.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from opensora.train.preparation import Preparation, loss_share
-from opensora.utils.rng import torch_generator
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import QUICK, Layout, every_layout
+from tests.dist.parity import TOLERANCE, Bytes, Outcome, Step, fill, measured_steps, worst_error
 from tests.dist.problem import MODEL, TEXT_TOKENS, FakeBatch, FakeText, PassThrough, batches, elements
 
+CPU = torch.device("cpu")
 STEPS = 3
 LR, CLIP = 0.05, 0.3  # the norm of this problem is above the bound, so clipping acts
-TOLERANCE = 1e-10
-
-Step = tuple[float, float, dict[str, Tensor]]  # loss, gradient norm, gradients
-Bytes = dict[str, int]  # axis -> bytes that a process sent in a step
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Three steps as one process saw them."""
-
-    steps: list[Step]
-    weights: dict[str, Tensor]  # afterwards, whole
-    traffic: list[tuple[Bytes, Bytes]] = field(default_factory=list)  # (counted, predicted) of every step
-
-
-def fill(name: str, tensor: Tensor) -> None:
-    """Weights that are all alive: the model's own start at zero would hide most of the network."""
-    tensor.copy_(torch.randn(tensor.shape, generator=torch_generator("weights", name), dtype=torch.float64) * 0.15)
 
 
 def preparation(mesh: Mesh, device: torch.device | str = "cpu") -> Preparation:
@@ -112,47 +93,28 @@ def dealt(step: int, mesh: Mesh) -> list[FakeBatch]:
 
 def on_this_layout(cfg: ParallelConfig, dealt: Callable[[int, Mesh], list[FakeBatch]] = dealt) -> Outcome:
     """Runs in every process of the group."""
-    device = torch.device("cpu")
-    mesh = meshes.build(cfg.mesh, dist.get_world_size(), device)
+    mesh = meshes.build(cfg.mesh, dist.get_world_size(), CPU)
     with torch.device("meta"):
         model = build_model(MODEL)
-    parallelize(model, cfg, mesh, device, fill)
+    parallelize(model, cfg, mesh, CPU, fill)
     engine = build_engine(model, cfg, OptimConfig(kind="sgd", lr=LR, clip_norm=CLIP), mesh)
     prepare = preparation(mesh)
-    steps: list[Step] = []
-    traffic: list[tuple[Bytes, Bytes]] = []
-    for step in range(STEPS):
-        for axis in mesh.axes.values():
-            axis.bytes_sent = 0
-        total = torch.zeros((), dtype=torch.float64)
-        mine = dealt(step, mesh)
+
+    def backward(step: int) -> Tensor:
+        mine, total = dealt(step, mesh), torch.zeros((), dtype=torch.float64)
         for index, batch in enumerate(mine):
             share = loss_share(engine.model, prepare(batch, step), elements(step))  # type: ignore[arg-type]
             engine.backward(share, last_microbatch=index == len(mine) - 1)
             total += share.detach()
-        total *= mesh["tensor"].rank == 0  # along this axis all hold the same share
-        dist.all_reduce(total)
-        counted = {axis.name: axis.bytes_sent for axis in mesh.axes.values()}
-        gradients = {
-            name: tensor_parallel.full(name, fsdp.full(p.grad), engine.model, mesh["tensor"]).clone()
-            for name, p in engine.model.named_parameters()
-            if p.grad is not None
-        }
-        for axis in mesh.axes.values():
-            axis.bytes_sent = counted[axis.name]  # looking at gradients is no part of a step
-        norm = engine.step(step)
-        steps.append((total.item(), norm.item(), gradients))
-        counted = {axis.name: axis.bytes_sent for axis in mesh.axes.values() if axis.bytes_sent}
-        traffic.append((counted, predicted(cfg, mesh, mine, step)))
-    return Outcome(steps, dict(engine.full_weights()), traffic)
+        return total
+
+    return measured_steps(engine, mesh, STEPS, backward, lambda step: predicted(cfg, mesh, dealt(step, mesh), step))
 
 
 def predicted(cfg: ParallelConfig, mesh: Mesh, mine: list[Any], step: int) -> Bytes:
     """What the formulas say of a step in which this process has these micro-batches."""
     place = RankLayout(meshes.view({name: mesh[name].degree for name in meshes.AXES}, dist.get_rank()), cfg)
-    with torch.device("meta"):
-        structure = profile_of(build_model(MODEL), run_denoiser)
-    return step_bytes(structure, place, [sizes(batch, step) for batch in mine])
+    return step_bytes(structure(MODEL), place, [sizes(batch, step) for batch in mine])
 
 
 def sizes(batch: FakeBatch | PackedBatch, step: int) -> MicroBatch:
@@ -163,30 +125,6 @@ def sizes(batch: FakeBatch | PackedBatch, step: int) -> MicroBatch:
         return MicroBatch(samples=1, txt=tokens.inputs["txt"].shape[1], img=img)
     img = math.prod(batch.pixels.shape[2:])
     return MicroBatch(samples=len(batch.sample_ids), txt=TEXT_TOKENS, img=img, has_mask=True, degree=batch.degree)
-
-
-def relative(found: Any, truth: Any) -> float:
-    found, truth = torch.as_tensor(found, dtype=torch.float64), torch.as_tensor(truth, dtype=torch.float64)
-    return ((found - truth).abs().max() / truth.abs().max().clamp(min=1e-12)).item()
-
-
-def errors(found: Outcome, truth: Outcome) -> dict[str, float]:
-    """The largest relative errors of everything that is compared, by kind."""
-    worst = {"weights": max(relative(found.weights[name], value) for name, value in truth.weights.items())}
-    for (loss, norm, gradients), (true_loss, true_norm, true_gradients) in zip(found.steps, truth.steps, strict=True):
-        assert gradients.keys() == true_gradients.keys()
-        of_step = {
-            "loss": relative(loss, true_loss),
-            "norm": relative(norm, true_norm),
-            "gradients": max(relative(gradients[name], true_gradients[name]) for name in true_gradients),
-        }
-        worst |= {kind: max(error, worst.get(kind, 0.0)) for kind, error in of_step.items()}
-    return worst
-
-
-def worst_error(found: Outcome, truth: Outcome) -> float:
-    """The largest relative error of anything that is compared."""
-    return max(errors(found, truth).values())
 
 
 @pytest.fixture(scope="module")

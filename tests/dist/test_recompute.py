@@ -14,7 +14,8 @@ from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64
-from tests.dist.test_parity import TOLERANCE, Step, fill, on_one_process, on_this_layout, worst_error
+from tests.dist.parity import TOLERANCE, Step, fill, worst_error
+from tests.dist.test_parity import on_one_process, on_this_layout
 from tests.dist.toy import Toy
 
 MESHES: dict[str, tuple[int, dict[str, int]]] = {

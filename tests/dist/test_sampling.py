@@ -7,7 +7,7 @@ padding, 4 heads go over 3 processes.
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from acceleration.accounting.comm_volume import sampling_bytes
-from acceleration.accounting.profiling import profile_of
 from acceleration.accounting.rank_layout import MicroBatch, RankLayout
 from acceleration.config import MeshConfig, ParallelConfig
 from acceleration.distributed import mesh as meshes
@@ -29,7 +28,7 @@ from opensora.assembly.token_layout import token_layout
 from opensora.inference.pipeline import prepare_api
 from opensora.models.families import build_model
 from opensora.models.mmdit import MMDiTConfig
-from opensora.planner.forecast import run_denoiser
+from opensora.planner.forecast import structure
 from opensora.sampling.denoisers import I2VDenoiser, TextInputs
 from opensora.sampling.guidance import oscillate
 from opensora.sampling.noise import get_noise
@@ -41,8 +40,8 @@ from opensora.utils.rng import torch_generator
 from opensora.utils.tokens import image_ids, pack, unpack
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64
+from tests.dist.parity import TOLERANCE, Sampled, SamplingCase, check_sampled, fill, relative
 from tests.dist.problem import MODEL, TEXT_TOKENS, FakeText, PassThrough
-from tests.dist.test_parity import TOLERANCE, fill, relative
 
 CPU = torch.device("cpu")
 PROMPTS, NEGATIVES, SEEDS = ["a fox runs", "two"], ["blur", ""], [3, 11]
@@ -119,15 +118,7 @@ def layout(degrees: Degrees, zero: Any, cfg: MMDiTConfig = MODEL) -> tuple[Mesh,
     return mesh, parallelize(model, parallel, mesh, CPU, fill).requires_grad_(False)
 
 
-class Sampled(NamedTuple):
-    """What a process made of a job, and what it sent for it over each axis."""
-
-    latents: Tensor
-    counted: dict[str, int]
-    predicted: dict[str, int]
-
-
-def on_these_layouts(cases: list[tuple[Degrees, int, tuple[str, ...]]]) -> list[dict[str, Sampled]]:
+def on_these_layouts(cases: list[SamplingCase]) -> list[dict[str, Sampled]]:
     """Runs in every process of the group: every job on every layout."""
     results = []
     for degrees, zero, names in cases:
@@ -157,8 +148,6 @@ def on_these_layouts(cases: list[tuple[Degrees, int, tuple[str, ...]]]) -> list[
 def predicted(job: Job, mesh: Mesh, zero: Any) -> dict[str, int]:
     """Bytes by axis of one job, by formula."""
     option, (t, h, w) = job.option, job.grid
-    with torch.device("meta"):
-        structure = profile_of(build_model(job.model), run_denoiser)
     place = RankLayout(
         meshes.view({name: mesh[name].degree for name in meshes.AXES}, dist.get_rank()),
         ParallelConfig(zero=zero, precision=FP64),
@@ -169,10 +158,10 @@ def predicted(job: Job, mesh: Mesh, zero: Any) -> dict[str, int]:
         for step in range(option.num_steps)
     ]
     batch = MicroBatch(samples=len(PROMPTS), txt=TEXT_TOKENS, img=t * h * w, has_mask=True)
-    return sampling_bytes(structure, place, batch, passes, job.model.in_channels)
+    return sampling_bytes(structure(job.model), place, batch, passes, job.model.in_channels)
 
 
-QUICK: dict[int, list[tuple[Degrees, int, tuple[str, ...]]]] = {
+QUICK: dict[int, list[SamplingCase]] = {
     2: [
         ({"cfg": 2}, 3, GUIDED),
         ({"ulysses": 2}, 0, ("unguided", "distilled")),
@@ -186,7 +175,7 @@ QUICK: dict[int, list[tuple[Degrees, int, tuple[str, ...]]]] = {
         ({"cfg": 2, "tensor": 2}, 0, ("clip",)),
     ],
 }
-SLOW: dict[int, list[tuple[Degrees, int, tuple[str, ...]]]] = {
+SLOW: dict[int, list[SamplingCase]] = {
     2: [({axis: 2}, zero, ALL) for axis in ("shard", "replicate", "ulysses", "ring", "tensor") for zero in (0, 3)]
     + [({"cfg": 2}, zero, GUIDED) for zero in (0, 1, 2, 3)],
     3: [({axis: 3}, zero, ALL) for axis in ("ulysses", "ring") for zero in (0, 3)],
@@ -209,20 +198,9 @@ SLOW: dict[int, list[tuple[Degrees, int, tuple[str, ...]]]] = {
 }
 
 
-def check(world: int, cases: list[tuple[Degrees, int, tuple[str, ...]]], timeout: float) -> None:
+def check(world: int, cases: list[SamplingCase], timeout: float) -> None:
     truths = {name: on_one_process(JOBS[name]) for name in {name for *_, names in cases for name in names}}
-    found_everywhere = zip(*run_distributed(on_these_layouts, world, cases, timeout=timeout), strict=True)
-    for (degrees, *_), every in zip(cases, found_everywhere, strict=True):
-        for rank, found in enumerate(every):
-            for name, (latents, counted, formula) in found.items():
-                assert latents.dtype == torch.float64
-                assert relative(latents, truths[name]) <= TOLERANCE, (cases, rank, name)
-                assert counted == formula, (cases, rank, name)
-                assert all(axis in counted for axis in degrees if axis not in ("replicate", "shard")), (
-                    cases,
-                    rank,
-                    name,
-                )
+    check_sampled(cases, run_distributed(on_these_layouts, world, cases, timeout=timeout), truths)
 
 
 @pytest.mark.parametrize("world", QUICK)
@@ -236,7 +214,7 @@ def test_layouts_sample_what_one_process_samples(world: int) -> None:
     ("world", "case"),
     [pytest.param(world, case, id=f"{case[0]}-zero{case[1]}") for world, cases in SLOW.items() for case in cases],
 )
-def test_every_layout_samples_what_one_process_samples(world: int, case: tuple[Degrees, int, tuple[str, ...]]) -> None:
+def test_every_layout_samples_what_one_process_samples(world: int, case: SamplingCase) -> None:
     check(world, [case], 500)
 
 

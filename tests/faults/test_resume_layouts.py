@@ -14,8 +14,8 @@ from acceleration.checkpoint import CheckpointManager
 from acceleration.config import MeshConfig, ParallelConfig
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64
+from tests.dist.parity import relative
 from tests.dist.test_checkpoint import STEPS, build, everything, run_steps, train_and_save
-from tests.dist.test_parity import relative
 from tests.faults.conftest import Tally
 
 HALF = 2

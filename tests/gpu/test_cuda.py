@@ -13,8 +13,9 @@ from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from opensora.models.families import build_model
 from opensora.train.preparation import loss_share
+from tests.dist.parity import fill, relative
 from tests.dist.problem import MODEL, batches, elements
-from tests.dist.test_parity import fill, on_one_process, preparation, relative
+from tests.dist.test_parity import on_one_process, preparation
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

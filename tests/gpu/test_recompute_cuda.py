@@ -11,8 +11,9 @@ from acceleration.parallelize import parallelize
 from opensora.models.families import build_model
 from opensora.train.preparation import loss_share
 from tests.dist.layouts import FP64
+from tests.dist.parity import fill, relative
 from tests.dist.problem import MODEL, batches, elements
-from tests.dist.test_parity import fill, preparation, relative
+from tests.dist.test_parity import preparation
 from tests.gpu.test_cuda import group
 
 __all__ = ["group"]  # the fixture of one process over nccl

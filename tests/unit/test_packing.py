@@ -22,8 +22,9 @@ from opensora.models.families import build_model
 from opensora.models.layers import modulation
 from opensora.models.layers.attention import SDPACore
 from opensora.train.preparation import Tokens, loss_share
+from tests.dist.parity import fill, relative
 from tests.dist.problem import MODEL, TEXT_TOKENS, batches, elements
-from tests.dist.test_parity import fill, preparation, relative
+from tests.dist.test_parity import preparation
 from tests.unit.test_mmdit import DEBUG, VARIANTS, inputs, random_model
 
 torch.set_num_threads(1)

@@ -17,8 +17,9 @@ from acceleration.blocks.activation_offload import Offload
 from acceleration.config import RecomputeConfig
 from acceleration.distributed.mesh import view
 from opensora.models.families import build_model
+from tests.dist.parity import fill
 from tests.dist.problem import MODEL, batches
-from tests.dist.test_parity import fill, preparation
+from tests.dist.test_parity import preparation
 from tests.dist.toy import Toy
 
 DEPTH = 4

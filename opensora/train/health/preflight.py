@@ -1,6 +1,7 @@
 """Before a run is built: acceleration/diagnostics/preflight.py, with this run's code, configuration and disk."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 
 from acceleration.diagnostics.preflight import PreflightError, preflight
@@ -15,8 +16,11 @@ from opensora.utils.errors import UserError
 BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 
 
-def check_processes(cfg: RunConfig, runtime: Runtime) -> None:
+def check_processes(cfg: RunConfig, runtime: Runtime, content: Mapping[str, str] | None = None) -> None:
     """That all processes are of one run; says what connects them. Collective.
+
+    Args:
+        content: digests of what else must be the same everywhere, by a name that a person understands.
 
     Raises:
         UserError: code, configuration or torch differ, or a device is shared; names the ranks.
@@ -25,7 +29,7 @@ def check_processes(cfg: RunConfig, runtime: Runtime) -> None:
         cfg, parallel=replace(cfg.parallel, interface="")
     )  # interfaces may be called otherwise on each host
     try:
-        report = preflight(runtime, {"code": code_digest(), "configuration": config_hash(common)})
+        report = preflight(runtime, {"code": code_digest(), "configuration": config_hash(common), **(content or {})})
     except PreflightError as error:
         raise UserError(str(error)) from None
     announce(report.summary)

@@ -1,0 +1,133 @@
+"""That all machines of a run see the same files: one run folder, and the same table, clips, features and weights.
+
+What one machine saves the others must find when the run is resumed, so the run's folder has to be one folder. The main
+process has locked it by then and left a token there (``owner.json``), which every process looks for.
+"""
+
+import hashlib
+import os
+import socket
+import time
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from acceleration.distributed.agreement import cpu_group, from_main
+from acceleration.distributed.rendezvous import ranges
+from acceleration.distributed.runtime import Runtime
+from opensora.config.run import RunConfig
+from opensora.datasets.decode.common import DecodeError
+from opensora.datasets.loading import feature_store
+from opensora.datasets.table.clip_storage import locate
+from opensora.datasets.table.index import IndexedTable
+from opensora.train.state.run_lock import OWNER, read_owner
+from opensora.utils.console import announce
+from opensora.utils.errors import UserError
+from opensora.utils.files.safetensors_files import fingerprint
+
+CACHED_S = 40.0  # for so long a client of a network file system may believe that a new file is not there (NFS: 30 s)
+LOCAL_S = 1.0  # a disk of the machine itself needs no time
+TELL_S = 5.0  # of waiting before a line says for what
+LOOK_S = 0.2
+LOCAL = frozenset(("ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "ramfs", "overlay", "vfat", "f2fs"))
+CLIPS = 16  # that are looked for on every machine
+
+
+def check_folder(folder: Path, token: str | None, runtime: Runtime) -> None:
+    """That every process sees the folder that the main one has locked. Collective.
+
+    Args:
+        token: of the main process's ``RunLock``; None on the others.
+
+    Raises:
+        UserError: some do not; the same line on every process.
+    """
+    if runtime.world_size == 1:
+        return
+    group = cpu_group()
+    token = from_main(token, group, "whose the run's folder is")
+    found: list[Any] = [None] * runtime.world_size
+    dist.all_gather_object(found, (socket.gethostname(), _missing(folder, token, runtime)), group=group)
+    if blind := [rank for rank, (_, problem) in enumerate(found) if problem]:
+        hosts = ", ".join(dict.fromkeys(found[rank][0] for rank in blind))
+        raise UserError(
+            f"{folder}: not one folder for all machines: {hosts} (rank {ranges(blind)}) does not see what "
+            f"{found[0][0]} (rank 0) has written there: {found[blind[0]][1]}; give a folder on storage that all "
+            "machines share (output=...)"
+        )
+
+
+def _missing(folder: Path, token: str, runtime: Runtime) -> str:
+    """Why ``token`` is not seen in the folder, in words; empty if it is. Waits where a cache may hide it."""
+    kind = file_system(folder)
+    begun, told = time.monotonic(), False
+    patience_s = LOCAL_S if kind in LOCAL else CACHED_S
+    while True:
+        owner = read_owner(folder / OWNER)
+        if owner is not None and owner["token"] == token:
+            return ""
+        waited = time.monotonic() - begun
+        if waited > patience_s:
+            state = "is not there" if owner is None else f"is of process {owner['pid']} on {owner['host']}"
+            return f"{OWNER} {state} ({folder.absolute()} is on {kind or 'an unknown file system'})"
+        if waited > TELL_S and not told and runtime.local_rank == 0:
+            told = True
+            announce(f"{socket.gethostname()}: waiting for {folder / OWNER} to be seen here", every_rank=True)
+        for place in (*reversed(folder.absolute().parents), folder):
+            with suppress(OSError):
+                os.listdir(place)  # makes a client of a network file system look again
+        time.sleep(LOOK_S)
+
+
+def file_system(path: Path) -> str:
+    """Kind of the file system that ``path`` is on, or would be (ext4, nfs4); empty where the system does not say."""
+    try:
+        mounts = [line.split(" - ") for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    except OSError:
+        return ""
+    where, best = f"{os.path.realpath(path)}/", ("", "")
+    for mount, about in mounts:
+        point = mount.split()[4].encode().decode("unicode_escape").rstrip("/") + "/"  # blanks are written \040
+        if where.startswith(point) and len(point) >= len(best[0]):  # of several at one place the last is seen
+            best = point, about.split()[0]
+    return best[1]
+
+
+def content(cfg: RunConfig, table: IndexedTable) -> dict[str, str]:
+    """By the key that names it, what every machine must have alike: a digest, or what is missing."""
+    found = {f"the content of data.table={cfg.data.table}": table.content, "the clips of the table": _clips(cfg, table)}
+    if cfg.data.features:
+        name = f"the content of data.features={cfg.data.features}"
+        found[name] = _digest(str(feature_store.read_manifest(Path(cfg.data.features))))
+    weights = {"train.init_from": cfg.train.init_from, **_paths("vae", cfg.vae), **_paths("text", cfg.text)}
+    found |= {f"the content of {key}={path}": fingerprint(path) for key, path in weights.items() if path}
+    return found
+
+
+def _clips(cfg: RunConfig, table: IndexedTable) -> str:
+    """Digest of the sizes of some clips; which one is missing, if one is. Features stand for all of them."""
+    if cfg.data.features:
+        return "not read"
+    sizes = []
+    for row in sorted({index * (len(table) - 1) // (CLIPS - 1) for index in range(CLIPS)}):
+        path = table.path(row)
+        try:
+            source = locate(path)
+        except DecodeError as error:
+            return f"no {path} ({error.cause})"
+        sizes.append(source.size if source.size is not None else os.stat(source.file).st_size)
+    return _digest(str(sizes))
+
+
+def _paths(section: str, cfg: Any) -> dict[str, str]:
+    """Keys of a section that name weights, and their values."""
+    assert is_dataclass(cfg)
+    names = [field.name for field in fields(cfg) if field.name == "path" or field.name.endswith("_path")]
+    return {f"{section}.{name}": getattr(cfg, name) for name in names}
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
