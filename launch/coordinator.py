@@ -150,9 +150,11 @@ class Coordinator:
             self._left(member, machine, now)
         elif member in self._roster and state.round == self.round and self.ended is None:
             self._progress(member, machine, now)
+        elif state.is_ == "failed" and state.code != SAVED and machine.order.gentle:
+            self._hurry()
 
     def _left(self, member: str, machine: Machine, now: float) -> None:
-        begun = bool(self.round)
+        begun = machine.state.round > 0  # one that was not taken in yet goes alone
         why = f"it was stopped there by signal {machine.state.signal}" if machine.state.signal else "its launcher ended"
         self._remove(member, why, now)
         if begun and machine.state.signal and self.ended is None:
@@ -189,10 +191,10 @@ class Coordinator:
             silent = now - machine.heard
             if member == self._own.member:
                 continue
-            if silent > self._limits.heartbeat_s:
-                self._remove(member, f"it has not been heard of for {silent:.0f} s", now)
-            elif machine.lost is not None and now - machine.lost > RETURN_S:
+            if machine.lost is not None and now - machine.lost > min(RETURN_S, self._limits.heartbeat_s):
                 self._remove(member, "its connection ended without a word", now)
+            elif machine.lost is None and silent > self._limits.heartbeat_s:
+                self._remove(member, f"it has not been heard of for {silent:.0f} s", now)
         if self._roster:
             self._run(now)
         else:
@@ -205,6 +207,7 @@ class Coordinator:
             self._fail(Failure(1, f"{self._name(machine)} is gone: {why}", 1), now)
         elif not self._roster and self.ended is None:
             self.notices.append(f"{self._name(machine)} is gone: {why}")
+            self._hurry()
 
     # --- between rounds
 
@@ -299,12 +302,20 @@ class Coordinator:
                 )
         self._roster, self._deadline = [], now + self._limits.timeout_s
 
+    def _hurry(self) -> None:
+        """Processes that are to save cannot agree to, as others are gone."""
+        for machine in self.machines.values():
+            machine.order = replace(machine.order, gentle=False)
+
     def _end(self, line: str, code: int) -> None:
         """For all, once."""
         self.ended = replace(self._blank, is_="end", text=line, code=code)
+        for member, machine in self.machines.items():
+            left_out = self._roster and member not in self._roster and not code
+            machine.order = (
+                replace(self.ended, text="the run has ended without this machine") if left_out else self.ended
+            )
         self._roster = []
-        for machine in self.machines.values():
-            machine.order = self.ended
 
     # --- words
 

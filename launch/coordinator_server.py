@@ -91,10 +91,11 @@ class CoordinatorServer:
     def _serve(self) -> None:
         while not self._over(time.monotonic()):
             for key, events in self._selector.select(TICK_S):
-                if key.data is None:
+                connection: Connection | None = key.data
+                if connection is None:
                     self._accept()
-                elif self._connections.get(key.fd) is key.data:  # not dropped since
-                    self._serve_one(key.data, events)
+                elif self._connections.get(key.fd) is connection:  # not dropped since
+                    self._serve_one(connection, events)
             self._coordinator.tick(time.monotonic())
             self._orders(time.monotonic())
             for notice in self._coordinator.notices:

@@ -34,8 +34,6 @@ PATIENCE_S = 10.0  # from the third request to the end by SIGKILL
 ENDING_S = 10.0  # for this launcher to end after its processes
 LIMIT = "OPENSORA_SHUTDOWN_TIMEOUT"  # seconds; set by launch/torchrun.sh
 LIMIT_S = 3600.0  # the longest that saving may take: guard.save_s
-ROOT = Path(__file__).resolve().parent.parent
-SHOWN = 300  # characters of a command
 
 
 class Stop:
@@ -156,12 +154,15 @@ def say(text: str) -> None:
 
 
 STOP = Stop()
+ROOT = Path(__file__).resolve().parent.parent
+SHOWN = 300  # characters of a command
 if __name__ == "__main__":
     STOP.listen()  # before torch is imported, which takes long enough to be interrupted in
     sys.path[0] = str(ROOT)
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from torch.distributed.elastic.agent.server import api as server_api  # noqa: E402
 from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec, WorkerState  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
 from torch.distributed.elastic.rendezvous import (  # noqa: E402
@@ -267,7 +268,7 @@ class MachineAgent(Agent):
         while True:
             self._initialize_workers(group)
             order = self._watch(group, handler.member)
-            self._end_processes(order)
+            self._end_processes(order, handler.member)
             group.state = WorkerState.STOPPED
             if order.is_ == "end" and order.code == 0:
                 group.state = WorkerState.SUCCEEDED
@@ -306,16 +307,34 @@ class MachineAgent(Agent):
         context: Any = self._pcontext
         return {rank: handler.proc for rank, handler in context.subprocess_handlers.items()}
 
-    def _end_processes(self, order: Order) -> None:
+    def _end_processes(self, order: Order, member: Member) -> None:
         """Ask them to save and leave if there is time for that, and wait; kill them if there is none."""
-        deadline = time.monotonic() + AGREED_S
-        while order.is_ == "end" and order.code == SAVED and (STOP.number or time.monotonic() < deadline):
-            if all(process.poll() is not None for process in self._processes().values()):
-                return
+        begun, saves = time.monotonic(), order.gentle or (order.is_ == "end" and order.code == SAVED)
+        asked = bool(STOP.number)  # by the signal that this launcher has passed on
+        wait_s = STOP.patience_s if saves else GRACE_S
+        while self._alive() and time.monotonic() - begun < wait_s:
+            agreed = order.is_ == "end" and order.code == SAVED and time.monotonic() - begun < AGREED_S
+            if not asked and not agreed:
+                asked = True
+                self._signal(signal.SIGTERM)
+            hurry = member.order() if order.gentle else None
+            if hurry is not None and not hurry.gentle:  # with a machine gone they cannot agree to save
+                wait_s = min(wait_s, time.monotonic() - begun + GRACE_S)
+                order = hurry
             time.sleep(LOOK_S)
+        self._signal(signal.SIGKILL)
         context: Any = self._pcontext
-        saves = order.gentle or (order.is_ == "end" and order.code == SAVED)
-        context.close(signal.SIGTERM, STOP.patience_s if saves else GRACE_S)
+        context.close(signal.SIGKILL, GRACE_S)
+
+    def _alive(self) -> bool:
+        return any(process.poll() is None for process in self._processes().values())
+
+    def _signal(self, number: int) -> None:
+        """To those that live, and to what they have started."""
+        for process in self._processes().values():
+            if process.poll() is None:
+                with contextlib.suppress(OSError):
+                    os.killpg(process.pid, number)
 
 
 def machines(member: Callable[[RendezvousParameters], Member], parameters: RendezvousParameters) -> RendezvousHandler:
@@ -329,7 +348,7 @@ def make_member(about: About, parameters: RendezvousParameters) -> Member:
     """By the options that launch/torchrun.sh has read."""
     host, port = parse_endpoint(parameters.endpoint)
     limits = Limits(*(float(parameters.get(name)) for name in ("timeout", "last_call_timeout", "heartbeat_timeout")))
-    return Member(host, port, about, limits, say, lambda: STOP.number)
+    return Member(host, port, about, limits, say, lambda: STOP.number if STOP.started else 0)
 
 
 def about(argv: Sequence[str]) -> About:
@@ -372,8 +391,9 @@ if __name__ == "__main__":
         logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
     os.environ["OPENSORA_LAUNCHER_PID"] = str(os.getpid())
     argv = sys.argv[1:]
-    several = "--standalone" not in argv
+    several = argv[:1] != ["--standalone"]
     if several:
+        server_api._get_fq_hostname = host_name  # torch would ask name servers, which may take long, for events
         rendezvous_handler_registry.register(BACKEND, partial(machines, partial(make_member, about(argv))))
     api.LocalElasticAgent = MachineAgent if several else Agent  # what torchrun makes; it has no option for it
     try:

@@ -7,6 +7,7 @@ names. Every launcher connects, the coordinator's own too, and a thread keeps th
 import errno
 import re
 import select
+import signal
 import socket
 import threading
 import time
@@ -76,7 +77,7 @@ class Member:
         Args:
             host, port: of the rendezvous, as they were given.
             say: prints a line.
-            asked: the signal that this launcher got, 0 if none.
+            asked: the signal that this launcher got after the first processes were started, 0 if none.
         """
         self._host, self._port, self._about, self._limits = host, port, about, limits
         self._say, self._asked = say, asked
@@ -114,9 +115,11 @@ class Member:
         self.tell(State("waits", self._state.round))
         begun, lines = time.monotonic(), Lines()
         while True:
-            if self._asked():
-                self.leave(self._asked())
-                raise RunEnded("", SAVED)
+            number = self._asked()
+            if number:
+                self.leave(number)
+                how = f"{signal.Signals(number).name}: stopped while it waited for other machines"
+                raise RunEnded(f"{how}; the same command goes on from the newest checkpoint", SAVED)
             with self._lock:
                 order, fatal, away = self._order, self._fatal, self._away_since
             if fatal is not None:
@@ -148,7 +151,9 @@ class Member:
     def order(self) -> Order | None:
         """What to do other than go on with the round: ``stop`` or ``end``."""
         with self._lock:
-            order, away, state = self._order, self._away_since, self._state
+            order, away, state, fatal = self._order, self._away_since, self._state, self._fatal
+        if fatal is not None:
+            return Order("end", text=str(fatal), code=fatal.exit_code)
         if order is None:
             return self._alone(away, state)
         if order.epoch != self._epoch and order.is_ != "end":

@@ -60,6 +60,7 @@ WITH_ADAPTERS = "tests/reference/test_sampling.py::test_from_training_to_pixels[
 OWN_ADDRESSES, OWN_NETWORK, RANK_0, FINDING, STARTING = (
     f"acceleration/distributed/{name}.py" for name in ("addresses", "network", "rendezvous", "search", "runtime")
 )
+COORDINATOR, ORDERS = "launch/coordinator.py", "tests/unit/test_coordinator.py"
 ADDRESS_TEST, CHOICE_TEST = (f"tests/unit/{name}.py::test_" for name in ("test_addresses", "test_network"))
 MEETINGS = "tests/faults/test_meeting_fuzz.py::test_any_meeting_ends_in_one_of_two_ways"
 GARBAGE, BORDERS = "opensora/train/garbage_collection.py", "tests/unit/test_garbage_collection.py"
@@ -609,6 +610,56 @@ TABLE: tuple[Mutation, ...] = (
         "describe(cfg.model).text_tokens(text_tokens(cfg.text))",
         "text_tokens(cfg.text)",
         "tests/unit/test_no_text.py::test_text_tokens_count_where_the_model_reads_them",
+    ),
+    # Launchers of several machines: what the coordinator decides.
+    Mutation(
+        "a machine of several ranks counted as one",
+        COORDINATOR,
+        "first += machine.about.processes",
+        "first += 1",
+        f"{ORDERS}::test_the_ranks_of_uneven_machines",
+    ),
+    Mutation(
+        "a host without power never missed",
+        COORDINATOR,
+        "machine.lost is None and silent > self._limits.heartbeat_s",
+        "machine.lost is None and silent < 0",
+        f"{ORDERS}::test_a_host_that_dies_is_named_in_time[power]",
+    ),
+    Mutation(
+        "a connection that ended never missed",
+        COORDINATOR,
+        "now - machine.lost > min(RETURN_S, self._limits.heartbeat_s)",
+        "now < machine.lost",
+        f"{ORDERS}::test_a_host_that_dies_is_named_in_time[killed]",
+    ),
+    Mutation(
+        "a newcomer counted as a failure",
+        COORDINATOR,
+        'start again with it", gentle=True, now=now)',
+        'start again with it", gentle=False, now=now)',
+        f"{ORDERS}::test_a_host_that_dies_and_comes_back_elastic",
+    ),
+    Mutation(
+        "the first report taken for the cause",
+        COORDINATOR,
+        "cause = min(self._failed, key=lambda one: one.weight)",
+        "cause = self._failed[0]",
+        f"{ORDERS}::test_codes_that_are_final[2]",
+    ),
+    Mutation(
+        "the run over when one machine has finished",
+        COORDINATOR,
+        "if self._finished.issuperset(self._roster):",
+        "if self._finished:",
+        f"{ORDERS}::test_a_machine_that_has_finished_may_go",
+    ),
+    Mutation(
+        "what was used of the restarts forgotten",
+        COORDINATOR,
+        "return about.failures + (about.round > 0 and about.epoch != epoch)",
+        "return 0",
+        f"{ORDERS}::test_a_coordinator_started_anew_counts_what_was_used",
     ),
 )
 

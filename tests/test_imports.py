@@ -99,7 +99,13 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "opensora.datasets.decode.process",
         "opensora.utils",
     ),
-    "launch": ("opensora.cli.main", "opensora.config", "opensora.train", "opensora.utils"),
+    "launch": (
+        "acceleration.distributed.addresses",
+        "opensora.cli.main",
+        "opensora.config",
+        "opensora.train",
+        "opensora.utils",
+    ),
 }
 FREE = ("tests", "benchmarks")  # may import everything; nothing may import them
 OURS = ("acceleration", "opensora", "scripts", "data_pipeline", "launch", *FREE)

@@ -2,7 +2,7 @@
 
 import re
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch.distributed as dist
@@ -29,22 +29,32 @@ class PeerLost(Exception):
 
 
 @contextmanager
-def naming_lost_peers(runtime: Runtime, doing: Callable[[], str]) -> Iterator[None]:
+def naming_lost_peers(runtime: Runtime, doing: str) -> Iterator[None]:
     """What the library of an exchange raises in the block, because another process has gone, becomes a line.
 
     Args:
-        doing: in words, what this process does now, as ``step 3``.
+        doing: in words, what this process does now, as ``building``.
 
     Raises:
         PeerLost: in place of it.
     """
     try:
         yield
-    except (RuntimeError, dist.DistError) as error:
-        reason = lost_peer(str(error), runtime.peers, runtime.rank)
-        if reason is None:
-            raise
-        raise PeerLost(f"rank {runtime.rank} on {socket.gethostname()}, {doing()}: {reason}") from error
+    except Exception as error:
+        check_lost(error, runtime, doing)
+        raise
+
+
+def check_lost(error: BaseException, runtime: Runtime, doing: str) -> None:
+    """
+    Raises:
+        PeerLost: the error is of an exchange whose other side has gone.
+    """
+    if not isinstance(error, (RuntimeError, dist.DistError)):
+        return
+    reason = lost_peer(str(error), runtime.peers, runtime.rank)
+    if reason is not None:
+        raise PeerLost(f"rank {runtime.rank} on {socket.gethostname()}, {doing}: {reason}") from error
 
 
 def lost_peer(text: str, peers: Sequence[Peer], rank: int) -> str | None:

@@ -7,7 +7,6 @@ if __name__ == "__main__":
 
 import logging
 
-from acceleration.diagnostics.lost_peers import naming_lost_peers
 from opensora.cli.main import run_cli
 from opensora.config.load import config_from_argv
 from opensora.config.run import RunConfig
@@ -31,9 +30,7 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         with start_run(cfg) as run:
-            with naming_lost_peers(run.runtime, lambda: f"step {run.step}"):
-                whole = train(run)
-            if not whole:
+            if not train(run):
                 return _interrupted(run)
             if run.runtime.is_main:
                 write_done(cfg)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from acceleration.checkpoint import CheckpointManager, SaveError
+from acceleration.diagnostics.lost_peers import check_lost
 from acceleration.diagnostics.memory_usage import peak_gib
 from acceleration.distributed import runtime as runtimes
 from acceleration.distributed.agreement import StopRequest
@@ -133,10 +134,13 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """End the data workers and leave the process group. Collective, unless an error is on its way out.
 
         Signals kill again: a process that failed must not outlive its launcher's patience.
+
+        Raises:
+            PeerLost: in place of an error that only says that another process has gone.
         """
         self.garbage.restore()
         if kind is not None:
@@ -150,3 +154,5 @@ class Run:
         if self.lock is not None:
             self.lock.release()
         signal_handler.uninstall()
+        if error is not None:
+            check_lost(error, self.runtime, f"step {self.step}")

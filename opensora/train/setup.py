@@ -87,7 +87,7 @@ def start_run(cfg: RunConfig) -> Run:
         parallel, asked = cfg.parallel, signal_handler.install()
         runtime = runtimes.start(parallel.timeout_s, lambda: asked.name is not None, parallel.mesh, parallel.interface)
         timer = start_timer(cfg, runtime)
-        with naming_lost_peers(runtime, lambda: "building"):
+        with naming_lost_peers(runtime, "building"):
             check_folder(cfg.folder, lock.owner["token"] if lock else None, runtime)
             run = build_run(cfg, table, plan, runtime, timer)
     except BaseException as error:

@@ -42,39 +42,8 @@ ELSEWHERE, ELSEWHERE_V6 = "10.77.200.1", "fd77:200::1"  # reached by a router th
 _MAC = "02:77:00:00:00:"
 _ROUTER_MAC = f"{_MAC}fe"
 _LOCALHOST = "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n"
+_FIRST_PROCESS = Path(__file__).with_name("first_process.sh")
 NAMES = ("full", "loopback", "loopback only", "none", "different")
-
-# The first process of a host. $1: its name, $2: the text of its hosts file. It ignores SIGCHLD, so that what is
-# orphaned in the host leaves no zombies. Files are written in the host's own shared memory and bound to their places.
-# /sys must be mounted anew to show the host's interfaces, and keeps the control groups below it.
-_INIT = r"""
-set -e
-trap '' CHLD
-echo "$1" > /proc/sys/kernel/hostname
-mount -t tmpfs -o mode=1777 shm /dev/shm
-mkdir /dev/shm/.etc /dev/shm/.cgroup
-mount --rbind /sys/fs/cgroup /dev/shm/.cgroup || true
-mount -t sysfs sysfs /sys
-mount --move /dev/shm/.cgroup /sys/fs/cgroup || true
-cd /dev/shm/.etc
-printf '%s' "$2" > hosts
-echo 'hosts: files' > nsswitch.conf
-echo '# no name servers' > resolv.conf
-echo "$1" > hostname
-cat /proc/sys/kernel/random/uuid > boot_id
-for name in hosts nsswitch.conf resolv.conf hostname; do
-    [ ! -e "/etc/$name" ] || mount --bind "$name" "/etc/$name"
-done
-mount --bind boot_id /proc/sys/kernel/random/boot_id
-cd /
-rm -r /dev/shm/.etc /dev/shm/.cgroup
-for all in all default; do
-    echo 0 > "/proc/sys/net/ipv6/conf/$all/accept_dad" || true
-done
-ip link set lo up
-echo ready
-exec sleep infinity <&- >&- 2>&-
-"""
 
 
 class LabUnavailable(Exception):
@@ -544,7 +513,7 @@ _UNSHARE = ("unshare", "--net", "--uts", "--mount", "--ipc", "--pid", "--fork", 
 
 def _hold(name: str, hosts_file: str) -> tuple[subprocess.Popen[str], int]:
     """A process that holds the namespaces of a new host, and the first process in them."""
-    command = ["setpriv", "--pdeathsig", "KILL", *_UNSHARE, "sh", "-c", _INIT, "host-of-a-lab", name, hosts_file]
+    command = ["setpriv", "--pdeathsig", "KILL", *_UNSHARE, "sh", str(_FIRST_PROCESS), name, hosts_file]
     holder = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,

@@ -36,6 +36,7 @@ SlurmctldPidFile={own}/slurmctld.pid
 SlurmdPidFile={own}/slurmd.pid
 SlurmdTimeout=30
 KillWait=10
+{family}
 {nodes}
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
@@ -51,7 +52,8 @@ def slurm(lab: Lab, folder: Path) -> Iterator[Path]:
     """A cluster whose nodes are the hosts; the path of its configuration. It ends with the lab."""
     conf, key = folder / "slurm.conf", folder / "munge.key"
     nodes = [f"NodeName={host.name} NodeAddr={host.address} CPUs=8 RealMemory=2000 State=UNKNOWN" for host in lab.hosts]
-    conf.write_text(CONF.format(first=lab.hosts[0], own=OWN, nodes="\n".join(nodes)))
+    family = "CommunicationParameters=EnableIPv6" if ":" in lab.hosts[0].address else ""
+    conf.write_text(CONF.format(first=lab.hosts[0], own=OWN, family=family, nodes="\n".join(nodes)))
     key.write_bytes(os.urandom(1024))
     key.chmod(0o400)
     daemons = []

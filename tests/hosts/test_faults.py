@@ -1,6 +1,6 @@
 """What goes wrong between machines: noticed and named within seconds, or borne; and nothing of the run is lost.
 
-The default run has a few; ``-m slow`` has all. The table is printed with -s, and kept up to date in a file:
+Most are slow. The table is printed with -s, and kept up to date in a file:
 
     OPENSORA_HOST_TABLE=table.md python -m pytest -m "slow or not slow" -s tests/hosts/test_faults.py
 """
@@ -202,20 +202,17 @@ NOT_MET: dict[str, Fault] = {
     "folder not shared": Fault(not_shared, "h1.*(share|see)", (2,)),
 }
 CASES = [(fault, start) for fault, about in NOT_MET.items() for start in about.starts]
-QUICK = [("second host missing", "variables")]
-WANTED = {
-    "folder not shared": "nobody looks yet whether all hosts see one run folder",
-    "both rank 0": "the second is told that the folder is in use, the first that rank 1 is missing",
-}
+WANTED = {"both rank 0": "the second is told that the folder is in use, the first that rank 1 is missing"}
 
 
-def marks(fault: str, start: str) -> list[pytest.MarkDecorator]:
-    """Of a case."""
-    slow = [] if (fault, start) in QUICK else [pytest.mark.slow]
-    return slow + ([pytest.mark.xfail(strict=True, reason=WANTED[fault])] if fault in WANTED else [])
+def case(fault: str, start: str) -> Any:
+    """With the mark of what the product falls short of."""
+    marks = [pytest.mark.xfail(strict=True, reason=WANTED[fault])] if fault in WANTED else []
+    return pytest.param(fault, start, marks=marks)
 
 
-@pytest.mark.parametrize(("fault", "start"), [pytest.param(*case, marks=marks(*case)) for case in CASES])
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "start"), [case(fault, start) for fault, start in CASES])
 def test_who_does_not_meet_is_told_why(fault: str, start: str, make_lab: MakeLab, config: Path) -> None:
     """One line that names it, on time, without a traceback; and somebody says before that for whom they wait."""
     about = NOT_MET[fault]

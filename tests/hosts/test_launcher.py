@@ -4,6 +4,7 @@ import re
 import signal
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def launch(
     return host.popen(["bash", ROOT / "launch/torchrun.sh", *together, processes, *command], env=environment())
 
 
-def codes(launchers: Sequence[HostProcess]) -> list[int]:
+def codes(launchers: list[HostProcess]) -> list[int]:
     """Exit codes; nobody ends with a traceback."""
     found = [one.finish(LIMIT_S) for one in launchers]
     assert "Traceback" not in all_said(launchers), all_said(launchers)
@@ -87,7 +88,7 @@ ALONE: dict[str, tuple[dict[str, Any], list[dict[str, Any]], list[int], list[str
         {},
         same("localhost"),
         [2, 2],
-        [rf"1 of 2 machines came within 6 s: h{i};.* leads every machine to itself.* 10\.77\.0\.{i + 1}" for i in (0, 1)],
+        [rf"1 of 2 machines came within 6 s: h{i};.*leads every machine to itself.*10\.77\.0\.{i + 1}" for i in (0, 1)],
     ),
     "address of nobody": ({}, same(NOBODY), [1, 1], [f"{NOBODY}:{PORT} does not answer.*is it the address of one"] * 2),
     "address beyond the router": ({}, same(ELSEWHERE), [1, 1], [rf"{ELSEWHERE}:{PORT} does not answer \(no an"] * 2),
@@ -133,7 +134,7 @@ def test_who_does_not_meet_is_told_why(case: str, make_lab: MakeLab) -> None:
         command = [WORKER, STAYS_S, *start.get("more", [])]
         launchers.append(launch(host, start["where"], *command, options=options, **more))
         if len(starts) > 1 and start != starts[1]:  # the first is the one that the second is compared with
-            until(lambda host=host: not host.run(KNOCK, check=False).returncode, LIMIT_S, "a coordinator")
+            until(partial(listening, host), LIMIT_S, "a coordinator")
     assert codes(launchers) == exits, all_said(launchers)
     assert time.monotonic() - begun < 6 + 2 * SLACK_S
     for one, pattern in zip(launchers, says, strict=True):
@@ -142,7 +143,9 @@ def test_who_does_not_meet_is_told_why(case: str, make_lab: MakeLab) -> None:
         assert 2 in exits or "awaited" in one.err or "waiting: " in one.err, all_said(launchers)
 
 
-KNOCK = ["sh", "-c", f"ss -Hltn 'sport = :{PORT}' | grep -q ."]
+def listening(host: Host) -> bool:
+    """Whether there is a coordinator."""
+    return host.run(["sh", "-c", f"ss -Hltn 'sport = :{PORT}' | grep -q ."], check=False).returncode == 0
 
 
 # --- hosts that die

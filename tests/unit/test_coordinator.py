@@ -213,6 +213,11 @@ def test_a_signal_anywhere_ends_all() -> None:
     waiting.say("a", "waits")
     waiting.say("b", "leaves", signal=2)
     assert waiting.order("a").is_ == "end" and waiting.order("a").code == 75
+    newcomer = running("a", "b", least=2, most=3)
+    newcomer.come("c")
+    newcomer.say("c", "leaves", 0, signal=15)
+    newcomer.pass_time(1)
+    assert newcomer.order("a").is_ != "end"
     before = Run(nodes_min=3, nodes_max=3)
     before.come("a")
     before.come("b")
@@ -221,15 +226,18 @@ def test_a_signal_anywhere_ends_all() -> None:
     assert before.order("a").is_ == "wait" and "b: it was stopped there by signal 2" in before.order("a").text
 
 
-@pytest.mark.parametrize(("cut", "after_s"), [("power", LIMITS.heartbeat_s), ("killed", RETURN_S)])
-def test_a_host_that_dies_is_named_in_time(cut: str, after_s: float) -> None:
+DEATHS = {"power": LIMITS.heartbeat_s, "killed": RETURN_S, "killed, and others fail": COLLECT_S}
+
+
+@pytest.mark.parametrize("cut", DEATHS)
+def test_a_host_that_dies_is_named_in_time(cut: str) -> None:
     """By silence, or by the end of its connection; the failures that it causes elsewhere are not the cause."""
     run = running("a", "b", restarts=0)
-    if cut == "killed":
+    if cut != "power":
         run.coordinator.disconnected("id-b", run.now)
+    if cut == "killed, and others fail":
         run.say("a", "failed", rank=0, code=1)
-        after_s = COLLECT_S
-    run.pass_time(after_s - 0.1, "b")
+    run.pass_time(DEATHS[cut] - 0.1, "b")
     assert run.order("a").is_ == "start"
     run.pass_time(1.5, "b")
     assert run.order("a").is_ == "end" and run.order("a").code == 1
@@ -269,6 +277,50 @@ def test_a_host_that_dies_and_comes_back_elastic() -> None:
     assert run.order("a").is_ == "stop" and run.order("a").gentle  # saved first, and no failure
     run.obey("a")
     assert run.order("b").is_ == "start" and run.order("b").group_size == 2 and run.order("b").failures == 1
+
+
+def test_a_newcomer_does_not_stop_a_run_that_is_ending() -> None:
+    run = running("a", "b", least=2, most=3)
+    run.say("b", "finished")
+    run.come("c")
+    run.pass_time(LIMITS.last_call_s + 1)
+    assert run.order("a").is_ == "start"
+    run.say("a", "finished")
+    run.pass_time(1)
+    assert run.order("c").is_ == "end" and run.order("c").text == "the run has ended without this machine"
+
+
+def test_nobody_begins_while_another_machine_still_stops() -> None:
+    run = running("a", "b", least=1, most=2, restarts=1)
+    run.say("a", "failed", code=1)
+    run.pass_time(1)
+    run.obey("a")
+    run.pass_time(50)
+    assert run.order("a").is_ == "wait" and run.order("b").is_ == "stop"
+    run.obey("b")
+    assert run.order("a").is_ == run.order("b").is_ == "start" and run.order("a").group_size == 2
+
+
+def test_a_round_has_a_number_that_no_machine_of_it_has_seen() -> None:
+    run = running("a", "b", least=2, most=3)
+    run.come("c", round=7, epoch="earlier", failures=0)
+    run.coordinator.tick(run.now)
+    run.obey("a", "b")
+    assert run.order("c").is_ == "start" and run.order("c").round == 8
+
+
+@pytest.mark.parametrize("how", ["gone", "failed"])
+def test_a_stop_that_waits_for_processes_to_save_is_none_when_they_cannot(how: str) -> None:
+    run = running("a", "b", least=2, most=3, restarts=1)
+    run.come("c")
+    run.coordinator.tick(run.now)
+    assert run.order("a").is_ == "stop" and run.order("a").gentle
+    run.say("a", "failed", code=75)  # it has saved
+    assert run.order("a").gentle
+    if how == "failed":
+        run.say("b", "failed", code=1)
+    run.pass_time(LIMITS.heartbeat_s + 1, *("b" if how == "gone" else ""))
+    assert run.order("a").is_ == "stop" and not run.order("a").gentle
 
 
 def test_a_machine_that_has_finished_may_go() -> None:
@@ -421,7 +473,7 @@ class World:
         if it.connected and it.cable and self.now - it.heard > LIMITS.heartbeat_s:
             it.connected = False
         if not it.connected and it.cable and self.draw.random() < 0.5:
-            it.inbox.clear(), it.outbox.clear()
+            it.inbox, it.outbox = deque(), deque()
             answer = self.coordinator.hello(it.about, "10.0.0.1", "10.0.0.97", self.now)
             if answer.is_ == "later":
                 it.ended = 99

@@ -54,8 +54,8 @@ def test_other_errors_stay_what_they_are(text: str) -> None:
 def test_the_line_and_the_exit_code() -> None:
     runtime = Runtime(0, 2, 0, None, peers(*"ab"))  # type: ignore[arg-type]
     said = r"^rank 0 on \S+, step 3: host b \(10\.77\.0\.2; rank 1\)"
-    with pytest.raises(PeerLost, match=said) as caught, naming_lost_peers(runtime, lambda: "step 3"):
+    with pytest.raises(PeerLost, match=said) as caught, naming_lost_peers(runtime, "step 3"):
         raise RuntimeError(CLOSED)
     assert caught.value.exit_code == 1
-    with pytest.raises(ValueError, match="other"), naming_lost_peers(runtime, lambda: "step 3"):
+    with pytest.raises(ValueError, match="other"), naming_lost_peers(runtime, "step 3"):
         raise ValueError("other")
