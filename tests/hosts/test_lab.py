@@ -323,6 +323,7 @@ with Lab(hosts=2, shaped=sys.argv[1] == "True", dead_interface=True) as lab:
         host.popen(["sh", "-c", f": {sys.argv[2]}; {stubborn}"]).wait_for("ready", 30)
     print("ready", flush=True)
     if sys.argv[3] == "an error":
+        sys.stdin.readline()
         raise RuntimeError("fails with the lab up")
     time.sleep(100)
 """
@@ -361,13 +362,14 @@ def test_nothing_is_left(end: str, shaped: bool, make_lab: MakeLab, tmp_path: Pa
     make_lab(hosts=1)  # where there can be none, this is skipped
     before, token = state_of_the_machine(), f"lab-{os.getpid()}-{tmp_path.name}"
     command = [sys.executable, "-c", LEAVES, str(shaped), token, end]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
         assert process.stdout and process.stdout.readline() == "ready\n", process.stderr and process.stderr.read()
         children = all_descendants(process.pid)
         assert len(children) >= 10
         if end != "an error":
             process.send_signal(getattr(signal, end))
-        process.communicate(timeout=60)
+        process.communicate("go\n" if end == "an error" else None, timeout=60)
     until(lambda: not processes_with(token) and not any(map(alive, children)), 20, f"{token} is left")
     assert state_of_the_machine() == before
 
