@@ -41,7 +41,11 @@ class Machine:
 
 @dataclass(frozen=True)
 class Failure:
-    """A sign that the round cannot go on; of several the least ``weight`` is the cause."""
+    """A sign that the round cannot go on. Of several the one of the least weight is the cause.
+
+    Attributes:
+        weight: 0 of a process whose exit code is final, 1 of a machine that is gone, 2 of a process that was killed.
+    """
 
     weight: int
     line: str
@@ -282,7 +286,7 @@ class Coordinator:
         cause = min(self._failed, key=lambda one: one.weight)
         most = self._own.restarts
         if cause.final or self.failures >= most:
-            self._end(cause.line, cause.code)
+            self._end(f"error: {cause.line}" if cause.weight == 1 else cause.line, cause.code)
         else:
             self.failures += 1
             self._stop(f"{cause.line}; starting again ({self.failures} of {most})", gentle=False, now=now)
@@ -317,7 +321,8 @@ class Coordinator:
             last = first + machine.about.processes - 1
             named.append(f"{self._name(machine)} (rank {first}{f'-{last}' if last > first else ''})")
             first = last + 1
-        return f"{len(machines)} machine{'s' * (len(machines) > 1)}, {first} processes: {_listed(named)}"
+        machines_, processes = "s" * (len(machines) > 1), "es" * (first > 1)
+        return f"{len(machines)} machine{machines_}, {first} process{processes}: {_listed(named)}"
 
     def _came(self, ready: Sequence[Machine]) -> str:
         own = self._own

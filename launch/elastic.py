@@ -185,7 +185,7 @@ QUIET = ("", ".agent.server.api", ".multiprocessing.api", ".multiprocessing.erro
 BACKEND = "machines"  # name of this rendezvous in torch's registry
 NO_NAME = "opensora"  # of a run without --id
 GRACE_S = 15  # for processes to end after a failure: their peers are gone, and they can agree on nothing
-AGREED_S = 60.0  # for processes to leave by themselves when those of another machine have, having agreed to
+AGREED_S = 5.0  # for processes to leave by themselves when those of another machine have, having agreed to
 
 
 class Agent(api.LocalElasticAgent):
@@ -309,12 +309,13 @@ class MachineAgent(Agent):
     def _end_processes(self, order: Order) -> None:
         """Ask them to save and leave if there is time for that, and wait; kill them if there is none."""
         deadline = time.monotonic() + AGREED_S
-        while order.is_ == "end" and order.code == SAVED and time.monotonic() < deadline:
+        while order.is_ == "end" and order.code == SAVED and (STOP.number or time.monotonic() < deadline):
             if all(process.poll() is not None for process in self._processes().values()):
                 return
             time.sleep(LOOK_S)
         context: Any = self._pcontext
-        context.close(signal.SIGTERM, STOP.patience_s if order.gentle else GRACE_S)
+        saves = order.gentle or (order.is_ == "end" and order.code == SAVED)
+        context.close(signal.SIGTERM, STOP.patience_s if saves else GRACE_S)
 
 
 def machines(member: Callable[[RendezvousParameters], Member], parameters: RendezvousParameters) -> RendezvousHandler:
@@ -335,6 +336,7 @@ def about(argv: Sequence[str]) -> About:
     """This launcher."""
     given = parse_args(argv)
     least, _, most = given.nnodes.partition(":")
+    words = [given.training_script, *given.training_script_args]
     return About(
         member=secrets.token_hex(8),
         host=host_name(),
@@ -343,15 +345,21 @@ def about(argv: Sequence[str]) -> About:
         nodes_max=int(most or least),
         restarts=given.max_restarts,
         run="" if given.rdzv_id == NO_NAME else given.rdzv_id,
-        command=command([given.training_script, *given.training_script_args]),
+        command=shown(words[:1] + [one for one in words[1:] if names_run(one)]),
+        settings=shown([one for one in words[1:] if not names_run(one)]),
         torch=str(torch.__version__),
         python=python_version(),
         code=code_digest(),
     )
 
 
-def command(words: Sequence[str], root: Path = ROOT) -> str:
-    """What is started, the same on machines that have the code in different folders; long ones by their digest too."""
+def names_run(word: str) -> bool:
+    """Whether an argument says which run it is: the configuration, and where it is written."""
+    return "=" not in word or word.startswith(("name=", "output="))
+
+
+def shown(words: Sequence[str], root: Path = ROOT) -> str:
+    """The same on machines that have the code in different folders; of long ones the beginning and a digest."""
     inside = [str(path.relative_to(root)) if (path := Path(one)).is_relative_to(root) else one for one in words]
     text = " ".join(inside)
     if len(text) <= SHOWN:

@@ -92,6 +92,7 @@ class Member:
         self._asking = False  # somebody is there, and has not answered yet
         self._refusing = False  # its machine answers, and nobody listens there
         self._away_since: float | None = time.monotonic()  # since when there is no connection
+        self._heard_at = time.monotonic()
         self._fatal: RunEnded | None = None
         self._found = False  # there was a connection
         self._closing = False
@@ -169,7 +170,8 @@ class Member:
             return Order("end", code=0)
         failures, most = self._about.failures + 1, self._about.restarts
         if failures > most:
-            return Order("end", text=why, code=state.code if state.is_ == "failed" else 1)
+            advice = "is its machine on, and the network up?"
+            return Order("end", text=f"error: {why}: {advice}", code=state.code if state.is_ == "failed" else 1)
         return Order("stop", text=f"{why}; starting again ({failures} of {most}) when it is back")
 
     def tell(self, state: State) -> None:
@@ -225,7 +227,7 @@ class Member:
                 with self._lock:
                     ended = self._order is not None and self._order.is_ == "end"
                     if not ended:
-                        self._order, self._away_since = None, time.monotonic()
+                        self._order, self._away_since = None, self._heard_at
             if ended:
                 return
 
@@ -252,8 +254,12 @@ class Member:
                 if link is not None:
                     return link
         if addresses:
-            self._explain(found, in_use, misled=not here and all(map(is_loopback, addresses)))
+            self._explain(found, in_use, misled=not here and self._leads_to_itself(addresses))
         return None
+
+    def _leads_to_itself(self, addresses: Sequence[str]) -> bool:
+        """Whether the name of another machine leads to this one here."""
+        return all(map(is_loopback, addresses))
 
     def _addresses(self) -> list[str]:
         try:
@@ -358,6 +364,7 @@ class Member:
         link.setblocking(False)
         with self._lock:
             self._order, self._away_since = order, None
+        self._heard_at = time.monotonic()
         self._order_heartbeat_s = float(max(1, order.heartbeat_s))
         self._peer, self._found, self._doubtful_since = address_of(link.getpeername()), True, None
 
@@ -368,7 +375,7 @@ class Member:
             RunEnded: it is no use to try again.
         """
         if misled:
-            own = f"{self._host} leads to a loopback address here, though this machine is called {socket.gethostname()}"
+            own = f"{self._host} leads to a loopback address here, though this machine is {socket.gethostname()}"
             self._no_address(f"{own} (see /etc/hosts)")
             return
         words = [why if address == self._host else f"{address}: {why}" for address, why in list(found.items())[:4]]
@@ -392,7 +399,7 @@ class Member:
 
     def _talk(self, link: socket.socket) -> None:
         """Until the connection ends, is silent for too long, or this launcher leaves."""
-        beat_s, heard, told, told_at = self._order_heartbeat_s / BEATS, time.monotonic(), None, 0.0
+        beat_s, told, told_at = self._order_heartbeat_s / BEATS, None, 0.0
         received = bytearray(self._rest)
         while True:
             with self._lock:
@@ -412,12 +419,12 @@ class Member:
                     if not came:
                         raise ConnectionResetError(errno.ECONNRESET, "the connection ended")
                     received += came
-                    heard = time.monotonic()
+                    self._heard_at = time.monotonic()
                     if self._heard(received):
                         _send(link, encode(replace(state, is_="leaves")))
                         return
-                elif time.monotonic() - heard > self._order_heartbeat_s:
-                    raise TimeoutError(errno.ETIMEDOUT, f"silent for {time.monotonic() - heard:.0f} s")
+                elif time.monotonic() - self._heard_at > self._order_heartbeat_s:
+                    raise TimeoutError(errno.ETIMEDOUT, "silent")
             except (OSError, ProtocolError) as error:
                 reason = (getattr(error, "strerror", None) or str(error)).lower()
                 self._trouble, self._refusing = f"{self._endpoint} does not answer ({self._peer}: {reason})", False

@@ -47,7 +47,8 @@ class About:
         processes: that it will start.
         nodes_min, nodes_max, restarts: its options.
         run: name of the run, "" if none was given.
-        command: what it starts, without the path of the code.
+        command: script, its configuration and the name of the run, without the path of the code.
+        settings: the other arguments, which machines of one run share too.
         torch, python, code: versions, and the digest of the source.
         epoch, round, failures: of the last round that it took part in, empty and 0 at first; failures until then.
     """
@@ -60,6 +61,7 @@ class About:
     restarts: int
     run: str
     command: str
+    settings: str
     torch: str
     python: str
     code: str
@@ -173,16 +175,28 @@ def _short(value: object, most: int = TEXT) -> str:
 
 
 def differences(other: About, own: About) -> list[str]:
-    """What two launchers of one run must not differ in, and do: ``torch 2.11.0 on hostb, 2.13.0 on hosta``."""
-    pairs = [
-        ("--nodes", other.nodes(), own.nodes()),
-        ("--restarts", other.restarts, own.restarts),
-        ("torch", other.torch, own.torch),
-        ("Python", other.python, own.python),
-        ("the code (digest of acceleration, opensora and scripts)", other.code, own.code),
-    ]
+    """What two launchers of one run must not differ in, and do: ``torch is not the same: 2.11.0 on b, 2.13.0 on a``."""
+    pairs = {
+        "--nodes": (other.nodes(), own.nodes()),
+        "--restarts": (other.restarts, own.restarts),
+        "torch": (other.torch, own.torch),
+        "Python": (other.python, own.python),
+        "code": (f"digest {other.code}", f"digest {own.code}"),
+        "configuration": ("", "") if own.run else _of_one_only(other.settings, own.settings),
+    }
     there, here = (other.host, own.host) if other.host != own.host else ("the machine that came", "the first one")
-    return [f"{name} {theirs} on {there}, {ours} on {here}" for name, theirs, ours in pairs if theirs != ours]
+    found = [(name, theirs, ours) for name, (theirs, ours) in pairs.items() if theirs != ours]
+    return [f"{name} is not the same: {theirs} on {there}, {ours} on {here}" for name, theirs, ours in found]
+
+
+def _of_one_only(one: str, other: str) -> tuple[str, str]:
+    """The words of two texts that only this and only that one has."""
+    words, others = one.split(), other.split()
+    left = " ".join(word for word in words if word not in others)
+    right = " ".join(word for word in others if word not in words)
+    if left or right or one == other:
+        return left or "nothing", right or "nothing"
+    return one, other  # in another order
 
 
 def host_name() -> str:

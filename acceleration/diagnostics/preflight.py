@@ -91,7 +91,7 @@ def differences(everyone: list[Facts]) -> list[str]:
         if len(groups) > 1:
             # The largest group is what was meant; the others are named.
             (usual, _), *others = sorted(groups.items(), key=lambda item: -len(item[1]))
-            them = ", ".join(f"rank {ranges(ranks)} has {value}" for value, ranks in others)
+            them = ", ".join(f"{_named(ranks, everyone)} has {value}" for value, ranks in others)
             found.append(f"{name} is not the same on all processes: {them}, the others {usual}")
     return found
 
@@ -174,6 +174,15 @@ def device_name(device: torch.device) -> str:
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _named(ranks: list[int], everyone: list[Facts]) -> str:
+    """``rank 1, 3``; ``rank 1 on a, rank 3 on b`` where there is more than one host."""
+    hosts = _groups((everyone[rank].host, rank) for rank in ranks)
+    if len({facts.host for facts in everyone}) == 1:
+        return f"rank {ranges(ranks)}"
+    named = [f"rank {ranges(them)} on {host}" for host, them in hosts.items()]
+    return f"{', '.join(named[:4])}{' and others' if len(named) > 4 else ''}"
 
 
 def _gather(facts: Facts, runtime: Runtime, group: dist.ProcessGroup | None) -> list[Facts]:

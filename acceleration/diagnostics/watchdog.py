@@ -10,6 +10,7 @@ a program this file is the process beside.
 import contextlib
 import ctypes
 import faulthandler
+import itertools
 import json
 import mmap
 import os
@@ -24,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,17 +51,18 @@ _IN_EXCHANGE = re.compile(
     r'File ".*torch/distributed/(?:distributed_c10d|_functional_collectives)\.py", line \d+ in (\w+)'
 )
 _NOT_WELL = ("T", "t", "D", "Z")  # states of /proc/PID/status
-_NOT_EXCHANGES = ("wrapper", "_new_group_with_tag")
+_NOT_EXCHANGES = ("wrapper", "_new_group_with_tag", "__torch_dispatch__", "<lambda>", "unwrap", "trigger_wait")
 
 
 class Watchdog:
     """The heartbeat of this process, and the process beside it. One at a time."""
 
-    def __init__(self, folder: Path, rank: int, world_size: int, exchange_s: float) -> None:
+    def __init__(self, folder: Path, rank: int, world_size: int, exchange_s: float, hosts: Sequence[str] = ()) -> None:
         """
         Args:
             folder: made when the run hangs; the same, and a new one for every start, on all processes.
             exchange_s: longest that an exchange may take in any phase.
+            hosts: names of the hosts of all ranks, so that the host of one that says nothing is known too.
         """
         self._beat = _scratch()
         self._beat.truncate(mmap.PAGESIZE)
@@ -71,6 +73,8 @@ class Watchdog:
         faulthandler.register(STACKS, file=self._stacks, all_threads=True, chain=False)
         handles = (self._beat.fileno(), self._stacks.fileno())
         arguments = [*handles, os.getpid(), threading.main_thread().ident, rank, world_size, exchange_s, folder]
+        arguments.append(" ".join(f"{name}*{len(list(same))}" for name, same in itertools.groupby(hosts)))
+        arguments.append(" ".join(_interfaces("1")))
         before = signal.pthread_sigmask(signal.SIG_BLOCK, UNTOUCHED)  # the mask is inherited
         try:
             self._process = subprocess.Popen(
@@ -176,37 +180,57 @@ class RankState:
     exchange: str  # that it waits in; "" if it does not wait for others
     line: str  # of the main thread, the innermost
     state: str  # as the system sees the process
+    network: str = ""  # what its host has lost of the network since the start
 
     @property
     def suspect(self) -> bool:
-        """It does not wait for others, or it is stopped, stuck in the kernel or dead."""
-        return not self.exchange or self.state[:1] in _NOT_WELL
+        """It does not wait for others, is stopped, stuck in the kernel or dead, or its host is cut off."""
+        return not self.exchange or self.state[:1] in _NOT_WELL or bool(self.network)
 
     def __str__(self) -> str:
         doing = f"is in {self.exchange}" if self.exchange else f"does not wait for others: {self.line}"
-        doing += f", {self.state}"
+        doing += f", {self.state}{'; its host: ' if self.network else ''}{self.network}"
         return f"rank {self.rank} ({self.host}, pid {self.pid}), step {self.step}, {self.phase}: {doing}"
 
 
-def verdict(places: Iterable[RankState], world_size: int) -> str:
-    """What to look at first: who is silent, who does not wait while others do, or who waits in what."""
+def verdict(places: Iterable[RankState], world_size: int, hosts: Sequence[str] = ()) -> str:
+    """What to look at first: who is silent, who does not wait while others do, or who waits in what.
+
+    Args:
+        hosts: of all ranks, where they are known.
+    """
     found = {place.rank: place for place in places}
     by_exchange: dict[tuple[str, str, int], list[RankState]] = defaultdict(list)
     for place in found.values():
         if not place.suspect:
             by_exchange[(place.exchange, place.phase, place.step)].append(place)
-    missing = [rank for rank in range(world_size) if rank not in found]
-    lines = [f"rank {rank}: no word, its process or its machine is gone" for rank in missing]
+    lines = _silent([rank for rank in range(world_size) if rank not in found], hosts)
+    missing = bool(lines)
     suspects = sorted((place for place in found.values() if place.suspect), key=lambda place: place.rank)
     lines += [f"suspect: {place}" for place in suspects]
     if not suspects and len(by_exchange) > 1:
         lines.append("suspect: processes wait in different exchanges")
     if not suspects and not missing and len(by_exchange) == 1:
-        lines.append("suspect: all wait in the same exchange: the network, or a process that left it too early")
+        names = list(dict.fromkeys(place.host for place in found.values()))
+        network = f"the network between {', '.join(names[:8])}" if len(names) > 1 else "the network"
+        lines.append(f"suspect: all wait in the same exchange: {network}, or a process that left it too early")
     for (exchange, phase, step), group in sorted(by_exchange.items(), key=lambda item: len(item[1])):  # few before many
         ranks = ", ".join(str(rank) for rank in sorted(place.rank for place in group))
         lines.append(f"rank {ranks}: step {step}, {phase}: waits in {exchange}")
     return "\n".join(lines)
+
+
+def _silent(ranks: Sequence[int], hosts: Sequence[str]) -> list[str]:
+    """A line for every host of which all are silent, else for every rank."""
+    if not hosts:
+        return [f"rank {rank}: no word, its process or its machine is gone" for rank in ranks]
+    lines = []
+    for host, group in itertools.groupby(ranks, key=lambda rank: hosts[rank]):
+        them = list(group)
+        whole = len(them) == hosts.count(host)
+        cause = "their host is gone or cut off" if whole and len(them) > 1 else "its process or its host is gone"
+        lines.append(f"rank {', '.join(map(str, them))} ({host}): no word, {cause}")
+    return lines
 
 
 def where(stacks: str, main_thread: int) -> tuple[str, str]:
@@ -226,6 +250,9 @@ class _Monitor:
     def __init__(self, argv: list[str]) -> None:
         beat, stacks, self.pid, self.thread, self.rank, self.world_size = map(int, argv[:6])
         self.exchange_s, self.folder = float(argv[6]), Path(argv[7])
+        counted = [pair.rpartition("*") for pair in argv[8].split()]
+        self.hosts = [name for name, _, count in counted for _ in range(int(count))]
+        self.connected = set(argv[9].split())
         self.memory = mmap.mmap(beat, mmap.PAGESIZE, prot=mmap.PROT_READ)
         self.stacks = stacks
         if sys.platform == "linux":  # were this process stopped, it would not see that the other has ended
@@ -254,6 +281,7 @@ class _Monitor:
             exchange=exchange or called,
             line=line,
             state=_state(self.pid),
+            network=", ".join(f"{name} has no carrier" for name in sorted(self.connected & _interfaces("0"))),
         )
 
     def _end(self) -> None:
@@ -283,7 +311,7 @@ class _Monitor:
         places = [found for file in heard if (found := _read(file)) is not None] or [place]
         late = max((place for place in places if place.late), key=lambda place: place.since_s, default=place)
         text = f"no progress for {late.since_s:.0f} s in step {late.step}, {late.phase}; stacks: {self.folder}"
-        text = f"HANG: {text}\n{verdict(places, self.world_size)}\n"
+        text = f"HANG: {text}\n{verdict(places, self.world_size, self.hosts)}\n"
         os.write(2, text.encode())  # before the file, at whose sight the others end, and a launcher this process
         _write(report, text)
 
@@ -329,6 +357,19 @@ def _state(pid: int) -> str:
         return re.search(r"^State:\s*(.*)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[1]  # type: ignore[index]
     except (OSError, TypeError):
         return "state unknown"
+
+
+def _interfaces(carrier: str) -> set[str]:
+    """Network interfaces of this host that are up and have a carrier ("1") or none ("0"): cable and switch are there.
+
+    Bridges are left out, as they lose it when nobody is connected.
+    """
+    found = set()
+    for folder in Path("/sys/class/net").glob("*"):
+        with contextlib.suppress(OSError):  # that of one that is down cannot be read
+            if (folder / "carrier").read_text().strip() == carrier and not (folder / "bridge").exists():
+                found.add(folder.name)
+    return found
 
 
 def _ended(pid: int, within_s: float) -> bool:

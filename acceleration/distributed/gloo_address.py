@@ -2,7 +2,7 @@
 
 Told an interface, gloo listens at the first address that the system lists of it, which need not be the one by which the
 other hosts reach this one: IPv4 that was never configured beside IPv6 that works, an address of another network. torch
-passes on an interface only, so where the two differ its class for such groups is replaced by one that passes an address.
+passes on an interface only, so where the two differ its class for such groups is replaced by one with the address.
 """
 
 from datetime import timedelta
@@ -30,7 +30,7 @@ def first_address(interface: str) -> str:
 def _at(address: str) -> type:
     """What torch takes for ``ProcessGroupGloo``."""
 
-    class ProcessGroupGloo(_GLOO):  # type: ignore[misc]
+    class ProcessGroupGloo(_GLOO):
         def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
             options = _GLOO._Options()
             options._devices = [_GLOO.create_device(hostname=address)]

@@ -13,6 +13,7 @@ from acceleration.distributed import addresses
 from acceleration.distributed.peers import Peer, misfits, ranges, shared_devices
 from acceleration.distributed.rendezvous import (
     ANSWER_S,
+    MAX_PAUSE_S,
     PAUSE_S,
     Place,
     RendezvousServer,
@@ -24,8 +25,8 @@ from acceleration.distributed.rendezvous import (
 )
 from acceleration.files.untrusted import parsing
 
+TELL_S = 5.0  # for a process that cannot start to tell the others why
 PREFIX = "check-in"  # of keys in the store
-SLICE_S = 2.5  # of waiting for a key, after which a line may be due
 
 
 def rendezvous(
@@ -56,7 +57,12 @@ def rendezvous(
             _publish(store, {"peers": [asdict(peer) for peer in peers]})
             server.dismiss()
         return store, peers
-    address, port = join(me, places, ports, token, timeout_s, waiting)
+    try:
+        address, port = join(me, places, ports, token, min(timeout_s, TELL_S) if me.problem else timeout_s, waiting)
+    except StartError:
+        if me.problem:  # known before the others were asked
+            raise StartError(me.problem, exit_code=2) from None
+        raise
     with parsing(lambda reason: StartError(f"{addresses.endpoint(address, port)}: rank 0 has ended ({reason})")):
         limit = timedelta(seconds=max(ANSWER_S, deadline - time.monotonic()))
         store = dist.TCPStore(address, port, me.world_size, False, limit, wait_for_workers=False)
@@ -134,7 +140,8 @@ def _gathered(inside: dist.Store, me: Peer, timeout_s: float, waiting: Waiting) 
         )
         time.sleep(PAUSE_S / 4)
     peers = [_peer(text) for text in inside.multi_get([str(other) for other in range(world)])]
-    if problem := misfits(peers) or shared_devices(peers):
+    own = next((peer.problem for peer in peers if peer.problem), "")
+    if problem := own or misfits(peers) or shared_devices(peers):
         raise StartError(problem, exit_code=2)
     return peers
 
@@ -142,11 +149,14 @@ def _gathered(inside: dist.Store, me: Peer, timeout_s: float, waiting: Waiting) 
 def awaited(store: dist.Store, key: str, timeout_s: float, waiting: Waiting, what: str) -> str | None:
     """The value of a key that another process sets; None if it does not within ``timeout_s`` seconds."""
     deadline = time.monotonic() + timeout_s
-    while (left := deadline - time.monotonic()) > 0:
+    pause = PAUSE_S / 20
+    while time.monotonic() < deadline:  # store.wait would write lines of its own when it runs out of time
         with suppress(dist.DistError, RuntimeError):
-            store.wait([key], timedelta(seconds=max(0.01, min(SLICE_S, left))))
-            return store.get(key).decode()
+            if store.check([key]):
+                return store.get(key).decode()
         waiting.look(lambda: what)
+        time.sleep(pause)
+        pause = min(1.5 * pause, MAX_PAUSE_S / 4)
     return None
 
 

@@ -20,7 +20,7 @@ from acceleration.distributed import addresses, gloo_address
 from acceleration.distributed.addresses import endpoint, is_loopback
 from acceleration.distributed.meeting import awaited
 from acceleration.distributed.peers import Peer, ranges, ranks_by_host
-from acceleration.distributed.rendezvous import ANSWER_S, MAX_NAMED, Channel, StartError, Waiting, ask
+from acceleration.distributed.rendezvous import ANSWER_S, MAX_NAMED, NO_ANSWER, Channel, StartError, Waiting, ask
 from acceleration.files.untrusted import short
 
 VARIABLES = ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME")  # usual ones that choose an interface, first to last
@@ -35,17 +35,14 @@ class Chosen:
 
     interface: str
     by: str  # the variable or the key; empty: nobody chose
+    problem: str = ""  # there is no such interface on this machine, or it has no address; one line
 
 
 _ours: str | None = None  # what ``use`` has put into the environment, which then is nobody's choice
 
 
 def chosen_interface(configured: str, env: Mapping[str, str] = os.environ) -> Chosen:
-    """What the environment says, else the configuration.
-
-    Raises:
-        StartError: there is no such interface on this machine, or it has no address; exit code 2.
-    """
+    """What the environment says, else the configuration."""
     given = [(name, env.get(name, "").strip()) for name in VARIABLES]
     given = [one for one in given if one[1] and not (env is os.environ and one == (VARIABLES[0], _ours))]
     by, value = [*given, (KEY, configured.strip())][0]
@@ -54,11 +51,10 @@ def chosen_interface(configured: str, env: Mapping[str, str] = os.environ) -> Ch
         for name in value.split(",") if value else []:
             if not there.get(name):
                 listed = ", ".join(f"{one} ({', '.join(own[:3])})" for one, own in sorted(there.items()))
-                raise StartError(
-                    f"{by}={short(value)}: no such network interface on {socket.gethostname()}, or it has no address; "
-                    f"there are {listed}; choose one of them, or none",
-                    exit_code=2,
+                problem = (
+                    f"{by}={short(value)}: no such network interface on {socket.gethostname()}, or it has no address"
                 )
+                return Chosen(name, by, f"{problem}; there are {listed}; choose one of them, or none")
     return Chosen(value.split(",")[0], by if value else "")
 
 
@@ -210,7 +206,7 @@ def _probe(peer: Peer, address: str, interface: str, port: int) -> str:
                     return ""
             return "another machine has this address too"
         reason = answer
-    return reason.replace("no machine has this address", "another network")
+    return "no answer (filtered, or another network)" if reason == NO_ANSWER else reason
 
 
 def _verdict(

@@ -27,6 +27,7 @@ class Peer:
     torch: str = ""  # its version
     python: str = ""  # as 3.12
     protocol: int = PROTOCOL
+    problem: str = ""  # what this process found wrong with its own machine, which all are to hear
 
     @classmethod
     def here(cls, rank: int, world_size: int, device: str = "", address: str = "") -> "Peer":

@@ -147,6 +147,7 @@ class _Visitor:
     channel: Channel
     read: bytes = b""
     peer: Peer | None = None  # once it has said who it is
+    told: bool = False  # something, by rank 0
 
 
 class RendezvousServer:
@@ -181,6 +182,8 @@ class RendezvousServer:
         self._listener, self.port = _listen(me, ports, token, places)
         self._thread = threading.Thread(target=self._serve, name="rendezvous", daemon=True)
         self._thread.start()
+        if me.problem:
+            self.refuse(StartError(me.problem, exit_code=2))
         self._look()
 
     def gather(self, timeout_s: float, waiting: Waiting) -> list[Peer]:
@@ -197,7 +200,7 @@ class RendezvousServer:
             elif text := waiting.look(self.awaited):
                 self._tell({"waiting": text})
         if self.problem is not None:
-            if self.problem.exit_code == 2:
+            if self.problem.exit_code == 2:  # it was found at once: some are still on their way
                 self._linger()
             raise self.problem
         with self._lock:
@@ -211,6 +214,7 @@ class RendezvousServer:
 
     def dismiss(self) -> None:
         """Tell all that the store is there."""
+        self._stop()
         self._tell({"go": True})
         self._close_visitors()
 
@@ -264,7 +268,8 @@ class RendezvousServer:
             connection.sendall(f"{GREETING} {self.token} {PROTOCOL} {hello}\n".encode())
             connection.setblocking(False)
             selector.register(connection, selectors.EVENT_READ, visitor)
-            self._visitors.add(visitor)
+            with self._lock:
+                self._visitors.add(visitor)
             return
         connection.close()
 
@@ -300,19 +305,24 @@ class RendezvousServer:
         with self._lock:
             if self.problem is not None:
                 visitor.channel.send(self._refusal(self.problem))
+                visitor.told = True
             elif "leaving" in message and visitor.peer is not None:
                 self.refuse(StartError(self._failure(float(message["leaving"]))))
             elif "peer" in message:
-                visitor.peer = peer = Peer.from_text(json.dumps(message["peer"]))
-                other = self.came.get(peer.rank)
-                if problem := self._misfit(peer, other):
+                peer = Peer.from_text(json.dumps(message["peer"]))
+                problem = self._misfit(peer, self.came.get(peer.rank))
+                if self._complete.is_set():  # one too many, who is not to spoil it for those that have met
+                    visitor.channel.send(self._refusal(problem or StartError("all processes have met already")))
+                    return
+                visitor.peer = peer
+                if problem:
                     self.refuse(problem)
                 else:
                     self.came[peer.rank] = visitor
                     self._look()
 
     def _misfit(self, peer: Peer, other: _Visitor | None) -> StartError | None:
-        if problem := misfits([self.me, peer]):
+        if problem := peer.problem or misfits([self.me, peer]):
             return StartError(problem, exit_code=2)
         twin = self.me if peer.rank == 0 else other.peer if other is not None else None
         if twin is None:
@@ -341,6 +351,7 @@ class RendezvousServer:
             told = [visitor for visitor in self._visitors if visitor.peer is not None]
         for visitor in told:
             visitor.channel.send(message)
+            visitor.told = True
 
     def _refusal(self, problem: StartError) -> dict[str, Any]:
         return {"problem": str(problem), "exit_code": problem.exit_code}
@@ -348,7 +359,11 @@ class RendezvousServer:
     def _linger(self) -> None:
         """Until all have been told, or have had time to come."""
         limit = time.monotonic() + LINGER_S
-        while self._missing(told=True) and time.monotonic() < limit:
+        while time.monotonic() < limit:
+            with self._lock:
+                told = sum(visitor.told for visitor in self._visitors)
+            if told >= self.me.world_size - 1:
+                return
             time.sleep(PAUSE_S / 4)
 
     def _peer(self, rank: int) -> Peer:
@@ -356,10 +371,9 @@ class RendezvousServer:
         assert visitor.peer is not None
         return visitor.peer
 
-    def _missing(self, told: bool = False) -> list[int]:
+    def _missing(self) -> list[int]:
         with self._lock:
-            here = {visitor.peer.rank for visitor in self._visitors if visitor.peer} if told else set(self.came)
-        return [rank for rank in range(1, self.me.world_size) if rank not in here]
+            return [rank for rank in range(1, self.me.world_size) if rank not in self.came]
 
     def _who_left(self, missing: Sequence[int]) -> str:
         with self._lock:
@@ -380,7 +394,7 @@ class RendezvousServer:
         where = ", ".join(endpoint(one, self.port) for one in outward[:4]) or f"port {self.port}"
         text = f"rank 0 listens on {self.me.host} at {where}"
         odd = "".join(_leads(place, outward) for place in self.places[:1])
-        return f"{text}{odd}" if odd else f"{text}: filtered, or not started?"
+        return text + (odd or ", where nothing of them arrived: not started, looking elsewhere, or filtered")
 
     def _own_address(self, peers: Sequence[Peer]) -> str:
         """The end at which another host's connection arrived; on one host, that of any."""
@@ -424,12 +438,14 @@ class RendezvousServer:
         with suppress(OSError):  # it has been stopped before
             self._wake.send(b"x")
         self._thread.join(timeout=ANSWER_S)
-        self._wake.close(), self._woken.close()
+        self._wake.close()
+        self._woken.close()
 
     def _close_visitors(self) -> None:
-        for visitor in self._visitors:
+        with self._lock:
+            leaving, self._visitors = self._visitors, set()
+        for visitor in leaving:
             visitor.channel.close()
-        self._visitors.clear()
 
 
 def _listen(me: Peer, ports: Sequence[int], token: str, places: Sequence[Place]) -> tuple[socket.socket, int]:
@@ -479,21 +495,20 @@ def _bound_to(listener: socket.socket, address: str, port: int) -> socket.socket
 
 def _leads(place: Place, outward: Sequence[str]) -> str:
     """What is odd about where the others look for rank 0, if they know its name as this machine does."""
+    name = f"{place.variable}={short(place.host)}"
     try:
         found = addresses.resolve(place.host)
     except OSError as error:
-        return f"; {place.variable}={place.host} is no name that is known here ({error.strerror})"
+        return f"; {name} is no name that is known here ({error.strerror})"
+    leads_to = "" if found == [place.host] else f" ({', '.join(found[:3])})"
     if all(map(addresses.is_loopback, found)):
-        better = f" (as {outward[0]})" if outward else ""
+        better = f", as {outward[0]}" if outward else ""
         return (
-            f"; {place.variable}={place.host} is {found[0]}, by which every machine reaches only itself: with several, "
-            f"give an address that the others reach{better}"
+            f"; {name}{leads_to} is loopback here, and who knows it so elsewhere reaches only itself: with several "
+            f"machines, give an address that all reach{better}"
         )
     if not any(map(addresses.is_here, found)):
-        return (
-            f"; {place.variable}={place.host} is {', '.join(found[:3])}, which is no address of this machine: right "
-            "behind NAT or a service only"
-        )
+        return f"; {name}{leads_to} is no address of this machine, which is right behind NAT or a service only"
     return ""
 
 
@@ -706,31 +721,38 @@ class Search:
             hosts = " or ".join(dict.fromkeys(lookup.place.host for lookup in self._lookups))
             raise StartError(
                 f"rank 0 did not answer at {hosts} within {waited:.0f} s, says {self.me.where(rank=True)}: "
-                f"{self.describe()}; see its log, or set MASTER_ADDR and MASTER_PORT"
+                f"{self.describe()}; {self._remedy()}"
             )
+
+    def _remedy(self) -> str:
+        found = [address for lookup in self._lookups for address in lookup.addresses]
+        if found and all(map(addresses.is_here, found)):
+            return "see its log; if it is on another machine, set MASTER_ADDR to an address by which others reach that"
+        return "see its log, or set MASTER_ADDR and MASTER_PORT"
 
     def describe(self) -> str:
         """What was found at each address and port so far."""
         found: list[str] = []
         for lookup in self._lookups:
-            place = lookup.place
-            if not lookup.addresses:
-                found.append(f"{_unknown(place, lookup.reason)})")
-            for address in lookup.addresses:
-                found.extend(self._describe(place, address))
+            place, numbers = lookup.place, lookup.addresses
+            name = f"{place.variable}={short(place.host)} is " if numbers != [place.host] else ""
+            each = [one for address in numbers[:MAX_NAMED] for one in self._describe(address)]
+            found.append(f"{name}{', '.join(each)}" if numbers else f"{_unknown(place, lookup.reason)})")
         return "; ".join(dict.fromkeys(found))
 
-    def _describe(self, place: Place, address: str) -> list[str]:
+    def _describe(self, address: str) -> list[str]:
         """One address: ports that answer alike together."""
         alike: dict[str, list[int]] = {}
         for port in self.ports:
             alike.setdefault(self._said.get((address, port), "no answer yet"), []).append(port)
-        name = f"{place.variable}={place.host} " if place.host != address else ""
-        itself = ", which is this machine itself," if addresses.is_here(address) else ""
+        itself = "this machine itself, " if addresses.is_here(address) else ""
         return [
-            f"{name}{endpoint(address, ports[0])}{''.join(f', {port}' for port in ports[1:])}{itself} {said}"
+            f"{endpoint(address, ports[0])}{''.join(f' and {port}' for port in ports[1:])} ({itself}{said})"
             for said, ports in alike.items()
         ]
+
+
+NO_ANSWER = "no answer: filtered, or no machine has this address"
 
 
 def ask(address: str, port: int, token: str | None = None) -> Channel | str:
@@ -740,7 +762,7 @@ def ask(address: str, port: int, token: str | None = None) -> Channel | str:
         token: of the start; None: whoever takes the connection will do.
     """
     connection: socket.socket | None = None
-    said = "no answer: filtered, or no machine has this address"
+    said = NO_ANSWER
     try:
         family, name = addresses.socket_address(address, port)
         connection = socket.socket(family, socket.SOCK_STREAM)
@@ -756,9 +778,11 @@ def ask(address: str, port: int, token: str | None = None) -> Channel | str:
     except TimeoutError:
         pass
     except ConnectionRefusedError:
-        said = "refused: nothing listens there"
+        said = "refused: nothing listens there, or a firewall rejects it"
     except OSError as error:
         said = (error.strerror or str(error)).lower()
+        if error.errno == errno.EHOSTUNREACH:
+            said += ": no machine there has this address, or it is off"
     if connection is not None:
         connection.close()
     return said

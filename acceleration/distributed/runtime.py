@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
@@ -269,6 +269,8 @@ def start(
     else:
         device, backend = torch.device("cpu"), "gloo"
     chosen = network.chosen_interface(interface)
+    if chosen.problem and ranks.world_size == 1:
+        raise _refused(chosen.problem)
     meeting = Meeting(timeout_s, asked, None if ranks.local_rank else say)
     store, peers = unless_asked(asked, meeting.hold, ranks, device_identity(device), chosen)
     order = group_order(peers, mesh)
@@ -383,6 +385,7 @@ class Meeting:
             StartError: as ``start``.
         """
         me, waiting = Peer.here(ranks.rank, ranks.world_size, device), Waiting(self.say, self.asked)
+        me = replace(me, problem=chosen.problem)
         if ranks.world_size == 1:
             store: dist.Store = dist.HashStore()
             peers = [me]

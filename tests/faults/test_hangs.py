@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -164,3 +166,18 @@ def place(rank: int, exchange: str, step: int = 5, state: str = "S (sleeping)") 
 def test_what_to_look_at_first(places: list[RankState], said: list[str], not_said: str) -> None:
     text = verdict(places, 2)
     assert all(part in text for part in said) and not_said not in text
+
+
+def test_a_host_that_is_silent_or_cut_off_is_named() -> None:
+    """All of its ranks in one line; what it has lost is said by its own ranks."""
+    names = ["a", "a", "b", "b"]
+    here, there = (
+        [replace(place(rank, "all_reduce"), host=names[rank]) for rank in ranks] for ranks in ((0, 1), (2, 3))
+    )
+    assert "rank 2, 3 (b): no word, their host is gone or cut off\n" in verdict(here, 4, names)
+    assert "rank 3 (b): no word, its process or its host is gone\n" in verdict([*here, there[0]], 4, names)
+    assert "the network between a, b, or a process" in verdict([*here, *there], 4, names)
+    cut = [replace(one, network="eth0 has no carrier") for one in there]
+    text = verdict([*here, *cut], 4, names)
+    assert re.findall(r"suspect: rank (\d).*; its host: eth0 has no carrier\n", text) == ["2", "3"]
+    assert text.count("suspect") == 2 and "rank 0, 1: step 5, forward: waits in all_reduce" in text

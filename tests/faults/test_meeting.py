@@ -109,7 +109,7 @@ def test_a_port_in_use_is_named() -> None:
         )
     assert str(said[0]).startswith(f"127.0.0.1: port {port} in use by another program")
     assert str(said[1]).startswith("rank 0 did not answer at 127.0.0.1 within")
-    assert f"127.0.0.1:{port}, which is this machine itself, takes connections and says nothing" in str(said[1])
+    assert f"127.0.0.1:{port} (this machine itself, takes connections and says nothing" in str(said[1])
 
 
 def test_who_shares_a_device_is_named() -> None:
@@ -129,7 +129,15 @@ def test_ranges() -> None:
 
 def facts(rank: int, **more: Any) -> Facts:
     return Facts(
-        **{"rank": rank, "host": f"n{rank // 2}", "device": "cpu", "visible": 0, "same": {"code": "a"}, **more}
+        **{
+            "rank": rank,
+            "host": f"n{rank // 2}",
+            "host_id": f"id{rank // 2}",
+            "device": "cpu",
+            "visible": 0,
+            "same": {"code": "a"},
+            **more,
+        }
     )
 
 
@@ -137,7 +145,7 @@ def test_who_differs_is_named() -> None:
     everyone = [facts(rank) for rank in range(6)]
     assert differences(everyone) == []
     everyone[3] = facts(3, same={"code": "b"})
-    assert differences(everyone) == ["code is not the same on all processes: rank 3 has b, the others a"]
+    assert differences(everyone) == ["code is not the same on all processes: rank 3 on n1 has b, the others a"]
 
 
 def test_slow_links_and_mixed_devices_are_named() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from tests.hosts.lab import HostProcess
 
 
-@dataclass
+@dataclass(repr=False)
 class Heard:
     """Lines on standard error of some processes, from when this is made."""
 
@@ -58,7 +58,7 @@ class Heard:
         """Exit codes."""
         return [process.returncode for process in self.processes]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         said = "\n".join(f"{seconds:6.1f} s [{i}] {line}" for seconds, i, line in self.lines)
         return f"exit codes {self.codes()}\n{said}"
 

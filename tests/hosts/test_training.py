@@ -28,42 +28,32 @@ def told(start: str, place: str, lab_address: str) -> dict[str, Any]:
     return {"where": "h0"} if place == "good names" else {}
 
 
-def check(place: str, start: str, hosts: int, per_host: int, make_lab: MakeLab, config: Path, truth: Path) -> None:
-    lab = make_lab(hosts=hosts, **PLACES[place])
-    train(lab, STARTS[start], per_host, config, f"train.steps={STEPS}", **told(start, place, lab.hosts[0].address))
-    assert difference(config.parent / "run", truth) <= TOLERANCE
-
-
+SIZES = ((2, 1), (3, 2), (2, 2), (3, 1))  # hosts, processes on each
 QUICK = (
     ("names to loopback", "torchrun.sh", 2, 1),
     ("wrong names, an interface that leads nowhere", "srun", 2, 1),
     ("IPv6 only", "variables", 3, 1),
 )
+# Every place with every start, and each of these with every size.
+EVERY = [(place, start, *SIZES[(i + j) % 4]) for i, place in enumerate(PLACES) for j, start in enumerate(STARTS)]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in EVERY if case not in QUICK]
 
 
-@pytest.mark.parametrize(("place", "start", "hosts", "per_host"), QUICK)
+@pytest.mark.parametrize(("place", "start", "hosts", "per_host"), [*QUICK, *SLOW])
 def test_hosts_train_as_one_process(
     place: str, start: str, hosts: int, per_host: int, make_lab: MakeLab, config: Path, truth: Path
 ) -> None:
-    check(place, start, hosts, per_host, make_lab, config, truth)
+    """To the end, and to its weights."""
+    lab = make_lab(hosts=hosts, **PLACES[place])
+    train(lab, STARTS[start], per_host, config, f"train.steps={STEPS}", **told(start, place, lab.hosts[0].address))
+    assert difference(config.parent / "run", truth) <= TOLERANCE
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("per_host", [1, 2])
-@pytest.mark.parametrize("hosts", [2, 3])
-@pytest.mark.parametrize("start", STARTS)
-@pytest.mark.parametrize("place", PLACES)
-def test_every_place_and_start(
-    place: str, start: str, hosts: int, per_host: int, make_lab: MakeLab, config: Path, truth: Path
-) -> None:
-    if (place, start, hosts, per_host) in QUICK:
-        pytest.skip("in the default suite")
-    check(place, start, hosts, per_host, make_lab, config, truth)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("first", "then"), [((2, 2), (3, 1)), ((3, 1), (2, 1)), ((3, 2), (1, 2))])
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize(
+    ("start", "first", "then"),
+    [("torchrun.sh", (2, 2), (3, 1)), ("variables", (3, 1), (2, 1)), ("srun", (3, 2), (1, 2))],
+)
 def test_resumed_on_another_number_of_hosts(
     start: str, first: tuple[int, int], then: tuple[int, int], make_lab: MakeLab, config: Path, truth: Path
 ) -> None:

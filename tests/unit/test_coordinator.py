@@ -25,7 +25,7 @@ LIMITS = Limits(timeout_s=100.0, last_call_s=20.0, heartbeat_s=10.0)
 
 
 def about(host: str, **more: Any) -> About:
-    base = About(f"id-{host}", host, 2, 2, 2, 1, "", "train.py name=first", "2.13.0", "3.11", "abc")
+    base = About(f"id-{host}", host, 2, 2, 2, 1, "", "train.py name=first", "seed=3", "2.13.0", "3.11", "abc")
     return replace(base, **more)
 
 
@@ -118,11 +118,16 @@ def test_fewer_than_most_begin_after_the_last_call() -> None:
 
 
 DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
-    "nodes": ({"nodes_max": 4}, "--nodes 2:4 on b, 2 on a"),
-    "restarts": ({"restarts": 5}, "--restarts 5 on b, 1 on a"),
-    "torch": ({"torch": "2.11.0"}, "torch 2.11.0 on b, 2.13.0 on a"),
-    "python": ({"python": "3.12"}, "Python 3.12 on b, 3.11 on a"),
-    "code": ({"code": "def"}, "def on b, abc on a"),
+    "nodes": ({"nodes_max": 4}, "--nodes is not the same: 2:4 on b, 2 on a"),
+    "restarts": ({"restarts": 5}, "--restarts is not the same: 5 on b, 1 on a"),
+    "torch": ({"torch": "2.11.0"}, "torch is not the same: 2.11.0 on b, 2.13.0 on a"),
+    "python": ({"python": "3.12"}, "Python is not the same: 3.12 on b, 3.11 on a"),
+    "code": ({"code": "def"}, "code is not the same: digest def on b, digest abc on a"),
+    "configuration": (
+        {"settings": "optim.lr=1 seed=3"},
+        "configuration is not the same: optim.lr=1 on b, nothing on a",
+    ),
+    "order": ({"settings": "seed=4 seed=3"}, "configuration is not the same: seed=4 on b, nothing on a"),
 }
 
 
@@ -159,7 +164,7 @@ def test_another_run_is_refused_and_disturbs_nobody() -> None:
     assert run.order("a").is_ == "start"
     named = Run(nodes_min=2, nodes_max=2, run="mine")
     named.come("a", run="mine")
-    assert named.come("b", run="mine", command="train.py folder=b").is_ != "end"
+    assert named.come("b", run="mine", command="train.py", settings="folder=b").is_ != "end"
 
 
 def test_one_machine_too_many_is_refused_when_the_others_are_known_to_live() -> None:
@@ -227,7 +232,8 @@ def test_a_host_that_dies_is_named_in_time(cut: str, after_s: float) -> None:
     run.pass_time(after_s - 0.1, "b")
     assert run.order("a").is_ == "start"
     run.pass_time(1.5, "b")
-    assert run.order("a").is_ == "end" and run.order("a").code == 1 and run.order("a").text.startswith("b is gone: ")
+    assert run.order("a").is_ == "end" and run.order("a").code == 1
+    assert run.order("a").text.startswith("error: b is gone: ")
 
 
 def test_a_connection_that_comes_back_is_no_failure() -> None:
@@ -322,7 +328,16 @@ def test_damaged_lines_are_messages_or_refused(message: Message) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    [b"", b"GET / HTTP/1.1\r", b"null", b"[" * 20000, b'{"a":' * 5000, b"9" * 20000, b"\x16\x03\x01", b"x" * LINE_BYTES],
+    [
+        b"",
+        b"GET / HTTP/1.1\r",
+        b"null",
+        b"[" * 20000,
+        b'{"a":' * 5000,
+        b"9" * 20000,
+        b"\x16\x03\x01",
+        b"x" * LINE_BYTES,
+    ],
 )
 def test_strangers_are_no_launchers(line: bytes) -> None:
     with pytest.raises(ProtocolError):

@@ -1,6 +1,7 @@
 """Before a run is built: acceleration/diagnostics/preflight.py, with this run's code, configuration and disk."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from acceleration.diagnostics.preflight import PreflightError, preflight
@@ -25,8 +26,11 @@ def check_processes(cfg: RunConfig, runtime: Runtime, links: Path | None = None)
     Raises:
         UserError: code, configuration or torch differ, or a device is shared; names the ranks.
     """
+    common = replace(
+        cfg, parallel=replace(cfg.parallel, interface="")
+    )  # interfaces may be called otherwise on each host
     try:
-        report = preflight(runtime, {"code": code_digest(), "configuration": config_hash(cfg)})
+        report = preflight(runtime, {"code": code_digest(), "configuration": config_hash(common)})
     except PreflightError as error:
         raise UserError(str(error)) from None
     announce(report.summary)

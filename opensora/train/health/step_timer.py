@@ -107,4 +107,5 @@ def start_timer(cfg: RunConfig, runtime: Runtime) -> StepTimer:
     name = [f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"]  # a hang of an earlier start must not end this one
     dist.broadcast_object_list(name, src=0)
     folder = (cfg.folder / "hangs" / name[0]).absolute()
-    return StepTimer(cfg, Watchdog(folder, runtime.rank, runtime.world_size, hang_s(cfg)))
+    hosts = [peer.host for peer in runtime.peers]
+    return StepTimer(cfg, Watchdog(folder, runtime.rank, runtime.world_size, hang_s(cfg), hosts))
