@@ -219,7 +219,9 @@ def measure(cfg: MMDiTConfig, layout: Layout, runtime: runtimes.Runtime, steps: 
     seconds, counted = [], 0
     for number in range(1, steps + 1):
         dist.barrier()
-        before, begun = bytes_sent(interface), time.perf_counter()
+        before = bytes_sent(interface)
+        dist.barrier()  # no process of this host has begun before all have looked
+        begun = time.perf_counter()
         step(number)
         dist.barrier()
         seconds.append(time.perf_counter() - begun)

@@ -224,7 +224,7 @@ def test_time_is_of_the_slower_link() -> None:
 
 def forecast(tmp_path: Path, capsys: pytest.CaptureFixture[str], rates: Links, *more: str) -> dict[str, Any]:
     rates.write(tmp_path / "links.json")
-    command = ["--world", str(sum(rates.processes)), "--links", str(tmp_path), "--top", "3", "--json", *more]
+    command = ["--world", str(sum(rates.processes)), "--links", str(tmp_path), "--top", "1", "--json", *more]
     assert main([str(ROOT / "configs/train/stage1.yaml"), *command]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
