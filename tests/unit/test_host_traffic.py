@@ -240,6 +240,7 @@ def test_hybrid_sharding_where_hosts_are_slow(tmp_path: Path, capsys: pytest.Cap
     assert equal["hybrid"] is None or equal["hybrid"].endswith("not faster")
 
 
+@pytest.mark.slow
 def test_hybrid_sharding_that_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rates = Links(processes=(2,) * 8, within=4e11, between=1e9)
     found = forecast(tmp_path, capsys, rates, "data.micro_batches=16", "--memory-gib", "60")
