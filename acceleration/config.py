@@ -105,10 +105,8 @@ class ParallelConfig:
     offload: Literal["none", "optimizer", "parameters"] = "none"  # what is in CPU memory; docs/parallel.md says more
     prefetch: int = 0  # blocks gathered ahead of their use; 0: as FSDP2 does by itself, one ahead in backward
     timeout_s: int = 600  # longest wait for a peer before the run fails
-    interface: str = (
-        ""  # network interface that processes on CPU tensors talk over, as eth0; empty: found from the routing
-    )
-    # table; GLOO_SOCKET_IFNAME wins over it, and NCCL_SOCKET_IFNAME chooses that of nccl
+    # GLOO_SOCKET_IFNAME wins over it; NCCL_SOCKET_IFNAME chooses that of nccl, which is left alone.
+    interface: str = ""  # network interface of gloo; eth0,ens3: the first that a host has; empty: where hosts have met
 
     LIMITS: ClassVar[Limits] = {"prefetch": _BLOCKS, "timeout_s": (30 * 24 * 3600, "30 days")}
 

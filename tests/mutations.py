@@ -57,6 +57,11 @@ STILLS = "tests/reference/test_sampling.py::test_stills_of_a_table"
 WHOLE = "tests/reference/test_sampling.py::test_from_training_to_pixels[adamw]"
 WITH_ADAPTERS = "tests/reference/test_sampling.py::test_from_training_to_pixels[adapters]"
 
+OWN_ADDRESSES, OWN_NETWORK, RANK_0, FINDING, STARTING = (
+    f"acceleration/distributed/{name}.py" for name in ("addresses", "network", "rendezvous", "search", "runtime")
+)
+ADDRESS_TEST, CHOICE_TEST = (f"tests/unit/{name}.py::test_" for name in ("test_addresses", "test_network"))
+MEETINGS = "tests/faults/test_meeting_fuzz.py::test_any_meeting_ends_in_one_of_two_ways"
 GARBAGE, BORDERS = "opensora/train/garbage_collection.py", "tests/unit/test_garbage_collection.py"
 STEP, LOOP = "opensora/train/preparation.py", "opensora/train/loop.py"
 SETUP, WEIGHTS, DATA = "opensora/train/setup.py", "opensora/assembly/initial_weights.py", "opensora/train/step_data.py"
@@ -500,6 +505,80 @@ TABLE: tuple[Mutation, ...] = (
         "gc.collect()",
         "gc.get_count()",
         f"{BORDERS}::test_every_border_frees_the_cycles_of_its_step",
+    ),
+    # Processes that meet: which address is whose, who is there twice, what chooses an interface.
+    Mutation(
+        "every address that can be bound is here",
+        OWN_ADDRESSES,
+        "return _same(source_address(address), address)",
+        "return True",
+        f"{ADDRESS_TEST}a_machine_that_may_bind_to_any_address",
+    ),
+    Mutation(
+        "IPv4 by an IPv6 socket is IPv6",
+        OWN_ADDRESSES,
+        "return str(parsed.ipv4_mapped)",
+        "return str(parsed)",
+        f"{ADDRESS_TEST}ends_of_connections",
+    ),
+    Mutation(
+        "temporary addresses are relied on",
+        OWN_ADDRESSES,
+        "if not int(own[4], 16) & _TEMPORARY:",
+        "if True:",
+        f"{ADDRESS_TEST}temporary_addresses_are_not_relied_on",
+    ),
+    Mutation(
+        "loopback for other hosts",
+        OWN_NETWORK,
+        "outward = [one for one in outward if not is_loopback(one)]",
+        "outward = [met for met in [me.address, *outward] if met]",
+        f"{CHOICE_TEST}address_of_a_host",
+    ),
+    Mutation(
+        "the key wins over the variable",
+        OWN_NETWORK,
+        "[*given, (KEY, configured.strip())][0]",
+        "[*given, (KEY, configured.strip())][-1]",
+        f"{CHOICE_TEST}who_chooses",
+    ),
+    Mutation(
+        "gloo takes the first address",
+        OWN_NETWORK,
+        'listen_at(me.address if other else "")',
+        'listen_at("")',
+        f"{CHOICE_TEST}what_gloo_is_told",
+    ),
+    Mutation(
+        "one host leaves loopback",
+        OWN_NETWORK,
+        "key=lambda one: not is_loopback(one[0])",
+        "key=lambda one: is_loopback(one[0])",
+        f"{CHOICE_TEST}within_a_host_it_is_loopback",
+    ),
+    Mutation("ranks may be there twice", RANK_0, "if twin is None:", "if True:", MEETINGS),
+    Mutation("versions are not compared", RANK_0, "peer.problem or misfits([self.me, peer])", "peer.problem", MEETINGS),
+    Mutation("another job is ours", FINDING, "if words[1:2] != [token]:", "if not words[1:2]:", MEETINGS),
+    Mutation(
+        "the first address only",
+        FINDING,
+        "for address in one.addresses for port",
+        "for address in one.addresses[:1] for port",
+        MEETINGS,
+    ),
+    Mutation(
+        "names are asked once",
+        FINDING,
+        "while not self._over.is_set():\n            try:",
+        "while not self.tried.is_set():\n            try:",
+        MEETINGS,
+    ),
+    Mutation(
+        "one step of SLURM per host",
+        STARTING,
+        'if launcher != "slurm":',
+        "if False:",
+        f"{CHOICE_TEST}tokens_are_the_same_on_all_hosts_of_a_start",
     ),
     # Models that keep time and space apart.
     Mutation(

@@ -176,6 +176,27 @@ def interfaces() -> dict[str, list[str]]:
     return {name: sorted(own, key=lambda one: (is_link_local(one), ":" in one)) for name, own in found.items()}
 
 
+def lasting(address: str, table: str = "/proc/net/if_inet6") -> str:
+    """The address itself, or in place of a temporary IPv6 address that of the same interface and network that stays.
+
+    Connections are made from temporary addresses (RFC 8981), as they do not name the machine; they go after some days.
+    """
+    try:
+        with open(table) as file:
+            rows = [line.split() for line in file]
+        mine = ipaddress.IPv6Address(address.partition("%")[0])
+        own = next(row for row in rows if int(row[0], 16) == int(mine))
+        if not int(own[4], 16) & _TEMPORARY:
+            return address
+        network = ipaddress.IPv6Network((int(mine), int(own[2], 16)), strict=False)
+        others = [row for row in rows if row[5] == own[5] and not int(row[4], 16) & (_TEMPORARY | _UNUSABLE)]
+        found = (ipaddress.IPv6Address(int(row[0], 16)) for row in others)
+        return next((str(one) for one in found if one in network), address)
+    except (OSError, ValueError, IndexError, StopIteration):
+        return address
+
+
+_TEMPORARY, _UNUSABLE = 0x01, 0x08 | 0x20 | 0x40  # flags of an address; duplicate, deprecated, not yet tried
 UP = 0x1  # IFF_UP
 _SIZES = {socket.AF_INET: 16, socket.AF_INET6: 28}  # of struct sockaddr_in and sockaddr_in6
 

@@ -11,12 +11,12 @@ import torch.distributed as dist
 
 from acceleration.distributed import addresses
 from acceleration.distributed.peers import Peer, misfits, ranges, shared_devices
-from acceleration.distributed.rendezvous import (
+from acceleration.distributed.rendezvous import RendezvousServer
+from acceleration.distributed.search import (
     ANSWER_S,
     MAX_PAUSE_S,
     PAUSE_S,
     Place,
-    RendezvousServer,
     Search,
     StartError,
     Waiting,
@@ -81,14 +81,16 @@ def _hosted(server: RendezvousServer, timeout_s: float) -> dist.TCPStore:
         return dist.TCPStore(here, server.port, world, True, limit, wait_for_workers=False, master_listen_fd=descriptor)
 
 
-def agent_store(me: Peer, place: Place, port: int, timeout_s: float, waiting: Waiting) -> tuple[dist.Store, list[Peer]]:
+def agent_store(
+    me: Peer, places: Sequence[Place], port: int, timeout_s: float, waiting: Waiting
+) -> tuple[dist.Store, list[Peer]]:
     """The store that torchrun's agent hosts, and all ranks.
 
     Raises:
         StartError: it was not found, or as ``check_in``.
     """
     begun = time.monotonic()
-    with closing(Search(me, [place], [port], ask).find(timeout_s, waiting)) as channel:
+    with closing(Search(me, places, [port], ask).find(timeout_s, waiting)) as channel:
         address = channel.remote
         me = replace(me, address="" if addresses.is_here(address) else channel.local)
     left = max(ANSWER_S, timeout_s - (time.monotonic() - begun))

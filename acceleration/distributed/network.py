@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from acceleration.distributed import addresses, gloo_address
 from acceleration.distributed.addresses import endpoint, is_loopback
 from acceleration.distributed.meeting import awaited
 from acceleration.distributed.peers import Peer, ranges, ranks_by_host
-from acceleration.distributed.rendezvous import ANSWER_S, MAX_NAMED, NO_ANSWER, Channel, StartError, Waiting, ask
+from acceleration.distributed.search import ANSWER_S, MAX_NAMED, NO_ANSWER, Channel, StartError, Waiting, ask
 from acceleration.files.untrusted import short
 
 VARIABLES = ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME")  # usual ones that choose an interface, first to last
@@ -46,16 +46,17 @@ def chosen_interface(configured: str, env: Mapping[str, str] = os.environ) -> Ch
     given = [(name, env.get(name, "").strip()) for name in VARIABLES]
     given = [one for one in given if one[1] and not (env is os.environ and one == (VARIABLES[0], _ours))]
     by, value = [*given, (KEY, configured.strip())][0]
-    there = addresses.interfaces()
-    if there:
-        for name in value.split(",") if value else []:
-            if not there.get(name):
-                listed = ", ".join(f"{one} ({', '.join(own[:3])})" for one, own in sorted(there.items()))
-                problem = (
-                    f"{by}={short(value)}: no such network interface on {socket.gethostname()}, or it has no address"
-                )
-                return Chosen(name, by, f"{problem}; there are {listed}; choose one of them, or none")
-    return Chosen(value.split(",")[0], by if value else "")
+    names, there = [name.strip() for name in value.split(",") if name.strip()], addresses.interfaces()
+    found = [name for name in names if there.get(name)]
+    if not names:
+        return Chosen("", "")
+    if (
+        not there or len(found) == len(names) or (found and by == KEY)
+    ):  # the key is for all hosts, a variable for this one
+        return Chosen((found or names)[0], by)
+    listed = ", ".join(f"{one} ({', '.join(own[:3])})" for one, own in sorted(there.items()))
+    problem = f"{by}={short(value)}: no such network interface on {socket.gethostname()}, or it has no address"
+    return Chosen(names[0], by, f"{problem}; there are {listed}; choose one of them, or none")
 
 
 def settle(
@@ -80,12 +81,16 @@ def settle(
     me, leaders = peers[rank], [peers[ranks[0]] for ranks in hosts.values()]
     inside, limit = dist.PrefixStore("network", store), min(timeout_s, LOOK_S)
     if me not in leaders:
-        at = _read(inside, leaders, limit, waiting)
+        at = _places(inside, limit, waiting)
         _judged(inside, limit, waiting)
     else:
-        with closing(_Listener(_own_address(me, leaders, chosen), me.host_id)) as listener:
-            inside.set(f"at/{me.host_id}", json.dumps(listener.at))
-            at = _read(inside, leaders, limit, waiting)
+        with ExitStack() as opened:
+            own = _own_addresses(me, leaders, chosen)
+            listeners = [opened.enter_context(closing(_Listener(address, me.host_id))) for address in own]
+            inside.set(f"at/{me.host_id}", json.dumps([listener.at for listener in listeners]))
+            if rank == 0:
+                _collect(inside, leaders, limit, waiting)
+            at = _places(inside, limit, waiting)
             inside.set(f"reached/{me.host_id}", json.dumps(_unreached(me, leaders, at)))
             if rank == 0:
                 _judge(inside, peers, at, limit, waiting)
@@ -128,20 +133,40 @@ def _within_host(chosen: Chosen) -> tuple[str, str]:
     return min(every, key=lambda one: not is_loopback(one[0]), default=("", ""))
 
 
-def _own_address(me: Peer, leaders: Sequence[Peer], chosen: Chosen) -> str:
-    """This host's address for the others: where they met, or where the routing table leaves to them; empty if none."""
+def _own_addresses(me: Peer, leaders: Sequence[Peer], chosen: Chosen) -> list[str]:
+    """This host's addresses for the others, best first, at most one of IPv4 and one of IPv6.
+
+    Where the hosts met, or where the routing table leaves to the others; and of the same interface the other family.
+    """
     others = [peer.address for peer in leaders if peer.host_id != me.host_id and peer.address]
     outward = [me.address] if me.address and not is_loopback(me.address) else []
     for other in others[:MAX_NAMED]:
         with suppress(OSError):
             outward.append(addresses.source_address(other))
     outward = [one for one in outward if not is_loopback(one)]
+    own = addresses.interfaces().get(chosen.interface or (addresses.interface_of(outward[0]) if outward else ""), [])
     if chosen.interface:
-        own = addresses.interfaces().get(chosen.interface, [])
-        outward = [one for one in outward if one in own] or sorted(
-            own, key=lambda one: bool(outward) and (":" in one) != (":" in outward[0])
-        )
-    return outward[0] if outward else ""
+        family = bool(outward) and ":" in outward[0]
+        outward = [one for one in outward if one in own] or sorted(own, key=lambda one: (":" in one) != family)
+    outward += [one for one in own if not addresses.is_link_local(one)]
+    best = {":" in address: addresses.lasting(address) for address in reversed(outward)}
+    return [best.pop(":" in address) for address in outward if (":" in address) in best]
+
+
+At = tuple[str, str, int]  # where a host listens: address, interface and port
+
+
+def _agreed(every: Mapping[str, Sequence[At]]) -> dict[str, At]:
+    """Of every host the address of the family that all have: gloo connects no IPv4 with an IPv6 address.
+
+    Args:
+        every: all of each host, best first; rank 0's host first, whose best family wins if all have it.
+    """
+    for first, *_ in next(iter(every.values())):
+        found = {host: [one for one in own if (":" in one[0]) == (":" in first)] for host, own in every.items()}
+        if all(found.values()):
+            return {host: own[0] for host, own in found.items()}
+    return {host: own[0] if own else ("", "", 0) for host, own in every.items()}
 
 
 class _Listener:
@@ -150,12 +175,11 @@ class _Listener:
     def __init__(self, address: str, host_id: str) -> None:
         self._socket: socket.socket | None = None
         port = 0
-        if address:
-            with suppress(OSError):
-                family, name = addresses.socket_address(address, 0)
-                self._socket = socket.create_server(name, family=family, backlog=1024)
-                port = self._socket.getsockname()[1]
-        self.at = (address, addresses.interface_of(address) if address else "", port)
+        with suppress(OSError):
+            family, name = addresses.socket_address(address, 0)
+            self._socket = socket.create_server(name, family=family, backlog=1024)
+            port = self._socket.getsockname()[1]
+        self.at: At = (address, addresses.interface_of(address), port)
         self._answer = f"{host_id}\n".encode()
         threading.Thread(target=self._serve, name="network", daemon=True).start()
 
@@ -174,21 +198,34 @@ class _Listener:
             self._socket.close()
 
 
-def _read(
-    inside: dist.Store, leaders: Sequence[Peer], limit: float, waiting: Waiting
-) -> dict[str, tuple[str, str, int]]:
-    """(address, interface, port) of every host, by host_id."""
-    found = {}
+def _collect(inside: dist.Store, leaders: Sequence[Peer], limit: float, waiting: Waiting) -> None:
+    """Let all know where every host listens, or which host does not say so: one key for all, as there may be many."""
+    found: dict[str, list[At]] = {}
     for peer in leaders:
         text = awaited(inside, f"at/{peer.host_id}", limit, waiting, f"waiting for the address of {peer.where()}")
         if text is None:
-            raise StartError(f"{peer.where(rank=True)} came, and said no more within {limit:.0f} s: see its log")
-        address, interface, port = json.loads(text)
-        found[peer.host_id] = (str(address), str(interface), int(port))
-    return found
+            problem = f"{peer.where(rank=True)} came, and said no more within {limit:.0f} s: see its log"
+            inside.set("at", json.dumps({"problem": problem}))
+            time.sleep(ANSWER_S / 2)  # the others read it before the store is gone
+            return
+        found[peer.host_id] = [
+            (str(address), str(interface), int(port)) for address, interface, port in json.loads(text)
+        ]
+    inside.set("at", json.dumps(_agreed(found)))
 
 
-def _unreached(me: Peer, leaders: Sequence[Peer], at: Mapping[str, tuple[str, str, int]]) -> dict[str, str]:
+def _places(inside: dist.Store, limit: float, waiting: Waiting) -> dict[str, At]:
+    """Where every host listens, by host_id."""
+    text = awaited(inside, "at", limit + ANSWER_S, waiting, "waiting for the addresses of all hosts")
+    if text is None:
+        raise StartError(f"rank 0 was gone before all hosts had said where they are within {limit:.0f} s: see its log")
+    found = json.loads(text)
+    if "problem" in found:
+        raise StartError(str(found["problem"]))
+    return {host: (str(address), str(interface), int(port)) for host, (address, interface, port) in found.items()}
+
+
+def _unreached(me: Peer, leaders: Sequence[Peer], at: Mapping[str, At]) -> dict[str, str]:
     """Why this host does not reach another, by host_id; nothing for those it reaches."""
     others = [peer for peer in leaders if peer.host_id != me.host_id and at[peer.host_id][2]]
     with ThreadPoolExecutor(PROBES) as pool:
@@ -209,9 +246,7 @@ def _probe(peer: Peer, address: str, interface: str, port: int) -> str:
     return "no answer (filtered, or another network)" if reason == NO_ANSWER else reason
 
 
-def _verdict(
-    inside: dist.Store, peers: Sequence[Peer], at: Mapping[str, tuple[str, str, int]], limit: float, waiting: Waiting
-) -> str:
+def _verdict(inside: dist.Store, peers: Sequence[Peer], at: Mapping[str, At], limit: float, waiting: Waiting) -> str:
     """What keeps the hosts from one another, in words; empty if nothing does."""
     hosts = ranks_by_host(peers)
     name = {one: f"host {peers[ranks[0]].host} (rank {ranges(ranks)})" for one, ranks in hosts.items()}
@@ -231,9 +266,7 @@ def _verdict(
     return f"{'; '.join(found[: MAX_NAMED // 2])}{more}{remedy}" if found else ""
 
 
-def _judge(
-    inside: dist.Store, peers: Sequence[Peer], at: Mapping[str, tuple[str, str, int]], limit: float, waiting: Waiting
-) -> None:
+def _judge(inside: dist.Store, peers: Sequence[Peer], at: Mapping[str, At], limit: float, waiting: Waiting) -> None:
     """Let all know the verdict, also that it is bad, before the store ends with rank 0."""
     verdict = _verdict(inside, peers, at, limit, waiting)
     inside.set("verdict", verdict)

@@ -10,13 +10,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -29,7 +28,7 @@ from acceleration.distributed.agreement import Interrupted
 from acceleration.distributed.meeting import agent_store, rendezvous
 from acceleration.distributed.peers import Peer
 from acceleration.distributed.placement import place
-from acceleration.distributed.rendezvous import Place, StartError, Waiting
+from acceleration.distributed.search import Place, StartError, Waiting
 from acceleration.files.untrusted import parsing, short
 
 T = TypeVar("T")
@@ -137,11 +136,15 @@ def rendezvous_from_environment(env: Mapping[str, str] = os.environ) -> tuple[st
 def places_from_environment(ranks: Ranks, env: Mapping[str, str] = os.environ) -> list[Place]:
     """Where the others may find rank 0, best first.
 
-    MASTER_ADDR; else the first host of a SLURM step, and since its name may lead nowhere, or to whoever asks, the
-    addresses that SLURM tells of the machine where the step was started: rank 0 is often there.
+    MASTER_ADDR, and this machine itself where torchrun says that rank 0 is on it: torchrun gives a name that this
+    machine need not know. Else the first host of a SLURM step, and since its name may lead nowhere, or to whoever asks,
+    the addresses that SLURM tells of the machine where the step was started: rank 0 is often there.
     """
     if _text(env, "MASTER_ADDR"):
-        return [Place(_text(env, "MASTER_ADDR"), "MASTER_ADDR", expected=ranks.launcher == "torchrun")]
+        chosen = Place(_text(env, "MASTER_ADDR"), "MASTER_ADDR", expected=ranks.launcher == "torchrun")
+        with_rank_0 = _text(env, "GROUP_RANK") == "0" or _text(env, "LOCAL_WORLD_SIZE") == str(ranks.world_size)
+        here = with_rank_0 and ranks.launcher == "torchrun"
+        return [chosen, *([Place("127.0.0.1", "GROUP_RANK")] if here else [])]
     name = next((name for name in _NODE_LISTS if _text(env, name)), "")
     first = [Place(first_host(env[name], name), name)] if name else [Place("127.0.0.1", "MASTER_ADDR")]
     return first + [Place(_text(env, other), other) for other in _LAUNCHED_AT if _text(env, other)]
@@ -278,7 +281,8 @@ def start(
     network.use(peers[ranks.rank], chosen)
     if ranks.rank == 0 and (line := network.describe(peers)):
         say(line)
-    with parsing(partial(_no_group, backend, peers[ranks.rank])):
+    connecting = Connecting(store, backend, peers, ranks.rank)
+    with connecting.announced(Waiting(meeting.say, asked)), parsing(connecting.failure):
         dist.init_process_group(
             backend,
             store=dist.PrefixStore("group", store),
@@ -308,12 +312,46 @@ def group_order(peers: Sequence[Peer], mesh: MeshConfig | None) -> list[int]:
     return sorted(range(len(peers)), key=ranks.__getitem__)
 
 
-def _no_group(backend: str, me: Peer, reason: str) -> StartError:
-    """What the library of ``backend`` found wrong with this machine, and the variable that chooses its interface."""
-    name = f"{backend.upper()}_SOCKET_IFNAME"
-    reason = re.sub(r"^\[enforce fail at [^\]]*\]\s*", "", reason)
-    where = f"{me.where()}, interface {me.interface}" if me.interface else me.where()
-    return StartError(f"{backend} cannot connect the processes, says {where} ({reason}); {name} chooses the interface")
+class Connecting:
+    """While the library of a backend connects the processes, which says little about whom it waits for."""
+
+    def __init__(self, store: dist.Store, backend: str, peers: Sequence[Peer], rank: int) -> None:
+        """``rank``: of this process, as the launcher numbers it."""
+        self._store, self._backend, self._peers, self._me = store, backend, peers, peers[rank]
+        with suppress(dist.DistError, RuntimeError):  # the same will come to light in a moment
+            store.set(f"connecting/{rank}", "1")
+
+    @contextmanager
+    def announced(self, waiting: Waiting) -> Iterator[None]:
+        """A line says what is waited for if it takes long."""
+        done = threading.Event()
+
+        def look() -> None:
+            while not done.wait(ASK_S):
+                waiting.look(lambda: f"{self._me.where(rank=True)} waits for {self._backend} to connect all processes")
+
+        threading.Thread(target=look, name="connecting", daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
+
+    def failure(self, reason: str) -> StartError:
+        """What the library found wrong, who has not come so far, and the variable that chooses the interface."""
+        name = f"{self._backend.upper()}_SOCKET_IFNAME"
+        reason = re.sub(r"^\[enforce fail at [^\]]*\]\s*", "", reason)
+        interface = f", interface {self._me.interface}" if self._me.interface else ""
+        return StartError(
+            f"{self._backend} cannot connect the processes, says {self._me.where(rank=True)}{interface} "
+            f"({reason}){self._behind()}; {name} chooses the interface"
+        )
+
+    def _behind(self) -> str:
+        try:
+            behind = [peer for peer in self._peers if not self._store.check([f"connecting/{peer.rank}"])]
+        except (dist.DistError, RuntimeError):
+            return f"; {self._peers[0].where(rank=True)} has ended"
+        return f"; not there: {', '.join(peer.where(rank=True) for peer in behind[:8])}" if behind else ""
 
 
 def check_visible_devices(env: Mapping[str, str] = os.environ) -> None:
@@ -398,7 +436,7 @@ class Meeting:
         """Hosted by the launcher if it does so, else by rank 0."""
         places, (_, port) = places_from_environment(ranks), rendezvous_from_environment()
         if ranks.launcher == "torchrun" and _text(os.environ, "TORCHELASTIC_USE_AGENT_STORE") == "True":
-            return agent_store(me, places[0], port, self.timeout_s, waiting)
+            return agent_store(me, places, port, self.timeout_s, waiting)
         hosts = hosts_of_ranks(ranks.world_size) if ranks.launcher == "slurm" else {}
         token, ports = attempt_token(ranks.launcher), candidate_ports(port)
         return rendezvous(me, places, ports, token, self.timeout_s, waiting, hosts)

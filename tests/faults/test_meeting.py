@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ import torch
 
 from acceleration.diagnostics import preflight
 from acceleration.diagnostics.preflight import Facts, assess, differences
-from acceleration.distributed import rendezvous as meetings
+from acceleration.distributed import rendezvous as servers
 from acceleration.distributed import runtime as runtimes
+from acceleration.distributed import search
+from acceleration.distributed.addresses import interface_of
 from acceleration.distributed.meeting import rendezvous
 from acceleration.distributed.peers import Peer, ranges
-from acceleration.distributed.rendezvous import Place, RendezvousServer, Waiting
+from acceleration.distributed.rendezvous import RendezvousServer
 from acceleration.distributed.runtime import Runtime
+from acceleration.distributed.search import Place, StartError, Waiting
 from opensora.cli.main import run_cli
 from opensora.cli.train import main as train_main
 from opensora.config.load import load_config
@@ -91,6 +95,16 @@ def test_ranks_meet_past_strangers() -> None:
     silent.close(), talker.close(), other.close()
 
 
+def test_copies_of_a_running_machine_are_hosts_of_their_own() -> None:
+    """They say that they are one host, but come from an address that is not here."""
+    with closing(RendezvousServer(peer(0, 3), free_ports(1), "job")) as server:
+        assert server._placed(peer(1, 3), "127.0.0.1") == peer(1, 3)
+        one, other = (server._placed(peer(1, 3), f"192.0.2.{number}") for number in (77, 78))
+        assert len({peer(0, 3).host_id, one.host_id, other.host_id}) == 3
+        elsewhere = peer(1, 3, host_id="another")
+        assert server._placed(elsewhere, "192.0.2.77") == elsewhere
+
+
 def test_who_does_not_come_is_named() -> None:
     ports = free_ports(1)
     said = in_threads(*(lambda rank=rank: meet(peer(rank, 5), ports, timeout_s=1) for rank in (0, 2)))
@@ -129,15 +143,7 @@ def test_ranges() -> None:
 
 def facts(rank: int, **more: Any) -> Facts:
     return Facts(
-        **{
-            "rank": rank,
-            "host": f"n{rank // 2}",
-            "host_id": f"id{rank // 2}",
-            "device": "cpu",
-            "visible": 0,
-            "same": {"code": "a"},
-            **more,
-        }
+        **{"rank": rank, "host": f"n{rank // 2}", "device": "cpu", "visible": 0, "same": {"code": "a"}, **more}
     )
 
 
@@ -222,7 +228,7 @@ def test_an_address_that_is_none(
     name: str, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alone(monkeypatch, MASTER_ADDR=name)
-    monkeypatch.setattr(meetings, "RESOLVE_S", 0.5)
+    monkeypatch.setattr(servers, "RESOLVE_S", 0.5)
     monkeypatch.setattr(sys, "argv", ["train.py", str(config), "parallel.timeout_s=600"])
     with pytest.raises(SystemExit) as caught:
         run_cli(train_main)
@@ -245,7 +251,7 @@ def test_a_name_that_is_known_late(monkeypatch: pytest.MonkeyPatch) -> None:
 
     known = socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    monkeypatch.setattr(meetings, "RESOLVE_PAUSE_S", 0.01)
+    monkeypatch.setattr(search, "RESOLVE_PAUSE_S", 0.01)
     ports = free_ports(1)
     found = in_threads(*(lambda rank=rank: meet(peer(rank, 2), ports, host="node1") for rank in range(2)))
     assert len(found[1][1]) == 2 and len(asked) >= 3
@@ -283,3 +289,70 @@ def test_nobody_comes_and_the_signal_ends_the_wait(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(runtimes, "GRACE_S", 0.3)
     with pytest.raises(Interrupted):
         runtimes.unless_asked(lambda: True, threading.Event().wait)
+
+
+# --- after all have come
+
+
+def start_beside_one_that_does_not(limit_s: int) -> str:
+    """What rank 0 says when rank 1 has come, and then does nothing more."""
+
+    def idle(*_: Any) -> None:
+        time.sleep(3 * limit_s)
+        raise StartError("idle")
+
+    if os.environ["RANK"] == "1":
+        runtimes.Connecting = idle  # type: ignore[assignment,misc]
+    with pytest.raises(StartError) as caught:
+        runtimes.start(limit_s)
+    return str(caught.value)
+
+
+def test_who_is_not_there_when_a_backend_connects_is_named() -> None:
+    (said, _) = run_distributed(start_beside_one_that_does_not, 2, 4, timeout=60, init=False)
+    assert said.startswith("gloo cannot connect the processes, says rank 0 on ") and "\n" not in said
+    assert "; not there: rank 1 on " in said and said.endswith("; GLOO_SOCKET_IFNAME chooses the interface")
+
+
+def start_all() -> Any:
+    """What a process knows after a start in which the launcher hosts the store, as torchrun does."""
+    os.environ.pop("GLOO_SOCKET_IFNAME")
+    runtime = runtimes.start(60)
+    peers = [(one.rank, one.host, one.address, one.interface) for one in runtime.peers]
+    chosen = os.environ.get("GLOO_SOCKET_IFNAME")
+    runtimes.stop()
+    return peers, chosen
+
+
+def test_processes_of_one_host_talk_over_loopback() -> None:
+    found = run_distributed(start_all, 2, timeout=60, init=False)
+    loopback = interface_of("127.0.0.1")
+    peers = [(rank, socket.gethostname(), "127.0.0.1", loopback) for rank in range(2)]
+    assert found == [(peers, loopback)] * 2
+
+
+def start_as_differing(field: str, value: Any) -> tuple[str, int]:
+    """Rank 1 is not like rank 0."""
+    interface = ""
+    if os.environ["RANK"] == "1" and field == "interface":
+        interface = value
+        os.environ.pop("GLOO_SOCKET_IFNAME")
+    elif os.environ["RANK"] == "1":
+        real = Peer.here.__func__  # type: ignore[attr-defined]
+        Peer.here = classmethod(lambda cls, *args: replace(real(cls, *args), **{field: value}))  # type: ignore[method-assign]
+    with pytest.raises(StartError) as caught:
+        runtimes.start(30, interface=interface)
+    return str(caught.value), caught.value.exit_code
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("torch", "2.0", "the version of torch is not the same on all processes (rank 0 on "),
+        ("world_size", 5, "the number of processes (WORLD_SIZE) is not the same on all processes (rank 0 on "),
+        ("interface", "nothere0", "parallel.interface=nothere0: no such network interface on "),
+    ],
+)
+def test_who_differs_is_named_by_all_where_the_launcher_hosts_the_store(field: str, value: Any, said: str) -> None:
+    found = run_distributed(start_as_differing, 2, field, value, timeout=60, init=False)
+    assert found[0] == found[1] and found[0][0].startswith(said) and found[0][1] == 2

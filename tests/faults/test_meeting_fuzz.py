@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from acceleration.distributed import addresses, rendezvous
+from acceleration.distributed import addresses, rendezvous, search
 from acceleration.distributed.peers import Peer
-from acceleration.distributed.rendezvous import Channel, Place, RendezvousServer, StartError, Waiting, ask, join
+from acceleration.distributed.rendezvous import RendezvousServer
+from acceleration.distributed.search import Channel, Place, Search, StartError, Waiting, ask, join
 
 CASES, AT_ONCE = 300, 24
 LIMIT_S = 0.8  # of a start that cannot go well
@@ -76,10 +77,27 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         return ask(address, port, token)
 
     monkeypatch.setattr(addresses, "resolve", Names().resolve)
-    monkeypatch.setattr(rendezvous, "ask", fake)
-    for name, value in (("PAUSE_S", 0.02), ("RESOLVE_PAUSE_S", 0.02), ("RESOLVE_S", 0.4), ("LINGER_S", 0.4)):
-        monkeypatch.setattr(rendezvous, name, value)
-    monkeypatch.setattr(rendezvous, "ANSWER_S", 0.4)
+    quicker = {
+        "PAUSE_S": 0.02,
+        "RESOLVE_PAUSE_S": 0.02,
+        "RESOLVE_S": 0.4,
+        "LINGER_S": 0.4,
+        "ANSWER_S": 0.4,
+        "ask": fake,
+    }
+    for module in (rendezvous, search):
+        for name, value in quicker.items():
+            monkeypatch.setattr(module, name, value, raising=False)
+
+
+def free_ports(rng: random.Random) -> Iterator[int]:
+    """Ports, each once, that nothing on this machine uses."""
+    for port in rng.sample(range(20000, 30000), 10000):
+        try:
+            socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True).close()
+        except OSError:
+            continue
+        yield port
 
 
 def drawn(rng: random.Random, ports: Iterator[int]) -> Case:
@@ -167,7 +185,7 @@ def come(case: Case, peer: Peer, name: str, delay: float, limit_s: float) -> Any
                 server.dismiss()
             return [one.rank for one in peers]
         if peer.rank == case.leaver:
-            rendezvous.Search(peer, [place], case.ports, lambda a, p: rendezvous.ask(a, p, "token")).find(
+            Search(peer, [place], case.ports, lambda address, port: search.ask(address, port, "token")).find(
                 limit_s, waiting
             ).close()
             return StartError("left")
@@ -204,7 +222,7 @@ def outcomes(case: Case) -> list[Any]:
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_any_meeting_ends_in_one_of_two_ways(quick: None) -> None:
     rng = random.Random(20261129)
-    ports = iter(rng.sample(range(20000, 30000), 3 * CASES))
+    ports = free_ports(rng)
     cases = [drawn(rng, ports) for _ in range(CASES)]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         ended = list(pool.map(outcomes, cases))

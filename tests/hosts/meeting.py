@@ -28,7 +28,8 @@ def meet() -> None:
 def sockets() -> None:
     """Only the first part of a start, which needs no torch: rank, world size, port, limit, and names of rank 0."""
     from acceleration.distributed.peers import Peer
-    from acceleration.distributed.rendezvous import Place, RendezvousServer, Waiting, join
+    from acceleration.distributed.rendezvous import RendezvousServer
+    from acceleration.distributed.search import Place, Waiting, join
 
     rank, world_size, port, limit_s = map(int, sys.argv[2:6])
     me, places = Peer.here(rank, world_size), [Place(host, "MASTER_ADDR", expected=True) for host in sys.argv[6:]]

@@ -105,7 +105,20 @@ def test_every_network(names: str, family: str, way: str, make_lab: MakeLab) -> 
         for host, local in places
     ]
     found = met(lab, start(lab, env))
-    assert found["peers"] == [[host.name, host.addresses[0], "eth0"] for host, _ in places]
+    used = [next(one for one in host.addresses if one == found["peers"][i][1]) for i, (host, _) in enumerate(places)]
+    assert len({":" in one for one in used}) == 1
+    assert found["peers"] == [[host.name, one, "eth0"] for (host, _), one in zip(places, used, strict=True)]
+
+
+@pytest.mark.slow
+def test_a_name_that_is_of_another_family_on_each_host(make_lab: MakeLab) -> None:
+    """They meet by IPv4 and by IPv6, and talk by one of them."""
+    lab = make_lab(hosts=3, names="none", family="both")
+    for host, address in zip(lab.hosts[1:], lab.hosts[0].addresses, strict=True):
+        host.set_hosts_file(f"{address} server\n")
+    env = [variables(lab, host, 0, 1, "server" if host.index else host.address) for host in lab.hosts]
+    found = met(lab, start(lab, env))
+    assert found["peers"] == [[host.name, host.address, "eth0"] for host in lab.hosts]
 
 
 @pytest.mark.slow

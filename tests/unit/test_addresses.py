@@ -5,6 +5,7 @@ import random
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from acceleration.distributed.addresses import (
     is_here,
     is_link_local,
     is_loopback,
+    lasting,
     parse_endpoint,
     resolve,
     source_address,
@@ -116,6 +118,23 @@ def test_where_the_routing_table_leaves_from() -> None:
             assert is_here(source_address(own))
     with pytest.raises(OSError):
         source_address("localhost")
+
+
+def test_temporary_addresses_are_not_relied_on(tmp_path: Path) -> None:
+    table = tmp_path / "if_inet6"
+    rows = (
+        ("fd770000000000000000000000000abc", "40", "01"),
+        ("fd770000000000010000000000000001", "40", "80"),  # of another network
+        ("fd770000000000000000000000000005", "40", "20"),  # deprecated
+        ("fd770000000000000000000000000006", "40", "80"),
+        ("fd780000000000000000000000000abc", "40", "01"),  # has no lasting one beside it
+    )
+    table.write_text("".join(f"{one} 02 {bits} 00 {flags}     eth0\n" for one, bits, flags in rows))
+    assert lasting("fd77::abc", str(table)) == "fd77::6"
+    for address in ("fd77::6", "fd77::5", "fd78::abc", "fd79::1", "10.0.0.1", "fe80::1%eth0", "nonsense"):
+        assert lasting(address, str(table)) == address
+    assert lasting("fd77::abc", str(tmp_path / "none")) == "fd77::abc"
+    assert all(is_here(lasting(own)) for own in OWN)
 
 
 def test_endpoints_are_written_and_read() -> None:
