@@ -176,6 +176,7 @@ def work(model: MMDiTConfig, names: Sequence[str], steps: int) -> None:
         runtimes.stop()
     if runtime.is_main:
         rates = {"within_gb_s": network.within / 1e9, "between_gb_s": network.between / 1e9, "gflops": flops / 1e9}
+        rates |= {"within_ms": network.latency_within * 1e3, "between_ms": network.latency_between * 1e3}
         print(json.dumps({**rates, "rows": rows}))
 
 
@@ -218,7 +219,9 @@ def measure(cfg: MMDiTConfig, layout: Layout, runtime: runtimes.Runtime, steps: 
     seconds, counted = [], 0
     for number in range(1, steps + 1):
         dist.barrier()
-        before, begun = bytes_sent(interface), time.perf_counter()
+        before = bytes_sent(interface)
+        dist.barrier()  # no process of this host has begun before all have looked
+        begun = time.perf_counter()
         step(number)
         dist.barrier()
         seconds.append(time.perf_counter() - begun)
@@ -264,7 +267,8 @@ def report(rate: float, found: dict[str, Any]) -> None:
     set_to = f"{rate:g} Mbit/s" if rate else "no limit"
     print(
         f"\n{set_to}: measured {found['between_gb_s'] * 8e3:.0f} Mbit/s from a host to the other, "
-        f"{found['within_gb_s']:.2f} GB/s within one, {found['gflops']:.1f} GFLOP/s per process"
+        f"{found['within_gb_s']:.2f} GB/s within one; an exchange beside its bytes {found['between_ms']:.1f} and "
+        f"{found['within_ms']:.1f} ms; {found['gflops']:.1f} GFLOP/s per process"
     )
     print(f"{'layout':<18}{'predicted MiB':>14}{'counted MiB':>13}{'ratio':>8}{'step s':>9}{'planned s':>11}")
     for row in sorted(found["rows"], key=lambda row: row["step_s"]):

@@ -101,6 +101,13 @@ FRAMES, STATED = (
     for name in ("frames_are_exchanged_where_there_are_enough", "the_profile_states_slots_switches_and_order")
 )
 COUNTED = FACTORED + "test_layouts_of_any_size_count_on_the_meta_device_what_is_predicted[degrees1-full-fp64]"
+PLACEMENT, HOST_TRAFFIC = "acceleration/distributed/placement.py", "acceleration/accounting/host_traffic.py"
+NETWORK, LINKS = "opensora/planner/network.py", "tests/unit/test_host_traffic.py::"
+FEWEST, BY_HAND, SPLIT = (
+    "tests/unit/test_placement.py::test_no_arrangement_has_fewer_groups_across_hosts[8]",
+    LINKS + "test_by_hand",
+    LINKS + "test_within_hosts_and_between_them_is_all[factored]",
+)
 OPERATIONS = FACTORED + "test_operations_are_those_that_torch_counts[batch0]"
 
 TABLE: tuple[Mutation, ...] = (
@@ -589,6 +596,26 @@ TABLE: tuple[Mutation, ...] = (
     Mutation("heads of one tensor process taken for all", LAYOUT, "heads // self._tensor, self", "heads, self", FRAMES),
     Mutation("masks sent as numbers", RANK, ".get(dtype, dtype.itemsize)", ".get(dtype, compute)", COUNTED),
     Mutation("switches run again to the end", VOLUME, "(again.around and switch.reruns)", "again.around", COUNTED),
+    # Ranks on hosts, and the bytes that leave one.
+    Mutation(
+        "hosts as the launcher names them",
+        PLACEMENT,
+        "min(consecutive, packed,",
+        "min(consecutive, consecutive,",
+        FEWEST,
+    ),
+    Mutation("smallest pieces first", PLACEMENT, "sorted((1, *inner), reverse=True)", "sorted((1, *inner))", FEWEST),
+    Mutation("no pair that fills a block", PLACEMENT, "todo[host] + todo[b] == size", "False", FEWEST),
+    Mutation("parts counted from the first process", HOST_TRAFFIC, "rank // stride % degree", "rank // stride", SPLIT),
+    Mutation("gloo reduces as it scatters", HOST_TRAFFIC, '"gloo": 2', '"gloo": 1', BY_HAND),
+    Mutation("all heads leave the host", VOLUME, "sum(compress(by_process, counted))", "sum(by_process)", SPLIT),
+    Mutation(
+        "both processes have a link of their own",
+        NETWORK,
+        "count * crosses / self.between)",
+        "count * bool(crosses) / self.between)",
+        LINKS + "test_time_is_of_the_slower_link",
+    ),
     Mutation("text of cross-attention cut", PROFILE, 'return any("txt" in', 'return True or any("txt" in', STATED),
     Mutation(
         "as many keys as queries",

@@ -30,7 +30,7 @@ from acceleration.accounting.rank_layout import MicroBatch, Peers, RankLayout
 from acceleration.config import ParallelConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.distributed.mesh import AXES, FSDP, REPLICATE, Axis
-from acceleration.distributed.rendezvous import ranges
+from acceleration.distributed.peers import ranges
 
 REDUCTIONS = {"gloo": 2, "nccl": 1}  # how often a reduce-scatter sends what it has to send
 NAMED = 8  # hosts that are named in the line about them

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,11 +19,14 @@ from acceleration.sharding.fsdp import ALL_GATHER, REDUCE_SCATTER
 T = TypeVar("T")
 NAME = "links.json"  # in the folder of a run
 FIRST = {"cpu": 1 << 20, "cuda": 1 << 26}  # bytes of the first try
+FEW = 64  # of an exchange whose bytes take no time
 MOST = 1 << 28  # of one that is measured
 LEAST_S = 0.1  # that it should take: a short one is over before the link's own buffers are full
 ROUNDS, LONG_S = 3, 1.0  # how often, but once where one takes longer
-FIELDS = {"processes", "within", "between", "device"}
-MAX_HOSTS, MAX_RATE = 10**6, 1e15
+FIELDS = {"processes", "within", "between", "latency_within", "latency_between", "device"}
+TURNS = 16  # of work and an exchange, to find what an exchange takes beside its bytes
+SIDE = 256  # of the matrices that are multiplied between two exchanges
+MAX_HOSTS, MAX_RATE, MAX_LATENCY_S = 10**6, 1e15, 3600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,9 @@ class Links:
     processes: tuple[int, ...]  # of every host, in the order of ranks
     within: float | None  # from every process to others of its host, in what sharding does; None: no host has two
     between: float | None  # from every host to another one, all its processes together; None: there is one host
+    # Seconds that an exchange of a few bytes adds to the work before it: processes wait for the slowest. 0: unknown.
+    latency_within: float = 0.0
+    latency_between: float = 0.0
     device: str = ""  # kind of device between which it was measured
 
     def write(self, path: Path) -> None:
@@ -54,13 +60,18 @@ class Links:
         found = parse_json(read_small(path / NAME if path.is_dir() else path, 1 << 24), ValueError)
         if not isinstance(found, dict) or not {"processes", "within", "between"} <= found.keys() <= FIELDS:
             raise ValueError("must hold processes, within and between, as preflight writes them")
+        waits = {name: found.get(name, 0.0) for name in ("latency_within", "latency_between")}
         counts, rates = found["processes"], (found["within"], found["between"])
         if not isinstance(counts, list) or not counts or not all(type(n) is int and 0 < n <= MAX_HOSTS for n in counts):
             raise ValueError("processes: must be a list of the number of processes of every host")
         for name, rate in zip(("within", "between"), rates, strict=True):
             if rate is not None and not (type(rate) in (int, float) and 0 < rate <= MAX_RATE):
                 raise ValueError(f"{name}: must be a number of bytes/s > 0, or null")
-        return cls(processes=tuple(counts), within=rates[0], between=rates[1], device=str(found.get("device", "")))
+        for name, seconds in waits.items():
+            if not (type(seconds) in (int, float) and 0 <= seconds <= MAX_LATENCY_S):
+                raise ValueError(f"{name}: must be a number of seconds from 0 to {MAX_LATENCY_S:g}")
+        device = str(found.get("device", ""))
+        return cls(processes=tuple(counts), within=rates[0], between=rates[1], device=device, **waits)
 
 
 def measure(runtime: Runtime, hosts: Sequence[Hashable], device: str = "") -> Links:
@@ -76,14 +87,18 @@ def measure(runtime: Runtime, hosts: Sequence[Hashable], device: str = "") -> Li
     for rank, host in enumerate(hosts):
         members.setdefault(host, []).append(rank)
     groups = list(members.values())
-    within = between = None
+    found = Links(processes=tuple(map(len, groups)), within=None, between=None, device=device)
     if any(len(group) > 1 for group in groups):
-        within = _rate_within(groups, runtime)
+        neighbours = {a: b for group in groups if len(group) > 1 for a, b in _turned(group)}
+        latency = _latency(_sending(neighbours, FEW, runtime), runtime)
+        found = replace(found, within=_rate_within(groups, runtime), latency_within=latency)
     if len(groups) > 1:
         receivers = {rank: there[i % len(there)] for here, there in _turned(groups) for i, rank in enumerate(here)}
         nbytes, seconds = _timed(lambda nbytes: _sending(receivers, nbytes, runtime), runtime)
         between = min(nbytes * len(group) / max(seconds[rank] for rank in group) for group in groups)
-    return Links(processes=tuple(map(len, groups)), within=within, between=between, device=device)
+        latency = _latency(_sending(receivers, FEW, runtime), runtime)
+        found = replace(found, between=between, latency_between=latency)
+    return found
 
 
 def _turned(one: Sequence[T]) -> list[tuple[T, T]]:
@@ -123,11 +138,29 @@ def _sending(receivers: dict[int, int], nbytes: int, runtime: Runtime) -> Callab
 
     def send() -> None:
         transfers = [dist.P2POp(dist.irecv, x, sender) for x, sender in zip(incoming, senders, strict=True)]
-        transfers.append(dist.P2POp(dist.isend, buffer, receivers[runtime.rank]))
-        for work in dist.batch_isend_irecv(transfers):
+        if runtime.rank in receivers:
+            transfers.append(dist.P2POp(dist.isend, buffer, receivers[runtime.rank]))
+        for work in dist.batch_isend_irecv(transfers) if transfers else ():
             work.wait()
 
     return send
+
+
+def _latency(exchange: Callable[[], None], runtime: Runtime) -> float:
+    """Seconds that an exchange of a few bytes takes among work that it interrupts, beyond the work by itself."""
+    matrix = torch.zeros(SIDE, SIDE, device=runtime.device)
+
+    def work() -> None:
+        for _ in range(TURNS):
+            matrix @ matrix
+
+    def both() -> None:
+        for _ in range(TURNS):
+            matrix @ matrix
+            exchange()
+
+    alone, together = (sorted(max(_once(what, runtime)) for _ in range(ROUNDS)) for what in (work, both))
+    return max(0.0, together[ROUNDS // 2] - alone[ROUNDS // 2]) / TURNS
 
 
 def _timed(made_for: Callable[[int], Callable[[], None]], runtime: Runtime) -> tuple[int, list[float]]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from acceleration import protocol
 from acceleration.accounting import comm_volume, host_traffic, peak_memory
 from acceleration.accounting.activation_memory import Timeline, assemble, interpolate, spread, timeline
+from acceleration.accounting.exchange_count import step_exchanges
 from acceleration.accounting.model_profile import ModelProfile, ShardUnit, Sizes
 from acceleration.accounting.peak_memory import Footprint
 from acceleration.accounting.profiling import profile_of
@@ -262,7 +263,9 @@ class Forecaster:
             shared = mesh["ring"].degree * (batch.degree or mesh["ulysses"].degree) * mesh["tensor"].degree
             speed = device.flops * EFFICIENCY * shared / count
             compute, inside = compute + every / speed, inside + attention / speed
-        seconds = network.seconds({name: mesh[name].degree for name in meshes.AXES}, place.cfg.zero, sent)
+        exchanges = step_exchanges(self.structure, place, batches)
+        degrees = {name: mesh[name].degree for name in meshes.AXES}
+        seconds = network.seconds(degrees, place.cfg.zero, sent, exchanges)
         hidden = {} if self.device_type == "cpu" else {FSDP: compute, "ring": inside}
         return compute + sum(max(0.0, s - hidden.get(axis, 0.0)) for axis, s in seconds.items())
 

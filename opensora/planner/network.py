@@ -20,6 +20,8 @@ class Network:
     processes: tuple[int, ...]  # of every host
     within: float  # bytes/s of a process to others of its host
     between: float  # bytes/s of a host to other hosts
+    latency_within: float = 0.0  # seconds that an exchange takes beside its bytes, among processes of a host
+    latency_between: float = 0.0  # and of several
     is_measured: bool = False
 
     @classmethod
@@ -44,23 +46,28 @@ class Network:
                 raise ValueError(f"measured on hosts of {hosts} processes, which {world} are not")
             counts = (counts[0],) * (world // counts[0])
         within, between = links.within or device.node_bandwidth, links.between or device.net_bandwidth * max(counts)
-        return cls(counts, within, between, is_measured=True)
+        return cls(counts, within, between, links.latency_within, links.latency_between, is_measured=True)
 
     @property
     def most(self) -> int:
         """Processes of the largest host."""
         return max(self.processes)
 
-    def seconds(self, degrees: Mapping[str, int], zero: int, sent: Mapping[str, float]) -> dict[str, float]:
-        """Axis -> time to send so many bytes from every process along it, all at the same time.
+    def seconds(
+        self, degrees: Mapping[str, int], zero: int, sent: Mapping[str, float], exchanges: Mapping[str, int]
+    ) -> dict[str, float]:
+        """Axis -> time of so many exchanges, and bytes from every process along it, all at the same time.
 
-        A process's bytes at the rate within its host, or what leaves a host at the host's rate: what takes longer.
+        A process's bytes at the rate within its host, or what leaves a host at the host's rate: what takes longer. And
+        for every exchange what it takes beside its bytes.
         """
         leaving = _leaving(self.processes, tuple(degrees[axis] for axis in AXES), zero)
-        return {
-            axis: max(count / self.within, count * leaving.get(axis, 0.0) / self.between)
-            for axis, count in sent.items()
-        }
+        found = {}
+        for axis, count in sent.items():
+            crosses = leaving.get(axis, 0.0)
+            latency = self.latency_between if crosses else self.latency_within
+            found[axis] = max(count / self.within, count * crosses / self.between) + latency * exchanges.get(axis, 0)
+        return found
 
     def leaving_host(self, degrees: Mapping[str, int], zero: int, sent: Mapping[str, float]) -> float:
         """Bytes that leave a host, the one of most, where every process sends so many along each axis."""

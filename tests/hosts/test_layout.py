@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from benchmarks.hosts import IN_TURNS, LAYOUTS, in_lab, start_in_any_order
 from opensora.cli.forecast import main
 from opensora.utils.metrics_log import read_metrics
 from tests.hosts.conftest import MakeLab
-from tests.hosts.training import TRAIN, all_said, arguments, difference, finish
+from tests.hosts.training import STEPS, TRAIN, all_said, arguments, difference, finish
 
 pytestmark = pytest.mark.timeout(600)
 RATIO = (1.0, 1.1)  # of counted to predicted bytes: headers, acknowledgements and messages of a few bytes are counted
@@ -47,23 +48,23 @@ def test_every_layout(numbering: tuple[int, ...], names: Any) -> None:
 def test_a_run_says_and_records_what_crosses(
     make_lab: MakeLab, config: Path, truth: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Three processes and one, in turns: the same weights as on one, the line, the records, rates for the planner."""
+    """In turns on two hosts: the weights of one process, the line, the records, rates for the planner."""
     lab = make_lab(hosts=2, names="loopback", mtu=9000)
-    # As truth, but where nothing stands still a step is logged by itself.
-    command = [*TRAIN, *arguments(config, "parallel.mesh.ulysses=2", "parallel.zero=3", "train.log_every=1")]
-    processes = start_in_any_order(lab, IN_TURNS, ["python", *command])
+    command = [*TRAIN, *arguments(config, "parallel.mesh.ulysses=2", "parallel.zero=3", f"train.steps={STEPS}")]
+    processes = start_in_any_order(lab, IN_TURNS, [sys.executable, *command])
     assert not any(finish(processes)), all_said(processes)
     said = processes[0].err
-    line = re.search(r"2 hosts: h0 has rank 0-1 \(the launcher's 0, 2\), .* sends the others (\S+) KiB per step", said)
+    line = re.search(r"2 hosts: h0 has rank 0-1 \(the launcher's 0, 2\), .* sends the others 17.2 MiB per step", said)
     assert line, said
     assert re.search(r"preflight: 4 processes on 2 hosts.* \S+ GB/s within its host, a host \S+ GB/s to others", said)
     run = config.parent / "run"
     assert difference(run, truth) <= 1e-10
     records, _ = read_metrics(run / "metrics.jsonl")
-    assert len(records) >= 4
+    assert len(records) == STEPS
     for record in records:
-        # A model of a few thousand weights: messages without weights in them are most of what is sent.
-        assert record["comm/hosts_gib"] > record["comm/hosts_predicted_gib"] > 0
+        counted, predicted = record["comm/hosts_gib"], record["comm/hosts_predicted_gib"]
+        assert RATIO[0] <= counted / predicted <= RATIO[1], record
+    assert records[0]["comm/hosts_predicted_gib"] == pytest.approx(17.2 / 2**10, rel=0.01)  # as the line said
     links = Links.read(run)
     assert links.processes == (2, 2) and links.between and links.within
     assert main([str(config), "--world", "4", "--device", "cpu", "--links", str(run), "--json"]) == 0

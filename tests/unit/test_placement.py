@@ -61,7 +61,7 @@ def locals_of(*degrees: int) -> dict[str, int]:
 def test_no_arrangement_has_fewer_groups_across_hosts(world: int) -> None:
     """At every level at once, and of those with as few the hosts of all groups are as few as can be, too."""
     for sizes in sorted({tuple(block_sizes(mesh)) for mesh in meshes_of(world)}):
-        for counts in compositions(world, 4 if world < 8 else 3):
+        for counts in compositions(world, 4):
             costs = [cost(one, sizes) for one in arrangements(counts)]
             found = cost(arrange(counts, sizes), sizes)
             assert found == min(costs), (counts, sizes)
