@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from acceleration.config import MeshConfig
-from acceleration.distributed.runtime import Ranks, ranks_from_environment
+from acceleration.distributed.launcher_variables import Ranks, ranks_from_environment
 from opensora.assembly.encoders import Encoders
 from opensora.assembly.stored_features import encoder_dtype, identity, identity_hash
 from opensora.config.run import RunConfig

@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from acceleration.diagnostics import links
 from acceleration.diagnostics.links import Links
+from acceleration.distributed.peers import ranges
 from acceleration.distributed.placement import host_names
-from acceleration.distributed.rendezvous import ranges
 from acceleration.distributed.runtime import Runtime
 
 SLOW = 4.0  # a link or a device this many times slower than the median of its kind is named

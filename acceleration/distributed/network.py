@@ -19,8 +19,8 @@ import torch.distributed as dist
 from acceleration.distributed import addresses, gloo_address
 from acceleration.distributed.addresses import endpoint, is_loopback
 from acceleration.distributed.meeting import awaited
-from acceleration.distributed.peers import Peer, ranges, ranks_by_host
-from acceleration.distributed.search import ANSWER_S, MAX_NAMED, NO_ANSWER, Channel, StartError, Waiting, ask
+from acceleration.distributed.peers import MAX_NAMED, Peer, ranges, ranks_by_host
+from acceleration.distributed.search import ANSWER_S, NO_ANSWER, Channel, StartError, Waiting, ask
 from acceleration.files.untrusted import short
 
 VARIABLES = ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME")  # usual ones that choose an interface, first to last

@@ -3,13 +3,14 @@
 import json
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from acceleration.distributed import addresses
 
+MAX_NAMED = 8  # hosts or addresses in one line
 PROTOCOL = 2  # of what is said at a rendezvous and written in the store; raised when either changes
 
 
@@ -140,3 +141,15 @@ def ranges(numbers: Sequence[int]) -> str:
         else:
             runs.append([number])
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def with_hosts(ranks: Sequence[int], host_of: Mapping[int, str]) -> str:
+    """``rank 2-5 (n2: 2-3, n3: 4-5)``; without hosts where they are not known."""
+    by_host: dict[str, list[int]] = {}
+    for rank in ranks:
+        by_host.setdefault(host_of.get(rank, ""), []).append(rank)
+    if list(by_host) in ([], [""]):
+        return f"rank {ranges(ranks)}"
+    named = [f"{host or 'unknown host'}: {ranges(them)}" for host, them in by_host.items()]
+    more = f", and {len(named) - MAX_NAMED} more hosts" if len(named) > MAX_NAMED else ""
+    return f"rank {ranges(ranks)} ({', '.join(named[:MAX_NAMED])}{more})"

@@ -7,7 +7,6 @@ and keeps the connection until rank 0 says that all have come, or why they will 
 """
 
 import contextlib
-import errno
 import json
 import secrets
 import selectors
@@ -21,13 +20,13 @@ from typing import Any
 
 from acceleration.distributed import addresses
 from acceleration.distributed.addresses import endpoint
-from acceleration.distributed.peers import PROTOCOL, Peer, misfits, ranges, shared_devices
+from acceleration.distributed.listening import allow_files, listen
+from acceleration.distributed.peers import PROTOCOL, Peer, misfits, shared_devices, with_hosts
 from acceleration.distributed.search import (
     ANSWER_S,
     GIVE,
     GREETING,
     MAX_BYTES,
-    MAX_NAMED,
     PAUSE_S,
     RESOLVE_PAUSE_S,
     RESOLVE_S,
@@ -84,9 +83,9 @@ class RendezvousServer:
         self._visitors: set[_Visitor] = set()
         self._complete = threading.Event()  # all have come, or there is a problem
         self._lock = threading.RLock()
-        _allow_files(4 * me.world_size + 1024)  # a connection here, then one of the store, and those of groups
+        allow_files(4 * me.world_size + 1024)  # a connection here, then one of the store, and those of groups
         self._wake, self._woken = socket.socketpair()
-        self._listener, self.port = _listen(me, ports, token, places)
+        self._listener, self.port = listen(me, ports, token, places)
         self._thread = threading.Thread(target=self._serve, name="rendezvous", daemon=True)
         self._thread.start()
         if me.problem:
@@ -148,7 +147,7 @@ class RendezvousServer:
         missing, world = self._missing(), self.me.world_size
         return (
             f"rank 0 on {self.me.host} waits at port {self.port} for {len(missing)} of {world} processes: "
-            f"{_with_hosts(missing, self._hosts())}{self._who_left(missing)}"
+            f"{with_hosts(missing, self._hosts())}{self._who_left(missing)}"
         )
 
     def _hosts(self) -> Mapping[int, str]:
@@ -308,7 +307,7 @@ class RendezvousServer:
         missing, world = self._missing(), self.me.world_size
         return (
             f"{world - len(missing)} of {world} processes came within {timeout_s:.0f} s; missing: "
-            f"{_with_hosts(missing, self._hosts())}; see their logs{self._who_left(missing)}; {self._likely(missing)}"
+            f"{with_hosts(missing, self._hosts())}; see their logs{self._who_left(missing)}; {self._likely(missing)}"
         )
 
     def _likely(self, missing: Sequence[int]) -> str:
@@ -318,7 +317,8 @@ class RendezvousServer:
         where = ", ".join(endpoint(one, self.port) for one in outward[:4]) or f"port {self.port}"
         text = f"rank 0 listens on {self.me.host} at {where}"
         odd = "".join(_leads(place, self._found, outward) for place in self.places[:1])
-        return text + (odd or f", where nothing of {_them(missing)} arrived: {NOT_COME}")
+        them = "it" if len(missing) == 1 else "them"
+        return text + (odd or f", where nothing of {them} arrived: {NOT_COME}")
 
     def _own_address(self, peers: Sequence[Peer]) -> str:
         """The end at which another host's connection arrived; on one host, that of any."""
@@ -373,62 +373,6 @@ class RendezvousServer:
             visitor.channel.close()
 
 
-def _allow_files(count: int) -> None:
-    """As many open files for this process as the system lets it have, where that is not enough."""
-    with suppress(ImportError, OSError, ValueError):  # ImportError: Windows
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = count if hard == resource.RLIM_INFINITY else min(count, hard)
-        if soft != resource.RLIM_INFINITY and soft < most:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-
-
-def _listen(me: Peer, ports: Sequence[int], token: str, places: Sequence[Place]) -> tuple[socket.socket, int]:
-    """A listening socket on all addresses of this machine, at the first port that is free."""
-    reason = "in use by another program"
-    for port in ports:
-        try:
-            return _bound(port), port
-        except PermissionError as error:
-            reason = (error.strerror or str(error)).lower()
-        except OSError:
-            answer = ask("127.0.0.1", port, token)
-            if isinstance(answer, Channel):
-                with contextlib.closing(answer):
-                    problem = introduce(answer, me) or StartError(f"port {port} of {me.host}: another rank 0 is there")
-                raise problem from None
-    where = places[0].host if places else me.host
-    raise StartError(f"{where}: port {ranges(sorted(ports))} {reason}; set MASTER_ADDR and a free MASTER_PORT")
-
-
-def _bound(port: int) -> socket.socket:
-    """For IPv4 and IPv6; for IPv4 alone where the system has no other."""
-    try:
-        listener = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
-    except OSError:
-        return _bound_to(socket.socket(socket.AF_INET, socket.SOCK_STREAM), "0.0.0.0", port)
-    try:
-        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        return _bound_to(listener, "::", port)
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise
-        return _bound_to(socket.socket(socket.AF_INET, socket.SOCK_STREAM), "0.0.0.0", port)
-
-
-def _bound_to(listener: socket.socket, address: str, port: int) -> socket.socket:
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # an attempt that just ended is no obstacle
-        listener.bind((address, port))
-        listener.listen(4096)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
 def _leads(place: Place, found: list[str] | str, outward: Sequence[str]) -> str:
     """What is odd about where the others look for rank 0, if they know its name as this machine does.
 
@@ -452,19 +396,3 @@ def _leads(place: Place, found: list[str] | str, outward: Sequence[str]) -> str:
 
 
 NOT_COME = "not started, started with RANK=0 too, looking elsewhere (MASTER_ADDR, MASTER_PORT), or filtered"
-
-
-def _them(ranks: Sequence[int]) -> str:
-    return "it" if len(ranks) == 1 else "them"
-
-
-def _with_hosts(ranks: Sequence[int], host_of: Mapping[int, str]) -> str:
-    """``rank 2-5 (n2: 2-3, n3: 4-5)``; without hosts where they are not known."""
-    by_host: dict[str, list[int]] = {}
-    for rank in ranks:
-        by_host.setdefault(host_of.get(rank, ""), []).append(rank)
-    if list(by_host) in ([], [""]):
-        return f"rank {ranges(ranks)}"
-    named = [f"{host or 'unknown host'}: {ranges(them)}" for host, them in by_host.items()]
-    more = f", and {len(named) - MAX_NAMED} more hosts" if len(named) > MAX_NAMED else ""
-    return f"rank {ranges(ranks)} ({', '.join(named[:MAX_NAMED])}{more})"

@@ -20,7 +20,7 @@ from typing import Any
 
 from acceleration.distributed import addresses
 from acceleration.distributed.addresses import endpoint
-from acceleration.distributed.peers import Peer
+from acceleration.distributed.peers import MAX_NAMED, Peer
 from acceleration.files.untrusted import short
 
 GREETING = "opensora"
@@ -33,7 +33,6 @@ RESOLVE_S, RESOLVE_PAUSE_S = 10.0, 1.0  # how long an unknown name is looked up 
 FIRST_LINE_S, MAX_LINE_PAUSE_S = 5.0, 50.0  # of waiting: until a line says for whom, and the longest until the next
 MAX_BYTES = 1 << 16  # of one line
 MAX_TARGETS = 64  # addresses and ports that are asked at the same time
-MAX_NAMED = 8  # hosts or addresses in one line
 NO_ANSWER = "no answer: filtered, or no machine has this address"
 GIVE = "give the name or the address of the machine of rank 0"
 

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from acceleration.config import OptimConfig, ParallelConfig
+from acceleration.distributed.launcher_variables import ranks_from_environment
 from acceleration.distributed.mesh import Mesh
-from acceleration.distributed.runtime import ranks_from_environment
 from acceleration.engines.base import Accept
 from acceleration.engines.flat import MOMENTS, FlatEngine, Run
 from acceleration.optim.optimizers import build_optimizer

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from acceleration.accounting import host_traffic
+from acceleration.distributed import launcher_variables
 from acceleration.distributed import mesh as meshes
 from acceleration.distributed import runtime as runtimes
 from acceleration.distributed.placement import host_names
@@ -208,7 +209,7 @@ def sample(cfg: SampleConfig) -> list[str]:
         UserError: what the user can mend, before the process group exists where possible.
     """
     jobs, source = read_jobs(cfg), find_source(cfg)
-    world_size = runtimes.ranks_from_environment().world_size
+    world_size = launcher_variables.ranks_from_environment().world_size
     check_layout(cfg.parallel.mesh, world_size, source.model)
     check_attention(cfg.parallel.attention)
     check_guidance(cfg.parallel.mesh, world_size, cfg.sampling)

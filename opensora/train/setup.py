@@ -15,6 +15,7 @@ from acceleration.checkpoint import SaveError as SaveError  # what saving raises
 from acceleration.diagnostics import links
 from acceleration.diagnostics.lost_peers import naming_lost_peers
 from acceleration.diagnostics.memory_usage import device_bytes, machine_bytes
+from acceleration.distributed import launcher_variables
 from acceleration.distributed import mesh as meshes
 from acceleration.distributed import runtime as runtimes
 from acceleration.distributed.agreement import Interrupted as Interrupted  # what building raises, for the command line
@@ -71,12 +72,12 @@ def start_run(cfg: RunConfig) -> Run:
         UserError: what the user can mend, before the process group exists where possible.
         Interrupted: a process was asked to stop meanwhile.
     """
-    ranks = runtimes.ranks_from_environment()
-    runtimes.check_visible_devices()
+    ranks = launcher_variables.ranks_from_environment()
+    launcher_variables.check_visible_devices()
     table, plan = check(cfg, ranks.world_size)
     if not cfg.data.features:
         api.require(cfg.data.decoder)
-    runtimes.check_meeting(ranks)  # before the run's folder is made
+    launcher_variables.check_meeting(ranks)  # before the run's folder is made
     if device_bytes() is None:  # the machine that it is started on, which a submitting one need not be
         check_memory(cfg, ranks.world_size, machine_bytes())
     check_validation(cfg, ranks.world_size)

@@ -20,7 +20,7 @@ import pytest
 
 from acceleration.checkpoint import newest
 from acceleration.checkpoint.atomic_dir import read_manifest
-from acceleration.distributed.runtime import candidate_ports, rendezvous_from_environment
+from acceleration.distributed.launcher_variables import candidate_ports, rendezvous_from_environment
 from tests.conftest import ROOT
 from tests.integration import conftest as integration
 

@@ -10,8 +10,8 @@ from torch import nn
 from acceleration import protocol
 from acceleration.blocks import activation_checkpoint
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, RecomputeConfig
+from acceleration.distributed.launcher_variables import first_host, ranks_from_environment, rendezvous_from_environment
 from acceleration.distributed.mesh import resolve, view
-from acceleration.distributed.runtime import first_host, ranks_from_environment, rendezvous_from_environment
 from acceleration.optim.ema import EMA
 from acceleration.optim.optimizers import ema_decay_at, lr_at
 from acceleration.sequence import SequenceParallel

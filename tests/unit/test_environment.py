@@ -7,8 +7,7 @@ import sys
 
 import pytest
 
-from acceleration.distributed.rendezvous import StartError
-from acceleration.distributed.runtime import (
+from acceleration.distributed.launcher_variables import (
     Ranks,
     candidate_ports,
     check_meeting,
@@ -18,6 +17,7 @@ from acceleration.distributed.runtime import (
     rendezvous_from_environment,
     restart_count,
 )
+from acceleration.distributed.rendezvous import StartError
 from opensora.utils.console import launched_rank
 from opensora.utils.errors import one_line
 from tests.conftest import ROOT

@@ -8,9 +8,15 @@ from dataclasses import replace
 import pytest
 
 from acceleration.distributed import addresses, gloo_address, network
+from acceleration.distributed.launcher_variables import (
+    Ranks,
+    all_hosts,
+    attempt_token,
+    hosts_of_ranks,
+    places_from_environment,
+)
 from acceleration.distributed.network import Chosen, chosen_interface, describe, use
 from acceleration.distributed.peers import Peer, misfits, ranks_by_host, shared_devices
-from acceleration.distributed.runtime import Ranks, all_hosts, attempt_token, hosts_of_ranks, places_from_environment
 from acceleration.distributed.search import Place
 
 THERE = {"lo": ["127.0.0.1", "::1"], "eth0": ["169.254.7.1", "10.77.0.1", "fd77::1"], "tun0": ["10.8.0.2"]}

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from acceleration.diagnostics.preflight import PreflightError, preflight
+from acceleration.distributed import launcher_variables
 from acceleration.distributed import mesh as meshes
 from acceleration.distributed import runtime as runtimes
 from acceleration.distributed.runtime import Runtime
@@ -57,7 +58,7 @@ def check_alone(cfg: RunConfig, links: Path | None = None) -> None:
     """
     parallel, mesh = cfg.parallel, None
     try:
-        meshes.resolve(parallel.mesh, runtimes.ranks_from_environment().world_size)
+        meshes.resolve(parallel.mesh, launcher_variables.ranks_from_environment().world_size)
         mesh = parallel.mesh
     except ValueError as error:  # some machines of those that a run will have
         announce(f"ranks are the launcher's: parallel.mesh: {error}")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from acceleration.diagnostics import links
-from acceleration.distributed.runtime import restart_count
+from acceleration.distributed.launcher_variables import restart_count
 from acceleration.files.atomic_write import kind_of, read_small, replacing
 from acceleration.files.sealed_json import COUNT, FLAG, NULL, TEXT, Shape, seal, unseal
 from opensora.config.load import save

@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from acceleration.distributed.agreement import cpu_group, from_main
-from acceleration.distributed.rendezvous import ranges
+from acceleration.distributed.peers import ranges
 from acceleration.distributed.runtime import Runtime
 from opensora.config.run import RunConfig
 from opensora.datasets.decode.common import DecodeError
