@@ -92,7 +92,7 @@ def _normal(text: str) -> str:
 NOT_RUN = {
     r"^RUN=\S+ sbatch |^srun\b": "needs SLURM: tests/faults/test_slurm.py runs it on a real one",
     r"^(python|bash launch/torchrun\.sh( 2)?)( scripts/diffusion/train\.py)?$": "alone it says how to use it",
-    r"--nodes 4 --rendezvous": "needs several machines",
+    r"--nodes \d --rendezvous": "needs several machines",
     r"-m slow|slow or not slow": "hours: the slow part of the tests",
     r"^bash launch/test\.sh$|pytest tests/(faults|dist)$": "the default tests, which run on every change",
     r"benchmarks\.gpu|--device cuda": "needs a CUDA device",
