@@ -58,7 +58,8 @@ WHOLE = "tests/reference/test_sampling.py::test_from_training_to_pixels[adamw]"
 WITH_ADAPTERS = "tests/reference/test_sampling.py::test_from_training_to_pixels[adapters]"
 
 OWN_ADDRESSES, OWN_NETWORK, RANK_0, FINDING, STARTING = (
-    f"acceleration/distributed/{name}.py" for name in ("addresses", "network", "rendezvous", "search", "launcher_variables")
+    f"acceleration/distributed/{name}.py"
+    for name in ("addresses", "network", "rendezvous", "search", "launcher_variables")
 )
 COORDINATOR, ORDERS = "launch/coordinator.py", "tests/unit/test_coordinator.py"
 ADDRESS_TEST, CHOICE_TEST = (f"tests/unit/{name}.py::test_" for name in ("test_addresses", "test_network"))
