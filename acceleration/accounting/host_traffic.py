@@ -126,9 +126,11 @@ def shares_leaving(degrees: Mapping[str, int], zero: int, hosts: Sequence[int]) 
             continue
         place = ranks // stride % degree
         first = ranks - place * stride
-        # From each to each: the mean over all others; else to the next one alone.
-        hops = range(1, degree) if axis == "ulysses" else (1,)
-        away = torch.stack([host[first + (place + hop) % degree * stride] != host for hop in hops]).double().mean(0)
+        if axis == "ulysses":  # from each to each: the share of the others that are elsewhere
+            _, index, here = torch.stack((first, host)).unique(dim=1, return_inverse=True, return_counts=True)
+            away = (degree - here[index]).double() / (degree - 1)
+        else:  # to the next one alone
+            away = (host[first + (place + 1) % degree * stride] != host).double()
         found[axis] = float(torch.zeros(int(host.max()) + 1, dtype=torch.float64).index_add_(0, host, away).max())
     return found
 

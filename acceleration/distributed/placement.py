@@ -61,8 +61,21 @@ def arrange(counts: Sequence[int], sizes: Sequence[int]) -> list[int]:
         sizes: of the blocks at every level, ascending; each divides the next, the last divides the number of ranks.
     """
     consecutive = [host for host, count in enumerate(counts) for _ in range(count)]
+    if _at_bound(consecutive, counts, sizes):
+        return consecutive
     packed = _pack(dict(enumerate(counts)), sizes)
     return min(consecutive, packed, key=lambda ranks: cost(ranks, sizes))  # of equals the first
+
+
+def _at_bound(hosts: Sequence[Hashable], counts: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Whether no arrangement can be better than ``hosts``: as many whole blocks as hosts can hold, and no mixed block
+    with more hosts than it takes. So it is where all hosts have alike many, which are many in large worlds."""
+    for size in sizes:
+        spans = [len(set(hosts[i : i + size])) for i in range(0, len(hosts), size)]
+        whole = sum(count // size for count in counts)
+        if spans.count(1) < whole or any(span not in (1, -(-size // max(counts))) for span in spans):
+            return False
+    return True
 
 
 def cost(hosts: Sequence[Hashable], sizes: Sequence[int]) -> tuple[int, ...]:

@@ -419,7 +419,7 @@ def test_the_planner_plans_it() -> None:
     cfg = config("data.micro_batches=8")
     planner = Planner(cfg, 12, DEVICES["h100"], device_type="cuda")
     assert [shape.batch.frames for shape in planner.shapes] != [None, None]
-    degrees = {parallel.mesh.ulysses for parallel in layouts(cfg, 12, DEVICES["h100"])}
+    degrees = {parallel.mesh.ulysses for parallel in layouts(cfg, 12, DEVICES["h100"].per_node)}
     assert {3, 6} <= degrees  # which divide no 4 heads
     best = planner.best(3)
     assert len(best) == 3 and all(f.flops > 0 and f.memory.activations > 0 for f in best)
