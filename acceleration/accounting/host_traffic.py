@@ -127,7 +127,7 @@ def shares_leaving(degrees: Mapping[str, int], zero: int, hosts: Sequence[int]) 
         place = ranks // stride % degree
         first = ranks - place * stride
         if axis == "ulysses":  # from each to each: the share of the others that are elsewhere
-            _, index, here = torch.stack((first, host)).unique(dim=1, return_inverse=True, return_counts=True)
+            _, index, here = (first * (host.max() + 1) + host).unique(return_inverse=True, return_counts=True)
             away = (degree - here[index]).double() / (degree - 1)
         else:  # to the next one alone
             away = (host[first + (place + 1) % degree * stride] != host).double()

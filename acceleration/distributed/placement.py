@@ -70,10 +70,10 @@ def arrange(counts: Sequence[int], sizes: Sequence[int]) -> list[int]:
 def _at_bound(hosts: Sequence[Hashable], counts: Sequence[int], sizes: Sequence[int]) -> bool:
     """Whether no arrangement can be better than ``hosts``: as many whole blocks as hosts can hold, and no mixed block
     with more hosts than it takes. So it is where all hosts have alike many, which are many in large worlds."""
+    most = max(counts)
     for size in sizes:
-        spans = [len(set(hosts[i : i + size])) for i in range(0, len(hosts), size)]
-        whole = sum(count // size for count in counts)
-        if spans.count(1) < whole or any(span not in (1, -(-size // max(counts))) for span in spans):
+        spans = Counter(len(set(hosts[i : i + size])) for i in range(0, len(hosts), size))
+        if spans[1] < sum(count // size for count in counts) or not spans.keys() <= {1, -(-size // most)}:
             return False
     return True
 

@@ -257,7 +257,10 @@ def test_a_name_that_is_known_late(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(found[1][1]) == 2 and len(asked) >= 3
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR2"])
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("SIGINT", "SIGUSR2")]  # by the same handler
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", *OTHERS])
 def test_the_first_signal_ends_the_wait(name: str, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone(monkeypatch, MASTER_ADDR="127.0.0.1")
     command = [sys.executable, str(ROOT / "scripts/diffusion/train.py"), str(config), "parallel.timeout_s=600"]
