@@ -104,7 +104,7 @@ def kill_again_and_again(config: Path, folder: Path, times: int, seed: int) -> i
 @pytest.mark.timeout(400)
 def test_sigkill_at_random_times(long: tuple[Path, str], tmp_path: Path, tally: Tally) -> None:
     config, wanted = long
-    hit = kill_again_and_again(config, tmp_path, 6, 5)
+    hit = kill_again_and_again(config, tmp_path, 4, 5)
     assert digest(tmp_path / "run") == wanted and hit
     tally("SIGKILL at a random time: the same end bit for bit", hit, hit)
 

@@ -47,6 +47,7 @@ def test_all_well_is_zero(tmp_path: Path) -> None:
     assert [one["name"] for one in results(tmp_path)["parts"]] == ["passes", "passes-too"]
 
 
+@pytest.mark.slow
 def test_a_part_that_ignores_signals_ends_with_its_children(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     child = f"import os,signal,time; signal.signal(15, signal.SIG_IGN); open({str(pid)!r}, 'w').write(str(os.getpid()))"
