@@ -112,7 +112,7 @@ def start(
 def say(text: str) -> None:
     """One line to stderr; a terminal or a pipe that is gone is no reason to stop."""
     with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(f"{text}\n", end="", file=sys.stderr, flush=True)  # one write: other ranks' lines stay whole
 
 
 def group_order(peers: Sequence[Peer], mesh: MeshConfig | None) -> list[int]:

@@ -48,5 +48,5 @@ def _leave(error: BaseException, line: str, code: int) -> NoReturn:
     if rank != 0 and isinstance(error, (UserError, OSError)):
         line = line.replace("error: ", f"error: rank {rank}: ", 1)
     if line:
-        print(line, file=sys.stderr, flush=True)
+        print(f"{line}\n", end="", file=sys.stderr, flush=True)  # one write: other ranks' lines stay whole
     raise SystemExit(code) from None

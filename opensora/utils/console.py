@@ -97,7 +97,7 @@ class _TqdmHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError):
-            tqdm.write(self.format(record), file=sys.stderr)
+            tqdm.write(f"{self.format(record)}\n", end="", file=sys.stderr)  # one write: other ranks' lines stay whole
 
 
 def _shown(values: Mapping[str, Any]) -> str:

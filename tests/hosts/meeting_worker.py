@@ -37,7 +37,8 @@ def meet() -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     meet()
-    print(f"attempt {ATTEMPT}: rank {RANK} of {WORLD} by {ADDRESS}", flush=True)
+    said = f"attempt {ATTEMPT}: rank {RANK} of {WORLD} by {ADDRESS}\n"
+    print(said, end="", flush=True)  # one write: lines of several ranks stay whole
     fails, code = (int(one) for one in (sys.argv[2:] or ("-1", "0")))
     if fails == RANK and ATTEMPT == 0:
         if code < 0:
