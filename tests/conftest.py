@@ -28,6 +28,16 @@ def shared_media() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def stills(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clip table of rendered stills."""
+    from data_pipeline.shapes.__main__ import main
+
+    folder = tmp_path_factory.mktemp("stills")
+    main(["--out", str(folder), "--clips", "0", "--images", "24", "--durations", "5", "--processes", "1"])
+    return folder / "train.csv"
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
     """What processes of a test are forked from is there before the test's time begins."""

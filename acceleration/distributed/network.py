@@ -108,8 +108,8 @@ def use(me: Peer, chosen: Chosen) -> None:
     gloo_address.listen_at(me.address if other else "")
 
 
-def describe(peers: Sequence[Peer], env: Mapping[str, str] = os.environ) -> str:
-    """One line: the address and interface of each host, and what nccl will use; empty on one host."""
+def describe(peers: Sequence[Peer], backend: str, env: Mapping[str, str] = os.environ) -> str:
+    """One line: the address and interface of each host, and what nccl will use, if it is; empty on one host."""
     hosts = ranks_by_host(peers)
     if len(hosts) == 1:
         return ""
@@ -119,9 +119,12 @@ def describe(peers: Sequence[Peer], env: Mapping[str, str] = os.environ) -> str:
         named.append(f"{first.host} (rank {ranges(sorted(peers[rank].rank for rank in ranks))}) {first.address}")
         named[-1] += f" ({first.interface})" if first.interface else ""
     more = f" and {len(hosts) - MAX_NAMED} more" if len(hosts) > MAX_NAMED else ""
+    line = f"network: {len(hosts)} hosts: {', '.join(named)}{more}"
+    if backend != "nccl":
+        return line
     nccl = env.get("NCCL_SOCKET_IFNAME", "").strip()
     nccl = f"NCCL_SOCKET_IFNAME={short(nccl)}" if nccl else "its own choice (NCCL_SOCKET_IFNAME is not set)"
-    return f"network: {len(hosts)} hosts: {', '.join(named)}{more}; nccl uses {nccl}"
+    return f"{line}; nccl uses {nccl}"
 
 
 def _within_host(chosen: Chosen) -> tuple[str, str]:

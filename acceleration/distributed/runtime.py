@@ -94,7 +94,7 @@ def start(
     order = group_order(peers, mesh)
     rank = order.index(ranks.rank)
     network.use(peers[ranks.rank], chosen)
-    if ranks.rank == 0 and (line := network.describe(peers)):
+    if ranks.rank == 0 and (line := network.describe(peers, backend)):
         say(line)
     connecting = Connecting(store, backend, peers, ranks.rank)
     with connecting.announced(Waiting(meeting.say, asked)), parsing(connecting.failure):

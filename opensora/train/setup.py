@@ -54,8 +54,8 @@ from opensora.train.preparation import Preparation
 from opensora.train.run import Run
 from opensora.train.state.disk_check import check_disk
 from opensora.train.state.resume import check_fresh, check_paths, resume, wrong_info
-from opensora.train.state.run_lock import RunLock, check_places, write_config
-from opensora.train.state.same_files import check_folder, content
+from opensora.train.state.run_lock import check_places, write_config
+from opensora.train.state.same_files import content, take_folder
 from opensora.train.step_data import check_buckets, open_batches, open_data
 from opensora.utils import signal_handler
 from opensora.utils.console import announce
@@ -82,14 +82,13 @@ def start_run(cfg: RunConfig) -> Run:
         check_memory(cfg, ranks.world_size, machine_bytes())
     check_validation(cfg, ranks.world_size)
     signal_handler.install()
-    lock = RunLock(cfg.folder) if ranks.rank == 0 else None
-    timer = None
+    lock = timer = None
     try:
         parallel, asked = cfg.parallel, signal_handler.install()
         runtime = runtimes.start(parallel.timeout_s, lambda: asked.name is not None, parallel.mesh, parallel.interface)
         timer = start_timer(cfg, runtime)
         with naming_lost_peers(runtime, "building"):
-            check_folder(cfg.folder, lock.owner["token"] if lock else None, runtime)
+            lock = take_folder(cfg.folder, runtime)
             run = build_run(cfg, table, plan, runtime, timer)
     except BaseException as error:
         if timer and isinstance(error, Interrupted):  # on every process

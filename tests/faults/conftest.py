@@ -58,16 +58,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             terminalreporter.line(f"{row:{width}}  {passed:>5} of {of}")
 
 
-@pytest.fixture(scope="session")
-def stills(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clip table of rendered stills."""
-    from data_pipeline.shapes.__main__ import main
-
-    folder = tmp_path_factory.mktemp("stills")
-    main(["--out", str(folder), "--clips", "0", "--images", "24", "--durations", "5", "--processes", "1"])
-    return folder / "train.csv"
-
-
 @pytest.fixture
 def config(stills: Path, tmp_path: Path) -> Path:
     """A training configuration; run folders are chosen by ``output=``."""

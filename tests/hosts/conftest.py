@@ -23,16 +23,6 @@ def make_lab() -> Iterator[MakeLab]:
         yield lambda **more: labs.enter_context(Lab(**more))
 
 
-@pytest.fixture(scope="session")
-def stills(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clip table of rendered stills."""
-    from data_pipeline.shapes.__main__ import main
-
-    folder = tmp_path_factory.mktemp("stills")
-    main(["--out", str(folder), "--clips", "0", "--images", "24", "--durations", "5", "--processes", "1"])
-    return folder / "train.csv"
-
-
 @pytest.fixture
 def config(stills: Path, tmp_path: Path) -> Path:
     """Of a run in tmp_path/run."""

@@ -204,17 +204,10 @@ NOT_MET: dict[str, Fault] = {
     "folder not shared": Fault(not_shared, "h1.*(share|see)", (2,)),
 }
 CASES = [(fault, start) for fault, about in NOT_MET.items() for start in about.starts]
-WANTED = {"both rank 0": "the second is told that the folder is in use, the first that rank 1 is missing"}
-
-
-def case(fault: str, start: str) -> Any:
-    """With the mark of what the product falls short of."""
-    marks = [pytest.mark.xfail(strict=True, reason=WANTED[fault])] if fault in WANTED else []
-    return pytest.param(fault, start, marks=marks)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fault", "start"), [case(fault, start) for fault, start in CASES])
+@pytest.mark.parametrize(("fault", "start"), CASES)
 def test_who_does_not_meet_is_told_why(fault: str, start: str, make_lab: MakeLab, config: Path) -> None:
     """One line that names it, on time, without a traceback; and somebody says before that for whom they wait."""
     about = NOT_MET[fault]

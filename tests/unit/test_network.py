@@ -140,14 +140,13 @@ def test_what_gloo_is_told(tables: None, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_line_says_what_is_used() -> None:
     peers = [peer(rank, host, f"10.77.0.{host}", interface="eth0") for rank, host in enumerate("1122")]
-    assert describe(peers[:2], {}) == ""
-    assert describe(peers, {}) == (
-        "network: 2 hosts: 1 (rank 0-1) 10.77.0.1 (eth0), 2 (rank 2-3) 10.77.0.2 (eth0); "
-        "nccl uses its own choice (NCCL_SOCKET_IFNAME is not set)"
-    )
-    assert describe(peers, {"NCCL_SOCKET_IFNAME": "ib0"}).endswith("; nccl uses NCCL_SOCKET_IFNAME=ib0")
+    assert describe(peers[:2], "nccl", {}) == ""
+    line = "network: 2 hosts: 1 (rank 0-1) 10.77.0.1 (eth0), 2 (rank 2-3) 10.77.0.2 (eth0)"
+    assert describe(peers, "gloo", {"NCCL_SOCKET_IFNAME": "ib0"}) == line
+    assert describe(peers, "nccl", {}) == f"{line}; nccl uses its own choice (NCCL_SOCKET_IFNAME is not set)"
+    assert describe(peers, "nccl", {"NCCL_SOCKET_IFNAME": "ib0"}).endswith("; nccl uses NCCL_SOCKET_IFNAME=ib0")
     many = [peer(rank, f"n{rank}", "10.0.0.1") for rank in range(1000)]
-    assert len(describe(many, {})) < 500 and "and 992 more" in describe(many, {})
+    assert len(describe(many, "nccl", {})) < 500 and "and 992 more" in describe(many, "nccl", {})
 
 
 # --- what the launcher says

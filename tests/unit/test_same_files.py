@@ -1,6 +1,9 @@
 """All machines see one run folder and the same files, or a line says which does not."""
 
 import os
+import time
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
@@ -42,10 +45,10 @@ def test_the_file_system_of_a_folder_that_need_not_exist(path: str, kind: str) -
 
 
 def look(folders: list[Path], cached_s: float) -> tuple[str, float]:
-    """What ``check_folder`` says in each of as many processes, and the length of the longest wait in looks."""
+    """What ``take_folder`` says in each of as many processes, and the length of the longest wait in looks."""
     rank = dist.get_rank()
     runtime = Runtime(rank, dist.get_world_size(), rank, torch.device("cpu"))
-    lock = RunLock(folders[0]) if rank == 0 else None
+    lock = None
     waits: list[float] = []
     with (
         mock.patch.object(same_files.time, "sleep", lambda s: waits.append(s)),
@@ -53,7 +56,7 @@ def look(folders: list[Path], cached_s: float) -> tuple[str, float]:
         mock.patch.object(same_files.time, "monotonic", lambda: sum(waits)),
     ):
         try:
-            same_files.check_folder(folders[rank], lock.owner["token"] if lock else None, runtime)
+            lock = same_files.take_folder(folders[rank], runtime)
             said = ""
         except UserError as error:
             said = str(error)
@@ -75,7 +78,46 @@ def test_who_sees_another_folder_is_named(tmp_path: Path, cached_s: float) -> No
     (line,) = {said.replace(f"{tmp_path / 'b'}: not", f"{tmp_path / 'a'}: not") for said, _ in results}
     assert "(rank 2) does not see what" in line and "owner.json is not there" in line and "output=" in line
     assert "\n" not in line
-    assert (cached_s or same_files.LOCAL_S) < results[2][1] < (cached_s or same_files.LOCAL_S) + 1
+    assert (cached_s or same_files.LOCAL_S) <= results[2][1] < (cached_s or same_files.LOCAL_S) + 3
+
+
+def test_all_hear_that_another_run_has_the_folder(tmp_path: Path) -> None:
+    with mock.patch.dict(os.environ, {"SLURM_JOB_ID": ""}):
+        other = RunLock(tmp_path)
+    try:
+        lines = {said for said, _ in run_distributed(look, 3, [tmp_path] * 3, 0.0)}
+    finally:
+        other.release()
+    (line,) = lines
+    assert f"in use by process {os.getpid()} on " in line
+
+
+def wait_longer_than_an_exchange_may_take(folder: Path, hidden: bool) -> list[str]:
+    """The folder's content when an earlier owner has been waited for, and when another process saw it late."""
+    rank = dist.get_rank()
+    assert RunLock.__init__.__kwdefaults__ is not None
+    RunLock.__init__.__kwdefaults__["stale_s"] = 4.0
+    groups = mock.patch.object(same_files, "cpu_group", lambda: dist.new_group(timeout=timedelta(seconds=2.5)))
+    late = time.monotonic() + 4.0
+    read = same_files.read_owner
+    seen = mock.patch.object(same_files, "read_owner", lambda path: read(path) if time.monotonic() > late else None)
+    nfs = mock.patch.object(same_files, "file_system", lambda path: "nfs4")
+    with groups, nfs, seen if hidden and rank else nullcontext():
+        lock = same_files.take_folder(folder, Runtime(rank, dist.get_world_size(), rank, torch.device("cpu")))
+    found = sorted(os.listdir(folder))
+    dist.barrier()
+    if lock is not None:
+        lock.release()
+    return found
+
+
+@pytest.mark.parametrize(
+    "hidden", [pytest.param(False, id="an earlier owner"), pytest.param(True, id="a cache", marks=pytest.mark.slow)]
+)
+def test_waiting_may_take_longer_than_an_exchange(tmp_path: Path, hidden: bool) -> None:
+    if not hidden:
+        (tmp_path / "owner.json").write_text("damaged")
+    assert run_distributed(wait_longer_than_an_exchange_may_take, 2, tmp_path, hidden) == [[".lock", "owner.json"]] * 2
 
 
 def test_a_folder_that_another_run_holds_elsewhere_is_named(tmp_path: Path) -> None:

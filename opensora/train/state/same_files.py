@@ -1,13 +1,17 @@
 """That all machines of a run see the same files: one run folder, and the same table, clips, features and weights.
 
 What one machine saves the others must find when the run is resumed, so the run's folder has to be one folder. The main
-process has locked it by then and left a token there (``owner.json``), which every process looks for.
+process locks it and leaves a token there (``owner.json``), which every process looks for.
 """
 
 import hashlib
 import os
 import socket
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -23,7 +27,7 @@ from opensora.datasets.decode.common import DecodeError
 from opensora.datasets.loading import feature_store
 from opensora.datasets.table.clip_storage import locate
 from opensora.datasets.table.index import IndexedTable
-from opensora.train.state.run_lock import OWNER, read_owner
+from opensora.train.state.run_lock import OWNER, RunLock, read_owner
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 from opensora.utils.files.safetensors_files import fingerprint
@@ -32,26 +36,82 @@ CACHED_S = 40.0  # for so long a client of a network file system may believe tha
 LOCAL_S = 1.0  # a disk of the machine itself needs no time
 TELL_S = 5.0  # of waiting before a line says for what
 LOOK_S = 0.2
+ROUND_S = 1.0  # between two exchanges, so that ``parallel.timeout_s`` may be shorter than a wait
 LOCAL = frozenset(("ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "ramfs", "overlay", "vfat", "f2fs"))
 CLIPS = 16  # that are looked for on every machine
 
 
-def check_folder(folder: Path, token: str | None, runtime: Runtime) -> None:
-    """That every process sees the folder that the main one has locked. Collective.
-
-    Args:
-        token: of the main process's ``RunLock``; None on the others.
+def take_folder(folder: Path, runtime: Runtime) -> RunLock | None:
+    """The right to write in the run's folder, on the main process, once every process sees that folder. Collective.
 
     Raises:
-        UserError: some do not; the same line on every process.
+        UserError: another run has it, or it is not one folder for all machines; the same line on every process.
     """
     if runtime.world_size == 1:
-        return
+        return RunLock(folder)
     group = cpu_group()
-    token = from_main(token, group, "whose the run's folder is")
+    lock, token = _lock(folder, runtime, group)
+    try:
+        _check_seen(folder, token, runtime, group)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+    return lock
+
+
+def _lock(folder: Path, runtime: Runtime, group: dist.ProcessGroup | None) -> tuple[RunLock | None, str]:
+    """The main process's lock, and on all its token; it may wait for a sign of life of an earlier owner.
+
+    Raises:
+        UserError: the lock is refused; on every process.
+    """
+    taken: Future[RunLock] | None = None
+    if runtime.is_main:
+        taken = Future()
+        threading.Thread(target=_run, args=(taken, RunLock, folder), name="run folder", daemon=True).start()
+    while True:
+        lock, refusal = _outcome(taken) if taken is not None else (None, "")
+        token, refusal = from_main((lock.owner["token"] if lock else "", refusal), group, "whose the run's folder is")
+        if refusal:
+            raise UserError(refusal)
+        if token:
+            return lock, token
+
+
+def _run(result: "Future[RunLock]", call: Callable[[Path], RunLock], folder: Path) -> None:
+    try:
+        result.set_result(call(folder))
+    except BaseException as error:
+        result.set_exception(error)
+
+
+def _outcome(taken: "Future[RunLock]") -> tuple[RunLock | None, str]:
+    """The lock, or why it is refused; neither as long as that is open."""
+    try:
+        return taken.result(ROUND_S), ""
+    except NotYet:
+        return None, ""
+    except UserError as error:
+        return None, str(error)
+
+
+def _check_seen(folder: Path, token: str, runtime: Runtime, group: dist.ProcessGroup | None) -> None:
+    """
+    Raises:
+        UserError: some process does not see the token, however long a cache may hide it.
+    """
     found: list[Any] = [None] * runtime.world_size
-    dist.all_gather_object(found, (socket.gethostname(), _missing(folder, token, runtime)), group=group)
-    if blind := [rank for rank, (_, problem) in enumerate(found) if problem]:
+    begun, told = time.monotonic(), False
+    while True:
+        problem, waited = _missing(folder, token), time.monotonic() - begun
+        told = told or (waited > TELL_S and problem != "" and runtime.local_rank == 0 and _tell(folder))
+        patience_s = LOCAL_S if file_system(folder) in LOCAL else CACHED_S
+        dist.all_gather_object(found, (socket.gethostname(), problem, waited <= patience_s), group=group)
+        blind = [rank for rank, (_, problem, _) in enumerate(found) if problem]
+        if not any(found[rank][2] for rank in blind):
+            break
+    if blind:
         hosts = ", ".join(dict.fromkeys(found[rank][0] for rank in blind))
         raise UserError(
             f"{folder}: not one folder for all machines: {hosts} (rank {ranges(blind)}) does not see what "
@@ -60,22 +120,22 @@ def check_folder(folder: Path, token: str | None, runtime: Runtime) -> None:
         )
 
 
-def _missing(folder: Path, token: str, runtime: Runtime) -> str:
-    """Why ``token`` is not seen in the folder, in words; empty if it is. Waits where a cache may hide it."""
-    kind = file_system(folder)
-    begun, told = time.monotonic(), False
-    patience_s = LOCAL_S if kind in LOCAL else CACHED_S
+def _tell(folder: Path) -> bool:
+    announce(f"{socket.gethostname()}: waiting for {folder / OWNER} to be seen here", every_rank=True)
+    return True
+
+
+def _missing(folder: Path, token: str) -> str:
+    """Why ``token`` is not seen in the folder, in words; empty if it is. Looks for a while, as a cache may hide it."""
+    deadline = time.monotonic() + ROUND_S
     while True:
         owner = read_owner(folder / OWNER)
         if owner is not None and owner["token"] == token:
             return ""
-        waited = time.monotonic() - begun
-        if waited > patience_s:
+        if time.monotonic() >= deadline:
             state = "is not there" if owner is None else f"is of process {owner['pid']} on {owner['host']}"
-            return f"{OWNER} {state} ({folder.absolute()} is on {kind or 'an unknown file system'})"
-        if waited > TELL_S and not told and runtime.local_rank == 0:
-            told = True
-            announce(f"{socket.gethostname()}: waiting for {folder / OWNER} to be seen here", every_rank=True)
+            kind = file_system(folder) or "an unknown file system"
+            return f"{OWNER} {state} ({folder.absolute()} is on {kind})"
         for place in (*reversed(folder.absolute().parents), folder):
             with suppress(OSError):
                 os.listdir(place)  # makes a client of a network file system look again
