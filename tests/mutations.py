@@ -109,6 +109,15 @@ FEWEST, BY_HAND, SPLIT = (
     LINKS + "test_by_hand",
     LINKS + "test_within_hosts_and_between_them_is_all[factored]",
 )
+SAME_FILES = "opensora/train/state/same_files.py"
+ELSEWHERE, BLIND, COMPARED = (
+    f"tests/unit/test_same_files.py::test_{name}"
+    for name in (
+        "a_folder_that_another_run_holds_elsewhere_is_named",
+        "who_sees_another_folder_is_named[nfs]",
+        "every_difference_changes_what_is_compared",
+    )
+)
 OPERATIONS = FACTORED + "test_operations_are_those_that_torch_counts[batch0]"
 
 TABLE: tuple[Mutation, ...] = (
@@ -609,6 +618,17 @@ TABLE: tuple[Mutation, ...] = (
     Mutation("no pair that fills a block", PLACEMENT, "todo[host] + todo[b] == size", "False", FEWEST),
     Mutation("parts counted from the first process", HOST_TRAFFIC, "rank // stride % degree", "rank // stride", SPLIT),
     Mutation("gloo reduces as it scatters", HOST_TRAFFIC, '"gloo": 2', '"gloo": 1', BY_HAND),
+    # One folder for all machines.
+    Mutation("any owner is the main process", SAME_FILES, 'owner["token"] == token', 'owner["token"] != ""', ELSEWHERE),
+    Mutation("caches are not waited for", SAME_FILES, "CACHED_S = 40.0", "CACHED_S = 1.0", BLIND),
+    Mutation("one who sees the folder is enough", SAME_FILES, "for rank in blind):", "for rank in blind[1:]):", BLIND),
+    Mutation(
+        "weights are not compared",
+        SAME_FILES,
+        '{f"the content of {key}={path}": fingerprint(path)',
+        '{f"the content of {key}={path}": key',
+        COMPARED,
+    ),
     Mutation("all heads leave the host", VOLUME, "sum(compress(by_process, counted))", "sum(by_process)", SPLIT),
     Mutation(
         "both processes have a link of their own",

@@ -18,6 +18,7 @@ from acceleration.distributed.launcher_variables import (
 from acceleration.distributed.network import Chosen, chosen_interface, describe, use
 from acceleration.distributed.peers import Peer, misfits, ranks_by_host, shared_devices
 from acceleration.distributed.search import Place
+from opensora.utils.errors import one_line
 
 THERE = {"lo": ["127.0.0.1", "::1"], "eth0": ["169.254.7.1", "10.77.0.1", "fd77::1"], "tun0": ["10.8.0.2"]}
 
@@ -59,6 +60,45 @@ def peer(rank: int, host: str, address: str = "", **more: object) -> Peer:
 )
 def test_who_chooses(configured: str, env: dict[str, str], chosen: Chosen, tables: None) -> None:
     assert chosen_interface(configured, env) == chosen
+
+
+def any_text(rng: random.Random) -> str:
+    """Names of interfaces, commas, blanks, and what no interface is called."""
+    parts = [
+        *THERE,
+        "ens9",
+        "",
+        " ",
+        ",",
+        ",,",
+        "\n",
+        "\t",
+        "\x00",
+        "\x1b[2J",
+        "é",
+        "^lo",
+        "=eth0",
+        "/" * 9,
+        "x" * 5000,
+    ]
+    return "".join(rng.choice([*parts, ","]) for _ in range(rng.randrange(6)))
+
+
+def test_whatever_is_asked_for_is_an_interface_or_refused_in_a_line(tables: None) -> None:
+    rng = random.Random(0)
+    refused = 0
+    for _ in range(3000):
+        configured, env = any_text(rng), {name: any_text(rng) for name in network.VARIABLES if rng.random() < 0.3}
+        chosen = chosen_interface(configured, env)
+        named = [one for one in (*(env.get(name, "").strip() for name in network.VARIABLES), configured) if one]
+        assert chosen.interface == "" or any(chosen.interface in one for one in named)
+        if chosen.problem:
+            refused += 1
+            said = one_line(chosen.problem)  # as a command does at its end
+            assert said.startswith(f"{chosen.by}=") and said.isprintable() and len(said) < 500, said
+        else:
+            assert chosen.interface in {"", *THERE} and bool(chosen.by) == bool(chosen.interface)
+    assert 1000 < refused < 2500
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_one_folder_is_one_folder(tmp_path: Path) -> None:
     assert [said for said, _ in run_distributed(look, 3, [tmp_path / "run"] * 3, 40.0)] == ["", "", ""]
 
 
-@pytest.mark.parametrize("cached_s", [0.0, same_files.CACHED_S])
+@pytest.mark.parametrize("cached_s", [0.0, 40.0], ids=["own disk", "nfs"])
 def test_who_sees_another_folder_is_named(tmp_path: Path, cached_s: float) -> None:
     """On every process, in the same words; a disk of the machine itself is not waited for."""
     RunLock(tmp_path / "b").release()
