@@ -29,6 +29,15 @@ def shared_media() -> Path:
 
 
 @pytest.fixture(scope="session")
+def golden() -> Path:
+    """A folder of tensors that the families' published code has computed, which the repository does not hold."""
+    folder = Path(os.environ.get("OPENSORA_GOLDEN", ROOT.parent / "shared" / "golden"))
+    if not (folder / "README_v2.md").is_file():
+        pytest.skip(f"no golden tensors at {folder}; set OPENSORA_GOLDEN to a folder with README_v2.md beside them")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def stills(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clip table of rendered stills."""
     from data_pipeline.shapes.__main__ import main
