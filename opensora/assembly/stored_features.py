@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from opensora.conditioning.references import parts_of
 from opensora.config.compare import differences
 from opensora.config.run import RunConfig
 from opensora.config.schema import plain
@@ -17,6 +18,7 @@ from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.datasets.table.index import IndexedTable
 from opensora.models.base import TextFeatures
 from opensora.models.families import describe
+from opensora.models.vae import autoencoder_shape
 from opensora.utils.console import launched_rank
 from opensora.utils.errors import UserError
 
@@ -26,7 +28,7 @@ _SHOWN = 3  # differing keys in an error
 def identity(cfg: RunConfig, table: IndexedTable) -> dict[str, Any]:
     """Everything that latents and text features depend on."""
     data = cfg.data
-    return {
+    made_for = {
         "vae": plain(cfg.vae),
         "text": plain(cfg.text),
         "model": {"patch_size": lcm(*describe(cfg.model).patch[1:])},  # bucket sizes are multiples of it
@@ -41,6 +43,15 @@ def identity(cfg: RunConfig, table: IndexedTable) -> dict[str, Any]:
             "background": data.background,
         },
     }
+    references = reference_names(cfg)
+    return made_for | ({"references": references} if references else {})
+
+
+def reference_names(cfg: RunConfig) -> list[str]:
+    """What is coded of clips beside their latents, for the kinds of references that the run draws from."""
+    shape = autoencoder_shape(cfg.vae)
+    kinds = [kind for kind, weight in cfg.conditioning.references.items() if weight > 0]
+    return sorted({part.name for kind in kinds for part in parts_of(kind, shape)})
 
 
 def identity_hash(made_for: dict[str, Any]) -> str:
@@ -64,6 +75,9 @@ def check(cfg: RunConfig, table: IndexedTable, plan: BatchPlan) -> None:
     if launched_rank() == 0:
         feature_store.verify(folder)
     wanted = identity(cfg, table)
+    stored = manifest["made_for"].get("references", [])
+    if isinstance(stored, list) and set(wanted.get("references", [])) <= set(map(str, stored)):
+        wanted |= {"references": stored} if stored else {}  # more than the run needs does no harm
     if manifest["hash"] != identity_hash(wanted):
         changed = differences(manifest["made_for"], json.loads(json.dumps(wanted)))
         raise UserError(

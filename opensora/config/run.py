@@ -162,6 +162,8 @@ class RunConfig:
                 f"conditioning.masks: model.kind={self.model.kind} takes no clean frames in place of noisy ones; "
                 "must be {}"
             )
+        if self.conditioning.references and describe(self.model).references != "channels":
+            raise ValueError(f"conditioning.references: {reads_no_references(self.model)}; must be {{}}")
         if self.parallel.mesh.cfg != 1:
             raise ValueError(f"parallel.mesh.cfg={self.parallel.mesh.cfg}: must be 1; guidance is for sampling")
         if self.data.tokens_per_sequence:
@@ -248,6 +250,13 @@ class SampleConfig:
             raise ValueError("parallel.mesh.dynamic=true: must be false; in sampling all share every clip")
         if self.prompt is None and not self.prompts and self.prompt_csv is None:
             raise ValueError("prompt: missing; give --prompt TEXT, prompts=[TEXT, ...] or prompt_csv=FILE")
+
+
+def reads_no_references(model: ModelConfig) -> str:
+    """Why a model takes no reference frames beside the noise, for messages."""
+    if getattr(model, "cond_embed", True):
+        return f"model.kind={model.kind} reads no reference frames"
+    return "the model reads no reference frames (model.cond_embed=false)"
 
 
 def check_fit(model: ModelConfig, vae: AutoencoderConfig, text: TextConfig) -> None:

@@ -256,6 +256,7 @@ def build_preparation(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Prepa
             conditioning=cfg.conditioning,
             model=cfg.model,
             layout=token_layout(cfg.model, SequenceParallel(peers)),
+            autoencoder=autoencoder_shape(cfg.vae),
             seed=cfg.seed,
         )
 
