@@ -9,8 +9,8 @@ from opensora.utils.tasks import TaskRunner, one_by_one
 
 
 class ToyAutoencoder:
-    """8x8 means over space. Causal: latent frame 0 is frame 0, latent frame k the mean of frames 4k-3 to 4k. Not causal:
-    the mean of 4k to 4k+3, of what is there of them. ``mix`` (C, 3) makes channels of colours."""
+    """8x8 means over space, of frame 0 and of frames 4k-3 to 4k where it is causal, else of frames 4k to 4k+3, as far
+    as they are there. ``mix`` (C, 3) makes channels of colours."""
 
     stride = (4, 8, 8)
     is_costly = False

@@ -5,10 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, TypeVar
 
-from opensora.utils.errors import UserError
 from opensora.utils.files.untrusted import short
 from opensora.utils.limits import Limits, check_limits
-from opensora.utils.sizes import area_of, frame_size, ratio_of
+from opensora.utils.sizes import RATIOS, area_of, frame_size, ratio_of
 
 T = TypeVar("T")
 METHODS = ("i2v", "distill")  # of guidance
@@ -25,7 +24,7 @@ class SamplingOption:
     height: int | None = None
     resolution: str = "256px"  # area: "256px" is 256^2, "256p" is 256^2 * 16/9
     aspect_ratio: str = "16:9"  # width:height
-    num_frames: int = 129
+    num_frames: int = 129  # any number: those that the autoencoder codes beyond it are made and cut off
     num_steps: int = 50
     guidance: float = 7.5  # towards the prompt; 1: off
     guidance_img: float = 3.0  # towards the references; 1: off
@@ -88,10 +87,18 @@ class SamplingOption:
 def image_size(resolution: str, aspect_ratio: str, multiple: int = 16) -> tuple[int, int]:
     """(height, width) of about this area and ratio, both multiples of ``multiple``.
 
+    Every ratio of ``RATIOS`` also lies on its side, with the transposed size; where the one on its side is listed too
+    (16:9 and 9:16), each has the other's transposed size, as in the family's table.
+
     Raises:
         ValueError: a resolution or ratio that cannot be read.
     """
-    return frame_size(_named("resolution", resolution, area_of), aspect_ratio, multiple)
+    area = _named("resolution", resolution, area_of)
+    transposed = ":".join(reversed(aspect_ratio.split(":")))
+    if transposed in RATIOS:
+        width, height = frame_size(area, transposed, multiple)
+        return height, width
+    return frame_size(area, aspect_ratio, multiple)
 
 
 def _named(name: str, value: str, read: Callable[[str], T]) -> T:
@@ -102,28 +109,14 @@ def _named(name: str, value: str, read: Callable[[str], T]) -> T:
         raise ValueError(f"{name}={short(value, 40)}: {error}") from None
 
 
-def sanitize_sampling_option(
-    option: SamplingOption, *, multiple: int = 16, frame_stride: int = 4, causal: bool = True
-) -> SamplingOption:
-    """The option with width and height set, rounded up to multiples.
+def sanitize_sampling_option(option: SamplingOption, *, multiple: int = 16) -> SamplingOption:
+    """The option with width and height set, rounded up to multiples. Frames stay as asked: see ``coded_frames``.
 
     Args:
         multiple: pixels per token side, the autoencoder's stride times the patch.
-        frame_stride: frames per latent frame.
-        causal: the autoencoder codes the first frame on its own, so clips have k * frame_stride + 1 frames.
-
-    Raises:
-        UserError: a number of frames the autoencoder cannot code (a single frame always can be).
     """
     if option.width is not None and option.height is not None:
         height, width = (math.ceil(side / multiple) * multiple for side in (option.height, option.width))
     else:
         height, width = image_size(option.resolution, option.aspect_ratio, multiple)
-    lead = 1 if causal else 0
-    if option.num_frames > 1 and (option.num_frames - lead) % frame_stride:
-        below = (option.num_frames - lead) // frame_stride * frame_stride + lead
-        raise UserError(
-            f"num_frames={option.num_frames}: must be {frame_stride}k{'+1' if causal else ''} and 1, "
-            f"as the autoencoder codes {frame_stride} frames at a time: use {max(below, 1)} or {below + frame_stride}"
-        )
     return replace(option, width=width, height=height)

@@ -1,4 +1,4 @@
-"""Reference frames: the kinds, what is coded for them, and how they are drawn; against tensors of the published code."""
+"""Reference frames: the kinds, what is coded for them, how they are drawn; against tensors of the published code."""
 
 import json
 from collections import Counter

@@ -51,15 +51,6 @@ def training_sizes(resolution: str, multiple: int) -> tuple[tuple[int, int], ...
     return tuple(sorted(set(sizes), key=lambda size: (-size[1] / size[0], size)))
 
 
-def size_of(resolution: str, aspect_ratio: str, multiple: int) -> tuple[int, int]:
-    """(height, width) of one ratio (w:h) by the plain rule, as a sampler without a bucket table computes it.
-
-    Raises:
-        ValueError: not a resolution name, or a ratio that is neither in ``RATIOS`` nor the transpose of one.
-    """
-    return _of_ratio(resolution, aspect_ratio, multiple, rounded_down)
-
-
 def _parse(resolution: str) -> tuple[str, str]:
     """(resolution without its suffix, suffix)."""
     match = _NAME.fullmatch(resolution)
