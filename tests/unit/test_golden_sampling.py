@@ -1,4 +1,4 @@
-"""Sampling from noise to pixels against the published code, through the function that the command uses; and its tables."""
+"""Sampling from noise to pixels against the published code, through the function that the command uses; its tables."""
 
 import json
 from dataclasses import replace
