@@ -188,8 +188,13 @@ def _given(
     assert opt.height is not None and opt.width is not None
     check_references(parts.cfg)
     check_length(cond_type, grid.latent_frames, opt.num_frames, parts.autoencoder)
-    size = (opt.height, opt.width)
-    return code_known(cond_type, listed, grid.latents, size, parts.autoencoder, parts.run_tiles, parts.device)
+    size, dtype = (opt.height, opt.width), _dtype(parts)
+    return code_known(cond_type, listed, grid.latents, size, parts.autoencoder, parts.run_tiles, parts.device, dtype)
+
+
+def _dtype(parts: Components) -> torch.dtype:
+    """Of what is not the model's: fp32, or fp64 for an fp64 model."""
+    return torch.promote_types(next(parts.model.parameters()).dtype, torch.float32)
 
 
 def _without_repetitions(pixels: Tensor, cond_type: str, parts: Components) -> Tensor:
@@ -329,7 +334,7 @@ def _seeds(seed: int | Sequence[int], clips: int) -> Sequence[int]:
 def _noise(opt: SamplingOption, parts: Components, seeds: Sequence[int]) -> Tensor:
     """(B, C, T', H', W'), every clip drawn from its own seed; fp32, and steps then are, or fp64 for an fp64 model."""
     assert opt.height is not None and opt.width is not None
-    autoencoder, dtype = parts.autoencoder, next(parts.model.parameters()).dtype
+    autoencoder = parts.autoencoder
     return torch.cat(
         [
             get_noise(
@@ -343,7 +348,7 @@ def _noise(opt: SamplingOption, parts: Components, seeds: Sequence[int]) -> Tens
                 causal=autoencoder.causal,
                 patch_size=parts.layout.denoising.patch[1],
                 device=parts.device,
-                dtype=torch.promote_types(dtype, torch.float32),
+                dtype=_dtype(parts),
             )
             for one in seeds
         ]

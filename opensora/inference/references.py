@@ -53,6 +53,7 @@ def code_known(
     autoencoder: Autoencoder,
     run: TaskRunner = one_by_one,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> KnownFrames:
     """Collective over the processes that ``run`` shares work with.
 
@@ -61,6 +62,7 @@ def code_known(
         references: of every clip; none: nothing of it is known.
         grid: (T', H', W') of the clips.
         size: (height, width) of their frames.
+        dtype: of pixels; fp64 to compare layouts.
 
     Raises:
         UserError: a reference that cannot be read, or does not fit the kind.
@@ -74,7 +76,7 @@ def code_known(
     def code(part: Part, rows: list[int]) -> Tensor:
         coded = []
         for row in rows:
-            pixels = read_part(references[row][chosen(cond_type, part)], part, size, cond_type)
+            pixels = read_part(references[row][chosen(cond_type, part)], part, size, cond_type, dtype)
             coded.append(autoencoder.encode(pixels[None].to(device), run))
         return torch.cat(coded)
 
@@ -124,15 +126,17 @@ def check_length(cond_type: str, latents: int, frames: int, autoencoder: Autoenc
     )
 
 
-def read_part(reference: Reference, part: Part, size: tuple[int, int], cond_type: str) -> Tensor:
-    """(3, part.frames, H, W) fp32 in [-1, 1]: the first or last frames of a reference at a clip's size.
+def read_part(
+    reference: Reference, part: Part, size: tuple[int, int], cond_type: str, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """(3, part.frames, H, W) of ``dtype`` in [-1, 1]: the first or last frames of a reference at a clip's size.
 
     Raises:
         UserError: it cannot be read, or is too short.
     """
     if isinstance(reference, Tensor):
         check_frames("its frames", reference.shape[1], part, cond_type)
-        return _fill(part.of(reference, part.frames), size)
+        return _fill(part.of(reference, part.frames).to(dtype), size)
     total = count_frames(reference)
     check_frames(reference, total, part, cond_type)
     start = 0 if part.end == "head" else total - part.frames
@@ -140,7 +144,7 @@ def read_part(reference: Reference, part: Part, size: tuple[int, int], cond_type
         frames = api.read_frames(reference, start, part.frames, resize=ResizeToFill(*size), timeout_s=READ_S)
     except api.DecodeError as error:
         raise UserError(f"ref={reference}: {error.cause}") from None
-    return _cropped(torch.from_numpy(frames), size).permute(3, 0, 1, 2).float() / 127.5 - 1
+    return _cropped(torch.from_numpy(frames), size).permute(3, 0, 1, 2).to(dtype) / 127.5 - 1
 
 
 def count_frames(path: str) -> int:
@@ -172,7 +176,7 @@ def _fill(frames: Tensor, size: tuple[int, int]) -> Tensor:
     """Frames (3, T, H, W) in [-1, 1], resized to cover ``size`` and cropped at their centre."""
     cover = cover_size(frames.shape[2], frames.shape[3], *size)
     if cover != tuple(frames.shape[2:]):
-        scaled = interpolate(frames.transpose(0, 1).float(), cover, mode="bicubic", antialias=True)
+        scaled = interpolate(frames.transpose(0, 1), cover, mode="bicubic", antialias=True)
         frames = scaled.clamp(-1, 1).transpose(0, 1)
     return _cropped(frames.permute(1, 2, 3, 0), size).permute(3, 0, 1, 2)
 

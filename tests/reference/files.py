@@ -172,7 +172,7 @@ def write_clips(folder: Path, damaged: frozenset[int] = frozenset()) -> Path:
         elif count == 1:
             Image.fromarray(clip.frames[0]).save(folder / name)
         else:
-            _write_lossless(folder / name, clip)
+            write_lossless(folder / name, clip)
         row = {"path": name, "text": clip.text, "num_frames": count, "height": height, "width": width}
         rows.append(row | {"fps": clip.fps or "", "motion_score": "" if clip.motion is None else clip.motion})
     with (folder / "clips.csv").open("w", newline="") as file:
@@ -182,7 +182,7 @@ def write_clips(folder: Path, damaged: frozenset[int] = frozenset()) -> Path:
     return folder / "clips.csv"
 
 
-def _write_lossless(path: Path, clip: Clip) -> None:
+def write_lossless(path: Path, clip: Clip) -> None:
     """FFV1 of RGB: what is read is what was written."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("ffv1", rate=Fraction(clip.fps))
