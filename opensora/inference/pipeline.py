@@ -332,24 +332,29 @@ def _seeds(seed: int | Sequence[int], clips: int) -> Sequence[int]:
 
 
 def _noise(opt: SamplingOption, parts: Components, seeds: Sequence[int]) -> Tensor:
-    """(B, C, T', H', W'), every clip drawn from its own seed; fp32, and steps then are, or fp64 for an fp64 model."""
+    """(B, C, T', H', W'); fp32, and steps then are, or fp64 for an fp64 model.
+
+    Every clip is drawn from its own seed, or all together from the first one, in the precision of the model, as the
+    published sampler does.
+    """
     assert opt.height is not None and opt.width is not None
-    autoencoder = parts.autoencoder
-    return torch.cat(
-        [
-            get_noise(
-                1,
-                opt.height,
-                opt.width,
-                opt.num_frames,
-                seed=one,
-                channels=autoencoder.channels,
-                stride=autoencoder.stride,
-                causal=autoencoder.causal,
-                patch_size=parts.layout.denoising.patch[1],
-                device=parts.device,
-                dtype=_dtype(parts),
-            )
-            for one in seeds
-        ]
-    )
+    autoencoder, published = parts.autoencoder, opt.noise == "published"
+    draws = [(seeds[0], len(seeds))] if published else [(seed, 1) for seed in seeds]
+    drawn = [
+        get_noise(
+            count,
+            opt.height,
+            opt.width,
+            opt.num_frames,
+            seed=seed,
+            channels=autoencoder.channels,
+            stride=autoencoder.stride,
+            causal=autoencoder.causal,
+            patch_size=parts.layout.denoising.patch[1],
+            device=parts.device,
+            dtype=next(parts.model.parameters()).dtype if published else _dtype(parts),
+            published=published,
+        )
+        for seed, count in draws
+    ]
+    return torch.cat(drawn).to(_dtype(parts))

@@ -32,6 +32,8 @@ class SamplingOption:
     image_osci: bool = False  # the same for guidance_img
     scale_temporal_osci: bool = False  # guidance_img grows along the clip and fades over the steps
     seed: int = 42
+    noise: Literal["keyed", "published"] = "keyed"  # of a clip's seed alone; or as the family's sampler draws it on a
+    # CPU: all clips that are sampled together from the seed of the first
     shift: bool = True  # spend more steps on high noise, by flow_shift
     flow_shift: float | None = None  # alpha of the schedule; null: as in training
     solver: str | None = None  # steps from noise to data; null: the first that fits what the model was trained for
@@ -73,6 +75,8 @@ class SamplingOption:
             raise ValueError(f"motion_score={self.motion_score}: must be an integer >= 0, or null")
         if self.flow_shift is not None and self.flow_shift <= 0:
             raise ValueError(f"flow_shift={self.flow_shift}: must be a number > 0, or null for the formula")
+        if self.noise not in ("keyed", "published"):
+            raise ValueError(f"noise={self.noise}: must be one of keyed, published")
         if self.method not in METHODS:
             raise ValueError(f"method={self.method}: must be one of {', '.join(METHODS)}")
         _named("resolution", self.resolution, area_of)

@@ -158,18 +158,21 @@ def referred_pixels(path: Path, overrides: list[str], ref: list[str]) -> Tensor:
     return found
 
 
-def check_referred(found: Tensor) -> None:
+def check_referred(found: Tensor, sampler: Sampler = REFERRED) -> None:
     encode = text().encode
-    rows = zip(PROMPTS, NEGATIVES, SEEDS, (given(REFERRED), None), strict=True)
+    rows = zip(PROMPTS, NEGATIVES, SEEDS, (given(sampler), None), strict=True)
     for clip, (prompt, negative, seed, frames) in zip(found, rows, strict=True):
-        right = REFERRED.pixels(encode(prompt), encode(negative), seed, frames)
+        right = sampler.pixels(encode(prompt), encode(negative), seed, frames)
         assert right.std() > 0.05 and relative(clip, right) <= TOLERANCE
 
 
-def test_references(tmp_path: Path) -> None:
-    """A picture and a clip of other sizes give the first and the last frame of one clip of two, in three passes."""
-    path = from_file(tmp_path, REFERRED, prompts=list(PROMPTS))
-    check_referred(referred_pixels(path, [], write_references(tmp_path)))
+@pytest.mark.parametrize("distilled", [False, True], ids=["guided", "distilled"])
+def test_references(tmp_path: Path, distilled: bool) -> None:
+    """A picture and a clip of other sizes give the first and the last frame of one clip of two: in three passes, or in
+    one of a model that reads the guidance."""
+    sampler = replace(REFERRED, distilled=distilled)
+    path = from_file(tmp_path, sampler, prompts=list(PROMPTS))
+    check_referred(referred_pixels(path, [], write_references(tmp_path)), sampler)
 
 
 MANY = [

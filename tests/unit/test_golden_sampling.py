@@ -22,9 +22,10 @@ from opensora.inference.references import code_known
 from opensora.inference.save import output_folder
 from opensora.models.base import TextFeatures
 from opensora.models.mmdit import MMDiTConfig
+from opensora.sampling.noise import get_noise
 from opensora.sampling.options import SamplingOption, image_size, sanitize_sampling_option
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
-from opensora.schedulers.timesteps import get_schedule
+from opensora.schedulers.timesteps import coded_frames, get_schedule
 from opensora.utils.prompt_suffix import published_suffix
 from opensora.utils.tokens import image_ids, pack
 from tests.toy_components import ToyAutoencoder, toy_velocity
@@ -213,6 +214,46 @@ def test_suffixes(tables: dict[str, Any]) -> None:
     for row in tables["suffix"]:
         assert published_suffix(row["text"], row["fps"]) == row["with_fps"]
         assert published_suffix(row["text"], row["fps"], 4) == row["with_motion"]
+
+
+def test_noise_of_a_seed(tables: dict[str, Any]) -> None:
+    """As the published code draws it; ours is keyed, so that a clip's does not depend on its place in a batch."""
+    for row in tables["noise"]:
+        samples, channels, frames, height, width = row["shape"]
+        dtype = {"torch.float32": torch.float32, "torch.bfloat16": torch.bfloat16}[row["dtype"]]
+        sizes: dict[str, Any] = {"channels": channels, "stride": (4, 8, 8), "patch_size": 2, "dtype": dtype}
+        clip = (samples, 8 * height, 8 * width, 4 * frames - 3)
+        noise = get_noise(*clip, seed=row["seed"], published=True, **sizes)
+        assert list(noise.shape) == row["shape"] and noise.dtype == dtype
+        assert relative(noise.flatten()[:6].double(), torch.tensor(row["first"]).double()) <= 1e-6
+        assert abs(noise.double().sum().item() - row["sum"]) <= 1e-4 * abs(row["sum"])
+        assert not torch.equal(noise, get_noise(*clip, seed=row["seed"], **sizes))
+
+
+def test_published_noise_is_of_all_clips_together(golden: Path) -> None:
+    tensors, case = load_file(golden / "sampling_api.safetensors"), api_cases(golden)["t2v"]
+    api = prepare_api(components(tensors, case))
+    option = SamplingOption(width=48, height=32, num_frames=5, num_steps=2, noise="published", seed=7)
+    noise = torch.randn(2, 4, 2, 4, 6, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(api(option, text=PROMPTS), api(option, text=PROMPTS, noise=noise))
+
+
+@pytest.mark.parametrize(("asked", "causal"), [(2, True), (16, True), (16, False), (3, False), (7, False), (1, True)])
+def test_any_number_of_frames_is_made(golden: Path, asked: int, causal: bool) -> None:
+    """Those beyond it are made and cut off, so that 6 are the first of 9."""
+    tensors, case = load_file(golden / "sampling_api.safetensors"), api_cases(golden)["t2v"]
+    api = prepare_api(components(tensors, case | {"causal": causal}))
+    option = SamplingOption(width=48, height=32, num_frames=asked, num_steps=2)
+    made = coded_frames(asked, 4, causal)
+    pixels = api(option, text=PROMPTS)
+    assert pixels.shape == (2, 3, asked, 32, 48)
+    assert torch.equal(pixels, api(replace(option, num_frames=made), text=PROMPTS)[:, :, :asked])
+
+
+def test_sixteen_frames_at_720p_have_a_size() -> None:
+    """As the published interface asks for them by default."""
+    option = sanitize_sampling_option(SamplingOption(resolution="720p", aspect_ratio="16:9", num_frames=16))
+    assert (option.height, option.width, coded_frames(option.num_frames)) == (720, 1280, 17)
 
 
 def test_file_names(tables: dict[str, Any], tmp_path: Path) -> None:
