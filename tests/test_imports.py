@@ -57,6 +57,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "opensora.assembly",
         "opensora.config",
         "opensora.conditioning",
+        "opensora.datasets",
         "opensora.models",
         "opensora.sampling",
         "opensora.schedulers",
@@ -77,6 +78,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "opensora.precompute": (
         "acceleration",
         "opensora.assembly",
+        "opensora.conditioning",
         "opensora.config",
         "opensora.datasets",
         "opensora.models",

@@ -260,9 +260,11 @@ class SampleConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: must be an integer >= 1")
         if self.crf < 0:
             raise ValueError(f"crf={self.crf}: must be an integer from 0 to 51")
-        if self.start_index < 0 or (self.end_index is not None and self.end_index <= self.start_index):
+        if self.start_index < 0:
+            raise ValueError(f"start_index={self.start_index}: must be an integer >= 0")
+        if self.end_index is not None and self.end_index <= self.start_index:
             raise ValueError(
-                f"start_index={self.start_index}: must be an integer >= 0 and below end_index={self.end_index}"
+                f"end_index={self.end_index}: must be above start_index={self.start_index}, or null for all"
             )
         if self.parallel.engine != "native":
             raise ValueError(f"parallel.engine={self.parallel.engine}: must be native; the others are for training")

@@ -250,6 +250,18 @@ def test_any_number_of_frames_is_made(golden: Path, asked: int, causal: bool) ->
     assert torch.equal(pixels, api(replace(option, num_frames=made), text=PROMPTS)[:, :, :asked])
 
 
+def test_temporal_scaling_is_of_single_frames_alone(golden: Path) -> None:
+    """``scale_temporal_osci`` acts where a kind gives the first or last frame, not on longer references."""
+    tensors = load_file(golden / "sampling_api.safetensors")
+    for name, acts in (("v2v_head", False), ("i2v_head", True)):
+        case = api_cases(golden)[name]
+        option = SamplingOption(width=48, height=32, num_frames=case["frames"], num_steps=3, guidance_img=4.0)
+        rest: dict[str, Any] = {"text": PROMPTS, "ref": frames_of(tensors, case["ref"])}
+        api = prepare_api(components(tensors, case))
+        plain, scaled = (api(replace(option, scale_temporal_osci=on), name, **rest) for on in (False, True))
+        assert torch.equal(plain, scaled) == (not acts)
+
+
 def test_sixteen_frames_at_720p_have_a_size() -> None:
     """As the published interface asks for them by default."""
     option = sanitize_sampling_option(SamplingOption(resolution="720p", aspect_ratio="16:9", num_frames=16))
