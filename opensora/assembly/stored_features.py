@@ -17,6 +17,7 @@ from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.datasets.table.index import IndexedTable
 from opensora.models.base import TextFeatures
 from opensora.models.families import describe
+from opensora.models.vae import latents_depend_on
 from opensora.utils.console import launched_rank
 from opensora.utils.errors import UserError
 
@@ -27,7 +28,7 @@ def identity(cfg: RunConfig, table: IndexedTable) -> dict[str, Any]:
     """Everything that latents and text features depend on."""
     data = cfg.data
     return {
-        "vae": plain(cfg.vae),
+        "vae": latents_depend_on(cfg.vae),
         "text": plain(cfg.text),
         "model": {"patch_size": lcm(*describe(cfg.model).patch[1:])},  # bucket sizes are multiples of it
         "seed": cfg.seed,
