@@ -124,6 +124,7 @@ def _encode(
         autoencoder=build_autoencoder(cfg.vae, device, dtype),
         text_encoder=build_text_encoder(cfg.text, device, dtype),
         device=device,
+        seed=cfg.seed,
     )
     null = encoders.null
     named = {"txt": null.txt, "y_vec": null.y_vec, "mask": null.mask}

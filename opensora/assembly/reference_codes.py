@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 def code_part(encoders: Encoders, batch: "Batch", part: Part, samples: Sequence[int] | None = None) -> Tensor:
     """(S, C, part.latents, H', W') on the device of ``encoders``: what the autoencoder makes of these frames alone.
 
+    Where it draws, the draw is of (seed, epoch, sample, name of the part), as in ``Encoders.latents``.
+
     Args:
         samples: numbers of the samples in the batch; None: all.
     """
@@ -25,6 +27,7 @@ def code_part(encoders: Encoders, batch: "Batch", part: Part, samples: Sequence[
     if encoders.stored:
         assert isinstance(batch.features, StoredFeatures)
         return batch.features.references[part.name][rows].to(encoders.device)
-    assert batch.pixels is not None and encoders.autoencoder is not None
+    assert batch.pixels is not None
     pixels = part.of(batch.pixels[rows], part.frames).to(encoders.device, non_blocking=True).float() / 127.5 - 1
-    return encoders.autoencoder.encode(pixels, encoders.run_tiles)
+    ids = tuple(batch.sample_ids[row] for row in rows)
+    return encoders.latents(pixels, batch.epoch, ids, f"posterior {part.name}")

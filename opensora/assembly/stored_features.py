@@ -18,7 +18,7 @@ from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.datasets.table.index import IndexedTable
 from opensora.models.base import TextFeatures
 from opensora.models.families import describe
-from opensora.models.vae import autoencoder_shape
+from opensora.models.vae import autoencoder_shape, latents_depend_on
 from opensora.utils.console import launched_rank
 from opensora.utils.errors import UserError
 
@@ -28,8 +28,8 @@ _SHOWN = 3  # differing keys in an error
 def identity(cfg: RunConfig, table: IndexedTable) -> dict[str, Any]:
     """Everything that latents and text features depend on."""
     data = cfg.data
-    made_for = {
-        "vae": plain(cfg.vae),
+    return {
+        "vae": latents_depend_on(cfg.vae),
         "text": plain(cfg.text),
         "model": {"patch_size": lcm(*describe(cfg.model).patch[1:])},  # bucket sizes are multiples of it
         "seed": cfg.seed,
@@ -42,9 +42,8 @@ def identity(cfg: RunConfig, table: IndexedTable) -> dict[str, Any]:
             "decoder": data.decoder,
             "background": data.background,
         },
+        **({"references": names} if (names := reference_names(cfg)) else {}),
     }
-    references = reference_names(cfg)
-    return made_for | ({"references": references} if references else {})
 
 
 def reference_names(cfg: RunConfig) -> list[str]:

@@ -16,7 +16,7 @@ from opensora.datasets import DataConfig
 from opensora.models.base import ModelConfig, Width, Widths
 from opensora.models.families import MODEL_CONFIGS, MODEL_SIZES, describe, family_of
 from opensora.models.text import TEXT_ENCODER_CONFIGS, TextConfig, text_widths
-from opensora.models.vae import AUTOENCODER_CONFIGS, AutoencoderConfig, autoencoder_shape
+from opensora.models.vae import AUTOENCODER_CONFIGS, AUTOENCODERS, AutoencoderConfig, autoencoder_shape
 from opensora.sampling.options import SamplingOption
 from opensora.schedulers import OBJECTIVE_CONFIGS, ObjectiveConfig, build_objective
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
@@ -291,12 +291,29 @@ def check_fit(model: ModelConfig, vae: AutoencoderConfig, text: TextConfig) -> N
     Raises:
         ValueError: a width of the model that does not fit, with the one that does.
     """
+    check_patch(vae, model)
     latents = Width(autoencoder_shape(vae).channels, f"vae.kind={vae.kind}")
     given = Widths(latents, *(Width(size, f"text.kind={text.kind}") for size in text_widths(text)))
     try:
         family_of(model).check(model, given)
     except ValueError as error:
         raise ValueError(f"model.{error}") from None
+
+
+def check_patch(vae: AutoencoderConfig, model: ModelConfig) -> None:
+    """That tokens span no more pixels than the autoencoder is meant for.
+
+    Raises:
+        ValueError: the model's patch is larger.
+    """
+    wanted, found = AUTOENCODERS[vae.kind].patch, describe(model).patch
+    if wanted is not None and found != (1, wanted, wanted):
+        name = "patch_size" if hasattr(model, "patch_size") else "patch"
+        side = autoencoder_shape(vae).stride[2]
+        raise ValueError(
+            f"model.{name}={getattr(model, name, found)}: must be {wanted} with vae.kind={vae.kind}, whose latents "
+            f"span {side}x{side} pixels"
+        )
 
 
 def check_objective(model: ModelConfig, objective: ObjectiveConfig) -> None:

@@ -276,6 +276,7 @@ def build_encoders(cfg: RunConfig, device: torch.device) -> Encoders:
         text_encoder=build_text_encoder(cfg.text, device, dtype),
         device=device,
         stored=stored,
+        seed=cfg.seed,
     )
 
 
