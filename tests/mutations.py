@@ -129,10 +129,7 @@ ROOM, BY_WEIGHT = (
 )
 GIVEN_LOOP = "tests/unit/test_given_references.py::test_which_reference_a_kind_takes"
 EVERY = "tests/unit/test_golden_sampling.py::test_known_frames_of_every_clip_are_put_back"
-THREE_WAY, TEMPORAL = (
-    f"tests/unit/test_golden_denoisers.py::test_every_step_is_the_published_one[{name}]"
-    for name in ("i2v_plain", "i2v_temporal")
-)
+THREE_WAY = "tests/unit/test_golden_denoisers.py::test_every_step_is_the_published_one[i2v_plain]"
 OPERATIONS = FACTORED + "test_operations_are_those_that_torch_counts[batch0]"
 
 TABLE: tuple[Mutation, ...] = (
@@ -574,11 +571,22 @@ TABLE: tuple[Mutation, ...] = (
     Mutation("known frames counted as learned", DATA, "return referenced if takes", "return None if takes", LEFT_OUT),
     Mutation("a clip that is all known is counted as learned", DATA, "shape, learn_some=True)", "shape)", LEFT_OUT),
     Mutation(
+        "references drawn as their clips are",
+        CODES,
+        'f"posterior {part.name}"',
+        '"posterior"',
+        "tests/unit/test_references.py::test_references_are_drawn_apart_where_the_autoencoder_draws",
+    ),
+    Mutation(
         "the third pass knows the references", GUIDANCE, "without_text.without_reference()]", "without_text]", THREE_WAY
     ),
-    Mutation("image guidance fades over the clip alone", GUIDANCE, "(1 - step / steps)", "1.0", TEMPORAL),
+    Mutation("image guidance fades over the clip alone", GUIDANCE, "(1 - step / steps)", "1.0", REFERRED_CLIPS),
     Mutation(
-        "image guidance grows past the last frame", GUIDANCE, "/ max(latent_frames - 1, 1)", "/ latent_frames", TEMPORAL
+        "image guidance grows past the last frame",
+        GUIDANCE,
+        "/ max(latent_frames - 1, 1)",
+        "/ latent_frames",
+        REFERRED_CLIPS,
     ),
     Mutation(
         "known frames of the first clip alone put back",
@@ -649,7 +657,7 @@ TABLE: tuple[Mutation, ...] = (
         PROMPTS,
         '(self.copy == 0 and self.joint == "_")',
         "False",
-        "tests/unit/test_golden_sampling.py::test_file_names",
+        "tests/unit/test_prompts.py::test_every_prompt_gets_its_seeds_and_a_name_of_its_own",
     ),
     Mutation(
         "rows numbered from the first that is sampled",

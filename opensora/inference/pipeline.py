@@ -134,9 +134,9 @@ def prepare_api(parts: Components) -> Api:
         made = coded(opt, layout.denoising, parts.autoencoder)
         assert opt.height is not None and opt.width is not None
         grid = layout.denoising.grid(latent_grid(made, opt.height, opt.width, parts.autoencoder))
-        given = _given(parts, cond_type, ref, len(text), opt, grid)
-        opt = replace(opt, scale_temporal_osci=opt.scale_temporal_osci and is_still(cond_type))
         seeds = _seeds(opt.seed if seed is None else seed, len(text))
+        given = _given(parts, cond_type, ref, seeds, opt, grid)
+        opt = replace(opt, scale_temporal_osci=opt.scale_temporal_osci and is_still(cond_type))
         start = _noise(replace(opt, num_frames=made), parts, seeds) if noise is None else noise.to(parts.device)
         x = layout.patchify(start)  # (B, N, C) or (B, T, S, C)
         positions = layout.shard(layout.positions(grid, len(text), parts.device))
@@ -175,12 +175,12 @@ def _given(
     parts: Components,
     cond_type: str,
     ref: Sequence[str | Sequence[Reference] | None] | None,
-    clips: int,
+    seeds: Sequence[int],
     opt: SamplingOption,
     grid: Grid,
 ) -> KnownFrames | None:
     """What the references of a batch give; None: the kind takes none."""
-    listed = [split(one) if isinstance(one, str) else list(one or ()) for one in ref or [None] * clips]
+    listed = [split(one) if isinstance(one, str) else list(one or ()) for one in ref or [None] * len(seeds)]
     for references in listed:
         check_count(cond_type, len(references))
     if cond_type == "t2v":
@@ -188,8 +188,17 @@ def _given(
     assert opt.height is not None and opt.width is not None
     check_references(parts.cfg)
     check_length(cond_type, grid.latent_frames, opt.num_frames, parts.autoencoder)
-    size, dtype = (opt.height, opt.width), _dtype(parts)
-    return code_known(cond_type, listed, grid.latents, size, parts.autoencoder, parts.run_tiles, parts.device, dtype)
+    return code_known(
+        cond_type,
+        listed,
+        grid.latents,
+        (opt.height, opt.width),
+        parts.autoencoder,
+        parts.run_tiles,
+        parts.device,
+        _dtype(parts),
+        seeds,
+    )
 
 
 def _dtype(parts: Components) -> torch.dtype:

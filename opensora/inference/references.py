@@ -16,10 +16,11 @@ from opensora.conditioning.references import KINDS, MOST_REFERENCES, Part, code_
 from opensora.datasets.decode import api
 from opensora.datasets.decode.common import ResizeToFill, cover_size
 from opensora.datasets.loading.window import crop_origin
-from opensora.models.base import Autoencoder, AutoencoderShape
+from opensora.models.base import Autoencoder, AutoencoderShape, Variational
 from opensora.utils.errors import UserError
 from opensora.utils.files.untrusted import short
 from opensora.utils.files.user_files import absence
+from opensora.utils.rng import torch_generator
 from opensora.utils.tasks import TaskRunner, one_by_one
 
 Reference: TypeAlias = str | Tensor  # a file, or its frames (3, T, H, W) in [-1, 1]
@@ -54,6 +55,7 @@ def code_known(
     run: TaskRunner = one_by_one,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    seeds: Sequence[int] = (),
 ) -> KnownFrames:
     """Collective over the processes that ``run`` shares work with.
 
@@ -63,6 +65,7 @@ def code_known(
         grid: (T', H', W') of the clips.
         size: (height, width) of their frames.
         dtype: of pixels; fp64 to compare layouts.
+        seeds: of the clips, for an autoencoder that draws (``vae.sample=posterior``); none: it does not.
 
     Raises:
         UserError: a reference that cannot be read, or does not fit the kind.
@@ -77,12 +80,23 @@ def code_known(
         coded = []
         for row in rows:
             pixels = read_part(references[row][chosen(cond_type, part)], part, size, cond_type, dtype)
-            coded.append(autoencoder.encode(pixels[None].to(device), run))
+            seed = seeds[row] if seeds else None
+            coded.append(_encoded(autoencoder, pixels[None].to(device), run, seed, part))
         return torch.cat(coded)
 
     reference, known = code_references(kinds, grid, autoencoder, code, device=device)
     kept = known if is_still(cond_type) else torch.zeros_like(known)
     return KnownFrames(reference=reference, known=torch.zeros_like(known) if still else known, kept=kept)
+
+
+def _encoded(autoencoder: Autoencoder, pixels: Tensor, run: TaskRunner, seed: int | None, part: Part) -> Tensor:
+    if seed is None or not (isinstance(autoencoder, Variational) and autoencoder.samples):
+        return autoencoder.encode(pixels, run)
+
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(1, *shape, generator=torch_generator(seed, f"posterior {part.name}")).to(pixels.device)
+
+    return autoencoder.encode(pixels, run, draw)
 
 
 def chosen(cond_type: str, part: Part) -> int:

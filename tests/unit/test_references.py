@@ -20,10 +20,12 @@ from opensora.conditioning import ConditioningConfig, DropoutConfig
 from opensora.conditioning.references import KINDS, draw_kind, fits, given_frames, needed_parts, parts_of
 from opensora.datasets.buckets.bucket import Bucket
 from opensora.datasets.loading.reader import Batch
+from opensora.inference.references import code_known
 from opensora.models.base import AutoencoderShape, TextFeatures
 from opensora.models.mmdit import MMDiTConfig
 from opensora.schedulers.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from opensora.train.preparation import Preparation
+from opensora.utils.rng import torch_generator
 from opensora.utils.tokens import unpack
 from tests.toy_components import ToyAutoencoder
 
@@ -186,6 +188,41 @@ def test_references_are_coded_alone(kind: str, causal: bool) -> None:
     assert whole.shape[2] == frames and len(alone) == len(wanted)
     for found, right in zip(alone, wanted, strict=True):
         assert torch.allclose(found, right, atol=1e-5)
+
+
+class Drawing(ToyAutoencoder):
+    """Latents are the noise that it is given: what is drawn for what."""
+
+    samples = True
+
+    def encode(self, pixels: Tensor, run: Any = None, draw: Any = None) -> Tensor:
+        mode = super().encode(pixels)
+        return mode if draw is None else draw(tuple(mode.shape[1:])).to(mode)
+
+
+def test_references_are_drawn_apart_where_the_autoencoder_draws() -> None:
+    """A draw of (seed, epoch, sample, part): not that of the clip, another sample or end; in any batch and step."""
+    prepare = preparation(Drawing(torch.randn(4, 3)), ConditioningConfig(references={"i2v_loop": 1.0}))
+    pixels = torch.rand(2, 3, 9, 8, 8)
+    cond = unpack(prepare(batch_of(pixels), step=0).inputs["cond"], (3, 1, 1), 1)
+    wanted = [
+        torch.randn(4, 1, 1, 1, generator=torch_generator(0, 0, sample, f"posterior {end}_1"))[:, 0, 0, 0]
+        for sample in (0, 1)
+        for end in ("head", "tail")
+    ]
+    found = [cond[sample, 1:, frame, 0, 0] for sample in (0, 1) for frame in (0, 2)]
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert len({one[0].item() for one in found}) == 4
+    later = prepare(batch_of(pixels[1:], first=1), step=3).inputs["cond"]
+    assert torch.equal(unpack(later, (3, 1, 1), 1)[0], cond[1])
+
+    refs = [[pixels[0]], [pixels[1]]]
+    grid = (3, 1, 1)
+    drawn = code_known("i2v_loop", refs, grid, (8, 8), Drawing(torch.randn(4, 3)), seeds=(5, 6)).reference
+    right = torch.randn(1, 4, 1, 1, 1, generator=torch_generator(6, "posterior tail_1"))
+    assert torch.equal(drawn[1, :, 2], right[0, :, 0]) and not torch.equal(drawn[0], drawn[1])
+    swapped = code_known("i2v_loop", refs, grid, (8, 8), Drawing(torch.randn(4, 3)), seeds=(6, 5)).reference
+    assert torch.equal(swapped, drawn.flip(0))
 
 
 def known_by_hand(kind: str, frames: int, causal: bool) -> list[bool]:
