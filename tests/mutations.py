@@ -549,7 +549,7 @@ TABLE: tuple[Mutation, ...] = (
         REFERENCES,
         "and fits(kind, latent_frames, shape)\n        and not",
         "and not",
-        ROOM,
+        BY_WEIGHT,
     ),
     Mutation("weights of kinds left aside", REFERENCES, "kind: weights[kind]\n", "kind: 1.0\n", BY_WEIGHT),
     Mutation(

@@ -20,6 +20,7 @@ from opensora.models.vae import AUTOENCODER_CONFIGS, AUTOENCODERS, AutoencoderCo
 from opensora.sampling.options import SamplingOption
 from opensora.schedulers import OBJECTIVE_CONFIGS, ObjectiveConfig, build_objective
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
+from opensora.utils.chat import RefineConfig
 from opensora.utils.files.untrusted import short
 from opensora.utils.limits import SECONDS, STEPS, Limits
 from opensora.utils.metrics_log import LogConfig
@@ -225,6 +226,7 @@ class SampleConfig:
     ] = "t2v"  # what references give: the first, the last or both frames; the first or last 33 frames, or 65 (easy)
     ref: str | None = None  # references of prompt and prompts, images or clips of any size, as "a.png;b.mp4"
     prompt_suffix: bool | None = None  # words about frame rate and motion after prompts; null: as the model was trained
+    refine: RefineConfig = field(default_factory=RefineConfig)
     num_sample: int = 1  # videos per prompt, with seeds seed, seed+1, ...
     save_dir: str = "samples"  # videos, stills, prompts and the contact sheet
     save_prefix: str = ""  # what the names of files begin with

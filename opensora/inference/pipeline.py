@@ -6,7 +6,7 @@ exchanged in every step; the tiles of the autoencoder over all processes of the 
 seed alone, so any number of processes gives the same video.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 
@@ -30,6 +30,7 @@ from opensora.inference.find import Source, find_source
 from opensora.inference.load import load_components
 from opensora.inference.prompts import Job, final_prompt, read_jobs
 from opensora.inference.references import KnownFrames, Reference, check_count, check_length, code_known, split
+from opensora.inference.refine import check_refine, refined
 from opensora.inference.save import Saver, output_folder, unused_names
 from opensora.models.base import latent_grid
 from opensora.models.conditions import Conditions, TokenBatch
@@ -41,7 +42,7 @@ from opensora.schedulers import build_solver
 from opensora.schedulers.base import SolverOptions
 from opensora.utils.console import announce, progress
 from opensora.utils.files.user_files import try_output
-from opensora.utils.prompt_suffix import published_suffix
+from opensora.utils.prompt_suffix import published_suffix, with_suffix
 from opensora.utils.rng import torch_generator
 from opensora.utils.tokens import Grid
 
@@ -274,17 +275,29 @@ def kind_of(cfg: SampleConfig, jobs: Sequence[Job]) -> str:
     return cfg.cond_type if any(job.ref for job in jobs) else "t2v"
 
 
-def with_suffixes(cfg: SampleConfig, jobs: list[Job], source: Source) -> tuple[list[Job], Source]:
-    """Prompts with their words about frame rate and motion, as ``cfg.prompt_suffix`` wants them: those of training, or
-    for weights that come without a configuration those of the published sampler."""
-    if cfg.prompt_suffix is None:
-        return jobs, source
-    if source.conditioning is not None or not cfg.prompt_suffix:
-        return jobs, replace(source, prompt_suffix=cfg.prompt_suffix)
-    option = cfg.sampling
-    fps = option.fps if option.num_frames > 1 else None
-    told = [replace(job, text=published_suffix(job.text, fps, option.motion_score)) for job in jobs]
-    return told, replace(source, prompt_suffix=False)
+def names_motion(cfg: SampleConfig, source: Source) -> bool:
+    """Whether prompts end with words about frame rate and motion."""
+    return source.prompt_suffix if cfg.prompt_suffix is None else cfg.prompt_suffix
+
+
+def with_suffixes(
+    cfg: SampleConfig, jobs: Sequence[Job], parts: Components, source: Source, motions: Mapping[int, int]
+) -> tuple[list[Job], Components]:
+    """Prompts with their words about frame rate and motion, where these are not what training's configuration says.
+
+    Those of training, or for weights that come without a configuration those of the published sampler.
+
+    Args:
+        motions: scores by the number of the prompt, where each has its own.
+    """
+    wanted = names_motion(cfg, source)
+    if not wanted or (source.conditioning is not None and not motions):
+        return list(jobs), replace(parts, prompt_suffix=wanted)
+    fps = cfg.sampling.fps if cfg.sampling.num_frames > 1 else None
+    stated = None if cfg.sampling.motion_score == "dynamic" else cfg.sampling.motion_score
+    rule = published_suffix if source.conditioning is None else with_suffix
+    told = [replace(job, text=rule(job.text, fps, motions.get(job.row, stated))) for job in jobs]
+    return told, replace(parts, prompt_suffix=False)
 
 
 def sample(cfg: SampleConfig) -> list[str]:
@@ -293,16 +306,18 @@ def sample(cfg: SampleConfig) -> list[str]:
     Raises:
         UserError: what the user can mend, before the process group exists where possible.
     """
-    jobs, source = with_suffixes(cfg, read_jobs(cfg), find_source(cfg))
+    jobs, source = read_jobs(cfg), find_source(cfg)
     world_size = launcher_variables.ranks_from_environment().world_size
     check_layout(cfg.parallel.mesh, world_size, source.model)
     check_attention(cfg.parallel.attention)
     check_guidance(cfg.parallel.mesh, world_size, cfg.sampling, references=kind_of(cfg, jobs) != "t2v")
     check_sample(cfg, source, jobs, world_size)
+    check_refine(cfg, tells_motion=names_motion(cfg, source))
     try_output(output_folder(cfg), "save_dir", folder=True)
     parallel = cfg.parallel
     runtime = runtimes.start(parallel.timeout_s, mesh=parallel.mesh, interface=parallel.interface)
-    parts = prepare_models(cfg, source, runtime)
+    jobs, motions = refined(cfg, jobs)
+    jobs, parts = with_suffixes(cfg, jobs, prepare_models(cfg, source, runtime), source, motions)
     fit(cfg.sampling, parts)
     announce(f"{len(jobs)} samples on {runtime.world_size} processes, {runtime.device.type}")
     if len(set(hosts := host_names(runtime.peers))) > 1:
