@@ -123,9 +123,7 @@ def check_refine(cfg: SampleConfig, *, tells_motion: bool) -> None:
         UserError: there is none.
     """
     if cfg.sampling.motion_score == "dynamic" and not tells_motion:
-        raise UserError(
-            "sampling.motion_score=dynamic: prompts do not name it; set prompt_suffix=true, or another score"
-        )
+        raise UserError("sampling.motion_score=dynamic: prompts do not name it; set prompt_suffix=true, or a number")
     if asks(cfg):
         key_of(cfg.refine)
 
