@@ -13,8 +13,9 @@ import pytest
 import torch.distributed as dist
 
 from opensora.config.run import SampleConfig
-from opensora.inference import pipeline, refine
-from opensora.inference.pipeline import with_suffixes
+from opensora.inference import job as whole_job
+from opensora.inference import refine
+from opensora.inference.job import with_suffixes
 from opensora.inference.prompts import Job, read_jobs
 from opensora.inference.refine import check_refine, motion_of, refined, rewritten
 from opensora.sampling.options import SamplingOption
@@ -209,9 +210,11 @@ def test_a_motion_score_that_no_prompt_would_name(server: Server) -> None:
 def test_words_about_rate_and_motion(trained_here: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts end as training had them, or for weights without a configuration as the published sampler ends them."""
     source = SimpleNamespace(conditioning=object() if trained_here else None, prompt_suffix=trained_here)
-    monkeypatch.setattr(
-        pipeline, "replace", lambda one, **changes: changes if one is PARTS else replace(one, **changes)
-    )
+
+    def changed(one: Any, **changes: Any) -> Any:
+        return changes if one is PARTS else replace(one, **changes)
+
+    monkeypatch.setattr(whole_job, "replace", changed)
 
     def told(motions: dict[int, int] | None = None, **more: Any) -> tuple[list[str], bool]:
         cfg = SampleConfig(weights="w", prompts=("a cat", "B."), **more)
