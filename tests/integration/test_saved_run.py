@@ -11,8 +11,8 @@ from opensora.config.load import load_config
 from opensora.config.run import RunConfig, SampleConfig
 from opensora.config.strict_yaml import read_yaml
 from opensora.inference import check, pipeline
-from opensora.inference.job import sample
 from opensora.inference.find import find_source
+from opensora.inference.job import sample
 from opensora.schedulers.timesteps import get_schedule
 from tests.dist.harness import run_distributed
 from tests.integration.test_train_and_sample import LAYOUT_B, train_on
