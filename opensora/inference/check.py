@@ -3,14 +3,18 @@
 import os
 from math import prod
 
+import torch
+
 from acceleration.config import ParallelConfig
 from acceleration.diagnostics.memory_usage import device_bytes, machine_bytes
 from acceleration.distributed import mesh
+from acceleration.protocol import block_names
 from acceleration.sharding.precision import DTYPES
+from opensora.assembly.step_caches import check_cache
 from opensora.config.run import RunConfig, SampleConfig, check_fit, check_objective
 from opensora.inference.find import Source
 from opensora.models.base import AutoencoderShape, ModelConfig, Width, latent_grid
-from opensora.models.families import count_parameters, describe
+from opensora.models.families import build_model, count_parameters, describe
 from opensora.models.text import check_text_encoder, text_tokens
 from opensora.models.vae import autoencoder_shape, check_autoencoder
 from opensora.sampling.guidance import passes_per_step
@@ -115,11 +119,26 @@ def fit_option(key: str, option: SamplingOption, model: ModelConfig, shape: Auto
         denoising.check_frames(latent_frames(option.num_frames, stride[0], shape.causal))
     except ValueError as error:
         raise UserError(f"{key}.num_frames={option.num_frames}: {error}") from None
+    check_step_cache(key, option, model)
     method = "distill" if reads_guidance else "i2v"
     if option.method != method:
         reads = "reads" if reads_guidance else "does not read"
         raise UserError(f"{key}.method={option.method}: must be {method}, as the model {reads} guidance as an input")
     return option
+
+
+def check_step_cache(key: str, option: SamplingOption, model: ModelConfig) -> None:
+    """That the model has what ``option.cache`` reuses.
+
+    Raises:
+        UserError: it has not.
+    """
+    with torch.device("meta"):
+        blocks = len(block_names(build_model(model)))
+    try:
+        check_cache(option.cache, model.kind, describe(model), blocks)
+    except ValueError as error:
+        raise UserError(f"{key}.{error}") from None
 
 
 def least_bytes(

@@ -6,6 +6,7 @@ exchanged in every step; the tiles of the autoencoder over all processes of the 
 seed alone, so any number of processes gives the same video.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import count
 
@@ -21,6 +22,7 @@ from acceleration.distributed.runtime import Runtime
 from acceleration.distributed.tasks import DistributedRunner
 from opensora.assembly.components import Components
 from opensora.assembly.layout import check_attention, check_guidance, check_layout
+from opensora.assembly.step_caches import step_cache
 from opensora.assembly.token_layout import TokenLayout, forward_arguments
 from opensora.config.run import SampleConfig
 from opensora.inference.check import check_sample, solver_of
@@ -30,6 +32,7 @@ from opensora.inference.prompts import Job, final_prompt, read_jobs
 from opensora.inference.save import Saver, output_folder, unused_names
 from opensora.models.base import latent_grid
 from opensora.models.conditions import Conditions, TokenBatch
+from opensora.sampling.caches import OnDecision
 from opensora.sampling.guidance import build_guidance, passes_per_step
 from opensora.sampling.loop import Predict, denoise
 from opensora.sampling.noise import get_noise
@@ -81,8 +84,12 @@ def prepare(
     return parts.layout.shard_conditions(conditions, x)
 
 
-def prepare_api(parts: Components) -> Api:
-    """A function from prompts to pixels over loaded components."""
+def prepare_api(parts: Components, on_decision: OnDecision = lambda decision: None) -> Api:
+    """A function from prompts to pixels over loaded components.
+
+    Args:
+        on_decision: told what this process's step cache, if there is one, decides.
+    """
     run_passes = DistributedRunner(parts.mesh["cfg"])
 
     @torch.no_grad()
@@ -123,24 +130,27 @@ def prepare_api(parts: Components) -> Api:
         options = SolverOptions(opt.num_steps, opt.shift, opt.flow_shift)
         solver = build_solver(solver_of("sampling", opt, parts.objective), parts.objective, options, grid)
         prompts = [final_prompt(t, opt, suffix=parts.prompt_suffix) for t in text]
-        tokens = denoise(
-            _predict(parts, positions),
-            layout.shard(x),
-            solver,
-            build_guidance(
-                opt,
-                references=False,
-                steps=len(solver.times) - 1,
-                latent_frames=grid.latent_frames,
-                positions=positions,
-            ),
-            prepare(parts, prompts, x, opt),
-            prepare(parts, neg or [""] * len(text), x, opt, null=True) if passes_per_step(opt) > 1 else None,
-            outputs=layout.denoising.outputs,
-            noise=_step_noise(layout, grid, seeds, x),
-            progress=on_step,
-            run=run_passes,
-        )
+        cache = step_cache(opt.cache, parts.model, parts.mesh, on_decision)
+        with cache.during(parts.model):
+            tokens = denoise(
+                _predict(parts, positions),
+                layout.shard(x),
+                solver,
+                build_guidance(
+                    opt,
+                    references=False,
+                    steps=len(solver.times) - 1,
+                    latent_frames=grid.latent_frames,
+                    positions=positions,
+                ),
+                prepare(parts, prompts, x, opt),
+                prepare(parts, neg or [""] * len(text), x, opt, null=True) if passes_per_step(opt) > 1 else None,
+                outputs=layout.denoising.outputs,
+                noise=_step_noise(layout, grid, seeds, x),
+                progress=on_step,
+                run=run_passes,
+                watch=cache.watch,
+            )
         latents = layout.unpatchify(layout.gather(tokens, grid), grid)  # (B, C, T', H', W')
         return parts.autoencoder.decode(latents, parts.run_tiles)[:, :, : opt.num_frames]
 
@@ -173,7 +183,8 @@ def process_and_save(parts: Components, cfg: SampleConfig, jobs: Sequence[Job], 
         UserError: the output folder cannot be written, before anything is sampled.
     """
     jobs = unused_names(cfg, jobs)
-    api = prepare_api(parts)
+    reused = Counter[bool]()
+    api = prepare_api(parts, lambda decision: reused.update((decision.computed,)))
     saver = Saver(cfg, parts)
     batches = [jobs[i : i + cfg.batch_size] for i in range(0, len(jobs), cfg.batch_size)]
     degree, rank = parts.mesh.data_degree, parts.mesh.data_rank
@@ -199,6 +210,8 @@ def process_and_save(parts: Components, cfg: SampleConfig, jobs: Sequence[Job], 
             saver.save(batch, pixels)
     if bar is not None:
         bar.close()
+    if decided := reused.total():
+        announce(f"sampling.cache.kind={cfg.sampling.cache.kind}: reused {reused[False]} of {decided} times")
     return saver.finish()
 
 

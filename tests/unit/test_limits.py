@@ -12,9 +12,9 @@ import pytest
 
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig, SampleConfig
-from opensora.config.schema import TABLE
 from opensora.sampling.options import SamplingOption
 from opensora.utils.errors import UserError
+from opensora.utils.sections import TABLE
 from tests.unit.test_config import GOOD
 
 HUGE = ["1000000000000000", "9223372036854775807", "1.0e+18", "1.0e+308"]
