@@ -133,6 +133,8 @@ def check_step_cache(key: str, option: SamplingOption, model: ModelConfig) -> No
     Raises:
         UserError: it has not.
     """
+    if option.cache.kind == "none":
+        return
     with torch.device("meta"):
         blocks = len(block_names(build_model(model)))
     try:

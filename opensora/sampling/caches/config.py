@@ -1,12 +1,12 @@
 """What may be configured of step caches, a class per kind: ``sampling.cache``."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from opensora.utils.limits import Limits, check_limits
 
+MOST = 1e9  # of a calibrated number, either way
 _CHANGE = (1e6, "nothing would ever be computed again")
 _COUNT = (10_000, "no clip takes more steps, and no model has more blocks")
 
@@ -86,8 +86,8 @@ class TeaCache:
         _check_threshold(self)
         if self.coefficients is not None and self.published is not None:
             raise ValueError(f"published={self.published}: must be null where coefficients are given")
-        if self.coefficients is not None and not self.coefficients:
-            raise ValueError("coefficients=[]: must be numbers, highest power first, or null for published ones")
+        if self.coefficients is not None and not (self.coefficients and all(abs(c) <= MOST for c in self.coefficients)):
+            raise ValueError(f"coefficients: must be numbers of at most {MOST:g}, or null for published ones")
 
     @property
     def polynomial(self) -> tuple[float, ...]:
@@ -111,8 +111,8 @@ class MagCache:
 
     def __post_init__(self) -> None:
         _check_threshold(self)
-        if not self.ratios or not all(ratio > 0 and math.isfinite(ratio) for ratio in self.ratios):
-            raise ValueError("ratios: must be numbers > 0, one per step of the run they were calibrated with")
+        if not self.ratios or not all(0 < ratio <= MOST for ratio in self.ratios):
+            raise ValueError(f"ratios: must be numbers > 0 and at most {MOST:g}, one per step of a calibrated run")
         if self.max_in_a_row < 1:
             raise ValueError(f"max_in_a_row={self.max_in_a_row}: must be an integer >= 1; kind=none reuses nothing")
         if not 0 <= self.retention <= 1:
