@@ -9,9 +9,11 @@ from torch import Tensor
 
 from acceleration.config import MeshConfig, ParallelConfig
 from acceleration.distributed import mesh as meshes
+from acceleration.distributed.tasks import DistributedRunner
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
 from opensora.assembly.components import Components
+from opensora.assembly.step_caches import step_cache
 from opensora.assembly.token_layout import token_layout
 from opensora.inference.pipeline import prepare_api
 from opensora.models.base import Autoencoder, ModelConfig
@@ -26,8 +28,12 @@ from opensora.sampling.caches import (
     PyramidAttentionBroadcast,
     TeaCache,
 )
+from opensora.sampling.denoisers import I2VDenoiser, TextInputs
 from opensora.sampling.options import SamplingOption
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
+from opensora.schedulers.timesteps import get_schedule
+from opensora.utils.rng import torch_generator
+from opensora.utils.tokens import image_ids
 from tests.dist.factored import MODEL as FACTORED
 from tests.dist.factored import Latents
 from tests.dist.layouts import FP64
@@ -124,4 +130,52 @@ def sampled(
     return found
 
 
-__all__ = ["CACHES", "FACTORED", "FACTORED_CACHES", "MODEL", "STEPS", "Choices", "Layout", "sampled"]
+THREE_PASSES = SamplingOption(
+    num_steps=STEPS, guidance=4.0, guidance_img=3.0, text_osci=True, image_osci=True, scale_temporal_osci=True
+)
+
+
+def with_references(layout: Layout, names: tuple[str, ...]) -> dict[str, tuple[Tensor, Choices]]:
+    """Three passes of guidance, as for known frames: {cache: (tokens, this process's decisions)}."""
+    zero: Any = layout.zero
+    parallel = ParallelConfig(zero=zero, mesh=MeshConfig(**dict(layout.degrees)), precision=FP64)
+    mesh = meshes.build(parallel.mesh, dist.get_world_size(), CPU)
+    with torch.device("meta"):
+        built = build_model(MODEL)
+    model = parallelize(built, parallel, mesh, CPU, fill).requires_grad_(False)
+    sequence, grid, tokens = SequenceParallel(mesh), (3, 1, 5), 15
+
+    def draw(channels: int, key: str) -> Tensor:
+        return sequence.shard(torch.randn(2, tokens, channels, generator=torch_generator(key), dtype=torch.float64))
+
+    def text(prompts: list[str]) -> TextInputs:
+        features = FakeText().encode(prompts)
+        txt = sequence.shard(features.txt, extra_to_last=True)
+        context = sequence.context(features.txt.shape[1], tokens)
+        return TextInputs(txt=txt, txt_ids=torch.zeros(*txt.shape[:2], 3), y_vec=features.y_vec, context=context)
+
+    found: dict[str, tuple[Tensor, Choices]] = {}
+    for name in names:
+        log: list[Decision] = []
+        cache = step_cache(CACHES[name], model, mesh, log.append)
+        with cache.during(model):
+            local = I2VDenoiser().denoise(
+                model,
+                draw(8, "noise"),
+                timesteps=get_schedule(STEPS, 5, 3),
+                option=THREE_PASSES,
+                img_ids=sequence.shard(image_ids(grid, 1).expand(2, -1, -1)),
+                prompt=text(["a fox runs", "two"]),
+                negative=text(["blur", ""]),
+                cond=draw(MODEL.cond_channels, "references"),
+                references=True,
+                latent_frames=3,
+                run=DistributedRunner(mesh["cfg"]),
+                watch=cache.watch,
+            )
+        choices = [(d.at.number, d.at.step, d.part, d.computed) for d in log]
+        found[name] = (sequence.gather(local, tokens), choices)
+    return found
+
+
+__all__ = ["CACHES", "FACTORED", "FACTORED_CACHES", "MODEL", "STEPS", "Choices", "Layout", "sampled", "with_references"]

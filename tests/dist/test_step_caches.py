@@ -21,6 +21,7 @@ from tests.dist.step_caches import (
     Layout,
     option,
     sampled,
+    with_references,
 )
 
 BLOCKS = ("first_block", "teacache", "dbcache")
@@ -100,6 +101,32 @@ def test_layouts_decide_and_sample_as_one_process(world: int, layout: Layout, na
 )
 def test_every_layout_decides_and_samples_as_one_process(world: int, layout: Layout) -> None:
     check(world, layout, ALL)
+
+
+@cache
+def three_passes() -> dict[str, tuple[Tensor, Choices]]:
+    found: dict[str, tuple[Tensor, Choices]] = run_distributed(with_references, 1, Layout(), ALL)[0]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("world", "degrees"),
+    [
+        (3, (("cfg", 3),)),
+        pytest.param(2, (("cfg", 2),), marks=pytest.mark.slow),
+        pytest.param(4, (("shard", 1), ("cfg", 2), ("ulysses", 2)), marks=pytest.mark.slow),
+    ],
+)
+def test_three_passes_over_two_or_three_processes(world: int, degrees: tuple[tuple[str, int], ...]) -> None:
+    """Each process decides for its own pass; over two, one of them works on two and the other repeats one."""
+    cfg = dict(degrees)["cfg"]
+    whole = meshes.resolve(meshes.MeshConfig(**dict(degrees)), world)
+    for rank, found in enumerate(run_distributed(with_references, world, Layout(degrees), ALL, timeout=100)):
+        for name, (tokens, choices) in found.items():
+            expected, decided = three_passes()[name]
+            assert relative(tokens, expected) <= TOLERANCE, (rank, name)
+            own = {number for number in range(3) if number % cfg == meshes.coordinates(whole, rank)["cfg"]}
+            assert own and of(choices, own) == of(decided, own), (rank, name)
 
 
 @pytest.mark.parametrize("degrees", [(("ulysses", 2),), (("shard", 2),)])
