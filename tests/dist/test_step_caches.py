@@ -87,8 +87,14 @@ SLOW: dict[int, list[Layout]] = {
 }
 
 
+def name_of(world: int, layout: Layout) -> str:
+    degrees = "-".join(f"{axis}{degree}" for axis, degree in layout.degrees)
+    return f"{world}-{degrees}-zero{layout.zero}-prefetch{layout.prefetch}"
+
+
 @pytest.mark.parametrize(
-    ("world", "layout", "names"), [(world, *case) for world, cases in QUICK.items() for case in cases], ids=str
+    ("world", "layout", "names"),
+    [pytest.param(world, *case, id=name_of(world, case[0])) for world, cases in QUICK.items() for case in cases],
 )
 def test_layouts_decide_and_sample_as_one_process(world: int, layout: Layout, names: tuple[str, ...]) -> None:
     check(world, layout, names)
