@@ -1,5 +1,6 @@
 """One job of sampling with a step cache, on any layout; for tests of what processes decide."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,8 +10,10 @@ from torch import Tensor
 
 from acceleration.config import MeshConfig, ParallelConfig
 from acceleration.distributed import mesh as meshes
+from acceleration.distributed.mesh import FSDP, Mesh
 from acceleration.distributed.tasks import DistributedRunner
 from acceleration.parallelize import parallelize
+from acceleration.protocol import block_names
 from acceleration.sequence import SequenceParallel
 from opensora.assembly.components import Components
 from opensora.assembly.step_caches import step_cache
@@ -92,11 +95,17 @@ def option(cache: str, model: ModelConfig) -> SamplingOption:
 
 
 def sampled(
-    layout: Layout, names: tuple[str, ...], model: ModelConfig = MODEL, groups: tuple[int, ...] = ()
+    layout: Layout,
+    names: tuple[str, ...],
+    model: ModelConfig = MODEL,
+    groups: tuple[int, ...] = (),
+    seen: list[Mesh] | None = None,
 ) -> dict[str, dict[int, tuple[Tensor, Choices]]]:
     """Runs in every process of a group: {cache: {clips: (latents, this process's decisions)}}.
 
-    ``groups``: clips that every process works on, one after the other; none: those of its data-parallel group.
+    Args:
+        groups: clips that every process works on, one after the other; none: those of its data-parallel group.
+        seen: is given the mesh, which has counted bytes.
     """
     zero: Any = layout.zero
     parallel = ParallelConfig(
@@ -105,6 +114,8 @@ def sampled(
     mesh = meshes.build(parallel.mesh, dist.get_world_size(), CPU)
     with torch.device("meta"):
         built = build_model(model)
+    if seen is not None:
+        seen.append(mesh)
     joint = model == MODEL
     codec: Autoencoder = PassThrough() if joint else Latents()
     parts = Components(
@@ -178,4 +189,33 @@ def with_references(layout: Layout, names: tuple[str, ...]) -> dict[str, tuple[T
     return found
 
 
-__all__ = ["CACHES", "FACTORED", "FACTORED_CACHES", "MODEL", "STEPS", "Choices", "Layout", "sampled", "with_references"]
+def gathered() -> tuple[int, int, int, list[bool]]:
+    """Of a first-block cache with two data-parallel groups: (bytes sent to gather weights, those of the first block and
+    of what is outside of all blocks, those of the other blocks, this process's decisions)."""
+    seen: list[Mesh] = []
+    found = sampled(Layout((("shard", 2),)), ("first_block",), seen=seen)
+    ((_, choices),) = found["first_block"].values()
+    with torch.device("meta"):
+        model = build_model(MODEL)
+    blocks = block_names(model)
+    sizes: Counter[bool] = Counter()
+    for name, parameter in model.named_parameters():
+        rows = -(-parameter.shape[0] // 2)  # of each of two processes
+        is_middle = any(name.startswith(f"{block}.") for block in blocks[1:])
+        sizes[is_middle] += 8 * rows * parameter[0].numel()
+    votes = 8 * len(choices)
+    return seen[0][FSDP].bytes_sent - votes, sizes[False], sizes[True], [by for *_, by in choices]
+
+
+__all__ = [
+    "CACHES",
+    "FACTORED",
+    "FACTORED_CACHES",
+    "MODEL",
+    "STEPS",
+    "Choices",
+    "Layout",
+    "gathered",
+    "sampled",
+    "with_references",
+]

@@ -19,6 +19,7 @@ from tests.dist.step_caches import (
     MODEL,
     Choices,
     Layout,
+    gathered,
     option,
     sampled,
     with_references,
@@ -103,7 +104,8 @@ def test_layouts_decide_and_sample_as_one_process(world: int, layout: Layout, na
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    ("world", "layout"), [(world, case) for world, cases in SLOW.items() for case in cases], ids=str
+    ("world", "layout"),
+    [pytest.param(world, case, id=name_of(world, case)) for world, cases in SLOW.items() for case in cases],
 )
 def test_every_layout_decides_and_samples_as_one_process(world: int, layout: Layout) -> None:
     check(world, layout, ALL)
@@ -144,6 +146,16 @@ def test_a_model_that_keeps_time_and_space_apart(degrees: tuple[tuple[str, int],
 @pytest.mark.parametrize("axis", ["shard", "ulysses", "ring", "tensor", "cfg"])
 def test_every_layout_of_a_model_that_keeps_time_and_space_apart(axis: str) -> None:
     check(2, Layout(((axis, 2),)), tuple(FACTORED_CACHES), factored=True)
+
+
+def test_weights_are_gathered_where_somebody_computes() -> None:
+    """Over both groups of ZeRO 3: the bytes of every process are those of the evaluations that any of them computes."""
+    ranks = run_distributed(gathered, 2, timeout=100)
+    (_, first, middle, _), evaluations = ranks[0], len(ranks[0][3])
+    computed = sum(any(both) for both in zip(ranks[0][3], ranks[1][3], strict=True))
+    assert 0 < computed < evaluations and ranks[0][3] != ranks[1][3]
+    for sent, *_ in ranks:
+        assert sent == evaluations * first + computed * middle
 
 
 @pytest.mark.parametrize("factored", [False, True])
