@@ -750,7 +750,13 @@ TABLE: tuple[Mutation, ...] = (
         "streams",
         REUSED,
     ),
-    Mutation("bad numbers are no change", CACHED_BLOCKS, "if isnan(changed) or isnan(of):", "if False:", BAD_NUMBERS),
+    Mutation(
+        "bad numbers are no change",
+        DECISIONS,
+        "change <= self.cfg.threshold",
+        "not change > self.cfg.threshold",
+        BAD_NUMBERS,
+    ),
     Mutation("the last step reuses", DECISIONS, "at.step in (0, at.steps - 1)", "at.step == 0", TEACACHE),
     Mutation(
         "the polynomial read from its end",
@@ -783,10 +789,10 @@ TABLE: tuple[Mutation, ...] = (
         PYRAMID,
     ),
     Mutation(
-        "a process decides on its own tokens",
+        "all decide on the tokens of one",
         CACHES_ON_MESH,
         "values = gathered.view(axis.degree, -1).sum(dim=0)",
-        "values = values",
+        "values = gathered.view(axis.degree, -1)[0]",
         f"{CACHES_DIST}[2-ulysses2-zero3-prefetch0]",
     ),
     Mutation(

@@ -11,7 +11,7 @@ work on other clips, or on another pass of guidance, decide for themselves: as l
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import inf, isnan
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -132,9 +132,7 @@ class BlockCache:
         difference = (signal.to(exact) - before.to(exact)).abs()
         sums = torch.stack([x.sum(dtype=torch.float64) for x in (difference, size)])
         changed, of = self.together.total(sums).tolist()
-        if isnan(changed) or isnan(of):
-            return inf
-        return changed / of if of else inf if changed else 0.0
+        return changed / of if of else inf if changed else 0.0  # NaN is below no threshold
 
     def _middle(self, parts: list[_Part], streams: Streams, kept: _Kept, *, computes: bool) -> Streams:
         """The streams behind the blocks in the middle, whose weights every process gathers as long as one computes."""
