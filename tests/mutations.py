@@ -132,6 +132,22 @@ EVERY = "tests/unit/test_golden_sampling.py::test_known_frames_of_every_clip_are
 THREE_WAY = "tests/unit/test_golden_denoisers.py::test_every_step_is_the_published_one[i2v_plain]"
 OPERATIONS = FACTORED + "test_operations_are_those_that_torch_counts[batch0]"
 
+CACHED_BLOCKS, CACHED_ATTENTION, DECISIONS = (
+    f"opensora/sampling/caches/{name}.py" for name in ("blocks", "attention", "decisions")
+)
+CACHES_ON_MESH, CACHES_DIST = (
+    "opensora/assembly/step_caches.py",
+    "tests/dist/test_step_caches.py::test_layouts_decide_and_sample_as_one_process",
+)
+CACHES_UNIT = "tests/unit/test_step_caches.py::"
+REUSED, TEACACHE, MAGCACHE = (
+    f"{CACHES_UNIT}test_blocks_are_reused_as_the_formulas_say[{name}]"
+    for name in ("first_block", "teacache", "magcache, errors alone")
+)
+ANEW = f"{CACHES_UNIT}test_one_cache_serves_one_clip_after_another"
+BAD_NUMBERS = f"{CACHES_UNIT}test_bad_numbers_are_never_a_reason_to_reuse"
+PYRAMID = f"{CACHES_UNIT}test_pyramid_attention_counts_calls_of_every_pass"
+
 TABLE: tuple[Mutation, ...] = (
     # A step of training: what is encoded, dropped, corrupted, and how it is weighed.
     Mutation("mask of a dropped prompt kept", STEP, "null.mask, mask)", "mask, mask)", TRAIN),
@@ -886,6 +902,83 @@ TABLE: tuple[Mutation, ...] = (
         "return about.failures + (about.round > 0 and about.epoch != epoch)",
         "return 0",
         f"{ORDERS}::test_a_coordinator_started_anew_counts_what_was_used",
+    ),
+    # Step caches: when a step reuses, and who has to know of it.
+    Mutation(
+        "passes of guidance share what is kept", CACHED_BLOCKS, "setdefault(self._at.number,", "setdefault(0,", REUSED
+    ),
+    Mutation(
+        "a clip finds what the one before left",
+        CACHED_BLOCKS,
+        "            self._passes.clear()",
+        "            pass",
+        ANEW,
+    ),
+    Mutation(
+        "a change measured from the step before",
+        CACHED_BLOCKS,
+        'kept.decisions.since == "before" or not reuses',
+        "True",
+        REUSED,
+    ),
+    Mutation(
+        "what is kept includes the first blocks",
+        CACHED_BLOCKS,
+        "tuple(x - y for x, y in zip(streams, carried, strict=True))",
+        "streams",
+        REUSED,
+    ),
+    Mutation(
+        "bad numbers are no change",
+        DECISIONS,
+        "change <= self.cfg.threshold",
+        "not change > self.cfg.threshold",
+        BAD_NUMBERS,
+    ),
+    Mutation("the last step reuses", DECISIONS, "at.step in (0, at.steps - 1)", "at.step == 0", TEACACHE),
+    Mutation(
+        "the polynomial read from its end",
+        DECISIONS,
+        "in self.cfg.polynomial:",
+        "in self.cfg.polynomial[::-1]:",
+        TEACACHE,
+    ),
+    Mutation("errors of reuses not added up", DECISIONS, "self._error += abs(", "self._error = abs(", MAGCACHE),
+    Mutation("a threshold reached still reuses", DECISIONS, "if self._sum < self.cfg.threshold:", "if True:", TEACACHE),
+    Mutation(
+        "attention computed one step late",
+        CACHED_ATTENTION,
+        "call % self.every[axis] == 0",
+        "call % self.every[axis] == 1",
+        PYRAMID,
+    ),
+    Mutation(
+        "times on the edge reuse",
+        CACHED_ATTENTION,
+        "low < 1000 * at.time < high",
+        "low <= 1000 * at.time <= high",
+        PYRAMID,
+    ),
+    Mutation(
+        "passes share attention",
+        CACHED_ATTENTION,
+        "self._kept.get(at.number, (0, None))",
+        "self._kept.get(0, (0, None))",
+        PYRAMID,
+    ),
+    Mutation(
+        "all decide on the tokens of one",
+        CACHES_ON_MESH,
+        "values = gathered.view(axis.degree, -1).sum(dim=0)",
+        "values = gathered.view(axis.degree, -1)[0]",
+        f"{CACHES_DIST}[2-ulysses2-zero3-prefetch0]",
+    ),
+    Mutation(
+        "weights gathered though all reuse",
+        CACHES_ON_MESH,
+        "return bool(collectives.all_reduce_(votes, self.mesh[FSDP]).item())",
+        "return collectives.all_reduce_(votes, self.mesh[FSDP]).item() >= 0",
+        "tests/dist/test_step_caches.py::test_weights_are_gathered_where_somebody_computes",
     ),
 )
 

@@ -11,7 +11,6 @@ from typing import ClassVar, Literal, TypeAlias
 
 from acceleration.config import LoraConfig, OptimConfig, ParallelConfig
 from opensora.conditioning import ConditioningConfig
-from opensora.config.schema import section
 from opensora.datasets import DataConfig
 from opensora.models.base import ModelConfig, Width, Widths
 from opensora.models.families import MODEL_CONFIGS, MODEL_SIZES, describe, family_of
@@ -25,6 +24,7 @@ from opensora.utils.files.untrusted import short
 from opensora.utils.limits import SECONDS, STEPS, Limits
 from opensora.utils.metrics_log import LogConfig
 from opensora.utils.names import name_problem
+from opensora.utils.sections import section
 
 SAVED_NAME = "config.yaml"  # of the resolved configuration inside a run's folder
 MAX_NAME = 200  # bytes of a run's name; file systems take 255, and jobs and logs are named after it

@@ -4,10 +4,14 @@ import os
 from collections.abc import Sequence
 from math import prod
 
+import torch
+
 from acceleration.config import ParallelConfig
 from acceleration.diagnostics.memory_usage import device_bytes, machine_bytes
 from acceleration.distributed import mesh
+from acceleration.protocol import block_names
 from acceleration.sharding.precision import DTYPES
+from opensora.assembly.step_caches import check_cache
 from opensora.conditioning.references import parts_of
 from opensora.config.run import RunConfig, SampleConfig, check_fit, check_objective, reads_no_references
 from opensora.inference.find import Source
@@ -15,7 +19,7 @@ from opensora.inference.prompts import Job
 from opensora.inference.references import check_count, check_frames, check_length, chosen, count_frames, split
 from opensora.inference.watermark import read_watermark
 from opensora.models.base import Autoencoder, AutoencoderShape, Denoising, ModelConfig, Width, latent_grid
-from opensora.models.families import count_parameters, describe
+from opensora.models.families import build_model, count_parameters, describe
 from opensora.models.text import check_text_encoder, text_tokens
 from opensora.models.vae import autoencoder_shape, check_autoencoder
 from opensora.sampling.guidance import passes_per_step
@@ -154,6 +158,7 @@ def fit_option(key: str, option: SamplingOption, model: ModelConfig, shape: Auto
         denoising.check_frames(latent_frames(coded(option, denoising, shape), stride[0], shape.causal))
     except ValueError as error:
         raise UserError(f"{key}.num_frames={option.num_frames}: {error}") from None
+    check_step_cache(key, option, model)
     method = "distill" if reads_guidance else "i2v"
     if option.method != method:
         reads = "reads" if reads_guidance else "does not read"
@@ -164,6 +169,22 @@ def fit_option(key: str, option: SamplingOption, model: ModelConfig, shape: Auto
 def coded(option: SamplingOption, denoising: Denoising, shape: Autoencoder | AutoencoderShape) -> int:
     """Frames that are made of a clip, at least those that are asked for."""
     return coded_frames(option.num_frames, shape.stride[0], shape.causal, denoising.patch[0])
+
+
+def check_step_cache(key: str, option: SamplingOption, model: ModelConfig) -> None:
+    """That the model has what ``option.cache`` reuses.
+
+    Raises:
+        UserError: it has not.
+    """
+    if option.cache.kind == "none":
+        return
+    with torch.device("meta"):
+        blocks = len(block_names(build_model(model)))
+    try:
+        check_cache(option.cache, model.kind, describe(model), blocks)
+    except ValueError as error:
+        raise UserError(f"{key}.{error}") from None
 
 
 def least_bytes(

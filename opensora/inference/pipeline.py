@@ -6,6 +6,7 @@ exchanged in every step; the tiles of the autoencoder over all processes of the 
 seed alone, so any number of processes gives the same video.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count
@@ -16,6 +17,7 @@ from torch import Tensor
 from acceleration.distributed.runtime import Runtime
 from acceleration.distributed.tasks import DistributedRunner
 from opensora.assembly.components import Components
+from opensora.assembly.step_caches import step_cache
 from opensora.assembly.token_layout import TokenLayout, forward_arguments
 from opensora.conditioning.references import KINDS, is_still
 from opensora.config.run import SampleConfig
@@ -27,13 +29,14 @@ from opensora.inference.references import KnownFrames, Reference, check_count, c
 from opensora.inference.save import Saver, unused_names
 from opensora.models.base import latent_grid
 from opensora.models.conditions import Conditions, TokenBatch
+from opensora.sampling.caches import OnDecision
 from opensora.sampling.guidance import build_guidance, passes_per_step
 from opensora.sampling.loop import Predict, denoise
 from opensora.sampling.noise import get_noise
 from opensora.sampling.options import SamplingOption, sanitize_sampling_option
 from opensora.schedulers import build_solver
 from opensora.schedulers.base import SolverOptions
-from opensora.utils.console import progress
+from opensora.utils.console import announce, progress
 from opensora.utils.rng import torch_generator
 from opensora.utils.tokens import Grid
 
@@ -85,8 +88,12 @@ def prepare(
     return parts.layout.shard_conditions(parts.layout.patchify_conditions(conditions), x)
 
 
-def prepare_api(parts: Components) -> Api:
-    """A function from prompts to pixels over loaded components."""
+def prepare_api(parts: Components, on_decision: OnDecision = lambda decision: None) -> Api:
+    """A function from prompts to pixels over loaded components.
+
+    Args:
+        on_decision: told what this process's step cache, if there is one, decides.
+    """
     run_passes = DistributedRunner(parts.mesh["cfg"])
 
     @torch.no_grad()
@@ -136,24 +143,27 @@ def prepare_api(parts: Components) -> Api:
         solver = build_solver(solver_of("sampling", opt, parts.objective), parts.objective, options, grid)
         prompts = [final_prompt(t, opt, suffix=parts.prompt_suffix) for t in text]
         passes = passes_per_step(opt, references=given is not None)
-        tokens = denoise(
-            _predict(parts, positions),
-            layout.shard(x),
-            solver,
-            build_guidance(
-                opt,
-                references=given is not None,
-                steps=len(solver.times) - 1,
-                latent_frames=grid.frames,
-                positions=positions,
-            ),
-            prepare(parts, prompts, x, opt, given=given),
-            prepare(parts, neg or [""] * len(text), x, opt, null=True) if passes > 1 else None,
-            outputs=layout.denoising.outputs,
-            noise=_step_noise(layout, grid, seeds, x),
-            progress=on_step,
-            run=run_passes,
-        )
+        cache = step_cache(opt.cache, parts.model, parts.mesh, on_decision)
+        with cache.during(parts.model):
+            tokens = denoise(
+                _predict(parts, positions),
+                layout.shard(x),
+                solver,
+                build_guidance(
+                    opt,
+                    references=given is not None,
+                    steps=len(solver.times) - 1,
+                    latent_frames=grid.frames,
+                    positions=positions,
+                ),
+                prepare(parts, prompts, x, opt, given=given),
+                prepare(parts, neg or [""] * len(text), x, opt, null=True) if passes > 1 else None,
+                outputs=layout.denoising.outputs,
+                noise=_step_noise(layout, grid, seeds, x),
+                progress=on_step,
+                run=run_passes,
+                watch=cache.watch,
+            )
         latents = layout.unpatchify(layout.gather(tokens, grid), grid)  # (B, C, T', H', W')
         if given is not None:
             latents = given.put_back(latents)
@@ -229,7 +239,8 @@ def process_and_save(parts: Components, cfg: SampleConfig, jobs: Sequence[Job], 
         UserError: the output folder cannot be written, before anything is sampled.
     """
     jobs = unused_names(cfg, jobs)
-    api = prepare_api(parts)
+    reused = Counter[bool]()
+    api = prepare_api(parts, lambda decision: reused.update((decision.computed,)))
     saver = Saver(cfg, parts)
     cond_type = kind_of(cfg, jobs)
     shares = list(share_out(parts, cfg, jobs))
@@ -253,6 +264,8 @@ def process_and_save(parts: Components, cfg: SampleConfig, jobs: Sequence[Job], 
             saver.save(batch, pixels)
     if bar is not None:
         bar.close()
+    if decided := reused.total():
+        announce(f"sampling.cache.kind={cfg.sampling.cache.kind}: reused {reused[False]} of {decided} times")
     return saver.finish()
 
 

@@ -28,6 +28,7 @@ from opensora.inference.references import check_length
 from opensora.inference.save import output_folder, to_uint8
 from opensora.models.families import describe
 from opensora.models.vae import autoencoder_shape
+from opensora.sampling.caches.config import NoCache
 from opensora.sampling.options import SamplingOption
 from opensora.schedulers.timesteps import latent_frames
 from opensora.utils import signal_handler
@@ -134,6 +135,7 @@ def _still_job(cfg: SampleConfig, still: StillConfig, world_size: int) -> tuple[
         method="distill" if "guidance" in denoising.wants else "i2v",
         text_osci=False,
         solver=None,
+        cache=NoCache(),  # which was chosen for the model of clips
     )
     return replace(job, sampling=option), source
 

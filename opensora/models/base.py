@@ -58,6 +58,7 @@ class Denoiser(Protocol):
     block_lists: tuple[str | tuple[str, ...], ...]  # see Parallelizable in acceleration/protocol.py, as for the rest
     attention_cores: Mapping[str, AttentionAxis]
     axis_switches: Mapping[str, TokenAxis]
+    # A model may also have ``run_stages``, the loop over its blocks: layers/stages.py, ``Denoising.reusable``
 
     def __call__(self, *, context: Any = None, **arguments: Any) -> Tensor:
         """(B, N, outputs * C) for tokens (B, N, C), or (B, T, S, ...) for (B, T, S, C)."""
@@ -98,6 +99,8 @@ class Denoising:
     references: Literal["none", "channels", "in_place"] = "none"  # known frames beside the noise, or in its place
     wants: frozenset[str] = frozenset()  # of fps, size, guidance
     packs: bool = False  # sequences may hold several samples
+    reusable: frozenset[str] = frozenset()  # what step caches find: blocks, if it runs them by its ``run_stages``, and
+    # modulated, if its first stage states the modulated input of a block (layers/stages.py)
     attention_pairs: Callable[[Grid], int] = all_pairs  # of image tokens that meet in a layer; a function with a name
 
     def grid(self, latents: tuple[int, int, int]) -> Grid:

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, TypeVar
 
+from opensora.sampling.caches.config import CACHE_CONFIGS, CacheConfig, NoCache
 from opensora.utils.files.untrusted import short
 from opensora.utils.limits import Limits, check_limits
+from opensora.utils.sections import section
 from opensora.utils.sizes import RATIOS, area_of, frame_size, ratio_of
 
 T = TypeVar("T")
@@ -40,6 +42,7 @@ class SamplingOption:
     method: Literal["i2v", "distill"] = "i2v"  # guidance by several passes, or read by the model in one
     fps: float = 24.0  # frames per second, of the video and in the prompt
     motion_score: int | Literal["dynamic"] | None = 4  # null: not said in the prompt; dynamic: as a language model says
+    cache: CacheConfig = section(CACHE_CONFIGS, default=NoCache)  # what steps reuse of those before
 
     LIMITS: ClassVar[Limits] = {
         **dict.fromkeys(("width", "height"), (MAX_SIDE, "H.264 and players take no more pixels a side")),
