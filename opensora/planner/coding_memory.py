@@ -6,9 +6,12 @@ counted are weights (``forecast.frozen_bytes``), and what a kernel needs inside,
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from acceleration.accounting.peak_memory import Footprint
 from acceleration.accounting.rank_layout import RankLayout
@@ -28,7 +31,7 @@ def encode_bytes(cfg: AutoencoderConfig, clips: int, frames: int, height: int, w
     """Most bytes at any moment while so many clips are encoded together, beside the weights of the autoencoder, with
     the pixels (fp32). Processes that share the tiles need no more each."""
     autoencoder = build_autoencoder(cfg, "meta", dtype)
-    with Allocations("meta") as seen:
+    with Allocations("meta") as seen, _FusedAttention():
         pixels = torch.empty(clips, COLOURS, frames, height, width, device="meta")
         autoencoder.encode(pixels, _LastOfEach(dtype))
     return seen.peak
@@ -39,7 +42,7 @@ def decode_bytes(cfg: AutoencoderConfig, clips: int, frames: int, height: int, w
     """The same while they are decoded, with their latents (fp32). The size is that of the pixels."""
     autoencoder = build_autoencoder(cfg, "meta", dtype)
     grid = latent_grid(frames, height, width, autoencoder)
-    with Allocations("meta") as seen:
+    with Allocations("meta") as seen, _FusedAttention():
         latents = torch.empty(clips, autoencoder.channels, *grid, device="meta")
         autoencoder.decode(latents, _LastOfEach(dtype))
     return seen.peak
@@ -72,6 +75,16 @@ def heaviest_to_encode(shapes: Iterable[Shape]) -> list[Shape]:
     longest = [max(found, key=lambda one: one[:2])[2] for found in by_size.values()]
     largest = [max(found, key=lambda one: one[1::-1])[2] for found in by_size.values()]
     return longest + [shape for shape in largest if shape not in longest]
+
+
+class _FusedAttention(TorchFunctionMode):
+    """No scores are held: on devices attention is a kernel that keeps them to itself."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+        return named["query"].new_empty(*named["query"].shape[:-1], named["value"].shape[-1])
 
 
 class _LastOfEach:
