@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 from math import lcm
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def identity(cfg: RunConfig, table: IndexedTable) -> dict[str, Any]:
     data = cfg.data
     return {
         "vae": plain(cfg.vae),
-        "text": plain(cfg.text),
+        "text": _without(plain(cfg.text), getattr(cfg.text, "PLACEMENT", ())),
         "model": {"patch_size": lcm(*describe(cfg.model).patch[1:])},  # bucket sizes are multiples of it
         "seed": cfg.seed,
         "encoders": str(encoder_dtype(cfg)),
@@ -41,6 +42,10 @@ def identity(cfg: RunConfig, table: IndexedTable) -> dict[str, Any]:
             "background": data.background,
         },
     }
+
+
+def _without(section: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in section.items() if name not in names}
 
 
 def identity_hash(made_for: dict[str, Any]) -> str:
