@@ -40,6 +40,7 @@ def identity(cfg: RunConfig, table: IndexedTable) -> dict[str, Any]:
             "prompt_suffix": data.prompt_suffix,
             "decoder": data.decoder,
             "background": data.background,
+            **({} if data.bucket_rule == "even" else {"bucket_rule": data.bucket_rule}),
         },
     }
 
