@@ -48,9 +48,7 @@ def alone(cfg: T5ClipConfig, dtype: torch.dtype) -> list[TextFeatures]:
     return [encoder.encode(prompts) for prompts in prompts_of(dist.get_rank())]
 
 
-def encoded(
-    cfg: T5ClipConfig, axes: dict[str, int], dtype: torch.dtype, wanted: list[TextFeatures]
-) -> dict[str, Any]:
+def encoded(cfg: T5ClipConfig, axes: dict[str, int], dtype: torch.dtype, wanted: list[TextFeatures]) -> dict[str, Any]:
     """Whether all features are those of one process, bit for bit, and bytes of tensors on this one."""
     rank, world = dist.get_rank(), dist.get_world_size()
     mesh = meshes.build(MeshConfig(shard=-1, **axes), world, CPU)
