@@ -58,6 +58,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "opensora.config",
         "opensora.conditioning",
         "opensora.models",
+        "opensora.planner",
         "opensora.sampling",
         "opensora.schedulers",
         "opensora.utils",

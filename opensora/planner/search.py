@@ -17,7 +17,8 @@ from opensora.assembly.layout import check_layout
 from opensora.config.run import RunConfig
 from opensora.models.families import build_model, describe
 from opensora.planner.devices import Device
-from opensora.planner.forecast import Forecast, Forecaster, Shape, frozen_bytes, shapes
+from opensora.planner.encoder_memory import frozen_bytes
+from opensora.planner.forecast import Forecast, Forecaster, Shape, shapes
 from opensora.planner.network import Network
 from opensora.utils.errors import UserError
 
@@ -95,7 +96,7 @@ class Planner:
             cfg.model,
             cfg.optim,
             device_type=device_type,
-            frozen=frozen_bytes(cfg),
+            frozen=frozen_bytes(cfg, world),
             known=bool(cfg.conditioning.masks),
             objective=cfg.objective,
         )

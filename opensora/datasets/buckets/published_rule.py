@@ -70,7 +70,8 @@ class PublishedRule:
                 reason = NO_IMAGE_ROW if frames == 1 else TOO_SHORT
             taken = _taken(rows, fitting, draw)
             if taken is not None:
-                return self._number[name, taken, *self._size(name, height / width)]
+                height, width = self._size(name, height / width)
+                return self._number[name, taken, height, width]
         return reason
 
     def _size(self, name: str, slope: float) -> tuple[int, int]:

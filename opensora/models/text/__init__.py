@@ -8,7 +8,7 @@ import torch
 from opensora.models.base import ModelConfig, Width, Widths
 from opensora.models.families import family_of
 from opensora.models.text.bytes import ByteTextConfig, ByteTextEncoder
-from opensora.models.text.t5_clip import Peers, T5ClipConfig, T5ClipTextEncoder, stated_widths
+from opensora.models.text.t5_clip import Peers, T5ClipConfig, T5ClipTextEncoder, check_files, stated_widths
 from opensora.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class TextEncoderKind(NamedTuple):
     widths: Callable[[Any], tuple[int | None, int | None]]  # of text tokens and of the pooled prompt, by the
     # configuration alone; None: not said there
     stated: Callable[[Any], tuple[Width, Width]] | None = None  # by its files, without loading them, or UserError
+    check: Callable[[Any], None] | None = None  # names and shapes in its files, by their headers, or UserError
     parameters: int = 0  # of the published one, for forecasts
     shards: bool = False  # ``build`` takes the processes to cut its weights over as well
 
@@ -47,6 +48,7 @@ TEXT_ENCODERS: dict[str, TextEncoderKind] = {
         has_mask=lambda cfg: False,
         widths=lambda cfg: (None, None),
         stated=stated_widths,
+        check=check_files,
         parameters=4_885_000_000,
         shards=True,
     ),
@@ -70,19 +72,21 @@ def text_widths(cfg: TextConfig) -> tuple[int | None, int | None]:
 
 
 def check_text_encoder(cfg: TextConfig, latents: Width, model: ModelConfig) -> None:
-    """That the files of ``cfg`` may be there and give what the denoiser reads, before either is made; loads nothing.
+    """That the files of ``cfg`` are there, fit, and give what the denoiser reads, before either is made; loads nothing.
 
     Raises:
         UserError: they are not, or give other widths; with the key.
     """
-    stated = TEXT_ENCODERS[cfg.kind].stated
-    if stated is None:
+    kind = TEXT_ENCODERS[cfg.kind]
+    if kind.stated is None:
         return  # its widths are in the configuration: opensora.config.run.check_fit
-    given = Widths(latents, *stated(cfg))
+    given = Widths(latents, *kind.stated(cfg))
     try:
         family_of(model).check(model, given)
     except ValueError as error:
         raise UserError(f"model.{error}") from None
+    if kind.check is not None:
+        kind.check(cfg)
 
 
 def build_text_encoder(

@@ -133,7 +133,10 @@ class T5ClipTextEncoder:
         return TextFeatures(txt=torch.stack([txt for txt, _ in found]), y_vec=torch.stack([vec for _, vec in found]))
 
     def tokens(self, prompts: list[str], length: int | None = None) -> tuple[Tensor, Tensor]:
-        """Token ids for T5 (B, length) and CLIP (B, 77); ``length``: None: ``max_tokens``. What is longer is padding."""
+        """Token ids for T5 (B, length) and CLIP (B, 77).
+
+        ``length``: None: ``max_tokens``; what is beyond that is padding.
+        """
         t5 = self._ids(self._t5_tokenizer, prompts, self.cfg.max_tokens)
         more = (length or self.cfg.max_tokens) - self.cfg.max_tokens
         if more:
@@ -201,3 +204,13 @@ def stated_widths(cfg: T5ClipConfig) -> tuple[Width, Width]:
     if cfg.offload and not torch.cuda.is_available():
         raise UserError("text.offload=true: must be false without a GPU; the weights are in CPU memory as it is")
     return Width(t5, f"text.t5_path={cfg.t5_path}"), Width(clip, f"text.clip_path={cfg.clip_path}")
+
+
+def check_files(cfg: T5ClipConfig) -> None:
+    """That the files hold the two models of their config.json, by names and shapes; reads headers only.
+
+    Raises:
+        UserError: they do not, with everything that is missing, unexpected or of another shape.
+    """
+    open_t5("t5_path", cfg.t5_path)
+    open_clip("clip_path", cfg.clip_path)
