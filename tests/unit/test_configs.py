@@ -22,7 +22,7 @@ CONFIGS = ROOT / "configs"
 RUNS, JOBS = sorted((CONFIGS / "train").rglob("*.yaml")), sorted((CONFIGS / "sample").rglob("*.yaml"))
 PARTS = sorted(set(CONFIGS.rglob("*.yaml")) - set(RUNS) - set(JOBS))
 STAGES = ("image", "stage1", "stage1_i2v", "stage2", "stage2_i2v")
-PUBLISHED = [CONFIGS / "train" / f"{name}.yaml" for name in STAGES]
+PUBLISHED = [CONFIGS / "train" / f"{name}.yaml" for name in ("image", "stage1", "stage2")]
 GIB = 2**30
 
 
