@@ -179,5 +179,5 @@ def test_warm_up_from_a_rate() -> None:
     plain = OptimConfig(lr=5e-5, warmup_steps=4)
     assert [lr_at(step, plain, 100) for step in range(5)] == pytest.approx([1.25e-5, 2.5e-5, 3.75e-5, 5e-5, 5e-5])
     for wrong in (-1e-6, 1e-4):
-        with pytest.raises(ValueError, match="initial_lr=.*must be a number from 0 to lr"):
+        with pytest.raises(ValueError, match=r"initial_lr=.*must be a number from 0 to lr"):
             OptimConfig(lr=5e-5, initial_lr=wrong)

@@ -115,5 +115,5 @@ def test_which_kind_a_file_is(folder: Path) -> None:
             assert is_training(path) == wanted, path
     with pytest.raises(UserError, match=r"nowhere\.yaml"):
         main([str(folder / "nowhere.yaml")])
-    with pytest.raises(UserError, match="sampling.colour: unknown key"):
+    with pytest.raises(UserError, match=r"sampling\.colour: unknown key"):
         main([str(folder / "sample.yaml"), "sampling.colour=1"])

@@ -18,7 +18,7 @@ def row_by_row(blocks: Iterable[nn.Module]) -> None:
     Of several results the first is of the rows; others, such as T5's bias by position, are the same for each.
     """
     for block in blocks:
-        block.forward = _Rows(block.forward)  # type: ignore[method-assign]
+        block.forward = _Rows(block.forward)
 
 
 class _Rows:

@@ -126,9 +126,9 @@ class T5ClipTextEncoder:
         with self._at_work(turns):
             for turn in range(turns):
                 chosen = missing[turn * TOGETHER : (turn + 1) * TOGETHER]
-                for prompt, row in zip(chosen, self._encoded(chosen or [""], length), strict=False):
-                    rows[prompt] = row
-                    self._cache.put((prompt, length), row)
+                for prompt, made in zip(chosen, self._encoded(chosen or [""], length), strict=False):
+                    rows[prompt] = made
+                    self._cache.put((prompt, length), made)
         found = [row for prompt in prompts if (row := rows[prompt]) is not None]
         return TextFeatures(txt=torch.stack([txt for txt, _ in found]), y_vec=torch.stack([vec for _, vec in found]))
 
