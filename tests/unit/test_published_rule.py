@@ -71,6 +71,62 @@ def test_every_decision_of_the_published_rule(name: str, published: dict[str, An
         assert "max" in resolution or named_sizes(resolution, MULTIPLE)[ratio] == (bucket.height, bucket.width)
 
 
+def by_the_rule(
+    table: dict[str, dict[int, Any]], clip: int, frames: int, area: int, buckets: int, seed: int
+) -> list[Any] | None:
+    """[resolution, frames] of a clip, one statement of the published rule after the other."""
+    generator = np.random.default_rng(seed + clip * buckets)
+    for name in sorted(table, key=lambda name: -(int(name[:-2]) ** 2)):
+        if area < 0.8 * int(name[:-2]) ** 2:
+            continue
+        if frames == 1:
+            if 1 in table[name] and generator.random() < table[name][1][0]:
+                return [name, 1]
+            continue
+        chosen = None
+        for length in sorted(table[name], reverse=True):
+            keep = table[name][length][0]
+            if length == 1 or length > frames or (isinstance(keep, list) and generator.random() < keep[1]):
+                continue
+            chosen = length
+            break
+        if chosen is None:
+            continue
+        keep = table[name][chosen][0]
+        keep = keep[0] if isinstance(keep, list) else keep
+        if keep >= 1 or generator.random() < keep:
+            return [name, chosen]
+    return None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_other_tables(seed: int) -> None:
+    """Tables and clips at random, against the rule written out."""
+    rng = np.random.default_rng(seed)
+    table: dict[str, dict[int, Any]] = {}
+    for name in rng.choice(["144px", "256px", "480px", "768px"], rng.integers(1, 4), replace=False).tolist():
+        row: dict[int, Any] = {1: [float(rng.choice([0, 0.3, 1])), 4]} if rng.random() < 0.7 else {}
+        for length in rng.choice([5, 9, 17, 33, 65], rng.integers(1, 4), replace=False).tolist():
+            keep = float(rng.choice([0, 0.4, 0.9, 1]))
+            row[length] = [[keep, float(rng.choice([0, 0.5, 1]))] if rng.random() < 0.5 else keep, 2]
+        table[name] = row
+    cfg = DataConfig(buckets=table, bucket_rule="open_sora_2", unused_rows="report")
+    buckets = BucketTable(cfg, MULTIPLE)
+    clips = [[int(rng.integers(1, 80)), int(rng.integers(90, 900)), int(rng.integers(90, 900)), 8.0] for _ in range(60)]
+    found = PublishedRule(cfg, buckets, MULTIPLE, seed).assigned(clip_table(clips), 2)
+    for clip, (number, (frames, height, width, _)) in enumerate(zip(found.tolist(), clips, strict=True)):
+        wanted = by_the_rule(table, clip, frames, height * width, len(buckets.buckets), seed + 2)
+        bucket = buckets.buckets[number] if number >= 0 else None
+        assert (bucket and [bucket.resolution, bucket.frames]) == wanted, clip
+        if bucket:  # the nearest of the names' ratios, height over width
+            slopes = {
+                (float(name.split(":")[1]) / float(name.split(":")[0])): size
+                for name, size in named_sizes(bucket.resolution, MULTIPLE).items()
+            }
+            nearest = min(slopes, key=lambda slope: abs(slope - height / width))
+            assert slopes[nearest] == (bucket.height, bucket.width)
+
+
 @pytest.mark.parametrize("name", ["stage2", "zero_one"])
 def test_the_even_rule_differs_in_ratios_alone_where_nothing_is_drawn(name: str, published: dict[str, Any]) -> None:
     """And in clips of which less than a frame would be used, which it takes for images."""

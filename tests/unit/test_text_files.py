@@ -26,9 +26,16 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return ((found.double() - wanted.double()).abs().max() / wanted.double().abs().max()).item()
 
 
-def of_golden(golden: Path, **options: Any) -> T5ClipTextEncoder:
-    text = golden / "text"
-    cfg = T5ClipConfig(t5_path=str(text / "t5"), clip_path=str(text / "openai-clip"), max_tokens=16, **options)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders t5 and clip with the whole models, as they are published: a decoder, and eyes."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_text_models(folder)
+    return folder
+
+
+def encoder_of(folder: Path, clip: str = "clip", **options: Any) -> T5ClipTextEncoder:
+    cfg = T5ClipConfig(t5_path=str(folder / "t5"), clip_path=str(folder / clip), max_tokens=16, **options)
     return T5ClipTextEncoder(cfg, "cpu", torch.float32)
 
 
@@ -36,7 +43,7 @@ def test_features_and_tokens_of_the_published_code(golden: Path) -> None:
     truth = load_file(golden / "text.safetensors")
     with safe_open(golden / "text.safetensors", "pt") as file:
         prompts = json.loads(file.metadata()["config"])["prompts"]
-    encoder = of_golden(golden)
+    encoder = encoder_of(golden / "text", "openai-clip")
     features, (t5_ids, clip_ids) = encoder.encode(prompts), encoder.tokens(prompts)
     assert torch.equal(t5_ids, truth["out.t5.input_ids"]) and torch.equal(clip_ids, truth["out.clip.input_ids"])
     assert relative(features.txt, truth["out.t5.last_hidden_state"]) <= 1e-5
@@ -47,12 +54,12 @@ def test_features_and_tokens_of_the_published_code(golden: Path) -> None:
         assert aligned.shape == wanted.shape and relative(aligned, wanted) <= 1e-5
 
 
-def test_every_prompt_as_alone_and_equal_ones_once(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_prompt_as_alone_and_equal_ones_once(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, whatever is beside it, was before it, or is kept."""
-    alone = [of_golden(golden, cache_mib=0).encode([prompt]) for prompt in PROMPTS]
+    alone = [encoder_of(whole, cache_mib=0).encode([prompt]) for prompt in PROMPTS]
     seen: list[list[str]] = []
     for mib in (0, 64):
-        encoder = of_golden(golden, cache_mib=mib)
+        encoder = encoder_of(whole, cache_mib=mib)
         original = encoder._encoded
         monkeypatch.setattr(encoder, "_encoded", lambda p, n, of=original: seen.append(list(p)) or of(p, n))
         seen.clear()
@@ -68,8 +75,8 @@ def test_every_prompt_as_alone_and_equal_ones_once(golden: Path, monkeypatch: py
     assert [len(chunk) for chunk in seen] == [8, 8, 3]
 
 
-def test_what_is_kept_is_bounded(golden: Path) -> None:
-    encoder = of_golden(golden, cache_mib=1)
+def test_what_is_kept_is_bounded(whole: Path) -> None:
+    encoder = encoder_of(whole, cache_mib=1)
     one = sum(part.nbytes for part in encoder._encoded(["x"], 16).__next__())
     encoder._cache._most = 3 * one
     for number in range(10):
@@ -78,14 +85,6 @@ def test_what_is_kept_is_bounded(golden: Path) -> None:
     assert encoder._cache._held == 3 * one and encoder._cache.get(("", 16)) is not None
     for kept in encoder._cache._rows.values():
         assert all(part.untyped_storage().nbytes() == part.nbytes for part in kept)  # of the row alone
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders t5 and clip with the whole models, as they are published: a decoder, and eyes."""
-    folder = tmp_path_factory.mktemp("whole")
-    write_text_models(folder)
-    return folder
 
 
 def features_of(folder: Path, t5: str = "t5", clip: str = "clip", dtype: torch.dtype = torch.float32) -> list[Tensor]:
