@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parent.parent
 # What begins a command; a text that only names a module or a program is none.
 _STARTS = (
@@ -195,6 +197,8 @@ def prepare(folder: Path) -> Path:
     subprocess.run(index, cwd=clone, check=True, stdout=subprocess.DEVNULL)
     prompts = "text,name\na red circle moves left on a black background,red_circle_left_black\n"
     (clone / "prompts.csv").write_text(prompts, encoding="utf-8")
+    Image.new("RGB", (40, 30), "orange").save(clone / "cat.png")
+    (clone / "references.csv").write_text("text,ref\na red circle,cat.png\na blue square,\n", encoding="utf-8")
     (clone / "lines.txt").write_text("seed=1\nseed=2\n", encoding="utf-8")
     return clone
 

@@ -118,6 +118,18 @@ ELSEWHERE, BLIND, COMPARED = (
         "every_difference_changes_what_is_compared",
     )
 )
+REFERENCES, CODES = "opensora/conditioning/references.py", "opensora/assembly/reference_codes.py"
+GIVEN, OPTIONS = "opensora/inference/references.py", "opensora/sampling/options.py"
+REFERRED = "tests/reference/test_training.py::test_one_process[references]"
+LEFT_OUT = "tests/reference/test_training.py::test_one_process[references left out]"
+REFERRED_CLIPS = "tests/reference/test_sampling.py::test_references[guided]"
+ROOM, BY_WEIGHT = (
+    f"tests/unit/test_references.py::test_{name}"
+    for name in ("room_for_a_kind", "kinds_are_drawn_by_weight_among_those_that_fit")
+)
+GIVEN_LOOP = "tests/unit/test_given_references.py::test_which_reference_a_kind_takes"
+EVERY = "tests/unit/test_golden_sampling.py::test_known_frames_of_every_clip_are_put_back"
+THREE_WAY = "tests/unit/test_golden_denoisers.py::test_every_step_is_the_published_one[i2v_plain]"
 OPERATIONS = FACTORED + "test_operations_are_those_that_torch_counts[batch0]"
 
 TABLE: tuple[Mutation, ...] = (
@@ -479,7 +491,7 @@ TABLE: tuple[Mutation, ...] = (
     ),
     Mutation("latents not scaled back", DCT, "(basis / gain[:, None])", "(basis * gain[:, None])", CLIPS),
     Mutation("levels rounded down", SAVE, "* 127.5).round()", "* 127.5).floor()", STILLS),
-    Mutation("one seed for all samples of a prompt", PROMPTS, "cfg.sampling.seed + k", "cfg.sampling.seed", STILLS),
+    Mutation("one seed for all samples of a prompt", PROMPTS, "cfg.sampling.seed + copy", "cfg.sampling.seed", STILLS),
     Mutation("samples from the live weights", LOAD, '"ema" if use_ema and', '"model" if use_ema and', WHOLE),
     Mutation(
         "adapters at full strength",
@@ -516,6 +528,143 @@ TABLE: tuple[Mutation, ...] = (
         "gc.collect()",
         "gc.get_count()",
         f"{BORDERS}::test_every_border_frees_the_cycles_of_its_step",
+    ),
+    # References: what is given in training, and in sampling.
+    Mutation(
+        "the tail of a reference taken from the head",
+        REFERENCES,
+        'self.end == "head" else x',
+        "True else x",
+        GIVEN_LOOP,
+    ),
+    Mutation(
+        "references drawn anew for all samples alike",
+        REFERENCES,
+        '(seed, step, sample, "condition")',
+        '(seed, step, 0, "condition")',
+        REFERRED,
+    ),
+    Mutation(
+        "kinds that do not fit are drawn",
+        REFERENCES,
+        "and fits(kind, latent_frames, shape)\n        and not",
+        "and not",
+        ROOM,
+    ),
+    Mutation("weights of kinds left aside", REFERENCES, "kind: weights[kind]\n", "kind: 1.0\n", BY_WEIGHT),
+    Mutation(
+        "one latent frame too few for a longer reference",
+        REFERENCES,
+        "latent_frames + is_still(kind)",
+        "latent_frames + 1",
+        ROOM,
+    ),
+    Mutation(
+        "a reference cut from the code of the whole clip",
+        CODES,
+        "part.of(batch.pixels[rows], part.frames)",
+        "batch.pixels[rows][:, :, : part.frames]",
+        REFERRED,
+    ),
+    Mutation("stored references of other samples", CODES, "[part.name][rows]", "[part.name][: len(rows)]", FEATURES),
+    Mutation("known frames stay in the loss", STEP, "not self.conditioning.known_in_loss)", "False)", LEFT_OUT),
+    Mutation("known frames counted as learned", DATA, "return referenced if takes", "return None if takes", LEFT_OUT),
+    Mutation("a clip that is all known is counted as learned", DATA, "shape, learn_some=True)", "shape)", LEFT_OUT),
+    Mutation(
+        "references drawn as their clips are",
+        CODES,
+        'f"posterior {part.name}"',
+        '"posterior"',
+        "tests/unit/test_references.py::test_references_are_drawn_apart_where_the_autoencoder_draws",
+    ),
+    Mutation(
+        "the third pass knows the references", GUIDANCE, "without_text.without_reference()]", "without_text]", THREE_WAY
+    ),
+    Mutation("image guidance fades over the clip alone", GUIDANCE, "(1 - step / steps)", "1.0", REFERRED_CLIPS),
+    Mutation(
+        "image guidance grows past the last frame",
+        GUIDANCE,
+        "/ max(latent_frames - 1, 1)",
+        "/ latent_frames",
+        REFERRED_CLIPS,
+    ),
+    Mutation(
+        "known frames of the first clip alone put back",
+        GIVEN,
+        "kept = known if",
+        "kept = known * (torch.arange(len(known)) == 0)[:, None, None, None] if",
+        EVERY,
+    ),
+    Mutation("known frames are not put back", PIPELINE, "latents = given.put_back(latents)", "pass", REFERRED_CLIPS),
+    Mutation(
+        "longer references put back",
+        GIVEN,
+        "known if is_still(cond_type) else",
+        "known if True else",
+        "tests/unit/test_golden_sampling.py::test_from_noise_to_pixels[v2v_head]",
+    ),
+    Mutation(
+        "a still is told its reference",
+        GIVEN,
+        "torch.zeros_like(known) if still else known",
+        "known",
+        "tests/unit/test_golden_sampling.py::test_conditions_of_sampling[i2v_head.causal.T1]",
+    ),
+    Mutation(
+        "the last frame of the first reference",
+        GIVEN,
+        "return -1 if part.end",
+        "return 0 if part.end",
+        "tests/unit/test_golden_sampling.py::test_conditions_of_sampling[i2v_tail.causal.T19]",
+    ),
+    Mutation(
+        "repetitions of a known frame kept",
+        PIPELINE,
+        'head, tail = extra if "head" in ends else 0,',
+        "head, tail = 0,",
+        "tests/unit/test_golden_sampling.py::test_from_noise_to_pixels[uncausal_i2v_head]",
+    ),
+    Mutation(
+        "guidance along the clip also of v2v",
+        PIPELINE,
+        "opt.scale_temporal_osci and is_still(cond_type)",
+        "opt.scale_temporal_osci",
+        "tests/unit/test_golden_sampling.py::test_temporal_scaling_is_of_single_frames_alone",
+    ),
+    Mutation(
+        "frames rounded down",
+        TIMES,
+        "-(-(num_frames - lead) // frame_stride)",
+        "(num_frames - lead) // frame_stride",
+        "tests/unit/test_sampling_core.py::test_any_number_of_frames_is_rounded_up_to_what_can_be_coded",
+    ),
+    Mutation(
+        "references cropped at the corner",
+        GIVEN,
+        "frames[:, top : top + size[0], left : left + size[1]]",
+        "frames[:, : size[0], : size[1]]",
+        REFERRED_CLIPS,
+    ),
+    Mutation(
+        "16:9 by its own rounding",
+        OPTIONS,
+        "if transposed in RATIOS:",
+        "if transposed in RATIOS and aspect_ratio not in RATIOS:",
+        "tests/unit/test_sizes.py::test_sizes_of_a_ratio_that_is_listed_both_ways",
+    ),
+    Mutation(
+        "the first of several clips is numbered",
+        PROMPTS,
+        '(self.copy == 0 and self.joint == "_")',
+        "False",
+        "tests/unit/test_prompts.py::test_every_prompt_gets_its_seeds_and_a_name_of_its_own",
+    ),
+    Mutation(
+        "rows numbered from the first that is sampled",
+        PROMPTS,
+        "list(enumerate(rows))[cfg.start_index : cfg.end_index]",
+        "list(enumerate(rows[cfg.start_index : cfg.end_index]))",
+        "tests/unit/test_golden_sampling.py::test_file_names",
     ),
     # Processes that meet: which address is whose, who is there twice, what chooses an interface.
     Mutation(

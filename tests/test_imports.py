@@ -57,6 +57,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "opensora.assembly",
         "opensora.config",
         "opensora.conditioning",
+        "opensora.datasets",
         "opensora.models",
         "opensora.planner",
         "opensora.sampling",
@@ -78,6 +79,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "opensora.precompute": (
         "acceleration",
         "opensora.assembly",
+        "opensora.conditioning",
         "opensora.config",
         "opensora.datasets",
         "opensora.models",

@@ -7,7 +7,7 @@ and ``attention_cores`` the same way, so the model does not know that it is shar
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import lcm
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -172,6 +172,20 @@ class Autoencoder(Protocol):
 
     def decode(self, latents: Tensor, run: TaskRunner = one_by_one) -> Tensor:
         """(B, channels, T', H', W') -> (B, 3, T, H, W), clamped to [-1, 1]; ``run`` as in encode."""
+
+
+# Shape of the latents of one sample -> standard normal noise (B, *shape), for samples that are known to whoever draws.
+Draw: TypeAlias = Callable[[tuple[int, ...]], Tensor]
+
+
+@runtime_checkable
+class Variational(Protocol):
+    """An autoencoder that codes a clip as a normal distribution, of which latents are the mode or a draw."""
+
+    samples: bool  # whether latents are to be draws, where noise is given
+
+    def encode(self, pixels: Tensor, run: TaskRunner = one_by_one, draw: Draw | None = None) -> Tensor:
+        """As ``Autoencoder.encode``; without ``draw`` the mode, whatever ``samples`` says."""
 
 
 class AutoencoderShape(NamedTuple):

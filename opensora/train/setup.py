@@ -257,6 +257,7 @@ def build_preparation(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Prepa
             conditioning=cfg.conditioning,
             model=cfg.model,
             layout=token_layout(cfg.model, SequenceParallel(peers)),
+            autoencoder=autoencoder_shape(cfg.vae),
             seed=cfg.seed,
         )
 
@@ -276,6 +277,7 @@ def build_encoders(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Encoders
         text_encoder=text_encoder_of(cfg.text, mesh, device, dtype),
         device=device,
         stored=stored,
+        seed=cfg.seed,
     )
 
 

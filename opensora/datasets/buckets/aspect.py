@@ -74,15 +74,6 @@ def named_sizes(resolution: str, multiple: int) -> dict[str, tuple[int, int]]:
     return listed
 
 
-def size_of(resolution: str, aspect_ratio: str, multiple: int) -> tuple[int, int]:
-    """(height, width) of one ratio (w:h) by the plain rule, as a sampler without a bucket table computes it.
-
-    Raises:
-        ValueError: not a resolution name, or a ratio that is neither in ``RATIOS`` nor the transpose of one.
-    """
-    return _of_ratio(resolution, aspect_ratio, multiple, rounded_down)
-
-
 def _parse(resolution: str) -> tuple[str, str]:
     """(resolution without its suffix, suffix)."""
     match = _NAME.fullmatch(resolution)
