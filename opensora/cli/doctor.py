@@ -95,9 +95,10 @@ def sample_files(cfg: SampleConfig) -> tuple[list[Finding], Source | None]:
     found: list[Source] = []
     findings = [look("weights", cfg.weights, lambda: found.append(find_source(cfg)))]
     source = found[0] if found else _as_configured(cfg)
-    for name in ("lora", "prompt_csv"):
+    for name in ("lora", "prompt_csv", "watermark"):
         if path := getattr(cfg, name):
             findings.append(look(name, path))
+    findings += [look("ref", part.strip()) for part in (cfg.ref or "").split(";") if part.strip()]
     vae, text = (source.vae, source.text) if source else (cfg.vae, cfg.text)
     if vae is not None and text is not None:
         findings += encoder_files(vae, text)

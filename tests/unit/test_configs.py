@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 RUNS, JOBS = sorted((CONFIGS / "train").rglob("*.yaml")), sorted((CONFIGS / "sample").rglob("*.yaml"))
 PARTS = sorted(set(CONFIGS.rglob("*.yaml")) - set(RUNS) - set(JOBS))
-STAGES = ("image", "stage1", "stage1_i2v", "stage2", "stage2_i2v")
-PUBLISHED = [CONFIGS / "train" / f"{name}.yaml" for name in ("image", "stage1", "stage2")]
+STAGES = ("image", "stage1", "stage1_i2v", "stage2", "stage2_i2v", "high_compression")
+PUBLISHED = [CONFIGS / "train" / f"{name}.yaml" for name in ("image", "stage1", "stage2", "high_compression")]
 GIB = 2**30
 
 
@@ -54,7 +54,8 @@ def test_memory_of_the_stages(path: Path) -> None:
 
 @pytest.mark.parametrize("path", JOBS, ids=name_of)
 def test_sampling(path: Path) -> None:
-    cfg = load_config(SampleConfig, path, ["--prompt", "a cat"])
+    needs_reference = path.stem in ("i2v", "v2v")
+    cfg = load_config(SampleConfig, path, ["--prompt", "a cat", *(["ref=a.mp4"] if needs_reference else [])])
     if cfg.model is None or cfg.vae is None or cfg.text is None:
         assert path.stem == "demo"
         return
@@ -63,6 +64,7 @@ def test_sampling(path: Path) -> None:
     check_objective(cfg.model, objective)
     option = fit_option("sampling", cfg.sampling, cfg.model, autoencoder_shape(cfg.vae))
     assert solver_of("sampling", cfg.sampling, objective) == "euler"
+    assert cfg.prompt_suffix and cfg.cond_type == {"i2v": "i2v_head", "v2v": "v2v_head"}.get(path.stem, "t2v")
     assert (option.text_osci, option.image_osci, option.scale_temporal_osci) == (True, True, True)
     source = Source(
         path=Path(cfg.weights),
@@ -102,7 +104,10 @@ def test_published_numbers(name: str) -> None:
     assert cfg.parallel.mesh.ulysses == (4 if "stage2" in name else 1)
     adapted = load_config(RunConfig, CONFIGS / "train" / "lora" / f"{name}.yaml")
     assert adapted.lora.rank == 32 and adapted.data.buckets == cfg.data.buckets and adapted.name == f"lora_{name}"
-    assert adapted.train.init_from == "ckpts/Open_Sora_v2.safetensors"
+    base = "Open_Sora_v2_Video_DC_AE" if name == "high_compression" else "Open_Sora_v2"
+    assert adapted.train.init_from == f"ckpts/{base}.safetensors"
+    drawn = {"t2v": 1, "i2v_head": 5, "i2v_loop": 1, "i2v_tail": 1}
+    assert cfg.conditioning.references == ({} if name in ("image", "stage1", "stage2") else drawn)
 
 
 def test_published_buckets(golden: Path) -> None:
