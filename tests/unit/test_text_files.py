@@ -75,6 +75,17 @@ def test_every_prompt_as_alone_and_equal_ones_once(whole: Path, monkeypatch: pyt
     assert [len(chunk) for chunk in seen] == [8, 8, 3]
 
 
+def test_blocks_see_one_prompt_at_a_time(whole: Path) -> None:
+    """Whatever is encoded together, matrices have the sizes of one prompt, so that kernels sum in one order."""
+    seen: set[int] = set()
+    encoder = encoder_of(whole)
+    for module in (*encoder._t5.modules(), *encoder._clip.modules()):
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, inputs: seen.add(inputs[0].shape[0]))
+    encoder.encode([f"a dog {number}" for number in range(5)])
+    assert seen == {1}
+
+
 def test_what_is_kept_is_bounded(whole: Path) -> None:
     encoder = encoder_of(whole, cache_mib=1)
     one = sum(part.nbytes for part in encoder._encoded(["x"], 16).__next__())
