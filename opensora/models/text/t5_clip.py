@@ -7,7 +7,7 @@ None of it changes a bit of the features.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
@@ -173,22 +173,31 @@ class _Moved:
 
     def __init__(self, modules: tuple[nn.Module, ...], device: torch.device) -> None:
         self._device = device
-        self._tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-        if torch.cuda.is_available():  # of page-locked memory copies run at the speed of the bus
-            for tensor in self._tensors:
-                tensor.data = tensor.data.pin_memory()
-        self._at_rest = [tensor.data for tensor in self._tensors]
+        owners: list[Any] = [owner for module in modules for owner in module.modules()]
+        # Every place that holds a tensor, by its dict, and the tensor at rest; in page-locked memory, of which copies
+        # run at the speed of the bus.
+        self._places: list[tuple[dict[str, Any], str, Tensor]] = [
+            (held, name, held[name].data.pin_memory())
+            for owner in owners
+            for held in (owner._parameters, owner._buffers)
+            for name in held
+            if held[name] is not None
+        ]
+        self._put(lambda kept: kept)
 
     @contextmanager
     def here(self) -> Iterator[None]:
         """The weights are on the device; afterwards what they took there is free."""
         try:
-            for tensor, kept in zip(self._tensors, self._at_rest, strict=True):
-                tensor.data = kept.to(self._device, non_blocking=True)
+            self._put(lambda kept: kept.to(self._device, non_blocking=True))
             yield
         finally:
-            for tensor, kept in zip(self._tensors, self._at_rest, strict=True):
-                tensor.data = kept
+            self._put(lambda kept: kept)
+
+    def _put(self, of: Callable[[Tensor], Tensor]) -> None:
+        for held, name, kept in self._places:
+            was_parameter = isinstance(held[name], nn.Parameter)
+            held[name] = nn.Parameter(of(kept), requires_grad=False) if was_parameter else of(kept)
 
 
 def stated_widths(cfg: T5ClipConfig) -> tuple[Width, Width]:
