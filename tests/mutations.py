@@ -37,6 +37,7 @@ class Mutation:
     test: str  # what must find it, as pytest names it
 
 
+TEXT_FILES, RULE = "tests/unit/test_text_files.py", "tests/unit/test_published_rule.py"
 TRAIN = "tests/reference/test_training.py::test_one_process[adamw]"
 SGD = "tests/reference/test_training.py::test_one_process[sgd, interleaved]"
 OTHER = "tests/reference/test_training.py::test_one_process[other options]"
@@ -979,6 +980,97 @@ TABLE: tuple[Mutation, ...] = (
         "return bool(collectives.all_reduce_(votes, self.mesh[FSDP]).item())",
         "return collectives.all_reduce_(votes, self.mesh[FSDP]).item() >= 0",
         "tests/dist/test_step_caches.py::test_weights_are_gathered_where_somebody_computes",
+    ),
+    Mutation(
+        "prompts encoded together",
+        "opensora/models/text/row_by_row.py",
+        "if rows == 1:",
+        "if rows >= 1:",
+        f"{TEXT_FILES}::test_blocks_see_one_prompt_at_a_time",
+    ),
+    Mutation(
+        "positions of CLIP all the same",
+        "opensora/models/text/weights.py",
+        "torch.arange(buffer.shape[-1], device=device)",
+        "torch.zeros(buffer.shape[-1], dtype=torch.long, device=device)",
+        f"{TEXT_FILES}::test_files_with_other_names[the whole model]",
+    ),
+    Mutation(
+        "features kept without a bound",
+        "opensora/models/text/prompt_cache.py",
+        "while self._held > self._most:",
+        "while self._held > 4 * self._most:",
+        f"{TEXT_FILES}::test_what_is_kept_is_bounded",
+    ),
+    Mutation(
+        "equal prompts encoded again",
+        "opensora/models/text/t5_clip.py",
+        "missing = [prompt for prompt, row in rows.items() if row is None]",
+        "missing = [prompt for prompt in prompts if rows[prompt] is None]",
+        f"{TEXT_FILES}::test_every_prompt_as_alone_and_equal_ones_once",
+    ),
+    Mutation(
+        "values of a sharded text encoder not looked at",
+        "opensora/assembly/sharded_text.py",
+        "        source.check_values()\n",
+        "",
+        "tests/dist/test_sharded_text.py::test_a_value_that_one_process_reads",
+    ),
+    Mutation(
+        "text encoder kept whole once it was gathered",
+        "opensora/assembly/sharded_text.py",
+        "fsdp.shard(file.module, 3, precision",
+        "fsdp.shard(file.module, 0, precision",
+        "tests/dist/test_sharded_text.py::test_no_process_holds_the_whole",
+    ),
+    Mutation(
+        "length taken instead of skipped by the published rule",
+        "opensora/datasets/buckets/published_rule.py",
+        "draw() < skip",
+        "draw() >= skip",
+        f"{RULE}::test_other_tables[1]",
+    ),
+    Mutation(
+        "ratio of the size in place of its name's",
+        "opensora/datasets/buckets/published_rule.py",
+        "found.append((height / width, size))",
+        "found.append((size[0] / size[1], size))",
+        f"{RULE}::test_other_tables[1]",
+    ),
+    Mutation(
+        "warm-up that reaches its rate a step early",
+        "acceleration/optim/optimizers.py",
+        "(step + 1) / (cfg.warmup_steps + 1)",
+        "(step + 1) / cfg.warmup_steps",
+        "tests/unit/test_acceleration.py::test_warm_up_from_a_rate",
+    ),
+    Mutation(
+        "a file that is longer than what was published",
+        "opensora/cli/download.py",
+        "known.size is not None and size != known.size",
+        "known.size is not None and size > known.size",
+        "tests/unit/test_download.py::test_files_that_are_not_those_that_were_published",
+    ),
+    Mutation(
+        "newest commit at every download",
+        "opensora/cli/download.py",
+        "repository.revision or _kept_revision(repository, target)",
+        "repository.revision",
+        "tests/unit/test_download.py::test_the_commit_of_the_first_download_stays",
+    ),
+    Mutation(
+        "nothing wrong with a file that is not there",
+        "opensora/cli/doctor.py",
+        "    return 2\n\n\nif __name__",
+        "    return 0\n\n\nif __name__",
+        "tests/unit/test_doctor.py::test_what_is_published_is_not_there[sample]",
+    ),
+    Mutation(
+        "text encoder forecast as if it were whole",
+        "opensora/planner/encoder_memory.py",
+        "whole = -(-whole // pieces)",
+        "whole = max(whole, pieces)",
+        "tests/unit/test_doctor.py::test_memory_by_where_the_text_encoder_is",
     ),
 )
 

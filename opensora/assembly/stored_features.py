@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 from math import lcm
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def identity(cfg: RunConfig, table: IndexedTable) -> dict[str, Any]:
     data = cfg.data
     return {
         "vae": latents_depend_on(cfg.vae),
-        "text": plain(cfg.text),
+        "text": _without(plain(cfg.text), getattr(cfg.text, "PLACEMENT", ())),
         "model": {"patch_size": lcm(*describe(cfg.model).patch[1:])},  # bucket sizes are multiples of it
         "seed": cfg.seed,
         "encoders": str(encoder_dtype(cfg)),
@@ -41,9 +42,14 @@ def identity(cfg: RunConfig, table: IndexedTable) -> dict[str, Any]:
             "prompt_suffix": data.prompt_suffix,
             "decoder": data.decoder,
             "background": data.background,
+            **({} if data.bucket_rule == "even" else {"bucket_rule": data.bucket_rule}),
         },
         **({"references": names} if (names := reference_names(cfg)) else {}),
     }
+
+
+def _without(section: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in section.items() if name not in names}
 
 
 def reference_names(cfg: RunConfig) -> list[str]:

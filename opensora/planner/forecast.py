@@ -36,8 +36,8 @@ from opensora.datasets.buckets.bucket import BucketTable
 from opensora.models.base import ModelConfig, latent_grid
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.models.families import build_model, describe, family_of
-from opensora.models.text import TEXT_ENCODERS, has_mask, text_tokens
-from opensora.models.vae import AUTOENCODERS, autoencoder_shape
+from opensora.models.text import has_mask, text_tokens
+from opensora.models.vae import autoencoder_shape
 from opensora.planner.devices import Device
 from opensora.planner.flops import attention_flops, linear_flops, mfu, training_flops
 from opensora.planner.network import Network
@@ -184,12 +184,6 @@ def _as_seen(cfg: RunConfig, frames: int, size: tuple[int, int]) -> MicroBatch:
         frames=grid.frames if denoising.token_axes == "factored" else None,
         has_mask=has_mask(cfg.text),
     )
-
-
-def frozen_bytes(cfg: RunConfig) -> int:
-    """Weights of autoencoder and text encoder, as ``build_run`` loads them."""
-    itemsize = 2 if cfg.parallel.precision.compute == "bf16" else 4
-    return (AUTOENCODERS[cfg.vae.kind].parameters + TEXT_ENCODERS[cfg.text.kind].parameters) * itemsize
 
 
 class Forecaster:

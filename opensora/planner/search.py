@@ -18,7 +18,8 @@ from opensora.config.run import RunConfig
 from opensora.models.families import build_model, describe
 from opensora.planner.coding_memory import encoding_bytes, heaviest_to_encode
 from opensora.planner.devices import Device
-from opensora.planner.forecast import Forecast, Forecaster, Shape, frozen_bytes, shapes
+from opensora.planner.encoder_memory import frozen_bytes
+from opensora.planner.forecast import Forecast, Forecaster, Shape, shapes
 from opensora.planner.network import Network
 from opensora.utils.errors import UserError
 
@@ -96,7 +97,7 @@ class Planner:
             cfg.model,
             cfg.optim,
             device_type=device_type,
-            frozen=frozen_bytes(cfg),
+            frozen=frozen_bytes(cfg, world),
             known=bool(cfg.conditioning.masks),
             objective=cfg.objective,
         )
