@@ -29,7 +29,8 @@ from opensora.inference.references import KnownFrames, Reference, check_count, c
 from opensora.inference.save import Saver, unused_names
 from opensora.models.base import latent_grid
 from opensora.models.conditions import Conditions, TokenBatch
-from opensora.sampling.caches import OnDecision
+from opensora.sampling.caches import OnDecision, StepCache
+from opensora.sampling.caches.base import NoStepCache
 from opensora.sampling.guidance import build_guidance, passes_per_step
 from opensora.sampling.loop import Predict, denoise
 from opensora.sampling.noise import get_noise
@@ -143,7 +144,7 @@ def prepare_api(parts: Components, on_decision: OnDecision = lambda decision: No
         solver = build_solver(solver_of("sampling", opt, parts.objective), parts.objective, options, grid)
         prompts = [final_prompt(t, opt, suffix=parts.prompt_suffix) for t in text]
         passes = passes_per_step(opt, references=given is not None)
-        cache = step_cache(opt.cache, parts.model, parts.mesh, on_decision)
+        cache = _step_cache(opt, parts, on_decision)
         with cache.during(parts.model):
             tokens = denoise(
                 _predict(parts, positions),
@@ -171,6 +172,13 @@ def prepare_api(parts: Components, on_decision: OnDecision = lambda decision: No
         return _without_repetitions(pixels, cond_type, parts)
 
     return api
+
+
+def _step_cache(opt: SamplingOption, parts: Components, on_decision: OnDecision) -> StepCache:
+    """What steps reuse; nothing is asked of the model where they reuse nothing."""
+    if opt.cache.kind == "none":
+        return NoStepCache()
+    return step_cache(opt.cache, parts.model, parts.mesh, on_decision)
 
 
 def _given(
