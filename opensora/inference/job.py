@@ -42,9 +42,8 @@ def with_suffixes(
     if not wanted or (source.conditioning is not None and not motions):
         return list(jobs), replace(parts, prompt_suffix=wanted)
     fps = cfg.sampling.fps if cfg.sampling.num_frames > 1 else None
-    stated = None if cfg.sampling.motion_score == "dynamic" else cfg.sampling.motion_score
     rule = published_suffix if source.conditioning is None else with_suffix
-    told = [replace(job, text=rule(job.text, fps, motions.get(job.row, stated))) for job in jobs]
+    told = [replace(job, text=rule(job.text, fps, motions.get(job.row, cfg.sampling.motion_score))) for job in jobs]
     return told, replace(parts, prompt_suffix=False)
 
 

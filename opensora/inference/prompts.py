@@ -133,8 +133,7 @@ def final_prompt(text: str, option: SamplingOption, *, suffix: bool) -> str:
     """
     if not suffix:
         return text
-    motion = None if option.motion_score == "dynamic" else option.motion_score
-    return with_suffix(text, fps=option.fps if option.num_frames > 1 else None, motion=motion)
+    return with_suffix(text, fps=option.fps if option.num_frames > 1 else None, motion=option.motion_score)
 
 
 def _in_turn(jobs: Sequence[Job]) -> list[int]:

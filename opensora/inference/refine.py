@@ -97,7 +97,7 @@ _MOTION_EXAMPLES: Examples = (
 
 def refined(cfg: SampleConfig, jobs: Sequence[Job]) -> tuple[list[Job], dict[int, int]]:
     """The jobs with their prompts rewritten where ``cfg.refine.prompts`` is true, and by the number of its prompt how
-    much moves in each where ``cfg.sampling.motion_score`` is dynamic. Collective."""
+    much moves in each where ``cfg.refine.motion_score`` is true. Collective."""
     if not asks(cfg):
         return list(jobs), {}
     answers: list[Any] = [None]
@@ -110,7 +110,7 @@ def refined(cfg: SampleConfig, jobs: Sequence[Job]) -> tuple[list[Job], dict[int
 
 def asks(cfg: SampleConfig) -> bool:
     """Whether a language model is asked at all."""
-    return cfg.refine.prompts or cfg.sampling.motion_score == "dynamic"
+    return cfg.refine.prompts or cfg.refine.motion_score
 
 
 def check_refine(cfg: SampleConfig, *, tells_motion: bool) -> None:
@@ -122,8 +122,10 @@ def check_refine(cfg: SampleConfig, *, tells_motion: bool) -> None:
     Raises:
         UserError: there is none.
     """
-    if cfg.sampling.motion_score == "dynamic" and not tells_motion:
-        raise UserError("sampling.motion_score=dynamic: prompts do not name it; set prompt_suffix=true, or a number")
+    if cfg.refine.motion_score and not tells_motion:
+        raise UserError(
+            "refine.motion_score=true: prompts do not name a motion score; set prompt_suffix=true, or false here"
+        )
     if asks(cfg):
         key_of(cfg.refine)
 
@@ -138,7 +140,7 @@ def _answers(cfg: SampleConfig, texts: dict[int, str]) -> tuple[dict[int, str], 
             is_video = cfg.sampling.num_frames > 1 and cfg.cond_type == "t2v"
             found = pool.map(lambda text: rewritten(cfg.refine, text, is_video=is_video), distinct)
             written = dict(zip(distinct, found, strict=True))
-        if cfg.sampling.motion_score == "dynamic":
+        if cfg.refine.motion_score:
             scores = pool.map(lambda text: motion_of(cfg.refine, written[text]), distinct)
             motions = dict(zip(distinct, scores, strict=True))
     scored = {row: motions[text] for row, text in texts.items()} if motions else {}

@@ -24,10 +24,11 @@ class ChatError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class RefineConfig:
-    """A language model that writes prompts out, and says how much moves. Nothing is sent unless ``prompts`` is true or
-    ``sampling.motion_score`` is dynamic."""
+    """A language model that writes prompts out, and says how much moves. Nothing is sent unless ``prompts`` or
+    ``motion_score`` is true."""
 
     prompts: bool = False  # rewrite prompts in the way of training's captions before they are sampled
+    motion_score: bool = False  # say how much moves, 1 to 15, in place of sampling.motion_score
     url: str = "https://api.openai.com/v1"  # of any server with OpenAI's interface
     model: str = "gpt-4o"
     key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key; empty: the server wants none

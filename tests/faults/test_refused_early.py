@@ -114,8 +114,8 @@ SAMPLES = {
         "refine.key_variable=NO_SUCH_KEY: the environment has no such variable; export the key in it",
     ),
     "a motion score that no prompt names": (
-        ["sampling.motion_score=dynamic"],
-        "sampling.motion_score=dynamic: prompts do not name it; set prompt_suffix=true",
+        ["refine.motion_score=true"],
+        "refine.motion_score=true: prompts do not name a motion score; set prompt_suffix=true",
     ),
     "three references": (
         ["cond_type=i2v_loop", "ref=a.png;b.png;c.png"],

@@ -171,8 +171,7 @@ def test_jobs(server: Server, alone: None) -> None:
     dynamic = SampleConfig(
         weights="w",
         prompts=("a", "b"),
-        refine=RefineConfig(url=server.url, key_variable=KEY),
-        sampling=SamplingOption(motion_score="dynamic"),
+        refine=RefineConfig(url=server.url, key_variable=KEY, motion_score=True),
     )
     server.answers.clear()
     server.says("9 motion score")
@@ -187,21 +186,17 @@ def test_nothing_is_asked_by_default(server: Server, alone: None, monkeypatch: p
     assert jobs_of(cfg) == (read_jobs(cfg), {}) and not server.asked
 
 
-@pytest.mark.parametrize("more", [{"refine": RefineConfig(prompts=True)}, {"sampling": {"motion_score": "dynamic"}}])
+@pytest.mark.parametrize("more", [{"prompts": True}, {"motion_score": True}])
 def test_without_a_key(more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    if "sampling" in more:
-        more = {"sampling": SamplingOption(**more["sampling"])}
     with pytest.raises(UserError, match=r"^refine\.key_variable=OPENAI_API_KEY: the environment has no such variable"):
-        check_refine(SampleConfig(weights="w", prompt="a", **more), tells_motion=True)
+        check_refine(SampleConfig(weights="w", prompt="a", refine=RefineConfig(**more)), tells_motion=True)
 
 
 def test_a_motion_score_that_no_prompt_would_name(server: Server) -> None:
-    cfg = SampleConfig(
-        weights="w", prompt="a", refine=of(server), sampling=SamplingOption(motion_score="dynamic"), prompt_suffix=False
-    )
+    cfg = SampleConfig(weights="w", prompt="a", refine=of(server, motion_score=True), prompt_suffix=False)
     with pytest.raises(
-        UserError, match=r"^sampling\.motion_score=dynamic: prompts do not name it; set prompt_suffix=true"
+        UserError, match=r"^refine\.motion_score=true: prompts do not name a motion score; set prompt_suffix=true"
     ):
         check_refine(cfg, tells_motion=False)
 
@@ -224,7 +219,7 @@ def test_words_about_rate_and_motion(trained_here: bool, monkeypatch: pytest.Mon
     # True: the function that samples adds the words of training itself.
     assert told() == (["a cat", "B."], trained_here)
     assert told(prompt_suffix=False) == (["a cat", "B."], False)
-    dynamic = {"sampling": SamplingOption(motion_score="dynamic", fps=8.0), "prompt_suffix": True}
+    dynamic = {"sampling": SamplingOption(fps=8.0), "prompt_suffix": True}
     if trained_here:
         assert told(prompt_suffix=True) == (["a cat", "B."], True)
         texts = ["a cat 8 FPS. 3 motion score.", "B. 8 FPS. 9 motion score."]
