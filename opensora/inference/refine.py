@@ -123,9 +123,7 @@ def check_refine(cfg: SampleConfig, *, tells_motion: bool) -> None:
         UserError: there is none.
     """
     if cfg.refine.motion_score and not tells_motion:
-        raise UserError(
-            "refine.motion_score=true: prompts do not name a motion score; set prompt_suffix=true, or false here"
-        )
+        raise UserError("refine.motion_score=true: prompts name no motion score; set prompt_suffix=true, or false here")
     if asks(cfg):
         key_of(cfg.refine)
 

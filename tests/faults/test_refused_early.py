@@ -115,7 +115,7 @@ SAMPLES = {
     ),
     "a motion score that no prompt names": (
         ["refine.motion_score=true"],
-        "refine.motion_score=true: prompts do not name a motion score; set prompt_suffix=true",
+        "refine.motion_score=true: prompts name no motion score; set prompt_suffix=true",
     ),
     "three references": (
         ["cond_type=i2v_loop", "ref=a.png;b.png;c.png"],

@@ -196,7 +196,7 @@ def test_without_a_key(more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) ->
 def test_a_motion_score_that_no_prompt_would_name(server: Server) -> None:
     cfg = SampleConfig(weights="w", prompt="a", refine=of(server, motion_score=True), prompt_suffix=False)
     with pytest.raises(
-        UserError, match=r"^refine\.motion_score=true: prompts do not name a motion score; set prompt_suffix=true"
+        UserError, match=r"^refine\.motion_score=true: prompts name no motion score; set prompt_suffix=true"
     ):
         check_refine(cfg, tells_motion=False)
 
