@@ -53,7 +53,7 @@ class Preparation:
     conditioning: ConditioningConfig
     model: ModelConfig
     layout: TokenLayout
-    autoencoder: AutoencoderShape | None = None  # for references; None: none are drawn
+    autoencoder: AutoencoderShape | None = None  # what references are cut for; None: as ``encoders`` has it
     seed: int
     by_degree: Mapping[int, "Preparation"] = field(default_factory=dict)  # by how many processes cut a sample
 
@@ -142,9 +142,10 @@ class Preparation:
     ) -> tuple[Tensor | None, Tensor | None]:
         """(B, C, T', H', W') fp32 latents of known frames, and (B, T', H', W') bool where they are, for models that
         read them beside the noise."""
-        cfg, shape = self.conditioning, self.autoencoder
-        if self.layout.denoising.references != "channels" or not cfg.references or shape is None:
+        cfg, shape = self.conditioning, self.autoencoder or self.encoders.autoencoder
+        if self.layout.denoising.references != "channels" or not cfg.references:
             return None, None
+        assert shape is not None, "features are read: say what the autoencoder is like"
         learn_some = not cfg.known_in_loss
         kinds = [
             draw_kind(self.seed, step, sample, latents[0], cfg.references, shape, learn_some=learn_some)

@@ -249,6 +249,7 @@ def test_text_to_image_to_video(tmp_path: Path) -> None:
     check_stills_and_clips(tmp_path)
 
 
+@pytest.mark.slow
 def test_text_to_image_to_video_on_many_processes(tmp_path: Path) -> None:
     """The model of stills has one pass: its processes share out the weights, which those of three passes do not."""
     layout = {"mesh": {"cfg": 3, "shard": 1}, "zero": 3, "timeout_s": 60}
