@@ -205,14 +205,15 @@ class OptimConfig:
     eps: float = 1e-15
     weight_decay: float = 0.0
     clip_norm: float = 1.0  # bound on the global gradient norm; 0: no bound
-    warmup_steps: int = 0  # linear from 0 to lr
+    warmup_steps: int = 0  # linear from 0 to lr, which the last of them has
+    initial_lr: float | None = None  # warm-up is linear from here to lr, which the step after it has; null: from 0
     schedule: Literal["constant", "cosine"] = "constant"  # after warm-up
     min_lr: float = 0.0  # where cosine ends
     ema_decay: float = 0.0  # 0: no moving average of the weights
     ema_warmup: bool = True  # decay min(ema_decay, (1 + step) / (10 + step)), so that early averages forget the init
 
     LIMITS: ClassVar[Limits] = {
-        **dict.fromkeys(("lr", "eps", "weight_decay", "min_lr"), (1e3, "weights would overflow")),
+        **dict.fromkeys(("lr", "eps", "weight_decay", "min_lr", "initial_lr"), (1e3, "weights would overflow")),
         "clip_norm": (1e9, "0 sets no bound"),
         "warmup_steps": (10**9, "a step a second would take 30 years"),
     }
@@ -226,5 +227,7 @@ class OptimConfig:
                 raise ValueError(f"betas={list(self.betas)}: must be two numbers in [0, 1)")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay}: must be a number in [0, 1); 0 switches it off")
+        if self.initial_lr is not None and not 0 <= self.initial_lr <= self.lr:
+            raise ValueError(f"initial_lr={self.initial_lr}: must be a number from 0 to lr={self.lr}, or null")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr={self.min_lr}: must be a number <= lr={self.lr}")

@@ -10,11 +10,14 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from acceleration.config import MeshConfig
 from acceleration.distributed.launcher_variables import Ranks, ranks_from_environment
 from opensora.assembly.encoders import Encoders
+from opensora.assembly.reference_codes import code_part
 from opensora.assembly.stored_features import encoder_dtype, identity, identity_hash
+from opensora.conditioning.references import needed_parts
 from opensora.config.run import RunConfig
 from opensora.datasets.decode import api
 from opensora.datasets.loading import feature_store
@@ -23,7 +26,7 @@ from opensora.datasets.loading.reader import Batch
 from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch
 from opensora.datasets.table.manifest import ClipTable
 from opensora.models.text import build_text_encoder
-from opensora.models.vae import build_autoencoder
+from opensora.models.vae import autoencoder_shape, build_autoencoder
 from opensora.train.setup import check
 from opensora.utils import signal_handler
 from opensora.utils.console import announce
@@ -121,6 +124,7 @@ def _encode(
         autoencoder=build_autoencoder(cfg.vae, device, dtype),
         text_encoder=build_text_encoder(cfg.text, device, dtype),
         device=device,
+        seed=cfg.seed,
     )
     null = encoders.null
     named = {"txt": null.txt, "y_vec": null.y_vec, "mask": null.mask}
@@ -139,14 +143,20 @@ def _encode(
                 for sample, other, why in batch.replaced:
                     announce(f"sample {sample} is replaced by {other}: {why}")
                 encoded = encoders.encode(batch)
-                parts.append(
-                    (micro_batch, feature_store.Features(**{n: x.cpu() for n, x in encoded.tensors().items()}))
-                )
+                references = _references(cfg, encoders, batch, encoded.latents.shape[2])
+                stored = {name: x.cpu() for name, x in encoded.tensors().items()}
+                parts.append((micro_batch, feature_store.StoredFeatures(**stored, references=references)))
             with signal_handler.writing():
                 path = feature_store.write_shard(folder, number, parts, hash_)
             announce(f"wrote {path}")
     finally:
         batches.close()
+
+
+def _references(cfg: RunConfig, encoders: Encoders, batch: Batch, latent_frames: int) -> dict[str, Tensor]:
+    """Whatever a run may draw of these samples, on the CPU."""
+    needed = needed_parts(cfg.conditioning.references, latent_frames, autoencoder_shape(cfg.vae))
+    return {part.name: code_part(encoders, batch, part).cpu() for part in needed}
 
 
 def _shards(plan: BatchPlan, epochs: int) -> Iterator[tuple[MicroBatch, ...]]:

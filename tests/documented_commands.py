@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parent.parent
 # What begins a command; a text that only names a module or a program is none.
 _STARTS = (
@@ -99,6 +101,8 @@ NOT_RUN = {
     r"^pip install .*(flash-attn|apex)": "needs CUDA and its compiler",
     r"^pip install$": "of this checkout: launch/setup.sh does the same, and tests/unit/test_console_command.py runs it",
     r"^pip install ": "docs/results has what each optional package was tried with",
+    r"opensora\.cli\.download": "needs a network; tests/unit/test_download.py runs it on a stand-in",
+    r"opensora\.cli\.doctor": "ends with 2 where files are missing; tests/unit/test_doctor.py has files",
     r"tests\.documented_commands": "this one",
 }
 # What a command becomes so that it takes seconds on two cores: (what is replaced, by what), all in this order.
@@ -116,6 +120,7 @@ SMALLER = (
     (r"(--media|--videos) \S+", r"\1 my_videos"),
     (r"\b(RUN_FOLDER|RUN)$", "outputs/first"),
     (r"\b(RUN_FOLDER|RUN) ", "outputs/first "),
+    (r"(benchmarks\.step_caches) \S+", r"\1 outputs/first"),
     (r"\bDIR\b", "my_clips"),
     (r"data\.table=(TABLE|outputs/\S+)", "data.table=clips.csv"),
     (r"--clips \d+ --images \d+", "--clips 24 --images 8"),
@@ -144,6 +149,7 @@ OPTIONS = {
     r"tests\.layout_table": "ulysses_2",
     r"benchmarks\.learns_shapes": "train.steps=4 'data.buckets={32px:{9:[1.0,4]}}' optim.warmup_steps=0 --seeds 1",
     r"benchmarks\.memory": "--processes 1,2 --width 64",
+    r"benchmarks\.step_caches": "--clips 1 --steps 4",
     r"benchmarks\.step_times": "--steps 24 --copies 8",
     r"benchmarks\.balance": "--rows 20000 --steps 4",
     r"benchmarks\.index": "--rows 1000000",
@@ -193,6 +199,8 @@ def prepare(folder: Path) -> Path:
     subprocess.run(index, cwd=clone, check=True, stdout=subprocess.DEVNULL)
     prompts = "text,name\na red circle moves left on a black background,red_circle_left_black\n"
     (clone / "prompts.csv").write_text(prompts, encoding="utf-8")
+    Image.new("RGB", (40, 30), "orange").save(clone / "cat.png")
+    (clone / "references.csv").write_text("text,ref\na red circle,cat.png\na blue square,\n", encoding="utf-8")
     (clone / "lines.txt").write_text("seed=1\nseed=2\n", encoding="utf-8")
     return clone
 

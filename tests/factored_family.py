@@ -21,6 +21,7 @@ from opensora.models.layers.axis_switch import AxisSwitch
 from opensora.models.layers.embedding import MLPEmbedder, sinusoid
 from opensora.models.layers.norm import QKNorm
 from opensora.models.layers.rope import RopeTable, apply_rope, rope_table
+from opensora.models.layers.stages import RunStages, Stage, run_in_order
 from opensora.models.weights.plain import PlainWeights
 from opensora.schedulers import register_objective
 from opensora.schedulers.rectified_flow import RectifiedFlow, RectifiedFlowConfig
@@ -169,6 +170,7 @@ class ToyFactored(nn.Module):
         self.final_table = nn.Parameter(torch.empty(2, width))
         self.final_norm = nn.LayerNorm(width, elementwise_affine=False)
         self.final = nn.Linear(width, 2 * values)
+        self.run_stages: RunStages = run_in_order
 
     def forward(
         self,
@@ -207,9 +209,13 @@ class ToyFactored(nn.Module):
         h = self.x_in(x.to(dtype)) + self._places(positions).to(dtype)
         along = positions[..., :1].transpose(1, 2).flatten(0, 1)  # (B * S, T, 1)
         rope = rope_table(along, (self.cfg.width // self.cfg.heads,), 100.0, "half")
-        for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
-            h = spatial(h, times, known, text, mask, rope, context)
-            h = temporal(h, times, known, text, mask, rope, context)
+        pairs = zip(self.spatial_blocks, self.temporal_blocks, strict=True)
+        stage = Stage(
+            [block for pair in pairs for block in pair],
+            run=lambda block, s: (block(s[0], times, known, text, mask, rope, context),),
+            image=lambda s: s[0],
+        )
+        h = self.run_stages([stage], (h,))
         shift, scale = modulations(self.final_table, tuple(vector.repeat(1, 2) for vector in vectors), known)
         return self.final(self.final_norm(h) * (1 + scale) + shift).clone()
 
@@ -266,6 +272,7 @@ def describe(cfg: ToyConfig) -> Denoising:
         null_text="learned",
         references="in_place",
         wants=frozenset(("fps", "size")),
+        reusable=frozenset(("blocks",)),
         attention_pairs=pairs,
     )
 

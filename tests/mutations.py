@@ -37,6 +37,7 @@ class Mutation:
     test: str  # what must find it, as pytest names it
 
 
+TEXT_FILES, RULE = "tests/unit/test_text_files.py", "tests/unit/test_published_rule.py"
 TRAIN = "tests/reference/test_training.py::test_one_process[adamw]"
 SGD = "tests/reference/test_training.py::test_one_process[sgd, interleaved]"
 OTHER = "tests/reference/test_training.py::test_one_process[other options]"
@@ -118,7 +119,35 @@ ELSEWHERE, BLIND, COMPARED = (
         "every_difference_changes_what_is_compared",
     )
 )
+REFERENCES, CODES = "opensora/conditioning/references.py", "opensora/assembly/reference_codes.py"
+GIVEN, OPTIONS = "opensora/inference/references.py", "opensora/sampling/options.py"
+REFERRED = "tests/reference/test_training.py::test_one_process[references]"
+LEFT_OUT = "tests/reference/test_training.py::test_one_process[references left out]"
+REFERRED_CLIPS = "tests/reference/test_sampling.py::test_references[guided]"
+ROOM, BY_WEIGHT = (
+    f"tests/unit/test_references.py::test_{name}"
+    for name in ("room_for_a_kind", "kinds_are_drawn_by_weight_among_those_that_fit")
+)
+GIVEN_LOOP = "tests/unit/test_given_references.py::test_which_reference_a_kind_takes"
+EVERY = "tests/unit/test_golden_sampling.py::test_known_frames_of_every_clip_are_put_back"
+THREE_WAY = "tests/unit/test_golden_denoisers.py::test_every_step_is_the_published_one[i2v_plain]"
 OPERATIONS = FACTORED + "test_operations_are_those_that_torch_counts[batch0]"
+
+CACHED_BLOCKS, CACHED_ATTENTION, DECISIONS = (
+    f"opensora/sampling/caches/{name}.py" for name in ("blocks", "attention", "decisions")
+)
+CACHES_ON_MESH, CACHES_DIST = (
+    "opensora/assembly/step_caches.py",
+    "tests/dist/test_step_caches.py::test_layouts_decide_and_sample_as_one_process",
+)
+CACHES_UNIT = "tests/unit/test_step_caches.py::"
+REUSED, TEACACHE, MAGCACHE = (
+    f"{CACHES_UNIT}test_blocks_are_reused_as_the_formulas_say[{name}]"
+    for name in ("first_block", "teacache", "magcache, errors alone")
+)
+ANEW = f"{CACHES_UNIT}test_one_cache_serves_one_clip_after_another"
+BAD_NUMBERS = f"{CACHES_UNIT}test_bad_numbers_are_never_a_reason_to_reuse"
+PYRAMID = f"{CACHES_UNIT}test_pyramid_attention_counts_calls_of_every_pass"
 
 TABLE: tuple[Mutation, ...] = (
     # A step of training: what is encoded, dropped, corrupted, and how it is weighed.
@@ -479,7 +508,7 @@ TABLE: tuple[Mutation, ...] = (
     ),
     Mutation("latents not scaled back", DCT, "(basis / gain[:, None])", "(basis * gain[:, None])", CLIPS),
     Mutation("levels rounded down", SAVE, "* 127.5).round()", "* 127.5).floor()", STILLS),
-    Mutation("one seed for all samples of a prompt", PROMPTS, "cfg.sampling.seed + k", "cfg.sampling.seed", STILLS),
+    Mutation("one seed for all samples of a prompt", PROMPTS, "cfg.sampling.seed + copy", "cfg.sampling.seed", STILLS),
     Mutation("samples from the live weights", LOAD, '"ema" if use_ema and', '"model" if use_ema and', WHOLE),
     Mutation(
         "adapters at full strength",
@@ -516,6 +545,172 @@ TABLE: tuple[Mutation, ...] = (
         "gc.collect()",
         "gc.get_count()",
         f"{BORDERS}::test_every_border_frees_the_cycles_of_its_step",
+    ),
+    # References: what is given in training, and in sampling.
+    Mutation(
+        "the tail of a reference taken from the head",
+        REFERENCES,
+        'self.end == "head" else x',
+        "True else x",
+        GIVEN_LOOP,
+    ),
+    Mutation(
+        "references drawn anew for all samples alike",
+        REFERENCES,
+        '(seed, step, sample, "condition")',
+        '(seed, step, 0, "condition")',
+        REFERRED,
+    ),
+    Mutation(
+        "kinds that do not fit are drawn",
+        REFERENCES,
+        "and fits(kind, latent_frames, shape)\n        and not",
+        "and not",
+        BY_WEIGHT,
+    ),
+    Mutation("weights of kinds left aside", REFERENCES, "kind: weights[kind]\n", "kind: 1.0\n", BY_WEIGHT),
+    Mutation(
+        "one latent frame too few for a longer reference",
+        REFERENCES,
+        "latent_frames + is_still(kind)",
+        "latent_frames + 1",
+        ROOM,
+    ),
+    Mutation(
+        "a reference cut from the code of the whole clip",
+        CODES,
+        "part.of(batch.pixels[rows], part.frames)",
+        "batch.pixels[rows][:, :, : part.frames]",
+        REFERRED,
+    ),
+    Mutation("stored references of other samples", CODES, "[part.name][rows]", "[part.name][: len(rows)]", FEATURES),
+    Mutation("known frames stay in the loss", STEP, "not self.conditioning.known_in_loss)", "False)", LEFT_OUT),
+    Mutation("known frames counted as learned", DATA, "return referenced if takes", "return None if takes", LEFT_OUT),
+    Mutation("a clip that is all known is counted as learned", DATA, "shape, learn_some=True)", "shape)", LEFT_OUT),
+    Mutation(
+        "references drawn as their clips are",
+        CODES,
+        'f"posterior {part.name}"',
+        '"posterior"',
+        "tests/unit/test_references.py::test_references_are_drawn_apart_where_the_autoencoder_draws",
+    ),
+    Mutation(
+        "the third pass knows the references", GUIDANCE, "without_text.without_reference()]", "without_text]", THREE_WAY
+    ),
+    Mutation("image guidance fades over the clip alone", GUIDANCE, "(1 - step / steps)", "1.0", REFERRED_CLIPS),
+    Mutation(
+        "image guidance grows past the last frame",
+        GUIDANCE,
+        "/ max(latent_frames - 1, 1)",
+        "/ latent_frames",
+        REFERRED_CLIPS,
+    ),
+    Mutation(
+        "known frames of the first clip alone put back",
+        GIVEN,
+        "kept = known if",
+        "kept = known * (torch.arange(len(known)) == 0)[:, None, None, None] if",
+        EVERY,
+    ),
+    Mutation("known frames are not put back", PIPELINE, "latents = given.put_back(latents)", "pass", REFERRED_CLIPS),
+    Mutation(
+        "longer references put back",
+        GIVEN,
+        "known if is_still(cond_type) else",
+        "known if True else",
+        "tests/unit/test_golden_sampling.py::test_from_noise_to_pixels[v2v_head]",
+    ),
+    Mutation(
+        "a still is told its reference",
+        GIVEN,
+        "torch.zeros_like(known) if still else known",
+        "known",
+        "tests/unit/test_golden_sampling.py::test_conditions_of_sampling[i2v_head.causal.T1]",
+    ),
+    Mutation(
+        "the last frame of the first reference",
+        GIVEN,
+        "return -1 if part.end",
+        "return 0 if part.end",
+        "tests/unit/test_golden_sampling.py::test_conditions_of_sampling[i2v_tail.causal.T19]",
+    ),
+    Mutation(
+        "repetitions of a known frame kept",
+        PIPELINE,
+        'head, tail = extra if "head" in ends else 0,',
+        "head, tail = 0,",
+        "tests/unit/test_golden_sampling.py::test_from_noise_to_pixels[uncausal_i2v_head]",
+    ),
+    Mutation(
+        "guidance along the clip also of v2v",
+        PIPELINE,
+        "opt.scale_temporal_osci and is_still(cond_type)",
+        "opt.scale_temporal_osci",
+        "tests/unit/test_golden_sampling.py::test_temporal_scaling_is_of_single_frames_alone",
+    ),
+    Mutation(
+        "frames rounded down",
+        TIMES,
+        "-(-(num_frames - lead) // frame_stride)",
+        "(num_frames - lead) // frame_stride",
+        "tests/unit/test_sampling_core.py::test_any_number_of_frames_is_rounded_up_to_what_can_be_coded",
+    ),
+    Mutation(
+        "references cropped at the corner",
+        GIVEN,
+        "frames[:, top : top + size[0], left : left + size[1]]",
+        "frames[:, : size[0], : size[1]]",
+        REFERRED_CLIPS,
+    ),
+    Mutation(
+        "16:9 by its own rounding",
+        OPTIONS,
+        "if transposed in RATIOS:",
+        "if transposed in RATIOS and aspect_ratio not in RATIOS:",
+        "tests/unit/test_sizes.py::test_sizes_of_a_ratio_that_is_listed_both_ways",
+    ),
+    Mutation(
+        "the first of several clips is numbered",
+        PROMPTS,
+        '(self.copy == 0 and self.joint == "_")',
+        "False",
+        "tests/unit/test_prompts.py::test_every_prompt_gets_its_seeds_and_a_name_of_its_own",
+    ),
+    Mutation(
+        "rows numbered from the first that is sampled",
+        PROMPTS,
+        "list(enumerate(rows))[cfg.start_index : cfg.end_index]",
+        "list(enumerate(rows[cfg.start_index : cfg.end_index]))",
+        "tests/unit/test_golden_sampling.py::test_file_names",
+    ),
+    Mutation(
+        "stored references that a run lacks are overlooked",
+        "opensora/assembly/stored_features.py",
+        "<= set(map(str, stored)):",
+        ">= set():",
+        "tests/unit/test_references.py::test_stored_references_serve_runs_that_need_them_or_fewer",
+    ),
+    # Prompts that a language model writes out, and stills.
+    Mutation(
+        "the key is sent elsewhere",
+        "opensora/utils/chat.py",
+        "build_opener(_Stay)",
+        "build_opener()",
+        "tests/unit/test_refine.py::test_a_failure_leaves_the_prompt_and_says_so[HTTP status 302]",
+    ),
+    Mutation(
+        "scores beyond what training has",
+        "opensora/inference/refine.py",
+        "min(max(int(found[1]), 1), MOST_MOTION)",
+        "int(found[1])",
+        "tests/unit/test_refine.py::test_scores_are_within_range[99 motion score-15]",
+    ),
+    Mutation(
+        "stills guided as their clips",
+        "opensora/inference/stills.py",
+        "guidance=still.guidance",
+        "guidance=cfg.sampling.guidance",
+        "tests/reference/test_sampling.py::test_text_to_image_to_video",
     ),
     # Processes that meet: which address is whose, who is there twice, what chooses an interface.
     Mutation(
@@ -708,6 +903,174 @@ TABLE: tuple[Mutation, ...] = (
         "return about.failures + (about.round > 0 and about.epoch != epoch)",
         "return 0",
         f"{ORDERS}::test_a_coordinator_started_anew_counts_what_was_used",
+    ),
+    # Step caches: when a step reuses, and who has to know of it.
+    Mutation(
+        "passes of guidance share what is kept", CACHED_BLOCKS, "setdefault(self._at.number,", "setdefault(0,", REUSED
+    ),
+    Mutation(
+        "a clip finds what the one before left",
+        CACHED_BLOCKS,
+        "            self._passes.clear()",
+        "            pass",
+        ANEW,
+    ),
+    Mutation(
+        "a change measured from the step before",
+        CACHED_BLOCKS,
+        'kept.decisions.since == "before" or not reuses',
+        "True",
+        REUSED,
+    ),
+    Mutation(
+        "what is kept includes the first blocks",
+        CACHED_BLOCKS,
+        "tuple(x - y for x, y in zip(streams, carried, strict=True))",
+        "streams",
+        REUSED,
+    ),
+    Mutation(
+        "bad numbers are no change",
+        DECISIONS,
+        "change <= self.cfg.threshold",
+        "not change > self.cfg.threshold",
+        BAD_NUMBERS,
+    ),
+    Mutation("the last step reuses", DECISIONS, "at.step in (0, at.steps - 1)", "at.step == 0", TEACACHE),
+    Mutation(
+        "the polynomial read from its end",
+        DECISIONS,
+        "in self.cfg.polynomial:",
+        "in self.cfg.polynomial[::-1]:",
+        TEACACHE,
+    ),
+    Mutation("errors of reuses not added up", DECISIONS, "self._error += abs(", "self._error = abs(", MAGCACHE),
+    Mutation("a threshold reached still reuses", DECISIONS, "if self._sum < self.cfg.threshold:", "if True:", TEACACHE),
+    Mutation(
+        "attention computed one step late",
+        CACHED_ATTENTION,
+        "call % self.every[axis] == 0",
+        "call % self.every[axis] == 1",
+        PYRAMID,
+    ),
+    Mutation(
+        "times on the edge reuse",
+        CACHED_ATTENTION,
+        "low < 1000 * at.time < high",
+        "low <= 1000 * at.time <= high",
+        PYRAMID,
+    ),
+    Mutation(
+        "passes share attention",
+        CACHED_ATTENTION,
+        "self._kept.get(at.number, (0, None))",
+        "self._kept.get(0, (0, None))",
+        PYRAMID,
+    ),
+    Mutation(
+        "all decide on the tokens of one",
+        CACHES_ON_MESH,
+        "values = gathered.view(axis.degree, -1).sum(dim=0)",
+        "values = gathered.view(axis.degree, -1)[0]",
+        f"{CACHES_DIST}[2-ulysses2-zero3-prefetch0]",
+    ),
+    Mutation(
+        "weights gathered though all reuse",
+        CACHES_ON_MESH,
+        "return bool(collectives.all_reduce_(votes, self.mesh[FSDP]).item())",
+        "return collectives.all_reduce_(votes, self.mesh[FSDP]).item() >= 0",
+        "tests/dist/test_step_caches.py::test_weights_are_gathered_where_somebody_computes",
+    ),
+    Mutation(
+        "prompts encoded together",
+        "opensora/models/text/row_by_row.py",
+        "if rows == 1:",
+        "if rows >= 1:",
+        f"{TEXT_FILES}::test_blocks_see_one_prompt_at_a_time",
+    ),
+    Mutation(
+        "positions of CLIP all the same",
+        "opensora/models/text/weights.py",
+        "torch.arange(buffer.shape[-1], device=device)",
+        "torch.zeros(buffer.shape[-1], dtype=torch.long, device=device)",
+        f"{TEXT_FILES}::test_files_with_other_names[the whole model]",
+    ),
+    Mutation(
+        "features kept without a bound",
+        "opensora/models/text/prompt_cache.py",
+        "while self._held > self._most:",
+        "while self._held > 4 * self._most:",
+        f"{TEXT_FILES}::test_what_is_kept_is_bounded",
+    ),
+    Mutation(
+        "equal prompts encoded again",
+        "opensora/models/text/t5_clip.py",
+        "missing = [prompt for prompt, row in rows.items() if row is None]",
+        "missing = [prompt for prompt in prompts if rows[prompt] is None]",
+        f"{TEXT_FILES}::test_every_prompt_as_alone_and_equal_ones_once",
+    ),
+    Mutation(
+        "values of a sharded text encoder not looked at",
+        "opensora/assembly/sharded_text.py",
+        "        source.check_values()\n",
+        "",
+        "tests/dist/test_sharded_text.py::test_a_value_that_one_process_reads",
+    ),
+    Mutation(
+        "text encoder kept whole once it was gathered",
+        "opensora/assembly/sharded_text.py",
+        "fsdp.shard(file.module, 3, precision",
+        "fsdp.shard(file.module, 0, precision",
+        "tests/dist/test_sharded_text.py::test_no_process_holds_the_whole",
+    ),
+    Mutation(
+        "length taken instead of skipped by the published rule",
+        "opensora/datasets/buckets/published_rule.py",
+        "draw() < skip",
+        "draw() >= skip",
+        f"{RULE}::test_other_tables[1]",
+    ),
+    Mutation(
+        "ratio of the size in place of its name's",
+        "opensora/datasets/buckets/published_rule.py",
+        "found.append((height / width, size))",
+        "found.append((size[0] / size[1], size))",
+        f"{RULE}::test_other_tables[1]",
+    ),
+    Mutation(
+        "warm-up that reaches its rate a step early",
+        "acceleration/optim/optimizers.py",
+        "(step + 1) / (cfg.warmup_steps + 1)",
+        "(step + 1) / cfg.warmup_steps",
+        "tests/unit/test_acceleration.py::test_warm_up_from_a_rate",
+    ),
+    Mutation(
+        "a file that is longer than what was published",
+        "opensora/cli/download.py",
+        "known.size is not None and size != known.size",
+        "known.size is not None and size > known.size",
+        "tests/unit/test_download.py::test_files_that_are_not_those_that_were_published",
+    ),
+    Mutation(
+        "newest commit at every download",
+        "opensora/cli/download.py",
+        "repository.revision or _kept_revision(repository, target)",
+        "repository.revision",
+        "tests/unit/test_download.py::test_the_commit_of_the_first_download_stays",
+    ),
+    Mutation(
+        "nothing wrong with a file that is not there",
+        "opensora/cli/doctor.py",
+        "    return 2\n\n\nif __name__",
+        "    return 0\n\n\nif __name__",
+        "tests/unit/test_doctor.py::test_what_is_published_is_not_there[sample]",
+    ),
+    Mutation(
+        "text encoder forecast as if it were whole",
+        "opensora/planner/encoder_memory.py",
+        "whole = -(-whole // pieces)",
+        "whole = max(whole, pieces)",
+        "tests/unit/test_doctor.py::test_memory_by_where_the_text_encoder_is",
     ),
 )
 

@@ -17,7 +17,13 @@ else:
     import tomli as tomllib  # comes with pytest there
 
 PRODUCT = ("acceleration", "opensora", "data_pipeline", "launch", "scripts")
-MODULES = {"pillow": "PIL", "pyyaml": "yaml", "tensorboard": "torch.utils.tensorboard", "flash-attn": "flash_attn"}
+MODULES = {
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "tensorboard": "torch.utils.tensorboard",
+    "flash-attn": "flash_attn",
+    "huggingface-hub": "huggingface_hub",
+}
 TOOLS = ("ruff", "mypy", "pytest-timeout", "pytest")  # are run, not imported
 ELSEWHERE = {
     "colossalai",

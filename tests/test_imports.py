@@ -57,7 +57,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "opensora.assembly",
         "opensora.config",
         "opensora.conditioning",
+        "opensora.datasets",
         "opensora.models",
+        "opensora.planner",
         "opensora.sampling",
         "opensora.schedulers",
         "opensora.utils",
@@ -77,6 +79,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "opensora.precompute": (
         "acceleration",
         "opensora.assembly",
+        "opensora.conditioning",
         "opensora.config",
         "opensora.datasets",
         "opensora.models",
@@ -112,6 +115,7 @@ OURS = ("acceleration", "opensora", "scripts", "data_pipeline", "launch", *FREE)
 
 # vendor -> the files that may import it
 HOMES: dict[str, tuple[str, ...]] = {
+    "huggingface_hub": ("opensora/cli/download.py",),
     "omegaconf": ("opensora/config/load.py",),
     "yaml": ("opensora/config/strict_yaml.py",),
     "wandb": ("opensora/utils/metrics_log.py",),

@@ -21,6 +21,8 @@ def build_optimizer(parameters: Iterable[nn.Parameter], cfg: OptimConfig) -> tor
 def lr_at(step: int, cfg: OptimConfig, total_steps: int) -> float:
     """Learning rate of update ``step`` (from 0) of ``total_steps``: linear warm-up, then constant or cosine."""
     if step < cfg.warmup_steps:
+        if cfg.initial_lr is not None:
+            return cfg.initial_lr + (cfg.lr - cfg.initial_lr) * (step + 1) / (cfg.warmup_steps + 1)
         return cfg.lr * (step + 1) / cfg.warmup_steps
     if cfg.schedule == "constant":
         return cfg.lr

@@ -65,6 +65,7 @@ def shard(
         # Sum, don't average; the order matters, since gloo has no scaled sum.
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
+        module.frees_weights = zero == 3  # type: ignore[attr-defined]
     if prefetch:
         _prefetch(model, prefetch)
 
@@ -207,6 +208,24 @@ def to_mesh_device(x: DTensor) -> DTensor:
     return DTensor.from_local(
         x.to_local(), x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
     )
+
+
+def frees_weights(model: nn.Module) -> bool:
+    """Whether processes gather a block's weights whenever it runs, and free them behind it (ZeRO 3)."""
+    found: list[Any] = fsdp_modules(model)
+    return any(module.frees_weights for module in found)
+
+
+def gather(block: nn.Module) -> None:
+    """Gather a block's weights as its forward would. Collective, unless they are whole."""
+    if isinstance(block, FSDPModule):
+        block.unshard()
+
+
+def let_go(block: nn.Module) -> None:
+    """Free what ``gather`` made, where the block's forward would free it."""
+    if isinstance(block, FSDPModule) and block.frees_weights:
+        block.reshard()
 
 
 def release(model: nn.Module) -> None:

@@ -6,10 +6,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from opensora.datasets.loading.feature_store import Features
-from opensora.models.base import Autoencoder, TextEncoder, TextFeatures
+from opensora.models.base import Autoencoder, TextEncoder, TextFeatures, Variational
+from opensora.schedulers.timesteps import draw_per_sample
 from opensora.utils.tasks import TaskRunner, one_by_one
+from opensora.utils.upload import upload
 
 if TYPE_CHECKING:
     from opensora.datasets.loading.reader import Batch
@@ -24,6 +27,7 @@ class Encoders:
     device: torch.device
     run_tiles: TaskRunner = one_by_one  # who codes the tiles of a clip
     stored: bool = False  # batches hold features in place of pixels
+    seed: int = 0  # of what an autoencoder draws
 
     @torch.no_grad()
     def encode(self, batch: "Batch", text: TextFeatures | None = None) -> Features:
@@ -37,9 +41,23 @@ class Encoders:
         assert batch.pixels is not None and self.autoencoder is not None
         pixels = batch.pixels.to(self.device, non_blocking=True).float() / 127.5 - 1  # (B, 3, T, H, W)
         text = text or self.text_encoder.encode(batch.prompts)
-        return Features(
-            latents=self.autoencoder.encode(pixels, self.run_tiles), txt=text.txt, y_vec=text.y_vec, mask=text.mask
-        )
+        latents = self.latents(pixels, batch.epoch, batch.sample_ids)
+        return Features(latents=latents, txt=text.txt, y_vec=text.y_vec, mask=text.mask)
+
+    def latents(self, pixels: Tensor, epoch: int, sample_ids: tuple[int, ...], purpose: str = "posterior") -> Tensor:
+        """What the autoencoder makes of (B, 3, T, H, W) in [-1, 1].
+
+        Where it draws (``vae.sample=posterior``), the draw of a sample is one of (seed, epoch, sample id, purpose), as
+        its crop is: the same in whatever micro-batch and layout, after a resume, and in features made ahead of it.
+        """
+        assert self.autoencoder is not None
+        if not (isinstance(self.autoencoder, Variational) and self.autoencoder.samples):
+            return self.autoencoder.encode(pixels, self.run_tiles)
+
+        def draw(shape: tuple[int, ...]) -> Tensor:
+            return upload(draw_per_sample(self.seed, epoch, sample_ids, purpose, shape), self.device)
+
+        return self.autoencoder.encode(pixels, self.run_tiles, draw)
 
     def encode_prompts(self, batches: "Sequence[Batch]") -> list[TextFeatures | None]:
         """Of the prompts of every batch, all encoded at once; None where they are stored."""

@@ -105,7 +105,7 @@ class FileSource:
     """Where parameters get their values: from a file, of which each process reads its pieces, or from elsewhere."""
 
     file: WeightFile
-    path: Path
+    path: Path | str  # for messages
     otherwise: Callable[[str, Tensor], None] | None = None  # writes a full parameter that the file lacks
     not_finite: list[str] = field(default_factory=list)  # what this process has read so far that holds NaN or infinity
 

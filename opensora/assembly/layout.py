@@ -61,16 +61,21 @@ def check_attention(name: str) -> None:
         raise UserError(f"parallel.{error}") from None
 
 
-def check_guidance(mesh: MeshConfig, world_size: int, option: SamplingOption) -> None:
+def check_guidance(mesh: MeshConfig, world_size: int, option: SamplingOption, *, references: bool = False) -> None:
     """That every process along the cfg axis has a pass of guidance to compute.
+
+    Args:
+        references: some clips have known frames.
 
     Raises:
         UserError: the key to change, and what would work.
     """
-    degree, passes = meshes.resolve(mesh, world_size)["cfg"], passes_per_step(option)
+    degree, passes = meshes.resolve(mesh, world_size)["cfg"], passes_per_step(option, references=references)
     if degree <= passes:
         return
-    if passes > 1:
+    if references and passes > 1:
+        why = f"clips with references are guided by {passes} passes per step"
+    elif passes > 1:
         why = f"text to video is guided by {passes} passes per step (a third needs references)"
     elif option.method == "distill":
         why = "sampling.method=distill makes one pass per step"

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 from math import lcm
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from opensora.conditioning.references import parts_of
 from opensora.config.compare import differences
 from opensora.config.run import RunConfig
 from opensora.config.schema import plain
@@ -17,6 +19,7 @@ from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.datasets.table.index import IndexedTable
 from opensora.models.base import TextFeatures
 from opensora.models.families import describe
+from opensora.models.vae import autoencoder_shape, latents_depend_on
 from opensora.utils.console import launched_rank
 from opensora.utils.errors import UserError
 
@@ -27,8 +30,8 @@ def identity(cfg: RunConfig, table: IndexedTable) -> dict[str, Any]:
     """Everything that latents and text features depend on."""
     data = cfg.data
     return {
-        "vae": plain(cfg.vae),
-        "text": plain(cfg.text),
+        "vae": latents_depend_on(cfg.vae),
+        "text": _without(plain(cfg.text), getattr(cfg.text, "PLACEMENT", ())),
         "model": {"patch_size": lcm(*describe(cfg.model).patch[1:])},  # bucket sizes are multiples of it
         "seed": cfg.seed,
         "encoders": str(encoder_dtype(cfg)),
@@ -39,8 +42,21 @@ def identity(cfg: RunConfig, table: IndexedTable) -> dict[str, Any]:
             "prompt_suffix": data.prompt_suffix,
             "decoder": data.decoder,
             "background": data.background,
+            **({} if data.bucket_rule == "even" else {"bucket_rule": data.bucket_rule}),
         },
+        **({"references": names} if (names := reference_names(cfg)) else {}),
     }
+
+
+def _without(section: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in section.items() if name not in names}
+
+
+def reference_names(cfg: RunConfig) -> list[str]:
+    """What is coded of clips beside their latents, for the kinds of references that the run draws from."""
+    shape = autoencoder_shape(cfg.vae)
+    kinds = [kind for kind, weight in cfg.conditioning.references.items() if weight > 0]
+    return sorted({part.name for kind in kinds for part in parts_of(kind, shape)})
 
 
 def identity_hash(made_for: dict[str, Any]) -> str:
@@ -64,6 +80,9 @@ def check(cfg: RunConfig, table: IndexedTable, plan: BatchPlan) -> None:
     if launched_rank() == 0:
         feature_store.verify(folder)
     wanted = identity(cfg, table)
+    stored = manifest["made_for"].get("references", [])
+    if isinstance(stored, list) and set(wanted.get("references", [])) <= set(map(str, stored)):
+        wanted |= {"references": stored} if stored else {}  # more than the run needs does no harm
     if manifest["hash"] != identity_hash(wanted):
         changed = differences(manifest["made_for"], json.loads(json.dumps(wanted)))
         raise UserError(

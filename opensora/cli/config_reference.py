@@ -20,11 +20,12 @@ from typing import Any, get_type_hints
 
 from opensora.cli.main import run_cli
 from opensora.config.run import RunConfig, SampleConfig
-from opensora.config.schema import SIZES, TABLE, plain, wanted
+from opensora.config.schema import plain, wanted
 from opensora.config.strict_yaml import MAX_VALUES, to_yaml_text
 from opensora.utils.errors import UserError
 from opensora.utils.files.user_files import try_output, write_whole
 from opensora.utils.limits import Limits
+from opensora.utils.sections import SIZES, TABLE
 
 TARGET = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 COMMAND = "python -m opensora.cli.config_reference"

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
-from opensora.config.schema import TABLE, plain
+from opensora.config.schema import plain
+from opensora.utils.sections import TABLE
 
 
 def differences(before: Any, now: Any, key: str = "") -> list[str]:

@@ -11,19 +11,20 @@ from typing import ClassVar, Literal, TypeAlias
 
 from acceleration.config import LoraConfig, OptimConfig, ParallelConfig
 from opensora.conditioning import ConditioningConfig
-from opensora.config.schema import section
 from opensora.datasets import DataConfig
 from opensora.models.base import ModelConfig, Width, Widths
 from opensora.models.families import MODEL_CONFIGS, MODEL_SIZES, describe, family_of
 from opensora.models.text import TEXT_ENCODER_CONFIGS, TextConfig, text_widths
-from opensora.models.vae import AUTOENCODER_CONFIGS, AutoencoderConfig, autoencoder_shape
+from opensora.models.vae import AUTOENCODER_CONFIGS, AUTOENCODERS, AutoencoderConfig, autoencoder_shape
 from opensora.sampling.options import SamplingOption
 from opensora.schedulers import OBJECTIVE_CONFIGS, ObjectiveConfig, build_objective
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
+from opensora.utils.chat import RefineConfig
 from opensora.utils.files.untrusted import short
 from opensora.utils.limits import SECONDS, STEPS, Limits
 from opensora.utils.metrics_log import LogConfig
 from opensora.utils.names import name_problem
+from opensora.utils.sections import section
 
 SAVED_NAME = "config.yaml"  # of the resolved configuration inside a run's folder
 MAX_NAME = 200  # bytes of a run's name; file systems take 255, and jobs and logs are named after it
@@ -162,6 +163,8 @@ class RunConfig:
                 f"conditioning.masks: model.kind={self.model.kind} takes no clean frames in place of noisy ones; "
                 "must be {}"
             )
+        if self.conditioning.references and describe(self.model).references != "channels":
+            raise ValueError(f"conditioning.references: {reads_no_references(self.model)}; must be {{}}")
         if self.parallel.mesh.cfg != 1:
             raise ValueError(f"parallel.mesh.cfg={self.parallel.mesh.cfg}: must be 1; guidance is for sampling")
         if self.data.tokens_per_sequence:
@@ -200,6 +203,26 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StillConfig:
+    """A model of stills that makes the first frame of every clip: text to image to video."""
+
+    weights: str  # run folder, export folder or safetensors file
+    model: ModelConfig | None = section(MODEL_CONFIGS, sizes=MODEL_SIZES, optional=True)  # null: as saved with weights
+    vae: AutoencoderConfig | None = section(AUTOENCODER_CONFIGS, optional=True)  # null: as saved with weights
+    text: TextConfig | None = section(TEXT_ENCODER_CONFIGS, optional=True)  # null: that of the clips
+    resolution: str = "768px"  # area of the stills, with sampling.aspect_ratio a size of training's table
+    guidance: float = 4.0  # read by a distilled model, else by two passes
+
+    LIMITS: ClassVar[Limits] = {"guidance": (1000.0, "the velocity would overflow")}
+
+    def __post_init__(self) -> None:
+        if not self.weights:
+            raise ValueError("weights='': must be a run folder, an export folder or a safetensors file")
+        if self.guidance < 0:
+            raise ValueError(f"guidance={self.guidance}: must be a number >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     """One sampling job."""
 
@@ -214,10 +237,24 @@ class SampleConfig:
     sampling: SamplingOption = field(default_factory=SamplingOption)
     prompt: str | None = None  # one prompt
     prompts: tuple[str, ...] = ()  # several
-    prompt_csv: str | None = None  # a table with the columns text, and optionally name and neg, or a .txt of lines
+    prompt_csv: str | None = None  # a table with the columns text, and optionally name, neg and ref, or a .txt of lines
+    start_index: int = 0  # of the first prompt that is sampled; all are numbered from the start of the table
+    end_index: int | None = None  # of the first prompt that is not; null: all are
+    neg: str = ""  # what clips that name nothing themselves move away from
+    cond_type: Literal[
+        "t2v", "i2v_head", "i2v_tail", "i2v_loop", "v2v_head", "v2v_tail", "v2v_head_easy", "v2v_tail_easy"
+    ] = "t2v"  # what references give: the first, the last or both frames; the first or last 33 frames, or 65 (easy)
+    ref: str | None = None  # references of prompt and prompts, images or clips of any size, as "a.png;b.mp4"
+    still: StillConfig | None = None  # first make a still of every prompt, then go on from it (cond_type=i2v_head)
+    prompt_suffix: bool | None = None  # words about frame rate and motion after prompts; null: as the model was trained
+    refine: RefineConfig = field(default_factory=RefineConfig)
     num_sample: int = 1  # videos per prompt, with seeds seed, seed+1, ...
     save_dir: str = "samples"  # videos, stills, prompts and the contact sheet
+    save_prefix: str = ""  # what the names of files begin with
+    prompt_as_path: bool = False  # files are called as their prompts
     overwrite: bool = False  # replace files of an earlier job in save_dir; false: this job's get other names
+    crf: int = 18  # of libx264, 0 to 51: 18 shows no loss, more of it makes smaller files
+    watermark: str | None = None  # a picture that is laid over the lower right corner of what is made
     batch_size: int = 1  # prompts denoised together
     precision: Literal["bf16", "fp32", "fp64"] = "bf16"  # fp64: to compare layouts
     vae_parallel: VaeParallel = "auto"  # on: processes share out the tiles of what they code; auto: on for learned VAEs
@@ -226,6 +263,8 @@ class SampleConfig:
     LIMITS: ClassVar[Limits] = {
         "num_sample": (100_000, "names and seeds are counted up for every one of them"),
         "batch_size": (65_536, "they are denoised together, in memory"),
+        "crf": (51, "libx264 has no more"),
+        **dict.fromkeys(("start_index", "end_index"), (10**9, "no table is so long")),
         "lora_scale": (LORA_SCALE, "the adapters would drown the weights"),
     }
 
@@ -236,18 +275,35 @@ class SampleConfig:
             raise ValueError("weights='': must be a run folder, an export folder or a safetensors file")
         if not self.save_dir:
             raise ValueError("save_dir='': must be the folder to write to; . is this one")
-        for name in ("lora", "prompt_csv"):
+        for name in ("lora", "prompt_csv", "ref", "watermark"):
             if getattr(self, name) == "":
                 raise ValueError(f"{name}='': must be a path, or null")
         for name in ("num_sample", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be an integer >= 1")
+        if self.crf < 0:
+            raise ValueError(f"crf={self.crf}: must be an integer from 0 to 51")
+        if self.start_index < 0:
+            raise ValueError(f"start_index={self.start_index}: must be an integer >= 0")
+        if self.end_index is not None and self.end_index <= self.start_index:
+            raise ValueError(
+                f"end_index={self.end_index}: must be above start_index={self.start_index}, or null for all"
+            )
         if self.parallel.engine != "native":
             raise ValueError(f"parallel.engine={self.parallel.engine}: must be native; the others are for training")
         if self.parallel.mesh.dynamic:
             raise ValueError("parallel.mesh.dynamic=true: must be false; in sampling all share every clip")
         if self.prompt is None and not self.prompts and self.prompt_csv is None:
             raise ValueError("prompt: missing; give --prompt TEXT, prompts=[TEXT, ...] or prompt_csv=FILE")
+        if self.ref is not None and self.prompt is None and not self.prompts:
+            raise ValueError("ref: is for prompt and prompts; clips of prompt_csv have theirs in its column ref")
+
+
+def reads_no_references(model: ModelConfig) -> str:
+    """Why a model takes no reference frames beside the noise, for messages."""
+    if getattr(model, "cond_embed", True):
+        return f"model.kind={model.kind} reads no reference frames"
+    return "the model reads no reference frames (model.cond_embed=false)"
 
 
 def check_fit(model: ModelConfig, vae: AutoencoderConfig, text: TextConfig) -> None:
@@ -258,12 +314,29 @@ def check_fit(model: ModelConfig, vae: AutoencoderConfig, text: TextConfig) -> N
     Raises:
         ValueError: a width of the model that does not fit, with the one that does.
     """
+    check_patch(vae, model)
     latents = Width(autoencoder_shape(vae).channels, f"vae.kind={vae.kind}")
     given = Widths(latents, *(Width(size, f"text.kind={text.kind}") for size in text_widths(text)))
     try:
         family_of(model).check(model, given)
     except ValueError as error:
         raise ValueError(f"model.{error}") from None
+
+
+def check_patch(vae: AutoencoderConfig, model: ModelConfig) -> None:
+    """That tokens span no more pixels than the autoencoder is meant for.
+
+    Raises:
+        ValueError: the model's patch is larger.
+    """
+    wanted, found = AUTOENCODERS[vae.kind].patch, describe(model).patch
+    if wanted is not None and found != (1, wanted, wanted):
+        name = "patch_size" if hasattr(model, "patch_size") else "patch"
+        side = autoencoder_shape(vae).stride[2]
+        raise ValueError(
+            f"model.{name}={getattr(model, name, found)}: must be {wanted} with vae.kind={vae.kind}, whose latents "
+            f"span {side}x{side} pixels"
+        )
 
 
 def check_objective(model: ModelConfig, objective: ObjectiveConfig) -> None:

@@ -18,33 +18,10 @@ from opensora.config.strict_yaml import Keys, Lines, dotted
 from opensora.utils.errors import UserError
 from opensora.utils.files.untrusted import short
 from opensora.utils.limits import beyond_limit
+from opensora.utils.sections import SIZES, TABLE
 
-TABLE = "table"  # metadata: {kind: dataclass}, the section's class is chosen by its key ``kind``
 MOST_WHOLE = 2**63  # what tensors, generators and files hold
 LONGEST_NAME = 100  # characters that are compared with known names
-SIZES = "sizes"  # metadata: {kind: {size: instance}}, the key ``size`` names the instance to start from
-
-
-def section(
-    table: Mapping[str, type],
-    *,
-    sizes: Mapping[str, Mapping[str, Any]] | None = None,
-    optional: bool = False,
-    default: type | None = None,
-) -> Any:
-    """A dataclass field whose class is looked up in ``table`` by the section's ``kind``.
-
-    Args:
-        sizes: named instances per kind; ``size: NAME`` in the section starts from one.
-        optional: the section may be left out or null; it is then None.
-        default: the class of a section that is left out, or that does not say its kind.
-    """
-    metadata = {TABLE: table, SIZES: sizes or {}}
-    if default is not None:
-        return dataclasses.field(default_factory=default, metadata=metadata)
-    if optional:
-        return dataclasses.field(default=None, metadata=metadata)
-    return dataclasses.field(metadata=metadata)
 
 
 def build(cls: type, data: Any, lines: Lines | None = None, keys: Keys = ()) -> Any:

@@ -41,6 +41,9 @@ class DataConfig:
     cost_per_batch: float = 0.0  # most that an auto micro-batch may cost, in the unit of data.cost; 0: no such limit
     cost: CostConfig = field(default_factory=CostConfig)  # time of a micro-batch, from its tokens
     probability: Literal["skip", "accept"] = "skip"  # what length_prob is the probability of
+    bucket_rule: Literal["even", "open_sora_2"] = "even"
+    # even: clips of a shape are divided by just these probabilities, and take the size of nearest ratio by its
+    # logarithm; open_sora_2: every clip draws by itself, as the published code does, from a list of all of the table
     unused_rows: Literal["error", "report"] = "error"  # a line of the bucket table that no clip fits
     micro_batches: int = 1  # per optimizer step, over all data-parallel processes, whatever their number
     balance_group: int = (
@@ -77,6 +80,11 @@ class DataConfig:
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"table={self.table!r}: must be a path, a glob, or a list of these")
         _check_choice("probability", self.probability, ("skip", "accept"))
+        _check_choice("bucket_rule", self.bucket_rule, ("even", "open_sora_2"))
+        if self.bucket_rule == "open_sora_2" and self.probability == "accept":
+            raise ValueError(
+                "probability=accept: with bucket_rule=open_sora_2 must be skip, which is what that rule's pairs are"
+            )
         _check_choice("unused_rows", self.unused_rows, ("report", "error"))
         _check_choice("crop", self.crop, ("center", "random"))
         _check_choice("decoder", self.decoder, ("pyav", "decord", "torchcodec"))

@@ -1,22 +1,31 @@
 """What can be known of a sampling job before a process group exists or a model is loaded: does it fit together."""
 
 import os
+from collections.abc import Sequence
 from math import prod
+
+import torch
 
 from acceleration.config import ParallelConfig
 from acceleration.diagnostics.memory_usage import device_bytes, machine_bytes
 from acceleration.distributed import mesh
+from acceleration.protocol import block_names
 from acceleration.sharding.precision import DTYPES
-from opensora.config.run import RunConfig, SampleConfig, check_fit, check_objective
+from opensora.assembly.step_caches import check_cache
+from opensora.conditioning.references import parts_of
+from opensora.config.run import RunConfig, SampleConfig, check_fit, check_objective, reads_no_references
 from opensora.inference.find import Source
-from opensora.models.base import AutoencoderShape, ModelConfig, Width, latent_grid
-from opensora.models.families import count_parameters, describe
+from opensora.inference.prompts import Job
+from opensora.inference.references import check_count, check_frames, check_length, chosen, count_frames, split
+from opensora.inference.watermark import read_watermark
+from opensora.models.base import Autoencoder, AutoencoderShape, Denoising, ModelConfig, Width, latent_grid
+from opensora.models.families import build_model, count_parameters, describe
 from opensora.models.text import check_text_encoder, text_tokens
 from opensora.models.vae import autoencoder_shape, check_autoencoder
 from opensora.sampling.guidance import passes_per_step
 from opensora.sampling.options import SamplingOption, sanitize_sampling_option
 from opensora.schedulers import ObjectiveConfig, build_objective
-from opensora.schedulers.timesteps import latent_frames
+from opensora.schedulers.timesteps import coded_frames, latent_frames
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 from opensora.utils.files.untrusted import short
@@ -25,7 +34,7 @@ GIB = 2**30
 PIXEL_BYTES = 3 * (4 + 1)  # of a decoded pixel: fp32, and the bytes that are written
 
 
-def check_sample(cfg: SampleConfig, source: Source, jobs: int, world_size: int) -> None:
+def check_sample(cfg: SampleConfig, source: Source, jobs: Sequence[Job], world_size: int) -> None:
     """Everything about the job that can be refused from texts and headers of files alone.
 
     Raises:
@@ -38,6 +47,8 @@ def check_sample(cfg: SampleConfig, source: Source, jobs: int, world_size: int) 
         raise UserError(str(error)) from None
     option = fit_option("sampling", cfg.sampling, source.model, autoencoder_shape(source.vae))
     announce_size("sampling", cfg.sampling, option)
+    check_jobs(cfg, source, jobs)
+    read_watermark(cfg.watermark)
     check_autoencoder(source.vae)
     latents = Width(autoencoder_shape(source.vae).channels, f"vae.kind={source.vae.kind}")
     check_text_encoder(source.text, latents, source.model)
@@ -47,13 +58,47 @@ def check_sample(cfg: SampleConfig, source: Source, jobs: int, world_size: int) 
         option,
         source.model,
         autoencoder_shape(source.vae),
-        samples=min(cfg.batch_size, jobs),
+        samples=min(cfg.batch_size, len(jobs)),
         txt=text_tokens(source.text),
         itemsize=DTYPES[cfg.precision].itemsize,
         parallel=cfg.parallel,
         world_size=world_size,
     )
     check_memory("sampling", option, needed)
+
+
+def check_jobs(cfg: SampleConfig, source: Source, jobs: Sequence[Job]) -> None:
+    """That the references of all clips can be read, and are what ``cond_type`` takes.
+
+    Raises:
+        UserError: the first that is not.
+    """
+    listed = [split(job.ref) for job in jobs]
+    for references in listed:
+        check_count(cfg.cond_type, len(references))
+    if cfg.cond_type == "t2v":
+        return
+    check_references(source.model)
+    if not any(listed):
+        raise UserError(f"cond_type={cfg.cond_type}: needs references; give ref=FILE, or a table with a column ref")
+    shape, frames = autoencoder_shape(source.vae), cfg.sampling.num_frames
+    made = coded(cfg.sampling, describe(source.model), shape)
+    check_length(cfg.cond_type, latent_frames(made, shape.stride[0], shape.causal), frames, shape)
+    counts = {path: count_frames(path) for path in dict.fromkeys(path for one in listed for path in one)}
+    for references in filter(None, listed):
+        for part in parts_of(cfg.cond_type, shape):
+            path = references[chosen(cfg.cond_type, part)]
+            check_frames(path, counts[path], part, cfg.cond_type)
+
+
+def check_references(model: ModelConfig) -> None:
+    """That a model reads known frames beside the noise.
+
+    Raises:
+        UserError: it does not.
+    """
+    if describe(model).references != "channels":
+        raise UserError(f"ref: {reads_no_references(model)}; take ref and cond_type out, or give other weights")
 
 
 def check_validation(cfg: RunConfig, world_size: int) -> None:
@@ -103,23 +148,43 @@ def fit_option(key: str, option: SamplingOption, model: ModelConfig, shape: Auto
         key: the section's name, for messages.
 
     Raises:
-        UserError: a length that the autoencoder cannot code, or a method that the model is not made for.
+        UserError: a still for a model whose tokens span several latent frames, or a method that the model is not made
+            for.
     """
     denoising, stride = describe(model), shape.stride
     reads_guidance, multiple = "guidance" in denoising.wants, denoising.pixel_multiple(stride)
     try:
-        option = sanitize_sampling_option(option, multiple=multiple, frame_stride=stride[0], causal=shape.causal)
-    except UserError as error:
-        raise UserError(f"{key}.{error}") from None
-    try:
-        denoising.check_frames(latent_frames(option.num_frames, stride[0], shape.causal))
+        option = sanitize_sampling_option(option, multiple=multiple)
+        denoising.check_frames(latent_frames(coded(option, denoising, shape), stride[0], shape.causal))
     except ValueError as error:
         raise UserError(f"{key}.num_frames={option.num_frames}: {error}") from None
+    check_step_cache(key, option, model)
     method = "distill" if reads_guidance else "i2v"
     if option.method != method:
         reads = "reads" if reads_guidance else "does not read"
         raise UserError(f"{key}.method={option.method}: must be {method}, as the model {reads} guidance as an input")
     return option
+
+
+def coded(option: SamplingOption, denoising: Denoising, shape: Autoencoder | AutoencoderShape) -> int:
+    """Frames that are made of a clip, at least those that are asked for."""
+    return coded_frames(option.num_frames, shape.stride[0], shape.causal, denoising.patch[0])
+
+
+def check_step_cache(key: str, option: SamplingOption, model: ModelConfig) -> None:
+    """That the model has what ``option.cache`` reuses.
+
+    Raises:
+        UserError: it has not.
+    """
+    if option.cache.kind == "none":
+        return
+    with torch.device("meta"):
+        blocks = len(block_names(build_model(model)))
+    try:
+        check_cache(option.cache, model.kind, describe(model), blocks)
+    except ValueError as error:
+        raise UserError(f"{key}.{error}") from None
 
 
 def least_bytes(
@@ -146,16 +211,17 @@ def least_bytes(
     """
     assert option.width is not None and option.height is not None
     degrees = mesh.resolve(parallel.mesh, world_size)
-    frames, rows, columns = latent_grid(option.num_frames, option.height, option.width, shape)
-    latents = frames * rows * columns
     denoising = describe(model)
+    made = coded(option, denoising, shape)
+    frames, rows, columns = latent_grid(made, option.height, option.width, shape)
+    latents = frames * rows * columns
     patch = prod(denoising.patch)
     txt, tokens = denoising.text_tokens(txt), latents // patch // (degrees["ring"] * degrees["ulysses"])
     # Residual, queries, keys and values are whole on the process (tensor parallelism cuts the last three).
     widths = denoising.width * (1 + 3 / degrees["tensor"])
     block = int(samples * (tokens + txt / (degrees["ring"] * degrees["ulysses"])) * widths * itemsize)
     noise = samples * tokens * denoising.latent_channels * patch * 4
-    clips = samples * (option.num_frames * option.height * option.width * PIXEL_BYTES + latents * shape.channels * 4)
+    clips = samples * (made * option.height * option.width * PIXEL_BYTES + latents * shape.channels * 4)
     weights = 0 if parallel.offload == "parameters" else count_parameters(model) * itemsize // world_size
     return weights + max(block + noise, clips)
 

@@ -23,11 +23,11 @@ from acceleration.sharding import fsdp
 from acceleration.sharding.precision import DTYPES
 from opensora.assembly.components import Components, tile_runner
 from opensora.assembly.initial_weights import AdapterSource, FileSource
+from opensora.assembly.sharded_text import text_encoder_of
 from opensora.assembly.token_layout import token_layout
 from opensora.config.run import SampleConfig
 from opensora.inference.find import Source
 from opensora.models.families import build_model, family_of
-from opensora.models.text import build_text_encoder
 from opensora.models.vae import build_autoencoder
 from opensora.models.weights.reader import load_state_dict_for
 from opensora.utils.console import announce
@@ -75,7 +75,7 @@ def load_components(cfg: SampleConfig, source: Source, runtime: Runtime) -> Comp
         model=model,
         cfg=source.model,
         autoencoder=autoencoder,
-        text_encoder=build_text_encoder(source.text, runtime.device, dtype),
+        text_encoder=text_encoder_of(source.text, mesh, runtime.device, dtype),
         objective=source.objective,
         layout=token_layout(source.model, SequenceParallel(mesh)),
         mesh=mesh,

@@ -6,30 +6,31 @@ exchanged in every step; the tiles of the autoencoder over all processes of the 
 seed alone, so any number of processes gives the same video.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import count
 
 import torch
 from torch import Tensor
 
-from acceleration.accounting import host_traffic
-from acceleration.distributed import launcher_variables
-from acceleration.distributed import mesh as meshes
-from acceleration.distributed import runtime as runtimes
-from acceleration.distributed.placement import host_names
 from acceleration.distributed.runtime import Runtime
 from acceleration.distributed.tasks import DistributedRunner
 from opensora.assembly.components import Components
-from opensora.assembly.layout import check_attention, check_guidance, check_layout
+from opensora.assembly.step_caches import step_cache
 from opensora.assembly.token_layout import TokenLayout, forward_arguments
+from opensora.conditioning.references import KINDS, is_still
 from opensora.config.run import SampleConfig
-from opensora.inference.check import check_sample, solver_of
-from opensora.inference.find import Source, find_source
+from opensora.inference.check import check_references, coded, solver_of
+from opensora.inference.find import Source
 from opensora.inference.load import load_components
-from opensora.inference.prompts import Job, final_prompt, read_jobs
-from opensora.inference.save import Saver, output_folder, unused_names
+from opensora.inference.prompts import Job, final_prompt
+from opensora.inference.references import KnownFrames, Reference, check_count, check_length, code_known, split
+from opensora.inference.save import Saver, unused_names
 from opensora.models.base import latent_grid
 from opensora.models.conditions import Conditions, TokenBatch
+from opensora.sampling.caches import OnDecision, StepCache
+from opensora.sampling.caches.base import NoStepCache
 from opensora.sampling.guidance import build_guidance, passes_per_step
 from opensora.sampling.loop import Predict, denoise
 from opensora.sampling.noise import get_noise
@@ -37,8 +38,6 @@ from opensora.sampling.options import SamplingOption, sanitize_sampling_option
 from opensora.schedulers import build_solver
 from opensora.schedulers.base import SolverOptions
 from opensora.utils.console import announce, progress
-from opensora.utils.errors import UserError
-from opensora.utils.files.user_files import try_output
 from opensora.utils.rng import torch_generator
 from opensora.utils.tokens import Grid
 
@@ -52,7 +51,13 @@ def prepare_models(cfg: SampleConfig, source: Source, runtime: Runtime) -> Compo
 
 
 def prepare(
-    parts: Components, texts: Sequence[str], x: Tensor, opt: SamplingOption, *, null: bool = False
+    parts: Components,
+    texts: Sequence[str],
+    x: Tensor,
+    opt: SamplingOption,
+    *,
+    null: bool = False,
+    given: KnownFrames | None = None,
 ) -> Conditions:
     """What the model is told of one prompt per sample, this process's share of it.
 
@@ -61,6 +66,7 @@ def prepare(
         opt: with width and height.
         null: these are no prompts, or what to move away from: a model with a null embedding of its own takes that for
             empty ones.
+        given: frames that are known; None: nothing is.
     """
     text, denoising = parts.text_encoder.encode(list(texts)), parts.layout.denoising
     dropped = None
@@ -72,17 +78,23 @@ def prepare(
         text_mask=text.mask,
         pooled=text.y_vec if denoising.pooled_dim else None,
         dropped=dropped,
+        reference=given.reference.to(x) * given.known[:, None] if given else None,
+        known=given.known if given else None,
         **{
             name: x.repeat_interleave(len(texts), 0).to(parts.device)
             for name, x in numbers.items()
             if name in denoising.wants
         },
     )
-    return parts.layout.shard_conditions(conditions, x)
+    return parts.layout.shard_conditions(parts.layout.patchify_conditions(conditions), x)
 
 
-def prepare_api(parts: Components) -> Api:
-    """A function from prompts to pixels over loaded components."""
+def prepare_api(parts: Components, on_decision: OnDecision = lambda decision: None) -> Api:
+    """A function from prompts to pixels over loaded components.
+
+    Args:
+        on_decision: told what this process's step cache, if there is one, decides.
+    """
     run_passes = DistributedRunner(parts.mesh["cfg"])
 
     @torch.no_grad()
@@ -92,70 +104,132 @@ def prepare_api(parts: Components) -> Api:
         seed: int | Sequence[int] | None = None,
         text: Sequence[str] = ("",),
         neg: Sequence[str] | None = None,
+        ref: Sequence[str | Sequence[Reference] | None] | None = None,
         on_step: OnStep | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """Sample one clip per prompt. Collective over all processes.
 
         Args:
             opt: size, length, steps and guidance; sizes are rounded up to what the model can make.
-            cond_type: "t2v", from text alone.
+            cond_type: what the references give, see ``conditioning.references``; "t2v": nothing. The same on all
+                processes: other kinds are guided by three passes, whether or not a clip has references.
             seed: of the noise, one for all clips or one each; None: ``opt.seed``. A clip's noise depends on its seed
                 alone, whatever else is in the batch.
             text: prompts, one per clip.
             neg: what to move away from, one per clip; None: the empty prompt.
+            ref: files, as "a.png;b.mp4", or frames of references, one entry per clip; "" or None: a clip from its text
+                alone.
             on_step: called with (steps done, steps in all).
+            noise: (B, C, T', H', W') to start from, in place of what the seed gives.
 
         Returns:
-            Pixels (B, 3, T, H, W) in [-1, 1], on every process.
+            Pixels (B, 3, T, H, W) in [-1, 1], on every process. Frames beyond those that were asked for are cut off;
+            of clips that an autoencoder which is not causal codes, also the repetitions of a single known frame.
 
         Raises:
-            UserError: a size, length or condition that cannot be sampled.
+            UserError: a size, length, kind or reference that cannot be sampled.
         """
-        if cond_type != "t2v":
-            raise UserError(f"cond_type={cond_type}: must be t2v")
-        opt = fit(opt, parts)
+        opt, layout = fit(opt, parts), parts.layout
+        made = coded(opt, layout.denoising, parts.autoencoder)
         assert opt.height is not None and opt.width is not None
-        layout = parts.layout
-        grid = layout.denoising.grid(latent_grid(opt.num_frames, opt.height, opt.width, parts.autoencoder))
+        grid = layout.denoising.grid(latent_grid(made, opt.height, opt.width, parts.autoencoder))
         seeds = _seeds(opt.seed if seed is None else seed, len(text))
-        x = layout.patchify(_noise(opt, parts, seeds))  # (B, N, C) or (B, T, S, C)
+        given = _given(parts, cond_type, ref, seeds, opt, grid)
+        opt = replace(opt, scale_temporal_osci=opt.scale_temporal_osci and is_still(cond_type))
+        start = _noise(replace(opt, num_frames=made), parts, seeds) if noise is None else noise.to(parts.device)
+        x = layout.patchify(start)  # (B, N, C) or (B, T, S, C)
         positions = layout.shard(layout.positions(grid, len(text), parts.device))
         options = SolverOptions(opt.num_steps, opt.shift, opt.flow_shift)
         solver = build_solver(solver_of("sampling", opt, parts.objective), parts.objective, options, grid)
         prompts = [final_prompt(t, opt, suffix=parts.prompt_suffix) for t in text]
-        tokens = denoise(
-            _predict(parts, positions),
-            layout.shard(x),
-            solver,
-            build_guidance(
-                opt,
-                references=False,
-                steps=len(solver.times) - 1,
-                latent_frames=grid.latent_frames,
-                positions=positions,
-            ),
-            prepare(parts, prompts, x, opt),
-            prepare(parts, neg or [""] * len(text), x, opt, null=True) if passes_per_step(opt) > 1 else None,
-            outputs=layout.denoising.outputs,
-            noise=_step_noise(layout, grid, seeds, x),
-            progress=on_step,
-            run=run_passes,
-        )
+        passes = passes_per_step(opt, references=given is not None)
+        cache = _step_cache(opt, parts, on_decision)
+        with cache.during(parts.model):
+            tokens = denoise(
+                _predict(parts, positions),
+                layout.shard(x),
+                solver,
+                build_guidance(
+                    opt,
+                    references=given is not None,
+                    steps=len(solver.times) - 1,
+                    latent_frames=grid.frames,
+                    positions=positions,
+                ),
+                prepare(parts, prompts, x, opt, given=given),
+                prepare(parts, neg or [""] * len(text), x, opt, null=True) if passes > 1 else None,
+                outputs=layout.denoising.outputs,
+                noise=_step_noise(layout, grid, seeds, x),
+                progress=on_step,
+                run=run_passes,
+                watch=cache.watch,
+            )
         latents = layout.unpatchify(layout.gather(tokens, grid), grid)  # (B, C, T', H', W')
-        return parts.autoencoder.decode(latents, parts.run_tiles)[:, :, : opt.num_frames]
+        if given is not None:
+            latents = given.put_back(latents)
+        pixels = parts.autoencoder.decode(latents, parts.run_tiles)[:, :, : opt.num_frames]
+        return _without_repetitions(pixels, cond_type, parts)
 
     return api
 
 
-def fit(opt: SamplingOption, parts: Components) -> SamplingOption:
-    """The option with a size that these components can make.
+def _step_cache(opt: SamplingOption, parts: Components, on_decision: OnDecision) -> StepCache:
+    """What steps reuse; nothing is asked of the model where they reuse nothing."""
+    if opt.cache.kind == "none":
+        return NoStepCache()
+    return step_cache(opt.cache, parts.model, parts.mesh, on_decision)
 
-    Raises:
-        UserError: a number of frames that the autoencoder cannot code.
-    """
-    stride, causal = parts.autoencoder.stride, parts.autoencoder.causal
-    multiple = parts.layout.denoising.pixel_multiple(stride)
-    return sanitize_sampling_option(opt, multiple=multiple, frame_stride=stride[0], causal=causal)
+
+def _given(
+    parts: Components,
+    cond_type: str,
+    ref: Sequence[str | Sequence[Reference] | None] | None,
+    seeds: Sequence[int],
+    opt: SamplingOption,
+    grid: Grid,
+) -> KnownFrames | None:
+    """What the references of a batch give; None: the kind takes none."""
+    listed = [split(one) if isinstance(one, str) else list(one or ()) for one in ref or [None] * len(seeds)]
+    for references in listed:
+        check_count(cond_type, len(references))
+    if cond_type == "t2v":
+        return None
+    assert opt.height is not None and opt.width is not None
+    check_references(parts.cfg)
+    check_length(cond_type, grid.latent_frames, opt.num_frames, parts.autoencoder)
+    return code_known(
+        cond_type,
+        listed,
+        grid.latents,
+        (opt.height, opt.width),
+        parts.autoencoder,
+        parts.run_tiles,
+        parts.device,
+        _dtype(parts),
+        seeds,
+    )
+
+
+def _dtype(parts: Components) -> torch.dtype:
+    """Of what is not the model's: fp32, or fp64 for an fp64 model."""
+    return torch.promote_types(next(parts.model.parameters()).dtype, torch.float32)
+
+
+def _without_repetitions(pixels: Tensor, cond_type: str, parts: Components) -> Tensor:
+    """A single frame that an autoencoder which is not causal coded by itself decodes to as many frames as one of its
+    latents is of: one of them is kept."""
+    autoencoder, extra = parts.autoencoder, parts.autoencoder.stride[0] - 1
+    if autoencoder.causal or not is_still(cond_type):
+        return pixels
+    ends = {end for end, _ in KINDS[cond_type]}
+    head, tail = extra if "head" in ends else 0, extra if "tail" in ends else 0
+    return pixels[:, :, head : pixels.shape[2] - tail] if head + tail < pixels.shape[2] else pixels
+
+
+def fit(opt: SamplingOption, parts: Components) -> SamplingOption:
+    """The option with a size that these components can make."""
+    return sanitize_sampling_option(opt, multiple=parts.layout.denoising.pixel_multiple(parts.autoencoder.stride))
 
 
 def process_and_save(parts: Components, cfg: SampleConfig, jobs: Sequence[Job], *, quiet: bool = False) -> list[str]:
@@ -173,16 +247,13 @@ def process_and_save(parts: Components, cfg: SampleConfig, jobs: Sequence[Job], 
         UserError: the output folder cannot be written, before anything is sampled.
     """
     jobs = unused_names(cfg, jobs)
-    api = prepare_api(parts)
+    reused = Counter[bool]()
+    api = prepare_api(parts, lambda decision: reused.update((decision.computed,)))
     saver = Saver(cfg, parts)
-    batches = [jobs[i : i + cfg.batch_size] for i in range(0, len(jobs), cfg.batch_size)]
-    degree, rank = parts.mesh.data_degree, parts.mesh.data_rank
-    rounds = -(-len(batches) // degree)
-    bar = progress(rounds * cfg.sampling.num_steps, every_s=5.0) if saver.is_main and not quiet else None
-    for turn in range(rounds):
-        index = turn * degree + rank
-        # Sharded weights are gathered by all processes: one without a batch left repeats the last, unsaved.
-        batch = batches[min(index, len(batches) - 1)]
+    cond_type = kind_of(cfg, jobs)
+    shares = list(share_out(parts, cfg, jobs))
+    bar = progress(len(shares) * cfg.sampling.num_steps, every_s=5.0) if saver.is_main and not quiet else None
+    for turn, (batch, is_ours) in enumerate(shares):
 
         def on_step(done: int, total: int, turn: int = turn) -> None:
             if bar is not None:
@@ -190,42 +261,36 @@ def process_and_save(parts: Components, cfg: SampleConfig, jobs: Sequence[Job], 
 
         pixels = api(
             cfg.sampling,
+            cond_type,
             seed=[job.seed for job in batch],
             text=[job.text for job in batch],
             neg=[job.neg for job in batch],
+            ref=[job.ref for job in batch],
             on_step=on_step,
         )
-        if index < len(batches):
+        if is_ours:
             saver.save(batch, pixels)
     if bar is not None:
         bar.close()
+    if decided := reused.total():
+        announce(f"sampling.cache.kind={cfg.sampling.cache.kind}: reused {reused[False]} of {decided} times")
     return saver.finish()
 
 
-def sample(cfg: SampleConfig) -> list[str]:
-    """The whole job: check, join the process group, load, sample, write, leave.
+def share_out(parts: Components, cfg: SampleConfig, jobs: Sequence[Job]) -> Iterator[tuple[Sequence[Job], bool]]:
+    """This process's batches, and whether it keeps what it makes of them: as many on every process.
 
-    Raises:
-        UserError: what the user can mend, before the process group exists where possible.
+    Sharded weights are gathered by all: one without a batch left repeats the last, and keeps nothing.
     """
-    jobs, source = read_jobs(cfg), find_source(cfg)
-    world_size = launcher_variables.ranks_from_environment().world_size
-    check_layout(cfg.parallel.mesh, world_size, source.model)
-    check_attention(cfg.parallel.attention)
-    check_guidance(cfg.parallel.mesh, world_size, cfg.sampling)
-    check_sample(cfg, source, len(jobs), world_size)
-    try_output(output_folder(cfg), "save_dir", folder=True)
-    parallel = cfg.parallel
-    runtime = runtimes.start(parallel.timeout_s, mesh=parallel.mesh, interface=parallel.interface)
-    parts = prepare_models(cfg, source, runtime)
-    fit(cfg.sampling, parts)
-    announce(f"{len(jobs)} samples on {runtime.world_size} processes, {runtime.device.type}")
-    if len(set(hosts := host_names(runtime.peers))) > 1:
-        launched = [peer.rank for peer in runtime.peers]
-        announce(host_traffic.summary(meshes.resolve(parallel.mesh, runtime.world_size), hosts, launched, {}))
-    files = process_and_save(parts, cfg, jobs)
-    runtimes.stop()
-    return files
+    batches = [jobs[i : i + cfg.batch_size] for i in range(0, len(jobs), cfg.batch_size)]
+    degree, rank = parts.mesh.data_degree, parts.mesh.data_rank
+    for index in range(rank, -(-len(batches) // degree) * degree, degree):
+        yield batches[min(index, len(batches) - 1)], index < len(batches)
+
+
+def kind_of(cfg: SampleConfig, jobs: Sequence[Job]) -> str:
+    """What the references of a whole job give; t2v, which takes a pass less, where no clip has any."""
+    return cfg.cond_type if any(job.ref for job in jobs) else "t2v"
 
 
 def _predict(parts: Components, positions: Tensor) -> Predict:
@@ -256,24 +321,29 @@ def _seeds(seed: int | Sequence[int], clips: int) -> Sequence[int]:
 
 
 def _noise(opt: SamplingOption, parts: Components, seeds: Sequence[int]) -> Tensor:
-    """(B, C, T', H', W'), every clip drawn from its own seed; fp32, and steps then are, or fp64 for an fp64 model."""
+    """(B, C, T', H', W'); fp32, and steps then are, or fp64 for an fp64 model.
+
+    Every clip is drawn from its own seed, or all together from the first one, in the precision of the model, as the
+    published sampler does.
+    """
     assert opt.height is not None and opt.width is not None
-    autoencoder, dtype = parts.autoencoder, next(parts.model.parameters()).dtype
-    return torch.cat(
-        [
-            get_noise(
-                1,
-                opt.height,
-                opt.width,
-                opt.num_frames,
-                seed=one,
-                channels=autoencoder.channels,
-                stride=autoencoder.stride,
-                causal=autoencoder.causal,
-                patch_size=parts.layout.denoising.patch[1],
-                device=parts.device,
-                dtype=torch.promote_types(dtype, torch.float32),
-            )
-            for one in seeds
-        ]
-    )
+    autoencoder, published = parts.autoencoder, opt.noise == "published"
+    draws = [(seeds[0], len(seeds))] if published else [(seed, 1) for seed in seeds]
+    drawn = [
+        get_noise(
+            count,
+            opt.height,
+            opt.width,
+            opt.num_frames,
+            seed=seed,
+            channels=autoencoder.channels,
+            stride=autoencoder.stride,
+            causal=autoencoder.causal,
+            patch_size=parts.layout.denoising.patch[1],
+            device=parts.device,
+            dtype=next(parts.model.parameters()).dtype if published else _dtype(parts),
+            published=published,
+        )
+        for seed, count in draws
+    ]
+    return torch.cat(drawn).to(_dtype(parts))

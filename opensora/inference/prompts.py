@@ -1,7 +1,8 @@
 """What to sample, and what the files are called: one prompt, several, or a table of them.
 
 Every clip has a file name of its own, on any file system: names that differ in case or in the way Unicode writes the
-same letters count as the same. A name that is there already gets ``_1``, ``_2``, ...
+same letters count as the same. A name that is there already gets ``_1``, ``_2``, ..., and so do further clips of the
+same prompt: ``cat``, ``cat_1``.
 """
 
 import re
@@ -31,22 +32,31 @@ class Job:
 
     text: str
     neg: str
+    ref: str = ""  # files of its references, joined by ";"; empty: none
     name: str  # of the file, without suffix
     seed: int
     row: int  # which prompt, from 0
     wanted: str  # what the prompt's clips were to be called, before anything else was in the way
     number: int | None  # of a prompt without a name of its own, which is called ``wanted`` and this
     copy: int | None  # which of several clips of the same prompt
+    joint: str = "_"  # what stands between a name and the number of its clip; with another one the first has it too
+
+    def called(self, base: str) -> str:
+        """The file's name where the prompt's is ``base``."""
+        plain = self.copy is None or (self.copy == 0 and self.joint == "_")
+        return base if plain else f"{base}{self.joint}{self.copy}"
 
 
 def read_jobs(cfg: SampleConfig) -> list[Job]:
     """Every prompt ``num_sample`` times, with seeds seed, seed+1, ...; names do not collide.
 
+    Prompts are numbered from the first of all, whichever of them ``start_index`` and ``end_index`` choose.
+
     Raises:
         UserError: no prompt, a table that cannot be read, or a name that no file can have.
     """
     prompts = ([cfg.prompt] if cfg.prompt is not None else []) + list(cfg.prompts)
-    rows = [{"text": _checked(text, "prompt")} for text in prompts]
+    rows = [{"text": _checked(text, "prompt"), "ref": cfg.ref or ""} for text in prompts]
     stem = "sample"
     if cfg.prompt_csv is not None:
         path = Path(cfg.prompt_csv)
@@ -56,21 +66,30 @@ def read_jobs(cfg: SampleConfig) -> list[Job]:
         stem = _safe_stem(path.stem)
     if not rows:
         raise UserError("prompt: missing; give --prompt TEXT, prompts=[TEXT, ...] or prompt_csv=FILE")
-    jobs = [
-        Job(
-            text=row["text"],
-            neg=row.get("neg", ""),
-            name="",
-            seed=cfg.sampling.seed + k,
-            row=index,
-            wanted=row.get("name") or stem,
-            number=None if row.get("name") else index,
-            copy=k if cfg.num_sample > 1 else None,
-        )
-        for index, row in enumerate(rows)
-        for k in range(cfg.num_sample)
-    ]
+    numbered = list(enumerate(rows))[cfg.start_index : cfg.end_index]
+    if not numbered:
+        raise UserError(f"start_index={cfg.start_index}: must be below the number of prompts, {len(rows)}")
+    jobs = [_job(cfg, row, index, stem, k) for index, row in numbered for k in range(cfg.num_sample)]
     return with_names(jobs)
+
+
+def _job(cfg: SampleConfig, row: dict[str, str], index: int, stem: str, copy: int) -> Job:
+    """Clip ``copy`` of a prompt."""
+    named = row.get("name", "")
+    if cfg.prompt_as_path:
+        named = _portable(row["text"].strip("."))
+    return Job(
+        text=row["text"],
+        neg=row.get("neg") or cfg.neg,
+        ref=row.get("ref", ""),
+        name="",
+        seed=cfg.sampling.seed + copy,
+        row=index,
+        wanted=f"{cfg.save_prefix}{named or stem}",
+        number=None if named else index,
+        copy=copy if cfg.num_sample > 1 or cfg.prompt_as_path else None,
+        joint="-" if cfg.prompt_as_path else "_",
+    )
 
 
 def with_names(jobs: Sequence[Job], taken: Collection[str] = ()) -> list[Job]:
@@ -97,7 +116,7 @@ def with_names(jobs: Sequence[Job], taken: Collection[str] = ()) -> list[Job]:
         job = clips[row][0]
         base = job.wanted if job.number is None else f"{job.wanted}_{ahead[job.wanted] + job.number:04d}"
         for candidate in _candidates(base, tried):
-            found = {job.copy: candidate if job.copy is None else f"{candidate}_{job.copy}" for job in clips[row]}
+            found = {job.copy: job.called(candidate) for job in clips[row]}
             keys = {_key(name) for name in found.values()}
             if not keys & used:
                 used |= keys
@@ -169,9 +188,8 @@ def _read_table(path: Path) -> list[dict[str, str]]:
         place = f"{name} line {line}"
         if not row["text"].strip():
             raise UserError(f"{place} has no text")
-        if row.get("ref", "").strip():
-            raise UserError(f"{place} has a ref; only text to video can be sampled")
         kept = {"text": _checked(row["text"], place), "neg": _checked(row.get("neg", ""), f"{place} neg")}
+        kept["ref"] = _located(row.get("ref", ""), path.parent)
         given = row.get("name", "").strip()
         if problem := given and name_problem(given, SUFFIX):
             raise UserError(f"{place}: name {short(repr(given), 40)} {problem}")
@@ -205,8 +223,20 @@ def _checked(text: str, place: str) -> str:
     return text
 
 
+def _located(ref: str, folder: Path) -> str:
+    """The files of a table's references: those that are not where the command runs are looked for beside the table."""
+    files = [one.strip() for one in ref.split(";") if one.strip()]
+    beside = [str(folder / one) if not Path(one).exists() and (folder / one).exists() else one for one in files]
+    return ";".join(beside)
+
+
 def _safe_stem(stem: str) -> str:
     """What the prompts of a table without names are called: its own name, as far as a clip can have it."""
-    shown = "".join("_" if unicodedata.category(one) in ("Cc", "Cs", "Zl", "Zp") else one for one in stem)
-    shown = shown.replace("\\", "_").strip().lstrip(".-").encode()[:200].decode(errors="ignore")
+    shown = _portable(stem.strip()).strip().lstrip(".-")
     return "sample" if name_problem(shown, SUFFIX) else shown
+
+
+def _portable(text: str) -> str:
+    """The beginning of a text, without what separates folders or lines."""
+    shown = "".join("_" if unicodedata.category(one) in ("Cc", "Cs", "Zl", "Zp") else one for one in text)
+    return shown.replace("\\", "_").replace("/", "_").encode()[:200].decode(errors="ignore")

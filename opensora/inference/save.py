@@ -17,6 +17,7 @@ from torch import Tensor
 from opensora.assembly.components import Components
 from opensora.config.run import SampleConfig
 from opensora.inference.prompts import SHEET, Job, final_prompt, with_names
+from opensora.inference.watermark import read_watermark
 from opensora.utils import signal_handler
 from opensora.utils.charts import contact_sheet
 from opensora.utils.console import announce
@@ -110,6 +111,7 @@ class Saver:
         self.is_main = dist.get_rank() == 0
         self._writes = parts.mesh.is_first_of_sample
         self._option, self._overwrite, self._suffix = cfg.sampling, cfg.overwrite, parts.prompt_suffix
+        self._crf, self._mark = cfg.crf, read_watermark(cfg.watermark)
         self._written: list[tuple[str, str, NDArray[np.uint8]]] = []  # file, prompt, a few small frames
 
     def save(self, jobs: Sequence[Job], pixels: Tensor) -> None:
@@ -121,6 +123,7 @@ class Saver:
         if not self._writes:
             return
         for job, clip in zip(jobs, to_uint8(pixels), strict=True):
+            clip = self._mark(clip) if self._mark else clip
             with signal_handler.writing():
                 path = self._write_clip(job.name, clip)
                 prompt = final_prompt(job.text, self._option, suffix=self._suffix)
@@ -137,7 +140,7 @@ class Saver:
                     if len(clip) == 1:
                         write_image(aside, clip[0].numpy())
                     else:
-                        write_video(aside, clip.numpy(), self._option.fps)
+                        write_video(aside, clip.numpy(), self._option.fps, crf=self._crf)
                 return path
             except FileExistsError:
                 announce(f"{path}: another job has written it since this one began; this one takes another name")

@@ -7,7 +7,7 @@ and ``attention_cores`` the same way, so the model does not know that it is shar
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import lcm
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,7 @@ class Denoiser(Protocol):
     block_lists: tuple[str | tuple[str, ...], ...]  # see Parallelizable in acceleration/protocol.py, as for the rest
     attention_cores: Mapping[str, AttentionAxis]
     axis_switches: Mapping[str, TokenAxis]
+    # A model may also have ``run_stages``, the loop over its blocks: layers/stages.py, ``Denoising.reusable``
 
     def __call__(self, *, context: Any = None, **arguments: Any) -> Tensor:
         """(B, N, outputs * C) for tokens (B, N, C), or (B, T, S, ...) for (B, T, S, C)."""
@@ -98,6 +99,8 @@ class Denoising:
     references: Literal["none", "channels", "in_place"] = "none"  # known frames beside the noise, or in its place
     wants: frozenset[str] = frozenset()  # of fps, size, guidance
     packs: bool = False  # sequences may hold several samples
+    reusable: frozenset[str] = frozenset()  # what step caches find: blocks, if it runs them by its ``run_stages``, and
+    # modulated, if its first stage states the modulated input of a block (layers/stages.py)
     attention_pairs: Callable[[Grid], int] = all_pairs  # of image tokens that meet in a layer; a function with a name
 
     def grid(self, latents: tuple[int, int, int]) -> Grid:
@@ -172,6 +175,20 @@ class Autoencoder(Protocol):
 
     def decode(self, latents: Tensor, run: TaskRunner = one_by_one) -> Tensor:
         """(B, channels, T', H', W') -> (B, 3, T, H, W), clamped to [-1, 1]; ``run`` as in encode."""
+
+
+# Shape of the latents of one sample -> standard normal noise (B, *shape), for samples that are known to whoever draws.
+Draw: TypeAlias = Callable[[tuple[int, ...]], Tensor]
+
+
+@runtime_checkable
+class Variational(Protocol):
+    """An autoencoder that codes a clip as a normal distribution, of which latents are the mode or a draw."""
+
+    samples: bool  # whether latents are to be draws, where noise is given
+
+    def encode(self, pixels: Tensor, run: TaskRunner = one_by_one, draw: Draw | None = None) -> Tensor:
+        """As ``Autoencoder.encode``; without ``draw`` the mode, whatever ``samples`` says."""
 
 
 class AutoencoderShape(NamedTuple):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from opensora.models.conditions import Conditions
+from opensora.sampling.evaluation import Watch, unwatched
 from opensora.sampling.guidance import build_guidance
 from opensora.sampling.loop import Progress, denoise
 from opensora.sampling.options import SamplingOption
@@ -53,6 +54,7 @@ class I2VDenoiser:
         latent_frames: int = 1,
         progress: Progress | None = None,
         run: TaskRunner = one_by_one,
+        watch: Watch = unwatched,
     ) -> Tensor:
         """Tokens at t=0 in fp32 (fp64 for fp64 img), (B, N, C) as img.
 
@@ -68,6 +70,7 @@ class I2VDenoiser:
             latent_frames: T' of the whole clip.
             progress: called after every step.
             run: evaluates the model for the passes of a step, which do not depend on each other.
+            watch: entered around every evaluation, as by a step cache.
 
         Raises:
             ValueError: guidance is on, and there is no negative prompt.
@@ -99,7 +102,7 @@ class I2VDenoiser:
             option, references=references, steps=len(timesteps) - 1, latent_frames=latent_frames, positions=img_ids
         )
         null = negative.conditions() if negative else None
-        return denoise(predict, img, Euler(timesteps), guidance, known, null, progress=progress, run=run)
+        return denoise(predict, img, Euler(timesteps), guidance, known, null, progress=progress, run=run, watch=watch)
 
 
 class DistilledDenoiser(I2VDenoiser):

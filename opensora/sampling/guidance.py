@@ -77,7 +77,7 @@ class TextImageGuidance:
 
     def combine(self, predictions: list[Tensor], index: int) -> Tensor:
         cond, uncond, uncond_image = predictions
-        along_clip = image_scale(self.option, index, self.steps, self.latent_frames, self.positions)
+        along_clip = image_scale(self.option, index, self.steps, self.latent_frames, self.positions.to(cond.dtype))
         return uncond_image + along_clip * (uncond - uncond_image) + text_scale(self.option, index) * (cond - uncond)
 
 

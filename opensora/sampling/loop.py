@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from opensora.models.conditions import Conditions
+from opensora.sampling.evaluation import Evaluation, Watch, unwatched
 from opensora.sampling.guidance import Guidance
 from opensora.schedulers.base import Solver
 from opensora.utils.tasks import Task, TaskRunner, one_by_one
@@ -28,6 +29,7 @@ def denoise(
     noise: Callable[[], Tensor] | None = None,
     progress: Progress | None = None,
     run: TaskRunner = one_by_one,
+    watch: Watch = unwatched,
 ) -> Tensor:
     """Tokens at the end of the solver's times, like ``x``, in fp32 (fp64 for fp64 x).
 
@@ -39,18 +41,27 @@ def denoise(
         noise: for solvers that draw some: values like x, other ones at each call.
         progress: called after every step.
         run: evaluates the model for the passes of a step.
+        watch: entered around every evaluation, on the process that evaluates.
     """
     x = x if x.dtype == torch.float64 else x.float()
     steps = len(solver.times) - 1
     for index in range(steps):
         t = torch.full((x.shape[0],), solver.times[index], device=x.device, dtype=x.dtype)
         shape = (*x.shape[:-1], x.shape[-1] * outputs)
-        work = [Task(partial(predict, x, t, one), shape) for one in guidance.passes(known, null, index)]
+        work = []
+        for number, one in enumerate(guidance.passes(known, null, index)):
+            at = Evaluation(number, index, steps, solver.times[index])
+            work.append(Task(partial(_watched, watch, at, partial(predict, x, t, one)), shape))
         predictions = [found.to(x.dtype) for found in run(work)]
         x = solver.step(x, guidance.combine(predictions, index), index, noise or _no_noise)
         if progress is not None:
             progress(index + 1, steps)
     return x
+
+
+def _watched(watch: Watch, at: Evaluation, predict: Callable[[], Tensor]) -> Tensor:
+    with watch(at):
+        return predict()
 
 
 def _no_noise() -> Tensor:

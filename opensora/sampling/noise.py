@@ -22,13 +22,18 @@ def get_noise(
     patch_size: int = 2,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    published: bool = False,
 ) -> Tensor:
     """Start latents (B, channels, T', H', W'), standard normal, from one generator keyed by the seed.
 
     Drawn on the CPU in fp32 and then moved, so that devices agree. H' and W' are rounded up to whole patches.
+
+    Args:
+        published: draw as the family's own sampler does on a CPU: by a generator that has the seed itself.
     """
     frames = latent_frames(num_frames, stride[0], causal)
     rows = patch_size * math.ceil(height / (stride[1] * patch_size))
     columns = patch_size * math.ceil(width / (stride[2] * patch_size))
     shape = (num_samples, channels, frames, rows, columns)
-    return torch.randn(shape, generator=torch_generator(seed, "sampling noise")).to(device, dtype)
+    generator = torch.Generator().manual_seed(seed) if published else torch_generator(seed, "sampling noise")
+    return torch.randn(shape, generator=generator).to(device, dtype)

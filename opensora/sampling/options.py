@@ -5,10 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, TypeVar
 
-from opensora.utils.errors import UserError
+from opensora.sampling.caches.config import CACHE_CONFIGS, CacheConfig, NoCache
 from opensora.utils.files.untrusted import short
 from opensora.utils.limits import Limits, check_limits
-from opensora.utils.sizes import area_of, frame_size, ratio_of
+from opensora.utils.sections import section
+from opensora.utils.sizes import RATIOS, area_of, frame_size, ratio_of
 
 T = TypeVar("T")
 METHODS = ("i2v", "distill")  # of guidance
@@ -25,7 +26,7 @@ class SamplingOption:
     height: int | None = None
     resolution: str = "256px"  # area: "256px" is 256^2, "256p" is 256^2 * 16/9
     aspect_ratio: str = "16:9"  # width:height
-    num_frames: int = 129
+    num_frames: int = 129  # any number: those that the autoencoder codes beyond it are made and cut off
     num_steps: int = 50
     guidance: float = 7.5  # towards the prompt; 1: off
     guidance_img: float = 3.0  # towards the references; 1: off
@@ -33,12 +34,15 @@ class SamplingOption:
     image_osci: bool = False  # the same for guidance_img
     scale_temporal_osci: bool = False  # guidance_img grows along the clip and fades over the steps
     seed: int = 42
+    noise: Literal["keyed", "published"] = "keyed"  # of a clip's seed alone; or as the family's sampler draws it on a
+    # CPU: all clips that are sampled together from the seed of the first
     shift: bool = True  # spend more steps on high noise, by flow_shift
     flow_shift: float | None = None  # alpha of the schedule; null: as in training
     solver: str | None = None  # steps from noise to data; null: the first that fits what the model was trained for
     method: Literal["i2v", "distill"] = "i2v"  # guidance by several passes, or read by the model in one
     fps: float = 24.0  # frames per second, of the video and in the prompt
-    motion_score: int | None = 4  # null: not said in the prompt
+    motion_score: int | None = 4  # null: not said in the prompt; refine.motion_score has a language model say it
+    cache: CacheConfig = section(CACHE_CONFIGS, default=NoCache)  # what steps reuse of those before
 
     LIMITS: ClassVar[Limits] = {
         **dict.fromkeys(("width", "height"), (MAX_SIDE, "H.264 and players take no more pixels a side")),
@@ -74,6 +78,8 @@ class SamplingOption:
             raise ValueError(f"motion_score={self.motion_score}: must be an integer >= 0, or null")
         if self.flow_shift is not None and self.flow_shift <= 0:
             raise ValueError(f"flow_shift={self.flow_shift}: must be a number > 0, or null for the formula")
+        if self.noise not in ("keyed", "published"):
+            raise ValueError(f"noise={self.noise}: must be one of keyed, published")
         if self.method not in METHODS:
             raise ValueError(f"method={self.method}: must be one of {', '.join(METHODS)}")
         _named("resolution", self.resolution, area_of)
@@ -88,10 +94,18 @@ class SamplingOption:
 def image_size(resolution: str, aspect_ratio: str, multiple: int = 16) -> tuple[int, int]:
     """(height, width) of about this area and ratio, both multiples of ``multiple``.
 
+    Every ratio of ``RATIOS`` also lies on its side, with the transposed size; where the one on its side is listed too
+    (16:9 and 9:16), each has the other's transposed size, as in the family's table.
+
     Raises:
         ValueError: a resolution or ratio that cannot be read.
     """
-    return frame_size(_named("resolution", resolution, area_of), aspect_ratio, multiple)
+    area = _named("resolution", resolution, area_of)
+    transposed = ":".join(reversed(aspect_ratio.split(":")))
+    if transposed in RATIOS:
+        width, height = frame_size(area, transposed, multiple)
+        return height, width
+    return frame_size(area, aspect_ratio, multiple)
 
 
 def _named(name: str, value: str, read: Callable[[str], T]) -> T:
@@ -102,28 +116,14 @@ def _named(name: str, value: str, read: Callable[[str], T]) -> T:
         raise ValueError(f"{name}={short(value, 40)}: {error}") from None
 
 
-def sanitize_sampling_option(
-    option: SamplingOption, *, multiple: int = 16, frame_stride: int = 4, causal: bool = True
-) -> SamplingOption:
-    """The option with width and height set, rounded up to multiples.
+def sanitize_sampling_option(option: SamplingOption, *, multiple: int = 16) -> SamplingOption:
+    """The option with width and height set, rounded up to multiples. Frames stay as asked: see ``coded_frames``.
 
     Args:
         multiple: pixels per token side, the autoencoder's stride times the patch.
-        frame_stride: frames per latent frame.
-        causal: the autoencoder codes the first frame on its own, so clips have k * frame_stride + 1 frames.
-
-    Raises:
-        UserError: a number of frames the autoencoder cannot code (a single frame always can be).
     """
     if option.width is not None and option.height is not None:
         height, width = (math.ceil(side / multiple) * multiple for side in (option.height, option.width))
     else:
         height, width = image_size(option.resolution, option.aspect_ratio, multiple)
-    lead = 1 if causal else 0
-    if option.num_frames > 1 and (option.num_frames - lead) % frame_stride:
-        below = (option.num_frames - lead) // frame_stride * frame_stride + lead
-        raise UserError(
-            f"num_frames={option.num_frames}: must be {frame_stride}k{'+1' if causal else ''} and 1, "
-            f"as the autoencoder codes {frame_stride} frames at a time: use {max(below, 1)} or {below + frame_stride}"
-        )
     return replace(option, width=width, height=height)

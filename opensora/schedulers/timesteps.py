@@ -20,10 +20,29 @@ def logit_normal(seed: int, step: int, sample_ids: tuple[int, ...]) -> Tensor:
 
 
 def latent_frames(num_frames: int, frame_stride: int = 4, causal: bool = True) -> int:
-    """T' of a clip: 1 for a still, else (F-1)/stride + 1 for a causal autoencoder and F/stride for another."""
+    """T' of a clip: 1 for a still, else (F-1)/stride + 1 for a causal autoencoder and F/stride for another, rounded up.
+
+    Two at least of a video that is not coded causally: one latent frame is a still there, and decodes to one.
+    """
     if num_frames == 1:
         return 1
-    return (num_frames - 1) // frame_stride + 1 if causal else num_frames // frame_stride
+    lead = int(causal)
+    groups = -(-(num_frames - lead) // frame_stride)
+    return groups + lead if causal or frame_stride == 1 else max(2, groups)
+
+
+def coded_frames(num_frames: int, frame_stride: int = 4, causal: bool = True, multiple: int = 1) -> int:
+    """The least frames, ``num_frames`` or more, that an autoencoder can code; those that were not asked for are cut off
+    after decoding.
+
+    Args:
+        multiple: of latent frames, those that a token of the model spans. A still stays one.
+    """
+    if num_frames == 1:
+        return 1
+    lead = int(causal)
+    latents = -(-latent_frames(num_frames, frame_stride, causal) // multiple) * multiple
+    return (latents - lead) * frame_stride + lead
 
 
 def flow_shift(tokens_per_frame: int, latent_frames: int) -> float:

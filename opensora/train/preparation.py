@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 from acceleration.sequence import SequenceContext
 from opensora.assembly.encoders import Encoders
+from opensora.assembly.reference_codes import code_part
 from opensora.assembly.token_layout import TokenLayout, forward_arguments
 from opensora.conditioning import ConditioningConfig
 from opensora.conditioning.dropout import drop_text
 from opensora.conditioning.frames import known_frames
+from opensora.conditioning.references import Part, code_references, draw_kind
 from opensora.datasets.loading.feature_store import Features
 from opensora.datasets.loading.reader import PackedBatch
-from opensora.models.base import ModelConfig, TextFeatures
+from opensora.models.base import AutoencoderShape, ModelConfig, TextFeatures
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.schedulers.base import Objective
 from opensora.schedulers.timesteps import draw_per_sample
@@ -51,6 +53,7 @@ class Preparation:
     conditioning: ConditioningConfig
     model: ModelConfig
     layout: TokenLayout
+    autoencoder: AutoencoderShape | None = None  # what references are cut for; None: as ``encoders`` has it
     seed: int
     by_degree: Mapping[int, "Preparation"] = field(default_factory=dict)  # by how many processes cut a sample
 
@@ -78,7 +81,9 @@ class Preparation:
             mine = self._upload(text(sample_of[0])), self._upload(image(sample_of[1]))
         batch = TokenBatch(x=image(tokens.x), positions=image(tokens.positions), sample_of=mine)
         known = replace(tokens.conditions.map(image=image, text=text), context=context)
-        left_out = known.known if self.layout.denoising.references == "in_place" else None
+        takes = self.layout.denoising.references
+        is_given = takes == "in_place" or (takes == "channels" and not self.conditioning.known_in_loss)
+        left_out = known.known if is_given else None
         return Tokens(
             inputs=forward_arguments(self.model, batch, tokens.t, known),
             targets={name: image(target) for name, target in tokens.targets.items()},
@@ -98,7 +103,11 @@ class Preparation:
         t = self._upload(self.objective.times(self.seed, step, ids, grid))
         known = self._known(batch, step, grid.latents)
         noised = self.objective.noised(x0, noise, t, known)
-        conditions = replace(self._text(encoded, ids, step), known=known, **self._numbers(batch, t))
+        reference, given = self._references(batch, step, grid.latents)
+        known = given if known is None else known
+        conditions = replace(
+            self._text(encoded, ids, step), reference=reference, known=known, **self._numbers(batch, t)
+        )
         return EncodedTokens(
             x=self.layout.patchify(noised.x),
             positions=self.layout.positions(grid, len(ids), self.encoders.device),
@@ -127,6 +136,27 @@ class Preparation:
             return None
         known = known_frames(self.seed, step, batch.sample_ids, latents, self.conditioning.masks)
         return None if known is None else self._upload(known)
+
+    def _references(
+        self, batch: "Batch", step: int, latents: tuple[int, int, int]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(B, C, T', H', W') fp32 latents of known frames, and (B, T', H', W') bool where they are, for models that
+        read them beside the noise."""
+        cfg, shape = self.conditioning, self.autoencoder or self.encoders.autoencoder
+        if self.layout.denoising.references != "channels" or not cfg.references:
+            return None, None
+        assert shape is not None, "features are read: say what the autoencoder is like"
+        learn_some = not cfg.known_in_loss
+        kinds = [
+            draw_kind(self.seed, step, sample, latents[0], cfg.references, shape, learn_some=learn_some)
+            for sample in batch.sample_ids
+        ]
+
+        def code(part: Part, samples: list[int]) -> Tensor:
+            return code_part(self.encoders, batch, part, samples)
+
+        reference, known = code_references(kinds, latents, shape, code, device=self.encoders.device)
+        return reference.float(), known
 
     def _numbers(self, batch: "Batch", t: Tensor) -> dict[str, Tensor]:
         """What the family wants of the clip beside its text."""

@@ -31,6 +31,7 @@ from opensora.assembly.components import tile_runner
 from opensora.assembly.encoders import Encoders
 from opensora.assembly.initial_weights import FileSource, adapted, add_adapters, check_initial, initial_weights
 from opensora.assembly.layout import check_attention, check_layout
+from opensora.assembly.sharded_text import text_encoder_of
 from opensora.assembly.token_layout import token_layout
 from opensora.config.load import to_yaml
 from opensora.config.run import RunConfig
@@ -41,7 +42,7 @@ from opensora.inference.check import check_validation, fit_option, solver_of
 from opensora.inference.load import verify_export
 from opensora.models.base import AutoencoderShape, Width
 from opensora.models.families import build_model, describe
-from opensora.models.text import build_text_encoder, check_text_encoder
+from opensora.models.text import check_text_encoder
 from opensora.models.vae import autoencoder_shape, build_autoencoder, check_autoencoder
 from opensora.planner.checks import Traffic, check_memory
 from opensora.schedulers import build_objective
@@ -246,7 +247,7 @@ def has_formulas(cfg: RunConfig) -> bool:
 
 def build_preparation(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Preparation:
     """What turns batches into tokens, for all processes of a sample and, with ``mesh.dynamic``, for parts of them."""
-    encoders = build_encoders(cfg, device)
+    encoders = build_encoders(cfg, mesh, device)
 
     def of(peers: Mesh) -> Preparation:
         tiles = tile_runner(cfg.train.vae_parallel, encoders.autoencoder, peers)
@@ -256,6 +257,7 @@ def build_preparation(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Prepa
             conditioning=cfg.conditioning,
             model=cfg.model,
             layout=token_layout(cfg.model, SequenceParallel(peers)),
+            autoencoder=autoencoder_shape(cfg.vae),
             seed=cfg.seed,
         )
 
@@ -263,8 +265,8 @@ def build_preparation(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Prepa
     return replace(of(mesh), by_degree=by_degree)
 
 
-def build_encoders(cfg: RunConfig, device: torch.device) -> Encoders:
-    """Autoencoder and text encoder, only where something is left to encode."""
+def build_encoders(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Encoders:
+    """Autoencoder and text encoder, only where something is left to encode. Collective."""
     dtype, stored = stored_features.encoder_dtype(cfg), bool(cfg.data.features)
     if stored and not cfg.validate.every:  # samples while training need them
         return Encoders(
@@ -272,9 +274,10 @@ def build_encoders(cfg: RunConfig, device: torch.device) -> Encoders:
         )
     return Encoders(
         autoencoder=build_autoencoder(cfg.vae, device, dtype),
-        text_encoder=build_text_encoder(cfg.text, device, dtype),
+        text_encoder=text_encoder_of(cfg.text, mesh, device, dtype),
         device=device,
         stored=stored,
+        seed=cfg.seed,
     )
 
 

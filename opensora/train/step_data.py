@@ -2,12 +2,13 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from math import prod
 
 from acceleration.distributed.mesh import Mesh
 from opensora.conditioning.frames import draw_known
+from opensora.conditioning.references import draw_kind, given_frames
 from opensora.config.run import RunConfig
 from opensora.datasets import DataConfig
 from opensora.datasets.buckets.bucket import Bucket
@@ -58,6 +59,26 @@ def expected_idle(plan: BatchPlan, dp_degree: int, steps: Iterable[int]) -> floa
     return sum(shares) / len(shares)
 
 
+Given = Callable[[int, int, int], int]  # (step, sample, latent frames) -> how many of these the loss leaves out
+
+
+def left_out(cfg: RunConfig) -> Given | None:
+    """How many latent frames of a sample are given to the model and not learned; None: of none any."""
+    conditioning, shape, takes = cfg.conditioning, autoencoder_shape(cfg.vae), describe(cfg.model).references
+    masks, weights = conditioning.masks, conditioning.references
+
+    def masked(step: int, sample: int, frames: int) -> int:
+        known = draw_known(cfg.seed, step, sample, frames, masks)
+        return 0 if known is None else int(known.sum())
+
+    def referenced(step: int, sample: int, frames: int) -> int:
+        return given_frames(draw_kind(cfg.seed, step, sample, frames, weights, shape, learn_some=True), frames, shape)
+
+    if takes == "in_place" and masks:
+        return masked
+    return referenced if takes == "channels" and weights and not conditioning.known_in_loss else None
+
+
 def sharing(cfg: RunConfig, mesh: Mesh) -> SequenceSharing | None:
     """This process among those of its data-parallel rank; None where all of them cut all samples."""
     if not cfg.parallel.mesh.dynamic:
@@ -82,19 +103,19 @@ class StepData:
         stop_step: int,
         seed: int,
         sharing: SequenceSharing | None = None,
-        masks: Mapping[str, float] | None = None,
+        given: Given | None = None,
     ) -> None:
         """
         Args:
             sharing: choose for each micro-batch how many processes cut a sample; see ``BatchPlan.assign``.
-            masks: ``conditioning.masks``, where the model is given frames that are then left out of the loss.
+            given: see ``left_out``.
         """
         self.plan = plan
         self.index = table
         self.table = table.content
         self.waited_s = 0.0  # time the loop spent waiting for data
         self._rank, self._degree, self._sharing = mesh.data_rank, mesh.data_degree, sharing
-        self._shape, self._seed, self._masks = shape, seed, masks
+        self._shape, self._given = shape, given
         self._batches = build_loader(
             table,
             plan,
@@ -127,7 +148,7 @@ class StepData:
 
     def global_elements(self, step: int) -> int:
         """Latent values that the loss of this step is the mean over, all processes together; no communication."""
-        if not self._masks:
+        if self._given is None:
             return self.latent_values(step)
         parts = [part for batch in self.plan.step(step) for part in batch.parts]
         return sum(self._learned(part.bucket, step, sample) for part in parts for sample in part.sample_ids)
@@ -150,8 +171,7 @@ class StepData:
     def _learned(self, bucket: Bucket, step: int, sample: int) -> int:
         """Latent values of one sample without the frames that the model is given."""
         frames = latent_grid(bucket.frames, bucket.height, bucket.width, self._shape)[0]
-        known = draw_known(self._seed, step, sample, frames, self._masks or {})
-        given = 0 if known is None else int(known.sum())
+        given = 0 if self._given is None else self._given(step, sample, frames)
         return self._latents(bucket) * (frames - given) // frames
 
 
@@ -168,5 +188,5 @@ def open_batches(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, mesh: Mes
         stop_step=cfg.train.steps,
         seed=cfg.seed,
         sharing=sharing(cfg, mesh),
-        masks=cfg.conditioning.masks if describe(cfg.model).references == "in_place" else None,
+        given=left_out(cfg),
     )

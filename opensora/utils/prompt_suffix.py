@@ -1,6 +1,9 @@
 """The words about frame rate and motion that follow a caption, the same in training and in sampling."""
 
 import math
+import re
+
+_ENDS_WITH_RATE = re.compile(r"[0-9]+ FPS\.$")
 
 
 def with_suffix(text: str, fps: float | None = None, motion: float | None = None) -> str:
@@ -11,6 +14,16 @@ def with_suffix(text: str, fps: float | None = None, motion: float | None = None
     if motion is not None and not math.isnan(motion):
         parts.append(f"{_number(motion)} motion score.")
     return " ".join(parts)
+
+
+def published_suffix(text: str, fps: float | None = None, motion: float | None = None) -> str:
+    """What the family's own sampler tells its published weights: ``"{text}. {fps} FPS. {motion} motion score."``
+
+    The prompt is stripped and ends with a dot; one that ends with a frame rate keeps it.
+    """
+    text = text.strip()
+    text = text if text.endswith(".") else f"{text}."
+    return with_suffix(text, None if _ENDS_WITH_RATE.search(text) else fps, motion)
 
 
 def _number(value: float) -> str:

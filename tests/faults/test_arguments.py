@@ -20,6 +20,8 @@ sys.path.insert(0, str(ROOT / "launch"))
 # module -> arguments that are right up to the configuration or folder, which is not there
 COMMANDS = {
     "opensora.cli.forecast": ["nowhere.yaml", "--world", "8"],
+    "opensora.cli.doctor": ["nowhere.yaml"],
+    "opensora.cli.download": ["open-sora-v2-dc-ae", "--to", "ckpts"],
     "opensora.cli.plot": ["nowhere"],
     "opensora.cli.preflight": ["nowhere.yaml"],
     "opensora.cli.calibrate": ["nowhere"],

@@ -69,6 +69,13 @@ CASES: dict[str, tuple[list[str], int, str]] = {
     "dropout": (["conditioning.dropout.text=2"], 2, "conditioning.dropout.text"),
     "masks": (["conditioning.masks={{all: 1}}"], 2, "conditioning.masks"),
     "masks that the model cannot take": (["conditioning.masks={{random: 0.5}}"], 2, "conditioning.masks"),
+    "references": (["conditioning.references={{i2v: 1}}"], 2, "conditioning.references.i2v"),
+    "references that the model does not read": (
+        ["conditioning.references={{i2v_head: 1}}", "model.cond_embed=false"],
+        2,
+        "conditioning.references",
+    ),
+    "references of no weight": (["conditioning.references={{i2v_head: 0}}"], 2, "conditioning.references"),
     "shard of nothing": (["parallel.mesh.shard=0"], 2, "parallel.mesh.shard=0"),
     "processes left over": (["parallel.mesh.ulysses=2"], 3, "parallel.mesh"),
     "more ring than processes": (["parallel.mesh.ring=4"], 2, "parallel.mesh"),

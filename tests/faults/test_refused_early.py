@@ -5,10 +5,12 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from opensora.cli import sample, train
 from opensora.cli.main import run_cli
@@ -17,6 +19,7 @@ from opensora.config.run import RunConfig, SampleConfig
 from opensora.inference import check
 from opensora.inference.check import least_bytes
 from opensora.inference.find import find_source
+from opensora.inference.prompts import read_jobs
 from opensora.models.families import build_model
 from opensora.models.mmdit.convert import WEIGHTS
 from opensora.models.vae import autoencoder_shape
@@ -61,10 +64,6 @@ TRAINING = {
     "an output of 5,000 characters": ([f"output={'a' * 5000}"], "aaaa"),
     "tensorboard": (["log.tensorboard=true"], "log.tensorboard=true: tensorboard is not installed"),
     "wandb": (["log.wandb=offline"], "log.wandb=offline: wandb is not installed"),
-    "samples: frames": (
-        ["validate={{every: 1, prompts: [a], sampling: {{num_frames: 6}}}}"],
-        "validate.sampling.num_frames=6: must be 4k+1 and 1, as the autoencoder codes 4 frames",
-    ),
     "samples: memory": (
         ["validate={{every: 1, prompts: [a], sampling: {{width: 16384, height: 16384, num_frames: 99997}}}}"],
         "validate.sampling: 99997 frames of 16384x16384 take at least",
@@ -85,7 +84,51 @@ SAMPLES = {
         ["weights={folder}/badlist"],
         "{folder}/badlist/SHA256SUMS line 1: damaged; export again",
     ),
-    "6 frames": (["sampling.num_frames=6"], "sampling.num_frames=6: must be 4k+1 and 1"),
+    "a reference for text to video": (["ref=a.png"], "ref: 1 references for a clip, cond_type=t2v takes none; set"),
+    "a kind without a reference": (["cond_type=i2v_head"], "cond_type=i2v_head: needs references; give ref=FILE"),
+    "a reference that is missing": (["cond_type=i2v_head", "ref=a.png"], "ref=a.png: no such file"),
+    "a reference that is none": (["cond_type=i2v_tail", "ref={folder}/table.csv"], "ref={folder}/table.csv: "),
+    "a reference that is short": (
+        ["cond_type=v2v_head", "ref={folder}/still.png"],
+        "ref={folder}/still.png: has 1 frame, cond_type=v2v_head takes its first 33; give a longer clip",
+    ),
+    "a reference for a model without": (
+        ["cond_type=i2v_head", "ref={folder}/still.png", "weights={folder}/without_cond"],
+        "ref: the model reads no reference frames (model.cond_embed=false); take ref and cond_type out",
+    ),
+    "a still and a reference": (
+        ["cond_type=i2v_head", "ref={folder}/still.png", "still={{weights: {folder}/exported}}"],
+        "still: makes the reference of every clip itself; take cond_type and ref out",
+    ),
+    "a still of one frame": (
+        ["sampling.num_frames=1", "still={{weights: {folder}/exported}}"],
+        "sampling.num_frames=1: must be 2 or more with still",
+    ),
+    "a still without weights": (["still={{weights: {folder}/no}}"], "weights={folder}/no: no such file"),
+    "a size that stills have not": (
+        ["still={{weights: {folder}/exported, resolution: big}}"],
+        "still.resolution=big: ",
+    ),
+    "refine without a key": (
+        ["refine={{prompts: true, key_variable: NO_SUCH_KEY}}"],
+        "refine.key_variable=NO_SUCH_KEY: the environment has no such variable; export the key in it",
+    ),
+    "a motion score that no prompt names": (
+        ["refine.motion_score=true"],
+        "refine.motion_score=true: prompts name no motion score; set prompt_suffix=true",
+    ),
+    "three references": (
+        ["cond_type=i2v_loop", "ref=a.png;b.png;c.png"],
+        "ref: 3 references for a clip, cond_type=i2v_loop takes at most 2, one for each end",
+    ),
+    "a clip too short for its reference": (
+        ["cond_type=v2v_tail", "ref={folder}/still.png", "sampling.num_frames=33"],
+        "sampling.num_frames=33: must be at least 34 with cond_type=v2v_tail, as references give 33 of them",
+    ),
+    "a kind that there is not": (["cond_type=i2v_haed"], "cond_type='i2v_haed'"),
+    "too few prompts": (["start_index=1"], "start_index=1: must be below the number of prompts, 1"),
+    "no watermark": (["watermark=a.png"], "watermark=a.png: no such file"),
+    "a watermark that is none": (["watermark={folder}/table.csv"], "watermark={folder}/table.csv: "),
     "method": (["sampling.method=distill"], "sampling.method=distill: must be i2v"),
     "solver": (["sampling.solver=1"], "sampling.solver=1: must be one of euler, as the model was trained with"),
     "no weights": (["weights={folder}/nowhere"], "weights={folder}/nowhere: no such file or folder"),
@@ -110,12 +153,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "table.csv").write_text(TABLE)
     (tmp_path / "train.yaml").write_text(CONFIG.format(output=tmp_path / "runs", table=tmp_path / "table.csv"))
     cfg = load_config(RunConfig, tmp_path / "train.yaml", ["parallel.mesh.ulysses=1"])
-    model = build_model(cfg.model)
-    save_state_dict(model.state_dict(), tmp_path / "exported", WEIGHTS, source=WEIGHTS.layout(cfg.model))
-    for name in ("exported", "empty"):
-        save(cfg, tmp_path / name / "config.yaml")
+    for name, reads in (("exported", True), ("without_cond", False)):
+        one = replace(cfg, model=replace(cfg.model, cond_embed=reads))
+        weights = build_model(one.model).state_dict()
+        save_state_dict(weights, tmp_path / name, WEIGHTS, source=WEIGHTS.layout(one.model))
+        save(one, tmp_path / name / "config.yaml")
+    save(cfg, tmp_path / "empty" / "config.yaml")
     shutil.copytree(tmp_path / "exported", tmp_path / "badlist")
     (tmp_path / "badlist" / "SHA256SUMS").write_text("x\n")
+    Image.new("RGB", (16, 8)).save(tmp_path / "still.png")
     (tmp_path / "damaged.safetensors").write_bytes(b"\xff" * 64)
     for name, stated in (("vae", {}), ("odd", {"latent_channels": "x"}), ("t5", {"d_model": 4096})):
         (tmp_path / name).mkdir()
@@ -254,7 +300,7 @@ def test_a_size_between_whole_tokens_is_said(folder: Path, monkeypatch: pytest.M
         sizes = [f"validate={{every: 1, prompts: [a], sampling: {size}}}", "parallel.mesh.ulysses=1"]
         check.check_validation(load_config(RunConfig, "train.yaml", sizes), 1)
         cfg = load_config(SampleConfig, "sample.yaml", [f"sampling.width={width}"])
-        check.check_sample(cfg, find_source(cfg), 1, 1)
+        check.check_sample(cfg, find_source(cfg), read_jobs(cfg), 1)
         assert len(said) == 2 * expected
     assert said[0] == "validate.sampling: width=33, height=32 become 40x32, the next whole tokens"
     assert said[1] == said[0].removeprefix("validate.")

@@ -27,6 +27,7 @@ from tests.reference.training import Optimizer, Problem, Record, State
 SIDE, SEED, STEPS, MICRO_BATCHES = 32, 11, 5, 4
 BATCH_SIZES = {1: 3, 5: 2, 9: 1}  # {frames: samples}: seven micro-batches, two steps, the second with an odd number
 SEQUENCE = 80  # image tokens of a pack; the longest sample has 48
+REFERENCES = {"v2v_head": 5.0, "i2v_loop": 2.0, "t2v": 1.0, "i2v_head": 3.0, "i2v_tail": 2.0}  # no clip has 33 frames
 RESUMED = 2  # a checkpoint after every so many steps, the first of which a run goes on from
 HIDDEN, HEADS, AXES, DEPTH, DEPTH_SINGLE = 32, 4, (4, 2, 2), 1, 2
 SPATIAL, CHANNELS, PATCH = 4, 4, 2
@@ -79,6 +80,7 @@ class Case:
     pack: int = 1
     damaged: frozenset[int] = frozenset()
     lora: tuple[int, float] | None = None  # rank, alpha
+    references: Literal["none", "learned", "left out"] = "none"  # known frames, and whether they are in the loss
 
     @property
     def micro_batches(self) -> int:
@@ -105,6 +107,8 @@ def problem(text: TextEncoder, case: Case = Case()) -> Problem:
         pack=case.pack,
         damaged=case.damaged,
         lora=case.lora,
+        references={} if case.references == "none" else REFERENCES,
+        known_in_loss=case.references != "left out",
     )
     if not case.plain:
         return found
@@ -168,7 +172,7 @@ def write_clips(folder: Path, damaged: frozenset[int] = frozenset()) -> Path:
         elif count == 1:
             Image.fromarray(clip.frames[0]).save(folder / name)
         else:
-            _write_lossless(folder / name, clip)
+            write_lossless(folder / name, clip)
         row = {"path": name, "text": clip.text, "num_frames": count, "height": height, "width": width}
         rows.append(row | {"fps": clip.fps or "", "motion_score": "" if clip.motion is None else clip.motion})
     with (folder / "clips.csv").open("w", newline="") as file:
@@ -178,7 +182,7 @@ def write_clips(folder: Path, damaged: frozenset[int] = frozenset()) -> Path:
     return folder / "clips.csv"
 
 
-def _write_lossless(path: Path, clip: Clip) -> None:
+def write_lossless(path: Path, clip: Clip) -> None:
     """FFV1 of RGB: what is read is what was written."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("ffv1", rate=Fraction(clip.fps))
@@ -225,6 +229,7 @@ def write_config(path: Path, table: Path, *, init_from: Path | None, case: Case 
         ),
         **encoder_sections(case.text),
         "flow": {"text_dropout": DROPOUT, "sigma_min": stated.sigma_min, "flow_shift": stated.alpha},
+        "conditioning": {"references": stated.references, "known_in_loss": stated.known_in_loss},
         "data": {
             "table": str(table),
             "buckets": {f"{SIDE}px_ar1:1": {frames: [1.0, size] for frames, size in BATCH_SIZES.items()}},

@@ -17,10 +17,12 @@ from opensora.cli import sample as command
 from opensora.cli import train
 from opensora.config.load import load_config
 from opensora.config.run import SampleConfig
+from opensora.datasets.decode.api import read_frames
 from opensora.inference.find import find_source
 from opensora.inference.pipeline import fit, prepare_api, prepare_models
 from tests.dist.harness import run_distributed
-from tests.reference import files, mmdit, sampling
+from tests.reference import draws, files, mmdit, sampling
+from tests.reference.samples import Clip
 from tests.reference.sampling import Sampler
 from tests.reference.test_training import CASES, launch, relative, text, truth
 
@@ -50,11 +52,25 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 }
 
 
+REFERRED = replace(GUIDED, kind="i2v_loop", guidance_img=2.5, along_clip=True)
+# On 1, 2, 3 and 4 processes.
+LAYOUTS_OF_REFERENCES: dict[str, tuple[int, list[str]]] = {
+    "2-ulysses2": (2, ["parallel.mesh.ulysses=2", "parallel.zero=3", "vae_parallel=on"]),
+    "2-ring2": (2, ["parallel.mesh.ring=2"]),
+    "2-tensor2": (2, ["parallel.mesh.tensor=2"]),
+    "3-cfg3": (3, ["parallel.mesh.cfg=3"]),
+    "4-ring2-ulysses2": (4, ["parallel.mesh.ring=2", "parallel.mesh.ulysses=2"]),
+    "4-cfg2-tensor2": (4, ["parallel.mesh.cfg=2", "parallel.mesh.tensor=2"]),
+}
+
+
 def write_config(folder: Path, sampler: Sampler, weights: Path, **more: Any) -> Path:
     """The sampling configuration of ``sampler``."""
     frames, height, width = sampler.size
     option = {"num_frames": frames, "height": height, "width": width, "num_steps": sampler.steps, "fps": 8}
     option |= {"guidance": sampler.guidance, "text_osci": sampler.oscillates, "seed": SEEDS[0]}
+    option |= {"guidance_img": sampler.guidance_img, "image_osci": sampler.oscillates}
+    option["scale_temporal_osci"] = sampler.along_clip
     option["method"] = "distill" if sampler.distilled else "i2v"
     config = {"weights": str(weights), "save_dir": str(folder / "samples"), "precision": "fp64", "sampling": option}
     path = folder / "sample.yaml"
@@ -106,6 +122,142 @@ def test_clips_on_many_processes(tmp_path: Path, layout: str) -> None:
         check(found, GUIDED)
 
 
+def noise_picture(name: str, frames: int, height: int, width: int) -> np.ndarray:
+    return draws.philox(name).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+
+
+def write_references(folder: Path) -> list[str]:
+    """Of the two clips: a picture that is scaled and the end of a clip that is cropped; and nothing."""
+    clip = Clip(text="", frames=noise_picture("clip", 7, 24, 64), fps=8.0)
+    files.write_lossless(folder / "b.mkv", clip)
+    Image.fromarray(noise_picture("still", 1, 30, 70)[0]).save(folder / "a.png")
+    return [f"{folder / 'a.png'};{folder / 'b.mkv'}", ""]
+
+
+def given(sampler: Sampler) -> Tensor:
+    """Frames of which the first and last are what the references of the first clip give."""
+    frames, height, width = sampler.size
+    found = torch.zeros(3, frames, height, width, dtype=torch.float64)
+    for at, picture in ((0, noise_picture("still", 1, 30, 70)[0]), (-1, noise_picture("clip", 7, 24, 64)[-1])):
+        found[:, at] = covering(picture, height, width)
+    return found
+
+
+def covering(picture: np.ndarray, height: int, width: int) -> Tensor:
+    """(3, height, width) fp64 in [-1, 1]: resized to cover, cropped at the centre."""
+    scale = max(height / picture.shape[0], width / picture.shape[1])
+    size = (round(picture.shape[1] * scale), round(picture.shape[0] * scale))
+    scaled = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
+    top, left = (scaled.shape[0] - height) // 2, (scaled.shape[1] - width) // 2
+    cropped = torch.from_numpy(scaled[top : top + height, left : left + width].copy())
+    return cropped.permute(2, 0, 1).double() / 127.5 - 1
+
+
+def referred_pixels(path: Path, overrides: list[str], ref: list[str]) -> Tensor:
+    """(2, 3, T, H, W): what the project makes of the prompts and their references, on every process."""
+    cfg = load_config(SampleConfig, path, overrides)
+    runtime = start(60)
+    parts = prepare_models(cfg, find_source(cfg), runtime)
+    found = prepare_api(parts)(cfg.sampling, REFERRED.kind, text=PROMPTS, neg=NEGATIVES, seed=SEEDS, ref=ref)
+    stop()
+    return found
+
+
+def check_referred(found: Tensor, sampler: Sampler = REFERRED) -> None:
+    encode = text().encode
+    rows = zip(PROMPTS, NEGATIVES, SEEDS, (given(sampler), None), strict=True)
+    for clip, (prompt, negative, seed, frames) in zip(found, rows, strict=True):
+        right = sampler.pixels(encode(prompt), encode(negative), seed, frames)
+        assert right.std() > 0.05 and relative(clip, right) <= TOLERANCE
+
+
+@pytest.mark.parametrize("distilled", [False, True], ids=["guided", "distilled"])
+def test_references(tmp_path: Path, distilled: bool) -> None:
+    """A picture and a clip of other sizes give the first and the last frame of one clip of two: in three passes, or in
+    one of a model that reads the guidance."""
+    sampler = replace(REFERRED, distilled=distilled)
+    path = from_file(tmp_path, sampler, prompts=list(PROMPTS))
+    check_referred(referred_pixels(path, [], write_references(tmp_path)), sampler)
+
+
+MANY = [
+    pytest.param(name, marks=() if name in ("2-ulysses2", "3-cfg3") else pytest.mark.slow)
+    for name in LAYOUTS_OF_REFERENCES
+]
+
+
+@pytest.mark.parametrize("layout", MANY)
+def test_references_on_many_processes(tmp_path: Path, layout: str) -> None:
+    world, overrides = LAYOUTS_OF_REFERENCES[layout]
+    path, refs = from_file(tmp_path, REFERRED, prompts=list(PROMPTS)), write_references(tmp_path)
+    for found in run_distributed(referred_pixels, world, path, overrides, refs, timeout=110, init=False):
+        check_referred(found)
+
+
+def test_the_command_with_references(tmp_path: Path) -> None:
+    """A table whose second clip has none; the last frame of the first is its reference, as far as latents hold it."""
+    refs = write_references(tmp_path)
+    table = tmp_path / "prompts.csv"
+    table.write_text(f"text,neg,ref\n{PROMPTS[0]},{NEGATIVES[0]},{refs[0]}\n{PROMPTS[1]},{NEGATIVES[1]},\n")
+    sampler = replace(REFERRED, steps=3)
+    path = from_file(tmp_path, sampler, prompt_csv=str(table), cond_type=sampler.kind, crf=0, batch_size=2)
+    assert command.main([str(path)]) == 0
+    encode = text().encode
+    for row, frames in enumerate((given(sampler), None)):
+        right = sampler.pixels(encode(PROMPTS[row]), encode(NEGATIVES[row]), SEEDS[0], frames)
+        check_clip(tmp_path / f"samples/video_40x24/prompts_{row:04d}.mp4", right)
+
+
+STILL_FIRST = replace(GUIDED, kind="i2v_head", steps=3, guidance_img=2.0)
+OF_STILLS = replace(GUIDED, distilled=True, steps=3, guidance=4.0, size=(1, 48, 48))
+
+
+def still_config(folder: Path, **more: Any) -> Path:
+    """Two models: one that reads its guidance for stills, one in three passes for clips."""
+    (folder / "stills").mkdir()
+    weights = files.write_weights(folder / "stills" / "weights.safetensors", files.alive())
+    still = {"weights": str(weights), "resolution": "48px", "model": files.model_section("half")}
+    still |= {"vae": files.encoder_sections()["vae"]}
+    path = from_file(folder, STILL_FIRST, prompts=list(PROMPTS), neg=NEGATIVES[1], crf=0, still=still, **more)
+    config = yaml.safe_load(path.read_text())
+    config["sampling"]["aspect_ratio"] = "1:1"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def check_stills_and_clips(folder: Path) -> None:
+    """The still of every prompt is what its model makes, and its clip goes on from the file."""
+    made, encode = folder / "samples/video_40x24", text().encode
+    for row, prompt in enumerate(PROMPTS):
+        still = made / f"generated_condition/sample_{row:04d}.png"
+        check_still(still, OF_STILLS.pixels(encode(prompt), encode(""), SEEDS[0]))
+        frames = torch.zeros(3, *CLIP, dtype=torch.float64)
+        frames[:, 0] = covering(np.asarray(Image.open(still)), *CLIP[1:])
+        right = STILL_FIRST.pixels(encode(prompt), encode(NEGATIVES[1]), SEEDS[0], frames)
+        check_clip(made / f"sample_{row:04d}.mp4", right)
+
+
+def check_clip(file: Path, right: Tensor) -> None:
+    """Brightness alone, as chroma is stored for 2x2 pixels."""
+    found = read_frames(str(file), 0, right.shape[1])
+    off = (torch.from_numpy(found).float() - sampling.levels(right).float()) @ torch.tensor([0.2126, 0.7152, 0.0722])
+    assert off.abs().mean() < 2, off.abs().mean()
+
+
+def test_text_to_image_to_video(tmp_path: Path) -> None:
+    assert command.main([str(still_config(tmp_path))]) == 0
+    check_stills_and_clips(tmp_path)
+
+
+@pytest.mark.slow
+def test_text_to_image_to_video_on_many_processes(tmp_path: Path) -> None:
+    """The model of stills has one pass: its processes share out the weights, which those of three passes do not."""
+    layout = {"mesh": {"cfg": 3, "shard": 1}, "zero": 3, "timeout_s": 60}
+    path = still_config(tmp_path, parallel=layout, batch_size=2)
+    assert run_distributed(sample, 3, [str(path)], timeout=110, init=False) == [0] * 3
+    check_stills_and_clips(tmp_path)
+
+
 def sample(argv: list[str]) -> int:
     return command.main(argv)
 
@@ -139,7 +291,7 @@ def check_table(folder: Path, sampler: Sampler) -> None:
     for row, (prompt, negative) in enumerate(zip(PROMPTS, NEGATIVES, strict=True)):
         for k in range(2):
             right = sampler.pixels(encode(prompt), encode(negative), SEEDS[0] + k)
-            check_still(folder / f"samples/image_24x40/prompts_{row:04d}_{k}.png", right)
+            check_still(folder / f"samples/image_24x40/prompts_{row:04d}{f'_{k}' if k else ''}.png", right)
 
 
 @pytest.mark.slow

@@ -53,6 +53,9 @@ CASES = {
     "packs": Case(pack=2),
     "damaged files": Case(damaged=frozenset({3, 6, 8})),
     "adapters": Case(lora=(3, 12.0)),
+    "references": Case(references="learned"),
+    "references left out": Case(references="left out", optimizer="sgd"),
+    "references in packs": Case(references="left out", pack=2),
 }
 
 
@@ -117,11 +120,12 @@ def test_one_process(configure: Configure, tmp_path: Path, case: str) -> None:
 
 
 def test_from_features(configure: Configure, tmp_path: Path) -> None:
-    """Latents and text features that were stored before, for every epoch of the run."""
-    path = configure()
+    """Latents, references and text features that were stored before, for every epoch of the run."""
+    case = CASES["references left out"]
+    path = configure(case)
     assert precompute.main([str(path), "--out", str(tmp_path / "features"), "--epochs", "3"]) == 0
     assert command.main([str(path), f"data.features={tmp_path / 'features'}"]) == 0
-    check(tmp_path / "run")
+    check(tmp_path / "run", case)
 
 
 def test_resumed(configure: Configure, tmp_path: Path) -> None:
@@ -143,7 +147,9 @@ def train(argv: list[str]) -> int:
 
 
 # Default: one layout of each sort; slow: the cases that a layout could spoil.
-MANY = [pytest.param(layout, "adamw", id=layout) for layout in QUICK] + [
+MANY = [pytest.param(layout, "adamw", id=layout) for layout in QUICK]
+MANY += [pytest.param("2-ulysses2-zero3", "references left out", id="2-ulysses2-zero3, references left out")]
+MANY += [
     pytest.param(layout, case, id=f"{layout}, {case}", marks=pytest.mark.slow)
     for layout, case in (
         ("2-tensor2", "flux layout"),
@@ -151,6 +157,11 @@ MANY = [pytest.param(layout, "adamw", id=layout) for layout in QUICK] + [
         ("2-shard2-zero1", "damaged files"),
         ("2-ring2", "other options"),
         ("4-ulysses2-tensor2", "packs"),
+        ("2-ring2", "references"),
+        ("2-tensor2", "references left out"),
+        ("2-ulysses2-dynamic", "references left out"),
+        ("4-ulysses2-tensor2", "references in packs"),
+        ("4-ring2-ulysses2-zero3", "references left out"),
     )
 ]
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tests.reference import draws, mmdit, samples
+from tests.reference import draws, mmdit, references, samples
 from tests.reference.encoders import BlockTransform, Text, TextEncoder
 from tests.reference.samples import Clip, Shapes
 
@@ -68,6 +68,8 @@ class Problem:
     pack: int = 1  # micro-batches joined before steps are cut
     damaged: frozenset[int] = frozenset()  # samples that cannot be read
     lora: tuple[int, float] | None = None  # rank and alpha of adapters, which are then all that is trained
+    references: Mapping[str, float] = field(default_factory=dict)  # kinds of known frames, by weight
+    known_in_loss: bool = True  # latents of known frames are learned
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,8 @@ def squared_error(
     read = samples.substitute(problem.clips, shapes, sample, problem.damaged, seed, epoch)  # all else is the sample's
     clip = problem.clips[read]
     raw = samples.pixels(clip, read, length=length, side=shapes.side, crop=problem.crop, seed=seed, epoch=epoch)
-    x0 = problem.autoencoder.encode(torch.from_numpy(raw.copy()).permute(3, 0, 1, 2).float() / 127.5 - 1)
+    pixels = torch.from_numpy(raw.copy()).permute(3, 0, 1, 2).float() / 127.5 - 1
+    x0 = problem.autoencoder.encode(pixels)
     x1 = draws.normal(tuple(x0.shape), seed, step, sample, "noise")
     u = torch.sigmoid(draws.normal((), seed, step, sample, "timestep"))
     alpha = problem.alpha or shift(x0.shape[1], x0.shape[2] // PATCH * (x0.shape[3] // PATCH))
@@ -153,6 +156,8 @@ def squared_error(
     text = dropped(problem, samples.prompt(clip) if problem.suffix else clip.text, sample, step)
     x_t = (1 - t) * x0 + (1 - (1 - problem.sigma_min) * (1 - t)) * x1
     tokens = packed(x_t)
+    chosen = references.kind(problem.references, x0.shape[1], not problem.known_in_loss, seed, step, sample)
+    mask, known = references.given(chosen, pixels, problem.autoencoder, tuple(x0.shape[1:]))
     found = mmdit.velocity(
         weights,
         problem.model,
@@ -161,11 +166,12 @@ def squared_error(
         txt=text.rows,
         vec=text.vec,
         time=t,
-        cond=torch.zeros(len(tokens), tokens.shape[1] + PATCH**2) if problem.cond else None,
+        cond=packed(torch.cat([mask.to(known), known])) if problem.cond else None,
         guidance=1.0 if problem.guidance else None,
     )
     target = packed((1 - problem.sigma_min) * x1 - x0)
-    return (found - target).square().sum(), x0.numel()
+    learned = torch.ones_like(x0) if problem.known_in_loss else (1 - mask).expand_as(x0)
+    return ((found - target).square() * packed(learned)).sum(), int(learned.sum())
 
 
 def dropped(problem: Problem, prompt: str, sample: int, step: int) -> Text:

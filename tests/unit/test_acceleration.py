@@ -169,3 +169,15 @@ def test_weights_are_written_in_one_file_or_in_shards(tmp_path: Path) -> None:
         assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
     assert write_weights(tmp_path / "other", weights.items(), {}, write=False) == []
     assert not (tmp_path / "other").exists()
+
+
+def test_warm_up_from_a_rate() -> None:
+    """The published schedule: r + (k + 1) / (W + 1) (lr - r) for k < W, then lr; without r as it always was."""
+    cfg = OptimConfig(lr=5e-5, warmup_steps=4, initial_lr=1e-6)
+    wanted = [1e-6 + (k + 1) / 5 * (5e-5 - 1e-6) for k in range(4)] + [5e-5, 5e-5]
+    assert [lr_at(step, cfg, 100) for step in range(6)] == pytest.approx(wanted, rel=1e-12)
+    plain = OptimConfig(lr=5e-5, warmup_steps=4)
+    assert [lr_at(step, plain, 100) for step in range(5)] == pytest.approx([1.25e-5, 2.5e-5, 3.75e-5, 5e-5, 5e-5])
+    for wrong in (-1e-6, 1e-4):
+        with pytest.raises(ValueError, match=r"initial_lr=.*must be a number from 0 to lr"):
+            OptimConfig(lr=5e-5, initial_lr=wrong)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from opensora.datasets.buckets.aspect import area_of, size_of, training_sizes
+from opensora.datasets.buckets.aspect import area_of, training_sizes
 
 LIST_256 = [(160, 400), (176, 368), (192, 336), (208, 320), (224, 288), (256, 256)]
 LIST_768 = [(496, 1184), (544, 1088), (560, 1056), (576, 1024), (624, 944), (672, 880), (768, 768), (992, 592)]
@@ -37,13 +37,6 @@ def test_sizes_are_multiples_near_the_area_and_closed_under_transposing(name: st
         assert height % multiple == 0 and width % multiple == 0 and height > 0 and width > 0
     if multiple <= 16:
         assert any(abs(h * w - area_of(name)) <= 0.15 * area_of(name) for h, w in sizes)
-
-
-def test_sampling_size_follows_the_plain_rule() -> None:
-    assert size_of("256px", "16:9", 16) == (192, 336)
-    assert size_of("256px", "9:16", 16) == (336, 192)
-    assert size_of("768px", "16:9", 16) == (576, 1024)
-    assert size_of("768px", "1:1", 16) == (768, 768)
 
 
 @pytest.mark.parametrize(

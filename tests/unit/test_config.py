@@ -15,10 +15,11 @@ from opensora.cli.main import run_cli
 from opensora.config.load import config_from_argv, config_hash, load_config, save, to_omegaconf, to_yaml
 from opensora.config.renamed_keys import RENAMED
 from opensora.config.run import AUTOENCODER_CONFIGS, MODEL_CONFIGS, TEXT_ENCODER_CONFIGS, RunConfig, SampleConfig
-from opensora.config.schema import build, plain, section
+from opensora.config.schema import build, plain
 from opensora.config.strict_yaml import read_yaml, to_yaml_text
 from opensora.models.families import MODEL_SIZES
 from opensora.utils.errors import UserError
+from opensora.utils.sections import section
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,9 +12,9 @@ import pytest
 
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig, SampleConfig
-from opensora.config.schema import TABLE
 from opensora.sampling.options import SamplingOption
 from opensora.utils.errors import UserError
+from opensora.utils.sections import TABLE
 from tests.unit.test_config import GOOD
 
 HUGE = ["1000000000000000", "9223372036854775807", "1.0e+18", "1.0e+308"]
@@ -34,6 +34,13 @@ KINDS = {
     "vae": ["vae={kind: dct, channels: 16}", "vae={kind: hunyuan}", "vae={kind: flux2d}"],
     "text": ["text={kind: bytes}", "text={kind: t5_clip}"],
     "objective": ["objective={kind: rectified_flow}"],
+    "cache": [
+        "cache={kind: first_block}",
+        "cache={kind: dbcache}",
+        "cache={kind: teacache}",
+        "cache={kind: magcache, ratios: [1.0]}",
+        "cache={kind: pyramid_attention}",
+    ],
 }
 
 
@@ -45,7 +52,7 @@ def numbers(cls: type, keys: tuple[str, ...] = (), chosen: str = "") -> Iterator
         if TABLE in field.metadata:
             for override in KINDS[field.name]:
                 kind = override.partition("kind: ")[2].partition(",")[0].rstrip("}")
-                yield from numbers(field.metadata[TABLE][kind], path, override)
+                yield from numbers(field.metadata[TABLE][kind], path, ".".join((*keys, override)))
         elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
             yield from numbers(hint, path, chosen)
         elif {int, float} & {*_members(hint), *(get_args(hint) if get_origin(hint) is tuple else ())}:
@@ -87,7 +94,7 @@ def test_absurd_numbers(files: dict[type, Path]) -> None:
     for cls, key, chosen in FIELDS:
         for value in (*HUGE, *NEGATIVE, *NOT_FINITE):
             given = f"{key}=[{value}, {value}, {value}]" if key.endswith(("axes_dim",)) else f"{key}={value}"
-            given = f"{key}=[{value}, {value}]" if key.endswith("betas") else given
+            given = f"{key}=[{value}, {value}]" if key.endswith(("betas", "time_range", "ratios")) else given
             may = value in ALLOWED.get(key, ())
             done += 1
             try:

@@ -17,9 +17,9 @@ def test_every_prompt_gets_its_seeds_and_a_name_of_its_own() -> None:
     cfg = SampleConfig(weights="w", prompt="a", prompts=("b",), num_sample=2, sampling=SamplingOption(seed=0))
     jobs = read_jobs(cfg)
     assert [(job.text, job.seed, job.name) for job in jobs] == [
-        ("a", 0, "sample_0000_0"),
+        ("a", 0, "sample_0000"),
         ("a", 1, "sample_0000_1"),
-        ("b", 0, "sample_0001_0"),
+        ("b", 0, "sample_0001"),
         ("b", 1, "sample_0001_1"),
     ]
 
@@ -37,6 +37,39 @@ def names_of(folder: Path, content: str, **more: int) -> list[str]:
 def test_a_table_names_its_samples(tmp_path: Path) -> None:
     jobs = jobs_of(tmp_path, "\ufefftext,name,neg,score\na cat,first,blurry,3\na dog,,,\n")
     assert [(job.text, job.neg, job.name) for job in jobs] == [("a cat", "blurry", "first"), ("a dog", "", "cats_0001")]
+
+
+def test_references_of_a_table(tmp_path: Path) -> None:
+    """Files that are not where the command runs are those beside the table; an empty cell is no reference."""
+    (tmp_path / "a.png").touch()
+    jobs = jobs_of(tmp_path, f"text,ref\na,a.png; {tmp_path}/b.mp4\nb,\nc, x.png ;\n")
+    assert [job.ref for job in jobs] == [f"{tmp_path / 'a.png'};{tmp_path}/b.mp4", "", "x.png"]
+    cfg = SampleConfig(weights="w", prompt="a", ref="x.png;y.mp4", num_sample=2)
+    assert [job.ref for job in read_jobs(cfg)] == ["x.png;y.mp4"] * 2
+    with pytest.raises(ValueError, match="ref: is for prompt and prompts"):
+        SampleConfig(weights="w", prompt_csv="t.csv", ref="x.png")
+
+
+def test_a_part_of_a_table_and_names_as_asked(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("text,name\n" + "".join(f"p{i}.,{'cat' * (i == 3)}\n" for i in range(6)))
+    part = {"prompt_csv": str(tmp_path / "t.csv"), "start_index": 2, "end_index": 5, "save_prefix": "p_"}
+    jobs = read_jobs(SampleConfig(weights="w", **part, num_sample=2))  # type: ignore[arg-type]
+    assert [job.name for job in jobs] == ["p_t_0002", "p_t_0002_1", "p_cat", "p_cat_1", "p_t_0004", "p_t_0004_1"]
+    jobs = read_jobs(SampleConfig(weights="w", **part, prompt_as_path=True))  # type: ignore[arg-type]
+    assert [job.name for job in jobs] == ["p_p2-0", "p_p3-0", "p_p4-0"]
+    cfg = SampleConfig(weights="w", prompts=("a/b\nc", "x" * 400), prompt_as_path=True, num_sample=2)
+    assert [job.name for job in read_jobs(cfg)] == ["a_b_c-0", "a_b_c-1", f"{'x' * 200}-0", f"{'x' * 200}-1"]
+    with pytest.raises(UserError, match="start_index=9: must be below the number of prompts, 6"):
+        read_jobs(SampleConfig(weights="w", prompt_csv=str(tmp_path / "t.csv"), start_index=9))
+    for wrong in ({"start_index": -1}, {"start_index": 3, "end_index": 3}, {"end_index": 0}):
+        with pytest.raises(ValueError, match=r"(start|end)_index="):
+            SampleConfig(weights="w", prompt="a", **wrong)  # type: ignore[arg-type]
+
+
+def test_a_negative_prompt_for_all_that_have_none(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("text,neg\na,fog\nb,\n")
+    cfg = SampleConfig(weights="w", prompt="c", prompt_csv=str(tmp_path / "t.csv"), neg="rain")
+    assert [job.neg for job in read_jobs(cfg)] == ["rain", "fog", "rain"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
@@ -62,7 +95,6 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "a column twice": ("text,name,name\na,b,c\n", "column 'name' is there twice"),
     "a path": ("text,name\na,../x\n", r"line 2: name '\.\./x' must be a file name"),
     "a path of Windows": ("text,name\na,x\\y\n", "must be a file name"),
-    "a reference": ("text,ref\na,x.png\n", "line 2 has a ref"),
     "no text": ("text,name\n,x\n", "line 2 has no text"),
     "a short row": ("name,text\nx\n", "line 2 has no text"),
     "a long row": ("text,name\na cat, sitting,x\n", "line 2: 3 fields, the header has 2"),
@@ -116,7 +148,7 @@ def test_a_prompt_that_no_file_can_hold_is_refused(text: str) -> None:
 def test_a_name_that_is_there_twice_gets_a_number(tmp_path: Path) -> None:
     assert names_of(tmp_path, "text,name\na,cat\nb,cat\nc,cat\nd,dog\n") == ["cat", "cat_1", "cat_2", "dog"]
     assert names_of(tmp_path, "text,name\na,cat\nb,cat\nc,cat_1\n") == ["cat", "cat_2", "cat_1"]
-    assert names_of(tmp_path, "text,name\na,cat\nb,cat\n", num_sample=2) == ["cat_0", "cat_1", "cat_1_0", "cat_1_1"]
+    assert names_of(tmp_path, "text,name\na,cat\nb,cat\n", num_sample=2) == ["cat", "cat_1", "cat_2", "cat_2_1"]
     assert names_of(tmp_path, "text,name\na,cats_0001\nb,\nc,\n") == ["cats_0001", "cats_0001_1", "cats_0002"]
     assert names_of(tmp_path, "text,name\na, cat \n") == ["cat"]
 
@@ -155,7 +187,7 @@ def test_files_that_are_there_are_not_replaced() -> None:
 
 def test_a_given_name_that_is_there_gets_a_number(tmp_path: Path) -> None:
     jobs = jobs_of(tmp_path, "text,name\na,cat\nb,dog\n", num_sample=2)
-    assert [job.name for job in with_names(jobs, ["CAT_1", "dog_1_0"])] == ["cat_1_0", "cat_1_1", "dog_0", "dog_1"]
+    assert [job.name for job in with_names(jobs, ["CAT_1", "dog_1_0"])] == ["cat_2", "cat_2_1", "dog", "dog_1"]
 
 
 def test_random_names_never_collide() -> None:

@@ -1,3 +1,4 @@
+import itertools
 import subprocess
 import sys
 from fractions import Fraction
@@ -9,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from opensora.models.base import AutoencoderShape, latent_grid
 from opensora.sampling.denoisers import DENOISERS, DistilledDenoiser, I2VDenoiser, TextInputs
 from opensora.sampling.guidance import oscillate
 from opensora.sampling.noise import get_noise
 from opensora.sampling.options import SamplingOption, image_size, sanitize_sampling_option
-from opensora.schedulers.timesteps import flow_shift, get_schedule, time_shift
-from opensora.utils.errors import UserError
+from opensora.schedulers.timesteps import coded_frames, flow_shift, get_schedule, latent_frames, time_shift
 from opensora.utils.video_writer import write_image, write_video
 
 
@@ -58,9 +59,23 @@ def test_options_are_sanitized() -> None:
     assert (option.height, option.width, option.num_frames) == (192, 336, 129)
     option = sanitize_sampling_option(SamplingOption(width=100, height=33, num_frames=1), multiple=32)
     assert (option.height, option.width) == (64, 128)
-    assert sanitize_sampling_option(SamplingOption(num_frames=8), causal=False).num_frames == 8
-    with pytest.raises(UserError, match=r"num_frames=8.*4k\+1 .*use 5 or 9"):
-        sanitize_sampling_option(SamplingOption(num_frames=8))
+    assert sanitize_sampling_option(SamplingOption(num_frames=8)).num_frames == 8
+
+
+def test_any_number_of_frames_is_rounded_up_to_what_can_be_coded() -> None:
+    for stride, causal, multiple in itertools.product((1, 4, 8), (True, False), (1, 2, 3)):
+        shape = AutoencoderShape(4, (stride, 8, 8), causal)
+        possible = [
+            frames
+            for frames in range(2, 120)
+            if (frames - causal) % stride == 0 and (frames - causal) // stride + causal > (not causal and stride > 1)
+        ]
+        whole = [frames for frames in possible if latent_grid(frames, 8, 8, shape)[0] % multiple == 0]
+        assert coded_frames(1, stride, causal, multiple) == 1
+        for asked in range(2, 80):
+            made = coded_frames(asked, stride, causal, multiple)
+            assert made == next(frames for frames in whole if frames >= asked)
+            assert latent_frames(made, stride, causal) == latent_grid(made, 8, 8, shape)[0]
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ import torch
 from opensora.models.base import latent_grid
 from opensora.models.vae import (
     AUTOENCODERS,
+    DCAEConfig,
     DCTConfig,
     Flux2DConfig,
     HunyuanConfig,
     autoencoder_shape,
     build_autoencoder,
-    hunyuan,
 )
 from opensora.models.vae.dct import DCTAutoencoder, block_basis, first_frame_frequencies, kept_frequencies
 from opensora.utils.errors import UserError
@@ -109,7 +109,7 @@ def test_dct_config_refuses(wrong: dict) -> None:
 
 
 def test_shapes_agree_with_built_autoencoders() -> None:
-    assert set(AUTOENCODERS) == {"dct", "hunyuan", "flux2d"}
+    assert set(AUTOENCODERS) == {"dct", "hunyuan", "flux2d", "dc_ae"}
     for cfg in (DCTConfig(), DCTConfig(spatial=4, channels=16)):
         built, shape = build_autoencoder(cfg, "cpu", torch.float32), autoencoder_shape(cfg)
         assert (built.channels, built.stride, built.causal) == (shape.channels, shape.stride, shape.causal)
@@ -118,6 +118,8 @@ def test_shapes_agree_with_built_autoencoders() -> None:
     assert (published.channels, published.stride, published.causal) == (16, (4, 8, 8), True)
     published = autoencoder_shape(Flux2DConfig())
     assert (published.channels, published.stride, published.causal) == (16, (1, 8, 8), False)
+    published = autoencoder_shape(DCAEConfig())
+    assert (published.channels, published.stride, published.causal) == (128, (4, 32, 32), False)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +173,7 @@ def test_hunyuan_scales_and_keeps_shapes(hunyuan_folder: str) -> None:
 
 
 # (pixels and frames of a window, overlap), the size of the clip; no window: as diffusers comes, 16 frames, time only.
-TILES = {
+TILES: dict[str, tuple[tuple[int, int, float] | None, tuple[int, int, int]]] = {
     "time": (None, (29, 16, 16)),
     "time, a last window of context alone": (None, (25, 16, 16)),
     "time and space": ((32, 16, 0.25), (21, 40, 40)),
@@ -181,16 +183,34 @@ TILES = {
 
 
 @pytest.mark.parametrize("case", TILES)
-def test_hunyuan_tiles_are_those_of_diffusers(case: str, hunyuan_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hunyuan_tiles_are_those_of_diffusers(case: str, hunyuan_folder: str) -> None:
     """Bit for bit, both ways, for clips that windows do not divide."""
+    from diffusers import AutoencoderKLHunyuanVideo
+
     window, size = TILES[case]
+    reference = AutoencoderKLHunyuanVideo.from_pretrained(hunyuan_folder)
+    cfg = HunyuanConfig(path=hunyuan_folder, tiling=False)
     if window:
-        for name, value in zip(("TILE_PIXELS", "TILE_FRAMES", "TILE_OVERLAP"), window, strict=True):
-            monkeypatch.setattr(hunyuan, name, value)
-    autoencoder = build_autoencoder(HunyuanConfig(path=hunyuan_folder, tiling=window is not None), "cpu", torch.float32)
-    reference = autoencoder._model  # another copy of the weights, aligned otherwise in memory, gives other bits
+        pixels, frames, overlap = window
+        steps = int(pixels * (1 - overlap)), int(frames * (1 - overlap))
+        reference.enable_tiling(pixels, pixels, frames, steps[0], steps[0], steps[1])
+        cfg = HunyuanConfig(
+            path=hunyuan_folder, temporal_tiling=True, tile_size=pixels, tile_frames=frames, tile_overlap=overlap
+        )
     reference.enable_slicing()
-    pixels, pieces = clip(*size), []
+    autoencoder = build_autoencoder(cfg, "cpu", torch.float64)  # random weights amplify what fp32 rounds
+    with torch.no_grad():
+        theirs = reference.double().encode(clip(*size).double()).latent_dist.mode() * 0.476986
+        given = theirs.float()  # as latents are, whatever the network computes in
+        their_pixels = reference.decode((given / 0.476986).double()).sample.clamp(-1, 1)
+    assert (autoencoder.encode(clip(*size)) - theirs).abs().max() < 1e-6
+    assert (autoencoder.decode(given) - their_pixels).abs().max() < 1e-6
+    autoencoder = build_autoencoder(cfg, "cpu", torch.float32)
+    # Its loop over tiles bit for bit, over the same network: it adds up attention in another order.
+    network = autoencoder.network
+    reference.encoder, reference.decoder = network.encoder, network.decoder
+    reference.quant_conv, reference.post_quant_conv = network.quant_conv, network.post_quant_conv
+    clips, pieces = clip(*size), []
 
     def run(work: list[Task]) -> list[torch.Tensor]:
         pieces.append(len(work))
@@ -198,12 +218,12 @@ def test_hunyuan_tiles_are_those_of_diffusers(case: str, hunyuan_folder: str, mo
         assert all(result.shape == piece.shape for result, piece in zip(results, work, strict=True))
         return results
 
-    latents = autoencoder.encode(pixels, run)
+    latents = autoencoder.encode(clips, run)
     decoded = autoencoder.decode(latents, run)
     with torch.no_grad():
-        assert torch.equal(latents, reference.encode(pixels).latent_dist.mode() * 0.476986)
+        assert torch.equal(latents, reference.encode(clips).latent_dist.mode() * 0.476986)
         assert torch.equal(decoded, reference.decode(latents / 0.476986).sample.clamp(-1, 1))
-    assert decoded.shape == pixels.shape and all(count > 2 for count in pieces)  # more than one for each sample
+    assert decoded.shape == clips.shape and all(count > 2 for count in pieces)  # more than one for each sample
 
 
 def test_flux2d_codes_frames_as_images(flux_folder: str) -> None:
@@ -223,7 +243,7 @@ def test_flux2d_codes_frames_as_images(flux_folder: str) -> None:
         assert torch.allclose(decoded[:, :, 1], reference.decode(mode).sample.clamp(-1, 1), atol=1e-4)
 
 
-@pytest.mark.parametrize("config", [HunyuanConfig, Flux2DConfig])
+@pytest.mark.parametrize("config", [HunyuanConfig, Flux2DConfig, DCAEConfig])
 def test_missing_weights_are_one_line(config: type, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"vae.path is not set") as caught:
         build_autoencoder(config(), "cpu", torch.float32)

@@ -51,13 +51,27 @@ def training_sizes(resolution: str, multiple: int) -> tuple[tuple[int, int], ...
     return tuple(sorted(set(sizes), key=lambda size: (-size[1] / size[0], size)))
 
 
-def size_of(resolution: str, aspect_ratio: str, multiple: int) -> tuple[int, int]:
-    """(height, width) of one ratio (w:h) by the plain rule, as a sampler without a bucket table computes it.
+def named_sizes(resolution: str, multiple: int) -> dict[str, tuple[int, int]]:
+    """Ratio (w:h) -> (height, width) of a resolution as Open-Sora 2 lists them; errors as of ``training_sizes``.
 
-    Raises:
-        ValueError: not a resolution name, or a ratio that is neither in ``RATIOS`` nor the transpose of one.
+    A listed ratio whose size one before it has is left out, with its transpose; a name that is listed and is the
+    transpose of another as well has the transposed size. ``_max`` keeps the one of the largest area.
     """
-    return _of_ratio(resolution, aspect_ratio, multiple, rounded_down)
+    area, suffix = area_of(resolution), _parse(resolution)[1]
+    if suffix.startswith("ar"):
+        return {suffix[2:]: _of_ratio(resolution, suffix[2:], multiple, _closest_to_area)}
+    listed: dict[str, tuple[int, int]] = {}
+    transposed: dict[str, tuple[int, int]] = {}
+    for name, ratio in RATIOS.items():
+        height, width = _closest_to_area(area, *ratio, multiple)
+        if (height, width) not in listed.values():
+            listed[name] = (height, width)
+            transposed[":".join(reversed(name.split(":")))] = (width, height)
+    listed |= transposed
+    if suffix == "max":
+        largest = max(listed, key=lambda name: listed[name][0] * listed[name][1])
+        return {largest: listed[largest]}
+    return listed
 
 
 def _parse(resolution: str) -> tuple[str, str]:

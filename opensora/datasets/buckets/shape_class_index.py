@@ -52,6 +52,12 @@ def index_shape_classes(table: ClipTable, buckets: BucketTable) -> ShapeClassInd
     return ShapeClassIndex(sealed.map(_IDS).view(np.uint32), sealed.map(_START).view(np.int64), sealed)
 
 
+def sorted_by(shape_class: np.ndarray, classes: int) -> ShapeClassIndex:
+    """Rows by a class that is given for each, in memory. ``classes``: how many there are."""
+    ids = np.argsort(shape_class, kind="stable").astype(np.uint32)
+    return ShapeClassIndex(ids, np.concatenate([[0], np.cumsum(np.bincount(shape_class, minlength=classes))]))
+
+
 def _write(table: ClipTable, buckets: BucketTable, folder: Path) -> None:
     ids = _room(folder / _IDS, len(table), np.uint32)
     shape_classes = _room(folder / "kinds.bin", len(table), _class_dtype(buckets))

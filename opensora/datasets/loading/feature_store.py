@@ -4,6 +4,9 @@ A folder holds ``shard-00000.safetensors``, ... with the features of whole micro
 those of the empty prompt, and, written last, ``index.arrow`` (which sample of which epoch lies where) and
 ``manifest.json``, which is sealed and has the digests of these two. A shard is complete or absent, and so is a folder.
 
+Beside its latents a sample may have its references, frames at its ends that were coded by themselves: as many kinds of
+them as the run that wrote it draws from and the clip has room for.
+
 Epoch e of a run reads epoch ``e % epochs`` of the folder: windows and crops repeat, the order does not.
 """
 
@@ -11,7 +14,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,7 @@ from opensora.utils.files.user_files import absence, replacing
 
 MANIFEST, INDEX, NULL = "manifest.json", "index.arrow", "null.safetensors"
 FORMAT = 3
+REFERENCE = "reference."  # what the name of a coded reference begins with, as in reference.head_33
 _AGAIN = "run python -m opensora.cli.precompute again, which writes what is missing"
 _MANIFEST: Shape = {
     **dict.fromkeys(("format", "epochs", "shards", "samples"), COUNT),
@@ -71,6 +75,13 @@ class Features:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredFeatures(Features):
+    """With the references of the samples, each coded by itself."""
+
+    references: Mapping[str, Tensor] = field(default_factory=dict)  # (B, C, t, H', W') by the name of what they code
+
+
 def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
@@ -80,7 +91,9 @@ def write_shard(folder: Path, number: int, parts: Iterable[tuple[MicroBatch, Fea
     tensors: dict[str, Tensor] = {}
     rows: list[dict[str, Any]] = []
     for position, (micro_batch, features) in enumerate(parts):
-        tensors |= {f"{position}.{name}": tensor.cpu().contiguous() for name, tensor in features.tensors().items()}
+        references = features.references if isinstance(features, StoredFeatures) else {}
+        named = features.tensors() | {f"{REFERENCE}{name}": tensor for name, tensor in references.items()}
+        tensors |= {f"{position}.{name}": tensor.cpu().contiguous() for name, tensor in named.items()}
         rows.append(
             {"epoch": micro_batch.epoch, "bucket": str(micro_batch.bucket), "samples": list(micro_batch.sample_ids)}
         )
@@ -222,16 +235,18 @@ class FeatureStore:
         self._key = index["key"].chunk(0).to_numpy()  # (n,) epoch * samples + sample, ascending
         self._place = tuple(index[name].chunk(0).to_numpy() for name in ("shard", "batch", "row", "bucket"))
         self._names = ("latents", *self.null())
-        self._shards: OrderedDict[int, Any] = OrderedDict()
+        self._shards: OrderedDict[int, tuple[Any, list[str]]] = OrderedDict()
 
-    def read(self, micro_batch: MicroBatch) -> Features:
+    def read(self, micro_batch: MicroBatch) -> StoredFeatures:
         """The features of a micro-batch's samples.
 
         Raises:
             UserError: a sample that is not there in this bucket, or a damaged shard.
         """
         rows = [self._row(sample, micro_batch) for sample in micro_batch.sample_ids]
-        return Features(**{name: torch.cat([row[name] for row in rows]) for name in self._names})
+        found = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        coded = {name.removeprefix(REFERENCE): found.pop(name) for name in list(found) if name.startswith(REFERENCE)}
+        return StoredFeatures(**found, references=coded)
 
     def null(self) -> dict[str, Tensor]:
         """``txt``, ``y_vec`` and perhaps ``mask`` of the empty prompt, (1, ...) each."""
@@ -249,18 +264,22 @@ class FeatureStore:
                 f"data.features={self._folder}: sample {sample} of epoch {micro_batch.epoch} is not there in bucket "
                 f"{micro_batch.bucket}; run python -m opensora.cli.precompute again"
             )
-        shard = self._open(number)
+        shard, references = self._open(number)
         path = self._folder / shard_name(number)
+        start = f"{batch}.{REFERENCE}"
+        coded = [name.removeprefix(f"{batch}.") for name in references if name.startswith(start)]
         with parsing(lambda why: UserError(f"{path}: {why}; remove it, and precompute again")):
-            return {name: shard.get_slice(f"{batch}.{name}")[row : row + 1] for name in self._names}
+            return {name: shard.get_slice(f"{batch}.{name}")[row : row + 1] for name in (*self._names, *coded)}
 
-    def _open(self, number: int) -> Any:
+    def _open(self, number: int) -> tuple[Any, list[str]]:
+        """A shard, and the names of the references in it."""
         if number in self._shards:
             self._shards.move_to_end(number)
             return self._shards[number]
         path = self._folder / shard_name(number)
         with parsing(lambda why: UserError(f"{path}: {why}; remove it, and precompute again")):
-            self._shards[number] = safe_open(require_file(path), "pt")
+            shard = safe_open(require_file(path), "pt")
+            self._shards[number] = shard, sorted(name for name in shard.keys() if f".{REFERENCE}" in name)  # noqa: SIM118
         if len(self._shards) > _OPEN_SHARDS:
             self._shards.popitem(last=False)
         return self._shards[number]

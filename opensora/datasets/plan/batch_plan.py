@@ -19,7 +19,8 @@ import numpy as np
 
 from opensora.datasets.buckets.bucket import Bucket, BucketReport, BucketTable
 from opensora.datasets.buckets.cost import Measure
-from opensora.datasets.buckets.shape_class_index import index_shape_classes
+from opensora.datasets.buckets.published_rule import PublishedRule, class_of, whole_shares
+from opensora.datasets.buckets.shape_class_index import index_shape_classes, sorted_by
 from opensora.datasets.config import DataConfig
 from opensora.datasets.plan.balance import compose, deal
 from opensora.datasets.plan.counter_rng import permuted
@@ -113,7 +114,15 @@ class BatchPlan:
         self._budget = cfg.tokens_per_sequence
         self._buckets = BucketTable(cfg, spatial_multiple, measure)
         self._number = {bucket: number for number, bucket in enumerate(self._buckets.buckets)}
-        self._source = Source(self._buckets, self._buckets.shares(), index_shape_classes(table, self._buckets), seed)
+        self._source: Source | None = None  # of all epochs, unless every clip draws by itself
+        self._rule: PublishedRule | None = None
+        if cfg.bucket_rule == "open_sora_2":
+            self._rule = PublishedRule(cfg, self._buckets, spatial_multiple, seed)
+            self._draws = self._rule.draws
+        else:
+            index = index_shape_classes(table, self._buckets)
+            self._source = Source(self._buckets, self._buckets.shares(), index, seed)
+            self._draws = self._source.shares.draws
         self._first_step = [0]  # first step of each epoch known so far, where epochs differ in length
         self._epochs = _Recent[Epoch](3)
         self._windows = _Recent[np.ndarray](2)
@@ -197,7 +206,7 @@ class BatchPlan:
         """The epoch a step belongs to."""
         if step < 0:
             raise ValueError(f"step={step}: must be an integer >= 0")
-        if not self._source.shares.draws:
+        if not self._draws:
             return step // self.steps_in_epoch(0)
         while self._first_step[-1] <= step:
             self._extend()
@@ -205,7 +214,7 @@ class BatchPlan:
 
     def steps_in_epoch(self, epoch: int) -> int:
         """Optimizer steps of an epoch; 0 is possible where the probabilities draw nothing."""
-        known = self._epoch(epoch if self._source.shares.draws else 0)
+        known = self._epoch(epoch if self._draws else 0)
         return -(-known.micro_batches // self._per_step)
 
     def cost(self, bucket: Bucket, samples: int) -> float:
@@ -244,7 +253,7 @@ class BatchPlan:
     def _find_step(self, step: int) -> _Step:
         number = self.epoch_of(step)
         epoch = self._epoch(number)
-        first = self._first_step[number] if self._source.shares.draws else number * self.steps_in_epoch(0)
+        first = self._first_step[number] if self._draws else number * self.steps_in_epoch(0)
         within = step - first
         full = epoch.micro_batches // self._per_step
         if within == full:  # what does not fill a step
@@ -290,7 +299,18 @@ class BatchPlan:
             raise UserError(f"data.buckets: {_EMPTY_EPOCHS} epochs in a row drew no sample, raise the probabilities")
 
     def _epoch(self, number: int) -> Epoch:
-        return self._epochs.get(number, lambda: Epoch(self._source, number))
+        return self._epochs.get(number, lambda: Epoch(self._source_of(number), number))
+
+    def _source_of(self, epoch: int) -> Source:
+        """What an epoch is made of."""
+        if self._rule is None:
+            assert self._source is not None
+            return self._source
+        assigned = self._rule.assigned(self._made_of[0], epoch if self._draws else 0)
+        count = len(self._buckets.buckets)
+        shares = whole_shares(count)
+        index = sorted_by(class_of(assigned, count), len(shares.reason))
+        return Source(self._buckets, shares, index, self._seed)
 
 
 def _part(micro_batch: MicroBatch, degree: int, sharing: SequenceSharing) -> MicroBatch:

@@ -139,6 +139,11 @@ class DoubleStreamBlock(nn.Module):
             txt = self._residuals(txt, self.txt_attn.proj(txt_o), self.txt_norm2, self.txt_mlp, txt_parts)
         return img, txt
 
+    def modulated(self, img: Tensor, vec: Tensor, img_rows: Tensor | None = None) -> Tensor:
+        """(B, N, D), the image tokens that attention starts from, before any projection; vec and rows as in forward."""
+        shift, scale, *_ = self.img_mod(vec, img_rows)
+        return modulate(self.img_norm1(img.to(self.img_mod.lin.weight.dtype)), shift, scale)
+
     @staticmethod
     def _residuals(x: Tensor, attended: Tensor, norm: nn.Module, mlp: nn.Module, parts: tuple[Tensor, ...]) -> Tensor:
         _, _, attention_gate, shift, scale, mlp_gate = parts

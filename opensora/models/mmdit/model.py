@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from opensora.models.base import AttentionAxis, Denoising, Family, TokenAxis, Widths
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.models.layers.embedding import MLPEmbedder, sinusoid
-from opensora.models.layers.rope import rope_table
+from opensora.models.layers.rope import RopeTable, rope_table
+from opensora.models.layers.stages import RunStages, Stage, run_in_order
 from opensora.models.mmdit.convert import WEIGHTS
 from opensora.models.mmdit.layers import DoubleStreamBlock, FinalLayer, SingleStreamBlock
 from opensora.utils.limits import Limits
@@ -157,6 +158,7 @@ class MMDiTModel(nn.Module):
             for _ in range(cfg.depth_single_blocks)
         )
         self.final_layer = FinalLayer(hidden, cfg.out_channels or cfg.in_channels)
+        self.run_stages: RunStages = run_in_order
 
     def forward(
         self,
@@ -210,16 +212,37 @@ class MMDiTModel(nn.Module):
         if txt_mask is not None:
             key_mask = torch.cat((txt_mask, txt_mask.new_ones(img.shape[:2])), dim=1)
 
-        for block in self.double_blocks:
-            img, txt = block(img, txt, vec, rope, key_mask, context, sample_of)
-        if len(self.single_blocks):
-            x = torch.cat((txt, img), dim=1)  # (B, L + N, D)
-            joined = None if sample_of is None else torch.cat(sample_of, dim=1)  # (B, L + N)
-            for block in self.single_blocks:
-                x = block(x, vec, rope, key_mask, context, joined)
-            img = x[:, txt.shape[1] :]
+        img = self.run_stages(self._stages(txt.shape[1], vec, rope, key_mask, context, sample_of), (img, txt))
         # A 3-D linear may return a view, and hooks that sharding puts on a view are lost when somebody writes to it.
         return self.final_layer(img, vec, None if sample_of is None else sample_of[1]).clone()
+
+    def _stages(
+        self,
+        txt_tokens: int,
+        vec: Tensor,
+        rope: RopeTable,
+        key_mask: Tensor | None,
+        context: Any,
+        sample_of: tuple[Tensor, Tensor] | None,
+    ) -> list[Stage]:
+        """The double blocks on (img, txt), then the single blocks on (cat(txt, img),)."""
+        rows = None if sample_of is None else sample_of[1]
+        double = Stage(
+            self.double_blocks,
+            run=lambda block, s: block(s[0], s[1], vec, rope, key_mask, context, sample_of),
+            image=lambda s: s[0],
+            modulated=lambda block, s: block.modulated(s[0], vec, rows),  # type: ignore[operator]
+        )
+        if not len(self.single_blocks):
+            return [double]
+        joined = None if sample_of is None else torch.cat(sample_of, dim=1)  # (B, L + N)
+        single = Stage(
+            self.single_blocks,
+            run=lambda block, s: (block(s[0], vec, rope, key_mask, context, joined),),
+            image=lambda s: s[0][:, txt_tokens:],
+            enter=lambda s: (torch.cat((s[1], s[0]), dim=1),),  # (B, L + N, D)
+        )
+        return [double, single]
 
     def tensor_plan(self) -> dict[str, tuple[str, tuple[tuple[int, int], ...]]]:
         """How tensor parallelism cuts the linear layers: {pattern: (kind, parts of (size, unit))}.
@@ -311,6 +334,7 @@ def describe(cfg: MMDiTConfig) -> Denoising:
         references="channels" if cfg.cond_embed else "none",
         wants=frozenset(("guidance",) if cfg.guidance_embed else ()),
         packs=True,
+        reusable=frozenset(("blocks", "modulated")),
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from opensora.models.base import ModelConfig, Width, Widths
 from opensora.models.families import family_of
 from opensora.models.text.bytes import ByteTextConfig, ByteTextEncoder
-from opensora.models.text.t5_clip import T5ClipConfig, T5ClipTextEncoder, stated_widths
+from opensora.models.text.t5_clip import Peers, T5ClipConfig, T5ClipTextEncoder, check_files, stated_widths
 from opensora.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,13 +22,15 @@ class TextEncoderKind(NamedTuple):
     """What can be asked of a kind of text encoder."""
 
     config: type
-    build: Callable[[Any, Device, torch.dtype], "TextEncoder"]
+    build: Callable[..., "TextEncoder"]  # (configuration, device, type of the features)
     tokens: Callable[[Any], int]  # of a prompt, padding included
     has_mask: Callable[[Any], bool]  # its features say which tokens are padding
     widths: Callable[[Any], tuple[int | None, int | None]]  # of text tokens and of the pooled prompt, by the
     # configuration alone; None: not said there
     stated: Callable[[Any], tuple[Width, Width]] | None = None  # by its files, without loading them, or UserError
+    check: Callable[[Any], None] | None = None  # names and shapes in its files, by their headers, or UserError
     parameters: int = 0  # of the published one, for forecasts
+    shards: bool = False  # ``build`` takes the processes to cut its weights over as well
 
 
 TEXT_ENCODERS: dict[str, TextEncoderKind] = {
@@ -46,7 +48,9 @@ TEXT_ENCODERS: dict[str, TextEncoderKind] = {
         has_mask=lambda cfg: False,
         widths=lambda cfg: (None, None),
         stated=stated_widths,
+        check=check_files,
         parameters=4_885_000_000,
+        shards=True,
     ),
 }
 TEXT_ENCODER_CONFIGS: dict[str, type] = {kind: entry.config for kind, entry in TEXT_ENCODERS.items()}
@@ -68,21 +72,32 @@ def text_widths(cfg: TextConfig) -> tuple[int | None, int | None]:
 
 
 def check_text_encoder(cfg: TextConfig, latents: Width, model: ModelConfig) -> None:
-    """That the files of ``cfg`` may be there and give what the denoiser reads, before either is made; loads nothing.
+    """That the files of ``cfg`` are there, fit, and give what the denoiser reads, before either is made; loads nothing.
 
     Raises:
         UserError: they are not, or give other widths; with the key.
     """
-    stated = TEXT_ENCODERS[cfg.kind].stated
-    if stated is None:
+    kind = TEXT_ENCODERS[cfg.kind]
+    if kind.stated is None:
         return  # its widths are in the configuration: opensora.config.run.check_fit
-    given = Widths(latents, *stated(cfg))
+    given = Widths(latents, *kind.stated(cfg))
     try:
         family_of(model).check(model, given)
     except ValueError as error:
         raise UserError(f"model.{error}") from None
+    if kind.check is not None:
+        kind.check(cfg)
 
 
-def build_text_encoder(cfg: TextConfig, device: Device, dtype: torch.dtype) -> "TextEncoder":
-    """The frozen encoder of ``cfg`` on ``device``; its features have ``dtype``."""
-    return TEXT_ENCODERS[cfg.kind].build(cfg, device, dtype)
+def build_text_encoder(
+    cfg: TextConfig, device: Device, dtype: torch.dtype, peers: Peers | None = None
+) -> "TextEncoder":
+    """The frozen encoder of ``cfg`` on ``device``; its features have ``dtype``.
+
+    Args:
+        peers: the processes to cut its weights over, for a kind that can be cut; None: this one works by itself.
+    """
+    kind = TEXT_ENCODERS[cfg.kind]
+    if kind.shards and peers is not None:
+        return kind.build(cfg, device, dtype, peers)
+    return kind.build(cfg, device, dtype)

@@ -1,20 +1,21 @@
 """Autoencoders by kind: the table that everything else asks. A new one is a file, and a line of it."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
 from opensora.models.base import AutoencoderShape
+from opensora.models.vae.dc_ae import DCAEAutoencoder, DCAEConfig, check_dc_ae, dc_ae_shape
 from opensora.models.vae.dct import DCTAutoencoder, DCTConfig, dct_shape
-from opensora.models.vae.flux2d import Flux2DAutoencoder, Flux2DConfig, flux2d_shape
-from opensora.models.vae.folder import check_folder
-from opensora.models.vae.hunyuan import HunyuanAutoencoder, HunyuanConfig, hunyuan_shape
+from opensora.models.vae.flux2d import Flux2DAutoencoder, Flux2DConfig, check_flux2d, flux2d_shape
+from opensora.models.vae.hunyuan import HunyuanAutoencoder, HunyuanConfig, check_hunyuan, hunyuan_shape
 
 if TYPE_CHECKING:
     from opensora.models.base import Autoencoder
 
-AutoencoderConfig: TypeAlias = DCTConfig | HunyuanConfig | Flux2DConfig
+AutoencoderConfig: TypeAlias = DCTConfig | HunyuanConfig | Flux2DConfig | DCAEConfig
 Device: TypeAlias = torch.device | str
 
 
@@ -24,16 +25,32 @@ class AutoencoderKind(NamedTuple):
     config: type
     build: Callable[[Any, Device, torch.dtype], "Autoencoder"]
     shape: Callable[[Any], AutoencoderShape]  # without its weights
-    diffusers: str = ""  # the class whose folder ``path`` names; none: it has no files
+    check: Callable[[Any], None] | None = None  # that its weights are there and fit, by headers; None: it has no files
     parameters: int = 0  # of the published one, for forecasts
+    patch: int | None = None  # latents along a side of a token of the model behind it; None: any
+    later: tuple[str, ...] = ()  # fields that configurations of earlier versions do not have
 
 
+TILES = ("spatial_tiling", "temporal_tiling", "tile_size", "tile_frames", "tile_overlap")
 AUTOENCODERS: dict[str, AutoencoderKind] = {
     "dct": AutoencoderKind(DCTConfig, lambda cfg, device, _: DCTAutoencoder(cfg, device), dct_shape),
     "hunyuan": AutoencoderKind(
-        HunyuanConfig, HunyuanAutoencoder, hunyuan_shape, "AutoencoderKLHunyuanVideo", 246_000_000
+        HunyuanConfig,
+        HunyuanAutoencoder,
+        hunyuan_shape,
+        check_hunyuan,
+        parameters=246_000_000,
+        later=("sample", "compile", "micro_batch", *TILES),
     ),
-    "flux2d": AutoencoderKind(Flux2DConfig, Flux2DAutoencoder, flux2d_shape, "AutoencoderKL", 84_000_000),
+    "flux2d": AutoencoderKind(
+        Flux2DConfig,
+        Flux2DAutoencoder,
+        flux2d_shape,
+        check_flux2d,
+        parameters=84_000_000,
+        later=("sample", "compile"),
+    ),
+    "dc_ae": AutoencoderKind(DCAEConfig, DCAEAutoencoder, dc_ae_shape, check_dc_ae, parameters=459_000_000, patch=1),
 }
 AUTOENCODER_CONFIGS: dict[str, type] = {kind: entry.config for kind, entry in AUTOENCODERS.items()}
 
@@ -43,18 +60,31 @@ def autoencoder_shape(cfg: AutoencoderConfig) -> AutoencoderShape:
     return AUTOENCODERS[cfg.kind].shape(cfg)
 
 
+def latents_depend_on(cfg: AutoencoderConfig) -> dict[str, Any]:
+    """Key -> value of what latents are a function of, for those who keep them. What is as it always was is left out
+    where earlier versions had no key for it, so that what they kept still belongs to the same configuration."""
+    later = AUTOENCODERS[cfg.kind].later
+    return {
+        field.name: getattr(cfg, field.name)
+        for field in fields(cfg)
+        if field.name not in later or getattr(cfg, field.name) != field.default
+    }
+
+
 def check_autoencoder(cfg: AutoencoderConfig) -> None:
-    """That the files of ``cfg`` may be there, before a run or a model is made; loads nothing.
+    """That the files of ``cfg`` are there and fit, before a run or a model is made; reads headers only.
 
     Raises:
         UserError: they are not, with the key.
     """
-    if diffusers := AUTOENCODERS[cfg.kind].diffusers:
-        check_folder(cfg.path, diffusers)  # type: ignore[union-attr]
+    if check := AUTOENCODERS[cfg.kind].check:
+        check(cfg)
 
 
 def build_autoencoder(cfg: AutoencoderConfig, device: Device, dtype: torch.dtype) -> "Autoencoder":
     """The frozen autoencoder of ``cfg`` on ``device``; ``dtype`` is what its weights compute in.
+
+    On the meta device it has no weights and needs no files: what is coded there tells shapes and memory.
 
     Raises:
         UserError: weights that are missing or unreadable.

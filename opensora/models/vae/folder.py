@@ -16,8 +16,8 @@ MAX_STRIDE, MAX_CHANNELS = 64, 4096  # of an autoencoder, as its config.json sta
 
 def stated_shape(path: str) -> dict[str, Any]:
     """The folder's config.json, or {} when there is no folder yet (the published numbers hold then)."""
-    file = Path(path) / "config.json"
-    if not path or not file.is_file():
+    file = config_file(path)
+    if file is None:
         return {}
 
     def refuse(why: str) -> UserError:
@@ -30,6 +30,12 @@ def stated_shape(path: str) -> dict[str, Any]:
     if wrong:
         raise refuse(wrong)
     return dict(stated)
+
+
+def config_file(path: str) -> Path | None:
+    """The folder's config.json, if there is one."""
+    file = Path(path) / "config.json"
+    return file if path and file.is_file() else None
 
 
 def stated_number(path: str, name: str, otherwise: int, most: int) -> int:

@@ -1,116 +1,168 @@
-"""HunyuanVideo's causal 3-D autoencoder (4x8x8, 16 channels), from a local diffusers folder."""
+"""HunyuanVideo's causal 3-D autoencoder (4x8x8, 16 channels): the published file, or a diffusers folder."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from opensora.models.base import AutoencoderShape
-from opensora.models.vae.folder import MAX_CHANNELS, MAX_STRIDE, load_frozen, stated_number
-from opensora.models.vae.tiles import Size, Tiling, code_in_tiles
+from opensora.models.base import AutoencoderShape, Draw, latent_grid
+from opensora.models.vae.checkpoint import (
+    AutoencoderWeights,
+    Checkpoint,
+    build_network,
+    find_checkpoint,
+    open_checkpoint,
+)
+from opensora.models.vae.folder import MAX_CHANNELS, MAX_STRIDE
+from opensora.models.vae.hunyuan_network import COLOURS, HunyuanSizes, HunyuanVAE
+from opensora.models.vae.posterior import Posterior
+from opensora.models.vae.tiles import TILE_LIMITS, Tiling, check_tiles, code_in_tiles, tilings
+from opensora.utils.limits import Limits
 from opensora.utils.tasks import TaskRunner, one_by_one
 
 SCALE = 0.476986  # latents = SCALE * sample
-COLOURS = 3
-TILE_PIXELS, TILE_FRAMES, TILE_OVERLAP = 256, 64, 0.25
+PUBLISHED = HunyuanSizes()
+WEIGHTS = AutoencoderWeights(
+    kind="hunyuan",
+    published="hunyuan_vae.safetensors",
+    top_level=("encoder", "decoder", "quant_conv", "post_quant_conv"),
+    example_layer="encoder.mid_block.attentions.0.to_q",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HunyuanConfig:
-    """``path`` holds config.json and the weights (diffusers AutoencoderKLHunyuanVideo)."""
+    """``path`` is hunyuan_vae.safetensors, or a folder of diffusers (AutoencoderKLHunyuanVideo)."""
 
     kind: Literal["hunyuan"] = "hunyuan"
     path: str = ""
-    tiling: bool = False  # code long or large clips in tiles of 256 pixels and 64 frames that overlap by a quarter
+    sample: Literal["mode", "posterior"] = "mode"  # latents of a clip: the mode of its posterior, or a keyed draw of it
+    spatial_tiling: bool = True  # frames larger than tile_size are coded in tiles
+    temporal_tiling: bool = False  # clips longer than tile_frames, too; false: whole in time
+    tile_size: int = 256  # pixels
+    tile_frames: int = 64
+    tile_overlap: float = 0.25  # of a tile, with the next one
+    micro_batch: int = 1  # clips coded at a time
+    compile: bool = False  # by torch.compile: for many clips of few sizes
+    tiling: bool | None = None  # of earlier versions; true: 256 pixels, 64 frames; false: whole frames, 16 frames
+
+    LIMITS: ClassVar[Limits] = TILE_LIMITS
+
+    def __post_init__(self) -> None:
+        check_tiles(self, PUBLISHED.stride)
+        if self.tiling is not None:
+            own = {"spatial_tiling", "temporal_tiling", "tile_size", "tile_frames", "tile_overlap"}
+            for field in fields(self):
+                if field.name in own and getattr(self, field.name) != field.default:
+                    value = f"tiling={str(self.tiling).lower()}"
+                    raise ValueError(f"{value}: is of earlier versions, and must be null beside {field.name}")
+
+    @property
+    def now(self) -> "HunyuanConfig":
+        """The same in the options of now."""
+        if self.tiling is None:
+            return self
+        frames = self.tile_frames if self.tiling else 16
+        return replace(self, spatial_tiling=self.tiling, temporal_tiling=True, tile_frames=frames, tiling=None)
 
 
 class HunyuanAutoencoder:
-    """Encodes to the mode of the posterior (no random draw: the same clip gives the same latents).
-
-    A sample is coded by itself, and long clips always in parts: diffusers cuts time into windows of 16 frames that
-    overlap, ``tiling`` makes them longer and cuts space too.
-    """
+    """Every tile of every ``micro_batch`` samples is a piece of work of its own."""
 
     causal = True
     is_costly = True
 
     def __init__(self, cfg: HunyuanConfig, device: torch.device | str, dtype: torch.dtype) -> None:
-        from diffusers import AutoencoderKLHunyuanVideo
-
-        self._model: Any = load_frozen(AutoencoderKLHunyuanVideo, cfg.path, device, dtype)
-        self._dtype = dtype
-        self.channels, self.stride, _ = hunyuan_shape(cfg)
-        if cfg.tiling:
-            self._model.enable_tiling(
-                tile_sample_min_height=TILE_PIXELS,
-                tile_sample_min_width=TILE_PIXELS,
-                tile_sample_min_num_frames=TILE_FRAMES,
-                tile_sample_stride_height=int(TILE_PIXELS * (1 - TILE_OVERLAP)),
-                tile_sample_stride_width=int(TILE_PIXELS * (1 - TILE_OVERLAP)),
-                tile_sample_stride_num_frames=int(TILE_FRAMES * (1 - TILE_OVERLAP)),
-            )
-        self._encoding, self._decoding = _tilings(self._model, self.stride)
+        """On the meta device: without weights, to know sizes and memory by."""
+        sizes, build = _network(cfg)
+        self.cfg, self._dtype = cfg, dtype
+        self.network: HunyuanVAE = build_network(build, cfg.path, WEIGHTS, device, dtype)
+        self.channels, self.stride = sizes.channels, sizes.stride
+        self.samples = cfg.sample == "posterior"
+        self._encoding, self._decoding = hunyuan_tilings(cfg, sizes)
+        compiled: Any = torch.compile if cfg.compile else lambda function: function
+        self._encode, self._decode = compiled(self.network.encode), compiled(self.network.decode)
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor, run: TaskRunner = one_by_one) -> Tensor:
-        """(B, 3, T, H, W) in [-1, 1] -> (B, channels, T', H', W') fp32."""
-        x = pixels.to(self._dtype)
-        return code_in_tiles(x, self._encode_tile, self.channels, self._encoding, run).float() * SCALE
+    def encode(self, pixels: Tensor, run: TaskRunner = one_by_one, draw: Draw | None = None) -> Tensor:
+        """(B, 3, T, H, W) in [-1, 1] -> (B, channels, T', H', W') fp32: the mode, or a sample where ``vae.sample`` says
+        so and ``draw`` gives standard normal noise."""
+        if not self.samples or draw is None:
+            return self._code(pixels, self._mean, self.channels, run).float() * SCALE
+        posterior = self.posterior(pixels, run)
+        return posterior.sample(draw(tuple(posterior.mean.shape[1:]))).float() * SCALE
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, run: TaskRunner = one_by_one) -> Tensor:
-        """(B, channels, T', H', W') -> (B, 3, T, H, W) fp32, clamped to [-1, 1]."""
+    def posterior(self, pixels: Tensor, run: TaskRunner = one_by_one) -> Posterior:
+        """Of (B, 3, T, H, W) in [-1, 1]."""
+        return Posterior.of(self._code(pixels, self._moments, 2 * self.channels, run))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, run: TaskRunner = one_by_one, *, clamp: bool = True) -> Tensor:
+        """(B, channels, T', H', W') -> (B, 3, T, H, W) fp32, in [-1, 1] unless ``clamp`` is off."""
         z = (latents.float() / SCALE).to(self._dtype)
-        return code_in_tiles(z, self._decode_tile, COLOURS, self._decoding, run).float().clamp(-1, 1)
+        pixels = code_in_tiles(z, self._decode, COLOURS, self._decoding, run, self.cfg.micro_batch).float()
+        return pixels.clamp_(-1, 1) if clamp else pixels
 
-    def _encode_tile(self, x: Tensor) -> Tensor:
-        mean, _ = self._model.quant_conv(self._model.encoder(x)).chunk(2, dim=1)
-        return mean
+    def _code(self, pixels: Tensor, code: Any, channels: int, run: TaskRunner) -> Tensor:
+        frames, height, width = pixels.shape[2:]
+        latent_grid(frames, height, width, self)
+        return code_in_tiles(pixels.to(self._dtype), code, channels, self._encoding, run, self.cfg.micro_batch)
 
-    def _decode_tile(self, z: Tensor) -> Tensor:
-        return self._model.decoder(self._model.post_quant_conv(z))
+    def _moments(self, x: Tensor) -> Tensor:
+        return self._encode(x)
+
+    def _mean(self, x: Tensor) -> Tensor:
+        return self._encode(x)[:, : self.channels]
 
 
-def _tilings(model: Any, stride: Size) -> tuple[Tiling, Tiling]:
-    """How the diffusers model, as it is set, tiles clips for encoding and latents for decoding."""
-    window, step = (
-        (
-            getattr(model, f"tile_sample_{kind}_num_frames"),
-            getattr(model, f"tile_sample_{kind}_height"),
-            getattr(model, f"tile_sample_{kind}_width"),
-        )
-        for kind in ("min", "stride")
+def check_hunyuan(cfg: HunyuanConfig) -> None:
+    """That the weights of ``cfg`` are there, with the names and shapes of such an autoencoder; reads headers only.
+
+    Raises:
+        UserError: they are not.
+    """
+    checkpoint = open_checkpoint(cfg.path, WEIGHTS)
+    checkpoint.check(partial(HunyuanVAE, network_sizes(checkpoint)))
+
+
+def _network(cfg: HunyuanConfig) -> tuple[HunyuanSizes, Any]:
+    """Sizes of the network of ``cfg``, and what builds it."""
+    checkpoint = find_checkpoint(cfg.path, WEIGHTS)
+    sizes = network_sizes(checkpoint) if checkpoint else PUBLISHED
+    return sizes, partial(HunyuanVAE, sizes)
+
+
+def network_sizes(checkpoint: Checkpoint) -> HunyuanSizes:
+    """What the tensors of a checkpoint say, and config.json of what they do not."""
+    first = "encoder.down_blocks.0.resnets.{}.conv1.conv.weight"
+    return HunyuanSizes(
+        widths=checkpoint.widths("encoder.down_blocks.{}.resnets.0.conv1.conv.weight", PUBLISHED.widths),
+        layers=checkpoint.count(first, PUBLISHED.layers),
+        groups=checkpoint.number("norm_num_groups", PUBLISHED.groups, MAX_CHANNELS),
+        channels=checkpoint.shapes.get("post_quant_conv.weight", (PUBLISHED.channels,))[0],
+        space_levels=checkpoint.levels("spatial_compression_ratio", PUBLISHED.stride[1], MAX_STRIDE),
+        time_levels=checkpoint.levels("temporal_compression_ratio", PUBLISHED.stride[0], MAX_STRIDE),
     )
-    small_window, small_step = (_each(lambda a, b: a // b, size, stride) for size in (window, step))
-    minus = int.__sub__
-    encoding = Tiling(
-        window=window,
-        stride=step,
-        in_space=model.use_tiling,
-        out_stride=small_step,
-        blend=_each(minus, small_window, small_step),
-        coded=lambda t, h, w: ((t - 1) // stride[0] + 1, h // stride[1], w // stride[2]),
-    )
-    decoding = Tiling(
-        window=small_window,
-        stride=small_step,
-        in_space=model.use_tiling,
-        out_stride=step,
-        blend=_each(minus, window, step),
-        coded=lambda t, h, w: ((t - 1) * stride[0] + 1, h * stride[1], w * stride[2]),
-    )
-    return encoding, decoding
 
 
-def _each(operation: Callable[[int, int], int], a: Size, b: Size) -> Size:
-    return operation(a[0], b[0]), operation(a[1], b[1]), operation(a[2], b[2])
+def hunyuan_tilings(cfg: HunyuanConfig, sizes: HunyuanSizes) -> tuple[Tiling, Tiling]:
+    """For encoding and decoding."""
+    now, stride = cfg.now, sizes.stride
+    check_tiles(now, stride)
+    return tilings(
+        now,
+        stride,
+        in_space=now.spatial_tiling,
+        in_time=now.temporal_tiling,
+        lead=1,
+        coded=lambda frames: (frames - 1) * stride[0] + 1,
+    )
 
 
 def hunyuan_shape(cfg: HunyuanConfig) -> AutoencoderShape:
-    """The folder's own numbers where it exists, else the published ones."""
-    spatial = stated_number(cfg.path, "spatial_compression_ratio", 8, MAX_STRIDE)
-    frames = stated_number(cfg.path, "temporal_compression_ratio", 4, MAX_STRIDE)
-    channels = stated_number(cfg.path, "latent_channels", 16, MAX_CHANNELS)
-    return AutoencoderShape(channels, (frames, spatial, spatial), HunyuanAutoencoder.causal)
+    """The file's own numbers where it exists, else the published ones."""
+    sizes, _ = _network(cfg)
+    return AutoencoderShape(sizes.channels, sizes.stride, HunyuanAutoencoder.causal)

@@ -4,7 +4,7 @@ Any process reads the rows that it needs and no others. What belongs to a family
 """
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -100,13 +100,18 @@ class WeightFile(Mapping[str, Tensor]):
         check_index({one.path.name: one.shapes for one in opened}, index)
         stored = [name for one in opened for name in one.shapes]
         self.prefix, names, self.left_out = plain_names(stored, format.top_level, str(path))
+        # Of formats whose files may hold the other half of a model too, as a decoder beside its encoder.
+        not_read: Callable[[Collection[str]], Collection[str]] | None = getattr(format, "not_read", None)
+        skipped = set() if not_read is None else set(not_read(names.values()))
+        self.left_out += tuple(stored for stored, name in names.items() if name in skipped)
+        names = {stored: name for stored, name in names.items() if name not in skipped}
         for one in opened:
             self._metadata.update(one.metadata)
             own = {names[stored]: stored for stored in one.shapes if stored in names}
             for name in own:
                 if name in self._sources:
                     raise UserError(f"{one.path}: {name} is in two files of {path}: give one file, or an index json")
-            check_types(one, own.values())
+            check_types(one, (stored for name, stored in own.items() if not _matching([name], format.recomputed)))
             self._stored |= own
             self._files |= dict.fromkeys(own, one.file)
             self._sources |= {name: one.shapes[stored] for name, stored in own.items()}

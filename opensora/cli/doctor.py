@@ -1,0 +1,178 @@
+"""Look before a start: ``python -m opensora.cli.doctor CONFIG.yaml [section.key=value ...]``.
+
+Of a training or a sampling configuration it says which files are there, whether their names and shapes fit (headers
+are read, values are not), what memory layouts need, and what to run next. Exit code 0 if it can be run, else 2.
+"""
+
+from opensora.utils import signal_handler
+
+if __name__ == "__main__":
+    signal_handler.listen_early()
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from opensora.assembly.file_checks import Finding, encoder_files, folder_for, look, run_files
+from opensora.cli.forecast import MAX_GIB, MAX_WORLD, check_known, describe
+from opensora.cli.main import run_cli
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig, SampleConfig, check_fit
+from opensora.config.strict_yaml import read_yaml
+from opensora.inference.find import Source, default_objective, find_source
+from opensora.inference.memory import memory_of
+from opensora.planner.devices import DEVICES, Device
+from opensora.planner.search import Planner, check_own
+from opensora.utils.command_line.arguments import Parser, number, whole
+from opensora.utils.errors import UserError
+
+GIB = 2**30
+WORLDS = (1, 2, 4, 8)
+PROMPT = "prompt=a prompt"  # where a configuration leaves it to the command line
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code."""
+    parser = Parser(prog="python -m opensora.cli.doctor", description=(__doc__ or "").split("\n\n")[1])
+    parser.add_argument("config", help="a configuration for training or sampling; overrides section.key=value follow")
+    parser.add_argument("--world", type=whole(1, MAX_WORLD), action="append", help="how many devices; may be repeated")
+    parser.add_argument("--device", choices=DEVICES, default="h100")
+    parser.add_argument("--memory-gib", type=number(0, MAX_GIB, above=True), help="of a device; default: its own")
+    args, overrides = parser.parse_known_args(argv)
+    device = DEVICES[args.device]
+    if args.memory_gib is not None:
+        device = replace(device, memory=int(args.memory_gib * GIB))
+    worlds = tuple(dict.fromkeys(args.world or WORLDS))
+    command = " ".join([args.config, *overrides])
+    if is_training(Path(args.config)):
+        cfg = load_config(RunConfig, args.config, overrides)
+        findings = run_files(cfg)
+        show(findings)
+        print(f"memory of a process on {args.device}, GiB, in the largest bucket:")
+        for world in worlds:
+            print(f"  {world:>4} x {training_memory(cfg, world, device)}")
+        return advise(findings, f"bash launch/torchrun.sh {worlds[-1]} scripts/diffusion/train.py {command}")
+    job = sample_config(args.config, overrides)
+    findings, source = sample_files(job)
+    show(findings)
+    if source is not None:
+        print(f"least memory of a process on {args.device}, GiB:")
+        for world in worlds:
+            print(f"  {world:>4} x {sampling_memory(job, source, world, device)}")
+    return advise(findings, f"bash launch/torchrun.sh {worlds[-1]} scripts/diffusion/inference.py {command}")
+
+
+def is_training(path: Path) -> bool:
+    """Whether a file, or one that it includes, is of a training run: they say how many steps.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    layer, _ = read_yaml(path)
+    if "train" in layer or "data" in layer or "optim" in layer:
+        return True
+    included = layer.get("include") or []
+    names = [included] if isinstance(included, str) else included
+    return any(is_training(path.parent / str(name)) for name in names if isinstance(name, str))
+
+
+def sample_config(path: str, overrides: Sequence[str]) -> SampleConfig:
+    """The job, with a prompt in place of one that is missing.
+
+    Raises:
+        UserError: anything else that is wrong.
+    """
+    try:
+        return load_config(SampleConfig, path, overrides)
+    except UserError as error:
+        if "prompt: missing" not in str(error):
+            raise
+        return load_config(SampleConfig, path, [*overrides, PROMPT])
+
+
+def sample_files(cfg: SampleConfig) -> tuple[list[Finding], Source | None]:
+    """What became of every file of a job, and what its weights are of, as far as they can be read."""
+    found: list[Source] = []
+    findings = [look("weights", cfg.weights, lambda: found.append(find_source(cfg)))]
+    source = found[0] if found else _as_configured(cfg)
+    for name in ("lora", "prompt_csv", "watermark"):
+        if path := getattr(cfg, name):
+            findings.append(look(name, path))
+    findings += [look("ref", part.strip()) for part in (cfg.ref or "").split(";") if part.strip()]
+    vae, text = (source.vae, source.text) if source else (cfg.vae, cfg.text)
+    if vae is not None and text is not None:
+        findings += encoder_files(vae, text)
+    if source is not None:
+        try:
+            check_fit(source.model, source.vae, source.text)
+        except ValueError as error:
+            findings.append(Finding("model", str(source.path), str(error)))
+    return findings, source
+
+
+def _as_configured(cfg: SampleConfig) -> Source | None:
+    """What the weights would be of, by the configuration alone; None: it leaves that to them."""
+    if cfg.model is None or cfg.vae is None or cfg.text is None:
+        return None
+    return Source(
+        path=Path(cfg.weights),
+        checkpoint=None,
+        adapters=None,
+        model=cfg.model,
+        vae=cfg.vae,
+        text=cfg.text,
+        objective=cfg.objective or default_objective(cfg.model),
+        conditioning=None,
+        prompt_suffix=False,
+    )
+
+
+def training_memory(cfg: RunConfig, world: int, device: Device) -> str:
+    """The configured layout on ``world`` devices."""
+    if problem := check_own(cfg, world):
+        return problem
+    try:
+        check_known(cfg)
+    except UserError as error:
+        return str(error)
+    planner = Planner(cfg, world, device, device_type="cuda")
+    own = planner.one(cfg.parallel, planner.shapes[-1])
+    fits = "" if own.memory.total <= planner.room else f", more than the {planner.room / GIB:.1f} that can be used"
+    return f"{describe(own)}: {own.memory.total / GIB:.1f} on {own.shape}{fits}"
+
+
+def sampling_memory(cfg: SampleConfig, source: Source, world: int, device: Device) -> str:
+    """The configured layout on ``world`` devices."""
+    try:
+        parts = memory_of(cfg, source, world)
+    except (UserError, ValueError) as error:
+        return str(error)
+    total = sum(parts.values())
+    said = ", ".join(f"{name} {value / GIB:.1f}" for name, value in parts.items())
+    fits = "" if total <= device.memory else f": more than the {device.memory / GIB:.0f} of the device"
+    return f"{total / GIB:.1f} ({said}){fits}"
+
+
+def show(findings: Sequence[Finding]) -> None:
+    """One line for each file."""
+    for finding in findings:
+        state = "ok" if finding.problem is None else "missing" if finding.missing else "does not fit"
+        detail = "" if finding.problem is None else f": {finding.problem}"
+        print(f"{state:<13}{finding.key}={finding.path}{detail}")
+
+
+def advise(findings: Sequence[Finding], command: str) -> int:
+    """Say what to run next; returns the exit code."""
+    if not any(finding.problem for finding in findings):
+        print(f"next: {command}")
+        return 0
+    for name in dict.fromkeys(finding.published for finding in findings if finding.published):
+        print(f"next: python -m opensora.cli.download {name} --to {folder_for(findings, name)}")
+    rest = [finding for finding in findings if finding.problem and not finding.published]
+    if rest:
+        print(f"next: give {', '.join(f'{finding.key}=...' for finding in rest)}")
+    return 2
+
+
+if __name__ == "__main__":
+    run_cli(main)
