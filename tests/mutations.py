@@ -550,7 +550,7 @@ TABLE: tuple[Mutation, ...] = (
         REFERENCES,
         "and fits(kind, latent_frames, shape)\n        and not",
         "and not",
-        ROOM,
+        BY_WEIGHT,
     ),
     Mutation("weights of kinds left aside", REFERENCES, "kind: weights[kind]\n", "kind: 1.0\n", BY_WEIGHT),
     Mutation(
@@ -666,6 +666,35 @@ TABLE: tuple[Mutation, ...] = (
         "list(enumerate(rows))[cfg.start_index : cfg.end_index]",
         "list(enumerate(rows[cfg.start_index : cfg.end_index]))",
         "tests/unit/test_golden_sampling.py::test_file_names",
+    ),
+    Mutation(
+        "stored references that a run lacks are overlooked",
+        "opensora/assembly/stored_features.py",
+        "<= set(map(str, stored)):",
+        ">= set():",
+        "tests/unit/test_references.py::test_stored_references_serve_runs_that_need_them_or_fewer",
+    ),
+    # Prompts that a language model writes out, and stills.
+    Mutation(
+        "the key is sent elsewhere",
+        "opensora/utils/chat.py",
+        "build_opener(_Stay)",
+        "build_opener()",
+        "tests/unit/test_refine.py::test_a_failure_leaves_the_prompt_and_says_so[HTTP status 302]",
+    ),
+    Mutation(
+        "scores beyond what training has",
+        "opensora/inference/refine.py",
+        "min(max(int(found[1]), 1), MOST_MOTION)",
+        "int(found[1])",
+        "tests/unit/test_refine.py::test_scores_are_within_range[99 motion score-15]",
+    ),
+    Mutation(
+        "stills guided as their clips",
+        "opensora/inference/stills.py",
+        "guidance=still.guidance",
+        "guidance=cfg.sampling.guidance",
+        "tests/reference/test_sampling.py::test_text_to_image_to_video",
     ),
     # Processes that meet: which address is whose, who is there twice, what chooses an interface.
     Mutation(

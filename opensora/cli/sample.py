@@ -10,7 +10,7 @@ if __name__ == "__main__":  # before torch is imported, which takes long enough 
 from opensora.cli.main import run_cli
 from opensora.config.load import config_from_argv
 from opensora.config.run import SampleConfig
-from opensora.inference.pipeline import sample
+from opensora.inference.job import sample
 from opensora.utils.console import announce
 
 

@@ -20,6 +20,7 @@ from opensora.models.vae import AUTOENCODER_CONFIGS, AUTOENCODERS, AutoencoderCo
 from opensora.sampling.options import SamplingOption
 from opensora.schedulers import OBJECTIVE_CONFIGS, ObjectiveConfig, build_objective
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
+from opensora.utils.chat import RefineConfig
 from opensora.utils.files.untrusted import short
 from opensora.utils.limits import SECONDS, STEPS, Limits
 from opensora.utils.metrics_log import LogConfig
@@ -202,6 +203,26 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StillConfig:
+    """A model of stills that makes the first frame of every clip: text to image to video."""
+
+    weights: str  # run folder, export folder or safetensors file
+    model: ModelConfig | None = section(MODEL_CONFIGS, sizes=MODEL_SIZES, optional=True)  # null: as saved with weights
+    vae: AutoencoderConfig | None = section(AUTOENCODER_CONFIGS, optional=True)  # null: as saved with weights
+    text: TextConfig | None = section(TEXT_ENCODER_CONFIGS, optional=True)  # null: that of the clips
+    resolution: str = "768px"  # area of the stills, with sampling.aspect_ratio a size of training's table
+    guidance: float = 4.0  # read by a distilled model, else by two passes
+
+    LIMITS: ClassVar[Limits] = {"guidance": (1000.0, "the velocity would overflow")}
+
+    def __post_init__(self) -> None:
+        if not self.weights:
+            raise ValueError("weights='': must be a run folder, an export folder or a safetensors file")
+        if self.guidance < 0:
+            raise ValueError(f"guidance={self.guidance}: must be a number >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     """One sampling job."""
 
@@ -224,7 +245,9 @@ class SampleConfig:
         "t2v", "i2v_head", "i2v_tail", "i2v_loop", "v2v_head", "v2v_tail", "v2v_head_easy", "v2v_tail_easy"
     ] = "t2v"  # what references give: the first, the last or both frames; the first or last 33 frames, or 65 (easy)
     ref: str | None = None  # references of prompt and prompts, images or clips of any size, as "a.png;b.mp4"
+    still: StillConfig | None = None  # first make a still of every prompt, then go on from it (cond_type=i2v_head)
     prompt_suffix: bool | None = None  # words about frame rate and motion after prompts; null: as the model was trained
+    refine: RefineConfig = field(default_factory=RefineConfig)
     num_sample: int = 1  # videos per prompt, with seeds seed, seed+1, ...
     save_dir: str = "samples"  # videos, stills, prompts and the contact sheet
     save_prefix: str = ""  # what the names of files begin with

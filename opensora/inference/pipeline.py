@@ -6,31 +6,25 @@ exchanged in every step; the tiles of the autoencoder over all processes of the 
 seed alone, so any number of processes gives the same video.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count
 
 import torch
 from torch import Tensor
 
-from acceleration.accounting import host_traffic
-from acceleration.distributed import launcher_variables
-from acceleration.distributed import mesh as meshes
-from acceleration.distributed import runtime as runtimes
-from acceleration.distributed.placement import host_names
 from acceleration.distributed.runtime import Runtime
 from acceleration.distributed.tasks import DistributedRunner
 from opensora.assembly.components import Components
-from opensora.assembly.layout import check_attention, check_guidance, check_layout
 from opensora.assembly.token_layout import TokenLayout, forward_arguments
 from opensora.conditioning.references import KINDS, is_still
 from opensora.config.run import SampleConfig
-from opensora.inference.check import check_references, check_sample, coded, solver_of
-from opensora.inference.find import Source, find_source
+from opensora.inference.check import check_references, coded, solver_of
+from opensora.inference.find import Source
 from opensora.inference.load import load_components
-from opensora.inference.prompts import Job, final_prompt, read_jobs
+from opensora.inference.prompts import Job, final_prompt
 from opensora.inference.references import KnownFrames, Reference, check_count, check_length, code_known, split
-from opensora.inference.save import Saver, output_folder, unused_names
+from opensora.inference.save import Saver, unused_names
 from opensora.models.base import latent_grid
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.sampling.guidance import build_guidance, passes_per_step
@@ -39,9 +33,7 @@ from opensora.sampling.noise import get_noise
 from opensora.sampling.options import SamplingOption, sanitize_sampling_option
 from opensora.schedulers import build_solver
 from opensora.schedulers.base import SolverOptions
-from opensora.utils.console import announce, progress
-from opensora.utils.files.user_files import try_output
-from opensora.utils.prompt_suffix import published_suffix
+from opensora.utils.console import progress
 from opensora.utils.rng import torch_generator
 from opensora.utils.tokens import Grid
 
@@ -240,14 +232,9 @@ def process_and_save(parts: Components, cfg: SampleConfig, jobs: Sequence[Job], 
     api = prepare_api(parts)
     saver = Saver(cfg, parts)
     cond_type = kind_of(cfg, jobs)
-    batches = [jobs[i : i + cfg.batch_size] for i in range(0, len(jobs), cfg.batch_size)]
-    degree, rank = parts.mesh.data_degree, parts.mesh.data_rank
-    rounds = -(-len(batches) // degree)
-    bar = progress(rounds * cfg.sampling.num_steps, every_s=5.0) if saver.is_main and not quiet else None
-    for turn in range(rounds):
-        index = turn * degree + rank
-        # Sharded weights are gathered by all processes: one without a batch left repeats the last, unsaved.
-        batch = batches[min(index, len(batches) - 1)]
+    shares = list(share_out(parts, cfg, jobs))
+    bar = progress(len(shares) * cfg.sampling.num_steps, every_s=5.0) if saver.is_main and not quiet else None
+    for turn, (batch, is_ours) in enumerate(shares):
 
         def on_step(done: int, total: int, turn: int = turn) -> None:
             if bar is not None:
@@ -262,55 +249,27 @@ def process_and_save(parts: Components, cfg: SampleConfig, jobs: Sequence[Job], 
             ref=[job.ref for job in batch],
             on_step=on_step,
         )
-        if index < len(batches):
+        if is_ours:
             saver.save(batch, pixels)
     if bar is not None:
         bar.close()
     return saver.finish()
 
 
+def share_out(parts: Components, cfg: SampleConfig, jobs: Sequence[Job]) -> Iterator[tuple[Sequence[Job], bool]]:
+    """This process's batches, and whether it keeps what it makes of them: as many on every process.
+
+    Sharded weights are gathered by all: one without a batch left repeats the last, and keeps nothing.
+    """
+    batches = [jobs[i : i + cfg.batch_size] for i in range(0, len(jobs), cfg.batch_size)]
+    degree, rank = parts.mesh.data_degree, parts.mesh.data_rank
+    for index in range(rank, -(-len(batches) // degree) * degree, degree):
+        yield batches[min(index, len(batches) - 1)], index < len(batches)
+
+
 def kind_of(cfg: SampleConfig, jobs: Sequence[Job]) -> str:
     """What the references of a whole job give; t2v, which takes a pass less, where no clip has any."""
     return cfg.cond_type if any(job.ref for job in jobs) else "t2v"
-
-
-def with_suffixes(cfg: SampleConfig, jobs: list[Job], source: Source) -> tuple[list[Job], Source]:
-    """Prompts with their words about frame rate and motion, as ``cfg.prompt_suffix`` wants them: those of training, or
-    for weights that come without a configuration those of the published sampler."""
-    if cfg.prompt_suffix is None:
-        return jobs, source
-    if source.conditioning is not None or not cfg.prompt_suffix:
-        return jobs, replace(source, prompt_suffix=cfg.prompt_suffix)
-    option = cfg.sampling
-    fps = option.fps if option.num_frames > 1 else None
-    told = [replace(job, text=published_suffix(job.text, fps, option.motion_score)) for job in jobs]
-    return told, replace(source, prompt_suffix=False)
-
-
-def sample(cfg: SampleConfig) -> list[str]:
-    """The whole job: check, join the process group, load, sample, write, leave.
-
-    Raises:
-        UserError: what the user can mend, before the process group exists where possible.
-    """
-    jobs, source = with_suffixes(cfg, read_jobs(cfg), find_source(cfg))
-    world_size = launcher_variables.ranks_from_environment().world_size
-    check_layout(cfg.parallel.mesh, world_size, source.model)
-    check_attention(cfg.parallel.attention)
-    check_guidance(cfg.parallel.mesh, world_size, cfg.sampling, references=kind_of(cfg, jobs) != "t2v")
-    check_sample(cfg, source, jobs, world_size)
-    try_output(output_folder(cfg), "save_dir", folder=True)
-    parallel = cfg.parallel
-    runtime = runtimes.start(parallel.timeout_s, mesh=parallel.mesh, interface=parallel.interface)
-    parts = prepare_models(cfg, source, runtime)
-    fit(cfg.sampling, parts)
-    announce(f"{len(jobs)} samples on {runtime.world_size} processes, {runtime.device.type}")
-    if len(set(hosts := host_names(runtime.peers))) > 1:
-        launched = [peer.rank for peer in runtime.peers]
-        announce(host_traffic.summary(meshes.resolve(parallel.mesh, runtime.world_size), hosts, launched, {}))
-    files = process_and_save(parts, cfg, jobs)
-    runtimes.stop()
-    return files
 
 
 def _predict(parts: Components, positions: Tensor) -> Predict:

@@ -133,7 +133,8 @@ def final_prompt(text: str, option: SamplingOption, *, suffix: bool) -> str:
     """
     if not suffix:
         return text
-    return with_suffix(text, fps=option.fps if option.num_frames > 1 else None, motion=option.motion_score)
+    motion = None if option.motion_score == "dynamic" else option.motion_score
+    return with_suffix(text, fps=option.fps if option.num_frames > 1 else None, motion=motion)
 
 
 def _in_turn(jobs: Sequence[Job]) -> list[int]:

@@ -39,7 +39,7 @@ class SamplingOption:
     solver: str | None = None  # steps from noise to data; null: the first that fits what the model was trained for
     method: Literal["i2v", "distill"] = "i2v"  # guidance by several passes, or read by the model in one
     fps: float = 24.0  # frames per second, of the video and in the prompt
-    motion_score: int | None = 4  # null: not said in the prompt
+    motion_score: int | Literal["dynamic"] | None = 4  # null: not said in the prompt; dynamic: as a language model says
 
     LIMITS: ClassVar[Limits] = {
         **dict.fromkeys(("width", "height"), (MAX_SIDE, "H.264 and players take no more pixels a side")),
@@ -71,8 +71,8 @@ class SamplingOption:
             raise ValueError(f"seed={self.seed}: must be an integer from 0 to 2^63-1; for another clip take another")
         if not self.fps >= MIN_FPS:
             raise ValueError(f"fps={self.fps}: must be a number from {MIN_FPS} to {MAX_FPS:g}")
-        if self.motion_score is not None and self.motion_score < 0:
-            raise ValueError(f"motion_score={self.motion_score}: must be an integer >= 0, or null")
+        if isinstance(self.motion_score, int) and self.motion_score < 0:
+            raise ValueError(f"motion_score={self.motion_score}: must be an integer >= 0, dynamic, or null")
         if self.flow_shift is not None and self.flow_shift <= 0:
             raise ValueError(f"flow_shift={self.flow_shift}: must be a number > 0, or null for the formula")
         if self.noise not in ("keyed", "published"):

@@ -96,6 +96,27 @@ SAMPLES = {
         ["cond_type=i2v_head", "ref={folder}/still.png", "weights={folder}/without_cond"],
         "ref: the model reads no reference frames (model.cond_embed=false); take ref and cond_type out",
     ),
+    "a still and a reference": (
+        ["cond_type=i2v_head", "ref={folder}/still.png", "still={{weights: {folder}/exported}}"],
+        "still: makes the reference of every clip itself; take cond_type and ref out",
+    ),
+    "a still of one frame": (
+        ["sampling.num_frames=1", "still={{weights: {folder}/exported}}"],
+        "sampling.num_frames=1: must be 2 or more with still",
+    ),
+    "a still without weights": (["still={{weights: {folder}/no}}"], "weights={folder}/no: no such file"),
+    "a size that stills have not": (
+        ["still={{weights: {folder}/exported, resolution: big}}"],
+        "still.resolution=big: ",
+    ),
+    "refine without a key": (
+        ["refine={{prompts: true, key_variable: NO_SUCH_KEY}}"],
+        "refine.key_variable=NO_SUCH_KEY: the environment has no such variable; export the key in it",
+    ),
+    "a motion score that no prompt names": (
+        ["sampling.motion_score=dynamic"],
+        "sampling.motion_score=dynamic: prompts do not name it; set prompt_suffix=true",
+    ),
     "three references": (
         ["cond_type=i2v_loop", "ref=a.png;b.png;c.png"],
         "ref: 3 references for a clip, cond_type=i2v_loop takes at most 2, one for each end",

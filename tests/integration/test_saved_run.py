@@ -12,6 +12,7 @@ from opensora.config.run import RunConfig, SampleConfig
 from opensora.config.strict_yaml import read_yaml
 from opensora.inference import check, pipeline
 from opensora.inference.find import find_source
+from opensora.inference.job import sample
 from opensora.schedulers.timesteps import get_schedule
 from tests.dist.harness import run_distributed
 from tests.integration.test_train_and_sample import LAYOUT_B, train_on
@@ -45,7 +46,7 @@ def sampled(job: dict[str, Any]) -> tuple[list[list[float]], list[str]]:
         return solver
 
     with mock.patch.object(pipeline, "build_solver", noting), mock.patch.object(check, "announce", said.append):
-        assert pipeline.sample(load_config(SampleConfig, job))
+        assert sample(load_config(SampleConfig, job))
     return asked, said
 
 

@@ -139,13 +139,18 @@ def given(sampler: Sampler) -> Tensor:
     frames, height, width = sampler.size
     found = torch.zeros(3, frames, height, width, dtype=torch.float64)
     for at, picture in ((0, noise_picture("still", 1, 30, 70)[0]), (-1, noise_picture("clip", 7, 24, 64)[-1])):
-        scale = max(height / picture.shape[0], width / picture.shape[1])
-        size = (round(picture.shape[1] * scale), round(picture.shape[0] * scale))
-        scaled = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
-        top, left = (scaled.shape[0] - height) // 2, (scaled.shape[1] - width) // 2
-        cropped = torch.from_numpy(scaled[top : top + height, left : left + width].copy())
-        found[:, at] = cropped.permute(2, 0, 1).double() / 127.5 - 1
+        found[:, at] = covering(picture, height, width)
     return found
+
+
+def covering(picture: np.ndarray, height: int, width: int) -> Tensor:
+    """(3, height, width) fp64 in [-1, 1]: resized to cover, cropped at the centre."""
+    scale = max(height / picture.shape[0], width / picture.shape[1])
+    size = (round(picture.shape[1] * scale), round(picture.shape[0] * scale))
+    scaled = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
+    top, left = (scaled.shape[0] - height) // 2, (scaled.shape[1] - width) // 2
+    cropped = torch.from_numpy(scaled[top : top + height, left : left + width].copy())
+    return cropped.permute(2, 0, 1).double() / 127.5 - 1
 
 
 def referred_pixels(path: Path, overrides: list[str], ref: list[str]) -> Tensor:
@@ -200,11 +205,56 @@ def test_the_command_with_references(tmp_path: Path) -> None:
     encode = text().encode
     for row, frames in enumerate((given(sampler), None)):
         right = sampler.pixels(encode(PROMPTS[row]), encode(NEGATIVES[row]), SEEDS[0], frames)
-        found = read_frames(str(tmp_path / f"samples/video_40x24/prompts_{row:04d}.mp4"), 0, sampler.size[0])
-        # Chroma is stored for 2x2 pixels, so brightness alone can be compared.
-        luma = torch.tensor([0.2126, 0.7152, 0.0722])
-        off = (torch.from_numpy(found).float() - sampling.levels(right).float()) @ luma
-        assert off.abs().mean() < 2, off.abs().mean()
+        check_clip(tmp_path / f"samples/video_40x24/prompts_{row:04d}.mp4", right)
+
+
+STILL_FIRST = replace(GUIDED, kind="i2v_head", steps=3, guidance_img=2.0)
+OF_STILLS = replace(GUIDED, distilled=True, steps=3, guidance=4.0, size=(1, 48, 48))
+
+
+def still_config(folder: Path, **more: Any) -> Path:
+    """Two models: one that reads its guidance for stills, one in three passes for clips."""
+    (folder / "stills").mkdir()
+    weights = files.write_weights(folder / "stills" / "weights.safetensors", files.alive())
+    still = {"weights": str(weights), "resolution": "48px", "model": files.model_section("half")}
+    still |= {"vae": files.encoder_sections()["vae"]}
+    path = from_file(folder, STILL_FIRST, prompts=list(PROMPTS), neg=NEGATIVES[1], crf=0, still=still, **more)
+    config = yaml.safe_load(path.read_text())
+    config["sampling"]["aspect_ratio"] = "1:1"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def check_stills_and_clips(folder: Path) -> None:
+    """The still of every prompt is what its model makes, and its clip goes on from the file."""
+    made, encode = folder / "samples/video_40x24", text().encode
+    for row, prompt in enumerate(PROMPTS):
+        still = made / f"generated_condition/sample_{row:04d}.png"
+        check_still(still, OF_STILLS.pixels(encode(prompt), encode(""), SEEDS[0]))
+        frames = torch.zeros(3, *CLIP, dtype=torch.float64)
+        frames[:, 0] = covering(np.asarray(Image.open(still)), *CLIP[1:])
+        right = STILL_FIRST.pixels(encode(prompt), encode(NEGATIVES[1]), SEEDS[0], frames)
+        check_clip(made / f"sample_{row:04d}.mp4", right)
+
+
+def check_clip(file: Path, right: Tensor) -> None:
+    """Brightness alone, as chroma is stored for 2x2 pixels."""
+    found = read_frames(str(file), 0, right.shape[1])
+    off = (torch.from_numpy(found).float() - sampling.levels(right).float()) @ torch.tensor([0.2126, 0.7152, 0.0722])
+    assert off.abs().mean() < 2, off.abs().mean()
+
+
+def test_text_to_image_to_video(tmp_path: Path) -> None:
+    assert command.main([str(still_config(tmp_path))]) == 0
+    check_stills_and_clips(tmp_path)
+
+
+def test_text_to_image_to_video_on_many_processes(tmp_path: Path) -> None:
+    """The model of stills has one pass: its processes share out the weights, which those of three passes do not."""
+    layout = {"mesh": {"cfg": 3, "shard": 1}, "zero": 3, "timeout_s": 60}
+    path = still_config(tmp_path, parallel=layout, batch_size=2)
+    assert run_distributed(sample, 3, [str(path)], timeout=110, init=False) == [0] * 3
+    check_stills_and_clips(tmp_path)
 
 
 def sample(argv: list[str]) -> int:

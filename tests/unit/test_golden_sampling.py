@@ -15,11 +15,12 @@ from acceleration.sequence import SequenceParallel
 from opensora.assembly.components import Components
 from opensora.assembly.token_layout import token_layout
 from opensora.conditioning.references import KINDS
-from opensora.config.run import SampleConfig
+from opensora.config.run import SampleConfig, StillConfig
 from opensora.inference.pipeline import prepare_api
 from opensora.inference.prompts import read_jobs
 from opensora.inference.references import code_known
 from opensora.inference.save import output_folder
+from opensora.inference.stills import still_size
 from opensora.models.base import TextFeatures
 from opensora.models.mmdit import MMDiTConfig
 from opensora.sampling.guidance import build_guidance
@@ -203,6 +204,13 @@ def test_sizes(tables: dict[str, Any]) -> None:
             assert (option.height, option.width) == tuple(-(-x // multiple) * multiple for x in (height, width))
         else:
             assert image_size(resolution, ratio, multiple) == (height, width), (multiple, resolution, ratio)
+
+
+def test_sizes_of_stills(tables: dict[str, Any]) -> None:
+    """Of text to image to video: 768px of training's table."""
+    for ratio, height, width, frames, guidance, method, *_ in tables["t2i_size"]:
+        assert still_size("768px", ratio, 16) == (height, width) and frames == 1
+        assert (StillConfig(weights="w").guidance, method) == (guidance, "distill")
 
 
 def test_schedules(tables: dict[str, Any]) -> None:

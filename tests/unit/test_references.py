@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,17 +15,22 @@ from torch import Tensor
 
 from acceleration.distributed.mesh import view
 from acceleration.sequence import SequenceParallel
+from opensora.assembly import stored_features
 from opensora.assembly.encoders import Encoders
 from opensora.assembly.token_layout import token_layout
 from opensora.conditioning import ConditioningConfig, DropoutConfig
 from opensora.conditioning.references import KINDS, draw_kind, fits, given_frames, needed_parts, parts_of
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig
 from opensora.datasets.buckets.bucket import Bucket
+from opensora.datasets.loading import feature_store
 from opensora.datasets.loading.reader import Batch
 from opensora.inference.references import code_known
 from opensora.models.base import AutoencoderShape, TextFeatures
 from opensora.models.mmdit import MMDiTConfig
 from opensora.schedulers.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from opensora.train.preparation import Preparation
+from opensora.utils.errors import UserError
 from opensora.utils.rng import torch_generator
 from opensora.utils.tokens import unpack
 from tests.toy_components import ToyAutoencoder
@@ -256,6 +262,44 @@ def test_what_is_needed_of_a_clip() -> None:
     assert [part.name for part in needed_parts(weights, 40, CAUSAL)] == ["head_1", "tail_1", "head_33"]
     assert [part.name for part in needed_parts(weights, 40, UNCAUSAL)] == ["head_1", "tail_1", "head_32"]
     assert needed_parts(weights, 1, CAUSAL) == () and needed_parts({}, 40, CAUSAL) == ()
+
+
+RUN = {
+    "name": "run",
+    "model": {"kind": "mmdit", "size": "debug", "in_channels": 16, "patch_size": 1},
+    "vae": {"kind": "dct", "channels": 16},
+    "text": {"kind": "bytes", "dim": 32},
+    "data": {"table": "t.csv", "buckets": {"32px": {1: [1.0, 1], 77: [1.0, 1]}}, "features": "stored"},
+    "train": {"steps": 1},
+}
+
+
+def run_with(references: dict[str, float]) -> RunConfig:
+    model = {"vec_in_dim": 32, "context_in_dim": 32, "cond_embed": True}
+    given = RUN | {"model": RUN["model"] | model, "conditioning": {"references": references}}  # type: ignore[operator]
+    return load_config(RunConfig, given)
+
+
+def test_stored_references_serve_runs_that_need_them_or_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that was made without references is as it was; one that lacks some is refused by name."""
+    table: Any = SimpleNamespace(content="0")
+    monkeypatch.setattr(feature_store, "verify", lambda folder: None)
+    loop, head = run_with({"i2v_loop": 1.0, "t2v": 1.0, "v2v_tail": 0.0}), run_with({"i2v_head": 2.0})
+    none, longer = run_with({}), run_with({"i2v_head": 1.0, "v2v_head": 1.0})
+    assert "references" not in stored_features.identity(none, table)
+    assert stored_features.identity(loop, table)["references"] == ["head_1", "tail_1"]
+
+    def check(run: RunConfig, made_for: RunConfig) -> None:
+        stated = json.loads(json.dumps(stored_features.identity(made_for, table)))
+        manifest = {"hash": stored_features.identity_hash(stated), "made_for": stated, "epochs": 1}
+        monkeypatch.setattr(feature_store, "read_manifest", lambda folder: manifest)
+        stored_features.check(run, table, SimpleNamespace(epoch_of=lambda step: 0))  # type: ignore[arg-type]
+
+    for run, made_for in ((loop, loop), (head, loop), (none, loop), (none, none), (head, longer)):
+        check(run, made_for)
+    for run, made_for in ((loop, head), (loop, none), (longer, loop)):
+        with pytest.raises(UserError, match=r"^data\.features=stored: made for .*references"):
+            check(run, made_for)
 
 
 BAD: Sequence[tuple[Any, str]] = (
