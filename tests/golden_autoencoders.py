@@ -1,4 +1,4 @@
-"""Autoencoders against tensors that their families' published code has computed: ``python -m tests.golden_autoencoders``.
+"""Autoencoders against tensors that published code has computed: ``python -m tests.golden_autoencoders``.
 
 Every case of a file goes through ``build_autoencoder``, and the largest difference over the largest value is told.
 """

@@ -63,10 +63,13 @@ class Allocations(TorchDispatchMode):
     Every tensor that an operator returns is counted once with the memory behind it until that is freed or resized, in
     whatever thread: exact, where resident memory is not. Not counted are memory that was there before, what an
     operator needs inside, and buffers of the backend. A tensor of a mapped file counts. For a GPU ask its allocator.
+
+    ``device_type="meta"``: bytes that tensors on the meta device would take elsewhere.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device_type: str = "cpu") -> None:
         super().__init__()
+        self._device_type = device_type
         self.now = self.peak = 0
         self._sizes: dict[int, int] = {}  # by the identity of a storage that is alive
         self._resize = torch.UntypedStorage.resize_
@@ -92,10 +95,10 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # counted where it works on its local tensors
-        for tensor in _tensors((args, kwargs)):
+        for tensor in self._tensors((args, kwargs)):
             self._remember(tensor.untyped_storage(), 0)
         result = func(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
+        for tensor in self._tensors(result):
             storage = tensor.untyped_storage()
             self._remember(storage, storage.nbytes())
         return result
@@ -114,6 +117,7 @@ class Allocations(TorchDispatchMode):
     def _forget(self, storage: int) -> None:
         self.now -= self._sizes.pop(storage)
 
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.device.type == "cpu"]
+    def _tensors(self, tree: Any) -> list[Tensor]:
+        return [
+            leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.device.type == self._device_type
+        ]

@@ -70,8 +70,11 @@ def main(argv: list[str]) -> int:
     else:
         print(f"\nconfigured: {describe(own[0])}\n{'bucket':<44}{COLUMNS}")
         for forecast in own:
-            too_much = "  does not fit" if forecast.memory.total > planner.room else ""
+            too_much = "  does not fit" if forecast.peak > planner.room else ""
             print(f"{forecast.shape:<44}{row(forecast)}{too_much}")
+        most = max(own, key=lambda forecast: forecast.encoding)
+        if most.encoding:
+            print(f"while clips are encoded: at most {most.encoding / GIB:.2f}, {most.shape}")
     sys.stdout.flush()  # to be read while the layouts are timed, which takes longer
     best = planner.best(args.top, show_progress())
     print(f"\nfastest that fit {best[0].shape}\n{'layout':<44}{COLUMNS}")

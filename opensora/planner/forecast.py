@@ -57,6 +57,7 @@ class Shape:
 
     name: str
     batch: MicroBatch
+    clips: tuple[int, int, int, int] | None = None  # samples, frames, height, width before they are encoded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,12 @@ class Forecast:
     flops: float  # model FLOPs of a step, all processes together
     step_s: float
     mfu: float
+    encoding: int = 0  # bytes while clips are encoded, with what the process keeps then; 0: less than for other shapes
+
+    @property
+    def peak(self) -> int:
+        """Most bytes at any moment."""
+        return max(self.memory.total, self.encoding)
 
     def plain(self) -> dict[str, Any]:
         """For JSON; memory and bytes in GiB."""
@@ -82,7 +89,8 @@ class Forecast:
             "shape": self.shape,
             "batches": self.batches,
             "memory_gib": {name: value / 2**30 for name, value in vars(self.memory).items()},
-            "peak_gib": self.memory.total / 2**30,
+            "peak_gib": self.peak / 2**30,
+            "encoding_gib": self.encoding / 2**30,
             "comm_gib": {axis: value / 2**30 for axis, value in self.sent.items()},
             "flops": self.flops,
             "step_s": self.step_s,
@@ -153,14 +161,16 @@ def structure(cfg: ModelConfig, known: bool = False) -> ModelProfile:
 def shapes(cfg: RunConfig) -> list[Shape]:
     """Every row of the bucket table at its size of most tokens; the table of clips is not read."""
     multiple = describe(cfg.model).pixel_multiple(autoencoder_shape(cfg.vae).stride)
-    largest: dict[str, MicroBatch] = {}
+    largest: dict[str, Shape] = {}
     for bucket in BucketTable(cfg.data, multiple).buckets:
         one = _as_seen(cfg, bucket.frames, (bucket.height, bucket.width))
         batch = replace(one, samples=bucket.batch_size)
         name = f"{bucket.resolution} x {bucket.frames}"
-        if name not in largest or batch.samples * batch.img > largest[name].samples * largest[name].img:
-            largest[name] = batch
-    return [Shape(name=name, batch=batch) for name, batch in largest.items()]
+        known = largest[name].batch if name in largest else None
+        if known is None or batch.samples * batch.img > known.samples * known.img:
+            clips = (bucket.batch_size, bucket.frames, bucket.height, bucket.width)
+            largest[name] = Shape(name=name, batch=batch, clips=clips)
+    return list(largest.values())
 
 
 def _as_seen(cfg: RunConfig, frames: int, size: tuple[int, int]) -> MicroBatch:
@@ -231,6 +241,7 @@ class Forecaster:
         network: Network,
         memory: Footprint,
         step_batches: int,
+        encoding: int = 0,
     ) -> Forecast:
         """Everything about a step in which every micro-batch is of this shape."""
         sent = comm_volume.step_bytes(self.structure, place, [shape.batch] * batches)
@@ -246,6 +257,7 @@ class Forecaster:
             flops=flops,
             step_s=seconds,
             mfu=mfu(flops, seconds, device.flops * place.mesh.world_size),
+            encoding=encoding,
         )
 
     def seconds(self, place: RankLayout, batches: Sequence[MicroBatch], device: Device, network: Network) -> float:

@@ -16,6 +16,7 @@ from acceleration.sharding import tensor_parallel
 from opensora.assembly.layout import check_layout
 from opensora.config.run import RunConfig
 from opensora.models.families import build_model, describe
+from opensora.planner.coding_memory import encoding_bytes, heaviest_to_encode
 from opensora.planner.devices import Device
 from opensora.planner.encoder_memory import frozen_bytes
 from opensora.planner.forecast import Forecast, Forecaster, Shape, shapes
@@ -102,6 +103,7 @@ class Planner:
         )
         self.device_type = device_type
         self.shapes = sorted(shapes(cfg), key=lambda s: s.batch.samples * (s.batch.txt + s.batch.img))
+        self.encoded = {shape.name for shape in (self.shapes if exact else heaviest_to_encode(self.shapes))}
         self.room = int(device.memory * (1 - RESERVE))
 
     def own(self) -> list[Forecast]:
@@ -116,7 +118,9 @@ class Planner:
         else:
             memory = self.forecaster.state(place)
         every = self.cfg.data.micro_batches
-        return self.forecaster.forecast(place, shape, batches, self.device, self.network, memory, every)
+        known = with_memory and shape.name in self.encoded
+        encoding = encoding_bytes(self.cfg, self.forecaster.state(place), place, shape, batches) if known else 0
+        return self.forecaster.forecast(place, shape, batches, self.device, self.network, memory, every, encoding)
 
     def best(self, count: int, watch: Callable[[int, int], None] = lambda done, total: None) -> list[Forecast]:
         """The ``count`` fastest layouts whose heaviest shape fits, fastest first, on that shape.
@@ -138,11 +142,11 @@ class Planner:
         found: list[Forecast] = []
         for _, _, parallel in sorted(timed):
             forecast = self.one(parallel, heaviest)
-            if forecast.memory.total <= self.room:
+            if forecast.peak <= self.room:
                 found.append(forecast)
                 if len(found) == count:
                     break
-            elif closest is None or forecast.memory.total < closest.memory.total:
+            elif closest is None or forecast.peak < closest.peak:
                 closest = forecast
         if not found:
             raise UserError(self._nothing(closest))
@@ -172,8 +176,8 @@ class Planner:
         )
         if own.step_s >= whole.step_s:
             return f"{said}: not faster"
-        if own.memory.total > self.room:
-            return f"{said}: faster, but it needs {own.memory.total / 2**30:.1f} GiB of {self.room / 2**30:.1f}"
+        if own.peak > self.room:
+            return f"{said}: faster, but it needs {own.peak / 2**30:.1f} GiB of {self.room / 2**30:.1f}"
         return f"{said}: faster, and it fits"
 
     def _cut_across(self, parallel: ParallelConfig) -> bool:
@@ -193,7 +197,7 @@ class Planner:
         if closest is None:
             return f"no layout fits: weights, optimizer and gradients alone need more than the {room}; use more devices"
         return (
-            f"no layout fits: {closest.shape} needs at least {closest.memory.total / 2**30:.1f} GiB and there are the "
+            f"no layout fits: {closest.shape} needs at least {closest.peak / 2**30:.1f} GiB and there are the "
             f"{room}; lower its batch size in data.buckets, or use more devices"
         )
 

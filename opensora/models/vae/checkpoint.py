@@ -165,7 +165,7 @@ def open_checkpoint(path: str, format: AutoencoderWeights, to: Layout | None = N
     weights = _weights(path, format)
     try:
         file = WeightFile(weights, format, to)
-        stated = stated_shape(path) if Path(path).is_dir() else _in_metadata(weights)
+        stated = stated_shape(path) if config_file(path) else _in_metadata(weights)
     except UserError as error:
         raise error if str(error).startswith(KEY) else UserError(f"{KEY}={error}") from None
     return Checkpoint(path, weights, stated, file.shapes, format, to)
@@ -198,7 +198,9 @@ def _weights(path: str, format: AutoencoderWeights) -> Path:
 
 def _in_metadata(file: Path) -> dict[str, Any]:
     """What a single file states of its network; nothing if it does not."""
-    text = open_weights(file).metadata.get(CONFIG, "{}") if file.suffix != ".json" else "{}"
+    if file.is_dir() or file.suffix == ".json":
+        return {}
+    text = open_weights(file).metadata.get(CONFIG, "{}")
     try:
         found = parse_json(text, UserError)
     except UserError:

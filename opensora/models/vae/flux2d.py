@@ -1,5 +1,6 @@
 """Flux's 2-D autoencoder (8x, 16 channels): the published ae.safetensors, or a diffusers folder; frame by frame."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -99,7 +100,7 @@ class Flux2DAutoencoder:
         """(B, channels, T', H', W') -> (B, 3, T, H, W) fp32, in [-1, 1] unless ``clamp`` is off."""
         frames = rearrange(latents.float() / SCALE + SHIFT, "b c t h w -> (b t) c h w").to(self._dtype)
         size = (COLOURS, *(side * stride for side, stride in zip(frames.shape[2:], self.stride[1:], strict=True)))
-        parts = run([Task(partial(self._pixels, z), (len(z), *size)) for z in frames.split(self.cfg.micro_batch)])
+        parts = run([_piece(self._pixels, z, size) for z in frames.split(self.cfg.micro_batch)])
         pixels = rearrange(torch.cat(parts).float(), "(b t) c h w -> b c t h w", b=len(latents))
         return pixels.clamp(-1, 1) if clamp else pixels
 
@@ -107,7 +108,7 @@ class Flux2DAutoencoder:
         """Frames as images, (B, 3, T, H, W) -> (B, channels, T, H', W')."""
         frames = rearrange(pixels, "b c t h w -> (b t) c h w").to(self._dtype)
         size = (channels, *(side // stride for side, stride in zip(frames.shape[2:], self.stride[1:], strict=True)))
-        parts = run([Task(partial(code, x), (len(x), *size)) for x in frames.split(self.cfg.micro_batch)])
+        parts = run([_piece(code, x, size) for x in frames.split(self.cfg.micro_batch)])
         return rearrange(torch.cat(parts), "(b t) c h w -> b c t h w", b=len(pixels))
 
     def _moments(self, frames: Tensor) -> Tensor:
@@ -119,6 +120,11 @@ class Flux2DAutoencoder:
 
     def _pixels(self, z: Tensor) -> Tensor:
         return self._decoder(z if self.network.post_quant_conv is None else self.network.post_quant_conv(z))
+
+
+def _piece(code: Callable[[Tensor], Tensor], frames: Tensor, size: tuple[int, ...]) -> Task:
+    """Contiguous both ways, as a piece is that has travelled: kernels choose by strides how they add up."""
+    return Task(lambda: code(frames.contiguous()).contiguous(), (len(frames), *size))
 
 
 def _build(cfg: Flux2DConfig, device: torch.device | str, dtype: torch.dtype) -> Any:

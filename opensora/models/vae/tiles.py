@@ -169,7 +169,8 @@ def _work(x: Tensor, code: Callable[[Tensor], Tensor], channels: int, tiling: Ti
 
 
 def _code_tile(x: Tensor, code: Callable[[Tensor], Tensor], *, drop: int) -> Tensor:
-    return code(x)[:, :, drop:]
+    """Contiguous both ways, as a tile is that has travelled: kernels choose by strides how they add up."""
+    return code(x.contiguous())[:, :, drop:].contiguous()
 
 
 def _join_plane(rows: list[list[Tensor]], tiling: Tiling) -> Tensor:

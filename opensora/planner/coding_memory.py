@@ -1,0 +1,101 @@
+"""Memory of encoding and decoding clips: found on the meta device, tile by tile, for any autoencoder and size.
+
+Counted is what an allocator would be asked for: pixels, latents, tiles, and what the network makes of one tile. Not
+counted are weights (``forecast.frozen_bytes``), and what a kernel needs inside, as the workspace of a convolution.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from acceleration.accounting.peak_memory import Footprint
+from acceleration.accounting.rank_layout import RankLayout
+from acceleration.diagnostics.memory_usage import Allocations
+from opensora.assembly.stored_features import encoder_dtype
+from opensora.config.run import RunConfig
+from opensora.models.base import latent_grid
+from opensora.models.vae import AutoencoderConfig, build_autoencoder
+from opensora.planner.forecast import Shape
+from opensora.utils.tasks import Task
+
+COLOURS = 3
+
+
+@lru_cache
+def encode_bytes(cfg: AutoencoderConfig, clips: int, frames: int, height: int, width: int, dtype: torch.dtype) -> int:
+    """Most bytes at any moment while so many clips are encoded together, beside the weights of the autoencoder, with
+    the pixels (fp32). Processes that share the tiles need no more each."""
+    autoencoder = build_autoencoder(cfg, "meta", dtype)
+    with Allocations("meta") as seen, _FusedAttention():
+        pixels = torch.empty(clips, COLOURS, frames, height, width, device="meta")
+        autoencoder.encode(pixels, _LastOfEach(dtype))
+    return seen.peak
+
+
+@lru_cache
+def decode_bytes(cfg: AutoencoderConfig, clips: int, frames: int, height: int, width: int, dtype: torch.dtype) -> int:
+    """The same while they are decoded, with their latents (fp32). The size is that of the pixels."""
+    autoencoder = build_autoencoder(cfg, "meta", dtype)
+    grid = latent_grid(frames, height, width, autoencoder)
+    with Allocations("meta") as seen, _FusedAttention():
+        latents = torch.empty(clips, autoencoder.channels, *grid, device="meta")
+        autoencoder.decode(latents, _LastOfEach(dtype))
+    return seen.peak
+
+
+def encoding_bytes(cfg: RunConfig, state: Footprint, place: RankLayout, shape: Shape, batches: int) -> int:
+    """What a process holds in training while a micro-batch is encoded; 0 where stored features are read.
+
+    Args:
+        state: what it keeps between steps, and its gradients.
+        batches: micro-batches of a step: while later ones are encoded, gradients of those before are there, and for
+            ZeRO 0 and 1 whole weights.
+    """
+    if cfg.data.features or shape.clips is None:
+        return 0
+    coding = encode_bytes(cfg.vae, *shape.clips, encoder_dtype(cfg))
+    if batches == 1:
+        return coding + state.state
+    whole = state.weights * place.fsdp_degree if place.cfg.zero < 2 else 0
+    return coding + state.total + whole * place.itemsize("compute") // place.itemsize("master")
+
+
+def heaviest_to_encode(shapes: Iterable[Shape]) -> list[Shape]:
+    """Of every size in pixels the longest clips, and those that are most pixels together: no others need more."""
+    by_size: dict[tuple[int, int], list[tuple[int, int, Shape]]] = {}
+    for shape in shapes:
+        if shape.clips:
+            samples, frames, *size = shape.clips
+            by_size.setdefault((size[0], size[1]), []).append((frames, samples * frames, shape))
+    longest = [max(found, key=lambda one: one[:2])[2] for found in by_size.values()]
+    largest = [max(found, key=lambda one: one[1::-1])[2] for found in by_size.values()]
+    return longest + [shape for shape in largest if shape not in longest]
+
+
+class _FusedAttention(TorchFunctionMode):
+    """No scores are held: on devices attention is a kernel that keeps them to itself."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+        return named["query"].new_empty(*named["query"].shape[:-1], named["value"].shape[-1])
+
+
+class _LastOfEach:
+    """Runs one piece of each shape, the last, when the results of those before are there: there is none heavier."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __call__(self, work: Sequence[Task]) -> list[Tensor]:
+        last = {piece.shape: index for index, piece in enumerate(work)}
+        return [
+            piece.run() if last[piece.shape] == index else torch.empty(piece.shape, dtype=self.dtype, device="meta")
+            for index, piece in enumerate(work)
+        ]
