@@ -44,11 +44,14 @@ def look(key: str, path: str, check: Callable[[], Any] | None = None) -> Finding
     return Finding(key, path, None)
 
 
+def autoencoder_files(vae: Any) -> list[Finding]:
+    """Of the autoencoder, if it has any."""
+    return [look("vae.path", vae.path, partial(check_autoencoder, vae))] if hasattr(vae, "path") else []
+
+
 def encoder_files(vae: Any, text: Any) -> list[Finding]:
     """Of the autoencoder and the text encoder."""
-    found = []
-    if hasattr(vae, "path"):
-        found.append(look("vae.path", vae.path, partial(check_autoencoder, vae)))
+    found = autoencoder_files(vae)
     for name, check in (("t5_path", open_t5), ("clip_path", open_clip)):
         if hasattr(text, name):
             path = getattr(text, name)

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from opensora.assembly.file_checks import Finding, encoder_files, folder_for, look, run_files
+from opensora.assembly.file_checks import Finding, autoencoder_files, encoder_files, folder_for, look, run_files
 from opensora.cli.forecast import MAX_GIB, MAX_WORLD, check_known, describe
 from opensora.cli.main import run_cli
 from opensora.config.load import load_config
-from opensora.config.run import RunConfig, SampleConfig, check_fit
+from opensora.config.run import RunConfig, SampleConfig, StillConfig, check_fit
 from opensora.config.strict_yaml import read_yaml
 from opensora.inference.find import Source, default_objective, find_source
 from opensora.inference.memory import memory_of
@@ -102,12 +102,24 @@ def sample_files(cfg: SampleConfig) -> tuple[list[Finding], Source | None]:
     vae, text = (source.vae, source.text) if source else (cfg.vae, cfg.text)
     if vae is not None and text is not None:
         findings += encoder_files(vae, text)
+    if cfg.still is not None:
+        findings += _still_files(cfg, cfg.still)
     if source is not None:
         try:
             check_fit(source.model, source.vae, source.text)
         except ValueError as error:
             findings.append(Finding("model", str(source.path), str(error)))
     return findings, source
+
+
+def _still_files(cfg: SampleConfig, still: StillConfig) -> list[Finding]:
+    """Of the model of stills, whose text encoder is that of the clips unless it has its own."""
+    of_stills = replace(cfg, weights=still.weights, model=still.model, vae=still.vae, text=still.text or cfg.text)
+    found = [look("still.weights", still.weights, lambda: find_source(replace(of_stills, lora=None)))]
+    if still.vae is not None:
+        own = encoder_files(still.vae, still.text) if still.text else autoencoder_files(still.vae)
+        found += [replace(finding, key=f"still.{finding.key}") for finding in own]
+    return found
 
 
 def _as_configured(cfg: SampleConfig) -> Source | None:

@@ -66,6 +66,11 @@ def test_sampling(path: Path) -> None:
     assert solver_of("sampling", cfg.sampling, objective) == "euler"
     assert cfg.prompt_suffix and cfg.cond_type == {"i2v": "i2v_head", "v2v": "v2v_head"}.get(path.stem, "t2v")
     assert (option.text_osci, option.image_osci, option.scale_temporal_osci) == (True, True, True)
+    if cfg.still is not None:
+        assert cfg.still.model is not None and cfg.still.vae is not None
+        check_fit(cfg.still.model, cfg.still.vae, cfg.text)
+        assert (cfg.still.resolution, cfg.still.guidance) == ("768px", 4.0)
+    assert (cfg.still is not None) == (path.stem.startswith("t2i2v") or path.stem == "high_compression")
     source = Source(
         path=Path(cfg.weights),
         checkpoint=None,
