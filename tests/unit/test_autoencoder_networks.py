@@ -1,7 +1,7 @@
 """What autoencoders compute: attention as the dense mask has it, draws by their keys, memory as forecast."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -28,6 +28,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "flux2d": {"micro_batch": 3},
     "dc_ae": {"tile_size": 128, "tile_frames": 16},
 }
+
+
+class Keys(NamedTuple):
+    """What draws of a batch are keyed by."""
+
+    epoch: int
+    sample_ids: tuple[int, ...]
 
 
 def clips(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -156,25 +163,25 @@ def test_draws_are_functions_of_their_keys(kind: str, configs: dict[str, Any]) -
     """Whatever samples are coded together; another epoch, seed, sample or purpose draws otherwise."""
     autoencoder: Any = build_autoencoder(replace(configs[kind], sample="posterior"), CPU, torch.float32)
     encoders = Encoders(autoencoder=autoencoder, text_encoder=FakeText(), device=CPU, seed=7)
-    pixels, ids = clips(3, 3, 5, 16, 24), (4, 9, 2)
-    together = encoders.latents(pixels, 1, ids)
+    pixels, batch = clips(3, 3, 5, 16, 24), Keys(1, (4, 9, 2))
+    together = encoders.latents(pixels, batch)
     posterior = autoencoder.posterior(pixels)
     scale, shift = (0.476986, 0.0) if kind == "hunyuan" else (0.3611, 0.1159)
-    for row, sample in enumerate(ids):
+    for row, sample in enumerate(batch.sample_ids):
         noise = torch.randn(posterior.mean.shape[1:], generator=torch_generator(7, 1, sample, "posterior"))
         drawn = posterior.mean[row] + torch.exp(posterior.logvar[row] / 2) * noise
         assert torch.allclose(together[row], (drawn - shift) * scale, atol=1e-6)
-        alone = encoders.latents(pixels[row : row + 1], 1, (sample,))
+        alone = encoders.latents(pixels[row : row + 1], batch, [row])
         assert torch.allclose(alone[0], together[row], atol=1e-5)
     others = [
-        encoders.latents(pixels, 2, ids),
-        encoders.latents(pixels, 1, (4, 9, 3)),
-        encoders.latents(pixels, 1, ids, "reference"),
-        replace(encoders, seed=8).latents(pixels, 1, ids),
+        encoders.latents(pixels, Keys(2, batch.sample_ids)),
+        encoders.latents(pixels, Keys(1, (4, 9, 3))),
+        encoders.latents(pixels, batch, purpose="reference"),
+        replace(encoders, seed=8).latents(pixels, batch),
     ]
     assert all(not torch.allclose(other[2], together[2], atol=1e-2) for other in others)
     mode = build_autoencoder(configs[kind], CPU, torch.float32)
-    assert torch.equal(replace(encoders, autoencoder=mode).latents(pixels, 1, ids), mode.encode(pixels))
+    assert torch.equal(replace(encoders, autoencoder=mode).latents(pixels, batch), mode.encode(pixels))
     assert torch.allclose(autoencoder.encode(pixels), mode.encode(pixels), atol=1e-6)  # nobody draws: the mode
 
 
@@ -266,6 +273,15 @@ def test_frames_that_dc_ae_decodes_to(configs: dict[str, Any]) -> None:
             assert autoencoder.decode(latents).shape[2] == autoencoder.decoded_frames(frames)
         assert whole.decoded_frames(frames) == (1 if frames == 1 else 4 * frames)
     assert [cut.decoded_frames(frames) for frames in (4, 5, 7, 8)] == [16, 20, 25, 32]
+
+
+def test_scale_of_dc_ae(configs: dict[str, Any]) -> None:
+    """Encoding divides by it, decoding multiplies."""
+    one, half = (build_autoencoder(replace(configs["dc_ae"], scale=scale), CPU, torch.float32) for scale in (1.0, 0.5))
+    pixels = clips(1, 3, 4, 32, 32)
+    latents = one.encode(pixels)
+    assert torch.equal(half.encode(pixels), 2 * latents)
+    assert torch.equal(half.decode(2 * latents), one.decode(latents))
 
 
 @pytest.mark.slow
