@@ -195,7 +195,7 @@ def test_divergence_of_a_normal() -> None:
     )
     assert torch.allclose(posterior.kl(), terms.sum((1, 2, 3, 4)))
     frames = Posterior.of(moments, per_frame=True).kl()
-    assert torch.allclose(frames, terms.sum((1, 3, 4)).flatten())  # (b t)
+    assert frames.shape == (6,) and torch.allclose(frames, terms.sum((1, 3, 4)).flatten())  # (b t)
     wild = Posterior.of(torch.tensor([0.0, 1e4, 0.0, -1e4]).view(2, 2, 1, 1, 1))
     assert wild.logvar.flatten().tolist() == [20.0, -30.0]
 
