@@ -41,13 +41,11 @@ class Encoders:
         assert batch.pixels is not None and self.autoencoder is not None
         pixels = batch.pixels.to(self.device, non_blocking=True).float() / 127.5 - 1  # (B, 3, T, H, W)
         text = text or self.text_encoder.encode(batch.prompts)
-        latents = self.latents(pixels, batch)
+        latents = self.latents(pixels, batch.epoch, batch.sample_ids)
         return Features(latents=latents, txt=text.txt, y_vec=text.y_vec, mask=text.mask)
 
-    def latents(
-        self, pixels: Tensor, batch: "Batch", rows: Sequence[int] | None = None, purpose: str = "posterior"
-    ) -> Tensor:
-        """What the autoencoder makes of (B, 3, T, H, W) in [-1, 1], which are of ``rows`` of a batch; None: of all.
+    def latents(self, pixels: Tensor, epoch: int, sample_ids: tuple[int, ...], purpose: str = "posterior") -> Tensor:
+        """What the autoencoder makes of (B, 3, T, H, W) in [-1, 1].
 
         Where it draws (``vae.sample=posterior``), the draw of a sample is one of (seed, epoch, sample id, purpose), as
         its crop is: the same in whatever micro-batch and layout, after a resume, and in features made ahead of it.
@@ -55,10 +53,9 @@ class Encoders:
         assert self.autoencoder is not None
         if not (isinstance(self.autoencoder, Variational) and self.autoencoder.samples):
             return self.autoencoder.encode(pixels, self.run_tiles)
-        ids = batch.sample_ids if rows is None else tuple(batch.sample_ids[row] for row in rows)
 
         def draw(shape: tuple[int, ...]) -> Tensor:
-            return upload(draw_per_sample(self.seed, batch.epoch, ids, purpose, shape), self.device)
+            return upload(draw_per_sample(self.seed, epoch, sample_ids, purpose, shape), self.device)
 
         return self.autoencoder.encode(pixels, self.run_tiles, draw)
 

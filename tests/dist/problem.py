@@ -36,6 +36,7 @@ class FakeBatch:
     sample_ids: tuple[int, ...]
     weight: float = 1.0
     degree: int | None = None
+    epoch: int = 0
 
 
 class PassThrough:

@@ -23,7 +23,6 @@ from opensora.utils.tasks import Task, one_by_one
 from tests.dist.harness import run_distributed
 from tests.dist.problem import FakeText
 from tests.published_autoencoders import write_small
-from tests.unit.test_autoencoder_networks import Keys
 
 CPU = torch.device("cpu")
 KINDS = ("hunyuan", "flux2d", "dc_ae")
@@ -82,7 +81,7 @@ def _coded(cfg: AutoencoderConfig, size: tuple[int, int, int, int], run_all: Any
     autoencoder = build_autoencoder(cfg, CPU, torch.float32)
     encoders = Encoders(autoencoder=autoencoder, text_encoder=FakeText(), device=CPU, run_tiles=run, seed=5)
     pixels = torch.rand(size[0], 3, *size[1:], generator=torch.Generator().manual_seed(0)) * 2 - 1
-    latents = encoders.latents(pixels, Keys(3, tuple(range(size[0]))))
+    latents = encoders.latents(pixels, 3, tuple(range(size[0])))
     assert latents.shape[2:] == latent_grid(*size[1:], autoencoder)
     return latents, autoencoder.decode(latents, run), torch.tensor(counts)
 

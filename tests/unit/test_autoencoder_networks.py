@@ -1,7 +1,7 @@
 """What autoencoders compute: attention as the dense mask has it, draws by their keys, memory as forecast."""
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -28,13 +28,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "flux2d": {"micro_batch": 3},
     "dc_ae": {"tile_size": 128, "tile_frames": 16},
 }
-
-
-class Keys(NamedTuple):
-    """What draws of a batch are keyed by."""
-
-    epoch: int
-    sample_ids: tuple[int, ...]
 
 
 def clips(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -163,25 +156,25 @@ def test_draws_are_functions_of_their_keys(kind: str, configs: dict[str, Any]) -
     """Whatever samples are coded together; another epoch, seed, sample or purpose draws otherwise."""
     autoencoder: Any = build_autoencoder(replace(configs[kind], sample="posterior"), CPU, torch.float32)
     encoders = Encoders(autoencoder=autoencoder, text_encoder=FakeText(), device=CPU, seed=7)
-    pixels, batch = clips(3, 3, 5, 16, 24), Keys(1, (4, 9, 2))
-    together = encoders.latents(pixels, batch)
+    pixels, ids = clips(3, 3, 5, 16, 24), (4, 9, 2)
+    together = encoders.latents(pixels, 1, ids)
     posterior = autoencoder.posterior(pixels)
     scale, shift = (0.476986, 0.0) if kind == "hunyuan" else (0.3611, 0.1159)
-    for row, sample in enumerate(batch.sample_ids):
+    for row, sample in enumerate(ids):
         noise = torch.randn(posterior.mean.shape[1:], generator=torch_generator(7, 1, sample, "posterior"))
         drawn = posterior.mean[row] + torch.exp(posterior.logvar[row] / 2) * noise
         assert torch.allclose(together[row], (drawn - shift) * scale, atol=1e-6)
-        alone = encoders.latents(pixels[row : row + 1], batch, [row])
+        alone = encoders.latents(pixels[row : row + 1], 1, (sample,))
         assert torch.allclose(alone[0], together[row], atol=1e-5)
     others = [
-        encoders.latents(pixels, Keys(2, batch.sample_ids)),
-        encoders.latents(pixels, Keys(1, (4, 9, 3))),
-        encoders.latents(pixels, batch, purpose="reference"),
-        replace(encoders, seed=8).latents(pixels, batch),
+        encoders.latents(pixels, 2, ids),
+        encoders.latents(pixels, 1, (4, 9, 3)),
+        encoders.latents(pixels, 1, ids, "reference"),
+        replace(encoders, seed=8).latents(pixels, 1, ids),
     ]
     assert all(not torch.allclose(other[2], together[2], atol=1e-2) for other in others)
     mode = build_autoencoder(configs[kind], CPU, torch.float32)
-    assert torch.equal(replace(encoders, autoencoder=mode).latents(pixels, batch), mode.encode(pixels))
+    assert torch.equal(replace(encoders, autoencoder=mode).latents(pixels, 1, ids), mode.encode(pixels))
     assert torch.allclose(autoencoder.encode(pixels), mode.encode(pixels), atol=1e-6)  # nobody draws: the mode
 
 
