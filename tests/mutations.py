@@ -770,8 +770,8 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "posterior of epoch 0 always",
         ENCODERS,
-        "self.seed, batch.epoch, ids",
-        "self.seed, 0, ids",
+        "self.seed, epoch, sample_ids, purpose",
+        "self.seed, 0, sample_ids, purpose",
         NETS + "draws_are_functions_of_their_keys[flux2d]",
     ),
     Mutation(
