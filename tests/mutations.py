@@ -80,6 +80,21 @@ ROWS, READER, FIT = (f"opensora/models/weights/{name}.py" for name in ("rows", "
 FILES = "tests/unit/test_weight_formats.py"
 ROPE, EMBEDDING = "opensora/models/layers/rope.py", "opensora/models/layers/embedding.py"
 DCT, BYTES = "opensora/models/vae/dct.py", "opensora/models/text/bytes.py"
+HUNYUAN, HUNYUAN_AE, DC_AE, DC_AE_NETWORK, POSTERIOR, VAE_TILES, FLUX_NAMES, VAE_TABLE = (
+    f"opensora/models/vae/{name}.py"
+    for name in (
+        "hunyuan_network",
+        "hunyuan",
+        "dc_ae",
+        "dc_ae_network",
+        "posterior",
+        "tiles",
+        "flux2d_names",
+        "__init__",
+    )
+)
+CODING = "opensora/planner/coding_memory.py"
+NETS, AE_FILES = "tests/unit/test_autoencoder_networks.py::test_", "tests/unit/test_autoencoder_files.py::test_"
 TOKENS, PROMPT = "opensora/utils/tokens.py", "opensora/utils/prompt_suffix.py"
 VIDEO, TRANSFORMS = (f"opensora/datasets/loading/{name}.py" for name in ("reader", "window"))
 BUCKET = "opensora/datasets/buckets/bucket.py"
@@ -1071,6 +1086,94 @@ TABLE: tuple[Mutation, ...] = (
         "whole = -(-whole // pieces)",
         "whole = max(whole, pieces)",
         "tests/unit/test_doctor.py::test_memory_by_where_the_text_encoder_is",
+    ),
+    # Autoencoders: networks, tiles, draws, files, memory.
+    Mutation(
+        "attention that sees later frames",
+        HUNYUAN,
+        "k[:, :, :end], v[:, :, :end]",
+        "k, v",
+        NETS + "attention_is_that_of_the_dense_mask[size1-64]",
+    ),
+    Mutation(
+        "edges of the first frame repeated too rarely",
+        HUNYUAN,
+        "max(0, -start), 0)",
+        "max(0, -start) - 1, 1)",
+        NETS + "convolutions_in_parts_are_the_same[7-stride1-300]",
+    ),
+    Mutation(
+        "channels averaged that lie apart",
+        DC_AE_NETWORK,
+        '"b (c n) t h w -> b c t h w", "mean", c=width',
+        '"b (n c) t h w -> b c t h w", "mean", c=width',
+        NETS + "dc_ae_of_a_still_is_that_of_diffusers",
+    ),
+    Mutation(
+        "norm without its bias",
+        DC_AE_NETWORK,
+        " + self.bias[:, None, None, None]",
+        "",
+        NETS + "dc_ae_of_a_still_is_that_of_diffusers",
+    ),
+    Mutation(
+        "latents multiplied by the scale of DC-AE",
+        DC_AE,
+        "latents.float() / self.cfg.scale",
+        "latents.float() * self.cfg.scale",
+        NETS + "scale_of_dc_ae",
+    ),
+    Mutation(
+        "posterior drawn with its variance",
+        POSTERIOR,
+        "torch.exp(0.5 * self.logvar)",
+        "torch.exp(self.logvar)",
+        NETS + "draws_are_functions_of_their_keys[hunyuan]",
+    ),
+    Mutation(
+        "posterior of epoch 0 always",
+        ENCODERS,
+        "self.seed, epoch, sample_ids, purpose",
+        "self.seed, 0, sample_ids, purpose",
+        NETS + "draws_are_functions_of_their_keys[flux2d]",
+    ),
+    Mutation(
+        "divergence of frames added up", POSTERIOR, "if self.per_frame:", "if False:", NETS + "divergence_of_a_normal"
+    ),
+    Mutation(
+        "tiles fade in from the start of the one before",
+        VAE_TILES,
+        "before.shape[dim] - extent, extent)",
+        "0, extent)",
+        "tests/unit/test_vae.py::test_hunyuan_tiles_are_those_of_diffusers[time]",
+    ),
+    Mutation(
+        "stages of the decoder counted from the wrong end",
+        FLUX_NAMES,
+        "levels - 1 - int(found[1])",
+        "int(found[1])",
+        AE_FILES + "names_of_flux_are_those_of_diffusers",
+    ),
+    Mutation(
+        "features belong to options that they did not know",
+        VAE_TABLE,
+        "field.name not in later or",
+        "True or",
+        AE_FILES + "features_made_before_the_options_came_still_fit",
+    ),
+    Mutation(
+        "earlier tiling without cuts in time",
+        HUNYUAN_AE,
+        "temporal_tiling=True, tile_frames=frames",
+        "temporal_tiling=False, tile_frames=frames",
+        AE_FILES + "earlier_configurations_mean_what_they_meant",
+    ),
+    Mutation(
+        "memory of no tile",
+        CODING,
+        "if last[piece.shape] == index",
+        "if index < 0",
+        NETS + "memory_is_as_forecast[hunyuan-dtype0]",
     ),
 )
 

@@ -102,7 +102,7 @@ def compare(kind: str, worlds: Sequence[int], count: int, seed: int, folder: Pat
 
 @pytest.mark.parametrize(("kind", "world"), [("hunyuan", 2), ("flux2d", 2), ("dc_ae", 2), ("hunyuan", 4)])
 def test_tiles_over_processes_are_those_of_one(kind: str, world: int, tmp_path: Path) -> None:
-    compare(kind, (world,), 4 if kind == "dc_ae" else 8, 11 * world, tmp_path)
+    compare(kind, (world,), 8 if kind == "flux2d" else 4, 11 * world, tmp_path)
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ def autoencoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Autoenco
     ).save_pretrained(folder / "flux2d")
     return {
         "dct": DCTConfig(channels=16),
-        "hunyuan": HunyuanConfig(path=str(folder / "hunyuan")),
+        "hunyuan": HunyuanConfig(path=str(folder / "hunyuan"), temporal_tiling=True, tile_frames=16),
         "flux2d": Flux2DConfig(path=str(folder / "flux2d"), micro_batch=5),
     }
 

@@ -188,7 +188,7 @@ def test_divergence_of_a_normal() -> None:
     )
     assert torch.allclose(posterior.kl(), terms.sum((1, 2, 3, 4)))
     frames = Posterior.of(moments, per_frame=True).kl()
-    assert torch.allclose(frames, terms.sum((1, 3, 4)).flatten())  # (b t)
+    assert frames.shape == (6,) and torch.allclose(frames, terms.sum((1, 3, 4)).flatten())  # (b t)
     wild = Posterior.of(torch.tensor([0.0, 1e4, 0.0, -1e4]).view(2, 2, 1, 1, 1))
     assert wild.logvar.flatten().tolist() == [20.0, -30.0]
 
@@ -266,6 +266,15 @@ def test_frames_that_dc_ae_decodes_to(configs: dict[str, Any]) -> None:
             assert autoencoder.decode(latents).shape[2] == autoencoder.decoded_frames(frames)
         assert whole.decoded_frames(frames) == (1 if frames == 1 else 4 * frames)
     assert [cut.decoded_frames(frames) for frames in (4, 5, 7, 8)] == [16, 20, 25, 32]
+
+
+def test_scale_of_dc_ae(configs: dict[str, Any]) -> None:
+    """Encoding divides by it, decoding multiplies."""
+    one, half = (build_autoencoder(replace(configs["dc_ae"], scale=scale), CPU, torch.float32) for scale in (1.0, 0.5))
+    pixels = clips(1, 3, 4, 32, 32)
+    latents = one.encode(pixels)
+    assert torch.equal(half.encode(pixels), 2 * latents)
+    assert torch.equal(half.decode(2 * latents), one.decode(latents))
 
 
 @pytest.mark.slow
