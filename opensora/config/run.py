@@ -221,6 +221,8 @@ class SampleConfig:
     batch_size: int = 1  # prompts denoised together
     precision: Literal["bf16", "fp32", "fp64"] = "bf16"  # fp64: to compare layouts
     vae_parallel: VaeParallel = "auto"  # on: processes share out the tiles of what they code; auto: on for learned VAEs
+    # models: text encoder, denoiser, autoencoder take turns on the GPU; blocks: those of the denoiser do, too
+    offload: Literal["none", "models", "blocks"] = "none"
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     LIMITS: ClassVar[Limits] = {
@@ -244,6 +246,8 @@ class SampleConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: must be an integer >= 1")
         if self.parallel.engine != "native":
             raise ValueError(f"parallel.engine={self.parallel.engine}: must be native; the others are for training")
+        if self.offload != "none" and self.parallel.offload != "none":
+            raise ValueError(f"parallel.offload={self.parallel.offload}: must be none with offload={self.offload}")
         if self.parallel.mesh.dynamic:
             raise ValueError("parallel.mesh.dynamic=true: must be false; in sampling all share every clip")
         if self.prompt is None and not self.prompts and self.prompt_csv is None:

@@ -1,6 +1,7 @@
 """What can be known of a sampling job before a process group exists or a model is loaded: does it fit together."""
 
 import os
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -11,6 +12,7 @@ from acceleration.distributed import mesh
 from acceleration.protocol import block_names
 from acceleration.sharding.precision import DTYPES
 from opensora.assembly.step_caches import check_cache
+from opensora.assembly.turns import for_sampling
 from opensora.config.run import RunConfig, SampleConfig, check_fit, check_objective
 from opensora.inference.find import Source
 from opensora.models.base import AutoencoderShape, ModelConfig, Width, latent_grid
@@ -46,6 +48,7 @@ def check_sample(cfg: SampleConfig, source: Source, jobs: int, world_size: int) 
     latents = Width(autoencoder_shape(source.vae).channels, f"vae.kind={source.vae.kind}")
     check_text_encoder(source.text, latents, source.model)
     solver_of("sampling", cfg.sampling, source.objective)
+    check_offload(cfg.offload)
     announce_untrained_guidance(cfg.sampling, source)
     needed = least_bytes(
         option,
@@ -54,7 +57,7 @@ def check_sample(cfg: SampleConfig, source: Source, jobs: int, world_size: int) 
         samples=min(cfg.batch_size, jobs),
         txt=text_tokens(source.text),
         itemsize=DTYPES[cfg.precision].itemsize,
-        parallel=cfg.parallel,
+        parallel=replace(cfg.parallel, **for_sampling(cfg.parallel, cfg.offload)),
         world_size=world_size,
     )
     check_memory("sampling", option, needed)
@@ -125,6 +128,16 @@ def fit_option(key: str, option: SamplingOption, model: ModelConfig, shape: Auto
         reads = "reads" if reads_guidance else "does not read"
         raise UserError(f"{key}.method={option.method}: must be {method}, as the model {reads} guidance as an input")
     return option
+
+
+def check_offload(offload: str) -> None:
+    """That there is a device to offload from.
+
+    Raises:
+        UserError: there is none.
+    """
+    if offload != "none" and not torch.cuda.is_available():
+        raise UserError(f"offload={offload}: needs a GPU, and this machine shows none; use offload=none")
 
 
 def check_step_cache(key: str, option: SamplingOption, model: ModelConfig) -> None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from acceleration import lora
+from acceleration.blocks import block_streaming
 from acceleration.checkpoint import CheckpointManager, tensor_shards
 from acceleration.config import PrecisionConfig
 from acceleration.distributed import mesh as meshes
@@ -24,8 +25,10 @@ from acceleration.sharding.precision import DTYPES
 from opensora.assembly.components import Components, tile_runner
 from opensora.assembly.initial_weights import AdapterSource, FileSource
 from opensora.assembly.token_layout import token_layout
+from opensora.assembly.turns import AUTOENCODER, DENOISER, TEXT, Turns, for_sampling, streams_blocks
 from opensora.config.run import SampleConfig
 from opensora.inference.find import Source
+from opensora.models.base import Autoencoder, TextEncoder
 from opensora.models.families import build_model, family_of
 from opensora.models.text import build_text_encoder
 from opensora.models.vae import build_autoencoder
@@ -43,7 +46,11 @@ def load_components(cfg: SampleConfig, source: Source, runtime: Runtime) -> Comp
     """
     mesh = meshes.build(cfg.parallel.mesh, runtime.world_size, runtime.device)
     precision = PrecisionConfig(compute=cfg.precision, reduce="fp32", master=cfg.precision)
-    parallel = replace(cfg.parallel, precision=precision)
+    parallel = replace(cfg.parallel, precision=precision, **for_sampling(cfg.parallel, cfg.offload))
+    turns, dtype = Turns(runtime.device), DTYPES[cfg.precision]
+    # Before the denoiser, which they then do not lie beside.
+    text_encoder: TextEncoder = turns.of(TEXT, build_text_encoder(source.text, runtime.device, dtype), cfg.offload)
+    autoencoder: Autoencoder = turns.of(AUTOENCODER, build_autoencoder(source.vae, runtime.device, dtype), cfg.offload)
     with torch.device("meta"):
         model = build_model(source.model)
     exported = [source.path] if source.checkpoint is None else []
@@ -59,7 +66,8 @@ def load_components(cfg: SampleConfig, source: Source, runtime: Runtime) -> Comp
         elif adapters.lora:
             lora.apply(model, adapters.lora)
         fill = lora.LoraSource(fill, AdapterSource(adapters.exported) if adapters.exported else _leave)
-    parallelize(model, parallel, mesh, runtime.device, fill)
+    streams = cfg.offload == "blocks" and streams_blocks(mesh)
+    parallelize(model, parallel, mesh, runtime.device, fill, whole_on_host=streams)
     if file:
         file.check_values()
     if source.checkpoint:
@@ -69,13 +77,17 @@ def load_components(cfg: SampleConfig, source: Source, runtime: Runtime) -> Comp
             _read_checkpoint(adapters.checkpoint, model, use_ema=cfg.use_ema, adapters=True)
         fsdp.merge_adapters(model, cfg.lora_scale)
     model.requires_grad_(False).eval()
-    dtype = DTYPES[cfg.precision]
-    autoencoder = build_autoencoder(source.vae, runtime.device, dtype)
+    if streams:
+        block_streaming.apply(model, runtime.device)
+    if cfg.offload == "models":
+        turns.add(DENOISER, [model])
+    turns.told_by(model)
     return Components(
         model=model,
         cfg=source.model,
         autoencoder=autoencoder,
-        text_encoder=build_text_encoder(source.text, runtime.device, dtype),
+        text_encoder=text_encoder,
+        turns=turns,
         objective=source.objective,
         layout=token_layout(source.model, SequenceParallel(mesh)),
         mesh=mesh,
