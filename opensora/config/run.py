@@ -172,6 +172,12 @@ class RunConfig:
             )
         if self.lora.rank and self.parallel.engine != "native":
             raise ValueError(f"lora.rank={self.lora.rank}: allowed with parallel.engine=native only")
+        cache = self.validate.sampling.cache.kind
+        if self.parallel.engine != "native" and self.parallel.zero == 3 and cache not in ("none", "pyramid_attention"):
+            raise ValueError(  # these engines know no block that is passed by while others run it
+                f"validate.sampling.cache.kind={cache}: with parallel.engine={self.parallel.engine} and zero=3 must be "
+                "none or pyramid_attention"
+            )
         if self.parallel.engine == "colossalai" and self.parallel.zero == 3 and self.optim.kind != "adamw":
             raise ValueError(
                 f"optim.kind={self.optim.kind}: allowed with parallel.engine=colossalai and zero=3 is adamw"
