@@ -12,14 +12,21 @@ from acceleration.sharding import fsdp, tensor_parallel
 
 
 def parallelize(
-    model: nn.Module, cfg: ParallelConfig, mesh: Mesh, device: torch.device, fill: ParameterSource
+    model: nn.Module,
+    cfg: ParallelConfig,
+    mesh: Mesh,
+    device: torch.device,
+    fill: ParameterSource,
+    *,
+    whole_on_host: bool = False,
 ) -> nn.Module:
     """Spread a model built on the meta device over ``mesh``, in place.
 
     Tensor parallelism first (it changes what a layer holds), then attention slots (the wrapper is what gets
     recomputed), then compilation (of what runs, and runs again), then recomputation, then sharding (which hooks the
     outside of a block), then memory and values: ``fill(name, tensor)`` gives the full value of one
-    parameter, or parts of it, see ``sharding.materialize``.
+    parameter, or parts of it, see ``sharding.materialize``. With ``whole_on_host`` nothing is sharded, and all of it is
+    in CPU memory, for ``block_streaming``.
     """
     assert isinstance(model, Parallelizable), type(model)
     tensor_parallel.apply(model, mesh["tensor"])
@@ -27,7 +34,7 @@ def parallelize(
     compile.apply(model, cfg.compile)
     activation_checkpoint.apply(model, cfg.recompute)
     on_host = cfg.offload == "parameters"
-    if cfg.engine == "native":
+    if cfg.engine == "native" and not whole_on_host:
         fsdp.shard(model, cfg.zero, cfg.precision, mesh, offload=on_host, prefetch=cfg.prefetch)
     else:  # shards by itself when it is built, from whole masters on the CPU
         on_host = True

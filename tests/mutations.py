@@ -162,6 +162,8 @@ REUSED, TEACACHE, MAGCACHE = (
 )
 ANEW = f"{CACHES_UNIT}test_one_cache_serves_one_clip_after_another"
 BAD_NUMBERS = f"{CACHES_UNIT}test_bad_numbers_are_never_a_reason_to_reuse"
+TURNS, STREAMED = "opensora/assembly/turns.py", "acceleration/blocks/block_streaming.py"
+OFFLOADED = "tests/device/test_offload.py::test_clips_and_bytes[1-{}]"
 PYRAMID = f"{CACHES_UNIT}test_pyramid_attention_counts_calls_of_every_pass"
 
 TABLE: tuple[Mutation, ...] = (
@@ -1174,6 +1176,28 @@ TABLE: tuple[Mutation, ...] = (
         "if last[piece.shape] == index",
         "if index < 0",
         NETS + "memory_is_as_forecast[hunyuan-dtype0]",
+    ),
+    # Offload in sampling.
+    Mutation(
+        "a turn leaves its weights on the device",
+        TURNS,
+        "            module.send_out()\n        self._reset",
+        "            pass\n        self._reset",
+        OFFLOADED,
+    ),
+    Mutation(
+        "blocks stay behind their use",
+        STREAMED,
+        "            offloaded.send_out()\n\n        off",
+        "            pass\n\n        off",
+        OFFLOADED,
+    ),
+    Mutation(
+        "all blocks ahead",
+        STREAMED,
+        "            self._fetch(index + 1)",
+        "            [self._fetch(i) for i in range(index, len(self._blocks))]",
+        OFFLOADED,
     ),
 )
 

@@ -22,6 +22,12 @@ def peak_gib(device: torch.device) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB elsewhere
 
 
+def reset_peak(device: torch.device) -> None:
+    """Let ``peak_gib`` of a GPU count from here."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def device_bytes() -> int | None:
     """Memory of the smallest GPU that this process sees; None without one, where more can be had by swapping."""
     if not torch.cuda.is_available():

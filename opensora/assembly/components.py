@@ -8,6 +8,7 @@ from torch import nn
 from acceleration.distributed.mesh import SAMPLE_AXES, Mesh
 from acceleration.distributed.tasks import DistributedRunner
 from opensora.assembly.token_layout import TokenLayout
+from opensora.assembly.turns import Turns
 from opensora.config.run import VaeParallel
 from opensora.models.base import Autoencoder, ModelConfig, TextEncoder
 from opensora.schedulers import ObjectiveConfig
@@ -28,6 +29,7 @@ class Components:
     device: torch.device
     prompt_suffix: bool
     run_tiles: TaskRunner = one_by_one  # who codes the tiles of a clip
+    turns: Turns | None = None  # of text encoder, denoiser and autoencoder on the device; None: nobody keeps account
 
 
 def tile_runner(choice: VaeParallel, autoencoder: Autoencoder | None, mesh: Mesh) -> TaskRunner:

@@ -8,6 +8,7 @@ other clips, and processes with another pass of guidance, decide for themselves,
 import torch
 from torch import Tensor, nn
 
+from acceleration.blocks.block_streaming import stream_of
 from acceleration.distributed import collectives
 from acceleration.distributed.mesh import FSDP, Mesh
 from acceleration.protocol import slots
@@ -38,9 +39,13 @@ class OnMesh:
         return bool(collectives.all_reduce_(votes, self.mesh[FSDP]).item())
 
     def gather(self, block: nn.Module) -> None:
+        if stream := stream_of(block):
+            stream.bring_in(block)
         fsdp.gather(block)
 
     def let_go(self, block: nn.Module) -> None:
+        if stream := stream_of(block):
+            stream.send_out(block)
         fsdp.let_go(block)
 
 

@@ -175,6 +175,12 @@ class RunConfig:
             )
         if self.lora.rank and self.parallel.engine != "native":
             raise ValueError(f"lora.rank={self.lora.rank}: allowed with parallel.engine=native only")
+        cache = self.validate.sampling.cache.kind
+        if self.parallel.engine != "native" and self.parallel.zero == 3 and cache not in ("none", "pyramid_attention"):
+            raise ValueError(  # these engines know no block that is passed by while others run it
+                f"validate.sampling.cache.kind={cache}: with parallel.engine={self.parallel.engine} and zero=3 must be "
+                "none or pyramid_attention"
+            )
         if self.parallel.engine == "colossalai" and self.parallel.zero == 3 and self.optim.kind != "adamw":
             raise ValueError(
                 f"optim.kind={self.optim.kind}: allowed with parallel.engine=colossalai and zero=3 is adamw"
@@ -258,6 +264,8 @@ class SampleConfig:
     batch_size: int = 1  # prompts denoised together
     precision: Literal["bf16", "fp32", "fp64"] = "bf16"  # fp64: to compare layouts
     vae_parallel: VaeParallel = "auto"  # on: processes share out the tiles of what they code; auto: on for learned VAEs
+    # models: text encoder, denoiser, autoencoder take turns on the GPU; blocks: those of the denoiser do, too
+    offload: Literal["none", "models", "blocks"] = "none"
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     LIMITS: ClassVar[Limits] = {
@@ -291,6 +299,8 @@ class SampleConfig:
             )
         if self.parallel.engine != "native":
             raise ValueError(f"parallel.engine={self.parallel.engine}: must be native; the others are for training")
+        if self.offload != "none" and self.parallel.offload != "none":
+            raise ValueError(f"parallel.offload={self.parallel.offload}: must be none with offload={self.offload}")
         if self.parallel.mesh.dynamic:
             raise ValueError("parallel.mesh.dynamic=true: must be false; in sampling all share every clip")
         if self.prompt is None and not self.prompts and self.prompt_csv is None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -12,6 +13,7 @@ from acceleration.distributed import mesh
 from acceleration.protocol import block_names
 from acceleration.sharding.precision import DTYPES
 from opensora.assembly.step_caches import check_cache
+from opensora.assembly.turns import for_sampling
 from opensora.conditioning.references import parts_of
 from opensora.config.run import RunConfig, SampleConfig, check_fit, check_objective, reads_no_references
 from opensora.inference.find import Source
@@ -53,6 +55,7 @@ def check_sample(cfg: SampleConfig, source: Source, jobs: Sequence[Job], world_s
     latents = Width(autoencoder_shape(source.vae).channels, f"vae.kind={source.vae.kind}")
     check_text_encoder(source.text, latents, source.model)
     solver_of("sampling", cfg.sampling, source.objective)
+    check_offload(cfg.offload)
     announce_untrained_guidance(cfg.sampling, source)
     needed = least_bytes(
         option,
@@ -61,7 +64,7 @@ def check_sample(cfg: SampleConfig, source: Source, jobs: Sequence[Job], world_s
         samples=min(cfg.batch_size, len(jobs)),
         txt=text_tokens(source.text),
         itemsize=DTYPES[cfg.precision].itemsize,
-        parallel=cfg.parallel,
+        parallel=replace(cfg.parallel, **for_sampling(cfg.parallel, cfg.offload)),
         world_size=world_size,
     )
     check_memory("sampling", option, needed)
@@ -169,6 +172,16 @@ def fit_option(key: str, option: SamplingOption, model: ModelConfig, shape: Auto
 def coded(option: SamplingOption, denoising: Denoising, shape: Autoencoder | AutoencoderShape) -> int:
     """Frames that are made of a clip, at least those that are asked for."""
     return coded_frames(option.num_frames, shape.stride[0], shape.causal, denoising.patch[0])
+
+
+def check_offload(offload: str) -> None:
+    """That there is a device to offload from.
+
+    Raises:
+        UserError: there is none.
+    """
+    if offload != "none" and not torch.cuda.is_available():
+        raise UserError(f"offload={offload}: needs a GPU, and this machine shows none; use offload=none")
 
 
 def check_step_cache(key: str, option: SamplingOption, model: ModelConfig) -> None:

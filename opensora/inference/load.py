@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from acceleration import lora
+from acceleration.blocks import block_streaming
 from acceleration.checkpoint import CheckpointManager, tensor_shards
 from acceleration.config import PrecisionConfig
 from acceleration.distributed import mesh as meshes
@@ -25,9 +26,12 @@ from opensora.assembly.components import Components, tile_runner
 from opensora.assembly.initial_weights import AdapterSource, FileSource
 from opensora.assembly.sharded_text import text_encoder_of
 from opensora.assembly.token_layout import token_layout
+from opensora.assembly.turns import AUTOENCODER, DENOISER, TEXT, Turns, for_sampling, streams_blocks
 from opensora.config.run import SampleConfig
 from opensora.inference.find import Source
+from opensora.models.base import Autoencoder, TextEncoder
 from opensora.models.families import build_model, family_of
+from opensora.models.text import TextConfig
 from opensora.models.vae import build_autoencoder
 from opensora.models.weights.reader import load_state_dict_for
 from opensora.utils.console import announce
@@ -43,7 +47,15 @@ def load_components(cfg: SampleConfig, source: Source, runtime: Runtime) -> Comp
     """
     mesh = meshes.build(cfg.parallel.mesh, runtime.world_size, runtime.device)
     precision = PrecisionConfig(compute=cfg.precision, reduce="fp32", master=cfg.precision)
-    parallel = replace(cfg.parallel, precision=precision)
+    parallel = replace(cfg.parallel, precision=precision, **for_sampling(cfg.parallel, cfg.offload))
+    turns, dtype = Turns(runtime.device), DTYPES[cfg.precision]
+    # Before the denoiser, which they then do not lie beside.
+    text_encoder: TextEncoder = turns.of(
+        TEXT,
+        text_encoder_of(source.text, mesh, runtime.device, dtype),
+        "none" if _is_placed(source.text) else cfg.offload,
+    )
+    autoencoder: Autoencoder = turns.of(AUTOENCODER, build_autoencoder(source.vae, runtime.device, dtype), cfg.offload)
     with torch.device("meta"):
         model = build_model(source.model)
     exported = [source.path] if source.checkpoint is None else []
@@ -59,7 +71,8 @@ def load_components(cfg: SampleConfig, source: Source, runtime: Runtime) -> Comp
         elif adapters.lora:
             lora.apply(model, adapters.lora)
         fill = lora.LoraSource(fill, AdapterSource(adapters.exported) if adapters.exported else _leave)
-    parallelize(model, parallel, mesh, runtime.device, fill)
+    streams = cfg.offload == "blocks" and streams_blocks(mesh)
+    parallelize(model, parallel, mesh, runtime.device, fill, whole_on_host=streams)
     if file:
         file.check_values()
     if source.checkpoint:
@@ -69,13 +82,17 @@ def load_components(cfg: SampleConfig, source: Source, runtime: Runtime) -> Comp
             _read_checkpoint(adapters.checkpoint, model, use_ema=cfg.use_ema, adapters=True)
         fsdp.merge_adapters(model, cfg.lora_scale)
     model.requires_grad_(False).eval()
-    dtype = DTYPES[cfg.precision]
-    autoencoder = build_autoencoder(source.vae, runtime.device, dtype)
+    if streams:
+        block_streaming.apply(model, runtime.device)
+    if cfg.offload == "models":
+        turns.add(DENOISER, [model])
+    turns.told_by(model)
     return Components(
         model=model,
         cfg=source.model,
         autoencoder=autoencoder,
-        text_encoder=text_encoder_of(source.text, mesh, runtime.device, dtype),
+        text_encoder=text_encoder,
+        turns=turns,
         objective=source.objective,
         layout=token_layout(source.model, SequenceParallel(mesh)),
         mesh=mesh,
@@ -83,6 +100,11 @@ def load_components(cfg: SampleConfig, source: Source, runtime: Runtime) -> Comp
         prompt_suffix=source.prompt_suffix,
         run_tiles=tile_runner(cfg.vae_parallel, autoencoder, mesh),
     )
+
+
+def _is_placed(text: TextConfig) -> bool:
+    """Whether the text encoder's own section says that its weights are not on the device between uses."""
+    return getattr(text, "device", "auto") == "cpu" or bool(getattr(text, "offload", False))
 
 
 def _from_file(source: Source, model: nn.Module) -> FileSource:

@@ -274,6 +274,8 @@ def process_and_save(parts: Components, cfg: SampleConfig, jobs: Sequence[Job], 
         bar.close()
     if decided := reused.total():
         announce(f"sampling.cache.kind={cfg.sampling.cache.kind}: reused {reused[False]} of {decided} times")
+    if parts.turns is not None:
+        announce(parts.turns.summary())
     return saver.finish()
 
 

@@ -173,6 +173,13 @@ def test_layout_equals_one_process(truth: Outcome, layout: Layout) -> None:
     compare(run_distributed(on_this_layout, layout.world, layout.config, EVERY, timeout=100), truth)
 
 
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_base_in_cpu_memory_trains_the_same_adapters(truth: Outcome, world: int) -> None:
+    """Blocks are gathered from there one ahead, as docs/parallel.md says for a base that is too large."""
+    cfg = replace(Layout(world, {}, 3, "full").config, offload="parameters", prefetch=1)
+    compare(run_distributed(on_this_layout, world, cfg, EVERY, timeout=100), truth)
+
+
 # Which gradients arrive: the first blocks' inputs need none, whole blocks train nothing, one layer does.
 @pytest.mark.parametrize(("zero", "recompute"), [(3, "full"), pytest.param(2, "none", marks=pytest.mark.slow)])
 def test_blocks_without_adapters_are_passed_by(zero: int, recompute: str) -> None:

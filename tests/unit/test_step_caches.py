@@ -17,7 +17,7 @@ from acceleration.distributed import mesh as meshes
 from acceleration.protocol import block_names
 from opensora.assembly.step_caches import check_cache, step_cache
 from opensora.config.load import load_config, to_yaml
-from opensora.config.run import SampleConfig
+from opensora.config.run import RunConfig, SampleConfig
 from opensora.inference.check import check_step_cache
 from opensora.models.conditions import Conditions
 from opensora.models.families import build_model, describe
@@ -42,6 +42,7 @@ from opensora.sampling.options import SamplingOption
 from opensora.schedulers.euler import Euler
 from opensora.utils.errors import UserError
 from tests.factored_family import ToyConfig
+from tests.unit.test_config import GOOD
 from tests.unit.test_mmdit import DEBUG, inputs, random_model
 
 ONE = meshes.view({})
@@ -411,6 +412,18 @@ def test_bad_configurations(case: str, job: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_config(SampleConfig, job, [f"sampling.cache={given}"])
     assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
+
+
+def test_engines_that_gather_by_themselves_take_no_skipped_blocks(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(GOOD)
+    given = ["parallel.engine=deepspeed", "parallel.zero=3", "parallel.precision.compute=fp32"]
+    load_config(RunConfig, path, [*given, "validate.sampling.cache={kind: pyramid_attention}"])
+    load_config(RunConfig, path, ["parallel.zero=3", "validate.sampling.cache={kind: first_block}"])
+    with pytest.raises(
+        UserError, match=r"^validate\.sampling\.cache\.kind=first_block: with parallel\.engine=deepspeed"
+    ):
+        load_config(RunConfig, path, [*given, "validate.sampling.cache={kind: first_block}"])
 
 
 def test_good_configurations(job: Path) -> None:

@@ -226,12 +226,11 @@ class MMDiTModel(nn.Module):
         sample_of: tuple[Tensor, Tensor] | None,
     ) -> list[Stage]:
         """The double blocks on (img, txt), then the single blocks on (cat(txt, img),)."""
-        rows = None if sample_of is None else sample_of[1]
         double = Stage(
             self.double_blocks,
             run=lambda block, s: block(s[0], s[1], vec, rope, key_mask, context, sample_of),
             image=lambda s: s[0],
-            modulated=lambda block, s: block.modulated(s[0], vec, rows),  # type: ignore[operator]
+            modulated=lambda block, s: block.modulated(s[0], vec, sample_of and sample_of[1]),  # type: ignore[operator]
         )
         if not len(self.single_blocks):
             return [double]
