@@ -119,6 +119,8 @@ ALONE: dict[str, tuple[dict[str, Any], list[dict[str, Any]], list[int], list[str
     ),
     "nobody else": ({}, [{"where": "h0"}], [1], ["1 of 2 machines came within 6 s: h0; 1 did not reach h0:29400"]),
 }  # fmt: skip
+# Seconds to meet in; more where both have to come, which takes a busy machine long. The first two end when they do.
+WITHIN_S = {"other numbers of machines": 60, "other arguments": 60, "another run": 25}
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,8 @@ def test_who_does_not_meet_is_told_why(case: str, make_lab: MakeLab) -> None:
     """Each launcher by one line, on time; and it says before that for whom it waits."""
     about, starts, exits, says = ALONE[case]
     lab = make_lab(hosts=2, **about)
-    begun, options, launchers = time.monotonic(), ("--timeout", 6), []
+    within_s = WITHIN_S.get(case, 6)
+    begun, options, launchers = time.monotonic(), ("--timeout", within_s), []
     for host, start in zip(lab.hosts, starts, strict=False):
         more = {"nodes": start["nodes"]} if "nodes" in start else {}
         command = [WORKER, STAYS_S, *start.get("more", [])]
@@ -136,7 +139,7 @@ def test_who_does_not_meet_is_told_why(case: str, make_lab: MakeLab) -> None:
         if len(starts) > 1 and start != starts[1]:  # the first is the one that the second is compared with
             until(partial(listening, host), LIMIT_S, "a coordinator")
     assert codes(launchers) == exits, all_said(launchers)
-    assert time.monotonic() - begun < 6 + 2 * SLACK_S
+    assert time.monotonic() - begun < within_s + 2 * SLACK_S
     for one, pattern in zip(launchers, says, strict=True):
         errors = [line for line in one.err.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and re.search(pattern, errors[0]), all_said(launchers)
