@@ -130,7 +130,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "opensora/datasets/decode/pyav_container.py",
         "opensora/datasets/decode/pyav_index.py",
         "opensora/datasets/decode/pyav_pixels.py",
-        "opensora/utils/video_writer.py",
+        "opensora/utils/files/video_writer.py",
     ),
 }
 

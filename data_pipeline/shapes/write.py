@@ -37,8 +37,8 @@ from opensora.utils.command_line.command import call, naming
 from opensora.utils.errors import UserError
 from opensora.utils.files.untrusted import short
 from opensora.utils.files.user_files import try_output, write_whole
+from opensora.utils.files.video_writer import write_image, write_video
 from opensora.utils.signal_handler import end_with_parent, inherited_by_nobody
-from opensora.utils.video_writer import write_image, write_video
 
 TABLE_COLUMNS = ("path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps")
 TRUTH_COLUMNS = ("colour", "shape", "direction", "background")

@@ -11,8 +11,8 @@ from torch import Tensor
 from opensora.datasets.loading.feature_store import Features
 from opensora.models.base import Autoencoder, TextEncoder, TextFeatures, Variational
 from opensora.schedulers.timesteps import draw_per_sample
+from opensora.utils.files.upload import upload
 from opensora.utils.tasks import TaskRunner, one_by_one
-from opensora.utils.upload import upload
 
 if TYPE_CHECKING:
     from opensora.datasets.loading.reader import Batch

@@ -11,8 +11,8 @@ from opensora.config.run import RunConfig
 from opensora.models.text.weights import open_clip, open_t5
 from opensora.models.vae import check_autoencoder
 from opensora.utils.errors import UserError
+from opensora.utils.files.published_files import set_of
 from opensora.utils.files.user_files import absence
-from opensora.utils.published_files import set_of
 
 _GLOB = "*?["
 

@@ -19,9 +19,9 @@ from opensora.cli.main import run_cli
 from opensora.utils.command_line.arguments import Parser, place
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
+from opensora.utils.files.published_files import SETS, PublishedFile, Repository
 from opensora.utils.files.untrusted import TEXT, Each, mismatch, parse_json, parsing, read_small
 from opensora.utils.files.user_files import try_output, write_whole
-from opensora.utils.published_files import SETS, PublishedFile, Repository
 
 REVISIONS = "REVISIONS.json"  # repository -> commit that its files are of
 CHUNK = 1 << 24

@@ -18,7 +18,7 @@ from opensora.cli.main import run_cli
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig
 from opensora.planner.devices import DEVICES
-from opensora.planner.forecast import Forecast
+from opensora.planner.layout_forecast import Forecast
 from opensora.planner.network import Network, read_links
 from opensora.planner.search import Planner, check_own
 from opensora.utils.command_line.arguments import Parser, number, place, whole

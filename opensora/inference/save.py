@@ -23,7 +23,7 @@ from opensora.utils.charts import contact_sheet
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 from opensora.utils.files.user_files import try_output, write_whole, written_whole
-from opensora.utils.video_writer import write_image, write_video
+from opensora.utils.files.video_writer import write_image, write_video
 
 SHEET_COLUMNS = 8
 SHEET_PIXELS = 192  # of a thumbnail

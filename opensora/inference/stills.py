@@ -35,8 +35,8 @@ from opensora.utils import signal_handler
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 from opensora.utils.files.user_files import written_whole
+from opensora.utils.files.video_writer import write_image
 from opensora.utils.sizes import RATIOS
-from opensora.utils.video_writer import write_image
 
 KIND: Literal["i2v_head"] = "i2v_head"  # of what a still gives its clip
 FOLDER = "generated_condition"  # beside the clips

@@ -20,7 +20,7 @@ from opensora.assembly.stored_features import encoder_dtype
 from opensora.config.run import RunConfig
 from opensora.models.base import latent_grid
 from opensora.models.vae import AutoencoderConfig, build_autoencoder
-from opensora.planner.forecast import Shape
+from opensora.planner.layout_forecast import Shape
 from opensora.utils.tasks import Task
 
 COLOURS = 3

@@ -9,7 +9,7 @@ each exchange, and gloo makes an all-reduce of a reduce-scatter.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from math import prod
 from typing import Any
@@ -26,7 +26,7 @@ from acceleration.accounting.model_profile import ModelProfile, ShardUnit, Sizes
 from acceleration.accounting.peak_memory import Footprint
 from acceleration.accounting.profiling import profile_of
 from acceleration.accounting.rank_layout import MicroBatch, Peers, RankLayout
-from acceleration.config import OptimConfig, ParallelConfig, RecomputeConfig
+from acceleration.config import OptimConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.distributed.mesh import FSDP
 from acceleration.sequence import SequenceParallel
@@ -40,6 +40,7 @@ from opensora.models.text import has_mask, text_tokens
 from opensora.models.vae import autoencoder_shape
 from opensora.planner.devices import Device
 from opensora.planner.flops import attention_flops, linear_flops, mfu, training_flops
+from opensora.planner.layout_forecast import Forecast, Shape
 from opensora.planner.network import Network
 from opensora.schedulers import OBJECTIVE_CONFIGS, ObjectiveConfig, build_objective
 from opensora.schedulers.base import Objective
@@ -49,53 +50,6 @@ REPEATED = 3  # blocks of a list that are run to know them all: the first, one l
 PROBED = (1024, 4096)  # tokens of a process in the runs between which is interpolated
 PROBED_TEXT = (64, 256)  # and text tokens, where these are no part of the sequence
 PROBED_FRAMES = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """A bucket as the model sees it."""
-
-    name: str
-    batch: MicroBatch
-    clips: tuple[int, int, int, int] | None = None  # samples, frames, height, width before they are encoded
-
-
-@dataclass(frozen=True, kw_only=True)
-class Forecast:
-    """One layout on one bucket, for the process that needs most."""
-
-    parallel: ParallelConfig
-    degrees: dict[str, int]
-    shape: str
-    batches: int  # micro-batches of a process in a step
-    memory: Footprint
-    sent: dict[str, int]  # bytes by axis and step
-    flops: float  # model FLOPs of a step, all processes together
-    step_s: float
-    mfu: float
-    encoding: int = 0  # bytes while clips are encoded, with what the process keeps then; 0: less than for other shapes
-
-    @property
-    def peak(self) -> int:
-        """Most bytes at any moment."""
-        return max(self.memory.total, self.encoding)
-
-    def plain(self) -> dict[str, Any]:
-        """For JSON; memory and bytes in GiB."""
-        return {
-            "mesh": {name: degree for name, degree in self.degrees.items() if degree > 1},
-            "zero": self.parallel.zero,
-            "recompute": self.parallel.recompute.kind,
-            "shape": self.shape,
-            "batches": self.batches,
-            "memory_gib": {name: value / 2**30 for name, value in vars(self.memory).items()},
-            "peak_gib": self.peak / 2**30,
-            "encoding_gib": self.encoding / 2**30,
-            "comm_gib": {axis: value / 2**30 for axis, value in self.sent.items()},
-            "flops": self.flops,
-            "step_s": self.step_s,
-            "mfu": self.mfu,
-        }
 
 
 def run_denoiser(model: nn.Module, *, known: bool = False, **sizes: int) -> Tensor:

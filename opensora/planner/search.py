@@ -19,7 +19,8 @@ from opensora.models.families import build_model, describe
 from opensora.planner.coding_memory import encoding_bytes, heaviest_to_encode
 from opensora.planner.devices import Device
 from opensora.planner.encoder_memory import frozen_bytes
-from opensora.planner.forecast import Forecast, Forecaster, Shape, shapes
+from opensora.planner.forecast import Forecaster, shapes
+from opensora.planner.layout_forecast import Forecast, Shape
 from opensora.planner.network import Network
 from opensora.utils.errors import UserError
 

@@ -22,7 +22,7 @@ from opensora.models.conditions import Conditions, TokenBatch
 from opensora.schedulers.base import Objective
 from opensora.schedulers.timesteps import draw_per_sample
 from opensora.train.packed_tokens import EncodedTokens, SampleOf, concat_packed, of_samples
-from opensora.utils.upload import upload
+from opensora.utils.files.upload import upload
 
 if TYPE_CHECKING:
     from opensora.datasets.loading.reader import Batch

@@ -10,7 +10,7 @@ import pytest
 
 from opensora.cli import download
 from opensora.utils.errors import UserError
-from opensora.utils.published_files import SETS, PublishedFile, Repository, set_of
+from opensora.utils.files.published_files import SETS, PublishedFile, Repository, set_of
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -14,7 +14,7 @@ from opensora.inference.references import check_count, check_length, code_known,
 from opensora.inference.watermark import read_watermark
 from opensora.models.base import AutoencoderShape
 from opensora.utils.errors import UserError
-from opensora.utils.video_writer import write_video
+from opensora.utils.files.video_writer import write_video
 from tests.toy_components import ToyAutoencoder
 
 CAUSAL = AutoencoderShape(4, (4, 8, 8), True)

@@ -16,7 +16,7 @@ from opensora.sampling.guidance import oscillate
 from opensora.sampling.noise import get_noise
 from opensora.sampling.options import SamplingOption, image_size, sanitize_sampling_option
 from opensora.schedulers.timesteps import coded_frames, flow_shift, get_schedule, latent_frames, time_shift
-from opensora.utils.video_writer import write_image, write_video
+from opensora.utils.files.video_writer import write_image, write_video
 
 
 def test_flow_shift_by_hand() -> None:

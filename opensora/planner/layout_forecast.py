@@ -1,0 +1,55 @@
+"""What is forecast: a bucket as the model sees it, and one layout on it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from acceleration.accounting.peak_memory import Footprint
+from acceleration.accounting.rank_layout import MicroBatch
+from acceleration.config import ParallelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A bucket as the model sees it."""
+
+    name: str
+    batch: MicroBatch
+    clips: tuple[int, int, int, int] | None = None  # samples, frames, height, width before they are encoded
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """One layout on one bucket, for the process that needs most."""
+
+    parallel: ParallelConfig
+    degrees: dict[str, int]
+    shape: str
+    batches: int  # micro-batches of a process in a step
+    memory: Footprint
+    sent: dict[str, int]  # bytes by axis and step
+    flops: float  # model FLOPs of a step, all processes together
+    step_s: float
+    mfu: float
+    encoding: int = 0  # bytes while clips are encoded, with what the process keeps then; 0: less than for other shapes
+
+    @property
+    def peak(self) -> int:
+        """Most bytes at any moment."""
+        return max(self.memory.total, self.encoding)
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON; memory and bytes in GiB."""
+        return {
+            "mesh": {name: degree for name, degree in self.degrees.items() if degree > 1},
+            "zero": self.parallel.zero,
+            "recompute": self.parallel.recompute.kind,
+            "shape": self.shape,
+            "batches": self.batches,
+            "memory_gib": {name: value / 2**30 for name, value in vars(self.memory).items()},
+            "peak_gib": self.peak / 2**30,
+            "encoding_gib": self.encoding / 2**30,
+            "comm_gib": {axis: value / 2**30 for axis, value in self.sent.items()},
+            "flops": self.flops,
+            "step_s": self.step_s,
+            "mfu": self.mfu,
+        }
