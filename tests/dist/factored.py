@@ -69,6 +69,7 @@ class ToyBatch:
     bucket: Size
     weight: float = 1.0
     degree: int | None = None
+    epoch: int = 0
 
 
 def batches(step: int) -> list[ToyBatch]:

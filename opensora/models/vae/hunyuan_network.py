@@ -69,8 +69,20 @@ class CausalConv3d(nn.Module):
 
     def _padded(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Frames ``start`` to ``stop`` with the edges; a negative ``start`` is before the first frame."""
-        part = x[:, :, max(0, start) : stop]
-        return F.pad(part, (*(self.around,) * 4, max(0, -start), 0), mode="replicate") if self.past else part
+        part, before = x[:, :, max(0, start) : stop], max(0, -start)
+        if not self.past:
+            return part
+        if torch.compiler.is_compiling():
+            return _with_edges(part, before, self.around)
+        return F.pad(part, (*(self.around,) * 4, before, 0), mode="replicate")
+
+
+def _with_edges(x: Tensor, before: int, around: int) -> Tensor:
+    """What ``F.pad`` does, in joined pieces: torch 2.13 does not compile it for a CPU behind a nearest upsampling."""
+    for dim, first, last in ((2, before, 0), (3, around, around), (4, around, around)):
+        edges = x.narrow(dim, 0, 1), x.narrow(dim, x.shape[dim] - 1, 1)
+        x = torch.cat([edges[0]] * first + [x] + [edges[1]] * last, dim)
+    return x
 
 
 def _runs(count: int, pieces: int) -> list[tuple[int, int]]:
