@@ -1100,8 +1100,8 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "edges of the first frame repeated too rarely",
         HUNYUAN,
-        "max(0, -start), 0)",
-        "max(0, -start) - 1, 1)",
+        "before, 0), mode=",
+        "before - 1, 1), mode=",
         NETS + "convolutions_in_parts_are_the_same[7-stride1-300]",
     ),
     Mutation(
