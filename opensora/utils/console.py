@@ -73,7 +73,8 @@ class Progress:
         if now - self._spoke >= self._every_s or step >= self._total:
             self._spoke = now
             with contextlib.suppress(OSError):
-                print(f"{self._unit} {step}/{self._total}, {shown or 'running'}, {self._eta(now)}", file=sys.stderr)
+                line = f"{self._unit} {step}/{self._total}, {shown or 'running'}, {self._eta(now)}\n"
+                print(line, end="", file=sys.stderr)
 
     def close(self) -> None:
         """Leave the bar as it stands."""

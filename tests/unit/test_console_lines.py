@@ -7,7 +7,7 @@ import pytest
 
 from acceleration.distributed.runtime import say
 from opensora.cli.main import run_cli
-from opensora.utils.console import announce
+from opensora.utils.console import announce, progress
 from opensora.utils.errors import UserError
 
 
@@ -35,8 +35,9 @@ def test_a_line_is_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", stream)
     announce("from every rank", every_rank=True)
     say("from the machine")
+    progress(2).update_to(2)
     with pytest.raises(SystemExit):
         run_cli(refused)
     lines = [text for text in written.texts if text]
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert all(text.count("\n") == 1 and text.endswith("\n") for text in lines)

@@ -120,6 +120,23 @@ def test_waiting_may_take_longer_than_an_exchange(tmp_path: Path, hidden: bool) 
     assert run_distributed(wait_longer_than_an_exchange_may_take, 2, tmp_path, hidden) == [[".lock", "owner.json"]] * 2
 
 
+def test_the_folder_is_given_up_where_another_process_is_gone(tmp_path: Path) -> None:
+    def gone(value: tuple[str, str], *_: object) -> tuple[str, str]:
+        if value[0]:
+            raise RuntimeError("Connection closed by peer")
+        return value
+
+    runtime = Runtime(0, 2, 0, torch.device("cpu"))
+    with (
+        mock.patch.object(same_files, "cpu_group", lambda: None),
+        mock.patch.object(same_files, "from_main", gone),
+        pytest.raises(RuntimeError, match="closed by peer"),
+    ):
+        same_files.take_folder(tmp_path, runtime)
+    assert not (tmp_path / "owner.json").exists()
+    RunLock(tmp_path).release()
+
+
 def test_a_folder_that_another_run_holds_elsewhere_is_named(tmp_path: Path) -> None:
     with mock.patch.dict(os.environ, {"SLURM_JOB_ID": ""}):
         other = RunLock(tmp_path / "b")

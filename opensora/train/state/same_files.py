@@ -72,7 +72,13 @@ def _lock(folder: Path, runtime: Runtime, group: dist.ProcessGroup | None) -> tu
         threading.Thread(target=_run, args=(taken, RunLock, folder), name="run folder", daemon=True).start()
     while True:
         lock, refusal = _outcome(taken) if taken is not None else (None, "")
-        token, refusal = from_main((lock.owner["token"] if lock else "", refusal), group, "whose the run's folder is")
+        try:
+            own = lock.owner["token"] if lock else ""
+            token, refusal = from_main((own, refusal), group, "whose the run's folder is")
+        except BaseException:  # as where another process is gone
+            if lock is not None:
+                lock.release()
+            raise
         if refusal:
             raise UserError(refusal)
         if token:
