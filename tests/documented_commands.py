@@ -103,7 +103,7 @@ NOT_RUN = {
     r"^pip install ": "docs/results has what each optional package was tried with",
     r"opensora\.cli\.download": "needs a network; tests/unit/test_download.py runs it on a stand-in",
     r"opensora\.cli\.doctor": "ends with 2 where files are missing; tests/unit/test_doctor.py has files",
-    r"tests\.golden_autoencoders": "needs golden tensors, which the repository does not hold",
+    r"tests\.golden_(autoencoders|table)": "needs golden tensors, which the repository does not hold",
     r"tests\.documented_commands": "this one",
 }
 # What a command becomes so that it takes seconds on two cores: (what is replaced, by what), all in this order.

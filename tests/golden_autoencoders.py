@@ -25,7 +25,8 @@ FILES = ("hunyuan_vae", "flux_ae", "video_dc_ae")
 def relative(found: Tensor, truth: Tensor) -> float:
     """Largest difference over largest value; shapes must be the same."""
     assert found.shape == truth.shape, (found.shape, truth.shape)
-    return float((found.double() - truth.double()).abs().max() / truth.double().abs().max())
+    found, truth = found.detach().double(), truth.double()
+    return float((found - truth).abs().max() / truth.abs().max().clamp(min=1e-30))
 
 
 def single_file(golden: Path, name: str, to: Path) -> dict[str, Any]:

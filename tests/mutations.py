@@ -94,6 +94,7 @@ HUNYUAN, HUNYUAN_AE, DC_AE, DC_AE_NETWORK, POSTERIOR, VAE_TILES, FLUX_NAMES, VAE
     )
 )
 CODING = "opensora/planner/coding_memory.py"
+AE_LOSSES, LOSSES = "opensora/models/vae/training/losses.py", "tests/unit/test_autoencoder_losses.py::test_"
 NETS, AE_FILES = "tests/unit/test_autoencoder_networks.py::test_", "tests/unit/test_autoencoder_files.py::test_"
 TOKENS, PROMPT = "opensora/utils/tokens.py", "opensora/utils/prompt_suffix.py"
 VIDEO, TRANSFORMS = (f"opensora/datasets/loading/{name}.py" for name in ("reader", "window"))
@@ -1138,6 +1139,27 @@ TABLE: tuple[Mutation, ...] = (
         "self.seed, epoch, sample_ids, purpose",
         "self.seed, 0, sample_ids, purpose",
         NETS + "draws_are_functions_of_their_keys[flux2d]",
+    ),
+    Mutation(
+        "perceptual distance of a frame once, not for every value",
+        AE_LOSSES,
+        "perceptual = distances.mean() * values",
+        "perceptual = distances.mean()",
+        LOSSES + "reconstruction_by_hand[0.0]",
+    ),
+    Mutation(
+        "features compared at their lengths",
+        "opensora/models/vae/training/lpips.py",
+        "yield x / (x.square().sum(dim=1, keepdim=True).sqrt() + EPSILON)",
+        "yield x",
+        LOSSES + "lpips_by_hand",
+    ),
+    Mutation(
+        "adaptive weight upside down",
+        AE_LOSSES,
+        "for loss in (nll, g))",
+        "for loss in (g, nll))",
+        LOSSES + "adaptive_weight_balances_gradients_and_is_bounded",
     ),
     Mutation(
         "divergence of frames added up", POSTERIOR, "if self.per_frame:", "if False:", NETS + "divergence_of_a_normal"

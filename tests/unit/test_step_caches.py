@@ -42,6 +42,7 @@ from opensora.sampling.options import SamplingOption
 from opensora.schedulers.euler import Euler
 from opensora.utils.errors import UserError
 from tests.factored_family import ToyConfig
+from tests.golden_autoencoders import relative
 from tests.unit.test_config import GOOD
 from tests.unit.test_mmdit import DEBUG, inputs, random_model
 
@@ -90,9 +91,7 @@ def test_golden_trajectories(published: tuple[dict[str, Tensor], dict[str, Any]]
     with cache.during(model):
         last = denoise(predict, tensors["in.img"], solver, NoGuidance(), known, None, watch=cache.watch)
     found, truth = torch.stack([*seen[1:], last]), tensors[f"out.{case['name']}.trajectory"]
-    error = ((found - truth).abs().max() / truth.abs().max()).item()
-    print(f"{case['name']}: relative error {error:.1e}")
-    assert error <= 1e-5
+    assert relative(found, truth) <= 1e-5
     of_blocks = [decision.computed for decision in log if decision.part == "blocks"]
     of_attention = [decision.computed for decision in log if decision.part == "double_blocks.1.core"]
     always = [True] * 12

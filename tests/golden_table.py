@@ -1,0 +1,119 @@
+"""The largest relative difference to every golden file: ``python -m tests.golden_table``.
+
+Runs the tests that compare the product with golden tensors, notes every difference that they take, and prints a table.
+What is compared for equality (sizes, names, decisions) has no difference: it is equal, or its test fails.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from tests import golden_autoencoders
+from tests.conftest import ROOT
+
+
+class Row(NamedTuple):
+    """What is compared of a golden file."""
+
+    file: str  # without suffix
+    what: str
+    tests: tuple[str, ...]  # beginnings of pytest's names, below tests/unit
+
+
+AUTOENCODERS = "test_golden_autoencoders.py::test_published_file"
+SAMPLING = "test_golden_sampling.py::test_"
+ROWS = (
+    Row("hunyuan_vae", "encode and decode, whole and in tiles", (f"{AUTOENCODERS}[hunyuan_vae]",)),
+    Row("hunyuan_vae", "the same from a diffusers folder", ("test_golden_autoencoders.py::test_hunyuan_from",)),
+    Row("flux_ae", "encode and decode", (f"{AUTOENCODERS}[flux_ae]",)),
+    Row("flux_ae", "the same from a diffusers folder", ("test_golden_autoencoders.py::test_flux_from",)),
+    Row("video_dc_ae", "encode and decode, whole and in tiles", (f"{AUTOENCODERS}[video_dc_ae]",)),
+    Row("vae_losses", "losses, gradients, moving average", ("test_autoencoder_losses.py::test_every_golden_loss",)),
+    Row(
+        "vae_training", "schedules, sizes of the discriminator", ("test_autoencoder_losses.py::test_every_golden_num",)
+    ),
+    Row("conditioning", "training, 8 kinds x 4 clips", ("test_references.py::test_training_conditions_are",)),
+    Row("conditioning", "sampling, 8 kinds, causal or not", (f"{SAMPLING}conditions_of_sampling",)),
+    Row("denoisers", "trajectories of guidance", ("test_golden_denoisers.py::test_every_step",)),
+    Row("sampling_api", "noise to pixels", (f"{SAMPLING}from_noise_to_pixels",)),
+    Row("sampling_api", "known frames, published noise", (f"{SAMPLING}known_frames", f"{SAMPLING}published_noise")),
+    Row("packing", "tokens and positions", (f"{SAMPLING}packing",)),
+    Row("sampling_tables", "schedules, noise of a seed", (f"{SAMPLING}schedules", f"{SAMPLING}noise_of_a_seed")),
+    Row(
+        "sampling_tables",
+        "sizes, prompts, file names",
+        (f"{SAMPLING}sizes", f"{SAMPLING}suffixes", f"{SAMPLING}file_names"),
+    ),
+    Row("text", "T5 and CLIP: token ids, features", ("test_text_files.py::test_features_and_tokens",)),
+    Row("buckets", "buckets of 300 clips, 5 tables", ("test_published_rule.py::test_every_decision",)),
+    Row("buckets", "frame rates, runs", ("test_published_rule.py::test_frame", "test_published_rule.py::test_a_run")),
+    Row("step_cache", "12 steps of every cache", ("test_step_caches.py::test_golden_trajectories",)),
+    Row("step_cache", "decisions of TeaCache", ("test_step_caches.py::test_golden_decisions",)),
+)
+
+
+class Recorder:
+    """A plugin of pytest: results of the tests, and what ``relative`` of their modules gave in each."""
+
+    def __init__(self) -> None:
+        self.passed: dict[str, bool] = {}
+        self.differences: dict[str, list[float]] = {}
+        self._now = ""
+
+    def pytest_collection_modifyitems(self, items: Sequence[Any]) -> None:
+        """Every function ``relative`` is listened to."""
+        modules: set[ModuleType] = {item.module for item in items} | {golden_autoencoders}
+        for module in modules:
+            if hasattr(module, "relative"):
+                module.relative = self._heard(module.relative)
+
+    def _heard(self, relative: Callable[..., float]) -> Callable[..., float]:
+        def heard(*args: Any) -> float:
+            found = relative(*args)
+            self.differences.setdefault(self._now, []).append(found)
+            return found
+
+        return heard
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """The test that differences belong to from here on."""
+        self._now = nodeid
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """A test that was skipped has not passed."""
+        self.passed[report.nodeid] = self.passed.get(report.nodeid, True) and report.passed
+
+
+def table(recorder: Recorder) -> tuple[list[str], bool]:
+    """Lines of a table in Markdown, and whether all was compared and is within its limit."""
+    lines = ["| file | what | cases | numbers | largest relative difference |", "|---|---|---|---|---|"]
+    all_good = True
+    for row in ROWS:
+        beginnings = tuple(f"tests/unit/{test}" for test in row.tests)
+        ran = [name for name in recorder.passed if name.startswith(beginnings)]
+        found = [difference for name in ran for difference in recorder.differences.get(name, [])]
+        good = bool(ran) and all(recorder.passed[name] for name in ran)
+        worst = f"{max(found):.1e}" if found else "equal"
+        lines.append(f"| {row.file} | {row.what} | {len(ran)} | {len(found) or ''} | {worst if good else 'FAILED'} |")
+        all_good &= good
+    return lines, all_good
+
+
+def main() -> int:
+    """Prints the table; 1 if a test failed, was skipped, or is not there."""
+    torch.set_num_threads(1)
+    recorder = Recorder()
+    names = sorted({f"{ROOT}/tests/unit/{test.split('[')[0].partition('::')[0]}" for row in ROWS for test in row.tests})
+    chosen = {test.partition("::")[2].split("[")[0] for row in ROWS for test in row.tests}
+    pytest.main(["-q", "--no-header", "-p", "no:cacheprovider", "-k", " or ".join(sorted(chosen)), *names], [recorder])
+    lines, good = table(recorder)
+    print("\n".join(lines))
+    return int(not good)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
