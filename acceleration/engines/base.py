@@ -1,6 +1,7 @@
 """The contract of an engine: what the loop asks of native, DeepSpeed or ColossalAI alike."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
@@ -41,6 +42,12 @@ class Engine(Protocol):
 
     def full_weights(self, which: Weights = "live") -> Iterator[tuple[str, Tensor]]:
         """(name, whole weight on the CPU) of all that is trained, one at a time; collective."""
+
+    def averaged(self) -> AbstractContextManager[bool]:
+        """Within it the model computes with the moving average; afterwards all is as it was, to the bit.
+
+        Gives whether it does: not without an average, and not where an engine cannot put one in.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a checkpoint holds: weights, optimizer state, average; sharded, names as in the model.

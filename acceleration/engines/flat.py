@@ -6,6 +6,7 @@ runs in place, under the names and shapes of the native engine: any engine can l
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +87,10 @@ class FlatEngine(ABC):
             if not self.replicated:  # every element is held by one process
                 dist.all_reduce(whole)
             yield name, whole.view(run.shape).cpu()
+
+    def averaged(self) -> AbstractContextManager[bool]:
+        """Weights are copies that the vendor makes of the masters: the average is for the export alone."""
+        return nullcontext(False)
 
     def state_dict(self) -> dict[str, Any]:
         runs = self.runs()

@@ -1,6 +1,7 @@
 """The native engine: FSDP2 and torch optimizers."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -96,6 +97,31 @@ class NativeEngine:
         for name, weight in named:
             whole = fsdp.full(weight.detach())
             yield name, tensor_parallel.full(name, whole, self.model, self.mesh["tensor"]).cpu()
+
+    @contextmanager
+    def averaged(self) -> Iterator[bool]:
+        """Weights and average change places, a tensor at a time: no memory but for one of them."""
+        if self.ema is None:
+            yield False
+            return
+        self._exchange(back=False)
+        try:
+            yield True
+        finally:
+            self._exchange(back=True)
+
+    @torch.no_grad()
+    def _exchange(self, *, back: bool) -> None:
+        assert self.ema is not None
+        fsdp.release(self.model)  # what was gathered is of the other weights
+        for name, parameter in self.trained.items():
+            weight, average = fsdp.local(parameter.detach()), fsdp.local(self.ema.shadow[name])
+            if self.host:  # on the CPU masters and average stay where they are
+                weight.copy_(fsdp.local(self.host.masters[name].detach()) if back else average)
+                continue
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:
         if self.host:

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, TypeAlias
 
 from acceleration.config import LoraConfig, OptimConfig, ParallelConfig
 from opensora.conditioning import ConditioningConfig
+from opensora.config.validation import CondType, ValidateConfig
 from opensora.datasets import DataConfig
 from opensora.models.base import ModelConfig, Width, Widths
 from opensora.models.families import MODEL_CONFIGS, MODEL_SIZES, describe, family_of
@@ -62,23 +63,6 @@ class TrainConfig:
             raise ValueError("init_from='': must be a safetensors file or an export folder, or null")
         if not self.resume:
             raise ValueError("resume='': must be one of auto, none, or the path of a checkpoint")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValidateConfig:
-    """Pictures of what the model makes while it trains, in samples/ of the run's folder."""
-
-    every: int = 0  # steps between two rounds of samples; 0: none
-    prompts: tuple[str, ...] = ()  # one clip each
-    sampling: SamplingOption = field(default_factory=SamplingOption)
-
-    LIMITS: ClassVar[Limits] = {"every": STEPS}
-
-    def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ValueError(f"every={self.every}: must be an integer >= 0; 0 makes no samples")
-        if self.every and not self.prompts:
-            raise ValueError("prompts: missing; give validate.prompts=[TEXT, ...], or validate.every=0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,9 +231,9 @@ class SampleConfig:
     start_index: int = 0  # of the first prompt that is sampled; all are numbered from the start of the table
     end_index: int | None = None  # of the first prompt that is not; null: all are
     neg: str = ""  # what clips that name nothing themselves move away from
-    cond_type: Literal[
-        "t2v", "i2v_head", "i2v_tail", "i2v_loop", "v2v_head", "v2v_tail", "v2v_head_easy", "v2v_tail_easy"
-    ] = "t2v"  # what references give: the first, the last or both frames; the first or last 33 frames, or 65 (easy)
+    cond_type: CondType = (
+        "t2v"  # what references give: the first, the last or both frames; the first or last 33 frames, or 65 (easy)
+    )
     ref: str | None = None  # references of prompt and prompts, images or clips of any size, as "a.png;b.mp4"
     still: StillConfig | None = None  # first make a still of every prompt, then go on from it (cond_type=i2v_head)
     prompt_suffix: bool | None = None  # words about frame rate and motion after prompts; null: as the model was trained

@@ -104,14 +104,12 @@ def check_references(model: ModelConfig) -> None:
         raise UserError(f"ref: {reads_no_references(model)}; take ref and cond_type out, or give other weights")
 
 
-def check_validation(cfg: RunConfig, world_size: int) -> None:
-    """That the samples which a run makes while it trains fit this machine beside nothing else.
+def check_validation(cfg: RunConfig, world_size: int, clips: int) -> None:
+    """That the samples which a run makes while it trains, so many together, fit this machine beside nothing else.
 
     Raises:
         UserError: they do not, with the estimate.
     """
-    if not cfg.validate.every:
-        return
     shape, key = autoencoder_shape(cfg.vae), "validate.sampling"
     option = fit_option(key, cfg.validate.sampling, cfg.model, shape)
     announce_size(key, cfg.validate.sampling, option)
@@ -119,7 +117,7 @@ def check_validation(cfg: RunConfig, world_size: int) -> None:
         option,
         cfg.model,
         shape,
-        samples=len(cfg.validate.prompts),
+        samples=clips,
         txt=text_tokens(cfg.text),
         itemsize=DTYPES[cfg.parallel.precision.compute].itemsize,
         parallel=cfg.parallel,

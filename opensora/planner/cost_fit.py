@@ -10,7 +10,7 @@ from opensora.datasets.buckets.cost import CostConfig, fit
 from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.utils.errors import UserError
 from opensora.utils.files.untrusted import NUMBER
-from opensora.utils.metrics_log import read_metrics
+from opensora.utils.metrics_log import VALIDATED, read_metrics
 
 LEAST_RECORDS = 8
 MOST_STEPS = 10**5  # from one record to the next; more is a damaged number
@@ -28,7 +28,7 @@ def calibrate(plan: BatchPlan, metrics: Path, processes: int) -> tuple[CostConfi
         UserError: too few records, or too uniform ones.
     """
     records, events = read_metrics(metrics)
-    rows, seconds = measured(plan, records, {int(event["step"]) for event in events})
+    rows, seconds = measured(plan, records, {int(event["step"]) for event in events if event["event"] != VALIDATED})
     if len(rows) < LEAST_RECORDS:
         raise UserError(f"{metrics}: {len(rows)} usable records, wanted {LEAST_RECORDS}; train on, log more often")
     rows = rows / processes

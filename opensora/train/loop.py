@@ -3,7 +3,7 @@
 from opensora.train.preparation import loss_share
 from opensora.train.rollback import roll_back
 from opensora.train.run import Run
-from opensora.train.validate import sample_prompts
+from opensora.train.validate import catch_up, is_due, validate
 
 
 def train(run: Run) -> bool:
@@ -16,6 +16,7 @@ def train(run: Run) -> bool:
         TrainingDiverged: loss, gradients or copies of the state stay wrong after every remedy (anomaly_guard.py).
     """
     total = run.cfg.train.steps
+    catch_up(run)
     while run.step < total:
         run.garbage.collect()
         run.enter("data")
@@ -43,11 +44,15 @@ def train(run: Run) -> bool:
         if not stop and (wanted := run.guard.wants_rollback(run.engine, run.mesh, run.step, run.enter)):
             roll_back(run, wanted)
             continue
-        if not stop and run.cfg.validate.every and run.step % run.cfg.validate.every == 0:
-            sample_prompts(run)
-            stop = run.stop.agreed()
-        if stop or run.step == total or (run.guard.last_step_ok and run.step % run.cfg.train.checkpoint_every == 0):
+        saves = stop or run.step == total
+        saves = saves or (run.guard.last_step_ok and run.step % run.cfg.train.checkpoint_every == 0)
+        if saves:
             run.save()
+        if not stop and is_due(run):  # what was trained is on its way to the disk, however long this takes
+            validate(run)
+            stop = run.stop.agreed()
+            if stop and not saves:
+                run.save()
         run.enter("commit")
         run.checkpoints.poll()
         if stop and run.step < total:

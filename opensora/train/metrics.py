@@ -12,7 +12,7 @@ from acceleration.distributed.mesh import Mesh
 from opensora.datasets.buckets.bucket import Bucket
 from opensora.train.health.anomaly_guard import Update
 from opensora.utils.console import progress
-from opensora.utils.metrics_log import MetricsLogger
+from opensora.utils.metrics_log import Clip, MetricsLogger
 
 
 class Metrics:
@@ -128,6 +128,21 @@ class Metrics:
         """Put an event between the records."""
         if self._logger:
             self._logger.log_event(event, step, **values)
+
+    @property
+    def shows_clips(self) -> bool:
+        """Whether this process writes to something that shows videos."""
+        return self._logger is not None and self._logger.shows_clips
+
+    def log_validation(self, step: int, values: Mapping[str, Any], clips: Mapping[str, Clip]) -> None:
+        """Put the numbers of a complete round between the records, and show its clips."""
+        if self._logger:
+            self._logger.log_validation(step, values)
+            self._logger.show_clips(step, clips)
+
+    def was_validated(self, step: int) -> bool:
+        """Whether the round of ``step`` is complete, on the process that writes."""
+        return self._logger is not None and self._logger.was_validated(step)
 
     def close(self) -> None:
         """Flush the writers."""

@@ -1,8 +1,8 @@
 """One micro-batch: from pixels and prompts to this process's tokens, and from those to its share of the loss."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,13 @@ from opensora.schedulers.base import Objective
 from opensora.schedulers.timesteps import draw_per_sample
 from opensora.train.packed_tokens import EncodedTokens, SampleOf, concat_packed, of_samples
 from opensora.utils.files.upload import upload
+from opensora.utils.tokens import Grid
 
 if TYPE_CHECKING:
     from opensora.datasets.loading.reader import Batch
+
+
+Times: TypeAlias = Callable[[int, int, tuple[int, ...], Grid], Tensor]  # as ``Objective.times``
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,7 @@ class Preparation:
     layout: TokenLayout
     autoencoder: AutoencoderShape | None = None  # what references are cut for; None: as ``encoders`` has it
     seed: int
+    times: Times | None = None  # of samples, in place of those that the objective draws
     by_degree: Mapping[int, "Preparation"] = field(default_factory=dict)  # by how many processes cut a sample
 
     @torch.no_grad()
@@ -100,7 +105,7 @@ class Preparation:
         grid = self.layout.denoising.grid((x0.shape[2], x0.shape[3], x0.shape[4]))
         ids = batch.sample_ids
         noise = self._upload(draw_per_sample(self.seed, step, ids, "noise", tuple(x0.shape[1:])))
-        t = self._upload(self.objective.times(self.seed, step, ids, grid))
+        t = self._upload((self.times or self.objective.times)(self.seed, step, ids, grid))
         known = self._known(batch, step, grid.latents)
         noised = self.objective.noised(x0, noise, t, known)
         reference, given = self._references(batch, step, grid.latents)

@@ -21,6 +21,7 @@ from opensora.train.garbage_collection import GarbageCollection
 from opensora.train.health.anomaly_guard import AnomalyGuard, Update
 from opensora.train.health.data_health import DataHealth
 from opensora.train.health.step_timer import StepTimer
+from opensora.train.held_out import HeldOutLoss
 from opensora.train.metrics import Metrics
 from opensora.train.preparation import Preparation
 from opensora.train.state.export import exported, write_export
@@ -51,6 +52,7 @@ class Run:
     step: int
     traffic: Traffic | None  # on the process that writes records
     base: str | None = None  # fingerprint of the weights that adapters are trained beside
+    held_out: HeldOutLoss | None = None  # the loss on clips that are not trained on
     lock: RunLock | None = None  # on the main process
     garbage: GarbageCollection = field(default_factory=GarbageCollection)
 

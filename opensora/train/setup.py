@@ -38,7 +38,7 @@ from opensora.config.run import RunConfig
 from opensora.datasets.decode import api
 from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.datasets.table.index import IndexedTable
-from opensora.inference.check import check_validation, fit_option, solver_of
+from opensora.inference.check import fit_option, solver_of
 from opensora.inference.load import verify_export
 from opensora.models.base import AutoencoderShape, Width
 from opensora.models.families import build_model, describe
@@ -50,6 +50,7 @@ from opensora.train.health.anomaly_guard import AnomalyGuard
 from opensora.train.health.data_health import DataHealth
 from opensora.train.health.preflight import check_processes
 from opensora.train.health.step_timer import StepTimer, start_timer
+from opensora.train.held_out import announce_held_out, held_out_loss, open_held_out
 from opensora.train.metrics import Metrics
 from opensora.train.preparation import Preparation
 from opensora.train.run import Run
@@ -58,6 +59,7 @@ from opensora.train.state.resume import check_fresh, check_paths, resume, wrong_
 from opensora.train.state.run_lock import check_places, write_config
 from opensora.train.state.same_files import content, take_folder
 from opensora.train.step_data import check_buckets, open_batches, open_data
+from opensora.train.validate import announce_weights, check_prompts
 from opensora.utils import signal_handler
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
@@ -76,12 +78,12 @@ def start_run(cfg: RunConfig) -> Run:
     ranks = launcher_variables.ranks_from_environment()
     launcher_variables.check_visible_devices()
     table, plan = check(cfg, ranks.world_size)
-    if not cfg.data.features:
+    if not cfg.data.features or (cfg.validate.every and cfg.validate.table):
         api.require(cfg.data.decoder)
     launcher_variables.check_meeting(ranks)  # before the run's folder is made
     if device_bytes() is None:  # the machine that it is started on, which a submitting one need not be
         check_memory(cfg, ranks.world_size, machine_bytes())
-    check_validation(cfg, ranks.world_size)
+    check_prompts(cfg, ranks.world_size)
     signal_handler.install()
     lock = timer = None
     try:
@@ -127,6 +129,7 @@ def check(cfg: RunConfig, world_size: int) -> tuple[IndexedTable, BatchPlan]:
     check_files(cfg, shape)
     check_disk(cfg, model)
     table, plan = open_data(cfg)
+    open_held_out(cfg)
     if cfg.data.features:
         stored_features.check(cfg, table, plan)
     return table, plan
@@ -144,7 +147,7 @@ def check_files(cfg: RunConfig, shape: AutoencoderShape) -> None:
     if not cfg.data.features or cfg.validate.every:
         check_autoencoder(cfg.vae)
         check_text_encoder(cfg.text, Width(shape.channels, f"vae.kind={cfg.vae.kind}"), cfg.model)
-    if cfg.validate.every:
+    if cfg.validate.every and cfg.validate.makes_clips:
         fit_option("validate.sampling", cfg.validate.sampling, cfg.model, shape)
         solver_of("validate.sampling", cfg.validate.sampling, cfg.objective)
     check_installed(cfg.log)
@@ -199,7 +202,11 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
     if runtime.is_main:
         write_config(cfg)
 
-    data = open_batches(cfg, table, plan, mesh, step)
+    data, held_out = open_batches(cfg, table, plan, mesh, step), open_held_out(cfg)
+    prepare = build_preparation(cfg, mesh, runtime.device)
+    if held_out and runtime.is_main:
+        announce_held_out(held_out, table)
+    announce_weights(cfg)
     logger = open_logger(cfg, plan, step) if runtime.is_main else None
     hosts = host_names(runtime.peers)
     several = len(set(hosts)) > 1
@@ -227,7 +234,7 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
         mesh=mesh,
         engine=engine,
         data=data,
-        prepare=build_preparation(cfg, mesh, runtime.device),
+        prepare=prepare,
         checkpoints=checkpoints,
         metrics=metrics,
         reads=DataHealth(folder / "unreadable", table, mesh, cfg.data.max_bad_share),
@@ -237,6 +244,7 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
         step=step,
         base=base,
         traffic=traffic,
+        held_out=held_out_loss(cfg, held_out, prepare, mesh),
     )
 
 

@@ -1,28 +1,150 @@
-"""Samples while training: the sampling pipeline over the model that is being trained, in its own layout."""
+"""What a run looks at while it trains: the loss on held-out clips, and clips of fixed prompts.
+
+Both are of the moving average, where there is one, in the layout of the training. Training goes on as if nothing had
+been: weights, average, modes of modules and all draws are as they were. A round is an event ``validated`` in
+metrics.jsonl, written when it is complete: one that was broken off is made again when the run is resumed.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from acceleration.sharding import fsdp
 from opensora.assembly.components import Components
-from opensora.config.run import SampleConfig
+from opensora.config.run import RunConfig, SampleConfig
+from opensora.datasets.decode import api
+from opensora.inference.check import check_jobs, check_validation
+from opensora.inference.find import Source
 from opensora.inference.pipeline import process_and_save
-from opensora.inference.prompts import read_jobs
+from opensora.inference.prompts import Job, read_jobs
+from opensora.inference.references import count_frames
 from opensora.train.run import Run
 from opensora.utils.console import announce
+from opensora.utils.errors import UserError
+from opensora.utils.metrics_log import Clip
 
 
-def sample_prompts(run: Run) -> None:
-    """Write samples/step-XXXXXXXX/ with a clip per prompt and a contact sheet, from the live weights. Collective."""
-    validate = run.cfg.validate
+def is_due(run: Run) -> bool:
+    """Whether a round belongs to the updates made so far."""
+    every = run.cfg.validate.every
+    return bool(every and run.step and run.step % every == 0)
+
+
+def catch_up(run: Run) -> None:
+    """Make the round of the step that the run was resumed at, if it was broken off. Collective."""
+    if is_due(run) and not run.checkpoints.from_main(run.metrics.was_validated(run.step)):
+        validate(run)
+
+
+def validate(run: Run) -> None:
+    """One round, unless a stop is asked for meanwhile. Collective."""
+    run.enter("validate")
+    values: dict[str, Any] | None = {}
+    files: list[str] = []
+    with run.metrics.excluded("validate", run.mesh), _watched(run):
+        if run.held_out is not None:
+            values = run.held_out.round(run.engine.model, lambda: _stops(run))
+        if values is not None and run.cfg.validate.makes_clips:
+            files = sample_prompts(run)
+        if values is None:
+            return
+    run.enter("validate")
+    run.metrics.log_validation(run.step, values, _clips(run, files))
+    shown = f"loss {values['validate/loss']:.4f}" if "validate/loss" in values else ""
+    made = f"sampled {files[-1]}" if files else ""
+    announce(f"step {run.step}: validation: {', '.join(filter(None, (shown, made))) or 'done'}")
+
+
+@contextmanager
+def _watched(run: Run) -> Iterator[None]:
+    """The model as it is to be looked at: averaged, and not in training mode."""
+    model = run.engine.model
+    trained = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with run.engine.averaged() if run.cfg.validate.use_ema else nullcontext(False):
+            yield
+            fsdp.release(model)
+    finally:
+        for module in trained:
+            module.training = True
+
+
+def _stops(run: Run) -> bool:
+    """Before a micro-batch: whether a stop was asked for. Collective."""
+    stop = run.stop.agreed()
+    run.enter("validate")
+    return stop
+
+
+def announce_weights(cfg: RunConfig) -> None:
+    """Say so where the moving average cannot be looked at."""
+    validate, engine = cfg.validate, cfg.parallel.engine
+    if validate.every and validate.use_ema and cfg.optim.ema_decay and engine != "native":
+        announce(
+            f"validate.use_ema=true: parallel.engine={engine} cannot compute with the moving average; validation is of "
+            "the live weights"
+        )
+
+
+def sample_job(cfg: RunConfig, step: int = 0) -> SampleConfig:
+    """The prompts of a round as a sampling job."""
+    validate = cfg.validate
+    return SampleConfig(
+        weights=str(cfg.folder),
+        prompts=validate.prompts,
+        prompt_csv=validate.prompt_csv,
+        cond_type=validate.cond_type,
+        ref=validate.ref,
+        sampling=validate.sampling,
+        save_dir=str(cfg.folder / "samples" / f"step-{step:08d}"),
+        overwrite=True,  # a run that was resumed makes the samples of a step again
+    )
+
+
+def together(cfg: RunConfig, jobs: list[Job]) -> int:
+    """How many clips are denoised together."""
+    return min(cfg.validate.batch_size or len(jobs), len(jobs))
+
+
+def check_prompts(cfg: RunConfig, world_size: int) -> None:
+    """That prompts, references and sizes of the clips can be sampled by this model on this machine.
+
+    Raises:
+        UserError: the key, and what would work.
+    """
+    if not (cfg.validate.every and cfg.validate.makes_clips):
+        return
+    source = Source(
+        path=Path(cfg.folder),
+        checkpoint=None,
+        adapters=None,
+        model=cfg.model,
+        vae=cfg.vae,
+        text=cfg.text,
+        objective=cfg.objective,
+        conditioning=cfg.conditioning,
+        prompt_suffix=cfg.data.prompt_suffix,
+    )
+    job = sample_job(cfg)
+    try:
+        jobs = read_jobs(job)
+        check_jobs(job, source, jobs)
+    except UserError as error:
+        raise UserError(f"validate.{error}") from None
+    check_validation(cfg, world_size, together(cfg, jobs))
+
+
+def sample_prompts(run: Run) -> list[str]:
+    """Write samples/step-XXXXXXXX/ with a clip per prompt and a contact sheet; the files, on the main process.
+    Collective."""
     encoders = run.prepare.encoders
     assert encoders.autoencoder is not None
-    folder = run.cfg.folder / "samples" / f"step-{run.step:08d}"
-    job = SampleConfig(
-        weights=str(run.cfg.folder),
-        prompts=validate.prompts,
-        sampling=validate.sampling,
-        save_dir=str(folder),
-        overwrite=True,  # a run that was resumed makes the samples of a step again
-        batch_size=len(validate.prompts),
-    )
+    job = sample_job(run.cfg, run.step)
+    jobs = read_jobs(job)
+    announce(f"step {run.step}: sampling {len(jobs)} clip{'s' * (len(jobs) > 1)}")
     parts = Components(
         model=run.engine.model,
         cfg=run.cfg.model,
@@ -36,7 +158,16 @@ def sample_prompts(run: Run) -> None:
         run_tiles=encoders.run_tiles,
     )
     run.enter("sample")
-    with run.metrics.excluded("validate", run.mesh):
-        files = process_and_save(parts, job, read_jobs(job), quiet=True)
-    fsdp.release(run.engine.model)
-    announce(f"step {run.step}: sampled {', '.join(files[-1:])}")
+    return process_and_save(parts, replace(job, batch_size=together(run.cfg, jobs)), jobs, quiet=True)
+
+
+def _clips(run: Run, files: list[str]) -> dict[str, Clip]:
+    """By name, what the copies of the records show; nothing where nobody looks."""
+    if not run.metrics.shows_clips:
+        return {}
+    found = {}
+    for path in map(Path, files[:-1]):  # the last one is the contact sheet
+        frames = api.read_frames(str(path), 0, count_frames(str(path)))
+        prompt = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
+        found[path.stem] = Clip(path, frames, run.cfg.validate.sampling.fps, prompt)
+    return found

@@ -8,10 +8,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from opensora.utils.files.untrusted import NUMBER
-from opensora.utils.metrics_log import read_metrics
+from opensora.utils.metrics_log import VALIDATED, read_metrics
 
 MARGIN = 8  # pixels around and between frames
 TITLE_HEIGHT = 22
+PANELS = ("held-out clips by time, 0 (data) to 1 (noise)", "held-out clips by bucket")
 MIN_WIDTH = 480  # of the sheet, so that titles can be read
 
 
@@ -46,6 +47,8 @@ def contact_sheet(
 def loss_curve(metrics_jsonl: str | Path, path: str | Path) -> None:
     """A png of the loss over steps, with its running mean; resumes and interruptions are marked.
 
+    Where the run has validated, the loss on held-out clips is beside it, by part of the time and by bucket.
+
     Raises:
         ValueError: the file holds no loss yet.
     """
@@ -57,18 +60,45 @@ def loss_curve(metrics_jsonl: str | Path, path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     steps, losses = np.array([step for step, _ in points]), np.array([loss for _, loss in points])
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    validated = validation_curves(events)
+    figure = Figure(figsize=(8, 4.5 * (1 + len(validated[1:]))), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes, *panels = figure.subplots(1 + len(validated[1:]), sharex=True, squeeze=False).flatten()
     axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="loss")
     axes.plot(steps, running_mean(losses), color="tab:blue", linewidth=2, label="running mean")
-    _mark(axes, events)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    for curves in validated[:1]:
+        for name, (at, values) in curves.items():
+            axes.plot(at, values, color="tab:orange", marker="o", markersize=3, label=name)
+    for panel, title, curves in zip(panels, PANELS, validated[1:], strict=True):
+        for number, (name, (at, values)) in enumerate(curves.items()):
+            panel.plot(at, values, color=f"C{number}", marker="o", markersize=3, label=name)
+        panel.set_title(title, fontsize=10)
+    _mark(axes, [event for event in events if event["event"] != VALIDATED])
+    for panel in (axes, *panels):
+        panel.set_ylabel("loss")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7, ncols=2)
+    (panels or [axes])[-1].set_xlabel("step")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
+
+
+def validation_curves(events: Sequence[dict[str, Any]]) -> list[dict[str, tuple[list[int], list[float]]]]:
+    """Name -> (steps, losses) of rounds of validation: the whole, by part of the time, by bucket; [] without any."""
+    rounds = [event for event in events if event["event"] == VALIDATED and NUMBER.test(event.get("validate/loss"))]
+    if not rounds:
+        return []
+
+    def curves(prefix: str) -> dict[str, tuple[list[int], list[float]]]:
+        names = dict.fromkeys(name for event in rounds for name in event if name.startswith(prefix))
+        found = {}
+        for name in names:
+            points = [(event["step"], event[name]) for event in rounds if NUMBER.test(event.get(name))]
+            found[name.removeprefix(prefix)] = ([at for at, _ in points], [value for _, value in points])
+        return found
+
+    whole = {"held-out clips": next(iter(curves("validate/loss").values()))}
+    return [whole, curves("validate/bin/"), curves("validate/bucket/")]
 
 
 def bucket_chart(bars: Sequence[tuple[str, Sequence[int]]], path: str | Path, *, title: str) -> None:

@@ -8,16 +8,30 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 from opensora.utils.files.untrusted import ANY, COUNT, TEXT, mismatch, parse_json, read_small, seal, unseal
 from opensora.utils.files.user_files import replacing
+from opensora.utils.files.video_writer import gif
 
 METRICS_NAME, WANDB_ID_NAME = "metrics.jsonl", "wandb_id"
+VALIDATED = "validated"  # the event of a complete round of validation, which has its numbers
 MAX_METRICS = 1 << 34  # bytes
 WandbMode = Literal["off", "offline", "online"]
+
+
+class Clip(NamedTuple):
+    """A sampled clip or still."""
+
+    path: Path  # mp4 or png
+    frames: NDArray[np.uint8]  # (T, H, W, 3)
+    fps: float
+    prompt: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +102,32 @@ class MetricsLogger:
         record = {"step": step, **{name: _jsonable(value) for name, value in values.items()}}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
+        self._copy_numbers(step, values)
+
+    def log_validation(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write the numbers of a complete round of validation, as the event ``VALIDATED`` of ``step``."""
+        self.log_event(VALIDATED, step, **values)
+        self._copy_numbers(step, values)
+
+    def was_validated(self, step: int) -> bool:
+        """Whether the file has a complete round of ``step``."""
+        _, events = read_metrics(self.path)
+        return any(event["event"] == VALIDATED and event["step"] == step for event in events)
+
+    @property
+    def shows_clips(self) -> bool:
+        """Whether there are copies, which people look at clips in."""
+        return self._tensorboard is not None or self._wandb is not None
+
+    def show_clips(self, step: int, clips: Mapping[str, Clip]) -> None:
+        """Put clips into the copies: animated images in TensorBoard, the files themselves in wandb."""
+        if self._tensorboard is not None:
+            for name, clip in clips.items():
+                _add_animation(self._tensorboard, f"validate/{name}", clip, step)
+        if self._wandb is not None and clips:
+            self._wandb.log({f"validate/{name}": _wandb_media(clip) for name, clip in clips.items()}, step=step)
+
+    def _copy_numbers(self, step: int, values: Mapping[str, Any]) -> None:
         numbers = {name: value for name, value in values.items() if _is_number(value)}
         if self._tensorboard is not None:
             for name, value in numbers.items():
@@ -177,6 +217,25 @@ def _open_wandb(
     return wandb.init(
         project=project, name=name, id=identity, dir=str(folder), mode=mode, config=dict(config or {}), resume="allow"
     )
+
+
+def _add_animation(writer: Any, tag: str, clip: Clip, step: int) -> None:
+    """TensorBoard plays GIFs where images are; its own videos are the same, made by a package more."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    _, height, width, colours = clip.frames.shape
+    picture = gif(clip.frames, clip.fps)
+    image = Summary.Image(height=height, width=width, colorspace=colours, encoded_image_string=picture)
+    writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+    writer.add_text(f"{tag}/prompt", clip.prompt, step)
+
+
+def _wandb_media(clip: Clip) -> Any:
+    import wandb
+
+    if len(clip.frames) == 1:
+        return wandb.Image(str(clip.path), caption=clip.prompt)
+    return wandb.Video(str(clip.path), caption=clip.prompt, format="mp4")
 
 
 def _cut_after(path: Path, step: int) -> None:

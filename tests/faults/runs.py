@@ -132,7 +132,7 @@ def _install(run: Run, fault: Fault) -> None:
         left[0] -= run.step == wanted
         return run.step == wanted and left[0] >= 0
 
-    prepare, backward, sample, zero_loss = run.prepare, run.engine.backward, loop.sample_prompts, run.zero_loss
+    prepare, backward, sample, zero_loss = run.prepare, run.engine.backward, loop.validate, run.zero_loss
     save = run.checkpoints.save
 
     class Preparing:
@@ -168,7 +168,7 @@ def _install(run: Run, fault: Fault) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     run.prepare, run.engine.backward, run.zero_loss = Preparing(), going_back, starting_loss  # type: ignore
-    run.checkpoints.save, loop.sample_prompts = saving, sampling  # type: ignore
+    run.checkpoints.save, loop.validate = saving, sampling  # type: ignore
 
 
 def _first_held(parameters: Any, *, grad: bool = False) -> torch.Tensor:

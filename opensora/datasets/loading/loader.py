@@ -81,11 +81,17 @@ def build_loader(
 
 
 def read_batches(
-    table: ClipTable, plan: BatchPlan, cfg: DataConfig, micro_batches: Iterator[MicroBatch | PackedSequence], seed: int
+    table: ClipTable,
+    plan: BatchPlan,
+    cfg: DataConfig,
+    micro_batches: Iterator[MicroBatch | PackedSequence],
+    seed: int,
+    *,
+    substitutes: bool = True,
 ) -> Generator[AnyBatch, None, None]:
-    """These micro-batches of the plan, from their files; see ``build_loader``."""
+    """These micro-batches of the plan, from their files; see ``build_loader``. ``substitutes``: of ``BatchReader``."""
     api.require(cfg.decoder)
-    reader = BatchReader(table, cfg, seed)
+    reader = BatchReader(table, cfg, seed, substitutes=substitutes)
     loads = (
         LoadTask(tuple(ReadTask(m, plan.members(m)) for m in batch.parts), isinstance(batch, PackedSequence))
         for batch in micro_batches

@@ -88,8 +88,12 @@ class BatchReader:
     decoder hung or died is read once more, and if that fails never again. Threads may share a reader.
     """
 
-    def __init__(self, table: ClipTable, cfg: DataConfig, seed: int) -> None:
-        self._table = table
+    def __init__(self, table: ClipTable, cfg: DataConfig, seed: int, *, substitutes: bool = True) -> None:
+        """
+        Args:
+            substitutes: False: what cannot be read is grey, and stated as replaced by itself.
+        """
+        self._table, self._substitutes = table, substitutes
         self._cfg = cfg
         self._seed = seed
         self._cache = _FrameCache(cfg.cache_mib * 2**20)
@@ -110,7 +114,7 @@ class BatchReader:
             clip, source, reason = self._read_or_replace(sample_id, job, read)
             target[slot] = clip.transpose(3, 0, 1, 2)
             used.append(source)
-            if source != sample_id:
+            if reason:
                 replaced.append((sample_id, source, reason))
         rates = [sampled_fps(float(self._table.fps[source])) for source in used]
         return Batch(
@@ -133,8 +137,10 @@ class BatchReader:
             try:
                 return self._read_again_if_lost(source, job.micro_batch, read), source, first_reason
             except (DecodeError, OSError) as error:
-                first_reason = first_reason or str(error)
+                first_reason = first_reason or str(error) or type(error).__name__
         bucket = job.micro_batch.bucket
+        if not self._substitutes:
+            return np.full((bucket.frames, bucket.height, bucket.width, 3), 128, np.uint8), sample_id, first_reason
         raise UserError(
             f"data.table: {first_reason}; no substitute in bucket {bucket.resolution} x {bucket.frames} "
             f"({bucket.height}x{bucket.width}) can be read either: repair the files or take their rows out"
@@ -156,6 +162,8 @@ class BatchReader:
     def _candidates(self, sample_id: int, job: ReadTask) -> Iterator[int]:
         """The sample itself, then up to MAX_TRIES distinct others of its bucket."""
         yield sample_id
+        if not self._substitutes:
+            return
         members, epoch = job.members, job.micro_batch.epoch
         tried = {sample_id}
         for attempt in range(MAX_TRIES):

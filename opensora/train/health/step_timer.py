@@ -15,7 +15,7 @@ from opensora.config.run import RunConfig
 from opensora.utils.console import announce
 
 STEP = ("data", "encode", "forward", "backward", "update", "agree", "record", "commit")
-PAUSES = ("save", "sample", "export", "replicas", "return")
+PAUSES = ("save", "validate", "sample", "export", "replicas", "return")
 STARTING = ("start", "build", "load")
 MEASURED = STEP[:5]
 HANG_SHARE = 0.8  # of the time after which an exchange fails by itself, with less to say

@@ -1,5 +1,6 @@
 """Pixels to files: H.264 by PyAV (its wheels bring the encoder), png by Pillow."""
 
+import io
 import os
 from fractions import Fraction
 from pathlib import Path
@@ -61,6 +62,23 @@ def write_image(path: str | os.PathLike[str], frame_HWC: NDArray[np.uint8]) -> P
     target = _with_folder(path)
     Image.fromarray(frame_HWC, mode="RGB").save(target, format="PNG")
     return target
+
+
+def gif(frames_uint8_THWC: NDArray[np.uint8], fps: float) -> bytes:
+    """(T, H, W, 3) uint8 RGB -> an animated GIF without end, of at most 256 colours a frame.
+
+    Raises:
+        ValueError: frames of another shape or dtype, or no frame.
+    """
+    from PIL import Image
+
+    _check(frames_uint8_THWC, 4, "(T, H, W, 3)")
+    if len(frames_uint8_THWC) == 0 or fps <= 0:
+        raise ValueError(f"{len(frames_uint8_THWC)} frames at {fps} fps: need at least one frame and fps > 0")
+    first, *others = (Image.fromarray(np.ascontiguousarray(frame)) for frame in frames_uint8_THWC)
+    file = io.BytesIO()
+    first.save(file, "GIF", save_all=True, append_images=others, duration=max(20, round(1000 / fps)), loop=0)
+    return file.getvalue()
 
 
 def _rate(fps: float) -> Fraction:
