@@ -94,6 +94,7 @@ HUNYUAN, HUNYUAN_AE, DC_AE, DC_AE_NETWORK, POSTERIOR, VAE_TILES, FLUX_NAMES, VAE
     )
 )
 CODING = "opensora/planner/coding_memory.py"
+HELD_OUT_LOSS, VALIDATION = "opensora/train/held_out.py", "tests/unit/test_validation.py::test_"
 AE_LOSSES, LOSSES = "opensora/models/vae/training/losses.py", "tests/unit/test_autoencoder_losses.py::test_"
 NETS, AE_FILES = "tests/unit/test_autoencoder_networks.py::test_", "tests/unit/test_autoencoder_files.py::test_"
 TOKENS, PROMPT = "opensora/utils/tokens.py", "opensora/utils/prompt_suffix.py"
@@ -1139,6 +1140,41 @@ TABLE: tuple[Mutation, ...] = (
         "self.seed, epoch, sample_ids, purpose",
         "self.seed, 0, sample_ids, purpose",
         NETS + "draws_are_functions_of_their_keys[flux2d]",
+    ),
+    Mutation(
+        "one noise for all bins",
+        HELD_OUT_LOSS,
+        "prepare(batch, index))",
+        "prepare(batch, 0))",
+        "tests/integration/test_validation.py::test_the_numbers_are_those_of_the_formulas",
+    ),
+    Mutation(
+        "held-out clips of idle processes counted",
+        "opensora/datasets/plan/held_out.py",
+        "(self.micro_batches[-1].uncounted(),)",
+        "(self.micro_batches[-1],)",
+        VALIDATION + "every_sample_is_counted_once[5]",
+    ),
+    Mutation(
+        "clips that cannot be read counted",
+        HELD_OUT_LOSS,
+        "torch.where(counted, x.double(), 0.0).sum()",
+        "x.double().sum()",
+        VALIDATION + "means_are_over_latent_values",
+    ),
+    Mutation(
+        "average lost after validation",
+        NATIVE,
+        "            average.copy_(kept)\n",
+        "",
+        VALIDATION + "the_average_takes_the_place_of_the_weights_and_goes_back[none]",
+    ),
+    Mutation(
+        "prompts dropped in validation",
+        HELD_OUT_LOSS,
+        "dropout=DropoutConfig(text=0.0, pooled=0.0)",
+        "dropout=DropoutConfig()",
+        VALIDATION + "bins_share_out_the_time_and_draw_for_themselves",
     ),
     Mutation(
         "perceptual distance of a frame once, not for every value",

@@ -60,6 +60,13 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     "unknown key": (None, ["train.stepz=3"], "train.stepz: unknown key; did you mean steps?"),
     "unknown section": (None, ["optimizer.lr=3"], "optimizer: unknown key; did you mean optim?"),
     "unknown key, nothing close": (None, ["train.qqq=3"], "train.qqq: unknown key; must be one of steps, log_every"),
+    "unknown key of validation": (None, ["validate.promts=[a]"], "validate.promts: unknown key; did you mean prompts?"),
+    "validation of nothing": (None, ["validate.every=5"], "validate.prompts: missing; give validate.prompts=[TEXT"),
+    "validation without bins": (None, ["validate.bins=0"], "validate.bins=0: must be an integer >= 1"),
+    "validation without samples": (None, ["validate.samples=-3"], "validate.samples=-3: must be an integer >= 1"),
+    "validation of a number": (None, ["validate.table=3"], "validate.table=3: must be a path, a glob, or a list"),
+    "validation, a reference of nobody": (None, ["validate.ref=a.png"], "validate.ref: is for prompts; clips of pro"),
+    "validation, another kind": (None, ["validate.cond_type=i2v"], "validate.cond_type='i2v'"),
     "unknown key deep down": (None, ["parallel.mesh.ulises=2"], "parallel.mesh.ulises: unknown key; did you mean ul"),
     "unknown key in a file": (GOOD + "sede: 1\n", [], "sede: unknown key; did you mean seed? (run.yaml:13)"),
     "unknown key of a chosen kind": (

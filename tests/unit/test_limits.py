@@ -26,6 +26,7 @@ ALLOWED = {
     "text.seed": {"1000000000000000", "9223372036854775807"},
     "sampling.seed": {"1000000000000000", "9223372036854775807"},
     "validate.sampling.seed": {"1000000000000000", "9223372036854775807"},
+    "validate.seed": {"1000000000000000", "9223372036854775807"},
     "lora_scale": {"-1", "-0.5"},  # adapters can be taken away
     "parallel.mesh.shard": {"-1"},  # all processes that are left
 }
