@@ -1,5 +1,6 @@
 """A run in memory: what it is made of, and what can be done with it as a whole."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -16,6 +17,7 @@ from acceleration.distributed.runtime import Runtime
 from acceleration.engines import Engine
 from acceleration.optim.optimizers import lr_at
 from opensora.config.run import RunConfig
+from opensora.inference.prompts import Job
 from opensora.planner.checks import Traffic
 from opensora.train.garbage_collection import GarbageCollection
 from opensora.train.health.anomaly_guard import AnomalyGuard, Update
@@ -53,6 +55,7 @@ class Run:
     traffic: Traffic | None  # on the process that writes records
     base: str | None = None  # fingerprint of the weights that adapters are trained beside
     held_out: HeldOutLoss | None = None  # the loss on clips that are not trained on
+    prompts: Sequence[Job] = ()  # the clips of a round of validation
     lock: RunLock | None = None  # on the main process
     garbage: GarbageCollection = field(default_factory=GarbageCollection)
 

@@ -59,7 +59,7 @@ from opensora.train.state.resume import check_fresh, check_paths, resume, wrong_
 from opensora.train.state.run_lock import check_places, write_config
 from opensora.train.state.same_files import content, take_folder
 from opensora.train.step_data import check_buckets, open_batches, open_data
-from opensora.train.validate import announce_weights, check_prompts
+from opensora.train.validate import announce_weights, check_prompts, read_prompts
 from opensora.utils import signal_handler
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
@@ -244,6 +244,7 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
         step=step,
         base=base,
         traffic=traffic,
+        prompts=read_prompts(cfg),
         held_out=held_out_loss(cfg, held_out, prepare, mesh),
     )
 

@@ -5,7 +5,8 @@ been: weights, average, modes of modules and all draws are as they were. A round
 metrics.jsonl, written when it is complete: one that was broken off is made again when the run is resumed.
 """
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,7 @@ def validate(run: Run) -> None:
     with run.metrics.excluded("validate", run.mesh), _watched(run):
         if run.held_out is not None:
             values = run.held_out.round(run.engine.model, lambda: _stops(run))
-        if values is not None and run.cfg.validate.makes_clips:
+        if values is not None and run.prompts and _can_be_read(run):
             files = sample_prompts(run)
         if values is None:
             return
@@ -104,7 +105,63 @@ def sample_job(cfg: RunConfig, step: int = 0) -> SampleConfig:
     )
 
 
-def together(cfg: RunConfig, jobs: list[Job]) -> int:
+def read_prompts(cfg: RunConfig) -> list[Job]:
+    """The clips of a round, read once: a table that changes under a run does not change its clips.
+
+    Raises:
+        UserError: they cannot be read, with the key.
+    """
+    if not (cfg.validate.every and cfg.validate.makes_clips):
+        return []
+    with _named():
+        return read_jobs(sample_job(cfg))
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Keys of a sampling job in messages are those of the run's section."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"validate.{error}") from None
+
+
+def _can_be_read(run: Run) -> bool:
+    """Whether the references are still there; training goes on without clips where they are not. Collective."""
+    problem = None
+    if run.runtime.is_main:
+        try:
+            check_references(run.cfg, run.prompts)
+        except UserError as error:
+            problem = str(error)
+    problem = run.checkpoints.from_main(problem)
+    if problem is not None:
+        announce(f"step {run.step}: no clips are sampled: {problem}")
+    return problem is None
+
+
+def check_references(cfg: RunConfig, jobs: Sequence[Job]) -> None:
+    """That references are files that can be read, and are what their kind takes.
+
+    Raises:
+        UserError: the first that is not.
+    """
+    source = Source(
+        path=cfg.folder,
+        checkpoint=None,
+        adapters=None,
+        model=cfg.model,
+        vae=cfg.vae,
+        text=cfg.text,
+        objective=cfg.objective,
+        conditioning=cfg.conditioning,
+        prompt_suffix=cfg.data.prompt_suffix,
+    )
+    with _named():
+        check_jobs(sample_job(cfg), source, jobs)
+
+
+def together(cfg: RunConfig, jobs: Sequence[Job]) -> int:
     """How many clips are denoised together."""
     return min(cfg.validate.batch_size or len(jobs), len(jobs))
 
@@ -115,26 +172,9 @@ def check_prompts(cfg: RunConfig, world_size: int) -> None:
     Raises:
         UserError: the key, and what would work.
     """
-    if not (cfg.validate.every and cfg.validate.makes_clips):
-        return
-    source = Source(
-        path=Path(cfg.folder),
-        checkpoint=None,
-        adapters=None,
-        model=cfg.model,
-        vae=cfg.vae,
-        text=cfg.text,
-        objective=cfg.objective,
-        conditioning=cfg.conditioning,
-        prompt_suffix=cfg.data.prompt_suffix,
-    )
-    job = sample_job(cfg)
-    try:
-        jobs = read_jobs(job)
-        check_jobs(job, source, jobs)
-    except UserError as error:
-        raise UserError(f"validate.{error}") from None
-    check_validation(cfg, world_size, together(cfg, jobs))
+    if jobs := read_prompts(cfg):
+        check_references(cfg, jobs)
+        check_validation(cfg, world_size, together(cfg, jobs))
 
 
 def sample_prompts(run: Run) -> list[str]:
@@ -142,8 +182,7 @@ def sample_prompts(run: Run) -> list[str]:
     Collective."""
     encoders = run.prepare.encoders
     assert encoders.autoencoder is not None
-    job = sample_job(run.cfg, run.step)
-    jobs = read_jobs(job)
+    job, jobs = sample_job(run.cfg, run.step), run.prompts
     announce(f"step {run.step}: sampling {len(jobs)} clip{'s' * (len(jobs) > 1)}")
     parts = Components(
         model=run.engine.model,
@@ -158,7 +197,8 @@ def sample_prompts(run: Run) -> list[str]:
         run_tiles=encoders.run_tiles,
     )
     run.enter("sample")
-    return process_and_save(parts, replace(job, batch_size=together(run.cfg, jobs)), jobs, quiet=True)
+    job = replace(job, batch_size=together(run.cfg, jobs))
+    return process_and_save(parts, job, jobs, quiet=not sys.stderr.isatty())
 
 
 def _clips(run: Run, files: list[str]) -> dict[str, Clip]:

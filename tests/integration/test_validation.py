@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from PIL import Image
+
 from opensora.cli.plot import main as plot
+from opensora.cli.precompute import main as precompute
 from tests.dist.harness import DistributedFailure, run_distributed
 from tests.faults.runs import digest
 from tests.integration.validation import (
@@ -36,6 +39,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "2-ring2-zero3": (2, ["parallel.mesh.ring=2", "parallel.mesh.ulysses=1"]),
     "2-tensor2-zero0": (2, ["parallel.mesh.tensor=2", "parallel.mesh.ulysses=1", "parallel.zero=0"]),
     "2-ulysses2-dynamic": (2, ["parallel.mesh.dynamic=true"]),
+    "2-packs": (2, ["data.tokens_per_sequence=200", "data.balance_group=3"]),
     "3-shard3-zero3": (3, ["parallel.mesh.ulysses=1"]),
     "4-shard2-ulysses2-zero2": (4, ["parallel.zero=2"]),
     "4-ring2-tensor2-zero1": (4, ["parallel.mesh={ring: 2, tensor: 2}", "parallel.zero=1"]),
@@ -125,6 +129,38 @@ def test_every_layout_gives_the_same(first: tuple[Path, Path], held_out: Path, t
     assert run_on(world, first[0], [*options(tmp_path, held_out), *overrides]) == [2] * world
     for found, wanted in zip(rounds(tmp_path / "run"), rounds(first[1]), strict=True):
         assert numbers(found) == pytest.approx(numbers(wanted), rel=1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_from_stored_features_reads_held_out_clips(
+    first: tuple[Path, Path], held_out: Path, tmp_path: Path
+) -> None:
+    assert precompute([str(first[0]), "--out", str(tmp_path / "features"), *SHORT]) == 0
+    stored = [*options(tmp_path, held_out), f"data.features={tmp_path / 'features'}"]
+    assert run_on(2, first[0], stored) == [2, 2]
+    for found, wanted in zip(rounds(tmp_path / "run"), rounds(first[1]), strict=True):
+        assert numbers(found) == pytest.approx(numbers(wanted), rel=1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_references_of_clips_and_of_held_out_ones(first: tuple[Path, Path], held_out: Path, tmp_path: Path) -> None:
+    """Kinds are drawn for held-out clips as for others, on any layout alike; a table of prompts has its references."""
+    references = ["model.cond_embed=true", "conditioning.known_in_loss=false"]
+    references.append("conditioning.references={i2v_head: 2, t2v: 1, i2v_loop: 1}")
+    Image.new("RGB", (50, 30), "red").save(tmp_path / "red.png")
+    (tmp_path / "prompts.csv").write_text("text,name,ref\na red circle,with,red.png\na blue square,without,\n")
+    clips = [f"validate.prompt_csv={tmp_path / 'prompts.csv'}", "validate.cond_type=i2v_head"]
+    clips.append(f"validate.sampling={SAMPLING}")
+    one, two = tmp_path / "one", tmp_path / "two"
+    base = [*references, *clips]
+    assert run_on(1, first[0], [*options(one, held_out), *base, "parallel.mesh.ulysses=1"]) == [2]
+    assert run_on(2, first[0], [*options(two, held_out), *base]) == [2, 2]
+    for found, wanted in zip(rounds(two / "run"), rounds(one / "run"), strict=True):
+        assert numbers(found) == pytest.approx(numbers(wanted), rel=1e-10)
+    made = {path.name for path in (two / "run/samples/step-00000002/video_40x24").iterdir()}
+    assert made == {"contact_sheet.png", "with.mp4", "with.txt", "without.mp4", "without.txt"}
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Validation, in its parts: which held-out clips, who computes them, what is refused, and where numbers and clips go."""
+"""Validation in its parts: which held-out clips, who computes them, what is refused, where numbers and clips go."""
 
 import csv
 import dataclasses
