@@ -69,7 +69,7 @@ def loss_curve(metrics_jsonl: str | Path, path: str | Path) -> None:
     for curves in validated[:1]:
         for name, (at, values) in curves.items():
             axes.plot(at, values, color="tab:orange", marker="o", markersize=3, label=name)
-    for panel, title, curves in zip(panels, PANELS, validated[1:], strict=True):
+    for panel, title, curves in zip(panels, PANELS[: len(panels)], validated[1:], strict=True):
         for number, (name, (at, values)) in enumerate(curves.items()):
             panel.plot(at, values, color=f"C{number}", marker="o", markersize=3, label=name)
         panel.set_title(title, fontsize=10)
