@@ -109,6 +109,20 @@ def find_source(cfg: SampleConfig) -> Source:
     )
 
 
+def names_motion(cfg: SampleConfig, source: Source) -> bool:
+    """Whether prompts end with words about frame rate and motion."""
+    return source.prompt_suffix if cfg.prompt_suffix is None else cfg.prompt_suffix
+
+
+def prompt_suffix(cfg: SampleConfig) -> tuple[bool, bool]:
+    """(whether prompts end with words about frame rate and motion, whether in the form of the family's own sampler), by
+    what is saved with the weights."""
+    path = Path(cfg.weights)
+    saved = None if absence(path) else _saved_config(path if path.is_dir() else path.parent)
+    told = bool(saved and saved.data.prompt_suffix)
+    return told if cfg.prompt_suffix is None else cfg.prompt_suffix, saved is None
+
+
 def default_objective(model: ModelConfig) -> ObjectiveConfig:
     """What weights without a configuration beside them were trained with: as those that the family publishes."""
     return OBJECTIVE_CONFIGS[family_of(model).objective]()

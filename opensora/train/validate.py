@@ -3,7 +3,7 @@
 from acceleration.sharding import fsdp
 from opensora.assembly.components import Components
 from opensora.config.run import SampleConfig
-from opensora.inference.pipeline import process_and_save
+from opensora.inference.pipeline import sample_jobs
 from opensora.inference.prompts import read_jobs
 from opensora.train.run import Run
 from opensora.utils.console import announce
@@ -37,6 +37,6 @@ def sample_prompts(run: Run) -> None:
     )
     run.enter("sample")
     with run.metrics.excluded("validate", run.mesh):
-        files = process_and_save(parts, job, read_jobs(job), quiet=True)
+        files = sample_jobs(parts, job, read_jobs(job), quiet=True)
     fsdp.release(run.engine.model)
     announce(f"step {run.step}: sampled {', '.join(files[-1:])}")

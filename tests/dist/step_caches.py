@@ -18,7 +18,7 @@ from acceleration.sequence import SequenceParallel
 from opensora.assembly.components import Components
 from opensora.assembly.step_caches import step_cache
 from opensora.assembly.token_layout import token_layout
-from opensora.inference.pipeline import prepare_api
+from opensora.inference.pipeline import build_api
 from opensora.models.base import Autoencoder, ModelConfig
 from opensora.models.families import build_model
 from opensora.sampling.caches import (
@@ -131,7 +131,7 @@ def sampled(
     )
     found: dict[str, dict[int, tuple[Tensor, Choices]]] = {}
     log: list[Decision] = []
-    api = prepare_api(parts, log.append)
+    api = build_api(parts, log.append)
     for name in names:
         for group in groups or (mesh.data_rank,):
             clips = GROUPS[group]

@@ -25,7 +25,7 @@ from acceleration.sequence import SequenceParallel
 from opensora.assembly.components import Components
 from opensora.assembly.layout import check_guidance
 from opensora.assembly.token_layout import token_layout
-from opensora.inference.pipeline import prepare_api
+from opensora.inference.pipeline import build_api
 from opensora.models.families import build_model
 from opensora.models.mmdit import MMDiTConfig
 from opensora.planner.forecast import structure
@@ -139,7 +139,7 @@ def on_these_layouts(cases: list[SamplingCase]) -> list[dict[str, Sampled]]:
             )
             for axis in mesh.axes.values():
                 axis.bytes_sent = 0
-            latents = prepare_api(parts)(job.option, seed=SEEDS, text=PROMPTS, neg=NEGATIVES)
+            latents = build_api(parts)(job.option, seed=SEEDS, text=PROMPTS, neg=NEGATIVES)
             found[name] = Sampled(latents, dict(mesh.bytes_sent()), predicted(job, mesh, zero))
         results.append(found)
     return results

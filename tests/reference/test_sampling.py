@@ -19,7 +19,8 @@ from opensora.config.load import load_config
 from opensora.config.run import SampleConfig
 from opensora.datasets.decode.api import read_frames
 from opensora.inference.find import find_source
-from opensora.inference.pipeline import fit, prepare_api, prepare_models
+from opensora.inference.load import load_components
+from opensora.inference.pipeline import build_api, fit
 from tests.dist.harness import run_distributed
 from tests.reference import draws, files, mmdit, sampling
 from tests.reference.samples import Clip
@@ -90,8 +91,8 @@ def pixels(path: Path, overrides: list[str]) -> Tensor:
     """(2, 3, T, H, W): what the project makes of the prompts, on every process."""
     cfg = load_config(SampleConfig, path, overrides)
     runtime = start(60)
-    parts = prepare_models(cfg, find_source(cfg), runtime)
-    found = prepare_api(parts)(fit(cfg.sampling, parts), text=PROMPTS, neg=NEGATIVES, seed=SEEDS)
+    parts = load_components(cfg, find_source(cfg), runtime)
+    found = build_api(parts)(fit(cfg.sampling, parts), text=PROMPTS, neg=NEGATIVES, seed=SEEDS)
     stop()
     return found
 
@@ -157,8 +158,8 @@ def referred_pixels(path: Path, overrides: list[str], ref: list[str]) -> Tensor:
     """(2, 3, T, H, W): what the project makes of the prompts and their references, on every process."""
     cfg = load_config(SampleConfig, path, overrides)
     runtime = start(60)
-    parts = prepare_models(cfg, find_source(cfg), runtime)
-    found = prepare_api(parts)(cfg.sampling, REFERRED.kind, text=PROMPTS, neg=NEGATIVES, seed=SEEDS, ref=ref)
+    parts = load_components(cfg, find_source(cfg), runtime)
+    found = build_api(parts)(cfg.sampling, REFERRED.kind, text=PROMPTS, neg=NEGATIVES, seed=SEEDS, ref=ref)
     stop()
     return found
 
