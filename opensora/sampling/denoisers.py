@@ -38,6 +38,7 @@ class I2VDenoiser:
         masks: Tensor | None = None,
         masked_ref: Tensor | None = None,
         cond: Tensor | None = None,
+        latent_frames: int | None = None,
         text_osci: bool = False,
         image_osci: bool = False,
         scale_temporal_osci: bool = False,
@@ -64,6 +65,7 @@ class I2VDenoiser:
             guidance, guidance_img: towards the prompt, and towards the references.
             masks, masked_ref: (B, 1, T', H', W') and (B, C, T', H', W'): 1 where latents are known, and these latents.
             cond: in place of both: packed, and cut as img is; something in it is known, on some process.
+            latent_frames: T' of the whole clip, where neither masks nor all of its tokens are given.
             text_osci, image_osci, scale_temporal_osci: how guidance varies, see ``SamplingOption``.
             patch_size: latents along a side of a token.
             flow_shift, sigma_min: for callers that hand over all options; times are shifted already, and end at 0.
@@ -100,7 +102,7 @@ class I2VDenoiser:
                 given["guidance"] = scale
             return model(img=x, timesteps=t, **given)
 
-        positions, frames = _positions(per_pass[0], masked_ref, clips, patch_size, img)
+        positions, frames = _positions(per_pass[0], masked_ref, img[:clips], patch_size)
         return denoise(
             predict,
             img[:clips],
@@ -109,7 +111,7 @@ class I2VDenoiser:
                 option,
                 references=references and by_passes,
                 steps=len(timesteps) - 1,
-                latent_frames=frames,
+                latent_frames=latent_frames or frames,
                 positions=positions,
             ),
             Conditions(reference=known, context=per_pass[0]),
@@ -180,16 +182,16 @@ def _known(
 
 
 def _positions(
-    inputs: Mapping[str, Any], masked_ref: Tensor | None, clips: int, patch_size: int, img: Tensor
+    inputs: Mapping[str, Any], masked_ref: Tensor | None, img: Tensor, patch_size: int
 ) -> tuple[Tensor, int]:
     """((B, N, 3): where the tokens are, as far as anybody says so; T' of the clip)."""
     ids = inputs.get("img_ids")
     if masked_ref is not None:
         grid = (masked_ref.shape[2], masked_ref.shape[3], masked_ref.shape[4])
-        whole = image_ids(grid, patch_size, img.device).expand(clips, -1, -1)
+        whole = image_ids(grid, patch_size, img.device).expand(len(img), -1, -1)
         return whole if ids is None else ids, grid[0]
     if ids is None:
-        return torch.zeros(*img.shape[:2], 3, device=img.device)[:clips], 1
+        return torch.zeros(*img.shape[:2], 3, device=img.device), 1
     return ids, int(ids[..., 0].max()) + 1 if ids.numel() else 1
 
 

@@ -29,7 +29,7 @@ from opensora.inference.pipeline import build_api
 from opensora.models.families import build_model
 from opensora.models.mmdit import MMDiTConfig
 from opensora.planner.forecast import structure
-from opensora.sampling.denoisers import I2VDenoiser, TextInputs
+from opensora.sampling.denoisers import I2VDenoiser
 from opensora.sampling.guidance import oscillate
 from opensora.sampling.noise import get_noise
 from opensora.sampling.options import SamplingOption
@@ -223,6 +223,9 @@ REFERENCED = SamplingOption(
 )
 
 
+GUIDANCE = ("guidance", "guidance_img", "text_osci", "image_osci", "scale_temporal_osci")
+
+
 def with_references(degrees: Degrees) -> tuple[Tensor, int, int, int]:
     """(tokens, calls of the model, bytes sent over cfg, values of a velocity) of three passes per step."""
     if degrees:
@@ -241,27 +244,20 @@ def with_references(degrees: Degrees) -> tuple[Tensor, int, int, int]:
             torch.randn(2, tokens, channels, generator=torch_generator(key), dtype=torch.float64).contiguous()
         )
 
-    def text(prompts: list[str]) -> TextInputs:
-        features = FakeText().encode(prompts)
-        txt, mask = (sequence.shard(x, extra_to_last=True) for x in (features.txt, features.mask))  # type: ignore[arg-type]
-        return TextInputs(
-            txt=txt,
-            txt_ids=torch.zeros(*txt.shape[:2], 3),
-            y_vec=features.y_vec,
-            txt_mask=mask,
-            context=sequence.context(features.txt.shape[1], tokens),
-        )
-
+    features = FakeText().encode([*PROMPTS, *NEGATIVES, *NEGATIVES])
+    txt, mask = (sequence.shard(x, extra_to_last=True) for x in (features.txt, features.mask))  # type: ignore[arg-type]
     local = I2VDenoiser().denoise(
         model,
         draw(8, "noise"),
-        timesteps=get_schedule(REFERENCED.num_steps, 5, 3),
-        option=REFERENCED,
-        img_ids=sequence.shard(image_ids(grid, 1).expand(2, -1, -1)),
-        prompt=text(PROMPTS),
-        negative=text(NEGATIVES),
+        get_schedule(REFERENCED.num_steps, 5, 3),
+        **{name: getattr(REFERENCED, name) for name in GUIDANCE},
+        img_ids=sequence.shard(image_ids(grid, 1).expand(6, -1, -1)),
+        txt=txt,
+        txt_ids=torch.zeros(*txt.shape[:2], 3),
+        y_vec=features.y_vec,
+        txt_mask=mask,
+        context=sequence.context(features.txt.shape[1], tokens),
         cond=draw(MODEL.cond_channels, "references"),
-        references=True,
         latent_frames=3,
         run=DistributedRunner(mesh["cfg"]),
     )
