@@ -30,7 +30,8 @@ from opensora.config.load import load_config
 from opensora.config.run import SampleConfig
 from opensora.inference.check import check_step_cache
 from opensora.inference.find import find_source
-from opensora.inference.pipeline import fit, prepare_api, prepare_models
+from opensora.inference.load import load_components
+from opensora.inference.pipeline import build_api, fit
 from opensora.models.layers.stages import Stage, Streams, run_in_order
 from opensora.sampling.caches import (
     CacheConfig,
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> int:
     args = parse_arguments(argv)
     cfg = load_config(SampleConfig, CONFIG, [f"weights={args.weights}", "prompt=any", *args.overrides])
     runtime = runtimes.start(cfg.parallel.timeout_s, mesh=cfg.parallel.mesh)
-    parts = prepare_models(cfg, find_source(cfg), runtime)
+    parts = load_components(cfg, find_source(cfg), runtime)
     option = fit(replace(cfg.sampling, num_steps=args.steps), parts)
     prompts = args.prompts or some_prompts(args.clips)
     chosen = [cache for cache in CACHES if args.only in (None, cache.kind)]
@@ -112,7 +113,7 @@ def measure(
 def sample(parts: Components, option: SamplingOption, prompts: Sequence[str]) -> Sampled:
     """Every prompt by itself, with a seed of its own."""
     decisions: list[Decision] = []
-    api = prepare_api(parts, decisions.append)
+    api = build_api(parts, decisions.append)
     clock = time.perf_counter if parts.device.type == "cuda" else time.process_time
     began = clock()
     clips = [api(option, seed=seed, text=[prompt]) for seed, prompt in enumerate(prompts)]
@@ -143,7 +144,7 @@ def residual_ratios(parts: Components, option: SamplingOption, prompts: Sequence
 
         model.run_stages = watched
         try:
-            prepare_api(parts)(replace(option, text_osci=False), seed=seed, text=[prompt])
+            build_api(parts)(replace(option, text_osci=False), seed=seed, text=[prompt])
         finally:
             model.run_stages = run_in_order
     return tuple(sum(ratios) / len(ratios) for ratios in found)

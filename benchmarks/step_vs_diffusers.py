@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from opensora.models.families import build_model, init_model_
+from opensora.models.mmdit import MMDiTConfig
 from opensora.models.mmdit.convert import LAYOUTS, flux_to_diffusers
-from opensora.models.mmdit.model import MMDiTConfig
 from opensora.utils.tokens import image_ids
 
 MATMUL = "matrix products"

@@ -180,7 +180,7 @@ from acceleration.distributed.addresses import parse_endpoint  # noqa: E402
 from launch.coordinator import Limits  # noqa: E402
 from launch.member import Member, Place  # noqa: E402
 from launch.rendezvous import FINAL, About, Order, RunEnded, State, host_name, python_version  # noqa: E402
-from opensora.utils.code_digest import code_digest  # noqa: E402
+from opensora.utils.files.code_digest import code_digest  # noqa: E402
 
 QUIET = ("", ".agent.server.api", ".multiprocessing.api", ".multiprocessing.errors")
 BACKEND = "machines"  # name of this rendezvous in torch's registry

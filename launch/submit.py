@@ -32,9 +32,9 @@ from opensora.cli.main import run_cli  # noqa: E402
 from opensora.config.load import load_config, save  # noqa: E402
 from opensora.config.run import RunConfig  # noqa: E402
 from opensora.train.setup import check  # noqa: E402
-from opensora.utils.code_digest import PACKAGES, code_digest  # noqa: E402
 from opensora.utils.command_line.arguments import Parser, place, whole, word  # noqa: E402
 from opensora.utils.errors import UserError  # noqa: E402
+from opensora.utils.files.code_digest import PACKAGES, code_digest  # noqa: E402
 from opensora.utils.files.untrusted import short  # noqa: E402
 from opensora.utils.files.user_files import read_text  # noqa: E402
 

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # layer -> what of ours it may import besides itself; a name stands for itself and everything below it
 LAYERS: dict[str, tuple[str, ...]] = {
     "acceleration": (),
-    # The public face of sampling under the name that people look for; nothing of ours imports it.
+    # The public faces of sampling under the names that people look for; nothing of ours imports them.
+    "opensora.utils.inference": (),
     "opensora.utils.sampling": ("opensora.sampling", "opensora.schedulers", "opensora.utils"),
     "opensora.utils": ("acceleration.files",),
     "opensora.models": ("opensora.utils",),

@@ -21,7 +21,7 @@ from acceleration.sequence import SequenceParallel
 from benchmarks.gpu.mfu import drawn_values
 from opensora.assembly.components import Components
 from opensora.assembly.token_layout import token_layout
-from opensora.inference.pipeline import prepare_api
+from opensora.inference.pipeline import build_api
 from opensora.models.base import TextFeatures
 from opensora.models.families import build_model
 from opensora.models.mmdit import MMDiTConfig
@@ -71,7 +71,7 @@ def build(cfg: MMDiTConfig, device: torch.device, text_tokens: int = TEXT) -> Co
 def measure(parts: Components, option: SamplingOption) -> tuple[float, float, float]:
     """(seconds of a step, of all that is not a step, peak GiB); the clip before it does not count."""
     device = parts.device
-    api = prepare_api(parts)
+    api = build_api(parts)
     api(option, text=["a clip"])
     torch.cuda.reset_peak_memory_stats(device)
     marks = []

@@ -27,7 +27,8 @@ class Components:
     layout: TokenLayout
     mesh: Mesh
     device: torch.device
-    prompt_suffix: bool
+    prompt_suffix: bool  # prompts end with words about frame rate and motion
+    published_prompts: bool = False  # in the form of the family's own sampler
     run_tiles: TaskRunner = one_by_one  # who codes the tiles of a clip
     turns: Turns | None = None  # of text encoder, denoiser and autoencoder on the device; None: nobody keeps account
 

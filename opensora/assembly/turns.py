@@ -73,9 +73,17 @@ class Turns:
             self.add(name, modules_of(owner))
         return InTurn(owner, name, self)
 
-    def told_by(self, model: nn.Module) -> None:
-        """Every forward of the denoiser takes its turn, before sharding looks for its pieces."""
-        model.register_forward_pre_hook(lambda module, args: self.take(DENOISER), prepend=True)
+    def told_by(self, model: nn.Module, name: str = DENOISER) -> None:
+        """Every forward of a denoiser takes its turn, before sharding looks for its pieces."""
+        model.register_forward_pre_hook(lambda module, args: self.take(name), prepend=True)
+
+    def forget(self, *names: str) -> None:
+        """These will have no turn any more, and are kept no longer."""
+        if self._now in names:
+            self.note()
+            self._now = None
+        for name in names:
+            self._movable.pop(name, None)
 
     def take(self, name: str) -> None:
         """It is the turn of ``name``: all others are outside, before it comes in."""

@@ -287,8 +287,6 @@ class SampleConfig:
             raise ValueError(f"parallel.offload={self.parallel.offload}: must be none with offload={self.offload}")
         if self.parallel.mesh.dynamic:
             raise ValueError("parallel.mesh.dynamic=true: must be false; in sampling all share every clip")
-        if self.prompt is None and not self.prompts and self.prompt_csv is None:
-            raise ValueError("prompt: missing; give --prompt TEXT, prompts=[TEXT, ...] or prompt_csv=FILE")
         if self.ref is not None and self.prompt is None and not self.prompts:
             raise ValueError("ref: is for prompt and prompts; clips of prompt_csv have theirs in its column ref")
 

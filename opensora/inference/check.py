@@ -17,17 +17,18 @@ from opensora.assembly.turns import for_sampling
 from opensora.conditioning.references import parts_of
 from opensora.config.run import RunConfig, SampleConfig, check_fit, check_objective, reads_no_references
 from opensora.inference.find import Source
+from opensora.inference.lengths import coded
 from opensora.inference.prompts import Job
 from opensora.inference.references import check_count, check_frames, check_length, chosen, count_frames, split
 from opensora.inference.watermark import read_watermark
-from opensora.models.base import Autoencoder, AutoencoderShape, Denoising, ModelConfig, Width, latent_grid
+from opensora.models.base import AutoencoderShape, ModelConfig, Width, latent_grid
 from opensora.models.families import build_model, count_parameters, describe
 from opensora.models.text import check_text_encoder, text_tokens
 from opensora.models.vae import autoencoder_shape, check_autoencoder
 from opensora.sampling.guidance import passes_per_step
 from opensora.sampling.options import SamplingOption, sanitize_sampling_option
 from opensora.schedulers import ObjectiveConfig, build_objective
-from opensora.schedulers.timesteps import coded_frames, latent_frames
+from opensora.schedulers.timesteps import latent_frames
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 from opensora.utils.files.untrusted import short
@@ -42,32 +43,58 @@ def check_sample(cfg: SampleConfig, source: Source, jobs: Sequence[Job], world_s
     Raises:
         UserError: the key to change, and what would work.
     """
+    check_models(cfg, source)
+    samples = min(cfg.batch_size, len(jobs))
+    option = check_option("sampling", cfg.sampling, cfg, source, samples=samples, world_size=world_size)
+    announce_size("sampling", cfg.sampling, option)
+    announce_untrained_guidance(cfg.sampling, source)
+    check_jobs(cfg, source, jobs)
+    read_watermark(cfg.watermark)
+
+
+def check_models(cfg: SampleConfig, source: Source) -> None:
+    """That the models of a job are there and fit together, and that there is a device to offload from.
+
+    Raises:
+        UserError: they do not, with the key.
+    """
     try:
         check_fit(source.model, source.vae, source.text)
         check_objective(source.model, source.objective)
     except ValueError as error:
         raise UserError(str(error)) from None
-    option = fit_option("sampling", cfg.sampling, source.model, autoencoder_shape(source.vae))
-    announce_size("sampling", cfg.sampling, option)
-    check_jobs(cfg, source, jobs)
-    read_watermark(cfg.watermark)
     check_autoencoder(source.vae)
     latents = Width(autoencoder_shape(source.vae).channels, f"vae.kind={source.vae.kind}")
     check_text_encoder(source.text, latents, source.model)
-    solver_of("sampling", cfg.sampling, source.objective)
     check_offload(cfg.offload)
-    announce_untrained_guidance(cfg.sampling, source)
+
+
+def check_option(
+    key: str, option: SamplingOption, cfg: SampleConfig, source: Source, *, samples: int, world_size: int
+) -> SamplingOption:
+    """The option with a size that the model can make; its method and solver fit the model, and its clips this machine.
+
+    Args:
+        key: the option's name, for messages.
+        samples: clips that are denoised together.
+
+    Raises:
+        UserError: they do not.
+    """
+    made = fit_option(key, option, source.model, autoencoder_shape(source.vae))
+    solver_of(key, option, source.objective)
     needed = least_bytes(
-        option,
+        made,
         source.model,
         autoencoder_shape(source.vae),
-        samples=min(cfg.batch_size, len(jobs)),
+        samples=samples,
         txt=text_tokens(source.text),
         itemsize=DTYPES[cfg.precision].itemsize,
         parallel=replace(cfg.parallel, **for_sampling(cfg.parallel, cfg.offload)),
         world_size=world_size,
     )
-    check_memory("sampling", option, needed)
+    check_memory(key, made, needed)
+    return made
 
 
 def check_jobs(cfg: SampleConfig, source: Source, jobs: Sequence[Job]) -> None:
@@ -85,7 +112,7 @@ def check_jobs(cfg: SampleConfig, source: Source, jobs: Sequence[Job]) -> None:
     if not any(listed):
         raise UserError(f"cond_type={cfg.cond_type}: needs references; give ref=FILE, or a table with a column ref")
     shape, frames = autoencoder_shape(source.vae), cfg.sampling.num_frames
-    made = coded(cfg.sampling, describe(source.model), shape)
+    made = coded(cfg.sampling, describe(source.model), shape, cfg.cond_type)
     check_length(cfg.cond_type, latent_frames(made, shape.stride[0], shape.causal), frames, shape)
     counts = {path: count_frames(path) for path in dict.fromkeys(path for one in listed for path in one)}
     for references in filter(None, listed):
@@ -165,11 +192,6 @@ def fit_option(key: str, option: SamplingOption, model: ModelConfig, shape: Auto
         reads = "reads" if reads_guidance else "does not read"
         raise UserError(f"{key}.method={option.method}: must be {method}, as the model {reads} guidance as an input")
     return option
-
-
-def coded(option: SamplingOption, denoising: Denoising, shape: Autoencoder | AutoencoderShape) -> int:
-    """Frames that are made of a clip, at least those that are asked for."""
-    return coded_frames(option.num_frames, shape.stride[0], shape.causal, denoising.patch[0])
 
 
 def check_offload(offload: str) -> None:

@@ -104,9 +104,27 @@ def find_source(cfg: SampleConfig) -> Source:
         adapters=adapters,
         objective=objective,
         conditioning=saved.conditioning if saved else None,
-        prompt_suffix=bool(saved and saved.data.prompt_suffix),
+        prompt_suffix=_trained_with_motion(saved),
         **sections,
     )
+
+
+def names_motion(cfg: SampleConfig, source: Source) -> bool:
+    """Whether prompts end with words about frame rate and motion."""
+    return source.prompt_suffix if cfg.prompt_suffix is None else cfg.prompt_suffix
+
+
+def prompt_suffix(cfg: SampleConfig) -> tuple[bool, bool]:
+    """(whether prompts end with words about frame rate and motion, whether in the form of the family's own sampler), by
+    what is saved with the weights."""
+    path = Path(cfg.weights)
+    saved = None if absence(path) else _saved_config(path if path.is_dir() else path.parent)
+    told = _trained_with_motion(saved) if cfg.prompt_suffix is None else cfg.prompt_suffix
+    return told, saved is None
+
+
+def _trained_with_motion(saved: RunConfig | None) -> bool:
+    return bool(saved and saved.data.prompt_suffix)
 
 
 def default_objective(model: ModelConfig) -> ObjectiveConfig:
@@ -175,6 +193,8 @@ def read_adapters(path: Path, model: ModelConfig, key: str) -> Adapters:
         UserError: they do not fit the model.
     """
     format = family_of(model).weights
+    if reason := absence(path):
+        raise UserError(f"{key}={path}: {reason}; give a LoRA file, or a folder that peft or a LoRA run wrote")
     try:
         adapter = read_adapter(path)
     except UserError:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from acceleration.accounting import host_traffic
 from acceleration.distributed import launcher_variables
@@ -12,38 +13,31 @@ from opensora.assembly.components import Components
 from opensora.assembly.layout import check_attention, check_guidance, check_layout
 from opensora.config.run import SampleConfig
 from opensora.inference.check import check_sample
-from opensora.inference.find import Source, find_source
-from opensora.inference.pipeline import fit, kind_of, prepare_models, process_and_save
-from opensora.inference.prompts import Job, read_jobs
+from opensora.inference.find import find_source, names_motion
+from opensora.inference.load import load_components
+from opensora.inference.pipeline import fit, kind_of, sample_jobs
+from opensora.inference.prompts import Job, final_prompt, read_jobs
 from opensora.inference.refine import check_refine, refined
 from opensora.inference.save import output_folder, unused_names
 from opensora.inference.stills import check_stills, clips_of, make_stills
 from opensora.utils.console import announce
 from opensora.utils.files.user_files import try_output
-from opensora.utils.prompt_suffix import published_suffix, with_suffix
 
 
-def names_motion(cfg: SampleConfig, source: Source) -> bool:
-    """Whether prompts end with words about frame rate and motion."""
-    return source.prompt_suffix if cfg.prompt_suffix is None else cfg.prompt_suffix
-
-
-def with_suffixes(
-    cfg: SampleConfig, jobs: Sequence[Job], parts: Components, source: Source, motions: Mapping[int, int]
+def with_motions(
+    cfg: SampleConfig, jobs: Sequence[Job], parts: Components, motions: Mapping[int, int]
 ) -> tuple[list[Job], Components]:
-    """Prompts with their words about frame rate and motion, where these are not what training's configuration says.
-
-    Those of training, or for weights that come without a configuration those of the published sampler.
+    """Prompts with their words about frame rate and motion, where they have scores of their own.
 
     Args:
-        motions: scores by the number of the prompt, where each has its own.
+        motions: scores by the number of the prompt.
     """
-    wanted = names_motion(cfg, source)
-    if not wanted or (source.conditioning is not None and not motions):
-        return list(jobs), replace(parts, prompt_suffix=wanted)
-    fps = cfg.sampling.fps if cfg.sampling.num_frames > 1 else None
-    rule = published_suffix if source.conditioning is None else with_suffix
-    told = [replace(job, text=rule(job.text, fps, motions.get(job.row, cfg.sampling.motion_score))) for job in jobs]
+    if not motions or not parts.prompt_suffix:
+        return list(jobs), parts
+    rule: dict[str, Any] = {"suffix": True, "published": parts.published_prompts}
+    told = [
+        replace(job, text=final_prompt(job.text, cfg.sampling, motion=motions.get(job.row), **rule)) for job in jobs
+    ]
     return told, replace(parts, prompt_suffix=False)
 
 
@@ -66,15 +60,16 @@ def sample(cfg: SampleConfig) -> list[str]:
     parallel = cfg.parallel
     runtime = runtimes.start(parallel.timeout_s, mesh=parallel.mesh, interface=parallel.interface)
     jobs, motions = refined(clips_of(cfg), jobs)
+    text = None
     if cfg.still:
-        jobs = make_stills(cfg, unused_names(cfg, jobs), runtime)
+        jobs, text = make_stills(cfg, unused_names(cfg, jobs), runtime)
     cfg = clips_of(cfg)
-    jobs, parts = with_suffixes(cfg, jobs, prepare_models(cfg, source, runtime), source, motions)
+    jobs, parts = with_motions(cfg, jobs, load_components(cfg, source, runtime, text), motions)
     fit(cfg.sampling, parts)
     announce(f"{len(jobs)} samples on {runtime.world_size} processes, {runtime.device.type}")
     if len(set(hosts := host_names(runtime.peers))) > 1:
         launched = [peer.rank for peer in runtime.peers]
         announce(host_traffic.summary(meshes.resolve(parallel.mesh, runtime.world_size), hosts, launched, {}))
-    files = process_and_save(parts, cfg, jobs)
+    files = sample_jobs(parts, cfg, jobs)
     runtimes.stop()
     return files

@@ -3,7 +3,7 @@
 Weights are read into the layout of this job, whatever layout wrote them.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from opensora.assembly.sharded_text import text_encoder_of
 from opensora.assembly.token_layout import token_layout
 from opensora.assembly.turns import AUTOENCODER, DENOISER, TEXT, Turns, for_sampling, streams_blocks
 from opensora.config.run import SampleConfig
-from opensora.inference.find import Source
+from opensora.inference.find import Source, names_motion
 from opensora.models.base import Autoencoder, TextEncoder
 from opensora.models.families import build_model, family_of
 from opensora.models.text import TextConfig
@@ -39,8 +39,23 @@ from opensora.utils.errors import UserError
 from opensora.utils.files import digests
 
 
-def load_components(cfg: SampleConfig, source: Source, runtime: Runtime) -> Components:
+@dataclass(frozen=True, kw_only=True)
+class LoadedText:
+    """A text encoder that several models of a job read, and whose turn it is on the device."""
+
+    cfg: TextConfig
+    encoder: TextEncoder
+    turns: Turns
+
+
+def load_components(
+    cfg: SampleConfig, source: Source, runtime: Runtime, text: LoadedText | None = None, *, name: str = ""
+) -> Components:
     """Build and shard the model, and read its weights. Collective.
+
+    Args:
+        text: of a model that was loaded before: its text encoder is used, if it is of the same configuration.
+        name: put before the names of model and autoencoder in the account of turns, where several are loaded.
 
     Raises:
         UserError: weights that do not fit the model.
@@ -48,14 +63,13 @@ def load_components(cfg: SampleConfig, source: Source, runtime: Runtime) -> Comp
     mesh = meshes.build(cfg.parallel.mesh, runtime.world_size, runtime.device)
     precision = PrecisionConfig(compute=cfg.precision, reduce="fp32", master=cfg.precision)
     parallel = replace(cfg.parallel, precision=precision, **for_sampling(cfg.parallel, cfg.offload))
-    turns, dtype = Turns(runtime.device), DTYPES[cfg.precision]
+    dtype = DTYPES[cfg.precision]
     # Before the denoiser, which they then do not lie beside.
-    text_encoder: TextEncoder = turns.of(
-        TEXT,
-        text_encoder_of(source.text, mesh, runtime.device, dtype),
-        "none" if _is_placed(source.text) else cfg.offload,
+    text = text if text and text.cfg == source.text else _load_text(cfg, source, runtime, mesh)
+    turns = text.turns
+    autoencoder: Autoencoder = turns.of(
+        name + AUTOENCODER, build_autoencoder(source.vae, runtime.device, dtype), cfg.offload
     )
-    autoencoder: Autoencoder = turns.of(AUTOENCODER, build_autoencoder(source.vae, runtime.device, dtype), cfg.offload)
     with torch.device("meta"):
         model = build_model(source.model)
     exported = [source.path] if source.checkpoint is None else []
@@ -85,21 +99,35 @@ def load_components(cfg: SampleConfig, source: Source, runtime: Runtime) -> Comp
     if streams:
         block_streaming.apply(model, runtime.device)
     if cfg.offload == "models":
-        turns.add(DENOISER, [model])
-    turns.told_by(model)
+        turns.add(name + DENOISER, [model])
+    turns.told_by(model, name + DENOISER)
     return Components(
         model=model,
         cfg=source.model,
         autoencoder=autoencoder,
-        text_encoder=text_encoder,
+        text_encoder=text.encoder,
         turns=turns,
         objective=source.objective,
         layout=token_layout(source.model, SequenceParallel(mesh)),
         mesh=mesh,
         device=runtime.device,
-        prompt_suffix=source.prompt_suffix,
+        prompt_suffix=names_motion(cfg, source),
+        published_prompts=source.conditioning is None,
         run_tiles=tile_runner(cfg.vae_parallel, autoencoder, mesh),
     )
+
+
+def text_of(parts: Components, source: Source) -> LoadedText:
+    """The text encoder of loaded components, for another model."""
+    assert parts.turns is not None
+    return LoadedText(cfg=source.text, encoder=parts.text_encoder, turns=parts.turns)
+
+
+def _load_text(cfg: SampleConfig, source: Source, runtime: Runtime, mesh: meshes.Mesh) -> LoadedText:
+    turns = Turns(runtime.device)
+    encoder = text_encoder_of(source.text, mesh, runtime.device, DTYPES[cfg.precision])
+    offload = "none" if _is_placed(source.text) else cfg.offload
+    return LoadedText(cfg=source.text, encoder=turns.of(TEXT, encoder, offload), turns=turns)
 
 
 def _is_placed(text: TextConfig) -> bool:

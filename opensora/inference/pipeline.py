@@ -1,4 +1,4 @@
-"""From prompts to videos. ``prepare_models`` loads, ``prepare_api`` gives a function, ``process_and_save`` writes.
+"""From prompts to videos. ``build_api`` gives a function, ``sample_jobs`` writes what it makes of a whole job.
 
 The tokens of a sample are cut over ring x ulysses once before the first step and joined once after the last; in
 between every process integrates its own share. The passes of guidance are shared out over cfg and their velocities
@@ -14,20 +14,18 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from acceleration.distributed.runtime import Runtime
 from acceleration.distributed.tasks import DistributedRunner
 from opensora.assembly.components import Components
 from opensora.assembly.step_caches import step_cache
 from opensora.assembly.token_layout import TokenLayout, forward_arguments
-from opensora.conditioning.references import KINDS, is_still
+from opensora.conditioning.references import is_still
 from opensora.config.run import SampleConfig
-from opensora.inference.check import check_references, coded, solver_of
-from opensora.inference.find import Source
-from opensora.inference.load import load_components
+from opensora.inference.check import check_references, solver_of
+from opensora.inference.lengths import as_published, asked_for, coded
 from opensora.inference.prompts import Job, final_prompt
 from opensora.inference.references import KnownFrames, Reference, check_count, check_length, code_known, split
 from opensora.inference.save import Saver, unused_names
-from opensora.models.base import latent_grid
+from opensora.models.base import Autoencoder, latent_grid
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.sampling.caches import OnDecision, StepCache
 from opensora.sampling.caches.base import NoStepCache
@@ -45,12 +43,7 @@ Api = Callable[..., Tensor]
 OnStep = Callable[[int, int], None]
 
 
-def prepare_models(cfg: SampleConfig, source: Source, runtime: Runtime) -> Components:
-    """The sharded model, the autoencoder and the text encoder on this process's device. Collective."""
-    return load_components(cfg, source, runtime)
-
-
-def prepare(
+def conditions_of(
     parts: Components,
     texts: Sequence[str],
     x: Tensor,
@@ -89,7 +82,7 @@ def prepare(
     return parts.layout.shard_conditions(parts.layout.patchify_conditions(conditions), x)
 
 
-def prepare_api(parts: Components, on_decision: OnDecision = lambda decision: None) -> Api:
+def build_api(parts: Components, on_decision: OnDecision = lambda decision: None) -> Api:
     """A function from prompts to pixels over loaded components.
 
     Args:
@@ -124,14 +117,17 @@ def prepare_api(parts: Components, on_decision: OnDecision = lambda decision: No
             noise: (B, C, T', H', W') to start from, in place of what the seed gives.
 
         Returns:
-            Pixels (B, 3, T, H, W) in [-1, 1], on every process. Frames beyond those that were asked for are cut off;
-            of clips that an autoencoder which is not causal codes, also the repetitions of a single known frame.
+            Pixels (B, 3, T, H, W) in [-1, 1], on every process, with as many frames as were asked for; with ``noise``
+            or ``opt.noise=published`` as many as the family's sampler gives, see ``lengths``.
 
         Raises:
             UserError: a size, length, kind or reference that cannot be sampled.
         """
         opt, layout = fit(opt, parts), parts.layout
-        made = coded(opt, layout.denoising, parts.autoencoder)
+        published = noise is not None or opt.noise == "published"
+        made = coded(opt, layout.denoising, parts.autoencoder, cond_type)
+        if noise is not None:
+            made = _coded_of(noise, parts.autoencoder)
         assert opt.height is not None and opt.width is not None
         grid = layout.denoising.grid(latent_grid(made, opt.height, opt.width, parts.autoencoder))
         seeds = _seeds(opt.seed if seed is None else seed, len(text))
@@ -142,7 +138,8 @@ def prepare_api(parts: Components, on_decision: OnDecision = lambda decision: No
         positions = layout.shard(layout.positions(grid, len(text), parts.device))
         options = SolverOptions(opt.num_steps, opt.shift, opt.flow_shift)
         solver = build_solver(solver_of("sampling", opt, parts.objective), parts.objective, options, grid)
-        prompts = [final_prompt(t, opt, suffix=parts.prompt_suffix) for t in text]
+        told = {"suffix": parts.prompt_suffix, "published": parts.published_prompts}
+        prompts = [final_prompt(t, opt, **told) for t in text]
         passes = passes_per_step(opt, references=given is not None)
         cache = _step_cache(opt, parts, on_decision)
         with cache.during(parts.model):
@@ -157,8 +154,8 @@ def prepare_api(parts: Components, on_decision: OnDecision = lambda decision: No
                     latent_frames=grid.frames,
                     positions=positions,
                 ),
-                prepare(parts, prompts, x, opt, given=given),
-                prepare(parts, neg or [""] * len(text), x, opt, null=True) if passes > 1 else None,
+                conditions_of(parts, prompts, x, opt, given=given),
+                conditions_of(parts, neg or [""] * len(text), x, opt, null=True) if passes > 1 else None,
                 outputs=layout.denoising.outputs,
                 noise=_step_noise(layout, grid, seeds, x),
                 progress=on_step,
@@ -168,10 +165,17 @@ def prepare_api(parts: Components, on_decision: OnDecision = lambda decision: No
         latents = layout.unpatchify(layout.gather(tokens, grid), grid)  # (B, C, T', H', W')
         if given is not None:
             latents = given.put_back(latents)
-        pixels = parts.autoencoder.decode(latents, parts.run_tiles)[:, :, : opt.num_frames]
-        return _without_repetitions(pixels, cond_type, parts)
+        pixels = parts.autoencoder.decode(latents, parts.run_tiles)
+        chosen = as_published if published else asked_for
+        return chosen(pixels, cond_type, opt.num_frames, parts.autoencoder)
 
     return api
+
+
+def _coded_of(noise: Tensor, autoencoder: Autoencoder) -> int:
+    """Frames that latents of this shape are of."""
+    latents, lead = noise.shape[2], int(autoencoder.causal)
+    return 1 if latents == 1 else (latents - lead) * autoencoder.stride[0] + lead
 
 
 def _step_cache(opt: SamplingOption, parts: Components, on_decision: OnDecision) -> StepCache:
@@ -216,23 +220,12 @@ def _dtype(parts: Components) -> torch.dtype:
     return torch.promote_types(next(parts.model.parameters()).dtype, torch.float32)
 
 
-def _without_repetitions(pixels: Tensor, cond_type: str, parts: Components) -> Tensor:
-    """A single frame that an autoencoder which is not causal coded by itself decodes to as many frames as one of its
-    latents is of: one of them is kept."""
-    autoencoder, extra = parts.autoencoder, parts.autoencoder.stride[0] - 1
-    if autoencoder.causal or not is_still(cond_type):
-        return pixels
-    ends = {end for end, _ in KINDS[cond_type]}
-    head, tail = extra if "head" in ends else 0, extra if "tail" in ends else 0
-    return pixels[:, :, head : pixels.shape[2] - tail] if head + tail < pixels.shape[2] else pixels
-
-
 def fit(opt: SamplingOption, parts: Components) -> SamplingOption:
     """The option with a size that these components can make."""
     return sanitize_sampling_option(opt, multiple=parts.layout.denoising.pixel_multiple(parts.autoencoder.stride))
 
 
-def process_and_save(parts: Components, cfg: SampleConfig, jobs: Sequence[Job], *, quiet: bool = False) -> list[str]:
+def sample_jobs(parts: Components, cfg: SampleConfig, jobs: Sequence[Job], *, quiet: bool = False) -> list[str]:
     """Sample every job and write it; data-parallel groups of processes share the jobs. Collective.
 
     Names that files in the output folder have already are replaced by free ones, see ``unused_names``.
@@ -248,7 +241,7 @@ def process_and_save(parts: Components, cfg: SampleConfig, jobs: Sequence[Job], 
     """
     jobs = unused_names(cfg, jobs)
     reused = Counter[bool]()
-    api = prepare_api(parts, lambda decision: reused.update((decision.computed,)))
+    api = build_api(parts, lambda decision: reused.update((decision.computed,)))
     saver = Saver(cfg, parts)
     cond_type = kind_of(cfg, jobs)
     shares = list(share_out(parts, cfg, jobs))

@@ -7,9 +7,10 @@ same prompt: ``cat``, ``cat_1``.
 
 import re
 import unicodedata
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from opensora.config.run import SampleConfig
 from opensora.sampling.options import SamplingOption
@@ -17,9 +18,10 @@ from opensora.utils.errors import UserError
 from opensora.utils.files.untrusted import short
 from opensora.utils.files.user_files import absence, read_csv, read_text
 from opensora.utils.names import name_problem
-from opensora.utils.prompt_suffix import with_suffix
+from opensora.utils.prompt_suffix import published_suffix, with_suffix
 
 SHEET = "contact_sheet"  # a file beside the clips, so no clip is called so
+ONE_PROMPT = "prompt"  # what clips of --prompt are called, as by the family, which makes a table of that name of it
 COLUMNS = ("name", "neg", "ref")  # that a table may have beside text
 MAX_PROMPT = 100_000  # characters; text encoders read a few hundred words
 SUFFIX = ".mp4"  # .png and .txt are as long
@@ -57,7 +59,7 @@ def read_jobs(cfg: SampleConfig) -> list[Job]:
     """
     prompts = ([cfg.prompt] if cfg.prompt is not None else []) + list(cfg.prompts)
     rows = [{"text": _checked(text, "prompt"), "ref": cfg.ref or ""} for text in prompts]
-    stem = "sample"
+    stem = "sample" if cfg.prompts else ONE_PROMPT
     if cfg.prompt_csv is not None:
         path = Path(cfg.prompt_csv)
         if reason := absence(path, "file"):
@@ -71,6 +73,32 @@ def read_jobs(cfg: SampleConfig) -> list[Job]:
         raise UserError(f"start_index={cfg.start_index}: must be below the number of prompts, {len(rows)}")
     jobs = [_job(cfg, row, index, stem, k) for index, row in numbered for k in range(cfg.num_sample)]
     return with_names(jobs)
+
+
+def jobs_of_batch(
+    cfg: SampleConfig, batch: Mapping[str, Any], clips: int, *, copy: int = 0, start_index: int = 0
+) -> list[Job]:
+    """What the clips of a script's batch are called.
+
+    Args:
+        batch: text, and optionally neg, ref, name, and index (the prompts' numbers), one of each per clip.
+        copy: which of several clips of the same prompts.
+        start_index: number of the first prompt, where the batch has no numbers.
+
+    Raises:
+        UserError: a name that no file can have.
+    """
+    stem = _safe_stem(Path(cfg.prompt_csv).stem) if cfg.prompt_csv else ONE_PROMPT
+    jobs = []
+    for clip in range(clips):
+        row = {key: batch[key][clip] or "" for key in ("text", "neg", "ref", "name") if batch.get(key) is not None}
+        if problem := row.get("name") and name_problem(row["name"], SUFFIX):
+            raise UserError(f"batch.name: {short(repr(row['name']), 40)} {problem}")
+        row["ref"] = ""
+        index = int(batch["index"][clip]) if batch.get("index") is not None else start_index + clip
+        job = _job(cfg, row, index, stem, copy)
+        jobs.append(replace(job, row=clip, copy=job.copy if copy == 0 else copy))
+    return jobs
 
 
 def _job(cfg: SampleConfig, row: dict[str, str], index: int, stem: str, copy: int) -> Job:
@@ -125,15 +153,24 @@ def with_names(jobs: Sequence[Job], taken: Collection[str] = ()) -> list[Job]:
     return [replace(job, name=names[job.row, job.copy]) for job in jobs]
 
 
-def final_prompt(text: str, option: SamplingOption, *, suffix: bool) -> str:
+def final_prompt(
+    text: str, option: SamplingOption, *, suffix: bool, published: bool = False, motion: int | None = None
+) -> str:
     """What the model is given for a prompt.
 
     Args:
         suffix: whether training told the model frame rate and motion score, in words after the caption.
+        published: these words as the family's own sampler writes them.
+        motion: a score of this prompt's own.
     """
     if not suffix:
         return text
-    return with_suffix(text, fps=option.fps if option.num_frames > 1 else None, motion=option.motion_score)
+    rule = published_suffix if published else with_suffix
+    return rule(
+        text,
+        fps=option.fps if option.num_frames > 1 else None,
+        motion=option.motion_score if motion is None else motion,
+    )
 
 
 def _in_turn(jobs: Sequence[Job]) -> list[int]:

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from acceleration.distributed.mesh import Mesh
 from opensora.assembly.components import Components
 from opensora.config.run import SampleConfig
 from opensora.inference.prompts import SHEET, Job, final_prompt, with_names
@@ -38,7 +40,7 @@ def output_folder(cfg: SampleConfig) -> Path:
     return Path(cfg.save_dir) / f"{'image' if option.num_frames == 1 else 'video'}_{size}"
 
 
-def unused_names(cfg: SampleConfig, jobs: Sequence[Job]) -> list[Job]:
+def unused_names(cfg: SampleConfig, jobs: Sequence[Job], folder: Path | None = None) -> list[Job]:
     """The jobs under names that nothing in the output folder has. Collective: the main process decides.
 
     With ``cfg.overwrite`` they keep their names.
@@ -49,7 +51,7 @@ def unused_names(cfg: SampleConfig, jobs: Sequence[Job]) -> list[Job]:
     decided: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            decided[0] = _decide(cfg, jobs)
+            decided[0] = _decide(cfg, jobs, folder or output_folder(cfg))
         except (UserError, OSError) as error:
             decided[0] = str(error) if isinstance(error, UserError) else f"save_dir={cfg.save_dir}: {error}"
     dist.broadcast_object_list(decided)
@@ -58,8 +60,7 @@ def unused_names(cfg: SampleConfig, jobs: Sequence[Job]) -> list[Job]:
     return list(decided[0])
 
 
-def _decide(cfg: SampleConfig, jobs: Sequence[Job]) -> list[Job]:
-    folder = output_folder(cfg)
+def _decide(cfg: SampleConfig, jobs: Sequence[Job], folder: Path) -> list[Job]:
     try_output(folder, "save_dir", folder=True)
     named = list(jobs) if cfg.overwrite else with_names(jobs, names_in(folder))
     if cfg.overwrite:
@@ -100,17 +101,26 @@ def _try_name(folder: Path, name: str) -> None:
         raise UserError(f"{folder}: {reason}; choose another name") from None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Author:
+    """Who writes clips, and what their prompts end with, where no ``Components`` are at hand."""
+
+    mesh: Mesh
+    prompt_suffix: bool
+    published_prompts: bool
+
+
 class Saver:
     """Writes ``{folder}/{name}.{mp4|png}`` with the prompt that the model was given beside it as .txt.
 
     Every file is there whole or not at all, and none of another job is replaced, unless ``cfg.overwrite``.
     """
 
-    def __init__(self, cfg: SampleConfig, parts: Components) -> None:
-        self.folder = output_folder(cfg)
+    def __init__(self, cfg: SampleConfig, parts: "Components | Author", folder: Path | None = None) -> None:
+        self.folder = folder or output_folder(cfg)
         self.is_main = dist.get_rank() == 0
         self._writes = parts.mesh.is_first_of_sample
-        self._option, self._overwrite, self._suffix = cfg.sampling, cfg.overwrite, parts.prompt_suffix
+        self._option, self._overwrite, self._parts = cfg.sampling, cfg.overwrite, parts
         self._crf, self._mark = cfg.crf, read_watermark(cfg.watermark)
         self._written: list[tuple[str, str, NDArray[np.uint8]]] = []  # file, prompt, a few small frames
 
@@ -126,7 +136,8 @@ class Saver:
             clip = self._mark(clip) if self._mark else clip
             with signal_handler.writing():
                 path = self._write_clip(job.name, clip)
-                prompt = final_prompt(job.text, self._option, suffix=self._suffix)
+                told = {"suffix": self._parts.prompt_suffix, "published": self._parts.published_prompts}
+                prompt = final_prompt(job.text, self._option, **told)
                 write_whole(path.with_suffix(".txt"), partial(_write_line, prompt))
             self._written.append((str(path), job.text, _thumbnails(clip)))
 
@@ -146,17 +157,19 @@ class Saver:
                 announce(f"{path}: another job has written it since this one began; this one takes another name")
         raise AssertionError("unreachable")
 
-    def finish(self) -> list[str]:
-        """Draw the contact sheet; the list of all files on the main process. Collective."""
+    def finish(self, *, sheet: bool = True) -> list[str]:
+        """Draw the contact sheet, if one is wanted; the list of all files on the main process. Collective."""
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, self._written)
         written = sorted((item for part in everyone for item in part), key=lambda item: item[0])
         if not self.is_main:
             return []
+        files = [file for file, _, _ in written]
+        if not sheet:
+            return files
         rows = [(prompt, frames) for _, prompt, frames in written[:SHEET_ROWS]]
         with signal_handler.writing():
-            sheet = self._write_sheet(rows)
-        return [file for file, _, _ in written] + [str(sheet)]
+            return [*files, str(self._write_sheet(rows))]
 
     def _write_sheet(self, rows: Sequence[tuple[str, NDArray[np.uint8]]]) -> Path:
         """The contact sheet, beside those of earlier jobs."""

@@ -17,12 +17,14 @@ from acceleration.config import MeshConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.distributed.runtime import Runtime
 from opensora.assembly.layout import check_layout
-from opensora.config.run import SampleConfig, StillConfig
+from opensora.assembly.turns import AUTOENCODER, DENOISER
+from opensora.config.run import SampleConfig
 from opensora.datasets.buckets.aspect import training_sizes
-from opensora.inference.check import check_references, check_sample, coded
+from opensora.inference.check import check_references, check_sample
 from opensora.inference.find import Source, find_source
-from opensora.inference.load import load_components
-from opensora.inference.pipeline import prepare_api, share_out
+from opensora.inference.lengths import coded
+from opensora.inference.load import LoadedText, load_components, text_of
+from opensora.inference.pipeline import build_api, share_out
 from opensora.inference.prompts import Job
 from opensora.inference.references import check_length
 from opensora.inference.save import output_folder, to_uint8
@@ -61,35 +63,37 @@ def check_stills(cfg: SampleConfig, source: Source, jobs: Sequence[Job], world_s
         raise UserError("sampling.num_frames=1: must be 2 or more with still, which makes the first frame of clips")
     check_references(source.model)
     shape = autoencoder_shape(source.vae)
-    made = coded(cfg.sampling, describe(source.model), shape)
+    made = coded(cfg.sampling, describe(source.model), shape, KIND)
     check_length(KIND, latent_frames(made, shape.stride[0], shape.causal), cfg.sampling.num_frames, shape)
-    job, found = _still_job(cfg, cfg.still, world_size)
+    job, found = still_job(cfg, world_size)
     check_layout(job.parallel.mesh, world_size, found.model)
     check_sample(job, found, jobs, world_size)
 
 
-def make_stills(cfg: SampleConfig, jobs: Sequence[Job], runtime: Runtime) -> list[Job]:
-    """The jobs with a still of their prompt as reference, in ``generated_condition`` of the output folder. Collective.
+def make_stills(cfg: SampleConfig, jobs: Sequence[Job], runtime: Runtime) -> tuple[list[Job], LoadedText]:
+    """The jobs with a still of their prompt as reference, in ``generated_condition`` of the output folder; and the text
+    encoder, which the model of clips may read as well. Collective.
 
     Names of the jobs must be final. A still of the same name is replaced.
     """
-    assert cfg.still is not None
-    job, source = _still_job(cfg, cfg.still, runtime.world_size)
+    job, source = still_job(cfg, runtime.world_size)
     folder = output_folder(cfg) / FOLDER
     parts = load_components(job, source, runtime)
     announce(f"{len(jobs)} stills of {job.sampling.width}x{job.sampling.height} for the first frames")
-    api = prepare_api(parts)
+    api = build_api(parts)
     for batch, is_ours in share_out(parts, job, jobs):
         pixels = api(job.sampling, seed=[one.seed for one in batch], text=[one.text for one in batch])
         if is_ours and parts.mesh.is_first_of_sample:
             for one, still in zip(batch, to_uint8(pixels), strict=True):
                 _write(folder / f"{one.name}.png", still[0])
+    text = text_of(parts, source)
+    text.turns.forget(DENOISER, AUTOENCODER)
     del parts, api
     gc.collect()
     if runtime.device.type == "cuda":
         torch.cuda.empty_cache()
     dist.barrier()
-    return [replace(one, ref=str(folder / f"{one.name}.png")) for one in jobs]
+    return [replace(one, ref=str(folder / f"{one.name}.png")) for one in jobs], text
 
 
 def still_size(resolution: str, aspect_ratio: str, multiple: int) -> tuple[int, int]:
@@ -105,8 +109,10 @@ def still_size(resolution: str, aspect_ratio: str, multiple: int) -> tuple[int, 
     return training_sizes(f"{resolution}_ar{aspect_ratio}", multiple)[0]
 
 
-def _still_job(cfg: SampleConfig, still: StillConfig, world_size: int) -> tuple[SampleConfig, Source]:
+def still_job(cfg: SampleConfig, world_size: int) -> tuple[SampleConfig, Source]:
     """The job that makes the stills: prompts as they are, the same steps, seeds and shift."""
+    still = cfg.still
+    assert still is not None
     job = replace(
         cfg,
         weights=still.weights,

@@ -197,6 +197,9 @@ class AutoencoderShape(NamedTuple):
     channels: int
     stride: tuple[int, int, int]
     causal: bool
+    time_tiles: tuple[int, int] | None = None
+    # (latent frames of a tile, from its first to that of the next): clips longer than one are decoded in tiles, and a
+    # tile of one latent frame to a single frame. None: nothing of the length of a clip depends on tiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +219,18 @@ class TextEncoder(Protocol):
 
     def encode(self, prompts: list[str]) -> TextFeatures:
         """One row per prompt; ``""`` is the unconditional prompt."""
+
+
+def decoded_frames(latent_frames: int, autoencoder: Autoencoder | AutoencoderShape) -> int:
+    """Frames that so many latent ones decode to."""
+    if latent_frames == 1:
+        return 1
+    stride, lead = autoencoder.stride[0], int(autoencoder.causal)
+    length, step = getattr(autoencoder, "time_tiles", None) or (latent_frames, latent_frames)
+    if latent_frames <= length:
+        return (latent_frames - lead) * stride + lead
+    tiles = (min(length, latent_frames - start) for start in range(0, latent_frames, step))
+    return sum(min(step * stride, stride * tile if tile > 1 else 1) for tile in tiles)
 
 
 def latent_grid(

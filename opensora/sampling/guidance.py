@@ -119,9 +119,9 @@ def passes_per_step(option: SamplingOption, *, references: bool = False) -> int:
     return 3 if references else 1 if option.guidance == 1 else 2
 
 
-def oscillate(guidance: float, step: int) -> float:
-    """``guidance`` in the first 10 steps and every even one after, else 1 (off)."""
-    return guidance if step < OSCILLATION_START or step % 2 == 0 else 1.0
+def oscillate(guidance: float, step: int, force_num: int = OSCILLATION_START) -> float:
+    """``guidance`` in the first ``force_num`` steps and every even one after, else 1 (off)."""
+    return guidance if step < force_num or step % 2 == 0 else 1.0
 
 
 def text_scale(option: SamplingOption, step: int) -> float:

@@ -14,14 +14,14 @@ def get_noise(
     height: int,
     width: int,
     num_frames: int,
-    *,
-    seed: int,
-    channels: int = 16,
-    stride: tuple[int, int, int] = (4, 8, 8),
-    causal: bool = True,
-    patch_size: int = 2,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    seed: int | None = None,
+    patch_size: int = 2,
+    channels: int = 16,
+    *,
+    stride: tuple[int, int, int] = (4, 8, 8),
+    causal: bool = True,
     published: bool = False,
 ) -> Tensor:
     """Start latents (B, channels, T', H', W'), standard normal, from one generator keyed by the seed.
@@ -29,8 +29,11 @@ def get_noise(
     Drawn on the CPU in fp32 and then moved, so that devices agree. H' and W' are rounded up to whole patches.
 
     Args:
+        seed: must be given.
         published: draw as the family's own sampler does on a CPU: by a generator that has the seed itself.
     """
+    if seed is None:
+        raise TypeError("get_noise: seed is missing")
     frames = latent_frames(num_frames, stride[0], causal)
     rows = patch_size * math.ceil(height / (stride[1] * patch_size))
     columns = patch_size * math.ceil(width / (stride[2] * patch_size))

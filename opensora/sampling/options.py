@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import ClassVar, Literal, TypeVar
 
 from opensora.sampling.caches.config import CACHE_CONFIGS, CacheConfig, NoCache
@@ -12,7 +13,16 @@ from opensora.utils.sections import section
 from opensora.utils.sizes import RATIOS, area_of, frame_size, ratio_of
 
 T = TypeVar("T")
-METHODS = ("i2v", "distill")  # of guidance
+
+
+class SamplingMethod(str, Enum):
+    """Names of guidance, for scripts; configurations write them out."""
+
+    I2V = "i2v"  # by several passes
+    DISTILLED = "distill"  # read by the model, in one
+
+
+METHODS = tuple(method.value for method in SamplingMethod)
 MAX_SIDE = 16384  # pixels; H.264 and players take no more
 MAX_SEED = 2**63 - 1
 MIN_FPS, MAX_FPS = 0.1, 1000.0
@@ -34,8 +44,9 @@ class SamplingOption:
     image_osci: bool = False  # the same for guidance_img
     scale_temporal_osci: bool = False  # guidance_img grows along the clip and fades over the steps
     seed: int = 42
-    noise: Literal["keyed", "published"] = "keyed"  # of a clip's seed alone; or as the family's sampler draws it on a
-    # CPU: all clips that are sampled together from the seed of the first
+    noise: Literal["keyed", "published"] = "keyed"
+    # of a clip's seed alone; or as the family's sampler draws it on a CPU: all clips that are sampled together from the
+    # seed of the first, and as many frames as it makes of them
     shift: bool = True  # spend more steps on high noise, by flow_shift
     flow_shift: float | None = None  # alpha of the schedule; null: as in training
     solver: str | None = None  # steps from noise to data; null: the first that fits what the model was trained for
@@ -80,6 +91,8 @@ class SamplingOption:
             raise ValueError(f"flow_shift={self.flow_shift}: must be a number > 0, or null for the formula")
         if self.noise not in ("keyed", "published"):
             raise ValueError(f"noise={self.noise}: must be one of keyed, published")
+        if isinstance(self.method, SamplingMethod):
+            object.__setattr__(self, "method", self.method.value)
         if self.method not in METHODS:
             raise ValueError(f"method={self.method}: must be one of {', '.join(METHODS)}")
         _named("resolution", self.resolution, area_of)

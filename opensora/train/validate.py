@@ -18,7 +18,7 @@ from opensora.config.run import RunConfig, SampleConfig
 from opensora.datasets.decode import api
 from opensora.inference.check import check_jobs, check_validation
 from opensora.inference.find import Source
-from opensora.inference.pipeline import process_and_save
+from opensora.inference.pipeline import sample_jobs
 from opensora.inference.prompts import Job, read_jobs
 from opensora.inference.references import count_frames
 from opensora.train.run import Run
@@ -198,7 +198,7 @@ def sample_prompts(run: Run) -> list[str]:
     )
     run.enter("sample")
     job = replace(job, batch_size=together(run.cfg, jobs))
-    return process_and_save(parts, job, jobs, quiet=not sys.stderr.isatty())
+    return sample_jobs(parts, job, jobs, quiet=not sys.stderr.isatty())
 
 
 def _clips(run: Run, files: list[str]) -> dict[str, Clip]:

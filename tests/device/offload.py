@@ -20,7 +20,7 @@ from acceleration.sequence import SequenceParallel
 from opensora.assembly.components import Components
 from opensora.assembly.token_layout import token_layout
 from opensora.assembly.turns import AUTOENCODER, DENOISER, TEXT, Turns, for_sampling, streams_blocks
-from opensora.inference.pipeline import prepare_api
+from opensora.inference.pipeline import build_api
 from opensora.models.base import TextFeatures
 from opensora.models.families import build_model
 from opensora.models.mmdit import MMDiTConfig
@@ -175,7 +175,7 @@ def sampled(offload: Any, degrees: dict[str, int], cache: CacheConfig) -> Sample
             prompt_suffix=False,
             turns=turns,
         )
-        api = prepare_api(parts)
+        api = build_api(parts)
         with torch.no_grad():
             option = replace(OPTION, cache=cache)
             clips = [api(option, seed=[3, 11], text=["a", text], neg=["", "dim"]).cpu() for text in ("b c", "d")]

@@ -25,7 +25,7 @@ from opensora.config.load import load_config
 from opensora.config.run import RunConfig
 from opensora.datasets.buckets.bucket import Bucket
 from opensora.datasets.loading.reader import Batch, PackedBatch
-from opensora.inference.pipeline import _predict, prepare, prepare_api
+from opensora.inference.pipeline import _predict, build_api, conditions_of
 from opensora.models.conditions import Conditions
 from opensora.models.families import build_model, describe
 from opensora.sampling.guidance import build_guidance
@@ -237,7 +237,7 @@ def components(trainer: Trainer) -> Components:
 def sample(trainer: Trainer, **option: Any) -> Tensor:
     """Pixels of two prompts."""
     chosen = SamplingOption(width=24, height=16, num_frames=5, num_steps=2, **option)
-    return prepare_api(components(trainer))(chosen, text=["a red circle", "blue"], neg=["", "gray"])
+    return build_api(components(trainer))(chosen, text=["a red circle", "blue"], neg=["", "gray"])
 
 
 def reads_references(cfg: RunConfig) -> bool:
@@ -259,13 +259,13 @@ def with_references(trainer: Trainer) -> Tensor:
     frames = layout.patchify_conditions(Conditions(reference=latents.to(device), known=known.to(device)))
     frames = layout.shard_conditions(frames, x)
     option = SamplingOption(width=24, height=16, num_frames=5, image_osci=True, scale_temporal_osci=True)
-    told = prepare(parts, prompts, x, option)
+    told = conditions_of(parts, prompts, x, option)
     found = denoise(
         _predict(parts, positions),
         layout.shard(x),
         Euler(get_schedule(2, 6, 2)),
         build_guidance(option, references=True, steps=2, latent_frames=2, positions=positions),
         replace(told, reference=frames.reference, known=frames.known),
-        prepare(parts, ["", ""], x, option),
+        conditions_of(parts, ["", ""], x, option),
     )
     return parts.autoencoder.decode(layout.unpatchify(layout.gather(found, grid), grid))

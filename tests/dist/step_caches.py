@@ -18,7 +18,7 @@ from acceleration.sequence import SequenceParallel
 from opensora.assembly.components import Components
 from opensora.assembly.step_caches import step_cache
 from opensora.assembly.token_layout import token_layout
-from opensora.inference.pipeline import prepare_api
+from opensora.inference.pipeline import build_api
 from opensora.models.base import Autoencoder, ModelConfig
 from opensora.models.families import build_model
 from opensora.sampling.caches import (
@@ -31,7 +31,7 @@ from opensora.sampling.caches import (
     PyramidAttentionBroadcast,
     TeaCache,
 )
-from opensora.sampling.denoisers import I2VDenoiser, TextInputs
+from opensora.sampling.denoisers import I2VDenoiser
 from opensora.sampling.options import SamplingOption
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.schedulers.timesteps import get_schedule
@@ -131,7 +131,7 @@ def sampled(
     )
     found: dict[str, dict[int, tuple[Tensor, Choices]]] = {}
     log: list[Decision] = []
-    api = prepare_api(parts, log.append)
+    api = build_api(parts, log.append)
     for name in names:
         for group in groups or (mesh.data_rank,):
             clips = GROUPS[group]
@@ -141,9 +141,8 @@ def sampled(
     return found
 
 
-THREE_PASSES = SamplingOption(
-    num_steps=STEPS, guidance=4.0, guidance_img=3.0, text_osci=True, image_osci=True, scale_temporal_osci=True
-)
+THREE_PASSES: dict[str, Any] = {"guidance": 4.0, "guidance_img": 3.0}
+THREE_PASSES |= dict.fromkeys(("text_osci", "image_osci", "scale_temporal_osci"), True)
 
 
 def with_references(layout: Layout, names: tuple[str, ...]) -> dict[str, tuple[Tensor, Choices]]:
@@ -159,12 +158,8 @@ def with_references(layout: Layout, names: tuple[str, ...]) -> dict[str, tuple[T
     def draw(channels: int, key: str) -> Tensor:
         return sequence.shard(torch.randn(2, tokens, channels, generator=torch_generator(key), dtype=torch.float64))
 
-    def text(prompts: list[str]) -> TextInputs:
-        features = FakeText().encode(prompts)
-        txt = sequence.shard(features.txt, extra_to_last=True)
-        context = sequence.context(features.txt.shape[1], tokens)
-        return TextInputs(txt=txt, txt_ids=torch.zeros(*txt.shape[:2], 3), y_vec=features.y_vec, context=context)
-
+    features = FakeText().encode(["a fox runs", "two", *["blur", ""] * 2])
+    txt = sequence.shard(features.txt, extra_to_last=True)
     found: dict[str, tuple[Tensor, Choices]] = {}
     for name in names:
         log: list[Decision] = []
@@ -173,13 +168,14 @@ def with_references(layout: Layout, names: tuple[str, ...]) -> dict[str, tuple[T
             local = I2VDenoiser().denoise(
                 model,
                 draw(8, "noise"),
-                timesteps=get_schedule(STEPS, 5, 3),
-                option=THREE_PASSES,
-                img_ids=sequence.shard(image_ids(grid, 1).expand(2, -1, -1)),
-                prompt=text(["a fox runs", "two"]),
-                negative=text(["blur", ""]),
+                get_schedule(STEPS, 5, 3),
+                **THREE_PASSES,
+                img_ids=sequence.shard(image_ids(grid, 1).expand(6, -1, -1)),
+                txt=txt,
+                txt_ids=torch.zeros(*txt.shape[:2], 3),
+                y_vec=features.y_vec,
+                context=sequence.context(features.txt.shape[1], tokens),
                 cond=draw(MODEL.cond_channels, "references"),
-                references=True,
                 latent_frames=3,
                 run=DistributedRunner(mesh["cfg"]),
                 watch=cache.watch,

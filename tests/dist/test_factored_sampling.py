@@ -19,7 +19,7 @@ from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
 from opensora.assembly.components import Components
 from opensora.assembly.token_layout import token_layout
-from opensora.inference.pipeline import prepare_api
+from opensora.inference.pipeline import build_api
 from opensora.models.families import build_model
 from opensora.planner.forecast import structure
 from opensora.sampling.noise import get_noise
@@ -111,7 +111,7 @@ def on_this_layout(degrees: dict[str, int], zero: Any, job: Job) -> Sampled:
     )
     for axis in mesh.axes.values():
         axis.bytes_sent = 0
-    latents = prepare_api(parts)(job.option, seed=SEEDS, text=PROMPTS, neg=NEGATIVES)
+    latents = build_api(parts)(job.option, seed=SEEDS, text=PROMPTS, neg=NEGATIVES)
     return Sampled(latents, dict(mesh.bytes_sent()), predicted(job, mesh, parallel))
 
 

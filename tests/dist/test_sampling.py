@@ -25,11 +25,11 @@ from acceleration.sequence import SequenceParallel
 from opensora.assembly.components import Components
 from opensora.assembly.layout import check_guidance
 from opensora.assembly.token_layout import token_layout
-from opensora.inference.pipeline import prepare_api
+from opensora.inference.pipeline import build_api
 from opensora.models.families import build_model
 from opensora.models.mmdit import MMDiTConfig
 from opensora.planner.forecast import structure
-from opensora.sampling.denoisers import I2VDenoiser, TextInputs
+from opensora.sampling.denoisers import I2VDenoiser
 from opensora.sampling.guidance import oscillate
 from opensora.sampling.noise import get_noise
 from opensora.sampling.options import SamplingOption
@@ -139,7 +139,7 @@ def on_these_layouts(cases: list[SamplingCase]) -> list[dict[str, Sampled]]:
             )
             for axis in mesh.axes.values():
                 axis.bytes_sent = 0
-            latents = prepare_api(parts)(job.option, seed=SEEDS, text=PROMPTS, neg=NEGATIVES)
+            latents = build_api(parts)(job.option, seed=SEEDS, text=PROMPTS, neg=NEGATIVES)
             found[name] = Sampled(latents, dict(mesh.bytes_sent()), predicted(job, mesh, zero))
         results.append(found)
     return results
@@ -223,6 +223,9 @@ REFERENCED = SamplingOption(
 )
 
 
+GUIDANCE = ("guidance", "guidance_img", "text_osci", "image_osci", "scale_temporal_osci")
+
+
 def with_references(degrees: Degrees) -> tuple[Tensor, int, int, int]:
     """(tokens, calls of the model, bytes sent over cfg, values of a velocity) of three passes per step."""
     if degrees:
@@ -241,27 +244,20 @@ def with_references(degrees: Degrees) -> tuple[Tensor, int, int, int]:
             torch.randn(2, tokens, channels, generator=torch_generator(key), dtype=torch.float64).contiguous()
         )
 
-    def text(prompts: list[str]) -> TextInputs:
-        features = FakeText().encode(prompts)
-        txt, mask = (sequence.shard(x, extra_to_last=True) for x in (features.txt, features.mask))  # type: ignore[arg-type]
-        return TextInputs(
-            txt=txt,
-            txt_ids=torch.zeros(*txt.shape[:2], 3),
-            y_vec=features.y_vec,
-            txt_mask=mask,
-            context=sequence.context(features.txt.shape[1], tokens),
-        )
-
+    features = FakeText().encode([*PROMPTS, *NEGATIVES, *NEGATIVES])
+    txt, mask = (sequence.shard(x, extra_to_last=True) for x in (features.txt, features.mask))  # type: ignore[arg-type]
     local = I2VDenoiser().denoise(
         model,
         draw(8, "noise"),
-        timesteps=get_schedule(REFERENCED.num_steps, 5, 3),
-        option=REFERENCED,
-        img_ids=sequence.shard(image_ids(grid, 1).expand(2, -1, -1)),
-        prompt=text(PROMPTS),
-        negative=text(NEGATIVES),
+        get_schedule(REFERENCED.num_steps, 5, 3),
+        **{name: getattr(REFERENCED, name) for name in GUIDANCE},
+        img_ids=sequence.shard(image_ids(grid, 1).expand(6, -1, -1)),
+        txt=txt,
+        txt_ids=torch.zeros(*txt.shape[:2], 3),
+        y_vec=features.y_vec,
+        txt_mask=mask,
+        context=sequence.context(features.txt.shape[1], tokens),
         cond=draw(MODEL.cond_channels, "references"),
-        references=True,
         latent_frames=3,
         run=DistributedRunner(mesh["cfg"]),
     )

@@ -22,7 +22,7 @@ from launch.attempts import main as attempts_main
 from opensora.cli.main import run_cli
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig
-from opensora.utils.code_digest import code_digest
+from opensora.utils.files.code_digest import code_digest
 from tests.conftest import ROOT
 from tests.integration import conftest as integration
 from tests.integration.conftest import CONFIG

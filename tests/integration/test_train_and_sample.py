@@ -17,7 +17,8 @@ from opensora.cli import sample
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig, SampleConfig
 from opensora.inference.find import find_source
-from opensora.inference.pipeline import fit, prepare_api, prepare_models
+from opensora.inference.load import load_components
+from opensora.inference.pipeline import build_api, fit
 from opensora.models.mmdit.convert import WEIGHTS
 from opensora.models.weights.reader import read_state_dict
 from opensora.planner.cost_fit import measured
@@ -156,8 +157,8 @@ def sample_config(weights: Path, save_dir: Path, size: tuple[int, int, int]) -> 
 
 def sample_pixels(cfg: SampleConfig) -> Tensor:
     runtime = start(60)
-    parts = prepare_models(cfg, find_source(cfg), runtime)
-    pixels = prepare_api(parts)(fit(cfg.sampling, parts), text=list(cfg.prompts), seed=[0, 5])
+    parts = load_components(cfg, find_source(cfg), runtime)
+    pixels = build_api(parts)(fit(cfg.sampling, parts), text=list(cfg.prompts), seed=[0, 5])
     stop()
     return pixels
 

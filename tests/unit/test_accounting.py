@@ -15,8 +15,7 @@ from acceleration.config import MeshConfig, ParallelConfig, PrecisionConfig, Rec
 from acceleration.distributed import mesh as meshes
 from acceleration.sequence import SequenceParallel
 from opensora.models.families import build_model, count_parameters
-from opensora.models.mmdit import MMDiTConfig
-from opensora.models.mmdit.model import SIZES
+from opensora.models.mmdit import SIZES, MMDiTConfig
 from opensora.planner.forecast import denoiser_inputs, run_denoiser
 
 FP32 = ParallelConfig(zero=0, precision=PrecisionConfig(compute="fp32"))

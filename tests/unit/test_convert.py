@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from opensora.models.mmdit import MMDiTConfig, MMDiTModel
 from opensora.models.mmdit.convert import FLUX, LAYOUTS, OPEN_SORA_2, WEIGHTS, WeightLayout
-from opensora.models.mmdit.model import MMDiTConfig, MMDiTModel
 from opensora.models.weights.reader import WeightFile, load_into, load_state_dict_for, read_state_dict
 from opensora.models.weights.writer import convert_state_dict, save_state_dict
 from opensora.utils.errors import UserError

@@ -23,7 +23,7 @@ from opensora.conditioning import ConditioningConfig, DropoutConfig
 from opensora.config.load import load_config, to_yaml
 from opensora.config.run import RunConfig, SampleConfig
 from opensora.inference.check import solver_of
-from opensora.inference.pipeline import prepare_api
+from opensora.inference.pipeline import build_api
 from opensora.models import text, vae
 from opensora.models.base import AutoencoderShape, TextFeatures
 from opensora.models.conditions import Conditions
@@ -102,7 +102,7 @@ def test_a_solver_that_draws_gives_every_layout_and_batch_the_same_clip() -> Non
         prompt_suffix=False,
     )
     option = SamplingOption(width=4, height=3, num_frames=2, num_steps=3, guidance=3.0, solver="stochastic")
-    api = prepare_api(parts)
+    api = build_api(parts)
     together = api(option, seed=[5, 6], text=["a", "b"])
     alone = api(option, seed=[6], text=["b"])
     assert torch.allclose(together[1:], alone, atol=1e-12)

@@ -28,7 +28,7 @@ from opensora.assembly.layout import check_layout
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig
 from opensora.models.families import build_model, count_parameters
-from opensora.models.mmdit.model import SIZES as MMDIT_SIZES
+from opensora.models.mmdit import SIZES as MMDIT_SIZES
 from opensora.planner.checks import Traffic
 from opensora.planner.devices import DEVICES
 from opensora.planner.forecast import Forecaster, denoiser_inputs, run_denoiser, structure

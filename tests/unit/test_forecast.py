@@ -13,7 +13,7 @@ from acceleration.distributed import mesh as meshes
 from opensora.cli.forecast import main
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig
-from opensora.models.mmdit.model import SIZES
+from opensora.models.mmdit import SIZES
 from opensora.planner.checks import check_memory
 from opensora.planner.devices import DEVICES
 from opensora.planner.forecast import Forecaster

@@ -10,8 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from opensora.sampling.denoisers import DENOISERS, TextInputs
-from opensora.sampling.options import SamplingOption
+from opensora.sampling.denoisers import DENOISERS
 from opensora.schedulers.timesteps import get_schedule
 from opensora.utils.tokens import image_ids, pack
 from tests.toy_components import toy_velocity
@@ -39,46 +38,34 @@ def trajectory(golden: Path, case: dict[str, Any]) -> Tensor:
     t = load_file(golden / "denoisers.safetensors")
     grid, patch = tuple(config["grid"]), config["patch_size"]
     samples, steps = config["batch"], case["steps"]
-    option = SamplingOption(num_steps=steps, **{name: case[name] for name in OPTIONS if name in case})
-    is_distilled = case["method"] == "distill"
+    options = {name: case[name] for name in OPTIONS if name in case}
+    denoiser = DENOISERS[case["method"]]()
 
-    def model(**given: Any) -> Tensor:
-        arguments = {name: given[name] for name in ("img", "img_ids", "txt", "timesteps", "y_vec", "cond", "guidance")}
-        if not is_distilled:  # the published code hands the scale to the model in every method; ours where it is read
-            arguments["guidance"] = torch.full((samples,), option.guidance)
-        return toy_velocity(t, **arguments)
+    def parts(name: str) -> Tensor:
+        """Of the texts that the denoiser says."""
+        texts, _ = denoiser.prepare_guidance([""], neg=["_negative"])
+        return torch.cat([t[f"in.{name}{suffix}"] for suffix in texts])
 
-    cond = None
+    inputs: dict[str, Any] = {"txt": parts("txt"), "y_vec": parts("y_vec")}
+    inputs["txt_ids"] = torch.zeros(*inputs["txt"].shape[:2], 3)
+    copies = len(inputs["txt"]) // samples
+    inputs["img_ids"] = image_ids(grid, patch).expand(copies * samples, -1, -1)
     if case["cond"]:
-        mask = t[f"in.mask.{case['cond']}"]
-        cond = pack(torch.cat((mask, mask * t["in.reference"]), dim=1), patch)
-
-    def inputs(suffix: str) -> TextInputs:
-        txt = t[f"in.txt{suffix}"]
-        return TextInputs(txt=txt, txt_ids=torch.zeros(*txt.shape[:2], 3), y_vec=t[f"in.y_vec{suffix}"])
+        inputs["masks"] = t[f"in.mask.{case['cond']}"]
+        inputs["masked_ref"] = inputs["masks"] * t["in.reference"]
 
     tokens = grid[1] // patch * (grid[2] // patch)
-    times = get_schedule(steps, tokens, grid[0], alpha=option.flow_shift, shift=option.shift)
+    times = get_schedule(steps, tokens, grid[0], alpha=case["flow_shift"], shift=options.pop("shift"))
     assert torch.allclose(torch.tensor(times), torch.tensor(case["timesteps"]), rtol=1e-6, atol=1e-7)
     seen: list[Tensor] = []
 
-    def keep(**given: Any) -> Tensor:
+    def model(txt_ids: Tensor, cond: Tensor | None = None, **given: Any) -> Tensor:
         if not seen or not torch.equal(seen[-1], given["img"]):
             seen.append(given["img"])
-        return model(**given)
+        return toy_velocity(t, cond=cond, **given)
 
-    last = DENOISERS[case["method"]]().denoise(
-        keep,
-        pack(t["in.noise"], patch),
-        timesteps=times,
-        option=option,
-        img_ids=image_ids(grid, patch).expand(samples, -1, -1),
-        prompt=inputs(""),
-        negative=None if is_distilled else inputs("_negative"),
-        cond=cond,
-        references=case["cond"] not in (None, "none"),
-        latent_frames=grid[0],
-    )
+    noise = pack(t["in.noise"], patch).repeat(copies, 1, 1)
+    last = denoiser.denoise(model, noise, timesteps=times, patch_size=patch, **options, **inputs)
     return torch.stack([*seen, last])
 
 

@@ -16,7 +16,7 @@ from opensora.assembly.components import Components
 from opensora.assembly.token_layout import token_layout
 from opensora.conditioning.references import KINDS
 from opensora.config.run import SampleConfig, StillConfig
-from opensora.inference.pipeline import prepare_api
+from opensora.inference.pipeline import build_api
 from opensora.inference.prompts import read_jobs
 from opensora.inference.references import code_known
 from opensora.inference.save import output_folder
@@ -119,7 +119,7 @@ def test_from_noise_to_pixels(golden: Path, name: str) -> None:
         method=case["method"],
         flow_shift=case.get("flow_shift"),
     )
-    pixels = prepare_api(parts)(
+    pixels = build_api(parts)(
         option,
         case["cond_type"],
         text=PROMPTS,
@@ -143,12 +143,12 @@ def test_known_frames_of_every_clip_are_put_back(golden: Path) -> None:
     refs = [None, *(frames_of(tensors, ["image_1", "clip_40"]) or [])]
     parts = components(tensors, case)
     noise = torch.cat((tensors["in.i2v_head.noise"], tensors["in.i2v_tail.noise"][:1]))
-    pixels = prepare_api(parts)(option, "i2v_head", text=["one", "two", "one"], ref=refs, noise=noise)
+    pixels = build_api(parts)(option, "i2v_head", text=["one", "two", "one"], ref=refs, noise=noise)
     for row in (1, 2):
         reference = refs[row][0][None, :, :1]  # type: ignore[index]
         right = parts.autoencoder.decode(parts.autoencoder.encode(reference))
         assert torch.allclose(pixels[row : row + 1, :, :1], right, atol=1e-6)
-    alone = prepare_api(parts)(option, text=["one"], noise=noise[:1])
+    alone = build_api(parts)(option, text=["one"], noise=noise[:1])
     assert relative(pixels[:1], alone) <= TOLERANCE
     assert (pixels[0, :, 0] - pixels[1, :, 0]).abs().max() > 0.1
 
@@ -241,7 +241,7 @@ def test_noise_of_a_seed(tables: dict[str, Any]) -> None:
 
 def test_published_noise_is_of_all_clips_together(golden: Path) -> None:
     tensors, case = load_file(golden / "sampling_api.safetensors"), api_cases(golden)["t2v"]
-    api = prepare_api(components(tensors, case))
+    api = build_api(components(tensors, case))
     option = SamplingOption(width=48, height=32, num_frames=5, num_steps=2, noise="published", seed=7)
     noise = torch.randn(2, 4, 2, 4, 6, generator=torch.Generator().manual_seed(7))
     assert torch.equal(api(option, text=PROMPTS), api(option, text=PROMPTS, noise=noise))
@@ -251,7 +251,7 @@ def test_published_noise_is_of_all_clips_together(golden: Path) -> None:
 def test_any_number_of_frames_is_made(golden: Path, asked: int, causal: bool) -> None:
     """Those beyond it are made and cut off, so that 6 are the first of 9."""
     tensors, case = load_file(golden / "sampling_api.safetensors"), api_cases(golden)["t2v"]
-    api = prepare_api(components(tensors, case | {"causal": causal}))
+    api = build_api(components(tensors, case | {"causal": causal}))
     option = SamplingOption(width=48, height=32, num_frames=asked, num_steps=2)
     made = coded_frames(asked, 4, causal)
     pixels = api(option, text=PROMPTS)
@@ -271,7 +271,7 @@ def test_temporal_scaling_is_of_single_frames_alone(golden: Path, monkeypatch: p
     for name in ("v2v_head", "i2v_head", "i2v_loop"):
         case = api_cases(golden)[name]
         option = SamplingOption(width=48, height=32, num_frames=case["frames"], num_steps=1, scale_temporal_osci=True)
-        prepare_api(components(tensors, case))(option, name, text=PROMPTS, ref=frames_of(tensors, case["ref"]))
+        build_api(components(tensors, case))(option, name, text=PROMPTS, ref=frames_of(tensors, case["ref"]))
     assert asked == [False, True, True]
 
 

@@ -11,7 +11,7 @@ from opensora.models.layers import attention
 from opensora.models.layers.attention import SDPACore
 from opensora.models.layers.embedding import sinusoid
 from opensora.models.layers.rope import apply_rope, rope_table
-from opensora.models.mmdit.model import FAMILY, MMDiTConfig, MMDiTModel
+from opensora.models.mmdit import FAMILY, MMDiTConfig, MMDiTModel
 from opensora.utils.rng import torch_generator
 from opensora.utils.tokens import image_ids
 

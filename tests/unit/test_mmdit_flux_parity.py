@@ -7,8 +7,8 @@ import torch
 
 import opensora.models.mmdit.model as model_module
 from opensora.models.layers.embedding import sinusoid
+from opensora.models.mmdit import MMDiTConfig
 from opensora.models.mmdit.convert import flux_to_diffusers
-from opensora.models.mmdit.model import MMDiTConfig
 from tests.unit.test_mmdit import DEBUG, inputs, random_model
 
 diffusers = pytest.importorskip("diffusers")

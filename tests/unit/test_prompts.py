@@ -133,8 +133,8 @@ def test_a_missing_table_and_no_prompt_are_refused(tmp_path: Path) -> None:
         read_jobs(SampleConfig(weights="w", prompt_csv=str(tmp_path)))
     with pytest.raises(UserError, match="the file is empty; it needs a prompt per line"):
         jobs_of(tmp_path, " \n", file="a.txt")
-    with pytest.raises(ValueError, match="prompt"):
-        SampleConfig(weights="w")
+    with pytest.raises(UserError, match=r"^prompt: missing; give --prompt TEXT"):
+        read_jobs(SampleConfig(weights="w"))
 
 
 @pytest.mark.parametrize("text", ["lone \ud83d half", "bytes of another encoding \udce9", "x" * 100_001, "a\0b"])

@@ -17,7 +17,7 @@ import torch
 from acceleration.diagnostics.memory_usage import Allocations
 from opensora.assembly.initial_weights import check_weights
 from opensora.models.families import MODEL_SIZES, build_model, family_of
-from opensora.models.mmdit.model import MMDiTConfig
+from opensora.models.mmdit import MMDiTConfig
 from opensora.models.text import T5ClipConfig
 from opensora.models.text.t5_clip import check_files
 from opensora.models.text.weights import open_clip, open_t5

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opensora.models.base import AutoencoderShape, latent_grid
-from opensora.sampling.denoisers import DENOISERS, DistilledDenoiser, I2VDenoiser, TextInputs
+from opensora.sampling.denoisers import DENOISERS, DistilledDenoiser, I2VDenoiser
 from opensora.sampling.guidance import oscillate
 from opensora.sampling.noise import get_noise
 from opensora.sampling.options import SamplingOption, image_size, sanitize_sampling_option
@@ -118,32 +119,28 @@ class Scripted:
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
 
-    def __call__(self, *, img: Tensor, txt: Tensor, cond: Tensor | None, **others: Any) -> Tensor:
+    def __call__(self, *, img: Tensor, txt: Tensor, cond: Tensor | None = None, **others: Any) -> Tensor:
         self.calls.append({"img": img, "txt": txt, "cond": cond, **others})
         value = txt.mean() + (0 if cond is None else 10 * cond.mean())
         return torch.full_like(img, value.item())
 
 
-def text(value: float, context: Any = None) -> TextInputs:
-    return TextInputs(
-        txt=torch.full((1, 2, 3), value), txt_ids=torch.zeros(1, 2, 3), y_vec=torch.zeros(1, 4), context=context
-    )
+def texts(*values: float) -> Tensor:
+    """A row of features for each part of the batch."""
+    return torch.tensor(values)[:, None, None].expand(-1, 2, 3)
 
 
-def run(denoiser: Any, model: Any, timesteps: list[float], option: SamplingOption, **kwargs: Any) -> Tensor:
+def run(
+    denoiser: Any, model: Any, timesteps: list[float], guidance: float, guidance_img: float = 1.0, **more: Any
+) -> Tensor:
+    """Three latent frames of two tokens; the prompt is 5, the negative one 3."""
     ids = torch.zeros(1, 6, 3)
-    ids[0, :, 0] = torch.tensor([0, 0, 1, 1, 2, 2])  # three latent frames of two tokens
-    kwargs.setdefault("negative", text(3.0))
-    return denoiser.denoise(
-        model,
-        torch.zeros(1, 6, 2),
-        timesteps=timesteps,
-        option=option,
-        img_ids=ids,
-        prompt=text(5.0, context="prompt's"),
-        latent_frames=3,
-        **kwargs,
-    )
+    ids[0, :, 0] = torch.tensor([0, 0, 1, 1, 2, 2])
+    inputs = {"txt": texts(5.0, 3.0, 3.0), "img_ids": ids.expand(3, -1, -1)}
+    if denoiser.method == "distill":
+        inputs = {name: x[:1] for name, x in inputs.items()}
+    noise = torch.zeros(len(inputs["txt"]), 6, 2)
+    return denoiser.denoise(model, noise, timesteps, guidance, guidance_img=guidance_img, **inputs, **more)
 
 
 def test_two_passes_without_references() -> None:
@@ -152,47 +149,88 @@ def test_two_passes_without_references() -> None:
         I2VDenoiser(),
         model,
         [1.0, 0.5, 0.0],
-        SamplingOption(guidance=4.0),
+        4.0,
+        context="whose tokens",
         progress=lambda done, total: seen.append((done, total)),
     )
-    assert torch.allclose(x, torch.tensor(-(3 + 4.0 * 2)))  # u + g (c - u) over a time of -1
+    assert x.shape == (1, 6, 2) and torch.allclose(x, torch.tensor(-(3 + 4.0 * 2)))  # u + g (c - u) over a time of -1
     assert len(model.calls) == 4 and seen == [(1, 2), (2, 2)]
-    assert model.calls[0]["context"] == "prompt's" and model.calls[1]["context"] is None
+    assert all(call["context"] == "whose tokens" for call in model.calls)
     assert model.calls[2]["timesteps"].tolist() == [0.5] and model.calls[2]["timesteps"].dtype == torch.float32
-    assert model.calls[0]["guidance"] is None
+    assert all(call["guidance"].tolist() == [4.0] and "cond" in call for call in model.calls)  # as by the family
 
 
 def test_one_pass_when_guidance_is_off() -> None:
     model = Scripted()
-    x = run(I2VDenoiser(), model, [1.0, 0.0], SamplingOption(guidance=1.0), negative=None)
-    assert len(model.calls) == 1 and torch.allclose(x, torch.tensor(-5.0))
-    with pytest.raises(ValueError, match="negative"):
-        run(I2VDenoiser(), model, [1.0, 0.0], SamplingOption(guidance=2.0), negative=None)
+    assert torch.allclose(run(I2VDenoiser(), model, [1.0, 0.0], 1.0), torch.tensor(-5.0)) and len(model.calls) == 1
+
+
+def test_a_denoiser_needs_no_more_than_noise_times_and_a_scale() -> None:
+    """As in tours of the interface: one pass, and guidance is the model's to read."""
+    asked: list[dict[str, Any]] = []
+
+    def model(**given: Any) -> Tensor:
+        asked.append(given)
+        return 2 * given["img"] + given["guidance"][:, None, None]
+
+    noise = torch.ones(2, 3, 4)
+    x = I2VDenoiser().denoise(model, img=noise, timesteps=[1.0, 0.5, 0.0], guidance=3.0)
+    assert torch.allclose(x, torch.full_like(x, -3.0 / 2))  # 1 - 5/2 = -3/2, and -3/2 - (-3 + 3)/2
+    assert [set(given) for given in asked] == [{"img", "timesteps", "guidance"}] * 2
+
+
+@pytest.mark.parametrize("rows", [(1, 2), (2, 6), (4, 4), (3, 1), (0, 0)])
+def test_a_batch_that_is_not_in_three_parts(rows: tuple[int, int]) -> None:
+    img, txt = (torch.zeros(count, 6, 2) for count in rows)
+    if rows == (2, 6):  # once for every clip
+        assert len(I2VDenoiser().denoise(Scripted(), img, [1.0, 0.0], 2.0, guidance_img=1.0, txt=txt)) == 2
+        return
+    with pytest.raises(ValueError, match=rf"img has {rows[0]} rows, other inputs \[{rows[1]}\]: .* three parts"):
+        I2VDenoiser().denoise(Scripted(), img, [1.0, 0.0], 2.0, guidance_img=1.0, txt=txt)
 
 
 def test_three_way_guidance() -> None:
     model = Scripted()
-    cond = torch.ones(1, 6, 3)
-    x = run(
-        I2VDenoiser(), model, [1.0, 0.0], SamplingOption(guidance=4.0, guidance_img=2.5), cond=cond, references=True
-    )
+    x = run(I2VDenoiser(), model, [1.0, 0.0], 4.0, 2.5, cond=torch.ones(1, 6, 3))
     c, u, u2 = 15, 13, 3
     assert torch.allclose(x, torch.tensor(-(u2 + 2.5 * (u - u2) + 4.0 * (c - u))))
     assert len(model.calls) == 3 and model.calls[2]["cond"].abs().sum() == 0
 
 
+def test_references_as_latents_are_packed_like_the_noise() -> None:
+    """cat(mask, mask * latents) along channels, per token c, ph, pw."""
+    model = Scripted()
+    masks, latents = torch.zeros(1, 1, 3, 2, 4), torch.randn(1, 2, 3, 2, 4)
+    masks[:, :, 0] = 1
+    run(I2VDenoiser(), model, [1.0, 0.0], 4.0, 2.5, masks=masks, masked_ref=masks * latents)
+    tokens = model.calls[0]["cond"]
+    assert tokens.shape == (1, 6, 12) and model.calls[2]["cond"].abs().sum() == 0
+    assert torch.equal(tokens[0, 1, 4:8], latents[0, 0, 0, :, 2:].flatten()) and not tokens[:, 2:].any()
+
+
+def test_a_model_that_reads_no_references_is_given_none() -> None:
+    class Deaf(Scripted):
+        cfg = SimpleNamespace(cond_embed=False, guidance_embed=False)
+
+    model, masks = Deaf(), torch.zeros(1, 1, 3, 2, 4)
+    run(I2VDenoiser(), model, [1.0, 0.0], 4.0, masks=masks, masked_ref=torch.zeros(1, 2, 3, 2, 4))
+    assert all(call["cond"] is None and "guidance" not in call for call in model.calls)
+    with pytest.raises(ValueError, match=r"masked_ref: the model reads no reference frames"):
+        run(I2VDenoiser(), model, [1.0, 0.0], 4.0, masks=masks + 1, masked_ref=torch.ones(1, 2, 3, 2, 4))
+
+
 def test_text_oscillation() -> None:
     assert [oscillate(7.0, step) for step in (0, 9, 10, 11, 12, 13)] == [7, 7, 7, 1, 7, 1]
+    assert [oscillate(7.0, step, 2) for step in (0, 1, 2, 3)] == [7, 7, 7, 1]
     model = Scripted()
     times = get_schedule(12, 256, 1)
-    x = run(I2VDenoiser(), model, times, SamplingOption(guidance=4.0, text_osci=True))
+    x = run(I2VDenoiser(), model, times, 4.0, text_osci=True)
     assert torch.allclose(x, torch.tensor(-(11 * 11 + 5) / 12))  # only the last of 12 steps is without guidance
     assert len(model.calls) == 2 * 11 + 1
 
 
 def test_image_guidance_grows_along_the_clip_and_fades() -> None:
-    option = SamplingOption(guidance=1.0, guidance_img=3.0, scale_temporal_osci=True)
-    x = run(I2VDenoiser(), Scripted(), [1.0, 0.5, 0.0], option, cond=torch.ones(1, 6, 3), references=True)
+    x = run(I2VDenoiser(), Scripted(), [1.0, 0.5, 0.0], 1.0, 3.0, cond=torch.ones(1, 6, 3), scale_temporal_osci=True)
     # u2 = 3, u - u2 = 10, c - u = 2; limits linspace(3, 1, 3)[:2] = 3, 2; frames linspace(1, limit, 3)
     first, second = [torch.linspace(1, limit, 3) for limit in (3.0, 2.0)]
     wanted = -(3 + 10 * (first + second) / 2 + 2).repeat_interleave(2)
@@ -200,29 +238,28 @@ def test_image_guidance_grows_along_the_clip_and_fades() -> None:
 
 
 def test_image_oscillation() -> None:
-    option = SamplingOption(guidance=1.0, guidance_img=3.0, image_osci=True)
-    x = run(I2VDenoiser(), Scripted(), get_schedule(12, 256, 1), option, cond=torch.ones(1, 6, 3), references=True)
+    times, cond = get_schedule(12, 256, 1), torch.ones(1, 6, 3)
+    x = run(I2VDenoiser(), Scripted(), times, 1.0, 3.0, cond=cond, image_osci=True)
     assert torch.allclose(x, torch.tensor(-(11 * (3 + 30 + 2) + (3 + 10 + 2)) / 12))
 
 
 def test_distilled_denoiser_hands_over_the_guidance() -> None:
     model = Scripted()
-    x = run(DistilledDenoiser(), model, [1.0, 0.0], SamplingOption(guidance=4.0, method="distill"))
+    x = run(DistilledDenoiser(), model, [1.0, 0.0], 4.0)
     assert len(model.calls) == 1 and model.calls[0]["guidance"].tolist() == [4.0]
     assert torch.allclose(x, torch.tensor(-5.0))
     assert set(DENOISERS) == {"i2v", "distill"}
 
 
+def test_texts_of_all_passes() -> None:
+    assert I2VDenoiser().prepare_guidance(["a", "b"], neg=["c", "d"])[0] == ["a", "b", "c", "d", "c", "d"]
+    assert I2VDenoiser().prepare_guidance(["a"], guidance_img=2.0) == (["a", "", ""], {"guidance_img": 2.0})
+    assert DistilledDenoiser().prepare_guidance(["a"], neg=["c"], guidance_img=2.0) == (["a"], {})
+
+
 def test_a_linear_flow_is_integrated_exactly() -> None:
     noise, data = torch.randn(1, 6, 2, dtype=torch.float64), torch.randn(1, 6, 2, dtype=torch.float64)
-    x = I2VDenoiser().denoise(
-        lambda **_: noise - data,
-        noise,
-        timesteps=get_schedule(7, 100, 3),
-        option=SamplingOption(guidance=1.0),
-        img_ids=torch.zeros(1, 6, 3),
-        prompt=text(0.0),
-    )
+    x = I2VDenoiser().denoise(lambda **_: noise - data, noise, get_schedule(7, 100, 3), 1.0)
     assert x.dtype == torch.float64 and torch.allclose(x, data)
 
 
@@ -239,6 +276,7 @@ def test_public_names_of_sampling_are_exported() -> None:
 
     wanted = {"SamplingOption", "sanitize_sampling_option", "prepare", "prepare_models", "prepare_api"}
     wanted |= {"process_and_save", "I2VDenoiser", "DistilledDenoiser", "get_noise", "get_schedule", "pack", "unpack"}
+    wanted |= {"SamplingMethod", "SamplingMethodDict", "get_oscillation_gs", "prepare_ids", "time_shift"}
     given: dict[str, object] = {}
     exec("from opensora.utils.sampling import *", given)
     assert wanted <= given.keys() and wanted <= {*dir(names)}

@@ -1,5 +1,6 @@
 """The multimodal diffusion transformer of Flux and Open-Sora 2."""
 
-from opensora.models.mmdit.model import FAMILY, SIZES, MMDiTConfig, MMDiTModel
+from opensora.models.mmdit.config import SIZES, MMDiTConfig
+from opensora.models.mmdit.model import FAMILY, MMDiTModel
 
 __all__ = ["FAMILY", "SIZES", "MMDiTConfig", "MMDiTModel"]

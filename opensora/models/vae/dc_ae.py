@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from opensora.models.base import AutoencoderShape, latent_grid
+from opensora.models.base import AutoencoderShape, decoded_frames, latent_grid
 from opensora.models.vae.checkpoint import (
     AutoencoderWeights,
     Checkpoint,
@@ -67,6 +67,7 @@ class DCAEAutoencoder:
         self.cfg, self._dtype = cfg, dtype
         self.network: VideoDCAE = build_network(partial(VideoDCAE, sizes), cfg.path, WEIGHTS, device, dtype)
         self.channels, self.stride = sizes.channels, sizes.stride
+        self.time_tiles = _time_tiles(cfg, sizes)
         check_tiles(cfg, sizes.stride)
         self._encoding, self._decoding = tilings(
             cfg,
@@ -98,10 +99,7 @@ class DCAEAutoencoder:
     def decoded_frames(self, latent_frames: int) -> int:
         """How many frames come of so many latent ones: four of each, but one of a latent frame that is alone, as that
         of a still is, and as the last tile of a clip may be."""
-        tiles = self._decoding.frames(latent_frames)
-        kept = self._decoding.out_stride[0]
-        coded = [self._decoding.coded(tile.stop - tile.start, 1, 1)[0] for tile in tiles]
-        return coded[0] if len(tiles) == 1 else sum(min(kept, frames) for frames in coded)
+        return decoded_frames(latent_frames, self)
 
 
 def check_dc_ae(cfg: DCAEConfig) -> None:
@@ -159,4 +157,12 @@ def _stage(shapes: Mapping[str, Shape], side: str, index: int) -> list[_Block]:
 def dc_ae_shape(cfg: DCAEConfig) -> AutoencoderShape:
     """The file's own numbers where it exists, else the published ones."""
     sizes = _sizes(cfg)
-    return AutoencoderShape(sizes.channels, sizes.stride, DCAEAutoencoder.causal)
+    return AutoencoderShape(sizes.channels, sizes.stride, DCAEAutoencoder.causal, _time_tiles(cfg, sizes))
+
+
+def _time_tiles(cfg: DCAEConfig, sizes: DCAESizes) -> tuple[int, int] | None:
+    """See ``AutoencoderShape``."""
+    if not cfg.temporal_tiling:
+        return None
+    length = cfg.tile_frames // sizes.stride[0]
+    return length, length - round(length * cfg.tile_overlap)

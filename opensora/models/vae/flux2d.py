@@ -75,7 +75,8 @@ class Flux2DAutoencoder:
         """On the meta device: without weights, to know sizes and memory by."""
         self.cfg, self._dtype = cfg, dtype
         self.network: Any = _build(cfg, device, dtype)
-        self.channels, self.stride, _ = flux2d_shape(cfg)
+        shape = flux2d_shape(cfg)
+        self.channels, self.stride = shape.channels, shape.stride
         self.samples = cfg.sample == "posterior"
         compiled: Any = torch.compile if cfg.compile else lambda function: function
         self._encoder, self._decoder = compiled(self.network.encoder), compiled(self.network.decoder)

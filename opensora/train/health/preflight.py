@@ -12,9 +12,9 @@ from acceleration.distributed import runtime as runtimes
 from acceleration.distributed.runtime import Runtime
 from opensora.config.load import config_hash
 from opensora.config.run import RunConfig
-from opensora.utils.code_digest import code_digest
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
+from opensora.utils.files.code_digest import code_digest
 
 BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 
