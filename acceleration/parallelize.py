@@ -27,8 +27,8 @@ def parallelize(
     recomputed), then compilation (of what runs, and runs again), then recomputation, then sharding (which hooks the
     outside of a block), then memory and values: ``fill(name, tensor)`` gives the full value of one
     parameter, or parts of it, see ``sharding.materialize``. With ``whole_on_host`` nothing is sharded, and all of it is
-    in CPU memory, for ``block_streaming``. With ``streams_frozen`` that is done here, to what is frozen in blocks, and what
-    is trained is sharded.
+    in CPU memory, for ``block_streaming``. With ``streams_frozen`` that is done here, to what is frozen in blocks, and
+    what is trained is sharded.
     """
     assert isinstance(model, Parallelizable), type(model)
     tensor_parallel.apply(model, mesh["tensor"])

@@ -179,12 +179,17 @@ class _Marks:
 
     def timeline(self) -> Timeline:
         self._begin("end")
+        level = self.found["between"].end
+        backward = []
+        for index in reversed(range(self.blocks)):  # below the first adapter there is none
+            backward.append(self.found.get(f"backward {index}", Segment(level, level, level)))
+            level = backward[-1].end
         return Timeline(
             before=self.found["before"],
             forward=tuple(self.found[f"forward {i}"] for i in range(self.blocks)),
             between=self.found["between"],
-            backward=tuple(self.found[f"backward {i}"] for i in range(self.blocks)),
-            after=self.found["backward -1"],
+            backward=tuple(reversed(backward)),
+            after=self.found.get("backward -1", Segment(level, level, level)),
         )
 
     def _begin(self, name: str) -> None:

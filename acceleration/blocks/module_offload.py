@@ -1,9 +1,9 @@
 """Frozen modules that take turns on a device: one is there, the others wait in CPU memory.
 
 A plain module keeps its weights in (pinned) CPU memory for good. On the device it has tensors without memory, which get
-some while it is their turn, and are filled from there; going out copies nothing. The tensors stay the same ones, so that
-what autograd has kept of them in forward is there again when it is their turn in backward, as FSDP2 has it. What FSDP
-manages is moved as a whole, by the way that FSDP2 has for it.
+some while it is their turn, and are filled from there; going out copies nothing. The tensors stay the same ones, so
+that what autograd has kept of them in forward is there again when it is their turn in backward, as FSDP2 has it. What
+FSDP manages is moved as a whole, by the way that FSDP2 has for it.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -84,11 +84,9 @@ class OffloadedModule:
         return here
 
     def _on_host(self, values: Tensor) -> Tensor:
-        """In memory of their own, which copies leave at the speed of the bus."""
-        if self.device.type == "cuda" and values.is_pinned():
-            return values
-        host = torch.empty_like(values, device="cpu", pin_memory=self.device.type == "cuda")
-        return host.copy_(values)
+        """In page-locked memory, which copies leave at the speed of the bus."""
+        host = values.to("cpu")  # the same tensor, where it is there already
+        return host.pin_memory() if self.device.type == "cuda" and not host.is_pinned() else host
 
 
 class Visits:

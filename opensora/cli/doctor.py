@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from opensora.assembly.file_checks import Finding, autoencoder_files, encoder_files, folder_for, look, run_files
-from opensora.cli.forecast import MAX_GIB, MAX_WORLD, check_known, describe
+from opensora.cli.forecast import MAX_GIB, MAX_WORLD, describe
 from opensora.cli.main import run_cli
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig, SampleConfig, StillConfig, check_fit
@@ -143,14 +143,10 @@ def training_memory(cfg: RunConfig, world: int, device: Device) -> str:
     """The configured layout on ``world`` devices."""
     if problem := check_own(cfg, world):
         return problem
-    try:
-        check_known(cfg)
-    except UserError as error:
-        return str(error)
     planner = Planner(cfg, world, device, device_type="cuda")
     own = planner.one(cfg.parallel, planner.shapes[-1])
-    fits = "" if own.memory.total <= planner.room else f", more than the {planner.room / GIB:.1f} that can be used"
-    return f"{describe(own)}: {own.memory.total / GIB:.1f} on {own.shape}{fits}"
+    fits = "" if own.peak <= planner.room else f", more than the {planner.room / GIB:.1f} that can be used"
+    return f"{describe(own)}: {own.peak / GIB:.1f} on {own.shape}{fits}"
 
 
 def sampling_memory(cfg: SampleConfig, source: Source, world: int, device: Device) -> str:

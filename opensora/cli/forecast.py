@@ -18,12 +18,12 @@ from opensora.cli.main import run_cli
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig
 from opensora.planner.devices import DEVICES
+from opensora.planner.encoder_memory import encoder_bytes
 from opensora.planner.layout_forecast import Forecast
 from opensora.planner.network import Network, read_links
 from opensora.planner.search import Planner, check_own
 from opensora.utils.command_line.arguments import Parser, number, place, whole
 from opensora.utils.console import Progress
-from opensora.utils.errors import UserError
 
 MAX_WORLD = 4096
 MAX_TOP = 1000
@@ -51,7 +51,6 @@ def main(argv: list[str]) -> int:
     if args.memory_gib is not None:
         device = replace(device, memory=int(args.memory_gib * GIB))
     cfg = load_config(RunConfig, args.config, overrides)
-    check_known(cfg)
     device_type = "cpu" if args.device == "cpu" else "cuda"
     network = read_links(args.links, device, args.world) if args.links else Network.of_device(device, args.world)
     planner = Planner(cfg, args.world, device, device_type=device_type, exact=args.measure, network=network)
@@ -75,6 +74,10 @@ def main(argv: list[str]) -> int:
         most = max(own, key=lambda forecast: forecast.encoding)
         if most.encoding:
             print(f"while clips are encoded: at most {most.encoding / GIB:.2f}, {most.shape}")
+        longest = max(own, key=lambda forecast: forecast.text)
+        if longest.text:
+            print(f"while prompts are encoded: at most {longest.text / GIB:.2f}, {longest.shape}")
+        print(encoders(cfg, args.world))
     sys.stdout.flush()  # to be read while the layouts are timed, which takes longer
     best = planner.best(args.top, show_progress())
     print(f"\nfastest that fit {best[0].shape}\n{'layout':<44}{COLUMNS}")
@@ -100,27 +103,12 @@ def show_progress() -> Callable[[int, int], None]:
     return show
 
 
-def check_known(cfg: RunConfig) -> None:
-    """That the forecast is of the run that was configured.
-
-    Raises:
-        UserError: something that changes memory and traffic and that the formulas do not know.
-    """
-    parallel = cfg.parallel
-    if cfg.data.tokens_per_sequence:
-        raise UserError(
-            f"data.tokens_per_sequence={cfg.data.tokens_per_sequence}: the planner knows 0 only, one bucket at a time"
-        )
-    for key, value, known in (
-        ("lora.rank", cfg.lora.rank, 0),
-        ("parallel.engine", parallel.engine, "native"),
-        ("parallel.offload", parallel.offload, "none"),
-        ("parallel.recompute.offload", parallel.recompute.offload, False),
-        ("parallel.mesh.dynamic", parallel.mesh.dynamic, False),
-    ):
-        if value != known:
-            shown = str(known).lower()
-            raise UserError(f"{key}={value}: the planner knows {shown} only; with {key}={shown} it gives a bound")
+def encoders(cfg: RunConfig, world: int) -> str:
+    """Weights of the frozen models on a process, of which ``state`` has those that stay there."""
+    itemsize = 2 if cfg.parallel.precision.compute == "bf16" else 4
+    pieces = max(1, world // cfg.parallel.mesh.replicate)
+    autoencoder, text = encoder_bytes(cfg.vae, cfg.text, itemsize, pieces)
+    return f"of state: autoencoder {autoencoder / GIB:.2f}, text encoder {text / GIB:.2f}"
 
 
 def describe(forecast: Forecast) -> str:

@@ -10,7 +10,8 @@ from acceleration.distributed.mesh import Mesh
 from opensora.config.run import RunConfig
 from opensora.datasets.plan.batch_plan import MicroBatch as PlannedBatch
 from opensora.datasets.plan.batch_plan import PackedSequence
-from opensora.planner.forecast import Forecaster, _as_seen, structure
+from opensora.planner.forecast import Forecaster, _as_seen
+from opensora.planner.meta_model import structure
 from opensora.utils.errors import UserError
 
 

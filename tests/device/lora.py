@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from acceleration import lora
+from acceleration.accounting.rank_layout import MicroBatch
 from acceleration.config import LoraConfig, MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.engines import build_engine
@@ -16,6 +17,7 @@ from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
 from opensora.models.families import build_model
 from opensora.models.mmdit import FAMILY, MMDiTConfig
+from opensora.planner.meta_model import denoiser_inputs
 from tests.device.offload import MODEL, DeviceBytes
 from tests.device.simulated import CUDA, simulated_cuda
 from tests.dist.parity import fill
@@ -38,6 +40,7 @@ class Case:
     zero: Any = 3
     mesh: tuple[tuple[str, int], ...] = ()
     model: MMDiTConfig = MODEL
+    txt: int = 4
     img: int = 12
     samples: int = 2
     batches: int = 2
@@ -103,10 +106,8 @@ def trained(case: Case, steps: int) -> Trained:
 
 def loss(model: Any, case: Case, seed: int, sequence: SequenceParallel) -> Tensor:
     """Of inputs that are drawn."""
-    from opensora.planner.forecast import denoiser_inputs
-    from acceleration.accounting.rank_layout import MicroBatch
-
-    inputs = denoiser_inputs(case.model, MicroBatch(samples=case.samples, txt=4, img=case.img), sequence, device="cpu")
+    batch = MicroBatch(samples=case.samples, txt=case.txt, img=case.img)
+    inputs = denoiser_inputs(case.model, batch, sequence, device="cpu")
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(x: Any) -> Any:

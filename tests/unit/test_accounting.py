@@ -17,7 +17,7 @@ from acceleration.sequence import SequenceParallel
 from opensora.models.families import build_model, count_parameters
 from opensora.models.mmdit import MMDiTConfig
 from opensora.models.mmdit.model import SIZES
-from opensora.planner.forecast import denoiser_inputs, run_denoiser
+from opensora.planner.meta_model import denoiser_inputs, run_denoiser
 
 FP32 = ParallelConfig(zero=0, precision=PrecisionConfig(compute="fp32"))
 
