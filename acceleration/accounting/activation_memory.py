@@ -121,6 +121,23 @@ def timeline(model: nn.Module, loss: Callable[[], Tensor], *, accumulates: bool 
         return marks.timeline()
 
 
+def forward_timeline(model: nn.Module, run: Callable[[], Any]) -> Timeline:
+    """The same of a forward without gradients, as in sampling; there is no backward in it."""
+    blocks = protocol.blocks(model)
+    with _Live() as live, torch.no_grad():
+        marks = _Marks(live, len(blocks))
+        handles = [block.register_forward_pre_hook(marks.forward(i)) for i, block in enumerate(blocks)]
+        handles.append(blocks[-1].register_forward_hook(marks.last))
+        try:
+            out = run()  # held to the end, as its caller does
+        finally:
+            for handle in handles:
+                handle.remove()
+        line = marks.timeline()
+        del out
+    return line
+
+
 class _Live(TorchDispatchMode):
     """Bytes of the storages that were made inside and are alive."""
 

@@ -119,6 +119,24 @@ def peak(
     return walk.worst
 
 
+def forward_peak(structure: ModelProfile, place: RankLayout, line: Timeline) -> Footprint:
+    """The moment of a forward without gradients when this process holds most, on a model whose weights are kept in the
+    type that they compute in. Below ZeRO 3 what was gathered stays, for the next forward."""
+    on_device = place.cfg.offload != "parameters"
+    weights = sum(n * padded(unit.parameters, place) for unit, n in structure.unit_counts) * place.itemsize("compute")
+    state = Footprint(weights * on_device, *[0] * 6)
+    walk = _Walk(structure, place, state, streams=False)
+    walk.gather(walk.rest, forward=True)
+    walk.run(line.before)
+    for index, segment in enumerate(line.forward):
+        walk.gather(index, forward=True)
+        walk.run(segment, moving=walk.beside(index, 1))
+        if place.cfg.zero == 3:
+            walk.free(index)
+    walk.run(line.between)
+    return walk.worst
+
+
 class _Walk:
     def __init__(self, structure: ModelProfile, place: RankLayout, state: Footprint, *, streams: bool) -> None:
         self.place, self.state = place, state

@@ -1,7 +1,7 @@
 """Forecast memory, traffic and time: ``python -m opensora.cli.forecast CONFIG.yaml --world 512 --device h100``.
 
 Starts no process and allocates nothing. Prints the configured layout on every bucket, then the fastest layouts that fit
-the heaviest bucket.
+the heaviest bucket. Of a configuration for sampling: memory and time of every turn.
 """
 
 from opensora.utils import signal_handler
@@ -11,17 +11,20 @@ if __name__ == "__main__":  # before torch is imported, which takes long enough 
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
+from opensora.cli.jobs import is_training, sample_config, source_of
 from opensora.cli.main import run_cli
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig
-from opensora.planner.devices import DEVICES
+from opensora.inference.memory import memory_of
+from opensora.planner.devices import DEVICES, Device
 from opensora.planner.encoder_memory import encoder_bytes
 from opensora.planner.layout_forecast import Forecast
 from opensora.planner.network import Network, read_links
-from opensora.planner.search import Planner, check_own
+from opensora.planner.search import RESERVE, Planner, check_own
 from opensora.utils.command_line.arguments import Parser, number, place, whole
 from opensora.utils.console import Progress
 
@@ -38,7 +41,7 @@ COLUMNS = (
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
     parser = Parser(prog="python -m opensora.cli.forecast", description=(__doc__ or "").split("\n\n")[1])
-    parser.add_argument("config", help="a training configuration; overrides section.key=value follow")
+    parser.add_argument("config", help="a configuration for training or sampling; overrides section.key=value follow")
     parser.add_argument("--world", type=whole(1, MAX_WORLD), required=True, help=f"number of devices, 1 to {MAX_WORLD}")
     parser.add_argument("--device", choices=DEVICES, default="h100")
     parser.add_argument("--memory-gib", type=number(0, MAX_GIB, above=True), help="of a device; default: its own")
@@ -50,6 +53,8 @@ def main(argv: list[str]) -> int:
     device = DEVICES[args.device]
     if args.memory_gib is not None:
         device = replace(device, memory=int(args.memory_gib * GIB))
+    if not is_training(Path(args.config)):
+        return sampling(args.config, overrides, args.world, device, as_json=args.json)
     cfg = load_config(RunConfig, args.config, overrides)
     device_type = "cpu" if args.device == "cpu" else "cuda"
     network = read_links(args.links, device, args.world) if args.links else Network.of_device(device, args.world)
@@ -86,6 +91,25 @@ def main(argv: list[str]) -> int:
     proposal = planner.hybrid(best[0])
     if proposal:
         print(f"\n{proposal}")
+    return 0
+
+
+def sampling(config: str, overrides: Sequence[str], world: int, device: Device, *, as_json: bool) -> int:
+    """Of a sampling job.
+
+    Raises:
+        UserError: one that cannot be sampled, or on another number of processes.
+    """
+    job = sample_config(config, overrides)
+    found, room = memory_of(job, source_of(job), world, device), device.memory * (1 - RESERVE)
+    if as_json:
+        print(json.dumps(found.plain() | {"room_gib": room / GIB}))
+        return 0
+    print(f"{world} processes, offload={job.offload}; {room / GIB:.1f} GiB of each can be used")
+    print(f"{'turn':<16}{'GiB':>8}{'weights':>9}{'seconds':>9}")
+    for name, size in found.turns.items():
+        too_much = "  does not fit" if size > room else ""
+        print(f"{name:<16}{size / GIB:>8.2f}{found.kept[name] / GIB:>9.2f}{found.seconds[name]:>9.1f}{too_much}")
     return 0
 
 

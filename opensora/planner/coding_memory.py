@@ -110,6 +110,16 @@ def _flops(cfg: AutoencoderConfig, clips: int, frames: int, height: int, width: 
     return counted.total
 
 
+@lru_cache
+def decode_flops(cfg: AutoencoderConfig, clips: int, frames: int, height: int, width: int) -> int:
+    """The same of decoding; the size is that of the pixels."""
+    autoencoder, counted = build_autoencoder(cfg, "meta", torch.bfloat16), _Operations(torch.bfloat16)
+    grid = latent_grid(frames, height, width, autoencoder)
+    with _FusedAttention():
+        autoencoder.decode(torch.empty(clips, autoencoder.channels, *grid, device="meta"), counted)
+    return counted.total
+
+
 def heaviest_to_encode(shapes: Iterable[Shape]) -> list[Shape]:
     """Of every size in pixels the longest clips, and those that are most pixels together: no others need more."""
     by_size: dict[tuple[int, int], list[tuple[int, int, Shape]]] = {}

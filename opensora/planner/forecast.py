@@ -20,7 +20,7 @@ from torch import Tensor
 from acceleration.accounting import comm_volume, host_traffic, peak_memory, vendor_memory
 from acceleration.accounting.activation_memory import Timeline, assemble, interpolate, spread, timeline
 from acceleration.accounting.exchange_count import step_exchanges
-from acceleration.accounting.model_profile import ShardUnit, Sizes
+from acceleration.accounting.model_profile import ModelProfile, ShardUnit, Sizes
 from acceleration.accounting.peak_memory import Footprint
 from acceleration.accounting.rank_layout import MicroBatch, Peers, RankLayout
 from acceleration.config import LoraConfig, OptimConfig, RecomputeConfig
@@ -149,8 +149,13 @@ class Forecaster:
 
     def forward_flops(self, batch: MicroBatch) -> int:
         """Of one whole micro-batch, all processes that share it together."""
-        sizes = batch.sizes(self.structure)
-        return batch.count * sum(count * _unit_flops(unit, sizes) for unit, count in self.structure.unit_counts)
+        return self.flops_of(self.structure, batch)
+
+    @staticmethod
+    def flops_of(structure: ModelProfile, batch: MicroBatch) -> int:
+        """The same of a model that is made of ``structure``."""
+        sizes = batch.sizes(structure)
+        return batch.count * sum(count * _unit_flops(unit, sizes) for unit, count in structure.unit_counts)
 
     def training_flops(self, batch: MicroBatch) -> int:
         """Forward and backward of one whole micro-batch; frozen layers make no gradient of their weights."""
