@@ -16,17 +16,20 @@ never larger than the model. A bound from above: all parts are taken to be large
 """
 
 from collections.abc import Sequence
+from math import prod
 
 from acceleration.accounting.activation_memory import Segment, Timeline
-from acceleration.accounting.model_profile import ModelProfile
+from acceleration.accounting.model_profile import ModelProfile, ShardUnit
 from acceleration.accounting.peak_memory import MOMENTS, Footprint
 from acceleration.accounting.rank_layout import RankLayout
 from acceleration.config import OptimConfig
 
 FP32 = 4
 # Values in a bundle. DeepSpeed: reduce_bucket_size and allgather_bucket_size, two of the former as it overlaps them;
-# with ZeRO 3 stage3_max_live_parameters and stage3_prefetch_bucket_size. ColossalAI: reduce_bucket_size_in_m.
+# with ZeRO 3 stage3_max_live_parameters and stage3_prefetch_bucket_size. ColossalAI: reduce_bucket_size_in_m, and with
+# ZeRO 3 two chunks.
 DEEPSPEED_BUCKET, DEEPSPEED_LIVE, COLOSSALAI_BUCKET = 5 * 10**8, 10**9 + 5 * 10**7, 12 * 2**20
+GEMINI_CHUNK = 32 * 2**20  # min_chunk_size_m, of ColossalAI with ZeRO 3
 
 
 def state_of(structure: ModelProfile, place: RankLayout, optim: OptimConfig, frozen: int = 0) -> Footprint:
@@ -67,7 +70,8 @@ def peak(
     """The most that a process holds in a step; ``line``: of one micro-batch."""
     state, zero, compute = state_of(structure, place, optim, frozen), place.cfg.zero, place.itemsize("compute")
     count, is_deepspeed = structure.count, place.cfg.engine == "deepspeed"
-    gathered = min(count, DEEPSPEED_LIVE if is_deepspeed else count) * compute if zero == 3 else 0
+    live = DEEPSPEED_LIVE if is_deepspeed else 2 * max(GEMINI_CHUNK, *map(_values, structure.units))
+    gathered = min(count, live) * compute if zero == 3 else 0
     bucket = min(count, DEEPSPEED_BUCKET if is_deepspeed else COLOSSALAI_BUCKET)
     bundles = 2 if is_deepspeed and zero else 1  # one is filled while another is sent
     wide = max(compute, place.itemsize("reduce"))
@@ -76,6 +80,10 @@ def peak(
     return Footprint(
         **vars(state) | {"gathered": gathered, "buffers": bundles * bucket * wide, "activations": _highest(line)}
     )
+
+
+def _values(unit: ShardUnit) -> int:
+    return sum(prod(parameter.shape) for parameter in unit.parameters)
 
 
 def _highest(line: Timeline) -> int:
