@@ -171,6 +171,8 @@ class LoraConfig:
     dropout: float = 0.0  # must be 0: blocks draw no random numbers, so that recomputation and layouts agree
     targets: tuple[str, ...] | None = None  # layers with an adapter: * stands for one part of a name, and what is not a
     # linear layer is passed over; null: those that the model's family names
+    # blocks: frozen weights of blocks stream from pinned CPU memory, one block ahead, in forward and in backward
+    offload: Literal["none", "blocks"] = "none"
     export_names: Literal["peft", "comfyui"] = (
         "peft"  # of the exported adapters: peft's folder, or the file ComfyUI reads
     )
@@ -184,6 +186,11 @@ class LoraConfig:
             raise ValueError(f"alpha={self.alpha}: must be a number > 0, or null for alpha=rank")
         if self.dropout:
             raise ValueError(f"dropout={self.dropout}: must be 0, as blocks draw no random numbers")
+        if self.offload != "none" and not self.rank:
+            raise ValueError(
+                f"offload={self.offload}: streams frozen weights, and with rank=0 all are trained; use "
+                "parallel.offload=parameters, or rank > 0"
+            )
         if self.targets is not None and not self.targets:
             raise ValueError(
                 "targets=[]: must name layers, or be null for those that the model's family names; rank=0 is none"

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from acceleration import sequence
-from acceleration.blocks import activation_checkpoint, compile
+from acceleration.blocks import activation_checkpoint, block_streaming, compile
 from acceleration.config import ParallelConfig
 from acceleration.distributed.mesh import Mesh
 from acceleration.protocol import Parallelizable, ParameterSource
@@ -19,6 +19,7 @@ def parallelize(
     fill: ParameterSource,
     *,
     whole_on_host: bool = False,
+    streams_frozen: bool = False,
 ) -> nn.Module:
     """Spread a model built on the meta device over ``mesh``, in place.
 
@@ -26,7 +27,8 @@ def parallelize(
     recomputed), then compilation (of what runs, and runs again), then recomputation, then sharding (which hooks the
     outside of a block), then memory and values: ``fill(name, tensor)`` gives the full value of one
     parameter, or parts of it, see ``sharding.materialize``. With ``whole_on_host`` nothing is sharded, and all of it is
-    in CPU memory, for ``block_streaming``.
+    in CPU memory, for ``block_streaming``. With ``streams_frozen`` that is done here, to what is frozen in blocks, and
+    what is trained is sharded.
     """
     assert isinstance(model, Parallelizable), type(model)
     tensor_parallel.apply(model, mesh["tensor"])
@@ -35,8 +37,21 @@ def parallelize(
     activation_checkpoint.apply(model, cfg.recompute)
     on_host = cfg.offload == "parameters"
     if cfg.engine == "native" and not whole_on_host:
-        fsdp.shard(model, cfg.zero, cfg.precision, mesh, offload=on_host, prefetch=cfg.prefetch)
+        fsdp.shard(
+            model,
+            cfg.zero,
+            cfg.precision,
+            mesh,
+            offload=on_host,
+            prefetch=cfg.prefetch,
+            only_trained=streams_frozen,
+        )
     else:  # shards by itself when it is built, from whole masters on the CPU
         on_host = True
-    fsdp.materialize(model, cfg.precision, torch.device("cpu") if on_host else device, fill)
+    where = torch.device("cpu") if on_host else device
+    if streams_frozen:
+        fsdp.materialize(model, cfg.precision, where, fill, block_streaming.frozen)
+        block_streaming.apply(model, device)
+    else:
+        fsdp.materialize(model, cfg.precision, where, fill)
     return model

@@ -47,7 +47,8 @@ from opensora.models.families import build_model
 from opensora.models.mmdit import MMDiTConfig
 from opensora.planner.devices import DEVICES
 from opensora.planner.flops import training_flops
-from opensora.planner.forecast import EFFICIENCY, Forecaster, denoiser_inputs, structure
+from opensora.planner.forecast import EFFICIENCY, Forecaster
+from opensora.planner.meta_model import denoiser_inputs, structure
 from opensora.planner.network import Network
 from tests.hosts.lab import HostProcess, Lab
 from tests.hosts.training import environment

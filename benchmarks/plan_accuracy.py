@@ -25,7 +25,8 @@ from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
 from opensora.models.families import build_model
 from opensora.models.mmdit import MMDiTConfig
-from opensora.planner.forecast import Forecaster, denoiser_inputs
+from opensora.planner.forecast import Forecaster
+from opensora.planner.meta_model import denoiser_inputs
 from tests.dist.harness import run_distributed
 
 SMALL = MMDiTConfig(

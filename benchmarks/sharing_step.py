@@ -26,7 +26,7 @@ from opensora.datasets.buckets.cost import CostConfig, features
 from opensora.datasets.plan.dynamic_sp import SequenceSharing, choose, times
 from opensora.models.families import build_model
 from opensora.models.mmdit import MMDiTConfig
-from opensora.planner.forecast import denoiser_inputs
+from opensora.planner.meta_model import denoiser_inputs
 from tests.dist.harness import run_distributed
 
 MODEL = MMDiTConfig(

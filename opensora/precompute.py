@@ -16,6 +16,7 @@ from acceleration.config import MeshConfig
 from acceleration.distributed.launcher_variables import Ranks, ranks_from_environment
 from opensora.assembly.encoders import Encoders
 from opensora.assembly.reference_codes import code_part
+from opensora.assembly.sharded_text import text_encoder_of
 from opensora.assembly.stored_features import encoder_dtype, identity, identity_hash
 from opensora.conditioning.references import needed_parts
 from opensora.config.run import RunConfig
@@ -25,7 +26,6 @@ from opensora.datasets.loading.loader import read_batches
 from opensora.datasets.loading.reader import Batch
 from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch
 from opensora.datasets.table.manifest import ClipTable
-from opensora.models.text import build_text_encoder
 from opensora.models.vae import autoencoder_shape, build_autoencoder
 from opensora.train.setup import check
 from opensora.utils import signal_handler
@@ -122,7 +122,7 @@ def _encode(
     dtype = encoder_dtype(cfg)
     encoders = Encoders(
         autoencoder=build_autoencoder(cfg.vae, device, dtype),
-        text_encoder=build_text_encoder(cfg.text, device, dtype),
+        text_encoder=text_encoder_of(cfg.text, None, device, dtype),
         device=device,
         seed=cfg.seed,
     )

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from acceleration import protocol, sequence
 from acceleration.blocks import activation_checkpoint
+from acceleration.blocks.block_hooks import on_backward_begin, on_backward_end
 from acceleration.config import ParallelConfig
 from acceleration.distributed.mesh import Mesh
 from acceleration.sharding import tensor_parallel
@@ -120,6 +121,23 @@ def timeline(model: nn.Module, loss: Callable[[], Tensor], *, accumulates: bool 
         return marks.timeline()
 
 
+def forward_timeline(model: nn.Module, run: Callable[[], Any]) -> Timeline:
+    """The same of a forward without gradients, as in sampling; there is no backward in it."""
+    blocks = protocol.blocks(model)
+    with _Live() as live, torch.no_grad():
+        marks = _Marks(live, len(blocks))
+        handles = [block.register_forward_pre_hook(marks.forward(i)) for i, block in enumerate(blocks)]
+        handles.append(blocks[-1].register_forward_hook(marks.last))
+        try:
+            out = run()  # held to the end, as its caller does
+        finally:
+            for handle in handles:
+                handle.remove()
+        line = marks.timeline()
+        del out
+    return line
+
+
 class _Live(TorchDispatchMode):
     """Bytes of the storages that were made inside and are alive."""
 
@@ -161,37 +179,34 @@ class _Marks:
         self.begun = 0  # blocks
 
     def forward(self, index: int) -> Callable[..., Any]:
-        """For the outside of a block, before it runs: its inputs go through one node, as FSDP2 has them do, so that
-        no backward of a block above is left when that of a block below begins."""
+        """For the outside of a block, before it runs."""
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             assert self.begun == index, "blocks run in another order than block_lists says"
             self.begun += 1
             self._begin(f"forward {index}")
-            flat, spec = tree_flatten(args)
-            trains = [i for i, x in enumerate(flat) if isinstance(x, Tensor) and x.requires_grad]
-            through = _Bottom.apply(lambda: self._begin(f"backward {index - 1}"), *(flat[i] for i in trains))
-            for i, x in zip(trains, through or (), strict=True):
-                flat[i] = x
-            return tree_unflatten(flat, spec)
+            return on_backward_end(args, lambda: self._begin(f"backward {index - 1}"))
 
         return hook
 
     def last(self, module: nn.Module, args: Any, out: Any) -> None:
         """For the last block, after it ran."""
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor) and x.requires_grad:
-                x.register_hook(lambda _: self._begin(f"backward {self.blocks - 1}"))
+        on_backward_begin(out, lambda: self._begin(f"backward {self.blocks - 1}"))
         self._begin("between")
 
     def timeline(self) -> Timeline:
         self._begin("end")
+        level = self.found["between"].end
+        backward = []
+        for index in reversed(range(self.blocks)):  # below the first adapter there is none
+            backward.append(self.found.get(f"backward {index}", Segment(level, level, level)))
+            level = backward[-1].end
         return Timeline(
             before=self.found["before"],
             forward=tuple(self.found[f"forward {i}"] for i in range(self.blocks)),
             between=self.found["between"],
-            backward=tuple(self.found[f"backward {i}"] for i in range(self.blocks)),
-            after=self.found["backward -1"],
+            backward=tuple(reversed(backward)),
+            after=self.found.get("backward -1", Segment(level, level, level)),
         )
 
     def _begin(self, name: str) -> None:
@@ -199,17 +214,3 @@ class _Marks:
             return  # the second output of the last block
         self.found[self.name] = Segment(self.start, self.live.peak, self.live.bytes)
         self.name, self.start, self.live.peak = name, self.live.bytes, self.live.bytes
-
-
-class _Bottom(torch.autograd.Function):
-    """The inputs of a block as they are; says when all their gradients are there."""
-
-    @staticmethod
-    def forward(ctx: Any, note: Callable[[], None], *inputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.note = note
-        return inputs
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.note()
-        return None, *gradients

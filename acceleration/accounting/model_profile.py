@@ -70,6 +70,7 @@ class Layer:
     rows: Count  # of its input, per sample
     input_trains: bool  # a gradient flows to its input
     reruns: bool  # a recomputed block gets as far as the layer's exchange before it has all that backward needs
+    trains: bool = True  # its weight gets a gradient
 
 
 @dataclass(frozen=True)

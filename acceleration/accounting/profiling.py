@@ -145,7 +145,8 @@ class _Call:
         """What it is for any sizes."""
         module, name, reruns = self.module, self.name, self.kept_in_block > self.at
         if isinstance(module, nn.Linear):
-            return Layer(name, module.in_features, module.out_features, fit.count(0), self.trains, reruns)
+            trains = module.weight.requires_grad
+            return Layer(name, module.in_features, module.out_features, fit.count(0), self.trains, reruns, trains)
         if self.is_switch:
             return Switch(name, prod(self.shape[3:]), self.dtype, self.trains, reruns)  # type: ignore[arg-type]
         batch, queries, keys = (fit.count(index) for index in range(3))

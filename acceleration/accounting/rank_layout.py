@@ -21,6 +21,7 @@ class MicroBatch:
     frames: int | None = None  # among which these are divided, for models that keep time and space apart
     has_mask: bool = False  # the text has a padding mask
     degree: int | None = None  # processes of ulysses that cut its samples; None: the whole axis
+    packed: int = 0  # samples of equal length in a sequence, of which txt and img are all tokens; 0: nothing is packed
 
     @property
     def places(self) -> int:
@@ -28,10 +29,15 @@ class MicroBatch:
         assert self.frames is not None, "a model that keeps time and space apart needs MicroBatch.frames"
         return self.img // self.frames
 
+    @property
+    def count(self) -> int:
+        """Samples in all."""
+        return self.samples * max(1, self.packed)
+
     def sizes(self, profile: ModelProfile) -> Sizes:
         """Of a whole sample, as the counts of a profile want them."""
         if not profile.is_factored:
-            return {"txt": self.txt, "img": self.img}
+            return {"txt": self.txt // max(1, self.packed), "img": self.img // max(1, self.packed)}
         assert self.frames is not None, "a model that keeps time and space apart needs MicroBatch.frames"
         return _factored_sizes(self.txt, self.frames, self.places, self.frames, self.places)
 

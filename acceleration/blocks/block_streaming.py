@@ -1,16 +1,19 @@
-"""Blocks of a frozen model that stream through a device: the one that runs is there, and the next one is on its way.
+"""Blocks of frozen weights that stream through a device: the one that runs is there, and the next one is on its way.
 
-For one process that keeps all weights, as a single GPU with little memory: FSDP2, which gathers ahead over several
+For weights that a process keeps whole, as a single GPU with little memory: FSDP2, which gathers ahead over several
 processes, does not look ahead on one. Weights stay in pinned CPU memory; copies to the device run on a stream of their
-own beside the block that computes, and are forgotten behind the block that used them. Not run on a GPU yet.
+own beside the block that computes, and are forgotten behind the block that used them. Sampling goes through the blocks
+once a forward. In training adapters stay on the device (LoRA), and backward goes through the blocks the other way
+round: the last block waits for it, and every block is fetched again. Not run on a GPU yet.
 """
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from acceleration import protocol
+from acceleration.blocks.block_hooks import on_backward_begin, on_backward_end
 from acceleration.blocks.module_offload import OffloadedModule
 
 
@@ -18,18 +21,21 @@ class BlockStream:
     """The blocks of one model."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        """Everything outside of the blocks goes to the device and stays, every block into (pinned) CPU memory."""
+        """Everything outside of the blocks goes to the device and stays, as does what is trained; every frozen weight
+        of a block into (pinned) CPU memory."""
         self._device = device
         self._copies = torch.cuda.Stream() if device.type == "cuda" else None
         self._done: dict[int, torch.cuda.Event] = {}  # the copies of a block, by its index
+        self._awaited: set[int] = set()  # blocks whose backward is still to come
+        self._is_watched = False  # a backward runs, and at its end all blocks go out
         blocks = protocol.blocks(model)
         inside = {id(part) for block in blocks for part in block.modules()}
         for part in model.modules():
             if id(part) not in inside:
                 _move(part, device)
-        self._blocks = [OffloadedModule(block, device) for block in blocks]
+        trained = {id(parameter) for _, parameter in protocol.trainable(model)}
+        self._blocks = [OffloadedModule(block, device, stays=trained) for block in blocks]
         for index, offloaded in enumerate(self._blocks):
-            offloaded.send_out()
             self._hook(index, offloaded)
 
     def bring_in(self, block: nn.Module) -> None:
@@ -41,10 +47,16 @@ class BlockStream:
         next(offloaded for offloaded in self._blocks if offloaded.module is block).send_out()
 
     def _hook(self, index: int, offloaded: OffloadedModule) -> None:
-        def before(block: nn.Module, args: Any) -> None:
+        def before(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            self._awaited.discard(index)
             self._before(index)
+            return on_backward_end(args, offloaded.send_out) if torch.is_grad_enabled() else args
 
         def after(block: nn.Module, args: Any, out: Any) -> None:
+            if torch.is_grad_enabled() and on_backward_begin(out, lambda: self._before_backward(index)):
+                self._awaited.add(index)
+                if index + 1 == len(self._blocks):  # the first in backward
+                    return
             offloaded.send_out()
 
         offloaded.module.register_forward_pre_hook(before)
@@ -52,26 +64,47 @@ class BlockStream:
 
     def _before(self, index: int) -> None:
         """Block ``index`` is there, and the copies of the next one begin."""
+        self._arrive(index)
+        if index + 1 < len(self._blocks):
+            self._fetch(index + 1)
+
+    def _before_backward(self, index: int) -> None:
+        """The same in backward, where the next one is the one before; told by every output of the block."""
+        if index not in self._awaited:
+            return
+        self._awaited.discard(index)
+        if not self._is_watched:  # by the end, as a block whose inputs need no gradient has none of its own
+            self._is_watched = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+        self._arrive(index)
+        if index - 1 in self._awaited:
+            self._fetch(index - 1)
+
+    def _end_backward(self) -> None:
+        self._is_watched = False
+        for offloaded in self._blocks:
+            offloaded.send_out()
+
+    def _arrive(self, index: int) -> None:
         self._fetch(index)
         if self._copies is not None and index in self._done:
             torch.cuda.current_stream().wait_event(self._done.pop(index))
-        self._blocks[index].bring_in()
-        if index + 1 < len(self._blocks):
-            self._fetch(index + 1)
 
     def _fetch(self, index: int) -> None:
         if self._copies is None:
             self._blocks[index].fetch()
         elif self._blocks[index].is_out:
-            self._copies.wait_stream(torch.cuda.current_stream())  # the memory that copies go to is free
-            self._blocks[index].fetch(self._copies)
-            self._done[index] = self._copies.record_event()
+            for_copies = self._copies
+            for_copies.wait_stream(torch.cuda.current_stream())  # the memory that copies go to is free
+            self._blocks[index].fetch(for_copies)
+            self._done[index] = for_copies.record_event()
 
 
 def _move(module: nn.Module, device: torch.device) -> None:
-    """What a module holds itself, without what is below it."""
+    """What a module holds itself, without what is below it; what is there already stays as it is."""
     for name, parameter in list(module.named_parameters(recurse=False)):
-        setattr(module, name, nn.Parameter(parameter.detach().to(device), requires_grad=False))
+        if parameter.device != device:
+            setattr(module, name, nn.Parameter(parameter.detach().to(device), requires_grad=False))
     for name, buffer in list(module.named_buffers(recurse=False)):
         setattr(module, name, buffer.to(device))
 
@@ -80,7 +113,7 @@ STREAM = "block_stream"  # where a block knows who streams it
 
 
 def apply(model: nn.Module, device: torch.device) -> None:
-    """Stream the blocks of a model whose weights are whole and in CPU memory, in place."""
+    """Stream the blocks of a model whose frozen weights are whole, and those of blocks in CPU memory, in place."""
     stream = BlockStream(model, device)
     for block in protocol.blocks(model):
         object.__setattr__(block, STREAM, stream)
@@ -89,3 +122,8 @@ def apply(model: nn.Module, device: torch.device) -> None:
 def stream_of(block: nn.Module) -> BlockStream | None:
     """Who streams a block; None: nobody."""
     return getattr(block, STREAM, None)
+
+
+def frozen(model: nn.Module) -> list[Tensor]:
+    """The weights that stream."""
+    return [p for block in protocol.blocks(model) for p in block.parameters() if not p.requires_grad]

@@ -21,7 +21,7 @@ backward that would free: below stage 3 the gathered copy stays until ``release`
 Gradients are summed, never averaged: the loss handed to backward is this process's share of the global mean.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,18 +44,34 @@ from acceleration.sharding.tensor_parallel import Cut
 
 
 def shard(
-    model: nn.Module, zero: int, precision: PrecisionConfig, mesh: Mesh, *, offload: bool = False, prefetch: int = 0
+    model: nn.Module,
+    zero: int,
+    precision: PrecisionConfig,
+    mesh: Mesh,
+    *,
+    offload: bool = False,
+    prefetch: int = 0,
+    only_trained: bool = False,
 ) -> None:
     """Shard every block, then what is left, in place. The model may be on the meta device.
 
     Args:
+        only_trained: what is frozen stays whole on every process.
         offload: pieces of weights and gradients stay in CPU memory; what is gathered is on the mesh's device.
         prefetch: blocks gathered ahead of their use, see ``_prefetch``.
     """
     pieces, policy = sharding_mesh(mesh, zero), fsdp_policy(precision)
     where = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
+    whole = {p for p in model.parameters() if not p.requires_grad} if only_trained else None
     for part in (*protocol.blocks(model), model):
-        fully_shard(part, mesh=pieces, mp_policy=policy, reshard_after_forward=zero == 3, offload_policy=where)
+        fully_shard(
+            part,
+            mesh=pieces,
+            mp_policy=policy,
+            reshard_after_forward=zero == 3,
+            offload_policy=where,
+            ignored_params=whole,
+        )
     copies = mesh[REPLICATE]
     for module in fsdp_modules(model):
         module.set_custom_all_gather(_AllGather(mesh[FSDP]))  # type: ignore[arg-type]
@@ -131,8 +147,15 @@ class _ReduceScatter(_Buffers):
             return getattr(dist, REDUCE_SCATTER)(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
 
 
-def materialize(model: nn.Module, precision: PrecisionConfig, device: torch.device, fill: ParameterSource) -> None:
-    """Allocate a meta model on ``device`` and give every parameter its value.
+def materialize(
+    model: nn.Module,
+    precision: PrecisionConfig,
+    device: torch.device,
+    fill: ParameterSource,
+    on_host: Callable[[nn.Module], Sequence[Tensor]] = lambda model: (),
+) -> None:
+    """Allocate a meta model on ``device``, what ``on_host`` names of it in (pinned) CPU memory, and give every
+    parameter its value.
 
     ``fill(name, tensor)`` writes the full value of one parameter into a CPU tensor of the type it is kept in; every
     process keeps its piece. A ``PartialSource`` is asked for the piece alone. No process ever holds more than its
@@ -141,7 +164,14 @@ def materialize(model: nn.Module, precision: PrecisionConfig, device: torch.devi
     """
     master, compute = DTYPES[precision.master], DTYPES[precision.compute]
     model._apply(lambda x: x.to(master if x.requires_grad else compute))  # as model.to, which knows one type only
-    model.to_empty(device=device)
+    pinned, elsewhere = device.type == "cuda", set(map(id, on_host(model)))
+    model._apply(
+        lambda x: (
+            torch.empty_like(x, device="cpu", pin_memory=pinned)
+            if id(x) in elsewhere
+            else torch.empty_like(x, device=device)
+        )
+    )
     with torch.no_grad():
         cuts = tensor_parallel.cuts(model)
         for name, parameter in model.named_parameters():

@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 
+from acceleration.blocks.module_offload import Visits
 from acceleration.config import MeshConfig, PrecisionConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.distributed.comm_timer import WAITING
@@ -52,11 +53,12 @@ class ShardedText:
         return int(counts)
 
 
-def text_encoder_of(cfg: TextConfig, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-    """The text encoder of a run: cut over processes where ``text.shard`` says so. Collective.
+def text_encoder_of(cfg: TextConfig, mesh: Mesh | None, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+    """The text encoder of a run: cut over processes where ``text.shard`` says so, and moved out where ``text.offload``
+    does. Collective, but without a mesh.
 
     Raises:
         UserError: as its kind.
     """
-    peers = ShardedText(mesh, device) if getattr(cfg, "shard", False) else None
-    return build_text_encoder(cfg, device, dtype, peers)
+    peers = ShardedText(mesh, device) if mesh is not None and getattr(cfg, "shard", False) else None
+    return build_text_encoder(cfg, device, dtype, peers, Visits)

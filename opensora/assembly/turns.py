@@ -64,8 +64,6 @@ class Turns:
     def add(self, name: str, modules: Sequence[nn.Module]) -> None:
         """Modules that wait outside until it is their turn."""
         self._movable[name] = [OffloadedModule(module, self.device) for module in modules]
-        for module in self._movable[name]:
-            module.send_out()
 
     def of(self, name: str, owner: Any, offload: SampleOffload) -> Any:
         """An autoencoder or a text encoder whose calls take their turn; with ``offload`` it waits outside."""

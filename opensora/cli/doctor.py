@@ -9,26 +9,25 @@ from opensora.utils import signal_handler
 if __name__ == "__main__":
     signal_handler.listen_early()
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from opensora.assembly.file_checks import Finding, autoencoder_files, encoder_files, folder_for, look, run_files
-from opensora.cli.forecast import MAX_GIB, MAX_WORLD, check_known, describe
+from opensora.cli.forecast import MAX_GIB, MAX_WORLD, describe
+from opensora.cli.jobs import as_configured, is_training, sample_config
 from opensora.cli.main import run_cli
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig, SampleConfig, StillConfig, check_fit
-from opensora.config.strict_yaml import read_yaml
-from opensora.inference.find import Source, default_objective, find_source
+from opensora.inference.find import Source, find_source
 from opensora.inference.memory import memory_of
 from opensora.planner.devices import DEVICES, Device
-from opensora.planner.search import Planner, check_own
+from opensora.planner.search import RESERVE, Planner, check_own
 from opensora.utils.command_line.arguments import Parser, number, whole
 from opensora.utils.errors import UserError
 
 GIB = 2**30
 WORLDS = (1, 2, 4, 8)
-PROMPT = "prompt=a prompt"  # where a configuration leaves it to the command line
 
 
 def main(argv: list[str]) -> int:
@@ -56,45 +55,17 @@ def main(argv: list[str]) -> int:
     findings, source = sample_files(job)
     show(findings)
     if source is not None:
-        print(f"least memory of a process on {args.device}, GiB:")
+        print(f"memory of a process on {args.device}, GiB:")
         for world in worlds:
             print(f"  {world:>4} x {sampling_memory(job, source, world, device)}")
     return advise(findings, f"bash launch/torchrun.sh {worlds[-1]} scripts/diffusion/inference.py {command}")
-
-
-def is_training(path: Path) -> bool:
-    """Whether a file, or one that it includes, is of a training run: they say how many steps.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    layer, _ = read_yaml(path)
-    if "train" in layer or "data" in layer or "optim" in layer:
-        return True
-    included = layer.get("include") or []
-    names = [included] if isinstance(included, str) else included
-    return any(is_training(path.parent / str(name)) for name in names if isinstance(name, str))
-
-
-def sample_config(path: str, overrides: Sequence[str]) -> SampleConfig:
-    """The job, with a prompt in place of one that is missing.
-
-    Raises:
-        UserError: anything else that is wrong.
-    """
-    try:
-        return load_config(SampleConfig, path, overrides)
-    except UserError as error:
-        if "prompt: missing" not in str(error):
-            raise
-        return load_config(SampleConfig, path, [*overrides, PROMPT])
 
 
 def sample_files(cfg: SampleConfig) -> tuple[list[Finding], Source | None]:
     """What became of every file of a job, and what its weights are of, as far as they can be read."""
     found: list[Source] = []
     findings = [look("weights", cfg.weights, lambda: found.append(find_source(cfg)))]
-    source = found[0] if found else _as_configured(cfg)
+    source = found[0] if found else as_configured(cfg)
     for name in ("lora", "prompt_csv", "watermark"):
         if path := getattr(cfg, name):
             findings.append(look(name, path))
@@ -122,47 +93,30 @@ def _still_files(cfg: SampleConfig, still: StillConfig) -> list[Finding]:
     return found
 
 
-def _as_configured(cfg: SampleConfig) -> Source | None:
-    """What the weights would be of, by the configuration alone; None: it leaves that to them."""
-    if cfg.model is None or cfg.vae is None or cfg.text is None:
-        return None
-    return Source(
-        path=Path(cfg.weights),
-        checkpoint=None,
-        adapters=None,
-        model=cfg.model,
-        vae=cfg.vae,
-        text=cfg.text,
-        objective=cfg.objective or default_objective(cfg.model),
-        conditioning=None,
-        prompt_suffix=False,
-    )
-
-
 def training_memory(cfg: RunConfig, world: int, device: Device) -> str:
     """The configured layout on ``world`` devices."""
     if problem := check_own(cfg, world):
         return problem
-    try:
-        check_known(cfg)
-    except UserError as error:
-        return str(error)
     planner = Planner(cfg, world, device, device_type="cuda")
     own = planner.one(cfg.parallel, planner.shapes[-1])
-    fits = "" if own.memory.total <= planner.room else f", more than the {planner.room / GIB:.1f} that can be used"
-    return f"{describe(own)}: {own.memory.total / GIB:.1f} on {own.shape}{fits}"
+    fits = "" if own.peak <= planner.room else f", more than the {planner.room / GIB:.1f} that can be used"
+    return f"{describe(own)}: {own.peak / GIB:.1f} on {own.shape}{fits}"
 
 
 def sampling_memory(cfg: SampleConfig, source: Source, world: int, device: Device) -> str:
     """The configured layout on ``world`` devices."""
     try:
-        parts = memory_of(cfg, source, world)
-    except (UserError, ValueError) as error:
+        found = memory_of(cfg, source, world, device)
+    except UserError as error:
         return str(error)
-    total = sum(parts.values())
-    said = ", ".join(f"{name} {value / GIB:.1f}" for name, value in parts.items())
-    fits = "" if total <= device.memory else f": more than the {device.memory / GIB:.0f} of the device"
-    return f"{total / GIB:.1f} ({said}){fits}"
+    room = device.memory * (1 - RESERVE)
+    fits = "" if found.peak <= room else f": more than the {room / GIB:.1f} that can be used"
+    return f"{found.peak / GIB:.1f} ({said(found.kept)} of weights; at most {said(found.turns)} in turn){fits}"
+
+
+def said(sizes: Mapping[str, int]) -> str:
+    """Names with their GiB."""
+    return ", ".join(f"{name} {value / GIB:.1f}" for name, value in sizes.items())
 
 
 def show(findings: Sequence[Finding]) -> None:

@@ -1,7 +1,7 @@
 """Forecast memory, traffic and time: ``python -m opensora.cli.forecast CONFIG.yaml --world 512 --device h100``.
 
 Starts no process and allocates nothing. Prints the configured layout on every bucket, then the fastest layouts that fit
-the heaviest bucket.
+the heaviest bucket. Of a configuration for sampling: memory and time of every turn.
 """
 
 from opensora.utils import signal_handler
@@ -11,19 +11,22 @@ if __name__ == "__main__":  # before torch is imported, which takes long enough 
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
+from opensora.cli.jobs import is_training, sample_config, source_of
 from opensora.cli.main import run_cli
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig
-from opensora.planner.devices import DEVICES
+from opensora.inference.memory import memory_of
+from opensora.planner.devices import DEVICES, Device
+from opensora.planner.encoder_memory import encoder_bytes
 from opensora.planner.layout_forecast import Forecast
 from opensora.planner.network import Network, read_links
-from opensora.planner.search import Planner, check_own
+from opensora.planner.search import RESERVE, Planner, check_own
 from opensora.utils.command_line.arguments import Parser, number, place, whole
 from opensora.utils.console import Progress
-from opensora.utils.errors import UserError
 
 MAX_WORLD = 4096
 MAX_TOP = 1000
@@ -38,7 +41,7 @@ COLUMNS = (
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
     parser = Parser(prog="python -m opensora.cli.forecast", description=(__doc__ or "").split("\n\n")[1])
-    parser.add_argument("config", help="a training configuration; overrides section.key=value follow")
+    parser.add_argument("config", help="a configuration for training or sampling; overrides section.key=value follow")
     parser.add_argument("--world", type=whole(1, MAX_WORLD), required=True, help=f"number of devices, 1 to {MAX_WORLD}")
     parser.add_argument("--device", choices=DEVICES, default="h100")
     parser.add_argument("--memory-gib", type=number(0, MAX_GIB, above=True), help="of a device; default: its own")
@@ -50,8 +53,9 @@ def main(argv: list[str]) -> int:
     device = DEVICES[args.device]
     if args.memory_gib is not None:
         device = replace(device, memory=int(args.memory_gib * GIB))
+    if not is_training(Path(args.config)):
+        return sampling(args.config, overrides, args.world, device, as_json=args.json)
     cfg = load_config(RunConfig, args.config, overrides)
-    check_known(cfg)
     device_type = "cpu" if args.device == "cpu" else "cuda"
     network = read_links(args.links, device, args.world) if args.links else Network.of_device(device, args.world)
     planner = Planner(cfg, args.world, device, device_type=device_type, exact=args.measure, network=network)
@@ -75,6 +79,10 @@ def main(argv: list[str]) -> int:
         most = max(own, key=lambda forecast: forecast.encoding)
         if most.encoding:
             print(f"while clips are encoded: at most {most.encoding / GIB:.2f}, {most.shape}")
+        longest = max(own, key=lambda forecast: forecast.text)
+        if longest.text:
+            print(f"while prompts are encoded: at most {longest.text / GIB:.2f}, {longest.shape}")
+        print(encoders(cfg, args.world))
     sys.stdout.flush()  # to be read while the layouts are timed, which takes longer
     best = planner.best(args.top, show_progress())
     print(f"\nfastest that fit {best[0].shape}\n{'layout':<44}{COLUMNS}")
@@ -83,6 +91,25 @@ def main(argv: list[str]) -> int:
     proposal = planner.hybrid(best[0])
     if proposal:
         print(f"\n{proposal}")
+    return 0
+
+
+def sampling(config: str, overrides: Sequence[str], world: int, device: Device, *, as_json: bool) -> int:
+    """Of a sampling job.
+
+    Raises:
+        UserError: one that cannot be sampled, or on another number of processes.
+    """
+    job = sample_config(config, overrides)
+    found, room = memory_of(job, source_of(job), world, device), device.memory * (1 - RESERVE)
+    if as_json:
+        print(json.dumps(found.plain() | {"room_gib": room / GIB}))
+        return 0
+    print(f"{world} processes, offload={job.offload}; {room / GIB:.1f} GiB of each can be used")
+    print(f"{'turn':<16}{'GiB':>8}{'weights':>9}{'seconds':>9}")
+    for name, size in found.turns.items():
+        too_much = "  does not fit" if size > room else ""
+        print(f"{name:<16}{size / GIB:>8.2f}{found.kept[name] / GIB:>9.2f}{found.seconds[name]:>9.1f}{too_much}")
     return 0
 
 
@@ -100,27 +127,12 @@ def show_progress() -> Callable[[int, int], None]:
     return show
 
 
-def check_known(cfg: RunConfig) -> None:
-    """That the forecast is of the run that was configured.
-
-    Raises:
-        UserError: something that changes memory and traffic and that the formulas do not know.
-    """
-    parallel = cfg.parallel
-    if cfg.data.tokens_per_sequence:
-        raise UserError(
-            f"data.tokens_per_sequence={cfg.data.tokens_per_sequence}: the planner knows 0 only, one bucket at a time"
-        )
-    for key, value, known in (
-        ("lora.rank", cfg.lora.rank, 0),
-        ("parallel.engine", parallel.engine, "native"),
-        ("parallel.offload", parallel.offload, "none"),
-        ("parallel.recompute.offload", parallel.recompute.offload, False),
-        ("parallel.mesh.dynamic", parallel.mesh.dynamic, False),
-    ):
-        if value != known:
-            shown = str(known).lower()
-            raise UserError(f"{key}={value}: the planner knows {shown} only; with {key}={shown} it gives a bound")
+def encoders(cfg: RunConfig, world: int) -> str:
+    """Weights of the frozen models on a process, of which ``state`` has those that stay there."""
+    itemsize = 2 if cfg.parallel.precision.compute == "bf16" else 4
+    pieces = max(1, world // cfg.parallel.mesh.replicate)
+    autoencoder, text = encoder_bytes(cfg.vae, cfg.text, itemsize, pieces)
+    return f"of state: autoencoder {autoencoder / GIB:.2f}, text encoder {text / GIB:.2f}"
 
 
 def describe(forecast: Forecast) -> str:

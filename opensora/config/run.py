@@ -159,6 +159,8 @@ class RunConfig:
             )
         if self.lora.rank and self.parallel.engine != "native":
             raise ValueError(f"lora.rank={self.lora.rank}: allowed with parallel.engine=native only")
+        if self.lora.offload != "none" and self.parallel.offload == "parameters":
+            raise ValueError("parallel.offload=parameters: must be none or optimizer with lora.offload=blocks")
         cache = self.validate.sampling.cache.kind
         if self.parallel.engine != "native" and self.parallel.zero == 3 and cache not in ("none", "pyramid_attention"):
             raise ValueError(  # these engines know no block that is passed by while others run it

@@ -194,14 +194,14 @@ def fit_option(key: str, option: SamplingOption, model: ModelConfig, shape: Auto
     return option
 
 
-def check_offload(offload: str) -> None:
+def check_offload(offload: str, key: str = "offload") -> None:
     """That there is a device to offload from.
 
     Raises:
         UserError: there is none.
     """
     if offload != "none" and not torch.cuda.is_available():
-        raise UserError(f"offload={offload}: needs a GPU, and this machine shows none; use offload=none")
+        raise UserError(f"{key}={offload}: needs a GPU, and this machine shows none; use {key}=none")
 
 
 def check_step_cache(key: str, option: SamplingOption, model: ModelConfig) -> None:

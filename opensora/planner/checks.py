@@ -10,7 +10,8 @@ from acceleration.distributed.mesh import Mesh
 from opensora.config.run import RunConfig
 from opensora.datasets.plan.batch_plan import MicroBatch as PlannedBatch
 from opensora.datasets.plan.batch_plan import PackedSequence
-from opensora.planner.forecast import Forecaster, _as_seen, structure
+from opensora.planner.forecast import Forecaster, _as_seen
+from opensora.planner.meta_model import structure
 from opensora.utils.errors import UserError
 
 
@@ -25,14 +26,15 @@ def check_memory(cfg: RunConfig, world: int, device_bytes: int | None) -> None:
     Raises:
         UserError: they do not fit, with the key to change.
     """
-    # Adapters keep no state of the weights, and what is offloaded is not on the device.
-    if device_bytes is None or cfg.lora.rank or cfg.parallel.offload != "none" or cfg.parallel.engine != "native":
+    if device_bytes is None:
         return
     place = RankLayout(meshes.view(meshes.resolve(cfg.parallel.mesh, world)), cfg.parallel)  # the first has most
-    least = Forecaster(cfg.model, cfg.optim, device_type="cuda").state(place).total
+    least = Forecaster(cfg.model, cfg.optim, device_type="cuda", adapters=cfg.lora).state(place).total
     if least <= device_bytes:
         return
     need = f"{least / 2**30:.0f} GiB for weights, optimizer and gradients, and a device has {device_bytes / 2**30:.0f}"
+    if cfg.lora.rank and cfg.lora.offload == "none":
+        raise UserError(f"lora.offload=none: a process needs {need}: set lora.offload=blocks, or start more processes")
     if cfg.parallel.zero < 2:
         raise UserError(f"parallel.zero={cfg.parallel.zero}: a process needs {need}: set parallel.zero=3")
     raise UserError(

@@ -6,24 +6,28 @@ counted are weights (``forecast.frozen_bytes``), and what a kernel needs inside,
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from acceleration.accounting.peak_memory import Footprint
 from acceleration.accounting.rank_layout import RankLayout
 from acceleration.diagnostics.memory_usage import Allocations
 from opensora.assembly.stored_features import encoder_dtype
+from opensora.conditioning.references import Part, fits, parts_of
 from opensora.config.run import RunConfig
 from opensora.models.base import latent_grid
-from opensora.models.vae import AutoencoderConfig, build_autoencoder
+from opensora.models.vae import AutoencoderConfig, autoencoder_shape, build_autoencoder
 from opensora.planner.layout_forecast import Shape
 from opensora.utils.tasks import Task
 
 COLOURS = 3
+LATENT_BYTES = 2 * 4  # of a latent value in fp32, and of its reference
 
 
 @lru_cache
@@ -58,11 +62,62 @@ def encoding_bytes(cfg: RunConfig, state: Footprint, place: RankLayout, shape: S
     """
     if cfg.data.features or shape.clips is None:
         return 0
-    coding = encode_bytes(cfg.vae, *shape.clips, encoder_dtype(cfg))
+    coding = _with_references(cfg, shape.clips, encoder_dtype(cfg))
     if batches == 1:
         return coding + state.state
     whole = state.weights * place.fsdp_degree if place.cfg.zero < 2 else 0
     return coding + state.total + whole * place.itemsize("compute") // place.itemsize("master")
+
+
+def _with_references(cfg: RunConfig, clips: tuple[int, int, int, int], dtype: torch.dtype) -> int:
+    """Clips, and then their references, each coded by itself beside the latents of the clips (fp32)."""
+    samples, frames, height, width = clips
+    found = [encode_bytes(cfg.vae, *clips, dtype)]
+    shape = autoencoder_shape(cfg.vae)
+    latents = samples * shape.channels * prod(latent_grid(frames, height, width, shape)) * LATENT_BYTES
+    for part in reference_parts(cfg, frames):
+        found.append(encode_bytes(cfg.vae, samples, part.frames, height, width, dtype) + latents)
+    return max(found)
+
+
+def reference_parts(cfg: RunConfig, frames: int) -> list[Part]:
+    """What training codes by itself of clips with so many frames, for the kinds of references that it draws from."""
+    shape = autoencoder_shape(cfg.vae)
+    latents = latent_grid(frames, shape.stride[1], shape.stride[2], shape)[0]
+    kinds = [kind for kind, weight in cfg.conditioning.references.items() if weight > 0 and fits(kind, latents, shape)]
+    return list(dict.fromkeys(part for kind in kinds for part in parts_of(kind, shape) if part.frames <= frames))
+
+
+def encode_flops(cfg: RunConfig, clips: tuple[int, int, int, int]) -> float:
+    """Of encoding a micro-batch: its clips, and of their references what the kinds draw in the mean."""
+    samples, frames, height, width = clips
+    total, shape = float(_flops(cfg.vae, *clips)), autoencoder_shape(cfg.vae)
+    latents = latent_grid(frames, height, width, shape)[0]
+    kinds = {kind: w for kind, w in cfg.conditioning.references.items() if w > 0 and fits(kind, latents, shape)}
+    for kind, weight in kinds.items():
+        parts = (part for part in parts_of(kind, shape) if part.frames <= frames)
+        coded = sum(_flops(cfg.vae, samples, part.frames, height, width) for part in parts)
+        total += coded * weight / sum(kinds.values())
+    return total
+
+
+@lru_cache
+def _flops(cfg: AutoencoderConfig, clips: int, frames: int, height: int, width: int) -> int:
+    """Floating-point operations of encoding so many clips, piece by piece."""
+    autoencoder, counted = build_autoencoder(cfg, "meta", torch.bfloat16), _Operations(torch.bfloat16)
+    with _FusedAttention():
+        autoencoder.encode(torch.empty(clips, COLOURS, frames, height, width, device="meta"), counted)
+    return counted.total
+
+
+@lru_cache
+def decode_flops(cfg: AutoencoderConfig, clips: int, frames: int, height: int, width: int) -> int:
+    """The same of decoding; the size is that of the pixels."""
+    autoencoder, counted = build_autoencoder(cfg, "meta", torch.bfloat16), _Operations(torch.bfloat16)
+    grid = latent_grid(frames, height, width, autoencoder)
+    with _FusedAttention():
+        autoencoder.decode(torch.empty(clips, autoencoder.channels, *grid, device="meta"), counted)
+    return counted.total
 
 
 def heaviest_to_encode(shapes: Iterable[Shape]) -> list[Shape]:
@@ -85,6 +140,21 @@ class _FusedAttention(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
         return named["query"].new_empty(*named["query"].shape[:-1], named["value"].shape[-1])
+
+
+class _Operations:
+    """Counts the operations of one piece of each shape, as often as there are such pieces."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self.total = dtype, 0
+
+    def __call__(self, work: Sequence[Task]) -> list[Tensor]:
+        pieces = {piece.shape: piece for piece in work}
+        for shape, piece in pieces.items():
+            with FlopCounterMode(display=False) as counter:
+                piece.run()
+            self.total += counter.get_total_flops() * sum(one.shape == shape for one in work)
+        return [torch.empty(piece.shape, dtype=self.dtype, device="meta") for piece in work]
 
 
 class _LastOfEach:

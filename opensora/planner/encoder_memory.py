@@ -1,4 +1,5 @@
-"""What the published autoencoders and text encoders take on a device, by where they are configured to be."""
+"""What the published autoencoders and text encoders take on a device, by where they are configured to be: weights, and
+what prompts need while they are encoded."""
 
 from opensora.config.run import RunConfig
 from opensora.models.text import TEXT_ENCODERS, TextConfig
@@ -24,3 +25,28 @@ def encoder_bytes(vae: AutoencoderConfig, text: TextConfig, itemsize: int, piece
     elif getattr(text, "shard", False):
         whole = -(-whole // pieces)
     return AUTOENCODERS[vae.kind].parameters * itemsize, whole
+
+
+# T5 v1.1 XXL: what a prompt takes while it is encoded, and a block that is gathered. CLIP-L is a fortieth of it.
+T5_WIDTH, T5_HIDDEN, T5_HEADS, T5_BLOCK = 4096, 10240, 64, 192_937_984 + 4096 * 2
+PROMPTS_TOGETHER = 8  # of which a text encoder makes features at once
+
+
+def text_working_bytes(text: TextConfig, itemsize: int, pieces: int, prompts: int) -> int:
+    """Bytes that encoding prompts takes on a device beside what ``encoder_bytes`` counts: weights that come for it, and
+    the activations of one block of T5, with its attention's scores in fp32 and in the type of the features."""
+    kind = TEXT_ENCODERS[text.kind]
+    if not kind.parameters or getattr(text, "device", "auto") == "cpu":
+        return 0
+    tokens, together = kind.tokens(text), min(prompts, PROMPTS_TOGETHER)
+    scores = T5_HEADS * tokens * tokens * (4 + 2 * itemsize)
+    activations = together * (scores + tokens * (6 * T5_WIDTH + 3 * T5_HIDDEN) * itemsize)
+    if getattr(text, "shard", False):
+        return activations + 2 * T5_BLOCK * itemsize  # the block that runs and the next one, gathered
+    return activations + (kind.parameters * itemsize if getattr(text, "offload", False) else 0)
+
+
+def text_flops(text: TextConfig, prompts: int) -> float:
+    """Of encoding so many prompts; of an encoder without published sizes: none."""
+    kind = TEXT_ENCODERS[text.kind]
+    return 2.0 * kind.parameters * kind.tokens(text) * prompts

@@ -10,121 +10,77 @@ each exchange, and gloo makes an all-reduce of a reduce-scatter.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
 from math import prod
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from acceleration import protocol
-from acceleration.accounting import comm_volume, host_traffic, peak_memory
+from acceleration.accounting import comm_volume, host_traffic, peak_memory, vendor_memory
 from acceleration.accounting.activation_memory import Timeline, assemble, interpolate, spread, timeline
 from acceleration.accounting.exchange_count import step_exchanges
 from acceleration.accounting.model_profile import ModelProfile, ShardUnit, Sizes
 from acceleration.accounting.peak_memory import Footprint
-from acceleration.accounting.profiling import profile_of
 from acceleration.accounting.rank_layout import MicroBatch, Peers, RankLayout
-from acceleration.config import OptimConfig, RecomputeConfig
+from acceleration.config import LoraConfig, OptimConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.distributed.mesh import FSDP
 from acceleration.sequence import SequenceParallel
-from opensora.assembly.token_layout import forward_arguments, token_layout
 from opensora.config.run import RunConfig
 from opensora.datasets.buckets.bucket import BucketTable
-from opensora.models.base import ModelConfig, latent_grid
-from opensora.models.conditions import Conditions, TokenBatch
-from opensora.models.families import build_model, describe, family_of
+from opensora.models.base import ClipMeasure, ModelConfig, latent_grid
+from opensora.models.families import describe, family_of
 from opensora.models.text import has_mask, text_tokens
 from opensora.models.vae import autoencoder_shape
 from opensora.planner.devices import Device
 from opensora.planner.flops import attention_flops, linear_flops, mfu, training_flops
 from opensora.planner.layout_forecast import Forecast, Shape
+from opensora.planner.meta_model import denoiser_inputs, meta_model, shortened, stand_ins, structure
 from opensora.planner.network import Network
 from opensora.schedulers import OBJECTIVE_CONFIGS, ObjectiveConfig, build_objective
 from opensora.schedulers.base import Objective
 
 EFFICIENCY = 0.5  # of the peak, in the products of a large transformer
-REPEATED = 3  # blocks of a list that are run to know them all: the first, one like all between, the last
 PROBED = (1024, 4096)  # tokens of a process in the runs between which is interpolated
 PROBED_TEXT = (64, 256)  # and text tokens, where these are no part of the sequence
 PROBED_FRAMES = 16
-
-
-def run_denoiser(model: nn.Module, *, known: bool = False, **sizes: int) -> Tensor:
-    """The forward of a denoiser on the meta device, for one sample: ``txt`` text tokens, which have a mask, and ``img``
-    image tokens or ``frames`` x ``places``.
-
-    ``known``: frames are given in the place of noisy ones.
-    """
-    frames = sizes.get("frames")
-    img = sizes["img"] if frames is None else frames * sizes["places"]
-    batch = MicroBatch(samples=1, txt=sizes["txt"], img=img, frames=frames, has_mask=True)
-    return model(**denoiser_inputs(model.cfg, batch, SequenceParallel(meshes.view({})), known=known))
-
-
-def denoiser_inputs(
-    cfg: Any,
-    batch: MicroBatch,
-    sequence: SequenceParallel,
-    *,
-    known: bool = False,
-    device: torch.device | str = "meta",
-) -> dict[str, Any]:
-    """Arguments of a denoiser's forward, with the shapes and types that ``Preparation`` gives them; zeros.
-
-    ``known``: with frames that are given in the place of noisy ones.
-    """
-    layout = token_layout(cfg, sequence)
-    denoising, samples = layout.denoising, batch.samples
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(samples, *shape, device=device)
-
-    def tokens_of(*channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Image tokens, whole."""
-        sizes = (batch.img,) if denoising.token_axes == "joint" else (batch.frames or 1, batch.places)
-        return zeros(*sizes, *channels).to(dtype)
-
-    numbers = {"fps": zeros(), "size": zeros(2), "guidance": zeros()}
-    conditions = Conditions(
-        text=zeros(batch.txt, denoising.text_dim) if denoising.text != "none" else None,
-        text_mask=torch.ones(samples, batch.txt, dtype=torch.bool, device=device) if batch.has_mask else None,
-        pooled=zeros(denoising.pooled_dim) if denoising.pooled_dim else None,
-        label=zeros().to(torch.int64) if denoising.num_classes else None,
-        dropped=zeros().to(torch.bool) if denoising.null_text == "learned" else None,
-        known=tokens_of(dtype=torch.bool) if known else None,
-        **{name: x for name, x in numbers.items() if name in denoising.wants},
-    )
-    x = tokens_of(denoising.latent_channels * prod(denoising.patch))
-    tokens = TokenBatch(x=layout.shard(x), positions=layout.shard(tokens_of(3)))
-    return forward_arguments(cfg, tokens, zeros(), layout.shard_conditions(conditions, x))
-
-
-@lru_cache
-def structure(cfg: ModelConfig, known: bool = False) -> ModelProfile:
-    """What a model of this shape is made of. ``known``: as trained with ``conditioning.masks``."""
-    with torch.device("meta"):
-        found = profile_of(build_model(cfg), partial(run_denoiser, known=known))
-    # Who exchanges what is decided by the one in a run, and by the other in formulas.
-    assert not found.is_factored or found.heads_along_space == describe(cfg).heads, "Denoising.heads: along space"
-    return found
+HOST = "host"  # CPU memory, among the axes along which bytes go
+FEW_PACKED = 8  # samples of a packed sequence in these runs, whose rows are few beside tokens
 
 
 def shapes(cfg: RunConfig) -> list[Shape]:
     """Every row of the bucket table at its size of most tokens; the table of clips is not read."""
-    multiple = describe(cfg.model).pixel_multiple(autoencoder_shape(cfg.vae).stride)
     largest: dict[str, Shape] = {}
-    for bucket in BucketTable(cfg.data, multiple).buckets:
+    for number, bucket in enumerate(bucket_table(cfg).buckets):
         one = _as_seen(cfg, bucket.frames, (bucket.height, bucket.width))
-        batch = replace(one, samples=bucket.batch_size)
+        batch, packs = _packed(cfg, one, bucket.batch_size)
         name = f"{bucket.resolution} x {bucket.frames}"
         known = largest[name].batch if name in largest else None
         if known is None or batch.samples * batch.img > known.samples * known.img:
-            clips = (bucket.batch_size, bucket.frames, bucket.height, bucket.width)
-            largest[name] = Shape(name=name, batch=batch, clips=clips)
+            clips = (batch.count, bucket.frames, bucket.height, bucket.width)
+            samples = cfg.data.micro_batches * bucket.batch_size
+            largest[name] = Shape(name=name, batch=batch, clips=clips, bucket=number, packs=packs, samples=samples)
     return list(largest.values())
+
+
+def bucket_table(cfg: RunConfig) -> BucketTable:
+    """The configured buckets."""
+    shape, denoising = autoencoder_shape(cfg.vae), describe(cfg.model)
+    return BucketTable(cfg.data, denoising.pixel_multiple(shape.stride), ClipMeasure(shape, denoising))
+
+
+def _packed(cfg: RunConfig, one: MicroBatch, batch_size: int) -> tuple[MicroBatch, int]:
+    """(what goes through the model at once, sequences of a step): of a bucket whose clips are alone in every step, each
+    sequence full. Of mixed ones no sequence has more tokens, and a step has as many as some bucket's."""
+    budget, data = cfg.data.tokens_per_sequence, cfg.data
+    if not budget:
+        return replace(one, samples=batch_size), 0
+    inside = max(1, budget // one.img)
+    multiple = -(-data.micro_batches // data.balance_group)
+    packs = -(-data.micro_batches * batch_size // inside)
+    batch = replace(one, txt=one.txt * inside, img=one.img * inside, packed=inside, has_mask=False)
+    return batch, -(-packs // multiple) * multiple
 
 
 def _as_seen(cfg: RunConfig, frames: int, size: tuple[int, int]) -> MicroBatch:
@@ -152,19 +108,22 @@ class Forecaster:
         frozen: int = 0,
         known: bool = False,
         objective: ObjectiveConfig | None = None,
+        adapters: LoraConfig | None = None,
     ) -> None:
         """
         Args:
             frozen: bytes of autoencoder and text encoder.
             known: training gives the model frames, see ``conditioning.masks``.
             objective: that it is trained with; None: that of the family's published weights.
+            adapters: that are trained in place of the weights.
         """
         self.model, self.optim, self.device_type, self.frozen = model, optim, device_type, frozen
         self.known = known
         self.objective = build_objective(objective or OBJECTIVE_CONFIGS[family_of(model).objective]())
-        self.structure = structure(model, known)
-        with torch.device("meta"):
-            self._stand_ins = _stand_ins(build_model(model))
+        self.adapters = adapters if adapters and adapters.rank else None
+        self.streams = self.adapters is not None and self.adapters.offload == "blocks"
+        self.structure = structure(model, known, self.adapters)
+        self._stand_ins = stand_ins(meta_model(model, self.adapters))
         self._lines: dict[Any, Timeline] = {}
 
     def memory(self, place: RankLayout, batch: MicroBatch, *, batches: int = 1, exact: bool = True) -> Footprint:
@@ -174,17 +133,37 @@ class Forecaster:
         """
         whole = (False, True) if batches > 1 and place.cfg.zero < 2 else (False,)
         lines = [self._micro_batch(place, batch, accumulates, exact) for accumulates in whole]
-        return peak_memory.peak(self.structure, place, self.optim, *lines, batches=batches, frozen=self.frozen)
+        if place.cfg.engine != "native":
+            return vendor_memory.peak(self.structure, place, self.optim, lines[-1], batches=batches, frozen=self.frozen)
+        more: dict[str, Any] = {"batches": batches, "frozen": self.frozen, "streams": self.streams}
+        return peak_memory.peak(self.structure, place, self.optim, *lines, **more)
 
     def state(self, place: RankLayout) -> Footprint:
         """What a process holds whatever goes through the model: between steps, and its gradients."""
-        state = peak_memory.state_of(self.structure, place, self.optim, self.frozen)
-        return replace(state, gradients=peak_memory.trained_values(self.structure, place) * place.itemsize("master"))
+        if place.cfg.engine != "native":
+            return vendor_memory.state_of(self.structure, place, self.optim, self.frozen)
+        state = peak_memory.state_of(self.structure, place, self.optim, self.frozen, streams=self.streams)
+        on_device = place.cfg.offload != "parameters"
+        gradients = peak_memory.trained_values(self.structure, place) * place.itemsize("master")
+        return replace(state, gradients=gradients * on_device)
 
     def forward_flops(self, batch: MicroBatch) -> int:
         """Of one whole micro-batch, all processes that share it together."""
-        sizes = batch.sizes(self.structure)
-        return batch.samples * sum(count * _unit_flops(unit, sizes) for unit, count in self.structure.unit_counts)
+        return self.flops_of(self.structure, batch)
+
+    @staticmethod
+    def flops_of(structure: ModelProfile, batch: MicroBatch) -> int:
+        """The same of a model that is made of ``structure``."""
+        sizes = batch.sizes(structure)
+        return batch.count * sum(count * _unit_flops(unit, sizes) for unit, count in structure.unit_counts)
+
+    def training_flops(self, batch: MicroBatch) -> int:
+        """Forward and backward of one whole micro-batch; frozen layers make no gradient of their weights."""
+        sizes, frozen = batch.sizes(self.structure), 0
+        for unit, count in self.structure.unit_counts:
+            layers = (layer for layer in unit.layers if not layer.trains)
+            frozen += count * sum(linear_flops(layer.inputs, layer.outputs, layer.rows.at(sizes)) for layer in layers)
+        return training_flops(self.forward_flops(batch)) - frozen * batch.count
 
     def forecast(
         self,
@@ -194,13 +173,16 @@ class Forecaster:
         device: Device,
         network: Network,
         memory: Footprint,
-        step_batches: int,
-        encoding: int = 0,
+        step_batches: float,
+        **phases: Any,
     ) -> Forecast:
-        """Everything about a step in which every micro-batch is of this shape."""
+        """Everything about a step in which every micro-batch is of this shape.
+
+        ``phases``: of what comes before the step, fields of a ``Forecast``.
+        """
         sent = comm_volume.step_bytes(self.structure, place, [shape.batch] * batches)
         seconds = self.seconds(place, [shape.batch] * batches, device, network)
-        flops = training_flops(self.forward_flops(shape.batch)) * step_batches
+        flops = self.training_flops(shape.batch) * step_batches
         return Forecast(
             parallel=place.cfg,
             degrees={name: place.mesh[name].degree for name in meshes.AXES},
@@ -211,7 +193,7 @@ class Forecaster:
             flops=flops,
             step_s=seconds,
             mfu=mfu(flops, seconds, device.flops * place.mesh.world_size),
-            encoding=encoding,
+            **phases,
         )
 
     def seconds(self, place: RankLayout, batches: Sequence[MicroBatch], device: Device, network: Network) -> float:
@@ -226,8 +208,27 @@ class Forecaster:
         exchanges = step_exchanges(self.structure, place, batches)
         degrees = {name: mesh[name].degree for name in meshes.AXES}
         seconds = network.seconds(degrees, place.cfg.zero, sent, exchanges)
-        hidden = {} if self.device_type == "cpu" else {FSDP: compute, "ring": inside}
+        hidden = {} if self.device_type == "cpu" else {FSDP: compute, "ring": inside, HOST: compute}
+        seconds[HOST] = self.host_bytes(place, len(batches)) / device.host_bandwidth
         return compute + sum(max(0.0, s - hidden.get(axis, 0.0)) for axis, s in seconds.items())
+
+    def host_bytes(self, place: RankLayout, batches: int) -> int:
+        """Bytes that pass between this process's device and CPU memory in a step: weights that stream twice for each
+        micro-batch, pieces as often as they are gathered with their gradients back, the optimizer's weights and
+        gradients. What ``recompute.offload`` moves passes beside the blocks, and is not counted."""
+        structure, offload = self.structure, place.cfg.offload
+        trained = peak_memory.trained_values(structure, place) * place.itemsize("master")
+        total = 0
+        if self.streams:
+            kept = (peak_memory.whole_frozen(structure.blocks[index], place) for index in structure.like)
+            total += 2 * batches * sum(kept)
+        if offload == "optimizer":
+            total += 2 * trained
+        if offload == "parameters":
+            pieces = sum(n * comm_volume.padded(unit.parameters, place) for unit, n in structure.unit_counts)
+            gathers = max(1, comm_volume.gathers_per_step(place.cfg.zero, batches))
+            total += gathers * pieces * place.itemsize("master") + batches * trained
+        return total
 
     def on_wire(self, place: RankLayout, batches: Sequence[MicroBatch]) -> dict[str, int]:
         """Axis -> bytes that this process sends in a step by what the backend makes of the exchanges."""
@@ -240,8 +241,8 @@ class Forecaster:
         attention = sum(count * _attention_flops(unit, sizes) for unit, count in self.structure.unit_counts)
         kinds = Counter(zip(self.structure.like, comm_volume.recomputed(len(blocks), place), strict=True))
         again = sum(n * _rerun_flops(blocks[i], sizes, kind) for (i, kind), n in kinds.items())
-        every = training_flops(self.forward_flops(batch)) + again * batch.samples
-        return every, training_flops(attention * batch.samples)
+        every = self.training_flops(batch) + again * batch.count
+        return every, training_flops(attention * batch.count)
 
     def _micro_batch(self, place: RankLayout, batch: MicroBatch, accumulates: bool, exact: bool) -> Timeline:
         """Every block at its own kind of recomputation, from short models in which all blocks have the same."""
@@ -253,6 +254,7 @@ class Forecaster:
     def _line(self, place: RankLayout, kind: str, batch: MicroBatch, accumulates: bool, exact: bool) -> Timeline:
         if exact:
             return self._run(place, kind, batch, accumulates)
+        batch = replace(batch, packed=min(batch.packed, FEW_PACKED))
         degrees = {name: min(2, place.mesh[name].degree) for name in ("ring", "ulysses")}
         shared = prod(degrees.values())
         small = replace(place, mesh=meshes.view(degrees | {"tensor": place.mesh["tensor"].degree}))
@@ -287,13 +289,13 @@ class Forecaster:
         return batch.samples * np.array([img, inside, txt], float)
 
     def _run(self, place: RankLayout, kind: str, batch: MicroBatch, accumulates: bool) -> Timeline:
-        mesh = place.mesh
+        mesh = place.mesh.submesh(batch.degree)
+        offloads = kind != "none" and place.cfg.recompute.offload
         layout = tuple((mesh[name].degree, mesh[name].rank) for name in ("ring", "ulysses", "tensor"))
-        key = (layout, place.cfg.precision, place.cfg.attention, kind, batch, accumulates)
+        key = (layout, place.cfg.precision, place.cfg.attention, kind, offloads, batch, accumulates)
         if key not in self._lines:
-            cfg = replace(place.cfg, recompute=RecomputeConfig(kind=kind))  # type: ignore[arg-type]
-            with torch.device("meta"):
-                model = _shortened(build_model(self.model))
+            cfg = replace(place.cfg, recompute=RecomputeConfig(kind=kind, offload=offloads))  # type: ignore[arg-type]
+            model = shortened(meta_model(self.model, self.adapters))
             spread(model, cfg, mesh, self.device_type)
             sequence, known = SequenceParallel(mesh), self.known
 
@@ -304,29 +306,6 @@ class Forecaster:
 
             self._lines[key] = timeline(model, loss, accumulates=accumulates)
         return self._lines[key]
-
-
-def _shortened(model: nn.Module) -> nn.Module:
-    """The model with the blocks of every list that are run to know them all, in place."""
-    for name in protocol.block_lists(model):
-        blocks = list(model.get_submodule(name).children())
-        if len(blocks) > REPEATED:
-            setattr(model, name, nn.ModuleList([*blocks[: REPEATED - 1], blocks[-1]]))
-    return model
-
-
-def _stand_ins(model: nn.Module) -> list[int]:
-    """For every block the number of one like it in the model that ``_shortened`` leaves; shortens the model."""
-    names = protocol.block_names(model)
-    depths = {name: len(list(model.get_submodule(name).children())) for name in protocol.block_lists(model)}
-    shown = protocol.block_names(_shortened(model))
-    found = []
-    for name in names:
-        blocks, _, key = name.rpartition(".")
-        depth, left, index = depths[blocks], min(depths[blocks], REPEATED), int(key)
-        like = index if index < left - 1 else left - 1 if index == depth - 1 else left - 2
-        found.append(shown.index(f"{blocks}.{like}"))
-    return found
 
 
 def _objective_loss(cfg: ModelConfig, objective: Objective, prediction: Tensor) -> Tensor:

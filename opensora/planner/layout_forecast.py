@@ -15,6 +15,9 @@ class Shape:
     name: str
     batch: MicroBatch
     clips: tuple[int, int, int, int] | None = None  # samples, frames, height, width before they are encoded
+    bucket: int | None = None  # its number in the bucket table
+    packs: int = 0  # sequences in a step of this bucket alone, where samples are packed; 0: they are not
+    samples: int = 0  # of such a step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +34,13 @@ class Forecast:
     step_s: float
     mfu: float
     encoding: int = 0  # bytes while clips are encoded, with what the process keeps then; 0: less than for other shapes
+    text: int = 0  # bytes while prompts are encoded, likewise; 0: nothing is
+    encode_s: float = 0.0  # time of a step's clips, references and prompts in the encoders, before it
 
     @property
     def peak(self) -> int:
         """Most bytes at any moment."""
-        return max(self.memory.total, self.encoding)
+        return max(self.memory.total, self.encoding, self.text)
 
     def plain(self) -> dict[str, Any]:
         """For JSON; memory and bytes in GiB."""
@@ -48,6 +53,8 @@ class Forecast:
             "memory_gib": {name: value / 2**30 for name, value in vars(self.memory).items()},
             "peak_gib": self.peak / 2**30,
             "encoding_gib": self.encoding / 2**30,
+            "text_gib": self.text / 2**30,
+            "encode_s": self.encode_s,
             "comm_gib": {axis: value / 2**30 for axis, value in self.sent.items()},
             "flops": self.flops,
             "step_s": self.step_s,

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -15,11 +17,12 @@ from acceleration.distributed.mesh import FSDP
 from acceleration.sharding import tensor_parallel
 from opensora.assembly.layout import check_layout
 from opensora.config.run import RunConfig
+from opensora.datasets.plan.dynamic_sp import SequenceSharing
 from opensora.models.families import build_model, describe
-from opensora.planner.coding_memory import encoding_bytes, heaviest_to_encode
+from opensora.planner.coding_memory import encode_flops, encoding_bytes, heaviest_to_encode
 from opensora.planner.devices import Device
-from opensora.planner.encoder_memory import frozen_bytes
-from opensora.planner.forecast import Forecaster, shapes
+from opensora.planner.encoder_memory import frozen_bytes, text_flops, text_working_bytes
+from opensora.planner.forecast import EFFICIENCY, Forecaster, bucket_table, shapes
 from opensora.planner.layout_forecast import Forecast, Shape
 from opensora.planner.network import Network
 from opensora.utils.errors import UserError
@@ -51,7 +54,12 @@ def layouts(cfg: RunConfig, world: int, node: int) -> Iterator[ParallelConfig]:
                 if zero == 0 and replicate > 1:
                     continue  # all processes have a copy as it is
                 mesh = MeshConfig(
-                    replicate=replicate, shard=data // replicate, ring=ring, ulysses=ulysses, tensor=tensor
+                    replicate=replicate,
+                    shard=data // replicate,
+                    ring=ring,
+                    ulysses=ulysses,
+                    tensor=tensor,
+                    dynamic=cfg.parallel.mesh.dynamic and ring == 1 and ulysses > 1,
                 )
                 recompute = RecomputeConfig(kind=kind)  # type: ignore[arg-type]
                 yield replace(cfg.parallel, zero=zero, mesh=mesh, recompute=recompute)  # type: ignore[arg-type]
@@ -101,7 +109,9 @@ class Planner:
             frozen=frozen_bytes(cfg, world),
             known=bool(cfg.conditioning.masks),
             objective=cfg.objective,
+            adapters=cfg.lora,
         )
+        self._table = bucket_table(cfg)
         self.device_type = device_type
         self.shapes = sorted(shapes(cfg), key=lambda s: s.batch.samples * (s.batch.txt + s.batch.img))
         self.encoded = {shape.name for shape in (self.shapes if exact else heaviest_to_encode(self.shapes))}
@@ -113,15 +123,44 @@ class Planner:
 
     def one(self, parallel: ParallelConfig, shape: Shape, *, with_memory: bool = True) -> Forecast:
         """One layout on one shape; without memory, of activations there are none."""
-        place, batches = self._place(parallel), self._batches(parallel)
+        place = self._place(parallel)
+        shape = self._as_shared(shape, place)
+        batches, every = self._batches(place, shape), self._in_a_step(shape)
         if with_memory:
             memory = self.forecaster.memory(place, shape.batch, batches=batches, exact=self.exact)
         else:
             memory = self.forecaster.state(place)
-        every = self.cfg.data.micro_batches
-        known = with_memory and shape.name in self.encoded
-        encoding = encoding_bytes(self.cfg, self.forecaster.state(place), place, shape, batches) if known else 0
-        return self.forecaster.forecast(place, shape, batches, self.device, self.network, memory, every, encoding)
+        phases = self._phases(place, shape, batches) if with_memory else {}
+        return self.forecaster.forecast(place, shape, batches, self.device, self.network, memory, every, **phases)
+
+    def _phases(self, place: RankLayout, shape: Shape, batches: int) -> dict[str, Any]:
+        """Memory and time of what comes before a step: encoding clips and prompts."""
+        state, cfg, found = self.forecaster.state(place), self.cfg, dict[str, Any]()
+        if shape.name in self.encoded:
+            found["encoding"] = encoding_bytes(cfg, state, place, shape, batches)
+        if cfg.data.features or shape.clips is None:
+            return found
+        itemsize = place.itemsize("compute") if cfg.parallel.precision.compute == "bf16" else 4
+        pieces = max(1, self.world // place.mesh["replicate"].degree)
+        working = text_working_bytes(cfg.text, itemsize, pieces, shape.clips[0])
+        if working:
+            found["text"] = state.state + (state.gradients if batches > 1 else 0) + working
+        flops = text_flops(cfg.text, shape.clips[0]) + (encode_flops(cfg, shape.clips) if "encoding" in found else 0.0)
+        sharing = place.mesh["ring"].degree * (shape.batch.degree or place.mesh["ulysses"].degree)
+        shared = sharing * place.mesh["tensor"].degree if cfg.train.vae_parallel != "off" else 1
+        found["encode_s"] = flops * batches / (self.device.flops * EFFICIENCY * max(1, shared))
+        return found
+
+    def _as_shared(self, shape: Shape, place: RankLayout) -> Shape:
+        """With ``mesh.dynamic``: by as many processes of ulysses as pay, each with its part of the samples."""
+        degree = place.mesh["ulysses"].degree
+        if not place.cfg.mesh.dynamic or degree == 1 or shape.bucket is None:
+            return shape
+        sharing = SequenceSharing(degree=degree, text_tokens=shape.batch.txt)
+        samples = shape.batch.samples
+        chosen, _ = self._table.shared(np.array([shape.bucket]), np.array([samples]), sharing)
+        local = len(sharing.local_rows(samples, int(chosen[0])))
+        return replace(shape, batch=replace(shape.batch, samples=local, degree=int(chosen[0])))
 
     def best(self, count: int, watch: Callable[[int, int], None] = lambda done, total: None) -> list[Forecast]:
         """The ``count`` fastest layouts whose heaviest shape fits, fastest first, on that shape.
@@ -205,9 +244,15 @@ class Planner:
     def _place(self, parallel: ParallelConfig) -> RankLayout:
         return RankLayout(meshes.view(meshes.resolve(parallel.mesh, self.world), 0, self.device_type), parallel)
 
-    def _batches(self, parallel: ParallelConfig) -> int:
-        degrees = meshes.resolve(parallel.mesh, self.world)
-        return -(-self.cfg.data.micro_batches // (degrees["replicate"] * degrees["shard"]))
+    def _batches(self, place: RankLayout, shape: Shape) -> int:
+        """Micro-batches, or packs, of a process in a step."""
+        every = shape.packs or self.cfg.data.micro_batches
+        return -(-every // (place.mesh["replicate"].degree * place.mesh["shard"].degree))
+
+    def _in_a_step(self, shape: Shape) -> float:
+        """Micro-batches of a step that are as full as this one, all processes together."""
+        batch = shape.batch
+        return shape.samples / batch.count if shape.packs or batch.degree else self.cfg.data.micro_batches
 
 
 def _divisors(n: int, most: int) -> list[int]:

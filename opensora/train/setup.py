@@ -38,7 +38,7 @@ from opensora.config.run import RunConfig
 from opensora.datasets.decode import api
 from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.datasets.table.index import IndexedTable
-from opensora.inference.check import fit_option, solver_of
+from opensora.inference.check import check_offload, fit_option, solver_of
 from opensora.inference.load import verify_export
 from opensora.models.base import AutoencoderShape, Width
 from opensora.models.families import build_model, describe
@@ -112,6 +112,7 @@ def check(cfg: RunConfig, world_size: int) -> tuple[IndexedTable, BatchPlan]:
     """
     check_layout(cfg.parallel.mesh, world_size, cfg.model)
     check_attention(cfg.parallel.attention)
+    check_offload(cfg.lora.offload, "lora.offload")
     try:
         check_engine(cfg.parallel)
     except ValueError as error:
@@ -181,7 +182,8 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
         base = fingerprint(cfg.train.init_from)
         fill = lora.LoraSource(fill, add_adapters(cfg, model))
         announce(adapted(model, cfg))
-    parallelize(model, cfg.parallel, mesh, runtime.device, fill)
+    streams = cfg.lora.offload == "blocks"
+    parallelize(model, cfg.parallel, mesh, runtime.device, fill, streams_frozen=streams)
     if isinstance(weights, FileSource):
         weights.check_values()
     engine = build_engine(model, cfg.parallel, cfg.optim, mesh)

@@ -504,6 +504,7 @@ def simulated_cuda() -> Iterator[Ledger]:
     with contextlib.ExitStack() as stack:
         for name, value in _TORCH_CUDA.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
+        stack.enter_context(mock.patch.object(torch.accelerator, "current_stream", lambda device=None: _STREAM))
         stack.enter_context(mock.patch.object(torch.Tensor, "device", property(_device), create=True))
         stack.enter_context(mock.patch.object(torch.Tensor, "is_cuda", property(_is_cuda), create=True))
         stack.enter_context(mock.patch.object(torch.Tensor, "is_cpu", property(_is_cpu), create=True))

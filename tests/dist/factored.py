@@ -26,7 +26,7 @@ from opensora.conditioning import ConditioningConfig, DropoutConfig
 from opensora.conditioning.frames import draw_known
 from opensora.datasets.plan.dynamic_sp import SequenceSharing
 from opensora.models.families import build_model
-from opensora.planner.forecast import structure
+from opensora.planner.meta_model import structure
 from opensora.train.preparation import Preparation, loss_share
 from opensora.utils.rng import torch_generator
 from tests.dist.layouts import FP64

@@ -2,7 +2,7 @@
 
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer, T5EncoderModel
 
-from opensora.planner.forecast import structure
+from opensora.planner.meta_model import structure
 from tests.dist.problem import MODEL
 
 IMPORTED = (AutoTokenizer, CLIPTextModel, CLIPTokenizer, T5EncoderModel)  # their modules are loaded when asked for

@@ -18,7 +18,7 @@ from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from opensora.models.families import build_model
 from opensora.models.mmdit import MMDiTConfig
-from opensora.planner.forecast import run_denoiser
+from opensora.planner.meta_model import run_denoiser
 from opensora.train.preparation import loss_share
 from opensora.utils.rng import torch_generator
 from tests.dist.harness import run_distributed

@@ -19,7 +19,7 @@ from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
 from opensora.models.families import build_model
-from opensora.planner.forecast import denoiser_inputs, run_denoiser
+from opensora.planner.meta_model import denoiser_inputs, run_denoiser
 from tests import factored_family
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64, RECOMPUTE

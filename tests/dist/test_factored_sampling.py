@@ -21,7 +21,7 @@ from opensora.assembly.components import Components
 from opensora.assembly.token_layout import token_layout
 from opensora.inference.pipeline import build_api
 from opensora.models.families import build_model
-from opensora.planner.forecast import structure
+from opensora.planner.meta_model import structure
 from opensora.sampling.noise import get_noise
 from opensora.sampling.options import SamplingOption
 from opensora.schedulers.timesteps import get_schedule

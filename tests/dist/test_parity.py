@@ -27,7 +27,7 @@ from opensora.assembly.token_layout import token_layout
 from opensora.conditioning import ConditioningConfig
 from opensora.datasets.loading.reader import PackedBatch
 from opensora.models.families import build_model
-from opensora.planner.forecast import structure
+from opensora.planner.meta_model import structure
 from opensora.schedulers.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from opensora.train.preparation import Preparation, loss_share
 from tests.dist.harness import run_distributed

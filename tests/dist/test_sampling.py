@@ -28,7 +28,7 @@ from opensora.assembly.token_layout import token_layout
 from opensora.inference.pipeline import build_api
 from opensora.models.families import build_model
 from opensora.models.mmdit import MMDiTConfig
-from opensora.planner.forecast import structure
+from opensora.planner.meta_model import structure
 from opensora.sampling.denoisers import I2VDenoiser
 from opensora.sampling.guidance import oscillate
 from opensora.sampling.noise import get_noise

@@ -16,7 +16,7 @@ from acceleration.distributed import mesh as meshes
 from acceleration.sequence import SequenceParallel
 from opensora.models.families import build_model, count_parameters
 from opensora.models.mmdit import SIZES, MMDiTConfig
-from opensora.planner.forecast import denoiser_inputs, run_denoiser
+from opensora.planner.meta_model import denoiser_inputs, run_denoiser
 
 FP32 = ParallelConfig(zero=0, precision=PrecisionConfig(compute="fp32"))
 

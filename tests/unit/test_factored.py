@@ -31,7 +31,8 @@ from opensora.models.families import build_model, count_parameters
 from opensora.models.mmdit import SIZES as MMDIT_SIZES
 from opensora.planner.checks import Traffic
 from opensora.planner.devices import DEVICES
-from opensora.planner.forecast import Forecaster, denoiser_inputs, run_denoiser, structure
+from opensora.planner.forecast import Forecaster
+from opensora.planner.meta_model import denoiser_inputs, run_denoiser, structure
 from opensora.planner.search import Planner, layouts
 from opensora.utils.errors import UserError
 from opensora.utils.rng import torch_generator

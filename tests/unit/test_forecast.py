@@ -139,13 +139,3 @@ def test_what_runs_again_takes_time_and_gives_memory() -> None:
     assert seconds["none"] < seconds["selective"] < seconds["full"]
     assert memory["none"] > memory["every"] > memory["full"]
     assert memory["none"] > memory["selective"] > memory["full"]
-
-
-@pytest.mark.parametrize(
-    "override",
-    ["lora.rank=4", "parallel.engine=deepspeed", "parallel.offload=optimizer", "parallel.recompute.offload=true"],
-)
-def test_what_the_formulas_do_not_know_is_refused(override: str) -> None:
-    words = [str(ROOT / "configs" / "train" / "demo.yaml"), "--world", "2", "data.table=t.csv", "train.init_from=base"]
-    with pytest.raises(UserError, match="the planner knows"):
-        main([*words, override])

@@ -21,7 +21,7 @@ from acceleration.distributed import mesh as meshes
 from acceleration.distributed.mesh import AXES, Axis
 from opensora.cli.forecast import main
 from opensora.planner.devices import DEVICES
-from opensora.planner.forecast import structure
+from opensora.planner.meta_model import structure
 from opensora.planner.network import Network
 from opensora.utils.errors import UserError
 from tests import factored_family

@@ -8,7 +8,7 @@ import torch
 from opensora.models.base import ModelConfig, Width, Widths
 from opensora.models.families import family_of
 from opensora.models.text.bytes import ByteTextConfig, ByteTextEncoder
-from opensora.models.text.t5_clip import Peers, T5ClipConfig, T5ClipTextEncoder, check_files, stated_widths
+from opensora.models.text.t5_clip import Peers, T5ClipConfig, T5ClipTextEncoder, Visits, check_files, stated_widths
 from opensora.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class TextEncoderKind(NamedTuple):
     stated: Callable[[Any], tuple[Width, Width]] | None = None  # by its files, without loading them, or UserError
     check: Callable[[Any], None] | None = None  # names and shapes in its files, by their headers, or UserError
     parameters: int = 0  # of the published one, for forecasts
-    shards: bool = False  # ``build`` takes the processes to cut its weights over as well
+    moves: bool = False  # ``build`` also takes the processes to cut its weights over, and what moves them out
 
 
 TEXT_ENCODERS: dict[str, TextEncoderKind] = {
@@ -50,7 +50,7 @@ TEXT_ENCODERS: dict[str, TextEncoderKind] = {
         stated=stated_widths,
         check=check_files,
         parameters=4_885_000_000,
-        shards=True,
+        moves=True,
     ),
 }
 TEXT_ENCODER_CONFIGS: dict[str, type] = {kind: entry.config for kind, entry in TEXT_ENCODERS.items()}
@@ -90,14 +90,17 @@ def check_text_encoder(cfg: TextConfig, latents: Width, model: ModelConfig) -> N
 
 
 def build_text_encoder(
-    cfg: TextConfig, device: Device, dtype: torch.dtype, peers: Peers | None = None
+    cfg: TextConfig,
+    device: Device,
+    dtype: torch.dtype,
+    peers: Peers | None = None,
+    visits: Callable[..., Visits] | None = None,
 ) -> "TextEncoder":
     """The frozen encoder of ``cfg`` on ``device``; its features have ``dtype``.
 
     Args:
         peers: the processes to cut its weights over, for a kind that can be cut; None: this one works by itself.
+        visits: what lets weights be on the device only while they are used, for a kind that can be moved.
     """
     kind = TEXT_ENCODERS[cfg.kind]
-    if kind.shards and peers is not None:
-        return kind.build(cfg, device, dtype, peers)
-    return kind.build(cfg, device, dtype)
+    return kind.build(cfg, device, dtype, peers, visits) if kind.moves else kind.build(cfg, device, dtype)

@@ -7,8 +7,8 @@ None of it changes a bit of the features.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -68,6 +68,13 @@ class Peers(Protocol):
         """The largest of everyone's counts. Collective."""
 
 
+class Visits(Protocol):
+    """Weights in CPU memory that visit the device (``acceleration/blocks/module_offload.py``)."""
+
+    def here(self) -> AbstractContextManager[None]:
+        """With the weights on the device."""
+
+
 class T5ClipTextEncoder:
     """Prompt -> T5 rows and a CLIP vector. With ``peers``, ``encode`` is collective; prompts may differ."""
 
@@ -77,7 +84,9 @@ class T5ClipTextEncoder:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
         peers: Peers | None = None,
+        visits: "Callable[[Sequence[nn.Module], torch.device], Visits] | None" = None,
     ) -> None:
+        """``visits``: what makes modules be on the device only while they are used; needed with ``offload``."""
         from transformers import AutoTokenizer, CLIPTokenizer
 
         self.cfg = cfg
@@ -95,7 +104,10 @@ class T5ClipTextEncoder:
         self.context_dim: int = files[0].module.config.d_model  # type: ignore[union-attr, assignment]
         self.vec_dim: int = files[1].module.config.hidden_size  # type: ignore[union-attr, assignment]
         self._cache = PromptCache(cfg.cache_mib * 2**20)
-        self._moved = _Moved((self._t5, self._clip), self._work_device) if self._moves else None
+        self._moved = None
+        if self._moves:
+            assert visits is not None, "text.offload=true: given by opensora/assembly/sharded_text.py"
+            self._moved = visits((self._t5, self._clip), self._work_device)
 
     @property
     def _moves(self) -> bool:
@@ -166,38 +178,6 @@ class T5ClipTextEncoder:
         batch = tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         ids: Tensor = batch["input_ids"]
         return ids
-
-
-class _Moved:
-    """Frozen modules whose weights stay in CPU memory: on the device there are copies of them, while they are used."""
-
-    def __init__(self, modules: tuple[nn.Module, ...], device: torch.device) -> None:
-        self._device = device
-        owners: list[Any] = [owner for module in modules for owner in module.modules()]
-        # Every place that holds a tensor, by its dict, and the tensor at rest; in page-locked memory, of which copies
-        # run at the speed of the bus.
-        self._places: list[tuple[dict[str, Any], str, Tensor]] = [
-            (held, name, held[name].data.pin_memory())
-            for owner in owners
-            for held in (owner._parameters, owner._buffers)
-            for name in held
-            if held[name] is not None
-        ]
-        self._put(lambda kept: kept)
-
-    @contextmanager
-    def here(self) -> Iterator[None]:
-        """The weights are on the device; afterwards what they took there is free."""
-        try:
-            self._put(lambda kept: kept.to(self._device, non_blocking=True))
-            yield
-        finally:
-            self._put(lambda kept: kept)
-
-    def _put(self, of: Callable[[Tensor], Tensor]) -> None:
-        for held, name, kept in self._places:
-            was_parameter = isinstance(held[name], nn.Parameter)
-            held[name] = nn.Parameter(of(kept), requires_grad=False) if was_parameter else of(kept)
 
 
 def stated_widths(cfg: T5ClipConfig) -> tuple[Width, Width]:
