@@ -175,7 +175,7 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "noise of step 0 always", STEP, "draw_per_sample(self.seed, step,", "draw_per_sample(self.seed, 0,", TRAIN
     ),
-    Mutation("times of step 0 always", STEP, "times(self.seed, step,", "times(self.seed, 0,", TRAIN),
+    Mutation("times of step 0 always", STEP, "times)(self.seed, step,", "times)(self.seed, 0,", TRAIN),
     Mutation("pixels from 0 to 1", ENCODERS, ".float() / 127.5 - 1", ".float() / 255", TRAIN),
     Mutation(
         "target of the other sign",
