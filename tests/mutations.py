@@ -176,7 +176,7 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "noise of step 0 always", STEP, "draw_per_sample(self.seed, step,", "draw_per_sample(self.seed, 0,", TRAIN
     ),
-    Mutation("times of step 0 always", STEP, "times(self.seed, step,", "times(self.seed, 0,", TRAIN),
+    Mutation("times of step 0 always", STEP, "times)(self.seed, step,", "times)(self.seed, 0,", TRAIN),
     Mutation("pixels from 0 to 1", ENCODERS, ".float() / 127.5 - 1", ".float() / 255", TRAIN),
     Mutation(
         "target of the other sign",
@@ -1231,7 +1231,7 @@ TABLE: tuple[Mutation, ...] = (
         "opensora/datasets/plan/held_out.py",
         "(self.micro_batches[-1].uncounted(),)",
         "(self.micro_batches[-1],)",
-        VALIDATION + "every_sample_is_counted_once[5]",
+        VALIDATION + "every_sample_is_counted_once[4]",
     ),
     Mutation(
         "clips that cannot be read counted",

@@ -94,7 +94,7 @@ def test_what_is_chosen(folder: Path) -> None:
     held, other = held_out(folder, small), held_out(folder, large)
     assert sorted(held.sample_ids) == sorted(other.sample_ids) and len(set(held.sample_ids)) == 7
     assert sorted(Counter(i % 3 == 0 for i in held.sample_ids).values()) == [3, 4]
-    assert set(held.sample_ids) != set(held_out(folder, "validate.seed=1").sample_ids)
+    assert len({frozenset(held_out(folder, f"validate.seed={seed}").sample_ids) for seed in range(6)}) >= 4
     assert set(held.sample_ids) == set(held_out(folder, "seed=9", "data.micro_batches=4").sample_ids)
     assert sorted(held_out(folder, "validate.samples=99").sample_ids) == list(range(12))
 
@@ -210,7 +210,7 @@ def averaged_and_back(offload: str) -> list[float]:
     for shadow in engine.ema.shadow.values():
         shadow.mul_(1.5)
     before = {name: tensor.clone() for name, tensor in (*engine.held(), *engine.full_weights("live"))}
-    average = dict(engine.full_weights("ema"))
+    average = {name: weight.clone() for name, weight in engine.full_weights("ema")}
     with engine.averaged() as is_average:
         assert is_average
         within = max(float((weight - average[name]).abs().max()) for name, weight in engine.full_weights("live"))
