@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from opensora.inference.scripts.given_models import TextPart
+from opensora.inference.scripts.interface import OptionalModels
 from opensora.models.base import TextFeatures
 from opensora.models.layers.embedding import sinusoid
 from opensora.models.layers.rope import rope_table
@@ -139,7 +141,7 @@ def test_pixels_that_do_not_fit_their_batch(tmp_path: Path) -> None:
         with pytest.raises(UserError) as error:
             process_and_save(torch.zeros(shape), batch, cfg, "x", OPTION)
         assert str(error.value).startswith(expected), error.value
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not torch.distributed.is_initialized()
 
 
 def test_methods_by_the_names_of_the_family() -> None:
@@ -205,12 +207,13 @@ class Counting:
 
 
 def test_both_halves_of_an_encoder_are_asked_once(network: MMDiTModel) -> None:
-    from opensora.inference.scripts.given_models import TextPart
-
     encoder = Counting()
     halves = TextPart(encoder, "txt"), TextPart(encoder, "y_vec")
-    prepare_api(network, ToyAutoencoder(torch.randn(4, 3)), *halves)(OPTION, text=["a"])
+    models = (network, ToyAutoencoder(torch.randn(4, 3)), *halves)
+    prepare_api(*models, OptionalModels())(OPTION, text=["a"])
     assert encoder.calls == [["a"], [""]]
+    with pytest.raises(UserError, match=r"^optional_models: must be the last of what prepare_models gave"):
+        prepare_api(*models, {})
     assert halves[0](["a", "b"]).shape == (2, 2, 6) and halves[1](["a"]).shape == (1, 5)
 
 

@@ -74,6 +74,10 @@ class OptionalModels(dict[str, Any]):
         """None: the model is the script's own."""
         return next((one for one in self._loaded if one.parts.model is model), None)
 
+    def has_text(self, encoder: Any) -> bool:
+        """Whether a text encoder is one of those that came with the models."""
+        return any(one.parts.text_encoder is encoder for one in self._loaded)
+
 
 class Models(NamedTuple):
     """What ``prepare_models`` gives."""
@@ -134,7 +138,11 @@ def prepare_api(
 ) -> Callable[..., Tensor]:
     """``api_fn`` over models of ``prepare_models``, or over a script's own that are called by the family's names."""
     origin = optional_models.origin(model) if isinstance(optional_models, OptionalModels) else None
+    if isinstance(model_t5, TextPart) and not isinstance(optional_models, OptionalModels):
+        raise UserError("optional_models: must be the last of what prepare_models gave, which knows how it was loaded")
     text_encoder = text_encoder_of(model_t5, model_clip)
+    if origin and isinstance(optional_models, OptionalModels) and optional_models.has_text(text_encoder):
+        text_encoder = origin.parts.text_encoder  # of stills, which may have another one than clips
     its_patch, its_channels = _sizes(origin.parts.cfg if origin else getattr(model, "cfg", None))
 
     def api_fn(
@@ -244,12 +252,13 @@ def process_and_save(
         raise UserError(f"x: has shape {tuple(x.shape)}, must be {wanted}")
     if not saving:
         return []
+    jobs = jobs_of_batch(cfg, asked, len(x), copy=epoch, start_index=start_index)
     runtime = join(cfg.parallel)
     suffix, published = prompt_suffix(cfg)
     degrees = meshes.resolve(cfg.parallel.mesh, runtime.world_size)
     author = Author(mesh=meshes.view(degrees, runtime.rank), prompt_suffix=suffix, published_prompts=published)
     folder = Path(cfg.save_dir) / sub_dir
-    jobs = _names(cfg, jobs_of_batch(cfg, asked, len(x), copy=epoch, start_index=start_index), x, author, folder)
+    jobs = _names(cfg, jobs, x, author, folder)
     saver = Saver(cfg, author, folder)
     if jobs:
         saver.save(jobs, x)
