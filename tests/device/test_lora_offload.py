@@ -46,7 +46,7 @@ def forecast(case: Case, world: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("world", "case"), [QUICK, *(pytest.param(*row, marks=pytest.mark.slow) for row in MORE)], ids=lambda x: ""
+    ("world", "case"), [QUICK, *(pytest.param(*row, marks=pytest.mark.slow) for row in MORE)], ids=str
 )
 def test_the_same_numbers_and_no_more_bytes_than_forecast(world: int, case: Case) -> None:
     found = run_distributed(both, world, case, 2, timeout=110)
