@@ -46,6 +46,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "opensora.planner": (
         "acceleration",
         "opensora.assembly",
+        "opensora.conditioning",
         "opensora.config",
         "opensora.datasets",
         "opensora.models",
