@@ -17,14 +17,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from acceleration import lora
 from acceleration.accounting.rank_layout import MicroBatch, RankLayout
-from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
+from acceleration.config import LoraConfig, MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
 from opensora.models.families import build_model
-from opensora.models.mmdit import MMDiTConfig
+from opensora.models.mmdit import FAMILY, MMDiTConfig
 from opensora.planner.forecast import Forecaster
 from opensora.planner.meta_model import denoiser_inputs
 from tests.dist.harness import run_distributed
@@ -52,6 +53,11 @@ class Case:
     img: int = 512
     frames: int | None = None  # of models that keep time and space apart
     batches: int = 1
+    rank: int = 0  # of adapters on every layer of the blocks; 0: all weights are trained
+
+    @property
+    def adapters(self) -> LoraConfig:
+        return LoraConfig(rank=self.rank, targets=FAMILY.lora_targets)
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -72,6 +78,7 @@ class Case:
         tokens = f"{self.samples}x({self.txt}+{self.img})x{self.batches}"
         return (
             f"{name:<6}{self.world:>2} {mesh:<20} zero{self.zero} {self.recompute:<6}{self.precision.compute} {tokens}"
+            + f" rank {self.rank}" * (self.rank > 0)
         )
 
 
@@ -92,12 +99,14 @@ CASES = [
     Case(zero=3, world=4, mesh={"replicate": 2, "ulysses": 2}, img=1024, batches=2),
     Case(zero=1, world=2, precision=BF16, batches=2),
     Case(zero=3, world=2, precision=BF16, recompute="full"),
+    Case(rank=8),
+    Case(zero=3, world=2, rank=8, precision=BF16, recompute="full", img=1024),
 ]
 
 
 def predict(case: Case) -> int:
     """Bytes of the process that needs most."""
-    forecast = Forecaster(case.model, OPTIM, device_type="cpu")
+    forecast = Forecaster(case.model, OPTIM, device_type="cpu", adapters=case.adapters)
     degrees = meshes.resolve(MeshConfig(**case.mesh), case.world)
     return max(
         forecast.memory(RankLayout(meshes.view(degrees, rank), case.parallel), case.batch, batches=case.batches).total
@@ -115,6 +124,8 @@ def measure(case: Case) -> int:
     mesh = meshes.build(case.parallel.mesh, dist.get_world_size(), device)
     with torch.device("meta"):
         model = build_model(case.model)
+    if case.rank:
+        lora.apply(model, case.adapters)
     parallelize(model, case.parallel, mesh, device, draw)
     engine = build_engine(model, case.parallel, OPTIM, mesh)
     sequence = SequenceParallel(mesh)

@@ -1324,8 +1324,8 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "blocks stay behind their use",
         STREAMED,
-        "            offloaded.send_out()\n\n        off",
-        "            pass\n\n        off",
+        "            self._leave(index)\n\n        offloaded",
+        "            pass\n\n        offloaded",
         OFFLOADED,
     ),
     Mutation(
@@ -1334,6 +1334,28 @@ TABLE: tuple[Mutation, ...] = (
         "            self._fetch(index + 1)",
         "            [self._fetch(i) for i in range(index, len(self._blocks))]",
         OFFLOADED,
+    ),
+    # Offload in training of adapters, and its forecast.
+    Mutation(
+        "blocks stay behind their backward",
+        STREAMED,
+        "on_backward_end(args, lambda: self._leave(index))",
+        "on_backward_end(args, lambda: None)",
+        "tests/device/test_lora_offload.py::test_the_same_numbers_and_no_more_bytes_than_forecast",
+    ),
+    Mutation(
+        "adapters forecast with a base that does not stream",
+        "opensora/planner/forecast.py",
+        'self.adapters.offload == "blocks"',
+        'self.adapters.offload == "all"',
+        "tests/unit/test_forecast_options.py::test_what_takes_less_memory[frozen blocks stream]",
+    ),
+    Mutation(
+        "frozen weights with a gradient in the operations",
+        "opensora/planner/forecast.py",
+        "if not layer.trains)",
+        "if layer.trains is None)",
+        "tests/unit/test_forecast_options.py::test_what_takes_time",
     ),
 )
 

@@ -47,6 +47,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "opensora.planner": (
         "acceleration",
         "opensora.assembly",
+        "opensora.conditioning",
         "opensora.config",
         "opensora.datasets",
         "opensora.models",

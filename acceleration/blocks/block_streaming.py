@@ -44,20 +44,20 @@ class BlockStream:
 
     def send_out(self, block: nn.Module) -> None:
         """Forget what ``bring_in`` copied."""
-        next(offloaded for offloaded in self._blocks if offloaded.module is block).send_out()
+        self._leave(next(i for i, offloaded in enumerate(self._blocks) if offloaded.module is block))
 
     def _hook(self, index: int, offloaded: OffloadedModule) -> None:
         def before(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             self._awaited.discard(index)
             self._before(index)
-            return on_backward_end(args, offloaded.send_out) if torch.is_grad_enabled() else args
+            return on_backward_end(args, lambda: self._leave(index)) if torch.is_grad_enabled() else args
 
         def after(block: nn.Module, args: Any, out: Any) -> None:
             if torch.is_grad_enabled() and on_backward_begin(out, lambda: self._before_backward(index)):
                 self._awaited.add(index)
                 if index + 1 == len(self._blocks):  # the first in backward
                     return
-            offloaded.send_out()
+            self._leave(index)
 
         offloaded.module.register_forward_pre_hook(before)
         offloaded.module.register_forward_hook(after)
@@ -82,22 +82,28 @@ class BlockStream:
 
     def _end_backward(self) -> None:
         self._is_watched = False
-        for offloaded in self._blocks:
-            offloaded.send_out()
+        for index in range(len(self._blocks)):
+            self._leave(index)
 
     def _arrive(self, index: int) -> None:
         self._fetch(index)
-        if self._copies is not None and index in self._done:
-            torch.cuda.current_stream().wait_event(self._done.pop(index))
+        self._settle(index)
+
+    def _leave(self, index: int) -> None:
+        self._settle(index)  # copies that nobody has waited for still write to its memory
+        self._blocks[index].send_out()
+
+    def _settle(self, index: int) -> None:
+        if (event := self._done.pop(index, None)) is not None:
+            torch.cuda.current_stream().wait_event(event)
 
     def _fetch(self, index: int) -> None:
         if self._copies is None:
             self._blocks[index].fetch()
         elif self._blocks[index].is_out:
-            for_copies = self._copies
-            for_copies.wait_stream(torch.cuda.current_stream())  # the memory that copies go to is free
-            self._blocks[index].fetch(for_copies)
-            self._done[index] = for_copies.record_event()
+            self._copies.wait_stream(torch.cuda.current_stream())  # the memory that copies go to is free
+            self._blocks[index].fetch(self._copies)
+            self._done[index] = self._copies.record_event()
 
 
 def _move(module: nn.Module, device: torch.device) -> None:

@@ -65,8 +65,8 @@ class OffloadedModule:
         """Tensors without memory in the place of the module's own, whose values go to CPU memory."""
         replaced: dict[int, Tensor] = {}  # by the identity of what was there: what is tied stays tied
         for owner in self.module.modules():
-            held: dict[str, Any]
-            for held in (owner._parameters, owner._buffers):
+            places: list[dict[str, Any]] = [owner._parameters, owner._buffers]
+            for held in places:
                 for name, was in held.items():
                     if was is None or id(was) in stays or not was.numel():
                         continue

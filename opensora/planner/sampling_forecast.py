@@ -1,7 +1,7 @@
 """What sampling takes, before it is started: memory of every turn, and time.
 
-Text encoder, denoiser and autoencoder take turns (``opensora/assembly/turns.py``); the turn that takes most decides. Each
-is run on the meta device at its true sizes, the denoiser with a few of its blocks. Time is products at
+Text encoder, denoiser and autoencoder take turns (``opensora/assembly/turns.py``); the turn that takes most decides.
+Each is run on the meta device at its true sizes, the denoiser with a few of its blocks. Time is products at
 ``EFFICIENCY`` of the peak: what a step cache leaves out depends on the clips, and is not left out here.
 """
 

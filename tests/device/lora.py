@@ -46,6 +46,11 @@ class Case:
     batches: int = 2
     parallel_offload: Any = "none"
 
+    def __str__(self) -> str:
+        mesh = " ".join(f"{axis}{degree}" for axis, degree in self.mesh)
+        which = "few" if self.adapters == FEW else "all"
+        return f"{which} {self.precision.compute} {self.optim.kind} zero{self.zero} {self.recompute} {self.img} {mesh}"
+
     @property
     def parallel(self) -> ParallelConfig:
         return ParallelConfig(

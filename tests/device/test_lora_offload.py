@@ -1,6 +1,7 @@
 """``lora.offload=blocks``: the same losses, gradients and adapters bit for bit, and no more bytes than forecast.
 
-The device is simulated; every byte that is on it is counted.
+The device is simulated; every byte that is on it is counted. Weights are most of them, as norms that a GPU has kernels
+for are made of several operators there; bytes of activations are measured by tests/dist/test_plan_accuracy.py.
 """
 
 from dataclasses import replace
@@ -22,11 +23,11 @@ from tests.device.lora import FEW, FP64, Case, both
 from tests.dist.harness import run_distributed
 
 SGD = OptimConfig(kind="sgd", lr=1e-3, clip_norm=0.5)
+SLOW = [pytest.mark.slow, pytest.mark.timeout(900)]
 QUICK = (1, Case(recompute="full"))
 MORE: list[tuple[int, Case]] = [
     (1, Case()),
     (1, Case(precision=FP64, recompute="selective", optim=SGD)),
-    (1, Case(img=150, recompute="full", batches=1)),
     (1, Case(adapters=FEW, optim=SGD)),
     (2, Case(precision=FP64, zero=2, mesh=(("ulysses", 2),))),
     (2, Case(zero=3, recompute="full")),
@@ -45,11 +46,9 @@ def forecast(case: Case, world: int) -> int:
     return max(forecaster.memory(place, batch, batches=case.batches).total for place in places)
 
 
-@pytest.mark.parametrize(
-    ("world", "case"), [QUICK, *(pytest.param(*row, marks=pytest.mark.slow) for row in MORE)], ids=lambda x: ""
-)
+@pytest.mark.parametrize(("world", "case"), [QUICK, *(pytest.param(*row, marks=SLOW) for row in MORE)], ids=str)
 def test_the_same_numbers_and_no_more_bytes_than_forecast(world: int, case: Case) -> None:
-    found = run_distributed(both, world, case, 2, timeout=110)
+    found = run_distributed(both, world, case, 2, timeout=110 if (world, case) == QUICK else 800)
     limits = {}
     for way in ("none", "blocks"):
         adapters: Any = replace(case.adapters, offload=way)

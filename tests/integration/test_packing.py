@@ -93,8 +93,8 @@ def test_packs_of_files(config: Path, tmp_path: Path) -> None:
 def test_what_is_said_before(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert buckets([str(config), *PACKS]) == 0
     assert "sequences of at most 200 image tokens" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"data\.tokens_per_sequence=200: the planner knows 0 only"):
-        plan([str(config), "--world", "2", *PACKS])
+    assert plan([str(config), "--world", "2", "--top", "1", *PACKS]) == 0
+    assert "configured: " in capsys.readouterr().out
     without = replace(FAMILY, describe=lambda cfg: replace(describe(cfg), packs=False))
     monkeypatch.setitem(FAMILIES, "mmdit", without)
     with pytest.raises(UserError, match=r"data\.tokens_per_sequence=200: model\.kind=mmdit takes one sample"):
