@@ -125,6 +125,7 @@ class Forecaster:
         self.structure = structure(model, known, self.adapters)
         self._stand_ins = stand_ins(meta_model(model, self.adapters))
         self._lines: dict[Any, Timeline] = {}
+        self._operations: dict[MicroBatch, int] = {}
 
     def memory(self, place: RankLayout, batch: MicroBatch, *, batches: int = 1, exact: bool = True) -> Footprint:
         """Most that a process holds at any moment of a step of ``batches`` equal micro-batches.
@@ -159,11 +160,14 @@ class Forecaster:
 
     def training_flops(self, batch: MicroBatch) -> int:
         """Forward and backward of one whole micro-batch; frozen layers make no gradient of their weights."""
+        if batch in self._operations:
+            return self._operations[batch]
         sizes, frozen = batch.sizes(self.structure), 0
         for unit, count in self.structure.unit_counts:
             layers = (layer for layer in unit.layers if not layer.trains)
             frozen += count * sum(linear_flops(layer.inputs, layer.outputs, layer.rows.at(sizes)) for layer in layers)
-        return training_flops(self.forward_flops(batch)) - frozen * batch.count
+        self._operations[batch] = training_flops(self.forward_flops(batch)) - frozen * batch.count
+        return self._operations[batch]
 
     def forecast(
         self,
