@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights, a picture, and a configuration for each number of processes."""
     path = tmp_path_factory.mktemp("script")
     generator = torch.Generator().manual_seed(1)
-    shape = MMDiTConfig(**{**vars(SIZES["debug"]), "patch_size": 2, "context_in_dim": 32, "vec_in_dim": 32})
+    shape = replace(SIZES["debug"], context_in_dim=32, vec_in_dim=32)
     weights = {
         name: torch.randn(x.shape, generator=generator) * 0.2 + name.endswith("scale")
         for name, x in MMDiTModel(shape).state_dict().items()
