@@ -189,6 +189,8 @@ def read_adapters(path: Path, model: ModelConfig, key: str) -> Adapters:
         UserError: they do not fit the model.
     """
     format = family_of(model).weights
+    if reason := absence(path):
+        raise UserError(f"{key}={path}: {reason}; give a LoRA file, or a folder that peft or a LoRA run wrote")
     try:
         adapter = read_adapter(path)
     except UserError:

@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 
 from opensora.config.load import load_config
 from opensora.config.run import SampleConfig
+from opensora.datasets.decode.api import read_frames
 from opensora.inference.job import sample
+from opensora.inference.save import to_uint8
 from opensora.models.mmdit import SIZES, MMDiTModel
 from tests.conftest import ROOT
 from tests.dist.harness import run_distributed
@@ -110,6 +112,37 @@ def test_the_documented_script_makes_the_files_of_the_command(
     assert sorted(of_the_command) == names and files(folder / f"script{processes}") == of_the_command
     assert of_the_command["prompt_0000.txt"] == b"a cat. 24 FPS. 4 motion score.\n"
     assert of_the_command["prompt_0000.mp4"] != of_the_command["prompt_0001.mp4"]
+
+
+STILLS = """
+from opensora.utils.sampling import SamplingOption, prepare_api, prepare_models
+model, model_ae, model_t5, model_clip, optional_models = prepare_models({cfg!r}, dtype="fp64")
+api_fn = prepare_api(optional_models["img_flux"], optional_models["img_flux_ae"], model_t5, model_clip, optional_models)
+option = SamplingOption(width=48, height=32, num_frames=1, num_steps=3, guidance=4.0, seed=7)
+still = api_fn(option, text="a cat")
+api_fn = prepare_api(model, model_ae, model_t5, model_clip, optional_models)
+clip = api_fn({option}, "i2v_head", text="a cat", ref={ref!r})
+import torch
+torch.save((still, clip), {out!r})
+"""
+
+
+def test_the_models_of_text_to_image_to_video(folder: Path) -> None:
+    """Two models over one text encoder: the still and the clip are those of the command."""
+    config = yaml.safe_load((folder / "1.yaml").read_text())
+    config["still"] = {"resolution": "40px", "weights": config["weights"], "model": MODEL, "vae": config["vae"]}
+    config |= {"save_dir": str(folder / "still"), "prompts": ["a cat"], "crf": 0}
+    (folder / "still.yaml").write_text(yaml.safe_dump(config))
+    run_distributed(run_command, 1, folder / "still.yaml", [], init=False)
+    made = folder / "still/video_32px"
+    png = made / "generated_condition/sample_0000.png"
+    option = f"SamplingOption({SIZE})"
+    script = STILLS.format(cfg=str(folder / "still.yaml"), option=option, ref=str(png), out=str(folder / "still.pt"))
+    run_distributed(run_script, 1, script, init=False)
+    still, clip = torch.load(folder / "still.pt")
+    assert np.array_equal(to_uint8(still)[0, 0].numpy(), np.asarray(Image.open(png)))
+    frames = read_frames(str(made / "sample_0000.mp4"), 0, 6).astype(int)
+    assert np.abs(frames - to_uint8(clip)[0].numpy()).mean() < 8  # chroma is stored for 2x2 pixels
 
 
 @pytest.mark.slow

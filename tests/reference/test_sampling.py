@@ -18,6 +18,7 @@ from opensora.cli import train
 from opensora.config.load import load_config
 from opensora.config.run import SampleConfig
 from opensora.datasets.decode.api import read_frames
+from opensora.inference import load
 from opensora.inference.find import find_source
 from opensora.inference.load import load_components
 from opensora.inference.pipeline import build_api, fit
@@ -245,9 +246,19 @@ def check_clip(file: Path, right: Tensor) -> None:
     assert off.abs().mean() < 2, off.abs().mean()
 
 
-def test_text_to_image_to_video(tmp_path: Path) -> None:
+def test_text_to_image_to_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both models read one text encoder, which is loaded once; of another configuration there are two."""
+    built: list[Any] = []
+    build = load.text_encoder_of
+    monkeypatch.setattr(load, "text_encoder_of", lambda cfg, *more: built.append(cfg) or build(cfg, *more))
     assert command.main([str(still_config(tmp_path))]) == 0
     check_stills_and_clips(tmp_path)
+    assert len(built) == 1
+    path = tmp_path / "sample.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["still"]["text"] = config["text"] | {"max_words": 5}
+    path.write_text(yaml.safe_dump(config))
+    assert command.main([str(path), f"save_dir={tmp_path}/other"]) == 0 and len(built) == 3
 
 
 @pytest.mark.slow
@@ -323,7 +334,7 @@ def test_from_training_to_pixels(tmp_path: Path, case: str) -> None:
     path = write_config(tmp_path, sampler, tmp_path / "run", prompt=PROMPTS[0], lora_scale=scale)
     assert command.main([str(path)]) == 0
     full = text().encode(f"{PROMPTS[0]} 4 motion score.")
-    check_still(tmp_path / "samples/image_24x40/sample_0000.png", sampler.pixels(full, full, SEEDS[0]))
+    check_still(tmp_path / "samples/image_24x40/prompt_0000.png", sampler.pixels(full, full, SEEDS[0]))
     sampler = replace(sampler, size=CLIP)
     path = write_config(tmp_path, sampler, tmp_path / "run", prompt=PROMPTS[0], lora_scale=scale)
     full = text().encode(f"{PROMPTS[0]} 8 FPS. 4 motion score.")

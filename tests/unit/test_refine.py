@@ -15,15 +15,14 @@ import torch.distributed as dist
 from opensora.config.run import SampleConfig
 from opensora.inference import job as whole_job
 from opensora.inference import refine
-from opensora.inference.job import with_suffixes
-from opensora.inference.prompts import Job, read_jobs
+from opensora.inference.job import with_motions
+from opensora.inference.prompts import Job, final_prompt, read_jobs
 from opensora.inference.refine import check_refine, motion_of, refined, rewritten
 from opensora.sampling.options import SamplingOption
 from opensora.utils.chat import ChatError, RefineConfig, ask
 from opensora.utils.errors import UserError
 
 KEY = "A_KEY_FOR_TESTS"
-PARTS = object()
 
 
 class Server:
@@ -204,30 +203,29 @@ def test_a_motion_score_that_no_prompt_would_name(server: Server) -> None:
 @pytest.mark.parametrize("trained_here", [True, False])
 def test_words_about_rate_and_motion(trained_here: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts end as training had them, or for weights without a configuration as the published sampler ends them."""
-    source = SimpleNamespace(conditioning=object() if trained_here else None, prompt_suffix=trained_here)
 
     def changed(one: Any, **changes: Any) -> Any:
-        return changes if one is PARTS else replace(one, **changes)
+        return SimpleNamespace(**vars(one) | changes) if isinstance(one, SimpleNamespace) else replace(one, **changes)
 
     monkeypatch.setattr(whole_job, "replace", changed)
 
-    def told(motions: dict[int, int] | None = None, **more: Any) -> tuple[list[str], bool]:
+    def told(motions: dict[int, int] | None = None, suffix: bool = True, **more: Any) -> tuple[list[str], bool]:
+        """What the model is given."""
         cfg = SampleConfig(weights="w", prompts=("a cat", "B."), **more)
-        found, parts = with_suffixes(cfg, read_jobs(cfg), PARTS, source, motions or {})  # type: ignore[arg-type]
-        return [job.text for job in found], parts["prompt_suffix"]  # type: ignore[index]
+        parts: Any = SimpleNamespace(prompt_suffix=suffix, published_prompts=not trained_here)
+        jobs, parts = with_motions(cfg, read_jobs(cfg), parts, motions or {})
+        rule: dict[str, Any] = {"suffix": parts.prompt_suffix, "published": parts.published_prompts}
+        return [final_prompt(job.text, cfg.sampling, **rule) for job in jobs], parts.prompt_suffix
 
-    # True: the function that samples adds the words of training itself.
-    assert told() == (["a cat", "B."], trained_here)
-    assert told(prompt_suffix=False) == (["a cat", "B."], False)
-    dynamic = {"sampling": SamplingOption(fps=8.0), "prompt_suffix": True}
+    assert told(suffix=False) == (["a cat", "B."], False) == told({0: 3, 1: 9}, suffix=False)
+    dynamic = {"sampling": SamplingOption(fps=8.0)}
     if trained_here:
-        assert told(prompt_suffix=True) == (["a cat", "B."], True)
+        assert told() == (["a cat 24 FPS. 4 motion score.", "B. 24 FPS. 4 motion score."], True)
         texts = ["a cat 8 FPS. 3 motion score.", "B. 8 FPS. 9 motion score."]
     else:
-        texts = ["a cat. 24 FPS. 4 motion score.", "B. 24 FPS. 4 motion score."]
-        assert told(prompt_suffix=True) == (texts, False)
+        assert told() == (["a cat. 24 FPS. 4 motion score.", "B. 24 FPS. 4 motion score."], True)
         still = SamplingOption(num_frames=1, motion_score=None)
-        assert told(prompt_suffix=True, sampling=still) == (["a cat.", "B."], False)
+        assert told(sampling=still) == (["a cat.", "B."], True)
         texts = ["a cat. 8 FPS. 3 motion score.", "B. 8 FPS. 9 motion score."]
     assert told({0: 3, 1: 9}, **dynamic) == (texts, False)
 

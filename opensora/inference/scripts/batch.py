@@ -30,13 +30,13 @@ def check_sizes(patch_size: int, channel: int, its_patch: int, its_channels: int
         return
     if patch_size != its_patch:
         raise UserError(
-            f"patch_size={short(str(patch_size), 40)}: must be {its_patch}, as of the model, or be left out"
+            f"patch_size={short(str(patch_size), 40)}: must be {its_patch}, that of the model; or leave it out"
         )
     per_token = its_channels * its_patch**2
     if channel not in (its_channels, per_token):
         raise UserError(
             f"channel={short(str(channel), 40)}: must be {its_channels}, the channels of the model's latents, "
-            f"{per_token}, those of its tokens, or be left out"
+            f"{per_token}, those of its tokens; or leave it out"
         )
 
 
@@ -64,6 +64,8 @@ def asked_of(batch: Mapping[str, Any], *, for_files: bool = False) -> dict[str, 
     for key in set(found) & set(KEYS):
         if found[key] is not None and (count := _count(found[key], key)) != clips:
             raise UserError(f"batch.{key}: {count} entries for {clips} prompts; give one for each, or leave it out")
+    if not all(one is None or isinstance(one, str | list | tuple) for one in found.get("ref") or ()):
+        raise UserError('batch.ref: must be files as "a.png;b.mp4" for every clip, or a list of files and frames')
     if found.get("neg") is not None:
         found["neg"] = [one or "" for one in found["neg"]]
     return found

@@ -35,7 +35,7 @@ from opensora.inference import pipeline
 from opensora.inference.check import check_models, check_option
 from opensora.inference.find import Source, find_source, prompt_suffix
 from opensora.inference.load import load_components, text_of
-from opensora.inference.prompts import Job, jobs_of_batch
+from opensora.inference.prompts import Job, jobs_of_batch, with_names
 from opensora.inference.save import Author, Saver, to_uint8, unused_names
 from opensora.inference.scripts.batch import asked_of, check_sizes, seeds_of
 from opensora.inference.scripts.given_models import TextPart, components_of, text_encoder_of
@@ -240,9 +240,8 @@ def process_and_save(
     cfg = replace(_configuration(cfg), sampling=option)
     asked = asked_of(batch, for_files=True)
     if x.ndim != 5 or x.shape[1] != 3 or len(x) != len(asked["text"]):
-        raise UserError(
-            f"x: shape {tuple(x.shape)}, must be (B, 3, T, H, W) with B={len(asked['text'])}, a prompt each"
-        )
+        wanted = f"(B, 3, T, H, W) with B={len(asked['text'])}, a clip for every prompt"
+        raise UserError(f"x: has shape {tuple(x.shape)}, must be {wanted}")
     if not saving:
         return []
     runtime = join(cfg.parallel)
@@ -281,7 +280,7 @@ def _names(cfg: SampleConfig, jobs: list[Job], x: Tensor, author: Author, folder
     dist.all_gather_object(everyone, mine)
     writers = [rank for rank, one in enumerate(everyone) if one is not None and one not in everyone[:rank]]
     every = [job for rank in writers for job in everyone[rank][0]]
-    named = unused_names(cfg, [replace(job, row=row) for row, job in enumerate(every)], folder)
+    named = unused_names(cfg, with_names([replace(job, row=row) for row, job in enumerate(every)]), folder)
     rank = dist.get_rank()
     if rank not in writers:
         return []
