@@ -135,6 +135,7 @@ ELSEWHERE, BLIND, COMPARED = (
     )
 )
 REFERENCES, CODES = "opensora/conditioning/references.py", "opensora/assembly/reference_codes.py"
+LENGTHS, DENOISERS = "opensora/inference/lengths.py", "opensora/sampling/denoisers.py"
 GIVEN, OPTIONS = "opensora/inference/references.py", "opensora/sampling/options.py"
 REFERRED = "tests/reference/test_training.py::test_one_process[references]"
 LEFT_OUT = "tests/reference/test_training.py::test_one_process[references left out]"
@@ -652,11 +653,88 @@ TABLE: tuple[Mutation, ...] = (
         "tests/unit/test_golden_sampling.py::test_conditions_of_sampling[i2v_tail.causal.T19]",
     ),
     Mutation(
-        "repetitions of a known frame kept",
-        PIPELINE,
-        'head, tail = extra if "head" in ends else 0,',
-        "head, tail = 0,",
+        "repetitions of a known frame kept, where the family cuts them",
+        LENGTHS,
+        "return pixels[:, :, head : pixels.shape[2] - tail] if head",
+        "return pixels if head",
         "tests/unit/test_golden_sampling.py::test_from_noise_to_pixels[uncausal_i2v_head]",
+    ),
+    Mutation(
+        "repetitions of a known frame kept",
+        LENGTHS,
+        'head = min(more, repetitions(cond_type, shape, "head"))',
+        "head = 0",
+        "tests/unit/test_lengths.py::test_repetitions_of_a_known_frame_are_left_out",
+    ),
+    Mutation(
+        "a clip that ends with a known frame loses it",
+        LENGTHS,
+        "head = more - tail",
+        "pass",
+        "tests/unit/test_lengths.py::test_repetitions_of_a_known_frame_are_left_out",
+    ),
+    Mutation(
+        "no frames for the repetitions",
+        LENGTHS,
+        "(repetitions(cond_type, shape) > 0) * (stride - 1)",
+        "0",
+        "tests/unit/test_lengths.py::test_repetitions_of_a_known_frame_are_left_out",
+    ),
+    Mutation(
+        "a lone tile decodes to a whole group",
+        "opensora/models/base.py",
+        "stride * tile if tile > 1 else 1",
+        "stride * tile",
+        "tests/unit/test_lengths.py::test_lone_tiles_are_counted_as_they_decode",
+    ),
+    Mutation(
+        "the third pass of a script knows the references",
+        DENOISERS,
+        'given["cond"] = torch.zeros_like(known) if blind else known',
+        'given["cond"] = known',
+        "tests/unit/test_sampling_core.py::test_three_way_guidance",
+    ),
+    Mutation(
+        "a script's model is not told the scale",
+        DENOISERS,
+        'if _reads(model, "guidance"):',
+        "if False:",
+        "tests/unit/test_golden_denoisers.py::test_every_step_is_the_published_one[i2v_plain]",
+    ),
+    Mutation(
+        "two text encoders for a still and its clip",
+        LOAD,
+        "text if text and text.cfg == source.text else",
+        "text if text is None and text else",
+        "tests/reference/test_sampling.py::test_text_to_image_to_video",
+    ),
+    Mutation(
+        "a script's prompts without words about motion",
+        "opensora/inference/scripts/interface.py",
+        "prompt_suffix=suffix, published",
+        "prompt_suffix=False, published",
+        "tests/integration/test_script.py::test_the_documented_script_makes_the_files_of_the_command[1]",
+    ),
+    Mutation(
+        "a channel of another model is taken",
+        "opensora/inference/scripts/batch.py",
+        "if channel not in (its_channels, per_token):",
+        "if False:",
+        "tests/unit/test_script_interface.py::test_what_does_not_fit_costs_a_line[channels]",
+    ),
+    Mutation(
+        "queries of reused attention are projected",
+        "opensora/models/layers/attention.py",
+        "if kept is not None and (output := kept()) is not None:",
+        "if kept is not None and (output := None) is not None:",
+        "tests/unit/test_step_caches.py::test_reused_attention_projects_nothing[True]",
+    ),
+    Mutation(
+        "times of the first block not embedded with the prompt",
+        MODEL,
+        "+ self.vector_in(y_vec)",
+        "",
+        "tests/unit/test_script_interface.py::test_inputs_of_the_first_block[False]",
     ),
     Mutation(
         "guidance along the clip also of v2v",
@@ -980,8 +1058,8 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "passes share attention",
         CACHED_ATTENTION,
-        "self._kept.get(at.number, (0, None))",
-        "self._kept.get(0, (0, None))",
+        "calls, output = self._kept[at.number]",
+        "calls, output = self._kept[0]",
         PYRAMID,
     ),
     Mutation(

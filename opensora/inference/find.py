@@ -104,7 +104,7 @@ def find_source(cfg: SampleConfig) -> Source:
         adapters=adapters,
         objective=objective,
         conditioning=saved.conditioning if saved else None,
-        prompt_suffix=bool(saved and saved.data.prompt_suffix),
+        prompt_suffix=_trained_with_motion(saved),
         **sections,
     )
 
@@ -119,8 +119,12 @@ def prompt_suffix(cfg: SampleConfig) -> tuple[bool, bool]:
     what is saved with the weights."""
     path = Path(cfg.weights)
     saved = None if absence(path) else _saved_config(path if path.is_dir() else path.parent)
-    told = bool(saved and saved.data.prompt_suffix)
-    return told if cfg.prompt_suffix is None else cfg.prompt_suffix, saved is None
+    told = _trained_with_motion(saved) if cfg.prompt_suffix is None else cfg.prompt_suffix
+    return told, saved is None
+
+
+def _trained_with_motion(saved: RunConfig | None) -> bool:
+    return bool(saved and saved.data.prompt_suffix)
 
 
 def default_objective(model: ModelConfig) -> ObjectiveConfig:

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from opensora.models.conditions import Conditions
 from opensora.models.families import build_model, describe
 from opensora.models.layers.embedding import sinusoid
 from opensora.models.layers.rope import rope_table
-from opensora.models.mmdit import MMDiTConfig
+from opensora.models.mmdit import MMDiTConfig, layers
 from opensora.sampling.caches import (
     CacheConfig,
     DBCache,
@@ -360,6 +361,27 @@ def test_pyramid_attention_counts_calls_of_every_pass() -> None:
                 calls = [d.computed for d in log if (d.at.number, d.part) == (number, part)]
                 wanted = [i % every == 0 or not low < 1000 * TIMES[i] < high for i in range(STEPS)]
                 assert calls == wanted, (cfg, number, part)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_reused_attention_projects_nothing(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No queries, keys and values where what attention gave is given again, but for those that share a product with the
+    MLP; the result is that of a model which projects in vain."""
+    cfg = replace(DEBUG, fused_qkv=fused)
+    model, given, null = random_model(cfg), inputs(cfg), torch.zeros(2, 5, cfg.context_in_dim)
+    names = [name for name, _ in model.named_modules() if name.endswith((".qkv", ".q_proj", ".k_proj", ".v_proj"))]
+    calls = dict.fromkeys(names, 0)
+    for name in names:
+        hooked = model.get_submodule(name)
+        hooked.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+    cache = PyramidAttentionBroadcast(spatial=3, time_range=(0.0, 1000.0))
+    found, log = product(model, given, null, cache)
+    computed = {part: sum(d.computed for d in log if d.part == part) for part in {d.part for d in log}}
+    assert names and 0 < sum(computed.values()) < len(log)
+    for name in names:
+        assert calls[name] == computed[".".join([*name.split(".")[:2], "core"])], name
+    monkeypatch.setattr(layers, "attend", lambda core, project, **more: core(*project(), **more))
+    assert torch.equal(product(model, given, null, cache)[0], found) and calls[names[0]] > 2 * STEPS
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Every attention layer owns one core as a child module named ``core``. A core is 
 whatever spreads tokens over processes replaces this module and nothing else.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,18 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from opensora.models.base import Segments
+
+
+def attend(
+    core: nn.Module, project: Callable[[], tuple[Tensor, Tensor, Tensor]], *, key_mask: Tensor | None, context: Any
+) -> Tensor:
+    """What a core makes of the queries, keys and values of ``project()``, which are not made where it gives again what
+    it gave before (``sampling/caches/attention.py``)."""
+    kept: Callable[[], Tensor | None] | None = getattr(core, "kept", None)
+    if kept is not None and (output := kept()) is not None:
+        return output
+    attended: Tensor = core(*project(), key_mask=key_mask, context=context)
+    return attended
 
 
 class SDPACore(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from opensora.models.layers.attention import SDPACore
+from opensora.models.layers.attention import SDPACore, attend
 from opensora.models.layers.modulation import Modulation, modulate, over_tokens
 from opensora.models.layers.norm import QKNorm, RMSNorm
 from opensora.models.layers.rope import RopeLayout, RopeTable, apply_rope
@@ -123,16 +123,14 @@ class DoubleStreamBlock(nn.Module):
         img, txt = img.to(dtype), txt.to(dtype)
         txt_rows, img_rows = sample_of or (None, None)
         img_parts, txt_parts = self.img_mod(vec, img_rows), self.txt_mod(vec, txt_rows)
-        img_q, img_k, img_v = self.img_attn.project(modulate(self.img_norm1(img), *img_parts[:2]))
-        txt_q, txt_k, txt_v = self.txt_attn.project(modulate(self.txt_norm1(txt), *txt_parts[:2]))
-        q_BLHD, k_BLHD, v_BLHD = (torch.cat(pair, dim=1) for pair in ((txt_q, img_q), (txt_k, img_k), (txt_v, img_v)))
-        o_BLHD = self.core(
-            apply_rope(q_BLHD, rope, self.rope_layout),
-            apply_rope(k_BLHD, rope, self.rope_layout),
-            v_BLHD,
-            key_mask=key_mask,
-            context=context,
-        )
+
+        def project() -> tuple[Tensor, Tensor, Tensor]:
+            of_img = self.img_attn.project(modulate(self.img_norm1(img), *img_parts[:2]))
+            of_txt = self.txt_attn.project(modulate(self.txt_norm1(txt), *txt_parts[:2]))
+            q_BLHD, k_BLHD, v_BLHD = (torch.cat(pair, dim=1) for pair in zip(of_txt, of_img, strict=True))
+            return apply_rope(q_BLHD, rope, self.rope_layout), apply_rope(k_BLHD, rope, self.rope_layout), v_BLHD
+
+        o_BLHD = attend(self.core, project, key_mask=key_mask, context=context)
         txt_o, img_o = o_BLHD.flatten(2).split((txt.shape[1], img.shape[1]), dim=1)
         img = self._residuals(img, self.img_attn.proj(img_o), self.img_norm2, self.img_mlp, img_parts)
         if isinstance(self.txt_attn, StreamAttention):
@@ -190,17 +188,16 @@ class SingleStreamBlock(nn.Module):
         if self.fused_qkv:
             q, k, v, inner = split_in_proportion(self.linear1(h), *self.widths)
         else:
-            q, k = self.q_proj(h), self.k_proj(h)
+            q = k = None
             v, inner = split_in_proportion(self.v_mlp(h), *self.widths[2:])
-        q_BLHD, k_BLHD, v_BLHD = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
-        q_BLHD, k_BLHD = self.norm(q_BLHD, k_BLHD)
-        o_BLHD = self.core(
-            apply_rope(q_BLHD, rope, self.rope_layout),
-            apply_rope(k_BLHD, rope, self.rope_layout),
-            v_BLHD,
-            key_mask=key_mask,
-            context=context,
-        )
+
+        def project() -> tuple[Tensor, Tensor, Tensor]:
+            pair = (self.q_proj(h), self.k_proj(h)) if q is None or k is None else (q, k)
+            q_BLHD, k_BLHD, v_BLHD = (part.unflatten(-1, (-1, self.head_dim)) for part in (*pair, v))
+            q_BLHD, k_BLHD = self.norm(q_BLHD, k_BLHD)
+            return apply_rope(q_BLHD, rope, self.rope_layout), apply_rope(k_BLHD, rope, self.rope_layout), v_BLHD
+
+        o_BLHD = attend(self.core, project, key_mask=key_mask, context=context)
         joined = torch.cat((o_BLHD.flatten(2), gelu(inner, approximate="tanh")), dim=-1)
         return torch.addcmul(x, gate, self.linear2(joined))
 

@@ -81,10 +81,24 @@ class _Broadcast(nn.Module):
         at = self.cache.at
         if at is None:
             return self.core(q, k, v, key_mask=key_mask, context=context)
-        call, output = self._kept.get(at.number, (0, None))
-        computes = output is None or self.cache.computes(call, at, self.slot.axis)
-        self.cache.on_decision(Decision(at, self.slot.name, computes, None))
-        if output is None or computes:
-            output = self.core(q, k, v, key_mask=key_mask, context=context)
-        self._kept[at.number] = (call + 1, output)
+        if (output := self.kept()) is not None:
+            return output
+        self.cache.on_decision(Decision(at, self.slot.name, True, None))
+        output = self.core(q, k, v, key_mask=key_mask, context=context)
+        self._kept[at.number] = (self._calls(at) + 1, output)
         return output
+
+    @torch.compiler.disable
+    def kept(self) -> Tensor | None:
+        """What it gave before, where this call gives it again: it counts as the call, and needs no queries. None: it
+        computes, when it is called."""
+        at = self.cache.at
+        if at is None or at.number not in self._kept or self.cache.computes(self._calls(at), at, self.slot.axis):
+            return None
+        calls, output = self._kept[at.number]
+        self.cache.on_decision(Decision(at, self.slot.name, False, None))
+        self._kept[at.number] = (calls + 1, output)
+        return output
+
+    def _calls(self, at: Evaluation) -> int:
+        return self._kept[at.number][0] if at.number in self._kept else 0
