@@ -44,8 +44,9 @@ class SamplingOption:
     image_osci: bool = False  # the same for guidance_img
     scale_temporal_osci: bool = False  # guidance_img grows along the clip and fades over the steps
     seed: int = 42
-    noise: Literal["keyed", "published"] = "keyed"  # of a clip's seed alone; or as the family's sampler draws it on a
-    # CPU: all clips that are sampled together from the seed of the first, and as many frames as it makes of them
+    noise: Literal["keyed", "published"] = "keyed"
+    # of a clip's seed alone; or as the family's sampler draws it on a CPU: all clips that are sampled together from the
+    # seed of the first, and as many frames as it makes of them
     shift: bool = True  # spend more steps on high noise, by flow_shift
     flow_shift: float | None = None  # alpha of the schedule; null: as in training
     solver: str | None = None  # steps from noise to data; null: the first that fits what the model was trained for

@@ -185,10 +185,11 @@ class SingleStreamBlock(nn.Module):
         x = x.to(self.linear2.weight.dtype)
         shift, scale, gate = self.modulation(vec, sample_of)
         h = modulate(self.pre_norm(x), shift, scale)
+        q: Tensor | None = None
+        k: Tensor | None = None
         if self.fused_qkv:
             q, k, v, inner = split_in_proportion(self.linear1(h), *self.widths)
         else:
-            q = k = None
             v, inner = split_in_proportion(self.v_mlp(h), *self.widths[2:])
 
         def project() -> tuple[Tensor, Tensor, Tensor]:
