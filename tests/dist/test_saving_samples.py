@@ -32,7 +32,7 @@ def write(cfg: SampleConfig, before_saving: Callable[[], None] | None = None) ->
         before_saving()
     dist.barrier()
     mesh = SimpleNamespace(is_first_of_sample=True)
-    saver = Saver(cfg, SimpleNamespace(mesh=mesh, prompt_suffix=True))  # type: ignore[arg-type]
+    saver = Saver(cfg, SimpleNamespace(mesh=mesh, prompt_suffix=True, published_prompts=False))  # type: ignore[arg-type]
     for index, job in enumerate(jobs):
         if index % dist.get_world_size() == dist.get_rank():
             saver.save([job], torch.full((1, 3, cfg.sampling.num_frames, 16, 16), index / len(jobs)))
@@ -107,11 +107,11 @@ def test_a_name_that_this_file_system_cannot_store(tmp_path: Path, monkeypatch: 
     table = tmp_path / "t.csv"
     table.write_text("text,name\na,16:9?\n")
     cfg = config(tmp_path / "out", prompts=(), prompt_csv=str(table))
-    assert [job.name for job in save._decide(cfg, read_jobs(cfg))] == ["16:9?"]
+    assert [job.name for job in save._decide(cfg, read_jobs(cfg), output_folder(cfg))] == ["16:9?"]
     assert not list(output_folder(cfg).iterdir())
     monkeypatch.setattr(Path, "touch", lambda *_, **__: (_ for _ in ()).throw(OSError(22, "Invalid argument")))
     with pytest.raises(UserError, match=r"no file there can be called '16:9\?' \(Invalid argument\)"):
-        save._decide(cfg, read_jobs(cfg))
+        save._decide(cfg, read_jobs(cfg), output_folder(cfg))
 
 
 @pytest.mark.parametrize("name", ["sample_0001.mp4", "sample_0000.txt", "contact_sheet.png"])
