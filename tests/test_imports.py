@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: dict[str, tuple[str, ...]] = {
     "acceleration": (),
     # The public faces of sampling under the names that people look for; nothing of ours imports them.
-    "opensora.utils.inference": (),
+    "opensora.utils.inference": ("opensora.utils",),
     "opensora.utils.sampling": ("opensora.sampling", "opensora.schedulers", "opensora.utils"),
     "opensora.utils": ("acceleration.files",),
     "opensora.models": ("opensora.utils",),

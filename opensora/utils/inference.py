@@ -6,9 +6,12 @@ They live in ``opensora.inference.scripts.interface``, and are looked up when th
 from importlib import import_module
 from typing import Any
 
+from opensora.utils.sampling import SamplingMethod, SamplingOption, sanitize_sampling_option
+
 _INTERFACE = "opensora.inference.scripts.interface"
 _NAMES = ("prepare_models", "prepare_api", "process_and_save")
-__all__ = [*_NAMES]
+__all__ = ["SamplingMethod", "SamplingOption", "sanitize_sampling_option"]
+__all__ += _NAMES
 
 
 def __dir__() -> list[str]:

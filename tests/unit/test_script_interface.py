@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from opensora.inference.scripts.given_models import TextPart
+from opensora.inference.scripts.interface import OptionalModels
 from opensora.models.base import TextFeatures
 from opensora.models.layers.embedding import sinusoid
 from opensora.models.layers.rope import rope_table
@@ -205,12 +207,13 @@ class Counting:
 
 
 def test_both_halves_of_an_encoder_are_asked_once(network: MMDiTModel) -> None:
-    from opensora.inference.scripts.given_models import TextPart
-
     encoder = Counting()
     halves = TextPart(encoder, "txt"), TextPart(encoder, "y_vec")
-    prepare_api(network, ToyAutoencoder(torch.randn(4, 3)), *halves)(OPTION, text=["a"])
+    models = (network, ToyAutoencoder(torch.randn(4, 3)), *halves)
+    prepare_api(*models, OptionalModels())(OPTION, text=["a"])
     assert encoder.calls == [["a"], [""]]
+    with pytest.raises(UserError, match=r"^optional_models: must be the last of what prepare_models gave"):
+        prepare_api(*models, {})
     assert halves[0](["a", "b"]).shape == (2, 2, 6) and halves[1](["a"]).shape == (1, 5)
 
 

@@ -134,6 +134,8 @@ def prepare_api(
 ) -> Callable[..., Tensor]:
     """``api_fn`` over models of ``prepare_models``, or over a script's own that are called by the family's names."""
     origin = optional_models.origin(model) if isinstance(optional_models, OptionalModels) else None
+    if isinstance(model_t5, TextPart) and not isinstance(optional_models, OptionalModels):
+        raise UserError("optional_models: must be the last of what prepare_models gave, which knows how it was loaded")
     text_encoder = text_encoder_of(model_t5, model_clip)
     its_patch, its_channels = _sizes(origin.parts.cfg if origin else getattr(model, "cfg", None))
 
