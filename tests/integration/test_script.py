@@ -130,7 +130,7 @@ torch.save((still, clip), {out!r})
 def test_the_models_of_text_to_image_to_video(folder: Path) -> None:
     """Two models over one text encoder: the still and the clip are those of the command."""
     config = yaml.safe_load((folder / "1.yaml").read_text())
-    config["still"] = {"resolution": "40px", "weights": config["weights"], "model": MODEL, "vae": config["vae"]}
+    config["still"] = {"resolution": "40px", "weights": config["weights"], "model": MODEL, "vae": {**config["vae"]}}
     config |= {"save_dir": str(folder / "still"), "prompts": ["a cat"], "crf": 0}
     (folder / "still.yaml").write_text(yaml.safe_dump(config))
     run_distributed(run_command, 1, folder / "still.yaml", [], init=False)

@@ -246,12 +246,13 @@ def process_and_save(
         raise UserError(f"x: has shape {tuple(x.shape)}, must be {wanted}")
     if not saving:
         return []
+    jobs = jobs_of_batch(cfg, asked, len(x), copy=epoch, start_index=start_index)
     runtime = join(cfg.parallel)
     suffix, published = prompt_suffix(cfg)
     degrees = meshes.resolve(cfg.parallel.mesh, runtime.world_size)
     author = Author(mesh=meshes.view(degrees, runtime.rank), prompt_suffix=suffix, published_prompts=published)
     folder = Path(cfg.save_dir) / sub_dir
-    jobs = _names(cfg, jobs_of_batch(cfg, asked, len(x), copy=epoch, start_index=start_index), x, author, folder)
+    jobs = _names(cfg, jobs, x, author, folder)
     saver = Saver(cfg, author, folder)
     if jobs:
         saver.save(jobs, x)
