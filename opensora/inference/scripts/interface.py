@@ -74,6 +74,10 @@ class OptionalModels(dict[str, Any]):
         """None: the model is the script's own."""
         return next((one for one in self._loaded if one.parts.model is model), None)
 
+    def has_text(self, encoder: Any) -> bool:
+        """Whether a text encoder is one of those that came with the models."""
+        return any(one.parts.text_encoder is encoder for one in self._loaded)
+
 
 class Models(NamedTuple):
     """What ``prepare_models`` gives."""
@@ -137,6 +141,8 @@ def prepare_api(
     if isinstance(model_t5, TextPart) and not isinstance(optional_models, OptionalModels):
         raise UserError("optional_models: must be the last of what prepare_models gave, which knows how it was loaded")
     text_encoder = text_encoder_of(model_t5, model_clip)
+    if origin and isinstance(optional_models, OptionalModels) and optional_models.has_text(text_encoder):
+        text_encoder = origin.parts.text_encoder  # of stills, which may have another one than clips
     its_patch, its_channels = _sizes(origin.parts.cfg if origin else getattr(model, "cfg", None))
 
     def api_fn(
