@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("acceleration", "opensora", "data_pipeline", "scripts", "launch", "tests")
-COPIED = (*OURS, "configs", "pyproject.toml")
+COPIED = (*OURS, "configs", "docs", "pyproject.toml")
 LIMIT_S = 300.0  # for one test
 
 
