@@ -716,10 +716,10 @@ TABLE: tuple[Mutation, ...] = (
         "tests/integration/test_script.py::test_the_documented_script_makes_the_files_of_the_command[1]",
     ),
     Mutation(
-        "a channel of another model is taken",
+        "channels of a token are taken for those of a latent",
         "opensora/inference/scripts/batch.py",
-        "if channel not in (its_channels, per_token):",
-        "if False:",
+        "per_token = its_channels * its_patch**2",
+        "per_token = its_channels",
         "tests/unit/test_script_interface.py::test_what_does_not_fit_costs_a_line[channels]",
     ),
     Mutation(

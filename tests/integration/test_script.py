@@ -118,7 +118,7 @@ STILLS = """
 from opensora.utils.sampling import SamplingOption, prepare_api, prepare_models
 model, model_ae, model_t5, model_clip, optional_models = prepare_models({cfg!r}, dtype="fp64")
 api_fn = prepare_api(optional_models["img_flux"], optional_models["img_flux_ae"], model_t5, model_clip, optional_models)
-option = SamplingOption(width=48, height=32, num_frames=1, num_steps=3, guidance=4.0, seed=7)
+option = SamplingOption(width={width}, height={height}, num_frames=1, num_steps=3, guidance=4.0, seed=7)
 still = api_fn(option, text="a cat")
 api_fn = prepare_api(model, model_ae, model_t5, model_clip, optional_models)
 clip = api_fn({option}, "i2v_head", text="a cat", ref={ref!r})
@@ -137,7 +137,11 @@ def test_the_models_of_text_to_image_to_video(folder: Path) -> None:
     made = folder / "still/video_32px"
     png = made / "generated_condition/sample_0000.png"
     option = f"SamplingOption({SIZE})"
-    script = STILLS.format(cfg=str(folder / "still.yaml"), option=option, ref=str(png), out=str(folder / "still.pt"))
+    width, height = Image.open(png).size
+    more = {"width": width, "height": height}
+    script = STILLS.format(
+        **more, cfg=str(folder / "still.yaml"), option=option, ref=str(png), out=str(folder / "still.pt")
+    )
     run_distributed(run_script, 1, script, init=False)
     still, clip = torch.load(folder / "still.pt")
     assert np.array_equal(to_uint8(still)[0, 0].numpy(), np.asarray(Image.open(png)))
