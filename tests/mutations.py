@@ -697,10 +697,10 @@ TABLE: tuple[Mutation, ...] = (
         "tests/unit/test_sampling_core.py::test_three_way_guidance",
     ),
     Mutation(
-        "a script's model is not told the scale",
+        "a script's model is told another scale",
         DENOISERS,
-        'if _reads(model, "guidance"):',
-        "if False:",
+        "torch.full((clips,), float(guidance)",
+        "torch.full((clips,), 2.0 * guidance",
         "tests/unit/test_golden_denoisers.py::test_every_step_is_the_published_one[i2v_plain]",
     ),
     Mutation(
