@@ -24,8 +24,9 @@ from tests.dist.harness import run_distributed
 
 SGD = OptimConfig(kind="sgd", lr=1e-3, clip_norm=0.5)
 SLOW = [pytest.mark.slow, pytest.mark.timeout(900)]
-QUICK = (1, Case(recompute="full"))
+QUICK = (1, Case(recompute="full", batches=1))
 MORE: list[tuple[int, Case]] = [
+    (1, Case(recompute="full")),
     (1, Case()),
     (1, Case(precision=FP64, recompute="selective", optim=SGD)),
     (1, Case(adapters=FEW, optim=SGD)),

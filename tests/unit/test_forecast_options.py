@@ -177,7 +177,7 @@ def test_what_takes_time() -> None:
 
 def test_references_are_coded_as_well() -> None:
     """By an autoencoder of convolutions, whose clips and stills take time."""
-    more = ("model.cond_embed=true", "vae={kind: flux2d}", "model.in_channels=64")
+    more = ("model.cond_embed=true", "vae={kind: flux2d}", "model.in_channels=16")
     plain, given = (forecast(1, *more, f"conditioning.references={kinds}") for kinds in ("{}", "{i2v_head: 1.0}"))
     assert given.encode_s == pytest.approx(plain.encode_s * 10 / 9, rel=1e-3)  # one frame more than nine
     assert given.encoding >= plain.encoding and given.memory.total >= plain.memory.total
