@@ -1,0 +1,230 @@
+"""Does a small model trained from nothing show its prompt, and go on from the frames that it is given?
+
+    python -m benchmarks.learns_i2v [--out outputs/learns_i2v] [--processes 1] [--seeds 4] [overrides]
+
+Renders the training clips, trains configs/train/shapes_i2v.yaml (at most an hour on two CPU cores), and samples clips of
+the (colour, shape, direction) combinations that training never saw: from their prompts alone (t2v), from prompt and first
+frame (i2v_head), first and last frame (i2v_loop), first or last 33 frames of 37 (v2v_head, v2v_tail). References are files
+of clips of these combinations, read back as anybody's would be.
+
+Judged from the files that were written, by ``data_pipeline.shapes.judge``, which shares no code with the renderer: colour,
+shape and direction are those of the table; of a clip with references all frames count, so an object that changes its
+colour or shape after the first frame is not what the judge's median says for long. What references give is compared with
+their own pixels: PSNR = 10 log10(255^2 / mean squared error) over the frames of a clip that are known; "kept" is the share
+of clips with 30 dB or more. Prints one table and one line for machines. A run that is in the output folder is continued,
+or only judged if it is finished.
+"""
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.shapes.judge import ASPECTS, Score, Verdict, judge_clip, match_files, read_clip, read_truths, score
+from opensora.utils.charts import contact_sheet
+from opensora.utils.files.video_writer import write_image
+
+ROOT = Path(__file__).resolve().parent.parent
+CLIPS, STILLS = 6000, 600
+LOOK = ["--sizes", "32x32", "--radius", "0.24,0.26", "--travel", "0.32,0.36", "--off-centre", "0.2"]
+TRAINING_LENGTHS = ",".join(["9"] * 15 + ["37"])  # one clip of 16 is long enough for v2v
+SAMPLING = ["sampling.resolution=32px", "sampling.aspect_ratio=1:1", "sampling.num_steps=30"]
+ENOUGH_DB = 30.0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way of sampling that is tried."""
+
+    cond_type: str
+    frames: int  # of the clip that is made, and of the clip that references are taken from
+    head: int  # first frames that are known
+    tail: int  # last ones
+
+
+KINDS = (
+    Kind("t2v", 9, 0, 0),
+    Kind("i2v_head", 9, 1, 0),
+    Kind("i2v_loop", 9, 1, 1),
+    Kind("v2v_head", 37, 33, 0),
+    Kind("v2v_tail", 37, 0, 33),
+)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """All clips of a kind."""
+
+    kind: Kind
+    score: Score
+    verdicts: list[Verdict]
+    truths: list[dict[str, str]]
+    decibels: dict[str, list[float]]  # of the frames known at either end, clip by clip
+
+    def kept(self, end: str) -> float:
+        """Share of clips whose known frames are those of the reference."""
+        return sum(value >= ENOUGH_DB for value in self.decibels[end]) / len(self.decibels[end])
+
+
+def main() -> None:
+    args = parse_arguments()
+    data, run = args.out / "data", args.out / "shapes_i2v"
+    if not (data / "train.csv").exists():
+        render(data, ["--clips", CLIPS, "--images", STILLS, "--durations", TRAINING_LENGTHS])
+    train = ["scripts/diffusion/train.py", "configs/train/shapes_i2v.yaml", f"output={args.out}"]
+    if not args.weights:
+        table = f"data.table={data / 'train.csv'}"
+        call(["bash", "launch/torchrun.sh", args.processes, *train, table, *args.overrides])
+    found = []
+    for kind in KINDS:
+        if args.only in ("", kind.cond_type):
+            table = data / "prompts_heldout.csv" if kind.cond_type == "t2v" else references(kind, args.out)
+            found.append(judge(kind, sample(kind, table, args.weights or run, args), table))
+    report(found, run, args)
+
+
+def render(folder: Path, words: Sequence[object]) -> None:
+    call([sys.executable, "-m", "data_pipeline.shapes", "--out", folder, *LOOK, *words])
+
+
+def references(kind: Kind, out: Path) -> Path:
+    """A table of prompts with references, of clips of kept-out combinations: 4 of each."""
+    clips = out / f"references_{kind.frames}"
+    if not (clips / "heldout.csv").exists():
+        render(clips, ["--clips", 0, "--images", 0, "--heldout", 4, "--durations", kind.frames])
+    table = clips / f"{kind.cond_type}.csv"
+    with (clips / "heldout.csv").open(newline="", encoding="utf-8") as file:
+        rows = [reference_row(row, clips / row["path"], kind) for row in csv.DictReader(file)]
+    with table.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return table
+
+
+def reference_row(row: dict[str, str], clip: Path, kind: Kind) -> dict[str, str]:
+    """A prompt with the files of its references; stills are cut from the clip, without loss."""
+    files = [clip]
+    if kind.head <= 1 and kind.tail <= 1:
+        frames, files = read_clip(clip), []
+        for end, index in ("first", 0), ("last", -1):
+            files.append(clip.with_name(f"{clip.stem}_{end}.png"))
+            write_image(files[-1], frames[index])
+    used = files if kind.head and kind.tail else files[:1]
+    named = {"name": clip.stem, "text": row["text"], "ref": ";".join(str(path.resolve()) for path in used)}
+    return named | {aspect: row[aspect] for aspect in ASPECTS}
+
+
+def sample(kind: Kind, table: Path, weights: Path, args: argparse.Namespace) -> Path:
+    """The folder of the clips."""
+    folder = args.out / "samples" / kind.cond_type
+    words = ["scripts/diffusion/inference.py", "configs/sample/demo.yaml", f"weights={weights}", f"prompt_csv={table}"]
+    guided = [f"sampling.guidance={args.guidance:g}", f"sampling.guidance_img={args.guidance_img:g}"]
+    how = [*SAMPLING, *guided, f"sampling.num_frames={kind.frames}", f"cond_type={kind.cond_type}", "crf=0"]
+    many = [f"num_sample={args.seeds if kind.frames == 9 else 1}", "batch_size=24"]
+    call(["bash", "launch/torchrun.sh", args.processes, *words, *how, *many, f"save_dir={folder}", "overwrite=true"])
+    return next(folder.glob("video_*"))
+
+
+def judge(kind: Kind, folder: Path, table: Path) -> Judged:
+    """What the files of a kind show, and how near known frames are to the references."""
+    pairs = match_files(folder, read_truths(table))
+    clips, truths = [read_clip(path) for path, _ in pairs], [truth for _, truth in pairs]
+    verdicts = [judge_clip(clip) for clip in clips]
+    decibels: dict[str, list[float]] = {}
+    for clip, truth in zip(clips, truths, strict=True):
+        for end, value in known_psnr(kind, clip, truth.get("ref", "")):
+            decibels.setdefault(end, []).append(value)
+    return Judged(kind, score(verdicts, truths), verdicts, truths, decibels)
+
+
+def known_psnr(kind: Kind, clip: np.ndarray, ref: str) -> Iterator[tuple[str, float]]:
+    """(end of the clip, PSNR of the frames that a reference gives there)."""
+    files = [read_clip(Path(path)) for path in ref.split(";") if path]
+    if kind.head:
+        yield "head", psnr(clip[: kind.head], files[0][: kind.head])
+    if kind.tail:
+        yield "tail", psnr(clip[-kind.tail :], files[-1][-kind.tail :])
+
+
+def psnr(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Decibels over all values of uint8 frames."""
+    error = np.square(found.astype(np.float64) - wanted.astype(np.float64)).mean()
+    return float(10 * np.log10(255.0**2 / max(error, 1e-10)))
+
+
+def report(found: Sequence[Judged], run: Path, args: argparse.Namespace) -> None:
+    """The table, where the gaps are, and one line for machines."""
+    for judged in found:
+        print_by_value(judged)
+    columns = [*ASPECTS, "all three"]
+    print(f"\n{'kind':<10}{'clips':>6}" + "".join(f"{name:>11}" for name in columns) + "   known frames")
+    line: dict[str, object] = {"benchmark": "learns_i2v"} | trained(run)
+    for judged in found:
+        shares = {aspect: judged.score.accuracy(aspect) for aspect in ASPECTS}
+        shares["all three"] = judged.score.all_three / judged.score.clips
+        ends = {
+            end: {"psnr": round(float(np.mean(values)), 1), "least": round(min(values), 1), "kept": judged.kept(end)}
+            for end, values in judged.decibels.items()
+        }
+        said = [f"{end} {one['psnr']:.1f} dB, {one['kept']:.0%} kept" for end, one in ends.items()]
+        print(
+            f"{judged.kind.cond_type:<10}{judged.score.clips:>6}"
+            + "".join(f"{shares[name]:>11.1%}" for name in columns)
+            + f"   {'; '.join(said)}"
+        )
+        rounded = {name.replace(" ", "_"): round(share, 4) for name, share in shares.items()}
+        line[judged.kind.cond_type] = {"clips": judged.score.clips, **rounded, **ends}
+    print(json.dumps(line))
+
+
+def trained(run: Path) -> dict[str, object]:
+    """Updates and minutes of the run, where it is one."""
+    if not (run / "metrics.jsonl").exists():
+        return {}
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "loss" in record]
+    seconds = sum(
+        record["time/step_s"] * (record["step"] - before["step"])
+        for before, record in zip([{"step": 0}, *steps], steps, strict=False)
+    )
+    return {"steps": steps[-1]["step"], "minutes": round(seconds / 60, 1), "loss": round(steps[-1]["loss"], 4)}
+
+
+def print_by_value(judged: Judged) -> None:
+    """Clips judged right of each colour, shape and direction."""
+    for aspect in ASPECTS:
+        shares = []
+        for value in sorted({truth[aspect] for truth in judged.truths}):
+            seen = [v for v, t in zip(judged.verdicts, judged.truths, strict=True) if t[aspect] == value]
+            shares.append(f"{value} {sum(getattr(v, aspect) == value for v in seen)}/{len(seen)}")
+        print(f"{judged.kind.cond_type:<10}{aspect:<11}{', '.join(shares)}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("outputs/learns_i2v"), help="folder to work in")
+    parser.add_argument("--weights", type=Path, help="judge these, a run or an export, and train nothing")
+    parser.add_argument("--processes", type=int, default=1, help="training and sampling processes")
+    parser.add_argument("--seeds", type=int, default=4, help="samples per prompt")
+    parser.add_argument("--only", default="", help="one kind, as cond_type names it")
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance-img", type=float, default=1.0)
+    parser.add_argument("overrides", nargs="*", help="section.key=value for the training")
+    return parser.parse_args()
+
+
+def call(words: Sequence[object]) -> None:
+    """Run a command of the README to its end."""
+    print("$", " ".join("python" if word == sys.executable else str(word) for word in words), flush=True)
+    subprocess.run([str(word) for word in words], cwd=ROOT, check=True)
+
+
+if __name__ == "__main__":
+    main()
