@@ -2,17 +2,17 @@
 
     python -m benchmarks.learns_i2v [--out outputs/learns_i2v] [--processes 1] [--seeds 4] [overrides]
 
-Renders the training clips, trains configs/train/shapes_i2v.yaml (at most an hour on two CPU cores), and samples clips of
-the (colour, shape, direction) combinations that training never saw: from their prompts alone (t2v), from prompt and first
-frame (i2v_head), first and last frame (i2v_loop), first or last 33 frames of 37 (v2v_head, v2v_tail). References are files
-of clips of these combinations, read back as anybody's would be.
+Renders the training clips, trains configs/train/shapes_i2v.yaml (at most an hour on two CPU cores), and samples clips
+of the (colour, shape, direction) combinations that training never saw: from their prompts alone (t2v), from prompt and
+first frame (i2v_head), first and last frame (i2v_loop), first or last 33 frames of 37 (v2v_head, v2v_tail). References
+are files of clips of these combinations, read back as anybody's would be.
 
-Judged from the files that were written, by ``data_pipeline.shapes.judge``, which shares no code with the renderer: colour,
-shape and direction are those of the table; of a clip with references all frames count, so an object that changes its
-colour or shape after the first frame is not what the judge's median says for long. What references give is compared with
-their own pixels: PSNR = 10 log10(255^2 / mean squared error) over the frames of a clip that are known; "kept" is the share
-of clips with 30 dB or more. Prints one table and one line for machines. A run that is in the output folder is continued,
-or only judged if it is finished.
+Clips are judged from the files that were written, by ``data_pipeline.shapes.judge``, which shares no code with the
+renderer. Direction is that of the whole clip. Colour and shape are those of the whole clip for t2v; where frames are
+known they have to stay, so only frames that the model made count: the four that are farthest from the reference. Known
+frames are compared with the reference's own pixels, PSNR = 10 log10(255^2 / mean squared error) over all of them, and
+are "kept" in a clip of 30 dB or more. Prints one table and one line for machines. A run that is in the output folder is
+continued, or only judged if it is finished.
 """
 
 import argparse
@@ -21,13 +21,17 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from safetensors import safe_open
 
 from data_pipeline.shapes.judge import ASPECTS, Score, Verdict, judge_clip, match_files, read_clip, read_truths, score
-from opensora.utils.charts import contact_sheet
+from opensora.config.load import load_config, save
+from opensora.config.run import SAVED_NAME, RunConfig
+from opensora.utils.files.digests import write_digests
+from opensora.utils.files.safetensors_files import SINGLE, write_weights
 from opensora.utils.files.video_writer import write_image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +40,7 @@ LOOK = ["--sizes", "32x32", "--radius", "0.24,0.26", "--travel", "0.32,0.36", "-
 TRAINING_LENGTHS = ",".join(["9"] * 15 + ["37"])  # one clip of 16 is long enough for v2v
 SAMPLING = ["sampling.resolution=32px", "sampling.aspect_ratio=1:1", "sampling.num_steps=30"]
 ENOUGH_DB = 30.0
+FAR_FRAMES = 4  # one latent frame
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,33 @@ def main() -> None:
             table = data / "prompts_heldout.csv" if kind.cond_type == "t2v" else references(kind, args.out)
             found.append(judge(kind, sample(kind, table, args.weights or run, args), table))
     report(found, run, args)
+    if args.ship:
+        ship(run / "exported", data / "prompts_heldout.csv", args.ship)
+
+
+def ship(exported: Path, prompts: Path, folder: Path) -> None:
+    """An export in bf16, with prompts of combinations that it never saw: what ``opensora/pretrained/shapes/`` holds."""
+    found: dict[str, str] = {}  # SHA-256 of every file
+    with safe_open(exported / SINGLE, "pt") as file:
+        metadata, names = file.metadata(), list(file.keys())
+        write_weights(folder, ((name, file.get_tensor(name).bfloat16()) for name in names), metadata, digests=found)
+    cfg = load_config(RunConfig, exported / SAVED_NAME)
+    usual = load_config(RunConfig, ROOT / "configs/train/shapes_i2v.yaml")
+    cfg = replace(cfg, output=usual.output, data=replace(cfg.data, table=usual.data.table))  # no place of this machine
+    found[SAVED_NAME] = save(cfg, folder / SAVED_NAME)
+    write_digests(folder, found)
+    with prompts.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["direction"] != "still"]
+    count = len({row["background"] for row in rows})  # which take turns
+    one_each = [row for turn, row in enumerate(rows) if turn % count == turn // count % count]
+    write_table(folder / "prompts.csv", one_each)
+
+
+def write_table(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def render(folder: Path, words: Sequence[object]) -> None:
@@ -101,10 +133,7 @@ def references(kind: Kind, out: Path) -> Path:
     table = clips / f"{kind.cond_type}.csv"
     with (clips / "heldout.csv").open(newline="", encoding="utf-8") as file:
         rows = [reference_row(row, clips / row["path"], kind) for row in csv.DictReader(file)]
-    with table.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(table, rows)
     return table
 
 
@@ -136,12 +165,26 @@ def judge(kind: Kind, folder: Path, table: Path) -> Judged:
     """What the files of a kind show, and how near known frames are to the references."""
     pairs = match_files(folder, read_truths(table))
     clips, truths = [read_clip(path) for path, _ in pairs], [truth for _, truth in pairs]
-    verdicts = [judge_clip(clip) for clip in clips]
+    verdicts = [verdict(kind, clip) for clip in clips]
     decibels: dict[str, list[float]] = {}
     for clip, truth in zip(clips, truths, strict=True):
         for end, value in known_psnr(kind, clip, truth.get("ref", "")):
             decibels.setdefault(end, []).append(value)
     return Judged(kind, score(verdicts, truths), verdicts, truths, decibels)
+
+
+def verdict(kind: Kind, clip: np.ndarray) -> Verdict:
+    """What a clip shows; colour and shape of frames that the model made, far from those that it was given."""
+    whole = judge_clip(clip)
+    if not kind.head and not kind.tail:
+        return whole
+    made = clip[kind.head : len(clip) - kind.tail]
+    if not kind.tail:
+        made = made[-FAR_FRAMES:]
+    elif not kind.head:
+        made = made[:FAR_FRAMES]
+    seen = judge_clip(made)
+    return replace(whole, colour=seen.colour, shape=seen.shape)
 
 
 def known_psnr(kind: Kind, clip: np.ndarray, ref: str) -> Iterator[tuple[str, float]]:
@@ -213,6 +256,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, help="judge these, a run or an export, and train nothing")
     parser.add_argument("--processes", type=int, default=1, help="training and sampling processes")
     parser.add_argument("--seeds", type=int, default=4, help="samples per prompt")
+    parser.add_argument("--ship", type=Path, help="then write the weights in bf16 to this folder")
     parser.add_argument("--only", default="", help="one kind, as cond_type names it")
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--guidance-img", type=float, default=1.0)

@@ -19,6 +19,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     # The public face of sampling under the name that people look for; nothing of ours imports it.
     "opensora.utils.sampling": ("opensora.sampling", "opensora.schedulers", "opensora.utils"),
     "opensora.utils": ("acceleration.files",),
+    "opensora.pretrained": (),
     "opensora.models": ("opensora.utils",),
     "opensora.schedulers": ("opensora.utils",),
     "opensora.datasets": ("opensora.utils",),
