@@ -30,6 +30,7 @@ from safetensors import safe_open
 from data_pipeline.shapes.judge import ASPECTS, Score, Verdict, judge_clip, match_files, read_clip, read_truths, score
 from opensora.config.load import load_config, save
 from opensora.config.run import SAVED_NAME, RunConfig
+from opensora.utils.charts import contact_sheet
 from opensora.utils.files.digests import write_digests
 from opensora.utils.files.safetensors_files import SINGLE, write_weights
 from opensora.utils.files.video_writer import write_image
@@ -40,6 +41,7 @@ LOOK = ["--sizes", "32x32", "--radius", "0.24,0.26", "--travel", "0.32,0.36", "-
 TRAINING_LENGTHS = ",".join(["9"] * 15 + ["37"])  # one clip of 16 is long enough for v2v
 SAMPLING = ["sampling.resolution=32px", "sampling.aspect_ratio=1:1", "sampling.num_steps=30"]
 ENOUGH_DB = 30.0
+SHOWN = {"t2v": 5, "i2v_head": 4}  # of a kind, on the sheet; of the others one
 FAR_FRAMES = 4  # one latent frame
 
 
@@ -68,8 +70,9 @@ class Judged:
 
     kind: Kind
     score: Score
+    clips: list[np.ndarray]  # (T, H, W, 3) uint8
     verdicts: list[Verdict]
-    truths: list[dict[str, str]]
+    truths: list[dict[str, str]]  # rows of the table that asked for them
     decibels: dict[str, list[float]]  # of the frames known at either end, clip by clip
 
     def kept(self, end: str) -> float:
@@ -91,7 +94,10 @@ def main() -> None:
         if args.only in ("", kind.cond_type):
             table = data / "prompts_heldout.csv" if kind.cond_type == "t2v" else references(kind, args.out)
             found.append(judge(kind, sample(kind, table, args.weights or run, args), table))
+            print_by_value(found[-1])
     report(found, run, args)
+    if args.sheet:
+        draw(found, args.sheet)
     if args.ship:
         ship(run / "exported", data / "prompts_heldout.csv", args.ship)
 
@@ -170,7 +176,7 @@ def judge(kind: Kind, folder: Path, table: Path) -> Judged:
     for clip, truth in zip(clips, truths, strict=True):
         for end, value in known_psnr(kind, clip, truth.get("ref", "")):
             decibels.setdefault(end, []).append(value)
-    return Judged(kind, score(verdicts, truths), verdicts, truths, decibels)
+    return Judged(kind, score(verdicts, truths), clips, verdicts, truths, decibels)
 
 
 def verdict(kind: Kind, clip: np.ndarray) -> Verdict:
@@ -202,10 +208,20 @@ def psnr(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(10 * np.log10(255.0**2 / max(error, 1e-10)))
 
 
-def report(found: Sequence[Judged], run: Path, args: argparse.Namespace) -> None:
-    """The table, where the gaps are, and one line for machines."""
+def draw(found: Sequence[Judged], path: Path) -> None:
+    """A few clips of every kind, evenly spaced through the tables and not chosen for what they show."""
+    rows, given = [], []
     for judged in found:
-        print_by_value(judged)
+        count = SHOWN.get(judged.kind.cond_type, 1)
+        for index in np.linspace(0, len(judged.clips) - 1, count + 2).round().astype(int)[1:-1]:
+            truth = judged.truths[index]
+            rows.append((f"{judged.kind.cond_type}: {truth['text']}", judged.clips[index]))
+            given.append([read_clip(Path(one))[0] for one in truth.get("ref", "").split(";") if one])
+    contact_sheet(rows, path, frame_height=48, references=given)
+
+
+def report(found: Sequence[Judged], run: Path, args: argparse.Namespace) -> None:
+    """The table, and one line for machines."""
     columns = [*ASPECTS, "all three"]
     print(f"\n{'kind':<10}{'clips':>6}" + "".join(f"{name:>11}" for name in columns) + "   known frames")
     line: dict[str, object] = {"benchmark": "learns_i2v"} | trained(run)
@@ -241,7 +257,7 @@ def trained(run: Path) -> dict[str, object]:
 
 
 def print_by_value(judged: Judged) -> None:
-    """Clips judged right of each colour, shape and direction."""
+    """Clips judged right of each colour, shape and direction: where the gap is, if there is one."""
     for aspect in ASPECTS:
         shares = []
         for value in sorted({truth[aspect] for truth in judged.truths}):
@@ -256,6 +272,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, help="judge these, a run or an export, and train nothing")
     parser.add_argument("--processes", type=int, default=1, help="training and sampling processes")
     parser.add_argument("--seeds", type=int, default=4, help="samples per prompt")
+    parser.add_argument("--sheet", type=Path, help="then draw a few clips of every kind to this .png")
     parser.add_argument("--ship", type=Path, help="then write the weights in bf16 to this folder")
     parser.add_argument("--only", default="", help="one kind, as cond_type names it")
     parser.add_argument("--guidance", type=float, default=3.0)
