@@ -150,6 +150,7 @@ OPTIONS = {
     r"tests\.layout_table": "ulysses_2",
     r"benchmarks\.learns_shapes": "train.steps=4 'data.buckets={32px:{9:[1.0,4]}}' optim.warmup_steps=0 --seeds 1",
     r"benchmarks\.learns_i2v": "train.steps=4 'data.buckets={32px:{9:[1.0,4]}}' optim.warmup_steps=0 --seeds 1",
+    r"benchmarks\.recipes": "--minutes 0.02 --only shapes_i2v",
     r"benchmarks\.memory": "--processes 1,2 --width 64",
     r"benchmarks\.step_caches": "--clips 1 --steps 4",
     r"benchmarks\.step_times": "--steps 24 --copies 8",
