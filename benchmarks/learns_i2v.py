@@ -4,7 +4,7 @@
 
 Trains configs/train/shapes_i2v.yaml in two runs, at most an hour of one CPU core together: from nothing on clips whose
 shapes are near the middle, which shows a small model soon what shapes and motions are, then from there on clips whose
-shapes are anywhere, where a first frame says more than the prompt. It then samples clips of the (colour, shape,
+shapes are in more places, where a first frame says more than the prompt. It then samples clips of the (colour, shape,
 direction) combinations that training never saw: from their prompts alone (t2v), from prompt and first frame (i2v_head),
 first and last frame (i2v_loop), first or last 33 frames of 37 (v2v_head, v2v_tail). References are files of clips of
 these combinations, read back as anybody's would be.
@@ -41,13 +41,13 @@ from opensora.utils.files.video_writer import write_image
 ROOT = Path(__file__).resolve().parent.parent
 CLIPS, STILLS = 6000, 600
 NEAR = ["--radius", "0.24,0.26", "--travel", "0.32,0.36", "--off-centre", "0.2"]
-ANYWHERE = ["--radius", "0.20,0.25", "--travel", "0.20,0.36", "--off-centre", "1.0"]
+FREER = ["--radius", "0.23,0.26", "--travel", "0.22,0.34", "--off-centre", "0.6"]
 NEAR_RUN = ["name=near", "train.steps=7600", "optim.lr=3e-3", "optim.warmup_steps=200"]
 TRAINING_LENGTHS = ",".join(["9"] * 15 + ["37"])  # one clip of 16 is long enough for v2v
 SAMPLING = ["sampling.resolution=32px", "sampling.aspect_ratio=1:1", "sampling.num_steps=30"]
 ENOUGH_DB = 30.0
 NEAR_ENOUGH = 3.0  # pixels
-SHOWN = {"t2v": 5, "i2v_head": 4}  # of a kind, on the sheet; of the others one
+SHOWN = {"t2v": 5, "i2v_head": 4}  # on the sheet, of the kinds that are sampled with all seeds; one of the others
 FAR_FRAMES = 4  # one latent frame
 
 
@@ -97,7 +97,7 @@ def main() -> None:
     data, run = args.out / "data", args.out / "shapes_i2v"
     lengths = ["--clips", CLIPS, "--images", STILLS, "--durations", TRAINING_LENGTHS]
     if not (data / "train.csv").exists():
-        render(data, [*ANYWHERE, *lengths])
+        render(data, [*FREER, *lengths])
     if not args.weights:
         if not (args.out / "data_near" / "train.csv").exists():
             render(args.out / "data_near", [*NEAR, *lengths])
@@ -156,7 +156,7 @@ def references(kind: Kind, out: Path) -> Path:
     """A table of prompts with references, of clips of kept-out combinations: 4 of each."""
     clips = out / f"references_{kind.frames}"
     if not (clips / "heldout.csv").exists():
-        render(clips, [*ANYWHERE, "--clips", 0, "--images", 0, "--heldout", 4, "--durations", kind.frames])
+        render(clips, [*FREER, "--clips", 0, "--images", 0, "--heldout", 4, "--durations", kind.frames])
     table = clips / f"{kind.cond_type}.csv"
     with (clips / "heldout.csv").open(newline="", encoding="utf-8") as file:
         rows = [reference_row(row, clips / row["path"], kind) for row in csv.DictReader(file)]
@@ -183,7 +183,7 @@ def sample(kind: Kind, table: Path, weights: Path, args: argparse.Namespace) -> 
     words = ["scripts/diffusion/inference.py", "configs/sample/demo.yaml", f"weights={weights}", f"prompt_csv={table}"]
     guided = [f"sampling.guidance={args.guidance:g}", f"sampling.guidance_img={args.guidance_img:g}"]
     how = [*SAMPLING, *guided, f"sampling.num_frames={kind.frames}", f"cond_type={kind.cond_type}", "crf=0"]
-    many = [f"num_sample={args.seeds if kind.frames == 9 else 1}", "batch_size=24"]
+    many = [f"num_sample={args.seeds if kind.cond_type in SHOWN else 1}", "batch_size=24"]
     call(["bash", "launch/torchrun.sh", args.processes, *words, *how, *many, f"save_dir={folder}", "overwrite=true"])
     return next(folder.glob("video_*"))
 
