@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.learns_i2v import FREER, CLIPS, render
+from benchmarks.learns_i2v import CLIPS, FREER, render
 from data_pipeline.shapes.judge import ASPECTS, Score, judge_clip, match_files, read_clip, read_truths, score
 
 ROOT = Path(__file__).resolve().parent.parent
