@@ -3,11 +3,11 @@
     python -m benchmarks.learns_i2v [--out outputs/learns_i2v] [--processes 1] [--seeds 4] [overrides]
 
 Trains configs/train/shapes_i2v.yaml in two runs, at most an hour of one CPU core together: from nothing on clips whose
-shapes are near the middle, which shows a small model soon what shapes and motions are, then from there on clips whose
-shapes are in more places, where a first frame says more than the prompt. It then samples clips of the (colour, shape,
-direction) combinations that training never saw: from their prompts alone (t2v), from prompt and first frame (i2v_head),
-first and last frame (i2v_loop), first or last 33 frames of 37 (v2v_head, v2v_tail). References are files of clips of
-these combinations, read back as anybody's would be.
+shapes are near the middle, which shows a small model soon what shapes and motions are, then from there with a quarter
+of clips whose shapes are in more places ("freer"), of which a first frame says more than the prompt. It then samples
+clips of the (colour, shape, direction) combinations that training never saw: from their prompts alone (t2v), from
+prompt and first frame (i2v_head), first and last frame (i2v_loop), first or last 33 frames of 37 (v2v_head, v2v_tail).
+References are files of clips of these combinations, read back as anybody's would be.
 
 Clips are judged from the files that were written, by ``data_pipeline.shapes.judge``, which shares no code with the
 renderer. Direction is that of the whole clip. Colour and shape are those of the whole clip for t2v; where frames are
@@ -40,8 +40,11 @@ from opensora.utils.files.video_writer import write_image
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIPS, STILLS = 6000, 600
-NEAR = ["--radius", "0.24,0.26", "--travel", "0.32,0.36", "--off-centre", "0.2"]
-FREER = ["--radius", "0.23,0.26", "--travel", "0.22,0.34", "--off-centre", "0.6"]
+LOOKS = {  # where shapes are, and how far they move
+    "near": ["--radius", "0.24,0.26", "--travel", "0.32,0.36", "--off-centre", "0.2"],
+    "freer": ["--radius", "0.23,0.26", "--travel", "0.22,0.34", "--off-centre", "0.6"],
+}
+FREER_SHARE = 3  # in the second run there are so many times fewer clips of them
 NEAR_RUN = ["name=near", "train.steps=7600", "optim.lr=3e-3", "optim.warmup_steps=200"]
 TRAINING_LENGTHS = ",".join(["9"] * 15 + ["37"])  # one clip of 16 is long enough for v2v
 SAMPLING = ["sampling.resolution=32px", "sampling.aspect_ratio=1:1", "sampling.num_steps=30"]
@@ -59,11 +62,18 @@ class Kind:
     frames: int  # of the clip that is made, and of the clip that references are taken from
     head: int  # first frames that are known
     tail: int  # last ones
+    look: str = "near"  # of the clips that references are taken from
+
+    @property
+    def name(self) -> str:
+        """As the tables have it."""
+        return self.cond_type if self.look == "near" else f"{self.cond_type}, {self.look}"
 
 
 KINDS = (
     Kind("t2v", 9, 0, 0),
     Kind("i2v_head", 9, 1, 0),
+    Kind("i2v_head", 9, 1, 0, "freer"),
     Kind("i2v_loop", 9, 1, 1),
     Kind("v2v_head", 37, 33, 0),
     Kind("v2v_tail", 37, 0, 33),
@@ -94,26 +104,26 @@ class Judged:
 
 def main() -> None:
     args = parse_arguments()
-    data, run = args.out / "data", args.out / "shapes_i2v"
-    lengths = ["--clips", CLIPS, "--images", STILLS, "--durations", TRAINING_LENGTHS]
-    if not (data / "train.csv").exists():
-        render(data, [*FREER, *lengths])
+    near, freer, run = args.out / "data_near", args.out / "data_freer", args.out / "shapes_i2v"
+    for folder, look, share in (near, "near", 1), (freer, "freer", FREER_SHARE):
+        if not (folder / "train.csv").exists():
+            many = ["--clips", CLIPS // share, "--images", STILLS // share]
+            render(folder, [*LOOKS[look], *many, "--durations", TRAINING_LENGTHS])
     if not args.weights:
-        if not (args.out / "data_near" / "train.csv").exists():
-            render(args.out / "data_near", [*NEAR, *lengths])
-        train(args, [f"data.table={args.out / 'data_near' / 'train.csv'}", *NEAR_RUN])
-        train(args, [f"data.table={data / 'train.csv'}", f"train.init_from={args.out / 'near' / 'exported'}"])
+        train(args, [f"data.table={near / 'train.csv'}", *NEAR_RUN])
+        both = f"data.table=[{near / 'train.csv'},{freer / 'train.csv'}]"
+        train(args, [both, f"train.init_from={args.out / 'near' / 'exported'}"])
     found = []
     for kind in KINDS:
         if args.only in ("", kind.cond_type):
-            table = data / "prompts_heldout.csv" if kind.cond_type == "t2v" else references(kind, args.out)
+            table = near / "prompts_heldout.csv" if kind.cond_type == "t2v" else references(kind, args.out)
             found.append(judge(kind, sample(kind, table, args.weights or run, args), table))
             print_by_value(found[-1])
     report(found, run, args)
     if args.sheet:
         draw(found, args.sheet)
     if args.ship:
-        ship(run / "exported", data / "prompts_heldout.csv", args.ship)
+        ship(run / "exported", near / "prompts_heldout.csv", args.ship)
 
 
 def ship(exported: Path, prompts: Path, folder: Path) -> None:
@@ -154,9 +164,9 @@ def train(args: argparse.Namespace, words: Sequence[str]) -> None:
 
 def references(kind: Kind, out: Path) -> Path:
     """A table of prompts with references, of clips of kept-out combinations: 4 of each."""
-    clips = out / f"references_{kind.frames}"
+    clips = out / f"references_{kind.look}_{kind.frames}"
     if not (clips / "heldout.csv").exists():
-        render(clips, [*FREER, "--clips", 0, "--images", 0, "--heldout", 4, "--durations", kind.frames])
+        render(clips, [*LOOKS[kind.look], "--clips", 0, "--images", 0, "--heldout", 4, "--durations", kind.frames])
     table = clips / f"{kind.cond_type}.csv"
     with (clips / "heldout.csv").open(newline="", encoding="utf-8") as file:
         rows = [reference_row(row, clips / row["path"], kind) for row in csv.DictReader(file)]
@@ -179,7 +189,7 @@ def reference_row(row: dict[str, str], clip: Path, kind: Kind) -> dict[str, str]
 
 def sample(kind: Kind, table: Path, weights: Path, args: argparse.Namespace) -> Path:
     """The folder of the clips."""
-    folder = args.out / "samples" / kind.cond_type
+    folder = args.out / "samples" / kind.name.replace(", ", "_")
     words = ["scripts/diffusion/inference.py", "configs/sample/demo.yaml", f"weights={weights}", f"prompt_csv={table}"]
     guided = [f"sampling.guidance={args.guidance:g}", f"sampling.guidance_img={args.guidance_img:g}"]
     how = [*SAMPLING, *guided, f"sampling.num_frames={kind.frames}", f"cond_type={kind.cond_type}", "crf=0"]
@@ -251,7 +261,7 @@ def draw(found: Sequence[Judged], path: Path) -> None:
         count = SHOWN.get(judged.kind.cond_type, 1)
         for index in np.linspace(0, len(judged.clips) - 1, count + 2).round().astype(int)[1:-1]:
             truth = judged.truths[index]
-            rows.append((f"{judged.kind.cond_type}: {truth['text']}", judged.clips[index]))
+            rows.append((f"{judged.kind.name}: {truth['text']}", judged.clips[index]))
             given.append([read_clip(Path(one))[0] for one in truth.get("ref", "").split(";") if one])
     contact_sheet(rows, path, frame_height=48, references=given)
 
@@ -259,8 +269,8 @@ def draw(found: Sequence[Judged], path: Path) -> None:
 def report(found: Sequence[Judged], run: Path, args: argparse.Namespace) -> None:
     """The table, and one line for machines."""
     columns = [*ASPECTS, "all three"]
-    print(f"\n{'kind':<10}{'clips':>6}" + "".join(f"{name:>11}" for name in columns) + "   from references")
-    line: dict[str, object] = {"benchmark": "learns_i2v"} | trained(run)
+    print(f"\n{'kind':<16}{'clips':>6}" + "".join(f"{name:>11}" for name in columns) + "   from references")
+    line: dict[str, object] = {"benchmark": "learns_i2v"} | trained([run.with_name("near"), run])
     for judged in found:
         shares = {aspect: judged.score.accuracy(aspect) for aspect in ASPECTS}
         shares["all three"] = judged.score.all_three / judged.score.clips
@@ -273,26 +283,29 @@ def report(found: Sequence[Judged], run: Path, args: argparse.Namespace) -> None
             said.append(f"{judged.goes_on:.1%} go on")
             shares["goes on"] = judged.goes_on
         print(
-            f"{judged.kind.cond_type:<10}{judged.score.clips:>6}"
+            f"{judged.kind.name:<16}{judged.score.clips:>6}"
             + "".join(f"{shares[name]:>11.1%}" for name in columns)
             + f"   {'; '.join(said)}"
         )
         rounded = {name.replace(" ", "_"): round(share, 4) for name, share in shares.items()}
-        line[judged.kind.cond_type] = {"clips": judged.score.clips, **rounded, **ends}
+        line[judged.kind.name] = {"clips": judged.score.clips, **rounded, **ends}
     print(json.dumps(line))
 
 
-def trained(run: Path) -> dict[str, object]:
-    """Updates and minutes of the run, where it is one."""
-    if not (run / "metrics.jsonl").exists():
-        return {}
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [record for record in records if "loss" in record]
-    seconds = sum(
-        record["time/step_s"] * (record["step"] - before["step"])
-        for before, record in zip([{"step": 0}, *steps], steps, strict=False)
-    )
-    return {"steps": steps[-1]["step"], "minutes": round(seconds / 60, 1), "loss": round(steps[-1]["loss"], 4)}
+def trained(runs: Sequence[Path]) -> dict[str, object]:
+    """Updates and minutes of the runs that are there, and the last loss."""
+    steps, seconds, loss = 0, 0.0, 0.0
+    for run in runs:
+        if not (run / "metrics.jsonl").exists():
+            continue
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses = [record for record in records if "loss" in record]
+        seconds += sum(
+            record["time/step_s"] * (record["step"] - before["step"])
+            for before, record in zip([{"step": 0}, *losses], losses, strict=False)
+        )
+        steps, loss = steps + losses[-1]["step"], losses[-1]["loss"]
+    return {"steps": steps, "minutes": round(seconds / 60, 1), "loss": round(loss, 4)} if steps else {}
 
 
 def print_by_value(judged: Judged) -> None:
@@ -302,7 +315,7 @@ def print_by_value(judged: Judged) -> None:
         for value in sorted({truth[aspect] for truth in judged.truths}):
             seen = [v for v, t in zip(judged.verdicts, judged.truths, strict=True) if t[aspect] == value]
             shares.append(f"{value} {sum(getattr(v, aspect) == value for v in seen)}/{len(seen)}")
-        print(f"{judged.kind.cond_type:<10}{aspect:<11}{', '.join(shares)}")
+        print(f"{judged.kind.name:<16}{aspect:<11}{', '.join(shares)}")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.learns_i2v import CLIPS, FREER, render
+from benchmarks.learns_i2v import CLIPS, LOOKS, render
 from data_pipeline.shapes.judge import ASPECTS, Score, judge_clip, match_files, read_clip, read_truths, score
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +32,7 @@ def main() -> None:
     args = parse_arguments()
     rows = []
     if not (args.out / "data" / "train.csv").exists():
-        render(args.out / "data", [*FREER, "--clips", CLIPS, "--images", 0, "--durations", 9])
+        render(args.out / "data", [*LOOKS["freer"], "--clips", CLIPS, "--images", 0, "--durations", 9])
     for name in [args.only] if args.only else RECIPES:
         table = f"data.table={args.out / 'data' / 'train.csv'}"
         words = [*RECIPES[name], table, "parallel.mesh.ulysses=1", *args.overrides]
