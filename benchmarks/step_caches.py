@@ -1,12 +1,13 @@
 """What step caches save and what they cost: seconds a clip, and PSNR and SSIM against sampling without one.
 
-    python -m benchmarks.step_caches outputs/demo/demo [--clips 8] [--steps 50] [--only KIND] [--ratios] [overrides]
+    python -m benchmarks.step_caches [RUN] [--clips 8] [--steps 50] [--only KIND] [--ratios] [overrides]
 
-The run folder, or export, is of a trained model: what an untrained one does from step to step says nothing. Every cache
-samples the same prompts and seeds, one clip at a time, and each is timed between two runs without a cache, so that
-the speed-up is a ratio of neighbours; on a CPU in processor time, which a busy machine does not stretch. PSNR is
-10 log10(4 / mean squared error) in [-1, 1], SSIM that of Wang et al. (2004), both means over clips. ``--ratios``
-measures what MagCache is calibrated with, and adds it. The last line is JSON.
+RUN is the run folder, or export, of a trained model, as what an untrained one does from step to step says nothing;
+without one it is the model of the rendered shapes that comes with the package. Every cache samples the same prompts and
+seeds, one clip at a time, and each is timed between two runs without a cache, so that the speed-up is a ratio of
+neighbours; on a CPU in processor time, which a busy machine does not stretch. PSNR is 10 log10(4 / mean squared error)
+in [-1, 1], SSIM that of Wang et al. (2004), both means over clips. ``--ratios`` measures what MagCache is calibrated
+with, and adds it. The last line is JSON.
 """
 
 import argparse
@@ -15,7 +16,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ from opensora.inference.find import find_source
 from opensora.inference.load import load_components
 from opensora.inference.pipeline import build_api, fit
 from opensora.models.layers.stages import Stage, Streams, run_in_order
+from opensora.pretrained import SHAPES as PRETRAINED
 from opensora.sampling.caches import (
     CacheConfig,
     DBCache,
@@ -201,13 +202,17 @@ def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step_caches", description=__doc__.splitlines()[0])
-    parser.add_argument("weights", type=Path, help="run folder, export folder or safetensors file")
+    parser.add_argument("weights", nargs="?", help="run folder, export folder or safetensors file; default: ours")
     parser.add_argument("--clips", type=int, default=8, help="how many, each with a prompt and seed of its own")
     parser.add_argument("--prompts", nargs="*", help="in place of captions of the rendered shapes")
     parser.add_argument("--steps", type=int, default=50, help="of the solver")
     parser.add_argument("--only", choices=sorted({cache.kind for cache in CACHES}), help="this kind alone")
     parser.add_argument("--ratios", action="store_true", help="calibrate MagCache, and measure it")
     args, overrides = parser.parse_known_args(argv)
+    if args.weights and "=" in args.weights:  # an override, and no weights before it
+        overrides.insert(0, args.weights)
+        args.weights = None
+    args.weights = args.weights or PRETRAINED
     args.overrides = overrides
     if args.clips < 1 or args.steps < 2:
         raise UserError("--clips must be at least 1, --steps at least 2")

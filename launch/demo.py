@@ -28,6 +28,14 @@ MEASURED_STEPS = 10
 FIRST_LAYOUT = "ZeRO 3, Ulysses 2, gradient checkpointing"
 SECOND_LAYOUT = "ZeRO 2, two data-parallel processes, no gradient checkpointing"
 OTHER_LAYOUT = ["parallel.zero=2", "parallel.mesh.ulysses=1", "parallel.recompute.kind=none"]
+PRETRAINED_PROMPTS = "opensora/pretrained/shapes/prompts.csv"
+STILL_PROMPT = "a red square on a gray background"
+CLIP_OF_STILL = {
+    "text": "a red square moves right on a gray background",
+    "colour": "red",
+    "shape": "square",
+    "direction": "right",
+}
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -49,6 +57,7 @@ def main() -> None:
     out.mkdir(parents=True)
     (out / MARK).touch()
     demo = Demo(out)
+    demo.sample_pretrained()
     if args.videos:
         table = demo.index_videos(args.videos)
         prompts = demo.prompts_of(table)
@@ -56,7 +65,7 @@ def main() -> None:
         table, prompts = demo.render_shapes(), out / "data" / "demo_prompts.csv"
     overrides.append(f"data.table={table}")
 
-    demo.deadline = time.monotonic() + 60 * args.minutes
+    demo.deadline = time.monotonic() + 60 * args.minutes - demo.pretrained_s
     if args.steps:
         schedule = Schedule(first=max(10, int(FIRST_SHARE * args.steps)), total=args.steps)
     else:
@@ -84,7 +93,9 @@ class Demo:
         self.out = out
         self.run = out / "demo"
         self.started = time.monotonic()
-        self.deadline = self.started  # of everything after the data
+        self.deadline = self.started  # of everything but the data
+        self.pretrained = out / "pretrained"
+        self.pretrained_s = 0.0  # what its samples took
         self.speeds: tuple[Speed, Speed] | None = None  # of both layouts, where they were measured
         self.titles: list[tuple[float, str]] = []
 
@@ -138,6 +149,20 @@ class Demo:
             f"this command alone goes on with: {shown}",
             f"the whole demo begins anew, with an empty {self.out}: {again}",
         )
+
+    def sample_pretrained(self) -> None:
+        """What a trained model makes: clips of prompts, a still, and a clip that goes on from this still."""
+        began = time.monotonic()
+        sample = [*TORCHRUN, "1", "scripts/diffusion/inference.py", "configs/sample/shapes.yaml"]
+        self.say("Sampling from the small model that comes with the package: text to video")
+        self.command([*sample, f"prompt_csv={PRETRAINED_PROMPTS}", f"save_dir={self.pretrained / 't2v'}"])
+        self.say("A still of its own, and image to video from this still")
+        stills = self.pretrained / "still"
+        self.command([*sample, "--prompt", STILL_PROMPT, "sampling.num_frames=1", f"save_dir={stills}"])
+        row = {"name": "from_still", "ref": str(next(stills.glob("image_*/sample*.png"))), **CLIP_OF_STILL}
+        table = write_rows(self.pretrained / "i2v.csv", [row])
+        self.command([*sample, f"prompt_csv={table}", "cond_type=i2v_head", f"save_dir={self.pretrained / 'i2v'}"])
+        self.pretrained_s = time.monotonic() - began
 
     def render_shapes(self) -> Path:
         self.say("Rendering captioned clips and stills of moving shapes")
@@ -222,13 +247,13 @@ class Demo:
 
     def summarise(self, prompts: Path, *, judged: bool) -> None:
         self.say("Summary")
-        verdict = ""
+        verdict = "not judged: only the rendered shapes have a judge; look at the contact sheet\n"
         if judged:
-            words = [sys.executable, "-m", "data_pipeline.shapes.judge", self.videos(), "--table", prompts]
-            judge = [str(word) for word in words]
-            verdict = subprocess.run(judge, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        else:
-            verdict = "not judged: only the rendered shapes have a judge; look at the contact sheet\n"
+            verdict = self.judged(self.videos(), prompts)
+        of_pretrained = [
+            ("text to video", self.judged(self.pretrained / "t2v", ROOT / PRETRAINED_PROMPTS)),
+            ("image to video", self.judged(self.pretrained / "i2v", self.pretrained / "i2v.csv")),
+        ]
         records = read_records(self.run / "metrics.jsonl")
         lines = [
             f"loss            {records[0]['loss']:.3f} at step {records[0]['step']}, "
@@ -237,15 +262,23 @@ class Demo:
             *self.bucket_use(records),
             f"loss curve      {self.out / 'loss.png'}",
             f"contact sheet   {self.videos() / 'contact_sheet.png'}",
+            *(f"of the package  {sheet}" for sheet in sorted(self.pretrained.glob("*2v/*/contact_sheet.png"))),
             *(f"video           {path}" for path in sorted(self.videos().glob("*.mp4"))),
             f"run             {self.run} (config.yaml, metrics.jsonl, checkpoints/, exported/)",
             *(f"{seconds:8.0f} s     {title}" for seconds, title in self.titles),
             f"in all          {self.clock()} minutes",
         ]
-        text = "\n".join([*lines, "", "What the samples show:", verdict])
+        shown = [f"What the samples show:\n{verdict}"]
+        shown += [f"What the model that comes with the package shows, {kind}:\n{said}" for kind, said in of_pretrained]
+        text = "\n".join([*lines, "", *shown])
         (self.out / "summary.txt").write_text(text)
         print(text)
         print(f"This summary is {self.out / 'summary.txt'}")
+
+    def judged(self, videos: Path, table: Path) -> str:
+        """What the judge of the rendered shapes says of a folder of clips."""
+        words = [sys.executable, "-m", "data_pipeline.shapes.judge", videos, "--table", table]
+        return subprocess.run(list(map(str, words)), cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
     def bucket_use(self, records: list[dict[str, Any]]) -> list[str]:
         """How many samples of every bucket the updates consumed, a sample counted in every epoch."""

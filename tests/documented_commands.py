@@ -121,7 +121,7 @@ SMALLER = (
     (r"(--media|--videos) \S+", r"\1 my_videos"),
     (r"\b(RUN_FOLDER|RUN)$", "outputs/first"),
     (r"\b(RUN_FOLDER|RUN) ", "outputs/first "),
-    (r"(benchmarks\.step_caches) \S+", r"\1 outputs/first"),
+    (r"(benchmarks\.step_caches) (?!-)\S+", r"\1 outputs/first"),
     (r"\bDIR\b", "my_clips"),
     (r"data\.table=(TABLE|outputs/\S+)", "data.table=clips.csv"),
     (r"--clips \d+ --images \d+", "--clips 24 --images 8"),
@@ -149,6 +149,9 @@ OPTIONS = {
     r"launch/demo\.sh --videos": "--steps 40 --out outputs/demo_clips",
     r"tests\.layout_table": "ulysses_2",
     r"benchmarks\.learns_shapes": "train.steps=4 'data.buckets={32px:{9:[1.0,4]}}' optim.warmup_steps=0 --seeds 1",
+    r"benchmarks\.learns_i2v": "train.steps=4 'data.buckets={32px:{9:[1.0,4]}}' optim.warmup_steps=0 --seeds 1 "
+    "--only t2v",
+    r"benchmarks\.recipes": "--minutes 0.02 --only shapes_i2v",
     r"benchmarks\.memory": "--processes 1,2 --width 64",
     r"benchmarks\.step_caches": "--clips 1 --steps 4",
     r"benchmarks\.step_times": "--steps 24 --copies 8",
@@ -201,6 +204,7 @@ def prepare(folder: Path) -> Path:
     prompts = "text,name\na red circle moves left on a black background,red_circle_left_black\n"
     (clone / "prompts.csv").write_text(prompts, encoding="utf-8")
     Image.new("RGB", (40, 30), "orange").save(clone / "cat.png")
+    shutil.copy(clone / "cat.png", clone / "circle.png")
     (clone / "references.csv").write_text("text,ref\na red circle,cat.png\na blue square,\n", encoding="utf-8")
     (clone / "lines.txt").write_text("seed=1\nseed=2\n", encoding="utf-8")
     return clone

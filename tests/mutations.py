@@ -1079,6 +1079,27 @@ TABLE: tuple[Mutation, ...] = (
         "tests/dist/test_step_caches.py::test_weights_are_gathered_where_somebody_computes",
     ),
     Mutation(
+        "references of a contact sheet drawn over one another",
+        "opensora/utils/charts.py",
+        "left += image.width + MARGIN",
+        "left += image.width",
+        "tests/unit/test_logging.py::test_references_stand_framed_beside_their_clips",
+    ),
+    Mutation(
+        "a contact sheet without what clips were made from",
+        "opensora/inference/save.py",
+        "sheet = self._write_sheet(rows, given if any(given) else ())",
+        "sheet = self._write_sheet(rows, ())",
+        "tests/dist/test_saving_samples.py::test_the_sheet_shows_what_clips_were_made_from",
+    ),
+    Mutation(
+        "a model that is told nothing of its references",
+        "opensora/inference/pipeline.py",
+        "reference=given.reference.to(x) * given.known[:, None] if given else None,",
+        "reference=given.reference.to(x) * 0 if given else None,",
+        "tests/unit/test_shipped_model.py::test_clips_go_on_from_their_first_frames",
+    ),
+    Mutation(
         "prompts encoded together",
         "opensora/models/text/row_by_row.py",
         "if rows == 1:",

@@ -20,6 +20,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "opensora.utils.inference": ("opensora.utils",),
     "opensora.utils.sampling": ("opensora.sampling", "opensora.schedulers", "opensora.utils"),
     "opensora.utils": ("acceleration.files",),
+    "opensora.pretrained": (),
     "opensora.models": ("opensora.utils",),
     "opensora.schedulers": ("opensora.utils",),
     "opensora.datasets": ("opensora.utils",),

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from acceleration.distributed.mesh import Mesh
 from opensora.assembly.components import Components
+from opensora.conditioning.references import Part
 from opensora.config.run import SampleConfig
 from opensora.inference.prompts import SHEET, Job, final_prompt, with_names
+from opensora.inference.references import read_part, split
 from opensora.inference.watermark import read_watermark
 from opensora.utils import signal_handler
 from opensora.utils.charts import contact_sheet
@@ -122,7 +124,8 @@ class Saver:
         self._writes = parts.mesh.is_first_of_sample
         self._option, self._overwrite, self._parts = cfg.sampling, cfg.overwrite, parts
         self._crf, self._mark = cfg.crf, read_watermark(cfg.watermark)
-        self._written: list[tuple[str, str, NDArray[np.uint8]]] = []  # file, prompt, a few small frames
+        # file, prompt, a few small frames, what they were made from
+        self._written: list[tuple[str, str, NDArray[np.uint8], list[NDArray[np.uint8]]]] = []
 
     def save(self, jobs: Sequence[Job], pixels: Tensor) -> None:
         """Write one clip per job from pixels (B, 3, T, H, W) in [-1, 1].
@@ -139,7 +142,8 @@ class Saver:
                 told = {"suffix": self._parts.prompt_suffix, "published": self._parts.published_prompts}
                 prompt = final_prompt(job.text, self._option, **told)
                 write_whole(path.with_suffix(".txt"), partial(_write_line, prompt))
-            self._written.append((str(path), job.text, _thumbnails(clip)))
+            given = _reference_thumbnails(job.ref, clip) if len(self._written) < SHEET_ROWS else []
+            self._written.append((str(path), job.text, _thumbnails(clip), given))
 
     def _write_clip(self, name: str, clip: Tensor) -> Path:
         """The file, whose name has a number more if another job took it since the names were decided."""
@@ -164,19 +168,23 @@ class Saver:
         written = sorted((item for part in everyone for item in part), key=lambda item: item[0])
         if not self.is_main:
             return []
-        files = [file for file, _, _ in written]
+        files = [file for file, *_ in written]
         if not sheet:
             return files
-        rows = [(prompt, frames) for _, prompt, frames in written[:SHEET_ROWS]]
+        shown = written[:SHEET_ROWS]
+        rows = [(prompt, frames) for _, prompt, frames, _ in shown]
+        given = [references for *_, references in shown]
         with signal_handler.writing():
-            return [*files, str(self._write_sheet(rows))]
+            return [*files, str(self._write_sheet(rows, given if any(given) else ()))]
 
-    def _write_sheet(self, rows: Sequence[tuple[str, NDArray[np.uint8]]]) -> Path:
+    def _write_sheet(
+        self, rows: Sequence[tuple[str, NDArray[np.uint8]]], references: Sequence[Sequence[NDArray[np.uint8]]]
+    ) -> Path:
         """The contact sheet, beside those of earlier jobs."""
         for number in itertools.count():
             sheet = self.folder / f"{SHEET}{f'_{number}' if number else ''}.png"
             with contextlib.suppress(FileExistsError), written_whole(sheet, replace=self._overwrite) as aside:
-                contact_sheet(rows, aside, columns=SHEET_COLUMNS)
+                contact_sheet(rows, aside, columns=SHEET_COLUMNS, references=references)
                 return sheet
         raise AssertionError("unreachable")
 
@@ -190,6 +198,13 @@ def _thumbnails(clip: Tensor) -> NDArray[np.uint8]:
     frames = torch.linspace(0, len(clip) - 1, min(len(clip), SHEET_COLUMNS)).round().long()
     stride = max(1, max(clip.shape[1:3]) // SHEET_PIXELS)
     return clip[frames][:, ::stride, ::stride].numpy()
+
+
+def _reference_thumbnails(ref: str, clip: Tensor) -> list[NDArray[np.uint8]]:
+    """The first frame of every file that ``clip`` was made from, cropped as its model saw it, small."""
+    size = (clip.shape[1], clip.shape[2])
+    frames = [read_part(file, Part("head", 1, 1), size, "i2v_head") for file in split(ref)]
+    return [_thumbnails(to_uint8(frame[None])[0])[0] for frame in frames]
 
 
 def to_uint8(pixels: Tensor) -> Tensor:

@@ -14,23 +14,36 @@ MARGIN = 8  # pixels around and between frames
 TITLE_HEIGHT = 22
 PANELS = ("held-out clips by time, 0 (data) to 1 (noise)", "held-out clips by bucket")
 MIN_WIDTH = 480  # of the sheet, so that titles can be read
+FRAME_WIDTH, FRAME_COLOUR = 4, "darkorange"  # around references
 
 
 def contact_sheet(
-    videos: Sequence[tuple[str, np.ndarray]], path: str | Path, *, columns: int = 8, frame_height: int = 96
+    videos: Sequence[tuple[str, np.ndarray]],
+    path: str | Path,
+    *,
+    columns: int = 8,
+    frame_height: int = 96,
+    references: Sequence[Sequence[np.ndarray]] = (),
 ) -> None:
     """A png with one row per video: its title above ``columns`` evenly spaced frames, the first and last among them.
 
     Args:
         videos: (title, frames uint8 (T, H, W, 3)); sizes and lengths may differ, a still has T = 1.
         frame_height: pixels; frames are resized to it, keeping their shape.
+        references: of every video what it was made from, each uint8 (H, W, 3); they stand to its left, framed. Empty:
+            no video has any, and there is no column for them.
 
     Raises:
-        ValueError: no videos, or frames that are not uint8 THWC.
+        ValueError: no videos, frames that are not uint8 THWC, or not as many lists of references as videos.
     """
     if not videos:
         raise ValueError("videos=[]: a contact sheet needs at least one")
-    rows = [(title, _strip(frames, columns, frame_height)) for title, frames in videos]
+    if references and len(references) != len(videos):
+        raise ValueError(f"references: {len(references)} lists, must be one for each of {len(videos)} videos")
+    strips = [(title, _strip(frames, columns, frame_height)) for title, frames in videos]
+    framed = [[_framed(one, frame_height) for one in given] for given in references or [()] * len(videos)]
+    indent = max(sum(image.width + MARGIN for image in images) for images in framed)
+    rows = [(title, _behind(images, strip, indent)) for (title, strip), images in zip(strips, framed, strict=True)]
     width = max(MIN_WIDTH, max(strip.width for _, strip in rows) + 2 * MARGIN)
     row_height = TITLE_HEIGHT + frame_height + MARGIN
     sheet = Image.new("RGB", (width, MARGIN + row_height * len(rows)), "white")
@@ -160,6 +173,26 @@ def _strip(frames: np.ndarray, columns: int, frame_height: int) -> Image.Image:
         method = Image.Resampling.NEAREST if frame.height < frame_height else Image.Resampling.LANCZOS
         strip.paste(frame.resize((width, frame_height), method), (column * (width + MARGIN), 0))
     return strip
+
+
+def _framed(reference: np.ndarray, frame_height: int) -> Image.Image:
+    """A reference at the height of the frames, with a border that tells it from them."""
+    image = _strip(reference[None], 1, frame_height)
+    ImageDraw.Draw(image).rectangle((0, 0, image.width - 1, image.height - 1), outline=FRAME_COLOUR, width=FRAME_WIDTH)
+    return image
+
+
+def _behind(references: Sequence[Image.Image], strip: Image.Image, indent: int) -> Image.Image:
+    """A strip that begins ``indent`` pixels to the right, so that all of a sheet do, with references before it."""
+    if not indent:
+        return strip
+    wide = Image.new("RGB", (indent + strip.width, strip.height), "white")
+    left = 0
+    for image in references:
+        wide.paste(image, (left, 0))
+        left += image.width + MARGIN
+    wide.paste(strip, (indent, 0))
+    return wide
 
 
 def _fitting(title: str, font: Any, width: int) -> str:

@@ -5,9 +5,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 from opensora.config.run import SampleConfig
 from opensora.inference.prompts import read_jobs
@@ -62,6 +64,19 @@ def test_a_second_job_replaces_nothing(frames: int, tmp_path: Path) -> None:
     assert [read_text(folder / f"{stem}.txt") for stem in stems] == [
         f"{text}{words} 4 motion score.\n" for text in "abab"
     ]
+
+
+def test_the_sheet_shows_what_clips_were_made_from(tmp_path: Path) -> None:
+    """The first frames of references, in their order, to the left of the clip and inside a border."""
+    for name, colour in (("red", "#ff0000"), ("blue", "#0000ff")):
+        Image.new("RGB", (40, 20), colour).save(tmp_path / f"{name}.png")
+    cfg = config(tmp_path / "with", 5, ref=f"{tmp_path / 'red.png'};{tmp_path / 'blue.png'}")
+    *_, path = run_distributed(write, 1, cfg, timeout=60)[0]
+    *_, plain = run_distributed(write, 1, config(tmp_path / "without", 5), timeout=60)[0]
+    sheet, without = np.asarray(Image.open(path)), np.asarray(Image.open(plain))
+    row = slice(8 + 22, 8 + 22 + 96)
+    assert sheet[row][48, [8 + 48, 8 + 104 + 48]].tolist() == [[255, 0, 0], [0, 0, 255]]
+    assert (sheet[row, 8 + 2 * 104 : 8 + 7 * 104 - 8] == without[row, 8 : 8 + 5 * 104 - 8]).all()
 
 
 class Intruder:

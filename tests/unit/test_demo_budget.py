@@ -1,5 +1,6 @@
 """The demo fills the time it is given on fast and slow machines alike."""
 
+import csv
 import importlib.util
 import json
 import random
@@ -46,3 +47,39 @@ def test_no_time_left_still_trains_a_little(budget: ModuleType) -> None:
 def test_speed_is_read_from_the_last_line(budget: ModuleType) -> None:
     speed = budget.measure(lambda: "noise\n" + json.dumps({"step_s": 0.0}) + "\n", steps=5)
     assert speed.step_s == 0.0 and 0 <= speed.start_s < 60
+
+
+def test_the_demo_begins_with_what_comes_with_the_package(
+    budget: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clips of prompts, a still of the model's own, and a clip that goes on from just this still."""
+    monkeypatch.setitem(sys.modules, "budget", budget)
+    spec = importlib.util.spec_from_file_location("demo", FILE.with_name("demo.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    still = tmp_path / "pretrained/still/image_32px/sample_0000.png"
+    lines: list[list[str]] = []
+
+    def command(words: list[object]) -> None:
+        lines.append([str(word) for word in words])
+        folder = next(word.removeprefix("save_dir=") for word in lines[-1] if word.startswith("save_dir="))
+        assert Path(folder).is_relative_to(tmp_path)
+        if "sampling.num_frames=1" in lines[-1]:
+            still.parent.mkdir(parents=True)
+            still.touch()
+
+    demo = module.Demo(tmp_path)
+    monkeypatch.setattr(demo, "command", command)
+    demo.sample_pretrained()
+    assert all("configs/sample/shapes.yaml" in line for line in lines) and len(lines) == 3
+    assert f"prompt_csv={module.PRETRAINED_PROMPTS}" in lines[0] and (module.ROOT / module.PRETRAINED_PROMPTS).is_file()
+    table = tmp_path / "pretrained/i2v.csv"
+    assert {"cond_type=i2v_head", f"prompt_csv={table}"} < set(lines[2])
+    with table.open(newline="", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert row["ref"] == str(still) and {row[name] for name in ("colour", "shape", "direction")} < set(
+        row["text"].split()
+    )
+    assert set(module.STILL_PROMPT.split()) < set(row["text"].split())
+    assert demo.pretrained_s > 0

@@ -200,6 +200,24 @@ def test_a_contact_sheet_shows_evenly_spaced_frames_and_its_title(tmp_path: Path
     assert sheet[8:28].min() < 100 and sheet[8:28, -6:].min() == 255  # a title is drawn and does not run over
 
 
+def test_references_stand_framed_beside_their_clips(tmp_path: Path) -> None:
+    """All clips of a sheet begin where the one with most references does; the order is that of the references."""
+    video, path = np.full((2, 32, 32, 3), 200, dtype=np.uint8), tmp_path / "sheet.png"
+    red, blue = np.zeros((32, 48, 3), dtype=np.uint8), np.zeros((64, 64, 3), dtype=np.uint8)
+    red[..., 0] = blue[..., 2] = 255
+    contact_sheet([("a", video), ("b", video)], path, frame_height=32, references=[[red, blue], []])
+    sheet = np.asarray(Image.open(path))
+    first, second = sheet[8 + 22 + 16], sheet[8 + 62 + 22 + 16]
+    assert tuple(first[8 + 24]) == (255, 0, 0) and tuple(first[8 + 56 + 16]) == (0, 0, 255)
+    assert tuple(first[8 + 1]) == tuple(first[8 + 56 + 1]) == (255, 140, 0)
+    left = 8 + (48 + 8) + (32 + 8)
+    for row in (first, second):
+        assert (row[left : left + 32] == 200).all() and tuple(row[left - 1]) == (255, 255, 255)
+    assert (second[8:left] == 255).all()
+    with pytest.raises(ValueError, match="1 lists, must be one for each of 2"):
+        contact_sheet([("a", video), ("b", video)], path, references=[[red]])
+
+
 LONG = {
     "800 words": "long " * 800,
     "a word of 100,000 letters": "w" * 100_000,
