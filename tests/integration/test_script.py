@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 
 from opensora.config.load import load_config
 from opensora.config.run import SampleConfig
-from opensora.datasets.decode.api import read_frames
 from opensora.inference.job import sample
 from opensora.inference.save import to_uint8
 from opensora.models.mmdit import SIZES, MMDiTModel
