@@ -17,7 +17,8 @@ from data_pipeline.shapes.render import BACKGROUNDS, ClipSpec, Layout, draw_spec
 from opensora.config.load import load_config
 from opensora.config.run import SampleConfig
 from opensora.inference.find import find_source
-from opensora.inference.pipeline import fit, prepare_api, prepare_models
+from opensora.inference.load import load_components
+from opensora.inference.pipeline import build_api, fit
 from opensora.inference.save import to_uint8
 from opensora.pretrained import SHAPES, SHAPES_PROMPTS
 from opensora.utils.files.digests import read_digests
@@ -62,8 +63,8 @@ def sampled(overrides: Sequence[str], call: dict[str, Any]) -> list[np.ndarray]:
         SampleConfig, ROOT / "configs/sample/shapes.yaml", [f"weights={SHAPES}", "prompt=any", *overrides]
     )
     runtime = runtimes.start(60)
-    parts = prepare_models(cfg, find_source(cfg), runtime)
-    found = prepare_api(parts)(fit(cfg.sampling, parts), **call)
+    parts = load_components(cfg, find_source(cfg), runtime)
+    found = build_api(parts)(fit(cfg.sampling, parts), **call)
     runtimes.stop()
     return [clip.numpy() for clip in to_uint8(found)]
 
