@@ -15,7 +15,7 @@ from pathlib import Path
 
 from opensora.assembly.file_checks import Finding, autoencoder_files, encoder_files, folder_for, look, run_files
 from opensora.cli.forecast import MAX_GIB, MAX_WORLD, describe
-from opensora.cli.jobs import as_configured, is_training, sample_config
+from opensora.cli.jobs import as_configured, is_training
 from opensora.cli.main import run_cli
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig, SampleConfig, StillConfig, check_fit
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
         for world in worlds:
             print(f"  {world:>4} x {training_memory(cfg, world, device)}")
         return advise(findings, f"bash launch/torchrun.sh {worlds[-1]} scripts/diffusion/train.py {command}")
-    job = sample_config(args.config, overrides)
+    job = load_config(SampleConfig, args.config, overrides)
     findings, source = sample_files(job)
     show(findings)
     if source is not None:

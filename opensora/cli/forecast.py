@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from opensora.cli.jobs import is_training, sample_config, source_of
+from opensora.cli.jobs import is_training, source_of
 from opensora.cli.main import run_cli
 from opensora.config.load import load_config
-from opensora.config.run import RunConfig
+from opensora.config.run import RunConfig, SampleConfig
 from opensora.inference.memory import memory_of
 from opensora.planner.devices import DEVICES, Device
 from opensora.planner.encoder_memory import encoder_bytes
@@ -100,7 +100,7 @@ def sampling(config: str, overrides: Sequence[str], world: int, device: Device, 
     Raises:
         UserError: one that cannot be sampled, or on another number of processes.
     """
-    job = sample_config(config, overrides)
+    job = load_config(SampleConfig, config, overrides)
     found, room = memory_of(job, source_of(job), world, device), device.memory * (1 - RESERVE)
     if as_json:
         print(json.dumps(found.plain() | {"room_gib": room / GIB}))

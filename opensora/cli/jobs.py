@@ -1,15 +1,11 @@
-"""Which kind of configuration a file is, and a sampling job of one whose files need not be there."""
+"""Which kind of configuration a file is, and what a sampling job is of whose files need not be there."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from opensora.config.load import load_config
 from opensora.config.run import SampleConfig
 from opensora.config.strict_yaml import read_yaml
 from opensora.inference.find import Source, default_objective, find_source
 from opensora.utils.errors import UserError
-
-PROMPT = "prompt=a prompt"  # where a configuration leaves it to the command line
 
 
 def is_training(path: Path) -> bool:
@@ -24,20 +20,6 @@ def is_training(path: Path) -> bool:
     included = layer.get("include") or []
     names = [included] if isinstance(included, str) else included
     return any(is_training(path.parent / str(name)) for name in names if isinstance(name, str))
-
-
-def sample_config(path: str, overrides: Sequence[str]) -> SampleConfig:
-    """The job, with a prompt in place of one that is missing.
-
-    Raises:
-        UserError: anything else that is wrong.
-    """
-    try:
-        return load_config(SampleConfig, path, overrides)
-    except UserError as error:
-        if "prompt: missing" not in str(error):
-            raise
-        return load_config(SampleConfig, path, [*overrides, PROMPT])
 
 
 def source_of(cfg: SampleConfig) -> Source:
