@@ -27,6 +27,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -191,6 +192,12 @@ class _Names(TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor) and _is_ours(kwargs.get("device") or "cpu"):
             made = func(*args, **{key: x for key, x in kwargs.items() if key != "device"})
             return made.to(CUDA)
+        if func is torch.Tensor.backward:  # also for what is recomputed in it, by threads that inherit what is active here
+            gradient, *rest = args[1:] or (kwargs.pop("gradient", None),)
+            with self:
+                return torch.autograd.backward(args[0], gradient, *rest, **kwargs)
+        if func is F.scaled_dot_product_attention and isinstance(args[0], DeviceTensor):
+            return _scaled_dot_product_attention(*args, **kwargs)
         if func is torch.device or not any(map(_names_device, (*args, *kwargs.values()))):
             return func(*args, **kwargs)
         return func(*map(_renamed, args), **{key: _renamed(x) for key, x in kwargs.items()})
@@ -391,10 +398,10 @@ def _efficient(
 
 
 def _efficient_backward(
-    described: Any, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Any, out: Tensor, lse: Tensor, *_: Any
+    described: Any, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Any, out: Tensor, lse: Tensor, *_: Any, **__: Any
 ) -> tuple[Any, ...]:
     dq, dk, dv = _attend_backward(grad, q, k, v, out, lse[..., : q.shape[2]], bias)
-    return _with_results(described, _0=dq, _1=dk, _2=dv)
+    return _with_results(described, _0=dq, _1=dk, _2=dv)  # the bias is never trained
 
 
 def _cudnn(described: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> tuple[Any, ...]:
@@ -427,6 +434,49 @@ def _varlen_backward(
         parts.append([x[0].transpose(0, 1) for x in _attend_backward(*given, lse[None][..., span], None)])
     dq, dk, dv = (torch.cat(column) for column in zip(*parts, strict=True))
     return _with_results(described, _0=dq, _1=dk, _2=dv)
+
+
+def _scaled_dot_product_attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Through the fused kernel that CUDA takes: flash for half precision without a mask, memory-efficient for masks and
+    fp32. A private backend has no say in torch's choice, which for it is attention by formula, with all scores held.
+    The rest (fp64, what kernels cannot read, options of the call) is computed by formula on CUDA, too."""
+    is_aligned = q.shape[-1] * q.element_size() % 16 == 0
+    if q.dtype == torch.float64 or not is_aligned or args or kwargs:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, *args, **kwargs)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -math.inf)
+    bias = attn_mask if attn_mask is None else attn_mask.expand(*q.shape[:3], k.shape[2])
+    return _Fused.apply(q, k, v, bias)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Fused(torch.autograd.Function):
+    """The operators that autograd on CUDA calls, and what it keeps for them."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is None and q.dtype != torch.float32:
+            out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v)
+        else:
+            out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True)
+        ctx.save_for_backward(q, k, v, bias, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, bias, out, lse = ctx.saved_tensors
+        seed = offset = torch.zeros((), dtype=torch.int64, device=q.device)  # no dropout: nothing was drawn
+        if bias is None and q.dtype != torch.float32:
+            lengths = q.shape[2], k.shape[2]
+            found = aten._scaled_dot_product_flash_attention_backward(
+                grad, q, k, v, out, lse, None, None, *lengths, 0.0, False, seed, offset
+            )
+        else:
+            found = aten._scaled_dot_product_efficient_attention_backward(
+                grad, q, k, v, bias, out, lse, seed, offset, 0.0, [True, True, True, False]
+            )
+        return *found[:3], None
 
 
 _EMULATED: dict[Any, Callable[..., Any]] = {

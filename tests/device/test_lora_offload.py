@@ -34,6 +34,8 @@ MORE: list[tuple[int, Case]] = [
     (2, Case(zero=3, recompute="full")),
     (2, Case(zero=1, optim=SGD)),
     (2, Case(adapters=FEW, zero=0, recompute="full")),
+    (1, Case(img=150, recompute="full", batches=1)),
+    (1, Case(img=150, batches=1)),
     (2, Case(precision=FP64, zero=1, mesh=(("tensor", 2),))),
 ]
 
