@@ -27,7 +27,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -192,12 +191,6 @@ class _Names(TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor) and _is_ours(kwargs.get("device") or "cpu"):
             made = func(*args, **{key: x for key, x in kwargs.items() if key != "device"})
             return made.to(CUDA)
-        if func is torch.Tensor.backward:  # also for what is recomputed in it, by threads that inherit what is active here
-            gradient, *rest = args[1:] or (kwargs.pop("gradient", None),)
-            with self:
-                return torch.autograd.backward(args[0], gradient, *rest, **kwargs)
-        if func is F.scaled_dot_product_attention and isinstance(args[0], DeviceTensor):
-            return _scaled_dot_product_attention(*args, **kwargs)
         if func is torch.device or not any(map(_names_device, (*args, *kwargs.values()))):
             return func(*args, **kwargs)
         return func(*map(_renamed, args), **{key: _renamed(x) for key, x in kwargs.items()})
@@ -440,11 +433,11 @@ def _scaled_dot_product_attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
 ) -> Tensor:
     """Through the fused kernel that CUDA takes: flash for half precision without a mask, memory-efficient for masks and
-    fp32. A private backend has no say in torch's choice, which for it is attention by formula, with all scores held.
-    The rest (fp64, what kernels cannot read, options of the call) is computed by formula on CUDA, too."""
-    is_aligned = q.shape[-1] * q.element_size() % 16 == 0
-    if q.dtype == torch.float64 or not is_aligned or args or kwargs:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask, *args, **kwargs)
+    fp32. For a private backend torch itself computes by formula, and holds all scores. What the kernels cannot read
+    (fp64, odd widths), and calls with other options, are computed by formula on CUDA, too."""
+    is_aligned = q.dtype != torch.float64 and q.shape[-1] * q.element_size() % 16 == 0
+    if not is_aligned or args or kwargs:
+        return aten._scaled_dot_product_attention_math(q, k, v, attn_mask, *args, **kwargs)[0]  # type: ignore[no-any-return]
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -math.inf)
     bias = attn_mask if attn_mask is None else attn_mask.expand(*q.shape[:3], k.shape[2])
@@ -479,6 +472,7 @@ class _Fused(torch.autograd.Function):
         return *found[:3], None
 
 
+_KERNELS = torch.library.Library("aten", "IMPL")
 _EMULATED: dict[Any, Callable[..., Any]] = {
     aten._scaled_dot_product_flash_attention.default: _flash,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
@@ -591,4 +585,5 @@ def _register() -> None:
             return [torch.bfloat16, torch.float16]
 
     if torch._C._get_privateuse1_backend_name() != BACKEND:
+        _KERNELS.impl("scaled_dot_product_attention", _scaled_dot_product_attention, "AutogradPrivateUse1")
         backends._setup_privateuseone_for_python_backend(BACKEND, backend_module=Module())

@@ -1,7 +1,8 @@
 """``lora.offload=blocks``: the same losses, gradients and adapters bit for bit, and no more bytes than forecast.
 
-The device is simulated; every byte that is on it is counted. Weights are most of them, as norms that a GPU has kernels
-for are made of several operators there; bytes of activations are measured by tests/dist/test_plan_accuracy.py.
+The device is simulated, and every byte that is on it is counted: weights are most of them where clips are short, and
+activations take as much where they are long. Attention runs the fused operators of a GPU there, which hold no scores;
+root-mean-square norms are several operators, in the measurement as in the forecast.
 """
 
 from dataclasses import replace
