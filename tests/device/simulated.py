@@ -391,7 +391,7 @@ def _efficient(
 
 
 def _efficient_backward(
-    described: Any, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Any, out: Tensor, lse: Tensor, *_: Any, **__: Any
+    described: Any, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Any, out: Tensor, lse: Tensor, *_: Any
 ) -> tuple[Any, ...]:
     dq, dk, dv = _attend_backward(grad, q, k, v, out, lse[..., : q.shape[2]], bias)
     return _with_results(described, _0=dq, _1=dk, _2=dv)  # the bias is never trained
