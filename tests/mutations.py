@@ -1387,6 +1387,13 @@ TABLE: tuple[Mutation, ...] = (
         STREAM_ORDER.format("sampling"),
     ),
     Mutation(
+        "blocks taken to be alike whatever is trained in them",
+        "opensora/planner/meta_model.py",
+        "all(one == made_of[0] for one in made_of)",
+        "made_of",
+        "tests/unit/test_accounting.py::test_a_few_blocks_tell_of_all[adapters in some]",
+    ),
+    Mutation(
         "adapters forecast with a base that does not stream",
         "opensora/planner/forecast.py",
         'self.adapters.offload == "blocks"',

@@ -1,6 +1,7 @@
 """The formulas of traffic: their bounds, and the structure they read."""
 
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 from math import prod
 
 import pytest
@@ -11,11 +12,12 @@ from acceleration.accounting.comm_volume import forward_bytes, step_bytes
 from acceleration.accounting.model_profile import Count, ModelProfile
 from acceleration.accounting.profiling import profile_of
 from acceleration.accounting.rank_layout import MicroBatch, RankLayout
-from acceleration.config import MeshConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
+from acceleration.config import LoraConfig, MeshConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.sequence import SequenceParallel
 from opensora.models.families import build_model, count_parameters
-from opensora.models.mmdit import SIZES, MMDiTConfig
+from opensora.models.mmdit import FAMILY, SIZES, MMDiTConfig
+from opensora.planner import meta_model
 from opensora.planner.meta_model import denoiser_inputs, run_denoiser
 
 FP32 = ParallelConfig(zero=0, precision=PrecisionConfig(compute="fp32"))
@@ -42,6 +44,19 @@ def test_structure_holds_every_parameter_slot_and_cut_layer(size: str) -> None:
     assert all(layer.reruns for unit in found.blocks for layer in unit.layers)  # a gated residual comes last
     embedders = [layer for layer in found.rest.layers if layer.kind == "column"]
     assert embedders and not any(layer.input_trains for layer in embedders)
+
+
+ADAPTERS = LoraConfig(rank=4, targets=FAMILY.lora_targets)
+IN_FEW = LoraConfig(rank=4, targets=("double_blocks.1.*_attn.qkv", "single_blocks.3.linear1"))
+
+
+@pytest.mark.parametrize("adapters", [None, ADAPTERS, IN_FEW], ids=["all weights", "adapters", "adapters in some"])
+def test_a_few_blocks_tell_of_all(adapters: LoraConfig | None) -> None:
+    """The planner runs the first blocks of a list and the last: each of the others is like them but for its names."""
+    cfg = replace(SIZES["debug"], depth=5, depth_single_blocks=6)
+    assert meta_model.structure(cfg, True, adapters) == profile_of(
+        meta_model.meta_model(cfg, adapters), partial(run_denoiser, known=True)
+    )
 
 
 def sent(axis: str, degree: int, rank: int, batch: MicroBatch, cfg: MMDiTConfig) -> float:
