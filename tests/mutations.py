@@ -1394,6 +1394,20 @@ TABLE: tuple[Mutation, ...] = (
         "tests/unit/test_accounting.py::test_a_few_blocks_tell_of_all[adapters in some]",
     ),
     Mutation(
+        "adapters forecast as if no process cut them",
+        "acceleration/accounting/profiling.py",
+        "return (dim if is_cut else None), not is_cut",
+        "return None, not is_cut",
+        "tests/unit/test_accounting.py::test_what_tensor_parallelism_cuts[adapters]",
+    ),
+    Mutation(
+        "gradients of adapters summed over nobody",
+        "acceleration/accounting/profiling.py",
+        "return (dim if is_cut else None), not is_cut",
+        "return (dim if is_cut else None), False",
+        "tests/unit/test_accounting.py::test_what_tensor_parallelism_cuts[adapters]",
+    ),
+    Mutation(
         "adapters forecast with a base that does not stream",
         "opensora/planner/forecast.py",
         'self.adapters.offload == "blocks"',

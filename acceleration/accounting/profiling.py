@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acceleration import protocol
+from acceleration import lora, protocol
 from acceleration.accounting.model_profile import (
     Attention,
     Count,
@@ -299,11 +299,25 @@ def _parameters(model: nn.Module, owner: dict[int, int], rest: int) -> dict[int,
     shared: tuple[str, ...] = model.tensor_shared  # type: ignore[assignment]
     found: dict[int, list[Parameter]] = {}
     for prefix, module in model.named_modules():
-        kind = kinds.get(prefix)
         for key, value in module.named_parameters(recurse=False):
             name = f"{prefix}.{key}" if prefix else key
-            cut_dim = None if kind is None or (kind == "row" and key == "bias") else int(kind == "row")
-            is_shared = any(protocol.matches(name, pattern) for pattern in shared)
+            cut_dim, used_in_part = _cut_of(prefix, key, kinds)
+            is_shared = used_in_part or any(protocol.matches(name, pattern) for pattern in shared)
             parameter = Parameter(name, tuple(value.shape), value.requires_grad, cut_dim, is_shared)
             found.setdefault(owner.get(id(module), rest), []).append(parameter)
     return found
+
+
+def _cut_of(prefix: str, key: str, kinds: Mapping[str, str]) -> tuple[int | None, bool]:
+    """(the dim of a parameter that tensor parallelism cuts, None: whole; whether it is whole and the rest of an adapter
+    is cut, so that each process has a part of its gradient)."""
+    name = f"{prefix}.{key}"
+    adapter = next((part for part in (lora.A, lora.B) if name.endswith(f".{part}")), None)
+    kind = kinds.get(name.removesuffix(f".{adapter}") if adapter else prefix)
+    if kind is None:
+        return None, False
+    dim = int(kind == "row")
+    if adapter:
+        is_cut = (adapter == lora.A) == (kind == "row")
+        return (dim if is_cut else None), not is_cut
+    return (None if kind == "row" and key == "bias" else dim), False

@@ -15,6 +15,7 @@ from acceleration.accounting.rank_layout import MicroBatch, RankLayout
 from acceleration.config import LoraConfig, MeshConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.sequence import SequenceParallel
+from acceleration.sharding import tensor_parallel
 from opensora.models.families import build_model, count_parameters
 from opensora.models.mmdit import FAMILY, SIZES, MMDiTConfig
 from opensora.planner import meta_model
@@ -57,6 +58,18 @@ def test_a_few_blocks_tell_of_all(adapters: LoraConfig | None) -> None:
     assert meta_model.structure(cfg, True, adapters) == profile_of(
         meta_model.meta_model(cfg, adapters), partial(run_denoiser, known=True)
     )
+
+
+@pytest.mark.parametrize("adapters", [None, ADAPTERS], ids=["all weights", "adapters"])
+def test_what_tensor_parallelism_cuts(adapters: LoraConfig | None) -> None:
+    """Shapes on one of two processes, and what has a part of its gradient on each, are those of a model that is cut."""
+    cfg = SIZES["debug"]
+    known = {p.name: p for p in meta_model.structure(cfg, False, adapters).parameters}
+    model = meta_model.meta_model(cfg, adapters)
+    tensor_parallel.apply(model, meshes.view({"tensor": 2})["tensor"])
+    cut = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert cut == {name: p.cut(2) for name, p in known.items()}
+    assert getattr(model, tensor_parallel.SHARED) == {name for name, p in known.items() if p.is_shared}
 
 
 def sent(axis: str, degree: int, rank: int, batch: MicroBatch, cfg: MMDiTConfig) -> float:
