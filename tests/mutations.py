@@ -166,6 +166,7 @@ REUSED, TEACACHE, MAGCACHE = (
 ANEW = f"{CACHES_UNIT}test_one_cache_serves_one_clip_after_another"
 BAD_NUMBERS = f"{CACHES_UNIT}test_bad_numbers_are_never_a_reason_to_reuse"
 TURNS, STREAMED = "opensora/assembly/turns.py", "acceleration/blocks/block_streaming.py"
+STREAM_ORDER = "tests/unit/test_block_streaming.py::test_{}"
 OFFLOADED = "tests/device/test_offload.py::test_clips_and_bytes[1-{}]"
 PYRAMID = f"{CACHES_UNIT}test_pyramid_attention_counts_calls_of_every_pass"
 
@@ -1363,6 +1364,48 @@ TABLE: tuple[Mutation, ...] = (
         "on_backward_end(args, lambda: self._leave(index))",
         "on_backward_end(args, lambda: None)",
         "tests/device/test_lora_offload.py::test_the_same_numbers_and_no_more_bytes_than_forecast",
+    ),
+    Mutation(
+        "blocks run before their copies are there",
+        STREAMED,
+        "        self._fetch(index)\n        self._settle(index)",
+        "        self._fetch(index)",
+        STREAM_ORDER.format("training"),
+    ),
+    Mutation(
+        "memory given up while copies write to it",
+        STREAMED,
+        "        self._settle(index)  # copies that nobody has waited for still write to its memory",
+        "        self._done.pop(index, None)",
+        STREAM_ORDER.format("a_block_that_is_passed_by_is_waited_for"),
+    ),
+    Mutation(
+        "copies into memory that is not free yet",
+        STREAMED,
+        "            self._copies.wait_stream(torch.cuda.current_stream())",
+        "            ",
+        STREAM_ORDER.format("sampling"),
+    ),
+    Mutation(
+        "blocks taken to be alike whatever is trained in them",
+        "opensora/planner/meta_model.py",
+        "all(one == made_of[0] for one in made_of)",
+        "made_of",
+        "tests/unit/test_accounting.py::test_a_few_blocks_tell_of_all[adapters in some]",
+    ),
+    Mutation(
+        "adapters forecast as if no process cut them",
+        "acceleration/accounting/profiling.py",
+        "return (dim if is_cut else None), not is_cut",
+        "return None, not is_cut",
+        "tests/unit/test_accounting.py::test_what_tensor_parallelism_cuts[adapters]",
+    ),
+    Mutation(
+        "gradients of adapters summed over nobody",
+        "acceleration/accounting/profiling.py",
+        "return (dim if is_cut else None), not is_cut",
+        "return (dim if is_cut else None), False",
+        "tests/unit/test_accounting.py::test_what_tensor_parallelism_cuts[adapters]",
     ),
     Mutation(
         "adapters forecast with a base that does not stream",

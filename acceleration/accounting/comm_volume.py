@@ -16,6 +16,7 @@ world are not counted. ``RankLayout.peers`` counts the bytes to some of the othe
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import compress
 from math import prod
 from typing import NamedTuple
@@ -127,12 +128,12 @@ def recomputed(blocks: int, place: RankLayout) -> tuple[str, ...]:
 
 def padded(parameters: Iterable[Parameter], place: RankLayout) -> int:
     """Values that one piece of these parameters has, padding included."""
-    return sum(-(-shape[0] // place.fsdp_degree) * prod(shape[1:]) for shape in _cut(parameters, place))
+    return sum(-(-rows // place.fsdp_degree) * values for rows, values in _matrices(parameters, place))
 
 
 def held(parameters: Iterable[Parameter], place: RankLayout) -> int:
     """Values of these parameters that this process really holds."""
-    return sum(_rows(shape[0], place) * prod(shape[1:]) for shape in _cut(parameters, place))
+    return sum(_rows(rows, place) * values for rows, values in _matrices(parameters, place))
 
 
 def gather_bytes(unit: ShardUnit, place: RankLayout) -> int:
@@ -310,8 +311,19 @@ def _layer_backward(layer: Layer, shares: TokenShares) -> int:
     return all_reduce_bytes(rows * layer.inputs * shares.itemsize(), degree)
 
 
-def _cut(parameters: Iterable[Parameter], place: RankLayout) -> Iterable[tuple[int, ...]]:
-    return (p.cut(place.mesh["tensor"].degree) for p in parameters)
+def _matrices(parameters: Iterable[Parameter], place: RankLayout) -> Iterable[tuple[int, int]]:
+    return _merged(tuple(parameters), place.mesh["tensor"].degree)
+
+
+@lru_cache(maxsize=256)
+def _merged(parameters: tuple[Parameter, ...], tensor: int) -> tuple[tuple[int, int], ...]:
+    """(rows, values of a row) of parameters on one of ``tensor`` processes, those with as many rows together: a search
+    over layouts asks for the same ones thousands of times."""
+    found: dict[int, int] = {}
+    for parameter in parameters:
+        rows, *row = parameter.cut(tensor)
+        found[rows] = found.get(rows, 0) + prod(row)
+    return tuple(found.items())
 
 
 def _rows(rows: int, place: RankLayout) -> int:

@@ -2,7 +2,8 @@
 
 Walks through a step as FSDP2 does and adds up bytes by purpose. The order of its allocations (torch 2.11 to 2.13):
 
-* forward gathers a unit into a buffer, then copies it out; the buffer of a unit stays until the next is gathered.
+* forward gathers a unit into a buffer, then copies it out; the buffer of a unit stays until the next is
+  copied out (``wait_for_unshard`` holds on to it while it fills the next unit).
 * backward gathers the unit below ahead of time (ZeRO 3), and drops the buffer when it is copied out.
 * gradients are packed into a buffer of reduce type, which stays until the next unit's; what comes out is of reduce
   type, and is cast to master type.
@@ -210,10 +211,10 @@ class _Walk:
             return
         self.now["buffers"] += size - self.now.pop("ahead", 0)
         self.look()
-        self.now["buffers"] -= self.copied
-        self.copied = size if forward else 0
         self.now["gathered"] += size
         self.look()
+        self.now["buffers"] -= self.copied
+        self.copied = size if forward else 0
         self.now["buffers"] -= size - self.copied
         if below >= 0 and below not in self.gathered:
             self.now["ahead"] = self.whole_weights(below)

@@ -5,7 +5,7 @@ notes its call and gives something of the right shape, behind a switch of other 
 all counts follow exactly from a few small runs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from math import prod
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acceleration import protocol
+from acceleration import lora, protocol
 from acceleration.accounting.model_profile import (
     Attention,
     Count,
@@ -44,16 +44,32 @@ def profile_of(model: nn.Module, forward: Forward) -> ModelProfile:
     """
     assert isinstance(model, protocol.Parallelizable), type(model)
     is_factored = bool(model.axis_switches) or not {"space", "time"}.isdisjoint(model.attention_cores.values())
-    owner = {id(module): index for index, block in enumerate(protocol.blocks(model)) for module in block.modules()}
-    rest = len(protocol.blocks(model))
+    owner, rest = _owners(model), len(protocol.blocks(model))
     units = [ShardUnit((), (), ()) for _ in range(rest + 1)]
     for module, call in _calls(model, forward, is_factored):
         index = owner.get(id(module), rest)
         field = {Layer: "layers", Attention: "attentions", Switch: "switches"}[type(call)]
         units[index] = replace(units[index], **{field: (*getattr(units[index], field), call)})
-    for index, parameters in _parameters(model, owner, rest).items():
-        units[index] = replace(units[index], parameters=tuple(parameters))
-    return ModelProfile(tuple(units[:-1]), units[-1], is_factored)
+    found = ModelProfile(tuple(units[:-1]), units[-1], is_factored)
+    return extended(found, model, range(rest))
+
+
+def extended(profile: ModelProfile, model: nn.Module, shown: Sequence[int]) -> ModelProfile:
+    """The same with the parameters of ``model``, which has more blocks.
+
+    Args:
+        shown: for every block of ``model`` the number of one in ``profile`` that is called alike.
+    """
+    parameters = _parameters(model, _owners(model), len(shown))
+    units = [replace(profile.blocks[like], parameters=tuple(parameters.get(i, ()))) for i, like in enumerate(shown)]
+    return replace(
+        profile, blocks=tuple(units), rest=replace(profile.rest, parameters=tuple(parameters.get(len(shown), ())))
+    )
+
+
+def _owners(model: nn.Module) -> dict[int, int]:
+    """Identity of every module of a block -> the block's number."""
+    return {id(module): index for index, block in enumerate(protocol.blocks(model)) for module in block.modules()}
 
 
 def _calls(model: nn.Module, forward: Forward, is_factored: bool) -> list[tuple[nn.Module, Layer | Attention | Switch]]:
@@ -283,11 +299,25 @@ def _parameters(model: nn.Module, owner: dict[int, int], rest: int) -> dict[int,
     shared: tuple[str, ...] = model.tensor_shared  # type: ignore[assignment]
     found: dict[int, list[Parameter]] = {}
     for prefix, module in model.named_modules():
-        kind = kinds.get(prefix)
         for key, value in module.named_parameters(recurse=False):
             name = f"{prefix}.{key}" if prefix else key
-            cut_dim = None if kind is None or (kind == "row" and key == "bias") else int(kind == "row")
-            is_shared = any(protocol.matches(name, pattern) for pattern in shared)
+            cut_dim, used_in_part = _cut_of(prefix, key, kinds)
+            is_shared = used_in_part or any(protocol.matches(name, pattern) for pattern in shared)
             parameter = Parameter(name, tuple(value.shape), value.requires_grad, cut_dim, is_shared)
             found.setdefault(owner.get(id(module), rest), []).append(parameter)
     return found
+
+
+def _cut_of(prefix: str, key: str, kinds: Mapping[str, str]) -> tuple[int | None, bool]:
+    """(the dim of a parameter that tensor parallelism cuts, None: whole; whether it is whole and the rest of an adapter
+    is cut, so that each process has a part of its gradient)."""
+    name = f"{prefix}.{key}"
+    adapter = next((part for part in (lora.A, lora.B) if name.endswith(f".{part}")), None)
+    kind = kinds.get(name.removesuffix(f".{adapter}") if adapter else prefix)
+    if kind is None:
+        return None, False
+    dim = int(kind == "row")
+    if adapter:
+        is_cut = (adapter == lora.A) == (kind == "row")
+        return (dim if is_cut else None), not is_cut
+    return (None if kind == "row" and key == "bias" else dim), False

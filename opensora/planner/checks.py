@@ -10,7 +10,7 @@ from acceleration.distributed.mesh import Mesh
 from opensora.config.run import RunConfig
 from opensora.datasets.plan.batch_plan import MicroBatch as PlannedBatch
 from opensora.datasets.plan.batch_plan import PackedSequence
-from opensora.planner.forecast import Forecaster, _as_seen
+from opensora.planner.forecast import Forecaster, micro_batch_of_clip
 from opensora.planner.meta_model import structure
 from opensora.utils.errors import UserError
 
@@ -87,7 +87,7 @@ class Traffic:
     def _batches(self, step: int, mesh: Mesh) -> list[MicroBatch]:
         """Of the process that sees ``mesh``, as formulas want them."""
         theirs = [part for m in self._assigned(step, mesh) for part in m.parts]  # packs have no forecast
-        batches = [_as_seen(self._cfg, m.bucket.frames, (m.bucket.height, m.bucket.width)) for m in theirs]
+        batches = [micro_batch_of_clip(self._cfg, m.bucket.frames, (m.bucket.height, m.bucket.width)) for m in theirs]
         return [
             replace(batch, samples=len(m.sample_ids), degree=m.degree) for batch, m in zip(batches, theirs, strict=True)
         ]

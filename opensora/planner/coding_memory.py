@@ -21,7 +21,7 @@ from acceleration.diagnostics.memory_usage import Allocations
 from opensora.assembly.stored_features import encoder_dtype
 from opensora.conditioning.references import Part, fits, parts_of
 from opensora.config.run import RunConfig
-from opensora.models.base import latent_grid
+from opensora.models.base import Autoencoder, latent_grid
 from opensora.models.vae import AutoencoderConfig, autoencoder_shape, build_autoencoder
 from opensora.planner.layout_forecast import Shape
 from opensora.utils.tasks import Task
@@ -30,11 +30,17 @@ COLOURS = 3
 LATENT_BYTES = 2 * 4  # of a latent value in fp32, and of its reference
 
 
+@lru_cache(maxsize=8)
+def _network(cfg: AutoencoderConfig, dtype: torch.dtype) -> Autoencoder:
+    """Without memory; a published one takes a second to build."""
+    return build_autoencoder(cfg, "meta", dtype)
+
+
 @lru_cache
 def encode_bytes(cfg: AutoencoderConfig, clips: int, frames: int, height: int, width: int, dtype: torch.dtype) -> int:
     """Most bytes at any moment while so many clips are encoded together, beside the weights of the autoencoder, with
     the pixels (fp32). Processes that share the tiles need no more each."""
-    autoencoder = build_autoencoder(cfg, "meta", dtype)
+    autoencoder = _network(cfg, dtype)
     with Allocations("meta") as seen, _FusedAttention():
         pixels = torch.empty(clips, COLOURS, frames, height, width, device="meta")
         autoencoder.encode(pixels, _LastOfEach(dtype))
@@ -44,7 +50,7 @@ def encode_bytes(cfg: AutoencoderConfig, clips: int, frames: int, height: int, w
 @lru_cache
 def decode_bytes(cfg: AutoencoderConfig, clips: int, frames: int, height: int, width: int, dtype: torch.dtype) -> int:
     """The same while they are decoded, with their latents (fp32). The size is that of the pixels."""
-    autoencoder = build_autoencoder(cfg, "meta", dtype)
+    autoencoder = _network(cfg, dtype)
     grid = latent_grid(frames, height, width, autoencoder)
     with Allocations("meta") as seen, _FusedAttention():
         latents = torch.empty(clips, autoencoder.channels, *grid, device="meta")
@@ -104,7 +110,7 @@ def encode_flops(cfg: RunConfig, clips: tuple[int, int, int, int]) -> float:
 @lru_cache
 def _flops(cfg: AutoencoderConfig, clips: int, frames: int, height: int, width: int) -> int:
     """Floating-point operations of encoding so many clips, piece by piece."""
-    autoencoder, counted = build_autoencoder(cfg, "meta", torch.bfloat16), _Operations(torch.bfloat16)
+    autoencoder, counted = _network(cfg, torch.bfloat16), _Operations(torch.bfloat16)
     with _FusedAttention():
         autoencoder.encode(torch.empty(clips, COLOURS, frames, height, width, device="meta"), counted)
     return counted.total
@@ -113,7 +119,7 @@ def _flops(cfg: AutoencoderConfig, clips: int, frames: int, height: int, width: 
 @lru_cache
 def decode_flops(cfg: AutoencoderConfig, clips: int, frames: int, height: int, width: int) -> int:
     """The same of decoding; the size is that of the pixels."""
-    autoencoder, counted = build_autoencoder(cfg, "meta", torch.bfloat16), _Operations(torch.bfloat16)
+    autoencoder, counted = _network(cfg, torch.bfloat16), _Operations(torch.bfloat16)
     grid = latent_grid(frames, height, width, autoencoder)
     with _FusedAttention():
         autoencoder.decode(torch.empty(clips, autoencoder.channels, *grid, device="meta"), counted)

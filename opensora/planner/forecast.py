@@ -53,7 +53,7 @@ def shapes(cfg: RunConfig) -> list[Shape]:
     """Every row of the bucket table at its size of most tokens; the table of clips is not read."""
     largest: dict[str, Shape] = {}
     for number, bucket in enumerate(bucket_table(cfg).buckets):
-        one = _as_seen(cfg, bucket.frames, (bucket.height, bucket.width))
+        one = micro_batch_of_clip(cfg, bucket.frames, (bucket.height, bucket.width))
         batch, packs = _packed(cfg, one, bucket.batch_size)
         name = f"{bucket.resolution} x {bucket.frames}"
         known = largest[name].batch if name in largest else None
@@ -70,6 +70,19 @@ def bucket_table(cfg: RunConfig) -> BucketTable:
     return BucketTable(cfg.data, denoising.pixel_multiple(shape.stride), ClipMeasure(shape, denoising))
 
 
+def micro_batch_of_clip(cfg: RunConfig, frames: int, size: tuple[int, int]) -> MicroBatch:
+    """One clip of this length and (height, width), as tokens."""
+    denoising = describe(cfg.model)
+    grid = denoising.grid(latent_grid(frames, *size, autoencoder_shape(cfg.vae)))
+    return MicroBatch(
+        samples=1,
+        txt=denoising.text_tokens(text_tokens(cfg.text)),
+        img=grid.tokens,
+        frames=grid.frames if denoising.token_axes == "factored" else None,
+        has_mask=has_mask(cfg.text),
+    )
+
+
 def _packed(cfg: RunConfig, one: MicroBatch, batch_size: int) -> tuple[MicroBatch, int]:
     """(what goes through the model at once, sequences of a step): of a bucket whose clips are alone in every step, each
     sequence full. Of mixed ones no sequence has more tokens, and a step has as many as some bucket's."""
@@ -81,19 +94,6 @@ def _packed(cfg: RunConfig, one: MicroBatch, batch_size: int) -> tuple[MicroBatc
     packs = -(-data.micro_batches * batch_size // inside)
     batch = replace(one, txt=one.txt * inside, img=one.img * inside, packed=inside, has_mask=False)
     return batch, -(-packs // multiple) * multiple
-
-
-def _as_seen(cfg: RunConfig, frames: int, size: tuple[int, int]) -> MicroBatch:
-    """One clip of this length and (height, width), as tokens."""
-    denoising = describe(cfg.model)
-    grid = denoising.grid(latent_grid(frames, *size, autoencoder_shape(cfg.vae)))
-    return MicroBatch(
-        samples=1,
-        txt=denoising.text_tokens(text_tokens(cfg.text)),
-        img=grid.tokens,
-        frames=grid.frames if denoising.token_axes == "factored" else None,
-        has_mask=has_mask(cfg.text),
-    )
 
 
 class Forecaster:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from acceleration import lora, protocol
 from acceleration.accounting.model_profile import ModelProfile
-from acceleration.accounting.profiling import profile_of
+from acceleration.accounting.profiling import extended, profile_of
 from acceleration.accounting.rank_layout import MicroBatch
 from acceleration.config import LoraConfig
 from acceleration.distributed import mesh as meshes
@@ -91,10 +91,17 @@ def meta_model(cfg: ModelConfig, adapters: LoraConfig | None = None) -> nn.Modul
     return model
 
 
-@lru_cache
 def structure(cfg: ModelConfig, known: bool = False, adapters: LoraConfig | None = None) -> ModelProfile:
     """What a model of this shape is made of. ``known``: as trained with ``conditioning.masks``."""
-    found = profile_of(meta_model(cfg, adapters), partial(run_denoiser, known=known))
+    return _structure(cfg, known, adapters if adapters and adapters.rank else None)
+
+
+@lru_cache
+def _structure(cfg: ModelConfig, known: bool, adapters: LoraConfig | None) -> ModelProfile:
+    """Run with a few of the blocks, which the others are like but for their names."""
+    short = meta_model(cfg, adapters)
+    shown = stand_ins(short)
+    found = extended(profile_of(short, partial(run_denoiser, known=known)), meta_model(cfg, adapters), shown)
     # Who exchanges what is decided by the one in a run, and by the other in formulas.
     assert not found.is_factored or found.heads_along_space == describe(cfg).heads, "Denoising.heads: along space"
     return found
@@ -104,8 +111,8 @@ def shortened(model: nn.Module) -> nn.Module:
     """The model with the blocks of every list that are run to know them all, in place."""
     for name in protocol.block_lists(model):
         blocks = list(model.get_submodule(name).children())
-        trained = [[p.requires_grad for p in block.parameters()] for block in blocks[REPEATED - 2 : -1]]
-        if len(blocks) > REPEATED and all(one == trained[0] for one in trained):  # adapters may be in some alone
+        made_of = [[(p.shape, p.requires_grad) for p in block.parameters()] for block in blocks[REPEATED - 2 : -1]]
+        if len(blocks) > REPEATED and all(one == made_of[0] for one in made_of):  # adapters may be in some alone
             setattr(model, name, nn.ModuleList([*blocks[: REPEATED - 1], blocks[-1]]))
     return model
 

@@ -394,7 +394,7 @@ def _efficient_backward(
     described: Any, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Any, out: Tensor, lse: Tensor, *_: Any
 ) -> tuple[Any, ...]:
     dq, dk, dv = _attend_backward(grad, q, k, v, out, lse[..., : q.shape[2]], bias)
-    return _with_results(described, _0=dq, _1=dk, _2=dv)
+    return _with_results(described, _0=dq, _1=dk, _2=dv)  # the bias is never trained
 
 
 def _cudnn(described: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> tuple[Any, ...]:
@@ -429,6 +429,50 @@ def _varlen_backward(
     return _with_results(described, _0=dq, _1=dk, _2=dv)
 
 
+def _scaled_dot_product_attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Through the fused kernel that CUDA takes: flash for half precision without a mask, memory-efficient for masks and
+    fp32. For a private backend torch itself computes by formula, and holds all scores. What the kernels cannot read
+    (fp64, odd widths), and calls with other options, are computed by formula on CUDA, too."""
+    is_aligned = q.dtype != torch.float64 and q.shape[-1] * q.element_size() % 16 == 0
+    if not is_aligned or args or kwargs:
+        return aten._scaled_dot_product_attention_math(q, k, v, attn_mask, *args, **kwargs)[0]  # type: ignore[no-any-return]
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -math.inf)
+    bias = attn_mask if attn_mask is None else attn_mask.expand(*q.shape[:3], k.shape[2])
+    return _Fused.apply(q, k, v, bias)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Fused(torch.autograd.Function):
+    """The operators that autograd on CUDA calls, and what it keeps for them."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is None and q.dtype != torch.float32:
+            out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v)
+        else:
+            out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True)
+        ctx.save_for_backward(q, k, v, bias, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, bias, out, lse = ctx.saved_tensors
+        seed = offset = torch.zeros((), dtype=torch.int64, device=q.device)  # no dropout: nothing was drawn
+        if bias is None and q.dtype != torch.float32:
+            lengths = q.shape[2], k.shape[2]
+            found = aten._scaled_dot_product_flash_attention_backward(
+                grad, q, k, v, out, lse, None, None, *lengths, 0.0, False, seed, offset
+            )
+        else:
+            found = aten._scaled_dot_product_efficient_attention_backward(
+                grad, q, k, v, bias, out, lse, seed, offset, 0.0, [True, True, True, False]
+            )
+        return *found[:3], None
+
+
+_KERNELS = torch.library.Library("aten", "IMPL")
 _EMULATED: dict[Any, Callable[..., Any]] = {
     aten._scaled_dot_product_flash_attention.default: _flash,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
@@ -541,4 +585,5 @@ def _register() -> None:
             return [torch.bfloat16, torch.float16]
 
     if torch._C._get_privateuse1_backend_name() != BACKEND:
+        _KERNELS.impl("scaled_dot_product_attention", _scaled_dot_product_attention, "AutogradPrivateUse1")
         backends._setup_privateuseone_for_python_backend(BACKEND, backend_module=Module())

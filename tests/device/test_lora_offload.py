@@ -1,7 +1,8 @@
 """``lora.offload=blocks``: the same losses, gradients and adapters bit for bit, and no more bytes than forecast.
 
-The device is simulated; every byte that is on it is counted. Weights are most of them, as norms that a GPU has kernels
-for are made of several operators there; bytes of activations are measured by tests/dist/test_plan_accuracy.py.
+The device is simulated, and every byte that is on it is counted: weights are most of them where clips are short, and
+activations take as much where they are long. Attention runs the fused operators of a GPU there, which hold no scores;
+root-mean-square norms are several operators, in the measurement as in the forecast.
 """
 
 from dataclasses import replace
@@ -34,6 +35,8 @@ MORE: list[tuple[int, Case]] = [
     (2, Case(zero=3, recompute="full")),
     (2, Case(zero=1, optim=SGD)),
     (2, Case(adapters=FEW, zero=0, recompute="full")),
+    (1, Case(img=150, recompute="full", batches=1)),
+    (1, Case(img=150, batches=1)),
     (2, Case(precision=FP64, zero=1, mesh=(("tensor", 2),))),
 ]
 
@@ -56,8 +59,7 @@ def test_the_same_numbers_and_no_more_bytes_than_forecast(world: int, case: Case
         limits[way] = forecast(replace(case, adapters=adapters), world)
         peak = max(one[way].peak for one in found)
         print(f"{world} {case.zero} {case.recompute} {way}: {peak} of {limits[way]} forecast")
-        if case.adapters is not FEW:  # whose blocks differ, which forecasts of sampled blocks take to be alike
-            assert limits[way] / 1.35 < peak <= 1.05 * limits[way]
+        assert 0.95 * limits[way] < peak <= 1.05 * limits[way]
     for one in found:
         plain, streamed = one["none"], one["blocks"]
         assert plain.losses == streamed.losses and plain.gradients

@@ -1,6 +1,7 @@
 """The formulas of traffic: their bounds, and the structure they read."""
 
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 from math import prod
 
 import pytest
@@ -11,11 +12,13 @@ from acceleration.accounting.comm_volume import forward_bytes, step_bytes
 from acceleration.accounting.model_profile import Count, ModelProfile
 from acceleration.accounting.profiling import profile_of
 from acceleration.accounting.rank_layout import MicroBatch, RankLayout
-from acceleration.config import MeshConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
+from acceleration.config import LoraConfig, MeshConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.sequence import SequenceParallel
+from acceleration.sharding import tensor_parallel
 from opensora.models.families import build_model, count_parameters
-from opensora.models.mmdit import SIZES, MMDiTConfig
+from opensora.models.mmdit import FAMILY, SIZES, MMDiTConfig
+from opensora.planner import meta_model
 from opensora.planner.meta_model import denoiser_inputs, run_denoiser
 
 FP32 = ParallelConfig(zero=0, precision=PrecisionConfig(compute="fp32"))
@@ -42,6 +45,31 @@ def test_structure_holds_every_parameter_slot_and_cut_layer(size: str) -> None:
     assert all(layer.reruns for unit in found.blocks for layer in unit.layers)  # a gated residual comes last
     embedders = [layer for layer in found.rest.layers if layer.kind == "column"]
     assert embedders and not any(layer.input_trains for layer in embedders)
+
+
+ADAPTERS = LoraConfig(rank=4, targets=FAMILY.lora_targets)
+IN_FEW = LoraConfig(rank=4, targets=("double_blocks.1.*_attn.qkv", "single_blocks.3.linear1"))
+
+
+@pytest.mark.parametrize("adapters", [None, ADAPTERS, IN_FEW], ids=["all weights", "adapters", "adapters in some"])
+def test_a_few_blocks_tell_of_all(adapters: LoraConfig | None) -> None:
+    """The planner runs the first blocks of a list and the last: each of the others is like them but for its names."""
+    cfg = replace(SIZES["debug"], depth=5, depth_single_blocks=6)
+    assert meta_model.structure(cfg, True, adapters) == profile_of(
+        meta_model.meta_model(cfg, adapters), partial(run_denoiser, known=True)
+    )
+
+
+@pytest.mark.parametrize("adapters", [None, ADAPTERS], ids=["all weights", "adapters"])
+def test_what_tensor_parallelism_cuts(adapters: LoraConfig | None) -> None:
+    """Shapes on one of two processes, and what has a part of its gradient on each, are those of a model that is cut."""
+    cfg = SIZES["debug"]
+    known = {p.name: p for p in meta_model.structure(cfg, False, adapters).parameters}
+    model = meta_model.meta_model(cfg, adapters)
+    tensor_parallel.apply(model, meshes.view({"tensor": 2})["tensor"])
+    cut = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert cut == {name: p.cut(2) for name, p in known.items()}
+    assert getattr(model, tensor_parallel.SHARED) == {name for name, p in known.items() if p.is_shared}
 
 
 def sent(axis: str, degree: int, rank: int, batch: MicroBatch, cfg: MMDiTConfig) -> float:

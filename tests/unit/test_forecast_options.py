@@ -100,7 +100,7 @@ def fuzz(seed: int, count: int) -> set[str]:
 
 
 def test_any_valid_configuration_has_a_forecast() -> None:
-    fuzz(seed=0, count=3)
+    fuzz(seed=0, count=2)
 
 
 @pytest.mark.slow
@@ -139,7 +139,7 @@ MORE: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-QUICK = ("adapters", "frozen blocks stream", "parameters on the host", "native zero 2", "deepspeed zero 1")
+QUICK = ("adapters", "frozen blocks stream", "parameters on the host")
 
 
 @pytest.mark.parametrize(
