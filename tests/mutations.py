@@ -1089,8 +1089,8 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "a contact sheet without what clips were made from",
         "opensora/inference/save.py",
-        "sheet = self._write_sheet(rows, given if any(given) else ())",
-        "sheet = self._write_sheet(rows, ())",
+        "self._write_sheet(rows, given if any(given) else ())",
+        "self._write_sheet(rows, ())",
         "tests/dist/test_saving_samples.py::test_the_sheet_shows_what_clips_were_made_from",
     ),
     Mutation(

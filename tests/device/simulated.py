@@ -437,11 +437,11 @@ def _scaled_dot_product_attention(
     (fp64, odd widths), and calls with other options, are computed by formula on CUDA, too."""
     is_aligned = q.dtype != torch.float64 and q.shape[-1] * q.element_size() % 16 == 0
     if not is_aligned or args or kwargs:
-        return aten._scaled_dot_product_attention_math(q, k, v, attn_mask, *args, **kwargs)[0]  # type: ignore[no-any-return]
+        return aten._scaled_dot_product_attention_math(q, k, v, attn_mask, *args, **kwargs)[0]
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -math.inf)
     bias = attn_mask if attn_mask is None else attn_mask.expand(*q.shape[:3], k.shape[2])
-    return _Fused.apply(q, k, v, bias)  # type: ignore[no-any-return, no-untyped-call]
+    return _Fused.apply(q, k, v, bias)
 
 
 class _Fused(torch.autograd.Function):
