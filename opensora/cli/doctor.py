@@ -11,15 +11,13 @@ if __name__ == "__main__":
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from opensora.assembly.file_checks import Finding, autoencoder_files, encoder_files, folder_for, look, run_files
 from opensora.cli.forecast import MAX_GIB, MAX_WORLD, describe
-from opensora.cli.jobs import as_configured, is_training
 from opensora.cli.main import run_cli
-from opensora.config.load import load_config
+from opensora.config.load import is_training, load_config
 from opensora.config.run import RunConfig, SampleConfig, StillConfig, check_fit
-from opensora.inference.find import Source, find_source
+from opensora.inference.find import Source, as_configured, find_source
 from opensora.inference.memory import memory_of
 from opensora.planner.devices import DEVICES, Device
 from opensora.planner.search import RESERVE, Planner, check_own
@@ -43,7 +41,7 @@ def main(argv: list[str]) -> int:
         device = replace(device, memory=int(args.memory_gib * GIB))
     worlds = tuple(dict.fromkeys(args.world or WORLDS))
     command = " ".join([args.config, *overrides])
-    if is_training(Path(args.config)):
+    if is_training(RunConfig, args.config):
         cfg = load_config(RunConfig, args.config, overrides)
         findings = run_files(cfg)
         show(findings)

@@ -13,12 +13,11 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
-from opensora.cli.jobs import is_training, source_of
 from opensora.cli.main import run_cli
-from opensora.config.load import load_config
+from opensora.config.load import is_training, load_config
 from opensora.config.run import RunConfig, SampleConfig
+from opensora.inference.find import source_of
 from opensora.inference.memory import memory_of
 from opensora.planner.devices import DEVICES, Device
 from opensora.planner.encoder_memory import encoder_bytes
@@ -53,7 +52,7 @@ def main(argv: list[str]) -> int:
     device = DEVICES[args.device]
     if args.memory_gib is not None:
         device = replace(device, memory=int(args.memory_gib * GIB))
-    if not is_training(Path(args.config)):
+    if not is_training(RunConfig, args.config):
         return sampling(args.config, overrides, args.world, device, as_json=args.json)
     cfg = load_config(RunConfig, args.config, overrides)
     device_type = "cpu" if args.device == "cpu" else "cuda"

@@ -61,6 +61,19 @@ def load_config(cls: type[T], source: str | Path | Mapping[str, Any], overrides:
     return build(cls, layer, lines)
 
 
+def is_training(cls: type, path: str | Path) -> bool:
+    """Whether a file, with all that it includes, is of a training run: it has a section that sampling has not.
+
+    Args:
+        cls: of training runs.
+
+    Raises:
+        UserError: a file that cannot be read, or that includes itself.
+    """
+    layer, _ = _read_with_includes(cls, Path(path), (), [])
+    return not {"train", "data", "optim"}.isdisjoint(layer)
+
+
 def config_from_argv(cls: type[T], argv: Sequence[str], description: str) -> T:
     """``CONFIG.yaml [overrides]`` as typed on a command line; ``--help`` explains it and exits."""
     if not argv or argv[0] == "-h" or "--help" in argv:

@@ -109,6 +109,37 @@ def find_source(cfg: SampleConfig) -> Source:
     )
 
 
+def source_of(cfg: SampleConfig) -> Source:
+    """What the weights are of: by their files, or where these are not there by the configuration alone.
+
+    Raises:
+        UserError: neither says it.
+    """
+    try:
+        return find_source(cfg)
+    except UserError:
+        if (source := as_configured(cfg)) is None:
+            raise
+        return source
+
+
+def as_configured(cfg: SampleConfig) -> Source | None:
+    """What the weights would be of, by the configuration alone; None: it leaves that to them."""
+    if cfg.model is None or cfg.vae is None or cfg.text is None:
+        return None
+    return Source(
+        path=Path(cfg.weights),
+        checkpoint=None,
+        adapters=None,
+        model=cfg.model,
+        vae=cfg.vae,
+        text=cfg.text,
+        objective=cfg.objective or default_objective(cfg.model),
+        conditioning=None,
+        prompt_suffix=False,
+    )
+
+
 def names_motion(cfg: SampleConfig, source: Source) -> bool:
     """Whether prompts end with words about frame rate and motion."""
     return source.prompt_suffix if cfg.prompt_suffix is None else cfg.prompt_suffix

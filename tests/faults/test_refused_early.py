@@ -298,7 +298,7 @@ def test_a_size_between_whole_tokens_is_said(folder: Path, monkeypatch: pytest.M
     for width, expected in ((32, 0), (33, 1)):
         size = f"{{width: {width}, height: 32}}"
         sizes = [f"validate={{every: 1, prompts: [a], sampling: {size}}}", "parallel.mesh.ulysses=1"]
-        check.check_validation(load_config(RunConfig, "train.yaml", sizes), 1)
+        check.check_validation(load_config(RunConfig, "train.yaml", sizes), 1, clips=1)
         cfg = load_config(SampleConfig, "sample.yaml", [f"sampling.width={width}"])
         check.check_sample(cfg, find_source(cfg), read_jobs(cfg), 1)
         assert len(said) == 2 * expected

@@ -1,6 +1,7 @@
 """What the doctor says of files that are there, are not, or are of something else; on both kinds of configuration."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from opensora.cli.doctor import is_training, main
+from opensora.cli import doctor, forecast
+from opensora.cli.doctor import main
+from opensora.config.load import is_training
+from opensora.config.run import RunConfig
 from opensora.models.families import MODEL_SIZES, build_model
 from opensora.utils.errors import UserError
 from tests.text_models import write_text_models
@@ -112,8 +116,17 @@ def test_memory_by_where_the_text_encoder_is(folder: Path, capsys: pytest.Captur
 def test_which_kind_a_file_is(folder: Path) -> None:
     for kind, wanted in (("train", True), ("sample", False)):
         for path in sorted((ROOT / "configs" / kind).rglob("*.yaml")):
-            assert is_training(path) == wanted, path
+            assert is_training(RunConfig, path) == wanted, path
     with pytest.raises(UserError, match=r"nowhere\.yaml"):
         main([str(folder / "nowhere.yaml")])
     with pytest.raises(UserError, match=r"sampling\.colour: unknown key"):
         main([str(folder / "sample.yaml"), "sampling.colour=1"])
+
+
+@pytest.mark.parametrize("command", [doctor.main, forecast.main])
+def test_files_that_include_each_other(command: Callable[[list[str]], int], folder: Path) -> None:
+    (folder / "a.yaml").write_text("include: b.yaml\n")
+    (folder / "b.yaml").write_text("include: a.yaml\n")
+    with pytest.raises(UserError, match="goes round in a circle") as found:
+        command([str(folder / "a.yaml"), "--world", "1"])
+    assert "\n" not in str(found.value)
