@@ -49,6 +49,7 @@ def test_verdicts() -> None:
     assert not broken.passed and not broken.by_assertion
 
 
+@pytest.mark.slow
 def test_the_command() -> None:
     done = run("weights drawn twice as large", timeout=110)
     assert done.returncode == 0, done.stdout + done.stderr

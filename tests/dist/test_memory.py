@@ -18,18 +18,22 @@ LAYOUTS: dict[int, tuple[tuple[int, dict[str, int]], ...]] = {
     1: ((3, {}),),
     2: ((0, {}), (1, {}), (2, {}), (3, {})),
     3: ((3, {}),),
-    4: ((3, {}), (2, {"ring": 2, "ulysses": 2}), (1, {"tensor": 2}), (3, {"replicate": 2})),
+    4: ((3, {}),),
 }
+MESHES = {4: ((2, {"ring": 2, "ulysses": 2}), (1, {"tensor": 2}), (3, {"replicate": 2}))}
 Key = tuple[int, int, str]
 
 
-@pytest.fixture(scope="module")
-def usages(tmp_path_factory: pytest.TempPathFactory) -> dict[Key, tuple[ParallelConfig, list[Usage]]]:
+@pytest.fixture(scope="module", params=[{}, pytest.param(MESHES, marks=pytest.mark.slow)], ids=["stages", "meshes"])
+def usages(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[Key, tuple[ParallelConfig, list[Usage]]]:
     """(processes, stage, mesh) -> layout, and what each of its processes used."""
     path = tmp_path_factory.mktemp("weights") / "model.safetensors"
     write_weights(MODEL, path)
     found: dict[Key, Any] = {}
     for world, choices in LAYOUTS.items():
+        choices += request.param.get(world, ())
         layouts = [
             ParallelConfig(zero=zero, mesh=MeshConfig(**mesh), recompute=RecomputeConfig(kind="full"))  # type: ignore[arg-type]
             for zero, mesh in choices

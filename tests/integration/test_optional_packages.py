@@ -25,6 +25,7 @@ def test_its_command_runs(place: Place, case: Case) -> None:
         pytest.skip(str(why))
 
 
+@pytest.mark.slow
 def test_one_command_with_all_that_go_together(place: Place) -> None:
     """ColossalAI trains on frames by decord, and what it says goes to wandb and TensorBoard."""
     absent = [name for name in ("colossalai", "decord", "wandb") if find_spec(name) is None]
