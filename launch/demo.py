@@ -29,7 +29,7 @@ FIRST_LAYOUT = "ZeRO 3, Ulysses 2, gradient checkpointing"
 SECOND_LAYOUT = "ZeRO 2, two data-parallel processes, no gradient checkpointing"
 OTHER_LAYOUT = ["parallel.zero=2", "parallel.mesh.ulysses=1", "parallel.recompute.kind=none"]
 PRETRAINED_PROMPTS = "opensora/pretrained/shapes/prompts.csv"
-STILL_PROMPT = "a red square on a gray background"
+STILL = {"name": "still", "text": "a red square on a gray background"}
 CLIP_OF_STILL = {
     "text": "a red square moves right on a gray background",
     "colour": "red",
@@ -157,9 +157,11 @@ class Demo:
         self.say("Sampling from the small model that comes with the package: text to video")
         self.command([*sample, f"prompt_csv={PRETRAINED_PROMPTS}", f"save_dir={self.pretrained / 't2v'}"])
         self.say("A still of its own, and image to video from this still")
-        stills = self.pretrained / "still"
-        self.command([*sample, "--prompt", STILL_PROMPT, "sampling.num_frames=1", f"save_dir={stills}"])
-        row = {"name": "from_still", "ref": str(next(stills.glob("image_*/sample*.png"))), **CLIP_OF_STILL}
+        self.pretrained.mkdir(exist_ok=True)
+        table, stills = write_rows(self.pretrained / "still.csv", [STILL]), self.pretrained / "still"
+        self.command([*sample, f"prompt_csv={table}", "sampling.num_frames=1", f"save_dir={stills}"])
+        (still,) = stills.glob(f"image_*/{STILL['name']}.png")
+        row = {"name": "from_still", "ref": str(still), **CLIP_OF_STILL}
         table = write_rows(self.pretrained / "i2v.csv", [row])
         self.command([*sample, f"prompt_csv={table}", "cond_type=i2v_head", f"save_dir={self.pretrained / 'i2v'}"])
         self.pretrained_s = time.monotonic() - began

@@ -58,7 +58,7 @@ def test_the_demo_begins_with_what_comes_with_the_package(
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    still = tmp_path / "pretrained/still/image_32px/sample_0000.png"
+    still = tmp_path / "pretrained/still/image_32px" / f"{module.STILL['name']}.png"
     lines: list[list[str]] = []
 
     def command(words: list[object]) -> None:
@@ -81,5 +81,5 @@ def test_the_demo_begins_with_what_comes_with_the_package(
     assert row["ref"] == str(still) and {row[name] for name in ("colour", "shape", "direction")} < set(
         row["text"].split()
     )
-    assert set(module.STILL_PROMPT.split()) < set(row["text"].split())
+    assert set(module.STILL["text"].split()) < set(row["text"].split())
     assert demo.pretrained_s > 0
