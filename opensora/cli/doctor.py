@@ -109,7 +109,7 @@ def sampling_memory(cfg: SampleConfig, source: Source, world: int, device: Devic
         return str(error)
     room = device.memory * (1 - RESERVE)
     fits = "" if found.peak <= room else f": more than the {room / GIB:.1f} that can be used"
-    return f"{found.peak / GIB:.1f} ({said(found.kept)} of weights; at most {said(found.turns)} in turn){fits}"
+    return f"{found.peak / GIB:.1f} ({said(found.weights)} of weights; at most {said(found.turns)} in turn){fits}"
 
 
 def said(sizes: Mapping[str, int]) -> str:

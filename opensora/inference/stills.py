@@ -4,7 +4,7 @@ All stills of a job are made before the model of clips is loaded, so that a devi
 """
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -109,8 +109,13 @@ def still_size(resolution: str, aspect_ratio: str, multiple: int) -> tuple[int, 
     return training_sizes(f"{resolution}_ar{aspect_ratio}", multiple)[0]
 
 
-def still_job(cfg: SampleConfig, world_size: int) -> tuple[SampleConfig, Source]:
-    """The job that makes the stills: prompts as they are, the same steps, seeds and shift."""
+def still_job(
+    cfg: SampleConfig, world_size: int, find: Callable[[SampleConfig], Source] = find_source
+) -> tuple[SampleConfig, Source]:
+    """The job that makes the stills: prompts as they are, the same steps, seeds and shift.
+
+    ``find``: what says what the weights are of.
+    """
     still = cfg.still
     assert still is not None
     job = replace(
@@ -125,7 +130,7 @@ def still_job(cfg: SampleConfig, world_size: int) -> tuple[SampleConfig, Source]
         prompt_suffix=False,
         parallel=replace(cfg.parallel, mesh=_one_pass(cfg.parallel.mesh, world_size)),
     )
-    source = replace(find_source(job), prompt_suffix=False)
+    source = replace(find(job), prompt_suffix=False)
     denoising = describe(source.model)
     multiple = denoising.pixel_multiple(autoencoder_shape(source.vae).stride)
     try:
