@@ -306,19 +306,19 @@ class Forecaster:
             def loss() -> Tensor:
                 # Inputs without a name, which would keep them alive while the loss is computed.
                 prediction = model(**denoiser_inputs(self.model, batch, sequence, known=known))
-                return _objective_loss(self.model, self.objective, prediction)
+                return objective_loss(self.model, self.objective, prediction).sum()
 
             self._lines[key] = timeline(model, loss, accumulates=accumulates)
         return self._lines[key]
 
 
-def _objective_loss(cfg: ModelConfig, objective: Objective, prediction: Tensor) -> Tensor:
-    """What training sums up of a prediction."""
+def objective_loss(cfg: ModelConfig, objective: Objective, prediction: Tensor) -> Tensor:
+    """Of every value of a prediction, as training has it before it is summed."""
     point, time = torch.zeros(1, 1, 1, 1, 1), torch.zeros(1)
     shape = (*prediction.shape[:-1], prediction.shape[-1] // describe(cfg).outputs)
     names = objective.noised(point, point, time).targets
     targets = {name: torch.zeros(shape, device=prediction.device) for name in names}
-    return objective.loss(prediction, targets, time.to(prediction.device)).sum()
+    return objective.loss(prediction, targets, time.to(prediction.device))
 
 
 def _unit_flops(unit: ShardUnit, sizes: Sizes) -> int:

@@ -144,12 +144,13 @@ def sampling_forecast(
     kept = {TEXT: text, DENOISER: denoiser.weights, AUTOENCODER: autoencoder}
     working = working_bytes(job, profile, place, pieces)
     working[DENOISER] += denoiser.total - denoiser.weights
-    if place.cfg.zero < 3 and job.offload == "none":  # what was gathered stays for the next batch
-        working[TEXT], working[AUTOENCODER] = (working[turn] + denoiser.gathered for turn in (TEXT, AUTOENCODER))
+    if job.offload == "none":  # what was gathered stays for the next batch
+        for turn in (TEXT, AUTOENCODER):
+            working[turn] += peak_memory.gathered_behind(profile, place)
     turns = {name: forecast_turn(job, name, working[name] + beside, kept, profile, place) for name in kept}
     weights = {name: _weights_in_turn(job, name, kept, profile, place) for name in kept}
     bounds = frozenset({DENOISER} if job.reuse.any else ())
-    seconds = seconds_by_turn(job, profile, place, device)
+    seconds = seconds_by_turn(job, profile, place, device, _from_host(job, profile, place))
     if job.offload != "none":  # encoders are copied in, a denoiser also out
         for name, copies in ((TEXT, 1), (AUTOENCODER, 1), (DENOISER, 2 * (job.offload == "models"))):
             seconds[name] += copies * kept[name] / device.host_bandwidth
@@ -274,14 +275,20 @@ def _coding_bytes(job: SamplingJob) -> int:
     return max(found)
 
 
-def seconds_by_turn(job: SamplingJob, profile: ModelProfile, place: RankLayout, device: Device) -> dict[str, float]:
-    """Of a batch, by the operations of every turn; weights that come from CPU memory for every forward may take longer
-    than what is done with them."""
+def seconds_by_turn(
+    job: SamplingJob, profile: ModelProfile, place: RankLayout, device: Device, from_host: int
+) -> dict[str, float]:
+    """Of a batch, by the operations of every turn.
+
+    Args:
+        from_host: bytes of weights that come from CPU memory for a forward, which may take longer than what is done
+            with them.
+    """
     mesh, speed = place.mesh, device.flops * EFFICIENCY
     shared = mesh["ring"].degree * mesh["ulysses"].degree * mesh["tensor"].degree
     passes = -(-job.passes // mesh["cfg"].degree)
     forward = Forecaster.flops_of(profile, job.batch) / shared / speed
-    forward = max(forward, _from_host(job, profile, place) / device.host_bandwidth)
+    forward = max(forward, from_host / device.host_bandwidth)
     coding = decode_flops(job.vae, job.samples, job.frames, job.height, job.width)
     if job.known_frames:
         coding += job.samples * encode_flops_of(job.vae, 1, job.known_frames, job.height, job.width)
