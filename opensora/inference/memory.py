@@ -19,7 +19,7 @@ from opensora.models.vae import autoencoder_shape
 from opensora.planner.devices import DEVICES, Device
 from opensora.planner.sampling_forecast import Reuse, SamplingForecast, SamplingJob, sampling_forecast
 from opensora.sampling.caches import CacheConfig, NoCache, PyramidAttentionBroadcast, plan_of
-from opensora.sampling.guidance import passes_per_step
+from opensora.sampling.guidance import passes_of_steps
 from opensora.utils.errors import UserError
 
 STILLS = "still "  # put before the turns of the model that makes first frames
@@ -70,8 +70,7 @@ def job_of(cfg: SampleConfig, source: Source, jobs: Sequence[Job] | None = None)
         frames=coded(option, describe(source.model), shape, kind),
         height=option.height,
         width=option.width,
-        steps=option.num_steps,
-        passes=passes_per_step(option, references=kind != "t2v"),
+        passes_of_steps=passes_of_steps(option, references=kind != "t2v"),
         reuse=reuse_of(option.cache),
         known_frames=max((part.frames for part in parts_of(kind, shape)), default=0),
         shares_tiles=cfg.vae_parallel != "off",

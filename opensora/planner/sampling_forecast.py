@@ -64,12 +64,16 @@ class SamplingJob:
     frames: int
     height: int
     width: int
-    steps: int
-    passes: int  # of a step with the most
+    passes_of_steps: tuple[int, ...]  # of guidance, in every step
     reuse: Reuse = Reuse()
     known_frames: int = 0  # pixels of the longest reference that is coded by itself
     shares_tiles: bool = True  # processes of a clip share out the tiles that are coded
     clips: int = 1  # of the whole job
+
+    @property
+    def passes(self) -> int:
+        """Of a step with the most."""
+        return max(self.passes_of_steps)
 
     @property
     def batch(self) -> MicroBatch:
@@ -171,7 +175,7 @@ def working_bytes(job: SamplingJob, profile: ModelProfile, place: RankLayout, pi
     """
     return {
         TEXT: text_working_bytes(job.text, place.itemsize("compute"), pieces, job.samples),
-        DENOISER: _latent_bytes(job) + reused_bytes(job, profile, place),
+        DENOISER: _latent_bytes(job) + reused_bytes(job.reuse, job.passes, job.model, job.batch, profile, place),
         AUTOENCODER: _coding_bytes(job),
     }
 
@@ -250,20 +254,22 @@ def _latent_bytes(job: SamplingJob) -> int:
     return job.samples * shape.channels * frames * rows * columns * 4 * (LATENT_COPIES + job.passes)
 
 
-def reused_bytes(job: SamplingJob, profile: ModelProfile, place: RankLayout) -> int:
+def reused_bytes(
+    reuse: Reuse, passes: int, model: ModelConfig, batch: MicroBatch, profile: ModelProfile, place: RankLayout
+) -> int:
     """Of what a step cache keeps of every pass that this process computes, and holds while blocks run."""
-    reuse, passes = job.reuse, -(-job.passes // place.mesh["cfg"].degree)
-    txt, img = place.local_tokens(profile, job.batch)
+    mine = -(-passes // place.mesh["cfg"].degree)
+    txt, img = place.local_tokens(profile, batch)
     tokens = img + txt * profile.cuts_text  # that blocks hand on
-    copies = passes * (reuse.added * tokens + reuse.signals * img) + reuse.carried * tokens
-    local, outputs = place.local_sizes(profile, job.batch), 0
+    copies = mine * (reuse.added * tokens + reuse.signals * img) + reuse.carried * tokens
+    local, outputs = place.local_sizes(profile, batch), 0
     for unit, count in profile.unit_counts:
         kept = (slot for slot in unit.attentions if slot.axis in reuse.axes)
         outputs += count * sum(
             slot.batch.at(local) * slot.queries.at(local) * slot.heads * slot.head_dim for slot in kept
         )
-    values = copies * describe(job.model).width + passes * outputs // place.mesh["tensor"].degree
-    return job.samples * values * place.itemsize("compute")
+    values = copies * describe(model).width + mine * outputs // place.mesh["tensor"].degree
+    return batch.samples * values * place.itemsize("compute")
 
 
 def _coding_bytes(job: SamplingJob) -> int:
@@ -286,7 +292,7 @@ def seconds_by_turn(
     """
     mesh, speed = place.mesh, device.flops * EFFICIENCY
     shared = mesh["ring"].degree * mesh["ulysses"].degree * mesh["tensor"].degree
-    passes = -(-job.passes // mesh["cfg"].degree)
+    turns = sum(-(-passes // mesh["cfg"].degree) for passes in job.passes_of_steps)
     forward = Forecaster.flops_of(profile, job.batch) / shared / speed
     forward = max(forward, from_host / device.host_bandwidth)
     coding = decode_flops(job.vae, job.samples, job.frames, job.height, job.width)
@@ -294,6 +300,6 @@ def seconds_by_turn(
         coding += job.samples * encode_flops_of(job.vae, 1, job.known_frames, job.height, job.width)
     return {
         TEXT: text_flops(job.text, job.samples * min(2, job.passes)) / speed,
-        DENOISER: forward * passes * job.steps,
+        DENOISER: forward * turns,
         AUTOENCODER: coding / (shared if job.shares_tiles else 1) / speed,
     }

@@ -244,10 +244,12 @@ class Planner:
         room = f"{self.room / 2**30:.1f} GiB of {self.world} devices"
         if closest is None:
             return f"no layout fits: weights, optimizer and gradients alone need more than the {room}; use more devices"
-        return (
-            f"no layout fits: {closest.shape} needs at least {closest.peak / 2**30:.1f} GiB and there are the "
-            f"{room}; lower its batch size in data.buckets, or use more devices"
-        )
+        needs = f"needs at least {closest.peak / 2**30:.1f} GiB and there are the {room}"
+        if closest.validation and closest.peak == closest.validation.peak:
+            clips = closest.validation.clips == closest.peak
+            lower = "validate.batch_size or the size in validate.sampling" if clips else "batch sizes in data.buckets"
+            return f"no layout fits: a round of validation {needs}; lower {lower}, or use more devices"
+        return f"no layout fits: {closest.shape} {needs}; lower its batch size in data.buckets, or use more devices"
 
     def _place(self, parallel: ParallelConfig) -> RankLayout:
         return RankLayout(meshes.view(meshes.resolve(parallel.mesh, self.world), 0, self.device_type), parallel)

@@ -5,13 +5,14 @@ sampled from the same model in the same layout. Gradients are gone by then. Seco
 clip were of the bucket that takes longest, and no step reused anything.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from acceleration.accounting import peak_memory, vendor_memory
+from acceleration.accounting.activation_memory import Timeline
 from acceleration.accounting.comm_volume import padded
 from acceleration.accounting.peak_memory import Footprint
 from acceleration.accounting.rank_layout import MicroBatch, RankLayout
@@ -32,6 +33,7 @@ class Validation:
 
     cfg: RunConfig
     clips: SamplingJob | None = None  # of the prompts, in the layout of the run; None: there are none
+    _lines: dict[Any, Timeline] = field(default_factory=dict, init=False, compare=False, repr=False)  # run before
 
     def forecast(self, forecaster: Forecaster, place: RankLayout, device: Device) -> ValidationForecast:
         """Of one layout."""
@@ -51,7 +53,7 @@ class Validation:
         found, state = [_at_most(shape, validate.samples) for shape in shapes(cfg)], between_steps(forecaster, place)
         coding = max(encoding_bytes(cfg, state, place, shape, 1) for shape in heaviest_to_encode(found))
         heaviest = max(found, key=lambda shape: shape.batch.samples * (shape.batch.txt + shape.batch.img))
-        seen = _forward(forecaster, place, state, heaviest.batch)
+        seen = self._forward(forecaster, place, state, heaviest.batch)
         prompts = text_working_bytes(cfg.text, _itemsize(cfg), _pieces(place), max(s.batch.samples for s in found))
         slowest = max(found, key=lambda shape: forecaster.forward_flops(shape.batch) / shape.batch.samples)
         seconds = _round_s(cfg, forecaster, place, device, slowest)
@@ -63,7 +65,7 @@ class Validation:
     ) -> tuple[int, float]:
         """(most bytes, seconds) of the clips of all prompts."""
         state, profile = between_steps(forecaster, place), forecaster.structure
-        seen = _forward(forecaster, place, state, job.batch)
+        seen = self._forward(forecaster, place, state, job.batch)
         working = working_bytes(job, profile, place, _pieces(place))
         left = state.total + peak_memory.gathered_behind(profile, place, streams=forecaster.streams)
         most = max(left + working[TEXT], seen.total + working[DENOISER], left + working[AUTOENCODER])
@@ -71,6 +73,26 @@ class Validation:
         turns = -(-batches // place.mesh.data_degree)
         seconds = seconds_by_turn(job, profile, place, device, from_host(forecaster, place))
         return most, turns * sum(seconds.values())
+
+    def _forward(self, forecaster: Forecaster, place: RankLayout, state: Footprint, batch: MicroBatch) -> Footprint:
+        """The moment of a forward without gradients, and of its loss, when a process holds most."""
+        layout = tuple((place.mesh[name].degree, place.mesh[name].rank) for name in ("ring", "ulysses", "tensor"))
+        key = (layout, place.cfg.precision, place.cfg.attention, batch)
+        if key not in self._lines:
+            self._lines[key] = forward_line(
+                forecaster.model,
+                batch,
+                place,
+                forecaster.device_type,
+                adapters=forecaster.adapters,
+                known=forecaster.known,
+                after=lambda prediction: _losses(forecaster, prediction),
+            )
+        line, profile = self._lines[key], forecaster.structure
+        if place.cfg.engine != "native":
+            found = vendor_memory.peak(profile, place, forecaster.optim, line, frozen=forecaster.frozen)
+            return replace(found, gradients=0, buffers=0)
+        return peak_memory.forward_peak(profile, place, line, state, streams=forecaster.streams)
 
 
 def between_steps(forecaster: Forecaster, place: RankLayout) -> Footprint:
@@ -93,23 +115,6 @@ def _at_most(shape: Shape, samples: int) -> Shape:
     assert shape.clips is not None
     count = min(shape.batch.samples, samples)
     return replace(shape, batch=replace(shape.batch, samples=count), clips=(count, *shape.clips[1:]))
-
-
-def _forward(forecaster: Forecaster, place: RankLayout, state: Footprint, batch: MicroBatch) -> Footprint:
-    """The moment of a forward without gradients, and of its loss, when a process holds most."""
-    line = forward_line(
-        forecaster.model,
-        batch,
-        place,
-        forecaster.device_type,
-        adapters=forecaster.adapters,
-        known=forecaster.known,
-        after=lambda prediction: _losses(forecaster, prediction),
-    )
-    if place.cfg.engine != "native":
-        found = vendor_memory.peak(forecaster.structure, place, forecaster.optim, line, frozen=forecaster.frozen)
-        return replace(found, gradients=0, buffers=0)
-    return peak_memory.forward_peak(forecaster.structure, place, line, state, streams=forecaster.streams)
 
 
 def _losses(forecaster: Forecaster, prediction: Tensor) -> Any:

@@ -42,7 +42,7 @@ from opensora.inference.check import check_offload, fit_option, solver_of
 from opensora.inference.load import verify_export
 from opensora.models.base import AutoencoderShape, Width
 from opensora.models.families import build_model, describe
-from opensora.models.text import check_text_encoder
+from opensora.models.text import check_text_encoder, has_mask
 from opensora.models.vae import autoencoder_shape, build_autoencoder, check_autoencoder
 from opensora.planner.checks import Traffic, check_memory
 from opensora.schedulers import build_objective
@@ -252,8 +252,9 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
 
 
 def has_formulas(cfg: RunConfig) -> bool:
-    """Whether the bytes of a step can be predicted: by the native engine, all weights trained, one shape at a time."""
-    return cfg.parallel.engine == "native" and not cfg.lora.rank and not cfg.data.tokens_per_sequence
+    """Whether the bytes of a step can be predicted: of the native engine, whose packs leave out padding of texts, so that
+    these must have none."""
+    return cfg.parallel.engine == "native" and not (cfg.data.tokens_per_sequence and has_mask(cfg.text))
 
 
 def build_preparation(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Preparation:
