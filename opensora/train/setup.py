@@ -252,8 +252,8 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
 
 
 def has_formulas(cfg: RunConfig) -> bool:
-    """Whether the bytes of a step can be predicted: of the native engine, whose packs leave out padding of texts, so that
-    these must have none."""
+    """Whether the bytes of a step can be predicted: those of the native engine, but for packs of texts with padding,
+    which they leave out."""
     return cfg.parallel.engine == "native" and not (cfg.data.tokens_per_sequence and has_mask(cfg.text))
 
 

@@ -225,5 +225,5 @@ def test_what_step_caches_keep(caches: list[CacheConfig]) -> None:
     for cache, bytes_then in zip(caches, most, strict=True):
         kept = reused_bytes(reuse_of(cache), 2, MODEL, batch, structure(MODEL), place)
         print(f"{cache.kind}: {bytes_then - plain} of {kept} forecast, beside {plain}")
-        assert 0.7 * kept <= bytes_then - plain <= 1.05 * kept
+        assert 0.9 * kept <= bytes_then - plain <= 1.05 * kept
     assert reused_bytes(reuse_of(NoCache()), 2, MODEL, batch, structure(MODEL), place) == 0
