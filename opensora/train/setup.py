@@ -41,7 +41,7 @@ from opensora.datasets.table.index import IndexedTable
 from opensora.inference.check import check_offload, fit_option, solver_of
 from opensora.inference.load import verify_export
 from opensora.models.base import AutoencoderShape, Width
-from opensora.models.families import build_model, describe
+from opensora.models.families import build_model, describe, family_of
 from opensora.models.text import check_text_encoder, has_mask
 from opensora.models.vae import autoencoder_shape, build_autoencoder, check_autoencoder
 from opensora.planner.checks import Traffic, check_memory
@@ -252,9 +252,13 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
 
 
 def has_formulas(cfg: RunConfig) -> bool:
-    """Whether the bytes of a step can be predicted: those of the native engine, but for packs of texts with padding,
-    which they leave out."""
-    return cfg.parallel.engine == "native" and not (cfg.data.tokens_per_sequence and has_mask(cfg.text))
+    """Whether the bytes of a step can be predicted exactly: those of the native engine, but for packs of texts with
+    padding, which they leave out, for adapters on some layers alone, below which nothing goes backward, and for a base
+    that streams."""
+    packs_padding = cfg.data.tokens_per_sequence and has_mask(cfg.text)
+    on_every_layer = set(cfg.lora.targets or ()) == set(family_of(cfg.model).lora_targets)
+    adapters = not cfg.lora.rank or (on_every_layer and cfg.lora.offload == "none")
+    return cfg.parallel.engine == "native" and not packs_padding and adapters
 
 
 def build_preparation(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Preparation:

@@ -212,4 +212,10 @@ def test_counted_is_predicted_of_adapters_and_packs(name: str) -> None:
     has_mask = share_out is mine  # padding is left out of packs
     for rank, steps in enumerate(run_distributed(count, world, cfg, MODEL, has_mask, adapters, share_out, timeout=100)):
         for found in steps:
-            assert found["counted"] == found["predicted"], f"rank {rank}"
+            counted, predicted = found["counted"], found["predicted"]
+            if "in some" in name:  # a bound: nothing goes backward below the first adapter
+                assert all(counted[axis] <= predicted[axis] for axis in counted), f"rank {rank}"
+            elif "streams" in name:  # close: adapters alone are sharded
+                assert counted == {axis: pytest.approx(sent, rel=0.03) for axis, sent in predicted.items()}
+            else:
+                assert counted == predicted, f"rank {rank}"
