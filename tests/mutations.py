@@ -1173,9 +1173,23 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "newest commit at every download",
         "opensora/cli/download.py",
-        "repository.revision or _kept_revision(repository, target)",
+        "repository.revision or kept.get(repository.name)",
         "repository.revision",
-        "tests/unit/test_download.py::test_the_commit_of_the_first_download_stays",
+        "tests/unit/test_download.py::test_the_files_come_and_the_commit_of_the_first_download_stays",
+    ),
+    Mutation(
+        "a file that was stopped begins again",
+        "opensora/utils/files/hub.py",
+        'part.open("ab")',
+        'part.open("wb")',
+        "tests/unit/test_download.py::test_a_file_that_was_stopped_goes_on_where_it_was",
+    ),
+    Mutation(
+        "digests of a pinned commit asked of others",
+        "opensora/cli/download.py",
+        "repository.revision in (None, commit)",
+        "repository.revision",
+        "tests/unit/test_download.py::test_what_is_known_here_goes_before_what_a_hub_lists",
     ),
     Mutation(
         "nothing wrong with a file that is not there",

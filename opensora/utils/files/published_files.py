@@ -1,7 +1,8 @@
 """The published weights that configurations name: where each is from, and what it must be.
 
 Revisions are commits, so that the same command fetches the same bytes; of a repository without one here the commit of
-the first download is kept beside the files. Sizes and digests are those that the publishers' repositories list.
+the first download is kept beside the files, and ``--revision`` names another. Sizes and digests are those that the
+publishers' repositories list.
 """
 
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ class PublishedFile:
 
     size: int | None = None  # bytes
     sha256: str | None = None
+    git_blob: str | None = (
+        None  # SHA-1 that git gives a file's content; hubs list it of small files in place of SHA-256
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
