@@ -76,6 +76,8 @@ def find_source(cfg: SampleConfig) -> Source:
     }
     for name, value in sections.items():
         if value is None:
+            if path.is_dir() and not any(path.glob("*.safetensors*")) and _newest(path) is None:
+                raise UserError(f"weights={path}: no weights there; give a run folder, an export or a safetensors file")
             raise UserError(f"{name}: missing; {path} has no {SAVED_NAME} beside the weights, so say {name}.kind=...")
     objective = cfg.objective or (saved.objective if saved else default_objective(sections["model"]))
     checkpoint = _newest(path)

@@ -84,7 +84,7 @@ SAMPLES = {
         ["weights={folder}/badlist"],
         "{folder}/badlist/SHA256SUMS line 1: damaged; export again",
     ),
-    "a reference for text to video": (["ref=a.png"], "ref: 1 references for a clip, cond_type=t2v takes none; set"),
+    "a reference for text to video": (["ref=a.png"], "ref: 1 reference for a clip, cond_type=t2v takes none; set"),
     "a kind without a reference": (["cond_type=i2v_head"], "cond_type=i2v_head: needs references; give ref=FILE"),
     "a reference that is missing": (["cond_type=i2v_head", "ref=a.png"], "ref=a.png: no such file"),
     "a reference that is none": (["cond_type=i2v_tail", "ref={folder}/table.csv"], "ref={folder}/table.csv: "),
