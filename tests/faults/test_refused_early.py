@@ -104,7 +104,7 @@ SAMPLES = {
         ["sampling.num_frames=1", "still={{weights: {folder}/exported}}"],
         "sampling.num_frames=1: must be 2 or more with still",
     ),
-    "a still without weights": (["still={{weights: {folder}/no}}"], "weights={folder}/no: no such file"),
+    "a still without weights": (["still={{weights: {folder}/no}}"], "still.weights={folder}/no: no such file"),
     "a size that stills have not": (
         ["still={{weights: {folder}/exported, resolution: big}}"],
         "still.resolution=big: ",

@@ -15,7 +15,7 @@ import pytest
 from opensora.cli import download
 from opensora.utils.errors import UserError
 from opensora.utils.files import hub as hub_files
-from opensora.utils.files.published_files import SETS, PublishedFile, Repository, set_of
+from opensora.utils.files.published_files import SETS, PublishedFile, Repository, how_to_fetch, set_of
 from tests.conftest import ROOT
 from tests.hub_server import COMMIT, Hub
 
@@ -278,4 +278,8 @@ def test_the_table(tmp_path: Path) -> None:
                 assert known.sha256 is None or re.fullmatch("[0-9a-f]{64}", known.sha256)
     assert set_of("ckpts/Open_Sora_v2.safetensors") == "open-sora-v2" and set_of("x/ae.safetensors") == "flux1-dev"
     assert set_of("ckpts/google/t5-v1_1-xxl") == set_of("openai/clip-vit-large-patch14/") == "open-sora-v2"
+    fetched = ", or fetch it: python -m opensora.cli.download"
+    assert how_to_fetch(Path("a/ae.safetensors")) == f"{fetched} flux1-dev --to a" and how_to_fetch("a/b.pt") == ""
+    assert how_to_fetch("c/openai/clip-vit-large-patch14") == f"{fetched} open-sora-v2 --to c"
+    assert how_to_fetch("Open_Sora_v2.safetensors") == f"{fetched} open-sora-v2 --to ."
     assert set_of("ckpts/other.safetensors") is None and set_of("config.json") is None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora.utils.errors import UserError
+from opensora.utils.files.published_files import how_to_fetch
 from opensora.utils.files.untrusted import parse_json, parsing, short
 from opensora.utils.files.user_files import absence, read_text
 
@@ -36,7 +37,8 @@ def check_folder(key: str, path: str) -> Path:
     folder = folder_of(path)
     if reason := absence(folder / "config.json", "file"):
         detail = "" if reason.startswith("no such") else f" ({reason})"
-        raise UserError(f"text.{key}={path}: no config.json there{detail}; give the folder of a transformers model")
+        wanted = f"give the folder of a transformers model{how_to_fetch(path)}"
+        raise UserError(f"text.{key}={path}: no config.json there{detail}; {wanted}")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise UserError(f"text.{key}={path}: cannot be loaded, no *.safetensors beside config.json; fetch them")
     return folder

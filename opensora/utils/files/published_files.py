@@ -118,3 +118,16 @@ def set_of(path: str) -> str | None:
             if Path(path).name in {one.parent.name if one.name == "config.json" else one.name for one in places}:
                 return name
     return None
+
+
+def folder_of_set(path: str) -> Path:
+    """The ``--to`` of a download that puts a published file, or a model's folder, at ``path``."""
+    place = Path(path)
+    return place.parent.parent if place.parent.name in ("google", "openai") else place.parent
+
+
+def how_to_fetch(path: str | Path) -> str:
+    """What a message adds about a published file that is not there: the command that fetches it; empty: it is none."""
+    name = set_of(str(path))
+    to = folder_of_set(str(path))
+    return f", or fetch it: python -m opensora.cli.download {name} --to {to}" if name else ""
