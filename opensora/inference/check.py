@@ -112,7 +112,7 @@ def check_jobs(cfg: SampleConfig, source: Source, jobs: Sequence[Job]) -> None:
         return
     check_references(source.model)
     if not any(listed):
-        raise UserError(f"cond_type={cfg.cond_type}: needs references; give ref=FILE, or a table with a column ref")
+        raise UserError(f"cond_type={cfg.cond_type}: needs references; give ref, or a table with a column ref")
     shape, frames = autoencoder_shape(source.vae), cfg.sampling.num_frames
     made = coded(cfg.sampling, describe(source.model), shape, cfg.cond_type)
     check_length(cfg.cond_type, latent_frames(made, shape.stride[0], shape.causal), frames, shape)
