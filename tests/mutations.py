@@ -1185,6 +1185,20 @@ TABLE: tuple[Mutation, ...] = (
         "tests/unit/test_download.py::test_a_file_that_was_stopped_goes_on_where_it_was",
     ),
     Mutation(
+        "stored features looked at after the table is indexed",
+        "opensora/train/setup.py",
+        "        feature_store.read_manifest(Path(cfg.data.features))\n",
+        "        pass\n",
+        "tests/faults/test_refused_early.py::test_what_a_look_tells_is_said_before_a_table_is_indexed",
+    ),
+    Mutation(
+        "empty cells of a parquet table are words",
+        "opensora/utils/files/parquet_rows.py",
+        'values[column] or ""',
+        "str(values[column])",
+        "tests/unit/test_prompts.py::test_a_parquet_table_is_read_as_its_csv",
+    ),
+    Mutation(
         "digests of a pinned commit asked of others",
         "opensora/cli/download.py",
         "repository.revision in (None, commit)",
