@@ -118,7 +118,7 @@ OURS = ("acceleration", "opensora", "scripts", "data_pipeline", "launch", *FREE)
 
 # vendor -> the files that may import it
 HOMES: dict[str, tuple[str, ...]] = {
-    "huggingface_hub": ("opensora/cli/download.py",),
+    "huggingface_hub": ("opensora/utils/files/hub.py",),
     "omegaconf": ("opensora/config/load.py",),
     "yaml": ("opensora/config/strict_yaml.py",),
     "wandb": ("opensora/utils/metrics_log.py",),

@@ -36,6 +36,7 @@ from opensora.assembly.token_layout import token_layout
 from opensora.config.load import to_yaml
 from opensora.config.run import RunConfig
 from opensora.datasets.decode import api
+from opensora.datasets.loading import feature_store
 from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.datasets.table.index import IndexedTable
 from opensora.inference.check import check_offload, fit_option, solver_of
@@ -59,7 +60,7 @@ from opensora.train.state.resume import check_fresh, check_paths, resume, wrong_
 from opensora.train.state.run_lock import check_places, write_config
 from opensora.train.state.same_files import content, take_folder
 from opensora.train.step_data import check_buckets, open_batches, open_data
-from opensora.train.validate import announce_weights, check_prompts, read_prompts
+from opensora.train.validate import announce_weights, check_prompts, check_references, read_prompts
 from opensora.utils import signal_handler
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
@@ -129,7 +130,11 @@ def check(cfg: RunConfig, world_size: int) -> tuple[IndexedTable, BatchPlan]:
             add_adapters(cfg, model)
     check_files(cfg, shape)
     check_disk(cfg, model)
-    table, plan = open_data(cfg)
+    if jobs := read_prompts(cfg):
+        check_references(cfg, jobs)
+    if cfg.data.features:
+        feature_store.read_manifest(Path(cfg.data.features))
+    table, plan = open_data(cfg)  # after what a look can tell: the index of a large table takes its time
     open_held_out(cfg)
     if cfg.data.features:
         stored_features.check(cfg, table, plan)
