@@ -24,7 +24,7 @@ MODULES = {
     "flash-attn": "flash_attn",
     "huggingface-hub": "huggingface_hub",
 }
-TOOLS = ("ruff", "mypy", "pytest-timeout", "pytest")  # are run, not imported
+TOOLS = ("ruff", "mypy", "pytest-timeout", "pytest-xdist", "pytest")  # are run, not imported
 ELSEWHERE = {
     "colossalai",
     "flash_attn_interface",
