@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OPENSORA_TESTS=1
+unset PYTHONDONTWRITEBYTECODE # hundreds of processes would each compile the project anew
 source launch/setup.sh
 "$PYTHON" -m ruff check .
 "$PYTHON" -m mypy
