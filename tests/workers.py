@@ -13,7 +13,7 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).resolve().parent.parent
-IN_TURN = ("faults", "hosts")  # folders whose tests wait for processes
+IN_TURN = ("faults", "hosts", "gpu")  # folders whose tests wait for processes, or share one device
 BUSY = ("integration", "device", "dist")  # folders whose tests keep two cores busy
 TAKES_TIME = re.compile(r"^import time$", re.MULTILINE)  # a file of any folder that goes with IN_TURN
 MOST = 4  # workers; each imports torch and collects every test, which takes a gigabyte and 15 s

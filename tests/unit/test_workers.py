@@ -16,6 +16,7 @@ workers = pytest.importorskip("tests.workers", reason="pytest-xdist is not insta
     [
         ("tests/faults/test_signals.py", (0, "in turn")),
         ("tests/hosts/test_lab.py", (0, "in turn")),
+        ("tests/gpu/test_cuda.py", (0, "in turn")),
         ("tests/unit/test_member.py", (0, "in turn")),  # it imports time
         ("tests/unit/test_rope.py", (1, "tests/unit/test_rope.py")),
         ("tests/test_imports.py", (1, "tests/test_imports.py")),
