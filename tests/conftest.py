@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, here and in commands that tests start
+# For this process before it imports torch, and for all that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # tests have file calls fail one by one, and list what is in folders
 import torch
 
 torch.set_num_threads(1)
