@@ -2,13 +2,17 @@
 
 import os
 import signal
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from functools import cache
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 import pytest
+
+# For this process before it imports torch, and for all that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # tests have file calls fail one by one, and list what is in folders
 import torch
 
 torch.set_num_threads(1)
@@ -17,6 +21,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 ROOT = Path(__file__).resolve().parent.parent
+_ROWS = pytest.StashKey[dict[str, tuple[int, int]]]()
 
 
 @pytest.fixture(scope="session")
@@ -75,3 +80,61 @@ def _warm_up() -> None:
     from tests.dist.harness import warm_up
 
     warm_up()
+
+
+def add_rows(config: pytest.Config, more: Mapping[str, tuple[int, int]]) -> None:
+    """Adds {row: (passed, of)} to the table at the end: what fault tests tried, and how often it was so."""
+    rows = config.stash.setdefault(_ROWS, {})
+    for row, (passed, of) in more.items():
+        before = rows.get(row, (0, 0))
+        rows[row] = (before[0] + passed, before[1] + of)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    rows = config.stash.get(_ROWS, {})
+    if rows:
+        terminalreporter.section("faults")
+        width = max(map(len, rows))
+        for row, (passed, of) in rows.items():
+            terminalreporter.line(f"{row:{width}}  {passed:>5} of {of}")
+
+
+# What follows is for pytest-xdist: pytest knows its hooks only where it is installed. Without -n there is one process.
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Of ``-n auto``: a worker per core, and none where the terminal is the test's (-s, --trace; xdist knows --pdb)."""
+    from tests.workers import MOST
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    alone = cores == 1 or config.getoption("capture") == "no" or config.getoption("trace")
+    return 0 if alone else min(cores, MOST)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Unless --dist asks for another one."""
+    from tests.workers import Scheduling
+
+    return Scheduling(config, log) if config.getoption("dist") == "load" else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A worker has its tests in the order in which the groups come."""
+    if hasattr(config, "workerinput"):
+        from tests.workers import place
+
+        items.sort(key=lambda item: place(item.path.relative_to(ROOT).as_posix())[0])
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker hands over its part of the table."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tally"] = session.config.stash.get(_ROWS, {})
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """The main process takes it; a worker that died has none."""
+    add_rows(node.config, getattr(node, "workeroutput", {}).get("tally", {}))

@@ -165,6 +165,10 @@ REUSED, TEACACHE, MAGCACHE = (
 )
 ANEW = f"{CACHES_UNIT}test_one_cache_serves_one_clip_after_another"
 BAD_NUMBERS = f"{CACHES_UNIT}test_bad_numbers_are_never_a_reason_to_reuse"
+PEAK_MEMORY, SAMPLING_FORECAST = "acceleration/accounting/peak_memory.py", "opensora/planner/sampling_forecast.py"
+FORECAST_BYTES, FORECAST_TURNS = (
+    f"tests/{name}.py::test_{{}}" for name in ("device/test_accounting", "unit/test_forecast_sampling")
+)
 TURNS, STREAMED = "opensora/assembly/turns.py", "acceleration/blocks/block_streaming.py"
 STREAM_ORDER = "tests/unit/test_block_streaming.py::test_{}"
 OFFLOADED = "tests/device/test_offload.py::test_clips_and_bytes[1-{}]"
@@ -1173,9 +1177,37 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "newest commit at every download",
         "opensora/cli/download.py",
-        "repository.revision or _kept_revision(repository, target)",
+        "repository.revision or kept.get(repository.name)",
         "repository.revision",
-        "tests/unit/test_download.py::test_the_commit_of_the_first_download_stays",
+        "tests/unit/test_download.py::test_the_files_come_and_the_commit_of_the_first_download_stays",
+    ),
+    Mutation(
+        "a file that was stopped begins again",
+        "opensora/utils/files/hub.py",
+        'part.open("ab")',
+        'part.open("wb")',
+        "tests/unit/test_download.py::test_a_file_that_was_stopped_goes_on_where_it_was",
+    ),
+    Mutation(
+        "stored features looked at after the table is indexed",
+        "opensora/train/setup.py",
+        "        feature_store.read_manifest(Path(cfg.data.features))\n",
+        "        pass\n",
+        "tests/faults/test_refused_early.py::test_what_a_look_tells_is_said_before_a_table_is_indexed",
+    ),
+    Mutation(
+        "empty cells of a parquet table are words",
+        "opensora/utils/files/parquet_rows.py",
+        'values[column] or ""',
+        "str(values[column])",
+        "tests/unit/test_prompts.py::test_a_parquet_table_is_read_as_its_csv",
+    ),
+    Mutation(
+        "digests of a pinned commit asked of others",
+        "opensora/cli/download.py",
+        "repository.revision in (None, commit)",
+        "repository.revision",
+        "tests/unit/test_download.py::test_what_is_known_here_goes_before_what_a_hub_lists",
     ),
     Mutation(
         "nothing wrong with a file that is not there",
@@ -1420,6 +1452,63 @@ TABLE: tuple[Mutation, ...] = (
         "if not layer.trains)",
         "if layer.trains is None)",
         "tests/unit/test_forecast_options.py::test_what_takes_time",
+    ),
+    # Forecasts of forwards, caches, stills and validation; bytes of adapters and packs.
+    Mutation(
+        "a buffer is gone before the next unit is copied out of its own",
+        PEAK_MEMORY,
+        "self.copied = size if forward else 0",
+        "self.copied = 0",
+        FORECAST_BYTES.format("a_forward_takes_what_is_forecast[2-zero3 12]"),
+    ),
+    Mutation(
+        "nothing stays gathered behind a forward of zero 2",
+        PEAK_MEMORY,
+        "    if place.cfg.zero == 3:\n        return 0",
+        "    if place.cfg.zero >= 2:\n        return 0",
+        FORECAST_TURNS.format("what_was_gathered_stays_below_zero_3"),
+    ),
+    Mutation(
+        "whole weights shown where blocks stream",
+        SAMPLING_FORECAST,
+        'if job.offload != "blocks" or turn != DENOISER',
+        'if job.offload != "none" or turn != DENOISER',
+        FORECAST_TURNS.format("weights_are_those_on_the_device"),
+    ),
+    Mutation(
+        "attention that a cache keeps forecast of one pass",
+        SAMPLING_FORECAST,
+        "copies * describe(model).width + mine * outputs",
+        "copies * describe(model).width + outputs",
+        FORECAST_BYTES.format("what_step_caches_keep[two kinds]"),
+    ),
+    Mutation(
+        "clips behind stills forecast without their reference",
+        "opensora/inference/memory.py",
+        "job = job_of(clips_of(cfg), source)",
+        "job = job_of(cfg, source)",
+        FORECAST_TURNS.format("stills_have_turns_of_their_own"),
+    ),
+    Mutation(
+        "a round of validation that does not fit",
+        "opensora/planner/layout_forecast.py",
+        "self.text, self.validation.peak if self.validation else 0)",
+        "self.text)",
+        FORECAST_TURNS.format("a_round_that_does_not_fit"),
+    ),
+    Mutation(
+        "held-out clips seen once for all bins",
+        "opensora/planner/validation_forecast.py",
+        "cfg.validate.bins * forward",
+        "forward",
+        FORECAST_TURNS.format("rounds_of_validation"),
+    ),
+    Mutation(
+        "frozen weights sent by nobody",
+        "acceleration/accounting/comm_volume.py",
+        "sent = padded(unit.parameters, place)",
+        "sent = padded((p for p in unit.parameters if p.trains), place)",
+        "tests/dist/test_accounting.py::test_counted_is_predicted_of_adapters_and_packs[adapters]",
     ),
 )
 

@@ -120,7 +120,7 @@ def _dc_block(shapes: Shapes, name: str, width: int, *, attends: bool) -> None:
 
 PUBLISHED = {"hunyuan": hunyuan_vae, "flux2d": ae, "dc_ae": video_dc_ae}
 SMALL: dict[str, Shapes] = {
-    "flux2d": ae((32, 32), 1, 4),
+    "flux2d": ae((64, 64), 1, 4),  # groups of two channels: torch normalizes no group of one at a single pixel
     "dc_ae": video_dc_ae((4, 4, 8, 32, 32, 32), (1,) * 6, (1,) * 6, 8),
 }
 

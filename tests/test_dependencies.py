@@ -23,6 +23,7 @@ MODULES = {
     "tensorboard": "torch.utils.tensorboard",
     "flash-attn": "flash_attn",
     "huggingface-hub": "huggingface_hub",
+    "pytest-xdist": "xdist",
 }
 TOOLS = ("ruff", "mypy", "pytest-timeout", "pytest")  # are run, not imported
 ELSEWHERE = {
@@ -65,7 +66,7 @@ def test_what_is_declared_is_imported() -> None:
     optional = {name for extra, some in extras.items() if extra != "dev" for name in some}
     used, anywhere = imported(PRODUCT), imported((*PRODUCT, "tests", "benchmarks"))
     assert [name for name in {*dependencies, *optional} if MODULES.get(name, name) not in used] == []
-    assert [name for name in extras["dev"] if name not in TOOLS and name not in anywhere] == []
+    assert [name for name in extras["dev"] if name not in TOOLS and MODULES.get(name, name) not in anywhere] == []
     assert all(extras.values()), "an extra that installs nothing"
     assert not set(dependencies) & {*optional, *extras["dev"]}, "an extra that is installed anyway"
 

@@ -299,7 +299,7 @@ def _layer_forward(layer: Layer, shares: TokenShares) -> int:
     degree = shares.tensor
     if degree == 1 or layer.kind in ("column", "whole") or not shares.follows("tensor"):
         return 0
-    out = shares.batch.samples * layer.rows.at(shares.local) * layer.outputs * shares.itemsize()
+    out = shares.rows(layer.rows) * layer.outputs * shares.itemsize()
     return all_reduce_bytes(out, degree) if layer.kind == "row" else out // degree * (degree - 1)
 
 
@@ -307,8 +307,7 @@ def _layer_backward(layer: Layer, shares: TokenShares) -> int:
     degree = shares.tensor
     if degree == 1 or layer.kind in ("row", "whole") or not layer.input_trains or not shares.follows("tensor"):
         return 0
-    rows = shares.batch.samples * layer.rows.at(shares.local)
-    return all_reduce_bytes(rows * layer.inputs * shares.itemsize(), degree)
+    return all_reduce_bytes(shares.rows(layer.rows) * layer.inputs * shares.itemsize(), degree)
 
 
 def _matrices(parameters: Iterable[Parameter], place: RankLayout) -> Iterable[tuple[int, int]]:

@@ -7,7 +7,7 @@ have other sizes there.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -38,6 +38,11 @@ class Count:
                 factor *= sizes[name]
             total += factor
         return total
+
+    @property
+    def fixed(self) -> int:
+        """What depends on no size."""
+        return sum(factor for names, factor in self.terms if not names)
 
     @property
     def names(self) -> Subset:
@@ -144,6 +149,14 @@ class ModelProfile:
     def count(self) -> int:
         """Parameters in all."""
         return sum(torch.Size(parameter.shape).numel() for parameter in self.parameters)
+
+    def without_frozen(self) -> "ModelProfile":
+        """With the parameters alone that are trained: where frozen ones stream, sharding moves no others."""
+
+        def of(unit: ShardUnit) -> ShardUnit:
+            return replace(unit, parameters=tuple(p for p in unit.parameters if p.trains))
+
+        return replace(self, blocks=tuple(map(of, self.blocks)), rest=of(self.rest))
 
     @cached_property
     def heads_along_space(self) -> int:

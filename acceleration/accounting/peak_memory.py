@@ -120,13 +120,25 @@ def peak(
     return walk.worst
 
 
-def forward_peak(structure: ModelProfile, place: RankLayout, line: Timeline) -> Footprint:
-    """The moment of a forward without gradients when this process holds most, on a model whose weights are kept in the
-    type that they compute in. Below ZeRO 3 what was gathered stays, for the next forward."""
-    on_device = place.cfg.offload != "parameters"
-    weights = sum(n * padded(unit.parameters, place) for unit, n in structure.unit_counts) * place.itemsize("compute")
-    state = Footprint(weights * on_device, *[0] * 6)
-    walk = _Walk(structure, place, state, streams=False)
+def forward_peak(
+    structure: ModelProfile,
+    place: RankLayout,
+    line: Timeline,
+    state: Footprint | None = None,
+    *,
+    streams: bool = False,
+) -> Footprint:
+    """The moment of a forward without gradients when this process holds most. Below ZeRO 3 what was gathered stays, for
+    the next forward.
+
+    Args:
+        state: what it keeps; None: nothing but weights, in the type that they compute in, as in sampling.
+        streams: see ``state_of``.
+    """
+    if state is None:
+        kept = sum(n * padded(unit.parameters, place) for unit, n in structure.unit_counts) * place.itemsize("compute")
+        state = Footprint(kept * (place.cfg.offload != "parameters"), *[0] * 6)
+    walk = _Walk(structure, place, state, streams=streams)
     walk.gather(walk.rest, forward=True)
     walk.run(line.before)
     for index, segment in enumerate(line.forward):
@@ -136,6 +148,16 @@ def forward_peak(structure: ModelProfile, place: RankLayout, line: Timeline) -> 
             walk.free(index)
     walk.run(line.between)
     return walk.worst
+
+
+def gathered_behind(structure: ModelProfile, place: RankLayout, *, streams: bool = False) -> int:
+    """Bytes of gathered weights that stay behind a forward without gradients, until somebody frees them."""
+    if place.cfg.zero == 3:
+        return 0
+    pieces = sum(
+        n * padded((p for p in unit.parameters if p.trains or not streams), place) for unit, n in structure.unit_counts
+    )
+    return pieces * place.fsdp_degree * place.itemsize("compute")
 
 
 class _Walk:

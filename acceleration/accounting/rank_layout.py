@@ -127,6 +127,12 @@ class TokenShares:
             self._lengths[count] = tuple(count.at(sizes) for sizes in self.all)
         return self._lengths[count]
 
+    def rows(self, count: Count) -> int:
+        """What ``count``, per sample, is here of all samples; of a packed sequence those that are no tokens, as a
+        modulation, are as many as it has samples."""
+        alone = max(0, self.batch.packed - 1) * count.fixed
+        return self.batch.samples * (count.at(self.local) + alone)
+
     def follows(self, axis: str) -> bool:
         """Whether bytes to the next process of ring, ulysses or tensor are counted."""
         return self.place.peers.follows(axis, self.ulysses.degree if axis == "ulysses" else None)

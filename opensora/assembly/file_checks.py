@@ -11,7 +11,7 @@ from opensora.config.run import RunConfig
 from opensora.models.text.weights import open_clip, open_t5
 from opensora.models.vae import check_autoencoder
 from opensora.utils.errors import UserError
-from opensora.utils.files.published_files import set_of
+from opensora.utils.files.published_files import folder_of_set, set_of
 from opensora.utils.files.user_files import absence
 
 _GLOB = "*?["
@@ -75,5 +75,4 @@ def run_files(cfg: RunConfig) -> list[Finding]:
 
 def folder_for(findings: Sequence[Finding], name: str) -> Path:
     """The folder that a set of published files goes to, for what is missing of it to be where it is looked for."""
-    path = Path(next(finding.path for finding in findings if finding.published == name))
-    return path.parent.parent if path.parent.name in ("google", "openai") else path.parent
+    return folder_of_set(next(finding.path for finding in findings if finding.published == name))

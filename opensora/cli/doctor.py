@@ -21,6 +21,7 @@ from opensora.inference.find import Source, as_configured, find_source
 from opensora.inference.memory import memory_of
 from opensora.planner.devices import DEVICES, Device
 from opensora.planner.search import RESERVE, Planner, check_own
+from opensora.train.validate import planned_clips
 from opensora.utils.command_line.arguments import Parser, number, whole
 from opensora.utils.errors import UserError
 
@@ -95,7 +96,10 @@ def training_memory(cfg: RunConfig, world: int, device: Device) -> str:
     """The configured layout on ``world`` devices."""
     if problem := check_own(cfg, world):
         return problem
-    planner = Planner(cfg, world, device, device_type="cuda")
+    try:
+        planner = Planner(cfg, world, device, device_type="cuda", clips=planned_clips(cfg))
+    except UserError as error:
+        return str(error)
     own = planner.one(cfg.parallel, planner.shapes[-1])
     fits = "" if own.peak <= planner.room else f", more than the {planner.room / GIB:.1f} that can be used"
     return f"{describe(own)}: {own.peak / GIB:.1f} on {own.shape}{fits}"
@@ -109,7 +113,7 @@ def sampling_memory(cfg: SampleConfig, source: Source, world: int, device: Devic
         return str(error)
     room = device.memory * (1 - RESERVE)
     fits = "" if found.peak <= room else f": more than the {room / GIB:.1f} that can be used"
-    return f"{found.peak / GIB:.1f} ({said(found.kept)} of weights; at most {said(found.turns)} in turn){fits}"
+    return f"{found.peak / GIB:.1f} ({said(found.weights)} of weights; at most {said(found.turns)} in turn){fits}"
 
 
 def said(sizes: Mapping[str, int]) -> str:

@@ -20,10 +20,11 @@ from opensora.config.run import RunConfig, SampleConfig
 from opensora.inference.find import source_of
 from opensora.inference.memory import memory_of
 from opensora.planner.devices import DEVICES, Device
-from opensora.planner.encoder_memory import encoder_bytes
-from opensora.planner.layout_forecast import Forecast
+from opensora.planner.encoder_memory import encoder_bytes, frozen_bytes
+from opensora.planner.layout_forecast import Forecast, ValidationForecast
 from opensora.planner.network import Network, read_links
 from opensora.planner.search import RESERVE, Planner, check_own
+from opensora.train.validate import planned_clips
 from opensora.utils.command_line.arguments import Parser, number, place, whole
 from opensora.utils.console import Progress
 
@@ -57,7 +58,10 @@ def main(argv: list[str]) -> int:
     cfg = load_config(RunConfig, args.config, overrides)
     device_type = "cpu" if args.device == "cpu" else "cuda"
     network = read_links(args.links, device, args.world) if args.links else Network.of_device(device, args.world)
-    planner = Planner(cfg, args.world, device, device_type=device_type, exact=args.measure, network=network)
+    clips = planned_clips(cfg)
+    planner = Planner(
+        cfg, args.world, device, device_type=device_type, exact=args.measure, network=network, clips=clips
+    )
     problem = check_own(cfg, args.world)
     own = [] if problem else planner.own()
     if args.json:
@@ -81,6 +85,8 @@ def main(argv: list[str]) -> int:
         longest = max(own, key=lambda forecast: forecast.text)
         if longest.text:
             print(f"while prompts are encoded: at most {longest.text / GIB:.2f}, {longest.shape}")
+        if validation := own[-1].validation:
+            print(rounds(validation))
         print(encoders(cfg, args.world))
     sys.stdout.flush()  # to be read while the layouts are timed, which takes longer
     best = planner.best(args.top, show_progress())
@@ -105,10 +111,14 @@ def sampling(config: str, overrides: Sequence[str], world: int, device: Device, 
         print(json.dumps(found.plain() | {"room_gib": room / GIB}))
         return 0
     print(f"{world} processes, offload={job.offload}; {room / GIB:.1f} GiB of each can be used")
-    print(f"{'turn':<16}{'GiB':>8}{'weights':>9}{'seconds':>9}")
+    print(f"{'turn':<20}{'GiB':>8}{'weights':>9}{'seconds':>9}")
     for name, size in found.turns.items():
         too_much = "  does not fit" if size > room else ""
-        print(f"{name:<16}{size / GIB:>8.2f}{found.kept[name] / GIB:>9.2f}{found.seconds[name]:>9.1f}{too_much}")
+        numbers = f"{size / GIB:>8.2f}{found.weights[name] / GIB:>9.2f}{found.seconds[name]:>9.1f}"
+        print(f"{name:<20}{numbers}{too_much}")
+    print("GiB: at most in a turn; weights: of the model whose turn it is, on the device; seconds: of a batch")
+    for name in sorted(found.bounds):
+        print(f"{name}: at most {found.seconds[name]:.1f} s, as if cache.kind={job.sampling.cache.kind} reused nothing")
     return 0
 
 
@@ -126,11 +136,19 @@ def show_progress() -> Callable[[int, int], None]:
     return show
 
 
+def rounds(validation: ValidationForecast) -> str:
+    """Memory and time of a round of validation."""
+    parts = {"held-out loss": (validation.held_out, validation.held_out_s)}
+    parts["clips of prompts"] = (validation.clips, validation.clips_s)
+    said = (f"{name} {size / GIB:.2f}, {seconds:.3g} s" for name, (size, seconds) in parts.items() if size)
+    return f"while validating, every {validation.every} steps: at most {'; '.join(said)}"
+
+
 def encoders(cfg: RunConfig, world: int) -> str:
     """Weights of the frozen models on a process, of which ``state`` has those that stay there."""
     itemsize = 2 if cfg.parallel.precision.compute == "bf16" else 4
     pieces = max(1, world // cfg.parallel.mesh.replicate)
-    autoencoder, text = encoder_bytes(cfg.vae, cfg.text, itemsize, pieces)
+    autoencoder, text = encoder_bytes(cfg.vae, cfg.text, itemsize, pieces) if frozen_bytes(cfg, world) else (0, 0)
     return f"of state: autoencoder {autoencoder / GIB:.2f}, text encoder {text / GIB:.2f}"
 
 

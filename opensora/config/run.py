@@ -229,7 +229,7 @@ class SampleConfig:
     sampling: SamplingOption = field(default_factory=SamplingOption)
     prompt: str | None = None  # one prompt
     prompts: tuple[str, ...] = ()  # several
-    prompt_csv: str | None = None  # a table with the columns text, and optionally name, neg and ref, or a .txt of lines
+    prompt_csv: str | None = None  # csv or parquet with text, and optionally name, neg and ref; or a .txt of lines
     start_index: int = 0  # of the first prompt that is sampled; all are numbered from the start of the table
     end_index: int | None = None  # of the first prompt that is not; null: all are
     neg: str = ""  # what clips that name nothing themselves move away from

@@ -95,8 +95,10 @@ def wanted(hint: Any) -> str:
 
 
 def suggestion(name: str, choices: Iterable[str]) -> str:
-    """``did you mean x?`` where a choice is close, else all of them."""
+    """``did you mean x?`` where a choice is close or begins so, else all of them."""
     known, name = list(choices), name[:LONGEST_NAME]
+    if begun := [choice for choice in known if choice.startswith(name) and len(name) > 1]:
+        return f"did you mean {' or '.join(begun)}?"
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else "must be one of " + ", ".join(known)
 

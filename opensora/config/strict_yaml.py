@@ -120,6 +120,8 @@ def _yaml_message(error: yaml.YAMLError, source: str) -> str:
         return f"{place}: * begins an alias, which is not allowed; put text that begins with * in quotes"
     if "but found another document" in problem:
         return f"{place}: a second document begins; a configuration is one document"
+    if COMMAND_LINE in source and "<stream end>" in problem:  # a shell has cut it at a space
+        return f"{place}: not valid YAML: a bracket or quote is not closed; put the whole override in quotes"
     return f"{place}: not valid YAML: {problem}"
 
 

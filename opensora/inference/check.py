@@ -1,7 +1,8 @@
 """What can be known of a sampling job before a process group exists or a model is loaded: does it fit together."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
 
@@ -104,21 +105,33 @@ def check_jobs(cfg: SampleConfig, source: Source, jobs: Sequence[Job]) -> None:
         UserError: the first that is not.
     """
     listed = [split(job.ref) for job in jobs]
-    for references in listed:
-        check_count(cfg.cond_type, len(references))
+    for job, references in zip(jobs, listed, strict=True):
+        with _told_of(job):
+            check_count(cfg.cond_type, len(references))
     if cfg.cond_type == "t2v":
         return
     check_references(source.model)
     if not any(listed):
-        raise UserError(f"cond_type={cfg.cond_type}: needs references; give ref=FILE, or a table with a column ref")
+        raise UserError(f"cond_type={cfg.cond_type}: needs references; give ref, or a table with a column ref")
     shape, frames = autoencoder_shape(source.vae), cfg.sampling.num_frames
     made = coded(cfg.sampling, describe(source.model), shape, cfg.cond_type)
     check_length(cfg.cond_type, latent_frames(made, shape.stride[0], shape.causal), frames, shape)
-    counts = {path: count_frames(path) for path in dict.fromkeys(path for one in listed for path in one)}
-    for references in filter(None, listed):
-        for part in parts_of(cfg.cond_type, shape):
-            path = references[chosen(cfg.cond_type, part)]
-            check_frames(path, counts[path], part, cfg.cond_type)
+    counts: dict[str, int] = {}
+    for job, references in zip(jobs, listed, strict=True):
+        with _told_of(job):
+            counts |= {path: count_frames(path) for path in references if path not in counts}
+            for part in parts_of(cfg.cond_type, shape) if references else ():
+                path = references[chosen(cfg.cond_type, part)]
+                check_frames(path, counts[path], part, cfg.cond_type)
+
+
+@contextmanager
+def _told_of(job: Job) -> Iterator[None]:
+    """Errors of the block begin with the line of the table that a clip's prompt is from."""
+    try:
+        yield
+    except UserError as error:
+        raise (UserError(f"{job.place}: {error}") if job.place else error) from None
 
 
 def check_references(model: ModelConfig) -> None:

@@ -22,6 +22,7 @@ from opensora.schedulers import OBJECTIVE_CONFIGS, ObjectiveConfig
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 from opensora.utils.files import digests
+from opensora.utils.files.published_files import how_to_fetch
 from opensora.utils.files.safetensors_files import fingerprint
 from opensora.utils.files.user_files import absence
 
@@ -61,7 +62,8 @@ def find_source(cfg: SampleConfig) -> Source:
     """
     path = Path(cfg.weights)
     if reason := absence(path):
-        raise UserError(f"weights={path}: {reason}; give a run folder, an export folder or a safetensors file")
+        give = f"give a run folder, an export folder or a safetensors file{how_to_fetch(path)}"
+        raise UserError(f"weights={path}: {reason}; {give}")
     kind, run = part_of_run(path)
     if run is not None and not candidates(path / "checkpoints"):
         raise UserError(f"weights={path}: is {kind}; give the run's folder, weights={run}, whose newest one is read")
@@ -76,6 +78,8 @@ def find_source(cfg: SampleConfig) -> Source:
     }
     for name, value in sections.items():
         if value is None:
+            if path.is_dir() and not any(path.glob("*.safetensors*")) and _newest(path) is None:
+                raise UserError(f"weights={path}: no weights there; give a run folder, an export or a safetensors file")
             raise UserError(f"{name}: missing; {path} has no {SAVED_NAME} beside the weights, so say {name}.kind=...")
     objective = cfg.objective or (saved.objective if saved else default_objective(sections["model"]))
     checkpoint = _newest(path)
@@ -228,10 +232,10 @@ def read_adapters(path: Path, model: ModelConfig, key: str) -> Adapters:
         raise UserError(f"{key}={path}: {reason}; give a LoRA file, or a folder that peft or a LoRA run wrote")
     try:
         adapter = read_adapter(path)
-    except UserError:
+    except UserError as error:
         if path.is_dir():
             digests.verify(path, [WEIGHTS, CONFIG])  # then damage is the better reason
-        raise
+        raise UserError(f"{key}={error}") from None  # which begins with the file or folder
     try:
         fitted, plan = fit_adapter(adapter, parameter_shapes(model), format, format.layout(model))
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from acceleration.accounting import host_traffic
@@ -56,7 +57,8 @@ def sample(cfg: SampleConfig) -> list[str]:
     check_sample(cfg, source, jobs, world_size)
     check_stills(cfg, source, jobs, world_size)
     check_refine(cfg, tells_motion=names_motion(cfg, source))
-    try_output(output_folder(cfg), "save_dir", folder=True)
+    for folder in (Path(cfg.save_dir), output_folder(cfg)):
+        try_output(folder, "save_dir", folder=True)
     parallel = cfg.parallel
     runtime = runtimes.start(parallel.timeout_s, mesh=parallel.mesh, interface=parallel.interface)
     jobs, motions = refined(clips_of(cfg), jobs)

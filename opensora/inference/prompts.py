@@ -15,6 +15,7 @@ from typing import Any
 from opensora.config.run import SampleConfig
 from opensora.sampling.options import SamplingOption
 from opensora.utils.errors import UserError
+from opensora.utils.files.parquet_rows import read_parquet
 from opensora.utils.files.untrusted import short
 from opensora.utils.files.user_files import absence, read_csv, read_text
 from opensora.utils.names import name_problem
@@ -41,6 +42,7 @@ class Job:
     wanted: str  # what the prompt's clips were to be called, before anything else was in the way
     number: int | None  # of a prompt without a name of its own, which is called ``wanted`` and this
     copy: int | None  # which of several clips of the same prompt
+    place: str = ""  # where the prompt stands, as "prompt_csv=a.csv line 3", for messages; empty: on the command line
     joint: str = "_"  # what stands between a name and the number of its clip; with another one the first has it too
 
     def called(self, base: str) -> str:
@@ -116,6 +118,7 @@ def _job(cfg: SampleConfig, row: dict[str, str], index: int, stem: str, copy: in
         wanted=f"{cfg.save_prefix}{named or stem}",
         number=None if named else index,
         copy=copy if cfg.num_sample > 1 or cfg.prompt_as_path else None,
+        place=row.get("place", ""),
         joint="-" if cfg.prompt_as_path else "_",
     )
 
@@ -221,12 +224,13 @@ def _fitting(name: str) -> str:
 def _read_table(path: Path) -> list[dict[str, str]]:
     name = f"prompt_csv={path}"
     rows = []
-    for line, row in read_csv(path, ["text"], name, optional=COLUMNS):
-        place = f"{name} line {line}"
+    parquet = path.suffix.lower() == ".parquet"
+    for number, row in (read_parquet if parquet else read_csv)(path, ["text"], name, optional=COLUMNS):
+        place = f"{name} {'row' if parquet else 'line'} {number}"
         if not row["text"].strip():
             raise UserError(f"{place} has no text")
         kept = {"text": _checked(row["text"], place), "neg": _checked(row.get("neg", ""), f"{place} neg")}
-        kept["ref"] = _located(row.get("ref", ""), path.parent)
+        kept |= {"ref": _located(row.get("ref", ""), path.parent), "place": place}
         given = row.get("name", "").strip()
         if problem := given and name_problem(given, SUFFIX):
             raise UserError(f"{place}: name {short(repr(given), 40)} {problem}")

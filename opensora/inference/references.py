@@ -4,6 +4,7 @@ Each clip that is made has references of its own, or none. What a kind takes of 
 cover the clip's frame, cropped at its centre, and coded by itself.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -26,6 +27,7 @@ from opensora.utils.tasks import TaskRunner, one_by_one
 Reference: TypeAlias = str | Tensor  # a file, or its frames (3, T, H, W) in [-1, 1]
 READ_S = 120.0  # longest that reading one reference may take
 SEPARATOR = ";"  # between the files of a clip
+_ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +118,8 @@ def check_count(cond_type: str, count: int) -> None:
     most = MOST_REFERENCES if KINDS[cond_type] else 0
     if count > most:
         takes = f"takes at most {most}, one for each end" if most else "takes none; set cond_type=i2v_head, or another"
-        raise UserError(f"ref: {count} references for a clip, cond_type={cond_type} {takes}")
+        given = f"{count} reference{'s' * (count > 1)}"
+        raise UserError(f"ref: {given} for a clip, cond_type={cond_type} {takes}")
 
 
 def check_length(cond_type: str, latents: int, frames: int, autoencoder: Autoencoder | AutoencoderShape) -> None:
@@ -157,7 +160,7 @@ def read_part(
     try:
         frames = api.read_frames(reference, start, part.frames, resize=ResizeToFill(*size), timeout_s=READ_S)
     except api.DecodeError as error:
-        raise UserError(f"ref={reference}: {error.cause}") from None
+        raise _unreadable(reference, error.cause) from None
     return _cropped(torch.from_numpy(frames), size).permute(3, 0, 1, 2).to(dtype) / 127.5 - 1
 
 
@@ -167,12 +170,18 @@ def count_frames(path: str) -> int:
     Raises:
         UserError: there is no such file, or it cannot be read.
     """
+    if _ADDRESS.match(path):
+        raise UserError(f"ref={path}: is an address, and nothing is fetched; save it, and give the file")
     if reason := absence(path, "file"):
-        raise UserError(f"ref={path}: {reason}")
+        raise _unreadable(path, reason)
     try:
         return api.probe(path, timeout_s=READ_S).num_frames
     except api.DecodeError as error:
-        raise UserError(f"ref={path}: {error.cause}") from None
+        raise _unreadable(path, error.cause) from None
+
+
+def _unreadable(path: str, reason: str) -> UserError:
+    return UserError(f"ref={short(path, 200)}: {reason}; give an image or a video that can be read")
 
 
 def check_frames(name: str, found: int, part: Part, cond_type: str) -> None:

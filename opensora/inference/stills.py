@@ -4,8 +4,10 @@ All stills of a job are made before the model of clips is loaded, so that a devi
 """
 
 import gc
-from collections.abc import Sequence
-from dataclasses import replace
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +20,7 @@ from acceleration.distributed import mesh as meshes
 from acceleration.distributed.runtime import Runtime
 from opensora.assembly.layout import check_layout
 from opensora.assembly.turns import AUTOENCODER, DENOISER
-from opensora.config.run import SampleConfig
+from opensora.config.run import SampleConfig, StillConfig
 from opensora.datasets.buckets.aspect import training_sizes
 from opensora.inference.check import check_references, check_sample
 from opensora.inference.find import Source, find_source
@@ -65,9 +67,21 @@ def check_stills(cfg: SampleConfig, source: Source, jobs: Sequence[Job], world_s
     shape = autoencoder_shape(source.vae)
     made = coded(cfg.sampling, describe(source.model), shape, KIND)
     check_length(KIND, latent_frames(made, shape.stride[0], shape.causal), cfg.sampling.num_frames, shape)
-    job, found = still_job(cfg, world_size)
-    check_layout(job.parallel.mesh, world_size, found.model)
-    check_sample(job, found, jobs, world_size)
+    with _told_as_stills(cfg.still):
+        job, found = still_job(cfg, world_size)
+        check_layout(job.parallel.mesh, world_size, found.model)
+        check_sample(job, found, jobs, world_size)
+
+
+@contextmanager
+def _told_as_stills(still: StillConfig) -> Iterator[None]:
+    """Errors of keys of the section ``still`` begin with its name; the text encoder may be that of clips."""
+    given = [field.name for field in fields(still) if field.name != "text" or still.text is not None]
+    try:
+        yield
+    except UserError as error:
+        named = any(re.match(rf"{name}[.=:]", str(error)) for name in given)
+        raise (UserError(f"still.{error}") if named else error) from None
 
 
 def make_stills(cfg: SampleConfig, jobs: Sequence[Job], runtime: Runtime) -> tuple[list[Job], LoadedText]:
@@ -109,8 +123,13 @@ def still_size(resolution: str, aspect_ratio: str, multiple: int) -> tuple[int, 
     return training_sizes(f"{resolution}_ar{aspect_ratio}", multiple)[0]
 
 
-def still_job(cfg: SampleConfig, world_size: int) -> tuple[SampleConfig, Source]:
-    """The job that makes the stills: prompts as they are, the same steps, seeds and shift."""
+def still_job(
+    cfg: SampleConfig, world_size: int, find: Callable[[SampleConfig], Source] = find_source
+) -> tuple[SampleConfig, Source]:
+    """The job that makes the stills: prompts as they are, the same steps, seeds and shift.
+
+    ``find``: what says what the weights are of.
+    """
     still = cfg.still
     assert still is not None
     job = replace(
@@ -125,7 +144,7 @@ def still_job(cfg: SampleConfig, world_size: int) -> tuple[SampleConfig, Source]
         prompt_suffix=False,
         parallel=replace(cfg.parallel, mesh=_one_pass(cfg.parallel.mesh, world_size)),
     )
-    source = replace(find_source(job), prompt_suffix=False)
+    source = replace(find(job), prompt_suffix=False)
     denoising = describe(source.model)
     multiple = denoising.pixel_multiple(autoencoder_shape(source.vae).stride)
     try:

@@ -60,7 +60,8 @@ class Traffic:
         """
         self._cfg, self._assigned, self._hosts = cfg, assigned, hosts if len(set(hosts)) > 1 else ()
         self._mesh, self._place = mesh, RankLayout(mesh, cfg.parallel)
-        self._structure = structure(cfg.model, bool(cfg.conditioning.masks))
+        whole = structure(cfg.model, bool(cfg.conditioning.masks), cfg.lora)
+        self._structure = whole.without_frozen() if cfg.lora.offload == "blocks" else whole
 
     def of_step(self, step: int) -> dict[str, int]:
         """Axis -> bytes of this process in update ``step``; of several hosts also ``hosts``: bytes leaving its own."""
@@ -86,8 +87,17 @@ class Traffic:
 
     def _batches(self, step: int, mesh: Mesh) -> list[MicroBatch]:
         """Of the process that sees ``mesh``, as formulas want them."""
-        theirs = [part for m in self._assigned(step, mesh) for part in m.parts]  # packs have no forecast
-        batches = [micro_batch_of_clip(self._cfg, m.bucket.frames, (m.bucket.height, m.bucket.width)) for m in theirs]
-        return [
-            replace(batch, samples=len(m.sample_ids), degree=m.degree) for batch, m in zip(batches, theirs, strict=True)
+        return [self._sizes(planned) for planned in self._assigned(step, mesh)]
+
+    def _sizes(self, planned: PlannedBatch | PackedSequence) -> MicroBatch:
+        """Of a pack all tokens together: what is sent does not depend on whose they are."""
+        parts = [
+            (micro_batch_of_clip(self._cfg, m.bucket.frames, (m.bucket.height, m.bucket.width)), len(m.sample_ids))
+            for m in planned.parts
         ]
+        if not isinstance(planned, PackedSequence):
+            ((batch, samples),) = parts
+            return replace(batch, samples=samples, degree=planned.degree)
+        txt = sum(samples * batch.txt for batch, samples in parts)
+        img = sum(samples * batch.img for batch, samples in parts)
+        return MicroBatch(samples=1, txt=txt, img=img, packed=sum(samples for _, samples in parts))

@@ -97,18 +97,18 @@ def reference_parts(cfg: RunConfig, frames: int) -> list[Part]:
 def encode_flops(cfg: RunConfig, clips: tuple[int, int, int, int]) -> float:
     """Of encoding a micro-batch: its clips, and of their references what the kinds draw in the mean."""
     samples, frames, height, width = clips
-    total, shape = float(_flops(cfg.vae, *clips)), autoencoder_shape(cfg.vae)
+    total, shape = float(encode_flops_of(cfg.vae, *clips)), autoencoder_shape(cfg.vae)
     latents = latent_grid(frames, height, width, shape)[0]
     kinds = {kind: w for kind, w in cfg.conditioning.references.items() if w > 0 and fits(kind, latents, shape)}
     for kind, weight in kinds.items():
         parts = (part for part in parts_of(kind, shape) if part.frames <= frames)
-        coded = sum(_flops(cfg.vae, samples, part.frames, height, width) for part in parts)
+        coded = sum(encode_flops_of(cfg.vae, samples, part.frames, height, width) for part in parts)
         total += coded * weight / sum(kinds.values())
     return total
 
 
 @lru_cache
-def _flops(cfg: AutoencoderConfig, clips: int, frames: int, height: int, width: int) -> int:
+def encode_flops_of(cfg: AutoencoderConfig, clips: int, frames: int, height: int, width: int) -> int:
     """Floating-point operations of encoding so many clips, piece by piece."""
     autoencoder, counted = _network(cfg, torch.bfloat16), _Operations(torch.bfloat16)
     with _FusedAttention():

@@ -7,7 +7,10 @@ from opensora.models.vae import AUTOENCODERS, AutoencoderConfig
 
 
 def frozen_bytes(cfg: RunConfig, world: int = 1) -> int:
-    """Weights of autoencoder and text encoder on a process of ``world``, as ``build_run`` loads them."""
+    """Weights of autoencoder and text encoder on a process of ``world``, as ``build_run`` loads them: where features
+    are stored and nothing is validated, none."""
+    if cfg.data.features and not cfg.validate.every:
+        return 0
     itemsize = 2 if cfg.parallel.precision.compute == "bf16" else 4
     pieces = max(1, world // cfg.parallel.mesh.replicate)
     return sum(encoder_bytes(cfg.vae, cfg.text, itemsize, pieces))

@@ -123,6 +123,7 @@ class Forecaster:
         self.adapters = adapters if adapters and adapters.rank else None
         self.streams = self.adapters is not None and self.adapters.offload == "blocks"
         self.structure = structure(model, known, self.adapters)
+        self.moved = self.structure.without_frozen() if self.streams else self.structure  # by sharding
         self._stand_ins = stand_ins(meta_model(model, self.adapters))
         self._lines: dict[Any, Timeline] = {}
         self._operations: dict[MicroBatch, int] = {}
@@ -184,7 +185,7 @@ class Forecaster:
 
         ``phases``: of what comes before the step, fields of a ``Forecast``.
         """
-        sent = comm_volume.step_bytes(self.structure, place, [shape.batch] * batches)
+        sent = comm_volume.step_bytes(self.moved, place, [shape.batch] * batches)
         seconds = self.seconds(place, [shape.batch] * batches, device, network)
         flops = self.training_flops(shape.batch) * step_batches
         return Forecast(
@@ -209,7 +210,7 @@ class Forecaster:
             shared = mesh["ring"].degree * (batch.degree or mesh["ulysses"].degree) * mesh["tensor"].degree
             speed = device.flops * EFFICIENCY * shared / count
             compute, inside = compute + every / speed, inside + attention / speed
-        exchanges = step_exchanges(self.structure, place, batches)
+        exchanges = step_exchanges(self.moved, place, batches)
         degrees = {name: mesh[name].degree for name in meshes.AXES}
         seconds = network.seconds(degrees, place.cfg.zero, sent, exchanges)
         hidden = {} if self.device_type == "cpu" else {FSDP: compute, "ring": inside, HOST: compute}
@@ -237,7 +238,7 @@ class Forecaster:
     def on_wire(self, place: RankLayout, batches: Sequence[MicroBatch]) -> dict[str, int]:
         """Axis -> bytes that this process sends in a step by what the backend makes of the exchanges."""
         peers = Peers(host_traffic.REDUCTIONS["gloo" if self.device_type == "cpu" else "nccl"])
-        return comm_volume.step_bytes(self.structure, replace(place, peers=peers), batches)
+        return comm_volume.step_bytes(self.moved, replace(place, peers=peers), batches)
 
     def _hardware_flops(self, place: RankLayout, batch: MicroBatch) -> tuple[int, int]:
         """(operations of a micro-batch with what is computed again, those of attention), all that share it together."""
@@ -306,19 +307,19 @@ class Forecaster:
             def loss() -> Tensor:
                 # Inputs without a name, which would keep them alive while the loss is computed.
                 prediction = model(**denoiser_inputs(self.model, batch, sequence, known=known))
-                return _objective_loss(self.model, self.objective, prediction)
+                return objective_loss(self.model, self.objective, prediction).sum()
 
             self._lines[key] = timeline(model, loss, accumulates=accumulates)
         return self._lines[key]
 
 
-def _objective_loss(cfg: ModelConfig, objective: Objective, prediction: Tensor) -> Tensor:
-    """What training sums up of a prediction."""
+def objective_loss(cfg: ModelConfig, objective: Objective, prediction: Tensor) -> Tensor:
+    """Of every value of a prediction, as training has it before it is summed."""
     point, time = torch.zeros(1, 1, 1, 1, 1), torch.zeros(1)
     shape = (*prediction.shape[:-1], prediction.shape[-1] // describe(cfg).outputs)
     names = objective.noised(point, point, time).targets
     targets = {name: torch.zeros(shape, device=prediction.device) for name in names}
-    return objective.loss(prediction, targets, time.to(prediction.device)).sum()
+    return objective.loss(prediction, targets, time.to(prediction.device))
 
 
 def _unit_flops(unit: ShardUnit, sizes: Sizes) -> int:

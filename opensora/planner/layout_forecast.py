@@ -21,6 +21,37 @@ class Shape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidationForecast:
+    """A round of validation, with what the process keeps; 0: there is none of it."""
+
+    every: int  # steps between two rounds
+    held_out: int = 0  # bytes for the loss on the held-out table
+    held_out_s: float = 0.0  # seconds, at most
+    clips: int = 0  # bytes for the clips of the prompts
+    clips_s: float = 0.0  # seconds, at most
+
+    @property
+    def peak(self) -> int:
+        """Most bytes at any moment."""
+        return max(self.held_out, self.clips)
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole round, at most."""
+        return self.held_out_s + self.clips_s
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON; memory in GiB."""
+        return {
+            "every": self.every,
+            "held_out_gib": self.held_out / 2**30,
+            "held_out_s_at_most": self.held_out_s,
+            "clips_gib": self.clips / 2**30,
+            "clips_s_at_most": self.clips_s,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class Forecast:
     """One layout on one bucket, for the process that needs most."""
 
@@ -36,11 +67,12 @@ class Forecast:
     encoding: int = 0  # bytes while clips are encoded, with what the process keeps then; 0: less than for other shapes
     text: int = 0  # bytes while prompts are encoded, likewise; 0: nothing is
     encode_s: float = 0.0  # time of a step's clips, references and prompts in the encoders, before it
+    validation: ValidationForecast | None = None  # None: of a shape that others outweigh, or nothing is looked at
 
     @property
     def peak(self) -> int:
         """Most bytes at any moment."""
-        return max(self.memory.total, self.encoding, self.text)
+        return max(self.memory.total, self.encoding, self.text, self.validation.peak if self.validation else 0)
 
     def plain(self) -> dict[str, Any]:
         """For JSON; memory and bytes in GiB."""
@@ -59,4 +91,5 @@ class Forecast:
             "flops": self.flops,
             "step_s": self.step_s,
             "mfu": self.mfu,
+            "validation": self.validation.plain() if self.validation else None,
         }

@@ -25,6 +25,8 @@ from opensora.planner.encoder_memory import frozen_bytes, text_flops, text_worki
 from opensora.planner.forecast import EFFICIENCY, Forecaster, bucket_table, shapes
 from opensora.planner.layout_forecast import Forecast, Shape
 from opensora.planner.network import Network
+from opensora.planner.sampling_forecast import SamplingJob
+from opensora.planner.validation_forecast import Validation
 from opensora.utils.errors import UserError
 
 RESERVE = 0.08  # of the device's memory: context, kernels' workspace, fragments
@@ -94,11 +96,13 @@ class Planner:
         device_type: str,
         exact: bool = False,
         network: Network | None = None,
+        clips: SamplingJob | None = None,
     ) -> None:
         """
         Args:
             exact: run every shape on the meta device, instead of interpolating between two.
             network: None: nodes and links as the device's makers say.
+            clips: that a run samples of its prompts while it trains; None: no clips.
         """
         self.cfg, self.world, self.device, self.exact = cfg, world, device, exact
         self.network = network or Network.of_device(device, world)
@@ -116,6 +120,8 @@ class Planner:
         self.shapes = sorted(shapes(cfg), key=lambda s: s.batch.samples * (s.batch.txt + s.batch.img))
         self.encoded = {shape.name for shape in (self.shapes if exact else heaviest_to_encode(self.shapes))}
         self.room = int(device.memory * (1 - RESERVE))
+        watches = cfg.validate.every and (cfg.validate.table or clips)
+        self.validation = Validation(cfg=cfg, clips=clips) if watches else None
 
     def own(self) -> list[Forecast]:
         """The configured layout, on every shape."""
@@ -131,6 +137,8 @@ class Planner:
         else:
             memory = self.forecaster.state(place)
         phases = self._phases(place, shape, batches) if with_memory else {}
+        if self.validation and with_memory and shape.name == self.shapes[-1].name:
+            phases["validation"] = self.validation.forecast(self.forecaster, place, self.device)
         return self.forecaster.forecast(place, shape, batches, self.device, self.network, memory, every, **phases)
 
     def _phases(self, place: RankLayout, shape: Shape, batches: int) -> dict[str, Any]:
@@ -236,10 +244,12 @@ class Planner:
         room = f"{self.room / 2**30:.1f} GiB of {self.world} devices"
         if closest is None:
             return f"no layout fits: weights, optimizer and gradients alone need more than the {room}; use more devices"
-        return (
-            f"no layout fits: {closest.shape} needs at least {closest.peak / 2**30:.1f} GiB and there are the "
-            f"{room}; lower its batch size in data.buckets, or use more devices"
-        )
+        needs = f"needs at least {closest.peak / 2**30:.1f} GiB and there are the {room}"
+        if closest.validation and closest.peak == closest.validation.peak:
+            clips = closest.validation.clips == closest.peak
+            lower = "validate.batch_size or the size in validate.sampling" if clips else "batch sizes in data.buckets"
+            return f"no layout fits: a round of validation {needs}; lower {lower}, or use more devices"
+        return f"no layout fits: {closest.shape} {needs}; lower its batch size in data.buckets, or use more devices"
 
     def _place(self, parallel: ParallelConfig) -> RankLayout:
         return RankLayout(meshes.view(meshes.resolve(parallel.mesh, self.world), 0, self.device_type), parallel)

@@ -119,6 +119,12 @@ def passes_per_step(option: SamplingOption, *, references: bool = False) -> int:
     return 3 if references else 1 if option.guidance == 1 else 2
 
 
+def passes_of_steps(option: SamplingOption, *, references: bool = False) -> tuple[int, ...]:
+    """How often every step evaluates the model: where oscillating guidance is off, the prompt alone is one pass."""
+    most = passes_per_step(option, references=references)
+    return tuple(1 if most == 2 and text_scale(option, step) == 1 else most for step in range(option.num_steps))
+
+
 def oscillate(guidance: float, step: int, force_num: int = OSCILLATION_START) -> float:
     """``guidance`` in the first ``force_num`` steps and every even one after, else 1 (off)."""
     return guidance if step < force_num or step % 2 == 0 else 1.0

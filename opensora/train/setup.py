@@ -36,13 +36,14 @@ from opensora.assembly.token_layout import token_layout
 from opensora.config.load import to_yaml
 from opensora.config.run import RunConfig
 from opensora.datasets.decode import api
+from opensora.datasets.loading import feature_store
 from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.datasets.table.index import IndexedTable
 from opensora.inference.check import check_offload, fit_option, solver_of
 from opensora.inference.load import verify_export
 from opensora.models.base import AutoencoderShape, Width
-from opensora.models.families import build_model, describe
-from opensora.models.text import check_text_encoder
+from opensora.models.families import build_model, describe, family_of
+from opensora.models.text import check_text_encoder, has_mask
 from opensora.models.vae import autoencoder_shape, build_autoencoder, check_autoencoder
 from opensora.planner.checks import Traffic, check_memory
 from opensora.schedulers import build_objective
@@ -59,7 +60,7 @@ from opensora.train.state.resume import check_fresh, check_paths, resume, wrong_
 from opensora.train.state.run_lock import check_places, write_config
 from opensora.train.state.same_files import content, take_folder
 from opensora.train.step_data import check_buckets, open_batches, open_data
-from opensora.train.validate import announce_weights, check_prompts, read_prompts
+from opensora.train.validate import announce_weights, check_prompts, check_references, read_prompts
 from opensora.utils import signal_handler
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
@@ -129,7 +130,11 @@ def check(cfg: RunConfig, world_size: int) -> tuple[IndexedTable, BatchPlan]:
             add_adapters(cfg, model)
     check_files(cfg, shape)
     check_disk(cfg, model)
-    table, plan = open_data(cfg)
+    if jobs := read_prompts(cfg):
+        check_references(cfg, jobs)
+    if cfg.data.features:
+        feature_store.read_manifest(Path(cfg.data.features))
+    table, plan = open_data(cfg)  # after what a look can tell: the index of a large table takes its time
     open_held_out(cfg)
     if cfg.data.features:
         stored_features.check(cfg, table, plan)
@@ -252,8 +257,13 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
 
 
 def has_formulas(cfg: RunConfig) -> bool:
-    """Whether the bytes of a step can be predicted: by the native engine, all weights trained, one shape at a time."""
-    return cfg.parallel.engine == "native" and not cfg.lora.rank and not cfg.data.tokens_per_sequence
+    """Whether the bytes of a step can be predicted exactly: those of the native engine, but for packs of texts with
+    padding, which they leave out, for adapters on some layers alone, below which nothing goes backward, and for a base
+    that streams."""
+    packs_padding = cfg.data.tokens_per_sequence and has_mask(cfg.text)
+    on_every_layer = set(cfg.lora.targets or ()) == set(family_of(cfg.model).lora_targets)
+    adapters = not cfg.lora.rank or (on_every_layer and cfg.lora.offload == "none")
+    return cfg.parallel.engine == "native" and not packs_padding and adapters
 
 
 def build_preparation(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Preparation:

@@ -18,9 +18,11 @@ from opensora.config.run import RunConfig, SampleConfig
 from opensora.datasets.decode import api
 from opensora.inference.check import check_jobs, check_validation
 from opensora.inference.find import Source
+from opensora.inference.memory import job_of
 from opensora.inference.pipeline import sample_jobs
 from opensora.inference.prompts import Job, read_jobs
 from opensora.inference.references import count_frames
+from opensora.planner.sampling_forecast import SamplingJob
 from opensora.train.run import Run
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
@@ -146,7 +148,13 @@ def check_references(cfg: RunConfig, jobs: Sequence[Job]) -> None:
     Raises:
         UserError: the first that is not.
     """
-    source = Source(
+    with _named():
+        check_jobs(sample_job(cfg), _source(cfg), jobs)
+
+
+def _source(cfg: RunConfig) -> Source:
+    """What is sampled from."""
+    return Source(
         path=cfg.folder,
         checkpoint=None,
         adapters=None,
@@ -157,8 +165,20 @@ def check_references(cfg: RunConfig, jobs: Sequence[Job]) -> None:
         conditioning=cfg.conditioning,
         prompt_suffix=cfg.data.prompt_suffix,
     )
+
+
+def planned_clips(cfg: RunConfig) -> SamplingJob | None:
+    """The clips of a round, as the planner wants them, in the layout of the run; None: no prompts.
+
+    Raises:
+        UserError: prompts that cannot be read, or a size that cannot be made.
+    """
+    jobs = read_prompts(cfg)
+    if not jobs:
+        return None
+    job = replace(sample_job(cfg), batch_size=together(cfg, jobs), vae_parallel=cfg.train.vae_parallel)
     with _named():
-        check_jobs(sample_job(cfg), source, jobs)
+        return replace(job_of(job, _source(cfg), jobs), parallel=cfg.parallel)
 
 
 def together(cfg: RunConfig, jobs: Sequence[Job]) -> int:

@@ -45,11 +45,17 @@ class Case:
     samples: int = 2
     batches: int = 2
     parallel_offload: Any = "none"
+    packed: int = 0  # samples in a sequence, of which txt and img are all tokens
 
     def __str__(self) -> str:
         mesh = " ".join(f"{axis}{degree}" for axis, degree in self.mesh)
-        which = "few" if self.adapters == FEW else "all"
+        which = "few" if self.adapters == FEW else "all" if self.adapters.rank else "whole"
+        which += f" packed{self.packed}" * bool(self.packed)
         return f"{which} {self.precision.compute} {self.optim.kind} zero{self.zero} {self.recompute} {self.img} {mesh}"
+
+    @property
+    def batch(self) -> MicroBatch:
+        return MicroBatch(samples=self.samples, txt=self.txt, img=self.img, packed=self.packed)
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -87,7 +93,8 @@ def trained(case: Case, steps: int) -> Trained:
         mesh = meshes.build(case.parallel.mesh, dist.get_world_size(), CUDA)
         with torch.device("meta"):
             model = build_model(case.model)
-        lora.apply(model, case.adapters)
+        if case.adapters.rank:
+            lora.apply(model, case.adapters)
         parallelize(model, case.parallel, mesh, CUDA, fill, streams_frozen=case.adapters.offload == "blocks")
         engine = build_engine(model, case.parallel, case.optim, mesh)
         for step in range(steps):
@@ -111,16 +118,13 @@ def trained(case: Case, steps: int) -> Trained:
 
 def loss(model: Any, case: Case, seed: int, sequence: SequenceParallel) -> Tensor:
     """Of inputs that are drawn."""
-    batch = MicroBatch(samples=case.samples, txt=case.txt, img=case.img)
-    inputs = denoiser_inputs(case.model, batch, sequence, device="cpu")
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        if x.is_floating_point():
-            x = torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
-        return x.to(CUDA)
+        if isinstance(x, Tensor) and x.is_floating_point():
+            x.copy_(torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x.dtype))
+        return x
 
-    out = model(**{name: drawn(x) for name, x in inputs.items()})
+    inputs = denoiser_inputs(case.model, case.batch, sequence, device=CUDA)
+    out = model(**{name: drawn(inputs.pop(name)) for name in list(inputs)})
     return (out.float() if out.dtype == torch.bfloat16 else out).square().sum()

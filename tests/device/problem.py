@@ -28,6 +28,7 @@ from opensora.datasets.loading.reader import Batch, PackedBatch
 from opensora.inference.pipeline import _predict, build_api, conditions_of
 from opensora.models.conditions import Conditions
 from opensora.models.families import build_model, describe
+from opensora.models.vae import autoencoder_shape
 from opensora.sampling.guidance import build_guidance
 from opensora.sampling.loop import denoise
 from opensora.sampling.options import SamplingOption
@@ -137,9 +138,9 @@ def _batch(step: int, index: int, shape: Sequence[int]) -> Batch:
 
 def elements(cfg: RunConfig) -> int:
     """Latent values of a step."""
-    stride = 8
+    stride, channels = 8, autoencoder_shape(cfg.vae).channels
     return sum(
-        samples * cfg.vae.channels * ((frames - 1) // 4 + 1) * (height // stride) * (width // stride)  # type: ignore[union-attr]
+        samples * channels * ((frames - 1) // 4 + 1) * (height // stride) * (width // stride)
         for samples, frames, height, width in SHAPES
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from acceleration.accounting.rank_layout import MicroBatch, RankLayout
+from acceleration.accounting.rank_layout import RankLayout
 from acceleration.config import OptimConfig
 from acceleration.distributed import mesh as meshes
 from opensora.config.load import load_config
@@ -46,8 +46,7 @@ def forecast(case: Case, world: int) -> int:
     forecaster = Forecaster(case.model, case.optim, device_type="cuda", adapters=case.adapters)
     degrees = meshes.resolve(case.parallel.mesh, world)
     places = (RankLayout(meshes.view(degrees, rank), case.parallel) for rank in range(world))
-    batch = MicroBatch(samples=case.samples, txt=case.txt, img=case.img)
-    return max(forecaster.memory(place, batch, batches=case.batches).total for place in places)
+    return max(forecaster.memory(place, case.batch, batches=case.batches).total for place in places)
 
 
 @pytest.mark.parametrize(("world", "case"), [QUICK, *(pytest.param(*row, marks=SLOW) for row in MORE)], ids=str)

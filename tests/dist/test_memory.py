@@ -24,7 +24,10 @@ MESHES = {4: ((2, {"ring": 2, "ulysses": 2}), (1, {"tensor": 2}), (3, {"replicat
 Key = tuple[int, int, str]
 
 
-@pytest.fixture(scope="module", params=[{}, pytest.param(MESHES, marks=pytest.mark.slow)], ids=["stages", "meshes"])
+SLOW = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the groups of processes have far less
+
+
+@pytest.fixture(scope="module", params=[{}, pytest.param(MESHES, marks=SLOW)], ids=["stages", "meshes"])
 def usages(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[Key, tuple[ParallelConfig, list[Usage]]]:
@@ -38,7 +41,7 @@ def usages(
             ParallelConfig(zero=zero, mesh=MeshConfig(**mesh), recompute=RecomputeConfig(kind="full"))  # type: ignore[arg-type]
             for zero, mesh in choices
         ]
-        by_rank = run_distributed(measure, world, MODEL, path, layouts, timeout=110)
+        by_rank = run_distributed(measure, world, MODEL, path, layouts, timeout=400 if request.param else 110)
         for (zero, mesh), layout, by_layout in zip(choices, layouts, zip(*by_rank, strict=True), strict=True):
             name = "".join(f"{axis}{degree}" for axis, degree in mesh.items())
             found[world, zero, name] = (layout, list(by_layout))

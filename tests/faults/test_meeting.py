@@ -297,22 +297,24 @@ def test_nobody_comes_and_the_signal_ends_the_wait(monkeypatch: pytest.MonkeyPat
 # --- after all have come
 
 
-def start_beside_one_that_does_not(limit_s: int) -> str:
-    """What rank 0 says when rank 1 has come, and then does nothing more."""
+def start_beside_one_that_does_not(limit_s: int, said: Path) -> str:
+    """What rank 0 says when rank 1 has come, and then does nothing more; the file ``said`` is there then."""
 
     def idle(*_: Any) -> None:
-        time.sleep(3 * limit_s)
+        while not said.exists():
+            time.sleep(0.05)
         raise StartError("idle")
 
     if os.environ["RANK"] == "1":
         runtimes.Connecting = idle  # type: ignore[assignment,misc]
     with pytest.raises(StartError) as caught:
         runtimes.start(limit_s)
+    said.touch()
     return str(caught.value)
 
 
-def test_who_is_not_there_when_a_backend_connects_is_named() -> None:
-    (said, _) = run_distributed(start_beside_one_that_does_not, 2, 4, timeout=60, init=False)
+def test_who_is_not_there_when_a_backend_connects_is_named(tmp_path: Path) -> None:
+    (said, _) = run_distributed(start_beside_one_that_does_not, 2, 4, tmp_path / "said", timeout=60, init=False)
     assert said.startswith("gloo cannot connect the processes, says rank 0 on ") and "\n" not in said
     assert "; not there: rank 1 on " in said and said.endswith("; GLOO_SOCKET_IFNAME chooses the interface")
 

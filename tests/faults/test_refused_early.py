@@ -84,8 +84,8 @@ SAMPLES = {
         ["weights={folder}/badlist"],
         "{folder}/badlist/SHA256SUMS line 1: damaged; export again",
     ),
-    "a reference for text to video": (["ref=a.png"], "ref: 1 references for a clip, cond_type=t2v takes none; set"),
-    "a kind without a reference": (["cond_type=i2v_head"], "cond_type=i2v_head: needs references; give ref=FILE"),
+    "a reference for text to video": (["ref=a.png"], "ref: 1 reference for a clip, cond_type=t2v takes none; set"),
+    "a kind without a reference": (["cond_type=i2v_head"], "cond_type=i2v_head: needs references; give ref, or"),
     "a reference that is missing": (["cond_type=i2v_head", "ref=a.png"], "ref=a.png: no such file"),
     "a reference that is none": (["cond_type=i2v_tail", "ref={folder}/table.csv"], "ref={folder}/table.csv: "),
     "a reference that is short": (
@@ -104,7 +104,7 @@ SAMPLES = {
         ["sampling.num_frames=1", "still={{weights: {folder}/exported}}"],
         "sampling.num_frames=1: must be 2 or more with still",
     ),
-    "a still without weights": (["still={{weights: {folder}/no}}"], "weights={folder}/no: no such file"),
+    "a still without weights": (["still={{weights: {folder}/no}}"], "still.weights={folder}/no: no such file"),
     "a size that stills have not": (
         ["still={{weights: {folder}/exported, resolution: big}}"],
         "still.resolution=big: ",
@@ -222,6 +222,35 @@ def test_nothing_is_written(
             wrong.append(f"{case}: {line}")
     assert not wrong, "\n".join(wrong)
     tally(ROW, len(cases), len(cases))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ("data.features={folder}/no", "data.features={folder}/no: no such folder"),
+        (
+            "validate={{every: 1, prompts: [a], cond_type: i2v_head}}",
+            "validate.cond_type=i2v_head: needs references; give",
+        ),
+        (
+            "validate={{every: 1, prompts: [a], cond_type: i2v_head, ref: no.png}}",
+            "validate.ref=no.png: no such file; give",
+        ),
+        (
+            "validate={{every: 1, prompts: [a], ref: no.png}}",
+            "validate.ref: 1 reference for a clip, cond_type=t2v takes",
+        ),
+        ("validate={{every: 1, prompt_csv: no.csv}}", "validate.prompt_csv=no.csv: no such file"),
+    ],
+)
+def test_what_a_look_tells_is_said_before_a_table_is_indexed(
+    overrides: str, said: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An index of millions of clips takes minutes."""
+    monkeypatch.setattr(sys, "argv", ["command"])
+    argv = ["train.yaml", "parallel.mesh.ulysses=1", "model.cond_embed=true", overrides.format(folder=folder)]
+    line = line_of(train.main, argv, capsys)
+    assert line.startswith(f"error: {said.format(folder=folder)}") and not list(folder.rglob(".clip_index*")), line
 
 
 def check_spec_of() -> Callable[..., object]:

@@ -280,14 +280,16 @@ LEAVES = """
 import os, signal, sys, time
 from pathlib import Path
 from opensora.utils import signal_handler
-signal_handler.leave_when_asked("what is written stays"{code})
+asked = signal_handler.leave_when_asked("what is written stays"{code})
 path = Path(sys.argv[1])
 print("ready", flush=True)
 if {writing}:
     with signal_handler.writing():
         path.write_text("half")
         print("writes", flush=True)
-        time.sleep(2.0)
+        while not asked._leaving:
+            time.sleep(0.01)
+        time.sleep(0.3)  # who did not wait for the file would be gone
         path.write_text("whole")
 time.sleep(60)
 """

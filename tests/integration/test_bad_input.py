@@ -201,7 +201,7 @@ def test_odd_paths_of_checkpoints_and_weights(
     ("line", "expected"),
     [
         ("weights: {folder}/nowhere", "nowhere"),
-        ("weights: {folder}", "model"),
+        ("weights: {folder}", "no weights there"),
         ("weights: {folder}\nnum_smaple: 2", "num_sample"),
     ],
 )

@@ -128,6 +128,8 @@ def test_paths_of_all_sorts(tmp_path: Path) -> None:
     (tmp_path / "text.safetensors").write_text("<html>")
     assert "is a web page" in refusal(DCAEConfig(path=str(tmp_path / "text.safetensors")))
     assert "no such file or folder; give F32T4C128_AE" in refusal(DCAEConfig(path=str(tmp_path / "no")))
+    published = str(tmp_path / "F32T4C128_AE.safetensors")
+    assert refusal(DCAEConfig(path=published)).endswith(f"opensora.cli.download open-sora-v2-dc-ae --to {tmp_path}")
 
 
 def test_names_of_flux_are_those_of_diffusers() -> None:

@@ -7,21 +7,28 @@ from pathlib import Path
 import pytest
 import torch
 
+from acceleration.accounting.comm_volume import step_bytes
 from acceleration.accounting.rank_layout import MicroBatch, RankLayout
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
 from opensora.cli.forecast import main
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig
+from opensora.datasets.buckets.bucket import Bucket
+from opensora.datasets.plan.batch_plan import MicroBatch as PlannedBatch
+from opensora.datasets.plan.batch_plan import PackedSequence
 from opensora.models.mmdit import SIZES
-from opensora.planner.checks import check_memory
+from opensora.planner.checks import Traffic, check_memory
 from opensora.planner.devices import DEVICES
-from opensora.planner.forecast import Forecaster
+from opensora.planner.forecast import Forecaster, micro_batch_of_clip
+from opensora.planner.meta_model import structure
 from opensora.planner.search import Planner
+from opensora.train.setup import has_formulas
 from opensora.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
+CLIP, NO_DYNAMIC = Bucket("32px", 9, 32, 32, 2), "parallel.mesh.dynamic=false"
 
 
 @pytest.mark.parametrize("img", [8316, 76032])
@@ -139,3 +146,24 @@ def test_what_runs_again_takes_time_and_gives_memory() -> None:
     assert seconds["none"] < seconds["selective"] < seconds["full"]
     assert memory["none"] > memory["every"] > memory["full"]
     assert memory["none"] > memory["selective"] > memory["full"]
+
+
+def test_bytes_of_packs_and_of_adapters() -> None:
+    """Of a pack all tokens together; of a base that streams the adapters alone are moved by sharding."""
+    mesh = meshes.view({"ulysses": 2})
+    packs = config("data.tokens_per_sequence=128", "data.balance_group=2", "parallel.mesh.ulysses=2", NO_DYNAMIC)
+    pack = PackedSequence((PlannedBatch(Bucket("32px", 1, 32, 32, 4), (1, 2, 3), 0), PlannedBatch(CLIP, (7, 9), 0)))
+    assert has_formulas(packs)
+    found = Traffic(packs, mesh, lambda step, _: [pack]).of_step(0)
+    still, clip = micro_batch_of_clip(packs, 1, (32, 32)), micro_batch_of_clip(packs, 9, (32, 32))
+    whole = MicroBatch(samples=1, txt=5 * still.txt, img=3 * still.img + 2 * clip.img, packed=5)
+    assert found == step_bytes(structure(packs.model), RankLayout(mesh, packs.parallel), [whole])
+    assert not has_formulas(replace(packs, text=replace(packs.text, mask=True)))  # padding is left out
+    sent = {}
+    for offload in ("none", "blocks"):
+        adapted = config("lora.rank=4", f"lora.offload={offload}", "train.init_from=base", "parallel.mesh.ulysses=2")
+        assert has_formulas(adapted) == (offload == "none")
+        assert not has_formulas(replace(adapted, lora=replace(adapted.lora, targets=("double_blocks.0.*",))))
+        sent[offload] = Traffic(adapted, mesh, lambda step, _: [PlannedBatch(CLIP, (7, 9), 0)]).of_step(0)
+    assert sent["blocks"]["fsdp"] < 0.2 * sent["none"]["fsdp"]
+    assert sent["blocks"]["ulysses"] == sent["none"]["ulysses"]

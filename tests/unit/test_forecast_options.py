@@ -17,6 +17,7 @@ from opensora.models.mmdit import SIZES
 from opensora.planner.devices import DEVICES
 from opensora.planner.forecast import Forecaster
 from opensora.planner.search import Planner, check_own
+from opensora.train.validate import planned_clips
 from opensora.utils.errors import UserError
 from tests.conftest import ROOT
 
@@ -30,6 +31,7 @@ BASE = [
         "data.buckets={32px: {9: [1, 32]}}",
     ),
 ]
+CLIP = '{resolution: 32px, aspect_ratio: "1:1", num_frames: 9, cache: {kind: teacache}}'
 # Everything that changes memory or time. Values of one key, of which one is drawn.
 OPTIONS: dict[str, list[Any]] = {
     "parallel.engine": ["native", "native", "native", "deepspeed", "colossalai"],
@@ -53,6 +55,12 @@ OPTIONS: dict[str, list[Any]] = {
     "data.tokens_per_sequence": [0, 0, 512],
     "conditioning.references": ["{}", "{i2v_head: 1.0, v2v_tail: 1.0}"],
     "model.cond_embed": ["false", "true", "true"],
+    "validate": [
+        "{}",
+        "{every: 5, table: held_out.csv, samples: 3}",
+        f"{{every: 5, prompts: [a, b], sampling: {CLIP}}}",
+        f"{{every: 5, table: held_out.csv, prompts: [a], sampling: {CLIP}, use_ema: false}}",
+    ],
 }
 WORLDS = (1, 2, 4, 8)
 
@@ -62,7 +70,8 @@ def config(*overrides: str) -> RunConfig:
 
 
 def forecast(world: int, *overrides: str, device: str = "cuda") -> Any:
-    planner = Planner(config(*overrides), world, DEVICES["rtx4090"], device_type=device)
+    cfg = config(*overrides)
+    planner = Planner(cfg, world, DEVICES["rtx4090"], device_type=device, clips=planned_clips(cfg))
     return planner.one(planner.cfg.parallel, planner.shapes[-1])
 
 
@@ -93,6 +102,7 @@ def fuzz(seed: int, count: int) -> set[str]:
             continue
         found = forecast(world, *overrides)
         assert 0 < found.memory.total <= found.peak and found.step_s > 0 and found.flops > 0, overrides
+        assert found.validation is None or (found.validation.every == 5 and found.validation.seconds > 0), overrides
         assert min(vars(found.memory).values()) >= 0 and min(found.sent.values(), default=0) >= 0, overrides
         seen.update(overrides)
         done += 1
@@ -104,6 +114,7 @@ def test_any_valid_configuration_has_a_forecast() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_many_do() -> None:
     seen = fuzz(seed=1, count=250)
     missing = {f"{key}={value}" for key, values in OPTIONS.items() for value in values} - seen

@@ -98,8 +98,11 @@ def test_what_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     frames = np.zeros((20, 16, 16, 3), np.uint8)
     write_video(tmp_path / "short.mp4", frames, 8.0)
+    whole = (tmp_path / "short.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     (long,) = parts_of("v2v_tail", CAUSAL)
     for name, part, kind, said in (
+        ("cut.mp4", HEAD, "i2v_head", "cut.mp4: no frame of it can be decoded; give an image or a video"),
         ("no.png", HEAD, "i2v_head", "no.png: no such file"),
         ("text.png", HEAD, "i2v_head", "text.png: "),
         (
@@ -118,7 +121,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         check_count("i2v", 1)
     for kind, most in (("t2v", 0), ("i2v_head", 2), ("i2v_loop", 2), ("v2v_tail_easy", 2)):
         check_count(kind, most)
-        with pytest.raises(UserError, match=f"^ref: {most + 1} references for a clip, cond_type={kind} takes"):
+        with pytest.raises(UserError, match=f"^ref: {most + 1} references? for a clip, cond_type={kind} takes"):
             check_count(kind, most + 1)
 
 

@@ -1,10 +1,15 @@
 """What is sampled: names, seeds and tables of prompts."""
 
+import csv
 import random
 import time
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as papq
 import pytest
 
 from opensora.config.run import SampleConfig
@@ -48,6 +53,27 @@ def test_references_of_a_table(tmp_path: Path) -> None:
     assert [job.ref for job in read_jobs(cfg)] == ["x.png;y.mp4"] * 2
     with pytest.raises(ValueError, match="ref: is for prompt and prompts"):
         SampleConfig(weights="w", prompt_csv="t.csv", ref="x.png")
+
+
+def test_a_parquet_table_is_read_as_its_csv(tmp_path: Path) -> None:
+    """Any columns beside those that are known, in any order, empty cells, and more rows than are read at once."""
+    rows = [(f"p{i},\n{i}", "" if i % 3 else "a.png;b.mp4", f"n{i}" if i % 2 else "") for i in range(2500)]
+    columns: dict[str, Any] = {
+        "score": pa.array(range(2500)),
+        "name": pa.array([row[2] or None for row in rows]),
+        "text": pa.array([row[0] for row in rows], pa.large_string()),
+        "neg": pa.nulls(2500),
+        "ref": pa.array([row[1] for row in rows]),
+    }
+    papq.write_table(pa.table(columns), tmp_path / "t.parquet", row_group_size=700)
+    with (tmp_path / "t.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "ref", "name"), *rows])
+    found, wanted = (
+        read_jobs(SampleConfig(weights="w", prompt_csv=str(tmp_path / f"t.{kind}"))) for kind in ("parquet", "csv")
+    )
+    assert [replace(job, place="") for job in found] == [replace(job, place="") for job in wanted]
+    assert found[0].place == f"prompt_csv={tmp_path}/t.parquet row 1" and found[2499].place.endswith(" row 2500")
+    assert wanted[0].place.endswith("t.csv line 3") and found[2499].text == "p2499,\n2499"
 
 
 def test_a_part_of_a_table_and_names_as_asked(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "text of numbers": ({"text": [1]}, "batch.text: must be a list with a text for every clip"),
     "too few negatives": ({"text": ["a", "b"], "neg": ["c"]}, "batch.neg: 1 entries for 2 prompts"),
     "too many references": ({"ref": ["a.png", "b.png"]}, "batch.ref: 2 entries for 1 prompts"),
-    "references of nothing": ({"ref": ["a.png"]}, "ref: 1 references for a clip, cond_type=t2v takes none"),
+    "references of nothing": ({"ref": ["a.png"]}, "ref: 1 reference for a clip, cond_type=t2v takes none"),
     "three references": ({"ref": ["a;b;c"], "cond_type": "i2v_loop"}, "ref: 3 references for a clip"),
     "no such file": ({"ref": ["a.png"], "cond_type": "i2v_head"}, "ref=a.png: no such file"),
     "short clip": ({"ref": [[torch.zeros(3, 9, 8, 8)]], "cond_type": "v2v_head"}, "sampling.num_frames=3: must be"),

@@ -192,7 +192,8 @@ def test_a_gif_of_which_a_picture_ends_early_has_those_before(which: int, tmp_pa
         assert probe(str(tmp_path / "a.gif")).num_frames == which
         expected = read_frames(str(tmp_path / "whole.gif"), 0, which)
         assert np.array_equal(read_frames(str(tmp_path / "a.gif"), 0, which), expected)
-    with pytest.raises(DecodeError, match=f"it has {which} frames, the window needs {which + 1}"):
+    said = f"it has {which} frames, the window needs {which + 1}" if which else "no frame of it can be decoded"
+    with pytest.raises(DecodeError, match=said):
         read_frames(str(tmp_path / "a.gif"), which, 1)
 
 

@@ -145,7 +145,7 @@ def test_a_held_out_table_that_cannot_be_used_is_one_line(folder: Path, case: st
 PROMPTS = {
     "no file": ("validate.prompt_csv=nowhere.csv", "validate.prompt_csv=nowhere.csv: "),
     "no reference": ("validate.cond_type=i2v_head", "validate.cond_type=i2v_head: needs references"),
-    "a reference that is not there": ("validate.ref=a.png", "validate.ref: 1 references for a clip, cond_type=t2v"),
+    "a reference that is not there": ("validate.ref=a.png", "validate.ref: 1 reference for a clip, cond_type=t2v"),
 }
 
 

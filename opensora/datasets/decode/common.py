@@ -41,6 +41,13 @@ class DecodeError(Exception):
         return f"{self.path}: {self.cause}"
 
 
+def too_short(path: str, count: int, numbers: range) -> DecodeError:
+    """The error of a file whose ``count`` frames do not reach to the last of ``numbers``."""
+    if count == 0:
+        return DecodeError(path, "no frame of it can be decoded")
+    return DecodeError(path, f"it has {count} frames, the window needs {numbers[-1] + 1}")
+
+
 def decoding(path: str, part: str = "") -> parsing:
     """A ``with`` block that calls a decoder: what the decoder raises is a ``DecodeError`` of this file.
 

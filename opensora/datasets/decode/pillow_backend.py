@@ -31,6 +31,7 @@ from opensora.datasets.decode.common import (
     decoding,
     rate_of,
     scale_rgb,
+    too_short,
 )
 from opensora.datasets.decode.pillow_pixels import Unreadable, to_rgb, turn_of
 from opensora.datasets.decode.truncated import check_end, png_lacks
@@ -116,7 +117,7 @@ def read_animation(
         if seen > numbers[-1]:
             assert frames is not None
             return frames
-    raise DecodeError(source.path, f"it has {seen} frames, the window needs {numbers[-1] + 1}")
+    raise too_short(source.path, seen, numbers)
 
 
 class _Bounded(io.BufferedReader):

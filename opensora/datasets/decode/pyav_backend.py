@@ -29,6 +29,7 @@ from opensora.datasets.decode.common import (
     Turn,
     decoding,
     new_array,
+    too_short,
 )
 from opensora.datasets.decode.pyav_container import (
     Opened,
@@ -142,7 +143,7 @@ def _read(
         if not index.exact:
             return _read_by_counting(source, window(about, np.array(numbers)), numbers, threads, deadline)
         if numbers[-1] >= len(index.pts):
-            raise DecodeError(source.path, f"it has {len(index.pts)} frames, the window needs {numbers[-1] + 1}")
+            raise too_short(source.path, len(index.pts), numbers)
         wanted = index.pts[numbers.start : numbers[-1] + 1 : numbers.step]
         for position in seek_positions(index, about.codec, int(wanted[0])):
             with decoding(source.path):
@@ -202,4 +203,4 @@ def _read_by_counting(source: Source, window: Window, numbers: range, threads: i
             window.put(window.slots[seen - 1], frame)
         if window.missing() == 0:
             return window.frames()
-    raise DecodeError(source.path, f"it has {seen} frames, the window needs {numbers[-1] + 1}")
+    raise too_short(source.path, seen, numbers)

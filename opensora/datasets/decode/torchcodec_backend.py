@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from opensora.datasets.decode.common import Allocate, Deadline, DecodeError, Resize, decoding, read_in_batches
+from opensora.datasets.decode.common import Allocate, Deadline, Resize, decoding, read_in_batches, too_short
 from opensora.datasets.table.clip_storage import Source
 from opensora.utils.errors import UserError
 from opensora.utils.files.untrusted import short_reason
@@ -39,7 +39,7 @@ def read_window(
             reader = decoders.VideoDecoder(place, dimension_order="NHWC", num_ffmpeg_threads=threads)
             total = len(reader)
         if numbers[-1] >= total:
-            raise DecodeError(source.path, f"it has {total} frames, the window needs {numbers[-1] + 1}")
+            raise too_short(source.path, total, numbers)
 
         def read(some: list[int]) -> list[np.ndarray]:
             with decoding(source.path):

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from opensora.utils.errors import UserError
-from opensora.utils.files.untrusted import parse_json, parsing
+from opensora.utils.files.published_files import how_to_fetch
+from opensora.utils.files.untrusted import parse_json, parsing, short
 from opensora.utils.files.user_files import absence, read_text
 
 # What transformers reads of a folder, in the order in which it looks; other files in it are variants of these.
@@ -18,6 +19,8 @@ WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+
+FAMILIES = {"t5_path": "t5", "clip_path": "clip"}  # key -> what the model_type of config.json holds, where it says one
 
 
 def check_folder(key: str, path: str) -> Path:
@@ -34,7 +37,8 @@ def check_folder(key: str, path: str) -> Path:
     folder = folder_of(path)
     if reason := absence(folder / "config.json", "file"):
         detail = "" if reason.startswith("no such") else f" ({reason})"
-        raise UserError(f"text.{key}={path}: no config.json there{detail}; give the folder of a transformers model")
+        wanted = f"give the folder of a transformers model{how_to_fetch(path)}"
+        raise UserError(f"text.{key}={path}: no config.json there{detail}; {wanted}")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise UserError(f"text.{key}={path}: cannot be loaded, no *.safetensors beside config.json; fetch them")
     return folder
@@ -60,6 +64,10 @@ def stated_width(key: str, path: str, name: str) -> int | None:
         UserError: as ``check_folder``, or config.json cannot be read.
     """
     stated = stated_config(key, path)
+    wanted, kind = FAMILIES.get(key, ""), stated.get("model_type")
+    if isinstance(kind, str) and wanted not in kind:
+        told = f"config.json is of a model of type {short(kind, 40)}"
+        raise UserError(f"text.{key}={path}: {told}, must be of type {wanted}; give the folder of one")
     both = stated.get("text_config")  # of a CLIP that reads pictures too
     width = stated.get(name, both.get(name) if isinstance(both, dict) else None)
     return width if isinstance(width, int) else None

@@ -16,6 +16,7 @@ from opensora.models.weights.plain import PlainWeights
 from opensora.models.weights.reader import LoadReport, WeightFile, load_state_dict_for
 from opensora.models.weights.rows import Shape
 from opensora.utils.errors import UserError
+from opensora.utils.files.published_files import how_to_fetch
 from opensora.utils.files.safetensors_files import open_weights
 from opensora.utils.files.untrusted import parse_json, parsing
 from opensora.utils.files.user_files import absence
@@ -177,7 +178,7 @@ def _weights(path: str, format: AutoencoderWeights) -> Path:
     if not path:
         raise UserError(f"{KEY} is not set: {wanted}, or use vae.kind=dct, which needs none")
     if reason := absence(path):
-        raise UserError(f"{KEY}={path}: {reason}; {wanted}")
+        raise UserError(f"{KEY}={path}: {reason}; {wanted}{how_to_fetch(path)}")
     place = Path(path)
     if not place.is_dir():
         return place

@@ -21,6 +21,7 @@ from opensora.config.strict_yaml import read_yaml
 from opensora.inference.find import part_of_run
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
+from opensora.utils.files.published_files import how_to_fetch
 from opensora.utils.files.user_files import absence
 
 # Settings that may differ from one start of a run to the next and leave it the same run.
@@ -87,7 +88,9 @@ def check_paths(cfg: RunConfig) -> None:
     for key in ("init_from", "resume"):
         path = getattr(cfg.train, key)
         if path not in (None, "auto", "none") and (reason := absence(path)):
-            raise UserError(f"train.{key}={path}: {reason}")
+            weights = f"give a safetensors file or an export folder{how_to_fetch(path)}"
+            give = weights if key == "init_from" else "give the folder of a run or of one of its checkpoints"
+            raise UserError(f"train.{key}={path}: {reason}; {give}")
     if cfg.train.resume not in ("auto", "none"):
         _check_checkpoint(Path(cfg.train.resume))
     if cfg.train.init_from:

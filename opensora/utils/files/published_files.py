@@ -1,7 +1,8 @@
 """The published weights that configurations name: where each is from, and what it must be.
 
 Revisions are commits, so that the same command fetches the same bytes; of a repository without one here the commit of
-the first download is kept beside the files. Sizes and digests are those that the publishers' repositories list.
+the first download is kept beside the files, and ``--revision`` names another. Sizes and digests are those that the
+publishers' repositories list.
 """
 
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ class PublishedFile:
 
     size: int | None = None  # bytes
     sha256: str | None = None
+    git_blob: str | None = (
+        None  # SHA-1 that git gives a file's content; hubs list it of small files in place of SHA-256
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,3 +118,16 @@ def set_of(path: str) -> str | None:
             if Path(path).name in {one.parent.name if one.name == "config.json" else one.name for one in places}:
                 return name
     return None
+
+
+def folder_of_set(path: str) -> Path:
+    """The ``--to`` of a download that puts a published file, or a model's folder, at ``path``."""
+    place = Path(path)
+    return place.parent.parent if place.parent.name in ("google", "openai") else place.parent
+
+
+def how_to_fetch(path: str | Path) -> str:
+    """What a message adds about a published file that is not there: the command that fetches it; empty: it is none."""
+    name = set_of(str(path))
+    to = folder_of_set(str(path))
+    return f", or fetch it: python -m opensora.cli.download {name} --to {to}" if name else ""

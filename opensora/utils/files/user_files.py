@@ -227,6 +227,8 @@ def try_output(path: Path, key: str, *, folder: bool = False) -> None:
     try:
         if not str(path) or (path.name == "" and not folder):
             raise UserError(f"{key}={str(path)!r}: must name a {'folder' if folder else 'file'} to write")
+        if folder and path.exists() and not path.is_dir():
+            raise UserError(f"{key}={path}: is a file; name a folder to write to")
         if not folder and path.is_dir():
             raise UserError(f"{key}={path}: is a folder; name a file to write")
         if not folder and path.exists() and not path.is_file():  # to open a pipe would take for ever
