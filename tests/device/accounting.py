@@ -32,7 +32,7 @@ CLIP = {
     "width": 8,
     "height": 5,
     "num_frames": 3,
-    "num_steps": 2,
+    "num_steps": 3,
 }  # for step caches: what they keep is much of what is there
 
 
