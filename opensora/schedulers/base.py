@@ -21,7 +21,11 @@ class Noised(NamedTuple):
 
 
 class Objective(Protocol):
-    """A kind of training; made from its section of the configuration. Draws belong to (seed, step, sample)."""
+    """A kind of training; made from its section of the configuration. Draws belong to (seed, step, sample).
+
+    One whose times are not in [0, 1] has ``latest_time``, and ``whole_times`` if only whole numbers are times; one
+    whose times depend on the pixels of clips (``Grid.pixels``) has ``needs_pixels``.
+    """
 
     solvers: ClassVar[tuple[str, ...]]  # of ``SOLVERS``, those that sample from models it trained; first the default
 
@@ -52,7 +56,10 @@ class Objective(Protocol):
 
 
 class Solver(Protocol):
-    """Steps from noise to data. Elementwise, so that every process steps its own tokens."""
+    """Steps from noise to data. Elementwise, so that every process steps its own tokens.
+
+    One whose times are not from 1 to 0 has ``pure_noise``, the time of pure noise.
+    """
 
     @property
     def times(self) -> Sequence[float]:

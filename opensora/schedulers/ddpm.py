@@ -9,9 +9,8 @@ tests compare); here they share their tables with the objective, take any choice
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from opensora.schedulers.base import EditStep, SolverOptions, exact

@@ -1,5 +1,7 @@
 """What a diffusion model's prediction says of the step before, and how far that is from the truth.
 
+Of x_t at a step, with the tables of noise_schedule.py:
+
     x0      = (x_t - sqrt(1 - abar) e) / sqrt(abar)              e: the predicted noise
     mean    = c1 x0 + c2 x_t                                     of x_{t-1}
     log var = f log beta + (1 - f) log posterior, f = (v + 1)/2  v: the model's second output (arXiv:2102.09672)

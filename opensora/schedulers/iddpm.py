@@ -20,6 +20,7 @@ from opensora.schedulers.base import Noised, exact
 from opensora.schedulers.gaussian_diffusion import Prediction, predicted, variational_bound
 from opensora.schedulers.noise_schedule import (
     BETA_SCHEDULES,
+    DIFFUSION_STEPS,
     BetaSchedule,
     NoiseSchedule,
     Tables,
@@ -36,7 +37,7 @@ class IDDPMConfig:
     """The objective."""
 
     kind: Literal["iddpm"] = "iddpm"
-    diffusion_steps: int = 1000  # of the whole chain
+    diffusion_steps: int = DIFFUSION_STEPS  # of the whole chain
     noise_schedule: BetaSchedule = "linear"  # betas: linear, or squaredcos_cap_v2
     timestep_respacing: str = ""  # steps that are trained: "" all, "100", "10,20,30" of equal sections, "ddim50"
     learn_sigma: bool = True  # the model's second output is the variance; false: it is not trained

@@ -21,9 +21,10 @@ from torch import Tensor
 BetaSchedule = Literal["linear", "squaredcos_cap_v2"]
 BETA_SCHEDULES: tuple[BetaSchedule, ...] = ("linear", "squaredcos_cap_v2")
 Tables = Literal["fp64", "fp32"]
+DIFFUSION_STEPS = 1000  # of a chain, unless it says another number
 MAX_BETA = 0.999  # of squaredcos_cap_v2
 DDIM = "ddim"  # before a number: steps that are equally far apart
-GRAMMAR = "must be a number of steps as 100, numbers for equal sections of the chain as 10,20,30, ddimN as ddim50, or ''"
+GRAMMAR = "must be a number of steps as 100, numbers for equal sections as 10,20,30, ddimN as ddim50, or '' for all"
 
 
 def betas_of(schedule: BetaSchedule, steps: int) -> np.ndarray:
@@ -36,15 +37,6 @@ def betas_of(schedule: BetaSchedule, steps: int) -> np.ndarray:
         return np.linspace(1000 / steps * 1e-4, 1000 / steps * 0.02, steps)
     left = [math.cos((step / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for step in range(steps + 1)]
     return np.array([min(1 - left[step + 1] / left[step], MAX_BETA) for step in range(steps)])
-
-
-def check_respacing(spec: str) -> None:
-    """That ``spec`` says steps of some chain.
-
-    Raises:
-        ValueError: it does not.
-    """
-    spaced_count(spec)
 
 
 def spaced_count(spec: str) -> int | None:

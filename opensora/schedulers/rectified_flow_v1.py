@@ -77,8 +77,8 @@ class RectifiedFlowV1Config:
         """
         if self.use_timestep_transform and counted_frames(self, frames) == 0:
             raise ValueError(
-                f"{frames} frames are counted as {frames}//17*5 = 0 latent ones by objective.version=1.2, and all times "
-                "would be 0; use 1 frame, 17 or more, or objective.use_timestep_transform=false"
+                f"{frames} frames are {frames}//17*5 = 0 latent ones by the rule of objective.version=1.2, and all "
+                "times would be 0; use 1 frame, 17 or more, or objective.use_timestep_transform=false"
             )
 
 
