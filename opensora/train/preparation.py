@@ -12,7 +12,7 @@ from opensora.assembly.encoders import Encoders
 from opensora.assembly.reference_codes import code_part
 from opensora.assembly.token_layout import TokenLayout, forward_arguments
 from opensora.conditioning import ConditioningConfig
-from opensora.conditioning.condition_dropout import draw_drops, known_weights, without_references
+from opensora.conditioning.condition_dropout import draw_drops, without_references
 from opensora.conditioning.dropout import drop_text
 from opensora.conditioning.frames import known_frames
 from opensora.conditioning.references import Part, code_references, draw_kind
@@ -23,6 +23,7 @@ from opensora.models.base import AutoencoderShape, ModelConfig, TextFeatures
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.schedulers.base import Objective
 from opensora.schedulers.timesteps import draw_per_sample
+from opensora.train.loss_weights import loss_weights
 from opensora.train.packed_tokens import EncodedTokens, SampleOf, concat_packed, of_samples
 from opensora.utils.files.upload import upload
 from opensora.utils.tokens import Grid
@@ -129,7 +130,13 @@ class Preparation:
             targets={name: self.layout.patchify(target) for name, target in noised.targets.items()},
             t=t,
             conditions=conditions,
-            weights=self._weights(conditions.known, x),
+            weights=loss_weights(
+                x,
+                conditions.known,
+                left_out=self._leaves_out,
+                known_weight=self.conditioning.known_weight,
+                reduction=self.reduction,
+            ),
         )
 
     @property
@@ -137,18 +144,6 @@ class Preparation:
         """Whether what is known is no part of the loss."""
         takes = self.layout.denoising.references
         return takes == "in_place" or (takes == "channels" and not self.conditioning.known_in_loss)
-
-    def _weights(self, known: Tensor | None, x: Tensor) -> Tensor | None:
-        """Of whole tokens ``x``, of which some are known, in the loss; None: all 1."""
-        weights = None
-        if known is not None and not self._leaves_out and self.conditioning.known_weight != 1:
-            weights = known_weights(known, self.conditioning.known_weight)
-        if self.reduction == "samples":
-            weights = torch.ones(x.shape[:-1], device=x.device) if weights is None else weights
-            learned = torch.ones_like(weights) if known is None or not self._leaves_out else (~known).float()
-            values = learned.flatten(1).sum(1) * x.shape[-1]  # of each sample
-            weights = weights / values.view(-1, *[1] * (weights.ndim - 1))
-        return weights
 
     def _dropped(self, ids: tuple[int, ...], step: int, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(B,) bool each: samples without their text tokens, their pooled prompt, and what references give."""
