@@ -71,13 +71,14 @@ def spaced_steps(spec: str, steps: int) -> tuple[int, ...]:
         return tuple(range(steps))
     if spec.startswith(DDIM):
         strides = (range(0, steps, stride) for stride in range(1, steps + 1))
-        for chosen in strides:
-            if len(chosen) == count:
-                return tuple(chosen)
+        for equal in strides:
+            if len(equal) == count:
+                return tuple(equal)
         raise ValueError(f"no whole distance between steps gives {count} of {steps}")
     sections = [int(part) for part in spec.split(",")]
     size, longer = divmod(steps, len(sections))
-    chosen, start = [], 0
+    chosen: list[int] = []
+    start = 0
     for index, wanted in enumerate(sections):
         length = size + (index < longer)
         if wanted > length:
@@ -118,7 +119,7 @@ class NoiseSchedule:
         if self.timesteps.device == device:
             return self
         if device not in self._placed:
-            tables = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+            tables: Any = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
             self._placed[device] = NoiseSchedule(**tables)
         return self._placed[device]
 
@@ -153,10 +154,11 @@ def noise_schedule(beta_schedule: BetaSchedule, steps: int, respacing: str, tabl
     betas = 1 - whole / np.concatenate((np.ones(1), whole[:-1]))
     # NumPy and torch round roots and logarithms differently: each as in the release that computes so.
     computed = _tables(np, betas) if tables == "fp64" else _tables(torch, torch.from_numpy(betas).float())
+    tensors: Any = {name: torch.as_tensor(table) for name, table in computed.items()}
     return NoiseSchedule(
         timesteps=torch.from_numpy(chosen),
         index_of=torch.from_numpy(np.searchsorted(chosen, np.arange(steps), side="right") - 1).clamp(min=0),
-        **{name: torch.as_tensor(table) for name, table in computed.items()},
+        **tensors,
     )
 
 

@@ -120,8 +120,8 @@ class Preparation:
         drop_txt, drop_vec, drop_reference = self._dropped(ids, step, given)
         if reference is not None and self.conditioning.dropout.conditions:
             reference = without_references(reference, drop_reference)
-        text = self._text(encoded, drop_txt, drop_vec)
-        conditions = replace(text, reference=reference, known=known, **self._numbers(batch, t))
+        prompts = self._text(encoded, drop_txt, drop_vec)
+        conditions = replace(prompts, reference=reference, known=known, **self._numbers(batch, t))
         conditions = self.layout.patchify_conditions(conditions)
         x = self.layout.patchify(noised.x)
         return EncodedTokens(
