@@ -79,13 +79,9 @@ def learned_log_variance(schedule: NoiseSchedule, v: Tensor, index: Tensor | int
 
 
 def fixed_log_variance(schedule: NoiseSchedule, index: Tensor | int, like: Tensor, *, small: bool) -> Tensor:
-    """The clipped posterior one, or that of beta, whose first is the posterior one too, as log 0 is no target."""
-    least = schedule.at("posterior_log_variance_clipped", index, like)
-    if not small:
-        first = torch.as_tensor(index, device=like.device) == 0
-        beta = schedule.at("log_betas", index, like)
-        least = torch.where(first.reshape(*first.shape, *[1] * (beta.ndim - first.ndim)), least, beta)
-    return least.expand_as(like)
+    """Of the posterior, or of beta."""
+    name = "posterior_log_variance_clipped" if small else "fixed_large_log_variance"
+    return schedule.at(name, index, like).expand_as(like)
 
 
 def variational_bound(schedule: NoiseSchedule, x_start: Tensor, x_t: Tensor, found: Prediction, t: Tensor) -> Tensor:

@@ -105,6 +105,7 @@ class NoiseSchedule:
     sqrt_recip_alphas_cumprod: Tensor  # of 1 / abar
     sqrt_recipm1_alphas_cumprod: Tensor  # of 1 / abar - 1
     log_betas: Tensor
+    fixed_large_log_variance: Tensor  # of betas, but for the first, which is the posterior one
     posterior_variance: Tensor
     posterior_log_variance_clipped: Tensor  # the first, which is log 0, is that of the second
     posterior_mean_coef1: Tensor  # of x0
@@ -177,6 +178,7 @@ def _tables(xp: Any, betas: Any) -> dict[str, Any]:
         "sqrt_recip_alphas_cumprod": xp.sqrt(1 / abar),
         "sqrt_recipm1_alphas_cumprod": xp.sqrt(1 / abar - 1),
         "log_betas": xp.log(betas),
+        "fixed_large_log_variance": xp.log(xp.concatenate((clipped[:1], betas[1:]))),
         "posterior_variance": variance,
         "posterior_log_variance_clipped": xp.log(clipped),
         "posterior_mean_coef1": betas * xp.sqrt(before) / (1 - abar),
