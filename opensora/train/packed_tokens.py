@@ -21,7 +21,7 @@ class EncodedTokens:
     targets: dict[str, Tensor]  # as x, fp32
     t: Tensor  # (S,); S = B, but for a packed sequence
     conditions: Conditions  # references as tokens
-    weights: Tensor | None = None  # (B, N) or (B, T, S) fp32: of tokens in the loss; None: all 1
+    weights: Tensor | None = None  # (B, N) or (B, T, S) fp64: of tokens in the loss; None: all 1
 
 
 def concat_packed(parts: Sequence[EncodedTokens]) -> tuple[EncodedTokens, SampleOf]:

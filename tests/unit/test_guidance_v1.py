@@ -208,7 +208,7 @@ def test_known_frames_weigh_as_they_are_told_and_the_mean_is_one() -> None:
     known = torch.zeros(3, 5, 2, dtype=torch.bool)
     known[0, 0], known[1, [0, 4]] = True, True
     found = known_weights(known, 0.1)
-    assert torch.allclose(found.flatten(1).mean(1), torch.ones(3))
+    assert torch.allclose(found.flatten(1).mean(1), torch.ones(3, dtype=torch.float64))
     assert found[0, 0].tolist() == pytest.approx([0.1, 0.1]) and found[0, 1, 0].item() == pytest.approx((5 - 0.1) / 4)
     assert found[1, 1, 0].item() == pytest.approx((5 - 2 * 0.1) / 3) and (found[2] == 1).all()
     assert torch.isfinite(known_weights(torch.ones(1, 4, 2, dtype=torch.bool), 0.5)).all()
