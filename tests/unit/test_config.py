@@ -63,6 +63,11 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
         ["objective.kind=iddpm"],
         "objective.kind=iddpm: needs 2 values per latent, mod",
     ),
+    "objective, times of others": (
+        None,
+        ["objective={kind: iddpm, learn_sigma: false}"],
+        "objective.kind=iddpm: has times up to 1000, model.kind=mmdit reads times up to 1; choose another objective",
+    ),
     "objective, unreadable steps": (
         None,
         ["objective={kind: iddpm, learn_sigma: false, timestep_respacing: 10x}"],
