@@ -289,14 +289,14 @@ TABLE: tuple[Mutation, ...] = (
         FLOW_V1,
         "frames // 17 * 5 if",
         "(frames - 1) // 4 if",
-        FLOWS + "transform_by_hand[1.2-options0-pixels0-False-2.7386127875258306]",
+        FLOWS + "transform_by_hand[groups]",
     ),
     Mutation(
         "1.3 scales images",
         FLOW_V1,
         "sampling and is_video if",
         "sampling if",
-        FLOWS + "transform_by_hand[1.3-options6-pixels6-True-1.0]",
+        FLOWS + "transform_by_hand[images]",
     ),
     Mutation(
         "the velocity points to the noise",
@@ -381,6 +381,13 @@ TABLE: tuple[Mutation, ...] = (
         "learned = ~known if",
         "learned = torch.ones_like(known) if",
         OF_V1 + "the_mean_over_samples_is_that_of_the_means_of_samples[objective0]",
+    ),
+    Mutation(
+        "means of samples over latent values",
+        DATA,
+        'if self._reduction == "elements" else',
+        'if self._reduction != "" else',
+        OF_V1 + "a_step_says_what_its_loss_is_the_mean_over[samples-4]",
     ),
     Mutation(
         "frames beside known ones are not weighed up",
