@@ -6,11 +6,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from opensora.models import mmdit
+from opensora.models import dit, latte, mmdit, pixart
 from opensora.models.base import Denoising, Family, ModelConfig
 from opensora.utils.rng import torch_generator
 
-FAMILIES: dict[str, Family] = {"mmdit": mmdit.FAMILY}
+FAMILIES: dict[str, Family] = {
+    "mmdit": mmdit.FAMILY,
+    "dit": dit.FAMILY,
+    "latte": latte.FAMILY,
+    "pixart": pixart.FAMILY,
+    "pixart_ms": pixart.MS_FAMILY,
+    "pixart_sigma": pixart.SIGMA_FAMILY,
+}
 MODEL_CONFIGS: dict[str, type] = {kind: family.config for kind, family in FAMILIES.items()}
 MODEL_SIZES: dict[str, Mapping[str, Any]] = {kind: family.sizes for kind, family in FAMILIES.items()}
 
