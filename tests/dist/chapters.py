@@ -5,6 +5,7 @@ outputs to a target, so that no objective is needed. Nothing divides by anything
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from acceleration.accounting.comm_volume import step_bytes
 from acceleration.accounting.rank_layout import MicroBatch, RankLayout
+from acceleration.checkpoint import CheckpointManager, tensor_shards
 from acceleration.config import MeshConfig, OptimConfig, ParallelConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.engines import build_engine
@@ -28,7 +30,7 @@ from opensora.planner.meta_model import structure
 from opensora.utils.rng import torch_generator
 from opensora.utils.tokens import Grid
 from tests.dist.layouts import FP64, RECOMPUTE
-from tests.dist.parity import Outcome, fill, measured_steps, relative
+from tests.dist.parity import Outcome, fill, measured_steps
 
 CPU = torch.device("cpu")
 STEPS, TEXT_TOKENS = 2, 5
@@ -51,6 +53,7 @@ MODELS: dict[str, Any] = {
     "latte_class": LatteConfig(**_ADALN, depth=4, condition="label_7"),
     "pixart": PixArtConfig(**_PIXART),
     "pixart_ms": PixArtMSConfig(**_PIXART),
+    "pixart_frozen": PixArtConfig(**_PIXART, freeze="text"),
     "pixart_qk": PixArtSigmaConfig(**_PIXART, qk_norm=True, input_size=(1, 8, 8)),
     "pixart_kv": PixArtSigmaConfig(
         **_PIXART, qk_norm=True, kv_compress_sampling="conv", kv_compress_scale_factor=2, kv_compress_layer=(1,)
@@ -229,6 +232,32 @@ def on_this_layout(run: Run, cfg: Any) -> Outcome:
     return measured_steps(engine, mesh, STEPS, backward, predicted)
 
 
+def train_and_save(run: Run, cfg: Any, folder: Path, start: int, stop: int) -> dict[str, Tensor]:
+    """Resume at ``start`` if it is not zero, run to ``stop``, save; all state as whole tensors, and the export."""
+    parallel = run.config
+    mesh = meshes.build(parallel.mesh, dist.get_world_size(), CPU)
+    with torch.device("meta"):
+        model = build_model(cfg)
+    # A resumed run starts from other values than the first did: all that counts is in the checkpoint.
+    parallelize(model, parallel, mesh, CPU, (lambda name, tensor: tensor.zero_()) if start else fill)  # type: ignore
+    engine, layout = build_engine(model, parallel, run.optim, mesh), token_layout(cfg, SequenceParallel(mesh))
+    manager = CheckpointManager(folder, keep=0)
+    if start:
+        state = engine.state_dict()
+        manager.load(folder / f"step-{start:08d}", state)
+        engine.load_state_dict(state)
+    for step in range(start, stop):
+        for sample in (mine := batches(cfg, step)):
+            share = squares(engine.model, cfg, layout, sample) / elements(cfg, step) / mesh.data_degree
+            engine.backward(share, last_microbatch=sample is mine[-1])
+        engine.step(step)
+    manager.save(stop, engine.state_dict(), {})
+    flat = {f"{part}.{name}": value for part, values in engine.state_dict().items() for name, value in values.items()}
+    tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor | tensor_shards.TensorShards)}
+    found = {name: tensor_shards.whole(value, mesh["tensor"]).clone() for name, value in tensors.items()}
+    return found | {f"exported.{name}": value.clone() for name, value in engine.full_weights("ema")}
+
+
 def sizes(sample: Sample) -> MicroBatch:
     """As formulas see it."""
     text = sample.conditions.text
@@ -245,6 +274,3 @@ def sizes(sample: Sample) -> MicroBatch:
 def on_these_layouts(runs: list[Run], configs: dict[str, Any]) -> list[Outcome]:
     """One after the other, in the same processes."""
     return [on_this_layout(run, configs[run.model]) for run in runs]
-
-
-__all__ = ["relative"]

@@ -2,12 +2,23 @@
 every gradient, the clipping norm and the weights after steps, in fp64."""
 
 from functools import cache
+from pathlib import Path
 
 import pytest
+import torch
 
-from tests.dist.chapters import ADAMW, MODELS, SGD, Run, on_one_process, on_these_layouts
+from tests.dist.chapters import (
+    ADAMW,
+    MODELS,
+    SGD,
+    Run,
+    on_one_process,
+    on_these_layouts,
+    plain_model,
+    train_and_save,
+)
 from tests.dist.harness import run_distributed
-from tests.dist.parity import TOLERANCE, Outcome, worst_error
+from tests.dist.parity import TOLERANCE, Outcome, relative, worst_error
 
 ULYSSES, RING, TENSOR = (("ulysses", 2),), (("ring", 2),), (("tensor", 2),)
 QUICK = [
@@ -85,11 +96,32 @@ def test_every_layout_equals_one_process(model: str, world: int) -> None:
     check(runs, 800) if runs else None
 
 
+@pytest.mark.parametrize("model", ["pixart_frozen", "dit"])
+def test_what_is_not_trained_is_saved_and_exported(model: str, tmp_path: Path) -> None:
+    """A run that goes on from a checkpoint on another layout has the null text, and the frozen layers, of that; they
+    have no moving average, and an export of the average has them as they are."""
+    cfg = MODELS[model]
+    first, second = Run(model, 2, ULYSSES, 3, kind="adamw"), Run(model, 2, TENSOR, 1, kind="adamw")
+    (whole,) = run_distributed(train_and_save, 1, Run(model, 1, (), 0, kind="adamw"), cfg, tmp_path / "whole", 0, 2)
+    run_distributed(train_and_save, 2, first, cfg, tmp_path / "moved", 0, 1)
+    found = run_distributed(train_and_save, 2, second, cfg, tmp_path / "moved", 1, 2)[0]
+    assert found.keys() == whole.keys()
+    assert max(relative(found[name], whole[name]) for name in whole) <= TOLERANCE
+    started = dict(plain_model(cfg).named_parameters())
+    frozen = {name for name, parameter in started.items() if not parameter.requires_grad}
+    assert frozen and not {f"ema.{name}" for name in frozen} & whole.keys()
+    for name in frozen:
+        for of in ("model", "exported"):
+            assert torch.equal(found[f"{of}.{name}"], started[name]), name
+    assert {name.removeprefix("exported.") for name in found if name.startswith("exported.")} == started.keys()
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_every_trained_parameter_gets_a_gradient(model: str) -> None:
     """A parity test of gradients that are zero would prove nothing; the null text is not trained."""
     outcome = truth(model, "sgd")
     gradients = outcome.steps[0][2]
-    assert outcome.weights.keys() - gradients.keys() == {n for n in outcome.weights if n.endswith(".y_embedding")}
+    frozen = (".y_embedding", *[".cross_attn."] * (model == "pixart_frozen"))
+    assert outcome.weights.keys() - gradients.keys() == {n for n in outcome.weights if any(x in n for x in frozen)}
     for name, gradient in gradients.items():
         assert gradient.abs().max() > 0, name
