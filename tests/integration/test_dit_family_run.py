@@ -20,11 +20,11 @@ from tests.dist.harness import run_distributed
 SHAPE = "in_channels: 16, caption_channels: 32, hidden_size: 48, num_heads: 4, depth: 2"
 MODELS = {
     "pixart": f"{{kind: pixart, {SHAPE}, model_max_length: 4, pred_sigma: false}}",
-    "dit": f"{{kind: dit, {SHAPE}, learn_sigma: false}}",
+    "dit": f"{{kind: dit, {SHAPE}}}",  # with a learned variance
     "latte": f"{{kind: latte, {SHAPE}, learn_sigma: false}}",
 }
+OBJECTIVES = {"pixart": "rectified_flow", "dit": "iddpm", "latte": "rectified_flow"}
 OVERRIDES = [
-    "objective={kind: rectified_flow}",
     "conditioning={dropout: {text: 0.3, pooled: 0.0}}",
     "optim={lr: 3.0e-3, ema_decay: 0.5}",
     "train.checkpoint_every=2",
@@ -53,7 +53,8 @@ def test_train_and_sample(kind: str, config: Path, tmp_path: Path) -> None:
     folders: dict[int, Path] = {}
     for world, extra in ((2, []), (1, ["parallel.mesh.ulysses=1"])):
         folder = tmp_path / f"on{world}"
-        argv = [str(written), *OVERRIDES, f"output={folder}", *extra]
+        objective = f"objective={{kind: {OBJECTIVES[kind]}}}"
+        argv = [str(written), *OVERRIDES, objective, f"output={folder}", *extra]
         assert run_distributed(run_train, world, argv, timeout=140, init=False) == [0] * world
         folders[world] = folder / "run"
     two, one = ([record["loss"] for record in read_metrics(folders[world] / "metrics.jsonl")[0]] for world in (2, 1))
