@@ -4,8 +4,8 @@ Training rows: the largest relative differences, in fp64, over all processes and
 parameter's gradient, of the norm that clipping uses and of the weights afterwards. Sampling rows: the latents. Both say
 whether the bytes that each process sent over each axis are those of the formulas. DeepSpeed knows no fp64: its rows are
 held to what fp32 leaves of the truth. ColossalAI's rows are its ZeRO 0. Rows of ``factored`` are of a model that keeps
-time and space apart, with masked frames, those of ``chapter`` of DiT, Latte and PixArt. ``SUM`` counts what is within its
-tolerance.
+time and space apart, with masked frames, those of ``chapter`` of DiT, Latte and PixArt. ``SUM`` counts what is within
+its tolerance.
 """
 
 import itertools
