@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from opensora.cli import convert
+from opensora.config.load import to_yaml
 from opensora.models.dit import SIZES as DIT
 from opensora.models.dit import DiTConfig
 from opensora.models.families import build_model, family_of, has_frozen_parameters
@@ -189,6 +191,32 @@ def test_programs_are_not_unpickled(tmp_path: Path) -> None:
     path = torch_file(tmp_path / "a.pt", {"ema": theirs(cfg, filled(cfg).state_dict()), "args": Stranger()})
     with pytest.raises(UserError, match="holds more than tensors"):
         load_into(build_model(cfg), path, format, to=format.layout(cfg))
+
+
+def keys_of(cfg: Any) -> list[str]:
+    """The configuration as it is typed on a command line."""
+    return [f"model.{line}" for line in to_yaml(cfg).replace(": ", "=").splitlines()]
+
+
+def test_the_command_writes_safetensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a checkpoint with more than weights, which is read as it would be; what does not fit is a line, and writes
+    nothing."""
+    cfg = SMALL["pixart"]
+    model, out = filled(cfg), tmp_path / "out"
+    state = {name: tensor.half() for name, tensor in theirs(cfg, model.state_dict()).items()}
+    path = torch_file(tmp_path / "a.pth", {"state_dict": state | {"pos_embed": torch.zeros(1, 16, 24)}, "epoch": 3})
+    assert convert.main([str(path), "--to", str(out), *keys_of(cfg)]) == 0
+    assert "tensors loaded; 1 computed by the model and not read: pos_embed" in capsys.readouterr().out
+    assert equal(load_file(out / "model.safetensors"), state)
+    for other, said in ((SMALL["pixart_ms"], "missing"), (replace(cfg, depth=2), "unexpected")):
+        with pytest.raises(UserError, match=said):
+            convert.main([str(path), "--to", str(tmp_path / "nothing"), *keys_of(other)])
+    broken = torch_file(tmp_path / "b.pth", {"state_dict": state | {"t_block.1.bias": torch.full((144,), torch.inf)}})
+    with pytest.raises(UserError, match=r"t_block.1.bias holds NaN or infinite values"):
+        convert.main([str(broken), "--to", str(tmp_path / "nothing"), *keys_of(cfg)])
+    with pytest.raises(UserError, match=r"model: missing"):
+        convert.main([str(path), "--to", str(tmp_path / "nothing")])
+    assert not (tmp_path / "nothing").exists()
 
 
 @pytest.mark.parametrize("name", SMALL)
