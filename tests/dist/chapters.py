@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from acceleration import lora
 from acceleration.accounting.comm_volume import step_bytes
 from acceleration.accounting.rank_layout import MicroBatch, RankLayout
 from acceleration.checkpoint import CheckpointManager, tensor_shards
-from acceleration.config import MeshConfig, OptimConfig, ParallelConfig
+from acceleration.config import LoraConfig, MeshConfig, OptimConfig, ParallelConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
@@ -23,7 +25,7 @@ from acceleration.sequence import SequenceParallel
 from opensora.assembly.token_layout import TokenLayout, forward_arguments, token_layout
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.models.dit import DiTConfig
-from opensora.models.families import build_model, describe
+from opensora.models.families import build_model, describe, family_of
 from opensora.models.latte import LatteConfig
 from opensora.models.pixart import PixArtConfig, PixArtMSConfig, PixArtSigmaConfig
 from opensora.planner.meta_model import structure
@@ -152,10 +154,34 @@ def squares(model: nn.Module, cfg: Any, layout: TokenLayout, sample: Sample) -> 
     return (difference * layout.shard(learned(sample))[..., None]).sum() * sample.weight
 
 
-def on_one_process(cfg: Any, optim: OptimConfig = SGD) -> Outcome:
+def adapters_of(cfg: Any) -> LoraConfig:
+    """On every layer that the family names for them, and on the first and last."""
+    return LoraConfig(rank=3, alpha=5.0, targets=(*family_of(cfg).lora_targets, "x_embedder", "final_layer.linear"))
+
+
+def adapted_by_hand(model: nn.Module, cfg: Any) -> dict[str, Tensor]:
+    """Adapters, each added by a hook; all else frozen."""
+    model.requires_grad_(False)
+    with torch.device("meta"):
+        names = lora.apply(build_model(cfg), adapters_of(cfg))
+    found: dict[str, Tensor] = {}
+    for name in names:
+        layer: Any = model.get_submodule(name)
+        a = torch.empty(3, layer.in_features, dtype=torch.float64)
+        b = torch.empty(layer.out_features, 3, dtype=torch.float64)
+        for kind, value in (("A", a), ("B", b)):
+            fill(f"{name}.lora_{kind}.weight", value)
+            found[f"{name}.lora_{kind}.weight"] = value.requires_grad_()
+        layer.register_forward_hook(lambda _, args, out, a=a, b=b: out + 5 / 3 * F.linear(F.linear(args[0], a), b))
+    return found
+
+
+def on_one_process(cfg: Any, optim: OptimConfig = SGD, *, adapters: bool = False) -> Outcome:
     """The truth, in plain torch."""
     model, layout = plain_model(cfg), token_layout(cfg, SequenceParallel(meshes.view({})))
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    named: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if adapters:
+        named = adapted_by_hand(model, cfg)
     parameters, steps = list(named.values()), []
     optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, lr=optim.lr)
     if optim.kind == "adamw":
@@ -172,7 +198,8 @@ def on_one_process(cfg: Any, optim: OptimConfig = SGD) -> Outcome:
         optimizer.step()
         optimizer.zero_grad()
         steps.append((total.item(), norm.item(), gradients))
-    return Outcome(steps, {name: p.detach().clone() for name, p in model.named_parameters()})
+    kept = named if adapters else dict(model.named_parameters())
+    return Outcome(steps, {name: p.detach().clone() for name, p in kept.items()})
 
 
 @dataclass(frozen=True)
@@ -185,10 +212,12 @@ class Run:
     zero: int = 3
     recompute: str = "none"
     kind: str = "sgd"
+    adapters: bool = False
 
     def __str__(self) -> str:
         axes = "".join(f"-{axis}{degree}" for axis, degree in self.axes)
-        return f"{self.model}-{self.world}{axes}-zero{self.zero}-{self.recompute}-{self.kind}"
+        more = "-lora" * self.adapters
+        return f"{self.model}-{self.world}{axes}-zero{self.zero}-{self.recompute}-{self.kind}{more}"
 
     @property
     def optim(self) -> OptimConfig:
@@ -207,6 +236,8 @@ def on_this_layout(run: Run, cfg: Any) -> Outcome:
     mesh = meshes.build(parallel.mesh, dist.get_world_size(), CPU)
     with torch.device("meta"):
         model = build_model(cfg)
+    if run.adapters:
+        lora.apply(model, adapters_of(cfg))
     parallelize(model, parallel, mesh, CPU, fill)
     engine = build_engine(model, parallel, run.optim, mesh)
     layout = token_layout(cfg, SequenceParallel(mesh))
@@ -229,7 +260,39 @@ def on_this_layout(run: Run, cfg: Any) -> Outcome:
         known = describe(cfg).references == "in_place"
         return step_bytes(structure(cfg, known), place, [sizes(sample) for sample in mine(step)])
 
-    return measured_steps(engine, mesh, STEPS, backward, predicted)
+    return measured_steps(engine, mesh, STEPS, backward, None if run.adapters else predicted)  # which knows none
+
+
+@torch.no_grad()
+def steps_of_sampling(model: nn.Module, cfg: Any, layout: TokenLayout) -> list[Tensor]:
+    """Whole tokens of every bucket after three steps from noise, of which each process takes its own."""
+    found = []
+    for sample in batches(cfg, 0):
+        x, told = layout.shard(sample.x), layout.shard_conditions(sample.conditions, sample.x)
+        for t in (900.0, 500.0, 100.0):
+            tokens = TokenBatch(x=x, positions=layout.shard(sample.positions), grid=sample.grid.sides)
+            out = model(**forward_arguments(cfg, tokens, torch.full_like(sample.t, t), told))
+            x = x - 0.4 * out[..., : x.shape[-1]].tanh()
+        found.append(layout.gather(x, sample.grid).clone())
+    return found
+
+
+def sampled(cfg: Any) -> list[Tensor]:
+    """On one process."""
+    return steps_of_sampling(plain_model(cfg), cfg, token_layout(cfg, SequenceParallel(meshes.view({}))))
+
+
+def sampled_on_these_layouts(runs: list[Run], configs: dict[str, Any]) -> list[list[Tensor]]:
+    """Runs in every process of the group; all have all samples, shared by the processes of a sample."""
+    found = []
+    for run in runs:
+        parallel, cfg = run.config, configs[run.model]
+        mesh = meshes.build(parallel.mesh, dist.get_world_size(), CPU)
+        with torch.device("meta"):
+            model = build_model(cfg)
+        parallelize(model, parallel, mesh, CPU, fill)
+        found.append(steps_of_sampling(model.eval(), cfg, token_layout(cfg, SequenceParallel(mesh))))
+    return found
 
 
 def train_and_save(run: Run, cfg: Any, folder: Path, start: int, stop: int) -> dict[str, Tensor]:

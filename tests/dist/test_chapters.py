@@ -15,6 +15,8 @@ from tests.dist.chapters import (
     on_one_process,
     on_these_layouts,
     plain_model,
+    sampled,
+    sampled_on_these_layouts,
     train_and_save,
 )
 from tests.dist.harness import run_distributed
@@ -67,15 +69,23 @@ def _slow() -> list[Run]:
 SLOW = _slow()
 
 
+LORA = [
+    Run("pixart", 2, TENSOR, 1, adapters=True),
+    Run("latte", 2, ULYSSES, 3, "full", adapters=True),
+    Run("dit", 4, (("ring", 2), ("ulysses", 2)), 2, adapters=True),
+    Run("pixart_kv", 4, (("tensor", 2),), 3, "selective", adapters=True),
+]
+
+
 @cache
-def truth(model: str, kind: str) -> Outcome:
-    return on_one_process(MODELS[model], ADAMW if kind == "adamw" else SGD)
+def truth(model: str, kind: str, adapters: bool = False) -> Outcome:
+    return on_one_process(MODELS[model], ADAMW if kind == "adamw" else SGD, adapters=adapters)
 
 
 def check(runs: list[Run], timeout: float) -> None:
     for rank, found in enumerate(run_distributed(on_these_layouts, runs[0].world, runs, MODELS, timeout=timeout)):
         for run, outcome in zip(runs, found, strict=True):
-            assert worst_error(outcome, truth(run.model, run.kind)) <= TOLERANCE, (str(run), rank)
+            assert worst_error(outcome, truth(run.model, run.kind, run.adapters)) <= TOLERANCE, (str(run), rank)
             for counted, formula in outcome.traffic:
                 assert counted == formula, (str(run), rank)
                 cut = [axis for axis, _ in run.axes if axis in ("ulysses", "ring", "tensor")]
@@ -94,6 +104,30 @@ def test_layouts_equal_one_process(world: int) -> None:
 def test_every_layout_equals_one_process(model: str, world: int) -> None:
     runs = [run for run in SLOW if (run.model, run.world) == (model, world)]
     check(runs, 800) if runs else None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", LORA, ids=str)
+def test_adapters(run: Run) -> None:
+    check([run], 100)
+
+
+def check_samples(runs: list[Run], timeout: float) -> None:
+    for found in run_distributed(sampled_on_these_layouts, runs[0].world, runs, MODELS, timeout=timeout):
+        for run, samples in zip(runs, found, strict=True):
+            for sample, whole in zip(samples, sampled(MODELS[run.model]), strict=True):
+                assert relative(sample, whole) <= TOLERANCE, str(run)
+
+
+def test_two_processes_sample_as_one() -> None:
+    check_samples([Run("dit", 2, RING), Run("latte", 2, ULYSSES, 0), Run("pixart_ms", 2, TENSOR, 2)], 100)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("world", AXES)
+def test_every_layout_samples_as_one_process(world: int) -> None:
+    check_samples([run for run in SLOW if run.world == world], 800)
 
 
 @pytest.mark.parametrize("model", ["pixart_frozen", "dit"])

@@ -19,6 +19,7 @@ from opensora.models.conditions import Conditions, TokenBatch
 from opensora.models.dit import DiTConfig
 from opensora.models.families import FAMILIES, build_model, describe, family_of, init_model_
 from opensora.models.latte import LatteConfig
+from opensora.models.layers.stages import run_in_order
 from opensora.models.pixart import PixArtConfig, PixArtMSConfig, PixArtSigmaConfig
 from opensora.planner.forecast import Forecaster
 from opensora.planner.meta_model import denoiser_inputs
@@ -132,6 +133,21 @@ def test_pixart_ms_is_told_height_by_width() -> None:
     told = Conditions(text=torch.zeros(2, 1, 20), size=size)
     info = family_of(MODELS["pixart_ms"]).arguments(MODELS["pixart_ms"], tokens, torch.zeros(2), told)["data_info"]
     assert torch.equal(info["hw"], size) and info["ar"].tolist() == [[0.75], [2.0]]
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart", "pixart_kv"])
+def test_step_caches_see_what_attention_reads(name: str) -> None:
+    cfg, seen = MODELS[name], dict[str, Any]()
+    model = plain_model(cfg)
+
+    def look(stages: Any, streams: Any) -> Tensor:
+        seen["stated"] = stages[0].modulated(next(iter(stages[0].blocks)), streams)
+        return run_in_order(stages, streams)
+
+    model.run_stages = look  # type: ignore[assignment]
+    model.blocks[0].attn.qkv.register_forward_pre_hook(lambda _, args: seen.update(read=args[0]))  # type: ignore
+    outputs(model, cfg)
+    assert torch.equal(seen["stated"], seen["read"])
 
 
 def test_hidden_text_is_not_read() -> None:

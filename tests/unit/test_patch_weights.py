@@ -181,6 +181,26 @@ def test_files_of_the_original_image_models(tmp_path: Path) -> None:
         assert len(report.recomputed) == {"pixart_ms": 0, "dit": 2, "latte_class": 2}.get(name, 1), name
 
 
+def test_sharded_checkpoints_of_the_family(tmp_path: Path) -> None:
+    """A folder with shards of torch.save and an index below ``model``; a shard that is not there is named."""
+    cfg = SMALL["pixart"]
+    model, again, format = filled(cfg), build_model(cfg), family_of(cfg).weights
+    state, folder = theirs(cfg, model.state_dict()), tmp_path / "epoch0-global_step7"
+    (folder / "model").mkdir(parents=True)
+    names = [f"pytorch_model-{number:05d}.bin" for number in (1, 2, 3)]
+    placed = {name: names[index % 3] for index, name in enumerate(sorted(state))}
+    for file in names:
+        torch_file(folder / "model" / file, {name: state[name] for name in state if placed[name] == file})
+    index = folder / "model" / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+    for place in (folder, folder / "model", index):
+        load_into(again, place, format, to=format.layout(cfg))
+        assert equal(again.state_dict(), model.state_dict())
+    (folder / "model" / names[1]).unlink()
+    with pytest.raises(UserError, match=r"names files that are not beside it \(pytorch_model-00002.bin\)"):
+        load_into(again, folder, format, to=format.layout(cfg))
+
+
 class Stranger:
     """What a pickle may hold beside tensors."""
 
