@@ -17,7 +17,7 @@ from acceleration import lora
 from acceleration.accounting.comm_volume import step_bytes
 from acceleration.accounting.rank_layout import MicroBatch, RankLayout
 from acceleration.checkpoint import CheckpointManager, tensor_shards
-from acceleration.config import LoraConfig, MeshConfig, OptimConfig, ParallelConfig
+from acceleration.config import CompileConfig, LoraConfig, MeshConfig, OptimConfig, ParallelConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
@@ -213,10 +213,11 @@ class Run:
     recompute: str = "none"
     kind: str = "sgd"
     adapters: bool = False
+    compiled: bool = False
 
     def __str__(self) -> str:
         axes = "".join(f"-{axis}{degree}" for axis, degree in self.axes)
-        more = "-lora" * self.adapters
+        more = "-lora" * self.adapters + "-compiled" * self.compiled
         return f"{self.model}-{self.world}{axes}-zero{self.zero}-{self.recompute}-{self.kind}{more}"
 
     @property
@@ -227,7 +228,8 @@ class Run:
     def config(self) -> ParallelConfig:
         mesh: dict[str, Any] = {"shard": -1} | dict(self.axes)
         zero: Any = self.zero
-        return ParallelConfig(zero=zero, mesh=MeshConfig(**mesh), precision=FP64, recompute=RECOMPUTE[self.recompute])
+        found = ParallelConfig(zero=zero, mesh=MeshConfig(**mesh), precision=FP64, recompute=RECOMPUTE[self.recompute])
+        return replace(found, compile=CompileConfig(enabled=True, backend="aot_eager")) if self.compiled else found
 
 
 def on_this_layout(run: Run, cfg: Any) -> Outcome:

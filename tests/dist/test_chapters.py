@@ -76,6 +76,12 @@ LORA = [
     Run("pixart_kv", 4, (("tensor", 2),), 3, "selective", adapters=True),
 ]
 
+COMPILED = [
+    Run("dit", 2, RING, 3, "full", compiled=True),
+    Run("latte", 2, ULYSSES, 2, compiled=True),
+    Run("pixart_qk", 2, TENSOR, 3, "selective", compiled=True),
+]
+
 
 @cache
 def truth(model: str, kind: str, adapters: bool = False) -> Outcome:
@@ -107,8 +113,8 @@ def test_every_layout_equals_one_process(model: str, world: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", LORA, ids=str)
-def test_adapters(run: Run) -> None:
+@pytest.mark.parametrize("run", [*LORA, *COMPILED], ids=str)
+def test_adapters_and_compiled_blocks(run: Run) -> None:
     check([run], 100)
 
 
