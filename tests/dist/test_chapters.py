@@ -113,9 +113,10 @@ def test_every_layout_equals_one_process(model: str, world: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("run", [*LORA, *COMPILED], ids=str)
 def test_adapters_and_compiled_blocks(run: Run) -> None:
-    check([run], 100)
+    check([run], 800)
 
 
 def check_samples(runs: list[Run], timeout: float) -> None:
