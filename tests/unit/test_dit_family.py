@@ -256,3 +256,16 @@ def test_other_engines_keep_nothing_frozen(model: str, fits: bool, tmp_path: Pat
     with pytest.raises(UserError, match=r"parallel.engine=deepspeed: model.kind=pixart has parameters") as caught:
         load_config(RunConfig, path)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sequences_hold_one_sample_each(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        f"name: a\nmodel: {{kind: {kind}, in_channels: 16, caption_channels: 32, hidden_size: 36, num_heads: 2}}\n"
+        "vae: {kind: dct, channels: 16}\ntext: {kind: bytes, dim: 32}\nobjective: {kind: iddpm}\n"
+        "data: {table: a.csv, tokens_per_sequence: 64, micro_batches: 2, balance_group: 2, "
+        "buckets: {32px: {1: [1.0, 1]}}}\ntrain: {steps: 1}\n"
+    )
+    with pytest.raises(UserError, match=f"tokens_per_sequence=64: model.kind={kind} takes one sample per sequence"):
+        load_config(RunConfig, path)
