@@ -40,10 +40,9 @@ def run_sample(argv: list[str]) -> int:
     return sample.main(argv)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    "kind", [kind if kind == "pixart" else pytest.param(kind, marks=pytest.mark.slow) for kind in MODELS]
-)
+@pytest.mark.parametrize("kind", MODELS)
 def test_train_and_sample(kind: str, config: Path, tmp_path: Path) -> None:
     """Two processes and one: the same losses. Run and export give the same samples; the export has the family's names
     and all of its tensors, the null text with them."""
