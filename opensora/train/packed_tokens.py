@@ -22,7 +22,7 @@ class EncodedTokens:
     t: Tensor  # (S,); S = B, but for a packed sequence
     conditions: Conditions  # references as tokens
     grid: tuple[int, int, int] | None = None  # tokens along (t, h, w); None: of several samples in a sequence
-    weights: Tensor | None = None  # (B, N) or (B, T, S) fp32: of tokens in the loss; None: all 1
+    weights: Tensor | None = None  # (B, N) or (B, T, S) fp64: of tokens in the loss; None: all 1
 
 
 def concat_packed(parts: Sequence[EncodedTokens]) -> tuple[EncodedTokens, SampleOf]:

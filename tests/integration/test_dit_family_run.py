@@ -23,7 +23,7 @@ MODELS = {
     "dit": f"{{kind: dit, {SHAPE}}}",  # with a learned variance
     "latte": f"{{kind: latte, {SHAPE}, learn_sigma: false}}",
 }
-OBJECTIVES = {"pixart": "rectified_flow", "dit": "iddpm", "latte": "rectified_flow"}
+OBJECTIVES = {"pixart": "rectified_flow_v1", "dit": "iddpm", "latte": "rectified_flow_v1"}
 OVERRIDES = [
     "conditioning={dropout: {text: 0.3, pooled: 0.0}}",
     "optim={lr: 3.0e-3, ema_decay: 0.5}",
