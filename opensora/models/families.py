@@ -1,16 +1,24 @@
 """Kinds of denoiser by name: the table that everything else asks. A new family is a line of it."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
 
-from opensora.models import mmdit
+from opensora.models import dit, latte, mmdit, pixart
 from opensora.models.base import Denoising, Family, ModelConfig
 from opensora.utils.rng import torch_generator
 
-FAMILIES: dict[str, Family] = {"mmdit": mmdit.FAMILY}
+FAMILIES: dict[str, Family] = {
+    "mmdit": mmdit.FAMILY,
+    "dit": dit.FAMILY,
+    "latte": latte.FAMILY,
+    "pixart": pixart.FAMILY,
+    "pixart_ms": pixart.MS_FAMILY,
+    "pixart_sigma": pixart.SIGMA_FAMILY,
+}
 MODEL_CONFIGS: dict[str, type] = {kind: family.config for kind, family in FAMILIES.items()}
 MODEL_SIZES: dict[str, Mapping[str, Any]] = {kind: family.sizes for kind, family in FAMILIES.items()}
 
@@ -39,6 +47,13 @@ def count_parameters(cfg: ModelConfig) -> int:
     """Parameters of the denoiser, without building its weights."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in build_model(cfg).parameters())
+
+
+@lru_cache
+def has_frozen_parameters(cfg: ModelConfig) -> bool:
+    """Whether some parameters are never trained, as a null text."""
+    with torch.device("meta"):
+        return not all(parameter.requires_grad for parameter in build_model(cfg).parameters())
 
 
 @torch.no_grad()

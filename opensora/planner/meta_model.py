@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from functools import lru_cache, partial
-from math import prod
+from math import isqrt, prod
 from typing import Any
 
 import torch
@@ -72,7 +72,8 @@ def denoiser_inputs(
         **{name: x for name, x in numbers.items() if name in denoising.wants},
     )
     x = tokens_of(denoising.latent_channels * prod(denoising.patch))
-    tokens = TokenBatch(x=layout.shard(x), positions=layout.shard(tokens_of(3)))
+    grid = (batch.frames or 1, *_sides(batch.places if batch.frames else batch.img))
+    tokens = TokenBatch(x=layout.shard(x), positions=layout.shard(tokens_of(3)), grid=grid)
     told = layout.shard_conditions(conditions, x)
     if batch.packed:
         texts, places = (torch.arange(n)[None] * batch.packed // max(1, n) for n in (batch.txt, batch.img))
@@ -80,6 +81,12 @@ def denoiser_inputs(
         tokens = replace(tokens, sample_of=mine)
         told = replace(told, context=sequence.packed_context(texts, places, device))
     return forward_arguments(cfg, tokens, by_sample(), told)
+
+
+def _sides(places: int) -> tuple[int, int]:
+    """A frame of so many tokens, as near to a square as it can be: formulas know areas alone."""
+    rows = next(n for n in range(max(1, isqrt(places)), 0, -1) if places % n == 0)
+    return rows, places // rows
 
 
 def meta_model(cfg: ModelConfig, adapters: LoraConfig | None = None) -> nn.Module:

@@ -89,7 +89,7 @@ class Preparation:
         mine = None
         if sample_of is not None:
             mine = self._upload(text(sample_of[0])), self._upload(image(sample_of[1]))
-        batch = TokenBatch(x=image(tokens.x), positions=image(tokens.positions), sample_of=mine)
+        batch = TokenBatch(x=image(tokens.x), positions=image(tokens.positions), grid=tokens.grid, sample_of=mine)
         known = replace(tokens.conditions.map(image=image, text=text), context=context)
         left_out = known.known if self._leaves_out else None
         return Tokens(
@@ -137,6 +137,7 @@ class Preparation:
                 known_weight=self.conditioning.known_weight,
                 reduction=self.reduction,
             ),
+            grid=grid.sides,
         )
 
     @property

@@ -282,4 +282,5 @@ def test_the_table(tmp_path: Path) -> None:
     assert how_to_fetch(Path("a/ae.safetensors")) == f"{fetched} flux1-dev --to a" and how_to_fetch("a/b.pt") == ""
     assert how_to_fetch("c/openai/clip-vit-large-patch14") == f"{fetched} open-sora-v2 --to c"
     assert how_to_fetch("Open_Sora_v2.safetensors") == f"{fetched} open-sora-v2 --to ."
+    assert set_of("PixArt-XL-2-512x512.pth") == "pixart-512" and set_of("ckpts/OpenSora-STDiT-v3") == "open-sora-v1-2"
     assert set_of("ckpts/other.safetensors") is None and set_of("config.json") is None
