@@ -17,7 +17,7 @@ from opensora.models.weights.format import WeightFormat
 from opensora.utils.tasks import TaskRunner, one_by_one
 from opensora.utils.tokens import Grid
 
-AttentionAxis = Literal["joint", "space", "time", "cross"]  # what an attention slot runs along
+AttentionAxis = Literal["joint", "space", "time", "window", "cross"]  # what an attention slot runs along
 TokenAxis = Literal["space", "time"]
 
 
