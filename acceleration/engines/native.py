@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from acceleration import protocol
+from acceleration import lora, protocol
 from acceleration.checkpoint import tensor_shards
 from acceleration.config import OptimConfig, ParallelConfig
 from acceleration.distributed import collectives
@@ -35,6 +35,10 @@ class NativeEngine:
         self.zero = parallel.zero
         self.optim = optim
         self.trained = dict(protocol.trainable(model))
+        # What is frozen is a part of the weights, saved as it is; beside adapters it is another file's.
+        has_adapters = any(lora.is_adapter(name) for name in self.trained)
+        self.frozen = {} if has_adapters else {n: p for n, p in model.named_parameters() if not p.requires_grad}
+        self.saved = StateDictOptions(ignore_frozen_params=not self.frozen, strict=False)
         self.host = HostOptimizer(model, optim) if parallel.offload == "optimizer" else None
         self.optimizer = self.host.optimizer if self.host else build_optimizer(self.trained.values(), optim)
         self.ema = EMA(self.master_params()) if optim.ema_decay else None
@@ -93,8 +97,8 @@ class NativeEngine:
     def full_weights(self, which: Weights = "live") -> Iterator[tuple[str, Tensor]]:
         if which == "ema" and self.ema is None:
             raise ValueError("this run keeps no moving average: set optim.ema_decay, or export the live weights")
-        named = self.ema.shadow.items() if which == "ema" and self.ema else self.trained.items()
-        for name, weight in named:
+        trained = self.ema.shadow if which == "ema" and self.ema else self.trained
+        for name, weight in (trained | self.frozen).items():
             whole = fsdp.full(weight.detach())
             yield name, tensor_parallel.full(name, whole, self.model, self.mesh["tensor"]).cpu()
 
@@ -128,14 +132,14 @@ class NativeEngine:
             optimizer = self.host.state_dict()
         else:
             optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=_FLAT)
-        state: dict[str, Any] = {"model": get_model_state_dict(self.model, options=_TRAINED), "optimizer": optimizer}
+        state: dict[str, Any] = {"model": get_model_state_dict(self.model, options=self.saved), "optimizer": optimizer}
         if self.ema:
             state["ema"] = dict(self.ema.shadow)
         first = self.mesh["tensor"].rank == 0
         return {section: tensor_shards.wrap(self.model, values, first_copy=first) for section, values in state.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        set_model_state_dict(self.model, tensor_shards.unwrap(state["model"]), options=_TRAINED)
+        set_model_state_dict(self.model, tensor_shards.unwrap(state["model"]), options=self.saved)
         # What has no call was read in place, into the tensors that state_dict handed out.
         if self.host:
             self.host.follow_weights()
@@ -148,7 +152,5 @@ class NativeEngine:
                 group.update(configured)  # a run goes on with the decay, say, that its configuration now has
 
 
-# Without what is frozen; a checkpoint that lacks a trained weight was refused when it was read.
-_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 # One entry per (parameter, quantity): names in the checkpoint do not depend on parameter groups.
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)

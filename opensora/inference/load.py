@@ -160,8 +160,11 @@ def _read_checkpoint(path: Path, model: nn.Module, *, use_ema: bool, adapters: b
     except ValueError as error:
         raise UserError(f"{error}; move it away to sample from the one before") from None
     which = "ema" if use_ema and manager.has(path, "ema") else "model"
-    weights = {name: p.detach() for name, p in model.named_parameters() if lora.is_adapter(name) == adapters}
-    manager.load(path, {which: tensor_shards.wrap(model, weights)})
+    saved, state = manager.manifest(path)["tensors"], {which: dict[str, Tensor](), "model": dict[str, Tensor]()}
+    for name, parameter in model.named_parameters():
+        if lora.is_adapter(name) == adapters:  # what was not trained has no average
+            state[which if f"{which}.{name}" in saved else "model"][name] = parameter.detach()
+    manager.load(path, {section: tensor_shards.wrap(model, weights) for section, weights in state.items()})
     announce(f"{path}: read {'the moving average' if which == 'ema' else 'the live weights'}")
 
 

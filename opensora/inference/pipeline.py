@@ -144,7 +144,7 @@ def build_api(parts: Components, on_decision: OnDecision = lambda decision: None
         cache = _step_cache(opt, parts, on_decision)
         with cache.during(parts.model):
             tokens = denoise(
-                _predict(parts, positions),
+                _predict(parts, positions, grid),
                 layout.shard(x),
                 solver,
                 build_guidance(
@@ -288,11 +288,11 @@ def kind_of(cfg: SampleConfig, jobs: Sequence[Job]) -> str:
     return cfg.cond_type if any(job.ref for job in jobs) else "t2v"
 
 
-def _predict(parts: Components, positions: Tensor) -> Predict:
-    """The model on this process's tokens, which are at ``positions``."""
+def _predict(parts: Components, positions: Tensor, grid: Grid) -> Predict:
+    """The model on this process's tokens of a clip, which are at ``positions``."""
 
     def predict(x: Tensor, t: Tensor, known: Conditions) -> Tensor:
-        tokens = TokenBatch(x=x, positions=positions)
+        tokens = TokenBatch(x=x, positions=positions, grid=grid.sides)
         return parts.model(**forward_arguments(parts.cfg, tokens, t, known))
 
     return predict

@@ -56,4 +56,5 @@ class TokenBatch:
 
     x: Tensor
     positions: Tensor  # (t, h, w) of every token, in tokens; fp32
+    grid: tuple[int, int, int] | None = None  # tokens along (t, h, w) of the whole clip; None: not known, or several
     sample_of: tuple[Tensor, Tensor] | None = None  # packed: the number of its sample for every text and image token

@@ -21,6 +21,7 @@ class EncodedTokens:
     targets: dict[str, Tensor]  # as x, fp32
     t: Tensor  # (S,); S = B, but for a packed sequence
     conditions: Conditions  # references as tokens
+    grid: tuple[int, int, int] | None = None  # tokens along (t, h, w); None: of several samples in a sequence
 
 
 def concat_packed(parts: Sequence[EncodedTokens]) -> tuple[EncodedTokens, SampleOf]:

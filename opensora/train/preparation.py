@@ -84,7 +84,7 @@ class Preparation:
         mine = None
         if sample_of is not None:
             mine = self._upload(text(sample_of[0])), self._upload(image(sample_of[1]))
-        batch = TokenBatch(x=image(tokens.x), positions=image(tokens.positions), sample_of=mine)
+        batch = TokenBatch(x=image(tokens.x), positions=image(tokens.positions), grid=tokens.grid, sample_of=mine)
         known = replace(tokens.conditions.map(image=image, text=text), context=context)
         takes = self.layout.denoising.references
         is_given = takes == "in_place" or (takes == "channels" and not self.conditioning.known_in_loss)
@@ -119,6 +119,7 @@ class Preparation:
             targets={name: self.layout.patchify(target) for name, target in noised.targets.items()},
             t=t,
             conditions=self.layout.patchify_conditions(conditions),
+            grid=grid.sides,
         )
 
     def _text(self, text: Features, ids: tuple[int, ...], step: int) -> Conditions:

@@ -30,6 +30,11 @@ class Grid(NamedTuple):
         return self.frames * self.places
 
     @property
+    def sides(self) -> tuple[int, int, int]:
+        """Tokens along (t, h, w)."""
+        return self.frames, self.latents[1] // self.patch[1], self.latents[2] // self.patch[2]
+
+    @property
     def latent_frames(self) -> int:
         return self.latents[0]
 

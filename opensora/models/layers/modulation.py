@@ -31,8 +31,41 @@ def over_tokens(joined: Tensor, parts: int, sample_of: Tensor | None) -> tuple[T
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """(B, N, D) with (B, 1, D) or (B, N, D) twice -> (B, N, D); scale 0 leaves x as it is."""
+    """(B, ..., D) with (B, 1, ..., D) or (B, ..., D) twice -> (B, ..., D); scale 0 leaves x as it is."""
     return torch.addcmul(shift, 1 + scale, x)
+
+
+def table_rows(
+    table: Tensor, vector: Tensor, ndim: int, *, clean: Tensor | None = None, known: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The modulations of a block from its own table and a vector that all blocks share (adaLN-single, PixArt-alpha,
+    arXiv 2310.00426); with two vectors where some frames are clean (Open-Sora 1.1).
+
+    Args:
+        table: (n, D).
+        vector: (B, n D), or (B, D) for every row alike.
+        ndim: dims of the tokens: 3 for (B, N, D), 4 for (B, T, S, D).
+        clean: the vector of known frames, if there are any: that of time 0.
+        known: (B, T, S) bool or (B, T, 1), frames that ``clean`` is for.
+
+    Returns:
+        n tensors, (B, 1, D), (B, 1, 1, D), or (B, T, 1 or S, D) with ``known``.
+    """
+    found = _rows(table, vector, ndim)
+    if known is None or clean is None:
+        return found
+    pairs = zip(found, _rows(table, clean, ndim), strict=True)
+    return tuple(torch.where(known[..., None], row_clean, row) for row, row_clean in pairs)
+
+
+def _rows(table: Tensor, vector: Tensor, ndim: int) -> tuple[Tensor, ...]:
+    rows = table + vector.unflatten(-1, (-1, table.shape[-1]))  # (B, n, D)
+    return tuple(row.unflatten(0, (-1, *[1] * (ndim - 2))) for row in rows.unbind(1))
+
+
+def vector_rows(vector: Tensor, parts: int, ndim: int) -> tuple[Tensor, ...]:
+    """(B, parts * D) -> ``parts`` tensors (B, 1, D), or (B, 1, 1, D) for tokens of 4 dims (adaLN, DiT)."""
+    return tuple(row.unflatten(0, (-1, *[1] * (ndim - 2))) for row in vector.chunk(parts, dim=-1))
 
 
 class _Spread(torch.autograd.Function):

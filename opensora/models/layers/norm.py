@@ -27,3 +27,20 @@ class QKNorm(nn.Module):
 
     def forward(self, q_BLHD: Tensor, k_BLHD: Tensor) -> tuple[Tensor, Tensor]:
         return self.query_norm(q_BLHD), self.key_norm(k_BLHD)
+
+
+class HeadRMSNorm(nn.Module):
+    """Root-mean-square norm over the channels of a head, with a learned ``weight`` (the name of Open-Sora 1.x)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def plain_norm(hidden: int) -> nn.LayerNorm:
+    """Layer norm whose shift and scale come from a modulation."""
+    return nn.LayerNorm(hidden, eps=1e-6, elementwise_affine=False)
