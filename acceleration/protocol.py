@@ -34,7 +34,7 @@ class Parallelizable(Protocol):
     #   space  the places of a frame, (B * frames, places, H, Dh); behind a switch to space
     #   time   the frames of a place, (B * places, frames, H, Dh)
     #   window places that lie together, over frames: (B, frames, places, H, Dh), and ``grid``, its tokens along (t, h,
-    #          w). What is in the slot gathers them for a ``core`` of its own, and says by ``keys(frames)`` how many meet
+    #          w). What is in the slot gathers them for its own ``core``, and says by ``keys(frames)`` how many meet
     #   cross  queries are tokens, keys and values are of something that every process holds whole, such as text
 
     axis_switches: Mapping[str, TokenAxis]

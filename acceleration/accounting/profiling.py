@@ -43,7 +43,9 @@ def profile_of(model: nn.Module, forward: Forward) -> ModelProfile:
         ValueError: blocks run in another order than ``block_lists`` says, or a count is no polynomial in the sizes.
     """
     assert isinstance(model, protocol.Parallelizable), type(model)
-    is_factored = bool(model.axis_switches) or not {"space", "time", "window"}.isdisjoint(model.attention_cores.values())
+    is_factored = bool(model.axis_switches) or not {"space", "time", "window"}.isdisjoint(
+        model.attention_cores.values()
+    )
     owner, rest = _owners(model), len(protocol.blocks(model))
     units = [ShardUnit((), (), ()) for _ in range(rest + 1)]
     for module, call in _calls(model, forward, is_factored):

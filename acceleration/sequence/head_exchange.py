@@ -36,8 +36,9 @@ class HeadExchange(nn.Module):
         ulysses = context.ulysses or self.ulysses
         groups = ring_groups(context.lengths, ulysses.degree)
         heads = even_sizes(q.shape[HEADS], ulysses.degree)
-        steps = ((ulysses, groups[self.ring.rank], heads), (self.ring, *self._over_ring(groups, heads[ulysses.rank])))
-        steps = tuple(step for step in steps if step[0].degree > 1)
+        over_ring = tuple(sum(group) for group in groups), even_sizes(heads[ulysses.rank], self.ring.degree)
+        both = ((ulysses, groups[self.ring.rank], heads), (self.ring, *over_ring))
+        steps = [step for step in both if step[0].degree > 1]
 
         packed = torch.stack((q, k, v), dim=3)  # (B, T, S_local, 3, H, Dh)
         for axis, places, shares in steps:
@@ -50,7 +51,3 @@ class HeadExchange(nn.Module):
         for axis, places, shares in reversed(steps):
             out = exchange(out, PLACES, places, out.ndim + HEADS, shares, axis)
         return out
-
-    def _over_ring(self, groups: list[tuple[int, ...]], heads: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(places, heads) of every process on the ring, behind the exchange over ulysses."""
-        return tuple(sum(group) for group in groups), even_sizes(heads, self.ring.degree)

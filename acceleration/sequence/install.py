@@ -25,7 +25,13 @@ from acceleration.sequence.head_exchange import HeadExchange
 from acceleration.sequence.ring import RingAttention
 from acceleration.sequence.ulysses import UlyssesAttention
 
-IS_SPREAD = {"joint": True, "space": True, "time": False, "window": True, "cross": False}  # over the processes that share tokens
+IS_SPREAD = {
+    "joint": True,
+    "space": True,
+    "time": False,
+    "window": True,
+    "cross": False,
+}  # over the processes that share tokens
 
 
 def fill_slots(model: nn.Module, mesh: Mesh, kernel: str = "auto", *, keeps: bool = False) -> None:

@@ -6,11 +6,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from opensora.models import mmdit
+from opensora.models import mmdit, stdit
 from opensora.models.base import Denoising, Family, ModelConfig
 from opensora.utils.rng import torch_generator
 
-FAMILIES: dict[str, Family] = {"mmdit": mmdit.FAMILY}
+FAMILIES: dict[str, Family] = {
+    "mmdit": mmdit.FAMILY,
+    "stdit": stdit.STDIT,
+    "stdit2": stdit.STDIT2,
+    "stdit3": stdit.STDIT3,
+}
 MODEL_CONFIGS: dict[str, type] = {kind: family.config for kind, family in FAMILIES.items()}
 MODEL_SIZES: dict[str, Mapping[str, Any]] = {kind: family.sizes for kind, family in FAMILIES.items()}
 

@@ -61,7 +61,7 @@ def denoiser_inputs(
         sizes = (batch.img,) if denoising.token_axes == "joint" else (batch.frames or 1, batch.places)
         return zeros(*sizes, *channels).to(dtype)
 
-    numbers = {"fps": by_sample(), "size": by_sample(2), "guidance": by_sample()}
+    numbers = {"fps": by_sample(), "size": by_sample(2), "num_frames": by_sample(), "guidance": by_sample()}
     conditions = Conditions(
         text=zeros(batch.txt, denoising.text_dim) if denoising.text != "none" else None,
         text_mask=torch.ones(samples, batch.txt, dtype=torch.bool, device=device) if batch.has_mask else None,
@@ -72,7 +72,9 @@ def denoiser_inputs(
         **{name: x for name, x in numbers.items() if name in denoising.wants},
     )
     x = tokens_of(denoising.latent_channels * prod(denoising.patch))
-    tokens = TokenBatch(x=layout.shard(x), positions=layout.shard(tokens_of(3)))
+    # Sides of a frame are not known: counts that depend on more than its places take it for a row.
+    grid = (1, 1, batch.img) if denoising.token_axes == "joint" else (batch.frames or 1, 1, batch.places)
+    tokens = TokenBatch(x=layout.shard(x), positions=layout.shard(tokens_of(3)), grid=grid)
     told = layout.shard_conditions(conditions, x)
     if batch.packed:
         texts, places = (torch.arange(n)[None] * batch.packed // max(1, n) for n in (batch.txt, batch.img))

@@ -40,6 +40,7 @@ class Tokens:
     targets: dict[str, Tensor]  # (B, N_local, C) or (B, T, S_local, C) each: what the objective compares with
     times: Tensor  # of the samples, with dims to broadcast over tokens and channels
     learned: Tensor | None  # (B, N_local) or (B, T, S_local) bool: tokens that the loss is over; None: all
+    inside: Tensor | None = None  # (1, T, S_local, C) bool: values that are latents and no padding; None: all
     objective: Objective
     weight: float  # 0 for a micro-batch that only keeps a process in step with its peers
 
@@ -94,6 +95,7 @@ class Preparation:
             targets={name: image(target) for name, target in tokens.targets.items()},
             times=of_samples(tokens.t, batch.x, mine),
             learned=None if left_out is None else ~left_out,
+            inside=None if tokens.inside is None else image(tokens.inside),
             objective=self.objective,
             weight=weight,
         )
@@ -119,6 +121,7 @@ class Preparation:
             targets={name: self.layout.patchify(target) for name, target in noised.targets.items()},
             t=t,
             conditions=self.layout.patchify_conditions(conditions),
+            inside=self.layout.inside(grid, self.encoders.device),
             grid=grid.sides,
         )
 
@@ -174,6 +177,8 @@ class Preparation:
         if "size" in wants:
             size = torch.tensor((batch.bucket.height, batch.bucket.width), dtype=torch.float32)
             found["size"] = self._upload(size.expand(len(batch.sample_ids), 2))
+        if "num_frames" in wants:
+            found["num_frames"] = torch.full_like(t, batch.bucket.frames)
         return found
 
     def _upload(self, x: Tensor) -> Tensor:
@@ -188,4 +193,6 @@ def loss_share(model: nn.Module, tokens: Tokens, global_elements: int) -> Tensor
     loss = tokens.objective.loss(model(**tokens.inputs), tokens.targets, tokens.times)
     if tokens.learned is not None:
         loss = torch.where(tokens.learned[..., None], loss, 0.0)
+    if tokens.inside is not None:
+        loss = torch.where(tokens.inside, loss, 0.0)
     return loss.sum() * (tokens.weight / global_elements)

@@ -1,10 +1,11 @@
 """Layers that the Open-Sora 1.x models share with one another and with nobody else."""
 
-import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from opensora.models.layers.attention import attend
 from opensora.models.layers.modulation import table_rows
@@ -13,19 +14,7 @@ from opensora.models.layers.sincos import base_side, scaled, sincos_2d
 from opensora.models.layers.transformer import CrossAttention, SelfAttention
 from opensora.models.stdit.windows import Window, WindowCore
 
-FRAMES_OF_A_STILL, FPS_OF_A_STILL = 1, 120.0  # what the published models were told of images
-
-
-class PatchEmbedder(nn.Module):
-    """A token's latents to the hidden size; in files a convolution over patches."""
-
-    def __init__(self, values: int, hidden: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(values, hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C pt ph pw) -> (..., D), in the dtype of the weights."""
-        return self.proj(x.to(self.proj.weight.dtype))
+FPS_OF_A_STILL = 120.0  # what the published models were told of images
 
 
 class Modulations(NamedTuple):
@@ -56,7 +45,7 @@ class RotaryFrequencies(nn.Module):
         self.freqs = nn.Parameter(torch.empty(dim // 2), requires_grad=False)
 
     def forward(self, *positions: Tensor) -> RopeTable:
-        """(B, ..., ) coordinates along one axis or several -> the table of as many parts of a head, one after the other:
+        """(B, ...) coordinates along one axis or several -> the table of as many parts of a head, one after the other:
         (B, ..., 1, axes * dim/2, 2)."""
         exact = torch.float64 if self.freqs.dtype == torch.float64 else torch.float32
         freqs = self.freqs.to(exact)
@@ -64,9 +53,10 @@ class RotaryFrequencies(nn.Module):
         return (torch.stack((angles.cos(), angles.sin()), dim=-1),)
 
     @staticmethod
-    def values(dim: int) -> Tensor:
-        """(dim/2,) fp32: 10000^(-2i/dim)."""
-        return 1.0 / (10000.0 ** (torch.arange(0, dim, 2)[: dim // 2].float() / dim))
+    def fill_(freqs: Tensor) -> None:
+        """10000^(-2i/dim), rounded to fp32."""
+        dim = 2 * freqs.numel()
+        freqs.copy_(1.0 / (10000.0 ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)))
 
 
 class WindowAttention(SelfAttention):
@@ -81,31 +71,49 @@ class WindowAttention(SelfAttention):
 
         def project() -> tuple[Tensor, Tensor, Tensor]:
             q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x).chunk(3, dim=-1))
-            q, k = (apply_rope(norm(one), rope, "interleaved") for norm, one in ((self.q_norm, q), (self.k_norm, k)))
-            return q, k, v
+            return apply_rope(self.q_norm(q), rope, "interleaved"), apply_rope(self.k_norm(k), rope, "interleaved"), v
 
         return self.proj(attend(self.core, project, key_mask=None, context=context, grid=grid).flatten(3))
 
 
-class FrameCrossAttention(CrossAttention):
-    """Attention to the text, of given frames to the null text: the same mask hides words of either."""
+class FrameText(NamedTuple):
+    """What attention to the text reads, as wide as the model."""
 
-    def of_frames(
-        self, x: Tensor, text: Tensor, null: Tensor, given: Tensor, mask: Tensor | None, context: Any
-    ) -> Tensor:
-        """x (B, T, S, D), text and null (B, L, D), given (B, T) bool, mask (B, L) bool -> (B, T, S, D)."""
-        samples, frames = given.shape
+    text: Tensor  # (B, L, D)
+    mask: Tensor | None = None  # (B, L) bool, of either text
+    null: Tensor | None = None  # (B, L, D), what given frames read in place of the text
+    given: Tensor | None = None  # (B, T) bool
+
+
+class FrameCrossAttention(CrossAttention):
+    """Attention to the text, and of given frames to another text; the same mask hides words of both."""
+
+    def of_frames(self, x: Tensor, text: FrameText, context: Any) -> Tensor:
+        """(B, T, S, D) -> (B, T, S, D)."""
+        if text.given is None or text.null is None:
+            return self(x, text.text, text.mask, context)
+        given, both, mask = text.given, torch.stack((text.text, text.null)), text.mask
 
         def project() -> tuple[Tensor, Tensor, Tensor]:
             q = self.q_linear(x).flatten(0, 1).unflatten(-1, (-1, self.head_dim))  # (B T, S, H, Dh)
-            both = self.kv_linear(torch.stack((text, null)))[:, :, None]  # (2, B, 1, L, 2 D)
-            of_frame = torch.where(given[..., None, None], both[1], both[0]).flatten(0, 1)  # (B T, L, 2 D)
+            prompt, null = self.kv_linear(both)[:, :, None].unbind(0)  # (B, 1, L, 2 D) each
+            of_frame = torch.where(given[..., None, None], null, prompt).flatten(0, 1)  # (B T, L, 2 D)
             k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in of_frame.chunk(2, dim=-1))
             return q, k, v
 
-        masks = None if mask is None else mask[:, None].expand(-1, frames, -1).flatten(0, 1)
+        masks = None if mask is None else mask[:, None].expand(-1, given.shape[1], -1).flatten(0, 1)
         out = attend(self.core, project, key_mask=masks, context=context).flatten(2)
-        return self.proj(out).unflatten(0, (samples, frames))
+        return self.proj(out).unflatten(0, given.shape)
+
+
+def text_rows(y: Tensor, mask: Tensor | Sequence[int] | None) -> tuple[Tensor, Tensor | None]:
+    """Texts (B, L, D) and their mask, of those that are end to end, (1, lengths, D), where ``mask`` is a list of
+    lengths."""
+    if mask is None or isinstance(mask, Tensor):
+        return y, mask
+    lengths = torch.tensor(list(mask), device=y.device)
+    rows = pad_sequence(list(y[0].split(list(mask))), batch_first=True)
+    return rows, torch.arange(rows.shape[1], device=y.device) < lengths[:, None]
 
 
 def stretched(positions: Tensor, grid: tuple[int, int, int], scale: Tensor, hidden: int) -> Tensor:
@@ -122,6 +130,12 @@ def stretched(positions: Tensor, grid: tuple[int, int, int], scale: Tensor, hidd
 def pixel_scale(height: Tensor, width: Tensor, reference: int) -> Tensor:
     """How much larger than a square of ``reference`` pixels a side the clips of a batch are; the first one decides."""
     return (height[0].float() * width[0].float()).sqrt() / reference
+
+
+def told_fps(fps: Tensor, num_frames: Tensor | None) -> Tensor:
+    """(B,) frames per second as the model is told them; of a still, and where none are known, those of a still."""
+    is_still = fps <= 0 if num_frames is None else (fps <= 0) | (num_frames == 1)
+    return torch.where(is_still, FPS_OF_A_STILL, fps)
 
 
 def known_frames(x_mask: Tensor | None) -> Tensor | None:
@@ -149,29 +163,3 @@ def tensor_plan(hidden: int, inner: int, head_dim: int) -> dict[str, tuple[str, 
 
 
 SHARED_NORMS = ("*blocks.*.attn*.?_norm.weight",)
-
-
-def draw_(name: str, tensor: Tensor, generator: torch.Generator, *, zero: bool, narrow: bool) -> None:
-    """The initial value of a parameter by its name: zero biases, norms of one, tables and null texts as normal as
-    their width, matrices uniform (Xavier).
-
-    Args:
-        zero: this one starts at zero.
-        narrow: this one is normal with a deviation of 0.02.
-    """
-    if name == "rope.freqs":
-        tensor.copy_(RotaryFrequencies.values(2 * tensor.numel()))
-    elif name.endswith("_norm.weight"):
-        tensor.fill_(1.0)
-    elif zero or name.endswith(".bias"):
-        tensor.zero_()
-    else:
-        draw = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
-        if "scale_shift_table" in name or name.endswith("y_embedding"):
-            draw.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
-        elif narrow:
-            draw.normal_(0.0, 0.02, generator=generator)
-        else:
-            bound = math.sqrt(6.0 / (tensor.shape[0] + tensor.shape[1]))
-            draw.uniform_(-bound, bound, generator=generator)
-        tensor.copy_(draw)

@@ -14,8 +14,7 @@ Letters: B batch, T frames, S places of a frame, D hidden, L text tokens.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,42 +24,17 @@ from opensora.models.conditions import Conditions, TokenBatch
 from opensora.models.layers.axis_switch import AxisSwitch
 from opensora.models.layers.caption import CaptionEmbedder, for_every_sample
 from opensora.models.layers.embedding import TimestepEmbedder
+from opensora.models.layers.init import init_like_dit_
 from opensora.models.layers.last_layer import PixArtLastLayer
 from opensora.models.layers.modulation import modulate
 from opensora.models.layers.norm import plain_norm
 from opensora.models.layers.sincos import scaled, sincos, sincos_2d
 from opensora.models.layers.stages import RunStages, Stage, run_in_order
 from opensora.models.layers.transformer import CrossAttention, Mlp, SelfAttention, along_time, within_frames
-from opensora.models.stdit.config import LIMITS, ShapeConfig, check_widths, frozen_by, noisy_frames
+from opensora.models.stdit.config import STDIT_SIZES, STDiTConfig
 from opensora.models.stdit.convert import STDIT_WEIGHTS
-from opensora.models.stdit.layers import Modulations, PatchEmbedder, draw_, known_frames, tensor_plan
-from opensora.utils.limits import Limits
-from opensora.utils.tokens import Grid
-
-
-@dataclass(frozen=True, kw_only=True)
-class STDiTConfig(ShapeConfig):
-    """Shape of the model; the defaults are XL/2."""
-
-    kind: Literal["stdit"] = "stdit"
-    model_max_length: int = 120  # rows of the null text
-    space_scale: float = 1.0  # positions in a frame are divided by it: 0.5 for 256 pixels, 1 for 512
-    time_scale: float = 1.0  # positions in time are: 1 for 16 frames, 2/3 for 64
-    freeze: Literal["not_temporal", "text"] | None = None
-    # not_temporal: only attention along time is trained; text: attention to the text is not
-
-    LIMITS: ClassVar[Limits] = LIMITS | {
-        "space_scale": (1e6, "all places would be one"),
-        "time_scale": (1e6, "all frames would be one"),
-    }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("space_scale", "time_scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be a number > 0")
-        if self.freeze not in (None, "not_temporal", "text"):
-            raise ValueError(f"freeze={self.freeze}: must be one of not_temporal, text, or null")
+from opensora.models.stdit.layers import Modulations, known_frames, tensor_plan
+from opensora.models.stdit.seams import check_widths, freeze, noisy_frames, pairs
 
 
 class STDiTBlock(nn.Module):
@@ -108,14 +82,14 @@ class STDiT(nn.Module):
         super().__init__()
         self.cfg = cfg
         width = cfg.hidden_size
-        self.x_embedder = PatchEmbedder(cfg.token_values, width)
+        self.x_embedder = nn.Linear(cfg.token_values, width)
         self.t_embedder = TimestepEmbedder(width)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.y_embedder = CaptionEmbedder(cfg.caption_channels, width, cfg.model_max_length)
         self.blocks = nn.ModuleList(STDiTBlock(cfg) for _ in range(cfg.depth))
         self.final_layer = PixArtLastLayer(width, cfg.outputs * cfg.token_values)
         self.run_stages: RunStages = run_in_order
-        frozen_by(self, cfg.freeze)
+        freeze(self, cfg.freeze)
 
     def forward(
         self,
@@ -147,7 +121,7 @@ class STDiT(nn.Module):
         text_mask = None if mask is None else for_every_sample(mask, len(text))
 
         rows, columns = (scaled(positions[..., dim], self.cfg.space_scale) for dim in (1, 2))
-        h = self.x_embedder(x)
+        h = self.x_embedder(x.to(self.x_embedder.weight.dtype))
         h = h + sincos_2d(rows, columns, width).to(h.dtype)
         in_time = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)
         frames = sincos(scaled(in_time, self.cfg.time_scale), width)[None, :, None].to(h.dtype)
@@ -166,22 +140,8 @@ class STDiT(nn.Module):
     @torch.no_grad()
     def init_parameter_(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Attention along time and to the text, and the last layer, start at zero."""
-        zero = name.endswith(("attn_temp.proj.weight", "cross_attn.proj.weight", "final_layer.linear.weight"))
-        narrow = name.startswith(("t_embedder.", "t_block.", "y_embedder.y_proj."))
-        draw_(name, tensor, generator, zero=zero, narrow=narrow)
-
-
-SIZES = {
-    "debug": STDiTConfig(  # for tests
-        in_channels=4, caption_channels=24, hidden_size=64, depth=2, num_heads=4, model_max_length=8
-    ),
-    "xl2": STDiTConfig(),
-}
-
-
-def pairs(grid: Grid) -> int:
-    """T S^2 + S T^2."""
-    return grid.frames * grid.places**2 + grid.places * grid.frames**2
+        zero = ("*.attn_temp.proj.weight", "*.cross_attn.proj.weight", "final_layer.linear.weight")
+        init_like_dit_(name, tensor, generator, zero=zero, narrow=("t_embedder.*", "t_block.*", "y_embedder.y_proj.*"))
 
 
 def describe(cfg: STDiTConfig) -> Denoising:
@@ -228,11 +188,10 @@ def arguments(cfg: STDiTConfig, tokens: TokenBatch, t: Tensor, conditions: Condi
 FAMILY = Family(
     config=STDiTConfig,
     model=STDiT,
-    sizes=SIZES,
+    sizes=STDIT_SIZES,
     describe=describe,
     check=check,
     arguments=arguments,
     weights=STDIT_WEIGHTS,
     lora_targets=("blocks.*.attn.*", "blocks.*.attn_temp.*", "blocks.*.cross_attn.*", "blocks.*.mlp.*"),
-    objective="rectified_flow",
 )
