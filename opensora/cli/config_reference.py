@@ -62,6 +62,8 @@ def field_comments(cls: type) -> dict[str, str]:
     comments: dict[int, tuple[bool, str]] = {}  # line -> (has code before it, text)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
+            if token.string.startswith("# type: "):  # for mypy
+                continue
             comments[token.start[0]] = (bool(token.line[: token.start[1]].strip()), token.string.lstrip("# "))
     tree = ast.parse(source).body[0]
     assert isinstance(tree, ast.ClassDef)
@@ -75,6 +77,15 @@ def field_comments(cls: type) -> dict[str, str]:
                 lines.append(comments[below][1])
                 below += 1
             found[node.target.id] = " ".join(lines)
+    return found
+
+
+def inherited_comments(cls: type) -> dict[str, str]:
+    """Field name -> its comment, or that of the class that a field without one is from."""
+    found: dict[str, str] = {}
+    for owner in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(owner):
+            found |= {name: comment for name, comment in field_comments(owner).items() if comment}
     return found
 
 
@@ -103,7 +114,7 @@ def _sections(cls: type, path: str, seen: set[tuple[str, type]], note: str = "")
     rows: list[str] = []
     below: list[str] = []
     shared: list[str] = []
-    comments = field_comments(cls)
+    comments = inherited_comments(cls)
     for field in dataclasses.fields(cls):
         if not field.init:
             continue

@@ -81,6 +81,11 @@ def all_pairs(grid: Grid) -> int:
     return grid.tokens**2
 
 
+def space_and_time_pairs(grid: Grid) -> int:
+    """Attention within frames, and along time at every place: T S^2 + S T^2, of a layer of each kind."""
+    return grid.frames * grid.places**2 + grid.places * grid.frames**2
+
+
 @dataclass(frozen=True, kw_only=True)
 class Denoising:
     """What others must know of a denoiser, from its configuration alone."""
@@ -100,6 +105,7 @@ class Denoising:
     wants: frozenset[str] = frozenset()  # of fps, size, num_frames, guidance
     packs: bool = False  # sequences may hold several samples
     pads: bool = False  # latents that are no whole patches are filled up with zeros at the end of each axis
+    cuts_tokens: bool = True  # the tokens of a sample may be cut over processes; else each holds all of them
     reusable: frozenset[str] = frozenset()  # what step caches find: blocks, if it runs them by its ``run_stages``, and
     # modulated, if its first stage states the modulated input of a block (layers/stages.py)
     attention_pairs: Callable[[Grid], int] = all_pairs  # of image tokens that meet in a layer; a function with a name

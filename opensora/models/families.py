@@ -6,12 +6,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from opensora.models import mmdit, stdit
+from opensora.models import dit, latte, mmdit, pixart, stdit
 from opensora.models.base import Denoising, Family, ModelConfig
 from opensora.utils.rng import torch_generator
 
 FAMILIES: dict[str, Family] = {
     "mmdit": mmdit.FAMILY,
+    "dit": dit.FAMILY,
+    "latte": latte.FAMILY,
+    "pixart": pixart.FAMILY,
+    "pixart_ms": pixart.MS_FAMILY,
+    "pixart_sigma": pixart.SIGMA_FAMILY,
     "stdit": stdit.STDIT,
     "stdit2": stdit.STDIT2,
     "stdit3": stdit.STDIT3,
