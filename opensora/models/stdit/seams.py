@@ -7,12 +7,6 @@ from torch import Tensor, nn
 
 from opensora.models.base import Widths
 from opensora.models.stdit.config import Freeze, ShapeConfig
-from opensora.utils.tokens import Grid
-
-
-def pairs(grid: Grid) -> int:
-    """Tokens that meet in attention within frames and along time: T S^2 + S T^2."""
-    return grid.frames * grid.places**2 + grid.places * grid.frames**2
 
 
 def check_widths(cfg: ShapeConfig, given: Widths, text: str = "caption_channels") -> None:

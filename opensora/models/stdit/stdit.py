@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from opensora.models.base import AttentionAxis, Denoising, Family, TokenAxis, Widths
+from opensora.models.base import AttentionAxis, Denoising, Family, TokenAxis, Widths, space_and_time_pairs
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.models.layers.axis_switch import AxisSwitch
 from opensora.models.layers.caption import CaptionEmbedder, for_every_sample
@@ -34,7 +34,7 @@ from opensora.models.layers.transformer import CrossAttention, Mlp, SelfAttentio
 from opensora.models.stdit.config import STDIT_SIZES, STDiTConfig
 from opensora.models.stdit.convert import STDIT_WEIGHTS
 from opensora.models.stdit.layers import Modulations, known_frames, tensor_plan
-from opensora.models.stdit.seams import check_widths, freeze, noisy_frames, pairs
+from opensora.models.stdit.seams import check_widths, freeze, noisy_frames
 
 
 class STDiTBlock(nn.Module):
@@ -158,7 +158,7 @@ def describe(cfg: STDiTConfig) -> Denoising:
         null_text="learned",
         references="in_place",
         reusable=frozenset(("blocks",)),
-        attention_pairs=pairs,
+        attention_pairs=space_and_time_pairs,
     )
 
 
@@ -194,4 +194,5 @@ FAMILY = Family(
     arguments=arguments,
     weights=STDIT_WEIGHTS,
     lora_targets=("blocks.*.attn.*", "blocks.*.attn_temp.*", "blocks.*.cross_attn.*", "blocks.*.mlp.*"),
+    objective="iddpm",
 )

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from opensora.models.base import AttentionAxis, Denoising, Family, TokenAxis, Widths
+from opensora.models.base import AttentionAxis, Denoising, Family, TokenAxis, Widths, space_and_time_pairs
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.models.layers.axis_switch import AxisSwitch
 from opensora.models.layers.caption import CaptionEmbedder, for_every_sample
@@ -40,7 +40,7 @@ from opensora.models.stdit.layers import (
     tensor_plan,
     told_fps,
 )
-from opensora.models.stdit.seams import check_widths, freeze, noisy_frames, pairs
+from opensora.models.stdit.seams import check_widths, freeze, noisy_frames
 
 
 class STDiT2Block(nn.Module):
@@ -200,7 +200,7 @@ def describe(cfg: STDiT2Config) -> Denoising:
         references="in_place",
         wants=frozenset(("fps", "size", "num_frames")),
         reusable=frozenset(("blocks",)),
-        attention_pairs=pairs,
+        attention_pairs=space_and_time_pairs,
     )
 
 
@@ -244,4 +244,5 @@ FAMILY = Family(
     arguments=arguments,
     weights=STDIT2_WEIGHTS,
     lora_targets=("blocks.*.attn.*", "blocks.*.attn_temp.*", "blocks.*.cross_attn.*", "blocks.*.mlp.*"),
+    objective="iddpm",
 )

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opensora.models.base import AttentionAxis, Denoising, Family, TokenAxis, Widths
+from opensora.models.base import AttentionAxis, Denoising, Family, TokenAxis, Widths, space_and_time_pairs
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.models.layers.axis_switch import AxisSwitch
 from opensora.models.layers.caption import CaptionEmbedder, for_every_sample
@@ -48,7 +48,7 @@ from opensora.models.stdit.layers import (
     text_rows,
     told_fps,
 )
-from opensora.models.stdit.seams import check_widths, noisy_frames, pairs, train_only
+from opensora.models.stdit.seams import check_widths, noisy_frames, train_only
 from opensora.models.stdit.windows import pairs as window_pairs
 from opensora.utils.tokens import Grid
 
@@ -261,7 +261,7 @@ class STDiT3(nn.Module):
 
 def attention_pairs(cfg: STDiT3Config) -> Any:
     """Tokens that meet: T S^2 + S T^2, or T S^2 and those of windows."""
-    return _WindowPairs(cfg.kernel_size) if cfg.kernel_size is not None else pairs
+    return _WindowPairs(cfg.kernel_size) if cfg.kernel_size is not None else space_and_time_pairs
 
 
 @dataclass(frozen=True)
@@ -336,4 +336,5 @@ FAMILY = Family(
     arguments=arguments,
     weights=STDIT3_WEIGHTS,
     lora_targets=("*_blocks.*.attn.*", "*_blocks.*.cross_attn.*", "*_blocks.*.mlp.*"),
+    objective="rectified_flow_v1",
 )
