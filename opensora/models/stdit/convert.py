@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opensora.models.stdit.layers import RotaryFrequencies
 from opensora.models.weights.format import WeightFormat
 from opensora.models.weights.patches import PatchWeights
 
@@ -29,13 +30,18 @@ class STDiTWeights(PatchWeights):
     def refit(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
         """``tensor``, of a file to start from, for a model that wants another shape; None: it cannot be.
 
-        For 4 times as many latent channels: each input counts a quarter, and each output is repeated (Open-Sora 1.3).
-        Rows and columns are (channels, places) here; two outputs of a latent are two runs of channels.
+        For 4 times as many latent channels each input counts a quarter, and each output is repeated (Open-Sora 1.3);
+        columns and rows are (channels, places) here, and two outputs of a latent are two runs of channels. Rotary
+        frequencies are those of the model's own.
         """
-        held = tuple(tensor.shape)
-        if name in ("x_embedder.weight",) and shape == (held[0], 4 * held[1]):
+        rows = tensor.shape[0] if tensor.ndim else 0
+        if name == "rope.freqs" and len(shape) == 1:
+            freqs = torch.empty(shape, dtype=tensor.dtype)
+            RotaryFrequencies.fill_(freqs)
+            return freqs
+        if name == "x_embedder.weight" and shape == (rows, 4 * tensor.shape[1]):
             return tensor.repeat(1, 4) / 4
-        if name.startswith("final_layer.linear.") and shape == (4 * held[0], *held[1:]):
+        if name.startswith("final_layer.linear.") and shape == (4 * rows, *tensor.shape[1:]) and rows % 2 == 0:
             halves = tensor.unflatten(0, (2, -1))
             return torch.cat((halves, halves, halves, halves), dim=1).flatten(0, 1)
         return None
