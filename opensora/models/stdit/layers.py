@@ -44,12 +44,16 @@ class RotaryFrequencies(nn.Module):
         super().__init__()
         self.freqs = nn.Parameter(torch.empty(dim // 2), requires_grad=False)
 
+    @property
+    def exact(self) -> torch.dtype:
+        """Of positions and angles."""
+        return torch.float64 if self.freqs.dtype == torch.float64 else torch.float32
+
     def forward(self, *positions: Tensor) -> RopeTable:
         """(B, ...) coordinates along one axis or several -> the table of as many parts of a head, one after the other:
         (B, ..., 1, axes * dim/2, 2)."""
-        exact = torch.float64 if self.freqs.dtype == torch.float64 else torch.float32
-        freqs = self.freqs.to(exact)
-        angles = torch.cat([along.to(exact)[..., None] * freqs for along in positions], dim=-1)[..., None, :]
+        freqs = self.freqs.to(self.exact)
+        angles = torch.cat([along.to(self.exact)[..., None] * freqs for along in positions], dim=-1)[..., None, :]
         return (torch.stack((angles.cos(), angles.sin()), dim=-1),)
 
     @staticmethod
