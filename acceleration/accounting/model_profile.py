@@ -8,6 +8,7 @@ have other sizes there.
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -21,23 +22,24 @@ Subset = frozenset[str]
 
 @dataclass(frozen=True)
 class Count:
-    """A polynomial in the sizes of a sample: {names that are multiplied: factor}."""
+    """A polynomial in the sizes of a sample: {names that are multiplied: factor}. A factor is no whole number where
+    some of what is counted stand for several, as keys of a coarser grid."""
 
-    terms: tuple[tuple[tuple[str, ...], int], ...]
+    terms: tuple[tuple[tuple[str, ...], int | Fraction], ...]
 
     @staticmethod
-    def of(terms: Mapping[str | tuple[str, ...], int]) -> "Count":
+    def of(terms: Mapping[str | tuple[str, ...], int | Fraction]) -> "Count":
         """``{"txt": 1, ("frames", "places"): 2, (): 3}`` is txt + 2 frames places + 3."""
         named = (((names,) if isinstance(names, str) else tuple(sorted(names)), n) for names, n in terms.items())
         return Count(tuple(sorted((names, n) for names, n in named if n)))
 
     def at(self, sizes: Sizes) -> int:
-        total = 0
+        total: int | Fraction = 0
         for names, factor in self.terms:
             for name in names:
                 factor *= sizes[name]
             total += factor
-        return total
+        return int(total)
 
     @property
     def names(self) -> Subset:

@@ -7,6 +7,7 @@ all counts follow exactly from a few small runs.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import combinations
 from math import prod
 from typing import Any
@@ -133,14 +134,15 @@ class _Fit:
     def count(self, index: int) -> Count:
         """Of the numbers called ``index``: differences of runs, from the largest products down."""
         seen = {changed: call.counts[index] for changed, call in zip(self.changes, self.calls, strict=True)}
-        terms: dict[Subset, int] = {}
+        terms: dict[Subset, int | Fraction] = {}
         for names in sorted(self.changes, key=len, reverse=True):
             subsets = (frozenset(s) for size in range(len(names) + 1) for s in combinations(names, size))
-            rise = sum((-1) ** (len(names) - len(s)) * seen[s] for s in subsets)
+            rise: int | Fraction = sum((-1) ** (len(names) - len(s)) * seen[s] for s in subsets)
             rise -= sum(n * prod(self.base[name] for name in more) for more, n in terms.items() if more > names)
-            terms[names], left = divmod(rise, prod(self.base[name] for name in names))
-            if left:
+            factor = Fraction(rise, prod(self.base[name] for name in names))
+            if factor.denominator > 1 and factor.numerator != 1:
                 raise ValueError(f"{type(self.calls[0].module).__name__}: its calls are no polynomial: {seen}")
+            terms[names] = int(factor) if factor.denominator == 1 else factor
         return Count.of({tuple(names): n for names, n in terms.items()})
 
 

@@ -33,6 +33,12 @@ def check_layout(mesh: MeshConfig, world_size: int, model: ModelConfig) -> None:
         except ValueError as error:
             allowed = ", ".join(str(d) for d in range(1, all_heads + 1) if all_heads % d == 0)
             raise UserError(f"parallel.mesh.{error}; divisors of the model's heads are {allowed}") from None
+    if ring * ulysses > 1 and not describe(model).cuts_tokens:
+        key, degree = ("ulysses", ulysses) if ulysses > 1 else ("ring", ring)
+        raise UserError(
+            f"parallel.mesh.{key}={degree}: blocks of model.kind={model.kind} thin out neighbouring keys "
+            "(kv_compress_layer), so a process must have all tokens of a clip; must be 1, use shard and tensor"
+        )
     heads = all_heads // tensor
     if describe(model).token_axes == "factored":  # exchanges frames for places: any number of heads will do
         return

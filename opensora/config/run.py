@@ -14,7 +14,7 @@ from opensora.conditioning import ConditioningConfig
 from opensora.config.validation import CondType, ValidateConfig
 from opensora.datasets import DataConfig
 from opensora.models.base import ModelConfig, Width, Widths
-from opensora.models.families import MODEL_CONFIGS, MODEL_SIZES, describe, family_of
+from opensora.models.families import MODEL_CONFIGS, MODEL_SIZES, describe, family_of, has_frozen_parameters
 from opensora.models.text import TEXT_ENCODER_CONFIGS, TextConfig, text_widths
 from opensora.models.vae import AUTOENCODER_CONFIGS, AUTOENCODERS, AutoencoderConfig, autoencoder_shape
 from opensora.sampling.options import SamplingOption
@@ -159,6 +159,11 @@ class RunConfig:
             )
         if self.lora.rank and self.parallel.engine != "native":
             raise ValueError(f"lora.rank={self.lora.rank}: allowed with parallel.engine=native only")
+        if self.parallel.engine != "native" and has_frozen_parameters(self.model):
+            raise ValueError(
+                f"parallel.engine={self.parallel.engine}: model.kind={self.model.kind} has parameters that are not "
+                "trained (its null text, or what model.freeze names), which native alone keeps; must be native"
+            )
         if self.lora.offload != "none" and self.parallel.offload == "parameters":
             raise ValueError("parallel.offload=parameters: must be none or optimizer with lora.offload=blocks")
         cache = self.validate.sampling.cache.kind

@@ -1,6 +1,7 @@
 """Kinds of denoiser by name: the table that everything else asks. A new family is a line of it."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -49,6 +50,13 @@ def count_parameters(cfg: ModelConfig) -> int:
     """Parameters of the denoiser, without building its weights."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in build_model(cfg).parameters())
+
+
+@lru_cache
+def has_frozen_parameters(cfg: ModelConfig) -> bool:
+    """Whether some parameters are never trained, as a null text."""
+    with torch.device("meta"):
+        return not all(parameter.requires_grad for parameter in build_model(cfg).parameters())
 
 
 @torch.no_grad()

@@ -49,7 +49,8 @@ def layouts(cfg: RunConfig, world: int, node: int) -> Iterator[ParallelConfig]:
             data, rest = divmod(world, tensor * ulysses * ring)
             # Models that keep time and space apart exchange frames, and heads where frames are few.
             uneven = denoising.token_axes == "joint" and (heads // tensor) % ulysses
-            if rest or uneven or data > batches:
+            cuts = ulysses * ring > 1 and not denoising.cuts_tokens
+            if rest or uneven or cuts or data > batches:
                 continue
             for replicate, zero, kind in product(_divisors(data, data), (0, 1, 2, 3), ("none", "full")):
                 if zero == 0 and replicate > 1:

@@ -1,14 +1,28 @@
 """What a run leaves for sampling: whole weights or adapters, in files of at most 5 GB, with the configuration
 and the digest of each."""
 
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor
+
 from acceleration.engines import Engine, Weights
 from opensora.assembly.initial_weights import parameter_shapes
 from opensora.config.load import save
 from opensora.config.run import SAVED_NAME, RunConfig
 from opensora.models.families import family_of
 from opensora.models.weights.adapter_export import convert_adapter, write_adapter, write_comfyui
+from opensora.models.weights.format import Layout, WeightFormat
+from opensora.models.weights.writer import convert_state_dict
 from opensora.utils.files import digests
 from opensora.utils.files.safetensors_files import write_weights
+
+
+def _converted(
+    weights: Iterable[tuple[str, Tensor]], format: WeightFormat, source: Layout, to: Layout
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights in layout ``to``, a tensor at a time."""
+    for name, tensor in weights:
+        yield from convert_state_dict({name: tensor}, format, source=source, to=to).items()
 
 
 def exported(cfg: RunConfig) -> Weights:
@@ -53,7 +67,9 @@ def write_export(cfg: RunConfig, engine: Engine, step: int, base: str | None, *,
                 digests=found,
             )
         else:
-            write_weights(folder, weights, layout.metadata() | described, write=write, digests=found)
+            to = original if getattr(format, "exports_original", False) else layout
+            named = weights if to is layout else _converted(weights, format, layout, to)
+            write_weights(folder, named, to.metadata() | described, write=write, digests=found)
         if write:
             digests.forget(folder, [SAVED_NAME])
             found[SAVED_NAME] = save(cfg, folder / SAVED_NAME)

@@ -1,0 +1,250 @@
+"""A training problem in fp64 for a model of any family, and a run of it on any layout.
+
+Tokens and conditions go through ``TokenLayout`` and ``Family.arguments``; the loss is the squared difference of all
+outputs to a target, so that no objective is needed. Nothing divides by anything.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from acceleration.accounting.comm_volume import step_bytes
+from acceleration.accounting.rank_layout import MicroBatch, RankLayout
+from acceleration.config import MeshConfig, OptimConfig, ParallelConfig
+from acceleration.distributed import mesh as meshes
+from acceleration.engines import build_engine
+from acceleration.parallelize import parallelize
+from acceleration.sequence import SequenceParallel
+from opensora.assembly.token_layout import TokenLayout, forward_arguments, token_layout
+from opensora.models.conditions import Conditions, TokenBatch
+from opensora.models.dit import DiTConfig
+from opensora.models.families import build_model, describe
+from opensora.models.latte import LatteConfig
+from opensora.models.pixart import PixArtConfig, PixArtMSConfig, PixArtSigmaConfig
+from opensora.planner.meta_model import structure
+from opensora.utils.rng import torch_generator
+from opensora.utils.tokens import Grid
+from tests.dist.layouts import FP64, RECOMPUTE
+from tests.dist.parity import Outcome, fill, measured_steps, relative
+
+CPU = torch.device("cpu")
+STEPS, TEXT_TOKENS = 2, 5
+SGD = OptimConfig(kind="sgd", lr=0.05, clip_norm=0.3)
+ADAMW = OptimConfig(kind="adamw", lr=0.01, clip_norm=0.3, weight_decay=0.1, eps=1e-8, ema_decay=0.9)
+# (samples, T', H', W'): 2x4x5 tokens with patches of 2x2, a still, clips of few tokens
+BUCKETS = ((2, 2, 8, 10), (1, 1, 10, 14), (3, 2, 4, 6))
+EVEN = ((2, 4, 8, 10), (3, 2, 2, 6))  # for patches of two frames
+
+_ADALN: dict[str, Any] = {"hidden_size": 32, "num_heads": 4, "mlp_ratio": 2.0, "caption_channels": 12}
+_PIXART: dict[str, Any] = {
+    **{"hidden_size": 36, "num_heads": 4, "mlp_ratio": 2.0, "depth": 2, "caption_channels": 12},
+    **{"model_max_length": 4, "space_scale": 0.5, "time_scale": 2 / 3, "base_size": 7},
+}
+MODELS: dict[str, Any] = {
+    "dit": DiTConfig(**_ADALN, depth=2),
+    "dit_class": DiTConfig(**_ADALN, depth=2, condition="label_7", no_temporal_pos_emb=True),
+    "dit_xl2x2": DiTConfig(**_ADALN, depth=2, patch_size=(2, 2, 2)),
+    "latte": LatteConfig(**_ADALN, depth=3),
+    "latte_class": LatteConfig(**_ADALN, depth=4, condition="label_7"),
+    "pixart": PixArtConfig(**_PIXART),
+    "pixart_ms": PixArtMSConfig(**_PIXART),
+    "pixart_qk": PixArtSigmaConfig(**_PIXART, qk_norm=True, input_size=(1, 8, 8)),
+    "pixart_kv": PixArtSigmaConfig(
+        **_PIXART, qk_norm=True, kv_compress_sampling="conv", kv_compress_scale_factor=2, kv_compress_layer=(1,)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A micro-batch of whole tokens."""
+
+    x: Tensor
+    positions: Tensor
+    target: Tensor
+    t: Tensor
+    conditions: Conditions
+    grid: Grid
+    weight: float = 1.0
+
+
+def batches(cfg: Any, step: int) -> list[Sample]:
+    """The micro-batches of a step, one per bucket; every step has other samples."""
+    whole, denoising, found = token_layout(cfg, SequenceParallel(meshes.view({}))), describe(cfg), []
+    for index, (samples, *latents) in enumerate(EVEN if denoising.patch[0] == 2 else BUCKETS):
+        generator = torch_generator("chapters", step, index)
+        grid = denoising.grid((latents[0], latents[1], latents[2]))
+
+        def draw(*shape: int, generator: torch.Generator = generator) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        x = draw(samples, denoising.latent_channels, *latents)
+        target = [whole.patchify(draw(*x.shape)) for _ in range(denoising.outputs)]
+        told = whole.patchify_conditions(conditions(cfg, samples, grid, generator, draw))
+        found.append(
+            Sample(
+                whole.patchify(x),
+                whole.positions(grid, samples, CPU),
+                torch.cat(target, dim=-1),
+                1000 * torch.rand(samples, generator=generator, dtype=torch.float64),
+                told,
+                grid,
+            )
+        )
+    return found
+
+
+def conditions(cfg: Any, samples: int, grid: Grid, generator: torch.Generator, draw: Any) -> Conditions:
+    """Whatever the family reads; some samples are dropped, some frames known."""
+    denoising, found = describe(cfg), dict[str, Any]()
+    if denoising.text != "none":
+        found["text"] = draw(samples, TEXT_TOKENS, denoising.text_dim)
+        lengths = torch.randint(1, TEXT_TOKENS + 1, (samples, 1), generator=generator)
+        found["text_mask"] = torch.arange(TEXT_TOKENS) < lengths
+    if denoising.pooled_dim:
+        found["pooled"] = draw(samples, denoising.pooled_dim)
+    if denoising.num_classes:
+        found["label"] = torch.randint(denoising.num_classes, (samples,), generator=generator)
+    if denoising.null_text == "learned":
+        found["dropped"] = torch.arange(samples) % 2 == 1
+    if denoising.references == "in_place":
+        by_frame = torch.rand(samples, grid.latents[0], generator=generator) < 0.4
+        found["known"] = by_frame[:, :, None, None].expand(samples, *grid.latents).clone()
+    if "size" in denoising.wants:
+        found["size"] = 8.0 * torch.tensor(grid.latents[1:], dtype=torch.float64).expand(samples, 2)
+    if "fps" in denoising.wants:
+        found["fps"] = 8.0 + torch.arange(samples, dtype=torch.float64)
+    return Conditions(**found)
+
+
+def elements(cfg: Any, step: int) -> int:
+    """Output values of the whole step that the loss is over."""
+    return sum(int(learned(sample).sum()) * sample.target.shape[-1] for sample in batches(cfg, step))
+
+
+def learned(sample: Sample) -> Tensor:
+    """Tokens that the loss is over."""
+    known = sample.conditions.known
+    return torch.ones(sample.x.shape[:-1], dtype=torch.bool) if known is None else ~known
+
+
+def plain_model(cfg: Any) -> nn.Module:
+    """On one process, as it is written."""
+    model = build_model(cfg).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            fill(name, parameter)
+    return model
+
+
+def squares(model: nn.Module, cfg: Any, layout: TokenLayout, sample: Sample) -> Tensor:
+    """Sum over this process's tokens."""
+    tokens = TokenBatch(x=layout.shard(sample.x), positions=layout.shard(sample.positions), grid=sample.grid.sides)
+    told = layout.shard_conditions(sample.conditions, sample.x)
+    out = model(**forward_arguments(cfg, tokens, sample.t, told))
+    difference = (out - layout.shard(sample.target)).square()
+    return (difference * layout.shard(learned(sample))[..., None]).sum() * sample.weight
+
+
+def on_one_process(cfg: Any, optim: OptimConfig = SGD) -> Outcome:
+    """The truth, in plain torch."""
+    model, layout = plain_model(cfg), token_layout(cfg, SequenceParallel(meshes.view({})))
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters, steps = list(named.values()), []
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, lr=optim.lr)
+    if optim.kind == "adamw":
+        optimizer = torch.optim.AdamW(
+            parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+        )
+    for step in range(STEPS):
+        total = torch.zeros((), dtype=torch.float64)
+        for sample in batches(cfg, step):
+            total = total + squares(model, cfg, layout, sample) / elements(cfg, step)
+        total.backward()
+        gradients = {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
+        norm = torch.nn.utils.clip_grad_norm_(parameters, optim.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        steps.append((total.item(), norm.item(), gradients))
+    return Outcome(steps, {name: p.detach().clone() for name, p in model.named_parameters()})
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model and a layout."""
+
+    model: str  # of MODELS
+    world: int
+    axes: tuple[tuple[str, int], ...] = ()
+    zero: int = 3
+    recompute: str = "none"
+    kind: str = "sgd"
+
+    def __str__(self) -> str:
+        axes = "".join(f"-{axis}{degree}" for axis, degree in self.axes)
+        return f"{self.model}-{self.world}{axes}-zero{self.zero}-{self.recompute}-{self.kind}"
+
+    @property
+    def optim(self) -> OptimConfig:
+        return ADAMW if self.kind == "adamw" else SGD
+
+    @property
+    def config(self) -> ParallelConfig:
+        mesh: dict[str, Any] = {"shard": -1} | dict(self.axes)
+        zero: Any = self.zero
+        return ParallelConfig(zero=zero, mesh=MeshConfig(**mesh), precision=FP64, recompute=RECOMPUTE[self.recompute])
+
+
+def on_this_layout(run: Run, cfg: Any) -> Outcome:
+    """Runs in every process of the group."""
+    parallel = run.config
+    mesh = meshes.build(parallel.mesh, dist.get_world_size(), CPU)
+    with torch.device("meta"):
+        model = build_model(cfg)
+    parallelize(model, parallel, mesh, CPU, fill)
+    engine = build_engine(model, parallel, run.optim, mesh)
+    layout = token_layout(cfg, SequenceParallel(mesh))
+
+    def mine(step: int) -> list[Sample]:
+        every, degree = batches(cfg, step), mesh.data_degree
+        held = every[mesh.data_rank :: degree]
+        return held + [replace(every[-1], weight=0.0)] * (-(-len(every) // degree) - len(held))
+
+    def backward(step: int) -> Tensor:
+        total, held = torch.zeros((), dtype=torch.float64), mine(step)
+        for index, sample in enumerate(held):
+            share = squares(engine.model, cfg, layout, sample) / elements(cfg, step)
+            engine.backward(share, last_microbatch=index == len(held) - 1)
+            total += share.detach()
+        return total
+
+    def predicted(step: int) -> dict[str, int]:
+        place = RankLayout(meshes.view({name: mesh[name].degree for name in meshes.AXES}, dist.get_rank()), parallel)
+        known = describe(cfg).references == "in_place"
+        return step_bytes(structure(cfg, known), place, [sizes(sample) for sample in mine(step)])
+
+    return measured_steps(engine, mesh, STEPS, backward, predicted)
+
+
+def sizes(sample: Sample) -> MicroBatch:
+    """As formulas see it."""
+    text = sample.conditions.text
+    factored = sample.x.ndim == 4
+    return MicroBatch(
+        samples=len(sample.x),
+        txt=0 if text is None else text.shape[1],
+        img=sample.grid.tokens,
+        frames=sample.grid.frames if factored else None,
+        has_mask=text is not None,
+    )
+
+
+def on_these_layouts(runs: list[Run], configs: dict[str, Any]) -> list[Outcome]:
+    """One after the other, in the same processes."""
+    return [on_this_layout(run, configs[run.model]) for run in runs]
+
+
+__all__ = ["relative"]
