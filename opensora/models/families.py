@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,6 +58,20 @@ def has_frozen_parameters(cfg: ModelConfig) -> bool:
     """Whether some parameters are never trained, as a null text."""
     with torch.device("meta"):
         return not all(parameter.requires_grad for parameter in build_model(cfg).parameters())
+
+
+def read_hub_config(folder: Path) -> ModelConfig | None:
+    """The model that the config.json of a folder of the model hub describes; None: there is none, or of no kind here.
+
+    Raises:
+        UserError: it cannot be read, or describes no model that can be built.
+    """
+    return stdit.read_config(folder)
+
+
+def hub_config(cfg: ModelConfig) -> dict[str, Any] | None:
+    """What the config.json beside weights of this model says; None: the family publishes none."""
+    return stdit.published_config(cfg)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opensora.assembly.initial_weights import check_initial, initial_weights
-from opensora.models.families import build_model, family_of, init_model_
+from opensora.models.families import build_model, family_of, hub_config, init_model_, read_hub_config
 from opensora.models.pixart import PixArtConfig, PixArtSigmaConfig
 from opensora.models.stdit import STDiT2Config, STDiT3Config, STDiTConfig
 from opensora.models.weights.patches import PUBLISHED
@@ -256,3 +256,38 @@ def test_a_file_knows_what_is_frozen(tmp_path: Path) -> None:
     save_file(weights(SMALL["stdit3"]), path)
     file = WeightFile(path, family_of(SMALL["stdit3"]).weights)
     assert {"rope.freqs", "y_embedder.y_embedding"} <= set(file)
+
+
+@pytest.mark.parametrize("name", ["v1.1 STDiT2-XL/2", "v1.2 STDiT3-3B/2", "v1.3 STDiT3-XL/2"])
+def test_hub_folders_say_what_model_they_are_of(tmp_path: Path, name: str) -> None:
+    cfg = REAL[name]
+    said = hub_config(cfg)
+    assert said is not None and said["model_type"] == cfg.kind.replace("stdit", "STDiT")
+    code = {"enable_flash_attn": True, "drop_path": 0.0, "class_dropout_prob": 0.1, "transformers_version": "4.39"}
+    (tmp_path / "config.json").write_text(json.dumps(said | code))
+    assert read_hub_config(tmp_path) == cfg
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("{", "config.json"),
+        ("[]", "config.json"),
+        ('{"model_type": "STDiT3", "hidden_size": "wide"}', "hidden_size=wide"),
+        ('{"model_type": "STDiT3", "hidden_size": 1153}', "num_heads"),
+        ('{"model_type": "STDiT3", "patch_size": [1, 2]}', "patch_size"),
+        ('{"model_type": "STDiT2", "qk_norm": 1}', "qk_norm=1"),
+    ],
+)
+def test_a_hub_configuration_that_is_none_is_refused_in_one_line(tmp_path: Path, content: str, named: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError) as error:
+        read_hub_config(tmp_path)
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+def test_other_folders_say_nothing(tmp_path: Path) -> None:
+    assert read_hub_config(tmp_path) is None
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    assert read_hub_config(tmp_path) is None
+    assert hub_config(STDiTConfig()) is None
