@@ -345,7 +345,7 @@ def _noise(opt: SamplingOption, parts: Components, seeds: Sequence[int]) -> Tens
             channels=autoencoder.channels,
             stride=autoencoder.stride,
             causal=autoencoder.causal,
-            patch_size=parts.layout.denoising.patch[1],
+            patch_size=1 if parts.layout.denoising.pads else parts.layout.denoising.patch[1],
             device=parts.device,
             dtype=next(parts.model.parameters()).dtype if published else _dtype(parts),
             published=published,
