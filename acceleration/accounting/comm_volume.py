@@ -295,9 +295,9 @@ def _window_bytes(slot: Attention, shares: TokenShares, *, there: int, back: int
     heads, places, sent = slot.heads // shares.tensor, groups[ring.rank], Counter[str]()
     steps = ((ulysses, places), (ring, tuple(sum(group) for group in groups)))
     for axis, lengths in steps:
-        by_process, counted = even_sizes(heads, axis.degree), shares.place.peers.counted(axis)
-        mine = by_process[axis.rank]
-        away, elsewhere = sum(compress(by_process, counted)), sum(compress(lengths, counted))
+        parts, counted = even_sizes(heads, axis.degree), shares.place.peers.counted(axis)
+        mine = parts[axis.rank]
+        away, elsewhere = sum(compress(parts, counted)), sum(compress(lengths, counted))
         sent[axis.name] += (there * lengths[axis.rank] * away + back * elsewhere * mine) * size
         heads = mine
     return +sent
