@@ -25,6 +25,13 @@ class Row(NamedTuple):
 
 
 AUTOENCODERS = "test_golden_autoencoders.py::test_published_file"
+STDIT = (
+    *("stdit_v1_0", "stdit_v1_0_uncond_mask_repeat", "stdit_v1_2_xmask"),
+    *("stdit2_v1_1", "stdit2_v1_1_qknorm_xmask", "stdit2_v1_2_qknorm_after_fix"),
+    *("stdit3_v1_2", "stdit3_v1_2_xmask", "stdit3_v1_2_cached_text"),
+    *("stdit3_v1_3_window_t2v", "stdit3_v1_3_window_i2v", "stdit3_v1_3_plain"),
+)
+STDIT_GOLDEN = "test_golden_stdit.py::test_output_loss_and_gradients"
 SAMPLING = "test_golden_sampling.py::test_"
 ROWS = (
     Row("hunyuan_vae", "encode and decode, whole and in tiles", (f"{AUTOENCODERS}[hunyuan_vae]",)),
@@ -52,6 +59,8 @@ ROWS = (
     Row("buckets", "buckets of 300 clips, 5 tables", ("test_published_rule.py::test_every_decision",)),
     Row("buckets", "frame rates, runs", ("test_published_rule.py::test_frame", "test_published_rule.py::test_a_run")),
     Row("step_cache", "12 steps of every cache", ("test_step_caches.py::test_golden_trajectories",)),
+    *(Row(f"v1/{name}", "output, loss, gradients", (f"{STDIT_GOLDEN}[{name}]",)) for name in STDIT),
+    Row("v1/names", "STDiT: names, shapes, counts", ("test_stdit_files.py::test_names_and_shapes",)),
     Row("step_cache", "decisions of TeaCache", ("test_step_caches.py::test_golden_decisions",)),
 )
 
