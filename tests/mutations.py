@@ -1470,10 +1470,10 @@ TABLE: tuple[Mutation, ...] = (
         GOLDEN_STDIT.format("stdit3_v1_3_window_i2v"),
     ),
     Mutation(
-        "positions go on from window to window",
+        "rows of windows not scaled",
         STDIT3,
         "one[..., 1] % height / scale",
-        "one[..., 1] / scale",
+        "one[..., 1] % height",
         GOLDEN_STDIT.format("stdit3_v1_3_window_t2v"),
     ),
     Mutation(
@@ -1488,7 +1488,7 @@ TABLE: tuple[Mutation, ...] = (
         STDIT_LAYERS,
         "base_side(grid[1] * grid[2], nearest=True)",
         "base_side(grid[1] * grid[2])",
-        GOLDEN_STDIT.format("stdit3_v1_2"),
+        GOLDEN_STDIT.format("stdit3_v1_3_window_t2v"),
     ),
     Mutation(
         "inputs of more channels not quartered",
