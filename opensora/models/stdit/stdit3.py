@@ -218,7 +218,7 @@ class STDiT3(nn.Module):
     ) -> FrameText:
         """What cross-attention reads. ``tokens``: samples and frames."""
         y, mask = text_rows(y, mask)
-        text = y if self.cfg.skip_y_embedder else self.y_embedder(y, dropped)
+        text = self._projected(y, dropped) if self.cfg.skip_y_embedder else self.y_embedder(y, dropped)
         text_mask = None if mask is None else for_every_sample(mask, len(text))
         if mask_index is None or len(mask_index) == 0:
             return FrameText(text, text_mask)
@@ -229,6 +229,14 @@ class STDiT3(nn.Module):
         if y_null is None:
             y_null = self.y_embedder.null(y.shape[1]).expand(len(y), -1, -1)
         return FrameText(text, text_mask, self.y_embedder(y_null), given)
+
+    def _projected(self, y: Tensor, dropped: Tensor | None) -> Tensor:
+        """Text that came as wide as the model; that of dropped samples is the null text, which the model projects."""
+        text = y.to(self.x_embedder.weight.dtype)
+        if dropped is None:
+            return text
+        null = self.y_embedder(self.y_embedder.null(y.shape[1])[None])
+        return torch.where(dropped[:, None, None], null, text)
 
     def _spatial_rope(self, positions: Tensor, scale: Tensor, context: Any) -> RopeTable | None:
         """Of the tokens of a frame as attention in space has them: by row and column, and time 0."""
