@@ -33,7 +33,17 @@ STDIT = (
 )
 STDIT_GOLDEN = "test_golden_stdit.py::test_output_loss_and_gradients"
 SAMPLING = "test_golden_sampling.py::test_"
+MODELS_V1 = "test_golden_models_v1.py::test_output_loss_and_gradients"
+_TRAINED = "output, loss, gradients"
 ROWS = (
+    *(
+        Row(f"v1/{name}", _TRAINED, (f"{MODELS_V1}[{name}]",))
+        for name in (
+            *("dit_v1_0_text", "dit_v1_0_class", "latte_v1_0_text", "latte_v1_0_class"),
+            *("pixart_v1_0", "pixart_v1_2_base_size", "pixart_ms_v1_0", "pixart_sigma_v1_2"),
+        )
+    ),
+    Row("v1/names", "names and shapes of the real sizes", ("test_patch_weights.py::test_names_and_shapes",)),
     Row("hunyuan_vae", "encode and decode, whole and in tiles", (f"{AUTOENCODERS}[hunyuan_vae]",)),
     Row("hunyuan_vae", "the same from a diffusers folder", ("test_golden_autoencoders.py::test_hunyuan_from",)),
     Row("flux_ae", "encode and decode", (f"{AUTOENCODERS}[flux_ae]",)),

@@ -4,7 +4,8 @@ Training rows: the largest relative differences, in fp64, over all processes and
 parameter's gradient, of the norm that clipping uses and of the weights afterwards. Sampling rows: the latents. Both say
 whether the bytes that each process sent over each axis are those of the formulas. DeepSpeed knows no fp64: its rows are
 held to what fp32 leaves of the truth. ColossalAI's rows are its ZeRO 0. Rows of ``factored`` are of a model that keeps
-time and space apart, with masked frames. ``SUM`` counts what is within its tolerance.
+time and space apart, with masked frames, those of ``chapter`` of DiT, Latte and PixArt. ``SUM`` counts what is within
+its tolerance.
 """
 
 import itertools
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
-from tests.dist import test_engines, test_factored, test_sampling
+from tests.dist import chapters, test_chapters, test_engines, test_factored, test_sampling
 from tests.dist.factored import ADAMW, SGD, Run
 from tests.dist.factored import on_one_process as on_one_process_factored
 from tests.dist.factored import on_this_layout as on_this_layout_factored
@@ -66,6 +67,8 @@ def rows() -> Iterator[tuple[str, dict[str, float], Callable[[], Row]]]:
     factored = {optim.kind: on_one_process_factored(optim) for optim in (SGD, ADAMW)}
     for run in test_factored.SLOW[::2]:
         yield f"factored-{run}", FP64_LIMITS, lambda run=run: trained_factored(run, factored[run.optim.kind])
+    for run in test_chapters.SLOW:
+        yield f"chapter-{run}", FP64_LIMITS, lambda run=run: trained_chapter(run)
     for world, cases in (*test_sampling.QUICK.items(), *test_sampling.SLOW.items()):
         for case in cases:
             degrees, zero, jobs = case
@@ -88,6 +91,12 @@ def trained(layout: Layout, truth: Outcome) -> Row:
 def trained_factored(run: Run, truth: Outcome) -> Row:
     """The same of the model that keeps time and space apart."""
     return compared(run_distributed(on_this_layout_factored, run.world, run, timeout=600), truth)
+
+
+def trained_chapter(run: chapters.Run) -> Row:
+    """The same of DiT, Latte and PixArt."""
+    every = run_distributed(chapters.on_this_layout, run.world, run, chapters.MODELS[run.model], timeout=600)
+    return compared(every, test_chapters.truth(run.model, run.kind))
 
 
 def compared(results: list[Outcome], truth: Outcome) -> Row:

@@ -175,7 +175,97 @@ GOLDEN_STDIT = "tests/unit/test_golden_stdit.py::test_output_loss_and_gradients[
 STDIT_START = "tests/unit/test_stdit_files.py::test_stdit3_starts_from_pixart_sigma_with_more_channels"
 PYRAMID = f"{CACHES_UNIT}test_pyramid_attention_counts_calls_of_every_pass"
 
+SINCOS, EMBEDDING, CAPTION = (f"opensora/models/layers/{name}.py" for name in ("sincos", "embedding", "caption"))
+PATCHES, DIT_UNIT = "opensora/models/weights/patches.py", "tests/unit/test_dit_family.py::"
+DIFFUSERS_DIT, PATCH_FILES = "tests/unit/test_diffusers_dit_parity.py::", "tests/unit/test_patch_weights.py::"
+DIT_MODEL, LATTE_MODEL, PIXART_MODEL = (f"opensora/models/{name}/model.py" for name in ("dit", "latte", "pixart"))
+
 TABLE: tuple[Mutation, ...] = (
+    # DiT, Latte, PixArt: positions, prompts that are dropped, files.
+    Mutation(
+        "rows before columns",
+        SINCOS,
+        "sincos(columns, dim // 2), sincos(rows, dim // 2)",
+        "sincos(rows, dim // 2), sincos(columns, dim // 2)",
+        DIFFUSERS_DIT + "test_pixart_equals_diffusers[False]",
+    ),
+    Mutation(
+        "stills of DiT know a frame",
+        DIT_MODEL,
+        "if not self.cfg.no_temporal_pos_emb:",
+        "if True:",
+        DIFFUSERS_DIT + "test_dit_equals_diffusers",
+    ),
+    Mutation(
+        "a dropped class is the first one",
+        EMBEDDING,
+        "torch.where(dropped, self.classes, label)",
+        "torch.where(dropped, 0, label)",
+        DIT_UNIT + "test_dropped_samples_do_not_know_their_prompts[dit_class]",
+    ),
+    Mutation(
+        "frames of Latte enter with the tokens",
+        LATTE_MODEL,
+        "first = self.temporal_blocks[0] if len(self.temporal_blocks) else None",
+        "first = self.spatial_blocks[0]",
+        DIFFUSERS_DIT + "test_latte_equals_diffusers",
+    ),
+    Mutation(
+        "frames of Latte enter at every block",
+        LATTE_MODEL,
+        "if block is first and frames is not None:",
+        "if frames is not None:",
+        DIFFUSERS_DIT + "test_latte_equals_diffusers",
+    ),
+    Mutation(
+        "positions of PixArt are not stretched",
+        PIXART_MODEL,
+        "base = self._base(rows * columns)",
+        "base = None",
+        DIFFUSERS_DIT + "test_pixart_equals_diffusers[False]",
+    ),
+    Mutation(
+        "aspect ratio is width by height",
+        PIXART_MODEL,
+        "conditions.size[:, :1] / conditions.size[:, 1:]",
+        "conditions.size[:, 1:] / conditions.size[:, :1]",
+        DIT_UNIT + "test_pixart_ms_is_told_height_by_width",
+    ),
+    Mutation(
+        "coarser keys are not normalised",
+        "opensora/models/pixart/layers.py",
+        "self.norm(self.sr(planes.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))",
+        "self.sr(planes.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)",
+        DIT_UNIT + "test_coarser_keys_are_those_of_the_first_places[conv]",
+    ),
+    Mutation(
+        "a null text begins anew behind its end",
+        CAPTION,
+        ".clamp(max=self.y_embedding.shape[0] - 1)",
+        " % self.y_embedding.shape[0]",
+        DIT_UNIT + "test_the_null_text_beyond_its_rows_repeats_the_last",
+    ),
+    Mutation(
+        "the first row of a file's null text is repeated",
+        PATCHES,
+        "(Rows(name, found - 1, found),)",
+        "(Rows(name, 0, 1),)",
+        PATCH_FILES + "test_the_null_text_is_as_long_as_the_models_texts[4]",
+    ),
+    Mutation(
+        "places of a patch change their order in files",
+        PATCHES,
+        ".transpose(3, 0, 1, 2)",
+        ".transpose(3, 0, 2, 1)",
+        PATCH_FILES + "test_published_channels_of_a_token_come_last",
+    ),
+    Mutation(
+        "what is frozen is not exported",
+        "acceleration/engines/native.py",
+        "(trained | self.frozen).items()",
+        "trained.items()",
+        "tests/dist/test_chapters.py::test_what_is_not_trained_is_saved_and_exported[dit]",
+    ),
     # A step of training: what is encoded, dropped, corrupted, and how it is weighed.
     Mutation("mask of a dropped prompt kept", STEP, "null.mask, mask)", "mask, mask)", TRAIN),
     Mutation("tokens and pooled text dropped together", STEP, "torch.where(drop_vec[", "torch.where(drop_txt[", TRAIN),

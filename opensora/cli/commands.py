@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plot": ("opensora.cli.plot", "draw a run's loss"),
     "shapes": ("data_pipeline.shapes", "render the data set of moving shapes"),
     "download": ("opensora.cli.download", "fetch published weights"),
+    "convert": ("opensora.cli.convert", "write published weights, as .pt files, as safetensors"),
     "doctor": ("opensora.cli.doctor", "look whether the files of a configuration are there and fit, and what it needs"),
     "judge": ("data_pipeline.shapes.judge", "look whether samples of shapes show what their prompts say"),
     "config-reference": ("opensora.cli.config_reference", "write every key of the configuration to the docs"),

@@ -31,6 +31,7 @@ class EncodedTokens:
     conditions: Conditions  # references as tokens
     inside: Tensor | None = None  # (1, T, S, C) or (1, N, C) bool, values that are latents; None: all
     grid: tuple[int, int, int] | None = None  # tokens along (t, h, w); None: of several samples in a sequence
+    weights: Tensor | None = None  # (B, N) or (B, T, S) fp32: of tokens in the loss; None: all 1
 
 
 def concat_packed(parts: Sequence[EncodedTokens]) -> tuple[EncodedTokens, SampleOf]:
@@ -61,6 +62,7 @@ def concat_packed(parts: Sequence[EncodedTokens]) -> tuple[EncodedTokens, Sample
             **_joined(known, ("reference", "known"), _end_to_end),
             **_joined(known, BY_SAMPLE, torch.cat),
         ),
+        weights=_joined(parts, ("weights",), _end_to_end).get("weights"),
     )
     return packed, (_sample_numbers(text_lengths), _sample_numbers(image_lengths))
 
@@ -75,7 +77,7 @@ def _end_to_end(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _joined(
-    known: Sequence[Conditions], names: Sequence[str], join: Callable[[list[Tensor]], Tensor]
+    known: Sequence[Conditions] | Sequence[EncodedTokens], names: Sequence[str], join: Callable[[list[Tensor]], Tensor]
 ) -> dict[str, Tensor]:
     """The named fields, of those that all samples have."""
     columns = {name: [x for one in known if (x := getattr(one, name)) is not None] for name in names}

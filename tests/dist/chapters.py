@@ -5,15 +5,19 @@ outputs to a target, so that no objective is needed. Nothing divides by anything
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from acceleration import lora
 from acceleration.accounting.comm_volume import step_bytes
 from acceleration.accounting.rank_layout import MicroBatch, RankLayout
-from acceleration.config import MeshConfig, OptimConfig, ParallelConfig
+from acceleration.checkpoint import CheckpointManager, tensor_shards
+from acceleration.config import CompileConfig, LoraConfig, MeshConfig, OptimConfig, ParallelConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
@@ -21,14 +25,14 @@ from acceleration.sequence import SequenceParallel
 from opensora.assembly.token_layout import TokenLayout, forward_arguments, token_layout
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.models.dit import DiTConfig
-from opensora.models.families import build_model, describe
+from opensora.models.families import build_model, describe, family_of
 from opensora.models.latte import LatteConfig
 from opensora.models.pixart import PixArtConfig, PixArtMSConfig, PixArtSigmaConfig
 from opensora.planner.meta_model import structure
 from opensora.utils.rng import torch_generator
 from opensora.utils.tokens import Grid
 from tests.dist.layouts import FP64, RECOMPUTE
-from tests.dist.parity import Outcome, fill, measured_steps, relative
+from tests.dist.parity import Outcome, fill, measured_steps
 
 CPU = torch.device("cpu")
 STEPS, TEXT_TOKENS = 2, 5
@@ -51,6 +55,7 @@ MODELS: dict[str, Any] = {
     "latte_class": LatteConfig(**_ADALN, depth=4, condition="label_7"),
     "pixart": PixArtConfig(**_PIXART),
     "pixart_ms": PixArtMSConfig(**_PIXART),
+    "pixart_frozen": PixArtConfig(**_PIXART, freeze="text"),
     "pixart_qk": PixArtSigmaConfig(**_PIXART, qk_norm=True, input_size=(1, 8, 8)),
     "pixart_kv": PixArtSigmaConfig(
         **_PIXART, qk_norm=True, kv_compress_sampling="conv", kv_compress_scale_factor=2, kv_compress_layer=(1,)
@@ -149,10 +154,34 @@ def squares(model: nn.Module, cfg: Any, layout: TokenLayout, sample: Sample) -> 
     return (difference * layout.shard(learned(sample))[..., None]).sum() * sample.weight
 
 
-def on_one_process(cfg: Any, optim: OptimConfig = SGD) -> Outcome:
+def adapters_of(cfg: Any) -> LoraConfig:
+    """On every layer that the family names for them, and on the first and last."""
+    return LoraConfig(rank=3, alpha=5.0, targets=(*family_of(cfg).lora_targets, "x_embedder", "final_layer.linear"))
+
+
+def adapted_by_hand(model: nn.Module, cfg: Any) -> dict[str, Tensor]:
+    """Adapters, each added by a hook; all else frozen."""
+    model.requires_grad_(False)
+    with torch.device("meta"):
+        names = lora.apply(build_model(cfg), adapters_of(cfg))
+    found: dict[str, Tensor] = {}
+    for name in names:
+        layer: Any = model.get_submodule(name)
+        a = torch.empty(3, layer.in_features, dtype=torch.float64)
+        b = torch.empty(layer.out_features, 3, dtype=torch.float64)
+        for kind, value in (("A", a), ("B", b)):
+            fill(f"{name}.lora_{kind}.weight", value)
+            found[f"{name}.lora_{kind}.weight"] = value.requires_grad_()
+        layer.register_forward_hook(lambda _, args, out, a=a, b=b: out + 5 / 3 * F.linear(F.linear(args[0], a), b))
+    return found
+
+
+def on_one_process(cfg: Any, optim: OptimConfig = SGD, *, adapters: bool = False) -> Outcome:
     """The truth, in plain torch."""
     model, layout = plain_model(cfg), token_layout(cfg, SequenceParallel(meshes.view({})))
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    named: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if adapters:
+        named = adapted_by_hand(model, cfg)
     parameters, steps = list(named.values()), []
     optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, lr=optim.lr)
     if optim.kind == "adamw":
@@ -169,7 +198,8 @@ def on_one_process(cfg: Any, optim: OptimConfig = SGD) -> Outcome:
         optimizer.step()
         optimizer.zero_grad()
         steps.append((total.item(), norm.item(), gradients))
-    return Outcome(steps, {name: p.detach().clone() for name, p in model.named_parameters()})
+    kept = named if adapters else dict(model.named_parameters())
+    return Outcome(steps, {name: p.detach().clone() for name, p in kept.items()})
 
 
 @dataclass(frozen=True)
@@ -182,10 +212,13 @@ class Run:
     zero: int = 3
     recompute: str = "none"
     kind: str = "sgd"
+    adapters: bool = False
+    compiled: bool = False
 
     def __str__(self) -> str:
         axes = "".join(f"-{axis}{degree}" for axis, degree in self.axes)
-        return f"{self.model}-{self.world}{axes}-zero{self.zero}-{self.recompute}-{self.kind}"
+        more = "-lora" * self.adapters + "-compiled" * self.compiled
+        return f"{self.model}-{self.world}{axes}-zero{self.zero}-{self.recompute}-{self.kind}{more}"
 
     @property
     def optim(self) -> OptimConfig:
@@ -195,7 +228,8 @@ class Run:
     def config(self) -> ParallelConfig:
         mesh: dict[str, Any] = {"shard": -1} | dict(self.axes)
         zero: Any = self.zero
-        return ParallelConfig(zero=zero, mesh=MeshConfig(**mesh), precision=FP64, recompute=RECOMPUTE[self.recompute])
+        found = ParallelConfig(zero=zero, mesh=MeshConfig(**mesh), precision=FP64, recompute=RECOMPUTE[self.recompute])
+        return replace(found, compile=CompileConfig(enabled=True, backend="aot_eager")) if self.compiled else found
 
 
 def on_this_layout(run: Run, cfg: Any) -> Outcome:
@@ -204,6 +238,8 @@ def on_this_layout(run: Run, cfg: Any) -> Outcome:
     mesh = meshes.build(parallel.mesh, dist.get_world_size(), CPU)
     with torch.device("meta"):
         model = build_model(cfg)
+    if run.adapters:
+        lora.apply(model, adapters_of(cfg))
     parallelize(model, parallel, mesh, CPU, fill)
     engine = build_engine(model, parallel, run.optim, mesh)
     layout = token_layout(cfg, SequenceParallel(mesh))
@@ -226,7 +262,65 @@ def on_this_layout(run: Run, cfg: Any) -> Outcome:
         known = describe(cfg).references == "in_place"
         return step_bytes(structure(cfg, known), place, [sizes(sample) for sample in mine(step)])
 
-    return measured_steps(engine, mesh, STEPS, backward, predicted)
+    return measured_steps(engine, mesh, STEPS, backward, None if run.adapters else predicted)  # which knows none
+
+
+@torch.no_grad()
+def steps_of_sampling(model: nn.Module, cfg: Any, layout: TokenLayout) -> list[Tensor]:
+    """Whole tokens of every bucket after three steps from noise, of which each process takes its own."""
+    found = []
+    for sample in batches(cfg, 0):
+        x, told = layout.shard(sample.x), layout.shard_conditions(sample.conditions, sample.x)
+        for t in (900.0, 500.0, 100.0):
+            tokens = TokenBatch(x=x, positions=layout.shard(sample.positions), grid=sample.grid.sides)
+            out = model(**forward_arguments(cfg, tokens, torch.full_like(sample.t, t), told))
+            x = x - 0.4 * out[..., : x.shape[-1]].tanh()
+        found.append(layout.gather(x, sample.grid).clone())
+    return found
+
+
+def sampled(cfg: Any) -> list[Tensor]:
+    """On one process."""
+    return steps_of_sampling(plain_model(cfg), cfg, token_layout(cfg, SequenceParallel(meshes.view({}))))
+
+
+def sampled_on_these_layouts(runs: list[Run], configs: dict[str, Any]) -> list[list[Tensor]]:
+    """Runs in every process of the group; all have all samples, shared by the processes of a sample."""
+    found = []
+    for run in runs:
+        parallel, cfg = run.config, configs[run.model]
+        mesh = meshes.build(parallel.mesh, dist.get_world_size(), CPU)
+        with torch.device("meta"):
+            model = build_model(cfg)
+        parallelize(model, parallel, mesh, CPU, fill)
+        found.append(steps_of_sampling(model.eval(), cfg, token_layout(cfg, SequenceParallel(mesh))))
+    return found
+
+
+def train_and_save(run: Run, cfg: Any, folder: Path, start: int, stop: int) -> dict[str, Tensor]:
+    """Resume at ``start`` if it is not zero, run to ``stop``, save; all state as whole tensors, and the export."""
+    parallel = run.config
+    mesh = meshes.build(parallel.mesh, dist.get_world_size(), CPU)
+    with torch.device("meta"):
+        model = build_model(cfg)
+    # A resumed run starts from other values than the first did: all that counts is in the checkpoint.
+    parallelize(model, parallel, mesh, CPU, (lambda name, tensor: tensor.zero_()) if start else fill)  # type: ignore
+    engine, layout = build_engine(model, parallel, run.optim, mesh), token_layout(cfg, SequenceParallel(mesh))
+    manager = CheckpointManager(folder, keep=0)
+    if start:
+        state = engine.state_dict()
+        manager.load(folder / f"step-{start:08d}", state)
+        engine.load_state_dict(state)
+    for step in range(start, stop):
+        for sample in (mine := batches(cfg, step)):
+            share = squares(engine.model, cfg, layout, sample) / elements(cfg, step) / mesh.data_degree
+            engine.backward(share, last_microbatch=sample is mine[-1])
+        engine.step(step)
+    manager.save(stop, engine.state_dict(), {})
+    flat = {f"{part}.{name}": value for part, values in engine.state_dict().items() for name, value in values.items()}
+    tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor | tensor_shards.TensorShards)}
+    found = {name: tensor_shards.whole(value, mesh["tensor"]).clone() for name, value in tensors.items()}
+    return found | {f"exported.{name}": value.clone() for name, value in engine.full_weights("ema")}
 
 
 def sizes(sample: Sample) -> MicroBatch:
@@ -245,6 +339,3 @@ def sizes(sample: Sample) -> MicroBatch:
 def on_these_layouts(runs: list[Run], configs: dict[str, Any]) -> list[Outcome]:
     """One after the other, in the same processes."""
     return [on_this_layout(run, configs[run.model]) for run in runs]
-
-
-__all__ = ["relative"]

@@ -2,12 +2,25 @@
 every gradient, the clipping norm and the weights after steps, in fp64."""
 
 from functools import cache
+from pathlib import Path
 
 import pytest
+import torch
 
-from tests.dist.chapters import ADAMW, MODELS, SGD, Run, on_one_process, on_these_layouts
+from tests.dist.chapters import (
+    ADAMW,
+    MODELS,
+    SGD,
+    Run,
+    on_one_process,
+    on_these_layouts,
+    plain_model,
+    sampled,
+    sampled_on_these_layouts,
+    train_and_save,
+)
 from tests.dist.harness import run_distributed
-from tests.dist.parity import TOLERANCE, Outcome, worst_error
+from tests.dist.parity import TOLERANCE, Outcome, relative, worst_error
 
 ULYSSES, RING, TENSOR = (("ulysses", 2),), (("ring", 2),), (("tensor", 2),)
 QUICK = [
@@ -56,15 +69,29 @@ def _slow() -> list[Run]:
 SLOW = _slow()
 
 
+LORA = [
+    Run("pixart", 2, TENSOR, 1, adapters=True),
+    Run("latte", 2, ULYSSES, 3, "full", adapters=True),
+    Run("dit", 4, (("ring", 2), ("ulysses", 2)), 2, adapters=True),
+    Run("pixart_kv", 4, (("tensor", 2),), 3, "selective", adapters=True),
+]
+
+COMPILED = [
+    Run("dit", 2, RING, 3, "full", compiled=True),
+    Run("latte", 2, ULYSSES, 2, compiled=True),
+    Run("pixart_qk", 2, TENSOR, 3, "selective", compiled=True),
+]
+
+
 @cache
-def truth(model: str, kind: str) -> Outcome:
-    return on_one_process(MODELS[model], ADAMW if kind == "adamw" else SGD)
+def truth(model: str, kind: str, adapters: bool = False) -> Outcome:
+    return on_one_process(MODELS[model], ADAMW if kind == "adamw" else SGD, adapters=adapters)
 
 
 def check(runs: list[Run], timeout: float) -> None:
     for rank, found in enumerate(run_distributed(on_these_layouts, runs[0].world, runs, MODELS, timeout=timeout)):
         for run, outcome in zip(runs, found, strict=True):
-            assert worst_error(outcome, truth(run.model, run.kind)) <= TOLERANCE, (str(run), rank)
+            assert worst_error(outcome, truth(run.model, run.kind, run.adapters)) <= TOLERANCE, (str(run), rank)
             for counted, formula in outcome.traffic:
                 assert counted == formula, (str(run), rank)
                 cut = [axis for axis, _ in run.axes if axis in ("ulysses", "ring", "tensor")]
@@ -85,11 +112,56 @@ def test_every_layout_equals_one_process(model: str, world: int) -> None:
     check(runs, 800) if runs else None
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [*LORA, *COMPILED], ids=str)
+def test_adapters_and_compiled_blocks(run: Run) -> None:
+    check([run], 100)
+
+
+def check_samples(runs: list[Run], timeout: float) -> None:
+    for found in run_distributed(sampled_on_these_layouts, runs[0].world, runs, MODELS, timeout=timeout):
+        for run, samples in zip(runs, found, strict=True):
+            for sample, whole in zip(samples, sampled(MODELS[run.model]), strict=True):
+                assert relative(sample, whole) <= TOLERANCE, str(run)
+
+
+def test_two_processes_sample_as_one() -> None:
+    check_samples([Run("dit", 2, RING), Run("latte", 2, ULYSSES, 0), Run("pixart_ms", 2, TENSOR, 2)], 100)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("world", AXES)
+def test_every_layout_samples_as_one_process(world: int) -> None:
+    check_samples([run for run in SLOW if run.world == world], 800)
+
+
+@pytest.mark.parametrize("model", ["pixart_frozen", "dit"])
+def test_what_is_not_trained_is_saved_and_exported(model: str, tmp_path: Path) -> None:
+    """A run that goes on from a checkpoint on another layout has the null text, and the frozen layers, of that; they
+    have no moving average, and an export of the average has them as they are."""
+    cfg = MODELS[model]
+    first, second = Run(model, 2, ULYSSES, 3, kind="adamw"), Run(model, 2, TENSOR, 1, kind="adamw")
+    (whole,) = run_distributed(train_and_save, 1, Run(model, 1, (), 0, kind="adamw"), cfg, tmp_path / "whole", 0, 2)
+    run_distributed(train_and_save, 2, first, cfg, tmp_path / "moved", 0, 1)
+    found = run_distributed(train_and_save, 2, second, cfg, tmp_path / "moved", 1, 2)[0]
+    assert found.keys() == whole.keys()
+    assert max(relative(found[name], whole[name]) for name in whole) <= TOLERANCE
+    started = dict(plain_model(cfg).named_parameters())
+    frozen = {name for name, parameter in started.items() if not parameter.requires_grad}
+    assert frozen and not {f"ema.{name}" for name in frozen} & whole.keys()
+    for name in frozen:
+        for of in ("model", "exported"):
+            assert torch.equal(found[f"{of}.{name}"], started[name]), name
+    assert {name.removeprefix("exported.") for name in found if name.startswith("exported.")} == started.keys()
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_every_trained_parameter_gets_a_gradient(model: str) -> None:
     """A parity test of gradients that are zero would prove nothing; the null text is not trained."""
     outcome = truth(model, "sgd")
     gradients = outcome.steps[0][2]
-    assert outcome.weights.keys() - gradients.keys() == {n for n in outcome.weights if n.endswith(".y_embedding")}
+    frozen = (".y_embedding", *[".cross_attn."] * (model == "pixart_frozen"))
+    assert outcome.weights.keys() - gradients.keys() == {n for n in outcome.weights if any(x in n for x in frozen)}
     for name, gradient in gradients.items():
         assert gradient.abs().max() > 0, name

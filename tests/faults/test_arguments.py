@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT / "launch"))
 COMMANDS = {
     "opensora.cli.forecast": ["nowhere.yaml", "--world", "8"],
     "opensora.cli.doctor": ["nowhere.yaml"],
+    "opensora.cli.convert": ["nowhere.pt", "--to", "converted", "model.kind=dit"],
     "opensora.cli.download": ["open-sora-v2-dc-ae", "--to", "ckpts"],
     "opensora.cli.plot": ["nowhere"],
     "opensora.cli.preflight": ["nowhere.yaml"],

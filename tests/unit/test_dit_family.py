@@ -13,10 +13,13 @@ from acceleration.config import MeshConfig, OptimConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.sequence import SequenceParallel
 from opensora.assembly.layout import check_layout
+from opensora.assembly.token_layout import forward_arguments
 from opensora.models.base import Width, Widths
+from opensora.models.conditions import Conditions, TokenBatch
 from opensora.models.dit import DiTConfig
-from opensora.models.families import FAMILIES, build_model, describe, init_model_
+from opensora.models.families import FAMILIES, build_model, describe, family_of, init_model_
 from opensora.models.latte import LatteConfig
+from opensora.models.layers.stages import run_in_order
 from opensora.models.pixart import PixArtConfig, PixArtMSConfig, PixArtSigmaConfig
 from opensora.planner.forecast import Forecaster
 from opensora.planner.meta_model import denoiser_inputs
@@ -97,9 +100,6 @@ def test_tokens_of_compressed_keys_are_not_cut() -> None:
 
 def outputs(model: Any, cfg: Any, **changes: Tensor | None) -> Tensor:
     """Of the first micro-batch, with some of its conditions changed."""
-    from opensora.assembly.token_layout import forward_arguments
-    from opensora.models.conditions import TokenBatch
-
     sample = batches(cfg, 0)[0]
     tokens = TokenBatch(x=sample.x, positions=sample.positions, grid=sample.grid.sides)
     told = replace(sample.conditions, **changes)
@@ -120,7 +120,34 @@ def test_dropped_samples_do_not_know_their_prompts(name: str) -> None:
         changes["label"] = (told.label + 1) % 7
     truth, found = outputs(model, cfg), outputs(model, cfg, **changes)
     assert torch.equal(found[1], truth[1]) and not torch.allclose(found[0], truth[0])
-    assert not torch.allclose(outputs(model, cfg, dropped=torch.tensor([False, False]))[1], truth[1])
+    kept = torch.tensor([False, False])
+    assert not torch.allclose(outputs(model, cfg, dropped=kept)[1], truth[1])
+    if told.label is not None:  # no class is the one behind the last
+        none = torch.full_like(told.label, describe(cfg).num_classes)
+        assert torch.equal(outputs(model, cfg, dropped=kept, label=none)[1], truth[1])
+
+
+def test_pixart_ms_is_told_height_by_width() -> None:
+    size = torch.tensor([[480.0, 640.0], [256.0, 128.0]])
+    tokens = TokenBatch(x=torch.zeros(2, 1, 16), positions=torch.zeros(2, 1, 3))
+    told = Conditions(text=torch.zeros(2, 1, 20), size=size)
+    info = family_of(MODELS["pixart_ms"]).arguments(MODELS["pixart_ms"], tokens, torch.zeros(2), told)["data_info"]
+    assert torch.equal(info["hw"], size) and info["ar"].tolist() == [[0.75], [2.0]]
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart", "pixart_kv"])
+def test_step_caches_see_what_attention_reads(name: str) -> None:
+    cfg, seen = MODELS[name], dict[str, Any]()
+    model = plain_model(cfg)
+
+    def look(stages: Any, streams: Any) -> Tensor:
+        seen["stated"] = stages[0].modulated(next(iter(stages[0].blocks)), streams)
+        return run_in_order(stages, streams)
+
+    model.run_stages = look  # type: ignore[assignment]
+    model.blocks[0].attn.qkv.register_forward_pre_hook(lambda _, args: seen.update(read=args[0]))  # type: ignore
+    outputs(model, cfg)
+    assert torch.equal(seen["stated"], seen["read"])
 
 
 def test_hidden_text_is_not_read() -> None:

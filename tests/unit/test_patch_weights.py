@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from opensora.cli import convert
+from opensora.config.load import to_yaml
 from opensora.models.dit import SIZES as DIT
 from opensora.models.dit import DiTConfig
 from opensora.models.families import build_model, family_of, has_frozen_parameters
@@ -179,6 +181,26 @@ def test_files_of_the_original_image_models(tmp_path: Path) -> None:
         assert len(report.recomputed) == {"pixart_ms": 0, "dit": 2, "latte_class": 2}.get(name, 1), name
 
 
+def test_sharded_checkpoints_of_the_family(tmp_path: Path) -> None:
+    """A folder with shards of torch.save and an index below ``model``; a shard that is not there is named."""
+    cfg = SMALL["pixart"]
+    model, again, format = filled(cfg), build_model(cfg), family_of(cfg).weights
+    state, folder = theirs(cfg, model.state_dict()), tmp_path / "epoch0-global_step7"
+    (folder / "model").mkdir(parents=True)
+    names = [f"pytorch_model-{number:05d}.bin" for number in (1, 2, 3)]
+    placed = {name: names[index % 3] for index, name in enumerate(sorted(state))}
+    for file in names:
+        torch_file(folder / "model" / file, {name: state[name] for name in state if placed[name] == file})
+    index = folder / "model" / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+    for place in (folder, folder / "model", index):
+        load_into(again, place, format, to=format.layout(cfg))
+        assert equal(again.state_dict(), model.state_dict())
+    (folder / "model" / names[1]).unlink()
+    with pytest.raises(UserError, match=r"names files that are not beside it \(pytorch_model-00002.bin\)"):
+        load_into(again, folder, format, to=format.layout(cfg))
+
+
 class Stranger:
     """What a pickle may hold beside tensors."""
 
@@ -189,6 +211,32 @@ def test_programs_are_not_unpickled(tmp_path: Path) -> None:
     path = torch_file(tmp_path / "a.pt", {"ema": theirs(cfg, filled(cfg).state_dict()), "args": Stranger()})
     with pytest.raises(UserError, match="holds more than tensors"):
         load_into(build_model(cfg), path, format, to=format.layout(cfg))
+
+
+def keys_of(cfg: Any) -> list[str]:
+    """The configuration as it is typed on a command line."""
+    return [f"model.{line}" for line in to_yaml(cfg).replace(": ", "=").splitlines()]
+
+
+def test_the_command_writes_safetensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a checkpoint with more than weights, which is read as it would be; what does not fit is a line, and writes
+    nothing."""
+    cfg = SMALL["pixart"]
+    model, out = filled(cfg), tmp_path / "out"
+    state = {name: tensor.half() for name, tensor in theirs(cfg, model.state_dict()).items()}
+    path = torch_file(tmp_path / "a.pth", {"state_dict": state | {"pos_embed": torch.zeros(1, 16, 24)}, "epoch": 3})
+    assert convert.main([str(path), "--to", str(out), *keys_of(cfg)]) == 0
+    assert "tensors loaded; 1 computed by the model and not read: pos_embed" in capsys.readouterr().out
+    assert equal(load_file(out / "model.safetensors"), state)
+    for other, said in ((SMALL["pixart_ms"], "missing"), (replace(cfg, depth=2), "unexpected")):
+        with pytest.raises(UserError, match=said):
+            convert.main([str(path), "--to", str(tmp_path / "nothing"), *keys_of(other)])
+    broken = torch_file(tmp_path / "b.pth", {"state_dict": state | {"t_block.1.bias": torch.full((144,), torch.inf)}})
+    with pytest.raises(UserError, match=r"t_block.1.bias holds NaN or infinite values"):
+        convert.main([str(broken), "--to", str(tmp_path / "nothing"), *keys_of(cfg)])
+    with pytest.raises(UserError, match=r"model: missing"):
+        convert.main([str(path), "--to", str(tmp_path / "nothing")])
+    assert not (tmp_path / "nothing").exists()
 
 
 @pytest.mark.parametrize("name", SMALL)

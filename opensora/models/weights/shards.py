@@ -12,6 +12,7 @@ from opensora.utils.files.safetensors_files import check_regular
 from opensora.utils.files.untrusted import ANY, TEXT, Each, mismatch, parse_json, parsing, read_small, short_reason
 
 _WANTED = "give a .safetensors file, an index .json, or their folder"
+SHARDED = "model"  # folder of a checkpoint that ColossalAI writes: shards of torch.save with their index
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 
 
@@ -19,7 +20,8 @@ def weight_files(path: Path, *, torch_files: bool = False) -> tuple[list[Path], 
     """(files of the weights, tensor -> name of its file as an index says, empty without one).
 
     Args:
-        torch_files: a folder without safetensors may hold one file of ``torch.save``.
+        torch_files: a folder without safetensors may hold one file of ``torch.save``, or several with an index, as a
+            checkpoint of Open-Sora 1.x has them below ``model``.
     """
     try:
         is_folder = path.is_dir()
@@ -36,6 +38,10 @@ def weight_files(path: Path, *, torch_files: bool = False) -> tuple[list[Path], 
         indices = sorted(path.glob("*.safetensors.index.json"))
         files = sorted(path.glob("*.safetensors"))
         pickled = sorted(file.name for file in path.iterdir() if file.suffix in SUFFIXES)
+        if torch_files and not indices and not files:
+            indices = sorted(path.glob("*.bin.index.json"))
+            if not pickled and (path / SHARDED).is_dir():
+                return weight_files(path / SHARDED, torch_files=True)
     if len(indices) > 1:
         found = some([index.name for index in indices])
         raise UserError(f"{path}: holds {len(indices)} index files ({found}): give one of them")
