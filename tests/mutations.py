@@ -1599,7 +1599,7 @@ TABLE: tuple[Mutation, ...] = (
         STEP,
         "loss = torch.where(tokens.inside, loss, 0.0)",
         "loss = loss.clone()",
-        "tests/unit/test_filled_up_sizes.py::test_the_loss_is_over_latents_alone[stdit3]",
+        "tests/unit/test_filled_up_sizes.py::test_the_loss_is_over_latents_alone[stdit3-elements]",
     ),
 )
 

@@ -125,20 +125,21 @@ class Preparation:
         prompts = self._text(encoded, drop_txt, drop_vec)
         conditions = replace(prompts, reference=reference, known=known, **self._numbers(batch, t))
         conditions = self.layout.patchify_conditions(conditions)
-        x = self.layout.patchify(noised.x)
+        x, inside = self.layout.patchify(noised.x), self.layout.inside(grid, self.encoders.device)
         return EncodedTokens(
             x=x,
             positions=self.layout.positions(grid, len(ids), self.encoders.device),
             targets={name: self.layout.patchify(target) for name, target in noised.targets.items()},
             t=t,
             conditions=conditions,
-            inside=self.layout.inside(grid, self.encoders.device),
+            inside=inside,
             weights=loss_weights(
                 x,
                 conditions.known,
                 left_out=self._leaves_out,
                 known_weight=self.conditioning.known_weight,
                 reduction=self.reduction,
+                inside=inside,
             ),
             grid=grid.sides,
         )

@@ -1,5 +1,6 @@
 """Latents that are no whole patches: filled up with zeros before a model, cut off behind it, and in no loss."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,11 +44,12 @@ def test_zeros_at_the_end_of_every_axis(patch: tuple[int, int, int], size: tuple
     assert wanted.all() if inside is None else torch.equal(inside, wanted)
 
 
+@pytest.mark.parametrize("reduction", ["elements", "samples"])
 @pytest.mark.parametrize("model", ["stdit3", "windows"])
-def test_the_loss_is_over_latents_alone(model: str) -> None:
+def test_the_loss_is_over_latents_alone(model: str, reduction: Any) -> None:
     """Written out on latents, where nothing was filled up."""
     cfg: Any = MODELS[model]
-    network, prepare = plain_model(cfg), preparation(cfg, meshes.view({}))
+    network, prepare = plain_model(cfg), replace(preparation(cfg, meshes.view({})), reduction=reduction)
     layout_ = prepare.layout
     for batch in batches(cfg, 0):
         tokens = prepare(batch, 0)  # type: ignore[arg-type]
@@ -58,10 +60,13 @@ def test_the_loss_is_over_latents_alone(model: str) -> None:
         mean, log_variance = (layout_.unpatchify(half, grid) for half in halves)
         target = layout_.unpatchify(tokens.targets["velocity"].double(), grid)
         loss = 0.5 * (log_variance + (mean - target) ** 2 / log_variance.exp())
+        counted = torch.ones_like(loss)
         if tokens.learned is not None:
-            noisy = tokens.learned.all(dim=2)[:, None, :, None, None]  # frames
-            loss = loss * noisy
-        torch.testing.assert_close(found, loss.sum() / 7, rtol=1e-12, atol=0)
+            counted = counted * tokens.learned.all(dim=2)[:, None, :, None, None]  # frames
+        truth = (loss * counted).sum()
+        if reduction == "samples":
+            truth = sum(one[is_counted.bool()].mean() for one, is_counted in zip(loss, counted, strict=True))
+        torch.testing.assert_close(found, truth / 7, rtol=1e-12 if reduction == "elements" else 1e-6, atol=0)
 
 
 def test_only_models_that_fill_up_take_such_sizes() -> None:
