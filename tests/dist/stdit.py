@@ -52,6 +52,7 @@ MODELS: dict[str, Any] = {
     "stdit2": STDiT2Config(**_SHAPE),
     "stdit3": STDiT3Config(**_SHAPE),
     "windows": STDiT3Config(**_SHAPE, kernel_size=(2, 3, -1), use_spatial_rope=True, cond_embed=True),
+    "skips": STDiT3Config(**_SHAPE, skip_temporal=True),
     "frozen": STDiT3Config(**_SHAPE, freeze_y_embedder=True, only_train_temporal=True),
 }
 DROPOUT = DropoutConfig(text=0.4)

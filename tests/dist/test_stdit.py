@@ -67,6 +67,7 @@ def _slow() -> list[Run]:
                 found.append(Run(model, world, mesh, zero, options, optim))
         found.append(Run(model, 2, {"ulysses": 2}, 3, COMPILED | recompute("full")))
         found.append(Run(model, 4, {"ring": 2, "ulysses": 2}, 2, COMPILED))
+    found.append(Run("skips", 2, {"ulysses": 2}, 3, recompute("full"), ADAMW))
     return [*found, Run("frozen", 2, {"ulysses": 2}, 3, recompute("full"), ADAMW), Run("frozen", 2, {"tensor": 2}, 1)]
 
 

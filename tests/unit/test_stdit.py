@@ -112,6 +112,19 @@ def test_what_is_frozen(cfg: Any, trained: str, frozen: str) -> None:
     assert not any(parameters[name].requires_grad for name in parameters if name.endswith(("y_embedding", "freqs")))
 
 
+def test_temporal_blocks_that_are_skipped() -> None:
+    """As if they added nothing; they are kept, and not trained."""
+    cfg = CONFIGS["stdit3 debug"]
+    model, skips = alive(cfg), alive(replace(cfg, skip_temporal=True))
+    for block in model.temporal_blocks:
+        for layer in (block.attn.proj, block.cross_attn.proj, block.mlp.fc2):
+            layer.weight.data.zero_()
+            layer.bias.data.zero_()
+    torch.testing.assert_close(skips(**told(cfg)), model(**told(cfg)), rtol=1e-4, atol=1e-5)
+    frozen = {name for name, p in skips.named_parameters() if not p.requires_grad}
+    assert {name for name in frozen if "blocks" in name} == {n for n in skips.state_dict() if "temporal_blocks" in n}
+
+
 def test_a_sample_does_not_see_the_others() -> None:
     for cfg in CONFIGS.values():
         model, given = alive(cfg), told(cfg, samples=2)
@@ -186,7 +199,7 @@ def test_structure_is_what_layouts_ask() -> None:
         for pattern in (*model.attention_cores, *model.axis_switches):
             assert list(protocol.slots(model, [pattern]))
     alone = build_model(replace(CONFIGS["stdit3 debug"], skip_temporal=True))
-    assert len(alone.temporal_blocks) == 0 and alone.block_lists == ("spatial_blocks",)
+    assert len(alone.temporal_blocks) == 2 and alone.block_lists == ("spatial_blocks",)
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ class STDiT3Config(ShapeConfig):
     kernel_size: tuple[int, int, int] | None = None  # tokens of a window of temporal blocks along (h, w, t); t=-1: all
     use_spatial_rope: bool = False  # spatial blocks rotate by row and column
     cond_embed: bool = False  # reads known frames beside the noise (1.3); else they are in its place
-    skip_temporal: bool = False  # has no temporal blocks
+    skip_temporal: bool = False  # temporal blocks are kept as they are, and do not run
     skip_y_embedder: bool = False  # text comes as wide as the model, projected before
     freeze_y_embedder: bool = False  # the projection of text is not trained
     only_train_temporal: bool = False  # only temporal blocks are trained

@@ -121,10 +121,11 @@ class STDiT3(nn.Module):
         if cfg.use_spatial_rope:
             self.to_space = AxisSwitch()
         self.spatial_blocks = nn.ModuleList(STDiT3Block(cfg, "space") for _ in range(cfg.depth))
-        temporal = 0 if cfg.skip_temporal else cfg.depth
-        self.temporal_blocks = nn.ModuleList(STDiT3Block(cfg, "time") for _ in range(temporal))
+        self.temporal_blocks = nn.ModuleList(STDiT3Block(cfg, "time") for _ in range(cfg.depth))
         self.final_layer = PixArtLastLayer(width, cfg.outputs * cfg.token_values)
         self.run_stages: RunStages = run_in_order
+        if cfg.skip_temporal:
+            train_only(self, lambda name: not name.startswith("temporal_blocks."))
         if cfg.freeze_y_embedder:
             train_only(self, lambda name: not name.startswith("y_embedder."))
         if cfg.only_train_temporal:
@@ -136,10 +137,11 @@ class STDiT3(nn.Module):
 
     @property
     def attention_cores(self) -> Mapping[str, AttentionAxis]:
-        found: dict[str, AttentionAxis] = {"spatial_blocks.*.attn.core": "space"}
-        if not self.cfg.skip_temporal:
-            found["temporal_blocks.*.attn.core"] = "time" if self.cfg.kernel_size is None else "window"
-        return found | {"*_blocks.*.cross_attn.core": "cross"}
+        return {
+            "spatial_blocks.*.attn.core": "space",
+            "temporal_blocks.*.attn.core": "time" if self.cfg.kernel_size is None else "window",
+            "*_blocks.*.cross_attn.core": "cross",
+        }
 
     @property
     def axis_switches(self) -> Mapping[str, TokenAxis]:
@@ -197,10 +199,9 @@ class STDiT3(nn.Module):
         text = self._text(y, mask, dropped, mask_index if self.cfg.cond_embed else None, y_null, x.shape[:2])
         ropes = {"space": self._spatial_rope(positions, scale, context), "time": self._temporal_rope(positions, scale)}
 
-        turns = zip(self.spatial_blocks, self.temporal_blocks, strict=not self.cfg.skip_temporal)
-        blocks = [block for turn in turns for block in turn] or list(self.spatial_blocks)
+        turns = zip(self.spatial_blocks, self.temporal_blocks, strict=True)
         stage = Stage(
-            blocks,
+            self.spatial_blocks if self.cfg.skip_temporal else [block for turn in turns for block in turn],
             run=lambda block, s: (block(s[0], times, text, ropes[block.axis], grid, context),),  # type: ignore[index]
             image=lambda s: s[0],
         )
