@@ -166,7 +166,7 @@ def adapted_by_hand(cfg: Any, model: nn.Module) -> dict[str, Tensor]:
         a = torch.empty(ADAPTERS.rank, layer.in_features, dtype=torch.float64)
         b = torch.empty(layer.out_features, ADAPTERS.rank, dtype=torch.float64)
         for kind, value in (("A", a), ("B", b)):
-            fill(f"{name}.lora_{kind}.weight", value)
+            alive(f"{name}.lora_{kind}.weight", value)
             found[f"{name}.lora_{kind}.weight"] = value.requires_grad_()
         layer.register_forward_hook(lambda _, args, out, a=a, b=b: out + 5 / 3 * F.linear(F.linear(args[0], a), b))
     return found
