@@ -135,11 +135,10 @@ def elements(cfg: Any, step: int) -> int:
 
 
 def alive(name: str, tensor: Tensor) -> None:
-    """Weights that are all alive. The stream has no norm where it asks the text: with queries as large as all else a
-    softmax is one or zero, and the last digits of its gradients say nothing."""
+    """Weights that are all alive, and small: the stream has no norm where it asks the text, nor STDiT's where it looks
+    along time, and where a softmax is one or zero the last digits of its gradients say nothing."""
     fill(name, tensor)
-    if "q_linear" in name:
-        tensor.mul_(0.05)
+    tensor.mul_(0.2 if "q_linear" in name else 5.0 if "kv_linear" in name else 0.5)
 
 
 def plain_model(cfg: Any) -> nn.Module:
