@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from math import prod
 
+from acceleration import lora
 from acceleration.accounting.activation_memory import Segment, Timeline
 from acceleration.accounting.comm_volume import held, padded
 from acceleration.accounting.model_profile import ModelProfile, Parameter, ShardUnit
@@ -60,8 +61,9 @@ def state_of(
     weights = sum(n * padded(trains(unit), place) for unit, n in structure.unit_counts) * master
     if streams:
         weights += whole_frozen(structure.rest, place)
-    else:  # frozen weights are kept in the type that blocks compute in
-        weights += sum(n * padded(is_frozen(unit), place) for unit, n in structure.unit_counts) * compute
+    else:  # beside adapters frozen weights are kept in the type that blocks compute in
+        still = compute if any(lora.is_adapter(p.name) for p in structure.parameters) else master
+        weights += sum(n * padded(is_frozen(unit), place) for unit, n in structure.unit_counts) * still
     return Footprint(
         weights=weights if on_device else 0,
         optimizer=0 if moves_optimizer else trained * MOMENTS[optim.kind],

@@ -36,7 +36,7 @@ from acceleration.config import PrecisionConfig
 from acceleration.distributed.collectives import count_all_reduce, nbytes
 from acceleration.distributed.comm_timer import WAITING
 from acceleration.distributed.mesh import FSDP, REPLICATE, Axis, Mesh, sharding_mesh
-from acceleration.lora import LoraLinear
+from acceleration.lora import LoraLinear, is_adapter
 from acceleration.protocol import ParameterSource, PartialSource
 from acceleration.sharding import tensor_parallel
 from acceleration.sharding.precision import DTYPES, fsdp_policy
@@ -159,11 +159,13 @@ def materialize(
 
     ``fill(name, tensor)`` writes the full value of one parameter into a CPU tensor of the type it is kept in; every
     process keeps its piece. A ``PartialSource`` is asked for the piece alone. No process ever holds more than its
-    pieces and one full parameter, or one piece, and values do not depend on the layout. What is frozen needs no master:
-    kept in the compute type it takes less memory, and the numbers that blocks compute with are the same.
+    pieces and one full parameter, or one piece, and values do not depend on the layout. What is frozen beside adapters
+    needs no master: kept in the compute type it takes less memory, and the numbers that blocks compute with are the
+    same. Without adapters it is saved and exported, and keeps its digits.
     """
     master, compute = DTYPES[precision.master], DTYPES[precision.compute]
-    model._apply(lambda x: x.to(master if x.requires_grad else compute))  # as model.to, which knows one type only
+    still = compute if any(is_adapter(name) for name, _ in model.named_parameters()) else master
+    model._apply(lambda x: x.to(master if x.requires_grad else still))  # as model.to, which knows one type only
     pinned, elsewhere = device.type == "cuda", set(map(id, on_host(model)))
     model._apply(
         lambda x: (

@@ -41,7 +41,8 @@ from tests.factored_family import GaussianFlow, GaussianFlowConfig
 CPU = torch.device("cpu")
 SEED, STEPS, CHANNELS = 7, 2, 4
 SGD = OptimConfig(kind="sgd", lr=0.05, clip_norm=0.3)
-ADAMW = OptimConfig(kind="adamw", lr=0.01, clip_norm=0.3, weight_decay=0.1, eps=1e-8, ema_decay=0.9)
+# A softmax does not see the bias of its keys: what is left of this gradient is rounding, which Adam would make large.
+ADAMW = OptimConfig(kind="adamw", lr=0.01, clip_norm=0.3, weight_decay=0.1, eps=1e-4, ema_decay=0.9)
 # (samples, T', H', W'): 5 frames of 1x7, a still of 3x5, 2 of 1x3, 4 of 2x5
 WHOLE = ((2, 5, 2, 14), (3, 1, 6, 10), (2, 2, 2, 6), (1, 4, 4, 10))
 ODD = ((2, 5, 3, 13), (3, 1, 6, 9), (2, 2, 2, 6), (1, 4, 3, 10))  # the same with sides that are no whole patches

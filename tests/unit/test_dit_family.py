@@ -1,6 +1,7 @@
 """What DiT, Latte and PixArt say of themselves: operations, refusals, first values, dropped prompts."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,12 +9,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from acceleration.accounting.rank_layout import MicroBatch
-from acceleration.config import MeshConfig, OptimConfig
+from acceleration.accounting.peak_memory import state_of
+from acceleration.accounting.rank_layout import MicroBatch, RankLayout
+from acceleration.config import LoraConfig, MeshConfig, OptimConfig, ParallelConfig, PrecisionConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.sequence import SequenceParallel
+from acceleration.sharding import fsdp
 from opensora.assembly.layout import check_layout
 from opensora.assembly.token_layout import forward_arguments
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig
 from opensora.models.base import Width, Widths
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.models.dit import DiTConfig
@@ -22,7 +27,7 @@ from opensora.models.latte import LatteConfig
 from opensora.models.layers.stages import run_in_order
 from opensora.models.pixart import PixArtConfig, PixArtMSConfig, PixArtSigmaConfig
 from opensora.planner.forecast import Forecaster
-from opensora.planner.meta_model import denoiser_inputs
+from opensora.planner.meta_model import denoiser_inputs, meta_model, structure
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.utils.errors import UserError
 from tests.dist.chapters import MODELS, batches, plain_model
@@ -220,3 +225,47 @@ def test_the_null_text_beyond_its_rows_repeats_the_last() -> None:
     assert torch.equal(for_every_sample(torch.tensor([[1, 0], [1, 1]]), 4), torch.tensor([[1, 0], [1, 1]] * 2).bool())
     with pytest.raises(ValueError, match="text mask of 2 rows"):
         for_every_sample(torch.ones(2, 2), 3)
+
+
+def test_the_null_text_keeps_its_digits() -> None:
+    """In fp32 beside bf16 that computes, as the masters of what is trained: it is saved and exported. In an adapted
+    model it is a part of the base. The forecast counts it so."""
+    cfg, precision = FAMILIES["pixart"].sizes["debug"], PrecisionConfig(compute="bf16", reduce="fp32", master="fp32")
+    place = RankLayout(meshes.view({}), ParallelConfig(precision=precision))
+    for adapters in (LoraConfig(), LoraConfig(rank=2, targets=family_of(cfg).lora_targets)):
+        model = meta_model(cfg, adapters)
+        fsdp.materialize(model, precision, torch.device("cpu"), lambda name, tensor: None)
+        is_base = bool(adapters.rank)
+        assert model.get_parameter("y_embedder.y_embedding").dtype == (torch.bfloat16 if is_base else torch.float32)
+        held = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
+        assert state_of(structure(cfg, adapters=adapters), place, OptimConfig()).weights == held
+
+
+@pytest.mark.parametrize(("model", "fits"), [("kind: pixart", False), ("kind: dit, condition: label_9", True)])
+def test_other_engines_keep_nothing_frozen(model: str, fits: bool, tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    shape = "in_channels: 16, caption_channels: 32, hidden_size: 36, num_heads: 2, depth: 1"
+    path.write_text(
+        f"name: a\nmodel: {{{model}, {shape}}}\nvae: {{kind: dct, channels: 16}}\ntext: {{kind: bytes, dim: 32}}\n"
+        "data: {table: a.csv, buckets: {32px: {1: [1.0, 1]}}}\nobjective: {kind: iddpm}\n"
+        "parallel: {engine: deepspeed, precision: {compute: fp32}}\ntrain: {steps: 1}\n"
+    )
+    if fits:
+        assert load_config(RunConfig, path).parallel.engine == "deepspeed"
+        return
+    with pytest.raises(UserError, match=r"parallel.engine=deepspeed: model.kind=pixart has parameters") as caught:
+        load_config(RunConfig, path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sequences_hold_one_sample_each(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        f"name: a\nmodel: {{kind: {kind}, in_channels: 16, caption_channels: 32, hidden_size: 36, num_heads: 2}}\n"
+        "vae: {kind: dct, channels: 16}\ntext: {kind: bytes, dim: 32}\nobjective: {kind: iddpm}\n"
+        "data: {table: a.csv, tokens_per_sequence: 64, micro_batches: 2, balance_group: 2, "
+        "buckets: {32px: {1: [1.0, 1]}}}\ntrain: {steps: 1}\n"
+    )
+    with pytest.raises(UserError, match=f"tokens_per_sequence=64: model.kind={kind} takes one sample per sequence"):
+        load_config(RunConfig, path)

@@ -137,4 +137,5 @@ def test_the_table(tmp_path: Path) -> None:
                 assert known.sha256 is None or re.fullmatch("[0-9a-f]{64}", known.sha256)
     assert set_of("ckpts/Open_Sora_v2.safetensors") == "open-sora-v2" and set_of("x/ae.safetensors") == "flux1-dev"
     assert set_of("ckpts/google/t5-v1_1-xxl") == set_of("openai/clip-vit-large-patch14/") == "open-sora-v2"
+    assert set_of("PixArt-XL-2-512x512.pth") == "pixart-512" and set_of("ckpts/OpenSora-STDiT-v3") == "open-sora-v1-2"
     assert set_of("ckpts/other.safetensors") is None and set_of("config.json") is None

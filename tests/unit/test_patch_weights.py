@@ -22,9 +22,10 @@ from opensora.models.latte import LatteConfig
 from opensora.models.pixart import PixArtConfig, PixArtMSConfig, PixArtSigmaConfig
 from opensora.models.pixart.config import MS_SIZES, SIGMA_SIZES
 from opensora.models.pixart.config import SIZES as PIXART
+from opensora.models.weights.adapter_fit import plan_adapter
 from opensora.models.weights.patches import PUBLISHED, channels_first, channels_last
 from opensora.models.weights.reader import WeightFile, load_into
-from opensora.models.weights.writer import convert_shapes, convert_state_dict, save_state_dict
+from opensora.models.weights.writer import convert_shapes, convert_state_dict, save_state_dict, shapes_of
 from opensora.utils.errors import UserError
 
 REAL: dict[str, Any] = {
@@ -301,3 +302,25 @@ def test_any_shape_goes_round(tmp_path: Path) -> None:
         model, format = filled(cfg), family_of(cfg).weights
         back = convert_state_dict(theirs(cfg, model.state_dict()), format, source=PUBLISHED, to=format.layout(cfg))
         assert equal(back, model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["dit_xl2x2", "latte", "pixart"])
+@pytest.mark.parametrize("stated", ["", "linear", "convolution"])
+def test_adapters_by_either_names_and_in_either_order(name: str, stated: str) -> None:
+    """Rows of an adapter of the last layer are the family's unless the file says otherwise, or has names of ours."""
+    cfg = SMALL[name]
+    format, shapes = family_of(cfg).weights, shapes_of(build_model(cfg).state_dict())
+    published = stated != "linear"
+    block = "blocks.1" if published or name != "latte" else "temporal_blocks.0"
+    outputs = shapes["final_layer.linear.weight"][0]
+    layers = {f"{block}.attn.qkv": (24, 72), "final_layer.linear": (24, outputs)}
+    metadata = {"patches": stated} if stated else {}
+    plan = plan_adapter(layers, shapes, format, format.layout(cfg), metadata)
+    ours = "temporal_blocks.0" if name == "latte" else "blocks.1"
+    assert set(plan.pieces) == {f"{ours}.attn.qkv", "final_layer.linear"}
+    (last,) = plan.pieces["final_layer.linear"]
+    order = torch.empty(outputs, dtype=torch.int64)
+    order[last.places] = last.rows
+    expected = channels_first(outputs, cfg.patch_size) if published else range(outputs)
+    assert expected is not None and order.tolist() == list(expected)
+    assert bool(plan.guess) == (not stated)

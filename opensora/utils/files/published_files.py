@@ -41,7 +41,36 @@ _CLIP = ("config.json", "merges.txt", "vocab.json", "tokenizer*", "special_token
 _CLIP_WEIGHTS = PublishedFile(
     size=1_710_540_580, sha256="a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb"
 )
+
+
+def _files(name: str, *files: str) -> tuple[Repository, ...]:
+    """Some files of a repository, by their names."""
+    return (Repository(name=name, revision=None, patterns=files, files={file: PublishedFile() for file in files}),)
+
+
+def _model(name: str) -> Repository:
+    """Weights in the form of the model hub, in a folder of the repository's name."""
+    return Repository(
+        name=name,
+        revision=None,
+        patterns=("config.json", "*.safetensors*"),
+        folder=name.partition("/")[2],
+        files={"config.json": PublishedFile()},
+    )
+
+
 SETS: dict[str, tuple[Repository, ...]] = {
+    "latte": _files("maxin-cn/Latte", "ucf101.pt"),
+    "pixart-256": _files("PixArt-alpha/PixArt-alpha", "PixArt-XL-2-256x256.pth"),
+    "pixart-512": _files("PixArt-alpha/PixArt-alpha", "PixArt-XL-2-512x512.pth"),
+    "pixart-1024-ms": _files("PixArt-alpha/PixArt-alpha", "PixArt-XL-2-1024-MS.pth"),
+    "open-sora-v1": _files(
+        "hpcai-tech/Open-Sora",
+        *("OpenSora-v1-16x256x256.pth", "OpenSora-v1-HQ-16x256x256.pth", "OpenSora-v1-HQ-16x512x512.pth"),
+    ),
+    "open-sora-v1-1": (_model("hpcai-tech/OpenSora-STDiT-v2-stage3"),),
+    "open-sora-v1-2": (_model("hpcai-tech/OpenSora-STDiT-v3"), _model("hpcai-tech/OpenSora-VAE-v1.2")),
+    "open-sora-v1-3": (_model("hpcai-tech/OpenSora-STDiT-v4"), _model("hpcai-tech/OpenSora-VAE-v1.3")),
     "open-sora-v2": (
         Repository(
             name="hpcai-tech/Open-Sora-v2",
