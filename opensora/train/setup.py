@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from acceleration import lora
+from acceleration import lora, protocol
 from acceleration.accounting import host_traffic
 from acceleration.checkpoint import CheckpointManager
 from acceleration.checkpoint import SaveError as SaveError  # what saving raises, also for the command line
@@ -252,8 +252,13 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
 
 
 def has_formulas(cfg: RunConfig) -> bool:
-    """Whether the bytes of a step can be predicted: by the native engine, all weights trained, one shape at a time."""
-    return cfg.parallel.engine == "native" and not cfg.lora.rank and not cfg.data.tokens_per_sequence
+    """Whether the bytes of a step can be predicted: by the native engine, weights of the first block and of all behind
+    it trained (backward ends there), one shape at a time."""
+    if cfg.parallel.engine != "native" or cfg.lora.rank or cfg.data.tokens_per_sequence:
+        return False
+    with torch.device("meta"):
+        first = protocol.blocks(build_model(cfg.model))[0]
+    return any(parameter.requires_grad for parameter in first.parameters())
 
 
 def build_preparation(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Preparation:
