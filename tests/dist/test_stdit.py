@@ -24,8 +24,6 @@ QUICK = [
     Run("windows", 2, {"ulysses": 2}, 2, recompute("selective"), ADAMW),
     Run("windows", 2, {"ring": 2}, 3),
     Run("stdit", 2, {"tensor": 2}, 1),
-    Run("stdit2", 3, {"ulysses": 3}, 0, recompute("first")),
-    Run("windows", 3, {"ulysses": 3}, 3, recompute("every")),
 ]
 LORA = [
     Run("stdit", 2, {"ulysses": 2}, 3, recompute("full"), adapters=True),
@@ -65,6 +63,7 @@ def _slow() -> list[Run]:
             for mesh in every:
                 zero, options, optim = _TURNS[len(found) % len(_TURNS)]
                 found.append(Run(model, world, mesh, zero, options, optim))
+        found.append(Run(model, 3, {"ulysses": 3}, 2, recompute("first")))
         found.append(Run(model, 2, {"ulysses": 2}, 3, COMPILED | recompute("full")))
         found.append(Run(model, 4, {"ring": 2, "ulysses": 2}, 2, COMPILED))
     found.append(Run("skips", 2, {"ulysses": 2}, 3, recompute("full"), ADAMW))
@@ -82,7 +81,9 @@ def truth(model: str, kind: str, adapters: bool) -> Outcome:
 def check(runs: list[Run], timeout: float) -> None:
     for rank, found in enumerate(run_distributed(on_these_layouts, runs[0].world, runs, timeout=timeout)):
         for run, outcome in zip(runs, found, strict=True):
-            assert worst_error(outcome, truth(run.model, run.optim.kind, run.adapters)) <= TOLERANCE, (str(run), rank)
+            expected = truth(run.model, run.optim.kind, run.adapters)
+            assert all(gradient.any() for gradient in expected.steps[0][2].values())  # zeros would prove nothing
+            assert worst_error(outcome, expected) <= TOLERANCE, (str(run), rank)
             for counted, formula in outcome.traffic:
                 assert counted == formula, (str(run), rank)
                 cut = [a for a, degree in run.mesh.items() if degree > 1 and a in ("ulysses", "ring", "tensor")]
@@ -107,10 +108,3 @@ def test_every_layout_equals_one_process(model: str, world: int) -> None:
 @pytest.mark.parametrize("run", LORA, ids=str)
 def test_adapters(run: Run) -> None:
     check([run], 100)
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_every_trained_parameter_gets_a_gradient(model: str) -> None:
-    """A parity test of gradients that are zero would prove nothing."""
-    for name, gradient in truth(model, "sgd", False).steps[0][2].items():
-        assert gradient.abs().max() > 0, name

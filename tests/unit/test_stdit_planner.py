@@ -17,12 +17,13 @@ from opensora.planner.forecast import Forecaster
 from opensora.planner.meta_model import denoiser_inputs, structure
 from opensora.utils.tokens import Grid
 
+_SLOW = pytest.mark.slow
 CASES = [
-    ("stdit", "xl2", (16, 32, 32)),
-    ("stdit2", "xl2", (5, 33, 60)),
+    pytest.param("stdit", "xl2", (16, 32, 32), marks=_SLOW),
+    pytest.param("stdit2", "xl2", (5, 33, 60), marks=_SLOW),
     ("stdit3", "xl2", (15, 30, 53)),
-    ("stdit3", "3b2", (1, 64, 64)),
-    ("stdit3", "xl2_v1_3", (13, 64, 96)),  # whole windows
+    pytest.param("stdit3", "3b2", (1, 64, 64), marks=_SLOW),
+    pytest.param("stdit3", "xl2_v1_3", (13, 64, 96), marks=_SLOW),  # whole windows
     ("stdit3", "xl2_v1_3", (25, 90, 160)),  # 720 pixels: 45 rows are five windows and a part of one
 ]
 
