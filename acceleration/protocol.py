@@ -12,7 +12,7 @@ from torch import Tensor, nn
 LayerPlan: TypeAlias = tuple[str, tuple[tuple[int, int], ...]]
 
 
-AttentionAxis: TypeAlias = Literal["joint", "space", "time", "cross"]
+AttentionAxis: TypeAlias = Literal["joint", "space", "time", "window", "cross"]
 TokenAxis: TypeAlias = Literal["space", "time"]
 
 
@@ -33,6 +33,8 @@ class Parallelizable(Protocol):
     #   joint  the whole sequence, queries and keys alike
     #   space  the places of a frame, (B * frames, places, H, Dh); behind a switch to space
     #   time   the frames of a place, (B * places, frames, H, Dh)
+    #   window places that lie together, over frames: (B, frames, places, H, Dh), and ``grid``, its tokens along (t, h,
+    #          w). What is in the slot gathers them for its own ``core``, and says by ``keys(frames)`` how many meet
     #   cross  queries are tokens, keys and values are of something that every process holds whole, such as text
 
     axis_switches: Mapping[str, TokenAxis]

@@ -25,6 +25,13 @@ class Row(NamedTuple):
 
 
 AUTOENCODERS = "test_golden_autoencoders.py::test_published_file"
+STDIT = (
+    *("stdit_v1_0", "stdit_v1_0_uncond_mask_repeat", "stdit_v1_2_xmask"),
+    *("stdit2_v1_1", "stdit2_v1_1_qknorm_xmask", "stdit2_v1_2_qknorm_after_fix"),
+    *("stdit3_v1_2", "stdit3_v1_2_xmask", "stdit3_v1_2_cached_text"),
+    *("stdit3_v1_3_window_t2v", "stdit3_v1_3_window_i2v", "stdit3_v1_3_plain"),
+)
+STDIT_GOLDEN = "test_golden_stdit.py::test_output_loss_and_gradients"
 SAMPLING = "test_golden_sampling.py::test_"
 MODELS_V1 = "test_golden_models_v1.py::test_output_loss_and_gradients"
 _TRAINED = "output, loss, gradients"
@@ -73,6 +80,8 @@ ROWS = (
     Row("rflow_train_i2v_drop_*", "losses with dropped conditions", (f"{SCHEDULERS}flow_training_with",)),
     Row("rflow_sample_*", "Euler steps, masks, three passes", (f"{SCHEDULERS}flow_sampling",)),
     Row("step_cache", "12 steps of every cache", ("test_step_caches.py::test_golden_trajectories",)),
+    *(Row(f"v1/{name}", "output, loss, gradients", (f"{STDIT_GOLDEN}[{name}]",)) for name in STDIT),
+    Row("v1/names", "STDiT: names, shapes, counts", ("test_stdit_files.py::test_names_and_shapes",)),
     Row("step_cache", "decisions of TeaCache", ("test_step_caches.py::test_golden_decisions",)),
 )
 

@@ -4,8 +4,8 @@ Training rows: the largest relative differences, in fp64, over all processes and
 parameter's gradient, of the norm that clipping uses and of the weights afterwards. Sampling rows: the latents. Both say
 whether the bytes that each process sent over each axis are those of the formulas. DeepSpeed knows no fp64: its rows are
 held to what fp32 leaves of the truth. ColossalAI's rows are its ZeRO 0. Rows of ``factored`` are of a model that keeps
-time and space apart, with masked frames, those of ``chapter`` of DiT, Latte and PixArt. ``SUM`` counts what is within
-its tolerance.
+time and space apart, with masked frames, those of ``chapter`` of DiT, Latte, PixArt and STDiT. ``SUM`` counts what is
+within its tolerance.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
-from tests.dist import chapters, test_chapters, test_engines, test_factored, test_sampling
+from tests.dist import chapters, stdit, test_chapters, test_engines, test_factored, test_sampling, test_stdit
 from tests.dist.factored import ADAMW, SGD, Run
 from tests.dist.factored import on_one_process as on_one_process_factored
 from tests.dist.factored import on_this_layout as on_this_layout_factored
@@ -69,6 +69,8 @@ def rows() -> Iterator[tuple[str, dict[str, float], Callable[[], Row]]]:
         yield f"factored-{run}", FP64_LIMITS, lambda run=run: trained_factored(run, factored[run.optim.kind])
     for run in test_chapters.SLOW:
         yield f"chapter-{run}", FP64_LIMITS, lambda run=run: trained_chapter(run)
+    for run in test_stdit.SLOW:
+        yield f"chapter-{run}", FP64_LIMITS, lambda run=run: trained_stdit(run)
     for world, cases in (*test_sampling.QUICK.items(), *test_sampling.SLOW.items()):
         for case in cases:
             degrees, zero, jobs = case
@@ -97,6 +99,12 @@ def trained_chapter(run: chapters.Run) -> Row:
     """The same of DiT, Latte and PixArt."""
     every = run_distributed(chapters.on_this_layout, run.world, run, chapters.MODELS[run.model], timeout=600)
     return compared(every, test_chapters.truth(run.model, run.kind))
+
+
+def trained_stdit(run: stdit.Run) -> Row:
+    """The same of STDiT, STDiT2 and STDiT3."""
+    every = run_distributed(stdit.on_this_layout, run.world, run, timeout=600)
+    return compared(every, test_stdit.truth(run.model, run.optim.kind, run.adapters))
 
 
 def compared(results: list[Outcome], truth: Outcome) -> Row:

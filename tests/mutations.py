@@ -172,6 +172,11 @@ FORECAST_BYTES, FORECAST_TURNS = (
 TURNS, STREAMED = "opensora/assembly/turns.py", "acceleration/blocks/block_streaming.py"
 STREAM_ORDER = "tests/unit/test_block_streaming.py::test_{}"
 OFFLOADED = "tests/device/test_offload.py::test_clips_and_bytes[1-{}]"
+STDIT, STDIT2, STDIT3, WINDOWS, STDIT_LAYERS, STDIT_FILES = (
+    f"opensora/models/stdit/{name}.py" for name in ("stdit", "stdit2", "stdit3", "windows", "layers", "convert")
+)
+GOLDEN_STDIT = "tests/unit/test_golden_stdit.py::test_output_loss_and_gradients[{}]"
+STDIT_START = "tests/unit/test_stdit_files.py::test_stdit3_starts_from_pixart_sigma_with_more_channels"
 PYRAMID = f"{CACHES_UNIT}test_pyramid_attention_counts_calls_of_every_pass"
 
 SINCOS, EMBEDDING, CAPTION = (f"opensora/models/layers/{name}.py" for name in ("sincos", "embedding", "caption"))
@@ -1834,6 +1839,91 @@ TABLE: tuple[Mutation, ...] = (
         "sent = padded(unit.parameters, place)",
         "sent = padded((p for p in unit.parameters if p.trains), place)",
         "tests/dist/test_accounting.py::test_counted_is_predicted_of_adapters_and_packs[adapters]",
+    ),
+    # Open-Sora 1.0 to 1.3.
+    Mutation(
+        "positions of frames kept in the stream",
+        STDIT,
+        "h = x if frames is None else x + frames",
+        "h = x = x if frames is None else x + frames",
+        GOLDEN_STDIT.format("stdit_v1_0"),
+    ),
+    Mutation(
+        "the step along time gated as known",
+        STDIT,
+        "gate = times.noisy_rows(self.scale_shift_table)[2]",
+        "gate = times.rows(self.scale_shift_table)[2]",
+        GOLDEN_STDIT.format("stdit_v1_2_xmask"),
+    ),
+    Mutation(
+        "the last layer told the size of a clip",
+        STDIT2,
+        "self.final_layer(h, noisy, clean=",
+        "self.final_layer(h, noisy + of_place, clean=",
+        GOLDEN_STDIT.format("stdit2_v1_1"),
+    ),
+    Mutation(
+        "queries normalised before they are rotated",
+        STDIT2,
+        "norm_after_rope=cfg.qk_norm_legacy",
+        "norm_after_rope=False",
+        GOLDEN_STDIT.format("stdit2_v1_1_qknorm_xmask"),
+    ),
+    Mutation(
+        "the frame rate kept from known frames",
+        STDIT3,
+        "self.t_embedder(torch.zeros_like(timestep)) + told",
+        "self.t_embedder(torch.zeros_like(timestep))",
+        GOLDEN_STDIT.format("stdit3_v1_2_xmask"),
+    ),
+    Mutation(
+        "known frames read the prompt",
+        STDIT3,
+        "given[:, list(mask_index)] = True",
+        "given[:, list(mask_index)] = False",
+        GOLDEN_STDIT.format("stdit3_v1_3_window_i2v"),
+    ),
+    Mutation(
+        "rows of windows not scaled",
+        STDIT3,
+        "one[..., 1] % height / scale",
+        "one[..., 1] % height",
+        GOLDEN_STDIT.format("stdit3_v1_3_window_t2v"),
+    ),
+    Mutation(
+        "windows of time as long as a clip",
+        WINDOWS,
+        "for size, window in zip(grid, (grid[0] if length < 0 else length, height, width), strict=True)",
+        "for size, window in zip(grid, (grid[0], height, width), strict=True)",
+        "tests/unit/test_stdit_planner.py::test_windows_are_padding_and_masks_written_out[grid0-window1]",
+    ),
+    Mutation(
+        "places stretched by the smaller square",
+        STDIT_LAYERS,
+        "base_side(grid[1] * grid[2], nearest=True)",
+        "base_side(grid[1] * grid[2])",
+        GOLDEN_STDIT.format("stdit3_v1_3_window_t2v"),
+    ),
+    Mutation(
+        "inputs of more channels not quartered",
+        STDIT_FILES,
+        "return tensor.repeat(1, 4) / 4",
+        "return tensor.repeat(1, 4)",
+        STDIT_START,
+    ),
+    Mutation(
+        "channels of both outputs repeated as one",
+        STDIT_FILES,
+        "halves = tensor.unflatten(0, (2, -1))",
+        "halves = tensor.unflatten(0, (1, -1))",
+        STDIT_START,
+    ),
+    Mutation(
+        "what fills up tokens is learned",
+        STEP,
+        "loss = torch.where(tokens.inside, loss, 0.0)",
+        "loss = loss.clone()",
+        "tests/unit/test_filled_up_sizes.py::test_the_loss_is_over_latents_alone[stdit3-elements]",
     ),
 )
 

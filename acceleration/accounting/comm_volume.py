@@ -35,7 +35,7 @@ from acceleration.accounting.rank_layout import MicroBatch, RankLayout, TokenSha
 from acceleration.blocks import activation_checkpoint
 from acceleration.distributed.mesh import FSDP, REPLICATE, Axis
 from acceleration.sequence.install import IS_SPREAD
-from acceleration.sequence.layout import SequenceParallel, ring_groups
+from acceleration.sequence.layout import SequenceParallel, even_sizes, ring_groups
 from acceleration.sequence.ulysses import head_shares
 
 
@@ -256,6 +256,8 @@ def _attention_forward(slot: Attention, shares: TokenShares, *, inside: bool = T
     sent = Counter[str]()
     if not IS_SPREAD[slot.axis]:
         return sent
+    if slot.axis == "window":
+        return _window_bytes(slot, shares, there=3, back=1)
     share, ring = _share(slot, shares), shares.ring
     size = shares.itemsize() * share.sequences * slot.head_dim
     has_mask = shares.batch.has_mask and slot.is_masked
@@ -276,6 +278,8 @@ def _attention_backward(slot: Attention, shares: TokenShares) -> Counter[str]:
     sent = Counter[str]()
     if not IS_SPREAD[slot.axis]:
         return sent
+    if slot.axis == "window":
+        return _window_bytes(slot, shares, there=1, back=3)
     share, ring, compute = _share(slot, shares), shares.ring, shares.itemsize()
     per_head = share.sequences * slot.head_dim
     if share.ulysses is not None:
@@ -285,6 +289,22 @@ def _attention_backward(slot: Attention, shares: TokenShares) -> Counter[str]:
         values = 2 * share.mine * per_head
         sent["ring"] = values * ((sum(share.ring) - stays) * compute + sum(share.ring) * shares.itemsize(torch.float32))
     return sent
+
+
+def _window_bytes(slot: Attention, shares: TokenShares, *, there: int, back: int) -> Counter[str]:
+    """Heads of the others go out, ``there`` tensors of them, and their places ``back``; over ulysses, then the ring."""
+    ring, ulysses = shares.ring, shares.ulysses
+    size = slot.batch.at(shares.local) * shares.batch.samples * slot.head_dim * shares.itemsize()
+    groups = ring_groups(shares.lengths(slot.queries), ulysses.degree)
+    heads, places, sent = slot.heads // shares.tensor, groups[ring.rank], Counter[str]()
+    steps = ((ulysses, places), (ring, tuple(sum(group) for group in groups)))
+    for axis, lengths in steps:
+        parts, counted = even_sizes(heads, axis.degree), shares.place.peers.counted(axis)
+        mine = parts[axis.rank]
+        away, elsewhere = sum(compress(parts, counted)), sum(compress(lengths, counted))
+        sent[axis.name] += (there * lengths[axis.rank] * away + back * elsewhere * mine) * size
+        heads = mine
+    return +sent
 
 
 def _switch_bytes(switch: Switch, shares: TokenShares) -> tuple[int, int]:

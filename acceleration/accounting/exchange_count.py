@@ -35,6 +35,10 @@ def _of_unit(unit: ShardUnit, shares: TokenShares, kind: str) -> Counter[str]:
     for slot in unit.attentions:
         if not IS_SPREAD[slot.axis]:
             continue
+        if slot.axis == "window":  # all at once there, and back
+            for axis in (shares.ulysses, shares.ring):
+                total[axis.name] += (2 * (1 + again.around) + 2) * (axis.degree > 1)
+            continue
         has_mask = shares.batch.has_mask and slot.is_masked
         if shares.ulysses.degree > 1 and not (slot.axis == "space" and shares.switches):
             total["ulysses"] += (2 + has_mask) * (1 + again.around) + 2

@@ -87,7 +87,7 @@ class Attention:
     axis: AttentionAxis
     heads: int
     head_dim: int
-    batch: Count  # sequences per sample
+    batch: Count  # sequences per sample; of windows its frames, each of which queries by its places
     queries: Count  # of a sequence
     keys: Count
     is_masked: bool  # keys are masked where text is

@@ -44,7 +44,9 @@ def profile_of(model: nn.Module, forward: Forward) -> ModelProfile:
         ValueError: blocks run in another order than ``block_lists`` says, or a count is no polynomial in the sizes.
     """
     assert isinstance(model, protocol.Parallelizable), type(model)
-    is_factored = bool(model.axis_switches) or not {"space", "time"}.isdisjoint(model.attention_cores.values())
+    is_factored = bool(model.axis_switches) or not {"space", "time", "window"}.isdisjoint(
+        model.attention_cores.values()
+    )
     owner, rest = _owners(model), len(protocol.blocks(model))
     units = [ShardUnit((), (), ()) for _ in range(rest + 1)]
     for module, call in _calls(model, forward, is_factored):
@@ -168,7 +170,7 @@ class _Call:
         if self.is_switch:
             return Switch(name, prod(self.shape[3:]), self.dtype, self.trains, reruns)  # type: ignore[arg-type]
         batch, queries, keys = (fit.count(index) for index in range(3))
-        heads, head_dim = self.shape[2:]
+        heads, head_dim = self.shape[-2:]
         return Attention(name, heads, head_dim, batch, queries, keys, self.is_masked)  # type: ignore[arg-type]
 
 
@@ -184,6 +186,19 @@ class _Slot(nn.Module):
     ) -> Tensor:
         self.note(q, (q.shape[0], q.shape[1], k.shape[1]), is_masked=key_mask is not None)
         return q + (k * v).sum(dim=1, keepdim=True)
+
+
+class _WindowSlot(nn.Module):
+    """Stands in a slot of attention in windows: the places of every frame meet the tokens of their windows."""
+
+    def __init__(self, note: Callable[..., None], keys: Callable[[int], int]) -> None:
+        super().__init__()
+        self.note, self.keys = note, keys
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Tensor:
+        samples, frames, places = q.shape[:3]
+        self.note(q, (samples * frames, places, self.keys(frames)))
+        return q + k * v
 
 
 class _Switched(nn.Module):
@@ -274,14 +289,16 @@ def _stand_in(model: nn.Module, note: Callable[..., None], sizes: Sizes) -> list
     for pattern, axis in model.attention_cores.items():  # type: ignore[operator, union-attr]
         for parent, attribute, own in list(protocol.slots(model, [pattern])):
             found.append((parent, attribute, own))
-            setattr(parent, attribute, _Slot(lambda *call, own=own, axis=axis, **more: note(own, axis, *call, **more)))
+            noted = lambda *call, own=own, axis=axis, **more: note(own, axis, *call, **more)  # noqa: E731
+            stand_in = _WindowSlot(noted, own.keys) if axis == "window" else _Slot(noted)  # type: ignore[arg-type]
+            setattr(parent, attribute, stand_in)
     for pattern, whole in model.axis_switches.items():  # type: ignore[operator, union-attr]
         names = (OUTSIDE, INSIDE) if whole == "space" else (INSIDE, OUTSIDE)
         before, behind = (tuple(sizes[name] for name in pair) for pair in names)
         for parent, attribute, own in list(protocol.slots(model, [pattern])):
             found.append((parent, attribute, own))
-            noted = lambda *call, own=own, whole=whole: note(own, whole, *call, is_switch=True)  # noqa: E731
-            setattr(parent, attribute, _Switched(noted, before, behind))  # type: ignore[arg-type]
+            switched = lambda *call, own=own, whole=whole: note(own, whole, *call, is_switch=True)  # noqa: E731
+            setattr(parent, attribute, _Switched(switched, before, behind))  # type: ignore[arg-type]
     return found
 
 

@@ -6,10 +6,11 @@ along      on a mesh that cuts tokens over ring and ulysses
 joint      over ulysses an exchange of tokens for heads, over a ring its own attention, or the one in the other
 space      as joint; but where the switches before it have made the axis whole nothing is exchanged for heads
 time       the core as it is: every process has all frames of its places
+window     an exchange of places for heads, over ulysses and then over the ring: windows are whole behind it
 cross      the core as it is: queries of this process, keys and values whole on every process
 =========  ==================================================================================================
 
-The core is the model's own, or a kernel's if one is named.
+The core is the model's own, or a kernel's if one is named. What gathers tokens into windows has its core inside.
 """
 
 import torch
@@ -20,10 +21,17 @@ from acceleration.attention.core import KernelCore
 from acceleration.attention.kernels import Kernel, kernel_for
 from acceleration.distributed.mesh import Mesh
 from acceleration.sequence.axis_switch import AxisExchange
+from acceleration.sequence.head_exchange import HeadExchange
 from acceleration.sequence.ring import RingAttention
 from acceleration.sequence.ulysses import UlyssesAttention
 
-IS_SPREAD = {"joint": True, "space": True, "time": False, "cross": False}  # over the processes that share tokens
+IS_SPREAD = {
+    "joint": True,
+    "space": True,
+    "time": False,
+    "window": True,
+    "cross": False,
+}  # over the processes that share tokens
 
 
 def fill_slots(model: nn.Module, mesh: Mesh, kernel: str = "auto", *, keeps: bool = False) -> None:
@@ -42,7 +50,10 @@ def fill_slots(model: nn.Module, mesh: Mesh, kernel: str = "auto", *, keeps: boo
     for pattern, axis in along.items():
         for parent, attribute, own in list(protocol.slots(model, [pattern])):
             core = own if kernel == "auto" and not keeps else KernelCore(chosen)
-            if IS_SPREAD[axis]:
+            if axis == "window":
+                own.core = own.core if core is own else core
+                core = _by_heads(own, mesh)
+            elif IS_SPREAD[axis]:
                 core = _spread(core, chosen, mesh)
             if core is not own:
                 setattr(parent, attribute, core)
@@ -60,6 +71,11 @@ def _spread(core: nn.Module, kernel: Kernel, mesh: Mesh) -> nn.Module:
     if ulysses.degree > 1:
         core = UlyssesAttention(core, ulysses, ring.rank)
     return core
+
+
+def _by_heads(core: nn.Module, mesh: Mesh) -> nn.Module:
+    ring, ulysses = mesh["ring"], mesh["ulysses"]
+    return HeadExchange(core, ring, ulysses) if ring.degree * ulysses.degree > 1 else core
 
 
 def _check(model: nn.Module, along: dict[str, protocol.AttentionAxis], switches: dict[str, protocol.TokenAxis]) -> None:

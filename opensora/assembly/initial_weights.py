@@ -15,7 +15,7 @@ from opensora.config.run import RunConfig
 from opensora.models.base import ModelConfig
 from opensora.models.families import build_model, family_of
 from opensora.models.weights.adapter_fit import FittedAdapter
-from opensora.models.weights.reader import WeightFile, load_state_dict_for
+from opensora.models.weights.reader import Refit, WeightFile, load_state_dict_for
 from opensora.models.weights.rows import Shape
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
@@ -36,7 +36,8 @@ def initial_weights(cfg: RunConfig, model: nn.Module) -> ParameterSource:
         return draw
     format, source = family_of(cfg.model).weights, cfg.train.init_from
     layout = format.layout(cfg.model)
-    file, report = load_state_dict_for(model, source, format, to=layout, allow_missing=_may_lack(cfg))
+    more: dict[str, Any] = {"allow_missing": _may_lack(cfg), "refit": _refit(cfg)}
+    file, report = load_state_dict_for(model, source, format, to=layout, **more)
     announce(str(report))
     return FileSource(file, Path(source), otherwise=draw)
 
@@ -48,13 +49,18 @@ def check_initial(cfg: RunConfig) -> None:
         UserError: it does not.
     """
     if cfg.train.init_from is not None:
-        check_weights("train.init_from", cfg.train.init_from, cfg.model, _may_lack(cfg))
+        check_weights("train.init_from", cfg.train.init_from, cfg.model, _may_lack(cfg), _refit(cfg))
 
 
 def _may_lack(cfg: RunConfig) -> tuple[str, ...]:
     # What is drawn beside adapters would stay as drawn, and sampling would miss it in the file: the model should be
     # built without.
     return () if cfg.lora.rank else family_of(cfg.model).weights.may_lack
+
+
+def _refit(cfg: RunConfig) -> Refit | None:
+    # Adapters belong to weights as they are in their file.
+    return None if cfg.lora.rank else getattr(family_of(cfg.model).weights, "refit", None)
 
 
 def add_adapters(cfg: RunConfig, model: nn.Module) -> ParameterSource:
@@ -79,7 +85,9 @@ def adapted(model: nn.Module, cfg: RunConfig) -> str:
     return f"LoRA of rank {cfg.lora.rank} on {layers} layers: {trained:,} of {total:,} parameters are trained"
 
 
-def check_weights(key: str, path: str | Path, model: ModelConfig, allow_missing: tuple[str, ...] = ()) -> None:
+def check_weights(
+    key: str, path: str | Path, model: ModelConfig, allow_missing: tuple[str, ...] = (), refit: Refit | None = None
+) -> None:
     """That the tensors at ``path`` are this model's, by their names and shapes; reads headers only.
 
     Raises:
@@ -89,7 +97,8 @@ def check_weights(key: str, path: str | Path, model: ModelConfig, allow_missing:
         empty = build_model(model)
     format = family_of(model).weights
     try:
-        load_state_dict_for(empty, path, format, to=format.layout(model), allow_missing=allow_missing)
+        more: dict[str, Any] = {"allow_missing": allow_missing, "refit": refit}
+        load_state_dict_for(empty, path, format, to=format.layout(model), **more)
     except UserError as error:
         raise UserError(f"{key}={path}: {str(error).removeprefix(f'{path}: ')}") from None
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from acceleration.sequence import SequenceContext, SequenceParallel
@@ -32,15 +33,28 @@ class TokenLayout:
 
     def patchify(self, latents: Tensor) -> Tensor:
         """(B, C, T', H', W') -> (B, N, C pt ph pw), or (B, T, S, C pt ph pw); whole."""
-        return self._by_axes(pack(latents, self.denoising.patch), latents.shape[2] // self.denoising.patch[0])
+        grid = self._grid(latents)
+        if self.denoising.pads:
+            latents = _filled_up(latents, grid)
+        return self._by_axes(pack(latents, self.denoising.patch), grid.frames)
+
+    def inside(self, grid: Grid, device: torch.device | str) -> Tensor | None:
+        """(1, N, C pt ph pw) or (1, T, S, ...) bool: which values of the whole tokens are latents and no padding; None:
+        all of them."""
+        if grid.padded == grid.latents:
+            return None
+        ones = torch.ones(1, self.denoising.latent_channels, *grid.latents, dtype=torch.bool, device=device)
+        return self.patchify(ones)
 
     def unpatchify(self, tokens: Tensor, grid: Grid) -> Tensor:
         """The inverse of ``patchify``."""
-        return unpack(tokens if tokens.ndim == 3 else tokens.flatten(1, 2), grid.latents, grid.patch)
+        latents = unpack(tokens if tokens.ndim == 3 else tokens.flatten(1, 2), grid.padded, grid.patch)
+        frames, height, width = grid.latents
+        return latents[:, :, :frames, :height, :width]
 
     def positions(self, grid: Grid, samples: int, device: torch.device | str) -> Tensor:
         """(B, N, 3) or (B, T, S, 3) fp32: where every token of a clip is; whole."""
-        ids = image_ids(grid.latents, grid.patch, device).expand(samples, -1, -1)
+        ids = image_ids(grid.padded, grid.patch, device).expand(samples, -1, -1)
         return self._by_axes(ids, grid.frames)
 
     def shard(self, tokens: Tensor) -> Tensor:
@@ -76,8 +90,17 @@ class TokenLayout:
         text = conditions.text if self.denoising.text == "joint" else None
         return self.sequence.context(0 if text is None else text.shape[1], x.shape[1])
 
+    def _grid(self, latents: Tensor) -> Grid:
+        return self.denoising.grid((latents.shape[2], latents.shape[3], latents.shape[4]))
+
     def _by_axes(self, tokens: Tensor, frames: int) -> Tensor:
         return tokens if self.denoising.token_axes == "joint" else tokens.unflatten(1, (frames, -1))
+
+
+def _filled_up(latents: Tensor, grid: Grid) -> Tensor:
+    """(B, C, T', H', W') with zeros at the end of every axis that is no whole patches."""
+    missing = [whole - held for held, whole in zip(grid.latents, grid.padded, strict=True)]
+    return F.pad(latents, (0, missing[2], 0, missing[1], 0, missing[0])) if any(missing) else latents
 
 
 def token_layout(cfg: ModelConfig, sequence: SequenceParallel) -> TokenLayout:

@@ -14,7 +14,7 @@ from opensora.conditioning import ConditioningConfig
 from opensora.config.load import load_config
 from opensora.config.run import SAVED_NAME, RunConfig, SampleConfig
 from opensora.models.base import ModelConfig
-from opensora.models.families import family_of
+from opensora.models.families import family_of, read_hub_config
 from opensora.models.weights.adapter_fit import FittedAdapter, fit_adapter
 from opensora.models.weights.adapter_names import CONFIG, WEIGHTS
 from opensora.models.weights.adapters import Adapter, is_adapter, read_adapter
@@ -76,6 +76,7 @@ def find_source(cfg: SampleConfig) -> Source:
     sections: dict[str, Any] = {
         name: getattr(cfg, name) or (getattr(saved, name) if saved else None) for name in ("model", "vae", "text")
     }
+    sections["model"] = sections["model"] or read_hub_config(path if path.is_dir() else path.parent)
     for name, value in sections.items():
         if value is None:
             if path.is_dir() and not any(path.glob("*.safetensors*")) and _newest(path) is None:

@@ -69,7 +69,11 @@ def conditions_of(
     dropped = None
     if denoising.null_text == "learned":
         dropped = torch.tensor([null and not prompt for prompt in texts], device=parts.device)
-    numbers = {"fps": torch.tensor([opt.fps]), "size": torch.tensor([[opt.height, opt.width]], dtype=torch.float32)}
+    numbers = {
+        "fps": torch.tensor([opt.fps]),
+        "size": torch.tensor([[opt.height, opt.width]], dtype=torch.float32),
+        "num_frames": torch.tensor([opt.num_frames], dtype=torch.float32),
+    }
     conditions = Conditions(
         text=text.txt,
         text_mask=text.mask,
@@ -301,11 +305,18 @@ def kind_of(cfg: SampleConfig, jobs: Sequence[Job]) -> str:
 
 
 def _predict(parts: Components, positions: Tensor, grid: Grid) -> Predict:
-    """The model on this process's tokens of a clip, which are at ``positions``."""
+    """The model on this process's tokens of a clip, which are at ``positions``; what fills up tokens stays zero."""
+    whole = parts.layout.inside(grid, parts.device)
+    inside = None if whole is None else parts.layout.shard(whole)
 
     def predict(x: Tensor, t: Tensor, known: Conditions) -> Tensor:
+        x = x if inside is None else torch.where(inside, x, 0.0)
         tokens = TokenBatch(x=x, positions=positions, grid=grid.sides)
-        return parts.model(**forward_arguments(parts.cfg, tokens, t, known))
+        found: Tensor = parts.model(**forward_arguments(parts.cfg, tokens, t, known))
+        if inside is None:
+            return found
+        outputs = found.shape[-1] // x.shape[-1]
+        return torch.where(torch.cat([inside] * outputs, dim=-1), found, 0.0)
 
     return predict
 
@@ -333,7 +344,7 @@ def _noise(opt: SamplingOption, parts: Components, seeds: Sequence[int]) -> Tens
             channels=autoencoder.channels,
             stride=autoencoder.stride,
             causal=autoencoder.causal,
-            patch_size=parts.layout.denoising.patch[1],
+            patch_size=1 if parts.layout.denoising.pads else parts.layout.denoising.patch[1],
             device=parts.device,
             dtype=next(parts.model.parameters()).dtype if published else _dtype(parts),
             published=published,

@@ -17,7 +17,7 @@ from opensora.models.weights.format import WeightFormat
 from opensora.utils.tasks import TaskRunner, one_by_one
 from opensora.utils.tokens import Grid
 
-AttentionAxis = Literal["joint", "space", "time", "cross"]  # what an attention slot runs along
+AttentionAxis = Literal["joint", "space", "time", "window", "cross"]  # what an attention slot runs along
 TokenAxis = Literal["space", "time"]
 
 
@@ -103,8 +103,9 @@ class Denoising:
     times: Literal["unit", "steps", "any"] = "any"  # times that it reads: from 0 to 1, or up to 1000 (numbers of steps)
     null_text: Literal["encoded", "learned"] = "encoded"  # no prompt is the prompt "", or an embedding of the model
     references: Literal["none", "channels", "in_place"] = "none"  # known frames beside the noise, or in its place
-    wants: frozenset[str] = frozenset()  # of fps, size, guidance
+    wants: frozenset[str] = frozenset()  # of fps, size, num_frames, guidance
     packs: bool = False  # sequences may hold several samples
+    pads: bool = False  # latents that are no whole patches are filled up with zeros at the end of each axis
     cuts_tokens: bool = True  # the tokens of a sample may be cut over processes; else each holds all of them
     reusable: frozenset[str] = frozenset()  # what step caches find: blocks, if it runs them by its ``run_stages``, and
     # modulated, if its first stage states the modulated input of a block (layers/stages.py)
@@ -120,14 +121,17 @@ class Denoising:
         Raises:
             ValueError: they are not.
         """
-        if latent_frames % self.patch[0]:
+        if latent_frames % self.patch[0] and not self.pads:
             raise ValueError(
                 f"makes {latent_frames} latent frames; must make a multiple of {self.patch[0]}, which a token of the "
                 "model spans"
             )
 
     def pixel_multiple(self, stride: tuple[int, int, int]) -> int:
-        """Pixels that the sides of a clip are multiples of, behind an autoencoder of this stride: whole tokens."""
+        """Pixels that the sides of a clip are multiples of, behind an autoencoder of this stride: whole tokens, or
+        whole latents for a model that fills up the rest."""
+        if self.pads:
+            return lcm(stride[1], stride[2])
         return lcm(stride[1] * self.patch[1], stride[2] * self.patch[2])
 
     def text_tokens(self, encoded: int) -> int:

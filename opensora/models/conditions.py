@@ -16,8 +16,8 @@ from torch import Tensor
 class Conditions:
     """What is known of B samples; None: nothing, or the family does not read it.
 
-    Of a packed sequence B counts its samples in ``pooled``, ``label``, ``fps``, ``size`` and ``guidance``, while text
-    and references are laid end to end in one row.
+    Of a packed sequence B counts its samples in ``pooled``, ``label``, ``fps``, ``size``, ``num_frames`` and
+    ``guidance``, while text and references are laid end to end in one row.
     """
 
     text: Tensor | None = None  # (B, L, D), a row per text token
@@ -27,8 +27,9 @@ class Conditions:
     dropped: Tensor | None = None  # (B,) bool, samples without a text: the model puts its own null embedding there
     reference: Tensor | None = None  # clean latents where known, 0 elsewhere: (B, C, T', H', W'), or as tokens
     known: Tensor | None = None  # which latents are known: (B, T', H', W') bool, or as tokens, (B, N) or (B, T, S)
-    fps: Tensor | None = None  # (B,), frames per second
+    fps: Tensor | None = None  # (B,), frames per second; 0: not known, as of a still
     size: Tensor | None = None  # (B, 2), height and width in pixels
+    num_frames: Tensor | None = None  # (B,), frames of the clip in pixels
     guidance: Tensor | None = None  # (B,), the scale that a distilled model reads
     context: Any = None  # for the attention slots: which process holds which tokens
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from opensora.models import dit, latte, mmdit, pixart
+from opensora.models import dit, latte, mmdit, pixart, stdit
 from opensora.models.base import Denoising, Family, ModelConfig
 from opensora.utils.rng import torch_generator
 
@@ -18,6 +19,9 @@ FAMILIES: dict[str, Family] = {
     "pixart": pixart.FAMILY,
     "pixart_ms": pixart.MS_FAMILY,
     "pixart_sigma": pixart.SIGMA_FAMILY,
+    "stdit": stdit.STDIT,
+    "stdit2": stdit.STDIT2,
+    "stdit3": stdit.STDIT3,
 }
 MODEL_CONFIGS: dict[str, type] = {kind: family.config for kind, family in FAMILIES.items()}
 MODEL_SIZES: dict[str, Mapping[str, Any]] = {kind: family.sizes for kind, family in FAMILIES.items()}
@@ -54,6 +58,20 @@ def has_frozen_parameters(cfg: ModelConfig) -> bool:
     """Whether some parameters are never trained, as a null text."""
     with torch.device("meta"):
         return not all(parameter.requires_grad for parameter in build_model(cfg).parameters())
+
+
+def read_hub_config(folder: Path) -> ModelConfig | None:
+    """The model that the config.json of a folder of the model hub describes; None: there is none, or of no kind here.
+
+    Raises:
+        UserError: it cannot be read, or describes no model that can be built.
+    """
+    return stdit.read_config(folder)
+
+
+def hub_config(cfg: ModelConfig) -> dict[str, Any] | None:
+    """What the config.json beside weights of this model says; None: the family publishes none."""
+    return stdit.published_config(cfg)
 
 
 @torch.no_grad()

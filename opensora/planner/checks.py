@@ -11,7 +11,7 @@ from opensora.config.run import RunConfig
 from opensora.datasets.plan.batch_plan import MicroBatch as PlannedBatch
 from opensora.datasets.plan.batch_plan import PackedSequence
 from opensora.planner.forecast import Forecaster, micro_batch_of_clip
-from opensora.planner.meta_model import structure
+from opensora.planner.meta_model import structure, told_frames
 from opensora.utils.errors import UserError
 
 
@@ -60,7 +60,7 @@ class Traffic:
         """
         self._cfg, self._assigned, self._hosts = cfg, assigned, hosts if len(set(hosts)) > 1 else ()
         self._mesh, self._place = mesh, RankLayout(mesh, cfg.parallel)
-        whole = structure(cfg.model, bool(cfg.conditioning.masks), cfg.lora)
+        whole = structure(cfg.model, told_frames(cfg.model, cfg.conditioning), cfg.lora)
         self._structure = whole.without_frozen() if cfg.lora.offload == "blocks" else whole
 
     def of_step(self, step: int) -> dict[str, int]:

@@ -16,6 +16,7 @@ from acceleration.config import LoraConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.sequence import SequenceParallel
 from opensora.assembly.token_layout import forward_arguments, token_layout
+from opensora.conditioning import ConditioningConfig
 from opensora.models.base import ModelConfig
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.models.families import build_model, describe
@@ -49,6 +50,7 @@ def denoiser_inputs(
     """
     layout = token_layout(cfg, sequence)
     denoising, samples = layout.denoising, batch.samples
+    factored, values = denoising.token_axes == "factored", denoising.latent_channels * prod(denoising.patch)
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(samples, *shape, device=device)
@@ -58,10 +60,10 @@ def denoiser_inputs(
 
     def tokens_of(*channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Image tokens, whole."""
-        sizes = (batch.img,) if denoising.token_axes == "joint" else (batch.frames or 1, batch.places)
+        sizes = (batch.frames or 1, batch.places) if factored else (batch.img,)
         return zeros(*sizes, *channels).to(dtype)
 
-    numbers = {"fps": by_sample(), "size": by_sample(2), "guidance": by_sample()}
+    numbers = {"fps": by_sample(), "size": by_sample(2), "num_frames": by_sample(), "guidance": by_sample()}
     conditions = Conditions(
         text=zeros(batch.txt, denoising.text_dim) if denoising.text != "none" else None,
         text_mask=torch.ones(samples, batch.txt, dtype=torch.bool, device=device) if batch.has_mask else None,
@@ -69,9 +71,10 @@ def denoiser_inputs(
         label=by_sample().to(torch.int64) if denoising.num_classes else None,
         dropped=by_sample().to(torch.bool) if denoising.null_text == "learned" else None,
         known=tokens_of(dtype=torch.bool) if known else None,
+        reference=tokens_of(values) if known and denoising.references == "channels" and factored else None,
         **{name: x for name, x in numbers.items() if name in denoising.wants},
     )
-    x = tokens_of(denoising.latent_channels * prod(denoising.patch))
+    x = tokens_of(values)
     grid = (batch.frames or 1, *_sides(batch.places if batch.frames else batch.img))
     tokens = TokenBatch(x=layout.shard(x), positions=layout.shard(tokens_of(3)), grid=grid)
     told = layout.shard_conditions(conditions, x)
@@ -99,8 +102,15 @@ def meta_model(cfg: ModelConfig, adapters: LoraConfig | None = None) -> nn.Modul
 
 
 def structure(cfg: ModelConfig, known: bool = False, adapters: LoraConfig | None = None) -> ModelProfile:
-    """What a model of this shape is made of. ``known``: as trained with ``conditioning.masks``."""
+    """What a model of this shape is made of. ``known``: as trained with frames that it is given, ``told_frames``."""
     return _structure(cfg, known, adapters if adapters and adapters.rank else None)
+
+
+def told_frames(model: ModelConfig, conditioning: ConditioningConfig) -> bool:
+    """Whether training gives the model frames in the place of noisy ones, or beside them where that changes what a
+    model of separate axes computes."""
+    beside = describe(model).token_axes == "factored" and describe(model).references == "channels"
+    return bool(conditioning.masks) or (beside and bool(conditioning.references))
 
 
 @lru_cache

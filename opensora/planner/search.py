@@ -24,6 +24,7 @@ from opensora.planner.devices import Device
 from opensora.planner.encoder_memory import frozen_bytes, text_flops, text_working_bytes
 from opensora.planner.forecast import EFFICIENCY, Forecaster, bucket_table, shapes
 from opensora.planner.layout_forecast import Forecast, Shape
+from opensora.planner.meta_model import told_frames
 from opensora.planner.network import Network
 from opensora.planner.sampling_forecast import SamplingJob
 from opensora.planner.validation_forecast import Validation
@@ -112,7 +113,7 @@ class Planner:
             cfg.optim,
             device_type=device_type,
             frozen=frozen_bytes(cfg, world),
-            known=bool(cfg.conditioning.masks),
+            known=told_frames(cfg.model, cfg.conditioning),
             objective=cfg.objective,
             adapters=cfg.lora,
         )

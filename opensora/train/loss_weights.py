@@ -8,7 +8,13 @@ from opensora.config.run import LossReduction
 
 
 def loss_weights(
-    x: Tensor, known: Tensor | None, *, left_out: bool, known_weight: float = 1.0, reduction: LossReduction = "elements"
+    x: Tensor,
+    known: Tensor | None,
+    *,
+    left_out: bool,
+    known_weight: float = 1.0,
+    reduction: LossReduction = "elements",
+    inside: Tensor | None = None,
 ) -> Tensor | None:
     """(B, N) or (B, T, S) fp64, of the whole tokens ``x`` (..., C) of samples; None: all 1.
 
@@ -17,6 +23,7 @@ def loss_weights(
         left_out: whether the loss is of the other tokens alone.
         known_weight: of what is known, if it is in the loss; see ``known_weights``.
         reduction: samples: a token of a sample weighs 1 / (latent values of the sample that the loss is over).
+        inside: (1, ..., C) bool, values of tokens that are latents and fill up nothing; None: all.
     """
     weights = None
     if known is not None and not left_out and known_weight != 1:
@@ -26,4 +33,6 @@ def loss_weights(
     weights = torch.ones(x.shape[:-1], device=x.device, dtype=torch.float64) if weights is None else weights
     learned = ~known if known is not None and left_out else torch.ones_like(weights, dtype=torch.bool)
     values = learned.flatten(1).sum(1) * x.shape[-1]
+    if inside is not None:
+        values = (learned[..., None] & inside).flatten(1).sum(1)
     return weights / values.view(-1, *[1] * (weights.ndim - 1))

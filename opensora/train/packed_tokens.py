@@ -9,7 +9,15 @@ from torch import Tensor
 from opensora.models.conditions import Conditions
 
 SampleOf = tuple[Tensor, Tensor]  # number of its sample for every text token (1, L), for every image token (1, N)
-BY_SAMPLE = ("pooled", "label", "dropped", "fps", "size", "guidance")  # fields of Conditions with a row per sample
+BY_SAMPLE = (
+    "pooled",
+    "label",
+    "dropped",
+    "fps",
+    "size",
+    "num_frames",
+    "guidance",
+)  # fields of Conditions with a row per sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +29,7 @@ class EncodedTokens:
     targets: dict[str, Tensor]  # as x, fp32
     t: Tensor  # (S,); S = B, but for a packed sequence
     conditions: Conditions  # references as tokens
+    inside: Tensor | None = None  # (1, T, S, C) or (1, N, C) bool, values that are latents; None: all
     grid: tuple[int, int, int] | None = None  # tokens along (t, h, w); None: of several samples in a sequence
     weights: Tensor | None = None  # (B, N) or (B, T, S) fp64: of tokens in the loss; None: all 1
 

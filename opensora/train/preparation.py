@@ -43,7 +43,8 @@ class Tokens:
     targets: dict[str, Tensor]  # (B, N_local, C) or (B, T, S_local, C) each: what the objective compares with
     times: Tensor  # of the samples, with dims to broadcast over tokens and channels
     learned: Tensor | None  # (B, N_local) or (B, T, S_local) bool: tokens that the loss is over; None: all
-    weights: Tensor | None  # the same shape, fp64: of tokens in the loss; None: all 1
+    inside: Tensor | None = None  # (1, T, S_local, C) bool: values that are latents and no padding; None: all
+    weights: Tensor | None  # (B, N_local) or (B, T, S_local), fp64: of tokens in the loss; None: all 1
     objective: Objective
     weight: float  # 0 for a micro-batch that only keeps a process in step with its peers
 
@@ -97,6 +98,7 @@ class Preparation:
             targets={name: image(target) for name, target in tokens.targets.items()},
             times=of_samples(tokens.t, batch.x, mine),
             learned=None if left_out is None else ~left_out,
+            inside=None if tokens.inside is None else image(tokens.inside),
             weights=None if tokens.weights is None else image(tokens.weights),
             objective=self.objective,
             weight=weight,
@@ -123,19 +125,21 @@ class Preparation:
         prompts = self._text(encoded, drop_txt, drop_vec)
         conditions = replace(prompts, reference=reference, known=known, **self._numbers(batch, t))
         conditions = self.layout.patchify_conditions(conditions)
-        x = self.layout.patchify(noised.x)
+        x, inside = self.layout.patchify(noised.x), self.layout.inside(grid, self.encoders.device)
         return EncodedTokens(
             x=x,
             positions=self.layout.positions(grid, len(ids), self.encoders.device),
             targets={name: self.layout.patchify(target) for name, target in noised.targets.items()},
             t=t,
             conditions=conditions,
+            inside=inside,
             weights=loss_weights(
                 x,
                 conditions.known,
                 left_out=self._leaves_out,
                 known_weight=self.conditioning.known_weight,
                 reduction=self.reduction,
+                inside=inside,
             ),
             grid=grid.sides,
         )
@@ -209,6 +213,8 @@ class Preparation:
         if "size" in wants:
             size = torch.tensor((batch.bucket.height, batch.bucket.width), dtype=torch.float32)
             found["size"] = self._upload(size.expand(len(batch.sample_ids), 2))
+        if "num_frames" in wants:
+            found["num_frames"] = torch.full_like(t, batch.bucket.frames)
         return found
 
     def _upload(self, x: Tensor) -> Tensor:
@@ -224,6 +230,8 @@ def loss_share(model: nn.Module, tokens: Tokens, global_elements: int) -> Tensor
     loss = tokens.objective.loss(model(**tokens.inputs), tokens.targets, tokens.times)
     if tokens.learned is not None:
         loss = torch.where(tokens.learned[..., None], loss, 0.0)
+    if tokens.inside is not None:
+        loss = torch.where(tokens.inside, loss, 0.0)
     if tokens.weights is not None:
         loss = loss * tokens.weights[..., None].to(loss.dtype)
     return loss.sum() * (tokens.weight / global_elements)

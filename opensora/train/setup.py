@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from acceleration import lora
+from acceleration import lora, protocol
 from acceleration.accounting import host_traffic
 from acceleration.checkpoint import CheckpointManager
 from acceleration.checkpoint import SaveError as SaveError  # what saving raises, also for the command line
@@ -258,12 +258,16 @@ def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Run
 
 def has_formulas(cfg: RunConfig) -> bool:
     """Whether the bytes of a step can be predicted exactly: those of the native engine, but for packs of texts with
-    padding, which they leave out, for adapters on some layers alone, below which nothing goes backward, and for a base
-    that streams."""
+    padding, which they leave out; for adapters on some layers alone, below which nothing goes backward, as below a
+    first block that is not trained; and for a base that streams."""
     packs_padding = cfg.data.tokens_per_sequence and has_mask(cfg.text)
-    on_every_layer = set(cfg.lora.targets or ()) == set(family_of(cfg.model).lora_targets)
-    adapters = not cfg.lora.rank or (on_every_layer and cfg.lora.offload == "none")
-    return cfg.parallel.engine == "native" and not packs_padding and adapters
+    if cfg.parallel.engine != "native" or packs_padding:
+        return False
+    if cfg.lora.rank:
+        return set(cfg.lora.targets or ()) == set(family_of(cfg.model).lora_targets) and cfg.lora.offload == "none"
+    with torch.device("meta"):
+        first = protocol.blocks(build_model(cfg.model))[0]
+    return any(parameter.requires_grad for parameter in first.parameters())
 
 
 def build_preparation(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Preparation:

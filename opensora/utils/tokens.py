@@ -10,7 +10,7 @@ Patch = tuple[int, int, int]  # latents per token along (t, h, w)
 
 
 class Grid(NamedTuple):
-    """The latents of a clip, and the patches that they are cut into."""
+    """The latents of a clip, and the patches that they are cut into, the last of an axis filled up where need be."""
 
     latents: tuple[int, int, int]  # T', H', W'
     patch: tuple[int, int, int]  # latents per token along (t, h, w)
@@ -19,12 +19,12 @@ class Grid(NamedTuple):
     @property
     def frames(self) -> int:
         """Tokens along time."""
-        return self.latents[0] // self.patch[0]
+        return self.sides[0]
 
     @property
     def places(self) -> int:
         """Tokens of one frame."""
-        return (self.latents[1] // self.patch[1]) * (self.latents[2] // self.patch[2])
+        return self.sides[1] * self.sides[2]
 
     @property
     def tokens(self) -> int:
@@ -33,7 +33,14 @@ class Grid(NamedTuple):
     @property
     def sides(self) -> tuple[int, int, int]:
         """Tokens along (t, h, w)."""
-        return self.frames, self.latents[1] // self.patch[1], self.latents[2] // self.patch[2]
+        t, h, w = (-(-size // n) for size, n in zip(self.latents, self.patch, strict=True))
+        return t, h, w
+
+    @property
+    def padded(self) -> tuple[int, int, int]:
+        """Latents in whole patches."""
+        t, h, w = (side * n for side, n in zip(self.sides, self.patch, strict=True))
+        return t, h, w
 
     @property
     def latent_frames(self) -> int:

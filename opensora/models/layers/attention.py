@@ -15,14 +15,19 @@ from opensora.models.base import Segments
 
 
 def attend(
-    core: nn.Module, project: Callable[[], tuple[Tensor, Tensor, Tensor]], *, key_mask: Tensor | None, context: Any
+    core: nn.Module,
+    project: Callable[[], tuple[Tensor, Tensor, Tensor]],
+    *,
+    key_mask: Tensor | None,
+    context: Any,
+    **more: Any,
 ) -> Tensor:
     """What a core makes of the queries, keys and values of ``project()``, which are not made where it gives again what
-    it gave before (``sampling/caches/attention.py``)."""
+    it gave before (``sampling/caches/attention.py``). ``more``: what cores of this kind are given beside."""
     kept: Callable[[], Tensor | None] | None = getattr(core, "kept", None)
     if kept is not None and (output := kept()) is not None:
         return output
-    attended: Tensor = core(*project(), key_mask=key_mask, context=context)
+    attended: Tensor = core(*project(), key_mask=key_mask, context=context, **more)
     return attended
 
 

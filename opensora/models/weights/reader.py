@@ -4,9 +4,11 @@ Any process reads the rows that it needs and no others. What belongs to a family
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import prod
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,6 +24,8 @@ from opensora.utils.errors import UserError
 from opensora.utils.files.safetensors_files import check_types, open_weights
 
 StateDict: TypeAlias = dict[str, Tensor]
+# (name, tensor of a file, shape that a model wants) -> the tensor in that shape; None: it cannot be
+Refit: TypeAlias = Callable[[str, Tensor, Shape], Tensor | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,7 @@ class LoadReport:
     unexpected: tuple[str, ...]
     wrong_shape: tuple[str, ...]  # "name (shape in the file, shape wanted)"
     recomputed: tuple[str, ...] = ()  # in the file, and computed by the model
+    resized: tuple[str, ...] = ()  # "name (shape in the file, shape made of it)": made to fit
 
     @property
     def fits(self) -> bool:
@@ -53,6 +58,7 @@ class LoadReport:
                 ("left at their initial values", self.left_at_init),
                 ("of other models left out", self.left_out),
                 ("computed by the model and not read", self.recomputed),
+                ("made to fit (file, model)", self.resized),
             )
             if names
         ]
@@ -80,6 +86,7 @@ class WeightFile(Mapping[str, Tensor]):
         self._stored: dict[str, str] = {}  # tensor -> name in its file
         self._sources: dict[str, Shape] = {}  # of the tensors, under the model's names
         self._metadata: dict[str, str] = {}
+        self._made: StateDict = {}  # in place of what the file gives
         self._open(Path(path), format)
         if foreign := _adapters(self._sources) or format.other_format(self._sources):
             raise UserError(f"{path}: {foreign}")
@@ -119,9 +126,34 @@ class WeightFile(Mapping[str, Tensor]):
     @property
     def shapes(self) -> dict[str, Shape]:
         """Name -> shape, in the layout of choice."""
-        return {name: target.shape for name, target in self._targets.items()}
+        made = {name: tuple(tensor.shape) for name, tensor in self._made.items()}
+        return {name: target.shape for name, target in self._targets.items()} | made
+
+    @property
+    def resized(self) -> tuple[str, ...]:
+        """ "name (shape in the file, shape made of it)" of what has fewer or more values than the file has of it."""
+        used: Counter[str] = Counter()
+        for target in self._targets.values():
+            for rows in target.rows:
+                used[rows.tensor] += rows.count * prod(target.shape[1:])
+        found = {
+            name: self._sources[target.rows[0].tensor]
+            for name, target in self._targets.items()
+            if name in self._made or any(used[r.tensor] != prod(self._sources[r.tensor]) for r in target.rows)
+        }
+        return tuple(f"{name} {stored}, {self.shapes[name]}" for name, stored in found.items())
+
+    def refit(self, refit: Refit, wanted: Mapping[str, Shape]) -> None:
+        """Make what has another shape than is wanted fit, as far as ``refit`` can."""
+        for name, shape in self.shapes.items():
+            if wanted.get(name, shape) != shape and name not in self.mismatched:
+                made = refit(name, self[name], wanted[name])
+                if made is not None:
+                    self._made[name] = made
 
     def __getitem__(self, name: str) -> Tensor:
+        if name in self._made:
+            return self._made[name]
         target = self._targets[name]
         if name in self.mismatched:
             raise UserError(f"{self._path}: {name} cannot be {self.mismatched[name]}: fetch or export the file again")
@@ -144,6 +176,9 @@ class WeightFile(Mapping[str, Tensor]):
         target = self._targets.get(name)
         if target is None:
             return False
+        if name in self._made:
+            part.copy_(self._made[name][tuple(slice(s, s + n) for s, n in zip(start, part.shape, strict=True))])
+            return True
         if not start:  # a single number
             part.copy_(self[name])
             return True
@@ -181,6 +216,7 @@ def load_state_dict_for(
     *,
     to: Layout,
     allow_missing: Collection[str] = (),
+    refit: Refit | None = None,
 ) -> tuple[WeightFile, LoadReport]:
     """Weights of ``path`` in the model's layout, checked name by name and shape by shape; nothing is read yet.
 
@@ -189,13 +225,16 @@ def load_state_dict_for(
         to: layout of the model.
         allow_missing: patterns of names the file may lack, as ``format.may_lack`` where training starts from it; they
             are not in the result.
+        refit: makes tensors of another shape fit.
 
     Raises:
         UserError: anything missing, unexpected or of another shape, all in one line.
     """
     file = WeightFile(path, format, to)
-    shapes = file.shapes
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if refit is not None:
+        file.refit(refit, wanted)
+    shapes = file.shapes
     absent = [name for name in wanted if name not in shapes]
     allowed = _matching(absent, allow_missing)
     report = LoadReport(
@@ -213,6 +252,7 @@ def load_state_dict_for(
             if name in shapes and (shapes[name] != shape or name in file.mismatched)
         ),
         recomputed=file.recomputed,
+        resized=file.resized,
     )
     if not report.fits:
         raise UserError(f"{report}; {format.advice}")

@@ -35,6 +35,7 @@ class AttentionCache:
             "joint": cfg.spatial,
             "space": cfg.spatial,
             "time": cfg.temporal,
+            "window": cfg.temporal,
             "cross": cfg.cross,
         }
         self.at: Evaluation | None = None
@@ -75,16 +76,16 @@ class _Broadcast(nn.Module):
 
     @torch.compiler.disable  # other steps take other ways
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, context: Any = None
+        self, q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, context: Any = None, **more: Any
     ) -> Tensor:
         """As the core's."""
         at = self.cache.at
         if at is None:
-            return self.core(q, k, v, key_mask=key_mask, context=context)
+            return self.core(q, k, v, key_mask=key_mask, context=context, **more)
         if (output := self.kept()) is not None:
             return output
         self.cache.on_decision(Decision(at, self.slot.name, True, None))
-        output = self.core(q, k, v, key_mask=key_mask, context=context)
+        output = self.core(q, k, v, key_mask=key_mask, context=context, **more)
         self._kept[at.number] = (self._calls(at) + 1, output)
         return output
 

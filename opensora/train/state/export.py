@@ -1,20 +1,27 @@
 """What a run leaves for sampling: whole weights or adapters, in files of at most 5 GB, with the configuration
 and the digest of each."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from acceleration.engines import Engine, Weights
+from acceleration.files.atomic_write import replacing
 from opensora.assembly.initial_weights import parameter_shapes
 from opensora.config.load import save
 from opensora.config.run import SAVED_NAME, RunConfig
-from opensora.models.families import family_of
+from opensora.models.families import family_of, hub_config
 from opensora.models.weights.adapter_export import convert_adapter, write_adapter, write_comfyui
 from opensora.models.weights.format import Layout, WeightFormat
 from opensora.models.weights.writer import convert_state_dict
 from opensora.utils.files import digests
 from opensora.utils.files.safetensors_files import write_weights
+
+HUB_CONFIG = "config.json"  # of families that publish one, so that their own code reads the folder
 
 
 def _converted(
@@ -23,6 +30,15 @@ def _converted(
     """The weights in layout ``to``, a tensor at a time."""
     for name, tensor in weights:
         yield from convert_state_dict({name: tensor}, format, source=source, to=to).items()
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> str:
+    """Its SHA-256."""
+    content = json.dumps(values, indent=2).encode()
+    digests.forget(path.parent, [path.name])
+    with replacing(path) as file:
+        file.write(content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def exported(cfg: RunConfig) -> Weights:
@@ -70,6 +86,8 @@ def write_export(cfg: RunConfig, engine: Engine, step: int, base: str | None, *,
             to = original if getattr(format, "exports_original", False) else layout
             named = weights if to is layout else _converted(weights, format, layout, to)
             write_weights(folder, named, to.metadata() | described, write=write, digests=found)
+            if write and (said := hub_config(cfg.model)) is not None:
+                found[HUB_CONFIG] = _write_json(folder / HUB_CONFIG, said)
         if write:
             digests.forget(folder, [SAVED_NAME])
             found[SAVED_NAME] = save(cfg, folder / SAVED_NAME)
