@@ -177,8 +177,11 @@ class Autoencoder(Protocol):
         """(B, channels, T', H', W') -> (B, 3, T, H, W), clamped to [-1, 1]; ``run`` as in encode."""
 
 
-# Shape of the latents of one sample -> standard normal noise (B, *shape), for samples that are known to whoever draws.
-Draw: TypeAlias = Callable[[tuple[int, ...]], Tensor]
+class Draw(Protocol):
+    """Standard normal noise for samples that are known to whoever draws."""
+
+    def __call__(self, shape: tuple[int, ...], stage: str = "") -> Tensor:
+        """(B, *shape) for samples of this shape; ``stage`` names the second draw of an autoencoder that draws twice."""
 
 
 @runtime_checkable
@@ -191,6 +194,23 @@ class Variational(Protocol):
         """As ``Autoencoder.encode``; without ``draw`` the mode, whatever ``samples`` says."""
 
 
+class ClipCoding(Protocol):
+    """Sizes of clips and their latents, where an autoencoder takes clips of any length or size: a frozen value."""
+
+    def latents(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(T', H', W') of a clip.
+
+        Raises:
+            ValueError: it cannot be coded.
+        """
+
+    def frames(self, latent_frames: int) -> int:
+        """The most frames that so many latent ones decode to."""
+
+    def made(self, frames: int) -> int:
+        """The least frames, this many or more, to code so that this many come back."""
+
+
 class AutoencoderShape(NamedTuple):
     """What planning needs to know of an autoencoder, without its weights; same names as on the autoencoder."""
 
@@ -200,6 +220,7 @@ class AutoencoderShape(NamedTuple):
     time_tiles: tuple[int, int] | None = None
     # (latent frames of a tile, from its first to that of the next): clips longer than one are decoded in tiles, and a
     # tile of one latent frame to a single frame. None: nothing of the length of a clip depends on tiles
+    coding: ClipCoding | None = None  # in place of the rule of ``causal``; ``decode`` is then told how many ``frames``
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +244,8 @@ class TextEncoder(Protocol):
 
 def decoded_frames(latent_frames: int, autoencoder: Autoencoder | AutoencoderShape) -> int:
     """Frames that so many latent ones decode to."""
+    if coding := getattr(autoencoder, "coding", None):
+        return int(coding.frames(latent_frames))
     if latent_frames == 1:
         return 1
     stride, lead = autoencoder.stride[0], int(autoencoder.causal)
@@ -241,6 +264,9 @@ def latent_grid(
     Raises:
         ValueError: a size the autoencoder cannot code, with the nearest ones it can.
     """
+    coding: ClipCoding | None = getattr(autoencoder, "coding", None)
+    if coding is not None:
+        return coding.latents(frames, height, width)
     stride_t, stride_h, stride_w = autoencoder.stride
     lead = 1 if autoencoder.causal or frames == 1 else 0
     if (frames - lead) % stride_t:
@@ -251,6 +277,15 @@ def latent_grid(
     if height % stride_h or width % stride_w:
         raise ValueError(f"{height}x{width} pixels do not fit the autoencoder: use multiples of {stride_h}x{stride_w}")
     return (frames - lead) // stride_t + lead, height // stride_h, width // stride_w
+
+
+def decode_clip(
+    autoencoder: Autoencoder, latents: Tensor, frames: int, run: TaskRunner = one_by_one
+) -> Tensor:
+    """The pixels of latents that ``frames`` frames were coded as, or would be."""
+    if getattr(autoencoder, "coding", None) is None:
+        return autoencoder.decode(latents, run)
+    return autoencoder.decode(latents, run, frames=frames)  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True)
