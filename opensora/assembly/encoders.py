@@ -54,8 +54,9 @@ class Encoders:
         if not (isinstance(self.autoencoder, Variational) and self.autoencoder.samples):
             return self.autoencoder.encode(pixels, self.run_tiles)
 
-        def draw(shape: tuple[int, ...]) -> Tensor:
-            return upload(draw_per_sample(self.seed, epoch, sample_ids, purpose, shape), self.device)
+        def draw(shape: tuple[int, ...], stage: str = "") -> Tensor:
+            drawn_for = f"{purpose} {stage}" if stage else purpose
+            return upload(draw_per_sample(self.seed, epoch, sample_ids, drawn_for, shape), self.device)
 
         return self.autoencoder.encode(pixels, self.run_tiles, draw)
 

@@ -17,7 +17,7 @@ from opensora.assembly.turns import for_sampling
 from opensora.conditioning.references import parts_of
 from opensora.config.run import RunConfig, SampleConfig, check_fit, check_objective, reads_no_references
 from opensora.inference.find import Source
-from opensora.inference.lengths import coded
+from opensora.inference.lengths import coded, latents_made
 from opensora.inference.prompts import Job
 from opensora.inference.references import check_count, check_frames, check_length, chosen, count_frames, split
 from opensora.inference.watermark import read_watermark
@@ -28,7 +28,6 @@ from opensora.models.vae import autoencoder_shape, check_autoencoder
 from opensora.sampling.guidance import passes_per_step
 from opensora.sampling.options import SamplingOption, sanitize_sampling_option
 from opensora.schedulers import ObjectiveConfig, build_objective
-from opensora.schedulers.timesteps import latent_frames
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 from opensora.utils.files.untrusted import short
@@ -113,7 +112,7 @@ def check_jobs(cfg: SampleConfig, source: Source, jobs: Sequence[Job]) -> None:
         raise UserError(f"cond_type={cfg.cond_type}: needs references; give ref=FILE, or a table with a column ref")
     shape, frames = autoencoder_shape(source.vae), cfg.sampling.num_frames
     made = coded(cfg.sampling, describe(source.model), shape, cfg.cond_type)
-    check_length(cfg.cond_type, latent_frames(made, shape.stride[0], shape.causal), frames, shape)
+    check_length(cfg.cond_type, latents_made(made, shape), frames, shape)
     counts = {path: count_frames(path) for path in dict.fromkeys(path for one in listed for path in one)}
     for references in filter(None, listed):
         for part in parts_of(cfg.cond_type, shape):
@@ -183,7 +182,7 @@ def fit_option(key: str, option: SamplingOption, model: ModelConfig, shape: Auto
     reads_guidance, multiple = "guidance" in denoising.wants, denoising.pixel_multiple(stride)
     try:
         option = sanitize_sampling_option(option, multiple=multiple)
-        denoising.check_frames(latent_frames(coded(option, denoising, shape), stride[0], shape.causal))
+        denoising.check_frames(latents_made(coded(option, denoising, shape), shape))
     except ValueError as error:
         raise UserError(f"{key}.num_frames={option.num_frames}: {error}") from None
     check_step_cache(key, option, model)

@@ -21,11 +21,11 @@ from opensora.assembly.token_layout import TokenLayout, forward_arguments
 from opensora.conditioning.references import is_still
 from opensora.config.run import SampleConfig
 from opensora.inference.check import check_references, solver_of
-from opensora.inference.lengths import as_published, asked_for, coded
+from opensora.inference.lengths import as_published, asked_for, coded, frames_of, latents_made
 from opensora.inference.prompts import Job, final_prompt
 from opensora.inference.references import KnownFrames, Reference, check_count, check_length, code_known, split
 from opensora.inference.save import Saver, unused_names
-from opensora.models.base import Autoencoder, latent_grid
+from opensora.models.base import decode_clip, latent_grid
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.sampling.caches import OnDecision, StepCache
 from opensora.sampling.caches.base import NoStepCache
@@ -127,7 +127,7 @@ def build_api(parts: Components, on_decision: OnDecision = lambda decision: None
         published = noise is not None or opt.noise == "published"
         made = coded(opt, layout.denoising, parts.autoencoder, cond_type)
         if noise is not None:
-            made = _coded_of(noise, parts.autoencoder)
+            made = frames_of(noise.shape[2], opt.num_frames, parts.autoencoder)
         assert opt.height is not None and opt.width is not None
         grid = layout.denoising.grid(latent_grid(made, opt.height, opt.width, parts.autoencoder))
         seeds = _seeds(opt.seed if seed is None else seed, len(text))
@@ -165,17 +165,11 @@ def build_api(parts: Components, on_decision: OnDecision = lambda decision: None
         latents = layout.unpatchify(layout.gather(tokens, grid), grid)  # (B, C, T', H', W')
         if given is not None:
             latents = given.put_back(latents)
-        pixels = parts.autoencoder.decode(latents, parts.run_tiles)
+        pixels = decode_clip(parts.autoencoder, latents, made, parts.run_tiles)
         chosen = as_published if published else asked_for
         return chosen(pixels, cond_type, opt.num_frames, parts.autoencoder)
 
     return api
-
-
-def _coded_of(noise: Tensor, autoencoder: Autoencoder) -> int:
-    """Frames that latents of this shape are of."""
-    latents, lead = noise.shape[2], int(autoencoder.causal)
-    return 1 if latents == 1 else (latents - lead) * autoencoder.stride[0] + lead
 
 
 def _step_cache(opt: SamplingOption, parts: Components, on_decision: OnDecision) -> StepCache:
@@ -334,6 +328,7 @@ def _noise(opt: SamplingOption, parts: Components, seeds: Sequence[int]) -> Tens
             channels=autoencoder.channels,
             stride=autoencoder.stride,
             causal=autoencoder.causal,
+            latents=latents_made(opt.num_frames, autoencoder),
             patch_size=parts.layout.denoising.patch[1],
             device=parts.device,
             dtype=next(parts.model.parameters()).dtype if published else _dtype(parts),

@@ -7,7 +7,7 @@ and ``attention_cores`` the same way, so the model does not know that it is shar
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import lcm
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -210,6 +210,16 @@ class ClipCoding(Protocol):
     def made(self, frames: int) -> int:
         """The least frames, this many or more, to code so that this many come back."""
 
+    def stated(
+        self, frames: int | None, height: int | None, width: int | None
+    ) -> tuple[int | None, int | None, int | None]:
+        """The size of latents that the family's own samplers reckon with; None is passed through."""
+
+
+def coding_of(autoencoder: "Autoencoder | AutoencoderShape") -> ClipCoding | None:
+    """How an autoencoder codes clips of any size; None: by the rule of ``causal``."""
+    return getattr(autoencoder, "coding", None)
+
 
 class AutoencoderShape(NamedTuple):
     """What planning needs to know of an autoencoder, without its weights; same names as on the autoencoder."""
@@ -244,8 +254,8 @@ class TextEncoder(Protocol):
 
 def decoded_frames(latent_frames: int, autoencoder: Autoencoder | AutoencoderShape) -> int:
     """Frames that so many latent ones decode to."""
-    if coding := getattr(autoencoder, "coding", None):
-        return int(coding.frames(latent_frames))
+    if (coding := coding_of(autoencoder)) is not None:
+        return coding.frames(latent_frames)
     if latent_frames == 1:
         return 1
     stride, lead = autoencoder.stride[0], int(autoencoder.causal)
@@ -264,8 +274,7 @@ def latent_grid(
     Raises:
         ValueError: a size the autoencoder cannot code, with the nearest ones it can.
     """
-    coding: ClipCoding | None = getattr(autoencoder, "coding", None)
-    if coding is not None:
+    if (coding := coding_of(autoencoder)) is not None:
         return coding.latents(frames, height, width)
     stride_t, stride_h, stride_w = autoencoder.stride
     lead = 1 if autoencoder.causal or frames == 1 else 0
@@ -279,11 +288,15 @@ def latent_grid(
     return (frames - lead) // stride_t + lead, height // stride_h, width // stride_w
 
 
-def decode_clip(
-    autoencoder: Autoencoder, latents: Tensor, frames: int, run: TaskRunner = one_by_one
-) -> Tensor:
+def grid_of(pixels: Tensor, autoencoder: Autoencoder | AutoencoderShape) -> tuple[int, int, int]:
+    """``latent_grid`` of clips (B, 3, T, H, W)."""
+    frames, height, width = pixels.shape[2:]
+    return latent_grid(frames, height, width, autoencoder)
+
+
+def decode_clip(autoencoder: Autoencoder, latents: Tensor, frames: int, run: TaskRunner = one_by_one) -> Tensor:
     """The pixels of latents that ``frames`` frames were coded as, or would be."""
-    if getattr(autoencoder, "coding", None) is None:
+    if coding_of(autoencoder) is None:
         return autoencoder.decode(latents, run)
     return autoencoder.decode(latents, run, frames=frames)  # type: ignore[call-arg]
 

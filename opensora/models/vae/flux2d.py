@@ -65,8 +65,10 @@ class Flux2DAutoencoder:
         shape = flux2d_shape(cfg)
         self.channels, self.stride = shape.channels, shape.stride
         self.samples = cfg.sample == "posterior"
-        size = {"channels": self.channels, "stride": self.stride[1]}
-        self._coder = FrameCoder(self.network, cfg.micro_batch, dtype, **size, compile=cfg.compile)
+        channels, stride = self.channels, self.stride[1]
+        self._coder = FrameCoder(
+            self.network, cfg.micro_batch, dtype, channels=channels, stride=stride, compile=cfg.compile
+        )
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, run: TaskRunner = one_by_one, draw: Draw | None = None) -> Tensor:

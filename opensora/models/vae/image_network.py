@@ -1,4 +1,4 @@
-"""The image autoencoder of Stable Diffusion and of Flux: diffusers' ``AutoencoderKL``, applied to every frame of clips."""
+"""The image autoencoder of Stable Diffusion and of Flux, diffusers' ``AutoencoderKL``, applied to frames of clips."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

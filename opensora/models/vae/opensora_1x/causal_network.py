@@ -183,10 +183,7 @@ class Encoder(nn.Module):
 
         self.conv_in = CausalConv3d(COLOURS, sizes.first)
         self.down = nn.ModuleList(
-            [
-                Level(before[i], width, sizes.layers, sampler(i), "downsample")
-                for i, width in enumerate(sizes.widths)
-            ]
+            [Level(before[i], width, sizes.layers, sampler(i), "downsample") for i, width in enumerate(sizes.widths)]
         )
         self.mid = Mid(sizes.widths[-1])
         self.norm_out = nn.GroupNorm(GROUPS, sizes.widths[-1], NORM_EPS)
@@ -212,10 +209,7 @@ class Decoder(nn.Module):
         self.conv_in = CausalConv3d(sizes.channels, sizes.widths[-1])
         self.mid = Mid(sizes.widths[-1])
         self.up = nn.ModuleList(
-            [
-                Level(before[i], width, sizes.layers + 1, sampler(i), "upsample")
-                for i, width in enumerate(sizes.widths)
-            ]
+            [Level(before[i], width, sizes.layers + 1, sampler(i), "upsample") for i, width in enumerate(sizes.widths)]
         )
         self.norm_out = nn.GroupNorm(GROUPS, sizes.widths[0], NORM_EPS)
         self.conv_out = nn.Conv3d(sizes.widths[0], COLOURS, 3, padding=(0, 1, 1))

@@ -165,7 +165,9 @@ def _runs(count: int, length: int | None, step: int | None, stop: int | None = N
 
 def _rounded_eighth(pixels: int) -> int:
     """Half rounded down, then twice half rounded up."""
-    return -(-(-(-(pixels // 2) // 2)) // 2)
+    half = pixels // 2
+    quarter = (half + 1) // 2
+    return (quarter + 1) // 2
 
 
 def _plane(height: int, width: int, least: int, of: Callable[[int], int]) -> tuple[int, int]:

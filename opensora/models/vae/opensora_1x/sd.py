@@ -1,4 +1,4 @@
-"""Stable Diffusion's image autoencoder (8x, 4 channels), frame by frame: as Open-Sora 1.0 and 1.1, and PixArt, use it."""
+"""Stable Diffusion's image autoencoder (8x, 4 channels), frame by frame: as Open-Sora 1.0 and 1.1 use it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from opensora.models.base import AutoencoderShape, Draw, latent_grid
+from opensora.models.base import AutoencoderShape, Draw, grid_of
 from opensora.models.vae.checkpoint import build_network, find_checkpoint, open_checkpoint
 from opensora.models.vae.flux2d_names import DIFFUSERS, FluxWeights
 from opensora.models.vae.image_network import FrameCoder, ImageSizes, image_network, image_sizes
@@ -90,14 +90,13 @@ class SDAutoencoder:
         self.channels, self.stride = sizes.channels, (1, sizes.stride, sizes.stride)
         self.coding = FrameByFrame(sizes.stride)
         self.samples = cfg.sample == "posterior"
-        size = {"channels": sizes.channels, "stride": sizes.stride}
-        self._coder = FrameCoder(self.network, cfg.micro_batch, dtype, **size)
+        self._coder = FrameCoder(self.network, cfg.micro_batch, dtype, channels=sizes.channels, stride=sizes.stride)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, run: TaskRunner = one_by_one, draw: Draw | None = None) -> Tensor:
         """(B, 3, T, H, W) in [-1, 1] -> (B, channels, T, H', W') fp32: the mode, or a sample where ``vae.sample`` says
         so and ``draw`` gives standard normal noise."""
-        latent_grid(*pixels.shape[2:], self)
+        grid_of(pixels, self)
         if not self.samples or draw is None:
             return self._coder.mean(pixels, run).float() * self.cfg.scale
         posterior = self.posterior(pixels, run)

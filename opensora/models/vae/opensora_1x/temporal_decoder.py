@@ -11,8 +11,14 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from opensora.models.base import AutoencoderShape, Draw, latent_grid
-from opensora.models.vae.checkpoint import AutoencoderWeights, Checkpoint, build_network, find_checkpoint, open_checkpoint
+from opensora.models.base import AutoencoderShape, Draw, grid_of
+from opensora.models.vae.checkpoint import (
+    AutoencoderWeights,
+    Checkpoint,
+    build_network,
+    find_checkpoint,
+    open_checkpoint,
+)
 from opensora.models.vae.image_network import COLOURS, FrameCoder, ImageSizes, image_sizes
 from opensora.models.vae.opensora_1x.clip_coding import FrameByFrame
 from opensora.models.vae.opensora_1x.sd import FACTOR, check_micro_batch
@@ -58,14 +64,13 @@ class SDTemporalDecoder:
         self.channels, self.stride = sizes.channels, (1, sizes.stride, sizes.stride)
         self.coding = FrameByFrame(sizes.stride)
         self.samples = cfg.sample == "posterior"
-        size = {"channels": sizes.channels, "stride": sizes.stride}
-        self._coder = FrameCoder(self.network, cfg.micro_batch, dtype, **size)
+        self._coder = FrameCoder(self.network, cfg.micro_batch, dtype, channels=sizes.channels, stride=sizes.stride)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, run: TaskRunner = one_by_one, draw: Draw | None = None) -> Tensor:
         """(B, 3, T, H, W) in [-1, 1] -> (B, channels, T, H', W') fp32: the mode, or a sample where ``vae.sample`` says
         so and ``draw`` gives standard normal noise."""
-        latent_grid(*pixels.shape[2:], self)
+        grid_of(pixels, self)
         if not self.samples or draw is None:
             return self._coder.mean(pixels, run).float() * FACTOR
         posterior = self.posterior(pixels, run)

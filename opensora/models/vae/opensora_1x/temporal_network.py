@@ -152,5 +152,3 @@ class TemporalVAE(nn.Module):
 def decoded_length(latent_frames: int, frames: int, ratio: int) -> int:
     """Frames that ``TemporalVAE.decode`` gives; any number may be asked for."""
     return ratio * latent_frames - (-frames % ratio)
-
-

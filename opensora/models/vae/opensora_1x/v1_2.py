@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from opensora.models.base import AutoencoderShape, Draw, latent_grid
+from opensora.models.base import AutoencoderShape, Draw, grid_of
 from opensora.models.vae.checkpoint import (
     AutoencoderWeights,
     Checkpoint,
@@ -87,7 +87,7 @@ class OpenSoraV12Autoencoder:
     def encode(self, pixels: Tensor, run: TaskRunner = one_by_one, draw: Draw | None = None) -> Tensor:
         """(B, 3, T, H, W) in [-1, 1] -> (B, channels, T', H', W') fp32: modes, or samples where ``vae.sample`` says so
         and ``draw`` gives standard normal noise: of the images (stage ``spatial``), then of the clip (``temporal``)."""
-        latent_grid(*pixels.shape[2:], self)
+        grid_of(pixels, self)
         if not self.samples or draw is None:
             images = self._images.mean(pixels, run) * FACTOR
             return self._scaled(self._pieces(images, self._mean, self.channels, run))
@@ -118,7 +118,9 @@ class OpenSoraV12Autoencoder:
         pieces = self.coding.latent_pieces(count)
         asked = self.coding.asked(frames, len(pieces))
         work = [
-            _piece(clip[:, :, piece], partial(self.network.temporal_vae.decode, frames=n), (self._images.channels, size))
+            _piece(
+                clip[:, :, piece], partial(self.network.temporal_vae.decode, frames=n), (self._images.channels, size)
+            )
             for clip in z.split(1)
             for piece, n in zip(pieces, asked, strict=True)
             for size in [decoded_length(piece.stop - piece.start, n, self._ratio)]
@@ -170,7 +172,7 @@ def network_sizes(checkpoint: Checkpoint) -> PipelineSizes:
     first = shapes.get(f"{encoder}conv_in.conv.weight", ())
     temporal = published
     halves = tuple(f"{encoder}conv_blocks.{i}.conv.weight" in shapes for i in range(len(widths) - 1))
-    if 2**sum(halves) == QUARTER and len(first) == 5 and len(widths) <= MAX_LEVELS:  # else what is missing is named
+    if 2 ** sum(halves) == QUARTER and len(first) == 5 and len(widths) <= MAX_LEVELS:  # else what is missing is named
         temporal = TemporalSizes(
             channels=first[1],
             latents=_channels(shapes, "temporal_vae.post_quant_conv.conv.weight", 1, published.latents),
@@ -182,7 +184,9 @@ def network_sizes(checkpoint: Checkpoint) -> PipelineSizes:
             groups=checkpoint.number("num_groups", published.groups, MAX_CHANNELS),
         )
     return PipelineSizes(
-        image=image_sizes(checkpoint, SIZES, SPATIAL), temporal=temporal, statistics=shapes.get("shift", (1, 4, 1, 1, 1))
+        image=image_sizes(checkpoint, SIZES, SPATIAL),
+        temporal=temporal,
+        statistics=shapes.get("shift", (1, 4, 1, 1, 1)),
     )
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from opensora.models.base import AutoencoderShape, Draw, latent_grid
+from opensora.models.base import AutoencoderShape, Draw, grid_of
 from opensora.models.vae.checkpoint import (
     AutoencoderWeights,
     Checkpoint,
@@ -123,7 +123,7 @@ class OpenSoraV13Autoencoder:
         return pixels.clamp_(-1, 1) if clamp else pixels
 
     def _encoded(self, pixels: Tensor, code: Callable[[Tensor], Tensor], channels: int, run: TaskRunner) -> Tensor:
-        _, *size = latent_grid(*pixels.shape[2:], self)
+        _, *size = grid_of(pixels, self)
         pieces = self.coding.pieces(pixels.shape[2])
         work = [
             _piece(clips[:, :, p], code, (channels, quarter(p.stop - p.start), *size))
