@@ -42,3 +42,9 @@ class PipelineVAE(nn.Module):
         self.temporal_vae = TemporalVAE(sizes.temporal)
         for name in STATISTICS:
             self.register_buffer(name, torch.zeros(sizes.statistics) + (name == "scale"))
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight by whose gradients a discriminator's opinion is weighed: the temporal decoder's last."""
+        weight: Tensor = self.temporal_vae.decoder.conv_out.conv.weight
+        return weight
