@@ -16,14 +16,14 @@ from opensora.assembly.step_caches import check_cache
 from opensora.assembly.turns import for_sampling
 from opensora.conditioning.references import parts_of
 from opensora.config.run import RunConfig, SampleConfig, check_fit, check_objective, reads_no_references
-from opensora.inference.find import Source
+from opensora.inference.find import Source, names_motion
 from opensora.inference.lengths import coded, latents_made
 from opensora.inference.prompts import Job
 from opensora.inference.references import check_count, check_frames, check_length, chosen, count_frames, split
 from opensora.inference.watermark import read_watermark
 from opensora.models.base import AutoencoderShape, ModelConfig, Width, latent_grid
 from opensora.models.families import build_model, count_parameters, describe
-from opensora.models.text import check_text_encoder, text_tokens
+from opensora.models.text import check_prompts, check_text_encoder, num_classes, text_tokens
 from opensora.models.vae import autoencoder_shape, check_autoencoder
 from opensora.sampling.guidance import passes_per_step
 from opensora.sampling.options import SamplingOption, sanitize_sampling_option
@@ -102,6 +102,7 @@ def check_jobs(cfg: SampleConfig, source: Source, jobs: Sequence[Job]) -> None:
     Raises:
         UserError: the first that is not.
     """
+    _check_texts(cfg, source, jobs)
     listed = [split(job.ref) for job in jobs]
     for references in listed:
         check_count(cfg.cond_type, len(references))
@@ -118,6 +119,13 @@ def check_jobs(cfg: SampleConfig, source: Source, jobs: Sequence[Job]) -> None:
         for part in parts_of(cfg.cond_type, shape):
             path = references[chosen(cfg.cond_type, part)]
             check_frames(path, counts[path], part, cfg.cond_type)
+
+
+def _check_texts(cfg: SampleConfig, source: Source, jobs: Sequence[Job]) -> None:
+    """That prompts are such as the text encoder reads."""
+    if num_classes(source.text) and names_motion(cfg, source):
+        raise UserError("prompt_suffix=true: must be false with text.kind=classes, which reads numbers")
+    check_prompts(source.text, (text for job in jobs for text in (job.text, job.neg)))
 
 
 def check_references(model: ModelConfig) -> None:

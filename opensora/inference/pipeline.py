@@ -18,6 +18,7 @@ from acceleration.distributed.tasks import DistributedRunner
 from opensora.assembly.components import Components
 from opensora.assembly.step_caches import step_cache
 from opensora.assembly.token_layout import TokenLayout, forward_arguments
+from opensora.conditioning.dropout import dropped_labels
 from opensora.conditioning.references import is_still
 from opensora.config.run import SampleConfig
 from opensora.inference.check import check_references, solver_of
@@ -50,6 +51,7 @@ def conditions_of(
     opt: SamplingOption,
     *,
     null: bool = False,
+    behind: Sequence[str] | None = None,
     given: KnownFrames | None = None,
 ) -> Conditions:
     """What the model is told of one prompt per sample, this process's share of it.
@@ -59,18 +61,22 @@ def conditions_of(
         opt: with width and height.
         null: these are no prompts, or what to move away from: a model with a null embedding of its own takes that for
             empty ones.
+        behind: prompts whose masks such an embedding stands behind, as in training; None: the mask of no prompt.
         given: frames that are known; None: nothing is.
     """
-    text, denoising = parts.text_encoder.encode(list(texts)), parts.layout.denoising
-    dropped = None
-    if denoising.null_text == "learned":
-        dropped = torch.tensor([null and not prompt for prompt in texts], device=parts.device)
+    denoising = parts.layout.denoising
+    learned, gone = denoising.null_text == "learned", [null and not prompt for prompt in texts]
+    read = list(texts)
+    if learned and behind is not None:
+        read = [other if is_gone else own for own, other, is_gone in zip(texts, behind, gone, strict=True)]
+    text, dropped = parts.text_encoder.encode(read), torch.tensor(gone, device=parts.device)
     numbers = {"fps": torch.tensor([opt.fps]), "size": torch.tensor([[opt.height, opt.width]], dtype=torch.float32)}
     conditions = Conditions(
-        text=text.txt,
+        text=None if learned and denoising.text == "none" else text.txt,
         text_mask=text.mask,
         pooled=text.y_vec if denoising.pooled_dim else None,
-        dropped=dropped,
+        label=dropped_labels(text.label, dropped, denoising.num_classes),
+        dropped=dropped if learned else None,
         reference=given.reference.to(x) * given.known[:, None] if given else None,
         known=given.known if given else None,
         **{
@@ -80,6 +86,12 @@ def conditions_of(
         },
     )
     return parts.layout.shard_conditions(parts.layout.patchify_conditions(conditions), x)
+
+
+def _prepared(parts: Components, prompt: str) -> str:
+    """As the text encoder wants it in sampling, cleaned where it was not in training."""
+    prepare: Callable[[str], str] | None = getattr(parts.text_encoder, "for_sampling", None)
+    return prompt if prepare is None else prepare(prompt)
 
 
 def build_api(parts: Components, on_decision: OnDecision = lambda decision: None) -> Api:
@@ -139,7 +151,8 @@ def build_api(parts: Components, on_decision: OnDecision = lambda decision: None
         options = SolverOptions(opt.num_steps, opt.shift, opt.flow_shift)
         solver = build_solver(solver_of("sampling", opt, parts.objective), parts.objective, options, grid)
         told = {"suffix": parts.prompt_suffix, "published": parts.published_prompts}
-        prompts = [final_prompt(t, opt, **told) for t in text]
+        prompts = [_prepared(parts, final_prompt(t, opt, **told)) for t in text]
+        avoided = [_prepared(parts, t) for t in neg or [""] * len(text)]
         passes = passes_per_step(opt, references=given is not None)
         cache = _step_cache(opt, parts, on_decision)
         with cache.during(parts.model):
@@ -155,7 +168,7 @@ def build_api(parts: Components, on_decision: OnDecision = lambda decision: None
                     positions=positions,
                 ),
                 conditions_of(parts, prompts, x, opt, given=given),
-                conditions_of(parts, neg or [""] * len(text), x, opt, null=True) if passes > 1 else None,
+                conditions_of(parts, avoided, x, opt, null=True, behind=prompts) if passes > 1 else None,
                 outputs=layout.denoising.outputs,
                 noise=_step_noise(layout, grid, seeds, x),
                 progress=on_step,

@@ -240,6 +240,7 @@ class TextFeatures:
     txt: Tensor  # (B, L, context_in_dim), one row per text token
     y_vec: Tensor  # (B, vec_in_dim), the pooled prompt
     mask: Tensor | None = None  # (B, L) bool, True for real tokens; None: padding is attended, as in Flux
+    label: Tensor | None = None  # (B,) int64, a class in place of a prompt; L and both widths are then 0
 
 
 class TextEncoder(Protocol):

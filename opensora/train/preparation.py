@@ -12,7 +12,7 @@ from opensora.assembly.encoders import Encoders
 from opensora.assembly.reference_codes import code_part
 from opensora.assembly.token_layout import TokenLayout, forward_arguments
 from opensora.conditioning import ConditioningConfig
-from opensora.conditioning.dropout import drop_text
+from opensora.conditioning.dropout import drop_text, dropped_labels
 from opensora.conditioning.frames import known_frames
 from opensora.conditioning.references import Part, code_references, draw_kind
 from opensora.datasets.loading.feature_store import Features
@@ -127,13 +127,15 @@ class Preparation:
         drop_txt, drop_vec = map(self._upload, drop_text(self.seed, step, ids, self.conditioning.dropout))
         null, mask, denoising = self.encoders.null, text.mask, self.layout.denoising
         pooled = torch.where(drop_vec[:, None], null.y_vec, text.y_vec) if denoising.pooled_dim else None
-        if denoising.null_text == "learned":
-            return Conditions(text=text.txt, text_mask=mask, pooled=pooled, dropped=drop_txt)
+        label = dropped_labels(text.label, drop_txt, denoising.num_classes)
+        if denoising.null_text == "learned":  # behind the mask of the sample's own prompt
+            txt = text.txt if denoising.text != "none" else None
+            return Conditions(text=txt, text_mask=mask, pooled=pooled, label=label, dropped=drop_txt)
         if mask is not None:
             assert null.mask is not None
             mask = torch.where(drop_txt[:, None], null.mask, mask)
         txt = torch.where(drop_txt[:, None, None], null.txt, text.txt)
-        return Conditions(text=txt, text_mask=mask, pooled=pooled)
+        return Conditions(text=txt, text_mask=mask, pooled=pooled, label=label)
 
     def _known(self, batch: "Batch", step: int, latents: tuple[int, int, int]) -> Tensor | None:
         """(B, T', H', W') bool: latents that stand in the place of noisy ones, for models that take them so."""
