@@ -1123,7 +1123,7 @@ TABLE: tuple[Mutation, ...] = (
     ),
     Mutation(
         "equal prompts encoded again",
-        "opensora/models/text/t5_clip.py",
+        "opensora/models/text/transformers_encoder.py",
         "missing = [prompt for prompt, row in rows.items() if row is None]",
         "missing = [prompt for prompt in prompts if rows[prompt] is None]",
         f"{TEXT_FILES}::test_every_prompt_as_alone_and_equal_ones_once",
