@@ -116,7 +116,7 @@ class CausalPieces:
                 f"{frames} frames do not fit the autoencoder: they become {count} latent frames, "
                 f"must become a multiple of {self.multiple} with normalization=video_5frames"
             )
-        return count, *_plane(height, width, SPACE, _rounded_eighth)
+        return count, *_plane(height, width, 2, _rounded_eighth)
 
     def frames(self, latent_frames: int) -> int:
         pieces = self.latent_pieces(latent_frames)
