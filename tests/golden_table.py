@@ -25,6 +25,8 @@ class Row(NamedTuple):
 
 
 AUTOENCODERS = "test_golden_autoencoders.py::test_published_file"
+AUTOENCODERS_1X = "test_golden_autoencoders_1x.py::test_"
+TRAINING_1X = "test_golden_autoencoder_training_1x.py::test_"
 SAMPLING = "test_golden_sampling.py::test_"
 ROWS = (
     Row("hunyuan_vae", "encode and decode, whole and in tiles", (f"{AUTOENCODERS}[hunyuan_vae]",)),
@@ -51,6 +53,32 @@ ROWS = (
     Row("text", "T5 and CLIP: token ids, features", ("test_text_files.py::test_features_and_tokens",)),
     Row("buckets", "buckets of 300 clips, 5 tables", ("test_published_rule.py::test_every_decision",)),
     Row("buckets", "frame rates, runs", ("test_published_rule.py::test_frame", "test_published_rule.py::test_a_run")),
+    Row("v1/vae_spatial_*", "frames as images, runs of frames", (f"{AUTOENCODERS_1X}images",)),
+    Row("v1/vae_temporal_decoder_v1_0", "decode a clip of images", (f"{AUTOENCODERS_1X}decoder_of_clips",)),
+    Row("v1/vae_temporal_*v1_2", "moments, clips, frames that do not fit", (f"{AUTOENCODERS_1X}temporal_network[",)),
+    Row("v1/vae_temporal_*v1_2", "a training step, gradients", (f"{AUTOENCODERS_1X}temporal_network_trains",)),
+    Row("v1/vae_posterior_v1_2", "draws, KL, density", (f"{AUTOENCODERS_1X}posterior",)),
+    Row("v1/vae_pipeline_v1_2", "encode and decode in pieces", (f"{AUTOENCODERS_1X}clips_of_1_2",)),
+    Row("v1/vae_pipeline_more_v1_2", "other pieces, both networks in training", (f"{AUTOENCODERS_1X}more_of_1_2",)),
+    Row(
+        "v1/vae_v1_3_cases",
+        "encode and decode in pieces, normalized",
+        (f"{AUTOENCODERS_1X}clips_of_1_3", f"{AUTOENCODERS_1X}small_values"),
+    ),
+    Row("v1/vae_stats_v1_3", "normalization", (f"{AUTOENCODERS_1X}statistics_of_1_3",)),
+    Row("v1/vae_sizes_*", "sizes of latents", (f"{AUTOENCODERS_1X}sizes_that_are_stated",)),
+    Row(
+        "v1/vae_train_v1_2",
+        "stages 1 to 3, discriminator, gradients",
+        tuple(f"{TRAINING_1X}{name}" for name in ("stages", "generator_term", "step_of_the", "losses_of_logits")),
+    ),
+    Row("v1/vae_train_v1_3", "a training step, gradients", (f"{TRAINING_1X}training_step_of_1_3",)),
+    Row(
+        "v1/names_vae",
+        "names and shapes of the published sizes",
+        ("test_autoencoder_files.py::test_names_of_open_sora_1", f"{TRAINING_1X}discriminators_of_published"),
+    ),
+    Row("v1/clean_caption", "captions, cleaned and lowered", ("test_text_1x.py::test_cleaning_is",)),
     Row("step_cache", "12 steps of every cache", ("test_step_caches.py::test_golden_trajectories",)),
     Row("step_cache", "decisions of TeaCache", ("test_step_caches.py::test_golden_decisions",)),
 )

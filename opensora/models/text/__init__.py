@@ -34,6 +34,7 @@ class TextEncoderKind(NamedTuple):
     stated: Callable[[Any], tuple[Width, Width]] | None = None  # by its files, without loading them, or UserError
     check: Callable[[Any], None] | None = None  # names and shapes in its files, by their headers, or UserError
     parameters: int = 0  # of the published one, for forecasts
+    t5: bool = False  # T5 v1.1 XXL is a part of it, which decides on what prompts take while they are encoded
     moves: bool = False  # ``build`` also takes the processes to cut its weights over, and what moves them out
     classes: Callable[[Any], int] | None = None  # of labels, which it gives in place of features
 
@@ -55,6 +56,7 @@ TEXT_ENCODERS: dict[str, TextEncoderKind] = {
         stated=stated_widths,
         check=check_files,
         parameters=4_885_000_000,
+        t5=True,
         moves=True,
     ),
     "t5": TextEncoderKind(
@@ -66,6 +68,7 @@ TEXT_ENCODERS: dict[str, TextEncoderKind] = {
         stated=stated_t5_width,
         check=check_t5_files,
         parameters=4_762_000_000,
+        t5=True,
         moves=True,
     ),
     "clip": TextEncoderKind(
