@@ -238,6 +238,38 @@ def test_names_of_open_sora_1(golden: Path) -> None:
         assert shapes == names[name]["shapes"]
 
 
+@pytest.mark.parametrize("kind", ["opensora_v1_2", "opensora_v1_3"])
+def test_folders_of_the_hub(kind: str, tmp_path: Path) -> None:
+    """model.safetensors beside the arguments of the published class, which the weights speak for."""
+    write_small(kind, tmp_path / "model.safetensors")
+    stated = {
+        "model_type": "VideoAutoencoderPipeline",
+        "micro_frame_size": 17,
+        "shift": [9.0] * 4,
+        "scale": 9.0,
+        "vae_2d": {"type": "VideoAutoencoderKL", "subfolder": "vae"},
+        "encoder": {"z_channels": 16},
+        "norm_num_groups": 2,
+        "num_groups": 2,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    cfg = AUTOENCODER_CONFIGS[kind](path=str(tmp_path))
+    check_autoencoder(cfg)
+    autoencoder: Any = build_autoencoder(cfg, "cpu", torch.float32)
+    tensors = load_file(tmp_path / "model.safetensors")
+    found = autoencoder.network.state_dict()
+    assert set(found) == set(tensors) and all(torch.equal(found[name], x) for name, x in tensors.items())
+
+
+def test_other_channels_are_not_normalized(tmp_path: Path) -> None:
+    changed = {"encoder.conv_out.conv.weight": (16, 32, 3, 3, 3), "encoder.conv_out.conv.bias": (16,)}
+    changed["decoder.conv_in.conv.weight"] = (32, 8, 3, 3, 3)
+    path = str(write_small("opensora_v1_3", tmp_path / "small.safetensors", **changed))
+    said = refusal(AUTOENCODER_CONFIGS["opensora_v1_3"](path=path))
+    assert said == f"vae.normalization=video: is of 16 channels, and {path} has 8; must be none"
+    check_autoencoder(AUTOENCODER_CONFIGS["opensora_v1_3"](path=path, normalization="none"))
+
+
 def test_older_names_of_stable_diffusion(tmp_path: Path) -> None:
     """The same weights behind a prefix, in the names of diffusers before 0.16, and in those of the first release."""
     tensors = load_file(write_small("sd", tmp_path / "now.safetensors"))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 Normalization = Literal["none", "video", "video_5frames"]
 PLACES = 5  # latent frames
+CHANNELS = 16
 
 # fmt: off
 _VIDEO_MEAN = (

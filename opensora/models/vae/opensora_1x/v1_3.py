@@ -18,8 +18,9 @@ from opensora.models.vae.checkpoint import (
 )
 from opensora.models.vae.opensora_1x.causal_network import COLOURS, CausalSizes, CausalVAE
 from opensora.models.vae.opensora_1x.clip_coding import QUARTER, SPACE, CausalPieces, quarter
-from opensora.models.vae.opensora_1x.statistics import PLACES, Normalization, denormalized, normalized
+from opensora.models.vae.opensora_1x.statistics import CHANNELS, PLACES, Normalization, denormalized, normalized
 from opensora.models.vae.posterior import Posterior
+from opensora.utils.errors import UserError
 from opensora.utils.limits import Limits
 from opensora.utils.tasks import Task, TaskRunner, one_by_one
 
@@ -159,7 +160,22 @@ def _joined_overlapping(parts: list[Tensor]) -> Tensor:
 
 def _sizes(cfg: OpenSoraV13Config) -> CausalSizes:
     checkpoint = find_checkpoint(cfg.path, WEIGHTS)
-    return network_sizes(checkpoint) if checkpoint else PUBLISHED
+    return _checked(checkpoint, cfg) if checkpoint else PUBLISHED
+
+
+def _checked(checkpoint: Checkpoint, cfg: OpenSoraV13Config) -> CausalSizes:
+    """Sizes of a network whose latents can be normalized as configured.
+
+    Raises:
+        UserError: they have other channels.
+    """
+    sizes = network_sizes(checkpoint)
+    if cfg.normalization != "none" and sizes.channels != CHANNELS:
+        raise UserError(
+            f"vae.normalization={cfg.normalization}: is of {CHANNELS} channels, and {cfg.path} has {sizes.channels}; "
+            "must be none"
+        )
+    return sizes
 
 
 def network_sizes(checkpoint: Checkpoint) -> CausalSizes:
@@ -182,7 +198,7 @@ def check_opensora_v1_3(cfg: OpenSoraV13Config) -> None:
         UserError: they are not.
     """
     checkpoint = open_checkpoint(cfg.path, WEIGHTS)
-    checkpoint.check(partial(CausalVAE, network_sizes(checkpoint)))
+    checkpoint.check(partial(CausalVAE, _checked(checkpoint, cfg)))
 
 
 def opensora_v1_3_shape(cfg: OpenSoraV13Config) -> AutoencoderShape:
