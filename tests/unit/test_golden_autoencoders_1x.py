@@ -14,7 +14,7 @@ from opensora.models.vae import (
     SDTemporalDecoderConfig,
     build_autoencoder,
 )
-from opensora.models.vae.opensora_1x import statistics
+from opensora.models.vae.opensora_1x import normalization
 from opensora.models.vae.opensora_1x.clip_coding import CausalPieces, FrameByFrame, PaddedPieces, quarter
 from opensora.models.vae.opensora_1x.temporal_network import TemporalSizes, TemporalVAE, decoded_length
 from opensora.models.vae.posterior import Posterior
@@ -245,14 +245,14 @@ def test_statistics_of_1_3(golden: Path) -> None:
         for name in ("video", "video_5frames")
     )
     truth = (z - by_channel["mean"][:, None]) / by_channel["std"][:, None]
-    assert relative(statistics.normalized(z, "video"), truth) == 0
+    assert relative(normalization.normalized(z, "video"), truth) == 0
     twice = {part: x.repeat(1, 2, 1, 1) for part, x in by_place.items()}
-    assert relative(statistics.normalized(z, "video_5frames"), (z - twice["mean"]) / twice["std"]) == 0
+    assert relative(normalization.normalized(z, "video_5frames"), (z - twice["mean"]) / twice["std"]) == 0
     for kind in ("none", "video", "video_5frames"):
-        again = statistics.denormalized(statistics.normalized(z, kind), kind)  # type: ignore[arg-type]
+        again = normalization.denormalized(normalization.normalized(z, kind), kind)  # type: ignore[arg-type]
         assert relative(again, z) < 1e-6
     with pytest.raises(ValueError, match="12 latent frames: with normalization=video_5frames must be a multiple of 5"):
-        statistics.normalized(torch.zeros(1, 16, 12, 1, 1), "video_5frames")
+        normalization.normalized(torch.zeros(1, 16, 12, 1, 1), "video_5frames")
 
 
 def test_sizes_that_are_stated(golden: Path) -> None:

@@ -18,7 +18,7 @@ from opensora.models.vae.checkpoint import (
 )
 from opensora.models.vae.opensora_1x.causal_network import COLOURS, CausalSizes, CausalVAE
 from opensora.models.vae.opensora_1x.clip_coding import QUARTER, SPACE, CausalPieces, quarter
-from opensora.models.vae.opensora_1x.statistics import CHANNELS, PLACES, Normalization, denormalized, normalized
+from opensora.models.vae.opensora_1x.normalization import CHANNELS, PLACES, Normalization, denormalized, normalized
 from opensora.models.vae.posterior import Posterior
 from opensora.utils.errors import UserError
 from opensora.utils.limits import Limits
