@@ -244,7 +244,10 @@ class TextFeatures:
 
 
 class TextEncoder(Protocol):
-    """Prompts to features. Weights are frozen."""
+    """Prompts to features. Weights are frozen.
+
+    One that is given other prompts in sampling than in training also has ``for_sampling(prompt)``, which makes these.
+    """
 
     context_dim: int
     vec_dim: int
