@@ -28,6 +28,7 @@ AUTOENCODERS = "test_golden_autoencoders.py::test_published_file"
 AUTOENCODERS_1X = "test_golden_autoencoders_1x.py::test_"
 TRAINING_1X = "test_golden_autoencoder_training_1x.py::test_"
 SAMPLING = "test_golden_sampling.py::test_"
+SCHEDULERS = "test_golden_schedulers.py::test_"
 ROWS = (
     Row("hunyuan_vae", "encode and decode, whole and in tiles", (f"{AUTOENCODERS}[hunyuan_vae]",)),
     Row("hunyuan_vae", "the same from a diffusers folder", ("test_golden_autoencoders.py::test_hunyuan_from",)),
@@ -79,6 +80,16 @@ ROWS = (
         ("test_autoencoder_files.py::test_names_of_open_sora_1", f"{TRAINING_1X}discriminators_of_published"),
     ),
     Row("v1/clean_caption", "captions, cleaned and lowered", ("test_text_1x.py::test_cleaning_is",)),
+    Row("iddpm_tables_*", "chains, 4 respacings, fp64 and fp32", (f"{SCHEDULERS}tables_are_equal",)),
+    Row("iddpm_speed", "tables of SpeeD; loss, gradient", (f"{SCHEDULERS}speed_tables", f"{SCHEDULERS}iddpm_speed")),
+    Row("iddpm_train_*", "losses, gradients, with masks", (f"{SCHEDULERS}iddpm_training",)),
+    Row("iddpm_sample_*, iddpm_ddim_*", "DDPM and DDIM, with masks", (f"{SCHEDULERS}iddpm_sampling",)),
+    Row("iddpm_p_sample_*", "a step with clipping", (f"{SCHEDULERS}one_step",)),
+    Row("dpms_sample_*", "DPM-Solver++", (f"{SCHEDULERS}dpm_solver",)),
+    Row("rflow_timestep_transform_*", "times by size", (f"{SCHEDULERS}timestep_transform",)),
+    Row("rflow_train_*", "times, losses, gradients, with masks", (f"{SCHEDULERS}flow_training[",)),
+    Row("rflow_train_i2v_drop_*", "losses with dropped conditions", (f"{SCHEDULERS}flow_training_with",)),
+    Row("rflow_sample_*", "Euler steps, masks, three passes", (f"{SCHEDULERS}flow_sampling",)),
     Row("step_cache", "12 steps of every cache", ("test_step_caches.py::test_golden_trajectories",)),
     Row("step_cache", "decisions of TeaCache", ("test_step_caches.py::test_golden_decisions",)),
 )

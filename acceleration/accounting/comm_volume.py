@@ -76,6 +76,7 @@ def sampling_bytes(
     passes: Sequence[int],
     channels: int,
     outputs: int = 1,
+    sums: Sequence[int] = (),
 ) -> dict[str, int]:
     """Axis -> bytes of integrating the latents of a batch, on a model that has not run before; decoding not counted.
 
@@ -83,6 +84,7 @@ def sampling_bytes(
         passes: evaluations of the model in every step; processes along cfg take one each and exchange the predictions.
         channels: values of an image token.
         outputs: values that the model predicts for each of them.
+        sums: bytes of each tensor that all processes of a sample add up.
     """
     mesh, (_, img), total = place.mesh, place.local_tokens(structure, batch), Counter[str]()
     turns = Counter(-(-count // mesh["cfg"].degree) for count in passes)
@@ -99,6 +101,8 @@ def sampling_bytes(
     token = batch.samples * frames * channels * exact
     total["ulysses"] += max(groups[mesh["ring"].rank]) * token * (mesh["ulysses"].degree - 1)
     total["ring"] += max(map(sum, groups)) * token * (mesh["ring"].degree - 1)
+    for axis in ("ulysses", "ring"):
+        total[axis] += sum(2 * size * (mesh[axis].degree - 1) // mesh[axis].degree for size in sums)
     return dict(+total)
 
 

@@ -76,6 +76,10 @@ class SequenceParallel:
         x = collectives.all_gather(x, dim, groups[self.ring.rank], self.ulysses)
         return collectives.all_gather(x, dim, [sum(group) for group in groups], self.ring)
 
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of what all processes have that share the sequence, on each of them. Not differentiable."""
+        return collectives.all_reduce_(collectives.all_reduce_(x.clone(), self.ulysses), self.ring)
+
     def context(self, txt_tokens: int, img_tokens: int) -> SequenceContext | None:
         """What to pass as the model's ``context`` for these whole-sequence lengths; None where slots never cut."""
         if not self.cuts:

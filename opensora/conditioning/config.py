@@ -4,10 +4,24 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from opensora.conditioning.condition_dropout import DROPS
 from opensora.conditioning.frames import MASKS
 from opensora.conditioning.references import KINDS
 
-MAX_WEIGHT = 1e6  # of a kind of reference: beyond, the others would hardly ever be drawn
+MAX_WEIGHT = 1e6  # of a kind: beyond, the others would hardly ever be drawn
+
+
+def _check_weights(key: str, weights: Mapping[str, float], kinds: tuple[str, ...]) -> None:
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"{key}: must be a mapping of kinds to weights")
+    for name, weight in weights.items():
+        if name not in kinds:
+            raise ValueError(f"{key}.{name}: no such kind; must be one of {', '.join(kinds)}")
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool) and math.isfinite(weight)
+        if not number or not 0 <= weight <= MAX_WEIGHT:
+            raise ValueError(f"{key}.{name}={weight}: must be a weight from 0 to {MAX_WEIGHT:g}")
+    if weights and not sum(weights.values()):
+        raise ValueError(f"{key}: every weight is 0; must have one above, or be {{}}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,11 +30,15 @@ class DropoutConfig:
 
     text: float = 0.31622777  # the tokens; both at once: the product of the two, 0.1
     pooled: float = 0.31622777  # the prompt as one vector
+    conditions: dict[str, float] = field(default_factory=dict)
+    # {kind: weight} of samples with reference frames beside the noise, in place of ``text`` (drop_condition of 1.3):
+    # keep (all), cond (the references alone), text (the prompt alone), null (neither)
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name}={value}: must be a number from 0 to 1")
+        for name in ("text", "pooled"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be a number from 0 to 1")
+        _check_weights("conditions", self.conditions, tuple(DROPS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,22 +55,19 @@ class ConditioningConfig:
     # sample, among those that its clip has room for. Kinds: t2v (none), i2v_head, i2v_tail, i2v_loop (the first, last,
     # or both frames), v2v_head, v2v_tail (33 frames), v2v_head_easy, v2v_tail_easy (65); {}: t2v alone
     known_in_loss: bool = True  # latent frames that references give are learned like all others; false: left out
+    known_weight: float = 1.0  # of these frames in the loss, if they are; the others then weigh so much that the mean
+    # of all is 1 (x_cond_weight of Open-Sora 1.3)
 
     def __post_init__(self) -> None:
+        if not 0 <= self.known_weight <= MAX_WEIGHT:
+            raise ValueError(f"known_weight={self.known_weight}: must be a number from 0 to {MAX_WEIGHT:g}")
+        if self.known_weight != 1 and not self.known_in_loss:
+            raise ValueError(f"known_weight={self.known_weight}: must be 1 with known_in_loss=false")
         self._check_masks()
         self._check_references()
 
     def _check_references(self) -> None:
-        if not isinstance(self.references, Mapping):
-            raise ValueError("references: must be a mapping of kinds to weights")
-        for name, weight in self.references.items():
-            if name not in KINDS:
-                raise ValueError(f"references.{name}: no such kind; must be one of {', '.join(KINDS)}")
-            number = isinstance(weight, (int, float)) and not isinstance(weight, bool) and math.isfinite(weight)
-            if not number or not 0 <= weight <= MAX_WEIGHT:
-                raise ValueError(f"references.{name}={weight}: must be a weight from 0 to {MAX_WEIGHT:g}")
-        if self.references and not sum(self.references.values()):
-            raise ValueError("references: every weight is 0; must have one above, or be {}")
+        _check_weights("references", self.references, tuple(KINDS))
 
     def _check_masks(self) -> None:
         if not isinstance(self.masks, Mapping):

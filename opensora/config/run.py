@@ -20,6 +20,7 @@ from opensora.models.vae import AUTOENCODER_CONFIGS, AUTOENCODERS, AutoencoderCo
 from opensora.sampling.options import SamplingOption
 from opensora.schedulers import OBJECTIVE_CONFIGS, ObjectiveConfig, build_objective
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
+from opensora.schedulers.rectified_flow_v1 import RectifiedFlowV1Config
 from opensora.utils.chat import RefineConfig
 from opensora.utils.files.untrusted import short
 from opensora.utils.limits import SECONDS, STEPS, Limits
@@ -32,6 +33,7 @@ MAX_NAME = 200  # bytes of a run's name; file systems take 255, and jobs and log
 
 LORA_SCALE = 1000.0  # the most, either way
 
+LossReduction: TypeAlias = Literal["elements", "samples"]
 VaeParallel: TypeAlias = Literal["auto", "on", "off"]
 
 
@@ -49,6 +51,8 @@ class TrainConfig:
     init_from: str | None = None  # safetensors file or export folder to start from, or to adapt with lora.rank > 0
     preflight: bool = True  # compare code, settings and devices of all processes, and look for slow links, at the start
     export: bool = True  # write the weights for sampling when the run is finished; with lora.rank > 0 the adapters
+    loss_reduction: LossReduction = "elements"  # the loss is the mean over all latent values of a step; samples: over
+    # those of a sample, and then over samples (Open-Sora 1.x)
     export_live: bool = False  # those of the last step, also where there is a moving average
 
     LIMITS: ClassVar[Limits] = dict.fromkeys(("steps", "log_every", "checkpoint_every", "checkpoint_keep"), STEPS)
@@ -61,6 +65,8 @@ class TrainConfig:
             raise ValueError(f"checkpoint_keep={self.checkpoint_keep}: must be an integer >= 0; 0 keeps all")
         if self.init_from == "":
             raise ValueError("init_from='': must be a safetensors file or an export folder, or null")
+        if self.loss_reduction not in ("elements", "samples"):
+            raise ValueError(f"loss_reduction={self.loss_reduction}: must be elements or samples")
         if not self.resume:
             raise ValueError("resume='': must be one of auto, none, or the path of a checkpoint")
 
@@ -139,6 +145,8 @@ class RunConfig:
         if not self.data.buckets:
             raise ValueError("data.buckets: missing; give a table such as {256px: {1: [1.0, 8], 33: [1.0, 2]}}")
         check_fit(self.model, self.vae, self.text)
+        if isinstance(self.objective, RectifiedFlowV1Config):
+            self._check_lengths(self.objective)
         check_objective(self.model, self.objective)
         if self.lora.targets is None:  # what is saved states every value
             object.__setattr__(self, "lora", replace(self.lora, targets=family_of(self.model).lora_targets))
@@ -177,6 +185,15 @@ class RunConfig:
             raise ValueError(
                 f"optim.warmup_steps={self.optim.warmup_steps}: must be at most train.steps={self.train.steps}"
             )
+
+    def _check_lengths(self, objective: RectifiedFlowV1Config) -> None:
+        """That clips of all buckets have times."""
+        for resolution, rows in self.data.buckets.items():
+            for frames in rows:
+                try:
+                    objective.check_frames(int(frames))
+                except ValueError as error:
+                    raise ValueError(f"data.buckets.{resolution}.{frames}: {error}") from None
 
     def _check_packs(self) -> None:
         """That samples of several buckets can share a sequence."""
@@ -359,9 +376,16 @@ def check_objective(model: ModelConfig, objective: ObjectiveConfig) -> None:
     Raises:
         ValueError: it does not.
     """
-    needed, found = build_objective(objective).outputs, describe(model).outputs
+    built, denoising = build_objective(objective), describe(model)
+    needed, found = built.outputs, denoising.outputs
     if found < needed:
         raise ValueError(
             f"objective.kind={objective.kind}: needs {needed} values per latent, model.kind={model.kind} predicts "
             f"{found}; choose another objective, or a model with a learned variance"
+        )
+    latest, wanted = getattr(built, "latest_time", 1.0), {"unit": 1, "steps": 1000}.get(denoising.times)
+    if wanted is not None and (wanted == 1) != (latest == 1):
+        raise ValueError(
+            f"objective.kind={objective.kind}: has times up to {latest:g}, model.kind={model.kind} reads times up to "
+            f"{wanted}; choose another objective"
         )

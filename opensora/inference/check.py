@@ -28,12 +28,23 @@ from opensora.models.vae import autoencoder_shape, check_autoencoder
 from opensora.sampling.guidance import passes_per_step
 from opensora.sampling.options import SamplingOption, sanitize_sampling_option
 from opensora.schedulers import ObjectiveConfig, build_objective
+from opensora.schedulers.iddpm import IDDPMConfig
+from opensora.schedulers.noise_schedule import spaced_steps
+from opensora.schedulers.rectified_flow_v1 import RectifiedFlowV1Config
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 from opensora.utils.files.untrusted import short
 
 GIB = 2**30
 PIXEL_BYTES = 3 * (4 + 1)  # of a decoded pixel: fp32, and the bytes that are written
+
+CHAIN_SOLVERS = ("ddpm", "ddim")  # that step along a chain of a diffusion model
+SOLVER_OPTIONS: dict[str, tuple[str, ...]] = {  # what belongs to some solvers alone
+    "timestep_respacing": CHAIN_SOLVERS,
+    "clip_denoised": CHAIN_SOLVERS,
+    "eta": ("ddim",),
+    "flow_shift": ("euler",),
+}
 
 
 def check_sample(cfg: SampleConfig, source: Source, jobs: Sequence[Job], world_size: int) -> None:
@@ -82,6 +93,11 @@ def check_option(
     """
     made = fit_option(key, option, source.model, autoencoder_shape(source.vae))
     solver_of(key, option, source.objective)
+    channels = describe(source.model).latent_channels
+    if option.cfg_channel is not None and option.cfg_channel > channels:
+        raise UserError(
+            f"{key}.cfg_channel={option.cfg_channel}: must be at most {channels}, the latent channels of the model"
+        )
     needed = least_bytes(
         made,
         source.model,
@@ -281,7 +297,32 @@ def solver_of(key: str, option: SamplingOption, objective: ObjectiveConfig) -> s
             f"{key}.solver={short(option.solver)}: must be one of {', '.join(fitting)}, as the model was trained with "
             f"objective.kind={objective.kind}; null takes the first"
         )
-    return option.solver or fitting[0]
+    solver = option.solver or fitting[0]
+    _check_solver_options(key, option, objective, solver)
+    return solver
+
+
+def _check_solver_options(key: str, option: SamplingOption, objective: ObjectiveConfig, solver: str) -> None:
+    for name, owners in SOLVER_OPTIONS.items():
+        value, default = getattr(option, name), SamplingOption.__dataclass_fields__[name].default
+        if solver not in owners and value != default:
+            raise UserError(
+                f"{key}.{name}={short(repr(value))}: is for solver={' or '.join(owners)}, not {solver}; leave it out"
+            )
+    if isinstance(objective, RectifiedFlowV1Config):
+        try:
+            objective.check_frames(option.num_frames)
+        except ValueError as error:
+            raise UserError(f"{key}.num_frames={option.num_frames}: {error}") from None
+    if not isinstance(objective, IDDPMConfig) or solver not in CHAIN_SOLVERS:
+        return
+    asked, name = option.timestep_respacing, "timestep_respacing"
+    if asked is None:
+        asked, name = str(option.num_steps), "num_steps"
+    try:
+        spaced_steps(asked, objective.diffusion_steps)
+    except ValueError as error:
+        raise UserError(f"{key}.{name}={asked}: {error}") from None
 
 
 def check_memory(key: str, option: SamplingOption, needed: int) -> None:

@@ -9,7 +9,6 @@ seed alone, so any number of processes gives the same video.
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import count
 
 import torch
 from torch import Tensor
@@ -17,15 +16,23 @@ from torch import Tensor
 from acceleration.distributed.tasks import DistributedRunner
 from opensora.assembly.components import Components
 from opensora.assembly.step_caches import step_cache
-from opensora.assembly.token_layout import TokenLayout, forward_arguments
+from opensora.assembly.token_layout import forward_arguments
 from opensora.conditioning.dropout import dropped_labels
 from opensora.conditioning.references import is_still
 from opensora.config.run import SampleConfig
-from opensora.inference.check import check_references, solver_of
+from opensora.inference.check import check_references
 from opensora.inference.lengths import as_published, asked_for, coded, frames_of, latents_made
 from opensora.inference.prompts import Job, final_prompt
 from opensora.inference.references import KnownFrames, Reference, check_count, check_length, code_known, split
 from opensora.inference.save import Saver, unused_names
+from opensora.inference.steps import (
+    drawn_in_turn,
+    given_frames,
+    guided_channels,
+    keeps_known,
+    noise_of_steps,
+    solver_for,
+)
 from opensora.models.base import decode_clip, latent_grid
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.sampling.caches import OnDecision, StepCache
@@ -34,10 +41,7 @@ from opensora.sampling.guidance import build_guidance, passes_per_step
 from opensora.sampling.loop import Predict, denoise
 from opensora.sampling.noise import get_noise
 from opensora.sampling.options import SamplingOption, sanitize_sampling_option
-from opensora.schedulers import build_solver
-from opensora.schedulers.base import SolverOptions
 from opensora.utils.console import announce, progress
-from opensora.utils.rng import torch_generator
 from opensora.utils.tokens import Grid
 
 Api = Callable[..., Tensor]
@@ -112,6 +116,7 @@ def build_api(parts: Components, on_decision: OnDecision = lambda decision: None
         ref: Sequence[str | Sequence[Reference] | None] | None = None,
         on_step: OnStep | None = None,
         noise: Tensor | None = None,
+        edit_ratios: Tensor | None = None,
     ) -> Tensor:
         """Sample one clip per prompt. Collective over all processes.
 
@@ -127,13 +132,15 @@ def build_api(parts: Components, on_decision: OnDecision = lambda decision: None
                 alone.
             on_step: called with (steps done, steps in all).
             noise: (B, C, T', H', W') to start from, in place of what the seed gives.
+            edit_ratios: (B, T'), for models that take clean frames in the place of noisy ones: of latent frames that
+                stand in ``noise`` already, from 0, kept, to 1, made anew; all others have 1.
 
         Returns:
             Pixels (B, 3, T, H, W) in [-1, 1], on every process, with as many frames as were asked for; with ``noise``
             or ``opt.noise=published`` as many as the family's sampler gives, see ``lengths``.
 
         Raises:
-            UserError: a size, length, kind or reference that cannot be sampled.
+            UserError: a size, length, kind or reference that cannot be sampled, or a solver that keeps no frames.
         """
         opt, layout = fit(opt, parts), parts.layout
         published = noise is not None or opt.noise == "published"
@@ -142,14 +149,15 @@ def build_api(parts: Components, on_decision: OnDecision = lambda decision: None
             made = frames_of(noise.shape[2], opt.num_frames, parts.autoencoder)
         assert opt.height is not None and opt.width is not None
         grid = layout.denoising.grid(latent_grid(made, opt.height, opt.width, parts.autoencoder))
+        grid = grid._replace(pixels=(opt.num_frames, opt.height, opt.width))
         seeds = _seeds(opt.seed if seed is None else seed, len(text))
         given = _given(parts, cond_type, ref, seeds, opt, grid)
         opt = replace(opt, scale_temporal_osci=opt.scale_temporal_osci and is_still(cond_type))
         start = _noise(replace(opt, num_frames=made), parts, seeds) if noise is None else noise.to(parts.device)
         x = layout.patchify(start)  # (B, N, C) or (B, T, S, C)
         positions = layout.shard(layout.positions(grid, len(text), parts.device))
-        options = SolverOptions(opt.num_steps, opt.shift, opt.flow_shift)
-        solver = build_solver(solver_of("sampling", opt, parts.objective), parts.objective, options, grid)
+        solver = solver_for(opt, parts.objective, grid)
+        frame_noise = noise_of_steps(layout, grid, seeds, x, "frame noise")
         told = {"suffix": parts.prompt_suffix, "published": parts.published_prompts}
         prompts = [_prepared(parts, final_prompt(t, opt, **told)) for t in text]
         avoided = [_prepared(parts, t) for t in neg or [""] * len(text)]
@@ -166,11 +174,15 @@ def build_api(parts: Components, on_decision: OnDecision = lambda decision: None
                     steps=len(solver.times) - 1,
                     latent_frames=grid.frames,
                     positions=positions,
+                    guided=guided_channels(layout.denoising, opt),
+                    keeps_known=keeps_known(parts.objective),
+                    total=layout.sequence.total,
                 ),
                 conditions_of(parts, prompts, x, opt, given=given),
                 conditions_of(parts, avoided, x, opt, null=True, behind=prompts) if passes > 1 else None,
                 outputs=layout.denoising.outputs,
-                noise=_step_noise(layout, grid, seeds, x),
+                noise=drawn_in_turn(noise_of_steps(layout, grid, seeds, x, "solver noise")),
+                frames=given_frames(opt, solver, layout, grid, edit_ratios, frame_noise, references=given is not None),
                 progress=on_step,
                 run=run_passes,
                 watch=cache.watch,
@@ -303,19 +315,6 @@ def _predict(parts: Components, positions: Tensor) -> Predict:
         return parts.model(**forward_arguments(parts.cfg, tokens, t, known))
 
     return predict
-
-
-def _step_noise(layout: TokenLayout, grid: Grid, seeds: Sequence[int], x: Tensor) -> Callable[[], Tensor]:
-    """Normal values for a solver that draws some: this process's part of those that each clip's seed gives a step."""
-    calls = count()
-    shape = (layout.denoising.latent_channels, *grid.latents)
-
-    def draw() -> Tensor:
-        call = next(calls)
-        drawn = [torch.randn(shape, generator=torch_generator(seed, "solver noise", call)) for seed in seeds]
-        return layout.shard(layout.patchify(torch.stack(drawn)).to(x))
-
-    return draw
 
 
 def _seeds(seed: int | Sequence[int], clips: int) -> Sequence[int]:

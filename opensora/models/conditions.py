@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -41,8 +42,14 @@ class Conditions:
         prompts = ("text", "text_mask", "pooled", "label", "dropped", "context")
         return replace(self, **{name: getattr(null, name) for name in prompts})
 
-    def without_reference(self) -> "Conditions":
-        """As if no frame were known."""
+    def without_reference(self, *, keeps_known: bool = False) -> "Conditions":
+        """As if no frame were known.
+
+        Args:
+            keeps_known: say which they would be all the same, and that they are zeros (Open-Sora 1.3).
+        """
+        if keeps_known and self.reference is not None:
+            return replace(self, reference=torch.zeros_like(self.reference))
         return replace(self, reference=None, known=None)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from opensora.models.conditions import Conditions
 from opensora.sampling.evaluation import Evaluation, Watch, unwatched
+from opensora.sampling.given_frames import GivenFrames
 from opensora.sampling.guidance import Guidance
 from opensora.schedulers.base import Solver
 from opensora.utils.tasks import Task, TaskRunner, one_by_one
@@ -27,6 +28,7 @@ def denoise(
     *,
     outputs: int = 1,
     noise: Callable[[], Tensor] | None = None,
+    frames: GivenFrames | None = None,
     progress: Progress | None = None,
     run: TaskRunner = one_by_one,
     watch: Watch = unwatched,
@@ -39,21 +41,27 @@ def denoise(
         known, null: what is known, and what to move away from, cut as x is.
         outputs: values that the model predicts per latent.
         noise: for solvers that draw some: values like x, other ones at each call.
+        frames: those that are given in x, and what each step does with them.
         progress: called after every step.
         run: evaluates the model for the passes of a step.
         watch: entered around every evaluation, on the process that evaluates.
     """
     x = x if x.dtype == torch.float64 else x.float()
-    steps = len(solver.times) - 1
+    steps, pure_noise = len(solver.times) - 1, getattr(solver, "pure_noise", 1.0)
     for index in range(steps):
+        before, told = x, known
+        if frames is not None:
+            x, told = frames.before(x, known, index)
         t = torch.full((x.shape[0],), solver.times[index], device=x.device, dtype=x.dtype)
         shape = (*x.shape[:-1], x.shape[-1] * outputs)
         work = []
-        for number, one in enumerate(guidance.passes(known, null, index)):
-            at = Evaluation(number, index, steps, solver.times[index])
+        for number, one in enumerate(guidance.passes(told, null, index)):
+            at = Evaluation(number, index, steps, solver.times[index] / pure_noise)
             work.append(Task(partial(_watched, watch, at, partial(predict, x, t, one)), shape))
         predictions = [found.to(x.dtype) for found in run(work)]
         x = solver.step(x, guidance.combine(predictions, index), index, noise or _no_noise)
+        if frames is not None:
+            x = frames.after(before, x, index)
         if progress is not None:
             progress(index + 1, steps)
     return x

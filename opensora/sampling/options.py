@@ -7,6 +7,7 @@ from enum import Enum
 from typing import ClassVar, Literal, TypeVar
 
 from opensora.sampling.caches.config import CACHE_CONFIGS, CacheConfig, NoCache
+from opensora.schedulers.noise_schedule import DIFFUSION_STEPS, spaced_count
 from opensora.utils.files.untrusted import short
 from opensora.utils.limits import Limits, check_limits
 from opensora.utils.sections import section
@@ -39,10 +40,16 @@ class SamplingOption:
     num_frames: int = 129  # any number: those that the autoencoder codes beyond it are made and cut off
     num_steps: int = 50
     guidance: float = 7.5  # towards the prompt; 1: off
-    guidance_img: float = 3.0  # towards the references; 1: off
-    text_osci: bool = False  # guidance only in the first 10 and every even step
+    guidance_img: float | None = 3.0  # towards the references; 1: off; null: as guidance
+    cfg_channel: int | None = None  # latent channels that are guided, the first ones; null: all (Open-Sora 1.0: 3 of 4)
+    text_osci: bool = False  # guidance only in the first force_num and every even step
     image_osci: bool = False  # the same for guidance_img
+    force_num: int = 10
     scale_temporal_osci: bool = False  # guidance_img grows along the clip and fades over the steps
+    scale_image_weight: bool = False  # the same as in Open-Sora 1.3: both from and to initial_image_scale
+    initial_image_scale: float = 1.0
+    use_flaw_fix: bool = False  # guided by text alone: contrast is moved back to that without guidance
+    use_sdedit: bool = False  # references that are read beside the noise stand in it too, with the noise of each step
     seed: int = 42
     noise: Literal["keyed", "published"] = "keyed"
     # of a clip's seed alone; or as the family's sampler draws it on a CPU: all clips that are sampled together from the
@@ -50,6 +57,10 @@ class SamplingOption:
     shift: bool = True  # spend more steps on high noise, by flow_shift
     flow_shift: float | None = None  # alpha of the schedule; null: as in training
     solver: str | None = None  # steps from noise to data; null: the first that fits what the model was trained for
+    timestep_respacing: str | None = None  # solver ddpm or ddim: which steps, in place of num_steps: "" all, "100",
+    # "10,20,30" of equal sections, "ddim50"
+    eta: float = 0.0  # solver ddim: noise of each step; 0 none, 1 about as ddpm
+    clip_denoised: bool = False  # solver ddpm or ddim: clean latents to [-1, 1] in every step
     method: Literal["i2v", "distill"] = "i2v"  # guidance by several passes, or read by the model in one
     fps: float = 24.0  # frames per second, of the video and in the prompt
     motion_score: int | None = 4  # null: not said in the prompt; refine.motion_score has a language model say it
@@ -59,7 +70,10 @@ class SamplingOption:
         **dict.fromkeys(("width", "height"), (MAX_SIDE, "H.264 and players take no more pixels a side")),
         "num_frames": (100_000, "more than an hour at 24 frames a second"),
         "num_steps": (10_000, "more change nothing that fp32 could show"),
-        **dict.fromkeys(("guidance", "guidance_img"), (1000.0, "the velocity would overflow")),
+        **dict.fromkeys(("guidance", "guidance_img", "initial_image_scale"), (1000.0, "the velocity would overflow")),
+        "cfg_channel": (10_000, "no latents have more"),
+        "force_num": (10_000, "a clip takes no more steps"),
+        "eta": (1.0, "a step takes no more noise"),
         "flow_shift": (1000.0, "all times would be noise"),
         "seed": (MAX_SEED, "it has 63 bits"),
         "fps": (MAX_FPS, "no player shows more"),
@@ -78,9 +92,14 @@ class SamplingOption:
         for name in ("num_frames", "num_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be an integer >= 1")
-        for name in ("guidance", "guidance_img"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be a number >= 0")
+        for name in ("guidance", "guidance_img", "initial_image_scale", "force_num", "eta"):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise ValueError(f"{name}={value}: must be a number >= 0")
+        if self.cfg_channel is not None and self.cfg_channel < 1:
+            raise ValueError(f"cfg_channel={self.cfg_channel}: must be an integer >= 1, or null for all channels")
+        if self.scale_image_weight and self.scale_temporal_osci:
+            raise ValueError("scale_image_weight=true: must be false with scale_temporal_osci=true; use one of them")
+        self._check_steps()
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: must be an integer from 0 to 2^63-1; for another clip take another")
         if not self.fps >= MIN_FPS:
@@ -102,6 +121,16 @@ class SamplingOption:
                 f"resolution={self.resolution}: with aspect_ratio={self.aspect_ratio} a side has more than {MAX_SIDE} "
                 "pixels, which H.264 and players do not take"
             )
+
+    def _check_steps(self) -> None:
+        """Steps that are chosen by words count as ``num_steps``, for whoever wants to know how many there are."""
+        if self.timestep_respacing is None:
+            return
+        try:
+            count = spaced_count(self.timestep_respacing)
+        except ValueError as error:
+            raise ValueError(f"timestep_respacing={short(repr(self.timestep_respacing))}: {error}") from None
+        object.__setattr__(self, "num_steps", count or DIFFUSION_STEPS)
 
 
 def image_size(resolution: str, aspect_ratio: str, multiple: int = 16) -> tuple[int, int]:

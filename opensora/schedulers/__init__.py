@@ -4,19 +4,28 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from opensora.schedulers.base import Objective, Solver, SolverOptions
+from opensora.schedulers.ddpm import ddim, ddpm
+from opensora.schedulers.dpm_solver import dpm_solver
 from opensora.schedulers.euler import euler
+from opensora.schedulers.iddpm import IDDPM, IDDPMConfig
 from opensora.schedulers.rectified_flow import RectifiedFlow, RectifiedFlowConfig
+from opensora.schedulers.rectified_flow_v1 import RectifiedFlowV1, RectifiedFlowV1Config
 from opensora.utils.tokens import Grid
 
-ObjectiveConfig: TypeAlias = RectifiedFlowConfig
+ObjectiveConfig: TypeAlias = RectifiedFlowConfig | RectifiedFlowV1Config | IDDPMConfig
 
 OBJECTIVES: dict[str, tuple[type, Callable[[Any], Objective]]] = {
     "rectified_flow": (RectifiedFlowConfig, RectifiedFlow),
+    "rectified_flow_v1": (RectifiedFlowV1Config, RectifiedFlowV1),
+    "iddpm": (IDDPMConfig, IDDPM),
 }
 OBJECTIVE_CONFIGS: dict[str, type] = {kind: config for kind, (config, _) in OBJECTIVES.items()}
 
 SOLVERS: dict[str, Callable[[Any, SolverOptions, Grid], Solver]] = {
     "euler": euler,
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "dpm_solver": dpm_solver,
 }
 
 

@@ -5,8 +5,9 @@ solver walks from noise to data with predictions of a model trained by one of th
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from opensora.utils.tokens import Grid
@@ -20,11 +21,17 @@ class Noised(NamedTuple):
 
 
 class Objective(Protocol):
-    """A kind of training; made from its section of the configuration. Draws belong to (seed, step, sample)."""
+    """A kind of training; made from its section of the configuration. Draws belong to (seed, step, sample).
 
-    outputs: ClassVar[int]  # values per latent that it needs of a model, 2 with a learned variance; of more it reads
-    # the first
+    One whose times are not in [0, 1] has ``latest_time``, and ``whole_times`` if only whole numbers are times; one
+    whose times depend on the pixels of clips (``Grid.pixels``) has ``needs_pixels``.
+    """
+
     solvers: ClassVar[tuple[str, ...]]  # of ``SOLVERS``, those that sample from models it trained; first the default
+
+    @property
+    def outputs(self) -> int:
+        """Values per latent that it needs of a model, 2 with a learned variance; of more it reads the first."""
 
     def times(self, seed: int, step: int, sample_ids: tuple[int, ...], grid: Grid) -> Tensor:
         """(B,) fp32 on the CPU: the time of each sample, as the model reads it."""
@@ -49,7 +56,10 @@ class Objective(Protocol):
 
 
 class Solver(Protocol):
-    """Steps from noise to data. Elementwise, so that every process steps its own tokens."""
+    """Steps from noise to data. Elementwise, so that every process steps its own tokens.
+
+    One whose times are not from 1 to 0 has ``pure_noise``, the time of pure noise.
+    """
 
     @property
     def times(self) -> Sequence[float]:
@@ -64,12 +74,39 @@ class Solver(Protocol):
         """
 
 
+class EditStep(NamedTuple):
+    """What a step does with tokens that are given, and may be edited from some noise on; bool each."""
+
+    renoised: Tensor  # get fresh noise of this time before it
+    noisy: Tensor  # are noisy to the model, as all others are (x_mask of Open-Sora 1.1 and 1.2)
+    kept: Tensor  # are put back afterwards, as they were before it
+
+
+@runtime_checkable
+class EditingSolver(Protocol):
+    """A solver that can keep given frames, or edit them."""
+
+    def noised(self, x0: Tensor, noise: Tensor, index: int) -> Tensor:
+        """``x0`` with the noise of ``times[index]``."""
+
+    def edits(self, ratios: Tensor, index: int) -> EditStep:
+        """What step ``index`` does with tokens of these edit ratios: 0 is kept, 1 is made anew."""
+
+
 class SolverOptions(NamedTuple):
     """What a sampling job may say of the steps."""
 
     num_steps: int
     shift: bool = True  # spend more steps on high noise
     alpha: float | None = None  # by how much; None: as in training
+    timestep_respacing: str | None = None  # which steps of a chain, in place of ``num_steps``; see noise_schedule.py
+    eta: float = 0.0  # how much noise DDIM draws
+    clip_denoised: bool = False  # clean latents to [-1, 1], in every step
+
+
+def exact(x: Tensor) -> Tensor:
+    """fp32, but for fp64."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def first_outputs(prediction: Tensor, like: Tensor) -> Tensor:

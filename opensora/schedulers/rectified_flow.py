@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from opensora.schedulers.base import Noised, first_outputs
+from opensora.schedulers.base import Noised, exact, first_outputs
 from opensora.schedulers.timesteps import flow_shift, logit_normal, time_shift
 from opensora.utils.limits import Limits
 from opensora.utils.tokens import Grid
@@ -56,7 +56,7 @@ class RectifiedFlow:
 
     def noised(self, x0: Tensor, noise: Tensor, t: Tensor, known: Tensor | None = None) -> Noised:
         """x_t and the velocity."""
-        x0, noise = _exact(x0), _exact(noise)
+        x0, noise = exact(x0), exact(noise)
         at = t.to(x0).view(-1, *[1] * (x0.ndim - 1))
         x = (1 - at) * x0 + (1 - (1 - self.cfg.sigma_min) * (1 - at)) * noise
         if known is not None:
@@ -65,9 +65,5 @@ class RectifiedFlow:
 
     def loss(self, prediction: Tensor, targets: Mapping[str, Tensor], t: Tensor) -> Tensor:
         """Squared differences of velocities."""
-        target = _exact(targets["velocity"])
-        return (_exact(first_outputs(prediction, target)) - target).square()
-
-
-def _exact(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+        target = exact(targets["velocity"])
+        return (exact(first_outputs(prediction, target)) - target).square()

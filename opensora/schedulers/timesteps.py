@@ -14,6 +14,12 @@ def draw_per_sample(seed: int, step: int, sample_ids: tuple[int, ...], purpose: 
     return torch.stack(rows) if rows else torch.empty(0, *shape)
 
 
+def uniform_per_sample(seed: int, step: int, sample_ids: tuple[int, ...], purpose: str) -> Tensor:
+    """(B,) fp32 in [0, 1) on the CPU, by the same keys."""
+    rows = [torch.rand((), generator=torch_generator(seed, step, sample, purpose)) for sample in sample_ids]
+    return torch.stack(rows) if rows else torch.empty(0)
+
+
 def logit_normal(seed: int, step: int, sample_ids: tuple[int, ...]) -> Tensor:
     """(B,) fp32 in (0, 1): the sigmoid of a standard normal, more in the middle than at the ends (arXiv 2403.03206)."""
     return torch.sigmoid(draw_per_sample(seed, step, sample_ids, "timestep", ()))

@@ -81,11 +81,13 @@ class _InBin:
 
     low: float
     high: float
+    whole: bool = False  # numbers alone are times
 
     def __call__(self, seed: int, step: int, sample_ids: tuple[int, ...], grid: Grid) -> Tensor:
         """(B,) fp32 on the CPU."""
         drawn = [torch.rand((), generator=torch_generator(seed, step, sample, "time in bin")) for sample in sample_ids]
-        return self.low + (self.high - self.low) * torch.stack(drawn)
+        times = self.low + (self.high - self.low) * torch.stack(drawn)
+        return times.floor() if self.whole else times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,8 @@ def in_bins(prepare: Preparation, bins: int, seed: int) -> tuple[Encoders, tuple
     ahead = replace(prepare, encoders=_EncodedAhead(**values), conditioning=conditioning, seed=seed, by_degree={})
     latest = getattr(prepare.objective, "latest_time", 1.0)
     edges = [(latest * index / bins, latest * (index + 1) / bins) for index in range(bins)]
-    return Encoders(**values), tuple(replace(ahead, times=_InBin(*edge)) for edge in edges)
+    whole = getattr(prepare.objective, "whole_times", False)
+    return Encoders(**values), tuple(replace(ahead, times=_InBin(*edge, whole)) for edge in edges)
 
 
 @dataclass

@@ -21,7 +21,7 @@ def train(run: Run) -> bool:
         run.garbage.collect()
         run.enter("data")
         run.engine.set_lr(run.lr_at(run.step))
-        elements = run.data.global_elements(run.step)
+        elements = run.data.loss_terms(run.step)
         loss = run.zero_loss()
         for batch, is_last in run.data.microbatches(run.step):
             run.enter("encode")

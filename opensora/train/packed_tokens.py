@@ -21,6 +21,7 @@ class EncodedTokens:
     targets: dict[str, Tensor]  # as x, fp32
     t: Tensor  # (S,); S = B, but for a packed sequence
     conditions: Conditions  # references as tokens
+    weights: Tensor | None = None  # (B, N) or (B, T, S) fp64: of tokens in the loss; None: all 1
 
 
 def concat_packed(parts: Sequence[EncodedTokens]) -> tuple[EncodedTokens, SampleOf]:
@@ -51,6 +52,7 @@ def concat_packed(parts: Sequence[EncodedTokens]) -> tuple[EncodedTokens, Sample
             **_joined(known, ("reference", "known"), _end_to_end),
             **_joined(known, BY_SAMPLE, torch.cat),
         ),
+        weights=_joined(parts, ("weights",), _end_to_end).get("weights"),
     )
     return packed, (_sample_numbers(text_lengths), _sample_numbers(image_lengths))
 
@@ -65,7 +67,7 @@ def _end_to_end(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _joined(
-    known: Sequence[Conditions], names: Sequence[str], join: Callable[[list[Tensor]], Tensor]
+    known: Sequence[Conditions] | Sequence[EncodedTokens], names: Sequence[str], join: Callable[[list[Tensor]], Tensor]
 ) -> dict[str, Tensor]:
     """The named fields, of those that all samples have."""
     columns = {name: [x for one in known if (x := getattr(one, name)) is not None] for name in names}

@@ -12,15 +12,18 @@ from opensora.assembly.encoders import Encoders
 from opensora.assembly.reference_codes import code_part
 from opensora.assembly.token_layout import TokenLayout, forward_arguments
 from opensora.conditioning import ConditioningConfig
+from opensora.conditioning.condition_dropout import draw_drops, without_references
 from opensora.conditioning.dropout import drop_text, dropped_labels
 from opensora.conditioning.frames import known_frames
 from opensora.conditioning.references import Part, code_references, draw_kind
+from opensora.config.run import LossReduction
 from opensora.datasets.loading.feature_store import Features
 from opensora.datasets.loading.reader import PackedBatch
 from opensora.models.base import AutoencoderShape, ModelConfig, TextFeatures
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.schedulers.base import Objective
 from opensora.schedulers.timesteps import draw_per_sample
+from opensora.train.loss_weights import loss_weights
 from opensora.train.packed_tokens import EncodedTokens, SampleOf, concat_packed, of_samples
 from opensora.utils.files.upload import upload
 from opensora.utils.tokens import Grid
@@ -40,6 +43,7 @@ class Tokens:
     targets: dict[str, Tensor]  # (B, N_local, C) or (B, T, S_local, C) each: what the objective compares with
     times: Tensor  # of the samples, with dims to broadcast over tokens and channels
     learned: Tensor | None  # (B, N_local) or (B, T, S_local) bool: tokens that the loss is over; None: all
+    weights: Tensor | None  # the same shape, fp64: of tokens in the loss; None: all 1
     objective: Objective
     weight: float  # 0 for a micro-batch that only keeps a process in step with its peers
 
@@ -60,6 +64,7 @@ class Preparation:
     autoencoder: AutoencoderShape | None = None  # what references are cut for; None: as ``encoders`` has it
     seed: int
     times: Times | None = None  # of samples, in place of those that the objective draws
+    reduction: LossReduction = "elements"  # what the loss of a step is the mean over
     by_degree: Mapping[int, "Preparation"] = field(default_factory=dict)  # by how many processes cut a sample
 
     @torch.no_grad()
@@ -86,14 +91,13 @@ class Preparation:
             mine = self._upload(text(sample_of[0])), self._upload(image(sample_of[1]))
         batch = TokenBatch(x=image(tokens.x), positions=image(tokens.positions), sample_of=mine)
         known = replace(tokens.conditions.map(image=image, text=text), context=context)
-        takes = self.layout.denoising.references
-        is_given = takes == "in_place" or (takes == "channels" and not self.conditioning.known_in_loss)
-        left_out = known.known if is_given else None
+        left_out = known.known if self._leaves_out else None
         return Tokens(
             inputs=forward_arguments(self.model, batch, tokens.t, known),
             targets={name: image(target) for name, target in tokens.targets.items()},
             times=of_samples(tokens.t, batch.x, mine),
             learned=None if left_out is None else ~left_out,
+            weights=None if tokens.weights is None else image(tokens.weights),
             objective=self.objective,
             weight=weight,
         )
@@ -103,6 +107,9 @@ class Preparation:
         encoded = self.encoders.encode(batch, text)
         x0 = encoded.latents.float()  # (B, C, T', H', W')
         grid = self.layout.denoising.grid((x0.shape[2], x0.shape[3], x0.shape[4]))
+        if getattr(self.objective, "needs_pixels", False):
+            bucket = batch.bucket
+            grid = grid._replace(pixels=(bucket.frames, bucket.height, bucket.width))
         ids = batch.sample_ids
         noise = self._upload(draw_per_sample(self.seed, step, ids, "noise", tuple(x0.shape[1:])))
         t = self._upload((self.times or self.objective.times)(self.seed, step, ids, grid))
@@ -110,27 +117,57 @@ class Preparation:
         noised = self.objective.noised(x0, noise, t, known)
         reference, given = self._references(batch, step, grid.latents)
         known = given if known is None else known
-        conditions = replace(
-            self._text(encoded, ids, step), reference=reference, known=known, **self._numbers(batch, t)
-        )
+        drop_txt, drop_vec, drop_reference = self._dropped(ids, step, given)
+        if reference is not None and self.conditioning.dropout.conditions:
+            reference = without_references(reference, drop_reference)
+        prompts = self._text(encoded, drop_txt, drop_vec)
+        conditions = replace(prompts, reference=reference, known=known, **self._numbers(batch, t))
+        conditions = self.layout.patchify_conditions(conditions)
+        x = self.layout.patchify(noised.x)
         return EncodedTokens(
-            x=self.layout.patchify(noised.x),
+            x=x,
             positions=self.layout.positions(grid, len(ids), self.encoders.device),
             targets={name: self.layout.patchify(target) for name, target in noised.targets.items()},
             t=t,
-            conditions=self.layout.patchify_conditions(conditions),
+            conditions=conditions,
+            weights=loss_weights(
+                x,
+                conditions.known,
+                left_out=self._leaves_out,
+                known_weight=self.conditioning.known_weight,
+                reduction=self.reduction,
+            ),
         )
 
-    def _text(self, text: Features, ids: tuple[int, ...], step: int) -> Conditions:
+    @property
+    def _leaves_out(self) -> bool:
+        """Whether what is known is no part of the loss."""
+        takes = self.layout.denoising.references
+        return takes == "in_place" or (takes == "channels" and not self.conditioning.known_in_loss)
+
+    def _dropped(self, ids: tuple[int, ...], step: int, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(B,) bool each: samples without their text tokens, their pooled prompt, and what references give."""
+        drop_txt, drop_vec = map(self._upload, drop_text(self.seed, step, ids, self.conditioning.dropout))
+        weights = self.conditioning.dropout.conditions
+        if given is None or not weights:
+            return drop_txt, drop_vec, torch.zeros_like(drop_txt)
+        drops = draw_drops(self.seed, step, ids, weights)
+        by_kind = self._upload(torch.tensor([drop.text for drop in drops]))
+        without = self._upload(torch.tensor([drop.reference for drop in drops]))
+        has = given.flatten(1).any(1)
+        return torch.where(has, by_kind, drop_txt), torch.where(has, by_kind, drop_vec), has & without
+
+    def _text(self, text: Features, drop_txt: Tensor, drop_vec: Tensor) -> Conditions:
         """Features of the prompts. Those of dropped samples, tokens and pooled vector each on its own, are those of "";
         or the model puts its own null embedding there, which ``dropped`` tells it."""
-        drop_txt, drop_vec = map(self._upload, drop_text(self.seed, step, ids, self.conditioning.dropout))
         null, mask, denoising = self.encoders.null, text.mask, self.layout.denoising
-        pooled = torch.where(drop_vec[:, None], null.y_vec, text.y_vec) if denoising.pooled_dim else None
+        pooled = text.y_vec if denoising.pooled_dim else None
         label = dropped_labels(text.label, drop_txt, denoising.num_classes)
         if denoising.null_text == "learned":  # behind the mask of the sample's own prompt
             txt = text.txt if denoising.text != "none" else None
             return Conditions(text=txt, text_mask=mask, pooled=pooled, label=label, dropped=drop_txt)
+        if pooled is not None:
+            pooled = torch.where(drop_vec[:, None], null.y_vec, pooled)
         if mask is not None:
             assert null.mask is not None
             mask = torch.where(drop_txt[:, None], null.mask, mask)
@@ -185,8 +222,11 @@ def loss_share(model: nn.Module, tokens: Tokens, global_elements: int) -> Tensor
     """This process's share of the global mean of the objective over ``global_elements`` latent values, fp32.
 
     The sum over all processes and micro-batches of a step is the loss, and the sum of their gradients its gradient.
+    With ``Preparation.reduction`` samples it is that of the mean over samples, which ``global_elements`` counts then.
     """
     loss = tokens.objective.loss(model(**tokens.inputs), tokens.targets, tokens.times)
     if tokens.learned is not None:
         loss = torch.where(tokens.learned[..., None], loss, 0.0)
+    if tokens.weights is not None:
+        loss = loss * tokens.weights[..., None].to(loss.dtype)
     return loss.sum() * (tokens.weight / global_elements)

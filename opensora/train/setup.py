@@ -270,6 +270,7 @@ def build_preparation(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Prepa
             layout=token_layout(cfg.model, SequenceParallel(peers)),
             autoencoder=autoencoder_shape(cfg.vae),
             seed=cfg.seed,
+            reduction=cfg.train.loss_reduction,
         )
 
     by_degree = {degree: of(mesh.submesh(degree)) for degree in mesh.subgroups} if cfg.parallel.mesh.dynamic else {}

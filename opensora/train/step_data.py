@@ -9,7 +9,7 @@ from math import prod
 from acceleration.distributed.mesh import Mesh
 from opensora.conditioning.frames import draw_known
 from opensora.conditioning.references import draw_kind, given_frames
-from opensora.config.run import RunConfig
+from opensora.config.run import LossReduction, RunConfig
 from opensora.datasets import DataConfig
 from opensora.datasets.buckets.bucket import Bucket
 from opensora.datasets.loading.loader import build_loader
@@ -104,18 +104,20 @@ class StepData:
         seed: int,
         sharing: SequenceSharing | None = None,
         given: Given | None = None,
+        reduction: LossReduction = "elements",
     ) -> None:
         """
         Args:
             sharing: choose for each micro-batch how many processes cut a sample; see ``BatchPlan.assign``.
             given: see ``left_out``.
+            reduction: see ``loss_terms``.
         """
         self.plan = plan
         self.index = table
         self.table = table.content
         self.waited_s = 0.0  # time the loop spent waiting for data
         self._rank, self._degree, self._sharing = mesh.data_rank, mesh.data_degree, sharing
-        self._shape, self._given = shape, given
+        self._shape, self._given, self._reduction = shape, given, reduction
         self._batches = build_loader(
             table,
             plan,
@@ -145,6 +147,10 @@ class StepData:
             batch = next(self._batches)
             self.waited_s += time.monotonic() - started
             yield batch, i == count - 1
+
+    def loss_terms(self, step: int) -> int:
+        """What the loss of this step is the mean over: latent values, or samples, all processes together."""
+        return self.global_elements(step) if self._reduction == "elements" else self.bucket_samples(step).total()
 
     def global_elements(self, step: int) -> int:
         """Latent values that the loss of this step is the mean over, all processes together; no communication."""
@@ -189,4 +195,5 @@ def open_batches(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, mesh: Mes
         seed=cfg.seed,
         sharing=sharing(cfg, mesh),
         given=left_out(cfg),
+        reduction=cfg.train.loss_reduction,
     )

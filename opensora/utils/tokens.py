@@ -14,6 +14,7 @@ class Grid(NamedTuple):
 
     latents: tuple[int, int, int]  # T', H', W'
     patch: tuple[int, int, int]  # latents per token along (t, h, w)
+    pixels: tuple[int, int, int] | None = None  # frames, height and width of the clip, for who wants them
 
     @property
     def frames(self) -> int:

@@ -46,7 +46,7 @@ from opensora.utils.errors import UserError
 from tests import factored_family
 from tests.text_models import write_text_models
 
-CPU = torch.device("cpu")
+CPU, KIND = torch.device("cpu"), factored_family.KIND
 PROMPTS = ["a red circle", "", "two words and more words than twelve", "a red circle", "A Blue One"]
 
 
@@ -198,7 +198,7 @@ def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path, monkeypatch:
 def with_classes(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """The toy reads classes, and no text."""
     described = lambda cfg: replace(factored_family.describe(cfg), num_classes=count, text="none")  # noqa: E731
-    monkeypatch.setitem(families.FAMILIES, factored_family.KIND, replace(factored_family.FAMILY, describe=described))
+    monkeypatch.setitem(families.FAMILIES, KIND, replace(factored_family.FAMILY, describe=described))
 
 
 def layout() -> TokenLayout:
@@ -210,11 +210,18 @@ def preparation(encoder: Any, dropout: float) -> Any:
     return Preparation(
         encoders=Encoders(autoencoder=None, text_encoder=encoder, device=CPU),
         objective=None,  # type: ignore[arg-type]
-        conditioning=ConditioningConfig(dropout=DropoutConfig(text=dropout, pooled=0.0)),
+        conditioning=ConditioningConfig(dropout=DropoutConfig(text=dropout, pooled=0.7)),
         model=factored_family.ToyConfig(),
         layout=layout(),
         seed=3,
     )
+
+
+def told_of(encoder: Any, text: Features, ids: tuple[int, ...]) -> Any:
+    """What the model is told where half of all prompts are dropped, and pooled ones by draws of their own."""
+    prepare = preparation(encoder, 0.5)
+    drop_txt, drop_vec, _ = prepare._dropped(ids, 0, None)
+    return prepare._text(text, drop_txt, drop_vec)
 
 
 def features_of(encoder: Any, prompts: list[str]) -> Features:
@@ -226,13 +233,19 @@ def test_dropped_prompts_in_training(folder: Path, monkeypatch: pytest.MonkeyPat
     """Their features and masks stay, and the model is told; a class becomes the one that stands for none."""
     prompts, ids = ["a red circle", "", "two", "4"] * 8, tuple(range(32))
     encoder = t5(folder)
-    told = preparation(encoder, 0.5)._text(features_of(encoder, prompts), ids, 0)
+    told = told_of(encoder, features_of(encoder, prompts), ids)
     own = encoder.encode(prompts)
     assert 8 < told.dropped.sum() < 24 and told.label is None and told.pooled is None
     assert torch.equal(told.text_mask, own.mask) and torch.equal(told.text, own.txt)
+    with monkeypatch.context() as patched:  # a vector that the model's own embedding stands in for, as in DiT
+        described = lambda cfg: replace(factored_family.describe(cfg), text="none", pooled_dim=16)  # noqa: E731
+        patched.setitem(families.FAMILIES, KIND, replace(factored_family.FAMILY, describe=described))
+        told = told_of(clip(folder), features_of(clip(folder), prompts), ids)
+        assert torch.equal(told.pooled, clip(folder).encode(prompts).y_vec) and told.text is None
+        assert 8 < told.dropped.sum() < 24
     with_classes(monkeypatch, 10)
     classes = build_text_encoder(ClassesConfig(num_classes=10), CPU, torch.float32)
-    told = preparation(classes, 0.5)._text(features_of(classes, [str(i % 10) for i in ids]), ids, 0)
+    told = told_of(classes, features_of(classes, [str(i % 10) for i in ids]), ids)
     wanted = torch.where(told.dropped, 10, torch.arange(32) % 10)
     assert torch.equal(told.label, wanted) and told.text is None
 
