@@ -127,7 +127,7 @@ def _encode(
         seed=cfg.seed,
     )
     null = encoders.null
-    named = {"txt": null.txt, "y_vec": null.y_vec, "mask": null.mask}
+    named = {"txt": null.txt, "y_vec": null.y_vec, "mask": null.mask, "label": null.label}
     with signal_handler.writing():
         feature_store.write_null(folder, {name: x for name, x in named.items() if x is not None}, hash_)
     if not local_shards:

@@ -32,6 +32,8 @@ STDIT = (
     *("stdit3_v1_3_window_t2v", "stdit3_v1_3_window_i2v", "stdit3_v1_3_plain"),
 )
 STDIT_GOLDEN = "test_golden_stdit.py::test_output_loss_and_gradients"
+AUTOENCODERS_1X = "test_golden_autoencoders_1x.py::test_"
+TRAINING_1X = "test_golden_autoencoder_training_1x.py::test_"
 SAMPLING = "test_golden_sampling.py::test_"
 MODELS_V1 = "test_golden_models_v1.py::test_output_loss_and_gradients"
 _TRAINED = "output, loss, gradients"
@@ -69,6 +71,32 @@ ROWS = (
     Row("text", "T5 and CLIP: token ids, features", ("test_text_files.py::test_features_and_tokens",)),
     Row("buckets", "buckets of 300 clips, 5 tables", ("test_published_rule.py::test_every_decision",)),
     Row("buckets", "frame rates, runs", ("test_published_rule.py::test_frame", "test_published_rule.py::test_a_run")),
+    Row("v1/vae_spatial_*", "frames as images, runs of frames", (f"{AUTOENCODERS_1X}images",)),
+    Row("v1/vae_temporal_decoder_v1_0", "decode a clip of images", (f"{AUTOENCODERS_1X}decoder_of_clips",)),
+    Row("v1/vae_temporal_*v1_2", "moments, clips, frames that do not fit", (f"{AUTOENCODERS_1X}temporal_network[",)),
+    Row("v1/vae_temporal_*v1_2", "a training step, gradients", (f"{AUTOENCODERS_1X}temporal_network_trains",)),
+    Row("v1/vae_posterior_v1_2", "draws, KL, density", (f"{AUTOENCODERS_1X}posterior",)),
+    Row("v1/vae_pipeline_v1_2", "encode and decode in pieces", (f"{AUTOENCODERS_1X}clips_of_1_2",)),
+    Row("v1/vae_pipeline_more_v1_2", "other pieces, both networks in training", (f"{AUTOENCODERS_1X}more_of_1_2",)),
+    Row(
+        "v1/vae_v1_3_cases",
+        "encode and decode in pieces, normalized",
+        (f"{AUTOENCODERS_1X}clips_of_1_3", f"{AUTOENCODERS_1X}small_values"),
+    ),
+    Row("v1/vae_stats_v1_3", "normalization", (f"{AUTOENCODERS_1X}statistics_of_1_3",)),
+    Row("v1/vae_sizes_*", "sizes of latents", (f"{AUTOENCODERS_1X}sizes_that_are_stated",)),
+    Row(
+        "v1/vae_train_v1_2",
+        "stages 1 to 3, discriminator, gradients",
+        tuple(f"{TRAINING_1X}{name}" for name in ("stages", "generator_term", "step_of_the", "losses_of_logits")),
+    ),
+    Row("v1/vae_train_v1_3", "a training step, gradients", (f"{TRAINING_1X}training_step_of_1_3",)),
+    Row(
+        "v1/names_vae",
+        "names and shapes of the published sizes",
+        ("test_autoencoder_files.py::test_names_of_open_sora_1", f"{TRAINING_1X}discriminators_of_published"),
+    ),
+    Row("v1/clean_caption", "captions, cleaned and lowered", ("test_text_1x.py::test_cleaning_is",)),
     Row("iddpm_tables_*", "chains, 4 respacings, fp64 and fp32", (f"{SCHEDULERS}tables_are_equal",)),
     Row("iddpm_speed", "tables of SpeeD; loss, gradient", (f"{SCHEDULERS}speed_tables", f"{SCHEDULERS}iddpm_speed")),
     Row("iddpm_train_*", "losses, gradients, with masks", (f"{SCHEDULERS}iddpm_training",)),

@@ -42,7 +42,7 @@ class Encoders:
         pixels = batch.pixels.to(self.device, non_blocking=True).float() / 127.5 - 1  # (B, 3, T, H, W)
         text = text or self.text_encoder.encode(batch.prompts)
         latents = self.latents(pixels, batch.epoch, batch.sample_ids)
-        return Features(latents=latents, txt=text.txt, y_vec=text.y_vec, mask=text.mask)
+        return Features(latents=latents, txt=text.txt, y_vec=text.y_vec, mask=text.mask, label=text.label)
 
     def latents(self, pixels: Tensor, epoch: int, sample_ids: tuple[int, ...], purpose: str = "posterior") -> Tensor:
         """What the autoencoder makes of (B, 3, T, H, W) in [-1, 1].
@@ -54,8 +54,9 @@ class Encoders:
         if not (isinstance(self.autoencoder, Variational) and self.autoencoder.samples):
             return self.autoencoder.encode(pixels, self.run_tiles)
 
-        def draw(shape: tuple[int, ...]) -> Tensor:
-            return upload(draw_per_sample(self.seed, epoch, sample_ids, purpose, shape), self.device)
+        def draw(shape: tuple[int, ...], stage: str = "") -> Tensor:
+            drawn_for = f"{purpose} {stage}" if stage else purpose
+            return upload(draw_per_sample(self.seed, epoch, sample_ids, drawn_for, shape), self.device)
 
         return self.autoencoder.encode(pixels, self.run_tiles, draw)
 
@@ -65,9 +66,9 @@ class Encoders:
             return [None] * len(batches)
         counts = [len(batch.prompts) for batch in batches]
         text = self.text_encoder.encode([prompt for batch in batches for prompt in batch.prompts])
-        masks = [None] * len(counts) if text.mask is None else text.mask.split(counts)
-        columns = zip(text.txt.split(counts), text.y_vec.split(counts), masks, strict=True)
-        return [TextFeatures(txt=txt, y_vec=y_vec, mask=mask) for txt, y_vec, mask in columns]
+        masks, labels = ([None] * len(counts) if x is None else x.split(counts) for x in (text.mask, text.label))
+        columns = zip(text.txt.split(counts), text.y_vec.split(counts), masks, labels, strict=True)
+        return [TextFeatures(txt=txt, y_vec=vec, mask=mask, label=label) for txt, vec, mask, label in columns]
 
     @cached_property
     def null(self) -> TextFeatures:

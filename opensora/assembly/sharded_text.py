@@ -29,7 +29,7 @@ class ShardedText:
         self._mesh = meshes.build(cfg, mesh.world_size, device)
 
     def place(self, file: EncoderFile, dtype: torch.dtype, *, offload: bool) -> None:
-        """See ``Peers`` in opensora/models/text/t5_clip.py.
+        """See ``Peers`` in opensora/models/text/transformers_encoder.py.
 
         Raises:
             UserError: a value that is no finite number, on every process.

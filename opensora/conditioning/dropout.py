@@ -15,3 +15,12 @@ def drop_text(seed: int, step: int, sample_ids: tuple[int, ...], cfg: DropoutCon
         return torch.tensor(dropped, dtype=torch.bool)
 
     return draw("drop_txt", cfg.text), draw("drop_vec", cfg.pooled)
+
+
+def dropped_labels(labels: Tensor | None, dropped: Tensor, num_classes: int) -> Tensor | None:
+    """(B,) int64: ``num_classes``, which stands for no class, where a sample lost its own; None of models that read
+    none."""
+    if not num_classes:
+        return None
+    assert labels is not None, "checked with the configuration: the text encoder gives labels"
+    return torch.where(dropped, num_classes, labels)

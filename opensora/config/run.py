@@ -15,7 +15,7 @@ from opensora.config.validation import CondType, ValidateConfig
 from opensora.datasets import DataConfig
 from opensora.models.base import ModelConfig, Width, Widths
 from opensora.models.families import MODEL_CONFIGS, MODEL_SIZES, describe, family_of, has_frozen_parameters
-from opensora.models.text import TEXT_ENCODER_CONFIGS, TextConfig, text_widths
+from opensora.models.text import TEXT_ENCODER_CONFIGS, TextConfig, num_classes, text_widths
 from opensora.models.vae import AUTOENCODER_CONFIGS, AUTOENCODERS, AutoencoderConfig, autoencoder_shape
 from opensora.sampling.options import SamplingOption
 from opensora.schedulers import OBJECTIVE_CONFIGS, ObjectiveConfig, build_objective
@@ -155,6 +155,8 @@ class RunConfig:
                 f"conditioning.masks: model.kind={self.model.kind} takes no clean frames in place of noisy ones; "
                 "must be {}"
             )
+        if num_classes(self.text) and self.data.prompt_suffix:
+            raise ValueError("data.prompt_suffix=true: must be false with text.kind=classes, which reads numbers")
         if self.conditioning.references and describe(self.model).references != "channels":
             raise ValueError(f"conditioning.references: {reads_no_references(self.model)}; must be {{}}")
         if self.parallel.mesh.cfg != 1:
@@ -331,12 +333,30 @@ def check_fit(model: ModelConfig, vae: AutoencoderConfig, text: TextConfig) -> N
         ValueError: a width of the model that does not fit, with the one that does.
     """
     check_patch(vae, model)
+    check_classes(model, text)
     latents = Width(autoencoder_shape(vae).channels, f"vae.kind={vae.kind}")
     given = Widths(latents, *(Width(size, f"text.kind={text.kind}") for size in text_widths(text)))
     try:
         family_of(model).check(model, given)
     except ValueError as error:
         raise ValueError(f"model.{error}") from None
+
+
+def check_classes(model: ModelConfig, text: TextConfig) -> None:
+    """That the denoiser reads classes where the text encoder gives these, as many, and texts where it gives features.
+
+    Raises:
+        ValueError: it does not.
+    """
+    given, wanted = num_classes(text), describe(model).num_classes
+    if wanted and not given:
+        raise ValueError(f"text.kind={text.kind}: must be classes with model.kind={model.kind}, which reads {wanted}")
+    if given and not wanted:
+        raise ValueError(
+            f"text.kind={text.kind}: model.kind={model.kind} reads no classes as configured; must be another"
+        )
+    if given != wanted:
+        raise ValueError(f"text.num_classes={given}: must be {wanted}, as the model has")
 
 
 def check_patch(vae: AutoencoderConfig, model: ModelConfig) -> None:

@@ -17,14 +17,14 @@ from opensora.assembly.step_caches import check_cache
 from opensora.assembly.turns import for_sampling
 from opensora.conditioning.references import parts_of
 from opensora.config.run import RunConfig, SampleConfig, check_fit, check_objective, reads_no_references
-from opensora.inference.find import Source
-from opensora.inference.lengths import coded
+from opensora.inference.find import Source, names_motion
+from opensora.inference.lengths import coded, latents_made
 from opensora.inference.prompts import Job
 from opensora.inference.references import check_count, check_frames, check_length, chosen, count_frames, split
 from opensora.inference.watermark import read_watermark
 from opensora.models.base import AutoencoderShape, ModelConfig, Width, latent_grid
 from opensora.models.families import build_model, count_parameters, describe
-from opensora.models.text import check_text_encoder, text_tokens
+from opensora.models.text import check_prompts, check_text_encoder, num_classes, text_tokens
 from opensora.models.vae import autoencoder_shape, check_autoencoder
 from opensora.sampling.guidance import passes_per_step
 from opensora.sampling.options import SamplingOption, sanitize_sampling_option
@@ -32,7 +32,6 @@ from opensora.schedulers import ObjectiveConfig, build_objective
 from opensora.schedulers.iddpm import IDDPMConfig
 from opensora.schedulers.noise_schedule import spaced_steps
 from opensora.schedulers.rectified_flow_v1 import RectifiedFlowV1Config
-from opensora.schedulers.timesteps import latent_frames
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 from opensora.utils.files.untrusted import short
@@ -120,6 +119,7 @@ def check_jobs(cfg: SampleConfig, source: Source, jobs: Sequence[Job]) -> None:
     Raises:
         UserError: the first that is not.
     """
+    _check_texts(cfg, source, jobs)
     listed = [split(job.ref) for job in jobs]
     for job, references in zip(jobs, listed, strict=True):
         with _told_of(job):
@@ -131,7 +131,7 @@ def check_jobs(cfg: SampleConfig, source: Source, jobs: Sequence[Job]) -> None:
         raise UserError(f"cond_type={cfg.cond_type}: needs references; give ref, or a table with a column ref")
     shape, frames = autoencoder_shape(source.vae), cfg.sampling.num_frames
     made = coded(cfg.sampling, describe(source.model), shape, cfg.cond_type)
-    check_length(cfg.cond_type, latent_frames(made, shape.stride[0], shape.causal), frames, shape)
+    check_length(cfg.cond_type, latents_made(made, shape), frames, shape)
     counts: dict[str, int] = {}
     for job, references in zip(jobs, listed, strict=True):
         with _told_of(job):
@@ -148,6 +148,13 @@ def _told_of(job: Job) -> Iterator[None]:
         yield
     except UserError as error:
         raise (UserError(f"{job.place}: {error}") if job.place else error) from None
+
+
+def _check_texts(cfg: SampleConfig, source: Source, jobs: Sequence[Job]) -> None:
+    """That prompts are such as the text encoder reads."""
+    if num_classes(source.text) and names_motion(cfg, source):
+        raise UserError("prompt_suffix=true: must be false with text.kind=classes, which reads numbers")
+    check_prompts(source.text, (text for job in jobs for text in (job.text, job.neg)))
 
 
 def check_references(model: ModelConfig) -> None:
@@ -212,7 +219,7 @@ def fit_option(key: str, option: SamplingOption, model: ModelConfig, shape: Auto
     reads_guidance, multiple = "guidance" in denoising.wants, denoising.pixel_multiple(stride)
     try:
         option = sanitize_sampling_option(option, multiple=multiple)
-        denoising.check_frames(latent_frames(coded(option, denoising, shape), stride[0], shape.causal))
+        denoising.check_frames(latents_made(coded(option, denoising, shape), shape))
     except ValueError as error:
         raise UserError(f"{key}.num_frames={option.num_frames}: {error}") from None
     check_step_cache(key, option, model)

@@ -17,10 +17,11 @@ from acceleration.distributed.tasks import DistributedRunner
 from opensora.assembly.components import Components
 from opensora.assembly.step_caches import step_cache
 from opensora.assembly.token_layout import forward_arguments
+from opensora.conditioning.dropout import dropped_labels
 from opensora.conditioning.references import is_still
 from opensora.config.run import SampleConfig
 from opensora.inference.check import check_references
-from opensora.inference.lengths import as_published, asked_for, coded
+from opensora.inference.lengths import as_published, asked_for, coded, frames_of, latents_made
 from opensora.inference.prompts import Job, final_prompt
 from opensora.inference.references import KnownFrames, Reference, check_count, check_length, code_known, split
 from opensora.inference.save import Saver, unused_names
@@ -32,7 +33,7 @@ from opensora.inference.steps import (
     noise_of_steps,
     solver_for,
 )
-from opensora.models.base import Autoencoder, latent_grid
+from opensora.models.base import decode_clip, latent_grid
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.sampling.caches import OnDecision, StepCache
 from opensora.sampling.caches.base import NoStepCache
@@ -54,6 +55,7 @@ def conditions_of(
     opt: SamplingOption,
     *,
     null: bool = False,
+    behind: Sequence[str] | None = None,
     given: KnownFrames | None = None,
 ) -> Conditions:
     """What the model is told of one prompt per sample, this process's share of it.
@@ -63,22 +65,26 @@ def conditions_of(
         opt: with width and height.
         null: these are no prompts, or what to move away from: a model with a null embedding of its own takes that for
             empty ones.
+        behind: prompts whose masks such an embedding stands behind, as in training; None: the mask of no prompt.
         given: frames that are known; None: nothing is.
     """
-    text, denoising = parts.text_encoder.encode(list(texts)), parts.layout.denoising
-    dropped = None
-    if denoising.null_text == "learned":
-        dropped = torch.tensor([null and not prompt for prompt in texts], device=parts.device)
+    denoising = parts.layout.denoising
+    learned, gone = denoising.null_text == "learned", [null and not prompt for prompt in texts]
+    read = list(texts)
+    if learned and behind is not None:
+        read = [other if is_gone else own for own, other, is_gone in zip(texts, behind, gone, strict=True)]
+    text, dropped = parts.text_encoder.encode(read), torch.tensor(gone, device=parts.device)
     numbers = {
         "fps": torch.tensor([opt.fps]),
         "size": torch.tensor([[opt.height, opt.width]], dtype=torch.float32),
         "num_frames": torch.tensor([opt.num_frames], dtype=torch.float32),
     }
     conditions = Conditions(
-        text=text.txt,
+        text=None if learned and denoising.text == "none" else text.txt,
         text_mask=text.mask,
         pooled=text.y_vec if denoising.pooled_dim else None,
-        dropped=dropped,
+        label=dropped_labels(text.label, dropped, denoising.num_classes),
+        dropped=dropped if learned else None,
         reference=given.reference.to(x) * given.known[:, None] if given else None,
         known=given.known if given else None,
         **{
@@ -88,6 +94,12 @@ def conditions_of(
         },
     )
     return parts.layout.shard_conditions(parts.layout.patchify_conditions(conditions), x)
+
+
+def _prepared(parts: Components, prompt: str) -> str:
+    """As the text encoder wants it in sampling, cleaned where it was not in training."""
+    prepare: Callable[[str], str] | None = getattr(parts.text_encoder, "for_sampling", None)
+    return prompt if prepare is None else prepare(prompt)
 
 
 def build_api(parts: Components, on_decision: OnDecision = lambda decision: None) -> Api:
@@ -138,7 +150,7 @@ def build_api(parts: Components, on_decision: OnDecision = lambda decision: None
         published = noise is not None or opt.noise == "published"
         made = coded(opt, layout.denoising, parts.autoencoder, cond_type)
         if noise is not None:
-            made = _coded_of(noise, parts.autoencoder)
+            made = frames_of(noise.shape[2], opt.num_frames, parts.autoencoder)
         assert opt.height is not None and opt.width is not None
         grid = layout.denoising.grid(latent_grid(made, opt.height, opt.width, parts.autoencoder))
         grid = grid._replace(pixels=(opt.num_frames, opt.height, opt.width))
@@ -151,7 +163,8 @@ def build_api(parts: Components, on_decision: OnDecision = lambda decision: None
         solver = solver_for(opt, parts.objective, grid)
         frame_noise = noise_of_steps(layout, grid, seeds, x, "frame noise")
         told = {"suffix": parts.prompt_suffix, "published": parts.published_prompts}
-        prompts = [final_prompt(t, opt, **told) for t in text]
+        prompts = [_prepared(parts, final_prompt(t, opt, **told)) for t in text]
+        avoided = [_prepared(parts, t) for t in neg or [""] * len(text)]
         passes = passes_per_step(opt, references=given is not None)
         cache = _step_cache(opt, parts, on_decision)
         with cache.during(parts.model):
@@ -170,7 +183,7 @@ def build_api(parts: Components, on_decision: OnDecision = lambda decision: None
                     total=layout.sequence.total,
                 ),
                 conditions_of(parts, prompts, x, opt, given=given),
-                conditions_of(parts, neg or [""] * len(text), x, opt, null=True) if passes > 1 else None,
+                conditions_of(parts, avoided, x, opt, null=True, behind=prompts) if passes > 1 else None,
                 outputs=layout.denoising.outputs,
                 noise=drawn_in_turn(noise_of_steps(layout, grid, seeds, x, "solver noise")),
                 frames=given_frames(opt, solver, layout, grid, edit_ratios, frame_noise, references=given is not None),
@@ -181,17 +194,11 @@ def build_api(parts: Components, on_decision: OnDecision = lambda decision: None
         latents = layout.unpatchify(layout.gather(tokens, grid), grid)  # (B, C, T', H', W')
         if given is not None:
             latents = given.put_back(latents)
-        pixels = parts.autoencoder.decode(latents, parts.run_tiles)
+        pixels = decode_clip(parts.autoencoder, latents, made, parts.run_tiles)
         chosen = as_published if published else asked_for
         return chosen(pixels, cond_type, opt.num_frames, parts.autoencoder)
 
     return api
-
-
-def _coded_of(noise: Tensor, autoencoder: Autoencoder) -> int:
-    """Frames that latents of this shape are of."""
-    latents, lead = noise.shape[2], int(autoencoder.causal)
-    return 1 if latents == 1 else (latents - lead) * autoencoder.stride[0] + lead
 
 
 def _step_cache(opt: SamplingOption, parts: Components, on_decision: OnDecision) -> StepCache:
@@ -344,6 +351,7 @@ def _noise(opt: SamplingOption, parts: Components, seeds: Sequence[int]) -> Tens
             channels=autoencoder.channels,
             stride=autoencoder.stride,
             causal=autoencoder.causal,
+            latents=latents_made(opt.num_frames, autoencoder),
             patch_size=1 if parts.layout.denoising.pads else parts.layout.denoising.patch[1],
             device=parts.device,
             dtype=next(parts.model.parameters()).dtype if published else _dtype(parts),

@@ -95,8 +95,9 @@ def _encoded(autoencoder: Autoencoder, pixels: Tensor, run: TaskRunner, seed: in
     if seed is None or not (isinstance(autoencoder, Variational) and autoencoder.samples):
         return autoencoder.encode(pixels, run)
 
-    def draw(shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(1, *shape, generator=torch_generator(seed, f"posterior {part.name}")).to(pixels.device)
+    def draw(shape: tuple[int, ...], stage: str = "") -> Tensor:
+        purpose = f"posterior {part.name} {stage}" if stage else f"posterior {part.name}"
+        return torch.randn(1, *shape, generator=torch_generator(seed, purpose)).to(pixels.device)
 
     return autoencoder.encode(pixels, run, draw)
 

@@ -24,7 +24,7 @@ from opensora.config.run import SampleConfig, StillConfig
 from opensora.datasets.buckets.aspect import training_sizes
 from opensora.inference.check import check_references, check_sample
 from opensora.inference.find import Source, find_source
-from opensora.inference.lengths import coded
+from opensora.inference.lengths import coded, latents_made
 from opensora.inference.load import LoadedText, load_components, text_of
 from opensora.inference.pipeline import build_api, share_out
 from opensora.inference.prompts import Job
@@ -34,7 +34,6 @@ from opensora.models.families import describe
 from opensora.models.vae import autoencoder_shape
 from opensora.sampling.caches.config import NoCache
 from opensora.sampling.options import SamplingOption
-from opensora.schedulers.timesteps import latent_frames
 from opensora.utils import signal_handler
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
@@ -66,7 +65,7 @@ def check_stills(cfg: SampleConfig, source: Source, jobs: Sequence[Job], world_s
     check_references(source.model)
     shape = autoencoder_shape(source.vae)
     made = coded(cfg.sampling, describe(source.model), shape, KIND)
-    check_length(KIND, latent_frames(made, shape.stride[0], shape.causal), cfg.sampling.num_frames, shape)
+    check_length(KIND, latents_made(made, shape), cfg.sampling.num_frames, shape)
     with _told_as_stills(cfg.still):
         job, found = still_job(cfg, world_size)
         check_layout(job.parallel.mesh, world_size, found.model)

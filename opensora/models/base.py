@@ -7,7 +7,7 @@ and ``attention_cores`` the same way, so the model does not know that it is shar
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import lcm
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -188,8 +188,11 @@ class Autoencoder(Protocol):
         """(B, channels, T', H', W') -> (B, 3, T, H, W), clamped to [-1, 1]; ``run`` as in encode."""
 
 
-# Shape of the latents of one sample -> standard normal noise (B, *shape), for samples that are known to whoever draws.
-Draw: TypeAlias = Callable[[tuple[int, ...]], Tensor]
+class Draw(Protocol):
+    """Standard normal noise for samples that are known to whoever draws."""
+
+    def __call__(self, shape: tuple[int, ...], stage: str = "") -> Tensor:
+        """(B, *shape) for samples of this shape; ``stage`` names the second draw of an autoencoder that draws twice."""
 
 
 @runtime_checkable
@@ -202,6 +205,33 @@ class Variational(Protocol):
         """As ``Autoencoder.encode``; without ``draw`` the mode, whatever ``samples`` says."""
 
 
+class ClipCoding(Protocol):
+    """Sizes of clips and their latents, where an autoencoder takes clips of any length or size: a frozen value."""
+
+    def latents(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(T', H', W') of a clip.
+
+        Raises:
+            ValueError: it cannot be coded.
+        """
+
+    def frames(self, latent_frames: int) -> int:
+        """The most frames that so many latent ones decode to."""
+
+    def made(self, frames: int) -> int:
+        """The least frames, this many or more, to code so that this many come back."""
+
+    def stated(
+        self, frames: int | None, height: int | None, width: int | None
+    ) -> tuple[int | None, int | None, int | None]:
+        """The size of latents that the family's own samplers reckon with; None is passed through."""
+
+
+def coding_of(autoencoder: "Autoencoder | AutoencoderShape") -> ClipCoding | None:
+    """How an autoencoder codes clips of any size; None: by the rule of ``causal``."""
+    return getattr(autoencoder, "coding", None)
+
+
 class AutoencoderShape(NamedTuple):
     """What planning needs to know of an autoencoder, without its weights; same names as on the autoencoder."""
 
@@ -211,6 +241,7 @@ class AutoencoderShape(NamedTuple):
     time_tiles: tuple[int, int] | None = None
     # (latent frames of a tile, from its first to that of the next): clips longer than one are decoded in tiles, and a
     # tile of one latent frame to a single frame. None: nothing of the length of a clip depends on tiles
+    coding: ClipCoding | None = None  # in place of the rule of ``causal``; ``decode`` is then told how many ``frames``
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,10 +251,14 @@ class TextFeatures:
     txt: Tensor  # (B, L, context_in_dim), one row per text token
     y_vec: Tensor  # (B, vec_in_dim), the pooled prompt
     mask: Tensor | None = None  # (B, L) bool, True for real tokens; None: padding is attended, as in Flux
+    label: Tensor | None = None  # (B,) int64, a class in place of a prompt; L and both widths are then 0
 
 
 class TextEncoder(Protocol):
-    """Prompts to features. Weights are frozen."""
+    """Prompts to features. Weights are frozen.
+
+    One that is given other prompts in sampling than in training also has ``for_sampling(prompt)``, which makes these.
+    """
 
     context_dim: int
     vec_dim: int
@@ -234,6 +269,8 @@ class TextEncoder(Protocol):
 
 def decoded_frames(latent_frames: int, autoencoder: Autoencoder | AutoencoderShape) -> int:
     """Frames that so many latent ones decode to."""
+    if (coding := coding_of(autoencoder)) is not None:
+        return coding.frames(latent_frames)
     if latent_frames == 1:
         return 1
     stride, lead = autoencoder.stride[0], int(autoencoder.causal)
@@ -252,6 +289,8 @@ def latent_grid(
     Raises:
         ValueError: a size the autoencoder cannot code, with the nearest ones it can.
     """
+    if (coding := coding_of(autoencoder)) is not None:
+        return coding.latents(frames, height, width)
     stride_t, stride_h, stride_w = autoencoder.stride
     lead = 1 if autoencoder.causal or frames == 1 else 0
     if (frames - lead) % stride_t:
@@ -262,6 +301,19 @@ def latent_grid(
     if height % stride_h or width % stride_w:
         raise ValueError(f"{height}x{width} pixels do not fit the autoencoder: use multiples of {stride_h}x{stride_w}")
     return (frames - lead) // stride_t + lead, height // stride_h, width // stride_w
+
+
+def grid_of(pixels: Tensor, autoencoder: Autoencoder | AutoencoderShape) -> tuple[int, int, int]:
+    """``latent_grid`` of clips (B, 3, T, H, W)."""
+    frames, height, width = pixels.shape[2:]
+    return latent_grid(frames, height, width, autoencoder)
+
+
+def decode_clip(autoencoder: Autoencoder, latents: Tensor, frames: int, run: TaskRunner = one_by_one) -> Tensor:
+    """The pixels of latents that ``frames`` frames were coded as, or would be."""
+    if coding_of(autoencoder) is None:
+        return autoencoder.decode(latents, run)
+    return autoencoder.decode(latents, run, frames=frames)  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True)

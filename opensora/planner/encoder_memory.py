@@ -41,6 +41,8 @@ def text_working_bytes(text: TextConfig, itemsize: int, pieces: int, prompts: in
     kind = TEXT_ENCODERS[text.kind]
     if not kind.parameters or getattr(text, "device", "auto") == "cpu":
         return 0
+    if not kind.t5:  # a CLIP, which is gathered or moved whole in the worst case
+        return kind.parameters * itemsize if getattr(text, "shard", False) or getattr(text, "offload", False) else 0
     tokens, together = kind.tokens(text), min(prompts, PROMPTS_TOGETHER)
     scores = T5_HEADS * tokens * tokens * (4 + 2 * itemsize)
     activations = together * (scores + tokens * (6 * T5_WIDTH + 3 * T5_HIDDEN) * itemsize)

@@ -23,6 +23,7 @@ def get_noise(
     stride: tuple[int, int, int] = (4, 8, 8),
     causal: bool = True,
     published: bool = False,
+    latents: int | None = None,
 ) -> Tensor:
     """Start latents (B, channels, T', H', W'), standard normal, from one generator keyed by the seed.
 
@@ -30,11 +31,12 @@ def get_noise(
 
     Args:
         seed: must be given.
+        latents: T', where an autoencoder makes others than ``stride`` and ``causal`` tell.
         published: draw as the family's own sampler does on a CPU: by a generator that has the seed itself.
     """
     if seed is None:
         raise TypeError("get_noise: seed is missing")
-    frames = latent_frames(num_frames, stride[0], causal)
+    frames = latent_frames(num_frames, stride[0], causal) if latents is None else latents
     rows = patch_size * math.ceil(height / (stride[1] * patch_size))
     columns = patch_size * math.ceil(width / (stride[2] * patch_size))
     shape = (num_samples, channels, frames, rows, columns)

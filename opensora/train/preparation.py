@@ -13,7 +13,7 @@ from opensora.assembly.reference_codes import code_part
 from opensora.assembly.token_layout import TokenLayout, forward_arguments
 from opensora.conditioning import ConditioningConfig
 from opensora.conditioning.condition_dropout import draw_drops, without_references
-from opensora.conditioning.dropout import drop_text
+from opensora.conditioning.dropout import drop_text, dropped_labels
 from opensora.conditioning.frames import known_frames
 from opensora.conditioning.references import Part, code_references, draw_kind
 from opensora.config.run import LossReduction
@@ -166,14 +166,18 @@ class Preparation:
         """Features of the prompts. Those of dropped samples, tokens and pooled vector each on its own, are those of "";
         or the model puts its own null embedding there, which ``dropped`` tells it."""
         null, mask, denoising = self.encoders.null, text.mask, self.layout.denoising
-        pooled = torch.where(drop_vec[:, None], null.y_vec, text.y_vec) if denoising.pooled_dim else None
-        if denoising.null_text == "learned":
-            return Conditions(text=text.txt, text_mask=mask, pooled=pooled, dropped=drop_txt)
+        pooled = text.y_vec if denoising.pooled_dim else None
+        label = dropped_labels(text.label, drop_txt, denoising.num_classes)
+        if denoising.null_text == "learned":  # behind the mask of the sample's own prompt
+            txt = text.txt if denoising.text != "none" else None
+            return Conditions(text=txt, text_mask=mask, pooled=pooled, label=label, dropped=drop_txt)
+        if pooled is not None:
+            pooled = torch.where(drop_vec[:, None], null.y_vec, pooled)
         if mask is not None:
             assert null.mask is not None
             mask = torch.where(drop_txt[:, None], null.mask, mask)
         txt = torch.where(drop_txt[:, None, None], null.txt, text.txt)
-        return Conditions(text=txt, text_mask=mask, pooled=pooled)
+        return Conditions(text=txt, text_mask=mask, pooled=pooled, label=label)
 
     def _known(self, batch: "Batch", step: int, latents: tuple[int, int, int]) -> Tensor | None:
         """(B, T', H', W') bool: latents that stand in the place of noisy ones, for models that take them so."""

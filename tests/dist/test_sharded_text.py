@@ -15,7 +15,7 @@ from acceleration.diagnostics.memory_usage import Allocations, held
 from acceleration.distributed import mesh as meshes
 from opensora.assembly.sharded_text import text_encoder_of
 from opensora.models.base import TextFeatures
-from opensora.models.text import T5ClipConfig, build_text_encoder
+from opensora.models.text import ClipConfig, T5ClipConfig, T5Config, build_text_encoder
 from opensora.utils.errors import UserError
 from tests.dist.harness import run_distributed
 from tests.text_models import write_text_models
@@ -142,3 +142,24 @@ def test_a_value_that_one_process_reads(cfg: T5ClipConfig, tmp_path: Path) -> No
     first, second = run_distributed(refusal, 2, replace(cfg, t5_path=str(tmp_path)), timeout=60)
     wanted = f"text.t5_path={tmp_path}: block.3.layer.1.DenseReluDense.wo.weight (as float32) holds NaN or infinite"
     assert first == second and first.startswith(wanted)
+
+
+def cut_alone(folder: str) -> list[bool]:
+    """T5 and CLIP by themselves, each cut over all processes: whether features, masks and vectors are those of one."""
+    mesh = meshes.build(MeshConfig(shard=-1), dist.get_world_size(), CPU)
+    found = []
+    for cfg in (
+        T5Config(t5_path=f"{folder}/t5", max_tokens=10, shard=True),
+        ClipConfig(clip_path=f"{folder}/clip", shard=True),
+    ):
+        encoder = text_encoder_of(cfg, mesh, CPU, torch.float32)
+        whole = build_text_encoder(replace(cfg, shard=False), CPU, torch.float32)
+        for prompts in prompts_of(dist.get_rank()):
+            own, truth = vars(encoder.encode(prompts)), vars(whole.encode(prompts))
+            found.append(all(x is None or torch.equal(own[name], x) for name, x in truth.items()))
+    return found
+
+
+def test_t5_and_clip_by_themselves(cfg: T5ClipConfig) -> None:
+    for rank in run_distributed(cut_alone, 2, str(Path(cfg.t5_path).parent), timeout=110):
+        assert len(rank) == 8 and all(rank)

@@ -28,8 +28,10 @@ from opensora.models.vae.flux2d_names import DIFFUSERS
 from opensora.utils.errors import UserError
 from tests.published_autoencoders import PUBLISHED, small_shapes, write_small, write_zeros
 
-KINDS = ("hunyuan", "flux2d", "dc_ae")
+KINDS = ("hunyuan", "flux2d", "dc_ae", "sd", "opensora_v1_2", "opensora_v1_3")
 STRIDES = {"hunyuan": (4, 8, 8), "flux2d": (1, 8, 8), "dc_ae": (4, 32, 32)}
+STRIDES |= {"sd": (1, 8, 8), "opensora_v1_2": (4, 8, 8), "opensora_v1_3": (4, 8, 8)}
+CHANNELS = {"dc_ae": 128, "sd": 4, "opensora_v1_2": 4}
 
 
 def refusal(cfg: Any) -> str:
@@ -51,7 +53,7 @@ def test_published_sizes_fit(kind: str, tmp_path: Path) -> None:
         check_autoencoder(cfg)
     assert seen.peak < 2**20
     shape = autoencoder_shape(cfg)
-    assert (shape.channels, shape.stride) == (128 if kind == "dc_ae" else 16, STRIDES[kind])
+    assert (shape.channels, shape.stride) == (CHANNELS.get(kind, 16), STRIDES[kind])
     assert shape == autoencoder_shape(AUTOENCODER_CONFIGS[kind]())  # as without the file
     parameters = sum(prod(found) for found in shapes.values())
     assert abs(parameters - AUTOENCODERS[kind].parameters) < 0.01 * parameters
@@ -224,3 +226,81 @@ def test_the_model_behind_dc_ae_has_patch_1(tmp_path: Path) -> None:
         load_config(RunConfig, str(path), ["vae.sample=posterior"])
     with pytest.raises(UserError, match=r"vae\.sample='mean': "):
         load_config(RunConfig, str(path), ["vae={kind: hunyuan, sample: mean}", "model.in_channels=16"])
+
+
+def test_names_of_open_sora_1(golden: Path) -> None:
+    """What the tests above take for published is what the published classes have."""
+    names = json.loads((golden / "v1" / "names_vae.json").read_text())
+    for kind, name, prefix in (
+        ("sd", "v1.0 VideoAutoencoderKL (SD VAE)", "module."),
+        ("opensora_v1_2", "v1.2 OpenSoraVAE_V1_2", ""),
+        ("opensora_v1_3", "v1.3 OpenSoraVAE_V1_3", ""),
+    ):
+        shapes = {f"{prefix}{one}": list(shape) for one, shape in PUBLISHED[kind]().items()}
+        assert shapes == names[name]["shapes"]
+
+
+@pytest.mark.parametrize("kind", ["opensora_v1_2", "opensora_v1_3"])
+def test_folders_of_the_hub(kind: str, tmp_path: Path) -> None:
+    """model.safetensors beside the arguments of the published class, which the weights speak for."""
+    write_small(kind, tmp_path / "model.safetensors")
+    stated = {
+        "model_type": "VideoAutoencoderPipeline",
+        "micro_frame_size": 17,
+        "shift": [9.0] * 4,
+        "scale": 9.0,
+        "vae_2d": {"type": "VideoAutoencoderKL", "subfolder": "vae"},
+        "encoder": {"z_channels": 16},
+        "norm_num_groups": 2,
+        "num_groups": 2,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    cfg = AUTOENCODER_CONFIGS[kind](path=str(tmp_path))
+    check_autoencoder(cfg)
+    autoencoder: Any = build_autoencoder(cfg, "cpu", torch.float32)
+    tensors = load_file(tmp_path / "model.safetensors")
+    found = autoencoder.network.state_dict()
+    assert set(found) == set(tensors) and all(torch.equal(found[name], x) for name, x in tensors.items())
+
+
+def test_other_channels_are_not_normalized(tmp_path: Path) -> None:
+    changed = {"encoder.conv_out.conv.weight": (16, 32, 3, 3, 3), "encoder.conv_out.conv.bias": (16,)}
+    changed["decoder.conv_in.conv.weight"] = (32, 8, 3, 3, 3)
+    path = str(write_small("opensora_v1_3", tmp_path / "small.safetensors", **changed))
+    said = refusal(AUTOENCODER_CONFIGS["opensora_v1_3"](path=path))
+    assert said == f"vae.normalization=video: is of 16 channels, and {path} has 8; must be none"
+    check_autoencoder(AUTOENCODER_CONFIGS["opensora_v1_3"](path=path, normalization="none"))
+
+
+def test_older_names_of_stable_diffusion(tmp_path: Path) -> None:
+    """The same weights behind a prefix, in the names of diffusers before 0.16, and in those of the first release."""
+    tensors = load_file(write_small("sd", tmp_path / "now.safetensors"))
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def of_old(name: str) -> str:
+        for new, word in old.items():
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{word}.")
+        return name
+
+    first = compvis(tensors)
+    for file, weights in (
+        ("prefix", {f"module.{name}": x for name, x in tensors.items()}),
+        ("old", {of_old(name): x for name, x in tensors.items()}),
+        ("first", first),
+    ):
+        path = tmp_path / f"{file}.safetensors"
+        save_file(weights, path, {"config": json.dumps({"norm_num_groups": 2})})
+        autoencoder: Any = build_autoencoder(AUTOENCODER_CONFIGS["sd"](path=str(path)), "cpu", torch.float32)
+        found = autoencoder.network.state_dict()
+        assert all(torch.equal(found[name], x) for name, x in tensors.items()) and len(found) == len(tensors)
+
+
+def compvis(tensors: dict[str, Any]) -> dict[str, Any]:
+    """By the table of published names and what becomes of them."""
+    from opensora.models.vae.flux2d_names import diffusers_name
+    from tests.published_autoencoders import ae
+
+    names = {diffusers_name(name, 4): name for name in ae((4, 4, 8, 8), 1, 4)}
+    found = {names.get(name, name): x for name, x in tensors.items()}
+    matrices = ("attn_1.q.weight", "attn_1.k.weight", "attn_1.v.weight", "attn_1.proj_out.weight")
+    return {name: x[..., None, None] if name.endswith(matrices) else x for name, x in found.items()}

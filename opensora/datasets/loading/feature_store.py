@@ -69,9 +69,10 @@ class Features:
     txt: Tensor  # (B, L, D)
     y_vec: Tensor  # (B, V)
     mask: Tensor | None = None  # (B, L) bool
+    label: Tensor | None = None  # (B,) int64, a class in place of a prompt; L and both widths are then 0
 
     def tensors(self) -> dict[str, Tensor]:
-        named = {"latents": self.latents, "txt": self.txt, "y_vec": self.y_vec, "mask": self.mask}
+        named = {name: getattr(self, name) for name in ("latents", "txt", "y_vec", "mask", "label")}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
@@ -249,7 +250,7 @@ class FeatureStore:
         return StoredFeatures(**found, references=coded)
 
     def null(self) -> dict[str, Tensor]:
-        """``txt``, ``y_vec`` and perhaps ``mask`` of the empty prompt, (1, ...) each."""
+        """``txt``, ``y_vec`` and perhaps ``mask`` and ``label`` of the empty prompt, (1, ...) each."""
         damaged = parsing(lambda why: UserError(f"data.features={self._folder}: {NULL} is damaged ({why}); {_AGAIN}"))
         with damaged:
             return dict(load_file(require_file(self._folder / NULL)))

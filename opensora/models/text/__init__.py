@@ -1,6 +1,6 @@
 """Text encoders by kind: the table that everything else asks. A new one is a file, and a line of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
@@ -8,13 +8,17 @@ import torch
 from opensora.models.base import ModelConfig, Width, Widths
 from opensora.models.families import family_of
 from opensora.models.text.bytes import ByteTextConfig, ByteTextEncoder
-from opensora.models.text.t5_clip import Peers, T5ClipConfig, T5ClipTextEncoder, Visits, check_files, stated_widths
+from opensora.models.text.classes import ClassesConfig, ClassLabels, label_of
+from opensora.models.text.clip import ClipConfig, ClipTextEncoder, check_clip_files, stated_clip_width
+from opensora.models.text.t5 import T5Config, T5TextEncoder, check_t5_files, stated_t5_width
+from opensora.models.text.t5_clip import T5ClipConfig, T5ClipTextEncoder, check_files, stated_widths
+from opensora.models.text.transformers_encoder import Peers, Visits
 from opensora.utils.errors import UserError
 
 if TYPE_CHECKING:
     from opensora.models.base import TextEncoder
 
-TextConfig: TypeAlias = ByteTextConfig | T5ClipConfig
+TextConfig: TypeAlias = ByteTextConfig | T5ClipConfig | T5Config | ClipConfig | ClassesConfig
 Device: TypeAlias = torch.device | str
 
 
@@ -30,7 +34,9 @@ class TextEncoderKind(NamedTuple):
     stated: Callable[[Any], tuple[Width, Width]] | None = None  # by its files, without loading them, or UserError
     check: Callable[[Any], None] | None = None  # names and shapes in its files, by their headers, or UserError
     parameters: int = 0  # of the published one, for forecasts
+    t5: bool = False  # T5 v1.1 XXL is a part of it, which decides on what prompts take while they are encoded
     moves: bool = False  # ``build`` also takes the processes to cut its weights over, and what moves them out
+    classes: Callable[[Any], int] | None = None  # of labels, which it gives in place of features
 
 
 TEXT_ENCODERS: dict[str, TextEncoderKind] = {
@@ -50,7 +56,39 @@ TEXT_ENCODERS: dict[str, TextEncoderKind] = {
         stated=stated_widths,
         check=check_files,
         parameters=4_885_000_000,
+        t5=True,
         moves=True,
+    ),
+    "t5": TextEncoderKind(
+        T5Config,
+        T5TextEncoder,
+        tokens=lambda cfg: cfg.max_tokens,
+        has_mask=lambda cfg: True,
+        widths=lambda cfg: (None, 0),
+        stated=stated_t5_width,
+        check=check_t5_files,
+        parameters=4_762_000_000,
+        t5=True,
+        moves=True,
+    ),
+    "clip": TextEncoderKind(
+        ClipConfig,
+        ClipTextEncoder,
+        tokens=lambda cfg: 1,
+        has_mask=lambda cfg: False,
+        widths=lambda cfg: (None, None),
+        stated=stated_clip_width,
+        check=check_clip_files,
+        parameters=63_000_000,
+        moves=True,
+    ),
+    "classes": TextEncoderKind(
+        ClassesConfig,
+        ClassLabels,
+        tokens=lambda cfg: 0,
+        has_mask=lambda cfg: False,
+        widths=lambda cfg: (0, 0),
+        classes=lambda cfg: cfg.num_classes,
     ),
 }
 TEXT_ENCODER_CONFIGS: dict[str, type] = {kind: entry.config for kind, entry in TEXT_ENCODERS.items()}
@@ -69,6 +107,23 @@ def has_mask(cfg: TextConfig) -> bool:
 def text_widths(cfg: TextConfig) -> tuple[int | None, int | None]:
     """Widths of the features, as far as the configuration says them."""
     return TEXT_ENCODERS[cfg.kind].widths(cfg)
+
+
+def num_classes(cfg: TextConfig) -> int:
+    """Of labels that are given in place of features; 0: features are."""
+    classes = TEXT_ENCODERS[cfg.kind].classes
+    return 0 if classes is None else classes(cfg)
+
+
+def check_prompts(cfg: TextConfig, prompts: Iterable[str]) -> None:
+    """That prompts are such as the encoder reads.
+
+    Raises:
+        UserError: the first that is not.
+    """
+    if classes := num_classes(cfg):
+        for prompt in prompts:
+            label_of(prompt, classes)
 
 
 def check_text_encoder(cfg: TextConfig, latents: Width, model: ModelConfig) -> None:

@@ -6,7 +6,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 Key: TypeAlias = tuple[str, int]  # a prompt, and the tokens that it is padded to
-Row: TypeAlias = tuple[Tensor, Tensor]  # (N, D) tokens, (V,) pooled
+Row: TypeAlias = tuple[Tensor, ...]  # its features, as (N, D) tokens and a (V,) pooled vector
 
 
 class PromptCache:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 def row_by_row(blocks: Iterable[nn.Module]) -> None:
     """Make every block, called with (B, N, D) and whatever belongs to it, run once per row, in place.
 
-    Of several results the first is of the rows; others, such as T5's bias by position, are the same for each.
+    Of several results the first is of the rows. Others, such as T5's bias by position, are the same for each, but where
+    a release of transformers adds the mask of a row to it.
     """
     for block in blocks:
         block.forward = _Rows(block.forward)
@@ -39,7 +40,18 @@ class _Rows:
             )
         if isinstance(found[0], Tensor):
             return torch.cat(found)
-        return (torch.cat([first for first, *_ in found]), *found[0][1:])
+        return (
+            torch.cat([first for first, *_ in found]),
+            *(_joined(column) for column in list(zip(*found, strict=True))[1:]),
+        )
+
+
+def _joined(values: tuple[Any, ...]) -> Any:
+    """What serves all rows once; what differs between them, by row."""
+    first = values[0]
+    if not isinstance(first, Tensor) or all(one is first or torch.equal(one, first) for one in values):
+        return first
+    return torch.cat(values)
 
 
 def _row(value: Any, row: int, rows: int) -> Any:

@@ -11,11 +11,39 @@ from opensora.models.vae.dc_ae import DCAEAutoencoder, DCAEConfig, check_dc_ae, 
 from opensora.models.vae.dct import DCTAutoencoder, DCTConfig, dct_shape
 from opensora.models.vae.flux2d import Flux2DAutoencoder, Flux2DConfig, check_flux2d, flux2d_shape
 from opensora.models.vae.hunyuan import HunyuanAutoencoder, HunyuanConfig, check_hunyuan, hunyuan_shape
+from opensora.models.vae.opensora_1x.sd import SDAutoencoder, SDConfig, check_sd, sd_shape
+from opensora.models.vae.opensora_1x.temporal_decoder import (
+    SDTemporalDecoder,
+    SDTemporalDecoderConfig,
+    check_sd_temporal_decoder,
+    sd_temporal_decoder_shape,
+)
+from opensora.models.vae.opensora_1x.v1_2 import (
+    OpenSoraV12Autoencoder,
+    OpenSoraV12Config,
+    check_opensora_v1_2,
+    opensora_v1_2_shape,
+)
+from opensora.models.vae.opensora_1x.v1_3 import (
+    OpenSoraV13Autoencoder,
+    OpenSoraV13Config,
+    check_opensora_v1_3,
+    opensora_v1_3_shape,
+)
 
 if TYPE_CHECKING:
     from opensora.models.base import Autoencoder
 
-AutoencoderConfig: TypeAlias = DCTConfig | HunyuanConfig | Flux2DConfig | DCAEConfig
+AutoencoderConfig: TypeAlias = (
+    DCTConfig
+    | HunyuanConfig
+    | Flux2DConfig
+    | DCAEConfig
+    | SDConfig
+    | SDTemporalDecoderConfig
+    | OpenSoraV12Config
+    | OpenSoraV13Config
+)
 Device: TypeAlias = torch.device | str
 
 
@@ -51,6 +79,28 @@ AUTOENCODERS: dict[str, AutoencoderKind] = {
         later=("sample", "compile"),
     ),
     "dc_ae": AutoencoderKind(DCAEConfig, DCAEAutoencoder, dc_ae_shape, check_dc_ae, parameters=459_000_000, patch=1),
+    "sd": AutoencoderKind(SDConfig, SDAutoencoder, sd_shape, check_sd, parameters=84_000_000),
+    "sd_temporal_decoder": AutoencoderKind(
+        SDTemporalDecoderConfig,
+        SDTemporalDecoder,
+        sd_temporal_decoder_shape,
+        check_sd_temporal_decoder,
+        parameters=98_000_000,
+    ),
+    "opensora_v1_2": AutoencoderKind(
+        OpenSoraV12Config,
+        OpenSoraV12Autoencoder,
+        opensora_v1_2_shape,
+        check_opensora_v1_2,
+        parameters=393_000_000,
+    ),
+    "opensora_v1_3": AutoencoderKind(
+        OpenSoraV13Config,
+        OpenSoraV13Autoencoder,
+        opensora_v1_3_shape,
+        check_opensora_v1_3,
+        parameters=259_000_000,
+    ),
 }
 AUTOENCODER_CONFIGS: dict[str, type] = {kind: entry.config for kind, entry in AUTOENCODERS.items()}
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import log2
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,12 +24,30 @@ from opensora.utils.files.user_files import absence
 CONFIG = "config"  # a file's metadata may hold what config.json of a folder holds, as JSON
 _OF_FOLDERS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 _INDEX = ".index.json"
-# The first name of a tensor that only autoencoders of a kind have.
+_IMAGE = ("encoder.down.0.block.0.conv1.weight", "encoder.down_blocks.0.resnets.0.conv1.weight")
+
+
+class _Sign(NamedTuple):
+    """Names of tensors that tell files of a kind of autoencoder."""
+
+    one_of: tuple[str, ...]
+    has: str | None = None  # beside it
+    lacks: str | None = None
+
+    def fits(self, names: set[str]) -> bool:
+        return not names.isdisjoint(self.one_of) and self.has in {None, *names} and self.lacks not in names
+
+
 _SIGNS = {
-    "hunyuan": ("encoder.conv_in.conv.weight",),
-    "flux2d": ("encoder.down.0.block.0.conv1.weight", "encoder.down_blocks.0.resnets.0.conv1.weight"),
-    "dc_ae": ("encoder.project_in.conv.weight",),
+    "hunyuan": _Sign(("encoder.down_blocks.0.resnets.0.conv1.conv.weight",)),
+    "flux2d": _Sign(_IMAGE, lacks="quant_conv.weight"),
+    "sd": _Sign(_IMAGE, has="post_quant_conv.weight"),
+    "sd_temporal_decoder": _Sign(("decoder.time_conv_out.weight",)),
+    "dc_ae": _Sign(("encoder.project_in.conv.weight",)),
+    "opensora_v1_2": _Sign(("temporal_vae.encoder.conv_in.conv.weight",)),
+    "opensora_v1_3": _Sign(("encoder.down.0.block.0.conv1.conv.weight",)),
 }
+_HOLDERS = ("spatial_vae", "temporal_vae")  # of autoencoders in one that is made of two
 
 
 @dataclass(kw_only=True)
@@ -40,12 +58,15 @@ class AutoencoderWeights(PlainWeights):
     published: str  # what the file is called that people have
     advice: str = "fetch the file again"
 
+    def __post_init__(self) -> None:
+        self.top_level = (*self.top_level, *(name for name in _HOLDERS if name not in self.top_level))
+
     def other_format(self, names: Iterable[str]) -> str | None:
         found = set(names)
-        for kind, signs in _SIGNS.items():
-            if kind != self.kind and not found.isdisjoint(signs):
-                return f"holds an autoencoder of another kind: set vae.kind={kind}, or give {self.published}"
-        return None
+        fitting = [kind for kind, sign in _SIGNS.items() if sign.fits(found)]
+        if not fitting or self.kind in fitting:
+            return None
+        return f"holds an autoencoder of another kind: set vae.kind={fitting[0]}, or give {self.published}"
 
 
 @dataclass(frozen=True)

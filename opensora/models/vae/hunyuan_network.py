@@ -59,7 +59,7 @@ class CausalConv3d(nn.Module):
         if pieces <= 1:
             return self.conv(self._padded(x, -self.past, x.shape[2]))
         out: Tensor | None = None
-        for first, last in _runs(count, pieces):
+        for first, last in runs(count, pieces):
             part = self.conv(self._padded(x, first * stride - self.past, (last - 1) * stride + 1))
             if out is None:
                 out = part.new_empty(*part.shape[:2], count, *part.shape[3:])
@@ -85,7 +85,7 @@ def _with_edges(x: Tensor, before: int, around: int) -> Tensor:
     return x
 
 
-def _runs(count: int, pieces: int) -> list[tuple[int, int]]:
+def runs(count: int, pieces: int) -> list[tuple[int, int]]:
     """0 to ``count`` in runs of about the same length."""
     edges = [count * piece // pieces for piece in range(pieces + 1)]
     return [(first, last) for first, last in pairwise(edges) if first < last]
@@ -127,7 +127,7 @@ class CausalAttention(nn.Module):
         for frame in range(frames):
             start, end = frame * height * width, (frame + 1) * height * width
             pieces = min(end - start, -(-batch * (end - start) * end // SCORES))
-            for first, last in _runs(end - start, pieces):
+            for first, last in runs(end - start, pieces):
                 rows = slice(start + first, start + last)
                 found[:, :, rows] = F.scaled_dot_product_attention(q[:, :, rows], k[:, :, :end], v[:, :, :end])
         out = self.to_out[0](found)

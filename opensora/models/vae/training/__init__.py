@@ -11,6 +11,8 @@ from opensora.models.vae.training.losses import (
     generator_loss,
     image_probability,
     kl_loss,
+    lecam_averages,
+    lecam_penalty,
     reconstruction_loss,
     weight_from,
 )
@@ -25,6 +27,8 @@ __all__ = [
     "generator_loss",
     "image_probability",
     "kl_loss",
+    "lecam_averages",
+    "lecam_penalty",
     "reconstruction_loss",
     "weight_from",
 ]

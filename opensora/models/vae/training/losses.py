@@ -9,11 +9,15 @@ loss = nll + kl + w g                               of the autoencoder
 d    = (mean relu(1 - D(x)) + mean relu(1 + D(y))) / 2                    hinge (Lim and Ye, arXiv 1705.02894)
      = (mean softplus(-D(x)) + mean softplus(D(y))) / 2                   vanilla (arXiv 1406.2661)
      = (mean D(y) - mean D(x)) / 2                                        wgan-gp (arXiv 1701.07875), no penalty
+
+and of Open-Sora 1.2 and 1.3 beside these
+g    = mean softplus(-D(y))                                              non-saturating (arXiv 1406.2661); d as vanilla
+d   += w_l (relu(mean D(x) - f)^2 + relu(r - mean D(y))^2)               LeCam (arXiv 2104.03310); r, f: moving averages
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +25,7 @@ from torch import Tensor
 
 from opensora.models.vae.posterior import Posterior
 
-GanLoss = Literal["hinge", "vanilla", "wgan-gp"]
+GanLoss = Literal["hinge", "vanilla", "wgan-gp", "non-saturating"]
 MOST_ADAPTIVE = 1e4  # of a ratio of gradients, for one that vanishes
 EPSILON = 1e-4
 
@@ -58,9 +62,9 @@ def kl_loss(posterior: Posterior | None, weight: float) -> Tensor:
     return torch.zeros(()) if posterior is None else weight * posterior.kl().mean()
 
 
-def generator_loss(fake: Tensor) -> Tensor:
+def generator_loss(fake: Tensor, kind: GanLoss = "hinge") -> Tensor:
     """g, of the logits of reconstructions."""
-    return -fake.mean()
+    return F.softplus(-fake).mean() if kind == "non-saturating" else -fake.mean()
 
 
 def adaptive_weight(nll: Tensor, g: Tensor, last: Tensor, weight: float) -> Tensor:
@@ -77,11 +81,25 @@ def discriminator_loss(kind: GanLoss, real: Tensor, fake: Tensor) -> Tensor:
     """
     if kind == "hinge":
         return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
-    if kind == "vanilla":
+    if kind in ("vanilla", "non-saturating"):
         return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
     if kind == "wgan-gp":
         return 0.5 * (fake.mean() - real.mean())
-    raise ValueError(f"kind={kind}: must be one of hinge, vanilla, wgan-gp")
+    raise ValueError(f"kind={kind}: must be one of {', '.join(get_args(GanLoss))}")
+
+
+def lecam_penalty(real: Tensor, fake: Tensor, averages: tuple[float, float], weight: float) -> Tensor:
+    """What LeCam adds to d, of logits; ``averages``: of the means of both before (``lecam_averages``)."""
+    of_real, of_fake = averages
+    return weight * (F.relu(real.mean() - of_fake).square() + F.relu(of_real - fake.mean()).square())
+
+
+def lecam_averages(
+    before: tuple[float, float], means: tuple[float, float], decay: float = 0.999
+) -> tuple[float, float]:
+    """Moving averages of the means of logits, of real clips and of reconstructions, after one more update."""
+    real, fake = (decay * old + (1 - decay) * new for old, new in zip(before, means, strict=True))
+    return real, fake
 
 
 def weight_from(weight: float, step: int, start: int) -> float:
