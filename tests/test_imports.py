@@ -142,6 +142,7 @@ def python_files(root: Path) -> Iterator[Path]:
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
         hidden = any(part.startswith(".") or part in ("outputs", "build", "dist") for part in parts)
+        hidden = hidden or parts[0] == "configs"  # data, which nothing imports (opensora/config/mmengine.py)
         if not hidden:
             yield path
 
