@@ -119,7 +119,7 @@ def data(t: Translation) -> None:
     if t.get("dataset.type") == "BatchFeatureDataset":
         raise t.fail(
             "dataset.type",
-            "holds no clips; train by the configuration that its features are stored with, and data.features=FOLDER, as "
+            "holds no clips; train by the configuration of the clips, with data.features=FOLDER, which "
             "python -m opensora.cli.precompute writes it",
         )
     key, frames = t.first("dataset.num_frames", "num_frames")
