@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from opensora.conditioning.references import KINDS
 from opensora.config.family import keys as table
 from opensora.config.family.models import is_second
 from opensora.config.family.translation import Translation
@@ -144,8 +145,22 @@ def data(t: Translation) -> None:
     for ignored in ("aspect_ratio", "resolution"):
         if t.get(ignored) is not None:
             t.note(ignored, "is for sampling")
+    references(t)
     if t.get("noise_augmentation"):
         t.note("noise_augmentation", "clips are trained as they are")
+
+
+def references(t: Translation) -> None:
+    """1.3's kinds of given frames, as far as there are such kinds here."""
+    kinds = t.get("mask_types")
+    if kinds is None or not t.is_training:
+        return
+    if not isinstance(kinds, Mapping):
+        raise t.fail("mask_types", "must be {kind: weight}")
+    named = {"t2v" if name == "none" else name: weight for name, weight in kinds.items()}
+    if lacking := [str(name) for name in named if name not in KINDS]:
+        t.note("mask_types", f"nothing gives frames as {', '.join(lacking)}, which are left out")
+    t.put("conditioning.references", {name: w for name, w in named.items() if name in KINDS}, "mask_types")
 
 
 def one_shape(t: Translation, key: str, size: Any, frames: Any) -> None:

@@ -77,11 +77,6 @@ def _masks(value: Any) -> Any:
     return renamed
 
 
-def _references(value: Any) -> Any:
-    """Kinds of 1.3's mask_types and of Open-Sora 2's condition_config."""
-    return {"t2v" if name == "none" else name: w for name, w in value.items()} if isinstance(value, Mapping) else value
-
-
 FRAME_NAMES = {"1x": 51, "2x": 102, "4x": 204, "8x": 408, "16x": 816, "2s": 51, "4s": 102, "8s": 204, "16s": 408}
 FRAME_NAMES |= {"32s": 816, "image": 1}
 SHORT_MASKS = {"head": "quarter_head", "tail": "quarter_tail", "head_tail": "quarter_head_tail"}
@@ -204,8 +199,8 @@ KEYS: dict[str, Key] = {
     "dataset.cached_video": no_meaning("data.features names what is stored"),
     "bucket_config": TOGETHER,
     "mask_ratios": Key("", "conditioning.masks", _masks),
-    "mask_types": Key("", "conditioning.references", _references),
-    "condition_config": Key("", "conditioning.references", _references),
+    "mask_types": TOGETHER,
+    "condition_config": Key("", "conditioning.references"),
     "drop_condition": Key("", "conditioning.dropout.conditions"),
     "dropout_ratio.t5": Key("", "conditioning.dropout.text"),
     "dropout_ratio.clip": Key("", "conditioning.dropout.pooled"),
@@ -297,7 +292,7 @@ KEYS: dict[str, Key] = {
     "vae.force_huggingface": no_meaning(_LOCAL),
     "vae_out_channels": no_meaning("the autoencoder's kind says it"),
     "text_encoder.type": TOGETHER,
-    "text_encoder.from_pretrained": both("text.path", path_of),
+    "text_encoder.from_pretrained": TOGETHER,
     "text_encoder.model_max_length": TOGETHER,
     "text_encoder.num_classes": both("text.num_classes"),
     "text_encoder.shardformer": TOGETHER,

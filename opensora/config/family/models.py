@@ -79,9 +79,14 @@ def text(t: Translation) -> None:
     if t.get("text_encoder.type") is not None:
         kind = of_type(t, "text_encoder.type", table.TEXT_ENCODERS, "text")["kind"]
         if length is not None and kind == "t5":
-            t.put("text.model_max_length", length, length_key)
-        elif length is not None and length != 77:
+            t.put("text.max_tokens", length, length_key)
+        elif kind == "clip" and length not in (None, 77):
             raise t.fail(length_key, "must be 77, the tokens that CLIP reads")
+        path = table.path_of(t.get("text_encoder.from_pretrained"))
+        if path is not None and kind != "classes":
+            t.put(f"text.{kind}_path", path, "text_encoder.from_pretrained")
+        if kind == "t5" and version_of(t) == "1.0":
+            t.put("text.clean", "always", "text_encoder.type")  # captions of training, too
     if is_second(t) and ("t5.from_pretrained" in t.given or "clip.from_pretrained" in t.given):
         t.put(
             "text.kind", "t5_clip", "t5.from_pretrained" if "t5.from_pretrained" in t.given else "clip.from_pretrained"
