@@ -86,7 +86,9 @@ def flag_overrides(cls: type, words: Sequence[str]) -> tuple[list[tuple[Keys, An
     tree: dict[str, Any] = {}
     lines: Lines = {}
     for word in _split(words):
-        is_ours = bool(types_at(cls, word.name.split("."))) and len(word.values) < 2
+        is_ours = bool(types_at(cls, word.name.split("."))) and (
+            len(word.values) == 1 or (not word.values and word.name not in table.SWITCHES)
+        )
         if is_ours or not word.dashed or not is_known(word.name):
             rest += word.words
             continue

@@ -42,7 +42,7 @@ def precision_of(value: Any) -> Any:
 
 
 def _wandb(value: Any) -> Any:
-    return {True: "online", False: "off"}.get(value, value) if isinstance(value, bool) else value
+    return {"true": "online", "false": "off"}.get(str(value).lower(), value)
 
 
 def _motion(value: Any) -> Any:
@@ -95,9 +95,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "STDiT2-XL/2": {"kind": "stdit2", "size": "xl2"},
     "STDiT3-XL/2": {"kind": "stdit3", "size": "xl2"},
     "STDiT3-3B/2": {"kind": "stdit3", "size": "3b2"},
-    # what a file of Open-Sora 2 does not say is as its code has it, not as this project has it
-    "flux": {"kind": "mmdit", "cond_embed": False},
+    "flux": {"kind": "mmdit"},
 }
+# What a file does not say, where the family's code has another default than the kind has here.
+DEFAULTS: dict[str, dict[str, Any]] = {"mmdit": {"cond_embed": False}}
 AUTOENCODERS: dict[str, dict[str, Any]] = {
     "VideoAutoencoderKL": {"kind": "sd"},
     "VideoAutoencoderKLTemporalDecoder": {"kind": "sd_temporal_decoder"},

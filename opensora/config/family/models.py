@@ -128,14 +128,16 @@ def shapes(t: Translation) -> None:
     """What the family's code takes from other models, or from defaults of its own, when it builds the denoiser."""
     kind = t.layer["model"]["kind"]
     fields = own_names(MODEL_CONFIGS[kind]) if kind in MODEL_CONFIGS else None
+    for name, value in table.DEFAULTS.get(kind, {}).items():
+        t.default(f"model.{name}", value, "model.type")
     if not is_second(t):
         channels = table.LATENT_CHANNELS.get(t.layer.get("vae", {}).get("kind"), 4)
-        t.put("model.in_channels", channels, "model.type")
+        t.default("model.in_channels", channels, "model.type")
         length_key, length = t.first("text_encoder.model_max_length", "model_max_length")
         if length is not None and t.get("text_encoder.type", "t5") == "t5" and _may(fields, "model_max_length"):
-            t.put("model.model_max_length", length, length_key)
+            t.default("model.model_max_length", length, length_key)
         if version_of(t) == "1.3" and kind == "stdit3":
-            t.put("model.cond_embed", True, "model.type")
+            t.default("model.cond_embed", True, "model.type")
     key = "model.no_temporal_pos_emb"
     if t.get(key) is not None and _may(fields, "no_temporal_pos_emb") and not kind.startswith("stdit"):
         t.put(key, t.given[key], key)
@@ -161,7 +163,7 @@ def _made_for(t: Translation) -> None:
     _, frames = t.first("num_frames", "dataset.num_frames")
     whole = isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) for side in size)
     if whole and isinstance(frames, int) and t.layer.get("vae", {}).get("kind") == "sd":
-        t.put("model.input_size", [frames, *(side // 8 for side in size)], key)
+        t.default("model.input_size", [frames, *(side // 8 for side in size)], key)
 
 
 def stills(t: Translation) -> None:

@@ -103,6 +103,11 @@ class Translation:
         below[path[-1]] = value
         self.places[path] = f"{self.place(key)}, as {key}"
 
+    def default(self, target: str, value: Any, key: str) -> None:
+        """Set a key of ours that the file does not set under the same name."""
+        if self.given.get(target) is None:
+            self.put(target, value, key)
+
     def has(self, path: Keys) -> bool:
         """Whether there is such a key of ours; of a section with kinds, in the kind that was chosen."""
         classes = OWN_CLASSES.get(str(path[0]))
