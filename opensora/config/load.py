@@ -89,8 +89,8 @@ def config_from_argv(cls: type[T], argv: Sequence[str], description: str) -> T:
     """``CONFIG [overrides]`` as typed on a command line; ``--help`` explains it and exits."""
     if not argv or argv[0] == "-h" or "--help" in argv:
         print(
-            f"{description}\n\nusage: CONFIG [section.key=value | --section.key value | --section.key=value] ...\n"
-            "CONFIG: a YAML file, or a .py file of the Open-Sora family, whose flags are taken too (docs/training.md)\n"
+            f"{description}\n\nusage: CONFIG.yaml [section.key=value | --section.key value | --section.key=value] ...\n"
+            "Files and flags of the Open-Sora family are taken, too: CONFIG.py [--num-frames N] (docs/training.md)\n"
             "All keys with their defaults: docs/configuration.md"
         )
         raise SystemExit(0 if argv else 2)

@@ -174,8 +174,9 @@ def stills(t: Translation) -> None:
     if not isinstance(flux, Mapping) or not isinstance(flux.get("from_pretrained"), str):
         raise t.fail("img_flux", "must be dict(type='flux', from_pretrained=FILE, ...)")
     t.put("still.weights", table.path_of(flux["from_pretrained"]), "img_flux")
-    fields, layout = own_names(MODEL_CONFIGS["mmdit"]), "half" if flux.get("use_liger_rope") else "interleaved"
-    t.put("still.model", {"kind": "mmdit", "cond_embed": False, "rope_layout": layout}, "img_flux")
+    kind, layout = table.MODELS["flux"]["kind"], "half" if flux.get("use_liger_rope") else "interleaved"
+    fields = own_names(MODEL_CONFIGS[kind])
+    t.put("still.model", {"kind": kind, **table.DEFAULTS[kind], "rope_layout": layout}, "img_flux")
     for name, value in flux.items():
         if name in fields:
             t.layer["still"]["model"][name] = value
