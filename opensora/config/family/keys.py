@@ -18,6 +18,7 @@ class Key(NamedTuple):
     read: Read | None = None  # None: the value as it is
     why: str = ""  # why it has none
     together: bool = False  # read beside others
+    only: Any = None  # the one value that there is here
 
 
 def both(key: str, read: Read | None = None) -> Key:
@@ -123,12 +124,9 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 SOLVERS = {"iddpm": "ddpm", "iddpm-speed": "ddpm", "dpm-solver": "dpm_solver", "rflow": "euler"}
 
 _BY_KIND = "the model's kind says what it is told"
-_SHARED = "all processes of a job share every clip, whatever their number (parallel.mesh)"
 _MADE = "the index is built once and kept (data.index)"
 _LOCAL = "files are read where they lie; python -m opensora.cli.download fetches published ones"
 _MEMORY = "torch keeps pinned memory by itself"
-_PUBLISHED = "is that of the published weights"
-_ATTENTION = "parallel.attention chooses the kernel, auto the fastest of the device"
 _NORMS = "norms are torch's; parallel.compile.enabled=true fuses them"
 
 KEYS: dict[str, Key] = {
@@ -273,7 +271,7 @@ KEYS: dict[str, Key] = {
     "model.grad_ckpt_settings": TOGETHER,
     "model.adapt_16ch": no_meaning("train.init_from widens weights of 4 channels by itself"),
     "model.use_cond": no_meaning("model.cond_embed is on for 1.3"),
-    "model.drop_path": no_meaning("no block is left out, as in all published configurations"),
+    "model.drop_path": Key(only=0.0),  # as in all published configurations
     "model.no_temporal_pos_emb": TOGETHER,
     "model.dtype": no_meaning("parallel.precision says it"),
     "vae.type": TOGETHER,
@@ -285,7 +283,7 @@ KEYS: dict[str, Key] = {
     "vae.temporal_overlap": both("vae.temporal_overlap"),
     "vae.normalization": both("vae.normalization"),
     "vae.scaling_factor": both("vae.scale"),
-    "vae.z_channels": no_meaning("the autoencoder's kind says it"),
+    "vae.z_channels": Key(only=16),
     "vae.tile_size": no_meaning("convolutions are cut by vae.micro_frame_size"),
     "vae.use_tiled_conv3d": no_meaning("convolutions are cut by vae.micro_frame_size"),
     "vae.cache_dir": no_meaning(_LOCAL),
@@ -322,10 +320,11 @@ KEYS: dict[str, Key] = {
     "ae.temporal_tile_size": both("vae.tile_frames"),
     "ae.tile_overlap_factor": both("vae.tile_overlap"),
     "ae.scaling_factor": both("vae.scale"),
-    **dict.fromkeys(
-        ("ae.in_channels", "ae.out_channels", "ae.layers_per_block", "ae.latent_channels", "ae.model_name"),
-        no_meaning(_PUBLISHED),
-    ),
+    "ae.in_channels": Key(only=3),
+    "ae.out_channels": Key(only=3),
+    "ae.layers_per_block": Key(only=2),
+    "ae.latent_channels": Key(only=16),
+    "ae.model_name": Key(only="dc-ae-f32t4c128"),
     "ae.from_scratch": no_meaning("weights come from vae.path"),
     "ae_spatial_compression": no_meaning("the autoencoder's kind says it"),
     "is_causal_vae": no_meaning("the autoencoder's kind says it"),

@@ -120,7 +120,10 @@ class Translation:
     def read(self, key: str, value: Any, rule: table.Key) -> None:
         """One key of the table that stands for one of ours."""
         target = rule.training if self.is_training else rule.sampling
-        if rule.why:
+        if rule.only is not None:
+            if value != rule.only:
+                raise self.fail(key, f"must be {shown(rule.only)}, which is the only one here")
+        elif rule.why:
             self.note(key, NO_MEANING + rule.why)
         elif not target:
             self.note(key, f"is for {'sampling' if self.is_training else 'training'}")
