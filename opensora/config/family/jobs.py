@@ -41,7 +41,7 @@ def sampled(t: Translation) -> None:
         t.put("offload", "models", "offload_model")
     if t.get("watermark"):
         t.note("watermark", "give the picture, as watermark=FILE")
-    motion = table.READERS["motion_score"](t.get("motion_score"))
+    motion = table.motion_of(t.get("motion_score"))
     if motion == "dynamic":
         t.put("refine.motion_score", True, "motion_score")
     elif motion is not None:
@@ -60,7 +60,7 @@ def sampled(t: Translation) -> None:
 def clip_size(t: Translation) -> None:
     frames_key, frames = t.first("num_frames")
     if frames is not None:
-        t.put("sampling.num_frames", t.converted(frames_key, frames, table.READERS["num_frames"]), frames_key)
+        t.put("sampling.num_frames", t.converted(frames_key, frames, table.frames_of), frames_key)
     size = t.get("image_size")
     if size is not None:
         if not isinstance(size, (list, tuple)) or len(size) != 2:
@@ -128,7 +128,7 @@ def data(t: Translation) -> None:
     if t.get("bucket_config") is not None:
         buckets(t, t.get("bucket_config"))
     elif t.get("batch_size") is not None and isinstance(size, (list, tuple)) and frames is not None:
-        one_shape(t, size_key, size, t.converted(key, frames, table.READERS["num_frames"]))
+        one_shape(t, size_key, size, t.converted(key, frames, table.frames_of))
     elif t.is_file:
         raise t.fail("bucket_config", "missing; or give num_frames, image_size and batch_size")
     else:
@@ -226,7 +226,7 @@ def layout(t: Translation) -> None:
         "hybrid": config.get("zero_stage", 0),
     }
     if plugin is not None:
-        if plugin not in zero:
+        if not isinstance(plugin, str) or plugin not in zero:
             raise t.fail("plugin", suggestion(str(plugin), zero))
         t.put("parallel.zero", zero[plugin], "plugin")
     if config.get("pp_size", 1) != 1:

@@ -46,7 +46,7 @@ def _wandb(value: Any) -> Any:
     return {"true": "online", "false": "off"}.get(str(value).lower(), value)
 
 
-def _motion(value: Any) -> Any:
+def motion_of(value: Any) -> Any:
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
         return int(value)
     return value
@@ -56,10 +56,12 @@ def _prefix(value: Any) -> Any:
     return f"{value}_" if isinstance(value, str) and value else value
 
 
-def _frames_of_name(value: Any) -> Any:
-    """Lengths have names from 1.2 on: 1x is 51 frames, and so is 2s."""
-    if not isinstance(value, str):
+def frames_of(value: Any) -> Any:
+    """A number of frames. Lengths have names from 1.2 on: 1x is 51 frames, and so is 2s."""
+    if isinstance(value, int) and not isinstance(value, bool):
         return value
+    if not isinstance(value, str):
+        raise ValueError(f"must be a whole number, or one of {', '.join(FRAME_NAMES)}")
     if value.isascii() and value.isdigit() and len(value) < 10:
         return int(value)
     if value not in FRAME_NAMES:
@@ -376,4 +378,3 @@ TEXTS = (  # what stays text although it may look like a number
     *("model.from_pretrained", "vae.from_pretrained", "motion_score"),
 )
 SWITCHES = ("prompt_as_path", "start_from_scratch", "force_huggingface")  # none
-READERS: dict[str, Read] = {"num_frames": _frames_of_name, "motion_score": _motion}

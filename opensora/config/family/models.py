@@ -36,14 +36,15 @@ def of_type(t: Translation, key: str, types: Mapping[str, Mapping[str, Any]], ou
 
 def models(t: Translation) -> None:
     """Denoiser, autoencoder, text encoder, objective: first their kinds, then what depends on several."""
-    if t.get("model.type") in table.AUTOENCODERS or str(t.get("model.type", "")).startswith("VideoAutoencoder"):
+    kind = str(t.get("model.type", ""))
+    if kind in table.AUTOENCODERS or kind.startswith("VideoAutoencoder"):
         raise t.fail("model.type", "trains or tests an autoencoder, for which there is no command here")
-    if t.is_file and "model.type" not in t.given:
+    if t.is_file and t.get("model.type") is None:
         raise t.fail("model.type", "missing; a configuration of the family has model = dict(type=...)")
     if t.get("model.type") is not None:
         of_type(t, "model.type", table.MODELS, "model")
     for section in ("vae", "ae"):
-        if f"{section}.type" in t.given:
+        if t.get(f"{section}.type") is not None:
             of_type(t, f"{section}.type", table.AUTOENCODERS, "vae")
     weights(t)
     autoencoder(t)
