@@ -112,7 +112,8 @@ def run(folder: Path, seeds: range) -> tuple[int, int]:
         words = [word for _ in range(rng.randint(0, 2)) for word in (f"--{rng.choice(WORDS)}", str(rng.choice(ODD)))]
         try:
             cls = RunConfig if is_training(RunConfig, path) else SampleConfig
-            load_config(cls, path, words)
+            usual = ["--data-path", "c.csv"] if cls is RunConfig else ["--prompt", "a cat", "--ckpt-path", "w.pt"]
+            load_config(cls, path, [*usual, *words])
             read += 1
         except UserError as error:
             assert str(error).isprintable() and len(str(error)) <= 1100, (seed, tree, words)
