@@ -136,9 +136,6 @@ def _split(words: Sequence[str]) -> Iterable[_Word]:
 
 def _place_in(tree: Mapping[str, Any], name: str) -> Keys | None:
     """Where a flag is set in a file of the family; None: nowhere."""
-    section = tree.get("sampling_option")
-    if isinstance(section, Mapping) and name in ALIASES:
-        return ("sampling_option", name)
     section = tree.get("dataset")
     if isinstance(section, Mapping) and (name == "data_path" or name in section):
         return ("dataset", name)
