@@ -216,7 +216,7 @@ TABLE: tuple[Mutation, ...] = (
         FAMILY_JOBS,
         't.put("sampling.height", size[0], "image_size")',
         't.put("sampling.height", size[1], "image_size")',
-        SECOND + "flags_of_the_family[height]",
+        "tests/unit/test_family_flags.py::test_flags_of_the_family[height]",
     ),
     Mutation(
         "frames per second of every interval",

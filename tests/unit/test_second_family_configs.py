@@ -1,7 +1,6 @@
 """Files as Open-Sora 2 has them are our configurations of the same use; flags of the family's commands."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -328,79 +327,6 @@ def test_aliases_and_overrides(second: Path) -> None:
     assert cfg.sampling.fps == 12 and not cfg.sampling.shift and cfg.text is not None and not plain(cfg.text)["shard"]
 
 
-# flag -> (words, our key, value), beside a YAML file
-FLAGS: dict[str, tuple[list[str], str, Any]] = {
-    "prompt path": (["--prompt-path", "./a/b.txt"], "prompt_csv", "a/b.txt"),
-    "prompt_path": (["--prompt_path=b.txt"], "prompt_csv", "b.txt"),
-    "ckpt path": (["--ckpt-path", "w.pth"], "weights", "w.pth"),
-    "num frames": (["--num-frames", "33"], "sampling.num_frames", 33),
-    "num frames by name": (["--num-frames", "2s"], "sampling.num_frames", 51),
-    "cfg scale": (["--cfg-scale", "4.5"], "sampling.guidance", 4.5),
-    "cfg_scale": (["--cfg_scale", "4.5"], "sampling.guidance", 4.5),
-    "steps": (["--num-sampling-steps", "20"], "sampling.num_steps", 20),
-    "height": (["--image-size", "240", "426"], "sampling.height", 240),
-    "width": (["--image_size", "240", "426", "--fps", "8"], "sampling.width", 426),
-    "fps": (["--fps", "8"], "sampling.fps", 8.0),
-    "seed": (["--seed", "7"], "sampling.seed", 7),
-    "prompts": (["--prompt", "a cat", "two dogs", "weights=w"], "prompts", ["a cat", "two dogs"]),
-    "one prompt": (["--prompt", "a cat", "weights=w"], "prompt", "a cat"),
-    "batch size": (["--batch-size", "3"], "batch_size", 3),
-    "save dir": (["--save-dir", "out"], "save_dir", "out"),
-    "sample name": (["--sample-name", "try"], "save_prefix", "try_"),
-    "indices": (["--start-index", "2", "--end-index", "5"], "end_index", 5),
-    "number": (["--num-sample", "4"], "num_sample", 4),
-    "names of prompts": (["--prompt-as-path", "--seed", "1"], "prompt_as_path", True),
-    "names of prompts, said": (["--prompt-as-path", "True"], "prompt_as_path", True),
-    "resolution": (["--resolution", "480p"], "sampling.resolution", "480p"),
-    "resolution of 1.x": (["--resolution", "512"], "sampling.resolution", "512px"),
-    "aspect ratio": (["--aspect-ratio", "9:16"], "sampling.aspect_ratio", "9:16"),
-    "dtype": (["--dtype", "fp32"], "precision", "fp32"),
-    "half": (["--dtype", "fp16"], "precision", "bf16"),
-    "kernel": (["--flash-attn", "False"], "parallel.attention", "math"),
-    "image guidance": (["--image-cfg-scale", "2"], "sampling.guidance_img", 2.0),
-    "oscillation": (["--use-oscillation-guidance-for-image", "True"], "sampling.image_osci", True),
-    "condition": (["--cond-type", "i2v_head"], "cond_type", "i2v_head"),
-    "negative": (["--neg-prompt", "blurry"], "neg", "blurry"),
-    "refined": (["--llm-refine", "True"], "refine.prompts", True),
-    "none": (["--prompt-path", "None"], "prompt_csv", None),
-    "said here": (["--verbose", "2"], "crf", 18),
-}
-
-
-def at(value: Any, key: str) -> Any:
-    for part in key.split("."):
-        value = value[part]
-    return value
-
-
-@pytest.mark.parametrize("name", FLAGS)
-def test_flags_of_the_family(name: str, tmp_path: Path) -> None:
-    words, key, expected = FLAGS[name]
-    (tmp_path / "run.yaml").write_text("weights: w.safetensors\n")
-    assert at(plain(load_config(SampleConfig, tmp_path / "run.yaml", words)), key) == expected
-
-
-TRAIN = CONFIGS / "train/stage1.yaml"
-TRAIN_FLAGS: dict[str, tuple[list[str], str, Any]] = {
-    "data path": (["--data-path", "c.csv"], "data.table", "c.csv"),
-    "lr": (["--lr", "1e-3"], "optim.lr", 1e-3),
-    "warm-up": (["--warmup-steps", "7"], "optim.warmup_steps", 7),
-    "outputs": (["--outputs", "./runs"], "output", "runs"),
-    "wandb": (["--wandb", "True"], "log.wandb", "online"),
-    "load": (["--load", "outputs/x"], "train.resume", "outputs/x"),
-    "ckpt path": (["--ckpt-path", "w.pth"], "train.init_from", "w.pth"),
-    "from scratch": (["--ckpt-path", "w.pth", "--start-from-scratch"], "train.init_from", None),
-    "seed": (["--seed", "7"], "seed", 7),
-    "time": (["--record-time", "True"], "seed", 42),
-}
-
-
-@pytest.mark.parametrize("name", TRAIN_FLAGS)
-def test_flags_of_training(name: str) -> None:
-    words, key, expected = TRAIN_FLAGS[name]
-    assert at(plain(load_config(RunConfig, TRAIN, words)), key) == expected
-
-
 REFUSED: dict[str, tuple[str, list[str], str]] = {
     # name -> (what is changed in 256px.py, words, the message)
     "unknown key": ("typo_key = 1", [], "typo_key=1: unknown key; "),
@@ -447,3 +373,34 @@ def test_what_has_no_meaning_is_said_once(second: Path, capsys: pytest.CaptureFi
         load_config(SampleConfig, path, ["--prompt", "a cat"])
     printed = capsys.readouterr().err
     assert printed.count(f"verbose ({path}:2): has no meaning here: progress is always shown") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("plugin_config = dict(sp_sise=2)", "sp_sise is unknown; did you mean sp_size?"),
+        ("plugin_config = dict(pp_size=2)", "pp_size must be 1"),
+        ("plugin = 'zero9'", "plugin='zero9': did you mean zero3?"),
+        ("bucket_config = {'256px': {1: 3}}", "must be (probability, batch size)"),
+        ("bucket_config = {'_delete_': True}", "data.buckets: missing"),
+        ("dataset = dict(fps_max=30)", "dataset.fps_max=30: must be 24"),
+        ("mask_ratios = {'head': 0.1, 'mask_quarter_head': 0.2}", "names a strategy twice; keep one"),
+        ("mask_types = [1]", "mask_types=[1]: must be {kind: weight}"),
+        ("optim = dict(cls='Lion')", "optim.cls='Lion': must be HybridAdam or AdamW"),
+        ("save_dir = prompt = 1", "one name is assigned at a time"),
+        ("ae = dict(latent_channels=32)", "ae.latent_channels=32: must be 16, which is the only one here"),
+    ],
+)
+def test_what_is_refused_in_training(change: str, expected: str, second: Path) -> None:
+    path = second / "diffusion/train/changed.py"
+    path.write_text(f"_base_ = 'image.py'\n{change}\n")
+    with pytest.raises(UserError) as caught:
+        load_config(RunConfig, path, ["--data-path", "clips.csv"])
+    assert expected in str(caught.value) and "\n" not in str(caught.value), str(caught.value)
+
+
+def test_an_autoencoder_of_stills_that_is_not_the_published_one(second: Path) -> None:
+    path = second / "diffusion/inference/other_still.py"
+    path.write_text("_base_ = 't2i2v_256px.py'\nimg_flux_ae = dict(z_channels=4)\n")
+    with pytest.raises(UserError, match="z_channels must be 16, as published"):
+        load_config(SampleConfig, path, ["--prompt", "a cat"])

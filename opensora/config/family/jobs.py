@@ -68,6 +68,8 @@ def clip_size(t: Translation) -> None:
         t.put("sampling.height", size[0], "image_size")
         t.put("sampling.width", size[1], "image_size")
     resolution, ratio = t.get("resolution"), t.get("aspect_ratio")
+    if t.is_file and not is_second(t) and size is None and resolution is None:
+        t.note("model.type", "no size of clips is given, so 256px holds; give --image-size H W, or --resolution")
     if resolution is not None:
         t.put("sampling.resolution", area_name(str(resolution)), "resolution")
     if isinstance(ratio, str) and t.is_file and not is_second(t):  # 1.x has the height first
@@ -229,6 +231,12 @@ def layout(t: Translation) -> None:
         if not isinstance(plugin, str) or plugin not in zero:
             raise t.fail("plugin", suggestion(str(plugin), zero))
         t.put("parallel.zero", zero[plugin], "plugin")
+    for name in config:
+        if name not in (*table.PLUGIN, *table.ENGINES):
+            raise t.fail("plugin_config", f"{name} is unknown; {suggestion(str(name), table.PLUGIN)}")
+    if any(name in table.ENGINES for name in config):
+        left = ", ".join(str(name) for name in config if name in table.ENGINES)
+        t.note("plugin_config", f"{left}: decided by the engine (parallel.engine)")
     if config.get("pp_size", 1) != 1:
         raise t.fail("plugin_config", "pp_size must be 1; models are cut by zero, ring, ulysses and tensor here")
     key, processes = (

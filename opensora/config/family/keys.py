@@ -354,6 +354,21 @@ KEYS: dict[str, Key] = {
     "img_flux_ae": TOGETHER,
     "img_resolution": TOGETHER,
 }
+# Keys of plugin_config: those that say something here, and those that the engines here decide by themselves.
+PLUGIN = ("zero_stage", "sp_size", "tp_size", "pp_size", "sequence_parallelism_mode", "enable_sequence_parallelism")
+ENGINES = (
+    "static_graph",
+    "overlap_allgather",
+    "reduce_bucket_size_in_m",
+    "master_weights",
+    "initial_scale",
+    "precision",
+)
+# What img_flux_ae may say of the autoencoder of stills: the published one.
+STILL_AUTOENCODER: dict[str, Any] = {
+    **{"in_channels": 3, "out_ch": 3, "ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "z_channels": 16},
+    **{"scale_factor": 0.3611, "shift_factor": 0.1159},
+}
 # Sections whose keys are above one by one; other mappings are values.
 SECTIONS: tuple[str, ...] = (
     *("model", "vae", "text_encoder", "scheduler", "dataset"),

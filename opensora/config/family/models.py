@@ -5,7 +5,7 @@ from typing import Any
 
 from opensora.config.family import keys as table
 from opensora.config.family.translation import Translation, own_names
-from opensora.config.schema import suggestion
+from opensora.config.schema import shown, suggestion
 from opensora.models.families import MODEL_CONFIGS
 
 
@@ -183,6 +183,9 @@ def stills(t: Translation) -> None:
             t.layer["still"]["model"][name] = value
         elif name not in ("type", "from_pretrained", "use_liger_rope", "strict_load", "grad_ckpt_settings"):
             raise t.fail("img_flux", f"{name} is unknown; {suggestion(name, fields)}")
+    for name, value in ae.items() if isinstance(ae, Mapping) else ():
+        if name not in ("type", "from_pretrained", "resolution") and table.STILL_AUTOENCODER.get(name) != value:
+            raise t.fail("img_flux_ae", f"{name} must be {shown(table.STILL_AUTOENCODER.get(name))}, as published")
     if isinstance(ae, Mapping) and ae.get("from_pretrained"):
         t.put("still.vae", {"kind": "flux2d", "path": table.path_of(ae["from_pretrained"])}, "img_flux_ae")
     if t.get("img_resolution"):
