@@ -159,6 +159,7 @@ def test_the_guide_to_sampling(tmp_path: Path) -> None:
         },
         "batch_size": 1,
         "prompt_csv": "assets/texts/t2v_samples.txt",
+        "prompt_suffix": False,
         "precision": "bf16",
         "save_dir": "samples",
     }

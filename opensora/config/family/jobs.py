@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from opensora.conditioning.references import KINDS
 from opensora.config.family import keys as table
-from opensora.config.family.models import is_second
+from opensora.config.family.models import is_second, version_of
 from opensora.config.family.translation import Translation
-from opensora.config.schema import shown, suggestion
+from opensora.config.schema import shown, suggestion, types_at
 
 LONG_RUN = 1_000_000  # steps of a run that says epochs: the family's are just large enough, and ended by hand
 AREAS = {"2k": "1440p", "4k": "2160p"}
@@ -48,8 +48,11 @@ def sampled(t: Translation) -> None:
         t.put("sampling.motion_score", motion, "motion_score")
     if not t.is_file:
         return
-    if is_second(t):  # clips were trained with words about frame rate and motion, and sampled so
-        t.put("prompt_suffix", True, "model.type")
+    # Clips of Open-Sora 2 were trained with words about frame rate and motion, and are sampled so.
+    t.put("prompt_suffix", is_second(t), "model.type")
+    guidance = types_at(t.cls, ("sampling", "guidance_img"))
+    if version_of(t) == "1.3" and t.get("image_cfg_scale") is None and any(type(None) in get_args(g) for g in guidance):
+        t.put("sampling.guidance_img", None, "model.type")  # as that towards the prompt
     t.put("parallel.zero", 3, "model.type")
     t.put("parallel.mesh", {"shard": 1, "ulysses": -1}, "model.type")
     for key in ("plugin", "plugin_config", "sp_size"):
