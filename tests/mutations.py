@@ -178,6 +178,10 @@ STDIT, STDIT2, STDIT3, WINDOWS, STDIT_LAYERS, STDIT_FILES = (
 GOLDEN_STDIT = "tests/unit/test_golden_stdit.py::test_output_loss_and_gradients[{}]"
 STDIT_START = "tests/unit/test_stdit_files.py::test_stdit3_starts_from_pixart_sigma_with_more_channels"
 PYRAMID = f"{CACHES_UNIT}test_pyramid_attention_counts_calls_of_every_pass"
+PYTHON_VALUES, MMENGINE = "opensora/config/python_values.py", "opensora/config/mmengine.py"
+FAMILY_MODELS, FAMILY_JOBS, FAMILY_FLAGS = (f"opensora/config/family/{name}.py" for name in ("models", "jobs", "flags"))
+PYTHON_FILES, SECOND = "tests/unit/test_python_configs.py::test_", "tests/unit/test_second_family_configs.py::test_"
+GUIDE = "tests/unit/test_family_configs.py::test_the_guide_to_{}"
 
 SINCOS, EMBEDDING, CAPTION = (f"opensora/models/layers/{name}.py" for name in ("sincos", "embedding", "caption"))
 PATCHES, DIT_UNIT = "opensora/models/weights/patches.py", "tests/unit/test_dit_family.py::"
@@ -500,6 +504,70 @@ TABLE: tuple[Mutation, ...] = (
         '"cond": Drop(text=True, reference=False)',
         '"cond": Drop(text=False, reference=True)',
         OF_V1 + "conditions_are_dropped_by_their_weights",
+    ),
+    # Configuration files in Python, and those of the Open-Sora family.
+    Mutation(
+        "a call of anything is a mapping",
+        PYTHON_VALUES,
+        'isinstance(node.func, ast.Name) and node.func.id == "dict")',
+        "isinstance(node.func, ast.Name))",
+        PYTHON_FILES + "everything_else_is_refused_in_one_line_and_nothing_is_run[call]",
+    ),
+    Mutation(
+        "whole division as division",
+        PYTHON_VALUES,
+        "ast.FloorDiv: operator.floordiv",
+        "ast.FloorDiv: operator.truediv",
+        PYTHON_FILES + "files_by_a_grammar_and_their_mutations",
+    ),
+    Mutation(
+        "lists of names are not counted",
+        PYTHON_VALUES,
+        "self.count(node, size_of(value) - 1)",
+        "self.count(node, 0)",
+        PYTHON_FILES + "everything_else_is_refused_in_one_line_and_nothing_is_run[lists of lists]",
+    ),
+    Mutation(
+        "_delete_ deletes nothing",
+        MMENGINE,
+        "anew = _delete_of(new, path, lines)",
+        "anew = _delete_of(new, path, lines) and False",
+        PYTHON_FILES + "files_build_on_others",
+    ),
+    Mutation(
+        "bases from anywhere",
+        MMENGINE,
+        "or not target.resolve().is_relative_to(tree)",
+        "",
+        PYTHON_FILES + "bases_below_the_folder_of_all_configurations",
+    ),
+    Mutation(
+        "width before height",
+        FAMILY_JOBS,
+        't.put("sampling.height", size[0], "image_size")',
+        't.put("sampling.height", size[1], "image_size")',
+        "tests/unit/test_family_flags.py::test_flags_of_the_family[height]",
+    ),
+    Mutation(
+        "frames per second of every interval",
+        FAMILY_JOBS,
+        't.put("sampling.fps", fps, "fps")',
+        "None",
+        GUIDE.format("sampling"),
+    ),
+    Mutation(
+        "no prompt is dropped that was",
+        FAMILY_MODELS,
+        'dropped = t.get("model.class_dropout_prob", 0.1)',
+        'dropped = t.get("model.class_dropout_prob", 0.0)',
+        GUIDE.format("training"),
+    ),
+    Mutation(
+        "names outside a section lose",
+        FAMILY_FLAGS,
+        'tree["sampling_option"][name] = tree.pop(name)',
+        "tree.pop(name)",
+        SECOND + "aliases_and_overrides",
     ),
     # A step of training: what is encoded, dropped, corrupted, and how it is weighed.
     Mutation("mask of a dropped prompt kept", STEP, "null.mask, mask)", "mask, mask)", TRAIN),

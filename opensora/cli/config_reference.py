@@ -41,6 +41,9 @@ on; later ones win key by key. On the command line `section.key=value`, `--secti
 Numbers follow YAML 1.2 (`1e-4` is a number); only `true` and `false` are booleans; aliases, tags and `${{...}}` are
 refused, and so are control characters and bytes that are not UTF-8 in texts, and files of more than {MAX_VALUES:,} keys
 and values. A number beyond the most that is given here is refused with the reason.
+
+Files and flags of the Open-Sora family are taken as well, and become what is here:
+[training.md](training.md#configurations-of-the-open-sora-family).
 """
 
 

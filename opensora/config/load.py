@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
+from opensora.config.family import flag_overrides, is_family_file, read_family, trains
 from opensora.config.renamed_keys import as_now, with_new_names
 from opensora.config.schema import build, is_table, plain, shown, types_at, wants_text
 from opensora.config.strict_yaml import (
@@ -33,7 +34,9 @@ T = TypeVar("T")
 
 
 def load_config(cls: type[T], source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> T:
-    """A configuration from a YAML file and command-line overrides; reads files, writes nothing.
+    """A configuration from a file and command-line overrides; reads files, writes nothing.
+
+    The file is YAML, or Python of the Open-Sora family, which is read as data and becomes ours (family/).
 
     ``include: FILE`` or ``include: [FILE, ...]`` at the top of a file names files, relative to it, that it builds on.
     Later layers win key by key; a section that changes its ``kind``, and a free mapping such as the bucket table, is
@@ -41,16 +44,22 @@ def load_config(cls: type[T], source: str | Path | Mapping[str, Any], overrides:
 
     Args:
         source: the file; or what would be in it, as a dict or an OmegaConf configuration.
-        overrides: ``section.key=value``, ``--section.key=value`` or ``--section.key value``.
+        overrides: ``section.key=value``, ``--section.key=value`` or ``--section.key value``, or flags of the family.
 
     Raises:
         UserError: one line with the key path or the file, what was found, and what is allowed.
     """
-    if isinstance(source, Mapping):
-        layer, lines = with_new_names(_from_python(source)), Lines()
+    flags: list[tuple[Keys, Any]] = []
+    if not isinstance(source, Mapping) and is_family_file(Path(source)):
+        layer, lines, rest = read_family(cls, Path(source), overrides)
     else:
-        layer, lines = _read_with_includes(cls, Path(source), (), [])
-    given = [(old, *now) for old, text in _parse_overrides(cls, overrides) for now in as_now(old, text)]
+        flags, rest = flag_overrides(cls, overrides)
+        if isinstance(source, Mapping):
+            layer, lines = with_new_names(_from_python(source)), Lines()
+        else:
+            layer, lines = _read_with_includes(cls, Path(source), (), [])
+    typed = [*flags, *_parse_overrides(cls, rest)]
+    given = [(old, *now) for old, value in typed for now in as_now(old, value)]
     for old, keys, value in given:
         _check_way(layer, keys, lines)
         added: Any = value
@@ -70,15 +79,18 @@ def is_training(cls: type, path: str | Path) -> bool:
     Raises:
         UserError: a file that cannot be read, or that includes itself.
     """
+    if is_family_file(Path(path)):
+        return trains(Path(path))
     layer, _ = _read_with_includes(cls, Path(path), (), [])
     return not {"train", "data", "optim"}.isdisjoint(layer)
 
 
 def config_from_argv(cls: type[T], argv: Sequence[str], description: str) -> T:
-    """``CONFIG.yaml [overrides]`` as typed on a command line; ``--help`` explains it and exits."""
+    """``CONFIG [overrides]`` as typed on a command line; ``--help`` explains it and exits."""
     if not argv or argv[0] == "-h" or "--help" in argv:
         print(
             f"{description}\n\nusage: CONFIG.yaml [section.key=value | --section.key value | --section.key=value] ...\n"
+            "Files and flags of the Open-Sora family are taken, too: CONFIG.py [--num-frames N] (docs/training.md)\n"
             "All keys with their defaults: docs/configuration.md"
         )
         raise SystemExit(0 if argv else 2)

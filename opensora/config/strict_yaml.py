@@ -52,14 +52,8 @@ def read_yaml(path: Path) -> tuple[dict[str | int, Any], Lines]:
     Raises:
         UserError: no such file, not UTF-8, not YAML, not a mapping, or something this reader refuses.
     """
-    raw = _read_bytes(path)
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8") from error
     lines: Lines = {}
-    value = _parse(text, str(path), lines)
+    value = _parse(read_text(path), str(path), lines)
     if value is None:
         return {}, lines
     if not isinstance(value, dict):
@@ -67,12 +61,26 @@ def read_yaml(path: Path) -> tuple[dict[str | int, Any], Lines]:
     return value, lines
 
 
+def read_text(path: Path) -> str:
+    """The text of a configuration file of at most ``MAX_BYTES``, without a byte order mark.
+
+    Raises:
+        UserError: no such file, too large, or not UTF-8.
+    """
+    raw = _read_bytes(path)
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8") from error
+
+
 def _read_bytes(path: Path) -> bytes:
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
-            raise UserError(f"{path}: cannot be read (it is {kind}); give the path of a YAML file")
+            raise UserError(f"{path}: cannot be read (it is {kind}); give the path of a configuration file")
         if status.st_size > MAX_BYTES:
             raise UserError(f"{path}: {status.st_size} bytes; a configuration has at most {MAX_BYTES}")
         return path.read_bytes()
@@ -80,7 +88,7 @@ def _read_bytes(path: Path) -> bytes:
         if isinstance(error, UserError):
             raise
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be read ({reason}); give the path of a YAML file") from error
+        raise UserError(f"{path}: cannot be read ({reason}); give the path of a configuration file") from error
 
 
 def parse_value(text: str, keys: Keys) -> Any:

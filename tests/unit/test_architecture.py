@@ -29,6 +29,7 @@ def test_the_tree_has_every_folder() -> None:
 FAMILY_WORDS = re.compile(r"mmdit|double_block|single_block|context_in_dim|vec_in_dim|txt_ids|fused_qkv", re.IGNORECASE)
 # Tables, and the face of sampling that people's scripts call by the forward's own names.
 KNOW_A_FAMILY = {
+    "opensora/config/family/keys.py",
     "opensora/models/families.py",
     "opensora/sampling/denoisers.py",
     "opensora/inference/scripts/given_models.py",

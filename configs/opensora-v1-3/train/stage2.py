@@ -1,0 +1,69 @@
+# Open-Sora 1.3, training:
+#   bash launch/torchrun.sh 8 scripts/diffusion/train.py configs/opensora-v1-3/train/stage2.py --data-path clips.csv
+
+# Clips
+dataset = dict(
+    type="VariableVideoTextDataset",
+    transform_name="resize_crop",
+)
+bucket_config = {  # resolution: {frames: (probability to take a clip that fits, batch size)}
+    "720p": {1: (1.0, 30), 49: (1.0, 2), 65: (1.0, 1), 81: (1.0, 1), 97: (1.0, 1), 113: (1.0, 1)},
+}
+num_workers = 8
+num_bucket_build_workers = 16
+
+# Layout
+dtype = "bf16"
+grad_checkpoint = True
+plugin = "zero1"
+
+# Models
+model = dict(
+    type="STDiT3-XL/2",
+    from_pretrained=None,
+    qk_norm=True,
+    enable_flash_attn=True,
+    enable_layernorm_kernel=True,
+    kernel_size=(8, 8, -1),
+    use_spatial_rope=True,
+)
+vae = dict(
+    type="OpenSoraVAE_V1_3",
+    from_pretrained="PATH/OpenSora-VAE-v1.3",
+    z_channels=16,
+    micro_batch_size=1,
+    micro_batch_size_2d=4,
+    micro_frame_size=17,
+    use_tiled_conv3d=True,
+    tile_size=4,
+    normalization="video",
+    temporal_overlap=True,
+    force_huggingface=True,
+)
+text_encoder = dict(
+    type="t5",
+    from_pretrained="DeepFloyd/t5-v1_1-xxl",
+    model_max_length=300,
+    shardformer=True,
+)
+scheduler = dict(
+    type="rflow",
+    sample_method="logit-normal",
+    use_timestep_transform=True,
+)
+
+# Optimizer
+lr = 5e-5
+warmup_steps = 1000
+grad_clip = 1.0
+adam_eps = 1e-15
+ema_decay = 0.99
+accumulation_steps = 2
+
+# Run
+seed = 42
+outputs = "outputs"
+wandb = False
+epochs = 1000
+log_every = 10
+ckpt_every = 250

@@ -1,0 +1,56 @@
+# Open-Sora 1.0, training:
+#   bash launch/torchrun.sh 8 scripts/diffusion/train.py
+#     configs/opensora/train/16x256x256-spee-rflow.py --data-path clips.csv
+
+# Clips
+dataset = dict(
+    type="VideoTextDataset",
+    data_path=None,
+    num_frames=16,
+    frame_interval=3,
+    image_size=(256, 256),
+)
+num_workers = 4
+
+# Layout
+dtype = "bf16"
+grad_checkpoint = True
+plugin = "zero2"
+sp_size = 1
+
+# Models
+model = dict(
+    type="STDiT-XL/2",
+    space_scale=0.5,
+    time_scale=1.0,
+    from_pretrained="PRETRAINED_MODEL",
+    enable_flash_attn=True,
+    enable_layernorm_kernel=True,
+)
+vae = dict(
+    type="VideoAutoencoderKL",
+    from_pretrained="stabilityai/sd-vae-ft-ema",
+)
+text_encoder = dict(
+    type="t5",
+    from_pretrained="DeepFloyd/t5-v1_1-xxl",
+    model_max_length=120,
+    shardformer=True,
+)
+scheduler = dict(
+    type="rflow",
+)
+
+# Optimizer
+lr = 2e-5
+grad_clip = 1.0
+batch_size = 16
+
+# Run
+seed = 42
+outputs = "outputs"
+wandb = True
+epochs = 1
+log_every = 10
+ckpt_every = 1000
+load = None

@@ -1,0 +1,57 @@
+# Open-Sora 1.0, training:
+#   bash launch/torchrun.sh 8 scripts/diffusion/train.py configs/opensora/train/64x512x512-sp.py --data-path clips.csv
+
+# Clips
+dataset = dict(
+    type="VideoTextDataset",
+    data_path=None,
+    num_frames=16,
+    frame_interval=3,
+    image_size=(512, 512),
+)
+num_workers = 4
+
+# Layout
+dtype = "bf16"
+grad_checkpoint = True
+plugin = "zero2"
+sp_size = 2
+
+# Models
+model = dict(
+    type="STDiT-XL/2",
+    space_scale=1.0,
+    time_scale=2 / 3,
+    from_pretrained=None,
+    enable_flash_attn=True,
+    enable_layernorm_kernel=True,
+    enable_sequence_parallelism=True,
+)
+vae = dict(
+    type="VideoAutoencoderKL",
+    from_pretrained="stabilityai/sd-vae-ft-ema",
+)
+text_encoder = dict(
+    type="t5",
+    from_pretrained="DeepFloyd/t5-v1_1-xxl",
+    model_max_length=120,
+    shardformer=True,
+)
+scheduler = dict(
+    type="iddpm",
+    timestep_respacing="",
+)
+
+# Optimizer
+lr = 2e-5
+grad_clip = 1.0
+batch_size = 1
+
+# Run
+seed = 42
+outputs = "outputs"
+wandb = False
+epochs = 1000
+log_every = 10
+ckpt_every = 1000
+load = None

@@ -1,0 +1,297 @@
+"""What several keys of the Open-Sora family say together of a job: clips, prompts, data, layout, optimizer."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from opensora.conditioning.references import KINDS
+from opensora.config.family import keys as table
+from opensora.config.family.models import is_second, version_of
+from opensora.config.family.translation import Translation
+from opensora.config.schema import shown, suggestion, types_at
+
+LONG_RUN = 1_000_000  # steps of a run that says epochs: the family's are just large enough, and ended by hand
+AREAS = {"2k": "1440p", "4k": "2160p"}
+RULES = {"1.1": "open_sora_1_1", "1.2": "open_sora_1_2", "1.3": "open_sora_1_3"}
+
+
+def sampled(t: Translation) -> None:
+    """What a sampling job makes, and of which prompts."""
+    if t.is_training:
+        for key in ("fps", "save_fps", "prompt", "prompt_path", "reference_path", "mask_strategy", "motion_score"):
+            if t.get(key) is not None:
+                t.note(key, "is for sampling")
+        return
+    clip_size(t)
+    if (batch := t.get("batch_size")) is not None:
+        t.put("batch_size", batch, "batch_size")
+    if (fps := t.get("fps")) is not None:
+        t.put("sampling.fps", fps, "fps")
+    interval = t.get("frame_interval", 1)
+    if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
+        raise t.fail("frame_interval", "must be an integer >= 1")
+    saved = t.get("save_fps", fps // interval if isinstance(fps, int) and interval > 1 else None)
+    if saved is not None and saved != fps:
+        t.put("save_fps", saved, "save_fps" if t.get("save_fps") is not None else "frame_interval")
+    seed_key, seed = t.first("sampling_option.seed", "seed")  # the other one is not of the noise
+    if seed is not None:
+        t.put("sampling.seed", seed, seed_key)
+    prompts(t)
+    if t.get("offload_model"):
+        t.put("offload", "models", "offload_model")
+    if t.get("watermark"):
+        t.note("watermark", "give the picture, as watermark=FILE")
+    motion = table.motion_of(t.get("motion_score"))
+    if motion == "dynamic":
+        t.put("refine.motion_score", True, "motion_score")
+    elif motion is not None:
+        t.put("sampling.motion_score", motion, "motion_score")
+    if not t.is_file:
+        return
+    # Clips of Open-Sora 2 were trained with words about frame rate and motion, and are sampled so.
+    t.put("prompt_suffix", is_second(t), "model.type")
+    guidance = types_at(t.cls, ("sampling", "guidance_img"))
+    if version_of(t) == "1.3" and t.get("image_cfg_scale") is None and any(type(None) in get_args(g) for g in guidance):
+        t.put("sampling.guidance_img", None, "model.type")  # as that towards the prompt
+    t.put("parallel.zero", 3, "model.type")
+    t.put("parallel.mesh", {"shard": 1, "ulysses": -1}, "model.type")
+    for key in ("plugin", "plugin_config", "sp_size"):
+        if t.get(key) not in (None, 1):
+            t.note(key, "all processes of a job share every clip, whatever their number (parallel.mesh)")
+
+
+def clip_size(t: Translation) -> None:
+    frames_key, frames = t.first("num_frames")
+    if frames is not None:
+        t.put("sampling.num_frames", t.converted(frames_key, frames, table.frames_of), frames_key)
+    size = t.get("image_size")
+    if size is not None:
+        if not isinstance(size, (list, tuple)) or len(size) != 2:
+            raise t.fail("image_size", "must be two numbers, (height, width)")
+        t.put("sampling.height", size[0], "image_size")
+        t.put("sampling.width", size[1], "image_size")
+    resolution, ratio = t.get("resolution"), t.get("aspect_ratio")
+    if t.is_file and not is_second(t) and size is None and resolution is None:
+        t.note("model.type", "no size of clips is given, so 256px holds; give --image-size H W, or --resolution")
+    if resolution is not None:
+        t.put("sampling.resolution", area_name(str(resolution)), "resolution")
+    if isinstance(ratio, str) and t.is_file and not is_second(t):  # 1.x has the height first
+        ratio = ":".join(reversed(ratio.split(":")))
+    if ratio is not None:
+        t.put("sampling.aspect_ratio", ratio, "aspect_ratio")
+
+
+def area_name(name: str) -> str:
+    """A resolution of the family as it is called here."""
+    return AREAS.get(name) or (f"{name}px" if re.fullmatch("[0-9]{1,5}", name) else name)
+
+
+def prompts(t: Translation) -> None:
+    """Prompts in the file win over a file of prompts."""
+    given, path_key = t.get("prompt"), t.first("prompt_path", "dataset.data_path")[0]
+    texts = [given] if isinstance(given, str) else given
+    if texts is not None:
+        for text in texts if isinstance(texts, (list, tuple)) else ():
+            if text == "TEXT" or (isinstance(text, str) and text.startswith("TEXT{")):
+                raise t.fail("prompt", "stands for a prompt of yours; give it, as --prompt 'a cat'")
+        t.put("prompts", texts, "prompt")
+    elif (path := t.get(path_key)) is not None:
+        t.put("prompt_csv", table.path_of(path), path_key)
+    negative = t.get("neg_prompt")
+    if negative is not None:
+        if isinstance(negative, (list, tuple)) and len(set(map(str, negative))) > 1:
+            raise t.fail("neg_prompt", "must be one text for all prompts; a table has one for each (prompt_csv)")
+        t.put("neg", negative[0] if isinstance(negative, (list, tuple)) and negative else negative, "neg_prompt")
+    for key in ("reference_path", "mask_strategy"):
+        if (values := t.get(key)) is not None:
+            t.put(key, values, key)
+    if t.get("dataset.type") not in (None, "text", "video_text"):
+        t.note("dataset.type", "prompts come from prompt, prompts or prompt_csv")
+
+
+def data(t: Translation) -> None:
+    """Clips, and the table of shapes that they are trained in."""
+    if not t.is_training:
+        return
+    key, path = t.first("dataset.data_path", "data_path")
+    if path is not None:
+        t.put("data.table", path, key)
+    key, root = t.first("dataset.root", "root")
+    if root is not None:
+        t.put("data.root", root, key)
+    for key in ("load_video_features", "load_text_features"):
+        if t.get(key):
+            t.note(key, "what is stored is read with data.features=FOLDER, as opensora.cli.precompute writes it")
+    if t.get("dataset.type") == "BatchFeatureDataset":
+        raise t.fail(
+            "dataset.type",
+            "holds no clips; train by the configuration of the clips, with data.features=FOLDER, which "
+            "python -m opensora.cli.precompute writes it",
+        )
+    key, frames = t.first("dataset.num_frames", "num_frames")
+    size_key, size = t.first("dataset.image_size", "image_size")
+    if t.get("bucket_config") is not None:
+        buckets(t, t.get("bucket_config"))
+    elif t.get("batch_size") is not None and isinstance(size, (list, tuple)) and frames is not None:
+        one_shape(t, size_key, size, t.converted(key, frames, table.frames_of))
+    elif t.is_file:
+        raise t.fail("bucket_config", "missing; or give num_frames, image_size and batch_size")
+    else:
+        if t.get("batch_size") is not None:
+            raise t.fail("batch_size", "stands in data.buckets, for every shape of clips")
+        for given in ("num_frames", "image_size"):
+            if t.get(given) is not None:
+                raise t.fail(given, "stands in data.buckets, the shapes that clips are trained in")
+    interval_key, interval = t.first("dataset.frame_interval", "frame_interval")
+    if interval is not None:
+        t.put("data.frame_interval", interval, interval_key)
+    if t.get("dataset.fps_max", 24) != 24:
+        raise t.fail("dataset.fps_max", "must be 24: clips of more are read at a whole part of their rate")
+    for ignored in ("aspect_ratio", "resolution"):
+        if t.get(ignored) is not None:
+            t.note(ignored, "is for sampling")
+    references(t)
+    if t.get("noise_augmentation"):
+        t.note("noise_augmentation", "clips are trained as they are")
+
+
+def references(t: Translation) -> None:
+    """1.3's kinds of given frames, as far as there are such kinds here."""
+    kinds = t.get("mask_types")
+    if kinds is None or not t.is_training:
+        return
+    if not isinstance(kinds, Mapping):
+        raise t.fail("mask_types", "must be {kind: weight}")
+    named = {"t2v" if name == "none" else name: weight for name, weight in kinds.items()}
+    if lacking := [str(name) for name in named if name not in KINDS]:
+        t.note("mask_types", f"nothing gives frames as {', '.join(lacking)}, which are left out")
+    t.put("conditioning.references", {name: w for name, w in named.items() if name in KINDS}, "mask_types")
+
+
+def one_shape(t: Translation, key: str, size: Any, frames: Any) -> None:
+    """A data set of one length and size."""
+    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise t.fail(key, "must be two whole numbers, (height, width)")
+    side = round((size[0] * size[1]) ** 0.5)
+    t.put("data.buckets", {f"{side}px": {frames: [1.0, t.get("batch_size")]}}, key)
+    t.note(key, f"clips keep their aspect ratio, at about the area of {side}px")
+
+
+def buckets(t: Translation, given: Any) -> None:
+    if not isinstance(given, Mapping) or not all(isinstance(rows, Mapping) for rows in given.values()):
+        raise t.fail("bucket_config", "must be {resolution: {frames: (probability, batch size)}}")
+    found = {
+        area_name(str(name)): {
+            frames: _row(t, f"bucket_config.{name}.{frames}", value) for frames, value in rows.items()
+        }
+        for name, rows in given.items()
+    }
+    t.put("data.buckets", found, "bucket_config")
+    if not is_second(t) and any(isinstance(row[0], list) for rows in found.values() for row in rows.values()):
+        t.put("data.probability", "accept", "bucket_config")
+    if t.get("batch_size") is not None:
+        t.note("batch_size", "bucket_config has one for every shape")
+
+
+def _row(t: Translation, key: str, value: Any) -> list[Any]:
+    """(probability, batch size); what reserves a row, or searches for a batch size, becomes what can be trained."""
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise t.fail("bucket_config", f"{key}={shown(value)}: must be (probability, batch size)")
+    keep, size = value
+    if keep is None:
+        keep = 1.0
+    if size is None:
+        return [keep, 1]  # a row that no clip is drawn for
+    search = (isinstance(size, (list, tuple)) and size) or (isinstance(keep, (int, float)) and keep > 1 and value)
+    if search:
+        t.note("bucket_config", "a range of batch sizes: the smallest is taken; opensora.cli.forecast says what fits")
+        return [1.0 if search is value else keep, next((n for n in search if n), 1)]
+    return [list(keep) if isinstance(keep, (list, tuple)) else keep, size]
+
+
+def layout(t: Translation) -> None:
+    """How a training run is spread over processes."""
+    dtype = table.precision_of(t.get("dtype"))
+    if t.get("dtype") == "fp16":
+        t.note("dtype", "computed in bf16, which needs no loss scaling")
+    if dtype is not None:
+        t.put("parallel.precision.compute" if t.is_training else "precision", dtype, "dtype")
+    if not t.is_training:
+        return
+    plugin, config = t.get("plugin"), t.get("plugin_config", {})
+    if not isinstance(config, Mapping):
+        raise t.fail("plugin_config", "must be a mapping, as plugin_config = dict(...)")
+    zero = {
+        "zero1": 1,
+        "zero2": 2,
+        "zero1-seq": 1,
+        "zero2-seq": 2,
+        "zero3": 3,
+        "ddp": 0,
+        "hybrid": config.get("zero_stage", 0),
+    }
+    if plugin is not None:
+        if not isinstance(plugin, str) or plugin not in zero:
+            raise t.fail("plugin", suggestion(str(plugin), zero))
+        t.put("parallel.zero", zero[plugin], "plugin")
+    for name in config:
+        if name not in (*table.PLUGIN, *table.ENGINES):
+            raise t.fail("plugin_config", f"{name} is unknown; {suggestion(str(name), table.PLUGIN)}")
+    if any(name in table.ENGINES for name in config):
+        left = ", ".join(str(name) for name in config if name in table.ENGINES)
+        t.note("plugin_config", f"{left}: decided by the engine (parallel.engine)")
+    if config.get("pp_size", 1) != 1:
+        raise t.fail("plugin_config", "pp_size must be 1; models are cut by zero, ring, ulysses and tensor here")
+    key, processes = (
+        ("sp_size", t.get("sp_size")) if t.get("sp_size") is not None else ("plugin_config", config.get("sp_size"))
+    )
+    if processes not in (None, 1):
+        ring = config.get("sequence_parallelism_mode") == "ring_attn"
+        t.put(f"parallel.mesh.{'ring' if ring else 'ulysses'}", processes, key)
+    if config.get("tp_size", 1) != 1:
+        t.put("parallel.mesh.tensor", config["tp_size"], "plugin_config")
+    recompute = t.get("grad_checkpoint")
+    if recompute is not None:
+        t.put("parallel.recompute.kind", "full" if recompute else "none", "grad_checkpoint")
+    for key in ("grad_ckpt_settings", "model.grad_ckpt_settings"):
+        if t.get(key) is not None:
+            t.note(key, "all blocks are recomputed; parallel.recompute.kind=first takes some")
+
+
+def optimizer(t: Translation) -> None:
+    if not t.is_training:
+        return
+    for name in ("lr", "eps"):  # where there is a section, it decides, and the name outside is a value for it
+        key, value = t.first(f"optim.{name}", name)
+        if value is not None and (key != "eps" or "optim.cls" not in t.given):
+            t.put(f"optim.{name}", value, key)
+    if t.get("optim.cls", "HybridAdam") not in ("HybridAdam", "AdamW", "Adam"):
+        raise t.fail("optim.cls", "must be HybridAdam or AdamW; optim.kind=sgd is another one here")
+    if t.get("optim.adamw_mode") is False and t.get("optim.weight_decay"):
+        raise t.fail("optim.adamw_mode", "must be True: decay is not part of the gradient here")
+    key, warmup = t.first("warmup_steps", "warmup")
+    if warmup is not None:
+        t.put("optim.warmup_steps", warmup, key)
+        if warmup:
+            t.put("optim.initial_lr", 1e-6 if is_second(t) else 0.0, key)
+    if t.get("use_cosine_scheduler"):
+        t.put("optim.schedule", "cosine", "use_cosine_scheduler")
+    second = is_second(t)
+    if t.get("ema_decay") is not None or (t.is_file and not second):
+        t.put("optim.ema_decay", t.get("ema_decay", 0.9999), "ema_decay")
+        t.put("optim.ema_warmup", False, "ema_decay")
+    if t.is_file and not second and t.get("adam_eps") is None:
+        t.put("optim.eps", 1e-8, "lr")
+
+
+def run(t: Translation) -> None:
+    """Name and length of a training run."""
+    if not t.is_training:
+        return
+    if t.get("seed") is not None:
+        t.put("seed", t.get("seed"), "seed")
+    epochs = t.get("epochs")
+    if t.is_file:
+        t.put("train.steps", LONG_RUN, "epochs")
+        if epochs is not None:
+            t.note("epochs", f"a run is as long as train.steps, {LONG_RUN} unless it is given")

@@ -1,0 +1,192 @@
+"""What several keys of the Open-Sora family say together of models: their kinds, sizes, encoders and objective."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from opensora.config.family import keys as table
+from opensora.config.family.translation import Translation, own_names
+from opensora.config.schema import shown, suggestion
+from opensora.models.families import MODEL_CONFIGS
+
+
+def is_second(t: Translation) -> bool:
+    """Whether the file is of Open-Sora 2."""
+    return t.get("model.type") == "flux" or any(key.startswith(("ae.", "t5.", "sampling_option.")) for key in t.given)
+
+
+def version_of(t: Translation) -> str:
+    """The release whose habits a file of 1.x has."""
+    kind = str(t.get("model.type", ""))
+    if t.get("vae.type") == "OpenSoraVAE_V1_3" or "model.kernel_size" in t.given:
+        return "1.3"
+    if kind.startswith("STDiT3") or t.get("vae.type") == "OpenSoraVAE_V1_2":
+        return "1.2"
+    return "1.0" if "model.enable_flashattn" in t.given else "1.1"
+
+
+def of_type(t: Translation, key: str, types: Mapping[str, Mapping[str, Any]], ours: str) -> Mapping[str, Any]:
+    """What a type of theirs is here, put into the section ``ours``."""
+    found = t.get(key)
+    if not isinstance(found, str) or found not in types:
+        raise t.fail(key, suggestion(str(found), types))
+    for name, value in types[found].items():
+        t.put(f"{ours}.{name}", value, key)
+    return types[found]
+
+
+def models(t: Translation) -> None:
+    """Denoiser, autoencoder, text encoder, objective: first their kinds, then what depends on several."""
+    kind = str(t.get("model.type", ""))
+    if kind in table.AUTOENCODERS or kind.startswith("VideoAutoencoder"):
+        raise t.fail("model.type", "trains or tests an autoencoder, for which there is no command here")
+    if t.is_file and t.get("model.type") is None:
+        raise t.fail("model.type", "missing; a configuration of the family has model = dict(type=...)")
+    if t.get("model.type") is not None:
+        of_type(t, "model.type", table.MODELS, "model")
+    for section in ("vae", "ae"):
+        if t.get(f"{section}.type") is not None:
+            of_type(t, f"{section}.type", table.AUTOENCODERS, "vae")
+    weights(t)
+    autoencoder(t)
+    text(t)
+    objective(t)
+    kernels(t)
+    if t.is_file:
+        shapes(t)
+
+
+def weights(t: Translation) -> None:
+    """model.from_pretrained is what is sampled, or what training starts from."""
+    path = table.path_of(t.get("model.from_pretrained"))
+    if t.get("start_from_scratch") and t.is_training:
+        path = None
+    if path is not None:
+        t.put("train.init_from" if t.is_training else "weights", path, "model.from_pretrained")
+    elif t.is_file and not t.is_training:
+        raise t.fail("model.from_pretrained", "is None; say what to sample, as --ckpt-path FILE")
+    load = t.get("load")
+    if load is not None and t.is_training:
+        t.put("train.resume", load, "load")
+
+
+def autoencoder(t: Translation) -> None:
+    path, folder = table.path_of(t.get("vae.from_pretrained")), t.get("vae.subfolder")
+    if path is not None:
+        t.put("vae.path", f"{path}/{folder}" if folder else path, "vae.from_pretrained")
+
+
+def text(t: Translation) -> None:
+    length_key, length = t.first("text_encoder.model_max_length", "model_max_length")
+    if t.get("text_encoder.type") is not None:
+        kind = of_type(t, "text_encoder.type", table.TEXT_ENCODERS, "text")["kind"]
+        if length is not None and kind == "t5":
+            t.put("text.max_tokens", length, length_key)
+        elif kind == "clip" and length not in (None, 77):
+            raise t.fail(length_key, "must be 77, the tokens that CLIP reads")
+        path = table.path_of(t.get("text_encoder.from_pretrained"))
+        if path is not None and kind != "classes":
+            t.put(f"text.{kind}_path", path, "text_encoder.from_pretrained")
+        if kind == "t5" and version_of(t) == "1.0":
+            t.put("text.clean", "always", "text_encoder.type")  # captions of training, too
+    if is_second(t) and ("t5.from_pretrained" in t.given or "clip.from_pretrained" in t.given):
+        t.put(
+            "text.kind", "t5_clip", "t5.from_pretrained" if "t5.from_pretrained" in t.given else "clip.from_pretrained"
+        )
+    if t.get("clip.max_length", 77) != 77:
+        raise t.fail("clip.max_length", "must be 77, the tokens that CLIP reads")
+    for section in ("text_encoder", "t5"):
+        if t.get(f"{section}.shardformer"):
+            t.put("text.shard", True, f"{section}.shardformer")
+
+
+def objective(t: Translation) -> None:
+    """The scheduler: what is learned, and how it is stepped."""
+    if t.get("scheduler.type") is None:
+        return
+    kind = of_type(t, "scheduler.type", table.OBJECTIVES, "objective")["kind"]
+    version = version_of(t)
+    if kind == "rectified_flow_v1":
+        t.put("objective.version", "1.3" if version == "1.3" else "1.2", "scheduler.type")
+    elif kind == "iddpm":
+        t.put("objective.tables", "fp64" if version == "1.0" else "fp32", "scheduler.type")
+    if not t.is_training:
+        t.put("sampling.solver", table.SOLVERS[t.given["scheduler.type"]], "scheduler.type")
+        if version == "1.0" and t.given["scheduler.type"] == "iddpm" and "scheduler.cfg_channel" not in t.given:
+            t.put("sampling.cfg_channel", 3, "scheduler.type")
+    elif t.is_file and t.has(("train", "loss_reduction")):
+        t.put("train.loss_reduction", "samples", "scheduler.type")
+
+
+def kernels(t: Translation) -> None:
+    key, flash = t.first("model.enable_flash_attn", "model.enable_flashattn")
+    if flash is not None:
+        t.put("parallel.attention", "auto" if flash else "math", key)
+    if "model.use_liger_rope" in t.given:
+        t.put("model.rope_layout", "half" if t.given["model.use_liger_rope"] else "interleaved", "model.use_liger_rope")
+
+
+def shapes(t: Translation) -> None:
+    """What the family's code takes from other models, or from defaults of its own, when it builds the denoiser."""
+    kind = t.layer["model"]["kind"]
+    fields = own_names(MODEL_CONFIGS[kind]) if kind in MODEL_CONFIGS else None
+    for name, value in table.DEFAULTS.get(kind, {}).items():
+        t.default(f"model.{name}", value, "model.type")
+    if not is_second(t):
+        channels = table.LATENT_CHANNELS.get(t.layer.get("vae", {}).get("kind"), 4)
+        t.default("model.in_channels", channels, "model.type")
+        length_key, length = t.first("text_encoder.model_max_length", "model_max_length")
+        if length is not None and t.get("text_encoder.type", "t5") == "t5" and _may(fields, "model_max_length"):
+            t.default("model.model_max_length", length, length_key)
+        if version_of(t) == "1.3" and kind == "stdit3":
+            t.default("model.cond_embed", True, "model.type")
+    key = "model.no_temporal_pos_emb"
+    if t.get(key) is not None and _may(fields, "no_temporal_pos_emb") and not kind.startswith("stdit"):
+        t.put(key, t.given[key], key)
+    elif t.get(key):
+        t.note(key, "STDiT always knows the frame, in the family's code too")
+    if kind.startswith("pixart"):
+        _made_for(t)
+    if t.is_training and not is_second(t):
+        dropped = t.get("model.class_dropout_prob", 0.1)
+        for part in ("text", "pooled"):
+            t.put(f"conditioning.dropout.{part}", dropped, "model.class_dropout_prob")
+    elif t.get("model.class_dropout_prob"):
+        t.note("model.class_dropout_prob", "is for training")
+
+
+def _may(fields: Mapping[str, Any] | None, name: str) -> bool:
+    return fields is None or name in fields
+
+
+def _made_for(t: Translation) -> None:
+    """PixArt stretches positions to the grid that it is built for, which is that of the configured clips."""
+    key, size = t.first("image_size", "dataset.image_size")
+    _, frames = t.first("num_frames", "dataset.num_frames")
+    whole = isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) for side in size)
+    if whole and isinstance(frames, int) and t.layer.get("vae", {}).get("kind") == "sd":
+        t.default("model.input_size", [frames, *(side // 8 for side in size)], key)
+
+
+def stills(t: Translation) -> None:
+    """Text to image to video: a model of stills before that of clips."""
+    if not t.get("use_t2i2v"):
+        return
+    flux, ae = t.get("img_flux", {}), t.get("img_flux_ae", {})
+    if not isinstance(flux, Mapping) or not isinstance(flux.get("from_pretrained"), str):
+        raise t.fail("img_flux", "must be dict(type='flux', from_pretrained=FILE, ...)")
+    t.put("still.weights", table.path_of(flux["from_pretrained"]), "img_flux")
+    kind, layout = table.MODELS["flux"]["kind"], "half" if flux.get("use_liger_rope") else "interleaved"
+    fields = own_names(MODEL_CONFIGS[kind])
+    t.put("still.model", {"kind": kind, **table.DEFAULTS[kind], "rope_layout": layout}, "img_flux")
+    for name, value in flux.items():
+        if name in fields:
+            t.layer["still"]["model"][name] = value
+        elif name not in ("type", "from_pretrained", "use_liger_rope", "strict_load", "grad_ckpt_settings"):
+            raise t.fail("img_flux", f"{name} is unknown; {suggestion(name, fields)}")
+    for name, value in ae.items() if isinstance(ae, Mapping) else ():
+        if name not in ("type", "from_pretrained", "resolution") and table.STILL_AUTOENCODER.get(name) != value:
+            raise t.fail("img_flux_ae", f"{name} must be {shown(table.STILL_AUTOENCODER.get(name))}, as published")
+    if isinstance(ae, Mapping) and ae.get("from_pretrained"):
+        t.put("still.vae", {"kind": "flux2d", "path": table.path_of(ae["from_pretrained"])}, "img_flux_ae")
+    if t.get("img_resolution"):
+        t.put("still.resolution", t.get("img_resolution"), "img_resolution")

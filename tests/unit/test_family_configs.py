@@ -1,0 +1,232 @@
+"""The configurations of the Open-Sora family in configs/: their values, and what they become here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opensora.config.family import read_family, trains
+from opensora.config.load import load_config
+from opensora.config.mmengine import read_python
+from opensora.config.run import MODEL_CONFIGS, RunConfig, SampleConfig
+from opensora.utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+FOLDERS = ("opensora", "dit", "latte", "pixart", "opensora-v1-1", "opensora-v1-2", "opensora-v1-3")
+FILES = sorted(
+    path.relative_to(CONFIGS).as_posix()
+    for folder in FOLDERS
+    for job in ("train", "inference")
+    for path in (CONFIGS / folder / job).glob("*.py")
+)
+
+
+def published(golden: Path) -> dict[str, Any]:
+    """File -> values, of the last release that changed it."""
+    values: dict[str, Any] = {}
+    for release in json.loads((golden / "v1/configs.json").read_text("utf-8")).values():
+        values |= release["values"]
+    return {
+        name: value
+        for name, value in values.items()
+        if name.split("/")[0] in FOLDERS and name.split("/")[1] in ("train", "inference")
+    }
+
+
+def as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def test_every_file_of_the_family_is_here(golden: Path) -> None:
+    assert set(published(golden)) == set(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_values_are_the_published_ones(name: str, golden: Path) -> None:
+    data, _ = read_python(CONFIGS / name)
+    assert as_json(data) == published(golden)[name]
+
+
+# The two examples of the family's guide to its configurations.
+GUIDE_SAMPLING = """
+# Define sampling size
+num_frames = 64
+fps = 24 // 2
+image_size = (512, 512)
+
+# Define model
+model = dict(
+    type="STDiT-XL/2",
+    space_scale=1.0,
+    time_scale=2 / 3,
+    enable_flash_attn=True,
+    enable_layernorm_kernel=True,
+    from_pretrained="PRETRAINED_MODEL",
+    no_temporal_pos_emb=True,
+)
+vae = dict(type="VideoAutoencoderKL", from_pretrained="stabilityai/sd-vae-ft-ema", micro_batch_size=128)
+text_encoder = dict(type="t5", from_pretrained="DeepFloyd/t5-v1_1-xxl", model_max_length=120)
+scheduler = dict(type="iddpm", num_sampling_steps=100, cfg_scale=7.0)
+dtype = "fp16"
+
+# Other settings
+batch_size = 1
+seed = 42
+prompt_path = "./assets/texts/t2v_samples.txt"
+save_dir = "./samples"
+"""
+GUIDE_TRAINING = """
+num_frames = 64
+frame_interval = 2
+image_size = (512, 512)
+root = None
+data_path = "CSV_PATH"
+use_image_transform = False
+num_workers = 4
+dtype = "bf16"
+grad_checkpoint = True
+plugin = "zero2"
+sp_size = 1
+model = dict(
+    type="STDiT-XL/2",
+    space_scale=1.0,
+    time_scale=2 / 3,
+    from_pretrained="YOUR_PRETRAINED_MODEL",
+    enable_flash_attn=True,
+    enable_layernorm_kernel=True,
+)
+vae = dict(type="VideoAutoencoderKL", from_pretrained="stabilityai/sd-vae-ft-ema", micro_batch_size=128)
+text_encoder = dict(type="t5", from_pretrained="DeepFloyd/t5-v1_1-xxl", model_max_length=120, shardformer=True)
+scheduler = dict(type="iddpm", timestep_respacing="")
+seed = 42
+outputs = "outputs"
+wandb = False
+epochs = 1000
+log_every = 10
+ckpt_every = 250
+load = None
+batch_size = 4
+lr = 2e-5
+grad_clip = 1.0
+"""
+
+
+def layer_of(cls: type, path: Path, *words: str) -> dict[str, Any]:
+    """What a file of the family is here, before it is put into classes."""
+    layer, _, rest = read_family(cls, path, words)
+    assert rest == []
+    return layer
+
+
+def subset(expected: dict[str, Any], found: dict[str, Any], at: str = "") -> None:
+    for key, value in expected.items():
+        assert key in found, f"{at}{key}"
+        if isinstance(value, dict) and isinstance(found[key], dict) and not at.endswith("buckets."):
+            subset(value, found[key], f"{at}{key}.")
+        else:
+            assert found[key] == value, f"{at}{key}"
+
+
+def test_the_guide_to_sampling(tmp_path: Path) -> None:
+    (tmp_path / "run.py").write_text(GUIDE_SAMPLING)
+    found = layer_of(SampleConfig, tmp_path / "run.py")
+    assert found.pop("parallel") == {"attention": "auto", "zero": 3, "mesh": {"shard": 1, "ulysses": -1}}
+    assert found.pop("objective") == {"kind": "iddpm", "tables": "fp32"}
+    found["text"] = dict(found["text"])
+    assert found == {
+        "model": {
+            "kind": "stdit",
+            "size": "xl2",
+            "in_channels": 4,
+            "model_max_length": 120,
+            "space_scale": 1.0,
+            "time_scale": 2 / 3,
+        },
+        "vae": {"kind": "sd", "path": "stabilityai/sd-vae-ft-ema", "micro_batch": 128},
+        "text": {"kind": "t5", "t5_path": "DeepFloyd/t5-v1_1-xxl", "max_tokens": 120},
+        "weights": "PRETRAINED_MODEL",
+        "sampling": {
+            "solver": "ddpm",
+            "num_frames": 64,
+            "height": 512,
+            "width": 512,
+            "fps": 12,
+            "seed": 42,
+            "num_steps": 100,
+            "guidance": 7.0,
+        },
+        "batch_size": 1,
+        "prompt_csv": "assets/texts/t2v_samples.txt",
+        "prompt_suffix": False,
+        "precision": "bf16",
+        "save_dir": "samples",
+    }
+
+
+def test_the_guide_to_training(tmp_path: Path) -> None:
+    (tmp_path / "run.py").write_text(GUIDE_TRAINING)
+    found = layer_of(RunConfig, tmp_path / "run.py")
+    subset(
+        {
+            "name": "run",
+            "output": "outputs",
+            "seed": 42,
+            "model": {"kind": "stdit", "size": "xl2", "space_scale": 1.0, "time_scale": 2 / 3, "model_max_length": 120},
+            "vae": {"kind": "sd", "path": "stabilityai/sd-vae-ft-ema", "micro_batch": 128},
+            "text": {"kind": "t5", "t5_path": "DeepFloyd/t5-v1_1-xxl", "max_tokens": 120, "shard": True},
+            "objective": {"kind": "iddpm", "timestep_respacing": ""},
+            "conditioning": {"dropout": {"text": 0.1, "pooled": 0.1}},
+            "data": {"table": "CSV_PATH", "buckets": {"512px": {64: [1.0, 4]}}, "workers": 4},
+            "parallel": {"zero": 2, "recompute": {"kind": "full"}, "precision": {"compute": "bf16"}},
+            "optim": {"lr": 2e-5, "clip_norm": 1.0, "ema_decay": 0.9999, "eps": 1e-8},
+            "train": {
+                "init_from": "YOUR_PRETRAINED_MODEL",
+                "log_every": 10,
+                "checkpoint_every": 250,
+                "steps": 1_000_000,
+            },
+            "log": {"wandb": "off"},
+        },
+        found,
+    )
+    assert "root" not in found["data"] and "mesh" not in found["parallel"]
+
+
+# What files of this family cannot be: no command of ours does what they are for.
+OTHERWISE = {"opensora-v1-2/train/stage1_feat.py": "dataset.type='BatchFeatureDataset': holds no clips"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_becomes_ours(name: str) -> None:
+    """Each kind is that of its type, and no key is lost without a word; clips come from the command line."""
+    training = name.split("/")[1] == "train"
+    cls, words = (RunConfig, ["--data-path", "clips.csv"]) if training else (SampleConfig, ["--prompt", "a cat"])
+    words += ["--ckpt-path", "FILE"]
+    if name in OTHERWISE:
+        with pytest.raises(UserError, match=OTHERWISE[name]):
+            layer_of(cls, CONFIGS / name, *words)
+        return
+    assert trains(CONFIGS / name) == training
+    theirs, found = read_python(CONFIGS / name)[0], layer_of(cls, CONFIGS / name, *words)
+    assert found["model"]["kind"] == KINDS[theirs["model"]["type"].split("-")[0]]
+    assert found["vae"]["path"].startswith(theirs["vae"]["from_pretrained"])
+    assert found["train"]["init_from"] == "FILE" if training else found["weights"] == "FILE"
+    if training:
+        frames = {n for lengths in found["data"]["buckets"].values() for n in lengths}
+        assert found["optim"]["lr"] == theirs["lr"] and found["data"]["table"] == "clips.csv"
+        rows = theirs.get("bucket_config") or {"": {theirs["dataset"]["num_frames"]: 0}}
+        assert frames == {n for lengths in rows.values() for n in lengths}
+    else:
+        assert found["sampling"]["guidance"] == theirs["scheduler"]["cfg_scale"] and found["prompts"] == ["a cat"]
+        assert found["sampling"]["num_steps"] == theirs["scheduler"]["num_sampling_steps"]
+        assert found["sampling"]["num_frames"] == theirs["num_frames"]
+    if {found["model"]["kind"]} <= set(MODEL_CONFIGS):
+        load_config(cls, CONFIGS / name, words)
+
+
+KINDS = {
+    **{"DiT": "dit", "Latte": "latte", "PixArt": "pixart", "PixArtMS": "pixart_ms"},
+    **{"STDiT": "stdit", "STDiT2": "stdit2", "STDiT3": "stdit3"},
+}

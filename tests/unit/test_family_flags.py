@@ -1,0 +1,101 @@
+"""Flags of the Open-Sora family's commands beside a YAML file."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig, SampleConfig
+from opensora.config.schema import plain
+from opensora.utils.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+# flag -> (words, our key, value), beside a YAML file
+FLAGS: dict[str, tuple[list[str], str, Any]] = {
+    "prompt path": (["--prompt-path", "./a/b.txt"], "prompt_csv", "a/b.txt"),
+    "prompt_path": (["--prompt_path=b.txt"], "prompt_csv", "b.txt"),
+    "ckpt path": (["--ckpt-path", "w.pth"], "weights", "w.pth"),
+    "num frames": (["--num-frames", "33"], "sampling.num_frames", 33),
+    "num frames by name": (["--num-frames", "2s"], "sampling.num_frames", 51),
+    "cfg scale": (["--cfg-scale", "4.5"], "sampling.guidance", 4.5),
+    "cfg_scale": (["--cfg_scale", "4.5"], "sampling.guidance", 4.5),
+    "steps": (["--num-sampling-steps", "20"], "sampling.num_steps", 20),
+    "height": (["--image-size", "240", "426"], "sampling.height", 240),
+    "width": (["--image_size", "240", "426", "--fps", "8"], "sampling.width", 426),
+    "fps": (["--fps", "8"], "sampling.fps", 8.0),
+    "seed": (["--seed", "7"], "sampling.seed", 7),
+    "prompts": (["--prompt", "a cat", "two dogs", "weights=w"], "prompts", ["a cat", "two dogs"]),
+    "one prompt": (["--prompt", "a cat", "weights=w"], "prompt", "a cat"),
+    "batch size": (["--batch-size", "3"], "batch_size", 3),
+    "save dir": (["--save-dir", "out"], "save_dir", "out"),
+    "sample name": (["--sample-name", "try"], "save_prefix", "try_"),
+    "indices": (["--start-index", "2", "--end-index", "5"], "end_index", 5),
+    "number": (["--num-sample", "4"], "num_sample", 4),
+    "names of prompts": (["--prompt-as-path", "--seed", "1"], "prompt_as_path", True),
+    "names of prompts, said": (["--prompt-as-path", "True"], "prompt_as_path", True),
+    "resolution": (["--resolution", "480p"], "sampling.resolution", "480p"),
+    "resolution of 1.x": (["--resolution", "512"], "sampling.resolution", "512px"),
+    "aspect ratio": (["--aspect-ratio", "9:16"], "sampling.aspect_ratio", "9:16"),
+    "dtype": (["--dtype", "fp32"], "precision", "fp32"),
+    "half": (["--dtype", "fp16"], "precision", "bf16"),
+    "kernel": (["--flash-attn", "False"], "parallel.attention", "math"),
+    "image guidance": (["--image-cfg-scale", "2"], "sampling.guidance_img", 2.0),
+    "oscillation": (["--use-oscillation-guidance-for-image", "True"], "sampling.image_osci", True),
+    "condition": (["--cond-type", "i2v_head"], "cond_type", "i2v_head"),
+    "negative": (["--neg-prompt", "blurry"], "neg", "blurry"),
+    "refined": (["--llm-refine", "True"], "refine.prompts", True),
+    "none": (["--prompt-path", "None"], "prompt_csv", None),
+    "said here": (["--verbose", "2"], "crf", 18),
+}
+
+
+def at(value: Any, key: str) -> Any:
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_flags_of_the_family(name: str, tmp_path: Path) -> None:
+    words, key, expected = FLAGS[name]
+    (tmp_path / "run.yaml").write_text("weights: w.safetensors\n")
+    assert at(plain(load_config(SampleConfig, tmp_path / "run.yaml", words)), key) == expected
+
+
+TRAIN = CONFIGS / "train/stage1.yaml"
+TRAIN_FLAGS: dict[str, tuple[list[str], str, Any]] = {
+    "data path": (["--data-path", "c.csv"], "data.table", "c.csv"),
+    "lr": (["--lr", "1e-3"], "optim.lr", 1e-3),
+    "warm-up": (["--warmup-steps", "7"], "optim.warmup_steps", 7),
+    "outputs": (["--outputs", "./runs"], "output", "runs"),
+    "wandb": (["--wandb", "True"], "log.wandb", "online"),
+    "load": (["--load", "outputs/x"], "train.resume", "outputs/x"),
+    "ckpt path": (["--ckpt-path", "w.pth"], "train.init_from", "w.pth"),
+    "from scratch": (["--ckpt-path", "w.pth", "--start-from-scratch"], "train.init_from", None),
+    "seed": (["--seed", "7"], "seed", 7),
+    "time": (["--record-time", "True"], "seed", 42),
+}
+
+
+@pytest.mark.parametrize("name", TRAIN_FLAGS)
+def test_flags_of_training(name: str) -> None:
+    words, key, expected = TRAIN_FLAGS[name]
+    assert at(plain(load_config(RunConfig, TRAIN, words)), key) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--batch-size", "4"], "batch_size=4: stands in data.buckets, for every shape of clips (command line)"),
+        (["--image-size", "256", "256"], "image_size=[256, 256]: stands in data.buckets"),
+        (["--lr"], "--lr: a value is missing"),
+        (["--lr", "fast"], "optim.lr='fast': must be a number"),
+        (["--leraning-rate", "1"], "leraning_rate: unknown key"),
+    ],
+)
+def test_flags_that_training_refuses(words: list[str], expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(RunConfig, TRAIN, words)
+    assert expected in str(caught.value), str(caught.value)
