@@ -35,6 +35,7 @@ STDIT_GOLDEN = "test_golden_stdit.py::test_output_loss_and_gradients"
 SAMPLING = "test_golden_sampling.py::test_"
 MODELS_V1 = "test_golden_models_v1.py::test_output_loss_and_gradients"
 _TRAINED = "output, loss, gradients"
+SCHEDULERS = "test_golden_schedulers.py::test_"
 ROWS = (
     *(
         Row(f"v1/{name}", _TRAINED, (f"{MODELS_V1}[{name}]",))
@@ -68,6 +69,16 @@ ROWS = (
     Row("text", "T5 and CLIP: token ids, features", ("test_text_files.py::test_features_and_tokens",)),
     Row("buckets", "buckets of 300 clips, 5 tables", ("test_published_rule.py::test_every_decision",)),
     Row("buckets", "frame rates, runs", ("test_published_rule.py::test_frame", "test_published_rule.py::test_a_run")),
+    Row("iddpm_tables_*", "chains, 4 respacings, fp64 and fp32", (f"{SCHEDULERS}tables_are_equal",)),
+    Row("iddpm_speed", "tables of SpeeD; loss, gradient", (f"{SCHEDULERS}speed_tables", f"{SCHEDULERS}iddpm_speed")),
+    Row("iddpm_train_*", "losses, gradients, with masks", (f"{SCHEDULERS}iddpm_training",)),
+    Row("iddpm_sample_*, iddpm_ddim_*", "DDPM and DDIM, with masks", (f"{SCHEDULERS}iddpm_sampling",)),
+    Row("iddpm_p_sample_*", "a step with clipping", (f"{SCHEDULERS}one_step",)),
+    Row("dpms_sample_*", "DPM-Solver++", (f"{SCHEDULERS}dpm_solver",)),
+    Row("rflow_timestep_transform_*", "times by size", (f"{SCHEDULERS}timestep_transform",)),
+    Row("rflow_train_*", "times, losses, gradients, with masks", (f"{SCHEDULERS}flow_training[",)),
+    Row("rflow_train_i2v_drop_*", "losses with dropped conditions", (f"{SCHEDULERS}flow_training_with",)),
+    Row("rflow_sample_*", "Euler steps, masks, three passes", (f"{SCHEDULERS}flow_sampling",)),
     Row("step_cache", "12 steps of every cache", ("test_step_caches.py::test_golden_trajectories",)),
     *(Row(f"v1/{name}", "output, loss, gradients", (f"{STDIT_GOLDEN}[{name}]",)) for name in STDIT),
     Row("v1/names", "STDiT: names, shapes, counts", ("test_stdit_files.py::test_names_and_shapes",)),

@@ -179,6 +179,20 @@ SINCOS, EMBEDDING, CAPTION = (f"opensora/models/layers/{name}.py" for name in ("
 PATCHES, DIT_UNIT = "opensora/models/weights/patches.py", "tests/unit/test_dit_family.py::"
 DIFFUSERS_DIT, PATCH_FILES = "tests/unit/test_diffusers_dit_parity.py::", "tests/unit/test_patch_weights.py::"
 DIT_MODEL, LATTE_MODEL, PIXART_MODEL = (f"opensora/models/{name}/model.py" for name in ("dit", "latte", "pixart"))
+CHAIN, DIFFUSION, IDDPM, DDPM, DPM, FLOW_V1 = (
+    f"opensora/schedulers/{name}.py"
+    for name in ("noise_schedule", "gaussian_diffusion", "iddpm", "ddpm", "dpm_solver", "rectified_flow_v1")
+)
+DIFFUSED, FLOWS, OF_V1 = (
+    f"tests/unit/test_{name}.py::test_" for name in ("diffusion", "rectified_flow_v1", "guidance_v1")
+)
+WEIGHTED, DROPPED, EDITED, OF_STEPS = (
+    "opensora/train/loss_weights.py",
+    "opensora/conditioning/condition_dropout.py",
+    "opensora/sampling/given_frames.py",
+    "opensora/inference/steps.py",
+)
+ON_ONE = "tests/dist/test_sampling_v1.py::test_one_process_samples_what_the_formulas_say"
 
 TABLE: tuple[Mutation, ...] = (
     # DiT, Latte, PixArt: positions, prompts that are dropped, files.
@@ -265,6 +279,223 @@ TABLE: tuple[Mutation, ...] = (
         "(trained | self.frozen).items()",
         "trained.items()",
         "tests/dist/test_chapters.py::test_what_is_not_trained_is_saved_and_exported[dit]",
+    ),
+    # Objectives and solvers of Open-Sora 1.x.
+    Mutation(
+        "respacing starts every section at 0",
+        CHAIN,
+        "start += length",
+        "start += 0",
+        DIFFUSED + "respacing_chooses_by_sections_and_by_distance",
+    ),
+    Mutation(
+        "betas of left-out steps lost",
+        CHAIN,
+        "betas = 1 - whole / np.concatenate((np.ones(1), whole[:-1]))",
+        "betas = betas_of(beta_schedule, steps)[chosen]",
+        DIFFUSED + "a_chain_of_some_steps_has_the_noise_of_the_whole_one_there",
+    ),
+    Mutation(
+        "posterior mean without x_t's part",
+        CHAIN,
+        "(1 - before) * xp.sqrt(1 - betas) / (1 - abar)",
+        "(1 - before) * xp.sqrt(1 - betas)",
+        DIFFUSED + "ddpm_keeps_the_distribution_in_every_step[50]",
+    ),
+    Mutation(
+        "a learned variance upside down",
+        DIFFUSION,
+        "share * most + (1 - share) * least",
+        "share * least + (1 - share) * most",
+        DIFFUSED + "loss_by_hand[400-options0]",
+    ),
+    Mutation(
+        "the bound in nats",
+        DIFFUSION,
+        "return terms / math.log(2)",
+        "return terms",
+        DIFFUSED + "loss_by_hand[1-options0]",
+    ),
+    Mutation(
+        "bins of half the width", DIFFUSION, "BIN = 1 / 255", "BIN = 1 / 510", DIFFUSED + "loss_by_hand[0-options0]"
+    ),
+    Mutation(
+        "the bound moves the mean",
+        IDDPM,
+        "prediction[..., : wanted.shape[-1]].detach(), prediction",
+        "prediction[..., : wanted.shape[-1]], prediction",
+        DIFFUSED + "the_bound_moves_the_variance_alone",
+    ),
+    Mutation(
+        "known latents are quite clean",
+        IDDPM,
+        "schedule.noised(x0, noise, 0), x)",
+        "x0, x)",
+        DIFFUSED + "known_latents_have_the_noise_of_the_first_step",
+    ),
+    Mutation(
+        "SpeeD without its mirror",
+        IDDPM,
+        "if rng.random() < 0.5 else index",
+        "if rng.random() < 0.0 else index",
+        DIFFUSED + "speed_draws_by_its_table_and_its_mirror",
+    ),
+    Mutation(
+        "DDPM's deviation is its variance",
+        DDPM,
+        "(0.5 * found.log_variance)",
+        "found.log_variance",
+        DIFFUSED + "ddpm_keeps_the_distribution_in_every_step[50]",
+    ),
+    Mutation(
+        "DDIM draws without making room",
+        DDPM,
+        "(1 - before - sigma**2).sqrt()",
+        "(1 - before).sqrt()",
+        DIFFUSED + "a_step_of_ddim_is_that_of_diffusers[0.7]",
+    ),
+    Mutation(
+        "given frames of a chain a step late",
+        DDPM,
+        "noisy=first > level",
+        "noisy=first >= level",
+        DIFFUSED + "given_frames_of_a_chain",
+    ),
+    Mutation(
+        "DPM-Solver of first order",
+        DPM,
+        "h / (2 * h_before) * (x0",
+        "0 * h / (2 * h_before) * (x0",
+        DIFFUSED + "ddim_and_dpm_solver_follow_the_flow_by_their_orders",
+    ),
+    Mutation(
+        "DPM-Solver forgets the noise it keeps",
+        DPM,
+        "then.sigma / now.sigma * x",
+        "now.sigma / then.sigma * x",
+        DIFFUSED + "one_point_is_found_in_any_number_of_steps[2-dpm_solver]",
+    ),
+    Mutation(
+        "DPM-Solver's last step of few is of second order", DPM, "steps < FEW and", "steps < 0 and", ON_ONE + "[dpm]"
+    ),
+    Mutation(
+        "1.2 counts frames as 1.3",
+        FLOW_V1,
+        "frames // 17 * 5 if",
+        "(frames - 1) // 4 if",
+        FLOWS + "transform_by_hand[groups]",
+    ),
+    Mutation(
+        "1.3 scales images",
+        FLOW_V1,
+        "sampling and is_video if",
+        "sampling if",
+        FLOWS + "transform_by_hand[images]",
+    ),
+    Mutation(
+        "the velocity points to the noise",
+        FLOW_V1,
+        '{"velocity": x0 - noise}',
+        '{"velocity": noise - x0}',
+        FLOWS + "path_and_target_by_hand",
+    ),
+    Mutation(
+        "known latents of a flow are noisy",
+        FLOW_V1,
+        "torch.where(known[:, None], x0, x)",
+        "torch.where(known[:, None], x, x)",
+        FLOWS + "known_latents_are_clean",
+    ),
+    Mutation(
+        "frames are noised again in every step",
+        EULER,
+        "renoised=noisy & ~before",
+        "renoised=noisy",
+        FLOWS + "given_frames_of_a_flow",
+    ),
+    Mutation(
+        "a flow's steps are too long",
+        EULER,
+        "(self.times[index] - self.times[index + 1]) / self.pure_noise",
+        "(self.times[index] - self.times[index + 1]) / 999",
+        FLOWS + "one_point_is_found_in_any_number_of_steps",
+    ),
+    Mutation(
+        "all channels guided",
+        GUIDANCE,
+        "cond, uncond = (found[..., : self.guided] for",
+        "cond, uncond = (found for",
+        OF_V1 + "channels_beyond_the_guided_ones_stay_those_of_the_prompt[3]",
+    ),
+    Mutation(
+        "contrast of this process's tokens",
+        GUIDANCE,
+        "sums = total(torch",
+        "sums = alone(torch",
+        OF_V1 + "the_flaw_fix_sums_over_the_processes_of_a_sample",
+    ),
+    Mutation(
+        "contrast moved back entirely",
+        GUIDANCE,
+        "FLAW_FIX = 0.7",
+        "FLAW_FIX = 1.0",
+        OF_V1 + "the_flaw_fix_is_of_whole_samples",
+    ),
+    Mutation(
+        "scaled image guidance falls too late",
+        GUIDANCE,
+        "max(steps - 1, 1))",
+        "steps)",
+        OF_V1 + "the_image_scale_grows_along_the_clip_and_falls_over_the_steps",
+    ),
+    Mutation(
+        "edited frames are clean to the model",
+        EDITED,
+        "known=~edits.noisy",
+        "known=edits.kept | ~edits.renoised",
+        OF_V1 + "edited_frames_are_noised_told_and_put_back",
+    ),
+    Mutation(
+        "kept frames are lost",
+        EDITED,
+        "return torch.where(kept[..., None], before, x)",
+        "return x",
+        OF_V1 + "edited_frames_are_noised_told_and_put_back",
+    ),
+    Mutation(
+        "cfg_channel counts values of a token",
+        OF_STEPS,
+        "* prod(denoising.patch)",
+        "* 1",
+        OF_V1 + "latent_channels_are_those_of_tokens_and_outputs",
+    ),
+    Mutation(
+        "samples weigh as if nothing were left out",
+        WEIGHTED,
+        "learned = ~known if",
+        "learned = torch.ones_like(known) if",
+        OF_V1 + "the_mean_over_samples_is_that_of_the_means_of_samples[objective0]",
+    ),
+    Mutation(
+        "means of samples over latent values",
+        DATA,
+        'if self._reduction == "elements" else',
+        'if self._reduction != "" else',
+        OF_V1 + "a_step_says_what_its_loss_is_the_mean_over[samples-4]",
+    ),
+    Mutation(
+        "frames beside known ones are not weighed up",
+        DROPPED,
+        "(1 - share * weight) / (1 - share)",
+        "(1 - share) / (1 - share)",
+        OF_V1 + "known_frames_weigh_as_they_are_told_and_the_mean_is_one",
+    ),
+    Mutation(
+        "dropped text and reference mixed up",
+        DROPPED,
+        '"cond": Drop(text=True, reference=False)',
+        '"cond": Drop(text=False, reference=True)',
+        OF_V1 + "conditions_are_dropped_by_their_weights",
     ),
     # A step of training: what is encoded, dropped, corrupted, and how it is weighed.
     Mutation("mask of a dropped prompt kept", STEP, "null.mask, mask)", "mask, mask)", TRAIN),
@@ -578,8 +809,8 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "guidance from the prompted pass",
         GUIDANCE,
-        "return uncond + text_scale(",
-        "return cond + text_scale(",
+        "guided = uncond + text_scale(",
+        "guided = cond + text_scale(",
         CLIPS,
     ),
     Mutation("guidance oscillates on odd steps", GUIDANCE, "or step % 2 == 0", "or step % 2 == 1", CLIPS),
@@ -711,9 +942,13 @@ TABLE: tuple[Mutation, ...] = (
         "tests/unit/test_references.py::test_references_are_drawn_apart_where_the_autoencoder_draws",
     ),
     Mutation(
-        "the third pass knows the references", GUIDANCE, "without_text.without_reference()]", "without_text]", THREE_WAY
+        "the third pass knows the references",
+        GUIDANCE,
+        "without_text.without_reference(keeps_known=self.keeps_known)]",
+        "without_text]",
+        THREE_WAY,
     ),
-    Mutation("image guidance fades over the clip alone", GUIDANCE, "(1 - step / steps)", "1.0", REFERRED_CLIPS),
+    Mutation("image guidance fades over the clip alone", GUIDANCE, "(1 - step / last)", "1.0", REFERRED_CLIPS),
     Mutation(
         "image guidance grows past the last frame",
         GUIDANCE,

@@ -46,8 +46,8 @@ def without_references(reference: Tensor, dropped: Tensor) -> Tensor:
 
 
 def known_weights(known: Tensor, weight: float) -> Tensor:
-    """(B, ...) fp32 of tokens in the loss: ``weight`` where known, and (1 - f weight) / (1 - f) elsewhere, f the part
+    """(B, ...) fp64 of tokens in the loss: ``weight`` where known, and (1 - f weight) / (1 - f) elsewhere, f the part
     of a sample that is known, so that the mean is 1. A sample all of which is known has no other."""
-    share = known.float().flatten(1).mean(1)
-    others = (1 - share * weight) / (1 - share).clamp(min=torch.finfo(torch.float32).eps)
+    share = known.double().flatten(1).mean(1)
+    others = (1 - share * weight) / (1 - share).clamp(min=torch.finfo(share.dtype).eps)
     return torch.where(known, weight, others.view(-1, *[1] * (known.ndim - 1)))

@@ -145,6 +145,8 @@ class RunConfig:
         if not self.data.buckets:
             raise ValueError("data.buckets: missing; give a table such as {256px: {1: [1.0, 8], 33: [1.0, 2]}}")
         check_fit(self.model, self.vae, self.text)
+        if isinstance(self.objective, RectifiedFlowV1Config):
+            self._check_lengths(self.objective)
         check_objective(self.model, self.objective)
         if self.lora.targets is None:  # what is saved states every value
             object.__setattr__(self, "lora", replace(self.lora, targets=family_of(self.model).lora_targets))
@@ -153,8 +155,6 @@ class RunConfig:
                 f"conditioning.masks: model.kind={self.model.kind} takes no clean frames in place of noisy ones; "
                 "must be {}"
             )
-        if isinstance(self.objective, RectifiedFlowV1Config):
-            self._check_lengths(self.objective)
         if self.conditioning.references and describe(self.model).references != "channels":
             raise ValueError(f"conditioning.references: {reads_no_references(self.model)}; must be {{}}")
         if self.parallel.mesh.cfg != 1:
@@ -361,9 +361,16 @@ def check_objective(model: ModelConfig, objective: ObjectiveConfig) -> None:
     Raises:
         ValueError: it does not.
     """
-    needed, found = build_objective(objective).outputs, describe(model).outputs
+    built, denoising = build_objective(objective), describe(model)
+    needed, found = built.outputs, denoising.outputs
     if found < needed:
         raise ValueError(
             f"objective.kind={objective.kind}: needs {needed} values per latent, model.kind={model.kind} predicts "
             f"{found}; choose another objective, or a model with a learned variance"
+        )
+    latest, wanted = getattr(built, "latest_time", 1.0), {"unit": 1, "steps": 1000}.get(denoising.times)
+    if wanted is not None and (wanted == 1) != (latest == 1):
+        raise ValueError(
+            f"objective.kind={objective.kind}: has times up to {latest:g}, model.kind={model.kind} reads times up to "
+            f"{wanted}; choose another objective"
         )

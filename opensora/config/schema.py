@@ -227,6 +227,8 @@ class _Builder:
         for choice in choices:
             if type(choice) is type(value) and choice == value:  # True is not 1 here
                 return choice
+        if str(value) in choices:  # a number where it is a name
+            raise self.fail(keys, f'={shown(value)}: must be text; write "{value}" in quotes')
         raise self.fail(keys, f"={shown(value)}: {suggestion(str(value), [str(choice) for choice in choices])}")
 
     def sequence(self, hint: Any, value: Any, keys: Keys) -> Any:

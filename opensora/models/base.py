@@ -100,6 +100,7 @@ class Denoising:
     pooled_dim: int = 0  # of the prompt as one vector; 0: not read
     num_classes: int = 0  # of labels; 0: not read
     outputs: int = 1  # values per latent: 2 with a learned variance
+    times: Literal["unit", "steps", "any"] = "any"  # times that it reads: from 0 to 1, or up to 1000 (numbers of steps)
     null_text: Literal["encoded", "learned"] = "encoded"  # no prompt is the prompt "", or an embedding of the model
     references: Literal["none", "channels", "in_place"] = "none"  # known frames beside the noise, or in its place
     wants: frozenset[str] = frozenset()  # of fps, size, num_frames, guidance

@@ -30,7 +30,10 @@ class Chain:
     schedule: NoiseSchedule
     clip_denoised: bool = False  # x0 to [-1, 1]
 
-    pure_noise = 1000.0
+    @property
+    def pure_noise(self) -> float:
+        """Of the whole chain."""
+        return float(self.cfg.diffusion_steps)
 
     @property
     def times(self) -> Sequence[float]:

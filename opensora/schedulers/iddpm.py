@@ -125,12 +125,14 @@ class IDDPM:
     def terms(self, prediction: Tensor, targets: Mapping[str, Tensor], t: Tensor) -> dict[str, Tensor]:
         """loss, and what it is the sum of where there is more than one: mse and vb, (..., C) each."""
         cfg, schedule = self.cfg, self.cfg.schedule()
-        x_start, noise, x_t = (exact(targets[name]) for name in ("x_start", "noise", "x_t"))
+        prediction = exact(prediction)
+        dtype = torch.promote_types(prediction.dtype, targets["x_t"].dtype)
+        x_start, noise, x_t = (targets[name].to(dtype) for name in ("x_start", "noise", "x_t"))
         index = schedule.index(t)
         if cfg.use_kl:
             return {"loss": self._bound(schedule, prediction, x_start, x_t, index) * len(schedule)}
         wanted = x_start if cfg.predict_xstart else noise
-        squared = (exact(prediction[..., : wanted.shape[-1]]) - wanted).square()
+        squared = (prediction[..., : wanted.shape[-1]] - wanted).square()
         if cfg.speed:
             squared = squared * torch.as_tensor(speed_tables(cfg).weights).to(squared)[index]
         if not cfg.learn_sigma:

@@ -16,7 +16,7 @@ def loss_weights(
     reduction: LossReduction = "elements",
     inside: Tensor | None = None,
 ) -> Tensor | None:
-    """(B, N) or (B, T, S) fp32, of the whole tokens ``x`` (..., C) of samples; None: all 1.
+    """(B, N) or (B, T, S) fp64, of the whole tokens ``x`` (..., C) of samples; None: all 1.
 
     Args:
         known: the same shape, bool: what the model is given; None: nothing.
@@ -30,7 +30,7 @@ def loss_weights(
         weights = known_weights(known, known_weight)
     if reduction == "elements":
         return weights
-    weights = torch.ones(x.shape[:-1], device=x.device) if weights is None else weights
+    weights = torch.ones(x.shape[:-1], device=x.device, dtype=torch.float64) if weights is None else weights
     learned = ~known if known is not None and left_out else torch.ones_like(weights, dtype=torch.bool)
     values = learned.flatten(1).sum(1) * x.shape[-1]
     if inside is not None:

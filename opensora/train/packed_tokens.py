@@ -31,7 +31,7 @@ class EncodedTokens:
     conditions: Conditions  # references as tokens
     inside: Tensor | None = None  # (1, T, S, C) or (1, N, C) bool, values that are latents; None: all
     grid: tuple[int, int, int] | None = None  # tokens along (t, h, w); None: of several samples in a sequence
-    weights: Tensor | None = None  # (B, N) or (B, T, S) fp32: of tokens in the loss; None: all 1
+    weights: Tensor | None = None  # (B, N) or (B, T, S) fp64: of tokens in the loss; None: all 1
 
 
 def concat_packed(parts: Sequence[EncodedTokens]) -> tuple[EncodedTokens, SampleOf]:

@@ -44,7 +44,7 @@ class Tokens:
     times: Tensor  # of the samples, with dims to broadcast over tokens and channels
     learned: Tensor | None  # (B, N_local) or (B, T, S_local) bool: tokens that the loss is over; None: all
     inside: Tensor | None = None  # (1, T, S_local, C) bool: values that are latents and no padding; None: all
-    weights: Tensor | None  # the same shape, fp32: of tokens in the loss; None: all 1
+    weights: Tensor | None  # the same shape, fp64: of tokens in the loss; None: all 1
     objective: Objective
     weight: float  # 0 for a micro-batch that only keeps a process in step with its peers
 

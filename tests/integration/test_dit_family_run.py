@@ -23,7 +23,7 @@ MODELS = {
     "dit": f"{{kind: dit, {SHAPE}}}",  # with a learned variance
     "latte": f"{{kind: latte, {SHAPE}, learn_sigma: false}}",
 }
-OBJECTIVES = {"pixart": "rectified_flow", "dit": "iddpm", "latte": "rectified_flow"}
+OBJECTIVES = {"pixart": "rectified_flow_v1", "dit": "iddpm", "latte": "rectified_flow_v1"}
 OVERRIDES = [
     "conditioning={dropout: {text: 0.3, pooled: 0.0}}",
     "optim={lr: 3.0e-3, ema_decay: 0.5}",
@@ -40,10 +40,9 @@ def run_sample(argv: list[str]) -> int:
     return sample.main(argv)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    "kind", [kind if kind == "pixart" else pytest.param(kind, marks=pytest.mark.slow) for kind in MODELS]
-)
+@pytest.mark.parametrize("kind", MODELS)
 def test_train_and_sample(kind: str, config: Path, tmp_path: Path) -> None:
     """Two processes and one: the same losses. Run and export give the same samples; the export has the family's names
     and all of its tensors, the null text with them."""

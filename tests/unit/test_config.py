@@ -56,6 +56,55 @@ PACKED = ["data.micro_batches=4", "data.balance_group=2", "data.tokens_per_seque
 
 # name -> (file content or None for the good one, overrides, what the one line must contain)
 BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
+    # objectives
+    "objective, an unknown kind": (None, ["objective.kind=idpm"], "objective.kind='idpm': did you mean iddpm?"),
+    "objective, too few outputs": (
+        None,
+        ["objective.kind=iddpm"],
+        "objective.kind=iddpm: needs 2 values per latent, mod",
+    ),
+    "objective, times of others": (
+        None,
+        ["objective={kind: iddpm, learn_sigma: false}"],
+        "objective.kind=iddpm: has times up to 1000, model.kind=mmdit reads times up to 1; choose another objective",
+    ),
+    "objective, unreadable steps": (
+        None,
+        ["objective={kind: iddpm, learn_sigma: false, timestep_respacing: 10x}"],
+        "objective.timestep_respacing='10x': must be a number of steps as 100, numbers for equal sections as 10,20,30",
+    ),
+    "objective, too many steps": (
+        None,
+        ["objective={kind: iddpm, learn_sigma: false, timestep_respacing: ddim999}"],
+        "objective.timestep_respacing='ddim999': no whole distance between steps gives 999 of 1000",
+    ),
+    "objective, a version that is a number": (
+        None,
+        ["objective={kind: rectified_flow_v1, version: 1.3}"],
+        'objective.version=1.3: must be text; write "1.3" in quotes',
+    ),
+    "objective, clips without times": (
+        None,
+        ["objective={kind: rectified_flow_v1, use_timestep_transform: true}", "data.buckets={256px: {5: [1.0, 1]}}"],
+        "data.buckets.256px.5: 5 frames are 5//17*5 = 0 latent ones by the rule of objective.version=1.2",
+    ),
+    "a loss that is no mean of ours": (None, ["train.loss_reduction=sum"], "train.loss_reduction='sum'"),
+    "conditions, an unknown kind": (
+        None,
+        ["conditioning.dropout.conditions={kep: 1}"],
+        "conditioning.dropout.conditions.kep: no such kind; must be one of keep, cond, text, null",
+    ),
+    "conditions, no weight": (
+        None,
+        ["conditioning.dropout.conditions={keep: 0}"],
+        "conditioning.dropout.conditions: every weight is 0; must have one above",
+    ),
+    "known frames, a negative weight": (None, ["conditioning.known_weight=-1"], "conditioning.known_weight=-1.0: must"),
+    "known frames, weighed and left out": (
+        None,
+        ["conditioning={known_weight: 0.1, known_in_loss: false}"],
+        "conditioning.known_weight=0.1: must be 1 with known_in_loss=false",
+    ),
     # keys
     "unknown key": (None, ["train.stepz=3"], "train.stepz: unknown key; did you mean steps?"),
     "unknown section": (None, ["optimizer.lr=3"], "optimizer: unknown key; did you mean optim?"),

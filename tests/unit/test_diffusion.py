@@ -2,6 +2,7 @@
 and the steps of diffusers where these mean the same."""
 
 import math
+import random
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -16,6 +17,7 @@ from opensora.schedulers.base import EditingSolver, SolverOptions
 from opensora.schedulers.dpm_solver import DPMSolver
 from opensora.schedulers.iddpm import IDDPM, IDDPMConfig, speed_tables
 from opensora.schedulers.noise_schedule import noise_schedule, spaced_steps
+from opensora.schedulers.rectified_flow_v1 import RectifiedFlowV1Config
 from opensora.utils.tokens import Grid
 
 GRID = Grid((2, 2, 2), (1, 1, 1))
@@ -77,6 +79,37 @@ def test_betas_are_those_of_diffusers() -> None:
         wanted = DDPMScheduler(beta_schedule=theirs).betas.double()
         found = noise_schedule(ours, CHAIN, "", "fp64").betas  # type: ignore[arg-type]
         assert torch.allclose(found, wanted, rtol=1e-5)
+
+
+def steps_by_hand(counts: list[int], steps: int) -> list[int] | None:
+    """Sections one after the other, the first ones longer by one; None: one is too short."""
+    found, ends = [], [steps * (i + 1) // len(counts) for i in range(len(counts))]
+    lengths = sorted((end - start for start, end in zip([0, *ends], ends, strict=False)), reverse=True)
+    for section, (count, length) in enumerate(zip(counts, lengths, strict=True)):
+        start, place = sum(lengths[:section]), 0.0
+        if count > length:
+            return None
+        for _ in range(count):
+            found.append(start + round(place))
+            place += (length - 1) / (count - 1) if count > 1 else 0.0
+    return found
+
+
+def test_any_sections_are_chosen_as_by_hand_or_refused() -> None:
+    rng, refused = random.Random(7), 0
+    for _ in range(400):
+        steps = rng.choice([21, 100, 999, 1000])
+        counts = [rng.randint(1, rng.choice([3, 40, 400])) for _ in range(rng.randint(1, 6))]
+        wanted, spec = steps_by_hand(counts, steps), ",".join(map(str, counts))
+        if wanted is None:
+            refused += 1
+            with pytest.raises(ValueError, match="a section of"):
+                spaced_steps(spec, steps)
+            continue
+        assert list(spaced_steps(spec, steps)) == wanted, (spec, steps)
+        schedule = noise_schedule("linear", steps, spec, "fp64")
+        assert len(schedule) == sum(counts) and (schedule.betas > 0).all() and (schedule.betas < 1).all()
+    assert 20 < refused < 380
 
 
 # The loss, one value at a time.
@@ -323,6 +356,28 @@ def test_given_frames_of_a_chain() -> None:
         assert edits.renoised.tolist() == [[first == level for first in firsts]]
         assert edits.noisy.tolist() == [[first > level for first in firsts]]
         assert edits.kept.tolist() == [[first < level for first in firsts]]
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "ddim", "euler"])
+def test_a_given_frame_is_kept_then_noised_once_then_made(kind: str) -> None:
+    """Whatever its ratio, and however many steps there are; and the model is told so."""
+    rng = random.Random(3)
+    for _ in range(60):
+        steps = rng.randint(1, 40)
+        ratios = torch.tensor([[0.0, 1.0, *(rng.random() for _ in range(6))]])
+        cfg: Any = RectifiedFlowV1Config() if kind == "euler" else IDDPMConfig()
+        solver: Any = build_solver(kind, cfg, SolverOptions(steps), GRID)
+        edits = [solver.edits(ratios, index) for index in range(steps)]
+        for frame in range(8):
+            seen = [[bool(part[0, frame]) for part in edit] for edit in edits]
+            renoised, noisy, kept = zip(*seen, strict=True)
+            assert sum(renoised) <= 1 and list(noisy) == sorted(noisy) and list(kept) == sorted(kept, reverse=True)
+            assert not any(a and b for a, b in zip(noisy, kept, strict=True))  # never both
+            assert not any(a and b for a, b in zip(renoised, kept, strict=True))
+            if frame == 1:
+                assert all(noisy) and not any(renoised)
+            if frame == 0 and kind == "euler":
+                assert all(kept)
 
 
 def test_dpm_solver_keeps_no_frames_and_takes_steps_in_order() -> None:

@@ -35,7 +35,10 @@ from tests.dist.chapters import MODELS, batches, plain_model
 KINDS = ("dit", "latte", "pixart", "pixart_ms", "pixart_sigma")
 
 
-@pytest.mark.parametrize("name", MODELS)
+QUICK = ("dit", "latte", "pixart_kv")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
 def test_operations_are_those_that_torch_counts(name: str) -> None:
     cfg = MODELS[name]
     factored = describe(cfg).token_axes == "factored"

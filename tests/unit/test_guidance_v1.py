@@ -1,6 +1,8 @@
 """Guidance, given frames and the loss's reduction of Open-Sora 1.x, by hand."""
 
+from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +16,11 @@ from opensora.assembly.token_layout import token_layout
 from opensora.conditioning import ConditioningConfig, DropoutConfig
 from opensora.conditioning.condition_dropout import DROPS, draw_drops, known_weights
 from opensora.config.run import SampleConfig
+from opensora.datasets import DataConfig
+from opensora.datasets.buckets.bucket import Bucket
 from opensora.inference.check import solver_of
 from opensora.inference.steps import guided_channels, keeps_known, ratios_of_tokens
+from opensora.models.base import AutoencoderShape
 from opensora.models.conditions import Conditions
 from opensora.sampling.given_frames import EditedFrames, SDEdit
 from opensora.sampling.guidance import TextGuidance, TextImageGuidance, build_guidance, image_scale
@@ -25,6 +30,7 @@ from opensora.schedulers.base import SolverOptions
 from opensora.schedulers.iddpm import IDDPM, IDDPMConfig
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.schedulers.rectified_flow_v1 import RectifiedFlowV1Config
+from opensora.train import step_data
 from opensora.train.loss_weights import loss_weights
 from opensora.train.preparation import Preparation, loss_share
 from opensora.utils.errors import UserError
@@ -208,7 +214,7 @@ def test_known_frames_weigh_as_they_are_told_and_the_mean_is_one() -> None:
     known = torch.zeros(3, 5, 2, dtype=torch.bool)
     known[0, 0], known[1, [0, 4]] = True, True
     found = known_weights(known, 0.1)
-    assert torch.allclose(found.flatten(1).mean(1), torch.ones(3))
+    assert torch.allclose(found.flatten(1).mean(1), torch.ones(3, dtype=torch.float64))
     assert found[0, 0].tolist() == pytest.approx([0.1, 0.1]) and found[0, 1, 0].item() == pytest.approx((5 - 0.1) / 4)
     assert found[1, 1, 0].item() == pytest.approx((5 - 2 * 0.1) / 3) and (found[2] == 1).all()
     assert torch.isfinite(known_weights(torch.ones(1, 4, 2, dtype=torch.bool), 0.5)).all()
@@ -280,3 +286,25 @@ def test_steps_that_are_chosen_are_counted() -> None:
     assert (
         SampleConfig(weights="x", prompt="a", sampling=SamplingOption(timestep_respacing="5")).sampling.num_steps == 5
     )
+
+
+@pytest.mark.parametrize(("reduction", "wanted"), [("elements", 3 * 16 * 2 * 4 * 6 + 16 * 4 * 4), ("samples", 4)])
+def test_a_step_says_what_its_loss_is_the_mean_over(
+    monkeypatch: pytest.MonkeyPatch, reduction: Any, wanted: int
+) -> None:
+    monkeypatch.setattr(step_data, "build_loader", lambda *args, **options: None)
+    shapes = Counter({Bucket("32px", 5, 32, 48, 3): 3, Bucket("32px", 1, 32, 32, 1): 1})
+    plan: Any = SimpleNamespace(shapes=lambda step: shapes)
+    table: Any = SimpleNamespace(content=None)
+    data = step_data.StepData(
+        table,
+        plan,
+        DataConfig(),
+        meshes.view({}),
+        AutoencoderShape(16, (4, 8, 8), True),
+        start_step=0,
+        stop_step=1,
+        seed=0,
+        reduction=reduction,
+    )
+    assert data.loss_terms(0) == wanted

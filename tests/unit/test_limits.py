@@ -13,6 +13,7 @@ import pytest
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig, SampleConfig
 from opensora.sampling.options import SamplingOption
+from opensora.schedulers import OBJECTIVE_CONFIGS
 from opensora.utils.errors import UserError
 from opensora.utils.sections import TABLE
 from tests.unit.test_config import GOOD
@@ -152,3 +153,24 @@ def test_options_built_without_a_configuration_have_the_same_limits() -> None:
     for name in limited:
         with pytest.raises(ValueError, match=f"^{name}=.*must be at most"):
             SamplingOption(**{"width": 64, "height": 64, name: 2**63})
+
+
+# Objectives of models that this run has none of; a job states them for weights that do not.
+OBJECTIVES = ["objective={kind: iddpm}", 'objective={kind: rectified_flow_v1, version: "1.3"}']
+
+
+def test_absurd_numbers_of_other_objectives(files: dict[type, Path]) -> None:
+    may, tried = {("loc", "-1"), ("loc", "-0.5")}, 0
+    for chosen in OBJECTIVES:
+        load_config(SampleConfig, files[SampleConfig], [chosen])
+        kind = chosen.partition("kind: ")[2].partition(",")[0].rstrip("}")
+        fields = list(numbers(OBJECTIVE_CONFIGS[kind], ("objective",)))
+        assert fields
+        for key, _ in fields:
+            for value in (*HUGE, *NEGATIVE, *NOT_FINITE):
+                if (key.partition(".")[2], value) in may:
+                    continue
+                tried += 1
+                with pytest.raises(UserError, match=rf"^{re.escape(key)}[=:]"):
+                    load_config(SampleConfig, files[SampleConfig], [chosen, f"{key}={value}"])
+    assert tried > 70

@@ -64,6 +64,7 @@ def test_times_are_uniform_logit_normal_or_whole() -> None:
         ("1.3", {"transform_scale": 3.0}, (1, 512, 512), True, 1.0),  # not of images
         ("1.3", {"transform_scale": 3.0, "scale_temporal": False}, (49, 1024, 512), True, math.sqrt(2)),
     ],
+    ids=("groups", "whole groups", "scaled", "not in sampling", "not in training", "videos", "images", "no time"),
 )
 def test_transform_by_hand(
     version: Any, options: dict[str, Any], pixels: tuple[int, int, int], sampling: bool, ratio: float

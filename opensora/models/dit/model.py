@@ -155,6 +155,7 @@ def describe(cfg: DiTConfig) -> Denoising:
         pooled_dim=0 if cfg.num_classes else cfg.caption_channels,
         num_classes=cfg.num_classes,
         outputs=cfg.outputs,
+        times="steps",
         null_text="learned",
         reusable=frozenset(("blocks", "modulated")),
     )

@@ -118,6 +118,7 @@ def describe(cfg: LatteConfig) -> Denoising:
         pooled_dim=0 if cfg.num_classes else cfg.caption_channels,
         num_classes=cfg.num_classes,
         outputs=cfg.outputs,
+        times="steps",
         null_text="learned",
         reusable=frozenset(("blocks",)),
         attention_pairs=space_and_time_pairs,

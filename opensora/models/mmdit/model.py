@@ -250,6 +250,7 @@ def describe(cfg: MMDiTConfig) -> Denoising:
         heads=cfg.num_heads,
         text_dim=cfg.context_in_dim,
         pooled_dim=cfg.vec_in_dim,
+        times="unit",
         references="channels" if cfg.cond_embed else "none",
         wants=frozenset(("guidance",) if cfg.guidance_embed else ()),
         packs=True,

@@ -191,6 +191,7 @@ def describe(cfg: PixArtConfig) -> Denoising:
         text="cross",
         text_dim=cfg.caption_channels,
         outputs=cfg.outputs,
+        times="steps",
         null_text="learned",
         wants=frozenset(("size",) if isinstance(cfg, PixArtMSConfig) else ()),
         cuts_tokens=not (isinstance(cfg, PixArtSigmaConfig) and cfg.compressed),
