@@ -18,7 +18,7 @@ from acceleration.distributed.comm_timer import WAITING
 from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
-from opensora.models.families import build_model
+from opensora.models.families import MODEL_SIZES, build_model
 from opensora.planner.meta_model import denoiser_inputs, run_denoiser
 from tests import factored_family
 from tests.dist.harness import run_distributed
@@ -67,14 +67,17 @@ CASES = [
     ("joint", {"tensor": 2}, 0, "full"),
     ("joint", {"tensor": 2, "shard": 2}, 3, "none"),
     ("factored", {"shard": 2, "ulysses": 2}, 3, "selective"),
+    ("windows", {"ulysses": 2}, 2, "full"),
+    ("windows", {"ring": 2, "ulysses": 2}, 1, "selective"),
 ]
+WINDOWS = MODEL_SIZES["stdit3"]["debug_v1_3"]
 
 
 @pytest.mark.parametrize(
     ("kind", "mesh", "zero", "recompute"), [*CASES[:2], *(pytest.param(*c, marks=pytest.mark.slow) for c in CASES[2:])]
 )
 def test_counted_is_predicted(kind: str, mesh: dict[str, int], zero: Any, recompute: str) -> None:
-    model = MODEL if kind == "joint" else factored_family.ToyConfig()
+    model = {"joint": MODEL, "windows": WINDOWS}.get(kind, factored_family.ToyConfig())
     cfg = ParallelConfig(
         zero=zero, mesh=MeshConfig(**{"shard": 1} | mesh), recompute=RECOMPUTE[recompute], precision=FP64
     )
