@@ -965,6 +965,20 @@ TABLE: tuple[Mutation, ...] = (
         "gc.get_count()",
         f"{BORDERS}::test_every_border_frees_the_cycles_of_its_step",
     ),
+    Mutation(
+        "two tests that wait with a limit at once",
+        "tests/workers.py",
+        'return 0, "in turn"',
+        "return 0, file",
+        "tests/unit/test_workers.py::test_no_two_workers_wait_at_once_and_every_test_is_run_once",
+    ),
+    Mutation(
+        "a signal while a file is written leaves half of it",
+        "opensora/utils/signal_handler.py",
+        "if self._saving and not self._leaving:",
+        "if self._saving and self._leaving:",
+        "tests/faults/test_signals.py::test_a_command_without_a_state_leaves_after_the_file_that_it_writes[15--None-True]",
+    ),
     # References: what is given in training, and in sampling.
     Mutation(
         "the tail of a reference taken from the head",
