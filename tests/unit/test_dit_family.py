@@ -246,10 +246,10 @@ def test_the_null_text_keeps_its_digits() -> None:
 
 @pytest.mark.parametrize(("model", "fits"), [("kind: pixart", False), ("kind: dit, condition: label_9", True)])
 def test_other_engines_keep_nothing_frozen(model: str, fits: bool, tmp_path: Path) -> None:
-    path = tmp_path / "a.yaml"
+    path, text = tmp_path / "a.yaml", "{kind: classes, num_classes: 9}" if fits else "{kind: bytes, dim: 32}"
     shape = "in_channels: 16, caption_channels: 32, hidden_size: 36, num_heads: 2, depth: 1"
     path.write_text(
-        f"name: a\nmodel: {{{model}, {shape}}}\nvae: {{kind: dct, channels: 16}}\ntext: {{kind: bytes, dim: 32}}\n"
+        f"name: a\nmodel: {{{model}, {shape}}}\nvae: {{kind: dct, channels: 16}}\ntext: {text}\n"
         "data: {table: a.csv, buckets: {32px: {1: [1.0, 1]}}}\nobjective: {kind: iddpm}\n"
         "parallel: {engine: deepspeed, precision: {compute: fp32}}\ntrain: {steps: 1}\n"
     )
