@@ -129,7 +129,8 @@ REFUSED: dict[str, tuple[str, str]] = {
     "no table": ("validate.table={folder}/nothing.csv", "validate.table={folder}/nothing.csv: "),
     "no clip table": ("validate.table={folder}/0.png", "validate.table"),
     "no column": ("validate.table={folder}/short.csv", "short.csv: column 'text' is missing"),
-    "too small": ("data.buckets={512px: {1: [1.0, 2]}}", "validate.table={folder}/clips.csv: data.buckets"),
+    # The middle of a path may be left out, where the folders of tests are deep.
+    "too small": ("data.buckets={512px: {1: [1.0, 2]}}", "/clips.csv: data.buckets: none of the 12 samples fits"),
 }
 
 
@@ -140,6 +141,7 @@ def test_a_held_out_table_that_cannot_be_used_is_one_line(folder: Path, case: st
     with pytest.raises(UserError) as caught:
         held_out(folder, override)
     assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert case == "no column" or str(caught.value).startswith("validate.table")
 
 
 PROMPTS = {
