@@ -155,7 +155,7 @@ def test_encoders_beside_training(name: str, autoencoder: Path) -> None:
 def test_packs_of_unequal_samples() -> None:
     """A bound: a forecast is of full packs of equal samples, and no pack has more tokens."""
     shapes = [(2, 5, 16, 24), (1, 1, 32, 16), (3, 5, 16, 16)]
-    changes = BIG | {"data.tokens_per_sequence": 64}
+    changes = BIG | {"data.tokens_per_sequence": 64, "data.micro_batches": 2, "data.balance_group": 2}
     (most,) = run_distributed(a_step, 1, changes, shapes, timeout=800)
     cfg = problem.config(changes)
     place, count = RankLayout(meshes.view({}), cfg.parallel), sum(samples for samples, *_ in shapes)
@@ -218,12 +218,13 @@ CACHES: list[CacheConfig] = [
 @LIMIT
 @pytest.mark.parametrize("caches", [CACHES[::4], pytest.param(CACHES[1:4], marks=slow)], ids=["two kinds", "others"])
 def test_what_step_caches_keep(caches: list[CacheConfig]) -> None:
-    """A bound from above of what a cache adds to what is there without one."""
+    """What a cache adds to what is there without one. Of a cache of first and last blocks it is a bound: where most is
+    held, one of the two copies of the tokens that are carried while blocks run is gone."""
     ((plain, *most),) = run_distributed(with_caches, 1, [NoCache(), *caches], timeout=800)
     place = RankLayout(meshes.view({}), ParallelConfig(zero=3, mesh=MeshConfig(), precision=FP64))
     batch = MicroBatch(samples=2, txt=TEXT_TOKENS, img=TOKENS, has_mask=True)
     for cache, bytes_then in zip(caches, most, strict=True):
         kept = reused_bytes(reuse_of(cache), 2, MODEL, batch, structure(MODEL), place)
         print(f"{cache.kind}: {bytes_then - plain} of {kept} forecast, beside {plain}")
-        assert 0.9 * kept <= bytes_then - plain <= 1.05 * kept
+        assert (0.8 if cache.kind == "dbcache" else 0.95) * kept <= bytes_then - plain <= 1.05 * kept
     assert reused_bytes(reuse_of(NoCache()), 2, MODEL, batch, structure(MODEL), place) == 0

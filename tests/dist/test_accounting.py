@@ -185,9 +185,10 @@ EVERY = LoraConfig(rank=3, alpha=5.0, targets=FAMILY.lora_targets)
 FEW = replace(EVERY, targets=("double_blocks.1.*_attn.qkv", "single_blocks.0.linear2"))
 # processes, mesh, ZeRO, recomputation, adapters, who shares out micro-batches
 OTHERS = {
-    "adapters": (2, {"tensor": 2}, 3, "full", EVERY, mine),
+    "adapters": (2, {}, 3, "full", EVERY, mine),
     "packs": (2, {"ulysses": 2}, 2, "selective", LoraConfig(), packed),
-    "adapters, shards": (2, {}, 2, "none", EVERY, mine),
+    "adapters, zero 2": (2, {}, 2, "none", EVERY, mine),
+    "adapters, tensor": (2, {"tensor": 2}, 3, "full", EVERY, mine),
     "adapters on a base that streams": (2, {}, 3, "full", replace(EVERY, offload="blocks"), mine),
     "adapters on a base that streams, tensor": (4, {"tensor": 2}, 2, "none", replace(EVERY, offload="blocks"), mine),
     "adapters in some, ulysses": (3, {"ulysses": 3}, 3, "full", FEW, mine),
