@@ -180,8 +180,9 @@ opensora_setup_or_stop() {
     for name in "${names[@]}"; do
         trap "asked=\"\${asked:-$(kill -l "$name")}\"; kill $pid 2>/dev/null" "$name"
     done
-    while kill -0 "$pid" 2>/dev/null; do
+    while true; do # waits first: what has ended already still has its status to give
         if wait "$pid"; then status=0; else status=$?; fi # returns when a signal comes, too
+        kill -0 "$pid" 2>/dev/null || break
     done
     trap - "${names[@]}"
     eval "$traps"

@@ -181,6 +181,17 @@ def test_no_python_that_fits(checkout: Checkout) -> None:
     assert not (checkout.root / ".venv").exists()
 
 
+def test_a_failure_before_anyone_waits_for_it_is_a_failure(checkout: Checkout) -> None:
+    """On a busy machine the set-up may have ended before the shell that started it comes to wait."""
+    slowly = checkout.root / "slowly.sh"
+    slowly.write_text('trap() { sleep 0.2; builtin trap "$@"; }')
+    slow = {"BASH_ENV": str(slowly)}
+    code, said, _ = checkout.run(OPENSORA_PYTHON="/no/such/python", **slow)
+    assert code == 2 and said.startswith("error: Python 3.10") and not (checkout.root / ".venv").exists()
+    source = "exec bash -c '. launch/setup.sh; echo status $?'"
+    assert "status 2" in checkout.run(source, OPENSORA_PYTHON="/no/such/python", **slow)[1]
+
+
 def test_two_at_once_take_turns(checkout: Checkout) -> None:
     if shutil.which("flock") is None:
         pytest.skip("flock is not installed")
