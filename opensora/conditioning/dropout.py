@@ -17,10 +17,10 @@ def drop_text(seed: int, step: int, sample_ids: tuple[int, ...], cfg: DropoutCon
     return draw("drop_txt", cfg.text), draw("drop_vec", cfg.pooled)
 
 
-def dropped_labels(labels: Tensor | None, dropped: Tensor, num_classes: int) -> Tensor | None:
+def dropped_labels(labels: Tensor | None, dropped: Tensor | None, num_classes: int) -> Tensor | None:
     """(B,) int64: ``num_classes``, which stands for no class, where a sample lost its own; None of models that read
-    none."""
+    none. ``dropped`` None: no sample did."""
     if not num_classes:
         return None
     assert labels is not None, "checked with the configuration: the text encoder gives labels"
-    return torch.where(dropped, num_classes, labels)
+    return labels if dropped is None else torch.where(dropped, num_classes, labels)

@@ -42,6 +42,7 @@ from opensora.sampling.loop import Predict, denoise
 from opensora.sampling.noise import get_noise
 from opensora.sampling.options import SamplingOption, sanitize_sampling_option
 from opensora.utils.console import announce, progress
+from opensora.utils.files.upload import upload
 from opensora.utils.tokens import Grid
 
 Api = Callable[..., Tensor]
@@ -73,7 +74,7 @@ def conditions_of(
     read = list(texts)
     if learned and behind is not None:
         read = [other if is_gone else own for own, other, is_gone in zip(texts, behind, gone, strict=True)]
-    text, dropped = parts.text_encoder.encode(read), torch.tensor(gone, device=parts.device)
+    text, dropped = parts.text_encoder.encode(read), upload(torch.tensor(gone), parts.device) if learned else None
     numbers = {
         "fps": torch.tensor([opt.fps]),
         "size": torch.tensor([[opt.height, opt.width]], dtype=torch.float32),
@@ -84,11 +85,11 @@ def conditions_of(
         text_mask=text.mask,
         pooled=text.y_vec if denoising.pooled_dim else None,
         label=dropped_labels(text.label, dropped, denoising.num_classes),
-        dropped=dropped if learned else None,
+        dropped=dropped,
         reference=given.reference.to(x) * given.known[:, None] if given else None,
         known=given.known if given else None,
         **{
-            name: x.repeat_interleave(len(texts), 0).to(parts.device)
+            name: upload(x.repeat_interleave(len(texts), 0), parts.device)
             for name, x in numbers.items()
             if name in denoising.wants
         },

@@ -10,7 +10,7 @@ import pytest
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig, SampleConfig
 from opensora.config.strict_yaml import read_yaml
-from opensora.inference import check, pipeline
+from opensora.inference import check, steps
 from opensora.inference.find import find_source
 from opensora.inference.job import sample
 from opensora.schedulers.timesteps import get_schedule
@@ -38,14 +38,14 @@ def sampled(job: dict[str, Any]) -> tuple[list[list[float]], list[str]]:
     """(times of every solver that was made, what was said) of a sampling job."""
     asked: list[list[float]] = []
     said: list[str] = []
-    right = pipeline.build_solver
+    right = steps.build_solver
 
     def noting(kind: str, *rest: Any) -> Any:
         solver = right(kind, *rest)
         asked.append(list(solver.times))
         return solver
 
-    with mock.patch.object(pipeline, "build_solver", noting), mock.patch.object(check, "announce", said.append):
+    with mock.patch.object(steps, "build_solver", noting), mock.patch.object(check, "announce", said.append):
         assert sample(load_config(SampleConfig, job))
     return asked, said
 

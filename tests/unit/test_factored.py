@@ -347,7 +347,7 @@ def test_slots_that_would_attend_to_a_part_are_refused() -> None:
         ({"axis_switches": {"spatial_blocks.*.to_space": "place"}}, "must be space or time"),
         (
             {"attention_cores": {"spatial_blocks.*.attention.core": "height"}},
-            "must be one of joint, space, time, cross",
+            "must be one of joint, space, time, window, cross",
         ),
     ):
         model = meta(TOY)

@@ -243,9 +243,8 @@ class STDiT3(nn.Module):
         """Of the tokens of a frame as attention in space has them: by row and column, and time 0."""
         if not self.cfg.use_spatial_rope:
             return None
-        whole = self.to_space(positions.to(self.rope.exact), context).flatten(0, 1)[
-            :1
-        ]  # (1, S, 3): of every frame the same
+        frames = self.to_space(positions.to(self.rope.exact), context).flatten(0, 1)
+        whole = frames[:1]  # (1, S, 3), as all frames have the same places
         row, column = whole[..., 1] / scale, whole[..., 2] / scale
         return self.rope(torch.zeros_like(row), row, column)
 
