@@ -16,7 +16,7 @@ from tests.factored_family import ToyConfig
 SLOW = [pytest.mark.slow, pytest.mark.timeout(900)]  # of a busy machine
 QUICK = {1}  # two processes, ZeRO 2
 TOY = ToyConfig(width=256, text_dim=256, depth=3)
-_WIDE: dict[str, Any] = {"hidden_size": 240, "num_heads": 6, "caption_channels": 256, "depth": 3}
+_WIDE: dict[str, Any] = {"hidden_size": 288, "num_heads": 6, "caption_channels": 256, "depth": 3}
 FAMILY = {
     "dit": DiTConfig(**_WIDE),
     "latte": LatteConfig(**_WIDE | {"depth": 4}),
