@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 class Row(NamedTuple):
     """What is compared of a golden file."""
 
-    file: str  # without suffix
+    file: str  # without suffix; a pattern of fnmatch, or several with ", " between
     what: str
     tests: tuple[str, ...]  # beginnings of pytest's names, below tests/unit
 
@@ -79,7 +79,7 @@ ROWS = (
     Row("v1/vae_pipeline_v1_2", "encode and decode in pieces", (f"{AUTOENCODERS_1X}clips_of_1_2",)),
     Row("v1/vae_pipeline_more_v1_2", "other pieces, both networks in training", (f"{AUTOENCODERS_1X}more_of_1_2",)),
     Row(
-        "v1/vae_v1_3_cases",
+        "v1/vae_v1_3_*",
         "encode and decode in pieces, normalized",
         (f"{AUTOENCODERS_1X}clips_of_1_3", f"{AUTOENCODERS_1X}small_values"),
     ),
@@ -96,17 +96,20 @@ ROWS = (
         "names and shapes of the published sizes",
         ("test_autoencoder_files.py::test_names_of_open_sora_1", f"{TRAINING_1X}discriminators_of_published"),
     ),
+    Row("v1/configs", "values of 59 configurations", ("test_family_configs.py::test_values_are_the_published_ones",)),
     Row("v1/clean_caption", "captions, cleaned and lowered", ("test_text_1x.py::test_cleaning_is",)),
-    Row("iddpm_tables_*", "chains, 4 respacings, fp64 and fp32", (f"{SCHEDULERS}tables_are_equal",)),
-    Row("iddpm_speed", "tables of SpeeD; loss, gradient", (f"{SCHEDULERS}speed_tables", f"{SCHEDULERS}iddpm_speed")),
-    Row("iddpm_train_*", "losses, gradients, with masks", (f"{SCHEDULERS}iddpm_training",)),
-    Row("iddpm_sample_*, iddpm_ddim_*", "DDPM and DDIM, with masks", (f"{SCHEDULERS}iddpm_sampling",)),
-    Row("iddpm_p_sample_*", "a step with clipping", (f"{SCHEDULERS}one_step",)),
-    Row("dpms_sample_*", "DPM-Solver++", (f"{SCHEDULERS}dpm_solver",)),
-    Row("rflow_timestep_transform_*", "times by size", (f"{SCHEDULERS}timestep_transform",)),
-    Row("rflow_train_*", "times, losses, gradients, with masks", (f"{SCHEDULERS}flow_training[",)),
-    Row("rflow_train_i2v_drop_*", "losses with dropped conditions", (f"{SCHEDULERS}flow_training_with",)),
-    Row("rflow_sample_*", "Euler steps, masks, three passes", (f"{SCHEDULERS}flow_sampling",)),
+    Row("v1/iddpm_tables_*", "chains, 4 respacings, fp64 and fp32", (f"{SCHEDULERS}tables_are_equal",)),
+    Row(
+        "v1/iddpm_speed_*", "tables of SpeeD; loss, gradient", (f"{SCHEDULERS}speed_tables", f"{SCHEDULERS}iddpm_speed")
+    ),
+    Row("v1/iddpm_train_*", "losses, gradients, with masks", (f"{SCHEDULERS}iddpm_training",)),
+    Row("v1/iddpm_sample_*, v1/iddpm_ddim_*", "DDPM and DDIM, with masks", (f"{SCHEDULERS}iddpm_sampling",)),
+    Row("v1/iddpm_p_sample_*", "a step with clipping", (f"{SCHEDULERS}one_step",)),
+    Row("v1/dpms_sample_*", "DPM-Solver++", (f"{SCHEDULERS}dpm_solver",)),
+    Row("v1/rflow_timestep_transform_*", "times by size", (f"{SCHEDULERS}timestep_transform",)),
+    Row("v1/rflow_train_*", "times, losses, gradients, with masks", (f"{SCHEDULERS}flow_training[",)),
+    Row("v1/rflow_train_i2v_drop_*", "losses with dropped conditions", (f"{SCHEDULERS}flow_training_with",)),
+    Row("v1/rflow_sample_*", "Euler steps, masks, three passes", (f"{SCHEDULERS}flow_sampling",)),
     Row("step_cache", "12 steps of every cache", ("test_step_caches.py::test_golden_trajectories",)),
     *(Row(f"v1/{name}", "output, loss, gradients", (f"{STDIT_GOLDEN}[{name}]",)) for name in STDIT),
     Row("v1/names", "STDiT: names, shapes, counts", ("test_stdit_files.py::test_names_and_shapes",)),

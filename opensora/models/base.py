@@ -7,7 +7,7 @@ and ``attention_cores`` the same way, so the model does not know that it is shar
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import lcm
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from opensora.utils.tokens import Grid
 
 AttentionAxis = Literal["joint", "space", "time", "window", "cross"]  # what an attention slot runs along
 TokenAxis = Literal["space", "time"]
+# How tensor parallelism cuts linear layers: pattern of names -> (kind, parts of (size, unit)), as acceleration reads it
+TensorPlan: TypeAlias = dict[str, tuple[str, tuple[tuple[int, int], ...]]]
 
 
 class AttentionCore(Protocol):
@@ -152,6 +154,17 @@ class Widths(NamedTuple):
     latents: Width  # channels
     text: Width  # of a text token
     pooled: Width  # of the prompt as one vector
+
+
+def check_widths(cfg: Any, **read: Width) -> None:
+    """That a config's keys, by name, are as wide as what the model reads there.
+
+    Raises:
+        ValueError: a width that does not fit, with the one that does.
+    """
+    for key, width in read.items():
+        if width.size not in (None, getattr(cfg, key)):
+            raise ValueError(f"{key}={getattr(cfg, key)}: {width.key} gives {width.size}; set model.{key}={width.size}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ from opensora.planner.meta_model import structure
 from opensora.utils.rng import torch_generator
 from opensora.utils.tokens import Grid
 from tests.dist.layouts import FP64, RECOMPUTE
-from tests.dist.parity import Outcome, fill, measured_steps
+from tests.dist.parity import AVERAGE, Outcome, average_by_hand, fill, measured_steps
 
 CPU = torch.device("cpu")
 STEPS, TEXT_TOKENS = 2, 5
@@ -188,6 +188,7 @@ def on_one_process(cfg: Any, optim: OptimConfig = SGD, *, adapters: bool = False
         optimizer = torch.optim.AdamW(
             parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
         )
+    average = {name: p.detach().clone() for name, p in named.items()}
     for step in range(STEPS):
         total = torch.zeros((), dtype=torch.float64)
         for sample in batches(cfg, step):
@@ -197,9 +198,11 @@ def on_one_process(cfg: Any, optim: OptimConfig = SGD, *, adapters: bool = False
         norm = torch.nn.utils.clip_grad_norm_(parameters, optim.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
+        average = average_by_hand(average, named, step, optim.ema_decay)
         steps.append((total.item(), norm.item(), gradients))
+    averages = {AVERAGE + name: value for name, value in average.items()} if optim.ema_decay else {}
     kept = named if adapters else dict(model.named_parameters())
-    return Outcome(steps, {name: p.detach().clone() for name, p in kept.items()})
+    return Outcome(steps, {name: p.detach().clone() for name, p in kept.items()} | averages)
 
 
 @dataclass(frozen=True)
@@ -262,7 +265,8 @@ def on_this_layout(run: Run, cfg: Any) -> Outcome:
         known = describe(cfg).references == "in_place"
         return step_bytes(structure(cfg, known), place, [sizes(sample) for sample in mine(step)])
 
-    return measured_steps(engine, mesh, STEPS, backward, None if run.adapters else predicted)  # which knows none
+    formula = None if run.adapters else predicted  # which knows none
+    return measured_steps(engine, mesh, STEPS, backward, formula, average=bool(run.optim.ema_decay))
 
 
 @torch.no_grad()

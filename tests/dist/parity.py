@@ -1,6 +1,6 @@
 """What parity tests compare: some steps of training as a process saw them, and how far two of these are apart."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from acceleration.sharding import fsdp, tensor_parallel
 from opensora.utils.rng import torch_generator
 
 TOLERANCE = 1e-10
+AVERAGE = "average of "
 
 Step = tuple[float, float, dict[str, Tensor]]  # loss, gradient norm, gradients
 Bytes = dict[str, int]  # axis -> bytes that a process sent in a step
@@ -24,7 +25,7 @@ class Outcome:
     """Some steps as one process saw them."""
 
     steps: list[Step]
-    weights: dict[str, Tensor]  # afterwards, whole
+    weights: dict[str, Tensor]  # afterwards, whole; a moving average of them under AVERAGE and the name
     traffic: list[tuple[Bytes, Bytes]] = field(default_factory=list)  # (counted, predicted) of every step
 
 
@@ -39,12 +40,15 @@ def measured_steps(
     steps: int,
     backward: Callable[[int], Tensor],
     predicted: Callable[[int], Bytes] | None = None,
+    *,
+    average: bool = False,
 ) -> Outcome:
     """``steps`` steps on a layout, in every process of the group.
 
     Args:
         backward: makes the gradients of a step; returns this process's share of its loss.
         predicted: what formulas say that this process sends in a step; None where they know nothing of it.
+        average: look at the moving average of the weights, too.
     """
     outcome = Outcome([], {})
     for step in range(steps):
@@ -58,7 +62,17 @@ def measured_steps(
         if predicted is not None:
             outcome.traffic.append((dict(mesh.bytes_sent()), predicted(step)))
     outcome.weights.update(engine.full_weights())
+    if average:
+        outcome.weights.update((AVERAGE + name, value.clone()) for name, value in engine.full_weights("ema"))
     return outcome
+
+
+def average_by_hand(
+    before: Mapping[str, Tensor], trained: Mapping[str, Tensor], step: int, most: float
+) -> dict[str, Tensor]:
+    """The moving average after a step, which forgets its start sooner while it is young."""
+    kept = min(most, (1 + step) / (10 + step))
+    return {name: kept * before[name] + (1 - kept) * weight.detach() for name, weight in trained.items()}
 
 
 def whole_gradients(engine: Engine, mesh: Mesh) -> dict[str, Tensor]:

@@ -32,8 +32,8 @@ from opensora.models.stdit import STDiT2Config, STDiT3Config, STDiTConfig
 from opensora.planner.meta_model import structure, told_frames
 from opensora.train.preparation import Preparation, Tokens, loss_share
 from opensora.utils.rng import torch_generator
-from tests.dist.layouts import FP64
-from tests.dist.parity import Outcome, fill, measured_steps
+from tests.dist.layouts import FP64, RECOMPUTE
+from tests.dist.parity import AVERAGE, Outcome, average_by_hand, fill, measured_steps
 from tests.dist.problem import TEXT_TOKENS, FakeText, PassThrough
 from tests.factored_family import GaussianFlow, GaussianFlowConfig
 
@@ -184,6 +184,7 @@ def on_one_process(cfg: Any, optim: OptimConfig = SGD, *, adapters: bool = False
         ),
     }
     optimizer, prepare, steps = kinds[optim.kind](), preparation(cfg, meshes.view({})), []
+    average = {name: p.detach().clone() for name, p in named.items()}
     for step in range(STEPS):
         total = torch.zeros((), dtype=torch.float64)
         for batch in batches(cfg, step):
@@ -196,8 +197,10 @@ def on_one_process(cfg: Any, optim: OptimConfig = SGD, *, adapters: bool = False
         norm = torch.nn.utils.clip_grad_norm_(parameters, optim.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
+        average = average_by_hand(average, named, step, optim.ema_decay)
         steps.append((total.item(), norm.item(), gradients))
-    return Outcome(steps, {name: p.detach().clone() for name, p in named.items()})
+    averages = {AVERAGE + name: value for name, value in average.items()} if optim.ema_decay else {}
+    return Outcome(steps, {name: p.detach().clone() for name, p in named.items()} | averages)
 
 
 def assign(cfg: Any, step: int, mesh: Mesh) -> list[Clips]:
@@ -238,8 +241,10 @@ class Run:
 
     def __str__(self) -> str:
         axes = "".join(f"-{axis}{degree}" for axis, degree in self.mesh.items())
-        more = "".join(f"-{name}" for name in (*self.options, self.optim.kind, *["lora"] * self.adapters))
-        return f"{self.model}-{self.world}{axes}-zero{self.zero}{more}"
+        recompute = self.options.get("recompute", RECOMPUTE["none"])
+        kind = next(name for name, value in RECOMPUTE.items() if value == recompute)
+        more = "-lora" * self.adapters + "-compiled" * ("compile" in self.options)
+        return f"{self.model}-{self.world}{axes}-zero{self.zero}-{kind}-{self.optim.kind}{more}"
 
     @property
     def config(self) -> ParallelConfig:
@@ -280,7 +285,8 @@ def on_this_layout(run: Run) -> Outcome:
         return step_bytes(made_of, place, sizes)
 
     trains_all = run.model != "frozen" and not run.adapters  # formulas know no blocks that backward does not reach
-    return measured_steps(engine, mesh, STEPS, backward, predicted if trains_all else None)
+    formula = predicted if trains_all else None
+    return measured_steps(engine, mesh, STEPS, backward, formula, average=bool(run.optim.ema_decay))
 
 
 def on_these_layouts(runs: list[Run]) -> list[Outcome]:

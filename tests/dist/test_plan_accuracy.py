@@ -1,14 +1,32 @@
 """The forecast of peak memory is within 10 % of what a step on gloo processes takes."""
 
+from typing import Any
+
 import pytest
 
 from benchmarks.plan_accuracy import CASES, Case, measure, predict
+from opensora.models.dit import DiTConfig
+from opensora.models.families import describe
+from opensora.models.latte import LatteConfig
+from opensora.models.pixart import PixArtConfig, PixArtMSConfig
+from opensora.models.stdit import STDiT2Config, STDiT3Config, STDiTConfig
 from tests.dist.harness import run_distributed
 from tests.factored_family import ToyConfig
 
 SLOW = [pytest.mark.slow, pytest.mark.timeout(900)]  # of a busy machine
 QUICK = {1}  # two processes, ZeRO 2
 TOY = ToyConfig(width=256, text_dim=256, depth=3)
+_WIDE: dict[str, Any] = {"hidden_size": 288, "num_heads": 6, "caption_channels": 256, "depth": 3}
+FAMILY = {
+    "dit": DiTConfig(**_WIDE),
+    "latte": LatteConfig(**_WIDE | {"depth": 4}),
+    "pixart": PixArtConfig(**_WIDE),
+    "pixart_ms": PixArtMSConfig(**_WIDE),
+    "stdit": STDiTConfig(**_WIDE),
+    "stdit2": STDiT2Config(**_WIDE),
+    "stdit3": STDiT3Config(**_WIDE),
+    "windows": STDiT3Config(**_WIDE, kernel_size=(8, 8, -1), use_spatial_rope=True, cond_embed=True),
+}
 FACTORED = [
     Case(model=TOY, zero=2, world=2, img=1024, frames=8),
     Case(model=TOY, zero=3, world=2, mesh={"ulysses": 2}, img=2048, frames=8),
@@ -17,6 +35,22 @@ FACTORED = [
     Case(model=TOY, zero=3, world=2, mesh={"tensor": 2}, img=1024, frames=4),
     Case(model=TOY, zero=1, world=2, mesh={"ulysses": 2}, img=1024, frames=1),
 ]
+
+
+def of_family() -> list[Any]:
+    """Every model of the family on one and on two processes that share clips in two ways."""
+    found = []
+    for name, model in FAMILY.items():
+        frames = None if describe(model).token_axes == "joint" else 8
+        layouts: list[dict[str, Any]] = [
+            {"zero": 2, "world": 2},
+            {"zero": 3, "world": 2, "mesh": {"ulysses": 2}, "recompute": "full"},
+            {"zero": 3, "world": 2, "mesh": {"tensor": 2}},
+        ]
+        for layout in layouts:
+            case = Case(model=model, img=1024, frames=frames, **layout)
+            found.append(pytest.param(case, id=f"{name} {case}", marks=SLOW))
+    return found
 
 
 @pytest.mark.parametrize(
@@ -34,5 +68,11 @@ def test_peak_is_forecast(case: Case) -> None:
 )
 def test_peak_of_a_factored_model_is_forecast(case: Case) -> None:
     """With blocks that run in turns, each where it is in that order."""
+    measured = max(run_distributed(measure, case.world, case, timeout=400))
+    assert predict(case) == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("case", of_family())
+def test_peak_of_the_family_is_forecast(case: Case) -> None:
     measured = max(run_distributed(measure, case.world, case, timeout=400))
     assert predict(case) == pytest.approx(measured, rel=0.1)

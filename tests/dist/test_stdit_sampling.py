@@ -83,7 +83,9 @@ def by_hand(job: Job) -> Tensor:
     x[..., :height, :width] = noise
 
     def velocity(prompts: list[str], dropped: list[bool], time: float) -> Tensor:
-        text = FakeText().encode(prompts)
+        # The embedding of no prompt stands behind the mask of the prompt that it is in place of, as in training.
+        read = [own if gone else said for own, said, gone in zip(PROMPTS, prompts, dropped, strict=True)]
+        text = FakeText().encode(read)
         told = Conditions(
             text=text.txt,
             text_mask=text.mask,

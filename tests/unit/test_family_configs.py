@@ -11,6 +11,7 @@ from opensora.config.load import load_config
 from opensora.config.mmengine import read_python
 from opensora.config.run import MODEL_CONFIGS, RunConfig, SampleConfig
 from opensora.utils.errors import UserError
+from tests import guide_configs
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -49,70 +50,6 @@ def test_values_are_the_published_ones(name: str, golden: Path) -> None:
     assert as_json(data) == published(golden)[name]
 
 
-# The two examples of the family's guide to its configurations.
-GUIDE_SAMPLING = """
-# Define sampling size
-num_frames = 64
-fps = 24 // 2
-image_size = (512, 512)
-
-# Define model
-model = dict(
-    type="STDiT-XL/2",
-    space_scale=1.0,
-    time_scale=2 / 3,
-    enable_flash_attn=True,
-    enable_layernorm_kernel=True,
-    from_pretrained="PRETRAINED_MODEL",
-    no_temporal_pos_emb=True,
-)
-vae = dict(type="VideoAutoencoderKL", from_pretrained="stabilityai/sd-vae-ft-ema", micro_batch_size=128)
-text_encoder = dict(type="t5", from_pretrained="DeepFloyd/t5-v1_1-xxl", model_max_length=120)
-scheduler = dict(type="iddpm", num_sampling_steps=100, cfg_scale=7.0)
-dtype = "fp16"
-
-# Other settings
-batch_size = 1
-seed = 42
-prompt_path = "./assets/texts/t2v_samples.txt"
-save_dir = "./samples"
-"""
-GUIDE_TRAINING = """
-num_frames = 64
-frame_interval = 2
-image_size = (512, 512)
-root = None
-data_path = "CSV_PATH"
-use_image_transform = False
-num_workers = 4
-dtype = "bf16"
-grad_checkpoint = True
-plugin = "zero2"
-sp_size = 1
-model = dict(
-    type="STDiT-XL/2",
-    space_scale=1.0,
-    time_scale=2 / 3,
-    from_pretrained="YOUR_PRETRAINED_MODEL",
-    enable_flash_attn=True,
-    enable_layernorm_kernel=True,
-)
-vae = dict(type="VideoAutoencoderKL", from_pretrained="stabilityai/sd-vae-ft-ema", micro_batch_size=128)
-text_encoder = dict(type="t5", from_pretrained="DeepFloyd/t5-v1_1-xxl", model_max_length=120, shardformer=True)
-scheduler = dict(type="iddpm", timestep_respacing="")
-seed = 42
-outputs = "outputs"
-wandb = False
-epochs = 1000
-log_every = 10
-ckpt_every = 250
-load = None
-batch_size = 4
-lr = 2e-5
-grad_clip = 1.0
-"""
-
-
 def layer_of(cls: type, path: Path, *words: str) -> dict[str, Any]:
     """What a file of the family is here, before it is put into classes."""
     layer, _, rest = read_family(cls, path, words)
@@ -129,8 +66,19 @@ def subset(expected: dict[str, Any], found: dict[str, Any], at: str = "") -> Non
             assert found[key] == value, f"{at}{key}"
 
 
+def test_the_examples_are_those_of_the_guide(golden: Path, tmp_path: Path) -> None:
+    found = [*golden.parent.glob("seeds/003_*.txt")]
+    if not found:
+        pytest.skip(f"no guide to the family's configurations beside {golden}")
+    ours = (guide_configs.SAMPLING, guide_configs.TRAINING)
+    for text, example in zip(guide_configs.examples_of(found[0]), ours, strict=True):
+        (tmp_path / "theirs.py").write_text(text, encoding="utf-8")
+        (tmp_path / "ours.py").write_text(example, encoding="utf-8")
+        assert read_python(tmp_path / "theirs.py")[0] == read_python(tmp_path / "ours.py")[0]
+
+
 def test_the_guide_to_sampling(tmp_path: Path) -> None:
-    (tmp_path / "run.py").write_text(GUIDE_SAMPLING)
+    (tmp_path / "run.py").write_text(guide_configs.SAMPLING)
     found = layer_of(SampleConfig, tmp_path / "run.py")
     assert found.pop("parallel") == {"attention": "auto", "zero": 3, "mesh": {"shard": 1, "ulysses": -1}}
     assert found.pop("objective") == {"kind": "iddpm", "tables": "fp32"}
@@ -166,7 +114,7 @@ def test_the_guide_to_sampling(tmp_path: Path) -> None:
 
 
 def test_the_guide_to_training(tmp_path: Path) -> None:
-    (tmp_path / "run.py").write_text(GUIDE_TRAINING)
+    (tmp_path / "run.py").write_text(guide_configs.TRAINING)
     found = layer_of(RunConfig, tmp_path / "run.py")
     subset(
         {

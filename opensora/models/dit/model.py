@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from opensora.models.base import AttentionAxis, Denoising, Family, TokenAxis, Widths
+from opensora.models.base import AttentionAxis, Denoising, Family, TensorPlan, TokenAxis, Widths, check_widths
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.models.dit.config import SIZES, DiTConfig
 from opensora.models.layers.adaln_block import AdaLNBlock
@@ -86,7 +86,7 @@ class DiT(nn.Module):
         # A 3-D linear may return a view, and hooks that sharding puts on a view are lost when somebody writes to it.
         return self.final_layer(self.run_stages([stage], (x,)), vector).clone()
 
-    def tensor_plan(self) -> dict[str, tuple[str, tuple[tuple[int, int], ...]]]:
+    def tensor_plan(self) -> TensorPlan:
         """How tensor parallelism cuts the linear layers: {pattern: (kind, parts of (size, unit))}."""
         return adaln_tensor_plan(self.cfg, "blocks")
 
@@ -124,11 +124,11 @@ def embedded_prompt(embedder: nn.Module, y: Tensor, dropped: Tensor | None) -> T
     return embedder(y[:, None], dropped)[:, 0]
 
 
-def adaln_tensor_plan(cfg: Any, blocks: str) -> dict[str, tuple[str, tuple[tuple[int, int], ...]]]:
+def adaln_tensor_plan(cfg: Any, blocks: str) -> TensorPlan:
     """Of a model of ``AdaLNBlock``; attention is cut at heads, hidden units anywhere."""
     hidden = cfg.hidden_size
     heads, inner = (hidden, hidden // cfg.num_heads), (int(hidden * cfg.mlp_ratio), 1)
-    plan: dict[str, tuple[str, tuple[tuple[int, int], ...]]] = {
+    plan: TensorPlan = {
         f"{blocks}.*.attn.qkv": ("column", (heads, heads, heads)),
         f"{blocks}.*.attn.proj": ("row", (heads,)),
         f"{blocks}.*.mlp.fc1": ("column", (inner,)),
@@ -167,12 +167,8 @@ def check(cfg: DiTConfig, given: Widths) -> None:
     Raises:
         ValueError: a width that does not fit, with the one that does.
     """
-    wanted = [("in_channels", given.latents)]
-    if not cfg.num_classes:
-        wanted.append(("caption_channels", given.pooled))
-    for key, width in wanted:
-        if width.size is not None and getattr(cfg, key) != width.size:
-            raise ValueError(f"{key}={getattr(cfg, key)}: {width.key} gives {width.size}; set model.{key}={width.size}")
+    told = {} if cfg.num_classes else {"caption_channels": given.pooled}
+    check_widths(cfg, in_channels=given.latents, **told)
 
 
 def arguments(cfg: DiTConfig, tokens: TokenBatch, t: Tensor, conditions: Conditions) -> dict[str, Any]:

@@ -15,7 +15,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from opensora.models.base import AttentionAxis, Denoising, Family, TokenAxis, Widths, space_and_time_pairs
+from opensora.models.base import (
+    AttentionAxis,
+    Denoising,
+    Family,
+    TensorPlan,
+    TokenAxis,
+    Widths,
+    space_and_time_pairs,
+)
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.models.dit import model as dit
 from opensora.models.latte.config import SIZES, LatteConfig
@@ -96,7 +104,7 @@ class Latte(nn.Module):
             blocks.insert(2 * index + 1, block)
         return blocks
 
-    def tensor_plan(self) -> dict[str, tuple[str, tuple[tuple[int, int], ...]]]:
+    def tensor_plan(self) -> TensorPlan:
         """How tensor parallelism cuts the linear layers: {pattern: (kind, parts of (size, unit))}."""
         return dit.adaln_tensor_plan(self.cfg, "*_blocks")
 

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from opensora.models.base import AttentionAxis, Denoising, Family, TokenAxis, Widths
+from opensora.models.base import AttentionAxis, Denoising, Family, TensorPlan, TokenAxis, Widths
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.models.layers.embedding import MLPEmbedder, sinusoid
 from opensora.models.layers.rope import RopeTable, rope_table
@@ -192,7 +192,7 @@ class MMDiTModel(nn.Module):
         )
         return [double, single]
 
-    def tensor_plan(self) -> dict[str, tuple[str, tuple[tuple[int, int], ...]]]:
+    def tensor_plan(self) -> TensorPlan:
         """How tensor parallelism cuts the linear layers: {pattern: (kind, parts of (size, unit))}.
 
         Parts of heads are cut at heads, parts of hidden units anywhere; what is fused is cut part by part.

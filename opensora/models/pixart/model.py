@@ -4,7 +4,7 @@
   once. A dropped prompt is the model's own null text, of the length of the prompt and behind the prompt's own mask.
 * Time is one vector for all blocks (adaLN-single), to which each adds a table of its own.
 * Where a token is enters once, as sines of its row, column and frame. Rows and columns are stretched, so that grids of
-  all sizes and shapes cover what the model was trained on: see ``_stretched``.
+  all sizes and shapes cover what the model was trained on: see ``_places``.
 * PixArt-MS is told height, width and aspect ratio. PixArt-Sigma may have blocks whose keys and values are of a coarser
   grid; all tokens of a clip then have to be on one process.
 
@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from opensora.models.base import AttentionAxis, Denoising, Family, TokenAxis, Widths
+from opensora.models.base import AttentionAxis, Denoising, Family, TensorPlan, TokenAxis, Widths, check_widths
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.models.layers.caption import CaptionEmbedder, for_every_sample
 from opensora.models.layers.embedding import SizeEmbedder, TimestepEmbedder
@@ -146,12 +146,12 @@ class PixArt(nn.Module):
         whole = self.cfg.compressed if isinstance(self.cfg, PixArtSigmaConfig) else frozenset[int]()
         return [str(index) for index in range(self.cfg.depth) if index not in whole] if whole else ["*"]
 
-    def tensor_plan(self) -> dict[str, tuple[str, tuple[tuple[int, int], ...]]]:
+    def tensor_plan(self) -> TensorPlan:
         """How tensor parallelism cuts the linear layers: {pattern: (kind, parts of (size, unit))}. Attention with
         compressed keys is not cut: the norm of these is over all heads."""
         cfg, hidden = self.cfg, self.cfg.hidden_size
         heads, inner = (hidden, hidden // cfg.num_heads), (int(hidden * cfg.mlp_ratio), 1)
-        plan: dict[str, tuple[str, tuple[tuple[int, int], ...]]] = {
+        plan: TensorPlan = {
             **{f"blocks.{index}.attn.qkv": ("column", (heads, heads, heads)) for index in self._cut_attention()},
             **{f"blocks.{index}.attn.proj": ("row", (heads,)) for index in self._cut_attention()},
             "blocks.*.cross_attn.q_linear": ("column", (heads,)),
@@ -205,9 +205,7 @@ def check(cfg: PixArtConfig, given: Widths) -> None:
     Raises:
         ValueError: a width that does not fit, with the one that does.
     """
-    for key, width in (("in_channels", given.latents), ("caption_channels", given.text)):
-        if width.size is not None and getattr(cfg, key) != width.size:
-            raise ValueError(f"{key}={getattr(cfg, key)}: {width.key} gives {width.size}; set model.{key}={width.size}")
+    check_widths(cfg, in_channels=given.latents, caption_channels=given.text)
 
 
 def arguments(cfg: PixArtConfig, tokens: TokenBatch, t: Tensor, conditions: Conditions) -> dict[str, Any]:

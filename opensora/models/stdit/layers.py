@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from opensora.models.base import TensorPlan
 from opensora.models.layers.attention import attend
 from opensora.models.layers.modulation import table_rows
 from opensora.models.layers.rope import RopeTable, apply_rope
@@ -147,7 +148,12 @@ def known_frames(x_mask: Tensor | None) -> Tensor | None:
     return None if x_mask is None else ~x_mask.bool()[..., None]
 
 
-def tensor_plan(hidden: int, inner: int, head_dim: int) -> dict[str, tuple[str, tuple[tuple[int, int], ...]]]:
+def noisy_frames(known: Tensor | None) -> Tensor | None:
+    """Known tokens (B, T, S) bool -> the family's ``x_mask`` (B, T), True for frames that are noisy."""
+    return None if known is None else ~known.any(dim=2)
+
+
+def tensor_plan(hidden: int, inner: int, head_dim: int) -> TensorPlan:
     """How tensor parallelism cuts the layers of all of these models."""
     heads, width = (hidden, head_dim), (hidden, 1)
     return {

@@ -19,7 +19,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from opensora.models.base import AttentionAxis, Denoising, Family, TokenAxis, Widths, space_and_time_pairs
+from opensora.models.base import (
+    AttentionAxis,
+    Denoising,
+    Family,
+    TensorPlan,
+    TokenAxis,
+    Widths,
+    check_widths,
+    space_and_time_pairs,
+)
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.models.layers.axis_switch import AxisSwitch
 from opensora.models.layers.caption import CaptionEmbedder, for_every_sample
@@ -33,8 +42,8 @@ from opensora.models.layers.stages import RunStages, Stage, run_in_order
 from opensora.models.layers.transformer import CrossAttention, Mlp, SelfAttention, along_time, within_frames
 from opensora.models.stdit.config import STDIT_SIZES, STDiTConfig
 from opensora.models.stdit.convert import STDIT_WEIGHTS
-from opensora.models.stdit.layers import Modulations, known_frames, tensor_plan
-from opensora.models.stdit.seams import check_widths, freeze, noisy_frames
+from opensora.models.stdit.freezing import freeze
+from opensora.models.stdit.layers import Modulations, known_frames, noisy_frames, tensor_plan
 
 
 class STDiTBlock(nn.Module):
@@ -134,7 +143,7 @@ class STDiT(nn.Module):
         h = self.run_stages([stage], (h,))
         return self.final_layer(h, vectors[0], clean=vectors[-1], known=known).clone()
 
-    def tensor_plan(self) -> dict[str, tuple[str, tuple[tuple[int, int], ...]]]:
+    def tensor_plan(self) -> TensorPlan:
         return tensor_plan(self.cfg.hidden_size, self.cfg.inner, self.cfg.head_dim)
 
     @torch.no_grad()
@@ -168,7 +177,7 @@ def check(cfg: STDiTConfig, given: Widths) -> None:
     Raises:
         ValueError: it does not, with what would.
     """
-    check_widths(cfg, given)
+    check_widths(cfg, in_channels=given.latents, caption_channels=given.text)
 
 
 def arguments(cfg: STDiTConfig, tokens: TokenBatch, t: Tensor, conditions: Conditions) -> dict[str, Any]:

@@ -16,7 +16,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from opensora.models.base import AttentionAxis, Denoising, Family, TokenAxis, Widths, space_and_time_pairs
+from opensora.models.base import (
+    AttentionAxis,
+    Denoising,
+    Family,
+    TensorPlan,
+    TokenAxis,
+    Widths,
+    check_widths,
+    space_and_time_pairs,
+)
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.models.layers.axis_switch import AxisSwitch
 from opensora.models.layers.caption import CaptionEmbedder, for_every_sample
@@ -30,17 +39,18 @@ from opensora.models.layers.stages import RunStages, Stage, run_in_order
 from opensora.models.layers.transformer import CrossAttention, Mlp, SelfAttention, along_time, within_frames
 from opensora.models.stdit.config import STDIT2_SIZES, STDiT2Config
 from opensora.models.stdit.convert import STDIT2_WEIGHTS
+from opensora.models.stdit.freezing import freeze
 from opensora.models.stdit.layers import (
     SHARED_NORMS,
     Modulations,
     RotaryFrequencies,
     known_frames,
+    noisy_frames,
     pixel_scale,
     stretched,
     tensor_plan,
     told_fps,
 )
-from opensora.models.stdit.seams import check_widths, freeze, noisy_frames
 
 
 class STDiT2Block(nn.Module):
@@ -171,7 +181,7 @@ class STDiT2(nn.Module):
         h = self.run_stages([stage], (h,))
         return self.final_layer(h, noisy, clean=clean + of_place, known=known).clone()
 
-    def tensor_plan(self) -> dict[str, tuple[str, tuple[tuple[int, int], ...]]]:
+    def tensor_plan(self) -> TensorPlan:
         return tensor_plan(self.cfg.hidden_size, self.cfg.inner, self.cfg.head_dim)
 
     @torch.no_grad()
@@ -210,7 +220,7 @@ def check(cfg: STDiT2Config, given: Widths) -> None:
     Raises:
         ValueError: it does not, with what would.
     """
-    check_widths(cfg, given)
+    check_widths(cfg, in_channels=given.latents, caption_channels=given.text)
 
 
 def arguments(cfg: STDiT2Config, tokens: TokenBatch, t: Tensor, conditions: Conditions) -> dict[str, Any]:

@@ -20,7 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opensora.models.base import AttentionAxis, Denoising, Family, TokenAxis, Widths, space_and_time_pairs
+from opensora.models.base import (
+    AttentionAxis,
+    Denoising,
+    Family,
+    TensorPlan,
+    TokenAxis,
+    Widths,
+    check_widths,
+    space_and_time_pairs,
+)
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.models.layers.axis_switch import AxisSwitch
 from opensora.models.layers.caption import CaptionEmbedder, for_every_sample
@@ -34,6 +43,7 @@ from opensora.models.layers.stages import RunStages, Stage, run_in_order
 from opensora.models.layers.transformer import Mlp, SelfAttention, along_time, within_frames
 from opensora.models.stdit.config import STDIT3_SIZES, STDiT3Config
 from opensora.models.stdit.convert import STDIT3_WEIGHTS
+from opensora.models.stdit.freezing import train_only
 from opensora.models.stdit.layers import (
     SHARED_NORMS,
     FrameCrossAttention,
@@ -42,13 +52,13 @@ from opensora.models.stdit.layers import (
     RotaryFrequencies,
     WindowAttention,
     known_frames,
+    noisy_frames,
     pixel_scale,
     stretched,
     tensor_plan,
     text_rows,
     told_fps,
 )
-from opensora.models.stdit.seams import check_widths, noisy_frames, train_only
 from opensora.models.stdit.windows import pairs as window_pairs
 from opensora.utils.tokens import Grid
 
@@ -243,8 +253,8 @@ class STDiT3(nn.Module):
         """Of the tokens of a frame as attention in space has them: by row and column, and time 0."""
         if not self.cfg.use_spatial_rope:
             return None
-        frames = self.to_space(positions.to(self.rope.exact), context).flatten(0, 1)
-        whole = frames[:1]  # (1, S, 3), as all frames have the same places
+        frames = self.to_space(positions.to(self.rope.exact), context).flatten(0, 1)  # (B * T, S, 3), all alike
+        whole = frames[:1]
         row, column = whole[..., 1] / scale, whole[..., 2] / scale
         return self.rope(torch.zeros_like(row), row, column)
 
@@ -256,7 +266,7 @@ class STDiT3(nn.Module):
         time = one[..., 0] if length < 0 else one[..., 0] % length
         return self.rope(time, one[..., 1] % height / scale, one[..., 2] % width / scale)
 
-    def tensor_plan(self) -> dict[str, tuple[str, tuple[tuple[int, int], ...]]]:
+    def tensor_plan(self) -> TensorPlan:
         return tensor_plan(self.cfg.hidden_size, self.cfg.inner, self.cfg.head_dim)
 
     @torch.no_grad()
@@ -308,7 +318,8 @@ def check(cfg: STDiT3Config, given: Widths) -> None:
     Raises:
         ValueError: it does not, with what would.
     """
-    check_widths(cfg, given, "hidden_size" if cfg.skip_y_embedder else "caption_channels")
+    text = "hidden_size" if cfg.skip_y_embedder else "caption_channels"
+    check_widths(cfg, in_channels=given.latents, **{text: given.text})
 
 
 def arguments(cfg: STDiT3Config, tokens: TokenBatch, t: Tensor, conditions: Conditions) -> dict[str, Any]:
