@@ -159,7 +159,9 @@ class DataConfig:
             raise ValueError(f"frame_interval={self.frame_interval}: must be an integer >= 1, or null")
         pairs = rule in RULES_1X and any(is_pair(row) for rows in self.buckets.values() for row in rows.values())
         if pairs and rule in ("open_sora_1_0", "open_sora_1_1"):
-            raise ValueError(f"buckets: with bucket_rule={rule} must have one probability a row, [keep_prob, batch_size]")
+            raise ValueError(
+                f"buckets: with bucket_rule={rule} must have one probability a row, [keep_prob, batch_size]"
+            )
         if pairs and self.probability == "skip":
             raise ValueError(
                 f"probability=skip: with bucket_rule={rule} must be accept, which is what that rule's pairs are"

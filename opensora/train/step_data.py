@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import product
 from math import prod
 
 from acceleration.distributed.mesh import Mesh
@@ -12,6 +13,8 @@ from opensora.conditioning.references import draw_kind, given_frames
 from opensora.config.run import LossReduction, RunConfig
 from opensora.datasets import DataConfig
 from opensora.datasets.buckets.bucket import Bucket
+from opensora.datasets.buckets.resolutions import training_sizes
+from opensora.datasets.buckets.sizes_1x import RULES as RULES_1X
 from opensora.datasets.loading.loader import build_loader
 from opensora.datasets.loading.reader import Batch, PackedBatch
 from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch, PackedSequence
@@ -51,6 +54,24 @@ def check_buckets(cfg: DataConfig, shape: AutoencoderShape, denoising: Denoising
                 denoising.check_frames(latent_grid(int(frames), shape.stride[1], shape.stride[2], shape)[0])
             except ValueError as error:
                 raise UserError(f"data.buckets.{resolution}.{frames}: {error}") from None
+        if cfg.bucket_rule in RULES_1X:
+            _check_sizes(cfg, resolution, shape, denoising)
+
+
+def _check_sizes(cfg: DataConfig, resolution: str, shape: AutoencoderShape, denoising: Denoising) -> None:
+    """The same of sizes that are no multiples of a token."""
+    for frames, (height, width) in product(cfg.buckets[resolution], training_sizes(resolution, cfg.bucket_rule, 1)):
+        key = f"data.buckets.{resolution}.{frames}"
+        try:
+            latents = latent_grid(int(frames), height, width, shape)
+        except ValueError as error:
+            raise UserError(f"{key}: {error}") from None
+        if not denoising.pads and any(size % side for size, side in zip(latents, denoising.patch, strict=True)):
+            raise UserError(
+                f"{key}: {height}x{width} pixels make {latents[1]}x{latents[2]} latents, which this model does not cut "
+                f"into patches of {denoising.patch[1]}x{denoising.patch[2]}; use sizes that are multiples of "
+                f"{denoising.pixel_multiple(shape.stride)} pixels, or a model that fills up (stdit2, stdit3)"
+            )
 
 
 def expected_idle(plan: BatchPlan, dp_degree: int, steps: Iterable[int]) -> float:

@@ -7,6 +7,8 @@ together in family.py; these are marked ``TOGETHER``. A new key is one more line
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from opensora.datasets.buckets.sizes_1x import FRAME_COUNTS
+
 Read = Callable[[Any], Any]  # a value of theirs -> ours; ValueError: what must hold
 
 
@@ -80,8 +82,7 @@ def _masks(value: Any) -> Any:
     return renamed
 
 
-FRAME_NAMES = {"1x": 51, "2x": 102, "4x": 204, "8x": 408, "16x": 816, "2s": 51, "4s": 102, "8s": 204, "16s": 408}
-FRAME_NAMES |= {"32s": 816, "image": 1}
+FRAME_NAMES = FRAME_COUNTS | {"image": 1}
 SHORT_MASKS = {"head": "quarter_head", "tail": "quarter_tail", "head_tail": "quarter_head_tail"}
 
 # type -> what it is here. Sizes are those that the family names.

@@ -1,8 +1,8 @@
 """How Open-Sora 1.1 to 1.3 assign clips to buckets, draw for draw (``data.bucket_rule: open_sora_1_1`` and later).
 
-Clip i of epoch e has the seed s = seed + e + i n, n the number of buckets, every ratio counted. Rows of the bucket table
-are numbered by falling area, then by falling length, and row r draws from numpy's ``default_rng(s + r)``, for every
-clip from the start. Resolutions are tried by falling area; one takes a clip of at least 0.8 times its area.
+Clip i of epoch e has the seed s = seed + e + i n, n the number of buckets, every ratio counted. Rows of the bucket
+table are numbered by falling area, then by falling length, and row r draws from numpy's ``default_rng(s + r)``, for
+every clip from the start. Resolutions are tried by falling area; one takes a clip of at least 0.8 times its area.
 
 * A clip of one frame is taken by the row of one frame, if a draw is below its probability p.
 * A longer one must have more than ``frames * frame_interval`` frames. The longest such row that is not skipped takes it
@@ -84,8 +84,9 @@ class Rule1x:
                 reason = NO_IMAGE_ROW if frames == 1 else TOO_SHORT
             taken = _taken(fitting, seed)
             if taken is not None:
-                size = self._sizes[name][nearest_ratio(self._sizes[name], height, width)]
-                return self._number[name, taken, *size]
+                sizes = self._sizes[name]
+                tall, wide = sizes[nearest_ratio(sizes, height, width)]
+                return self._number[name, taken, tall, wide]
         return reason
 
     def _fits(self, row: _Row, frames: int) -> bool:

@@ -92,7 +92,9 @@ def sizes_1x(version: Version, resolution: str) -> dict[str, Size]:
     else:
         raise ValueError(f"{resolution}: not a resolution of Open-Sora {version}; {_advice(version)}")
     if plain != resolution:
-        return {name: (height // _CUT_TO * _CUT_TO, width // _CUT_TO * _CUT_TO) for name, (height, width) in found.items()}
+        return {
+            name: (height // _CUT_TO * _CUT_TO, width // _CUT_TO * _CUT_TO) for name, (height, width) in found.items()
+        }
     return found
 
 
