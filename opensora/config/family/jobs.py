@@ -174,6 +174,9 @@ def data(t: Translation) -> None:
     for ignored in ("aspect_ratio", "resolution"):
         if t.get(ignored) is not None:
             t.note(ignored, "is for sampling")
+    beside = t.layer.get("model", {}).get("cond_embed") and version_of(t) == "1.3"
+    if t.is_file and beside and t.get("mask_types") is None:
+        t.put("conditioning.mask_types", {"none": 1.0}, "model.type")  # embedders of given frames add their biases
     if t.get("noise_augmentation"):
         t.note("noise_augmentation", "clips are trained as they are")
 
