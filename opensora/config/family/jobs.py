@@ -8,7 +8,7 @@ from opensora.config.family import keys as table
 from opensora.config.family.models import is_second, version_of
 from opensora.config.family.translation import Translation
 from opensora.config.schema import shown, suggestion, types_at
-from opensora.datasets.buckets.sizes_1x import Version, clip_size_1x
+from opensora.datasets.buckets.sizes_1x import Version, clip_size_1x, sizes_1x
 
 LONG_RUN = 1_000_000  # steps of a run that says epochs: the family's are just large enough, and ended by hand
 AREAS = {"2k": "1440p", "4k": "2160p"}
@@ -95,13 +95,15 @@ def listed_size(t: Translation, size: Any, resolution: Any, ratio: Any) -> None:
         if isinstance(ratio, str):
             t.put("sampling.aspect_ratio", ":".join(reversed(ratio.split(":"))), "aspect_ratio")
         return
-    key = "resolution" if ratio is None else "aspect_ratio"
+    version, key = SIZES.get(version_of(t), "1.2"), "resolution"
     try:
-        found = clip_size_1x(SIZES.get(version_of(t), "1.2"), str(resolution), str(ratio or USUAL_RATIO))
+        sizes_1x(version, str(resolution))
+        key = "resolution" if ratio is None else "aspect_ratio"
+        height, width = clip_size_1x(version, str(resolution), str(ratio or USUAL_RATIO))
     except ValueError as error:
         raise t.fail(key, str(error)) from None
-    t.put("sampling.height", found[0], key)
-    t.put("sampling.width", found[1], key)
+    t.put("sampling.height", height, key)
+    t.put("sampling.width", width, key)
 
 
 def area_name(name: str) -> str:
