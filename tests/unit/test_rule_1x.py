@@ -134,15 +134,9 @@ def test_other_tables_and_clips(seed: int) -> None:
     cfg = config(version, table, frame_interval=interval)
     buckets = BucketTable(cfg, 16)
     rule = Rule1x(cfg, buckets, seed)
-    clips = [
-        [
-            int(rng.integers(1, 80 * interval)) if rng.random() < 0.8 else 1,
-            int(rng.integers(90, 900)),
-            int(rng.integers(90, 900)),
-            8.0,
-        ]
-        for _ in range(120)
-    ]
+    lengths = [n * interval + more for row in table.values() for n in row for more in (0, 1)]  # about the limits
+    lengths += rng.integers(1, 80 * interval, 30).tolist() + [1] * 10
+    clips = [[int(rng.choice(lengths)), *rng.integers(90, 900, 2).tolist(), 8.0] for _ in range(120)]
     found = rule.assigned(clip_table(clips), 2)
     for clip, (number, (frames, height, width, _)) in enumerate(zip(found.tolist(), clips, strict=True)):
         wanted = by_the_rule(version, table, (frames, height, width), interval, seed + 2 + clip * rule.buckets)
@@ -152,6 +146,12 @@ def test_other_tables_and_clips(seed: int) -> None:
             sizes = sizes_1x(version, bucket.resolution)
             nearest = min(sizes, key=lambda name: abs(float(name) - height / width))
             assert sizes[nearest] == (bucket.height, bucket.width)
+
+
+def test_ratios_are_compared_by_their_difference() -> None:
+    """1.159 is nearer to 1 than to 1.33; their logarithms would say otherwise."""
+    assert nearest_ratio(sizes_1x("1.2", "144p"), 1159, 1000) == "1.00"
+    assert nearest_ratio(sizes_1x("1.2", "144p"), 1166, 1000) == "1.33"
 
 
 def random_clips(count: int, seed: int) -> Any:

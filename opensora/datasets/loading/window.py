@@ -28,7 +28,7 @@ def sampled_frames(
         interval = int(frame_interval(np.array([fps]))[0])
         return Frames(window_start(num_frames, frames, interval, **key), interval, None)
     span = min(frames * cfg.interval, num_frames)
-    return Frames(integer(sample_id, num_frames - span + 1, seed, epoch, "window"), 1, span)
+    return Frames(window_start(num_frames, span, 1, **key), 1, span)
 
 
 def told_fps(cfg: DataConfig, fps: float) -> float:
