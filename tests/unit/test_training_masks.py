@@ -15,6 +15,9 @@ from opensora.conditioning import ConditioningConfig, frames
 from opensora.conditioning.frames import MASKS, draw_known
 from opensora.conditioning.mask_types import MASK_TYPES, draw_given, noisy_pixels
 from opensora.config.family.masks import masks_of
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig
+from opensora.utils.errors import UserError
 
 
 class Choices:
@@ -204,3 +207,14 @@ def test_what_the_section_cannot_say(section: dict[str, Any], problem: str) -> N
     with pytest.raises(ValueError) as caught:
         ConditioningConfig(**section)
     assert problem in str(caught.value)
+
+
+def test_a_key_called_null_is_quoted(tmp_path: Path) -> None:
+    """YAML reads it as nothing; the error says what to write."""
+    (tmp_path / "run.yaml").write_text("conditioning:\n  dropout: {conditions: {keep: 1, null: 1}}\n")
+    with pytest.raises(UserError) as caught:
+        load_config(RunConfig, tmp_path / "run.yaml")
+    assert (
+        'a key under conditioning.dropout.conditions is neither text nor whole number; write "null" in quotes'
+        in str(caught.value)
+    )
