@@ -4,28 +4,25 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from itertools import product
 from math import prod
 
 from acceleration.distributed.mesh import Mesh
+from opensora.assembly.bucket_shapes import check_buckets as check_buckets
 from opensora.conditioning.frames import draw_known
 from opensora.conditioning.references import draw_kind, given_frames
 from opensora.config.run import LossReduction, RunConfig
 from opensora.datasets import DataConfig
 from opensora.datasets.buckets.bucket import Bucket
-from opensora.datasets.buckets.resolutions import training_sizes
-from opensora.datasets.buckets.sizes_1x import RULES as RULES_1X
 from opensora.datasets.loading.loader import build_loader
 from opensora.datasets.loading.reader import Batch, PackedBatch
 from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch, PackedSequence
 from opensora.datasets.plan.batch_plan import check_rows as check_rows
 from opensora.datasets.plan.dynamic_sp import SequenceSharing
 from opensora.datasets.table.index import IndexedTable, open_table
-from opensora.models.base import AutoencoderShape, ClipMeasure, Denoising, latent_grid
+from opensora.models.base import AutoencoderShape, ClipMeasure, latent_grid
 from opensora.models.families import describe
 from opensora.models.text import text_tokens
 from opensora.models.vae import autoencoder_shape
-from opensora.utils.errors import UserError
 
 
 def open_data(cfg: RunConfig) -> tuple[IndexedTable, BatchPlan]:
@@ -40,38 +37,6 @@ def open_data(cfg: RunConfig) -> tuple[IndexedTable, BatchPlan]:
     # A bucket's size is a multiple of the pixels that one token spans on a side.
     multiple = denoising.pixel_multiple(shape.stride)
     return table, BatchPlan(table, cfg.data, multiple, cfg.seed, ClipMeasure(shape, denoising))
-
-
-def check_buckets(cfg: DataConfig, shape: AutoencoderShape, denoising: Denoising) -> None:
-    """That the autoencoder can code the lengths of all buckets, and the model cut them into patches.
-
-    Raises:
-        UserError: one that it cannot.
-    """
-    for resolution, rows in cfg.buckets.items():
-        for frames in rows:
-            try:
-                denoising.check_frames(latent_grid(int(frames), shape.stride[1], shape.stride[2], shape)[0])
-            except ValueError as error:
-                raise UserError(f"data.buckets.{resolution}.{frames}: {error}") from None
-        if cfg.bucket_rule in RULES_1X:
-            _check_sizes(cfg, resolution, shape, denoising)
-
-
-def _check_sizes(cfg: DataConfig, resolution: str, shape: AutoencoderShape, denoising: Denoising) -> None:
-    """The same of sizes that are no multiples of a token."""
-    for frames, (height, width) in product(cfg.buckets[resolution], training_sizes(resolution, cfg.bucket_rule, 1)):
-        key = f"data.buckets.{resolution}.{frames}"
-        try:
-            latents = latent_grid(int(frames), height, width, shape)
-        except ValueError as error:
-            raise UserError(f"{key}: {error}") from None
-        if not denoising.pads and any(size % side for size, side in zip(latents, denoising.patch, strict=True)):
-            raise UserError(
-                f"{key}: {height}x{width} pixels make {latents[1]}x{latents[2]} latents, which this model does not cut "
-                f"into patches of {denoising.patch[1]}x{denoising.patch[2]}; use sizes that are multiples of "
-                f"{denoising.pixel_multiple(shape.stride)} pixels, or a model that fills up (stdit2, stdit3)"
-            )
 
 
 def expected_idle(plan: BatchPlan, dp_degree: int, steps: Iterable[int]) -> float:

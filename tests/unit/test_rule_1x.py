@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from opensora.assembly.bucket_shapes import check_buckets
 from opensora.datasets import DataConfig
 from opensora.datasets.buckets.bucket import REASONS, BucketTable
 from opensora.datasets.buckets.rule_1x import Rule1x
@@ -23,6 +24,9 @@ from opensora.datasets.buckets.sizes_1x import (
     sizes_1x,
 )
 from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch
+from opensora.models.families import MODEL_CONFIGS, describe
+from opensora.models.vae import AUTOENCODER_CONFIGS, autoencoder_shape
+from opensora.utils.errors import UserError
 from tests.unit.test_published_rule import clip_table
 
 VERSIONS: tuple[Version, ...] = ("1.1", "1.2", "1.3")
@@ -252,3 +256,28 @@ def test_sizes_of_sampled_clips_are_those_of_the_tables(golden: Path, version: V
                     clip_size_1x(version, resolution, ratio)
     with pytest.raises(ValueError, match="no ratio '5:7'"):
         clip_size_1x(version, "480p", "5:7")
+
+
+@pytest.mark.parametrize(
+    ("model", "vae", "problem"),
+    [
+        ("stdit3", "sd", ""),
+        ("stdit3", "dct", "data.buckets.144p.5: 117x312 pixels do not fit the autoencoder: use multiples of 8x8"),
+        (
+            "dit",
+            "sd",
+            "117x312 pixels make 14x39 latents, which this model does not cut into patches of 2x2; use sizes",
+        ),
+    ],
+)
+def test_sizes_that_are_no_whole_tokens(model: str, vae: str, problem: str) -> None:
+    """Are filled up by some models, and refused before anything is read with others."""
+    shape = autoencoder_shape(AUTOENCODER_CONFIGS[vae](**({} if vae == "dct" else {"path": "x"})))
+    denoising = describe(MODEL_CONFIGS[model]())
+    cfg = config("1.2", {"144p": {5: [1.0, 2]}})
+    if not problem:
+        check_buckets(cfg, shape, denoising)
+        return
+    with pytest.raises(UserError) as caught:
+        check_buckets(cfg, shape, denoising)
+    assert problem in str(caught.value) and "\n" not in str(caught.value)
