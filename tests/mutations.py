@@ -38,6 +38,8 @@ class Mutation:
 
 
 TEXT_FILES, RULE = "tests/unit/test_text_files.py", "tests/unit/test_published_rule.py"
+RULE_1X, CLIPS_1X = "tests/unit/test_rule_1x.py", "tests/unit/test_clips_1x.py"
+MASKS_1X, GIVEN_1X = "tests/unit/test_training_masks.py", "tests/unit/test_given_frames.py"
 TRAIN = "tests/reference/test_training.py::test_one_process[adamw]"
 SGD = "tests/reference/test_training.py::test_one_process[sgd, interleaved]"
 OTHER = "tests/reference/test_training.py::test_one_process[other options]"
@@ -1571,6 +1573,139 @@ TABLE: tuple[Mutation, ...] = (
         "found.append((height / width, size))",
         "found.append((size[0] / size[1], size))",
         f"{RULE}::test_other_tables[1]",
+    ),
+    Mutation(
+        "1.x: clips of just the window are taken",
+        "opensora/datasets/buckets/rule_1x.py",
+        "return frames > row.frames * self._interval",
+        "return frames >= row.frames * self._interval",
+        f"{RULE_1X}::test_other_tables_and_clips[0]",
+    ),
+    Mutation(
+        "1.x: rows numbered within their resolution",
+        "opensora/datasets/buckets/rule_1x.py",
+        "_Row(number, row.frames, row.keep, accept)",
+        "_Row(len(self._rows.get(row.resolution, [])), row.frames, row.keep, accept)",
+        f"{RULE_1X}::test_every_decision_is_equal[1.1]",
+    ),
+    Mutation(
+        "1.x: buckets counted without equal sizes",
+        "opensora/datasets/buckets/rule_1x.py",
+        "self._count = sum(len(self._sizes[row.resolution]) for row in buckets.rows)",
+        "self._count = len(buckets.rows)",
+        f"{RULE_1X}::test_every_decision_is_equal[1.2]",
+    ),
+    Mutation(
+        "1.x: a row skipped by the wrong side",
+        "opensora/datasets/buckets/rule_1x.py",
+        "generator.random() > row.accept",
+        "generator.random() < row.accept",
+        f"{RULE_1X}::test_every_decision_is_equal[1.3]",
+    ),
+    Mutation(
+        "1.x: ratios nearest by their logarithm",
+        "opensora/datasets/buckets/sizes_1x.py",
+        "key=lambda name: abs(float(name) - height / width)",
+        "key=lambda name: max(float(name) * width / height, height / width / float(name))",
+        f"{RULE_1X}::test_ratios_are_compared_by_their_difference",
+    ),
+    Mutation(
+        "1.x: names of ratios without their zeros in 1.3",
+        "opensora/datasets/buckets/sizes_1x.py",
+        'name if version == "1.3" else',
+        'name if version == "1.2" else',
+        f"{RULE_1X}::test_tables_of_sizes_are_equal[1.3]",
+    ),
+    Mutation(
+        "1.x: a reserved row is an error",
+        "opensora/datasets/buckets/bucket.py",
+        "row.keep == 0 and self._cfg.bucket_rule in RULES_1X",
+        "row.keep == 0 and self._cfg.bucket_rule not in RULES_1X",
+        f"{RULE_1X}::test_no_sample_is_lost_on_any_number_of_processes[1.1]",
+    ),
+    Mutation(
+        "1.x: a fixed stride in the window",
+        "opensora/datasets/decode/common.py",
+        "np.linspace(start, start + span - 1, count).astype(np.int64).tolist()",
+        "[start + i * (span // count) for i in range(count)]",
+        f"{CLIPS_1X}::test_neighbours_are_not_all_equally_far_apart",
+    ),
+    Mutation(
+        "1.x: numbers rounded to the nearest frame",
+        "opensora/datasets/decode/common.py",
+        "np.linspace(start, start + span - 1, count).astype(np.int64)",
+        "np.rint(np.linspace(start, start + span - 1, count)).astype(np.int64)",
+        f"{CLIPS_1X}::test_neighbours_are_not_all_equally_far_apart",
+    ),
+    Mutation(
+        "1.x: the last window of a clip is never drawn",
+        "opensora/datasets/loading/window.py",
+        "max(1, num_frames - span + 1), seed",
+        "max(1, num_frames - span), seed",
+        f"{CLIPS_1X}::test_windows_lie_in_their_clips[1]",
+    ),
+    Mutation(
+        "1.x: corners of pictures aligned",
+        "opensora/datasets/decode/common.py",
+        "(np.arange(wanted) + 0.5) * (size / wanted) - 0.5",
+        "np.arange(wanted) * (size / wanted)",
+        f"{CLIPS_1X}::test_bilinear_is_that_of_torch[1]",
+    ),
+    Mutation(
+        "1.x: stills scaled as clips are",
+        "opensora/datasets/decode/common.py",
+        "return replace(resize, bilinear=False) if isinstance(resize, ResizeToFill) else resize",
+        "return resize",
+        f"{CLIPS_1X}::test_packs_hold_the_same",
+    ),
+    Mutation(
+        "1.x: the rate of the clip is told",
+        "opensora/datasets/loading/window.py",
+        "float(fps // cfg.interval)",
+        "float(fps // 1)",
+        f"{CLIPS_1X}::test_rates_are_divided_and_rounded_down[30.0-3-10.0]",
+    ),
+    Mutation(
+        "masks: two frames, both given",
+        "opensora/conditioning/frames.py",
+        "known[-1] = False",
+        "known[-1] = True",
+        f"{MASKS_1X}::test_distributions_of_masks_are_equal[1_3]",
+    ),
+    Mutation(
+        "masks: a quarter with one frame more",
+        "opensora/conditioning/frames.py",
+        "rng.integers(1, max(1, longest(frames)) + 1)",
+        "rng.integers(1, max(1, longest(frames)) + 2)",
+        f"{MASKS_1X}::test_distributions_of_masks_are_equal[1_1]",
+    ),
+    Mutation(
+        "mask_types: halves rounded up",
+        "opensora/conditioning/mask_types.py",
+        '"v2v_head": lambda frames, rng: list(range(frames // 2))',
+        '"v2v_head": lambda frames, rng: list(range((frames + 1) // 2))',
+        f"{MASKS_1X}::test_frames_of_every_type_are_equal",
+    ),
+    Mutation(
+        "mask_types: prompts dropped all the same",
+        "opensora/train/preparation.py",
+        "return drop_txt & ~has, drop_vec & ~has, none",
+        "return drop_txt, drop_vec, none",
+        f"{GIVEN_1X}::test_what_the_model_reads[0-conditions0]",
+    ),
+    Mutation(
+        "mask_types: noise in no reference",
+        "opensora/train/preparation.py",
+        "if one.noise]",
+        "if one.noise > 1]",
+        f"{GIVEN_1X}::test_what_the_model_reads[0-conditions0]",
+    ),
+    Mutation(
+        "mask_types: nothing given is nothing told",
+        "opensora/train/preparation.py",
+        "        if cfg.mask_types:\n",
+        '        if any(cfg.mask_types.get(name) for name in cfg.mask_types if name != "none"):\n',
+        f"{GIVEN_1X}::test_nothing_given_still_adds_the_biases",
     ),
     Mutation(
         "warm-up that reaches its rate a step early",

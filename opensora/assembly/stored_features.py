@@ -43,6 +43,8 @@ def identity(cfg: RunConfig, table: IndexedTable) -> dict[str, Any]:
             "decoder": data.decoder,
             "background": data.background,
             **({} if data.bucket_rule == "even" else {"bucket_rule": data.bucket_rule}),
+            **({} if data.frame_interval is None else {"frame_interval": data.frame_interval}),
+            **({} if data.interpolation == "bicubic" else {"interpolation": data.interpolation}),
         },
         **({"references": names} if (names := reference_names(cfg)) else {}),
     }

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from opensora.conditioning.condition_dropout import DROPS
 from opensora.conditioning.frames import MASKS
+from opensora.conditioning.mask_types import MASK_TYPES
 from opensora.conditioning.references import KINDS
 
 MAX_WEIGHT = 1e6  # of a kind: beyond, the others would hardly ever be drawn
@@ -54,6 +55,11 @@ class ConditioningConfig:
     # {kind: weight} of reference frames beside the noise, for models that read them (model.cond_embed); one kind per
     # sample, among those that its clip has room for. Kinds: t2v (none), i2v_head, i2v_tail, i2v_loop (the first, last,
     # or both frames), v2v_head, v2v_tail (33 frames), v2v_head_easy, v2v_tail_easy (65); {}: t2v alone
+    mask_types: dict[str, float] = field(default_factory=dict)
+    # {type: weight} in place of references, as in Open-Sora 1.3: latent frames of the whole clip beside the noise, one
+    # type per sample. Types: none, i2v_head, i2v_tail, i2v_loop (the first, last, or both latent frames), v2v_head,
+    # v2v_tail (the first half, or the rest), other (some at one end), and each but none with _noisy behind it: coded
+    # from pixels with 0.1 to 0.3 of noise. A sample that is given frames keeps its prompt, but for dropout.conditions
     known_in_loss: bool = True  # latent frames that references give are learned like all others; false: left out
     known_weight: float = 1.0  # of these frames in the loss, if they are; the others then weigh so much that the mean
     # of all is 1 (x_cond_weight of Open-Sora 1.3)
@@ -65,6 +71,11 @@ class ConditioningConfig:
             raise ValueError(f"known_weight={self.known_weight}: must be 1 with known_in_loss=false")
         self._check_masks()
         self._check_references()
+        _check_weights("mask_types", self.mask_types, tuple(MASK_TYPES))
+        if self.mask_types and self.references:
+            raise ValueError("mask_types: must be {} with references; both say which frames stand beside the noise")
+        if self.mask_types and not self.known_in_loss:
+            raise ValueError("known_in_loss=false: must be true with mask_types; known_weight=0 leaves frames out")
 
     def _check_references(self) -> None:
         _check_weights("references", self.references, tuple(KINDS))

@@ -11,6 +11,8 @@ from typing import ClassVar, Literal, TypeAlias
 
 from acceleration.config import LoraConfig, OptimConfig, ParallelConfig
 from opensora.conditioning import ConditioningConfig
+from opensora.config.given_frames import check_given_frames
+from opensora.config.given_frames import reads_no_references as reads_no_references
 from opensora.config.validation import CondType, ValidateConfig
 from opensora.datasets import DataConfig
 from opensora.models.base import ModelConfig, Width, Widths
@@ -150,15 +152,9 @@ class RunConfig:
         check_objective(self.model, self.objective)
         if self.lora.targets is None:  # what is saved states every value
             object.__setattr__(self, "lora", replace(self.lora, targets=family_of(self.model).lora_targets))
-        if self.conditioning.masks and describe(self.model).references != "in_place":
-            raise ValueError(
-                f"conditioning.masks: model.kind={self.model.kind} takes no clean frames in place of noisy ones; "
-                "must be {}"
-            )
+        check_given_frames(self.conditioning, self.model, self.data)
         if num_classes(self.text) and self.data.prompt_suffix:
             raise ValueError("data.prompt_suffix=true: must be false with text.kind=classes, which reads numbers")
-        if self.conditioning.references and describe(self.model).references != "channels":
-            raise ValueError(f"conditioning.references: {reads_no_references(self.model)}; must be {{}}")
         if self.parallel.mesh.cfg != 1:
             raise ValueError(f"parallel.mesh.cfg={self.parallel.mesh.cfg}: must be 1; guidance is for sampling")
         if self.data.tokens_per_sequence:
@@ -315,13 +311,6 @@ class SampleConfig:
             raise ValueError("parallel.mesh.dynamic=true: must be false; in sampling all share every clip")
         if self.ref is not None and self.prompt is None and not self.prompts:
             raise ValueError("ref: is for prompt and prompts; clips of prompt_csv have theirs in its column ref")
-
-
-def reads_no_references(model: ModelConfig) -> str:
-    """Why a model takes no reference frames beside the noise, for messages."""
-    if getattr(model, "cond_embed", True):
-        return f"model.kind={model.kind} reads no reference frames"
-    return "the model reads no reference frames (model.cond_embed=false)"
 
 
 def check_fit(model: ModelConfig, vae: AutoencoderConfig, text: TextConfig) -> None:

@@ -177,7 +177,9 @@ def _mapping(node: yaml.MappingNode, keys: Keys, source: str, lines: Lines) -> d
         place = _place(source, key_node.start_mark)
         key = _plain(key_node, (), source, {}) if isinstance(key_node, yaml.ScalarNode) else None
         if isinstance(key, bool) or not isinstance(key, (str, int)):
-            raise UserError(f"{place}: a key under {dotted(keys) or 'the top level'} is neither text nor whole number")
+            where = f"{place}: a key under {dotted(keys) or 'the top level'} is neither text nor whole number"
+            quoted = isinstance(key_node, yaml.ScalarNode) and bool(key_node.value)
+            raise UserError(f'{where}; write "{short(key_node.value, 40)}" in quotes' if quoted else where)
         path = (*keys, key)
         if key in result:
             raise UserError(f"{dotted(path)}: given twice ({lines[path]} and {place}); keep one")

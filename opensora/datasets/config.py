@@ -1,19 +1,25 @@
 """The ``data:`` section of a run."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from PIL import ImageColor
 
-from opensora.datasets.buckets.aspect import area_of
 from opensora.datasets.buckets.cost import CostConfig
+from opensora.datasets.buckets.resolutions import area_of
+from opensora.datasets.buckets.sizes_1x import RULES as RULES_1X
 from opensora.datasets.decode.common import Colour
 from opensora.utils.files.untrusted import parsing, short
 from opensora.utils.limits import SECONDS, Limits
 
 MAX_FRAMES = 100_000  # of a bucket: an hour at 28 frames a second
 MAX_BATCH = 65_536  # of a bucket; samples of a micro-batch are in memory together
+MAX_INTERVAL = 10_000  # frames: minutes of a clip
 _MOST_COLOUR = 100  # characters
+
+BucketRule: TypeAlias = Literal[
+    "even", "open_sora_2", "open_sora_1_0", "open_sora_1_1", "open_sora_1_2", "open_sora_1_3"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +47,13 @@ class DataConfig:
     cost_per_batch: float = 0.0  # most that an auto micro-batch may cost, in the unit of data.cost; 0: no such limit
     cost: CostConfig = field(default_factory=CostConfig)  # time of a micro-batch, from its tokens
     probability: Literal["skip", "accept"] = "skip"  # what length_prob is the probability of
-    bucket_rule: Literal["even", "open_sora_2"] = "even"
+    bucket_rule: BucketRule = "even"
     # even: clips of a shape are divided by just these probabilities, and take the size of nearest ratio by its
-    # logarithm; open_sora_2: every clip draws by itself, as the published code does, from a list of all of the table
+    # logarithm; open_sora_2 and the others: every clip draws by itself, as the published code does, from a list of all
+    # of the table. Those of 1.x have their own resolutions (144p to 4k, 256 to 2880; 1.3: also 360p_16d; 1.0: single
+    # sizes, height first, as 256x256), and their clips are spread over a window (frame_interval)
+    frame_interval: int | None = None  # bucket_rule open_sora_1_x: n frames are spread evenly over a window of n times
+    # as many frames; null: 1. Other rules: every k-th frame, so that at most 24 a second remain
     unused_rows: Literal["error", "report"] = "error"  # a line of the bucket table that no clip fits
     micro_batches: int = 1  # per optimizer step, over all data-parallel processes, whatever their number
     balance_group: int = (
@@ -51,6 +61,8 @@ class DataConfig:
     )
     tokens_per_sequence: int = 0  # join samples of any buckets, up to so many image tokens; 0: one bucket each
     crop: Literal["center", "random"] = "center"
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # of scaled clips; bilinear: from the four nearest
+    # pixels, as Open-Sora 1.x does; stills are always bicubic, antialiased
     prompt_suffix: bool = False  # append frame rate and motion score to the caption
     workers: int = 2  # decoding processes per training process; 0 decodes in the training process
     prefetch: int = 2  # micro-batches each worker prepares ahead
@@ -68,6 +80,7 @@ class DataConfig:
         **dict.fromkeys(("micro_batches", "balance_group"), (10**6, "all are planned ahead")),
         **dict.fromkeys(("tokens_per_batch", "tokens_per_sequence"), (10**9, "no device holds more")),
         "cost_per_batch": (1e12, "0 sets no limit"),
+        "frame_interval": (MAX_INTERVAL, "no clip is so long"),
         "workers": (1024, "each is a process"),
         "prefetch": (10_000, "prefetch_mib bounds them by memory"),
         **dict.fromkeys(("prefetch_mib", "cache_mib"), (2**24, "that is 16 TiB of a machine's memory")),
@@ -80,13 +93,11 @@ class DataConfig:
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"table={self.table!r}: must be a path, a glob, or a list of these")
         _check_choice("probability", self.probability, ("skip", "accept"))
-        _check_choice("bucket_rule", self.bucket_rule, ("even", "open_sora_2"))
-        if self.bucket_rule == "open_sora_2" and self.probability == "accept":
-            raise ValueError(
-                "probability=accept: with bucket_rule=open_sora_2 must be skip, which is what that rule's pairs are"
-            )
+        _check_choice("bucket_rule", self.bucket_rule, get_args(BucketRule))
+        self._check_rule()
         _check_choice("unused_rows", self.unused_rows, ("report", "error"))
         _check_choice("crop", self.crop, ("center", "random"))
+        _check_choice("interpolation", self.interpolation, ("bicubic", "bilinear"))
         _check_choice("decoder", self.decoder, ("pyav", "decord", "torchcodec"))
         parse_colour(self.background)
         for name in (
@@ -127,6 +138,35 @@ class DataConfig:
                 "(memory) or cost_per_batch (time)"
             )
 
+    @property
+    def interval(self) -> int:
+        """Frames of a window for each that is used, by the rules of Open-Sora 1.x."""
+        return self.frame_interval or 1
+
+    def _check_rule(self) -> None:
+        """What the pairs of the bucket table are, and which clips have a window of their own."""
+        rule = self.bucket_rule
+        if rule == "open_sora_2" and self.probability == "accept":
+            raise ValueError(
+                "probability=accept: with bucket_rule=open_sora_2 must be skip, which is what that rule's pairs are"
+            )
+        if self.frame_interval is not None and rule not in RULES_1X:
+            raise ValueError(
+                f"frame_interval={self.frame_interval}: must be null with bucket_rule={rule}, which goes by the frame "
+                f"rate; it is for {', '.join(RULES_1X)}"
+            )
+        if self.frame_interval is not None and self.frame_interval < 1:
+            raise ValueError(f"frame_interval={self.frame_interval}: must be an integer >= 1, or null")
+        pairs = rule in RULES_1X and any(is_pair(row) for rows in self.buckets.values() for row in rows.values())
+        if pairs and rule in ("open_sora_1_0", "open_sora_1_1"):
+            raise ValueError(
+                f"buckets: with bucket_rule={rule} must have one probability a row, [keep_prob, batch_size]"
+            )
+        if pairs and self.probability == "skip":
+            raise ValueError(
+                f"probability=skip: with bucket_rule={rule} must be accept, which is what that rule's pairs are"
+            )
+
 
 def parse_colour(text: str) -> Colour:
     """
@@ -149,17 +189,25 @@ def bucket_rows(cfg: DataConfig) -> tuple[BucketRow, ...]:
         ValueError: a row that cannot be read, with its key.
     """
     rows = [
-        _parse_row(resolution, frames, value, cfg.probability)
+        _parse_row(resolution, frames, value, cfg)
         for resolution, lengths in cfg.buckets.items()
         for frames, value in lengths.items()
     ]
-    return tuple(sorted(rows, key=lambda row: (-area_of(row.resolution), row.resolution, -row.frames)))
+    # Of equal areas the one whose name sorts first; in Open-Sora 1.x the one that is written first.
+    names = list(cfg.buckets) if cfg.bucket_rule in RULES_1X else sorted(cfg.buckets)
+    area = {name: area_of(name, cfg.bucket_rule) for name in names}
+    return tuple(sorted(rows, key=lambda row: (-area[row.resolution], names.index(row.resolution), -row.frames)))
 
 
-def _parse_row(resolution: str, frames: int, value: Any, meaning: str) -> BucketRow:
+def is_pair(value: Any) -> bool:
+    """Whether a row of the bucket table is written with two probabilities."""
+    return isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], (list, tuple))
+
+
+def _parse_row(resolution: str, frames: int, value: Any, cfg: DataConfig) -> BucketRow:
     key = f"buckets.{resolution}.{frames}"
     try:
-        area_of(resolution)
+        area_of(resolution, cfg.bucket_rule)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
     if not isinstance(frames, int) or not 1 <= frames <= MAX_FRAMES:
@@ -178,12 +226,14 @@ def _parse_row(resolution: str, frames: int, value: Any, meaning: str) -> Bucket
         )
     if batch_size == "auto":
         batch_size = None
+    elif batch_size is None and cfg.bucket_rule in RULES_1X and pair == [0]:
+        batch_size = 1  # a row that no clip is drawn for
     elif isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size <= MAX_BATCH:
         raise ValueError(
             f"{key}={value!r}: the batch size must be an integer >= 1 and at most {MAX_BATCH}, or auto; {shape}"
         )
     length = float(pair[1]) if paired else None
-    accept = 1.0 if length is None else length if meaning == "accept" else 1.0 - length
+    accept = 1.0 if length is None else length if cfg.probability == "accept" else 1.0 - length
     return BucketRow(resolution=resolution, frames=frames, keep=float(pair[0]), accept=accept, batch_size=batch_size)
 
 

@@ -27,6 +27,7 @@ from acceleration.config import LoraConfig, OptimConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.distributed.mesh import FSDP
 from acceleration.sequence import SequenceParallel
+from opensora.assembly.bucket_shapes import check_buckets
 from opensora.config.run import RunConfig
 from opensora.datasets.buckets.bucket import BucketTable
 from opensora.models.base import ClipMeasure, ModelConfig, latent_grid
@@ -65,8 +66,13 @@ def shapes(cfg: RunConfig) -> list[Shape]:
 
 
 def bucket_table(cfg: RunConfig) -> BucketTable:
-    """The configured buckets."""
+    """The configured buckets.
+
+    Raises:
+        UserError: a shape that the autoencoder or the model does not take.
+    """
     shape, denoising = autoencoder_shape(cfg.vae), describe(cfg.model)
+    check_buckets(cfg.data, shape, denoising)
     return BucketTable(cfg.data, denoising.pixel_multiple(shape.stride), ClipMeasure(shape, denoising))
 
 

@@ -110,7 +110,7 @@ def told_frames(model: ModelConfig, conditioning: ConditioningConfig) -> bool:
     """Whether training gives the model frames in the place of noisy ones, or beside them where that changes what a
     model of separate axes computes."""
     beside = describe(model).token_axes == "factored" and describe(model).references == "channels"
-    return bool(conditioning.masks) or (beside and bool(conditioning.references))
+    return bool(conditioning.masks) or (beside and bool(conditioning.references or conditioning.mask_types))
 
 
 @lru_cache

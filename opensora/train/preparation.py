@@ -15,6 +15,7 @@ from opensora.conditioning import ConditioningConfig
 from opensora.conditioning.condition_dropout import draw_drops, without_references
 from opensora.conditioning.dropout import drop_text, dropped_labels
 from opensora.conditioning.frames import known_frames
+from opensora.conditioning.mask_types import draw_given, known_latents, noisy_pixels
 from opensora.conditioning.references import Part, code_references, draw_kind
 from opensora.config.run import LossReduction
 from opensora.datasets.loading.feature_store import Features
@@ -117,7 +118,7 @@ class Preparation:
         t = self._upload((self.times or self.objective.times)(self.seed, step, ids, grid))
         known = self._known(batch, step, grid.latents)
         noised = self.objective.noised(x0, noise, t, known)
-        reference, given = self._references(batch, step, grid.latents)
+        reference, given = self._references(batch, step, grid.latents, x0)
         known = given if known is None else known
         drop_txt, drop_vec, drop_reference = self._dropped(ids, step, given)
         if reference is not None and self.conditioning.dropout.conditions:
@@ -154,8 +155,12 @@ class Preparation:
         """(B,) bool each: samples without their text tokens, their pooled prompt, and what references give."""
         drop_txt, drop_vec = map(self._upload, drop_text(self.seed, step, ids, self.conditioning.dropout))
         weights = self.conditioning.dropout.conditions
+        none = torch.zeros_like(drop_txt)
+        if given is not None and self.conditioning.mask_types and not weights:
+            has = given.flatten(1).any(1)
+            return drop_txt & ~has, drop_vec & ~has, none
         if given is None or not weights:
-            return drop_txt, drop_vec, torch.zeros_like(drop_txt)
+            return drop_txt, drop_vec, none
         drops = draw_drops(self.seed, step, ids, weights)
         by_kind = self._upload(torch.tensor([drop.text for drop in drops]))
         without = self._upload(torch.tensor([drop.reference for drop in drops]))
@@ -187,12 +192,16 @@ class Preparation:
         return None if known is None else self._upload(known)
 
     def _references(
-        self, batch: "Batch", step: int, latents: tuple[int, int, int]
+        self, batch: "Batch", step: int, latents: tuple[int, int, int], x0: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         """(B, C, T', H', W') fp32 latents of known frames, and (B, T', H', W') bool where they are, for models that
-        read them beside the noise."""
+        read them beside the noise. ``x0``: those of all frames."""
         cfg, shape = self.conditioning, self.autoencoder or self.encoders.autoencoder
-        if self.layout.denoising.references != "channels" or not cfg.references:
+        if self.layout.denoising.references != "channels":
+            return None, None
+        if cfg.mask_types:
+            return self._of_whole_clips(batch, step, latents, x0)
+        if not cfg.references:
             return None, None
         assert shape is not None, "features are read: say what the autoencoder is like"
         learn_some = not cfg.known_in_loss
@@ -206,6 +215,22 @@ class Preparation:
 
         reference, known = code_references(kinds, latents, shape, code, device=self.encoders.device)
         return reference.float(), known
+
+    def _of_whole_clips(
+        self, batch: "Batch", step: int, latents: tuple[int, int, int], x0: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same by ``mask_types``; of clips that are given nothing zeros, which the model embeds all the same."""
+        weights = self.conditioning.mask_types
+        given = [draw_given(self.seed, step, sample, latents[0], weights) for sample in batch.sample_ids]
+        known = self._upload(known_latents(given, latents))
+        noisy = [row for row, one in enumerate(given) if one.noise]
+        if noisy:
+            assert batch.pixels is not None, "checked with the configuration: clips are read"
+            pixels, ids = batch.pixels[noisy].float() / 127.5 - 1, tuple(batch.sample_ids[row] for row in noisy)
+            mixed = noisy_pixels(pixels, [given[row].noise for row in noisy], self.seed, step, ids)
+            coded = self.encoders.latents(self._upload(mixed), batch.epoch, ids, "posterior of noisy reference")
+            x0 = x0.index_copy(0, torch.tensor(noisy, device=x0.device), coded.to(x0.dtype))
+        return torch.where(known[:, None], x0, 0.0), known
 
     def _numbers(self, batch: "Batch", t: Tensor) -> dict[str, Tensor]:
         """What the family wants of the clip beside its text."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from math import prod
 
 from acceleration.distributed.mesh import Mesh
+from opensora.assembly.bucket_shapes import check_buckets as check_buckets
 from opensora.conditioning.frames import draw_known
 from opensora.conditioning.references import draw_kind, given_frames
 from opensora.config.run import LossReduction, RunConfig
@@ -18,11 +19,10 @@ from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch, PackedSeque
 from opensora.datasets.plan.batch_plan import check_rows as check_rows
 from opensora.datasets.plan.dynamic_sp import SequenceSharing
 from opensora.datasets.table.index import IndexedTable, open_table
-from opensora.models.base import AutoencoderShape, ClipMeasure, Denoising, latent_grid
+from opensora.models.base import AutoencoderShape, ClipMeasure, latent_grid
 from opensora.models.families import describe
 from opensora.models.text import text_tokens
 from opensora.models.vae import autoencoder_shape
-from opensora.utils.errors import UserError
 
 
 def open_data(cfg: RunConfig) -> tuple[IndexedTable, BatchPlan]:
@@ -37,20 +37,6 @@ def open_data(cfg: RunConfig) -> tuple[IndexedTable, BatchPlan]:
     # A bucket's size is a multiple of the pixels that one token spans on a side.
     multiple = denoising.pixel_multiple(shape.stride)
     return table, BatchPlan(table, cfg.data, multiple, cfg.seed, ClipMeasure(shape, denoising))
-
-
-def check_buckets(cfg: DataConfig, shape: AutoencoderShape, denoising: Denoising) -> None:
-    """That the autoencoder can code the lengths of all buckets, and the model cut them into patches.
-
-    Raises:
-        UserError: one that it cannot.
-    """
-    for resolution, rows in cfg.buckets.items():
-        for frames in rows:
-            try:
-                denoising.check_frames(latent_grid(int(frames), shape.stride[1], shape.stride[2], shape)[0])
-            except ValueError as error:
-                raise UserError(f"data.buckets.{resolution}.{frames}: {error}") from None
 
 
 def expected_idle(plan: BatchPlan, dp_degree: int, steps: Iterable[int]) -> float:

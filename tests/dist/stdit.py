@@ -52,12 +52,19 @@ MODELS: dict[str, Any] = {
     "stdit2": STDiT2Config(**_SHAPE),
     "stdit3": STDiT3Config(**_SHAPE),
     "windows": STDiT3Config(**_SHAPE, kernel_size=(2, 3, -1), use_spatial_rope=True, cond_embed=True),
+    "given": STDiT3Config(**_SHAPE, kernel_size=(3, 2, -1), use_spatial_rope=True, cond_embed=True),
     "skips": STDiT3Config(**_SHAPE, skip_temporal=True),
     "frozen": STDiT3Config(**_SHAPE, freeze_y_embedder=True, only_train_temporal=True),
 }
 DROPOUT = DropoutConfig(text=0.4)
 MASKS = ConditioningConfig(dropout=DROPOUT, masks={"random": 0.4, "image_head": 0.3})
 BESIDE = ConditioningConfig(dropout=DROPOUT, references={"t2v": 1.0, "i2v_head": 2.0, "i2v_loop": 1.0})
+# As in Open-Sora 1.3: some coded from pixels with noise, some without their prompt or what is given, all weighted.
+TYPES = ConditioningConfig(
+    dropout=replace(DROPOUT, conditions={"cond": 1.0, "text": 1.0, "null": 1.0, "keep": 2.0}),
+    mask_types={"none": 1.0, "i2v_loop": 1.0, "v2v_head_noisy": 2.0, "v2v_tail": 1.0, "other": 1.0},
+    known_weight=0.4,
+)
 ADAPTERS = LoraConfig(rank=3, alpha=5.0)
 
 
@@ -89,6 +96,8 @@ class Clips:
 
 
 def conditioning(cfg: Any) -> ConditioningConfig:
+    if cfg == MODELS["given"]:
+        return TYPES
     return BESIDE if describe(cfg).references == "channels" else MASKS
 
 
@@ -125,6 +134,15 @@ def counted_values(cfg: Any, tokens: Tokens) -> Tensor:
     if tokens.learned is not None:
         counted = counted * tokens.learned[..., None]
     return counted if tokens.inside is None else counted * tokens.inside
+
+
+def weights_by_hand(cfg: Any, tokens: Tokens) -> Tensor:
+    """(B, T, 1, 1) of frames in the loss: w of the m that are given, (T - m w) / (T - m) of the others."""
+    given = tokens.inputs.get("mask_index")
+    if given is None or cfg != MODELS["given"]:
+        return torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    frames, count, w = given.shape[1], given.sum(1, keepdim=True).double(), TYPES.known_weight
+    return torch.where(given, w, (frames - count * w) / (frames - count).clamp(min=1))[..., None, None]
 
 
 @cache
@@ -191,6 +209,7 @@ def on_one_process(cfg: Any, optim: OptimConfig = SGD, *, adapters: bool = False
             tokens = prepare(batch, step)  # type: ignore[arg-type]
             mean, log_variance = model(**tokens.inputs).chunk(2, dim=-1)
             loss = 0.5 * (log_variance + (mean - tokens.targets["velocity"].double()) ** 2 / log_variance.exp())
+            loss = loss * weights_by_hand(cfg, tokens)
             total = total + (loss * counted_values(cfg, tokens)).sum() / elements(cfg, step)
         total.backward()
         gradients = {name: p.grad.clone() for name, p in named.items() if p.grad is not None}

@@ -23,6 +23,7 @@ QUICK = [
     Run("stdit3", 2, {"ulysses": 2}, 3, recompute("full")),
     Run("windows", 2, {"ulysses": 2}, 2, recompute("selective"), ADAMW),
     Run("windows", 2, {"ring": 2}, 3),
+    Run("given", 2, {"ulysses": 2}, 3, recompute("full"), ADAMW),
     Run("stdit", 2, {"tensor": 2}, 1),
 ]
 LORA = [
@@ -58,7 +59,7 @@ _TURNS = [
 def _slow() -> list[Run]:
     """Every model on every mesh; ZeRO stages, recomputation and optimizers in turn."""
     found: list[Run] = []
-    for model in ("stdit", "stdit2", "stdit3", "windows"):
+    for model in ("stdit", "stdit2", "stdit3", "windows", "given"):
         for world, every in AXES.items():
             for mesh in every:
                 zero, options, optim = _TURNS[len(found) % len(_TURNS)]

@@ -108,7 +108,7 @@ def test_masks_give_some_frames_and_leave_some(name: str, frames: int) -> None:
         size, _, end = name.partition("_")
         if end in ("head", "head_tail"):
             assert known[0]
-        if end in ("tail", "head_tail"):
+        if end == "tail" or (end == "head_tail" and frames > 2):  # of two frames one is learned
             assert known[-1]
         if size == "image" and end != "head_tail":
             assert known.sum() == 1

@@ -126,7 +126,7 @@ def test_the_guide_to_training(tmp_path: Path) -> None:
             "text": {"kind": "t5", "t5_path": "DeepFloyd/t5-v1_1-xxl", "max_tokens": 120, "shard": True},
             "objective": {"kind": "iddpm", "timestep_respacing": ""},
             "conditioning": {"dropout": {"text": 0.1, "pooled": 0.1}},
-            "data": {"table": "CSV_PATH", "buckets": {"512px": {64: [1.0, 4]}}, "workers": 4},
+            "data": {"table": "CSV_PATH", "buckets": {"512x512": {64: [1.0, 4]}}, "workers": 4},
             "parallel": {"zero": 2, "recompute": {"kind": "full"}, "precision": {"compute": "bf16"}},
             "optim": {"lr": 2e-5, "clip_norm": 1.0, "ema_decay": 0.9999, "eps": 1e-8},
             "train": {

@@ -4,15 +4,18 @@ import re
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from opensora.conditioning.references import KINDS
 from opensora.config.family import keys as table
 from opensora.config.family.models import is_second, version_of
 from opensora.config.family.translation import Translation
 from opensora.config.schema import shown, suggestion, types_at
+from opensora.datasets.buckets.sizes_1x import Version, clip_size_1x, sizes_1x
 
 LONG_RUN = 1_000_000  # steps of a run that says epochs: the family's are just large enough, and ended by hand
 AREAS = {"2k": "1440p", "4k": "2160p"}
-RULES = {"1.1": "open_sora_1_1", "1.2": "open_sora_1_2", "1.3": "open_sora_1_3"}
+RULES = {"1.0": "open_sora_1_1", "1.1": "open_sora_1_1", "1.2": "open_sora_1_2", "1.3": "open_sora_1_3"}
+ONE_SHAPE = "open_sora_1_0"  # the rule of data sets without buckets
+SIZES: dict[str, Version] = {"1.3": "1.3"}  # tables that clips are sampled by; else those of 1.2, the first with flags
+USUAL_RATIO = "9:16"  # height to width
 
 
 def sampled(t: Translation) -> None:
@@ -71,14 +74,36 @@ def clip_size(t: Translation) -> None:
         t.put("sampling.height", size[0], "image_size")
         t.put("sampling.width", size[1], "image_size")
     resolution, ratio = t.get("resolution"), t.get("aspect_ratio")
-    if t.is_file and not is_second(t) and size is None and resolution is None:
-        t.note("model.type", "no size of clips is given, so 256px holds; give --image-size H W, or --resolution")
+    if t.is_file and not is_second(t):
+        listed_size(t, size, resolution, ratio)
+        return
     if resolution is not None:
         t.put("sampling.resolution", area_name(str(resolution)), "resolution")
-    if isinstance(ratio, str) and t.is_file and not is_second(t):  # 1.x has the height first
-        ratio = ":".join(reversed(ratio.split(":")))
     if ratio is not None:
         t.put("sampling.aspect_ratio", ratio, "aspect_ratio")
+
+
+def listed_size(t: Translation, size: Any, resolution: Any, ratio: Any) -> None:
+    """Clips of 1.x have the size that its tables list for a resolution and a ratio, which has the height first."""
+    if size is not None:
+        for key in ("resolution", "aspect_ratio"):
+            if t.get(key) is not None:
+                t.note(key, "image_size says the size of clips")
+        return
+    if resolution is None:
+        t.note("model.type", "no size of clips is given, so 256px holds; give --image-size H W, or --resolution")
+        if isinstance(ratio, str):
+            t.put("sampling.aspect_ratio", ":".join(reversed(ratio.split(":"))), "aspect_ratio")
+        return
+    version, key = SIZES.get(version_of(t), "1.2"), "resolution"
+    try:
+        sizes_1x(version, str(resolution))
+        key = "resolution" if ratio is None else "aspect_ratio"
+        height, width = clip_size_1x(version, str(resolution), str(ratio or USUAL_RATIO))
+    except ValueError as error:
+        raise t.fail(key, str(error)) from None
+    t.put("sampling.height", height, key)
+    t.put("sampling.width", width, key)
 
 
 def area_name(name: str) -> str:
@@ -130,10 +155,13 @@ def data(t: Translation) -> None:
         )
     key, frames = t.first("dataset.num_frames", "num_frames")
     size_key, size = t.first("dataset.image_size", "image_size")
-    if t.get("bucket_config") is not None:
+    has_shape = t.get("batch_size") is not None and isinstance(size, (list, tuple)) and frames is not None
+    if t.get("bucket_config") is not None and not (has_shape and t.get("dataset.type") == "VideoTextDataset"):
         buckets(t, t.get("bucket_config"))
-    elif t.get("batch_size") is not None and isinstance(size, (list, tuple)) and frames is not None:
+    elif has_shape:
         one_shape(t, size_key, size, t.converted(key, frames, table.frames_of))
+        if t.get("bucket_config") is not None:
+            t.note("bucket_config", "is for dataset.type='VariableVideoTextDataset'; all clips have dataset.image_size")
     elif t.is_file:
         raise t.fail("bucket_config", "missing; or give num_frames, image_size and batch_size")
     else:
@@ -142,52 +170,60 @@ def data(t: Translation) -> None:
         for given in ("num_frames", "image_size"):
             if t.get(given) is not None:
                 raise t.fail(given, "stands in data.buckets, the shapes that clips are trained in")
-    interval_key, interval = t.first("dataset.frame_interval", "frame_interval")
-    if interval is not None:
-        t.put("data.frame_interval", interval, interval_key)
+    clips(t)
     if t.get("dataset.fps_max", 24) != 24:
         raise t.fail("dataset.fps_max", "must be 24: clips of more are read at a whole part of their rate")
     for ignored in ("aspect_ratio", "resolution"):
         if t.get(ignored) is not None:
             t.note(ignored, "is for sampling")
-    references(t)
+    beside = t.layer.get("model", {}).get("cond_embed") and version_of(t) == "1.3"
+    if t.is_file and beside and t.get("mask_types") is None:
+        t.put("conditioning.mask_types", {"none": 1.0}, "model.type")  # embedders of given frames add their biases
     if t.get("noise_augmentation"):
         t.note("noise_augmentation", "clips are trained as they are")
 
 
-def references(t: Translation) -> None:
-    """1.3's kinds of given frames, as far as there are such kinds here."""
-    kinds = t.get("mask_types")
-    if kinds is None or not t.is_training:
+def clips(t: Translation) -> None:
+    """Which frames of a clip are used, and how these are scaled."""
+    key, interval = t.first("dataset.frame_interval", "frame_interval")
+    if not t.is_file or is_second(t):
+        if interval is not None:
+            t.put("data.frame_interval", interval, key)
         return
-    if not isinstance(kinds, Mapping):
-        raise t.fail("mask_types", "must be {kind: weight}")
-    named = {"t2v" if name == "none" else name: weight for name, weight in kinds.items()}
-    if lacking := [str(name) for name in named if name not in KINDS]:
-        t.note("mask_types", f"nothing gives frames as {', '.join(lacking)}, which are left out")
-    t.put("conditioning.references", {name: w for name, w in named.items() if name in KINDS}, "mask_types")
+    if interval is not None:
+        t.put("data.frame_interval", interval, key)
+    name = t.get("dataset.transform_name")
+    if name not in (None, "center", "resize_crop"):
+        raise t.fail("dataset.transform_name", "must be center or resize_crop")
+    t.put("data.interpolation", "bilinear", "dataset.type")
+    t.put("data.unused_rows", "report", "bucket_config")  # what no clip fits does not matter to the family
 
 
 def one_shape(t: Translation, key: str, size: Any, frames: Any) -> None:
-    """A data set of one length and size."""
+    """A data set of one length and size, which its clips are scaled to cover and cut to."""
     if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
         raise t.fail(key, "must be two whole numbers, (height, width)")
-    side = round((size[0] * size[1]) ** 0.5)
-    t.put("data.buckets", {f"{side}px": {frames: [1.0, t.get("batch_size")]}}, key)
-    t.note(key, f"clips keep their aspect ratio, at about the area of {side}px")
+    height, width = size
+    if t.get("dataset.transform_name") == "center" and height != width:
+        raise t.fail("dataset.transform_name", f"must be resize_crop for {height}x{width}, which is no square")
+    t.put("data.bucket_rule", ONE_SHAPE, key)
+    t.put("data.buckets", {f"{height}x{width}": {frames: [1.0, t.get("batch_size")]}}, key)
 
 
 def buckets(t: Translation, given: Any) -> None:
     if not isinstance(given, Mapping) or not all(isinstance(rows, Mapping) for rows in given.values()):
         raise t.fail("bucket_config", "must be {resolution: {frames: (probability, batch size)}}")
+    first = t.is_file and not is_second(t)
     found = {
-        area_name(str(name)): {
+        str(name) if first else area_name(str(name)): {
             frames: _row(t, f"bucket_config.{name}.{frames}", value) for frames, value in rows.items()
         }
         for name, rows in given.items()
     }
     t.put("data.buckets", found, "bucket_config")
-    if not is_second(t) and any(isinstance(row[0], list) for rows in found.values() for row in rows.values()):
+    if first:
+        t.put("data.bucket_rule", RULES[version_of(t)], "bucket_config")
+    if first and any(isinstance(row[0], list) for rows in found.values() for row in rows.values()):
         t.put("data.probability", "accept", "bucket_config")
     if t.get("batch_size") is not None:
         t.note("batch_size", "bucket_config has one for every shape")
@@ -201,7 +237,7 @@ def _row(t: Translation, key: str, value: Any) -> list[Any]:
     if keep is None:
         keep = 1.0
     if size is None:
-        return [keep, 1]  # a row that no clip is drawn for
+        return [keep, 1 if is_second(t) else None]  # a row that no clip is drawn for
     search = (isinstance(size, (list, tuple)) and size) or (isinstance(keep, (int, float)) and keep > 1 and value)
     if search:
         t.note("bucket_config", "a range of batch sizes: the smallest is taken; opensora.cli.forecast says what fits")

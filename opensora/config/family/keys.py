@@ -4,8 +4,11 @@
 together in family.py; these are marked ``TOGETHER``. A new key is one more line.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from opensora.config.family.masks import masks_of
+from opensora.datasets.buckets.sizes_1x import FRAME_COUNTS
 
 Read = Callable[[Any], Any]  # a value of theirs -> ours; ValueError: what must hold
 
@@ -69,20 +72,7 @@ def frames_of(value: Any) -> Any:
     return FRAME_NAMES[value]
 
 
-def _masks(value: Any) -> Any:
-    """Strategies as they are called from 1.2 on; what is left of the probability masks nothing."""
-    if not isinstance(value, Mapping):
-        return value
-    names = {str(name).removeprefix("mask_"): share for name, share in value.items()}
-    renamed = {SHORT_MASKS.get(name, name): share for name, share in names.items() if name not in ("identity", "no")}
-    if len(renamed) < len([name for name in names if name not in ("identity", "no")]):
-        raise ValueError("names a strategy twice; keep one")
-    return renamed
-
-
-FRAME_NAMES = {"1x": 51, "2x": 102, "4x": 204, "8x": 408, "16x": 816, "2s": 51, "4s": 102, "8s": 204, "16s": 408}
-FRAME_NAMES |= {"32s": 816, "image": 1}
-SHORT_MASKS = {"head": "quarter_head", "tail": "quarter_tail", "head_tail": "quarter_head_tail"}
+FRAME_NAMES = FRAME_COUNTS | {"image": 1}
 
 # type -> what it is here. Sizes are those that the family names.
 MODELS: dict[str, dict[str, Any]] = {
@@ -199,8 +189,8 @@ KEYS: dict[str, Key] = {
     "dataset.cached_text": no_meaning("data.features names what is stored"),
     "dataset.cached_video": no_meaning("data.features names what is stored"),
     "bucket_config": TOGETHER,
-    "mask_ratios": Key("", "conditioning.masks", _masks),
-    "mask_types": TOGETHER,
+    "mask_ratios": Key("", "conditioning.masks", masks_of),
+    "mask_types": Key("", "conditioning.mask_types"),
     "condition_config": Key("", "conditioning.references"),
     "drop_condition": Key("", "conditioning.dropout.conditions"),
     "dropout_ratio.t5": Key("", "conditioning.dropout.text"),

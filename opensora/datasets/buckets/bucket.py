@@ -19,8 +19,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from opensora.datasets.buckets.aspect import area_of, training_sizes
 from opensora.datasets.buckets.cost import FullAttention, Measure, features
+from opensora.datasets.buckets.resolutions import area_of, training_sizes
+from opensora.datasets.buckets.sizes_1x import RULES as RULES_1X
 from opensora.datasets.config import BucketRow, DataConfig, bucket_rows
 from opensora.datasets.plan.dynamic_sp import SequenceSharing, choose, times
 from opensora.datasets.table.manifest import ClipTable
@@ -131,14 +132,15 @@ class BucketTable:
         self._first: dict[BucketRow, int] = {}  # a row's buckets stand together, in the order of its sizes
         self._sizes: dict[str, tuple[tuple[int, int], ...]] = {}
         for row in self.rows:
-            self._sizes[row.resolution] = _sizes(row.resolution, spatial_multiple)
+            self._sizes[row.resolution] = _sizes(row.resolution, cfg.bucket_rule, spatial_multiple)
             self._first[row] = len(self.buckets)
             self.buckets += [
                 Bucket(row.resolution, row.frames, height, width, self._batch_size(row, height, width))
                 for height, width in self._sizes[row.resolution]
             ]
         self._lengths = np.array(sorted({row.frames for row in self.rows if row.frames > 1}), dtype=np.int64)
-        self._areas = sorted(area_of(name) for name in self._sizes)
+        self._area = {name: area_of(name, cfg.bucket_rule) for name in self._sizes}
+        self._areas = sorted(self._area.values())
         borders = {border for sizes in self._sizes.values() for border in _borders(sizes)}
         self._borders = sorted(borders, key=lambda border: border[0] / border[1])
         self.num_shape_classes = (len(self._lengths) + 2) * (len(self._areas) + 1) * (len(self._borders) + 1)
@@ -203,9 +205,15 @@ class BucketTable:
             per_bucket=tuple(filled),
             left_out=tuple((REASONS[code], left_out[code]) for code in REASONS if left_out.get(code)),
             unused_rows=tuple(
-                (row.resolution, row.frames) for row in self.rows if (row.resolution, row.frames) not in reached
+                (row.resolution, row.frames)
+                for row in self.rows
+                if (row.resolution, row.frames) not in reached and not self._is_reserved(row)
             ),
         )
+
+    def _is_reserved(self, row: BucketRow) -> bool:
+        """Whether a row is there for its number alone, as in tables of Open-Sora 1.x."""
+        return row.keep == 0 and self._cfg.bucket_rule in RULES_1X
 
     def cost(self, bucket: Bucket, samples: int) -> float:
         """Time of a micro-batch in the unit of ``data.cost``."""
@@ -264,7 +272,7 @@ class BucketTable:
 
     def _leaves(self, fitting: int, taking: int) -> tuple[list[tuple[BucketRow, float]], int]:
         """(row, probability to end there) for a clip, and why it may end nowhere."""
-        names = [name for name in self._sizes if area_of(name) <= self._areas[taking - 1]]
+        names = [name for name in self._sizes if self._area[name] <= self._areas[taking - 1]]
         leaves: list[tuple[BucketRow, float]] = []
         arriving, had_a_row = 1.0, False  # probability that no larger resolution took it
         for name in names:
@@ -333,8 +341,8 @@ def _borders(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return borders
 
 
-def _sizes(resolution: str, multiple: int) -> tuple[tuple[int, int], ...]:
+def _sizes(resolution: str, rule: str, multiple: int) -> tuple[tuple[int, int], ...]:
     try:
-        return training_sizes(resolution, multiple)
+        return training_sizes(resolution, rule, multiple)
     except ValueError as error:
         raise UserError(f"data.buckets.{error}") from error

@@ -4,13 +4,24 @@ Frame i of a clip is the i-th frame its decoder puts out, in presentation order;
 per call and never kept, which makes the functions safe in forked and in spawned workers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
 
 from opensora.datasets.decode import decord_backend, pillow_backend, pyav_backend, torchcodec_backend
-from opensora.datasets.decode.common import WHITE, Allocate, Colour, Deadline, DecodeError, MediaInfo, Resize, new_array
+from opensora.datasets.decode.common import (
+    WHITE,
+    Allocate,
+    Colour,
+    Deadline,
+    DecodeError,
+    MediaInfo,
+    Resize,
+    new_array,
+    spread,
+    still_resize,
+)
 from opensora.datasets.decode.file_type import CLIP_SUFFIXES, STILL_SUFFIXES, Sniffed, sniff, sniff_source
 from opensora.datasets.table.clip_storage import Source, locate
 
@@ -25,7 +36,7 @@ Decoder = Literal["pyav", "decord", "torchcodec"]
 # Read by Pillow: FFmpeg does not put their frames together, or takes those of a GIF without times for one.
 _ANIMATIONS = ("animated PNG", "animated WebP", "animated AVIF", "GIF without times")
 
-ReadWindow = Callable[[Source, range, Resize | None, int, Deadline, Allocate], np.ndarray]
+ReadWindow = Callable[[Source, Sequence[int], Resize | None, int, Deadline, Allocate], np.ndarray]
 
 # name -> (what makes sure that it can be imported, what reads the frames of these numbers)
 DECODERS: dict[str, tuple[Callable[[], object], ReadWindow]] = {
@@ -73,6 +84,7 @@ def read_frames(
     count: int,
     interval: int = 1,
     *,
+    span: int | None = None,
     resize: Resize | None = None,
     threads: int = 1,
     decoder: str = "pyav",
@@ -85,8 +97,10 @@ def read_frames(
     Args:
         path: a file, or a member of an archive (``opensora.datasets.table.clip_storage``).
         count: how many frames to return.
+        span: in place of ``interval``, how many frames those are spread over evenly, ``count`` or more; the first of
+            these and the last are among them.
         resize: maps the displayed (height, width) to the size wanted; frames are scaled one by one (bicubic,
-            antialiased), so that memory holds the window at the small size only.
+            antialiased, unless it says otherwise), so that memory holds the window at the small size only.
         timeout_s: give up after this time; a decoder that hangs within one packet is not noticed.
         allocate: where the frames go. Memory that is used again saves the system from clearing it, which at full size
             takes as long as decoding.
@@ -103,11 +117,15 @@ def read_frames(
     """
     if start < 0 or count < 1 or interval < 1:
         raise ValueError(f"start={start}, count={count}, interval={interval}: must be start >= 0, the others >= 1")
+    if span is not None and span < count:
+        raise ValueError(f"span={span}: must be an integer >= count={count}")
     read_plain = DECODERS[decoder][1]
     deadline = Deadline(path, timeout_s)
     source = locate(path)
     found = _sniffed(source)
-    numbers = range(start, start + count * interval, interval)
+    numbers: Sequence[int] = range(start, start + count * interval, interval)
+    if span is not None:
+        numbers = spread(start, span, count)
     if found.kind == "clip":
         if found.what in _ANIMATIONS:
             return pillow_backend.read_animation(source, numbers, resize, deadline, allocate, background)
@@ -116,7 +134,7 @@ def read_frames(
         return pyav_backend.read_window(source, numbers, resize, threads, deadline, allocate, background)
     if start + count > 1:
         raise DecodeError(path, f"an image has 1 frame, the window needs {numbers[-1] + 1}")
-    picture, _ = _read_still(source, found, resize, deadline, background)
+    picture, _ = _read_still(source, found, still_resize(resize), deadline, background)
     frames = allocate((1, *picture.shape))
     frames[0] = picture
     return frames

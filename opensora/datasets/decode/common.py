@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -41,7 +41,7 @@ class DecodeError(Exception):
         return f"{self.path}: {self.cause}"
 
 
-def too_short(path: str, count: int, numbers: range) -> DecodeError:
+def too_short(path: str, count: int, numbers: Sequence[int]) -> DecodeError:
     """The error of a file whose ``count`` frames do not reach to the last of ``numbers``."""
     if count == 0:
         return DecodeError(path, "no frame of it can be decoded")
@@ -117,9 +117,27 @@ class ResizeToFill:
 
     height: int
     width: int
+    bilinear: bool = False  # how pixels are found, see ``scale_rgb``
 
     def __call__(self, height: int, width: int) -> tuple[int, int]:
         return cover_size(height, width, self.height, self.width)
+
+
+def is_bilinear(resize: Resize | None) -> bool:
+    """Whether frames are scaled from the four nearest pixels."""
+    return isinstance(resize, ResizeToFill) and resize.bilinear
+
+
+def still_resize(resize: Resize | None) -> Resize | None:
+    """How a still is scaled where a clip would be scaled so: always bicubic."""
+    return replace(resize, bilinear=False) if isinstance(resize, ResizeToFill) else resize
+
+
+def spread(start: int, span: int, count: int) -> Sequence[int]:
+    """Numbers of ``count`` frames, spread evenly from ``start`` to ``start + span - 1`` and rounded down, so that
+    neighbours are not all equally far apart."""
+    numbers: list[int] = np.linspace(start, start + span - 1, count).astype(np.int64).tolist()
+    return numbers
 
 
 def cover_size(height: int, width: int, target_height: int, target_width: int) -> tuple[int, int]:
@@ -171,18 +189,37 @@ def check_size(path: str, height: int, width: int) -> None:
 
 
 def scale_rgb(frame: np.ndarray, resize: Resize | None) -> np.ndarray:
-    """(H, W, 3) uint8 at the size wanted; bicubic, antialiased."""
+    """(H, W, 3) uint8 at the size wanted; bicubic, antialiased, or see ``bilinear``."""
     if resize is None:
         return frame
     height, width = resize(*frame.shape[:2])
     if (height, width) == frame.shape[:2]:
         return frame
+    if is_bilinear(resize):
+        return bilinear(frame, height, width)
     return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def bilinear(frame: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W, 3) uint8 -> (height, width, 3) uint8. Every pixel is mixed from the four around its place, however much
+    smaller the result is (``torch.nn.functional.interpolate`` without antialiasing, which Open-Sora 1.x scales by)."""
+    above, below, down = _neighbours(frame.shape[0], height)
+    left, right, across = _neighbours(frame.shape[1], width)
+    rows = frame[above] * (1 - down)[:, None, None] + frame[below] * down[:, None, None]
+    mixed = rows[:, left] * (1 - across)[:, None] + rows[:, right] * across[:, None]
+    return np.rint(mixed).astype(np.uint8)
+
+
+def _neighbours(size: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of every pixel along an axis: the one before its place, the one behind, and how far it is on the way, fp32."""
+    place = np.maximum((np.arange(wanted) + 0.5) * (size / wanted) - 0.5, 0)
+    before = np.minimum(place.astype(np.int64), size - 1)
+    return before, np.minimum(before + 1, size - 1), (place - before).astype(np.float32)
 
 
 def read_in_batches(
     read: Callable[[list[int]], Iterable[np.ndarray]],
-    numbers: range,
+    numbers: Sequence[int],
     resize: Resize | None,
     deadline: Deadline,
     allocate: Allocate,

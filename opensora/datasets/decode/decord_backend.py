@@ -6,6 +6,7 @@ without a word, and in some H.265 clips a frame reached by seeking is the next o
 """
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ def load() -> Any:
 
 
 def read_window(
-    source: Source, numbers: range, resize: Resize | None, threads: int, deadline: Deadline, allocate: Allocate
+    source: Source, numbers: Sequence[int], resize: Resize | None, threads: int, deadline: Deadline, allocate: Allocate
 ) -> np.ndarray:
     """The frames of these numbers; see ``opensora.datasets.decode.api.read_frames``."""
     decord = load()

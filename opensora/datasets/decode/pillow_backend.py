@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import repeat
 from typing import cast
@@ -98,7 +98,7 @@ def probe_animation(source: Source, deadline: Deadline) -> MediaInfo:
 
 def read_animation(
     source: Source,
-    numbers: range,
+    numbers: Sequence[int],
     resize: Resize | None,
     deadline: Deadline,
     allocate: Allocate,

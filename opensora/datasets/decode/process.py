@@ -36,6 +36,7 @@ class ReadFrames(Protocol):
         count: int,
         interval: int = 1,
         *,
+        span: int | None = None,
         resize: Resize | None,
         threads: int,
         decoder: str,
@@ -75,6 +76,7 @@ class DecoderProcess:
         count: int,
         interval: int = 1,
         *,
+        span: int | None = None,
         resize: Resize | None,
         threads: int,
         decoder: str,
@@ -89,8 +91,9 @@ class DecoderProcess:
             ReaderClosed: it was closed.
             RuntimeError: a mistake of ours, with the traceback of the process.
         """
-        request = {"path": path, "start": start, "count": count, "interval": interval, "resize": resize}
-        request |= {"threads": threads, "decoder": decoder, "timeout_s": timeout_s, "background": background}
+        request = {"path": path, "start": start, "count": count, "interval": interval, "span": span}
+        request |= {"resize": resize, "threads": threads, "decoder": decoder, "timeout_s": timeout_s}
+        request["background"] = background
         return self._shared.array(self._answer(request))
 
     def probe(self, path: str, *, timeout_s: float) -> MediaInfo:

@@ -11,7 +11,7 @@ none, pictures of at least 1280 columns or more than 576 lines are taken for BT.
 High dynamic range is not tone-mapped: the values of its curve are returned as they are, and ``probe`` says so.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from av.container import InputContainer
@@ -74,7 +74,7 @@ def probe(source: Source, deadline: Deadline) -> MediaInfo:
 
 def read_window(
     source: Source,
-    numbers: range,
+    numbers: Sequence[int],
     resize: Resize | None,
     threads: int,
     deadline: Deadline,
@@ -125,7 +125,7 @@ def _first_frame(
 
 def _read(
     source: Source,
-    numbers: range,
+    numbers: Sequence[int],
     resize: Resize | None,
     threads: int,
     deadline: Deadline,
@@ -144,7 +144,7 @@ def _read(
             return _read_by_counting(source, window(about, np.array(numbers)), numbers, threads, deadline)
         if numbers[-1] >= len(index.pts):
             raise too_short(source.path, len(index.pts), numbers)
-        wanted = index.pts[numbers.start : numbers[-1] + 1 : numbers.step]
+        wanted = index.pts[np.array(numbers)]
         for position in seek_positions(index, about.codec, int(wanted[0])):
             with decoding(source.path):
                 container.seek(position.seek_to, stream=stream, backward=True)
@@ -157,7 +157,7 @@ def _read(
         filled = window(stream_info(source, stream), wanted)
         if _decode_into(filled, container, stream, deadline, not_after=None):
             return filled.frames()
-    count = f"{filled.missing()} of the {len(numbers)} frames from {numbers.start} on"
+    count = f"{filled.missing()} of the {len(numbers)} frames from {numbers[0]} on"
     raise DecodeError(source.path, f"{count} cannot be decoded")
 
 
@@ -195,7 +195,9 @@ def _decode_into(
     return False
 
 
-def _read_by_counting(source: Source, window: Window, numbers: range, threads: int, deadline: Deadline) -> np.ndarray:
+def _read_by_counting(
+    source: Source, window: Window, numbers: Sequence[int], threads: int, deadline: Deadline
+) -> np.ndarray:
     """The slow way for streams whose packets do not say when they are shown."""
     seen = 0
     for seen, frame in enumerate(all_frames(source, threads, deadline), start=1):

@@ -14,8 +14,10 @@ from opensora.datasets.decode.common import (
     DecodeError,
     Resize,
     Turn,
+    bilinear,
     check_size,
     decoding,
+    is_bilinear,
     on_background,
     scale_rgb,
 )
@@ -81,13 +83,22 @@ class Window:
             rgba = self._convert(frame, stored, stored.height, stored.width, "rgba")
             unused = stored.pixels == _PALETTE and not rgba[..., 3].any()  # a palette without alpha, its bytes left 0
             opaque = rgba[..., :3] if unused else on_background(rgba, self._background)
-            picture = scale_rgb(np.ascontiguousarray(opaque), lambda *_: (height, width))
+            picture = self._scaled(np.ascontiguousarray(opaque), height, width)
+        elif is_bilinear(self._resize):
+            whole = self._convert(frame, stored, stored.height, stored.width, "rgb24")
+            picture = self._scaled(whole, height, width)
         else:
             picture = self._convert(frame, stored, height, width, "rgb24")
         if _is_limited_grey(stored, self.about.codec):
             picture = _FULL_RANGE[picture]
         self._frames[slot] = stored.turn(picture)
         self._empty.discard(slot)
+
+    def _scaled(self, picture: np.ndarray, height: int, width: int) -> np.ndarray:
+        """(height, width, 3) uint8 of a picture at full size."""
+        if is_bilinear(self._resize) and picture.shape[:2] != (height, width):
+            return bilinear(picture, height, width)
+        return scale_rgb(picture, lambda *_: (height, width))
 
     def _size(self, stored: StoredFrame) -> tuple[int, int]:
         """(height, width) wanted, of frames as displayed."""

@@ -1,6 +1,7 @@
 """Frames by torchcodec, which needs a version that fits the installed torch and the system's FFmpeg libraries."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ def load() -> Any:
 
 
 def read_window(
-    source: Source, numbers: range, resize: Resize | None, threads: int, deadline: Deadline, allocate: Allocate
+    source: Source, numbers: Sequence[int], resize: Resize | None, threads: int, deadline: Deadline, allocate: Allocate
 ) -> np.ndarray:
     """The frames of these numbers; see ``opensora.datasets.decode.api.read_frames``."""
     decoders = load()

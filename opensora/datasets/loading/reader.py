@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opensora.datasets.buckets.bucket import Bucket, frame_interval, sampled_fps
+from opensora.datasets.buckets.bucket import Bucket
 from opensora.datasets.config import DataConfig, parse_colour
 from opensora.datasets.decode.api import DecodeError
 from opensora.datasets.decode.common import ResizeToFill
 from opensora.datasets.decode.process import DecoderLost, ReadFrames
 from opensora.datasets.loading.feature_store import Features, FeatureStore
-from opensora.datasets.loading.window import crop_origin, random_crop_origin, window_start
+from opensora.datasets.loading.window import crop_origin, random_crop_origin, sampled_frames, told_fps
 from opensora.datasets.plan.batch_plan import MicroBatch
 from opensora.datasets.plan.counter_rng import integer
 from opensora.datasets.table.manifest import ClipTable
@@ -116,7 +116,7 @@ class BatchReader:
             used.append(source)
             if reason:
                 replaced.append((sample_id, source, reason))
-        rates = [sampled_fps(float(self._table.fps[source])) for source in used]
+        rates = [told_fps(self._cfg, float(self._table.fps[source])) for source in used]
         return Batch(
             pixels=pixels,
             prompts=[self._prompt(source, fps) for source, fps in zip(used, rates, strict=True)],
@@ -180,9 +180,9 @@ class BatchReader:
         bucket = micro_batch.bucket
         height, width = bucket.height, bucket.width
         self._table.check(sample_id, sample_id + 1)
-        interval = int(frame_interval(self._table.fps[sample_id : sample_id + 1])[0])
         key = {"seed": self._seed, "epoch": micro_batch.epoch, "sample_id": sample_id}
-        start = window_start(int(self._table.num_frames[sample_id]), bucket.frames, interval, **key)
+        length, fps = int(self._table.num_frames[sample_id]), float(self._table.fps[sample_id])
+        start, interval, span = sampled_frames(self._cfg, length, fps, bucket.frames, **key)
         frames = self._cache.get(
             (sample_id, start, bucket.frames, height, width),
             lambda: read(
@@ -190,7 +190,8 @@ class BatchReader:
                 start,
                 bucket.frames,
                 interval,
-                resize=ResizeToFill(height, width),
+                span=span,
+                resize=ResizeToFill(height, width, bilinear=self._cfg.interpolation == "bilinear"),
                 threads=self._cfg.decode_threads,
                 decoder=self._cfg.decoder,
                 timeout_s=self._cfg.decode_timeout_s,
@@ -218,7 +219,7 @@ class FeatureReader:
         Raises:
             UserError: ``features`` is no complete folder.
         """
-        self._table = table
+        self._table, self._cfg = table, cfg
         self._store = FeatureStore(Path(cfg.features))
 
     def load(self, micro_batch: MicroBatch) -> Batch:
@@ -235,7 +236,7 @@ class FeatureReader:
             prompts=[self._table.caption(sample_id) for sample_id in ids],
             sample_ids=ids,
             bucket=micro_batch.bucket,
-            fps=torch.tensor([sampled_fps(float(self._table.fps[i])) for i in ids], dtype=torch.float32),
+            fps=torch.tensor([told_fps(self._cfg, float(self._table.fps[i])) for i in ids], dtype=torch.float32),
             epoch=micro_batch.epoch,
             weight=micro_batch.weight,
             degree=micro_batch.degree,

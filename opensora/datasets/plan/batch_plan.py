@@ -20,7 +20,9 @@ import numpy as np
 from opensora.datasets.buckets.bucket import Bucket, BucketReport, BucketTable
 from opensora.datasets.buckets.cost import Measure
 from opensora.datasets.buckets.published_rule import PublishedRule, class_of, whole_shares
+from opensora.datasets.buckets.rule_1x import Rule1x
 from opensora.datasets.buckets.shape_class_index import index_shape_classes, sorted_by
+from opensora.datasets.buckets.sizes_1x import RULES as RULES_1X
 from opensora.datasets.config import DataConfig
 from opensora.datasets.plan.balance import compose, deal
 from opensora.datasets.plan.counter_rng import permuted
@@ -115,9 +117,12 @@ class BatchPlan:
         self._buckets = BucketTable(cfg, spatial_multiple, measure)
         self._number = {bucket: number for number, bucket in enumerate(self._buckets.buckets)}
         self._source: Source | None = None  # of all epochs, unless every clip draws by itself
-        self._rule: PublishedRule | None = None
-        if cfg.bucket_rule == "open_sora_2":
+        self._rule: PublishedRule | Rule1x | None = None
+        if cfg.bucket_rule in RULES_1X:
+            self._rule = Rule1x(cfg, self._buckets, seed)
+        elif cfg.bucket_rule == "open_sora_2":
             self._rule = PublishedRule(cfg, self._buckets, spatial_multiple, seed)
+        if self._rule is not None:
             self._draws = self._rule.draws
         else:
             index = index_shape_classes(table, self._buckets)
