@@ -1,6 +1,6 @@
 """Sampling from STDiT, STDiT2, STDiT3, DiT, Latte and PixArt: any layout gives what one process gives, fp64 latents to
-1e-10, and sends what the formulas say. The reference is a plain model, the guidance formula and Euler steps, written out
-here; of sizes that are no whole patches what fills them up is zero in every step."""
+1e-10, and sends what the formulas say. The reference is a plain model, the guidance formula and Euler steps, written
+out here; of sizes that are no whole patches what fills them up is zero in every step."""
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
