@@ -99,25 +99,26 @@ def factored_rows(wanted: Wanted) -> Rows:
 
 def chapter_rows(wanted: Wanted) -> Rows:
     """DiT, Latte and PixArt: training, and latents after steps of sampling."""
-    every = [*test_chapters.SLOW, *test_chapters.LORA, *test_chapters.COMPILED]
+    every = [*test_chapters.SLOW, *test_chapters.LORA, *test_chapters.COMPILED]  # which take minutes
     for run, found in computed_together(every, wanted, chapters_on_layouts):
         yield f"chapter-{run}", lambda run=run, found=found: compared_chapter(run, found())
 
 
 def stdit_rows(wanted: Wanted) -> Rows:
     """STDiT, STDiT2, STDiT3 and STDiT3 with windows: training."""
-    for run, found in computed_together([*test_stdit.SLOW, *test_stdit.LORA], wanted, stdit.on_these_layouts):
+    every = sorted([*test_stdit.SLOW, *test_stdit.LORA], key=lambda run: "compile" in run.options)  # which take minutes
+    for run, found in computed_together(every, wanted, stdit.on_these_layouts):
         truth = (run.model, run.optim.kind, run.adapters)
         yield f"chapter-{run}", lambda truth=truth, found=found: compared(found(), test_stdit.truth(*truth))
 
 
 def sampling_rows(wanted: Wanted) -> Rows:
-    """Through the pipeline: MMDiT, then STDiT, STDiT2 and STDiT3."""
+    """Through the pipeline: MMDiT, then STDiT, STDiT2, STDiT3, DiT, Latte and PixArt."""
     mmdit = [(test_sampling, *case) for case in [*test_sampling.QUICK.items(), *test_sampling.SLOW.items()]]
     for module, world, cases in [*mmdit, *((test_stdit_sampling, *case) for case in test_stdit_sampling.SLOW.items())]:
         for degrees, zero, jobs in cases:
             axes = "-".join(f"{axis}{degree}" for axis, degree in degrees.items()) or "none"
-            made = "+".join(job[:4] for job in jobs) if module is test_sampling else f"{len(jobs)} jobs of stdit"
+            made = "+".join(job[:4] for job in jobs) if module is test_sampling else f"{len(jobs)} jobs of 1.x"
             name = f"sample-{world}-{axes}-zero{zero}-{made}"
             if wanted(name):
                 yield name, lambda given=(module, world, (degrees, zero, jobs)): sampled(*given)

@@ -2059,6 +2059,27 @@ TABLE: tuple[Mutation, ...] = (
     ),
     # Open-Sora 1.0 to 1.3.
     Mutation(
+        "known frames taken for noisy ones",
+        "opensora/models/stdit/layers.py",
+        "return None if known is None else ~known.any(dim=2)",
+        "return None if known is None else known.any(dim=2)",
+        "tests/unit/test_stdit.py::test_known_frames_in_the_place_of_noisy_ones[stdit3 debug]",
+    ),
+    Mutation(
+        "the null text behind the mask of no prompt",
+        "opensora/inference/pipeline.py",
+        "read = [other if is_gone else own for own, other, is_gone in zip(texts, behind, gone, strict=True)]",
+        "read = list(texts)",
+        "tests/dist/test_stdit_sampling.py::test_layouts_sample_what_one_process_samples",
+    ),
+    Mutation(
+        "a width that does not fit is named as the one that does",
+        "opensora/models/base.py",
+        "gives {width.size}; set model.{key}={width.size}",
+        "gives {width.size}; set model.{key}={getattr(cfg, key)}",
+        "tests/unit/test_stdit.py::test_widths_that_do_not_fit_are_named_with_those_that_do",
+    ),
+    Mutation(
         "positions of frames kept in the stream",
         STDIT,
         "h = x if frames is None else x + frames",

@@ -1,6 +1,6 @@
-"""Sampling from STDiT, STDiT2 and STDiT3: any layout gives what one process gives, fp64 latents to 1e-10, and sends
-what the formulas say. The reference is a plain model, the guidance formula and Euler steps, written out here; of sizes
-that are no whole patches what fills them up is zero in every step."""
+"""Sampling from STDiT, STDiT2, STDiT3, DiT, Latte and PixArt: any layout gives what one process gives, fp64 latents to
+1e-10, and sends what the formulas say. The reference is a plain model, the guidance formula and Euler steps, written
+out here; of sizes that are no whole patches what fills them up is zero in every step."""
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -28,15 +28,17 @@ from opensora.sampling.noise import get_noise
 from opensora.sampling.options import SamplingOption
 from opensora.schedulers.timesteps import get_schedule
 from opensora.utils.tokens import image_ids, pack, unpack
+from tests.dist import chapters, stdit
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64
 from tests.dist.parity import Sampled, check_sampled
 from tests.dist.problem import TEXT_TOKENS, FakeText
-from tests.dist.stdit import CHANNELS, CPU, MODELS, Latents, alive, plain_model
+from tests.dist.stdit import CHANNELS, CPU, Latents, alive, plain_model
 from tests.factored_family import GaussianFlowConfig
 
 PROMPTS, NEGATIVES, SEEDS = ["a fox runs", "two"], ["blur", ""], [3, 11]  # one has no negative: the learned embedding
 VALUES, PATCH = 4 * CHANNELS, (1, 2, 2)
+MODELS = chapters.MODELS | stdit.MODELS
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ JOBS = {
     "stdit3 still": Job("stdit3", STILL),
     "windows": Job("windows", ODD),
     "windows still": Job("windows", replace(STILL, guidance=1.0)),
+    **{name: Job(name, CLIP) for name in ("dit", "latte", "pixart", "pixart_ms")},
 }
 
 
@@ -76,7 +79,7 @@ def by_hand(job: Job) -> Tensor:
     option, cfg, model = job.option, MODELS[job.model], plain_model(MODELS[job.model])
     frames, height, width = job.grid
     whole = job.filled_up
-    places = whole[1] // 2 * (whole[2] // 2)
+    places, factored = whole[1] // 2 * (whole[2] // 2), describe(cfg).token_axes == "factored"
     sizes: dict[str, Any] = {"channels": CHANNELS, "stride": (1, 1, 1), "patch_size": 1}
     noise = torch.cat([get_noise(1, height, width, frames, seed=seed, **sizes) for seed in SEEDS]).double()
     x = torch.zeros(2, CHANNELS, *whole, dtype=torch.float64)
@@ -89,20 +92,22 @@ def by_hand(job: Job) -> Tensor:
         told = Conditions(
             text=text.txt,
             text_mask=text.mask,
+            pooled=text.y_vec,
             dropped=torch.tensor(dropped),
             fps=torch.full((2,), 120.0 if frames == 1 else option.fps),
             size=torch.tensor([(height, width)] * 2, dtype=torch.float32),
             num_frames=torch.full((2,), float(frames)),
         )
-        tokens = TokenBatch(
-            x=pack(x, PATCH).unflatten(1, (frames, places)),
-            positions=image_ids(whole, PATCH).expand(2, -1, -1).unflatten(1, (frames, places)),
-            grid=(frames, whole[1] // 2, whole[2] // 2),
-        )
+        sides = (frames, whole[1] // 2, whole[2] // 2)
+        tokens = TokenBatch(x=pack(x, PATCH), positions=image_ids(whole, PATCH).expand(2, -1, -1), grid=sides)
+        if factored:
+            by_frame = {name: getattr(tokens, name).unflatten(1, (frames, places)) for name in ("x", "positions")}
+            tokens = replace(tokens, **by_frame)
         t = torch.full((2,), time, dtype=torch.float64)
         out = model(**family_of(cfg).arguments(cfg, tokens, t, told))[..., :VALUES]
         found = torch.zeros_like(x)
-        found[..., :height, :width] = unpack(out.flatten(1, 2), whole, PATCH)[..., :height, :width]
+        out = out.flatten(1, 2) if factored else out
+        found[..., :height, :width] = unpack(out, whole, PATCH)[..., :height, :width]
         return found
 
     for now, then in pairwise(get_schedule(option.num_steps, places, frames)):
@@ -146,12 +151,15 @@ def predicted(job: Job, mesh: Mesh, parallel: ParallelConfig) -> dict[str, int]:
     place = RankLayout(meshes.view({name: mesh[name].degree for name in meshes.AXES}, dist.get_rank()), parallel)
     passes = [1 if job.option.guidance == 1 else 2] * job.option.num_steps
     grid = describe(MODELS[job.model]).grid(job.grid)
-    batch = MicroBatch(samples=2, txt=TEXT_TOKENS, img=grid.tokens, frames=grid.frames, has_mask=True)
+    denoising = describe(MODELS[job.model])
+    frames = grid.frames if denoising.token_axes == "factored" else None
+    text = TEXT_TOKENS if denoising.text == "cross" else 0
+    batch = MicroBatch(samples=2, txt=text, img=grid.tokens, frames=frames, has_mask=text > 0)
     return sampling_bytes(structure(MODELS[job.model]), place, batch, passes, VALUES, outputs=2)
 
 
 ALL = tuple(JOBS)
-QUICK: list[Any] = [({"ulysses": 2}, 0, ("windows",))]
+QUICK: list[Any] = [({"ulysses": 2}, 0, ("windows", "pixart"))]
 SLOW: dict[int, list[Any]] = {
     1: [({}, 0, ALL)],
     2: [

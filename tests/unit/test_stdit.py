@@ -172,6 +172,20 @@ def test_stills_are_told_120_frames_a_second() -> None:
         assert told(cfg, **changed)["fps"].tolist() == [wanted] * 2
 
 
+@pytest.mark.parametrize("name", ["stdit debug", "stdit2 debug", "stdit3 debug"])
+def test_known_frames_in_the_place_of_noisy_ones(name: str) -> None:
+    """``x_mask`` is False where a frame is known, and a known frame is not told the time of the noisy ones."""
+    cfg = CONFIGS[name]
+    known = torch.zeros(2, 3, 6, dtype=torch.bool)
+    known[1, 0] = True
+    given = told(cfg, known=known)
+    assert given["x_mask"].tolist() == [[True, True, True], [False, True, True]]
+    assert told(cfg)["x_mask"] is None
+    nothing = told(cfg, known=torch.zeros_like(known))
+    model = alive(cfg)
+    torch.testing.assert_close(model(**nothing), model(**told(cfg)), rtol=1e-4, atol=1e-5)
+
+
 def test_known_frames_beside_the_noise() -> None:
     """What is known is given to the model, and whether anything may be: with nothing known biases are added."""
     cfg = CONFIGS["stdit3 debug_v1_3"]

@@ -1,7 +1,7 @@
 """The keys of the Open-Sora family's configuration files (1.0 to 1.3, and 2), and what each is here: one table.
 
 ``KEYS`` is by the family's dotted name. What a key cannot say alone, such as a size that takes two of them, is put
-together in family.py; these are marked ``TOGETHER``. A new key is one more line.
+together in models.py and jobs.py; these are marked ``TOGETHER``. A new key is one more line.
 """
 
 from collections.abc import Callable

@@ -29,6 +29,13 @@ from opensora.models.layers.sincos import sincos, sincos_2d
 from opensora.models.layers.stages import RunStages, Stage, run_in_order
 from opensora.models.weights.patches import PatchWeights
 
+ZERO = ("*.adaLN_modulation.*", "final_layer.linear.*")  # what starts at zero
+NARROW = ("t_embedder.mlp.*", "y_embedder.y_proj.*", "y_embedder.embedding_table.weight")  # with a deviation of 0.02
+TOP_LEVEL = (  # of names in files
+    *("x_embedder", "t_embedder", "y_embedder", "blocks", "final_layer"),
+    *("pos_embed", "pos_embed_spatial", "pos_embed_temporal"),
+)
+
 
 class DiT(nn.Module):
     """Noise (and its variance) of every token."""
@@ -94,14 +101,6 @@ class DiT(nn.Module):
     def init_parameter_(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Fill ``tensor``, the full value of the parameter called ``name``, in place: see ``init_like_dit_``."""
         init_like_dit_(name, tensor, generator, zero=ZERO, narrow=NARROW)
-
-
-ZERO = ("*.adaLN_modulation.*", "final_layer.linear.*")
-TOP_LEVEL = (
-    *("x_embedder", "t_embedder", "y_embedder", "blocks", "final_layer"),
-    *("pos_embed", "pos_embed_spatial", "pos_embed_temporal"),
-)
-NARROW = ("t_embedder.mlp.*", "y_embedder.y_proj.*", "y_embedder.embedding_table.weight")
 
 
 def token_values(cfg: Any) -> int:

@@ -36,6 +36,11 @@ from opensora.models.pixart.config import (
 from opensora.models.pixart.layers import PixArtBlock, Sides
 from opensora.models.weights.patches import PatchWeights
 
+ZERO = ("*.cross_attn.proj.*", "final_layer.linear.*")  # what starts at zero
+NARROW = (  # what starts with a deviation of 0.02
+    *("t_embedder.mlp.*", "csize_embedder.mlp.*", "ar_embedder.mlp.*", "t_block.1.weight", "y_embedder.y_proj.*"),
+)
+
 
 class PixArt(nn.Module):
     """Noise (and its variance) of every token, given text tokens."""
@@ -175,10 +180,6 @@ class PixArt(nn.Module):
             tensor.fill_(1 / tensor[0].numel())
         else:
             init_like_dit_(name, tensor, generator, zero=ZERO, narrow=NARROW)
-
-
-ZERO = ("*.cross_attn.proj.*", "final_layer.linear.*")
-NARROW = ("t_embedder.mlp.*", "csize_embedder.mlp.*", "ar_embedder.mlp.*", "t_block.1.weight", "y_embedder.y_proj.*")
 
 
 def describe(cfg: PixArtConfig) -> Denoising:
