@@ -294,6 +294,7 @@ def test_stored_features_belong_to_a_rule_and_a_window() -> None:
     changes: list[dict[str, Any]] = [
         {},
         {"frame_interval": 3},
+        {"frame_interval": 2},
         {"interpolation": "bilinear"},
         {"bucket_rule": "open_sora_1_3"},
     ]
