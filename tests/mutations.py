@@ -1610,6 +1610,20 @@ TABLE: tuple[Mutation, ...] = (
         f"{RULE_1X}::test_ratios_are_compared_by_their_difference",
     ),
     Mutation(
+        "1.x: features of another window",
+        "opensora/assembly/stored_features.py",
+        "{} if data.frame_interval is None else",
+        "{} if data.frame_interval else",
+        f"{RULE_1X}::test_stored_features_belong_to_a_rule_and_a_window",
+    ),
+    Mutation(
+        "1.x: two ratios of 4k in ascending order",
+        "opensora/datasets/buckets/sizes_1x.py",
+        "names[i], names[j] = names[j], names[i]",
+        "names[i], names[j] = names[i], names[j]",
+        f"{RULE_1X}::test_tables_of_sizes_are_equal[1.2]",
+    ),
+    Mutation(
         "1.x: names of ratios without their zeros in 1.3",
         "opensora/datasets/buckets/sizes_1x.py",
         'name if version == "1.3" else',

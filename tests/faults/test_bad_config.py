@@ -69,6 +69,31 @@ CASES: dict[str, tuple[list[str], int, str]] = {
     "dropout": (["conditioning.dropout.text=2"], 2, "conditioning.dropout.text"),
     "masks": (["conditioning.masks={{all: 1}}"], 2, "conditioning.masks"),
     "masks that the model cannot take": (["conditioning.masks={{random: 0.5}}"], 2, "conditioning.masks"),
+    "types of given frames": (["conditioning.mask_types={{i2v_hed: 1}}"], 2, "conditioning.mask_types.i2v_hed"),
+    "given frames that the model does not read": (
+        ["conditioning.mask_types={{none: 1}}"],
+        2,
+        "conditioning.mask_types",
+    ),
+    "bucket rule": (["data.bucket_rule=open_sora_1_4"], 2, "data.bucket_rule='open_sora_1_4': did you mean"),
+    "interval of another rule": (["data.frame_interval=3"], 2, "data.frame_interval=3: must be null"),
+    "interval": (["data.bucket_rule=open_sora_1_2", "data.frame_interval=0"], 2, "data.frame_interval=0"),
+    "resolution of another rule": (
+        ["data.bucket_rule=open_sora_1_2", "data.probability=accept"],
+        2,
+        "data.buckets.32px",
+    ),
+    "interpolation": (["data.interpolation=lanczos"], 2, "data.interpolation="),
+    "pairs that skip": (
+        ["data.bucket_rule=open_sora_1_2", "data.buckets={{144p: {{9: [[1.0, 0.5], 1]}}}}"],
+        2,
+        "data.probability=skip: with bucket_rule=open_sora_1_2 must be accept",
+    ),
+    "sizes that the autoencoder does not take": (
+        ["data.bucket_rule=open_sora_1_2", "data.buckets={{144p: {{9: [1.0, 1]}}}}"],
+        2,
+        "data.buckets.144p.9: 117x312 pixels do not fit",
+    ),
     "references": (["conditioning.references={{i2v: 1}}"], 2, "conditioning.references.i2v"),
     "references that the model does not read": (
         ["conditioning.references={{i2v_head: 1}}", "model.cond_embed=false"],

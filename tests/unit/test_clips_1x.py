@@ -174,3 +174,21 @@ def test_the_default_is_as_before(clips: Path) -> None:
     assert sampled_frames(cfg, 40, 48.0, 4, seed=1, epoch=0, sample_id=2)[1:] == (2, None)
     with pytest.raises(ValueError, match="span=3: must be an integer >= count=4"):
         read_frames(str(clips / "0.mp4"), 0, 4, span=3)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp", ".h264"])
+def test_spread_frames_are_those_of_the_whole_clip(suffix: str, tmp_path: Path) -> None:
+    """Whatever reads the file: by seeking, by counting, or picture by picture."""
+    path = str(tmp_path / f"clip{suffix}")
+    if suffix in (".gif", ".webp"):
+        rng = np.random.default_rng(3)
+        pictures = [Image.fromarray(rng.integers(0, 255, (24, 32, 3), dtype=np.uint8)) for _ in range(13)]
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=100)
+    else:
+        encode(Path(path), 13)
+    whole = read_frames(path, 0, 13)
+    for start, span, count in ((0, 13, 5), (2, 9, 4), (4, 8, 8), (6, 7, 1), (0, 13, 13)):
+        found = read_frames(path, start, count, span=span)
+        assert np.array_equal(
+            found, whole[window_by_hand(start, count, 1, 13) if count == 1 else spread(start, span, count)]
+        )

@@ -3,12 +3,15 @@ a run makes of it on any number of processes."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from opensora.assembly.bucket_shapes import check_buckets
+from opensora.assembly.stored_features import identity, identity_hash
+from opensora.config.run import RunConfig, TrainConfig
 from opensora.datasets import DataConfig
 from opensora.datasets.buckets.bucket import REASONS, BucketTable
 from opensora.datasets.buckets.rule_1x import Rule1x
@@ -25,7 +28,9 @@ from opensora.datasets.buckets.sizes_1x import (
 )
 from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch
 from opensora.models.families import MODEL_CONFIGS, describe
+from opensora.models.text import TEXT_ENCODER_CONFIGS
 from opensora.models.vae import AUTOENCODER_CONFIGS, autoencoder_shape
+from opensora.schedulers import OBJECTIVE_CONFIGS
 from opensora.utils.errors import UserError
 from tests.unit.test_published_rule import clip_table
 
@@ -281,3 +286,28 @@ def test_sizes_that_are_no_whole_tokens(model: str, vae: str, problem: str) -> N
     with pytest.raises(UserError) as caught:
         check_buckets(cfg, shape, denoising)
     assert problem in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_stored_features_belong_to_a_rule_and_a_window() -> None:
+    """What is coded of other frames, other sizes or otherwise scaled pixels is not taken for the same."""
+    base = {"table": "c.csv", "buckets": {"144p": {16: [1.0, 2]}}, "bucket_rule": "open_sora_1_2"}
+    changes: list[dict[str, Any]] = [
+        {},
+        {"frame_interval": 3},
+        {"frame_interval": 2},
+        {"interpolation": "bilinear"},
+        {"bucket_rule": "open_sora_1_3"},
+    ]
+    found = []
+    for change in changes:
+        cfg = RunConfig(
+            name="run",
+            model=MODEL_CONFIGS["stdit3"](),
+            vae=AUTOENCODER_CONFIGS["sd"](path="x"),
+            text=TEXT_ENCODER_CONFIGS["t5"](t5_path="y"),
+            objective=OBJECTIVE_CONFIGS["rectified_flow_v1"](),
+            data=DataConfig(**{**base, **change}),
+            train=TrainConfig(steps=1),
+        )
+        found.append(identity_hash(identity(cfg, SimpleNamespace(content="c"))))  # type: ignore[arg-type]
+    assert len(set(found)) == len(changes)

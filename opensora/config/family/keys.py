@@ -7,7 +7,7 @@ together in models.py and jobs.py; these are marked ``TOGETHER``. A new key is o
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from opensora.config.family.masks import masks_of
+from opensora.config.family.masks import masks_of, types_of
 from opensora.datasets.buckets.sizes_1x import FRAME_COUNTS
 
 Read = Callable[[Any], Any]  # a value of theirs -> ours; ValueError: what must hold
@@ -190,7 +190,7 @@ KEYS: dict[str, Key] = {
     "dataset.cached_video": no_meaning("data.features names what is stored"),
     "bucket_config": TOGETHER,
     "mask_ratios": Key("", "conditioning.masks", masks_of),
-    "mask_types": Key("", "conditioning.mask_types"),
+    "mask_types": Key("", "conditioning.mask_types", types_of),
     "condition_config": Key("", "conditioning.references"),
     "drop_condition": Key("", "conditioning.dropout.conditions"),
     "dropout_ratio.t5": Key("", "conditioning.dropout.text"),

@@ -1,4 +1,4 @@
-"""The family's ``mask_ratios`` as ours."""
+"""The family's ``mask_ratios`` and ``mask_types`` as ours."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,13 +17,24 @@ def masks_of(value: Any) -> Any:
     """
     if not isinstance(value, Mapping):
         return value
-    shares = [share for share in value.values() if isinstance(share, (int, float))]
-    complete = "identity" in value or any(str(name).startswith("mask_") for name in value)
-    if complete and len(shares) == len(value) and abs(sum(shares) - 1) > 1e-6:
-        raise ValueError(f"probabilities add up to {sum(shares):g}; must add up to 1, what masks nothing among them")
     names = {str(name).removeprefix("mask_"): share for name, share in value.items()}
     given = {name: share for name, share in names.items() if name not in NOTHING}
     renamed = {SHORT.get(name, name): share for name, share in given.items()}
     if len(renamed) < len(given) or len(names) < len(value):
         raise ValueError("names a strategy twice; keep one")
+    shares = [share for share in value.values() if isinstance(share, (int, float))]
+    complete = "identity" in value or any(str(name).startswith("mask_") for name in value)
+    if complete and len(shares) == len(value) and abs(sum(shares) - 1) > 1e-6:
+        raise ValueError(f"probabilities add up to {sum(shares):g}; must add up to 1, what masks nothing among them")
     return renamed
+
+
+def types_of(value: Any) -> Any:
+    """``mask_types`` of 1.3, which are called so here.
+
+    Raises:
+        ValueError: no kinds with weights.
+    """
+    if not isinstance(value, Mapping):
+        raise ValueError("must be {kind: weight}")
+    return {str(name): weight for name, weight in value.items()}

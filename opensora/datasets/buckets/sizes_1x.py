@@ -61,7 +61,7 @@ _OF_40 = {  # ratio=size; 512, 1024 and 2048 have twice, four and eight times th
 }
 _MULTIPLES = {"256": ("256", 1), "512": ("256", 2), "1024": ("256", 4), "2048": ("256", 8), "2880": ("2880", 1)}
 _SINCE_1_2 = ("2k", "2048", "2880")
-_LOW_FIRST = {"4k": ("0.62", "0.56")}  # listed in this order, which decides between equally near ratios
+_SWAPPED = {"4k": ("0.56", "0.62")}  # in the list, whose order decides between equally near ratios
 _CUT, _CUT_TO = "_16d", 16
 _ONE_SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 
@@ -86,7 +86,7 @@ def sizes_1x(version: Version, resolution: str) -> dict[str, Size]:
     plain = resolution.removesuffix(_CUT) if version == "1.3" else resolution
     if plain in _OF_17 and (version != "1.1" or plain not in _SINCE_1_2):
         found = dict(zip(RATIO_NAMES.values(), map(_size, _OF_17[plain].split()), strict=True))
-        found = {name: found[name] for name in _in_order(plain, list(found))}
+        found = {name: found[name] for name in _in_order(plain)}
     elif plain in _MULTIPLES and (version != "1.1" or plain not in _SINCE_1_2):
         found = _of_40(plain, version)
     else:
@@ -159,16 +159,13 @@ def _size(text: str) -> Size:
     return int(height), int(width)
 
 
-def _in_order(resolution: str, names: list[str]) -> list[str]:
-    """As listed: ascending, but for two of them."""
-    first = _LOW_FIRST.get(resolution)
-    if first is None:
-        return names
-    place = min(map(names.index, first))
-    return [name for name in names[:place] if name not in first] + [
-        *first,
-        *(name for name in names[place:] if name not in first),
-    ]
+def _in_order(resolution: str) -> list[str]:
+    """Names of the 17 ratios as they are listed: ascending, but for two of them."""
+    names = list(RATIO_NAMES.values())
+    if resolution in _SWAPPED:
+        i, j = map(names.index, _SWAPPED[resolution])
+        names[i], names[j] = names[j], names[i]
+    return names
 
 
 def _advice(version: Version) -> str:
