@@ -156,9 +156,9 @@ def kind_of_clip(
 ) -> PlacedFrames:
     """The frames that a kind of Open-Sora 1.3 gives to one of ``clips`` that go on from one another.
 
-    The first clip has the head of the first reference; each after it the last frames of the one before. A clip alone has
-    a tail, with i2v_loop every later clip, with i2v_tail the last one: the first frame of the second reference, else the
-    last one of the first. The tail of a clip alone with i2v_tail is always the latter.
+    The first clip has the head of the first reference, each after it the last frames of the one before. A clip alone
+    has a tail, with i2v_loop every later clip, with i2v_tail the last one: the first frame of the second reference, or
+    the last one of the first. The tail of a clip alone with i2v_tail is always the latter.
 
     Args:
         kind: one of ``KINDS_1_3``; t2v: nothing but what a clip goes on from.

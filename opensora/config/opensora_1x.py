@@ -32,6 +32,7 @@ class ReleaseSampling:
     mask_strategy: tuple[
         str | None, ...
     ] = ()  # for every prompt which frames of references go where, as "0,0,0,0,8,0.3"
+    neg_prompts: tuple[str | None, ...] = ()  # what clips of every prompt move away from; null: neg
     loop: int = 1  # clips that go on from one another, in one video
     condition_frame_length: int = 5  # latent frames of the clip before that a clip goes on from
     condition_frame_edit: float = 0.0  # edit ratio of these: 0 keeps them, 1 makes them anew
@@ -39,7 +40,6 @@ class ReleaseSampling:
     aes: float | str | None = None  # aesthetic score that prompts end with, a number or a word of 1.3
     flow: float | str | None = None  # motion score that prompts end with, a number or a word of 1.3
     camera_motion: str | None = None  # that prompts end with, as "pan left"
-    sample_name: str | None = None  # with release: what names of files begin with in place of sample
     save_fps: float | None = None  # frames per second of the files; null: sampling.fps
 
     LIMITS: ClassVar[Limits] = LIMITS
@@ -54,9 +54,8 @@ class ReleaseSampling:
             raise ValueError(f"condition_frame_edit={self.condition_frame_edit}: must be a number from 0 to 1")
         if self.save_fps is not None and self.save_fps < MIN_FPS:
             raise ValueError(f"save_fps={self.save_fps}: must be a number from {MIN_FPS} to {MAX_FPS:g}, or null")
-        for name in ("camera_motion", "sample_name"):
-            if getattr(self, name) == "":
-                raise ValueError(f"{name}='': must be a text, or null")
+        if self.camera_motion is not None and not self.camera_motion.strip():
+            raise ValueError(f"camera_motion={short(repr(self.camera_motion), 40)}: must be a text, or null")
         for name in ("aes", "flow"):
             self._check_score(name, getattr(self, name))
         for number, strategy in enumerate(self.mask_strategy):
@@ -84,4 +83,5 @@ class ReleaseSampling:
     def goes_on(self) -> bool:
         """Whether clips are made as by the commands of Open-Sora 1.x: references stand in them, or they go on from one
         another."""
-        return self.release is not None or self.loop > 1 or bool(self.reference_path or self.mask_strategy)
+        lists = (self.reference_path, self.mask_strategy, self.neg_prompts)
+        return self.release is not None or self.loop > 1 or any(lists)

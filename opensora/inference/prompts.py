@@ -8,6 +8,7 @@ same prompt: ``cat``, ``cat_1``.
 import re
 import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,10 +83,19 @@ def read_jobs(cfg: SampleConfig) -> list[Job]:
     return with_names(jobs)
 
 
+@contextmanager
+def told_of(job: Job) -> Iterator[None]:
+    """Errors of the block begin with the place that a clip's prompt is from."""
+    try:
+        yield
+    except UserError as error:
+        raise (UserError(f"{job.place}: {error}") if job.place else error) from None
+
+
 def _with_references(
     cfg: SampleConfig, rows: Sequence[tuple[int, dict[str, str]]], count: int
 ) -> list[tuple[int, dict[str, str]]]:
-    """Rows with the references and strategies that the job lists, or that JSON behind a prompt says in their place.
+    """Rows with what the job lists for every prompt, or what JSON behind a prompt says in its place.
 
     Args:
         rows: those that are sampled, with their numbers among ``count``; lists are of these, or of all.
@@ -99,6 +109,7 @@ def _with_references(
         for key, name, entries in (
             ("reference_path", "ref", cfg.reference_path),
             ("mask_strategy", "mask_strategy", cfg.mask_strategy),
+            ("neg_prompts", "neg", cfg.neg_prompts),
         ):
             if entries and len(entries) not in (count, len(rows)):
                 raise UserError(f"{key}: {len(entries)} entries for {count} prompts; give one for each, null for none")
@@ -167,10 +178,9 @@ def _job(cfg: SampleConfig, row: dict[str, str], index: int, stem: str, copy: in
 def _called_by_release(cfg: SampleConfig, job: Job, named: str) -> Job:
     """A job's file under the name that Open-Sora 1.x gives it: ``sample_0003``, of several clips of a prompt
     ``sample_0003-1``."""
-    stem = cfg.sample_name or ("" if named else "sample")
     return replace(
         job,
-        wanted=f"{cfg.save_prefix}{stem}{named}",
+        wanted=f"{cfg.save_prefix}{named}" if named else cfg.save_prefix.removesuffix("_") or "sample",
         copy=job.copy if cfg.num_sample > 1 else None,
         digits=1 if cfg.release in ("1.0", "1.1") else 4,
         joint="-",

@@ -158,6 +158,7 @@ def test_the_guide_to_sampling(tmp_path: Path) -> None:
             "guidance": 7.0,
         },
         "batch_size": 1,
+        "release": "1.1",
         "prompt_csv": "assets/texts/t2v_samples.txt",
         "prompt_suffix": False,
         "precision": "bf16",

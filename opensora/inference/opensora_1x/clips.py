@@ -21,7 +21,7 @@ from opensora.conditioning.placed_frames import (
     parse_mask_strategy,
 )
 from opensora.config.run import SampleConfig
-from opensora.inference.lengths import asked_for, coded, frames_of, latents_made
+from opensora.inference.lengths import asked_for, coded, frames_of
 from opensora.inference.opensora_1x.prompts import prompt_of_clip
 from opensora.inference.opensora_1x.references import (
     code_frames,
@@ -30,10 +30,11 @@ from opensora.inference.opensora_1x.references import (
     known_frames,
     placed_latents,
 )
+from opensora.inference.opensora_1x.sizes import frames_at_head, joins_latents, whole_pieces
 from opensora.inference.pipeline import Made, OnStep, Sampler, clip_precision, fit
 from opensora.inference.prompts import Job
 from opensora.inference.references import split
-from opensora.models.base import coding_of, decode_clip, latent_grid
+from opensora.models.base import decode_clip, latent_grid
 from opensora.utils.rng import derive_key
 
 Plans = Sequence[PlacedFrames]
@@ -42,27 +43,6 @@ Plans = Sequence[PlacedFrames]
 def clip_seed(seed: int, clip: int) -> int:
     """Of one of the clips that go on from one another; that of the first is the sample's."""
     return seed if clip == 0 else derive_key(seed, "clip", clip)
-
-
-def joins_latents(release: str | None, references: str) -> bool:
-    """Whether clips are joined before they are decoded, as in 1.3, and by models that read references beside the noise.
-
-    ``references``: see ``Denoising``.
-    """
-    return release == "1.3" or references == "channels"
-
-
-def piece_length(shape: Any) -> int:
-    """Latent frames that an autoencoder decodes together; 1: it says nothing of pieces."""
-    return getattr(coding_of(shape), "latent_length", None) or 1
-
-
-def frames_at_head(latents: int, shape: Any) -> int:
-    """Frames of a clip that its first latent frames decode to."""
-    if (coding := coding_of(shape)) is not None:
-        return coding.frames(latents)
-    lead = int(shape.causal)
-    return (latents - lead) * int(shape.stride[0]) + lead
 
 
 @dataclass(frozen=True)
@@ -190,8 +170,7 @@ class LongClips:
             return asked_for(self._decoded(made[0].latents, made[0].frames), "t2v", asked, shape)
         length = self.cfg.condition_frame_length
         latents = torch.cat([one.latents[:, :, length if number else 0 :] for number, one in enumerate(made)], dim=2)
-        piece = piece_length(shape)
-        whole = latents.shape[2] // piece * piece or latents.shape[2]
+        whole = whole_pieces(latents.shape[2], shape)
         return self._decoded(latents[:, :, :whole], frames_of(whole, 0, shape))
 
     def _cut(self, pixels: Sequence[Tensor]) -> Tensor:
@@ -200,20 +179,3 @@ class LongClips:
         video = torch.cat([one[:, :, head if number else 0 :] for number, one in enumerate(pixels)], dim=2)
         beyond = max(0, pixels[-1].shape[2] - self.cfg.sampling.num_frames)
         return video[:, :, : video.shape[2] - beyond]
-
-
-def video_frames(cfg: SampleConfig, latent_frames: int, shape: Any, references: str) -> int:
-    """Frames of a whole video."""
-    if cfg.loop == 1:
-        return cfg.sampling.num_frames
-    length, more = cfg.condition_frame_length, cfg.loop - 1
-    if joins_latents(cfg.release, references):
-        joined, piece = latent_frames + more * (latent_frames - length), piece_length(shape)
-        return frames_of(joined // piece * piece or joined, 0, shape)
-    made = frames_of(latent_frames, cfg.sampling.num_frames, shape)
-    return cfg.sampling.num_frames + more * (made - frames_at_head(length, shape))
-
-
-def clip_latents(cfg: SampleConfig, denoising: Any, shape: Any) -> int:
-    """Latent frames of one clip."""
-    return latents_made(coded(cfg.sampling, denoising, shape), shape)
