@@ -132,7 +132,7 @@ def velocity(case: Case, x: Tensor, prompt: str, *, null: bool, time: float, kno
     )
     batch = TokenBatch(
         x=tokens(filled),
-        positions=image_ids(WHOLE, PATCH).unflatten(1, (FRAMES, places)),
+        positions=image_ids(WHOLE, PATCH)[None].unflatten(1, (FRAMES, places)),
         grid=(FRAMES, WHOLE[1] // 2, WHOLE[2] // 2),
     )
     model = plain_model(cfg)
