@@ -384,6 +384,8 @@ def test_flags_set_lists(tmp_path: Path) -> None:
     assert (cfg.reference_path, cfg.mask_strategy) == (("a.png", None), ("0,0,0,0,8,0.3", None))
     assert (cfg.loop, cfg.condition_frame_length, cfg.condition_frame_edit, cfg.align) == (3, 4, 0.2, 5)
     assert (cfg.aes, cfg.flow, cfg.camera_motion, cfg.save_fps) == ("6.5", "good", "pan left", 8.0)
+    assert config(tmp_path, "aes: 6.5\nflow: 2", "--aes", "None", "--flow", "null").aes is None
+    assert config(tmp_path, "aes: 6.5\nflow: 2", "--flow", "None").flow is None
     assert config(tmp_path, "", "--reference-path", "a.png").reference_path == ("a.png",)
     assert config(tmp_path, "", "reference_path=[a.png, null]").reference_path == ("a.png", None)
 

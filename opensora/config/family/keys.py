@@ -389,6 +389,7 @@ FLAGS: dict[str, str] = {
 }
 MANY = ("prompt", "reference_path", "mask_strategy", "neg_prompt")  # flags that take one value or more
 LISTS = ("reference_path", "mask_strategy")  # of these those that are a list here, even of one
+SCORES = ("aes", "flow", "camera_motion")  # of which a text is one, but None is none
 PAIRS = ("image_size",)  # two
 TEXTS = (  # what stays text although it may look like a number
     *("resolution", "aspect_ratio", "prompt_path", "data_path", "dataset.data_path", "root", "load", "plugin", "dtype"),
