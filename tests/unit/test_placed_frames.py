@@ -237,6 +237,32 @@ def test_any_prompt_has_the_part_of_its_clip() -> None:
         assert split_prompt(prompt) == ([text.strip() for text in texts], starts)
 
 
+def test_any_prompt_with_json_is_split_by_the_rules() -> None:
+    """Against rules written out: where JSON begins, which keys it may have, and that there is one."""
+    rng = random.Random(11)
+    for _ in range(2000):
+        text = "".join(rng.choice("ab |,.}]") for _ in range(rng.randint(0, 8))) + rng.choice(["", "", "[", "{"])
+        told: dict[str, Any] = {key: "x;y" for key in ("reference_path", "mask_strategy") if rng.random() < 0.5}
+        told |= {"other": 1} if rng.random() < 0.1 else {}
+        prompt, release = (
+            text + (json.dumps(told) if rng.random() < 0.7 else ""),
+            rng.choice(["1.0", "1.1", "1.2", "1.3"]),
+        )
+        marks = {"1.0": "", "1.1": "{["}.get(release, "{")
+        places = [place for place, letter in enumerate(prompt) if letter in marks]
+        expected: Any = (prompt, {})
+        if places:
+            rest = prompt[places[0] :]
+            ok = len(places) == 1 and rest == json.dumps(told) and "other" not in told
+            expected = (prompt[: places[0]], told) if ok else None
+        try:
+            found: Any = split_json(prompt, release)  # type: ignore[arg-type]
+        except ValueError as error:
+            assert "\n" not in str(error)
+            found = None
+        assert found == expected, (prompt, release)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
