@@ -19,6 +19,7 @@ from opensora.config.run import RunConfig, SampleConfig, check_fit, check_object
 from opensora.inference.find import Source, names_motion
 from opensora.inference.lengths import coded, latents_made
 from opensora.inference.opensora_1x.check import check_placed
+from opensora.inference.opensora_1x.sizes import clip_latents, video_frames
 from opensora.inference.prompts import Job, told_of
 from opensora.inference.references import check_count, check_frames, check_length, chosen, count_frames, split
 from opensora.inference.watermark import read_watermark
@@ -121,7 +122,8 @@ def check_jobs(cfg: SampleConfig, source: Source, jobs: Sequence[Job]) -> None:
     """
     _check_texts(cfg, source, jobs)
     if cfg.goes_on:
-        return check_placed(cfg, source, jobs, solver_of("sampling", cfg.sampling, source.objective))
+        check_placed(cfg, source, jobs, solver_of("sampling", cfg.sampling, source.objective))
+        return _check_video(cfg, source, len(jobs))
     listed = [split(job.ref) for job in jobs]
     for job, references in zip(jobs, listed, strict=True):
         with told_of(job):
@@ -141,6 +143,19 @@ def check_jobs(cfg: SampleConfig, source: Source, jobs: Sequence[Job]) -> None:
             for part in parts_of(cfg.cond_type, shape) if references else ():
                 path = references[chosen(cfg.cond_type, part)]
                 check_frames(path, counts[path], part, cfg.cond_type)
+
+
+def _check_video(cfg: SampleConfig, source: Source, clips: int) -> None:
+    """That videos of several clips fit this machine, which holds all of their pixels; says how long they are."""
+    if cfg.loop == 1:
+        return
+    denoising, shape = describe(source.model), autoencoder_shape(source.vae)
+    made = fit_option("sampling", cfg.sampling, source.model, shape)
+    assert made.height is not None and made.width is not None
+    frames = video_frames(cfg, clip_latents(cfg, denoising, shape), shape, denoising.references)
+    needed = min(cfg.batch_size, clips) * frames * made.height * made.width * PIXEL_BYTES
+    check_memory("sampling", replace(made, num_frames=frames), needed)
+    announce(f"loop={cfg.loop}: each video has {frames} frames, of clips of {cfg.sampling.num_frames}")
 
 
 def _check_texts(cfg: SampleConfig, source: Source, jobs: Sequence[Job]) -> None:

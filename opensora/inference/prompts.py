@@ -157,7 +157,7 @@ def _job(cfg: SampleConfig, row: dict[str, str], index: int, stem: str, copy: in
     """Clip ``copy`` of a prompt."""
     named = row.get("name", "")
     if cfg.prompt_as_path:
-        named = _portable(row["text"].strip("."))
+        named = _portable(row["text"].strip("." if cfg.release is None else ". "))
     job = Job(
         text=row["text"],
         neg=row.get("neg") or cfg.neg,

@@ -22,13 +22,14 @@ from opensora.conditioning.placed_frames import (
 from opensora.config.load import load_config
 from opensora.config.run import SampleConfig
 from opensora.inference.opensora_1x.prompts import merge_prompt, prompt_of_clip, split_json, split_prompt, with_scores
-from opensora.inference.opensora_1x.sizes import frames_at_head
+from opensora.inference.opensora_1x.sizes import clip_latents, frames_at_head, video_frames
 from opensora.inference.prompts import Job, _job, read_jobs, with_names
 from opensora.inference.save import output_folder
 from opensora.models.base import AutoencoderShape
 from opensora.models.conditions import Conditions, TokenBatch
-from opensora.models.families import MODEL_CONFIGS, family_of
+from opensora.models.families import MODEL_CONFIGS, describe, family_of
 from opensora.models.vae import AUTOENCODER_CONFIGS, autoencoder_shape
+from opensora.sampling.options import SamplingOption
 from opensora.utils.errors import UserError
 
 RELEASES: list[Any] = ["1.2", "1.3"]
@@ -463,3 +464,23 @@ def test_names_of_several_clips_and_of_a_full_folder() -> None:
     assert [job.name for job in moved] == ["try_4-0", "try_4-1", "try_5-0", "try_5-1"]
     one = replace(cfg, release="1.2", num_sample=1, prompt_as_path=True, save_prefix="")
     assert [job.name for job in read_jobs(one)] == ["a", "b"]
+    told = replace(one, prompts=('a fox. {"mask_strategy": "0"}',))
+    assert [job.name for job in read_jobs(told)] == ["a fox"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "release", "frames", "length", "loop", "expected"),
+    [
+        ("opensora_v1_2", "1.2", 51, 5, 3, 51 + 2 * (51 - 17)),
+        ("opensora_v1_2", "1.2", 51, 10, 2, 51 + 51 - 34),
+        ("sd", "1.1", 16, 4, 3, 16 + 2 * 12),
+        ("opensora_v1_3", "1.3", 113, 5, 2, 209),  # 35 + 30 latent frames are 13 pieces, of 16 frames and one more
+        ("opensora_v1_3", "1.3", 113, 3, 2, 209),  # 67 are cut to 65
+    ],
+)
+def test_lengths_of_videos(kind: str, release: Any, frames: int, length: int, loop: int, expected: int) -> None:
+    given: dict[str, Any] = {"release": release, "loop": loop, "condition_frame_length": length}
+    cfg = SampleConfig(weights="w", sampling=SamplingOption(num_frames=frames), **given)
+    shape = autoencoder_shape(AUTOENCODER_CONFIGS[kind](path="x"))
+    latents = clip_latents(cfg, describe(MODEL_CONFIGS["stdit3"]()), shape)
+    assert video_frames(cfg, latents, shape, "in_place") == expected

@@ -14,7 +14,7 @@ from opensora.inference.references import READ_S, KnownFrames, cropped, encoded,
 from opensora.models.base import coding_of
 from opensora.utils.errors import UserError
 
-MOST_FRAMES = 4096  # of a reference, which is held in memory
+MOST_FRAMES = 1024  # of a reference, which is held in memory
 
 
 def coded_length(frames: int, shape: Coder) -> int:
