@@ -1,6 +1,7 @@
 """Keys of a sampling job that Open-Sora 1.1 to 1.3 have in their configuration files and commands."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
@@ -13,6 +14,7 @@ Release: TypeAlias = Literal["1.0", "1.1", "1.2", "1.3"]
 Score: TypeAlias = float | str
 
 MOST_SCORE = 1000.0
+_WORDS = re.compile(r"[A-Za-z][A-Za-z -]{0,99}")  # a score of 1.3, as "very good"
 LIMITS: Limits = {
     "loop": (10_000, "hours of video"),
     "condition_frame_length": (10_000, "no clip has so many latent frames"),
@@ -73,7 +75,7 @@ class ReleaseSampling:
         try:
             number = float(value)
         except ValueError:
-            if not str(value).strip() or self.release == "1.2":
+            if not _WORDS.fullmatch(str(value)) or self.release == "1.2":
                 raise ValueError(f"{shown}: must be a number, or a word with release=1.3") from None
             return
         if not 0 <= number <= MOST_SCORE or math.isnan(number):

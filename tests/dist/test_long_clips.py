@@ -274,7 +274,7 @@ def check(folder: Path, world: int, layouts: list[Any], timeout: float) -> None:
     for rank, found in enumerate(results):
         for layout, videos in zip(layouts, found, strict=True):
             for name, video in videos.items():
-                assert video.dtype == torch.float64
+                assert video.dtype == torch.float64 and video.shape == truths[name].shape
                 assert relative(video, truths[name]) <= TOLERANCE, (rank, layout, name)
 
 
@@ -282,7 +282,8 @@ def check(folder: Path, world: int, layouts: list[Any], timeout: float) -> None:
 def test_one_process_makes_what_the_formulas_say(name: str, tmp_path: Path) -> None:
     case, mesh = cases(files(tmp_path))[name], meshes.view({})
     found = made(case, plain_model(MODELS[case.model]), mesh)
-    assert relative(found, by_hand(case, tmp_path)) <= TOLERANCE
+    truth = by_hand(case, tmp_path)
+    assert found.shape == truth.shape and relative(found, truth) <= TOLERANCE
 
 
 def test_two_processes_make_what_the_formulas_say(tmp_path: Path) -> None:
