@@ -38,6 +38,7 @@ SAMPLING = "test_golden_sampling.py::test_"
 MODELS_V1 = "test_golden_models_v1.py::test_output_loss_and_gradients"
 _TRAINED = "output, loss, gradients"
 SCHEDULERS = "test_golden_schedulers.py::test_"
+STRINGS = "test_placed_frames.py::test_"
 ROWS = (
     *(
         Row(f"v1/{name}", _TRAINED, (f"{MODELS_V1}[{name}]",))
@@ -108,6 +109,28 @@ ROWS = (
     ),
     Row("v1/configs", "values of 59 configurations", ("test_family_configs.py::test_values_are_the_published_ones",)),
     Row("v1/clean_caption", "captions, cleaned and lowered", ("test_text_1x.py::test_cleaning_is",)),
+    *(
+        Row(
+            f"v1/inference_strings_v{release.replace('.', '_')}",
+            what,
+            tuple(f"{STRINGS}{name}[{release}]" for name in names),
+        )
+        for release in ("1.2", "1.3")
+        for what, names in (
+            (
+                "mask strategies: parsed, applied",
+                ("strategies_are_read_as_published", "strategies_are_applied_as_published"),
+            ),
+            ("alignment of frames", ("frames_are_aligned_as_published",)),
+            ("parts of prompts by clip", ("parts_of_prompts_are_those_published",)),
+            ("scores behind prompts", ("scores_are_written_as_published",)),
+            ("JSON behind prompts", ("json_behind_prompts_is_read_as_published",)),
+            ("names of files", ("files_are_called_as_published",)),
+            ("size information", ("models_are_told_the_size_that_is_published",)),
+        )
+    ),
+    Row("v1/inference_strings_v1_2", "frames at the head of a clip", (f"{STRINGS}frames_at_the_head",)),
+    Row("v1/inference_strings_v1_3", "conditions of 1.3, 36 cases", (f"{STRINGS}kinds_of_1_3",)),
     Row("v1/iddpm_tables_*", "chains, 4 respacings, fp64 and fp32", (f"{SCHEDULERS}tables_are_equal",)),
     Row(
         "v1/iddpm_speed_*", "tables of SpeeD; loss, gradient", (f"{SCHEDULERS}speed_tables", f"{SCHEDULERS}iddpm_speed")

@@ -80,6 +80,9 @@ MODEL, LAYERS = "opensora/models/mmdit/model.py", "opensora/models/mmdit/layers.
 CONVERT = "opensora/models/mmdit/convert.py"
 ROWS, READER, FIT = (f"opensora/models/weights/{name}.py" for name in ("rows", "reader", "adapter_fit"))
 FILES = "tests/unit/test_weight_formats.py"
+PLACED, PLACED_TEST = "opensora/conditioning/placed_frames.py", "tests/unit/test_placed_frames.py::test_"
+LONG_CLIPS = "opensora/inference/opensora_1x/clips.py"
+LONG_TEST = "tests/dist/test_long_clips.py::test_one_process_makes_what_the_formulas_say"
 ROPE, EMBEDDING = "opensora/models/layers/rope.py", "opensora/models/layers/embedding.py"
 DCT, BYTES = "opensora/models/vae/dct.py", "opensora/models/text/bytes.py"
 HUNYUAN, HUNYUAN_AE, DC_AE, DC_AE_NETWORK, POSTERIOR, VAE_TILES, FLUX_NAMES, VAE_TABLE = (
@@ -2309,6 +2312,76 @@ TABLE: tuple[Mutation, ...] = (
         'return cleaned(prompt, self.cfg.clean == "sampling")',
         'return cleaned(prompt, self.cfg.clean == "always")',
         "tests/unit/test_text_1x.py::test_when_captions_are_cleaned[t5]",
+    ),
+    Mutation(
+        "frames of references aligned upwards at half",
+        PLACED,
+        "if 2 * beyond > align and",
+        "if 2 * beyond >= align and",
+        f"{PLACED_TEST}any_strategy_is_applied_by_the_rules",
+    ),
+    Mutation(
+        "lengths of a strategy that pass the end of the reference",
+        PLACED,
+        "count = min(placed.length, latent_frames - start, length - first)",
+        "count = min(placed.length, latent_frames - start)",
+        f"{PLACED_TEST}strategies_are_applied_as_published[1.2]",
+    ),
+    Mutation(
+        "the tail of the last clip from the first reference",
+        PLACED,
+        'second = len(reference_lengths) > 1 and (kind == "i2v_loop" or clip > 0)',
+        'second = len(reference_lengths) > 1 and kind == "i2v_loop"',
+        f"{PLACED_TEST}kinds_of_1_3_give_the_published_frames",
+    ),
+    Mutation(
+        "parts of prompts a clip late",
+        "opensora/inference/opensora_1x/prompts.py",
+        "if index <= clip][-1]",
+        "if index < max(clip, 1)][-1]",
+        f"{PLACED_TEST}parts_of_prompts_are_those_published[1.2]",
+    ),
+    Mutation(
+        "scores said twice",
+        "opensora/inference/opensora_1x/prompts.py",
+        "if value is not None and phrase not in prompt:",
+        "if value is not None:",
+        f"{PLACED_TEST}scores_are_written_as_published[1.3]",
+    ),
+    Mutation(
+        "one noise for all clips of a video",
+        LONG_CLIPS,
+        'return seed if clip == 0 else derive_key(seed, "clip", clip)',
+        "return seed",
+        f"{LONG_TEST}[latents]",
+    ),
+    Mutation(
+        "clips joined with the frames that they have from the ones before",
+        LONG_CLIPS,
+        "latents = torch.cat([one.latents[:, :, length if number else 0 :]",
+        "latents = torch.cat([one.latents[:, :, length - 1 if number else 0 :]",
+        f"{LONG_TEST}[latents]",
+    ),
+    Mutation(
+        "free frames that begin as those of the reference",
+        "opensora/inference/pipeline.py",
+        "(edit_ratios < 1)[:, None, :, None, None]",
+        "(edit_ratios <= 1)[:, None, :, None, None]",
+        f"{LONG_TEST}[masked]",
+    ),
+    Mutation(
+        "clips that go on from the first frames of the ones before",
+        PLACED,
+        "Source(PREVIOUS, latent_frames - length + frame)",
+        "Source(PREVIOUS, frame)",
+        f"{LONG_TEST}[beside]",
+    ),
+    Mutation(
+        "oscillation of 1.3 for text alone",
+        "opensora/config/family/jobs.py",
+        'key, value = t.first(f"use_oscillation_guidance_for_{name}", both)',
+        'key, value = t.first(f"use_oscillation_guidance_for_{name}", both if name == "text" else "")',
+        "tests/unit/test_family_configs.py::test_what_clips_are_given[opensora-v1-3/inference/t2v.py]",
     ),
 )
 

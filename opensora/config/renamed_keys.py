@@ -18,10 +18,13 @@ RENAMED: dict[Keys, tuple[Keys, ...]] = {
     ("flow", "text_dropout"): (("conditioning", "dropout", "text"), ("conditioning", "dropout", "pooled")),
     ("flow",): (("objective",),),
 }
+AS_SECTIONS: tuple[Keys, ...] = (("flow",),)  # renamed where they are sections; a value of this name is another key
 
 
-def new_names(keys: Keys) -> tuple[Keys, ...]:
-    """The paths of a key as it is called now."""
+def new_names(keys: Keys, value: Any) -> tuple[Keys, ...]:
+    """The paths of a key as it is called now that it has this value."""
+    if keys in AS_SECTIONS and not isinstance(value, Mapping):
+        return (keys,)
     for old in sorted(RENAMED, key=len, reverse=True):
         if keys[: len(old)] == old:
             return tuple((*new, *keys[len(old) :]) for new in RENAMED[old])
@@ -44,7 +47,7 @@ def as_now(keys: Keys, value: Any) -> list[tuple[Keys, Any]]:
             if name[: len(keys)] == keys and _has(value, name[len(keys) :]):
                 raise _given_twice(old, name, COMMAND_LINE)
         inside += [(name, moved) for name in new]
-    rest = [] if inside and value == {} else [(name, value) for name in new_names(keys)]
+    rest = [] if inside and value == {} else [(name, value) for name in new_names(keys, value)]
     return rest + inside
 
 
@@ -60,7 +63,7 @@ def with_new_names(tree: Mapping[Any, Any], lines: Lines | None = None) -> dict[
     """
     renamed = dict(tree)
     for old, new in RENAMED.items():
-        if not _has(renamed, old):
+        if not _has(renamed, old) or (old in AS_SECTIONS and not isinstance(_at(renamed, old), Mapping)):
             continue
         renamed, value = _without(renamed, old)
         if value == {} and any(_has(renamed, name) for name in new):
@@ -89,6 +92,12 @@ def _has(tree: Any, keys: Keys) -> bool:
             return False
         tree = tree[key]
     return True
+
+
+def _at(tree: Any, keys: Keys) -> Any:
+    for key in keys:
+        tree = tree[key]
+    return tree
 
 
 def _without(tree: Mapping[Any, Any], keys: Keys) -> tuple[dict[Any, Any], Any]:

@@ -13,6 +13,7 @@ from acceleration.config import LoraConfig, OptimConfig, ParallelConfig
 from opensora.conditioning import ConditioningConfig
 from opensora.config.given_frames import check_given_frames
 from opensora.config.given_frames import reads_no_references as reads_no_references
+from opensora.config.opensora_1x import ReleaseSampling
 from opensora.config.validation import CondType, ValidateConfig
 from opensora.datasets import DataConfig
 from opensora.models.base import ModelConfig, Width, Widths
@@ -235,7 +236,7 @@ class StillConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig:
+class SampleConfig(ReleaseSampling):
     """One sampling job."""
 
     weights: str  # run folder, export folder or safetensors file
@@ -275,6 +276,7 @@ class SampleConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     LIMITS: ClassVar[Limits] = {
+        **ReleaseSampling.LIMITS,
         "num_sample": (100_000, "names and seeds are counted up for every one of them"),
         "batch_size": (65_536, "they are denoised together, in memory"),
         "crf": (51, "libx264 has no more"),
@@ -283,6 +285,7 @@ class SampleConfig:
     }
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.lora_scale < -LORA_SCALE:
             raise ValueError(f"lora_scale={self.lora_scale}: must be a number from -{LORA_SCALE} to {LORA_SCALE}")
         if not self.weights:

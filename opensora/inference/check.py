@@ -1,8 +1,7 @@
 """What can be known of a sampling job before a process group exists or a model is loaded: does it fit together."""
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 
@@ -19,7 +18,9 @@ from opensora.conditioning.references import parts_of
 from opensora.config.run import RunConfig, SampleConfig, check_fit, check_objective, reads_no_references
 from opensora.inference.find import Source, names_motion
 from opensora.inference.lengths import coded, latents_made
-from opensora.inference.prompts import Job
+from opensora.inference.opensora_1x.check import check_placed
+from opensora.inference.opensora_1x.sizes import clip_latents, video_frames
+from opensora.inference.prompts import Job, told_of
 from opensora.inference.references import check_count, check_frames, check_length, chosen, count_frames, split
 from opensora.inference.watermark import read_watermark
 from opensora.models.base import AutoencoderShape, ModelConfig, Width, latent_grid
@@ -120,9 +121,12 @@ def check_jobs(cfg: SampleConfig, source: Source, jobs: Sequence[Job]) -> None:
         UserError: the first that is not.
     """
     _check_texts(cfg, source, jobs)
+    if cfg.goes_on:
+        check_placed(cfg, source, jobs, solver_of("sampling", cfg.sampling, source.objective))
+        return _check_video(cfg, source, len(jobs))
     listed = [split(job.ref) for job in jobs]
     for job, references in zip(jobs, listed, strict=True):
-        with _told_of(job):
+        with told_of(job):
             check_count(cfg.cond_type, len(references))
     if cfg.cond_type == "t2v":
         return
@@ -134,20 +138,24 @@ def check_jobs(cfg: SampleConfig, source: Source, jobs: Sequence[Job]) -> None:
     check_length(cfg.cond_type, latents_made(made, shape), frames, shape)
     counts: dict[str, int] = {}
     for job, references in zip(jobs, listed, strict=True):
-        with _told_of(job):
+        with told_of(job):
             counts |= {path: count_frames(path) for path in references if path not in counts}
             for part in parts_of(cfg.cond_type, shape) if references else ():
                 path = references[chosen(cfg.cond_type, part)]
                 check_frames(path, counts[path], part, cfg.cond_type)
 
 
-@contextmanager
-def _told_of(job: Job) -> Iterator[None]:
-    """Errors of the block begin with the line of the table that a clip's prompt is from."""
-    try:
-        yield
-    except UserError as error:
-        raise (UserError(f"{job.place}: {error}") if job.place else error) from None
+def _check_video(cfg: SampleConfig, source: Source, clips: int) -> None:
+    """That videos of several clips fit this machine, which holds all of their pixels; says how long they are."""
+    if cfg.loop == 1:
+        return
+    denoising, shape = describe(source.model), autoencoder_shape(source.vae)
+    made = fit_option("sampling", cfg.sampling, source.model, shape)
+    assert made.height is not None and made.width is not None
+    frames = video_frames(cfg, clip_latents(cfg, denoising, shape), shape, denoising.references)
+    needed = min(cfg.batch_size, clips) * frames * made.height * made.width * PIXEL_BYTES
+    check_memory("sampling", replace(made, num_frames=frames), needed)
+    announce(f"loop={cfg.loop}: each video has {frames} frames, of clips of {cfg.sampling.num_frames}")
 
 
 def _check_texts(cfg: SampleConfig, source: Source, jobs: Sequence[Job]) -> None:

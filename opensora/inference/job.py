@@ -13,10 +13,12 @@ from acceleration.distributed.placement import host_names
 from opensora.assembly.components import Components
 from opensora.assembly.layout import check_attention, check_guidance, check_layout
 from opensora.config.run import SampleConfig
+from opensora.inference.batches import kind_of, sample_jobs
 from opensora.inference.check import check_sample
 from opensora.inference.find import find_source, names_motion
 from opensora.inference.load import load_components
-from opensora.inference.pipeline import fit, kind_of, sample_jobs
+from opensora.inference.opensora_1x.check import scored
+from opensora.inference.pipeline import fit
 from opensora.inference.prompts import Job, final_prompt, read_jobs
 from opensora.inference.refine import check_refine, refined
 from opensora.inference.save import output_folder, unused_names
@@ -62,6 +64,7 @@ def sample(cfg: SampleConfig) -> list[str]:
     parallel = cfg.parallel
     runtime = runtimes.start(parallel.timeout_s, mesh=parallel.mesh, interface=parallel.interface)
     jobs, motions = refined(clips_of(cfg), jobs)
+    jobs = scored(cfg, source, jobs)
     text = None
     if cfg.still:
         jobs, text = make_stills(cfg, unused_names(cfg, jobs), runtime)

@@ -8,10 +8,10 @@ from acceleration.distributed import mesh as meshes
 from opensora.assembly.turns import TEXT
 from opensora.conditioning.references import parts_of
 from opensora.config.run import SampleConfig
+from opensora.inference.batches import kind_of
 from opensora.inference.check import fit_option
 from opensora.inference.find import Source, source_of
 from opensora.inference.lengths import coded
-from opensora.inference.pipeline import kind_of
 from opensora.inference.prompts import Job
 from opensora.inference.stills import clips_of, still_job
 from opensora.models.families import describe

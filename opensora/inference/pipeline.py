@@ -6,9 +6,9 @@ exchanged in every step; the tiles of the autoencoder over all processes of the 
 seed alone, so any number of processes gives the same video.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,12 +19,10 @@ from opensora.assembly.step_caches import step_cache
 from opensora.assembly.token_layout import forward_arguments
 from opensora.conditioning.dropout import dropped_labels
 from opensora.conditioning.references import is_still
-from opensora.config.run import SampleConfig
 from opensora.inference.check import check_references
 from opensora.inference.lengths import as_published, asked_for, coded, frames_of, latents_made
-from opensora.inference.prompts import Job, final_prompt
+from opensora.inference.prompts import final_prompt
 from opensora.inference.references import KnownFrames, Reference, check_count, check_length, code_known, split
-from opensora.inference.save import Saver, unused_names
 from opensora.inference.steps import (
     drawn_in_turn,
     given_frames,
@@ -41,11 +39,11 @@ from opensora.sampling.guidance import build_guidance, passes_per_step
 from opensora.sampling.loop import Predict, denoise
 from opensora.sampling.noise import get_noise
 from opensora.sampling.options import SamplingOption, sanitize_sampling_option
-from opensora.utils.console import announce, progress
 from opensora.utils.files.upload import upload
 from opensora.utils.tokens import Grid
 
 Api = Callable[..., Tensor]
+Sampler: TypeAlias = "Callable[..., Made]"
 OnStep = Callable[[int, int], None]
 
 
@@ -103,16 +101,49 @@ def _prepared(parts: Components, prompt: str) -> str:
     return prompt if prepare is None else prepare(prompt)
 
 
+class Made(NamedTuple):
+    """Clips before they are decoded."""
+
+    latents: Tensor  # (B, C, T', H', W')
+    frames: int  # that they are coded as
+    published: bool  # as many frames are kept as the family's sampler keeps
+
+
 def build_api(parts: Components, on_decision: OnDecision = lambda decision: None) -> Api:
     """A function from prompts to pixels over loaded components.
 
     Args:
         on_decision: told what this process's step cache, if there is one, decides.
     """
+    sampler = build_sampler(parts, on_decision)
+
+    @torch.no_grad()
+    def api(opt: SamplingOption, cond_type: str = "t2v", *args: Any, **told: Any) -> Tensor:
+        """Sample one clip per prompt. Collective over all processes.
+
+        Args: those of the function that ``build_sampler`` gives.
+
+        Returns:
+            Pixels (B, 3, T, H, W) in [-1, 1], on every process, with as many frames as were asked for; with ``noise``
+            or ``opt.noise=published`` as many as the family's sampler gives, see ``lengths``.
+
+        Raises:
+            UserError: a size, length, kind or reference that cannot be sampled, or a solver that keeps no frames.
+        """
+        made = sampler(opt, cond_type, *args, **told)
+        pixels = decode_clip(parts.autoencoder, made.latents, made.frames, parts.run_tiles)
+        chosen = as_published if made.published else asked_for
+        return chosen(pixels, cond_type, opt.num_frames, parts.autoencoder)
+
+    return api
+
+
+def build_sampler(parts: Components, on_decision: OnDecision = lambda decision: None) -> Sampler:
+    """A function from prompts to latents over loaded components; ``on_decision``: see ``build_api``."""
     run_passes = DistributedRunner(parts.mesh["cfg"])
 
     @torch.no_grad()
-    def api(
+    def sample(
         opt: SamplingOption,
         cond_type: str = "t2v",
         seed: int | Sequence[int] | None = None,
@@ -122,8 +153,11 @@ def build_api(parts: Components, on_decision: OnDecision = lambda decision: None
         on_step: OnStep | None = None,
         noise: Tensor | None = None,
         edit_ratios: Tensor | None = None,
-    ) -> Tensor:
-        """Sample one clip per prompt. Collective over all processes.
+        *,
+        placed: Tensor | None = None,
+        given: KnownFrames | None = None,
+    ) -> Made:
+        """One clip per prompt. Collective over all processes.
 
         Args:
             opt: size, length, steps and guidance; sizes are rounded up to what the model can make.
@@ -139,16 +173,13 @@ def build_api(parts: Components, on_decision: OnDecision = lambda decision: None
             noise: (B, C, T', H', W') to start from, in place of what the seed gives.
             edit_ratios: (B, T'), for models that take clean frames in the place of noisy ones: of latent frames that
                 stand in ``noise`` already, from 0, kept, to 1, made anew; all others have 1.
-
-        Returns:
-            Pixels (B, 3, T, H, W) in [-1, 1], on every process, with as many frames as were asked for; with ``noise``
-            or ``opt.noise=published`` as many as the family's sampler gives, see ``lengths``.
+            placed: (B, C, T', H', W') latents that are put into the noise first, where edit_ratios is below 1.
+            given: what is known beside the noise, in place of what ``ref`` and ``cond_type`` give; on all processes.
 
         Raises:
-            UserError: a size, length, kind or reference that cannot be sampled, or a solver that keeps no frames.
+            UserError: as of ``build_api``.
         """
         opt, layout = fit(opt, parts), parts.layout
-        published = noise is not None or opt.noise == "published"
         made = coded(opt, layout.denoising, parts.autoencoder, cond_type)
         if noise is not None:
             made = frames_of(noise.shape[2], opt.num_frames, parts.autoencoder)
@@ -156,9 +187,11 @@ def build_api(parts: Components, on_decision: OnDecision = lambda decision: None
         grid = layout.denoising.grid(latent_grid(made, opt.height, opt.width, parts.autoencoder))
         grid = grid._replace(pixels=(opt.num_frames, opt.height, opt.width))
         seeds = _seeds(opt.seed if seed is None else seed, len(text))
-        given = _given(parts, cond_type, ref, seeds, opt, grid)
+        given = _given(parts, cond_type, ref, seeds, opt, grid) if given is None else given
         opt = replace(opt, scale_temporal_osci=opt.scale_temporal_osci and is_still(cond_type))
         start = _noise(replace(opt, num_frames=made), parts, seeds) if noise is None else noise.to(parts.device)
+        if placed is not None and edit_ratios is not None:
+            start = torch.where((edit_ratios < 1)[:, None, :, None, None].to(start.device), placed.to(start), start)
         x = layout.patchify(start)  # (B, N, C) or (B, T, S, C)
         positions = layout.shard(layout.positions(grid, len(text), parts.device))
         solver = solver_for(opt, parts.objective, grid)
@@ -195,11 +228,9 @@ def build_api(parts: Components, on_decision: OnDecision = lambda decision: None
         latents = layout.unpatchify(layout.gather(tokens, grid), grid)  # (B, C, T', H', W')
         if given is not None:
             latents = given.put_back(latents)
-        pixels = decode_clip(parts.autoencoder, latents, made, parts.run_tiles)
-        chosen = as_published if published else asked_for
-        return chosen(pixels, cond_type, opt.num_frames, parts.autoencoder)
+        return Made(latents, made, noise is not None or opt.noise == "published")
 
-    return api
+    return sample
 
 
 def _step_cache(opt: SamplingOption, parts: Components, on_decision: OnDecision) -> StepCache:
@@ -234,12 +265,12 @@ def _given(
         parts.autoencoder,
         parts.run_tiles,
         parts.device,
-        _dtype(parts),
+        clip_precision(parts),
         seeds,
     )
 
 
-def _dtype(parts: Components) -> torch.dtype:
+def clip_precision(parts: Components) -> torch.dtype:
     """Of what is not the model's: fp32, or fp64 for an fp64 model."""
     return torch.promote_types(next(parts.model.parameters()).dtype, torch.float32)
 
@@ -247,69 +278,6 @@ def _dtype(parts: Components) -> torch.dtype:
 def fit(opt: SamplingOption, parts: Components) -> SamplingOption:
     """The option with a size that these components can make."""
     return sanitize_sampling_option(opt, multiple=parts.layout.denoising.pixel_multiple(parts.autoencoder.stride))
-
-
-def sample_jobs(parts: Components, cfg: SampleConfig, jobs: Sequence[Job], *, quiet: bool = False) -> list[str]:
-    """Sample every job and write it; data-parallel groups of processes share the jobs. Collective.
-
-    Names that files in the output folder have already are replaced by free ones, see ``unused_names``.
-
-    Args:
-        quiet: draw no progress bar.
-
-    Returns:
-        The files written by all processes together, in the order of their names, on the main process.
-
-    Raises:
-        UserError: the output folder cannot be written, before anything is sampled.
-    """
-    jobs = unused_names(cfg, jobs)
-    reused = Counter[bool]()
-    api = build_api(parts, lambda decision: reused.update((decision.computed,)))
-    saver = Saver(cfg, parts)
-    cond_type = kind_of(cfg, jobs)
-    shares = list(share_out(parts, cfg, jobs))
-    bar = progress(len(shares) * cfg.sampling.num_steps, every_s=5.0) if saver.is_main and not quiet else None
-    for turn, (batch, is_ours) in enumerate(shares):
-
-        def on_step(done: int, total: int, turn: int = turn) -> None:
-            if bar is not None:
-                bar.update_to(turn * total + done)
-
-        pixels = api(
-            cfg.sampling,
-            cond_type,
-            seed=[job.seed for job in batch],
-            text=[job.text for job in batch],
-            neg=[job.neg for job in batch],
-            ref=[job.ref for job in batch],
-            on_step=on_step,
-        )
-        if is_ours:
-            saver.save(batch, pixels)
-    if bar is not None:
-        bar.close()
-    if decided := reused.total():
-        announce(f"sampling.cache.kind={cfg.sampling.cache.kind}: reused {reused[False]} of {decided} times")
-    if parts.turns is not None:
-        announce(parts.turns.summary())
-    return saver.finish()
-
-
-def share_out(parts: Components, cfg: SampleConfig, jobs: Sequence[Job]) -> Iterator[tuple[Sequence[Job], bool]]:
-    """This process's batches, and whether it keeps what it makes of them: as many on every process.
-
-    Sharded weights are gathered by all: one without a batch left repeats the last, and keeps nothing.
-    """
-    batches = [jobs[i : i + cfg.batch_size] for i in range(0, len(jobs), cfg.batch_size)]
-    degree, rank = parts.mesh.data_degree, parts.mesh.data_rank
-    for index in range(rank, -(-len(batches) // degree) * degree, degree):
-        yield batches[min(index, len(batches) - 1)], index < len(batches)
-
-
-def kind_of(cfg: SampleConfig, jobs: Sequence[Job]) -> str:
-    """What the references of a whole job give; t2v, which takes a pass less, where no clip has any."""
-    return cfg.cond_type if any(job.ref for job in jobs) else "t2v"
 
 
 def _predict(parts: Components, positions: Tensor, grid: Grid) -> Predict:
@@ -355,9 +323,9 @@ def _noise(opt: SamplingOption, parts: Components, seeds: Sequence[int]) -> Tens
             latents=latents_made(opt.num_frames, autoencoder),
             patch_size=1 if parts.layout.denoising.pads else parts.layout.denoising.patch[1],
             device=parts.device,
-            dtype=next(parts.model.parameters()).dtype if published else _dtype(parts),
+            dtype=next(parts.model.parameters()).dtype if published else clip_precision(parts),
             published=published,
         )
         for seed, count in draws
     ]
-    return torch.cat(drawn).to(_dtype(parts))
+    return torch.cat(drawn).to(clip_precision(parts))

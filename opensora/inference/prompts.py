@@ -8,11 +8,13 @@ same prompt: ``cat``, ``cat_1``.
 import re
 import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from opensora.config.run import SampleConfig
+from opensora.inference.opensora_1x.prompts import split_json, split_prompt
 from opensora.sampling.options import SamplingOption
 from opensora.utils.errors import UserError
 from opensora.utils.files.parquet_rows import read_parquet
@@ -23,7 +25,7 @@ from opensora.utils.prompt_suffix import published_suffix, with_suffix
 
 SHEET = "contact_sheet"  # a file beside the clips, so no clip is called so
 ONE_PROMPT = "prompt"  # what clips of --prompt are called, as by the family, which makes a table of that name of it
-COLUMNS = ("name", "neg", "ref")  # that a table may have beside text
+COLUMNS = ("name", "neg", "ref", "mask_strategy")  # that a table may have beside text
 MAX_PROMPT = 100_000  # characters; text encoders read a few hundred words
 SUFFIX = ".mp4"  # .png and .txt are as long
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
@@ -36,6 +38,7 @@ class Job:
     text: str
     neg: str
     ref: str = ""  # files of its references, joined by ";"; empty: none
+    strategy: str = ""  # which frames of them go where, see ``conditioning.placed_frames``
     name: str  # of the file, without suffix
     seed: int
     row: int  # which prompt, from 0
@@ -43,6 +46,7 @@ class Job:
     number: int | None  # of a prompt without a name of its own, which is called ``wanted`` and this
     copy: int | None  # which of several clips of the same prompt
     place: str = ""  # where the prompt stands, as "prompt_csv=a.csv line 3", for messages; empty: on the command line
+    digits: int = 4  # of ``number``, or more
     joint: str = "_"  # what stands between a name and the number of its clip; with another one the first has it too
 
     def called(self, base: str) -> str:
@@ -73,8 +77,54 @@ def read_jobs(cfg: SampleConfig) -> list[Job]:
     numbered = list(enumerate(rows))[cfg.start_index : cfg.end_index]
     if not numbered:
         raise UserError(f"start_index={cfg.start_index}: must be below the number of prompts, {len(rows)}")
+    if cfg.goes_on:
+        numbered = _with_references(cfg, numbered, len(rows))
     jobs = [_job(cfg, row, index, stem, k) for index, row in numbered for k in range(cfg.num_sample)]
     return with_names(jobs)
+
+
+@contextmanager
+def told_of(job: Job) -> Iterator[None]:
+    """Errors of the block begin with the place that a clip's prompt is from."""
+    try:
+        yield
+    except UserError as error:
+        raise (UserError(f"{job.place}: {error}") if job.place else error) from None
+
+
+def _with_references(
+    cfg: SampleConfig, rows: Sequence[tuple[int, dict[str, str]]], count: int
+) -> list[tuple[int, dict[str, str]]]:
+    """Rows with what the job lists for every prompt, or what JSON behind a prompt says in its place.
+
+    Args:
+        rows: those that are sampled, with their numbers among ``count``; lists are of these, or of all.
+
+    Raises:
+        UserError: a list of another length, JSON that cannot be read, or parts of a prompt that are none.
+    """
+    found = []
+    for place, (index, row) in enumerate(rows):
+        changed = dict(row)
+        for key, name, entries in (
+            ("reference_path", "ref", cfg.reference_path),
+            ("mask_strategy", "mask_strategy", cfg.mask_strategy),
+            ("neg_prompts", "neg", cfg.neg_prompts),
+        ):
+            if entries and len(entries) not in (count, len(rows)):
+                raise UserError(f"{key}: {len(entries)} entries for {count} prompts; give one for each, null for none")
+            if entries:
+                changed[name] = entries[index if len(entries) == count else place] or ""
+        folder = Path(cfg.prompt_csv).parent if cfg.prompt_csv and row.get("place") else Path(".")
+        try:
+            changed["text"], told = split_json(row["text"], cfg.release) if cfg.release else (row["text"], {})
+            split_prompt(changed["text"])
+        except ValueError as error:
+            raise UserError(f"{row.get('place') or f'prompt {index}'}: {error}") from None
+        changed["ref"] = located(told.get("reference_path", changed.get("ref", "")), folder)
+        changed["mask_strategy"] = told.get("mask_strategy", changed.get("mask_strategy", ""))
+        found.append((index, changed))
+    return found
 
 
 def jobs_of_batch(
@@ -107,11 +157,12 @@ def _job(cfg: SampleConfig, row: dict[str, str], index: int, stem: str, copy: in
     """Clip ``copy`` of a prompt."""
     named = row.get("name", "")
     if cfg.prompt_as_path:
-        named = _portable(row["text"].strip("."))
-    return Job(
+        named = _portable(row["text"].strip("." if cfg.release is None else ". "))
+    job = Job(
         text=row["text"],
         neg=row.get("neg") or cfg.neg,
         ref=row.get("ref", ""),
+        strategy=row.get("mask_strategy", ""),
         name="",
         seed=cfg.sampling.seed + copy,
         row=index,
@@ -120,6 +171,19 @@ def _job(cfg: SampleConfig, row: dict[str, str], index: int, stem: str, copy: in
         copy=copy if cfg.num_sample > 1 or cfg.prompt_as_path else None,
         place=row.get("place", ""),
         joint="-" if cfg.prompt_as_path else "_",
+    )
+    return job if cfg.release is None else _called_by_release(cfg, job, named)
+
+
+def _called_by_release(cfg: SampleConfig, job: Job, named: str) -> Job:
+    """A job's file under the name that Open-Sora 1.x gives it: ``sample_0003``, of several clips of a prompt
+    ``sample_0003-1``."""
+    return replace(
+        job,
+        wanted=f"{cfg.save_prefix}{named}" if named else cfg.save_prefix.removesuffix("_") or "sample",
+        copy=job.copy if cfg.num_sample > 1 else None,
+        digits=1 if cfg.release in ("1.0", "1.1") else 4,
+        joint="-",
     )
 
 
@@ -145,7 +209,7 @@ def with_names(jobs: Sequence[Job], taken: Collection[str] = ()) -> list[Job]:
     names: dict[tuple[int, int | None], str] = {}
     for row in _in_turn([of_row[0] for of_row in clips.values()]):
         job = clips[row][0]
-        base = job.wanted if job.number is None else f"{job.wanted}_{ahead[job.wanted] + job.number:04d}"
+        base = job.wanted if job.number is None else f"{job.wanted}_{ahead[job.wanted] + job.number:0{job.digits}d}"
         for candidate in _candidates(base, tried):
             found = {job.copy: job.called(candidate) for job in clips[row]}
             keys = {_key(name) for name in found.values()}
@@ -204,12 +268,13 @@ def _key(name: str) -> str:
 def _shifts(jobs: Sequence[Job], used: Collection[str]) -> dict[str, int]:
     """What to add to the numbers of each stem so that they follow the highest number of a file called so."""
     lowest: dict[str, int] = {}
+    digits = {job.wanted: job.digits for job in jobs}
     for job in jobs:
         if job.number is not None:
             lowest[job.wanted] = min(job.number, lowest.get(job.wanted, job.number))
     shifts = {}
     for stem, number in lowest.items():
-        numbered = re.compile(rf"{re.escape(_key(stem))}_([0-9]{{4,18}})(_[0-9]+)*")
+        numbered = re.compile(rf"{re.escape(_key(stem))}_([0-9]{{{digits[stem]},18}})([_-][0-9]+)*")
         found = [int(match[1]) for name in used if (match := numbered.fullmatch(name))]
         shifts[stem] = max(0, max(found, default=-1) + 1 - number)
     return shifts
@@ -230,7 +295,8 @@ def _read_table(path: Path) -> list[dict[str, str]]:
         if not row["text"].strip():
             raise UserError(f"{place} has no text")
         kept = {"text": _checked(row["text"], place), "neg": _checked(row.get("neg", ""), f"{place} neg")}
-        kept |= {"ref": _located(row.get("ref", ""), path.parent), "place": place}
+        kept |= {"ref": located(row.get("ref", ""), path.parent), "place": place}
+        kept |= {"mask_strategy": row.get("mask_strategy", "").strip()}
         given = row.get("name", "").strip()
         if problem := given and name_problem(given, SUFFIX):
             raise UserError(f"{place}: name {short(repr(given), 40)} {problem}")
@@ -244,7 +310,11 @@ def _read_lines(path: Path) -> list[dict[str, str]]:
     """A prompt per line; empty lines are passed over."""
     name = f"prompt_csv={path}"
     lines = re.split(r"\r\n|\r|\n", read_text(path, name))
-    rows = [{"text": _checked(line, f"{name} line {i}")} for i, line in enumerate(lines, start=1) if line.strip()]
+    rows = [
+        {"text": _checked(line, f"{name} line {i}"), "place": f"{name} line {i}"}
+        for i, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
     if not rows:
         raise UserError(f"{name}: the file is empty; it needs a prompt per line")
     return rows
@@ -264,7 +334,7 @@ def _checked(text: str, place: str) -> str:
     return text
 
 
-def _located(ref: str, folder: Path) -> str:
+def located(ref: str, folder: Path) -> str:
     """The files of a table's references: those that are not where the command runs are looked for beside the table."""
     files = [one.strip() for one in ref.split(";") if one.strip()]
     beside = [str(folder / one) if not Path(one).exists() and (folder / one).exists() else one for one in files]

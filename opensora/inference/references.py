@@ -83,7 +83,7 @@ def code_known(
         for row in rows:
             pixels = read_part(references[row][chosen(cond_type, part)], part, size, cond_type, dtype)
             seed = seeds[row] if seeds else None
-            coded.append(_encoded(autoencoder, pixels[None].to(device), run, seed, part))
+            coded.append(encoded(autoencoder, pixels[None].to(device), run, seed, part.name))
         return torch.cat(coded)
 
     reference, known = code_references(kinds, grid, autoencoder, code, device=device)
@@ -91,12 +91,14 @@ def code_known(
     return KnownFrames(reference=reference, known=torch.zeros_like(known) if still else known, kept=kept)
 
 
-def _encoded(autoencoder: Autoencoder, pixels: Tensor, run: TaskRunner, seed: int | None, part: Part) -> Tensor:
+def encoded(autoencoder: Autoencoder, pixels: Tensor, run: TaskRunner, seed: int | None, name: str) -> Tensor:
+    """Latents of a clip (1, 3, T, H, W): a draw of its own for every ``name``, where there is a seed and an autoencoder
+    that draws."""
     if seed is None or not (isinstance(autoencoder, Variational) and autoencoder.samples):
         return autoencoder.encode(pixels, run)
 
     def draw(shape: tuple[int, ...], stage: str = "") -> Tensor:
-        purpose = f"posterior {part.name} {stage}" if stage else f"posterior {part.name}"
+        purpose = f"posterior {name} {stage}" if stage else f"posterior {name}"
         return torch.randn(1, *shape, generator=torch_generator(seed, purpose)).to(pixels.device)
 
     return autoencoder.encode(pixels, run, draw)
@@ -161,8 +163,8 @@ def read_part(
     try:
         frames = api.read_frames(reference, start, part.frames, resize=ResizeToFill(*size), timeout_s=READ_S)
     except api.DecodeError as error:
-        raise _unreadable(reference, error.cause) from None
-    return _cropped(torch.from_numpy(frames), size).permute(3, 0, 1, 2).to(dtype) / 127.5 - 1
+        raise unreadable(reference, error.cause) from None
+    return cropped(torch.from_numpy(frames), size).permute(3, 0, 1, 2).to(dtype) / 127.5 - 1
 
 
 def count_frames(path: str) -> int:
@@ -174,14 +176,15 @@ def count_frames(path: str) -> int:
     if _ADDRESS.match(path):
         raise UserError(f"ref={path}: is an address, and nothing is fetched; save it, and give the file")
     if reason := absence(path, "file"):
-        raise _unreadable(path, reason)
+        raise unreadable(path, reason)
     try:
         return api.probe(path, timeout_s=READ_S).num_frames
     except api.DecodeError as error:
-        raise _unreadable(path, error.cause) from None
+        raise unreadable(path, error.cause) from None
 
 
-def _unreadable(path: str, reason: str) -> UserError:
+def unreadable(path: str, reason: str) -> UserError:
+    """The error of a reference that cannot be read."""
     return UserError(f"ref={short(path, 200)}: {reason}; give an image or a video that can be read")
 
 
@@ -202,10 +205,10 @@ def _fill(frames: Tensor, size: tuple[int, int]) -> Tensor:
     if cover != tuple(frames.shape[2:]):
         scaled = interpolate(frames.transpose(0, 1), cover, mode="bicubic", antialias=True)
         frames = scaled.clamp(-1, 1).transpose(0, 1)
-    return _cropped(frames.permute(1, 2, 3, 0), size).permute(3, 0, 1, 2)
+    return cropped(frames.permute(1, 2, 3, 0), size).permute(3, 0, 1, 2)
 
 
-def _cropped(frames: Tensor, size: tuple[int, int]) -> Tensor:
+def cropped(frames: Tensor, size: tuple[int, int]) -> Tensor:
     """(T, H, W, 3) -> (T, height, width, 3), a view."""
     top, left = crop_origin(frames.shape[1], frames.shape[2], *size)
     return frames[:, top : top + size[0], left : left + size[1]]

@@ -7,11 +7,13 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 
 from opensora.config.run import SampleConfig
+from opensora.inference.opensora_1x.prompts import for_each_part
 from opensora.inference.prompts import MAX_PROMPT, Job
 from opensora.utils.chat import ChatError, Messages, RefineConfig, ask, key_of
 from opensora.utils.console import announce
@@ -136,7 +138,10 @@ def _answers(cfg: SampleConfig, texts: dict[int, str]) -> tuple[dict[int, str], 
         written = {text: text for text in distinct}
         if cfg.refine.prompts:
             is_video = cfg.sampling.num_frames > 1 and cfg.cond_type == "t2v"
-            found = pool.map(lambda text: rewritten(cfg.refine, text, is_video=is_video), distinct)
+            change = partial(rewritten, cfg.refine, is_video=is_video)
+            # Prompts of clips that go on from one another have a part for each.
+            rule = partial(for_each_part, change=change) if cfg.goes_on else change
+            found = pool.map(rule, distinct)
             written = dict(zip(distinct, found, strict=True))
         if cfg.refine.motion_score:
             scores = pool.map(lambda text: motion_of(cfg.refine, written[text]), distinct)

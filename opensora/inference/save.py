@@ -36,7 +36,9 @@ _PORTABLE = re.compile(r"[A-Za-z0-9._ -]{1,100}")  # names that every file syste
 
 
 def output_folder(cfg: SampleConfig) -> Path:
-    """``{save_dir}/{video|image}_{resolution}``, where the files of a job go."""
+    """``{save_dir}/{video|image}_{resolution}``, where the files of a job go; ``save_dir`` with ``release``."""
+    if cfg.release is not None:
+        return Path(cfg.save_dir)
     option = cfg.sampling
     size = option.resolution if option.width is None else f"{option.width}x{option.height}"
     return Path(cfg.save_dir) / f"{'image' if option.num_frames == 1 else 'video'}_{size}"
@@ -123,6 +125,7 @@ class Saver:
         self.is_main = dist.get_rank() == 0
         self._writes = parts.mesh.is_first_of_sample
         self._option, self._overwrite, self._parts = cfg.sampling, cfg.overwrite, parts
+        self._fps = cfg.sampling.fps if cfg.save_fps is None else cfg.save_fps
         self._crf, self._mark = cfg.crf, read_watermark(cfg.watermark)
         # file, prompt, a few small frames, what they were made from
         self._written: list[tuple[str, str, NDArray[np.uint8], list[NDArray[np.uint8]]]] = []
@@ -155,7 +158,7 @@ class Saver:
                     if len(clip) == 1:
                         write_image(aside, clip[0].numpy())
                     else:
-                        write_video(aside, clip.numpy(), self._option.fps, crf=self._crf)
+                        write_video(aside, clip.numpy(), self._fps, crf=self._crf)
                 return path
             except FileExistsError:
                 announce(f"{path}: another job has written it since this one began; this one takes another name")

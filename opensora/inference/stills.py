@@ -22,11 +22,12 @@ from opensora.assembly.layout import check_layout
 from opensora.assembly.turns import AUTOENCODER, DENOISER
 from opensora.config.run import SampleConfig, StillConfig
 from opensora.datasets.buckets.aspect import training_sizes
+from opensora.inference.batches import share_out
 from opensora.inference.check import check_references, check_sample
 from opensora.inference.find import Source, find_source
 from opensora.inference.lengths import coded, latents_made
 from opensora.inference.load import LoadedText, load_components, text_of
-from opensora.inference.pipeline import build_api, share_out
+from opensora.inference.pipeline import build_api
 from opensora.inference.prompts import Job
 from opensora.inference.references import check_length
 from opensora.inference.save import output_folder, to_uint8

@@ -16,10 +16,10 @@ from acceleration.sharding import fsdp
 from opensora.assembly.components import Components
 from opensora.config.run import RunConfig, SampleConfig
 from opensora.datasets.decode import api
+from opensora.inference.batches import sample_jobs
 from opensora.inference.check import check_jobs, check_validation
 from opensora.inference.find import Source
 from opensora.inference.memory import job_of
-from opensora.inference.pipeline import sample_jobs
 from opensora.inference.prompts import Job, read_jobs
 from opensora.inference.references import count_frames
 from opensora.planner.sampling_forecast import SamplingJob

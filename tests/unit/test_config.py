@@ -796,7 +796,7 @@ def test_an_old_key_inside_a_section_of_the_command_line(good: Path) -> None:
         load_config(RunConfig, "run.yaml", ["data={pack: 1, balance_group: 1}"])
     with pytest.raises(UserError, match=r"conditioning\.dropout\.text='x': .*\(command line, as flow\)$"):
         load_config(RunConfig, "run.yaml", ["flow={text_dropout: x}"])
-    with pytest.raises(UserError, match=r"objective=null: .*\(command line, as flow\)$"):
+    with pytest.raises(UserError, match=r"flow: unknown key; .*\(command line\)$"):
         load_config(RunConfig, "run.yaml", ["flow=null"])
 
 

@@ -106,6 +106,7 @@ def test_the_guide_to_sampling(tmp_path: Path) -> None:
             "guidance": 7.0,
         },
         "batch_size": 1,
+        "release": "1.1",
         "prompt_csv": "assets/texts/t2v_samples.txt",
         "prompt_suffix": False,
         "precision": "bf16",
@@ -140,6 +141,58 @@ def test_the_guide_to_training(tmp_path: Path) -> None:
         found,
     )
     assert "root" not in found["data"] and "mesh" not in found["parallel"]
+
+
+SAMPLED: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "opensora-v1-2/inference/sample.py": (
+        [],
+        {"release": "1.2", "aes": 6.5, "align": 5, "condition_frame_length": 5, "sampling": {"fps": 24}},
+    ),
+    "opensora-v1-1/inference/sample-ref.py": (
+        ["--sample-name", "try", "--reference-path", "a.png", "--mask-strategy", "0"],
+        {
+            **{"release": "1.1", "loop": 2, "condition_frame_length": 4, "save_fps": 8, "save_prefix": "try_"},
+            **{"reference_path": ["a.png"], "mask_strategy": ["0"]},
+        },
+    ),
+    "opensora-v1-1/inference/sample.py": (
+        ["--loop", "3", "--sample-name", "p-", "--prompt-as-path", "--start-index", "1", "--num-sample", "2"],
+        {"loop": 3, "save_prefix": "p-", "prompt_as_path": True, "start_index": 1, "num_sample": 2},
+    ),
+    "opensora-v1-3/inference/t2v.py": (
+        ["--neg-prompt", "blurry", "dark", "--flow", "fair", "--camera-motion", "pan left"],
+        {
+            **{"release": "1.3", "neg_prompts": ["blurry", "dark"], "flow": "fair", "camera_motion": "pan left"},
+            "sampling": {"text_osci": True, "image_osci": True, "use_flaw_fix": True},
+        },
+    ),
+    "opensora-v1-3/inference/v2v.py": (
+        ["--cond-type", "v2v_head", "--condition-frame-edit", "0.1", "--use-oscillation-guidance-for-image", "False"],
+        {
+            **{"release": "1.3", "cond_type": "v2v_head", "condition_frame_edit": 0.1, "aes": 7.0},
+            "sampling": {"text_osci": True, "image_osci": False, "use_sdedit": True, "guidance_img": 5.0},
+        },
+    ),
+    "opensora/inference/16x256x256.py": ([], {"release": "1.1"}),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_what_clips_are_given(name: str) -> None:
+    """References, loops, scores, names and which steps are guided."""
+    words, expected = SAMPLED[name]
+    found = layer_of(SampleConfig, CONFIGS / name, "--ckpt-path", "FILE", "--prompt", "a cat", "a dog", *words)
+    subset(expected, found)
+    cfg = load_config(SampleConfig, CONFIGS / name, ["--ckpt-path", "FILE", "--prompt", "a cat", "a dog", *words])
+    assert cfg.release == found["release"] and cfg.goes_on
+
+
+def test_oscillation_of_1_3_is_of_text_and_image(tmp_path: Path) -> None:
+    """The scheduler's key holds for both, unless the command's say otherwise."""
+    text = (CONFIGS / "opensora-v1-3/inference/t2v.py").read_text()
+    (tmp_path / "run.py").write_text(text + "\nuse_oscillation_guidance_for_text = False\n")
+    found = layer_of(SampleConfig, tmp_path / "run.py", "--ckpt-path", "FILE")["sampling"]
+    assert (found["text_osci"], found["image_osci"]) == (False, True)
 
 
 # What files of this family cannot be: no command of ours does what they are for.

@@ -89,6 +89,11 @@ def flag_overrides(cls: type, words: Sequence[str]) -> tuple[list[tuple[Keys, An
         is_ours = bool(types_at(cls, word.name.split("."))) and (
             len(word.values) == 1 or (not word.values and word.name not in table.SWITCHES)
         )
+        if word.name in table.LISTS and not any(value.startswith("[") for value in word.values):
+            is_ours = False
+        if is_ours and word.name in table.SCORES and word.values[0].lower() == "none":
+            rest.append(f"{word.name}=null")
+            continue
         if is_ours or not word.dashed or not is_known(word.name):
             rest += word.words
             continue

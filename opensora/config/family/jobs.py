@@ -40,6 +40,7 @@ def sampled(t: Translation) -> None:
     if seed is not None:
         t.put("sampling.seed", seed, seed_key)
     prompts(t)
+    references_of_prompts(t)
     if t.get("offload_model"):
         t.put("offload", "models", "offload_model")
     if t.get("watermark"):
@@ -123,15 +124,33 @@ def prompts(t: Translation) -> None:
     elif (path := t.get(path_key)) is not None:
         t.put("prompt_csv", table.path_of(path), path_key)
     negative = t.get("neg_prompt")
-    if negative is not None:
-        if isinstance(negative, (list, tuple)) and len(set(map(str, negative))) > 1:
-            raise t.fail("neg_prompt", "must be one text for all prompts; a table has one for each (prompt_csv)")
+    if isinstance(negative, (list, tuple)) and len(negative) > 1:
+        t.put("neg_prompts", list(negative), "neg_prompt")
+    elif negative is not None:
         t.put("neg", negative[0] if isinstance(negative, (list, tuple)) and negative else negative, "neg_prompt")
-    for key in ("reference_path", "mask_strategy"):
-        if (values := t.get(key)) is not None:
-            t.put(key, values, key)
     if t.get("dataset.type") not in (None, "text", "video_text"):
         t.note("dataset.type", "prompts come from prompt, prompts or prompt_csv")
+
+
+def references_of_prompts(t: Translation) -> None:
+    """What 1.x gives to clips, how files are called, and which steps are guided."""
+    second = is_second(t)
+    if t.is_file and not second:
+        t.put("release", version_of(t), "model.type")
+    for key in ("reference_path", "mask_strategy"):
+        if (values := t.get(key)) is not None:
+            texts = [values] if isinstance(values, str) else values
+            if not isinstance(texts, (list, tuple)):
+                raise t.fail(key, "must be a list with a text for every prompt, None for none")
+            t.put(key, [None if text in ("", "None") else text for text in texts], key)
+    if (name := t.get("sample_name")) is not None:
+        whole = t.is_file and not second and t.get("prompt_as_path")
+        t.put("save_prefix", name if whole else table.prefix_of(name), "sample_name")
+    both = "scheduler.use_oscillation_guidance"
+    for name in ("text", "image"):
+        key, value = t.first(f"use_oscillation_guidance_for_{name}", both)
+        if value is not None:
+            t.put(f"sampling.{name}_osci", value, key)
 
 
 def data(t: Translation) -> None:

@@ -55,7 +55,7 @@ def motion_of(value: Any) -> Any:
     return value
 
 
-def _prefix(value: Any) -> Any:
+def prefix_of(value: Any) -> Any:
     return f"{value}_" if isinstance(value, str) and value else value
 
 
@@ -141,6 +141,7 @@ KEYS: dict[str, Key] = {
     "align": Key("align"),
     "reference_path": TOGETHER,
     "mask_strategy": TOGETHER,
+    "csv_reference_column_name": Key(only="ref"),
     "ref": Key("ref"),
     "neg_prompt": TOGETHER,
     "image_cfg_scale": Key("sampling.guidance_img"),
@@ -148,8 +149,8 @@ KEYS: dict[str, Key] = {
     "guidance_img": Key("sampling.guidance_img"),
     "num_steps": Key("sampling.num_steps"),
     "use_sdedit": Key("sampling.use_sdedit"),
-    "use_oscillation_guidance_for_text": Key("sampling.text_osci"),
-    "use_oscillation_guidance_for_image": Key("sampling.image_osci"),
+    "use_oscillation_guidance_for_text": TOGETHER,
+    "use_oscillation_guidance_for_image": TOGETHER,
     "motion_score": TOGETHER,
     "aes": Key("aes"),
     "flow": Key("flow"),
@@ -160,7 +161,7 @@ KEYS: dict[str, Key] = {
     "num_prompt_generator": no_meaning("refine.url and refine.model say who writes prompts out"),
     "watermark": TOGETHER,
     "save_dir": Key("save_dir", "", path_of),
-    "sample_name": Key("save_prefix", "", _prefix),
+    "sample_name": TOGETHER,
     "start_index": Key("start_index"),
     "end_index": Key("end_index"),
     "num_sample": Key("num_sample"),
@@ -296,7 +297,7 @@ KEYS: dict[str, Key] = {
     "scheduler.num_sampling_steps": Key("sampling.num_steps"),
     "scheduler.cfg_scale": Key("sampling.guidance"),
     "scheduler.cfg_channel": Key("sampling.cfg_channel"),
-    "scheduler.use_oscillation_guidance": Key("sampling.text_osci"),
+    "scheduler.use_oscillation_guidance": TOGETHER,
     "scheduler.force_num": Key("sampling.force_num"),
     "scheduler.use_flaw_fix": Key("sampling.use_flaw_fix"),
     "scheduler.scale_image_weight": Key("sampling.scale_image_weight"),
@@ -377,6 +378,8 @@ FLAGS: dict[str, str] = {
     "use_oscillation_guidance": "scheduler.use_oscillation_guidance",
 }
 MANY = ("prompt", "reference_path", "mask_strategy", "neg_prompt")  # flags that take one value or more
+LISTS = ("reference_path", "mask_strategy")  # of these those that are a list here, even of one
+SCORES = ("aes", "flow", "camera_motion")  # of which a text is one, but None is none
 PAIRS = ("image_size",)  # two
 TEXTS = (  # what stays text although it may look like a number
     *("resolution", "aspect_ratio", "prompt_path", "data_path", "dataset.data_path", "root", "load", "plugin", "dtype"),
