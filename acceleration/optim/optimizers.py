@@ -7,10 +7,18 @@ import torch
 from torch import nn
 
 from acceleration.config import OptimConfig
+from acceleration.optim.fused_adamw import FusedAdamW
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], cfg: OptimConfig) -> torch.optim.Optimizer:
-    """One parameter group; the engine sets the learning rate before every step."""
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], cfg: OptimConfig, *, by_apex: bool = False
+) -> torch.optim.Optimizer:
+    """One parameter group; the engine sets the learning rate before every step.
+
+    ``by_apex``: AdamW is apex's, whose state is torch's.
+    """
+    if cfg.kind == "adamw" and by_apex:
+        return FusedAdamW(parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay)
     if cfg.kind == "adamw":
         return torch.optim.AdamW(
             parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True
