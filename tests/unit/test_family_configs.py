@@ -132,7 +132,8 @@ def subset(expected: dict[str, Any], found: dict[str, Any], at: str = "") -> Non
 def test_the_guide_to_sampling(tmp_path: Path) -> None:
     (tmp_path / "run.py").write_text(GUIDE_SAMPLING)
     found = layer_of(SampleConfig, tmp_path / "run.py")
-    assert found.pop("parallel") == {"attention": "auto", "zero": 3, "mesh": {"shard": 1, "ulysses": -1}}
+    parallel = {"attention": "auto", "norm_kernel": "auto", "zero": 3, "mesh": {"shard": 1, "ulysses": -1}}
+    assert found.pop("parallel") == parallel
     assert found.pop("objective") == {"kind": "iddpm", "tables": "fp32"}
     found["text"] = dict(found["text"])
     assert found == {
@@ -179,8 +180,14 @@ def test_the_guide_to_training(tmp_path: Path) -> None:
             "objective": {"kind": "iddpm", "timestep_respacing": ""},
             "conditioning": {"dropout": {"text": 0.1, "pooled": 0.1}},
             "data": {"table": "CSV_PATH", "buckets": {"512px": {64: [1.0, 4]}}, "workers": 4},
-            "parallel": {"zero": 2, "recompute": {"kind": "full"}, "precision": {"compute": "bf16"}},
-            "optim": {"lr": 2e-5, "clip_norm": 1.0, "ema_decay": 0.9999, "eps": 1e-8},
+            "parallel": {
+                "zero": 2,
+                "recompute": {"kind": "full"},
+                "precision": {"compute": "bf16"},
+                "attention": "auto",
+                "norm_kernel": "auto",
+            },
+            "optim": {"lr": 2e-5, "clip_norm": 1.0, "ema_decay": 0.9999, "eps": 1e-8, "kernel": "auto"},
             "train": {
                 "init_from": "YOUR_PRETRAINED_MODEL",
                 "log_every": 10,
@@ -230,3 +237,83 @@ KINDS = {
     **{"DiT": "dit", "Latte": "latte", "PixArt": "pixart", "PixArtMS": "pixart_ms"},
     **{"STDiT": "stdit", "STDiT2": "stdit2", "STDiT3": "stdit3"},
 }
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "run.py"
+    path.write_text(text)
+    return path
+
+
+def edited(path: Path, **changes: str) -> str:
+    """A file with lines added to it: what is assigned last holds."""
+    return path.read_text("utf-8") + "".join(f"{name} = {value}\n" for name, value in changes.items())
+
+
+V1_3 = 'dict(type="OpenSoraVAE_V1_3", from_pretrained="VAE"{})'
+WHOLE = {"micro_batch": None, "micro_frame_size": None, "temporal_overlap": False, "normalization": "none"}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("", {}),
+        (", micro_batch_size=1, micro_frame_size=17", {"micro_batch": 1, "micro_frame_size": 17}),
+        (', micro_batch_size=None, normalization="video"', {"normalization": "video"}),
+        (", normalization=None, temporal_overlap=True", {"temporal_overlap": True}),
+    ],
+)
+def test_what_a_file_leaves_out_of_the_autoencoder_of_1_3(given: str, expected: Any, tmp_path: Path) -> None:
+    """Its code then codes clips whole, without overlap, and does not normalise; ours has the published values."""
+    path = written(tmp_path, edited(CONFIGS / "opensora-v1-3/train/stage1.py", vae=V1_3.format(given)))
+    found = layer_of(RunConfig, path, "--data-path", "clips.csv")["vae"]
+    assert {name: found[name] for name in WHOLE} == WHOLE | expected
+    cfg = load_config(RunConfig, path, ["--data-path", "clips.csv"])
+    assert all(getattr(cfg.vae, name) == value for name, value in (WHOLE | expected).items())
+
+
+@pytest.mark.parametrize(
+    ("given", "pieces"), [("", 17), (", micro_frame_size=None", None), (", micro_frame_size=33", 33)]
+)
+def test_pieces_of_the_autoencoder_of_1_2(given: str, pieces: int | None, tmp_path: Path) -> None:
+    """One that is absent is 17 there, and None is a clip in one piece."""
+    vae = f'dict(type="OpenSoraVAE_V1_2", from_pretrained="VAE"{given})'
+    path = written(tmp_path, edited(CONFIGS / "opensora-v1-2/train/stage1.py", vae=vae))
+    assert load_config(RunConfig, path, ["--data-path", "clips.csv"]).vae.micro_frame_size == pieces
+
+
+@pytest.mark.parametrize(("name", "clean"), [("enable_flashattn", "always"), ("enable_flash_attn", "sampling")])
+def test_captions_are_cleaned_as_the_release_does(name: str, clean: str, tmp_path: Path) -> None:
+    """1.0 cleans inside its encoder, in training too; later ones where they sample."""
+    path = written(tmp_path, GUIDE_TRAINING.replace("enable_flash_attn", name))
+    assert load_config(RunConfig, path, []).text.clean == clean  # type: ignore[union-attr]
+    path.write_text(GUIDE_SAMPLING.replace("enable_flash_attn", name))
+    assert load_config(SampleConfig, path, []).text.clean == clean
+
+
+@pytest.mark.parametrize(
+    ("given", "norms", "attention"), [("True", "auto", "auto"), ("False", "torch", "math"), ("None", "torch", "auto")]
+)
+def test_kernels_are_those_that_a_file_names(given: str, norms: str, attention: str, tmp_path: Path) -> None:
+    text = GUIDE_TRAINING.replace("enable_layernorm_kernel=True", f"enable_layernorm_kernel={given}")
+    path = written(tmp_path, text.replace("enable_flash_attn=True", f"enable_flash_attn={given}"))
+    cfg = load_config(RunConfig, path, [])
+    assert (cfg.parallel.norm_kernel, cfg.parallel.attention, cfg.optim.kernel) == (norms, attention, "auto")
+    assert cfg.text.shard  # type: ignore[union-attr]
+    words = ["--layernorm-kernel", given, "--flash-attn", given]
+    sampling = load_config(SampleConfig, written(tmp_path, GUIDE_SAMPLING), words)
+    if given != "None":
+        assert (sampling.parallel.norm_kernel, sampling.parallel.attention) == (norms, attention)
+
+
+def test_names_of_masks_that_the_family_refuses_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    layer_of(RunConfig, CONFIGS / "opensora/train/16x256x256-mask.py", "--data-path", "clips.csv")
+    found = capsys.readouterr().err
+    assert found.count("mask_head as quarter_head") in (0, 1)  # once in a process
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("opensora.config.family.translation._said", set())
+        layer_of(RunConfig, CONFIGS / "opensora/train/16x256x256-mask.py", "--data-path", "clips.csv")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "mask_ratios" in line]
+    assert (
+        "mask_tail as quarter_tail, mask_head_tail as quarter_head_tail: the family's code knows no such names" in line
+    )
