@@ -214,8 +214,7 @@ class OptimConfig:
     """The optimizer and everything about it that varies with the step."""
 
     kind: Literal["adamw", "sgd"] = "adamw"
-    kernel: FusedKernel = "torch"  # of adamw: torch's fused one, or FusedAdam of NVIDIA apex; auto: apex's where it is
-    # installed
+    kernel: FusedKernel = "torch"  # of adamw; apex: FusedAdam of NVIDIA apex; auto: that, where it is installed
     lr: float = 5e-5
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-15
