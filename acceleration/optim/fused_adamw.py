@@ -35,10 +35,10 @@ class _Fused(NamedTuple):
 
 
 class FusedAdamW(torch.optim.AdamW):
-    """State and settings are those of ``torch.optim.AdamW(fused=True)``."""
+    """Takes what ``torch.optim.AdamW`` takes, and has its state and settings."""
 
     def __init__(self, parameters: Any, **options: Any) -> None:
-        super().__init__(parameters, fused=True, **options)
+        super().__init__(parameters, **options)
         self._counts: dict[nn.Parameter, _Count] = {}
         self._kept: dict[tuple[int, ...], _Fused] = {}
 

@@ -17,12 +17,9 @@ def build_optimizer(
 
     ``by_apex``: AdamW is apex's, whose state is torch's.
     """
-    if cfg.kind == "adamw" and by_apex:
-        return FusedAdamW(parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay)
     if cfg.kind == "adamw":
-        return torch.optim.AdamW(
-            parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True
-        )
+        create = FusedAdamW if by_apex else torch.optim.AdamW
+        return create(parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True)
     return torch.optim.SGD(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
 
 

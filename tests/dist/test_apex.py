@@ -4,7 +4,7 @@ torch's, on every layout, and a checkpoint of one goes on with the other."""
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -151,62 +151,71 @@ def test_a_checkpoint_of_one_goes_on_with_the_other(first: str, tmp_path: Path) 
     assert max(relative(found[name], whole[name]) for name in whole) <= TOLERANCE
 
 
-class TestFusedAdamW:
-    """Against torch's AdamW in fp64."""
+# Against torch's AdamW in fp64
+SETTINGS: dict[str, Any] = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.2}
 
-    SETTINGS: ClassVar[dict[str, Any]] = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.2}
 
-    def pair(self) -> tuple[list[nn.Parameter], list[nn.Parameter], torch.optim.AdamW, FusedAdamW]:
-        drawn = [torch.randn(shape, dtype=torch.float64) for shape in ((3, 4), (5,), (0,))]
-        ours, theirs = ([nn.Parameter(x.clone()) for x in drawn] for _ in range(2))
-        return ours, theirs, torch.optim.AdamW(theirs, fused=True, **self.SETTINGS), FusedAdamW(ours, **self.SETTINGS)
+def pair() -> tuple[list[nn.Parameter], list[nn.Parameter], torch.optim.AdamW, FusedAdamW]:
+    drawn = [torch.randn(shape, dtype=torch.float64) for shape in ((3, 4), (5,), (0,))]
+    ours, theirs = ([nn.Parameter(x.clone()) for x in drawn] for _ in range(2))
+    return (
+        ours,
+        theirs,
+        torch.optim.AdamW(theirs, fused=True, **SETTINGS),
+        FusedAdamW(ours, fused=True, **SETTINGS),
+    )
 
-    def step(self, ours: Any, theirs: Any, optimizers: Any, absent: tuple[int, ...] = ()) -> None:
-        for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            a.grad = None if index in absent else torch.randn(b.shape, dtype=torch.float64)
-            b.grad = None if a.grad is None else a.grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
 
-    def alike(self, a: FusedAdamW, b: torch.optim.AdamW) -> None:
-        for p, q in zip(a.param_groups[0]["params"], b.param_groups[0]["params"], strict=True):
-            assert torch.allclose(p, q, rtol=1e-12, atol=1e-12)
-            assert a.state[p].keys() == b.state[q].keys()
-            for key, value in a.state[p].items():
-                assert value.dtype == b.state[q][key].dtype and torch.allclose(value, b.state[q][key], rtol=1e-12)
-        names = a.param_groups[0].keys() - {"params"}
-        assert {n: a.param_groups[0][n] for n in names} == {n: b.param_groups[0][n] for n in names}
+def step_both(ours: Any, theirs: Any, optimizers: Any, absent: tuple[int, ...] = ()) -> None:
+    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        a.grad = None if index in absent else torch.randn(b.shape, dtype=torch.float64)
+        b.grad = None if a.grad is None else a.grad.clone()
+    for optimizer in optimizers:
+        optimizer.step()
 
-    def test_parameters_without_a_gradient_count_for_themselves(self) -> None:
-        with fake_apex.installed():
-            ours, theirs, b, a = self.pair()
-            for absent in ((), (1,), (0, 2), ()):
-                self.step(ours, theirs, (a, b), absent)
-            self.alike(a, b)
 
-    def test_state_that_somebody_wrote_is_read(self) -> None:
-        """By load_state_dict, and into the tensors themselves."""
-        with fake_apex.installed():
-            ours, theirs, b, a = self.pair()
-            self.step(ours, theirs, (a, b))
-            self.step(ours, theirs, (a, b))
-            for p, q in zip(ours, theirs, strict=True):
-                for tensor in (a.state[p]["step"], b.state[q]["step"]):
-                    tensor.fill_(11.0)
-            self.step(ours, theirs, (a, b))
-            self.alike(a, b)
-            a.load_state_dict(deepcopy(b.state_dict()))
-            self.step(ours, theirs, (a, b))
-            self.alike(a, b)
+def alike(a: FusedAdamW, b: torch.optim.AdamW) -> None:
+    for p, q in zip(a.param_groups[0]["params"], b.param_groups[0]["params"], strict=True):
+        assert torch.allclose(p, q, rtol=1e-12, atol=1e-12)
+        assert a.state[p].keys() == b.state[q].keys()
+        for key, value in a.state[p].items():
+            assert value.dtype == b.state[q][key].dtype and torch.allclose(value, b.state[q][key], rtol=1e-12)
+    names = a.param_groups[0].keys() - {"params"}
+    assert {n: a.param_groups[0][n] for n in names} == {n: b.param_groups[0][n] for n in names}
 
-    def test_settings_of_a_step_are_those_of_the_group(self) -> None:
-        with fake_apex.installed():
-            ours, theirs, b, a = self.pair()
-            for lr in (0.1, 0.01, 0.5):
-                for optimizer in (a, b):
-                    optimizer.param_groups[0]["lr"] = lr
-                self.step(ours, theirs, (a, b))
-            self.alike(a, b)
+
+def test_parameters_without_a_gradient_count_for_themselves() -> None:
+    with fake_apex.installed():
+        ours, theirs, b, a = pair()
+        for absent in ((), (1,), (0, 2), ()):
+            step_both(ours, theirs, (a, b), absent)
+        alike(a, b)
+
+
+def test_state_that_somebody_wrote_is_read() -> None:
+    """By load_state_dict, and into the tensors themselves."""
+    with fake_apex.installed():
+        ours, theirs, b, a = pair()
+        step_both(ours, theirs, (a, b))
+        step_both(ours, theirs, (a, b))
+        for p, q in zip(ours, theirs, strict=True):
+            for tensor in (a.state[p]["step"], b.state[q]["step"]):
+                tensor.fill_(11.0)
+        step_both(ours, theirs, (a, b))
+        alike(a, b)
+        a.load_state_dict(deepcopy(b.state_dict()))
+        step_both(ours, theirs, (a, b))
+        alike(a, b)
+
+
+def test_settings_of_a_step_are_those_of_the_group() -> None:
+    with fake_apex.installed():
+        ours, theirs, b, a = pair()
+        for lr in (0.1, 0.01, 0.5):
+            for optimizer in (a, b):
+                optimizer.param_groups[0]["lr"] = lr
+            step_both(ours, theirs, (a, b))
+        alike(a, b)
 
 
 def test_auto_takes_apex_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ def test_adamw_equals_torch() -> None:
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(shape, generator=generator).cuda() for shape in ((1152, 321), (7,), (1,), (0,))]
     ours, theirs = ([nn.Parameter(x.clone()) for x in drawn] for _ in range(2))
-    a, b = FusedAdamW(ours, **settings), torch.optim.AdamW(theirs, fused=True, **settings)
+    a, b = FusedAdamW(ours, fused=True, **settings), torch.optim.AdamW(theirs, fused=True, **settings)
     for step in range(4):
         for index, (p, q) in enumerate(zip(ours, theirs, strict=True)):
             q.grad = torch.randn(q.shape, generator=generator).cuda()
