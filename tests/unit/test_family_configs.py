@@ -1,6 +1,8 @@
 """The configurations of the Open-Sora family in configs/: their values, and what they become here."""
 
+import copy
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -317,3 +319,87 @@ def test_names_of_masks_that_the_family_refuses_are_said(capsys: pytest.CaptureF
     assert (
         "mask_tail as quarter_tail, mask_head_tail as quarter_head_tail: the family's code knows no such names" in line
     )
+
+
+def releases() -> list[str]:
+    return ["1.0", "1.1", "1.2", "1.3"]
+
+
+def plain(value: Any) -> Any:
+    """Values as a file has them: numbers of frames are keys that are whole numbers."""
+    if isinstance(value, dict):
+        return {int(key) if key.isdigit() else key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list) else value
+
+
+def outcome(path: Path, values: dict[str, Any]) -> str:
+    """read, or the message of a refusal; anything else is an error."""
+    path.write_text("".join(f"{name} = {value!r}\n" for name, value in values.items()))
+    cls = RunConfig if trains(path) else SampleConfig
+    words = ["--data-path", "clips.csv"] if cls is RunConfig else ["--prompt", "a cat"]
+    try:
+        load_config(cls, path, [*words, "--ckpt-path", "FILE"])
+    except UserError as error:
+        return str(error)
+    return "read"
+
+
+# What of the published values is refused, and the key that each message names.
+CANNOT = {
+    "vae": "model.type",  # trains or tests an autoencoder
+    "vae_v1_3": "model.type",
+    "stage1_feat": "dataset.type",
+    "misc": "",
+}
+
+
+@pytest.mark.parametrize("release", releases())
+def test_values_of_every_release_are_read_or_refused_by_a_key(release: str, golden: Path, tmp_path: Path) -> None:
+    """Files of no command here too: those for autoencoders, for measuring losses, for searching batch sizes."""
+    read = 0
+    for name, found in json.loads((golden / "v1/configs.json").read_text("utf-8"))[release]["values"].items():
+        values = plain(found)
+        said = outcome(tmp_path / "run.py", values)
+        read += said == "read"
+        if said == "read":
+            continue
+        assert "\n" not in said and len(said) < 500, (name, said)
+        folder, kind, file = name.split("/")[0], name.split("/")[1], Path(name).stem
+        assert {folder, kind, file} & CANNOT.keys(), (name, said)
+        key = next(CANNOT[part] for part in (file, folder, kind) if part in CANNOT)
+        assert key in said and any(part in said for part in values), (name, said)
+    assert read >= 5
+
+
+def changed(rng: random.Random, values: dict[str, Any]) -> dict[str, Any]:
+    """One to three values, at any depth, made others of any kind, taken away, or given another name."""
+    found = copy.deepcopy(values)
+    for _ in range(rng.randint(1, 3)):
+        place, key = found, rng.choice(list(found))
+        while isinstance(place[key], dict) and place[key] and rng.random() < 0.7:
+            place = place[key]
+            key = rng.choice(list(place))
+        fate = rng.random()
+        if fate < 0.2:
+            del place[key]
+        elif fate < 0.4:
+            place[f"{key}{rng.choice('sx_')}"] = place.pop(key)
+        else:
+            place[key] = rng.choice(
+                [None, True, -1, 0, 1e30, "", "x", [], [None], {}, {"type": "x"}, float(2**70), ["a"]]
+            )
+        if not found:
+            return changed(rng, values)
+    return found
+
+
+def test_damaged_values_of_every_release_cost_one_line(golden: Path, tmp_path: Path) -> None:
+    every = [
+        plain(found)
+        for release in json.loads((golden / "v1/configs.json").read_text("utf-8")).values()
+        for found in release["values"].values()
+    ]
+    rng = random.Random(14)
+    said = [outcome(tmp_path / "run.py", changed(rng, rng.choice(every))) for _ in range(100)]
+    assert all("\n" not in line and len(line) < 1000 for line in said)
+    assert 5 < said.count("read") < 60
