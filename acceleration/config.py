@@ -89,6 +89,7 @@ class PrecisionConfig:
 
 
 Attention: TypeAlias = Literal["auto", "math", "cpu", "cuda", "cudnn", "flash_attn", "flash_attn_3", "flex"]
+FusedKernel: TypeAlias = Literal["torch", "apex", "auto"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,7 @@ class ParallelConfig:
 
     engine: Literal["native", "deepspeed", "colossalai"] = "native"  # docs/parallel.md says what each is for
     attention: Attention = "auto"  # kernel; auto: torch's for the device
+    norm_kernel: FusedKernel = "torch"  # of layer norms and RMS norms; auto: NVIDIA apex's where it is installed
     zero: Literal[0, 1, 2, 3] = 2  # what is sharded; docs/parallel.md says what each keeps in memory
     mesh: MeshConfig = field(default_factory=MeshConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
@@ -115,6 +117,11 @@ class ParallelConfig:
             raise ValueError(f"timeout_s={self.timeout_s}: must be an integer > 0")
         if self.prefetch < 0:
             raise ValueError(f"prefetch={self.prefetch}: must be an integer >= 0; 0 leaves it to FSDP2")
+        if self.norm_kernel == "apex" and self.compile.enabled:
+            raise ValueError(
+                "norm_kernel=apex: must be torch or auto with compile.enabled=true, which fuses norms with what is "
+                "around them"
+            )
         if self.engine != "native":
             self._check_vendor()
 
@@ -207,6 +214,7 @@ class OptimConfig:
     """The optimizer and everything about it that varies with the step."""
 
     kind: Literal["adamw", "sgd"] = "adamw"
+    kernel: FusedKernel = "torch"  # of adamw; apex: FusedAdam of NVIDIA apex; auto: that, where it is installed
     lr: float = 5e-5
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-15
@@ -226,6 +234,8 @@ class OptimConfig:
     }
 
     def __post_init__(self) -> None:
+        if self.kernel == "apex" and self.kind != "adamw":
+            raise ValueError(f"kernel=apex: allowed with kind=adamw only, and this is {self.kind}; use kernel=torch")
         for name in ("lr", "eps", "weight_decay", "clip_norm", "warmup_steps", "min_lr"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be a number >= 0")

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from acceleration import sequence
-from acceleration.blocks import activation_checkpoint, block_streaming, compile
+from acceleration.blocks import activation_checkpoint, block_streaming, compile, fused_norms
 from acceleration.config import ParallelConfig
 from acceleration.distributed.mesh import Mesh
 from acceleration.protocol import Parallelizable, ParameterSource
@@ -23,9 +23,9 @@ def parallelize(
 ) -> nn.Module:
     """Spread a model built on the meta device over ``mesh``, in place.
 
-    Tensor parallelism first (it changes what a layer holds), then attention slots (the wrapper is what gets
-    recomputed), then compilation (of what runs, and runs again), then recomputation, then sharding (which hooks the
-    outside of a block), then memory and values: ``fill(name, tensor)`` gives the full value of one
+    Tensor parallelism first (it changes what a layer holds), then attention slots and norms (what fills them is what
+    gets recomputed), then compilation (of what runs, and runs again), then recomputation, then sharding (which hooks
+    the outside of a block), then memory and values: ``fill(name, tensor)`` gives the full value of one
     parameter, or parts of it, see ``sharding.materialize``. With ``whole_on_host`` nothing is sharded, and all of it is
     in CPU memory, for ``block_streaming``. With ``streams_frozen`` that is done here, to what is frozen in blocks, and
     what is trained is sharded.
@@ -33,6 +33,7 @@ def parallelize(
     assert isinstance(model, Parallelizable), type(model)
     tensor_parallel.apply(model, mesh["tensor"])
     sequence.fill_slots(model, mesh, cfg.attention, keeps=cfg.recompute.kind == "selective")
+    fused_norms.apply(model, cfg, mesh.device_type)
     compile.apply(model, cfg.compile)
     activation_checkpoint.apply(model, cfg.recompute)
     on_host = cfg.offload == "parameters"

@@ -106,6 +106,17 @@ def matches(name: str, pattern: str) -> bool:
 
 
 @runtime_checkable
+class RMSNorm(Protocol):
+    """A module that computes x / sqrt(mean(x^2) + eps) * gain over the last dim."""
+
+    eps: float
+
+    @property
+    def gain(self) -> Tensor:
+        """(dim,)"""
+
+
+@runtime_checkable
 class PartialSource(Protocol):
     """A source of values that can give a part of a parameter without the rest, as a file can."""
 

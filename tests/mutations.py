@@ -207,6 +207,10 @@ WEIGHTED, DROPPED, EDITED, OF_STEPS = (
 )
 ON_ONE = "tests/dist/test_sampling_v1.py::test_one_process_samples_what_the_formulas_say"
 
+FUSED, NORMS, APEX = (f"acceleration/{name}.py" for name in ("optim/fused_adamw", "blocks/fused_norms", "nvidia_apex"))
+BY_APEX = "tests/dist/test_apex.py::test_{}"
+FAMILY_FILES = "tests/unit/test_family_configs.py::test_{}"
+
 TABLE: tuple[Mutation, ...] = (
     # DiT, Latte, PixArt: positions, prompts that are dropped, files.
     Mutation(
@@ -598,7 +602,7 @@ TABLE: tuple[Mutation, ...] = (
         "grid.patch, device).mul(torch.tensor([0.0, 1.0, 1.0])).expand(",
         TRAIN,
     ),
-    Mutation("AdamW becomes Adam with L2", OPTIM, "torch.optim.AdamW(", "torch.optim.Adam(", TRAIN),
+    Mutation("AdamW becomes Adam with L2", OPTIM, "else torch.optim.AdamW", "else torch.optim.Adam", TRAIN),
     Mutation("crop left keyed as crop top", TRANSFORMS, 'epoch, "crop left"', 'epoch, "crop top"', TRAIN),
     Mutation("v_mlp cut as one part", MODEL, '("column", (heads, inner))', '("column", ((5 * hidden, 1),))', TENSOR),
     Mutation(
@@ -2295,8 +2299,8 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "labels of dropped samples kept",
         "opensora/conditioning/dropout.py",
-        "return torch.where(dropped, num_classes, labels)",
-        "return labels",
+        "torch.where(dropped, num_classes, labels)",
+        "labels",
         "tests/unit/test_text_1x.py::test_dropped_prompts_in_training",
     ),
     Mutation(
@@ -2382,6 +2386,84 @@ TABLE: tuple[Mutation, ...] = (
         'key, value = t.first(f"use_oscillation_guidance_for_{name}", both)',
         'key, value = t.first(f"use_oscillation_guidance_for_{name}", both if name == "text" else "")',
         "tests/unit/test_family_configs.py::test_what_clips_are_given[opensora-v1-3/inference/t2v.py]",
+    ),
+    # Kernels of apex
+    Mutation(
+        "apex counts all parameters as one",
+        FUSED,
+        "by_count.setdefault(updates, [])",
+        "by_count.setdefault(0 * updates, [])",
+        BY_APEX.format("settings_of_a_step_are_those_of_the_group"),
+    ),
+    Mutation(
+        "apex gets parameters of nothing",
+        FUSED,
+        "if local(p).numel()]",
+        "]",
+        BY_APEX.format("parameters_without_a_gradient_count_for_themselves"),
+    ),
+    Mutation(
+        "a counter that was read is not looked at again",
+        FUSED,
+        " or known.version != tensor._version",
+        "",
+        BY_APEX.format("state_that_somebody_wrote_is_read"),
+    ),
+    Mutation(
+        "apex goes on with the first learning rate",
+        FUSED,
+        "{name: group[name] for name in SETTINGS}",
+        "{name: group[name] for name in SETTINGS[1:]}",
+        BY_APEX.format("settings_of_a_step_are_those_of_the_group"),
+    ),
+    Mutation(
+        "apex decays with the gradient",
+        APEX,
+        "adam_w_mode=True",
+        "adam_w_mode=False",
+        BY_APEX.format("training_steps_equal_those_of_torch[1-mesh0-0]"),
+    ),
+    Mutation(
+        "epsilon of RMS norms by apex",
+        NORMS,
+        "module.gain, module.eps)",
+        "module.gain, 1e-5)",
+        BY_APEX.format("every_norm_of_every_model_is_replaced[stdit3]"),
+    ),
+    Mutation(
+        "norms with weights stay torch's",
+        NORMS,
+        "isinstance(module, nn.LayerNorm):",
+        "isinstance(module, nn.LayerNorm) and not module.elementwise_affine:",
+        BY_APEX.format("every_norm_of_every_model_is_replaced[pixart_kv]"),
+    ),
+    Mutation(
+        "a package of the name is taken for apex",
+        APEX,
+        " or find_spec(EXTENSIONS[part]) is None",
+        "",
+        BY_APEX.format("auto_takes_apex_where_it_can_run"),
+    ),
+    Mutation(
+        "the autoencoder of 1.3 with our defaults",
+        FAMILY_MODELS,
+        '"vae.temporal_overlap": ("vae.temporal_overlap", False)',
+        '"vae.temporal_overlap": ("vae.temporal_overlap", True)',
+        FAMILY_FILES.format("what_a_file_leaves_out_of_the_autoencoder_of_1_3"),
+    ),
+    Mutation(
+        "no piece of 1.2 is as no word of it",
+        FAMILY_MODELS,
+        't.given.get("vae.micro_frame_size", 17) is None',
+        "False",
+        FAMILY_FILES.format("pieces_of_the_autoencoder_of_1_2"),
+    ),
+    Mutation(
+        "norms that a file names are not chosen",
+        FAMILY_MODELS,
+        '"auto" if t.given[key] else "torch", key)',
+        '"torch", key)',
+        FAMILY_FILES.format("kernels_are_those_that_a_file_names"),
     ),
 )
 

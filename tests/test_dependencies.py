@@ -29,7 +29,8 @@ TOOLS = ("ruff", "mypy", "pytest-timeout", "pytest")  # are run, not imported
 ELSEWHERE = {
     "colossalai",
     "flash_attn_interface",
-}  # requirements-colossalai.txt; built from a folder of flash-attention
+    "apex",
+}  # requirements-colossalai.txt; built from a folder of flash-attention; built from NVIDIA's repository
 
 
 def declared() -> tuple[dict[str, Requirement], dict[str, dict[str, Requirement]]]:

@@ -125,6 +125,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "wandb": ("opensora/utils/metrics_log.py",),
     "deepspeed": ("acceleration/engines/deepspeed_engine.py",),
     "colossalai": ("acceleration/engines/colossalai_engine.py",),
+    "apex": ("acceleration/nvidia_apex.py",),
     "flash_attn": ("acceleration/attention/kernels/flash.py",),
     "flash_attn_interface": ("acceleration/attention/kernels/flash.py",),
     "decord": ("opensora/datasets/decode/decord_backend.py",),

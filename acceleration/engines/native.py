@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from acceleration import lora, protocol
+from acceleration import lora, nvidia_apex, protocol
 from acceleration.checkpoint import tensor_shards
 from acceleration.config import OptimConfig, ParallelConfig
 from acceleration.distributed import collectives
@@ -40,8 +40,16 @@ class NativeEngine:
         self.frozen = {} if has_adapters else {n: p for n, p in model.named_parameters() if not p.requires_grad}
         self.saved = StateDictOptions(ignore_frozen_params=not self.frozen, strict=False)
         self.host = HostOptimizer(model, optim) if parallel.offload == "optimizer" else None
-        self.optimizer = self.host.optimizer if self.host else build_optimizer(self.trained.values(), optim)
+        self.optimizer = self.host.optimizer if self.host else self._optimizer()
         self.ema = EMA(self.master_params()) if optim.ema_decay else None
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """Over what is sharded; apex's where ``optim.kernel`` chooses it, for masters of a type that it knows."""
+        choice, parameters = self.optim.kernel, list(self.trained.values())
+        fits = all(nvidia_apex.chosen(choice, "adam", p.device.type) for p in parameters)
+        if choice == "auto" and any(p.dtype not in nvidia_apex.ADAM_DTYPES for p in parameters):
+            fits = False
+        return build_optimizer(parameters, self.optim, by_apex=fits)
 
     def backward(self, loss_share: Tensor, *, last_microbatch: bool) -> None:
         fsdp.begin_backward(self.model, self.zero, last_microbatch=last_microbatch)

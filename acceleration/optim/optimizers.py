@@ -7,14 +7,19 @@ import torch
 from torch import nn
 
 from acceleration.config import OptimConfig
+from acceleration.optim.fused_adamw import FusedAdamW
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], cfg: OptimConfig) -> torch.optim.Optimizer:
-    """One parameter group; the engine sets the learning rate before every step."""
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], cfg: OptimConfig, *, by_apex: bool = False
+) -> torch.optim.Optimizer:
+    """One parameter group; the engine sets the learning rate before every step.
+
+    ``by_apex``: AdamW is apex's, whose state is torch's.
+    """
     if cfg.kind == "adamw":
-        return torch.optim.AdamW(
-            parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True
-        )
+        create = FusedAdamW if by_apex else torch.optim.AdamW
+        return create(parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True)
     return torch.optim.SGD(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
 
 

@@ -2,8 +2,9 @@
 
 import torch
 
+from acceleration import nvidia_apex
 from acceleration.attention import kernels
-from acceleration.config import MeshConfig
+from acceleration.config import MeshConfig, OptimConfig, ParallelConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.sharding import tensor_parallel
 from opensora.models.base import ModelConfig
@@ -55,16 +56,29 @@ def check_layout(mesh: MeshConfig, world_size: int, model: ModelConfig) -> None:
         )
 
 
-def check_attention(name: str) -> None:
-    """That this machine has the attention kernel that ``parallel.attention`` names.
+def check_kernels(parallel: ParallelConfig, optim: OptimConfig | None = None) -> None:
+    """That this machine has the kernels that a configuration names; where torch's stand in for others, it is said.
 
     Raises:
         UserError: what is missing, and what would work.
     """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        kernels.check_kernel(name, "cuda" if torch.cuda.is_available() else "cpu")
+        kernels.check_kernel(parallel.attention, device)
     except ValueError as error:
         raise UserError(f"parallel.{error}") from None
+    choices: list[nvidia_apex.Asked] = []
+    if not parallel.compile.enabled:
+        choices.append(nvidia_apex.Asked("parallel.norm_kernel", parallel.norm_kernel, "norms", device))
+    if optim is not None and optim.kind == "adamw":
+        on_device = parallel.engine == "native" and parallel.offload == "none"
+        choices.append(nvidia_apex.Asked("optim.kernel", optim.kernel, "adam", device if on_device else "cpu"))
+    try:
+        stands_in = nvidia_apex.check(choices)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if stands_in:
+        announce(stands_in)
 
 
 def check_guidance(mesh: MeshConfig, world_size: int, option: SamplingOption, *, references: bool = False) -> None:

@@ -11,7 +11,7 @@ from acceleration.distributed import mesh as meshes
 from acceleration.distributed import runtime as runtimes
 from acceleration.distributed.placement import host_names
 from opensora.assembly.components import Components
-from opensora.assembly.layout import check_attention, check_guidance, check_layout
+from opensora.assembly.layout import check_guidance, check_kernels, check_layout
 from opensora.config.run import SampleConfig
 from opensora.inference.batches import kind_of, sample_jobs
 from opensora.inference.check import check_sample
@@ -53,7 +53,7 @@ def sample(cfg: SampleConfig) -> list[str]:
     jobs, source = read_jobs(cfg), find_source(cfg)
     world_size = launcher_variables.ranks_from_environment().world_size
     check_layout(cfg.parallel.mesh, world_size, source.model)
-    check_attention(cfg.parallel.attention)
+    check_kernels(cfg.parallel)
     references = kind_of(cfg, jobs) != "t2v" or cfg.still is not None
     check_guidance(cfg.parallel.mesh, world_size, cfg.sampling, references=references)
     check_sample(cfg, source, jobs, world_size)

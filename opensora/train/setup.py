@@ -30,7 +30,7 @@ from opensora.assembly import stored_features
 from opensora.assembly.components import tile_runner
 from opensora.assembly.encoders import Encoders
 from opensora.assembly.initial_weights import FileSource, adapted, add_adapters, check_initial, initial_weights
-from opensora.assembly.layout import check_attention, check_layout
+from opensora.assembly.layout import check_kernels, check_layout
 from opensora.assembly.sharded_text import text_encoder_of
 from opensora.assembly.token_layout import token_layout
 from opensora.config.load import to_yaml
@@ -112,7 +112,7 @@ def check(cfg: RunConfig, world_size: int) -> tuple[IndexedTable, BatchPlan]:
         UserError: the layout or the table does not fit, with the key to change.
     """
     check_layout(cfg.parallel.mesh, world_size, cfg.model)
-    check_attention(cfg.parallel.attention)
+    check_kernels(cfg.parallel, cfg.optim)
     check_offload(cfg.lora.offload, "lora.offload")
     try:
         check_engine(cfg.parallel)

@@ -1,6 +1,8 @@
 """The configurations of the Open-Sora family in configs/: their values, and what they become here."""
 
+import copy
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,8 @@ def test_the_examples_are_those_of_the_guide(golden: Path, tmp_path: Path) -> No
 def test_the_guide_to_sampling(tmp_path: Path) -> None:
     (tmp_path / "run.py").write_text(guide_configs.SAMPLING)
     found = layer_of(SampleConfig, tmp_path / "run.py")
-    assert found.pop("parallel") == {"attention": "auto", "zero": 3, "mesh": {"shard": 1, "ulysses": -1}}
+    parallel = {"attention": "auto", "norm_kernel": "auto", "zero": 3, "mesh": {"shard": 1, "ulysses": -1}}
+    assert found.pop("parallel") == parallel
     assert found.pop("objective") == {"kind": "iddpm", "tables": "fp32"}
     found["text"] = dict(found["text"])
     assert found == {
@@ -128,8 +131,14 @@ def test_the_guide_to_training(tmp_path: Path) -> None:
             "objective": {"kind": "iddpm", "timestep_respacing": ""},
             "conditioning": {"dropout": {"text": 0.1, "pooled": 0.1}},
             "data": {"table": "CSV_PATH", "buckets": {"512x512": {64: [1.0, 4]}}, "workers": 4},
-            "parallel": {"zero": 2, "recompute": {"kind": "full"}, "precision": {"compute": "bf16"}},
-            "optim": {"lr": 2e-5, "clip_norm": 1.0, "ema_decay": 0.9999, "eps": 1e-8},
+            "parallel": {
+                "zero": 2,
+                "recompute": {"kind": "full"},
+                "precision": {"compute": "bf16"},
+                "attention": "auto",
+                "norm_kernel": "auto",
+            },
+            "optim": {"lr": 2e-5, "clip_norm": 1.0, "ema_decay": 0.9999, "eps": 1e-8, "kernel": "auto"},
             "train": {
                 "init_from": "YOUR_PRETRAINED_MODEL",
                 "log_every": 10,
@@ -231,3 +240,167 @@ KINDS = {
     **{"DiT": "dit", "Latte": "latte", "PixArt": "pixart", "PixArtMS": "pixart_ms"},
     **{"STDiT": "stdit", "STDiT2": "stdit2", "STDiT3": "stdit3"},
 }
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "run.py"
+    path.write_text(text)
+    return path
+
+
+def edited(path: Path, **changes: str) -> str:
+    """A file with lines added to it: what is assigned last holds."""
+    return path.read_text("utf-8") + "".join(f"{name} = {value}\n" for name, value in changes.items())
+
+
+V1_3 = 'dict(type="OpenSoraVAE_V1_3", from_pretrained="VAE"{})'
+WHOLE = {"micro_batch": None, "micro_frame_size": None, "temporal_overlap": False, "normalization": "none"}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("", {}),
+        (", micro_batch_size=1, micro_frame_size=17", {"micro_batch": 1, "micro_frame_size": 17}),
+        (', micro_batch_size=None, normalization="video"', {"normalization": "video"}),
+        (", normalization=None, temporal_overlap=True", {"temporal_overlap": True}),
+    ],
+)
+def test_what_a_file_leaves_out_of_the_autoencoder_of_1_3(given: str, expected: Any, tmp_path: Path) -> None:
+    """Its code then codes clips whole, without overlap, and does not normalise; ours has the published values."""
+    path = written(tmp_path, edited(CONFIGS / "opensora-v1-3/train/stage1.py", vae=V1_3.format(given)))
+    found = layer_of(RunConfig, path, "--data-path", "clips.csv")["vae"]
+    assert {name: found[name] for name in WHOLE} == WHOLE | expected
+    cfg = load_config(RunConfig, path, ["--data-path", "clips.csv"])
+    assert all(getattr(cfg.vae, name) == value for name, value in (WHOLE | expected).items())
+
+
+@pytest.mark.parametrize(
+    ("given", "pieces"), [("", 17), (", micro_frame_size=None", None), (", micro_frame_size=33", 33)]
+)
+def test_pieces_of_the_autoencoder_of_1_2(given: str, pieces: int | None, tmp_path: Path) -> None:
+    """One that is absent is 17 there, and None is a clip in one piece."""
+    vae = f'dict(type="OpenSoraVAE_V1_2", from_pretrained="VAE"{given})'
+    path = written(tmp_path, edited(CONFIGS / "opensora-v1-2/train/stage1.py", vae=vae))
+    assert load_config(RunConfig, path, ["--data-path", "clips.csv"]).vae.micro_frame_size == pieces
+
+
+@pytest.mark.parametrize(("name", "clean"), [("enable_flashattn", "always"), ("enable_flash_attn", "sampling")])
+def test_captions_are_cleaned_as_the_release_does(name: str, clean: str, tmp_path: Path) -> None:
+    """1.0 cleans inside its encoder, in training too; later ones where they sample."""
+    path = written(tmp_path, guide_configs.TRAINING.replace("enable_flash_attn", name))
+    assert load_config(RunConfig, path, []).text.clean == clean  # type: ignore[union-attr]
+    path.write_text(guide_configs.SAMPLING.replace("enable_flash_attn", name))
+    assert load_config(SampleConfig, path, []).text.clean == clean
+
+
+@pytest.mark.parametrize(
+    ("given", "norms", "attention"), [("True", "auto", "auto"), ("False", "torch", "math"), ("None", "torch", "auto")]
+)
+def test_kernels_are_those_that_a_file_names(given: str, norms: str, attention: str, tmp_path: Path) -> None:
+    text = guide_configs.TRAINING.replace("enable_layernorm_kernel=True", f"enable_layernorm_kernel={given}")
+    path = written(tmp_path, text.replace("enable_flash_attn=True", f"enable_flash_attn={given}"))
+    cfg = load_config(RunConfig, path, [])
+    assert (cfg.parallel.norm_kernel, cfg.parallel.attention, cfg.optim.kernel) == (norms, attention, "auto")
+    assert cfg.text.shard  # type: ignore[union-attr]
+    words = ["--layernorm-kernel", given, "--flash-attn", given]
+    sampling = load_config(SampleConfig, written(tmp_path, guide_configs.SAMPLING), words)
+    if given != "None":
+        assert (sampling.parallel.norm_kernel, sampling.parallel.attention) == (norms, attention)
+
+
+def test_names_of_masks_that_the_family_refuses_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    layer_of(RunConfig, CONFIGS / "opensora/train/16x256x256-mask.py", "--data-path", "clips.csv")
+    found = capsys.readouterr().err
+    assert found.count("mask_head as quarter_head") in (0, 1)  # once in a process
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("opensora.config.family.translation._said", set())
+        layer_of(RunConfig, CONFIGS / "opensora/train/16x256x256-mask.py", "--data-path", "clips.csv")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "mask_ratios" in line]
+    assert (
+        "mask_tail as quarter_tail, mask_head_tail as quarter_head_tail: the family's code knows no such names" in line
+    )
+
+
+def releases() -> list[str]:
+    return ["1.0", "1.1", "1.2", "1.3"]
+
+
+def plain(value: Any) -> Any:
+    """Values as a file has them: numbers of frames are keys that are whole numbers."""
+    if isinstance(value, dict):
+        return {int(key) if key.isdigit() else key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list) else value
+
+
+def outcome(path: Path, values: dict[str, Any]) -> str:
+    """read, or the message of a refusal; anything else is an error."""
+    path.write_text("".join(f"{name} = {value!r}\n" for name, value in values.items()))
+    cls = RunConfig if trains(path) else SampleConfig
+    words = ["--data-path", "clips.csv"] if cls is RunConfig else ["--prompt", "a cat"]
+    try:
+        load_config(cls, path, [*words, "--ckpt-path", "FILE"])
+    except UserError as error:
+        return str(error)
+    return "read"
+
+
+# What of the published values is refused, and the key that each message names.
+CANNOT = {
+    "vae": "model.type",  # trains or tests an autoencoder
+    "vae_v1_3": "model.type",
+    "stage1_feat": "dataset.type",
+    "misc": "",
+}
+
+
+@pytest.mark.parametrize("release", releases())
+def test_values_of_every_release_are_read_or_refused_by_a_key(release: str, golden: Path, tmp_path: Path) -> None:
+    """Files of no command here too: those for autoencoders, for measuring losses, for searching batch sizes."""
+    read = 0
+    for name, found in json.loads((golden / "v1/configs.json").read_text("utf-8"))[release]["values"].items():
+        values = plain(found)
+        said = outcome(tmp_path / "run.py", values)
+        read += said == "read"
+        if said == "read":
+            continue
+        assert "\n" not in said and len(said) < 500, (name, said)
+        folder, kind, file = name.split("/")[0], name.split("/")[1], Path(name).stem
+        assert {folder, kind, file} & CANNOT.keys(), (name, said)
+        key = next(CANNOT[part] for part in (file, folder, kind) if part in CANNOT)
+        assert key in said and any(part in said for part in values), (name, said)
+    assert read >= 5
+
+
+def changed(rng: random.Random, values: dict[str, Any]) -> dict[str, Any]:
+    """One to three values, at any depth, made others of any kind, taken away, or given another name."""
+    found = copy.deepcopy(values)
+    for _ in range(rng.randint(1, 3)):
+        place, key = found, rng.choice(list(found))
+        while isinstance(place[key], dict) and place[key] and rng.random() < 0.7:
+            place = place[key]
+            key = rng.choice(list(place))
+        fate = rng.random()
+        if fate < 0.2:
+            del place[key]
+        elif fate < 0.4:
+            place[f"{key}{rng.choice('sx_')}"] = place.pop(key)
+        else:
+            place[key] = rng.choice(
+                [None, True, -1, 0, 1e30, "", "x", [], [None], {}, {"type": "x"}, float(2**70), ["a"]]
+            )
+        if not found:
+            return changed(rng, values)
+    return found
+
+
+def test_damaged_values_of_every_release_cost_one_line(golden: Path, tmp_path: Path) -> None:
+    every = [
+        plain(found)
+        for release in json.loads((golden / "v1/configs.json").read_text("utf-8")).values()
+        for found in release["values"].values()
+    ]
+    rng = random.Random(14)
+    said = [outcome(tmp_path / "run.py", changed(rng, rng.choice(every))) for _ in range(100)]
+    assert all("\n" not in line and len(line) < 1000 for line in said)
+    assert 5 < said.count("read") < 60

@@ -119,7 +119,6 @@ _BY_KIND = "the model's kind says what it is told"
 _MADE = "the index is built once and kept (data.index)"
 _LOCAL = "files are read where they lie; python -m opensora.cli.download fetches published ones"
 _MEMORY = "torch keeps pinned memory by itself"
-_NORMS = "norms are torch's; parallel.compile.enabled=true fuses them"
 
 KEYS: dict[str, Key] = {
     # What is sampled
@@ -255,7 +254,7 @@ KEYS: dict[str, Key] = {
     "model.class_dropout_prob": TOGETHER,
     "model.enable_flash_attn": TOGETHER,
     "model.enable_flashattn": TOGETHER,
-    "model.enable_layernorm_kernel": no_meaning(_NORMS),
+    "model.enable_layernorm_kernel": TOGETHER,
     "model.enable_sequence_parallelism": no_meaning("parallel.mesh says how samples are cut over processes"),
     "model.force_huggingface": no_meaning(_LOCAL),
     "model.cache_dir": no_meaning(_LOCAL),

@@ -5,7 +5,7 @@ from typing import Any
 
 NOTHING = ("identity", "no")  # what masks nothing, from 1.2 on and in 1.1
 # Names of opensora/train/16x256x256-mask.py, which the family's own code refuses.
-SHORT = {"head": "quarter_head", "tail": "quarter_tail", "head_tail": "quarter_head_tail"}
+SHORT_MASKS = {"head": "quarter_head", "tail": "quarter_tail", "head_tail": "quarter_head_tail"}
 
 
 def masks_of(value: Any) -> Any:
@@ -19,7 +19,7 @@ def masks_of(value: Any) -> Any:
         return value
     names = {str(name).removeprefix("mask_"): share for name, share in value.items()}
     given = {name: share for name, share in names.items() if name not in NOTHING}
-    renamed = {SHORT.get(name, name): share for name, share in given.items()}
+    renamed = {SHORT_MASKS.get(name, name): share for name, share in given.items()}
     if len(renamed) < len(given) or len(names) < len(value):
         raise ValueError("names a strategy twice; keep one")
     shares = [share for share in value.values() if isinstance(share, (int, float))]

@@ -4,9 +4,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from opensora.config.family import keys as table
+from opensora.config.family.masks import SHORT_MASKS
 from opensora.config.family.translation import Translation, own_names
 from opensora.config.schema import shown, suggestion
 from opensora.models.families import MODEL_CONFIGS
+
+# What keys of an autoencoder are that a file leaves out or says None for, where our defaults are those of the published
+# configurations and the family's code has others.
+ABSENT: dict[str, dict[str, tuple[str, Any]]] = {
+    "opensora_v1_3": {
+        "vae.micro_batch_size": ("vae.micro_batch", None),
+        "vae.micro_frame_size": ("vae.micro_frame_size", None),
+        "vae.temporal_overlap": ("vae.temporal_overlap", False),
+        "vae.normalization": ("vae.normalization", "none"),
+    },
+}
 
 
 def is_second(t: Translation) -> bool:
@@ -51,6 +63,7 @@ def models(t: Translation) -> None:
     text(t)
     objective(t)
     kernels(t)
+    masks(t)
     if t.is_file:
         shapes(t)
 
@@ -73,6 +86,12 @@ def autoencoder(t: Translation) -> None:
     path, folder = table.path_of(t.get("vae.from_pretrained")), t.get("vae.subfolder")
     if path is not None:
         t.put("vae.path", f"{path}/{folder}" if folder else path, "vae.from_pretrained")
+    kind = t.layer.get("vae", {}).get("kind")
+    for key, (target, value) in ABSENT.get(kind, {}).items():
+        if t.get(key) is None:
+            t.put(target, value, "vae.type")
+    if kind == "opensora_v1_2" and t.given.get("vae.micro_frame_size", 17) is None:  # while one that is absent is 17
+        t.put("vae.micro_frame_size", None, "vae.micro_frame_size")
 
 
 def text(t: Translation) -> None:
@@ -121,8 +140,23 @@ def kernels(t: Translation) -> None:
     key, flash = t.first("model.enable_flash_attn", "model.enable_flashattn")
     if flash is not None:
         t.put("parallel.attention", "auto" if flash else "math", key)
+    key = "model.enable_layernorm_kernel"
+    if t.get(key) is not None:
+        t.put("parallel.norm_kernel", "auto" if t.given[key] else "torch", key)
+    if t.is_file and t.is_training and not is_second(t):  # whose HybridAdam is a fused one, too
+        t.put("optim.kernel", "auto", "optim.cls" if "optim.cls" in t.given else "lr")
     if "model.use_liger_rope" in t.given:
         t.put("model.rope_layout", "half" if t.given["model.use_liger_rope"] else "interleaved", "model.use_liger_rope")
+
+
+def masks(t: Translation) -> None:
+    """Strategies by names that one of the family's files has, and its own code refuses."""
+    given = t.get("mask_ratios")
+    names = [str(name) for name in given] if isinstance(given, Mapping) and t.is_training else []
+    short = {name: SHORT_MASKS.get(name.removeprefix("mask_")) for name in names}
+    read = [f"{name} as {whole}" for name, whole in short.items() if whole is not None]
+    if read:
+        t.note("mask_ratios", f"{', '.join(read)}: the family's code knows no such names")
 
 
 def shapes(t: Translation) -> None:
@@ -137,6 +171,9 @@ def shapes(t: Translation) -> None:
         length_key, length = t.first("text_encoder.model_max_length", "model_max_length")
         if length is not None and t.get("text_encoder.type", "t5") == "t5" and _may(fields, "model_max_length"):
             t.default("model.model_max_length", length, length_key)
+            if t.get("model.model_max_length", length) != length:
+                cut = f"its null text is cut, or its last row repeated, to the {length} tokens of prompts"
+                t.note("model.model_max_length", cut)
         if version_of(t) == "1.3" and kind == "stdit3":
             t.default("model.cond_embed", True, "model.type")
     key = "model.no_temporal_pos_emb"

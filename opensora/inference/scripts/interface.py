@@ -28,7 +28,7 @@ from acceleration.distributed import runtime as runtimes
 from acceleration.distributed.runtime import Runtime
 from acceleration.sharding.precision import DTYPES
 from opensora.assembly.components import Components
-from opensora.assembly.layout import check_attention, check_guidance, check_layout
+from opensora.assembly.layout import check_guidance, check_kernels, check_layout
 from opensora.config.load import load_config
 from opensora.config.run import SampleConfig
 from opensora.inference import pipeline
@@ -110,7 +110,7 @@ def prepare_models(
     cfg = _configuration(cfg, dtype, offload_model)
     source, world = find_source(cfg), launcher_variables.ranks_from_environment().world_size
     check_layout(cfg.parallel.mesh, world, source.model)
-    check_attention(cfg.parallel.attention)
+    check_kernels(cfg.parallel)
     check_models(cfg, source)
     still = still_job(cfg, world) if cfg.still else None
     if still:

@@ -51,21 +51,25 @@ def table_rows(
     Returns:
         n tensors, (B, 1, D), (B, 1, 1, D), or (B, T, 1 or S, D) with ``known``.
     """
-    found = _rows(table, vector, ndim)
-    if known is None or clean is None:
-        return found
-    pairs = zip(found, _rows(table, clean, ndim), strict=True)
-    return tuple(torch.where(known[..., None], row_clean, row) for row, row_clean in pairs)
+    rows = _rows(table, vector, ndim)
+    if known is not None and clean is not None:
+        rows = torch.where(known[..., None, None], _rows(table, clean, ndim), rows)  # (B, T, S or 1, n, D)
+    return rows.unbind(-2)
 
 
-def _rows(table: Tensor, vector: Tensor, ndim: int) -> tuple[Tensor, ...]:
-    rows = table + vector.unflatten(-1, (-1, table.shape[-1]))  # (B, n, D)
-    return tuple(row.unflatten(0, (-1, *[1] * (ndim - 2))) for row in rows.unbind(1))
+def _rows(table: Tensor, vector: Tensor, ndim: int) -> Tensor:
+    """(B, 1, n, D), or (B, 1, 1, n, D): all rows at once, as each operator of a block costs a compiler seconds."""
+    return _with_axes(table + vector.unflatten(-1, (-1, table.shape[-1])), ndim)
 
 
 def vector_rows(vector: Tensor, parts: int, ndim: int) -> tuple[Tensor, ...]:
     """(B, parts * D) -> ``parts`` tensors (B, 1, D), or (B, 1, 1, D) for tokens of 4 dims (adaLN, DiT)."""
-    return tuple(row.unflatten(0, (-1, *[1] * (ndim - 2))) for row in vector.chunk(parts, dim=-1))
+    return _with_axes(vector, ndim).chunk(parts, dim=-1)
+
+
+def _with_axes(x: Tensor, ndim: int) -> Tensor:
+    """(B, ...) -> (B, 1, ...), or (B, 1, 1, ...) for tokens of 4 dims."""
+    return x[:, None] if ndim == 3 else x[:, None, None]
 
 
 class _Spread(torch.autograd.Function):

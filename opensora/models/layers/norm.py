@@ -13,6 +13,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.scale = nn.Parameter(torch.ones(dim))
 
+    @property
+    def gain(self) -> Tensor:
+        """What kernels for norms of any model ask for."""
+        return self.scale
+
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.scale.shape, self.scale, self.eps)
 
@@ -36,6 +41,11 @@ class HeadRMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
+
+    @property
+    def gain(self) -> Tensor:
+        """What kernels for norms of any model ask for."""
+        return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight.shape, self.weight, self.eps)

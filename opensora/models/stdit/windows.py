@@ -29,6 +29,7 @@ class WindowCore(nn.Module):
         height, width, length = self.window
         return height * width * (frames if length < 0 else length)
 
+    @torch.compiler.disable  # how many runs there are, and of what length, would be a graph for every size of clip
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, grid: tuple[int, int, int], key_mask: None = None, context: Any = None
     ) -> Tensor:
