@@ -248,3 +248,19 @@ class OptimConfig:
             raise ValueError(f"initial_lr={self.initial_lr}: must be a number from 0 to lr={self.lr}, or null")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr={self.min_lr}: must be a number <= lr={self.lr}")
+
+
+def check_apex(optim: OptimConfig, parallel: ParallelConfig) -> None:
+    """That the update is made where apex's Adam is, on masters of a type that it has.
+
+    Raises:
+        ValueError: the key that keeps it from that.
+    """
+    allowed = {"engine": ("native",), "offload": ("none",), "precision.master": ("fp32", "bf16")}
+    found = {"engine": parallel.engine, "offload": parallel.offload, "precision.master": parallel.precision.master}
+    for name, values in allowed.items():
+        if optim.kernel == "apex" and found[name] not in values:
+            raise ValueError(
+                f"parallel.{name}={found[name]}: must be {' or '.join(values)} with optim.kernel=apex; or "
+                "optim.kernel=torch"
+            )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal, TypeAlias
 
-from acceleration.config import LoraConfig, OptimConfig, ParallelConfig
+from acceleration.config import LoraConfig, OptimConfig, ParallelConfig, check_apex
 from opensora.conditioning import ConditioningConfig
 from opensora.config.given_frames import check_given_frames
 from opensora.config.given_frames import reads_no_references as reads_no_references
@@ -183,24 +183,11 @@ class RunConfig:
             raise ValueError(
                 f"optim.kind={self.optim.kind}: allowed with parallel.engine=colossalai and zero=3 is adamw"
             )
-        if self.optim.kernel == "apex":
-            self._check_apex()
+        check_apex(self.optim, self.parallel)
         if self.optim.warmup_steps > self.train.steps:
             raise ValueError(
                 f"optim.warmup_steps={self.optim.warmup_steps}: must be at most train.steps={self.train.steps}"
             )
-
-    def _check_apex(self) -> None:
-        """That the update is made where apex's Adam is, on masters of a type that it has."""
-        parallel = self.parallel
-        allowed = {"engine": ("native",), "offload": ("none",), "precision.master": ("fp32", "bf16")}
-        found = {"engine": parallel.engine, "offload": parallel.offload, "precision.master": parallel.precision.master}
-        for name, values in allowed.items():
-            if found[name] not in values:
-                raise ValueError(
-                    f"parallel.{name}={found[name]}: must be {' or '.join(values)} with optim.kernel=apex; or "
-                    "optim.kernel=torch"
-                )
 
     def _check_lengths(self, objective: RectifiedFlowV1Config) -> None:
         """That clips of all buckets have times."""
