@@ -87,6 +87,7 @@ def test_1_1_joins_frames(golden: Path, tmp_path: Path) -> None:
     assert pixels.shape[2] == 8 and torch.allclose(pixels, whole, atol=1e-6)
 
 
+@pytest.mark.slow  # likewise
 @torch.no_grad()
 def test_1_2_joins_frames_of_whole_pieces(golden: Path, tmp_path: Path) -> None:
     path = Golden(golden, "vae_pipeline_v1_2").write(tmp_path / "vae.safetensors", GROUPS)

@@ -238,6 +238,17 @@ def test_any_prompt_has_the_part_of_its_clip() -> None:
         assert split_prompt(prompt) == ([text.strip() for text in texts], starts)
 
 
+def test_whatever_is_typed_is_read_or_refused_in_one_line() -> None:
+    rng = random.Random(5)
+    for _ in range(2000):
+        text = "".join(rng.choice('0123456789,;.-+e |{}[]"a\n\0') for _ in range(rng.randint(0, 24)))
+        for read in (parse_mask_strategy, lambda x: split_prompt("|0|" + x), lambda x: split_json("a" + x, "1.1")):
+            try:
+                read(text)
+            except ValueError as error:
+                assert "\n" not in str(error) and len(str(error)) < 400, (text, error)
+
+
 def test_any_prompt_with_json_is_split_by_the_rules() -> None:
     """Against rules written out: where JSON begins, which keys it may have, and that there is one."""
     rng = random.Random(11)
