@@ -113,8 +113,8 @@ def apply_mask_strategy(
     Raises:
         ValueError: a reference that is not there, a first frame outside, or a length that does not fit.
     """
-    ratios, sources = [FREE] * latent_frames, [None] * latent_frames
-    given: list[Source | None] = [*sources]
+    ratios = [FREE] * latent_frames
+    given: list[Source | None] = [None] * latent_frames
     for placed in placements:
         if placed.clip != clip:
             continue

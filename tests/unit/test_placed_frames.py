@@ -213,7 +213,7 @@ def drawn_strategy(rng: random.Random, frames: int, lengths: list[int], clips: i
 
 def test_any_strategy_is_applied_by_the_rules() -> None:
     rng = random.Random(7)
-    for _ in range(3000):
+    for _ in range(1500):
         frames, clips, align = rng.randint(1, 24), rng.randint(1, 3), rng.choice([None, 1, 2, 5])
         lengths = [rng.randint(1, 24) for _ in range(rng.randint(1, 3))]
         text, clip = drawn_strategy(rng, frames, lengths, clips), rng.randrange(clips)
@@ -238,10 +238,21 @@ def test_any_prompt_has_the_part_of_its_clip() -> None:
         assert split_prompt(prompt) == ([text.strip() for text in texts], starts)
 
 
+def test_whatever_is_typed_is_read_or_refused_in_one_line() -> None:
+    rng = random.Random(5)
+    for _ in range(2000):
+        text = "".join(rng.choice('0123456789,;.-+e |{}[]"a\n\0') for _ in range(rng.randint(0, 24)))
+        for read in (parse_mask_strategy, lambda x: split_prompt("|0|" + x), lambda x: split_json("a" + x, "1.1")):
+            try:
+                read(text)
+            except ValueError as error:
+                assert "\n" not in str(error) and len(str(error)) < 400, (text, error)
+
+
 def test_any_prompt_with_json_is_split_by_the_rules() -> None:
     """Against rules written out: where JSON begins, which keys it may have, and that there is one."""
     rng = random.Random(11)
-    for _ in range(2000):
+    for _ in range(1000):
         text = "".join(rng.choice("ab |,.}]") for _ in range(rng.randint(0, 8))) + rng.choice(["", "", "[", "{"])
         told: dict[str, Any] = {key: "x;y" for key in ("reference_path", "mask_strategy") if rng.random() < 0.5}
         told |= {"other": 1} if rng.random() < 0.1 else {}
