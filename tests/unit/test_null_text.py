@@ -31,8 +31,8 @@ def outputs(model: Any, cfg: Any, **changes: Tensor | None) -> Tensor:
 
 @pytest.mark.parametrize("name", ["dit", "latte"])
 def test_a_dropped_prompt_is_the_models_own_null_text(name: str) -> None:
-    """Of models that read a pooled prompt alone ``dropout.text`` is the share; ``dropout.pooled``, by which others read the
-    encoder's vector of "", changes nothing."""
+    """Of models that read a pooled prompt alone ``dropout.text`` is the share; ``dropout.pooled``, by which others read
+    the encoder's vector of "", changes nothing."""
     cfg = MODELS[name]
     model, layout = plain_model(cfg), token_layout(cfg, SequenceParallel(meshes.view({})))
     encoders = Encoders(autoencoder=stdit.Latents(), text_encoder=FakeText(), device=torch.device("cpu"))
