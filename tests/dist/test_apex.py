@@ -14,8 +14,10 @@ from acceleration import nvidia_apex
 from acceleration.blocks import fused_norms
 from acceleration.config import CompileConfig, OptimConfig, ParallelConfig
 from acceleration.optim.fused_adamw import FusedAdamW
+from opensora.assembly.layout import check_kernels
 from opensora.models.families import build_model
 from opensora.models.mmdit.config import MMDiTConfig
+from opensora.utils.errors import UserError
 from tests import fake_apex
 from tests.dist import chapters, stdit
 from tests.dist.harness import run_distributed
@@ -253,3 +255,21 @@ def test_compiled_blocks_keep_torchs_norms() -> None:
     with fake_apex.installed():
         fused_norms.apply(model, cfg, "cuda")
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_run_says_once_what_stands_in(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of both keys on one line; apex by name is refused."""
+    both = ParallelConfig(norm_kernel="auto"), OptimConfig(kernel="auto")
+    check_kernels(*both)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "parallel.norm_kernel=auto, optim.kernel=auto: apex" in line and line.endswith("torch's kernels are used")
+    for given in ((BY_APEX,), (ParallelConfig(), OptimConfig(kernel="apex"))):
+        with pytest.raises(UserError, match=r"^(parallel\.norm_kernel|optim\.kernel)=apex: apex .*=torch, or auto$"):
+            check_kernels(*given)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with fake_apex.installed():
+        check_kernels(*both)
+        assert capsys.readouterr().err == ""
+        check_kernels(both[0], replace(both[1], kind="sgd"))
+        check_kernels(replace(both[0], offload="optimizer"), both[1])
+        assert "optim.kernel=auto: apex runs on cuda, and this is computed on cpu" in capsys.readouterr().err

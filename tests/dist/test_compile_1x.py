@@ -28,8 +28,8 @@ FIRST = ((2, 3, 4, 14), (2, 1, 6, 4), (1, 3, 4, 6), (1, 1, 4, 6))
 # Frames as many as places, as samples, as words; more and fewer of each than before.
 LATER = ((2, 4, 4, 4), (3, 3, 6, 4), (2, TEXT_TOKENS, 4, 10), (4, 2, 8, 10), (5, 1, 4, 10), (1, 7, 6, 8), (1, 1, 8, 8))
 # name -> graphs: one for each of four shapes and kind of block (STDiT: the first, and those that know no frame); with
-# windows, before and behind attention, which is left out of them, and with known frames and without
-STDIT = {"stdit": 8, "stdit2": 4, "stdit3": 8, "windows": 24}
+# windows also before and behind attention, which is left out of them
+STDIT = {"stdit": 8, "stdit2": 4, "stdit3": 8, "windows": 20}
 CHAPTERS = {"dit": 4, "latte": 8, "pixart": 4, "pixart_ms": 4, "pixart_qk": 4}
 
 Losses = Callable[[nn.Module], list[Callable[[], Tensor]]]

@@ -306,6 +306,31 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
         ["parallel.engine=colossalai", "parallel.zero=3", "optim.kind=sgd"],
         "optim.kind=sgd: allowed with parallel.engine=colossalai and zero=3 is adamw",
     ),
+    "apex, another update": (
+        None,
+        ["optim.kernel=apex", "optim.kind=sgd"],
+        "optim.kernel=apex: allowed with kind=adamw only, and this is sgd; use kernel=torch",
+    ),
+    "apex, another engine": (
+        None,
+        ["optim.kernel=apex", "parallel.engine=deepspeed"],
+        "parallel.engine=deepspeed: must be native with optim.kernel=apex; or optim.kernel=torch",
+    ),
+    "apex, masters on the CPU": (
+        None,
+        ["optim.kernel=apex", "parallel.offload=optimizer"],
+        "parallel.offload=optimizer: must be none with optim.kernel=apex; or optim.kernel=torch",
+    ),
+    "apex, masters in fp64": (
+        None,
+        ["optim.kernel=apex", "parallel.precision.master=fp64"],
+        "parallel.precision.master=fp64: must be fp32 or bf16 with optim.kernel=apex; or optim.kernel=torch",
+    ),
+    "apex, compiled blocks": (
+        None,
+        ["parallel.norm_kernel=apex", "parallel.compile.enabled=true"],
+        "parallel.norm_kernel=apex: must be torch or auto with compile.enabled=true, which fuses norms",
+    ),
     "compiled elsewhere": (
         None,
         ["parallel.engine=deepspeed", "parallel.compile.enabled=true"],

@@ -4,18 +4,21 @@ diffusers' Latte is the one for prompts, whose blocks share one modulation and r
 that adds nothing, and the same table for all, it is a case of ours.
 """
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from opensora.models.dit import DiTConfig
 from opensora.models.families import build_model, family_of
 from opensora.models.latte import LatteConfig
-from opensora.models.pixart import PixArtConfig, PixArtMSConfig
+from opensora.models.pixart import PixArtConfig, PixArtMSConfig, PixArtSigmaConfig
 from opensora.models.weights.patches import PUBLISHED
-from opensora.models.weights.writer import convert_state_dict
+from opensora.models.weights.reader import load_into
+from opensora.models.weights.writer import convert_state_dict, save_state_dict
 from opensora.utils.tokens import image_ids, pack, unpack
 
 LIMIT = 1e-5
@@ -60,7 +63,21 @@ def renamed(source: dict[str, Tensor], pairs: dict[str, str]) -> dict[str, Tenso
     return {f"{here}.{kind}": source[f"{there}.{kind}"] for here, there in pairs.items() for kind in ("weight", "bias")}
 
 
-def test_dit_equals_diffusers() -> None:
+def exported(model: nn.Module, cfg: Any, state: dict[str, Tensor], folder: Path) -> None:
+    """A file in the family's names has its weights, and loads strictly."""
+    format, path = family_of(cfg).weights, folder / "model.safetensors"
+    save_state_dict(model.state_dict(), path, format, source=format.layout(cfg), to=PUBLISHED)
+    written = load_file(path)
+    assert written.keys() == state.keys()
+    for name, value in state.items():
+        assert torch.equal(written[name].flatten(), value.flatten()), name
+    again = build_model(cfg)
+    report = load_into(again, path, format, to=format.layout(cfg))
+    assert report.fits and not report.left_at_init
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+def test_dit_equals_diffusers(tmp_path: Path) -> None:
     from diffusers import DiTTransformer2DModel
 
     theirs = DiTTransformer2DModel(HEADS, D // HEADS, 4, 8, 2, sample_size=SIDE, num_embeds_ada_norm=7, norm_eps=1e-6)
@@ -89,11 +106,14 @@ def test_dit_equals_diffusers() -> None:
         stills = x[:, :, None]
         found = model(pack(stills, 2), t, y, positions=positions(stills))
     assert relative(unpack(found, (1, SIDE, SIDE), 2)[:, :, 0], truth) <= LIMIT
+    exported(model, cfg, state, tmp_path)
 
 
-@pytest.mark.parametrize("told_sizes", [False, True])
-def test_pixart_equals_diffusers(told_sizes: bool) -> None:
-    """Of a grid that is not square, with texts of several lengths; told the size of the image or not."""
+@pytest.mark.parametrize("grid", [(4, 7), (6, 6), (1, 3)])
+@pytest.mark.parametrize("kind", [PixArtConfig, PixArtMSConfig, PixArtSigmaConfig])
+def test_pixart_equals_diffusers(kind: Any, grid: tuple[int, int], tmp_path: Path) -> None:
+    """Of grids that are square or not, with texts of several lengths; told the size of the image or not."""
+    told_sizes = kind is PixArtMSConfig
     from diffusers import PixArtTransformer2DModel
 
     theirs = PixArtTransformer2DModel(
@@ -125,7 +145,6 @@ def test_pixart_equals_diffusers(told_sizes: bool) -> None:
         mlp = {f"{block}.mlp.fc1": f"{of}.ff.net.0.proj", f"{block}.mlp.fc2": f"{of}.ff.net.2"}
         state |= renamed(w, mlp | {f"{block}.cross_attn.q_linear": f"{of}.attn2.to_q"})
         state[f"{block}.scale_shift_table"] = w[f"{of}.scale_shift_table"]
-    kind = PixArtMSConfig if told_sizes else PixArtConfig
     cfg = kind(
         hidden_size=D,
         depth=2,
@@ -137,7 +156,8 @@ def test_pixart_equals_diffusers(told_sizes: bool) -> None:
         no_temporal_pos_emb=True,
     )
     model = ours(cfg, state)
-    x, t = torch.randn(2, 4, 8, 14), torch.tensor([3.0, 977.0])
+    height, width = 2 * grid[0], 2 * grid[1]
+    x, t = torch.randn(2, 4, height, width), torch.tensor([3.0, 977.0])
     y, mask = torch.randn(2, 5, TEXT), torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
     info = {"hw": torch.tensor([[64.0, 112.0], [512.0, 896.0]]), "ar": torch.tensor([[0.57], [1.7]])}
     added = {"resolution": info["hw"], "aspect_ratio": info["ar"]} if told_sizes else {}
@@ -152,9 +172,10 @@ def test_pixart_equals_diffusers(told_sizes: bool) -> None:
             mask,
             info if told_sizes else None,
             positions=positions(stills),
-            grid=(1, 4, 7),
+            grid=(1, *grid),
         )
-    assert relative(unpack(found, (1, 8, 14), 2)[:, :, 0], truth) <= LIMIT
+    assert relative(unpack(found, (1, height, width), 2)[:, :, 0], truth) <= LIMIT
+    exported(model, cfg, state, tmp_path)
 
 
 def test_latte_equals_diffusers() -> None:

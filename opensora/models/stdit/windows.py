@@ -51,7 +51,8 @@ class WindowCore(nn.Module):
                 ]
                 columns.append(_joined(parts, 3))
             rows.append(_joined(columns, 2))
-        return _joined(rows, 1).flatten(2, 3)
+        # Of one part, too: behind a graph break a compiler tells the strides of what a view is of apart.
+        return torch.cat(rows, 1).flatten(2, 3)
 
     def _attend(self, packed: Tensor, window: Window, context: Any) -> Tensor:
         """(B, t, h, w, 3, H, Dh), whole windows of (t, h, w) -> (B, t, h, w, H, Dh)."""
