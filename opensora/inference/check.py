@@ -226,7 +226,7 @@ def fit_option(key: str, option: SamplingOption, model: ModelConfig, shape: Auto
     denoising, stride = describe(model), shape.stride
     reads_guidance, multiple = "guidance" in denoising.wants, denoising.pixel_multiple(stride)
     try:
-        option = sanitize_sampling_option(option, multiple=multiple)
+        option = sanitize_sampling_option(option, multiple=multiple, rounds=not denoising.cuts_sizes(shape))
         denoising.check_frames(latents_made(coded(option, denoising, shape), shape))
     except ValueError as error:
         raise UserError(f"{key}.num_frames={option.num_frames}: {error}") from None

@@ -277,7 +277,9 @@ def clip_precision(parts: Components) -> torch.dtype:
 
 def fit(opt: SamplingOption, parts: Components) -> SamplingOption:
     """The option with a size that these components can make."""
-    return sanitize_sampling_option(opt, multiple=parts.layout.denoising.pixel_multiple(parts.autoencoder.stride))
+    denoising, autoencoder = parts.layout.denoising, parts.autoencoder
+    multiple = denoising.pixel_multiple(autoencoder.stride)
+    return sanitize_sampling_option(opt, multiple=multiple, rounds=not denoising.cuts_sizes(autoencoder))
 
 
 def _predict(parts: Components, positions: Tensor, grid: Grid) -> Predict:
@@ -309,12 +311,13 @@ def _noise(opt: SamplingOption, parts: Components, seeds: Sequence[int]) -> Tens
     """
     assert opt.height is not None and opt.width is not None
     autoencoder, published = parts.autoencoder, opt.noise == "published"
+    _, rows, columns = latent_grid(opt.num_frames, opt.height, opt.width, autoencoder)
     draws = [(seeds[0], len(seeds))] if published else [(seed, 1) for seed in seeds]
     drawn = [
         get_noise(
             count,
-            opt.height,
-            opt.width,
+            rows * autoencoder.stride[1],
+            columns * autoencoder.stride[2],
             opt.num_frames,
             seed=seed,
             channels=autoencoder.channels,

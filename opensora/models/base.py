@@ -136,6 +136,11 @@ class Denoising:
             return lcm(stride[1], stride[2])
         return lcm(stride[1] * self.patch[1], stride[2] * self.patch[2])
 
+    def cuts_sizes(self, autoencoder: "Autoencoder | AutoencoderShape") -> bool:
+        """Whether pixels that make up no whole latent are cut off, instead of being asked for: by a model that takes
+        any number of latents, behind an autoencoder that takes any size."""
+        return self.pads and coding_of(autoencoder) is not None
+
     def text_tokens(self, encoded: int) -> int:
         """Those that the model reads of ``encoded`` tokens of a prompt."""
         return 0 if self.text == "none" else encoded

@@ -158,14 +158,18 @@ def _named(name: str, value: str, read: Callable[[str], T]) -> T:
         raise ValueError(f"{name}={short(value, 40)}: {error}") from None
 
 
-def sanitize_sampling_option(option: SamplingOption, *, multiple: int = 16) -> SamplingOption:
+def sanitize_sampling_option(option: SamplingOption, *, multiple: int = 16, rounds: bool = True) -> SamplingOption:
     """The option with width and height set, rounded up to multiples. Frames stay as asked: see ``coded_frames``.
 
     Args:
         multiple: pixels per token side, the autoencoder's stride times the patch.
+        rounds: false for models and autoencoders that cut off what is no whole latent, as Open-Sora 1.x does: a size
+            that is given stays, the model is told of it, and clips lack the pixels that are left over.
     """
     if option.width is not None and option.height is not None:
-        height, width = (math.ceil(side / multiple) * multiple for side in (option.height, option.width))
+        height, width = (max(side, multiple) for side in (option.height, option.width))
+        if rounds:
+            height, width = (math.ceil(side / multiple) * multiple for side in (height, width))
     else:
         height, width = image_size(option.resolution, option.aspect_ratio, multiple)
     return replace(option, width=width, height=height)

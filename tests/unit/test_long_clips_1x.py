@@ -15,6 +15,7 @@ from acceleration.sequence import SequenceParallel
 from opensora.assembly.components import Components
 from opensora.assembly.token_layout import token_layout
 from opensora.config.run import SampleConfig
+from opensora.inference import pipeline
 from opensora.inference.opensora_1x.clips import LongClips
 from opensora.inference.pipeline import build_sampler
 from opensora.inference.prompts import read_jobs
@@ -116,3 +117,26 @@ def test_1_3_joins_latents(golden: Path, tmp_path: Path) -> None:
     whole = torch.cat((first, second[:, :, length:]), dim=2)[:, :, :joined]
     assert pixels.shape[2] == frames
     assert torch.allclose(pixels, autoencoder.decode(whole, frames=frames), atol=1e-6)
+
+
+@torch.no_grad()
+def test_pixels_beyond_whole_latents_are_cut_and_the_model_is_told_the_size_that_was_asked_for(
+    golden: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """480p of 1.x is 480x854, which its autoencoders code as 60x106 latents: clips come back 848 wide."""
+    g = Golden(golden, "vae_v1_3_weights_encoder")
+    g.tensors |= Golden(golden, "vae_v1_3_weights_decoder").tensors
+    cfg = OpenSoraV13Config(path=g.write(tmp_path / "vae.safetensors", {}), micro_frame_size=17, micro_batch=1)
+    autoencoder: Any = build_autoencoder(cfg, "cpu", torch.float32)
+    told: list[Tensor] = []
+    right = pipeline.forward_arguments
+
+    def listening(model: Any, tokens: Any, t: Tensor, conditions: Any) -> Any:
+        told.append(conditions.size)
+        return right(model, tokens, t, conditions)
+
+    monkeypatch.setattr(pipeline, "forward_arguments", listening)
+    option = SamplingOption(width=30, height=17, num_frames=1, num_steps=1, guidance=1.0)
+    pixels = pipeline.build_api(components(autoencoder, "1.3"))(option, text=["a fox"], neg=[""])
+    assert pixels.shape == (1, 3, 1, 16, 24)
+    assert told and all(torch.equal(size, torch.tensor([[17.0, 30.0]])) for size in told)
