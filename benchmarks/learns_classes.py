@@ -1,6 +1,6 @@
 """Does a small DiT trained from nothing draw the class that it is told, with every sampler of its objective?
 
-    python -m benchmarks.learns_classes [--out outputs/learns_classes] [--minutes 20] [--processes 2] [overrides]
+    python -m benchmarks.learns_classes [--out outputs/learns_classes] [--minutes 12] [--processes 2] [overrides]
 
 A class is a colour and a shape, 24 in all; stills of 32x32 pixels show one such object near the middle, on black, gray
 or white. Trains configs/train/shapes_classes.yaml (IDDPM, classes for prompts) from nothing, as many updates as fit
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.learns_i2v import call, trained, write_table
+from benchmarks.learns_i2v import ROOT, call, trained, write_table
 from benchmarks.recipes import measured
 from data_pipeline.shapes.judge import Verdict, judge_clip, match_files, read_clip, read_truths
 from data_pipeline.shapes.render import Layout, combinations, draw_spec
@@ -99,7 +99,7 @@ def train(args: argparse.Namespace) -> float:
     """Seconds that all cores together were busy with it; 0 where there is nothing left to do."""
     table = f"data.table={args.out / 'data' / 'train.csv'}"
     words = [CONFIG, table, f"output={args.out}", *args.overrides]
-    saved = args.out / load_config(RunConfig, CONFIG).name / SAVED_NAME
+    saved = folder_of_run(args) / SAVED_NAME
     if saved.exists():  # the schedule stays that of the run
         steps = load_config(RunConfig, saved).train.steps
     else:
@@ -110,6 +110,10 @@ def train(args: argparse.Namespace) -> float:
     return busy() - before
 
 
+def folder_of_run(args: argparse.Namespace) -> Path:
+    return args.out / load_config(RunConfig, ROOT / CONFIG).name
+
+
 def busy() -> float:
     """Seconds of CPU time that ended children have had."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -118,8 +122,8 @@ def busy() -> float:
 
 def sample(solver: str, args: argparse.Namespace) -> Path:
     """The folder of the stills; processes take a pass of guidance each."""
-    weights, folder = args.out / load_config(RunConfig, CONFIG).name, args.out / "samples" / solver
-    job = ["scripts/diffusion/inference.py", "configs/sample/demo.yaml", f"weights={weights}"]
+    folder = args.out / "samples" / solver
+    job = ["scripts/diffusion/inference.py", "configs/sample/demo.yaml", f"weights={folder_of_run(args)}"]
     steps = [f"sampling.solver={solver}", f"sampling.num_steps={SAMPLERS[solver]}", f"sampling.seed={SEED}"]
     size = [f"sampling.resolution={SIDE}px", "sampling.num_frames=1", f"sampling.guidance={args.guidance:g}"]
     many = [f"prompt_csv={args.out / 'data' / 'classes.csv'}", f"num_sample={args.seeds}", "batch_size=96"]
@@ -138,7 +142,7 @@ def judge(solver: str, folder: Path, out: Path) -> Judged:
 
 def report(found: Sequence[Judged], args: argparse.Namespace, spent: float) -> None:
     """The table, and one line for machines."""
-    run = trained([args.out / load_config(RunConfig, CONFIG).name])
+    run = trained([folder_of_run(args)])
     line: dict[str, object] = {"benchmark": "learns_classes", **run, "core_minutes": round(spent / 60, 1)}
     print(
         f"\n{run['steps']} updates in {run['minutes']} minutes, {spent / 60:.1f} minutes of CPU time in all processes"
@@ -172,7 +176,7 @@ def draw(found: Sequence[Judged], path: Path) -> None:
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/learns_classes"), help="folder to work in")
-    parser.add_argument("--minutes", type=float, default=20.0, help="of training")
+    parser.add_argument("--minutes", type=float, default=12.0, help="of training")
     parser.add_argument("--steps", type=int, help="updates, in place of as many as fit into the minutes")
     parser.add_argument("--processes", type=int, choices=(1, 2), default=2, help="training and sampling processes")
     parser.add_argument("--stills", type=int, default=STILLS, help="to train on")
