@@ -1,6 +1,6 @@
 """Does a small DiT trained from nothing draw the class that it is told, with every sampler of its objective?
 
-    python -m benchmarks.learns_classes [--out outputs/learns_classes] [--minutes 12] [--processes 2] [overrides]
+    python -m benchmarks.learns_classes [--out outputs/learns_classes] [--minutes 12] [--processes 1] [overrides]
 
 A class is a colour and a shape, 24 in all; stills of 32x32 pixels show one such object near the middle, on black, gray
 or white. Trains configs/train/shapes_classes.yaml (IDDPM, classes for prompts) from nothing, as many updates as fit
@@ -34,6 +34,7 @@ CONFIG = "configs/train/shapes_classes.yaml"
 CLASSES = [combination for combination in combinations() if combination[2] == "still"]  # class -> what it shows
 STILLS = 6000
 SIDE = 32  # pixels
+BATCH = 32  # stills of an update
 NEAR = Layout(radius=(0.24, 0.26), off_centre=0.2)  # to the middle, as the clips that learns_i2v.py begins with
 SAMPLERS = {"ddpm": 250, "dpm_solver": 20, "ddim": 50}  # solver: steps
 ASPECTS = ("colour", "shape")
@@ -98,7 +99,8 @@ def render_stills(folder: Path, count: int) -> None:
 def train(args: argparse.Namespace) -> float:
     """Seconds that all cores together were busy with it; 0 where there is nothing left to do."""
     table = f"data.table={args.out / 'data' / 'train.csv'}"
-    words = [CONFIG, table, f"output={args.out}", *args.overrides]
+    bucket = f"data.buckets={{{SIDE}px:{{1:[1.0,{BATCH // args.processes}]}}}}"  # the same stills, whoever has them
+    words = [CONFIG, table, bucket, f"data.micro_batches={args.processes}", f"output={args.out}", *args.overrides]
     saved = folder_of_run(args) / SAVED_NAME
     if saved.exists():  # the schedule stays that of the run
         steps = load_config(RunConfig, saved).train.steps
@@ -178,7 +180,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("outputs/learns_classes"), help="folder to work in")
     parser.add_argument("--minutes", type=float, default=12.0, help="of training")
     parser.add_argument("--steps", type=int, help="updates, in place of as many as fit into the minutes")
-    parser.add_argument("--processes", type=int, choices=(1, 2), default=2, help="training and sampling processes")
+    parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="training and sampling processes")
     parser.add_argument("--stills", type=int, default=STILLS, help="to train on")
     parser.add_argument("--seeds", type=int, default=10, help="samples per class")
     parser.add_argument("--guidance", type=float, default=2.0, help="towards the class; 1: none")
