@@ -1,6 +1,6 @@
 """Does a small DiT trained from nothing draw the class that it is told, with every sampler of its objective?
 
-    python -m benchmarks.learns_classes [--out outputs/learns_classes] [--minutes 12] [--processes 1] [overrides]
+    python -m benchmarks.learns_classes [--out outputs/learns_classes] [--minutes 8] [--processes 1] [overrides]
 
 A class is a colour and a shape, 24 in all; stills of 32x32 pixels show one such object near the middle, on black, gray
 or white. Trains configs/train/shapes_classes.yaml (IDDPM, classes for prompts) from nothing, as many updates as fit
@@ -178,7 +178,7 @@ def draw(found: Sequence[Judged], path: Path) -> None:
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/learns_classes"), help="folder to work in")
-    parser.add_argument("--minutes", type=float, default=12.0, help="of training")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of training")
     parser.add_argument("--steps", type=int, help="updates, in place of as many as fit into the minutes")
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="training and sampling processes")
     parser.add_argument("--stills", type=int, default=STILLS, help="to train on")
