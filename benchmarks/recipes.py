@@ -46,9 +46,9 @@ def main() -> None:
     print(json.dumps({"benchmark": "recipes", "rows": rows}))
 
 
-def measured(words: Sequence[str]) -> float:
+def measured(words: Sequence[str], processes: int = 1) -> float:
     """Seconds of an update."""
-    command = ["-m", "benchmarks.demo_step", *words, "--processes", "1", "--steps", MEASURED_STEPS]
+    command = ["-m", "benchmarks.demo_step", *words, "--processes", processes, "--steps", MEASURED_STEPS]
     said = call([sys.executable, *command], stdout=subprocess.PIPE)
     return float(json.loads(said.strip().splitlines()[-1])["step_s"])
 

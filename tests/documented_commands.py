@@ -154,6 +154,7 @@ OPTIONS = {
     r"benchmarks\.learns_shapes": "train.steps=4 'data.buckets={32px:{9:[1.0,4]}}' optim.warmup_steps=0 --seeds 1",
     r"benchmarks\.learns_i2v": "train.steps=4 'data.buckets={32px:{9:[1.0,4]}}' optim.warmup_steps=0 --seeds 1 "
     "--only t2v",
+    r"benchmarks\.learns_classes": "model.hidden_size=24 model.num_heads=2 --steps 4 --stills 96 --seeds 1",
     r"benchmarks\.recipes": "--minutes 0.02 --only shapes_i2v",
     r"benchmarks\.memory": "--processes 1,2 --width 64",
     r"benchmarks\.step_caches": "--clips 1 --steps 4",
@@ -164,6 +165,7 @@ OPTIONS = {
     r"benchmarks\.sharing": "--rows 20000 --steps 4",
     r"benchmarks\.checkpoint": "--gib 0.02 --saves 2",
     r"benchmarks\.step_vs_diffusers": "--hidden 96 --heads 2 --seconds 1",
+    r"benchmarks\.step_1x": "--shape tiny --seconds 1",
     r"benchmarks\.decode": "--windows 1 --frames 5",
     r"benchmarks\.packing": "--steps 1 --micro-batches 2",
     r"benchmarks\.plan_accuracy": "--only 1",

@@ -84,6 +84,7 @@ PARTS = (
     Part("attention", _module("attention"), 45),
     Part("sampling", _module("sampling"), 75),
     Part("data", _module("data"), 40),
+    Part("step-1x", (sys.executable, "-m", "benchmarks.step_1x", "--device", "cuda", "--seconds", "8"), 60),
     Part("mfu-compiled", _module("mfu", "--tokens", "8828", "37000", "--recompute", "none", "--compile"), 90),
     Part("tests-compiled", _tests("tests/gpu/test_recompute_cuda.py", "-k", "compiled"), 120),
 )

@@ -1,10 +1,12 @@
 """The benchmarks of a GPU run on the simulated one: what they would stumble over on the first day is found before."""
 
+from argparse import Namespace
 from typing import Any
 
 import pytest
 
 from acceleration.distributed import runtime
+from benchmarks import diffusers_1x, step_1x
 from benchmarks.gpu import attention, data, mfu, sampling
 from opensora.models.mmdit import MMDiTConfig
 from opensora.sampling.options import SamplingOption
@@ -14,10 +16,13 @@ from tests.dist.harness import run_distributed
 TINY = MMDiTConfig(
     hidden_size=64, num_heads=4, depth=1, depth_single_blocks=1, axes_dim=(4, 6, 6), context_in_dim=48, vec_in_dim=32
 )
+STEP = Namespace(device="cuda", dtype="fp32", shape="tiny", seconds=0.0)
 
 
 def runs() -> dict[str, Any]:
     """Every function that measures, small."""
+    from diffusers import LatteTransformer3DModel, PixArtTransformer2DModel  # noqa: F401  they ask for a real device
+
     with simulated_cuda():
         device = runtime.torch.device("cuda", 0)
         parts = sampling.build(TINY, device, text_tokens=6)
@@ -27,6 +32,7 @@ def runs() -> dict[str, Any]:
             "attention": [attention.measure(name, 24, 1, heads=2, dim=16) for name in ("model", "cuda", "cudnn")],
             "sampling": sampling.measure(parts, small),
             "data": (data.copies(5, rounds=1), data.prepared(5, TINY, rounds=1, size=(32, 32))),
+            "step_1x": [step_1x.against_diffusers(kind, STEP) for kind in diffusers_1x.RIVALS],
         }
 
 
@@ -35,6 +41,7 @@ def test_benchmarks_run_on_the_simulated_device() -> None:
     assert all(seconds > 0 for seconds, _ in found["mfu"]) and len(found["attention"]) == 3
     assert found["sampling"][0] > 0
     assert found["data"][0].keys() == {"pinned_gb_s", "plain_gb_s"}
+    assert max(difference for row in found["step_1x"] for difference in row["apart"].values()) <= 1e-5
 
 
 def test_clips_are_read() -> None:

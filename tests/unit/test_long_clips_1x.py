@@ -119,15 +119,8 @@ def test_1_3_joins_latents(golden: Path, tmp_path: Path) -> None:
     assert torch.allclose(pixels, autoencoder.decode(whole, frames=frames), atol=1e-6)
 
 
-@torch.no_grad()
-def test_pixels_beyond_whole_latents_are_cut_and_the_model_is_told_the_size_that_was_asked_for(
-    golden: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """480p of 1.x is 480x854, which its autoencoders code as 60x106 latents: clips come back 848 wide."""
-    g = Golden(golden, "vae_v1_3_weights_encoder")
-    g.tensors |= Golden(golden, "vae_v1_3_weights_decoder").tensors
-    cfg = OpenSoraV13Config(path=g.write(tmp_path / "vae.safetensors", {}), micro_frame_size=17, micro_batch=1)
-    autoencoder: Any = build_autoencoder(cfg, "cpu", torch.float32)
+def sampled(autoencoder: Any, release: str, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Size, Tensor]:
+    """(shape of a still of 17x30 pixels, the sizes that the model was told)."""
     told: list[Tensor] = []
     right = pipeline.forward_arguments
 
@@ -137,6 +130,27 @@ def test_pixels_beyond_whole_latents_are_cut_and_the_model_is_told_the_size_that
 
     monkeypatch.setattr(pipeline, "forward_arguments", listening)
     option = SamplingOption(width=30, height=17, num_frames=1, num_steps=1, guidance=1.0)
-    pixels = pipeline.build_api(components(autoencoder, "1.3"))(option, text=["a fox"], neg=[""])
-    assert pixels.shape == (1, 3, 1, 16, 24)
-    assert told and all(torch.equal(size, torch.tensor([[17.0, 30.0]])) for size in told)
+    return pipeline.build_api(components(autoencoder, release))(option, text=["a fox"], neg=[""]).shape, told[0]
+
+
+@pytest.mark.slow  # imports diffusers
+@torch.no_grad()
+def test_1_2_cuts_off_what_is_no_whole_latent(
+    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its 480p is 480x854, of which 60x106 latents are made: clips are 848 wide, while the model is told 854."""
+    path = Golden(golden, "vae_pipeline_v1_2").write(tmp_path / "vae.safetensors", GROUPS)
+    autoencoder: Any = build_autoencoder(OpenSoraV12Config(path=path), "cpu", torch.float32)
+    shape, told = sampled(autoencoder, "1.2", monkeypatch)
+    assert shape == (1, 3, 1, 16, 24) and torch.equal(told, torch.tensor([[17.0, 30.0]]))
+
+
+@torch.no_grad()
+def test_1_3_halves_a_size_in_turns(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half rounded down, then twice half rounded up: 17 pixels are 2 latents, 30 are 4."""
+    g = Golden(golden, "vae_v1_3_weights_encoder")
+    g.tensors |= Golden(golden, "vae_v1_3_weights_decoder").tensors
+    cfg = OpenSoraV13Config(path=g.write(tmp_path / "vae.safetensors", {}), micro_frame_size=17, micro_batch=1)
+    autoencoder: Any = build_autoencoder(cfg, "cpu", torch.float32)
+    shape, told = sampled(autoencoder, "1.3", monkeypatch)
+    assert shape == (1, 3, 1, 16, 32) and torch.equal(told, torch.tensor([[17.0, 30.0]]))
