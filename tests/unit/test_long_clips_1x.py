@@ -135,9 +135,7 @@ def sampled(autoencoder: Any, release: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.slow  # imports diffusers
 @torch.no_grad()
-def test_1_2_cuts_off_what_is_no_whole_latent(
-    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_1_2_cuts_off_what_is_no_whole_latent(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its 480p is 480x854, of which 60x106 latents are made: clips are 848 wide, while the model is told 854."""
     path = Golden(golden, "vae_pipeline_v1_2").write(tmp_path / "vae.safetensors", GROUPS)
     autoencoder: Any = build_autoencoder(OpenSoraV12Config(path=path), "cpu", torch.float32)
