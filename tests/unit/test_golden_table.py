@@ -7,10 +7,6 @@ from tests.golden_table import ROWS
 
 # What says how others were made: versions, arguments, shapes of weights.
 DESCRIPTIONS = {"v1/models", "v1/schedulers", "v1/vae"}
-# Compared by tests that have no row of the table.
-WITHOUT_ROW = (
-    *("v1/aspect_tables_*", "v1/buckets_*", "v1/mask_generator_*", "v1/mask_index_*", "v1/inference_strings_*"),
-)
 PATTERNS = [pattern for row in ROWS for pattern in row.file.split(", ")]
 
 
@@ -22,7 +18,5 @@ def test_every_golden_file_has_a_row(golden: Path) -> None:
         if path.suffix in (".json", ".safetensors")
     }
     found = {name for name in stored if any(fnmatch(name, pattern) for pattern in PATTERNS)}
-    assert {
-        n for n in stored - found - DESCRIPTIONS if not any(fnmatch(n, pattern) for pattern in WITHOUT_ROW)
-    } == set()
+    assert stored - found == DESCRIPTIONS
     assert {pattern for pattern in PATTERNS if not any(fnmatch(name, pattern) for name in stored)} == set()
