@@ -80,6 +80,7 @@ PARTS = (
     Part("tests-steps", _tests("tests/gpu/test_cuda.py"), 75),
     Part("tests-recompute", _tests("tests/gpu/test_recompute_cuda.py", "-k", "not compiled"), 45),
     Part("tests-kernels", _tests("tests/gpu/test_kernels.py"), 75),
+    Part("tests-apex", _tests("tests/gpu/test_apex.py"), 40),
     Part("mfu", _module("mfu", "--tokens", "8828", "37000"), 75),
     Part("attention", _module("attention"), 45),
     Part("sampling", _module("sampling"), 75),

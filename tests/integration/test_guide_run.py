@@ -85,7 +85,7 @@ def test_train_resume_sample(examples: tuple[Path, Path], tmp_path: Path) -> Non
         assert run_distributed(run_train, world, argv, timeout=100, init=False) == [0] * world
     assert len(losses(tmp_path / "outputs/run")) == 3
     one, two = (sampled(sampling, tmp_path / f"on{world}", world) for world in (1, 2))
-    assert list(one) == ["prompts_0000.mp4"] and one == two
+    assert list(one) == ["sample_0.mp4"] and one == two
 
 
 @pytest.mark.slow
