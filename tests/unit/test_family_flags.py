@@ -64,6 +64,19 @@ def test_flags_of_the_family(name: str, tmp_path: Path) -> None:
     assert at(plain(load_config(SampleConfig, tmp_path / "run.yaml", words)), key) == expected
 
 
+def test_references_listed_in_a_file(tmp_path: Path) -> None:
+    """Of Open-Sora 1.3: a line for every prompt, with its references; prompts without one have an empty line."""
+    (tmp_path / "run.yaml").write_text("weights: w.safetensors\nprompts: [a, b, c]\n")
+    (tmp_path / "refs.txt").write_text("a.png;b.mp4\n\n c.png\r\n")
+    found = load_config(SampleConfig, tmp_path / "run.yaml", ["--reference-txt-path", str(tmp_path / "refs.txt")])
+    assert found.reference_path == ("a.png;b.mp4", None, "c.png")
+    with pytest.raises(UserError, match=r"reference_txt_path=nowhere\.txt: cannot be read"):
+        load_config(SampleConfig, tmp_path / "run.yaml", ["--reference-txt-path", "nowhere.txt"])
+    with pytest.raises(UserError, match="says otherwise; keep one"):
+        words = ["--reference-txt-path", str(tmp_path / "refs.txt"), "--reference-path", "d.png"]
+        load_config(SampleConfig, tmp_path / "run.yaml", words)
+
+
 TRAIN = CONFIGS / "train/stage1.yaml"
 TRAIN_FLAGS: dict[str, tuple[list[str], str, Any]] = {
     "data path": (["--data-path", "c.csv"], "data.table", "c.csv"),

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, get_args
 
 from opensora.config.family import keys as table
@@ -9,6 +10,7 @@ from opensora.config.family.models import is_second, version_of
 from opensora.config.family.translation import Translation
 from opensora.config.schema import shown, suggestion, types_at
 from opensora.datasets.buckets.sizes_1x import Version, clip_size_1x, sizes_1x
+from opensora.utils.files.user_files import read_text
 
 LONG_RUN = 1_000_000  # steps of a run that says epochs: the family's are just large enough, and ended by hand
 AREAS = {"2k": "1440p", "4k": "2160p"}
@@ -21,7 +23,8 @@ USUAL_RATIO = "9:16"  # height to width
 def sampled(t: Translation) -> None:
     """What a sampling job makes, and of which prompts."""
     if t.is_training:
-        for key in ("fps", "save_fps", "prompt", "prompt_path", "reference_path", "mask_strategy", "motion_score"):
+        given = ("prompt", "prompt_path", "reference_path", "reference_txt_path", "mask_strategy", "motion_score")
+        for key in ("fps", "save_fps", *given):
             if t.get(key) is not None:
                 t.note(key, "is for sampling")
         return
@@ -137,6 +140,8 @@ def references_of_prompts(t: Translation) -> None:
     second = is_second(t)
     if t.is_file and not second:
         t.put("release", version_of(t), "model.type")
+    if (path := t.get("reference_txt_path")) is not None:
+        t.put("reference_path", references_listed(t, path), "reference_txt_path")
     for key in ("reference_path", "mask_strategy"):
         if (values := t.get(key)) is not None:
             texts = [values] if isinstance(values, str) else values
@@ -151,6 +156,14 @@ def references_of_prompts(t: Translation) -> None:
         key, value = t.first(f"use_oscillation_guidance_for_{name}", both)
         if value is not None:
             t.put(f"sampling.{name}_osci", value, key)
+
+
+def references_listed(t: Translation, path: Any) -> list[str | None]:
+    """References of every prompt, a line each, as 1.3 reads them from a file; an empty line has none."""
+    if not isinstance(path, str):
+        raise t.fail("reference_txt_path", "must be a text file, with the references of a prompt in every line")
+    lines = read_text(Path(path), f"reference_txt_path={path}").splitlines()
+    return [line.strip() or None for line in lines]
 
 
 def data(t: Translation) -> None:

@@ -139,6 +139,7 @@ KEYS: dict[str, Key] = {
     "condition_frame_edit": Key("condition_frame_edit"),
     "align": Key("align"),
     "reference_path": TOGETHER,
+    "reference_txt_path": TOGETHER,
     "mask_strategy": TOGETHER,
     "csv_reference_column_name": Key(only="ref"),
     "ref": Key("ref"),
@@ -382,6 +383,6 @@ SCORES = ("aes", "flow", "camera_motion")  # of which a text is one, but None is
 PAIRS = ("image_size",)  # two
 TEXTS = (  # what stays text although it may look like a number
     *("resolution", "aspect_ratio", "prompt_path", "data_path", "dataset.data_path", "root", "load", "plugin", "dtype"),
-    *("model.from_pretrained", "vae.from_pretrained", "motion_score"),
+    *("model.from_pretrained", "vae.from_pretrained", "motion_score", "reference_txt_path"),
 )
 SWITCHES = ("prompt_as_path", "start_from_scratch", "force_huggingface")  # none
