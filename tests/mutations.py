@@ -2459,6 +2459,13 @@ TABLE: tuple[Mutation, ...] = (
         FAMILY_FILES.format("pieces_of_the_autoencoder_of_1_2"),
     ),
     Mutation(
+        "a job's own model is not that of the run",
+        "opensora/inference/find.py",
+        "if key not in family_of(trained).per_job | fitted:",
+        'if key == "kind":',
+        "tests/integration/test_saved_run.py::test_the_model_of_a_job_is_that_of_the_run",
+    ),
+    Mutation(
         "norms that a file names are not chosen",
         FAMILY_MODELS,
         '"auto" if t.given[key] else "torch", key)',

@@ -1,5 +1,6 @@
 """What a path to sample from holds: a run, an export or a file, and adapters beside them; nothing is built yet."""
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from opensora.assembly.initial_weights import check_weights, parameter_shapes
 from opensora.conditioning import ConditioningConfig
 from opensora.config.load import load_config
 from opensora.config.run import SAVED_NAME, RunConfig, SampleConfig
+from opensora.config.schema import shown
 from opensora.models.base import ModelConfig
 from opensora.models.families import family_of, read_hub_config
 from opensora.models.weights.adapter_fit import FittedAdapter, fit_adapter
@@ -25,6 +27,8 @@ from opensora.utils.files import digests
 from opensora.utils.files.published_files import how_to_fetch
 from opensora.utils.files.safetensors_files import fingerprint
 from opensora.utils.files.user_files import absence
+
+FITTED = frozenset(("fused_qkv", "rope_layout", "model_max_length"))  # what reading a file makes fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +86,10 @@ def find_source(cfg: SampleConfig) -> Source:
             if path.is_dir() and not any(path.glob("*.safetensors*")) and _newest(path) is None:
                 raise UserError(f"weights={path}: no weights there; give a run folder, an export or a safetensors file")
             raise UserError(f"{name}: missing; {path} has no {SAVED_NAME} beside the weights, so say {name}.kind=...")
-    objective = cfg.objective or (saved.objective if saved else default_objective(sections["model"]))
     checkpoint = _newest(path)
+    if saved and cfg.model:
+        _check_as_trained(cfg.model, saved.model, path, FITTED if checkpoint is None else frozenset())
+    objective = cfg.objective or (saved.objective if saved else default_objective(sections["model"]))
     held = _held_adapters(path, checkpoint, saved, sections["model"])
     adapters = read_adapters(Path(cfg.lora), sections["model"], "lora") if cfg.lora else None
     if held:
@@ -112,6 +118,29 @@ def find_source(cfg: SampleConfig) -> Source:
         prompt_suffix=_trained_with_motion(saved),
         **sections,
     )
+
+
+def _check_as_trained(given: ModelConfig, trained: ModelConfig, path: Path, fitted: frozenset[str]) -> None:
+    """That a job's own section ``model`` is what the weights were trained as; the number of heads changes no shape.
+
+    Args:
+        fitted: keys that the weights are made to fit when they are read.
+
+    Raises:
+        UserError: a key that is not, with the value to set.
+    """
+    changed = []
+    names = [field.name for field in dataclasses.fields(trained)]  # type: ignore[arg-type]
+    for key in sorted(names, key=lambda name: name != "kind"):
+        here, there = getattr(given, key, None), getattr(trained, key)
+        if here == there:
+            continue
+        if key not in family_of(trained).per_job | fitted:
+            says = f"{path} was trained with {shown(there)}"
+            raise UserError(f"model.{key}={shown(here)}: {says}; set model.{key}={shown(there)}, or leave model out")
+        changed.append(f"model.{key}={shown(here)} (trained with {shown(there)})")
+    if changed:
+        announce(", ".join(changed))
 
 
 def source_of(cfg: SampleConfig) -> Source:

@@ -186,6 +186,7 @@ class Family:
     weights: WeightFormat  # names and order of weights in files
     lora_targets: tuple[str, ...]  # patterns of the layers that adapters are for, if none are named
     objective: str = "rectified_flow"  # what published weights were trained with, for files that do not say
+    per_job: frozenset[str] = frozenset()  # keys that a sampling job may set otherwise than training did
 
 
 class Autoencoder(Protocol):

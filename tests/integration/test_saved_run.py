@@ -13,7 +13,9 @@ from opensora.config.strict_yaml import read_yaml
 from opensora.inference import check, steps
 from opensora.inference.find import find_source
 from opensora.inference.job import sample
+from opensora.models.dit import DiTConfig
 from opensora.schedulers.timesteps import get_schedule
+from opensora.utils.errors import UserError
 from tests.dist.harness import run_distributed
 from tests.integration.test_train_and_sample import LAYOUT_B, train_on
 
@@ -80,3 +82,20 @@ def test_weights_that_say_nothing_are_taken_for_the_familys_published_ones(run: 
     found = find_source(cfg)
     assert found.objective == replace(saved.objective, flow_shift=None, sigma_min=1e-5)
     assert found.conditioning is None
+
+
+def test_the_model_of_a_job_is_that_of_the_run(run: Path) -> None:
+    """Also what no shape tells, as the number of heads; of a run's checkpoint nobody would miss a block."""
+    trained = find_source(SampleConfig(weights=str(run), prompt="a")).model
+    wrong: list[dict[str, Any]] = [
+        *({"depth": 1 + trained.depth}, {"depth_single_blocks": 0}, {"mlp_ratio": 3.0}, {"theta": 100}),
+        {"num_heads": 1, "axes_dim": (16, trained.hidden_size // 2 - 8, trained.hidden_size // 2 - 8)},
+    ]
+    for place in (run, run / "exported"):
+        for change in wrong:
+            model = replace(trained, **change)
+            with pytest.raises(UserError, match=r"^model\.\w+=.*was trained with.*; set model\.\w+=.*, or leave"):
+                find_source(SampleConfig(weights=str(place), prompt="a", model=model))
+        with pytest.raises(UserError, match=r"^model\.kind='dit': .* was trained with 'mmdit'; set"):
+            find_source(SampleConfig(weights=str(place), prompt="a", model=DiTConfig()))
+        assert find_source(SampleConfig(weights=str(place), prompt="a", model=trained)).model == trained

@@ -195,4 +195,5 @@ FAMILY = Family(
     ),
     lora_targets=("blocks.*.attn.*", "blocks.*.mlp.*"),
     objective="iddpm",
+    per_job=frozenset(("no_temporal_pos_emb",)),
 )

@@ -178,4 +178,5 @@ FAMILY = Family(
     ),
     lora_targets=("*_blocks.*.attn.*", "*_blocks.*.mlp.*"),
     objective="iddpm",
+    per_job=frozenset(("no_temporal_pos_emb",)),
 )

@@ -226,6 +226,9 @@ def arguments(cfg: PixArtConfig, tokens: TokenBatch, t: Tensor, conditions: Cond
     return given
 
 
+PER_JOB = frozenset(("input_size", "base_size", "space_scale", "time_scale", "no_temporal_pos_emb", "freeze"))
+
+
 def _family(config: type, sizes: Mapping[str, Any]) -> Family:
     return Family(
         config=config,
@@ -244,6 +247,7 @@ def _family(config: type, sizes: Mapping[str, Any]) -> Family:
         ),
         lora_targets=("blocks.*.attn.*", "blocks.*.cross_attn.*", "blocks.*.mlp.*"),
         objective="iddpm",
+        per_job=PER_JOB,
     )
 
 

@@ -204,4 +204,5 @@ FAMILY = Family(
     weights=STDIT_WEIGHTS,
     lora_targets=("blocks.*.attn.*", "blocks.*.attn_temp.*", "blocks.*.cross_attn.*", "blocks.*.mlp.*"),
     objective="iddpm",
+    per_job=frozenset(("space_scale", "time_scale", "freeze")),
 )

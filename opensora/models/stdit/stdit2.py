@@ -255,4 +255,5 @@ FAMILY = Family(
     weights=STDIT2_WEIGHTS,
     lora_targets=("blocks.*.attn.*", "blocks.*.attn_temp.*", "blocks.*.cross_attn.*", "blocks.*.mlp.*"),
     objective="iddpm",
+    per_job=frozenset(("input_sq_size", "freeze")),
 )

@@ -358,4 +358,5 @@ FAMILY = Family(
     weights=STDIT3_WEIGHTS,
     lora_targets=("*_blocks.*.attn.*", "*_blocks.*.cross_attn.*", "*_blocks.*.mlp.*"),
     objective="rectified_flow_v1",
+    per_job=frozenset(("input_sq_size", "freeze_y_embedder", "only_train_temporal")),
 )
