@@ -133,7 +133,7 @@ SAMPLES = {
     "solver": (["sampling.solver=1"], "sampling.solver=1: must be one of euler, as the model was trained with"),
     "no weights": (["weights={folder}/nowhere"], "weights={folder}/nowhere: no such file or folder"),
     "weights that are none": (["weights={folder}/empty"], "weights={folder}/empty: "),
-    "weights of another model": ([f"model={MODEL}"], "weights={folder}/exported: "),
+    "weights of another model": ([f"model={MODEL}"], "model.depth=5: {folder}/exported was trained with 2; set"),
     "autoencoder": (["vae={{kind: hunyuan}}"], "vae.path is not set"),
     "autoencoder of another model": (["vae={{kind: dct, channels: 4}}"], "model.in_channels=16: vae.kind=dct"),
     "text encoder": (["text={{kind: t5_clip}}"], "text.t5_path is not set"),
