@@ -125,7 +125,7 @@ def test_flags_that_training_refuses(words: list[str], expected: str) -> None:
 STDIT = CONFIGS / "opensora/inference/16x256x256.py"
 
 
-@pytest.mark.parametrize("text", ["TEXT", "a cat", ["a cat", "TEXT{}"]])
+@pytest.mark.parametrize("text", ["a cat", "TEXT", ["a cat", "TEXT{}"]])
 def test_prompts_of_the_command_line_win_over_the_files(text: Any, tmp_path: Path) -> None:
     """Whether they are given themselves or by their file; not both."""
     (tmp_path / "run.py").write_text(f"{STDIT.read_text()}\nprompt = {text!r}\n")

@@ -1,6 +1,7 @@
 """Parts, defaults and objectives that a file of Open-Sora 1.x leaves out, or has otherwise than what it is for."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,18 @@ def loaded(cls: type, path: Path, *words: str) -> Any:
     return load_config(cls, path, [*WORDS[cls], *words])
 
 
+def outcome(call: Callable[[], Any]) -> str:
+    """read, or the one line of a refusal."""
+    try:
+        call()
+    except UserError as error:
+        assert "\n" not in str(error)
+        return str(error)
+    return "read"
+
+
 def refusal(cls: type, path: Path, *words: str) -> str:
-    with pytest.raises(UserError) as caught:
-        loaded(cls, path, *words)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return outcome(lambda: loaded(cls, path, *words))
 
 
 @pytest.mark.parametrize(("cls", "path"), JOBS)
@@ -183,11 +191,9 @@ def test_a_run_is_sampled_by_its_own_objective(
     if cfg.objective.kind == trained:
         assert find.find_source(cfg).objective == cfg.objective
         return
-    with pytest.raises(UserError) as caught:
-        find.find_source(cfg)
-    said = str(caught.value)
+    said = outcome(lambda: find.find_source(cfg))
     assert f"objective.kind={cfg.objective.kind}: weights={tmp_path} were trained with objective.kind={trained}" in said
-    assert "\n" not in said and "scheduler" in said
+    assert "scheduler" in said
 
 
 def test_a_solver_is_no_training(tmp_path: Path) -> None:
