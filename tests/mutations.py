@@ -210,6 +210,7 @@ ON_ONE = "tests/dist/test_sampling_v1.py::test_one_process_samples_what_the_form
 FUSED, NORMS, APEX = (f"acceleration/{name}.py" for name in ("optim/fused_adamw", "blocks/fused_norms", "nvidia_apex"))
 BY_APEX = "tests/dist/test_apex.py::test_{}"
 FAMILY_FILES = "tests/unit/test_family_configs.py::test_{}"
+PARTS_OF_FILES = "tests/unit/test_family_parts.py::test_{}"
 
 TABLE: tuple[Mutation, ...] = (
     # DiT, Latte, PixArt: positions, prompts that are dropped, files.
@@ -2386,6 +2387,63 @@ TABLE: tuple[Mutation, ...] = (
         'key, value = t.first(f"use_oscillation_guidance_for_{name}", both)',
         'key, value = t.first(f"use_oscillation_guidance_for_{name}", both if name == "text" else "")',
         "tests/unit/test_family_configs.py::test_what_clips_are_given[opensora-v1-3/inference/t2v.py]",
+    ),
+    # Parts of files of 1.x
+    Mutation(
+        "a file without a scheduler trains as Open-Sora 2",
+        FAMILY_MODELS,
+        'if t.get(f"{section}.type") is None:',
+        'if section != "scheduler" and t.get(f"{section}.type") is None:',
+        PARTS_OF_FILES.format("a_part_without_its_type_is_missing"),
+    ),
+    Mutation(
+        "guidance of 1.x is that of Open-Sora 2",
+        FAMILY_MODELS,
+        't.put("sampling.guidance", 4.0, "scheduler.type")',
+        't.put("sampling.guidance", 7.5, "scheduler.type")',
+        PARTS_OF_FILES.format("what_a_scheduler_does_not_say_is_as_the_family_has_it"),
+    ),
+    Mutation(
+        "prompts are longer than the model reads",
+        FAMILY_MODELS,
+        "(length := _read_by_model(t) if length is None else length) is not None",
+        "length is not None",
+        PARTS_OF_FILES.format("prompts_are_as_long_as_the_model_reads"),
+    ),
+    Mutation(
+        "files of 1.1 have habits of 1.0",
+        FAMILY_MODELS,
+        ' and not later else "1.1"',
+        ' else "1.1"',
+        PARTS_OF_FILES.format("habits_are_those_of_the_first_release_that_can_read_a_file"),
+    ),
+    Mutation(
+        "a solver trains",
+        FAMILY_MODELS,
+        'if t.is_training and t.given["scheduler.type"] == "dpm-solver":',
+        "if False:",
+        PARTS_OF_FILES.format("a_solver_is_no_training"),
+    ),
+    Mutation(
+        "a resolution that is given twice is taken once",
+        FAMILY_JOBS,
+        "if ours in found or len(",
+        "if len(",
+        PARTS_OF_FILES.format("a_shape_given_twice_is_refused"),
+    ),
+    Mutation(
+        "an objective that a run was not trained with",
+        "opensora/inference/find.py",
+        "cfg.objective.kind != saved.objective.kind",
+        'cfg.objective.kind == ""',
+        PARTS_OF_FILES.format("a_run_is_sampled_by_its_own_objective"),
+    ),
+    Mutation(
+        "prompts of a file win over the command line",
+        FAMILY_JOBS,
+        't.place(path_key) == COMMAND_LINE != t.place("prompt")',
+        "False",
+        "tests/unit/test_family_flags.py::test_prompts_of_the_command_line_win_over_the_files",
     ),
     # Kernels of apex
     Mutation(

@@ -89,7 +89,7 @@ def find_source(cfg: SampleConfig) -> Source:
     checkpoint = _newest(path)
     if saved and cfg.model:
         _check_as_trained(cfg.model, saved.model, path, FITTED if checkpoint is None else frozenset())
-    objective = cfg.objective or (saved.objective if saved else default_objective(sections["model"]))
+    objective = _objective(cfg, saved) or default_objective(sections["model"])
     held = _held_adapters(path, checkpoint, saved, sections["model"])
     adapters = read_adapters(Path(cfg.lora), sections["model"], "lora") if cfg.lora else None
     if held:
@@ -190,6 +190,20 @@ def prompt_suffix(cfg: SampleConfig) -> tuple[bool, bool]:
 
 def _trained_with_motion(saved: RunConfig | None) -> bool:
     return bool(saved and saved.data.prompt_suffix)
+
+
+def _objective(cfg: SampleConfig, saved: RunConfig | None) -> ObjectiveConfig | None:
+    """What the weights were trained with: options as ``cfg`` says, of the kind that is saved with them; None: neither.
+
+    Raises:
+        UserError: they were trained with another kind, whose steps are of other things.
+    """
+    if cfg.objective and saved and cfg.objective.kind != saved.objective.kind:
+        raise UserError(
+            f"objective.kind={cfg.objective.kind}: weights={cfg.weights} were trained with objective.kind="
+            f"{saved.objective.kind}; leave it out, or in a file of the family give the scheduler of the training run"
+        )
+    return cfg.objective or (saved.objective if saved else None)
 
 
 def default_objective(model: ModelConfig) -> ObjectiveConfig:

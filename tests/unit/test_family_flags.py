@@ -48,6 +48,12 @@ FLAGS: dict[str, tuple[list[str], str, Any]] = {
     "refined": (["--llm-refine", "True"], "refine.prompts", True),
     "none": (["--prompt-path", "None"], "prompt_csv", None),
     "said here": (["--verbose", "2"], "crf", 18),
+    "adapters": (["--ckpt-path-lora", "./l.safetensors"], "lora", "l.safetensors"),
+    "adapters to load": (["--load-lora", "l"], "lora", "l"),
+    "edits": (["--use-sdedit", "--seed", "1"], "sampling.use_sdedit", True),
+    "no edits": (["--use-sdedit", "False"], "sampling.use_sdedit", False),
+    "local files": (["--force-huggingface", "--seed", "3"], "sampling.seed", 3),
+    "column": (["--csv-reference-column-name", "ref", "--seed", "4"], "sampling.seed", 4),
 }
 
 
@@ -89,6 +95,7 @@ TRAIN_FLAGS: dict[str, tuple[list[str], str, Any]] = {
     "from scratch": (["--ckpt-path", "w.pth", "--start-from-scratch"], "train.init_from", None),
     "seed": (["--seed", "7"], "seed", 7),
     "time": (["--record-time", "True"], "seed", 42),
+    "time, bare": (["--record-time", "--seed", "8"], "seed", 8),
 }
 
 
@@ -106,9 +113,38 @@ def test_flags_of_training(name: str) -> None:
         (["--lr"], "--lr: a value is missing"),
         (["--lr", "fast"], "optim.lr='fast': must be a number"),
         (["--leraning-rate", "1"], "leraning_rate: unknown key"),
+        (["--load-lora", "x"], "load_lora='x': is for sampling; a run with lora.rank > 0 trains adapters"),
     ],
 )
 def test_flags_that_training_refuses(words: list[str], expected: str) -> None:
     with pytest.raises(UserError) as caught:
         load_config(RunConfig, TRAIN, words)
     assert expected in str(caught.value), str(caught.value)
+
+
+STDIT = CONFIGS / "opensora/inference/16x256x256.py"
+
+
+@pytest.mark.parametrize("text", ["a cat", "TEXT", ["a cat", "TEXT{}"]])
+def test_prompts_of_the_command_line_win_over_the_files(text: Any, tmp_path: Path) -> None:
+    """Whether they are given themselves or by their file; not both."""
+    (tmp_path / "run.py").write_text(f"{STDIT.read_text()}\nprompt = {text!r}\n")
+    weights = ["--ckpt-path", "FILE"]
+    found = load_config(SampleConfig, tmp_path / "run.py", [*weights, "--prompt-path", "p.txt"])
+    assert (found.prompt_csv, found.prompt, found.prompts) == ("p.txt", None, ())
+    found = load_config(SampleConfig, tmp_path / "run.py", [*weights, "--prompt", "a dog"])
+    assert (found.prompt_csv, found.prompts) == (None, ("a dog",))
+
+
+@pytest.mark.parametrize("words", [["--prompt", "a", "--prompt-path", "b"], ["--prompt_path=b", "--prompt=a"]])
+def test_prompts_and_a_file_of_them(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("weights: w.safetensors\n")
+    for path in (STDIT, tmp_path / "run.yaml"):
+        with pytest.raises(UserError, match="--prompt and --prompt-path: both say what is sampled"):
+            load_config(SampleConfig, path, ["--ckpt-path", "FILE", *words])
+
+
+def test_references_stand_in_one_column() -> None:
+    with pytest.raises(UserError, match="csv_reference_column_name='image': must be ref, the column that"):
+        words = ["--ckpt-path", "FILE", "--prompt-path", "p.csv", "--csv-reference-column-name", "image"]
+        load_config(SampleConfig, STDIT, words)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from opensora.config.family import keys as table
-from opensora.config.family.jobs import data, layout, optimizer, run, sampled
+from opensora.config.family.jobs import data, dataset, layout, optimizer, run, sampled
 from opensora.config.family.models import models, stills
 from opensora.config.family.translation import says_training, translated
 from opensora.config.mmengine import read_python
@@ -18,7 +18,7 @@ from opensora.config.schema import types_at, wants_text
 from opensora.config.strict_yaml import COMMAND_LINE, Keys, Lines, parse_value
 from opensora.utils.errors import UserError
 
-PARTS = (models, stills, sampled, data, layout, optimizer, run)
+PARTS = (dataset, models, stills, sampled, data, layout, optimizer, run)
 ALIASES = ("resolution", "aspect_ratio", "num_frames", "num_steps", "guidance", "guidance_img")  # of sampling_option
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 _WORDS = {"none": None, "null": None, "true": True, "false": False}
@@ -62,7 +62,7 @@ def read_family(cls: type, path: Path, words: Sequence[str]) -> tuple[dict[Any, 
         kind, script = ("sampling", "inference") if is_training else ("training", "train")
         raise UserError(f"{path}: is a configuration for {kind}; give it to scripts/diffusion/{script}.py")
     rest: list[str] = []
-    for word in _split(words):
+    for word in _words(words):
         keys = _place_in(tree, word.name) if word.values or word.dashed else None
         if keys is None or not (is_known(word.name) or not types_at(cls, keys[:1])):
             rest += word.words
@@ -70,7 +70,7 @@ def read_family(cls: type, path: Path, words: Sequence[str]) -> tuple[dict[Any, 
         _set(tree, keys, _value(cls, word))
         lines[keys] = COMMAND_LINE
     _move_aliases(tree, lines)
-    layer, places = translated(cls, tree, lines, PARTS, is_file=True)
+    layer, places = translated(cls, tree, lines, PARTS, file=path)
     if is_training:
         layer.setdefault("name", run_name(path))
     return layer, places, rest
@@ -85,7 +85,7 @@ def flag_overrides(cls: type, words: Sequence[str]) -> tuple[list[tuple[Keys, An
     rest: list[str] = []
     tree: dict[str, Any] = {}
     lines: Lines = {}
-    for word in _split(words):
+    for word in _words(words):
         is_ours = bool(types_at(cls, word.name.split("."))) and (
             len(word.values) == 1 or (not word.values and word.name not in table.SWITCHES)
         )
@@ -102,7 +102,7 @@ def flag_overrides(cls: type, words: Sequence[str]) -> tuple[list[tuple[Keys, An
         lines[keys] = COMMAND_LINE
     if not tree:
         return [], rest
-    layer, _ = translated(cls, tree, lines, PARTS, is_file=False)
+    layer, _ = translated(cls, tree, lines, PARTS, file=None)
     return list(_leaves(layer, ())), rest
 
 
@@ -115,6 +115,18 @@ def run_name(path: Path) -> str:
     """What a run is called that has no other name: as its file, behind the folder of its model."""
     folder = path.resolve().parent
     return f"{folder.parent.name}-{path.stem}" if folder.name in ("train", "inference", "misc") else path.stem
+
+
+def _words(words: Sequence[str]) -> list[_Word]:
+    """The command line, in which prompts stand themselves or by their file.
+
+    Raises:
+        UserError: they do both.
+    """
+    found = list(_split(words))
+    if {"prompt", "prompt_path"} <= {word.name for word in found}:
+        raise UserError("--prompt and --prompt-path: both say what is sampled; give one of them")
+    return found
 
 
 def _split(words: Sequence[str]) -> Iterable[_Word]:

@@ -9,7 +9,9 @@ from opensora.config.family import keys as table
 from opensora.config.family.models import is_second, version_of
 from opensora.config.family.translation import Translation
 from opensora.config.schema import shown, suggestion, types_at
+from opensora.config.strict_yaml import COMMAND_LINE
 from opensora.datasets.buckets.sizes_1x import Version, clip_size_1x, sizes_1x
+from opensora.utils.errors import UserError
 from opensora.utils.files.user_files import read_text
 
 LONG_RUN = 1_000_000  # steps of a run that says epochs: the family's are just large enough, and ended by hand
@@ -116,8 +118,10 @@ def area_name(name: str) -> str:
 
 
 def prompts(t: Translation) -> None:
-    """Prompts in the file win over a file of prompts."""
+    """Prompts win over a file of prompts, unless that one alone is given on the command line."""
     given, path_key = t.get("prompt"), t.first("prompt_path", "dataset.data_path")[0]
+    if t.get(path_key) is not None and t.place(path_key) == COMMAND_LINE != t.place("prompt"):
+        given = None
     texts = [given] if isinstance(given, str) else given
     if texts is not None:
         for text in texts if isinstance(texts, (list, tuple)) else ():
@@ -140,6 +144,8 @@ def references_of_prompts(t: Translation) -> None:
     second = is_second(t)
     if t.is_file and not second:
         t.put("release", version_of(t), "model.type")
+    if t.get("csv_reference_column_name", "ref") != "ref":
+        raise t.fail("csv_reference_column_name", "must be ref, the column that references are read from; rename it")
     if (path := t.get("reference_txt_path")) is not None:
         t.put("reference_path", references_listed(t, path), "reference_txt_path")
     for key in ("reference_path", "mask_strategy"):
@@ -166,6 +172,20 @@ def references_listed(t: Translation, path: Any) -> list[str | None]:
     return [line.strip() or None for line in lines]
 
 
+def dataset(t: Translation) -> None:
+    """That training reads clips; before all else, as a file of what is no clips has no encoders either."""
+    found = t.get("dataset.type")
+    if not t.is_training or found is None or found in table.DATASETS:
+        return
+    if found == "BatchFeatureDataset":
+        raise t.fail(
+            "dataset.type",
+            "holds no clips; train by the configuration of the clips, with data.features=FOLDER, the folder that "
+            "python -m opensora.cli.precompute writes",
+        )
+    raise t.fail("dataset.type", suggestion(str(found), table.DATASETS))
+
+
 def data(t: Translation) -> None:
     """Clips, and the table of shapes that they are trained in."""
     if not t.is_training:
@@ -179,12 +199,6 @@ def data(t: Translation) -> None:
     for key in ("load_video_features", "load_text_features"):
         if t.get(key):
             t.note(key, "what is stored is read with data.features=FOLDER, as opensora.cli.precompute writes it")
-    if t.get("dataset.type") == "BatchFeatureDataset":
-        raise t.fail(
-            "dataset.type",
-            "holds no clips; train by the configuration of the clips, with data.features=FOLDER, which "
-            "python -m opensora.cli.precompute writes it",
-        )
     key, frames = t.first("dataset.num_frames", "num_frames")
     size_key, size = t.first("dataset.image_size", "image_size")
     has_shape = t.get("batch_size") is not None and isinstance(size, (list, tuple)) and frames is not None
@@ -195,7 +209,7 @@ def data(t: Translation) -> None:
         if t.get("bucket_config") is not None:
             t.note("bucket_config", "is for dataset.type='VariableVideoTextDataset'; all clips have dataset.image_size")
     elif t.is_file:
-        raise t.fail("bucket_config", "missing; or give num_frames, image_size and batch_size")
+        raise no_shape(t, key, size_key)
     else:
         if t.get("batch_size") is not None:
             raise t.fail("batch_size", "stands in data.buckets, for every shape of clips")
@@ -231,6 +245,21 @@ def clips(t: Translation) -> None:
     t.put("data.unused_rows", "report", "bucket_config")  # what no clip fits does not matter to the family
 
 
+def no_shape(t: Translation, key: str, size_key: str) -> UserError:
+    """What is wrong with a file that names no shape of clips.
+
+    Args:
+        key, size_key: what it calls frames and size.
+    """
+    shape = (key, size_key, "batch_size")
+    missing = [name for name in shape if t.get(name) is None]
+    if len(missing) == len(shape):
+        return t.fail("bucket_config", f"missing; or give {', '.join(shape)}")
+    if missing:
+        return t.fail(missing[0], f"missing; clips of one shape need {', '.join(shape)}, others bucket_config")
+    return t.fail(size_key, "must be two whole numbers, (height, width)")
+
+
 def one_shape(t: Translation, key: str, size: Any, frames: Any) -> None:
     """A data set of one length and size, which its clips are scaled to cover and cut to."""
     if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
@@ -246,12 +275,13 @@ def buckets(t: Translation, given: Any) -> None:
     if not isinstance(given, Mapping) or not all(isinstance(rows, Mapping) for rows in given.values()):
         raise t.fail("bucket_config", "must be {resolution: {frames: (probability, batch size)}}")
     first = t.is_file and not is_second(t)
-    found = {
-        str(name) if first else area_name(str(name)): {
-            frames: _row(t, f"bucket_config.{name}.{frames}", value) for frames, value in rows.items()
-        }
-        for name, rows in given.items()
-    }
+    found: dict[str, dict[Any, list[Any]]] = {}
+    for name, rows in given.items():
+        ours = str(name) if first else area_name(str(name))
+        if ours in found or len({str(frames) for frames in rows}) < len(rows):
+            what = shown(name) if ours in found else f"a number of frames of {shown(name)}"
+            raise t.fail("bucket_config", f"has {what} twice, as a number and as text; keep one")
+        found[ours] = {frames: _row(t, f"bucket_config.{name}.{frames}", value) for frames, value in rows.items()}
     t.put("data.buckets", found, "bucket_config")
     if first:
         t.put("data.bucket_rule", RULES[version_of(t)], "bucket_config")
@@ -348,7 +378,7 @@ def optimizer(t: Translation) -> None:
     if t.get("ema_decay") is not None or (t.is_file and not second):
         t.put("optim.ema_decay", t.get("ema_decay", 0.9999), "ema_decay")
         t.put("optim.ema_warmup", False, "ema_decay")
-    if t.is_file and not second and t.get("adam_eps") is None:
+    if t.is_file and not second and t.get("adam_eps") is None and "eps" not in t.layer.get("optim", {}):
         t.put("optim.eps", 1e-8, "lr")
 
 

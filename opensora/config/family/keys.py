@@ -113,6 +113,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "dpm-solver": {"kind": "iddpm"},
     "rflow": {"kind": "rectified_flow_v1"},
 }
+# Data sets of clips that training reads: from 1.1 on, and those of Open-Sora 2.
+DATASETS = ("VideoTextDataset", "VariableVideoTextDataset", "video_text", "cached_video_text")
 SOLVERS = {"iddpm": "ddpm", "iddpm-speed": "ddpm", "dpm-solver": "dpm_solver", "rflow": "euler"}
 
 _BY_KIND = "the model's kind says what it is told"
@@ -141,7 +143,7 @@ KEYS: dict[str, Key] = {
     "reference_path": TOGETHER,
     "reference_txt_path": TOGETHER,
     "mask_strategy": TOGETHER,
-    "csv_reference_column_name": Key(only="ref"),
+    "csv_reference_column_name": TOGETHER,
     "ref": Key("ref"),
     "neg_prompt": TOGETHER,
     "image_cfg_scale": Key("sampling.guidance_img"),
@@ -246,6 +248,8 @@ KEYS: dict[str, Key] = {
     "save_master_weights": no_meaning("checkpoints always hold the masters"),
     "load_master_weights": no_meaning("checkpoints always hold the masters"),
     "load": TOGETHER,
+    "load_lora": TOGETHER,
+    "ckpt_path_lora": TOGETHER,
     "start_from_scratch": TOGETHER,
     "record_time": no_meaning("metrics.jsonl has the time of every part of a step"),
     "record_barrier": no_meaning("metrics.jsonl has the time of every part of a step"),
@@ -376,6 +380,7 @@ FLAGS: dict[str, str] = {
     "image_prompt": "reference_path",
     "image_prompt_path": "reference_path",
     "use_oscillation_guidance": "scheduler.use_oscillation_guidance",
+    "force_huggingface": "model.force_huggingface",
 }
 MANY = ("prompt", "reference_path", "mask_strategy", "neg_prompt")  # flags that take one value or more
 LISTS = ("reference_path", "mask_strategy")  # of these those that are a list here, even of one
@@ -384,5 +389,6 @@ PAIRS = ("image_size",)  # two
 TEXTS = (  # what stays text although it may look like a number
     *("resolution", "aspect_ratio", "prompt_path", "data_path", "dataset.data_path", "root", "load", "plugin", "dtype"),
     *("model.from_pretrained", "vae.from_pretrained", "motion_score", "reference_txt_path"),
+    *("ckpt_path_lora", "load_lora", "csv_reference_column_name"),
 )
-SWITCHES = ("prompt_as_path", "start_from_scratch", "force_huggingface")  # none
+SWITCHES = ("prompt_as_path", "start_from_scratch", "force_huggingface", "use_sdedit", "record_time")  # none

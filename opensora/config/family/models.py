@@ -8,6 +8,7 @@ from opensora.config.family.masks import SHORT_MASKS
 from opensora.config.family.translation import Translation, own_names
 from opensora.config.schema import shown, suggestion
 from opensora.models.families import MODEL_CONFIGS
+from opensora.schedulers.noise_schedule import DIFFUSION_STEPS
 
 # What keys of an autoencoder are that a file leaves out or says None for, where our defaults are those of the published
 # configurations and the family's code has others.
@@ -19,6 +20,9 @@ ABSENT: dict[str, dict[str, tuple[str, Any]]] = {
         "vae.normalization": ("vae.normalization", "none"),
     },
 }
+# What files of 1.0 cannot say: its code has no such types and keys.
+LATER_TYPES = ("STDiT2-XL/2", "PixArt-1B/2", "PixArt-Sigma-XL/2", "PixArtSigma-XL/2", "iddpm-speed", "rflow")
+LATER_KEYS = ("scheduler.cfg_channel", "bucket_config", "mask_ratios", "dataset.")
 
 
 def is_second(t: Translation) -> bool:
@@ -27,13 +31,15 @@ def is_second(t: Translation) -> bool:
 
 
 def version_of(t: Translation) -> str:
-    """The release whose habits a file of 1.x has."""
+    """The release whose habits a file of 1.x has; training files of 1.1 have the names of 1.0 for kernels, too."""
     kind = str(t.get("model.type", ""))
     if t.get("vae.type") == "OpenSoraVAE_V1_3" or "model.kernel_size" in t.given:
         return "1.3"
     if kind.startswith("STDiT3") or t.get("vae.type") == "OpenSoraVAE_V1_2":
         return "1.2"
-    return "1.0" if "model.enable_flashattn" in t.given else "1.1"
+    later = kind in LATER_TYPES or t.get("scheduler.type") in LATER_TYPES
+    later = later or any(key.startswith(LATER_KEYS) for key in t.given)
+    return "1.0" if "model.enable_flashattn" in t.given and not later else "1.1"
 
 
 def of_type(t: Translation, key: str, types: Mapping[str, Mapping[str, Any]], ours: str) -> Mapping[str, Any]:
@@ -55,6 +61,7 @@ def models(t: Translation) -> None:
         raise t.fail("model.type", "missing; a configuration of the family has model = dict(type=...)")
     if t.get("model.type") is not None:
         of_type(t, "model.type", table.MODELS, "model")
+    complete(t)
     for section in ("vae", "ae"):
         if t.get(f"{section}.type") is not None:
             of_type(t, f"{section}.type", table.AUTOENCODERS, "vae")
@@ -68,8 +75,23 @@ def models(t: Translation) -> None:
         shapes(t)
 
 
+def complete(t: Translation) -> None:
+    """That a file of 1.x has its parts, for which the defaults here would be those of Open-Sora 2.
+
+    Raises:
+        UserError: one is missing, or has no type.
+    """
+    if not t.is_file or is_second(t):
+        return
+    examples = {"vae": "VideoAutoencoderKL", "text_encoder": "t5", "scheduler": "iddpm"}
+    for section, example in examples.items():
+        if t.get(f"{section}.type") is None:
+            needs = f"model.type={shown(t.get('model.type'))} needs {section} = dict(type=...), as type='{example}'"
+            raise t.fail(f"{section}.type", f"missing; {needs}")
+
+
 def weights(t: Translation) -> None:
-    """model.from_pretrained is what is sampled, or what training starts from."""
+    """model.from_pretrained is what is sampled, or what training starts from; adapters are beside it."""
     path = table.path_of(t.get("model.from_pretrained"))
     if t.get("start_from_scratch") and t.is_training:
         path = None
@@ -80,6 +102,11 @@ def weights(t: Translation) -> None:
     load = t.get("load")
     if load is not None and t.is_training:
         t.put("train.resume", load, "load")
+    key, adapters = t.first("ckpt_path_lora", "load_lora")
+    if adapters is not None and t.is_training:
+        raise t.fail(key, "is for sampling; a run with lora.rank > 0 trains adapters, and goes on by --load RUN")
+    if adapters is not None:
+        t.put("lora", table.path_of(adapters), key)
 
 
 def autoencoder(t: Translation) -> None:
@@ -98,7 +125,7 @@ def text(t: Translation) -> None:
     length_key, length = t.first("text_encoder.model_max_length", "model_max_length")
     if t.get("text_encoder.type") is not None:
         kind = of_type(t, "text_encoder.type", table.TEXT_ENCODERS, "text")["kind"]
-        if length is not None and kind == "t5":
+        if kind == "t5" and (length := _read_by_model(t) if length is None else length) is not None:
             t.put("text.max_tokens", length, length_key)
         elif kind == "clip" and length not in (None, 77):
             raise t.fail(length_key, "must be 77, the tokens that CLIP reads")
@@ -118,11 +145,21 @@ def text(t: Translation) -> None:
             t.put("text.shard", True, f"{section}.shardformer")
 
 
+def _read_by_model(t: Translation) -> int | None:
+    """Tokens of a prompt that the model is built for: as the file says, or its kind has; None: it says nothing."""
+    fields = own_names(MODEL_CONFIGS[kind]) if (kind := t.layer.get("model", {}).get("kind")) in MODEL_CONFIGS else {}
+    if not t.is_file or is_second(t) or "model_max_length" not in fields:
+        return None
+    return t.get("model.model_max_length", fields["model_max_length"].default)
+
+
 def objective(t: Translation) -> None:
     """The scheduler: what is learned, and how it is stepped."""
     if t.get("scheduler.type") is None:
         return
     kind = of_type(t, "scheduler.type", table.OBJECTIVES, "objective")["kind"]
+    if t.is_training and t.given["scheduler.type"] == "dpm-solver":
+        raise t.fail("scheduler.type", "samples only; the models that it samples are trained with iddpm")
     version = version_of(t)
     if kind == "rectified_flow_v1":
         t.put("objective.version", "1.3" if version == "1.3" else "1.2", "scheduler.type")
@@ -132,8 +169,30 @@ def objective(t: Translation) -> None:
         t.put("sampling.solver", table.SOLVERS[t.given["scheduler.type"]], "scheduler.type")
         if version == "1.0" and t.given["scheduler.type"] == "iddpm" and "scheduler.cfg_channel" not in t.given:
             t.put("sampling.cfg_channel", 3, "scheduler.type")
+        steps(t, t.given["scheduler.type"])
     elif t.is_file and t.has(("train", "loss_reduction")):
         t.put("train.loss_reduction", "samples", "scheduler.type")
+
+
+def steps(t: Translation, name: str) -> None:
+    """Steps and guidance of a sampling file of 1.x that leaves them out: those of its scheduler."""
+    if not t.is_file or is_second(t):
+        return
+    if t.first("scheduler.cfg_scale", "guidance")[1] is None:
+        t.put("sampling.guidance", 4.0, "scheduler.type")
+    key, count = t.first("num_steps", "scheduler.num_sampling_steps")
+    chosen = t.get("scheduler.timestep_respacing") if name.startswith("iddpm") else None
+    if count is not None and chosen:
+        raise t.fail("scheduler.timestep_respacing", f"{key} says otherwise; keep one")
+    if count is not None:
+        return
+    if name == "dpm-solver":
+        raise t.fail(key, "missing; type='dpm-solver' has no number of its own, say one, as --num-sampling-steps 20")
+    if chosen:
+        t.put("sampling.timestep_respacing", chosen, "scheduler.timestep_respacing")
+    else:  # of iddpm all that are trained
+        whole = t.get("scheduler.diffusion_steps", DIFFUSION_STEPS)
+        t.put("sampling.num_steps", 10 if name == "rflow" else whole, "scheduler.type")
 
 
 def kernels(t: Translation) -> None:

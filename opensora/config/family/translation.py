@@ -6,6 +6,7 @@ is refused with a suggestion, as any key of ours is.
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from opensora.config.family import keys as table
@@ -52,11 +53,12 @@ class Translation:
         cls: RunConfig or SampleConfig.
         tree: what the file says.
         lines: where each key path was set.
-        is_file: a whole file, whose other keys are as the family has them; False: some flags beside another file.
+        file: a whole file, whose other keys are as the family has them; None: some flags beside another file.
     """
 
-    def __init__(self, cls: type, tree: Mapping[str, Any], lines: Lines, *, is_file: bool) -> None:
-        self.cls, self.lines, self.is_file = cls, lines, is_file
+    def __init__(self, cls: type, tree: Mapping[str, Any], lines: Lines, *, file: Path | None) -> None:
+        self.cls, self.lines, self.is_file = cls, lines, file is not None
+        self.nowhere = COMMAND_LINE if file is None else str(file)  # where a key is missing
         self.is_training = bool(types_at(cls, ("train",)))
         self.given = flattened(tree)
         self.layer: dict[Any, Any] = {}
@@ -74,7 +76,7 @@ class Translation:
 
     def place(self, key: str) -> str:
         head, _, rest = key.partition(".")
-        return self.lines.get((head, rest)) or self.lines.get((head,)) or COMMAND_LINE
+        return self.lines.get((head, rest)) or self.lines.get((head,)) or self.nowhere
 
     def fail(self, key: str, reason: str) -> UserError:
         """The error of a key: reason, and where it stands."""
@@ -187,8 +189,10 @@ def flattened(tree: Mapping[str, Any]) -> dict[str, Any]:
     """
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        if name not in table.SECTIONS or value is None:
+        if name not in table.SECTIONS:
             flat[name] = value
+        elif value is None:  # as a section that is not there
+            continue
         elif isinstance(value, Mapping):
             flat |= {f"{name}.{key}": item for key, item in value.items()}
         else:
@@ -197,17 +201,23 @@ def flattened(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def translated(
-    cls: type, tree: Mapping[str, Any], lines: Lines, parts: tuple[Callable[[Translation], None], ...], *, is_file: bool
+    cls: type,
+    tree: Mapping[str, Any],
+    lines: Lines,
+    parts: tuple[Callable[[Translation], None], ...],
+    *,
+    file: Path | None,
 ) -> tuple[dict[Any, Any], Lines]:
     """A layer of ours, and where each of its keys was set; what has no meaning is announced.
 
     Args:
         parts: what reads keys that belong together, in this order, before all others.
+        file: the whole file that ``tree`` is; None: flags beside another one.
 
     Raises:
         UserError: an unknown key, or a value that cannot be here, with file and line.
     """
-    found = Translation(cls, tree, lines, is_file=is_file)
+    found = Translation(cls, tree, lines, file=file)
     for part in parts:
         part(found)
     found.rest()
