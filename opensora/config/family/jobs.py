@@ -34,7 +34,7 @@ def sampled(t: Translation) -> None:
     if (fps := t.get("fps")) is not None:
         t.put("sampling.fps", fps, "fps")
     interval = t.get("frame_interval", 1)
-    if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
+    if not is_count(interval):
         raise t.fail("frame_interval", "must be an integer >= 1")
     saved = t.get("save_fps", fps // interval if isinstance(fps, int) and interval > 1 else None)
     if saved is not None and saved != fps:
@@ -65,6 +65,11 @@ def sampled(t: Translation) -> None:
     for key in ("plugin", "plugin_config", "sp_size"):
         if t.get(key) not in (None, 1):
             t.note(key, "all processes of a job share every clip, whatever their number (parallel.mesh)")
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number from 1 on; True is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def clip_size(t: Translation) -> None:
@@ -308,6 +313,11 @@ def layout(t: Translation) -> None:
     if any(name in table.ENGINES for name in config):
         left = ", ".join(str(name) for name in config if name in table.ENGINES)
         t.note("plugin_config", f"{left}: decided by the engine (parallel.engine)")
+    for name in ("sp_size", "tp_size", "pp_size"):
+        if not is_count(config.get(name, 1)):
+            raise t.fail("plugin_config", f"{name} must be a whole number >= 1")
+    if not is_count(t.get("sp_size", 1)):
+        raise t.fail("sp_size", "must be a whole number >= 1")
     if config.get("pp_size", 1) != 1:
         raise t.fail("plugin_config", "pp_size must be 1; models are cut by zero, ring, ulysses and tensor here")
     key, processes = (
@@ -359,6 +369,8 @@ def run(t: Translation) -> None:
     if t.get("seed") is not None:
         t.put("seed", t.get("seed"), "seed")
     epochs = t.get("epochs")
+    if not is_count(t.get("epochs", 1)):
+        raise t.fail("epochs", "must be a whole number >= 1")
     if t.is_file:
         t.put("train.steps", LONG_RUN, "epochs")
         if epochs is not None:
