@@ -93,9 +93,7 @@ def _bases(path: Path, tree: Path, named: Any, place: str) -> list[Path]:
     for name in names:
         target = path.parent / name
         said = f"{BASE}={short(name if name.isprintable() else repr(name))} ({place})"
-        with parsing(lambda reason, said=said: UserError(f"{said}: must be the path of a .py file ({reason})")):
-            inside = target.resolve().is_relative_to(tree)
-        if Path(name).is_absolute() or not inside:
+        if Path(name).is_absolute() or not _resolved(target, f"{said}: cannot be read").is_relative_to(tree):
             raise UserError(f"{said}: must be a relative path to a file in {tree}")
         if target.suffix != ".py" or not is_regular_file(target):
             raise UserError(f"{said}: no such .py file; paths are relative to the file itself")

@@ -1,4 +1,4 @@
-"""What is on or off in the Open-Sora family: True or False in files, words on the command line, and nothing by truth."""
+"""What is on or off in the Open-Sora family: True or False in files, words of argparse on the command line."""
 
 from pathlib import Path
 from typing import Any

@@ -71,7 +71,7 @@ def read_family(cls: type, path: Path, words: Sequence[str]) -> tuple[dict[Any, 
         if keys is None or not (is_known(word.name) or not types_at(cls, keys[:1])):
             rest += word.words
             continue
-        _set(tree, keys, _value(cls, word, ".".join(keys)))
+        _set(tree, keys, _value(cls, word, ".".join(map(str, keys))))
         lines[keys] = COMMAND_LINE
     _move_aliases(tree, lines)
     layer, places = translated(cls, tree, lines, PARTS, is_file=True)
@@ -105,7 +105,7 @@ def flag_overrides(cls: type, words: Sequence[str]) -> tuple[list[tuple[Keys, An
             rest += word.words
             continue
         keys = tuple(table.FLAGS.get(word.name, word.name).split("."))
-        _set(tree, keys, _value(cls, word, ".".join(keys)))
+        _set(tree, keys, _value(cls, word, ".".join(map(str, keys))))
         lines[keys] = COMMAND_LINE
     if not tree:
         return [], rest

@@ -10,7 +10,7 @@ from opensora.config.family.models import is_second, version_of
 from opensora.config.family.translation import Translation
 from opensora.config.schema import shown, suggestion, types_at
 from opensora.datasets.buckets.sizes_1x import Version, clip_size_1x, sizes_1x
-from opensora.utils.files.user_files import read_text
+from opensora.utils.files.user_files import absence, read_text
 
 LONG_RUN = 1_000_000  # steps of a run that says epochs: the family's are just large enough, and ended by hand
 AREAS = {"2k": "1440p", "4k": "2160p"}
@@ -167,6 +167,8 @@ def references_listed(t: Translation, path: Any) -> list[str | None]:
     """References of every prompt, a line each, as 1.3 reads them from a file; an empty line has none."""
     if not isinstance(path, str):
         raise t.fail("reference_txt_path", "must be a text file, with the references of a prompt in every line")
+    if reason := absence(path, "file"):
+        raise t.fail("reference_txt_path", f"cannot be read ({reason})")
     lines = read_text(Path(path), f"reference_txt_path={path}").splitlines()
     return [line.strip() or None for line in lines]
 

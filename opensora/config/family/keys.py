@@ -47,7 +47,9 @@ def precision_of(value: Any) -> Any:
 
 def _wandb(value: Any) -> Any:
     if isinstance(value, str):
-        value = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(value.lower(), value)
+        value = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(
+            value.lower(), value
+        )
     return ("online" if value else "off") if isinstance(value, bool) else value
 
 
