@@ -292,6 +292,9 @@ def test_no_command_for_what_another_one_brings() -> None:
     both = ["a/Open_Sora_v2.safetensors", "a/google/t5-v1_1-xxl", "a/openai/clip-vit-large-patch14", "x.csv"]
     fetch = "python -m opensora.cli.download"
     assert how_to_fetch_all(both) == how_to_fetch_all(both[::-1]) == [f"{fetch} open-sora-v2 --to a"]
+    assert how_to_fetch_all(["DeepFloyd/t5-v1_1-xxl"]) == [
+        f"{fetch} text-encoders --to ., and name google/t5-v1_1-xxl, where that puts it"
+    ]
     assert how_to_fetch_all(both[1:]) == [f"{fetch} text-encoders --to a"]
     assert how_to_fetch_all(["b/Open_Sora_v2.safetensors", *both[1:]]) == [
         f"{fetch} open-sora-v2 --to b",

@@ -1,11 +1,12 @@
 """What is on or off in the Open-Sora family: True or False in files, words of argparse on the command line."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from opensora.config.family.booleans import BOOLEANS, INSIDE, WORDS
+from opensora.config.family.booleans import BOOLEANS, INSIDE
 from opensora.config.family.flags import flag_overrides, read_family
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig, SampleConfig
@@ -15,6 +16,21 @@ from opensora.utils.errors import UserError
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TRAIN = CONFIGS / "opensora/train/16x256x256.py"
 SAMPLE = CONFIGS / "opensora/inference/16x256x256.py"
+
+
+WORDS = {
+    **{"yes": True, "true": True, "t": True, "y": True, "1": True},
+    **{"no": False, "false": False, "f": False, "n": False, "0": False},
+}
+
+
+def refusal(path: Path, *words: str) -> str:
+    """What is said of a training file; empty: nothing."""
+    try:
+        read_family(RunConfig, path, words)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def at(value: Any, key: str) -> Any:
@@ -47,21 +63,16 @@ def with_key(folder: Path, key: str, value: str) -> Path:
 @pytest.mark.parametrize("key", BOOLEANS)
 def test_a_text_or_a_number_is_neither_on_nor_off(key: str, tmp_path: Path) -> None:
     for value in ("'no'", "'False'", "3", "1", "0.0", "[]", "dict(a=1)"):
-        with pytest.raises(UserError) as caught:
-            read_family(RunConfig, with_key(tmp_path, key, value), [])
-        message = str(caught.value)
+        message = refusal(with_key(tmp_path, key, value))
         assert message.startswith(f"{key}=") and "must be True or False" in message and "run.py:2" in message
     for value in ("True", "False", "None"):
-        try:
-            read_family(RunConfig, with_key(tmp_path, key, value), [])
-        except UserError as error:
-            assert "must be True or False" not in str(error)
+        assert "must be True or False" not in refusal(with_key(tmp_path, key, value))
 
 
 @pytest.mark.parametrize(("section", "name"), [(section, name) for section, names in INSIDE.items() for name in names])
 def test_nor_inside_a_mapping(section: str, name: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"{section}=.*{name} must be True or False \(.*run\.py:2\)"):
-        read_family(RunConfig, with_key(tmp_path, f"{section}.{name}", "'no'"), [])
+    message = refusal(with_key(tmp_path, f"{section}.{name}", "'no'"))
+    assert re.fullmatch(rf"{section}=.*{name} must be True or False \(.*run\.py:2\)", message)
 
 
 ON_AND_OFF = {
@@ -105,7 +116,7 @@ def test_switches_and_keys_of_both(word: str, meaning: bool, tmp_path: Path) -> 
     [("sp_size", "True"), ("sp_size", "0"), ("epochs", "'a'"), ("epochs", "True"), ("epochs", "1.5")],
 )
 def test_counts_are_whole_numbers(key: str, value: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"{key}=.*: must be a whole number >= 1 \(.*run\.py:2\)"):
-        read_family(RunConfig, with_key(tmp_path, key, value), [])
-    with pytest.raises(UserError, match=r"plugin_config=.*tp_size must be a whole number"):
-        read_family(RunConfig, with_key(tmp_path, "plugin_config.tp_size", "True"), [])
+    message = refusal(with_key(tmp_path, key, value))
+    assert re.fullmatch(rf"{key}=.*: must be a whole number >= 1 \(.*run\.py:2\)", message)
+    message = refusal(with_key(tmp_path, "plugin_config.tp_size", "True"))
+    assert re.fullmatch(r"plugin_config=.*tp_size must be a whole number >= 1 \(.*run\.py:2\)", message)

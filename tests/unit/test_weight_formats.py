@@ -167,12 +167,19 @@ def old_file(content: Any, path: Path) -> None:
     torch.save(content, path, _use_new_zipfile_serialization=False)
 
 
+def holds(path: Path, state: Mapping[str, Tensor]) -> bool:
+    """Whether files are read, and hold just this."""
+    try:
+        return same(dict(WeightFile(path, FILM, OURS)), state)
+    except UserError:
+        return False
+
+
 def test_files_of_torch_save_before_they_were_zips(tmp_path: Path) -> None:
     state, path = random_state(), tmp_path / "film.pth"
     for content in (published(state), {"epoch": 3, "state_dict": published(state)}):
         old_file(content, path)
-        for place in (path, tmp_path):
-            assert same(dict(WeightFile(place, FILM, OURS)), state)
+        assert holds(path, state) and holds(tmp_path, state)
         with pytest.raises(UserError, match="is a pickle, not safetensors: nothing is unpickled"):
             WeightFile(path, WEIGHTS_OF_MMDIT)
     for content in ({"state_dict": published(state), "args": Program()}, Program()):
@@ -190,7 +197,7 @@ def test_options_beside_weights_are_read_and_run_nothing(tmp_path: Path) -> None
     plain = argparse.Namespace(lr=1e-4, model="DiT-XL/2", sizes=[1, 2], more=argparse.Namespace(x=None))
     for save in (torch.save, old_file):
         save({"ema": published(state), "opt": {"state": {}}, "args": plain}, path)
-        assert same(dict(WeightFile(path, FILM, OURS)), state)
+        assert holds(path, state)
         for value in (Program(), [Program()], {"a": Program()}, argparse.Namespace(b=Program()), exec, Program):
             save({"ema": published(state), "args": argparse.Namespace(a=value)}, path)
             with pytest.raises(UserError, match="holds more than tensors, which could be a program"):

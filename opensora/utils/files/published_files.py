@@ -173,14 +173,21 @@ def folder_of_set(path: str) -> Path:
 def how_to_fetch_all(paths: Iterable[str]) -> list[str]:
     """The commands that fetch published files that are not there; none for what another of them brings to the same
     place."""
-    found = dict.fromkeys((name, folder_of_set(path)) for path in paths if (name := set_of(path)))
-    models = {name: _models(SETS[name]) for name, _ in found}
-    told = [
-        (name, to)
-        for name, to in found
-        if not any(to == there and models[name] < models[other] for other, there in found)
+    elsewhere: dict[tuple[str, Path], list[str]] = {}  # of every set and --to: where it puts what is named otherwise
+    for path in paths:
+        if found := _published(path):
+            to = folder_of_set(path)
+            elsewhere.setdefault((found[0], to), []).extend([str(to / found[1])] * (to / found[1] != Path(path)))
+    models = {name: _models(SETS[name]) for name, _ in elsewhere}
+    return [
+        f"python -m opensora.cli.download {name} --to {to}{_named(places)}"
+        for (name, to), places in elsewhere.items()
+        if places or not any(to == there and models[name] < models[other] for other, there in elsewhere)
     ]
-    return [f"python -m opensora.cli.download {name} --to {to}" for name, to in told]
+
+
+def _named(places: list[str]) -> str:
+    return f", and name {' and '.join(places)}, where that puts it" if places else ""
 
 
 def how_to_fetch(path: str | Path) -> str:
@@ -191,5 +198,5 @@ def how_to_fetch(path: str | Path) -> str:
         return ""
     name, place = found
     to = folder_of_set(str(path))
-    there = "" if to / place == Path(path) else f", and name {to / place}, where that puts it"
-    return f", or fetch it: python -m opensora.cli.download {name} --to {to}{there}"
+    named = _named([] if to / place == Path(path) else [str(to / place)])
+    return f", or fetch it: python -m opensora.cli.download {name} --to {to}{named}"
