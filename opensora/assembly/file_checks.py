@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from opensora.assembly.initial_weights import check_initial
@@ -11,7 +10,7 @@ from opensora.config.run import RunConfig
 from opensora.models.text.weights import open_clip, open_t5
 from opensora.models.vae import check_autoencoder
 from opensora.utils.errors import UserError
-from opensora.utils.files.published_files import folder_of_set, set_of
+from opensora.utils.files.published_files import set_of
 from opensora.utils.files.user_files import absence
 
 _GLOB = "*?["
@@ -71,8 +70,3 @@ def run_files(cfg: RunConfig) -> list[Finding]:
     if not cfg.data.features or cfg.validate.every:
         found += encoder_files(cfg.vae, cfg.text)
     return found
-
-
-def folder_for(findings: Sequence[Finding], name: str) -> Path:
-    """The folder that a set of published files goes to, for what is missing of it to be where it is looked for."""
-    return folder_of_set(next(finding.path for finding in findings if finding.published == name))

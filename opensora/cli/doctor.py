@@ -12,7 +12,7 @@ if __name__ == "__main__":
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from opensora.assembly.file_checks import Finding, autoencoder_files, encoder_files, folder_for, look, run_files
+from opensora.assembly.file_checks import Finding, autoencoder_files, encoder_files, look, run_files
 from opensora.cli.forecast import MAX_GIB, MAX_WORLD, describe
 from opensora.cli.main import run_cli
 from opensora.config.load import is_training, load_config
@@ -24,6 +24,7 @@ from opensora.planner.search import RESERVE, Planner, check_own
 from opensora.train.validate import planned_clips
 from opensora.utils.command_line.arguments import Parser, number, whole
 from opensora.utils.errors import UserError
+from opensora.utils.files.published_files import how_to_fetch_all
 
 GIB = 2**30
 WORLDS = (1, 2, 4, 8)
@@ -134,8 +135,8 @@ def advise(findings: Sequence[Finding], command: str) -> int:
     if not any(finding.problem for finding in findings):
         print(f"next: {command}")
         return 0
-    for name in dict.fromkeys(finding.published for finding in findings if finding.published):
-        print(f"next: python -m opensora.cli.download {name} --to {folder_for(findings, name)}")
+    for fetch in how_to_fetch_all(finding.path for finding in findings if finding.published):
+        print(f"next: {fetch}")
     rest = [finding for finding in findings if finding.problem and not finding.published]
     if rest:
         print(f"next: give {', '.join(f'{finding.key}=...' for finding in rest)}")

@@ -10,7 +10,7 @@ from typing import Any
 from opensora.config.python_values import forget, read_assignments, size_of
 from opensora.config.strict_yaml import MAX_VALUES, Keys, Lines, dotted, is_regular_file
 from opensora.utils.errors import UserError
-from opensora.utils.files.untrusted import short
+from opensora.utils.files.untrusted import parsing, short
 
 BASE, DELETE = "_base_", "_delete_"
 MAX_BASES = 100  # files that a configuration may be put together from
@@ -26,33 +26,51 @@ def read_python(path: Path) -> tuple[dict[str, Any], Lines]:
     Raises:
         UserError: no such file, not UTF-8, not Python, or something that is not data.
     """
-    here = path.resolve()
+    here = _resolved(path, f"{short(path)}: cannot be read")
     tree = next((folder for folder in here.parents if folder.name == TREE), here.parent)
-    data, lines = _with_bases(path, tree, (), [])
-    return _plain(data), lines
+    data, lines = _with_bases(path, tree, (), [], "")
+    return _plain(data, (), lines), lines
 
 
-def _with_bases(path: Path, tree: Path, chain: tuple[Path, ...], read: list[Path]) -> tuple[dict[str, Any], Lines]:
+def _resolved(path: Path, problem: str) -> Path:
+    """Where a path leads.
+
+    Raises:
+        UserError: ``problem``, as it holds a NUL, is no text of files, is too long, or its links go round in a circle.
+    """
+    with parsing(lambda reason: UserError(f"{problem} ({reason}); give the path of a configuration file")):
+        return path.resolve()
+
+
+def _with_bases(
+    path: Path, tree: Path, chain: tuple[Path, ...], read: list[Path], source: str
+) -> tuple[dict[str, Any], Lines]:
     """The merged content of a file and its bases.
 
     Args:
         tree: the folder that all of them lie in.
         chain: the files that lead here, each building on the next.
         read: all files that were read until now; this one is added.
+        source: the ``file:line`` that names this one; empty for the first.
     """
     here = path.resolve()
     if here in chain:
         loop = " -> ".join(step.name for step in (*chain, here))
-        raise UserError(f"{path}: {BASE} goes round in a circle ({loop}); remove one of them")
+        raise UserError(f"{source}: {BASE} goes round in a circle ({loop}); remove one of them")
     read.append(here)
     if len(read) > MAX_BASES:
-        raise UserError(f"{path}: {BASE} adds up to more than {MAX_BASES} files; write them out in fewer")
+        raise UserError(f"{source}: {BASE} adds up to more than {MAX_BASES} files; write them out in fewer")
     own, lines = read_assignments(path)
     merged: dict[str, Any] = {}
     merged_lines: Lines = {}
+    if DELETE in own:
+        raise UserError(
+            f"{DELETE}={short(repr(own[DELETE]))} ({lines.get((DELETE,))}): stands in a mapping, beside the keys that "
+            f"replace the base's; to replace a whole file leave out {BASE}"
+        )
     place = lines.pop((BASE,), str(path))
     for base in _bases(path, tree, own.pop(BASE, None), place):
-        below, below_lines = _with_bases(base, tree, (*chain, here), read)
+        below, below_lines = _with_bases(base, tree, (*chain, here), read, place)
         if twice := next((key for key in below if key in merged), None):
             raise UserError(
                 f"{twice}: two files of {BASE} ({place}) set it, {merged_lines[(twice,)]} and {below_lines[(twice,)]}; "
@@ -74,10 +92,11 @@ def _bases(path: Path, tree: Path, named: Any, place: str) -> list[Path]:
     found = []
     for name in names:
         target = path.parent / name
-        if Path(name).is_absolute() or not target.resolve().is_relative_to(tree):
-            raise UserError(f"{BASE}={short(name)} ({place}): must be a relative path to a file in {tree}")
+        said = f"{BASE}={short(name if name.isprintable() else repr(name))} ({place})"
+        if Path(name).is_absolute() or not _resolved(target, f"{said}: cannot be read").is_relative_to(tree):
+            raise UserError(f"{said}: must be a relative path to a file in {tree}")
         if target.suffix != ".py" or not is_regular_file(target):
-            raise UserError(f"{BASE}={short(name)} ({place}): no such .py file; paths are relative to the file itself")
+            raise UserError(f"{said}: no such .py file; paths are relative to the file itself")
         found.append(target)
     return found
 
@@ -114,8 +133,11 @@ def _delete_of(mapping: dict[Any, Any], keys: Keys, lines: Lines) -> bool:
     return value
 
 
-def _plain(value: Any) -> Any:
-    """The same without tuples, and without what only says how to merge."""
+def _plain(value: Any, keys: Keys, lines: Lines) -> Any:
+    """The same without tuples, and without what only says how to merge, which changes nothing inside a list."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items() if key != DELETE}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        _delete_of(value, keys, lines)
+        return {key: _plain(item, (*keys, key), lines) for key, item in value.items() if key != DELETE}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, (*keys, index), lines) for index, item in enumerate(value)]
+    return value

@@ -204,8 +204,8 @@ class _Reader:
     def mapping(self, node: ast.Dict | ast.Call, depth: int) -> dict[Any, Any]:
         """``{key: value}`` or ``dict(key=value)``."""
         if isinstance(node, ast.Call) and not (isinstance(node.func, ast.Name) and node.func.id == "dict"):
-            name = node.func.id if isinstance(node.func, ast.Name) else "what is no name"
-            raise self.fail(node, f"a call of {short(name)} is refused, as nothing is executed; {ALLOWED}")
+            name = _called(node.func)
+            raise self.fail(node, f"a call of {name} is refused, as nothing is executed; {ALLOWED}")
         if isinstance(node, ast.Call) and (node.args or any(word.arg is None for word in node.keywords)):
             raise self.fail(node, "dict(..) takes key=value only")
         if isinstance(node, ast.Dict) and None in node.keys:
@@ -239,6 +239,17 @@ class _Reader:
         with parsing(lambda reason: self.fail(node, f"cannot be computed: {reason}")):
             result = _ARITHMETIC[type(operation)](base, other)
         return self.number(node, result)
+
+
+def _called(node: ast.expr) -> str:
+    """What a call names, as it is written, as far as that is names; the inner call of ``f(..).g(..)`` is f(..)."""
+    names: list[str] = []
+    while isinstance(node, (ast.Attribute, ast.Call)):
+        names.insert(0, f".{node.attr}" if isinstance(node, ast.Attribute) else "(..)")
+        node = node.value if isinstance(node, ast.Attribute) else node.func
+    if isinstance(node, ast.Name):
+        return short("".join([node.id, *names]))
+    return f"the method {short(names[-1][1:])}" if names and names[-1] != "(..)" else "an expression"
 
 
 def _entries(node: ast.Dict | ast.Call) -> Iterable[tuple[ast.expr | ast.keyword, ast.expr]]:

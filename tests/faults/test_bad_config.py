@@ -51,6 +51,7 @@ CASES: dict[str, tuple[list[str], int, str]] = {
     "the run's folder is a file": (["output={folder}/table.csv"], 2, "output="),
     "a file is in the way": (["output={folder}", "name=table.csv"], 2, "table.csv"),
     "a disk that cannot be written": (["output=/proc/runs"], 2, "output=/proc/runs"),
+    "a folder of too long a name": ([f"output={'a' * 300}"], 2, "output: aaa"),
     "a table that is a folder": (["data.table={folder}"], 2, "data.table="),
     "a pattern without tables": (["data.table={folder}/*.parquet"], 2, "no such file"),
     "workers": (["data.workers=-1"], 2, "data.workers=-1"),

@@ -120,7 +120,7 @@ BAD: dict[str, str] = {
     "run folder, an export folder or a safetensors file, or fetch it: "
     "python -m opensora.cli.download open-sora-v2 --to ckpts",
     "text.kind=t5_clip text.t5_path=x/google/t5-v1_1-xxl": "text.t5_path=x/google/t5-v1_1-xxl: no config.json there; "
-    "give the folder of a transformers model, or fetch it: python -m opensora.cli.download open-sora-v2 --to x",
+    "give the folder of a transformers model, or fetch it: python -m opensora.cli.download text-encoders --to x",
     "model={{kind:": "model (command line): not valid YAML: a bracket or quote is not closed; put the whole",
     "weights={f}/none": "weights={f}/none: no such file",
     "weights={f}/noise.png": "weights={f}/noise.png: cannot be read as safetensors",

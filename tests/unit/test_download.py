@@ -15,7 +15,7 @@ import pytest
 from opensora.cli import download
 from opensora.utils.errors import UserError
 from opensora.utils.files import hub as hub_files
-from opensora.utils.files.published_files import SETS, PublishedFile, Repository, how_to_fetch, set_of
+from opensora.utils.files.published_files import SETS, PublishedFile, Repository, how_to_fetch, how_to_fetch_all, set_of
 from tests.conftest import ROOT
 from tests.hub_server import COMMIT, Hub
 
@@ -268,6 +268,40 @@ def test_only_what_is_named_is_fetched(hub: Hub, tmp_path: Path) -> None:
     assert "invalid choice: 'else'" in run("else", "--to", str(tmp_path)) and hub.asked == []
 
 
+def models_of(name: str) -> list[str]:
+    """Where a set puts what a configuration would name: folders with a config.json, and files beside none."""
+    places = [f"{one.folder}/{file}".strip("/") for one in SETS[name] for file in one.files]
+    folders = [place.removesuffix("/config.json") for place in places if place.endswith("/config.json")]
+    return folders + [place for place in places if not any(place.startswith(f"{folder}/") for folder in folders)]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_command_that_is_told_brings_the_smallest_set_to_the_path(name: str) -> None:
+    for model in models_of(name):
+        for path in (f"/data/ckpts/{model}", f"ckpts/{model}", model, f"/other/{Path(model).name}"):
+            words = how_to_fetch(path).partition("opensora.cli.download ")[2].split(", and name ")
+            found, to = words[0].split(" --to ")
+            there = {str(Path(to, one)) for one in models_of(found)}
+            assert (words[1].removesuffix(", where that puts it") if words[1:] else path) in there
+            assert bool(words[1:]) == (path not in there)
+            holding = [one for one in SETS if Path(model).name in {Path(place).name for place in models_of(one)}]
+            assert len(models_of(found)) == min(len(models_of(one)) for one in holding)
+
+
+def test_no_command_for_what_another_one_brings() -> None:
+    both = ["a/Open_Sora_v2.safetensors", "a/google/t5-v1_1-xxl", "a/openai/clip-vit-large-patch14", "x.csv"]
+    fetch = "python -m opensora.cli.download"
+    assert how_to_fetch_all(both) == how_to_fetch_all(both[::-1]) == [f"{fetch} open-sora-v2 --to a"]
+    assert how_to_fetch_all(["DeepFloyd/t5-v1_1-xxl"]) == [
+        f"{fetch} text-encoders --to ., and name google/t5-v1_1-xxl, where that puts it"
+    ]
+    assert how_to_fetch_all(both[1:]) == [f"{fetch} text-encoders --to a"]
+    assert how_to_fetch_all(["b/Open_Sora_v2.safetensors", *both[1:]]) == [
+        f"{fetch} open-sora-v2 --to b",
+        f"{fetch} text-encoders --to a",
+    ]
+
+
 def test_the_table(tmp_path: Path) -> None:
     for repositories in SETS.values():
         for one in repositories:
@@ -277,10 +311,12 @@ def test_the_table(tmp_path: Path) -> None:
             for known in one.files.values():
                 assert known.sha256 is None or re.fullmatch("[0-9a-f]{64}", known.sha256)
     assert set_of("ckpts/Open_Sora_v2.safetensors") == "open-sora-v2" and set_of("x/ae.safetensors") == "flux1-dev"
-    assert set_of("ckpts/google/t5-v1_1-xxl") == set_of("openai/clip-vit-large-patch14/") == "open-sora-v2"
+    assert set_of("ckpts/google/t5-v1_1-xxl") == set_of("openai/clip-vit-large-patch14/") == "text-encoders"
     fetched = ", or fetch it: python -m opensora.cli.download"
     assert how_to_fetch(Path("a/ae.safetensors")) == f"{fetched} flux1-dev --to a" and how_to_fetch("a/b.pt") == ""
-    assert how_to_fetch("c/openai/clip-vit-large-patch14") == f"{fetched} open-sora-v2 --to c"
+    assert how_to_fetch("c/openai/clip-vit-large-patch14") == f"{fetched} text-encoders --to c"
     assert how_to_fetch("Open_Sora_v2.safetensors") == f"{fetched} open-sora-v2 --to ."
     assert set_of("PixArt-XL-2-512x512.pth") == "pixart-512" and set_of("ckpts/OpenSora-STDiT-v3") == "open-sora-v1-2"
+    elsewhere = "and name google/t5-v1_1-xxl, where that puts it"
+    assert how_to_fetch("DeepFloyd/t5-v1_1-xxl") == f"{fetched} text-encoders --to ., {elsewhere}"
     assert set_of("ckpts/other.safetensors") is None and set_of("config.json") is None

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from opensora.config.family import read_family, trains
+from opensora.config.family.keys import SECTIONS
 from opensora.config.load import load_config
 from opensora.config.mmengine import read_python
 from opensora.config.run import MODEL_CONFIGS, RunConfig, SampleConfig
@@ -404,3 +405,22 @@ def test_damaged_values_of_every_release_cost_one_line(golden: Path, tmp_path: P
     said = [outcome(tmp_path / "run.py", changed(rng, rng.choice(every))) for _ in range(100)]
     assert all("\n" not in line and len(line) < 1000 for line in said)
     assert 5 < said.count("read") < 60
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "x = 1\n", "model = None\nlr = 1\n"])
+@pytest.mark.parametrize("cls", [RunConfig, SampleConfig])
+def test_a_file_without_a_model_says_so(cls: type, text: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"run\.py: names no model; a configuration of the family has model = dict"):
+        read_family(cls, written(tmp_path, text), [])
+
+
+def test_sections_are_mappings(tmp_path: Path) -> None:
+    """Any section of the table, with the line of what stands in its place."""
+    base = (CONFIGS / "opensora/train/16x256x256.py").read_text("utf-8")
+    for name in SECTIONS:
+        for value in ("'STDiT'", "3", "[1]", "0.5"):
+            with pytest.raises(UserError) as caught:
+                read_family(RunConfig, written(tmp_path, f"{base}\n\n{name} = {value}\n"), [])
+            line = base.count("\n") + 3
+            wanted = f"{name}={value}: must be a mapping, as {name} = dict(...) ({tmp_path}/run.py:{line})"
+            assert str(caught.value) == wanted

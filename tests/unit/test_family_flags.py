@@ -76,7 +76,7 @@ def test_references_listed_in_a_file(tmp_path: Path) -> None:
     (tmp_path / "refs.txt").write_text("a.png;b.mp4\n\n c.png\r\n")
     found = load_config(SampleConfig, tmp_path / "run.yaml", ["--reference-txt-path", str(tmp_path / "refs.txt")])
     assert found.reference_path == ("a.png;b.mp4", None, "c.png")
-    with pytest.raises(UserError, match=r"reference_txt_path=nowhere\.txt: cannot be read"):
+    with pytest.raises(UserError, match=r"_path='nowhere\.txt': cannot be read \(no such file\) \(command line\)"):
         load_config(SampleConfig, tmp_path / "run.yaml", ["--reference-txt-path", "nowhere.txt"])
     with pytest.raises(UserError, match="says otherwise; keep one"):
         words = ["--reference-txt-path", str(tmp_path / "refs.txt"), "--reference-path", "d.png"]

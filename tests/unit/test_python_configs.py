@@ -18,11 +18,18 @@ REFUSED: dict[str, tuple[str | bytes, int, str]] = {
     "lazy bases": ("from mmengine.config import read_base\nwith read_base():\n    from .a import *\n", 1, "an import"),
     "call": ("a = print(1)\n", 1, "a call of print is refused"),
     "__import__": ("a = 1\nb = __import__('os')\n", 2, "a call of __import__ is refused"),
-    "__import__ and an attribute": ("a = __import__('os').system('touch ran')\n", 1, "is refused"),
+    "__import__ and an attribute": (
+        "a = __import__('os').system('touch ran')\n",
+        1,
+        "a call of __import__(..).system is refused",
+    ),
     "eval": ("a = eval('1')\n", 1, "a call of eval is refused"),
     "open": ("a = dict(x=open('ran', 'w'))\n", 1, "a call of open is refused"),
-    "call of what is no name": ("a = (lambda: 1)()\n", 1, "a call of what is no name is refused"),
-    "method": ("a = 'x'.join(['a'])\n", 1, "a call of what is no name is refused"),
+    "call of what is no name": ("a = (lambda: 1)()\n", 1, "a call of an expression is refused"),
+    "method": ("a = 'x'.join(['a'])\n", 1, "a call of the method join is refused"),
+    "method of a name": ("a = dict.fromkeys([1])\n", 1, "a call of dict.fromkeys is refused"),
+    "method of a method": ("a = ''.format.join(['a'])\n", 1, "a call of the method join is refused"),
+    "call of what is called": ("a = f(1)(2)\n", 1, "a call of f(..) is refused"),
     "attribute": ("a = dict(x=1)\nb = a.x\n", 2, "an attribute is refused"),
     "attribute of _base_": ("_base_ = []\nb = _base_.x\n", 2, "an attribute is refused"),
     "attribute is set": ("a = dict()\na.b = 1\n", 2, "one name is assigned at a time"),
@@ -261,6 +268,21 @@ def test_files_build_on_others(tmp_path: Path) -> None:
         ({"run": "_base_ = 'a.py'\nx = dict(y=1)", "a": "x = None"}, "its base has null here"),
         ({"run": "_base_ = 'a.py'\nx = dict(_delete_=1)", "a": "x = {}"}, "x._delete_=1 (*run.py:2): must be True or"),
         ({"run": "_base_ = 'a.py'\ny = lr", "a": "lr = 1"}, "lr: no such name above"),
+        ({"run": "x = 1\n_base_ = 'run.py'"}, "*run.py:2: _base_ goes round in a circle (run.py -> run.py)"),
+        ({"run": "_base_ = 'a.py'", "a": "\n_base_ = 'run.py'"}, "*a.py:2: _base_ goes round in a circle"),
+        ({"run": "_base_ = '\\0.py'"}, "_base_='\\x00.py' (*run.py:1): cannot be read (embedded null"),
+        ({"run": "_base_ = ['\\ud800.py']"}, "_base_='\\ud800.py' (*run.py:1): cannot be read"),
+        ({"run": f"_base_ = '{'a' * 300}.py'"}, "aaa.py (*run.py:1): no such .py file"),
+        ({"run": f"_base_ = '{'a/' * 3000}b.py'"}, "b.py (*run.py:1): "),
+        ({"run": "_base_ = 'loop.py'"}, "_base_=loop.py (*run.py:1): "),
+        ({"run": "_delete_ = True"}, "_delete_=True (*run.py:1): stands in a mapping"),
+        ({"run": "_base_ = 'a.py'", "a": "_delete_ = 'x'"}, "_delete_='x' (*a.py:1): stands in a mapping"),
+        ({"run": "x = dict(y=[dict(_delete_='x')])"}, "x.y.0._delete_='x' (*run.py:1): must be True or False"),
+        ({"run": "x = [1, (\n {'_delete_': 0},)]"}, "x.1.0._delete_=0 (*run.py:2): must be True or False"),
+        (
+            {"run": "_base_ = 'a.py'", "a": "x = dict(_delete_=None)"},
+            "x._delete_=None (*a.py:1): must be True or False",
+        ),
     ],
 )
 def test_bases_that_are_refused(contents: dict[str, str], expected: str, tmp_path: Path) -> None:
@@ -268,11 +290,27 @@ def test_bases_that_are_refused(contents: dict[str, str], expected: str, tmp_pat
     folder.mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other/a.py").write_text("x = 1")
+    (folder / "loop.py").symlink_to("loop.py")
     path = files(folder, **contents)
-    with pytest.raises(UserError) as caught:
-        read_python(path)
-    message = str(caught.value).replace(f"{folder}/", "*")
+    try:
+        message = f"read: {read_python(path)}"
+    except UserError as error:
+        message = str(error).replace(f"{folder}/", "*")
     assert expected in message and "\n" not in message
+
+
+def test_paths_of_files_that_can_be_none(tmp_path: Path) -> None:
+    (tmp_path / "loop.py").symlink_to("loop.py")
+    for name in ("loop.py", "a" * 300 + ".py", "\0.py", "\ud800.py", "none.py"):
+        with pytest.raises(UserError, match=r"cannot be read \(.*; give the path of a configuration file$"):
+            read_python(tmp_path / name)
+
+
+def test_what_replaces_a_base_says_nothing_inside_a_list(tmp_path: Path) -> None:
+    path = files(tmp_path, run="x = [dict(_delete_=True, y=1), (dict(_delete_=False),)]")
+    data, lines = read_python(path)
+    assert data == {"x": [{"y": 1}, [{}]]}
+    assert not any("_delete_" in keys for keys in lines)
 
 
 def test_bases_below_the_folder_of_all_configurations(tmp_path: Path) -> None:

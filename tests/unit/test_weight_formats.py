@@ -3,8 +3,10 @@
 Truth is written here with reshapes and concatenations of whole tensors.
 """
 
+import argparse
+import pickle
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +163,63 @@ def test_what_torch_save_may_not_hold(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
-def test_damaged_files_of_torch_save_are_refused_in_a_line(tmp_path: Path) -> None:
-    torch.save(published(random_state()), tmp_path / "whole.pt")
+def old_file(content: Any, path: Path) -> None:
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def holds(path: Path, state: Mapping[str, Tensor]) -> bool:
+    """Whether files are read, and hold just this."""
+    try:
+        return same(dict(WeightFile(path, FILM, OURS)), state)
+    except UserError:
+        return False
+
+
+def test_files_of_torch_save_before_they_were_zips(tmp_path: Path) -> None:
+    state, path = random_state(), tmp_path / "film.pth"
+    for content in (published(state), {"epoch": 3, "state_dict": published(state)}):
+        old_file(content, path)
+        assert holds(path, state) and holds(tmp_path, state)
+        with pytest.raises(UserError, match="is a pickle, not safetensors: nothing is unpickled"):
+            WeightFile(path, WEIGHTS_OF_MMDIT)
+    for content in ({"state_dict": published(state), "args": Program()}, Program()):
+        old_file(content, path)
+        with pytest.raises(UserError, match="holds more than tensors, which could be a program"):
+            WeightFile(path, FILM)
+    path.write_bytes(pickle.dumps(published(state)))
+    with pytest.raises(UserError, match="is a pickle, not safetensors: nothing is unpickled"):
+        WeightFile(path, FILM)
+
+
+def test_options_beside_weights_are_read_and_run_nothing(tmp_path: Path) -> None:
+    """As training checkpoints of DiT have them: attributes of plain values, and of nothing else."""
+    state, path = random_state(), tmp_path / "film.pt"
+    plain = argparse.Namespace(lr=1e-4, model="DiT-XL/2", sizes=[1, 2], more=argparse.Namespace(x=None))
+    for save in (torch.save, old_file):
+        save({"ema": published(state), "opt": {"state": {}}, "args": plain}, path)
+        assert holds(path, state)
+        for value in (Program(), [Program()], {"a": Program()}, argparse.Namespace(b=Program()), exec, Program):
+            save({"ema": published(state), "args": argparse.Namespace(a=value)}, path)
+            with pytest.raises(UserError, match="holds more than tensors, which could be a program"):
+                WeightFile(path, FILM)
+    torch.save({**published(state), "args": plain}, path)
+    with pytest.raises(UserError, match="'args' is no tensor"):
+        WeightFile(path, FILM)
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()  # for no other reader of the process
+
+
+@pytest.mark.parametrize("name", ["film.pt", "film.pth", "film.ckpt", "film.bin"])
+def test_what_is_called_a_file_of_torch_save_and_is_none(name: str, tmp_path: Path) -> None:
+    for content in (b"", b"not a checkpoint, a text", b"\0" * 40):
+        (tmp_path / name).write_bytes(content)
+        for format in (FILM, WEIGHTS_OF_MMDIT):
+            with pytest.raises(UserError, match=rf"{name}: cannot be read as a file of torch\.save, nor as safet"):
+                WeightFile(tmp_path / name, format)
+
+
+@pytest.mark.parametrize("save", [torch.save, old_file], ids=["zip", "before zips"])
+def test_damaged_files_of_torch_save_are_refused_in_a_line(save: Callable[[Any, Path], None], tmp_path: Path) -> None:
+    save(published(random_state()), tmp_path / "whole.pt")
     content, draw = (tmp_path / "whole.pt").read_bytes(), random.Random(0)
     taken = 0
     for _ in range(300):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from opensora.config.family import keys as table
+from opensora.config.family.booleans import NONE, WORDS, booleans, is_boolean, read_word
 from opensora.config.family.jobs import data, dataset, layout, optimizer, run, sampled
 from opensora.config.family.models import models, stills
 from opensora.config.family.translation import says_training, translated
@@ -18,9 +19,10 @@ from opensora.config.schema import types_at, wants_text
 from opensora.config.strict_yaml import COMMAND_LINE, Keys, Lines, parse_value
 from opensora.utils.errors import UserError
 
-PARTS = (dataset, models, stills, sampled, data, layout, optimizer, run)
+PARTS = (booleans, dataset, models, stills, sampled, data, layout, optimizer, run)
 ALIASES = ("resolution", "aspect_ratio", "num_frames", "num_steps", "guidance", "guidance_img")  # of sampling_option
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
+_WRITTEN = {None: "null", True: "true", False: "false"}
 _WORDS = {"none": None, "null": None, "true": True, "false": False}
 
 
@@ -58,6 +60,8 @@ def read_family(cls: type, path: Path, words: Sequence[str]) -> tuple[dict[Any, 
     """
     tree, lines = read_python(path)
     is_training = bool(types_at(cls, ("train",)))
+    if tree.get("model") is None:
+        raise UserError(f"{path}: names no model; a configuration of the family has model = dict(type=...)")
     if says_training(tree) != is_training:
         kind, script = ("sampling", "inference") if is_training else ("training", "train")
         raise UserError(f"{path}: is a configuration for {kind}; give it to scripts/diffusion/{script}.py")
@@ -67,7 +71,7 @@ def read_family(cls: type, path: Path, words: Sequence[str]) -> tuple[dict[Any, 
         if keys is None or not (is_known(word.name) or not types_at(cls, keys[:1])):
             rest += word.words
             continue
-        _set(tree, keys, _value(cls, word))
+        _set(tree, keys, _value(cls, word, ".".join(map(str, keys))))
         lines[keys] = COMMAND_LINE
     _move_aliases(tree, lines)
     layer, places = translated(cls, tree, lines, PARTS, file=path)
@@ -94,11 +98,14 @@ def flag_overrides(cls: type, words: Sequence[str]) -> tuple[list[tuple[Keys, An
         if is_ours and word.name in table.SCORES and word.values[0].lower() == "none":
             rest.append(f"{word.name}=null")
             continue
+        if is_ours and word.dashed and word.values and is_boolean(cls, word.name):
+            rest.append(f"{word.name}={_WRITTEN[read_word(word.name, word.values[0])]}")
+            continue
         if is_ours or not word.dashed or not is_known(word.name):
             rest += word.words
             continue
         keys = tuple(table.FLAGS.get(word.name, word.name).split("."))
-        _set(tree, keys, _value(cls, word))
+        _set(tree, keys, _value(cls, word, ".".join(map(str, keys))))
         lines[keys] = COMMAND_LINE
     if not tree:
         return [], rest
@@ -144,7 +151,7 @@ def _split(words: Sequence[str]) -> Iterable[_Word]:
         while dashed and not equals and left and len(values) < most and not left[0].startswith("--"):
             if values and _OVERRIDE.match(left[0]) and name in table.MANY:
                 break
-            if switch and left[0].lower() not in _WORDS:
+            if switch and left[0].lower() not in (*WORDS, *NONE):
                 break
             values.append(left.pop(0))
             taken.append(values[-1])
@@ -162,8 +169,8 @@ def _place_in(tree: Mapping[str, Any], name: str) -> Keys | None:
     return keys if is_known(name) or keys[0] in tree else None
 
 
-def _value(cls: type, word: _Word) -> Any:
-    """What the values of a flag are, as the family's scripts read them."""
+def _value(cls: type, word: _Word, key: str) -> Any:
+    """What the values of a flag are, as the family's scripts read them; ``key``: what it sets, dotted."""
     if not word.values:
         if word.name in table.SWITCHES:
             return True
@@ -172,6 +179,8 @@ def _value(cls: type, word: _Word) -> Any:
         return list(word.values)
     if word.name in table.PAIRS and len(word.values) == 2:
         return [_plain_value(value, word.name) for value in word.values]
+    if is_boolean(cls, key):
+        return read_word(word.name, word.values[0])
     key = table.FLAGS.get(word.name, word.name)
     rule = table.KEYS.get(key, table.TOGETHER)
     targets = [target for target in (rule.sampling, rule.training) if target]

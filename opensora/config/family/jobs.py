@@ -12,7 +12,7 @@ from opensora.config.schema import shown, suggestion, types_at
 from opensora.config.strict_yaml import COMMAND_LINE
 from opensora.datasets.buckets.sizes_1x import Version, clip_size_1x, sizes_1x
 from opensora.utils.errors import UserError
-from opensora.utils.files.user_files import read_text
+from opensora.utils.files.user_files import absence, read_text
 
 LONG_RUN = 1_000_000  # steps of a run that says epochs: the family's are just large enough, and ended by hand
 AREAS = {"2k": "1440p", "4k": "2160p"}
@@ -36,7 +36,7 @@ def sampled(t: Translation) -> None:
     if (fps := t.get("fps")) is not None:
         t.put("sampling.fps", fps, "fps")
     interval = t.get("frame_interval", 1)
-    if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
+    if not is_count(interval):
         raise t.fail("frame_interval", "must be an integer >= 1")
     saved = t.get("save_fps", fps // interval if isinstance(fps, int) and interval > 1 else None)
     if saved is not None and saved != fps:
@@ -67,6 +67,11 @@ def sampled(t: Translation) -> None:
     for key in ("plugin", "plugin_config", "sp_size"):
         if t.get(key) not in (None, 1):
             t.note(key, "all processes of a job share every clip, whatever their number (parallel.mesh)")
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number from 1 on; True is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def clip_size(t: Translation) -> None:
@@ -168,6 +173,8 @@ def references_listed(t: Translation, path: Any) -> list[str | None]:
     """References of every prompt, a line each, as 1.3 reads them from a file; an empty line has none."""
     if not isinstance(path, str):
         raise t.fail("reference_txt_path", "must be a text file, with the references of a prompt in every line")
+    if reason := absence(path, "file"):
+        raise t.fail("reference_txt_path", f"cannot be read ({reason})")
     lines = read_text(Path(path), f"reference_txt_path={path}").splitlines()
     return [line.strip() or None for line in lines]
 
@@ -338,6 +345,11 @@ def layout(t: Translation) -> None:
     if any(name in table.ENGINES for name in config):
         left = ", ".join(str(name) for name in config if name in table.ENGINES)
         t.note("plugin_config", f"{left}: decided by the engine (parallel.engine)")
+    for name in ("sp_size", "tp_size", "pp_size"):
+        if not is_count(config.get(name, 1)):
+            raise t.fail("plugin_config", f"{name} must be a whole number >= 1")
+    if not is_count(t.get("sp_size", 1)):
+        raise t.fail("sp_size", "must be a whole number >= 1")
     if config.get("pp_size", 1) != 1:
         raise t.fail("plugin_config", "pp_size must be 1; models are cut by zero, ring, ulysses and tensor here")
     key, processes = (
@@ -389,6 +401,8 @@ def run(t: Translation) -> None:
     if t.get("seed") is not None:
         t.put("seed", t.get("seed"), "seed")
     epochs = t.get("epochs")
+    if not is_count(t.get("epochs", 1)):
+        raise t.fail("epochs", "must be a whole number >= 1")
     if t.is_file:
         t.put("train.steps", LONG_RUN, "epochs")
         if epochs is not None:

@@ -46,7 +46,11 @@ def precision_of(value: Any) -> Any:
 
 
 def _wandb(value: Any) -> Any:
-    return {"true": "online", "false": "off"}.get(str(value).lower(), value)
+    if isinstance(value, str):
+        value = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(
+            value.lower(), value
+        )
+    return ("online" if value else "off") if isinstance(value, bool) else value
 
 
 def motion_of(value: Any) -> Any:

@@ -60,7 +60,7 @@ class Translation:
         self.cls, self.lines, self.is_file = cls, lines, file is not None
         self.nowhere = COMMAND_LINE if file is None else str(file)  # where a key is missing
         self.is_training = bool(types_at(cls, ("train",)))
-        self.given = flattened(tree)
+        self.given = flattened(tree, lines)
         self.layer: dict[Any, Any] = {}
         self.places: Lines = {}
         self.notes: dict[str, str] = {}
@@ -181,7 +181,7 @@ def own_names(cls: type) -> dict[str, Any]:
     return {field.name: field for field in dataclasses.fields(cls) if field.init and field.name != "kind"}
 
 
-def flattened(tree: Mapping[str, Any]) -> dict[str, Any]:
+def flattened(tree: Mapping[str, Any], lines: Lines) -> dict[str, Any]:
     """Dotted key -> value; keys of the sections that the table goes into, and of no others, are taken one by one.
 
     Raises:
@@ -196,7 +196,8 @@ def flattened(tree: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(value, Mapping):
             flat |= {f"{name}.{key}": item for key, item in value.items()}
         else:
-            raise UserError(f"{name}={shown(value)}: must be a mapping, as {name} = dict(...)")
+            place = lines.get((name,), COMMAND_LINE)
+            raise UserError(f"{name}={shown(value)}: must be a mapping, as {name} = dict(...) ({place})")
     return flat
 
 

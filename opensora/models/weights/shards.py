@@ -6,9 +6,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from opensora.models.weights.names import some
-from opensora.models.weights.torch_files import SUFFIXES
 from opensora.utils.errors import UserError
-from opensora.utils.files.safetensors_files import check_regular
+from opensora.utils.files.safetensors_files import TORCH_SUFFIXES, check_regular
 from opensora.utils.files.untrusted import ANY, TEXT, Each, mismatch, parse_json, parsing, read_small, short_reason
 
 _WANTED = "give a .safetensors file, an index .json, or their folder"
@@ -37,7 +36,7 @@ def weight_files(path: Path, *, torch_files: bool = False) -> tuple[list[Path], 
     with parsing(lambda reason: UserError(f"{path}: cannot be read ({reason})")):
         indices = sorted(path.glob("*.safetensors.index.json"))
         files = sorted(path.glob("*.safetensors"))
-        pickled = sorted(file.name for file in path.iterdir() if file.suffix in SUFFIXES)
+        pickled = sorted(file.name for file in path.iterdir() if file.suffix in TORCH_SUFFIXES)
         if torch_files and not indices and not files:
             indices = sorted(path.glob("*.bin.index.json"))
             if not pickled and (path / SHARDED).is_dir():

@@ -1,10 +1,12 @@
-"""Files of ``torch.save``, as some families were published, opened like safetensors: tensors only, and mapped.
+"""Files of ``torch.save``, as some families were published, opened like safetensors: tensors only, mapped if zips.
 
-Nothing but tensors, numbers, text and containers of them is unpickled (``weights_only``); a file with anything else is
-refused. Only a family that says so (``WeightFormat.torch_keys``) has such files read.
+Nothing but tensors, numbers, text, containers of them and the options of argparse is unpickled (``weights_only``); a
+file with anything else is refused. Only a family that says so (``WeightFormat.torch_keys``) has such files read.
 """
 
+import argparse
 import pickle
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,11 @@ from opensora.utils.errors import UserError
 from opensora.utils.files.safetensors_files import OpenWeights, check_regular
 from opensora.utils.files.untrusted import parsing, short
 
-SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_ZIP = b"PK\x03\x04"
+# A pickle of its own, of torch's magic number, in the protocol that torch.save has had as its default.
+_OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+# Beside weights in many a checkpoint: holds attributes, and runs nothing when it is made.
+_INERT = (argparse.Namespace,)
 _TYPES = {  # as safetensors calls them
     torch.float64: "F64",
     torch.float32: "F32",
@@ -41,11 +47,15 @@ class _Loaded:
 
 
 def is_torch_file(path: Path) -> bool:
-    """Whether a file is a zip, as those of ``torch.save`` are since its version 1.6."""
+    """Whether a file is a zip, as those of ``torch.save`` are since its version 1.6, or begins as those before it."""
+    return _start(path).startswith((_ZIP, _OLD))
+
+
+def _start(path: Path) -> bytes:
     with parsing(lambda reason: UserError(f"{path}: cannot be read ({reason})")):
         check_regular(path)
         with path.open("rb") as file:
-            return file.read(4) == b"PK\x03\x04"
+            return file.read(len(_OLD))
 
 
 def open_torch_file(path: Path, keys: Collection[str]) -> OpenWeights:
@@ -58,9 +68,11 @@ def open_torch_file(path: Path, keys: Collection[str]) -> OpenWeights:
     def refuse(reason: str) -> UserError:
         return UserError(f"{path}: cannot be read as a file of torch.save ({reason}): fetch or export it again")
 
-    with parsing(refuse):
+    mapped = _start(path).startswith(_ZIP)  # files before torch 1.6 are read as a whole
+    with parsing(refuse), torch.serialization.safe_globals([*_INERT]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of torch, on pickles of a strange protocol
         try:
-            found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError:
             raise UserError(
                 f"{path}: holds more than tensors, which could be a program, and is not unpickled: save its tensors by "

@@ -11,7 +11,9 @@ from acceleration.sharding.precision import DTYPES
 from opensora.config.run import RunConfig
 from opensora.utils.console import announce, launched_rank
 from opensora.utils.errors import UserError
+from opensora.utils.files.untrusted import short
 
+MAX_NAME = 255  # bytes of a file or folder, on all usual file systems
 _MOMENTS = {"adamw": 2, "sgd": 0}
 
 
@@ -28,10 +30,11 @@ def check_writable(cfg: RunConfig) -> Path:
     Raises:
         UserError: a file or a broken link is in the way, or it cannot be written.
     """
-    place = cfg.folder
+    place, key = cfg.folder, f"output={short(cfg.output)}"
+    if any(len(os.fsencode(part)) > MAX_NAME for part in place.parts):
+        raise UserError(f"{key}: a name in it is of more than {MAX_NAME} bytes; choose another output, or another name")
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
-    key = f"output={cfg.output}"
     if not place.is_dir():
         found = "a file" if place.exists() else "a link to nothing"
         raise UserError(f"{key}: {place} is {found}, and should be a folder; choose another output, or another name")

@@ -32,6 +32,7 @@ from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 from opensora.utils.files import digests
 from opensora.utils.files.safetensors_files import INDEX, SINGLE
+from opensora.utils.files.untrusted import short
 from opensora.utils.metrics_log import METRICS_NAME, WANDB_ID_NAME
 
 DONE = "DONE"  # in the folder of a run that is finished
@@ -81,7 +82,8 @@ class RunLock:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
         except OSError as error:
-            raise UserError(f"{folder / LOCK}: cannot be written ({error.strerror}); move away what is there") from None
+            where = f"output: {short(folder / LOCK, 200)} cannot be written ({error.strerror})"
+            raise UserError(f"{where}; move away what is there, or choose another output") from None
         try:
             self._take(folder, lock)
         except BaseException as error:
@@ -229,7 +231,8 @@ def check_places(folder: Path) -> None:
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:
-                raise UserError(f"{folder / name}: {error.strerror}; move it away, the run makes its own") from None
+                where = f"output: {short(folder / name, 200)}: {error.strerror}"
+                raise UserError(f"{where}; choose another output, or move it away: the run makes its own") from None
             if found != wanted:
                 raise UserError(f"{folder / name}: {found}, must be {wanted}; move it away, the run makes its own")
 

@@ -5,6 +5,7 @@ the first download is kept beside the files, and ``--revision`` names another. S
 publishers' repositories list.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -139,24 +140,63 @@ SETS: dict[str, tuple[Repository, ...]] = {
 }
 
 
+def _models(repositories: tuple[Repository, ...]) -> set[Path]:
+    """Where a set puts its models, below the target: the folder of a config.json, and files without one beside them."""
+    places = [Path(one.folder, file) for one in repositories for file in one.files]
+    folders = {place.parent for place in places if place.name == "config.json"}
+    return folders | {place for place in places if place.parent not in folders}
+
+
+def _published(path: str) -> tuple[str, Path] | None:
+    """(set, place below its target) of a model of this name, of the set with the fewest models; None: no set."""
+    models = {name: _models(repositories) for name, repositories in SETS.items()}
+    holding = [(name, one) for name, places in models.items() for one in places if one.name == Path(path).name]
+    return min(holding, key=lambda found: len(models[found[0]]), default=None)
+
+
 def set_of(path: str) -> str | None:
-    """The first set that has a file of this name, or a folder with a model in it, wherever it lies; None: no set."""
-    for name, repositories in SETS.items():
-        for repository in repositories:
-            places = [Path(repository.folder, file) for file in repository.files]
-            if Path(path).name in {one.parent.name if one.name == "config.json" else one.name for one in places}:
-                return name
-    return None
+    """The smallest set that has a file of this name, or a folder with a model in it, wherever it lies; None: no set."""
+    found = _published(path)
+    return found[0] if found else None
 
 
 def folder_of_set(path: str) -> Path:
-    """The ``--to`` of a download that puts a published file, or a model's folder, at ``path``."""
+    """The ``--to`` of a download that puts a published file, or a model's folder, at ``path`` or near it."""
     place = Path(path)
-    return place.parent.parent if place.parent.name in ("google", "openai") else place.parent
+    found = _published(path)
+    if found and place.parts[-len(found[1].parts) :] == found[1].parts:
+        return place.parents[len(found[1].parts) - 1]
+    is_of_hub = not place.is_absolute() and len(place.parts) == 2 and found is not None and len(found[1].parts) == 2
+    return place.parent.parent if is_of_hub else place.parent  # as DeepFloyd/t5-v1_1-xxl, whose folder is no place
+
+
+def how_to_fetch_all(paths: Iterable[str]) -> list[str]:
+    """The commands that fetch published files that are not there; none for what another of them brings to the same
+    place."""
+    elsewhere: dict[tuple[str, Path], list[str]] = {}  # of every set and --to: where it puts what is named otherwise
+    for path in paths:
+        if found := _published(path):
+            to = folder_of_set(path)
+            elsewhere.setdefault((found[0], to), []).extend([str(to / found[1])] * (to / found[1] != Path(path)))
+    models = {name: _models(SETS[name]) for name, _ in elsewhere}
+    return [
+        f"python -m opensora.cli.download {name} --to {to}{_named(places)}"
+        for (name, to), places in elsewhere.items()
+        if places or not any(to == there and models[name] < models[other] for other, there in elsewhere)
+    ]
+
+
+def _named(places: list[str]) -> str:
+    return f", and name {' and '.join(places)}, where that puts it" if places else ""
 
 
 def how_to_fetch(path: str | Path) -> str:
-    """What a message adds about a published file that is not there: the command that fetches it; empty: it is none."""
-    name = set_of(str(path))
+    """What a message adds about a published file that is not there: the command that fetches it, and where that puts it
+    if it is elsewhere; empty: it is none."""
+    found = _published(str(path))
+    if found is None:
+        return ""
+    name, place = found
     to = folder_of_set(str(path))
-    return f", or fetch it: python -m opensora.cli.download {name} --to {to}" if name else ""
+    named = _named([] if to / place == Path(path) else [str(to / place)])
+    return f", or fetch it: python -m opensora.cli.download {name} --to {to}{named}"

@@ -25,6 +25,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5 * 10**9
 _PART = ".part-"
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")  # of files of torch.save
 FLOATS = ("F64", "F32", "F16", "BF16")  # types of weights, as safetensors calls them
 # Beside quantized weights, which are no weights without them: of scaled fp8, and of bitsandbytes.
 _SCALES = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", ".comfy_quant", ".absmax", ".quant_map")
@@ -191,7 +192,8 @@ def open_weights(path: Path) -> OpenWeights:
     """
 
     def refuse(reason: str) -> UserError:
-        return UserError(f"{path}: cannot be read as safetensors ({reason}): fetch or export it again")
+        kind = "as safetensors" if path.suffix not in TORCH_SUFFIXES else "as a file of torch.save, nor as safetensors"
+        return UserError(f"{path}: cannot be read {kind} ({reason}): fetch or export it again")
 
     with parsing(refuse):
         check_regular(path)

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from acceleration.files.atomic_write import replacing as replacing
 from opensora.utils.errors import UserError
-from opensora.utils.files.untrusted import short_reason
+from opensora.utils.files.untrusted import short, short_reason
 
 MAX_TEXT_BYTES = 1 << 30  # a text beyond this is not what it is taken for
 MAX_FIELD = 1 << 20  # characters of one field of a table, as for captions in a clip table
@@ -245,4 +245,4 @@ def try_output(path: Path, key: str, *, folder: bool = False) -> None:
         if isinstance(error, UserError):
             raise
         reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{key}={path}: cannot be written ({reason}); name another place") from error
+        raise UserError(f"{key}={short(path, 200)}: cannot be written ({reason}); name another place") from error
