@@ -2482,7 +2482,7 @@ TABLE: tuple[Mutation, ...] = (
     ),
     Mutation(
         "a resolution that is given twice is taken once",
-        FAMILY_JOBS,
+        "opensora/config/family/data.py",
         "if ours in found or len(",
         "if len(",
         PARTS_OF_FILES.format("a_shape_given_twice_is_refused"),
@@ -2575,7 +2575,7 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "a job's own model is not that of the run",
         "opensora/inference/find.py",
-        "if key not in family_of(trained).per_job | fitted:",
+        "if key not in free:",
         'if key == "kind":',
         "tests/integration/test_saved_run.py::test_the_model_of_a_job_is_that_of_the_run",
     ),

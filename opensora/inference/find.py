@@ -28,8 +28,6 @@ from opensora.utils.files.published_files import how_to_fetch
 from opensora.utils.files.safetensors_files import fingerprint
 from opensora.utils.files.user_files import absence
 
-FITTED = frozenset(("fused_qkv", "rope_layout", "model_max_length"))  # what reading a file makes fit
-
 
 @dataclass(frozen=True, kw_only=True)
 class Adapters:
@@ -88,7 +86,7 @@ def find_source(cfg: SampleConfig) -> Source:
             raise UserError(f"{name}: missing; {path} has no {SAVED_NAME} beside the weights, so say {name}.kind=...")
     checkpoint = _newest(path)
     if saved and cfg.model:
-        _check_as_trained(cfg.model, saved.model, path, FITTED if checkpoint is None else frozenset())
+        _check_as_trained(cfg.model, saved.model, path, is_file=checkpoint is None)
     objective = _objective(cfg, saved) or default_objective(sections["model"])
     held = _held_adapters(path, checkpoint, saved, sections["model"])
     adapters = read_adapters(Path(cfg.lora), sections["model"], "lora") if cfg.lora else None
@@ -120,22 +118,23 @@ def find_source(cfg: SampleConfig) -> Source:
     )
 
 
-def _check_as_trained(given: ModelConfig, trained: ModelConfig, path: Path, fitted: frozenset[str]) -> None:
+def _check_as_trained(given: ModelConfig, trained: ModelConfig, path: Path, *, is_file: bool) -> None:
     """That a job's own section ``model`` is what the weights were trained as; the number of heads changes no shape.
 
     Args:
-        fitted: keys that the weights are made to fit when they are read.
+        is_file: the weights are in files, not in the checkpoint of a run.
 
     Raises:
         UserError: a key that is not, with the value to set.
     """
-    changed = []
+    changed, family = [], family_of(trained)
+    free = family.per_job | (family.fitted if is_file else frozenset())
     names = [field.name for field in dataclasses.fields(trained)]  # type: ignore[arg-type]
     for key in sorted(names, key=lambda name: name != "kind"):
         here, there = getattr(given, key, None), getattr(trained, key)
         if here == there:
             continue
-        if key not in family_of(trained).per_job | fitted:
+        if key not in free:
             says = f"{path} was trained with {shown(there)}"
             raise UserError(f"model.{key}={shown(here)}: {says}; set model.{key}={shown(there)}, or leave model out")
         changed.append(f"model.{key}={shown(here)} (trained with {shown(there)})")

@@ -187,6 +187,7 @@ class Family:
     lora_targets: tuple[str, ...]  # patterns of the layers that adapters are for, if none are named
     objective: str = "rectified_flow"  # what published weights were trained with, for files that do not say
     per_job: frozenset[str] = frozenset()  # keys that a sampling job may set otherwise than training did
+    fitted: frozenset[str] = frozenset()  # keys that weights are made to fit when they are read from a file
 
 
 class Autoencoder(Protocol):

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from opensora.config.family import keys as table
 from opensora.config.family.booleans import NONE, WORDS, booleans, is_boolean, read_word
-from opensora.config.family.jobs import data, dataset, layout, optimizer, run, sampled
+from opensora.config.family.data import data, dataset
+from opensora.config.family.jobs import layout, optimizer, run, sampled
 from opensora.config.family.models import models, stills
 from opensora.config.family.translation import says_training, translated
 from opensora.config.mmengine import read_python

@@ -318,4 +318,5 @@ FAMILY = Family(
     arguments=arguments,
     weights=WEIGHTS,
     lora_targets=LORA_TARGETS,
+    fitted=frozenset(("fused_qkv", "rope_layout")),
 )

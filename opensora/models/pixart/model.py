@@ -248,6 +248,7 @@ def _family(config: type, sizes: Mapping[str, Any]) -> Family:
         lora_targets=("blocks.*.attn.*", "blocks.*.cross_attn.*", "blocks.*.mlp.*"),
         objective="iddpm",
         per_job=PER_JOB,
+        fitted=frozenset(("model_max_length",)),
     )
 
 

@@ -205,4 +205,5 @@ FAMILY = Family(
     lora_targets=("blocks.*.attn.*", "blocks.*.attn_temp.*", "blocks.*.cross_attn.*", "blocks.*.mlp.*"),
     objective="iddpm",
     per_job=frozenset(("space_scale", "time_scale", "freeze")),
+    fitted=frozenset(("model_max_length",)),
 )

@@ -256,4 +256,5 @@ FAMILY = Family(
     lora_targets=("blocks.*.attn.*", "blocks.*.attn_temp.*", "blocks.*.cross_attn.*", "blocks.*.mlp.*"),
     objective="iddpm",
     per_job=frozenset(("input_sq_size", "freeze")),
+    fitted=frozenset(("model_max_length",)),
 )

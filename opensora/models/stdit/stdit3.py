@@ -359,4 +359,5 @@ FAMILY = Family(
     lora_targets=("*_blocks.*.attn.*", "*_blocks.*.cross_attn.*", "*_blocks.*.mlp.*"),
     objective="rectified_flow_v1",
     per_job=frozenset(("input_sq_size", "freeze_y_embedder", "only_train_temporal")),
+    fitted=frozenset(("model_max_length",)),
 )
