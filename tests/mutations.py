@@ -2497,8 +2497,8 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "prompts of a file win over the command line",
         FAMILY_JOBS,
-        't.place(path_key) == COMMAND_LINE != t.place("prompt")',
-        "False",
+        'if t.over(path_key, "prompt"):',
+        "if False:",
         "tests/unit/test_family_flags.py::test_prompts_of_the_command_line_win_over_the_files",
     ),
     # Kernels of apex

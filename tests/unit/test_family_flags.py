@@ -148,3 +148,19 @@ def test_references_stand_in_one_column() -> None:
     with pytest.raises(UserError, match="csv_reference_column_name='image': must be ref, the column that"):
         words = ["--ckpt-path", "FILE", "--prompt-path", "p.csv", "--csv-reference-column-name", "image"]
         load_config(SampleConfig, STDIT, words)
+
+
+def test_sizes_and_references_of_the_command_line_win_over_the_files(tmp_path: Path) -> None:
+    """Where they are other keys than those of the file, which say the same of clips."""
+    (tmp_path / "refs.txt").write_text("b.png\n")
+    listed = ["--reference-txt-path", str(tmp_path / "refs.txt")]
+    words = ["--ckpt-path", "FILE", "--prompt", "a"]
+    (tmp_path / "run.py").write_text(f"{STDIT.read_text()}\nreference_path = ['a.png']\n")
+    assert load_config(SampleConfig, tmp_path / "run.py", words).reference_path == ("a.png",)
+    found = load_config(SampleConfig, tmp_path / "run.py", [*words, *listed, "--resolution", "480p"])
+    assert found.reference_path == ("b.png",)
+    assert (found.sampling.height, found.sampling.width) == (480, 854)
+    (tmp_path / "run.py").write_text(f"{STDIT.read_text()}\nreference_txt_path = 'nowhere.txt'\n")
+    found = load_config(SampleConfig, tmp_path / "run.py", [*words, "--reference-path", "c.png"])
+    assert found.reference_path == ("c.png",)
+    assert (found.sampling.height, found.sampling.width) == (256, 256)

@@ -9,7 +9,6 @@ from opensora.config.family import keys as table
 from opensora.config.family.models import is_second, version_of
 from opensora.config.family.translation import Translation
 from opensora.config.schema import suggestion, types_at
-from opensora.config.strict_yaml import COMMAND_LINE
 from opensora.datasets.buckets.sizes_1x import Version, clip_size_1x, sizes_1x
 from opensora.utils.files.user_files import absence, read_text
 
@@ -75,7 +74,7 @@ def clip_size(t: Translation) -> None:
     frames_key, frames = t.first("num_frames")
     if frames is not None:
         t.put("sampling.num_frames", t.converted(frames_key, frames, table.frames_of), frames_key)
-    size = t.get("image_size")
+    size = None if t.over("resolution", "image_size") else t.get("image_size")
     if size is not None:
         if not isinstance(size, (list, tuple)) or len(size) != 2:
             raise t.fail("image_size", "must be two numbers, (height, width)")
@@ -122,7 +121,7 @@ def area_name(name: str) -> str:
 def prompts(t: Translation) -> None:
     """Prompts win over a file of prompts, unless that one alone is given on the command line."""
     given, path_key = t.get("prompt"), t.first("prompt_path", "dataset.data_path")[0]
-    if t.get(path_key) is not None and t.place(path_key) == COMMAND_LINE != t.place("prompt"):
+    if t.over(path_key, "prompt"):
         given = None
     texts = [given] if isinstance(given, str) else given
     if texts is not None:
@@ -148,10 +147,11 @@ def references_of_prompts(t: Translation) -> None:
         t.put("release", version_of(t), "model.type")
     if t.get("csv_reference_column_name", "ref") != "ref":
         raise t.fail("csv_reference_column_name", "must be ref, the column that references are read from; rename it")
-    if (path := t.get("reference_txt_path")) is not None:
+    if (path := t.get("reference_txt_path")) is not None and not t.over("reference_path", "reference_txt_path"):
         t.put("reference_path", references_listed(t, path), "reference_txt_path")
+    left = "reference_path" if t.over("reference_txt_path", "reference_path") else ""
     for key in ("reference_path", "mask_strategy"):
-        if (values := t.get(key)) is not None:
+        if (values := t.get(key)) is not None and key != left:
             texts = [values] if isinstance(values, str) else values
             if not isinstance(texts, (list, tuple)):
                 raise t.fail(key, "must be a list with a text for every prompt, None for none")

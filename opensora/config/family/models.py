@@ -169,6 +169,8 @@ def objective(t: Translation) -> None:
         t.put("sampling.solver", table.SOLVERS[t.given["scheduler.type"]], "scheduler.type")
         if version == "1.0" and t.given["scheduler.type"] == "iddpm" and "scheduler.cfg_channel" not in t.given:
             t.put("sampling.cfg_channel", 3, "scheduler.type")
+        if t.given["scheduler.type"] == "iddpm-speed":
+            t.note("scheduler.type", "is for training; sampled as by iddpm")
         steps(t, t.given["scheduler.type"])
     elif t.is_file and t.has(("train", "loss_reduction")):
         t.put("train.loss_reduction", "samples", "scheduler.type")

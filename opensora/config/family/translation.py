@@ -78,6 +78,11 @@ class Translation:
         head, _, rest = key.partition(".")
         return self.lines.get((head, rest)) or self.lines.get((head,)) or self.nowhere
 
+    def over(self, key: str, other: str) -> bool:
+        """Whether ``key`` is given on the command line, and wins over ``other``, which the file has or nobody."""
+        typed = [self.given.get(name) is not None and self.place(name) == COMMAND_LINE for name in (key, other)]
+        return typed == [True, False]
+
     def fail(self, key: str, reason: str) -> UserError:
         """The error of a key: reason, and where it stands."""
         value = f"={shown(self.given[key])}" if self.given.get(key) is not None else ""
