@@ -16,6 +16,7 @@ from opensora.config.schema import plain
 from opensora.inference import find
 from opensora.schedulers import OBJECTIVE_CONFIGS
 from opensora.utils.errors import UserError
+from tests.unit.test_second_family_configs import FILES as SECOND
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SAMPLING, TRAINING = CONFIGS / "opensora/inference/16x256x256.py", CONFIGS / "opensora/train/16x256x256.py"
@@ -71,6 +72,15 @@ def test_a_part_without_its_type_is_missing(cls: type, path: Path, section: str,
     place = "" if given == "absent" else f":{line_of(made, section)}"
     flagged = section == "model" and not isinstance(given, dict)  # --ckpt-path then makes the section
     assert flagged or f"{made}{place}" in said, said
+
+
+@pytest.mark.parametrize("given", [None, {}, {"from_pretrained": "W"}])
+def test_training_of_open_sora_2_needs_its_autoencoder(given: Any, tmp_path: Path) -> None:
+    (tmp_path / "image.py").write_text(SECOND["diffusion/train/image.py"])
+    made = edited(tmp_path / "image.py", tmp_path, ae=given)
+    said = refusal(RunConfig, made)
+    assert said.startswith("ae.type: missing; model.type='flux' needs ae = dict(type=...)")
+    assert said.endswith(f"({made}:{line_of(made, 'ae')})")
 
 
 @pytest.mark.parametrize("section", ["dataset", "optim", "ae", "t5", "clip", "sampling_option"])

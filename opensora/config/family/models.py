@@ -76,14 +76,17 @@ def models(t: Translation) -> None:
 
 
 def complete(t: Translation) -> None:
-    """That a file of 1.x has its parts, for which the defaults here would be those of Open-Sora 2.
+    """That a file of 1.x has its parts, for which the defaults here would be those of Open-Sora 2; and of these that a
+    training run has its autoencoder, for which there is no default.
 
     Raises:
         UserError: one is missing, or has no type.
     """
-    if not t.is_file or is_second(t):
-        return
     examples = {"vae": "VideoAutoencoderKL", "text_encoder": "t5", "scheduler": "iddpm"}
+    if is_second(t):
+        examples = {"ae": "hunyuan_vae"} if t.is_training and t.get("vae.type") is None else {}
+    if not t.is_file:
+        return
     for section, example in examples.items():
         if t.get(f"{section}.type") is None:
             needs = f"model.type={shown(t.get('model.type'))} needs {section} = dict(type=...), as type='{example}'"
