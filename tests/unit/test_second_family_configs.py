@@ -404,3 +404,10 @@ def test_an_autoencoder_of_stills_that_is_not_the_published_one(second: Path) ->
     path.write_text("_base_ = 't2i2v_256px.py'\nimg_flux_ae = dict(z_channels=4)\n")
     with pytest.raises(UserError, match="z_channels must be 16, as published"):
         load_config(SampleConfig, path, ["--prompt", "a cat"])
+
+
+def test_a_key_that_is_a_number(second: Path) -> None:
+    path = second / "diffusion/inference/other_still.py"
+    path.write_text("_base_ = 't2i2v_256px.py'\nimg_flux = {7: 1}\n")
+    with pytest.raises(UserError, match=r"img_flux=.*: 7 is unknown"):
+        load_config(SampleConfig, path, ["--prompt", "a cat"])

@@ -283,7 +283,7 @@ def stills(t: Translation) -> None:
         if name in fields:
             t.layer["still"]["model"][name] = value
         elif name not in ("type", "from_pretrained", "use_liger_rope", "strict_load", "grad_ckpt_settings"):
-            raise t.fail("img_flux", f"{name} is unknown; {suggestion(name, fields)}")
+            raise t.fail("img_flux", f"{name} is unknown; {suggestion(str(name), fields)}")
     for name, value in ae.items() if isinstance(ae, Mapping) else ():
         if name not in ("type", "from_pretrained", "resolution") and table.STILL_AUTOENCODER.get(name) != value:
             raise t.fail("img_flux_ae", f"{name} must be {shown(table.STILL_AUTOENCODER.get(name))}, as published")
