@@ -468,6 +468,7 @@ def test_files_by_a_grammar_and_their_mutations(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_many_more_files_by_a_grammar(tmp_path: Path) -> None:
     assert fuzz(tmp_path / "run.py", range(1000, 13_000)) > 3000
 
