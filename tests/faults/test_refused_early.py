@@ -61,7 +61,7 @@ TRAINING = {
         ["text={{kind: t5_clip, t5_path: {folder}/t5, clip_path: {folder}/t5}}"],
         "model.context_in_dim=32: text.t5_path={folder}/t5 gives 4096; set model.context_in_dim=4096",
     ),
-    "an output of 5,000 characters": ([f"output={'a' * 5000}"], "aaaa"),
+    "an output of 5,000 characters": ([f"output={'a' * 5000}"], "output: aaaa"),
     "tensorboard": (["log.tensorboard=true"], "log.tensorboard=true: tensorboard is not installed"),
     "wandb": (["log.wandb=offline"], "log.wandb=offline: wandb is not installed"),
     "samples: memory": (
