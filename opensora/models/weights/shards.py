@@ -10,7 +10,7 @@ from opensora.utils.errors import UserError
 from opensora.utils.files.safetensors_files import TORCH_SUFFIXES, check_regular
 from opensora.utils.files.untrusted import ANY, TEXT, Each, mismatch, parse_json, parsing, read_small, short_reason
 
-_WANTED = "give a .safetensors file, an index .json, or their folder"
+_WANTED = "give a file of weights (.safetensors, .pt, .pth), an index .json, or their folder"
 SHARDED = "model"  # folder of a checkpoint that ColossalAI writes: shards of torch.save with their index
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 
