@@ -1,0 +1,34 @@
+"""The configuration of a run of the pipeline: ``configs/pipeline/default.yaml`` states all of it."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from data_pipeline.engines.config import EngineConfig
+from data_pipeline.limits import SourceLimits
+from data_pipeline.stages.probe import ProbeConfig
+from opensora.utils.limits import Limits
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """From raw videos to a clip table."""
+
+    source: Any = ""  # folder with videos (and all below it), a file, a glob, a text file with one path per line, a list
+    out: str = ""  # folder of the run: outputs of stages, clips, table, report
+    shard_size: int = 64  # sources whose results are one file of a stage; what a cluster's task takes at a time
+    limits: SourceLimits = field(default_factory=SourceLimits)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+
+    LIMITS: ClassVar[Limits] = {"shard_size": (100_000, "a shard is one file, and in memory at once")}
+
+    def __post_init__(self) -> None:
+        names = [self.source] if isinstance(self.source, str) else self.source
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"source={self.source!r}: must be a folder, file or glob, or a list of these")
+        if not any(names):
+            raise ValueError("source='': must name the folder that holds the videos; write source=DIR")
+        if not self.out:
+            raise ValueError("out='': must name the folder of the run; write out=work/first")
+        if self.shard_size < 1:
+            raise ValueError(f"shard_size={self.shard_size}: must be an integer >= 1")

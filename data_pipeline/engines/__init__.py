@@ -1,0 +1,1 @@
+"""Who calls ``run_shard``: processes of this machine, or tasks of a cluster."""

@@ -1,0 +1,135 @@
+"""The outputs of stages: one parquet file per stage and shard, complete or absent, named by all that it depends on.
+
+    OUT/<stage>/<shard>.<key>.<digest>.parquet
+
+``key`` is a hash of the stage's configuration and version and of the digests of what it reads; an output with the key
+that is wanted is not made again. ``digest`` is that of the file's own bytes: one that does not have it any more is
+damaged, and counts as absent. Outputs of other keys stay, so that a setting that is changed back costs nothing.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as papq
+
+from data_pipeline.rows import Row, feed
+from opensora.utils.console import announce
+from opensora.utils.files.user_files import written_whole
+
+_NAME = re.compile(r"(?P<shard>[a-z0-9]+)\.(?P<key>[0-9a-f]{16})\.(?P<digest>[0-9a-f]{16})\.parquet")
+_UNITS = b"units"
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of one source in one stage."""
+
+    source: str
+    key: str  # of the unit: see ``unit_key``
+    rows: int
+    error: str = ""  # why there are none
+    kind: str = ""  # of the error: its type, or poison
+
+
+@dataclass(frozen=True)
+class Output:
+    """One file, read."""
+
+    table: pa.Table  # without ``source``, the rows of one source together
+    done: tuple[Done, ...]  # in order of the rows
+
+    def by_source(self) -> Iterator[tuple[Done, pa.Table]]:
+        """Every source with its rows: none where there is an error."""
+        first = 0
+        for done in self.done:
+            yield done, self.table.slice(first, done.rows)
+            first += done.rows
+
+
+def digest_of(value: Any) -> str:
+    """16 hex digits of plain data: what JSON can say."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def unit_key(stage_key: str, rows: Mapping[str, Sequence[Row]]) -> str:
+    """The key of what a stage makes of one source: equal for equal content, whatever the file is called.
+
+    Args:
+        stage_key: of the stage's name, version and configuration.
+        rows: what it reads, the declared columns only.
+    """
+    digest = hashlib.blake2b(stage_key.encode(), digest_size=16)
+    feed(digest, dict(rows))
+    return digest.hexdigest()
+
+
+def find_output(folder: Path, shard: str, key: str) -> Path | None:
+    """The file of a stage and shard that has this key; of several, which a crash can leave, the newest."""
+    found = [path for path in outputs_of(folder, shard) if key_and_digest(path)[0] == key]
+    return found[0] if found else None
+
+
+def outputs_of(folder: Path, shard: str) -> list[Path]:
+    """All files of a stage and shard, the newest first."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    found = [folder / name for name in names if (match := _NAME.fullmatch(name)) and match["shard"] == shard]
+    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+
+
+def key_and_digest(path: Path) -> tuple[str, str]:
+    """What the name of an output says of it."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None, path
+    return match["key"], match["digest"]
+
+
+def read_output(path: Path) -> Output | None:
+    """None: the file is not as it was written; it is renamed, so that it is made again, and a line says so."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    match = _NAME.fullmatch(path.name)
+    if match is None or hashlib.blake2b(content, digest_size=8).hexdigest() != match["digest"]:
+        announce(f"{path} is damaged: it is put aside and made again", every_rank=True)
+        path.replace(path.with_suffix(".damaged"))
+        return None
+    table = papq.read_table(pa.BufferReader(content))
+    units = json.loads(table.schema.metadata[_UNITS])
+    table = table.replace_schema_metadata(None).drop_columns(["source"])
+    return Output(table, tuple(Done(**unit) for unit in units))
+
+
+def write_output(
+    folder: Path, shard: str, key: str, columns: pa.Schema, results: Iterable[tuple[Done, pa.Table]]
+) -> Path:
+    """The rows of all sources of a shard, in the order given, as one file.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    done, tables = list[Done](), [columns.empty_table()]
+    for unit, table in results:
+        done.append(unit)
+        tables.append(table)
+    names = [unit.source for unit in done for _ in range(unit.rows)]
+    table = pa.concat_tables(tables).add_column(0, pa.field("source", pa.string()), pa.array(names, pa.string()))
+    units = json.dumps([asdict(unit) for unit in done], separators=(",", ":")).encode()
+    sink = pa.BufferOutputStream()
+    papq.write_table(table.replace_schema_metadata({_UNITS: units}), sink, compression="zstd")
+    content = sink.getvalue().to_pybytes()
+    path = folder / f"{shard}.{key}.{hashlib.blake2b(content, digest_size=8).hexdigest()}.parquet"
+    with written_whole(path) as aside:
+        aside.write_bytes(content)
+    for other in outputs_of(folder, shard):  # of the same key: what failed then was tried again
+        if other != path and key_and_digest(other)[0] == key:
+            other.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,153 @@
+"""The stages of a run in order, and the outputs that are still to be made."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+import pyarrow as pa
+
+from data_pipeline.config import PipelineConfig
+from data_pipeline.outputs import Done, Output, digest_of, find_output, key_and_digest, read_output, write_output
+from data_pipeline.plan import Plan, Shard
+from data_pipeline.shard import InputMissing, ShardTask
+from data_pipeline.stage_list import GLOBAL, make_stages
+from data_pipeline.stages.base import GlobalStage, Stage
+from opensora.config.schema import plain
+
+ALL = "all"  # the shard of a stage that looks at all sources together
+
+
+@dataclass
+class Pipeline:
+    """A configuration and its sources."""
+
+    cfg: PipelineConfig
+    plan: Plan
+    retry: bool = False  # sources that failed before are tried again
+    stages: dict[str, Stage | GlobalStage] = field(init=False)
+    _found: dict[tuple[str, str], Path] = field(default_factory=dict)  # (stage, shard) -> its output
+    _retried: set[tuple[str, str]] = field(default_factory=set)  # (stage, shard) that were made again
+
+    def __post_init__(self) -> None:
+        self.stages = make_stages(self.cfg)
+
+    @property
+    def out(self) -> Path:
+        return Path(self.cfg.out)
+
+    def output(self, stage: str, shard: Shard) -> Path | None:
+        """The output that is wanted, if it is there."""
+        name = ALL if stage in GLOBAL else shard.name
+        if (stage, name) not in self._found:
+            key = self.key(stage, shard)
+            path = find_output(self.out / stage, name, key) if key is not None else None
+            if path is None:
+                return None
+            self._found[stage, name] = path
+        return self._found[stage, name]
+
+    def forget(self) -> None:
+        """Look again for every output: some turned out to be damaged, or were made elsewhere."""
+        self._found.clear()
+
+    def key(self, stage: str, shard: Shard) -> str | None:
+        """Of the output that is wanted; None: what it reads is not there yet."""
+        of_stage = self.stages[stage]
+        shards = self.plan.shards if stage in GLOBAL else (shard,)
+        digests: dict[str, list[str]] = {}
+        for name in of_stage.reads:
+            paths = [self.output(name, each) for each in (shards[:1] if name in GLOBAL else shards)]
+            if any(path is None for path in paths):
+                return None
+            digests[name] = [key_and_digest(path)[1] for path in paths if path is not None]
+        if not digests:
+            return digest_of([self.stage_key(stage), [[entry.name, entry.size, entry.mtime_ns] for entry in shard.sources]])
+        return digest_of([self.stage_key(stage), digests])
+
+    def stage_key(self, stage: str) -> str:
+        """Of all that a stage is, but for what it reads."""
+        of_stage = self.stages[stage]
+        return digest_of([of_stage.name, of_stage.version, plain(of_stage.config)])
+
+    def task(self, stage: str, shard: Shard) -> ShardTask | None:
+        """What is to be done for one output; None: it is there, or what it reads is not."""
+        key, present = self.key(stage, shard), self.output(stage, shard)
+        if key is None or (present is not None and not self._tries_again(stage, shard, present)):
+            return None
+        self._found.pop((stage, shard.name), None)
+        of_stage = self.stages[stage]
+        paths = {name: self.output(name, shard) for name in of_stage.reads}
+        return ShardTask(
+            out=self.out,
+            stage=of_stage,  # type: ignore[arg-type]
+            stage_key=self.stage_key(stage),
+            shard=shard.name,
+            key=key,
+            sources=shard.sources,
+            inputs={name: path for name, path in paths.items() if path is not None and name not in GLOBAL},
+            shared={name: path for name, path in paths.items() if path is not None and name in GLOBAL},
+            attempts=self.cfg.limits.attempts,
+            retry=self.retry,
+        )
+
+    def tasks(self, stage: str, shards: Sequence[Shard]) -> list[ShardTask]:
+        """The outputs of a stage that can be made now."""
+        found = (self.task(stage, shard) for shard in shards)
+        return [task for task in found if task is not None]
+
+    def run_global(self, stage: str) -> bool:
+        """Make the output of a stage that looks at all sources together; False: it is there, or cannot be made yet."""
+        of_stage, shards = self.stages[stage], self.plan.shards
+        key = self.key(stage, shards[0])
+        if key is None or self.output(stage, shards[0]) is not None:
+            return False
+        tables = {name: self.table(name, of_stage.reads[name]) for name in of_stage.reads}
+        found = of_stage.run_all(tables)  # type: ignore[union-attr]
+        names = found["source"].to_pylist()
+        done = [Done(source, "", len(list(rows))) for source, rows in groupby(names)]
+        rows, first = found.drop_columns(["source"]), 0
+        results = []
+        for each in done:
+            results.append((each, rows.slice(first, each.rows)))
+            first += each.rows
+        write_output(self.out / stage, ALL, key, of_stage.columns, results)
+        return True
+
+    def table(self, stage: str, columns: Sequence[str]) -> pa.Table:
+        """These columns of a stage's rows over all sources, behind ``source``; in order of source.
+
+        Raises:
+            InputMissing: an output is not there, or was damaged.
+        """
+        shards = self.plan.shards[:1] if stage in GLOBAL else self.plan.shards
+        found = [pair for shard in shards for pair in self.read(stage, shard).by_source()]
+        found.sort(key=lambda pair: pair[0].source)
+        tables = [self.stages[stage].columns.empty_table(), *(rows for _, rows in found)]
+        names = pa.array([done.source for done, _ in found for _ in range(done.rows)], pa.string())
+        return pa.concat_tables(tables).select(list(columns)).add_column(0, "source", names)
+
+    def errors(self) -> dict[str, tuple[str, Done]]:
+        """Source -> the stage that it failed in, and why."""
+        found: dict[str, tuple[str, Done]] = {}
+        for stage in self.stages:
+            for shard in () if stage in GLOBAL else self.plan.shards:
+                found |= {done.source: (stage, done) for done in self.read(stage, shard).done if done.error}
+        return found
+
+    def read(self, stage: str, shard: Shard) -> Output:
+        """Raises: InputMissing: the output is not there, or was damaged."""
+        path = self.output(stage, shard)
+        output = read_output(path) if path is not None else None
+        if output is None:
+            self.forget()
+            raise InputMissing(f"{stage}/{shard.name}")
+        return output
+
+    def _tries_again(self, stage: str, shard: Shard, present: Path) -> bool:
+        """Once per command, where it is told to and something failed."""
+        if not self.retry or (stage, shard.name) in self._retried:
+            return False
+        self._retried.add((stage, shard.name))
+        output = read_output(present)
+        return output is None or any(done.error for done in output.done)

@@ -1,0 +1,155 @@
+"""The sources of a run and the shards they are in. A plan only grows: what was planned once keeps its shard."""
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from data_pipeline.walk import LeftOut, walk
+from opensora.utils.errors import UserError
+from opensora.utils.files.untrusted import parse_json
+from opensora.utils.files.user_files import absence, read_text, write_whole
+
+PLAN = "plan.json"
+_LISTS = (".txt", ".list")
+_SIDE_FILES = (".txt", ".csv", ".json", ".jsonl", ".srt", ".vtt", ".md", ".parquet")  # beside videos, and none
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of the listing."""
+
+    name: str  # as tables name it: relative to the folder of the sources where it lies in it
+    file: str  # absolute
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Sources that are worked on together."""
+
+    name: str
+    sources: tuple[SourceFile, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All shards of a run, and what of the listing is in none."""
+
+    shards: tuple[Shard, ...]
+    left_out: tuple[LeftOut, ...] = ()
+
+    @property
+    def sources(self) -> list[SourceFile]:
+        return [source for shard in self.shards for source in shard.sources]
+
+
+def list_sources(source: str | Sequence[str]) -> tuple[list[SourceFile], list[LeftOut]]:
+    """Files behind ``source=``: a folder (with all below it), a file, a glob, a text file with one path per line, or a
+    list of these.
+
+    Raises:
+        UserError: nothing is there.
+    """
+    names = [source] if isinstance(source, str) else list(source)
+    if not any(names):
+        raise UserError("source is empty: give the folder that holds the videos, as source=DIR")
+    found, left_out = dict[str, SourceFile](), list[LeftOut]()
+    for name in names:
+        for file, root in _expanded(name, left_out):
+            entry = _entry(file, root)
+            found.setdefault(entry.file, entry)
+    if not found:
+        raise UserError(f"source={names[0]}: no file in it that could be a video; name the folder that holds them")
+    return sorted(found.values(), key=lambda entry: os.fsencode(entry.name)), left_out
+
+
+def _expanded(name: str, left_out: list[LeftOut]) -> Iterable[tuple[Path, Path | None]]:
+    """(file, the folder that its name starts at)."""
+    path = Path(name)
+    if path.is_dir():
+        files, others = walk(path, set())
+        left_out += others
+        return [(entry.path, path) for entry in files if entry.path.suffix.lower() not in _SIDE_FILES]
+    if path.is_file() and path.suffix.lower() in _LISTS:
+        lines = [line.strip() for line in read_text(path).splitlines()]
+        return [(path.parent / line, None) for line in lines if line and not line.startswith("#")]
+    if path.is_file():
+        return [(path, path.parent)]
+    matches = sorted(glob.glob(name, recursive=True))
+    if not matches:
+        raise UserError(f"source={name}: {absence(path, 'folder or file') or 'no such folder or file'}")
+    return [(Path(match), None) for match in matches if Path(match).is_file()]
+
+
+def _entry(file: Path, root: Path | None) -> SourceFile:
+    """Of a file that is gone the size is -1: it becomes a row that says so."""
+    absolute = os.path.abspath(file)
+    name = os.path.relpath(absolute, os.path.abspath(root)) if root is not None else absolute
+    try:
+        found = os.stat(absolute)
+    except OSError:
+        return SourceFile(_printable(name), absolute, -1, 0)
+    return SourceFile(_printable(name), absolute, found.st_size, found.st_mtime_ns)
+
+
+def _printable(name: str) -> str:
+    """As tables can hold it: bytes that are not UTF-8 are escaped."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def make_plan(out: Path, source: str | Sequence[str], shard_size: int) -> Plan:
+    """The plan of before, with sources that are new in new shards, and sizes and times as they are now."""
+    listed, left_out = list_sources(source)
+    known = read_plan(out)
+    now = {entry.name: entry for entry in listed}
+    before = {entry.name for entry in known.sources} if known else set()
+    shards = [_as_now(shard, now) for shard in known.shards] if known else []
+    new = sorted((entry for entry in listed if entry.name not in before), key=lambda entry: _order(entry.name))
+    for first in range(0, len(new), shard_size):
+        shards.append(Shard(f"{len(shards):06d}", tuple(new[first : first + shard_size])))
+    return Plan(tuple(shards), tuple(left_out))
+
+
+def _as_now(shard: Shard, now: dict[str, SourceFile]) -> Shard:
+    """A source that is no longer listed keeps what is known of it: what was made of it stays in the table."""
+    return replace(shard, sources=tuple(now.get(entry.name, entry) for entry in shard.sources))
+
+
+def _order(name: str) -> str:
+    """Neighbours in a folder are often alike, and as long as each other: shards mix them."""
+    return hashlib.sha1(os.fsencode(name)).hexdigest()
+
+
+def save_plan(out: Path, plan: Plan) -> None:
+    """Raises: UserError: it cannot be written."""
+    shards = [{"name": shard.name, "sources": [asdict(entry) for entry in shard.sources]} for shard in plan.shards]
+    write_whole(out / PLAN, lambda file: json.dump({"shards": shards}, file, indent=0))
+
+
+def read_plan(out: Path) -> Plan | None:
+    """None: there is none yet.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = out / PLAN
+    if not path.exists():
+        return None
+
+    def refuse(reason: str) -> UserError:
+        return UserError(f"{path}: {reason}; remove it, and the sources are listed anew (what is done stays)")
+
+    content = parse_json(path.read_bytes(), refuse)
+    try:
+        shards = [
+            Shard(shard["name"], tuple(SourceFile(**entry) for entry in shard["sources"]))
+            for shard in content["shards"]
+        ]
+    except (TypeError, KeyError) as error:
+        raise refuse("not as it was written") from error
+    return Plan(tuple(shards))

@@ -1,0 +1,172 @@
+"""One stage over one shard: what has to be computed, what is known already, and the output once all is there.
+
+Rows are found, in this order: in the journal of this very output, in outputs of the same stage and shard with other
+keys (a threshold changed elsewhere does not change what a unit is made of), and by running the stage.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from data_pipeline.journal import Journal
+from data_pipeline.log import RunLog
+from data_pipeline.outputs import Done, Output, outputs_of, read_output, unit_key, write_output
+from data_pipeline.plan import SourceFile
+from data_pipeline.rows import Row, to_rows
+from data_pipeline.stages.base import Stage, Unit
+from data_pipeline.worker import Failed, Worker, WorkerLost
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardTask:
+    """All that it takes to make one output, wherever: an engine carries this to a machine."""
+
+    out: Path
+    stage: Stage
+    stage_key: str  # of its name, version and configuration
+    shard: str
+    key: str  # of the output
+    sources: tuple[SourceFile, ...]
+    inputs: Mapping[str, Path]  # earlier stage -> its output for this shard
+    shared: Mapping[str, Path]  # earlier stage that looks at all sources together -> its output
+    attempts: int  # of SourceLimits
+    retry: bool = False  # sources that failed before are tried again
+
+    @property
+    def folder(self) -> Path:
+        return self.out / self.stage.name
+
+
+class InputMissing(Exception):
+    """What a stage reads is not there, or was damaged: whoever comes next makes it first."""
+
+
+class ShardRun:
+    """A task being worked on. Units are handed out by ``pending``; ``compute`` may run in several threads."""
+
+    def __init__(self, task: ShardTask, log: RunLog) -> None:
+        """
+        Raises:
+            InputMissing: an earlier output is not there.
+            ShardTaken: another process works on it.
+        """
+        self.task, self._log = task, log
+        self._guard = threading.Lock()
+        inputs = {name: _read(path) for name, path in task.inputs.items()}
+        shared = {name: _read(path) for name, path in task.shared.items()}
+        self._journal = Journal(task.folder / f".{task.shard}.{task.key}.journal")
+        self._keys: dict[str, str] = {}
+        self._results: dict[str, tuple[Done, pa.Table]] = {}
+        self.pending = self._units(inputs, shared)
+
+    def _units(self, inputs: Mapping[str, Output], shared: Mapping[str, Output]) -> list[Unit]:
+        """What has to be computed. A source that failed in an earlier stage is passed over."""
+        stage, known = self.task.stage, self._known()
+        own = {name: _declared(output, stage.reads[name]) for name, output in inputs.items()}
+        common = {name: _declared(output, stage.reads[name]) for name, output in shared.items()}
+        units: dict[str, Unit] = {}  # by key: two files of equal content are one unit
+        for source in self.task.sources:
+            if any(source.name not in tables for tables in own.values()):
+                continue
+            rows = {name: to_rows(tables[source.name]) for name, tables in own.items()}
+            rows |= {name: to_rows(tables[source.name]) if source.name in tables else [] for name, tables in common.items()}
+            key = self._keys[source.name] = unit_key(self.task.stage_key, self._identity(source, rows))
+            if key in known:
+                self._results[key] = known[key]
+            else:
+                units.setdefault(key, Unit(source=source.name, file=source.file, rows=rows))
+        return list(units.values())
+
+    def _identity(self, source: SourceFile, rows: Mapping[str, list[Row]]) -> Mapping[str, list[Row]]:
+        """A stage that reads no other one reads the file: its unit is what the listing says of it."""
+        if rows:
+            return rows
+        return {"file": [{"name": source.name, "size": source.size, "mtime_ns": source.mtime_ns}]}
+
+    def _known(self) -> dict[str, tuple[Done, pa.Table]]:
+        known: dict[str, tuple[Done, pa.Table]] = {}
+        for path in outputs_of(self.task.folder, self.task.shard):
+            if (output := read_output(path)) is not None:
+                known = _by_key(output) | known
+        known |= self._journal.done
+        return {key: value for key, value in known.items() if not (self.task.retry and value[0].error)}
+
+    def compute(self, unit: Unit, worker: Worker) -> None:
+        """Run the stage on one source, and write down what came of it."""
+        key, rows = self._keys[unit.source], self.task.stage.columns.empty_table()
+        done: Done | None
+        with self._log.timed(self.task.stage.name, unit.source) as entry:
+            try:
+                rows = worker.run(self.task.stage.name, unit)
+                done = Done(unit.source, key, rows.num_rows)
+            except Failed as error:
+                done = Done(unit.source, key, 0, str(error), error.kind)
+            except WorkerLost as lost:
+                timeout = Done(unit.source, key, 0, str(lost), "timeout")
+                done = timeout if lost.too_slow else self._poison(unit, key, str(lost))
+            entry.error = done.error if done else "its worker died; tried again"
+        if done is None:
+            self.compute(unit, worker)
+            return
+        with self._guard:
+            self._journal.add(done, rows)
+            self._results[key] = (done, rows)
+
+    def _poison(self, unit: Unit, key: str, reason: str) -> Done | None:
+        """A source that kills its worker again and again; None: it gets another try."""
+        with self._guard:
+            reasons = self._journal.add_lost(key, reason)
+        if len(reasons) < self.task.attempts:
+            return None
+        return Done(unit.source, key, 0, f"{reason}, {len(reasons)} times in a row", "poison")
+
+    def finish(self) -> Path:
+        """Write the output: all units are there."""
+        results = []
+        for source in self.task.sources:
+            if source.name in self._keys:
+                done, rows = self._results[self._keys[source.name]]
+                results.append((Done(source.name, done.key, done.rows, done.error, done.kind), rows))
+        task = self.task
+        path = write_output(task.folder, task.shard, task.key, task.stage.columns, results)
+        self._journal.close(remove=True)
+        return path
+
+    def close(self) -> None:
+        """Leave it as it is; what is done stays in the journal."""
+        self._journal.close()
+
+
+def _read(path: Path) -> Output:
+    output = read_output(path)
+    if output is None:
+        raise InputMissing(str(path))
+    return output
+
+
+def _declared(output: Output, columns: Sequence[str]) -> dict[str, pa.Table]:
+    """The columns that a stage reads, of every source without an error."""
+    return {done.source: table.select(list(columns)) for done, table in output.by_source() if not done.error}
+
+
+def _by_key(output: Output) -> dict[str, tuple[Done, pa.Table]]:
+    return {done.key: (done, table) for done, table in output.by_source()}
+
+
+def run_shard(task: ShardTask, worker: Worker, log: RunLog) -> None:
+    """One output, by one worker: what an engine calls somewhere, at least once.
+
+    Raises:
+        InputMissing, ShardTaken: not now.
+        UserError, OSError: the output cannot be written.
+    """
+    run = ShardRun(task, log)
+    try:
+        for unit in run.pending:
+            run.compute(unit, worker)
+        run.finish()
+    finally:
+        run.close()

@@ -1,0 +1,1 @@
+"""One file per stage; ``data_pipeline.stage_list`` has their order."""

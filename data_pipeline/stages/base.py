@@ -1,0 +1,77 @@
+"""What a stage is: what it reads and writes, and what it does with one source.
+
+A stage is a function of one source and of what earlier stages wrote about it. It runs in a worker process, knows nothing
+of shards, engines or files of the run, and its output is keyed by all that it depends on: its configuration, its
+version, and the columns that it declares to read. Whoever changes what a stage computes raises its version.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import pyarrow as pa
+
+from data_pipeline.rows import Row
+
+
+class SourceError(Exception):
+    """This source cannot be used, and why: it becomes a row with this error, and later stages pass it over."""
+
+    def __init__(self, reason: str, *, kind: str = "refused") -> None:
+        """``kind``: a word or two that such errors are counted by."""
+        super().__init__(reason)
+        self.kind = kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What one unit of a stage occupies, for engines that place work."""
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """One source, and what earlier stages wrote about it."""
+
+    source: str  # as tables name it: relative to the folder of the sources
+    file: str  # where to open it
+    rows: Mapping[str, list[Row]] = field(default_factory=dict)  # stage -> its rows, the declared columns only
+
+    def row(self, stage: str) -> Row:
+        """The one row of a stage that writes one per source."""
+        (row,) = self.rows[stage]
+        return row
+
+
+class Stage(Protocol):
+    """A step of the pipeline; ``config`` is its section of the configuration, a frozen dataclass."""
+
+    name: ClassVar[str]  # of its section, its folder and its progress bar
+    version: ClassVar[int]
+    reads: ClassVar[Mapping[str, tuple[str, ...]]]  # earlier stage -> columns; only these change the key of a unit
+    columns: ClassVar[pa.Schema]  # of its rows, without ``source``
+    resources: ClassVar[Resources]
+    config: Any
+
+    def run(self, unit: Unit) -> list[Row]:
+        """The rows of one source: of a stage of files one, of a stage of clips one per clip, in order of time.
+
+        Raises:
+            SourceError, DecodeError: there are none, for a reason that the source is to blame for.
+        """
+
+
+class GlobalStage(Protocol):
+    """A step that looks at all sources together, such as the search for duplicates."""
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    reads: ClassVar[Mapping[str, tuple[str, ...]]]
+    columns: ClassVar[pa.Schema]
+    config: Any
+
+    def run_all(self, tables: Mapping[str, pa.Table]) -> pa.Table:
+        """Rows with a column ``source`` from the declared columns of earlier stages, which have it as well; the rows
+        of a table are in order of source, and of time within one."""
