@@ -179,7 +179,10 @@ def _say_what_would_run(pipeline: Pipeline) -> int:
     for name in pipeline.stages:
         shards = plan.shards[:1] if name in GLOBAL else plan.shards
         done = sum(pipeline.output(name, shard) is not None for shard in shards)
-        print(f"{name:>10}: {done} of {len(shards)} outputs are there" + (", nothing to do" if done == len(shards) else ""))
+        print(
+            f"{name:>10}: {done} of {len(shards)} outputs are there"
+            + (", nothing to do" if done == len(shards) else "")
+        )
     return 0
 
 
