@@ -28,7 +28,6 @@ from data_pipeline.engines.base import Engine
 from data_pipeline.engines.local import LocalEngine
 from data_pipeline.pipeline import Pipeline
 from data_pipeline.plan import Plan, Shard, make_plan, read_plan, save_plan
-from data_pipeline.shard import InputMissing
 from data_pipeline.stage_list import GLOBAL
 from opensora.config.load import config_from_argv, save
 from opensora.config.schema import suggestion
@@ -63,7 +62,7 @@ def _main(argv: list[str]) -> int:
         return run(cfg, options)
 
 
-def run(cfg: PipelineConfig, options: Options = Options()) -> int:  # noqa: B008  (frozen)
+def run(cfg: PipelineConfig, options: Options = Options()) -> int:
     """All of a run that is not done yet. Returns the exit code.
 
     Raises:

@@ -20,7 +20,6 @@ from opensora.datasets.decode.pyav_container import (
 from opensora.datasets.decode.pyav_pixels import UNTAGGED_MATRIX, StoredFrame, is_hd, stored_frame
 from opensora.datasets.table.clip_storage import Source
 
-
 # Grey is the first plane of this: asked for grey, swscale goes through RGB and back by another matrix.
 _COLOUR, _LUMA = "bgr24", "yuv420p"
 
