@@ -28,7 +28,7 @@ def clip(path: Path, frames: int = 12, height: int = 48, width: int = 80, fps: f
 
 
 def test_frames_are_those_that_training_reads(shared_media: Path) -> None:
-    """Another reader, that seeks and scales by itself: the same pictures under the same numbers, whatever the format."""
+    """Another reader, that seeks and scales by itself: the same pictures under the same numbers."""
     clips = sorted(shared_media.glob("clips/*.mkv"))  # short ones; the edge cases have all else
     for path in [*clips, *sorted(shared_media.glob("edge_cases/*.m*"))]:
         report = ScanReport()
