@@ -3,9 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from data_pipeline.analysis.content import ContentConfig
 from data_pipeline.engines.config import EngineConfig
 from data_pipeline.limits import SourceLimits
 from data_pipeline.stages.probe import ProbeConfig
+from data_pipeline.stages.shots import ShotsConfig
 from opensora.utils.limits import Limits
 
 
@@ -19,6 +21,8 @@ class PipelineConfig:
     limits: SourceLimits = field(default_factory=SourceLimits)
     engine: EngineConfig = field(default_factory=EngineConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    content: ContentConfig = field(default_factory=ContentConfig)
+    shots: ShotsConfig = field(default_factory=ShotsConfig)
 
     LIMITS: ClassVar[Limits] = {"shard_size": (100_000, "a shard is one file, and in memory at once")}
 
