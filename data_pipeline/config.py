@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from data_pipeline.analysis.pictures import PicturesConfig
 from data_pipeline.engines.config import EngineConfig
 from data_pipeline.limits import SourceLimits
+from data_pipeline.stages.filter import DEFAULT_FILTERS, FilterRule
 from data_pipeline.stages.probe import ProbeConfig
 from opensora.utils.limits import Limits
 
@@ -19,6 +21,8 @@ class PipelineConfig:
     limits: SourceLimits = field(default_factory=SourceLimits)
     engine: EngineConfig = field(default_factory=EngineConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    pictures: PicturesConfig = field(default_factory=PicturesConfig)
+    filters: dict[str, FilterRule] = field(default_factory=lambda: dict(DEFAULT_FILTERS))  # asked in this order
 
     LIMITS: ClassVar[Limits] = {"shard_size": (100_000, "a shard is one file, and in memory at once")}
 
