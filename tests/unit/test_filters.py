@@ -211,9 +211,7 @@ def test_a_configuration_that_is_refused(override: str) -> None:
 
 
 def test_one_threshold_from_the_command_line_leaves_the_others() -> None:
-    cfg = load_config(
-        PipelineConfig, ROOT / "configs/pipeline/default.yaml", ["source=x", "out=y", "filters.dark.min=20"]
-    )
+    cfg = load_config(PipelineConfig, DEFAULT, ["source=x", "out=y", "filters.dark.min=20"])
     assert cfg.filters["dark"] == FilterRule(column="luma", min=20.0)
     assert list(cfg.filters) == list(DEFAULT_FILTERS)
 
