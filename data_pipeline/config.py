@@ -4,8 +4,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from data_pipeline.analysis.content import ContentConfig
+from data_pipeline.analysis.pictures import PicturesConfig
 from data_pipeline.engines.config import EngineConfig
 from data_pipeline.limits import SourceLimits
+from data_pipeline.stages.filter import DEFAULT_FILTERS, FilterRule
 from data_pipeline.stages.probe import ProbeConfig
 from data_pipeline.stages.shots import ShotsConfig
 from opensora.utils.limits import Limits
@@ -23,6 +25,8 @@ class PipelineConfig:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     content: ContentConfig = field(default_factory=ContentConfig)
     shots: ShotsConfig = field(default_factory=ShotsConfig)
+    pictures: PicturesConfig = field(default_factory=PicturesConfig)
+    filters: dict[str, FilterRule] = field(default_factory=lambda: dict(DEFAULT_FILTERS))  # asked in this order
 
     LIMITS: ClassVar[Limits] = {"shard_size": (100_000, "a shard is one file, and in memory at once")}
 

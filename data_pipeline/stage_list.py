@@ -1,6 +1,7 @@
 """The stages in the order in which they run: the cheap ones first, so that later ones see fewer clips."""
 
 from data_pipeline.analysis.content import ContentAnalyser
+from data_pipeline.analysis.pictures import Pictures
 from data_pipeline.config import PipelineConfig
 from data_pipeline.stages.base import GlobalStage, Stage
 from data_pipeline.stages.frames import FramesStage
@@ -14,7 +15,7 @@ def make_stages(cfg: PipelineConfig) -> dict[str, Stage | GlobalStage]:
     """Name -> stage, in order."""
     stages: list[Stage | GlobalStage] = [
         ProbeStage(cfg.probe, cfg.limits),
-        FramesStage((ContentAnalyser(cfg.content),), cfg.limits),
+        FramesStage((ContentAnalyser(cfg.content), Pictures(cfg.pictures)), cfg.limits),
         ShotsStage(cfg.shots, cfg.limits),
     ]
     return {stage.name: stage for stage in stages}
