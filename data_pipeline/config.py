@@ -13,7 +13,9 @@ from opensora.utils.limits import Limits
 class PipelineConfig:
     """From raw videos to a clip table."""
 
-    source: Any = ""  # folder with videos (and all below it), a file, a glob, a text file with one path per line, a list
+    source: Any = (
+        ""  # folder with videos (and all below it), a file, a glob, a text file with one path per line, a list
+    )
     out: str = ""  # folder of the run: outputs of stages, clips, table, report
     shard_size: int = 64  # sources whose results are one file of a stage; what a cluster's task takes at a time
     limits: SourceLimits = field(default_factory=SourceLimits)

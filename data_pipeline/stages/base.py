@@ -7,7 +7,7 @@ version, and the columns that it declares to read. Whoever changes what a stage 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 
@@ -48,12 +48,25 @@ class Unit:
 class Stage(Protocol):
     """A step of the pipeline; ``config`` is its section of the configuration, a frozen dataclass."""
 
-    name: ClassVar[str]  # of its section, its folder and its progress bar
-    version: ClassVar[int]
-    reads: ClassVar[Mapping[str, tuple[str, ...]]]  # earlier stage -> columns; only these change the key of a unit
-    columns: ClassVar[pa.Schema]  # of its rows, without ``source``
-    resources: ClassVar[Resources]
     config: Any
+
+    @property
+    def name(self) -> str:
+        """Of its section, its folder and its progress bar."""
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def reads(self) -> Mapping[str, tuple[str, ...]]:
+        """Earlier stage -> columns; only these change the key of a unit."""
+
+    @property
+    def columns(self) -> pa.Schema:
+        """Of its rows, without ``source``."""
+
+    @property
+    def resources(self) -> Resources: ...
 
     def run(self, unit: Unit) -> list[Row]:
         """The rows of one source: of a stage of files one, of a stage of clips one per clip, in order of time.
@@ -66,11 +79,19 @@ class Stage(Protocol):
 class GlobalStage(Protocol):
     """A step that looks at all sources together, such as the search for duplicates."""
 
-    name: ClassVar[str]
-    version: ClassVar[int]
-    reads: ClassVar[Mapping[str, tuple[str, ...]]]
-    columns: ClassVar[pa.Schema]
     config: Any
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def reads(self) -> Mapping[str, tuple[str, ...]]: ...
+
+    @property
+    def columns(self) -> pa.Schema: ...
 
     def run_all(self, tables: Mapping[str, pa.Table]) -> pa.Table:
         """Rows with a column ``source`` from the declared columns of earlier stages, which have it as well; the rows
