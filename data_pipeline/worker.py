@@ -32,6 +32,8 @@ _END_S = 30.0  # for a process that has closed its end; a core dump takes a whil
 _GRACE_S = 5.0  # beyond its time limit: most stages notice it themselves
 _ROOT = Path(__file__).resolve().parents[1]
 _OF_OUTPUTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # errors that no source is to blame for
+# Not by -m, which would take the code that lies in the folder one is in.
+_PROGRAM = "import sys; sys.path.pop(0); from data_pipeline.worker import main; main(sys.argv[1:])"
 # A worker is one core; libraries that would start a thread for every core of the machine are told so.
 _THREADS = dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OPENCV_FOR_THREADS_NUM", "ORT_NUM_THREADS"), "1"
@@ -84,11 +86,8 @@ class Worker:
             WorkerClosed: it was closed.
             UserError: not the source's fault: the output cannot be written.
         """
-        fresh = self._process is None
-        if fresh:
-            self._start()
+        fresh = self._ask(stage, unit)
         try:
-            self._connection.send((stage, unit))
             if self._connection.poll(self._limits.time_s + _GRACE_S):
                 kind, value = self._connection.recv()
             else:
@@ -105,6 +104,19 @@ class Worker:
         if fresh:
             raise Failed("memory", value)
         return self.run(stage, unit)  # in a process that holds nothing of the sources before
+
+    def _ask(self, stage: str, unit: Unit) -> bool:
+        """Returns whether the process is a new one. One that is found dead has died of nothing in the unit."""
+        for _ in range(_STARTS):
+            fresh = self._process is None
+            if fresh:
+                self._start()
+            try:
+                self._connection.send((stage, unit))
+                return fresh
+            except OSError:
+                self._lost("", too_slow=True)
+        raise RuntimeError(f"{_STARTS} worker processes ended before they were asked anything")
 
     def close(self) -> None:
         """End the process, also where it hangs."""
@@ -144,7 +156,7 @@ class Worker:
         path = os.pathsep.join([str(_ROOT), *(entry for entry in sys.path if entry)])
         with inherited_by_nobody():
             return subprocess.Popen(
-                [sys.executable, "-m", "data_pipeline.worker", str(descriptor)],
+                [sys.executable, "-c", _PROGRAM, str(descriptor)],
                 pass_fds=[descriptor],
                 stdin=subprocess.DEVNULL,
                 env=os.environ | _THREADS | {"PYTHONPATH": path},
@@ -237,7 +249,3 @@ def _limit_memory(mib: int) -> None:
         _, most = resource.getrlimit(resource.RLIMIT_DATA)
         limit = mib << 20 if most == resource.RLIM_INFINITY else min(most, mib << 20)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -9,7 +9,7 @@ from pathlib import Path
 from data_pipeline.journal import ShardTaken
 from data_pipeline.limits import SourceLimits
 from data_pipeline.log import RunLog
-from data_pipeline.progress import StageProgress
+from data_pipeline.engines.progress import StageProgress
 from data_pipeline.shard import InputMissing, ShardRun, ShardTask
 from data_pipeline.stages.base import Stage, Unit
 from data_pipeline.worker import Worker, WorkerClosed
