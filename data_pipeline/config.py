@@ -5,6 +5,8 @@ from typing import Any, ClassVar
 
 from data_pipeline.engines.config import EngineConfig
 from data_pipeline.limits import SourceLimits
+from data_pipeline.stages.captions import CaptionsConfig
+from data_pipeline.stages.cut import CutConfig
 from data_pipeline.stages.probe import ProbeConfig
 from opensora.utils.limits import Limits
 
@@ -19,6 +21,8 @@ class PipelineConfig:
     limits: SourceLimits = field(default_factory=SourceLimits)
     engine: EngineConfig = field(default_factory=EngineConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    cut: CutConfig = field(default_factory=CutConfig)
+    captions: CaptionsConfig = field(default_factory=CaptionsConfig)
 
     LIMITS: ClassVar[Limits] = {"shard_size": (100_000, "a shard is one file, and in memory at once")}
 
