@@ -62,7 +62,9 @@ class Pipeline:
                 return None
             digests[name] = [key_and_digest(path)[1] for path in paths if path is not None]
         if not digests:
-            return digest_of([self.stage_key(stage), [[entry.name, entry.size, entry.mtime_ns] for entry in shard.sources]])
+            return digest_of(
+                [self.stage_key(stage), [[entry.name, entry.size, entry.mtime_ns] for entry in shard.sources]]
+            )
         return digest_of([self.stage_key(stage), digests])
 
     def stage_key(self, stage: str) -> str:

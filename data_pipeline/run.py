@@ -28,7 +28,6 @@ from data_pipeline.engines.base import Engine
 from data_pipeline.engines.local import LocalEngine
 from data_pipeline.pipeline import Pipeline
 from data_pipeline.plan import Plan, Shard, make_plan, read_plan, save_plan
-from data_pipeline.shard import InputMissing
 from data_pipeline.stage_list import GLOBAL
 from opensora.config.load import config_from_argv, save
 from opensora.config.schema import suggestion
@@ -63,7 +62,7 @@ def _main(argv: list[str]) -> int:
         return run(cfg, options)
 
 
-def run(cfg: PipelineConfig, options: Options = Options()) -> int:  # noqa: B008  (frozen)
+def run(cfg: PipelineConfig, options: Options = Options()) -> int:
     """All of a run that is not done yet. Returns the exit code.
 
     Raises:
@@ -179,7 +178,10 @@ def _say_what_would_run(pipeline: Pipeline) -> int:
     for name in pipeline.stages:
         shards = plan.shards[:1] if name in GLOBAL else plan.shards
         done = sum(pipeline.output(name, shard) is not None for shard in shards)
-        print(f"{name:>10}: {done} of {len(shards)} outputs are there" + (", nothing to do" if done == len(shards) else ""))
+        print(
+            f"{name:>10}: {done} of {len(shards)} outputs are there"
+            + (", nothing to do" if done == len(shards) else "")
+        )
     return 0
 
 

@@ -72,7 +72,9 @@ class ShardRun:
             if any(source.name not in tables for tables in own.values()):
                 continue
             rows = {name: to_rows(tables[source.name]) for name, tables in own.items()}
-            rows |= {name: to_rows(tables[source.name]) if source.name in tables else [] for name, tables in common.items()}
+            rows |= {
+                name: to_rows(tables[source.name]) if source.name in tables else [] for name, tables in common.items()
+            }
             key = self._keys[source.name] = unit_key(self.task.stage_key, self._identity(source, rows))
             if key in known:
                 self._results[key] = known[key]

@@ -1,9 +1,12 @@
 """The stages in the order in which they run: the cheap ones first, so that later ones see fewer clips."""
 
+from data_pipeline.analysis.content import ContentAnalyser
+from data_pipeline.analysis.pictures import Pictures
 from data_pipeline.config import PipelineConfig
 from data_pipeline.stages.base import GlobalStage, Stage
 from data_pipeline.stages.frames import FramesStage
 from data_pipeline.stages.probe import ProbeStage
+from data_pipeline.stages.shots import ShotsStage
 
 GLOBAL: tuple[str, ...] = ()  # those that look at all sources together
 
@@ -12,6 +15,7 @@ def make_stages(cfg: PipelineConfig) -> dict[str, Stage | GlobalStage]:
     """Name -> stage, in order."""
     stages: list[Stage | GlobalStage] = [
         ProbeStage(cfg.probe, cfg.limits),
-        FramesStage((), cfg.limits),
+        FramesStage((ContentAnalyser(cfg.content), Pictures(cfg.pictures)), cfg.limits),
+        ShotsStage(cfg.shots, cfg.limits),
     ]
     return {stage.name: stage for stage in stages}

@@ -128,6 +128,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "apex": ("acceleration/nvidia_apex.py",),
     "flash_attn": ("acceleration/attention/kernels/flash.py",),
     "flash_attn_interface": ("acceleration/attention/kernels/flash.py",),
+    "scenedetect": ("data_pipeline/analysis/content.py", "data_pipeline/shots/cuts.py"),
     "decord": ("opensora/datasets/decode/decord_backend.py",),
     "torchcodec": ("opensora/datasets/decode/torchcodec_backend.py",),
     "av": (

@@ -1,13 +1,13 @@
 """What a stage is: what it reads and writes, and what it does with one source.
 
-A stage is a function of one source and of what earlier stages wrote about it. It runs in a worker process, knows nothing
-of shards, engines or files of the run, and its output is keyed by all that it depends on: its configuration, its
-version, and the columns that it declares to read. Whoever changes what a stage computes raises its version.
+A stage is a function of one source and of what earlier stages wrote about it. It runs in a worker process, knows
+nothing of shards, engines or files of the run, and its output is keyed by all that it depends on: its configuration,
+its version, and the columns that it declares to read. Whoever changes what a stage computes raises its version.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 
@@ -45,15 +45,36 @@ class Unit:
         return row
 
 
-class Stage(Protocol):
-    """A step of the pipeline; ``config`` is its section of the configuration, a frozen dataclass."""
+class Step(Protocol):
+    """What all stages say of themselves; ``config`` is the section of the configuration, a frozen dataclass."""
 
-    name: ClassVar[str]  # of its section, its folder and its progress bar
-    version: ClassVar[int]
-    reads: ClassVar[Mapping[str, tuple[str, ...]]]  # earlier stage -> columns; only these change the key of a unit
-    columns: ClassVar[pa.Schema]  # of its rows, without ``source``
-    resources: ClassVar[Resources]
-    config: Any
+    @property
+    def name(self) -> str:
+        """Of its section, its folder and its progress bar."""
+
+    @property
+    def version(self) -> int:
+        """Raised by whoever changes what it computes."""
+
+    @property
+    def reads(self) -> Mapping[str, tuple[str, ...]]:
+        """Earlier stage -> columns; only these change the key of a unit."""
+
+    @property
+    def columns(self) -> pa.Schema:
+        """Of its rows, without ``source``."""
+
+    @property
+    def config(self) -> Any:
+        """What it computes depends on nothing else."""
+
+
+class Stage(Step, Protocol):
+    """A step that looks at one source at a time."""
+
+    @property
+    def resources(self) -> Resources:
+        """What one source takes."""
 
     def run(self, unit: Unit) -> list[Row]:
         """The rows of one source: of a stage of files one, of a stage of clips one per clip, in order of time.
@@ -63,14 +84,8 @@ class Stage(Protocol):
         """
 
 
-class GlobalStage(Protocol):
+class GlobalStage(Step, Protocol):
     """A step that looks at all sources together, such as the search for duplicates."""
-
-    name: ClassVar[str]
-    version: ClassVar[int]
-    reads: ClassVar[Mapping[str, tuple[str, ...]]]
-    columns: ClassVar[pa.Schema]
-    config: Any
 
     def run_all(self, tables: Mapping[str, pa.Table]) -> pa.Table:
         """Rows with a column ``source`` from the declared columns of earlier stages, which have it as well; the rows
