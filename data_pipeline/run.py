@@ -28,7 +28,9 @@ from data_pipeline.engines.base import Engine
 from data_pipeline.engines.local import LocalEngine
 from data_pipeline.pipeline import Pipeline
 from data_pipeline.plan import Plan, Shard, make_plan, read_plan, save_plan
+from data_pipeline.shard import InputMissing
 from data_pipeline.stage_list import GLOBAL
+from data_pipeline.table import ClipsGone, make_table, summary
 from opensora.config.load import config_from_argv, save
 from opensora.config.schema import suggestion
 from opensora.utils.command_line.command import call
@@ -36,6 +38,7 @@ from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 from opensora.utils.files.user_files import try_output
 
+_TRIES = 5  # to find all in place
 _WAIT_S = 2.0  # for another process that works on what is left
 _FLAGS = ("--dry-run", "--retry")
 
@@ -81,9 +84,22 @@ def run(cfg: PipelineConfig, options: Options = Options()) -> int:
     engine = make_engine(cfg, pipeline)
     try:
         run_stages(pipeline, engine, options)
+        if options.worker is None and not options.until:
+            _make_table(pipeline, engine, options)
     finally:
         engine.close()
     return 0
+
+
+def _make_table(pipeline: Pipeline, engine: Engine, options: Options) -> None:
+    """From what the stages wrote; what turns out to be gone is made again first."""
+    for _ in range(_TRIES):
+        try:
+            print(summary(make_table(pipeline)))
+            return
+        except (ClipsGone, InputMissing):
+            run_stages(pipeline, engine, options)
+    raise UserError(f"{pipeline.out}: clips or outputs of it go as fast as they are made; does something clean it up?")
 
 
 def run_stages(pipeline: Pipeline, engine: Engine, options: Options) -> None:

@@ -16,7 +16,7 @@ from data_pipeline.log import RunLog
 from data_pipeline.outputs import Done, Output, outputs_of, read_output, unit_key, write_output
 from data_pipeline.plan import SourceFile
 from data_pipeline.rows import Row, to_rows
-from data_pipeline.stages.base import Stage, Unit
+from data_pipeline.stages.base import ReadsBeside, Stage, Unit, has_failed
 from data_pipeline.worker import Failed, Worker, WorkerLost
 
 
@@ -60,6 +60,7 @@ class ShardRun:
         self._journal = Journal(task.folder / f".{task.shard}.{task.key}.journal")
         self._keys: dict[str, str] = {}
         self._results: dict[str, tuple[Done, pa.Table]] = {}
+        self._before: dict[str, pa.Table] = {}  # by key: rows of units that are tried again
         self.pending = self._units(inputs, shared)
 
     def _units(self, inputs: Mapping[str, Output], shared: Mapping[str, Output]) -> list[Unit]:
@@ -75,11 +76,14 @@ class ShardRun:
             rows |= {
                 name: to_rows(tables[source.name]) if source.name in tables else [] for name, tables in common.items()
             }
+            if isinstance(stage, ReadsBeside):
+                rows["beside"] = [stage.beside(source.file)]
             key = self._keys[source.name] = unit_key(self.task.stage_key, self._identity(source, rows))
             if key in known:
                 self._results[key] = known[key]
             else:
-                units.setdefault(key, Unit(source=source.name, file=source.file, rows=rows))
+                before = to_rows(self._before[key]) if key in self._before else None
+                units.setdefault(key, Unit(source=source.name, file=source.file, rows=rows, before=before))
         return list(units.values())
 
     def _identity(self, source: SourceFile, rows: Mapping[str, list[Row]]) -> Mapping[str, list[Row]]:
@@ -94,7 +98,10 @@ class ShardRun:
             if (output := read_output(path)) is not None:
                 known = _by_key(output) | known
         known |= self._journal.done
-        return {key: value for key, value in known.items() if not (self.task.retry and value[0].error)}
+        if self.task.retry:
+            again = {key for key, (done, rows) in known.items() if has_failed(self.task.stage, done.error, rows)}
+            self._before = {key: rows for key in again if (rows := known.pop(key)[1]).num_rows}
+        return known
 
     def compute(self, unit: Unit, worker: Worker) -> None:
         """Run the stage on one source, and write down what came of it."""

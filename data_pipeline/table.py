@@ -89,11 +89,27 @@ def make_table(pipeline: Pipeline) -> Path:
     return path
 
 
+def summary(path: Path) -> str:
+    """One line about a table."""
+    table = papq.read_table(
+        path, columns=["keep", "clip_id", "start_s", "end_s", "source", "failed_in", "caption_error"]
+    )
+    clips = table.filter(table["clip_id"].is_valid())
+    kept = clips.filter(clips["keep"])
+    failed = table.filter(table["failed_in"].is_valid())["source"].unique()
+    line = f"{path}: {kept.num_rows} of {clips.num_rows} clips kept, {_minutes(kept)} of {_minutes(clips)} minutes"
+    line += f"; {len(failed)} sources failed" if len(failed) else ""
+    without = clips["caption_error"].drop_null()
+    return line + (f"; {len(without)} clips have a caption_error: {without[0]}" if len(without) else "")
+
+
+def _minutes(clips: pa.Table) -> str:
+    return f"{(pc.sum(pc.subtract(clips['end_s'], clips['start_s'])).as_py() or 0.0) / 60:.1f}"
+
+
 def provenance(pipeline: Pipeline) -> dict[str, Any]:
     """What the rows were made by: of each stage its version and configuration."""
-    return {
-        name: {"version": stage.version, "config": plain(stage.config)} for name, stage in pipeline.stages.items()
-    }
+    return {name: {"version": stage.version, "config": plain(stage.config)} for name, stage in pipeline.stages.items()}
 
 
 def _key(pipeline: Pipeline) -> str:
@@ -104,8 +120,8 @@ def _key(pipeline: Pipeline) -> str:
         paths = [pipeline.output(stage, shard) for shard in shards]
         digests[stage] = [key_and_digest(path)[1] if path is not None else "" for path in paths]
     cut = pipeline.cfg.cut
-    shards = [[shard.name, [source.name for source in shard.sources]] for shard in pipeline.plan.shards]
-    return digest_of([_VERSION, cut.container, cut.tar_mib, provenance(pipeline), digests, shards])
+    listed = [[shard.name, [source.name for source in shard.sources]] for shard in pipeline.plan.shards]
+    return digest_of([_VERSION, cut.container, cut.tar_mib, provenance(pipeline), digests, listed])
 
 
 def _is_current(path: Path, key: str) -> bool:
@@ -172,7 +188,9 @@ class _Assembly:
     def _measured(self) -> dict[str, pa.ChunkedArray]:
         """The columns of all stages by the names that they have in the table."""
         taken = {name for name, _ in _FIRST}
-        found: dict[str, pa.ChunkedArray] = {name: self._spine[name] for name in ("source", "start_s", "end_s", "clip_id")}
+        found: dict[str, pa.ChunkedArray] = {
+            name: self._spine[name] for name in ("source", "start_s", "end_s", "clip_id")
+        }
         for stage in self._pipeline.stages:
             if stage in _LEFT_OUT or stage == "probe":
                 continue
@@ -319,7 +337,7 @@ def _made(pipeline: Pipeline) -> list[tuple[Shard, list[Clip]]]:
 
 def _make_again(pipeline: Pipeline, shard: Shard, path: str) -> ClipsGone:
     """Puts aside what says that the clips of this shard are there. Those that are whole are not encoded again."""
-    announce(f"{path} is gone or damaged: the clips of shard {shard.name} are looked through, and what is not there is cut again")
+    announce(f"{path} is gone or damaged: the clips of shard {shard.name} are looked through, and cut again if need be")
     for output in outputs_of(pipeline.out / "cut", shard.name):
         output.replace(output.with_suffix(".gone"))
     pipeline.forget()

@@ -131,7 +131,10 @@ HOMES: dict[str, tuple[str, ...]] = {
     "scenedetect": ("data_pipeline/analysis/content.py", "data_pipeline/shots/cuts.py"),
     "decord": ("opensora/datasets/decode/decord_backend.py",),
     "torchcodec": ("opensora/datasets/decode/torchcodec_backend.py",),
+    "httpx": ("data_pipeline/captioning/endpoint.py",),
     "av": (
+        "data_pipeline/media/encode.py",
+        "data_pipeline/media/ranges.py",
         "opensora/datasets/decode/pyav_backend.py",
         "opensora/datasets/decode/pyav_container.py",
         "opensora/datasets/decode/pyav_index.py",

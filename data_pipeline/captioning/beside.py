@@ -36,7 +36,8 @@ def caption_beside(file: str, files: tuple[str, ...]) -> Caption:
     video = Path(file)
     texts = Texts(path for path in (video.with_suffix(".txt"), Path(f"{file}.txt")) if path.is_file())
     faults: list[Caption] = []
-    for known in [_captions(path, os.stat(path).st_mtime_ns) for path in files] or [None]:
+    known_files: list[CaptionsFile | None] = [_captions(path, os.stat(path).st_mtime_ns) for path in files]
+    for known in known_files or [None]:
         found = caption_of(video, known, texts)
         if not found.reason:
             return found

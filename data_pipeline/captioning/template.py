@@ -51,4 +51,3 @@ def _light(luma: float | None) -> list[str]:
     if luma is None:
         return []
     return ["The picture is dark."] if luma < DARK else ["The picture is bright."] if luma > BRIGHT else []
-

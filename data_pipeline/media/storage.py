@@ -1,7 +1,7 @@
 """Where the clips of a run are: files of their own, or members of tar archives that hold them by the hundred.
 
-    OUT/media/<2 hex>/<name>.mp4
-    OUT/media/<shard>-<key>.tar       ``key``: a hash of what is in it
+OUT/media/<2 hex>/<name>.mp4
+OUT/media/<shard>-<key>.tar       ``key``: a hash of what is in it
 """
 
 import hashlib

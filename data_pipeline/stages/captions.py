@@ -104,7 +104,9 @@ class CaptionsStage:
     def run(self, unit: Unit) -> list[Row]:
         """See ``Stage``."""
         until = time.monotonic() + _OF_TIME * self._limits.time_s
-        clips = list(zip(unit.rows["cut"], unit.rows["measure"], unit.before or [{}] * len(unit.rows["cut"]), strict=True))
+        clips = list(
+            zip(unit.rows["cut"], unit.rows["measure"], unit.before or [{}] * len(unit.rows["cut"]), strict=True)
+        )
         beside = unit.row("beside") if "beside" in unit.rows else {}
 
         def caption(clip: tuple[Row, Row, Row]) -> Row:
@@ -156,9 +158,7 @@ class CaptionsStage:
         scale = min(1.0, self._endpoint.frame_side / max(cut["height"], cut["width"]))
         size = (max(1, round(cut["height"] * scale)), max(1, round(cut["width"] * scale)))
         timeout_s = self._limits.time_s
-        frames = read_frames(
-            path, 0, count, span=cut["num_frames"], resize=lambda *_: size, timeout_s=timeout_s
-        )
+        frames = read_frames(path, 0, count, span=cut["num_frames"], resize=lambda *_: size, timeout_s=timeout_s)
         for frame in frames:
             file = io.BytesIO()
             Image.fromarray(frame).save(file, "JPEG", quality=_QUALITY)
@@ -172,4 +172,3 @@ def _of_file(beside: Mapping[str, str], *, is_last: bool) -> _Found:
     if beside["reason"] == "no caption" and not is_last:
         return _Found({})
     return _Found({}, f"file: {beside['reason']}: {beside['detail']}")
-

@@ -120,9 +120,7 @@ class CutStage:
         about = [self.version, self.config.crf, self.config.preset, asdict(framed), str(shown.rate)]
         return digest_of(about)[:8]
 
-    def _make(
-        self, reader: RangeReader, path: str, numbers: np.ndarray, framed: Framing, rate: Fraction
-    ) -> FileFacts:
+    def _make(self, reader: RangeReader, path: str, numbers: np.ndarray, framed: Framing, rate: Fraction) -> FileFacts:
         with written_whole(self._out / path) as aside:
             with aside.open("wb") as file:
                 pictures = _pictures(reader, numbers, framed)
