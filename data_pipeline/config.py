@@ -7,6 +7,8 @@ from data_pipeline.analysis.content import ContentConfig
 from data_pipeline.analysis.pictures import PicturesConfig
 from data_pipeline.engines.config import EngineConfig
 from data_pipeline.limits import SourceLimits
+from data_pipeline.stages.captions import CaptionsConfig
+from data_pipeline.stages.cut import CutConfig
 from data_pipeline.stages.filter import DEFAULT_FILTERS, FilterRule
 from data_pipeline.stages.probe import ProbeConfig
 from data_pipeline.stages.shots import ShotsConfig
@@ -27,6 +29,8 @@ class PipelineConfig:
     shots: ShotsConfig = field(default_factory=ShotsConfig)
     pictures: PicturesConfig = field(default_factory=PicturesConfig)
     filters: dict[str, FilterRule] = field(default_factory=lambda: dict(DEFAULT_FILTERS))  # asked in this order
+    cut: CutConfig = field(default_factory=CutConfig)
+    captions: CaptionsConfig = field(default_factory=CaptionsConfig)
 
     LIMITS: ClassVar[Limits] = {"shard_size": (100_000, "a shard is one file, and in memory at once")}
 

@@ -34,6 +34,7 @@ from data_pipeline.pipeline import Pipeline
 from data_pipeline.plan import Plan, Shard, make_plan, read_plan, save_plan
 from data_pipeline.shard import InputMissing
 from data_pipeline.stage_list import GLOBAL
+from data_pipeline.table import ClipsGone, make_table, summary
 from opensora.config.load import config_from_argv, save
 from opensora.config.schema import suggestion
 from opensora.utils.command_line.command import call
@@ -41,6 +42,7 @@ from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 from opensora.utils.files.user_files import try_output
 
+_TRIES = 5  # to find all in place
 _WAIT_S = 2.0  # for another process that works on what is left
 _FLAGS = ("--dry-run", "--retry")
 _VALUES = {"--until": "STAGE", "--only": "STAGE", "--worker": "I/N"}
@@ -92,11 +94,24 @@ def run(cfg: PipelineConfig, options: Options = Options()) -> int:
     engine = make_engine(cfg, pipeline)
     try:
         run_stages(pipeline, engine, names, options)
+        if options.worker is None and not (options.until or options.only):
+            _make_table(pipeline, engine, names, options)
     finally:
         engine.close()
     if options.worker is None:
         say_summary(pipeline)
     return 0
+
+
+def _make_table(pipeline: Pipeline, engine: Engine, names: Sequence[str], options: Options) -> None:
+    """From what the stages wrote; what turns out to be gone is made again first."""
+    for _ in range(_TRIES):
+        try:
+            print(summary(make_table(pipeline)))
+            return
+        except (ClipsGone, InputMissing):
+            run_stages(pipeline, engine, names, options)
+    raise UserError(f"{pipeline.out}: clips or outputs of it go as fast as they are made; does something clean it up?")
 
 
 def run_stages(pipeline: Pipeline, engine: Engine, names: Sequence[str], options: Options) -> None:

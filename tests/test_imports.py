@@ -135,8 +135,11 @@ HOMES: dict[str, tuple[str, ...]] = {
     "decord": ("opensora/datasets/decode/decord_backend.py",),
     "torchcodec": ("opensora/datasets/decode/torchcodec_backend.py",),
     "ray": ("data_pipeline/engines/ray_tasks.py",),
+    "httpx": ("data_pipeline/captioning/endpoint.py",),
     "av": (
+        "data_pipeline/media/encode.py",
         "data_pipeline/media/facts.py",
+        "data_pipeline/media/ranges.py",
         "data_pipeline/media/scan.py",
         "opensora/datasets/decode/pyav_backend.py",
         "opensora/datasets/decode/pyav_container.py",
