@@ -131,6 +131,10 @@ HOMES: dict[str, tuple[str, ...]] = {
     "apex": ("acceleration/nvidia_apex.py",),
     "flash_attn": ("acceleration/attention/kernels/flash.py",),
     "flash_attn_interface": ("acceleration/attention/kernels/flash.py",),
+    "cv2": (
+        "data_pipeline/analysis/luma.py",
+        "data_pipeline/analysis/motion.py",
+    ),
     "scenedetect": ("data_pipeline/analysis/content.py", "data_pipeline/shots/cuts.py"),
     "decord": ("opensora/datasets/decode/decord_backend.py",),
     "torchcodec": ("opensora/datasets/decode/torchcodec_backend.py",),
