@@ -7,6 +7,8 @@ import pyarrow as pa
 
 from data_pipeline.report.clips import Clips
 
+_TABLE = "data.table=clips.parquet"  # whatever it names, which need not be there
+
 
 @dataclass(frozen=True)
 class Filled:
@@ -36,6 +38,14 @@ class Prediction:
     problem: str = ""  # why there are none
 
 
+def check_training(training: str) -> None:
+    """Before a run begins. Raises: UserError: the configuration cannot be used."""
+    from opensora.config.load import load_config
+    from opensora.config.run import RunConfig
+
+    load_config(RunConfig, training, [_TABLE])
+
+
 def predict(clips: Clips, training: str) -> Prediction:
     """The buckets of the kept clips.
 
@@ -50,7 +60,7 @@ def predict(clips: Clips, training: str) -> Prediction:
     from opensora.models.vae import autoencoder_shape
     from opensora.utils.errors import UserError
 
-    cfg = load_config(RunConfig, training, ["data.table=clips.parquet"])
+    cfg = load_config(RunConfig, training, [_TABLE])
     shape, denoising = autoencoder_shape(cfg.vae), describe(cfg.model)
     if not clips.keep.any():
         return Prediction(training, problem="no clip is kept")
@@ -72,7 +82,7 @@ def _table(clips: Clips) -> "ClipTable":  # type: ignore[name-defined]  # noqa: 
     kept = np.flatnonzero(clips.keep)
     columns = {}
     for name, kind in COLUMNS.items():
-        values = clips.numbers(name)[kept] if clips.has(name) else np.full(len(kept), np.nan)
+        values = clips.final(name)[kept]
         columns[name] = (
             np.minimum(values, np.iinfo(kind).max).astype(kind) if kind.kind in "iu" else values.astype(kind)
         )

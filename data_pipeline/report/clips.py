@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_pipeline.report.data import ReportData
+from data_pipeline.report.data import FINAL, ReportData
 from data_pipeline.stages.filter import FilterRule
 from data_pipeline.stages.filter_columns import DERIVED, NUMBERS, kind_of
 
@@ -33,16 +33,21 @@ class Clips:
         return self.numbers("duration_s")
 
     @cached_property
+    def rejecting(self) -> tuple[str, ...]:
+        """The filters in order, and behind them what else clips are rejected by: an error, no caption."""
+        return tuple(dict.fromkeys([*self.filters, *sorted(set(self._rejections[1].tolist()))]))
+
+    @cached_property
     def rejected(self) -> Mapping[str, np.ndarray]:
-        """Filter -> (n,) bool: whether it rejects the clip, perhaps among others."""
+        """Of ``rejecting``: (n,) bool: whether it rejects the clip, perhaps among others."""
         row, name, _ = self._rejections
-        return {wanted: self._mask(row[name == wanted]) for wanted in self.filters}
+        return {wanted: self._mask(row[name == wanted]) for wanted in self.rejecting}
 
     @cached_property
     def first(self) -> Mapping[str, np.ndarray]:
-        """Filter -> (n,) bool: whether it is the clip's reason."""
+        """Of ``rejecting``: (n,) bool: whether it is the clip's reason."""
         row, name, place = self._rejections
-        return {wanted: self._mask(row[(name == wanted) & (place == 0)]) for wanted in self.filters}
+        return {wanted: self._mask(row[(name == wanted) & (place == 0)]) for wanted in self.rejecting}
 
     @cached_property
     def rejections(self) -> np.ndarray:
@@ -82,6 +87,14 @@ class Clips:
     def _stored(self, column: str) -> np.ndarray:
         values = pc.cast(self.table[column], pa.float64()).combine_chunks()
         return np.array(values.to_numpy(zero_copy_only=False), dtype=np.float64)
+
+    def final(self, column: str) -> np.ndarray:
+        """(n,) of the clip's own file, else of its source; NaN where neither is known."""
+        of_source = self.numbers(column) if self.has(column) else np.full(len(self), np.nan)
+        if not self.has(f"{FINAL}.{column}"):
+            return of_source
+        own = self.numbers(f"{FINAL}.{column}")
+        return np.where(np.isfinite(own), own, of_source)
 
     def words(self, column: str) -> list[str | None]:
         """(n,) of a column of text, or of true and false."""

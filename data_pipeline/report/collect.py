@@ -2,19 +2,34 @@
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as papq
 
 from data_pipeline.pipeline import Pipeline
-from data_pipeline.report.data import Album, Failure, ReportData, Shot, Work
+from data_pipeline.report.data import FINAL, Album, Failure, ReportData, Shot, Work
+from data_pipeline.report.write import HTML, write_report
 from data_pipeline.rows import to_rows
 from data_pipeline.stages.filter import FILTER, SCREEN, FilterRule, FilterStage
+from data_pipeline.table import TABLE
 
-# Stages of clips whose columns the report shows under their own names; of equal ones the later one's.
-_OF_CLIPS = ("shots", "measure", SCREEN, "duplicates", "text", "scores", FILTER)
-_OF_SOURCES: Mapping[str, tuple[str, ...]] = {"probe": ("height", "width")}
+_OF_SOURCES = ("probe", "frames")  # stages with one row per source
+_SHOWN = ("probe", "shots", "measure", "duplicates", "text", "scores")  # of equal columns the last one's are meant
+_FINAL = ("num_frames", "height", "width", "fps")  # of a clip's own file, where it has one
+
+
+def make_report(pipeline: Pipeline) -> Path:
+    """``OUT/report.html`` and ``OUT/report.md``, of outputs and of a table of clips that are all there.
+
+    Raises:
+        InputMissing: an output is not.
+        UserError: one cannot be written, or ``report.training`` cannot be used.
+    """
+    write_report(collect(pipeline), pipeline.cfg.report, pipeline.out)
+    return pipeline.out / HTML
 
 
 def collect(pipeline: Pipeline) -> ReportData:
@@ -44,29 +59,40 @@ def filters_of(pipeline: Pipeline) -> dict[str, FilterRule]:
 
 
 def clip_table(pipeline: Pipeline) -> pa.Table:
-    """A row per clip, with the columns of all stages; null where a stage has nothing to say of a clip."""
+    """A row per clip: what was measured, as filters saw it, and what the table of clips says became of it."""
     clips = pipeline.table("shots", pipeline.stages["shots"].columns.names)
-    columns = {name: clips[name] for name in clips.column_names}
-    for stage, names in _OF_SOURCES.items():
-        columns |= _joined(clips, pipeline.table(stage, names), of_sources=True)
-    for stage in _OF_CLIPS[1:]:
+    columns = {"source": clips["source"]}
+    for stage in _SHOWN:
         if stage in pipeline.stages:
-            columns |= _joined(clips, pipeline.table(stage, pipeline.stages[stage].columns.names))
+            columns |= _joined(clips, pipeline, stage, pipeline.stages[stage].columns.names)
     for rule in filters_of(pipeline).values():  # of a column that was asked for with its stage
         stage, _, name = rule.column.rpartition(".")
         if stage:
-            table = pipeline.table(stage, [name])
-            columns[rule.column] = _joined(clips, table, of_sources=stage in ("probe", "frames"))[name]
-    return pa.table(columns)
+            columns[rule.column] = _joined(clips, pipeline, stage, [name])[name]
+    return pa.table(columns | _became(clips, pipeline.out / TABLE))
 
 
-def _joined(clips: pa.Table, table: pa.Table, *, of_sources: bool = False) -> dict[str, pa.ChunkedArray]:
-    """The columns of a stage, a row per clip. ``of_sources``: it has one row per source, which all its clips share."""
-    start: dict[str, int] = {}
-    for row, name in enumerate(table["source"].to_pylist()):
-        start.setdefault(name, row)
+def _became(clips: pa.Table, path: Path) -> dict[str, pa.ChunkedArray]:
+    """Of every clip, by the table of clips: whether it is kept, why not, and the size of its own file."""
+    table = papq.read_table(path, columns=["source", "clip_id", "keep", "reason", "rejected_by", *_FINAL])
+    row_of = {key: row for row, key in enumerate(_keys(table))}
+    taken = table.take(pa.array([row_of[key] for key in _keys(clips)], pa.int64()))
+    names = {name: f"{FINAL}.{name}" for name in _FINAL} | {name: name for name in ("keep", "reason", "rejected_by")}
+    return {new: taken[name] for name, new in names.items()}
+
+
+def _keys(table: pa.Table) -> list[tuple[str, str]]:
+    """The same clip may be in two files of equal content."""
+    return list(zip(table["source"].to_pylist(), table["clip_id"].to_pylist(), strict=True))
+
+
+def _joined(clips: pa.Table, pipeline: Pipeline, stage: str, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
+    """Columns of a stage, a row per clip; null where it has nothing to say of a clip."""
+    table, start = pipeline.table(stage, names), dict[str, int]()
+    for row, source in enumerate(table["source"].to_pylist()):
+        start.setdefault(source, row)
     rows = [
-        start[source] + (0 if of_sources else number) if source in start else None
+        None if source not in start else start[source] + (0 if stage in _OF_SOURCES else number)
         for source, number in zip(clips["source"].to_pylist(), clips["clip"].to_pylist(), strict=True)
     ]
     taken = table.drop_columns(["source"]).take(pa.array(rows, pa.int64()))

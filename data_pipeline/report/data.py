@@ -7,6 +7,8 @@ import pyarrow as pa
 
 from data_pipeline.stages.filter import FilterRule
 
+FINAL = "final"  # columns such as final.height are of a clip's own file
+
 
 @dataclass(frozen=True)
 class Shot:
@@ -48,8 +50,9 @@ def no_pictures(shots: Sequence[Shot]) -> list[bytes | None]:
 class ReportData:
     """A run.
 
-    ``clips`` has a row per clip: source, clip_id, first, last, start_s, end_s, height, width, keep, rejected_by, and
-    whatever else was measured, under the names that filters use; rows in order of source and time.
+    ``clips`` has a row per clip: source, clip_id, first, last, start_s, end_s, height, width, keep, reason,
+    rejected_by, and whatever else was measured, under the names that filters use; final.num_frames, final.height,
+    final.width and final.fps where clips have files of their own. Rows are in order of source and time.
     """
 
     clips: pa.Table

@@ -22,7 +22,7 @@ class Step:
     """One filter."""
 
     name: str
-    rule: FilterRule
+    rule: FilterRule | None  # None: a later stage that had nothing for the clip, such as a caption
     left: Amount  # behind it
     dropped: Amount  # here, which all filters before it let pass
     rejects: Amount  # of all clips, whatever others say
@@ -37,7 +37,8 @@ def amount(clips: Clips, chosen: np.ndarray) -> Amount:
 def funnel(clips: Clips) -> list[Step]:
     """The filters in the order in which they were asked."""
     left, found = np.ones(len(clips), dtype=bool), []
-    for name, rule in clips.filters.items():
+    for name in clips.rejecting:
+        rule = clips.filters.get(name)
         first, rejected = clips.first[name], clips.rejected[name]
         left = left & ~first
         amounts = (left, first, rejected, rejected & (clips.rejections == 1))
@@ -45,8 +46,10 @@ def funnel(clips: Clips) -> list[Step]:
     return found
 
 
-def in_words(rule: FilterRule) -> str:
+def in_words(rule: FilterRule | None) -> str:
     """A rule as a person would say it: duration_s >= 2."""
+    if rule is None:
+        return "of a later stage"
     parts = []
     if rule.min is not None and rule.max is not None:
         parts.append(f"{rule.min:g} <= {rule.column} <= {rule.max:g}")
@@ -89,8 +92,8 @@ SHAPES = ((0.0, "tall"), (0.7, "square"), (1.2, "4:3"), (1.55, "16:9"), (1.9, "w
 
 def grid(clips: Clips) -> Mapping[tuple[str, str], np.ndarray]:
     """(shape, size) -> (LENGTHS,) how many kept clips; only what there is, in order."""
-    size = _class_of(clips.numbers("short_side"), SIZES)
-    shape = _class_of(1 / clips.numbers("aspect_ratio"), SHAPES)
+    tall, wide = clips.final("height"), clips.final("width")
+    size, shape = _class_of(np.minimum(tall, wide), SIZES), _class_of(wide / tall, SHAPES)
     long = _class_of(clips.seconds, LENGTHS)
     found = {}
     for a, (_, name) in enumerate(SHAPES):

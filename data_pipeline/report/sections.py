@@ -12,7 +12,7 @@ from data_pipeline.report.clips import Clips, nearest_misses, some_kept
 from data_pipeline.report.config import ReportConfig
 from data_pipeline.report.data import Failure, ReportData, Work
 from data_pipeline.report.funnel import LENGTHS, Step, amount, grid, in_words
-from data_pipeline.report.html import bar, escape, key, table
+from data_pipeline.report.markup import bar, escape, key, table
 from data_pipeline.report.sheets import Sheets, count_duplicates
 from data_pipeline.stages.filter import FilterRule
 
@@ -61,11 +61,13 @@ def _step(step: Step, whole: float) -> str:
 
 def filters_section(steps: Sequence[Step], clips: Clips, sheets: Sheets, config: ReportConfig) -> str:
     """Every filter: its histogram, what it nearly let pass, and what was kept."""
-    return "".join(_filter(step, clips, sheets, config) for step in steps) if len(clips) else ""
+    if not len(clips):
+        return ""
+    return "".join(_filter(step, step.rule, clips, sheets, config) for step in steps if step.rule is not None)
 
 
-def _filter(step: Step, clips: Clips, sheets: Sheets, config: ReportConfig) -> str:
-    name, column = step.name, step.rule.column
+def _filter(step: Step, rule: FilterRule, clips: Clips, sheets: Sheets, config: ReportConfig) -> str:
+    name, column = step.name, rule.column
     misses = nearest_misses(clips, name, config.examples, config.seed)
     kept = some_kept(clips, name, config.examples, config.seed)
     said = "rejects none"
@@ -77,7 +79,7 @@ def _filter(step: Step, clips: Clips, sheets: Sheets, config: ReportConfig) -> s
     ]
     parts.append(f"<small>{said}</small>{chart(clips, column)}")
     if len(misses):
-        title = "Nearest misses" if step.rule.has_range else "Rejected, for example"
+        title = "Nearest misses" if rule.has_range else "Rejected, for example"
         parts.append(f"<h4>{title}</h4>{sheets.sheet(misses, column, 'miss')}")
     if len(kept):
         opened = " open" if len(misses) else ""
@@ -103,7 +105,7 @@ def chart(clips: Clips, column: str) -> str:
     parts = [(kind, counts(values[there & those], axis)) for kind, those in chosen]
     colours = key(("keep", "kept"), ("other", "rejected by others"), *([("drop", "rejected by this")] if rules else []))
     notes = [f"{plural(int((~there).sum()), 'clip')} without a value"] if not there.all() else []
-    notes.append(f"tallest bar {plural(int(sum(part for _, part in parts).max()), 'clip')}")
+    notes.append(f"tallest bar {plural(int(np.sum([part for _, part in parts], axis=0).max()), 'clip')}")
     shown = histogram(axis, parts, marks, f"histogram of {column}")
     return f'{shown}{colours} <small class="notes">{", ".join(notes)}</small>'
 

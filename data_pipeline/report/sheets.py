@@ -9,7 +9,7 @@ import numpy as np
 from data_pipeline.report.amounts import clock, length, number
 from data_pipeline.report.clips import Clips
 from data_pipeline.report.data import Album, Shot
-from data_pipeline.report.html import escape, figure
+from data_pipeline.report.markup import escape, figure
 
 _KINDS = ("exact", "near", "mirrored")
 

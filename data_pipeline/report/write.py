@@ -9,8 +9,8 @@ from data_pipeline.report.clips import Clips, column_order, nearest_misses, some
 from data_pipeline.report.config import ReportConfig
 from data_pipeline.report.data import ReportData
 from data_pipeline.report.funnel import funnel
-from data_pipeline.report.html import page
 from data_pipeline.report.markdown import markdown
+from data_pipeline.report.markup import page
 from data_pipeline.report.sheets import Sheets, duplicate_pairs
 from opensora.utils.files.user_files import written_whole
 
