@@ -9,6 +9,7 @@ from data_pipeline.analysis.motion import MotionConfig
 from data_pipeline.analysis.pictures import PicturesConfig
 from data_pipeline.engines.config import EngineConfig
 from data_pipeline.limits import SourceLimits
+from data_pipeline.report.config import ReportConfig
 from data_pipeline.stages.captions import CaptionsConfig
 from data_pipeline.stages.cut import CutConfig
 from data_pipeline.stages.filter import DEFAULT_FILTERS, FilterRule
@@ -37,6 +38,7 @@ class PipelineConfig:
     filters: dict[str, FilterRule] = field(default_factory=lambda: dict(DEFAULT_FILTERS))  # asked in this order
     cut: CutConfig = field(default_factory=CutConfig)
     captions: CaptionsConfig = field(default_factory=CaptionsConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
 
     LIMITS: ClassVar[Limits] = {"shard_size": (100_000, "a shard is one file, and in memory at once")}
 

@@ -32,6 +32,8 @@ from data_pipeline.engines.ray_tasks import RayEngine
 from data_pipeline.outputs import clear_leftovers
 from data_pipeline.pipeline import Pipeline
 from data_pipeline.plan import Plan, Shard, make_plan, read_plan, save_plan
+from data_pipeline.report.buckets import check_training
+from data_pipeline.report.collect import make_report
 from data_pipeline.shard import InputMissing
 from data_pipeline.stage_list import GLOBAL
 from data_pipeline.table import ClipsGone, make_table, summary
@@ -84,6 +86,8 @@ def run(cfg: PipelineConfig, options: Options = Options()) -> int:
     names = _chosen(pipeline, options)
     if options.dry_run:
         return _say_what_would_run(pipeline, names)
+    if options.worker is None and cfg.report.training:
+        check_training(cfg.report.training)
     try_output(out, "out", folder=True)
     if options.worker is None:
         save_plan(out, plan)
@@ -108,6 +112,7 @@ def _make_table(pipeline: Pipeline, engine: Engine, names: Sequence[str], option
     for _ in range(_TRIES):
         try:
             print(summary(make_table(pipeline)))
+            make_report(pipeline)
             return
         except (ClipsGone, InputMissing):
             run_stages(pipeline, engine, names, options)

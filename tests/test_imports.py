@@ -100,6 +100,14 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "opensora.utils",
     ),
     "scripts": ("opensora.config", "opensora.train", "opensora.inference", "opensora.utils", "opensora.cli"),
+    "data_pipeline.report": (  # what a training run would make of its clips, training's own code counts
+        "data_pipeline",
+        "opensora.config",
+        "opensora.datasets.plan.batch_plan",
+        "opensora.datasets.table.manifest",
+        "opensora.models",
+        "opensora.utils",
+    ),
     "data_pipeline": (
         "opensora.config.load",
         "opensora.config.schema",
