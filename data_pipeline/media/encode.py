@@ -151,16 +151,37 @@ def write_clip(
     Raises:
         OSError: it cannot be written.
     """
-    with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream("libx264", rate=rate)
-        stream.width, stream.height, stream.pix_fmt = framed.columns, framed.rows, "yuv420p"
-        context: Any = stream.codec_context
-        context.colorspace = context.color_primaries = context.color_trc = _BT709
-        context.color_range = ColorRange.MPEG
-        context.sample_aspect_ratio = Fraction(1)
-        context.thread_count = 1
-        stream.options = {"crf": str(crf), "preset": preset, "g": str(GROUP), "bf": "2", "x264-params": _X264}
-        for number, frame in enumerate(frames):
-            frame.pts, frame.time_base = number, 1 / rate
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    written = _Written(file)
+    try:
+        with av.open(written, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+            stream = container.add_stream("libx264", rate=rate)
+            stream.width, stream.height, stream.pix_fmt = framed.columns, framed.rows, "yuv420p"
+            context: Any = stream.codec_context
+            context.colorspace = context.color_primaries = context.color_trc = _BT709
+            context.color_range = ColorRange.MPEG
+            context.sample_aspect_ratio = Fraction(1)
+            context.thread_count = 1
+            stream.options = {"crf": str(crf), "preset": preset, "g": str(GROUP), "bf": "2", "x264-params": _X264}
+            for number, frame in enumerate(frames):
+                frame.pts, frame.time_base = number, 1 / rate
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    finally:
+        if written.error is not None:
+            raise written.error
+
+
+class _Written:
+    """A file that FFmpeg writes to by calling back; of an error there it tells no more than that there was one."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.error: OSError | None = None
+        self.seek, self.tell = file.seek, file.tell
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
