@@ -17,7 +17,7 @@ import numpy as np
 from data_pipeline.media.scan import ScanReport, scan
 from opensora.utils.files.video_writer import write_video
 
-CLIPS = 96
+CLIPS = 80
 HEIGHT, WIDTH = 180, 320
 GRADUAL = ("dissolve", "black", "white", "wipe")
 HALVES = ("tuning", "held out")
@@ -103,7 +103,7 @@ def labelled_clip(number: int, media: Path) -> LabelledClip:
     fps = float(rng.choice([24, 25, 30]))
     is_one_shot = number // 2 % 4 == 3
     count = 1 if is_one_shot else int(rng.integers(3, 6))
-    seconds = rng.uniform(4, 8) if is_one_shot else rng.uniform(1.6, 3.6, count)
+    seconds = rng.uniform(4, 8) if is_one_shot else rng.uniform(2.8, 4.2, count)
     lengths = np.atleast_1d(np.round(seconds * fps)).astype(int)
     footage = _draw_footage(rng, half, count)
     distractors: list[str] = []

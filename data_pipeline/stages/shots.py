@@ -8,10 +8,13 @@ from typing import ClassVar
 import numpy as np
 import pyarrow as pa
 
+from data_pipeline.analysis.content import thumbs_of
 from data_pipeline.limits import SourceLimits
 from data_pipeline.rows import Row
 from data_pipeline.shots.cuts import adaptive_cuts, content_cuts
+from data_pipeline.shots.opinions import reconciled
 from data_pipeline.shots.ranges import Times, clip_row, divided, ranges_between
+from data_pipeline.shots.thumbs import Thumbs
 from data_pipeline.shots.transitions import Transition, merged
 from data_pipeline.stages.base import Resources, Unit
 from opensora.utils.limits import SECONDS, Limits
@@ -26,6 +29,8 @@ class ShotsConfig:
     detector: str = "adaptive"  # adaptive, content: PySceneDetect's; none: a file is one clip
     adaptive_threshold: float = 3.0  # a cut's score over the mean of the frames around it
     content_threshold: float = 27.0  # a cut's score, 0 to 255
+    gradual: bool = True  # a second opinion, by thumbnails: dissolves, fades and wipes; flashes and jerks are no cuts
+    margin_frames: int = 6  # left out on both sides of a gradual transition
     min_scene_s: float = 0.6  # after a cut, before the detector finds the next one
     merge_s: float = 0.5  # transitions that follow one another faster are one
     min_s: float = 1.0  # shorter clips are left out
@@ -34,6 +39,7 @@ class ShotsConfig:
     LIMITS: ClassVar[Limits] = {
         "adaptive_threshold": (255.0, "no ratio is above"),
         "content_threshold": (255.0, "no score is above"),
+        "margin_frames": (1000, "clips would be gone"),
         "min_scene_s": SECONDS,
         "merge_s": SECONDS,
         "min_s": SECONDS,
@@ -46,9 +52,9 @@ class ShotsConfig:
         for name in ("adaptive_threshold", "content_threshold"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be a number above 0")
-        for name in ("min_scene_s", "merge_s", "min_s"):
+        for name in ("min_scene_s", "merge_s", "min_s", "margin_frames"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be a number of seconds, 0 or more")
+                raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more")
         if self.max_s is not None and not self.max_s >= max(2 * self.min_s, 0.1):
             raise ValueError(
                 f"max_s={self.max_s}: must be null, or 0.1 and twice min_s={self.min_s} at least, as halves stay"
@@ -90,7 +96,7 @@ class ShotsStage:
         """See ``Stage``."""
         frames, cfg = unit.row("frames"), self.config
         times = Times(frames["pts"], Fraction(frames["time_base"]))
-        shots = ranges_between(find_transitions(frames, cfg), len(times.pts))
+        shots = ranges_between(find_transitions(frames, cfg), len(times.pts), cfg.margin_frames)
         clips = [clip for shot in shots for clip in divided(shot, times, cfg.max_s)]
         clips = [clip for clip in clips if times.seconds(clip.first, clip.last) >= cfg.min_s]
         return [clip_row(clip, number, times, unit.row("probe")["sha256"]) for number, clip in enumerate(clips)]
@@ -104,9 +110,12 @@ def find_transitions(frames: Row, cfg: ShotsConfig) -> list[Transition]:
     """
     pts, base = np.maximum.accumulate(frames["pts"]), Fraction(frames["time_base"])
     seconds = (pts - pts[0]) * float(base)
+    thumbs = Thumbs(frames["content_frame"], seconds[frames["content_frame"]], thumbs_of(frames["content_thumbs"]))
     find = {"adaptive": adaptive_cuts, "content": content_cuts}.get(cfg.detector)
     if find is None:
         return []
     threshold = cfg.adaptive_threshold if cfg.detector == "adaptive" else cfg.content_threshold
     cuts = find(frames["content_score"], pts, base, threshold=threshold, apart_s=cfg.min_scene_s)
-    return merged([Transition("cut", cut, cut) for cut in cuts], seconds, cfg.merge_s)
+    plain = [Transition("cut", cut, cut) for cut in cuts]
+    found = reconciled(cuts, thumbs, seconds, cfg.merge_s) if cfg.gradual else plain
+    return merged(found, seconds, cfg.merge_s)
