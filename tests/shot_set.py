@@ -110,6 +110,8 @@ def labelled_clip(number: int, media: Path) -> LabelledClip:
     frames, transitions = None, list[Truth]()
     for shot, length in zip(footage, lengths, strict=True):
         taken = shot(rng, media, int(length))
+        if rng.random() < 0.3:
+            taken = _graded(rng, taken)
         if is_one_shot or rng.random() < 0.35:
             taken, what = _disturbed(rng, taken, fps)
             distractors.append(what)
@@ -222,6 +224,13 @@ def _wall(rng: np.random.Generator) -> np.ndarray:
         noise = rng.normal(0, 1, (cells, cells, 3))
         wall += strength * rng.uniform(0.2, 1) * cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
     return np.clip(wall, 0, 255).astype(np.uint8)
+
+
+def _graded(rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
+    """With a third to three quarters of the contrast, dark, pale or between."""
+    contrast = rng.uniform(0.33, 0.75)
+    level = rng.uniform(0, 1 - contrast) * 255.0
+    return np.round(frames * contrast + level).astype(np.uint8)
 
 
 # ---- transitions ----
