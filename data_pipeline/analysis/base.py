@@ -4,6 +4,7 @@ Columns hold one value per frame, or per frame that was sampled, so that whateve
 how much does this range move) is computed from them, and no threshold makes anybody decode again.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -67,5 +68,5 @@ class Clock:
         """Whether this frame is one."""
         if frame.time_s + 1e-9 < self._next:
             return False
-        self._next = max(self._next + self._step, frame.time_s - self._step)
+        self._next = self._step * (math.floor((frame.time_s + 1e-9) / self._step) + 1)
         return True
