@@ -12,6 +12,7 @@ from data_pipeline.analysis.content import thumbs_of
 from data_pipeline.limits import SourceLimits
 from data_pipeline.rows import Row
 from data_pipeline.shots.cuts import adaptive_cuts, content_cuts
+from data_pipeline.shots.network import network_transitions
 from data_pipeline.shots.opinions import reconciled
 from data_pipeline.shots.ranges import Times, clip_row, divided, ranges_between
 from data_pipeline.shots.thumbs import Thumbs
@@ -19,16 +20,19 @@ from data_pipeline.shots.transitions import Transition, merged
 from data_pipeline.stages.base import Resources, Unit
 from opensora.utils.limits import SECONDS, Limits
 
-DETECTORS = ("adaptive", "content", "none")
+DETECTORS = ("adaptive", "content", "transnetv2", "none")
+_PLAIN = ("pts", "time_base", "content_score", "content_frame", "content_thumbs")
+_NETWORK = ("pts", "time_base", "transnet_middle", "transnet_within")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShotsConfig:
     """Where clips begin and end."""
 
-    detector: str = "adaptive"  # adaptive, content: PySceneDetect's; none: a file is one clip
+    detector: str = "adaptive"  # adaptive, content: PySceneDetect's; transnetv2; none: a file is one clip
     adaptive_threshold: float = 3.0  # a cut's score over the mean of the frames around it
     content_threshold: float = 27.0  # a cut's score, 0 to 255
+    transnet_threshold: float = 0.5  # a transition's probability
     gradual: bool = True  # a second opinion, by thumbnails: dissolves, fades and wipes; flashes and jerks are no cuts
     margin_frames: int = 6  # left out on both sides of a gradual transition
     min_scene_s: float = 0.6  # after a cut, before the detector finds the next one
@@ -39,6 +43,7 @@ class ShotsConfig:
     LIMITS: ClassVar[Limits] = {
         "adaptive_threshold": (255.0, "no ratio is above"),
         "content_threshold": (255.0, "no score is above"),
+        "transnet_threshold": (1.0, "it is a probability"),
         "margin_frames": (1000, "clips would be gone"),
         "min_scene_s": SECONDS,
         "merge_s": SECONDS,
@@ -49,7 +54,7 @@ class ShotsConfig:
     def __post_init__(self) -> None:
         if self.detector not in DETECTORS:
             raise ValueError(f"detector={self.detector!r}: must be one of {', '.join(DETECTORS)}")
-        for name in ("adaptive_threshold", "content_threshold"):
+        for name in ("adaptive_threshold", "content_threshold", "transnet_threshold"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be a number above 0")
         for name in ("min_scene_s", "merge_s", "min_s", "margin_frames"):
@@ -66,10 +71,6 @@ class ShotsStage:
 
     name: ClassVar[str] = "shots"
     version: ClassVar[int] = 1
-    reads: Mapping[str, tuple[str, ...]] = {
-        "probe": ("sha256",),
-        "frames": ("pts", "time_base", "content_score", "content_frame", "content_thumbs"),
-    }
     resources: ClassVar[Resources] = Resources()
     columns: ClassVar[pa.Schema] = pa.schema(
         [
@@ -91,6 +92,8 @@ class ShotsStage:
 
     def __init__(self, config: ShotsConfig, limits: SourceLimits) -> None:
         self.config = config
+        frames = {"transnetv2": _NETWORK, "none": _PLAIN[:2]}.get(config.detector, _PLAIN)
+        self.reads: Mapping[str, tuple[str, ...]] = {"probe": ("sha256",), "frames": frames}
 
     def run(self, unit: Unit) -> list[Row]:
         """See ``Stage``."""
@@ -110,12 +113,21 @@ def find_transitions(frames: Row, cfg: ShotsConfig) -> list[Transition]:
     """
     pts, base = np.maximum.accumulate(frames["pts"]), Fraction(frames["time_base"])
     seconds = (pts - pts[0]) * float(base)
-    thumbs = Thumbs(frames["content_frame"], seconds[frames["content_frame"]], thumbs_of(frames["content_thumbs"]))
-    find = {"adaptive": adaptive_cuts, "content": content_cuts}.get(cfg.detector)
-    if find is None:
+    if cfg.detector == "none":
         return []
-    threshold = cfg.adaptive_threshold if cfg.detector == "adaptive" else cfg.content_threshold
-    cuts = find(frames["content_score"], pts, base, threshold=threshold, apart_s=cfg.min_scene_s)
-    plain = [Transition("cut", cut, cut) for cut in cuts]
-    found = reconciled(cuts, thumbs, seconds, cfg.merge_s) if cfg.gradual else plain
-    return merged(found, seconds, cfg.merge_s)
+    if cfg.detector == "transnetv2":
+        found = network_transitions(frames["transnet_middle"], frames["transnet_within"], cfg.transnet_threshold)
+        return merged(found, seconds, cfg.merge_s)
+    cuts = _detected(frames["content_score"], pts, base, cfg)
+    if not cfg.gradual:
+        return merged([Transition("cut", cut, cut) for cut in cuts], seconds, cfg.merge_s)
+    seen = frames["content_frame"]
+    thumbs = Thumbs(seen, seconds[seen], thumbs_of(frames["content_thumbs"]))
+    return merged(reconciled(cuts, thumbs, seconds, cfg.merge_s), seconds, cfg.merge_s)
+
+
+def _detected(scores: np.ndarray, pts: np.ndarray, base: Fraction, cfg: ShotsConfig) -> list[int]:
+    """First frames of shots, by PySceneDetect."""
+    if cfg.detector == "adaptive":
+        return adaptive_cuts(scores, pts, base, threshold=cfg.adaptive_threshold, apart_s=cfg.min_scene_s)
+    return content_cuts(scores, pts, base, threshold=cfg.content_threshold, apart_s=cfg.min_scene_s)
