@@ -7,6 +7,7 @@ from data_pipeline.analysis.content import ContentConfig
 from data_pipeline.analysis.luma import LumaConfig
 from data_pipeline.analysis.motion import MotionConfig
 from data_pipeline.analysis.pictures import PicturesConfig
+from data_pipeline.analysis.transnet import TransnetConfig
 from data_pipeline.engines.config import EngineConfig
 from data_pipeline.limits import SourceLimits
 from data_pipeline.report.config import ReportConfig
@@ -32,6 +33,7 @@ class PipelineConfig:
     content: ContentConfig = field(default_factory=ContentConfig)
     luma: LumaConfig = field(default_factory=LumaConfig)
     motion: MotionConfig = field(default_factory=MotionConfig)
+    transnet: TransnetConfig = field(default_factory=TransnetConfig)
     shots: ShotsConfig = field(default_factory=ShotsConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     pictures: PicturesConfig = field(default_factory=PicturesConfig)

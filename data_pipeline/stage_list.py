@@ -5,6 +5,7 @@ from data_pipeline.analysis.content import ContentAnalyser
 from data_pipeline.analysis.luma import LumaAnalyser
 from data_pipeline.analysis.motion import MotionAnalyser
 from data_pipeline.analysis.pictures import Pictures
+from data_pipeline.analysis.transnet import TransnetAnalyser
 from data_pipeline.config import PipelineConfig
 from data_pipeline.stages.base import GlobalStage, Stage
 from data_pipeline.stages.captions import CaptionsStage
@@ -41,6 +42,7 @@ def _analysers(cfg: PipelineConfig) -> tuple[Analyser, ...]:
     """All that looks at frames while they are decoded."""
     return (
         ContentAnalyser(cfg.content),
+        *((TransnetAnalyser(cfg.transnet),) if cfg.shots.detector == "transnetv2" else ()),
         LumaAnalyser(cfg.luma),
         MotionAnalyser(cfg.motion),
         Pictures(cfg.pictures),
