@@ -5,17 +5,15 @@ import random
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.faults import media_fuzz
 from tests.faults.conftest import Tally
-from tests.faults.pipeline_runs import CONFIG, MARK, Command, errors, journals, outputs, results, run
-from tests.faults.pipeline_stages import HOSTILE, PAUSE
+from tests.faults.pipeline_runs import CONFIG, Command, journals, outputs, run
+from tests.faults.pipeline_stages import PAUSE
 
 pytestmark = pytest.mark.timeout(300)
 STAGES = ("probe", "frames", "hostile", "census", "verdict")
@@ -99,7 +97,7 @@ def trials(count: int, longest_s: float) -> Iterator[tuple[int, str, float]]:
         yield seed, tuple(KILLS)[seed % len(KILLS)], longest_s
 
 
-@pytest.mark.parametrize(("seed", "kill", "longest_s"), trials(6, 3.0))
+@pytest.mark.parametrize(("seed", "kill", "longest_s"), list(trials(6, 3.0)))
 def test_killed_at_any_instant(
     clips: Path, wanted: dict[str, bytes], tmp_path: Path, tally: Tally, seed: int, kill: str, longest_s: float
 ) -> None:
