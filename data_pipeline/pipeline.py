@@ -21,7 +21,7 @@ from data_pipeline.outputs import (
 from data_pipeline.plan import Plan, Shard
 from data_pipeline.shard import InputMissing, ShardTask
 from data_pipeline.stage_list import GLOBAL, make_stages
-from data_pipeline.stages.base import GlobalStage, Stage
+from data_pipeline.stages.base import GlobalStage, ReadsBeside, Stage, has_failed
 from opensora.config.schema import plain
 
 ALL = "all"  # the shard of a stage that looks at all sources together
@@ -81,6 +81,8 @@ class Pipeline:
             return digest_of(
                 [self.stage_key(stage), [[entry.name, entry.size, entry.mtime_ns] for entry in shard.sources]]
             )
+        if isinstance(of_stage, ReadsBeside):
+            digests["beside"] = [digest_of(of_stage.beside(entry.file)) for entry in shard.sources]
         return digest_of([self.stage_key(stage), digests])
 
     def stage_key(self, stage: str) -> str:
@@ -174,4 +176,6 @@ class Pipeline:
         if not self.retry or (stage, shard.name) in self._retried:
             return False
         self._retried.add((stage, shard.name))
-        return any(done.error for done in read_done(present))
+        output = read_output(present)
+        of_stage = self.stages[stage]
+        return output is None or any(has_failed(of_stage, done.error, rows) for done, rows in output.by_source())

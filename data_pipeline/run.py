@@ -32,8 +32,11 @@ from data_pipeline.engines.ray_tasks import RayEngine
 from data_pipeline.outputs import clear_leftovers
 from data_pipeline.pipeline import Pipeline
 from data_pipeline.plan import Plan, Shard, make_plan, read_plan, save_plan
+from data_pipeline.report.buckets import check_training
+from data_pipeline.report.collect import make_report
 from data_pipeline.shard import InputMissing
 from data_pipeline.stage_list import GLOBAL
+from data_pipeline.table import ClipsGone, make_table, summary
 from opensora.config.load import config_from_argv, save
 from opensora.config.schema import suggestion
 from opensora.utils.command_line.command import call
@@ -41,6 +44,7 @@ from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 from opensora.utils.files.user_files import try_output
 
+_TRIES = 5  # to find all in place
 _WAIT_S = 2.0  # for another process that works on what is left
 _FLAGS = ("--dry-run", "--retry")
 _VALUES = {"--until": "STAGE", "--only": "STAGE", "--worker": "I/N"}
@@ -70,7 +74,7 @@ def _main(argv: list[str]) -> int:
         return run(cfg, options)
 
 
-def run(cfg: PipelineConfig, options: Options = Options()) -> int:  # noqa: B008  (frozen)
+def run(cfg: PipelineConfig, options: Options = Options()) -> int:
     """All of a run that is not done yet. Returns the exit code.
 
     Raises:
@@ -82,6 +86,8 @@ def run(cfg: PipelineConfig, options: Options = Options()) -> int:  # noqa: B008
     names = _chosen(pipeline, options)
     if options.dry_run:
         return _say_what_would_run(pipeline, names)
+    if options.worker is None and cfg.report.training:
+        check_training(cfg.report.training)
     try_output(out, "out", folder=True)
     if options.worker is None:
         save_plan(out, plan)
@@ -92,11 +98,25 @@ def run(cfg: PipelineConfig, options: Options = Options()) -> int:  # noqa: B008
     engine = make_engine(cfg, pipeline)
     try:
         run_stages(pipeline, engine, names, options)
+        if options.worker is None and not (options.until or options.only):
+            _make_table(pipeline, engine, names, options)
     finally:
         engine.close()
     if options.worker is None:
         say_summary(pipeline)
     return 0
+
+
+def _make_table(pipeline: Pipeline, engine: Engine, names: Sequence[str], options: Options) -> None:
+    """From what the stages wrote; what turns out to be gone is made again first."""
+    for _ in range(_TRIES):
+        try:
+            print(summary(make_table(pipeline)))
+            make_report(pipeline)
+            return
+        except (ClipsGone, InputMissing):
+            run_stages(pipeline, engine, names, options)
+    raise UserError(f"{pipeline.out}: clips or outputs of it go as fast as they are made; does something clean it up?")
 
 
 def run_stages(pipeline: Pipeline, engine: Engine, names: Sequence[str], options: Options) -> None:

@@ -16,7 +16,7 @@ from data_pipeline.log import RunLog
 from data_pipeline.outputs import Done, Output, outputs_of, read_output, unit_key, write_output
 from data_pipeline.plan import SourceFile
 from data_pipeline.rows import Row, to_rows
-from data_pipeline.stages.base import Stage, Unit
+from data_pipeline.stages.base import ReadsBeside, Stage, Unit, has_failed
 from data_pipeline.worker import Failed, Worker, WorkerLost
 
 POISON, GONE = "poison", "gone"
@@ -73,6 +73,7 @@ class ShardRun:
         self._journal = Journal(task.folder / f".{task.shard}.{task.key}.journal")
         self._keys: dict[str, str] = {}
         self._results: dict[str, tuple[Done, pa.Table]] = {}
+        self._before: dict[str, pa.Table] = {}  # by key: rows of units that are tried again
         try:
             self.pending = self._units(inputs, shared)
         except BaseException:
@@ -97,11 +98,14 @@ class ShardRun:
             rows |= {
                 name: to_rows(tables[source.name]) if source.name in tables else [] for name, tables in common.items()
             }
+            if isinstance(stage, ReadsBeside):
+                rows["beside"] = [stage.beside(source.file)]
             key = self._keys[source.name] = unit_key(self.task.stage_key, self._identity(source, rows))
             if key in known:
                 self._results[key] = known[key]
             else:
-                units.setdefault(key, Unit(source=source.name, file=source.file, rows=rows))
+                before = to_rows(self._before[key]) if key in self._before else None
+                units.setdefault(key, Unit(source=source.name, file=source.file, rows=rows, before=before))
         return sorted(units.values(), key=self.weight, reverse=True)
 
     def _identity(self, source: SourceFile, rows: Mapping[str, list[Row]]) -> Mapping[str, list[Row]]:
@@ -116,10 +120,11 @@ class ShardRun:
             if (output := read_output(path)) is not None:
                 known = _by_key(output) | known
         known |= self._journal.done
-        again = self.task.retry
-        return {
-            key: (done, rows) for key, (done, rows) in known.items() if not done.error or not (again or _passes(done))
-        }
+        known = {key: value for key, value in known.items() if not _passes(value[0])}
+        if self.task.retry:
+            again = {key for key, (done, rows) in known.items() if has_failed(self.task.stage, done.error, rows)}
+            self._before = {key: rows for key in again if (rows := known.pop(key)[1]).num_rows}
+        return known
 
     def compute(self, unit: Unit, worker: Worker) -> bool:
         """Run the stage on one source, and write down what came of it. Returns whether all units are done now."""

@@ -24,6 +24,8 @@ MODULES = {
     "flash-attn": "flash_attn",
     "huggingface-hub": "huggingface_hub",
     "pytest-xdist": "xdist",
+    "opencv-python-headless": "cv2",
+    "scenedetect-headless": "scenedetect",
 }
 TOOLS = ("ruff", "mypy", "pytest-timeout", "pytest")  # are run, not imported
 ELSEWHERE = {

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
+from data_pipeline.engines.progress import StageProgress
 from data_pipeline.journal import ShardTaken
 from data_pipeline.limits import SourceLimits
 from data_pipeline.log import RunLog
-from data_pipeline.engines.progress import StageProgress
 from data_pipeline.shard import InputMissing, ShardRun, ShardTask
 from data_pipeline.stages.base import Stage, Unit
 from data_pipeline.worker import Worker, WorkerClosed

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.engines.config import EngineConfig
+from data_pipeline.engines.progress import StageProgress
 from data_pipeline.journal import ShardTaken
 from data_pipeline.limits import SourceLimits
 from data_pipeline.log import RunLog
-from data_pipeline.engines.progress import StageProgress
 from data_pipeline.shard import InputMissing, ShardTask, run_shard
 from data_pipeline.stages.base import Resources, Stage
 from data_pipeline.worker import Worker

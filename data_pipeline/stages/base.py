@@ -1,13 +1,13 @@
 """What a stage is: what it reads and writes, and what it does with one source.
 
-A stage is a function of one source and of what earlier stages wrote about it. It runs in a worker process, knows nothing
-of shards, engines or files of the run, and its output is keyed by all that it depends on: its configuration, its
-version, and the columns that it declares to read. Whoever changes what a stage computes raises its version.
+A stage is a function of one source and of what earlier stages wrote about it. It runs in a worker process, knows
+nothing of shards, engines or files of the run, and its output is keyed by all that it depends on: its configuration,
+its version, and the columns that it declares to read. Whoever changes what a stage computes raises its version.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 
@@ -38,6 +38,7 @@ class Unit:
     source: str  # as tables name it: relative to the folder of the sources
     file: str  # where to open it
     rows: Mapping[str, list[Row]] = field(default_factory=dict)  # stage -> its rows, the declared columns only
+    before: list[Row] | None = None  # what this stage wrote of it before, where it is tried again
 
     def row(self, stage: str) -> Row:
         """The one row of a stage that writes one per source."""
@@ -45,17 +46,16 @@ class Unit:
         return row
 
 
-class Stage(Protocol):
-    """A step of the pipeline; ``config`` is its section of the configuration, a frozen dataclass."""
-
-    config: Any
+class Step(Protocol):
+    """What all stages say of themselves; ``config`` is the section of the configuration, a frozen dataclass."""
 
     @property
     def name(self) -> str:
         """Of its section, its folder and its progress bar."""
 
     @property
-    def version(self) -> int: ...
+    def version(self) -> int:
+        """Raised by whoever changes what it computes."""
 
     @property
     def reads(self) -> Mapping[str, tuple[str, ...]]:
@@ -66,7 +66,16 @@ class Stage(Protocol):
         """Of its rows, without ``source``."""
 
     @property
-    def resources(self) -> Resources: ...
+    def config(self) -> Any:
+        """What it computes depends on nothing else."""
+
+
+class Stage(Step, Protocol):
+    """A step that looks at one source at a time."""
+
+    @property
+    def resources(self) -> Resources:
+        """What one source takes."""
 
     def run(self, unit: Unit) -> list[Row]:
         """The rows of one source: of a stage of files one, of a stage of clips one per clip, in order of time.
@@ -76,22 +85,31 @@ class Stage(Protocol):
         """
 
 
-class GlobalStage(Protocol):
+@runtime_checkable
+class ReadsBeside(Protocol):
+    """A stage that reads more of a source than earlier stages wrote: files that lie beside it."""
+
+    def beside(self, file: str) -> Row:
+        """What it reads there; runs where the work is given out. It is part of the key of a unit, whose ``rows`` have
+        it as ``beside``."""
+
+
+@runtime_checkable
+class TriesAgain(Protocol):
+    """A stage with rows that are there although something failed: ``--retry`` makes these again."""
+
+    @property
+    def retry_column(self) -> str:
+        """Null in rows in which nothing failed."""
+
+
+def has_failed(stage: object, error: str, rows: pa.Table) -> bool:
+    """Whether ``--retry`` tries a source again, of which these rows or this error are known."""
+    return bool(error) or (isinstance(stage, TriesAgain) and rows[stage.retry_column].null_count < rows.num_rows)
+
+
+class GlobalStage(Step, Protocol):
     """A step that looks at all sources together, such as the search for duplicates."""
-
-    config: Any
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def version(self) -> int: ...
-
-    @property
-    def reads(self) -> Mapping[str, tuple[str, ...]]: ...
-
-    @property
-    def columns(self) -> pa.Schema: ...
 
     def run_all(self, tables: Mapping[str, pa.Table]) -> pa.Table:
         """Rows with a column ``source`` from the declared columns of earlier stages, which have it as well; the rows

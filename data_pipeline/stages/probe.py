@@ -1,4 +1,4 @@
-"""probe: what a file is, without decoding more than its first frame: size as shown, frames, rate, codec, sound, SHA-256."""
+"""probe: what a file is, decoding its first frame only: size as shown, frames, rate, codec, sound, SHA-256."""
 
 import hashlib
 import os
