@@ -93,7 +93,7 @@ class VerdictStage:
 
     name: ClassVar[str] = "verdict"
     version: ClassVar[int] = 1
-    reads: ClassVar[Mapping[str, tuple[str, ...]]] = {"probe": ("sha256",), "census": ("frames", "like_it")}
+    reads: ClassVar[Mapping[str, tuple[str, ...]]] = {"hostile": ("pts",), "census": ("frames", "like_it")}
     columns: ClassVar[pa.Schema] = pa.schema([("keep", pa.bool_())])
     resources: ClassVar[Resources] = Resources()
     config: Any = NoConfig()

@@ -97,7 +97,7 @@ def trials(count: int, longest_s: float) -> Iterator[tuple[int, str, float]]:
         yield seed, tuple(KILLS)[seed % len(KILLS)], longest_s
 
 
-@pytest.mark.parametrize(("seed", "kill", "longest_s"), trials(6, 3.0))
+@pytest.mark.parametrize(("seed", "kill", "longest_s"), list(trials(6, 3.0)))
 def test_killed_at_any_instant(
     clips: Path, wanted: dict[str, bytes], tmp_path: Path, tally: Tally, seed: int, kill: str, longest_s: float
 ) -> None:
