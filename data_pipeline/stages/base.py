@@ -7,7 +7,7 @@ its version, and the columns that it declares to read. Whoever changes what a st
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 
@@ -38,6 +38,7 @@ class Unit:
     source: str  # as tables name it: relative to the folder of the sources
     file: str  # where to open it
     rows: Mapping[str, list[Row]] = field(default_factory=dict)  # stage -> its rows, the declared columns only
+    before: list[Row] | None = None  # what this stage wrote of it before, where it is tried again
 
     def row(self, stage: str) -> Row:
         """The one row of a stage that writes one per source."""
@@ -82,6 +83,29 @@ class Stage(Step, Protocol):
         Raises:
             SourceError, DecodeError: there are none, for a reason that the source is to blame for.
         """
+
+
+@runtime_checkable
+class ReadsBeside(Protocol):
+    """A stage that reads more of a source than earlier stages wrote: files that lie beside it."""
+
+    def beside(self, file: str) -> Row:
+        """What it reads there; runs where the work is given out. It is part of the key of a unit, whose ``rows`` have
+        it as ``beside``."""
+
+
+@runtime_checkable
+class TriesAgain(Protocol):
+    """A stage with rows that are there although something failed: ``--retry`` makes these again."""
+
+    @property
+    def retry_column(self) -> str:
+        """Null in rows in which nothing failed."""
+
+
+def has_failed(stage: object, error: str, rows: pa.Table) -> bool:
+    """Whether ``--retry`` tries a source again, of which these rows or this error are known."""
+    return bool(error) or (isinstance(stage, TriesAgain) and rows[stage.retry_column].null_count < rows.num_rows)
 
 
 class GlobalStage(Step, Protocol):
