@@ -96,8 +96,8 @@ def _tables_nearby(path: Path) -> str:
 def read_batches(file: Path, row_group: int | None = None, first_row: int = 0) -> Iterator[pa.Table]:
     """The known columns of a file in order, checked, a part at a time: large_string texts and float64 numbers.
 
-    Rows with ``keep=false`` are passed over, whatever is in them. ``camera_motion`` is there where the file has it, with
-    empty text for no value.
+    Rows with ``keep=false`` are passed over, whatever is in them. ``camera_motion`` is there where the file has it,
+    with empty text for no value.
 
     Args:
         row_group: of a parquet file, only this one; ``first_row``: the row of the file it starts at, for errors.
