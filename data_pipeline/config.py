@@ -7,6 +7,7 @@ from data_pipeline.analysis.content import ContentConfig
 from data_pipeline.analysis.luma import LumaConfig
 from data_pipeline.analysis.motion import MotionConfig
 from data_pipeline.analysis.pictures import PicturesConfig
+from data_pipeline.analysis.transnet import TransnetConfig
 from data_pipeline.engines.config import EngineConfig
 from data_pipeline.limits import SourceLimits
 from data_pipeline.report.config import ReportConfig
@@ -32,10 +33,12 @@ class PipelineConfig:
     content: ContentConfig = field(default_factory=ContentConfig)
     luma: LumaConfig = field(default_factory=LumaConfig)
     motion: MotionConfig = field(default_factory=MotionConfig)
+    transnet: TransnetConfig = field(default_factory=TransnetConfig)
     shots: ShotsConfig = field(default_factory=ShotsConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     pictures: PicturesConfig = field(default_factory=PicturesConfig)
-    filters: dict[str, FilterRule] = field(default_factory=lambda: dict(DEFAULT_FILTERS))  # asked in this order
+    filters: dict[str, FilterRule | None] = field(default_factory=lambda: dict(DEFAULT_FILTERS))
+    # asked in this order; one that is null is off
     cut: CutConfig = field(default_factory=CutConfig)
     captions: CaptionsConfig = field(default_factory=CaptionsConfig)
     report: ReportConfig = field(default_factory=ReportConfig)

@@ -5,6 +5,7 @@ unless a stage does, limits its own memory, and ends with the process that start
 """
 
 import errno
+import gc
 import os
 import pickle
 import signal
@@ -212,7 +213,9 @@ def main(argv: list[str]) -> None:
     while True:
         try:
             stage, unit = connection.recv()
-            connection.send(_answer(stages[stage], unit, limits))
+            answer = _answer(stages[stage], unit, limits)
+            gc.collect()  # decoders and encoders hold each other: few objects, and much memory behind them
+            connection.send(answer)
         except (EOFError, OSError):
             return
 

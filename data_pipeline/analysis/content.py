@@ -57,6 +57,7 @@ class ContentAnalyser:
 
     def start(self, video: Video) -> "ContentMeasurement":
         """See ``Analyser``."""
+        cv2.setNumThreads(1)
         return ContentMeasurement(self.config)
 
 

@@ -40,12 +40,14 @@ class Times:
         return (self.at(last) - self.at(first)) * self.base
 
 
-def ranges_between(transitions: Sequence[Transition], frames: int) -> list[Range]:
-    """What is left of ``frames`` beside the transitions, which are in order and may touch; none where nothing is."""
+def ranges_between(transitions: Sequence[Transition], frames: int, margin: int) -> list[Range]:
+    """What is left of ``frames`` beside the transitions, which are in order, and ``margin`` frames around each that is
+    gradual."""
     found, first, before = [], 0, "start"
     for each in transitions:
-        found.append(Range(first, min(each.first, frames), before, each.kind))
-        first, before = max(first, each.end), each.kind
+        beside = margin if each.kind == "gradual" else 0
+        found.append(Range(first, min(each.first - beside, frames), before, each.kind))
+        first, before = max(first, each.end + beside), each.kind
     found.append(Range(first, frames, before, "end"))
     return [each for each in found if each.last > each.first]
 

@@ -32,11 +32,11 @@ class FramesStage:
     reads: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "probe": ("sha256", "num_frames", "fps", "height", "width"),
     }
-    resources: ClassVar[Resources] = Resources()
 
     def __init__(self, analysers: tuple[Analyser, ...], limits: SourceLimits) -> None:
         self._analysers, self._limits = analysers, limits
         self.columns = pa.schema([*_OWN, *(field for analyser in analysers for field in analyser.columns)])
+        self.resources = Resources(gpus=max((getattr(each, "gpus", 0.0) for each in analysers), default=0.0))
         self.version = 1
         self.config: Any = {each.name: {"version": each.version, "config": each.config} for each in analysers}
 
