@@ -90,13 +90,13 @@ def caption_of(file: Path, known: CaptionsFile | None, texts: Texts) -> Caption:
     """Of the captions file if it has one, else of the first text beside the file that is not empty."""
     faults: list[Caption] = []
     if known is not None and (row := known.of(file)) is not None:
-        found = _judged(row[2], f"{known.path.name} line {row[1]}")
+        found = judged(row[2], f"{known.path.name} line {row[1]}")
         if not found.reason:
             return found
         faults.append(found)
     for path in texts.beside(file):
         try:
-            found = _judged(read_text(path, path.name).strip(), path.name)
+            found = judged(read_text(path, path.name).strip(), path.name)
         except UserError as error:
             found = Caption(reason="caption cannot be read", detail=str(error))
         if not found.reason:
@@ -106,7 +106,8 @@ def caption_of(file: Path, known: CaptionsFile | None, texts: Texts) -> Caption:
     return next(iter(sorted(faults, key=lambda fault: fault.reason == "no caption")), missing)
 
 
-def _judged(text: str, name: str) -> Caption:
+def judged(text: str, name: str) -> Caption:
+    """The text, or what is wrong with it; ``name``: how messages call where it is from."""
     size = len(text.encode())
     if not text:
         return Caption(reason="no caption", detail=f"{name} is empty")

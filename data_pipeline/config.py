@@ -3,9 +3,20 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from data_pipeline.analysis.content import ContentConfig
+from data_pipeline.analysis.luma import LumaConfig
+from data_pipeline.analysis.motion import MotionConfig
+from data_pipeline.analysis.pictures import PicturesConfig
+from data_pipeline.analysis.transnet import TransnetConfig
 from data_pipeline.engines.config import EngineConfig
 from data_pipeline.limits import SourceLimits
+from data_pipeline.report.config import ReportConfig
+from data_pipeline.stages.captions import CaptionsConfig
+from data_pipeline.stages.cut import CutConfig
+from data_pipeline.stages.filter import DEFAULT_FILTERS, FilterRule
+from data_pipeline.stages.measure import MeasureConfig
 from data_pipeline.stages.probe import ProbeConfig
+from data_pipeline.stages.shots import ShotsConfig
 from opensora.utils.limits import Limits
 
 
@@ -13,12 +24,23 @@ from opensora.utils.limits import Limits
 class PipelineConfig:
     """From raw videos to a clip table."""
 
-    source: Any = ""  # folder with videos (and all below it), a file, a glob, a text file with one path per line, a list
+    source: Any = ""  # folder with videos, a file, a glob, a text file with one path per line, or a list of these
     out: str = ""  # folder of the run: outputs of stages, clips, table, report
     shard_size: int = 64  # sources whose results are one file of a stage; what a cluster's task takes at a time
     limits: SourceLimits = field(default_factory=SourceLimits)
     engine: EngineConfig = field(default_factory=EngineConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    content: ContentConfig = field(default_factory=ContentConfig)
+    luma: LumaConfig = field(default_factory=LumaConfig)
+    motion: MotionConfig = field(default_factory=MotionConfig)
+    transnet: TransnetConfig = field(default_factory=TransnetConfig)
+    shots: ShotsConfig = field(default_factory=ShotsConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    pictures: PicturesConfig = field(default_factory=PicturesConfig)
+    filters: dict[str, FilterRule] = field(default_factory=lambda: dict(DEFAULT_FILTERS))  # asked in this order
+    cut: CutConfig = field(default_factory=CutConfig)
+    captions: CaptionsConfig = field(default_factory=CaptionsConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
 
     LIMITS: ClassVar[Limits] = {"shard_size": (100_000, "a shard is one file, and in memory at once")}
 

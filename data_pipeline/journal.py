@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import struct
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -19,11 +20,6 @@ import pyarrow as pa
 from data_pipeline.outputs import Done
 from data_pipeline.rows import from_bytes, to_bytes
 from opensora.utils.command_line.command import naming
-
-try:
-    import fcntl
-except ImportError:  # not on Windows, where nobody else has the shard
-    fcntl = None  # type: ignore[assignment]
 
 _HEAD = struct.Struct("<II")  # length of what follows, its CRC-32
 _LOST = "lost"
@@ -47,8 +43,7 @@ class Journal:
         self.lost: dict[str, list[str]] = {}  # by the key of the unit: how its worker processes died, in a row
         with naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+b")  # noqa: SIM115  (closed by close)
-            self._lock()
+            self._open()
             self._file.seek(0)
             end = sum(self._replay())
             self._file.truncate(end)
@@ -75,9 +70,21 @@ class Journal:
         with contextlib.suppress(OSError):  # on a full disk: the last record is not whole, and is made again
             self._file.close()
 
+    def _open(self) -> None:
+        """Again, if whoever had it has removed it just before it could be locked."""
+        while True:
+            self._file = open(self._path, "a+b")  # noqa: SIM115  (closed by close)
+            self._lock()
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path)):
+                    return
+            self._file.close()
+
     def _lock(self) -> None:
-        if fcntl is None:
+        if sys.platform == "win32":  # where nobody else has the shard
             return
+        import fcntl
+
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -97,8 +104,8 @@ class Journal:
         while len(head := self._file.read(_HEAD.size)) == _HEAD.size:
             size, crc = _HEAD.unpack(head)
             content = self._file.read(size)
-            if len(content) != size or zlib.crc32(content) != crc:
-                return
+            if not size or len(content) != size or zlib.crc32(content) != crc:
+                return  # nothing but zeros is what a power cut can leave
             line, _, rows = content.partition(b"\n")
             about = json.loads(line)
             if _LOST in about:

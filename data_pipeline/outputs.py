@@ -7,10 +7,12 @@ that is wanted is not made again. ``digest`` is that of the file's own bytes: on
 damaged, and counts as absent. Outputs of other keys stay, so that a setting that is changed back costs nothing.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,17 +73,41 @@ def unit_key(stage_key: str, rows: Mapping[str, Sequence[Row]]) -> str:
     return digest.hexdigest()
 
 
-def find_output(folder: Path, shard: str, key: str) -> Path | None:
-    """The file of a stage and shard that has this key; of several, which a crash can leave, the newest."""
-    found = [path for path in outputs_of(folder, shard) if key_and_digest(path)[0] == key]
-    return found[0] if found else None
+def list_outputs(folder: Path) -> dict[tuple[str, str], Path]:
+    """(shard, key) -> the file of a stage that has it; of several, which a crash can leave, the newest."""
+    found: dict[tuple[str, str], list[Path]] = {}
+    for name in os.listdir(folder) if folder.is_dir() else []:
+        if match := _NAME.fullmatch(name):
+            found.setdefault((match["shard"], match["key"]), []).append(folder / name)
+    return {key: paths[0] if len(paths) == 1 else _newest_first(paths)[0] for key, paths in found.items()}
 
 
 def outputs_of(folder: Path, shard: str) -> list[Path]:
     """All files of a stage and shard, the newest first."""
     names = os.listdir(folder) if folder.is_dir() else []
-    found = [folder / name for name in names if (match := _NAME.fullmatch(name)) and match["shard"] == shard]
-    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+    return _newest_first(
+        folder / name for name in names if (match := _NAME.fullmatch(name)) and match["shard"] == shard
+    )
+
+
+def _newest_first(paths: Iterable[Path]) -> list[Path]:
+    """Another process may remove one meanwhile."""
+
+    def age(path: Path) -> tuple[int, str]:
+        try:
+            return path.stat().st_mtime_ns, path.name
+        except FileNotFoundError:
+            return 0, path.name
+
+    return sorted(paths, key=age, reverse=True)
+
+
+def clear_leftovers(folder: Path, older_than_s: float = 86400.0) -> None:
+    """Remove what processes that were killed had written aside; what is younger may be somebody's work."""
+    for path in folder.glob("*/.*.tmp*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > older_than_s:
+                path.unlink()
 
 
 def key_and_digest(path: Path) -> tuple[str, str]:
@@ -100,12 +126,24 @@ def read_output(path: Path) -> Output | None:
     match = _NAME.fullmatch(path.name)
     if match is None or hashlib.blake2b(content, digest_size=8).hexdigest() != match["digest"]:
         announce(f"{path} is damaged: it is put aside and made again", every_rank=True)
-        path.replace(path.with_suffix(".damaged"))
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            path.replace(path.with_suffix(".damaged"))
         return None
     table = papq.read_table(pa.BufferReader(content))
-    units = json.loads(table.schema.metadata[_UNITS])
-    table = table.replace_schema_metadata(None).drop_columns(["source"])
-    return Output(table, tuple(Done(**unit) for unit in units))
+    done = _units(table.schema)
+    return Output(table.replace_schema_metadata(None).drop_columns(["source"]), done)
+
+
+def read_done(path: Path) -> tuple[Done, ...]:
+    """What became of each source, without reading what was found; none where the file is damaged or gone."""
+    try:
+        return _units(papq.read_schema(path))
+    except (OSError, pa.ArrowException, LookupError, TypeError, ValueError):
+        return ()
+
+
+def _units(schema: pa.Schema) -> tuple[Done, ...]:
+    return tuple(Done(**unit) for unit in json.loads(schema.metadata[_UNITS]))
 
 
 def write_output(

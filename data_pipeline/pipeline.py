@@ -8,11 +8,20 @@ from pathlib import Path
 import pyarrow as pa
 
 from data_pipeline.config import PipelineConfig
-from data_pipeline.outputs import Done, Output, digest_of, find_output, key_and_digest, read_output, write_output
+from data_pipeline.outputs import (
+    Done,
+    Output,
+    digest_of,
+    key_and_digest,
+    list_outputs,
+    read_done,
+    read_output,
+    write_output,
+)
 from data_pipeline.plan import Plan, Shard
 from data_pipeline.shard import InputMissing, ShardTask
 from data_pipeline.stage_list import GLOBAL, make_stages
-from data_pipeline.stages.base import GlobalStage, Stage
+from data_pipeline.stages.base import GlobalStage, ReadsBeside, Stage, has_failed
 from opensora.config.schema import plain
 
 ALL = "all"  # the shard of a stage that looks at all sources together
@@ -26,7 +35,9 @@ class Pipeline:
     plan: Plan
     retry: bool = False  # sources that failed before are tried again
     stages: dict[str, Stage | GlobalStage] = field(init=False)
-    _found: dict[tuple[str, str], Path] = field(default_factory=dict)  # (stage, shard) -> its output
+    # What is known of the folder, until something is made or ``forget`` is called.
+    _listed: dict[str, dict[tuple[str, str], Path]] = field(default_factory=dict)  # stage -> (shard, key) -> output
+    _found: dict[tuple[str, str], Path | None] = field(default_factory=dict)  # (stage, shard) -> the one that is wanted
     _retried: set[tuple[str, str]] = field(default_factory=set)  # (stage, shard) that were made again
 
     def __post_init__(self) -> None:
@@ -34,22 +45,27 @@ class Pipeline:
 
     @property
     def out(self) -> Path:
-        return Path(self.cfg.out)
+        return Path(self.cfg.out).absolute()
 
     def output(self, stage: str, shard: Shard) -> Path | None:
         """The output that is wanted, if it is there."""
         name = ALL if stage in GLOBAL else shard.name
         if (stage, name) not in self._found:
+            if stage not in self._listed:
+                self._listed[stage] = list_outputs(self.out / stage)
             key = self.key(stage, shard)
-            path = find_output(self.out / stage, name, key) if key is not None else None
-            if path is None:
-                return None
-            self._found[stage, name] = path
+            self._found[stage, name] = self._listed[stage].get((name, key)) if key is not None else None
         return self._found[stage, name]
 
     def forget(self) -> None:
-        """Look again for every output: some turned out to be damaged, or were made elsewhere."""
+        """Look again for every output: some were made, or turned out to be damaged."""
         self._found.clear()
+        self._listed.clear()
+
+    def missing(self, stages: Sequence[str], shards: Sequence[Shard]) -> int:
+        """How many outputs are not there."""
+        each = ((stage, shard) for stage in stages for shard in (shards[:1] if stage in GLOBAL else shards))
+        return sum(self.output(stage, shard) is None for stage, shard in each)
 
     def key(self, stage: str, shard: Shard) -> str | None:
         """Of the output that is wanted; None: what it reads is not there yet."""
@@ -62,7 +78,11 @@ class Pipeline:
                 return None
             digests[name] = [key_and_digest(path)[1] for path in paths if path is not None]
         if not digests:
-            return digest_of([self.stage_key(stage), [[entry.name, entry.size, entry.mtime_ns] for entry in shard.sources]])
+            return digest_of(
+                [self.stage_key(stage), [[entry.name, entry.size, entry.mtime_ns] for entry in shard.sources]]
+            )
+        if isinstance(of_stage, ReadsBeside):
+            digests["beside"] = [digest_of(of_stage.beside(entry.file)) for entry in shard.sources]
         return digest_of([self.stage_key(stage), digests])
 
     def stage_key(self, stage: str) -> str:
@@ -75,7 +95,6 @@ class Pipeline:
         key, present = self.key(stage, shard), self.output(stage, shard)
         if key is None or (present is not None and not self._tries_again(stage, shard, present)):
             return None
-        self._found.pop((stage, shard.name), None)
         of_stage = self.stages[stage]
         paths = {name: self.output(name, shard) for name in of_stage.reads}
         return ShardTask(
@@ -112,6 +131,7 @@ class Pipeline:
             results.append((each, rows.slice(first, each.rows)))
             first += each.rows
         write_output(self.out / stage, ALL, key, of_stage.columns, results)
+        self.forget()
         return True
 
     def table(self, stage: str, columns: Sequence[str]) -> pa.Table:
@@ -143,9 +163,16 @@ class Pipeline:
         """Source -> the stage that it failed in, and why."""
         found: dict[str, tuple[str, Done]] = {}
         for stage in self.stages:
-            for shard in () if stage in GLOBAL else self.plan.shards:
-                found |= {done.source: (stage, done) for done in self.read(stage, shard).done if done.error}
+            for done in self.done(stage):
+                if done.error:
+                    found[done.source] = (stage, done)
         return found
+
+    def done(self, stage: str) -> Iterator[Done]:
+        """What became of every source in a stage, as far as it is there; without reading the rows."""
+        for shard in self.plan.shards[:1] if stage in GLOBAL else self.plan.shards:
+            path = self.output(stage, shard)
+            yield from read_done(path) if path is not None else ()
 
     def read(self, stage: str, shard: Shard) -> Output:
         """Raises: InputMissing: the output is not there, or was damaged."""
@@ -162,4 +189,5 @@ class Pipeline:
             return False
         self._retried.add((stage, shard.name))
         output = read_output(present)
-        return output is None or any(done.error for done in output.done)
+        of_stage = self.stages[stage]
+        return output is None or any(has_failed(of_stage, done.error, rows) for done, rows in output.by_source())

@@ -27,6 +27,21 @@ class SourceFile:
     size: int
     mtime_ns: int
 
+    @property
+    def weight(self) -> int:
+        """How long it takes beside others: MiB, of which every file has one."""
+        return 1 + max(0, self.size) // 2**20
+
+    def changed(self) -> str:
+        """What became of the file since it was listed; empty: nothing. Times are compared in seconds, as not every
+        machine that sees a folder sees parts of them."""
+        try:
+            found = os.stat(self.file)
+        except OSError:
+            return "" if self.size < 0 else "gone"
+        same = found.st_size == self.size and found.st_mtime_ns // 10**9 == self.mtime_ns // 10**9
+        return "" if same else "changed"
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -34,6 +49,10 @@ class Shard:
 
     name: str
     sources: tuple[SourceFile, ...]
+
+    @property
+    def weight(self) -> int:
+        return sum(source.weight for source in self.sources)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Rows of stages between Python and Arrow. Lists of numbers are numpy arrays in Python: a column may hold one per frame."""
+"""Rows of stages between Python and Arrow. Lists of numbers, which may be one per frame, are numpy arrays in Python."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -4,7 +4,8 @@
 
 Options, before or after the others:
     --dry-run        say what would run, and run nothing
-    --until STAGE    stop after this stage
+    --until STAGE    stop after this stage; --until plan only lists the sources
+    --only STAGE     this stage alone, on what the ones before it have left
     --retry          try sources again that failed before
     --worker I/N     only the shards with number I modulo N, as one of N tasks of a cluster; makes no table
 
@@ -19,6 +20,7 @@ if __name__ == "__main__":  # before anything is imported that takes long enough
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +28,15 @@ from pathlib import Path
 from data_pipeline.config import PipelineConfig
 from data_pipeline.engines.base import Engine
 from data_pipeline.engines.local import LocalEngine
+from data_pipeline.engines.ray_tasks import RayEngine
+from data_pipeline.outputs import clear_leftovers
 from data_pipeline.pipeline import Pipeline
 from data_pipeline.plan import Plan, Shard, make_plan, read_plan, save_plan
+from data_pipeline.report.buckets import check_training
+from data_pipeline.report.collect import make_report
 from data_pipeline.shard import InputMissing
 from data_pipeline.stage_list import GLOBAL
+from data_pipeline.table import ClipsGone, make_table, summary
 from opensora.config.load import config_from_argv, save
 from opensora.config.schema import suggestion
 from opensora.utils.command_line.command import call
@@ -37,8 +44,11 @@ from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 from opensora.utils.files.user_files import try_output
 
+_TRIES = 5  # to find all in place
 _WAIT_S = 2.0  # for another process that works on what is left
 _FLAGS = ("--dry-run", "--retry")
+_VALUES = {"--until": "STAGE", "--only": "STAGE", "--worker": "I/N"}
+PLAN_ONLY = "plan"
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,7 @@ class Options:
     dry_run: bool = False
     retry: bool = False
     until: str = ""
+    only: str = ""
     worker: tuple[int, int] | None = None  # (number, of how many)
 
 
@@ -63,7 +74,7 @@ def _main(argv: list[str]) -> int:
         return run(cfg, options)
 
 
-def run(cfg: PipelineConfig, options: Options = Options()) -> int:  # noqa: B008  (frozen)
+def run(cfg: PipelineConfig, options: Options = Options()) -> int:
     """All of a run that is not done yet. Returns the exit code.
 
     Raises:
@@ -72,46 +83,77 @@ def run(cfg: PipelineConfig, options: Options = Options()) -> int:  # noqa: B008
     out = Path(cfg.out)
     plan = _plan(cfg, options)
     pipeline = Pipeline(cfg, plan, retry=options.retry)
-    if options.until and options.until not in pipeline.stages:
-        raise UserError(f"--until {options.until}: {suggestion(options.until, pipeline.stages)}")
+    names = _chosen(pipeline, options)
     if options.dry_run:
-        return _say_what_would_run(pipeline)
+        return _say_what_would_run(pipeline, names)
+    if options.worker is None and cfg.report.training:
+        check_training(cfg.report.training)
     try_output(out, "out", folder=True)
-    save_plan(out, plan)
-    save(cfg, out / "config.yaml")
+    if options.worker is None:
+        save_plan(out, plan)
+        save(cfg, out / "config.yaml")
+        clear_leftovers(out)
+    if options.until == PLAN_ONLY:
+        return 0
     engine = make_engine(cfg, pipeline)
     try:
-        run_stages(pipeline, engine, options)
+        run_stages(pipeline, engine, names, options)
+        if options.worker is None and not (options.until or options.only):
+            _make_table(pipeline, engine, names, options)
     finally:
         engine.close()
+    if options.worker is None:
+        say_summary(pipeline)
     return 0
 
 
-def run_stages(pipeline: Pipeline, engine: Engine, options: Options) -> None:
-    """Stage by stage, until nothing is left that can be made."""
+def _make_table(pipeline: Pipeline, engine: Engine, names: Sequence[str], options: Options) -> None:
+    """From what the stages wrote; what turns out to be gone is made again first."""
+    for _ in range(_TRIES):
+        try:
+            print(summary(make_table(pipeline)))
+            make_report(pipeline)
+            return
+        except (ClipsGone, InputMissing):
+            run_stages(pipeline, engine, names, options)
+    raise UserError(f"{pipeline.out}: clips or outputs of it go as fast as they are made; does something clean it up?")
+
+
+def run_stages(pipeline: Pipeline, engine: Engine, names: Sequence[str], options: Options) -> None:
+    """Stage by stage, until nothing is left that can be made.
+
+    An output that turns out to be damaged is made again in the next round, with what depends on it.
+    """
     shards = _own(pipeline.plan.shards, options)
-    names = _until(pipeline, options)
-    said = False
+    idle = 0  # rounds in which nothing was made
     while True:
-        before = left = 0
+        made = 0
         for name in names:
-            if name in GLOBAL:
-                if options.worker is None:
-                    pipeline.run_global(name)
-                continue
-            tasks = pipeline.tasks(name, shards)
-            if tasks:
+            if name in GLOBAL and options.worker is None:
+                made += _run_global(pipeline, name)
+            elif name in GLOBAL and pipeline.missing([name], shards):
+                names = names[: names.index(name)]  # one task makes it, later; and all behind it wait for that
+                break
+            elif name not in GLOBAL and (tasks := pipeline.tasks(name, shards)):
                 engine.run(name, tasks)
                 pipeline.forget()
-            before += len(tasks)
-            left += len(pipeline.tasks(name, shards))
+                made += len(tasks) - len(pipeline.tasks(name, shards))
+        left = pipeline.missing(names, shards)
         if not left:
             return
-        if left == before:  # others are at it, or nothing can be made
-            if not said:
-                announce(f"another process works on {left} of the outputs that are left; waiting for it")
-            said = True
+        idle = 0 if made else idle + 1
+        if idle == 2:  # once is an output that was damaged; others are at it
+            announce(f"another process works on outputs that are missing ({left}); waiting for it", every_rank=True)
+        if idle > 1:
             time.sleep(_WAIT_S)
+        pipeline.forget()
+
+
+def _run_global(pipeline: Pipeline, name: str) -> bool:
+    try:
+        return pipeline.run_global(name)
+    except InputMissing:  # damaged, as it turned out
+        return False
 
 
 def parse_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
@@ -120,21 +162,23 @@ def parse_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
     Raises:
         UserError: an option's value.
     """
-    rest, until, worker = list[str](), "", None
-    flags, words = set[str](), list(argv)
+    rest, values, flags, words = list[str](), dict[str, str](), set[str](), list(argv)
     while words:
         word = words.pop(0)
         name, equals, value = word.partition("=")
         if word in _FLAGS:
             flags.add(word)
-        elif name in ("--until", "--worker"):
-            if not equals and not words:
-                raise UserError(f"{name}: a value is missing; write {name} {'STAGE' if name == '--until' else 'I/N'}")
-            value = value if equals else words.pop(0)
-            until, worker = (value, worker) if name == "--until" else (until, _worker(value))
+        elif name in _VALUES:
+            if not equals and (not words or words[0].startswith("--")):
+                raise UserError(f"{name}: a value is missing; write {name} {_VALUES[name]}")
+            values[name] = value if equals else words.pop(0)
         else:
             rest.append(word)
-    return Options("--dry-run" in flags, "--retry" in flags, until, worker), rest
+    worker = _worker(values["--worker"]) if "--worker" in values else None
+    until, only = values.get("--until", ""), values.get("--only", "")
+    if until and only:
+        raise UserError(f"--until {until} --only {only}: give one of them")
+    return Options("--dry-run" in flags, "--retry" in flags, until, only, worker), rest
 
 
 def _worker(text: str) -> tuple[int, int]:
@@ -161,26 +205,58 @@ def _own(shards: Sequence[Shard], options: Options) -> Sequence[Shard]:
     return shards[number::count]
 
 
-def _until(pipeline: Pipeline, options: Options) -> list[str]:
+def _chosen(pipeline: Pipeline, options: Options) -> list[str]:
+    """The stages that were asked for.
+
+    Raises:
+        UserError: there is none of that name, or what ``--only`` names lacks what it reads.
+    """
     names = list(pipeline.stages)
-    return names[: names.index(options.until) + 1] if options.until else names
+    if options.until == PLAN_ONLY:
+        return []
+    option, name = ("--only", options.only) if options.only else ("--until", options.until)
+    if name and name not in names:
+        raise UserError(f"{option} {name}: {suggestion(name, [*names, PLAN_ONLY])}")
+    if not options.only:
+        return names[: names.index(name) + 1] if name else names
+    for needed in pipeline.stages[name].reads:
+        if pipeline.missing([needed], pipeline.plan.shards):
+            raise UserError(
+                f"--only {name}: it reads what {needed} finds, which is not all there; run --until {needed}"
+            )
+    return [name]
 
 
 def make_engine(cfg: PipelineConfig, pipeline: Pipeline) -> Engine:
     """The engine that the configuration names."""
     stages = {name: stage for name, stage in pipeline.stages.items() if name not in GLOBAL}
-    return LocalEngine(Path(cfg.out), stages, cfg.limits, cfg.engine.workers)  # type: ignore[arg-type]
+    if cfg.engine.kind == "ray":
+        return RayEngine(pipeline.out, stages, cfg.limits, cfg.engine)  # type: ignore[arg-type]
+    return LocalEngine(pipeline.out, stages, cfg.limits, cfg.engine.workers)  # type: ignore[arg-type]
 
 
-def _say_what_would_run(pipeline: Pipeline) -> int:
+def _say_what_would_run(pipeline: Pipeline, names: Sequence[str]) -> int:
     plan = pipeline.plan
     size = sum(max(0, entry.size) for entry in plan.sources)
     print(f"{len(plan.sources)} sources, {size / 2**20:.0f} MiB, in {len(plan.shards)} shards")
-    for name in pipeline.stages:
-        shards = plan.shards[:1] if name in GLOBAL else plan.shards
-        done = sum(pipeline.output(name, shard) is not None for shard in shards)
-        print(f"{name:>10}: {done} of {len(shards)} outputs are there" + (", nothing to do" if done == len(shards) else ""))
+    for left_out in plan.left_out:
+        print(f"  left out: {left_out.path}: {left_out.detail}")
+    for name in names:
+        total = 1 if name in GLOBAL else len(plan.shards)
+        missing = pipeline.missing([name], plan.shards)
+        print(f"{name:>10}: {total - missing} of {total} outputs are there" + ("" if missing else ", nothing to do"))
     return 0
+
+
+def say_summary(pipeline: Pipeline) -> None:
+    """What came of the sources, in a few lines."""
+    errors = Counter(f"{stage}: {done.kind}" for stage, done in pipeline.errors().values())
+    print(f"{len(pipeline.plan.sources)} sources, {sum(errors.values())} of them with an error")
+    for kind, count in sorted(errors.items(), key=lambda item: (-item[1], item[0])):
+        print(f"{count:>8}  {kind}")
+    for name in ("clips.parquet", "report.html"):
+        if (pipeline.out / name).exists():
+            print(pipeline.out / name)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,15 @@ from data_pipeline.log import RunLog
 from data_pipeline.outputs import Done, Output, outputs_of, read_output, unit_key, write_output
 from data_pipeline.plan import SourceFile
 from data_pipeline.rows import Row, to_rows
-from data_pipeline.stages.base import Stage, Unit
+from data_pipeline.stages.base import ReadsBeside, Stage, Unit, has_failed
 from data_pipeline.worker import Failed, Worker, WorkerLost
+
+POISON, GONE = "poison", "gone"
+# Errors of the moment: no content is to blame, so nobody takes them for what is known of it.
+_PASSING = {
+    GONE: "gone since the sources were listed; when it is there again, --retry takes it",
+    "changed": "changed since the sources were listed; the same command takes it as it is now",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +46,18 @@ class ShardTask:
     def folder(self) -> Path:
         return self.out / self.stage.name
 
+    @property
+    def weight(self) -> int:
+        return sum(source.weight for source in self.sources)
+
 
 class InputMissing(Exception):
     """What a stage reads is not there, or was damaged: whoever comes next makes it first."""
 
 
 class ShardRun:
-    """A task being worked on. Units are handed out by ``pending``; ``compute`` may run in several threads."""
+    """A task being worked on. ``pending`` are the units to be computed, the longest first, so that none of them is left
+    to one core at the end; ``compute`` may run in several threads. Whoever computes the last one, finishes."""
 
     def __init__(self, task: ShardTask, log: RunLog) -> None:
         """
@@ -55,12 +67,23 @@ class ShardRun:
         """
         self.task, self._log = task, log
         self._guard = threading.Lock()
+        self._listed = {source.name: source for source in task.sources}
         inputs = {name: _read(path) for name, path in task.inputs.items()}
         shared = {name: _read(path) for name, path in task.shared.items()}
         self._journal = Journal(task.folder / f".{task.shard}.{task.key}.journal")
         self._keys: dict[str, str] = {}
         self._results: dict[str, tuple[Done, pa.Table]] = {}
-        self.pending = self._units(inputs, shared)
+        self._before: dict[str, pa.Table] = {}  # by key: rows of units that are tried again
+        try:
+            self.pending = self._units(inputs, shared)
+        except BaseException:
+            self.close()
+            raise
+        self._left = len(self.pending)
+
+    def weight(self, unit: Unit) -> int:
+        """Of its source."""
+        return self._listed[unit.source].weight
 
     def _units(self, inputs: Mapping[str, Output], shared: Mapping[str, Output]) -> list[Unit]:
         """What has to be computed. A source that failed in an earlier stage is passed over."""
@@ -72,13 +95,18 @@ class ShardRun:
             if any(source.name not in tables for tables in own.values()):
                 continue
             rows = {name: to_rows(tables[source.name]) for name, tables in own.items()}
-            rows |= {name: to_rows(tables[source.name]) if source.name in tables else [] for name, tables in common.items()}
+            rows |= {
+                name: to_rows(tables[source.name]) if source.name in tables else [] for name, tables in common.items()
+            }
+            if isinstance(stage, ReadsBeside):
+                rows["beside"] = [stage.beside(source.file)]
             key = self._keys[source.name] = unit_key(self.task.stage_key, self._identity(source, rows))
             if key in known:
                 self._results[key] = known[key]
             else:
-                units.setdefault(key, Unit(source=source.name, file=source.file, rows=rows))
-        return list(units.values())
+                before = to_rows(self._before[key]) if key in self._before else None
+                units.setdefault(key, Unit(source=source.name, file=source.file, rows=rows, before=before))
+        return sorted(units.values(), key=self.weight, reverse=True)
 
     def _identity(self, source: SourceFile, rows: Mapping[str, list[Row]]) -> Mapping[str, list[Row]]:
         """A stage that reads no other one reads the file: its unit is what the listing says of it."""
@@ -92,28 +120,41 @@ class ShardRun:
             if (output := read_output(path)) is not None:
                 known = _by_key(output) | known
         known |= self._journal.done
-        return {key: value for key, value in known.items() if not (self.task.retry and value[0].error)}
+        known = {key: value for key, value in known.items() if not _passes(value[0])}
+        if self.task.retry:
+            again = {key for key, (done, rows) in known.items() if has_failed(self.task.stage, done.error, rows)}
+            self._before = {key: rows for key in again if (rows := known.pop(key)[1]).num_rows}
+        return known
 
-    def compute(self, unit: Unit, worker: Worker) -> None:
-        """Run the stage on one source, and write down what came of it."""
-        key, rows = self._keys[unit.source], self.task.stage.columns.empty_table()
-        done: Done | None
-        with self._log.timed(self.task.stage.name, unit.source) as entry:
-            try:
-                rows = worker.run(self.task.stage.name, unit)
-                done = Done(unit.source, key, rows.num_rows)
-            except Failed as error:
-                done = Done(unit.source, key, 0, str(error), error.kind)
-            except WorkerLost as lost:
-                timeout = Done(unit.source, key, 0, str(lost), "timeout")
-                done = timeout if lost.too_slow else self._poison(unit, key, str(lost))
-            entry.error = done.error if done else "its worker died; tried again"
-        if done is None:
-            self.compute(unit, worker)
-            return
+    def compute(self, unit: Unit, worker: Worker) -> bool:
+        """Run the stage on one source, and write down what came of it. Returns whether all units are done now."""
+        found = None
+        while found is None:
+            with self._log.timed(self.task.stage.name, unit.source) as entry:
+                found = self._try(unit, worker)
+                entry.error = found[0].error if found else "its worker died; tried again"
         with self._guard:
-            self._journal.add(done, rows)
-            self._results[key] = (done, rows)
+            self._journal.add(*found)
+            self._results[found[0].key] = found
+            self._left -= 1
+            return self._left == 0
+
+    def _try(self, unit: Unit, worker: Worker) -> tuple[Done, pa.Table] | None:
+        """None: its worker died, and it gets another try."""
+        key, nothing = self._keys[unit.source], self.task.stage.columns.empty_table()
+        try:
+            rows = worker.run(self.task.stage.name, unit)
+            found: tuple[Done, pa.Table] | None = (Done(unit.source, key, rows.num_rows), rows)
+        except Failed as error:
+            found = (Done(unit.source, key, 0, str(error), error.kind), nothing)
+        except WorkerLost as lost:
+            timeout = Done(unit.source, key, 0, str(lost), "timeout")
+            done = timeout if lost.too_slow else self._poison(unit, key, str(lost))
+            found = (done, nothing) if done else None
+        became = self._listed[unit.source].changed()
+        if became and not (became == GONE and found and not found[0].error):  # gone, but not needed any more
+            return Done(unit.source, key, 0, _PASSING[became], became), nothing
+        return found
 
     def _poison(self, unit: Unit, key: str, reason: str) -> Done | None:
         """A source that kills its worker again and again; None: it gets another try."""
@@ -121,7 +162,7 @@ class ShardRun:
             reasons = self._journal.add_lost(key, reason)
         if len(reasons) < self.task.attempts:
             return None
-        return Done(unit.source, key, 0, f"{reason}, {len(reasons)} times in a row", "poison")
+        return Done(unit.source, key, 0, f"{reason}, {len(reasons)} times in a row", POISON)
 
     def finish(self) -> Path:
         """Write the output: all units are there."""
@@ -138,6 +179,10 @@ class ShardRun:
     def close(self) -> None:
         """Leave it as it is; what is done stays in the journal."""
         self._journal.close()
+
+
+def _passes(done: Done) -> bool:
+    return done.kind in _PASSING
 
 
 def _read(path: Path) -> Output:

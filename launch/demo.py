@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,7 +50,7 @@ class Stopped(Exception):
 def main() -> None:
     args = parse_arguments()
     out: Path = args.out
-    config = "configs/train/demo_clips.yaml" if args.videos else "configs/train/demo.yaml"
+    config = "configs/train/demo_clips.yaml" if args.videos or args.raw else "configs/train/demo.yaml"
     overrides = [f"output={out}", *args.overrides]
     if out.exists():
         shutil.rmtree(out)
@@ -60,7 +60,10 @@ def main() -> None:
     demo.sample_pretrained()
     if args.videos:
         table = demo.index_videos(args.videos)
-        prompts = demo.prompts_of(table)
+        prompts = demo.prompts_of(captions_of_csv(table))
+    elif args.raw:
+        table = demo.cut_videos(args.raw)
+        prompts = demo.prompts_of(captions_of_parquet(table))
     else:
         table, prompts = demo.render_shapes(), out / "data" / "demo_prompts.csv"
     overrides.append(f"data.table={table}")
@@ -83,7 +86,7 @@ def main() -> None:
     sample = ["scripts/diffusion/inference.py", "configs/sample/demo.yaml", f"weights={demo.run}"]
     demo.command([*TORCHRUN, "2", *sample, f"prompt_csv={prompts}", f"save_dir={samples}"])
     demo.command([sys.executable, "-m", "opensora.cli.plot", demo.run, "--out", out / "loss.png"])
-    demo.summarise(prompts, judged=not args.videos)
+    demo.summarise(prompts, judged=not (args.videos or args.raw))
 
 
 class Demo:
@@ -183,10 +186,16 @@ class Demo:
         self.command([sys.executable, "-m", "data_pipeline.index", folder, "--out", table])
         return table
 
-    def prompts_of(self, table: Path) -> Path:
-        """The first captions of the table, as a table of prompts."""
-        with table.open(newline="", encoding="utf-8") as file:
-            texts = list(dict.fromkeys(row["text"] for row in csv.DictReader(file)))[:6]
+    def cut_videos(self, folder: Path) -> Path:
+        self.say(f"From the raw videos of {folder} to a clip table")
+        out = self.out / "data"
+        config = "configs/pipeline/default.yaml"
+        self.command([sys.executable, "-m", "data_pipeline.run", config, f"source={folder}", f"out={out}"])
+        return out / "clips.parquet"
+
+    def prompts_of(self, captions: Iterable[str]) -> Path:
+        """The first captions of a table, as a table of prompts."""
+        texts = list(dict.fromkeys(captions))[:6]
         return write_rows(self.out / "data" / "demo_prompts.csv", [{"text": text} for text in texts])
 
     def choose_steps(self, config: str, overrides: list[str], minutes: float) -> Schedule:
@@ -295,7 +304,9 @@ class Demo:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="launch/demo.sh", description="Prepare, train, interrupt, resume, sample.")
-    parser.add_argument("--videos", type=Path, help="folder of clips with captions; default: rendered shapes")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--videos", type=Path, help="folder of clips with captions; default: rendered shapes")
+    source.add_argument("--raw", type=Path, help="folder of raw videos, which are cut, judged and captioned first")
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder to write, emptied first")
     parser.add_argument("--minutes", type=float, default=8.0, help="time for everything after the data; default: 8")
     parser.add_argument("--steps", type=int, help="optimizer updates; default: as many as fit into the minutes")
@@ -305,10 +316,11 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"{twice} is there twice; give it once")
     args = parser.parse_args()
     args.out = args.out.resolve()
-    if args.videos:
-        args.videos = args.videos.resolve()
-        if not args.videos.is_dir():
-            parser.error(f"--videos {args.videos}: no such folder")
+    for name in ("videos", "raw"):
+        if folder := getattr(args, name):
+            setattr(args, name, folder.resolve())
+            if not folder.is_dir():
+                parser.error(f"--{name} {folder}: no such folder")
     if args.out.exists() and not (args.out / MARK).exists() and any(args.out.iterdir()):
         parser.error(f"--out {args.out}: holds something else than a demo; name another folder")
     if not 1 <= args.minutes <= 7 * 24 * 60:
@@ -326,6 +338,19 @@ def choose_prompts(seen: Path, unseen: Path, out: Path) -> Path:
             every = [row for row in csv.DictReader(file) if row.get("direction") != "still"]
         rows += every[:: max(1, len(every) // 8)][:8]
     return write_rows(out, [{**row, "name": f"{i:02d}"} for i, row in enumerate(rows)])
+
+
+def captions_of_csv(table: Path) -> Iterator[str]:
+    with table.open(newline="", encoding="utf-8") as file:
+        yield from (row["text"] for row in csv.DictReader(file))
+
+
+def captions_of_parquet(table: Path) -> Iterator[str]:
+    """Of the clips that are kept."""
+    import pyarrow.parquet as papq  # the one import that is not of the standard library
+
+    rows = papq.read_table(table, columns=["text", "keep"]).to_pylist()
+    yield from (row["text"] for row in rows if row["keep"])
 
 
 def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:

@@ -8,16 +8,11 @@ checkout. The job is launch/slurm.sbatch with its settings filled in; it queues 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,13 +23,23 @@ from opensora.utils import signal_handler  # noqa: E402
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
     signal_handler.listen_early()
 
+from launch.slurm import pipeline  # noqa: E402
+from launch.slurm.jobs import (  # noqa: E402
+    clear_away,
+    copy_code,
+    describe,
+    next_folder,
+    require_sbatch,
+    sbatch,
+    time_limit,
+)
 from opensora.cli.main import run_cli  # noqa: E402
 from opensora.config.load import load_config, save  # noqa: E402
 from opensora.config.run import RunConfig  # noqa: E402
 from opensora.train.setup import check  # noqa: E402
 from opensora.utils.command_line.arguments import Parser, place, whole, word  # noqa: E402
 from opensora.utils.errors import UserError  # noqa: E402
-from opensora.utils.files.code_digest import PACKAGES, code_digest  # noqa: E402
+from opensora.utils.files.code_digest import PACKAGES  # noqa: E402
 from opensora.utils.files.untrusted import short  # noqa: E402
 from opensora.utils.files.user_files import read_text  # noqa: E402
 
@@ -47,6 +52,8 @@ MAX_NODES, MAX_PER_NODE, MAX_CPUS = 65536, 1024, 4096
 
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
+    if argv[:1] == ["pipeline"]:
+        return pipeline.main(argv[1:])
     args, overrides = parse(argv)
     runs = configurations(args.config, overrides, args.array)
     world = args.nodes * args.tasks_per_node
@@ -57,8 +64,7 @@ def main(argv: list[str]) -> int:
     if args.dry_run:
         print(render(args, head, runs, Path(head.folder, "jobs", "N")), end="")
         return 0
-    if shutil.which("sbatch") is None:
-        raise UserError("sbatch: not found; submit where SLURM is, or look at the job with --dry-run")
+    require_sbatch()
     with signal_handler.stopped_in_one_line():  # as from the command line, for those who call this
         return submit(args, head, runs, argv)
 
@@ -90,46 +96,6 @@ def submit(args: argparse.Namespace, head: RunConfig, runs: Sequence[RunConfig],
     (job / "slurm_job_id").write_text(f"{number}\n")
     print(f"submitted job {number}: {job} (logs/ has one file per rank)")
     return 0
-
-
-def clear_away(job: Path | None, made: Sequence[Path]) -> None:
-    """Remove the folder of a job that is not in the queue, and the folders made for it that are empty then."""
-    if job is not None:
-        shutil.rmtree(job, ignore_errors=True)
-    for path in made:
-        with contextlib.suppress(OSError):  # somebody else submits at the same time
-            path.rmdir()
-
-
-def sbatch(script: Path) -> str:
-    """The number of the job in the queue.
-
-    Raises:
-        UserError: sbatch refused it; says how.
-    """
-    # Ctrl-C is for this process: sbatch must not end between queueing a job and saying so.
-    try:
-        process = subprocess.Popen(
-            [shutil.which("sbatch") or "sbatch", "--parsable", str(script)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise UserError(f"sbatch: cannot be run ({error.strerror}); nothing was submitted") from None
-    try:
-        out, err = process.communicate()
-    except BaseException:
-        process.terminate()
-        out, err = process.communicate()
-        if not out.strip():
-            raise
-    else:
-        if process.returncode:
-            said = " ".join((err or out).split()) or f"exit code {process.returncode}, without a word"
-            raise UserError(f"sbatch: {said.removeprefix('sbatch: ')}; nothing was submitted, and nothing is left")
-    return out.strip().split(";")[0]
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -185,14 +151,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return args, overrides
 
 
-def time_limit(text: str) -> str:
-    """A time as sbatch takes it: minutes, [hours:]minutes:seconds, or days-hours[:minutes[:seconds]]."""
-    if not re.fullmatch(r"[0-9]{1,7}(?::[0-9]{1,2}){0,2}|[0-9]{1,5}-[0-9]{1,2}(?::[0-9]{1,2}){0,2}", text):
-        allowed = "must be a time such as 30, 4:00:00 or 1-12:00:00"
-        raise argparse.ArgumentTypeError(f"={short(repr(text), 40)}: {allowed}")
-    return text
-
-
 def configurations(path: str, overrides: Sequence[str], array: Path | None) -> list[RunConfig]:
     """The run, or one per line of ``array``; the i-th is called NAME-i unless its line names it.
 
@@ -223,44 +181,13 @@ def _words(array: Path, line: str) -> list[str]:
         raise UserError(f"--array={array}: {error} in the line {short(repr(line))}") from None
 
 
-def next_folder(jobs: Path) -> Path:
-    """A new folder ``jobs/N``, N counting up."""
-    jobs.mkdir(parents=True, exist_ok=True)
-    number = max((int(path.name) for path in jobs.iterdir() if path.name.isdigit()), default=0)
-    while True:
-        number += 1
-        try:
-            (jobs / str(number)).mkdir()
-        except FileExistsError:  # somebody else submits at the same time
-            continue
-        return jobs / str(number)
-
-
 def freeze(job: Path, runs: Sequence[RunConfig], argv: Sequence[str]) -> None:
     """Copy code and configurations into ``job``, with a note of what they are."""
-    for package in (*PACKAGES, "launch"):
-        shutil.copytree(ROOT / package, job / "code" / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    copy_code(job, (*PACKAGES, "launch"))
     for i, cfg in enumerate(runs):
         save(cfg, job / f"config-{i}.yaml")
     (job / "logs").mkdir()
-    about = {
-        "command": shlex.join(["python", "launch/submit.py", *argv]),
-        "submitted": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "code": code_digest(),
-        "commit": git("rev-parse", "HEAD"),
-        "changed": (git("status", "--porcelain") or "").splitlines(),
-        "folders": [str(cfg.folder) for cfg in runs],
-    }
-    (job / "job.json").write_text(json.dumps(about, indent=2) + "\n")
-
-
-def git(*command: str) -> str | None:
-    """What git says of the checkout; None where there is none."""
-    try:
-        done = subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return done.stdout.rstrip() if done.returncode == 0 else None
+    describe(job, argv, [cfg.folder for cfg in runs])
 
 
 def render(args: argparse.Namespace, head: RunConfig, runs: Sequence[RunConfig], job: Path) -> str:

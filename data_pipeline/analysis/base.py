@@ -1,11 +1,12 @@
 """What a measurement of frames is: it sees every frame of a video once, in order, and leaves columns.
 
-Columns hold one value per frame, or per frame that was sampled, so that whatever is asked later (where are the cuts, how
-much does this range move) is computed from them, and no threshold makes anybody decode again.
+Columns hold one value per frame, or per frame that was sampled, so that whatever is asked later (where are the cuts,
+how much does this range move) is computed from them, and no threshold makes anybody decode again.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 
@@ -36,10 +37,21 @@ class Measurement(Protocol):
 class Analyser(Protocol):
     """A kind of measurement; ``config`` is its section of the configuration."""
 
-    name: ClassVar[str]
-    version: ClassVar[int]
-    columns: ClassVar[pa.Schema]
-    config: Any
+    @property
+    def name(self) -> str:
+        """Of its section."""
+
+    @property
+    def version(self) -> int:
+        """Raised by whoever changes what it measures."""
+
+    @property
+    def columns(self) -> pa.Schema:
+        """What it leaves of a video."""
+
+    @property
+    def config(self) -> Any:
+        """What it measures depends on nothing else."""
 
     def start(self, video: Video) -> Measurement:
         """A measurement of one video."""
@@ -56,5 +68,5 @@ class Clock:
         """Whether this frame is one."""
         if frame.time_s + 1e-9 < self._next:
             return False
-        self._next = max(self._next + self._step, frame.time_s - self._step)
+        self._next = self._step * (math.floor((frame.time_s + 1e-9) / self._step) + 1)
         return True

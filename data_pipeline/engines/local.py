@@ -1,14 +1,12 @@
 """The cores of this machine: a thread for each worker process, which take sources in turn from the same shards."""
 
-import contextlib
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from tqdm import tqdm
-
+from data_pipeline.engines.progress import StageProgress
 from data_pipeline.journal import ShardTaken
 from data_pipeline.limits import SourceLimits
 from data_pipeline.log import RunLog
@@ -23,49 +21,54 @@ class LocalEngine:
     def __init__(self, out: Path, stages: Mapping[str, Stage], limits: SourceLimits, workers: int) -> None:
         """``workers``: 0: one for each core."""
         count = workers or usable_cores()
+        self._stages = stages
         self._workers = [Worker(stages, limits) for _ in range(count)]
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix="worker")  # as long as the processes they start
         self._log = RunLog(out)
 
     def run(self, stage: str, tasks: Sequence[ShardTask]) -> None:
         """See ``Engine``."""
-        queue = _Queue(tasks, self._log)
-        total = sum(len(task.sources) for task in tasks)
-        with tqdm(total=total, desc=f"{stage:>10}", unit="source", disable=None) as bar:
-            with ThreadPoolExecutor(len(self._workers), thread_name_prefix=stage) as pool:
-                futures = [pool.submit(self._work, worker, queue, bar) for worker in self._workers]
-                try:
-                    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                    for future in done:
-                        future.result()
-                except BaseException:
-                    queue.stop()
-                    self.close()
-                    raise
-                finally:
-                    queue.close()
-            bar.update(total - bar.n)
+        progress = StageProgress(stage, tasks)
+        queue = _Queue(sorted(tasks, key=lambda task: task.weight, reverse=True), self._log, progress)
+        futures = [self._threads.submit(self._work, worker, queue) for worker in self._workers[: self._most(stage)]]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+        except BaseException:
+            queue.stop()
+            self.close()
+            raise
+        finally:
+            wait(futures)
+            queue.close()
+            progress.close()
 
     def close(self) -> None:
         """See ``Engine``."""
         for worker in self._workers:
             worker.close()
+        self._threads.shutdown(wait=False)
 
-    def _work(self, worker: Worker, queue: "_Queue", bar: tqdm) -> None:
-        while (item := queue.next()) is not None:
-            run, unit = item
-            with contextlib.suppress(WorkerClosed):
-                run.compute(unit, worker)
-                queue.finished(run)
-            bar.update()
+    def _most(self, stage: str) -> int:
+        """Workers at a time that the cores are enough for, by what the stage says of itself."""
+        return max(1, int(len(self._workers) / max(1.0, self._stages[stage].resources.cpus)))
+
+    def _work(self, worker: Worker, queue: "_Queue") -> None:
+        try:
+            while (item := queue.next()) is not None:
+                queue.compute(*item, worker)
+        except WorkerClosed:
+            return
 
 
 class _Queue:
     """Sources of one shard after another; a shard is written by whoever finishes its last one."""
 
-    def __init__(self, tasks: Sequence[ShardTask], log: RunLog) -> None:
+    def __init__(self, tasks: Sequence[ShardTask], log: RunLog, progress: StageProgress) -> None:
         self._units = self._all_units(tasks, log)
-        self._left: dict[int, int] = {}  # id of a run -> its units that are not done
-        self._open: dict[int, ShardRun] = {}
+        self._progress = progress
+        self._open: list[ShardRun] = []
         self._guard = threading.Lock()
         self._stopped = False
 
@@ -74,15 +77,14 @@ class _Queue:
         with self._guard:
             return None if self._stopped else next(self._units, None)
 
-    def finished(self, run: ShardRun) -> None:
-        """One unit of a run is done."""
-        with self._guard:
-            self._left[id(run)] -= 1
-            is_last = self._left[id(run)] == 0
+    def compute(self, run: ShardRun, unit: Unit, worker: Worker) -> None:
+        """Raises: as ``run_shard``; WorkerClosed."""
+        is_last = run.compute(unit, worker)
         if is_last:
             run.finish()
             with self._guard:
-                self._open.pop(id(run), None)
+                self._open.remove(run)
+        self._progress.add(1, run.weight(unit))
 
     def stop(self) -> None:
         """Begin nothing more."""
@@ -90,7 +92,7 @@ class _Queue:
 
     def close(self) -> None:
         """Leave what is not finished as it is."""
-        for run in self._open.values():
+        for run in self._open:
             run.close()
 
     def _all_units(self, tasks: Sequence[ShardTask], log: RunLog) -> Iterator[tuple[ShardRun, Unit]]:
@@ -98,11 +100,14 @@ class _Queue:
             try:
                 run = ShardRun(task, log)
             except (InputMissing, ShardTaken):
+                self._progress.known(len(task.sources), task.weight)
                 continue
-            self._open[id(run)], self._left[id(run)] = run, len(run.pending)
+            known = task.weight - sum(run.weight(unit) for unit in run.pending)
+            self._progress.known(len(task.sources) - len(run.pending), known)
+            self._open.append(run)
             if not run.pending:
-                self._open.pop(id(run))
                 run.finish()
+                self._open.remove(run)
             for unit in run.pending:
                 yield run, unit
 

@@ -52,7 +52,7 @@ def _of_container(container: InputContainer, stream: VideoStream) -> dict[str, A
 
 
 def _is_uneven(times: list[int]) -> bool:
-    steps = np.diff(np.unique(np.array(times, dtype=np.int64)))
+    steps = np.diff(np.unique(np.array(times, dtype=np.float64)))
     if len(steps) < 2:
         return False
     usual = float(np.median(steps))

@@ -1,14 +1,14 @@
 """Every frame of a video once, in order, small: the one decode that all measurements share."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import numpy as np
 from av.video.frame import VideoFrame
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
-from opensora.datasets.decode.common import Deadline, DecodeError, Turn, decoding
+from opensora.datasets.decode.common import Deadline, DecodeError, decoding
 from opensora.datasets.decode.pyav_container import (
     Opened,
     StreamInfo,
@@ -17,8 +17,11 @@ from opensora.datasets.decode.pyav_container import (
     stream_info,
     video_stream,
 )
-from opensora.datasets.decode.pyav_pixels import stored_frame
+from opensora.datasets.decode.pyav_pixels import UNTAGGED_MATRIX, StoredFrame, is_hd, stored_frame
 from opensora.datasets.table.clip_storage import Source
+
+# Grey is the first plane of this: asked for grey, swscale goes through RGB and back by another matrix.
+_COLOUR, _LUMA = "bgr24", "yuv420p"
 
 
 class Frame:
@@ -33,11 +36,11 @@ class Frame:
 
     def bgr(self, side: int) -> np.ndarray:
         """(h, w, 3) uint8, scaled down so that the longer side is ``side`` at most."""
-        return self._at(side, "bgr24")
+        return self._at(side, _COLOUR)
 
     def grey(self, side: int) -> np.ndarray:
         """(h, w) uint8, the luma, scaled so. Black is 0 and white 255 whatever range the file has."""
-        return self._at(side, "gray")
+        return self._at(side, _LUMA)
 
     def _at(self, side: int, pixels: str) -> np.ndarray:
         if (side, pixels) not in self._made:
@@ -52,6 +55,7 @@ class ScanReport:
     frames: int = 0
     damaged_packets: int = 0  # that the decoder refused
     damaged_frames: int = 0  # that it put out as damaged
+    damaged_at: list[int] = field(default_factory=list)  # the frame that was, or that was next
     height: int = 0  # of the frames as shown, the first one's
     width: int = 0
     size_changes: int = 0  # frames of another size than the one before
@@ -78,11 +82,15 @@ def scan(path: str, report: ScanReport, *, frames: int, timeout_s: float) -> Ite
         first: int | None = None
         for packet in packets(source, container, stream, deadline):
             decoded = decode_packet(source, packet, about.decoder)
-            report.damaged_packets += decoded is None
+            if decoded is None:
+                report.damaged_packets += 1
+                report.damaged_at.append(report.frames)
             for frame in decoded or ():
                 pts = _pts(frame, report, first)
                 first = pts if first is None else first
-                report.damaged_frames += bool(frame.is_corrupt)
+                if frame.is_corrupt:
+                    report.damaged_frames += 1
+                    report.damaged_at.append(report.frames)
                 if report.frames >= frames:
                     raise DecodeError(path, f"more than {frames} frames (limits.frames); cut it into shorter files")
                 yield Frame(report.frames, pts, float((pts - first) * report.time_base), pictures.of(frame, report))
@@ -103,7 +111,8 @@ class _Pictures:
 
     def __init__(self, source: Source, about: StreamInfo) -> None:
         self._source, self._about = source, about
-        self._reformatter = {pixels: VideoReformatter() for pixels in ("bgr24", "gray")}
+        # One for each size: swscale prepares 0.3 ms for a size that is not the last one's.
+        self._reformatters: dict[tuple[int, str], VideoReformatter] = {}
         self._last: tuple[int, int] | None = None
 
     def of(self, frame: VideoFrame, report: ScanReport) -> Callable[[int, str], np.ndarray]:
@@ -114,18 +123,20 @@ class _Pictures:
             report.height, report.width = size
         report.size_changes += self._last not in (None, size)
         self._last = size
-        return lambda side, pixels: self._make(frame, stored.turn, stored.height, wide, side, pixels)
+        return lambda side, pixels: self._make(frame, stored, wide, side, pixels)
 
-    def _make(self, frame: VideoFrame, turn: Turn, height: int, width: int, side: int, pixels: str) -> np.ndarray:
-        scale = min(1.0, side / max(height, width))
-        height, width = max(1, round(height * scale)), max(1, round(width * scale))
+    def _make(self, frame: VideoFrame, stored: StoredFrame, width: int, side: int, pixels: str) -> np.ndarray:
+        scale = min(1.0, side / max(stored.height, width))
+        height, width = max(1, round(stored.height * scale)), max(1, round(width * scale))
+        matrix = Colorspace.ITU709 if stored.matrix in UNTAGGED_MATRIX and is_hd(stored) else None
+        channels = 3 if pixels == _COLOUR else 1
+        reformatter = self._reformatters.setdefault((side, pixels), VideoReformatter())
         with decoding(self._source.path):
-            made = self._reformatter[pixels].reformat(
-                frame, width, height, pixels, dst_color_range="JPEG", interpolation=Interpolation.AREA
+            made = reformatter.reformat(
+                frame, width, height, pixels, matrix, dst_color_range="JPEG", interpolation=Interpolation.AREA
             )
             plane = made.planes[0]
-            channels = 3 if pixels == "bgr24" else 1
             strides = (plane.line_size, channels, 1)
             picture = np.ndarray((height, width, channels), np.uint8, buffer=memoryview(plane), strides=strides)
-        turned = np.ascontiguousarray(turn(picture))
-        return turned if pixels == "bgr24" else turned[..., 0]
+        turned = np.ascontiguousarray(stored.turn(picture))
+        return turned if pixels == _COLOUR else turned[..., 0]

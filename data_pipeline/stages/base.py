@@ -1,13 +1,13 @@
 """What a stage is: what it reads and writes, and what it does with one source.
 
-A stage is a function of one source and of what earlier stages wrote about it. It runs in a worker process, knows nothing
-of shards, engines or files of the run, and its output is keyed by all that it depends on: its configuration, its
-version, and the columns that it declares to read. Whoever changes what a stage computes raises its version.
+A stage is a function of one source and of what earlier stages wrote about it. It runs in a worker process, knows
+nothing of shards, engines or files of the run, and its output is keyed by all that it depends on: its configuration,
+its version, and the columns that it declares to read. Whoever changes what a stage computes raises its version.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 
@@ -38,6 +38,7 @@ class Unit:
     source: str  # as tables name it: relative to the folder of the sources
     file: str  # where to open it
     rows: Mapping[str, list[Row]] = field(default_factory=dict)  # stage -> its rows, the declared columns only
+    before: list[Row] | None = None  # what this stage wrote of it before, where it is tried again
 
     def row(self, stage: str) -> Row:
         """The one row of a stage that writes one per source."""
@@ -45,15 +46,36 @@ class Unit:
         return row
 
 
-class Stage(Protocol):
-    """A step of the pipeline; ``config`` is its section of the configuration, a frozen dataclass."""
+class Step(Protocol):
+    """What all stages say of themselves; ``config`` is the section of the configuration, a frozen dataclass."""
 
-    name: ClassVar[str]  # of its section, its folder and its progress bar
-    version: ClassVar[int]
-    reads: ClassVar[Mapping[str, tuple[str, ...]]]  # earlier stage -> columns; only these change the key of a unit
-    columns: ClassVar[pa.Schema]  # of its rows, without ``source``
-    resources: ClassVar[Resources]
-    config: Any
+    @property
+    def name(self) -> str:
+        """Of its section, its folder and its progress bar."""
+
+    @property
+    def version(self) -> int:
+        """Raised by whoever changes what it computes."""
+
+    @property
+    def reads(self) -> Mapping[str, tuple[str, ...]]:
+        """Earlier stage -> columns; only these change the key of a unit."""
+
+    @property
+    def columns(self) -> pa.Schema:
+        """Of its rows, without ``source``."""
+
+    @property
+    def config(self) -> Any:
+        """What it computes depends on nothing else."""
+
+
+class Stage(Step, Protocol):
+    """A step that looks at one source at a time."""
+
+    @property
+    def resources(self) -> Resources:
+        """What one source takes."""
 
     def run(self, unit: Unit) -> list[Row]:
         """The rows of one source: of a stage of files one, of a stage of clips one per clip, in order of time.
@@ -63,19 +85,36 @@ class Stage(Protocol):
         """
 
 
+@runtime_checkable
+class ReadsBeside(Protocol):
+    """A stage that reads more of a source than earlier stages wrote: files that lie beside it."""
+
+    def beside(self, file: str) -> Row:
+        """What it reads there; runs where the work is given out. It is part of the key of a unit, whose ``rows`` have
+        it as ``beside``."""
+
+
+@runtime_checkable
+class TriesAgain(Protocol):
+    """A stage with rows that are there although something failed: ``--retry`` makes these again."""
+
+    @property
+    def retry_column(self) -> str:
+        """Null in rows in which nothing failed."""
+
+
+def has_failed(stage: object, error: str, rows: pa.Table) -> bool:
+    """Whether ``--retry`` tries a source again, of which these rows or this error are known."""
+    return bool(error) or (isinstance(stage, TriesAgain) and rows[stage.retry_column].null_count < rows.num_rows)
+
+
 # (stage, columns, sources) -> these columns of a source's rows, one source after the other, in any order: for what is
 # too large to have of all sources at once
 RowsOf = Callable[[str, Sequence[str], Collection[str]], Iterator[tuple[str, pa.Table]]]
 
 
-class GlobalStage(Protocol):
+class GlobalStage(Step, Protocol):
     """A step that looks at all sources together, such as the search for duplicates."""
-
-    name: ClassVar[str]
-    version: ClassVar[int]
-    reads: ClassVar[Mapping[str, tuple[str, ...]]]
-    columns: ClassVar[pa.Schema]
-    config: Any
 
     def run_all(self, tables: Mapping[str, pa.Table], rows_of: RowsOf) -> pa.Table:
         """Rows with a column ``source`` from the declared columns of earlier stages, which have it as well; the rows

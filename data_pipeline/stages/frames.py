@@ -19,6 +19,7 @@ _OWN = pa.schema(
         ("width", pa.int32()),
         ("damaged_packets", pa.int32()),
         ("damaged_frames", pa.int32()),
+        ("damaged_at", pa.list_(pa.int32())),  # index of each such frame, or of the next one behind such a packet
         ("size_changes", pa.int32()),
     ]
 )
@@ -31,11 +32,11 @@ class FramesStage:
     reads: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "probe": ("sha256", "num_frames", "fps", "height", "width"),
     }
-    resources: ClassVar[Resources] = Resources()
 
     def __init__(self, analysers: tuple[Analyser, ...], limits: SourceLimits) -> None:
         self._analysers, self._limits = analysers, limits
         self.columns = pa.schema([*_OWN, *(field for analyser in analysers for field in analyser.columns)])
+        self.resources = Resources(gpus=max((getattr(each, "gpus", 0.0) for each in analysers), default=0.0))
         self.version = 1
         self.config: Any = {each.name: {"version": each.version, "config": each.config} for each in analysers}
 
@@ -51,6 +52,7 @@ class FramesStage:
                 measurement.see(frame)
         row: Row = {"pts": pts, "time_base": str(report.time_base), "height": report.height, "width": report.width}
         row |= {name: getattr(report, name) for name in ("damaged_packets", "damaged_frames", "size_changes")}
+        row["damaged_at"] = report.damaged_at
         for measurement in measurements:
             row |= measurement.columns()
         return [row]

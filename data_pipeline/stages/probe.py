@@ -1,4 +1,4 @@
-"""probe: what a file is, without decoding more than its first frame: size as shown, frames, rate, codec, sound, SHA-256."""
+"""probe: what a file is, decoding its first frame only: size as shown, frames, rate, codec, sound, SHA-256."""
 
 import hashlib
 import os
@@ -58,7 +58,7 @@ class ProbeStage:
     def run(self, unit: Unit) -> list[Row]:
         """See ``Stage``."""
         if not os.path.isfile(unit.file):
-            raise SourceError("no such file any more; it was there when the sources were listed")
+            raise SourceError("no such file", kind="missing")
         found = sniff(unit.file)
         if found.kind == "still":
             raise SourceError("a still, not a video; python -m data_pipeline.index lists stills", kind="still")

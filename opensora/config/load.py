@@ -5,12 +5,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
-from opensora.config.family import flag_overrides, is_family_file, read_family, trains
 from opensora.config.renamed_keys import as_now, with_new_names
 from opensora.config.schema import build, is_table, plain, shown, types_at, wants_text
 from opensora.config.strict_yaml import (
@@ -50,10 +50,12 @@ def load_config(cls: type[T], source: str | Path | Mapping[str, Any], overrides:
         UserError: one line with the key path or the file, what was found, and what is allowed.
     """
     flags: list[tuple[Keys, Any]] = []
-    if not isinstance(source, Mapping) and is_family_file(Path(source)):
-        layer, lines, rest = read_family(cls, Path(source), overrides)
+    rest = list(overrides)
+    if not isinstance(source, Mapping) and _is_family_file(Path(source)):
+        layer, lines, rest = _family().read_family(cls, Path(source), overrides)
     else:
-        flags, rest = flag_overrides(cls, overrides)
+        if types_at(cls, ("model",)):  # another command's configuration has no flags of the family
+            flags, rest = _family().flag_overrides(cls, overrides)
         if isinstance(source, Mapping):
             layer, lines = with_new_names(_from_python(source)), Lines()
         else:
@@ -79,8 +81,8 @@ def is_training(cls: type, path: str | Path) -> bool:
     Raises:
         UserError: a file that cannot be read, or that includes itself.
     """
-    if is_family_file(Path(path)):
-        return trains(Path(path))
+    if _is_family_file(Path(path)):
+        return bool(_family().trains(Path(path)))
     layer, _ = _read_with_includes(cls, Path(path), (), [])
     return not {"train", "data", "optim"}.isdisjoint(layer)
 
@@ -127,6 +129,17 @@ def config_hash(cfg: Any) -> str:
     """16 hex digits that change with any value of the configuration, the same on every machine."""
     text = json.dumps(plain(cfg), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _is_family_file(path: Path) -> bool:
+    """Whether a configuration file is one of the family's, by its name."""
+    return path.suffix == ".py"
+
+
+def _family() -> Any:
+    """What knows the Open-Sora family's files and flags. It knows every model, and with them torch, which takes seconds
+    that a command without models need not wait."""
+    return import_module("opensora.config.family")
 
 
 def _from_python(given: Mapping[str, Any]) -> dict[Any, Any]:

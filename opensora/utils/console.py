@@ -49,20 +49,33 @@ def progress(total: int, initial: int = 0, *, every_s: float = 30.0) -> "Progres
 class Progress:
     """A bar on a terminal; elsewhere one line every ``every_s`` seconds, so that log files stay readable."""
 
-    def __init__(self, total: int, initial: int = 0, *, every_s: float = 30.0, unit: str = "step") -> None:
+    def __init__(
+        self, total: int, initial: int = 0, *, every_s: float = 30.0, unit: str = "step", about: str = ""
+    ) -> None:
+        """``about``: what is counted, where several follow each other."""
+        self._about = about
         self._total, self._initial, self._step = total, initial, initial
         self._every_s, self._unit = every_s, unit
         self._start = time.monotonic()
         self._spoke = -math.inf
         self._bar = (
-            tqdm(total=total, initial=initial, unit=unit, dynamic_ncols=True, smoothing=0.1)
+            tqdm(total=total, initial=initial, unit=unit, desc=about or None, dynamic_ncols=True, smoothing=0.1)
             if sys.stderr.isatty()
             else None
         )
 
-    def update_to(self, step: int, values: Mapping[str, Any] | None = None) -> None:
-        """``step`` steps are done; of ``values`` the loss, the rate and the step time are shown."""
-        shown = _shown(values or {})
+    def skip(self, steps: int) -> None:
+        """So many turned out to be done already: they say nothing of how long the others take."""
+        self._step += steps
+        self._initial += steps
+        if self._bar is not None:
+            self._bar.initial += steps
+            self._bar.n += steps
+            self._bar.last_print_n += steps
+
+    def update_to(self, step: int, values: Mapping[str, Any] | None = None, *, text: str = "") -> None:
+        """``step`` steps are done; of ``values`` the loss, the rate and the step time are shown, or ``text``."""
+        shown = text or _shown(values or {})
         done, self._step = step - self._step, step
         if self._bar is not None:
             self._bar.set_postfix_str(shown, refresh=False)
@@ -73,7 +86,8 @@ class Progress:
         if now - self._spoke >= self._every_s or step >= self._total:
             self._spoke = now
             with contextlib.suppress(OSError):
-                line = f"{self._unit} {step}/{self._total}, {shown or 'running'}, {self._eta(now)}\n"
+                about = f"{self._about}: " if self._about else ""
+                line = f"{about}{self._unit} {step}/{self._total}, {shown or 'running'}, {self._eta(now)}\n"
                 print(line, end="", file=sys.stderr)
 
     def close(self) -> None:

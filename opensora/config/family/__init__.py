@@ -3,6 +3,6 @@
 ``read_family`` reads a file; ``flag_overrides`` are the family's flags beside a configuration of ours.
 """
 
-from opensora.config.family.flags import flag_overrides, is_family_file, read_family, trains
+from opensora.config.family.flags import flag_overrides, read_family, trains
 
-__all__ = ["flag_overrides", "is_family_file", "read_family", "trains"]
+__all__ = ["flag_overrides", "read_family", "trains"]

@@ -36,11 +36,6 @@ class _Word(NamedTuple):
     dashed: bool
 
 
-def is_family_file(path: Path) -> bool:
-    """Whether a configuration file is one of the family's, by its name."""
-    return path.suffix == ".py"
-
-
 def trains(path: Path) -> bool:
     """Whether a file of the family is of a training run.
 

@@ -41,6 +41,10 @@ class DecodeError(Exception):
         return f"{self.path}: {self.cause}"
 
 
+class TooSlow(DecodeError):
+    """This file was not read within its time."""
+
+
 def too_short(path: str, count: int, numbers: Sequence[int]) -> DecodeError:
     """The error of a file whose ``count`` frames do not reach to the last of ``numbers``."""
     if count == 0:
@@ -163,9 +167,9 @@ class Deadline:
         self._at = time.monotonic() + seconds if seconds is not None else None
 
     def check(self) -> None:
-        """Raises: DecodeError: it is over."""
+        """Raises: TooSlow: it is over."""
         if self._at is not None and time.monotonic() > self._at:
-            raise DecodeError(self._path, f"not read within {self._seconds:g} s (data.decode_timeout_s)")
+            raise TooSlow(self._path, f"not read within {self._seconds:g} s (data.decode_timeout_s)")
 
 
 def rate_of(times: Sequence[float]) -> float:

@@ -28,7 +28,7 @@ _PALETTE = "pal8"  # pixel format whose colours may be transparent, as those of 
 _HD_WIDTH, _SD_HEIGHT = 1280, 576
 # Numbers of AVColorSpace, AVColorRange and AVColorTransferCharacteristic.
 UNTAGGED_MATRIX = (2, 3)  # unspecified, reserved
-_KNOWN_MATRIX = (0, 1, 4, 5, 6, 7, 9, *UNTAGGED_MATRIX)  # what swscale converts
+KNOWN_MATRIX = (0, 1, 4, 5, 6, 7, 9, *UNTAGGED_MATRIX)  # what swscale converts
 _UNTAGGED_RANGE, _LIMITED_RANGE = 0, 1
 HDR_CURVES = {16: "PQ", 18: "HLG"}
 _LIMITED_GREY = ("h264", "hevc", "vvc", "av1", "libdav1d", "vp9")  # their grey without a tag is of limited range
@@ -89,7 +89,7 @@ class Window:
             picture = self._scaled(whole, height, width)
         else:
             picture = self._convert(frame, stored, height, width, "rgb24")
-        if _is_limited_grey(stored, self.about.codec):
+        if is_limited_grey(stored, self.about.codec):
             picture = _FULL_RANGE[picture]
         self._frames[slot] = stored.turn(picture)
         self._empty.discard(slot)
@@ -109,7 +109,7 @@ class Window:
 
     def _convert(self, frame: VideoFrame, stored: StoredFrame, height: int, width: int, pixels: str) -> np.ndarray:
         """(height, width, 3 or 4) uint8 in memory of FFmpeg's."""
-        if stored.matrix not in _KNOWN_MATRIX:
+        if stored.matrix not in KNOWN_MATRIX:
             raise DecodeError(self.source.path, f"its colour matrix (number {stored.matrix}) cannot be converted")
         matrix = Colorspace.ITU709 if stored.matrix in UNTAGGED_MATRIX and is_hd(stored) else None
         channels = len(pixels.removesuffix("24"))
@@ -155,7 +155,7 @@ def is_hd(stored: StoredFrame) -> bool:
     return is_yuv and (stored.width >= _HD_WIDTH or stored.height > _SD_HEIGHT)
 
 
-def _is_limited_grey(stored: StoredFrame, codec: str) -> bool:
+def is_limited_grey(stored: StoredFrame, codec: str) -> bool:
     """swscale takes all grey for full range."""
     if not stored.pixels.startswith("gray"):
         return False

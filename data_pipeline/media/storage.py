@@ -1,0 +1,161 @@
+"""Where the clips of a run are: files of their own, or members of tar archives that hold them by the hundred.
+
+OUT/media/<2 hex>/<name>.mp4
+OUT/media/<shard>-<key>.tar       ``key``: a hash of what is in it
+"""
+
+import hashlib
+import io
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from data_pipeline.media.clip_file import FileFacts, whole_file
+from opensora.datasets.decode.common import DecodeError
+from opensora.datasets.table.clip_storage import archive_members, locate
+from opensora.utils.files.user_files import written_whole
+
+MEDIA = "media"
+_TAR_BLOCK = 512
+
+
+class ClipDamaged(Exception):
+    """A clip that a stage has made is not there any more, or not as it was made."""
+
+
+class Clip(NamedTuple):
+    """A clip that is to be kept."""
+
+    path: str  # of its own file, relative to the folder of the run
+    bytes: int
+    sha256: str
+
+
+class Place(NamedTuple):
+    """Where a clip lies."""
+
+    path: str  # as the table has it: relative to the folder of the run
+    offset: int | None = None  # in an archive
+    length: int | None = None
+
+
+def clip_path(name: str) -> str:
+    """Of its own file, relative to the folder of the run."""
+    return f"{MEDIA}/{name[:2]}/{name}"
+
+
+def find_clip(out: Path, path: str) -> str | None:
+    """What ``locate`` opens: the clip's own file, else a member of an archive; None: it is in neither."""
+    if (out / path).is_file():
+        return str(out / path)
+    name = os.path.basename(path)
+    for archive in sorted((out / MEDIA).glob("*.tar")):
+        place = _member(archive, name)
+        if place is not None:
+            return f"{archive}#{name}@{place[0]}+{place[1]}"
+    return None
+
+
+def checked_clip(out: Path, path: str) -> FileFacts | None:
+    """Of a clip that is there, whole; None: it has to be made (again)."""
+    found = find_clip(out, path)
+    if found is None:
+        return None
+    try:
+        source = locate(found)
+        with source.open() as file:
+            return whole_file(file, os.path.getsize(source.file) if source.size is None else source.size)
+    except (DecodeError, OSError):
+        return None
+
+
+def _member(archive: Path, name: str) -> tuple[int, int] | None:
+    try:
+        return archive_members(str(archive)).get(name)
+    except DecodeError:
+        return None
+
+
+def is_there(out: Path, place: Place, size: int) -> bool:
+    """Whether a clip of a table can be there, by the size of its file."""
+    if place.offset is None:
+        return _size(out / place.path) == size
+    return _size(out / place.path.split("#", 1)[0]) >= place.offset + size
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def pack(out: Path, shard: str, clips: Sequence[Clip], most_bytes: int) -> list[Place]:
+    """Clips of a shard in archives of about ``most_bytes``; those that are there already stay as they are.
+
+    Raises:
+        UserError: an archive cannot be written.
+        ClipDamaged: a clip is not there, or not as it was made.
+    """
+    places: list[Place] = []
+    for part in _parts(clips, most_bytes):
+        listed = "".join(f"{clip.path} {clip.sha256}\n" for clip in part)
+        key = hashlib.blake2b(listed.encode(), digest_size=8).hexdigest()
+        archive = out / MEDIA / f"{shard}-{key}.tar"
+        offsets = _offsets(part)
+        if _size(archive) < offsets[-1] + part[-1].bytes:
+            _write(out, archive, part)
+        for clip, at in zip(part, offsets, strict=True):
+            name = f"{MEDIA}/{archive.name}#{os.path.basename(clip.path)}@{at}+{clip.bytes}"
+            places.append(Place(name, at, clip.bytes))
+    return places
+
+
+def remove_packed(out: Path, clips: Sequence[Clip]) -> None:
+    """The files of their own of clips that are in an archive, and in a table that says so."""
+    for clip in clips:
+        (out / clip.path).unlink(missing_ok=True)
+
+
+def _parts(clips: Sequence[Clip], most_bytes: int) -> Iterator[list[Clip]]:
+    part, held = list[Clip](), 0
+    for clip in clips:
+        if part and held + clip.bytes > most_bytes:
+            yield part
+            part, held = [], 0
+        part.append(clip)
+        held += clip.bytes
+    if part:
+        yield part
+
+
+def _write(out: Path, archive: Path, clips: Sequence[Clip]) -> None:
+    with written_whole(archive) as aside, tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for clip in clips:
+            info = tarfile.TarInfo(os.path.basename(clip.path))  # its time and owner are 0
+            info.size = clip.bytes
+            tar.addfile(info, io.BytesIO(_content(out, clip)))
+
+
+def _content(out: Path, clip: Clip) -> bytes:
+    found = find_clip(out, clip.path)
+    if found is not None:
+        try:
+            with locate(found).open() as file:
+                content = file.read()
+        except (DecodeError, OSError):
+            content = b""
+        if hashlib.sha256(content).hexdigest() == clip.sha256:
+            return content
+    raise ClipDamaged(clip.path)
+
+
+def _offsets(clips: Sequence[Clip]) -> list[int]:
+    """Where the bytes of each begin: behind a header of one block, each filled up to whole blocks."""
+    offsets, at = [], 0
+    for clip in clips:
+        offsets.append(at + _TAR_BLOCK)
+        at += _TAR_BLOCK + -(-clip.bytes // _TAR_BLOCK) * _TAR_BLOCK
+    return offsets

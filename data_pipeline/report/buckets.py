@@ -1,0 +1,91 @@
+"""What a training run would make of the clips that are kept: its own code counts them."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+
+from data_pipeline.report.clips import Clips
+
+_TABLE = "data.table=clips.parquet"  # whatever it names, which need not be there
+
+
+@dataclass(frozen=True)
+class Filled:
+    """One bucket."""
+
+    resolution: str
+    frames: int
+    height: int
+    width: int
+    batch_size: int
+    samples: int
+
+    @property
+    def batches(self) -> float:
+        """Of one epoch; below 1 no micro-batch is ever full."""
+        return self.samples / self.batch_size
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The first epoch of a training run."""
+
+    training: str  # its configuration
+    buckets: tuple[Filled, ...] = ()
+    left_out: tuple[tuple[str, int], ...] = ()  # (why, clips)
+    unused: tuple[tuple[str, int], ...] = ()  # (resolution, frames) of its table that no clip reaches
+    problem: str = ""  # why there are none
+
+
+def check_training(training: str) -> None:
+    """Before a run begins. Raises: UserError: the configuration cannot be used."""
+    from opensora.config.load import load_config
+    from opensora.config.run import RunConfig
+
+    load_config(RunConfig, training, [_TABLE])
+
+
+def predict(clips: Clips, training: str) -> Prediction:
+    """The buckets of the kept clips.
+
+    Raises:
+        UserError: the configuration cannot be used.
+    """
+    from opensora.config.load import load_config
+    from opensora.config.run import RunConfig
+    from opensora.datasets.plan.batch_plan import BatchPlan
+    from opensora.models.base import ClipMeasure
+    from opensora.models.families import describe
+    from opensora.models.vae import autoencoder_shape
+    from opensora.utils.errors import UserError
+
+    cfg = load_config(RunConfig, training, [_TABLE])
+    shape, denoising = autoencoder_shape(cfg.vae), describe(cfg.model)
+    if not clips.keep.any():
+        return Prediction(training, problem="no clip is kept")
+    try:
+        data = replace(cfg.data, unused_rows="report")
+        measure = ClipMeasure(shape, denoising)
+        plan = BatchPlan(_table(clips), data, denoising.pixel_multiple(shape.stride), cfg.seed, measure)
+    except UserError as error:
+        return Prediction(training, problem=str(error))
+    report = plan.report()
+    found = [Filled(b.resolution, b.frames, b.height, b.width, b.batch_size, count) for b, count in report.per_bucket]
+    return Prediction(training, tuple(found), report.left_out, report.unused_rows)
+
+
+def _table(clips: Clips) -> "ClipTable":  # type: ignore[name-defined]  # noqa: F821
+    """The kept clips as training sees them."""
+    from opensora.datasets.table.manifest import COLUMNS, ClipTable, TextsInMemory
+
+    kept = np.flatnonzero(clips.keep)
+    columns = {}
+    for name, kind in COLUMNS.items():
+        values = clips.final(name)[kept]
+        columns[name] = (
+            np.minimum(values, np.iinfo(kind).max).astype(kind) if kind.kind in "iu" else values.astype(kind)
+        )
+    nothing = pa.chunked_array([pa.array([""] * len(kept))])
+    texts = TextsInMemory(nothing, nothing)
+    return ClipTable(**columns, texts=texts, folders=("",), first_rows=np.zeros(1, np.int64))

@@ -1,0 +1,34 @@
+"""What a detector's cut is: a cut, part of a transition that takes a while, or none, as a flash or a jerk is none."""
+
+import numpy as np
+
+from data_pipeline.shots.thumbs import Thumbs, likeness
+
+_REACH_S = 0.45  # before and after
+_SAME = 0.9  # likeness of two moments that are of one shot
+_SUDDEN = 0.5  # of all change around a cut: what its one step makes of it
+
+
+def is_refuted(thumbs: Thumbs, cut: int, time_s: float) -> bool:
+    """Whether some moment after it shows what one before it showed."""
+    before, after = _around(thumbs, cut, time_s)
+    return any(likeness(thumbs.pictures[a], thumbs.pictures[b]) > _SAME for a in before[-3:] for b in after)
+
+
+def is_sudden(thumbs: Thumbs, cut: int, time_s: float) -> bool:
+    """Whether the picture changed in one step, and not on the way from or to black, or to another picture."""
+    before, after = _around(thumbs, cut, time_s)
+    if not (len(before) and len(after)):
+        return True
+    near = {index: thumbs.pictures[index].astype(np.int16) for index in (*before, *after)}
+    step = np.abs(near[before[-1]] - near[after[0]]).mean()
+    most = max(np.abs(near[a] - near[b]).mean() for a in before for b in after)
+    return bool(step > _SUDDEN * most)
+
+
+def _around(thumbs: Thumbs, cut: int, time_s: float) -> tuple[list[int], list[int]]:
+    """Thumbnails within reach before a cut, and from it on."""
+    middle = int(np.searchsorted(thumbs.frames, cut))
+    first = int(np.searchsorted(thumbs.seconds, time_s - _REACH_S))
+    end = int(np.searchsorted(thumbs.seconds, time_s + _REACH_S, side="right"))
+    return list(range(min(first, middle), middle)), list(range(middle, max(end, middle)))
