@@ -37,7 +37,8 @@ class PipelineConfig:
     shots: ShotsConfig = field(default_factory=ShotsConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     pictures: PicturesConfig = field(default_factory=PicturesConfig)
-    filters: dict[str, FilterRule] = field(default_factory=lambda: dict(DEFAULT_FILTERS))  # asked in this order
+    filters: dict[str, FilterRule | None] = field(default_factory=lambda: dict(DEFAULT_FILTERS))
+    # asked in this order; one that is null is off
     cut: CutConfig = field(default_factory=CutConfig)
     captions: CaptionsConfig = field(default_factory=CaptionsConfig)
     report: ReportConfig = field(default_factory=ReportConfig)

@@ -153,20 +153,20 @@ class FilterStage:
         return {"keep": not rejected, "reason": reason, "rejected_by": rejected}
 
 
-def make_screen(filters: Mapping[str, FilterRule], stages: Sequence[Stage | GlobalStage]) -> FilterStage:
+def make_screen(filters: Mapping[str, FilterRule | None], stages: Sequence[Stage | GlobalStage]) -> FilterStage:
     """The filters whose columns are in ``stages``, all of which are before it and measure every clip.
 
     Raises:
         UserError: a rule that does not fit its column.
     """
-    found = {name: (rule, find_column(rule.column, stages, SCREEN)) for name, rule in filters.items()}
+    found = {name: (rule, find_column(rule.column, stages, SCREEN)) for name, rule in filters.items() if rule}
     return FilterStage(
         SCREEN, {name: (rule, _fitting(name, rule, column)) for name, (rule, column) in found.items() if column}
     )
 
 
 def make_filter(
-    filters: Mapping[str, FilterRule], screen: FilterStage, stages: Sequence[Stage | GlobalStage]
+    filters: Mapping[str, FilterRule | None], screen: FilterStage, stages: Sequence[Stage | GlobalStage]
 ) -> FilterStage:
     """The filters that ``screen``, one of ``stages``, has not; in the order of the stages they look at.
 
@@ -175,7 +175,7 @@ def make_filter(
     """
     found: dict[str, tuple[FilterRule, Column]] = {}
     for name, rule in filters.items():
-        if name in screen.rules:
+        if rule is None or name in screen.rules:
             continue
         column = find_column(rule.column, stages, SCREEN)
         if column is None:

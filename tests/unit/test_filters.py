@@ -216,6 +216,13 @@ def test_one_threshold_from_the_command_line_leaves_the_others() -> None:
     assert list(cfg.filters) == list(DEFAULT_FILTERS)
 
 
+def test_a_filter_that_is_null_is_off() -> None:
+    cfg = load_config(PipelineConfig, DEFAULT, ["source=a", "out=b", "filters.dark=null", "filters.duplicates=null"])
+    screen = make_screen(cfg.filters, BEFORE)
+    asked = [*screen.rules, *make_filter(cfg.filters, screen, [*BEFORE, screen, *BEHIND]).rules]
+    assert set(asked) == set(DEFAULT_FILTERS) - {"dark", "duplicates"}
+
+
 def test_the_shipped_configuration_states_the_defaults() -> None:
     cfg = load_config(PipelineConfig, DEFAULT, ["source=x", "out=y"])
     assert list(cfg.filters.items()) == list(DEFAULT_FILTERS.items())
