@@ -106,7 +106,7 @@ NOT_RUN = {
     r"\.py configs/(opensora|dit|latte|pixart)": "needs published weights; tests/unit/test_family_configs.py reads it",
     r"/(train|inference)\.py (training|sampling)\.py": "needs T5 and an autoencoder; test_guide_run.py has small ones",
     r"opensora\.cli\.convert (FILE|WEIGHTS)": "needs a published file; tests/unit/test_convert.py writes small ones",
-    r"captions\.endpoint\.url": "needs a server; tests/unit/test_caption_endpoint.py has one that behaves badly",
+    r"captions\.endpoint\.url": "needs a server; tests/unit/test_pipeline_captions.py has one that behaves badly",
     r"engine\.address=": "needs a Ray cluster; tests/faults/test_pipeline_engines.py starts one",
     r"tests\.golden_(autoencoders|table)": "needs golden tensors, which the repository does not hold",
     r"tests\.documented_commands": "this one",
@@ -151,8 +151,7 @@ OPTIONS = {
     r"inference\.py configs/sample/256px": f"weights=outputs/first model=null vae=null text=null {SAMPLE}",
     r"inference\.py configs/sample": SAMPLE,
     r"submit\.py pipeline": "--dry-run",
-    r"data_pipeline\.run .*filters": "filters.small=null",
-    r"data_pipeline\.run": "filters.small=null filters.short=null",
+    r"data_pipeline\.run": "filters.short=null",
     r"data\.table=work/first": "train.steps=10 parallel.mesh.ulysses=1 name=from_raw",
     r"launch/submit\.py.*--dry-run": f"{TRAIN} train.init_from=null",
     r"launch/submit\.py": f"--dry-run {TRAIN} train.init_from=null",
@@ -207,7 +206,7 @@ def prepare(folder: Path) -> Path:
     """A fresh clone with what a reader would bring: a few clips with captions, a table of prompts."""
     clone = folder / "clone"
     subprocess.run(["git", "clone", "--quiet", "--local", str(ROOT), str(clone)], check=True)
-    for name, size in (("my_clips", "32x32"), ("my_videos", "160x120")):
+    for name, size in (("my_clips", "32x32"), ("my_videos", "320x240")):
         shapes = ["--out", name, "--clips", "24", "--images", "8", "--sizes", size, "--durations", "5,17"]
         command = [sys.executable, "-m", "data_pipeline.shapes", *shapes]
         subprocess.run(command, cwd=clone, check=True, stdout=subprocess.DEVNULL)
