@@ -91,6 +91,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "opensora.utils",
     ),
     "opensora.cli": (
+        "data_pipeline.config",
         "opensora.assembly",
         "opensora.config",
         "opensora.inference",
