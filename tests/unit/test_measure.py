@@ -162,10 +162,11 @@ def test_what_is_planted_is_found(kind: str, shared_media: Path, tmp_path: Path)
     clip = planted_clip(kind, 0, shared_media)
     row = measured(clip, tmp_path)
     for name, value in clip.truth.items():
-        assert row[name] == pytest.approx(value, abs=0.06 if name == "black_share" else 0.03), name
+        off = {"black_share": 0.12, "frozen_share": 0.2}.get(name, 0.006)  # a sample of nine; what coding hides of it
+        assert row[name] == pytest.approx(value, abs=off), name
     expected = {"windowbox": {"letterbox", "pillarbox"}, "clean": set()}.get(kind, {kind})
-    assert {name for name, is_found in FOUND.items() if is_found(row)} - {"blurred"} == expected - {"blurred"}
-    assert (kind == "blurred") == FOUND["blurred"](row) or kind == "black"
+    found = {name for name, is_found in FOUND.items() if is_found(row)}
+    assert found - ({"frozen", "blurred"} if kind == "black" else set()) == expected  # black does not change
 
 
 @pytest.mark.parametrize("name", CAMERAS)
@@ -174,4 +175,4 @@ def test_what_the_camera_does_is_named(name: str, shared_media: Path, tmp_path: 
     row = measured(clip, tmp_path)
     assert row["camera_motion"] == clip.truth["camera_motion"]
     if "camera_speed" in clip.truth:
-        assert row["camera_speed"] == pytest.approx(clip.truth["camera_speed"], rel=0.15, abs=0.3)
+        assert row["camera_speed"] == pytest.approx(clip.truth["camera_speed"], rel=0.15, abs=0.8)

@@ -191,6 +191,8 @@ def test_names_of_motions(name: str) -> None:
 def test_there_and_back_is_several_motions_and_no_shake() -> None:
     found = describe_motion(pairs(*[(8, 0, 0, 0)] * 4, *[(-8, 0, 0, 0)] * 4), **FAMILY)
     assert found["camera_motion"] == "mixed" and found["shake"] == 0
+    uneven = pairs(*[(8, 0, 0, 0)] * 5, *[(-8, 0, 0, 0)] * 3)
+    assert describe_motion(uneven, **FAMILY)["camera_motion"] == "mixed"
 
 
 def test_a_wild_pair_changes_no_name() -> None:
