@@ -1,6 +1,6 @@
 """From raw videos to a clip table.
 
-    python -m data_pipeline.run CONFIG.yaml source=DIR out=FOLDER [section.key=value ...]
+    python -m data_pipeline.run configs/pipeline/default.yaml source=my_videos out=work/first [section.key=value ...]
 
 Options, before or after the others:
     --dry-run        say what would run, and run nothing

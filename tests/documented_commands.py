@@ -146,6 +146,7 @@ OPTIONS = {
     r"opensora\.cli\.buckets": BUCKETS,
     r"inference\.py configs/sample/256px": f"weights=outputs/first model=null vae=null text=null {SAMPLE}",
     r"inference\.py configs/sample": SAMPLE,
+    r"launch/submit\.py pipeline": "--dry-run",
     r"launch/submit\.py.*--dry-run": f"{TRAIN} train.init_from=null",
     r"launch/submit\.py": f"--dry-run {TRAIN} train.init_from=null",
     r"launch/demo\.sh$": "--minutes 1",
