@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.faults.pipeline_runs import outputs, results, run
 from tests.integration.odd_files import ODD, ROWS
 
@@ -15,7 +14,12 @@ pytestmark = pytest.mark.timeout(600)
 PROGRAM = "data_pipeline.run"
 LAST = "measure"
 STAGES = ("probe", "frames", "shots", LAST)
-CONFIG = "include: {root}/configs/pipeline/default.yaml\nsource: {source}\nout: {out}\nlimits: {{time_s: 60}}\n"
+CONFIG = """
+source: {source}
+out: {out}
+limits: {{time_s: 60}}
+filters: {{duplicates: null, text: null}}
+"""
 NAMES = [
     b"it's.mp4", b'a "quote".mp4', b"new\nline.mp4", b"tab\there.mp4", b"caf\xe9.mp4", b"\xff\xfe.mp4", b"100%.mp4",
     b"-dash.mp4", b"a#b.mp4", b"a@1+2.mp4", b"back\\slash.mp4", b" spaces .mp4", b"star*.mp4", b"[x].mp4", b"{y}.mp4",
@@ -26,7 +30,7 @@ NAMES = [
 
 def write_config(folder: Path, source: Path) -> Path:
     config = folder / "run.yaml"
-    config.write_text(CONFIG.format(root=ROOT, source=source, out=folder / "run"))
+    config.write_text(CONFIG.format(source=source, out=folder / "run"))
     return config
 
 
