@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from data_pipeline import pipeline, run
 from data_pipeline.rows import Row
-from data_pipeline.stages.base import Resources, SourceError, Unit
+from data_pipeline.stages.base import Resources, RowsOf, SourceError, Unit
 from data_pipeline.stages.frames import FramesStage
 from data_pipeline.stages.probe import ProbeStage
 
@@ -80,7 +80,7 @@ class CensusStage:
     columns: ClassVar[pa.Schema] = pa.schema([("frames", pa.int32()), ("like_it", pa.int32())])
     config: Any = NoConfig()
 
-    def run_all(self, tables: Mapping[str, pa.Table]) -> pa.Table:
+    def run_all(self, tables: Mapping[str, pa.Table], rows_of: RowsOf) -> pa.Table:
         names = tables["hostile"]["source"].to_pylist()
         counts = {name: names.count(name) for name in dict.fromkeys(names)}
         like_it = [list(counts.values()).count(count) for count in counts.values()]
