@@ -72,6 +72,16 @@ def test_memory_that_is_gone_is_tried_in_a_process_that_holds_nothing(worker: Wo
     assert worker.pid != first
 
 
+def test_memory_that_others_hold_is_no_source_s_fault(worker: Worker) -> None:
+    failed = []
+    for name in ("leaves-1.mp4", "asks-1.mp4"):
+        try:
+            worker.run("hostile", unit(name))
+        except Failed as error:
+            failed.append((name, error.kind))
+    assert failed == []
+
+
 def test_a_closed_worker_starts_no_process(worker: Worker) -> None:
     worker.close()
     with pytest.raises(WorkerClosed):
