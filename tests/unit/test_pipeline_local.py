@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,8 +56,7 @@ def test_a_worker_that_was_killed_while_it_had_nothing_to_do_is_no_source_s_faul
     worker.run("hostile", unit("a.mp4"))
     assert worker.pid is not None
     os.kill(worker.pid, signal.SIGKILL)
-    while os.path.exists(f"/proc/{worker.pid}") and "Z" not in Path(f"/proc/{worker.pid}/stat").read_text():
-        time.sleep(0.01)
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # with all of its threads
     assert worker.run("hostile", unit("a.mp4")).num_rows == 3
 
 
