@@ -19,6 +19,7 @@ from data_pipeline.stages.filter import DEFAULT_FILTERS, FilterRule
 from data_pipeline.stages.measure import MeasureConfig
 from data_pipeline.stages.prints import PrintsConfig
 from data_pipeline.stages.probe import ProbeConfig
+from data_pipeline.stages.scores import ScorerConfig
 from data_pipeline.stages.shots import ShotsConfig
 from data_pipeline.stages.text import TextConfig
 from opensora.utils.limits import Limits
@@ -47,6 +48,7 @@ class PipelineConfig:
     text: TextConfig = field(default_factory=TextConfig)
     filters: dict[str, FilterRule | None] = field(default_factory=lambda: dict(DEFAULT_FILTERS))
     # asked in this order; one that is null is off
+    scores: dict[str, ScorerConfig] = field(default_factory=dict)  # name of the column -> what computes it
     cut: CutConfig = field(default_factory=CutConfig)
     captions: CaptionsConfig = field(default_factory=CaptionsConfig)
     report: ReportConfig = field(default_factory=ReportConfig)

@@ -17,6 +17,7 @@ from data_pipeline.stages.frames import FramesStage
 from data_pipeline.stages.measure import MeasureStage
 from data_pipeline.stages.prints import PrintsStage
 from data_pipeline.stages.probe import ProbeStage
+from data_pipeline.stages.scores import ScoresStage
 from data_pipeline.stages.shots import ShotsStage
 from data_pipeline.stages.text import TextStage
 
@@ -39,6 +40,8 @@ def make_stages(cfg: PipelineConfig) -> dict[str, Stage | GlobalStage]:
     stages.append(PrintsStage(cfg.prints, cfg.limits))
     stages.append(DuplicatesStage(cfg.duplicates, cfg.limits))
     stages.append(TextStage(cfg.text, cfg.limits))
+    if cfg.scores:
+        stages.append(ScoresStage(cfg.scores, cfg.limits, stages))
     stages.append(make_filter(cfg.filters, screen, stages))
     stages.append(CutStage(cfg.cut, cfg.limits, cfg.out))
     stages.append(CaptionsStage(cfg.captions, cfg.limits, cfg.out, cfg.source))

@@ -57,6 +57,8 @@ FOUR = "tests/reference/test_training.py::test_many_processes[4-tensor2-shard2-z
 CLIPS = "tests/reference/test_sampling.py::test_clips[guided]"
 DISTILLED = "tests/reference/test_sampling.py::test_clips[distilled]"
 STILLS = "tests/reference/test_sampling.py::test_stills_of_a_table"
+CAMERA, LUMA = "tests/unit/test_motion.py::test_{}", "tests/unit/test_luma.py::test_{}"
+MEASURE = "tests/unit/test_measure.py::test_{}"
 WHOLE = "tests/reference/test_sampling.py::test_from_training_to_pixels[adamw]"
 WITH_ADAPTERS = "tests/reference/test_sampling.py::test_from_training_to_pixels[adapters]"
 
@@ -212,6 +214,7 @@ BY_APEX = "tests/dist/test_apex.py::test_{}"
 FAMILY_FILES = "tests/unit/test_family_configs.py::test_{}"
 PARTS_OF_FILES = "tests/unit/test_family_parts.py::test_{}"
 
+PIPELINE_LOCAL = "tests/unit/test_pipeline_local.py::test_"
 TABLE: tuple[Mutation, ...] = (
     # DiT, Latte, PixArt: positions, prompts that are dropped, files.
     Mutation(
@@ -2585,6 +2588,100 @@ TABLE: tuple[Mutation, ...] = (
         '"auto" if t.given[key] else "torch", key)',
         '"torch", key)',
         FAMILY_FILES.format("kernels_are_those_that_a_file_names"),
+    ),
+    Mutation(
+        "a zoom in is called a zoom out",
+        "data_pipeline/quality/camera.py",
+        '("zoom in", "zoom out")',
+        '("zoom out", "zoom in")',
+        CAMERA.format("names_of_motions[zoom in]"),
+    ),
+    Mutation(
+        "the camera takes part in what moves in front of it",
+        "data_pipeline/analysis/motion.py",
+        "if _is_at_rest(moved - points, _flow_of(matrix, points)):",
+        "if False:",
+        CAMERA.format("a_camera_rests_where_most_texture_is_on_something_that_moves"),
+    ),
+    Mutation(
+        "neighbouring frames are compared",
+        "data_pipeline/analysis/motion.py",
+        "self._first[1] + self._config.gap_s",
+        "self._first[1]",
+        CAMERA.format("frames_that_come_twice_do_not_look_still"),
+    ),
+    Mutation(
+        "speeds depend on the rate",
+        "data_pipeline/analysis/motion.py",
+        "scale = 1 / (max(after.shape) * (frame.time_s - time_s))",
+        "scale = 15 / max(after.shape)",
+        CAMERA.format("the_camera_s_motion_is_measured[(0.05, 0, 0, 0)-12.0]"),
+    ),
+    Mutation(
+        "a bright spot in the dark has bars",
+        "data_pipeline/quality/bars.py",
+        "(dim - dark <= _STEEP)",
+        "(dim - dark <= 1)",
+        LUMA.format("a_bright_spot_in_the_dark_has_no_bars"),
+    ),
+    Mutation(
+        "a freeze is counted in frames",
+        "data_pipeline/stages/measure.py",
+        'times = (pts - pts[0]) * float(Fraction(frames["time_base"]))',
+        "times = np.arange(len(pts)) / 10",
+        MEASURE.format("frozen_is_a_share_of_time_at_a_variable_rate"),
+    ),
+    Mutation(
+        "damage is of the whole file",
+        "data_pipeline/stages/measure.py",
+        "((damage >= first) & (damage < last)).any()",
+        "len(damage)",
+        MEASURE.format("damage_is_of_the_clip_that_has_it"),
+    ),
+    Mutation(
+        "pipeline: a worker is started by a thread of the stage",
+        "data_pipeline/engines/local.py",
+        "self._threads.submit(self._work, worker, queue)",
+        'ThreadPoolExecutor(1, "stage").submit(self._work, worker, queue)',
+        PIPELINE_LOCAL + "workers_outlive_a_stage",
+    ),
+    Mutation(
+        "pipeline: short sources first",
+        "data_pipeline/shard.py",
+        "key=self.weight, reverse=True)",
+        "key=self.weight)",
+        PIPELINE_LOCAL + "long_sources_come_first",
+    ),
+    Mutation(
+        "pipeline: memory that others left is put down to a source",
+        "data_pipeline/worker.py",
+        """        if fresh:
+            raise Failed("memory", value)
+        return self.run(stage, unit)""",
+        """        raise Failed("memory", value)
+        return self.run(stage, unit)""",
+        PIPELINE_LOCAL + "memory_that_is_gone_is_tried_in_a_process_that_holds_nothing",
+    ),
+    Mutation(
+        "pipeline: a journal is read on behind damage",
+        "data_pipeline/journal.py",
+        "if not size or len(content) != size or zlib.crc32(content) != crc:",
+        "if not size or len(content) != size:",
+        "tests/unit/test_pipeline_journal.py::test_every_cut_and_every_damaged_region_costs_only_what_is_behind_it",
+    ),
+    Mutation(
+        "pipeline: a lock on a journal that is gone",
+        "data_pipeline/journal.py",
+        "if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path)):",
+        "if self._file:",
+        "tests/unit/test_pipeline_journal.py::test_one_that_is_removed_before_it_is_locked_is_opened_again",
+    ),
+    Mutation(
+        "pipeline: what was done before counts for the time left",
+        "opensora/utils/console.py",
+        "        self._initial += steps\n        if self._bar",
+        "        if self._bar",
+        PIPELINE_LOCAL + "time_that_is_left_is_by_size_and_without_what_was_done",
     ),
 )
 

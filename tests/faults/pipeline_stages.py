@@ -117,6 +117,7 @@ def make_stages(cfg: Any) -> dict[str, Any]:
 def main() -> int:
     pipeline.make_stages = make_stages
     pipeline.GLOBAL = run.GLOBAL = ("census",)
+    run._make_table = lambda *_: None  # it asks for stages that are not here
     return run.main()
 
 
