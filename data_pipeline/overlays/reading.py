@@ -29,8 +29,10 @@ class TextReader:
 
     def __init__(self, side: int) -> None:
         """``side``: pixels of the longer side that it sees."""
+        import onnxruntime
         from rapidocr import RapidOCR
 
+        onnxruntime.set_default_logger_severity(3)  # that there is no GPU is no news
         self._engine: Any = RapidOCR(params=_SETTINGS | {"Det.limit_side_len": side})
 
     def read(self, bgr: np.ndarray) -> list[Words]:
