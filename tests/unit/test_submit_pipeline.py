@@ -21,7 +21,7 @@ def words(tmp_path: Path) -> list[str]:
         (folder / f"{number}.mp4").write_bytes(bytes([number]))
     config = tmp_path / "run.yaml"
     config.write_text(
-        f"source: {folder}\nout: {tmp_path / 'run'}\nshard_size: 2\nfilters: {{duplicates: null, text: null}}\n"
+        f"source: {folder}\nout: {tmp_path / 'run'}\nshard_size: 2\n"
     )
     return ["pipeline", str(config), "--cpus", "3"]
 
