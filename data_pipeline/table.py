@@ -178,7 +178,7 @@ class _Assembly:
         for name, values in of_source.items():
             columns[name] = pc.if_else(has_clip, own[name].cast(dict(_FIRST)[name]), values.cast(dict(_FIRST)[name]))
         columns |= {"sha256": own["sha256"], "bytes": own["bytes"], "text": captions["text"]}
-        columns |= {"keep": in_table, **self._reasons(has_clip, captions)}
+        columns |= {"keep": in_table, **self._reasons(has_clip, cut, captions)}
         paths = [places[path] if path is not None else Place("") for path in cut["path"].to_pylist()]
         columns["path"] = pa.array([place.path or None for place in paths], pa.string())
         columns["offset"] = pa.array([place.offset for place in paths], pa.int64())
@@ -221,17 +221,19 @@ class _Assembly:
         index = pc.index_in(self._spine["source"], table["source"].combine_chunks())
         return {name: table[name].take(index) for name in ("height", "width")}
 
-    def _reasons(self, has_clip: pa.ChunkedArray, captions: pa.Table) -> dict[str, pa.Array]:
+    def _reasons(self, has_clip: pa.ChunkedArray, cut: pa.Table, captions: pa.Table) -> dict[str, pa.Array]:
         """Why a clip is not in the table for training: a filter, a later stage that failed, no caption."""
         filters = self._aligned("filter").select(["reason", "rejected_by"]).to_pylist()
         reasons, rejected, failed = list[str](), list[list[str]](), list[str | None]()
         texts, errors = captions["text"].to_pylist(), captions["caption_error"].to_pylist()
-        is_cut = has_clip.to_pylist()
+        is_cut, cut_errors = has_clip.to_pylist(), cut["cut_error"].to_pylist()
         for row, source in enumerate(self._sources):
             stage, done = self._errors.get(source, ("", None))
             rejected_by = filters[row]["rejected_by"] or []
             if not rejected_by and done is not None:
                 verdict, by = error_reason(done), ["error"]
+            elif not rejected_by and cut_errors[row]:
+                verdict, by = f"cut: {cut_errors[row]}", ["cut"]
             elif not rejected_by and is_cut[row] and not texts[row]:
                 verdict, by = f"no caption: {errors[row] or 'none found'}", ["captions"]
             else:
