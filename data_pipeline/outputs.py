@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,9 @@ def _newest_first(paths: Iterable[Path]) -> list[Path]:
 
 def clear_leftovers(folder: Path, older_than_s: float = 86400.0) -> None:
     """Remove what processes that were killed had written aside; what is younger may be somebody's work."""
-    for path in folder.glob("*/.*.tmp*"):
+    for path in chain.from_iterable(
+        folder.glob(pattern) for pattern in ("*/.*.tmp*", ".plan.json.*", ".config.yaml.*")
+    ):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > older_than_s:
                 path.unlink()

@@ -1,6 +1,6 @@
 """From raw videos to a clip table.
 
-    python -m data_pipeline.run CONFIG.yaml source=DIR out=FOLDER [section.key=value ...]
+    python -m data_pipeline.run configs/pipeline/default.yaml source=my_videos out=work/first [section.key=value ...]
 
 Options, before or after the others:
     --dry-run        say what would run, and run nothing
@@ -254,9 +254,8 @@ def say_summary(pipeline: Pipeline) -> None:
     print(f"{len(pipeline.plan.sources)} sources, {sum(errors.values())} of them with an error")
     for kind, count in sorted(errors.items(), key=lambda item: (-item[1], item[0])):
         print(f"{count:>8}  {kind}")
-    for name in ("clips.parquet", "report.html"):
-        if (pipeline.out / name).exists():
-            print(pipeline.out / name)
+    if (pipeline.out / "report.html").exists():
+        print(f"what became of them and why: {pipeline.out / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -214,6 +214,7 @@ BY_APEX = "tests/dist/test_apex.py::test_{}"
 FAMILY_FILES = "tests/unit/test_family_configs.py::test_{}"
 PARTS_OF_FILES = "tests/unit/test_family_parts.py::test_{}"
 
+PIPELINE_LOCAL = "tests/unit/test_pipeline_local.py::test_"
 TABLE: tuple[Mutation, ...] = (
     # DiT, Latte, PixArt: positions, prompts that are dropped, files.
     Mutation(
@@ -2636,6 +2637,51 @@ TABLE: tuple[Mutation, ...] = (
         "((damage >= first) & (damage < last)).any()",
         "len(damage)",
         MEASURE.format("damage_is_of_the_clip_that_has_it"),
+    ),
+    Mutation(
+        "pipeline: a worker is started by a thread of the stage",
+        "data_pipeline/engines/local.py",
+        "self._threads.submit(self._work, worker, queue)",
+        'ThreadPoolExecutor(1, "stage").submit(self._work, worker, queue)',
+        PIPELINE_LOCAL + "workers_outlive_a_stage",
+    ),
+    Mutation(
+        "pipeline: short sources first",
+        "data_pipeline/shard.py",
+        "key=self.weight, reverse=True)",
+        "key=self.weight)",
+        PIPELINE_LOCAL + "long_sources_come_first",
+    ),
+    Mutation(
+        "pipeline: memory that others left is put down to a source",
+        "data_pipeline/worker.py",
+        """        if fresh:
+            raise Failed("memory", value)
+        return self.run(stage, unit)""",
+        """        raise Failed("memory", value)
+        return self.run(stage, unit)""",
+        PIPELINE_LOCAL + "memory_that_others_hold_is_no_source_s_fault",
+    ),
+    Mutation(
+        "pipeline: a journal is written on behind damage",
+        "data_pipeline/journal.py",
+        "self._file.truncate(end)",
+        "pass",
+        "tests/unit/test_pipeline_journal.py::test_every_cut_and_every_damaged_region_costs_only_what_is_behind_it",
+    ),
+    Mutation(
+        "pipeline: a lock on a journal that is gone",
+        "data_pipeline/journal.py",
+        "if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path)):",
+        "if self._file:",
+        "tests/unit/test_pipeline_journal.py::test_one_that_is_removed_before_it_is_locked_is_opened_again",
+    ),
+    Mutation(
+        "pipeline: what was done before counts for the time left",
+        "opensora/utils/console.py",
+        "        self._initial += steps\n        if self._bar",
+        "        if self._bar",
+        PIPELINE_LOCAL + "time_that_is_left_is_by_size_and_without_what_was_done",
     ),
 )
 

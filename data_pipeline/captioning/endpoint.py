@@ -205,7 +205,7 @@ class Endpoint:
         verdict = judged(text, "the answer")
         if verdict.reason or not text.isprintable():
             raise _NotNow(verdict.detail or "the answer holds control characters")
-        model, usage = found.get("model"), found.get("usage")
+        model, usage = found.get("model"), found.get("usage")  # it is a dict: it has choices
         counts = usage if isinstance(usage, dict) else {}
         prompt_tokens, tokens = (_whole(counts.get(name)) for name in ("prompt_tokens", "completion_tokens"))
         return Answer(text, model if isinstance(model, str) and model else self._cfg.model, prompt_tokens, tokens)
@@ -232,9 +232,10 @@ def _read(response: httpx.Response, until: float) -> bytes:
 def _text_of(content: Any) -> str:
     """Some servers answer in parts, as they are asked."""
     if isinstance(content, list):
-        return " ".join(part["text"] for part in content if part.get("type") == "text")
+        parts = [part.get("text") for part in content if isinstance(part, dict)]
+        content = " ".join(part for part in parts if isinstance(part, str))
     if not isinstance(content, str):
-        raise TypeError(type(content).__name__)
+        raise _NotNow("an answer that is no text")
     return content
 
 

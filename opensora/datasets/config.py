@@ -63,7 +63,7 @@ class DataConfig:
     crop: Literal["center", "random"] = "center"
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # of scaled clips; bilinear: from the four nearest
     # pixels, as Open-Sora 1.x does; stills are always bicubic, antialiased
-    prompt_suffix: bool = False  # append frame rate and motion score to the caption
+    prompt_suffix: bool = False  # append frame rate, motion score and camera motion, as far as known, to the caption
     workers: int = 2  # decoding processes per training process; 0 decodes in the training process
     prefetch: int = 2  # micro-batches each worker prepares ahead
     prefetch_mib: int = 4096  # what these may hold in memory together, per training process; one is always prepared

@@ -237,6 +237,7 @@ def final_prompt(
         text,
         fps=option.fps if option.num_frames > 1 else None,
         motion=option.motion_score if motion is None else motion,
+        camera=option.camera_motion,
     )
 
 

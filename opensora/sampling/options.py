@@ -64,6 +64,7 @@ class SamplingOption:
     method: Literal["i2v", "distill"] = "i2v"  # guidance by several passes, or read by the model in one
     fps: float = 24.0  # frames per second, of the video and in the prompt
     motion_score: int | None = 4  # null: not said in the prompt; refine.motion_score has a language model say it
+    camera_motion: str | None = None  # said in the prompt, as "pan left"; null: not said
     cache: CacheConfig = section(CACHE_CONFIGS, default=NoCache)  # what steps reuse of those before
 
     LIMITS: ClassVar[Limits] = {
@@ -106,6 +107,8 @@ class SamplingOption:
             raise ValueError(f"fps={self.fps}: must be a number from {MIN_FPS} to {MAX_FPS:g}")
         if self.motion_score is not None and self.motion_score < 0:
             raise ValueError(f"motion_score={self.motion_score}: must be an integer >= 0, or null")
+        if self.camera_motion is not None and not self.camera_motion.strip():
+            raise ValueError(f"camera_motion={short(repr(self.camera_motion), 40)}: must be a text, or null")
         if self.flow_shift is not None and self.flow_shift <= 0:
             raise ValueError(f"flow_shift={self.flow_shift}: must be a number > 0, or null for the formula")
         if self.noise not in ("keyed", "published"):

@@ -1,4 +1,4 @@
-"""The words about frame rate and motion that follow a caption, the same in training and in sampling."""
+"""The words about frame rate, motion and camera that follow a caption, the same in training and in sampling."""
 
 import math
 import re
@@ -6,24 +6,30 @@ import re
 _ENDS_WITH_RATE = re.compile(r"[0-9]+ FPS\.$")
 
 
-def with_suffix(text: str, fps: float | None = None, motion: float | None = None) -> str:
-    """``"{text} {fps} FPS. {motion} motion score."``; a part that is unknown (None, NaN or <= 0 FPS) is left out."""
+def with_suffix(text: str, fps: float | None = None, motion: float | None = None, camera: str | None = None) -> str:
+    """``"{text} {fps} FPS. {motion} motion score. camera motion: {camera}."``; a part that is unknown (None, NaN, empty
+    or <= 0 FPS) is left out."""
     parts = [text]
     if fps is not None and fps > 0:
         parts.append(f"{_number(fps)} FPS.")
     if motion is not None and not math.isnan(motion):
         parts.append(f"{_number(motion)} motion score.")
+    if camera:
+        parts.append(f"camera motion: {camera}.")
     return " ".join(parts)
 
 
-def published_suffix(text: str, fps: float | None = None, motion: float | None = None) -> str:
-    """What the family's own sampler tells its published weights: ``"{text}. {fps} FPS. {motion} motion score."``
+def published_suffix(
+    text: str, fps: float | None = None, motion: float | None = None, camera: str | None = None
+) -> str:
+    """What the family's own sampler tells its published weights: ``"{text}. {fps} FPS. {motion} motion score."``; and
+    ``camera``, in words of Open-Sora 1.2.
 
     The prompt is stripped and ends with a dot; one that ends with a frame rate keeps it.
     """
     text = text.strip()
     text = text if text.endswith(".") else f"{text}."
-    return with_suffix(text, None if _ENDS_WITH_RATE.search(text) else fps, motion)
+    return with_suffix(text, None if _ENDS_WITH_RATE.search(text) else fps, motion, camera)
 
 
 def _number(value: float) -> str:

@@ -208,7 +208,8 @@ class BatchReader:
         caption = self._table.caption(sample_id)
         if not self._cfg.prompt_suffix:
             return caption
-        return with_suffix(caption, fps, float(self._table.motion_score[sample_id]))
+        motion, camera = float(self._table.motion_score[sample_id]), self._table.camera_motion(sample_id)
+        return with_suffix(caption, fps, motion, camera)
 
 
 class FeatureReader:

@@ -5,7 +5,8 @@ An index is a folder named after its table files, with their sizes and times of 
 
     index.json         format, sources, rows, content hash; with checksums.bin the checksums of all others (``sealed``)
     num_frames.bin     and the other columns of ``manifest.COLUMNS``: one plain array each
-    text-00000.arrow   paths and captions, uncompressed, in batches of BATCH_ROWS; one file per part of the build
+    text-00000.arrow   paths, captions and words about the camera, uncompressed, in batches of BATCH_ROWS; one file per
+                       part of the build
 
 A changed table has another name and is built anew; nothing is deleted, as other runs may be reading it. A damaged index
 is built anew, with a line that says so: ``open_table`` verifies all of it up to VERIFIED_BYTES (some million rows); of
@@ -35,12 +36,12 @@ from opensora.utils.console import announce
 FOLDER = ".clip_index"  # beside the table, unless data.index says where
 VERIFIED_BYTES = 1 << 28  # verified whole when a table is opened: 0.1 s
 BATCH_ROWS = 1 << 12  # rows of texts that are verified together: half a megabyte
-_FORMAT = 2
+_FORMAT = 3
 _STEM = 40  # characters of a table's name that its index has in its own
 _PART_BYTES = 1 << 26  # least source bytes that are worth a thread's turn
 _MOST_PARTS = 256  # so that a process can keep all of them open
 _MOST_THREADS = 16
-_TEXT_SCHEMA = pa.schema([("path", pa.string()), ("text", pa.string())])
+_TEXT_SCHEMA = pa.schema([("path", pa.string()), ("text", pa.string()), ("camera_motion", pa.string())])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +128,9 @@ class _MappedTexts:
 
     def caption(self, row: int) -> str:
         return self._value(row, 1)
+
+    def camera_motion(self, row: int) -> str:
+        return self._value(row, 2)
 
     def _value(self, row: int, column: int) -> str:
         if not 0 <= row < self._first_rows[-1]:
@@ -242,8 +246,9 @@ def _build_part(index: Path, sources: Sequence[_Source], number: int, part: Sequ
                     hashes.add(name, values)
                     columns[name].write(values)
                 for name in _TEXT_SCHEMA.names:
-                    hashes.add_text(name, batch[name])
-                texts.write(batch.select(_TEXT_SCHEMA.names))
+                    if name in batch.column_names:  # a table without a column is what it was before it could have one
+                        hashes.add_text(name, batch[name])
+                texts.write(_with_camera(batch).select(_TEXT_SCHEMA.names))
                 rows += batch.num_rows
             built.rows.append(rows)
             built.digests.append(hashes.digest())
@@ -253,6 +258,12 @@ def _build_part(index: Path, sources: Sequence[_Source], number: int, part: Sequ
             file.close()
     built.ends = texts.ends
     return built
+
+
+def _with_camera(batch: pa.Table) -> pa.Table:
+    if "camera_motion" in batch.column_names:
+        return batch
+    return batch.append_column("camera_motion", pa.repeat(pa.scalar("", pa.large_string()), batch.num_rows))
 
 
 class _TextWriter:

@@ -2,8 +2,9 @@
 
 Columns: ``path`` (relative ones start at ``root`` or at the table's folder), ``text`` (caption), ``num_frames`` (1: an
 image), ``height``, ``width`` (as displayed, after rotation), ``fps`` (null for images) and optionally
-``motion_score``. ``aspect_ratio`` (height / width) and ``resolution`` (height * width) are derived; other columns are
-left alone. The position of a row over all files, in sorted order, is its sample id.
+``motion_score``, ``camera_motion`` (words) and ``keep`` (rows where it is false are passed over, as if they were not
+there). ``aspect_ratio`` (height / width) and ``resolution`` (height * width) are derived; other columns are left alone.
+The position of a row over all files, in sorted order, is its sample id.
 """
 
 import os
@@ -35,6 +36,9 @@ class Texts(Protocol):
 
     def caption(self, row: int) -> str:
         """The text to train with."""
+
+    def camera_motion(self, row: int) -> str:
+        """How the camera moves, in words; empty: unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +83,10 @@ class ClipTable:
     def caption(self, sample_id: int) -> str:
         return self.texts.caption(sample_id)
 
+    def camera_motion(self, sample_id: int) -> str:
+        """How the camera moves, in words; empty: unknown."""
+        return self.texts.camera_motion(sample_id)
+
 
 @dataclass(frozen=True)
 class TextsInMemory:
@@ -86,12 +94,16 @@ class TextsInMemory:
 
     paths: pa.ChunkedArray
     captions: pa.ChunkedArray
+    camera_motions: pa.ChunkedArray | None = None  # None: of no row is it known
 
     def path(self, row: int) -> str:
         return str(self.paths[row].as_py())
 
     def caption(self, row: int) -> str:
         return str(self.captions[row].as_py())
+
+    def camera_motion(self, row: int) -> str:
+        return str(self.camera_motions[row].as_py() or "") if self.camera_motions is not None else ""
 
 
 def read_table(path: str | Sequence[str], root: str = "") -> ClipTable:
@@ -110,10 +122,11 @@ def read_table(path: str | Sequence[str], root: str = "") -> ClipTable:
     counts = [sum(batch.num_rows for batch in part) for part in parts]
     if sum(counts) == 0:
         raise no_rows(files)
-    whole = pa.concat_tables([batch for part in parts for batch in part])
+    whole = pa.concat_tables([batch for part in parts for batch in part], promote_options="default")
+    cameras = whole["camera_motion"] if "camera_motion" in whole.column_names else None
     return ClipTable(
         **{name: whole[name].to_numpy().astype(kind) for name, kind in COLUMNS.items()},
-        texts=TextsInMemory(whole["path"], whole["text"]),
+        texts=TextsInMemory(whole["path"], whole["text"], cameras),
         folders=folders_of(files, root),
         first_rows=np.cumsum([0, *counts[:-1]]),
     )

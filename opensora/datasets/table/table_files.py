@@ -21,7 +21,8 @@ from opensora.utils.files.user_files import absence, check_quotes
 _TEXT = ("path", "text")
 _COUNTS = ("num_frames", "height", "width")
 _REQUIRED = (*_TEXT, *_COUNTS, "fps")
-_OPTIONAL = ("motion_score",)
+_OPTIONAL = ("motion_score", "camera_motion", "keep")
+_TRUE, _FALSE = ("true", "1"), ("false", "0")  # of ``keep`` in a csv, in any case
 _MISSING = ("", "nan", "NaN")  # how pandas and others write "no value" in a csv
 _ALIASES = {
     "path": ("video", "video_path", "file", "filename", "file_path"),
@@ -40,8 +41,11 @@ BATCH_ROWS = 1 << 16  # rows that are in memory at a time while a table is read
 
 
 def no_rows(files: Sequence[Path]) -> UserError:
-    """The error for tables without a row."""
-    return UserError(f"{', '.join(map(str, files))}: the table has no rows, put at least one clip in it")
+    """The error for tables without a row that is kept."""
+    return UserError(
+        f"{', '.join(map(str, files))}: the table has no rows, put at least one clip in it (with keep=true where it "
+        "has a column keep)"
+    )
 
 
 def table_files(path: str | Sequence[str]) -> list[Path]:
@@ -92,6 +96,9 @@ def _tables_nearby(path: Path) -> str:
 def read_batches(file: Path, row_group: int | None = None, first_row: int = 0) -> Iterator[pa.Table]:
     """The known columns of a file in order, checked, a part at a time: large_string texts and float64 numbers.
 
+    Rows with ``keep=false`` are passed over, whatever is in them. ``camera_motion`` is there where the file has it,
+    with empty text for no value.
+
     Args:
         row_group: of a parquet file, only this one; ``first_row``: the row of the file it starts at, for errors.
 
@@ -100,7 +107,9 @@ def read_batches(file: Path, row_group: int | None = None, first_row: int = 0) -
     """
     try:
         for raw in _csv_batches(file) if file.suffix == ".csv" else _parquet_batches(file, row_group):
-            yield _checked(file, raw, first_row)
+            kept, numbers = _kept(file, raw, first_row)
+            if kept.num_rows:
+                yield _checked(file, kept, numbers)
             first_row += raw.num_rows
     except (pa.ArrowException, OSError, UnicodeDecodeError, ValueError, KeyError) as error:
         if isinstance(error, UserError):
@@ -136,14 +145,25 @@ def _not_utf8(file: Path, line: int, found: str) -> UserError:
     return UserError(f"{file} line {line}: cannot be read as csv ({found} is not UTF-8 text), save it again as UTF-8")
 
 
-def _checked(file: Path, raw: pa.Table, first_row: int) -> pa.Table:
-    columns: dict[str, pa.ChunkedArray] = {name: _text_column(file, raw, first_row, name) for name in _TEXT}
-    columns |= {name: _count_column(file, raw, first_row, name) for name in _COUNTS}
+def _kept(file: Path, raw: pa.Table, first_row: int) -> tuple[pa.Table, np.ndarray]:
+    """(the rows to train with, (n,) their numbers in the file, 1 the first)."""
+    numbers = np.arange(first_row + 1, first_row + raw.num_rows + 1)
+    if "keep" not in raw.column_names:
+        return raw, numbers
+    keep = _truth_column(file, raw, numbers, "keep")
+    return raw.filter(pa.array(keep)), numbers[keep]
+
+
+def _checked(file: Path, raw: pa.Table, numbers: np.ndarray) -> pa.Table:
+    columns: dict[str, pa.ChunkedArray] = {name: _text_column(file, raw, numbers, name) for name in _TEXT}
+    columns |= {name: _count_column(file, raw, numbers, name) for name in _COUNTS}
     areas = columns["height"].to_numpy() * columns["width"].to_numpy()
     remedy = f"with its width that is more than {MAX_PIXELS} pixels, the most that are read; scale it down"
-    _refuse(file, first_row, "height", areas > MAX_PIXELS, raw["height"], remedy)
-    columns["fps"] = _fps_column(file, raw, first_row, columns["num_frames"])
-    columns["motion_score"] = _float_column(file, raw, first_row, "motion_score")
+    _refuse(file, numbers, "height", areas > MAX_PIXELS, raw["height"], remedy)
+    columns["fps"] = _fps_column(file, raw, numbers, columns["num_frames"])
+    columns["motion_score"] = _float_column(file, raw, numbers, "motion_score")
+    if "camera_motion" in raw.column_names:
+        columns["camera_motion"] = _words_column(file, raw, numbers, "camera_motion")
     return pa.table(columns)
 
 
@@ -209,65 +229,90 @@ def _check_columns(file: Path, names: list[str]) -> None:
             raise UserError(f"{file}: column {name!r} is missing; it has {', '.join(names)}{hint}")
 
 
-def _text_column(file: Path, raw: pa.Table, first_row: int, name: str) -> pa.ChunkedArray:
+def _text_column(file: Path, raw: pa.Table, numbers: np.ndarray, name: str) -> pa.ChunkedArray:
+    column = _as_text(file, raw, name)
+    unwritten = pc.is_in(pc.utf8_trim_whitespace(column), value_set=pa.array(_MISSING, pa.large_string()))
+    empty = pc.or_(pc.is_null(column), unwritten)
+    remedy = "write a caption, or take the row out" if name == "text" else "write the file's path, or take the row out"
+    _refuse(file, numbers, name, empty, column, remedy)
+    _refuse(file, numbers, name, pc.match_substring(column, "\0"), column, "it holds a NUL character, take it out")
+    beyond = pc.greater(pc.binary_length(column), _MOST_TEXT)
+    _refuse(file, numbers, name, beyond, column, f"it must have at most {_MOST_TEXT} bytes")
+    return column
+
+
+def _words_column(file: Path, raw: pa.Table, numbers: np.ndarray, name: str) -> pa.ChunkedArray:
+    """Text that may be missing: then it is empty."""
+    column = pc.fill_null(pc.utf8_trim_whitespace(_as_text(file, raw, name)), "")
+    _refuse(file, numbers, name, pc.match_substring(column, "\0"), column, "it holds a NUL character, take it out")
+    beyond = pc.greater(pc.binary_length(column), _MOST_TEXT)
+    _refuse(file, numbers, name, beyond, column, f"it must have at most {_MOST_TEXT} bytes")
+    return column
+
+
+def _as_text(file: Path, raw: pa.Table, name: str) -> pa.ChunkedArray:
     column = raw[name]
     allowed = (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)
     if not any(is_allowed(column.type) for is_allowed in allowed):
         raise UserError(f"{file}: column {name!r} holds {column.type}, it must hold text")
-    column = column.cast(pa.large_string())
-    unwritten = pc.is_in(pc.utf8_trim_whitespace(column), value_set=pa.array(_MISSING, pa.large_string()))
-    empty = pc.or_(pc.is_null(column), unwritten)
-    remedy = "write a caption, or take the row out" if name == "text" else "write the file's path, or take the row out"
-    _refuse(file, first_row, name, empty, column, remedy)
-    _refuse(file, first_row, name, pc.match_substring(column, "\0"), column, "it holds a NUL character, take it out")
-    beyond = pc.greater(pc.binary_length(column), _MOST_TEXT)
-    _refuse(file, first_row, name, beyond, column, f"it must have at most {_MOST_TEXT} bytes")
-    return column
+    return column.cast(pa.large_string())
 
 
-def _count_column(file: Path, raw: pa.Table, first_row: int, name: str) -> pa.ChunkedArray:
-    column = _float_column(file, raw, first_row, name)
+def _truth_column(file: Path, raw: pa.Table, numbers: np.ndarray, name: str) -> np.ndarray:
+    """(n,) bool; every row has to say."""
+    column = raw[name]
+    if pa.types.is_boolean(column.type) or pa.types.is_integer(column.type):
+        words = pc.cast(column.cast(pa.int64()), pa.large_string())
+    else:
+        words = pc.utf8_lower(pc.utf8_trim_whitespace(_as_text(file, raw, name)))
+    true, false = (pc.is_in(words, value_set=pa.array(told, pa.large_string())) for told in (_TRUE, _FALSE))
+    _refuse(file, numbers, name, pc.invert(pc.or_(true, false)), column, "it must be true or false")
+    return true.to_numpy()
+
+
+def _count_column(file: Path, raw: pa.Table, numbers: np.ndarray, name: str) -> pa.ChunkedArray:
+    column = _float_column(file, raw, numbers, name)
     values = column.to_numpy()
     bad = ~((values >= 1) & (values < 2**31) & (values == np.floor(values)))
-    _refuse(file, first_row, name, bad, raw[name], "it must be an integer >= 1")
+    _refuse(file, numbers, name, bad, raw[name], "it must be an integer >= 1")
     if name != "num_frames":
-        _refuse(file, first_row, name, values > MAX_SIDE, raw[name], f"it must be at most {MAX_SIDE}; scale it down")
+        _refuse(file, numbers, name, values > MAX_SIDE, raw[name], f"it must be at most {MAX_SIDE}; scale it down")
     return column
 
 
-def _fps_column(file: Path, raw: pa.Table, first_row: int, num_frames: pa.ChunkedArray) -> pa.ChunkedArray:
-    column = _float_column(file, raw, first_row, "fps")
+def _fps_column(file: Path, raw: pa.Table, numbers: np.ndarray, num_frames: pa.ChunkedArray) -> pa.ChunkedArray:
+    column = _float_column(file, raw, numbers, "fps")
     values = column.to_numpy()
     known = (values > 0) & (values < MAX_FPS)
     bad = ~known & ~(np.isnan(values) & (num_frames.to_numpy() == 1))
-    _refuse(file, first_row, "fps", bad, raw["fps"], "it must be a number > 0 (empty only for images)")
+    _refuse(file, numbers, "fps", bad, raw["fps"], "it must be a number > 0 (empty only for images)")
     return column
 
 
-def _float_column(file: Path, raw: pa.Table, first_row: int, name: str) -> pa.ChunkedArray:
+def _float_column(file: Path, raw: pa.Table, numbers: np.ndarray, name: str) -> pa.ChunkedArray:
     """float64 with NaN for null; a column that is not there is all NaN."""
     if name not in raw.column_names:
         return pa.chunked_array([np.full(raw.num_rows, np.nan)])
     column = raw[name]
     if pa.types.is_large_string(column.type) or pa.types.is_string(column.type):
-        column = _parse_floats(file, first_row, name, pc.utf8_trim_whitespace(column))
+        column = _parse_floats(file, numbers, name, pc.utf8_trim_whitespace(column))
     elif not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type)):
         raise UserError(f"{file}: column {name!r} holds {column.type}, it must hold numbers")
     return pc.fill_null(column.cast(pa.float64()), float("nan"))
 
 
-def _parse_floats(file: Path, first_row: int, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+def _parse_floats(file: Path, numbers: np.ndarray, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     try:
         return column.cast(pa.float64())
     except pa.ArrowInvalid:
         looks_right = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
         bad = pc.invert(pc.fill_null(pc.match_substring_regex(column, looks_right), True))
-        _refuse(file, first_row, name, bad, column, "it must be a number")
+        _refuse(file, numbers, name, bad, column, "it must be a number")
         raise
 
 
 def _refuse(
-    file: Path, first_row: int, name: str, bad: np.ndarray | pa.ChunkedArray, shown: pa.ChunkedArray, remedy: str
+    file: Path, numbers: np.ndarray, name: str, bad: np.ndarray | pa.ChunkedArray, shown: pa.ChunkedArray, remedy: str
 ) -> None:
     flags = bad if isinstance(bad, np.ndarray) else bad.to_numpy()
     rows = np.flatnonzero(flags)
@@ -275,4 +320,4 @@ def _refuse(
         more = f" and {len(rows) - 1} more rows" if len(rows) > 1 else ""
         value = shown[int(rows[0])].as_py()
         text = "empty" if value is None else repr(value if not isinstance(value, str) else value[:60])[:60]
-        raise UserError(f"{file}: row {first_row + rows[0] + 1}{more}: {name} is {text}, {remedy}")
+        raise UserError(f"{file}: row {numbers[rows[0]]}{more}: {name} is {text}, {remedy}")
