@@ -13,7 +13,7 @@ from data_pipeline.quality.camera import Pairs, describe_motion, mean_radius, tr
 
 VIDEO = Video(file="a", num_frames=50, fps=30.0, height=180, width=320)
 HEIGHT, WIDTH = 180, 320
-FAMILY = {"static": 0.5, "shake": 4.0, "mixed": 0.5}
+FAMILY = {"static": 0.5, "shake": 3.0, "mixed": 0.5}
 
 
 def scene(seed: int = 0) -> np.ndarray:
