@@ -182,6 +182,10 @@ class Worker:
         self._failed_starts += 1
         if code < 0 and self._failed_starts < _STARTS:
             return self._start()
+        if code < 0:
+            raise UserError(
+                f"a worker process {reason} {_STARTS} times in a row ({_death(code)}); ask for fewer by engine.workers"
+            )
         raise RuntimeError(f"a worker process {reason} ({_death(code)}), see above")
 
 
