@@ -25,7 +25,7 @@ _CHUNK_S = 2.5  # that are looked at beside them
 # Weights of what is measured, in the order of MEASURES, and what is added to their sum.
 DISSOLVE = ((-6.32, 12.21, 20.04, -1.54, -1.32, 6.30, -7.20, -4.52, -0.18), -1.91)
 WIPE = ((9.68, -27.29, 10.23, -4.27, -0.78, 3.55, -3.27, -10.08, 1.25), 1.71)
-_SURE = 0.5  # what a sum must be above
+_SURE = 0.2  # what a sum must be above
 _FADE, _WAIT = 5.0, 0.01  # what counts for a fade, less this for every thumbnail: short ones are placed better
 _ALIKE = MEASURES.index("alike")
 _CERTAIN = 10.0  # above, nobody who went past is looked for
