@@ -23,7 +23,7 @@ from data_pipeline.analysis.base import Clock
 from data_pipeline.analysis.content import THUMB_HEIGHT, THUMB_WIDTH, ContentConfig
 from data_pipeline.shots.gradual import all_ends, are_kinds, possible
 from data_pipeline.shots.thumbs import Thumbs
-from data_pipeline.shots.views import Ends, Views
+from data_pipeline.shots.views import MEASURES, Ends, Views
 from tests.shot_set import CLIPS, LabelledClip, hard_clip, labelled_clip
 
 _MEDIA = Path(__file__).resolve().parents[2] / "shared" / "media"
@@ -86,6 +86,7 @@ def _examples(clip: LabelledClip) -> Iterator[tuple[np.ndarray, Event, bool]]:
 
 def _labelled(clip: LabelledClip, views: Views, ends: Ends) -> Iterator[tuple[np.ndarray, Event, bool]]:
     measured = views.measure(ends)
+    measured[:, MEASURES.index("alike")] = views.alike(ends)
     dissolves, wipes = are_kinds(views, ends, measured)
     for which in np.flatnonzero(dissolves | wipes):
         begin, stop = (float(views.thumbs.seconds[side[which]]) for side in (ends.i, ends.j))

@@ -25,8 +25,9 @@ _CHUNK_S = 2.5  # that are looked at beside them
 # Weights of what is measured, in the order of MEASURES, and what is added to their sum.
 DISSOLVE = ((-6.32, 12.21, 20.04, -1.54, -1.32, 6.30, -7.20, -4.52, -0.18), -1.91)
 WIPE = ((9.68, -27.29, 10.23, -4.27, -0.78, 3.55, -3.27, -10.08, 1.25), 1.71)
-_SURE = 0.5  # what a sum must be above
-_FADE = 5.0  # what counts for a fade
+_SURE = 0.2  # what a sum must be above
+_FADE, _WAIT = 5.0, 0.01  # what counts for a fade, less this for every thumbnail: short ones are placed better
+_ALIKE = MEASURES.index("alike")
 _CERTAIN = 10.0  # above, nobody who went past is looked for
 
 # What is not weighed at all.
@@ -119,12 +120,14 @@ def sureness(views: Views, ends: Ends) -> np.ndarray:
     asked = ends.only(likely)
     measured = views.measure(asked)
     dissolves, wipes = are_kinds(views, asked, measured)
-    weighed = np.where(wipes, _weighed(measured, WIPE), _weighed(measured, DISSOLVE))
-    found = np.where((dissolves | wipes) & (weighed > _SURE), weighed, 0.0)
     gone = views.come_or_go(asked) & (measured[:, MEASURES.index("mixed")] < _GONE)
-    fades = views.fades(asked) & (measured[:, MEASURES.index("alike")] < _FADE_ALIKE)
-    fades &= views.apart(asked) > _FADE_APART
-    sure[likely] = np.where(gone | fades, np.maximum(found, _FADE - 0.01 * (asked.j - asked.i)), found)
+    fades = views.fades(asked) & (views.apart(asked) > _FADE_APART)
+    still = np.flatnonzero((dissolves | wipes) & (_weighed(measured, wipes) > _SURE) | fades)
+    measured[still, _ALIKE] = views.alike(asked.only(still))  # it counts against a transition, never for one
+    weighed = _weighed(measured, wipes)
+    found = np.where((dissolves | wipes) & (weighed > _SURE), weighed, 0.0)
+    fades &= measured[:, _ALIKE] < _FADE_ALIKE
+    sure[likely] = np.where(gone | fades, np.maximum(found, _FADE - _WAIT * (asked.j - asked.i)), found)
     return sure
 
 
@@ -145,5 +148,7 @@ def are_kinds(views: Views, ends: Ends, measured: np.ndarray) -> tuple[np.ndarra
     return onwards & (mixed < _MIXED) & ~wipes, wipes
 
 
-def _weighed(measured: np.ndarray, weights: tuple[tuple[float, ...], float]) -> np.ndarray:
-    return np.asarray(measured @ np.array(weights[0]) + weights[1])
+def _weighed(measured: np.ndarray, wipes: np.ndarray) -> np.ndarray:
+    """(m,) the sum of its kind."""
+    as_wipe, as_dissolve = (measured @ np.array(weights) + bias for weights, bias in (WIPE, DISSOLVE))
+    return np.asarray(np.where(wipes, as_wipe, as_dissolve))

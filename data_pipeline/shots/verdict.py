@@ -5,8 +5,10 @@ import numpy as np
 from data_pipeline.shots.thumbs import Thumbs, likeness
 
 _REACH_S = 0.45  # before and after
-_SAME = 0.97  # likeness of two moments that are of one shot
-_AWAY = 2.5  # times what two moments differ by: how far off both a flash between them is
+# Two moments before and after are of one shot if they are alike enough, or if what lies between is further from both
+# than this many times what they differ by, or if there is something of both.
+_SAME, _AWAY = 0.97, 1.5
+_ALIKE, _OFF = 0.88, 0.5
 _SUDDEN = 0.5  # of all change around a cut: what its one step makes of it
 
 
@@ -22,8 +24,9 @@ def is_refuted(thumbs: Thumbs, cut: int, time_s: float) -> bool:
 
     for a in before:
         for b in after:
-            off = max(min(apart(a, m), apart(m, b)) for m in (before[-1], after[0]))
-            if off > _AWAY * apart(a, b) or likeness(thumbs.pictures[a], thumbs.pictures[b]) > _SAME:
+            off = max(min(apart(a, m), apart(m, b)) for m in (before[-1], after[0])) / max(apart(a, b), 0.5)
+            alike = likeness(thumbs.pictures[a], thumbs.pictures[b])
+            if alike > _SAME or off > _AWAY or (alike > _ALIKE and off > _OFF):
                 return True
     return False
 

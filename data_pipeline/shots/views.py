@@ -71,7 +71,7 @@ class Views:
         return np.diff(shares, axis=0).min(axis=0), shares[-1] - shares[0]
 
     def measure(self, ends: Ends) -> np.ndarray:
-        """(m, len(MEASURES)):
+        """(m, len(MEASURES)), of which ``alike`` is left 0, as it takes the longest:
 
         mixed: how far the moments between are from a mix of both ends, of the ends' difference
         either: how far each of their places is from one of both
@@ -79,19 +79,24 @@ class Views:
         beside: see ``steadiness``
         detour: change within, beyond the ends' difference, of that
         other: share of the places that differ between the ends, other than by exposure
-        alike: see ``likeness``
+        alike: likeness of the ends
         step: see ``abruptness``
         apart: the ends' difference, of their contrast
         """
         mixed, either, undone = self._between(ends)
         way = self.way[ends.j] - self.way[ends.i]
         detour = np.minimum(way / self.apart(ends) - 1.0, 3.0)
-        pictures = self.thumbs.pictures
-        alike = [max(0.0, likeness(pictures[a], pictures[b])) for a, b in zip(ends.i, ends.j, strict=True)]
         difference, contrast = self._places(ends), self._contrast(ends)
         apart = np.minimum(difference.mean(axis=1) / contrast, 2.0)
-        found = (mixed, either, undone, self.steadiness(ends), detour, self._other(ends), alike)
+        found = (mixed, either, undone, self.steadiness(ends), detour, self._other(ends), np.zeros(len(ends)))
         return np.stack([*found, self.abruptness(ends), apart], axis=1)
+
+    def alike(self, ends: Ends) -> np.ndarray:
+        """(m,) likeness of both ends, 0 at least."""
+        pictures = self.thumbs.pictures
+        return np.array(
+            [max(0.0, likeness(pictures[a], pictures[b])) for a, b in zip(ends.i, ends.j, strict=True)], dtype=float
+        )
 
     def fades(self, ends: Ends) -> np.ndarray:
         """(m,) whether the picture vanishes between them."""
