@@ -2714,10 +2714,10 @@ TABLE: tuple[Mutation, ...] = (
         "tests/unit/test_pictures.py::test_of_a_variable_rate_no_second_has_more",
     ),
     Mutation(
-        "report: a clip leaves the funnel at every filter that rejects it",
+        "report: a clip is dropped by every filter that rejects it",
         "data_pipeline/report/funnel.py",
-        "left = left & ~first",
-        "left = left & ~rejected",
+        "amounts = (left, first,",
+        "amounts = (left, rejected,",
         REPORT + "the_funnel_counts_each_clip_where_it_is_rejected_first",
     ),
     Mutation(

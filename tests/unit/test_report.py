@@ -290,7 +290,7 @@ def test_the_page_needs_nothing_beside_it(tmp_path: Path) -> None:
 
 
 def test_names_from_outside_are_text_and_nothing_else(tmp_path: Path) -> None:
-    evil = "<script>alert(1)</script>\"' onerror=x | a\n.mp4"
+    evil = "<script>alert(1)<img onerror=x>\"' | a\n.mp4"
     rows = [row | {"source": evil, "reason": evil if row["reason"] else None, "camera_motion": evil} for row in ROWS]
     failure = Failure(source=evil, stage="probe", kind=evil, message=evil)
     page, text = written(whole(rows, failures=(failure,)), tmp_path)

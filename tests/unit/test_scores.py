@@ -312,8 +312,12 @@ def test_a_model_without_all_of_its_weights(damage: str, model: Path, video: Pat
         weights["visual_projection.weight"] = torch.zeros(WIDTH + 1, 16)
     save_file(weights if damage != "no weights" else {}, tmp_path / "model.safetensors", {"format": "pt"})
     config = ScorerConfig(kind="clip_match", model=str(tmp_path), prompt="bee")
-    with pytest.raises(UserError, match=r"scores\.a\.model=.*weights are missing or of another shape"):
+    said = ""
+    try:
         rows_of(ScoresStage({"a": config}, LIMITS, STAGES), video, [(0, 3)])
+    except UserError as error:
+        said = str(error)
+    assert said.startswith("scores.a.model=") and "weights are missing or of another shape" in said
 
 
 def test_a_head_that_is_no_file_of_tensors(model: Path, video: Path, tmp_path: Path) -> None:
