@@ -2,6 +2,7 @@
 clip and every output are those of a run that nothing disturbs, byte for byte.
 """
 
+import contextlib
 import os
 import random
 import re
@@ -132,14 +133,21 @@ def kill_workers(command: Command, draw: random.Random, longest_s: float) -> int
     return kills
 
 
+def state_of(out: Path, stage: str) -> object:
+    """What changes when something is done."""
+    found = set()
+    for path in out.glob("clips.parquet" if stage == "table" else f"{stage}/*"):
+        with contextlib.suppress(FileNotFoundError):  # written aside, or a journal of what is whole now
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
+
+
 def wait_for_stage(command: Command, out: Path, draw: random.Random) -> None:
-    """Until some stage that is not whole yet is worked on, or the table is being made, and a while longer."""
+    """Until some stage that is not whole yet goes on, or the table is being made, and a while longer."""
     left = [name for name in STAGES if not list((out / name).glob("*.parquet"))]
     stage = draw.choice([*left, "captions", "table"])
-    deadline = time.monotonic() + LIMIT_S
-    while command.process.poll() is None and time.monotonic() < deadline:
-        if list(out.glob("clips.parquet" if stage == "table" else f"{stage}/*")):
-            break
+    before, deadline = state_of(out, stage), time.monotonic() + LIMIT_S
+    while command.process.poll() is None and time.monotonic() < deadline and state_of(out, stage) == before:
         time.sleep(0.01)
     time.sleep(draw.uniform(0.0, 1.5))
 
