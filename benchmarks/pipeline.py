@@ -69,8 +69,7 @@ def main() -> None:
 
 
 def configuration(source: str = "nothing", out: str = "nowhere", *more: str) -> PipelineConfig:
-    no_need = ["filters.duplicates=null", "filters.text=null"]  # of stages that are not measured here
-    return load_config(PipelineConfig, CONFIG, [f"source={source}", f"out={out}", *no_need, *more])
+    return load_config(PipelineConfig, CONFIG, [f"source={source}", f"out={out}", *more])
 
 
 def encode(clip: Path, folder: Path, height: int, seconds: float) -> Path:

@@ -34,6 +34,7 @@ class Pipeline:
     cfg: PipelineConfig
     plan: Plan
     retry: bool = False  # sources that failed before are tried again
+    check: bool = False  # clips are read, and not only looked for
     stages: dict[str, Stage | GlobalStage] = field(init=False)
     # What is known of the folder, until something is made or ``forget`` is called.
     _listed: dict[str, dict[tuple[str, str], Path]] = field(default_factory=dict)  # stage -> (shard, key) -> output

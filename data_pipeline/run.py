@@ -7,6 +7,7 @@ Options, before or after the others:
     --until STAGE    stop after this stage; --until plan only lists the sources
     --only STAGE     this stage alone, on what the ones before it have left
     --retry          try sources again that failed before
+    --check          read every clip that is there, and cut those again that are damaged; else sizes are looked at
     --worker I/N     only the shards with number I modulo N, as one of N tasks of a cluster; makes no table
 
 The same command again goes on where it was: what is done is a file that is there.
@@ -46,7 +47,7 @@ from opensora.utils.files.user_files import try_output
 
 _TRIES = 5  # to find all in place
 _WAIT_S = 2.0  # for another process that works on what is left
-_FLAGS = ("--dry-run", "--retry")
+_FLAGS = ("--dry-run", "--retry", "--check")
 _VALUES = {"--until": "STAGE", "--only": "STAGE", "--worker": "I/N"}
 PLAN_ONLY = "plan"
 
@@ -60,6 +61,7 @@ class Options:
     until: str = ""
     only: str = ""
     worker: tuple[int, int] | None = None  # (number, of how many)
+    check: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,7 +84,7 @@ def run(cfg: PipelineConfig, options: Options = Options()) -> int:
     """
     out = Path(cfg.out)
     plan = _plan(cfg, options)
-    pipeline = Pipeline(cfg, plan, retry=options.retry)
+    pipeline = Pipeline(cfg, plan, retry=options.retry, check=options.check)
     names = _chosen(pipeline, options)
     if options.dry_run:
         return _say_what_would_run(pipeline, names)
@@ -178,7 +180,7 @@ def parse_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
     until, only = values.get("--until", ""), values.get("--only", "")
     if until and only:
         raise UserError(f"--until {until} --only {only}: give one of them")
-    return Options("--dry-run" in flags, "--retry" in flags, until, only, worker), rest
+    return Options("--dry-run" in flags, "--retry" in flags, until, only, worker, "--check" in flags), rest
 
 
 def _worker(text: str) -> tuple[int, int]:

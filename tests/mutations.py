@@ -215,6 +215,8 @@ FAMILY_FILES = "tests/unit/test_family_configs.py::test_{}"
 PARTS_OF_FILES = "tests/unit/test_family_parts.py::test_{}"
 
 PIPELINE_LOCAL = "tests/unit/test_pipeline_local.py::test_"
+FILTERS, REPORT, SCORES = (f"tests/unit/test_{name}.py::test_" for name in ("filters", "report", "scores"))
+
 TABLE: tuple[Mutation, ...] = (
     # DiT, Latte, PixArt: positions, prompts that are dropped, files.
     Mutation(
@@ -2737,13 +2739,13 @@ TABLE: tuple[Mutation, ...] = (
         return self.run(stage, unit)""",
         """        raise Failed("memory", value)
         return self.run(stage, unit)""",
-        PIPELINE_LOCAL + "memory_that_is_gone_is_tried_in_a_process_that_holds_nothing",
+        PIPELINE_LOCAL + "memory_that_others_hold_is_no_source_s_fault",
     ),
     Mutation(
-        "pipeline: a journal is read on behind damage",
+        "pipeline: a journal is written on behind damage",
         "data_pipeline/journal.py",
-        "if not size or len(content) != size or zlib.crc32(content) != crc:",
-        "if not size or len(content) != size:",
+        "self._file.truncate(end)",
+        "pass",
         "tests/unit/test_pipeline_journal.py::test_every_cut_and_every_damaged_region_costs_only_what_is_behind_it",
     ),
     Mutation(
@@ -2759,6 +2761,83 @@ TABLE: tuple[Mutation, ...] = (
         "        self._initial += steps\n        if self._bar",
         "        if self._bar",
         PIPELINE_LOCAL + "time_that_is_left_is_by_size_and_without_what_was_done",
+    ),
+    Mutation(
+        "filters: a value at its threshold is rejected",
+        "data_pipeline/stages/filter.py",
+        "value < self.min:",
+        "value <= self.min:",
+        FILTERS + "a_range",
+    ),
+    Mutation(
+        "filters: what nobody measured is missing",
+        "data_pipeline/stages/filter.py",
+        "column.position > reached",
+        "column.position > 99",
+        FILTERS + "the_verdict_of_the_screen_comes_first",
+    ),
+    Mutation(
+        "filters: their order is not part of the key",
+        "data_pipeline/stages/filter.py",
+        "for name, (rule, _) in rules.items()]\n",
+        "for name, (rule, _) in sorted(rules.items(), key=lambda item: item[0])]\n",
+        FILTERS + "stages_of_filters_are_keyed_by_rules_and_their_order_and_go_to_workers",
+    ),
+    Mutation(
+        "pictures: another second begins behind a gap",
+        "data_pipeline/analysis/base.py",
+        "self._step * (math.floor((frame.time_s + 1e-9) / self._step) + 1)",
+        "self._next + self._step",
+        "tests/unit/test_pictures.py::test_of_a_variable_rate_no_second_has_more",
+    ),
+    Mutation(
+        "report: a clip leaves the funnel at every filter that rejects it",
+        "data_pipeline/report/funnel.py",
+        "left = left & ~first",
+        "left = left & ~rejected",
+        REPORT + "the_funnel_counts_each_clip_where_it_is_rejected_first",
+    ),
+    Mutation(
+        "report: misses by how many filters reject them",
+        "data_pipeline/report/clips.py",
+        "np.lexsort((rows, others, distance))",
+        "np.lexsort((rows, distance, others))",
+        REPORT + "the_nearest_misses_are_in_order_of_their_distance_to_the_threshold",
+    ),
+    Mutation(
+        "report: a shot has the picture behind its end",
+        "data_pipeline/report/collect.py",
+        "(frames < shot.last)",
+        "(frames <= shot.last)",
+        REPORT + "the_picture_of_a_shot_is_the_one_nearest_its_middle",
+    ),
+    Mutation(
+        "report: names of files are HTML",
+        "data_pipeline/report/markup.py",
+        "<span>{escape(below)}</span>",
+        "<span>{below}</span>",
+        REPORT + "names_from_outside_are_text_and_nothing_else",
+    ),
+    Mutation(
+        "scores: weights that a model lacks are drawn",
+        "data_pipeline/scoring/clip.py",
+        'about["missing_keys"]',
+        "[]",
+        SCORES + "a_model_without_all_of_its_weights[a weight less]",
+    ),
+    Mutation(
+        "scores: embeddings have any length",
+        "data_pipeline/scoring/clip.py",
+        "wide / np.linalg.norm(wide, axis=-1, keepdims=True)",
+        "wide",
+        SCORES + "an_aesthetic_score_is_the_head_of_the_embedding",
+    ),
+    Mutation(
+        "scores: duplicates are looked at",
+        "data_pipeline/stages/scores.py",
+        "if keep and copy is None else",
+        "if keep else",
+        SCORES + "what_is_rejected_or_a_duplicate_is_not_looked_at",
     ),
 )
 

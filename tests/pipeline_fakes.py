@@ -1,19 +1,24 @@
 """A pipeline for tests of its last stages: what is measured of a clip is made up, by the number of the clip."""
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any, ClassVar
 
 import pyarrow as pa
 
 from data_pipeline.config import PipelineConfig
-from data_pipeline.rows import Row
+from data_pipeline.limits import SourceLimits
+from data_pipeline.rows import Row, from_bytes
 from data_pipeline.stages.base import GlobalStage, Resources, Stage, Unit
 from data_pipeline.stages.captions import CaptionsStage
 from data_pipeline.stages.cut import CutStage
 from data_pipeline.stages.frames import FramesStage
 from data_pipeline.stages.probe import ProbeStage
+from data_pipeline.worker import Failed, _answer
+from opensora.utils.errors import UserError
 
 CLIP_FRAMES = 12
+LEAST = 1.0  # that a clip has to move
 
 
 class Pieces:
@@ -42,8 +47,6 @@ class Pieces:
 
     def run(self, unit: Unit) -> list[Row]:
         """See ``Stage``."""
-        from fractions import Fraction
-
         frames, sha256 = unit.row("frames"), unit.row("probe")["sha256"]
         pts, base = frames["pts"].tolist(), Fraction(frames["time_base"])
         step = pts[1] - pts[0]
@@ -109,14 +112,31 @@ class Least:
         return rows
 
 
-def stages_of(cfg: PipelineConfig, least: float = 1.0) -> dict[str, Stage | GlobalStage]:
+class Here:
+    """In place of a worker process: the stages run in this one."""
+
+    def __init__(self, stages: Mapping[str, Stage], limits: SourceLimits) -> None:
+        self._stages, self._limits = stages, limits
+
+    def run(self, stage: str, unit: Unit) -> pa.Table:
+        """See ``Worker``."""
+        kind, value = _answer(self._stages[stage], unit, self._limits)
+        if kind == "rows":
+            return from_bytes(value)
+        raise Failed(*value) if kind == "failed" else UserError(value)
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+
+def stages_of(cfg: PipelineConfig) -> dict[str, Stage | GlobalStage]:
     """In place of ``make_stages``."""
     stages: list[Any] = [
         ProbeStage(cfg.probe, cfg.limits),
         FramesStage((), cfg.limits),
         Pieces(),
         MadeUp(),
-        Least(least),
+        Least(LEAST),
     ]
     stages += [CutStage(cfg.cut, cfg.limits, cfg.out), CaptionsStage(cfg.captions, cfg.limits, cfg.out, cfg.source)]
     return {stage.name: stage for stage in stages}

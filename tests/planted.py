@@ -271,7 +271,7 @@ def _blurred(base: _Base) -> tuple[np.ndarray, dict[str, Any]]:
     return np.stack([cv2.GaussianBlur(frame, (0, 0), sigma) for frame in _clean(base)[0]]), {}
 
 
-# Kind -> how it is planted. What another kind shall be is added here, and what finds it to benchmarks/filters.py.
+# Kind -> how it is planted. What another kind shall be is added here, and what finds it to tests/planted_found.py.
 DEFECTS: Mapping[str, Callable[[_Base], tuple[np.ndarray, dict[str, Any]]]] = {
     "clean": _clean,
     "letterbox": _bars("letterbox"),

@@ -47,6 +47,10 @@ class RangeReader:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """The next range opens it anew."""
         if self._opened is not None:
             self._opened.__exit__()
             self._opened = None
@@ -101,7 +105,7 @@ class RangeReader:
             found = next((pair for pair in self._coming if pair[0] >= first), None)
             if found is not None and found[0] == first and not found[1].is_corrupt:
                 return found
-            self.__exit__()  # seeking failed this demuxer or decoder: from the very start
+            self.close()  # seeking failed this demuxer or decoder: from the very start
             self._open()
         return None
 

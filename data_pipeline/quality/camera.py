@@ -43,7 +43,7 @@ def describe_motion(pairs: Pairs, *, static: float, shake: float, mixed: float) 
     """``camera_motion``, ``camera_speed`` and ``shake`` (see ``MeasureStage``); none where no pair tells anything.
 
     Args:
-        static: below this speed the camera stands still.
+        static: below this speed the camera stands still, as far as it can be measured from moment to moment.
         shake: a camera that trembles more, and nearly as fast as it glides, shakes.
         mixed: share of the largest part that a second one may have.
     """
@@ -55,7 +55,7 @@ def describe_motion(pairs: Pairs, *, static: float, shake: float, mixed: float) 
     found: dict[str, Any] = {"camera_speed": speed, "shake": trembling}
     if trembling > max(shake, _NEARLY * speed):
         return found | {"camera_motion": SHAKE}
-    if max(speed, usual) < static:
+    if max(speed, usual / 2) < static:
         return found | {"camera_motion": STATIC}
     return found | {"camera_motion": _direction(speeds, usual, static, mixed)}
 

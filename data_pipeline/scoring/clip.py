@@ -141,10 +141,7 @@ def _part(folder: str, model: Any, config: Any) -> Any:
 @lru_cache(maxsize=4)
 def _onnx_pictures(path: str, digest: str) -> Embed:
     """A file with one input, pictures (n, 3, height, width), and ``image_embeds`` or else one output."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise UserError("a model in ONNX needs onnxruntime: pip install onnxruntime") from error
+    import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1

@@ -5,14 +5,27 @@ import numpy as np
 from data_pipeline.shots.thumbs import Thumbs, likeness
 
 _REACH_S = 0.45  # before and after
-_SAME = 0.9  # likeness of two moments that are of one shot
+_SAME = 0.97  # likeness of two moments that are of one shot
+_AWAY = 2.5  # times what two moments differ by: how far off both a flash between them is
 _SUDDEN = 0.5  # of all change around a cut: what its one step makes of it
 
 
 def is_refuted(thumbs: Thumbs, cut: int, time_s: float) -> bool:
-    """Whether some moment after it shows what one before it showed."""
+    """Whether some moment after it shows what one before it showed: the view jerked, or there was a flash."""
     before, after = _around(thumbs, cut, time_s)
-    return any(likeness(thumbs.pictures[a], thumbs.pictures[b]) > _SAME for a in before[-3:] for b in after)
+    if not (before and after):
+        return False
+    near = {index: thumbs.pictures[index].astype(np.int16) for index in (*before, *after)}
+
+    def apart(a: int, b: int) -> float:
+        return float(np.abs(near[a] - near[b]).mean())
+
+    for a in before:
+        for b in after:
+            off = max(min(apart(a, m), apart(m, b)) for m in (before[-1], after[0]))
+            if off > _AWAY * apart(a, b) or likeness(thumbs.pictures[a], thumbs.pictures[b]) > _SAME:
+                return True
+    return False
 
 
 def is_sudden(thumbs: Thumbs, cut: int, time_s: float) -> bool:

@@ -18,6 +18,7 @@ from data_pipeline.media.storage import checked_clip, clip_path
 from data_pipeline.outputs import digest_of
 from data_pipeline.rows import Row
 from data_pipeline.stages.base import Resources, SourceError, Unit
+from opensora.datasets.decode.common import DecodeError, TooSlow
 from opensora.utils.files.user_files import written_whole
 from opensora.utils.limits import Limits
 
@@ -58,7 +59,7 @@ class CutConfig:
 
 
 class CutStage:
-    """One row per clip; of those that are not kept all columns are null."""
+    """One row per clip; of those that are not kept all columns are null. A source fails if none can be made."""
 
     name: ClassVar[str] = "cut"
     version: ClassVar[int] = 1
@@ -69,6 +70,7 @@ class CutStage:
         "filter": ("keep",),
     }
     resources: ClassVar[Resources] = Resources()
+    retry_column: ClassVar[str] = "cut_error"
     columns: ClassVar[pa.Schema] = pa.schema(
         [
             ("path", pa.string()),  # of the clip's own file, relative to the folder of the run
@@ -78,6 +80,7 @@ class CutStage:
             ("fps", pa.float64()),
             ("bytes", pa.int64()),
             ("sha256", pa.string()),
+            ("cut_error", pa.string()),  # why there is no clip although it is to be kept
         ]
     )
 
@@ -91,9 +94,21 @@ class CutStage:
         """See ``Stage``."""
         frames = unit.row("frames")
         damaged = bool(frames["damaged_packets"] or frames["damaged_frames"])
-        clips = zip(unit.rows["shots"], unit.rows["measure"], unit.rows["filter"], strict=True)
+        rows: list[Row] = []
+        failed: list[Exception] = []
         with RangeReader(unit.file, frames["pts"], damaged=damaged, timeout_s=self._limits.time_s) as reader:
-            return [self._clip(reader, frames, shot, found) if kept["keep"] else {} for shot, found, kept in clips]
+            for shot, found, kept in zip(*(unit.rows[name] for name in ("shots", "measure", "filter")), strict=True):
+                try:
+                    rows.append(self._clip(reader, frames, shot, found) if kept["keep"] else {})
+                except TooSlow:
+                    raise
+                except (DecodeError, SourceError) as error:
+                    reader.close()
+                    failed.append(error)
+                    rows.append({"cut_error": error.cause if isinstance(error, DecodeError) else str(error)})
+        if failed and not any(row.get("path") for row in rows):
+            raise failed[0]
+        return rows
 
     def _clip(self, reader: RangeReader, frames: Row, shot: Row, measured: Row) -> Row:
         first, last = shot["first"], shot["last"]

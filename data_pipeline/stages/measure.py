@@ -29,7 +29,7 @@ class MeasureConfig:
     bar_luma: int = 24  # lines of a bar are darker
     bar_share: float = 0.9  # of a clip's pictures that have a bar, at least
     static_speed: float = 0.5  # % of the longer side a second: a camera that is slower stands still
-    shake: float = 4.0  # the same unit: one that trembles more, and nearly as fast as it glides, shakes
+    shake: float = 3.0  # the same unit: one that trembles more, and nearly as fast as it glides, shakes
     mixed_share: float = 0.5  # of the largest part of a camera's motion: where a second is larger, it is mixed
 
     LIMITS: ClassVar[Limits] = {

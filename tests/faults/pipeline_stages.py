@@ -21,7 +21,8 @@ from data_pipeline.stages.probe import ProbeStage
 
 # An option of the configuration would reach real runs; the environment reaches the workers of every engine.
 PAUSE = "OPENSORA_TEST_PAUSE_S"
-HOSTILE = ("dies", "hangs", "hogs", "exits", "raises", "refuses", "full")
+HOSTILE = ("dies", "hangs", "hogs", "leaves", "asks", "exits", "raises", "refuses", "full")
+_KEPT: list[np.ndarray] = []
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,12 @@ class HostileStage:
         held = []
         while True:
             held.append(np.ones(2**24))
+
+    def _leaves(self) -> None:
+        _KEPT.append(np.ones(2**25))  # 256 MiB
+
+    def _asks(self) -> None:
+        np.ones(2**25)
 
     def _raises(self) -> None:
         raise ZeroDivisionError("a mistake of a library\nin two lines")

@@ -80,7 +80,7 @@ def test_an_array_of_five_tasks_with_some_of_them_killed(
     lab: Path, shared_media: Path, tmp_path: Path, tally: Tally
 ) -> None:
     """The pipeline as it is, on real clips; tasks are requeued as a cluster does it, and killed as it never should."""
-    what = f"source: {shared_media}/edge_cases\nshard_size: 3\nfilters: {{duplicates: null, text: null}}\n"
+    what = f"source: {shared_media}/edge_cases\nshard_size: 3\n"
     for name in ("wanted", "run"):
         (tmp_path / f"{name}.yaml").write_text(what + f"out: {tmp_path / name}\n")
     run(tmp_path / "wanted.yaml", program="data_pipeline.run")

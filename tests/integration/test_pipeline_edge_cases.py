@@ -18,7 +18,6 @@ CONFIG = """
 source: {source}
 out: {out}
 limits: {{time_s: 60}}
-filters: {{duplicates: null, text: null}}
 """
 NAMES = [
     b"it's.mp4", b'a "quote".mp4', b"new\nline.mp4", b"tab\there.mp4", b"caf\xe9.mp4", b"\xff\xfe.mp4", b"100%.mp4",

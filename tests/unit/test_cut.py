@@ -322,6 +322,16 @@ def test_sources_that_are_to_blame(tmp_path: Path) -> None:
     assert [path for path in (tmp_path / "media").rglob("*") if path.is_file()] == []
 
 
+def test_a_clip_that_cannot_be_made_costs_no_other(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "a.mp4", at_rate(25, 60))
+    frames = frames_row(source)
+    frames["pts"] = frames["pts"] + (np.arange(60) == 25)  # a frame that is not there
+    rows = run_cut(source, tmp_path, frames, [(0, 20), (20, 40), (40, 60)], CutConfig(), {})
+    assert [bool(row.get("path")) for row in rows] == [True, False, True]
+    assert "frame 25 cannot be decoded any more" in rows[1]["cut_error"]
+    assert [number_of(frame) for frame in frames_of(tmp_path, rows[2])] == [number % 8 for number in range(40, 60)]
+
+
 def test_a_full_disk_ends_the_run_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_source(tmp_path / "a.mp4", at_rate(25, 30))
     import errno

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.filters import FOUND, measured, measured_file, whole
 from data_pipeline.analysis.luma import BAR_LEVELS
 from data_pipeline.limits import SourceLimits
 from data_pipeline.rows import Row
 from data_pipeline.stages.base import Unit
 from data_pipeline.stages.measure import MeasureConfig, MeasureStage
 from tests.planted import CAMERAS, DEFECTS, planted_clip
+from tests.planted_found import FOUND, measured, measured_file, whole
 
 BASE = "1/100"  # seconds of a unit of pts: 10 frames a second
 

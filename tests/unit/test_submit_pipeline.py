@@ -20,9 +20,7 @@ def words(tmp_path: Path) -> list[str]:
     for number in range(7):
         (folder / f"{number}.mp4").write_bytes(bytes([number]))
     config = tmp_path / "run.yaml"
-    config.write_text(
-        f"source: {folder}\nout: {tmp_path / 'run'}\nshard_size: 2\nfilters: {{duplicates: null, text: null}}\n"
-    )
+    config.write_text(f"source: {folder}\nout: {tmp_path / 'run'}\nshard_size: 2\n")
     return ["pipeline", str(config), "--cpus", "3"]
 
 
