@@ -44,7 +44,14 @@ def _cropped(frames: np.ndarray, share: float, place: float) -> np.ndarray:
 
 
 def _brighter(frames: np.ndarray) -> np.ndarray:
-    return np.clip(frames.astype(np.float32) * 0.85 + 30, 0, 255).astype(np.uint8)
+    curve = np.rint(255 * (np.arange(256) / 255) ** 0.7).astype(np.uint8)  # black stays black, also that of bars
+    brighter: np.ndarray = curve[frames]
+    return brighter
+
+
+def _later(frames: np.ndarray) -> np.ndarray:
+    """By 7 frames; of short footage by as many as leave what both must show."""
+    return frames[min(7, len(frames) // 8) :]
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ CHANGES: Mapping[str, Change] = {
     "cropped by 10 %": Change(lambda frames: _cropped(frames, 0.1, 0.5)),
     "brighter": Change(_brighter),
     "3 frames later": Change(lambda frames: frames[3:]),
-    "7 frames later, smaller": Change(lambda frames: _scaled(frames[7:], 0.5)),
+    "7 frames later, smaller": Change(lambda frames: _scaled(_later(frames), 0.5)),
     "mirrored": Change(lambda frames: frames[:, :, ::-1], kind="mirrored"),
     "mirrored, badly": Change(lambda frames: _scaled(frames[:, :, ::-1], 0.5), crf=32, kind="mirrored"),
 }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipeline.analysis.hashes import SIDE, Span, distances, picture_hash
-from data_pipeline.matching.box import Bars, inside, mapping, true_cells
+from data_pipeline.matching.box import Bars, boxed, inside, mapping, true_cells
 
 _ROUNDS = 6
 _EDGE = 2  # cells at an edge whose smoothed values depend on what lies beyond
@@ -44,7 +44,9 @@ def likeness(one: np.ndarray, two: np.ndarray, bars: tuple[Bars, Bars], shown: t
 
     Returns: None: they do not lie over one another.
     """
-    first, second = _smooth(inside(one, bars[0])), _smooth(inside(two, bars[1]))
+    # each as coarse as the other: between bars a picture has fewer cells
+    first = _smooth(boxed(inside(one, bars[0]), bars[1]))
+    second = _smooth(boxed(inside(two, bars[1]), bars[0]))
     known, known_two = _inner(bars[0]), _inner(bars[1])
     overlay = _begin(*shown)
     for _ in range(_ROUNDS):

@@ -26,6 +26,24 @@ def inside(thumb: np.ndarray, bars: Bars) -> np.ndarray:
     return down @ thumb.astype(np.float32) @ across.T
 
 
+def boxed(picture: np.ndarray, bars: Bars) -> np.ndarray:
+    """What would be left of another picture, (n, 32, 32) as of ``inside``, if it had been shown between these bars."""
+    if not any(bars):
+        return picture
+    top, bottom, left, right = bars
+    down, across = _squeezed(top, 1 - bottom), _squeezed(left, 1 - right)
+    return inside(down @ picture @ across.T, bars)
+
+
+def _squeezed(begin: float, end: float) -> np.ndarray:
+    """(32, 32): the mean of a side of a picture in each cell of a frame that shows it from ``begin`` to ``end``."""
+    edges = np.clip((np.arange(SIDE + 1) / SIDE - begin) / (end - begin), 0, 1) * SIDE  # in cells of the picture
+    cell = np.arange(SIDE)
+    within = np.maximum(np.minimum(edges[1:, None], cell + 1) - np.maximum(edges[:-1, None], cell), 0)
+    shares: np.ndarray = (within / np.maximum(np.diff(edges)[:, None], 1e-9)).astype(np.float32)
+    return shares
+
+
 def true_cells(bars: Bars) -> tuple[np.ndarray, np.ndarray]:
     """Which rows and columns of ``inside`` have their values from cells that no bar touches: two (32,) of bool."""
     top, bottom, left, right = bars

@@ -30,7 +30,7 @@ class DuplicatesConfig:
     """When two clips show the same."""
 
     near: bool = True  # false: only exact ones
-    distance: float = 5.0  # bits of 64, the mean of up to 8 frames
+    distance: float = 4.0  # bits of 64, the mean of up to 8 frames
     unexplained: float = 0.25  # what is left of the changes over time: 0 the same moments, 1 others of the same place
     overlap: float = 0.8  # the least share of the longer clip that both show
 

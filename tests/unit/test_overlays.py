@@ -148,7 +148,7 @@ def test_more_frames_are_read_where_there_is_text(film: Callable[[str], Path]) -
 
 def test_what_looks_like_letters_is_none(film: Callable[[str], Path]) -> None:
     """A hand that is read as M, and a pattern that is read badly."""
-    reader = Reader([Words("M", 0.98, 0.056), Words("JISVFNS", 0.73, 0.016), Words("", 0.9, 0.3)])
+    reader = Reader([Words("M", 0.98, 0.056), Words("JISVFNS", 0.73, 0.016), Words("", 0.9, 0.3)], [], [])
     assert with_reader(reader, film("clean")) == {"text_share": 0.0, "text": ""}
 
 
