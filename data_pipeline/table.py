@@ -27,7 +27,7 @@ from opensora.utils.console import announce
 from opensora.utils.files.user_files import write_whole, written_whole
 
 TABLE = "clips.parquet"
-_MADE_OF = ".clips.json"
+MADE_OF = ".clips.json"
 _ABOUT = b"pipeline"
 _VERSION = 1  # of the columns
 _ROW_GROUP = 1 << 16
@@ -83,7 +83,7 @@ def make_table(pipeline: Pipeline) -> Path:
                 whole.replace_schema_metadata({_ABOUT: about}), aside, compression="zstd", row_group_size=_ROW_GROUP
             )
         made_of = {"key": key, "digest": _digest(path)}
-        write_whole(path.with_name(_MADE_OF), lambda file: json.dump(made_of, file))
+        write_whole(path.with_name(MADE_OF), lambda file: json.dump(made_of, file))
     if pipeline.cfg.cut.container == "tar":
         remove_packed(pipeline.out, [clip for _, clips in _made(pipeline) for clip in clips])
     return path
@@ -128,7 +128,7 @@ def _is_current(path: Path, key: str, *, check: bool) -> bool:
     """Whether the table is there, of this key and as it was written, and every clip in its place; ``check``: and as it
     was made."""
     try:
-        made_of = json.loads(path.with_name(_MADE_OF).read_bytes())
+        made_of = json.loads(path.with_name(MADE_OF).read_bytes())
         if made_of != {"key": key, "digest": _digest(path)}:
             return False
         columns = papq.read_table(path, columns=["path", "bytes", "offset", "length", "sha256"])

@@ -9,27 +9,38 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as papq
 
+from data_pipeline.outputs import digest_of
 from data_pipeline.pipeline import Pipeline
 from data_pipeline.report.data import FINAL, Album, Failure, ReportData, Shot, Work
-from data_pipeline.report.write import HTML, write_report
+from data_pipeline.report.markup import is_made_of
+from data_pipeline.report.write import HTML, MARKDOWN, write_report
 from data_pipeline.rows import to_rows
 from data_pipeline.stages.filter import FILTER, SCREEN, FilterRule, FilterStage
-from data_pipeline.table import TABLE
+from data_pipeline.table import MADE_OF, TABLE
+from opensora.config.schema import plain
 
+_VERSION = 1  # of what is on the page
 _OF_SOURCES = ("probe", "frames")  # stages with one row per source
 _SHOWN = ("probe", "shots", "measure", "duplicates", "text", "scores")  # of equal columns the last one's are meant
 _FINAL = ("num_frames", "height", "width", "fps")  # of a clip's own file, where it has one
 
 
 def make_report(pipeline: Pipeline) -> Path:
-    """``OUT/report.html`` and ``OUT/report.md``, of outputs and of a table of clips that are all there.
+    """``OUT/report.html`` and ``OUT/report.md``, of outputs and of a table of clips that are all there; what is of the
+    same table is left as it is.
 
     Raises:
         InputMissing: an output is not.
         UserError: one cannot be written, or ``report.training`` cannot be used.
     """
-    write_report(collect(pipeline), pipeline.cfg.report, pipeline.out)
-    return pipeline.out / HTML
+    path, config = pipeline.out / HTML, pipeline.cfg.report
+    rules = [[name, plain(rule)] for name, rule in filters_of(pipeline).items()]
+    table = json.loads((pipeline.out / MADE_OF).read_bytes())
+    key = digest_of([_VERSION, rules, plain(config), table])
+    # A training configuration includes others: whether it is as it was is not asked.
+    if config.training or not (is_made_of(path, key) and path.with_name(MARKDOWN).exists()):
+        write_report(collect(pipeline), config, pipeline.out, key)
+    return path
 
 
 def collect(pipeline: Pipeline) -> ReportData:

@@ -22,11 +22,12 @@ _MEASURED = (
 )  # fmt: skip
 
 
-def write_report(data: ReportData, config: ReportConfig, out: Path) -> None:
+def write_report(data: ReportData, config: ReportConfig, out: Path, made_of: str = "") -> None:
     """Both files, whole or not at all.
 
     Args:
         out: the folder.
+        made_of: a key of all that is in the report, which the page keeps.
 
     Raises:
         UserError: one cannot be written, or ``report.training`` cannot be used.
@@ -35,14 +36,21 @@ def write_report(data: ReportData, config: ReportConfig, out: Path) -> None:
     steps, columns = funnel(clips), column_order(clips, (*_MEASURED, *scores_of(data)))
     predicted = predict(clips, config.training) if config.training else None
     title = f"From {plural(data.sources, 'video')} to {plural(int(clips.keep.sum()), 'clip')}"
-    html = _html(title, data, clips, config, columns, predicted)
-    for name, content in ((HTML, html), (MARKDOWN, markdown(title, data, clips, steps, columns, predicted))):
+    html = _html(title, data, clips, config, columns, predicted, made_of)
+    text = markdown(title, data, clips, steps, columns, predicted)
+    for name, content in ((MARKDOWN, text), (HTML, html)):  # the page, which has the key, last
         with written_whole(out / name) as aside:
             aside.write_text(content, encoding="utf-8")
 
 
 def _html(
-    title: str, data: ReportData, clips: Clips, config: ReportConfig, columns: list[str], predicted: Prediction | None
+    title: str,
+    data: ReportData,
+    clips: Clips,
+    config: ReportConfig,
+    columns: list[str],
+    predicted: Prediction | None,
+    made_of: str,
 ) -> str:
     steps, pairs = funnel(clips), duplicate_pairs(clips, config.pairs)
     shown = [row for pair in pairs for row in pair[:2]]
@@ -63,6 +71,7 @@ def _html(
             ("errors", "Errors", sections.errors_section(data.failures)),
             ("time", "Time", sections.work_section(data.work, data.seconds)),
         ],
+        made_of,
     )
 
 

@@ -76,7 +76,9 @@ def test_another_threshold_measures_nothing_again(tmp_path: Path) -> None:
     assert {source for stage, source in again if stage == "text"} <= {"dim.mp4"}  # which it passes over now
     assert "| dark: luma >= 90 | 2 |" in (out / "report.md").read_text()
 
-    done = worked(out)
+    done, page = worked(out), (out / "report.html").stat().st_mtime_ns
+    go("filters.dark.min=90")
+    assert (out / "report.html").stat().st_mtime_ns == page  # it is of this table yet
     go()
     assert set(reasons(out).values()) == {""}
     assert worked(out) == done  # verdicts of before are there yet
