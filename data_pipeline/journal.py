@@ -111,7 +111,7 @@ class Journal:
             if _LOST in about:
                 self.lost.setdefault(about[_LOST], []).append(about["reason"])
             else:
-                done = Done(**about["done"])
+                done = Done.of(about["done"])
                 self.done[done.key] = (done, from_bytes(rows))
                 self.lost.pop(done.key, None)
             yield _HEAD.size + size

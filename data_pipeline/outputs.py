@@ -28,6 +28,7 @@ from opensora.utils.files.user_files import written_whole
 
 _NAME = re.compile(r"(?P<shard>[a-z0-9]+)\.(?P<key>[0-9a-f]{16})\.(?P<digest>[0-9a-f]{16})\.parquet")
 _UNITS = b"units"
+OF_SOURCES = ("probe", "frames", "beside")  # inputs with one row per source, which all of its clips share
 # What is written aside: outputs and archives, clips, and files of the folder itself.
 _LEFTOVERS = ("*/.*.tmp*", "media/*/.*.tmp*", ".*.tmp*", ".plan.json.*", ".config.yaml.*", "..clips.json.*")
 
@@ -41,6 +42,12 @@ class Done:
     rows: int
     error: str = ""  # why there are none
     kind: str = ""  # of the error: its type, or poison
+    row_keys: tuple[str, ...] = ()  # of a stage ``PerClip``: see ``row_keys_of``
+
+    @classmethod
+    def of(cls, about: Mapping[str, Any]) -> "Done":
+        """From what was written."""
+        return cls(**{**about, "row_keys": tuple(about.get("row_keys", ()))})
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,14 @@ def digest_of(value: Any) -> str:
     """16 hex digits of plain data: what JSON can say."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def row_keys_of(stage_key: str, rows: Mapping[str, Sequence[Row]]) -> list[str]:
+    """The key of each row of a stage that makes one per clip: of the inputs of this clip, and of the whole source."""
+    of_source = unit_key(stage_key, {name: found for name, found in rows.items() if name in OF_SOURCES})
+    of_clips = {name: found for name, found in rows.items() if name not in OF_SOURCES}
+    clips = zip(*of_clips.values(), strict=True)
+    return [unit_key(of_source, {name: [row] for name, row in zip(of_clips, clip, strict=True)}) for clip in clips]
 
 
 def unit_key(stage_key: str, rows: Mapping[str, Sequence[Row]]) -> str:
@@ -146,7 +161,7 @@ def read_done(path: Path) -> tuple[Done, ...]:
 
 
 def _units(schema: pa.Schema) -> tuple[Done, ...]:
-    return tuple(Done(**unit) for unit in json.loads(schema.metadata[_UNITS]))
+    return tuple(Done.of(unit) for unit in json.loads(schema.metadata[_UNITS]))
 
 
 def write_output(

@@ -6,17 +6,17 @@ keys (a threshold changed elsewhere does not change what a unit is made of), and
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
 
 from data_pipeline.journal import Journal
 from data_pipeline.log import RunLog
-from data_pipeline.outputs import Done, Output, outputs_of, read_output, unit_key, write_output
+from data_pipeline.outputs import Done, Output, outputs_of, read_output, row_keys_of, unit_key, write_output
 from data_pipeline.plan import SourceFile
 from data_pipeline.rows import Row, to_rows
-from data_pipeline.stages.base import ReadsBeside, Stage, Unit, has_failed
+from data_pipeline.stages.base import PerClip, ReadsBeside, Stage, Unit, has_failed, has_failed_rows
 from data_pipeline.worker import Failed, Worker, WorkerLost
 
 POISON, GONE = "poison", "gone"
@@ -73,7 +73,8 @@ class ShardRun:
         self._journal = Journal(task.folder / f".{task.shard}.{task.key}.journal")
         self._keys: dict[str, str] = {}
         self._results: dict[str, tuple[Done, pa.Table]] = {}
-        self._before: dict[str, pa.Table] = {}  # by key: rows of units that are tried again
+        self._row_keys: dict[str, list[str]] = {}  # by source, of a stage ``PerClip``
+        self._known_rows: dict[str, Row] = {}  # by the key of a row
         try:
             self.pending = self._units(inputs, shared)
         except BaseException:
@@ -101,11 +102,13 @@ class ShardRun:
             if isinstance(stage, ReadsBeside):
                 rows["beside"] = [stage.beside(source.file)]
             key = self._keys[source.name] = unit_key(self.task.stage_key, self._identity(source, rows))
+            if isinstance(stage, PerClip):
+                self._row_keys[source.name] = row_keys_of(self.task.stage_key, rows)
             if key in known:
                 self._results[key] = known[key]
             else:
-                before = to_rows(self._before[key]) if key in self._before else None
-                units.setdefault(key, Unit(source=source.name, file=source.file, rows=rows, before=before))
+                before = [self._known_rows.get(each) for each in self._row_keys.get(source.name, ())]
+                units.setdefault(key, Unit(source=source.name, file=source.file, rows=rows, before=before or None))
         return sorted(units.values(), key=self.weight, reverse=True)
 
     def _identity(self, source: SourceFile, rows: Mapping[str, list[Row]]) -> Mapping[str, list[Row]]:
@@ -121,10 +124,22 @@ class ShardRun:
                 known = _by_key(output) | known
         known |= self._journal.done
         known = {key: value for key, value in known.items() if not _passes(value[0])}
+        for done, rows in known.values():
+            self._learn_rows(done, rows)
         if self.task.retry:
-            again = {key for key, (done, rows) in known.items() if has_failed(self.task.stage, done.error, rows)}
-            self._before = {key: rows for key in again if (rows := known.pop(key)[1]).num_rows}
+            again = [key for key, (done, rows) in known.items() if has_failed(self.task.stage, done.error, rows)]
+            known = {key: value for key, value in known.items() if key not in again}
         return known
+
+    def _learn_rows(self, done: Done, rows: pa.Table) -> None:
+        """Rows that a unit may take over although it is another one as a whole; no failed ones where they are tried
+        again."""
+        if not done.row_keys or done.error:
+            return
+        failed = has_failed_rows(self.task.stage, rows) if self.task.retry else [False] * rows.num_rows
+        for key, row, has_failed_before in zip(done.row_keys, to_rows(rows), failed, strict=True):
+            if not has_failed_before:
+                self._known_rows[key] = row
 
     def compute(self, unit: Unit, worker: Worker) -> bool:
         """Run the stage on one source, and write down what came of it. Returns whether all units are done now."""
@@ -144,7 +159,8 @@ class ShardRun:
         key, nothing = self._keys[unit.source], self.task.stage.columns.empty_table()
         try:
             rows = worker.run(self.task.stage.name, unit)
-            found: tuple[Done, pa.Table] | None = (Done(unit.source, key, rows.num_rows), rows)
+            each = tuple(self._row_keys.get(unit.source, ()))
+            found: tuple[Done, pa.Table] | None = (Done(unit.source, key, rows.num_rows, row_keys=each), rows)
         except Failed as error:
             found = (Done(unit.source, key, 0, str(error), error.kind), nothing)
         except WorkerLost as lost:
@@ -170,7 +186,7 @@ class ShardRun:
         for source in self.task.sources:
             if source.name in self._keys:
                 done, rows = self._results[self._keys[source.name]]
-                results.append((Done(source.name, done.key, done.rows, done.error, done.kind), rows))
+                results.append((replace(done, source=source.name), rows))
         task = self.task
         path = write_output(task.folder, task.shard, task.key, task.stage.columns, results)
         self._journal.close(remove=True)

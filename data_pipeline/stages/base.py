@@ -38,7 +38,7 @@ class Unit:
     source: str  # as tables name it: relative to the folder of the sources
     file: str  # where to open it
     rows: Mapping[str, list[Row]] = field(default_factory=dict)  # stage -> its rows, the declared columns only
-    before: list[Row] | None = None  # what this stage wrote of it before, where it is tried again
+    before: list[Row | None] | None = None  # of a stage ``PerClip``: rows that it need not make again; None: it must
 
     def row(self, stage: str) -> Row:
         """The one row of a stage that writes one per source."""
@@ -95,6 +95,16 @@ class ReadsBeside(Protocol):
 
 
 @runtime_checkable
+class PerClip(Protocol):
+    """A stage whose rows depend each on the inputs of its own clip, and on those of the whole source. Where the inputs
+    of one clip change, as when a threshold lets it pass, the other clips keep their rows (``Unit.before``)."""
+
+    @property
+    def per_clip(self) -> bool:
+        """True."""
+
+
+@runtime_checkable
 class TriesAgain(Protocol):
     """A stage with rows that are there although something failed: ``--retry`` makes these again."""
 
@@ -103,9 +113,17 @@ class TriesAgain(Protocol):
         """Null in rows in which nothing failed."""
 
 
+def has_failed_rows(stage: object, rows: pa.Table) -> list[bool]:
+    """Of each row, whether ``--retry`` makes it again."""
+    if not isinstance(stage, TriesAgain):
+        return [False] * rows.num_rows
+    failed: list[bool] = rows[stage.retry_column].is_valid().to_pylist()
+    return failed
+
+
 def has_failed(stage: object, error: str, rows: pa.Table) -> bool:
     """Whether ``--retry`` tries a source again, of which these rows or this error are known."""
-    return bool(error) or (isinstance(stage, TriesAgain) and rows[stage.retry_column].null_count < rows.num_rows)
+    return bool(error) or any(has_failed_rows(stage, rows))
 
 
 # (stage, columns, sources) -> these columns of a source's rows, one source after the other, in any order: for what is

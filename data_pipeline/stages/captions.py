@@ -63,6 +63,7 @@ class CaptionsStage:
         "measure": ("luma", "camera_motion", "motion_score"),
     }
     resources: ClassVar[Resources] = Resources()
+    per_clip: ClassVar[bool] = True
     retry_column: ClassVar[str] = "caption_error"
     columns: ClassVar[pa.Schema] = pa.schema(
         [
@@ -104,17 +105,14 @@ class CaptionsStage:
     def run(self, unit: Unit) -> list[Row]:
         """See ``Stage``."""
         until = time.monotonic() + _OF_TIME * self._limits.time_s
-        clips = list(
-            zip(unit.rows["cut"], unit.rows["measure"], unit.before or [{}] * len(unit.rows["cut"]), strict=True)
-        )
+        known = unit.before or [None] * len(unit.rows["cut"])
+        clips = list(zip(unit.rows["cut"], unit.rows["measure"], known, strict=True))
         beside = unit.row("beside") if "beside" in unit.rows else {}
 
-        def caption(clip: tuple[Row, Row, Row]) -> Row:
+        def caption(clip: tuple[Row, Row, Row | None]) -> Row:
             cut, measured, before = clip
-            if cut["path"] is None:
-                return {}
-            if before.get("text") and not before.get("caption_error"):
-                return before
+            if before is not None or cut["path"] is None:
+                return before or {}
             return self._caption(endpoint, cut, measured, beside, until)
 
         if "endpoint" not in self._kinds:

@@ -59,6 +59,7 @@ class ScoresStage:
     name: ClassVar[str] = "scores"
     version: ClassVar[int] = 1
     resources: ClassVar[Resources] = Resources()
+    per_clip: ClassVar[bool] = True
 
     def __init__(
         self, config: Mapping[str, ScorerConfig], limits: SourceLimits, stages: Sequence[Stage | GlobalStage]
@@ -98,8 +99,10 @@ class ScoresStage:
         """
         kept = [row["keep"] for row in unit.rows["screen"]]
         copies = [row["duplicate_of"] for row in unit.rows.get("duplicates", [])] or [None] * len(kept)
-        clips = zip(unit.rows["shots"], kept, copies, strict=True)
-        return [self._scores(unit, shot) if keep and copy is None else {} for shot, keep, copy in clips]
+        known = unit.before or [None] * len(kept)
+        wanted = [keep and copy is None for keep, copy in zip(kept, copies, strict=True)]
+        clips = zip(unit.rows["shots"], wanted, known, strict=True)
+        return [row or (self._scores(unit, shot) if is_wanted else {}) for shot, is_wanted, row in clips]
 
     def _scores(self, unit: Unit, shot: Row) -> Row:
         found: Row = {}

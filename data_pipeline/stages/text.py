@@ -67,6 +67,7 @@ class TextStage:
         "duplicates": ("duplicate_of",),
     }
     resources: ClassVar[Resources] = Resources()
+    per_clip: ClassVar[bool] = True
     columns: ClassVar[pa.Schema] = pa.schema(
         [
             ("text_share", pa.float64()),  # of the picture inside its bars, mean of the frames that were read
@@ -82,8 +83,10 @@ class TextStage:
     def run(self, unit: Unit) -> list[Row]:
         """See ``Stage``."""
         clips = unit.rows["shots"]
-        rows: list[Row] = [{} for _ in clips]
-        wanted = self._wanted(unit) if self.config.logo or self.config.method != "none" else []
+        known = unit.before or [None] * len(clips)
+        rows: list[Row] = [row or {} for row in known]
+        asked = self.config.logo or self.config.method != "none"
+        wanted = [number for number in self._wanted(unit) if asked and known[number] is None]
         frames = self._frames(unit, [_spread(clips[number]) for number in wanted])
         for number, pictures in zip(wanted, frames, strict=True):
             rows[number] = self._row(pictures, bars_of(unit.rows["measure"][number]))
