@@ -82,7 +82,7 @@ class FilterRule:
 # What is applied where a configuration says nothing; configs/pipeline/default.yaml states the same, with reasons.
 DEFAULT_FILTERS: Mapping[str, FilterRule] = {
     "short": FilterRule(column="duration_s", min=2.0),
-    "small": FilterRule(column="short_side", min=240),
+    "small": FilterRule(column="short_side", min=240.0),
     "shape": FilterRule(column="aspect_ratio", min=0.25, max=4.0),
     "slow_rate": FilterRule(column="fps", min=10.0),
     "damaged": FilterRule(column="damaged", allow=(False,)),
