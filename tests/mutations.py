@@ -2586,6 +2586,70 @@ TABLE: tuple[Mutation, ...] = (
         '"torch", key)',
         FAMILY_FILES.format("kernels_are_those_that_a_file_names"),
     ),
+    # Clips of raw videos, their captions and their table.
+    Mutation(
+        "a clip begins a frame too late",
+        "data_pipeline/stages/cut.py",
+        "self._make(reader, path, first + shown.frames",
+        "self._make(reader, path, first + 1 + shown.frames",
+        "tests/unit/test_cut.py::test_a_clip_is_its_frames_and_no_others",
+    ),
+    Mutation(
+        "frames of a variable rate by their numbers",
+        "data_pipeline/media/rates.py",
+        "return ConstantRate(rate, _nearest(times, moments))",
+        "return ConstantRate(rate, np.linspace(0, count - 1, len(moments)).astype(np.int64))",
+        "tests/unit/test_cut.py::test_a_variable_rate_becomes_constant_by_times",
+    ),
+    Mutation(
+        "a damaged clip is taken for whole",
+        "data_pipeline/media/clip_file.py",
+        "if box != _HEAD + digest.digest():",
+        "if not box.startswith(_HEAD):",
+        "tests/unit/test_cut.py::test_a_clip_that_is_there_is_not_made_again_and_a_damaged_one_is",
+    ),
+    Mutation(
+        "a pause shorter than the server asks for",
+        "data_pipeline/captioning/endpoint.py",
+        "return max(asked or 0.0, min(",
+        "return min(asked or 60.0, min(",
+        "tests/unit/test_pipeline_captions.py::test_pauses_grow_and_are_never_shorter_than_the_server_asks",
+    ),
+    Mutation(
+        "all captions are asked for again",
+        "data_pipeline/stages/captions.py",
+        'if before.get("text") and not before.get("caption_error"):',
+        "if False:",
+        "tests/unit/test_pipeline_captions.py::test_nothing_is_lost_and_only_what_failed_is_asked_again",
+    ),
+    Mutation(
+        "clips of an archive lie a header further",
+        "data_pipeline/media/storage.py",
+        "offsets.append(at + _TAR_BLOCK)",
+        "offsets.append(at + 2 * _TAR_BLOCK)",
+        "tests/unit/test_clip_table.py::test_archives_hold_the_same_clips",
+    ),
+    Mutation(
+        "rows of a table in order of shards",
+        "data_pipeline/table.py",
+        'return whole.sort_by([("source", "ascending"), ("start_s", "ascending"), ("clip_id", "ascending")])',
+        "return whole",
+        "tests/unit/test_clip_table.py::test_a_row_for_every_clip_and_every_source",
+    ),
+    Mutation(
+        "rejected clips are trained with",
+        "opensora/datasets/table/table_files.py",
+        "return raw.filter(pa.array(keep)), numbers[keep]",
+        "return raw, numbers",
+        "tests/unit/test_kept_rows.py::test_a_table_of_which_nothing_is_kept",
+    ),
+    Mutation(
+        "faults name the row among those that are kept",
+        "opensora/datasets/table/table_files.py",
+        "return raw.filter(pa.array(keep)), numbers[keep]",
+        "return raw.filter(pa.array(keep)), numbers[: keep.sum()]",
+        "tests/unit/test_kept_rows.py::test_faults_name_the_row_of_the_file[csv]",
+    ),
 )
 
 
