@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from data_pipeline.analysis.content import ContentConfig
+from data_pipeline.analysis.hashes import HashConfig
 from data_pipeline.analysis.luma import LumaConfig
 from data_pipeline.analysis.motion import MotionConfig
 from data_pipeline.analysis.pictures import PicturesConfig
@@ -13,10 +14,14 @@ from data_pipeline.limits import SourceLimits
 from data_pipeline.report.config import ReportConfig
 from data_pipeline.stages.captions import CaptionsConfig
 from data_pipeline.stages.cut import CutConfig
+from data_pipeline.stages.duplicates import DuplicatesConfig
 from data_pipeline.stages.filter import DEFAULT_FILTERS, FilterRule
 from data_pipeline.stages.measure import MeasureConfig
+from data_pipeline.stages.prints import PrintsConfig
 from data_pipeline.stages.probe import ProbeConfig
+from data_pipeline.stages.scores import ScorerConfig
 from data_pipeline.stages.shots import ShotsConfig
+from data_pipeline.stages.text import TextConfig
 from opensora.utils.limits import Limits
 
 
@@ -33,12 +38,17 @@ class PipelineConfig:
     content: ContentConfig = field(default_factory=ContentConfig)
     luma: LumaConfig = field(default_factory=LumaConfig)
     motion: MotionConfig = field(default_factory=MotionConfig)
+    hash: HashConfig = field(default_factory=HashConfig)
     transnet: TransnetConfig = field(default_factory=TransnetConfig)
     shots: ShotsConfig = field(default_factory=ShotsConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     pictures: PicturesConfig = field(default_factory=PicturesConfig)
+    prints: PrintsConfig = field(default_factory=PrintsConfig)
+    duplicates: DuplicatesConfig = field(default_factory=DuplicatesConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     filters: dict[str, FilterRule | None] = field(default_factory=lambda: dict(DEFAULT_FILTERS))
     # asked in this order; one that is null is off
+    scores: dict[str, ScorerConfig] = field(default_factory=dict)  # name of the column -> what computes it
     cut: CutConfig = field(default_factory=CutConfig)
     captions: CaptionsConfig = field(default_factory=CaptionsConfig)
     report: ReportConfig = field(default_factory=ReportConfig)

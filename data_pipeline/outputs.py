@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from opensora.utils.files.user_files import written_whole
 
 _NAME = re.compile(r"(?P<shard>[a-z0-9]+)\.(?P<key>[0-9a-f]{16})\.(?P<digest>[0-9a-f]{16})\.parquet")
 _UNITS = b"units"
+# What is written aside: outputs and archives, clips, and files of the folder itself.
+_LEFTOVERS = ("*/.*.tmp*", "media/*/.*.tmp*", ".*.tmp*", ".plan.json.*", ".config.yaml.*", "..clips.json.*")
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def _newest_first(paths: Iterable[Path]) -> list[Path]:
 
 def clear_leftovers(folder: Path, older_than_s: float = 86400.0) -> None:
     """Remove what processes that were killed had written aside; what is younger may be somebody's work."""
-    for path in folder.glob("*/.*.tmp*"):
+    for path in chain.from_iterable(folder.glob(pattern) for pattern in _LEFTOVERS):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > older_than_s:
                 path.unlink()

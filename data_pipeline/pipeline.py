@@ -1,6 +1,6 @@
 """The stages of a run in order, and the outputs that are still to be made."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -34,6 +34,7 @@ class Pipeline:
     cfg: PipelineConfig
     plan: Plan
     retry: bool = False  # sources that failed before are tried again
+    check: bool = False  # clips are read, and not only looked for
     stages: dict[str, Stage | GlobalStage] = field(init=False)
     # What is known of the folder, until something is made or ``forget`` is called.
     _listed: dict[str, dict[tuple[str, str], Path]] = field(default_factory=dict)  # stage -> (shard, key) -> output
@@ -121,8 +122,8 @@ class Pipeline:
         key = self.key(stage, shards[0])
         if key is None or self.output(stage, shards[0]) is not None:
             return False
-        tables = {name: self.table(name, of_stage.reads[name]) for name in of_stage.reads}
-        found = of_stage.run_all(tables)  # type: ignore[union-attr]
+        tables = {name: self.table(name, columns) for name, columns in of_stage.reads.items() if columns}
+        found = of_stage.run_all(tables, self.rows_of)  # type: ignore[union-attr]
         names = found["source"].to_pylist()
         done = [Done(source, "", len(list(rows))) for source, rows in groupby(names)]
         rows, first = found.drop_columns(["source"]), 0
@@ -141,11 +142,23 @@ class Pipeline:
             InputMissing: an output is not there, or was damaged.
         """
         shards = self.plan.shards[:1] if stage in GLOBAL else self.plan.shards
-        found = [pair for shard in shards for pair in self.read(stage, shard).by_source()]
+        found = [(done, rows.select(columns)) for shard in shards for done, rows in self.read(stage, shard).by_source()]
         found.sort(key=lambda pair: pair[0].source)
-        tables = [self.stages[stage].columns.empty_table(), *(rows for _, rows in found)]
+        tables = [self.stages[stage].columns.empty_table().select(columns), *(rows for _, rows in found)]
         names = pa.array([done.source for done, _ in found for _ in range(done.rows)], pa.string())
-        return pa.concat_tables(tables).select(list(columns)).add_column(0, "source", names)
+        return pa.concat_tables(tables).add_column(0, "source", names)
+
+    def rows_of(self, stage: str, columns: Sequence[str], sources: Collection[str]) -> Iterator[tuple[str, pa.Table]]:
+        """See ``RowsOf``; in order of shards.
+
+        Raises:
+            InputMissing: an output is not there, or was damaged.
+        """
+        for shard in self.plan.shards:
+            if any(entry.name in sources for entry in shard.sources):
+                for done, rows in self.read(stage, shard).by_source():
+                    if done.source in sources:
+                        yield done.source, rows.select(columns)
 
     def errors(self) -> dict[str, tuple[str, Done]]:
         """Source -> the stage that it failed in, and why."""

@@ -1,12 +1,13 @@
 """From raw videos to a clip table.
 
-    python -m data_pipeline.run CONFIG.yaml source=DIR out=FOLDER [section.key=value ...]
+    python -m data_pipeline.run configs/pipeline/default.yaml source=my_videos out=work/first [section.key=value ...]
 
 Options, before or after the others:
     --dry-run        say what would run, and run nothing
     --until STAGE    stop after this stage; --until plan only lists the sources
     --only STAGE     this stage alone, on what the ones before it have left
     --retry          try sources again that failed before
+    --check          read every clip that is there, and cut those again that are damaged; else sizes are looked at
     --worker I/N     only the shards with number I modulo N, as one of N tasks of a cluster; makes no table
 
 The same command again goes on where it was: what is done is a file that is there.
@@ -46,7 +47,7 @@ from opensora.utils.files.user_files import try_output
 
 _TRIES = 5  # to find all in place
 _WAIT_S = 2.0  # for another process that works on what is left
-_FLAGS = ("--dry-run", "--retry")
+_FLAGS = ("--dry-run", "--retry", "--check")
 _VALUES = {"--until": "STAGE", "--only": "STAGE", "--worker": "I/N"}
 PLAN_ONLY = "plan"
 
@@ -60,6 +61,7 @@ class Options:
     until: str = ""
     only: str = ""
     worker: tuple[int, int] | None = None  # (number, of how many)
+    check: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,7 +84,7 @@ def run(cfg: PipelineConfig, options: Options = Options()) -> int:
     """
     out = Path(cfg.out)
     plan = _plan(cfg, options)
-    pipeline = Pipeline(cfg, plan, retry=options.retry)
+    pipeline = Pipeline(cfg, plan, retry=options.retry, check=options.check)
     names = _chosen(pipeline, options)
     if options.dry_run:
         return _say_what_would_run(pipeline, names)
@@ -178,7 +180,7 @@ def parse_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
     until, only = values.get("--until", ""), values.get("--only", "")
     if until and only:
         raise UserError(f"--until {until} --only {only}: give one of them")
-    return Options("--dry-run" in flags, "--retry" in flags, until, only, worker), rest
+    return Options("--dry-run" in flags, "--retry" in flags, until, only, worker, "--check" in flags), rest
 
 
 def _worker(text: str) -> tuple[int, int]:
@@ -254,9 +256,8 @@ def say_summary(pipeline: Pipeline) -> None:
     print(f"{len(pipeline.plan.sources)} sources, {sum(errors.values())} of them with an error")
     for kind, count in sorted(errors.items(), key=lambda item: (-item[1], item[0])):
         print(f"{count:>8}  {kind}")
-    for name in ("clips.parquet", "report.html"):
-        if (pipeline.out / name).exists():
-            print(pipeline.out / name)
+    if (pipeline.out / "report.html").exists():
+        print(f"what became of them and why: {pipeline.out / 'report.html'}")
 
 
 if __name__ == "__main__":

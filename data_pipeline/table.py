@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as papq
 
-from data_pipeline.media.storage import Clip, ClipDamaged, Place, is_there, pack, remove_packed
+from data_pipeline.media.storage import Clip, ClipDamaged, Place, is_there, is_whole, pack, remove_packed, unpack
 from data_pipeline.outputs import Done, digest_of, key_and_digest, outputs_of
 from data_pipeline.pipeline import Pipeline
 from data_pipeline.plan import Shard
@@ -75,7 +75,7 @@ def make_table(pipeline: Pipeline) -> Path:
     """
     path = pipeline.out / TABLE
     key = _key(pipeline)
-    if not _is_current(path, key):
+    if not _is_current(path, key, check=pipeline.check):
         whole = _Assembly(pipeline).table()
         about = json.dumps(provenance(pipeline), sort_keys=True).encode()
         with written_whole(path) as aside:
@@ -124,18 +124,23 @@ def _key(pipeline: Pipeline) -> str:
     return digest_of([_VERSION, cut.container, cut.tar_mib, provenance(pipeline), digests, listed])
 
 
-def _is_current(path: Path, key: str) -> bool:
-    """Whether the table is there, of this key and as it was written, and every clip in its place."""
+def _is_current(path: Path, key: str, *, check: bool) -> bool:
+    """Whether the table is there, of this key and as it was written, and every clip in its place; ``check``: and as it
+    was made."""
     try:
         made_of = json.loads(path.with_name(_MADE_OF).read_bytes())
         if made_of != {"key": key, "digest": _digest(path)}:
             return False
-        columns = papq.read_table(path, columns=["path", "bytes", "offset", "length"])
+        columns = papq.read_table(path, columns=["path", "bytes", "offset", "length", "sha256"])
     except (OSError, ValueError, pa.ArrowException):
         return False
     rows = zip(*(columns[name].to_pylist() for name in columns.column_names), strict=True)
-    places = ((Place(name, offset, length), size) for name, size, offset, length in rows if name is not None)
-    return all(is_there(path.parent, place, size) for place, size in places)
+    places = ((Place(name, offset, length), size, sha) for name, size, offset, length, sha in rows if name is not None)
+    return all(_holds(path.parent, place, size, sha, check=check) for place, size, sha in places)
+
+
+def _holds(out: Path, place: Place, size: int, sha256: str, *, check: bool) -> bool:
+    return is_there(out, place, size) and (not check or is_whole(out, place, sha256))
 
 
 def _digest(path: Path) -> str:
@@ -252,18 +257,23 @@ class _Assembly:
         """Path of a clip's own file -> where it lies."""
         pipeline, found = self._pipeline, dict[str, Place]()
         for shard, clips in _made(pipeline):
-            if pipeline.cfg.cut.container == "tar":
-                try:
-                    places = pack(pipeline.out, shard.name, clips, pipeline.cfg.cut.tar_mib << 20)
-                except ClipDamaged as error:
-                    raise _make_again(pipeline, shard, str(error)) from error
-            else:
-                places = [Place(clip.path) for clip in clips]
-                for clip, place in zip(clips, places, strict=True):
-                    if not is_there(pipeline.out, place, clip.bytes):
-                        raise _make_again(pipeline, shard, clip.path)
+            try:
+                places = self._placed(shard, clips)
+            except ClipDamaged as error:
+                raise _make_again(pipeline, shard, str(error)) from error
             found |= {clip.path: place for clip, place in zip(clips, places, strict=True)}
         return found
+
+    def _placed(self, shard: Shard, clips: Sequence[Clip]) -> list[Place]:
+        """Of each clip of a shard, where it lies as it was made, or is put now."""
+        out, cut, check = self._pipeline.out, self._pipeline.cfg.cut, self._pipeline.check
+        if cut.container == "tar":
+            return pack(out, shard.name, clips, cut.tar_mib << 20, check=check)
+        places = [Place(clip.path) for clip in clips]
+        for clip, place in zip(clips, places, strict=True):
+            if not _holds(out, place, clip.bytes, clip.sha256, check=check):
+                unpack(out, clip)
+        return places
 
     def _without_clips(self, schema: pa.Schema) -> pa.Table:
         """Sources that failed before there were clips of them, and those that no clip is in."""

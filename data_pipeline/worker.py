@@ -28,7 +28,7 @@ from opensora.utils.errors import UserError, one_line
 from opensora.utils.signal_handler import SIGNALS, end_with_parent, inherited_by_nobody
 
 START_S = 300.0  # an interpreter that comes over a busy network, on a machine with other work
-_STARTS = 3  # that may fail: somebody kills what they take for a stray process
+_STARTS = 10  # in a row that may be killed: by a system short of memory, or who takes them for stray processes
 _END_S = 30.0  # for a process that has closed its end; a core dump takes a while
 _GRACE_S = 5.0  # beyond its time limit: most stages notice it themselves
 _ROOT = Path(__file__).resolve().parents[1]
@@ -176,13 +176,17 @@ class Worker:
         except (EOFError, OSError):
             reason = "could not start"
         self._process = None
-        death = _death(_ended(process))
+        code = _ended(process)
         if self._closed.is_set():
             raise WorkerClosed from None
         self._failed_starts += 1
-        if self._failed_starts < _STARTS:
+        if code < 0 and self._failed_starts < _STARTS:
             return self._start()
-        raise RuntimeError(f"a worker process {reason} ({death}), see above")
+        if code < 0:
+            raise UserError(
+                f"a worker process {reason} {_STARTS} times in a row ({_death(code)}); ask for fewer by engine.workers"
+            )
+        raise RuntimeError(f"a worker process {reason} ({_death(code)}), see above")
 
 
 def _ended(process: "subprocess.Popen[bytes]") -> int:
@@ -210,11 +214,15 @@ def main(argv: list[str]) -> None:
     stages, limits = pickle.loads(connection.recv_bytes())
     _limit_memory(limits.memory_mib)
     connection.send(None)
+    known: set[str] = set()  # stages that have run: their libraries are imported
     while True:
         try:
             stage, unit = connection.recv()
             answer = _answer(stages[stage], unit, limits)
             gc.collect()  # decoders and encoders hold each other: few objects, and much memory behind them
+            if stage not in known:
+                known.add(stage)
+                gc.freeze()  # else every collection goes through all that was imported, 40 ms a source and stage
             connection.send(answer)
         except (EOFError, OSError):
             return

@@ -106,6 +106,8 @@ NOT_RUN = {
     r"\.py configs/(opensora|dit|latte|pixart)": "needs published weights; tests/unit/test_family_configs.py reads it",
     r"/(train|inference)\.py (training|sampling)\.py": "needs T5 and an autoencoder; test_guide_run.py has small ones",
     r"opensora\.cli\.convert (FILE|WEIGHTS)": "needs a published file; tests/unit/test_convert.py writes small ones",
+    r"captions\.endpoint\.url": "needs a server; tests/unit/test_pipeline_captions.py has one that behaves badly",
+    r"engine\.address=": "needs a Ray cluster; tests/faults/test_pipeline_engines.py starts one",
     r"tests\.golden_(autoencoders|table)": "needs golden tensors, which the repository does not hold",
     r"tests\.documented_commands": "this one",
 }
@@ -115,13 +117,15 @@ SMALLER = (
     (r"inference\.py CONFIG\.yaml", "inference.py configs/sample/demo.yaml weights=outputs/first"),
     (r'"\.\.\."', '"a blue square moves up"'),
     (r"(?<=launch/torchrun\.sh )\d+|(?<=--nproc_per_node )(\d+|N)", "2"),
+    (r"(data_pipeline\.run|submit\.py pipeline) CONFIG\.yaml", r"\1 configs/pipeline/default.yaml"),
+    (r"((?:data_pipeline\.run|submit\.py pipeline) .*)source=\S+ out=\S+", r"\1source=my_videos out=work/first"),
     (r"CONFIG(\.yaml)?", "configs/train/stage1.yaml"),
     (r"submit\.py \.\.\.", "submit.py configs/train/stage1.yaml"),
     (r"(precompute .*--out) DIR", r"\1 features2"),
     (r"(shapes .*--out) DIR", r"\1 shapes2"),
     (r"judge (FOLDER|\S+/video_\S+) --table \S+", "judge samples/video_32px --table data/shapes/prompts_train.csv"),
     (r"--(hunyuan|flux2d) DIR", ""),
-    (r"(--media|--videos) \S+", r"\1 my_videos"),
+    (r"(--media|--videos|--raw) \S+", r"\1 my_videos"),
     (r"\b(RUN_FOLDER|RUN)$", "outputs/first"),
     (r"\b(RUN_FOLDER|RUN) ", "outputs/first "),
     (r"(benchmarks\.step_caches) (?!-)\S+", r"\1 outputs/first"),
@@ -146,10 +150,13 @@ OPTIONS = {
     r"opensora\.cli\.buckets": BUCKETS,
     r"inference\.py configs/sample/256px": f"weights=outputs/first model=null vae=null text=null {SAMPLE}",
     r"inference\.py configs/sample": SAMPLE,
+    r"submit\.py pipeline": "--dry-run",
+    r"data_pipeline\.run": "filters.short=null",
+    r"data\.table=work/first": "train.steps=10 parallel.mesh.ulysses=1 name=from_raw",
     r"launch/submit\.py.*--dry-run": f"{TRAIN} train.init_from=null",
     r"launch/submit\.py": f"--dry-run {TRAIN} train.init_from=null",
     r"launch/demo\.sh$": "--minutes 1",
-    r"launch/demo\.sh --videos": "--steps 40 --out outputs/demo_clips",
+    r"launch/demo\.sh --(videos|raw)": "--steps 40 --out outputs/demo_clips",
     r"tests\.layout_table": "ulysses_2",
     r"benchmarks\.learns_shapes": "train.steps=4 'data.buckets={32px:{9:[1.0,4]}}' optim.warmup_steps=0 --seeds 1",
     r"benchmarks\.learns_i2v": "train.steps=4 'data.buckets={32px:{9:[1.0,4]}}' optim.warmup_steps=0 --seeds 1 "
@@ -199,7 +206,7 @@ def prepare(folder: Path) -> Path:
     """A fresh clone with what a reader would bring: a few clips with captions, a table of prompts."""
     clone = folder / "clone"
     subprocess.run(["git", "clone", "--quiet", "--local", str(ROOT), str(clone)], check=True)
-    for name, size in (("my_clips", "32x32"), ("my_videos", "160x120")):
+    for name, size in (("my_clips", "32x32"), ("my_videos", "320x240")):
         shapes = ["--out", name, "--clips", "24", "--images", "8", "--sizes", size, "--durations", "5,17"]
         command = [sys.executable, "-m", "data_pipeline.shapes", *shapes]
         subprocess.run(command, cwd=clone, check=True, stdout=subprocess.DEVNULL)

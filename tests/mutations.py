@@ -57,6 +57,8 @@ FOUR = "tests/reference/test_training.py::test_many_processes[4-tensor2-shard2-z
 CLIPS = "tests/reference/test_sampling.py::test_clips[guided]"
 DISTILLED = "tests/reference/test_sampling.py::test_clips[distilled]"
 STILLS = "tests/reference/test_sampling.py::test_stills_of_a_table"
+CAMERA, LUMA = "tests/unit/test_motion.py::test_{}", "tests/unit/test_luma.py::test_{}"
+MEASURE = "tests/unit/test_measure.py::test_{}"
 WHOLE = "tests/reference/test_sampling.py::test_from_training_to_pixels[adamw]"
 WITH_ADAPTERS = "tests/reference/test_sampling.py::test_from_training_to_pixels[adapters]"
 
@@ -211,6 +213,9 @@ FUSED, NORMS, APEX = (f"acceleration/{name}.py" for name in ("optim/fused_adamw"
 BY_APEX = "tests/dist/test_apex.py::test_{}"
 FAMILY_FILES = "tests/unit/test_family_configs.py::test_{}"
 PARTS_OF_FILES = "tests/unit/test_family_parts.py::test_{}"
+
+PIPELINE_LOCAL = "tests/unit/test_pipeline_local.py::test_"
+FILTERS, REPORT, SCORES = (f"tests/unit/test_{name}.py::test_" for name in ("filters", "report", "scores"))
 
 TABLE: tuple[Mutation, ...] = (
     # DiT, Latte, PixArt: positions, prompts that are dropped, files.
@@ -2649,6 +2654,253 @@ TABLE: tuple[Mutation, ...] = (
         "return raw.filter(pa.array(keep)), numbers[keep]",
         "return raw.filter(pa.array(keep)), numbers[: keep.sum()]",
         "tests/unit/test_kept_rows.py::test_faults_name_the_row_of_the_file[csv]",
+    Mutation(
+        "a zoom in is called a zoom out",
+        "data_pipeline/quality/camera.py",
+        '("zoom in", "zoom out")',
+        '("zoom out", "zoom in")',
+        CAMERA.format("names_of_motions[zoom in]"),
+    ),
+    Mutation(
+        "the camera takes part in what moves in front of it",
+        "data_pipeline/analysis/motion.py",
+        "if _is_at_rest(moved - points, _flow_of(matrix, points)):",
+        "if False:",
+        CAMERA.format("a_camera_rests_where_most_texture_is_on_something_that_moves"),
+    ),
+    Mutation(
+        "neighbouring frames are compared",
+        "data_pipeline/analysis/motion.py",
+        "self._first[1] + self._config.gap_s",
+        "self._first[1]",
+        CAMERA.format("frames_that_come_twice_do_not_look_still"),
+    ),
+    Mutation(
+        "speeds depend on the rate",
+        "data_pipeline/analysis/motion.py",
+        "scale = 1 / (max(after.shape) * (frame.time_s - time_s))",
+        "scale = 15 / max(after.shape)",
+        CAMERA.format("the_camera_s_motion_is_measured[(0.05, 0, 0, 0)-12.0]"),
+    ),
+    Mutation(
+        "a bright spot in the dark has bars",
+        "data_pipeline/quality/bars.py",
+        "(dim - dark <= _STEEP)",
+        "(dim - dark <= 1)",
+        LUMA.format("a_bright_spot_in_the_dark_has_no_bars"),
+    ),
+    Mutation(
+        "a freeze is counted in frames",
+        "data_pipeline/stages/measure.py",
+        'times = (pts - pts[0]) * float(Fraction(frames["time_base"]))',
+        "times = np.arange(len(pts)) / 10",
+        MEASURE.format("frozen_is_a_share_of_time_at_a_variable_rate"),
+    ),
+    Mutation(
+        "damage is of the whole file",
+        "data_pipeline/stages/measure.py",
+        "((damage >= first) & (damage < last)).any()",
+        "len(damage)",
+        MEASURE.format("damage_is_of_the_clip_that_has_it"),
+    ),
+    Mutation(
+        "mirrored pictures have the hashes of turned ones",
+        "data_pipeline/analysis/hashes.py",
+        "for h in range(1, _LOW, 2)",
+        "for h in range(0, _LOW, 2)",
+        "tests/unit/test_hashes.py::test_the_hash_of_the_mirrored_picture_follows",
+    ),
+    Mutation(
+        "other moments of a room are duplicates",
+        "data_pipeline/matching/align.py",
+        "left / (changes + _FLOOR)",
+        "left / (changes + 1e4)",
+        "tests/unit/test_duplicates.py::test_moments_are_told_apart_by_what_changes",
+    ),
+    Mutation(
+        "the worst of a group is kept",
+        "data_pipeline/stages/duplicates.py",
+        "best = min(members, key=clips.rank)",
+        "best = max(members, key=clips.rank)",
+        "tests/unit/test_duplicates.py::test_the_one_of_most_bits_times_pixels_is_kept",
+    ),
+    Mutation(
+        "bars count as pixels",
+        "data_pipeline/matching/clip_list.py",
+        ' * _numbers(self._rows["measure"]["picture_share"])',
+        "",
+        "tests/unit/test_duplicates.py::test_bars_are_no_pixels",
+    ),
+    Mutation(
+        "who is mirrored is forgotten in a group",
+        "data_pipeline/matching/groups.py",
+        "turned ^ other_turned ^ mirrored",
+        "mirrored",
+        "tests/unit/test_duplicates.py::test_groups_know_who_is_mirrored",
+    ),
+    Mutation(
+        "any overlap is enough",
+        "data_pipeline/matching/candidates.py",
+        "shared = _overlap(prints, pairs) >= overlap",
+        "shared = _overlap(prints, pairs) >= 0",
+        "tests/unit/test_duplicates.py::test_how_much_both_must_show",
+    ),
+    Mutation(
+        "a single letter is text",
+        "data_pipeline/stages/text.py",
+        " and len(each.text) >= cfg.letters",
+        "",
+        "tests/unit/test_overlays.py::test_what_looks_like_letters_is_none",
+    ),
+    Mutation(
+        "a box of the whole picture is text",
+        "data_pipeline/overlays/reading.py",
+        " if each.share <= _LARGEST",
+        "",
+        "tests/unit/test_overlays.py::test_a_box_of_the_whole_picture_is_no_text",
+    ),
+    Mutation(
+        "text in bars counts",
+        "data_pipeline/stages/text.py",
+        "_inside(each.bgr, bars)",
+        "each.bgr",
+        "tests/unit/test_overlays.py::test_bars_are_cut_away_before",
+    ),
+    Mutation(
+        "duplicates are read",
+        "data_pipeline/stages/text.py",
+        'row["duplicate_of"] is None for row',
+        "True for row",
+        "tests/unit/test_overlays.py::test_only_clips_that_are_kept_and_no_duplicates[more2-False]",
+    ),
+    Mutation(
+        "what stands still is a mark",
+        "data_pipeline/overlays/logo.py",
+        "_ALIVE = 0.7",
+        "_ALIVE = 0.0",
+        "tests/unit/test_overlays.py::test_a_camera_at_rest_says_nothing_of_marks",
+    ),
+    Mutation(
+        "pipeline: a worker is started by a thread of the stage",
+        "data_pipeline/engines/local.py",
+        "self._threads.submit(self._work, worker, queue)",
+        'ThreadPoolExecutor(1, "stage").submit(self._work, worker, queue)',
+        PIPELINE_LOCAL + "workers_outlive_a_stage",
+    ),
+    Mutation(
+        "pipeline: short sources first",
+        "data_pipeline/shard.py",
+        "key=self.weight, reverse=True)",
+        "key=self.weight)",
+        PIPELINE_LOCAL + "long_sources_come_first",
+    ),
+    Mutation(
+        "pipeline: memory that others left is put down to a source",
+        "data_pipeline/worker.py",
+        """        if fresh:
+            raise Failed("memory", value)
+        return self.run(stage, unit)""",
+        """        raise Failed("memory", value)
+        return self.run(stage, unit)""",
+        PIPELINE_LOCAL + "memory_that_others_hold_is_no_source_s_fault",
+    ),
+    Mutation(
+        "pipeline: a journal is written on behind damage",
+        "data_pipeline/journal.py",
+        "self._file.truncate(end)",
+        "pass",
+        "tests/unit/test_pipeline_journal.py::test_every_cut_and_every_damaged_region_costs_only_what_is_behind_it",
+    ),
+    Mutation(
+        "pipeline: a lock on a journal that is gone",
+        "data_pipeline/journal.py",
+        "if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path)):",
+        "if self._file:",
+        "tests/unit/test_pipeline_journal.py::test_one_that_is_removed_before_it_is_locked_is_opened_again",
+    ),
+    Mutation(
+        "pipeline: what was done before counts for the time left",
+        "opensora/utils/console.py",
+        "        self._initial += steps\n        if self._bar",
+        "        if self._bar",
+        PIPELINE_LOCAL + "time_that_is_left_is_by_size_and_without_what_was_done",
+    ),
+    Mutation(
+        "filters: a value at its threshold is rejected",
+        "data_pipeline/stages/filter.py",
+        "value < self.min:",
+        "value <= self.min:",
+        FILTERS + "a_range",
+    ),
+    Mutation(
+        "filters: what nobody measured is missing",
+        "data_pipeline/stages/filter.py",
+        "column.position > reached",
+        "column.position > 99",
+        FILTERS + "the_verdict_of_the_screen_comes_first",
+    ),
+    Mutation(
+        "filters: their order is not part of the key",
+        "data_pipeline/stages/filter.py",
+        "for name, (rule, _) in rules.items()]\n",
+        "for name, (rule, _) in sorted(rules.items(), key=lambda item: item[0])]\n",
+        FILTERS + "stages_of_filters_are_keyed_by_rules_and_their_order_and_go_to_workers",
+    ),
+    Mutation(
+        "pictures: another second begins behind a gap",
+        "data_pipeline/analysis/base.py",
+        "self._step * (math.floor((frame.time_s + 1e-9) / self._step) + 1)",
+        "self._next + self._step",
+        "tests/unit/test_pictures.py::test_of_a_variable_rate_no_second_has_more",
+    ),
+    Mutation(
+        "report: a clip is dropped by every filter that rejects it",
+        "data_pipeline/report/funnel.py",
+        "amounts = (left, first,",
+        "amounts = (left, rejected,",
+        REPORT + "the_funnel_counts_each_clip_where_it_is_rejected_first",
+    ),
+    Mutation(
+        "report: misses by how many filters reject them",
+        "data_pipeline/report/clips.py",
+        "np.lexsort((rows, others, distance))",
+        "np.lexsort((rows, distance, others))",
+        REPORT + "the_nearest_misses_are_in_order_of_their_distance_to_the_threshold",
+    ),
+    Mutation(
+        "report: a shot has the picture behind its end",
+        "data_pipeline/report/collect.py",
+        "(frames < shot.last)",
+        "(frames <= shot.last)",
+        REPORT + "the_picture_of_a_shot_is_the_one_nearest_its_middle",
+    ),
+    Mutation(
+        "report: names of files are HTML",
+        "data_pipeline/report/markup.py",
+        "<span>{escape(below)}</span>",
+        "<span>{below}</span>",
+        REPORT + "names_from_outside_are_text_and_nothing_else",
+    ),
+    Mutation(
+        "scores: weights that a model lacks are drawn",
+        "data_pipeline/scoring/clip.py",
+        'about["missing_keys"]',
+        "[]",
+        SCORES + "a_model_without_all_of_its_weights[a weight less]",
+    ),
+    Mutation(
+        "scores: embeddings have any length",
+        "data_pipeline/scoring/clip.py",
+        "wide / np.linalg.norm(wide, axis=-1, keepdims=True)",
+        "wide",
+        SCORES + "an_aesthetic_score_is_the_head_of_the_embedding",
+    ),
+    Mutation(
+        "scores: duplicates are looked at",
+        "data_pipeline/stages/scores.py",
+        "if keep and copy is None else",
+        "if keep else",
+        SCORES + "what_is_rejected_or_a_duplicate_is_not_looked_at",
     ),
 )
 

@@ -106,13 +106,40 @@ def labelled_clip(number: int, media: Path) -> LabelledClip:
     seconds = rng.uniform(4, 8) if is_one_shot else rng.uniform(2.8, 4.2, count)
     lengths = np.atleast_1d(np.round(seconds * fps)).astype(int)
     footage = _draw_footage(rng, half, count)
+    disturbed = 1.0 if is_one_shot else 0.35
+    return _assembled(
+        rng, f"{number:03d}.mp4", half, [*zip(footage, lengths.tolist(), strict=True)], media, fps, disturbed
+    )
+
+
+def hard_clip(number: int, media: Path) -> LabelledClip:
+    """For tuning alone: neighbours that look alike (people who sign in one room), and scenes with little in them."""
+    rng = np.random.default_rng([77, number])
+    fps = float(rng.choice([24, 25, 30]))
+    room = [partial(_real, REAL["tuning"][index]) for index in (3, 4, 5, 6)]
+    dark = [_stars, _vignetted, _scene, partial(_photograph, PHOTOGRAPHS["tuning"][number % 3])]
+    footage = [room, dark, [room[number % 4], *dark[:2], dark[3]]][number // 2 % 3]
+    shots = [(footage[index], round(rng.uniform(2.8, 4.2) * fps)) for index in rng.permutation(4)]
+    return _assembled(rng, f"hard{number:03d}.mp4", "tuning", shots, media, fps, 0.35)
+
+
+def _assembled(
+    rng: np.random.Generator,
+    name: str,
+    half: str,
+    shots: Sequence[tuple["Footage", int]],
+    media: Path,
+    fps: float,
+    disturbed: float,
+) -> LabelledClip:
+    """Shots of these lengths, some graded and some disturbed, joined."""
     distractors: list[str] = []
     frames, transitions = None, list[Truth]()
-    for shot, length in zip(footage, lengths, strict=True):
-        taken = shot(rng, media, int(length))
+    for shot, length in shots:
+        taken = shot(rng, media, length)
         if rng.random() < 0.3:
             taken = _graded(rng, taken)
-        if is_one_shot or rng.random() < 0.35:
+        if rng.random() < disturbed:
             taken, what = _disturbed(rng, taken, fps)
             distractors.append(what)
         if frames is None:
@@ -121,7 +148,6 @@ def labelled_clip(number: int, media: Path) -> LabelledClip:
             frames, truth = _joined(rng, frames, taken, fps)
             transitions.append(truth)
     assert frames is not None
-    name = f"{number:03d}.mp4"
     return LabelledClip(name, half, frames, fps, int(rng.integers(18, 31)), tuple(transitions), tuple(distractors))
 
 
@@ -214,6 +240,23 @@ def _scene(rng: np.random.Generator, media: Path, length: int) -> np.ndarray:
             else:
                 cv2.rectangle(frame, (x - size, y - size // 2), (x + size, y + size // 2), colour, -1)
     return frames
+
+
+def _stars(rng: np.random.Generator, media: Path, length: int) -> np.ndarray:
+    """Small lights on black, which the camera passes slowly."""
+    sky = np.zeros((400, 700, 3), np.uint8) + rng.integers(0, 12, 3).astype(np.uint8)
+    for _ in range(int(rng.integers(40, 400))):
+        place = (int(rng.integers(0, 700)), int(rng.integers(0, 400)))
+        cv2.circle(sky, place, int(rng.integers(1, 5)), tuple(int(c) for c in rng.integers(60, 256, 3)), -1)
+    corner = rng.uniform(60, 200, 2) + np.linspace(0, 1, length)[:, None] * rng.uniform(-40, 40, 2)
+    return _filmed(cv2.GaussianBlur(sky, (0, 0), 1.2), corner, np.linspace(1.0, rng.uniform(0.9, 1.2), length))
+
+
+def _vignetted(rng: np.random.Generator, media: Path, length: int) -> np.ndarray:
+    """A scene in a round spot of light."""
+    y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
+    spot = np.clip(1.3 - np.hypot((x - WIDTH / 2) / 110, (y - HEIGHT / 2) / 85), 0, 1)
+    return (_scene(rng, media, length) * spot[..., None]).astype(np.uint8)
 
 
 def _wall(rng: np.random.Generator) -> np.ndarray:

@@ -30,6 +30,7 @@ _LEAST_POINTS = 12
 _FLAT = 8  # of luma: what differs less from all around it shows no motion
 _AROUND = np.ones((9, 9), np.uint8)
 _TOLERANCE = (0.5, 0.1)  # pixels that a point may be off the camera's motion, and more, in shares of the usual motion
+_STILL = (0.15, 0.25)  # pixels that a still point seems to move; share of such points that shows a camera at rest
 _GOLDEN = 0.6180339887498949
 _UNEVEN = 0.7  # of the step, over which moments are spread
 
@@ -144,15 +145,29 @@ def camera_motion(picture: np.ndarray, flow: np.ndarray) -> tuple[np.ndarray, fl
     matrix = _similarity(points, moved)
     if matrix is None:
         return np.zeros(4), mean_length(flow[::_GRID, ::_GRID], shown), 0.0
+    if _is_at_rest(moved - points, _flow_of(matrix, points)):
+        matrix = np.eye(2, 3)
+    agree = np.hypot(*(moved - points - _flow_of(matrix, points)).T) <= _tolerance(moved - points)
     height, width = picture.shape
+    grid = np.stack(np.meshgrid(np.arange(0, width, _GRID), np.arange(0, height, _GRID)), axis=-1)
+    rest = mean_length(flow[::_GRID, ::_GRID] - _flow_of(matrix, grid), shown)
+    return _parts(matrix, height, width), rest, float(np.mean(agree))
+
+
+def _is_at_rest(motion: np.ndarray, of_camera: np.ndarray) -> bool:
+    """Whether so many points stay where they are, though the camera's motion would move them, that it is none: most of
+    the texture is on something large that moves."""
+    stays = np.hypot(*motion.T) <= _STILL[0]
+    should_move = np.hypot(*of_camera.T) > _TOLERANCE[0]
+    return float(np.mean(stays & should_move)) >= _STILL[1]
+
+
+def _parts(matrix: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(4,): to the right, down, logarithm of the scale, clockwise; about the centre."""
     centre = np.array([(width - 1) / 2, (height - 1) / 2])
     shift = matrix @ np.append(centre, 1) - centre
     scale, turn = np.hypot(matrix[0, 0], matrix[1, 0]), np.arctan2(matrix[1, 0], matrix[0, 0])
-    motion = np.array([*shift, np.log(scale), turn])
-    agree = np.hypot(*(moved - points - _flow_of(matrix, points)).T) <= _tolerance(moved - points)
-    grid = np.stack(np.meshgrid(np.arange(0, width, _GRID), np.arange(0, height, _GRID)), axis=-1)
-    rest = mean_length(flow[::_GRID, ::_GRID] - _flow_of(matrix, grid), shown)
-    return motion, rest, float(np.mean(agree))
+    return np.array([*shift, np.log(scale), turn])
 
 
 def textured_points(picture: np.ndarray) -> np.ndarray:

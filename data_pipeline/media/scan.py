@@ -77,7 +77,7 @@ def scan(path: str, report: ScanReport, *, frames: int, timeout_s: float) -> Ite
     with Opened(source) as container:
         stream = video_stream(source, container, threads=1)
         about = stream_info(source, stream)
-        pictures = _Pictures(source, about)
+        pictures = Pictures(source, about)
         report.time_base = stream.time_base or Fraction(1, 1000)
         first: int | None = None
         for packet in packets(source, container, stream, deadline):
@@ -106,7 +106,7 @@ def _pts(frame: VideoFrame, report: ScanReport, first: int | None) -> int:
     return (first or 0) + round(report.frames / (25 * report.time_base))
 
 
-class _Pictures:
+class Pictures:
     """Frames of one stream, scaled and turned by swscale."""
 
     def __init__(self, source: Source, about: StreamInfo) -> None:

@@ -9,6 +9,7 @@ import io
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,6 +86,27 @@ def is_there(out: Path, place: Place, size: int) -> bool:
     return _size(out / place.path.split("#", 1)[0]) >= place.offset + size
 
 
+def is_whole(out: Path, place: Place, sha256: str) -> bool:
+    """Whether a clip of a table is as it was made, by all of its bytes."""
+    try:
+        with locate(str(out / place.path)).open() as file:
+            return hashlib.sha256(file.read()).hexdigest() == sha256
+    except (DecodeError, OSError):
+        return False
+
+
+def unpack(out: Path, clip: Clip) -> None:
+    """Give a clip that lies in an archive a file of its own: ``cut.container`` was tar before.
+
+    Raises:
+        UserError: it cannot be written.
+        ClipDamaged: it is in none, or not as it was made.
+    """
+    content = _content(out, clip)
+    with written_whole(out / clip.path) as aside:
+        aside.write_bytes(content)
+
+
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
@@ -92,8 +114,11 @@ def _size(path: Path) -> int:
         return -1
 
 
-def pack(out: Path, shard: str, clips: Sequence[Clip], most_bytes: int) -> list[Place]:
+def pack(out: Path, shard: str, clips: Sequence[Clip], most_bytes: int, *, check: bool = False) -> list[Place]:
     """Clips of a shard in archives of about ``most_bytes``; those that are there already stay as they are.
+
+    Args:
+        check: whether what is in an archive is read, and not only its size looked at.
 
     Raises:
         UserError: an archive cannot be written.
@@ -105,12 +130,16 @@ def pack(out: Path, shard: str, clips: Sequence[Clip], most_bytes: int) -> list[
         key = hashlib.blake2b(listed.encode(), digest_size=8).hexdigest()
         archive = out / MEDIA / f"{shard}-{key}.tar"
         offsets = _offsets(part)
-        if _size(archive) < offsets[-1] + part[-1].bytes:
+        found = [_place(archive.name, clip, at) for clip, at in zip(part, offsets, strict=True)]
+        is_short = _size(archive) < offsets[-1] + part[-1].bytes
+        if is_short or (check and not all(map(partial(is_whole, out), found, (clip.sha256 for clip in part)))):
             _write(out, archive, part)
-        for clip, at in zip(part, offsets, strict=True):
-            name = f"{MEDIA}/{archive.name}#{os.path.basename(clip.path)}@{at}+{clip.bytes}"
-            places.append(Place(name, at, clip.bytes))
+        places += found
     return places
+
+
+def _place(archive: str, clip: Clip, at: int) -> Place:
+    return Place(f"{MEDIA}/{archive}#{os.path.basename(clip.path)}@{at}+{clip.bytes}", at, clip.bytes)
 
 
 def remove_packed(out: Path, clips: Sequence[Clip]) -> None:

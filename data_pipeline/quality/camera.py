@@ -12,6 +12,8 @@ from data_pipeline.rows import Row
 PARTS = (("pan left", "pan right"), ("tilt up", "tilt down"), ("zoom in", "zoom out"), ("roll left", "roll right"))
 STATIC, SHAKE, MIXED = "static", "shake", "mixed"
 NAMES = (STATIC, *(name for names in PARTS for name in names), SHAKE, MIXED)
+_NEARLY = 0.75  # of its speed: a camera that trembles more than that does not glide
+_USUALLY = 0.7  # share of the pairs that move to the same side, of a motion that has one
 _LEAST_AGREE = 0.25  # share of a pair's textured points: with fewer, what they agree on is chance
 
 
@@ -41,8 +43,8 @@ def describe_motion(pairs: Pairs, *, static: float, shake: float, mixed: float) 
     """``camera_motion``, ``camera_speed`` and ``shake`` (see ``MeasureStage``); none where no pair tells anything.
 
     Args:
-        static: below this speed the camera stands still.
-        shake: above this one, and above its steady motion, it shakes.
+        static: below this speed the camera stands still, as far as it can be measured from moment to moment.
+        shake: a camera that trembles more, and nearly as fast as it glides, shakes.
         mixed: share of the largest part that a second one may have.
     """
     speeds = pairs.speeds[pairs.agree >= _LEAST_AGREE]
@@ -51,17 +53,20 @@ def describe_motion(pairs: Pairs, *, static: float, shake: float, mixed: float) 
     steady, trembling = np.median(speeds, axis=0), tremble(speeds)
     speed, usual = float(np.linalg.norm(steady)), float(np.median(np.linalg.norm(speeds, axis=1)))
     found: dict[str, Any] = {"camera_speed": speed, "shake": trembling}
-    if trembling > max(shake, speed):
+    if trembling > max(shake, _NEARLY * speed):
         return found | {"camera_motion": SHAKE}
-    if max(speed, usual) < static:
+    if max(speed, usual / 2) < static:
         return found | {"camera_motion": STATIC}
-    return found | {"camera_motion": _direction(steady, usual, static, mixed)}
+    return found | {"camera_motion": _direction(speeds, usual, static, mixed)}
 
 
-def _direction(steady: np.ndarray, usual: float, static: float, mixed: float) -> str:
+def _direction(speeds: np.ndarray, usual: float, static: float, mixed: float) -> str:
     """By name; a camera that moves, but not to the same side most of the time, does several things."""
+    steady = np.median(speeds, axis=0)
     second, largest = np.argsort(np.abs(steady))[-2:]
     if abs(steady[largest]) < max(static / 2, mixed * usual) or abs(steady[second]) > mixed * abs(steady[largest]):
+        return MIXED
+    if np.mean(speeds[:, largest] * steady[largest] > 0) < _USUALLY:
         return MIXED
     return PARTS[largest][0 if steady[largest] > 0 else 1]
 

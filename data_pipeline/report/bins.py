@@ -32,13 +32,13 @@ class Axis:
         return math.exp(scaled) if self.is_log else scaled
 
     def ticks(self) -> list[float]:
-        """Round values, four to eight of them."""
+        """Round values, three to eight of them."""
         if self.is_log:
             exponents = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             steps = (1, 3) if len(exponents) <= 4 else (1,)
             found = [step * 10.0**exponent for exponent in exponents for step in steps]
         else:
-            step = _round_step((self.high - self.low) / 5)
+            step = _round_step((self.high - self.low) / 8)
             first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
             found = [step * number for number in range(first, last + 1)]
         return [tick for tick in found if self.low * (1 - 1e-9) <= tick <= self.high * (1 + 1e-9)]

@@ -25,6 +25,7 @@ def reconciled(cuts: Sequence[int], thumbs: Thumbs, times: np.ndarray, apart_s: 
     """
     cuts = [cut for cut in cuts if not is_refuted(thumbs, cut, times[cut])]
     sudden = [cut for cut in cuts if is_sudden(thumbs, cut, times[cut])]
+    thumbs = thumbs.without_flashes()
     found = gradual_transitions(thumbs, sudden)
     found = [each for each in found if not any(_is_beside(each, cut, thumbs, times, apart_s) for cut in sudden)]
     others = [cut for cut in cuts if cut not in sudden and not any(_explains(each, cut, times) for each in found)]

@@ -5,14 +5,30 @@ import numpy as np
 from data_pipeline.shots.thumbs import Thumbs, likeness
 
 _REACH_S = 0.45  # before and after
-_SAME = 0.9  # likeness of two moments that are of one shot
+# Two moments before and after are of one shot if they are alike enough, or if what lies between is further from both
+# than this many times what they differ by, or if there is something of both.
+_SAME, _AWAY = 0.97, 1.5
+_ALIKE, _OFF = 0.88, 0.5
 _SUDDEN = 0.5  # of all change around a cut: what its one step makes of it
 
 
 def is_refuted(thumbs: Thumbs, cut: int, time_s: float) -> bool:
-    """Whether some moment after it shows what one before it showed."""
+    """Whether some moment after it shows what one before it showed: the view jerked, or there was a flash."""
     before, after = _around(thumbs, cut, time_s)
-    return any(likeness(thumbs.pictures[a], thumbs.pictures[b]) > _SAME for a in before[-3:] for b in after)
+    if not (before and after):
+        return False
+    near = {index: thumbs.pictures[index].astype(np.int16) for index in (*before, *after)}
+
+    def apart(a: int, b: int) -> float:
+        return float(np.abs(near[a] - near[b]).mean())
+
+    for a in before:
+        for b in after:
+            off = max(min(apart(a, m), apart(m, b)) for m in (before[-1], after[0])) / max(apart(a, b), 0.5)
+            alike = likeness(thumbs.pictures[a], thumbs.pictures[b])
+            if alike > _SAME or off > _AWAY or (alike > _ALIKE and off > _OFF):
+                return True
+    return False
 
 
 def is_sudden(thumbs: Thumbs, cut: int, time_s: float) -> bool:

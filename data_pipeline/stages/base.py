@@ -5,7 +5,7 @@ nothing of shards, engines or files of the run, and its output is keyed by all t
 its version, and the columns that it declares to read. Whoever changes what a stage computes raises its version.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -108,9 +108,15 @@ def has_failed(stage: object, error: str, rows: pa.Table) -> bool:
     return bool(error) or (isinstance(stage, TriesAgain) and rows[stage.retry_column].null_count < rows.num_rows)
 
 
+# (stage, columns, sources) -> these columns of a source's rows, one source after the other, in any order: for what is
+# too large to have of all sources at once
+RowsOf = Callable[[str, Sequence[str], Collection[str]], Iterator[tuple[str, pa.Table]]]
+
+
 class GlobalStage(Step, Protocol):
     """A step that looks at all sources together, such as the search for duplicates."""
 
-    def run_all(self, tables: Mapping[str, pa.Table]) -> pa.Table:
+    def run_all(self, tables: Mapping[str, pa.Table], rows_of: RowsOf) -> pa.Table:
         """Rows with a column ``source`` from the declared columns of earlier stages, which have it as well; the rows
-        of a table are in order of source, and of time within one."""
+        of a table are in order of source, and of time within one. ``rows_of`` gives more columns of stages that are
+        declared, of some sources."""

@@ -95,7 +95,7 @@ DEFAULT_FILTERS: Mapping[str, FilterRule] = {
     "still": FilterRule(column="motion_score", min=0.05),
     "hectic": FilterRule(column="motion_score", max=20.0),
     "duplicates": FilterRule(column="duplicate_of", present="reject"),
-    "text": FilterRule(column="text_share", max=0.05),
+    "text": FilterRule(column="text_share", max=0.005),
 }
 
 

@@ -12,7 +12,7 @@ from data_pipeline.analysis.luma import BAR_LEVELS, SIDES
 from data_pipeline.limits import SourceLimits
 from data_pipeline.quality.bars import find_bars
 from data_pipeline.quality.camera import Pairs, describe_motion
-from data_pipeline.quality.freezes import frozen_s
+from data_pipeline.quality.freezes import frozen_s, still_frames
 from data_pipeline.rows import Row
 from data_pipeline.stages.base import Resources, Unit
 from opensora.utils.limits import SECONDS, Limits
@@ -29,7 +29,7 @@ class MeasureConfig:
     bar_luma: int = 24  # lines of a bar are darker
     bar_share: float = 0.9  # of a clip's pictures that have a bar, at least
     static_speed: float = 0.5  # % of the longer side a second: a camera that is slower stands still
-    shake: float = 4.0  # the same unit: a camera that trembles more, and more than it glides, shakes
+    shake: float = 3.0  # the same unit: one that trembles more, and nearly as fast as it glides, shakes
     mixed_share: float = 0.5  # of the largest part of a camera's motion: where a second is larger, it is mixed
 
     LIMITS: ClassVar[Limits] = {
@@ -114,9 +114,8 @@ class MeasureStage:
         first, last, cfg = clip["first"], clip["last"], self.config
         pts = np.append(np.maximum.accumulate(frames["pts"])[first:last], clip["end_pts"])
         times = (pts - pts[0]) * float(Fraction(frames["time_base"]))
-        still = (frames["luma_change"][first:last] <= cfg.frozen_change) & (
-            frames["luma_peak"][first:last] <= cfg.frozen_peak
-        )
+        change, peak = (frames[name][first:last] for name in ("luma_change", "luma_peak"))
+        still = still_frames(change, peak, cfg.frozen_change, cfg.frozen_peak)
         return frozen_s(times, still, cfg.frozen_s) / times[-1] if times[-1] > 0 else 0.0
 
     def _of_samples(self, frames: Row, inside: np.ndarray) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from data_pipeline.limits import SourceLimits
 from data_pipeline.media.facts import read_facts
 from data_pipeline.rows import Row
 from data_pipeline.stages.base import Resources, SourceError, Unit
-from opensora.datasets.decode.api import probe, sniff
+from opensora.datasets.decode.api import ANIMATIONS, probe, sniff
 
 _BLOCK = 1 << 22
 
@@ -58,12 +58,17 @@ class ProbeStage:
     def run(self, unit: Unit) -> list[Row]:
         """See ``Stage``."""
         if not os.path.isfile(unit.file):
-            raise SourceError("no such file", kind="missing")
+            is_there = os.path.exists(unit.file)
+            reason = "a folder, pipe or device, and no file" if is_there else "no such file"
+            raise SourceError(reason, kind="no file" if is_there else "missing")
         found = sniff(unit.file)
         if found.kind == "still":
             raise SourceError("a still, not a video; python -m data_pipeline.index lists stills", kind="still")
         if found.kind == "neither":
             raise SourceError(f"no video: {found.what}", kind="no video")
+        if found.what in ANIMATIONS:
+            reason = f"a moving picture ({found.what}), which the stages behind this cannot read; save it as a video"
+            raise SourceError(reason, kind="moving picture")
         info = probe(unit.file, timeout_s=self._limits.time_s)
         if info.height * info.width > self._limits.pixels:
             reason = f"{info.width}x{info.height} pixels, limits.pixels allows {self._limits.pixels}"

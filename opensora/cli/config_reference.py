@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from data_pipeline.config import PipelineConfig
 from opensora.cli.main import run_cli
 from opensora.config.run import RunConfig, SampleConfig
 from opensora.config.schema import plain, wanted
@@ -53,6 +54,7 @@ def render() -> str:
     for cls, title, command in (
         (RunConfig, "Training", "scripts/diffusion/train.py"),
         (SampleConfig, "Sampling", "scripts/diffusion/inference.py"),
+        (PipelineConfig, "Data pipeline", "python -m data_pipeline.run"),
     ):
         parts.append(f"## {title}: `{command}`\n")
         parts.extend(_sections(cls, "", seen))
@@ -167,6 +169,8 @@ def _default(field: "dataclasses.Field[Any]") -> str:
         value = field.default_factory()
     else:
         return "required"
+    if isinstance(value, dict) and any(map(dataclasses.is_dataclass, value.values())):
+        return ", ".join(f"`{key}`" for key in value)  # sections of their own, which the shipped file writes out
     text = to_yaml_text([plain(value)]).strip()
     return f"`{text[1:-1] if text.startswith('[') else text.removeprefix('- ')}`"
 

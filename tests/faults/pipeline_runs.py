@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,18 @@ engine: {{workers: 2}}
 class Command:
     """One command in a process group of its own."""
 
-    def __init__(self, config: Path, *words: str, program: str = "tests.faults.pipeline_stages", **more: Any) -> None:
+    def __init__(
+        self,
+        config: Path,
+        *words: str,
+        program: str = "tests.faults.pipeline_stages",
+        prefix: Sequence[str] = (),
+        **more: Any,
+    ) -> None:
         self.mark = uuid.uuid4().hex
         more["env"] = os.environ | {MARK: self.mark, "PYTHONUNBUFFERED": "1"} | more.get("env", {})
         self.process = subprocess.Popen(
-            [sys.executable, "-m", program, str(config), *words],
+            [*prefix, sys.executable, "-m", program, str(config), *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

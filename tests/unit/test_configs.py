@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.config import PipelineConfig
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig, SampleConfig, check_fit, check_objective
 from opensora.inference.check import fit_option, solver_of
@@ -20,7 +21,8 @@ from opensora.train.step_data import check_buckets
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 RUNS, JOBS = sorted((CONFIGS / "train").rglob("*.yaml")), sorted((CONFIGS / "sample").rglob("*.yaml"))
-PARTS = sorted(set(CONFIGS.rglob("*.yaml")) - set(RUNS) - set(JOBS))
+PIPELINES = sorted((CONFIGS / "pipeline").rglob("*.yaml"))
+PARTS = sorted(set(CONFIGS.rglob("*.yaml")) - set(RUNS) - set(JOBS) - set(PIPELINES))
 STAGES = ("image", "stage1", "stage1_i2v", "stage2", "stage2_i2v", "high_compression")
 PUBLISHED = [CONFIGS / "train" / f"{name}.yaml" for name in ("image", "stage1", "stage2", "high_compression")]
 GIB = 2**30
@@ -85,6 +87,11 @@ def test_sampling(path: Path) -> None:
     one, eight = (memory_of(cfg, source, world).kept for world in (1, 8))
     assert 20 * GIB < one["denoiser"] < 25 * GIB and eight["denoiser"] < 3.2 * GIB
     assert one["text encoder"] > 9 * GIB and eight["text encoder"] < 1.3 * GIB
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=name_of)
+def test_data_pipelines(path: Path) -> None:
+    assert load_config(PipelineConfig, path, ["source=videos", "out=run"]).out == "run"
 
 
 @pytest.mark.parametrize("path", PARTS, ids=name_of)

@@ -26,15 +26,15 @@ from opensora.datasets.decode.file_type import CLIP_SUFFIXES, STILL_SUFFIXES, Sn
 from opensora.datasets.table.clip_storage import Source, locate
 
 __all__ = [
-    "CLIP_SUFFIXES", "DECODERS", "STILL_SUFFIXES", "DecodeError", "Decoder", "MediaInfo", "Sniffed", "is_image",
-    "probe", "read_frames", "require", "sniff",
+    "ANIMATIONS", "CLIP_SUFFIXES", "DECODERS", "STILL_SUFFIXES", "DecodeError", "Decoder", "MediaInfo", "Sniffed",
+    "is_image", "probe", "read_frames", "require", "sniff",
 ]  # fmt: skip
 
 IMAGE_SUFFIXES, VIDEO_SUFFIXES = STILL_SUFFIXES, CLIP_SUFFIXES
 
 Decoder = Literal["pyav", "decord", "torchcodec"]
 # Read by Pillow: FFmpeg does not put their frames together, or takes those of a GIF without times for one.
-_ANIMATIONS = ("animated PNG", "animated WebP", "animated AVIF", "GIF without times")
+ANIMATIONS = ("animated PNG", "animated WebP", "animated AVIF", "GIF without times")
 
 ReadWindow = Callable[[Source, Sequence[int], Resize | None, int, Deadline, Allocate], np.ndarray]
 
@@ -73,7 +73,7 @@ def probe(path: str, *, timeout_s: float | None = None) -> MediaInfo:
     if found.kind == "still":
         picture, note = _read_still(source, found, None, deadline, WHITE)
         return MediaInfo(num_frames=1, height=picture.shape[0], width=picture.shape[1], fps=None, note=note)
-    if found.what in _ANIMATIONS:
+    if found.what in ANIMATIONS:
         return pillow_backend.probe_animation(source, deadline)
     return pyav_backend.probe(source, deadline)
 
@@ -127,7 +127,7 @@ def read_frames(
     if span is not None:
         numbers = spread(start, span, count)
     if found.kind == "clip":
-        if found.what in _ANIMATIONS:
+        if found.what in ANIMATIONS:
             return pillow_backend.read_animation(source, numbers, resize, deadline, allocate, background)
         if decoder != "pyav" and found.what != "GIF" and pyav_backend.is_plain(source, deadline):
             return read_plain(source, numbers, resize, threads, deadline, allocate)

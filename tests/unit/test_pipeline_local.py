@@ -1,0 +1,229 @@
+"""data_pipeline.worker, engines.local and the parts of a run that need no process of its own."""
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline import run as run_module
+from data_pipeline.engines.local import LocalEngine
+from data_pipeline.engines.progress import StageProgress
+from data_pipeline.limits import SourceLimits
+from data_pipeline.outputs import Done, list_outputs, read_done, read_output, write_output
+from data_pipeline.plan import SourceFile, list_sources, make_plan, save_plan
+from data_pipeline.shard import ShardTask
+from data_pipeline.stages.base import Unit
+from data_pipeline.worker import Failed, Worker, WorkerClosed, WorkerLost
+from opensora.utils.errors import UserError
+from tests.faults.pipeline_stages import HostileStage
+
+LIMITS = SourceLimits(time_s=60, memory_mib=600, attempts=2)
+STAGE = HostileStage()
+
+
+def unit(name: str) -> Unit:
+    return Unit(source=name, file=name, rows={"probe": [{"sha256": "0"}], "frames": [{"pts": range(3)}]})
+
+
+@pytest.fixture
+def worker() -> Any:
+    made = Worker({"hostile": STAGE}, LIMITS)
+    yield made
+    made.close()
+
+
+def test_a_worker_answers_and_stays(worker: Worker) -> None:
+    assert worker.run("hostile", unit("a.mp4")).num_rows == 3
+    first = worker.pid
+    with pytest.raises(Failed, match="not today") as failed:
+        worker.run("hostile", unit("refuses-1.mp4"))
+    assert failed.value.kind == "mood"
+    assert worker.run("hostile", unit("b.mp4")).num_rows == 3 and worker.pid == first
+
+
+def test_a_worker_that_dies_is_followed_by_another(worker: Worker) -> None:
+    worker.run("hostile", unit("a.mp4"))
+    first = worker.pid
+    with pytest.raises(WorkerLost, match="SIGSEGV"):
+        worker.run("hostile", unit("dies-1.mp4"))
+    assert worker.run("hostile", unit("a.mp4")).num_rows == 3 and worker.pid != first
+
+
+def test_a_worker_that_was_killed_while_it_had_nothing_to_do_is_no_source_s_fault(worker: Worker) -> None:
+    worker.run("hostile", unit("a.mp4"))
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # with all of its threads
+    assert worker.run("hostile", unit("a.mp4")).num_rows == 3
+
+
+def test_memory_that_is_gone_is_tried_in_a_process_that_holds_nothing(worker: Worker) -> None:
+    worker.run("hostile", unit("a.mp4"))
+    first = worker.pid
+    with pytest.raises(Failed, match=r"more than limits\.memory_mib=600 MiB") as failed:
+        worker.run("hostile", unit("hogs-1.mp4"))
+    assert failed.value.kind == "memory"
+    worker.run("hostile", unit("a.mp4"))
+    assert worker.pid != first
+
+
+def test_memory_that_others_hold_is_no_source_s_fault(worker: Worker) -> None:
+    failed = []
+    for name in ("leaves-1.mp4", "asks-1.mp4"):
+        try:
+            worker.run("hostile", unit(name))
+        except Failed as error:
+            failed.append((name, error.kind))
+    assert failed == []
+
+
+def test_a_closed_worker_starts_no_process(worker: Worker) -> None:
+    worker.close()
+    with pytest.raises(WorkerClosed):
+        worker.run("hostile", unit("a.mp4"))
+
+
+def task(out: Path, sources: int = 3, shard: str = "000000", name: str = "{}.mp4") -> ShardTask:
+    """Of a stage without inputs: ``_identity`` is what the listing says."""
+    listed = tuple(SourceFile(name.format(i), str(out / name.format(i)), -1, 0) for i in range(sources))
+    return ShardTask(
+        out=out,
+        stage=Alone(),
+        stage_key="k",
+        shard=shard,
+        key="0" * 16,
+        sources=listed,
+        inputs={},
+        shared={},
+        attempts=2,
+    )
+
+
+class Alone(HostileStage):
+    """Reads nothing, and says which process it ran in."""
+
+    reads = {}  # noqa: RUF012
+
+    def run(self, unit: Unit) -> list[dict[str, Any]]:
+        return [{"pts": os.getpid()}]
+
+
+def test_workers_outlive_a_stage(tmp_path: Path) -> None:
+    """The system ends a process with the thread that started it: a thread for each stage would end them all."""
+    engine = LocalEngine(tmp_path, {"hostile": Alone()}, LIMITS, 1)
+    pids = set()
+    try:
+        for number in range(3):
+            one = replace(task(tmp_path), shard=f"00000{number}")
+            engine.run("hostile", [one])
+            (path,) = [path for (shard, _), path in list_outputs(one.folder).items() if shard == one.shard]
+            output = read_output(path)
+            assert output is not None
+            pids |= set(output.table["pts"].to_pylist())
+    finally:
+        engine.close()
+    assert len(pids) == 1
+
+
+def test_an_engine_ends_with_the_first_error_and_leaves_no_process(tmp_path: Path) -> None:
+    one = task(tmp_path)
+    (tmp_path / "hostile").write_text("a file where the folder of outputs belongs")
+    engine = LocalEngine(tmp_path, {"hostile": Alone()}, LIMITS, 2)
+    with pytest.raises(OSError):
+        engine.run("hostile", [one])
+    engine.close()
+
+
+def test_long_sources_come_first(tmp_path: Path) -> None:
+    sizes = {"a": 1 << 20, "b": 5 << 20, "c": 3 << 20}
+    for name, size in sizes.items():
+        with open(tmp_path / name, "wb") as file:
+            file.truncate(size)
+    seen: list[str] = []
+
+    class Recording:
+        def run(self, stage: str, unit: Unit) -> Any:
+            seen.append(unit.source)
+            return STAGE.columns.empty_table()
+
+    from data_pipeline.log import RunLog
+    from data_pipeline.shard import run_shard
+
+    listed, _ = list_sources(str(tmp_path))
+    run_shard(replace(task(tmp_path / "out"), sources=tuple(listed)), Recording(), RunLog(tmp_path / "out"))  # type: ignore[arg-type]
+    assert seen == ["b", "c", "a"]
+
+
+def test_weights_and_what_became_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    path.write_bytes(bytes(3 << 20))
+    (found,), _ = list_sources(str(tmp_path))
+    assert found.weight == 4 and found.changed() == ""
+    path.write_bytes(b"other")
+    assert found.changed() == "changed"
+    path.unlink()
+    assert found.changed() == "gone"
+    assert SourceFile("b", str(tmp_path / "b"), -1, 0).changed() == "" and SourceFile("b", "b", -1, 0).weight == 1
+
+
+def test_a_plan_only_grows(tmp_path: Path) -> None:
+    folder, out = tmp_path / "sources", tmp_path / "out"
+    folder.mkdir()
+    out.mkdir()
+    for name in "abcde":
+        (folder / f"{name}.mp4").write_bytes(b"1")
+    first = make_plan(out, str(folder), 2)
+    save_plan(out, first)
+    (folder / "a.mp4").unlink()
+    (folder / "b.mp4").write_bytes(b"22")
+    (folder / "f.mp4").write_bytes(b"1")
+    second = make_plan(out, str(folder), 2)
+    names = [[source.name for source in shard.sources] for shard in second.shards]
+    assert names[:3] == [[source.name for source in shard.sources] for shard in first.shards]
+    assert names[3:] == [["f.mp4"]]
+    assert {source.name: source.size for source in second.sources}["b.mp4"] == 2
+
+
+def test_what_became_of_sources_is_read_without_their_rows(tmp_path: Path) -> None:
+    done = Done("a", "k", 0, "why", "mood")
+    path = write_output(tmp_path, "000000", "0" * 16, STAGE.columns, [(done, STAGE.columns.empty_table())])
+    assert read_done(path) == (done,)
+    path.write_bytes(path.read_bytes()[:-9])
+    assert read_done(path) == () and read_done(tmp_path / "gone.parquet") == ()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--worker", "5/5"], "--worker 5/5: must be I/N"),
+        (["--worker"], "--worker: a value is missing; write --worker I/N"),
+        (["--until", "--dry-run"], "--until: a value is missing"),
+        (["--until", "a", "--only=b"], "--until a --only b: give one of them"),
+    ],
+)
+def test_options_that_cannot_be(words: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        run_module.parse_options(words)
+
+
+def test_options_stand_anywhere() -> None:
+    options, rest = run_module.parse_options(["a.yaml", "--retry", "x=1", "--worker=1/4", "--only", "shots"])
+    assert rest == ["a.yaml", "x=1"] and options == run_module.Options(retry=True, only="shots", worker=(1, 4))
+
+
+def test_time_that_is_left_is_by_size_and_without_what_was_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("opensora.utils.console.time.monotonic", lambda: now[0])
+    listed = (
+        SourceFile("a", "a", 99 << 20, 0), SourceFile("b", "b", 9 << 20, 0), SourceFile("c", "c", 29 << 20, 0),
+    )  # fmt: skip
+    progress = StageProgress("frames", [replace(task(tmp_path), sources=listed)])
+    progress.known(1, 100)  # by an earlier run
+    now[0] += 5.0
+    progress.add(1, 10)
+    assert capsys.readouterr().err == "frames: MiB 110/140, 2 of 3 sources, ETA 0:00:15\n"
