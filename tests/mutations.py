@@ -2654,6 +2654,7 @@ TABLE: tuple[Mutation, ...] = (
         "return raw.filter(pa.array(keep)), numbers[keep]",
         "return raw.filter(pa.array(keep)), numbers[: keep.sum()]",
         "tests/unit/test_kept_rows.py::test_faults_name_the_row_of_the_file[csv]",
+    ),
     Mutation(
         "a zoom in is called a zoom out",
         "data_pipeline/quality/camera.py",
