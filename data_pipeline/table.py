@@ -209,8 +209,8 @@ class _Assembly:
 
     def _aligned(self, stage: str) -> pa.Table:
         """The rows of a stage beside those of the clips; null where it has none of a source."""
-        columns = self._pipeline.stages[stage].columns.names
-        table = self._pipeline.table(stage, columns)
+        fields = self._pipeline.stages[stage].columns
+        table = self._pipeline.table(stage, [field.name for field in fields if not _is_bulk(field.type)])
         if table.num_rows == len(self._sources) and table["source"].equals(self._spine["source"]):
             return table.drop_columns(["source"])
         own = _runs(table["source"].to_pylist())
@@ -309,6 +309,11 @@ class _Assembly:
             columns[name].cast(types[name]) if schema is None and name in types else columns[name] for name in names
         ]
         return pa.table(arrays, names=names) if schema is None else pa.table(arrays, schema=schema)
+
+
+def _is_bulk(kind: pa.DataType) -> bool:
+    """Whether a column holds a list of numbers for each clip, which later stages read and nobody filters by."""
+    return pa.types.is_list(kind) and not pa.types.is_string(kind.value_type)
 
 
 def column_name(stage: str, name: str, taken: Iterable[str]) -> str | None:

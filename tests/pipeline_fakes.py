@@ -74,6 +74,7 @@ class MadeUp:
             ("luma", pa.float64()),
             ("camera_motion", pa.string()),
             ("motion_score", pa.float64()),
+            ("flow", pa.list_(pa.float64())),  # as stages hand on to others
             *((f"bar_{side}", pa.float64()) for side in ("top", "bottom", "left", "right")),
         ]
     )
@@ -83,7 +84,13 @@ class MadeUp:
         bars = {f"bar_{side}": 0.0 for side in ("top", "bottom", "left", "right")}
         names = ("static", "pan left", "zoom in")
         return [
-            {"luma": 100.0, "camera_motion": names[row["clip"] % 3], "motion_score": float(row["clip"])} | bars
+            {
+                "luma": 100.0,
+                "camera_motion": names[row["clip"] % 3],
+                "motion_score": float(row["clip"]),
+                "flow": [0.5, 1.5],
+            }
+            | bars
             for row in unit.rows["shots"]
         ]
 

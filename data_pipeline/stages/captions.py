@@ -96,7 +96,7 @@ class CaptionsStage:
             key_of(config.endpoint)
 
     def beside(self, file: str) -> Row:
-        """See ``Beside``."""
+        """See ``ReadsBeside``."""
         if "file" not in self._kinds:
             return {}
         found = caption_beside(file, self._files)

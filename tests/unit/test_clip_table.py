@@ -91,6 +91,7 @@ def test_a_row_for_every_clip_and_every_source(tmp_path: Path) -> None:
     assert (kept["motion_score"], kept["camera_motion"], kept["luma"]) == (1.0, "pan left", 100.0)
     rejected = table.slice(0, 1).to_pylist()[0]
     assert (rejected["height"], rejected["width"], rejected["path"], rejected["text"]) == (*SIZE, None, None)
+    assert not {"flow", "pts", "measure_flow"} & set(table.column_names)
     assert table.column_names[:8] == [
         "path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps",
     ]  # fmt: skip
