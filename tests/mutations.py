@@ -2770,8 +2770,8 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "duplicates are read",
         "data_pipeline/stages/text.py",
-        'row["duplicate_of"] is None for row',
-        "True for row",
+        'row["duplicate_of"] is None for row in copies',
+        "True for row in copies",
         "tests/unit/test_overlays.py::test_only_clips_that_are_kept_and_no_duplicates[more2-False]",
     ),
     Mutation(

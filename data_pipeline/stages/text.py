@@ -94,7 +94,8 @@ class TextStage:
 
     def _wanted(self, unit: Unit) -> list[int]:
         kept = [row["keep"] for row in unit.rows["screen"]]
-        alone = [row["duplicate_of"] is None for row in unit.rows["duplicates"]]
+        copies = unit.rows["duplicates"] or [{"duplicate_of": None}] * len(kept)  # of a source without prints: none
+        alone = [row["duplicate_of"] is None for row in copies]
         return [number for number, both in enumerate(zip(kept, alone, strict=True)) if all(both)]
 
     def _frames(self, unit: Unit, numbers: Sequence[Sequence[int]]) -> Iterator[list["_Pictures"]]:
