@@ -66,25 +66,25 @@ def rows_by(table: pa.Table, *names: str) -> list[tuple]:
 
 def test_a_row_for_every_clip_and_every_source(tmp_path: Path) -> None:
     source = write_videos(tmp_path / "videos", b=3, a=2)
-    (source / "broken.mp4").write_bytes((source / "a.mp4").read_bytes()[:200])
+    (source / "a_broken.mp4").write_bytes((source / "a.mp4").read_bytes()[:200])
     (source / "notes.pdf").write_bytes(b"%PDF-1.4 no video")
     write_video(source / "short.mp4", np.zeros((3, *SIZE, 3), np.uint8), 12.0)
     table = table_of(source, tmp_path / "out")
     assert rows_by(table, "source", "start_s", "keep", "failed_in") == [
         ("a.mp4", 0.0, False, None),
         ("a.mp4", 1.0, True, None),
+        ("a_broken.mp4", None, False, "probe"),
         ("b.mp4", 0.0, False, None),
         ("b.mp4", 1.0, True, None),
         ("b.mp4", 2.0, True, None),
-        ("broken.mp4", None, False, "probe"),
         ("notes.pdf", None, False, "probe"),
         ("short.mp4", None, False, None),
     ]
     reasons = table["reason"].to_pylist()
     assert reasons[0] == "still: motion_score=0, must be >= 1" and reasons[1] == ""
-    assert reasons[5].startswith("error: unreadable: ") and reasons[6].startswith("error: no video: ")
+    assert reasons[2].startswith("error: unreadable: ") and reasons[6].startswith("error: no video: ")
     assert reasons[7] == "no clip: no range of it is long enough"
-    assert table["rejected_by"].to_pylist() == [["still"], [], ["still"], [], [], ["error"], ["error"], ["shots"]]
+    assert table["rejected_by"].to_pylist() == [["still"], [], ["error"], ["still"], [], [], ["error"], ["shots"]]
     kept = table.slice(1, 1).to_pylist()[0]
     assert (kept["num_frames"], kept["height"], kept["width"], kept["fps"]) == (CLIP_FRAMES, 32, 42, 12.0)
     assert (kept["aspect_ratio"], kept["resolution"]) == (round(32 / 42, 6), 32 * 42)
