@@ -1,5 +1,6 @@
 """The configuration of a run of the pipeline: ``configs/pipeline/default.yaml`` states all of it."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ from data_pipeline.stages.probe import ProbeConfig
 from data_pipeline.stages.scores import ScorerConfig
 from data_pipeline.stages.shots import ShotsConfig
 from data_pipeline.stages.text import TextConfig
+from opensora.config.schema import shown
 from opensora.utils.limits import Limits
 
 
@@ -58,10 +60,16 @@ class PipelineConfig:
     def __post_init__(self) -> None:
         names = [self.source] if isinstance(self.source, str) else self.source
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"source={self.source!r}: must be a folder, file or glob, or a list of these")
-        if not any(names):
+            raise ValueError(
+                f"source={shown(self.source)}: must be a folder, file or glob, or a list of these; write ./ before a "
+                "name that YAML takes for something else, such as source=./2024"
+            )
+        if not names or not all(names):
             raise ValueError("source='': must name the folder that holds the videos; write source=DIR")
         if not self.out:
             raise ValueError("out='': must name the folder of the run; write out=work/first")
+        for filter_name in self.filters:
+            if not re.fullmatch(r"\w[\w -]*", filter_name):  # it stands in reasons, and in the tables of the report
+                raise ValueError(f"filters: {filter_name!r} is no name: must be letters, digits, _, - and spaces")
         if self.shard_size < 1:
             raise ValueError(f"shard_size={self.shard_size}: must be an integer >= 1")

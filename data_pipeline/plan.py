@@ -75,8 +75,8 @@ def list_sources(source: str | Sequence[str]) -> tuple[list[SourceFile], list[Le
         UserError: nothing is there.
     """
     names = [source] if isinstance(source, str) else list(source)
-    if not any(names):
-        raise UserError("source is empty: give the folder that holds the videos, as source=DIR")
+    if not names or not all(names):  # "" would be the folder that the command is called in
+        raise UserError("source: an empty name; give the folder that holds the videos, as source=DIR")
     found, left_out = dict[str, SourceFile](), list[LeftOut]()
     for name in names:
         for file, root in _expanded(name, left_out):
@@ -102,7 +102,11 @@ def _expanded(name: str, left_out: list[LeftOut]) -> Iterable[tuple[Path, Path |
     matches = sorted(glob.glob(name, recursive=True))
     if not matches:
         raise UserError(f"source={name}: {absence(path, 'folder or file') or 'no such folder or file'}")
-    return [(Path(match), None) for match in matches if Path(match).is_file()]
+    files = [Path(match) for match in matches if Path(match).is_file()]
+    # ** follows links to folders, which may go round in a circle: a folder is read once, by its shortest name.
+    by_length = sorted(files, key=lambda file: (len(file.parts), file))
+    ways = {(os.path.realpath(file.parent), file.name): file for file in reversed(by_length)}
+    return [(file, None) for file in files if ways[os.path.realpath(file.parent), file.name] == file]
 
 
 def _entry(file: Path, root: Path | None) -> SourceFile:

@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from data_pipeline.config import PipelineConfig
@@ -49,6 +50,7 @@ _TRIES = 5  # to find all in place
 _WAIT_S = 2.0  # for another process that works on what is left
 _FLAGS = ("--dry-run", "--retry", "--check")
 _VALUES = {"--until": "STAGE", "--only": "STAGE", "--worker": "I/N"}
+_OPTIONS = (*_FLAGS, *_VALUES)
 PLAN_ONLY = "plan"
 
 
@@ -86,10 +88,12 @@ def run(cfg: PipelineConfig, options: Options = Options()) -> int:
     plan = _plan(cfg, options)
     pipeline = Pipeline(cfg, plan, retry=options.retry, check=options.check)
     names = _chosen(pipeline, options)
-    if options.dry_run:
-        return _say_what_would_run(pipeline, names)
     if options.worker is None and cfg.report.training:
         check_training(cfg.report.training)
+    if options.dry_run:
+        if out.exists() and not out.is_dir():
+            raise UserError(f"out={out}: is a file; name a folder to write to")
+        return _say_what_would_run(pipeline, names)
     try_output(out, "out", folder=True)
     if options.worker is None:
         save_plan(out, plan)
@@ -171,9 +175,13 @@ def parse_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
         if word in _FLAGS:
             flags.add(word)
         elif name in _VALUES:
-            if not equals and (not words or words[0].startswith("--")):
+            if not (value if equals else words and words[0] and not words[0].startswith("--")):
                 raise UserError(f"{name}: a value is missing; write {name} {_VALUES[name]}")
             values[name] = value if equals else words.pop(0)
+        elif name in _FLAGS:
+            raise UserError(f"{word}: {name} takes no value; write {name} alone, or leave it out")
+        elif name.startswith("--") and "." not in name and (close := get_close_matches(name, _OPTIONS, 1, 0.7)):
+            raise UserError(f"{name}: unknown option; did you mean {close[0]}?")
         else:
             rest.append(word)
     worker = _worker(values["--worker"]) if "--worker" in values else None
@@ -218,7 +226,8 @@ def _chosen(pipeline: Pipeline, options: Options) -> list[str]:
         return []
     option, name = ("--only", options.only) if options.only else ("--until", options.until)
     if name and name not in names:
-        raise UserError(f"{option} {name}: {suggestion(name, [*names, PLAN_ONLY])}")
+        choices = names if options.only else [*names, PLAN_ONLY]
+        raise UserError(f"{option} {name}: {suggestion(name, choices)}")
     if not options.only:
         return names[: names.index(name) + 1] if name else names
     for needed in pipeline.stages[name].reads:

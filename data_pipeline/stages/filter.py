@@ -17,13 +17,14 @@ from data_pipeline.stages.filter_columns import (
     NUMBERS,
     TEXT,
     TRUTHS,
+    WORDS,
     Column,
     find_column,
     kind_of,
     unknown_column,
     values_of,
 )
-from opensora.config.schema import plain
+from opensora.config.schema import plain, suggestion
 from opensora.utils.errors import UserError
 
 SCREEN, FILTER = "screen", "filter"
@@ -34,7 +35,7 @@ _MOST_DIGITS = 17  # of a float: with so many no two are written alike
 class FilterRule:
     """What a clip must be to pass. A clip without a value passes unless ``missing`` says otherwise."""
 
-    column: str  # of an earlier stage, or STAGE.column
+    column: str = ""  # of an earlier stage, or STAGE.column; must be given
     min: float | None = None  # the least that passes
     max: float | None = None  # the most that passes
     allow: tuple[str | bool, ...] | None = None  # the only values that pass
@@ -44,7 +45,9 @@ class FilterRule:
 
     def __post_init__(self) -> None:
         if not self.column:
-            raise ValueError("column='': must name a column of an earlier stage, such as luma")
+            raise ValueError(
+                "column='': must name a column of an earlier stage, such as luma; or is this name misspelt?"
+            )
         if self.min is not None and self.max is not None and self.min > self.max:
             raise ValueError(f"min={self.min:g}: must be at most max={self.max:g}; as it is, no clip passes")
         if self.allow is not None and not self.allow:
@@ -196,6 +199,10 @@ def _fitting(name: str, rule: FilterRule, column: Column) -> Column:
         if kind != (TRUTHS if isinstance(value, bool) else TEXT):
             remedy = "write min or max" if kind == NUMBERS else f"write values that are {kind}"
             raise UserError(f"filters.{name}: value {_word(value)} can never be there, {held}; {remedy}")
+        words = WORDS.get(rule.column.rpartition(".")[2])
+        if words and value not in words:
+            said = suggestion(str(value), words)
+            raise UserError(f"filters.{name}: value {value} can never be there in column {rule.column}; {said}")
     return column
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from data_pipeline.quality.camera import NAMES
 from data_pipeline.rows import Row
 from data_pipeline.stages.base import GlobalStage, Stage
 from opensora.config.schema import suggestion
@@ -14,6 +15,9 @@ from opensora.config.schema import suggestion
 _OF_SOURCES = ("probe", "frames")  # stages with one row per source, which all of its clips share
 NUMBERS, TRUTHS, TEXT = "numbers", "true or false", "text"
 _VERDICTS = ("keep", "reason", "rejected_by")  # of other stages of filters
+
+# All that a column of text can hold, where that is known: a word that is misspelt in a filter would go unnoticed.
+WORDS: Mapping[str, tuple[str, ...]] = {"camera_motion": NAMES, "duplicate_kind": ("exact", "near", "mirrored")}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from data_pipeline.stages.base import Unit
 from data_pipeline.stages.filter import DEFAULT_FILTERS, FilterRule, FilterStage, make_filter, make_screen
 from opensora.config.load import load_config
 from opensora.config.schema import plain
+from opensora.config.strict_yaml import read_yaml
 from opensora.utils.errors import UserError
 
 DEFAULT = Path(__file__).resolve().parents[2] / "configs/pipeline/default.yaml"
@@ -172,6 +173,9 @@ REFUSED = {
     "filters.dark: value true can never be there, column camera_motion holds text": FilterRule(
         column="camera_motion", forbid=(True,)
     ),
+    "filters.dark: value pan lefft can never be there in column camera_motion; did you mean pan left?": FilterRule(
+        column="camera_motion", forbid=("pan lefft",)
+    ),
     "filters.dark.column=pts: no stage of this run writes it": FilterRule(column="pts", min=1),
     "filters.dark.column=keep: no stage of this run writes it": FilterRule(column="keep", allow=(True,)),
 }
@@ -191,7 +195,10 @@ def test_a_filter_on_a_score_that_there_is_not() -> None:
 
 
 BAD = {
-    "filters.a={}": "filters.a.column: missing; must be text",
+    "filters.a={}": "filters.a.column='': must name a column",
+    "filters.a.min=3": "filters.a.column='': must name a column",
+    "filters={'': {column: luma, min: 3}}": "filters: '' is no name: must be letters",
+    "filters={'a|b': {column: luma, min: 3}}": "filters: 'a|b' is no name: must be letters",
     "filters.a={column: luma}": "filters.a.column: a rule needs min, max, allow, forbid",
     "filters.a={column: luma, min: 3, max: 2}": "filters.a.min=3: must be at most max=2",
     "filters.a={column: luma, min: 3, forbid: [x]}": "filters.a.column: a rule has min and max, or allow and forbid",
@@ -226,6 +233,10 @@ def test_a_filter_that_is_null_is_off() -> None:
 def test_the_shipped_configuration_states_the_defaults() -> None:
     cfg = load_config(PipelineConfig, DEFAULT, ["source=x", "out=y"])
     assert list(cfg.filters.items()) == list(DEFAULT_FILTERS.items())
+    assert plain(cfg) == plain(PipelineConfig(source="x", out="y"))
+    stated, _ = read_yaml(DEFAULT)
+    assert set(plain(cfg)) - set(stated) == {"probe"}  # which has no keys
+    assert set(plain(cfg)["cut"]) == set(stated["cut"])
 
 
 def test_stages_of_filters_are_keyed_by_rules_and_their_order_and_go_to_workers() -> None:

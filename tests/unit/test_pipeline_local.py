@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from data_pipeline import run as run_module
+from data_pipeline.config import PipelineConfig
 from data_pipeline.engines.local import LocalEngine
 from data_pipeline.engines.progress import StageProgress
 from data_pipeline.limits import SourceLimits
@@ -169,6 +170,26 @@ def test_weights_and_what_became_of_a_file(tmp_path: Path) -> None:
     assert SourceFile("b", str(tmp_path / "b"), -1, 0).changed() == "" and SourceFile("b", "b", -1, 0).weight == 1
 
 
+def test_a_glob_reads_a_folder_once_though_links_go_round_in_a_circle(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for name in ("a/1.mp4", "2.mp4"):
+        (tmp_path / name).write_bytes(b"1")
+    (tmp_path / "a/loop").symlink_to(tmp_path)
+    (tmp_path / "b").symlink_to("a")
+    found, _ = list_sources(f"{tmp_path}/**/*.mp4")
+    assert [entry.name for entry in found] == [f"{tmp_path}/2.mp4", f"{tmp_path}/a/1.mp4"]
+
+
+def test_an_empty_name_of_a_source_is_not_this_folder() -> None:
+    for names in ([], ["", "b"], ["a", ""]):
+        with pytest.raises(UserError, match="source: an empty name"):
+            list_sources(names)
+        with pytest.raises(ValueError, match="source='': must name the folder"):
+            PipelineConfig(source=names, out="out")
+    with pytest.raises(ValueError, match=r"source=2024: must be a folder.*; write \./ before"):
+        PipelineConfig(source=2024, out="out")
+
+
 def test_a_plan_only_grows(tmp_path: Path) -> None:
     folder, out = tmp_path / "sources", tmp_path / "out"
     folder.mkdir()
@@ -202,6 +223,11 @@ def test_what_became_of_sources_is_read_without_their_rows(tmp_path: Path) -> No
         (["--worker"], "--worker: a value is missing; write --worker I/N"),
         (["--until", "--dry-run"], "--until: a value is missing"),
         (["--until", "a", "--only=b"], "--until a --only b: give one of them"),
+        (["--until="], "--until: a value is missing; write --until STAGE"),
+        (["--only", ""], "--only: a value is missing"),
+        (["--retry=1"], "--retry=1: --retry takes no value"),
+        (["--retyr", "a=1"], "--retyr: unknown option; did you mean --retry"),
+        (["--untill=cut"], "--untill: unknown option; did you mean --until"),
     ],
 )
 def test_options_that_cannot_be(words: list[str], said: str) -> None:
