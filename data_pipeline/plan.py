@@ -102,11 +102,11 @@ def _expanded(name: str, left_out: list[LeftOut]) -> Iterable[tuple[Path, Path |
     matches = sorted(glob.glob(name, recursive=True))
     if not matches:
         raise UserError(f"source={name}: {absence(path, 'folder or file') or 'no such folder or file'}")
-    files = [Path(match) for match in matches if Path(match).is_file()]
+    found = [Path(match) for match in matches if Path(match).is_file()]
     # ** follows links to folders, which may go round in a circle: a folder is read once, by its shortest name.
-    by_length = sorted(files, key=lambda file: (len(file.parts), file))
+    by_length = sorted(found, key=lambda file: (len(file.parts), file))
     ways = {(os.path.realpath(file.parent), file.name): file for file in reversed(by_length)}
-    return [(file, None) for file in files if ways[os.path.realpath(file.parent), file.name] == file]
+    return [(file, None) for file in found if ways[os.path.realpath(file.parent), file.name] == file]
 
 
 def _entry(file: Path, root: Path | None) -> SourceFile:
