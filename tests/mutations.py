@@ -2623,8 +2623,8 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "all captions are asked for again",
         "data_pipeline/stages/captions.py",
-        'if before.get("text") and not before.get("caption_error"):',
-        "if False:",
+        'if before is not None or cut["path"] is None:',
+        'if cut["path"] is None:',
         "tests/unit/test_pipeline_captions.py::test_nothing_is_lost_and_only_what_failed_is_asked_again",
     ),
     Mutation(
@@ -2899,9 +2899,23 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "scores: duplicates are looked at",
         "data_pipeline/stages/scores.py",
-        "if keep and copy is None else",
-        "if keep else",
+        "keep and copy is None for keep, copy",
+        "keep for keep, copy",
         SCORES + "what_is_rejected_or_a_duplicate_is_not_looked_at",
+    ),
+    Mutation(
+        "a threshold that lets one clip pass has all of its video read again",
+        "data_pipeline/shard.py",
+        "self._known_rows.get(each) for each",
+        "None for each",
+        "tests/unit/test_rows_again.py::test_a_clip_that_a_threshold_lets_pass_costs_itself_alone",
+    ),
+    Mutation(
+        "rows that failed are taken over where they are tried again",
+        "data_pipeline/shard.py",
+        "if not has_failed_before:",
+        "if True:",
+        "tests/unit/test_rows_again.py::test_only_rows_that_failed_are_tried_again",
     ),
 )
 
