@@ -4,8 +4,10 @@ import glob
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 from data_pipeline.walk import LeftOut, walk
@@ -99,14 +101,35 @@ def _expanded(name: str, left_out: list[LeftOut]) -> Iterable[tuple[Path, Path |
         return [(path.parent / line, None) for line in lines if line and not line.startswith("#")]
     if path.is_file():
         return [(path, path.parent)]
-    matches = sorted(glob.glob(name, recursive=True))
+    matches = _below(path) if "**" in path.parts else [Path(match) for match in sorted(glob.glob(name))]
     if not matches:
         raise UserError(f"source={name}: {absence(path, 'folder or file') or 'no such folder or file'}")
-    found = [Path(match) for match in matches if Path(match).is_file()]
-    # ** follows links to folders, which may go round in a circle: a folder is read once, by its shortest name.
-    by_length = sorted(found, key=lambda file: (len(file.parts), file))
-    ways = {(os.path.realpath(file.parent), file.name): file for file in reversed(by_length)}
-    return [(file, None) for file in found if ways[os.path.realpath(file.parent), file.name] == file]
+    return [(match, None) for match in matches if match.is_file()]
+
+
+def _below(pattern: Path) -> list[Path]:
+    """Files of a pattern with ``**``. Links to folders are followed, each folder is read once: they may go round in a
+    circle, or in several, which glob follows forty times, and in all orders."""
+    fixed = list(takewhile(lambda part: not glob.has_magic(part), pattern.parts))
+    root, rest = Path(*fixed), pattern.parts[len(fixed) :]
+    each = [r"(?:[^/]+/)*" if part == "**" else _of_name(part) + "/" for part in rest]
+    wanted = re.compile("".join(each).removesuffix("/"))
+    files, _ = walk(root, set()) if root.is_dir() else ([], [])
+    return [entry.path for entry in files if wanted.fullmatch(entry.path.relative_to(root).as_posix())]
+
+
+def _of_name(part: str) -> str:
+    """A pattern of one name, as a regular expression that passes no /."""
+    pieces = re.split(r"(\[!?\]?[^]]*\]|[*?])", part)
+    return "".join({"*": "[^/]*", "?": "[^/]"}.get(piece) or _of_piece(piece) for piece in pieces)
+
+
+def _of_piece(piece: str) -> str:
+    """Text as it stands, or a set of characters."""
+    if not piece.startswith("["):
+        return re.escape(piece)
+    inside = piece[1:-1].replace("\\", "\\\\").replace("[", "\\[")
+    return f"[{'^' + inside[1:] if inside.startswith('!') else inside}]"
 
 
 def _entry(file: Path, root: Path | None) -> SourceFile:

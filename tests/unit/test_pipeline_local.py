@@ -1,5 +1,6 @@
 """data_pipeline.worker, engines.local and the parts of a run that need no process of its own."""
 
+import glob
 import os
 import signal
 from dataclasses import replace
@@ -253,3 +254,12 @@ def test_time_that_is_left_is_by_size_and_without_what_was_done(
     now[0] += 5.0
     progress.add(1, 10)
     assert capsys.readouterr().err == "frames: MiB 110/140, 2 of 3 sources, ETA 0:00:15\n"
+
+
+def test_a_pattern_of_files_below_is_read_as_glob_reads_it(tmp_path: Path) -> None:
+    for name in ("a/1.mp4", "a/b/2.mkv", "3.mp4", "a/x1.mov", "a/[4].mp4", "c/b/12.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"1")
+    for pattern in ("**/*.mp4", "a/**/*", "**/b/*", "**/[0-9].m??", "**/[!0-9]*.*", "*/**/1*.mp4", "**/[[]4].mp4"):
+        wanted = sorted(path for path in glob.glob(f"{tmp_path}/{pattern}", recursive=True) if os.path.isfile(path))
+        assert [entry.file for entry in list_sources(f"{tmp_path}/{pattern}")[0]] == wanted, pattern
