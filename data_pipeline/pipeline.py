@@ -146,6 +146,8 @@ class Pipeline:
         found.sort(key=lambda pair: pair[0].source)
         tables = [self.stages[stage].columns.empty_table().select(columns), *(rows for _, rows in found)]
         names = pa.array([done.source for done, _ in found for _ in range(done.rows)], pa.string())
+        if not columns:  # a table without columns has no rows either
+            return pa.table({"source": names})
         return pa.concat_tables(tables).add_column(0, "source", names)
 
     def rows_of(self, stage: str, columns: Sequence[str], sources: Collection[str]) -> Iterator[tuple[str, pa.Table]]:

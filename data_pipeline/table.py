@@ -196,8 +196,9 @@ class _Assembly:
         found: dict[str, pa.ChunkedArray] = {
             name: self._spine[name] for name in ("source", "start_s", "end_s", "clip_id")
         }
-        for stage in self._pipeline.stages:
-            if stage in _LEFT_OUT or stage == "probe":
+        stages = self._pipeline.stages
+        for stage in stages:
+            if stage in _LEFT_OUT or stage == "probe" or all(_is_bulk(each.type) for each in stages[stage].columns):
                 continue
             table = self._spine.drop_columns(["source"]) if stage == _PER_CLIP else self._aligned(stage)
             for name in table.column_names:
