@@ -28,6 +28,7 @@ COMMANDS = {
     "opensora.cli.calibrate": ["nowhere"],
     "opensora.cli.precompute": ["nowhere.yaml", "--out", "features"],
     "launch.submit": ["nowhere.yaml"],
+    "launch.slurm.pipeline": ["nowhere.yaml", "--tasks", "5"],
     "data_pipeline.index": ["nowhere", "--out", "table.csv"],
     "data_pipeline.shapes.write": ["--out", "shapes", "--clips", "0", "--images", "0", "--heldout", "0"],
     "data_pipeline.shapes.judge": ["nowhere", "--table", "nowhere.csv"],
