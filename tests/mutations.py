@@ -306,7 +306,7 @@ TABLE: tuple[Mutation, ...] = (
     # Objectives and solvers of Open-Sora 1.x.
     Mutation(
         "respacing starts every section at 0",
-        CHAIN,
+        "opensora/utils/respacing.py",
         "start += length",
         "start += 0",
         DIFFUSED + "respacing_chooses_by_sections_and_by_distance",

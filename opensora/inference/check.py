@@ -31,11 +31,11 @@ from opensora.sampling.guidance import passes_per_step
 from opensora.sampling.options import SamplingOption, sanitize_sampling_option
 from opensora.schedulers import ObjectiveConfig, build_objective
 from opensora.schedulers.iddpm import IDDPMConfig
-from opensora.schedulers.noise_schedule import spaced_steps
 from opensora.schedulers.rectified_flow_v1 import RectifiedFlowV1Config
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 from opensora.utils.files.untrusted import short
+from opensora.utils.respacing import spaced_steps
 
 GIB = 2**30
 PIXEL_BYTES = 3 * (4 + 1)  # of a decoded pixel: fp32, and the bytes that are written

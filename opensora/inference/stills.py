@@ -33,7 +33,7 @@ from opensora.inference.references import check_length
 from opensora.inference.save import output_folder, to_uint8
 from opensora.models.families import describe
 from opensora.models.vae import autoencoder_shape
-from opensora.sampling.caches.config import NoCache
+from opensora.sampling.cache_config import NoCache
 from opensora.sampling.options import SamplingOption
 from opensora.utils import signal_handler
 from opensora.utils.console import announce

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import ClassVar, Literal, TypeVar
 
-from opensora.sampling.caches.config import CACHE_CONFIGS, CacheConfig, NoCache
-from opensora.schedulers.noise_schedule import DIFFUSION_STEPS, spaced_count
+from opensora.sampling.cache_config import CACHE_CONFIGS, CacheConfig, NoCache
 from opensora.utils.files.untrusted import short
 from opensora.utils.limits import Limits, check_limits
+from opensora.utils.respacing import DIFFUSION_STEPS, spaced_count
 from opensora.utils.sections import section
 from opensora.utils.sizes import RATIOS, area_of, frame_size, ratio_of
 

@@ -20,14 +20,13 @@ from opensora.schedulers.base import Noised, exact
 from opensora.schedulers.gaussian_diffusion import Prediction, predicted, variational_bound
 from opensora.schedulers.noise_schedule import (
     BETA_SCHEDULES,
-    DIFFUSION_STEPS,
     BetaSchedule,
     NoiseSchedule,
     Tables,
     noise_schedule,
-    spaced_steps,
 )
 from opensora.utils.limits import Limits
+from opensora.utils.respacing import DIFFUSION_STEPS, spaced_steps
 from opensora.utils.rng import numpy_generator
 from opensora.utils.tokens import Grid
 

@@ -11,20 +11,18 @@ the numbers that its steps have in the whole one.
 import math
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import accumulate, repeat
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from opensora.utils.respacing import spaced_steps
+
 BetaSchedule = Literal["linear", "squaredcos_cap_v2"]
 BETA_SCHEDULES: tuple[BetaSchedule, ...] = ("linear", "squaredcos_cap_v2")
 Tables = Literal["fp64", "fp32"]
-DIFFUSION_STEPS = 1000  # of a chain, unless it says another number
 MAX_BETA = 0.999  # of squaredcos_cap_v2
-DDIM = "ddim"  # before a number: steps that are equally far apart
-GRAMMAR = "must be a number of steps as 100, numbers for equal sections as 10,20,30, ddimN as ddim50, or '' for all"
 
 
 def betas_of(schedule: BetaSchedule, steps: int) -> np.ndarray:
@@ -37,58 +35,6 @@ def betas_of(schedule: BetaSchedule, steps: int) -> np.ndarray:
         return np.linspace(1000 / steps * 1e-4, 1000 / steps * 0.02, steps)
     left = [math.cos((step / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for step in range(steps + 1)]
     return np.array([min(1 - left[step + 1] / left[step], MAX_BETA) for step in range(steps)])
-
-
-def spaced_count(spec: str) -> int | None:
-    """How many steps ``spec`` chooses; None: all that there are.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    if spec == "":
-        return None
-    counts = spec[len(DDIM) :].split(",", 1) if spec.startswith(DDIM) else spec.split(",")
-    if spec.startswith(DDIM) and len(counts) > 1:
-        raise ValueError(GRAMMAR)
-    if not all(count.isascii() and count.strip().isdigit() and len(count.strip()) < 7 for count in counts):
-        raise ValueError(GRAMMAR)
-    if not all(int(count) for count in counts):
-        raise ValueError(f"{GRAMMAR}; every number must be 1 or more")
-    return sum(int(count) for count in counts)
-
-
-def spaced_steps(spec: str, steps: int) -> tuple[int, ...]:
-    """The numbers of the steps, rising, that ``spec`` chooses of a chain of ``steps``.
-
-    "" all; "100" a hundred, from the first to the last; "10,20,30" the same of each of three equal sections; "ddim50"
-    fifty that are equally far apart, by the least whole distance that gives so many.
-
-    Raises:
-        ValueError: it cannot be read, or there are not so many steps.
-    """
-    count = spaced_count(spec)
-    if count is None:
-        return tuple(range(steps))
-    if spec.startswith(DDIM):
-        strides = (range(0, steps, stride) for stride in range(1, steps + 1))
-        for equal in strides:
-            if len(equal) == count:
-                return tuple(equal)
-        raise ValueError(f"no whole distance between steps gives {count} of {steps}")
-    sections = [int(part) for part in spec.split(",")]
-    size, longer = divmod(steps, len(sections))
-    chosen: list[int] = []
-    start = 0
-    for index, wanted in enumerate(sections):
-        length = size + (index < longer)
-        if wanted > length:
-            raise ValueError(f"a section of {length} of the {steps} steps has no {wanted}")
-        # Distances are added up one by one, as the published code does: halves may round differently otherwise.
-        distance = (length - 1) / (wanted - 1) if wanted > 1 else 1.0
-        offsets = accumulate(repeat(distance, wanted - 1), initial=0.0)
-        chosen += [start + round(offset) for offset in offsets]
-        start += length
-    return tuple(chosen)
 
 
 @dataclass(frozen=True, eq=False)

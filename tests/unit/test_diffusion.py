@@ -16,8 +16,9 @@ from opensora.schedulers import build_solver
 from opensora.schedulers.base import EditingSolver, SolverOptions
 from opensora.schedulers.dpm_solver import DPMSolver
 from opensora.schedulers.iddpm import IDDPM, IDDPMConfig, speed_tables
-from opensora.schedulers.noise_schedule import noise_schedule, spaced_steps
+from opensora.schedulers.noise_schedule import noise_schedule
 from opensora.schedulers.rectified_flow_v1 import RectifiedFlowV1Config
+from opensora.utils.respacing import spaced_steps
 from opensora.utils.tokens import Grid
 
 GRID = Grid((2, 2, 2), (1, 1, 1))

@@ -8,7 +8,7 @@ from opensora.config.family.masks import SHORT_MASKS
 from opensora.config.family.translation import Translation, own_names
 from opensora.config.schema import shown, suggestion
 from opensora.models.families import MODEL_CONFIGS
-from opensora.schedulers.noise_schedule import DIFFUSION_STEPS
+from opensora.utils.respacing import DIFFUSION_STEPS
 
 # What keys of an autoencoder are that a file leaves out or says None for, where our defaults are those of the published
 # configurations and the family's code has others.

@@ -4,10 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from opensora.sampling.caches.attention import AttentionCache, AttentionSlot
-from opensora.sampling.caches.base import Decision, NoStepCache, OnDecision, StepCache
-from opensora.sampling.caches.blocks import BlockCache, BlockPlan
-from opensora.sampling.caches.config import (
+from opensora.sampling.cache_config import (
     CACHE_CONFIGS,
     CacheConfig,
     DBCache,
@@ -17,6 +14,9 @@ from opensora.sampling.caches.config import (
     PyramidAttentionBroadcast,
     TeaCache,
 )
+from opensora.sampling.caches.attention import AttentionCache, AttentionSlot
+from opensora.sampling.caches.base import Decision, NoStepCache, OnDecision, StepCache
+from opensora.sampling.caches.blocks import BlockCache, BlockPlan
 from opensora.sampling.caches.decisions import DBDecisions, FirstBlockDecisions, MagDecisions, TeaDecisions
 from opensora.sampling.caches.together import Alone, Together
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from opensora.models.base import AttentionAxis
+from opensora.sampling.cache_config import PyramidAttentionBroadcast
 from opensora.sampling.caches.base import Decision, OnDecision
-from opensora.sampling.caches.config import PyramidAttentionBroadcast
 from opensora.sampling.evaluation import Evaluation
 
 

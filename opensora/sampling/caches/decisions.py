@@ -7,7 +7,7 @@ DBCache) or in the step before (TeaCache). None: there is nothing before, or the
 
 from typing import ClassVar, Protocol
 
-from opensora.sampling.caches.config import DBCache, FirstBlockCache, MagCache, TeaCache
+from opensora.sampling.cache_config import DBCache, FirstBlockCache, MagCache, TeaCache
 from opensora.sampling.evaluation import Evaluation
 
 
