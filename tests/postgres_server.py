@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 START_S = 60.0
+INITDB = ("-U", "tests", "-A", "trust", "--no-sync", "-E", "UTF8")
 
 
 class Missing(Exception):
@@ -50,6 +51,14 @@ class Server:
 
     def url(self, database: str = "postgres") -> str:
         return f"postgresql://tests@/{database}?host={self._folder}"
+
+    def database(self, name: str) -> str:
+        """A new one; its URL."""
+        import psycopg
+
+        with psycopg.connect(self.url(), autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name}")  # type: ignore[arg-type, unused-ignore]
+        return self.url(name)
 
     def start(self) -> None:
         options = ["-k", self._folder, "-c", "listen_addresses=", "-c", "fsync=off", "-c", "max_connections=40"]
