@@ -66,6 +66,7 @@ OWN_ADDRESSES, OWN_NETWORK, RANK_0, FINDING, STARTING = (
     f"acceleration/distributed/{name}.py"
     for name in ("addresses", "network", "rendezvous", "search", "launcher_variables")
 )
+QUEUES, QUEUE_TEST = "opensora/serve/queues", "tests/unit/test_serve_queue.py::"
 COORDINATOR, ORDERS = "launch/coordinator.py", "tests/unit/test_coordinator.py"
 ADDRESS_TEST, CHOICE_TEST = (f"tests/unit/{name}.py::test_" for name in ("test_addresses", "test_network"))
 MEETINGS = "tests/faults/test_meeting_fuzz.py::test_any_meeting_ends_in_one_of_two_ways"
@@ -218,6 +219,56 @@ PIPELINE_LOCAL = "tests/unit/test_pipeline_local.py::test_"
 FILTERS, REPORT, SCORES = (f"tests/unit/test_{name}.py::test_" for name in ("filters", "report", "scores"))
 
 TABLE: tuple[Mutation, ...] = (
+    # The service's queue.
+    Mutation(
+        "the queue does not wait for the disk",
+        f"{QUEUES}/sqlite.py",
+        "synchronous = FULL",
+        "synchronous = NORMAL",
+        QUEUE_TEST + "test_every_change_is_synced",
+    ),
+    Mutation(
+        "a worker that lost its lease writes",
+        f"{QUEUES}/statements.py",
+        "AND attempt = :attempt AND state",
+        "AND state",
+        QUEUE_TEST + "test_who_lost_the_lease_changes_nothing[sqlite]",
+    ),
+    Mutation(
+        "one owner's jobs come first",
+        f"{QUEUES}/statements.py",
+        "jobs.priority DESC, COALESCE(owners.turn, 0), jobs",
+        "jobs.priority DESC, jobs",
+        QUEUE_TEST + "test_order_of_claims[sqlite]",
+    ),
+    Mutation(
+        "a cancelled job runs again",
+        f"{QUEUES}/statements.py",
+        "state = CASE WHEN cancel_requested = 1 THEN 'cancelled' ELSE 'queued' END",
+        "state = 'queued'",
+        QUEUE_TEST + "test_a_cancelled_job_does_not_run_again[sqlite-put back]",
+    ),
+    Mutation(
+        "what was put back counts",
+        f"{QUEUES}/table_queue.py",
+        "uncounted=1",
+        "uncounted=0",
+        QUEUE_TEST + "test_attempts[sqlite]",
+    ),
+    Mutation(
+        "a job's place forgets whose turn it is",
+        f"{QUEUES}/turns.py",
+        "rounds + (index < mine)",
+        "rounds",
+        "tests/unit/test_serve_queue_model.py::test_any_history_is_that_of_the_model[sqlite-0]",
+    ),
+    Mutation(
+        "damaged rows stay",
+        f"{QUEUES}/damage.py",
+        "return str(error)",
+        "return None",
+        "tests/faults/test_service_queue.py::test_what_is_said_of_damage",
+    ),
     # DiT, Latte, PixArt: positions, prompts that are dropped, files.
     Mutation(
         "rows before columns",

@@ -20,6 +20,7 @@ class QueuePlace:
         self.out, self.server, self.url = out, server, ""
         if server is not None:
             self.url = server.database(f"queue_{uuid.uuid4().hex[:12]}")
+        self.name = "PostgreSQL" if server else "SQLite"
         self._open: list[JobQueue] = []
 
     def __call__(self) -> JobQueue:

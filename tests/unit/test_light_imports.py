@@ -9,7 +9,8 @@ from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize(
-    "module", ["opensora.sampling.options", "opensora.config.load", "opensora.utils.files.video_writer"]
+    "module",
+    ["opensora.sampling.options", "opensora.config.load", "opensora.serve.queues", "opensora.utils.files.video_writer"],
 )
 def test_torch_is_not_imported(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

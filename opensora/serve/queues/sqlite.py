@@ -122,6 +122,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     try:
         for pragma in PRAGMAS:
             connection.execute(f"PRAGMA {pragma}")
+        _check_version(path, connection)
         (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
         if mode != "wal":
             kind = file_system(path) or "this file system"
@@ -136,7 +137,6 @@ def _create(path: Path) -> None:
     """The tables, where there are none."""
     with closing(_connect(path)) as connection:
         connection.execute("BEGIN IMMEDIATE")
-        _check_version(path, connection)
         if not connection.execute("PRAGMA user_version").fetchone()[0]:
             for statement in TABLES:
                 connection.execute(statement)
@@ -186,8 +186,9 @@ def _problem(path: Path) -> str | None:
     """
     try:
         with closing(_connect(path)) as connection:
-            _check_version(path, connection)
-            return damage_of(connection)
+            (tables,) = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            return damage_of(connection) if tables or version else None  # it was killed before it had any
     except sqlite3.DatabaseError as error:
         if not is_damage(error):
             raise
@@ -204,6 +205,9 @@ def _rebuild(path: Path, aside: Path) -> int:
         kept = restore(aside, connection)
     for old in (_beside(aside, "-shm"), _beside(path, "-wal"), _beside(path, "-shm")):
         old.unlink(missing_ok=True)
+    log = _beside(aside, "-wal")
+    if log.exists() and not log.stat().st_size:  # who reads makes one
+        log.unlink()
     os.replace(fresh, path)
     flush(path.parent)
     return kept
