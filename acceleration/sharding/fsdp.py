@@ -266,6 +266,21 @@ def release(model: nn.Module) -> None:
         module.reshard()
 
 
+def settle(model: nn.Module) -> None:
+    """After a forward that an error ended: what was gathered is freed, what was asked for has come, and the next
+    forward begins as the first one did. Whoever was in the middle of an exchange is not helped by this."""
+    for module in fsdp_modules(model):
+        state: Any = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None)  # one of them before torch 2.13
+        for group in [state._fsdp_param_group] if groups is None else groups:
+            if group is not None:
+                group.wait_for_unshard()
+                group._training_state = type(group._training_state).IDLE
+        state._training_state = type(state._training_state).IDLE
+        state._state_ctx.iter_forward_root = None
+    release(model)
+
+
 @torch.no_grad()
 def merge_adapters(model: nn.Module, scale: float = 1.0) -> None:
     """W += scale * s * B A (see ``lora.py``), in place: afterwards the adapters cost no time. Collective.

@@ -86,7 +86,7 @@ def measure(parts: Components, option: SamplingOption) -> tuple[float, float, fl
     torch.cuda.synchronize(device)
     whole = time.perf_counter() - began
     step = (marks[-1] - marks[0]) / (len(marks) - 1)
-    return step, whole - step * len(marks), torch.cuda.max_memory_allocated(device) / 2**30
+    return step, whole - step * (len(marks) - 1), torch.cuda.max_memory_allocated(device) / 2**30
 
 
 def main() -> None:

@@ -130,12 +130,17 @@ def build_api(parts: Components, on_decision: OnDecision = lambda decision: None
         Raises:
             UserError: a size, length, kind or reference that cannot be sampled, or a solver that keeps no frames.
         """
-        made = sampler(opt, cond_type, *args, **told)
-        pixels = decode_clip(parts.autoencoder, made.latents, made.frames, parts.run_tiles)
-        chosen = as_published if made.published else asked_for
-        return chosen(pixels, cond_type, opt.num_frames, parts.autoencoder)
+        return pixels_of(parts, sampler(opt, cond_type, *args, **told), cond_type, opt.num_frames)
 
     return api
+
+
+@torch.no_grad()
+def pixels_of(parts: Components, made: Made, cond_type: str, frames: int) -> Tensor:
+    """Pixels (B, 3, T, H, W) in [-1, 1] of what ``build_sampler`` made, as ``build_api`` gives them. Collective."""
+    pixels = decode_clip(parts.autoencoder, made.latents, made.frames, parts.run_tiles)
+    chosen = as_published if made.published else asked_for
+    return chosen(pixels, cond_type, frames, parts.autoencoder)
 
 
 def build_sampler(parts: Components, on_decision: OnDecision = lambda decision: None) -> Sampler:
@@ -169,7 +174,7 @@ def build_sampler(parts: Components, on_decision: OnDecision = lambda decision: 
             neg: what to move away from, one per clip; None: the empty prompt.
             ref: files, as "a.png;b.mp4", or frames of references, one entry per clip; "" or None: a clip from its text
                 alone.
-            on_step: called with (steps done, steps in all).
+            on_step: called with (steps done, steps in all), from (0, all) on; see ``denoise``.
             noise: (B, C, T', H', W') to start from, in place of what the seed gives.
             edit_ratios: (B, T'), for models that take clean frames in the place of noisy ones: of latent frames that
                 stand in ``noise`` already, from 0, kept, to 1, made anew; all others have 1.

@@ -146,7 +146,7 @@ class Saver:
                 prompt = final_prompt(job.text, self._option, **told)
                 write_whole(path.with_suffix(".txt"), partial(_write_line, prompt))
             given = _reference_thumbnails(job.ref, clip) if len(self._written) < SHEET_ROWS else []
-            self._written.append((str(path), job.text, _thumbnails(clip), given))
+            self._written.append((str(path), job.text, thumbnails(clip), given))
 
     def _write_clip(self, name: str, clip: Tensor) -> Path:
         """The file, whose name has a number more if another job took it since the names were decided."""
@@ -155,10 +155,7 @@ class Saver:
             path = self.folder / f"{name}{f'_{number}' if number else ''}.{suffix}"
             try:
                 with written_whole(path, replace=self._overwrite) as aside:
-                    if len(clip) == 1:
-                        write_image(aside, clip[0].numpy())
-                    else:
-                        write_video(aside, clip.numpy(), self._fps, crf=self._crf)
+                    write_clip(aside, clip, self._fps, self._crf)
                 return path
             except FileExistsError:
                 announce(f"{path}: another job has written it since this one began; this one takes another name")
@@ -192,11 +189,19 @@ class Saver:
         raise AssertionError("unreachable")
 
 
+def write_clip(path: Path, clip: Tensor, fps: float, crf: int) -> None:
+    """(T, H, W, 3) uint8 on the CPU -> an mp4, or a png of a single frame."""
+    if len(clip) == 1:
+        write_image(path, clip[0].numpy())
+    else:
+        write_video(path, clip.numpy(), fps, crf=crf)
+
+
 def _write_line(line: str, file: IO[str]) -> None:
     file.write(line + "\n")
 
 
-def _thumbnails(clip: Tensor) -> NDArray[np.uint8]:
+def thumbnails(clip: Tensor) -> NDArray[np.uint8]:
     """(T, H, W, 3) -> evenly spaced frames, the first and last among them, of at most about SHEET_PIXELS a side."""
     frames = torch.linspace(0, len(clip) - 1, min(len(clip), SHEET_COLUMNS)).round().long()
     stride = max(1, max(clip.shape[1:3]) // SHEET_PIXELS)
@@ -207,7 +212,7 @@ def _reference_thumbnails(ref: str, clip: Tensor) -> list[NDArray[np.uint8]]:
     """The first frame of every file that ``clip`` was made from, cropped as its model saw it, small."""
     size = (clip.shape[1], clip.shape[2])
     frames = [read_part(file, Part("head", 1, 1), size, "i2v_head") for file in split(ref)]
-    return [_thumbnails(to_uint8(frame[None])[0])[0] for frame in frames]
+    return [thumbnails(to_uint8(frame[None])[0])[0] for frame in frames]
 
 
 def to_uint8(pixels: Tensor) -> Tensor:

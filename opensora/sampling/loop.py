@@ -42,12 +42,14 @@ def denoise(
         outputs: values that the model predicts per latent.
         noise: for solvers that draw some: values like x, other ones at each call.
         frames: those that are given in x, and what each step does with them.
-        progress: called after every step.
+        progress: called before the first step and after every one; what it raises ends the loop between two steps.
         run: evaluates the model for the passes of a step.
         watch: entered around every evaluation, on the process that evaluates.
     """
     x = x if x.dtype == torch.float64 else x.float()
     steps, pure_noise = len(solver.times) - 1, getattr(solver, "pure_noise", 1.0)
+    if progress is not None:
+        progress(0, steps)
     for index in range(steps):
         before, told = x, known
         if frames is not None:

@@ -154,7 +154,7 @@ def test_two_passes_without_references() -> None:
         progress=lambda done, total: seen.append((done, total)),
     )
     assert x.shape == (1, 6, 2) and torch.allclose(x, torch.tensor(-(3 + 4.0 * 2)))  # u + g (c - u) over a time of -1
-    assert len(model.calls) == 4 and seen == [(1, 2), (2, 2)]
+    assert len(model.calls) == 4 and seen == [(0, 2), (1, 2), (2, 2)]
     assert all(call["context"] == "whose tokens" for call in model.calls)
     assert model.calls[2]["timesteps"].tolist() == [0.5] and model.calls[2]["timesteps"].dtype == torch.float32
     assert all(call["guidance"].tolist() == [4.0] and "cond" in call for call in model.calls)  # as by the family
