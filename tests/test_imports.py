@@ -90,6 +90,18 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "opensora.train",
         "opensora.utils",
     ),
+    "opensora.serve": (
+        "acceleration",
+        "opensora.assembly",
+        "opensora.conditioning",
+        "opensora.config",
+        "opensora.datasets.decode",
+        "opensora.inference",
+        "opensora.models",
+        "opensora.planner",
+        "opensora.sampling",
+        "opensora.utils",
+    ),
     "opensora.cli": (
         "data_pipeline.config",
         "opensora.assembly",
@@ -155,6 +167,9 @@ HOMES: dict[str, tuple[str, ...]] = {
     "decord": ("opensora/datasets/decode/decord_backend.py",),
     "torchcodec": ("opensora/datasets/decode/torchcodec_backend.py",),
     "ray": ("data_pipeline/engines/ray_tasks.py",),
+    "fastapi": ("opensora/serve/web/app.py",),
+    "uvicorn": ("opensora/serve/web/server.py",),
+    "python_multipart": ("opensora/serve/web/body.py",),
     "httpx": ("data_pipeline/captioning/endpoint.py",),
     "av": (
         "data_pipeline/media/encode.py",

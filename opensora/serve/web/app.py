@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import re
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -11,9 +12,8 @@ from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from opensora.serve.jobs import Job, QueueFull, SameKeyOtherRequest
 from opensora.serve.refusal import Refused
@@ -29,12 +29,14 @@ from opensora.serve.web.service import Service
 from opensora.serve.web.video_object import poll_ms
 
 Variant = Literal["video", "thumbnail", "spritesheet"]
-PAGE = {
-    "/": ("page.html", "text/html; charset=utf-8"),
-    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
-    "/page.css": ("page.css", "text/css; charset=utf-8"),
-    "/favicon.ico": ("favicon.png", "image/png"),
+PAGE = {  # ending of a file of the page -> type
+    "html": "text/html; charset=utf-8",
+    "js": "text/javascript; charset=utf-8",
+    "css": "text/css; charset=utf-8",
+    "png": "image/png",
+    "svg": "image/svg+xml",
 }
+_PART = re.compile(r"[a-z][a-z0-9_-]{0,40}\.[a-z]{2,4}")
 _FORBIDDEN = (401, 403, 404)
 _CREATES = (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 503, 507)
 
@@ -89,7 +91,7 @@ async def _body(request: Request) -> Body:
 def _add_refusals(app: FastAPI) -> None:
     """Every error is an answer of one shape."""
 
-    def told(kind: type[Exception], refusal: Callable[[Any], Refused]) -> None:
+    def told(kind: type[Exception] | int, refusal: Callable[[Any], Refused]) -> None:
         async def handle(request: Request, error: Exception) -> Response:
             headers, body = answer_of(refusal(error))
             return Response(body, refusal(error).status, headers)
@@ -104,7 +106,8 @@ def _add_refusals(app: FastAPI) -> None:
     )
     told(sqlite3.Error, lambda error: Refused(503, "the queue cannot be used now", headers={"Retry-After": "5"}))
     told(RequestValidationError, _of_parameters)
-    told(HTTPException, lambda error: Refused(error.status_code, str(error.detail), headers=error.headers))
+    told(404, lambda error: Refused(404, "there is nothing here; see /docs", code="not_found"))
+    told(405, lambda error: Refused(405, "not by this method; see /docs", headers=error.headers))
 
 
 def _of_full_queue(error: QueueFull) -> Refused:
@@ -268,17 +271,23 @@ def _add_state(app: FastAPI, service: Service) -> None:
 def _add_page(app: FastAPI) -> None:
     folder = files("opensora.serve.web") / "page"
 
-    def add(path: str, name: str, media_type: str) -> None:
-        @app.get(path, include_in_schema=False, name=name)
-        async def part() -> Response:
-            try:
-                data = (folder / name).read_bytes()
-            except FileNotFoundError:
-                raise Refused(404, "the page is not installed", code="not_found") from None
-            return Response(data, media_type=media_type, headers={"Cache-Control": "no-cache"})
+    def part(name: str) -> Response:
+        media_type = PAGE.get(name.rpartition(".")[2])
+        if media_type is None or not _PART.fullmatch(name) or not (folder / name).is_file():
+            raise Refused(404, "the page has no such part", code="not_found")
+        return Response((folder / name).read_bytes(), media_type=media_type, headers={"Cache-Control": "no-cache"})
 
-    for path, (name, media_type) in PAGE.items():
-        add(path, name, media_type)
+    @app.get("/", include_in_schema=False)
+    def page() -> Response:
+        return part("page.html")
+
+    @app.get("/page/{name}", include_in_schema=False)
+    def page_part(name: str) -> Response:
+        return part(name)
+
+    @app.get("/favicon.ico", include_in_schema=False)
+    def favicon() -> Response:
+        return part("favicon.png")
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:

@@ -247,7 +247,7 @@ def as_page(description: Mapping[str, Any]) -> str:
     """The description as HTML: every call, its fields and its answers."""
     parts = [
         "<!doctype html><html lang=en><head><meta charset=utf-8><title>API</title>",
-        '<meta name=viewport content="width=device-width"><link rel=stylesheet href=/page.css></head><body><main>',
+        '<meta name=viewport content="width=device-width"><link rel=stylesheet href=/page/page.css></head><body><main>',
         "<h1>API</h1><p>As data: <a href=/openapi.json>openapi.json</a></p>",
     ]
     for path, calls in description["paths"].items():
