@@ -170,6 +170,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "fastapi": ("opensora/serve/web/app.py",),
     "uvicorn": ("opensora/serve/web/server.py",),
     "python_multipart": ("opensora/serve/web/body.py",),
+    "psycopg": ("opensora/serve/queues/postgres.py",),
     "httpx": ("data_pipeline/captioning/endpoint.py",),
     "av": (
         "data_pipeline/media/encode.py",
