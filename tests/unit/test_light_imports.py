@@ -10,7 +10,15 @@ from tests.conftest import ROOT
 
 @pytest.mark.parametrize(
     "module",
-    ["opensora.sampling.options", "opensora.config.load", "opensora.serve.queues", "opensora.utils.files.video_writer"],
+    [
+        "opensora.sampling.options",
+        "opensora.config.load",
+        "opensora.utils.files.video_writer",
+        "opensora.serve.queues",
+        "opensora.serve.web.__main__",
+        "opensora.serve.web.app",
+        "opensora.serve.web.server",
+    ],
 )
 def test_torch_is_not_imported(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
