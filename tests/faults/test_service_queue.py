@@ -199,7 +199,9 @@ def test_what_is_said_of_damage(tmp_path: Path, capfd: pytest.CaptureFixture[str
     connection.close()
     damaged = path.read_bytes()
     queue = sqlite_queue(tmp_path)
-    (aside,) = tmp_path.glob("queue.sqlite.damaged-*")
+    found = list(tmp_path.glob("queue.sqlite.damaged-*"))
+    assert len(found) == 1
+    aside = found[0]
     assert aside.read_bytes() == damaged
     assert sum(queue.counts().values()) == len(before) - 1
     assert all(seen == before[seen.id] for seen in queue.oldest_finished(MANY))
