@@ -267,7 +267,7 @@ TABLE: tuple[Mutation, ...] = (
         f"{QUEUES}/damage.py",
         "return str(error)",
         "return None",
-        "tests/faults/test_service_queue.py::test_what_is_said_of_damage",
+        "tests/faults/test_service_queue.py::test_what_is_said_of_damage['x']",
     ),
     # DiT, Latte, PixArt: positions, prompts that are dropped, files.
     Mutation(

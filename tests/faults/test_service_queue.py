@@ -190,16 +190,19 @@ def damage(path: Path, draw: random.Random) -> None:
     path.write_bytes(data)
 
 
-def test_what_is_said_of_damage(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("spec", ["'x'", "CAST(x'fffe' AS TEXT)"])
+def test_what_is_said_of_damage(tmp_path: Path, capfd: pytest.CaptureFixture[str], spec: str) -> None:
     before = full(tmp_path)
     path = tmp_path / "queue.sqlite"
     connection = sqlite3.connect(path)
-    connection.execute("UPDATE jobs SET spec = 'x' WHERE rowid = 3")
+    connection.execute(f"UPDATE jobs SET spec = {spec} WHERE rowid = 3")
     connection.commit()
     connection.close()
     damaged = path.read_bytes()
     queue = sqlite_queue(tmp_path)
-    (aside,) = tmp_path.glob("queue.sqlite.damaged-*")
+    found = list(tmp_path.glob("queue.sqlite.damaged-*"))
+    assert len(found) == 1
+    aside = found[0]
     assert aside.read_bytes() == damaged
     assert sum(queue.counts().values()) == len(before) - 1
     assert all(seen == before[seen.id] for seen in queue.oldest_finished(MANY))

@@ -11,12 +11,18 @@ from opensora.serve.queues.rows import Damaged, job_of
 from opensora.serve.queues.statements import COLUMNS, TABLES
 
 MAX_GAP = 100_000  # rows between two readable ones that are looked for one by one
-SIGNS = ("no such table", "no such column", "malformed", "unsupported file format")  # of damage, in OperationalErrors
+SIGNS = (
+    "no such table",
+    "no such column",
+    "malformed",
+    "unsupported file format",
+    "decode",
+)  # of damage, in OperationalErrors
 _ROWS = f"SELECT rowid, {', '.join(COLUMNS)} FROM jobs NOT INDEXED"
 
 
-def is_damage(error: sqlite3.DatabaseError) -> bool:
-    """Or else a disk that is full, may not be written, or does not answer."""
+def is_damage(error: Exception) -> bool:
+    """Or else a disk that is full, may not be written, or does not answer. What SQLite says may hold damaged text."""
     return not isinstance(error, sqlite3.OperationalError) or any(sign in str(error) for sign in SIGNS)
 
 

@@ -189,7 +189,7 @@ def _problem(path: Path) -> str | None:
             (tables,) = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             return damage_of(connection) if tables or version else None  # it was killed before it had any
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         if not is_damage(error):
             raise
         return str(error)
