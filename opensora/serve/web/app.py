@@ -4,7 +4,6 @@ import asyncio
 import json
 import math
 import re
-import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from importlib.resources import files
@@ -15,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from opensora.serve.jobs import Job, QueueFull, SameKeyOtherRequest
+from opensora.serve.jobs import Job, QueueFull, QueueUnavailable, SameKeyOtherRequest
 from opensora.serve.refusal import Refused
 from opensora.serve.web import metrics, videos
 from opensora.serve.web.auth import Client
@@ -104,7 +103,7 @@ def _add_refusals(app: FastAPI) -> None:
     told(
         SameKeyOtherRequest, lambda error: Refused(409, str(error) or "this Idempotency-Key came with another request")
     )
-    told(sqlite3.Error, lambda error: Refused(503, "the queue cannot be used now", headers={"Retry-After": "5"}))
+    told(QueueUnavailable, lambda error: Refused(503, "the queue does not answer", headers={"Retry-After": "5"}))
     told(RequestValidationError, _of_parameters)
     told(404, lambda error: Refused(404, "there is nothing here; see /docs", code="not_found"))
     told(405, lambda error: Refused(405, "not by this method; see /docs", headers=error.headers))
