@@ -37,17 +37,26 @@ class ServiceProcess:
         config.write_text(CONFIG)
         self.out = folder / "out"
         words = [str(config), f"out={self.out}", "port=0", *overrides]
-        command = [sys.executable, "-m", "opensora.serve.web", *words]
+        self._command = [sys.executable, "-m", "opensora.serve.web", *words]
         store = Store(self.out)
         self._worker = StandIn(open_queue(load_config(ServeConfig, config, words[1:]), store), store)
+        self._start()
+
+    def _start(self) -> None:
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(self._command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        said = wait_for(lambda: re.search(r"web: (http://\S+)", self.log()), "the address", START_S, self.is_alive)
+        said = wait_for(lambda: re.search(r"web: (http://\S+)\n", self.log()), "the address", START_S, self.is_alive)
         self.url = said[1]
         self.port = int(self.url.rpartition(":")[2])
+
+    def restart(self, number: int = signal.SIGTERM) -> None:
+        """The web process alone, on the same folder; it has another port."""
+        self.process.send_signal(number)
+        self.process.wait(STOP_S)
+        self._start()
 
     def _read(self) -> None:
         assert self.process.stderr is not None

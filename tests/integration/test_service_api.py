@@ -374,16 +374,18 @@ def test_a_running_job_is_deleted_when_it_has_ended(http: httpx.Client, service:
 
 
 def test_too_many_jobs(http: httpx.Client) -> None:
-    ids = []
+    ids = [http.post("/v1/videos", json={"prompt": SLOW, "num_steps": 400}).json()["id"]]
     try:
-        for _ in range(6):  # one runs, four wait
-            answer = http.post("/v1/videos", json={"prompt": SLOW, "num_steps": 400})
-            if answer.status_code == 429:
-                break
-            ids.append(answer.json()["id"])
+        wait_for(lambda: http.get(f"/v1/videos/{ids[0]}").json()["status"] == "in_progress", "first step")
+        for _ in range(4):
+            ids.append(http.post("/v1/videos", json={"prompt": SLOW, "num_steps": 400}).json()["id"])
+        answer = http.post("/v1/videos", json={"prompt": "one too many"})
         assert error(answer, 429)["type"] == "rate_limit_error" and int(answer.headers["retry-after"]) >= 1
-        places = [http.get(f"/v1/videos/{id}").json()["x"]["queue_position"] for id in ids]
-        assert places[1:] == list(range(len(ids) - 1))
+        told = [http.get(f"/v1/videos/{id}").json() for id in ids]
+        assert [one["x"]["queue_position"] for one in told] == [None, 0, 1, 2, 3]
+        assert {one["status"] for one in told[1:]} == {"queued"}
+        waits = [one["x"]["eta_s"] for one in told[1:]]
+        assert waits == sorted(waits) and waits[-1] > waits[0] > 0
     finally:
         for id in ids:
             http.delete(f"/v1/videos/{id}")
@@ -465,6 +467,23 @@ def test_a_stop_ends_streams_and_answers(tmp_path: Path, number: signal.Signals)
         thread.join(60)
         assert text and events_of(text[0])  # to its end, not a broken connection
         assert "Traceback" not in own.log()
+
+
+def test_a_killed_web_process_has_forgotten_nothing(tmp_path: Path) -> None:
+    once = {"Idempotency-Key": "once"}
+    with ServiceProcess(tmp_path) as own:
+        asked = {"prompt": SLOW, "num_steps": 60}
+        id = httpx.post(f"{own.url}/v1/videos", json=asked, headers=once).json()["id"]
+        wait_for(lambda: httpx.get(f"{own.url}/v1/videos/{id}").json()["x"]["step"] >= 2, "second step")
+        with httpx.stream("GET", f"{own.url}/v1/videos/{id}/events", timeout=60) as stream:
+            seen = next(line for line in stream.iter_lines() if line.startswith("id:"))
+            own.restart(signal.SIGKILL)
+        assert httpx.post(f"{own.url}/v1/videos", json=asked, headers=once).json()["id"] == id
+        headers = {"Last-Event-ID": seen.removeprefix("id: ")}
+        _, *events = events_of(httpx.get(f"{own.url}/v1/videos/{id}/events", headers=headers, timeout=60).text)
+        told = [json.loads(event["data"]) for event in events]
+        assert told[0]["x"]["step"] >= 2 and told[-1]["status"] == "completed" and told[-1]["x"]["attempt"] == 1
+        assert httpx.get(f"{own.url}/v1/videos/{id}/content").status_code == 200
 
 
 def test_expiry_and_quota(tmp_path: Path) -> None:
