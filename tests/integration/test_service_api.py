@@ -4,6 +4,9 @@ import base64
 import io
 import json
 import signal
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import ROOT
 from tests.service_process import ServiceProcess, wait_for
 from tests.stand_in_worker import FAILS, SLOW
 
@@ -533,3 +537,24 @@ def test_a_file_of_keys_that_cannot_be(tmp_path: Path, keys: str, words: str) ->
     (tmp_path / "keys").write_text(keys)
     with pytest.raises(UserError, match=words):
         Keys(tmp_path / "keys")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["port={taken}"], "Address already in use; take another"),
+        (["keys=nowhere"], "keys=nowhere: cannot be read"),
+        (['origins=["*"]'], "must be as a browser writes it"),
+        (["origins=[https://a.example/page]"], "must be as a browser writes it"),
+        (["host=0.0.0.0"], "must have keys=FILE"),
+        (["queue=redis://a"], "must be empty (SQLite in out), or postgresql://"),
+    ],
+)
+def test_what_the_process_does_not_begin_with(tmp_path: Path, words: list[str], said: str) -> None:
+    (tmp_path / "serve.yaml").write_text(f"models: {{toy: {{}}}}\nout: {tmp_path / 'out'}\nport: 0\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        given = [word.format(taken=taken.getsockname()[1]) for word in words]
+        command = [sys.executable, "-m", "opensora.serve.web", str(tmp_path / "serve.yaml"), *given]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
+    assert ended.stderr.startswith("error: ") and said in ended.stderr
