@@ -5,7 +5,8 @@ import json
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,15 @@ def finished(service: Service, after_s: float = 0.0) -> Job:
     return done
 
 
+def refusal_of(call: Callable[[], Any]) -> int | None:
+    """The status that a call is refused with; None: it is not."""
+    try:
+        call()
+    except Refused as error:
+        return error.status
+    return None
+
+
 # Bodies
 
 
@@ -80,9 +90,7 @@ def read(pieces: list[bytes | float], most: int = 1000, headers: dict[str, str] 
 def test_a_body_is_read_up_to_its_limit() -> None:
     assert read([b"a" * 400, b"b" * 600]) == b"a" * 400 + b"b" * 600
     for pieces, headers in (([b"a" * 400, b"b" * 601], {}), ([b"a"], {"content-length": "1001"})):
-        with pytest.raises(Refused) as found:
-            read(list(pieces), headers=headers)
-        assert found.value.status == 413
+        assert refusal_of(partial(read, list(pieces), headers=headers)) == 413
 
 
 def test_a_body_that_comes_too_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,11 +212,10 @@ def test_origins() -> None:
     for host in ("127.0.0.1", "127.0.0.1:8000", "LOCALHOST:1", "[::1]:8000", "a.example"):
         own.check("GET", {"host": host})
     for host in ("", "b.example", "127.0.0.1.b.example", "127.0.0.1@b.example", "[::1", "a.example.b"):
-        with pytest.raises(Refused):
-            own.check("GET", {"host": host})
+        assert refusal_of(partial(own.check, "GET", {"host": host})) == 403
     own.check("POST", {"host": "localhost:8000", "origin": "http://localhost:8000"})
-    with pytest.raises(Refused):
-        own.check("POST", {"host": "localhost:8000", "origin": "http://localhost:8001"})
+    other = {"host": "localhost:8000", "origin": "http://localhost:8001"}
+    assert refusal_of(partial(own.check, "POST", other)) == 403
 
 
 # Figures and the object
