@@ -167,6 +167,9 @@ HOMES: dict[str, tuple[str, ...]] = {
     "decord": ("opensora/datasets/decode/decord_backend.py",),
     "torchcodec": ("opensora/datasets/decode/torchcodec_backend.py",),
     "ray": ("data_pipeline/engines/ray_tasks.py",),
+    "fastapi": ("opensora/serve/web/app.py",),
+    "uvicorn": ("opensora/serve/web/server.py",),
+    "python_multipart": ("opensora/serve/web/body.py",),
     "psycopg": ("opensora/serve/queues/postgres.py",),
     "httpx": ("data_pipeline/captioning/endpoint.py",),
     "av": (
