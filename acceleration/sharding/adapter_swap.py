@@ -65,7 +65,7 @@ class AdapterSwap:
         self._changed.append(layer)
         if held.numel():
             up, down = (part.to(self.device) for part in _parts(parameter, cut, up, down))
-            held.copy_(self._before[layer].to(self.device).addmm_(up, down, alpha=scale))
+            held.copy_(self._before[layer].to(self.device, copy=True).addmm_(up, down, alpha=scale))
 
 
 def _parts(parameter: Tensor, cut: Cut | None, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ def sample_jobs(parts: Components, cfg: SampleConfig, jobs: Sequence[Job], *, qu
     for turn, (batch, is_ours) in enumerate(shares):
 
         def on_step(done: int, total: int, turn: int = turn) -> None:
-            if bar is not None:
+            if bar is not None and done:
                 bar.update_to(turn * total + done)
 
         pixels = make(batch, on_step)

@@ -15,7 +15,7 @@ from opensora.serve.worker.describe import Costs, forecast_text
 from opensora.serve.worker.desk import DECODED, Desk, read_job
 from opensora.serve.worker.finish import already_there, problem_of, write_files
 from opensora.serve.worker.models import Model
-from opensora.serve.worker.peers import Flag, GroupLost, Outcome, Peers
+from opensora.serve.worker.peers import Flag, GroupLost, Outcome, Peers, described
 from opensora.serve.worker.sampler import make_clips, mend, same_bits, shares_of, warm_up
 from opensora.utils.console import announce
 
@@ -82,7 +82,7 @@ class Loop:
 
     def take(self, jobs: Sequence[Job]) -> None:
         """Make jobs that were claimed together, in one batch where that changes no bit. Collective."""
-        jobs = self._without_finished(jobs)
+        jobs = self._to_make(jobs)
         if not jobs:
             return
         model = self.models[jobs[0].model]
@@ -90,17 +90,22 @@ class Loop:
             for together in self._batches(model, list(alike)):
                 self._make(model, together)
 
-    def _without_finished(self, jobs: Sequence[Job]) -> list[Job]:
-        """Jobs without those whose files an earlier group has left whole; those are completed."""
-        left = []
-        for job in jobs if self.desk else []:
-            found = already_there(self.store, job.id, self._fps(job))
-            if found is None:
-                left.append(job.id)
-            elif self.desk:
-                self.desk.finish(job, "completed", result={**found, "seconds_used": 0.0})
+    def _to_make(self, jobs: Sequence[Job]) -> list[Job]:
+        """Jobs without those that are ended here: what is no request of this model, and what an earlier group has left
+        whole. Collective."""
+        left = [job.id for job in jobs if self.desk and self._is_to_be_made(self.desk, job)]
         left = self.peers.tell(left)
         return [job for job in jobs if job.id in left]
+
+    def _is_to_be_made(self, desk: Desk, job: Job) -> bool:
+        try:
+            found = already_there(self.store, job.id, self._fps(job))
+        except (ValueError, KeyError, TypeError) as reason:
+            desk.finish(job, "failed", error=JobError(code=SAMPLING_FAILED, message=described(reason)))
+            return False
+        if found is not None:
+            desk.finish(job, "completed", result={**found, "seconds_used": 0.0})
+        return found is None
 
     def _batches(self, model: Model, jobs: list[Job]) -> list[list[Job]]:
         """As many together as may be."""
