@@ -2,13 +2,17 @@
 
 import os
 import signal
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.postgres_server import Server
+    from tests.queue_place import QueuePlace
 
 # For this process before it imports torch, and for all that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -50,6 +54,28 @@ def stills(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stills")
     main(["--out", str(folder), "--clips", "0", "--images", "24", "--durations", "5", "--processes", "1"])
     return folder / "train.csv"
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator["Server"]:
+    """A PostgreSQL of the system's packages, started for these tests."""
+    from tests.postgres_server import Missing, server
+
+    try:
+        with server() as running:
+            yield running
+    except Missing as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def make_queue(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator["QueuePlace"]:
+    """Opens queues on one new database of each kind."""
+    from tests.queue_place import QueuePlace
+
+    server = request.getfixturevalue("postgres_server") if request.param == "postgres" else None
+    with QueuePlace(tmp_path / "serve", server) as place:
+        yield place
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

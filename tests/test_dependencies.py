@@ -26,6 +26,7 @@ MODULES = {
     "pytest-xdist": "xdist",
     "opencv-python-headless": "cv2",
     "scenedetect-headless": "scenedetect",
+    "python-multipart": "python_multipart",
 }
 TOOLS = ("ruff", "mypy", "pytest-timeout", "pytest")  # are run, not imported
 ELSEWHERE = {

@@ -5,7 +5,7 @@
 Every write of a worker names the worker and the attempt it claimed: one that lost its lease changes nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -63,7 +63,7 @@ class Job(NewJob):
     progress: int = 0  # percent; never falls within an attempt
     step: int = 0
     batch: int = 1  # jobs that are denoised together with it
-    attempt: int = 0
+    attempt: int = 0  # claims so far, those of jobs that were put back too: no two claims of a job have the same
     worker: str | None = None
     lease_until: float | None = None
     cancel_requested: bool = False
@@ -83,8 +83,15 @@ class SameKeyOtherRequest(Exception):
     """An idempotency key came with another request than before."""
 
 
+class QueueUnavailable(Exception):
+    """The database does not answer, or its disk is full: nothing was changed, or nobody knows; later it may do."""
+
+
 class JobQueue(Protocol):
-    """Jobs on disk. Times are passed in, so that tests need not wait; every call is one transaction."""
+    """Jobs on disk. Times are passed in, so that tests need not wait; every call is one transaction.
+
+    Every call may raise ``QueueUnavailable``. Threads of a process may share a queue; each process opens its own.
+    """
 
     # of the web process
     def add(self, job: NewJob, now: float, *, most: int, most_of_owner: int) -> Job:
@@ -112,7 +119,8 @@ class JobQueue(Protocol):
         ...
 
     def request_cancel(self, id: str, owner: str, now: float) -> Job | None:
-        """A queued job is cancelled when this returns; a running one is asked to. None: no such job."""
+        """A queued job is cancelled when this returns, and one whose lease is over; a running one is asked to, and a
+        finished one stays as it is. None: no such job."""
         ...
 
     def remove(self, id: str, owner: str | None) -> Job | None:
@@ -168,7 +176,23 @@ class JobQueue(Protocol):
         ...
 
     def put_back(self, job: Job, now: float) -> bool:
-        """A running job into the queue, its attempt not counted. False: the lease is lost."""
+        """A running job into the queue, its attempt not counted; or cancelled, if that was asked. False: the lease is
+        lost."""
+        ...
+
+    def recover(
+        self,
+        finished: Callable[[Job], Mapping[str, Any] | None],
+        now: float,
+        *,
+        attempts: int,
+        worker: str | None = None,
+    ) -> list[Job]:
+        """Ends what a worker that is known to be dead has left, before the leases do; the jobs as they are then.
+
+        A job is completed where ``finished`` gives its result; else cancelled, if that was asked; else failed after as
+        many ``attempts``; else queued. ``worker=None``: of all workers, where none lives.
+        """
         ...
 
     # what workers tell the web process

@@ -1,5 +1,6 @@
 """Files of the service beside its queue: videos, thumbnails, sprite sheets, references. Names come from ids alone."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -11,12 +12,12 @@ VIDEO, STILL, THUMBNAIL, SPRITES = "mp4", "png", "webp", "jpg"
 
 
 class Store:
-    """Folders of a service: ``videos/``, ``references/``."""
+    """Folders of a service: ``videos/``, ``references/``, ``removed/``."""
 
     def __init__(self, out: str | Path) -> None:
         self.out = Path(out)
-        self.videos, self.references = self.out / "videos", self.out / "references"
-        for folder in (self.videos, self.references):
+        self.videos, self.references, self._removed = (self.out / name for name in ("videos", "references", "removed"))
+        for folder in (self.videos, self.references, self._removed):
             folder.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -41,8 +42,27 @@ class Store:
         for name in references:
             self.reference(name).unlink(missing_ok=True)
 
+    def mark_removed(self, id: str) -> None:
+        """A job that is to be forgotten as soon as it has ended; nobody sees it from now on."""
+        (self._removed / self.video(id).stem).touch()
+
+    def unmark_removed(self, id: str) -> None:
+        (self._removed / self.video(id).stem).unlink(missing_ok=True)
+
+    def is_marked_removed(self, id: str) -> bool:
+        return (self._removed / self.video(id).stem).exists()
+
+    def marked_removed(self) -> list[str]:
+        return sorted(entry.name for entry in os.scandir(self._removed) if _ID.fullmatch(entry.name))
+
     def free_bytes(self) -> int:
         return shutil.disk_usage(self.out).free
 
     def used_bytes(self) -> int:
-        return sum(entry.stat().st_size for folder in (self.videos, self.references) for entry in os.scandir(folder))
+        """Of videos and references; a file that goes meanwhile is no error."""
+        total = 0
+        for folder in (self.videos, self.references):
+            for entry in os.scandir(folder):
+                with contextlib.suppress(FileNotFoundError):
+                    total += entry.stat().st_size
+        return total

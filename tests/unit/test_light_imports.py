@@ -9,7 +9,15 @@ from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize(
-    "module", ["opensora.sampling.options", "opensora.config.load", "opensora.utils.files.video_writer"]
+    "module",
+    [
+        "opensora.sampling.options",
+        "opensora.config.load",
+        "opensora.utils.files.video_writer",
+        "opensora.serve.web.__main__",
+        "opensora.serve.web.app",
+        "opensora.serve.web.server",
+    ],
 )
 def test_torch_is_not_imported(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

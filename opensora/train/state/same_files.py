@@ -30,6 +30,7 @@ from opensora.datasets.table.index import IndexedTable
 from opensora.train.state.run_lock import OWNER, RunLock, read_owner
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
+from opensora.utils.files.file_system import LOCAL, file_system
 from opensora.utils.files.safetensors_files import fingerprint
 
 CACHED_S = 40.0  # for so long a client of a network file system may believe that a new file is not there (NFS: 30 s)
@@ -37,7 +38,6 @@ LOCAL_S = 1.0  # a disk of the machine itself needs no time
 TELL_S = 5.0  # of waiting before a line says for what
 LOOK_S = 0.2
 ROUND_S = 1.0  # between two exchanges, so that ``parallel.timeout_s`` may be shorter than a wait
-LOCAL = frozenset(("ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "ramfs", "overlay", "vfat", "f2fs"))
 CLIPS = 16  # that are looked for on every machine
 
 
@@ -146,20 +146,6 @@ def _missing(folder: Path, token: str) -> str:
             with suppress(OSError):
                 os.listdir(place)  # makes a client of a network file system look again
         time.sleep(LOOK_S)
-
-
-def file_system(path: Path) -> str:
-    """Kind of the file system that ``path`` is on, or would be (ext4, nfs4); empty where the system does not say."""
-    try:
-        mounts = [line.split(" - ") for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-    except OSError:
-        return ""
-    where, best = f"{os.path.realpath(path)}/", ("", "")
-    for mount, about in mounts:
-        point = mount.split()[4].encode().decode("unicode_escape").rstrip("/") + "/"  # blanks are written \040
-        if where.startswith(point) and len(point) >= len(best[0]):  # of several at one place the last is seen
-            best = point, about.split()[0]
-    return best[1]
 
 
 def content(cfg: RunConfig, table: IndexedTable) -> dict[str, str]:

@@ -1,0 +1,77 @@
+"""A web process of the service for tests, with a worker that is none (``tests/stand_in_worker.py``)."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tests.conftest import ROOT
+
+START_S, STOP_S, WAIT_S = 60.0, 60.0, 60.0
+CONFIG = "models: {toy: {}}\nquota: {free_gib: 0.0}\n"
+T = TypeVar("T")
+
+
+class ServiceProcess:
+    """Runs until ``stop``; ``with`` does that.
+
+    Attributes:
+        url: where it listens.
+    """
+
+    def __init__(self, folder: Path, *overrides: str, module: str = "tests.stand_in_worker") -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        config = folder / "serve.yaml"
+        config.write_text(CONFIG)
+        command = [sys.executable, "-m", module, str(config), f"out={folder / 'out'}", "port=0", *overrides]
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        said = wait_for(lambda: re.search(r"web: (http://\S+)", self.log()), "the address", START_S, self.is_alive)
+        self.url = said[1]
+        self.port = int(self.url.rpartition(":")[2])
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        self.lines.extend(iter(self.process.stderr.readline, ""))
+
+    def log(self) -> str:
+        return "".join(self.lines)
+
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """The exit code."""
+        if self.is_alive():
+            self.process.send_signal(number)
+        try:
+            return self.process.wait(STOP_S)
+        finally:
+            self.process.kill()
+            self._reader.join(STOP_S)
+
+    def __enter__(self) -> "ServiceProcess":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.stop()
+
+
+def wait_for(
+    look: Callable[[], T | None], what: str, limit_s: float = WAIT_S, goes_on: Callable[[], bool] = lambda: True
+) -> T:
+    """What ``look`` finds, once it does."""
+    end = time.monotonic() + limit_s
+    while not (found := look()):
+        assert time.monotonic() < end and goes_on(), f"no {what} within {limit_s:g} s"
+        time.sleep(0.02)
+    return found
