@@ -96,6 +96,17 @@ class Worker:
     def go(self) -> None:
         self.hold(ENDLESS)
 
+    def empty(self) -> None:
+        """No job is left, nor a file of one."""
+        self.go()
+        self.fails = False
+        while jobs := self.queue.page("", limit=100, after=None, order="asc")[0]:
+            for job in jobs:
+                self.queue.request_cancel(job.id, "", time.time())
+                if self.queue.remove(job.id, ""):
+                    self.store.remove(job.id, job.references)
+            time.sleep(0.02)
+
     def close(self) -> None:
         self._ends.set()
         self.go()
@@ -174,6 +185,9 @@ class Web:
         return f"http://127.0.0.1:{self.port}/"
 
     def start(self) -> None:
+        """Does nothing where it runs."""
+        if self._process is not None:
+            return
         with open(self._log, "ab") as log:
             command = [sys.executable, "-m", "opensora.serve.web", str(self._file)]
             self._process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)

@@ -159,7 +159,10 @@ def test_errors_of_the_client(client: Any, service: ServiceProcess) -> None:
         client.videos.create(prompt="a", extra_body={"num_frames": 11})
     with pytest.raises(openai.UnprocessableEntityError, match="GiB"):
         client.videos.create(prompt="a", size="16384x16384")
-    with openai.OpenAI(api_key="x" * 20, base_url=f"{service.url}/v1") as other, pytest.raises(openai.AuthenticationError):
+    with (
+        openai.OpenAI(api_key="x" * 20, base_url=f"{service.url}/v1") as other,
+        pytest.raises(openai.AuthenticationError),
+    ):
         other.videos.list()
     for call in (client.videos.edit, client.videos.extend):
         with pytest.raises(openai.InternalServerError, match="not done") as not_done:

@@ -31,7 +31,7 @@ def run(cfg: ServeConfig) -> None:
         from opensora.serve.web import app, server
     except ImportError as error:
         raise UserError(f'{error.name} is not installed; pip install ".[serve]"') from error
-    from opensora.serve.queue import open_queue
+    from opensora.serve.queues import open_queue
     from opensora.serve.web.service import Service
 
     opened = server.listen(cfg.host, cfg.port)
