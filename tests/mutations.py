@@ -59,6 +59,7 @@ DISTILLED = "tests/reference/test_sampling.py::test_clips[distilled]"
 STILLS = "tests/reference/test_sampling.py::test_stills_of_a_table"
 CAMERA, LUMA = "tests/unit/test_motion.py::test_{}", "tests/unit/test_luma.py::test_{}"
 MEASURE = "tests/unit/test_measure.py::test_{}"
+API, WEB = "tests/integration/test_service_api.py::test_", "tests/unit/test_serve_web.py::test_"
 WHOLE = "tests/reference/test_sampling.py::test_from_training_to_pixels[adamw]"
 WITH_ADAPTERS = "tests/reference/test_sampling.py::test_from_training_to_pixels[adapters]"
 
@@ -2967,6 +2968,62 @@ TABLE: tuple[Mutation, ...] = (
         'row.querySelector("progress").setAttribute("aria-label", `Progress of: ${short(job.prompt)}`);',
         "",
         PAGE_ACCESS.format("every_control_has_a_name"),
+    ),
+    Mutation(
+        "a request of another key finds the job",
+        "opensora/serve/web/videos.py",
+        "job = service.job(id, client.owner) if ID.fullmatch(id) else None",
+        "job = service.job(id, None) if ID.fullmatch(id) else None",
+        f"{API}jobs_of_another_key_are_out_of_sight",
+    ),
+    Mutation(
+        "a clip is sent before its job is completed",
+        "opensora/serve/web/videos.py",
+        'if job.state != "completed":',
+        "if False:",
+        f"{API}nothing_is_sent_before_it_is_whole",
+    ),
+    Mutation(
+        "a key that begins like one is that key",
+        "opensora/serve/web/auth.py",
+        "hmac.compare_digest(known, digest)]",
+        "True]",
+        f"{WEB}keys",
+    ),
+    Mutation(
+        "a host's name is not looked at",
+        "opensora/serve/web/auth.py",
+        "if self._hosts is not None and _name",
+        "if False and _name",
+        f"{WEB}origins",
+    ),
+    Mutation(
+        "a body has no limit while it is read",
+        "opensora/serve/web/body.py",
+        "        if size > most:\n            raise too_large\n",
+        "",
+        f"{WEB}a_body_is_read_up_to_its_limit",
+    ),
+    Mutation(
+        "a range ends a byte too late",
+        "opensora/serve/web/content.py",
+        "stop = min(size, int(found[2]) + 1) if found[2] else size",
+        "stop = min(size, int(found[2]) + 2) if found[2] else size",
+        f"{WEB}ranges_put_together_are_the_file",
+    ),
+    Mutation(
+        "jobs of another guidance share a batch",
+        "opensora/serve/request.py",
+        'if name != "seed"}\n    # the published',
+        'if name not in ("seed", "guidance")}\n    # the published',
+        "tests/unit/test_serve_request.py::test_jobs_of_one_batch_differ_in_seed_and_prompt_alone",
+    ),
+    Mutation(
+        "a deleted job that runs is forgotten while its files come",
+        "opensora/serve/web/cleanup.py",
+        "        elif job.state in FINISHED:\n            remove(service, job)\n        elif",
+        "        elif",
+        f"{WEB}a_job_that_was_deleted_goes_when_it_has_ended",
     ),
 )
 

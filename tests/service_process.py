@@ -1,4 +1,4 @@
-"""A web process of the service for tests, with a worker that is none (``tests/stand_in_worker.py``)."""
+"""A web process of the service, as it is started, for tests; with a worker that is none."""
 
 import os
 import re
@@ -11,7 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from opensora.config.load import load_config
+from opensora.serve.config import ServeConfig
+from opensora.serve.queues import open_queue
+from opensora.serve.store import Store
 from tests.conftest import ROOT
+from tests.stand_in_worker import StandIn
 
 START_S, STOP_S, WAIT_S = 60.0, 60.0, 60.0
 CONFIG = "models: {toy: {}}\nquota: {free_gib: 0.0}\n"
@@ -23,21 +28,35 @@ class ServiceProcess:
 
     Attributes:
         url: where it listens.
+        out: its folder.
     """
 
-    def __init__(self, folder: Path, *overrides: str, module: str = "tests.stand_in_worker") -> None:
+    def __init__(self, folder: Path, *overrides: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         config = folder / "serve.yaml"
         config.write_text(CONFIG)
-        command = [sys.executable, "-m", module, str(config), f"out={folder / 'out'}", "port=0", *overrides]
+        self.out = folder / "out"
+        words = [str(config), f"out={self.out}", "port=0", *overrides]
+        self._command = [sys.executable, "-m", "opensora.serve.web", *words]
+        store = Store(self.out)
+        self._worker = StandIn(open_queue(load_config(ServeConfig, config, words[1:]), store), store)
+        self._start()
+
+    def _start(self) -> None:
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(self._command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        said = wait_for(lambda: re.search(r"web: (http://\S+)", self.log()), "the address", START_S, self.is_alive)
+        said = wait_for(lambda: re.search(r"web: (http://\S+)\n", self.log()), "the address", START_S, self.is_alive)
         self.url = said[1]
         self.port = int(self.url.rpartition(":")[2])
+
+    def restart(self, number: int = signal.SIGTERM) -> None:
+        """The web process alone, on the same folder; it has another port."""
+        self.process.send_signal(number)
+        self.process.wait(STOP_S)
+        self._start()
 
     def _read(self) -> None:
         assert self.process.stderr is not None
@@ -58,6 +77,7 @@ class ServiceProcess:
         finally:
             self.process.kill()
             self._reader.join(STOP_S)
+            self._worker.stop()
 
     def __enter__(self) -> "ServiceProcess":
         return self

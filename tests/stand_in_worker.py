@@ -1,11 +1,7 @@
-"""A worker that is none: claims jobs, says how far it is, writes small files. And a web process with it, for tests:
-``python -m tests.stand_in_worker CONFIG.yaml [key=value ...]``.
-"""
+"""A worker that is none, for tests: claims jobs, says how far it is, writes small files."""
 
-import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,7 +50,7 @@ TOY = ModelInfo(
 
 
 class StandIn:
-    """A thread that works on a queue until it is stopped."""
+    """A thread that works on a queue, which is its own from now on, until it is stopped."""
 
     def __init__(self, queue: JobQueue, store: Store, *models: ModelInfo) -> None:
         self._queue, self._store = queue, store
@@ -68,6 +64,7 @@ class StandIn:
     def stop(self) -> None:
         self._stop.set()
         self._thread.join()
+        self._queue.close()
 
     def _work(self) -> None:
         names = [info.name for info in self._models]
@@ -82,7 +79,9 @@ class StandIn:
 
     def _make(self, job: Job) -> None:
         for step in range(1, job.steps + 1):
-            time.sleep(STEP_S * (10 if SLOW in job.prompt else 1))
+            if self._stop.wait(STEP_S * (10 if SLOW in job.prompt else 1)):
+                self._queue.put_back(job, time.time())
+                return
             self._queue.report(job, time.time(), step=step, progress=2 + 88 * step // job.steps, batch=1)
             if self._queue.cancel_requested([job]):
                 self._queue.finish(job, time.time(), "cancelled")
@@ -104,23 +103,3 @@ class StandIn:
         Image.fromarray(frames[0]).save(self._store.video(job.id, "jpg"))
         facts = {"width": shape[2], "height": shape[1], "frames": shape[0], "fps": 8.0, "seconds_used": 0.1}
         return {"file": final.name, "bytes": final.stat().st_size, **facts}
-
-
-def main(argv: list[str]) -> int:
-    from opensora.config.load import load_config
-    from opensora.serve.config import ServeConfig
-    from opensora.serve.web import app, server
-    from opensora.serve.web.service import Service
-    from tests.memory_queue import MemoryQueue
-
-    cfg = load_config(ServeConfig, Path(argv[0]), argv[1:])
-    store, queue = Store(cfg.out), MemoryQueue()
-    worker = StandIn(queue, store)
-    service = Service(cfg, queue, store)
-    server.serve(app.application(service), service, server.listen(cfg.host, cfg.port))
-    worker.stop()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

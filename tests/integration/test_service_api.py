@@ -4,6 +4,9 @@ import base64
 import io
 import json
 import signal
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import ROOT
 from tests.service_process import ServiceProcess, wait_for
 from tests.stand_in_worker import FAILS, SLOW
 
@@ -99,7 +103,7 @@ def test_with_a_reference_and_more_fields(client: Any, service: ServiceProcess) 
     told = video.x["request"]
     assert (told["seed"], told["num_steps"], told["guidance"], told["cond_type"]) == (5, 3, 1.5, "i2v_head")
     assert told["cache"]["kind"] == "first_block" and told["shift"] is False
-    (kept,) = [path for path in (Path(service.process.args[4][4:]) / "references").iterdir() if video.id in path.name]
+    (kept,) = [path for path in (service.out / "references").iterdir() if video.id in path.name]
     assert kept.name == f"{video.id}-0.png"
     assert np.array_equal(np.asarray(Image.open(kept)), np.asarray(Image.open(io.BytesIO(picture(kind="WEBP")))))
 
@@ -166,7 +170,7 @@ def test_errors_of_the_client(client: Any, service: ServiceProcess) -> None:
         other.videos.list()
     for call in (client.videos.edit, client.videos.extend):
         with pytest.raises(openai.InternalServerError, match="not done") as not_done:
-            call(prompt="a", video={"id": "x"}, **({"seconds": "4"} if call == client.videos.extend else {}))
+            call(prompt="a", video=b"x", **({"seconds": "4"} if call == client.videos.extend else {}))
         assert not_done.value.status_code == 501
 
 
@@ -210,7 +214,7 @@ def test_a_picture_lies_in_the_store_as_it_is_seen(http: httpx.Client, service: 
     exif[274], exif[270] = 6, "where I live"  # turned by 90 degrees
     data = picture(40, 24, "PNG", exif=exif)
     told = http.post("/v1/videos", data={"prompt": "a"}, files={"input_reference": data}).json()
-    path = Path(service.process.args[4][4:]) / "references" / f"{told['id']}-0.png"
+    path = service.out / "references" / f"{told['id']}-0.png"
     with Image.open(path) as kept:
         assert kept.size == (24, 40) and kept.mode == "RGB" and not kept.getexif()
         assert np.array_equal(np.asarray(kept), np.rot90(np.asarray(Image.open(io.BytesIO(data))), -1))
@@ -271,9 +275,7 @@ def test_a_key_with_a_limit_of_priority(http: httpx.Client) -> None:
     assert httpx.post(json={"prompt": "a", "priority": -1}, **limited).status_code == 200
 
 
-@pytest.mark.parametrize(
-    "value", ["", "Bearer", "Bearer ", "Basic " + KEYS[0], KEYS[0], "Bearer x" + KEYS[0], "Bearer é"]
-)
+@pytest.mark.parametrize("value", ["", "Bearer", "Basic " + KEYS[0], KEYS[0], "Bearer x" + KEYS[0], "Bearer é"])
 def test_no_key(service: ServiceProcess, value: str) -> None:
     headers = {"Authorization": value.encode("latin-1")} if value else {}
     for path in ("/v1/videos", "/v1/models", "/metrics", "/v1/videos/x"):
@@ -371,21 +373,23 @@ def test_a_running_job_is_deleted_when_it_has_ended(http: httpx.Client, service:
     assert http.delete(f"/v1/videos/{id}").json() == {"id": id, "object": "video.deleted", "deleted": True}
     error(http.get(f"/v1/videos/{id}"), 404)
     assert id not in http.get("/v1/videos").text
-    out = Path(service.process.args[4][4:])
+    out = service.out
     wait_for(lambda: not [path for path in out.rglob("*") if id in path.name], "removal of its files")
 
 
 def test_too_many_jobs(http: httpx.Client) -> None:
-    ids = []
+    ids = [http.post("/v1/videos", json={"prompt": SLOW, "num_steps": 400}).json()["id"]]
     try:
-        for _ in range(6):  # one runs, four wait
-            answer = http.post("/v1/videos", json={"prompt": SLOW, "num_steps": 400})
-            if answer.status_code == 429:
-                break
-            ids.append(answer.json()["id"])
+        wait_for(lambda: http.get(f"/v1/videos/{ids[0]}").json()["status"] == "in_progress", "first step")
+        for _ in range(4):
+            ids.append(http.post("/v1/videos", json={"prompt": SLOW, "num_steps": 400}).json()["id"])
+        answer = http.post("/v1/videos", json={"prompt": "one too many"})
         assert error(answer, 429)["type"] == "rate_limit_error" and int(answer.headers["retry-after"]) >= 1
-        places = [http.get(f"/v1/videos/{id}").json()["x"]["queue_position"] for id in ids]
-        assert places[1:] == list(range(len(ids) - 1))
+        told = [http.get(f"/v1/videos/{id}").json() for id in ids]
+        assert [one["x"]["queue_position"] for one in told] == [None, 0, 1, 2, 3]
+        assert {one["status"] for one in told[1:]} == {"queued"}
+        waits = [one["x"]["eta_s"] for one in told[1:]]
+        assert waits == sorted(waits) and waits[-1] > waits[0] > 0
     finally:
         for id in ids:
             http.delete(f"/v1/videos/{id}")
@@ -469,6 +473,23 @@ def test_a_stop_ends_streams_and_answers(tmp_path: Path, number: signal.Signals)
         assert "Traceback" not in own.log()
 
 
+def test_a_killed_web_process_has_forgotten_nothing(tmp_path: Path) -> None:
+    once = {"Idempotency-Key": "once"}
+    with ServiceProcess(tmp_path) as own:
+        asked = {"prompt": SLOW, "num_steps": 60}
+        id = httpx.post(f"{own.url}/v1/videos", json=asked, headers=once).json()["id"]
+        wait_for(lambda: httpx.get(f"{own.url}/v1/videos/{id}").json()["x"]["step"] >= 2, "second step")
+        with httpx.stream("GET", f"{own.url}/v1/videos/{id}/events", timeout=60) as stream:
+            seen = next(line for line in stream.iter_lines() if line.startswith("id:"))
+            own.restart(signal.SIGKILL)
+        assert httpx.post(f"{own.url}/v1/videos", json=asked, headers=once).json()["id"] == id
+        headers = {"Last-Event-ID": seen.removeprefix("id: ")}
+        _, *events = events_of(httpx.get(f"{own.url}/v1/videos/{id}/events", headers=headers, timeout=60).text)
+        told = [json.loads(event["data"]) for event in events]
+        assert told[0]["x"]["step"] >= 2 and told[-1]["status"] == "completed" and told[-1]["x"]["attempt"] == 1
+        assert httpx.get(f"{own.url}/v1/videos/{id}/content").status_code == 200
+
+
 def test_expiry_and_quota(tmp_path: Path) -> None:
     limits = ("quota.keep_gib=1e-5", "quota.keep_hours=1")
     with ServiceProcess(tmp_path, *limits) as own, httpx.Client(base_url=own.url) as http:
@@ -516,3 +537,24 @@ def test_a_file_of_keys_that_cannot_be(tmp_path: Path, keys: str, words: str) ->
     (tmp_path / "keys").write_text(keys)
     with pytest.raises(UserError, match=words):
         Keys(tmp_path / "keys")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["port={taken}"], "Address already in use; take another"),
+        (["keys=nowhere"], "keys=nowhere: cannot be read"),
+        (['origins=["*"]'], "must be as a browser writes it"),
+        (["origins=[https://a.example/page]"], "must be as a browser writes it"),
+        (["host=0.0.0.0"], "must have keys=FILE"),
+        (["queue=redis://a"], "must be empty (SQLite in out), or postgresql://"),
+    ],
+)
+def test_what_the_process_does_not_begin_with(tmp_path: Path, words: list[str], said: str) -> None:
+    (tmp_path / "serve.yaml").write_text(f"models: {{toy: {{}}}}\nout: {tmp_path / 'out'}\nport: 0\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        given = [word.format(taken=taken.getsockname()[1]) for word in words]
+        command = [sys.executable, "-m", "opensora.serve.web", str(tmp_path / "serve.yaml"), *given]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
+    assert ended.stderr.startswith("error: ") and said in ended.stderr

@@ -6,6 +6,7 @@ if __name__ == "__main__":
     signal_handler.listen_early()
 
 import sys
+from pathlib import Path
 
 from opensora.config.load import config_from_argv
 from opensora.serve.config import ServeConfig
@@ -32,8 +33,10 @@ def run(cfg: ServeConfig) -> None:
     except ImportError as error:
         raise UserError(f'{error.name} is not installed; pip install ".[serve]"') from error
     from opensora.serve.queues import open_queue
+    from opensora.serve.web.auth import Keys, Origins
     from opensora.serve.web.service import Service
 
+    Keys(None if cfg.keys is None else Path(cfg.keys)), Origins(cfg)  # before anything is made
     opened = server.listen(cfg.host, cfg.port)
     store = Store(cfg.out)
     service = Service(cfg, open_queue(cfg, store), store)

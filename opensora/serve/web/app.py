@@ -4,7 +4,6 @@ import asyncio
 import json
 import math
 import re
-import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from importlib.resources import files
@@ -15,15 +14,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from opensora.serve.jobs import Job, QueueFull, SameKeyOtherRequest
+from opensora.serve.jobs import Job, QueueFull, QueueUnavailable, SameKeyOtherRequest
 from opensora.serve.refusal import Refused
 from opensora.serve.web import metrics, videos
 from opensora.serve.web.auth import Client
-from opensora.serve.web.body import Body, Gone, parse, read_body
+from opensora.serve.web.body import Body, Gone, Share, parse, read_body
 from opensora.serve.web.cleanup import clean_forever
 from opensora.serve.web.content import Sent, open_content
 from opensora.serve.web.description import REMIX_BODY, SCHEMAS, answers, as_page, body
-from opensora.serve.web.events import mark_of, stream
+from opensora.serve.web.events import MOST_STREAMS, mark_of, stream
 from opensora.serve.web.guard import Guard, answer_of, cors_headers, headers_of
 from opensora.serve.web.service import Service
 from opensora.serve.web.video_object import poll_ms
@@ -82,10 +81,16 @@ Who = Annotated[Client, Depends(_client)]
 Idempotency = Annotated[str | None, Header(description="The same key and request give the same job")]
 
 
-async def _body(request: Request) -> Body:
+@asynccontextmanager
+async def _read(request: Request) -> AsyncIterator[Body]:
+    """What a request holds; its share of the memory for bodies is given back when it is answered."""
     service, headers = _service(request), headers_of(request.scope)
-    data = await read_body(request.receive, headers, service.body_bytes, service.budget)
-    return await service.work(lambda: parse(headers.get("content-type", ""), data))
+    share = Share(service.budget)
+    try:
+        data = await read_body(request.receive, headers, service.body_bytes, share)
+        yield await service.work(lambda: parse(headers.get("content-type", ""), data))
+    finally:
+        share.give_back()
 
 
 def _add_refusals(app: FastAPI) -> None:
@@ -104,7 +109,7 @@ def _add_refusals(app: FastAPI) -> None:
     told(
         SameKeyOtherRequest, lambda error: Refused(409, str(error) or "this Idempotency-Key came with another request")
     )
-    told(sqlite3.Error, lambda error: Refused(503, "the queue cannot be used now", headers={"Retry-After": "5"}))
+    told(QueueUnavailable, lambda error: Refused(503, "the queue does not answer", headers={"Retry-After": "5"}))
     told(RequestValidationError, _of_parameters)
     told(404, lambda error: Refused(404, "there is nothing here; see /docs", code="not_found"))
     told(405, lambda error: Refused(405, "not by this method; see /docs", headers=error.headers))
@@ -132,9 +137,9 @@ def _add_videos(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/videos", responses=answers("Video", "The job", *_CREATES), openapi_extra=body())
     async def create_video(request: Request, who: Who, idempotency_key: Idempotency = None) -> Response:
-        asked = await _body(request)
-        long = bool(asked.files) or "input_reference" in asked.fields
-        return await shown(lambda: videos.create(service, who, asked, idempotency_key), long=long)
+        async with _read(request) as asked:
+            long = bool(asked.files) or "input_reference" in asked.fields
+            return await shown(lambda: videos.create(service, who, asked, idempotency_key), long=long)
 
     @app.post(
         "/v1/videos/forecast",
@@ -142,8 +147,8 @@ def _add_videos(app: FastAPI, service: Service) -> None:
         openapi_extra=body(needs_prompt=False),
     )
     async def forecast_video(request: Request, who: Who) -> Response:
-        asked = await _body(request)
-        return JSONResponse(await service.work(lambda: videos.forecast(service, who, asked)))
+        async with _read(request) as asked:
+            return JSONResponse(await service.work(lambda: videos.forecast(service, who, asked)))
 
     @app.get("/v1/videos", responses=answers("VideoPage", "Jobs by time", 400, *_FORBIDDEN))
     async def list_videos(
@@ -170,8 +175,8 @@ def _add_videos(app: FastAPI, service: Service) -> None:
         "/v1/videos/{video_id}/remix", responses=answers("Video", "The new job", *_CREATES), openapi_extra=REMIX_BODY
     )
     async def remix_video(request: Request, video_id: str, who: Who, idempotency_key: Idempotency = None) -> Response:
-        asked = await _body(request)
-        return await shown(lambda: videos.remix(service, who, video_id, asked, idempotency_key))
+        async with _read(request) as asked:
+            return await shown(lambda: videos.remix(service, who, video_id, asked, idempotency_key))
 
 
 def _add_more(app: FastAPI, service: Service) -> None:
@@ -199,10 +204,14 @@ def _add_more(app: FastAPI, service: Service) -> None:
 
     @app.get(
         "/v1/videos/{video_id}/events",
-        responses=answers(None, "Server-sent events", *_FORBIDDEN, media={"text/event-stream": {"type": "string"}}),
+        responses=answers(
+            None, "Server-sent events", *_FORBIDDEN, 503, media={"text/event-stream": {"type": "string"}}
+        ),
     )
     async def video_events(video_id: str, who: Who, last_event_id: Annotated[str, Header()] = "") -> Response:
         told = await service.work(lambda: videos.show(service, videos.find(service, who, video_id)))
+        if service.streams >= MOST_STREAMS:
+            raise Refused(503, "too many streams at once; ask for the video", code="busy", headers={"Retry-After": "5"})
         if told["status"] in ("completed", "failed") and mark_of(told) == last_event_id:
             return Response(status_code=204)  # all is said: a browser does not come back
         events = stream(service, who, video_id, last_event_id)

@@ -21,6 +21,7 @@ from opensora.utils.files.user_files import read_text
 
 LEAST_KEY, MOST_KEY, MOST_KEYS = 16, 256, 10_000  # characters, and how many
 _LINE = re.compile(r"(?P<key>[!-~]+)(?:\s+priority=(?P<priority>-?[0-9]{1,3}))?")
+_ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?")
 SAFE = ("GET", "HEAD", "OPTIONS")
 
 
@@ -87,6 +88,13 @@ class Origins:
     """Which names this service answers to, and which pages may call it."""
 
     def __init__(self, cfg: ServeConfig) -> None:
+        """
+        Raises:
+            UserError: an origin that is none.
+        """
+        for origin in cfg.origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise UserError(f"origins: {origin!r} must be as a browser writes it: https://host, or with a port")
         self.listed = cfg.origins
         listed = (urlsplit(origin).hostname or "" for origin in cfg.origins)
         self._hosts = None if cfg.keys else {*LOOPBACK, *listed}

@@ -49,16 +49,29 @@ class Budget:
     def __init__(self, most: int) -> None:
         self.most, self.held = most, 0
 
+
+class Share:
+    """What one request has of the budget, until it is answered."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget, self._held = budget, 0
+
     def take(self, count: int) -> None:
-        if self.held + count > self.most:
+        """
+        Raises:
+            Refused: 503; others hold too much.
+        """
+        if self._budget.held + count > self._budget.most:
             raise Refused(503, "too many large requests at once; try again", code="busy", headers={"Retry-After": "2"})
-        self.held += count
+        self._budget.held += count
+        self._held += count
 
-    def give_back(self, count: int) -> None:
-        self.held -= count
+    def give_back(self) -> None:
+        self._budget.held -= self._held
+        self._held = 0
 
 
-async def read_body(receive: Receive, headers: Mapping[str, str], most: int, budget: Budget) -> bytes:
+async def read_body(receive: Receive, headers: Mapping[str, str], most: int, share: Share) -> bytes:
     """All bytes of a body.
 
     Raises:
@@ -71,20 +84,17 @@ async def read_body(receive: Receive, headers: Mapping[str, str], most: int, bud
         raise too_large
     pieces: list[bytes] = []
     size, began = 0, time.monotonic()
-    try:
-        while True:
-            left = began + START_S + size / LEAST_RATE - time.monotonic()
-            message = await _next(receive, min(IDLE_S, left))
-            piece: bytes = message.get("body", b"")
-            budget.take(len(piece))
-            size += len(piece)
-            if size > most:
-                raise too_large
-            pieces.append(piece)
-            if not message.get("more_body"):
-                return b"".join(pieces)
-    finally:
-        budget.give_back(size)
+    while True:
+        left = began + START_S + size / LEAST_RATE - time.monotonic()
+        message = await _next(receive, min(IDLE_S, left))
+        piece: bytes = message.get("body", b"")
+        share.take(len(piece))
+        size += len(piece)
+        if size > most:
+            raise too_large
+        pieces.append(piece)
+        if not message.get("more_body"):
+            return b"".join(pieces)
 
 
 async def _next(receive: Receive, wait_s: float) -> Any:

@@ -14,7 +14,7 @@ from opensora.serve.web.videos import ID, remove
 from opensora.utils.console import announce
 
 EVERY_S = 2.0  # deleted jobs that have ended
-SELDOM = 15  # rounds until the rest is looked at
+SELDOM = 5  # rounds until the rest is looked at
 AT_ONCE = 16  # jobs of a round, for the quota
 STRAY_S = 3600.0  # age of a reference without a job: its request has ended, whatever became of it
 

@@ -18,6 +18,7 @@ from opensora.serve.web.videos import show
 LOOK_S = 0.3  # between looks at the queue
 HEARTBEAT_S = 10.0  # a comment, so that nobody in between takes the connection for dead
 RETRY_MS = 1000
+MOST_STREAMS = 200  # at once
 
 
 def mark_of(told: dict[str, Any]) -> str:
@@ -36,7 +37,16 @@ def look(service: Service, client: Client, id: str) -> tuple[dict[str, Any], boo
 
 async def stream(service: Service, client: Client, id: str, last: str) -> AsyncIterator[str]:
     """Text of the stream. ``last``: id of the event that the client had last; "": none."""
-    yield f"retry: {RETRY_MS}\n\n"
+    service.streams += 1
+    try:
+        yield f"retry: {RETRY_MS}\n\n"
+        async for event in _changes(service, client, id, last):
+            yield event
+    finally:
+        service.streams -= 1
+
+
+async def _changes(service: Service, client: Client, id: str, last: str) -> AsyncIterator[str]:
     spoke = time.monotonic()
     while not service.stopping:
         found = await service.work(lambda: look(service, client, id))

@@ -34,6 +34,7 @@ class Service:
         self.budget = Budget(BODIES * self.body_bytes)
         self.default = next(iter(cfg.models))
         self.stopping = False  # streams of events end, and clients come back to the next process
+        self.streams = 0  # of events, that are open
         self._threads = ThreadPoolExecutor(THREADS, "queue")
         self._readers = ThreadPoolExecutor(READERS, "references")
 
