@@ -68,6 +68,8 @@ OWN_ADDRESSES, OWN_NETWORK, RANK_0, FINDING, STARTING = (
     for name in ("addresses", "network", "rendezvous", "search", "launcher_variables")
 )
 QUEUES, QUEUE_TEST = "opensora/serve/queues", "tests/unit/test_serve_queue.py::"
+PAGE = "opensora/serve/web/page"
+PAGE_TEST, PAGE_ACCESS = (f"tests/integration/test_service_page{part}.py::test_{{}}" for part in ("", "_access"))
 COORDINATOR, ORDERS = "launch/coordinator.py", "tests/unit/test_coordinator.py"
 ADDRESS_TEST, CHOICE_TEST = (f"tests/unit/{name}.py::test_" for name in ("test_addresses", "test_network"))
 MEETINGS = "tests/faults/test_meeting_fuzz.py::test_any_meeting_ends_in_one_of_two_ways"
@@ -2968,6 +2970,55 @@ TABLE: tuple[Mutation, ...] = (
         "if not has_failed_before:",
         "if True:",
         "tests/unit/test_rows_again.py::test_only_rows_that_failed_are_tried_again",
+    ),
+    Mutation(
+        "page: seeds as numbers of JavaScript",
+        f"{PAGE}/api.js",
+        """'"seed":"$1"'""",
+        """'"seed":$1'""",
+        PAGE_TEST.format("use_again_makes_the_same_job"),
+    ),
+    Mutation(
+        "page: the same request sent again is another job",
+        f"{PAGE}/form.js",
+        "if (this.#once?.body !== body)",
+        "if (body)",
+        PAGE_TEST.format("an_answer_that_is_lost_makes_no_second_job"),
+    ),
+    Mutation(
+        "page: prompts as HTML",
+        f"{PAGE}/queue.js",
+        'row.querySelector(".prompt").textContent =',
+        'row.querySelector(".prompt").innerHTML =',
+        PAGE_ACCESS.format("hostile_prompts_are_text"),
+    ),
+    Mutation(
+        "page: one of two clips is moved",
+        f"{PAGE}/compare.js",
+        "for (const clip of this.#clips) clip.currentTime = Math.min",
+        "for (const clip of this.#clips.slice(1)) clip.currentTime = Math.min",
+        PAGE_TEST.format("side_by_side"),
+    ),
+    Mutation(
+        "page: a crowd of another client's jobs is cut off",
+        f"{PAGE}/jobs.js",
+        "first || !page.has_more ||",
+        "first || page.has_more ||",
+        PAGE_TEST.format("what_is_deleted_elsewhere_goes_and_what_is_older_comes"),
+    ),
+    Mutation(
+        "page: soft text too soft",
+        f"{PAGE}/page.css",
+        "--soft: #5c5a55;",
+        "--soft: #8f8d88;",
+        PAGE_ACCESS.format("contrast[light]"),
+    ),
+    Mutation(
+        "page: progress without a name",
+        f"{PAGE}/queue.js",
+        'row.querySelector("progress").setAttribute("aria-label", `Progress of: ${short(job.prompt)}`);',
+        "",
+        PAGE_ACCESS.format("every_control_has_a_name"),
     ),
     Mutation(
         "a request of another key finds the job",

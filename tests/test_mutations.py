@@ -27,7 +27,8 @@ def test_every_row_can_be_made() -> None:
     for row in TABLE:
         text = (ROOT / row.file).read_text()
         assert text.count(row.old) == 1 and row.old != row.new, f"{row.name}: {row.old!r} in {row.file}; mend this row"
-        compile(text.replace(row.old, row.new), row.file, "exec")
+        if row.file.endswith(".py"):
+            compile(text.replace(row.old, row.new), row.file, "exec")
         file, _, test = row.test.partition("::")
         assert f"def {test.partition('[')[0]}(" in (ROOT / file).read_text(), row.test
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.page_browser import chromium, page, service, start_service  # noqa: F401  (fixtures)
+
 CONFIG = """
 name: run
 output: {output}
