@@ -45,11 +45,11 @@ def joined(kind: str, length: int = 8, before: int = 30, after: int = 30) -> np.
     return np.concatenate([a[:before], between, b[length:]])
 
 
-def transitions(pictures: np.ndarray, cuts: tuple[int, ...] = ()) -> list[Transition]:
+def transitions(pictures: np.ndarray, cuts: tuple[int, ...] = (), steps: tuple[int, ...] = ()) -> list[Transition]:
     """Of both opinions together, as the stage asks them."""
     made = thumbs(pictures)
     times = np.arange(2 * len(made)) / (2 * RATE)
-    return merged(reconciled(cuts, made, times, 0.5), times, 0.5)
+    return merged(reconciled(cuts, steps, made, times, 0.5), times, 0.5)
 
 
 @pytest.mark.parametrize("kind", ["dissolve", "wipe", "black"])
@@ -87,6 +87,24 @@ def test_a_flash_is_no_cut_and_a_cut_is() -> None:
     cut = np.concatenate([shot(1, 20), shot(2, 20)])
     for pictures, refuted in ((flashed, True), (cut, False)):
         assert is_refuted(thumbs(pictures), 40, 40 / 24) is refuted
+
+
+def test_a_flash_between_is_no_transition() -> None:
+    flashed = shot(1, 40)
+    flashed[20:22] = 0.2 * flashed[20:22] + 0.8 * 255
+    assert transitions(flashed, (40, 44)) == []
+
+
+def test_what_comes_back_is_no_transition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture that gives way to another one, for half a second, whatever is thought of each half."""
+    monkeypatch.setattr(
+        "data_pipeline.shots.gradual.sureness", lambda views, ends: ((ends.j == 30) & (ends.j - ends.i == 5)) * 1.0
+    )
+    away = shot(1, 60)
+    away[29:34] = shot(2, 5)
+    assert gradual_transitions(thumbs(away), []) == []
+    away[29:] = shot(2, 31)
+    assert len(gradual_transitions(thumbs(away), [])) == 1
 
 
 def test_a_cut_to_a_like_scene_is_not_refuted() -> None:
