@@ -10,7 +10,7 @@ from data_pipeline.shots.thumbs import Thumbs
 from data_pipeline.shots.transitions import Transition
 from data_pipeline.shots.verdict import is_refuted, is_sudden
 
-_NEAR_S = 0.3  # of a transition: a cut that is its begin or end
+_NEAR_S = 0.3  # of a transition: a cut that is its begin or end; of a cut: a step that is part of it
 
 
 def reconciled(
@@ -42,7 +42,7 @@ def _with_steps(
 ) -> list[int]:
     """And those of the steps that are cuts, and not close to one."""
     for step in steps:
-        is_alone = all(abs(times[step] - times[cut]) >= apart_s for cut in sudden)
+        is_alone = all(abs(times[step] - times[cut]) >= max(apart_s, _NEAR_S) for cut in sudden)
         if is_alone and is_sudden(thumbs, step, times[step]) and not is_refuted(thumbs, step, times[step]):
             sudden = sorted([*sudden, step])
     return sudden

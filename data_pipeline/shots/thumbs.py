@@ -29,8 +29,10 @@ class Thumbs:
     def are_empty(self, first: int, end: int) -> bool:
         """Whether frames [first, end) are black, or of another one colour, but for some at their edges."""
         within = self.pictures[(self.frames >= first) & (self.frames < end)].astype(np.float32)
-        varied = within.reshape(len(within), -1, 3).std(axis=1).max(axis=1, initial=0.0)
-        return len(within) > 0 and bool(varied.min() < _EMPTY and np.median(varied) < _NEARLY)
+        if not len(within):
+            return False
+        varied = within.reshape(len(within), -1, 3).std(axis=1).max(axis=1)
+        return bool(varied.min() < _EMPTY and np.median(varied) < _NEARLY)
 
     def without_flashes(self) -> "Thumbs":
         """Up to three that differ from those before and after, which are alike, look like the one before."""

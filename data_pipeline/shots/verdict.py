@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data_pipeline.shots.thumbs import Thumbs
+from data_pipeline.shots.thumbs import Thumbs, likeness
 
 _REACH_S, _CLOSE_S = 0.45, 0.3  # before and after
 # A place has changed for good by more than so many grey levels, and so many times what it varies by before or after.
@@ -11,6 +11,8 @@ _FOR_GOOD = 0.24  # of the places: fewer have changed for good behind a jerk, or
 # What lies between two moments is further from both than this many times what they differ by: it was a flash, unless
 # so many places have changed for good.
 _AWAY, _OTHER = 1.5, 0.5
+_SAME, _GAIN = 0.95, 2.5  # likeness of one view in two lights, and how much brighter it may be in one of them
+_MOVED = 0.9  # likeness of two pictures of a view that moves
 _SUDDEN = 0.5  # of all change around a cut: what its one step makes of it
 
 
@@ -19,6 +21,8 @@ def is_refuted(thumbs: Thumbs, cut: int, time_s: float) -> bool:
     before, after = _around(thumbs, cut, time_s, _REACH_S)
     if not (len(before) and len(after)):
         return False
+    if not _is_step(before, after) and _alike(before[-1], after[0]) > _MOVED:
+        return True
     share = _changed_for_good(*_around(thumbs, cut, time_s, _CLOSE_S))
     return share < _FOR_GOOD or (share < _OTHER and _detour(before, after) > _AWAY)
 
@@ -28,15 +32,33 @@ def is_sudden(thumbs: Thumbs, cut: int, time_s: float) -> bool:
     before, after = _around(thumbs, cut, time_s, _REACH_S)
     if not (len(before) and len(after)):
         return True
-    step = np.abs(before[-1] - after[0]).mean()
-    return bool(step > _SUDDEN * _apart(before, after).max())
+    return _is_step(before, after)
+
+
+def _is_step(before: np.ndarray, after: np.ndarray) -> bool:
+    return bool(np.abs(before[-1] - after[0]).mean() > _SUDDEN * _apart(before, after).max())
 
 
 def _changed_for_good(before: np.ndarray, after: np.ndarray) -> float:
-    """Share of the places that are not what they were."""
+    """Share of the places that are not what they were, also in another light if both show the same."""
     first, second = np.median(before, axis=0), np.median(after, axis=0)
     varied = np.maximum(np.abs(before - first).mean(axis=0), np.abs(after - second).mean(axis=0))
-    return float((np.abs(second - first) > np.maximum(_CHANGED, _VARIED * varied)).any(axis=-1).mean())
+    limit = np.maximum(_CHANGED, _VARIED * varied)
+    changed = (np.abs(second - first) > limit).any(axis=-1).mean()
+    if _alike(first, second) > _SAME:
+        changed = min(changed, (np.abs(second - _lit_as(first, second)) > limit).any(axis=-1).mean())
+    return float(changed)
+
+
+def _alike(picture: np.ndarray, other: np.ndarray) -> float:
+    return likeness(picture.astype(np.uint8), other.astype(np.uint8))
+
+
+def _lit_as(picture: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """With the level and the contrast of another one."""
+    level, there = np.median(picture), np.median(other)
+    gain = np.clip(other.std() / max(picture.std(), 1.0), 1.0 / _GAIN, _GAIN)
+    return np.asarray((picture - level) * gain + there)
 
 
 def _detour(before: np.ndarray, after: np.ndarray) -> float:

@@ -116,6 +116,40 @@ def test_a_cut_to_a_like_scene_is_not_refuted() -> None:
     assert not is_refuted(thumbs(np.concatenate([there, other])), 40, 40 / 24)
 
 
+def test_a_step_to_a_like_scene_is_a_cut() -> None:
+    """The same person before the same wall a while later: too little for a detector, and nothing was in between."""
+    there = shot(1, 20, speed=0.0)
+    later = there.copy()
+    there[:, 3:, 6:14] = (200, 40, 40)
+    later[:, 4:, 8:18] = (180, 60, 40)
+    assert transitions(np.concatenate([there, later]), steps=(40,)) == [Transition("cut", 40, 40)]
+
+
+@pytest.mark.parametrize("change", ["move", "light"])
+def test_a_step_that_changes_little_for_good_is_none(change: str) -> None:
+    pictures = shot(1, 40, speed=0.0)
+    if change == "light":
+        pictures[20:] = 0.6 * pictures[20:] + 20
+    else:
+        pictures[:20, 3:, 8:10] = pictures[20:, 3:, 11:13] = (200, 40, 40)
+    assert transitions(pictures, cuts=(40,)) == transitions(pictures, steps=(40,)) == []
+
+
+def test_steps_close_to_a_cut_are_part_of_it() -> None:
+    pictures = np.concatenate([shot(1, 30), shot(2, 4), shot(3, 30)])
+    assert transitions(pictures, cuts=(60,), steps=(60, 68)) == [Transition("cut", 60, 60)]
+
+
+def test_cuts_with_no_thumbnail_between() -> None:
+    pictures = np.concatenate([shot(1, 30), shot(2, 30)])
+    made, times = thumbs(pictures), np.arange(120) / 48
+    assert [each.first for each in reconciled((59, 60), (), made, times, 0.5)] == [59, 60]
+
+
+def test_a_flash_that_no_thumbnail_shows_is_no_cut_of_a_moving_view() -> None:
+    assert transitions(shot(1, 60, speed=0.5), (60,)) == []
+
+
 def test_a_cut_is_sudden_and_a_fade_is_not() -> None:
     assert is_sudden(thumbs(np.concatenate([shot(1, 20), shot(2, 20)])), 40, 40 / 24)
     assert not is_sudden(thumbs(joined("black", 12)), 2 * 35, 2 * 35 / 24)
