@@ -2969,15 +2969,15 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "another light is another shot",
         "data_pipeline/shots/verdict.py",
-        "if _alike(first, second) > _SAME:",
-        "if _alike(first, second) > 2.0:",
+        "> (_UNMOVED if _is_step(before, after) else _MOVED):",
+        "> (2.0 if _is_step(before, after) else _MOVED):",
         "tests/unit/test_gradual_shots.py::test_a_step_that_changes_little_for_good_is_none",
     ),
     Mutation(
         "a flash while the view moves is a cut",
         "data_pipeline/shots/verdict.py",
-        "if not _is_step(before, after) and _alike(before[-1], after[0]) > _MOVED:",
-        "if not _is_step(before, after) and _alike(before[-1], after[0]) > 2.0:",
+        "> (_UNMOVED if _is_step(before, after) else _MOVED):",
+        "> 2.0:",
         "tests/unit/test_gradual_shots.py::test_a_flash_that_no_thumbnail_shows_is_no_cut_of_a_moving_view",
     ),
     Mutation(

@@ -3,9 +3,9 @@
 Stretches of a third of a second to two seconds are asked: do the ends show something else, wherever the view has moved
 and however the light has changed? Does the picture stay as it is before and after? And is what lies between made of
 both ends: a mix of them (a dissolve), one of them at each place (a wipe), or nothing (a fade)? What ``views`` measures
-of that is weighed by a sum for dissolves and one for wipes. Their weights were fitted to the tuning half of labelled
-clips, and more drawn like them: ``python -m benchmarks.shots_fit`` makes them, and ``benchmarks.shots`` tells what they
-are worth on the other half.
+of that is weighed by a sum for dissolves and one for wipes. Their weights were fitted to clips drawn like the tuning
+half of the labelled ones, of other numbers and with none of the other half's footage: ``benchmarks.shots_fit`` fits
+such sums, and ``benchmarks.shots`` tells what they are worth on the other half.
 """
 
 from collections.abc import Iterator, Sequence

@@ -11,8 +11,7 @@ _FOR_GOOD = 0.24  # of the places: fewer have changed for good behind a jerk, or
 # What lies between two moments is further from both than this many times what they differ by: it was a flash, unless
 # so many places have changed for good.
 _AWAY, _OTHER = 1.5, 0.5
-_SAME, _GAIN = 0.95, 2.5  # likeness of one view in two lights, and how much brighter it may be in one of them
-_MOVED = 0.9  # likeness of two pictures of a view that moves
+_UNMOVED, _MOVED = 0.98, 0.9  # likeness of two pictures of one view in whatever light, and of a view that moves
 _SUDDEN = 0.5  # of all change around a cut: what its one step makes of it
 
 
@@ -21,7 +20,7 @@ def is_refuted(thumbs: Thumbs, cut: int, time_s: float) -> bool:
     before, after = _around(thumbs, cut, time_s, _REACH_S)
     if not (len(before) and len(after)):
         return False
-    if not _is_step(before, after) and _alike(before[-1], after[0]) > _MOVED:
+    if _alike(before[-1], after[0]) > (_UNMOVED if _is_step(before, after) else _MOVED):
         return True
     share = _changed_for_good(*_around(thumbs, cut, time_s, _CLOSE_S))
     return share < _FOR_GOOD or (share < _OTHER and _detour(before, after) > _AWAY)
@@ -40,25 +39,15 @@ def _is_step(before: np.ndarray, after: np.ndarray) -> bool:
 
 
 def _changed_for_good(before: np.ndarray, after: np.ndarray) -> float:
-    """Share of the places that are not what they were, also in another light if both show the same."""
+    """Share of the places that are not what they were."""
     first, second = np.median(before, axis=0), np.median(after, axis=0)
     varied = np.maximum(np.abs(before - first).mean(axis=0), np.abs(after - second).mean(axis=0))
-    limit = np.maximum(_CHANGED, _VARIED * varied)
-    changed = (np.abs(second - first) > limit).any(axis=-1).mean()
-    if _alike(first, second) > _SAME:
-        changed = min(changed, (np.abs(second - _lit_as(first, second)) > limit).any(axis=-1).mean())
-    return float(changed)
+    return float((np.abs(second - first) > np.maximum(_CHANGED, _VARIED * varied)).any(axis=-1).mean())
 
 
 def _alike(picture: np.ndarray, other: np.ndarray) -> float:
+    """See ``likeness``."""
     return likeness(picture.astype(np.uint8), other.astype(np.uint8))
-
-
-def _lit_as(picture: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """With the level and the contrast of another one."""
-    level, there = np.median(picture), np.median(other)
-    gain = np.clip(other.std() / max(picture.std(), 1.0), 1.0 / _GAIN, _GAIN)
-    return np.asarray((picture - level) * gain + there)
 
 
 def _detour(before: np.ndarray, after: np.ndarray) -> float:
