@@ -3,7 +3,7 @@
     python -m benchmarks.shots [--media DIR] [--clips N] [--first N] [--detectors default adaptive content transnetv2]
 
 The labelled clips are those of ``tests/shot_set.py``, encoded: the rules were tuned on one half, and the other half
-shares no footage with it. ``--first 1200`` takes clips that nobody who tuned has looked at. What is found counts if it
+shares no footage with it. ``--first 1360`` takes clips that nobody who tuned has looked at. What is found counts if it
 lies within a transition or 0.3 s beside it, once; all else is false. Then real clips that are one shot, which nothing
 may split, and the cuts of a trailer that two detectors agree about. Speeds are of one thread, in CPU seconds: the
 machine may be busy. Prints tables and one JSON line.

@@ -71,7 +71,7 @@ class ShotsStage:
     """One row per clip, in order of time; none where no shot is long enough."""
 
     name: ClassVar[str] = "shots"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     resources: ClassVar[Resources] = Resources()
     columns: ClassVar[pa.Schema] = pa.schema(
         [
