@@ -2761,6 +2761,13 @@ TABLE: tuple[Mutation, ...] = (
         "tests/unit/test_overlays.py::test_a_camera_that_stands_says_nothing_of_marks_whatever_moves",
     ),
     Mutation(
+        "text of one file is that of another as long",
+        "data_pipeline/stages/text.py",
+        '"shots": ("clip_id", "first", "last"),',
+        '"shots": ("first", "last"),',
+        "tests/unit/test_pipeline_keys.py::test_whoever_opens_a_file_has_its_content_in_the_key",
+    ),
+    Mutation(
         "the worst of a group is kept",
         "data_pipeline/stages/duplicates.py",
         "best = min(members, key=clips.rank)",

@@ -63,7 +63,7 @@ class TextStage:
     version: ClassVar[int] = 2
     reads: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "frames": ("pts", "time_base", "damaged_packets", "damaged_frames"),
-        "shots": ("first", "last"),
+        "shots": ("clip_id", "first", "last"),  # its id stands for the bytes that it is read from
         "measure": ("bar_top", "bar_bottom", "bar_left", "bar_right", "camera_motion"),
         "screen": ("keep",),
         "duplicates": ("duplicate_of",),
