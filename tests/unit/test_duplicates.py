@@ -175,12 +175,14 @@ def test_other_moments_of_one_room_are_no_copies() -> None:
     assert made.found() == {}
 
 
-def guarded(film: np.ndarray, place: tuple[int, int], when: slice, step: int = 0) -> np.ndarray:
-    """An empty room in which a light passes in a corner for a while: 26 pixels of 160, at most 50 levels brighter."""
+def guarded(
+    film: np.ndarray, place: tuple[int, int], when: slice, step: int = 0, *, side: int = 26, light: int = 50
+) -> np.ndarray:
+    """An empty room in which a light passes in a corner for a while: pixels of 160, levels by which it is brighter."""
     seen = film.copy()
     for number in range(*when.indices(len(film))):
-        rows, columns = (slice(at + step * number, at + step * number + 26) for at in place)
-        seen[number, rows, columns] = np.minimum(seen[number, rows, columns].astype(int) + 50, 255)
+        rows, columns = (slice(at + step * number, at + step * number + side) for at in place)
+        seen[number, rows, columns] = np.minimum(seen[number, rows, columns].astype(int) + light, 255)
     return seen
 
 
@@ -190,9 +192,9 @@ def test_what_little_moves_tells_moments_of_an_empty_room_apart() -> None:
     places = {"a": ((20, 20), slice(4, 12)), "b": ((20, 20), slice(18, 26)), "c": ((100, 110), slice(4, 12))}
     made = Made()
     for name, (place, when) in places.items():
-        made.add(f"take {name}", guarded(empty, place, when), bytes=2000)
+        made.add(f"take {name}", guarded(empty, place, when, side=12, light=25), bytes=2000)
     assert made.found() == {}
-    made.add("copy of b", guarded(empty, *places["b"]) // 8 * 8)
+    made.add("copy of b", guarded(empty, *places["b"], side=12, light=25) // 4 * 4)
     assert made.found() == {"copy of b": ("take b", "near")}
 
 
@@ -206,7 +208,7 @@ def test_a_brighter_copy_is_known_by_what_moves() -> None:
 def test_what_stands_still_is_judged_by_its_picture() -> None:
     """But two parts of one file are other moments of it."""
     still = np.repeat(scene(room=8, actor=0, frames=1), 33, axis=0)
-    made = Made().add("a", still, bytes=2000).add("b", still // 8 * 8)
+    made = Made().add("a", still, bytes=2000).add("b", still)
     assert made.found() == {"b": ("a", "near")}
     stage = DuplicatesStage(DuplicatesConfig(), SourceLimits())
     rows = [row for name in ("a", "b") for row in [made.rows[name]]]
