@@ -31,7 +31,7 @@ from opensora.utils.limits import Limits
 class PipelineConfig:
     """From raw videos to a clip table."""
 
-    source: Any = ""  # folder with videos, a file, a glob, a text file with one path per line, or a list of these
+    source: str | list[str] = ""  # folder with videos, a file, a glob, a text file with one path per line, or a list of these
     out: str = ""  # folder of the run: outputs of stages, clips, table, report
     shard_size: int = 64  # sources whose results are one file of a stage; what a cluster's task takes at a time
     limits: SourceLimits = field(default_factory=SourceLimits)
@@ -58,7 +58,7 @@ class PipelineConfig:
     LIMITS: ClassVar[Limits] = {"shard_size": (100_000, "a shard is one file, and in memory at once")}
 
     def __post_init__(self) -> None:
-        names = [self.source] if isinstance(self.source, str) else self.source
+        names: Any = [self.source] if isinstance(self.source, str) else self.source
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise ValueError(
                 f"source={shown(self.source)}: must be a folder, file or glob, or a list of these; write ./ before a "

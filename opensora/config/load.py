@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 
 from opensora.config.renamed_keys import as_now, with_new_names
-from opensora.config.schema import build, is_table, plain, shown, types_at, wants_text
+from opensora.config.schema import build, is_table, plain, shown, types_at, wants_list, wants_text
 from opensora.config.strict_yaml import (
     COMMAND_LINE,
     MAX_DEPTH,
@@ -280,12 +280,11 @@ def _keys(name: str, word: str) -> Keys:
 
 
 def _override_value(cls: type, keys: Keys, text: str) -> Any:
-    """Text as it stands where the key takes text, so that a prompt needs no YAML quotes; else one YAML value."""
+    """Text as it stands where the key takes text, so that a prompt or a path needs no YAML quotes; else one YAML value,
+    such as a list in brackets where the key takes that, too."""
     hints = types_at(cls, keys)
-    if any(wants_text(hint) for hint in hints):
-        if text == "null" and any(type(None) in getattr(hint, "__args__", ()) for hint in hints):
-            return None
-        return text
-    if text.startswith("*") and Any in hints:  # a glob: aliases of YAML are not allowed anyway
-        return text
-    return parse_value(text, keys)
+    if not any(wants_text(hint) for hint in hints) or (text.startswith("[") and any(map(wants_list, hints))):
+        return parse_value(text, keys)
+    if text == "null" and any(type(None) in getattr(hint, "__args__", ()) for hint in hints):
+        return None
+    return text
