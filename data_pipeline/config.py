@@ -31,7 +31,7 @@ from opensora.utils.limits import Limits
 class PipelineConfig:
     """From raw videos to a clip table."""
 
-    source: str | list[str] = ""  # folder with videos, a file, a glob, a text file with one path per line, or a list of these
+    source: str | list[str] = ""  # folder with videos, a file, a glob, a text file of paths, or a list of these
     out: str = ""  # folder of the run: outputs of stages, clips, table, report
     shard_size: int = 64  # sources whose results are one file of a stage; what a cluster's task takes at a time
     limits: SourceLimits = field(default_factory=SourceLimits)

@@ -1,4 +1,4 @@
-"""Values of keys that take text, on the command line: what is typed is what is meant, whatever YAML would make of it."""
+"""Values of keys that take text, on the command line: what is typed is meant, whatever YAML would make of it."""
 
 import dataclasses
 import random

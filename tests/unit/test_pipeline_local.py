@@ -17,7 +17,7 @@ from data_pipeline.limits import SourceLimits
 from data_pipeline.outputs import Done, list_outputs, read_done, read_output, write_output
 from data_pipeline.plan import SourceFile, list_sources, make_plan, save_plan
 from data_pipeline.shard import ShardTask
-from data_pipeline.stages.base import Unit
+from data_pipeline.stages.base import Resources, Unit
 from data_pipeline.worker import Failed, Worker, WorkerClosed, WorkerLost
 from opensora.utils.errors import UserError
 from tests.faults.pipeline_stages import HostileStage
@@ -82,6 +82,31 @@ def test_memory_that_others_hold_is_no_source_s_fault(worker: Worker) -> None:
     assert failed == []
 
 
+class Alone(HostileStage):
+    """Reads nothing, and says which process it ran in."""
+
+    reads = {}  # noqa: RUF012
+
+    def run(self, unit: Unit) -> list[dict[str, Any]]:
+        return [{"pts": os.getpid()}]
+
+
+class Reader(Alone):
+    """Of another name, and it loads models."""
+
+    name = "reader"
+    resources = Resources(models=True)
+
+
+def test_what_comes_behind_models_begins_in_a_process_without_them() -> None:
+    worker = Worker({"hostile": Alone(), "reader": Reader()}, LIMITS)
+    try:
+        pids = [worker.run(name, unit("a.mp4"))["pts"][0].as_py() for name in ("hostile", *("reader",) * 2, "hostile")]
+    finally:
+        worker.close()
+    assert pids[0] == pids[1] == pids[2] != pids[3]
+
+
 def test_a_closed_worker_starts_no_process(worker: Worker) -> None:
     worker.close()
     with pytest.raises(WorkerClosed):
@@ -102,15 +127,6 @@ def task(out: Path, sources: int = 3, shard: str = "000000", name: str = "{}.mp4
         shared={},
         attempts=2,
     )
-
-
-class Alone(HostileStage):
-    """Reads nothing, and says which process it ran in."""
-
-    reads = {}  # noqa: RUF012
-
-    def run(self, unit: Unit) -> list[dict[str, Any]]:
-        return [{"pts": os.getpid()}]
 
 
 def test_workers_outlive_a_stage(tmp_path: Path) -> None:
