@@ -66,6 +66,9 @@ class PipelineConfig:
             )
         if not names or not all(names):
             raise ValueError("source='': must name the folder that holds the videos; write source=DIR")
+        for key, name in (("out", self.out), *(("source", name) for name in names)):
+            if name == "~" or name.startswith("~/"):
+                raise ValueError(f"{key}={name!r}: ~ is no home folder here; write $HOME{name[1:]}, or the whole path")
         if not self.out:
             raise ValueError("out='': must name the folder of the run; write out=work/first")
         for filter_name in self.filters:
