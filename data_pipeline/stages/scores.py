@@ -58,7 +58,7 @@ class ScoresStage:
 
     name: ClassVar[str] = "scores"
     version: ClassVar[int] = 2
-    resources: ClassVar[Resources] = Resources()
+    resources: ClassVar[Resources] = Resources(models=True)
     per_clip: ClassVar[bool] = True
 
     def __init__(

@@ -68,7 +68,7 @@ class TextStage:
         "screen": ("keep",),
         "duplicates": ("duplicate_of",),
     }
-    resources: ClassVar[Resources] = Resources()
+    resources: ClassVar[Resources] = Resources(models=True)
     per_clip: ClassVar[bool] = True
     columns: ClassVar[pa.Schema] = pa.schema(
         [

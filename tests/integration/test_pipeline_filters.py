@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,12 +17,13 @@ from data_pipeline.run import run
 from opensora.config.load import load_config
 from opensora.utils.errors import UserError
 from opensora.utils.files.video_writer import write_video
+from tests.conftest import ROOT
 from tests.planted_text import laid_over
 
 pytestmark = pytest.mark.timeout(300)
 ALWAYS = ("probe", "frames", "shots", "measure")  # of every clip, whatever filters say
 MEASURED = (*ALWAYS, "prints", "duplicates", "text")
-DEFAULT = Path(__file__).resolve().parents[2] / "configs/pipeline/default.yaml"
+DEFAULT = ROOT / "configs/pipeline/default.yaml"
 
 
 def moving_noise(path: Path, level: int, seed: int, *, overlay: str = "clean", crf: int = 23) -> None:
@@ -123,10 +126,26 @@ def test_a_filter_on_a_score_that_there_is_not_ends_the_command_before_anything_
 def test_a_training_configuration_that_is_not_there_is_told_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
     moving_noise(tmp_path / "raw/a.mp4", 60, 0)
-    words = [f"source={tmp_path / 'raw'}", f"out={tmp_path / 'out'}", "report.training=gone.yaml"]
-    with pytest.raises(UserError, match="gone"):
-        run(load_config(PipelineConfig, DEFAULT, words))
+    (tmp_path / "twice.yaml").write_text("a: 1\na: 2\n")
+    (tmp_path / "half.py").write_text("model = dict(\n")
+    for name, said in [
+        ("gone.yaml", "cannot be read"), ("twice.yaml", "a: given twice"), ("half.py", "no Python"), ("raw", "folder"),
+    ]:  # fmt: skip
+        words = [f"source={tmp_path / 'raw'}", f"out={tmp_path / 'out'}", f"report.training={tmp_path / name}"]
+        with pytest.raises(UserError, match=rf"^report\.training=\S+{name}: .*{said}"):
+            run(load_config(PipelineConfig, DEFAULT, words))
     assert not os.path.exists(tmp_path / "out")
+
+
+def test_a_training_configuration_is_looked_at_without_the_models() -> None:
+    """Which take seconds to load, before anything is done."""
+    code = (
+        "import sys; from data_pipeline.run import check_training\n"
+        "for name in sys.argv[1:]: check_training(name)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    files = [str(path) for path in sorted((ROOT / "configs/train").glob("*.yaml"))]
+    assert files and subprocess.run([sys.executable, "-c", code, *files], cwd=ROOT, check=False).returncode == 0
 
 
 def test_what_the_screen_rejects_is_not_rejected_again_for_what_nobody_looked_for(tmp_path: Path) -> None:
