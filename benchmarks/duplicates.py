@@ -3,8 +3,9 @@
     python -m benchmarks.duplicates [--media DIR] [--footage 28] [--clips 100000]
 
 Each kind of change is made to every piece of footage (tests/copies.py), and the search runs over all pieces and these
-copies. Then over all real files as they are, over cameras that stand still, whose every few seconds look alike, and
-over made-up hashes of as many clips as ``--clips``, for time and memory. Prints tables and one JSON line.
+copies. Then over all real files as they are; over cameras that stand still, whose every few seconds look alike, as
+parts of one file and each as a file of its own, and with copies of them; and over made-up hashes of as many clips as
+``--clips``, for time and memory. Prints tables and one JSON line.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import numpy as np
 from data_pipeline.analysis.hashes import SIDE, picture_hash, thumbnail
 from data_pipeline.limits import SourceLimits
 from data_pipeline.matching.candidates import find_candidates
+from data_pipeline.media.scan import ScanReport, scan
 from data_pipeline.rows import Row
 from data_pipeline.stages.base import SourceError
 from data_pipeline.stages.duplicates import DuplicatesConfig, DuplicatesStage
@@ -45,6 +47,10 @@ STANDING = {
     "again.mkv": 2,
     "book.mkv": 2,
 }  # -> how many pieces
+OF_STANDING = (
+    "encoded badly", "half the size", "letterboxed", "cropped at a corner", "brighter", "3 frames later",
+    "mirrored, badly",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
@@ -58,6 +64,8 @@ def main(argv: Sequence[str]) -> int:
         result["planted"] = planted(args.media, args.footage, Path(folder))
     result["files"] = as_they_are(args.media)
     result["standing"] = standing_cameras(args.media)
+    with tempfile.TemporaryDirectory() as folder:
+        result["standing copies"] = standing_copies(args.media, Path(folder))
     result["speed"] = speed(args.clips)
     print(json.dumps(result))
     return 0
@@ -133,12 +141,48 @@ def standing_cameras(media: Path) -> dict[str, Any]:
     pile = Pile()
     for name, pieces in STANDING.items():
         pile.add(name, media / "clips" / name, pieces=pieces)
-    found = links(pile, list(pile.rows))
-    total = sum(STANDING.values())
+    found, total = links(pile, list(pile.rows)), sum(STANDING.values())
     print(f"\npieces of standing cameras: {total}; taken for copies of another: {len(found)}")
     for pair, row in found.items():
         print(f"{pair[0]:<38}{pair[1]:<38}{row['duplicate_distance']:.2f}")
-    return {"pieces": total, "falsely": list(found)}
+    apart = links(files := one_file_each(pile), list(files.rows))
+    print(f"the same, each as a file of its own: {len(apart)}")
+    for pair, row in apart.items():
+        print(f"{pair[0]:<38}{pair[1]:<38}{row['duplicate_distance']:.2f}")
+    return {"pieces": total, "falsely": list(found), "falsely, files": list(apart)}
+
+
+def one_file_each(pile: Pile) -> Pile:
+    """Clips as if each were all that its file has."""
+    apart = Pile()
+    for name, rows in pile.rows.items():
+        for number in range(len(rows["shots"])):
+            of_file = {stage: rows[stage] for stage in ("probe", "frames")}
+            of_clip = {stage: [rows[stage][number]] for stage in rows if stage not in of_file}
+            apart.rows[f"{name} {number:02d}"] = of_file | of_clip
+    return apart
+
+
+def standing_copies(media: Path, folder: Path) -> dict[str, dict[str, list[int]]]:
+    """Half of the pieces of standing cameras -> change -> [copies, found, taken for copies of other pieces]. Even
+    pieces are those that limits are chosen on."""
+    result = dict[str, dict[str, list[int]]]()
+    for half, name in enumerate(("even pieces", "odd pieces")):
+        pile, pieces = Pile(), dict[str, tuple[np.ndarray, float]]()
+        for file, count in STANDING.items():
+            ends = np.linspace(0, _frames(media / "clips" / file), count + 1).astype(int)
+            for piece in range(half, count, 2):
+                label = f"{piece:02d} {file}"
+                pieces[label] = frames, fps = footage(media / "clips" / file, int(ends[piece]), int(ends[piece + 1]))
+                add(pile, folder, label, frames, fps, Change(lambda frames: frames, crf=14))
+        print(f"\n{name} of standing cameras, each a file; copies that are")
+        found = {label: one_change(pile, folder, pieces, label, CHANGES[label]) for label in OF_STANDING}
+        result[name] = {label: [row["copies"], row["found"], len(row["falsely"])] for label, row in found.items()}
+    return result
+
+
+def _frames(path: Path) -> int:
+    return sum(1 for _ in scan(str(path), ScanReport(), frames=10**6, timeout_s=600))
 
 
 def speed(clips: int) -> dict[str, float]:

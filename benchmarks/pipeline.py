@@ -7,7 +7,7 @@ seconds, since the machine may be busy, and the better of two runs counts.
 
 * frames per second and core: decoding alone; all analysers in one decode; each of them with a decode of its own, one
   after the other; and the ratio of the last two.
-* the most memory that a worker held, with all stages of one source.
+* the most memory that a worker held in each stage of one source, all of whose clips are kept.
 * of a whole run: what journals, keys and outputs take, which are there so that it can be killed; and a second run,
   which has nothing to do.
 
@@ -33,8 +33,8 @@ from data_pipeline import journal, shard
 from data_pipeline.config import PipelineConfig
 from data_pipeline.media.scan import ScanReport, scan
 from data_pipeline.run import PLAN_ONLY, Options, run
-from data_pipeline.stage_list import make_stages
-from data_pipeline.stages.base import Unit
+from data_pipeline.stage_list import GLOBAL, make_stages
+from data_pipeline.stages.base import ReadsBeside, Unit
 from data_pipeline.stages.frames import FramesStage
 from data_pipeline.worker import Worker
 from opensora.config.load import load_config
@@ -60,7 +60,7 @@ def main() -> None:
     try:
         files = {height: encode(args.clip, folder, height, args.seconds) for height in args.heights}
         found = {str(height): one_decode(file) for height, file in files.items()}
-        memory = {str(height): peak_mib(file) for height, file in files.items()}
+        memory = {str(height): peaks_mib(file, folder) for height, file in files.items()}
         whole = whole_run(folder, files[args.heights[0]], args.sources)
     finally:
         shutil.rmtree(folder)
@@ -137,25 +137,29 @@ def one_decode(file: Path) -> dict[str, Any]:
     }
 
 
-def peak_mib(file: Path) -> float:
-    """The most that a worker process held, after all stages of one source that a worker runs."""
-    cfg = configuration()
-    stages = {
-        name: stage for name, stage in make_stages(cfg).items() if name in ("probe", "frames", "shots", "measure")
-    }
-    worker, rows = Worker(stages, cfg.limits), dict[str, Any]()  # type: ignore[arg-type]
+def peaks_mib(file: Path, folder: Path) -> dict[str, float]:
+    """Stage -> the most that the worker process held in it, one stage after the other of one source."""
+    cfg = configuration(str(file.parent), str(folder / "clips"))
+    stages = {name: stage for name, stage in make_stages(cfg).items() if name not in GLOBAL}
+    worker, rows, peaks = Worker(stages, cfg.limits), dict[str, Any](), dict[str, float]()  # type: ignore[arg-type]
     for name, stage in stages.items():
-        read = {of: to_rows_of(rows[of], columns) for of, columns in stage.reads.items()}
-        rows[name] = worker.run(name, Unit(source=file.name, file=str(file), rows=read))
-    status = Path(f"/proc/{worker.pid}/status").read_text()
+        read = {of: [] if of in GLOBAL else to_rows_of(rows[of], columns) for of, columns in stage.reads.items()}
+        if worker.pid is not None:
+            Path(f"/proc/{worker.pid}/clear_refs").write_text("5")  # the most so far is forgotten
+        beside = {"beside": [stage.beside(str(file))]} if isinstance(stage, ReadsBeside) else {}
+        rows[name] = worker.run(name, Unit(source=file.name, file=str(file), rows=read | beside))
+        status = Path(f"/proc/{worker.pid}/status").read_text()
+        peak = re.search(r"VmHWM:\s+(\d+) kB", status)
+        assert peak
+        peaks[name] = int(peak[1]) / 1024
     worker.close()
-    peak = re.search(r"VmHWM:\s+(\d+) kB", status)
-    assert peak
-    return int(peak[1]) / 1024
+    return peaks
 
 
 def to_rows_of(table: Any, columns: tuple[str, ...]) -> list[dict[str, Any]]:
-    return shard.to_rows(table.select(list(columns)))
+    """Every clip is kept, so that all stages have work."""
+    rows = shard.to_rows(table.select(list(columns)))
+    return [row | {"keep": True} if "keep" in row else row for row in rows]
 
 
 def whole_run(folder: Path, file: Path, sources: int) -> dict[str, float]:
@@ -204,12 +208,16 @@ def time_spent() -> dict[str, float]:
     return spent
 
 
-def show(found: dict[str, Any], memory: dict[str, float], whole: dict[str, float]) -> None:
-    print("\n| height | decode, fps | one decode, fps | one by one, fps | ratio | over decode | worker, MiB |")
-    print("|---|---|---|---|---|---|---|")
+def show(found: dict[str, Any], memory: dict[str, dict[str, float]], whole: dict[str, float]) -> None:
+    print("\n| height | decode, fps | one decode, fps | one by one, fps | ratio | over decode |")
+    print("|---|---|---|---|---|---|")
     for height, one in found.items():
         speeds = " | ".join(f"{one[name]:.0f}" for name in ("decode_fps", "one_decode_fps", "one_by_one_fps"))
-        print(f"| {height} | {speeds} | {one['ratio']:.2f} | {one['over_decode']:.2f} | {memory[height]:.0f} |")
+        print(f"| {height} | {speeds} | {one['ratio']:.2f} | {one['over_decode']:.2f} |")
+    names = list(next(iter(memory.values())))
+    print(f"\n| height; MiB of a worker in | {' | '.join(names)} |\n|{'---|' * (1 + len(names))}")
+    for height, peaks in memory.items():
+        print(f"| {height} | {' | '.join(f'{peaks[name]:.0f}' for name in names)} |")
     print("\n| sources | run, s | to be restartable, s | share | second run, s |\n|---|---|---|---|---|")
     print(
         f"| {whole['sources']:.0f} | {whole['seconds']:.1f} | {whole['bookkeeping_s']:.3f} | {whole['share']:.2%} "

@@ -24,7 +24,7 @@ from data_pipeline.analysis.content import THUMB_HEIGHT, THUMB_WIDTH, ContentCon
 from data_pipeline.shots.gradual import all_ends, are_kinds, possible
 from data_pipeline.shots.thumbs import Thumbs
 from data_pipeline.shots.views import MEASURES, Ends, Views
-from tests.shot_set import CLIPS, LabelledClip, hard_clip, labelled_clip
+from tests.shot_set import CLIPS, LabelledClip, hard_clip, labelled_clip, one_shot_clip
 
 _MEDIA = Path(__file__).resolve().parents[2] / "shared" / "media"
 _ROUNDS, _DECAY = 6, 1e-3
@@ -59,6 +59,7 @@ def _clips(media: Path, count: int) -> Iterator[LabelledClip]:
         yield labelled_clip(CLIPS + 2 * number, media)
         if number % 2 == 0:
             yield hard_clip(number, media)
+            yield one_shot_clip(number, media)
 
 
 def thumbs_of_clip(clip: LabelledClip) -> Thumbs:

@@ -31,7 +31,7 @@ from opensora.utils.limits import Limits
 class PipelineConfig:
     """From raw videos to a clip table."""
 
-    source: Any = ""  # folder with videos, a file, a glob, a text file with one path per line, or a list of these
+    source: str | list[str] = ""  # folder with videos, a file, a glob, a text file of paths, or a list of these
     out: str = ""  # folder of the run: outputs of stages, clips, table, report
     shard_size: int = 64  # sources whose results are one file of a stage; what a cluster's task takes at a time
     limits: SourceLimits = field(default_factory=SourceLimits)
@@ -58,7 +58,7 @@ class PipelineConfig:
     LIMITS: ClassVar[Limits] = {"shard_size": (100_000, "a shard is one file, and in memory at once")}
 
     def __post_init__(self) -> None:
-        names = [self.source] if isinstance(self.source, str) else self.source
+        names: Any = [self.source] if isinstance(self.source, str) else self.source
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise ValueError(
                 f"source={shown(self.source)}: must be a folder, file or glob, or a list of these; write ./ before a "
@@ -66,6 +66,9 @@ class PipelineConfig:
             )
         if not names or not all(names):
             raise ValueError("source='': must name the folder that holds the videos; write source=DIR")
+        for key, name in (("out", self.out), *(("source", name) for name in names)):
+            if name == "~" or name.startswith("~/"):
+                raise ValueError(f"{key}={name!r}: ~ is no home folder here; write $HOME{name[1:]}, or the whole path")
         if not self.out:
             raise ValueError("out='': must name the folder of the run; write out=work/first")
         for filter_name in self.filters:

@@ -135,8 +135,12 @@ def key_and_digest(path: Path) -> tuple[str, str]:
     return match["key"], match["digest"]
 
 
-def read_output(path: Path) -> Output | None:
-    """None: the file is not as it was written; it is renamed, so that it is made again, and a line says so."""
+def read_output(path: Path, columns: Sequence[str] = ()) -> Output | None:
+    """None: the file is not as it was written; it is renamed, so that it is made again, and a line says so.
+
+    Args:
+        columns: those that are needed: others may be as large as pictures are. None named: all of them.
+    """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -147,7 +151,7 @@ def read_output(path: Path) -> Output | None:
         with contextlib.suppress(FileNotFoundError):  # another process was faster
             path.replace(path.with_suffix(".damaged"))
         return None
-    table = papq.read_table(pa.BufferReader(content))
+    table = papq.read_table(pa.BufferReader(content), columns=["source", *columns] if columns else None)
     done = _units(table.schema)
     return Output(table.replace_schema_metadata(None).drop_columns(["source"]), done)
 

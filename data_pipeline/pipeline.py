@@ -142,7 +142,8 @@ class Pipeline:
             InputMissing: an output is not there, or was damaged.
         """
         shards = self.plan.shards[:1] if stage in GLOBAL else self.plan.shards
-        found = [(done, rows.select(columns)) for shard in shards for done, rows in self.read(stage, shard).by_source()]
+        each = (pair for shard in shards for pair in self.read(stage, shard, columns).by_source())
+        found = [(done, rows.select(columns)) for done, rows in each]
         found.sort(key=lambda pair: pair[0].source)
         tables = [self.stages[stage].columns.empty_table().select(columns), *(rows for _, rows in found)]
         names = pa.array([done.source for done, _ in found for _ in range(done.rows)], pa.string())
@@ -158,7 +159,7 @@ class Pipeline:
         """
         for shard in self.plan.shards:
             if any(entry.name in sources for entry in shard.sources):
-                for done, rows in self.read(stage, shard).by_source():
+                for done, rows in self.read(stage, shard, columns).by_source():
                     if done.source in sources:
                         yield done.source, rows.select(columns)
 
@@ -177,10 +178,10 @@ class Pipeline:
             path = self.output(stage, shard)
             yield from read_done(path) if path is not None else ()
 
-    def read(self, stage: str, shard: Shard) -> Output:
-        """Raises: InputMissing: the output is not there, or was damaged."""
+    def read(self, stage: str, shard: Shard, columns: Sequence[str] = ()) -> Output:
+        """``columns``: see ``read_output``. Raises: InputMissing: the output is not there, or was damaged."""
         path = self.output(stage, shard)
-        output = read_output(path) if path is not None else None
+        output = read_output(path, columns) if path is not None else None
         if output is None:
             self.forget()
             raise InputMissing(f"{stage}/{shard.name}")

@@ -1,23 +1,32 @@
 """The sources of a run and the shards they are in. A plan only grows: what was planned once keeps its shard."""
 
+import contextlib
 import glob
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
+from data_pipeline.outputs import digest_of, outputs_of, read_done
 from data_pipeline.walk import LeftOut, walk
+from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 from opensora.utils.files.untrusted import parse_json
 from opensora.utils.files.user_files import absence, read_text, write_whole
 
 PLAN = "plan.json"
+FIRST_STAGE = "probe"  # which every source has a row of
 _LISTS = (".txt", ".list")
 _SIDE_FILES = (".txt", ".csv", ".json", ".jsonl", ".srt", ".vtt", ".md", ".parquet")  # beside videos, and none
+
+
+class PlanDamaged(UserError):
+    """A plan that is not as it was written."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +40,8 @@ class SourceFile:
 
     @property
     def weight(self) -> int:
-        """How long it takes beside others: MiB, of which every file has one."""
-        return 1 + max(0, self.size) // 2**20
+        """How long it takes beside others: bytes, of which every file has one."""
+        return max(1, self.size)
 
     def changed(self) -> str:
         """What became of the file since it was listed; empty: nothing. Times are compared in seconds, as not every
@@ -63,6 +72,7 @@ class Plan:
 
     shards: tuple[Shard, ...]
     left_out: tuple[LeftOut, ...] = ()
+    shard_size: int = 0  # that its first shards were made with; 0: not known
 
     @property
     def sources(self) -> list[SourceFile]:
@@ -98,10 +108,15 @@ def _expanded(name: str, left_out: list[LeftOut]) -> Iterable[tuple[Path, Path |
         return [(entry.path, path) for entry in files if entry.path.suffix.lower() not in _SIDE_FILES]
     if path.is_file() and path.suffix.lower() in _LISTS:
         lines = [line.strip() for line in read_text(path).splitlines()]
-        return [(path.parent / line, None) for line in lines if line and not line.startswith("#")]
+        listed = [(path.parent / line, None) for line in lines if line and not line.startswith("#")]
+        if not listed:
+            raise UserError(f"source={name}: names no file; write one path per line, or give the folder itself")
+        return listed
     if path.is_file():
         return [(path, path.parent)]
     matches = _below(path) if "**" in path.parts else [Path(match) for match in sorted(glob.glob(name))]
+    if not matches and glob.has_magic(name):
+        raise UserError(f"source={name}: no file matches this pattern, as seen from {os.getcwd()}; ** is for all below")
     if not matches:
         raise UserError(f"source={name}: {absence(path, 'folder or file') or 'no such folder or file'}")
     return [(match, None) for match in matches if match.is_file()]
@@ -149,16 +164,38 @@ def _printable(name: str) -> str:
 
 
 def make_plan(out: Path, source: str | Sequence[str], shard_size: int) -> Plan:
-    """The plan of before, with sources that are new in new shards, and sizes and times as they are now."""
+    """The plan of before, with sources that are new in new shards, and sizes and times as they are now.
+
+    One that is damaged is put aside and made anew, with the shards that there are outputs of.
+    """
     listed, left_out = list_sources(source)
-    known = read_plan(out)
     now = {entry.name: entry for entry in listed}
+    try:
+        known = read_plan(out)
+    except PlanDamaged:
+        known = _from_outputs(out, now)
+        announce(f"{out / PLAN} is damaged: it is put aside, and the sources are listed anew", every_rank=True)
+        with contextlib.suppress(OSError):
+            (out / PLAN).replace((out / PLAN).with_suffix(".damaged"))
     before = {entry.name for entry in known.sources} if known else set()
     shards = [_as_now(shard, now) for shard in known.shards] if known else []
     new = sorted((entry for entry in listed if entry.name not in before), key=lambda entry: _order(entry.name))
     for first in range(0, len(new), shard_size):
         shards.append(Shard(f"{len(shards):06d}", tuple(new[first : first + shard_size])))
-    return Plan(tuple(shards), tuple(left_out))
+    before_size = known.shard_size or max(shard_size, *(len(shard.sources) for shard in known.shards)) if known else 0
+    return Plan(tuple(shards), tuple(left_out), before_size or shard_size)
+
+
+def _from_outputs(out: Path, now: Mapping[str, SourceFile]) -> Plan | None:
+    """The shards that a plan had, by the outputs of the first stage; from the first one on that cannot be told, its
+    sources are new ones."""
+    shards = list[Shard]()
+    while paths := outputs_of(out / FIRST_STAGE, f"{len(shards):06d}"):
+        names = [done.source for done in read_done(paths[0])]
+        if not names or not all(name in now for name in names):
+            break
+        shards.append(Shard(f"{len(shards):06d}", tuple(now[name] for name in names)))
+    return Plan(tuple(shards)) if shards else None
 
 
 def _as_now(shard: Shard, now: dict[str, SourceFile]) -> Shard:
@@ -174,28 +211,33 @@ def _order(name: str) -> str:
 def save_plan(out: Path, plan: Plan) -> None:
     """Raises: UserError: it cannot be written."""
     shards = [{"name": shard.name, "sources": [asdict(entry) for entry in shard.sources]} for shard in plan.shards]
-    write_whole(out / PLAN, lambda file: json.dump({"shards": shards}, file, indent=0))
+    content: dict[str, Any] = {"shards": shards, "shard_size": plan.shard_size}
+    content["digest"] = digest_of(content)
+    write_whole(out / PLAN, lambda file: json.dump(content, file, indent=0))
 
 
 def read_plan(out: Path) -> Plan | None:
     """None: there is none yet.
 
     Raises:
-        UserError: it is damaged.
+        PlanDamaged: it is not as it was written.
     """
     path = out / PLAN
     if not path.exists():
         return None
 
     def refuse(reason: str) -> UserError:
-        return UserError(f"{path}: {reason}; remove it, and the sources are listed anew (what is done stays)")
+        return PlanDamaged(f"{path}: {reason}; the same command with --until plan lists the sources anew")
 
     content = parse_json(path.read_bytes(), refuse)
     try:
+        digest = content.pop("digest", None)
+        if digest != digest_of(content) and content.keys() != {"shards"}:  # an older one has nothing else
+            raise refuse("not as it was written")
         shards = [
             Shard(shard["name"], tuple(SourceFile(**entry) for entry in shard["sources"]))
             for shard in content["shards"]
         ]
-    except (TypeError, KeyError) as error:
+        return Plan(tuple(shards), shard_size=content.get("shard_size", 0))
+    except (AttributeError, TypeError, KeyError) as error:
         raise refuse("not as it was written") from error
-    return Plan(tuple(shards))

@@ -34,6 +34,7 @@ from data_pipeline.engines.ray_tasks import RayEngine
 from data_pipeline.outputs import clear_leftovers
 from data_pipeline.pipeline import Pipeline
 from data_pipeline.plan import Plan, Shard, make_plan, read_plan, save_plan
+from data_pipeline.report.amounts import plural
 from data_pipeline.report.buckets import check_training
 from data_pipeline.report.collect import make_report
 from data_pipeline.shard import InputMissing
@@ -42,7 +43,7 @@ from data_pipeline.table import ClipsGone, make_table, summary
 from opensora.config.load import config_from_argv, save
 from opensora.config.schema import suggestion
 from opensora.utils.command_line.command import call
-from opensora.utils.console import announce
+from opensora.utils.console import announce, shown_bytes
 from opensora.utils.errors import UserError
 from opensora.utils.files.user_files import try_output
 
@@ -103,7 +104,10 @@ def run(cfg: PipelineConfig, options: Options = Options()) -> int:
         return 0
     engine = make_engine(cfg, pipeline)
     try:
-        run_stages(pipeline, engine, names, options)
+        made = run_stages(pipeline, engine, names, options)
+        if not made and names:
+            upto = f"{names[0]} finds" if len(names) == 1 else f"the stages up to {names[-1]} find"
+            print(f"nothing to do: what {upto} is there")
         if options.worker is None and not (options.until or options.only):
             _make_table(pipeline, engine, names, options)
     finally:
@@ -125,13 +129,13 @@ def _make_table(pipeline: Pipeline, engine: Engine, names: Sequence[str], option
     raise UserError(f"{pipeline.out}: clips or outputs of it go as fast as they are made; does something clean it up?")
 
 
-def run_stages(pipeline: Pipeline, engine: Engine, names: Sequence[str], options: Options) -> None:
-    """Stage by stage, until nothing is left that can be made.
+def run_stages(pipeline: Pipeline, engine: Engine, names: Sequence[str], options: Options) -> int:
+    """Stage by stage, until nothing is left that can be made. Returns how many outputs were.
 
     An output that turns out to be damaged is made again in the next round, with what depends on it.
     """
     shards = _own(pipeline.plan.shards, options)
-    idle = 0  # rounds in which nothing was made
+    total = idle = 0  # idle: rounds in which nothing was made
     while True:
         made = 0
         for name in names:
@@ -144,9 +148,10 @@ def run_stages(pipeline: Pipeline, engine: Engine, names: Sequence[str], options
                 engine.run(name, tasks)
                 pipeline.forget()
                 made += len(tasks) - len(pipeline.tasks(name, shards))
+        total += made
         left = pipeline.missing(names, shards)
         if not left:
-            return
+            return total
         idle = 0 if made else idle + 1
         if idle == 2:  # once is an output that was damaged; others are at it
             announce(f"another process works on outputs that are missing ({left}); waiting for it", every_rank=True)
@@ -205,7 +210,13 @@ def _plan(cfg: PipelineConfig, options: Options) -> Plan:
         if plan is None:
             raise UserError(f"out={cfg.out}: no plan in it yet; run the same command with --until plan first")
         return plan
-    return make_plan(Path(cfg.out), cfg.source, cfg.shard_size)
+    plan = make_plan(Path(cfg.out), cfg.source, cfg.shard_size)
+    if plan.shard_size != cfg.shard_size:
+        announce(
+            f"shard_size={cfg.shard_size}: {cfg.out} was begun with shard_size={plan.shard_size}, and its shards stay "
+            "as they are; only new sources are divided so. Name another out to divide all"
+        )
+    return plan
 
 
 def _own(shards: Sequence[Shard], options: Options) -> Sequence[Shard]:
@@ -249,7 +260,7 @@ def make_engine(cfg: PipelineConfig, pipeline: Pipeline) -> Engine:
 def _say_what_would_run(pipeline: Pipeline, names: Sequence[str]) -> int:
     plan = pipeline.plan
     size = sum(max(0, entry.size) for entry in plan.sources)
-    print(f"{len(plan.sources)} sources, {size / 2**20:.0f} MiB, in {len(plan.shards)} shards")
+    print(f"{plural(len(plan.sources), 'source')}, {shown_bytes(size)}, in {plural(len(plan.shards), 'shard')}")
     for left_out in plan.left_out:
         print(f"  left out: {left_out.path}: {left_out.detail}")
     for name in names:
@@ -262,7 +273,8 @@ def _say_what_would_run(pipeline: Pipeline, names: Sequence[str]) -> int:
 def say_summary(pipeline: Pipeline) -> None:
     """What came of the sources, in a few lines."""
     errors = Counter(f"{stage}: {done.kind}" for stage, done in pipeline.errors().values())
-    print(f"{len(pipeline.plan.sources)} sources, {sum(errors.values())} of them with an error")
+    failed = sum(errors.values())
+    print(f"{plural(len(pipeline.plan.sources), 'source')}, {failed or 'none'} of them with an error")
     for kind, count in sorted(errors.items(), key=lambda item: (-item[1], item[0])):
         print(f"{count:>8}  {kind}")
     if (pipeline.out / "report.html").exists():

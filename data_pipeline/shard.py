@@ -68,8 +68,8 @@ class ShardRun:
         self.task, self._log = task, log
         self._guard = threading.Lock()
         self._listed = {source.name: source for source in task.sources}
-        inputs = {name: _read(path) for name, path in task.inputs.items()}
-        shared = {name: _read(path) for name, path in task.shared.items()}
+        inputs = {name: _read(path, task.stage.reads[name]) for name, path in task.inputs.items()}
+        shared = {name: _read(path, task.stage.reads[name]) for name, path in task.shared.items()}
         self._journal = Journal(task.folder / f".{task.shard}.{task.key}.journal")
         self._keys: dict[str, str] = {}
         self._results: dict[str, tuple[Done, pa.Table]] = {}
@@ -201,8 +201,8 @@ def _passes(done: Done) -> bool:
     return done.kind in _PASSING
 
 
-def _read(path: Path) -> Output:
-    output = read_output(path)
+def _read(path: Path, columns: Sequence[str]) -> Output:
+    output = read_output(path, columns)
     if output is None:
         raise InputMissing(str(path))
     return output

@@ -7,6 +7,7 @@ made of, and its own digest; a second run leaves it as it is.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -17,10 +18,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as papq
 
-from data_pipeline.media.storage import Clip, ClipDamaged, Place, is_there, is_whole, pack, remove_packed, unpack
+from data_pipeline.media.storage import (
+    Clip,
+    ClipDamaged,
+    Place,
+    is_there,
+    is_whole,
+    pack,
+    remove_archives,
+    remove_packed,
+    unpack,
+)
 from data_pipeline.outputs import Done, digest_of, key_and_digest, outputs_of
 from data_pipeline.pipeline import Pipeline
 from data_pipeline.plan import Shard
+from data_pipeline.report.amounts import plural
 from data_pipeline.stage_list import GLOBAL
 from opensora.config.schema import plain
 from opensora.utils.console import announce
@@ -58,6 +70,7 @@ _FIRST = (
     ("versions", pa.string()),
 )
 _OF_TRAINING = ("motion_score", "aesthetic", "camera_motion")  # behind fps, where a stage has them
+_KINDS = 5  # of caption errors, that are said
 _OTHER_NAMES = {("text", "text"): "text_read"}  # captions have the name
 
 
@@ -86,6 +99,9 @@ def make_table(pipeline: Pipeline) -> Path:
         write_whole(path.with_name(MADE_OF), lambda file: json.dump(made_of, file))
     if pipeline.cfg.cut.container == "tar":
         remove_packed(pipeline.out, [clip for _, clips in _made(pipeline) for clip in clips])
+    # Last: whatever ends this before, all that a table names is there.
+    places = papq.read_table(path, columns=["path"])["path"].drop_null().to_pylist()
+    remove_archives(pipeline.out, path, {place.partition("#")[0] for place in places})
     return path
 
 
@@ -98,9 +114,20 @@ def summary(path: Path) -> str:
     kept = clips.filter(clips["keep"])
     failed = table.filter(table["failed_in"].is_valid())["source"].unique()
     line = f"{path}: {kept.num_rows} of {clips.num_rows} clips kept, {_minutes(kept)} of {_minutes(clips)} minutes"
-    line += f"; {len(failed)} sources failed" if len(failed) else ""
-    without = clips["caption_error"].drop_null()
-    return line + (f"; {len(without)} clips have a caption_error: {without[0]}" if len(without) else "")
+    line += f"; {plural(len(failed), 'source')} failed" if len(failed) else ""
+    without = caption_errors(clips["caption_error"].to_pylist())
+    return f"{line}; {without}" if without else line
+
+
+def caption_errors(found: Iterable[str | None]) -> str:
+    """How many clips have which kind of ``caption_error``; what stands behind a second colon is one clip's own."""
+    kinds = Counter(": ".join(each.split(": ")[:2]) for each in found if each)
+    if not kinds:
+        return ""
+    said = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(_KINDS))
+    others = f" and {len(kinds) - _KINDS} others" if len(kinds) > _KINDS else ""
+    count = kinds.total()
+    return f"{plural(count, 'clip')} {'has' if count == 1 else 'have'} a caption_error: {said}{others}"
 
 
 def _minutes(clips: pa.Table) -> str:

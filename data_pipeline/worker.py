@@ -69,6 +69,8 @@ class Worker:
 
     def __init__(self, stages: Mapping[str, Stage], limits: SourceLimits) -> None:
         self._setup = pickle.dumps((dict(stages), limits))
+        self._with_models = {name for name, stage in stages.items() if stage.resources.models}
+        self._last = ""  # stage that the process has run
         self._limits = limits
         self._closed = threading.Event()
         self._failed_starts = 0
@@ -108,6 +110,9 @@ class Worker:
 
     def _ask(self, stage: str, unit: Unit) -> bool:
         """Returns whether the process is a new one. One that is found dead has died of nothing in the unit."""
+        if self._last != stage and self._last in self._with_models and self._process is not None:
+            self._lost("", too_slow=True)  # what it holds, and the libraries behind it, are of no more use
+        self._last = stage
         for _ in range(_STARTS):
             fresh = self._process is None
             if fresh:

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Sequence
 
 from data_pipeline.shard import ShardTask
-from opensora.utils.console import Progress
+from opensora.utils.console import BYTES, Progress
 
 
 class StageProgress:
@@ -13,7 +13,7 @@ class StageProgress:
     def __init__(self, stage: str, tasks: Sequence[ShardTask]) -> None:
         self._sources, self._done = sum(len(task.sources) for task in tasks), 0
         self._left, self._seen = sum(task.weight for task in tasks), 0
-        self._bar = Progress(self._left, unit="MiB", about=stage)
+        self._bar = Progress(self._left, unit=BYTES, about=stage)
         self._guard = threading.Lock()
 
     def known(self, sources: int, weight: int) -> None:

@@ -8,8 +8,11 @@ import contextlib
 import hashlib
 import os
 import pickle
+import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +26,12 @@ from data_pipeline.shard import InputMissing, ShardTask, run_shard
 from data_pipeline.stages.base import Resources, Stage
 from data_pipeline.worker import Worker
 from opensora.utils.command_line.command import ending_of
-from opensora.utils.errors import UserError
+from opensora.utils.errors import UserError, one_line
 
 _ROOT = Path(__file__).resolve().parents[2]
 _RETRIES = 10  # of a task whose process or machine was lost; a source that kills its worker costs none of them
+_LISTENS_S = 10.0  # that whoever listens at an address takes to answer
+_LOCAL = "engine.kind=local, the cores of this machine"
 _STORE_BYTES = 128 * 2**20  # for what travels: paths and settings
 # Before Ray is imported. Its agents may take minutes to start on a machine that is busy; and it reports to nobody.
 _ENVIRONMENT = {
@@ -118,19 +123,62 @@ def _started(config: EngineConfig) -> Any:
     try:
         import ray
     except ImportError:
-        raise UserError("engine.kind=ray: the package ray is not installed; pip install opensora-next[ray]") from None
+        raise UserError(f"engine.kind=ray: the package ray is not installed; pip install ray, or {_LOCAL}") from None
+    _check_address(config.address)
     path = os.pathsep.join([str(_ROOT), *(entry for entry in sys.path if entry)])
     asked: dict[str, Any] = {"address": config.address, "runtime_env": {"env_vars": {"PYTHONPATH": path}}}
     if not config.address:
         os.environ["PYTHONPATH"] = path
         asked = {"address": "local", "include_dashboard": False, "object_store_memory": _STORE_BYTES}
     try:
-        ray.init(**asked, log_to_driver=True, logging_level="error", configure_logging=True)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        where = f"engine.address={config.address}" if config.address else "on this machine"
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"engine.kind=ray: no cluster {where} ({reason})") from error
+        with _said_aside() as said, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ray.init(**asked, log_to_driver=True, logging_level="error", configure_logging=True)
+    except Exception as error:  # Ray has several of its own, and lets those of gRPC through
+        reason = one_line(str(error)).split(". ")[0] or type(error).__name__
+        raise UserError(_no_cluster(config.address, reason)) from error
+    sys.stderr.write(said())
     return ray
+
+
+def _no_cluster(address: str, reason: str) -> str:
+    if not address:
+        return f"engine.kind=ray: Ray cannot start on this machine ({reason}); set {_LOCAL}"
+    remedy = "ray start --head starts one, and says its address"
+    return f"engine.address={address}: no cluster of Ray answers ({reason}); {remedy}; without one set {_LOCAL}"
+
+
+def _check_address(address: str) -> None:
+    """That somebody listens there: Ray itself asks for minutes, and ends the process.
+
+    Raises:
+        UserError: nobody does.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return  # auto, a name that Ray knows, or one that it refuses at once
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _LISTENS_S).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or "no answer"
+        raise UserError(_no_cluster(address, reason)) from error
+
+
+@contextlib.contextmanager
+def _said_aside() -> Iterator[Callable[[], str]]:
+    """What is written to the error output meanwhile, also by libraries in C++: Ray's warnings come before the one line
+    that says what they mean. Gives what to ask for it by, behind the block."""
+    sys.stderr.flush()
+    kept, before = os.dup(2), ""
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lambda: before
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            before = file.read().decode(errors="replace")
 
 
 _WORKERS: dict[str, tuple[Worker, RunLog]] = {}  # of this process of Ray's, for the tasks that follow

@@ -1,7 +1,8 @@
 """Whether two clips show the same moments: their thumbnails are laid over one another, and what is left is judged.
 
 Two moments of one room differ by as much as the clip itself changes; the same moment twice, whatever was done to it, by
-much less. So the share of the changes that is left tells them apart, at any contrast and any amount of motion.
+much less. So the share of the changes that is left tells them apart, at any contrast. Where little moves, what does is
+judged alone (motion.py).
 """
 
 from dataclasses import dataclass
@@ -18,20 +19,29 @@ _MOST = 0.15  # by which a crop may scale or shift
 _PLACE = (np.arange(SIDE) + 0.5) / SIDE - 0.5
 
 
-@dataclass(frozen=True)
-class Likeness:
-    """What is left when one clip is laid over the other."""
-
-    distance: float  # mean over the frames, of hashes of what both show
-    unexplained: float  # of the changes over time: 0 of the same moments, about 1 of others of the same place
-
-
 @dataclass
 class _Overlay:
     """Where the second clip lies: place ``scale * x + shift`` of it is at x of the first, across and down."""
 
     scale: np.ndarray  # (2,)
     shift: np.ndarray  # (2,)
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """What is left when one clip is laid over the other."""
+
+    distance: float  # mean over the frames, of hashes of what both show
+    unexplained: float  # of the changes over time: 0 of the same moments, about 1 of others of the same place
+    overlay: _Overlay
+    bars: tuple[Bars, Bars]
+
+    def lay(self, one: np.ndarray, two: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """More frames of both, (n, 32, 32), laid over one another in the same way: (n, rows, columns) each, smoothed,
+        of the cells that both know."""
+        first, second = _as_coarse(one, two, self.bars)
+        laid, down, across = _laid_over(second, self.overlay, _inner(self.bars[0]), _inner(self.bars[1]))
+        return first[:, down][:, :, across], laid[:, down][:, :, across]
 
 
 def likeness(one: np.ndarray, two: np.ndarray, bars: tuple[Bars, Bars], shown: tuple[Span, Span]) -> Likeness | None:
@@ -44,9 +54,7 @@ def likeness(one: np.ndarray, two: np.ndarray, bars: tuple[Bars, Bars], shown: t
 
     Returns: None: they do not lie over one another.
     """
-    # each as coarse as the other: between bars a picture has fewer cells
-    first = _smooth(boxed(inside(one, bars[0]), bars[1]))
-    second = _smooth(boxed(inside(two, bars[1]), bars[0]))
+    first, second = _as_coarse(one, two, bars)
     known, known_two = _inner(bars[0]), _inner(bars[1])
     overlay = _begin(*shown)
     for _ in range(_ROUNDS):
@@ -59,7 +67,13 @@ def likeness(one: np.ndarray, two: np.ndarray, bars: tuple[Bars, Bars], shown: t
     far = max(abs(overlay.scale - 1).max(), abs(overlay.shift).max())
     if down.sum() < SIDE / 2 or across.sum() < SIDE / 2 or far > _MOST:
         return None
-    return _judge(first[:, down][:, :, across], laid[:, down][:, :, across], down, across)
+    judged = _judge(first[:, down][:, :, across], laid[:, down][:, :, across], down, across)
+    return Likeness(*judged, overlay, bars)
+
+
+def _as_coarse(one: np.ndarray, two: np.ndarray, bars: tuple[Bars, Bars]) -> tuple[np.ndarray, np.ndarray]:
+    """Each as coarse as the other: between bars a picture has fewer cells."""
+    return _smooth(boxed(inside(one, bars[0]), bars[1])), _smooth(boxed(inside(two, bars[1]), bars[0]))
 
 
 def _begin(down: Span, across: Span) -> _Overlay:
@@ -117,15 +131,21 @@ def _step(first: np.ndarray, laid: np.ndarray, overlay: _Overlay, part: tuple) -
     return found[:2], found[2:4]
 
 
-def _judge(one: np.ndarray, two: np.ndarray, down: np.ndarray, across: np.ndarray) -> Likeness:
-    """Of what both show; contrast and brightness may differ."""
+def _judge(one: np.ndarray, two: np.ndarray, down: np.ndarray, across: np.ndarray) -> tuple[float, float]:
+    """(distance, unexplained) of what both show; contrast and brightness may differ."""
     centred, other = one - one.mean(), two - two.mean()
-    gain = float((centred * other).sum() / max(float((other**2).sum()), 1e-6))
+    gain = gain_of(one, two)
     left = float(((centred - gain * other) ** 2).mean())
     changes = float(((one - one.mean(axis=0)) ** 2).mean()) + gain**2 * float(((two - two.mean(axis=0)) ** 2).mean())
     shown = [(np.flatnonzero(side)[0] / SIDE, (np.flatnonzero(side)[-1] + 1) / SIDE) for side in (down, across)]
     bits = [picture_hash(_put_back(each, down, across), *shown) for each in (one, two)]
-    return Likeness(float(distances(*bits).mean()), left / (changes + _FLOOR))
+    return float(distances(*bits).mean()), left / (changes + _FLOOR)
+
+
+def gain_of(one: np.ndarray, two: np.ndarray) -> float:
+    """By how much the contrast of the first is that of the second."""
+    centred, other = one - one.mean(), two - two.mean()
+    return float((centred * other).sum() / max(float((other**2).sum()), 1e-6))
 
 
 def _put_back(part: np.ndarray, down: np.ndarray, across: np.ndarray) -> np.ndarray:

@@ -4,11 +4,12 @@ OUT/media/<2 hex>/<name>.mp4
 OUT/media/<shard>-<key>.tar       ``key``: a hash of what is in it
 """
 
+import contextlib
 import hashlib
 import io
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -146,6 +147,20 @@ def remove_packed(out: Path, clips: Sequence[Clip]) -> None:
     """The files of their own of clips that are in an archive, and in a table that says so."""
     for clip in clips:
         (out / clip.path).unlink(missing_ok=True)
+
+
+def remove_archives(out: Path, table: Path, named: Collection[str]) -> None:
+    """Those that the table does not name, and that are older than it is: a newer one may be another command's, whose
+    table is still to come.
+
+    Args:
+        named: paths, relative to ``out``.
+    """
+    written = table.stat().st_mtime_ns
+    for archive in (out / MEDIA).glob("*.tar"):
+        with contextlib.suppress(FileNotFoundError):
+            if f"{MEDIA}/{archive.name}" not in named and archive.stat().st_mtime_ns < written:
+                archive.unlink()
 
 
 def _parts(clips: Sequence[Clip], most_bytes: int) -> Iterator[list[Clip]]:

@@ -1,11 +1,15 @@
 """What a training run would make of the clips that are kept: its own code counts them."""
 
+import ast
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from data_pipeline.report.clips import Clips
+from opensora.config.strict_yaml import read_text, read_yaml
+from opensora.utils.errors import UserError
 
 _TABLE = "data.table=clips.parquet"  # whatever it names, which need not be there
 
@@ -39,11 +43,21 @@ class Prediction:
 
 
 def check_training(training: str) -> None:
-    """Before a run begins. Raises: UserError: the configuration cannot be used."""
-    from opensora.config.load import load_config
-    from opensora.config.run import RunConfig
+    """Before a run begins: that the file can be read. What it says is asked by ``predict``, as the models that know it
+    take seconds to load.
 
-    load_config(RunConfig, training, [_TABLE])
+    Raises:
+        UserError: there is no such file, or it is no configuration.
+    """
+    try:
+        if training.endswith(".py"):  # of the Open-Sora family
+            ast.parse(read_text(Path(training)))
+        else:
+            read_yaml(Path(training))
+    except UserError as error:
+        raise UserError(f"report.training={training}: {error}") from error
+    except SyntaxError as error:
+        raise UserError(f"report.training={training}: no Python ({error.msg}, line {error.lineno})") from error
 
 
 def predict(clips: Clips, training: str) -> Prediction:
@@ -58,7 +72,6 @@ def predict(clips: Clips, training: str) -> Prediction:
     from opensora.models.base import ClipMeasure
     from opensora.models.families import describe
     from opensora.models.vae import autoencoder_shape
-    from opensora.utils.errors import UserError
 
     cfg = load_config(RunConfig, training, [_TABLE])
     shape, denoising = autoencoder_shape(cfg.vae), describe(cfg.model)

@@ -8,11 +8,18 @@ from scenedetect.common import FrameTimecode, Timecode
 from scenedetect.detector import SceneDetector
 from scenedetect.detectors import AdaptiveDetector, ContentDetector
 
+LEAST_SCORE = 15.0  # PySceneDetect's own choice
 _RATE = 25.0  # a timecode wants one; all that is asked of them is exact differences of pts
 
 
 def adaptive_cuts(
-    scores: np.ndarray, pts: np.ndarray, base: Fraction, *, threshold: float, apart_s: float
+    scores: np.ndarray,
+    pts: np.ndarray,
+    base: Fraction,
+    *,
+    threshold: float,
+    apart_s: float,
+    least: float = LEAST_SCORE,
 ) -> list[int]:
     """First frames of shots, as AdaptiveDetector finds them: a score far above those of the frames around it.
 
@@ -20,8 +27,10 @@ def adaptive_cuts(
         scores: (n,) of ContentDetector, against the frame before.
         pts: (n,) int64, not falling, in units of ``base`` seconds.
         apart_s: shorter shots are not told from the one before: ``min_scene_len``.
+        least: of a cut's score, whatever is around it.
     """
-    return _cuts(_Adaptive(scores, adaptive_threshold=threshold, min_scene_len=apart_s), pts, base)
+    options = {"adaptive_threshold": threshold, "min_content_val": least}
+    return _cuts(_Adaptive(scores, min_scene_len=apart_s, **options), pts, base)
 
 
 def content_cuts(scores: np.ndarray, pts: np.ndarray, base: Fraction, *, threshold: float, apart_s: float) -> list[int]:

@@ -3,9 +3,9 @@
 Stretches of a third of a second to two seconds are asked: do the ends show something else, wherever the view has moved
 and however the light has changed? Does the picture stay as it is before and after? And is what lies between made of
 both ends: a mix of them (a dissolve), one of them at each place (a wipe), or nothing (a fade)? What ``views`` measures
-of that is weighed by a sum for dissolves and one for wipes. Their weights were fitted to the tuning half of labelled
-clips, and more drawn like them: ``python -m benchmarks.shots_fit`` makes them, and ``benchmarks.shots`` tells what they
-are worth on the other half.
+of that is weighed by a sum for dissolves and one for wipes. Their weights were fitted to clips drawn like the tuning
+half of the labelled ones, of other numbers and with none of the other half's footage: ``benchmarks.shots_fit`` fits
+such sums, and ``benchmarks.shots`` tells what they are worth on the other half.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,11 +23,12 @@ _CHUNK = 1024  # thumbnails at once: some 20 MiB
 _CHUNK_S = 2.5  # that are looked at beside them
 
 # Weights of what is measured, in the order of MEASURES, and what is added to their sum.
-DISSOLVE = ((-6.32, 12.21, 20.04, -1.54, -1.32, 6.30, -7.20, -4.52, -0.18), -1.91)
-WIPE = ((9.68, -27.29, 10.23, -4.27, -0.78, 3.55, -3.27, -10.08, 1.25), 1.71)
-_SURE = 0.2  # what a sum must be above
-_FADE, _WAIT = 5.0, 0.01  # what counts for a fade, less this for every thumbnail: short ones are placed better
-_ALIKE = MEASURES.index("alike")
+DISSOLVE = ((-7.91, 13.53, 10.89, -1.00, -1.35, 5.65, -9.86, -4.40, 0.53, -2.20, 1.01), -5.34)
+WIPE = ((10.46, -22.31, 12.38, -4.71, -0.78, 3.32, -3.31, -5.83, 1.11, 0.31, -0.23), -1.76)
+_SURE = 0.0  # what a sum must be above
+_FADE = 8.0  # what counts for a fade: more than either half of it
+_WAIT = 0.1  # what is taken off for every thumbnail: of two, the shorter stretch is placed better
+_ALIKE, _STEP, _KEPT = (MEASURES.index(name) for name in ("alike", "step", "kept"))
 _CERTAIN = 10.0  # above, nobody who went past is looked for
 
 # What is not weighed at all.
@@ -35,8 +36,10 @@ _APART = 6.0  # grey levels that ends differ by at least
 _STEADY, _ABRUPT = 1.5, 0.65  # of ``steadiness`` and ``abruptness``, the most
 _BACK, _PROGRESS = -0.08, 0.25  # of ``progress``, the least
 _MIXED, _EITHER, _EITHER_OF_MIXED = 0.5, 0.35, 0.9  # the most; a wipe is nearer to either than to a mix
+_MOST_KEPT = 0.45  # of ``kept``
 _GONE = 0.35  # the same of a fade to black, or from it
-_FADE_APART, _FADE_ALIKE = 12.0, 0.77  # of ends with a fade between
+_FADE_APART, _FADE_ALIKE = 12.0, 0.17  # of ends with a fade between
+_FADE_STEP = 0.3  # of all change, in one step: more is a flash
 
 _RETURNED, _RETURN_S = 0.9, 0.7  # likeness of two moments of one shot, that far before and after
 _LEFT = 0.15  # of its most: how much a picture differs from an end that it has left
@@ -122,12 +125,14 @@ def sureness(views: Views, ends: Ends) -> np.ndarray:
     dissolves, wipes = are_kinds(views, asked, measured)
     gone = views.come_or_go(asked) & (measured[:, MEASURES.index("mixed")] < _GONE)
     fades = views.fades(asked) & (views.apart(asked) > _FADE_APART)
+    fades &= measured[:, _STEP] < _FADE_STEP
     still = np.flatnonzero((dissolves | wipes) & (_weighed(measured, wipes) > _SURE) | fades)
     measured[still, _ALIKE] = views.alike(asked.only(still))  # it counts against a transition, never for one
     weighed = _weighed(measured, wipes)
-    found = np.where((dissolves | wipes) & (weighed > _SURE), weighed, 0.0)
+    found = np.where((dissolves | wipes) & (weighed > _SURE) & (measured[:, _KEPT] < _MOST_KEPT), weighed, 0.0)
     fades &= measured[:, _ALIKE] < _FADE_ALIKE
-    sure[likely] = np.where(gone | fades, np.maximum(found, _FADE - _WAIT * (asked.j - asked.i)), found)
+    found = np.where(gone | fades, np.maximum(found, _FADE), found)
+    sure[likely] = np.where(found > 0, np.maximum(found - _WAIT * (asked.j - asked.i), 1e-3), 0.0)
     return sure
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 _FLAT = 3.0  # grey levels by which a picture without content varies
 _REST = 0.25  # of height and width that a view may have moved by, to each side
-_EMPTY, _NEARLY = 3.0, 8.0  # the same of a faded picture, and of one on the way there
+_EMPTY, _NEARLY = 2.0, 4.0  # the same of a faded picture, and of one on the way there
 _FLASH, _FLASH_OVER = 10.0, 0.35  # grey levels that a flash is off by, and what of it may be between its neighbours
 
 
@@ -29,14 +29,16 @@ class Thumbs:
     def are_empty(self, first: int, end: int) -> bool:
         """Whether frames [first, end) are black, or of another one colour, but for some at their edges."""
         within = self.pictures[(self.frames >= first) & (self.frames < end)].astype(np.float32)
-        varied = within.reshape(len(within), -1, 3).std(axis=1).max(axis=1, initial=0.0)
-        return len(within) > 0 and bool(varied.min() < _EMPTY and np.median(varied) < _NEARLY)
+        if not len(within):
+            return False
+        varied = within.reshape(len(within), -1, 3).std(axis=1).max(axis=1)
+        return bool(varied.min() < _EMPTY and np.median(varied) < _NEARLY)
 
     def without_flashes(self) -> "Thumbs":
-        """One or two that differ from those before and after, which are alike, look like the one before."""
+        """Up to three that differ from those before and after, which are alike, look like the one before."""
         flat = self.pictures.reshape(len(self), -1).astype(np.float32)
         seen = self.pictures.copy()
-        for length in (1, 2):
+        for length in (1, 2, 3):
             for reach in range(length):  # how far into the flash
                 middle = np.arange(1 + reach, len(self) - length + reach)
                 before, after = middle - 1 - reach, middle + length - reach

@@ -4,47 +4,68 @@ import numpy as np
 
 from data_pipeline.shots.thumbs import Thumbs, likeness
 
-_REACH_S = 0.45  # before and after
-# Two moments before and after are of one shot if they are alike enough, or if what lies between is further from both
-# than this many times what they differ by, or if there is something of both.
-_SAME, _AWAY = 0.97, 1.5
-_ALIKE, _OFF = 0.88, 0.5
+_REACH_S, _CLOSE_S = 0.45, 0.3  # before and after
+# A place has changed for good by more than so many grey levels, and so many times what it varies by before or after.
+_CHANGED, _VARIED = 6.0, 3.0
+_FOR_GOOD = 0.24  # of the places: fewer have changed for good behind a jerk, or where somebody moves
+# What lies between two moments is further from both than this many times what they differ by: it was a flash, unless
+# so many places have changed for good.
+_AWAY, _OTHER = 1.5, 0.5
+_UNMOVED, _MOVED = 0.98, 0.9  # likeness of two pictures of one view in whatever light, and of a view that moves
 _SUDDEN = 0.5  # of all change around a cut: what its one step makes of it
 
 
 def is_refuted(thumbs: Thumbs, cut: int, time_s: float) -> bool:
-    """Whether some moment after it shows what one before it showed: the view jerked, or there was a flash."""
-    before, after = _around(thumbs, cut, time_s)
-    if not (before and after):
+    """Whether what is there after it was there before: the view jerked, there was a flash, or somebody moved."""
+    before, after = _around(thumbs, cut, time_s, _REACH_S)
+    if not (len(before) and len(after)):
         return False
-    near = {index: thumbs.pictures[index].astype(np.int16) for index in (*before, *after)}
-
-    def apart(a: int, b: int) -> float:
-        return float(np.abs(near[a] - near[b]).mean())
-
-    for a in before:
-        for b in after:
-            off = max(min(apart(a, m), apart(m, b)) for m in (before[-1], after[0])) / max(apart(a, b), 0.5)
-            alike = likeness(thumbs.pictures[a], thumbs.pictures[b])
-            if alike > _SAME or off > _AWAY or (alike > _ALIKE and off > _OFF):
-                return True
-    return False
+    if _alike(before[-1], after[0]) > (_UNMOVED if _is_step(before, after) else _MOVED):
+        return True
+    share = _changed_for_good(*_around(thumbs, cut, time_s, _CLOSE_S))
+    return share < _FOR_GOOD or (share < _OTHER and _detour(before, after) > _AWAY)
 
 
 def is_sudden(thumbs: Thumbs, cut: int, time_s: float) -> bool:
     """Whether the picture changed in one step, and not on the way from or to black, or to another picture."""
-    before, after = _around(thumbs, cut, time_s)
+    before, after = _around(thumbs, cut, time_s, _REACH_S)
     if not (len(before) and len(after)):
         return True
-    near = {index: thumbs.pictures[index].astype(np.int16) for index in (*before, *after)}
-    step = np.abs(near[before[-1]] - near[after[0]]).mean()
-    most = max(np.abs(near[a] - near[b]).mean() for a in before for b in after)
-    return bool(step > _SUDDEN * most)
+    return _is_step(before, after)
 
 
-def _around(thumbs: Thumbs, cut: int, time_s: float) -> tuple[list[int], list[int]]:
-    """Thumbnails within reach before a cut, and from it on."""
+def _is_step(before: np.ndarray, after: np.ndarray) -> bool:
+    return bool(np.abs(before[-1] - after[0]).mean() > _SUDDEN * _apart(before, after).max())
+
+
+def _changed_for_good(before: np.ndarray, after: np.ndarray) -> float:
+    """Share of the places that are not what they were."""
+    first, second = np.median(before, axis=0), np.median(after, axis=0)
+    varied = np.maximum(np.abs(before - first).mean(axis=0), np.abs(after - second).mean(axis=0))
+    return float((np.abs(second - first) > np.maximum(_CHANGED, _VARIED * varied)).any(axis=-1).mean())
+
+
+def _alike(picture: np.ndarray, other: np.ndarray) -> float:
+    """See ``likeness``."""
+    return likeness(picture.astype(np.uint8), other.astype(np.uint8))
+
+
+def _detour(before: np.ndarray, after: np.ndarray) -> float:
+    """How far the last picture before a cut, or the first behind it, is from two around it, of what these differ by."""
+    apart = np.maximum(_apart(before, after), 0.5)
+    away = [np.minimum(_apart(before, one), _apart(one, after)) for one in (before[-1:], after[:1])]
+    return float(max((each / apart).max() for each in away))
+
+
+def _apart(some: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """(m, n) mean difference of (m, ...) pictures and (n, ...) others, in grey levels."""
+    return np.asarray(np.abs(some[:, None] - others[None]).mean(axis=(2, 3, 4)))
+
+
+def _around(thumbs: Thumbs, cut: int, time_s: float, reach_s: float) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures within reach before a cut, and from it on; at least one each where there is one."""
     middle = int(np.searchsorted(thumbs.frames, cut))
-    first = int(np.searchsorted(thumbs.seconds, time_s - _REACH_S))
-    end = int(np.searchsorted(thumbs.seconds, time_s + _REACH_S, side="right"))
-    return list(range(min(first, middle), middle)), list(range(middle, max(end, middle)))
+    first = min(int(np.searchsorted(thumbs.seconds, time_s - reach_s)), max(middle - 1, 0))
+    end = max(int(np.searchsorted(thumbs.seconds, time_s + reach_s, side="right")), middle + 1)
+    pictures = thumbs.pictures[first:end].astype(np.float32)
+    return pictures[: middle - first], pictures[middle - first :]

@@ -7,12 +7,28 @@ import numpy as np
 
 from data_pipeline.shots.thumbs import Thumbs, likeness
 
-MEASURES = ("mixed", "either", "undone", "beside", "detour", "other", "alike", "step", "apart")
+MEASURES = (
+    "mixed",
+    "either",
+    "undone",
+    "beside",
+    "detour",
+    "other",
+    "alike",
+    "step",
+    "apart",
+    "veiled",
+    "kept",
+)
 _MOMENTS = (0.2, 0.35, 0.5, 0.65, 0.8)  # of a stretch, at which it is compared with its ends
 _REACH = 6  # thumbnails at most, that are looked at before and after a stretch
+_CHANCE = 0.6  # likeness of soft pictures of other things
 _PLACE, _PLACE_CONTRAST = 20.0, 0.5  # grey levels by which a place differs, or this share of the contrast, the smaller
 _GAIN = 2.0  # that exposure may change by
-_EMPTY, _TEXTURED = 3.0, 8.0  # grey levels of variation: of black or another one colour, and of a shot
+_SAME, _SAME_CONTRAST = 8.0, 0.25  # grey levels within which a place is the same, or this share of the contrast
+_DARK, _BRIGHT = 25.0, 230.0  # grey levels beyond which that says nothing
+_NOISE = 6.0  # grey levels
+_EMPTY, _TEXTURED = 2.0, 8.0  # grey levels of variation: of black or another one colour, and of a shot
 _FLAT, _FADED = 6.0, 0.3  # the same of a picture that has faded, in grey levels and of the shots' own
 
 
@@ -79,9 +95,11 @@ class Views:
         beside: see ``steadiness``
         detour: change within, beyond the ends' difference, of that
         other: share of the places that differ between the ends, other than by exposure
-        alike: likeness of the ends
+        alike: likeness of the ends above chance
         step: see ``abruptness``
         apart: the ends' difference, of their contrast
+        veiled: share of the places that became brighter, or stayed, or darker: all of them where words fade in
+        kept: share of the places that are the same, but for dark and bright ones
         """
         mixed, either, undone = self._between(ends)
         way = self.way[ends.j] - self.way[ends.i]
@@ -89,14 +107,13 @@ class Views:
         difference, contrast = self._places(ends), self._contrast(ends)
         apart = np.minimum(difference.mean(axis=1) / contrast, 2.0)
         found = (mixed, either, undone, self.steadiness(ends), detour, self._other(ends), np.zeros(len(ends)))
-        return np.stack([*found, self.abruptness(ends), apart], axis=1)
+        return np.stack([*found, self.abruptness(ends), apart, *self._remains(ends)], axis=1)
 
     def alike(self, ends: Ends) -> np.ndarray:
-        """(m,) likeness of both ends, 0 at least."""
+        """(m,) likeness of both ends above what soft pictures have by chance."""
         pictures = self.thumbs.pictures
-        return np.array(
-            [max(0.0, likeness(pictures[a], pictures[b])) for a, b in zip(ends.i, ends.j, strict=True)], dtype=float
-        )
+        found = [likeness(pictures[a], pictures[b]) for a, b in zip(ends.i, ends.j, strict=True)]
+        return np.maximum(np.array(found, dtype=float) - _CHANCE, 0.0)
 
     def fades(self, ends: Ends) -> np.ndarray:
         """(m,) whether the picture vanishes between them."""
@@ -135,6 +152,15 @@ class Views:
             undone = undone if before is None else np.maximum(undone, (before & ~arrived).mean(axis=1))
             before = arrived
         return mixed, either, undone
+
+    def _remains(self, ends: Ends) -> tuple[np.ndarray, np.ndarray]:
+        """(veiled, kept) of ``measure``."""
+        change = (self.flat[ends.j] - self.flat[ends.i]).reshape(len(ends), self.unlit.shape[1], 3)
+        up, down = ((side.min(axis=2) > -_NOISE).mean(axis=1) for side in (change, -change))
+        level = self.flat[ends.i].reshape(change.shape).mean(axis=2)
+        limit = np.minimum(_SAME, _SAME_CONTRAST * self._contrast(ends))[:, None]
+        kept = (np.abs(change).max(axis=2) < limit) & (level > _DARK) & (level < _BRIGHT)
+        return np.maximum(up, down), kept.mean(axis=1)
 
     def _places(self, ends: Ends) -> np.ndarray:
         """(m, places) difference of both ends."""

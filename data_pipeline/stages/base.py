@@ -29,6 +29,7 @@ class Resources:
 
     cpus: float = 1.0
     gpus: float = 0.0
+    models: bool = False  # it loads some, which stay: whatever comes next begins in a process without them
 
 
 @dataclass(frozen=True, kw_only=True)

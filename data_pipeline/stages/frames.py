@@ -36,7 +36,10 @@ class FramesStage:
     def __init__(self, analysers: tuple[Analyser, ...], limits: SourceLimits) -> None:
         self._analysers, self._limits = analysers, limits
         self.columns = pa.schema([*_OWN, *(field for analyser in analysers for field in analyser.columns)])
-        self.resources = Resources(gpus=max((getattr(each, "gpus", 0.0) for each in analysers), default=0.0))
+        self.resources = Resources(
+            gpus=max((getattr(each, "gpus", 0.0) for each in analysers), default=0.0),
+            models=any(hasattr(each, "gpus") for each in analysers),  # a network
+        )
         self.version = 1
         self.config: Any = {each.name: {"version": each.version, "config": each.config} for each in analysers}
 

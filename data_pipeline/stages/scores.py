@@ -57,8 +57,8 @@ class ScoresStage:
     """One row per clip; of those that were rejected or are duplicates all scores are null."""
 
     name: ClassVar[str] = "scores"
-    version: ClassVar[int] = 1
-    resources: ClassVar[Resources] = Resources()
+    version: ClassVar[int] = 2
+    resources: ClassVar[Resources] = Resources(models=True)
     per_clip: ClassVar[bool] = True
 
     def __init__(
@@ -74,7 +74,7 @@ class ScoresStage:
         """
         _check_names(config, stages)
         self._limits, self._scorers = limits, {name: _scorer(name, each, limits) for name, each in config.items()}
-        self.reads = {"shots": ("first", "last"), "screen": ("keep",)}
+        self.reads = {"shots": ("clip_id", "first", "last"), "screen": ("keep",)}
         if any(stage.name == "duplicates" for stage in stages):
             self.reads["duplicates"] = ("duplicate_of",)
         # Where files lie does not change a score: their content does.

@@ -21,6 +21,7 @@ from data_pipeline.stages.base import Resources, Unit
 from opensora.utils.limits import SECONDS, Limits
 
 DETECTORS = ("adaptive", "content", "transnetv2", "none")
+_LEAST_STEP = 4.0  # the score of a cut between shots that look alike, if the thumbnails bear it out
 _PLAIN = ("pts", "time_base", "content_score", "content_frame", "content_thumbs")
 _NETWORK = ("pts", "time_base", "transnet_middle", "transnet_within")
 
@@ -70,7 +71,7 @@ class ShotsStage:
     """One row per clip, in order of time; none where no shot is long enough."""
 
     name: ClassVar[str] = "shots"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     resources: ClassVar[Resources] = Resources()
     columns: ClassVar[pa.Schema] = pa.schema(
         [
@@ -123,7 +124,10 @@ def find_transitions(frames: Row, cfg: ShotsConfig) -> list[Transition]:
         return merged([Transition("cut", cut, cut) for cut in cuts], seconds, cfg.merge_s)
     seen = frames["content_frame"]
     thumbs = Thumbs(seen, seconds[seen], thumbs_of(frames["content_thumbs"]))
-    return merged(reconciled(cuts, thumbs, seconds, cfg.merge_s), seconds, cfg.merge_s)
+    steps = adaptive_cuts(
+        frames["content_score"], pts, base, threshold=cfg.adaptive_threshold, apart_s=0.0, least=_LEAST_STEP
+    )
+    return merged(reconciled(cuts, steps, thumbs, seconds, cfg.merge_s), seconds, cfg.merge_s)
 
 
 def _detected(scores: np.ndarray, pts: np.ndarray, base: Fraction, cfg: ShotsConfig) -> list[int]:

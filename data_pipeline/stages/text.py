@@ -1,7 +1,8 @@
 """text: what was written on a clip after it was filmed, by what can be read of it, and marks that never move.
 
 Only clips that are kept so far and no duplicates are looked at, a few frames of each; one frame is read at first, and
-more if there is text in it.
+more if there is text in it. Where the camera stands, nobody can tell by what stays whether it is a mark or the scene:
+such clips have no ``logo_share``, and no filter rejects them for it unless it is told to.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from data_pipeline.media.scan import Frame
 from data_pipeline.media.stills import stills
 from data_pipeline.overlays.logo import SIDE, logo_share
 from data_pipeline.overlays.reading import TextReader, Words
+from data_pipeline.quality.camera import STATIC
 from data_pipeline.rows import Row
 from data_pipeline.stages.base import Resources, Unit
 from data_pipeline.stages.prints import bars_of
@@ -58,21 +60,24 @@ class TextStage:
     """One row per clip. All columns of clips that are not looked at are null."""
 
     name: ClassVar[str] = "text"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     reads: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "frames": ("pts", "time_base", "damaged_packets", "damaged_frames"),
-        "shots": ("first", "last"),
-        "measure": ("bar_top", "bar_bottom", "bar_left", "bar_right"),
+        "shots": ("clip_id", "first", "last"),  # its id stands for the bytes that it is read from
+        "measure": ("bar_top", "bar_bottom", "bar_left", "bar_right", "camera_motion"),
         "screen": ("keep",),
         "duplicates": ("duplicate_of",),
     }
-    resources: ClassVar[Resources] = Resources()
+    resources: ClassVar[Resources] = Resources(models=True)
     per_clip: ClassVar[bool] = True
     columns: ClassVar[pa.Schema] = pa.schema(
         [
             ("text_share", pa.float64()),  # of the picture inside its bars, mean of the frames that were read
             ("text", pa.string()),  # what was read, lines apart by " / "; empty: nothing
-            ("logo_share", pa.float64()),  # the same, in boxes of marks that never move; null: too little else does
+            (
+                "logo_share",
+                pa.float64(),
+            ),  # the same, in boxes of marks that never move; null: the camera stands, or little moves
         ]
     )
 
@@ -89,7 +94,7 @@ class TextStage:
         wanted = [number for number in self._wanted(unit) if asked and known[number] is None]
         frames = self._frames(unit, [_spread(clips[number]) for number in wanted])
         for number, pictures in zip(wanted, frames, strict=True):
-            rows[number] = self._row(pictures, bars_of(unit.rows["measure"][number]))
+            rows[number] = self._row(pictures, unit.rows["measure"][number])
         return rows
 
     def _wanted(self, unit: Unit) -> list[int]:
@@ -106,10 +111,11 @@ class TextStage:
         for some in numbers:
             yield [_Pictures(next(every), self.config.side) for _ in some]
 
-    def _row(self, pictures: Sequence["_Pictures"], bars: Bars) -> Row:
-        row: Row = {}
+    def _row(self, pictures: Sequence["_Pictures"], measured: Row) -> Row:
+        row, bars = Row(), bars_of(measured)
         if self.config.logo:
-            row["logo_share"] = logo_share(np.stack([_inside(each.grey, bars) for each in pictures]))
+            grey = np.stack([_inside(each.grey, bars) for each in pictures])
+            row["logo_share"] = logo_share(grey) if measured.get("camera_motion") != STATIC else None
         if self.config.method == "ocr":
             row |= self._text([_inside(each.bgr, bars) for each in pictures])
         return row

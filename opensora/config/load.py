@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 
 from opensora.config.renamed_keys import as_now, with_new_names
-from opensora.config.schema import build, is_table, plain, shown, types_at, wants_text
+from opensora.config.schema import build, is_table, plain, shown, types_at, wants_list, wants_text
 from opensora.config.strict_yaml import (
     COMMAND_LINE,
     MAX_DEPTH,
@@ -30,6 +30,7 @@ from opensora.utils.files.user_files import replacing
 
 MAX_FILES = 100  # that a configuration may be put together from
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")  # a key of a free mapping, such as a number of frames
+_FAMILY_TOO = "Files and flags of the Open-Sora family are taken, too: CONFIG.py [--num-frames N] (docs/training.md)\n"
 T = TypeVar("T")
 
 
@@ -52,9 +53,11 @@ def load_config(cls: type[T], source: str | Path | Mapping[str, Any], overrides:
     flags: list[tuple[Keys, Any]] = []
     rest = list(overrides)
     if not isinstance(source, Mapping) and _is_family_file(Path(source)):
+        if not _takes_family(cls):
+            raise UserError(f"{source}: a file of the Open-Sora family, for training and sampling; give a .yaml")
         layer, lines, rest = _family().read_family(cls, Path(source), overrides)
     else:
-        if types_at(cls, ("model",)):  # another command's configuration has no flags of the family
+        if _takes_family(cls):
             flags, rest = _family().flag_overrides(cls, overrides)
         if isinstance(source, Mapping):
             layer, lines = with_new_names(_from_python(source)), Lines()
@@ -92,7 +95,7 @@ def config_from_argv(cls: type[T], argv: Sequence[str], description: str) -> T:
     if not argv or argv[0] == "-h" or "--help" in argv:
         print(
             f"{description}\n\nusage: CONFIG.yaml [section.key=value | --section.key value | --section.key=value] ...\n"
-            "Files and flags of the Open-Sora family are taken, too: CONFIG.py [--num-frames N] (docs/training.md)\n"
+            f"{_FAMILY_TOO if _takes_family(cls) else ''}"
             "All keys with their defaults: docs/configuration.md"
         )
         raise SystemExit(0 if argv else 2)
@@ -129,6 +132,11 @@ def config_hash(cfg: Any) -> str:
     """16 hex digits that change with any value of the configuration, the same on every machine."""
     text = json.dumps(plain(cfg), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _takes_family(cls: type) -> bool:
+    """Whether a configuration is of training or sampling: others have no files and flags of the family."""
+    return bool(types_at(cls, ("model",)))
 
 
 def _is_family_file(path: Path) -> bool:
@@ -280,12 +288,11 @@ def _keys(name: str, word: str) -> Keys:
 
 
 def _override_value(cls: type, keys: Keys, text: str) -> Any:
-    """Text as it stands where the key takes text, so that a prompt needs no YAML quotes; else one YAML value."""
+    """Text as it stands where the key takes text, so that a prompt or a path needs no YAML quotes; else one YAML value,
+    such as a list in brackets where the key takes that, too."""
     hints = types_at(cls, keys)
-    if any(wants_text(hint) for hint in hints):
-        if text == "null" and any(type(None) in getattr(hint, "__args__", ()) for hint in hints):
-            return None
-        return text
-    if text.startswith("*") and Any in hints:  # a glob: aliases of YAML are not allowed anyway
-        return text
-    return parse_value(text, keys)
+    if not any(wants_text(hint) for hint in hints) or (text.startswith("[") and any(map(wants_list, hints))):
+        return parse_value(text, keys)
+    if text == "null" and any(type(None) in getattr(hint, "__args__", ()) for hint in hints):
+        return None
+    return text

@@ -65,6 +65,13 @@ def wants_text(hint: Any) -> bool:
     return hint is str or hint is Path
 
 
+def wants_list(hint: Any) -> bool:
+    """Whether some list is a value of this type."""
+    if _is_union(hint):
+        return any(wants_list(member) for member in get_args(hint))
+    return get_origin(hint) in (tuple, list)
+
+
 def wanted(hint: Any) -> str:
     """What a type accepts, in words."""
     names = {
@@ -218,6 +225,10 @@ class _Builder:
             return self.value(rest[0], value, keys)
         if isinstance(value, str):
             self.scalar(str, value, keys)
+        if wants_text(hint) and type(value) in (list, int, float):  # the error of the one that is meant
+            meant = [member for member in rest if (wants_list(member) if type(value) is list else member is str)]
+            if len(meant) == 1 and not {int, float} & set(rest):
+                return self.value(meant[0], value, keys)
         for member in rest:
             try:
                 return self.value(member, value, keys)

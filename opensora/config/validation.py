@@ -24,7 +24,7 @@ class ValidateConfig:
     ref: str | None = None  # references of prompts, images or clips of any size, as "a.png;b.mp4"
     batch_size: int | None = None  # prompts denoised together; null: all
     sampling: SamplingOption = field(default_factory=SamplingOption)
-    table: Any = ""  # held-out clip table: a csv or parquet file, a glob, or a list of these; empty: no loss
+    table: str | list[str] = ""  # held-out clip table: csv or parquet file, glob, or a list of these; empty: no loss
     root: str = ""  # folder that its relative clip paths start at; empty: the folder of the table
     samples: int = 64  # of the table, at most: as many from every bucket as it has, or as from the others
     bins: int = 5  # equal parts of the time from 0 (data) to 1 (noise); every sample is seen at one time in each
@@ -38,7 +38,7 @@ class ValidateConfig:
     }
 
     def __post_init__(self) -> None:
-        names = [self.table] if isinstance(self.table, str) else self.table
+        names: Any = [self.table] if isinstance(self.table, str) else self.table
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"table={self.table!r}: must be a path, a glob, or a list of these")
         if self.every < 0:

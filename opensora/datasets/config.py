@@ -37,7 +37,7 @@ class BucketRow:
 class DataConfig:
     """What is read, into which shapes, and how much of it makes a step."""
 
-    table: Any = ""  # clip table: a csv or parquet file, a glob, or a list of these
+    table: str | list[str] = ""  # clip table: a csv or parquet file, a glob, or a list of these
     root: str = ""  # folder that relative clip paths start at; empty: the folder of the table
     index: str = ""  # folder for what is built from the table once; empty: .clip_index beside the table
     buckets: dict[str, dict[int, Any]] = field(default_factory=dict)
@@ -89,7 +89,7 @@ class DataConfig:
     }
 
     def __post_init__(self) -> None:
-        names = [self.table] if isinstance(self.table, str) else self.table
+        names: Any = [self.table] if isinstance(self.table, str) else self.table
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"table={self.table!r}: must be a path, a glob, or a list of these")
         _check_choice("probability", self.probability, ("skip", "accept"))

@@ -46,20 +46,36 @@ def progress(total: int, initial: int = 0, *, every_s: float = 30.0) -> "Progres
     return Progress(total, initial, every_s=every_s)
 
 
+BYTES = "B"
+
+
 class Progress:
     """A bar on a terminal; elsewhere one line every ``every_s`` seconds, so that log files stay readable."""
 
     def __init__(
         self, total: int, initial: int = 0, *, every_s: float = 30.0, unit: str = "step", about: str = ""
     ) -> None:
-        """``about``: what is counted, where several follow each other."""
+        """
+        Args:
+            unit: of what is counted; of bytes (B) as many are named as are read easily.
+            about: what is counted, where several follow each other.
+        """
         self._about = about
         self._total, self._initial, self._step = total, initial, initial
         self._every_s, self._unit = every_s, unit
         self._start = time.monotonic()
         self._spoke = -math.inf
         self._bar = (
-            tqdm(total=total, initial=initial, unit=unit, desc=about or None, dynamic_ncols=True, smoothing=0.1)
+            tqdm(
+                total=total,
+                initial=initial,
+                unit=unit,
+                desc=about or None,
+                dynamic_ncols=True,
+                smoothing=0.1,
+                unit_scale=unit == BYTES,
+                unit_divisor=1024 if unit == BYTES else 1000,
+            )
             if sys.stderr.isatty()
             else None
         )
@@ -87,7 +103,7 @@ class Progress:
             self._spoke = now
             with contextlib.suppress(OSError):
                 about = f"{self._about}: " if self._about else ""
-                line = f"{about}{self._unit} {step}/{self._total}, {shown or 'running'}, {self._eta(now)}\n"
+                line = f"{about}{self._counted(step)}, {shown or 'running'}, {self._eta(now)}\n"
                 print(line, end="", file=sys.stderr)
 
     def close(self) -> None:
@@ -96,12 +112,26 @@ class Progress:
             with contextlib.suppress(OSError):
                 self._bar.close()
 
+    def _counted(self, step: int) -> str:
+        if self._unit == BYTES:
+            return f"{shown_bytes(step)} of {shown_bytes(self._total)}"
+        return f"{self._unit} {step}/{self._total}"
+
     def _eta(self, now: float) -> str:
         made = self._step - self._initial
         if made <= 0:
             return "ETA unknown"
         left = round((self._total - self._step) * (now - self._start) / made)
         return f"ETA {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
+
+
+def shown_bytes(count: int) -> str:
+    """812 B, 4.5 KiB, 137 MiB, 2.1 TiB: three digits at most."""
+    value, units = float(count), ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+    power = 0
+    while value >= 999.5 and power < len(units) - 1:
+        value, power = value / 1024, power + 1
+    return f"{value:.0f} {units[power]}" if power == 0 or value >= 9.95 else f"{value:.1f} {units[power]}"
 
 
 class _TqdmHandler(logging.Handler):

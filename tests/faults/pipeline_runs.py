@@ -6,12 +6,13 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.outputs import Done, Output, read_output
 from tests.conftest import ROOT
+from tests.patience import patience
 
 MARK = "OPENSORA_TEST_RUN"  # in the environment of all processes of a command
 CONFIG = """
@@ -49,12 +50,13 @@ class Command:
         self.said = ""
 
     def end(self, limit_s: float = 100) -> int:
-        """Exit code."""
+        """Exit code. ``limit_s``: of an idle machine."""
+        limit_s = patience(limit_s)
         try:
             self.said = self.process.communicate(timeout=limit_s)[0]
         except subprocess.TimeoutExpired:
             self.kill_group()
-            raise AssertionError(f"not done within {limit_s} s: {self.process.communicate()[0]}") from None
+            raise AssertionError(f"not done within {limit_s:g} s: {self.process.communicate()[0]}") from None
         return self.process.returncode
 
     def kill_group(self) -> None:
@@ -68,9 +70,18 @@ class Command:
         """Processes of the command beside the first one, of whose command line ``word`` is a part."""
         return [pid for pid in marked(self.mark) if pid != self.process.pid and word in command_line(pid)]
 
+    def wait_until(self, what: Callable[[], object], limit_s: float = 60) -> None:
+        """Until it is so, while the command works."""
+        deadline = time.monotonic() + patience(limit_s)
+        while not what():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.kill_group()
+                raise AssertionError(f"ended, or not so in time: {self.process.communicate()[0]}")
+            time.sleep(0.005)
+
     def wait_gone(self, limit_s: float = 30) -> None:
         """Until no process of the command is left."""
-        deadline = time.monotonic() + limit_s
+        deadline = time.monotonic() + patience(limit_s)
         while left := self.others():
             assert time.monotonic() < deadline, [command_line(pid) for pid in left]
             time.sleep(0.02)
@@ -112,6 +123,19 @@ def outputs(out: Path) -> dict[str, bytes]:
 def journals(out: Path) -> list[Path]:
     """What is left of shards that are not whole."""
     return list(out.glob("*/.*.journal"))
+
+
+def records(journal: Path) -> int:
+    """How many a journal holds, that are whole: each begins with its length and its checksum."""
+    try:
+        content = journal.read_bytes()
+    except FileNotFoundError:  # its shard is whole now
+        return 0
+    count = at = 0
+    while at + 8 <= len(content):
+        at += 8 + int.from_bytes(content[at : at + 4], "little")
+        count += at <= len(content)
+    return count
 
 
 def results(out: Path, stage: str) -> dict[str, tuple[Done, Any]]:

@@ -12,6 +12,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.faults.conftest import Tally
 from tests.faults.runs import alive, descendants
+from tests.patience import patience
 
 DEMO = """
 import sys
@@ -82,7 +83,7 @@ def test_ctrl_c_while_the_demo_makes_its_data(seconds: int, tmp_path: Path, tall
     os.killpg(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in said, said
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + patience(30)
     while [pid for pid in family if alive(pid)]:
         assert time.monotonic() < deadline
         time.sleep(0.1)

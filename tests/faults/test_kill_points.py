@@ -9,10 +9,11 @@ import pytest
 from tests.faults import saving
 from tests.faults.conftest import Tally
 from tests.faults.saving import NO_FAULT, every_call, run
+from tests.patience import patience
 
 pytestmark = [
     pytest.mark.skipif(bool(saving.why_not_here()), reason=saving.why_not_here() or "-"),
-    pytest.mark.timeout(280),
+    pytest.mark.timeout(600),
 ]
 
 
@@ -58,7 +59,7 @@ def test_no_writer_outlives_its_run(tmp_path: Path) -> None:
     fault = saving.Fault(what="signal=KILL", call="rename", number=1)
     assert run(tmp_path / "run", 1, True, fault).killed
     (pid,) = (tmp_path / "run" / "writers").read_text().split()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + patience(10)
     while Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
         assert time.monotonic() < deadline, f"process {pid} is still there"
         time.sleep(0.05)

@@ -26,6 +26,7 @@ from opensora.utils.files.code_digest import code_digest
 from tests.conftest import ROOT
 from tests.integration import conftest as integration
 from tests.integration.conftest import CONFIG
+from tests.patience import patience
 
 shapes = integration.shapes  # the fixture
 
@@ -242,6 +243,7 @@ def test_a_refused_job_leaves_nothing(
         assert not there or os.listdir(tmp_path / "runs/first/jobs") == there
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     ("number", "queued"),
     [
@@ -267,7 +269,7 @@ def test_an_interrupted_submit_leaves_nothing_that_is_not_queued(
         text=True,
     )
     try:
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + patience(100)
         while not (tmp_path / "asked").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(number)
@@ -350,6 +352,7 @@ SCRIPT: dict[str, tuple[str, list[signal.Signals], int, bool]] = {
 }
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", SCRIPT)
 def test_the_batch_script(case: str, tmp_path: Path) -> None:
     """With an srun and an scontrol that do what they are told."""
@@ -371,7 +374,7 @@ def test_the_batch_script(case: str, tmp_path: Path) -> None:
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + patience(30)
         while signals and time.monotonic() < deadline and len(list(tmp_path.glob("started-*"))) < 2:
             time.sleep(0.02)
         for number in signals:

@@ -38,6 +38,7 @@ from opensora.utils.errors import UserError
 from tests.conftest import ROOT
 from tests.dist.harness import DistributedFailure, run_distributed
 from tests.integration import conftest as integration
+from tests.patience import patience
 
 shapes, config = integration.shapes, integration.config  # fixtures
 
@@ -260,13 +261,14 @@ def test_a_name_that_is_known_late(monkeypatch: pytest.MonkeyPatch) -> None:
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("SIGINT", "SIGUSR2")]  # by the same handler
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", ["SIGTERM", *OTHERS])
 def test_the_first_signal_ends_the_wait(name: str, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone(monkeypatch, MASTER_ADDR="127.0.0.1")
     command = [sys.executable, str(ROOT / "scripts/diffusion/train.py"), str(config), "parallel.timeout_s=600"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
-        port, limit = int(os.environ["MASTER_PORT"]), time.monotonic() + 100
+        port, limit = int(os.environ["MASTER_PORT"]), time.monotonic() + patience(100)
         while not listens(port):  # then it waits for the other
             assert process.poll() is None and time.monotonic() < limit
             time.sleep(0.1)

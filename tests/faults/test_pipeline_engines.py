@@ -15,8 +15,9 @@ from tests.faults import test_slurm
 from tests.faults.conftest import Tally
 from tests.faults.pipeline_runs import Command, journals, outputs, run
 from tests.faults.test_pipeline_kill import SLOWLY, clips, wanted, write_config
+from tests.patience import patience
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 lab = test_slurm.lab  # the fixture
 __all__ = ["clips", "lab", "wanted"]
 RAY = ("engine.kind=ray", "engine.workers=2", "limits.attempts=100")
@@ -33,7 +34,7 @@ def test_ray(ray: None, clips: Path, wanted: dict[str, bytes], tmp_path: Path) -
 
 
 def wait_for_others(command: Command, word: str) -> list[int]:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + patience(200)
     while not (found := command.others(word)):
         assert time.monotonic() < deadline and command.process.poll() is None, command.end()
         time.sleep(0.01)
@@ -97,7 +98,7 @@ def test_an_array_of_five_tasks_with_some_of_them_killed(
     said = subprocess.run([*submit, "--partition", "low"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert said.returncode == 0, said.stderr
     jobs = (tmp_path / "run/jobs/1/slurm_job_id").read_text().split()
-    deadline, disturbed = time.monotonic() + 600, 0
+    deadline, disturbed = time.monotonic() + patience(600), 0
     while states := queue(jobs):
         assert time.monotonic() < deadline, states
         running = [job for job, state in states if state == "RUNNING"]

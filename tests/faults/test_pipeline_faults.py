@@ -2,21 +2,21 @@
 
 import os
 import random
-import re
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.faults import media_fuzz
 from tests.faults.conftest import Tally
-from tests.faults.pipeline_runs import Command, errors, journals, outputs, results, run
+from tests.faults.pipeline_runs import Command, errors, journals, outputs, records, results, run
+from tests.faults.pipeline_stages import PAUSE
 from tests.faults.test_pipeline_kill import SLOWLY, write_config
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture(scope="module")
@@ -155,13 +155,6 @@ def test_an_output_folder_that_cannot_be_written_is_one_line(folder: Path, tmp_p
     assert command.end() == 2 and command.said.startswith("error: out="), command.said
 
 
-def wait_for(what: Path, pattern: str, command: Command) -> None:
-    deadline = time.monotonic() + 60
-    while not list(what.glob(pattern)):
-        assert time.monotonic() < deadline and command.process.poll() is None, command.process.communicate()
-        time.sleep(0.005)
-
-
 def test_a_source_that_is_deleted_meanwhile_is_a_row_that_says_so(folder: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, folder)
     run(config, "--until", "probe")
@@ -248,16 +241,15 @@ def test_a_damaged_output_is_made_again(folder: Path, tmp_path: Path, tally: Tal
 def test_a_damaged_journal_costs_what_is_behind_the_damage(folder: Path, tmp_path: Path, tally: Tally) -> None:
     wanted = outputs(write_and_run(tmp_path, folder, "run"))
     shutil.rmtree(tmp_path / "run")
-    command = Command(tmp_path / "run.yaml", env={"OPENSORA_TEST_PAUSE_S": "0.3"})
-    deadline = time.monotonic() + 60
-    while not any(path.stat().st_size > 1800 for path in (tmp_path / "run").glob("hostile/.*.journal")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    # A pause so long that the shard cannot become whole between the look and the kill.
+    command = Command(tmp_path / "run.yaml", env={PAUSE: "3"})
+    command.wait_until(lambda: any(records(path) >= 2 for path in (tmp_path / "run").glob("hostile/.*.journal")))
     command.kill_group()
     command.end()
     kept = tmp_path / "kept"
     shutil.copytree(tmp_path / "run", kept)
-    (journal,) = [path for path in journals(kept) if path.stat().st_size > 1800]
+    journal = max(journals(kept), key=records)
+    assert records(journal) >= 2
     content, tried = journal.read_bytes(), 0
     for damaged in [content[:-300] + b"?" + content[-299:], content[:40] + bytes(4096)]:
         shutil.rmtree(tmp_path / "run")
@@ -269,17 +261,33 @@ def test_a_damaged_journal_costs_what_is_behind_the_damage(folder: Path, tmp_pat
     tally("pipeline: damaged journal, same outputs", tried, tried)
 
 
-def test_a_damaged_plan_is_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
-    out = write_and_run(tmp_path, folder, "run")
-    wanted = outputs(out)
-    for content in (b"", b"{", b"[]", b'{"shards": [{"name": 3}]}', b"\xff\xfe", b'{"shards": null}'):
+def plan_damages(content: bytes) -> Iterator[bytes]:
+    yield from (b"", b"{", b"[]", b'{"shards": [{"name": 3}]}', b"\xff\xfe", b'{"shards": null}', b"null")
+    yield content.replace(b"clip-2", b"clip-7")  # another name, in a plan that can be read
+    yield content.replace(b'"size": ', b'"size": 1', 1)
+    yield content.replace(b'"digest"', b'"digesu"')
+
+
+def test_a_damaged_plan_mends_itself(folder: Path, clip: bytes, tmp_path: Path, tally: Tally) -> None:
+    """Also one that has grown, whose shards no listing of now would give."""
+    config = write_config(tmp_path, folder)
+    run(config)
+    (folder / "0.mp4").write_bytes(clip)
+    run(config)
+    out, tried = tmp_path / "run", 0
+    wanted, plan = outputs(out), (out / "plan.json").read_bytes()
+    for content in plan_damages(plan):
+        assert content != plan
         (out / "plan.json").write_bytes(content)
-        command = Command(tmp_path / "run.yaml")
-        assert command.end() == 2, command.said
-        assert re.fullmatch(r"error: \S+plan\.json: .*; remove it, and the sources are listed anew.*\n", command.said)
-    (out / "plan.json").unlink()
-    run(tmp_path / "run.yaml")
-    assert outputs(out) == wanted
+        said = run(config)
+        assert f"{out}/plan.json is damaged: it is put aside, and the sources are listed anew" in said
+        assert outputs(out) == wanted and (out / "plan.json").read_bytes() == plan
+        assert (out / "plan.damaged").read_bytes() == content
+        tried += 1
+    (out / "plan.json").write_bytes(b"{")
+    refused = Command(config, "--worker", "0/2")  # of several tasks none may list the sources for itself
+    assert refused.end() == 2 and "the same command with --until plan lists the sources anew" in refused.said
+    tally("pipeline: damaged plan, the same again", tried, tried)
 
 
 def test_two_commands_at_once_on_one_folder(folder: Path, tmp_path: Path) -> None:
@@ -293,8 +301,8 @@ def test_two_commands_at_once_on_one_folder(folder: Path, tmp_path: Path) -> Non
 def test_one_of_two_commands_is_killed_and_the_other_does_all(folder: Path, tmp_path: Path) -> None:
     wanted = outputs(write_and_run(tmp_path, folder, "wanted"))
     config = write_config(tmp_path, folder)
-    first, second = (Command(config, env={"OPENSORA_TEST_PAUSE_S": "0.2"}) for _ in range(2))
-    wait_for(tmp_path / "run", "hostile/.*.journal", first)
+    first, second = (Command(config, env={PAUSE: "0.2"}) for _ in range(2))
+    first.wait_until(partial(any_journal, tmp_path / "run"))
     first.kill_group()
     first.end()
     assert second.end() == 0, second.said
@@ -349,12 +357,16 @@ def test_a_stage_alone_and_what_would_run(folder: Path, tmp_path: Path) -> None:
     assert "hostile: 2 of 2 outputs are there, nothing to do" in run(config, "--dry-run")
 
 
+def any_journal(out: Path) -> bool:
+    return any(out.glob("hostile/.*.journal"))
+
+
 def test_a_terminal_that_stops_it_gets_one_line_and_no_process_is_left(folder: Path, tmp_path: Path) -> None:
     import signal
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        command = Command(write_config(tmp_path, folder, number.name), env={"OPENSORA_TEST_PAUSE_S": "0.5"})
-        wait_for(tmp_path / number.name, "hostile/.*.journal", command)
+        command = Command(write_config(tmp_path, folder, number.name), env={PAUSE: "0.5"})
+        command.wait_until(partial(any_journal, tmp_path / number.name))
         os.killpg(command.process.pid, number)
         assert command.end() == 128 + number, command.said
         assert f"stopped by {number.name}: the same command goes on from here" in command.said

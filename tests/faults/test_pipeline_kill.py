@@ -15,7 +15,7 @@ from tests.faults.conftest import Tally
 from tests.faults.pipeline_runs import CONFIG, Command, journals, outputs, run
 from tests.faults.pipeline_stages import PAUSE
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1200)
 STAGES = ("probe", "frames", "hostile", "census", "verdict")
 SLOWLY = {PAUSE: "0.03"}  # so that there is an instant to be killed at
 

@@ -26,8 +26,9 @@ from tests.conftest import ROOT
 from tests.faults.conftest import Tally
 from tests.faults.pipeline_runs import Command, journals, outputs
 from tests.faults.test_pipeline_kill import kill_command, kill_group
+from tests.patience import patience
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(6000)]
 PROGRAM = "data_pipeline.run"
 LIMIT_S = 300
 PIECES = {"rabbit": 0, "pig": 0, "car-detection": 0, "sintel_trailer_30s": 270, "frog": 0}  # clip -> its first frame
@@ -146,7 +147,7 @@ def wait_for_stage(command: Command, out: Path, draw: random.Random) -> None:
     """Until some stage that is not whole yet goes on, or the table is being made, and a while longer."""
     left = [name for name in STAGES if not list((out / name).glob("*.parquet"))]
     stage = draw.choice([*left, "captions", "table"])
-    before, deadline = state_of(out, stage), time.monotonic() + LIMIT_S
+    before, deadline = state_of(out, stage), time.monotonic() + patience(LIMIT_S)
     while command.process.poll() is None and time.monotonic() < deadline and state_of(out, stage) == before:
         time.sleep(0.01)
     time.sleep(draw.uniform(0.0, 1.5))

@@ -29,8 +29,9 @@ from tests.faults.test_pipeline_whole import (
     wanted,
     write_config,
 )
+from tests.patience import patience
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(6000)]
 __all__ = ["videos", "wanted"]
 DISK_KIB = 6000
 READS = {name: stage.reads for name, stage in make_stages(PipelineConfig(source="here", out="there")).items()}
@@ -93,7 +94,7 @@ def test_a_source_that_is_deleted_meanwhile_is_a_row_until_it_is_back(
     shutil.copytree(videos, mine)
     config = write_config(tmp_path, mine)
     command = Command(config, *WORDS, program=PROGRAM)
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + patience(LIMIT_S)
     while not list((tmp_path / "run/prints").glob("*.parquet")):
         assert time.monotonic() < deadline and command.process.poll() is None, command.said
         time.sleep(0.005)

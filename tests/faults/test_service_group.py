@@ -143,7 +143,13 @@ def test_a_bad_job_leaves_the_group_alive(ranks: tuple[int, ...], late: bool, tm
 def test_a_request_that_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
     config = configured(tmp_path)
     names = (f"video_{2:032x}-0.png",)
-    add(config, asked(1, num_steps=0), asked(2, references=names, cond_type="i2v_head"), asked(3, lora="other"), asked(4))
+    add(
+        config,
+        asked(1, num_steps=0),
+        asked(2, references=names, cond_type="i2v_head"),
+        asked(3, lora="other"),
+        asked(4),
+    )
     assert run_distributed(work, 1, config, init=False) == [0]
     jobs = jobs_in(config)
     messages = [job.error.message if job.error else "" for job in jobs.values()]

@@ -31,6 +31,7 @@ from tests.conftest import ROOT
 from tests.faults.conftest import Tally
 from tests.faults.runs import descendants
 from tests.faults.test_launch import SRUN, stub
+from tests.patience import patience
 
 SILENT_S = 60.0  # without a word, and without a tick of computing by any of its processes: then a command hangs
 DEAF_STEPS = 200  # made after a signal: then nobody has heard it
@@ -198,7 +199,7 @@ class Command:
 
     def _wait(self, until: Callable[[], object], what: str) -> None:
         """As long as the command gets on: a busy machine is no failure, a command that stands still is."""
-        seen, deadline, looked = self._progress(), time.monotonic() + SILENT_S, time.monotonic()
+        seen, deadline, looked = self._progress(), time.monotonic() + patience(SILENT_S), time.monotonic()
         while not until():
             ended = self.process.poll() is not None
             assert not ended or what == THE_END, f"{what}: {self.process.returncode}, {self.text()}"
@@ -206,7 +207,7 @@ class Command:
             if time.monotonic() - looked > LOOK_S:
                 looked, now = time.monotonic(), self._progress()
                 if now != seen:
-                    seen, deadline = now, looked + SILENT_S
+                    seen, deadline = now, looked + patience(SILENT_S)
                 assert looked < deadline, f"no sign of {what}: {self.text()}"
 
     def text(self) -> str:

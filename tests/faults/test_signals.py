@@ -16,6 +16,7 @@ from tests.conftest import ROOT
 from tests.dist.harness import DistributedFailure, run_distributed
 from tests.faults.conftest import CONFIG, Tally
 from tests.faults.runs import ALWAYS, Fault, Outcome, alive, descendants, digest, run_with
+from tests.patience import patience
 
 STEPS = 30
 
@@ -191,9 +192,10 @@ def handles_signals(pid: int) -> bool:
     return bool(caught >> (signal.SIGUSR2 - 1) & 1)
 
 
+@pytest.mark.timeout(600)
 def test_a_signal_while_torch_is_imported_is_remembered(config: Path, tally: Tally) -> None:
     process = command(config)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + patience(30)
     while not handles_signals(process.pid):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.005)
@@ -420,7 +422,7 @@ def test_encoding_ahead_leaves_with_75_and_goes_on(config: Path, tmp_path: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("launcher", ["torch.distributed.run", "launch/torchrun.sh"])
 def test_nothing_is_left_when_the_launcher_is_killed(
     launcher: str, long: tuple[Path, str], tmp_path: Path, tally: Tally
@@ -432,7 +434,7 @@ def test_nothing_is_left_when_the_launcher_is_killed(
         start = [sys.executable, "-m", launcher, "--standalone", "--nproc-per-node=2"]
     process = command(config, f"output={tmp_path}", "train.steps=100000", "data.workers=1", launcher=start)
     folder = tmp_path / "run/checkpoints"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + patience(120)
     while not list(folder.glob("step-*")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)

@@ -23,8 +23,9 @@ from acceleration.checkpoint.atomic_dir import read_manifest
 from acceleration.distributed.launcher_variables import candidate_ports, rendezvous_from_environment
 from tests.conftest import ROOT
 from tests.integration import conftest as integration
+from tests.patience import patience
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(4500)]
 STEPS, EVERY = 16, 4
 shapes = integration.shapes  # the fixture
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
@@ -88,7 +89,7 @@ class Cluster:
         return dict(word.split("=", 1) for word in call("scontrol", "show", "job", job).split() if "=" in word)
 
     def wait(self, what: Callable[[], Any], limit_s: float = 400) -> Any:
-        deadline = time.monotonic() + limit_s
+        deadline = time.monotonic() + patience(limit_s)
         while time.monotonic() < deadline:
             found = what()
             if found:

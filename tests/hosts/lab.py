@@ -32,6 +32,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
+from tests.patience import patience
+
 T = TypeVar("T")
 Family = Literal["ipv4", "ipv6", "both"]
 TOOLS = ("ip", "tc", "unshare", "nsenter", "setpriv", "setsid", "mount")
@@ -81,7 +83,7 @@ class HostProcess(subprocess.Popen[str]):
     @property
     def inner(self) -> int | None:
         """The process itself, by the number that it has outside the host; None once it is gone."""
-        limit = time.monotonic() + 10
+        limit = time.monotonic() + 100  # not patience(), which would measure between two signals
         while self._inner is None and time.monotonic() < limit and self.poll() is None:
             with contextlib.suppress(OSError):
                 children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
@@ -499,7 +501,7 @@ def until(what: Callable[[], T], limit_s: float, why: str = "") -> T:
     Raises:
         AssertionError: none within ``limit_s`` seconds.
     """
-    limit = time.monotonic() + limit_s
+    limit = time.monotonic() + patience(limit_s)
     while True:
         found = what()
         if found:

@@ -15,6 +15,7 @@ from tests.conftest import ROOT
 from tests.hosts.conftest import MakeLab
 from tests.hosts.lab import ELSEWHERE, NOBODY, Host, HostProcess, Lab, until
 
+pytestmark = pytest.mark.timeout(600)
 PYTHON = (sys.executable, "-I", "-S", "-c")
 PORT = 7000
 

@@ -10,7 +10,7 @@ import pytest
 from tests.faults.pipeline_runs import outputs, results, run
 from tests.integration.odd_files import ODD, ROWS
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 PROGRAM = "data_pipeline.run"
 LAST = "measure"
 STAGES = ("probe", "frames", "shots", LAST)

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import patience
+
+pytestmark = pytest.mark.timeout(1200)
 ROOT = Path(__file__).resolve().parent.parent.parent
 # A Python that makes environments with itself inside, and whose pip notes its arguments and does what $PIP_DOES says.
 PLAYS = f"""#!/usr/bin/env bash
@@ -122,7 +125,7 @@ def test_a_failure_of_pip_is_named(checkout: Checkout, text: str) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_setup_is_done_again(checkout: Checkout, number: signal.Signals) -> None:
     process = checkout.start(PIP_DOES="exec sleep 300")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + patience(60)
     while not checkout.calls.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.2)
@@ -137,7 +140,7 @@ def test_an_interrupted_setup_is_done_again(checkout: Checkout, number: signal.S
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_to_the_shell_alone_leaves_no_process(checkout: Checkout, number: signal.Signals) -> None:
     process = checkout.start(PIP_DOES="exec sleep 300")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + patience(60)
     while not checkout.calls.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(number)
@@ -196,7 +199,7 @@ def test_two_at_once_take_turns(checkout: Checkout) -> None:
     if shutil.which("flock") is None:
         pytest.skip("flock is not installed")
     first = checkout.start(PIP_DOES="sleep 3")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + patience(60)
     while not checkout.calls.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     second = checkout.start()

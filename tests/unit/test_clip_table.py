@@ -12,8 +12,10 @@ import pyarrow.parquet as papq
 import pytest
 
 import data_pipeline.engines.local
+import data_pipeline.media.storage
 import data_pipeline.pipeline
 import data_pipeline.run
+import data_pipeline.table
 from data_pipeline.captioning.endpoint import EndpointConfig
 from data_pipeline.config import PipelineConfig
 from data_pipeline.engines.config import EngineConfig
@@ -227,10 +229,45 @@ def test_clips_are_taken_from_archives_and_not_encoded_again(tmp_path: Path, mon
     monkeypatch.setattr(data_pipeline.run, "_plan", lambda cfg, options: data_pipeline.run.read_plan(Path(cfg.out)))
     table = table_of(source, out, cut=cut)
     assert table["keep"].to_pylist() == [False, False, True, False, False, True, True]
-    assert len(tar_of(out)) == 2 and first in tar_of(out)
+    assert len(tar_of(out)) == 1 and first not in tar_of(out)  # no table names it any more
     rows = [row for row in table.to_pylist() if row["keep"]]
     assert all(read_frames(str(out / row["path"]), 0, CLIP_FRAMES).shape == (CLIP_FRAMES, 32, 42, 3) for row in rows)
     assert find_clip(out, "media/00/none.mp4") is None
+
+
+@pytest.mark.parametrize("killed_in", ["_write", "write_table", "remove_packed", "remove_archives"])
+def test_a_kill_on_the_way_from_one_archive_to_the_next_loses_no_clip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in: str
+) -> None:
+    source, out = write_videos(tmp_path / "videos", a=3, b=4), tmp_path / "out"
+    cut = CutConfig(preset="ultrafast", short_side=32, container="tar")
+    table_of(source, out, cut=cut)
+    (first,) = tar_of(out)
+    monkeypatch.setattr(pipeline_fakes, "LEAST", 2.0)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    owner = {"_write": data_pipeline.media.storage, "write_table": data_pipeline.table.papq}
+    with monkeypatch.context() as context:
+        context.setattr(owner.get(killed_in, data_pipeline.table), killed_in, killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(config(source, out, cut=cut))
+    assert first in tar_of(out)
+    clips_that_can_be_read(out)  # those of the table that is there, an old or a new one
+    assert table_of(source, out, cut=cut)["keep"].to_pylist() == [False, False, True, False, False, True, True]
+    assert len(tar_of(out)) == 1 and first not in tar_of(out)
+    assert clips_that_can_be_read(out) == 3
+    newer = out / "media/000009-0123456789abcdef.tar"  # of another command, whose table is not there yet
+    newer.write_bytes(first.name.encode())
+    table_of(source, out, cut=cut)
+    assert newer in tar_of(out)
+
+
+def clips_that_can_be_read(out: Path) -> int:
+    rows = [row for row in papq.read_table(out / "clips.parquet").to_pylist() if row["keep"]]
+    assert all(read_frames(str(out / row["path"]), 0, CLIP_FRAMES).shape == (CLIP_FRAMES, 32, 42, 3) for row in rows)
+    return len(rows)
 
 
 def test_archives_have_a_size_and_are_mended(tmp_path: Path) -> None:

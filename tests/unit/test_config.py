@@ -113,7 +113,7 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     "validation of nothing": (None, ["validate.every=5"], "validate.prompts: missing; give validate.prompts=[TEXT"),
     "validation without bins": (None, ["validate.bins=0"], "validate.bins=0: must be an integer >= 1"),
     "validation without samples": (None, ["validate.samples=-3"], "validate.samples=-3: must be an integer >= 1"),
-    "validation of a number": (None, ["validate.table=3"], "validate.table=3: must be a path, a glob, or a list"),
+    "validation of a number": (None, ["validate.table=[3]"], "validate.table.0=3: must be text"),
     "validation, a reference of nobody": (None, ["validate.ref=a.png"], "validate.ref: is for prompts; clips of pro"),
     "validation, another kind": (None, ["validate.cond_type=i2v"], "validate.cond_type='i2v'"),
     "unknown key deep down": (None, ["parallel.mesh.ulises=2"], "parallel.mesh.ulises: unknown key; did you mean ul"),
@@ -362,7 +362,7 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     "negative sequence": (None, ["data.tokens_per_sequence=-1"], "data.tokens_per_sequence=-1: must be a number >="),
     "auto without a budget": (None, ["data.buckets.64px.1=[1.0, auto]"], "batch size auto needs a budget"),
     "negative cost": (None, ["data.cost.per_token=-1"], "data.cost.per_token=-1"),
-    "no table": (None, ["data.table=''"], "data.table: missing"),
+    "no table": (None, ["data.table="], "data.table: missing"),
     "no buckets": (None, ["data.buckets={}"], "data.buckets: missing"),
     # the file
     "not UTF-8": (GOOD.encode() + b"output: caf\xe9\n", [], "run.yaml:13: not UTF-8 (byte 0xe9)"),

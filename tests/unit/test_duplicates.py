@@ -15,6 +15,7 @@ from data_pipeline.matching.align import likeness
 from data_pipeline.matching.box import inside
 from data_pipeline.matching.candidates import find_candidates
 from data_pipeline.matching.groups import Groups
+from data_pipeline.matching.motion import motion_within, unexplained_motion
 from data_pipeline.rows import Row, to_rows, to_table
 from data_pipeline.stages.base import Unit
 from data_pipeline.stages.duplicates import DuplicatesConfig, DuplicatesStage
@@ -172,6 +173,91 @@ def test_other_moments_of_one_room_are_no_copies() -> None:
     for actor in range(12):
         made.add(f"take {actor:02d}", scene(room=1, actor=actor))
     assert made.found() == {}
+
+
+def guarded(
+    film: np.ndarray, place: tuple[int, int], when: slice, step: int = 0, *, side: int = 26, light: int = 50
+) -> np.ndarray:
+    """An empty room in which a light passes in a corner for a while: pixels of 160, levels by which it is brighter."""
+    seen = film.copy()
+    for number in range(*when.indices(len(film))):
+        rows, columns = (slice(at + step * number, at + step * number + side) for at in place)
+        seen[number, rows, columns] = np.minimum(seen[number, rows, columns].astype(int) + light, 255)
+    return seen
+
+
+def test_what_little_moves_tells_moments_of_an_empty_room_apart() -> None:
+    """Of two takes next to everything is the same; of a copy that is coarser, all that moves."""
+    empty = np.repeat(scene(room=7, actor=0, frames=1), 33, axis=0)
+    places = {"a": ((20, 20), slice(4, 12)), "b": ((20, 20), slice(18, 26)), "c": ((100, 110), slice(4, 12))}
+    made = Made()
+    for name, (place, when) in places.items():
+        made.add(f"take {name}", guarded(empty, place, when, side=12, light=25), bytes=2000)
+    assert made.found() == {}
+    made.add("copy of b", guarded(empty, *places["b"], side=12, light=25) // 4 * 4)
+    assert made.found() == {"copy of b": ("take b", "near")}
+
+
+def test_a_brighter_copy_is_known_by_what_moves() -> None:
+    """By another curve of brightness, which leaves more of the picture than little motion makes of it."""
+    film = guarded(np.repeat(scene(room=7, actor=0, frames=1), 33, axis=0), (20, 20), slice(4, 12), step=2)
+    made = Made().add("take", film, bytes=2000).add("brighter", (255 * (film / 255) ** 0.6).astype(np.uint8))
+    assert made.found() == {"brighter": ("take", "near")}
+
+
+def test_what_stands_still_is_judged_by_its_picture() -> None:
+    """But two parts of one file are other moments of it."""
+    still = np.repeat(scene(room=8, actor=0, frames=1), 33, axis=0)
+    made = Made().add("a", still, bytes=2000).add("b", still)
+    assert made.found() == {"b": ("a", "near")}
+    stage = DuplicatesStage(DuplicatesConfig(), SourceLimits())
+    rows = [row for name in ("a", "b") for row in [made.rows[name]]]
+    tables = made.tables()
+    one_file = {name: table.set_column(0, "source", pa.array(["a"] * 2)) for name, table in tables.items()}
+    one_file["probe"] = tables["probe"].slice(0, 1)
+    both = np.concatenate([made.thumbs["a"], made.thumbs["b"]])
+    late = (np.asarray(rows[1]["prints"]["print_sample"]) + 33).tolist()
+    samples = pa.array([rows[0]["prints"]["print_sample"], late], tables["prints"]["print_sample"].type)
+    place = tables["prints"].schema.get_field_index("print_sample")
+    one_file["prints"] = one_file["prints"].set_column(place, "print_sample", samples)
+
+    def rows_of(*_: Any) -> Iterator[tuple[str, pa.Table]]:
+        yield "a", pa.table({"hash_thumb": pa.array([both.tobytes()], pa.large_binary())})
+
+    assert stage.run_all(one_file, rows_of)["duplicate_of"].to_pylist() == [None, None]
+
+
+def test_motion_is_of_the_cells_that_move() -> None:
+    """Half a cell of a hundred that moves otherwise is all of what moves; brightness of all cells is no motion."""
+    rng = np.random.default_rng(0)
+    ground = np.repeat(rng.uniform(0, 255, (1, 10, 10)), 16, axis=0)
+    one, two = ground.copy(), ground + 10 * np.sin(np.arange(16))[:, None, None]
+    assert unexplained_motion(one, two) is None
+    one[2:6, 4, 4] += 20
+    two[2:6, 4, 4] += 20
+    same = unexplained_motion(one, two)
+    assert same is not None and same < 0.01
+    two[2:6, 4, 4] -= 20
+    two[9:13, 4, 4] += 20
+    apart = unexplained_motion(one, two)
+    assert apart is not None and apart > 0.9
+
+
+def test_how_much_of_the_motion_is_in_some_frames() -> None:
+    film = np.zeros((16, 8, 8))
+    film[[2, 3, 4, 9], 3, 3] = 20
+    assert motion_within(film, np.arange(16) > 6) == pytest.approx(0.25)
+    assert motion_within(film * 0, np.arange(16) > 6) == 1
+
+
+def test_what_both_show_must_have_their_motion() -> None:
+    """Two visits that end alike, in a room that is empty afterwards: all that they share is the end."""
+    empty = np.repeat(scene(room=7, actor=0, frames=1), 33, axis=0)
+    one = guarded(guarded(empty, (20, 20), slice(0, 4)), (100, 110), slice(4, 6))
+    two = guarded(guarded(empty, (110, 20), slice(0, 4)), (100, 110), slice(4, 6))
+    assert Made().add("one", one).add("two", two).found() == {}
+    cut_two = guarded(empty, (100, 110), slice(0, 2))
+    assert Made().add("one", one).add("cut", cut_two).found() == {}
 
 
 def test_flat_and_empty_pictures_are_compared_with_none() -> None:

@@ -45,11 +45,11 @@ def joined(kind: str, length: int = 8, before: int = 30, after: int = 30) -> np.
     return np.concatenate([a[:before], between, b[length:]])
 
 
-def transitions(pictures: np.ndarray, cuts: tuple[int, ...] = ()) -> list[Transition]:
+def transitions(pictures: np.ndarray, cuts: tuple[int, ...] = (), steps: tuple[int, ...] = ()) -> list[Transition]:
     """Of both opinions together, as the stage asks them."""
     made = thumbs(pictures)
     times = np.arange(2 * len(made)) / (2 * RATE)
-    return merged(reconciled(cuts, made, times, 0.5), times, 0.5)
+    return merged(reconciled(cuts, steps, made, times, 0.5), times, 0.5)
 
 
 @pytest.mark.parametrize("kind", ["dissolve", "wipe", "black"])
@@ -89,6 +89,24 @@ def test_a_flash_is_no_cut_and_a_cut_is() -> None:
         assert is_refuted(thumbs(pictures), 40, 40 / 24) is refuted
 
 
+def test_a_flash_between_is_no_transition() -> None:
+    flashed = shot(1, 40)
+    flashed[20:22] = 0.2 * flashed[20:22] + 0.8 * 255
+    assert transitions(flashed, (40, 44)) == []
+
+
+def test_what_comes_back_is_no_transition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture that gives way to another one, for half a second, whatever is thought of each half."""
+    monkeypatch.setattr(
+        "data_pipeline.shots.gradual.sureness", lambda views, ends: ((ends.j == 30) & (ends.j - ends.i == 5)) * 1.0
+    )
+    away = shot(1, 60)
+    away[29:34] = shot(2, 5)
+    assert gradual_transitions(thumbs(away), []) == []
+    away[29:] = shot(2, 31)
+    assert len(gradual_transitions(thumbs(away), [])) == 1
+
+
 def test_a_cut_to_a_like_scene_is_not_refuted() -> None:
     """Another person before the same wall: much alike, but nothing was in between."""
     there = shot(1, 20)
@@ -96,6 +114,40 @@ def test_a_cut_to_a_like_scene_is_not_refuted() -> None:
     there[:, 3:, 8:13] = (200, 40, 40)
     other[:, 2:, 10:16] = (30, 200, 60)
     assert not is_refuted(thumbs(np.concatenate([there, other])), 40, 40 / 24)
+
+
+def test_a_step_to_a_like_scene_is_a_cut() -> None:
+    """The same person before the same wall a while later: too little for a detector, and nothing was in between."""
+    there = shot(1, 20, speed=0.0)
+    later = there.copy()
+    there[:, 3:, 6:14] = (200, 40, 40)
+    later[:, 4:, 8:18] = (180, 60, 40)
+    assert transitions(np.concatenate([there, later]), steps=(40,)) == [Transition("cut", 40, 40)]
+
+
+@pytest.mark.parametrize("change", ["move", "light"])
+def test_a_step_that_changes_little_for_good_is_none(change: str) -> None:
+    pictures = shot(1, 40, speed=0.0)
+    if change == "light":
+        pictures[20:] = 0.6 * pictures[20:] + 20
+    else:
+        pictures[:20, 3:, 8:10] = pictures[20:, 3:, 11:13] = (200, 40, 40)
+    assert transitions(pictures, cuts=(40,)) == transitions(pictures, steps=(40,)) == []
+
+
+def test_steps_close_to_a_cut_are_part_of_it() -> None:
+    pictures = np.concatenate([shot(1, 30), shot(2, 4), shot(3, 30)])
+    assert transitions(pictures, cuts=(60,), steps=(60, 68)) == [Transition("cut", 60, 60)]
+
+
+def test_cuts_with_no_thumbnail_between() -> None:
+    pictures = np.concatenate([shot(1, 30), shot(2, 30)])
+    made, times = thumbs(pictures), np.arange(120) / 48
+    assert [each.first for each in reconciled((59, 60), (), made, times, 0.5)] == [59, 60]
+
+
+def test_a_flash_that_no_thumbnail_shows_is_no_cut_of_a_moving_view() -> None:
+    assert transitions(shot(1, 60, speed=0.5), (60,)) == []
 
 
 def test_a_cut_is_sudden_and_a_fade_is_not() -> None:

@@ -28,6 +28,7 @@ from opensora.datasets.plan.batch_plan import BatchPlan
 from opensora.datasets.table.manifest import ClipTable, read_table
 from opensora.utils.errors import UserError
 from opensora.utils.prompt_suffix import with_suffix
+from tests.patience import patience
 from tests.unit.test_decode import encode
 
 BUCKETS = {"32px": {1: [1.0, 3], 5: [1.0, 2], 9: [1.0, 2]}}
@@ -222,7 +223,7 @@ def is_alive(pid: int) -> bool:
 
 
 def wait_until(true: Any, seconds: float = 20.0) -> bool:
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patience(seconds)
     while not true() and time.monotonic() < deadline:
         time.sleep(0.02)
     return bool(true())
@@ -249,6 +250,7 @@ def test_workers_ignore_signals_and_end_with_the_iterator(clips: Path, processes
     assert not any(map(is_alive, pids))
 
 
+@pytest.mark.timeout(400)
 def test_workers_end_with_their_trainer_however_it_ends(clips: Path) -> None:
     code = (
         "import time; from opensora.datasets.decode.process import DecoderProcess; "

@@ -1,11 +1,13 @@
 """The one decode of the data pipeline: the frames that other readers give, small, in order, at their times."""
 
+import gc
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from av.video.frame import VideoFrame
 
 from data_pipeline.media.facts import read_facts
 from data_pipeline.media.scan import ScanReport, scan
@@ -97,3 +99,18 @@ def test_facts_of_real_files(shared_media: Path) -> None:
     assert read_facts(str(edge / "video_90.mov"), 60)["rotation"] == 90
     assert read_facts(str(edge / "h264_10bits.mp4"), 60)["pixel_format"] == "yuv420p10le"
     assert read_facts(str(shared_media / "clips" / "sintel_trailer_30s.mp4"), 60)["key_frames"] == 1
+
+
+def test_a_frame_is_freed_with_the_next_one(tmp_path: Path) -> None:
+    """Not by a collection, which comes when hundreds of large pictures are there."""
+    clip(tmp_path / "clip.mp4", frames=30)
+    gc.collect()
+    gc.disable()
+    try:
+        alive = 0
+        for frame in scan(str(tmp_path / "clip.mp4"), ScanReport(), frames=100, timeout_s=60):
+            frame.grey(32)
+            alive = max(alive, sum(type(each) is VideoFrame for each in gc.get_objects()))
+    finally:
+        gc.enable()
+    assert 0 < alive < 5

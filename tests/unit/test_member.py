@@ -17,7 +17,9 @@ from launch.coordinator import Limits
 from launch.coordinator_server import STRANGERS, listen, reserve
 from launch.member import Lines, Member, Place, _is_own_name
 from launch.rendezvous import About, Order, RunEnded, State, encode
+from tests.patience import patience
 
+pytestmark = pytest.mark.timeout(900)
 LIMIT_S = 60.0  # of every wait, on a machine that does other things too
 LIMITS = Limits(timeout_s=LIMIT_S, last_call_s=0.2, heartbeat_s=2.0)
 
@@ -90,7 +92,7 @@ def port() -> int:
 
 
 def until(what: Callable[[], bool]) -> None:
-    limit = time.monotonic() + LIMIT_S
+    limit = time.monotonic() + patience(LIMIT_S)
     while not what():
         assert time.monotonic() < limit
         time.sleep(0.01)

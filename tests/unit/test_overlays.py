@@ -92,8 +92,29 @@ def test_bars_are_cut_away_before(tmp_path: Path) -> None:
 
 
 def test_a_camera_at_rest_says_nothing_of_marks(tmp_path: Path) -> None:
-    path = write_video(tmp_path / "rest.mp4", laid_over(footage(speed=0.0), "mark"), 20.0)
+    frames = laid_over(footage(speed=0.0), "mark")
+    path = write_video(tmp_path / "rest.mp4", frames, 20.0)
     assert run(path, TextConfig(method="none"))["logo_share"] is None
+    assert logo_share(frames[::5, ..., 1]) is None
+
+
+def test_a_camera_that_stands_says_nothing_of_marks_whatever_moves(film: Callable[[str], Path]) -> None:
+    """A light that goes on changes all of a picture, and the edges of the scene stay."""
+    measured = {"bar_top": 0.0, "bar_bottom": 0.0, "bar_left": 0.0, "bar_right": 0.0}
+    config = TextConfig(method="none")
+    assert run(film("mark"), config, measure=[measured | {"camera_motion": "static"}])["logo_share"] is None
+    assert run(film("mark"), config, measure=[measured | {"camera_motion": "pan right"}])["logo_share"] > 0
+
+
+def test_an_edge_along_the_way_of_a_camera_is_no_mark() -> None:
+    """A roof that a camera pans along stays where it is in the picture, and is one line."""
+    grey = footage()[::5, ..., 1].copy()
+    roof = grey.copy()
+    roof[:, 100:104, 150:190] = 255
+    assert logo_share(roof) == 0
+    sign = roof.copy()
+    sign[:, 90:120, 165:170] = 255
+    assert logo_share(sign) > 0
 
 
 @pytest.mark.parametrize(

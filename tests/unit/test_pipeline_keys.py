@@ -1,5 +1,6 @@
 """Keys of stages: a run's own config.yaml, which tasks of a cluster and a second command read, must give the same."""
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -28,3 +29,17 @@ def test_a_saved_configuration_has_the_same_keys(tmp_path: Path, begin: str) -> 
 def test_the_configuration_that_users_begin_with_states_what_is_built_in(tmp_path: Path) -> None:
     stated = load_config(PipelineConfig, ROOT / "configs/pipeline/default.yaml", ["source=here", "out=there"])
     assert keys(stated) == keys(PipelineConfig(source="here", out="there"))
+
+
+IDENTITY = {("probe", "sha256"), ("shots", "clip_id"), ("cut", "sha256")}
+
+
+def test_whoever_opens_a_file_has_its_content_in_the_key() -> None:
+    """Or two files of equal times and sizes would be one unit, and one would get what was seen in the other."""
+    cfg = load_config(PipelineConfig, ROOT / "configs/pipeline/default.yaml", ["source=here", "out=there"])
+    opened = []
+    for name, stage in Pipeline(cfg, Plan((), ())).stages.items():
+        if "unit.file" in inspect.getsource(type(stage)) and name != "probe":  # which finds out what they are
+            opened.append(name)
+            assert {(of, column) for of, columns in stage.reads.items() for column in columns} & IDENTITY, name
+    assert opened == ["frames", "text", "cut"]

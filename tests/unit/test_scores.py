@@ -119,6 +119,12 @@ def test_an_aesthetic_score_is_the_head_of_the_embedding(model: Path, head: Path
     assert found[0]["aesthetic"] != found[1]["aesthetic"]
 
 
+def test_the_content_of_the_file_is_in_the_key(model: Path) -> None:
+    """By the id of its clips: files that are as long as each other have the same first and last frames."""
+    config = ScorerConfig(kind="clip_match", model=str(model), prompt="bee")
+    assert "clip_id" in ScoresStage({"match": config}, LIMITS, STAGES).reads["shots"]
+
+
 def test_a_match_is_the_cosine_of_picture_and_text(model: Path, video: Path, tmp_path: Path) -> None:
     from transformers import CLIPModel
 

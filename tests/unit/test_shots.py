@@ -158,7 +158,7 @@ def test_long_shots_are_divided_evenly() -> None:
 def test_times_are_exact() -> None:
     """A file that begins at 8.3 s, of 30000/1001 frames a second: fractions of its own time base, never rounded."""
     pictures = scenes(60, 60)
-    base, first = Fraction(1, 30000), 249_000
+    base, first = Fraction(1, 30000), 249_001
     frames = {"pts": first + 1001 * np.arange(120), "time_base": str(base), **measured(pictures)}
     rows = {"probe": [{"sha256": "cd" * 32}], "frames": [frames]}
     one, two = ShotsStage(ShotsConfig(), SourceLimits()).run(Unit(source="a", file="", rows=rows))

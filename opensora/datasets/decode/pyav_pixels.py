@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from av.sidedata.sidedata import SideDataContainer
 from av.sidedata.sidedata import Type as SideDataType
 from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
@@ -135,7 +136,8 @@ def stored_frame(source: Source, frame: VideoFrame) -> StoredFrame:
         has_alpha = layout.name == _PALETTE or any(component.is_alpha for component in layout.components)
         facts = (frame.height, frame.width, layout.name, has_alpha)
         colours = (frame.colorspace, frame.color_range, frame.color_trc)
-        side_data: Any = frame.side_data  # iterates over its values, unlike a mapping
+        # Not frame.side_data, which the frame keeps: the two hold each other, and the pixels, until a collection.
+        side_data: Any = SideDataContainer(frame)  # iterates over its values, unlike a mapping
         matrix = next((data for data in side_data if data.type is SideDataType.DISPLAYMATRIX), None)
         entries = None if matrix is None else np.frombuffer(bytes(matrix), np.int32)[:9].tolist()
     return StoredFrame(*facts, *colours, Turn() if entries is None else _turn_of(entries))
