@@ -96,7 +96,8 @@ def test_children_end_with_the_supervisor(tmp_path: Path) -> None:
     """However it goes."""
     code = (
         "import sys; from opensora.serve.supervisor import Child, Supervisor\n"
-        f"one = Child('one', [sys.executable, '-c', \"import os, time; print(os.getpid(), flush=True); {SLEEPS[13:]}\"])\n"
+        f'program = "import os, time; print(os.getpid(), flush=True); {SLEEPS[13:]}"\n'
+        "one = Child('one', [sys.executable, '-c', program])\n"
         "Supervisor([one], None, 5.0).run()"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
