@@ -109,6 +109,8 @@ NOT_RUN = {
     r"captions\.endpoint\.url": "needs a server; tests/unit/test_pipeline_captions.py has one that behaves badly",
     r"engine\.address=": "needs a Ray cluster; tests/faults/test_pipeline_engines.py starts one",
     r"tests\.golden_(autoencoders|table)": "needs golden tensors, which the repository does not hold",
+    r"opensora\.(cli\.serve|serve\.)|demo\.sh --serve": "serves until it is stopped; test_service_samples.py starts it",
+    r"^curl ": "tests/integration/test_service_docs.py types all of them",
     r"tests\.documented_commands": "this one",
 }
 # What a command becomes so that it takes seconds on two cores: (what is replaced, by what), all in this order.
@@ -173,6 +175,7 @@ OPTIONS = {
     r"benchmarks\.checkpoint": "--gib 0.02 --saves 2",
     r"benchmarks\.step_vs_diffusers": "--hidden 96 --heads 2 --seconds 1",
     r"benchmarks\.step_1x": "--shape tiny --seconds 1",
+    r"benchmarks\.service": "--rounds 1 --clip-s 1 --pollers 4",
     r"benchmarks\.decode": "--windows 1 --frames 5",
     r"benchmarks\.packing": "--steps 1 --micro-batches 2",
     r"benchmarks\.plan_accuracy": "--only 1",

@@ -109,6 +109,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "opensora.inference",
         "opensora.planner",
         "opensora.precompute",
+        "opensora.serve",
         "opensora.train",
         "opensora.utils",
     ),

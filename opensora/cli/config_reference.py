@@ -23,6 +23,7 @@ from opensora.cli.main import run_cli
 from opensora.config.run import RunConfig, SampleConfig
 from opensora.config.schema import plain, wanted
 from opensora.config.strict_yaml import MAX_VALUES, to_yaml_text
+from opensora.serve.config import ServeConfig
 from opensora.utils.errors import UserError
 from opensora.utils.files.user_files import try_output, write_whole
 from opensora.utils.limits import Limits
@@ -55,6 +56,7 @@ def render() -> str:
         (RunConfig, "Training", "scripts/diffusion/train.py"),
         (SampleConfig, "Sampling", "scripts/diffusion/inference.py"),
         (PipelineConfig, "Data pipeline", "python -m data_pipeline.run"),
+        (ServeConfig, "Service", "python -m opensora.cli.serve"),
     ):
         parts.append(f"## {title}: `{command}`\n")
         parts.extend(_sections(cls, "", seen))

@@ -31,7 +31,7 @@ def run(cfg: ServeConfig) -> None:
     try:
         from opensora.serve.web import app, server
     except ImportError as error:
-        raise UserError(f'{error.name} is not installed; pip install ".[serve]"') from error
+        raise UserError(f"{error.name} is not installed; pip install -r requirements.txt") from error
     from opensora.serve.queues import open_queue
     from opensora.serve.web.auth import Keys, Origins
     from opensora.serve.web.service import Service
