@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
+import schemathesis
 from PIL import Image
 
 from tests.faults.conftest import Tally
@@ -360,7 +361,6 @@ def test_a_client_that_leaves(service: ServiceProcess) -> None:
 @pytest.mark.timeout(900)
 def test_made_up_requests(tmp_path: Path, tally: Tally) -> None:
     """By the description itself, good ones and bad ones: no 5xx, and every answer is one that the description has."""
-    schemathesis = pytest.importorskip("schemathesis", reason="pip install -r requirements-test.txt")
     with ServiceProcess(tmp_path, "quota.queued=1000000", "quota.queued_per_key=1000000") as own:
         answered: Counter[tuple[str, int]] = Counter()
         for found in schemathesis.openapi.from_url(f"{own.url}/openapi.json").get_all_operations():

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import openai
 import pytest
 from PIL import Image
 
@@ -21,7 +22,6 @@ from tests.conftest import ROOT
 from tests.service_process import ServiceProcess, wait_for
 from tests.stand_in_worker import FAILS, SLOW
 
-openai = pytest.importorskip("openai", reason="the client is not installed; pip install -r requirements-test.txt")
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
 
 KEYS = ("first-key-of-a-test", "other-key-of-a-test", "third-key-of-a-test priority=0")
