@@ -144,7 +144,11 @@ def command(config: Path, folder: Path, job: NewJob, references: list[str], lora
     from opensora.inference.job import sample
 
     words = [f"sampling.{name}={value}" for name, value in job.request["sampling"].items()]
-    words += [f"save_dir={folder}", f"cond_type={job.request.get('cond_type', 't2v')}", f"neg={job.request.get('neg', '')}"]
+    words += [
+        f"save_dir={folder}",
+        f"cond_type={job.request.get('cond_type', 't2v')}",
+        f"neg={job.request.get('neg', '')}",
+    ]
     words += [f"ref={';'.join(references)}"] if references else []
     words += [f"lora={lora}"] if lora else []
     cfg = load_config(SampleConfig, config.parent / "sample.yaml", [*words, f"prompt={job.prompt}"])

@@ -43,7 +43,7 @@ def before(owner: Any, name: str, act: Callable[..., None]) -> None:
 
 def kills(point: str, victim: int) -> None:
     """Hook: process ``victim`` is killed at a point of the first job."""
-    from opensora.serve.worker import loop, peers, sampler
+    from opensora.serve.worker import loop, sampler
     from opensora.serve.worker.desk import Desk
 
     named_group("group-0")()
@@ -58,11 +58,10 @@ def kills(point: str, victim: int) -> None:
 
         def count(self: Any, *args: Any) -> None:
             steps[0] += 1
-            if steps[0] == 8:  # borders: those of the first two steps are behind the warm-up's
+            if steps[0] == 4:  # of the first job, which has six, and a border before them
                 die()
 
         before(sampler.Paced, "__call__", count)
-        before(peers.Peers, "border", lambda *args: None)
     elif point == "decode":
         before(sampler, "pixels_of", lambda *args: die())
     elif point == "row":
@@ -143,7 +142,13 @@ def test_a_bad_job_leaves_the_group_alive(ranks: tuple[int, ...], late: bool, tm
 def test_a_request_that_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
     config = configured(tmp_path)
     names = (f"video_{2:032x}-0.png",)
-    add(config, asked(1, num_steps=0), asked(2, references=names, cond_type="i2v_head"), asked(3, lora="other"), asked(4))
+    add(
+        config,
+        asked(1, num_steps=0),
+        asked(2, references=names, cond_type="i2v_head"),
+        asked(3, lora="other"),
+        asked(4),
+    )
     assert run_distributed(work, 1, config, init=False) == [0]
     jobs = jobs_in(config)
     messages = [job.error.message if job.error else "" for job in jobs.values()]

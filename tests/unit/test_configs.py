@@ -16,13 +16,15 @@ from opensora.models.families import describe
 from opensora.models.vae import autoencoder_shape
 from opensora.planner.devices import DEVICES
 from opensora.planner.search import Planner, check_own
+from opensora.serve.config import ServeConfig
 from opensora.train.step_data import check_buckets
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 RUNS, JOBS = sorted((CONFIGS / "train").rglob("*.yaml")), sorted((CONFIGS / "sample").rglob("*.yaml"))
 PIPELINES = sorted((CONFIGS / "pipeline").rglob("*.yaml"))
-PARTS = sorted(set(CONFIGS.rglob("*.yaml")) - set(RUNS) - set(JOBS) - set(PIPELINES))
+SERVICES = sorted((CONFIGS / "serve").rglob("*.yaml"))
+PARTS = sorted(set(CONFIGS.rglob("*.yaml")) - set(RUNS) - set(JOBS) - set(PIPELINES) - set(SERVICES))
 STAGES = ("image", "stage1", "stage1_i2v", "stage2", "stage2_i2v", "high_compression")
 PUBLISHED = [CONFIGS / "train" / f"{name}.yaml" for name in ("image", "stage1", "stage2", "high_compression")]
 GIB = 2**30
@@ -92,6 +94,14 @@ def test_sampling(path: Path) -> None:
 @pytest.mark.parametrize("path", PIPELINES, ids=name_of)
 def test_data_pipelines(path: Path) -> None:
     assert load_config(PipelineConfig, path, ["source=videos", "out=run"]).out == "run"
+
+
+@pytest.mark.parametrize("path", SERVICES, ids=name_of)
+def test_services(path: Path) -> None:
+    cfg = load_config(ServeConfig, path)
+    for served in cfg.models.values():
+        words = [f"weights={served.weights}"] if served.weights else []
+        load_config(SampleConfig, CONFIGS.parent / served.sample, words)
 
 
 @pytest.mark.parametrize("path", PARTS, ids=name_of)
