@@ -3195,6 +3195,48 @@ TABLE: tuple[Mutation, ...] = (
         "return share < _OTHER and _detour(before, after) > _AWAY",
         "tests/unit/test_gradual_shots.py::test_a_step_that_changes_little_for_good_is_none",
     ),
+    Mutation(
+        "service: adapters of a turn change what is kept of the weights before them",
+        "acceleration/sharding/adapter_swap.py",
+        "to(self.device, copy=True).addmm_",
+        "to(self.device).addmm_",
+        "tests/dist/test_adapter_swap.py::test_weights_are_those_of_a_model_built_with_them[1-mesh0-fp32]",
+    ),
+    Mutation(
+        "service: a group that stands still keeps its leases",
+        "opensora/serve/worker/lease.py",
+        "if held and now - self._moved > self._hang_s:",
+        "if not held and now - self._moved > self._hang_s:",
+        "tests/unit/test_serve_lease.py::test_a_group_that_stands_still_loses_its_leases_and_leaves",
+    ),
+    Mutation(
+        "service: all data-parallel groups make the first jobs of a batch",
+        "opensora/serve/worker/sampler.py",
+        "first = sum(shares[: mesh.data_rank])",
+        "first = 0",
+        "tests/faults/test_service_group.py::test_a_batch_over_data_parallel_groups",
+    ),
+    Mutation(
+        "service: a job that runs when the group stops is cancelled",
+        "opensora/serve/worker/desk.py",
+        "return Flag.PUT_BACK",
+        "return Flag.CANCELLED",
+        "tests/faults/test_service_group.py::test_asked_to_stop_while_it_samples",
+    ),
+    Mutation(
+        "service: small pictures of a clip that could not be written stay",
+        "opensora/serve/worker/loop.py",
+        "            self.store.remove(job.id)\n",
+        "",
+        "tests/faults/test_service_group.py::test_full_disk",
+    ),
+    Mutation(
+        "service: a child that was asked to end is killed at once",
+        "opensora/serve/supervisor.py",
+        "child.ask(signal.SIGTERM)",
+        "child.ask(signal.SIGKILL)",
+        "tests/unit/test_serve_supervisor.py::test_ctrl_c_ends_all_children",
+    ),
 )
 
 

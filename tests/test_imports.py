@@ -90,6 +90,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "opensora.train",
         "opensora.utils",
     ),
+    # What torchrun runs ends as commands do.
+    "opensora.serve.worker.__main__": ("opensora.cli.main", "opensora.serve", "opensora.utils"),
     "opensora.serve": (
         "acceleration",
         "opensora.assembly",

@@ -12,7 +12,7 @@ from typing import NoReturn
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("opensora.cli.train", "train a model, or go on with a run"),
     "sample": ("opensora.cli.sample", "make videos and stills from prompts"),
-    "serve": ("opensora.cli.serve", "a page and an API for a trained model: jobs in a queue, sampled by one group"),
+    "serve": ("opensora.cli.serve", "serve models over HTTP, with a queue that survives and a page"),
     "pipeline": ("data_pipeline.run", "from raw videos to a clip table"),
     "index": ("data_pipeline.index", "make a clip table of a folder of videos and images"),
     "buckets": ("opensora.cli.buckets", "show what a run would train on, bucket by bucket"),

@@ -22,6 +22,7 @@ from opensora.serve.config import ServeConfig
 from opensora.utils.signal_handler import end_with_parent
 
 LOOK_S = 0.2
+ASK_S = 2.0  # between two questions whether the service is ready
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # before a child is started again; twice as long each time
 MOST_FAILURES = 5  # in a row; one that has lived for ``SETTLED_S`` begins a new row
 SETTLED_S = 300.0
@@ -81,7 +82,7 @@ class Supervisor:
         """
         self.children, self.address, self.grace_s = list(children), address, grace_s
         self._asked = 0  # times that this process was asked to stop
-        self._told = address is None
+        self._told, self._ask_at = address is None, 0.0
 
     def run(self) -> int:
         """Until it is asked to stop, or a child cannot be kept alive. Returns the exit code: 0 after a signal."""
@@ -106,11 +107,18 @@ class Supervisor:
             for child in self.children:
                 if (code := self._look(child)) is not None:
                     return code
-            if not self._told and ready(self.address):
-                self._told = True
-                say(f"ready: {self.address}")
+            self._tell_address()
             time.sleep(LOOK_S)
         return 0
+
+    def _tell_address(self) -> None:
+        """Once, when the service is ready."""
+        if self._told or time.monotonic() < self._ask_at:
+            return
+        self._ask_at = time.monotonic() + ASK_S
+        if ready(self.address):
+            self._told = True
+            say(f"ready: {self.address}")
 
     def _look(self, child: Child) -> int | None:
         """Start a child again when its time has come. Returns an exit code if that is beyond hope."""

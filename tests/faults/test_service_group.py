@@ -43,7 +43,7 @@ def before(owner: Any, name: str, act: Callable[..., None]) -> None:
 
 def kills(point: str, victim: int) -> None:
     """Hook: process ``victim`` is killed at a point of the first job."""
-    from opensora.serve.worker import loop, peers, sampler
+    from opensora.serve.worker import loop, sampler
     from opensora.serve.worker.desk import Desk
 
     named_group("group-0")()
@@ -58,11 +58,10 @@ def kills(point: str, victim: int) -> None:
 
         def count(self: Any, *args: Any) -> None:
             steps[0] += 1
-            if steps[0] == 8:  # borders: those of the first two steps are behind the warm-up's
+            if steps[0] == 4:  # of the first job, which has six, and a border before them
                 die()
 
         before(sampler.Paced, "__call__", count)
-        before(peers.Peers, "border", lambda *args: None)
     elif point == "decode":
         before(sampler, "pixels_of", lambda *args: die())
     elif point == "row":

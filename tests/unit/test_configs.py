@@ -98,9 +98,10 @@ def test_data_pipelines(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SERVICES, ids=name_of)
 def test_services(path: Path) -> None:
-    """Each model's file is one for sampling."""
-    for model in load_config(ServeConfig, path).models.values():
-        assert load_config(SampleConfig, ROOT / model.sample).sampling.num_steps > 0
+    cfg = load_config(ServeConfig, path)
+    for served in cfg.models.values():
+        words = [f"weights={served.weights}"] if served.weights else []
+        load_config(SampleConfig, CONFIGS.parent / served.sample, words)
 
 
 @pytest.mark.parametrize("path", PARTS, ids=name_of)

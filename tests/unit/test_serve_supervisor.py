@@ -94,11 +94,10 @@ def test_a_child_that_refuses_its_configuration_ends_the_service() -> None:
 
 def test_children_end_with_the_supervisor(tmp_path: Path) -> None:
     """However it goes."""
+    tells = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
     code = (
         "import sys; from opensora.serve.supervisor import Child, Supervisor\n"
-        f'program = "import os, time; print(os.getpid(), flush=True); {SLEEPS[13:]}"\n'
-        "one = Child('one', [sys.executable, '-c', program])\n"
-        "Supervisor([one], None, 5.0).run()"
+        f"Supervisor([Child('one', [sys.executable, '-c', '{tells}'])], None, 5.0).run()"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -59,7 +60,8 @@ class Costs:
         """
         key = (replace(option, seed=0), kind, clips)
         if key not in self._made:
-            cfg = replace(self.cfg, sampling=key[0], cond_type=kind, batch_size=clips)
+            asked: dict[str, Any] = {"sampling": key[0], "cond_type": kind, "batch_size": clips}
+            cfg = replace(self.cfg, **asked)
             self._made[key] = memory_of(cfg, self.source, self._world, self._device)
         return self._made[key]
 

@@ -56,11 +56,11 @@ class Desk:
 
     def order(self) -> dict[str, Any]:
         """What all processes are to do next; comes within ``NOTHING_S``."""
-        until = time.monotonic() + NOTHING_S
+        until, none = time.monotonic() + NOTHING_S, list[Job]()
         while time.monotonic() < until:
             if self._stopped() is not None:
                 return {"do": "stop"}
-            if jobs := self._tried(self._claim, []):
+            if jobs := self._tried(none, self._claim):
                 return {"do": "sample", "jobs": [plain_job(job) for job in jobs]}
             time.sleep(POLL_S)
         return {"do": "nothing"}
@@ -74,26 +74,23 @@ class Desk:
         self._shown, self._ended, self._looked, self.began = {}, set(), 0.0, time.time()
         jobs = [first]
         self.lease.hold(jobs)
-        try:
-            self._gather(jobs, self._most(first), terms)
-        finally:
-            self.lease.hold(jobs)
+        self._gather(jobs, self._most(first), terms)
+        self.lease.hold(jobs)
         return jobs
 
-    def _gather(self, jobs: list[Job], most: int, terms: Mapping[str, Any]) -> None:
+    def _gather(self, jobs: list[Job], most: int, terms: dict[str, Any]) -> None:
         """Others of the first one's kind, which may take a moment while others wait."""
-        until = time.monotonic() + self._cfg.batch_wait_s
+        until, none = time.monotonic() + self._cfg.batch_wait_s, list[Job]()
         while len(jobs) < most:
-            found = self.queue.claim_like(
-                self.lease.worker, jobs[0], time.time(), most=most - len(jobs), lease_s=terms["lease_s"]
-            )
-            jobs += found
-            if time.monotonic() >= until or not any(state == "queued" for _, state in self._waiting()):
+            terms["most"] = most - len(jobs)
+            jobs += self._tried(none, self.queue.claim_like, self.lease.worker, jobs[0], time.time(), **terms)
+            if time.monotonic() >= until or not self._others_wait():
                 return
             time.sleep(LIKE_S)
 
-    def _waiting(self) -> list[tuple[str, State]]:
-        return [key for key, count in self.queue.counts().items() if count]
+    def _others_wait(self) -> bool:
+        found = self._tried({}, self.queue.counts)
+        return any(count for (_, state), count in found.items() if state == "queued")
 
     def step(self, jobs: Sequence[Job], done: int, total: int) -> Flag:
         """Between two steps: where the jobs stand is told, and whether anybody wants them is asked, now and then."""
@@ -110,7 +107,7 @@ class Desk:
 
     def wanted(self, jobs: Sequence[Job]) -> list[Job]:
         """Those that nobody has cancelled, and that are still this group's; the others are ended."""
-        unwanted = self._tried(lambda: self.queue.cancel_requested(jobs), set()) | self.lease.lost()
+        unwanted = self._tried(set[str](), self.queue.cancel_requested, jobs) | self.lease.lost()
         for job in jobs:
             if job.id in unwanted and job.id not in self._ended:
                 self.finish(job, "cancelled", error=JobError(code=CANCELLED, message="the job was cancelled"))
@@ -119,12 +116,7 @@ class Desk:
     def report(self, jobs: Sequence[Job], progress: int, *, step: int, batch: int) -> None:
         for job in jobs:
             shown = self._shown[job.id] = max(progress, self._shown.get(job.id, 0))
-            self._tried(
-                lambda job=job, shown=shown: self.queue.report(  # type: ignore[misc]
-                    job, time.time(), step=step, progress=shown, batch=batch
-                ),
-                True,
-            )
+            self._tried(True, self.queue.report, job, time.time(), step=step, progress=shown, batch=batch)
 
     def finish(
         self, job: Job, state: State, *, result: Mapping[str, Any] | None = None, error: JobError | None = None
@@ -150,7 +142,7 @@ class Desk:
         for job in jobs:
             if job.id not in self._ended:
                 self._ended.add(job.id)
-                self._tried(lambda job=job: self.queue.put_back(job, time.time()), False)  # type: ignore[misc]
+                self._tried(False, self.queue.put_back, job, time.time())
                 self.lease.let_go(job)
                 announce(f"{job.id}: back in the queue, as this group stops")
 
@@ -158,13 +150,13 @@ class Desk:
         """A process is lost: the lease ends now, and the attempt counts."""
         for job in jobs:
             if job.id not in self._ended:
-                self._tried(lambda job=job: self.queue.renew(job, time.time(), lease_s=0.0), False)  # type: ignore[misc]
+                self._tried(False, self.queue.renew, job, time.time(), lease_s=0.0)
                 self.lease.let_go(job)
 
-    def _tried(self, call: Callable[[], T], otherwise: T) -> T:
+    def _tried(self, otherwise: T, call: Callable[..., T], *args: Any, **told: Any) -> T:
         """A queue that cannot be asked now is asked again later."""
         try:
-            return call()
+            return call(*args, **told)
         except QueueUnavailable as reason:
             announce(f"queue: {reason}")
             return otherwise

@@ -162,7 +162,7 @@ class Group:
             option, kind, shape = model.option(job), model.kind(job), model.shape(job)
             while most > 1 and not self.costs[job.model].fits(option, kind, -(-most // groups)):
                 most //= 2
-        except ValueError:  # it will be refused by itself
+        except (ValueError, KeyError, TypeError):  # it will be refused by itself
             return 1
         refused = [clips for (key, clips), alike in model.batches.items() if key == shape and not alike]
         return max(1, min([most, *((clips - 1) * groups for clips in refused)]))

@@ -112,7 +112,8 @@ class Model(Prepared):
         option, kind = self.option(jobs[0]), self.kind(jobs[0])
         check_guidance(self.cfg.parallel.mesh, self.world_size, option, references=kind != "t2v")
         check_option("sampling", option, self.cfg, self.source, samples=len(jobs), world_size=self.world_size)
-        cfg = replace(self.cfg, sampling=option, cond_type=kind)
+        chosen: dict[str, Any] = {"sampling": option, "cond_type": kind}
+        cfg = replace(self.cfg, **chosen)
         check_jobs(cfg, self.source, [self._clip(job, ref) for job, ref in zip(jobs, references, strict=True)])
 
     def _clip(self, job: Job, ref: list[str]) -> Clip:
