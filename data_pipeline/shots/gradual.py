@@ -4,8 +4,8 @@ Stretches of a third of a second to two seconds are asked: do the ends show some
 and however the light has changed? Does the picture stay as it is before and after? And is what lies between made of
 both ends: a mix of them (a dissolve), one of them at each place (a wipe), or nothing (a fade)? What ``views`` measures
 of that is weighed by a sum for dissolves and one for wipes. Their weights were fitted to clips drawn like the tuning
-half of the labelled ones, of other numbers and with none of the other half's footage: ``benchmarks.shots_fit`` fits
-such sums, and ``benchmarks.shots`` tells what they are worth on the other half.
+half of the labelled ones, of other numbers and with none of the other half's footage: ``benchmarks.shots_fit`` makes
+them, and ``benchmarks.shots`` tells what they are worth on the other half.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,8 +23,8 @@ _CHUNK = 1024  # thumbnails at once: some 20 MiB
 _CHUNK_S = 2.5  # that are looked at beside them
 
 # Weights of what is measured, in the order of MEASURES, and what is added to their sum.
-DISSOLVE = ((-7.91, 13.53, 10.89, -1.00, -1.35, 5.65, -9.86, -4.40, 0.53, -2.20, 1.01), -5.34)
-WIPE = ((10.46, -22.31, 12.38, -4.71, -0.78, 3.32, -3.31, -5.83, 1.11, 0.31, -0.23), -1.76)
+DISSOLVE = ((-8.27, 14.54, 12.96, -1.01, -1.21, 5.98, -10.80, -5.14, 0.13, -2.27, 1.05), -5.05)
+WIPE = ((8.79, -25.35, 14.98, -4.04, -0.74, 3.00, -4.83, -8.52, 0.81, -1.33, -1.19), 1.39)
 _SURE = 0.0  # what a sum must be above
 _FADE = 8.0  # what counts for a fade: more than either half of it
 _WAIT = 0.1  # what is taken off for every thumbnail: of two, the shorter stretch is placed better

@@ -264,6 +264,33 @@ def test_a_kill_on_the_way_from_one_archive_to_the_next_loses_no_clip(
     assert newer in tar_of(out)
 
 
+def test_archives_become_files_again_without_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = write_videos(tmp_path / "videos", a=3, b=2), tmp_path / "out"
+    settings = {"preset": "ultrafast", "short_side": 32}
+    wanted = table_of(source, tmp_path / "loose", cut=CutConfig(**settings))
+    table_of(source, out, cut=CutConfig(container="tar", **settings))
+    monkeypatch.setattr("data_pipeline.stages.cut.write_clip", None)
+    assert table_of(source, out, cut=CutConfig(**settings)).equals(wanted) and not tar_of(out)
+    for path in wanted["path"].drop_null().to_pylist():
+        assert (out / path).read_bytes() == (tmp_path / "loose" / path).read_bytes()
+
+
+@pytest.mark.parametrize("container", ["files", "tar"])
+def test_check_reads_every_clip_and_cuts_again_what_is_damaged(tmp_path: Path, container: Any) -> None:
+    source, out = write_videos(tmp_path / "videos", a=3), tmp_path / "out"
+    cfg = config(source, out, cut=CutConfig(preset="ultrafast", short_side=32, container=container))
+    run(cfg)
+    row = papq.read_table(out / "clips.parquet").to_pylist()[-1]
+    file = out / row["path"].partition("#")[0]
+    whole = file.read_bytes()
+    at = (row["offset"] or 0) + row["bytes"] // 2
+    file.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])  # of the same size
+    run(cfg)
+    assert file.read_bytes() != whole  # sizes alone are looked at
+    run(cfg, Options(check=True))
+    assert file.read_bytes() == whole
+
+
 def clips_that_can_be_read(out: Path) -> int:
     rows = [row for row in papq.read_table(out / "clips.parquet").to_pylist() if row["keep"]]
     assert all(read_frames(str(out / row["path"]), 0, CLIP_FRAMES).shape == (CLIP_FRAMES, 32, 42, 3) for row in rows)
