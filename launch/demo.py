@@ -87,6 +87,8 @@ def main() -> None:
     demo.command([*TORCHRUN, "2", *sample, f"prompt_csv={prompts}", f"save_dir={samples}"])
     demo.command([sys.executable, "-m", "opensora.cli.plot", demo.run, "--out", out / "loss.png"])
     demo.summarise(prompts, judged=not (args.videos or args.raw))
+    if args.serve:
+        sys.exit(demo.serve())
 
 
 class Demo:
@@ -286,6 +288,18 @@ class Demo:
         print(text)
         print(f"This summary is {self.out / 'summary.txt'}")
 
+    def serve(self, *words: str) -> int:
+        """A page for what was trained, until a signal ends it. Returns its exit code."""
+        self.say("A page for the model of this run; Ctrl-C ends it")
+        config = "configs/serve/demo.yaml"
+        own = [f"weights={self.run}", f"out={self.out / 'serve'}", *words]
+        process = self.start([sys.executable, "-m", "opensora.cli.serve", config, *own])
+        while True:
+            try:
+                return process.wait()
+            except Stopped as stop:
+                process.send_signal(stop.number)
+
     def judged(self, videos: Path, table: Path) -> str:
         """What the judge of the rendered shapes says of a folder of clips."""
         words = [sys.executable, "-m", "data_pipeline.shapes.judge", videos, "--table", table]
@@ -310,6 +324,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder to write, emptied first")
     parser.add_argument("--minutes", type=float, default=8.0, help="time for everything after the data; default: 8")
     parser.add_argument("--steps", type=int, help="optimizer updates; default: as many as fit into the minutes")
+    parser.add_argument("--serve", action="store_true", help="end with a page for what was trained, until Ctrl-C")
     parser.add_argument("overrides", nargs="*", help="section.key=value for the training")
     given = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
     if twice := next((option for option in given if given.count(option) > 1), None):

@@ -24,6 +24,14 @@ for number in demo.STOPS:
     demo.signal.signal(number, demo.interrupt)
 demo.Demo(Path({out!r})).command([sys.executable, "-c", {command!r}])
 """
+SERVES = (
+    DEMO.rpartition("demo.Demo")[0]
+    + """\
+made = demo.Demo(Path({out!r}))
+made.run = Path("opensora/pretrained/shapes")
+sys.exit(made.serve("port=0", "quota.free_gib=0", "workers.processes=1"))
+"""
+)
 # A command that saves when it is asked, or takes no notice the first time.
 COMMAND = """
 import signal, sys, time
@@ -67,6 +75,21 @@ def test_a_signal_ends_the_command_and_says_how_to_go_on(
     assert "step-00000020" in said and "goes on with: python -c" in said and "bash launch/demo.sh --out" in said
     assert "Traceback" not in said
     tally("a signal for the demo: the command ends in its own way, one exit code, no traceback", 1, 1)
+
+
+@pytest.mark.timeout(900)
+def test_ctrl_c_ends_the_page_of_the_demo(tmp_path: Path) -> None:
+    script = SERVES.format(launch=str(ROOT / "launch"), out=str(tmp_path))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen([sys.executable, "-c", script], text=True, cwd=ROOT, **pipes)  # type: ignore[call-overload]
+    assert process.stdout is not None
+    while not (line := process.stdout.readline()).startswith("ready: http"):
+        assert line, process.wait()
+    others = descendants(process.pid)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=patience(60))
+    assert process.returncode == 0 and "Traceback" not in said, said
+    assert others and not any(map(alive, others))
 
 
 @pytest.mark.slow
