@@ -89,7 +89,7 @@ class Desk:
             time.sleep(LIKE_S)
 
     def _others_wait(self) -> bool:
-        found = self._tried({}, self.queue.counts)
+        found = self._tried(dict[tuple[str, State], int](), self.queue.counts)
         return any(count for (_, state), count in found.items() if state == "queued")
 
     def step(self, jobs: Sequence[Job], done: int, total: int) -> Flag:

@@ -131,7 +131,10 @@ class Group:
     def _finished(self, job: Job) -> Mapping[str, Any] | None:
         """The result of a job whose files are there, whole."""
         owner = next((one for one in self.prepared if one.name == job.model), None)
-        return already_there(self.store, job.id, owner.option(job).fps) if owner else None
+        try:
+            return already_there(self.store, job.id, owner.fps(job)) if owner else None
+        except (ValueError, KeyError, TypeError):  # no request of this model: it is told when it is claimed
+            return None
 
     def _told(self) -> dict[str, Any]:
         return {

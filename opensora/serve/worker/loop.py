@@ -99,7 +99,7 @@ class Loop:
 
     def _is_to_be_made(self, desk: Desk, job: Job) -> bool:
         try:
-            found = already_there(self.store, job.id, self._fps(job))
+            found = already_there(self.store, job.id, self.models[job.model].fps(job))
         except (ValueError, KeyError, TypeError) as reason:
             desk.finish(job, "failed", error=JobError(code=SAMPLING_FAILED, message=described(reason)))
             return False
@@ -182,17 +182,13 @@ class Loop:
     def _write(self, desk: Desk, model: Model, job: Job, clip: Tensor) -> None:
         desk.lease.moved()
         try:
-            result = write_files(self.store, job.id, clip, self._fps(job), model.cfg.crf)
+            result = write_files(self.store, job.id, clip, model.fps(job), model.cfg.crf)
         except Exception as reason:
             self.store.remove(job.id)
             desk.finish(job, "failed", error=problem_of(reason))
             return
         used = time.time() - (desk.began or time.time())
         desk.finish(job, "completed", result={**result, "seconds_used": round(used, 3)})
-
-    def _fps(self, job: Job) -> float:
-        model = self.models[job.model]
-        return model.option(job).fps if model.cfg.save_fps is None else model.cfg.save_fps
 
     def _problem(self, model: Model, job: Job, outcome: Outcome) -> JobError:
         if outcome.flag == Flag.NO_MEMORY:

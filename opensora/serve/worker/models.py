@@ -55,6 +55,10 @@ class Prepared:
         option: SamplingOption = build(SamplingOption, {**plain(self.cfg.sampling), **job.request["sampling"]})
         return option
 
+    def fps(self, job: Job) -> float:
+        """Of its file."""
+        return self.option(job).fps if self.cfg.save_fps is None else self.cfg.save_fps
+
     def kind(self, job: Job) -> str:
         """What the references of a job give, as the command has it."""
         return str(job.request.get("cond_type") or FIRST_KIND) if job.references else "t2v"
