@@ -73,7 +73,7 @@ def service(tmp_path: Path) -> Iterator[Service]:
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_costs_an_attempt_and_no_job(service: Service, victim: int, tally: Tally) -> None:
     """The group starts again by itself, and makes the job although its lease has long to go."""
-    asked_for = {"prompt": "a red circle", "num_steps": 400, "seed": 1}
+    asked_for = {"prompt": "a red circle", "num_steps": 120, "seed": 1}
     first = service.ask("/v1/videos", asked_for)["id"]
     second = service.ask("/v1/videos", {"prompt": "a blue square", "num_steps": 2})["id"]
     service.wait(lambda: service.ask(f"/v1/videos/{first}")["status"] == "in_progress")
