@@ -24,7 +24,8 @@ SERVE = """
 models:
   shapes: {{sample: {sample}, max_frames: 9, sizes: [32x24], loras: {loras}}}
 out: {out}
-workers: {{batch_size: {batch_size}, batch_wait_s: 0.1, lease_s: {lease_s}, grace_s: {grace_s}, attempts: 3}}
+workers:
+  {{batch_size: {batch_size}, exact: {exact}, batch_wait_s: 0.1, lease_s: {lease_s}, grace_s: {grace_s}, attempts: 3}}
 """
 PROMPT = "a red circle moves left on a gray background"
 DEFAULTS = {"width": 32, "height": 24, "num_frames": 5}
@@ -38,6 +39,7 @@ def configured(
     mesh: str = "{shard: 1, ulysses: -1}",
     loras: Mapping[str, Path] | None = None,
     batch_size: int = 1,
+    exact: bool = True,
     lease_s: float = 60.0,
     grace_s: float = 60.0,
 ) -> Path:
@@ -46,7 +48,7 @@ def configured(
     sample.write_text(SAMPLE.format(precision=precision, mesh=mesh))
     listed = "{" + ", ".join(f"{name}: {path}" for name, path in (loras or {}).items()) + "}"
     path = folder / "serve.yaml"
-    terms = {"batch_size": batch_size, "lease_s": lease_s, "grace_s": grace_s}
+    terms = {"batch_size": batch_size, "exact": str(exact).lower(), "lease_s": lease_s, "grace_s": grace_s}
     path.write_text(SERVE.format(sample=sample, out=folder / "out", loras=listed, **terms))
     return path
 

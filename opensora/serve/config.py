@@ -26,7 +26,10 @@ class WorkersConfig:
     """The group of processes that samples."""
 
     processes: int = 1  # torchrun starts so many; 0: none here, another command has --worker-only
-    batch_size: int = 8  # like jobs that are denoised together; where that would change a bit, one by one
+    batch_size: int = 8  # like jobs that are denoised together
+    exact: bool = (
+        True  # a clip has the same bits in a batch as alone: where it would not, one by one; false: it may not
+    )
     batch_wait_s: float = 0.2  # longest that a job waits for others of its batch, while others wait
     lease_s: float = 60.0  # a job whose group has not been heard of for so long goes to another
     attempts: int = 3  # of one job; then it is failed

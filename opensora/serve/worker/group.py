@@ -98,7 +98,8 @@ class Group:
             if self.runtime.is_main:
                 self._open()
             self.models = load(self.prepared, self.runtime)
-            loop = Loop(self.peers, self.store, self.models, self.costs, self._desk())
+            desk, exact = self._desk(), self.cfg.workers.exact
+            loop = Loop(self.peers, self.store, self.models, self.costs, desk, exact=exact)
             self._warm_up(loop)
             announce(f"ready: {', '.join(self.models)} on {self.runtime.world_size} processes")
             return loop.run()

@@ -40,9 +40,21 @@ class Loop:
     """One process of a group."""
 
     def __init__(
-        self, peers: Peers, store: Store, models: dict[str, Model], costs: dict[str, Costs], desk: Desk | None
+        self,
+        peers: Peers,
+        store: Store,
+        models: dict[str, Model],
+        costs: dict[str, Costs],
+        desk: Desk | None,
+        *,
+        exact: bool = True,
     ) -> None:
-        """``desk``: on rank 0."""
+        """
+        Args:
+            desk: on rank 0.
+            exact: only what has the same bits together as alone is made together.
+        """
+        self.exact = exact
         self.peers, self.store, self.models, self.costs, self.desk = peers, store, models, costs, desk
         self._full = 0  # times in a row that a clip did not fit the memory
 
@@ -117,6 +129,8 @@ class Loop:
     def _may_join(self, model: Model, jobs: Sequence[Job]) -> bool:
         """Whether so many clips of this kind have the same bits together as alone: looked at once. Collective."""
         key = (model.shape(jobs[0]), shares_of(len(jobs), model.parts.mesh.data_degree)[0])
+        if key not in model.batches and not self.exact:
+            model.batches[key] = True  # until they do not fit the memory together
         if key not in model.batches:
             found = [False]
 
