@@ -6,8 +6,8 @@ overhead    from POST to completed (asked every 50 ms), against the sampling com
             for the same clip, in turns. Median of the rounds. The whole command, which loads everything first,
             is printed beside it.
 cancel      from the cancel call in the middle of a clip to the first step of the next job that waits.
-batches     8 short clips, workers.batch_size 8 against 1: ratio of the times from the first POST to the last end. Also with
-            workers.exact=false, where clips are made together whose last bits that changes, as on most CPUs.
+batches     8 short clips, workers.batch_size 8 against 1: ratio of the times from the first POST to the last end. Also
+            with workers.exact=false, where clips are made together whose last bits that changes, as on most CPUs.
 status      95th percentile of GET /v1/videos/{id} while a clip is sampled and ``--pollers`` clients ask all the time.
 
 The model is the one that comes with the package. Prints one JSON line at the end.
@@ -59,9 +59,7 @@ def main(argv: Sequence[str]) -> int:
             together = eight(client)
     found |= {"one_by_one_s": alone, "batch_s": together, "batch_ratio": alone / together}
     found |= {"exact_batch_s": exact, "exact_batch_ratio": alone / exact}
-    print(
-        f"8 clips one by one: {alone:.2f} s; batches whose bits are those of clips alone: {alone / exact:.2f} times as fast"
-    )
+    print(f"8 clips one by one: {alone:.2f} s; batches with the bits of clips alone: {alone / exact:.2f} times as fast")
     print(f"batches without that promise (workers.exact=false): {together:.2f} s, {alone / together:.2f} times as fast")
     print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in found.items()}))
     return 0
