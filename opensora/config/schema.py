@@ -227,7 +227,7 @@ class _Builder:
             self.scalar(str, value, keys)
         if wants_text(hint) and type(value) in (list, int, float):  # the error of the one that is meant
             meant = [member for member in rest if (wants_list(member) if type(value) is list else member is str)]
-            if len(meant) == 1 and not {int, float} & set(rest):
+            if len(meant) == 1 and not {int, float, bool} & set(rest):
                 return self.value(meant[0], value, keys)
         for member in rest:
             try:
