@@ -281,6 +281,18 @@ def test_a_job_that_was_deleted_goes_when_it_has_ended(service: Service) -> None
     assert service.store.marked_removed() == []
 
 
+def test_a_job_is_deleted_also_where_the_process_dies_before_it_cancels(service: Service) -> None:
+    runs, waits = running(service), created(service)
+    for job in (runs, waits):
+        service.store.mark_removed(job.id)
+    remove_marked(service, time.time())
+    left = service.queue.get(runs.id, "")
+    assert left is not None and left.cancel_requested
+    service.queue.finish(runs, time.time(), "cancelled")
+    remove_marked(service, time.time())
+    assert service.queue.counts() == {} and service.store.marked_removed() == []
+
+
 def test_a_page_passes_over_what_is_being_deleted(service: Service) -> None:
     jobs = [running(service) for _ in range(5)]
     for job in jobs[1:4]:

@@ -75,5 +75,5 @@ def remove_marked(service: Service, now: float) -> None:
             service.store.unmark_removed(id)
         elif job.state in FINISHED:
             remove(service, job)
-        elif job.state == "queued":  # its lease ended, or its group stopped
+        elif not job.cancel_requested:  # it went back into the queue, or nobody came to ask
             service.queue.request_cancel(id, job.owner, now)

@@ -240,12 +240,10 @@ def delete(service: Service, client: Client, id: str) -> dict[str, Any]:
     """Forget a job and its files. One that runs is asked to stop; it is out of sight at once, and its files go when it
     has ended."""
     job: Job | None = find(service, client, id)
-    assert job is not None
-    if job.state not in FINISHED:
-        job = service.queue.request_cancel(id, client.owner, time.time())
+    service.store.mark_removed(id)  # first: whatever happens next, it is cleaned up
     if job is not None and job.state not in FINISHED:
-        service.store.mark_removed(id)
-    elif job is not None:
+        job = service.queue.request_cancel(id, client.owner, time.time())
+    if job is not None and job.state in FINISHED:
         remove(service, job)
     return {"id": id, "object": "video.deleted", "deleted": True}
 
