@@ -11,7 +11,7 @@ from opensora.utils import signal_handler
 
 if __name__ == "__main__":
     if "--worker-only" in sys.argv:
-        signal_handler.install()  # before torch is imported, which takes long enough to be interrupted in
+        signal_handler.leave_when_asked("no job was begun", code=0)  # before torch is imported, which takes long enough
     else:
         signal_handler.listen_early()
 

@@ -1,11 +1,13 @@
 """The configuration of the service: ``configs/serve/demo.yaml``. Imports no torch, as the web process does not."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from opensora.utils.limits import Limits
 
 DEMO = "configs/sample/demo.yaml"
+_SIZE = re.compile(r"[1-9][0-9]{0,4}x[1-9][0-9]{0,4}")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -19,6 +21,15 @@ class ServedModel:
     loras: dict[str, str] = field(default_factory=dict)  # name in requests -> LoRA file, or folder of an export
     sizes: tuple[str, ...] = ()  # WxH that the page offers; (): the configuration's area at 16:9, 1:1 and 9:16
     max_frames: int = 0  # longest clip; 0: what fits the memory of a device
+
+    LIMITS: ClassVar[Limits] = {"max_frames": (1_000_000, "hours of video")}
+
+    def __post_init__(self) -> None:
+        for size in self.sizes:
+            if not _SIZE.fullmatch(size):
+                raise ValueError(f"sizes={size}: must be WIDTHxHEIGHT in pixels, as 256x256")
+        if self.max_frames < 0:
+            raise ValueError(f"max_frames={self.max_frames}: must be an integer >= 0; 0 is what fits the memory")
 
 
 @dataclass(frozen=True, kw_only=True)

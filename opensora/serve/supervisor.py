@@ -9,7 +9,6 @@ import contextlib
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from opensora.serve.address import address_of, free_port
 from opensora.serve.config import ServeConfig
 from opensora.utils.signal_handler import end_with_parent
 
@@ -177,18 +177,6 @@ def children_of(cfg: ServeConfig, words: Sequence[str], port: int) -> list[Child
     return [web, Child("worker group", start, environment)] if cfg.workers.processes else [web]
 
 
-def free_port(host: str) -> int:
-    """One that nobody listens on at the moment."""
-    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
-        return int(server.getsockname()[1])
-
-
-def address_of(host: str, port: int) -> str:
-    """For a browser on this machine."""
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{shown}:{port}"
-
-
 def ready(address: str | None) -> bool:
     """Whether the web process answers, and a group is ready for jobs."""
     try:
@@ -216,6 +204,10 @@ def say(text: str) -> None:
 
 
 def serve(cfg: ServeConfig, words: Sequence[str]) -> int:
-    """Returns the exit code."""
-    port = cfg.port or free_port(cfg.host)
+    """Returns the exit code.
+
+    Raises:
+        UserError: the address is none of this host, or in use: another service that answers there is not this one.
+    """
+    port = free_port(cfg.host, cfg.port)
     return Supervisor(children_of(cfg, words, port), address_of(cfg.host, port), cfg.workers.grace_s).run()

@@ -6,7 +6,8 @@ signal's number. SIGUSR1 and SIGUSR2 are warnings that a batch script repeats un
 closes sends SIGHUP more than once: these say no more the second time.
 
 Sampling and encoding ahead (``leave_when_asked``): the same thread ends the process at the first signal, after the file
-that is being written; the main thread may be in an exchange with others, and cannot be asked.
+that is being written; the main thread may be in an exchange with others, and cannot be asked. A group of workers does
+so until its models are loaded (``stay_when_asked``).
 
 Commands of one process (``stopped_in_one_line``): a signal is an exception, so that what was written aside is removed.
 Before that, while their modules are imported (``listen_early``), nothing is there to be removed.
@@ -55,6 +56,10 @@ class SignalHandler:
         os.set_blocking(self._writing, False)
         self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(reading,), name="signals", daemon=True).start()
+
+    def stay(self) -> None:
+        """From now on a signal sets a flag, where it has ended the process until now."""
+        self._stays = None
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -154,6 +159,12 @@ def leave_when_asked(stays: str, code: int | None = None) -> SignalHandler:
     assert _asked is None
     _asked = _ask(stays, code)
     return _asked
+
+
+def stay_when_asked() -> None:
+    """After ``leave_when_asked``: from here on there is something to be saved. Does nothing where none is heard."""
+    if _asked is not None:
+        _asked.stay()
 
 
 @contextmanager

@@ -27,6 +27,9 @@ class Queue:
         self.renewed.append(job.id)
         return job.id not in self.gone
 
+    def close(self) -> None:
+        pass
+
     def beat(self, worker: str, told: Any, now: float) -> None:
         self.beats.append(dict(told))
 
@@ -99,11 +102,19 @@ def test_a_queue_that_does_not_answer_is_asked_again() -> None:
         if asked[0] < 3:
             raise QueueUnavailable("not now")
         lease._ended.set()
-        closing = Queue()
-        closing.close = lambda: None  # type: ignore[attr-defined]
-        return closing
+        return Queue()
 
     lease = Lease(open_queue, "worker", 60.0, 100.0)
     lease.start()
     lease._thread.join(timeout=60)
     assert asked == [3] and not lease._thread.is_alive()
+
+
+def test_the_last_word_of_a_group_is_that_it_is_not_ready() -> None:
+    """Or a service that is started again at once would be ready before its models are loaded."""
+    queue = Queue()
+    lease = Lease(lambda: queue, "worker", 60.0, 100.0)  # type: ignore[arg-type, return-value]
+    lease.say({"ready": True, "models": ["m"]})
+    lease.start()
+    lease.end()
+    assert queue.beats[-1] == {"ready": False, "models": ["m"]}

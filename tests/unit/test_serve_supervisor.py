@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from opensora.serve import supervisor
+from opensora.serve.address import address_of, free_port, listen
 from opensora.serve.config import ServeConfig, WorkersConfig
-from opensora.serve.supervisor import Child, Supervisor, address_of, children_of, free_port
+from opensora.serve.supervisor import Child, Supervisor, children_of, serve
+from opensora.utils.errors import UserError
 from tests.conftest import ROOT
 from tests.faults.runs import alive
 
@@ -143,3 +145,17 @@ def test_children_of_a_configuration() -> None:
     alone = children_of(ServeConfig(workers=WorkersConfig(processes=0)), ["serve.yaml"], 1)
     assert [one.name for one in alone] == ["web process"]
     assert address_of("0.0.0.0", free_port("127.0.0.1")).startswith("http://127.0.0.1:")
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "nosuch.invalid"])
+def test_an_address_that_is_none_of_this_host_is_refused_before_a_child_is_started(host: str) -> None:
+    for port in (0, 18431):
+        with pytest.raises(UserError, match=f"host={host} port={port}: .*; take another"):
+            serve(ServeConfig(host=host, keys="keys.txt", port=port), ["no.yaml"])
+
+
+def test_a_port_where_another_service_answers_is_refused_before_a_child_is_started() -> None:
+    with listen("127.0.0.1", 0) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=f"port={port}: Address already in use"):
+            serve(ServeConfig(port=port), ["no.yaml"])

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from opensora.serve.web.auth import Client, Keys, Origins
 from opensora.serve.web.body import Body, Budget, Share, parse, read_body
 from opensora.serve.web.cleanup import STRAY_S, clean, remove_marked
 from opensora.serve.web.content import CHUNK, open_content
+from opensora.serve.web.guard import Guard
 from opensora.serve.web.metrics import Requests, text
 from opensora.serve.web.service import Service
 from opensora.serve.web.video_object import eta_s, number, poll_ms, status
@@ -328,3 +330,27 @@ def test_a_refused_request_leaves_no_file(service: Service, monkeypatch: pytest.
         videos.create(service, ANYONE, Body(pairs=[("prompt", "a")], files=[("input_reference", b"\x89PNG")]), None)
     assert found.value.status == 507 and json.dumps(found.value.plain())
     assert not list(service.store.references.iterdir()) and service.queue.counts() == {}
+
+
+# The log
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "told"),
+    [("/readyz", 503, False), ("/metrics", 200, False), ("/metrics", 401, True), ("/v1/videos", 200, True)],
+)
+def test_probes_that_go_well_are_no_lines_of_the_log(
+    service: Service, path: str, status: int, told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        scope["route"] = SimpleNamespace(path=path)
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    async def nothing(*message: Any) -> dict[str, Any]:
+        return {"type": "http.request", "body": b""}
+
+    headers = [(b"host", b"127.0.0.1")]
+    scope = {"type": "http", "method": "GET", "raw_path": path.encode(), "path": path, "headers": headers}
+    asyncio.run(Guard(application, service)(scope, nothing, nothing))
+    assert (f"GET {path} {status}" in "".join(capsys.readouterr())) is told

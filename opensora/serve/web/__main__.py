@@ -32,12 +32,13 @@ def run(cfg: ServeConfig) -> None:
         from opensora.serve.web import app, server
     except ImportError as error:
         raise UserError(f"{error.name} is not installed; pip install -r requirements.txt") from error
+    from opensora.serve.address import listen
     from opensora.serve.queues import open_queue
     from opensora.serve.web.auth import Keys, Origins
     from opensora.serve.web.service import Service
 
     Keys(None if cfg.keys is None else Path(cfg.keys)), Origins(cfg)  # before anything is made
-    opened = server.listen(cfg.host, cfg.port)
+    opened = listen(cfg.host, cfg.port)
     store = Store(cfg.out)
     service = Service(cfg, open_queue(cfg, store), store)
     server.serve(app.application(service), service, opened)

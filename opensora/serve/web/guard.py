@@ -23,6 +23,7 @@ Application = Callable[[Any, Any, Any], Awaitable[None]]
 MOST_OPEN = 500  # requests that are being answered
 DRAIN_S, DRAIN_IDLE_S, DRAIN_TIMES = 5.0, 0.25, 4  # rest of a body that is not read: so long, so quiet, so many times
 METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH")
+PROBES = ("/healthz", "/readyz", "/metrics")  # asked every few seconds: their lines would bury all others
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
     "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -135,6 +136,8 @@ class _Exchange:
         method = self._scope["method"] if self._scope["method"] in METHODS else OTHER
         route = getattr(self._scope.get("route"), "path", OTHER)
         self._service.requests.answered(method, route, self._status, seconds)
+        if route in PROBES and self._status in (200, 503):
+            return
         path = one_line(short(self._scope["raw_path"].decode("ascii", "replace"), 100))
         announce(f"{method} {path} {self._status} {1000 * seconds:.0f} ms {self._bytes} B")
 

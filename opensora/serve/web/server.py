@@ -12,10 +12,10 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from opensora.serve.address import url_of
 from opensora.serve.refusal import Refused
 from opensora.serve.web.service import Service
 from opensora.utils.console import announce
-from opensora.utils.errors import UserError
 
 HEADERS_S = 15.0  # until all headers of a request are there
 HEADER_BYTES = 1 << 16
@@ -92,28 +92,6 @@ class WebServer(uvicorn.Server):
         await super().startup(sockets)
         if self.started and sockets:
             announce(f"web: {url_of(sockets[0])}")
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens.
-
-    Raises:
-        UserError: the address is none of this host, or in use.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        opened = socket.socket(family, kind, protocol)
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        opened.bind(address)
-        opened.listen(1024)
-    except OSError as error:
-        raise UserError(f"host={host} port={port}: {error.strerror}; take another, or port=0 for a free one") from error
-    return opened
-
-
-def url_of(opened: socket.socket) -> str:
-    host, port = opened.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def serve(application: Any, service: Service, opened: socket.socket) -> None:

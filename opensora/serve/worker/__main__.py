@@ -3,7 +3,7 @@
 from opensora.utils import signal_handler
 
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
-    signal_handler.install()
+    signal_handler.leave_when_asked("no job was begun", code=0)
 
 from opensora.cli.main import run_cli
 from opensora.serve.worker.group import main

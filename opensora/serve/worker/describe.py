@@ -170,9 +170,7 @@ def _sizes(one: Prepared, option: SamplingOption) -> Iterator[tuple[int, int]]:
     yield option.width, option.height
     multiple = describe(one.source.model).pixel_multiple(autoencoder_shape(one.source.vae).stride)
     for text in one.served.sizes:
-        width, _, height = text.partition("x")
-        if not (width.isdecimal() and height.isdecimal()):
-            raise UserError(f"sizes: {text!r} must be WIDTHxHEIGHT, as 256x256")
+        width, height = text.split("x")
         asked = replace(option, width=int(width), height=int(height))
         made = fit_option("sampling", asked, one.source.model, autoencoder_shape(one.source.vae))
         assert made.width is not None and made.height is not None

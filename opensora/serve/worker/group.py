@@ -101,6 +101,7 @@ class Group:
             desk, exact = self._desk(), self.cfg.workers.exact
             loop = Loop(self.peers, self.store, self.models, self.costs, desk, exact=exact)
             self._warm_up(loop)
+            signal_handler.stay_when_asked()
             announce(f"ready: {', '.join(self.models)} on {self.runtime.world_size} processes")
             return loop.run()
         finally:

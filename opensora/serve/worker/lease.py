@@ -1,5 +1,6 @@
 """The thread of rank 0 that keeps the group's leases and says that it lives, whatever the main thread waits for."""
 
+import contextlib
 import os
 import threading
 import time
@@ -52,7 +53,7 @@ class Lease:
         self._thread.start()
 
     def end(self) -> None:
-        """Say no more; the worker is gone from the list when its last word is old."""
+        """Say that this worker is not ready any more; it is gone from the list when that last word is old."""
         self._ended.set()
         self._thread.join(timeout=10)
 
@@ -92,6 +93,8 @@ class Lease:
                 announce(f"queue: {reason}")
             self._ended.wait(TICK_S)
         if queue is not None:
+            with contextlib.suppress(QueueUnavailable):  # then it counts as ready until its last word is old
+                queue.beat(self.worker, {**self.told, "ready": False}, self._clock())
             queue.close()
 
     def look(self, queue: JobQueue) -> None:
