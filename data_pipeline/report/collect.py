@@ -12,14 +12,13 @@ import pyarrow.parquet as papq
 from data_pipeline.outputs import digest_of
 from data_pipeline.pipeline import Pipeline
 from data_pipeline.report.data import FINAL, Album, Failure, ReportData, Shot, Work
-from data_pipeline.report.markup import is_made_of
-from data_pipeline.report.write import HTML, MARKDOWN, write_report
+from data_pipeline.report.write import HTML, is_written, write_report
 from data_pipeline.rows import to_rows
 from data_pipeline.stages.filter import FILTER, SCREEN, FilterRule, FilterStage
 from data_pipeline.table import MADE_OF, TABLE
 from opensora.config.schema import plain
 
-_VERSION = 1  # of what is on the page
+_VERSION = 2  # of what is on the page
 _OF_SOURCES = ("probe", "frames")  # stages with one row per source
 _SHOWN = ("probe", "shots", "measure", "duplicates", "text", "scores")  # of equal columns the last one's are meant
 _FINAL = ("num_frames", "height", "width", "fps")  # of a clip's own file, where it has one
@@ -38,7 +37,7 @@ def make_report(pipeline: Pipeline) -> Path:
     table = json.loads((pipeline.out / MADE_OF).read_bytes())
     key = digest_of([_VERSION, rules, plain(config), table])
     # A training configuration includes others: whether it is as it was is not asked.
-    if config.training or not (is_made_of(path, key) and path.with_name(MARKDOWN).exists()):
+    if config.training or not is_written(pipeline.out, key):
         write_report(collect(pipeline), config, pipeline.out, key)
     return path
 

@@ -3,18 +3,16 @@
 import base64
 from collections.abc import Sequence
 from html import escape as escape
-from pathlib import Path
 
 from data_pipeline.report.style import STYLE
 
 
-def page(title: str, lead: str, sections: Sequence[tuple[str, str, str]], made_of: str = "") -> str:
+def page(title: str, lead: str, sections: Sequence[tuple[str, str, str]]) -> str:
     """A whole file that needs nothing beside it.
 
     Args:
         lead: HTML below the title.
         sections: (anchor, title, HTML); those without HTML are left out.
-        made_of: a key of all that is on it, see ``is_made_of``.
     """
     shown = [section for section in sections if section[2]]
     links = "".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name, _ in shown)
@@ -22,23 +20,10 @@ def page(title: str, lead: str, sections: Sequence[tuple[str, str, str]], made_o
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"{_made_of(made_of)}<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         f"<header><h1>{escape(title)}</h1>{lead}</header>\n<nav><div>{links}</div></nav>\n<main>\n{bodies}</main>\n"
         "</body>\n</html>\n"
     )
-
-
-def _made_of(key: str) -> str:
-    return f'<meta name="made-of" content="{escape(key)}">\n'
-
-
-def is_made_of(path: Path, key: str) -> bool:
-    """Whether a page is there, and of this key."""
-    try:
-        with path.open("rb") as file:
-            return _made_of(key).encode() in file.read(1 << 10)
-    except OSError:
-        return False
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, wrap: Sequence[int] = ()) -> str:

@@ -1,5 +1,7 @@
 """Tables to ``report.html`` and ``report.md``: the same files for the same tables."""
 
+import hashlib
+import json
 from pathlib import Path
 
 from data_pipeline.report import sections
@@ -12,9 +14,10 @@ from data_pipeline.report.funnel import funnel
 from data_pipeline.report.markdown import markdown
 from data_pipeline.report.markup import page
 from data_pipeline.report.sheets import Sheets, duplicate_pairs
-from opensora.utils.files.user_files import written_whole
+from opensora.utils.files.user_files import write_whole, written_whole
 
 HTML, MARKDOWN = "report.html", "report.md"
+MADE_OF = ".report.json"  # the key that both were made of, and digests of their bytes
 # Worth a look, with a filter or without.
 _MEASURED = (
     "duration_s", "fps", "short_side", "aspect_ratio", "luma", "black_share", "frozen_share", "sharpness",
@@ -27,7 +30,7 @@ def write_report(data: ReportData, config: ReportConfig, out: Path, made_of: str
 
     Args:
         out: the folder.
-        made_of: a key of all that is in the report, which the page keeps.
+        made_of: a key of all that is in the report, see ``is_written``; "": it is not kept.
 
     Raises:
         UserError: one cannot be written, or ``report.training`` cannot be used.
@@ -36,11 +39,27 @@ def write_report(data: ReportData, config: ReportConfig, out: Path, made_of: str
     steps, columns = funnel(clips), column_order(clips, (*_MEASURED, *scores_of(data)))
     predicted = predict(clips, config.training) if config.training else None
     title = f"From {plural(data.sources, 'video')} to {plural(int(clips.keep.sum()), 'clip')}"
-    html = _html(title, data, clips, config, columns, predicted, made_of)
+    html = _html(title, data, clips, config, columns, predicted)
     text = markdown(title, data, clips, steps, columns, predicted)
-    for name, content in ((MARKDOWN, text), (HTML, html)):  # the page, which has the key, last
+    for name, content in ((MARKDOWN, text), (HTML, html)):
         with written_whole(out / name) as aside:
             aside.write_text(content, encoding="utf-8")
+    if made_of:  # last: what has a key is whole
+        write_whole(out / MADE_OF, lambda file: json.dump(_as_it_is(out, made_of), file))
+
+
+def is_written(out: Path, made_of: str) -> bool:
+    """Whether both files are there, of this key and undamaged."""
+    try:
+        told = json.loads((out / MADE_OF).read_bytes())
+        return bool(told == _as_it_is(out, made_of))
+    except (OSError, ValueError):
+        return False
+
+
+def _as_it_is(out: Path, made_of: str) -> dict[str, str]:
+    digests = {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in (HTML, MARKDOWN)}
+    return {"made_of": made_of, **digests}
 
 
 def _html(
@@ -50,7 +69,6 @@ def _html(
     config: ReportConfig,
     columns: list[str],
     predicted: Prediction | None,
-    made_of: str,
 ) -> str:
     steps, pairs = funnel(clips), duplicate_pairs(clips, config.pairs)
     shown = [row for pair in pairs for row in pair[:2]]
@@ -71,7 +89,6 @@ def _html(
             ("errors", "Errors", sections.errors_section(data.failures)),
             ("time", "Time", sections.work_section(data.work, data.seconds)),
         ],
-        made_of,
     )
 
 

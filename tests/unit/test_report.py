@@ -1,6 +1,7 @@
 """The report: its numbers against counts written out, which examples it shows, and files that are whole and safe."""
 
 import io
+import random
 import re
 from fractions import Fraction
 from html.parser import HTMLParser
@@ -22,7 +23,7 @@ from data_pipeline.report.config import ReportConfig
 from data_pipeline.report.data import Failure, ReportData, Shot, Work
 from data_pipeline.report.funnel import funnel, grid, in_words
 from data_pipeline.report.sheets import duplicate_pairs
-from data_pipeline.report.write import write_report
+from data_pipeline.report.write import is_written, write_report
 from data_pipeline.stages.filter import FilterRule
 from opensora.utils.errors import UserError
 
@@ -419,3 +420,21 @@ def test_a_clip_is_counted_in_the_size_of_its_own_file() -> None:
 def test_a_training_configuration_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="gone"):
         write_report(whole(), ReportConfig(training="gone.yaml"), tmp_path)
+
+
+def test_a_report_that_is_not_as_it_was_written_is_noticed(tmp_path: Path) -> None:
+    """Of another key, gone, or with any byte of either file changed."""
+    write_report(whole(ROWS[:2]), ReportConfig(), tmp_path, "a key")
+    assert is_written(tmp_path, "a key") and not is_written(tmp_path, "another key")
+    draw = random.Random(5)
+    for path in (tmp_path / "report.html", tmp_path / "report.md", tmp_path / ".report.json"):
+        content = path.read_bytes()
+        for _ in range(20):
+            at = draw.randrange(len(content))
+            damaged = content[:at] + bytes([content[at] ^ draw.randint(1, 255)]) + content[at + 1 :]
+            path.write_bytes(draw.choice((damaged, content[:at], b"")))
+            assert not is_written(tmp_path, "a key"), (path, at)
+        path.unlink()
+        assert not is_written(tmp_path, "a key")
+        path.write_bytes(content)
+    assert is_written(tmp_path, "a key")
