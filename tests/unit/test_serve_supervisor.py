@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from opensora.serve.supervisor import Child, Supervisor, children_of, serve
 from opensora.utils.errors import UserError
 from tests.conftest import ROOT
 from tests.faults.runs import alive
+from tests.patience import patience
 
 WAIT_S = 60.0  # for what takes a moment on a machine with nothing else to do
 SLEEPS = "import time; time.sleep(600)"
@@ -35,15 +37,24 @@ def child(name: str, code: str) -> Child:
 
 
 def when(condition: object, act: object) -> None:
-    """``act()`` in a thread as soon as ``condition()`` holds."""
+    """``act()`` in a thread as soon as ``condition()`` holds, if it does."""
 
     def wait() -> None:
-        until = time.monotonic() + WAIT_S
-        while not condition() and time.monotonic() < until:  # type: ignore[operator]
+        until = time.monotonic() + patience(WAIT_S)
+        while not (holds := condition()) and time.monotonic() < until:  # type: ignore[operator]
             time.sleep(0.02)
-        act()  # type: ignore[operator]
+        if holds:
+            act()  # type: ignore[operator]
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+@pytest.fixture(autouse=True)
+def late() -> Iterator[None]:
+    """A signal that comes when the supervisor has left already does not end the tests."""
+    before = signal.signal(signal.SIGINT, lambda *of: None)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def interrupt() -> None:

@@ -22,6 +22,7 @@ Application = Callable[[Any, Any, Any], Awaitable[None]]
 
 MOST_OPEN = 500  # requests that are being answered
 DRAIN_S, DRAIN_IDLE_S, DRAIN_TIMES = 5.0, 0.25, 4  # rest of a body that is not read: so long, so quiet, so many times
+VERSIONS = ("1.0", "1.1")
 METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH")
 PROBES = ("/healthz", "/readyz", "/metrics")  # asked every few seconds: their lines would bury all others
 POLICY = (
@@ -89,6 +90,8 @@ class _Exchange:
             self._tell(time.monotonic() - began)
 
     def _check(self) -> None:
+        if self._scope["http_version"] not in VERSIONS:  # answers to others may be read otherwise than they are meant
+            raise Refused(400, "must be HTTP/1.1, or 1.0", code="invalid_http_version")
         if self._service.requests.open > MOST_OPEN:
             raise Refused(503, "too many requests at once; try again", code="busy", headers={"Retry-After": "2"})
         self._service.origins.check(self._scope["method"], self._headers)
