@@ -1,6 +1,7 @@
 """The API of the service over the network: the client library that such services have, and plain HTTP."""
 
 import base64
+import http.client
 import io
 import json
 import signal
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -558,3 +560,14 @@ def test_what_the_process_does_not_begin_with(tmp_path: Path, words: list[str], 
         ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
     assert ended.stderr.startswith("error: ") and said in ended.stderr
+
+
+def test_an_idle_connection_stays_open(service: ServiceProcess) -> None:
+    """For longer than clients keep one: the second request is on the first one's connection."""
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=60)
+    for pause in (6.0, 0.0):
+        connection.request("GET", "/healthz")
+        own = connection.sock
+        assert connection.getresponse().read() and connection.sock is own is not None
+        time.sleep(pause)
+    connection.close()

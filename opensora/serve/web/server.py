@@ -19,6 +19,9 @@ from opensora.utils.console import announce
 
 HEADERS_S = 15.0  # until all headers of a request are there
 HEADER_BYTES = 1 << 16
+# Longer than clients (httpx 5 s) and proxies (nginx 60 s) keep a connection that is idle: who sends on one that is being
+# closed gets no answer.
+KEEP_ALIVE_S = 75
 GRACE_S = 10.0  # after SIGTERM, for answers that are being sent
 
 
@@ -108,6 +111,7 @@ def serve(application: Any, service: Service, opened: socket.socket) -> None:
         proxy_headers=False,
         server_header=False,
         h11_max_incomplete_event_size=HEADER_BYTES,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(GRACE_S),
     )
     WebServer(config, service).run(sockets=[opened])
