@@ -1,7 +1,6 @@
 """The API of the service over the network: the client library that such services have, and plain HTTP."""
 
 import base64
-import http.client
 import io
 import json
 import signal
@@ -11,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -564,7 +564,7 @@ def test_what_the_process_does_not_begin_with(tmp_path: Path, words: list[str], 
 
 def test_an_idle_connection_stays_open(service: ServiceProcess) -> None:
     """For longer than clients keep one: the second request is on the first one's connection."""
-    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=60)
+    connection = HTTPConnection("127.0.0.1", service.port, timeout=60)
     for pause in (6.0, 0.0):
         connection.request("GET", "/healthz")
         own = connection.sock

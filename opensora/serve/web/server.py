@@ -19,8 +19,8 @@ from opensora.utils.console import announce
 
 HEADERS_S = 15.0  # until all headers of a request are there
 HEADER_BYTES = 1 << 16
-# Longer than clients (httpx 5 s) and proxies (nginx 60 s) keep a connection that is idle: who sends on one that is being
-# closed gets no answer.
+# Longer than clients (httpx 5 s) and proxies (nginx 60 s) keep a connection that is idle: who sends on one that is
+# being closed gets no answer.
 KEEP_ALIVE_S = 75
 GRACE_S = 10.0  # after SIGTERM, for answers that are being sent
 
