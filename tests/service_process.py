@@ -1,5 +1,7 @@
 """A web process of the service, as it is started, for tests; with a worker that is none."""
 
+import contextlib
+import json
 import os
 import re
 import signal
@@ -7,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,9 +19,11 @@ from opensora.serve.config import ServeConfig
 from opensora.serve.queues import open_queue
 from opensora.serve.store import Store
 from tests.conftest import ROOT
+from tests.faults.runs import descendants
 from tests.stand_in_worker import StandIn
 
 START_S, STOP_S, WAIT_S = 60.0, 60.0, 60.0
+LONG_S = 400.0  # for what takes seconds of a model on a machine with nothing else to do
 CONFIG = "models: {toy: {}}\nquota: {free_gib: 0.0}\n"
 T = TypeVar("T")
 
@@ -95,3 +100,41 @@ def wait_for(
         assert time.monotonic() < end and goes_on(), f"no {what} within {limit_s:g} s"
         time.sleep(0.02)
     return found
+
+
+class WholeService:
+    """``python -m opensora.cli.serve`` and a client of it."""
+
+    def __init__(self, config: Path, log: Path, *more: str) -> None:
+        self.log = log
+        words = [str(config), "port=0", "workers.processes=2", *more]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "opensora.cli.serve", *words], cwd=ROOT, stderr=log.open("wb"), stdout=log.open("ab")
+        )
+        self.wait(lambda: "ready: http" in log.read_text())
+        self.address = log.read_text().partition("ready: http")[2].split()[0]
+
+    def wait(self, condition: Callable[[], Any]) -> Any:
+        until = time.monotonic() + LONG_S
+        while time.monotonic() < until:
+            if found := condition():
+                return found
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.2)
+        raise AssertionError(self.log.read_text())
+
+    def ask(self, path: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            f"http{self.address}{path}", data=data, headers={"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
+    def rank(self, number: int) -> int | None:
+        """Process id of a process of the group, as long as it lives."""
+        for pid in descendants(self.process.pid):
+            with contextlib.suppress(OSError):
+                if f"\0RANK={number}\0".encode() in b"\0" + Path(f"/proc/{pid}/environ").read_bytes() + b"\0":
+                    return pid
+        return None
