@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -130,6 +131,13 @@ class WholeService:
         )
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)
+
+    def is_ready(self) -> bool:
+        try:
+            return bool(self.ask("/readyz"))
+        except urllib.error.HTTPError as error:
+            assert error.code == 503
+            return False
 
     def rank(self, number: int) -> int | None:
         """Process id of a process of the group, as long as it lives."""

@@ -13,6 +13,7 @@ State = Literal["queued", "running", "completed", "failed", "cancelled"]
 STATES: tuple[State, ...] = ("queued", "running", "completed", "failed", "cancelled")
 FINISHED: tuple[State, ...] = ("completed", "failed", "cancelled")
 Order = Literal["asc", "desc"]
+LIVES_S = 15.0  # a worker says every second or so that it lives; one that was not heard of for so long is dead
 
 # Codes of errors of jobs, as clients see them
 CANCELLED, OUT_OF_MEMORY, WORKER_LOST, SAMPLING_FAILED, DISK_FULL = (

@@ -36,6 +36,7 @@ def test_a_killed_process_costs_an_attempt_and_no_job(service: WholeService, vic
     pid = service.rank(victim)
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
+    service.wait(lambda: not service.is_ready())  # while the next group loads its models
     for id in (first, second):
         found = service.wait(lambda id=id: (one := service.ask(f"/v1/videos/{id}"))["status"] == "completed" and one)
         assert found["x"]["attempt"] == (2 if id == first else 1)

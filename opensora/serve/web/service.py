@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from opensora.serve.config import ServeConfig
-from opensora.serve.jobs import Job, JobQueue
+from opensora.serve.jobs import LIVES_S, Job, JobQueue
 from opensora.serve.model_info import ModelInfo
 from opensora.serve.store import Store
 from opensora.serve.web.auth import Keys, Origins
@@ -53,7 +53,7 @@ class Service:
 
     def workers(self) -> dict[str, Any]:
         """What living workers said last, by worker."""
-        return dict(self.queue.workers(time.time(), self.cfg.workers.lease_s))
+        return dict(self.queue.workers(time.time(), LIVES_S))
 
     def ready_models(self) -> set[str]:
         """Models that a worker is ready to sample."""

@@ -16,7 +16,7 @@ from opensora.config.load import config_from_argv
 from opensora.inference.check import fit_option
 from opensora.models.vae import autoencoder_shape
 from opensora.serve.config import ServeConfig
-from opensora.serve.jobs import Job, JobQueue
+from opensora.serve.jobs import LIVES_S, Job, JobQueue
 from opensora.serve.queues import open_queue
 from opensora.serve.store import Store
 from opensora.serve.supervisor import GROUP
@@ -33,7 +33,6 @@ from opensora.utils.files.user_files import try_output
 
 ABOUT = "Sample the jobs of a service, as a group of processes."
 LOST = 85  # exit code where a process of the group is gone
-LIVES_S = 15.0  # a group that was not heard of for so long is dead
 NO_ID = f"video_{'0' * 32}"  # of the clip that a group warms up with
 
 
@@ -125,8 +124,11 @@ class Group:
     def _take_over(self, queue: JobQueue, before: str | None) -> None:
         """Jobs of the group before this one, which is dead; or of all groups, where none has been heard of lately."""
         now = time.time()
-        if before is None and queue.workers(now, LIVES_S):
+        lately = queue.workers(now, LIVES_S)
+        if before is None and lately:
             return
+        if before in lately:  # its last word was that it is ready
+            queue.beat(before, {**lately[before], "ready": False}, now)
         for job in queue.recover(self._finished, now, attempts=self.cfg.workers.attempts, worker=before):
             announce(f"{job.id}: {job.state}, after its group was lost")
 
