@@ -3307,6 +3307,13 @@ TABLE: tuple[Mutation, ...] = (
         "any(map(wants_list, hints))",
         "tests/unit/test_overrides_as_text.py::test_a_folder_may_be_called_anything[2024]",
     ),
+    Mutation(
+        "a solver that does not fit is a job that fails",
+        "opensora/serve/request.py",
+        "    _check_solver(option, info, called)",
+        "    pass",
+        "tests/unit/test_serve_request.py::test_solvers_are_those_of_the_command",
+    ),
 )
 
 

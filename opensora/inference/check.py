@@ -303,6 +303,12 @@ def least_bytes(
     return weights + max(block + noise, clips)
 
 
+def fitting_solvers(objective: ObjectiveConfig) -> dict[str, tuple[str, ...]]:
+    """Solvers that fit what a model was trained for, the default first -> fields that are for others alone."""
+    fitting = build_objective(objective).solvers
+    return {one: tuple(name for name, owners in SOLVER_OPTIONS.items() if one not in owners) for one in fitting}
+
+
 def solver_of(key: str, option: SamplingOption, objective: ObjectiveConfig) -> str:
     """The solver that ``option`` names, or the first that fits.
 

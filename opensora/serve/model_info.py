@@ -35,6 +35,10 @@ class ModelInfo:
     cond_types: tuple[str, ...]  # t2v first; what references may give
     references: Mapping[str, int]  # files that a cond_type takes
     loras: tuple[str, ...] = ()
+    # Solvers that fit what it was trained for, the default first -> fields of SamplingOption that are for others alone;
+    # {}: not told
+    solvers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    channels: int = 0  # of its latents; 0: not told
     room_bytes: int = 0  # that a process may use
     costs: tuple[Cost, ...] = field(default=())  # every offered size at some lengths, ascending in tokens
 
@@ -48,6 +52,7 @@ class ModelInfo:
         told["costs"] = tuple(Cost(**cost) for cost in told["costs"])
         for name in ("frames", "cond_types", "loras"):
             told[name] = tuple(told[name])
+        told["solvers"] = {name: tuple(others) for name, others in told.get("solvers", {}).items()}
         return ModelInfo(**told)
 
     def nearest_frames(self, wanted: float) -> int:

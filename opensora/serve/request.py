@@ -25,6 +25,7 @@ ALIASES = {"num_inference_steps": "num_steps", "guidance_scale": "guidance", "ne
 OWN = ("prompt", "model", "seconds", "size", "input_reference", "neg", "cond_type", "lora", "priority")
 HINTS: dict[str, Any] = get_type_hints(SamplingOption)
 SAMPLING = tuple(field.name for field in fields(SamplingOption))
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(SamplingOption)}
 FIELDS = (*OWN, *ALIASES, *SAMPLING)
 
 MAX_PROMPT = 32_000  # characters
@@ -105,6 +106,7 @@ def read(
     info = _model(asked, models, default)
     texts = _texts(asked, called, needs_prompt)
     option = _sized(_chosen(asked, info, called), asked, info, called)
+    _check_solver(option, info, called)
     return Asked(
         model=info.name,
         prompt=texts.prompt,
@@ -260,6 +262,25 @@ def _sized(
             code="invalid_value",
         )
     return option
+
+
+def _check_solver(option: SamplingOption, info: ModelInfo, called: Mapping[str, str]) -> None:
+    """That the solver fits what the model was trained for, and the rest the solver and the model."""
+    solver = option.solver or next(iter(info.solvers), "")
+    if info.solvers and solver not in info.solvers:
+        message = f"solver={_shown(solver)}: this model has {', '.join(info.solvers)}; leave it out for the first"
+        raise Refused(422, message, param="solver", code="invalid_value")
+    for name in info.solvers.get(solver, ()):
+        if getattr(option, name) != _DEFAULTS[name]:
+            message = (
+                f"{name}={_shown(getattr(option, name))}: is not for solver={solver}, which this one is; leave it out"
+            )
+            raise Refused(422, message, param=called.get(name, name), code="invalid_value")
+    if info.channels and (option.cfg_channel or 0) > info.channels:
+        message = (
+            f"cfg_channel={option.cfg_channel}: must be at most {info.channels}, the latent channels of this model"
+        )
+        raise Refused(422, message, param="cfg_channel", code="invalid_value")
 
 
 def _size(value: Any, info: ModelInfo) -> tuple[int, int]:

@@ -10,11 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opensora.config.schema import plain
+from opensora.inference.check import fitting_solvers, solver_of
 from opensora.sampling.options import MAX_SEED, SamplingOption
+from opensora.schedulers import OBJECTIVE_CONFIGS, SOLVERS
 from opensora.serve.form_fields import from_form
 from opensora.serve.model_info import ModelInfo
 from opensora.serve.refusal import Refused
 from opensora.serve.request import Asked, check_room, new_id, new_job, read
+from opensora.utils.errors import UserError
 from tests.stand_in_worker import TOY
 
 MODELS = {"toy": TOY, "other": replace(TOY, name="other", neg="")}
@@ -275,3 +278,40 @@ def _is_of(hint: Any, value: Any) -> bool:
         return isinstance(value, bool) and bool in kinds
     is_number = isinstance(value, (int, float)) and math.isfinite(value) and abs(value) < 2**63
     return is_number and (float in kinds or (int in kinds and isinstance(value, int)))
+
+
+@pytest.mark.parametrize("kind", OBJECTIVE_CONFIGS)
+@pytest.mark.parametrize("solver", [None, *SOLVERS, "nope"])
+@pytest.mark.parametrize(
+    "more", [{}, {"eta": 0.5}, {"timestep_respacing": "10"}, {"clip_denoised": True}, {"flow_shift": 2}]
+)
+def test_solvers_are_those_of_the_command(kind: str, solver: str | None, more: dict[str, Any]) -> None:
+    """What the sampling command refuses for a model of this objective is no job that fails: it is refused at once."""
+    objective = OBJECTIVE_CONFIGS[kind]()
+    models = {"toy": replace(TOY, solvers=fitting_solvers(objective))}
+    given = {"solver": solver, "num_frames": 17, **more}
+    try:
+        solver_of("sampling", SamplingOption(**given), objective)
+        wanted = None
+    except UserError as error:
+        wanted = str(error).removeprefix("sampling.").partition("=")[0]
+    try:
+        asked(given, models=models)
+        found = None
+    except Refused as refused:
+        assert refused.status == 422
+        found = refused.param
+    assert found == wanted
+
+
+def test_guided_channels_are_at_most_those_of_the_model() -> None:
+    models = {"toy": replace(TOY, channels=16)}
+    assert asked({"cfg_channel": 16}, models=models).option.cfg_channel == 16
+    with pytest.raises(Refused, match="at most 16") as found:
+        asked({"cfg_channel": 17}, models=models)
+    assert (found.value.status, found.value.param) == (422, "cfg_channel")
+
+
+def test_what_a_worker_tells_is_read_again() -> None:
+    info = replace(TOY, solvers={"ddim": ("flow_shift",)}, channels=4)
+    assert ModelInfo.read(json.loads(json.dumps(info.plain()))) == info

@@ -11,7 +11,7 @@ from acceleration.diagnostics.memory_usage import device_bytes, machine_bytes
 from opensora.assembly.turns import DENOISER
 from opensora.conditioning.references import KINDS
 from opensora.config.schema import plain
-from opensora.inference.check import fit_option, solver_of
+from opensora.inference.check import fit_option, fitting_solvers, solver_of
 from opensora.inference.find import Source
 from opensora.inference.lengths import coded
 from opensora.inference.memory import memory_of
@@ -103,6 +103,8 @@ def model_info(one: Prepared, costs: Costs, measured_step_s: float | None = None
         cond_types=kinds,
         references={kind: files_of(kind) for kind in kinds if kind != "t2v"},
         loras=tuple(one.loras),
+        solvers=fitting_solvers(source.objective),
+        channels=describe(source.model).latent_channels,
         room_bytes=costs.room,
         costs=tuple(_costs(one, option, sizes, frames, costs, scale)),
     )
