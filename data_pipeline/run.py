@@ -35,7 +35,7 @@ from data_pipeline.outputs import clear_leftovers
 from data_pipeline.pipeline import Pipeline
 from data_pipeline.plan import Plan, Shard, make_plan, read_plan, save_plan
 from data_pipeline.report.amounts import plural
-from data_pipeline.report.buckets import check_training
+from data_pipeline.report.buckets import check_training, try_training
 from data_pipeline.report.collect import make_report
 from data_pipeline.shard import InputMissing
 from data_pipeline.stage_list import GLOBAL
@@ -91,6 +91,8 @@ def run(cfg: PipelineConfig, options: Options = Options()) -> int:
     names = _chosen(pipeline, options)
     if options.worker is None and cfg.report.training:
         check_training(cfg.report.training)
+        if pipeline.missing(names, plan.shards):
+            try_training(cfg.report.training)
     if options.dry_run:
         if out.exists() and not out.is_dir():
             raise UserError(f"out={out}: is a file; name a folder to write to")

@@ -1,6 +1,9 @@
 """What a training run would make of the clips that are kept: its own code counts them."""
 
 import ast
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +14,12 @@ from data_pipeline.report.clips import Clips
 from opensora.config.strict_yaml import read_text, read_yaml
 from opensora.utils.errors import UserError
 
+_ROOT = Path(__file__).resolve().parents[2]
+_TRY = (
+    "import sys; from data_pipeline.report.buckets import read_training; "
+    "from opensora.utils.command_line.command import call; "
+    "sys.exit(call(lambda words: read_training(words[0]) and 0))"
+)
 _TABLE = "data.table=clips.parquet"  # whatever it names, which need not be there
 
 
@@ -43,8 +52,8 @@ class Prediction:
 
 
 def check_training(training: str) -> None:
-    """Before a run begins: that the file can be read. What it says is asked by ``predict``, as the models that know it
-    take seconds to load.
+    """Before anything: that the file can be read. What it says is asked by ``try_training``, as the models that know
+    it take seconds to load.
 
     Raises:
         UserError: there is no such file, or it is no configuration.
@@ -60,20 +69,46 @@ def check_training(training: str) -> None:
         raise UserError(f"report.training={training}: no Python ({error.msg}, line {error.lineno})") from error
 
 
+def try_training(training: str) -> None:
+    """Before work begins that takes longer than this: that training would take the configuration. In a process of its
+    own, whose models are gone with it.
+
+    Raises:
+        UserError: it would not.
+    """
+    path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-c", _TRY, training]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, errors="replace", check=False
+    )
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["it cannot be looked at"])[-1]
+        raise UserError(f"report.training={training}: {said.removeprefix('error: ')}")
+
+
+def read_training(training: str) -> "RunConfig":  # type: ignore[name-defined]  # noqa: F821
+    """
+    Raises:
+        UserError: no configuration of a training run.
+    """
+    from opensora.config.load import load_config
+    from opensora.config.run import RunConfig
+
+    return load_config(RunConfig, training, [_TABLE])
+
+
 def predict(clips: Clips, training: str) -> Prediction:
     """The buckets of the kept clips.
 
     Raises:
         UserError: the configuration cannot be used.
     """
-    from opensora.config.load import load_config
-    from opensora.config.run import RunConfig
     from opensora.datasets.plan.batch_plan import BatchPlan
     from opensora.models.base import ClipMeasure
     from opensora.models.families import describe
     from opensora.models.vae import autoencoder_shape
 
-    cfg = load_config(RunConfig, training, [_TABLE])
+    cfg = read_training(training)
     shape, denoising = autoencoder_shape(cfg.vae), describe(cfg.model)
     if not clips.keep.any():
         return Prediction(training, problem="no clip is kept")

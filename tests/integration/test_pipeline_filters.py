@@ -128,8 +128,10 @@ def test_a_training_configuration_that_is_not_there_is_told_before_the_work(tmp_
     moving_noise(tmp_path / "raw/a.mp4", 60, 0)
     (tmp_path / "twice.yaml").write_text("a: 1\na: 2\n")
     (tmp_path / "half.py").write_text("model = dict(\n")
+    (tmp_path / "unknown.yaml").write_text("naem: a\n")
     for name, said in [
         ("gone.yaml", "cannot be read"), ("twice.yaml", "a: given twice"), ("half.py", "no Python"), ("raw", "folder"),
+        ("unknown.yaml", "naem: unknown key; did you mean name"),
     ]:  # fmt: skip
         words = [f"source={tmp_path / 'raw'}", f"out={tmp_path / 'out'}", f"report.training={tmp_path / name}"]
         with pytest.raises(UserError, match=rf"^report\.training=\S+{name}: .*{said}"):
