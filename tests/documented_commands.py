@@ -109,7 +109,7 @@ NOT_RUN = {
     r"captions\.endpoint\.url": "needs a server; tests/unit/test_pipeline_captions.py has one that behaves badly",
     r"engine\.address=": "needs a Ray cluster; tests/faults/test_pipeline_engines.py starts one",
     r"tests\.golden_(autoencoders|table)": "needs golden tensors, which the repository does not hold",
-    r"opensora\.(cli\.serve|serve\.)|demo\.sh --serve": "serves until it is stopped; test_service_samples.py starts it",
+    r"opensora\.(cli\.serve|serve\.)|demo\.sh --serve": "serves until it is stopped; test_service_whole.py starts it",
     r"^curl ": "tests/integration/test_service_docs.py types all of them",
     r"tests\.documented_commands": "this one",
 }
