@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.patience import patience
+
 START_S = 60.0
 INITDB = ("-U", "tests", "-A", "trust", "--no-sync", "-E", "UTF8")
 
@@ -69,7 +71,7 @@ class Server:
                 stderr=log,
                 cwd=self._folder,
             )
-        until = time.monotonic() + START_S
+        until = time.monotonic() + patience(START_S)
         while not self._answers():
             if time.monotonic() > until or self._process.poll() is not None:
                 self.stop()

@@ -21,6 +21,7 @@ from opensora.serve.queues import open_queue
 from opensora.serve.store import Store
 from tests.conftest import ROOT
 from tests.faults.runs import descendants
+from tests.patience import patience
 from tests.stand_in_worker import StandIn
 
 START_S, STOP_S, WAIT_S = 60.0, 60.0, 60.0
@@ -61,7 +62,7 @@ class ServiceProcess:
     def restart(self, number: int = signal.SIGTERM) -> None:
         """The web process alone, on the same folder; it has another port."""
         self.process.send_signal(number)
-        self.process.wait(STOP_S)
+        self.process.wait(patience(STOP_S))
         self._start()
 
     def _read(self) -> None:
@@ -96,7 +97,7 @@ def wait_for(
     look: Callable[[], T | None], what: str, limit_s: float = WAIT_S, goes_on: Callable[[], bool] = lambda: True
 ) -> T:
     """What ``look`` finds, once it does."""
-    end = time.monotonic() + limit_s
+    end = time.monotonic() + patience(limit_s)
     while not (found := look()):
         assert time.monotonic() < end and goes_on(), f"no {what} within {limit_s:g} s"
         time.sleep(0.02)
@@ -116,7 +117,7 @@ class WholeService:
         self.address = log.read_text().partition("ready: http")[2].split()[0]
 
     def wait(self, condition: Callable[[], Any]) -> Any:
-        until = time.monotonic() + LONG_S
+        until = time.monotonic() + patience(LONG_S)
         while time.monotonic() < until:
             if found := condition():
                 return found
@@ -129,7 +130,7 @@ class WholeService:
         request = urllib.request.Request(
             f"http{self.address}{path}", data=data, headers={"content-type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=patience(60)) as answer:
             return json.load(answer)
 
     def is_ready(self) -> bool:

@@ -18,7 +18,7 @@ from tests.dist.harness import DistributedFailure, run_distributed
 from tests.faults.conftest import Tally
 from tests.serving import Hook, add, asked, configured, jobs_in, named_group, queue_of, work
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 HOG, BAD = "a hog", "a bad prompt"
 
 

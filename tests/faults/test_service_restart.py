@@ -10,6 +10,7 @@ import pytest
 
 from tests.faults.conftest import Tally
 from tests.faults.runs import alive, descendants
+from tests.patience import patience
 from tests.service_process import WholeService
 from tests.serving import asked, configured
 
@@ -53,8 +54,8 @@ def test_ctrl_c_ends_all_of_it(service: WholeService, tally: Tally) -> None:
     os.kill(service.process.pid, signal.SIGINT)
     time.sleep(1.0)
     os.kill(service.process.pid, signal.SIGINT)
-    assert service.process.wait(timeout=LIMIT_S) == 0
-    until = time.monotonic() + LIMIT_S
+    assert service.process.wait(timeout=patience(LIMIT_S)) == 0
+    until = time.monotonic() + patience(LIMIT_S)
     while any(alive(pid) for pid in started) and time.monotonic() < until:
         time.sleep(0.1)
     assert not [pid for pid in started if alive(pid)]

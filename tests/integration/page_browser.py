@@ -12,6 +12,7 @@ import pytest
 
 from opensora.serve.jobs import Job
 from tests.integration.page_service import LIMIT_S, Web, Worker, model
+from tests.patience import patience
 
 CHROMIUM = Path("/usr/bin/chromium")
 DESK = {"width": 1280, "height": 900}
@@ -26,7 +27,7 @@ def chromium() -> Iterator[Any]:
 
     with sync_playwright() as started:
         options = ["--no-sandbox", "--disable-dev-shm-usage"]
-        opened = started.chromium.launch(executable_path=str(CHROMIUM), args=options, timeout=120_000)
+        opened = started.chromium.launch(executable_path=str(CHROMIUM), args=options, timeout=patience(120) * 1000)
         yield opened
         opened.close()
 
@@ -116,7 +117,7 @@ def page(chromium: Any, service: tuple[Web, Worker]) -> Iterator[Page]:
     """A tab at the page; nothing may be said in its console but what the test bears with."""
     web, worker = service
     context = chromium.new_context(viewport=DESK)
-    context.set_default_timeout(LIMIT_S * 1000)
+    context.set_default_timeout(patience(LIMIT_S) * 1000)
     opened = Page(context.new_page(), web, worker).open().ready()
     yield opened
     context.close()

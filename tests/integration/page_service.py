@@ -27,6 +27,7 @@ from opensora.serve.queues import open_queue
 from opensora.serve.store import Store
 from opensora.utils.files.video_writer import write_image, write_video
 from tests.conftest import ROOT
+from tests.patience import patience
 
 LIMIT_S = 60.0  # generous: machines of tests are crowded
 STEPS = 8
@@ -35,7 +36,7 @@ ENDLESS = 10**9
 
 def until(true: Callable[[], Any], what: str = "") -> Any:
     """What ``true`` gives, once it is true; an AssertionError if that takes too long."""
-    end = time.monotonic() + LIMIT_S
+    end = time.monotonic() + patience(LIMIT_S)
     while not (value := true()):
         assert time.monotonic() < end, what or "it never came to be"
         time.sleep(0.05)

@@ -20,11 +20,16 @@ import openai
 import pytest
 from PIL import Image
 
+from tests import patient_http
 from tests.conftest import ROOT
+from tests.patience import patience
 from tests.service_process import ServiceProcess, wait_for
 from tests.stand_in_worker import FAILS, SLOW
 
-pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning"),
+    pytest.mark.timeout(900),
+]
 
 KEYS = ("first-key-of-a-test", "other-key-of-a-test", "third-key-of-a-test priority=0")
 FINAL = ("completed", "failed")
@@ -40,14 +45,14 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess
 
 @pytest.fixture
 def client(service: ServiceProcess) -> Iterator[Any]:
-    with openai.OpenAI(api_key=KEYS[0], base_url=f"{service.url}/v1", timeout=60) as made:
+    with openai.OpenAI(api_key=KEYS[0], base_url=f"{service.url}/v1", timeout=patience(60)) as made:
         yield made
 
 
 @pytest.fixture
 def http(service: ServiceProcess) -> Iterator[httpx.Client]:
     headers = {"Authorization": f"Bearer {KEYS[0]}"}
-    with httpx.Client(base_url=service.url, headers=headers, timeout=60) as made:
+    with httpx.Client(base_url=service.url, headers=headers, timeout=patience(60)) as made:
         yield made
 
 
@@ -245,7 +250,7 @@ def test_an_idempotency_key(http: httpx.Client) -> None:
     first, again = post(), post()  # the borders of the two forms differ
     assert first.json()["id"] == again.json()["id"]
     error(post(seed="4"), 409)
-    other = httpx.post(f"{http.base_url}/v1/videos", json={"prompt": "b"}, headers=once | _key(1))
+    other = patient_http.post(f"{http.base_url}/v1/videos", json={"prompt": "b"}, headers=once | _key(1))
     assert other.status_code == 200 and other.json()["id"] != first.json()["id"]
     ended(http, first.json()["id"])
 
@@ -273,19 +278,19 @@ def test_jobs_of_another_key_are_out_of_sight(http: httpx.Client) -> None:
 
 def test_a_key_with_a_limit_of_priority(http: httpx.Client) -> None:
     limited = {"headers": _key(2), "url": f"{http.base_url}/v1/videos"}
-    assert error(httpx.post(json={"prompt": "a", "priority": 1}, **limited), 403)["param"] == "priority"
-    assert httpx.post(json={"prompt": "a", "priority": -1}, **limited).status_code == 200
+    assert error(patient_http.post(json={"prompt": "a", "priority": 1}, **limited), 403)["param"] == "priority"
+    assert patient_http.post(json={"prompt": "a", "priority": -1}, **limited).status_code == 200
 
 
 @pytest.mark.parametrize("value", ["", "Bearer", "Basic " + KEYS[0], KEYS[0], "Bearer x" + KEYS[0], "Bearer é"])
 def test_no_key(service: ServiceProcess, value: str) -> None:
     headers = {"Authorization": value.encode("latin-1")} if value else {}
     for path in ("/v1/videos", "/v1/models", "/metrics", "/v1/videos/x"):
-        answer = httpx.get(f"{service.url}{path}", headers=headers)
+        answer = patient_http.get(f"{service.url}{path}", headers=headers)
         assert error(answer, 401)["type"] == "authentication_error"
         assert answer.headers["www-authenticate"] == "Bearer"
     for path in ("/healthz", "/readyz", "/openapi.json", "/docs", "/favicon.ico"):
-        assert httpx.get(f"{service.url}{path}").status_code == 200
+        assert patient_http.get(f"{service.url}{path}").status_code == 200
 
 
 def test_ranges_and_etags(http: httpx.Client) -> None:
@@ -460,14 +465,12 @@ def test_the_log_holds_no_prompts_queries_and_keys(http: httpx.Client, service: 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_ends_streams_and_answers(tmp_path: Path, number: signal.Signals) -> None:
     with ServiceProcess(tmp_path) as own:
-        id = httpx.post(f"{own.url}/v1/videos", json={"prompt": SLOW, "num_steps": 10_000}).json()["id"]
+        id = patient_http.post(f"{own.url}/v1/videos", json={"prompt": SLOW, "num_steps": 10_000}).json()["id"]
         text: list[str] = []
-        thread = threading.Thread(
-            target=lambda: text.append(httpx.get(f"{own.url}/v1/videos/{id}/events", timeout=60).text)
-        )
+        thread = threading.Thread(target=lambda: text.append(patient_http.get(f"{own.url}/v1/videos/{id}/events").text))
         thread.start()
-        wait_for(lambda: httpx.get(f"{own.url}/v1/videos/{id}").json()["status"] == "in_progress", "first step")
-        wait_for(lambda: b"requests_open 2" in httpx.get(f"{own.url}/metrics").content, "open stream")
+        wait_for(lambda: patient_http.get(f"{own.url}/v1/videos/{id}").json()["status"] == "in_progress", "first step")
+        wait_for(lambda: b"requests_open 2" in patient_http.get(f"{own.url}/metrics").content, "open stream")
         own.process.send_signal(number)
         assert own.process.wait(60) == 0
         thread.join(60)
@@ -479,17 +482,17 @@ def test_a_killed_web_process_has_forgotten_nothing(tmp_path: Path) -> None:
     once = {"Idempotency-Key": "once"}
     with ServiceProcess(tmp_path) as own:
         asked = {"prompt": SLOW, "num_steps": 60}
-        id = httpx.post(f"{own.url}/v1/videos", json=asked, headers=once).json()["id"]
-        wait_for(lambda: httpx.get(f"{own.url}/v1/videos/{id}").json()["x"]["step"] >= 2, "second step")
-        with httpx.stream("GET", f"{own.url}/v1/videos/{id}/events", timeout=60) as stream:
+        id = patient_http.post(f"{own.url}/v1/videos", json=asked, headers=once).json()["id"]
+        wait_for(lambda: patient_http.get(f"{own.url}/v1/videos/{id}").json()["x"]["step"] >= 2, "second step")
+        with httpx.stream("GET", f"{own.url}/v1/videos/{id}/events", timeout=patience(60)) as stream:
             seen = next(line for line in stream.iter_lines() if line.startswith("id:"))
             own.restart(signal.SIGKILL)
-        assert httpx.post(f"{own.url}/v1/videos", json=asked, headers=once).json()["id"] == id
+        assert patient_http.post(f"{own.url}/v1/videos", json=asked, headers=once).json()["id"] == id
         headers = {"Last-Event-ID": seen.removeprefix("id: ")}
-        _, *events = events_of(httpx.get(f"{own.url}/v1/videos/{id}/events", headers=headers, timeout=60).text)
+        _, *events = events_of(patient_http.get(f"{own.url}/v1/videos/{id}/events", headers=headers).text)
         told = [json.loads(event["data"]) for event in events]
         assert told[0]["x"]["step"] >= 2 and told[-1]["status"] == "completed" and told[-1]["x"]["attempt"] == 1
-        assert httpx.get(f"{own.url}/v1/videos/{id}/content").status_code == 200
+        assert patient_http.get(f"{own.url}/v1/videos/{id}/content").status_code == 200
 
 
 def test_expiry_and_quota(tmp_path: Path) -> None:
@@ -504,7 +507,7 @@ def test_expiry_and_quota(tmp_path: Path) -> None:
 
 def test_a_full_disk(tmp_path: Path) -> None:
     with ServiceProcess(tmp_path, "quota.free_gib=1e9") as own:
-        assert error(httpx.post(f"{own.url}/v1/videos", json={"prompt": "a"}), 507)["code"] == "disk_full"
+        assert error(patient_http.post(f"{own.url}/v1/videos", json={"prompt": "a"}), 507)["code"] == "disk_full"
 
 
 def test_pages_of_other_addresses(tmp_path: Path) -> None:
@@ -512,18 +515,18 @@ def test_pages_of_other_addresses(tmp_path: Path) -> None:
     with ServiceProcess(tmp_path, f"origins=[{page}]") as own:
 
         def post(**headers: str) -> httpx.Response:
-            return httpx.post(f"{own.url}/v1/videos", data={"prompt": "a"}, files={"x": b""}, headers=headers)
+            return patient_http.post(f"{own.url}/v1/videos", data={"prompt": "a"}, files={"x": b""}, headers=headers)
 
         for origin in ("https://evil.example", "null", own.url.replace("http", "https"), f"{own.url}.evil.example"):
             status = 400 if origin.startswith("https://127") else 403
             error(post(Origin=origin), status)
         assert error(post(Origin=own.url), 400)["param"] == "x"
         assert post(Origin=page).headers["access-control-allow-origin"] == page
-        error(httpx.get(f"{own.url}/v1/videos", headers={"Host": "evil.example"}), 403)
+        error(patient_http.get(f"{own.url}/v1/videos", headers={"Host": "evil.example"}), 403)
         for host in ("localhost", "[::1]", "pages.example"):
-            assert httpx.get(f"{own.url}/v1/videos", headers={"Host": f"{host}:1"}).status_code == 200
-        before = httpx.options(
-            f"{own.url}/v1/videos", headers={"Origin": page, "Access-Control-Request-Method": "POST"}
+            assert patient_http.get(f"{own.url}/v1/videos", headers={"Host": f"{host}:1"}).status_code == 200
+        before = patient_http.request(
+            "OPTIONS", f"{own.url}/v1/videos", headers={"Origin": page, "Access-Control-Request-Method": "POST"}
         )
         assert before.status_code == 200 and "access-control-allow-credentials" not in before.headers
 
@@ -557,14 +560,14 @@ def test_what_the_process_does_not_begin_with(tmp_path: Path, words: list[str], 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         given = [word.format(taken=taken.getsockname()[1]) for word in words]
         command = [sys.executable, "-m", "opensora.serve.web", str(tmp_path / "serve.yaml"), *given]
-        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=patience(100))
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
     assert ended.stderr.startswith("error: ") and said in ended.stderr
 
 
 def test_an_idle_connection_stays_open(service: ServiceProcess) -> None:
     """For longer than clients keep one: the second request is on the first one's connection."""
-    connection = HTTPConnection("127.0.0.1", service.port, timeout=60)
+    connection = HTTPConnection("127.0.0.1", service.port, timeout=patience(60))
     for pause in (6.0, 0.0):
         connection.request("GET", "/healthz")
         own = connection.sock
