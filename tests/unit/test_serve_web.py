@@ -350,7 +350,7 @@ def test_probes_that_go_well_are_no_lines_of_the_log(
     async def nothing(*message: Any) -> dict[str, Any]:
         return {"type": "http.request", "body": b""}
 
-    headers = [(b"host", b"127.0.0.1")]
-    scope = {"type": "http", "method": "GET", "raw_path": path.encode(), "path": path, "headers": headers}
+    scope = {"type": "http", "http_version": "1.1", "method": "GET", "path": path, "raw_path": path.encode()}
+    scope["headers"] = [(b"host", b"127.0.0.1")]
     asyncio.run(Guard(application, service)(scope, nothing, nothing))
     assert (f"GET {path} {status}" in "".join(capsys.readouterr())) is told
