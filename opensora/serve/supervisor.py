@@ -62,8 +62,9 @@ class Child:
             self.process.send_signal(number)
 
     def kill(self) -> None:
-        """With all that it has started, as far as that is known."""
-        if self.process is None:
+        """With all that it has started, as far as that is known; the number of one that has ended is nobody's, or
+        another process's."""
+        if self.process is None or self.code is not None:
             return
         for pid in [*descendants(self.process.pid), self.process.pid]:
             with contextlib.suppress(OSError):

@@ -1,12 +1,10 @@
 """The supervisor of a service, with children that are a line of Python each."""
 
-import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -15,95 +13,81 @@ import pytest
 from opensora.serve import supervisor
 from opensora.serve.address import address_of, free_port, listen
 from opensora.serve.config import ServeConfig, WorkersConfig
-from opensora.serve.supervisor import Child, Supervisor, children_of, serve
+from opensora.serve.supervisor import Child, children_of, serve
 from opensora.utils.errors import UserError
 from tests.conftest import ROOT
 from tests.faults.runs import alive
 from tests.patience import patience
+from tests.supervised import WAIT_S, Supervised
 
 pytestmark = pytest.mark.timeout(900)
-WAIT_S = 60.0  # for what takes a moment on a machine with nothing else to do
-SLEEPS = "import time; time.sleep(600)"
-IGNORES = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open('{}', 'w').close(); time.sleep(600)"
+IGNORES = "signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+FAILS = "raise SystemExit(7)"
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(supervisor, "LOOK_S", 0.01)
+def told(file: Path) -> str:
+    """Code of a child that says in a file that it has begun."""
+    return f"import signal, time; open({str(file)!r}, 'a').write('.'); "
 
 
-def child(name: str, code: str) -> Child:
-    return Child(name, [sys.executable, "-c", code])
+def sleeps(file: Path, before: str = "") -> str:
+    return f"import signal; {before}{told(file)}time.sleep(600)"
 
 
-def when(condition: object, act: object) -> None:
-    """``act()`` in a thread as soon as ``condition()`` holds, if it does."""
-
-    def wait() -> None:
-        until = time.monotonic() + patience(WAIT_S)
-        while not (holds := condition()) and time.monotonic() < until:  # type: ignore[operator]
-            time.sleep(0.02)
-        if holds:
-            act()  # type: ignore[operator]
-
-    threading.Thread(target=wait, daemon=True).start()
+def test_ctrl_c_ends_all_children(tmp_path: Path) -> None:
+    files = [tmp_path / "one", tmp_path / "two"]
+    run = Supervised({file.name: sleeps(file) for file in files}, grace_s=30.0)
+    run.interrupt(lambda: all(file.exists() for file in files))
+    result, said = run.result()
+    assert result["code"] == 0 and [one["code"] for one in result["children"].values()] == [-signal.SIGTERM] * 2
+    assert "stopping: what runs may end within 30 s" in said
 
 
-@pytest.fixture(autouse=True)
-def late() -> Iterator[None]:
-    """A signal that comes when the supervisor has left already does not end the tests."""
-    before = signal.signal(signal.SIGINT, lambda *of: None)
-    yield
-    signal.signal(signal.SIGINT, before)
+def test_a_second_ctrl_c_kills_what_stays(tmp_path: Path) -> None:
+    run = Supervised({"stubborn": sleeps(tmp_path / "there", IGNORES)}, grace_s=600.0)
+    run.interrupt((tmp_path / "there").exists)
+    assert run.process.stderr is not None
+    assert "once more kills it" in run.process.stderr.readline()
+    run.interrupt(lambda: True)
+    result, said = run.result()
+    assert result["code"] == 0 and result["children"]["stubborn"]["code"] == -signal.SIGKILL
+    assert "killed: stubborn" in said
 
 
-def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
+def test_the_end_of_the_grace_kills_what_stays(tmp_path: Path) -> None:
+    run = Supervised({"stubborn": sleeps(tmp_path / "there", IGNORES)}, grace_s=0.1, MARGIN_S=0.2)
+    run.interrupt((tmp_path / "there").exists)
+    result, _ = run.result()
+    assert result["code"] == 0 and result["children"]["stubborn"]["code"] == -signal.SIGKILL
 
 
-def test_ctrl_c_ends_all_children(capfd: pytest.CaptureFixture[str]) -> None:
-    children = [child("one", SLEEPS), child("two", SLEEPS)]
-    when(lambda: all(one.process for one in children), interrupt)
-    assert Supervisor(children, None, 30.0).run() == 0
-    assert [one.code for one in children] == [-signal.SIGTERM] * 2
-    assert "stopping: what runs may end within 30 s" in capfd.readouterr().err
-
-
-def test_a_second_ctrl_c_kills_what_stays(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    stays = child("stubborn", IGNORES.format(tmp_path / "there"))
-    when((tmp_path / "there").exists, lambda: (interrupt(), time.sleep(0.5), interrupt()))
-    assert Supervisor([stays], None, 600.0).run() == 0
-    assert stays.code == -signal.SIGKILL and "killed: stubborn" in capfd.readouterr().err
-
-
-def test_the_end_of_the_grace_kills_what_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "MARGIN_S", 0.2)
-    stays = child("stubborn", IGNORES.format(tmp_path / "there"))
-    when((tmp_path / "there").exists, interrupt)
-    assert Supervisor([stays], None, 0.1).run() == 0
-    assert stays.code == -signal.SIGKILL
-
-
-def test_a_child_that_fails_is_started_again_but_not_for_ever(capfd: pytest.CaptureFixture[str]) -> None:
-    fails = child("group", "raise SystemExit(7)")
-    assert Supervisor([fails, child("web", SLEEPS)], None, 5.0).run() == 1
-    said = capfd.readouterr().err
-    assert fails.starts == supervisor.MOST_FAILURES + 1 and said.count("exit code 7; it starts again in") == 5
+def test_a_child_that_fails_is_started_again_but_not_for_ever(tmp_path: Path) -> None:
+    result, said = Supervised({"group": FAILS, "web": sleeps(tmp_path / "there")}).result()
+    assert result["code"] == 1 and result["children"]["group"]["starts"] == supervisor.MOST_FAILURES + 1
+    assert said.count("exit code 7; it starts again in") == supervisor.MOST_FAILURES
     assert "error: the group has ended 6 times in a row" in said
 
 
-def test_a_child_that_has_lived_long_begins_a_new_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "SETTLED_S", 0.0)
-    fails = child("group", "raise SystemExit(7)")
-    when(lambda: fails.starts > 2 * supervisor.MOST_FAILURES, interrupt)
-    assert Supervisor([fails], None, 5.0).run() == 0 and fails.failures <= 1
+def test_a_child_that_has_lived_long_begins_a_new_row(tmp_path: Path) -> None:
+    file = tmp_path / "starts"
+    run = Supervised({"group": told(file) + FAILS}, SETTLED_S=0.0)
+    run.interrupt(lambda: file.exists() and len(file.read_text()) > 2 * supervisor.MOST_FAILURES)
+    result, _ = run.result()
+    assert result["code"] == 0 and result["children"]["group"]["failures"] <= 1
 
 
-def test_a_child_that_refuses_its_configuration_ends_the_service() -> None:
-    web = child("web", SLEEPS)
-    assert Supervisor([child("group", "raise SystemExit(2)"), web], None, 5.0).run() == 2
-    assert web.code == -signal.SIGTERM
+def test_a_child_that_refuses_its_configuration_ends_the_service(tmp_path: Path) -> None:
+    result, _ = Supervised({"group": "raise SystemExit(2)", "web": sleeps(tmp_path / "there")}).result()
+    assert result["code"] == 2 and result["children"]["web"]["code"] == -signal.SIGTERM
+
+
+def test_what_has_ended_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number may be another process's by then."""
+    child = Child("ended", [sys.executable, "-c", ""])
+    child.start()
+    assert child.process is not None and child.process.wait() == 0
+    monkeypatch.setattr(supervisor.os, "kill", lambda pid, number: pytest.fail(f"kills {pid}"))
+    child.kill()
 
 
 def test_children_end_with_the_supervisor(tmp_path: Path) -> None:
@@ -134,15 +118,15 @@ class Ready(BaseHTTPRequestHandler):
         """Nothing."""
 
 
-def test_the_address_is_said_when_the_service_is_ready(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_address_is_said_when_the_service_is_ready(tmp_path: Path) -> None:
     with HTTPServer(("127.0.0.1", 0), Ready) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = address_of("127.0.0.1", server.server_port)
-        made = Supervisor([child("web", SLEEPS)], address, 5.0)
-        when(lambda: made._told, interrupt)
-        assert made.run() == 0
+        run = Supervised({"web": sleeps(tmp_path / "there")}, address=address)
+        assert run.process.stderr is not None and run.process.stderr.readline() == f"ready: {address}\n"
+        run.interrupt((tmp_path / "there").exists)
+        assert run.result()[0]["code"] == 0
         server.shutdown()
-    assert f"ready: {address}" in capfd.readouterr().err
 
 
 def test_children_of_a_configuration() -> None:
