@@ -19,6 +19,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # tests have file calls fail one by one, and list what is in folders
 import torch
 
+from opensora.utils import signal_handler
+
 torch.set_num_threads(1)
 # A shell ignores these for what it starts in the background, and what tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -26,6 +28,13 @@ signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 ROOT = Path(__file__).resolve().parent.parent
 _ROWS = pytest.StashKey[dict[str, tuple[int, int]]]()
+
+
+@pytest.fixture(autouse=True)
+def nothing_listens_to_signals() -> Iterator[None]:
+    """After a test that trained in this process: what listened for the run would end the tests at the next signal."""
+    yield
+    signal_handler.uninstall()
 
 
 @pytest.fixture(scope="session")
