@@ -79,6 +79,7 @@ class WanWeights:
         *("condition_embedder", "proj_out", "scale_shift_table"),
     )
     original = ORIGINAL
+    layouts: Mapping[str, WanLayout] = LAYOUTS
     may_lack: tuple[str, ...] = ()
     recomputed: tuple[str, ...] = ()
     torch_keys: tuple[str, ...] | None = None
