@@ -14,6 +14,7 @@ from opensora.models.weights.reader import WeightFile, load_state_dict_for
 from opensora.utils.command_line.command import naming
 from opensora.utils.errors import UserError
 from opensora.utils.files.safetensors_files import STEM, write_json, write_weights
+from opensora.utils.files.untrusted import short
 from opensora.utils.files.user_files import try_output
 
 DIFFUSERS_STEM = "diffusion_pytorch_model"  # of the files that diffusers looks for
@@ -55,7 +56,7 @@ def _written_layout(cfg: ModelConfig, format: WeightFormat, names: str | None) -
         return format.original if getattr(format, "exports_original", False) else format.layout(cfg)
     if names not in layouts:
         known = f"must be one of {', '.join(layouts)}" if layouts else "this kind has its own names alone; leave it out"
-        raise UserError(f"--names={names}: {known} (model.kind={cfg.kind})")
+        raise UserError(f"--names={short(names)}: {known} (model.kind={cfg.kind})")
     return layouts[names]
 
 

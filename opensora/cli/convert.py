@@ -15,7 +15,7 @@ from opensora.assembly.conversion import convert_weights
 from opensora.cli.main import run_cli
 from opensora.config.conversion import ConversionConfig
 from opensora.config.load import load_config
-from opensora.utils.command_line.arguments import Parser, place
+from opensora.utils.command_line.arguments import Parser, place, word
 
 
 def main(argv: list[str]) -> int:
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("weights", type=place, help="a .pt, .pth or .safetensors file, an index, or their folder")
     parser.add_argument("--to", type=place, required=True, help="folder to write model.safetensors to, or its shards")
-    parser.add_argument("--names", help="of which release or library; as training exports if not given")
+    parser.add_argument("--names", type=word, help="of which release or library; as training exports if not given")
     args, overrides = parser.parse_known_args(argv)
     cfg = load_config(ConversionConfig, {}, overrides).model
     report, written = convert_weights(cfg, args.weights, args.to, args.names)
