@@ -1,7 +1,9 @@
 """Files of Wan: original names and those of diffusers, real sizes, strictness, the way back, folders of the hub."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor
 from opensora.cli import convert
 from opensora.models.families import build_model, count_parameters, family_of, hub_config, read_hub_config
 from opensora.models.wan import SIZES, WanConfig
-from opensora.models.wan.convert import DIFFUSERS, LAYOUTS, ORIGINAL, WEIGHTS
+from opensora.models.wan.convert import DIFFUSERS, LAYOUTS, ORIGINAL, WEIGHTS, to_diffusers
 from opensora.models.wan.hub import diffusers_config
 from opensora.models.weights.adapter_fit import plan_adapter
 from opensora.models.weights.reader import WeightFile, load_into
@@ -214,6 +216,22 @@ def test_files_that_do_not_fit(
     with pytest.raises(UserError, match=said) as caught:
         load_into(build_model(cfg), tmp_path / "m.safetensors", WEIGHTS, to=WEIGHTS.layout(cfg))
     assert "choose the model size of this file" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (D, 0, 1, 2, 2), (D, C, 2, 3), (7, 5), (3, 1, 1, 1, 1, 1)])
+def test_tensors_of_any_shape_are_refused_in_one_line(layout: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    """Those that change their form, and one that does not."""
+    cfg, state = SMALL["t2v"], ours(SMALL["t2v"])
+    stored = convert_state_dict(state, WEIGHTS, source=WEIGHTS.layout(cfg), to=LAYOUTS[layout])
+    for name in ("patch_embedding.weight", "head.head.weight", "head.head.bias", "blocks.1.modulation"):
+        here = to_diffusers(name) if layout == "diffusers" else name
+        odd = {n: tensor.contiguous() for n, tensor in stored.items()} | {here: torch.zeros(shape)}
+        save_file(odd, tmp_path / "m.safetensors")
+        with pytest.raises(UserError, match=rf"of another shape .*{re.escape(name)}") as caught:
+            load_into(build_model(cfg), tmp_path / "m.safetensors", WEIGHTS, to=WEIGHTS.layout(cfg))
+        assert "\n" not in str(caught.value)
+        WeightFile(tmp_path / "m.safetensors", WEIGHTS, replace(WEIGHTS.layout(cfg), patch=None))
 
 
 def test_a_file_with_both_names_of_a_tensor_fits_nothing(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def _are_diffusers(names: Collection[str]) -> bool:
 def _patch_of(shapes: Mapping[str, Shape]) -> Patch:
     """Of the file's convolution."""
     shape = shapes.get(_EMBEDDER, ())
-    return (shape[2], shape[3], shape[4]) if len(shape) == 5 else (1, 1, 1)
+    return (shape[2], shape[3], shape[4]) if len(shape) == 5 and all(shape) else (1, 1, 1)
 
 
 def _as_ours(name: str, stored: str, target: Target, patch: Patch) -> Target:
