@@ -81,6 +81,15 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """A norm over all heads, whose squares the processes sum that tensor parallelism gives some heads each."""
+
+    rows: Count  # of its input, per sample
+    input_trains: bool  # as of a layer
+    reruns: bool
+
+
+@dataclass(frozen=True)
 class Attention:
     """One call of an attention slot."""
 
@@ -112,6 +121,7 @@ class ShardUnit:
     layers: tuple[Layer, ...]
     attentions: tuple[Attention, ...]
     switches: tuple[Switch, ...] = ()
+    norms: tuple[Norm, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,7 +142,7 @@ class ModelProfile:
         first: dict[tuple[Any, ...], int] = {}
         shapes = (tuple((p.shape, p.trains, p.cut_dim, p.is_shared) for p in unit.parameters) for unit in self.blocks)
         keys = (
-            (unit.layers, unit.attentions, unit.switches, shape)
+            (unit.layers, unit.attentions, unit.switches, unit.norms, shape)
             for unit, shape in zip(self.blocks, shapes, strict=True)
         )
         return tuple(first.setdefault(key, index) for index, key in enumerate(keys))

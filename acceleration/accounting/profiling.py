@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import combinations
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,16 @@ from acceleration.accounting.model_profile import (
     Count,
     Layer,
     ModelProfile,
+    Norm,
     Parameter,
     ShardUnit,
     Sizes,
     Subset,
     Switch,
 )
+from acceleration.sharding import tensor_parallel
+
+Found: TypeAlias = Layer | Norm | Attention | Switch
 
 # Runs the model's forward on meta tensors for one sample with masked text: (model, **sizes), those that enter the model
 Forward = Callable[..., Tensor]
@@ -51,7 +55,7 @@ def profile_of(model: nn.Module, forward: Forward) -> ModelProfile:
     units = [ShardUnit((), (), ()) for _ in range(rest + 1)]
     for module, call in _calls(model, forward, is_factored):
         index = owner.get(id(module), rest)
-        field = {Layer: "layers", Attention: "attentions", Switch: "switches"}[type(call)]
+        field = {Layer: "layers", Attention: "attentions", Switch: "switches", Norm: "norms"}[type(call)]
         units[index] = replace(units[index], **{field: (*getattr(units[index], field), call)})
     found = ModelProfile(tuple(units[:-1]), units[-1], is_factored)
     return extended(found, model, range(rest))
@@ -75,8 +79,8 @@ def _owners(model: nn.Module) -> dict[int, int]:
     return {id(module): index for index, block in enumerate(protocol.blocks(model)) for module in block.modules()}
 
 
-def _calls(model: nn.Module, forward: Forward, is_factored: bool) -> list[tuple[nn.Module, Layer | Attention | Switch]]:
-    """Every call of a layer, slot or switch, in order."""
+def _calls(model: nn.Module, forward: Forward, is_factored: bool) -> list[tuple[nn.Module, Found]]:
+    """Every call of a layer, a norm over all heads, a slot or a switch, in order."""
     base = FACTORED if is_factored else JOINT
     runs: dict[Subset, list[_Call]] = {}
 
@@ -117,7 +121,7 @@ def _check(found: "list[tuple[nn.Module, Any]]", seen: "list[_Call]", sizes: Siz
         ValueError: one is not.
     """
     for (module, call), other in zip(found, seen, strict=True):
-        counts: tuple[Count, ...] = (call.rows,) if isinstance(call, Layer) else ()
+        counts: tuple[Count, ...] = (call.rows,) if isinstance(call, Layer | Norm) else ()
         counts = (call.batch, call.queries, call.keys) if isinstance(call, Attention) else counts
         if tuple(count.at(sizes) for count in counts) != other.counts:
             raise ValueError(f"{type(module).__name__}: its calls are no polynomial in {', '.join(sizes)}: {counts}")
@@ -148,10 +152,10 @@ class _Fit:
 
 @dataclass
 class _Call:
-    """One call of a layer, a slot or a switch in one run."""
+    """One call of a layer, a norm over all heads, a slot or a switch in one run."""
 
     module: nn.Module
-    name: str  # of a layer: how it is cut; of a slot and a switch: the axis
+    name: str  # of a layer or norm: how it is cut; of a slot and a switch: the axis
     counts: tuple[int, ...]  # those that depend on sizes
     shape: tuple[int, ...]  # of its input
     dtype: torch.dtype
@@ -161,9 +165,11 @@ class _Call:
     is_masked: bool = False
     is_switch: bool = False
 
-    def as_found(self, fit: _Fit) -> Layer | Attention | Switch:
+    def as_found(self, fit: _Fit) -> Found:
         """What it is for any sizes."""
         module, name, reruns = self.module, self.name, self.kept_in_block > self.at
+        if name == "norm":
+            return Norm(fit.count(0), self.trains, reruns)
         if isinstance(module, nn.Linear):
             trains = module.weight.requires_grad
             return Layer(name, module.in_features, module.out_features, fit.count(0), self.trains, reruns, trains)
@@ -229,7 +235,7 @@ class _Resized(torch.autograd.Function):
 
 
 def _run(model: nn.Module, forward: Forward, sizes: Sizes) -> list[_Call]:
-    """Every call of a linear layer, a slot and a switch, in order."""
+    """Every call of a linear layer, a norm over all heads, a slot and a switch, in order."""
     calls: list[_Call] = []
     order: list[nn.Module] = []
     kept = 0
@@ -255,9 +261,9 @@ def _run(model: nn.Module, forward: Forward, sizes: Sizes) -> list[_Call]:
     def noted_layer(name: str) -> Callable[..., None]:
         return lambda layer, args, out: note(layer, name, args[0], (prod(args[0].shape[:-1]),))
 
-    kinds = planned_kinds(model)
-    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    handles = [module.register_forward_hook(noted_layer(kinds.get(name, "whole"))) for name, module in linear]
+    kinds = tensor_parallel.planned_kinds(model)
+    noted = [(n, module) for n, module in model.named_modules() if isinstance(module, nn.Linear) or n in kinds]
+    handles = [module.register_forward_hook(noted_layer(kinds.get(name, "whole"))) for name, module in noted]
     for block in protocol.blocks(model):
         handles += [block.register_forward_pre_hook(begin), block.register_forward_hook(end)]
     owns = _stand_in(model, note, sizes)
@@ -302,19 +308,8 @@ def _stand_in(model: nn.Module, note: Callable[..., None], sizes: Sizes) -> list
     return found
 
 
-def planned_kinds(model: nn.Module) -> dict[str, str]:
-    """Name of every linear layer that tensor parallelism cuts -> how."""
-    patterns: dict[str, protocol.LayerPlan] = model.tensor_plan()  # type: ignore[operator]
-    return {
-        name: kind
-        for pattern, (kind, _) in patterns.items()
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and protocol.matches(name, pattern)
-    }
-
-
 def _parameters(model: nn.Module, owner: dict[int, int], rest: int) -> dict[int, list[Parameter]]:
-    kinds = planned_kinds(model)
+    kinds = tensor_parallel.planned_kinds(model)
     shared: tuple[str, ...] = model.tensor_shared  # type: ignore[assignment]
     found: dict[int, list[Parameter]] = {}
     for prefix, module in model.named_modules():
