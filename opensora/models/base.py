@@ -104,7 +104,9 @@ class Denoising:
     outputs: int = 1  # values per latent: 2 with a learned variance
     times: Literal["unit", "steps", "any"] = "any"  # times that it reads: from 0 to 1, or up to 1000 (numbers of steps)
     null_text: Literal["encoded", "learned"] = "encoded"  # no prompt is the prompt "", or an embedding of the model
-    references: Literal["none", "channels", "in_place"] = "none"  # known frames beside the noise, or in its place
+    image_dim: int = 0  # of a token of the reference picture; 0: not read
+    references: Literal["none", "channels", "clip", "in_place"] = "none"  # known frames beside the noise (clip: as one
+    # clip with all that is not known grey, coded as a whole), or in its place
     wants: frozenset[str] = frozenset()  # of fps, size, num_frames, guidance
     packs: bool = False  # sequences may hold several samples
     pads: bool = False  # latents that are no whole patches are filled up with zeros at the end of each axis
