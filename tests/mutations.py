@@ -2102,7 +2102,7 @@ TABLE: tuple[Mutation, ...] = (
         "acceleration/blocks/fused_norms.py",
         'if "forward" in vars(module):',
         'if "backward" in vars(module):',
-        NORMS_CUT.format("in_the_types_that_models_compute_in[apex-torch.float32]"),
+        NORMS_CUT.format("in_the_types_that_models_compute_in[torch.float32-apex]"),
     ),
     Mutation(
         "exchanges of norms not counted where a block runs again",
