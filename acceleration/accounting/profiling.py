@@ -10,10 +10,13 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import combinations
 from math import prod
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 from acceleration import lora, protocol
 from acceleration.accounting.model_profile import (
@@ -41,8 +44,11 @@ FACTORED = {"txt": 16, "frames": 5, "places": 12, "frames_inside": 3, "places_in
 OUTSIDE, INSIDE = ("frames", "places"), ("frames_inside", "places_inside")  # of the switches
 
 
-def profile_of(model: nn.Module, forward: Forward) -> ModelProfile:
+def profile_of(model: nn.Module, forward: Forward, more: Sizes = MappingProxyType({})) -> ModelProfile:
     """What ``model``, whole and on the meta device, is made of.
+
+    Args:
+        more: sizes that the forward of a joint model takes beside text and image tokens, and what they are at first.
 
     Raises:
         ValueError: blocks run in another order than ``block_lists`` says, or a count is no polynomial in the sizes.
@@ -53,7 +59,7 @@ def profile_of(model: nn.Module, forward: Forward) -> ModelProfile:
     )
     owner, rest = _owners(model), len(protocol.blocks(model))
     units = [ShardUnit((), (), ()) for _ in range(rest + 1)]
-    for module, call in _calls(model, forward, is_factored):
+    for module, call in _calls(model, forward, FACTORED if is_factored else JOINT | dict(more), is_factored):
         index = owner.get(id(module), rest)
         field = {Layer: "layers", Attention: "attentions", Switch: "switches", Norm: "norms"}[type(call)]
         units[index] = replace(units[index], **{field: (*getattr(units[index], field), call)})
@@ -79,9 +85,8 @@ def _owners(model: nn.Module) -> dict[int, int]:
     return {id(module): index for index, block in enumerate(protocol.blocks(model)) for module in block.modules()}
 
 
-def _calls(model: nn.Module, forward: Forward, is_factored: bool) -> list[tuple[nn.Module, Found]]:
-    """Every call of a layer, a norm over all heads, a slot or a switch, in order."""
-    base = FACTORED if is_factored else JOINT
+def _calls(model: nn.Module, forward: Forward, base: Sizes, is_factored: bool) -> list[tuple[nn.Module, Found]]:
+    """Every call of a layer, a norm over all heads, a slot, attention outside of slots or a switch, in order."""
     runs: dict[Subset, list[_Call]] = {}
 
     def run(changed: Subset, factor: int = 2) -> list[_Call]:
@@ -194,6 +199,20 @@ class _Slot(nn.Module):
         return q + (k * v).sum(dim=1, keepdim=True)
 
 
+class _OutsideOfSlots(TorchFunctionMode):
+    """Notes the calls of attention that is in no slot."""
+
+    def __init__(self, note: Callable[..., None]) -> None:
+        super().__init__()
+        self.note = note
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is scaled_dot_product_attention:
+            q, k = args[:2]  # (B, H, L, Dh)
+            self.note(q.transpose(1, 2), (q.shape[0], q.shape[2], k.shape[2]))
+        return func(*args, **(kwargs or {}))
+
+
 class _WindowSlot(nn.Module):
     """Stands in a slot of attention in windows: the places of every frame meet the tokens of their windows."""
 
@@ -240,6 +259,7 @@ def _run(model: nn.Module, forward: Forward, sizes: Sizes) -> list[_Call]:
     order: list[nn.Module] = []
     kept = 0
     block_start = 0
+    inside: nn.Module = model  # the block that runs, if one does
 
     def note(module: nn.Module, name: str, x: Tensor, counts: tuple[int, ...], **more: bool) -> None:
         calls.append(_Call(module, name, counts, tuple(x.shape), x.dtype, x.requires_grad, kept, **more))
@@ -250,11 +270,13 @@ def _run(model: nn.Module, forward: Forward, sizes: Sizes) -> list[_Call]:
         return x
 
     def begin(block: nn.Module, args: Any) -> None:
-        nonlocal block_start
-        block_start = len(calls)
+        nonlocal block_start, inside
+        block_start, inside = len(calls), block
         order.append(block)
 
     def end(*_: Any) -> None:
+        nonlocal inside
+        inside = model
         for call in calls[block_start:]:
             call.kept_in_block = kept
 
@@ -272,7 +294,8 @@ def _run(model: nn.Module, forward: Forward, sizes: Sizes) -> list[_Call]:
     try:
         if model.axis_switches:  # so that what is computed with can be told from what is kept exact
             model.to(torch.bfloat16)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        outside = _OutsideOfSlots(lambda *call: note(inside, "cross", *call))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), outside:
             forward(model, **entering)
     finally:
         model.to(dtype)
