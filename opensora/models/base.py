@@ -7,6 +7,7 @@ and ``attention_cores`` the same way, so the model does not know that it is shar
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import lcm
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -192,6 +193,10 @@ class Family:
     objective: str = "rectified_flow"  # what published weights were trained with, for files that do not say
     per_job: frozenset[str] = frozenset()  # keys that a sampling job may set otherwise than training did
     fitted: frozenset[str] = frozenset()  # keys that weights are made to fit when they are read from a file
+    read_hub: Callable[[Mapping[str, Any], Path], Any | None] | None = None
+    # (content of the config.json of a folder of the model hub, the folder) -> the config that it describes; None: it is
+    # of no such model. ValueError, without the file's name: it describes none that can be built
+    hub: Callable[[Any], dict[str, Any]] | None = None  # what the config.json beside exported weights says
 
 
 class Autoencoder(Protocol):
