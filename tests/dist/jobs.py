@@ -16,7 +16,7 @@ _WAN: dict[str, Any] = {
 }
 WAN: dict[str, Any] = {
     "wan_t2v": WanConfig(**_WAN),
-    "wan_i2v": WanConfig(**_WAN, references="clip", image_dim=10),  # 2.1: a picture's tokens beside the text
+    "wan_i2v": WanConfig(**_WAN, references="clip", image_dim=12),  # 2.1: a picture's tokens beside the text
     "wan_i2v22": WanConfig(**_WAN, references="clip"),
     "wan_5b": WanConfig(**_WAN, references="in_place"),  # a time for every token
     "wan_3": WanConfig(**_WAN | {"hidden_size": 24, "num_heads": 3}),
