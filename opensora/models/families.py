@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from opensora.models import dit, latte, mmdit, pixart, stdit
+from opensora.models import dit, hunyuan_video, latte, mmdit, pixart, stdit
 from opensora.models.base import Denoising, Family, ModelConfig
 from opensora.utils.rng import torch_generator
 
@@ -22,6 +22,7 @@ FAMILIES: dict[str, Family] = {
     "stdit": stdit.STDIT,
     "stdit2": stdit.STDIT2,
     "stdit3": stdit.STDIT3,
+    "hunyuan_video": hunyuan_video.FAMILY,
 }
 MODEL_CONFIGS: dict[str, type] = {kind: family.config for kind, family in FAMILIES.items()}
 MODEL_SIZES: dict[str, Mapping[str, Any]] = {kind: family.sizes for kind, family in FAMILIES.items()}
