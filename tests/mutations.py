@@ -85,6 +85,7 @@ FLOW, TIMES, EULER = (f"opensora/schedulers/{name}.py" for name in ("rectified_f
 OPTIM, EMA, NATIVE = "acceleration/optim/optimizers.py", "acceleration/optim/ema.py", "acceleration/engines/native.py"
 GUIDANCE, SOLVER, NOISE = (f"opensora/sampling/{name}.py" for name in ("guidance", "loop", "noise"))
 MODEL, LAYERS = "opensora/models/mmdit/model.py", "opensora/models/mmdit/layers.py"
+JOINT_BLOCKS = "opensora/models/layers/joint_blocks.py"
 CONVERT = "opensora/models/mmdit/convert.py"
 ROWS, READER, FIT = (f"opensora/models/weights/{name}.py" for name in ("rows", "reader", "adapter_fit"))
 FILES = "tests/unit/test_weight_formats.py"
@@ -830,19 +831,19 @@ TABLE: tuple[Mutation, ...] = (
     ),
     Mutation(
         "gates swapped in double blocks",
-        LAYERS,
+        JOINT_BLOCKS,
         "_, _, attention_gate, shift, scale, mlp_gate = parts",
         "_, _, mlp_gate, shift, scale, attention_gate = parts",
         TRAIN,
     ),
     Mutation(
         "scale and shift swapped in the last layer",
-        LAYERS,
+        JOINT_BLOCKS,
         "shift, scale = over_tokens(",
         "scale, shift = over_tokens(",
         TRAIN,
     ),
-    Mutation("exact GELU in single blocks", LAYERS, 'gelu(inner, approximate="tanh")', "gelu(inner)", TRAIN),
+    Mutation("exact GELU in single blocks", JOINT_BLOCKS, 'gelu(inner, approximate="tanh")', "gelu(inner)", TRAIN),
     Mutation(
         "tokens packed position by position",
         TOKENS,
