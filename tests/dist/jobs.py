@@ -1,8 +1,9 @@
 """Wan and HunyuanVideo, small, and the layouts on which each is compared with one process.
 
 Six heads: three processes of tensor have two each, four of Ulysses two, two, one and one. With three heads (``wan_3``)
-there are more processes than heads on some layouts, and a ring takes what Ulysses cannot. A text of five tokens is
-divided by none of the degrees but five, and prompts of a batch are of unequal length.
+there are more processes than heads on some layouts, and a ring takes what Ulysses cannot; twelve over eight processes
+are those of Wan 1.3B. A text of five tokens is divided by none of the degrees but five, and prompts of a batch are of
+unequal length.
 """
 
 from typing import Any
@@ -20,6 +21,7 @@ WAN: dict[str, Any] = {
     "wan_i2v": WanConfig(**_WAN, references="clip", image_dim=12),  # 2.1: a picture's tokens beside the text
     "wan_i2v22": WanConfig(**_WAN, references="clip"),
     "wan_5b": WanConfig(**_WAN, references="in_place"),  # a time for every token
+    "wan_12": WanConfig(**_WAN | {"hidden_size": 96, "num_heads": 12}),
     "wan_3": WanConfig(**_WAN | {"hidden_size": 24, "num_heads": 3}),
 }
 _HUNYUAN: dict[str, Any] = {
@@ -70,6 +72,8 @@ JOBS_OF_WAN = [
     Run("wan_i2v", 6, axes(ring=3, tensor=2), 2, "selective"),
     Run("wan_5b", 6, axes(ulysses=2, tensor=3), 3, "full", "adamw"),
     Run("wan_t2v", 6, axes(ulysses=6), 1, "none"),
+    Run("wan_12", 8, axes(ulysses=8), 3, "full"),
+    Run("wan_12", 8, axes(ring=2, ulysses=4), 2, "offload", "adamw"),
     Run("wan_t2v", 2, axes(ulysses=2), 3, "full", adapters=True),
     Run("wan_i2v", 2, axes(tensor=2), 2, "selective", "adamw", adapters=True),
     Run("wan_5b", 4, axes(ring=2, tensor=2), 3, "none", adapters=True),
