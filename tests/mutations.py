@@ -37,6 +37,8 @@ class Mutation:
     test: str  # what must find it, as pytest names it
 
 
+TENSOR_CUT = "acceleration/sharding/tensor_parallel.py"
+NORMS_CUT = "tests/dist/test_tensor_norms.py::test_{}"
 TEXT_FILES, RULE = "tests/unit/test_text_files.py", "tests/unit/test_published_rule.py"
 RULE_1X, CLIPS_1X = "tests/unit/test_rule_1x.py", "tests/unit/test_clips_1x.py"
 MASKS_1X, GIVEN_1X = "tests/unit/test_training_masks.py", "tests/unit/test_given_frames.py"
@@ -2073,6 +2075,42 @@ TABLE: tuple[Mutation, ...] = (
         "            self._fetch(index + 1)",
         "            [self._fetch(i) for i in range(index, len(self._blocks))]",
         OFFLOADED,
+    ),
+    # Norms over the channels of all heads under tensor parallelism.
+    Mutation(
+        "a norm over the channels of this process's heads alone",
+        TENSOR_CUT,
+        "squares = collectives.all_reduce_(exact.square().sum(dim=-1, keepdim=True), axis)",
+        "squares = axis.degree * exact.square().sum(dim=-1, keepdim=True)",
+        NORMS_CUT.format("layouts_equal_one_process[2]"),
+    ),
+    Mutation(
+        "the gradient of a norm through this process's heads alone",
+        TENSOR_CUT,
+        "shared = collectives.all_reduce_((normed * scaled).sum(dim=-1, keepdim=True), ctx.axis)",
+        "shared = (normed * scaled).sum(dim=-1, keepdim=True)",
+        NORMS_CUT.format("layouts_equal_one_process[2]"),
+    ),
+    Mutation(
+        "a cut norm in the type of its input",
+        TENSOR_CUT,
+        "    return torch.float64 if x.dtype == torch.float64 else torch.float32",
+        "    return x.dtype",
+        NORMS_CUT.format("bytes_on_the_meta_device"),
+    ),
+    Mutation(
+        "apex's norm in place of a cut one",
+        "acceleration/blocks/fused_norms.py",
+        'if "forward" in vars(module):',
+        'if "backward" in vars(module):',
+        NORMS_CUT.format("in_the_types_that_models_compute_in[torch.float32-apex]"),
+    ),
+    Mutation(
+        "exchanges of norms not counted where a block runs again",
+        "acceleration/accounting/comm_volume.py",
+        "_norm_bytes(norm, shares) * (1 + (again.layers and norm.reruns) + norm.input_trains)",
+        "_norm_bytes(norm, shares) * (1 + norm.input_trains)",
+        NORMS_CUT.format("layouts_equal_one_process[2]"),
     ),
     # Offload in training of adapters, and its forecast.
     Mutation(
