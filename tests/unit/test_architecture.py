@@ -27,7 +27,8 @@ def test_the_tree_has_every_folder() -> None:
 
 
 FAMILY_WORDS = re.compile(
-    r"mmdit|hunyuan_?video|double_block|single_block|context_in_dim|vec_in_dim|txt_ids|fused_qkv", re.IGNORECASE
+    r"mmdit|models.hunyuan_video|HunyuanVideo|double_block|single_block|context_in_dim|vec_in_dim|txt_ids|fused_qkv",
+    re.IGNORECASE,
 )
 OWN = ("opensora/models/mmdit/", "opensora/models/hunyuan_video/")  # folders of the families with these words
 # Tables, and the face of sampling that people's scripts call by the forward's own names.

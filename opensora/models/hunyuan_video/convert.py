@@ -96,6 +96,7 @@ class HunyuanVideoWeights:
         *("norm_out", "proj_out"),
     )
     original = ORIGINAL
+    diffusers = DIFFUSERS
     may_lack: tuple[str, ...] = ()
     recomputed: tuple[str, ...] = ()
     torch_keys: tuple[str, ...] | None = ("module", "ema")
@@ -142,12 +143,12 @@ class HunyuanVideoWeights:
     def adapter_targets(
         self, shapes: Mapping[str, Shape], layout: HunyuanVideoLayout, source: HunyuanVideoLayout
     ) -> dict[str, Target]:
-        """Layers may go by either name, fused or by themselves."""
+        """Layers may go by either name, fused or by themselves; that of patches is a convolution in files."""
         matrices = {n: shape for n, shape in shapes.items() if n.endswith(".weight") and len(shape) == 2}
         found: dict[str, Target] = {}
         for diffusers in (True, False):
             found |= self.targets(matrices, layout, replace(source, diffusers=diffusers))
-        return {name: target for name, target in found.items() if len(target.shape) == 2}
+        return found
 
     def describe_guess(self, source: HunyuanVideoLayout, to: HunyuanVideoLayout) -> str:
         return ""

@@ -23,6 +23,7 @@ from opensora.models.base import AttentionAxis, Denoising, Family, TensorPlan, T
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.models.hunyuan_video.config import SIZES, HunyuanVideoConfig
 from opensora.models.hunyuan_video.convert import WEIGHTS
+from opensora.models.hunyuan_video.hub import read_config
 from opensora.models.hunyuan_video.layers import DoubleBlock, PatchEmbed, SingleBlock
 from opensora.models.hunyuan_video.refiner import TokenRefiner
 from opensora.models.layers.embedding import MLPEmbedder, TimestepEmbedder
@@ -255,4 +256,5 @@ FAMILY = Family(
     arguments=arguments,
     weights=WEIGHTS,
     lora_targets=LORA_TARGETS,
+    read_hub=read_config,
 )

@@ -78,11 +78,12 @@ class TokenRefiner(nn.Module):
 def _mean(text: Tensor, mask: Tensor | None, sample_of: Tensor | None, samples: int) -> Tensor:
     """(S, text_dim), fp32 at least: the mean of each sample's tokens that count; zeros of none."""
     text = text.to(torch.promote_types(text.dtype, torch.float32))
+    counts = text.new_ones(text.shape[:2], dtype=torch.bool) if mask is None else mask  # (B, L)
     if sample_of is not None:
-        counts = torch.arange(samples, device=text.device)[:, None] == sample_of.flatten()  # (S, B * L)
+        of = torch.arange(samples, device=text.device)[:, None] == sample_of.flatten()  # (S, B * L)
+        counts = of & counts.flatten()
         total = counts.to(text.dtype) @ text.flatten(0, 1)
     else:
-        counts = text.new_ones(text.shape[:2], dtype=torch.bool) if mask is None else mask  # (B, L)
         total = (text * counts[..., None]).sum(dim=1)
     return total / counts.sum(dim=1, keepdim=True).clamp(min=1)
 
@@ -90,10 +91,13 @@ def _mean(text: Tensor, mask: Tensor | None, sample_of: Tensor | None, samples: 
 def _visible(mask: Tensor | None, sample_of: Tensor | None) -> Tensor | None:
     """(B, 1, 1 or L, L) bool, which tokens see which; None: all.
 
-    The first token is always seen, as in the published model: a sample may have no other.
+    The first token of a sample is always seen, as in the published model: there may be no other.
     """
-    if sample_of is not None:
-        return (sample_of[:, :, None] == sample_of[:, None, :])[:, None]
-    if mask is None:
-        return None
-    return torch.cat((torch.ones_like(mask[:, :1]), mask[:, 1:]), dim=1)[:, None, None]
+    if mask is not None:
+        begins = torch.zeros_like(mask) if sample_of is None else sample_of != sample_of.roll(1, dims=1)
+        begins = torch.cat((torch.ones_like(mask[:, :1]), begins[:, 1:]), dim=1)  # (B, L)
+        mask = (mask | begins)[:, None, None]
+    if sample_of is None:
+        return mask
+    alike = (sample_of[:, :, None] == sample_of[:, None, :])[:, None]  # (B, 1, L, L)
+    return alike if mask is None else alike & mask
