@@ -38,6 +38,7 @@ class Mutation:
 
 
 TENSOR_CUT = "acceleration/sharding/tensor_parallel.py"
+VIDEO_PLANS = "tests/unit/test_video_planner.py::test_{}"
 NORMS_CUT = "tests/dist/test_tensor_norms.py::test_{}"
 TEXT_FILES, RULE = "tests/unit/test_text_files.py", "tests/unit/test_published_rule.py"
 RULE_1X, CLIPS_1X = "tests/unit/test_rule_1x.py", "tests/unit/test_clips_1x.py"
@@ -2111,6 +2112,46 @@ TABLE: tuple[Mutation, ...] = (
         "_norm_bytes(norm, shares) * (1 + (again.layers and norm.reruns) + norm.input_trains)",
         "_norm_bytes(norm, shares) * (1 + norm.input_trains)",
         NORMS_CUT.format("layouts_equal_one_process[2]"),
+    ),
+    # Sizes of Wan and HunyuanVideo in the planner.
+    Mutation(
+        "text that a model cuts itself counted as whole behind the cut",
+        "acceleration/accounting/rank_layout.py",
+        "parts = zip(given, cut, img,",
+        "parts = zip(given, given, img,",
+        VIDEO_PLANS.format(
+            "layouts_of_any_size_count_on_the_meta_device_what_is_predicted[hunyuan_video-degrees2-full]"
+        ),
+    ),
+    Mutation(
+        "all text counted as what a process goes on with",
+        "acceleration/accounting/rank_layout.py",
+        "given = cut if profile.cuts_text and not profile.cuts_text_itself else",
+        "given = cut if profile.cuts_text else",
+        VIDEO_PLANS.format(
+            "layouts_of_any_size_count_on_the_meta_device_what_is_predicted[hunyuan_video-degrees2-full]"
+        ),
+    ),
+    Mutation(
+        "attention in no slot costs nothing",
+        "acceleration/accounting/profiling.py",
+        "        if func is scaled_dot_product_attention:",
+        "        if func is None:",
+        "tests/unit/test_published_costs.py::test_hunyuan_video_as_published",
+    ),
+    Mutation(
+        "a picture's tokens taken for those of the text",
+        "opensora/planner/meta_model.py",
+        "image_tokens=zeros(batch.picture, denoising.image_dim)",
+        "image_tokens=zeros(batch.txt, denoising.image_dim)",
+        "tests/unit/test_published_costs.py::test_a_picture_costs_what_its_keys_and_values_do",
+    ),
+    Mutation(
+        "text of whole samples interpolated as a part",
+        "opensora/planner/forecast.py",
+        "if self.structure.cuts_text and not self.structure.cuts_text_itself:",
+        "if self.structure.cuts_text:",
+        VIDEO_PLANS.format("interpolation_is_close_to_running_the_shape[hunyuan_video]"),
     ),
     # Offload in training of adapters, and its forecast.
     Mutation(
