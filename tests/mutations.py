@@ -73,6 +73,7 @@ PAGE_TEST, PAGE_ACCESS = (f"tests/integration/test_service_page{part}.py::test_{
 COORDINATOR, ORDERS = "launch/coordinator.py", "tests/unit/test_coordinator.py"
 ADDRESS_TEST, CHOICE_TEST = (f"tests/unit/{name}.py::test_" for name in ("test_addresses", "test_network"))
 MEETINGS = "tests/faults/test_meeting_fuzz.py::test_any_meeting_ends_in_one_of_two_ways"
+UNIPC, FLOW_STEPS = "opensora/schedulers/flow_multistep.py", "tests/unit/test_flow_solvers.py::test_"
 GARBAGE, BORDERS = "opensora/train/garbage_collection.py", "tests/unit/test_garbage_collection.py"
 STEP, LOOP = "opensora/train/preparation.py", "opensora/train/loop.py"
 SETUP, WEIGHTS, DATA = "opensora/train/setup.py", "opensora/assembly/initial_weights.py", "opensora/train/step_data.py"
@@ -441,8 +442,8 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "DPM-Solver of first order",
         DPM,
-        "h / (2 * h_before) * (x0",
-        "0 * h / (2 * h_before) * (x0",
+        "h / (2 * (now.log_snr - earlier.log_snr)) * (x0",
+        "0 * h / (2 * (now.log_snr - earlier.log_snr)) * (x0",
         DIFFUSED + "ddim_and_dpm_solver_follow_the_flow_by_their_orders",
     ),
     Mutation(
@@ -451,6 +452,27 @@ TABLE: tuple[Mutation, ...] = (
         "then.sigma / now.sigma * x",
         "now.sigma / then.sigma * x",
         DIFFUSED + "one_point_is_found_in_any_number_of_steps[2-dpm_solver]",
+    ),
+    Mutation(
+        "UniPC corrects with one weight",
+        UNIPC,
+        "return a, b_1 - a",
+        "return 0.0, b_1",
+        FLOW_STEPS + "steps_by_formula[9-unipc]",
+    ),
+    Mutation(
+        "UniPC corrects from where it arrived",
+        UNIPC,
+        "return self._moved(last.x, last.x0, index - 1, of_before",
+        "return self._moved(self._past[-2].x, last.x0, index - 1, of_before",
+        FLOW_STEPS + "steps_by_formula[3-unipc]",
+    ),
+    Mutation(
+        "flow solvers begin at another time",
+        UNIPC,
+        "START = 0.999",
+        "START = 0.9995",
+        FLOW_STEPS + "unipc_is_that_of_diffusers[5]",
     ),
     Mutation(
         "DPM-Solver's last step of few is of second order", DPM, "steps < FEW and", "steps < 0 and", ON_ONE + "[dpm]"

@@ -45,7 +45,7 @@ SOLVER_OPTIONS: dict[str, tuple[str, ...]] = {  # what belongs to some solvers a
     "timestep_respacing": CHAIN_SOLVERS,
     "clip_denoised": CHAIN_SOLVERS,
     "eta": ("ddim",),
-    "flow_shift": ("euler",),
+    "flow_shift": ("euler", "unipc", "dpm++"),
 }
 
 

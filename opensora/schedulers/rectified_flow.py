@@ -45,7 +45,7 @@ class RectifiedFlow:
 
     cfg: RectifiedFlowConfig
     outputs: ClassVar[int] = 1
-    solvers: ClassVar[tuple[str, ...]] = ("euler",)
+    solvers: ClassVar[tuple[str, ...]] = ("euler", "unipc", "dpm++")
 
     def times(self, seed: int, step: int, sample_ids: tuple[int, ...], grid: Grid) -> Tensor:
         """t (B,) fp32 on the CPU."""
