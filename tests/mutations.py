@@ -74,6 +74,7 @@ COORDINATOR, ORDERS = "launch/coordinator.py", "tests/unit/test_coordinator.py"
 ADDRESS_TEST, CHOICE_TEST = (f"tests/unit/{name}.py::test_" for name in ("test_addresses", "test_network"))
 MEETINGS = "tests/faults/test_meeting_fuzz.py::test_any_meeting_ends_in_one_of_two_ways"
 UNIPC, FLOW_STEPS = "opensora/schedulers/flow_multistep.py", "tests/unit/test_flow_solvers.py::test_"
+FLOW_TIMES = "tests/unit/test_rectified_flow.py::test_"
 GARBAGE, BORDERS = "opensora/train/garbage_collection.py", "tests/unit/test_garbage_collection.py"
 STEP, LOOP = "opensora/train/preparation.py", "opensora/train/loop.py"
 SETUP, WEIGHTS, DATA = "opensora/train/setup.py", "opensora/assembly/initial_weights.py", "opensora/train/step_data.py"
@@ -454,6 +455,20 @@ TABLE: tuple[Mutation, ...] = (
         DIFFUSED + "one_point_is_found_in_any_number_of_steps[2-dpm_solver]",
     ),
     Mutation(
+        "an expert's draws end elsewhere",
+        "opensora/schedulers/timesteps.py",
+        "least + (most - least) *",
+        "(most - least) *",
+        FLOW_TIMES + "times_of_a_range_by_formula[logit-normal]",
+    ),
+    Mutation(
+        "an expert's range is taken before the shift",
+        "opensora/schedulers/rectified_flow.py",
+        "time_shift(1 / alpha, torch",
+        "time_shift(1.0, torch",
+        "tests/reference/test_training.py::test_one_process[an expert's times]",
+    ),
+    Mutation(
         "UniPC corrects with one weight",
         UNIPC,
         "return a, b_1 - a",
@@ -465,7 +480,7 @@ TABLE: tuple[Mutation, ...] = (
         UNIPC,
         "return self._moved(last.x, last.x0, index - 1, of_before",
         "return self._moved(self._past[-2].x, last.x0, index - 1, of_before",
-        FLOW_STEPS + "steps_by_formula[3-unipc]",
+        FLOW_STEPS + "steps_by_formula[9-unipc]",
     ),
     Mutation(
         "flow solvers begin at another time",
