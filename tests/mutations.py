@@ -75,6 +75,7 @@ ADDRESS_TEST, CHOICE_TEST = (f"tests/unit/{name}.py::test_" for name in ("test_a
 MEETINGS = "tests/faults/test_meeting_fuzz.py::test_any_meeting_ends_in_one_of_two_ways"
 UNIPC, FLOW_STEPS = "opensora/schedulers/flow_multistep.py", "tests/unit/test_flow_solvers.py::test_"
 FLOW_TIMES = "tests/unit/test_rectified_flow.py::test_"
+CLIP_REFERENCES = "tests/unit/test_clip_references.py::test_"
 GARBAGE, BORDERS = "opensora/train/garbage_collection.py", "tests/unit/test_garbage_collection.py"
 STEP, LOOP = "opensora/train/preparation.py", "opensora/train/loop.py"
 SETUP, WEIGHTS, DATA = "opensora/train/setup.py", "opensora/assembly/initial_weights.py", "opensora/train/step_data.py"
@@ -467,6 +468,27 @@ TABLE: tuple[Mutation, ...] = (
         "time_shift(1 / alpha, torch",
         "time_shift(1.0, torch",
         "tests/reference/test_training.py::test_one_process[an expert's times]",
+    ),
+    Mutation(
+        "a picture is repeated, not followed by grey",
+        "opensora/conditioning/references.py",
+        "grey = head.new_zeros(*head.shape[:-3], frames - head.shape[-3], *head.shape[-2:])",
+        "grey = head[..., -1:, :, :].expand(*head.shape[:-3], frames - head.shape[-3], *head.shape[-2:])",
+        CLIP_REFERENCES + "training_gives_the_first_frame_and_grey_as_one_clip_by_its_mode",
+    ),
+    Mutation(
+        "a clip with grey is known where it is not",
+        "opensora/inference/references.py",
+        "return self.reference if self.whole else",
+        "return self.reference if False else",
+        CLIP_REFERENCES + "sampling_from_a_picture[4.0-clip]",
+    ),
+    Mutation(
+        "known frames are noisy after the first step",
+        "opensora/sampling/given_frames.py",
+        "return self._kept(x, known), known",
+        "return self._kept(x, known) if index == 0 else x, known",
+        CLIP_REFERENCES + "sampling_from_a_picture[4.0-in_place]",
     ),
     Mutation(
         "UniPC corrects with one weight",
