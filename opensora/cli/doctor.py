@@ -66,6 +66,8 @@ def sample_files(cfg: SampleConfig) -> tuple[list[Finding], Source | None]:
     found: list[Source] = []
     findings = [look("weights", cfg.weights, lambda: found.append(find_source(cfg)))]
     source = found[0] if found else as_configured(cfg)
+    if cfg.low_noise is not None and source is None:
+        findings.append(look("low_noise.weights", cfg.low_noise.weights))
     for name in ("lora", "prompt_csv", "watermark"):
         if path := getattr(cfg, name):
             findings.append(look(name, path))

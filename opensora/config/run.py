@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, TypeAlias
 
 from acceleration.config import LoraConfig, OptimConfig, ParallelConfig, check_apex
 from opensora.conditioning import ConditioningConfig
+from opensora.config.experts import LowNoiseConfig
 from opensora.config.given_frames import check_given_frames
 from opensora.config.given_frames import reads_no_references as reads_no_references
 from opensora.config.opensora_1x import ReleaseSampling
@@ -241,6 +242,7 @@ class SampleConfig(ReleaseSampling):
     """One sampling job."""
 
     weights: str  # run folder, export folder or safetensors file
+    low_noise: LowNoiseConfig | None = None  # a second expert, which makes the steps of low noise
     use_ema: bool = True  # of a run that kept a moving average: sample from it
     lora: str | None = None  # adapters to add to the weights: a LoRA file, or folder of a LoRA run's export or of peft
     lora_scale: float = 1.0  # how much of the adapters to add; 0: none
@@ -306,6 +308,10 @@ class SampleConfig(ReleaseSampling):
         if self.end_index is not None and self.end_index <= self.start_index:
             raise ValueError(
                 f"end_index={self.end_index}: must be above start_index={self.start_index}, or null for all"
+            )
+        if self.sampling.guidance_low is not None and self.low_noise is None:
+            raise ValueError(
+                f"sampling.guidance_low={self.sampling.guidance_low}: must be null without low_noise, a second expert"
             )
         if self.parallel.engine != "native":
             raise ValueError(f"parallel.engine={self.parallel.engine}: must be native; the others are for training")

@@ -6,7 +6,7 @@ from dataclasses import replace
 from acceleration.config import PrecisionConfig
 from acceleration.distributed import mesh as meshes
 from opensora.assembly.reference_codes import codes_whole
-from opensora.assembly.turns import TEXT
+from opensora.assembly.turns import DENOISER, TEXT
 from opensora.conditioning.references import parts_of
 from opensora.config.run import SampleConfig
 from opensora.inference.batches import kind_of
@@ -38,13 +38,16 @@ def memory_of(cfg: SampleConfig, source: Source, world: int, device: Device = DE
     except ValueError as error:
         raise UserError(f"parallel.mesh: {error}") from None
     job = job_of(clips_of(cfg), source)
+    beside = 0
+    if source.low_noise is not None and cfg.offload == "none":  # the second of two experts
+        beside = sampling_forecast(job, world, device).weights[DENOISER]
     if cfg.still is None:
-        return sampling_forecast(job, world, device)
+        return sampling_forecast(job, world, device, beside=beside)
     still, of_stills = still_job(cfg, world, source_of)
     made = sampling_forecast(job_of(still, of_stills), world, device)
     # A text encoder that only the stills read stays until the job ends, where nothing moves it out.
     left = made.weights[TEXT] if of_stills.text != source.text and cfg.offload == "none" else 0
-    return sampling_forecast(job, world, device, beside=left).behind(made, STILLS)
+    return sampling_forecast(job, world, device, beside=left + beside).behind(made, STILLS)
 
 
 def job_of(cfg: SampleConfig, source: Source, jobs: Sequence[Job] | None = None) -> SamplingJob:

@@ -11,10 +11,11 @@ from acceleration.diagnostics.memory_usage import device_bytes, machine_bytes
 from opensora.assembly.turns import DENOISER
 from opensora.conditioning.references import KINDS, kinds_of
 from opensora.config.schema import plain
-from opensora.inference.check import fit_option, fitting_solvers, solver_of, takes_references
+from opensora.inference.check import fit_option, fitting_solvers, solver_of
 from opensora.inference.find import Source
 from opensora.inference.lengths import coded
 from opensora.inference.memory import memory_of
+from opensora.inference.references import takes_references
 from opensora.models.base import latent_grid
 from opensora.models.families import describe
 from opensora.models.vae import autoencoder_shape
