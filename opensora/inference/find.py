@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from opensora.config.run import SAVED_NAME, RunConfig, SampleConfig
 from opensora.config.schema import shown
 from opensora.models.base import ModelConfig
 from opensora.models.families import family_of, read_hub_config
+from opensora.models.image import NoImageEncoder
 from opensora.models.weights.adapter_fit import FittedAdapter, fit_adapter
 from opensora.models.weights.adapter_names import CONFIG, WEIGHTS
 from opensora.models.weights.adapters import Adapter, is_adapter, read_adapter
@@ -48,6 +49,7 @@ class Source:
     model: ModelConfig
     vae: Any
     text: Any
+    image_encoder: Any = field(default_factory=NoImageEncoder)
     objective: ObjectiveConfig  # that it was trained with
     conditioning: ConditioningConfig | None  # likewise; None: nothing says so
     prompt_suffix: bool  # training told the model frame rate and motion score
@@ -78,6 +80,7 @@ def find_source(cfg: SampleConfig) -> Source:
     sections: dict[str, Any] = {
         name: getattr(cfg, name) or (getattr(saved, name) if saved else None) for name in ("model", "vae", "text")
     }
+    picture = cfg.image_encoder or (saved.image_encoder if saved else None) or NoImageEncoder()
     sections["model"] = sections["model"] or read_hub_config(path if path.is_dir() else path.parent)
     for name, value in sections.items():
         if value is None:
@@ -114,6 +117,7 @@ def find_source(cfg: SampleConfig) -> Source:
         objective=objective,
         conditioning=saved.conditioning if saved else None,
         prompt_suffix=_trained_with_motion(saved),
+        image_encoder=picture,
         **sections,
     )
 
@@ -129,7 +133,7 @@ def _check_as_trained(given: ModelConfig, trained: ModelConfig, path: Path, *, i
     """
     changed, family = [], family_of(trained)
     free = family.per_job | (family.fitted if is_file else frozenset())
-    names = [field.name for field in dataclasses.fields(trained)]  # type: ignore[arg-type]
+    names = [one.name for one in dataclasses.fields(trained)]  # type: ignore[arg-type]
     for key in sorted(names, key=lambda name: name != "kind"):
         here, there = getattr(given, key, None), getattr(trained, key)
         if here == there:
@@ -167,6 +171,7 @@ def as_configured(cfg: SampleConfig) -> Source | None:
         model=cfg.model,
         vae=cfg.vae,
         text=cfg.text,
+        image_encoder=cfg.image_encoder or NoImageEncoder(),
         objective=cfg.objective or default_objective(cfg.model),
         conditioning=None,
         prompt_suffix=False,

@@ -37,6 +37,7 @@ class KnownFrames:
     reference: Tensor  # (B, C, T', H', W'), zeros where unknown
     known: Tensor  # (B, T', H', W') bool: what the model is told
     kept: Tensor  # (B, T', H', W') bool: what is put back into the latents at the end
+    pictures: Tensor | None = None  # (B, 3, H, W) in [-1, 1]: first frames, grey where unknown; None: of no clip
 
     def put_back(self, latents: Tensor) -> Tensor:
         """Latents (B, C, T', H', W') with those of references where they are to stay as they are."""
@@ -78,17 +79,22 @@ def code_known(
     # The published sampler tells the model nothing of a still, and gives back the reference itself for i2v.
     kinds = [cond_type if given and (not still or is_still(cond_type)) else "t2v" for given in references]
 
+    pictures = torch.zeros(len(references), 3, *size, dtype=dtype, device=device)
+
     def code(part: Part, rows: list[int]) -> Tensor:
         coded = []
         for row in rows:
             pixels = read_part(references[row][chosen(cond_type, part)], part, size, cond_type, dtype)
             seed = seeds[row] if seeds else None
+            if part.end == "head":
+                pictures[row] = pixels[:, 0]
             coded.append(encoded(autoencoder, pixels[None].to(device), run, seed, part.name))
         return torch.cat(coded)
 
     reference, known = code_references(kinds, grid, autoencoder, code, device=device)
     kept = known if is_still(cond_type) else torch.zeros_like(known)
-    return KnownFrames(reference=reference, known=torch.zeros_like(known) if still else known, kept=kept)
+    told = torch.zeros_like(known) if still else known
+    return KnownFrames(reference=reference, known=told, kept=kept, pictures=pictures)
 
 
 def encoded(autoencoder: Autoencoder, pixels: Tensor, run: TaskRunner, seed: int | None, name: str) -> Tensor:

@@ -100,6 +100,7 @@ class Denoising:
     text: Literal["joint", "cross", "none"] = "joint"  # text tokens in the sequence, or read by cross-attention
     text_dim: int = 0  # of a text token
     pooled_dim: int = 0  # of the prompt as one vector; 0: not read
+    image_dim: int = 0  # of a token of the reference picture; 0: not read
     num_classes: int = 0  # of labels; 0: not read
     outputs: int = 1  # values per latent: 2 with a learned variance
     times: Literal["unit", "steps", "any"] = "any"  # times that it reads: from 0 to 1, or up to 1000 (numbers of steps)
