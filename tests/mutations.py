@@ -73,6 +73,9 @@ PAGE_TEST, PAGE_ACCESS = (f"tests/integration/test_service_page{part}.py::test_{
 COORDINATOR, ORDERS = "launch/coordinator.py", "tests/unit/test_coordinator.py"
 ADDRESS_TEST, CHOICE_TEST = (f"tests/unit/{name}.py::test_" for name in ("test_addresses", "test_network"))
 MEETINGS = "tests/faults/test_meeting_fuzz.py::test_any_meeting_ends_in_one_of_two_ways"
+UNIPC, FLOW_STEPS = "opensora/schedulers/flow_multistep.py", "tests/unit/test_flow_solvers.py::test_"
+FLOW_TIMES = "tests/unit/test_rectified_flow.py::test_"
+CLIP_REFERENCES = "tests/unit/test_clip_references.py::test_"
 GARBAGE, BORDERS = "opensora/train/garbage_collection.py", "tests/unit/test_garbage_collection.py"
 STEP, LOOP = "opensora/train/preparation.py", "opensora/train/loop.py"
 SETUP, WEIGHTS, DATA = "opensora/train/setup.py", "opensora/assembly/initial_weights.py", "opensora/train/step_data.py"
@@ -441,8 +444,8 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "DPM-Solver of first order",
         DPM,
-        "h / (2 * h_before) * (x0",
-        "0 * h / (2 * h_before) * (x0",
+        "h / (2 * (now.log_snr - earlier.log_snr)) * (x0",
+        "0 * h / (2 * (now.log_snr - earlier.log_snr)) * (x0",
         DIFFUSED + "ddim_and_dpm_solver_follow_the_flow_by_their_orders",
     ),
     Mutation(
@@ -451,6 +454,62 @@ TABLE: tuple[Mutation, ...] = (
         "then.sigma / now.sigma * x",
         "now.sigma / then.sigma * x",
         DIFFUSED + "one_point_is_found_in_any_number_of_steps[2-dpm_solver]",
+    ),
+    Mutation(
+        "an expert's draws end elsewhere",
+        "opensora/schedulers/timesteps.py",
+        "least + (most - least) *",
+        "(most - least) *",
+        FLOW_TIMES + "times_of_a_range_by_formula[logit-normal]",
+    ),
+    Mutation(
+        "an expert's range is taken before the shift",
+        "opensora/schedulers/rectified_flow.py",
+        "time_shift(1 / alpha, torch",
+        "time_shift(1.0, torch",
+        "tests/reference/test_training.py::test_one_process[an expert's times]",
+    ),
+    Mutation(
+        "a picture is repeated, not followed by grey",
+        "opensora/conditioning/references.py",
+        "grey = head.new_zeros(*head.shape[:-3], frames - head.shape[-3], *head.shape[-2:])",
+        "grey = head[..., -1:, :, :].expand(*head.shape[:-3], frames - head.shape[-3], *head.shape[-2:])",
+        CLIP_REFERENCES + "training_gives_the_first_frame_and_grey_as_one_clip_by_its_mode",
+    ),
+    Mutation(
+        "a clip with grey is known where it is not",
+        "opensora/inference/references.py",
+        "return self.reference if self.whole else",
+        "return self.reference if False else",
+        CLIP_REFERENCES + "sampling_from_a_picture[4.0-clip]",
+    ),
+    Mutation(
+        "known frames are noisy after the first step",
+        "opensora/sampling/given_frames.py",
+        "return self._kept(x, known), known",
+        "return self._kept(x, known) if index == 0 else x, known",
+        CLIP_REFERENCES + "sampling_from_a_picture[4.0-in_place]",
+    ),
+    Mutation(
+        "UniPC corrects with one weight",
+        UNIPC,
+        "return a, b_1 - a",
+        "return 0.0, b_1",
+        FLOW_STEPS + "steps_by_formula[9-unipc]",
+    ),
+    Mutation(
+        "UniPC corrects from where it arrived",
+        UNIPC,
+        "return self._moved(last.x, last.x0, index - 1, of_before",
+        "return self._moved(self._past[-2].x, last.x0, index - 1, of_before",
+        FLOW_STEPS + "steps_by_formula[9-unipc]",
+    ),
+    Mutation(
+        "flow solvers begin at another time",
+        UNIPC,
+        "START = 0.999",
+        "START = 0.9995",
+        FLOW_STEPS + "unipc_is_that_of_diffusers[5]",
     ),
     Mutation(
         "DPM-Solver's last step of few is of second order", DPM, "steps < FEW and", "steps < 0 and", ON_ONE + "[dpm]"

@@ -14,7 +14,7 @@ from acceleration.protocol import block_names
 from acceleration.sharding.precision import DTYPES
 from opensora.assembly.step_caches import check_cache
 from opensora.assembly.turns import for_sampling
-from opensora.conditioning.references import parts_of
+from opensora.conditioning.references import kinds_of, parts_of
 from opensora.config.run import RunConfig, SampleConfig, check_fit, check_objective, reads_no_references
 from opensora.inference.find import Source, names_motion
 from opensora.inference.lengths import coded, latents_made
@@ -32,6 +32,7 @@ from opensora.sampling.guidance import passes_per_step
 from opensora.sampling.options import SamplingOption, sanitize_sampling_option
 from opensora.schedulers import ObjectiveConfig, build_objective
 from opensora.schedulers.iddpm import IDDPMConfig
+from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.schedulers.rectified_flow_v1 import RectifiedFlowV1Config
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
@@ -46,7 +47,7 @@ SOLVER_OPTIONS: dict[str, tuple[str, ...]] = {  # what belongs to some solvers a
     "timestep_respacing": CHAIN_SOLVERS,
     "clip_denoised": CHAIN_SOLVERS,
     "eta": ("ddim",),
-    "flow_shift": ("euler",),
+    "flow_shift": ("euler", "unipc", "dpm++"),
 }
 
 
@@ -132,7 +133,7 @@ def check_jobs(cfg: SampleConfig, source: Source, jobs: Sequence[Job]) -> None:
             check_count(cfg.cond_type, len(references))
     if cfg.cond_type == "t2v":
         return
-    check_references(source.model)
+    check_references(source.model, source.objective, cfg.cond_type)
     if not any(listed):
         raise UserError(f"cond_type={cfg.cond_type}: needs references; give ref, or a table with a column ref")
     shape, frames = autoencoder_shape(source.vae), cfg.sampling.num_frames
@@ -167,14 +168,27 @@ def _check_texts(cfg: SampleConfig, source: Source, jobs: Sequence[Job]) -> None
     check_prompts(source.text, (text for job in jobs for text in (job.text, job.neg)))
 
 
-def check_references(model: ModelConfig) -> None:
-    """That a model reads known frames beside the noise.
+def takes_references(model: ModelConfig, objective: ObjectiveConfig) -> bool:
+    """Whether a job may give references by ``cond_type``: to models that read them beside the noise, or in its place
+    along a flow, which keeps them clean."""
+    denoising = describe(model)
+    return denoising.reads_beside or (denoising.references == "in_place" and isinstance(objective, RectifiedFlowConfig))
+
+
+def check_references(model: ModelConfig, objective: ObjectiveConfig, cond_type: str) -> None:
+    """That a model takes known frames, of this kind.
 
     Raises:
         UserError: it does not.
     """
-    if describe(model).references != "channels":
+    if not takes_references(model, objective):
         raise UserError(f"ref: {reads_no_references(model)}; take ref and cond_type out, or give other weights")
+    kinds = kinds_of(describe(model).references)
+    if cond_type not in kinds:
+        raise UserError(
+            f"cond_type={cond_type}: model.kind={model.kind} reads known frames at the head alone; must be one of "
+            f"{', '.join(kinds)}"
+        )
 
 
 def check_validation(cfg: RunConfig, world_size: int, clips: int) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from acceleration.config import PrecisionConfig
 from acceleration.distributed import mesh as meshes
+from opensora.assembly.reference_codes import codes_whole
 from opensora.assembly.turns import TEXT
 from opensora.conditioning.references import parts_of
 from opensora.config.run import SampleConfig
@@ -58,7 +59,9 @@ def job_of(cfg: SampleConfig, source: Source, jobs: Sequence[Job] | None = None)
     shape = autoencoder_shape(source.vae)
     option = fit_option("sampling", cfg.sampling, source.model, shape)
     assert option.width is not None and option.height is not None
-    kind = cfg.cond_type if jobs is None else kind_of(cfg, jobs)
+    kind, denoising = cfg.cond_type if jobs is None else kind_of(cfg, jobs), describe(source.model)
+    frames = coded(option, denoising, shape, kind)
+    known = max((part.frames for part in parts_of(kind, shape)), default=0)
     precision = PrecisionConfig(compute=cfg.precision, reduce="fp32", master=cfg.precision)
     return SamplingJob(
         model=source.model,
@@ -68,12 +71,12 @@ def job_of(cfg: SampleConfig, source: Source, jobs: Sequence[Job] | None = None)
         parallel=replace(cfg.parallel, precision=precision),
         offload=cfg.offload,
         samples=cfg.batch_size,
-        frames=coded(option, describe(source.model), shape, kind),
+        frames=frames,
         height=option.height,
         width=option.width,
-        passes_of_steps=passes_of_steps(option, references=kind != "t2v"),
+        passes_of_steps=passes_of_steps(option, references=denoising.three_passes(kind != "t2v")),
         reuse=reuse_of(option.cache),
-        known_frames=max((part.frames for part in parts_of(kind, shape)), default=0),
+        known_frames=frames if known and codes_whole(denoising) else known,
         shares_tiles=cfg.vae_parallel != "off",
         clips=cfg.batch_size if jobs is None else len(jobs),
     )

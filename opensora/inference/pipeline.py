@@ -84,7 +84,7 @@ def conditions_of(
         pooled=text.y_vec if denoising.pooled_dim else None,
         label=dropped_labels(text.label, dropped, denoising.num_classes),
         dropped=dropped,
-        reference=given.reference.to(x) * given.known[:, None] if given else None,
+        reference=given.told().to(x) if given else None,
         known=given.known if given else None,
         image_tokens=None if null else _picture_tokens(parts, len(texts), given),
         **{
@@ -204,7 +204,8 @@ def build_sampler(parts: Components, on_decision: OnDecision = lambda decision: 
         grid = layout.denoising.grid(latent_grid(made, opt.height, opt.width, parts.autoencoder))
         grid = grid._replace(pixels=(opt.num_frames, opt.height, opt.width))
         seeds = _seeds(opt.seed if seed is None else seed, len(text))
-        given = _given(parts, cond_type, ref, seeds, opt, grid) if given is None else given
+        given = _given(parts, cond_type, ref, seeds, opt, grid, made) if given is None else given
+        guided = layout.denoising.three_passes(given is not None)
         opt = replace(opt, scale_temporal_osci=opt.scale_temporal_osci and is_still(cond_type))
         start = _noise(replace(opt, num_frames=made), parts, seeds) if noise is None else noise.to(parts.device)
         if placed is not None and edit_ratios is not None:
@@ -216,7 +217,7 @@ def build_sampler(parts: Components, on_decision: OnDecision = lambda decision: 
         told = {"suffix": parts.prompt_suffix, "published": parts.published_prompts}
         prompts = [_prepared(parts, final_prompt(t, opt, **told)) for t in text]
         avoided = [_prepared(parts, t) for t in neg or [""] * len(text)]
-        passes = passes_per_step(opt, references=given is not None)
+        passes = passes_per_step(opt, references=guided)
         cache = _step_cache(opt, parts, on_decision)
         with cache.during(parts.model):
             tokens = denoise(
@@ -225,7 +226,7 @@ def build_sampler(parts: Components, on_decision: OnDecision = lambda decision: 
                 solver,
                 build_guidance(
                     opt,
-                    references=given is not None,
+                    references=guided,
                     steps=len(solver.times) - 1,
                     latent_frames=grid.frames,
                     positions=positions,
@@ -264,15 +265,16 @@ def _given(
     seeds: Sequence[int],
     opt: SamplingOption,
     grid: Grid,
+    frames: int,
 ) -> KnownFrames | None:
-    """What the references of a batch give; None: the kind takes none."""
+    """What the references of a batch give, of clips of ``frames`` frames; None: the kind takes none."""
     listed = [split(one) if isinstance(one, str) else list(one or ()) for one in ref or [None] * len(seeds)]
     for references in listed:
         check_count(cond_type, len(references))
     if cond_type == "t2v":
         return None
     assert opt.height is not None and opt.width is not None
-    check_references(parts.cfg)
+    check_references(parts.cfg, parts.objective, cond_type)
     check_length(cond_type, grid.latent_frames, opt.num_frames, parts.autoencoder)
     return code_known(
         cond_type,
@@ -284,6 +286,8 @@ def _given(
         parts.device,
         clip_precision(parts),
         seeds,
+        parts.layout.denoising.references,
+        frames,
     )
 
 

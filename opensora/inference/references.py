@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from opensora.conditioning.references import KINDS, MOST_REFERENCES, Part, code_references, fits, is_still, parts_of
+from opensora.conditioning.references import (
+    KINDS,
+    MOST_REFERENCES,
+    Part,
+    code_references,
+    fits,
+    grey_behind,
+    is_still,
+    parts_of,
+)
 from opensora.datasets.decode import api
 from opensora.datasets.decode.common import ResizeToFill, cover_size
 from opensora.datasets.loading.window import crop_origin
@@ -34,10 +43,15 @@ _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 class KnownFrames:
     """What is known of a batch, as latents."""
 
-    reference: Tensor  # (B, C, T', H', W'), zeros where unknown
+    reference: Tensor  # (B, C, T', H', W'), zeros where unknown; ``whole``: coded with grey there
     known: Tensor  # (B, T', H', W') bool: what the model is told
     kept: Tensor  # (B, T', H', W') bool: what is put back into the latents at the end
+    whole: bool = False
     pictures: Tensor | None = None  # (B, 3, H, W) in [-1, 1]: first frames, grey where unknown; None: of no clip
+
+    def told(self) -> Tensor:
+        """Of ``reference`` what the model is told."""
+        return self.reference if self.whole else self.reference * self.known[:, None]
 
     def put_back(self, latents: Tensor) -> Tensor:
         """Latents (B, C, T', H', W') with those of references where they are to stay as they are."""
@@ -59,6 +73,8 @@ def code_known(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     seeds: Sequence[int] = (),
+    takes: str = "channels",
+    frames: int | None = None,
 ) -> KnownFrames:
     """Collective over the processes that ``run`` shares work with.
 
@@ -69,6 +85,8 @@ def code_known(
         size: (height, width) of their frames.
         dtype: of pixels; fp64 to compare layouts.
         seeds: of the clips, for an autoencoder that draws (``vae.sample=posterior``); none: it does not.
+        takes: how the model takes references (``Denoising.references``).
+        frames: of the clips that are made, where it takes a clip with grey frames.
 
     Raises:
         UserError: a reference that cannot be read, or does not fit the kind.
@@ -78,23 +96,32 @@ def code_known(
     still = grid[0] == 1
     # The published sampler tells the model nothing of a still, and gives back the reference itself for i2v.
     kinds = [cond_type if given and (not still or is_still(cond_type)) else "t2v" for given in references]
+    whole = takes == "clip" and not still
 
     pictures = torch.zeros(len(references), 3, *size, dtype=dtype, device=device)
 
     def code(part: Part, rows: list[int]) -> Tensor:
         coded = []
         for row in rows:
-            pixels = read_part(references[row][chosen(cond_type, part)], part, size, cond_type, dtype)
-            seed = seeds[row] if seeds else None
+            pixels = read_part(references[row][chosen(cond_type, part)], part, size, cond_type, dtype)[None]
             if part.end == "head":
-                pictures[row] = pixels[:, 0]
-            coded.append(encoded(autoencoder, pixels[None].to(device), run, seed, part.name))
+                pictures[row] = pixels[0, :, 0]
+            seed = seeds[row] if seeds and not whole else None
+            if whole:
+                assert frames is not None
+                pixels = grey_behind(pixels, frames)
+            coded.append(encoded(autoencoder, pixels.to(device), run, seed, part.name))
         return torch.cat(coded)
 
-    reference, known = code_references(kinds, grid, autoencoder, code, device=device)
-    kept = known if is_still(cond_type) else torch.zeros_like(known)
-    told = torch.zeros_like(known) if still else known
-    return KnownFrames(reference=reference, known=told, kept=kept, pictures=pictures)
+    reference, known = code_references(kinds, grid, autoencoder, code, device=device, whole=whole)
+    keeps = takes == "in_place" or (is_still(cond_type) and not whole)
+    return KnownFrames(
+        reference=reference,
+        known=torch.zeros_like(known) if still else known,
+        kept=known if keeps else torch.zeros_like(known),
+        whole=whole,
+        pictures=pictures,
+    )
 
 
 def encoded(autoencoder: Autoencoder, pixels: Tensor, run: TaskRunner, seed: int | None, name: str) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from opensora.assembly.token_layout import TokenLayout
 from opensora.inference.check import solver_of
 from opensora.models.base import Denoising
-from opensora.sampling.given_frames import EditedFrames, GivenFrames, SDEdit, StepNoise
+from opensora.sampling.given_frames import CleanFrames, EditedFrames, GivenFrames, SDEdit, StepNoise
 from opensora.sampling.options import SamplingOption
 from opensora.schedulers import ObjectiveConfig, build_solver
 from opensora.schedulers.base import EditingSolver, Solver, SolverOptions
@@ -83,12 +83,14 @@ def given_frames(
 
     Args:
         ratios: (B, T') edit ratios of latent frames that stand in the noise; None: none do.
-        references: whether the model reads some beside the noise.
+        references: whether some are known otherwise, by what the model is told.
 
     Raises:
         UserError: a model or a solver that cannot.
     """
     edits = ratios is not None
+    if references and layout.denoising.references == "in_place" and not edits:
+        return CleanFrames()
     if not edits and not (opt.use_sdedit and references):
         return None
     if edits and layout.denoising.references != "in_place":

@@ -63,7 +63,7 @@ def check_stills(cfg: SampleConfig, source: Source, jobs: Sequence[Job], world_s
         raise UserError("still: makes the reference of every clip itself; take cond_type and ref out, or still")
     if cfg.sampling.num_frames == 1:
         raise UserError("sampling.num_frames=1: must be 2 or more with still, which makes the first frame of clips")
-    check_references(source.model)
+    check_references(source.model, source.objective, KIND)
     shape = autoencoder_shape(source.vae)
     made = coded(cfg.sampling, describe(source.model), shape, KIND)
     check_length(KIND, latents_made(made, shape), cfg.sampling.num_frames, shape)

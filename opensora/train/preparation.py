@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from acceleration.sequence import SequenceContext
 from opensora.assembly.encoders import Encoders
-from opensora.assembly.reference_codes import code_part
+from opensora.assembly.reference_codes import code_clip, code_part, codes_whole
 from opensora.assembly.token_layout import TokenLayout, forward_arguments
 from opensora.conditioning import ConditioningConfig
 from opensora.conditioning.condition_dropout import draw_drops, without_references
@@ -149,8 +149,8 @@ class Preparation:
     @property
     def _leaves_out(self) -> bool:
         """Whether what is known is no part of the loss."""
-        takes = self.layout.denoising.references
-        return takes == "in_place" or (takes == "channels" and not self.conditioning.known_in_loss)
+        denoising = self.layout.denoising
+        return denoising.references == "in_place" or (denoising.reads_beside and not self.conditioning.known_in_loss)
 
     def _dropped(self, ids: tuple[int, ...], step: int, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(B,) bool each: samples without their text tokens, their pooled prompt, and what references give."""
@@ -204,10 +204,10 @@ class Preparation:
     def _references(
         self, batch: "Batch", step: int, latents: tuple[int, int, int], x0: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(B, C, T', H', W') fp32 latents of known frames, and (B, T', H', W') bool where they are, for models that
-        read them beside the noise. ``x0``: those of all frames."""
+        """(B, C, T', H', W') fp32 latents of known frames, or of a clip with grey ones behind them, and (B, T', H', W')
+        bool where they are, for models that read them beside the noise. ``x0``: those of all frames."""
         cfg, shape = self.conditioning, self.autoencoder or self.encoders.autoencoder
-        if self.layout.denoising.references != "channels":
+        if not self.layout.denoising.reads_beside:
             return None, None
         if cfg.mask_types:
             return self._of_whole_clips(batch, step, latents, x0)
@@ -220,10 +220,12 @@ class Preparation:
             for sample in batch.sample_ids
         ]
 
-        def code(part: Part, samples: list[int]) -> Tensor:
-            return code_part(self.encoders, batch, part, samples)
+        whole = codes_whole(self.layout.denoising)
 
-        reference, known = code_references(kinds, latents, shape, code, device=self.encoders.device)
+        def code(part: Part, samples: list[int]) -> Tensor:
+            return (code_clip if whole else code_part)(self.encoders, batch, part, samples)
+
+        reference, known = code_references(kinds, latents, shape, code, device=self.encoders.device, whole=whole)
         return reference.float(), known
 
     def _of_whole_clips(
