@@ -16,7 +16,7 @@ from acceleration.config import MeshConfig
 from acceleration.distributed.launcher_variables import Ranks, ranks_from_environment
 from opensora.assembly.encoders import Encoders
 from opensora.assembly.reference_codes import code_clip, code_part, codes_whole, stored_name
-from opensora.assembly.sharded_text import text_encoder_of
+from opensora.assembly.sharded_text import image_encoder_of, text_encoder_of
 from opensora.assembly.stored_features import encoder_dtype, identity, identity_hash
 from opensora.conditioning.references import needed_parts
 from opensora.config.run import RunConfig
@@ -124,6 +124,7 @@ def _encode(
     encoders = Encoders(
         autoencoder=build_autoencoder(cfg.vae, device, dtype),
         text_encoder=text_encoder_of(cfg.text, None, device, dtype),
+        image_encoder=image_encoder_of(cfg.image_encoder, None, device, dtype),
         device=device,
         seed=cfg.seed,
     )

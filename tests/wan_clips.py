@@ -110,12 +110,14 @@ def by_hand(
     *,
     boundary: float = 0.0,
     guidance_low: float | None = None,
+    picture: Tensor | None = None,
 ) -> Tensor:
     """(B, C, T', H', W') by Euler steps.
 
     Args:
         models: "high" for times from ``boundary`` on, and "low" for those below, if there are any.
         given: the first frames (3, k, H, W) of every clip; None: none.
+        picture: (B, K, E) tokens, which every pass is told.
     """
     x = torch.cat([noise_of(seed) for seed in SEEDS])
     known, clip = known_by_hand(given), clip_by_hand(given)
@@ -127,9 +129,9 @@ def by_hand(
         in_place = model.cfg.references == "in_place"  # type: ignore[union-attr]
         if in_place:
             x = torch.where(grid_known, clip, x)
-        v = velocity(model, x, now, PROMPTS, known, clip)
+        v = velocity(model, x, now, PROMPTS, known, clip, picture)
         if scale != 1:
-            away = velocity(model, x, now, NEGATIVES, known, clip)
+            away = velocity(model, x, now, NEGATIVES, known, clip, picture)
             v = away + scale * (v - away)
         x = x + (then - now) * v
         if in_place:
@@ -142,7 +144,15 @@ def noise_of(seed: int) -> Tensor:
     return torch.randn(1, 4, *GRID, generator=torch_generator(seed, "sampling noise")).double()
 
 
-def velocity(model: nn.Module, x: Tensor, time: float, prompts: list[str], known: Tensor, clip: Tensor) -> Tensor:
+def velocity(
+    model: nn.Module,
+    x: Tensor,
+    time: float,
+    prompts: list[str],
+    known: Tensor,
+    clip: Tensor,
+    picture: Tensor | None = None,
+) -> Tensor:
     """(B, C, T', H', W'); the model is asked one sample at a time, and the text is cut to its own length."""
     found = []
     for row, prompt in enumerate(prompts):
@@ -150,6 +160,8 @@ def velocity(model: nn.Module, x: Tensor, time: float, prompts: list[str], known
         assert features.mask is not None
         text = (features.txt * features.mask[..., None]).double()
         told = {"x": packed(x[row : row + 1]), "text": text, "positions": positions()[None]}
+        if picture is not None:
+            told["image_tokens"] = picture[row : row + 1]
         takes = model.cfg.references  # type: ignore[union-attr]
         mask = known[row, None, None].expand(1, 4, *GRID).double()
         if takes == "clip":

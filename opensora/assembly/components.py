@@ -11,6 +11,7 @@ from opensora.assembly.token_layout import TokenLayout
 from opensora.assembly.turns import Turns
 from opensora.config.run import VaeParallel
 from opensora.models.base import Autoencoder, ModelConfig, TextEncoder
+from opensora.models.image import ImageEncoder
 from opensora.schedulers import ObjectiveConfig
 from opensora.utils.tasks import TaskRunner, one_by_one
 
@@ -31,6 +32,7 @@ class Components:
     cfg: ModelConfig
     autoencoder: Autoencoder
     text_encoder: TextEncoder
+    image_encoder: ImageEncoder | None = None  # of reference pictures, for a model that reads tokens of them
     objective: ObjectiveConfig  # that the model was trained with
     layout: TokenLayout
     mesh: Mesh

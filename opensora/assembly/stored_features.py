@@ -48,7 +48,14 @@ def identity(cfg: RunConfig, table: IndexedTable) -> dict[str, Any]:
             **({} if data.interpolation == "bicubic" else {"interpolation": data.interpolation}),
         },
         **({"references": names} if (names := reference_names(cfg)) else {}),
+        **({"image_encoder": picture} if (picture := _picture(cfg)) else {}),
     }
+
+
+def _picture(cfg: RunConfig) -> dict[str, Any]:
+    """What tokens of first frames depend on; nothing where there are none."""
+    encoder = cfg.image_encoder
+    return {} if encoder.kind == "none" else _without(plain(encoder), encoder.PLACEMENT)
 
 
 def _without(section: dict[str, Any], names: Collection[str]) -> dict[str, Any]:

@@ -135,6 +135,11 @@ def given_frames(kind: str, latent_frames: int, shape: Autoencoder | Autoencoder
     return min(latent_frames, sum(part.latents for part in parts_of(kind, shape)))
 
 
+def shown(tokens: Tensor, known: Tensor) -> Tensor:
+    """(B, K, D) tokens of first frames, with zeros of samples that do not know theirs; known is (B, T', H', W')."""
+    return torch.where(known[:, 0].flatten(1).any(1)[:, None, None], tokens, 0.0)
+
+
 def needed_parts(
     weights: Mapping[str, float], latent_frames: int, shape: Autoencoder | AutoencoderShape
 ) -> tuple[Part, ...]:

@@ -33,6 +33,7 @@ from opensora.inference.references import (
 from opensora.inference.watermark import read_watermark
 from opensora.models.base import AutoencoderShape, ModelConfig, Width, latent_grid
 from opensora.models.families import build_model, count_parameters, describe
+from opensora.models.image import check_image_encoder
 from opensora.models.text import check_prompts, check_text_encoder, num_classes, text_tokens
 from opensora.models.vae import autoencoder_shape, check_autoencoder
 from opensora.sampling.guidance import passes_per_step
@@ -80,13 +81,14 @@ def check_models(cfg: SampleConfig, source: Source) -> None:
         UserError: they do not, with the key.
     """
     try:
-        check_fit(source.model, source.vae, source.text)
+        check_fit(source.model, source.vae, source.text, source.image_encoder)
         check_objective(source.model, source.objective)
     except ValueError as error:
         raise UserError(str(error)) from None
     check_autoencoder(source.vae)
     latents = Width(autoencoder_shape(source.vae).channels, f"vae.kind={source.vae.kind}")
     check_text_encoder(source.text, latents, source.model)
+    check_image_encoder(source.image_encoder, source.model)
     check_offload(cfg.offload)
 
 

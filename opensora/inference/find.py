@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ from acceleration.checkpoint.listing import candidates
 from acceleration.config import LoraConfig
 from opensora.assembly.initial_weights import check_weights, parameter_shapes
 from opensora.conditioning import ConditioningConfig
-from opensora.config.experts import LowNoiseConfig
 from opensora.config.load import load_config
+from opensora.config.other_models import LowNoiseConfig
 from opensora.config.run import SAVED_NAME, RunConfig, SampleConfig
 from opensora.config.schema import shown
 from opensora.models.base import ModelConfig
 from opensora.models.families import family_of, read_hub_config
+from opensora.models.image import NoImageEncoder
 from opensora.models.weights.adapter_fit import FittedAdapter, fit_adapter
 from opensora.models.weights.adapter_names import CONFIG, WEIGHTS
 from opensora.models.weights.adapters import Adapter, is_adapter, read_adapter
@@ -49,6 +50,7 @@ class Source:
     model: ModelConfig
     vae: Any
     text: Any
+    image_encoder: Any = field(default_factory=NoImageEncoder)
     objective: ObjectiveConfig  # that it was trained with
     conditioning: ConditioningConfig | None  # likewise; None: nothing says so
     prompt_suffix: bool  # training told the model frame rate and motion score
@@ -93,6 +95,7 @@ def find_source(cfg: SampleConfig) -> Source:
     sections: dict[str, Any] = {
         name: getattr(cfg, name) or (getattr(saved, name) if saved else None) for name in ("model", "vae", "text")
     }
+    picture = cfg.image_encoder or (saved.image_encoder if saved else None) or NoImageEncoder()
     sections["model"] = sections["model"] or read_hub_config(path if path.is_dir() else path.parent)
     for name, value in sections.items():
         if value is None:
@@ -129,6 +132,7 @@ def find_source(cfg: SampleConfig) -> Source:
         objective=objective,
         conditioning=saved.conditioning if saved else None,
         prompt_suffix=_trained_with_motion(saved),
+        image_encoder=picture,
         **sections,
     )
     return replace(source, low_noise=_low_noise(cfg, cfg.low_noise, source)) if cfg.low_noise else source
@@ -195,7 +199,7 @@ def _check_as_trained(given: ModelConfig, trained: ModelConfig, path: Path, *, i
     """
     changed, family = [], family_of(trained)
     free = family.per_job | (family.fitted if is_file else frozenset())
-    names = [field.name for field in dataclasses.fields(trained)]  # type: ignore[arg-type]
+    names = [one.name for one in dataclasses.fields(trained)]  # type: ignore[arg-type]
     for key in sorted(names, key=lambda name: name != "kind"):
         here, there = getattr(given, key, None), getattr(trained, key)
         if here == there:
@@ -233,6 +237,7 @@ def as_configured(cfg: SampleConfig) -> Source | None:
         model=cfg.model,
         vae=cfg.vae,
         text=cfg.text,
+        image_encoder=cfg.image_encoder or NoImageEncoder(),
         objective=cfg.objective or default_objective(cfg.model),
         conditioning=None,
         prompt_suffix=False,

@@ -5,6 +5,7 @@ Weights are read into the layout of this job, whatever layout wrote them.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,14 +26,15 @@ from acceleration.sharding import fsdp
 from acceleration.sharding.precision import DTYPES
 from opensora.assembly.components import Components, LowNoiseExpert, tile_runner
 from opensora.assembly.initial_weights import AdapterSource, FileSource
-from opensora.assembly.sharded_text import text_encoder_of
+from opensora.assembly.sharded_text import image_encoder_of, text_encoder_of
 from opensora.assembly.token_layout import token_layout
-from opensora.assembly.turns import AUTOENCODER, DENOISER, LOW_NOISE, TEXT, Turns, for_sampling, streams_blocks
+from opensora.assembly.turns import AUTOENCODER, DENOISER, IMAGE, LOW_NOISE, TEXT, Turns, for_sampling, streams_blocks
 from opensora.config.run import SampleConfig
 from opensora.inference.check import fit_option, least_bytes
 from opensora.inference.find import Source, low_noise_job, names_motion
 from opensora.models.base import Autoencoder, TextEncoder
 from opensora.models.families import build_model, count_parameters, family_of
+from opensora.models.image import ImageEncoderConfig
 from opensora.models.text import TextConfig, text_tokens
 from opensora.models.vae import autoencoder_shape, build_autoencoder
 from opensora.models.weights.reader import load_state_dict_for
@@ -72,6 +74,7 @@ def load_components(
     autoencoder: Autoencoder = turns.of(
         name + AUTOENCODER, build_autoencoder(source.vae, runtime.device, dtype), cfg.offload
     )
+    image_encoder = _load_image(cfg, source, runtime, mesh, turns)
     model = load_denoiser(cfg, source, runtime, mesh)
     turns.told_by(model, name + DENOISER)
     low, models = None, {name + DENOISER: model}
@@ -91,6 +94,7 @@ def load_components(
         cfg=source.model,
         autoencoder=autoencoder,
         text_encoder=text.encoder,
+        image_encoder=image_encoder,
         turns=turns,
         objective=source.objective,
         layout=token_layout(source.model, SequenceParallel(mesh)),
@@ -186,8 +190,15 @@ def _load_text(cfg: SampleConfig, source: Source, runtime: Runtime, mesh: meshes
     return LoadedText(cfg=source.text, encoder=turns.of(TEXT, encoder, offload), turns=turns)
 
 
-def _is_placed(text: TextConfig) -> bool:
-    """Whether the text encoder's own section says that its weights are not on the device between uses."""
+def _load_image(cfg: SampleConfig, source: Source, runtime: Runtime, mesh: meshes.Mesh, turns: Turns) -> Any:
+    """The image encoder, whose calls take their turn; None: there is none."""
+    encoder = image_encoder_of(source.image_encoder, mesh, runtime.device, DTYPES[cfg.precision])
+    offload = "none" if _is_placed(source.image_encoder) else cfg.offload
+    return encoder if encoder is None else turns.of(IMAGE, encoder, offload)
+
+
+def _is_placed(text: TextConfig | ImageEncoderConfig) -> bool:
+    """Whether the encoder's own section says that its weights are not on the device between uses."""
     return getattr(text, "device", "auto") == "cpu" or bool(getattr(text, "offload", False))
 
 

@@ -70,6 +70,7 @@ def job_of(cfg: SampleConfig, source: Source, jobs: Sequence[Job] | None = None)
         model=source.model,
         vae=source.vae,
         text=source.text,
+        image_encoder=source.image_encoder,
         parallel=replace(cfg.parallel, precision=precision),
         offload=cfg.offload,
         samples=cfg.batch_size,

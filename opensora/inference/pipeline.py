@@ -19,7 +19,7 @@ from opensora.assembly.components import Components
 from opensora.assembly.step_caches import step_cache
 from opensora.assembly.token_layout import forward_arguments
 from opensora.conditioning.dropout import dropped_labels
-from opensora.conditioning.references import is_still
+from opensora.conditioning.references import is_still, shown
 from opensora.inference.lengths import as_published, asked_for, coded, frames_of, latents_made
 from opensora.inference.prompts import final_prompt
 from opensora.inference.references import (
@@ -97,6 +97,7 @@ def conditions_of(
         dropped=dropped,
         reference=given.told().to(x) if given else None,
         known=given.known if given else None,
+        image_tokens=None if null else _picture_tokens(parts, len(texts), given),
         **{
             name: upload(x.repeat_interleave(len(texts), 0), parts.device)
             for name, x in numbers.items()
@@ -104,6 +105,17 @@ def conditions_of(
         },
     )
     return parts.layout.shard_conditions(parts.layout.patchify_conditions(conditions), x)
+
+
+def _picture_tokens(parts: Components, clips: int, given: KnownFrames | None) -> Tensor | None:
+    """(B, K, D) of the first frames that are known, zeros of clips without; None: the model reads none. Passes without
+    prompt keep them, as Wan's do."""
+    encoder = parts.image_encoder
+    if not parts.layout.denoising.image_dim or encoder is None:
+        return None
+    if given is None or given.pictures is None:
+        return torch.zeros(clips, encoder.tokens, encoder.dim, dtype=clip_precision(parts), device=parts.device)
+    return shown(encoder.encode(given.pictures), given.known)
 
 
 def _prepared(parts: Components, prompt: str) -> str:

@@ -52,6 +52,7 @@ class KnownFrames:
     known: Tensor  # (B, T', H', W') bool: what the model is told
     kept: Tensor  # (B, T', H', W') bool: what is put back into the latents at the end
     whole: bool = False
+    pictures: Tensor | None = None  # (B, 3, H, W) in [-1, 1]: first frames, grey where unknown; None: of no clip
 
     def told(self) -> Tensor:
         """Of ``reference`` what the model is told."""
@@ -102,10 +103,14 @@ def code_known(
     kinds = [cond_type if given and (not still or is_still(cond_type)) else "t2v" for given in references]
     whole = takes == "clip" and not still
 
+    pictures = torch.zeros(len(references), 3, *size, dtype=dtype, device=device)
+
     def code(part: Part, rows: list[int]) -> Tensor:
         coded = []
         for row in rows:
             pixels = read_part(references[row][chosen(cond_type, part)], part, size, cond_type, dtype)[None]
+            if part.end == "head":
+                pictures[row] = pixels[0, :, 0]
             seed = seeds[row] if seeds and not whole else None
             if whole:
                 assert frames is not None
@@ -120,6 +125,7 @@ def code_known(
         known=torch.zeros_like(known) if still else known,
         kept=known if keeps else torch.zeros_like(known),
         whole=whole,
+        pictures=pictures,
     )
 
 

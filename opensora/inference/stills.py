@@ -138,6 +138,7 @@ def still_job(
         model=still.model,
         vae=still.vae,
         text=still.text or cfg.text,
+        image_encoder=None,
         objective=None,
         lora=None,
         still=None,

@@ -16,7 +16,7 @@ from opensora.conditioning.condition_dropout import draw_drops, without_referenc
 from opensora.conditioning.dropout import drop_text, dropped_labels
 from opensora.conditioning.frames import known_frames
 from opensora.conditioning.mask_types import draw_given, known_latents, noisy_pixels
-from opensora.conditioning.references import Part, code_references, draw_kind
+from opensora.conditioning.references import Part, code_references, draw_kind, shown
 from opensora.config.run import LossReduction
 from opensora.datasets.loading.feature_store import Features
 from opensora.datasets.loading.reader import PackedBatch
@@ -124,7 +124,8 @@ class Preparation:
         if reference is not None and self.conditioning.dropout.conditions:
             reference = without_references(reference, drop_reference)
         prompts = self._text(encoded, drop_txt, drop_vec)
-        conditions = replace(prompts, reference=reference, known=known, **self._numbers(batch, t))
+        picture = self._picture(encoded, given, drop_reference)
+        conditions = replace(prompts, reference=reference, known=known, image_tokens=picture, **self._numbers(batch, t))
         conditions = self.layout.patchify_conditions(conditions)
         x, inside = self.layout.patchify(noised.x), self.layout.inside(grid, self.encoders.device)
         return EncodedTokens(
@@ -183,6 +184,15 @@ class Preparation:
             mask = torch.where(drop_txt[:, None], null.mask, mask)
         txt = torch.where(drop_txt[:, None, None], null.txt, text.txt)
         return Conditions(text=txt, text_mask=mask, pooled=pooled, label=label)
+
+    def _picture(self, encoded: Features, given: Tensor | None, dropped: Tensor) -> Tensor | None:
+        """(B, K, D) tokens of first frames; zeros of samples that do not know theirs, or lost what they know."""
+        if not self.layout.denoising.image_dim:
+            return None
+        assert encoded.image_tokens is not None, "checked with the configuration: there is an image encoder"
+        if given is None:
+            return torch.zeros_like(encoded.image_tokens)
+        return shown(encoded.image_tokens, given & ~dropped.view(-1, 1, 1, 1))
 
     def _known(self, batch: "Batch", step: int, latents: tuple[int, int, int]) -> Tensor | None:
         """(B, T', H', W') bool: latents that stand in the place of noisy ones, for models that take them so."""
