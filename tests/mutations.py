@@ -37,6 +37,8 @@ class Mutation:
     test: str  # what must find it, as pytest names it
 
 
+TENSOR_CUT = "acceleration/sharding/tensor_parallel.py"
+NORMS_CUT = "tests/dist/test_tensor_norms.py::test_{}"
 TEXT_FILES, RULE = "tests/unit/test_text_files.py", "tests/unit/test_published_rule.py"
 RULE_1X, CLIPS_1X = "tests/unit/test_rule_1x.py", "tests/unit/test_clips_1x.py"
 MASKS_1X, GIVEN_1X = "tests/unit/test_training_masks.py", "tests/unit/test_given_frames.py"
@@ -86,6 +88,13 @@ FLOW, TIMES, EULER = (f"opensora/schedulers/{name}.py" for name in ("rectified_f
 OPTIM, EMA, NATIVE = "acceleration/optim/optimizers.py", "acceleration/optim/ema.py", "acceleration/engines/native.py"
 GUIDANCE, SOLVER, NOISE = (f"opensora/sampling/{name}.py" for name in ("guidance", "loop", "noise"))
 MODEL, LAYERS = "opensora/models/mmdit/model.py", "opensora/models/mmdit/layers.py"
+JOINT_BLOCKS, INITIAL = (f"opensora/models/layers/{name}.py" for name in ("joint_blocks", "init"))
+REFINER, HUNYUAN_MODEL, HUNYUAN_FILES = (
+    f"opensora/models/hunyuan_video/{name}.py" for name in ("refiner", "model", "convert")
+)
+HUNYUAN_TEST = "tests/unit/test_hunyuan_video{}.py::test_{}"
+HUNYUAN_PARITY = HUNYUAN_TEST.format("_diffusers_parity", "output_and_every_gradient")
+HUNYUAN_PACK = HUNYUAN_TEST.format("", "a_pack_equals_its_samples")
 CONVERT = "opensora/models/mmdit/convert.py"
 ROWS, READER, FIT = (f"opensora/models/weights/{name}.py" for name in ("rows", "reader", "adapter_fit"))
 FILES = "tests/unit/test_weight_formats.py"
@@ -830,7 +839,7 @@ TABLE: tuple[Mutation, ...] = (
         "SGD(parameters, lr=cfg.lr)",
         SGD,
     ),
-    Mutation("weights drawn twice as large", MODEL, "math.sqrt(3.0 / tensor", "math.sqrt(12.0 / tensor", DRAWN),
+    Mutation("weights drawn twice as large", INITIAL, "math.sqrt(3.0 / tensor", "math.sqrt(12.0 / tensor", DRAWN),
     Mutation(
         "weights drawn without the seed",
         WEIGHTS,
@@ -879,6 +888,62 @@ TABLE: tuple[Mutation, ...] = (
     Mutation("times not scaled", EMBEDDING, "scale: float = 1000.0", "scale: float = 1.0", TRAIN),
     Mutation("sine before cosine", EMBEDDING, "(angles.cos(), angles.sin())", "(angles.sin(), angles.cos())", TRAIN),
     Mutation(
+        "padding in the mean of the text",
+        REFINER,
+        "(text * counts[..., None]).sum(dim=1)",
+        "text.sum(dim=1)",
+        HUNYUAN_PARITY,
+    ),
+    Mutation(
+        "gates of the refiner swapped",
+        REFINER,
+        "attention_gate, mlp_gate = over_tokens",
+        "mlp_gate, attention_gate = over_tokens",
+        HUNYUAN_PARITY,
+    ),
+    Mutation(
+        "a sample without any text sees none",
+        REFINER,
+        "(mask | begins)",
+        "mask",
+        HUNYUAN_TEST.format("", "every_text_token_sees_one"),
+    ),
+    Mutation(
+        "text refined with that of other samples",
+        REFINER,
+        "(sample_of[:, :, None] == sample_of[:, None, :])",
+        "(sample_of[:, :, None] >= 0 * sample_of[:, None, :])",
+        HUNYUAN_PACK,
+    ),
+    Mutation(
+        "mask of refined text behind the image",
+        HUNYUAN_MODEL,
+        "torch.cat((mask, mask.new_ones(img.shape[:2])), dim=1)",
+        "torch.cat((mask.new_ones(img.shape[:2]), mask), dim=1)",
+        HUNYUAN_PARITY,
+    ),
+    Mutation(
+        "all of the text on every process",
+        HUNYUAN_MODEL,
+        'slice(*(getattr(context, "text", None) or (None,)))',
+        "slice(None)",
+        HUNYUAN_TEST.format("", "a_process_goes_on_with_its_part_of_the_text"),
+    ),
+    Mutation(
+        "guidance not scaled",
+        HUNYUAN_MODEL,
+        "guidance * TIMES",
+        "guidance",
+        HUNYUAN_TEST.format("", "times_and_guidance_are_scaled_by_a_thousand"),
+    ),
+    Mutation(
+        "halves of the last modulation as in the other file",
+        HUNYUAN_FILES,
+        "(rows.part(half, rows.count), rows.part(0, half))",
+        "(rows.part(0, half), rows.part(half, rows.count))",
+        HUNYUAN_TEST.format("_files", "what_diffusers_has_apart_and_in_another_order"),
+    ),
+    Mutation(
         "text mask behind the image",
         MODEL,
         "torch.cat((txt_mask, txt_mask.new_ones(img.shape[:2])), dim=1)",
@@ -887,19 +952,19 @@ TABLE: tuple[Mutation, ...] = (
     ),
     Mutation(
         "gates swapped in double blocks",
-        LAYERS,
+        JOINT_BLOCKS,
         "_, _, attention_gate, shift, scale, mlp_gate = parts",
         "_, _, mlp_gate, shift, scale, attention_gate = parts",
         TRAIN,
     ),
     Mutation(
         "scale and shift swapped in the last layer",
-        LAYERS,
+        JOINT_BLOCKS,
         "shift, scale = over_tokens(",
         "scale, shift = over_tokens(",
         TRAIN,
     ),
-    Mutation("exact GELU in single blocks", LAYERS, 'gelu(inner, approximate="tanh")', "gelu(inner)", TRAIN),
+    Mutation("exact GELU in single blocks", JOINT_BLOCKS, 'gelu(inner, approximate="tanh")', "gelu(inner)", TRAIN),
     Mutation(
         "tokens packed position by position",
         TOKENS,
@@ -2131,6 +2196,42 @@ TABLE: tuple[Mutation, ...] = (
         "            self._fetch(index + 1)",
         "            [self._fetch(i) for i in range(index, len(self._blocks))]",
         OFFLOADED,
+    ),
+    # Norms over the channels of all heads under tensor parallelism.
+    Mutation(
+        "a norm over the channels of this process's heads alone",
+        TENSOR_CUT,
+        "squares = collectives.all_reduce_(exact.square().sum(dim=-1, keepdim=True), axis)",
+        "squares = axis.degree * exact.square().sum(dim=-1, keepdim=True)",
+        NORMS_CUT.format("layouts_equal_one_process[2]"),
+    ),
+    Mutation(
+        "the gradient of a norm through this process's heads alone",
+        TENSOR_CUT,
+        "shared = collectives.all_reduce_((normed * scaled).sum(dim=-1, keepdim=True), ctx.axis)",
+        "shared = (normed * scaled).sum(dim=-1, keepdim=True)",
+        NORMS_CUT.format("layouts_equal_one_process[2]"),
+    ),
+    Mutation(
+        "a cut norm in the type of its input",
+        TENSOR_CUT,
+        "    return torch.float64 if x.dtype == torch.float64 else torch.float32",
+        "    return x.dtype",
+        NORMS_CUT.format("bytes_on_the_meta_device"),
+    ),
+    Mutation(
+        "apex's norm in place of a cut one",
+        "acceleration/blocks/fused_norms.py",
+        'if "forward" in vars(module):',
+        'if "backward" in vars(module):',
+        NORMS_CUT.format("in_the_types_that_models_compute_in[torch.float32-apex]"),
+    ),
+    Mutation(
+        "exchanges of norms not counted where a block runs again",
+        "acceleration/accounting/comm_volume.py",
+        "_norm_bytes(norm, shares) * (1 + (again.layers and norm.reruns) + norm.input_trains)",
+        "_norm_bytes(norm, shares) * (1 + norm.input_trains)",
+        NORMS_CUT.format("layouts_equal_one_process[2]"),
     ),
     # Offload in training of adapters, and its forecast.
     Mutation(
