@@ -20,7 +20,6 @@ from opensora.conditioning import ConditioningConfig
 from opensora.models.base import ModelConfig
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.models.families import build_model, describe
-from opensora.models.image import PICTURE_TOKENS
 
 MORE_SIZES = {"txt_here": 7, "picture": 5}  # of the runs that a profile is found by; any that are positive do
 REPEATED = 3  # blocks of a list that are run to know them all: the first, one like all between, the last
@@ -80,7 +79,6 @@ def denoiser_inputs(
         dropped=by_sample().to(torch.bool) if denoising.null_text == "learned" else None,
         known=tokens_of(dtype=torch.bool) if known else None,
         reference=tokens_of(values) if known and denoising.references == "channels" and factored else None,
-        image_tokens=by_sample(PICTURE_TOKENS, denoising.image_dim) if denoising.image_dim else None,
         **{name: x for name, x in numbers.items() if name in denoising.wants},
     )
     x = tokens_of(values)
