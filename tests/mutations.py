@@ -77,6 +77,7 @@ ADDRESS_TEST, CHOICE_TEST = (f"tests/unit/{name}.py::test_" for name in ("test_a
 MEETINGS = "tests/faults/test_meeting_fuzz.py::test_any_meeting_ends_in_one_of_two_ways"
 UNIPC, FLOW_STEPS = "opensora/schedulers/flow_multistep.py", "tests/unit/test_flow_solvers.py::test_"
 FLOW_TIMES = "tests/unit/test_rectified_flow.py::test_"
+EXPERTS = "tests/dist/test_experts.py::test_"
 CLIP_REFERENCES = "tests/unit/test_clip_references.py::test_"
 GARBAGE, BORDERS = "opensora/train/garbage_collection.py", "tests/unit/test_garbage_collection.py"
 STEP, LOOP = "opensora/train/preparation.py", "opensora/train/loop.py"
@@ -498,6 +499,27 @@ TABLE: tuple[Mutation, ...] = (
         "return self._kept(x, known), known",
         "return self._kept(x, known) if index == 0 else x, known",
         CLIP_REFERENCES + "sampling_from_a_picture[4.0-in_place]",
+    ),
+    Mutation(
+        "the step at the boundary is the second expert's",
+        "opensora/sampling/experts.py",
+        'boundary is None or time >= boundary else "low"',
+        'boundary is None or time > boundary else "low"',
+        EXPERTS + "which_expert_a_step_is_for",
+    ),
+    Mutation(
+        "the second expert is guided like the first",
+        "opensora/sampling/experts.py",
+        'option.guidance_low if expert == "low" and',
+        "option.guidance_low if False and",
+        EXPERTS + "two_experts_make_what_a_loop_makes[1]",
+    ),
+    Mutation(
+        "the first expert makes all steps",
+        "opensora/inference/steps.py",
+        'return parts.low_noise.model if expert == "low" and',
+        "return parts.low_noise.model if False and",
+        EXPERTS + "two_experts_make_what_a_loop_makes[1]",
     ),
     Mutation(
         "UniPC corrects with one weight",
