@@ -230,7 +230,7 @@ def as_configured(cfg: SampleConfig) -> Source | None:
     """What the weights would be of, by the configuration alone; None: it leaves that to them."""
     if cfg.model is None or cfg.vae is None or cfg.text is None:
         return None
-    return Source(
+    source = Source(
         path=Path(cfg.weights),
         checkpoint=None,
         adapters=None,
@@ -242,6 +242,9 @@ def as_configured(cfg: SampleConfig) -> Source | None:
         conditioning=None,
         prompt_suffix=False,
     )
+    if cfg.low_noise is None:
+        return source
+    return replace(source, low_noise=LowNoise(source=source, boundary=cfg.low_noise.boundary or source.time_range[0]))
 
 
 def names_motion(cfg: SampleConfig, source: Source) -> bool:
