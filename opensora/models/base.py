@@ -134,6 +134,16 @@ class Denoising:
                 "model spans"
             )
 
+    @property
+    def reads_beside(self) -> bool:
+        """Whether known frames stand beside the noise, in channels of their own."""
+        return self.references in ("channels", "clip")
+
+    def three_passes(self, references: bool) -> bool:
+        """Whether guidance is by references too, where there are some: where they are a condition of their own, and
+        not one of every pass, as a coded clip and frames in the place of noise are."""
+        return references and self.references == "channels"
+
     def pixel_multiple(self, stride: tuple[int, int, int]) -> int:
         """Pixels that the sides of a clip are multiples of, behind an autoencoder of this stride: whole tokens, or
         whole latents for a model that fills up the rest."""
