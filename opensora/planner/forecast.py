@@ -32,6 +32,7 @@ from opensora.config.run import RunConfig
 from opensora.datasets.buckets.bucket import BucketTable
 from opensora.models.base import ClipMeasure, ModelConfig, latent_grid
 from opensora.models.families import describe, family_of
+from opensora.models.image import IMAGE_ENCODERS
 from opensora.models.text import has_mask, text_tokens
 from opensora.models.vae import autoencoder_shape
 from opensora.planner.devices import Device
@@ -86,6 +87,7 @@ def micro_batch_of_clip(cfg: RunConfig, frames: int, size: tuple[int, int]) -> M
         img=grid.tokens,
         frames=grid.frames if denoising.token_axes == "factored" else None,
         has_mask=has_mask(cfg.text),
+        picture=IMAGE_ENCODERS[cfg.image_encoder.kind].tokens,
     )
 
 

@@ -25,7 +25,7 @@ from acceleration.sharding.precision import DTYPES
 from opensora.assembly.turns import AUTOENCODER, DENOISER, IMAGE, TEXT, SampleOffload, for_sampling, forecast
 from opensora.models.base import ModelConfig, latent_grid
 from opensora.models.families import describe
-from opensora.models.image import ImageEncoderConfig, NoImageEncoder
+from opensora.models.image import IMAGE_ENCODERS, ImageEncoderConfig, NoImageEncoder
 from opensora.models.text import TextConfig, has_mask, text_tokens
 from opensora.models.vae import AutoencoderConfig, autoencoder_shape
 from opensora.planner.coding_memory import decode_bytes, decode_flops, encode_bytes, encode_flops_of
@@ -94,6 +94,7 @@ class SamplingJob:
             img=grid.tokens,
             frames=grid.frames if denoising.token_axes == "factored" else None,
             has_mask=has_mask(self.text),
+            picture=IMAGE_ENCODERS[self.image_encoder.kind].tokens,
         )
 
 

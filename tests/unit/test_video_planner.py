@@ -17,10 +17,13 @@ from acceleration.config import LoraConfig, MeshConfig, OptimConfig, ParallelCon
 from acceleration.distributed import mesh as meshes
 from acceleration.sequence import SequenceParallel
 from acceleration.sharding import tensor_parallel
+from opensora.config.load import load_config
+from opensora.config.run import RunConfig
 from opensora.models import hunyuan_video, wan
 from opensora.models.families import build_model, count_parameters, family_of
-from opensora.planner.forecast import Forecaster
+from opensora.planner.forecast import Forecaster, micro_batch_of_clip
 from opensora.planner.meta_model import denoiser_inputs, meta_model, more_sizes, run_denoiser, structure
+from tests.conftest import ROOT
 
 _WAN = {"in_channels": 4, "hidden_size": 96, "num_heads": 12, "depth": 5, "ffn_dim": 144, "text_dim": 12}
 MODELS: dict[str, Any] = {
@@ -117,3 +120,16 @@ def test_interpolation_is_close_to_running_the_shape(name: str) -> None:
         batch = given(name, samples=3, txt=300, img=8320, has_mask=True)
         exact, quick = (forecaster.memory(place, batch, exact=exact).total for exact in (True, False))
         assert quick == pytest.approx(exact, rel=0.03), (kind, mesh)
+
+
+def test_a_run_reckons_with_the_tokens_of_a_picture() -> None:
+    """Where none is read there are none."""
+    wan_i2v = ["model={kind: wan, size: i2v_14b}", "vae={kind: wan, path: vae}", "text={kind: umt5, umt5_path: umt5}"]
+    common = ["data.table=t.csv", "data.buckets={480p: {81: [1.0, 1]}}", "conditioning.masks={}"]
+    seen = ["image_encoder={kind: clip_vision, path: clip}"]
+    cfg = load_config(RunConfig, ROOT / "configs" / "train" / "demo.yaml", [*common, *wan_i2v, *seen])
+    batch = micro_batch_of_clip(cfg, 81, (480, 832))
+    assert (batch.txt, batch.img, batch.picture, batch.has_mask) == (512, 32760, 257, False)
+    blind = [wan_i2v[0].replace("i2v_14b", "t2v_14b"), *wan_i2v[1:]]
+    cfg = load_config(RunConfig, ROOT / "configs" / "train" / "demo.yaml", [*common, *blind])
+    assert micro_batch_of_clip(cfg, 81, (480, 832)).picture == 0

@@ -70,7 +70,6 @@ IMAGE_ENCODERS: dict[str, ImageEncoderKind] = {
     ),
 }
 IMAGE_ENCODER_CONFIGS: dict[str, type] = {kind: entry.config for kind, entry in IMAGE_ENCODERS.items()}
-PICTURE_TOKENS = IMAGE_ENCODERS["clip_vision"].tokens  # where no encoder says how many a picture has
 
 
 def check_reads_pictures(cfg: ImageEncoderConfig, model: ModelConfig) -> None:
