@@ -99,6 +99,8 @@ class Denoising:
     heads: int
     token_axes: Literal["joint", "factored"] = "joint"  # tokens as one sequence, or as time x space
     text: Literal["joint", "cross", "none"] = "joint"  # text tokens in the sequence, or read by cross-attention
+    cuts_text: bool = False  # of text in the sequence the model is given all on every process, and itself takes the
+    # tokens that ``context.text`` says, (first, end); None there: all
     text_dim: int = 0  # of a text token
     pooled_dim: int = 0  # of the prompt as one vector; 0: not read
     num_classes: int = 0  # of labels; 0: not read
@@ -131,6 +133,16 @@ class Denoising:
                 f"makes {latent_frames} latent frames; must make a multiple of {self.patch[0]}, which a token of the "
                 "model spans"
             )
+
+    @property
+    def reads_beside(self) -> bool:
+        """Whether known frames stand beside the noise, in channels of their own."""
+        return self.references in ("channels", "clip")
+
+    def three_passes(self, references: bool) -> bool:
+        """Whether guidance is by references too, where there are some: where they are a condition of their own, and
+        not one of every pass, as a coded clip and frames in the place of noise are."""
+        return references and self.references == "channels"
 
     def pixel_multiple(self, stride: tuple[int, int, int]) -> int:
         """Pixels that the sides of a clip are multiples of, behind an autoencoder of this stride: whole tokens, or
