@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from opensora.cli import convert
 from opensora.models.families import build_model, count_parameters, family_of, hub_config, read_hub_config
 from opensora.models.hunyuan_video import SIZES, HunyuanVideoConfig
 from opensora.models.hunyuan_video.convert import DIFFUSERS, LAYOUTS, ORIGINAL, WEIGHTS
@@ -311,3 +312,17 @@ def test_hub_configurations_that_cannot_be_built(changes: dict[str, Any], said: 
     with pytest.raises(UserError, match=said) as caught:
         read_hub_config(tmp_path)
     assert "config.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_command_writes_what_diffusers_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    save_file(stored("original"), tmp_path / "m.safetensors")
+    shape = {"in_channels": C, "hidden_size": D, "num_heads": 2, "mlp_ratio": 2.5, "depth": 2, "depth_single_blocks": 3}
+    shape |= {"context_in_dim": TEXT, "vec_in_dim": 14}
+    keys = ["model.kind=hunyuan_video", "model.axes_dim=[2,2,4]", *(f"model.{n}={value}" for n, value in shape.items())]
+    target = tmp_path / "theirs"
+    assert convert.main([str(tmp_path / "m.safetensors"), "--to", str(target), "--names=diffusers", *keys]) == 0
+    assert "config.json" in capsys.readouterr().out and read_hub_config(target) == SMALL
+    theirs, said = diffusers.HunyuanVideoTransformer3DModel.from_pretrained(target, output_loading_info=True)
+    assert not said["missing_keys"] and not said["unexpected_keys"]
+    assert equal(theirs.state_dict(), stored("diffusers"))

@@ -97,6 +97,7 @@ class HunyuanVideoWeights:
     )
     original = ORIGINAL
     diffusers = DIFFUSERS
+    layouts: Mapping[str, HunyuanVideoLayout] = LAYOUTS
     may_lack: tuple[str, ...] = ()
     recomputed: tuple[str, ...] = ()
     torch_keys: tuple[str, ...] | None = ("module", "ema")

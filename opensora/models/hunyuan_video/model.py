@@ -23,7 +23,7 @@ from opensora.models.base import AttentionAxis, Denoising, Family, TensorPlan, T
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.models.hunyuan_video.config import SIZES, HunyuanVideoConfig
 from opensora.models.hunyuan_video.convert import WEIGHTS
-from opensora.models.hunyuan_video.hub import read_config
+from opensora.models.hunyuan_video.hub import diffusers_config, read_config
 from opensora.models.hunyuan_video.layers import DoubleBlock, PatchEmbed, SingleBlock
 from opensora.models.hunyuan_video.refiner import TokenRefiner
 from opensora.models.layers.embedding import MLPEmbedder, TimestepEmbedder
@@ -257,4 +257,5 @@ FAMILY = Family(
     weights=WEIGHTS,
     lora_targets=LORA_TARGETS,
     read_hub=read_config,
+    diffusers_hub=diffusers_config,
 )
