@@ -15,8 +15,8 @@ from torch import Tensor
 from acceleration.config import MeshConfig
 from acceleration.distributed.launcher_variables import Ranks, ranks_from_environment
 from opensora.assembly.encoders import Encoders
-from opensora.assembly.reference_codes import code_part
-from opensora.assembly.sharded_text import text_encoder_of
+from opensora.assembly.reference_codes import code_clip, code_part, codes_whole, stored_name
+from opensora.assembly.sharded_text import image_encoder_of, text_encoder_of
 from opensora.assembly.stored_features import encoder_dtype, identity, identity_hash
 from opensora.conditioning.references import needed_parts
 from opensora.config.run import RunConfig
@@ -26,6 +26,7 @@ from opensora.datasets.loading.loader import read_batches
 from opensora.datasets.loading.reader import Batch
 from opensora.datasets.plan.batch_plan import BatchPlan, MicroBatch
 from opensora.datasets.table.manifest import ClipTable
+from opensora.models.families import describe
 from opensora.models.vae import autoencoder_shape, build_autoencoder
 from opensora.train.setup import check
 from opensora.utils import signal_handler
@@ -123,6 +124,7 @@ def _encode(
     encoders = Encoders(
         autoencoder=build_autoencoder(cfg.vae, device, dtype),
         text_encoder=text_encoder_of(cfg.text, None, device, dtype),
+        image_encoder=image_encoder_of(cfg.image_encoder, None, device, dtype),
         device=device,
         seed=cfg.seed,
     )
@@ -156,7 +158,9 @@ def _encode(
 def _references(cfg: RunConfig, encoders: Encoders, batch: Batch, latent_frames: int) -> dict[str, Tensor]:
     """Whatever a run may draw of these samples, on the CPU."""
     needed = needed_parts(cfg.conditioning.references, latent_frames, autoencoder_shape(cfg.vae))
-    return {part.name: code_part(encoders, batch, part).cpu() for part in needed}
+    whole = codes_whole(describe(cfg.model))
+    code = code_clip if whole else code_part
+    return {stored_name(part, whole=whole): code(encoders, batch, part).cpu() for part in needed}
 
 
 def _shards(plan: BatchPlan, epochs: int) -> Iterator[tuple[MicroBatch, ...]]:

@@ -37,6 +37,9 @@ class Mutation:
     test: str  # what must find it, as pytest names it
 
 
+TENSOR_CUT = "acceleration/sharding/tensor_parallel.py"
+VIDEO_PLANS = "tests/unit/test_video_planner.py::test_{}"
+NORMS_CUT = "tests/dist/test_tensor_norms.py::test_{}"
 TEXT_FILES, RULE = "tests/unit/test_text_files.py", "tests/unit/test_published_rule.py"
 RULE_1X, CLIPS_1X = "tests/unit/test_rule_1x.py", "tests/unit/test_clips_1x.py"
 MASKS_1X, GIVEN_1X = "tests/unit/test_training_masks.py", "tests/unit/test_given_frames.py"
@@ -73,6 +76,10 @@ PAGE_TEST, PAGE_ACCESS = (f"tests/integration/test_service_page{part}.py::test_{
 COORDINATOR, ORDERS = "launch/coordinator.py", "tests/unit/test_coordinator.py"
 ADDRESS_TEST, CHOICE_TEST = (f"tests/unit/{name}.py::test_" for name in ("test_addresses", "test_network"))
 MEETINGS = "tests/faults/test_meeting_fuzz.py::test_any_meeting_ends_in_one_of_two_ways"
+UNIPC, FLOW_STEPS = "opensora/schedulers/flow_multistep.py", "tests/unit/test_flow_solvers.py::test_"
+FLOW_TIMES = "tests/unit/test_rectified_flow.py::test_"
+EXPERTS = "tests/dist/test_experts.py::test_"
+CLIP_REFERENCES = "tests/unit/test_clip_references.py::test_"
 GARBAGE, BORDERS = "opensora/train/garbage_collection.py", "tests/unit/test_garbage_collection.py"
 STEP, LOOP = "opensora/train/preparation.py", "opensora/train/loop.py"
 SETUP, WEIGHTS, DATA = "opensora/train/setup.py", "opensora/assembly/initial_weights.py", "opensora/train/step_data.py"
@@ -83,6 +90,13 @@ FLOW, TIMES, EULER = (f"opensora/schedulers/{name}.py" for name in ("rectified_f
 OPTIM, EMA, NATIVE = "acceleration/optim/optimizers.py", "acceleration/optim/ema.py", "acceleration/engines/native.py"
 GUIDANCE, SOLVER, NOISE = (f"opensora/sampling/{name}.py" for name in ("guidance", "loop", "noise"))
 MODEL, LAYERS = "opensora/models/mmdit/model.py", "opensora/models/mmdit/layers.py"
+JOINT_BLOCKS, INITIAL = (f"opensora/models/layers/{name}.py" for name in ("joint_blocks", "init"))
+REFINER, HUNYUAN_MODEL, HUNYUAN_FILES = (
+    f"opensora/models/hunyuan_video/{name}.py" for name in ("refiner", "model", "convert")
+)
+HUNYUAN_TEST = "tests/unit/test_hunyuan_video{}.py::test_{}"
+HUNYUAN_PARITY = HUNYUAN_TEST.format("_diffusers_parity", "output_and_every_gradient")
+HUNYUAN_PACK = HUNYUAN_TEST.format("", "a_pack_equals_its_samples")
 CONVERT = "opensora/models/mmdit/convert.py"
 ROWS, READER, FIT = (f"opensora/models/weights/{name}.py" for name in ("rows", "reader", "adapter_fit"))
 FILES = "tests/unit/test_weight_formats.py"
@@ -198,6 +212,8 @@ SINCOS, EMBEDDING, CAPTION = (f"opensora/models/layers/{name}.py" for name in ("
 PATCHES, DIT_UNIT = "opensora/models/weights/patches.py", "tests/unit/test_dit_family.py::"
 DIFFUSERS_DIT, PATCH_FILES = "tests/unit/test_diffusers_dit_parity.py::", "tests/unit/test_patch_weights.py::"
 DIT_MODEL, LATTE_MODEL, PIXART_MODEL = (f"opensora/models/{name}/model.py" for name in ("dit", "latte", "pixart"))
+WAN_SOURCE, WAN, WAN_FILES = "opensora/models/wan/{}.py", "tests/unit/test_wan.py::", "tests/unit/test_wan_files.py::"
+WAN_PARITY = "tests/unit/test_wan_diffusers_parity.py::test_output_and_every_gradient[{}-dtype1-1e-08]"
 CHAIN, DIFFUSION, IDDPM, DDPM, DPM, FLOW_V1 = (
     f"opensora/schedulers/{name}.py"
     for name in ("noise_schedule", "gaussian_diffusion", "iddpm", "ddpm", "dpm_solver", "rectified_flow_v1")
@@ -330,6 +346,83 @@ TABLE: tuple[Mutation, ...] = (
         DIT_UNIT + "test_coarser_keys_are_those_of_the_first_places[conv]",
     ),
     Mutation(
+        "the norm of attention to the text keeps its number under diffusers' names",
+        WAN_SOURCE.format("convert"),
+        '"norm3": "norm2"',
+        '"norm3": "norm3"',
+        WAN_FILES + "test_names_and_shapes_are_those_of_diffusers[t2v]",
+    ),
+    Mutation(
+        "channels of Wan's last layer stay where files have them",
+        WAN_SOURCE.format("convert"),
+        "order=channels_first(height(target.shape), patch)",
+        "order=None",
+        WAN_FILES + "test_what_is_written_is_read[None-original-t2v]",
+    ),
+    Mutation(
+        "a config.json of Wan 2.1 is taken for one of 2.2",
+        WAN_SOURCE.format("hub"),
+        'image_dim = _image_dim(folder) if references == "clip" else 0',
+        "image_dim = 0",
+        WAN_FILES + "test_hub_folders_of_the_releases[i2v_14b-False]",
+    ),
+    Mutation(
+        "times of Wan are those of the objective",
+        WAN_SOURCE.format("model"),
+        "times, row_of = LONGEST_TIME * t, None",
+        "times, row_of = t, None",
+        WAN + "test_times_go_up_to_a_thousand_and_text_has_zeros_for_a_mask",
+    ),
+    Mutation(
+        "known frames of TI2V are at the time of the others",
+        WAN_SOURCE.format("model"),
+        "torch.cat((times, torch.zeros_like(times)))",
+        "torch.cat((times, times))",
+        WAN + "test_known_tokens_are_at_time_zero",
+    ),
+    Mutation(
+        "the mask of known frames is behind their latents",
+        WAN_SOURCE.format("model"),
+        "torch.cat((mask.to(reference), reference), dim=-1)",
+        "torch.cat((reference, mask.to(reference)), dim=-1)",
+        WAN + "test_known_frames_are_channels_beside_the_noise[i2v]",
+    ),
+    Mutation(
+        "Wan attends to text that a mask hides",
+        WAN_SOURCE.format("model"),
+        "if conditions.text_mask is not None:",
+        "if False:",
+        WAN + "test_times_go_up_to_a_thousand_and_text_has_zeros_for_a_mask",
+    ),
+    Mutation(
+        "keys of a picture take the norm of those of text",
+        WAN_SOURCE.format("layers"),
+        "self.norm_k_img(self.k_img(image))",
+        "self.norm_k(self.k_img(image))",
+        WAN + "test_a_picture_is_read_beside_the_text",
+    ),
+    Mutation(
+        "a picture is embedded by the other GELU",
+        WAN_SOURCE.format("layers"),
+        "            nn.GELU(),",
+        '            nn.GELU(approximate="tanh"),',
+        WAN_PARITY.format("i2v_picture"),
+    ),
+    Mutation(
+        "the MLP of Wan takes the gate of attention",
+        WAN_SOURCE.format("layers"),
+        "torch.addcmul(x, gate_ffn, self.ffn(h)",
+        "torch.addcmul(x, gate, self.ffn(h)",
+        WAN_PARITY.format("t2v"),
+    ),
+    Mutation(
+        "tokens of Wan are rounded between layers",
+        WAN_SOURCE.format("layers"),
+        "self.ffn(h).to(x.dtype))",
+        "self.ffn(h).to(x.dtype)).to(dtype)",
+        WAN + "test_tokens_times_and_angles_stay_exact_in_bf16",
+    ),
+    Mutation(
         "a null text begins anew behind its end",
         CAPTION,
         ".clamp(max=self.y_embedding.shape[0] - 1)",
@@ -441,8 +534,8 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "DPM-Solver of first order",
         DPM,
-        "h / (2 * h_before) * (x0",
-        "0 * h / (2 * h_before) * (x0",
+        "h / (2 * (now.log_snr - earlier.log_snr)) * (x0",
+        "0 * h / (2 * (now.log_snr - earlier.log_snr)) * (x0",
         DIFFUSED + "ddim_and_dpm_solver_follow_the_flow_by_their_orders",
     ),
     Mutation(
@@ -451,6 +544,83 @@ TABLE: tuple[Mutation, ...] = (
         "then.sigma / now.sigma * x",
         "now.sigma / then.sigma * x",
         DIFFUSED + "one_point_is_found_in_any_number_of_steps[2-dpm_solver]",
+    ),
+    Mutation(
+        "an expert's draws end elsewhere",
+        "opensora/schedulers/timesteps.py",
+        "least + (most - least) *",
+        "(most - least) *",
+        FLOW_TIMES + "times_of_a_range_by_formula[logit-normal]",
+    ),
+    Mutation(
+        "an expert's range is taken before the shift",
+        "opensora/schedulers/rectified_flow.py",
+        "time_shift(1 / alpha, torch",
+        "time_shift(1.0, torch",
+        "tests/reference/test_training.py::test_one_process[an expert's times]",
+    ),
+    Mutation(
+        "a picture is repeated, not followed by grey",
+        "opensora/conditioning/references.py",
+        "grey = head.new_zeros(*head.shape[:-3], frames - head.shape[-3], *head.shape[-2:])",
+        "grey = head[..., -1:, :, :].expand(*head.shape[:-3], frames - head.shape[-3], *head.shape[-2:])",
+        CLIP_REFERENCES + "training_gives_the_first_frame_and_grey_as_one_clip_by_its_mode",
+    ),
+    Mutation(
+        "a clip with grey is known where it is not",
+        "opensora/inference/references.py",
+        "return self.reference if self.whole else",
+        "return self.reference if False else",
+        CLIP_REFERENCES + "sampling_from_a_picture[4.0-clip]",
+    ),
+    Mutation(
+        "known frames are noisy after the first step",
+        "opensora/sampling/given_frames.py",
+        "return self._kept(x, known), known",
+        "return self._kept(x, known) if index == 0 else x, known",
+        CLIP_REFERENCES + "sampling_from_a_picture[4.0-in_place]",
+    ),
+    Mutation(
+        "the step at the boundary is the second expert's",
+        "opensora/sampling/experts.py",
+        'boundary is None or time >= boundary else "low"',
+        'boundary is None or time > boundary else "low"',
+        EXPERTS + "which_expert_a_step_is_for",
+    ),
+    Mutation(
+        "the second expert is guided like the first",
+        "opensora/sampling/experts.py",
+        'option.guidance_low if expert == "low" and',
+        "option.guidance_low if False and",
+        EXPERTS + "two_experts_make_what_a_loop_makes[1]",
+    ),
+    Mutation(
+        "the first expert makes all steps",
+        "opensora/inference/steps.py",
+        'return parts.low_noise.model if expert == "low" and',
+        "return parts.low_noise.model if False and",
+        EXPERTS + "two_experts_make_what_a_loop_makes[1]",
+    ),
+    Mutation(
+        "UniPC corrects with one weight",
+        UNIPC,
+        "return a, b_1 - a",
+        "return 0.0, b_1",
+        FLOW_STEPS + "steps_by_formula[9-unipc]",
+    ),
+    Mutation(
+        "UniPC corrects from where it arrived",
+        UNIPC,
+        "return self._moved(last.x, last.x0, index - 1, of_before",
+        "return self._moved(self._past[-2].x, last.x0, index - 1, of_before",
+        FLOW_STEPS + "steps_by_formula[9-unipc]",
+    ),
+    Mutation(
+        "flow solvers begin at another time",
+        UNIPC,
+        "START = 0.999",
+        "START = 0.9995",
+        FLOW_STEPS + "unipc_is_that_of_diffusers[5]",
     ),
     Mutation(
         "DPM-Solver's last step of few is of second order", DPM, "steps < FEW and", "steps < 0 and", ON_ONE + "[dpm]"
@@ -771,7 +941,7 @@ TABLE: tuple[Mutation, ...] = (
         "SGD(parameters, lr=cfg.lr)",
         SGD,
     ),
-    Mutation("weights drawn twice as large", MODEL, "math.sqrt(3.0 / tensor", "math.sqrt(12.0 / tensor", DRAWN),
+    Mutation("weights drawn twice as large", INITIAL, "math.sqrt(3.0 / tensor", "math.sqrt(12.0 / tensor", DRAWN),
     Mutation(
         "weights drawn without the seed",
         WEIGHTS,
@@ -820,6 +990,62 @@ TABLE: tuple[Mutation, ...] = (
     Mutation("times not scaled", EMBEDDING, "scale: float = 1000.0", "scale: float = 1.0", TRAIN),
     Mutation("sine before cosine", EMBEDDING, "(angles.cos(), angles.sin())", "(angles.sin(), angles.cos())", TRAIN),
     Mutation(
+        "padding in the mean of the text",
+        REFINER,
+        "(text * counts[..., None]).sum(dim=1)",
+        "text.sum(dim=1)",
+        HUNYUAN_PARITY,
+    ),
+    Mutation(
+        "gates of the refiner swapped",
+        REFINER,
+        "attention_gate, mlp_gate = over_tokens",
+        "mlp_gate, attention_gate = over_tokens",
+        HUNYUAN_PARITY,
+    ),
+    Mutation(
+        "a sample without any text sees none",
+        REFINER,
+        "(mask | begins)",
+        "mask",
+        HUNYUAN_TEST.format("", "every_text_token_sees_one"),
+    ),
+    Mutation(
+        "text refined with that of other samples",
+        REFINER,
+        "(sample_of[:, :, None] == sample_of[:, None, :])",
+        "(sample_of[:, :, None] >= 0 * sample_of[:, None, :])",
+        HUNYUAN_PACK,
+    ),
+    Mutation(
+        "mask of refined text behind the image",
+        HUNYUAN_MODEL,
+        "torch.cat((mask, mask.new_ones(img.shape[:2])), dim=1)",
+        "torch.cat((mask.new_ones(img.shape[:2]), mask), dim=1)",
+        HUNYUAN_PARITY,
+    ),
+    Mutation(
+        "all of the text on every process",
+        HUNYUAN_MODEL,
+        'slice(*(getattr(context, "text", None) or (None,)))',
+        "slice(None)",
+        HUNYUAN_TEST.format("", "a_process_goes_on_with_its_part_of_the_text"),
+    ),
+    Mutation(
+        "guidance not scaled",
+        HUNYUAN_MODEL,
+        "guidance * TIMES",
+        "guidance",
+        HUNYUAN_TEST.format("", "times_and_guidance_are_scaled_by_a_thousand"),
+    ),
+    Mutation(
+        "halves of the last modulation as in the other file",
+        HUNYUAN_FILES,
+        "(rows.part(half, rows.count), rows.part(0, half))",
+        "(rows.part(0, half), rows.part(half, rows.count))",
+        HUNYUAN_TEST.format("_files", "what_diffusers_has_apart_and_in_another_order"),
+    ),
+    Mutation(
         "text mask behind the image",
         MODEL,
         "torch.cat((txt_mask, txt_mask.new_ones(img.shape[:2])), dim=1)",
@@ -828,19 +1054,19 @@ TABLE: tuple[Mutation, ...] = (
     ),
     Mutation(
         "gates swapped in double blocks",
-        LAYERS,
+        JOINT_BLOCKS,
         "_, _, attention_gate, shift, scale, mlp_gate = parts",
         "_, _, mlp_gate, shift, scale, attention_gate = parts",
         TRAIN,
     ),
     Mutation(
         "scale and shift swapped in the last layer",
-        LAYERS,
+        JOINT_BLOCKS,
         "shift, scale = over_tokens(",
         "scale, shift = over_tokens(",
         TRAIN,
     ),
-    Mutation("exact GELU in single blocks", LAYERS, 'gelu(inner, approximate="tanh")', "gelu(inner)", TRAIN),
+    Mutation("exact GELU in single blocks", JOINT_BLOCKS, 'gelu(inner, approximate="tanh")', "gelu(inner)", TRAIN),
     Mutation(
         "tokens packed position by position",
         TOKENS,
@@ -2072,6 +2298,82 @@ TABLE: tuple[Mutation, ...] = (
         "            self._fetch(index + 1)",
         "            [self._fetch(i) for i in range(index, len(self._blocks))]",
         OFFLOADED,
+    ),
+    # Norms over the channels of all heads under tensor parallelism.
+    Mutation(
+        "a norm over the channels of this process's heads alone",
+        TENSOR_CUT,
+        "squares = collectives.all_reduce_(exact.square().sum(dim=-1, keepdim=True), axis)",
+        "squares = axis.degree * exact.square().sum(dim=-1, keepdim=True)",
+        NORMS_CUT.format("layouts_equal_one_process[2]"),
+    ),
+    Mutation(
+        "the gradient of a norm through this process's heads alone",
+        TENSOR_CUT,
+        "shared = collectives.all_reduce_((normed * scaled).sum(dim=-1, keepdim=True), ctx.axis)",
+        "shared = (normed * scaled).sum(dim=-1, keepdim=True)",
+        NORMS_CUT.format("layouts_equal_one_process[2]"),
+    ),
+    Mutation(
+        "a cut norm in the type of its input",
+        TENSOR_CUT,
+        "    return torch.float64 if x.dtype == torch.float64 else torch.float32",
+        "    return x.dtype",
+        NORMS_CUT.format("bytes_on_the_meta_device"),
+    ),
+    Mutation(
+        "apex's norm in place of a cut one",
+        "acceleration/blocks/fused_norms.py",
+        'if "forward" in vars(module):',
+        'if "backward" in vars(module):',
+        NORMS_CUT.format("in_the_types_that_models_compute_in[torch.float32-apex]"),
+    ),
+    Mutation(
+        "exchanges of norms not counted where a block runs again",
+        "acceleration/accounting/comm_volume.py",
+        "_norm_bytes(norm, shares) * (1 + (again.layers and norm.reruns) + norm.input_trains)",
+        "_norm_bytes(norm, shares) * (1 + norm.input_trains)",
+        NORMS_CUT.format("layouts_equal_one_process[2]"),
+    ),
+    # Sizes of Wan and HunyuanVideo in the planner.
+    Mutation(
+        "text that a model cuts itself counted as whole behind the cut",
+        "acceleration/accounting/rank_layout.py",
+        "parts = zip(given, cut, img,",
+        "parts = zip(given, given, img,",
+        VIDEO_PLANS.format(
+            "layouts_of_any_size_count_on_the_meta_device_what_is_predicted[hunyuan_video-degrees2-full]"
+        ),
+    ),
+    Mutation(
+        "all text counted as what a process goes on with",
+        "acceleration/accounting/rank_layout.py",
+        "given = cut if profile.cuts_text and not profile.cuts_text_itself else",
+        "given = cut if profile.cuts_text else",
+        VIDEO_PLANS.format(
+            "layouts_of_any_size_count_on_the_meta_device_what_is_predicted[hunyuan_video-degrees2-full]"
+        ),
+    ),
+    Mutation(
+        "attention in no slot costs nothing",
+        "acceleration/accounting/profiling.py",
+        "        if func is scaled_dot_product_attention:",
+        "        if func is None:",
+        "tests/unit/test_published_costs.py::test_hunyuan_video_as_published",
+    ),
+    Mutation(
+        "a picture's tokens taken for those of the text",
+        "opensora/planner/meta_model.py",
+        "image_tokens=zeros(batch.picture, denoising.image_dim)",
+        "image_tokens=zeros(batch.txt, denoising.image_dim)",
+        "tests/unit/test_published_costs.py::test_a_picture_costs_what_its_keys_and_values_do",
+    ),
+    Mutation(
+        "text of whole samples interpolated as a part",
+        "opensora/planner/forecast.py",
+        "if self.structure.cuts_text and not self.structure.cuts_text_itself:",
+        "if self.structure.cuts_text:",
+        VIDEO_PLANS.format("interpolation_is_close_to_running_the_shape[hunyuan_video]"),
     ),
     # Offload in training of adapters, and its forecast.
     Mutation(

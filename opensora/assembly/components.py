@@ -11,8 +11,17 @@ from opensora.assembly.token_layout import TokenLayout
 from opensora.assembly.turns import Turns
 from opensora.config.run import VaeParallel
 from opensora.models.base import Autoencoder, ModelConfig, TextEncoder
+from opensora.models.image import ImageEncoder
 from opensora.schedulers import ObjectiveConfig
 from opensora.utils.tasks import TaskRunner, one_by_one
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowNoiseExpert:
+    """A second model, for the steps of low noise."""
+
+    model: nn.Module
+    boundary: float  # its steps are of times below, in parts of the time of pure noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +32,7 @@ class Components:
     cfg: ModelConfig
     autoencoder: Autoencoder
     text_encoder: TextEncoder
+    image_encoder: ImageEncoder | None = None  # of reference pictures, for a model that reads tokens of them
     objective: ObjectiveConfig  # that the model was trained with
     layout: TokenLayout
     mesh: Mesh
@@ -30,6 +40,7 @@ class Components:
     prompt_suffix: bool  # prompts end with words about frame rate and motion
     published_prompts: bool = False  # in the form of the family's own sampler
     run_tiles: TaskRunner = one_by_one  # who codes the tiles of a clip
+    low_noise: LowNoiseExpert | None = None
     turns: Turns | None = None  # of text encoder, denoiser and autoencoder on the device; None: nobody keeps account
 
 

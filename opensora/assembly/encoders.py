@@ -10,6 +10,7 @@ from torch import Tensor
 
 from opensora.datasets.loading.feature_store import Features
 from opensora.models.base import Autoencoder, TextEncoder, TextFeatures, Variational
+from opensora.models.image import ImageEncoder
 from opensora.schedulers.timesteps import draw_per_sample
 from opensora.utils.files.upload import upload
 from opensora.utils.tasks import TaskRunner, one_by_one
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoders:
-    """Autoencoder and text encoder on this process's device, for training and for encoding ahead of it."""
+    """Autoencoder and encoders on this process's device, for training and for encoding ahead of it."""
 
     autoencoder: Autoencoder | None  # None: not needed, as batches hold features
     text_encoder: TextEncoder
+    image_encoder: ImageEncoder | None = None  # of first frames; None: the model reads none, or batches hold features
     device: torch.device
     run_tiles: TaskRunner = one_by_one  # who codes the tiles of a clip
     stored: bool = False  # batches hold features in place of pixels
@@ -42,7 +44,9 @@ class Encoders:
         pixels = batch.pixels.to(self.device, non_blocking=True).float() / 127.5 - 1  # (B, 3, T, H, W)
         text = text or self.text_encoder.encode(batch.prompts)
         latents = self.latents(pixels, batch.epoch, batch.sample_ids)
-        return Features(latents=latents, txt=text.txt, y_vec=text.y_vec, mask=text.mask, label=text.label)
+        picture = None if self.image_encoder is None else self.image_encoder.encode(pixels[:, :, 0])
+        told = {"txt": text.txt, "y_vec": text.y_vec, "mask": text.mask, "label": text.label}
+        return Features(latents=latents, **told, image_tokens=picture)  # type: ignore[arg-type]
 
     def latents(self, pixels: Tensor, epoch: int, sample_ids: tuple[int, ...], purpose: str = "posterior") -> Tensor:
         """What the autoencoder makes of (B, 3, T, H, W) in [-1, 1].

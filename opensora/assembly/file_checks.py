@@ -7,7 +7,8 @@ from typing import Any
 
 from opensora.assembly.initial_weights import check_initial
 from opensora.config.run import RunConfig
-from opensora.models.text.weights import open_clip, open_t5
+from opensora.models.image import IMAGE_ENCODERS
+from opensora.models.text import TEXT_ENCODERS
 from opensora.models.vae import check_autoencoder
 from opensora.utils.errors import UserError
 from opensora.utils.files.published_files import set_of
@@ -48,13 +49,18 @@ def autoencoder_files(vae: Any) -> list[Finding]:
     return [look("vae.path", vae.path, partial(check_autoencoder, vae))] if hasattr(vae, "path") else []
 
 
+def image_encoder_files(cfg: Any) -> list[Finding]:
+    """Of the image encoder, if there is one."""
+    check = IMAGE_ENCODERS[cfg.kind].check
+    return [] if check is None else [look("image_encoder.path", cfg.path, partial(check, cfg))]
+
+
 def encoder_files(vae: Any, text: Any) -> list[Finding]:
     """Of the autoencoder and the text encoder."""
     found = autoencoder_files(vae)
-    for name, check in (("t5_path", open_t5), ("clip_path", open_clip)):
-        if hasattr(text, name):
-            path = getattr(text, name)
-            found.append(look(f"text.{name}", path, partial(check, name, path)))
+    for name, check in TEXT_ENCODERS[text.kind].files.items():
+        path = getattr(text, name)
+        found.append(look(f"text.{name}", path, partial(check, name, path)))
     return found
 
 
@@ -68,5 +74,5 @@ def run_files(cfg: RunConfig) -> list[Finding]:
     if cfg.train.init_from is not None:
         found.append(look("train.init_from", cfg.train.init_from, partial(check_initial, cfg)))
     if not cfg.data.features or cfg.validate.every:
-        found += encoder_files(cfg.vae, cfg.text)
+        found += encoder_files(cfg.vae, cfg.text) + image_encoder_files(cfg.image_encoder)
     return found

@@ -1,4 +1,4 @@
-"""Text encoders cut over processes: memory for T5 falls with every process, as that for the model does."""
+"""Text and image encoders cut over processes: memory for T5 falls with every process, as that for the model does."""
 
 import torch
 import torch.distributed as dist
@@ -12,12 +12,13 @@ from acceleration.sharding import fsdp
 from acceleration.sharding.precision import DTYPES
 from opensora.assembly.initial_weights import FileSource
 from opensora.models.base import TextEncoder
+from opensora.models.image import ImageEncoder, ImageEncoderConfig, build_image_encoder
 from opensora.models.text import TextConfig, build_text_encoder
 from opensora.models.text.weights import EncoderFile, restore_buffers
 
 
 class ShardedText:
-    """Cuts text encoders over all processes of a copy of the model, whatever they do with its tokens.
+    """Cuts encoders over all processes of a copy of the model, whatever they do with its tokens.
 
     A mesh of its own, because pieces go over the tensor axis as well, and what is sent is no part of a step's bytes.
     """
@@ -62,3 +63,15 @@ def text_encoder_of(cfg: TextConfig, mesh: Mesh | None, device: torch.device, dt
     """
     peers = ShardedText(mesh, device) if mesh is not None and getattr(cfg, "shard", False) else None
     return build_text_encoder(cfg, device, dtype, peers, Visits)
+
+
+def image_encoder_of(
+    cfg: ImageEncoderConfig, mesh: Mesh | None, device: torch.device, dtype: torch.dtype
+) -> ImageEncoder | None:
+    """The image encoder of a run, where its section says; None: there is none. Collective, but without a mesh.
+
+    Raises:
+        UserError: as its kind.
+    """
+    peers = ShardedText(mesh, device) if mesh is not None and getattr(cfg, "shard", False) else None
+    return build_image_encoder(cfg, device, dtype, peers, Visits)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from opensora.assembly.reference_codes import codes_whole, stored_name
 from opensora.conditioning.references import parts_of
 from opensora.config.compare import differences
 from opensora.config.run import RunConfig
@@ -47,7 +48,14 @@ def identity(cfg: RunConfig, table: IndexedTable) -> dict[str, Any]:
             **({} if data.interpolation == "bicubic" else {"interpolation": data.interpolation}),
         },
         **({"references": names} if (names := reference_names(cfg)) else {}),
+        **({"image_encoder": picture} if (picture := _picture(cfg)) else {}),
     }
+
+
+def _picture(cfg: RunConfig) -> dict[str, Any]:
+    """What tokens of first frames depend on; nothing where there are none."""
+    encoder = cfg.image_encoder
+    return {} if encoder.kind == "none" else _without(plain(encoder), encoder.PLACEMENT)
 
 
 def _without(section: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
@@ -56,9 +64,9 @@ def _without(section: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
 
 def reference_names(cfg: RunConfig) -> list[str]:
     """What is coded of clips beside their latents, for the kinds of references that the run draws from."""
-    shape = autoencoder_shape(cfg.vae)
+    shape, whole = autoencoder_shape(cfg.vae), codes_whole(describe(cfg.model))
     kinds = [kind for kind, weight in cfg.conditioning.references.items() if weight > 0]
-    return sorted({part.name for kind in kinds for part in parts_of(kind, shape)})
+    return sorted({stored_name(part, whole=whole) for kind in kinds for part in parts_of(kind, shape)})
 
 
 def identity_hash(made_for: dict[str, Any]) -> str:

@@ -24,11 +24,12 @@ from acceleration.diagnostics.memory_usage import peak_gib, reset_peak
 from acceleration.distributed.mesh import Mesh
 
 SampleOffload: TypeAlias = Literal["none", "models", "blocks"]
-TEXT, DENOISER, AUTOENCODER = "text encoder", "denoiser", "autoencoder"
+TEXT, IMAGE, DENOISER, AUTOENCODER = "text encoder", "image encoder", "denoiser", "autoencoder"
+LOW_NOISE = "denoiser for low noise"  # the second of two experts, whose turn follows that of the first
 
 
 class InTurn:
-    """An autoencoder or a text encoder whose calls take their turn; all else is asked of it as it is."""
+    """An autoencoder or another encoder whose calls take their turn; all else is asked of it as it is."""
 
     def __init__(self, owner: Any, name: str, turns: "Turns") -> None:
         self._owner, self._name, self._turns = owner, name, turns
@@ -66,7 +67,7 @@ class Turns:
         self._movable[name] = [OffloadedModule(module, self.device) for module in modules]
 
     def of(self, name: str, owner: Any, offload: SampleOffload) -> Any:
-        """An autoencoder or a text encoder whose calls take their turn; with ``offload`` it waits outside."""
+        """An autoencoder or another encoder whose calls take their turn; with ``offload`` it waits outside."""
         if offload != "none":
             self.add(name, modules_of(owner))
         return InTurn(owner, name, self)

@@ -12,7 +12,14 @@ if __name__ == "__main__":
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from opensora.assembly.file_checks import Finding, autoencoder_files, encoder_files, look, run_files
+from opensora.assembly.file_checks import (
+    Finding,
+    autoencoder_files,
+    encoder_files,
+    image_encoder_files,
+    look,
+    run_files,
+)
 from opensora.cli.forecast import MAX_GIB, MAX_WORLD, describe
 from opensora.cli.main import run_cli
 from opensora.config.load import is_training, load_config
@@ -64,8 +71,11 @@ def main(argv: list[str]) -> int:
 def sample_files(cfg: SampleConfig) -> tuple[list[Finding], Source | None]:
     """What became of every file of a job, and what its weights are of, as far as they can be read."""
     found: list[Source] = []
-    findings = [look("weights", cfg.weights, lambda: found.append(find_source(cfg)))]
-    source = found[0] if found else as_configured(cfg)
+    alone = replace(cfg, low_noise=None, sampling=replace(cfg.sampling, guidance_low=None))
+    findings = [look("weights", cfg.weights, lambda: found.append(find_source(alone)))]
+    if cfg.low_noise is not None:
+        findings.append(look("low_noise.weights", cfg.low_noise.weights, lambda: found.append(find_source(cfg))))
+    source = found[-1] if found else as_configured(cfg)
     for name in ("lora", "prompt_csv", "watermark"):
         if path := getattr(cfg, name):
             findings.append(look(name, path))
@@ -73,11 +83,13 @@ def sample_files(cfg: SampleConfig) -> tuple[list[Finding], Source | None]:
     vae, text = (source.vae, source.text) if source else (cfg.vae, cfg.text)
     if vae is not None and text is not None:
         findings += encoder_files(vae, text)
+    if source is not None:
+        findings += image_encoder_files(source.image_encoder)
     if cfg.still is not None:
         findings += _still_files(cfg, cfg.still)
     if source is not None:
         try:
-            check_fit(source.model, source.vae, source.text)
+            check_fit(source.model, source.vae, source.text, source.image_encoder)
         except ValueError as error:
             findings.append(Finding("model", str(source.path), str(error)))
     return findings, source
@@ -86,6 +98,7 @@ def sample_files(cfg: SampleConfig) -> tuple[list[Finding], Source | None]:
 def _still_files(cfg: SampleConfig, still: StillConfig) -> list[Finding]:
     """Of the model of stills, whose text encoder is that of the clips unless it has its own."""
     of_stills = replace(cfg, weights=still.weights, model=still.model, vae=still.vae, text=still.text or cfg.text)
+    of_stills = replace(of_stills, image_encoder=None)
     found = [look("still.weights", still.weights, lambda: find_source(replace(of_stills, lora=None)))]
     if still.vae is not None:
         own = encoder_files(still.vae, still.text) if still.text else autoencoder_files(still.vae)

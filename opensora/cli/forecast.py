@@ -20,7 +20,7 @@ from opensora.config.run import RunConfig, SampleConfig
 from opensora.inference.find import source_of
 from opensora.inference.memory import memory_of
 from opensora.planner.devices import DEVICES, Device
-from opensora.planner.encoder_memory import encoder_bytes, frozen_bytes
+from opensora.planner.encoder_memory import encoder_bytes, frozen_bytes, image_encoder_bytes
 from opensora.planner.layout_forecast import Forecast, ValidationForecast
 from opensora.planner.network import Network, read_links
 from opensora.planner.search import RESERVE, Planner, check_own
@@ -149,7 +149,9 @@ def encoders(cfg: RunConfig, world: int) -> str:
     itemsize = 2 if cfg.parallel.precision.compute == "bf16" else 4
     pieces = max(1, world // cfg.parallel.mesh.replicate)
     autoencoder, text = encoder_bytes(cfg.vae, cfg.text, itemsize, pieces) if frozen_bytes(cfg, world) else (0, 0)
-    return f"of state: autoencoder {autoencoder / GIB:.2f}, text encoder {text / GIB:.2f}"
+    said = f"of state: autoencoder {autoencoder / GIB:.2f}, text encoder {text / GIB:.2f}"
+    image = image_encoder_bytes(cfg.image_encoder, itemsize, pieces)
+    return f"{said}, image encoder {image / GIB:.2f}" if image and frozen_bytes(cfg, world) else said
 
 
 def describe(forecast: Forecast) -> str:

@@ -1,8 +1,13 @@
 """Reference frames: the kinds of Open-Sora 2, which latent frames each of them gives, and what is coded for these.
 
 A kind names an end of the clip (or both) and how much of it is known. What is known is coded by itself, as a clip of
-these frames alone: in sampling there is nothing else, and in training nothing of the other frames leaks into it. Models
-that read references (``Denoising.references == "channels"``) get cat(mask, mask * latents) beside the noise.
+these frames alone: in sampling there is nothing else, and in training nothing of the other frames leaks into it. What
+models are given of it is a matter of ``Denoising.references``:
+
+* channels: cat(mask, mask * latents) beside the noise
+* clip: beside the noise, too, but coded as one clip with the rest of it, which is grey (0 in [-1, 1]), by the mode of
+  the posterior; kinds are then those that give frames at the head, as Wan is trained with
+* in_place: these latents in the place of noise, clean from the first step to the last
 
 In training a kind is drawn for every (seed, step, sample), so that every process knows without an exchange how many
 latents of a whole step are learned from.
@@ -66,6 +71,21 @@ def parts_of(kind: str, shape: Autoencoder | AutoencoderShape) -> tuple[Part, ..
     )
 
 
+def kinds_of(references: str) -> tuple[str, ...]:
+    """The kinds that models can be given that take references so (``Denoising.references``)."""
+    if references == "none":
+        return ("t2v",)
+    if references == "clip":  # whose mask tells latent frames apart, of which a tail would begin within one
+        return tuple(kind for kind, ends in KINDS.items() if all(end == "head" for end, _ in ends))
+    return tuple(KINDS)
+
+
+def grey_behind(head: Tensor, frames: int) -> Tensor:
+    """(..., k, H, W) in [-1, 1] -> (..., frames, H, W): grey behind the first frames of a clip."""
+    grey = head.new_zeros(*head.shape[:-3], frames - head.shape[-3], *head.shape[-2:])
+    return torch.cat((head, grey), dim=-3)
+
+
 def is_still(kind: str) -> bool:
     """Whether a kind gives single frames, which stay as they are in what is sampled."""
     return kind.startswith("i2v")
@@ -115,6 +135,11 @@ def given_frames(kind: str, latent_frames: int, shape: Autoencoder | Autoencoder
     return min(latent_frames, sum(part.latents for part in parts_of(kind, shape)))
 
 
+def shown(tokens: Tensor, known: Tensor) -> Tensor:
+    """(B, K, D) tokens of first frames, with zeros of samples that do not know theirs; known is (B, T', H', W')."""
+    return torch.where(known[:, 0].flatten(1).any(1)[:, None, None], tokens, 0.0)
+
+
 def needed_parts(
     weights: Mapping[str, float], latent_frames: int, shape: Autoencoder | AutoencoderShape
 ) -> tuple[Part, ...]:
@@ -132,18 +157,20 @@ def code_references(
     code: Callable[[Part, list[int]], Tensor],
     *,
     device: torch.device | str = "cpu",
+    whole: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """What is known of a batch, one kind per sample.
 
     Args:
         grid: (T', H', W') of the clips.
         code: (part, samples) -> (len(samples), C, part.latents, H', W'), the part of each of these samples coded by
-            itself. Called once for every part that any sample has.
+            itself; or (len(samples), C, T', H', W'), coded with the rest of the clip grey, ``whole``. Called once for
+            every part that any sample has.
         device: where ``code`` leaves its results.
 
     Returns:
-        reference (B, C, T', H', W') in the precision of what is coded (fp32 where nothing is), zeros where unknown; and
-        known (B, T', H', W') bool.
+        reference (B, C, T', H', W') in the precision of what is coded (fp32 where nothing is), zeros where unknown, or
+        in samples of which nothing is; and known (B, T', H', W') bool.
     """
     rows: dict[Part, list[int]] = {}
     for row, kind in enumerate(kinds):
@@ -155,6 +182,6 @@ def code_references(
     known = torch.zeros(len(kinds), *grid, dtype=torch.bool, device=device)
     for part, latents in coded.items():
         for row, one in zip(rows[part], latents, strict=True):
-            part.of(reference[row], part.latents)[:] = one
+            (reference[row] if whole else part.of(reference[row], part.latents))[:] = one
             part.of(known[row], part.latents)[:] = True
     return reference, known

@@ -14,10 +14,18 @@ from opensora.conditioning import ConditioningConfig
 from opensora.config.given_frames import check_given_frames
 from opensora.config.given_frames import reads_no_references as reads_no_references
 from opensora.config.opensora_1x import ReleaseSampling
+from opensora.config.other_models import LowNoiseConfig
+from opensora.config.other_models import StillConfig as StillConfig
 from opensora.config.validation import CondType, ValidateConfig
 from opensora.datasets import DataConfig
 from opensora.models.base import ModelConfig, Width, Widths
 from opensora.models.families import MODEL_CONFIGS, MODEL_SIZES, describe, family_of, has_frozen_parameters
+from opensora.models.image import (
+    IMAGE_ENCODER_CONFIGS,
+    ImageEncoderConfig,
+    NoImageEncoder,
+    check_reads_pictures,
+)
 from opensora.models.text import TEXT_ENCODER_CONFIGS, TextConfig, num_classes, text_widths
 from opensora.models.vae import AUTOENCODER_CONFIGS, AUTOENCODERS, AutoencoderConfig, autoencoder_shape
 from opensora.sampling.options import SamplingOption
@@ -125,6 +133,8 @@ class RunConfig:
     model: ModelConfig = section(MODEL_CONFIGS, sizes=MODEL_SIZES)  # the denoiser
     vae: AutoencoderConfig = section(AUTOENCODER_CONFIGS)  # the autoencoder
     text: TextConfig = section(TEXT_ENCODER_CONFIGS)  # the text encoder
+    # of first frames, for models that read tokens of a reference picture
+    image_encoder: ImageEncoderConfig = section(IMAGE_ENCODER_CONFIGS, default=NoImageEncoder)
     objective: ObjectiveConfig = section(OBJECTIVE_CONFIGS, default=RectifiedFlowConfig)  # what is learned, and when
     conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
     data: DataConfig
@@ -147,7 +157,7 @@ class RunConfig:
             raise ValueError("data.table: missing; give the path of a clip table (csv or parquet)")
         if not self.data.buckets:
             raise ValueError("data.buckets: missing; give a table such as {256px: {1: [1.0, 8], 33: [1.0, 2]}}")
-        check_fit(self.model, self.vae, self.text)
+        check_fit(self.model, self.vae, self.text, self.image_encoder)
         if isinstance(self.objective, RectifiedFlowV1Config):
             self._check_lengths(self.objective)
         check_objective(self.model, self.objective)
@@ -217,36 +227,19 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StillConfig:
-    """A model of stills that makes the first frame of every clip: text to image to video."""
-
-    weights: str  # run folder, export folder or safetensors file
-    model: ModelConfig | None = section(MODEL_CONFIGS, sizes=MODEL_SIZES, optional=True)  # null: as saved with weights
-    vae: AutoencoderConfig | None = section(AUTOENCODER_CONFIGS, optional=True)  # null: as saved with weights
-    text: TextConfig | None = section(TEXT_ENCODER_CONFIGS, optional=True)  # null: that of the clips
-    resolution: str = "768px"  # area of the stills, with sampling.aspect_ratio a size of training's table
-    guidance: float = 4.0  # read by a distilled model, else by two passes
-
-    LIMITS: ClassVar[Limits] = {"guidance": (1000.0, "the velocity would overflow")}
-
-    def __post_init__(self) -> None:
-        if not self.weights:
-            raise ValueError("weights='': must be a run folder, an export folder or a safetensors file")
-        if self.guidance < 0:
-            raise ValueError(f"guidance={self.guidance}: must be a number >= 0")
-
-
-@dataclass(frozen=True, kw_only=True)
 class SampleConfig(ReleaseSampling):
     """One sampling job."""
 
     weights: str  # run folder, export folder or safetensors file
+    low_noise: LowNoiseConfig | None = None  # a second expert, which makes the steps of low noise
     use_ema: bool = True  # of a run that kept a moving average: sample from it
     lora: str | None = None  # adapters to add to the weights: a LoRA file, or folder of a LoRA run's export or of peft
     lora_scale: float = 1.0  # how much of the adapters to add; 0: none
     model: ModelConfig | None = section(MODEL_CONFIGS, sizes=MODEL_SIZES, optional=True)  # null: as saved with weights
     vae: AutoencoderConfig | None = section(AUTOENCODER_CONFIGS, optional=True)  # null: as saved with weights
     text: TextConfig | None = section(TEXT_ENCODER_CONFIGS, optional=True)  # null: as saved with weights
+    # null: as saved with weights, or none
+    image_encoder: ImageEncoderConfig | None = section(IMAGE_ENCODER_CONFIGS, optional=True)
     objective: ObjectiveConfig | None = section(OBJECTIVE_CONFIGS, optional=True)  # null: as saved with weights
     sampling: SamplingOption = field(default_factory=SamplingOption)
     prompt: str | None = None  # one prompt
@@ -307,6 +300,10 @@ class SampleConfig(ReleaseSampling):
             raise ValueError(
                 f"end_index={self.end_index}: must be above start_index={self.start_index}, or null for all"
             )
+        if self.sampling.guidance_low is not None and self.low_noise is None:
+            raise ValueError(
+                f"sampling.guidance_low={self.sampling.guidance_low}: must be null without low_noise, a second expert"
+            )
         if self.parallel.engine != "native":
             raise ValueError(f"parallel.engine={self.parallel.engine}: must be native; the others are for training")
         if self.offload != "none" and self.parallel.offload != "none":
@@ -317,8 +314,10 @@ class SampleConfig(ReleaseSampling):
             raise ValueError("ref: is for prompt and prompts; clips of prompt_csv have theirs in its column ref")
 
 
-def check_fit(model: ModelConfig, vae: AutoencoderConfig, text: TextConfig) -> None:
-    """That the denoiser reads what the autoencoder and the text encoder write.
+def check_fit(
+    model: ModelConfig, vae: AutoencoderConfig, text: TextConfig, image_encoder: ImageEncoderConfig | None = None
+) -> None:
+    """That the denoiser reads what the autoencoder and the encoders write. ``image_encoder`` None: is not looked at.
 
     The widths of T5 and CLIP are in their files: ``opensora.models.text.check_text_encoder`` looks there.
 
@@ -327,6 +326,8 @@ def check_fit(model: ModelConfig, vae: AutoencoderConfig, text: TextConfig) -> N
     """
     check_patch(vae, model)
     check_classes(model, text)
+    if image_encoder is not None:
+        check_reads_pictures(image_encoder, model)
     latents = Width(autoencoder_shape(vae).channels, f"vae.kind={vae.kind}")
     given = Widths(latents, *(Width(size, f"text.kind={text.kind}") for size in text_widths(text)))
     try:

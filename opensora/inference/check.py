@@ -15,16 +15,25 @@ from acceleration.sharding.precision import DTYPES
 from opensora.assembly.step_caches import check_cache
 from opensora.assembly.turns import for_sampling
 from opensora.conditioning.references import parts_of
-from opensora.config.run import RunConfig, SampleConfig, check_fit, check_objective, reads_no_references
+from opensora.config.run import RunConfig, SampleConfig, check_fit, check_objective
 from opensora.inference.find import Source, names_motion
 from opensora.inference.lengths import coded, latents_made
 from opensora.inference.opensora_1x.check import check_placed
 from opensora.inference.opensora_1x.sizes import clip_latents, video_frames
 from opensora.inference.prompts import Job, told_of
-from opensora.inference.references import check_count, check_frames, check_length, chosen, count_frames, split
+from opensora.inference.references import (
+    check_count,
+    check_frames,
+    check_length,
+    check_references,
+    chosen,
+    count_frames,
+    split,
+)
 from opensora.inference.watermark import read_watermark
 from opensora.models.base import AutoencoderShape, ModelConfig, Width, latent_grid
 from opensora.models.families import build_model, count_parameters, describe
+from opensora.models.image import check_image_encoder
 from opensora.models.text import check_prompts, check_text_encoder, num_classes, text_tokens
 from opensora.models.vae import autoencoder_shape, check_autoencoder
 from opensora.sampling.guidance import passes_per_step
@@ -45,7 +54,7 @@ SOLVER_OPTIONS: dict[str, tuple[str, ...]] = {  # what belongs to some solvers a
     "timestep_respacing": CHAIN_SOLVERS,
     "clip_denoised": CHAIN_SOLVERS,
     "eta": ("ddim",),
-    "flow_shift": ("euler",),
+    "flow_shift": ("euler", "unipc", "dpm++"),
 }
 
 
@@ -60,6 +69,7 @@ def check_sample(cfg: SampleConfig, source: Source, jobs: Sequence[Job], world_s
     option = check_option("sampling", cfg.sampling, cfg, source, samples=samples, world_size=world_size)
     announce_size("sampling", cfg.sampling, option)
     announce_untrained_guidance(cfg.sampling, source)
+    announce_untrained_times(source)
     check_jobs(cfg, source, jobs)
     read_watermark(cfg.watermark)
 
@@ -71,13 +81,14 @@ def check_models(cfg: SampleConfig, source: Source) -> None:
         UserError: they do not, with the key.
     """
     try:
-        check_fit(source.model, source.vae, source.text)
+        check_fit(source.model, source.vae, source.text, source.image_encoder)
         check_objective(source.model, source.objective)
     except ValueError as error:
         raise UserError(str(error)) from None
     check_autoencoder(source.vae)
     latents = Width(autoencoder_shape(source.vae).channels, f"vae.kind={source.vae.kind}")
     check_text_encoder(source.text, latents, source.model)
+    check_image_encoder(source.image_encoder, source.model)
     check_offload(cfg.offload)
 
 
@@ -130,7 +141,7 @@ def check_jobs(cfg: SampleConfig, source: Source, jobs: Sequence[Job]) -> None:
             check_count(cfg.cond_type, len(references))
     if cfg.cond_type == "t2v":
         return
-    check_references(source.model)
+    check_references(source.model, source.objective, cfg.cond_type)
     if not any(listed):
         raise UserError(f"cond_type={cfg.cond_type}: needs references; give ref, or a table with a column ref")
     shape, frames = autoencoder_shape(source.vae), cfg.sampling.num_frames
@@ -165,16 +176,6 @@ def _check_texts(cfg: SampleConfig, source: Source, jobs: Sequence[Job]) -> None
     check_prompts(source.text, (text for job in jobs for text in (job.text, job.neg)))
 
 
-def check_references(model: ModelConfig) -> None:
-    """That a model reads known frames beside the noise.
-
-    Raises:
-        UserError: it does not.
-    """
-    if describe(model).references != "channels":
-        raise UserError(f"ref: {reads_no_references(model)}; take ref and cond_type out, or give other weights")
-
-
 def check_validation(cfg: RunConfig, world_size: int, clips: int) -> None:
     """That the samples which a run makes while it trains, so many together, fit this machine beside nothing else.
 
@@ -203,6 +204,16 @@ def announce_untrained_guidance(option: SamplingOption, source: Source) -> None:
         announce(
             f"sampling.guidance={option.guidance:g}: the model was trained with conditioning.dropout.text=0, so it has "
             "never seen a clip without its prompt, which guidance moves away from; guidance=1 switches it off"
+        )
+
+
+def announce_untrained_times(source: Source) -> None:
+    """Say so where the weights are of one of two experts, and the other is missing."""
+    low, high = source.time_range
+    if source.low_noise is None and (low, high) != (0.0, 1.0):
+        announce(
+            f"{source.path}: trained at times from {low:g} to {high:g} alone, and makes all steps; give both experts, "
+            "the other one as weights or low_noise.weights"
         )
 
 

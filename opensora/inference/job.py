@@ -23,6 +23,7 @@ from opensora.inference.prompts import Job, final_prompt, read_jobs
 from opensora.inference.refine import check_refine, refined
 from opensora.inference.save import output_folder, unused_names
 from opensora.inference.stills import check_stills, clips_of, make_stills
+from opensora.models.families import describe
 from opensora.utils.console import announce
 from opensora.utils.files.user_files import try_output
 
@@ -54,7 +55,7 @@ def sample(cfg: SampleConfig) -> list[str]:
     world_size = launcher_variables.ranks_from_environment().world_size
     check_layout(cfg.parallel.mesh, world_size, source.model)
     check_kernels(cfg.parallel)
-    references = kind_of(cfg, jobs) != "t2v" or cfg.still is not None
+    references = describe(source.model).three_passes(kind_of(cfg, jobs) != "t2v" or cfg.still is not None)
     check_guidance(cfg.parallel.mesh, world_size, cfg.sampling, references=references)
     check_sample(cfg, source, jobs, world_size)
     check_stills(cfg, source, jobs, world_size)

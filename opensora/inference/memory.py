@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from acceleration.config import PrecisionConfig
 from acceleration.distributed import mesh as meshes
-from opensora.assembly.turns import TEXT
+from opensora.assembly.reference_codes import codes_whole
+from opensora.assembly.turns import DENOISER, LOW_NOISE, TEXT
 from opensora.conditioning.references import parts_of
 from opensora.config.run import SampleConfig
 from opensora.inference.batches import kind_of
@@ -38,12 +40,28 @@ def memory_of(cfg: SampleConfig, source: Source, world: int, device: Device = DE
         raise UserError(f"parallel.mesh: {error}") from None
     job = job_of(clips_of(cfg), source)
     if cfg.still is None:
-        return sampling_forecast(job, world, device)
+        return _of_experts(job, source, world, device)
     still, of_stills = still_job(cfg, world, source_of)
     made = sampling_forecast(job_of(still, of_stills), world, device)
     # A text encoder that only the stills read stays until the job ends, where nothing moves it out.
     left = made.weights[TEXT] if of_stills.text != source.text and cfg.offload == "none" else 0
-    return sampling_forecast(job, world, device, beside=left).behind(made, STILLS)
+    return _of_experts(job, source, world, device, beside=left).behind(made, STILLS)
+
+
+def _of_experts(job: SamplingJob, source: Source, world: int, device: Device, *, beside: int = 0) -> SamplingForecast:
+    """Of a job whose steps one model makes or two, of which the second stays on the device if it has room for both."""
+    one = sampling_forecast(job, world, device, beside=beside)
+    if source.low_noise is None:
+        return one
+    found = one
+    if job.offload == "none":
+        both = sampling_forecast(job, world, device, beside=beside + one.weights[DENOISER])
+        found = both if both.peak <= device.memory else one
+    changes: dict[str, Any] = {
+        name: getattr(found, name) | {LOW_NOISE: getattr(found, name)[DENOISER]}
+        for name in ("kept", "weights", "turns")
+    }
+    return replace(found, **changes)  # seconds are those of all steps
 
 
 def job_of(cfg: SampleConfig, source: Source, jobs: Sequence[Job] | None = None) -> SamplingJob:
@@ -58,21 +76,24 @@ def job_of(cfg: SampleConfig, source: Source, jobs: Sequence[Job] | None = None)
     shape = autoencoder_shape(source.vae)
     option = fit_option("sampling", cfg.sampling, source.model, shape)
     assert option.width is not None and option.height is not None
-    kind = cfg.cond_type if jobs is None else kind_of(cfg, jobs)
+    kind, denoising = cfg.cond_type if jobs is None else kind_of(cfg, jobs), describe(source.model)
+    frames = coded(option, denoising, shape, kind)
+    known = max((part.frames for part in parts_of(kind, shape)), default=0)
     precision = PrecisionConfig(compute=cfg.precision, reduce="fp32", master=cfg.precision)
     return SamplingJob(
         model=source.model,
         vae=source.vae,
         text=source.text,
+        image_encoder=source.image_encoder,
         parallel=replace(cfg.parallel, precision=precision),
         offload=cfg.offload,
         samples=cfg.batch_size,
-        frames=coded(option, describe(source.model), shape, kind),
+        frames=frames,
         height=option.height,
         width=option.width,
-        passes_of_steps=passes_of_steps(option, references=kind != "t2v"),
+        passes_of_steps=passes_of_steps(option, references=denoising.three_passes(kind != "t2v")),
         reuse=reuse_of(option.cache),
-        known_frames=max((part.frames for part in parts_of(kind, shape)), default=0),
+        known_frames=frames if known and codes_whole(denoising) else known,
         shares_tiles=cfg.vae_parallel != "off",
         clips=cfg.batch_size if jobs is None else len(jobs),
     )

@@ -11,30 +11,41 @@ from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from acceleration.distributed.mesh import Mesh
 from acceleration.distributed.tasks import DistributedRunner
 from opensora.assembly.components import Components
 from opensora.assembly.step_caches import step_cache
 from opensora.assembly.token_layout import forward_arguments
 from opensora.conditioning.dropout import dropped_labels
-from opensora.conditioning.references import is_still
-from opensora.inference.check import check_references
+from opensora.conditioning.references import is_still, shown
 from opensora.inference.lengths import as_published, asked_for, coded, frames_of, latents_made
 from opensora.inference.prompts import final_prompt
-from opensora.inference.references import KnownFrames, Reference, check_count, check_length, code_known, split
+from opensora.inference.references import (
+    KnownFrames,
+    Reference,
+    check_count,
+    check_length,
+    check_references,
+    code_known,
+    split,
+)
 from opensora.inference.steps import (
     drawn_in_turn,
     given_frames,
     guided_channels,
     keeps_known,
+    model_of,
     noise_of_steps,
+    phases_of,
     solver_for,
 )
 from opensora.models.base import decode_clip, latent_grid
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.sampling.caches import OnDecision, StepCache
 from opensora.sampling.caches.base import NoStepCache
+from opensora.sampling.experts import guided_by
 from opensora.sampling.guidance import build_guidance, passes_per_step
 from opensora.sampling.loop import Predict, denoise
 from opensora.sampling.noise import get_noise
@@ -84,8 +95,9 @@ def conditions_of(
         pooled=text.y_vec if denoising.pooled_dim else None,
         label=dropped_labels(text.label, dropped, denoising.num_classes),
         dropped=dropped,
-        reference=given.reference.to(x) * given.known[:, None] if given else None,
+        reference=given.told().to(x) if given else None,
         known=given.known if given else None,
+        image_tokens=None if null else _picture_tokens(parts, len(texts), given),
         **{
             name: upload(x.repeat_interleave(len(texts), 0), parts.device)
             for name, x in numbers.items()
@@ -93,6 +105,17 @@ def conditions_of(
         },
     )
     return parts.layout.shard_conditions(parts.layout.patchify_conditions(conditions), x)
+
+
+def _picture_tokens(parts: Components, clips: int, given: KnownFrames | None) -> Tensor | None:
+    """(B, K, D) of the first frames that are known, zeros of clips without; None: the model reads none. Passes without
+    prompt keep them, as Wan's do."""
+    encoder = parts.image_encoder
+    if not parts.layout.denoising.image_dim or encoder is None:
+        return None
+    if given is None or given.pictures is None:
+        return torch.zeros(clips, encoder.tokens, encoder.dim, dtype=clip_precision(parts), device=parts.device)
+    return shown(encoder.encode(given.pictures), given.known)
 
 
 def _prepared(parts: Components, prompt: str) -> str:
@@ -192,7 +215,8 @@ def build_sampler(parts: Components, on_decision: OnDecision = lambda decision: 
         grid = layout.denoising.grid(latent_grid(made, opt.height, opt.width, parts.autoencoder))
         grid = grid._replace(pixels=(opt.num_frames, opt.height, opt.width))
         seeds = _seeds(opt.seed if seed is None else seed, len(text))
-        given = _given(parts, cond_type, ref, seeds, opt, grid) if given is None else given
+        given = _given(parts, cond_type, ref, seeds, opt, grid, made) if given is None else given
+        guided = layout.denoising.three_passes(given is not None)
         opt = replace(opt, scale_temporal_osci=opt.scale_temporal_osci and is_still(cond_type))
         start = _noise(replace(opt, num_frames=made), parts, seeds) if noise is None else noise.to(parts.device)
         if placed is not None and edit_ratios is not None:
@@ -204,32 +228,40 @@ def build_sampler(parts: Components, on_decision: OnDecision = lambda decision: 
         told = {"suffix": parts.prompt_suffix, "published": parts.published_prompts}
         prompts = [_prepared(parts, final_prompt(t, opt, **told)) for t in text]
         avoided = [_prepared(parts, t) for t in neg or [""] * len(text)]
-        passes = passes_per_step(opt, references=given is not None)
-        cache = _step_cache(opt, parts, on_decision)
-        with cache.during(parts.model):
-            tokens = denoise(
-                _predict(parts, positions, grid),
-                layout.shard(x),
-                solver,
-                build_guidance(
-                    opt,
-                    references=given is not None,
-                    steps=len(solver.times) - 1,
-                    latent_frames=grid.frames,
-                    positions=positions,
-                    guided=guided_channels(layout.denoising, opt),
-                    keeps_known=keeps_known(parts.objective),
-                    total=layout.sequence.total,
-                ),
-                conditions_of(parts, prompts, x, opt, given=given),
-                conditions_of(parts, avoided, x, opt, null=True, behind=prompts) if passes > 1 else None,
-                outputs=layout.denoising.outputs,
-                noise=drawn_in_turn(noise_of_steps(layout, grid, seeds, x, "solver noise")),
-                frames=given_frames(opt, solver, layout, grid, edit_ratios, frame_noise, references=given is not None),
-                progress=on_step,
-                run=run_passes,
-                watch=cache.watch,
-            )
+        passes = passes_per_step(opt, references=guided)
+        known = conditions_of(parts, prompts, x, opt, given=given)
+        null = conditions_of(parts, avoided, x, opt, null=True, behind=prompts) if passes > 1 else None
+        solver_noise = drawn_in_turn(noise_of_steps(layout, grid, seeds, x, "solver noise"))
+        kept = given_frames(opt, solver, layout, grid, edit_ratios, frame_noise, references=given is not None)
+        tokens = layout.shard(x)
+        for expert, steps in phases_of(solver, parts.low_noise):
+            model, own = model_of(parts, expert), guided_by(opt, expert)
+            cache = _step_cache(own, model, parts.mesh, on_decision)
+            with cache.during(model):
+                tokens = denoise(
+                    _predict(parts, model, positions, grid),
+                    tokens,
+                    solver,
+                    build_guidance(
+                        own,
+                        references=guided,
+                        steps=len(solver.times) - 1,
+                        latent_frames=grid.frames,
+                        positions=positions,
+                        guided=guided_channels(layout.denoising, own),
+                        keeps_known=keeps_known(parts.objective),
+                        total=layout.sequence.total,
+                    ),
+                    known,
+                    null,
+                    outputs=layout.denoising.outputs,
+                    noise=solver_noise,
+                    frames=kept,
+                    progress=on_step,
+                    run=run_passes,
+                    watch=cache.watch,
+                    steps=steps,
+                )
         latents = layout.unpatchify(layout.gather(tokens, grid), grid)  # (B, C, T', H', W')
         if given is not None:
             latents = given.put_back(latents)
@@ -238,11 +270,11 @@ def build_sampler(parts: Components, on_decision: OnDecision = lambda decision: 
     return sample
 
 
-def _step_cache(opt: SamplingOption, parts: Components, on_decision: OnDecision) -> StepCache:
-    """What steps reuse; nothing is asked of the model where they reuse nothing."""
+def _step_cache(opt: SamplingOption, model: nn.Module, mesh: Mesh, on_decision: OnDecision) -> StepCache:
+    """What steps of a model reuse; nothing is asked of it where they reuse nothing."""
     if opt.cache.kind == "none":
         return NoStepCache()
-    return step_cache(opt.cache, parts.model, parts.mesh, on_decision)
+    return step_cache(opt.cache, model, mesh, on_decision)
 
 
 def _given(
@@ -252,15 +284,16 @@ def _given(
     seeds: Sequence[int],
     opt: SamplingOption,
     grid: Grid,
+    frames: int,
 ) -> KnownFrames | None:
-    """What the references of a batch give; None: the kind takes none."""
+    """What the references of a batch give, of clips of ``frames`` frames; None: the kind takes none."""
     listed = [split(one) if isinstance(one, str) else list(one or ()) for one in ref or [None] * len(seeds)]
     for references in listed:
         check_count(cond_type, len(references))
     if cond_type == "t2v":
         return None
     assert opt.height is not None and opt.width is not None
-    check_references(parts.cfg)
+    check_references(parts.cfg, parts.objective, cond_type)
     check_length(cond_type, grid.latent_frames, opt.num_frames, parts.autoencoder)
     return code_known(
         cond_type,
@@ -272,6 +305,8 @@ def _given(
         parts.device,
         clip_precision(parts),
         seeds,
+        parts.layout.denoising.references,
+        frames,
     )
 
 
@@ -287,15 +322,15 @@ def fit(opt: SamplingOption, parts: Components) -> SamplingOption:
     return sanitize_sampling_option(opt, multiple=multiple, rounds=not denoising.cuts_sizes(autoencoder))
 
 
-def _predict(parts: Components, positions: Tensor, grid: Grid) -> Predict:
-    """The model on this process's tokens of a clip, which are at ``positions``; what fills up tokens stays zero."""
+def _predict(parts: Components, model: nn.Module, positions: Tensor, grid: Grid) -> Predict:
+    """A model on this process's tokens of a clip, which are at ``positions``; what fills up tokens stays zero."""
     whole = parts.layout.inside(grid, parts.device)
     inside = None if whole is None else parts.layout.shard(whole)
 
     def predict(x: Tensor, t: Tensor, known: Conditions) -> Tensor:
         x = x if inside is None else torch.where(inside, x, 0.0)
         tokens = TokenBatch(x=x, positions=positions, grid=grid.sides)
-        found: Tensor = parts.model(**forward_arguments(parts.cfg, tokens, t, known))
+        found: Tensor = model(**forward_arguments(parts.cfg, tokens, t, known))
         if inside is None:
             return found
         outputs = found.shape[-1] // x.shape[-1]

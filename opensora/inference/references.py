@@ -13,11 +13,25 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from opensora.conditioning.references import KINDS, MOST_REFERENCES, Part, code_references, fits, is_still, parts_of
+from opensora.conditioning.references import (
+    KINDS,
+    MOST_REFERENCES,
+    Part,
+    code_references,
+    fits,
+    grey_behind,
+    is_still,
+    kinds_of,
+    parts_of,
+)
+from opensora.config.given_frames import reads_no_references
 from opensora.datasets.decode import api
 from opensora.datasets.decode.common import ResizeToFill, cover_size
 from opensora.datasets.loading.window import crop_origin
-from opensora.models.base import Autoencoder, AutoencoderShape, Variational
+from opensora.models.base import Autoencoder, AutoencoderShape, ModelConfig, Variational
+from opensora.models.families import describe
+from opensora.schedulers import ObjectiveConfig
+from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.utils.errors import UserError
 from opensora.utils.files.untrusted import short
 from opensora.utils.files.user_files import absence
@@ -34,9 +48,15 @@ _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 class KnownFrames:
     """What is known of a batch, as latents."""
 
-    reference: Tensor  # (B, C, T', H', W'), zeros where unknown
+    reference: Tensor  # (B, C, T', H', W'), zeros where unknown; ``whole``: coded with grey there
     known: Tensor  # (B, T', H', W') bool: what the model is told
     kept: Tensor  # (B, T', H', W') bool: what is put back into the latents at the end
+    whole: bool = False
+    pictures: Tensor | None = None  # (B, 3, H, W) in [-1, 1]: first frames, grey where unknown; None: of no clip
+
+    def told(self) -> Tensor:
+        """Of ``reference`` what the model is told."""
+        return self.reference if self.whole else self.reference * self.known[:, None]
 
     def put_back(self, latents: Tensor) -> Tensor:
         """Latents (B, C, T', H', W') with those of references where they are to stay as they are."""
@@ -58,6 +78,8 @@ def code_known(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     seeds: Sequence[int] = (),
+    takes: str = "channels",
+    frames: int | None = None,
 ) -> KnownFrames:
     """Collective over the processes that ``run`` shares work with.
 
@@ -68,6 +90,8 @@ def code_known(
         size: (height, width) of their frames.
         dtype: of pixels; fp64 to compare layouts.
         seeds: of the clips, for an autoencoder that draws (``vae.sample=posterior``); none: it does not.
+        takes: how the model takes references (``Denoising.references``).
+        frames: of the clips that are made, where it takes a clip with grey frames.
 
     Raises:
         UserError: a reference that cannot be read, or does not fit the kind.
@@ -77,18 +101,32 @@ def code_known(
     still = grid[0] == 1
     # The published sampler tells the model nothing of a still, and gives back the reference itself for i2v.
     kinds = [cond_type if given and (not still or is_still(cond_type)) else "t2v" for given in references]
+    whole = takes == "clip" and not still
+
+    pictures = torch.zeros(len(references), 3, *size, dtype=dtype, device=device)
 
     def code(part: Part, rows: list[int]) -> Tensor:
         coded = []
         for row in rows:
-            pixels = read_part(references[row][chosen(cond_type, part)], part, size, cond_type, dtype)
-            seed = seeds[row] if seeds else None
-            coded.append(encoded(autoencoder, pixels[None].to(device), run, seed, part.name))
+            pixels = read_part(references[row][chosen(cond_type, part)], part, size, cond_type, dtype)[None]
+            if part.end == "head":
+                pictures[row] = pixels[0, :, 0]
+            seed = seeds[row] if seeds and not whole else None
+            if whole:
+                assert frames is not None
+                pixels = grey_behind(pixels, frames)
+            coded.append(encoded(autoencoder, pixels.to(device), run, seed, part.name))
         return torch.cat(coded)
 
-    reference, known = code_references(kinds, grid, autoencoder, code, device=device)
-    kept = known if is_still(cond_type) else torch.zeros_like(known)
-    return KnownFrames(reference=reference, known=torch.zeros_like(known) if still else known, kept=kept)
+    reference, known = code_references(kinds, grid, autoencoder, code, device=device, whole=whole)
+    keeps = takes == "in_place" or (is_still(cond_type) and not whole)
+    return KnownFrames(
+        reference=reference,
+        known=torch.zeros_like(known) if still else known,
+        kept=known if keeps else torch.zeros_like(known),
+        whole=whole,
+        pictures=pictures,
+    )
 
 
 def encoded(autoencoder: Autoencoder, pixels: Tensor, run: TaskRunner, seed: int | None, name: str) -> Tensor:
@@ -108,6 +146,29 @@ def chosen(cond_type: str, part: Part) -> int:
     """Which of a clip's references a part is taken from: the last frame is that of the last one, all else of the
     first."""
     return -1 if part.end == "tail" and is_still(cond_type) else 0
+
+
+def takes_references(model: ModelConfig, objective: ObjectiveConfig) -> bool:
+    """Whether a job may give references by ``cond_type``: to models that read them beside the noise, or in its place
+    along a flow, which keeps them clean."""
+    denoising = describe(model)
+    return denoising.reads_beside or (denoising.references == "in_place" and isinstance(objective, RectifiedFlowConfig))
+
+
+def check_references(model: ModelConfig, objective: ObjectiveConfig, cond_type: str) -> None:
+    """That a model takes known frames, of this kind.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not takes_references(model, objective):
+        raise UserError(f"ref: {reads_no_references(model)}; take ref and cond_type out, or give other weights")
+    kinds = kinds_of(describe(model).references)
+    if cond_type not in kinds:
+        raise UserError(
+            f"cond_type={cond_type}: model.kind={model.kind} reads known frames at the head alone; must be one of "
+            f"{', '.join(kinds)}"
+        )
 
 
 def check_count(cond_type: str, count: int) -> None:

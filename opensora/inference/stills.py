@@ -23,13 +23,13 @@ from opensora.assembly.turns import AUTOENCODER, DENOISER
 from opensora.config.run import SampleConfig, StillConfig
 from opensora.datasets.buckets.aspect import training_sizes
 from opensora.inference.batches import share_out
-from opensora.inference.check import check_references, check_sample
+from opensora.inference.check import check_sample
 from opensora.inference.find import Source, find_source
 from opensora.inference.lengths import coded, latents_made
 from opensora.inference.load import LoadedText, load_components, text_of
 from opensora.inference.pipeline import build_api
 from opensora.inference.prompts import Job
-from opensora.inference.references import check_length
+from opensora.inference.references import check_length, check_references
 from opensora.inference.save import output_folder, to_uint8
 from opensora.models.families import describe
 from opensora.models.vae import autoencoder_shape
@@ -63,7 +63,7 @@ def check_stills(cfg: SampleConfig, source: Source, jobs: Sequence[Job], world_s
         raise UserError("still: makes the reference of every clip itself; take cond_type and ref out, or still")
     if cfg.sampling.num_frames == 1:
         raise UserError("sampling.num_frames=1: must be 2 or more with still, which makes the first frame of clips")
-    check_references(source.model)
+    check_references(source.model, source.objective, KIND)
     shape = autoencoder_shape(source.vae)
     made = coded(cfg.sampling, describe(source.model), shape, KIND)
     check_length(KIND, latents_made(made, shape), cfg.sampling.num_frames, shape)
@@ -138,9 +138,11 @@ def still_job(
         model=still.model,
         vae=still.vae,
         text=still.text or cfg.text,
+        image_encoder=None,
         objective=None,
         lora=None,
         still=None,
+        low_noise=None,
         prompt_suffix=False,
         parallel=replace(cfg.parallel, mesh=_one_pass(cfg.parallel.mesh, world_size)),
     )
@@ -157,6 +159,7 @@ def still_job(
         width=width,
         num_frames=1,
         guidance=still.guidance,
+        guidance_low=None,
         method="distill" if "guidance" in denoising.wants else "i2v",
         text_osci=False,
         solver=None,

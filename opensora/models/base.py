@@ -7,6 +7,7 @@ and ``attention_cores`` the same way, so the model does not know that it is shar
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import lcm
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -98,13 +99,17 @@ class Denoising:
     heads: int
     token_axes: Literal["joint", "factored"] = "joint"  # tokens as one sequence, or as time x space
     text: Literal["joint", "cross", "none"] = "joint"  # text tokens in the sequence, or read by cross-attention
+    cuts_text: bool = False  # of text in the sequence the model is given all on every process, and itself takes the
+    # tokens that ``context.text`` says, (first, end); None there: all
     text_dim: int = 0  # of a text token
     pooled_dim: int = 0  # of the prompt as one vector; 0: not read
     num_classes: int = 0  # of labels; 0: not read
     outputs: int = 1  # values per latent: 2 with a learned variance
     times: Literal["unit", "steps", "any"] = "any"  # times that it reads: from 0 to 1, or up to 1000 (numbers of steps)
     null_text: Literal["encoded", "learned"] = "encoded"  # no prompt is the prompt "", or an embedding of the model
-    references: Literal["none", "channels", "in_place"] = "none"  # known frames beside the noise, or in its place
+    image_dim: int = 0  # of a token of the reference picture; 0: not read
+    references: Literal["none", "channels", "clip", "in_place"] = "none"  # known frames beside the noise (clip: as one
+    # clip with all that is not known grey, coded as a whole), or in its place
     wants: frozenset[str] = frozenset()  # of fps, size, num_frames, guidance
     packs: bool = False  # sequences may hold several samples
     pads: bool = False  # latents that are no whole patches are filled up with zeros at the end of each axis
@@ -128,6 +133,16 @@ class Denoising:
                 f"makes {latent_frames} latent frames; must make a multiple of {self.patch[0]}, which a token of the "
                 "model spans"
             )
+
+    @property
+    def reads_beside(self) -> bool:
+        """Whether known frames stand beside the noise, in channels of their own."""
+        return self.references in ("channels", "clip")
+
+    def three_passes(self, references: bool) -> bool:
+        """Whether guidance is by references too, where there are some: where they are a condition of their own, and
+        not one of every pass, as a coded clip and frames in the place of noise are."""
+        return references and self.references == "channels"
 
     def pixel_multiple(self, stride: tuple[int, int, int]) -> int:
         """Pixels that the sides of a clip are multiples of, behind an autoencoder of this stride: whole tokens, or
@@ -188,6 +203,11 @@ class Family:
     objective: str = "rectified_flow"  # what published weights were trained with, for files that do not say
     per_job: frozenset[str] = frozenset()  # keys that a sampling job may set otherwise than training did
     fitted: frozenset[str] = frozenset()  # keys that weights are made to fit when they are read from a file
+    read_hub: Callable[[Mapping[str, Any], Path], Any | None] | None = None
+    # (content of the config.json of a folder of the model hub, the folder) -> the config that it describes; None: it is
+    # of no such model. ValueError, without the file's name: it describes none that can be built
+    hub: Callable[[Any], dict[str, Any]] | None = None  # what the config.json beside exported weights says
+    diffusers_hub: Callable[[Any], dict[str, Any]] | None = None  # and what it says under diffusers' names
 
 
 class Autoencoder(Protocol):

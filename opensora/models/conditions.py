@@ -27,6 +27,7 @@ class Conditions:
     dropped: Tensor | None = None  # (B,) bool, samples without a text: the model puts its own null embedding there
     reference: Tensor | None = None  # clean latents where known, 0 elsewhere: (B, C, T', H', W'), or as tokens
     known: Tensor | None = None  # which latents are known: (B, T', H', W') bool, or as tokens, (B, N) or (B, T, S)
+    image_tokens: Tensor | None = None  # (B, K, D) of the reference picture, whole on every process; zeros: no picture
     fps: Tensor | None = None  # (B,), frames per second; 0: not known, as of a still
     size: Tensor | None = None  # (B, 2), height and width in pixels
     num_frames: Tensor | None = None  # (B,), frames of the clip in pixels
@@ -49,9 +50,10 @@ class Conditions:
         Args:
             keeps_known: say which they would be all the same, and that they are zeros (Open-Sora 1.3).
         """
+        none = None if self.image_tokens is None else torch.zeros_like(self.image_tokens)
         if keeps_known and self.reference is not None:
-            return replace(self, reference=torch.zeros_like(self.reference))
-        return replace(self, reference=None, known=None)
+            return replace(self, reference=torch.zeros_like(self.reference), image_tokens=none)
+        return replace(self, reference=None, known=None, image_tokens=none)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,10 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from acceleration.accounting.peak_memory import Footprint
 from acceleration.accounting.rank_layout import RankLayout
 from acceleration.diagnostics.memory_usage import Allocations
+from opensora.assembly.reference_codes import codes_whole
 from opensora.assembly.stored_features import encoder_dtype
 from opensora.conditioning.references import Part, fits, parts_of
 from opensora.config.run import RunConfig
 from opensora.models.base import Autoencoder, latent_grid
+from opensora.models.families import describe
 from opensora.models.vae import AutoencoderConfig, autoencoder_shape, build_autoencoder
 from opensora.planner.layout_forecast import Shape
 from opensora.utils.tasks import Task
@@ -82,7 +84,8 @@ def _with_references(cfg: RunConfig, clips: tuple[int, int, int, int], dtype: to
     shape = autoencoder_shape(cfg.vae)
     latents = samples * shape.channels * prod(latent_grid(frames, height, width, shape)) * LATENT_BYTES
     for part in reference_parts(cfg, frames):
-        found.append(encode_bytes(cfg.vae, samples, part.frames, height, width, dtype) + latents)
+        coded = coded_with(cfg, part, frames)
+        found.append(encode_bytes(cfg.vae, samples, coded, height, width, dtype) + latents)
     return max(found)
 
 
@@ -94,6 +97,11 @@ def reference_parts(cfg: RunConfig, frames: int) -> list[Part]:
     return list(dict.fromkeys(part for kind in kinds for part in parts_of(kind, shape) if part.frames <= frames))
 
 
+def coded_with(cfg: RunConfig, part: Part, frames: int) -> int:
+    """Frames that are coded for a part of a clip of so many: of the part, or of a whole clip, grey behind it."""
+    return frames if codes_whole(describe(cfg.model)) else part.frames
+
+
 def encode_flops(cfg: RunConfig, clips: tuple[int, int, int, int]) -> float:
     """Of encoding a micro-batch: its clips, and of their references what the kinds draw in the mean."""
     samples, frames, height, width = clips
@@ -102,7 +110,8 @@ def encode_flops(cfg: RunConfig, clips: tuple[int, int, int, int]) -> float:
     kinds = {kind: w for kind, w in cfg.conditioning.references.items() if w > 0 and fits(kind, latents, shape)}
     for kind, weight in kinds.items():
         parts = (part for part in parts_of(kind, shape) if part.frames <= frames)
-        coded = sum(encode_flops_of(cfg.vae, samples, part.frames, height, width) for part in parts)
+        lengths = (coded_with(cfg, part, frames) for part in parts)
+        coded = sum(encode_flops_of(cfg.vae, samples, length, height, width) for length in lengths)
         total += coded * weight / sum(kinds.values())
     return total
 

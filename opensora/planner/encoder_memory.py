@@ -2,6 +2,7 @@
 what prompts need while they are encoded."""
 
 from opensora.config.run import RunConfig
+from opensora.models.image import IMAGE_ENCODERS, ImageEncoderConfig
 from opensora.models.text import TEXT_ENCODERS, TextConfig
 from opensora.models.vae import AUTOENCODERS, AutoencoderConfig
 
@@ -13,7 +14,9 @@ def frozen_bytes(cfg: RunConfig, world: int = 1) -> int:
         return 0
     itemsize = 2 if cfg.parallel.precision.compute == "bf16" else 4
     pieces = max(1, world // cfg.parallel.mesh.replicate)
-    return sum(encoder_bytes(cfg.vae, cfg.text, itemsize, pieces))
+    return sum(encoder_bytes(cfg.vae, cfg.text, itemsize, pieces)) + image_encoder_bytes(
+        cfg.image_encoder, itemsize, pieces
+    )
 
 
 def encoder_bytes(vae: AutoencoderConfig, text: TextConfig, itemsize: int, pieces: int) -> tuple[int, int]:
@@ -23,35 +26,64 @@ def encoder_bytes(vae: AutoencoderConfig, text: TextConfig, itemsize: int, piece
     CPU, leaves its memory to what comes after it.
     """
     whole = TEXT_ENCODERS[text.kind].parameters * itemsize
-    if getattr(text, "device", "auto") == "cpu" or getattr(text, "offload", False):
-        whole = 0
-    elif getattr(text, "shard", False):
-        whole = -(-whole // pieces)
-    return AUTOENCODERS[vae.kind].parameters * itemsize, whole
+    return AUTOENCODERS[vae.kind].parameters * itemsize, _placed_bytes(text, whole, pieces)
 
 
-# T5 v1.1 XXL: what a prompt takes while it is encoded, and a block that is gathered. CLIP-L is a fortieth of it.
-T5_WIDTH, T5_HIDDEN, T5_HEADS, T5_BLOCK = 4096, 10240, 64, 192_937_984 + 4096 * 2
+def image_encoder_bytes(cfg: ImageEncoderConfig, itemsize: int, pieces: int) -> int:
+    """The same of the published image encoder; 0 where there is none."""
+    return _placed_bytes(cfg, IMAGE_ENCODERS[cfg.kind].parameters * itemsize, pieces)
+
+
+def _placed_bytes(cfg: TextConfig | ImageEncoderConfig, whole: int, pieces: int) -> int:
+    """Of ``whole`` bytes those that stay on a device, where the section of an encoder wants them."""
+    if getattr(cfg, "device", "auto") == "cpu" or getattr(cfg, "offload", False):
+        return 0
+    return -(-whole // pieces) if getattr(cfg, "shard", False) else whole
+
+
+def image_working_bytes(cfg: ImageEncoderConfig, itemsize: int, pictures: int) -> int:
+    """Bytes that encoding pictures takes on a device beside weights that stay there: those that come for it, and the
+    activations of one block."""
+    kind = IMAGE_ENCODERS[cfg.kind]
+    if kind.build is None or getattr(cfg, "device", "auto") == "cpu":
+        return 0
+    pixels = 3 * kind.side**2 * (4 + itemsize)
+    activations = pictures * (pixels + kind.tokens * kind.dim * HIDDEN_WIDTHS * itemsize)
+    if getattr(cfg, "shard", False):
+        return activations + 2 * kind.block * itemsize
+    return activations + (kind.parameters * itemsize if getattr(cfg, "offload", False) else 0)
+
+
+def image_flops(cfg: ImageEncoderConfig, pictures: int) -> float:
+    """Of encoding so many pictures."""
+    kind = IMAGE_ENCODERS[cfg.kind]
+    return 2.0 * kind.parameters * kind.tokens * pictures
+
+
+HIDDEN_WIDTHS = 10  # of a token of a picture in a block: residual, queries, keys, values, and a hidden layer of four
 PROMPTS_TOGETHER = 8  # of which a text encoder makes features at once
 
 
 def text_working_bytes(text: TextConfig, itemsize: int, pieces: int, prompts: int) -> int:
     """Bytes that encoding prompts takes on a device beside what ``encoder_bytes`` counts: weights that come for it, and
-    the activations of one block of T5, with its attention's scores in fp32 and in the type of the features."""
+    the activations of one block of its largest model, with its attention's scores in fp32 and in the type of the
+    features. CLIP-L is a fortieth of it."""
     kind = TEXT_ENCODERS[text.kind]
     if not kind.parameters or getattr(text, "device", "auto") == "cpu":
         return 0
-    if not kind.t5:  # a CLIP, which is gathered or moved whole in the worst case
-        return kind.parameters * itemsize if getattr(text, "shard", False) or getattr(text, "offload", False) else 0
-    tokens, together = kind.tokens(text), min(prompts, PROMPTS_TOGETHER)
-    scores = T5_HEADS * tokens * tokens * (4 + 2 * itemsize)
-    activations = together * (scores + tokens * (6 * T5_WIDTH + 3 * T5_HIDDEN) * itemsize)
-    if getattr(text, "shard", False):
-        return activations + 2 * T5_BLOCK * itemsize  # the block that runs and the next one, gathered
-    return activations + (kind.parameters * itemsize if getattr(text, "offload", False) else 0)
+    moved, block = kind.parameters * itemsize, kind.blocks
+    if block is None:  # a CLIP, which is gathered or moved whole in the worst case
+        return moved if getattr(text, "shard", False) or getattr(text, "offload", False) else 0
+    tokens, together = kind.tokens(text) + block.read, min(prompts, PROMPTS_TOGETHER)
+    scores = block.heads * tokens * tokens * (4 + 2 * itemsize)
+    activations = together * (scores + tokens * (6 * block.width + 3 * block.hidden) * itemsize)
+    if getattr(text, "shard", False):  # the block that runs and the next one, gathered, and what is outside of blocks
+        return activations + (2 * block.parameters + block.outside) * itemsize
+    return activations + (moved if getattr(text, "offload", False) else 0)
 
 
 def text_flops(text: TextConfig, prompts: int) -> float:
     """Of encoding so many prompts; of an encoder without published sizes: none."""
     kind = TEXT_ENCODERS[text.kind]
-    return 2.0 * kind.parameters * kind.tokens(text) * prompts
+    looked_up, read = (kind.blocks.outside, kind.blocks.read) if kind.blocks else (0, 0)
+    return 2.0 * (kind.parameters - looked_up) * (kind.tokens(text) + read) * prompts

@@ -32,6 +32,7 @@ from opensora.config.run import RunConfig
 from opensora.datasets.buckets.bucket import BucketTable
 from opensora.models.base import ClipMeasure, ModelConfig, latent_grid
 from opensora.models.families import describe, family_of
+from opensora.models.image import IMAGE_ENCODERS
 from opensora.models.text import has_mask, text_tokens
 from opensora.models.vae import autoencoder_shape
 from opensora.planner.devices import Device
@@ -44,7 +45,7 @@ from opensora.schedulers.base import Objective
 
 EFFICIENCY = 0.5  # of the peak, in the products of a large transformer
 PROBED = (1024, 4096)  # tokens of a process in the runs between which is interpolated
-PROBED_TEXT = (64, 256)  # and text tokens, where these are no part of the sequence
+PROBED_TEXT = (64, 256)  # and text tokens, where a process is given all of them
 PROBED_FRAMES = 16
 HOST = "host"  # CPU memory, among the axes along which bytes go
 FEW_PACKED = 8  # samples of a packed sequence in these runs, whose rows are few beside tokens
@@ -86,6 +87,7 @@ def micro_batch_of_clip(cfg: RunConfig, frames: int, size: tuple[int, int]) -> M
         img=grid.tokens,
         frames=grid.frames if denoising.token_axes == "factored" else None,
         has_mask=has_mask(cfg.text),
+        picture=IMAGE_ENCODERS[cfg.image_encoder.kind].tokens,
     )
 
 
@@ -269,7 +271,7 @@ class Forecaster:
         degrees = {name: min(2, place.mesh[name].degree) for name in ("ring", "ulysses")}
         shared = prod(degrees.values())
         small = replace(place, mesh=meshes.view(degrees | {"tensor": place.mesh["tensor"].degree}))
-        if self.structure.cuts_text:
+        if self.structure.cuts_text and not self.structure.cuts_text_itself:
             tries = [replace(batch, samples=1, txt=n // 16 * shared, img=n * 15 // 16 * shared) for n in PROBED]
             here = batch.samples * sum(place.local_tokens(self.structure, batch))
             shares = [(here - PROBED[0]) / (PROBED[1] - PROBED[0])]
@@ -281,7 +283,7 @@ class Forecaster:
         return interpolate(low, *zip(highs, shares, strict=True))
 
     def _tries(self, place: RankLayout, batch: MicroBatch, shared: int) -> list[MicroBatch]:
-        """Where text is no part of the sequence: one with little of all, one each with more tokens and more text. If
+        """Where a process has all of the text: one with little of all, one each with more tokens and more text. If
         axes are exchanged also one whose frames are cut unevenly, so that a process has more tokens between switches.
         """
         inside = place.local_sizes(self.structure, batch).get("frames_inside")
@@ -293,11 +295,12 @@ class Forecaster:
         return [replace(batch, samples=1, txt=txt, img=img, frames=frames) for txt, img, frames in sizes]
 
     def _sizes(self, place: RankLayout, batch: MicroBatch) -> np.ndarray:
-        """Tokens of all samples on a process: image, the same between axis switches, text."""
+        """Tokens of all samples on a process: of the sequence, the same between axis switches, text it is given."""
         sizes = place.local_sizes(self.structure, batch)
         txt, img = place.local_tokens(self.structure, batch)
-        inside = sizes["frames_inside"] * sizes["places_inside"] if self.structure.is_factored else img
-        return batch.samples * np.array([img, inside, txt], float)
+        own = img + txt * self.structure.cuts_text_itself
+        inside = sizes["frames_inside"] * sizes["places_inside"] if self.structure.is_factored else own
+        return batch.samples * np.array([own, inside, sizes["txt"]], float)
 
     def _run(self, place: RankLayout, kind: str, batch: MicroBatch, accumulates: bool) -> Timeline:
         mesh = place.mesh.submesh(batch.degree)

@@ -7,7 +7,7 @@ time is a bound, that of steps which all compute.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -22,14 +22,22 @@ from acceleration.config import LoraConfig, ParallelConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.sequence import SequenceParallel
 from acceleration.sharding.precision import DTYPES
-from opensora.assembly.turns import AUTOENCODER, DENOISER, TEXT, SampleOffload, for_sampling, forecast
+from opensora.assembly.turns import AUTOENCODER, DENOISER, IMAGE, TEXT, SampleOffload, for_sampling, forecast
 from opensora.models.base import ModelConfig, latent_grid
 from opensora.models.families import describe
+from opensora.models.image import IMAGE_ENCODERS, ImageEncoderConfig, NoImageEncoder
 from opensora.models.text import TextConfig, has_mask, text_tokens
 from opensora.models.vae import AutoencoderConfig, autoencoder_shape
 from opensora.planner.coding_memory import decode_bytes, decode_flops, encode_bytes, encode_flops_of
 from opensora.planner.devices import Device
-from opensora.planner.encoder_memory import encoder_bytes, text_flops, text_working_bytes
+from opensora.planner.encoder_memory import (
+    encoder_bytes,
+    image_encoder_bytes,
+    image_flops,
+    image_working_bytes,
+    text_flops,
+    text_working_bytes,
+)
 from opensora.planner.forecast import EFFICIENCY, Forecaster
 from opensora.planner.meta_model import denoiser_inputs, meta_model, shortened, stand_ins, structure
 
@@ -58,6 +66,7 @@ class SamplingJob:
     model: ModelConfig
     vae: AutoencoderConfig
     text: TextConfig
+    image_encoder: ImageEncoderConfig = field(default_factory=NoImageEncoder)
     parallel: ParallelConfig  # with the precision that is sampled in
     offload: SampleOffload
     samples: int
@@ -85,6 +94,7 @@ class SamplingJob:
             img=grid.tokens,
             frames=grid.frames if denoising.token_axes == "factored" else None,
             has_mask=has_mask(self.text),
+            picture=IMAGE_ENCODERS[self.image_encoder.kind].tokens,
         )
 
 
@@ -146,17 +156,20 @@ def sampling_forecast(
     line = forward_line(job.model, job.batch, place, device_type)
     denoiser = peak_memory.forward_peak(profile, place, line)
     kept = {TEXT: text, DENOISER: denoiser.weights, AUTOENCODER: autoencoder}
+    if job.image_encoder.kind != "none":
+        kept[IMAGE] = image_encoder_bytes(job.image_encoder, place.itemsize("compute"), pieces)
     working = working_bytes(job, profile, place, pieces)
     working[DENOISER] += denoiser.total - denoiser.weights
     if job.offload == "none":  # what was gathered stays for the next batch
-        for turn in (TEXT, AUTOENCODER):
+        for turn in kept.keys() - {DENOISER}:
             working[turn] += peak_memory.gathered_behind(profile, place)
     turns = {name: forecast_turn(job, name, working[name] + beside, kept, profile, place) for name in kept}
     weights = {name: _weights_in_turn(job, name, kept, profile, place) for name in kept}
     bounds = frozenset({DENOISER} if job.reuse.any else ())
     seconds = seconds_by_turn(job, profile, place, device, _from_host(job, profile, place))
     if job.offload != "none":  # encoders are copied in, a denoiser also out
-        for name, copies in ((TEXT, 1), (AUTOENCODER, 1), (DENOISER, 2 * (job.offload == "models"))):
+        for name in kept:
+            copies = 2 * (job.offload == "models") if name == DENOISER else 1
             seconds[name] += copies * kept[name] / device.host_bandwidth
     return SamplingForecast(kept, weights, turns, seconds, bounds)
 
@@ -177,6 +190,7 @@ def working_bytes(job: SamplingJob, profile: ModelProfile, place: RankLayout, pi
         TEXT: text_working_bytes(job.text, place.itemsize("compute"), pieces, job.samples),
         DENOISER: _latent_bytes(job) + reused_bytes(job.reuse, job.passes, job.model, job.batch, profile, place),
         AUTOENCODER: _coding_bytes(job),
+        IMAGE: image_working_bytes(job.image_encoder, place.itemsize("compute"), job.samples),
     }
 
 
@@ -302,4 +316,4 @@ def seconds_by_turn(
         TEXT: text_flops(job.text, job.samples * min(2, job.passes)) / speed,
         DENOISER: forward * turns,
         AUTOENCODER: coding / (shared if job.shares_tiles else 1) / speed,
-    }
+    } | ({IMAGE: image_flops(job.image_encoder, job.samples) / speed} if job.image_encoder.kind != "none" else {})

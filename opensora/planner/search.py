@@ -21,7 +21,13 @@ from opensora.datasets.plan.dynamic_sp import SequenceSharing
 from opensora.models.families import build_model, describe
 from opensora.planner.coding_memory import encode_flops, encoding_bytes, heaviest_to_encode
 from opensora.planner.devices import Device
-from opensora.planner.encoder_memory import frozen_bytes, text_flops, text_working_bytes
+from opensora.planner.encoder_memory import (
+    frozen_bytes,
+    image_flops,
+    image_working_bytes,
+    text_flops,
+    text_working_bytes,
+)
 from opensora.planner.forecast import EFFICIENCY, Forecaster, bucket_table, shapes
 from opensora.planner.layout_forecast import Forecast, Shape
 from opensora.planner.meta_model import told_frames
@@ -152,10 +158,14 @@ class Planner:
             return found
         itemsize = place.itemsize("compute") if cfg.parallel.precision.compute == "bf16" else 4
         pieces = max(1, self.world // place.mesh["replicate"].degree)
-        working = text_working_bytes(cfg.text, itemsize, pieces, shape.clips[0])
+        working = max(
+            text_working_bytes(cfg.text, itemsize, pieces, shape.clips[0]),
+            image_working_bytes(cfg.image_encoder, itemsize, shape.clips[0]),
+        )
         if working:
             found["text"] = state.state + (state.gradients if batches > 1 else 0) + working
-        flops = text_flops(cfg.text, shape.clips[0]) + (encode_flops(cfg, shape.clips) if "encoding" in found else 0.0)
+        flops = text_flops(cfg.text, shape.clips[0]) + image_flops(cfg.image_encoder, shape.clips[0])
+        flops += encode_flops(cfg, shape.clips) if "encoding" in found else 0.0
         sharing = place.mesh["ring"].degree * (shape.batch.degree or place.mesh["ulysses"].degree)
         shared = sharing * place.mesh["tensor"].degree if cfg.train.vae_parallel != "off" else 1
         found["encode_s"] = flops * batches / (self.device.flops * EFFICIENCY * max(1, shared))

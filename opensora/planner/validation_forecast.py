@@ -21,7 +21,7 @@ from opensora.config.run import RunConfig
 from opensora.datasets.plan.held_out import held_out_data
 from opensora.planner.coding_memory import encode_flops, encoding_bytes, heaviest_to_encode
 from opensora.planner.devices import Device
-from opensora.planner.encoder_memory import text_flops, text_working_bytes
+from opensora.planner.encoder_memory import image_working_bytes, text_flops, text_working_bytes
 from opensora.planner.forecast import EFFICIENCY, Forecaster, objective_loss, shapes
 from opensora.planner.layout_forecast import Shape, ValidationForecast
 from opensora.planner.sampling_forecast import SamplingJob, forward_line, seconds_by_turn, working_bytes
@@ -54,7 +54,11 @@ class Validation:
         coding = max(encoding_bytes(cfg, state, place, shape, 1) for shape in heaviest_to_encode(found))
         heaviest = max(found, key=lambda shape: shape.batch.samples * (shape.batch.txt + shape.batch.img))
         seen = self._forward(forecaster, place, state, heaviest.batch)
-        prompts = text_working_bytes(cfg.text, _itemsize(cfg), _pieces(place), max(s.batch.samples for s in found))
+        most = max(s.batch.samples for s in found)
+        prompts = max(
+            text_working_bytes(cfg.text, _itemsize(cfg), _pieces(place), most),
+            image_working_bytes(cfg.image_encoder, _itemsize(cfg), most),
+        )
         slowest = max(found, key=lambda shape: forecaster.forward_flops(shape.batch) / shape.batch.samples)
         seconds = _round_s(cfg, forecaster, place, device, slowest)
         left = peak_memory.gathered_behind(forecaster.structure, place, streams=forecaster.streams)

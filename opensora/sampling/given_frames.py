@@ -46,6 +46,23 @@ class EditedFrames:
 
 
 @dataclass(frozen=True)
+class CleanFrames:
+    """Known frames in the place of noisy ones along a flow (Wan TI2V-5B): clean from the first step to the last, and
+    the model is told in every pass which they are."""
+
+    def before(self, x: Tensor, known: Conditions, index: int) -> tuple[Tensor, Conditions]:
+        return self._kept(x, known), known
+
+    def after(self, before: Tensor, x: Tensor, index: int) -> Tensor:
+        return x  # what is known is put back before the next step, and at the end
+
+    def _kept(self, x: Tensor, known: Conditions) -> Tensor:
+        if known.reference is None or known.known is None:
+            return x
+        return torch.where(known.known[..., None], known.reference.to(x), x)
+
+
+@dataclass(frozen=True)
 class SDEdit:
     """Frames that the model reads beside the noise stand in it too, with the noise of each step (use_sdedit of 1.3)."""
 

@@ -7,6 +7,7 @@ from opensora.schedulers.base import Objective, Solver, SolverOptions
 from opensora.schedulers.ddpm import ddim, ddpm
 from opensora.schedulers.dpm_solver import dpm_solver
 from opensora.schedulers.euler import euler
+from opensora.schedulers.flow_multistep import flow_dpm_solver, unipc
 from opensora.schedulers.iddpm import IDDPM, IDDPMConfig
 from opensora.schedulers.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from opensora.schedulers.rectified_flow_v1 import RectifiedFlowV1, RectifiedFlowV1Config
@@ -23,6 +24,8 @@ OBJECTIVE_CONFIGS: dict[str, type] = {kind: config for kind, (config, _) in OBJE
 
 SOLVERS: dict[str, Callable[[Any, SolverOptions, Grid], Solver]] = {
     "euler": euler,
+    "unipc": unipc,
+    "dpm++": flow_dpm_solver,
     "ddpm": ddpm,
     "ddim": ddim,
     "dpm_solver": dpm_solver,

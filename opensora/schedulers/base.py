@@ -24,7 +24,8 @@ class Objective(Protocol):
     """A kind of training; made from its section of the configuration. Draws belong to (seed, step, sample).
 
     One whose times are not in [0, 1] has ``latest_time``, and ``whole_times`` if only whole numbers are times; one
-    whose times depend on the pixels of clips (``Grid.pixels``) has ``needs_pixels``.
+    whose times depend on the pixels of clips (``Grid.pixels``) has ``needs_pixels``; one that may be of a part of all
+    times has ``time_range``, in parts of the latest.
     """
 
     solvers: ClassVar[tuple[str, ...]]  # of ``SOLVERS``, those that sample from models it trained; first the default

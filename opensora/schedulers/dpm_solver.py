@@ -13,6 +13,7 @@ Times are equally far apart. Libraries know steps at whole numbers of the chain 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
@@ -46,6 +47,33 @@ class Moment:
         return self.log_alpha - math.log(self.sigma)
 
 
+class OnPath(Protocol):
+    """A time of any path x = alpha x0 + sigma noise."""
+
+    @property
+    def alpha(self) -> float: ...
+
+    @property
+    def sigma(self) -> float: ...
+
+    @property
+    def log_snr(self) -> float: ...
+
+
+def multistep(x: Tensor, x0: Tensor, now: OnPath, then: OnPath, before: tuple[OnPath, Tensor] | None) -> Tensor:
+    """``x`` moved from ``now`` to ``then``.
+
+    Args:
+        x0: the clean latents that are predicted now.
+        before: the step before, and those that were predicted there; None: a step of first order.
+    """
+    h, slope = then.log_snr - now.log_snr, x0
+    if before is not None:
+        earlier, x0_before = before
+        slope = x0 + h / (2 * (now.log_snr - earlier.log_snr)) * (x0 - x0_before)
+    return then.sigma / now.sigma * x - then.alpha * math.expm1(-h) * slope
+
+
 @dataclass
 class DPMSolver:
     """See ``Solver``; remembers the clean latents of the step before, so that a clip needs its own."""
@@ -65,13 +93,12 @@ class DPMSolver:
         x, first = exact(x), exact(first_outputs(prediction, x))
         now, then = self.moments[index], self.moments[index + 1]
         x0 = first if self.predict_xstart else (x - now.sigma * first) / now.alpha
-        h, slope = then.log_snr - now.log_snr, x0
+        before = None
         if not self._is_first_order(index):
             assert self._before is not None and self._before[0] == index - 1, "steps follow one another"
-            h_before = now.log_snr - self.moments[index - 1].log_snr
-            slope = x0 + h / (2 * h_before) * (x0 - self._before[1])
+            before = self.moments[index - 1], self._before[1]
         self._before = index, x0
-        return then.sigma / now.sigma * x - then.alpha * math.expm1(-h) * slope
+        return multistep(x, x0, now, then, before)
 
     def _is_first_order(self, index: int) -> bool:
         steps = len(self.moments) - 1

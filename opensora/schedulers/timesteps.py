@@ -25,6 +25,22 @@ def logit_normal(seed: int, step: int, sample_ids: tuple[int, ...]) -> Tensor:
     return torch.sigmoid(draw_per_sample(seed, step, sample_ids, "timestep", ()))
 
 
+def between(drawn: Tensor, low: float, high: float, *, normal: bool) -> Tensor:
+    """Draws of u moved into [low, high], where they have the density that they have there without being moved.
+
+    Args:
+        drawn: (B,) uniform in [0, 1); or standard normal, ``normal``, where u is the sigmoid of that.
+
+    Returns:
+        (B,) fp64
+    """
+    ends, drawn = torch.tensor([low, high], dtype=torch.float64).clamp(0, 1), drawn.double()
+    if not normal:
+        return ends[0] + (ends[1] - ends[0]) * drawn
+    least, most = torch.special.ndtr(torch.logit(ends))
+    return torch.sigmoid(torch.special.ndtri(least + (most - least) * torch.special.ndtr(drawn)))
+
+
 def latent_frames(num_frames: int, frame_stride: int = 4, causal: bool = True) -> int:
     """T' of a clip: 1 for a still, else (F-1)/stride + 1 for a causal autoencoder and F/stride for another, rounded up.
 

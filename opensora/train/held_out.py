@@ -5,7 +5,8 @@ are functions of (validate.seed, sample, bin, purpose): of no step, process, bat
 summed over all processes and divided by the number of latent values, so it is that of one process on any layout.
 """
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from opensora.datasets.table.overlap import common_clips
 from opensora.models.base import ClipMeasure, TextFeatures
 from opensora.models.families import describe
 from opensora.models.vae import autoencoder_shape
+from opensora.schedulers.base import Objective
 from opensora.train.preparation import Preparation, Tokens
 from opensora.utils.console import Progress, announce
 from opensora.utils.errors import UserError
@@ -106,9 +108,15 @@ def in_bins(prepare: Preparation, bins: int, seed: int) -> tuple[Encoders, tuple
     conditioning = replace(prepare.conditioning, dropout=DropoutConfig(text=0.0, pooled=0.0))
     ahead = replace(prepare, encoders=_EncodedAhead(**values), conditioning=conditioning, seed=seed, by_degree={})
     latest = getattr(prepare.objective, "latest_time", 1.0)
-    edges = [(latest * index / bins, latest * (index + 1) / bins) for index in range(bins)]
+    edges = itertools.pairwise(bin_edges(prepare.objective, bins, latest))
     whole = getattr(prepare.objective, "whole_times", False)
     return Encoders(**values), tuple(replace(ahead, times=_InBin(*edge, whole)) for edge in edges)
+
+
+def bin_edges(objective: Objective, bins: int, latest: float = 1.0) -> list[float]:
+    """Where bins begin and end: of all times up to the latest, or of those that an expert is trained at."""
+    low, high = getattr(objective, "time_range", (0.0, 1.0))
+    return [latest * low + latest * (high - low) * index / bins for index in range(bins + 1)]
 
 
 @dataclass
@@ -136,9 +144,12 @@ class Totals:
         return share.cpu()
 
 
-def records(totals: Totals, sums: Tensor) -> dict[str, Any]:
-    """What goes to metrics.jsonl: means over latent values, of all, by bin, by bucket, and by both."""
-    edges = [f"{index / totals.bins:.2f}-{(index + 1) / totals.bins:.2f}" for index in range(totals.bins)]
+def records(totals: Totals, sums: Tensor, ends: Sequence[float]) -> dict[str, Any]:
+    """What goes to metrics.jsonl: means over latent values, of all, by bin, by bucket, and by both.
+
+    ``ends``: of the bins, see ``bin_edges``.
+    """
+    edges = [f"{low:.2f}-{high:.2f}" for low, high in itertools.pairwise(ends)]
 
     def mean(part: Tensor) -> float:
         loss, values = part.reshape(-1, 3).sum(0)[:2].tolist()
@@ -193,7 +204,7 @@ class HeldOutLoss:
             batches.close()
             if bar is not None:
                 bar.close()
-        return records(totals, totals.reduced(self.mesh))
+        return records(totals, totals.reduced(self.mesh), bin_edges(self.prepared[0].objective, bins))
 
     def _add(self, totals: Totals, model: nn.Module, batch: Batch) -> None:
         """One micro-batch, at a time in every bin."""

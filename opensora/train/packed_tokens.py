@@ -17,6 +17,7 @@ BY_SAMPLE = (
     "size",
     "num_frames",
     "guidance",
+    "image_tokens",
 )  # fields of Conditions with a row per sample
 
 

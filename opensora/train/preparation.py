@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from acceleration.sequence import SequenceContext
 from opensora.assembly.encoders import Encoders
-from opensora.assembly.reference_codes import code_part
+from opensora.assembly.reference_codes import code_clip, code_part, codes_whole
 from opensora.assembly.token_layout import TokenLayout, forward_arguments
 from opensora.conditioning import ConditioningConfig
 from opensora.conditioning.condition_dropout import draw_drops, without_references
 from opensora.conditioning.dropout import drop_text, dropped_labels
 from opensora.conditioning.frames import known_frames
 from opensora.conditioning.mask_types import draw_given, known_latents, noisy_pixels
-from opensora.conditioning.references import Part, code_references, draw_kind
+from opensora.conditioning.references import Part, code_references, draw_kind, shown
 from opensora.config.run import LossReduction
 from opensora.datasets.loading.feature_store import Features
 from opensora.datasets.loading.reader import PackedBatch
@@ -124,7 +124,8 @@ class Preparation:
         if reference is not None and self.conditioning.dropout.conditions:
             reference = without_references(reference, drop_reference)
         prompts = self._text(encoded, drop_txt, drop_vec)
-        conditions = replace(prompts, reference=reference, known=known, **self._numbers(batch, t))
+        picture = self._picture(encoded, given, drop_reference)
+        conditions = replace(prompts, reference=reference, known=known, image_tokens=picture, **self._numbers(batch, t))
         conditions = self.layout.patchify_conditions(conditions)
         x, inside = self.layout.patchify(noised.x), self.layout.inside(grid, self.encoders.device)
         return EncodedTokens(
@@ -148,8 +149,8 @@ class Preparation:
     @property
     def _leaves_out(self) -> bool:
         """Whether what is known is no part of the loss."""
-        takes = self.layout.denoising.references
-        return takes == "in_place" or (takes == "channels" and not self.conditioning.known_in_loss)
+        denoising = self.layout.denoising
+        return denoising.references == "in_place" or (denoising.reads_beside and not self.conditioning.known_in_loss)
 
     def _dropped(self, ids: tuple[int, ...], step: int, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(B,) bool each: samples without their text tokens, their pooled prompt, and what references give."""
@@ -184,6 +185,15 @@ class Preparation:
         txt = torch.where(drop_txt[:, None, None], null.txt, text.txt)
         return Conditions(text=txt, text_mask=mask, pooled=pooled, label=label)
 
+    def _picture(self, encoded: Features, given: Tensor | None, dropped: Tensor) -> Tensor | None:
+        """(B, K, D) tokens of first frames; zeros of samples that do not know theirs, or lost what they know."""
+        if not self.layout.denoising.image_dim:
+            return None
+        assert encoded.image_tokens is not None, "checked with the configuration: there is an image encoder"
+        if given is None:
+            return torch.zeros_like(encoded.image_tokens)
+        return shown(encoded.image_tokens, given & ~dropped.view(-1, 1, 1, 1))
+
     def _known(self, batch: "Batch", step: int, latents: tuple[int, int, int]) -> Tensor | None:
         """(B, T', H', W') bool: latents that stand in the place of noisy ones, for models that take them so."""
         if self.layout.denoising.references != "in_place":
@@ -194,10 +204,10 @@ class Preparation:
     def _references(
         self, batch: "Batch", step: int, latents: tuple[int, int, int], x0: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(B, C, T', H', W') fp32 latents of known frames, and (B, T', H', W') bool where they are, for models that
-        read them beside the noise. ``x0``: those of all frames."""
+        """(B, C, T', H', W') fp32 latents of known frames, or of a clip with grey ones behind them, and (B, T', H', W')
+        bool where they are, for models that read them beside the noise. ``x0``: those of all frames."""
         cfg, shape = self.conditioning, self.autoencoder or self.encoders.autoencoder
-        if self.layout.denoising.references != "channels":
+        if not self.layout.denoising.reads_beside:
             return None, None
         if cfg.mask_types:
             return self._of_whole_clips(batch, step, latents, x0)
@@ -210,10 +220,12 @@ class Preparation:
             for sample in batch.sample_ids
         ]
 
-        def code(part: Part, samples: list[int]) -> Tensor:
-            return code_part(self.encoders, batch, part, samples)
+        whole = codes_whole(self.layout.denoising)
 
-        reference, known = code_references(kinds, latents, shape, code, device=self.encoders.device)
+        def code(part: Part, samples: list[int]) -> Tensor:
+            return (code_clip if whole else code_part)(self.encoders, batch, part, samples)
+
+        reference, known = code_references(kinds, latents, shape, code, device=self.encoders.device, whole=whole)
         return reference.float(), known
 
     def _of_whole_clips(

@@ -31,7 +31,7 @@ from opensora.assembly.components import tile_runner
 from opensora.assembly.encoders import Encoders
 from opensora.assembly.initial_weights import FileSource, adapted, add_adapters, check_initial, initial_weights
 from opensora.assembly.layout import check_kernels, check_layout
-from opensora.assembly.sharded_text import text_encoder_of
+from opensora.assembly.sharded_text import image_encoder_of, text_encoder_of
 from opensora.assembly.token_layout import token_layout
 from opensora.config.load import to_yaml
 from opensora.config.run import RunConfig
@@ -43,6 +43,7 @@ from opensora.inference.check import check_offload, fit_option, solver_of
 from opensora.inference.load import verify_export
 from opensora.models.base import AutoencoderShape, Width
 from opensora.models.families import build_model, describe, family_of
+from opensora.models.image import check_image_encoder
 from opensora.models.text import check_text_encoder, has_mask
 from opensora.models.vae import autoencoder_shape, build_autoencoder, check_autoencoder
 from opensora.planner.checks import Traffic, check_memory
@@ -153,6 +154,7 @@ def check_files(cfg: RunConfig, shape: AutoencoderShape) -> None:
     if not cfg.data.features or cfg.validate.every:
         check_autoencoder(cfg.vae)
         check_text_encoder(cfg.text, Width(shape.channels, f"vae.kind={cfg.vae.kind}"), cfg.model)
+        check_image_encoder(cfg.image_encoder, cfg.model)
     if cfg.validate.every and cfg.validate.makes_clips:
         fit_option("validate.sampling", cfg.validate.sampling, cfg.model, shape)
         solver_of("validate.sampling", cfg.validate.sampling, cfg.objective)
@@ -301,6 +303,7 @@ def build_encoders(cfg: RunConfig, mesh: Mesh, device: torch.device) -> Encoders
     return Encoders(
         autoencoder=build_autoencoder(cfg.vae, device, dtype),
         text_encoder=text_encoder_of(cfg.text, mesh, device, dtype),
+        image_encoder=image_encoder_of(cfg.image_encoder, mesh, device, dtype),
         device=device,
         stored=stored,
         seed=cfg.seed,

@@ -50,7 +50,7 @@ Given = Callable[[int, int, int], int]  # (step, sample, latent frames) -> how m
 
 def left_out(cfg: RunConfig) -> Given | None:
     """How many latent frames of a sample are given to the model and not learned; None: of none any."""
-    conditioning, shape, takes = cfg.conditioning, autoencoder_shape(cfg.vae), describe(cfg.model).references
+    conditioning, shape, denoising = cfg.conditioning, autoencoder_shape(cfg.vae), describe(cfg.model)
     masks, weights = conditioning.masks, conditioning.references
 
     def masked(step: int, sample: int, frames: int) -> int:
@@ -60,9 +60,9 @@ def left_out(cfg: RunConfig) -> Given | None:
     def referenced(step: int, sample: int, frames: int) -> int:
         return given_frames(draw_kind(cfg.seed, step, sample, frames, weights, shape, learn_some=True), frames, shape)
 
-    if takes == "in_place" and masks:
+    if denoising.references == "in_place" and masks:
         return masked
-    return referenced if takes == "channels" and weights and not conditioning.known_in_loss else None
+    return referenced if denoising.reads_beside and weights and not conditioning.known_in_loss else None
 
 
 def sharing(cfg: RunConfig, mesh: Mesh) -> SequenceSharing | None:

@@ -13,12 +13,18 @@ from safetensors.torch import load_file, save_file
 from acceleration.config import MeshConfig
 from acceleration.diagnostics.memory_usage import Allocations, held
 from acceleration.distributed import mesh as meshes
-from opensora.assembly.sharded_text import text_encoder_of
+from acceleration.sequence import SequenceParallel
+from opensora.assembly.sharded_text import image_encoder_of, text_encoder_of
+from opensora.assembly.token_layout import token_layout
 from opensora.models.base import TextFeatures
-from opensora.models.text import ClipConfig, T5ClipConfig, T5Config, build_text_encoder
+from opensora.models.conditions import Conditions
+from opensora.models.image import ClipVisionConfig, build_image_encoder
+from opensora.models.text import ClipConfig, LlavaClipConfig, T5ClipConfig, T5Config, UMT5Config, build_text_encoder
+from opensora.models.text.llava_clip import TEMPLATE
 from opensora.utils.errors import UserError
 from tests.dist.harness import run_distributed
-from tests.text_models import write_text_models
+from tests.text_models import write_clip_vision, write_llama, write_text_models, write_umt5
+from tests.wan_clips import CLIP
 
 CPU = torch.device("cpu")
 LAYOUTS: dict[int, tuple[dict[str, int], ...]] = {
@@ -145,12 +151,14 @@ def test_a_value_that_one_process_reads(cfg: T5ClipConfig, tmp_path: Path) -> No
 
 
 def cut_alone(folder: str) -> list[bool]:
-    """T5 and CLIP by themselves, each cut over all processes: whether features, masks and vectors are those of one."""
+    """The others, each cut over all processes: whether features, masks and vectors are those of one."""
     mesh = meshes.build(MeshConfig(shard=-1), dist.get_world_size(), CPU)
     found = []
     for cfg in (
         T5Config(t5_path=f"{folder}/t5", max_tokens=10, shard=True),
         ClipConfig(clip_path=f"{folder}/clip", shard=True),
+        UMT5Config(umt5_path=f"{folder}/umt5", max_tokens=10, shard=True),
+        LlavaClipConfig(llava_path=f"{folder}/llama", clip_path=f"{folder}/clip", max_tokens=10, shard=True),
     ):
         encoder = text_encoder_of(cfg, mesh, CPU, torch.float32)
         whole = build_text_encoder(replace(cfg, shard=False), CPU, torch.float32)
@@ -160,6 +168,43 @@ def cut_alone(folder: str) -> list[bool]:
     return found
 
 
-def test_t5_and_clip_by_themselves(cfg: T5ClipConfig) -> None:
+def test_every_kind_by_itself(cfg: T5ClipConfig) -> None:
+    folder = Path(cfg.t5_path).parent
+    write_umt5(folder / "umt5", width=36, layers=3)
+    write_llama(folder / "llama", "a b " + TEMPLATE.replace("{}", " "), width=24)
     for rank in run_distributed(cut_alone, 2, str(Path(cfg.t5_path).parent), timeout=110):
-        assert len(rank) == 8 and all(rank)
+        assert len(rank) == 16 and all(rank)
+
+
+def pictures_cut(folder: str) -> list[Any]:
+    """An image encoder cut over processes, each with pictures of its own, and tokens of a clip that is cut."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mesh = meshes.build(MeshConfig(shard=-1, ulysses=2), world, CPU)
+    found = []
+    choices: tuple[dict[str, Any], ...] = ({}, {"offload": True})
+    for options in choices:
+        cfg = ClipVisionConfig(path=folder, shard=True, **options)
+        own, whole = (
+            image_encoder_of(one, mesh, CPU, torch.float32) for one in (cfg, replace(cfg, shard=False, offload=False))
+        )
+        assert own is not None and whole is not None
+        pictures = torch.rand(1 + rank, 3, 20, 30, generator=torch.Generator().manual_seed(rank)) * 2 - 1
+        found.append(torch.equal(own.encode(pictures), whole.encode(pictures)))
+        found.append(sum(p.to_local().numel() for p in own._modules[0].parameters()))  # type: ignore[attr-defined]
+    layout = token_layout(CLIP, SequenceParallel(mesh))
+    told = Conditions(text=torch.ones(2, 3, 12), image_tokens=torch.arange(12.0).view(2, 2, 3))
+    mine = layout.shard_conditions(told, torch.zeros(2, 18, 16))
+    assert mine.image_tokens is not None
+    found.append(torch.equal(mine.image_tokens, told.image_tokens))  # type: ignore[arg-type]
+    return found
+
+
+def test_an_image_encoder_and_its_tokens_over_processes(tmp_path: Path) -> None:
+    """Bits of one process, half the weights on each of two; tokens whole on every process."""
+    write_clip_vision(tmp_path)
+    alone: Any = build_image_encoder(ClipVisionConfig(path=str(tmp_path)), CPU, torch.float32)
+    weights = sum(p.numel() for p in alone._clip.parameters())
+    for found in run_distributed(pictures_cut, 2, str(tmp_path), timeout=110):
+        equal, kept, equal_offloaded, kept_offloaded, whole = found
+        assert equal and equal_offloaded and whole and kept == kept_offloaded
+        assert 0.4 * weights <= kept <= 0.6 * weights

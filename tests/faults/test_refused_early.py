@@ -130,7 +130,7 @@ SAMPLES = {
     "no watermark": (["watermark=a.png"], "watermark=a.png: no such file"),
     "a watermark that is none": (["watermark={folder}/table.csv"], "watermark={folder}/table.csv: "),
     "method": (["sampling.method=distill"], "sampling.method=distill: must be i2v"),
-    "solver": (["sampling.solver=1"], "sampling.solver=1: must be one of euler, as the model was trained with"),
+    "solver": (["sampling.solver=1"], "sampling.solver=1: must be one of euler, unipc, dpm++, as the model was"),
     "no weights": (["weights={folder}/nowhere"], "weights={folder}/nowhere: no such file or folder"),
     "weights that are none": (["weights={folder}/empty"], "weights={folder}/empty: "),
     "weights of another model": ([f"model={MODEL}"], "model.depth=5: {folder}/exported was trained with 2; set"),

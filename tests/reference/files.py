@@ -79,6 +79,7 @@ class Case:
     plain: bool = False  # other options: no mask, condition or guidance, centre crops, a shift of its own, small steps
     pack: int = 1
     damaged: frozenset[int] = frozenset()
+    times: tuple[float, float] | None = None  # of an expert
     lora: tuple[int, float] | None = None  # rank, alpha
     references: Literal["none", "learned", "left out"] = "none"  # known frames, and whether they are in the loss
 
@@ -106,6 +107,7 @@ def problem(text: TextEncoder, case: Case = Case()) -> Problem:
         optim=OPTIMIZERS[case.optimizer],
         pack=case.pack,
         damaged=case.damaged,
+        times=case.times,
         lora=case.lora,
         references={} if case.references == "none" else REFERENCES,
         known_in_loss=case.references != "left out",
@@ -228,7 +230,8 @@ def write_config(path: Path, table: Path, *, init_from: Path | None, case: Case 
             "interleaved" if case.flux else case.rope, guidance=stated.guidance, cond=stated.cond, fused=case.flux
         ),
         **encoder_sections(case.text),
-        "flow": {"text_dropout": DROPOUT, "sigma_min": stated.sigma_min, "flow_shift": stated.alpha},
+        "flow": {"text_dropout": DROPOUT, "sigma_min": stated.sigma_min, "flow_shift": stated.alpha}
+        | (dict(zip(("t_min", "t_max"), stated.times, strict=True)) if stated.times else {}),
         "conditioning": {"references": stated.references, "known_in_loss": stated.known_in_loss},
         "data": {
             "table": str(table),

@@ -50,6 +50,7 @@ CASES = {
     "drawn weights": Case(drawn=True),
     "flux layout": Case(flux=True),
     "other options": Case(plain=True),
+    "an expert's times": Case(times=(0.4, 0.9)),
     "packs": Case(pack=2),
     "damaged files": Case(damaged=frozenset({3, 6, 8})),
     "adapters": Case(lora=(3, 12.0)),

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import Literal
 
 import torch
@@ -63,6 +64,7 @@ class Problem:
     guidance: bool = True  # and guidance_in
     sigma_min: float = 1e-5
     alpha: float | None = None  # of the shift; None: by the formula
+    times: tuple[float, float] | None = None  # least and greatest that are drawn; None: all
     crop: Literal["random", "center"] = "random"
     suffix: bool = True  # prompts name frame rate and motion
     pack: int = 1  # micro-batches joined before steps are cut
@@ -150,9 +152,8 @@ def squared_error(
     pixels = torch.from_numpy(raw.copy()).permute(3, 0, 1, 2).float() / 127.5 - 1
     x0 = problem.autoencoder.encode(pixels)
     x1 = draws.normal(tuple(x0.shape), seed, step, sample, "noise")
-    u = torch.sigmoid(draws.normal((), seed, step, sample, "timestep"))
     alpha = problem.alpha or shift(x0.shape[1], x0.shape[2] // PATCH * (x0.shape[3] // PATCH))
-    t = alpha * u / (1 + (alpha - 1) * u)
+    t = time(problem, alpha, draws.normal((), seed, step, sample, "timestep"))
     text = dropped(problem, samples.prompt(clip) if problem.suffix else clip.text, sample, step)
     x_t = (1 - t) * x0 + (1 - (1 - problem.sigma_min) * (1 - t)) * x1
     tokens = packed(x_t)
@@ -172,6 +173,17 @@ def squared_error(
     target = packed((1 - problem.sigma_min) * x1 - x0)
     learned = torch.ones_like(x0) if problem.known_in_loss else (1 - mask).expand_as(x0)
     return ((found - target).square() * packed(learned)).sum(), int(learned.sum())
+
+
+def time(problem: Problem, alpha: float, normal: Tensor) -> Tensor:
+    """The sigmoid of a normal draw, moved by alpha; within a part of all times the draw is of those that end there."""
+    if problem.times is None:
+        u = torch.sigmoid(normal)
+        return alpha * u / (1 + (alpha - 1) * u)
+    law = NormalDist()
+    low, high = (law.cdf(math.log(t / (alpha * (1 - t)))) for t in problem.times)
+    place = math.exp(law.inv_cdf(low + (high - low) * law.cdf(normal.item())))
+    return torch.tensor(alpha * place / (1 + alpha * place))
 
 
 def dropped(problem: Problem, prompt: str, sample: int, step: int) -> Text:

@@ -235,7 +235,7 @@ def test_conditions_are_dropped_by_their_weights() -> None:
     [
         (IDDPMConfig(), {"solver": "euler"}, "sampling.solver=euler: must be one of ddpm, ddim, dpm_solver"),
         (RectifiedFlowV1Config(), {"solver": "ddpm"}, "sampling.solver=ddpm: must be one of euler"),
-        (RectifiedFlowConfig(), {"solver": "dpm_solver"}, "must be one of euler"),
+        (RectifiedFlowConfig(), {"solver": "dpm_solver"}, "must be one of euler, unipc, dpm++"),
         (IDDPMConfig(), {"eta": 0.5}, "sampling.eta=0.5: is for solver=ddim, not ddpm"),
         (
             IDDPMConfig(),
@@ -243,7 +243,11 @@ def test_conditions_are_dropped_by_their_weights() -> None:
             "is for solver=ddpm or ddim, not dpm_solver",
         ),
         (RectifiedFlowV1Config(), {"clip_denoised": True}, "sampling.clip_denoised=True: is for solver=ddpm or ddim"),
-        (IDDPMConfig(), {"flow_shift": 3.0}, "sampling.flow_shift=3.0: is for solver=euler, not ddpm"),
+        (
+            IDDPMConfig(),
+            {"flow_shift": 3.0},
+            "flow_shift=3.0: is for solver=euler or unipc or dpm++, not ddpm",
+        ),
         (IDDPMConfig(diffusion_steps=500), {"num_steps": 501}, "sampling.num_steps=501: a section of 500"),
         (IDDPMConfig(), {"timestep_respacing": "ddim999"}, "sampling.timestep_respacing=ddim999: no whole distance"),
         (

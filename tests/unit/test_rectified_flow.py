@@ -1,4 +1,6 @@
 import math
+from statistics import NormalDist
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from opensora.schedulers import build_objective, build_solver
 from opensora.schedulers.base import SolverOptions
 from opensora.schedulers.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from opensora.schedulers.timesteps import draw_per_sample, logit_normal
+from opensora.utils.rng import torch_generator
 from opensora.utils.tokens import Grid
 
 FLOW = RectifiedFlow(RectifiedFlowConfig())
@@ -125,9 +128,69 @@ def test_text_dropout_is_independent_for_tokens_and_pooled() -> None:
     assert not never.any() and always.all()
 
 
-@pytest.mark.parametrize("bad", [{"sigma_min": 1.0}, {"flow_shift": 0.0}])
-def test_bad_values_are_named(bad: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=next(iter(bad))):
+def within(
+    low: float, high: float, method: str, shift: float = 3.0, ids: tuple[int, ...] = tuple(range(3000))
+) -> Tensor:
+    cfg = RectifiedFlowConfig(flow_shift=shift, sample_method=method, t_min=low, t_max=high)  # type: ignore[arg-type]
+    return sample_timesteps(7, 3, ids, (1, 32, 32), 2, RectifiedFlow(cfg))
+
+
+def test_uniform_times_are_those_of_the_draws() -> None:
+    found = within(0.0, 1.0, "uniform", ids=(5, 9))
+    u = [torch.rand((), generator=torch_generator(7, 3, sample, "timestep")).item() for sample in (5, 9)]
+    assert found.tolist() == pytest.approx([3 * one / (1 + 2 * one) for one in u])
+
+
+@pytest.mark.parametrize("method", ["uniform", "logit-normal"])
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_an_expert_sees_the_times_of_its_range_as_often_as_one_model_would(method: str, shift: float) -> None:
+    """By the share of draws below each of many places, of the whole and of the part."""
+    low, high, whole = 0.4, 0.875, within(0.0, 1.0, method, shift)
+    part = within(low, high, method, shift)
+    assert part.dtype == torch.float32 and part.min() >= torch.tensor(low) and part.max() <= high
+    wanted = whole[(whole >= low) & (whole <= high)]
+    for place in torch.linspace(low, high, 9)[1:-1]:
+        shares = [(times <= place).double().mean().item() for times in (part, wanted)]
+        assert abs(shares[0] - shares[1]) < 3 * (0.25 / len(wanted) + 0.25 / len(part)) ** 0.5
+    assert torch.equal(part[7:9], within(low, high, method, shift, ids=(7, 8)))  # of the sample, not of the batch
+
+
+@pytest.mark.parametrize("method", ["uniform", "logit-normal"])
+def test_times_of_a_range_by_formula(method: str) -> None:
+    """The draw's share of all that is below it, put into the range's share."""
+    normal = NormalDist()
+    shift, low, high = 3.0, 0.5, 0.9
+    for sample, found in zip((3, 4), within(low, high, method, shift, ids=(3, 4)).tolist(), strict=True):
+        generator = torch_generator(7, 3, sample, "timestep")
+        ends = [t / (shift - (shift - 1) * t) for t in (low, high)]
+        if method == "uniform":
+            u = ends[0] + (ends[1] - ends[0]) * torch.rand((), generator=generator).item()
+        else:
+            shares = [normal.cdf(math.log(u / (1 - u))) for u in ends]
+            share = shares[0] + (shares[1] - shares[0]) * normal.cdf(torch.randn((), generator=generator).item())
+            u = 1 / (1 + math.exp(-normal.inv_cdf(share)))
+        assert found == pytest.approx(shift * u / (1 + (shift - 1) * u), abs=1e-7)
+
+
+def test_the_ends_of_all_times_belong_to_ranges() -> None:
+    for method in ("uniform", "logit-normal"):
+        assert 0.0 < within(0.0, 1e-3, method).max() <= 1e-3
+        assert 0.999 <= within(0.999, 1.0, method).min() < 1.0
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"t_max": 0.0},
+        {"t_min": 0.9, "t_max": 0.9},
+        {"sample_method": "even"},
+        {"t_min": 1.0},
+        {"sigma_min": 1.0},
+        {"flow_shift": 0.0},
+    ],
+)
+def test_bad_values_are_named(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=list(bad)[-1]):
         RectifiedFlowConfig(**bad)
     with pytest.raises(ValueError, match=r"pooled=1\.5"):
         DropoutConfig(pooled=1.5)

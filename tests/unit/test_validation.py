@@ -26,7 +26,8 @@ from opensora.datasets.table.manifest import read_table
 from opensora.datasets.table.overlap import common_clips
 from opensora.models.families import build_model
 from opensora.planner.cost_fit import measured
-from opensora.train.held_out import Totals, announce_held_out, in_bins, open_held_out, records
+from opensora.schedulers.rectified_flow import RectifiedFlow, RectifiedFlowConfig
+from opensora.train.held_out import Totals, announce_held_out, bin_edges, in_bins, open_held_out, records
 from opensora.train.validate import check_prompts
 from opensora.utils.charts import loss_curve, validation_curves
 from opensora.utils.errors import UserError
@@ -190,12 +191,23 @@ def test_bins_share_out_the_time_and_draw_for_themselves() -> None:
     assert not torch.allclose(seen[0], seen[1])
 
 
+def test_bins_of_an_expert_are_of_its_own_times() -> None:
+    prepare = preparation(ToyAutoencoder(torch.randn(4, 3)), ConditioningConfig())
+    expert = RectifiedFlow(RectifiedFlowConfig(t_min=0.5, t_max=0.9))
+    _, prepared = in_bins(dataclasses.replace(prepare, objective=expert), 2, 11)
+    times = [one.times(11, 0, tuple(range(200)), None) for one in prepared]  # type: ignore[misc, arg-type]
+    assert 0.5 <= times[0].min() < 0.51 and 0.69 < times[0].max() <= 0.7 <= times[1].min() and times[1].max() > 0.89
+    assert bin_edges(expert, 2) == pytest.approx([0.5, 0.7, 0.9])
+    named = records(Totals(("a",), 2), torch.zeros(1, 2, 3), bin_edges(expert, 2))
+    assert {"validate/bin/0.50-0.70", "validate/bin/0.70-0.90"} < set(named)
+
+
 def test_means_are_over_latent_values() -> None:
     totals = Totals(("a", "b"), 2)
     for name, index, loss, values in (("a", 0, 6.0, 3), ("a", 1, 3.0, 3), ("b", 0, 10.0, 1), ("b", 1, 1.0, 1)):
         pair = torch.tensor([loss, 100.0]), torch.tensor([values, 7]), torch.tensor([True, False])
         totals.add(name, index, *pair, samples=1)
-    found = records(totals, totals.sums)
+    found = records(totals, totals.sums, [0.0, 0.5, 1.0])
     assert found["validate/loss"] == 20 / 8 and found["validate/samples"] == 2
     assert found["validate/bin/0.00-0.50"] == 16 / 4 and found["validate/bin/0.50-1.00"] == 4 / 4
     assert found["validate/bucket/a"] == 9 / 6 and found["validate/bins/b"] == [10.0, 1.0]

@@ -47,6 +47,7 @@ from opensora.utils.files.user_files import absence, replacing
 
 MANIFEST, INDEX, NULL = "manifest.json", "index.arrow", "null.safetensors"
 FORMAT = 3
+IMAGE = "image_tokens"  # as it is called in shards that have it
 REFERENCE = "reference."  # what the name of a coded reference begins with, as in reference.head_33
 _AGAIN = "run python -m opensora.cli.precompute again, which writes what is missing"
 _MANIFEST: Shape = {
@@ -70,9 +71,10 @@ class Features:
     y_vec: Tensor  # (B, V)
     mask: Tensor | None = None  # (B, L) bool
     label: Tensor | None = None  # (B,) int64, a class in place of a prompt; L and both widths are then 0
+    image_tokens: Tensor | None = None  # (B, K, D) of the first frame
 
     def tensors(self) -> dict[str, Tensor]:
-        named = {name: getattr(self, name) for name in ("latents", "txt", "y_vec", "mask", "label")}
+        named = {name: getattr(self, name) for name in ("latents", "txt", "y_vec", "mask", "label", IMAGE)}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
@@ -265,22 +267,23 @@ class FeatureStore:
                 f"data.features={self._folder}: sample {sample} of epoch {micro_batch.epoch} is not there in bucket "
                 f"{micro_batch.bucket}; run python -m opensora.cli.precompute again"
             )
-        shard, references = self._open(number)
+        shard, more = self._open(number)
         path = self._folder / shard_name(number)
-        start = f"{batch}.{REFERENCE}"
-        coded = [name.removeprefix(f"{batch}.") for name in references if name.startswith(start)]
+        starts = f"{batch}.{REFERENCE}", f"{batch}.{IMAGE}"
+        coded = [name.removeprefix(f"{batch}.") for name in more if name.startswith(starts)]
         with parsing(lambda why: UserError(f"{path}: {why}; remove it, and precompute again")):
             return {name: shard.get_slice(f"{batch}.{name}")[row : row + 1] for name in (*self._names, *coded)}
 
     def _open(self, number: int) -> tuple[Any, list[str]]:
-        """A shard, and the names of the references in it."""
+        """A shard, and the names of the references and of tokens of pictures in it."""
         if number in self._shards:
             self._shards.move_to_end(number)
             return self._shards[number]
         path = self._folder / shard_name(number)
         with parsing(lambda why: UserError(f"{path}: {why}; remove it, and precompute again")):
             shard = safe_open(require_file(path), "pt")
-            self._shards[number] = shard, sorted(name for name in shard.keys() if f".{REFERENCE}" in name)  # noqa: SIM118
+            more = (name for name in shard.keys() if f".{REFERENCE}" in name or name.endswith(f".{IMAGE}"))  # noqa: SIM118
+            self._shards[number] = shard, sorted(more)
         if len(self._shards) > _OPEN_SHARDS:
             self._shards.popitem(last=False)
         return self._shards[number]

@@ -17,6 +17,7 @@ from opensora.models.families import describe
 from opensora.models.text import num_classes
 from opensora.models.vae import autoencoder_shape
 from opensora.schedulers.iddpm import IDDPMConfig
+from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.schedulers.rectified_flow_v1 import RectifiedFlowV1Config
 from opensora.utils.errors import UserError
 
@@ -129,6 +130,11 @@ def _check_model(cfg: SampleConfig, source: Source, references: str, places: boo
     kind, objective = source.model.kind, source.objective
     if references == "none":
         raise UserError(f"{key}: model.kind={kind} takes no frames that are given; leave it out, or give other weights")
+    if references == "clip" or isinstance(objective, RectifiedFlowConfig):
+        raise UserError(
+            f"{key}: with release, loop, reference_path or mask_strategy is for models of Open-Sora 1.x; use ref and "
+            f"cond_type alone with model.kind={kind}"
+        )
     if references == "channels":
         if not isinstance(objective, RectifiedFlowV1Config) or objective.version != "1.3":
             raise UserError(

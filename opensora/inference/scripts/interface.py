@@ -171,7 +171,7 @@ def prepare_api(
         asked = asked_of(batch)
         seeds = seeds_of(option.seed if seed is None else seed, len(asked["text"]))
         if origin:
-            option = _checked_option(option, origin, len(asked["text"]), references=cond_type != "t2v")
+            option = _checked_option(option, origin, len(asked["text"]), cond_type)
             parts = replace(origin.parts, autoencoder=model_ae, text_encoder=text_encoder)
         else:
             own = text_encoder, option.guidance
@@ -325,8 +325,9 @@ def _sizes(cfg: Any) -> tuple[int, int]:
     return denoising.patch[1], denoising.latent_channels
 
 
-def _checked_option(option: SamplingOption, origin: Loaded, clips: int, *, references: bool) -> SamplingOption:
+def _checked_option(option: SamplingOption, origin: Loaded, clips: int, cond_type: str) -> SamplingOption:
     """As the command checks ``sampling``."""
+    references = describe(origin.source.model).three_passes(cond_type != "t2v")
     mesh, world = origin.cfg.parallel.mesh, origin.parts.mesh.world_size
     check_guidance(mesh, world, option, references=references)
     return check_option("option", option, origin.cfg, origin.source, samples=clips, world_size=world)

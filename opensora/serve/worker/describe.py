@@ -9,12 +9,13 @@ import torch
 
 from acceleration.diagnostics.memory_usage import device_bytes, machine_bytes
 from opensora.assembly.turns import DENOISER
-from opensora.conditioning.references import KINDS
+from opensora.conditioning.references import KINDS, kinds_of
 from opensora.config.schema import plain
 from opensora.inference.check import fit_option, fitting_solvers, solver_of
 from opensora.inference.find import Source
 from opensora.inference.lengths import coded
 from opensora.inference.memory import memory_of
+from opensora.inference.references import takes_references
 from opensora.models.base import latent_grid
 from opensora.models.families import describe
 from opensora.models.vae import autoencoder_shape
@@ -23,7 +24,7 @@ from opensora.planner.forecast import EFFICIENCY
 from opensora.planner.sampling_forecast import SamplingForecast
 from opensora.sampling.options import SamplingOption
 from opensora.serve.model_info import Cost, ModelInfo
-from opensora.serve.worker.models import Prepared, takes_references
+from opensora.serve.worker.models import Prepared
 from opensora.utils.errors import UserError
 from opensora.utils.sizes import frame_size
 
@@ -113,10 +114,11 @@ def model_info(one: Prepared, costs: Costs, measured_step_s: float | None = None
 def cond_types(source: Source) -> tuple[str, ...]:
     """What references may give: the kinds that training has shown, or all of them where nothing says which; stills
     first."""
-    if not takes_references(source):
+    if not takes_references(source.model, source.objective):
         return ("t2v",)
     trained = source.conditioning.references if source.conditioning else {}
-    return ("t2v", *(kind for kind in KINDS if kind != "t2v" and (not trained or trained.get(kind))))
+    kinds = kinds_of(describe(source.model).references)
+    return ("t2v", *(kind for kind in kinds if kind != "t2v" and (not trained or trained.get(kind))))
 
 
 def files_of(kind: str) -> int:

@@ -63,6 +63,10 @@ class Prepared:
         """What the references of a job give, as the command has it."""
         return str(job.request.get("cond_type") or FIRST_KIND) if job.references else "t2v"
 
+    def three_passes(self, kind: str) -> bool:
+        """Whether a step of a clip with references of this kind is guided by these, too."""
+        return describe(self.source.model).three_passes(kind != "t2v")
+
     def neg(self, job: Job) -> str:
         return str(job.request.get("neg") or self.cfg.neg)
 
@@ -103,7 +107,7 @@ class Model(Prepared):
     def shape(self, job: Job) -> Shape:
         """Equal for clips of which one may stand for the others where bits are compared."""
         option, kind = self.option(job), self.kind(job)
-        passes = passes_per_step(option, references=kind != "t2v")
+        passes = passes_per_step(option, references=self.three_passes(kind))
         size = (option.width, option.height, option.num_frames)
         return (*size, kind, passes, option.noise, option.cache, option.solver, option.method, option.use_flaw_fix)
 
@@ -114,7 +118,7 @@ class Model(Prepared):
             UserError.
         """
         option, kind = self.option(jobs[0]), self.kind(jobs[0])
-        check_guidance(self.cfg.parallel.mesh, self.world_size, option, references=kind != "t2v")
+        check_guidance(self.cfg.parallel.mesh, self.world_size, option, references=self.three_passes(kind))
         check_option("sampling", option, self.cfg, self.source, samples=len(jobs), world_size=self.world_size)
         chosen: dict[str, Any] = {"sampling": option, "cond_type": kind}
         cfg = replace(self.cfg, **chosen)
@@ -183,6 +187,8 @@ def _prepared(name: str, served: ServedModel, cfg: ServeConfig, world_size: int)
 def _loras(served: ServedModel, cfg: SampleConfig, source: Source) -> dict[str, AdapterFile]:
     if served.loras and source.adapters is not None:
         raise UserError(f"loras: must be empty, as {cfg.weights} holds adapters already")
+    if served.loras and source.low_noise is not None:
+        raise UserError("loras: must be empty with low_noise; merge them into the weights of the experts")
     if served.loras and cfg.offload == "blocks":
         raise UserError("loras: must be empty with offload=blocks; use offload=models")
     found = {}
@@ -212,8 +218,3 @@ def load(prepared: list[Prepared], runtime: Runtime) -> dict[str, Model]:
 def paths(store: Store, jobs: list[Job]) -> list[list[str]]:
     """The files of the references of every job."""
     return [[str(store.reference(name)) for name in job.references] for job in jobs]
-
-
-def takes_references(source: Source) -> bool:
-    """Whether a model reads frames that are known beside the noise."""
-    return describe(source.model).references == "channels"

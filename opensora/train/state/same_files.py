@@ -155,6 +155,7 @@ def content(cfg: RunConfig, table: IndexedTable) -> dict[str, str]:
         name = f"the content of data.features={cfg.data.features}"
         found[name] = _digest(str(feature_store.read_manifest(Path(cfg.data.features))))
     weights = {"train.init_from": cfg.train.init_from, **_paths("vae", cfg.vae), **_paths("text", cfg.text)}
+    weights |= _paths("image_encoder", cfg.image_encoder)
     found |= {f"the content of {key}={path}": fingerprint(path) for key, path in weights.items() if path}
     return found
 
