@@ -150,7 +150,7 @@ def test_two_runs_and_sampling_with_the_switch(wan: Path, tmp_path: Path) -> Non
 def test_the_command_takes_both_and_says_so(wan: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     experts = trained(wan, tmp_path, "train.steps=1", "optim.warmup_steps=0")
     path = tmp_path / "job.yaml"
-    path.write_text(f"weights: {experts['high']}\nlow_noise.weights: {experts['low']}\nprompt: a fox\n")
+    path.write_text(f"weights: {experts['high']}\nlow_noise: {{weights: {experts['low']}}}\nprompt: a fox\n")
     option = "sampling={width: 32, height: 32, num_frames: 5, num_steps: 2, guidance_low: 2.0, solver: unipc}"
     argv = [str(path), option, "precision=fp64", f"save_dir={tmp_path / 'out'}"]
     assert run_distributed(run_sample, 1, argv, timeout=140, init=False) == [0]
