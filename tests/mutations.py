@@ -1789,8 +1789,8 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "a model that is told nothing of its references",
         "opensora/inference/pipeline.py",
-        "reference=given.reference.to(x) * given.known[:, None] if given else None,",
-        "reference=given.reference.to(x) * 0 if given else None,",
+        "reference=given.told().to(x) if given else None,",
+        "reference=given.told().to(x) * 0 if given else None,",
         "tests/unit/test_shipped_model.py::test_clips_go_on_from_their_first_frames",
     ),
     Mutation(
