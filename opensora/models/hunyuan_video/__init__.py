@@ -1,4 +1,4 @@
-"""HunyuanVideo: an MMDiT with a token refiner."""
+"""HunyuanVideo: text that is refined first, then text and image in one attention."""
 
 from opensora.models.hunyuan_video.config import SIZES, HunyuanVideoConfig
 from opensora.models.hunyuan_video.model import FAMILY, HunyuanVideoModel

@@ -1,7 +1,7 @@
 """HunyuanVideo: a multimodal diffusion transformer whose text is refined first (13B, arXiv 2412.03603).
 
-* The blocks are those of the MMDiT: double-stream, then single-stream, text and image in one attention. Published code
-  puts image before text, here text is first, as in all sequences that processes share: attention does not depend on it.
+* The blocks are those of Flux: double-stream, then single-stream, text and image in one attention. Published code puts
+  image before text, here text is first, as in all sequences that processes share: attention does not depend on it.
 * Text tokens attend to each other in the token refiner before they meet the image. That takes all text of a sample on
   every process; behind it each goes on with its part (``context.text``).
 * Padding of the text is hidden from every query, by a key mask. A sequence may hold several samples instead, each with

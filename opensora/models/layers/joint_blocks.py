@@ -1,4 +1,4 @@
-"""Blocks of transformers whose streams of tokens, as text and image, attend to one another (MMDiT, arXiv 2403.03206).
+"""Blocks of transformers whose streams of tokens, as text and image, attend to one another (arXiv 2403.03206).
 
 First blocks in which every stream has weights of its own, then blocks that take all streams for one. What the layers
 are called is left to each family: it says which of its modules are what (``JointStream``), or makes them by the names
