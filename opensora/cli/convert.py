@@ -2,7 +2,13 @@
 
 Files of ``torch.save`` (.pt, .pth) are read without running anything that is in them, compared with the model by name
 and shape, and written under the family's own names: what training and sampling read, and its own code as well. Types
-stay as they are. Nothing is written of a file that does not fit.
+stay as they are. Nothing is written of a file that does not fit. With --lora it is adapters, in any form, that are read
+and written in one: comfyui (the default: the release's names behind diffusion_model.), diffusers, kohya, or peft.
+
+    python -m opensora.cli.convert LORA --to lora.safetensors --lora --form kohya
+
+What they add to the weights stays the same. The model is that of config.yaml beside them, as a LoRA run writes it, or
+of the keys that are given.
 """
 
 from opensora.utils import signal_handler
@@ -10,27 +16,51 @@ from opensora.utils import signal_handler
 if __name__ == "__main__":  # before torch is imported, which takes long enough to be interrupted in
     signal_handler.listen_early()
 
+from pathlib import Path
+
+from opensora.assembly.adapter_files import FORM_NAMES, convert_adapters
 from opensora.assembly.conversion import convert_weights
 from opensora.cli.main import run_cli
 from opensora.config.conversion import ConversionConfig
 from opensora.config.load import load_config
+from opensora.inference.find import saved_config
+from opensora.models.base import ModelConfig
 from opensora.utils.command_line.arguments import Parser, place
+from opensora.utils.errors import UserError
 
 
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
     parser = Parser(
         prog="python -m opensora.cli.convert",
-        usage="%(prog)s WEIGHTS --to FOLDER model.kind=KIND [model.size=SIZE] [model.key=value ...]",
+        usage="%(prog)s FILE --to PLACE [--lora [--form FORM]] model.kind=KIND [model.size=SIZE] [model.key=value ...]",
         description=(__doc__ or "").split("\n\n")[1],
     )
     parser.add_argument("weights", type=place, help="a .pt, .pth or .safetensors file, an index, or their folder")
     parser.add_argument("--to", type=place, required=True, help="folder to write model.safetensors to, or its shards")
+    parser.add_argument("--lora", action="store_true", help="FILE is adapters; --to is a file too, or a folder")
+    parser.add_argument("--form", choices=FORM_NAMES, help=f"of the adapters that are written; {FORM_NAMES[0]}")
     args, overrides = parser.parse_known_args(argv)
+    if args.lora:
+        model, form = _model(args.weights, overrides), args.form or FORM_NAMES[0]
+        print(f"written: {convert_adapters(model, args.weights, args.to, form)}")
+        return 0
+    if args.form is not None:
+        raise UserError(f"--form {args.form}: is of adapters; give --lora too, or leave it out")
     report, written = convert_weights(load_config(ConversionConfig, {}, overrides).model, args.weights, args.to)
     print(report)
     print(f"written: {', '.join(map(str, written))}")
     return 0
+
+
+def _model(adapters: Path, overrides: list[str]) -> ModelConfig:
+    """The model that adapters are for."""
+    if overrides:
+        return load_config(ConversionConfig, {}, overrides).model
+    saved = saved_config(adapters if adapters.is_dir() else adapters.parent)
+    if saved is None:
+        raise UserError(f"{adapters}: no config.yaml beside it says of which model it is; give model.kind=KIND")
+    return saved.model
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from opensora.inference.find import read_adapters
 from opensora.models.families import MODEL_SIZES, build_model
 from opensora.models.mmdit import MMDiTConfig, MMDiTModel
 from opensora.models.mmdit.convert import WEIGHTS as FORMAT
-from opensora.models.weights.adapter_export import convert_adapter, write_adapter, write_comfyui
+from opensora.models.weights.adapter_export import convert_adapter, trained_adapter, write_adapter
 from opensora.models.weights.adapter_fit import plan_adapter
 from opensora.models.weights.adapter_names import CONFIG, WEIGHTS
 from opensora.models.weights.adapters import read_adapter
@@ -52,6 +52,10 @@ class Low:
     @property
     def delta(self) -> Tensor:
         return self.alpha / self.down.shape[0] * self.up.double() @ self.down.double()
+
+    def exact(self) -> "Low":
+        """With so few digits in ``up`` that alpha/rank rounds none away."""
+        return replace(self, up=self.up.bfloat16().float())
 
 
 @cache
@@ -535,28 +539,26 @@ def test_every_layer_is_found_by_its_name_with_underscores(case: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_is_written_for_comfyui_is_read_back_equal(layout: str, tmp_path: Path) -> None:
-    """In the Flux layout, with alpha: computed here from the file alone, and on every layout of the model."""
+    """In the Flux layout, alpha/rank in B: computed here from the file alone, and on every layout of the model."""
     model = LAYOUTS[layout]
     rows = flux_rows() if model.fused_qkv else separate_rows()
     chosen = random.Random(layout).sample(sorted(rows), 20)
     shapes = linears(model)
-    lows = {name: draw_low(shapes[name], 3, 5.0, layout, name) for name in chosen}
+    lows = {name: draw_low(shapes[name], 4, 6.0, layout, name).exact() for name in chosen}
     tensors = {f"{n}.{kind}": x for n, low in lows.items() for kind, x in ((lora.A, low.down), (lora.B, low.up))}
-    source = FORMAT.layout(model)
-    renamed, scales = convert_adapter(
-        tensors, 5 / 3, parameter_shapes(model), FORMAT, source=source, to=FORMAT.original
-    )
+    made, source = trained_adapter(tensors, 1.5), FORMAT.layout(model)
+    renamed = convert_adapter(made, parameter_shapes(model), FORMAT, source=source, to=FORMAT.original)
     (tmp_path / CONFIG).write_text("left by an export of another kind")
-    write_comfyui(tmp_path, renamed, scales=scales, metadata={"rope_layout": "interleaved"})
+    write_adapter(tmp_path, renamed, "comfyui", metadata={"rope_layout": "interleaved"})
     assert [path.name for path in tmp_path.iterdir()] == [WEIGHTS]
 
     wanted = {name: weight.clone() for name, weight in flux_weights().items()}
     file = load_file(tmp_path / WEIGHTS)
-    layers = {key.rsplit(".", 1)[0] for key in file if key.endswith(".alpha")}
-    assert len(file) == 3 * len(layers)
+    layers = {key.removesuffix(f".{lora.A}") for key in file if key.endswith(lora.A)}
+    assert len(file) == 2 * len(layers)
     for layer in layers:
-        a, b, alpha = (file[f"{layer}.{kind}"].double() for kind in (lora.A, lora.B, "alpha"))
-        wanted[layer.removeprefix("diffusion_model.")] += 0.7 * alpha / a.shape[0] * b @ a
+        a, b = (file[f"{layer}.{kind}"].double() for kind in (lora.A, lora.B))
+        wanted[layer.removeprefix("diffusion_model.")] += 0.7 * b @ a
     truth = {name: weight.clone() for name, weight in in_layout(flux_weights(), model).items()}
     for name, low in lows.items():
         truth[name] += 0.7 * low.delta
@@ -569,6 +571,6 @@ def test_what_is_written_for_comfyui_is_read_back_equal(layout: str, tmp_path: P
 
 
 def test_an_exported_file_keeps_its_alpha_without_its_folder(tmp_path: Path) -> None:
-    write_adapter(tmp_path, PLAIN.items(), rank=4, alpha=6.0, base=None, metadata={})
+    write_adapter(tmp_path, trained_adapter(PLAIN, 1.5), "peft", metadata={})
     (tmp_path / CONFIG).unlink()
     assert list(read_adapter(tmp_path).scales.values()) == [1.5]

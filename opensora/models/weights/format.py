@@ -24,6 +24,7 @@ class WeightFormat(Protocol):
     torch_keys: tuple[str, ...] | None  # where a checkpoint of torch.save has the weights; None: none is ever read
     advice: str  # what to do about a file that does not fit the model
     example_layer: str  # how a layer is called that an adapter may be for
+    # ``diffusers``: optional, the layout of diffusers' model of the family, in which adapters are exchanged too
     # ``exports_original``: optional, True where exports are in ``original``; then every tensor is made of one
 
     def layout(self, cfg: Any) -> Layout:
