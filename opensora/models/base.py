@@ -7,6 +7,7 @@ and ``attention_cores`` the same way, so the model does not know that it is shar
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import lcm
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -104,7 +105,9 @@ class Denoising:
     outputs: int = 1  # values per latent: 2 with a learned variance
     times: Literal["unit", "steps", "any"] = "any"  # times that it reads: from 0 to 1, or up to 1000 (numbers of steps)
     null_text: Literal["encoded", "learned"] = "encoded"  # no prompt is the prompt "", or an embedding of the model
-    references: Literal["none", "channels", "in_place"] = "none"  # known frames beside the noise, or in its place
+    image_dim: int = 0  # of a token of the reference picture; 0: not read
+    references: Literal["none", "channels", "clip", "in_place"] = "none"  # known frames beside the noise (clip: as one
+    # clip with all that is not known grey, coded as a whole), or in its place
     wants: frozenset[str] = frozenset()  # of fps, size, num_frames, guidance
     packs: bool = False  # sequences may hold several samples
     pads: bool = False  # latents that are no whole patches are filled up with zeros at the end of each axis
@@ -188,6 +191,10 @@ class Family:
     objective: str = "rectified_flow"  # what published weights were trained with, for files that do not say
     per_job: frozenset[str] = frozenset()  # keys that a sampling job may set otherwise than training did
     fitted: frozenset[str] = frozenset()  # keys that weights are made to fit when they are read from a file
+    read_hub: Callable[[Mapping[str, Any], Path], Any | None] | None = None
+    # (content of the config.json of a folder of the model hub, the folder) -> the config that it describes; None: it is
+    # of no such model. ValueError, without the file's name: it describes none that can be built
+    hub: Callable[[Any], dict[str, Any]] | None = None  # what the config.json beside exported weights says
 
 
 class Autoencoder(Protocol):

@@ -27,6 +27,7 @@ class Conditions:
     dropped: Tensor | None = None  # (B,) bool, samples without a text: the model puts its own null embedding there
     reference: Tensor | None = None  # clean latents where known, 0 elsewhere: (B, C, T', H', W'), or as tokens
     known: Tensor | None = None  # which latents are known: (B, T', H', W') bool, or as tokens, (B, N) or (B, T, S)
+    image_tokens: Tensor | None = None  # (B, K, E), a picture as its encoder's tokens; whole on every process
     fps: Tensor | None = None  # (B,), frames per second; 0: not known, as of a still
     size: Tensor | None = None  # (B, 2), height and width in pixels
     num_frames: Tensor | None = None  # (B,), frames of the clip in pixels

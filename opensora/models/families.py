@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from opensora.models import dit, latte, mmdit, pixart, stdit
+from opensora.models import dit, latte, mmdit, pixart, stdit, wan
 from opensora.models.base import Denoising, Family, ModelConfig
+from opensora.utils.errors import UserError
+from opensora.utils.files.untrusted import parse_json, parsing, read_small
 from opensora.utils.rng import torch_generator
+
+HUB_CONFIG = "config.json"  # of a folder of the model hub
 
 FAMILIES: dict[str, Family] = {
     "mmdit": mmdit.FAMILY,
@@ -22,6 +26,7 @@ FAMILIES: dict[str, Family] = {
     "stdit": stdit.STDIT,
     "stdit2": stdit.STDIT2,
     "stdit3": stdit.STDIT3,
+    "wan": wan.FAMILY,
 }
 MODEL_CONFIGS: dict[str, type] = {kind: family.config for kind, family in FAMILIES.items()}
 MODEL_SIZES: dict[str, Mapping[str, Any]] = {kind: family.sizes for kind, family in FAMILIES.items()}
@@ -66,12 +71,32 @@ def read_hub_config(folder: Path) -> ModelConfig | None:
     Raises:
         UserError: it cannot be read, or describes no model that can be built.
     """
-    return stdit.read_config(folder)
+    path = folder / HUB_CONFIG
+    if not path.is_file():
+        return None
+
+    def refuse(reason: str) -> UserError:
+        return UserError(f"{path}: is not the configuration of a model ({reason}); fetch it again")
+
+    with parsing(refuse):
+        content = read_small(path)
+    said = parse_json(content, refuse)
+    if not isinstance(said, dict):
+        raise refuse("it holds no keys")
+    readers = dict.fromkeys(family.read_hub for family in FAMILIES.values() if family.read_hub is not None)
+    try:
+        found = (read(said, folder) for read in readers)
+        return next((cfg for cfg in found if cfg is not None), None)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise refuse(str(error)) from None
 
 
 def hub_config(cfg: ModelConfig) -> dict[str, Any] | None:
     """What the config.json beside weights of this model says; None: the family publishes none."""
-    return stdit.published_config(cfg)
+    family = family_of(cfg)
+    return None if family.hub is None else family.hub(cfg)
 
 
 @torch.no_grad()

@@ -51,6 +51,14 @@ class HeadRMSNorm(nn.Module):
         return rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+class AllHeadsRMSNorm(HeadRMSNorm):
+    """Root-mean-square norm over the channels of all heads at once, before they are split (Wan).
+
+    Tensor parallelism, which leaves a process some of the heads, cuts ``weight`` as it cuts them and sums the squares
+    of all: a model says so by the kind ``norm`` in its ``tensor_plan``.
+    """
+
+
 def plain_norm(hidden: int) -> nn.LayerNorm:
     """Layer norm whose shift and scale come from a modulation."""
     return nn.LayerNorm(hidden, eps=1e-6, elementwise_affine=False)

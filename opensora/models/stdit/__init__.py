@@ -1,7 +1,6 @@
 """Spatial-temporal diffusion transformers of Open-Sora 1.0 to 1.3: attention within frames and along time."""
 
 from opensora.models.stdit.config import STDiT2Config, STDiT3Config, STDiTConfig
-from opensora.models.stdit.hub import published_config, read_config
 from opensora.models.stdit.stdit import FAMILY as STDIT
 from opensora.models.stdit.stdit import STDiT
 from opensora.models.stdit.stdit2 import FAMILY as STDIT2
@@ -19,6 +18,4 @@ __all__ = [
     "STDiT3",
     "STDiT3Config",
     "STDiTConfig",
-    "published_config",
-    "read_config",
 ]

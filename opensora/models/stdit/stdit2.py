@@ -40,6 +40,7 @@ from opensora.models.layers.transformer import CrossAttention, Mlp, SelfAttentio
 from opensora.models.stdit.config import STDIT2_SIZES, STDiT2Config
 from opensora.models.stdit.convert import STDIT2_WEIGHTS
 from opensora.models.stdit.freezing import freeze
+from opensora.models.stdit.hub import published_config, read_config
 from opensora.models.stdit.layers import (
     SHARED_NORMS,
     Modulations,
@@ -257,4 +258,6 @@ FAMILY = Family(
     objective="iddpm",
     per_job=frozenset(("input_sq_size", "freeze")),
     fitted=frozenset(("model_max_length",)),
+    read_hub=read_config,
+    hub=published_config,
 )

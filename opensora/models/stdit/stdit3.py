@@ -44,6 +44,7 @@ from opensora.models.layers.transformer import Mlp, SelfAttention, along_time, w
 from opensora.models.stdit.config import STDIT3_SIZES, STDiT3Config
 from opensora.models.stdit.convert import STDIT3_WEIGHTS
 from opensora.models.stdit.freezing import train_only
+from opensora.models.stdit.hub import published_config, read_config
 from opensora.models.stdit.layers import (
     SHARED_NORMS,
     FrameCrossAttention,
@@ -360,4 +361,6 @@ FAMILY = Family(
     objective="rectified_flow_v1",
     per_job=frozenset(("input_sq_size", "freeze_y_embedder", "only_train_temporal")),
     fitted=frozenset(("model_max_length",)),
+    read_hub=read_config,
+    hub=published_config,
 )

@@ -15,14 +15,12 @@ from acceleration.files.atomic_write import replacing
 from opensora.assembly.initial_weights import parameter_shapes
 from opensora.config.load import save
 from opensora.config.run import SAVED_NAME, RunConfig
-from opensora.models.families import family_of, hub_config
+from opensora.models.families import HUB_CONFIG, family_of, hub_config
 from opensora.models.weights.adapter_export import export_adapter, trained_adapter
 from opensora.models.weights.format import Layout, WeightFormat
 from opensora.models.weights.writer import convert_state_dict
 from opensora.utils.files import digests
 from opensora.utils.files.safetensors_files import write_weights
-
-HUB_CONFIG = "config.json"  # of families that publish one, so that their own code reads the folder
 
 
 def _converted(
