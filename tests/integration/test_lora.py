@@ -180,7 +180,7 @@ def test_every_form_of_the_export_samples_the_same_clip(
 def model_keys(run: Path) -> list[str]:
     """The model of an export, as words of a command line."""
     model = plain(load_config(RunConfig, run / "config.yaml").model)
-    return [f"model.{key}={value if key == 'kind' else json.dumps(value)}" for key, value in model.items()]
+    return [f"model.{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in model.items()]
 
 
 def test_adapters_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
