@@ -37,6 +37,8 @@ class Mutation:
     test: str  # what must find it, as pytest names it
 
 
+TENSOR_CUT = "acceleration/sharding/tensor_parallel.py"
+NORMS_CUT = "tests/dist/test_tensor_norms.py::test_{}"
 TEXT_FILES, RULE = "tests/unit/test_text_files.py", "tests/unit/test_published_rule.py"
 RULE_1X, CLIPS_1X = "tests/unit/test_rule_1x.py", "tests/unit/test_clips_1x.py"
 MASKS_1X, GIVEN_1X = "tests/unit/test_training_masks.py", "tests/unit/test_given_frames.py"
@@ -83,6 +85,7 @@ FLOW, TIMES, EULER = (f"opensora/schedulers/{name}.py" for name in ("rectified_f
 OPTIM, EMA, NATIVE = "acceleration/optim/optimizers.py", "acceleration/optim/ema.py", "acceleration/engines/native.py"
 GUIDANCE, SOLVER, NOISE = (f"opensora/sampling/{name}.py" for name in ("guidance", "loop", "noise"))
 MODEL, LAYERS = "opensora/models/mmdit/model.py", "opensora/models/mmdit/layers.py"
+JOINT_BLOCKS = "opensora/models/layers/joint_blocks.py"
 CONVERT = "opensora/models/mmdit/convert.py"
 ROWS, READER, FIT = (f"opensora/models/weights/{name}.py" for name in ("rows", "reader", "adapter_fit"))
 FILES = "tests/unit/test_weight_formats.py"
@@ -828,19 +831,19 @@ TABLE: tuple[Mutation, ...] = (
     ),
     Mutation(
         "gates swapped in double blocks",
-        LAYERS,
+        JOINT_BLOCKS,
         "_, _, attention_gate, shift, scale, mlp_gate = parts",
         "_, _, mlp_gate, shift, scale, attention_gate = parts",
         TRAIN,
     ),
     Mutation(
         "scale and shift swapped in the last layer",
-        LAYERS,
+        JOINT_BLOCKS,
         "shift, scale = over_tokens(",
         "scale, shift = over_tokens(",
         TRAIN,
     ),
-    Mutation("exact GELU in single blocks", LAYERS, 'gelu(inner, approximate="tanh")', "gelu(inner)", TRAIN),
+    Mutation("exact GELU in single blocks", JOINT_BLOCKS, 'gelu(inner, approximate="tanh")', "gelu(inner)", TRAIN),
     Mutation(
         "tokens packed position by position",
         TOKENS,
@@ -2072,6 +2075,42 @@ TABLE: tuple[Mutation, ...] = (
         "            self._fetch(index + 1)",
         "            [self._fetch(i) for i in range(index, len(self._blocks))]",
         OFFLOADED,
+    ),
+    # Norms over the channels of all heads under tensor parallelism.
+    Mutation(
+        "a norm over the channels of this process's heads alone",
+        TENSOR_CUT,
+        "squares = collectives.all_reduce_(exact.square().sum(dim=-1, keepdim=True), axis)",
+        "squares = axis.degree * exact.square().sum(dim=-1, keepdim=True)",
+        NORMS_CUT.format("layouts_equal_one_process[2]"),
+    ),
+    Mutation(
+        "the gradient of a norm through this process's heads alone",
+        TENSOR_CUT,
+        "shared = collectives.all_reduce_((normed * scaled).sum(dim=-1, keepdim=True), ctx.axis)",
+        "shared = (normed * scaled).sum(dim=-1, keepdim=True)",
+        NORMS_CUT.format("layouts_equal_one_process[2]"),
+    ),
+    Mutation(
+        "a cut norm in the type of its input",
+        TENSOR_CUT,
+        "    return torch.float64 if x.dtype == torch.float64 else torch.float32",
+        "    return x.dtype",
+        NORMS_CUT.format("bytes_on_the_meta_device"),
+    ),
+    Mutation(
+        "apex's norm in place of a cut one",
+        "acceleration/blocks/fused_norms.py",
+        'if "forward" in vars(module):',
+        'if "backward" in vars(module):',
+        NORMS_CUT.format("in_the_types_that_models_compute_in[torch.float32-apex]"),
+    ),
+    Mutation(
+        "exchanges of norms not counted where a block runs again",
+        "acceleration/accounting/comm_volume.py",
+        "_norm_bytes(norm, shares) * (1 + (again.layers and norm.reruns) + norm.input_trains)",
+        "_norm_bytes(norm, shares) * (1 + norm.input_trains)",
+        NORMS_CUT.format("layouts_equal_one_process[2]"),
     ),
     # Offload in training of adapters, and its forecast.
     Mutation(

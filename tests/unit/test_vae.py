@@ -110,7 +110,7 @@ def test_dct_config_refuses(wrong: dict) -> None:
 
 def test_shapes_agree_with_built_autoencoders() -> None:
     opensora_1x = {"sd", "sd_temporal_decoder", "opensora_v1_2", "opensora_v1_3"}
-    assert set(AUTOENCODERS) == {"dct", "hunyuan", "flux2d", "dc_ae", *opensora_1x}
+    assert set(AUTOENCODERS) == {"dct", "hunyuan", "flux2d", "dc_ae", "wan", "wan22", *opensora_1x}
     for cfg in (DCTConfig(), DCTConfig(spatial=4, channels=16)):
         built, shape = build_autoencoder(cfg, "cpu", torch.float32), autoencoder_shape(cfg)
         assert (built.channels, built.stride, built.causal) == (shape.channels, shape.stride, shape.causal)

@@ -30,6 +30,7 @@ from opensora.models.vae.opensora_1x.v1_3 import (
     check_opensora_v1_3,
     opensora_v1_3_shape,
 )
+from opensora.models.vae.wan import Wan22VAEConfig, WanAutoencoder, WanVAEConfig, check_wan, wan_shape
 
 if TYPE_CHECKING:
     from opensora.models.base import Autoencoder
@@ -43,6 +44,8 @@ AutoencoderConfig: TypeAlias = (
     | SDTemporalDecoderConfig
     | OpenSoraV12Config
     | OpenSoraV13Config
+    | WanVAEConfig
+    | Wan22VAEConfig
 )
 Device: TypeAlias = torch.device | str
 
@@ -101,6 +104,8 @@ AUTOENCODERS: dict[str, AutoencoderKind] = {
         check_opensora_v1_3,
         parameters=259_000_000,
     ),
+    "wan": AutoencoderKind(WanVAEConfig, WanAutoencoder, wan_shape, check_wan, parameters=126_900_000),
+    "wan22": AutoencoderKind(Wan22VAEConfig, WanAutoencoder, wan_shape, check_wan, parameters=704_700_000),
 }
 AUTOENCODER_CONFIGS: dict[str, type] = {kind: entry.config for kind, entry in AUTOENCODERS.items()}
 

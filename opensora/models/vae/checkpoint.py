@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from opensora.models.pretrained import not_finite
-from opensora.models.vae.folder import KEY, config_file, stated_shape
+from opensora.models.vae.folder import KEY, config_file, place_of, stated_shape
 from opensora.models.weights.format import Layout
 from opensora.models.weights.plain import PlainWeights
 from opensora.models.weights.reader import LoadReport, WeightFile, load_state_dict_for
@@ -25,6 +25,7 @@ CONFIG = "config"  # a file's metadata may hold what config.json of a folder hol
 _OF_FOLDERS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 _INDEX = ".index.json"
 _IMAGE = ("encoder.down.0.block.0.conv1.weight", "encoder.down_blocks.0.resnets.0.conv1.weight")
+_WAN22 = "encoder.down_blocks.0.resnets.0.norm1.gamma"
 
 
 class _Sign(NamedTuple):
@@ -41,7 +42,9 @@ class _Sign(NamedTuple):
 _SIGNS = {
     "hunyuan": _Sign(("encoder.down_blocks.0.resnets.0.conv1.conv.weight",)),
     "flux2d": _Sign(_IMAGE, lacks="quant_conv.weight"),
-    "sd": _Sign(_IMAGE, has="post_quant_conv.weight"),
+    "sd": _Sign(_IMAGE, has="post_quant_conv.weight", lacks=_WAN22),
+    "wan": _Sign(("encoder.down_blocks.0.norm1.gamma",)),
+    "wan22": _Sign((_WAN22,)),
     "sd_temporal_decoder": _Sign(("decoder.time_conv_out.weight",)),
     "dc_ae": _Sign(("encoder.project_in.conv.weight",)),
     "opensora_v1_2": _Sign(("temporal_vae.encoder.conv_in.conv.weight",)),
@@ -172,6 +175,7 @@ def find_checkpoint(path: str, format: AutoencoderWeights, to: Layout | None = N
     Raises:
         UserError: what is there is something else.
     """
+    path = place_of(path)
     if not path or absence(path) or (Path(path).is_dir() and not any(Path(path).glob("*.safetensors"))):
         return None
     return open_checkpoint(path, format, to)
@@ -183,7 +187,7 @@ def open_checkpoint(path: str, format: AutoencoderWeights, to: Layout | None = N
     Raises:
         UserError: nothing is there, it cannot be read, or is something else.
     """
-    to = format.original if to is None else to
+    to, path = format.original if to is None else to, place_of(path)
     weights = _weights(path, format)
     try:
         file = WeightFile(weights, format, to)

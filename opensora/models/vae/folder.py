@@ -32,9 +32,16 @@ def stated_shape(path: str) -> dict[str, Any]:
     return dict(stated)
 
 
+def place_of(path: str) -> str:
+    """Where the autoencoder at ``vae.path`` is: there, or in the folder ``vae`` of a whole diffusers pipeline."""
+    inside = Path(path) / "vae"
+    whole = path and not (Path(path) / "config.json").is_file() and (inside / "config.json").is_file()
+    return str(inside) if whole else path
+
+
 def config_file(path: str) -> Path | None:
     """The folder's config.json, if there is one."""
-    file = Path(path) / "config.json"
+    file = Path(place_of(path)) / "config.json"
     return file if path and file.is_file() else None
 
 
@@ -60,6 +67,7 @@ def check_folder(path: str, model: str) -> None:
         raise UserError(
             f"{KEY} is not set: give the folder of a diffusers {model}, or use vae.kind=dct, which needs none"
         )
+    path = place_of(path)
     if reason := absence(Path(path) / "config.json", "file"):
         detail = "" if reason.startswith("no such") else f" ({reason})"
         raise UserError(f"{KEY}={path}: no config.json there{detail}; give the folder of a diffusers {model}")
@@ -75,4 +83,4 @@ def load_frozen(loader: Any, path: str, device: torch.device | str, dtype: torch
         UserError: no path, no such folder, not a model that ``loader`` can read, or not all of it.
     """
     check_folder(path, loader.__name__)
-    return load_pretrained(KEY, path, loader, torch_dtype=dtype, low_cpu_mem_usage=False).to(device)
+    return load_pretrained(KEY, place_of(path), loader, torch_dtype=dtype, low_cpu_mem_usage=False).to(device)
