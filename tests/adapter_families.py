@@ -59,6 +59,57 @@ _WAN: dict[str, tuple[str, ...]] = {
     r"blocks\.(\d+)\.ffn\.0": (r"blocks.\1.ffn.net.0.proj",),
     r"blocks\.(\d+)\.ffn\.2": (r"blocks.\1.ffn.net.2",),
 }
+_HUNYUAN: dict[str, tuple[str, ...]] = {
+    r"img_in\.proj": ("x_embedder.proj",),
+    r"final_layer\.linear": ("proj_out",),
+    r"txt_in\.input_embedder": ("context_embedder.proj_in",),
+    **{
+        rf"{ours}\.{layer}": (f"{theirs}_embedder.linear_{number}",)
+        for ours, theirs, layers in (
+            (r"time_in\.mlp", "time_text_embed.timestep", "02"),
+            (r"guidance_in\.mlp", "time_text_embed.guidance", "02"),
+            ("vector_in", "time_text_embed.text", ("in_layer", "out_layer")),
+            (r"txt_in\.t_embedder\.mlp", "context_embedder.time_text_embed.timestep", "02"),
+            (r"txt_in\.c_embedder", "context_embedder.time_text_embed.text", ("linear_1", "linear_2")),
+        )
+        for number, layer in enumerate(layers, 1)
+    },
+    **{
+        rf"txt_in\.individual_token_refiner\.blocks\.(\d+)\.{ours}": tuple(
+            rf"context_embedder.token_refiner.refiner_blocks.\1.{part}" for part in theirs
+        )
+        for ours, theirs in (
+            ("self_attn_qkv", ("attn.to_q", "attn.to_k", "attn.to_v")),
+            ("self_attn_proj", ("attn.to_out.0",)),
+            (r"mlp\.fc1", ("ff.net.0.proj",)),
+            (r"mlp\.fc2", ("ff.net.2",)),
+            (r"adaLN_modulation\.1", ("norm_out.linear",)),
+        )
+    },
+    **{
+        rf"double_blocks\.(\d+)\.{ours}": tuple(rf"transformer_blocks.\1.{part}" for part in theirs)
+        for ours, theirs in (
+            (r"img_mod\.linear", ("norm1.linear",)),
+            (r"txt_mod\.linear", ("norm1_context.linear",)),
+            ("img_attn_qkv", ("attn.to_q", "attn.to_k", "attn.to_v")),
+            ("txt_attn_qkv", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
+            ("img_attn_proj", ("attn.to_out.0",)),
+            ("txt_attn_proj", ("attn.to_add_out",)),
+            (r"img_mlp\.fc1", ("ff.net.0.proj",)),
+            (r"img_mlp\.fc2", ("ff.net.2",)),
+            (r"txt_mlp\.fc1", ("ff_context.net.0.proj",)),
+            (r"txt_mlp\.fc2", ("ff_context.net.2",)),
+        )
+    },
+    **{
+        rf"single_blocks\.(\d+)\.{ours}": tuple(rf"single_transformer_blocks.\1.{part}" for part in theirs)
+        for ours, theirs in (
+            (r"modulation\.linear", ("norm.linear",)),
+            ("linear1", ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")),
+            ("linear2", ("proj_out",)),
+        )
+    },
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +176,7 @@ def _wan_rows(name: str, weight: Tensor) -> Tensor:
 _SMALL_WAN: Any = MODEL_SIZES["wan"]["debug"]
 CASES = {
     "mmdit": Case(model=replace(MODEL_SIZES["mmdit"]["debug"], guidance_embed=True, cond_embed=False), theirs=_FLUX),
+    "hunyuan_video": Case(model=MODEL_SIZES["hunyuan_video"]["debug"], theirs=_HUNYUAN),
     "wan": Case(model=_SMALL_WAN, theirs=_WAN, to_ours=_wan_rows),
     "wan_i2v": Case(
         model=replace(_SMALL_WAN, references="clip", image_dim=28, depth=12), theirs=_WAN, to_ours=_wan_rows
