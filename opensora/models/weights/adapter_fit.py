@@ -134,9 +134,11 @@ class FittedAdapter:
         return self._down(layer) if kind == KINDS[0] else self._up(layer)
 
     def plain(self) -> Adapter:
-        """The same by the names of the model's layers, as if they were a file's."""
+        """The same by the names of the model's layers, as if they were a file's, in fp64 only where that is."""
         sizes = self.sizes()
         tensors = {f"{layer}{kind}": self.tensor(f"{layer}{kind}") for layer in sizes for kind in KINDS}
+        if all(tensor.dtype != torch.float64 for tensor in self.adapter.tensors.values()):
+            tensors = {n: tensor.float() if tensor.dtype == torch.float64 else tensor for n, tensor in tensors.items()}
         return replace(self.adapter, tensors=tensors, scales={layer: scale for layer, (_, scale) in sizes.items()})
 
     def _down(self, layer: str) -> Tensor:
