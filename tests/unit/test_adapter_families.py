@@ -145,6 +145,19 @@ def test_many_drawn_files_are_read(family: str, form: str, tmp_path: Path) -> No
 # -- Writing --
 
 
+@pytest.mark.parametrize(("family", "layer"), [("wan", "patch_embedding"), ("hunyuan_video", "img_in.proj")])
+def test_the_embedding_of_patches_is_a_convolution_in_files(family: str, layer: str, tmp_path: Path) -> None:
+    cfg = CASES[family].model
+    height, width = CASES[family].linears()[layer]
+    values = {f"{layer}.lora_A.weight": torch.ones(3, width), f"{layer}.lora_B.weight": torch.ones(height, 3)}
+    format, shapes = family_of(cfg).weights, parameter_shapes(cfg)
+    file = tmp_path / "lora.safetensors"
+    layout, made = format.layout(cfg), trained_adapter(values, 1.0)
+    export_adapter(file, made, "comfyui", shapes=shapes, format=format, layout=layout, metadata={})
+    found = {name.removeprefix(f"diffusion_model.{layer}."): tuple(x.shape) for name, x in load_file(file).items()}
+    assert found == {"lora_A.weight": (3, width // 4, 1, 2, 2), "lora_B.weight": (height, 3, 1, 1, 1)}
+
+
 def parsed(path: Path, form: str) -> dict[str, Low]:
     """A file that we wrote, by the definition of its form alone."""
     tensors = load_file(path / WEIGHTS if path.is_dir() else path)
