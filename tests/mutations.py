@@ -85,7 +85,13 @@ FLOW, TIMES, EULER = (f"opensora/schedulers/{name}.py" for name in ("rectified_f
 OPTIM, EMA, NATIVE = "acceleration/optim/optimizers.py", "acceleration/optim/ema.py", "acceleration/engines/native.py"
 GUIDANCE, SOLVER, NOISE = (f"opensora/sampling/{name}.py" for name in ("guidance", "loop", "noise"))
 MODEL, LAYERS = "opensora/models/mmdit/model.py", "opensora/models/mmdit/layers.py"
-JOINT_BLOCKS = "opensora/models/layers/joint_blocks.py"
+JOINT_BLOCKS, INITIAL = (f"opensora/models/layers/{name}.py" for name in ("joint_blocks", "init"))
+REFINER, HUNYUAN_MODEL, HUNYUAN_FILES = (
+    f"opensora/models/hunyuan_video/{name}.py" for name in ("refiner", "model", "convert")
+)
+HUNYUAN_TEST = "tests/unit/test_hunyuan_video{}.py::test_{}"
+HUNYUAN_PARITY = HUNYUAN_TEST.format("_diffusers_parity", "output_and_every_gradient")
+HUNYUAN_PACK = HUNYUAN_TEST.format("", "a_pack_equals_its_samples")
 CONVERT = "opensora/models/mmdit/convert.py"
 ROWS, READER, FIT = (f"opensora/models/weights/{name}.py" for name in ("rows", "reader", "adapter_fit"))
 FILES = "tests/unit/test_weight_formats.py"
@@ -776,7 +782,7 @@ TABLE: tuple[Mutation, ...] = (
         "SGD(parameters, lr=cfg.lr)",
         SGD,
     ),
-    Mutation("weights drawn twice as large", MODEL, "math.sqrt(3.0 / tensor", "math.sqrt(12.0 / tensor", DRAWN),
+    Mutation("weights drawn twice as large", INITIAL, "math.sqrt(3.0 / tensor", "math.sqrt(12.0 / tensor", DRAWN),
     Mutation(
         "weights drawn without the seed",
         WEIGHTS,
@@ -824,6 +830,62 @@ TABLE: tuple[Mutation, ...] = (
     ),
     Mutation("times not scaled", EMBEDDING, "scale: float = 1000.0", "scale: float = 1.0", TRAIN),
     Mutation("sine before cosine", EMBEDDING, "(angles.cos(), angles.sin())", "(angles.sin(), angles.cos())", TRAIN),
+    Mutation(
+        "padding in the mean of the text",
+        REFINER,
+        "(text * counts[..., None]).sum(dim=1)",
+        "text.sum(dim=1)",
+        HUNYUAN_PARITY,
+    ),
+    Mutation(
+        "gates of the refiner swapped",
+        REFINER,
+        "attention_gate, mlp_gate = over_tokens",
+        "mlp_gate, attention_gate = over_tokens",
+        HUNYUAN_PARITY,
+    ),
+    Mutation(
+        "a sample without any text sees none",
+        REFINER,
+        "(mask | begins)",
+        "mask",
+        HUNYUAN_TEST.format("", "every_text_token_sees_one"),
+    ),
+    Mutation(
+        "text refined with that of other samples",
+        REFINER,
+        "(sample_of[:, :, None] == sample_of[:, None, :])",
+        "(sample_of[:, :, None] >= 0 * sample_of[:, None, :])",
+        HUNYUAN_PACK,
+    ),
+    Mutation(
+        "mask of refined text behind the image",
+        HUNYUAN_MODEL,
+        "torch.cat((mask, mask.new_ones(img.shape[:2])), dim=1)",
+        "torch.cat((mask.new_ones(img.shape[:2]), mask), dim=1)",
+        HUNYUAN_PARITY,
+    ),
+    Mutation(
+        "all of the text on every process",
+        HUNYUAN_MODEL,
+        'slice(*(getattr(context, "text", None) or (None,)))',
+        "slice(None)",
+        HUNYUAN_TEST.format("", "a_process_goes_on_with_its_part_of_the_text"),
+    ),
+    Mutation(
+        "guidance not scaled",
+        HUNYUAN_MODEL,
+        "guidance * TIMES",
+        "guidance",
+        HUNYUAN_TEST.format("", "times_and_guidance_are_scaled_by_a_thousand"),
+    ),
+    Mutation(
+        "halves of the last modulation as in the other file",
+        HUNYUAN_FILES,
+        "(rows.part(half, rows.count), rows.part(0, half))",
+        "(rows.part(0, half), rows.part(half, rows.count))",
+        HUNYUAN_TEST.format("_files", "what_diffusers_has_apart_and_in_another_order"),
+    ),
     Mutation(
         "text mask behind the image",
         MODEL,

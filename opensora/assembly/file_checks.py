@@ -7,7 +7,7 @@ from typing import Any
 
 from opensora.assembly.initial_weights import check_initial
 from opensora.config.run import RunConfig
-from opensora.models.text.weights import open_clip, open_t5
+from opensora.models.text import TEXT_ENCODERS
 from opensora.models.vae import check_autoencoder
 from opensora.utils.errors import UserError
 from opensora.utils.files.published_files import set_of
@@ -51,10 +51,9 @@ def autoencoder_files(vae: Any) -> list[Finding]:
 def encoder_files(vae: Any, text: Any) -> list[Finding]:
     """Of the autoencoder and the text encoder."""
     found = autoencoder_files(vae)
-    for name, check in (("t5_path", open_t5), ("clip_path", open_clip)):
-        if hasattr(text, name):
-            path = getattr(text, name)
-            found.append(look(f"text.{name}", path, partial(check, name, path)))
+    for name, check in TEXT_ENCODERS[text.kind].files.items():
+        path = getattr(text, name)
+        found.append(look(f"text.{name}", path, partial(check, name, path)))
     return found
 
 

@@ -30,28 +30,29 @@ def encoder_bytes(vae: AutoencoderConfig, text: TextConfig, itemsize: int, piece
     return AUTOENCODERS[vae.kind].parameters * itemsize, whole
 
 
-# T5 v1.1 XXL: what a prompt takes while it is encoded, and a block that is gathered. CLIP-L is a fortieth of it.
-T5_WIDTH, T5_HIDDEN, T5_HEADS, T5_BLOCK = 4096, 10240, 64, 192_937_984 + 4096 * 2
 PROMPTS_TOGETHER = 8  # of which a text encoder makes features at once
 
 
 def text_working_bytes(text: TextConfig, itemsize: int, pieces: int, prompts: int) -> int:
     """Bytes that encoding prompts takes on a device beside what ``encoder_bytes`` counts: weights that come for it, and
-    the activations of one block of T5, with its attention's scores in fp32 and in the type of the features."""
+    the activations of one block of its largest model, with its attention's scores in fp32 and in the type of the
+    features. CLIP-L is a fortieth of it."""
     kind = TEXT_ENCODERS[text.kind]
     if not kind.parameters or getattr(text, "device", "auto") == "cpu":
         return 0
-    if not kind.t5:  # a CLIP, which is gathered or moved whole in the worst case
-        return kind.parameters * itemsize if getattr(text, "shard", False) or getattr(text, "offload", False) else 0
-    tokens, together = kind.tokens(text), min(prompts, PROMPTS_TOGETHER)
-    scores = T5_HEADS * tokens * tokens * (4 + 2 * itemsize)
-    activations = together * (scores + tokens * (6 * T5_WIDTH + 3 * T5_HIDDEN) * itemsize)
-    if getattr(text, "shard", False):
-        return activations + 2 * T5_BLOCK * itemsize  # the block that runs and the next one, gathered
-    return activations + (kind.parameters * itemsize if getattr(text, "offload", False) else 0)
+    moved, block = kind.parameters * itemsize, kind.blocks
+    if block is None:  # a CLIP, which is gathered or moved whole in the worst case
+        return moved if getattr(text, "shard", False) or getattr(text, "offload", False) else 0
+    tokens, together = kind.tokens(text) + block.read, min(prompts, PROMPTS_TOGETHER)
+    scores = block.heads * tokens * tokens * (4 + 2 * itemsize)
+    activations = together * (scores + tokens * (6 * block.width + 3 * block.hidden) * itemsize)
+    if getattr(text, "shard", False):  # the block that runs and the next one, gathered, and what is outside of blocks
+        return activations + (2 * block.parameters + block.outside) * itemsize
+    return activations + (moved if getattr(text, "offload", False) else 0)
 
 
 def text_flops(text: TextConfig, prompts: int) -> float:
     """Of encoding so many prompts; of an encoder without published sizes: none."""
     kind = TEXT_ENCODERS[text.kind]
-    return 2.0 * kind.parameters * kind.tokens(text) * prompts
+    looked_up, read = (kind.blocks.outside, kind.blocks.read) if kind.blocks else (0, 0)
+    return 2.0 * (kind.parameters - looked_up) * (kind.tokens(text) + read) * prompts

@@ -311,10 +311,10 @@ def on_this_layout(run: Run, cfg: Any) -> Outcome:
     def predicted(step: int) -> dict[str, int]:
         place = RankLayout(meshes.view({name: mesh[name].degree for name in meshes.AXES}, dist.get_rank()), parallel)
         known = describe(cfg).references == "in_place"
-        return step_bytes(structure(cfg, known), place, [sizes(sample) for sample in mine(step)])
+        made_of = structure(cfg, known, adapters_of(cfg) if run.adapters else None)
+        return step_bytes(made_of, place, [sizes(sample) for sample in mine(step)])
 
-    formula = None if run.adapters else predicted  # which knows none
-    return measured_steps(engine, mesh, STEPS, backward, formula, average=bool(run.optim.ema_decay))
+    return measured_steps(engine, mesh, STEPS, backward, predicted, average=bool(run.optim.ema_decay))
 
 
 @torch.no_grad()

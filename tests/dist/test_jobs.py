@@ -63,7 +63,8 @@ def check_samples(runs: list[Run], timeout: float) -> None:
 
 
 def test_two_processes_sample_as_one() -> None:
-    check_samples([Run("wan_i2v", 2, axes(tensor=2), 2), Run("wan_5b", 2, axes(ulysses=2), 0)], 110)
+    hunyuan = Run("hunyuan", 2, axes(ring=2), 1)
+    check_samples([Run("wan_i2v", 2, axes(tensor=2), 2), Run("wan_5b", 2, axes(ulysses=2), 0), hunyuan], 110)
 
 
 @pytest.mark.slow
@@ -73,7 +74,7 @@ def test_every_layout_samples_as_one_process(world: int) -> None:
     check_samples([run for run in PLAIN if run.world == world and not run.adapters], 800)
 
 
-@pytest.mark.parametrize("model", ["wan_t2v"])
+@pytest.mark.parametrize("model", ["wan_t2v", pytest.param("hunyuan", marks=pytest.mark.slow)])
 def test_saved_on_one_layout_and_resumed_on_another(model: str, tmp_path: Path) -> None:
     """Weights, moments and average after the last step are those of an unbroken run, and so is what is exported."""
     cfg = MODELS[model]

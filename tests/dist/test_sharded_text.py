@@ -15,10 +15,11 @@ from acceleration.diagnostics.memory_usage import Allocations, held
 from acceleration.distributed import mesh as meshes
 from opensora.assembly.sharded_text import text_encoder_of
 from opensora.models.base import TextFeatures
-from opensora.models.text import ClipConfig, T5ClipConfig, T5Config, build_text_encoder
+from opensora.models.text import ClipConfig, LlavaClipConfig, T5ClipConfig, T5Config, UMT5Config, build_text_encoder
+from opensora.models.text.llava_clip import TEMPLATE
 from opensora.utils.errors import UserError
 from tests.dist.harness import run_distributed
-from tests.text_models import write_text_models
+from tests.text_models import write_llama, write_text_models, write_umt5
 
 CPU = torch.device("cpu")
 LAYOUTS: dict[int, tuple[dict[str, int], ...]] = {
@@ -145,12 +146,14 @@ def test_a_value_that_one_process_reads(cfg: T5ClipConfig, tmp_path: Path) -> No
 
 
 def cut_alone(folder: str) -> list[bool]:
-    """T5 and CLIP by themselves, each cut over all processes: whether features, masks and vectors are those of one."""
+    """The others, each cut over all processes: whether features, masks and vectors are those of one."""
     mesh = meshes.build(MeshConfig(shard=-1), dist.get_world_size(), CPU)
     found = []
     for cfg in (
         T5Config(t5_path=f"{folder}/t5", max_tokens=10, shard=True),
         ClipConfig(clip_path=f"{folder}/clip", shard=True),
+        UMT5Config(umt5_path=f"{folder}/umt5", max_tokens=10, shard=True),
+        LlavaClipConfig(llava_path=f"{folder}/llama", clip_path=f"{folder}/clip", max_tokens=10, shard=True),
     ):
         encoder = text_encoder_of(cfg, mesh, CPU, torch.float32)
         whole = build_text_encoder(replace(cfg, shard=False), CPU, torch.float32)
@@ -160,6 +163,9 @@ def cut_alone(folder: str) -> list[bool]:
     return found
 
 
-def test_t5_and_clip_by_themselves(cfg: T5ClipConfig) -> None:
+def test_every_kind_by_itself(cfg: T5ClipConfig) -> None:
+    folder = Path(cfg.t5_path).parent
+    write_umt5(folder / "umt5", width=36, layers=3)
+    write_llama(folder / "llama", "a b " + TEMPLATE.replace("{}", " "), width=24)
     for rank in run_distributed(cut_alone, 2, str(Path(cfg.t5_path).parent), timeout=110):
-        assert len(rank) == 8 and all(rank)
+        assert len(rank) == 16 and all(rank)

@@ -13,7 +13,7 @@ from acceleration.sequence import SequenceParallel
 from opensora.models.base import Width, Widths
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.models.families import MODEL_SIZES, build_model, describe, family_of, init_model_
-from opensora.models.hunyuan_video import HunyuanVideoConfig, HunyuanVideoModel
+from opensora.models.hunyuan_video import HunyuanVideoConfig, HunyuanVideoModel, refiner
 from opensora.utils.rng import torch_generator
 from opensora.utils.tokens import image_ids
 
@@ -175,6 +175,22 @@ def test_a_pack_equals_its_samples(sequences: int, masked: bool) -> None:
     slopes = gradients(model, truth)
     found = model(**together(samples, sequences))
     assert relative(found, truth.detach()) <= EXACT and worst(gradients(model, found), slopes) <= EXACT
+
+
+def test_every_text_token_sees_one() -> None:
+    """Of its own sample, also where all of that is padding: a softmax over nothing is NaN in some kernels."""
+    samples = torch.tensor([[0, 0, 1, 2, 2, 2], [3, 4, 4, 4, 5, 5]])
+    mask = torch.tensor([[True, False, False, False, False, True], [False, True, True, False, False, False]])
+    padded, packed = refiner.visible(mask, None), refiner.visible(mask, samples)
+    assert padded is not None and packed is not None and packed.any(dim=-1).all()
+    assert padded.expand(2, 1, 6, 6).any(dim=-1).all() and packed[0, 0, 3].tolist() == [
+        False,
+        False,
+        False,
+        True,
+        False,
+        True,
+    ]
 
 
 def test_samples_of_a_sequence_must_be_told_apart_by_both() -> None:

@@ -135,7 +135,7 @@ def test_t5_clip_features(real_folders: T5ClipConfig) -> None:
 
 
 def test_missing_models_are_one_line(tmp_path: Path) -> None:
-    assert set(TEXT_ENCODERS) == {"bytes", "t5_clip", "t5", "clip", "classes"}
+    assert set(TEXT_ENCODERS) == {"bytes", "t5_clip", "t5", "umt5", "llava_clip", "clip", "classes"}
     with pytest.raises(UserError, match=r"text.t5_path is not set"):
         build_text_encoder(T5ClipConfig(), "cpu", torch.float32)
     with pytest.raises(UserError, match=r"text.t5_path=.*no config.json there") as caught:

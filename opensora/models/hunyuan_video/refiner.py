@@ -68,10 +68,10 @@ class TokenRefiner(nn.Module):
             sample_of: (B, L) int64, the row of t that a token belongs to; None: all of sequence b to row b.
         """
         vec = self.t_embedder(t) + self.c_embedder(_mean(text, mask, sample_of, len(t)))  # (S, D)
-        visible = _visible(mask, sample_of)
+        can_see = visible(mask, sample_of)
         text = self.input_embedder(text.to(self.input_embedder.weight.dtype))
         for block in self.individual_token_refiner["blocks"].children():
-            text = block(text, vec, visible, sample_of)
+            text = block(text, vec, can_see, sample_of)
         return text
 
 
@@ -88,7 +88,7 @@ def _mean(text: Tensor, mask: Tensor | None, sample_of: Tensor | None, samples: 
     return total / counts.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def _visible(mask: Tensor | None, sample_of: Tensor | None) -> Tensor | None:
+def visible(mask: Tensor | None, sample_of: Tensor | None) -> Tensor | None:
     """(B, 1, 1 or L, L) bool, which tokens see which; None: all.
 
     The first token of a sample is always seen, as in the published model: there may be no other.

@@ -1,6 +1,6 @@
 """Text encoders by kind: the table that everything else asks. A new one is a file, and a line of it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
@@ -10,16 +10,38 @@ from opensora.models.families import family_of
 from opensora.models.text.bytes import ByteTextConfig, ByteTextEncoder
 from opensora.models.text.classes import ClassesConfig, ClassLabels, label_of
 from opensora.models.text.clip import ClipConfig, ClipTextEncoder, check_clip_files, stated_clip_width
+from opensora.models.text.llava_clip import (
+    CROP,
+    LlavaClipConfig,
+    LlavaClipTextEncoder,
+    check_llava_files,
+    stated_llava_widths,
+)
 from opensora.models.text.t5 import T5Config, T5TextEncoder, check_t5_files, stated_t5_width
 from opensora.models.text.t5_clip import T5ClipConfig, T5ClipTextEncoder, check_files, stated_widths
 from opensora.models.text.transformers_encoder import Peers, Visits
+from opensora.models.text.umt5 import UMT5Config, UMT5TextEncoder, check_umt5_files, stated_umt5_width
+from opensora.models.text.weights import EncoderFile, open_clip, open_llama, open_t5, open_umt5
 from opensora.utils.errors import UserError
 
 if TYPE_CHECKING:
     from opensora.models.base import TextEncoder
 
-TextConfig: TypeAlias = ByteTextConfig | T5ClipConfig | T5Config | ClipConfig | ClassesConfig
+TextConfig: TypeAlias = (
+    ByteTextConfig | T5ClipConfig | T5Config | UMT5Config | LlavaClipConfig | ClipConfig | ClassesConfig
+)
 Device: TypeAlias = torch.device | str
+
+
+class Blocks(NamedTuple):
+    """The published text model that decides on what prompts take while they are encoded; numbers of one block."""
+
+    width: int
+    hidden: int
+    heads: int
+    parameters: int
+    outside: int  # parameters outside of blocks: the embedding
+    read: int = 0  # tokens before those of the prompt
 
 
 class TextEncoderKind(NamedTuple):
@@ -34,11 +56,15 @@ class TextEncoderKind(NamedTuple):
     stated: Callable[[Any], tuple[Width, Width]] | None = None  # by its files, without loading them, or UserError
     check: Callable[[Any], None] | None = None  # names and shapes in its files, by their headers, or UserError
     parameters: int = 0  # of the published one, for forecasts
-    t5: bool = False  # T5 v1.1 XXL is a part of it, which decides on what prompts take while they are encoded
+    blocks: Blocks | None = None  # of the largest model; None: a CLIP at most
+    files: Mapping[str, Callable[[str, str], EncoderFile]] = {}  # key of a path -> what opens it, by headers
     moves: bool = False  # ``build`` also takes the processes to cut its weights over, and what moves them out
     classes: Callable[[Any], int] | None = None  # of labels, which it gives in place of features
 
 
+T5_BLOCKS = Blocks(width=4096, hidden=10240, heads=64, parameters=192_946_176, outside=131_600_384)
+UMT5_BLOCKS = T5_BLOCKS._replace(parameters=192_948_224, outside=1_050_152_960)
+LLAMA_BLOCKS = Blocks(width=4096, hidden=14336, heads=32, parameters=218_112_000, outside=525_598_720, read=CROP)
 TEXT_ENCODERS: dict[str, TextEncoderKind] = {
     "bytes": TextEncoderKind(
         ByteTextConfig,
@@ -56,7 +82,8 @@ TEXT_ENCODERS: dict[str, TextEncoderKind] = {
         stated=stated_widths,
         check=check_files,
         parameters=4_885_000_000,
-        t5=True,
+        blocks=T5_BLOCKS,
+        files={"t5_path": open_t5, "clip_path": open_clip},
         moves=True,
     ),
     "t5": TextEncoderKind(
@@ -68,7 +95,34 @@ TEXT_ENCODERS: dict[str, TextEncoderKind] = {
         stated=stated_t5_width,
         check=check_t5_files,
         parameters=4_762_000_000,
-        t5=True,
+        blocks=T5_BLOCKS,
+        files={"t5_path": open_t5},
+        moves=True,
+    ),
+    "umt5": TextEncoderKind(
+        UMT5Config,
+        UMT5TextEncoder,
+        tokens=lambda cfg: cfg.max_tokens,
+        has_mask=lambda cfg: False,
+        widths=lambda cfg: (None, 0),
+        stated=stated_umt5_width,
+        check=check_umt5_files,
+        parameters=5_681_000_000,
+        blocks=UMT5_BLOCKS,
+        files={"umt5_path": open_umt5},
+        moves=True,
+    ),
+    "llava_clip": TextEncoderKind(
+        LlavaClipConfig,
+        LlavaClipTextEncoder,
+        tokens=lambda cfg: cfg.max_tokens,
+        has_mask=lambda cfg: True,
+        widths=lambda cfg: (None, None),
+        stated=stated_llava_widths,
+        check=check_llava_files,
+        parameters=7_192_000_000,
+        blocks=LLAMA_BLOCKS,
+        files={"llava_path": open_llama, "clip_path": open_clip},
         moves=True,
     ),
     "clip": TextEncoderKind(
@@ -80,6 +134,7 @@ TEXT_ENCODERS: dict[str, TextEncoderKind] = {
         stated=stated_clip_width,
         check=check_clip_files,
         parameters=63_000_000,
+        files={"clip_path": open_clip},
         moves=True,
     ),
     "classes": TextEncoderKind(

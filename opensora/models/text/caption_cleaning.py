@@ -105,7 +105,7 @@ def clean_caption(text: str) -> str:
     text = _by(SIGNS, _text_of_html(text))
     if len(re.findall(r"[-_]", text)) > 3:  # this-is-my-cute-cat
         text = re.sub(r"[-_]", " ", text)
-    text = _by(WORDS, html.unescape(html.unescape(_plain_unicode(text))).strip())
+    text = _by(WORDS, html.unescape(html.unescape(plain_unicode(text))).strip())
     return _by(ENDS, text.strip()).strip()
 
 
@@ -143,8 +143,10 @@ def _text_of_html(text: str) -> str:
     return "".join(parser.parts)
 
 
-def _plain_unicode(text: str) -> str:
-    """Ligatures and wide letters as plain ones, straight quotes, composed letters, no control characters."""
+def plain_unicode(text: str) -> str:
+    """What ftfy does, but for repairing what was decoded wrongly: ligatures and wide letters as plain ones, straight
+    quotes, composed letters, no control characters or commands to terminals."""
+    text = re.sub("\x1b\\[[0-9;]*[a-zA-Z]", "", text).replace("\ufeff", "")
     text = text.translate(_LATIN_LIGATURES)
     text = "".join(unicodedata.normalize("NFKC", one) if 0xFF01 <= ord(one) <= 0xFFEF else one for one in text)
     text = re.sub("[\u02bc\u2018-\u201b]", "'", re.sub("[\u201c-\u201f]", '"', text))

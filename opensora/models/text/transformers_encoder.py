@@ -1,8 +1,8 @@
 """What encoders of transformers have in common: where their weights are, and features of the last prompts.
 
 They come from local folders in the layout of transformers; nothing is fetched. T5 v1.1 XXL is 4.8 billion parameters,
-so where they are is a matter of choice: whole on every device, cut over all processes, in CPU memory between uses, or
-on the CPU for good. None of it changes a bit of the features.
+LLaVA's Llama 7, so where they are is a matter of choice: whole on every device, cut over all processes, in CPU memory
+between uses, or on the CPU for good. None of it changes a bit of the features.
 """
 
 import math
@@ -53,14 +53,14 @@ def check_placement(cfg: Placement) -> None:
             raise ValueError(f"{name}=true: with device=cpu must be false; the weights are not on the GPU")
 
 
-def check_moves(cfg: Placement) -> None:
+def check_moves(cfg: Placement, section: str = "text") -> None:
     """That there is a device to move weights to.
 
     Raises:
         UserError: there is none.
     """
     if cfg.offload and not torch.cuda.is_available():
-        raise UserError("text.offload=true: must be false without a GPU; the weights are in CPU memory as it is")
+        raise UserError(f"{section}.offload=true: must be false without a GPU; the weights are in CPU memory as it is")
 
 
 class Peers(Protocol):
@@ -80,8 +80,10 @@ class Visits(Protocol):
         """With the weights on the device."""
 
 
-class TransformersEncoder(ABC):
-    """Prompt -> rows of features. With ``peers``, encoding is collective; prompts may differ."""
+class PlacedModules:
+    """Modules of transformers where the configuration wants their weights."""
+
+    section = "text"  # of the configuration, for messages
 
     def __init__(
         self,
@@ -98,18 +100,12 @@ class TransformersEncoder(ABC):
         self._work_device = torch.device("cpu") if cfg.device == "cpu" else self._device
         self._peers = peers if cfg.shard else None
         if cfg.shard and peers is None:
-            announce("text.shard=true: this process works by itself, and holds text encoders whole")
+            announce(f"{self.section}.shard=true: this process works by itself, and holds its models whole")
         self._modules = [self._load(file) for file in files]
-        self._cache = PromptCache(cfg.cache_mib * 2**20)
         self._moved = None
         if self._moves:
-            assert visits is not None, "text.offload=true: given by opensora/assembly/sharded_text.py"
+            assert visits is not None, "offload=true: given by opensora/assembly/sharded_text.py"
             self._moved = visits(self._modules, self._work_device)
-
-    @abstractmethod
-    def _encoded(self, prompts: list[str], length: int) -> Iterator[Row]:
-        """Features of each prompt, on the run's device, padded to so many tokens. Copies: a view would keep the whole
-        chunk in memory as long as one of its prompts is kept."""
 
     @property
     def _moves(self) -> bool:
@@ -123,6 +119,37 @@ class TransformersEncoder(ABC):
         else:
             file.fill("cpu" if self._moves else self._work_device, self._dtype)
         return file.module
+
+    @contextmanager
+    def _at_work(self, turns: int) -> Iterator[None]:
+        """With the weights where they are used, if there is something to encode."""
+        if self._moved is None or not turns:
+            yield
+            return
+        with self._moved.here():
+            yield
+
+
+class TransformersEncoder(PlacedModules, ABC):
+    """Prompt -> rows of features. With ``peers``, encoding is collective; prompts may differ."""
+
+    def __init__(
+        self,
+        cfg: Placement,
+        files: Sequence[EncoderFile],
+        device: torch.device | str,
+        dtype: torch.dtype,
+        peers: Peers | None,
+        visits: "Callable[[Sequence[nn.Module], torch.device], Visits] | None",
+    ) -> None:
+        """See ``PlacedModules``."""
+        super().__init__(cfg, files, device, dtype, peers, visits)
+        self._cache = PromptCache(cfg.cache_mib * 2**20)
+
+    @abstractmethod
+    def _encoded(self, prompts: list[str], length: int) -> Iterator[Row]:
+        """Features of each prompt, on the run's device, padded to so many tokens. Copies: a view would keep the whole
+        chunk in memory as long as one of its prompts is kept."""
 
     @torch.no_grad()
     def _rows(self, prompts: list[str], length: int) -> list[Row]:
@@ -139,15 +166,6 @@ class TransformersEncoder(ABC):
                     rows[prompt] = made
                     self._cache.put((prompt, length), made)
         return [row for prompt in prompts if (row := rows[prompt]) is not None]
-
-    @contextmanager
-    def _at_work(self, turns: int) -> Iterator[None]:
-        """With the weights where prompts are encoded, if there is something to encode."""
-        if self._moved is None or not turns:
-            yield
-            return
-        with self._moved.here():
-            yield
 
 
 def token_ids(tokenizer: Any, prompts: list[str], length: int) -> Any:
