@@ -1,6 +1,7 @@
 """Does a model trained from nothing show what its prompt says? Kept-out combinations, judged from pixels.
 
     python -m benchmarks.learns_shapes [--out outputs/learns_shapes] [--processes 1] [--seeds 4] [overrides]
+    python -m benchmarks.learns_shapes --config configs/train/shapes_wan.yaml --out outputs/learns_wan
 
 Renders the training clips, trains configs/train/shapes.yaml (about 50 minutes on two quiet CPU cores), samples every
 prompt of the kept-out (colour, shape, direction) combinations with several seeds, and lets the judge, which shares no
@@ -27,7 +28,7 @@ def main() -> None:
     if not (data / "train.csv").exists():
         shape = ["--clips", CLIPS, "--images", 0, "--sizes", "32x32", "--durations", 9]
         call([sys.executable, "-m", "data_pipeline.shapes", "--out", data, *shape])
-    train = ["scripts/diffusion/train.py", "configs/train/shapes.yaml", f"output={args.out}"]
+    train = ["scripts/diffusion/train.py", args.config, f"output={args.out}", "name=shapes"]
     call(["bash", "launch/torchrun.sh", args.processes, *train, f"data.table={data / 'train.csv'}", *args.overrides])
     samples = args.out / f"samples_g{args.guidance:g}"
     prompts = data / "prompts_heldout.csv"
@@ -78,6 +79,7 @@ def print_by_value(verdicts: list[Verdict], truths: list[dict[str, str]]) -> Non
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/train/shapes.yaml", help="of the training")
     parser.add_argument("--out", type=Path, default=Path("outputs/learns_shapes"), help="folder to work in")
     parser.add_argument("--processes", type=int, default=1, help="training and sampling processes")
     parser.add_argument("--seeds", type=int, default=4, help="samples per prompt")

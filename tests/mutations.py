@@ -209,6 +209,8 @@ SINCOS, EMBEDDING, CAPTION = (f"opensora/models/layers/{name}.py" for name in ("
 PATCHES, DIT_UNIT = "opensora/models/weights/patches.py", "tests/unit/test_dit_family.py::"
 DIFFUSERS_DIT, PATCH_FILES = "tests/unit/test_diffusers_dit_parity.py::", "tests/unit/test_patch_weights.py::"
 DIT_MODEL, LATTE_MODEL, PIXART_MODEL = (f"opensora/models/{name}/model.py" for name in ("dit", "latte", "pixart"))
+WAN_SOURCE, WAN, WAN_FILES = "opensora/models/wan/{}.py", "tests/unit/test_wan.py::", "tests/unit/test_wan_files.py::"
+WAN_PARITY = "tests/unit/test_wan_diffusers_parity.py::test_output_and_every_gradient[{}-dtype1-1e-08]"
 CHAIN, DIFFUSION, IDDPM, DDPM, DPM, FLOW_V1 = (
     f"opensora/schedulers/{name}.py"
     for name in ("noise_schedule", "gaussian_diffusion", "iddpm", "ddpm", "dpm_solver", "rectified_flow_v1")
@@ -339,6 +341,83 @@ TABLE: tuple[Mutation, ...] = (
         "self.norm(self.sr(planes.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))",
         "self.sr(planes.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)",
         DIT_UNIT + "test_coarser_keys_are_those_of_the_first_places[conv]",
+    ),
+    Mutation(
+        "the norm of attention to the text keeps its number under diffusers' names",
+        WAN_SOURCE.format("convert"),
+        '"norm3": "norm2"',
+        '"norm3": "norm3"',
+        WAN_FILES + "test_names_and_shapes_are_those_of_diffusers[t2v]",
+    ),
+    Mutation(
+        "channels of Wan's last layer stay where files have them",
+        WAN_SOURCE.format("convert"),
+        "order=channels_first(height(target.shape), patch)",
+        "order=None",
+        WAN_FILES + "test_what_is_written_is_read[None-original-t2v]",
+    ),
+    Mutation(
+        "a config.json of Wan 2.1 is taken for one of 2.2",
+        WAN_SOURCE.format("hub"),
+        'image_dim = _image_dim(folder) if references == "clip" else 0',
+        "image_dim = 0",
+        WAN_FILES + "test_hub_folders_of_the_releases[i2v_14b-False]",
+    ),
+    Mutation(
+        "times of Wan are those of the objective",
+        WAN_SOURCE.format("model"),
+        "times, row_of = LONGEST_TIME * t, None",
+        "times, row_of = t, None",
+        WAN + "test_times_go_up_to_a_thousand_and_text_has_zeros_for_a_mask",
+    ),
+    Mutation(
+        "known frames of TI2V are at the time of the others",
+        WAN_SOURCE.format("model"),
+        "torch.cat((times, torch.zeros_like(times)))",
+        "torch.cat((times, times))",
+        WAN + "test_known_tokens_are_at_time_zero",
+    ),
+    Mutation(
+        "the mask of known frames is behind their latents",
+        WAN_SOURCE.format("model"),
+        "torch.cat((mask.to(reference), reference), dim=-1)",
+        "torch.cat((reference, mask.to(reference)), dim=-1)",
+        WAN + "test_known_frames_are_channels_beside_the_noise[i2v]",
+    ),
+    Mutation(
+        "Wan attends to text that a mask hides",
+        WAN_SOURCE.format("model"),
+        "if conditions.text_mask is not None:",
+        "if False:",
+        WAN + "test_times_go_up_to_a_thousand_and_text_has_zeros_for_a_mask",
+    ),
+    Mutation(
+        "keys of a picture take the norm of those of text",
+        WAN_SOURCE.format("layers"),
+        "self.norm_k_img(self.k_img(image))",
+        "self.norm_k(self.k_img(image))",
+        WAN + "test_a_picture_is_read_beside_the_text",
+    ),
+    Mutation(
+        "a picture is embedded by the other GELU",
+        WAN_SOURCE.format("layers"),
+        "            nn.GELU(),",
+        '            nn.GELU(approximate="tanh"),',
+        WAN_PARITY.format("i2v_picture"),
+    ),
+    Mutation(
+        "the MLP of Wan takes the gate of attention",
+        WAN_SOURCE.format("layers"),
+        "torch.addcmul(x, gate_ffn, self.ffn(h)",
+        "torch.addcmul(x, gate, self.ffn(h)",
+        WAN_PARITY.format("t2v"),
+    ),
+    Mutation(
+        "tokens of Wan are rounded between layers",
+        WAN_SOURCE.format("layers"),
+        "self.ffn(h).to(x.dtype))",
+        "self.ffn(h).to(x.dtype)).to(dtype)",
+        WAN + "test_tokens_times_and_angles_stay_exact_in_bf16",
     ),
     Mutation(
         "a null text begins anew behind its end",

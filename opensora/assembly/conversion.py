@@ -1,44 +1,62 @@
 """Weights of a denoiser from any file that is read to safetensors under the family's own names."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from opensora.models.base import ModelConfig
-from opensora.models.families import build_model, family_of
+from opensora.models.families import HUB_CONFIG, build_model, family_of, hub_config
 from opensora.models.pretrained import not_finite
+from opensora.models.weights.format import Layout, WeightFormat
 from opensora.models.weights.reader import WeightFile, load_state_dict_for
 from opensora.utils.command_line.command import naming
 from opensora.utils.errors import UserError
-from opensora.utils.files.safetensors_files import write_weights
+from opensora.utils.files.safetensors_files import STEM, write_json, write_weights
 from opensora.utils.files.user_files import try_output
 
+DIFFUSERS_STEM = "diffusion_pytorch_model"  # of the files that diffusers looks for
 
-def convert_weights(cfg: ModelConfig, source: Path, target: Path) -> tuple[str, list[Path]]:
+
+def convert_weights(cfg: ModelConfig, source: Path, target: Path, names: str | None = None) -> tuple[str, list[Path]]:
     """Compare ``source`` with the model, name by name and shape by shape, and write its tensors, in their types.
+
+    Args:
+        names: of a layout of the family (``WeightFormat.layouts``); None: as training exports.
 
     Returns:
         What was found, in words, and the files written.
 
     Raises:
-        UserError: it does not fit, holds values that are no finite numbers, or ``target`` cannot be written; nothing is
-            written then.
+        UserError: it does not fit, holds values that are no finite numbers, the family has no such names, or ``target``
+            cannot be written; nothing is written then.
     """
     format = family_of(cfg).weights
+    to = _written_layout(cfg, format, names)
     with torch.device("meta"):
         model = build_model(cfg)
-    layout = format.layout(cfg)
-    _, report = load_state_dict_for(model, source, format, to=layout, allow_missing=format.may_lack)
-    to = format.original if getattr(format, "exports_original", False) else layout
+    _, report = load_state_dict_for(model, source, format, to=format.layout(cfg), allow_missing=format.may_lack)
     file = WeightFile(source, format, to)
     if name := not_finite(file.items()):
         raise UserError(f"{source}: {name} holds NaN or infinite values; give weights without")
     try_output(target, "--to", folder=True)
+    of_diffusers = names == "diffusers"
+    said = hub_config(cfg, diffusers=of_diffusers) if of_diffusers or to == format.original else None
     with naming(target):
-        written = write_weights(target, _tensors(file), to.metadata())
+        written = write_weights(target, _tensors(file), to.metadata(), stem=DIFFUSERS_STEM if of_diffusers else STEM)
+        written += [] if said is None else [write_json(target / HUB_CONFIG, said)]
     return str(report), written
+
+
+def _written_layout(cfg: ModelConfig, format: WeightFormat, names: str | None) -> Layout:
+    layouts: Mapping[str, Layout] = getattr(format, "layouts", {})
+    if names is None:
+        return format.original if getattr(format, "exports_original", False) else format.layout(cfg)
+    if names not in layouts:
+        known = f"must be one of {', '.join(layouts)}" if layouts else "this kind has its own names alone; leave it out"
+        raise UserError(f"--names={names}: {known} (model.kind={cfg.kind})")
+    return layouts[names]
 
 
 def _tensors(file: WeightFile) -> Iterator[tuple[str, Tensor]]:

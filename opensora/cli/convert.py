@@ -1,9 +1,10 @@
 """Published weights to safetensors: ``python -m opensora.cli.convert WEIGHTS --to FOLDER model.kind=dit``.
 
 Files of ``torch.save`` (.pt, .pth) are read without running anything that is in them, compared with the model by name
-and shape, and written under the family's own names: what training and sampling read, and its own code as well. Types
-stay as they are. Nothing is written of a file that does not fit. With --lora it is adapters, in any form, that are read
-and written in one: comfyui (the default: the release's names behind diffusion_model.), diffusers, kohya, or peft.
+and shape, and written under the family's own names: what training and sampling read, and its own code as well, or under
+those that --names chooses (wan: original, diffusers). Types stay as they are. Nothing is written of a file that does not
+fit. With --lora it is adapters, in any form, that are read and written in one: comfyui (the default: the release's names
+behind diffusion_model.), diffusers, kohya, or peft.
 
     python -m opensora.cli.convert LORA --to lora.safetensors --lora --form kohya
 
@@ -27,6 +28,7 @@ from opensora.inference.find import saved_config
 from opensora.models.base import ModelConfig
 from opensora.utils.command_line.arguments import Parser, place
 from opensora.utils.errors import UserError
+from opensora.utils.files.untrusted import short
 
 
 def main(argv: list[str]) -> int:
@@ -38,19 +40,28 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("weights", type=place, help="a .pt, .pth or .safetensors file, an index, or their folder")
     parser.add_argument("--to", type=place, required=True, help="folder to write model.safetensors to, or its shards")
+    parser.add_argument("--names", help="of which release or library; as training exports if not given")
     parser.add_argument("--lora", action="store_true", help="FILE is adapters; --to is a file too, or a folder")
     parser.add_argument("--form", choices=FORM_NAMES, help=f"of the adapters that are written; {FORM_NAMES[0]}")
     args, overrides = parser.parse_known_args(argv)
+    _check_options(args.lora, args.names, args.form)
     if args.lora:
         model, form = _model(args.weights, overrides), args.form or FORM_NAMES[0]
         print(f"written: {convert_adapters(model, args.weights, args.to, form)}")
         return 0
-    if args.form is not None:
-        raise UserError(f"--form {args.form}: is of adapters; give --lora too, or leave it out")
-    report, written = convert_weights(load_config(ConversionConfig, {}, overrides).model, args.weights, args.to)
+    cfg = load_config(ConversionConfig, {}, overrides).model
+    report, written = convert_weights(cfg, args.weights, args.to, args.names)
     print(report)
     print(f"written: {', '.join(map(str, written))}")
     return 0
+
+
+def _check_options(lora: bool, names: str | None, form: str | None) -> None:
+    """That each is of what is converted."""
+    if form is not None and not lora:
+        raise UserError(f"--form {form}: is of adapters; give --lora too, or leave it out")
+    if names is not None and lora:
+        raise UserError(f"--names {short(names)}: is of weights; give --form with --lora, or leave it out")
 
 
 def _model(adapters: Path, overrides: list[str]) -> ModelConfig:

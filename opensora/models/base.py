@@ -197,6 +197,7 @@ class Family:
     # (content of the config.json of a folder of the model hub, the folder) -> the config that it describes; None: it is
     # of no such model. ValueError, without the file's name: it describes none that can be built
     hub: Callable[[Any], dict[str, Any]] | None = None  # what the config.json beside exported weights says
+    diffusers_hub: Callable[[Any], dict[str, Any]] | None = None  # and what it says under diffusers' names
 
 
 class Autoencoder(Protocol):

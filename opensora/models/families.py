@@ -94,10 +94,12 @@ def read_hub_config(folder: Path) -> ModelConfig | None:
         raise refuse(str(error)) from None
 
 
-def hub_config(cfg: ModelConfig) -> dict[str, Any] | None:
-    """What the config.json beside weights of this model says; None: the family publishes none."""
+def hub_config(cfg: ModelConfig, *, diffusers: bool = False) -> dict[str, Any] | None:
+    """What the config.json beside weights of this model says, under their own names or those of diffusers; None: the
+    family publishes none."""
     family = family_of(cfg)
-    return None if family.hub is None else family.hub(cfg)
+    say = family.diffusers_hub if diffusers else family.hub
+    return None if say is None else say(cfg)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from opensora.cli import convert
 from opensora.models.families import build_model, count_parameters, family_of, hub_config, read_hub_config
 from opensora.models.wan import SIZES, WanConfig
 from opensora.models.wan.convert import DIFFUSERS, LAYOUTS, ORIGINAL, WEIGHTS
@@ -324,3 +325,24 @@ def test_hub_configurations_that_cannot_be_built(changes: dict[str, Any], said: 
     with pytest.raises(UserError, match=said) as caught:
         read_hub_config(tmp_path)
     assert "config.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_command_writes_either_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """For the release's own code and for diffusers, whose model loads the folder as it is."""
+    diffusers = pytest.importorskip("diffusers")
+    cfg, state, source = SMALL["picture"], ours(SMALL["picture"]), tmp_path / "m.safetensors"
+    save_file({f"model.diffusion_model.{n}": tensor for n, tensor in original(cfg, state).items()}, source)
+    keys = [f"model.{key}={value}" for key, value in {"kind": "wan", "references": "clip", "image_dim": E}.items()]
+    keys += [f"model.{key}={value}" for key, value in _SMALL.items()]
+    for names in ("original", "diffusers"):
+        assert convert.main([str(source), "--to", str(tmp_path / names), "--names", names, *keys]) == 0
+        assert "config.json" in capsys.readouterr().out
+        assert read_hub_config(tmp_path / names) == cfg
+        assert dict(WeightFile(tmp_path / names, WEIGHTS, WEIGHTS.layout(cfg))).keys() == state.keys()
+    assert equal(load_file(tmp_path / "original/model.safetensors"), original(cfg, state))
+    theirs, said = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "diffusers", output_loading_info=True)
+    assert not said["missing_keys"] and not said["unexpected_keys"]
+    assert equal(theirs.state_dict(), convert_state_dict(state, WEIGHTS, source=WEIGHTS.layout(cfg), to=DIFFUSERS))
+    for kind, message in (("wan", "must be one of original, diffusers"), ("dit", "has its own names alone")):
+        with pytest.raises(UserError, match=rf"--names=flux: .*{message}"):
+            convert.main([str(source), "--to", str(tmp_path / "no"), "--names", "flux", f"model.kind={kind}"])

@@ -63,6 +63,7 @@ class MMDiTWeights:
     top_level: tuple[str, ...] = (*_INPUTS, "double_blocks", "single_blocks", "final_layer")
     original = FLUX
     diffusers = DIFFUSERS
+    layouts: Mapping[str, WeightLayout] = LAYOUTS
     # A file without cond_in (Flux) starts as if nothing were conditioned: cond_in is drawn, which is zero.
     may_lack: tuple[str, ...] = ("cond_in.*",)
     recomputed: tuple[str, ...] = ()

@@ -80,6 +80,7 @@ class WanWeights:
     )
     original = ORIGINAL
     diffusers = DIFFUSERS
+    layouts: Mapping[str, WanLayout] = LAYOUTS
     may_lack: tuple[str, ...] = ()
     recomputed: tuple[str, ...] = ()
     torch_keys: tuple[str, ...] | None = None

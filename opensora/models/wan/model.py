@@ -29,7 +29,7 @@ from opensora.models.layers.rope import RopeTable, rope_table
 from opensora.models.layers.stages import RunStages, Stage, run_in_order
 from opensora.models.wan.config import MASK_CHANNELS, SIZES, WanConfig
 from opensora.models.wan.convert import WEIGHTS
-from opensora.models.wan.hub import published_config, read_config
+from opensora.models.wan.hub import diffusers_config, published_config, read_config
 from opensora.models.wan.layers import ImageEmbedder, WanBlock, WanHead, exact_type
 
 TIME_CHANNELS = 256
@@ -230,4 +230,5 @@ FAMILY = Family(
     lora_targets=("blocks.*.self_attn.*", "blocks.*.cross_attn.*", "blocks.*.ffn.*"),
     read_hub=read_config,
     hub=published_config,
+    diffusers_hub=diffusers_config,
 )

@@ -25,6 +25,7 @@ class WeightFormat(Protocol):
     advice: str  # what to do about a file that does not fit the model
     example_layer: str  # how a layer is called that an adapter may be for
     # ``diffusers``: optional, the layout of diffusers' model of the family, in which adapters are exchanged too
+    # ``layouts``: optional, those that weights may be written in, by name; there too ``diffusers`` is that of diffusers
     # ``exports_original``: optional, True where exports are in ``original``; then every tensor is made of one
 
     def layout(self, cfg: Any) -> Layout:

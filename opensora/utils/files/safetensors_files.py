@@ -21,8 +21,9 @@ from opensora.utils.errors import UserError
 from opensora.utils.files import digests as lists
 from opensora.utils.files.untrusted import parsing
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+STEM = "model"  # of files of weights
+INDEX = f"{STEM}.safetensors.index.json"
+SINGLE = f"{STEM}.safetensors"
 SHARD_BYTES = 5 * 10**9
 _PART = ".part-"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")  # of files of torch.save
@@ -87,6 +88,7 @@ def write_weights(
     write: bool = True,
     shard_bytes: int = SHARD_BYTES,
     digests: dict[str, str] | None = None,
+    stem: str = STEM,
 ) -> list[Path]:
     """Write weights as ``model.safetensors``, or as shards with an index where they exceed ``shard_bytes``.
 
@@ -95,6 +97,7 @@ def write_weights(
             one shard and one tensor is held in memory.
         write: False on the processes that only walk.
         digests: gets the SHA-256 of every file by its name.
+        stem: what files are called in place of ``model``.
 
     Returns:
         The files written; weights that were in the folder before are gone.
@@ -127,12 +130,13 @@ def write_weights(
             part.unlink()
         raise problem
 
-    old = [path for path in (folder / INDEX, *folder.glob("model*.safetensors")) if path.exists()]
+    listing = f"{stem}.safetensors.index.json"
+    old = [path for path in (folder / listing, *folder.glob(f"{stem}*.safetensors")) if path.exists()]
     lists.forget(folder, [path.name for path in old])
     for path in old:
         path.unlink()
-    names = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
-    names = [SINGLE] if len(parts) == 1 else names
+    names = [f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
+    names = [f"{stem}.safetensors"] if len(parts) == 1 else names
     files = [part.replace(folder / name) for part, name in zip(parts, names, strict=True)]
     flush(folder)
     digests = {} if digests is None else digests
@@ -140,7 +144,7 @@ def write_weights(
     if len(parts) == 1:
         return files
     index = {"metadata": {**metadata, "total_size": total}, "weight_map": {n: names[i] for n, i in part_of.items()}}
-    return [*files, write_json(folder / INDEX, index, digests)]
+    return [*files, write_json(folder / listing, index, digests)]
 
 
 def _shards(weights: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
