@@ -1,10 +1,10 @@
 """Published weights to safetensors: ``python -m opensora.cli.convert WEIGHTS --to FOLDER model.kind=dit``.
 
 Files of ``torch.save`` (.pt, .pth) are read without running anything that is in them, compared with the model by name
-and shape, and written under the family's own names: what training and sampling read, and its own code as well, or under
-those that --names chooses (wan: original, diffusers). Types stay as they are. Nothing is written of a file that does not
-fit. With --lora it is adapters, in any form, that are read and written in one: comfyui (the default: the release's names
-behind diffusion_model.), diffusers, kohya, or peft.
+and shape, and written under the family's own names: what training and sampling read, and its own code as well; or under
+other names of the same model, as --names=diffusers, with the config.json that goes with them. Types stay as they are.
+Nothing is written of a file that does not fit. With --lora it is adapters, in any form, that are read and written in
+one: comfyui (the default: the release's names behind diffusion_model.), diffusers, kohya, or peft.
 
     python -m opensora.cli.convert LORA --to lora.safetensors --lora --form kohya
 
@@ -26,7 +26,7 @@ from opensora.config.conversion import ConversionConfig
 from opensora.config.load import load_config
 from opensora.inference.find import saved_config
 from opensora.models.base import ModelConfig
-from opensora.utils.command_line.arguments import Parser, place
+from opensora.utils.command_line.arguments import Parser, place, word
 from opensora.utils.errors import UserError
 from opensora.utils.files.untrusted import short
 
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("weights", type=place, help="a .pt, .pth or .safetensors file, an index, or their folder")
     parser.add_argument("--to", type=place, required=True, help="folder to write model.safetensors to, or its shards")
-    parser.add_argument("--names", help="of which release or library; as training exports if not given")
+    parser.add_argument("--names", type=word, help="of which release or library; as training exports if not given")
     parser.add_argument("--lora", action="store_true", help="FILE is adapters; --to is a file too, or a folder")
     parser.add_argument("--form", choices=FORM_NAMES, help=f"of the adapters that are written; {FORM_NAMES[0]}")
     args, overrides = parser.parse_known_args(argv)
