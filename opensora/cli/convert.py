@@ -25,7 +25,6 @@ from opensora.cli.main import run_cli
 from opensora.config.conversion import ConversionConfig
 from opensora.config.load import load_config
 from opensora.inference.find import saved_config
-from opensora.models.base import ModelConfig
 from opensora.utils.command_line.arguments import Parser, place, word
 from opensora.utils.errors import UserError
 from opensora.utils.files.untrusted import short
@@ -46,8 +45,8 @@ def main(argv: list[str]) -> int:
     args, overrides = parser.parse_known_args(argv)
     _check_options(args.lora, args.names, args.form)
     if args.lora:
-        model, form = _model(args.weights, overrides), args.form or FORM_NAMES[0]
-        print(f"written: {convert_adapters(model, args.weights, args.to, form)}")
+        model = _config(args.weights, overrides).model
+        print(f"written: {convert_adapters(model, args.weights, args.to, args.form or FORM_NAMES[0])}")
         return 0
     cfg = load_config(ConversionConfig, {}, overrides).model
     report, written = convert_weights(cfg, args.weights, args.to, args.names)
@@ -64,14 +63,14 @@ def _check_options(lora: bool, names: str | None, form: str | None) -> None:
         raise UserError(f"--names {short(names)}: is of weights; give --form with --lora, or leave it out")
 
 
-def _model(adapters: Path, overrides: list[str]) -> ModelConfig:
-    """The model that adapters are for."""
+def _config(adapters: Path, overrides: list[str]) -> ConversionConfig:
+    """What adapters are for."""
     if overrides:
-        return load_config(ConversionConfig, {}, overrides).model
+        return load_config(ConversionConfig, {}, overrides)
     saved = saved_config(adapters if adapters.is_dir() else adapters.parent)
     if saved is None:
         raise UserError(f"{adapters}: no config.yaml beside it says of which model it is; give model.kind=KIND")
-    return saved.model
+    return ConversionConfig(model=saved.model)
 
 
 if __name__ == "__main__":
