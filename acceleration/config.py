@@ -180,9 +180,7 @@ class LoraConfig:
     # linear layer is passed over; null: those that the model's family names
     # blocks: frozen weights of blocks stream from pinned CPU memory, one block ahead, in forward and in backward
     offload: Literal["none", "blocks"] = "none"
-    export_names: Literal["peft", "comfyui"] = (
-        "peft"  # of the exported adapters: peft's folder, or the file ComfyUI reads
-    )
+    export_names: Literal["comfyui", "diffusers", "kohya", "peft"] = "comfyui"  # of exported adapters: docs/models.md
 
     LIMITS: ClassVar[Limits] = {"rank": (65536, "no layer is wider"), "alpha": (1e6, "products would overflow")}
 

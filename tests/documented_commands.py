@@ -105,6 +105,7 @@ NOT_RUN = {
     r"opensora\.cli\.doctor": "ends with 2 where files are missing; tests/unit/test_doctor.py has files",
     r"\.py configs/(opensora|dit|latte|pixart)": "needs published weights; tests/unit/test_family_configs.py reads it",
     r"/(train|inference)\.py (training|sampling)\.py": "needs T5 and an autoencoder; test_guide_run.py has small ones",
+    r"opensora\.cli\.convert LORA": "needs adapters; tests/integration/test_lora.py converts those of a run",
     r"opensora\.cli\.convert (FILE|WEIGHTS)": "needs a published file; tests/unit/test_convert.py writes small ones",
     r"captions\.endpoint\.url": "needs a server; tests/unit/test_pipeline_captions.py has one that behaves badly",
     r"engine\.address=": "needs a Ray cluster; tests/faults/test_pipeline_engines.py starts one",

@@ -100,6 +100,8 @@ HUNYUAN_PACK = HUNYUAN_TEST.format("", "a_pack_equals_its_samples")
 CONVERT = "opensora/models/mmdit/convert.py"
 ROWS, READER, FIT = (f"opensora/models/weights/{name}.py" for name in ("rows", "reader", "adapter_fit"))
 FILES = "tests/unit/test_weight_formats.py"
+ADAPTER_EXPORT = "opensora/models/weights/adapter_export.py"
+ADAPTER_FORMATS, ADAPTER_FAMILIES = (f"tests/unit/test_adapter_{name}.py" for name in ("formats", "families"))
 PLACED, PLACED_TEST = "opensora/conditioning/placed_frames.py", "tests/unit/test_placed_frames.py::test_"
 LONG_CLIPS = "opensora/inference/opensora_1x/clips.py"
 LONG_TEST = "tests/dist/test_long_clips.py::test_one_process_makes_what_the_formulas_say"
@@ -1155,7 +1157,57 @@ TABLE: tuple[Mutation, ...] = (
     ),
     Mutation("exports the live weights", EXPORT, 'return "ema" if', 'return "live" if', TRAIN),
     Mutation("adapters without their scale", LORA, "layer.scale * layer.lora_B(", "layer.lora_B(", ADAPTERS),
-    Mutation("alpha of adapters lost", EXPORT, "alpha=adapters.scale * adapters.rank", "alpha=adapters.rank", ADAPTERS),
+    Mutation(
+        *(
+            "alpha of adapters lost",
+            EXPORT,
+            "trained_adapter(tensors, adapters.scale)",
+            "trained_adapter(tensors, 1.0)",
+        ),
+        ADAPTERS,
+    ),
+    Mutation(
+        "LoRA files: alpha/rank left out of B",
+        ADAPTER_EXPORT,
+        "exact = b.double() * scale",
+        "exact = b.double()",
+        f"{ADAPTER_FAMILIES}::test_drawn_adapters_are_written",
+    ),
+    Mutation(
+        "LoRA files: an alpha that is not that of the rank",
+        ADAPTER_EXPORT,
+        "_number(scale * made.matrices(layer)[0].shape[0])",
+        "_number(scale)",
+        f"{ADAPTER_FAMILIES}::test_drawn_adapters_are_written",
+    ),
+    Mutation(
+        "LoRA files: parts of a layer that is cut keep all of its rank",
+        ADAPTER_EXPORT,
+        "return (part != 0).any(0) | ~(whole != 0).any(0)",
+        "return torch.ones(part.shape[1], dtype=torch.bool)",
+        f"{ADAPTER_FORMATS}::test_a_part_without_an_adapter_of_its_own_has_none_when_a_layer_is_cut",
+    ),
+    Mutation(
+        "LoRA files: adapters of a convolution as of a product",
+        ADAPTER_EXPORT,
+        "more = len(shape) - 2",
+        "more = 0",
+        f"{ADAPTER_FAMILIES}::test_the_embedding_of_patches_is_a_convolution_in_files",
+    ),
+    Mutation(
+        "LoRA files: parts that were one layer have a rank each",
+        FIT,
+        "found[same] if same else slice(end, end + down.shape[0])",
+        "slice(end, end + down.shape[0])",
+        f"{ADAPTER_FORMATS}::test_parts_that_were_one_layer_share_its_rank_again",
+    ),
+    Mutation(
+        "LoRA files: alpha that diffusers states of a model by itself",
+        "opensora/models/weights/adapter_config.py",
+        'if not own and "r" in values',
+        'if not own and "rank" in values',
+        "tests/unit/test_adapter_diffusers.py::test_we_read_what_diffusers_writes[wan-False]",
+    ),
     Mutation(
         "adapters drawn wider",
         LORA,

@@ -23,6 +23,7 @@ from opensora.models.families import MODEL_CONFIGS, MODEL_SIZES, describe, famil
 from opensora.models.image import IMAGE_ENCODER_CONFIGS, ImageEncoderConfig, NoImageEncoder, check_reads_pictures
 from opensora.models.text import TEXT_ENCODER_CONFIGS, TextConfig, num_classes, text_widths
 from opensora.models.vae import AUTOENCODER_CONFIGS, AUTOENCODERS, AutoencoderConfig, autoencoder_shape
+from opensora.models.weights.adapter_export import forms_of
 from opensora.sampling.options import SamplingOption
 from opensora.schedulers import OBJECTIVE_CONFIGS, ObjectiveConfig, build_objective
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
@@ -168,6 +169,11 @@ class RunConfig:
         if self.lora.rank and self.train.init_from is None:
             raise ValueError(
                 f"lora.rank={self.lora.rank}: adapters need weights to adapt; give train.init_from=PATH, or lora.rank=0"
+            )
+        if self.lora.rank and self.lora.export_names not in (forms := forms_of(family_of(self.model).weights)):
+            raise ValueError(
+                f"lora.export_names={self.lora.export_names}: model.kind={self.model.kind} has no such names; must be "
+                f"one of {', '.join(forms)}"
             )
         if self.lora.rank and self.parallel.engine != "native":
             raise ValueError(f"lora.rank={self.lora.rank}: allowed with parallel.engine=native only")

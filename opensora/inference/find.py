@@ -10,7 +10,8 @@ from acceleration.checkpoint import newest
 from acceleration.checkpoint.atomic_dir import MANIFEST
 from acceleration.checkpoint.listing import candidates
 from acceleration.config import LoraConfig
-from opensora.assembly.initial_weights import check_weights, parameter_shapes
+from opensora.assembly.adapter_files import fitted_adapters
+from opensora.assembly.initial_weights import check_weights
 from opensora.conditioning import ConditioningConfig
 from opensora.config.load import load_config
 from opensora.config.other_models import LowNoiseConfig
@@ -19,9 +20,8 @@ from opensora.config.schema import shown
 from opensora.models.base import ModelConfig
 from opensora.models.families import family_of, read_hub_config
 from opensora.models.image import NoImageEncoder
-from opensora.models.weights.adapter_fit import FittedAdapter, fit_adapter
-from opensora.models.weights.adapter_names import CONFIG, WEIGHTS
-from opensora.models.weights.adapters import Adapter, is_adapter, read_adapter
+from opensora.models.weights.adapter_fit import FittedAdapter
+from opensora.models.weights.adapters import is_adapter
 from opensora.schedulers import OBJECTIVE_CONFIGS, ObjectiveConfig, build_objective
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
@@ -91,7 +91,7 @@ def find_source(cfg: SampleConfig) -> Source:
         raise UserError(
             f"lora={cfg.lora}: is {of_lora[0]}; give lora={of_lora[1] / 'exported'}, or weights={of_lora[1]}"
         )
-    saved = _saved_config(path if path.is_dir() else path.parent)
+    saved = saved_config(path if path.is_dir() else path.parent)
     sections: dict[str, Any] = {
         name: getattr(cfg, name) or (getattr(saved, name) if saved else None) for name in ("model", "vae", "text")
     }
@@ -256,7 +256,7 @@ def prompt_suffix(cfg: SampleConfig) -> tuple[bool, bool]:
     """(whether prompts end with words about frame rate and motion, whether in the form of the family's own sampler), by
     what is saved with the weights."""
     path = Path(cfg.weights)
-    saved = None if absence(path) else _saved_config(path if path.is_dir() else path.parent)
+    saved = None if absence(path) else saved_config(path if path.is_dir() else path.parent)
     told = _trained_with_motion(saved) if cfg.prompt_suffix is None else cfg.prompt_suffix
     return told, saved is None
 
@@ -296,7 +296,7 @@ def part_of_run(path: Path) -> tuple[str, Path | None]:
     return "", None
 
 
-def _saved_config(path: Path) -> RunConfig | None:
+def saved_config(path: Path) -> RunConfig | None:
     """What a run or an export says of itself; None where it says nothing."""
     if not (path / SAVED_NAME).is_file():
         return None
@@ -339,36 +339,5 @@ def _held_adapters(
 
 
 def read_adapters(path: Path, model: ModelConfig, key: str) -> Adapters:
-    """Adapters of a folder or a file, as the model's layers need them.
-
-    Raises:
-        UserError: they do not fit the model.
-    """
-    format = family_of(model).weights
-    if reason := absence(path):
-        raise UserError(f"{key}={path}: {reason}; give a LoRA file, or a folder that peft or a LoRA run wrote")
-    try:
-        adapter = read_adapter(path)
-    except UserError as error:
-        if path.is_dir():
-            digests.verify(path, [WEIGHTS, CONFIG])  # then damage is the better reason
-        raise UserError(f"{key}={error}") from None  # which begins with the file or folder
-    try:
-        fitted, plan = fit_adapter(adapter, parameter_shapes(model), format, format.layout(model))
-    except ValueError as error:
-        raise UserError(f"{key}={path}: {error}; these adapters belong to another model") from None
-    announce(f"{key}={path}: {_described(adapter)}{f', names behind {plan.prefix}' if plan.prefix else ''}")
-    if plan.guess:
-        announce(f"{key}={path}: {plan.guess}")
-    return Adapters(lora=None, exported=fitted, checkpoint=None)
-
-
-def _described(adapter: Adapter) -> str:
-    """How many adapters, of which rank and scale."""
-
-    def span(values: list[float]) -> str:
-        low, high = f"{min(values):g}", f"{max(values):g}"
-        return low if low == high else f"{low} to {high}"
-
-    ranks = [adapter.matrices(layer)[0].shape[0] for layer in adapter.layers]
-    return f"adapters of {len(ranks)} layers, rank {span([*ranks])}, alpha/rank {span([*adapter.scales.values()])}"
+    """``fitted_adapters``, as what is added to weights."""
+    return Adapters(lora=None, exported=fitted_adapters(path, model, key), checkpoint=None)

@@ -13,7 +13,7 @@ import torch
 from opensora.config.run import SAVED_NAME, SampleConfig
 from opensora.inference.find import find_source
 from opensora.inference.load import verify_export
-from opensora.models.weights.adapter_export import write_adapter
+from opensora.models.weights.adapter_export import trained_adapter, write_adapter
 from opensora.models.weights.adapter_names import CONFIG, WEIGHTS
 from opensora.models.weights.adapters import read_adapter
 from opensora.train.setup import start_run
@@ -52,7 +52,7 @@ def sharded(folder: Path) -> Path:
 def adapters(folder: Path) -> Path:
     found: dict[str, str] = {}
     values = {f"layer.lora_{part}.weight": torch.ones(shape) for part, shape in (("A", (2, 4)), ("B", (4, 2)))}
-    write_adapter(folder, values.items(), rank=2, alpha=2.0, base=None, metadata={"step": "1"}, digests=found)
+    write_adapter(folder, trained_adapter(values, 1.0), "peft", metadata={"step": "1"}, digests=found)
     write_digests(folder, found)
     return folder
 

@@ -26,7 +26,7 @@ from opensora.config.load import load_config, save, to_yaml
 from opensora.config.run import SAVED_NAME, RunConfig
 from opensora.datasets.loading import feature_store
 from opensora.models.mmdit.convert import WEIGHTS as FORMAT
-from opensora.models.weights.adapter_export import write_adapter
+from opensora.models.weights.adapter_export import trained_adapter, write_adapter
 from opensora.models.weights.adapter_names import CONFIG, WEIGHTS
 from opensora.models.weights.adapters import read_adapter
 from opensora.models.weights.reader import WeightFile
@@ -164,7 +164,7 @@ def attempts_file(cfg: RunConfig) -> File:
 
 def adapter_file(cfg: RunConfig) -> File:
     values = {f"layer.lora_{part}.weight": torch.zeros(shape) for part, shape in (("A", (2, 4)), ("B", (4, 2)))}
-    write_adapter(cfg.folder / "lora", values.items(), rank=2, alpha=2.0, base=None, metadata={})
+    write_adapter(cfg.folder / "lora", trained_adapter(values, 1.0), "peft", metadata={})
     return File(cfg.folder / "lora" / CONFIG, lambda: read_adapter(cfg.folder / "lora"), rebuilt=False)
 
 

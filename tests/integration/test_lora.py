@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from acceleration import lora
 from acceleration.checkpoint import newest
+from opensora.cli import convert
 from opensora.config.load import load_config
-from opensora.config.run import SampleConfig
+from opensora.config.run import RunConfig, SampleConfig
+from opensora.config.schema import plain
 from opensora.inference.find import find_source
 from opensora.models.mmdit.convert import WEIGHTS as FORMAT
 from opensora.models.weights.adapter_names import WEIGHTS
@@ -25,7 +28,7 @@ from tests.integration.conftest import CONFIG
 from tests.integration.test_train_and_sample import LAYOUT_B, sample_pixels, train_on
 
 FP32 = [f"parallel.precision.{key}=fp32" for key in ("compute", "reduce", "master")]
-ADAPTED = ["lora.rank=3", "lora.alpha=6", "train.steps=4", "optim.warmup_steps=0"]
+ADAPTED = ["lora.rank=3", "lora.alpha=6", "lora.export_names=peft", "train.steps=4", "optim.warmup_steps=0"]
 ONE = ["parallel.mesh.ulysses=1"]
 
 
@@ -93,24 +96,23 @@ def test_stopped_and_resumed_on_another_layout(folder: Path, tmp_path: Path) -> 
 
 
 def test_exported_for_comfyui(folder: Path, tmp_path: Path) -> None:
-    """The same run with the other names: the same products of alpha/rank, B and A, and its base is found."""
+    """The same run with the other names: the same products, with alpha/rank in B, and its base is found."""
     names = [f"output={tmp_path}", *adapted(folder), *ONE, "lora.export_names=comfyui"]
     assert train_on(1, folder / "adapted.yaml", names)[0]
     path = tmp_path / "run/exported"
     assert not (path / "adapter_config.json").exists()
     file = load_file(path / WEIGHTS)
     assert all(name.startswith("diffusion_model.") for name in file)
-    peft, alpha = read_adapter(folder / "adapted/run/exported"), 6.0
-    assert len(file) == 3 * len(peft.layers)
+    peft = read_adapter(folder / "adapted/run/exported")
+    assert len(file) == 2 * len(peft.layers)
     for layer in peft.layers:
         a, b = peft.matrices(layer)
         name = f"diffusion_model.{layer.removeprefix('base_model.model.')}"
-        assert file[f"{name}.alpha"] == alpha
-        found = file[f"{name}.{lora.B}"] @ file[f"{name}.{lora.A}"]
+        found, b = file[f"{name}.{lora.B}"] @ file[f"{name}.{lora.A}"], 2.0 * b
         assert (found - b @ a).abs().max() <= 1e-10 * (b @ a).abs().max(), layer
     source = find_source(SampleConfig(weights=str(path), prompt="x"))
     assert source.path == folder / "base/run/exported" and source.adapters and source.adapters.exported
-    assert {scale for _, scale in source.adapters.exported.sizes().values()} == {2.0}
+    assert {scale for _, scale in source.adapters.exported.sizes().values()} == {1.0}
 
 
 def sample(tmp_path: Path, weights: Path, world: int = 1, **more: Any) -> Tensor:
@@ -155,6 +157,30 @@ def test_every_way_to_give_adapters_is_the_same(folder: Path, merged: Path, tmp_
     assert (sample(tmp_path, folder / weights, world, **beside, **cut) - wanted).abs().max() <= 2 / 255
     plain = sample(tmp_path, folder / (weights if adapters else "base/run/exported"), **beside, lora_scale=0)
     assert (plain - wanted).abs().max() > 0.05
+
+
+def test_every_form_of_the_export_samples_the_same_clip(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Written by the command, given beside the base: not one bit of a pixel is another."""
+    base, run = folder / "base/run/exported", folder / "adapted/run/exported"
+    wanted = sample(tmp_path, base, lora=run)
+    assert (sample(tmp_path, base) - wanted).abs().max() > 0.05
+    for form in ("comfyui", "diffusers", "kohya", "peft"):
+        place = tmp_path / (form if form == "peft" else f"{form}.safetensors")
+        assert convert.main([str(run), "--to", str(place), "--lora", "--form", form]) == 0
+        assert capsys.readouterr().out.startswith(f"written: {place}")
+        assert torch.equal(sample(tmp_path, base, lora=place), wanted), form
+    again = tmp_path / "again.safetensors"
+    convert.main([str(tmp_path / "diffusers.safetensors"), "--to", str(again), "--lora", *model_keys(run)])
+    first, second = load_file(tmp_path / "comfyui.safetensors"), load_file(again)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def model_keys(run: Path) -> list[str]:
+    """The model of an export, as words of a command line."""
+    model = plain(load_config(RunConfig, run / "config.yaml").model)
+    return [f"model.{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in model.items()]
 
 
 def test_adapters_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def write_config(path: Path, table: Path, *, init_from: Path | None, case: Case 
         },
         "parallel": {"precision": {"compute": "fp64", "reduce": "fp64", "master": "fp64"}, "timeout_s": 60},
         "optim": optim,
-        "lora": {"rank": case.lora[0], "alpha": case.lora[1]} if case.lora else {},
+        "lora": {"rank": case.lora[0], "alpha": case.lora[1], "export_names": "peft"} if case.lora else {},
         "train": {
             "steps": STEPS,
             "log_every": 1,

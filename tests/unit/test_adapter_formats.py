@@ -25,10 +25,11 @@ from opensora.inference.find import read_adapters
 from opensora.models.families import MODEL_SIZES, build_model
 from opensora.models.mmdit import MMDiTConfig, MMDiTModel
 from opensora.models.mmdit.convert import WEIGHTS as FORMAT
-from opensora.models.weights.adapter_export import convert_adapter, write_adapter, write_comfyui
+from opensora.models.weights.adapter_export import convert_adapter, folded, trained_adapter, write_adapter
 from opensora.models.weights.adapter_fit import plan_adapter
 from opensora.models.weights.adapter_names import CONFIG, WEIGHTS
 from opensora.models.weights.adapters import read_adapter
+from opensora.models.weights.names import known_layers
 from opensora.utils.errors import UserError
 from opensora.utils.rng import torch_generator
 
@@ -52,6 +53,10 @@ class Low:
     @property
     def delta(self) -> Tensor:
         return self.alpha / self.down.shape[0] * self.up.double() @ self.down.double()
+
+    def exact(self) -> "Low":
+        """With so few digits in ``up`` that alpha/rank rounds none away."""
+        return replace(self, up=self.up.bfloat16().float())
 
 
 @cache
@@ -394,6 +399,18 @@ OTHERS: dict[str, tuple[dict[str, Tensor], str]] = {
     "IA3": ({"lora_unet_x.on_input": MATRIX}, "these are IA3"),
     "Tucker": ({**PLAIN, f"{PROJ}.lora_mid.weight": MATRIX}, "third matrix"),
     "differences": ({f"diffusion_model.{PROJ}.diff": MATRIX}, "whole differences"),
+    "differences of norms": (
+        {**PLAIN, "diffusion_model.x.norm_q.diff": MATRIX[0]},
+        "norm_q.diff: these are whole",
+    ),
+    "differences of biases": ({**PLAIN, f"{PROJ}.diff_b": MATRIX[0]}, "diff_b: these are whole differences"),
+    "changes of norms": ({**PLAIN, "x.norm.w_norm": MATRIX[0]}, "w_norm: these are changes of norms"),
+    "whole weights": ({**PLAIN, "diffusion_model.img_in.set_weight": MATRIX}, "set_weight: these are whole weights"),
+    "something left over": ({**PLAIN, f"{PROJ}.lora_C.weight": MATRIX}, "lora_C.weight is no part of LoRA"),
+    "A and B beside down and up": (
+        {**PLAIN, "img_in.lora_down.weight": MATRIX, "img_in.lora_up.weight": LOW.up.clone()},
+        "names of two forms in one file",
+    ),
     "XLabs": ({"double_blocks.0.processor.qkv_lora1.down.weight": MATRIX}, "as XLabs writes it"),
     "GLoRA": ({"lora_unet_x.a1.weight": MATRIX}, "these are GLoRA"),
     "old diffusers": ({"transformer.x.attn.processor.to_q_lora.down.weight": MATRIX}, "or an old diffusers"),
@@ -450,6 +467,22 @@ ELSEWHERE: dict[str, tuple[dict[str, str], str]] = {
     ),
     "another family": ({"lora_unet_blocks_0_self_attn_q": ""}, "the model has no such layer"),
     "another size": ({"lora_unet_txt_in": ""}, "lora_unet_txt_in is 64 -> 64, and would be 32 -> 64"),
+    "a name that is nearly one": (
+        {"lora_unet_double_blocks_0_img_attn_proi": ""},
+        r"proi: the model has no such layer \(nearest: double_blocks_0_img_attn_proj\)",
+    ),
+    "a name that is nearly one of diffusers": (
+        {"transformer.transformer_blocks.0.attn.to_out.1": ""},
+        r"to_out\.1: the model has no such layer \(nearest: transformer_blocks\.0\.attn\.to_out\.0\)",
+    ),
+    "with dots and without": (
+        {"double_blocks.0.img_attn.proj": "", "double_blocks_1_img_attn_proj": ""},
+        "names of two forms in one file",
+    ),
+    "by the release's names and by those of diffusers": (
+        {"a.double_blocks.0.img_attn.proj": "", "a.transformer_blocks.1.attn.to_out.0": ""},
+        "names of two forms in one file",
+    ),
     "two models": ({f"first.{PROJ}": "", f"second.{PROJ}": ""}, "layers of two models in one file"),
     "the same layer in two ways": (
         {f"a.{PROJ}": "", "a.transformer_blocks.0.attn.to_out.0": ""},
@@ -530,33 +563,74 @@ def test_every_layer_is_found_by_its_name_with_underscores(case: str) -> None:
             assert torch.equal(torch.cat([one.rows for one in pieces]), torch.arange(sizes[name][1]))
 
 
+def test_a_name_with_underscores_that_could_be_two_layers() -> None:
+    known = ["blocks.0.k_img", "blocks.0.k.img", "blocks.0.q"]
+    with pytest.raises(ValueError, match=r"could be blocks\.0\.k_img or blocks\.0\.k\.img; give a file with dots"):
+        known_layers(["lora_unet_blocks_0_k_img"], known)
+    found = {"lora_unet_blocks_0_q": "blocks.0.q"}
+    assert known_layers(list(found), known) == ("lora_unet_", found)
+    assert known_layers(["x.blocks.0.k_img"], known) == ("x.", {"x.blocks.0.k_img": "blocks.0.k_img"})
+
+
+def test_parts_that_were_one_layer_share_its_rank_again(tmp_path: Path) -> None:
+    """Of q, k and v with the same A one adapter is made, not three; what has another A is beside it."""
+    lows = {f"double_blocks.0.img_attn.{x}_proj": draw_low((HIDDEN, HIDDEN), 2, 2.0, x) for x in "qkv"}
+    q, k, _ = lows
+    lows[k] = replace(lows[k], down=lows[q].down.clone(), alpha=6.0)
+    fitted = read_adapters(prefixed("diffusion_model.")(lows, tmp_path), LAYOUTS["fused-half"], "lora").exported
+    assert fitted is not None and fitted.sizes() == {"double_blocks.0.img_attn.qkv": (4, 1.0)}
+
+
+def test_a_part_without_an_adapter_of_its_own_has_none_when_a_layer_is_cut(tmp_path: Path) -> None:
+    """What one file has of q alone is in the other of q alone as well, with its rank."""
+    name = "single_blocks.1.linear1"
+    tensors = {f"{name}.lora_A.weight": torch.randn(5, HIDDEN), f"{name}.lora_B.weight": torch.zeros(3 * 64 + INNER, 5)}
+    tensors[f"{name}.lora_B.weight"][:HIDDEN, :2] = 1.0
+    tensors[f"{name}.lora_B.weight"][-1, 2] = 1.0
+    model, shapes = FLUX, parameter_shapes(FLUX)
+    source, to = FORMAT.layout(model), FORMAT.diffusers  # type: ignore[attr-defined]
+    made = convert_adapter(trained_adapter(tensors, 1.0), shapes, FORMAT, source=source, to=to)
+    ranks = {layer: made.matrices(layer)[0].shape[0] for layer in made.layers}
+    block = "single_transformer_blocks.1"
+    assert ranks == {f"{block}.attn.to_q": 4, f"{block}.attn.to_k": 2, f"{block}.attn.to_v": 2, f"{block}.proj_mlp": 3}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_alpha_in_b_rounds_nothing_that_fp32_can_hold(dtype: torch.dtype) -> None:
+    """Half precision stays where it can."""
+    tensors = {name: tensor.to(dtype) for name, tensor in PLAIN.items()}
+    for scale, fits in ((2.0, True), (0.7, dtype == torch.float32)):
+        made = folded(trained_adapter(tensors, scale))
+        b, wanted = made.tensors[f"{PROJ}.lora_B.weight"], LOW.up.to(dtype).double() * scale
+        assert made.scales == {PROJ: 1.0} and b.dtype == (dtype if fits else torch.float32)
+        assert (b.double() - wanted).abs().max() <= 2**-24 * wanted.abs().max()
+
+
 # -- For ComfyUI --
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_is_written_for_comfyui_is_read_back_equal(layout: str, tmp_path: Path) -> None:
-    """In the Flux layout, with alpha: computed here from the file alone, and on every layout of the model."""
+    """In the Flux layout, alpha/rank in B: computed here from the file alone, and on every layout of the model."""
     model = LAYOUTS[layout]
     rows = flux_rows() if model.fused_qkv else separate_rows()
     chosen = random.Random(layout).sample(sorted(rows), 20)
     shapes = linears(model)
-    lows = {name: draw_low(shapes[name], 3, 5.0, layout, name) for name in chosen}
+    lows = {name: draw_low(shapes[name], 4, 6.0, layout, name).exact() for name in chosen}
     tensors = {f"{n}.{kind}": x for n, low in lows.items() for kind, x in ((lora.A, low.down), (lora.B, low.up))}
-    source = FORMAT.layout(model)
-    renamed, scales = convert_adapter(
-        tensors, 5 / 3, parameter_shapes(model), FORMAT, source=source, to=FORMAT.original
-    )
+    made, source = trained_adapter(tensors, 1.5), FORMAT.layout(model)
+    renamed = convert_adapter(made, parameter_shapes(model), FORMAT, source=source, to=FORMAT.original)
     (tmp_path / CONFIG).write_text("left by an export of another kind")
-    write_comfyui(tmp_path, renamed, scales=scales, metadata={"rope_layout": "interleaved"})
+    write_adapter(tmp_path, renamed, "comfyui", metadata={"rope_layout": "interleaved"})
     assert [path.name for path in tmp_path.iterdir()] == [WEIGHTS]
 
     wanted = {name: weight.clone() for name, weight in flux_weights().items()}
     file = load_file(tmp_path / WEIGHTS)
-    layers = {key.rsplit(".", 1)[0] for key in file if key.endswith(".alpha")}
-    assert len(file) == 3 * len(layers)
+    layers = {key.removesuffix(f".{lora.A}") for key in file if key.endswith(lora.A)}
+    assert len(file) == 2 * len(layers)
     for layer in layers:
-        a, b, alpha = (file[f"{layer}.{kind}"].double() for kind in (lora.A, lora.B, "alpha"))
-        wanted[layer.removeprefix("diffusion_model.")] += 0.7 * alpha / a.shape[0] * b @ a
+        a, b = (file[f"{layer}.{kind}"].double() for kind in (lora.A, lora.B))
+        wanted[layer.removeprefix("diffusion_model.")] += 0.7 * b @ a
     truth = {name: weight.clone() for name, weight in in_layout(flux_weights(), model).items()}
     for name, low in lows.items():
         truth[name] += 0.7 * low.delta
@@ -569,6 +643,6 @@ def test_what_is_written_for_comfyui_is_read_back_equal(layout: str, tmp_path: P
 
 
 def test_an_exported_file_keeps_its_alpha_without_its_folder(tmp_path: Path) -> None:
-    write_adapter(tmp_path, PLAIN.items(), rank=4, alpha=6.0, base=None, metadata={})
+    write_adapter(tmp_path, trained_adapter(PLAIN, 1.5), "peft", metadata={})
     (tmp_path / CONFIG).unlink()
     assert list(read_adapter(tmp_path).scales.values()) == [1.5]

@@ -262,6 +262,16 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
     "a hang before it begins": (None, ["guard.hang_s=-1"], "guard.hang_s=-1.0: must be a number >= 0; 0 is no wat"),
     "no time to start": (None, ["guard.start_s=0"], "guard.start_s=0.0: must be a number > 0"),
     # across sections
+    "adapters by names that are none": (
+        None,
+        [
+            "lora.rank=4",
+            "lora.export_names=diffusers",
+            "train.init_from=x",
+            "model={kind: stdit, size: debug, in_channels: 16, caption_channels: 256}",
+        ],
+        "lora.export_names=diffusers: model.kind=stdit has no such names; must be one of comfyui, kohya, peft",
+    ),
     "adapters of nothing": (None, ["lora.rank=4"], "lora.rank=4: adapters need weights to adapt; give train.init_from"),
     "channels that do not fit": (None, ["vae.channels=32"], "model.in_channels=64: vae.kind=dct"),
     "output channels that do not fit": (None, ["model.out_channels=7"], "model.out_channels=7: a velocity has the 64"),

@@ -15,7 +15,7 @@ from opensora.config.run import SampleConfig
 from opensora.inference.find import read_adapters
 from opensora.models.families import MODEL_SIZES, build_model, init_model_
 from opensora.models.mmdit import FAMILY, MMDiTConfig, MMDiTModel
-from opensora.models.weights.adapter_export import write_adapter
+from opensora.models.weights.adapter_export import trained_adapter, write_adapter
 from opensora.models.weights.adapter_fit import FittedAdapter
 from opensora.models.weights.adapter_names import CONFIG, WEIGHTS
 from opensora.models.weights.adapters import read_adapter
@@ -147,9 +147,8 @@ def test_merged(scale: float) -> None:
 
 
 def written(folder: Path, cfg: LoraConfig = CFG, **metadata: str) -> Path:
-    write_adapter(
-        folder, values(cfg).items(), rank=cfg.rank, alpha=6.0, base="somewhere", metadata={**LAYOUT, **metadata}
-    )
+    made = replace(trained_adapter(values(cfg), 6.0 / cfg.rank), base="somewhere")
+    write_adapter(folder, made, "peft", metadata={**LAYOUT, **metadata})
     return folder
 
 
@@ -231,7 +230,7 @@ def test_adapters_of_another_model(tmp_path: Path) -> None:
         read_adapters(tmp_path, MODEL, "lora")
     written(tmp_path)
     for change, expected in (
-        ({"depth": 1}, "the model has no such layer; these adapters belong to another model"),
+        ({"depth": 1}, r"the model has no such layer \(nearest: .*\); these adapters belong to another model"),
         ({"hidden_size": 128, "axes_dim": (8, 12, 12)}, "would be"),
     ):
         with pytest.raises(UserError, match=expected):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opensora.models.mmdit.convert import WEIGHTS as WEIGHTS_OF_MMDIT
-from opensora.models.weights.adapter_export import convert_adapter, write_adapter, write_comfyui
+from opensora.models.weights.adapter_export import convert_adapter, trained_adapter, write_adapter
 from opensora.models.weights.adapter_fit import fit_adapter
 from opensora.models.weights.adapter_names import WEIGHTS
 from opensora.models.weights.adapters import read_adapter
@@ -365,12 +365,13 @@ def test_our_adapters_for_other_tools_and_back(tmp_path: Path) -> None:
     tensors = {}
     for layer in ("blocks.0.qkv", "blocks.1.k", "blocks.2.out", "last"):
         a, b = low_rank(state[f"{layer}.weight"].shape[0], D, layer)
+        b = b.bfloat16().float()  # so few digits that alpha/rank, which ComfyUI's file has in B, rounds none away
         tensors |= {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}
-    write_adapter(tmp_path / "peft", tensors.items(), rank=2, alpha=3.0, base=None, metadata=OURS.metadata())
-    renamed, scales = convert_adapter(tensors, 1.5, shapes_of(state), FILM, source=OURS, to=PUBLISHED)
-    write_comfyui(tmp_path / "comfyui", renamed, scales=scales, metadata=PUBLISHED.metadata())
-    layers = {name.rpartition(".")[0] for name in load_file(tmp_path / "comfyui" / WEIGHTS) if name.endswith(".alpha")}
-    assert layers == {
+    ours = trained_adapter(tensors, 1.5)
+    write_adapter(tmp_path / "peft", ours, "peft", metadata=OURS.metadata())
+    renamed = convert_adapter(ours, shapes_of(state), FILM, source=OURS, to=PUBLISHED)
+    write_adapter(tmp_path / "comfyui", renamed, "comfyui", metadata=PUBLISHED.metadata())
+    assert {name.rpartition(".lora_")[0] for name in load_file(tmp_path / "comfyui" / WEIGHTS)} == {
         *(f"diffusion_model.layers.0.attn.to_{part}" for part in "qkv"),
         *(f"diffusion_model.{name}" for name in ("layers.1.cross.kv_linear", "layers.2.attn.proj")),
         "diffusion_model.final_layer.linear",

@@ -34,6 +34,7 @@ class WeightLayout:
 
     fused_qkv: bool
     rope_layout: RopeLayout
+    diffusers: bool = False  # under the names of diffusers' FluxTransformer2DModel; written, of weights not read
 
     def metadata(self) -> dict[str, str]:
         """What a file's safetensors metadata says of its layout."""
@@ -42,6 +43,7 @@ class WeightLayout:
 
 FLUX = WeightLayout(fused_qkv=True, rope_layout="interleaved")
 OPEN_SORA_2 = WeightLayout(fused_qkv=False, rope_layout="half")
+DIFFUSERS = WeightLayout(fused_qkv=False, rope_layout="interleaved", diffusers=True)
 LAYOUTS = {"flux": FLUX, "open-sora-2": OPEN_SORA_2}
 
 
@@ -60,6 +62,7 @@ class MMDiTWeights:
 
     top_level: tuple[str, ...] = (*_INPUTS, "double_blocks", "single_blocks", "final_layer")
     original = FLUX
+    diffusers = DIFFUSERS
     layouts: Mapping[str, WeightLayout] = LAYOUTS
     # A file without cond_in (Flux) starts as if nothing were conditioned: cond_in is drawn, which is zero.
     may_lack: tuple[str, ...] = ("cond_in.*",)
@@ -84,6 +87,8 @@ class MMDiTWeights:
         separate = _unfused(shapes)
         if source.rope_layout != to.rope_layout:
             separate = _reordered(separate, _head_dim(shapes), to.rope_layout)
+        if to.diffusers:
+            return _diffusers(separate)
         return _fused(separate) if to.fused_qkv else separate
 
     def other_format(self, names: Collection[str]) -> str | None:
@@ -124,8 +129,7 @@ def flux_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Any of our layouts is read, as its names tell. ``cond_in`` has no place there and must not be in ``state``.
     """
     shapes = shapes_of(state)
-    separate = WeightLayout(fused_qkv=False, rope_layout="interleaved")
-    return assemble(state, _diffusers(WEIGHTS.targets(shapes, WEIGHTS.detect_layout(shapes, {}), separate)))
+    return assemble(state, WEIGHTS.targets(shapes, WEIGHTS.detect_layout(shapes, {}), DIFFUSERS))
 
 
 def _is_matrix(name: str, shape: Shape) -> bool:

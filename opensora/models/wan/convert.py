@@ -79,6 +79,7 @@ class WanWeights:
         *("condition_embedder", "proj_out", "scale_shift_table"),
     )
     original = ORIGINAL
+    diffusers = DIFFUSERS
     layouts: Mapping[str, WanLayout] = LAYOUTS
     may_lack: tuple[str, ...] = ()
     recomputed: tuple[str, ...] = ()
@@ -122,12 +123,12 @@ class WanWeights:
         return self.detect_layout(layers, metadata), False
 
     def adapter_targets(self, shapes: Mapping[str, Shape], layout: WanLayout, source: WanLayout) -> dict[str, Target]:
-        """Layers may go by either name."""
+        """Layers may go by either name; that of patches is a convolution in files."""
         matrices = {n: shape for n, shape in shapes.items() if n.endswith(".weight") and len(shape) == 2}
         found: dict[str, Target] = {}
         for diffusers in (True, False):
             found |= self.targets(matrices, layout, replace(source, diffusers=diffusers))
-        return {name: target for name, target in found.items() if len(target.shape) == 2}
+        return found
 
     def describe_guess(self, source: WanLayout, to: WanLayout) -> str:
         return ""

@@ -83,6 +83,8 @@ def stated_config(opened: OpenWeights) -> PeftConfig | None:
     if not isinstance(values, dict):
         raise UserError(f"{file}: not a description of adapters; export the file again")
     own = {key.removeprefix("transformer."): value for key, value in values.items() if key.startswith("transformer.")}
+    if not own and "r" in values:  # of a model by itself, not of a pipeline
+        own = values
     return _checked(file, {"peft_type": "LORA", **own}) if own else None
 
 

@@ -1,7 +1,8 @@
 """Adapters of a file for the layers of a model, whatever names, order and fusion they were made for."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,12 +57,14 @@ def plan_adapter(
     source, guessed = format.adapter_layout(tuple(found.values()), metadata)
     targets = format.adapter_targets(shapes, to, source)
     _check_apart({layer: targets[f"{name}.weight"].rows for layer, name in found.items()})
+    _check_names(found, shapes, format, to)
     pieces: dict[str, list[AdapterRows]] = {name.removesuffix(".weight"): [] for name in shapes}
     for layer, name in found.items():
         position, target = 0, targets[f"{name}.weight"]
-        if layers[layer] != (target.shape[1], target.shape[0]):
+        wanted = math.prod(target.shape[1:]), target.shape[0]
+        if layers[layer] != wanted:
             sizes = " -> ".join(str(size) for size in layers[layer])
-            raise ValueError(f"{layer} is {sizes}, and would be {target.shape[1]} -> {target.shape[0]} for this model")
+            raise ValueError(f"{layer} is {sizes}, and would be {wanted[0]} -> {wanted[1]} for this model")
         for rows in target.rows:
             taken = torch.arange(position, position + rows.count)
             owner = rows.tensor.removesuffix(".weight")
@@ -73,6 +76,20 @@ def plan_adapter(
         prefix=prefix,
         guess=format.describe_guess(source, to) if guessed and moved else "",
     )
+
+
+def _check_names(found: Mapping[str, str], shapes: Mapping[str, Shape], format: WeightFormat, layout: Layout) -> None:
+    """That not some layers go by diffusers' names and some by those of the release: what wrote such a file?"""
+    diffusers = getattr(format, "diffusers", None)
+    if diffusers is None:
+        return
+    theirs = format.targets(shapes, layout, diffusers)
+    ours = {*shapes, *format.targets(shapes, layout, format.original)}
+    named = {layer: f"{name}.weight" for layer, name in found.items()}
+    by_diffusers = next((layer for layer, name in named.items() if name in theirs and name not in ours), None)
+    by_others = next((layer for layer, name in named.items() if name not in theirs), None)
+    if by_diffusers and by_others:
+        raise ValueError(f"{by_diffusers} and {by_others}: names of two forms in one file; give a file of one")
 
 
 def _check_apart(rows_of: Mapping[str, Sequence[Rows]]) -> None:
@@ -98,7 +115,8 @@ class FittedAdapter:
     """Adapters as the layers of a model need them, put together from those of a file when they are asked for.
 
     A layer that is made of several of the file's (q, k, v in one) has the sum of their ranks, and zeros in B where a
-    row has no part in one of them. One that is a part of a file's layer has rows of its B.
+    row has no part in one of them; those with the same A were one, and share its rank. A layer that is a part of a
+    file's has rows of its B.
     """
 
     adapter: Adapter
@@ -107,38 +125,55 @@ class FittedAdapter:
 
     def sizes(self) -> dict[str, tuple[int, float]]:
         """Layer of the model -> (rank, what B A is multiplied by)."""
-        return {
-            layer: (sum(self._ranks(layer).values()), self._scale(layer)) for layer in self.pieces if self._ranks(layer)
-        }
+        return {layer: (self._rank(layer), self._scale(layer)) for layer in self.pieces}
 
     def tensor(self, name: str) -> Tensor:
         """A or B of a layer of the model, by its parameter's name."""
         kind = KINDS[0] if name.endswith(KINDS[0]) else KINDS[1]
         layer = name.removesuffix(kind)
-        ranks = self._ranks(layer)
-        if kind == KINDS[0]:
-            found = [self.adapter.matrices(source)[0] for source in ranks]
-            return found[0] if len(found) == 1 else torch.cat(found)
-        first = dict(zip(ranks, _starts(ranks.values()), strict=True))
-        scale = self._scale(layer)
-        dtypes = {self.adapter.matrices(source)[1].dtype for source in ranks}
-        whole = torch.zeros(self.outputs[layer], sum(ranks.values()), dtype=_widest(dtypes))
+        return self._down(layer) if kind == KINDS[0] else self._up(layer)
+
+    def plain(self) -> Adapter:
+        """The same by the names of the model's layers, as if they were a file's, in fp64 only where that is."""
+        sizes = self.sizes()
+        tensors = {f"{layer}{kind}": self.tensor(f"{layer}{kind}") for layer in sizes for kind in KINDS}
+        if all(tensor.dtype != torch.float64 for tensor in self.adapter.tensors.values()):
+            tensors = {n: tensor.float() if tensor.dtype == torch.float64 else tensor for n, tensor in tensors.items()}
+        return replace(self.adapter, tensors=tensors, scales={layer: scale for layer, (_, scale) in sizes.items()})
+
+    def _down(self, layer: str) -> Tensor:
+        found = {columns.start: source for source, columns in reversed(self._columns(layer).items())}
+        parts = [self.adapter.matrices(found[start])[0] for start in sorted(found)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _up(self, layer: str) -> Tensor:
+        columns, scale = self._columns(layer), self._scale(layer)
+        dtypes = {self.adapter.matrices(source)[1].dtype for source in columns}
+        whole = torch.zeros(self.outputs[layer], self._rank(layer), dtype=_widest(dtypes))
         for piece in self.pieces[layer]:
             own = self.adapter.scales[piece.layer]
             b = self.adapter.matrices(piece.layer)[1][piece.rows]
             if own != scale:  # exactly, and rounded once where the value is used
                 whole, b = whole.double(), b.double() * own / scale
-            columns = slice(first[piece.layer], first[piece.layer] + ranks[piece.layer])
-            whole[piece.places, columns] = b.to(whole.dtype)
+            whole[piece.places, columns[piece.layer]] = b.to(whole.dtype)
         return whole
 
-    def _ranks(self, layer: str) -> dict[str, int]:
-        """Rank of each of the file's adapters that a layer of the model is made of."""
-        sources = dict.fromkeys(piece.layer for piece in self.pieces[layer])
-        return {source: self.adapter.matrices(source)[0].shape[0] for source in sources}
+    def _columns(self, layer: str) -> dict[str, slice]:
+        """Adapter of the file -> its columns in B of a layer of the model, which are its rows in A."""
+        found: dict[str, slice] = {}
+        end = 0
+        for source in dict.fromkeys(piece.layer for piece in self.pieces[layer]):
+            down = self.adapter.matrices(source)[0]
+            same = next((other for other in found if _equal(self.adapter.matrices(other)[0], down)), None)
+            found[source] = found[same] if same else slice(end, end + down.shape[0])
+            end = max(end, found[source].stop)
+        return found
+
+    def _rank(self, layer: str) -> int:
+        return max(columns.stop for columns in self._columns(layer).values())
 
     def _scale(self, layer: str) -> float:
-        scales = {self.adapter.scales[source] for source in self._ranks(layer)}
+        scales = {self.adapter.scales[piece.layer] for piece in self.pieces[layer]}
         return scales.pop() if len(scales) == 1 else 1.0
 
 
@@ -158,12 +193,8 @@ def fit_adapter(
     return FittedAdapter(adapter, plan.pieces, outputs), plan
 
 
-def _starts(sizes: Iterable[int]) -> list[int]:
-    starts, position = [], 0
-    for size in sizes:
-        starts.append(position)
-        position += size
-    return starts
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return first.dtype == second.dtype and torch.equal(first, second)
 
 
 def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:

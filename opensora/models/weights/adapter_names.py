@@ -26,6 +26,7 @@ _OTHER_KINDS = (  # what a name has that is no plain LoRA, and what that is call
     (r"\.vera_lambda", "VeRA"),
     (r"\.diff(_b)?$", "whole differences of weights"),
     (r"\.(w|b)_norm$", "changes of norms"),
+    (r"\.(set|reshape)_weight$", "whole weights"),
     (r"lora_embedding_", "LoRA of embeddings"),
     (r"\.[ab][12]\.weight$", "GLoRA"),
     (r"\.processor\.", "LoRA as XLabs writes it, or an old diffusers"),
@@ -48,6 +49,7 @@ def sorted_names(opened: OpenWeights) -> tuple[dict[str, tuple[str, str]], dict[
     halves: dict[str, dict[bool, str]] = {}
     alphas: dict[str, str] = {}
     versions: dict[str, str] = {}
+    words: dict[bool, str] = {}
     for_text = [name for name in opened.shapes if _FOR_TEXT.match(name)]
     for name in [name for name in opened.shapes if not _FOR_TEXT.match(name)]:
         for pattern, kind in _OTHER_KINDS:
@@ -59,6 +61,7 @@ def sorted_names(opened: OpenWeights) -> tuple[dict[str, tuple[str, str]], dict[
         if match := _MATRIX.fullmatch(name):
             layer, is_up = match[1], match[2] in ("B", "up")
             versions.setdefault(match[3] or "", name)
+            words.setdefault(match[2] in ("A", "B"), name)
             if is_up in halves.setdefault(layer, {}):
                 raise UserError(f"{opened.path}: {halves[layer][is_up]} and {name}: two matrices for the same place")
             halves[layer][is_up] = name
@@ -70,6 +73,9 @@ def sorted_names(opened: OpenWeights) -> tuple[dict[str, tuple[str, str]], dict[
                 "lora_down.weight, lora_up.weight and alpha. Weights of a whole model are given as weights="
             )
     _check_pairs(opened.path, halves, alphas, versions)
+    if len(words) > 1:
+        both = " and ".join(words.values())
+        raise UserError(f"{opened.path}: {both}: names of two forms in one file; give a file of one")
     if for_text:
         announce(f"{opened.path}: {len(for_text)} tensors are for text encoders, as {for_text[0]}, and are left out")
     return {layer: (half[False], half[True]) for layer, half in sorted(halves.items())}, alphas

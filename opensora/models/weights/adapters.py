@@ -70,7 +70,7 @@ def read_adapter(path: Path) -> Adapter:
     scales: dict[str, float] = {}
     source = ""
     for layer, (down, up) in matrices.items():
-        a, b = (_read(opened, name) for name in (down, up))
+        a, b = _flat(*(_read(opened, name) for name in (down, up)))
         if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
             shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
             raise UserError(f"{file}: {down} and {up} are {shapes}: must be (rank, inputs) and (outputs, rank)")
@@ -131,6 +131,13 @@ def _read(opened: OpenWeights, name: str) -> Tensor:
     if not finite:
         raise UserError(f"{opened.path}: {name} holds NaN or infinite values; give adapters without")
     return tensor
+
+
+def _flat(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as matrices where they are for a convolution: its inputs are those of all places, in the order of memory."""
+    if a.dim() == b.dim() > 2 and b[0].numel() == b.shape[1]:
+        return a.flatten(1), b.flatten(1)
+    return a, b
 
 
 def _scale(

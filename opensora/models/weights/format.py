@@ -24,7 +24,8 @@ class WeightFormat(Protocol):
     torch_keys: tuple[str, ...] | None  # where a checkpoint of torch.save has the weights; None: none is ever read
     advice: str  # what to do about a file that does not fit the model
     example_layer: str  # how a layer is called that an adapter may be for
-    # ``layouts``: optional, those that weights may be written in, by name; ``diffusers`` is that of diffusers
+    # ``diffusers``: optional, the layout of diffusers' model of the family, in which adapters are exchanged too
+    # ``layouts``: optional, those that weights may be written in, by name; there too ``diffusers`` is that of diffusers
     # ``exports_original``: optional, True where exports are in ``original``; then every tensor is made of one
 
     def layout(self, cfg: Any) -> Layout:

@@ -1,6 +1,7 @@
 """Names of tensors in files: what stands before the model's own, and what wrappers put in between."""
 
-from collections.abc import Collection, Sequence
+import difflib
+from collections.abc import Collection, Mapping, Sequence
 
 from opensora.utils.errors import UserError
 
@@ -56,25 +57,41 @@ def plain_names(
 def known_layers(layers: Collection[str], known: Collection[str]) -> tuple[str, dict[str, str]]:
     """(prefix that all layers have in a file, layer in the file -> its name in ``known``).
 
-    Layers may have underscores for dots, as kohya's tools write them.
+    Layers may have underscores for dots, as kohya's tools write them; which underscores were dots, ``known`` tells.
 
     Raises:
-        ValueError: a layer that is not known, or two prefixes.
+        ValueError: a layer that is not known, or could be two; two prefixes; some layers with dots and some without.
     """
-    flat = {name.replace(".", "_"): name for name in known}
-    assert len(flat) == len(set(known)), "two layers have the same name with underscores for dots"
-    parts = {name.partition(".")[0] for name in known}
+    names = dict.fromkeys(known)
+    flat: dict[str, list[str]] = {}
+    for name in names:
+        flat.setdefault(name.replace(".", "_"), []).append(name)
+    parts = {name.partition(".")[0] for name in names}
     prefixes: dict[str, str] = {}
+    dotted: dict[bool, str] = {}
     found = {}
     for layer in layers:
         prefix, name = _split_prefix(layer, parts)
-        if name not in known and name not in flat:
-            raise ValueError(f"{layer}: the model has no such layer")
-        found[layer] = name if name in known else flat[name]
+        candidates = [name] if name in names else flat.get(name, [])
+        if len(candidates) != 1:
+            raise ValueError(f"{layer}: {_not_one(name, candidates, names, flat)}")
+        (found[layer],) = candidates
         prefixes.setdefault(prefix, layer)
+        if "." in found[layer]:
+            dotted.setdefault(name in names, layer)
     if len(prefixes) > 1:
         raise ValueError(f"{' and '.join(list(prefixes.values())[:2])}: layers of two models in one file")
+    if len(dotted) > 1:
+        raise ValueError(f"{' and '.join(dotted.values())}: names of two forms in one file; give a file of one")
     return next(iter(prefixes), ""), found
+
+
+def _not_one(name: str, candidates: Sequence[str], known: Collection[str], flat: Mapping[str, Sequence[str]]) -> str:
+    """Why a name is not one layer, with the layer whose name is nearest."""
+    if candidates:
+        return f"could be {' or '.join(candidates)}; give a file with dots in its names"
+    close = difflib.get_close_matches(name[:200], known if "." in name else flat, n=1)
+    return f"the model has no such layer{f' (nearest: {close[0]})' if close else ''}"
 
 
 def _split_prefix(layer: str, parts: Collection[str]) -> tuple[str, str]:

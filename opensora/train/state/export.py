@@ -4,6 +4,7 @@ and the digest of each."""
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from opensora.assembly.initial_weights import parameter_shapes
 from opensora.config.load import save
 from opensora.config.run import SAVED_NAME, RunConfig
 from opensora.models.families import HUB_CONFIG, family_of, hub_config
-from opensora.models.weights.adapter_export import convert_adapter, write_adapter, write_comfyui
+from opensora.models.weights.adapter_export import export_adapter, trained_adapter
 from opensora.models.weights.format import Layout, WeightFormat
 from opensora.models.weights.writer import convert_state_dict
 from opensora.utils.files import digests
@@ -61,25 +62,13 @@ def write_export(cfg: RunConfig, engine: Engine, step: int, base: str | None, *,
     weights = engine.full_weights(which)
     found: dict[str, str] = {}  # SHA-256 of every file
     try:
-        if adapters.rank and adapters.export_names == "comfyui":
+        if adapters.rank:
             tensors = dict(weights)
             if write:
+                made = replace(trained_adapter(tensors, adapters.scale), base=cfg.train.init_from)
+                more: dict[str, Any] = {"metadata": described | {"base": base or ""}, "digests": found}
                 shapes = parameter_shapes(cfg.model)
-                renamed, scales = convert_adapter(tensors, adapters.scale, shapes, format, source=layout, to=original)
-                metadata = original.metadata() | described | {"base": base or ""}
-                write_comfyui(folder, renamed, scales=scales, metadata=metadata, digests=found)
-        elif adapters.rank:
-            assert base is not None
-            write_adapter(
-                folder,
-                weights,
-                rank=adapters.rank,
-                alpha=adapters.scale * adapters.rank,
-                base=cfg.train.init_from,
-                metadata=layout.metadata() | described | {"base": base},
-                write=write,
-                digests=found,
-            )
+                export_adapter(folder, made, adapters.export_names, shapes=shapes, format=format, layout=layout, **more)
         else:
             to = original if getattr(format, "exports_original", False) else layout
             named = weights if to is layout else _converted(weights, format, layout, to)
