@@ -79,6 +79,8 @@ MEETINGS = "tests/faults/test_meeting_fuzz.py::test_any_meeting_ends_in_one_of_t
 UNIPC, FLOW_STEPS = "opensora/schedulers/flow_multistep.py", "tests/unit/test_flow_solvers.py::test_"
 FLOW_TIMES = "tests/unit/test_rectified_flow.py::test_"
 EXPERTS = "tests/dist/test_experts.py::test_"
+WAN_VAE, WAN_TEXT = "tests/unit/test_wan_autoencoder.py::test_", "tests/unit/test_text_wan_hunyuan.py::test_"
+PICTURE = "tests/unit/test_image_encoder.py::test_"
 CLIP_REFERENCES = "tests/unit/test_clip_references.py::test_"
 GARBAGE, BORDERS = "opensora/train/garbage_collection.py", "tests/unit/test_garbage_collection.py"
 STEP, LOOP = "opensora/train/preparation.py", "opensora/train/loop.py"
@@ -3673,6 +3675,76 @@ TABLE: tuple[Mutation, ...] = (
         "    _check_solver(option, info, called)",
         "    pass",
         "tests/unit/test_serve_request.py::test_solvers_are_those_of_the_command",
+    ),
+    Mutation(
+        "latents of Wan are scaled before they are centred",
+        "opensora/models/vae/wan.py",
+        "        return (mode - mean) / std",
+        "        return mode / std - mean",
+        WAN_VAE + "every_channel_has_a_mean_and_a_deviation_of_its_own[wan]",
+    ),
+    Mutation(
+        "latents of Wan are decoded with means before deviations",
+        "opensora/models/vae/wan.py",
+        "        z = (latents * std + mean).to(self._dtype)",
+        "        z = ((latents + mean) * std).to(self._dtype)",
+        WAN_VAE + "latents_and_pixels_are_those_of_diffusers[wan22-size1-dtype1-1e-06]",
+    ),
+    Mutation(
+        "umT5's padding is kept",
+        "opensora/models/text/umt5.py",
+        "        txt = torch.where(mask[..., None], found, 0.0).to(self._device)",
+        "        txt = found.to(self._device)",
+        WAN_TEXT + "umt5_is_that_of_the_published_pipeline",
+    ),
+    Mutation(
+        "the hidden state before the last of Llama",
+        "opensora/models/text/weights.py",
+        "SKIPPED = 2  # layers",
+        "SKIPPED = 1  # layers",
+        WAN_TEXT + "llava_and_clip_are_those_of_the_published_pipeline",
+    ),
+    Mutation(
+        "the instruction is cut off a token too late",
+        "opensora/models/text/llava_clip.py",
+        "        mask = mask[:, CROP:].to(self._device)",
+        "        mask = mask[:, CROP - 1 : -1].to(self._device)",
+        WAN_TEXT + "llava_and_clip_are_those_of_the_published_pipeline",
+    ),
+    Mutation(
+        "Llama's rotary frequencies are rounded as its weights",
+        "opensora/models/text/weights.py",
+        "setattr(owner, name, getattr(fresh, name).to(device))",
+        "setattr(owner, name, getattr(fresh, name).to(device, torch.bfloat16))",
+        WAN_TEXT + "the_last_layers_and_norm_are_not_loaded",
+    ),
+    Mutation(
+        "CLIP's last layer is read of a picture",
+        "opensora/models/text/weights.py",
+        'CLIP_VISION, "encoder.layers", skipped=1)',
+        'CLIP_VISION, "encoder.layers", skipped=0)',
+        PICTURE + "tokens_are_the_hidden_states_before_the_last[squash]",
+    ),
+    Mutation(
+        "a clip that does not know its first frame sees it",
+        "opensora/conditioning/references.py",
+        "    return torch.where(known[:, 0].flatten(1).any(1)[:, None, None], tokens, 0.0)",
+        "    return tokens",
+        PICTURE + "training_gives_tokens_of_first_frames_that_are_known",
+    ),
+    Mutation(
+        "the picture stays where its frames are dropped",
+        STEP,
+        "        return shown(encoded.image_tokens, given & ~dropped.view(-1, 1, 1, 1))",
+        "        return shown(encoded.image_tokens, given)",
+        PICTURE + "tokens_go_where_the_reference_goes",
+    ),
+    Mutation(
+        "tokens made ahead are of another sample",
+        "opensora/datasets/loading/feature_store.py",
+        "[row : row + 1] for name in (*self._names, *coded)}",
+        '[row : row + 1] for name in self._names} | {n: shard.get_tensor(f"{batch}.{n}")[:1] for n in coded}',
+        PICTURE + "tokens_made_ahead_are_those_of_training",
     ),
 )
 
