@@ -312,6 +312,14 @@ def test_guided_channels_are_at_most_those_of_the_model() -> None:
     assert (found.value.status, found.value.param) == (422, "cfg_channel")
 
 
+def test_guidance_of_a_second_expert_is_for_models_that_have_one() -> None:
+    models = {"toy": replace(TOY, experts=2)}
+    assert asked({"guidance_low": 3.0}, models=models).option.guidance_low == 3.0
+    with pytest.raises(Refused, match="is for two experts") as found:
+        asked({"guidance_low": 3.0}, models={"toy": TOY})
+    assert (found.value.status, found.value.param) == (422, "guidance_low")
+
+
 def test_what_a_worker_tells_is_read_again() -> None:
     info = replace(TOY, solvers={"ddim": ("flow_shift",)}, channels=4)
     assert ModelInfo.read(json.loads(json.dumps(info.plain()))) == info
