@@ -41,13 +41,13 @@ RUNS = [
     Run(2, TENSOR, 2, "selective", ADAMW),
     Run(2, TENSOR, 1, adapters=True),
     Run(2, TENSOR, 2, "full", adapters=True),
-    Run(2, TENSOR, 3, compiled=True),
     Run(3, (("tensor", 3),), 2, "every"),
     Run(4, TENSOR, 3, "full", ADAMW),
     Run(4, (("ulysses", 2), *TENSOR), 2, "full"),
     Run(4, (("ring", 2), *TENSOR), 1),
     Run(6, (("ulysses", 2), ("tensor", 3)), 3, "first", ADAMW),
 ]
+COMPILED = Run(2, TENSOR, 3, compiled=True)  # takes most of a minute
 
 
 @cache
@@ -57,8 +57,16 @@ def truth(kind: str, adapters: bool) -> Outcome:
 
 @pytest.mark.parametrize("world", [1, 2, 4, *(pytest.param(world, marks=pytest.mark.slow) for world in (3, 6))])
 def test_layouts_equal_one_process(world: int) -> None:
-    runs = [run for run in RUNS if run.world == world]
-    for rank, found in enumerate(run_distributed(on_these_layouts, world, runs, timeout=100)):
+    check([run for run in RUNS if run.world == world])
+
+
+@pytest.mark.slow
+def test_compiled_blocks() -> None:
+    check([COMPILED])
+
+
+def check(runs: list[Run]) -> None:
+    for rank, found in enumerate(run_distributed(on_these_layouts, runs[0].world, runs, timeout=110)):
         for run, outcome in zip(runs, found, strict=True):
             assert worst_error(outcome, truth(run.optim.kind, run.adapters)) <= TOLERANCE, (str(run), rank)
             for counted, formula in outcome.traffic:
