@@ -110,9 +110,10 @@ def conditions_of(
 def _picture_tokens(parts: Components, clips: int, given: KnownFrames | None) -> Tensor | None:
     """(B, K, D) of the first frames that are known, zeros of clips without; None: the model reads none. Passes without
     prompt keep them, as Wan's do."""
-    encoder = parts.image_encoder
-    if not parts.layout.denoising.image_dim or encoder is None:
+    if not parts.layout.denoising.image_dim:
         return None
+    encoder = parts.image_encoder
+    assert encoder is not None, "checked with the job: there is an image encoder"
     if given is None or given.pictures is None:
         return torch.zeros(clips, encoder.tokens, encoder.dim, dtype=clip_precision(parts), device=parts.device)
     return shown(encoder.encode(given.pictures), given.known)
