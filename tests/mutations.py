@@ -1757,7 +1757,13 @@ TABLE: tuple[Mutation, ...] = (
         "count * bool(crosses) / self.between)",
         LINKS + "test_time_is_of_the_slower_link",
     ),
-    Mutation("text of cross-attention cut", PROFILE, 'return any("txt" in', 'return True or any("txt" in', STATED),
+    Mutation(
+        "text of cross-attention cut",
+        PROFILE,
+        'return not self._of_sequence.isdisjoint({"txt", "txt_here"})',
+        'return True or not self._of_sequence.isdisjoint({"txt", "txt_here"})',
+        STATED,
+    ),
     Mutation(
         "as many keys as queries",
         PROFILING,
@@ -2189,8 +2195,8 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "text encoder forecast as if it were whole",
         "opensora/planner/encoder_memory.py",
-        "whole = -(-whole // pieces)",
-        "whole = max(whole, pieces)",
+        'return -(-whole // pieces) if getattr(cfg, "shard", False) else whole',
+        "return whole",
         "tests/unit/test_doctor.py::test_memory_by_where_the_text_encoder_is",
     ),
     # Autoencoders: networks, tiles, draws, files, memory.

@@ -263,10 +263,11 @@ def test_other_engines_keep_nothing_frozen(model: str, fits: bool, tmp_path: Pat
 
 @pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind not in ("mmdit", "hunyuan_video", "toy_factored")])
 def test_sequences_hold_one_sample_each(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / "a.yaml"
+    path, width = tmp_path / "a.yaml", "text_dim" if kind == "wan" else "caption_channels"
     path.write_text(
-        f"name: a\nmodel: {{kind: {kind}, in_channels: 16, caption_channels: 32, hidden_size: 36, num_heads: 2}}\n"
-        "vae: {kind: dct, channels: 16}\ntext: {kind: bytes, dim: 32}\nobjective: {kind: iddpm}\n"
+        f"name: a\nmodel: {{kind: {kind}, in_channels: 16, {width}: 32, hidden_size: 36, num_heads: 2}}\n"
+        f"objective: {{kind: {FAMILIES[kind].objective}}}\nvae: {{kind: dct, channels: 16}}\n"
+        "text: {kind: bytes, dim: 32}\n"
         "data: {table: a.csv, tokens_per_sequence: 64, micro_batches: 2, balance_group: 2, "
         "buckets: {32px: {1: [1.0, 1]}}}\ntrain: {steps: 1}\n"
     )
