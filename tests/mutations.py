@@ -834,7 +834,7 @@ TABLE: tuple[Mutation, ...] = (
     ),
     Mutation("shift without latent frames", TIMES, "(4096 - 256)) * math.sqrt(latent_frames)", "(4096 - 256))", TRAIN),
     Mutation("shift from 0 tokens on", TIMES, "/ (4096 - 256)", "/ 4096", TRAIN),
-    Mutation("uniform times", TIMES, "torch.sigmoid(", "torch.special.ndtr(", TRAIN),
+    Mutation("uniform times", TIMES, "torch.sigmoid(draw_per_sample(", "torch.special.ndtr(draw_per_sample(", TRAIN),
     # Optimizer, schedule, average.
     Mutation("average keeps too little", EMA, "self.shadow], 1 - decay)", "self.shadow], decay)", TRAIN),
     Mutation("average warms up one step early", OPTIM, "(1 + step) / (10 + step)", "(2 + step) / (11 + step)", TRAIN),
@@ -1290,7 +1290,13 @@ TABLE: tuple[Mutation, ...] = (
     ),
     Mutation("stored references of other samples", CODES, "[part.name][rows]", "[part.name][: len(rows)]", FEATURES),
     Mutation("known frames stay in the loss", STEP, "not self.conditioning.known_in_loss)", "False)", LEFT_OUT),
-    Mutation("known frames counted as learned", DATA, "return referenced if takes", "return None if takes", LEFT_OUT),
+    Mutation(
+        "known frames counted as learned",
+        DATA,
+        "return referenced if denoising.reads_beside",
+        "return None if denoising.reads_beside",
+        LEFT_OUT,
+    ),
     Mutation("a clip that is all known is counted as learned", DATA, "shape, learn_some=True)", "shape)", LEFT_OUT),
     Mutation(
         "references drawn as their clips are",
@@ -1325,7 +1331,7 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "longer references put back",
         GIVEN,
-        "known if is_still(cond_type) else",
+        "known if keeps else",
         "known if True else",
         "tests/unit/test_golden_sampling.py::test_from_noise_to_pixels[v2v_head]",
     ),
@@ -1784,8 +1790,8 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "a model that is told nothing of its references",
         "opensora/inference/pipeline.py",
-        "reference=given.reference.to(x) * given.known[:, None] if given else None,",
-        "reference=given.reference.to(x) * 0 if given else None,",
+        "reference=given.told().to(x) if given else None,",
+        "reference=given.told().to(x) * 0 if given else None,",
         "tests/unit/test_shipped_model.py::test_clips_go_on_from_their_first_frames",
     ),
     Mutation(

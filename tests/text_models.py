@@ -1,5 +1,6 @@
 """Tiny T5 and CLIP in the layout in which the published ones are: whole models, of which the encoders are a part."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -60,25 +61,34 @@ def write_umt5(folder: Path, *, width: int = 16, layers: int = 2, vocabulary: in
     ByT5Tokenizer().save_pretrained(folder / "tokenizer")
 
 
-def llama_tokenizer(words: str) -> Any:
-    """A tokenizer that knows these words and the signs of Llama 3's chats, and begins with its first token."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+def write_llama_tokenizer(folder: Path, words: str) -> int:
+    """Files of a tokenizer that knows these words and the signs of Llama 3's chats, and puts its first token before
+    all; the size of its vocabulary."""
     from transformers import PreTrainedTokenizerFast
 
     # Cut so that the instruction of HunyuanVideo is 95 tokens, as by the published tokenizer.
     cuts = r"\s+|(?=[.,:])|(?<=[.,:])|(?=ships|itions)"
     known = [*SPECIAL, *(word for word in re.split(cuts, words) if word), *"abcdefghijklmnopqrstuvwxyz.,:"]
     vocabulary = {word: at for at, word in enumerate(dict.fromkeys(known))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(cuts), behavior="removed")
-    tokenizer.add_special_tokens(list(SPECIAL))
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     first = SPECIAL[0]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{first} $A", special_tokens=[(first, vocabulary[first])]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=first, eos_token="<|eot_id|>", pad_token="<pad>", unk_token="<unk>"
-    )
+    stated = {
+        "version": "1.0",
+        "added_tokens": [{"id": at, "content": sign, "special": True, **flags} for at, sign in enumerate(SPECIAL)],
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": cuts}, "behavior": "Removed", "invert": False},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": first, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {first: {"id": first, "ids": [0], "tokens": [first]}},
+        },
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(stated))
+    signs = {"bos_token": first, "eos_token": "<|eot_id|>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **signs).save_pretrained(folder)
+    return len(vocabulary)
 
 
 def write_llama(folder: Path, words: str, *, width: int = 16, layers: int = 5, kind: str = "llama") -> None:
@@ -86,10 +96,10 @@ def write_llama(folder: Path, words: str, *, width: int = 16, layers: int = 5, k
     from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig
     from transformers import LlavaForConditionalGeneration as Llava
 
-    tokenizer = llama_tokenizer(words)
+    vocabulary = write_llama_tokenizer(folder, words)
     torch.manual_seed(0)
     cfg = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=layers,
@@ -107,7 +117,6 @@ def write_llama(folder: Path, words: str, *, width: int = 16, layers: int = 5, k
         whole.model.language_model.load_state_dict(model.model.state_dict())
         model = whole
     (model.model if kind == "llama" else model).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def write_clip_text(folder: Path, *, width: int = 16, layers: int = 2) -> None:

@@ -20,12 +20,7 @@ from opensora.config.validation import CondType, ValidateConfig
 from opensora.datasets import DataConfig
 from opensora.models.base import ModelConfig, Width, Widths
 from opensora.models.families import MODEL_CONFIGS, MODEL_SIZES, describe, family_of, has_frozen_parameters
-from opensora.models.image import (
-    IMAGE_ENCODER_CONFIGS,
-    ImageEncoderConfig,
-    NoImageEncoder,
-    check_reads_pictures,
-)
+from opensora.models.image import IMAGE_ENCODER_CONFIGS, ImageEncoderConfig, NoImageEncoder, check_reads_pictures
 from opensora.models.text import TEXT_ENCODER_CONFIGS, TextConfig, num_classes, text_widths
 from opensora.models.vae import AUTOENCODER_CONFIGS, AUTOENCODERS, AutoencoderConfig, autoencoder_shape
 from opensora.sampling.options import SamplingOption

@@ -120,10 +120,11 @@ def code_known(
 
     reference, known = code_references(kinds, grid, autoencoder, code, device=device, whole=whole)
     keeps = takes == "in_place" or (is_still(cond_type) and not whole)
+    kept = known if keeps else torch.zeros_like(known)
     return KnownFrames(
         reference=reference,
         known=torch.zeros_like(known) if still else known,
-        kept=known if keeps else torch.zeros_like(known),
+        kept=kept,
         whole=whole,
         pictures=pictures,
     )

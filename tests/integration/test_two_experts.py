@@ -78,18 +78,30 @@ def job(experts: dict[str, Path], **more: Any) -> SampleConfig:
     )
 
 
-def latents_of(cfg: SampleConfig, room: int | None) -> tuple[Tensor, set[str]]:
-    """What a process makes of the clip, and whose turns there were that moved weights."""
+def latents_of(cfg: SampleConfig, room: int | None) -> tuple[Tensor, set[str], list[str]]:
+    """What a process makes of the clip, whose turns there were that moved weights, and what was said of experts."""
     from acceleration.distributed import runtime as runtimes
 
+    told: list[str] = []
     load.device_bytes = lambda: room  # type: ignore[assignment]
+    load.announce = told.append  # type: ignore[assignment]
     runtime = runtimes.start(60, mesh=cfg.parallel.mesh)
     parts = load.load_components(cfg, find_source(cfg), runtime)
     made = build_sampler(parts)(cfg.sampling, seed=[5], text=[PROMPT], neg=[NEG]).latents
     assert parts.turns is not None
     moved = set(parts.turns._movable)
     runtimes.stop()
-    return made, moved
+    return made, moved, [line for line in told if "experts" in line]
+
+
+def as_tokens(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Files have patches as planes, and rows of the last layer as (ph, pw, c); the model has tokens, (c, ph, pw)."""
+    found = {name: tensor.double() for name, tensor in weights.items()}
+    found["patch_embedding.weight"] = found["patch_embedding.weight"].flatten(1)
+    for name in ("head.head.weight", "head.head.bias"):
+        rows = found[name].unflatten(0, (2, 2, 16))
+        found[name] = rows.movedim(2, 0).flatten(0, 2)
+    return found
 
 
 @torch.no_grad()
@@ -99,7 +111,7 @@ def by_loop(experts: dict[str, Path]) -> Tensor:
     text, models = build_text_encoder(saved.text, "cpu", torch.float64), {}
     for name, folder in experts.items():
         models[name] = build_model(saved.model).double()
-        models[name].load_state_dict({k: v.double() for k, v in load_file(folder / "model.safetensors").items()})
+        models[name].load_state_dict(as_tokens(load_file(folder / "model.safetensors")))
     x = torch.randn(1, 16, 2, 4, 4, generator=torch_generator(5, "sampling noise")).double()
     place = torch.cartesian_prod(*(torch.arange(n).double() for n in (2, 2, 2)))[None]
     even = [1 - step / 4 for step in range(5)]
@@ -116,7 +128,8 @@ def by_loop(experts: dict[str, Path]) -> Tensor:
     return x
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_runs_and_sampling_with_the_switch(wan: Path, tmp_path: Path) -> None:
     experts = trained(wan, tmp_path)
     weights = {name: load_file(folder / "model.safetensors") for name, folder in experts.items()}
@@ -124,36 +137,43 @@ def test_two_runs_and_sampling_with_the_switch(wan: Path, tmp_path: Path) -> Non
     losses = [
         [record["loss"] for record in read_metrics(folder.parent / "metrics.jsonl")[0]] for folder in experts.values()
     ]
-    assert all(a != b for a, b in zip(*losses, strict=True))
+    assert losses[0][1:] != losses[1][1:]  # the first is of a model that predicts nothing, at any time
     wanted = by_loop(experts)
     cfg = job(experts)
     assert find_source(cfg).low_noise.boundary == 0.8  # type: ignore[union-attr]
     for world, room, parallel in ((1, None, {}), (1, 1, {}), (2, 1, {"ulysses": 2}), (2, None, {"cfg": 2})):
         mesh = replace(cfg.parallel.mesh, **parallel)
         here = replace(cfg, parallel=replace(cfg.parallel, mesh=mesh, zero=3 if world > 1 else 0))
-        for made, moved in run_distributed(latents_of, world, here, room, timeout=100, init=False):
+        for made, moved, told in run_distributed(latents_of, world, here, room, timeout=100, init=False):
             assert ((made - wanted).abs().max() / wanted.abs().max()).item() < 1e-9
             assert moved == ({DENOISER, LOW_NOISE} if room else set())
+            where = "they take turns on the device" if room else "both stay on the device"
+            assert told == [f"two experts, the second below time 0.8: {where}"]
 
 
-@pytest.mark.timeout(300)
-def test_the_command_takes_both_and_says_so(wan: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    experts = trained(wan, tmp_path, "train.steps=1")
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_command_takes_both(wan: Path, tmp_path: Path) -> None:
+    experts = trained(wan, tmp_path, "train.steps=1", "optim.warmup_steps=0")
     path = tmp_path / "job.yaml"
-    path.write_text(f"weights: {experts['high']}\nlow_noise.weights: {experts['low']}\nprompt: a fox\n")
+    path.write_text(f"weights: {experts['high']}\nlow_noise: {{weights: {experts['low']}}}\nprompt: a fox\n")
     option = "sampling={width: 32, height: 32, num_frames: 5, num_steps: 2, guidance_low: 2.0, solver: unipc}"
     argv = [str(path), option, "precision=fp64", f"save_dir={tmp_path / 'out'}"]
     assert run_distributed(run_sample, 1, argv, timeout=140, init=False) == [0]
     assert list((tmp_path / "out").rglob("*.mp4"))
-    told = capfd.readouterr()
-    said = told.out + told.err
-    assert said.count("two experts, the second below time 0.8: both stay on the device") == 1
     refused(wan, tmp_path, experts)
 
 
 def refused(wan: Path, tmp_path: Path, experts: dict[str, Path]) -> None:
     """Experts that do not fit each other, in one line."""
-    argv = [str(wan), *TRAINING, "train.steps=1", "model.depth=1", f"output={tmp_path / 'short'}"]
+    argv = [
+        str(wan),
+        *TRAINING,
+        "train.steps=1",
+        "optim.warmup_steps=0",
+        "model.depth=1",
+        f"output={tmp_path / 'short'}",
+    ]
     assert run_distributed(run_train, 1, argv, timeout=140, init=False) == [0]
     short = tmp_path / "short" / "run" / "exported"
     for pair, said in (

@@ -33,8 +33,9 @@ ALLOWED = {
 }
 KINDS = {
     "model": ["model={kind: mmdit, size: debug, in_channels: 64, context_in_dim: 256, vec_in_dim: 256}"],
-    "vae": ["vae={kind: dct, channels: 16}", "vae={kind: hunyuan}", "vae={kind: flux2d}"],
-    "text": ["text={kind: bytes}", "text={kind: t5_clip}"],
+    "vae": ["vae={kind: dct, channels: 16}", "vae={kind: hunyuan}", "vae={kind: flux2d}", "vae={kind: wan}"],
+    "text": ["text={kind: bytes}", "text={kind: t5_clip}", "text={kind: llava_clip}"],
+    "image_encoder": ["image_encoder={kind: none}"],
     "objective": ["objective={kind: rectified_flow}"],
     "cache": [
         "cache={kind: first_block}",

@@ -105,6 +105,7 @@ def model_info(one: Prepared, costs: Costs, measured_step_s: float | None = None
         references={kind: files_of(kind) for kind in kinds if kind != "t2v"},
         loras=tuple(one.loras),
         solvers=fitting_solvers(source.objective),
+        experts=1 if source.low_noise is None else 2,
         channels=describe(source.model).latent_channels,
         room_bytes=costs.room,
         costs=tuple(_costs(one, option, sizes, frames, costs, scale)),
