@@ -61,12 +61,13 @@ def test_layouts_equal_one_process(world: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_compiled_blocks() -> None:
-    check([COMPILED])
+    check([COMPILED], 500)
 
 
-def check(runs: list[Run]) -> None:
-    for rank, found in enumerate(run_distributed(on_these_layouts, runs[0].world, runs, timeout=110)):
+def check(runs: list[Run], timeout: float = 110) -> None:
+    for rank, found in enumerate(run_distributed(on_these_layouts, runs[0].world, runs, timeout=timeout)):
         for run, outcome in zip(runs, found, strict=True):
             assert worst_error(outcome, truth(run.optim.kind, run.adapters)) <= TOLERANCE, (str(run), rank)
             for counted, formula in outcome.traffic:
