@@ -44,7 +44,7 @@ class Parallelizable(Protocol):
     tensor_shared: tuple[str, ...]  # parameters of one head that every head uses, such as "double_blocks.*.scale"
 
     def tensor_plan(self) -> dict[str, LayerPlan]:
-        """Pattern of linear layers -> how tensor parallelism cuts them."""
+        """Pattern of linear layers, and of norms over all heads -> how tensor parallelism cuts them."""
 
     def init_parameter_(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Fill the full value of one parameter in place."""

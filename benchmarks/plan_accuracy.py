@@ -52,6 +52,7 @@ class Case:
     txt: int = 64
     img: int = 512
     frames: int | None = None  # of models that keep time and space apart
+    picture: int = 0  # tokens of a picture
     batches: int = 1
     rank: int = 0  # of adapters on every layer of the blocks; 0: all weights are trained
 
@@ -70,7 +71,8 @@ class Case:
 
     @property
     def batch(self) -> MicroBatch:
-        return MicroBatch(samples=self.samples, txt=self.txt, img=self.img, frames=self.frames)
+        sizes = {"txt": self.txt, "img": self.img, "frames": self.frames, "picture": self.picture}
+        return MicroBatch(samples=self.samples, **sizes)
 
     def __str__(self) -> str:
         name = {SMALL: "small", DEEP: "deep", WIDE: "wide"}.get(self.model, self.model.kind)

@@ -5,8 +5,8 @@ parameter's gradient, of the norm that clipping uses and of the weights afterwar
 whether the bytes that each process sent over each axis are those of the formulas. DeepSpeed knows no fp64: its rows are
 held to what fp32 leaves of the truth. ColossalAI's rows are its ZeRO 0. Rows of ``factored`` are of a model that keeps
 time and space apart, with masked frames, those of ``chapter`` of DiT, Latte and PixArt, which are sampled as well, and
-of STDiT, STDiT2 and STDiT3; with AdamW weights are compared together with their moving average. ``SUM`` counts what is
-within its tolerance.
+of STDiT, STDiT2 and STDiT3, those of ``jobs of Wan`` and ``jobs of HunyuanVideo`` of these, sampled as well. With AdamW
+weights are compared together with their moving average. ``SUM`` counts what is within its tolerance.
 """
 
 import itertools
@@ -14,16 +14,18 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
 
 from tests.dist import (
     chapters,
+    jobs,
     stdit,
     test_chapters,
     test_engines,
     test_factored,
+    test_jobs,
     test_sampling,
     test_stdit,
     test_stdit_sampling,
@@ -36,6 +38,7 @@ from tests.dist.layouts import Layout, every_layout
 from tests.dist.parity import TOLERANCE, Outcome, Sampled, SamplingCase, errors, relative
 from tests.dist.test_parity import on_one_process, on_this_layout
 
+WIDTH = 66  # of a name
 COLUMNS = ("loss", "gradients", "norm", "weights", "latents")
 FP64_LIMITS = dict.fromkeys(COLUMNS, TOLERANCE)
 TOGETHER = 6  # rows at most that are computed by the same processes
@@ -46,7 +49,7 @@ Wanted = Callable[[str], bool]
 
 def main(names: list[str]) -> int:
     """Returns 1 if any layout is further away than the tolerance, sends other bytes than predicted, or failed."""
-    print(f"{'layout':<58}" + "".join(f"{column:>11}" for column in COLUMNS) + f"{'bytes':>7}{'s':>7}", flush=True)
+    print(f"{'layout':<{WIDTH}}" + "".join(f"{column:>11}" for column in COLUMNS) + f"{'bytes':>7}{'s':>7}", flush=True)
     worst: dict[str, float] = {}
     good, bad = 0, []
     for name, limits, compare in rows(lambda name: not names or any(part in name for part in names)):
@@ -55,7 +58,7 @@ def main(names: list[str]) -> int:
             found, as_predicted = compare()
         except DistributedFailure as error:
             bad.append(name)
-            print(f"{name:<58} failed: {str(error).splitlines()[-1]}", flush=True)
+            print(f"{name:<{WIDTH}} failed: {str(error).splitlines()[-1]}", flush=True)
             continue
         if any(error > limits[column] for column, error in found.items()) or as_predicted is False:
             bad.append(name)
@@ -65,7 +68,7 @@ def main(names: list[str]) -> int:
             worst |= {column: max(error, worst.get(column, 0.0)) for column, error in found.items()}
         figures = "".join(f"{found[column]:>11.1e}" if column in found else f"{'':>11}" for column in COLUMNS)
         traffic = {True: "equal", False: "WRONG", None: ""}[as_predicted]
-        print(f"{name:<58}{figures}{traffic:>7}{time.monotonic() - started:>7.1f}", flush=True)
+        print(f"{name:<{WIDTH}}{figures}{traffic:>7}{time.monotonic() - started:>7.1f}", flush=True)
     print(f"SUM {good} of {good + len(bad)} within their tolerance, {TOLERANCE:.0e} in fp64")
     print(json.dumps({"benchmark": "layout_table", "good": good, "bad": bad, **worst}))
     return int(bool(bad))
@@ -73,7 +76,7 @@ def main(names: list[str]) -> int:
 
 def rows(wanted: Wanted) -> Iterator[tuple[str, dict[str, float], Callable[[], Row]]]:
     """(name, largest errors allowed, what compares it with one process) of every row whose name is wanted."""
-    for kind in (mmdit_rows, factored_rows, chapter_rows, stdit_rows, sampling_rows):
+    for kind in (mmdit_rows, factored_rows, chapter_rows, stdit_rows, job_rows, sampling_rows):
         yield from ((name, FP64_LIMITS, compare) for name, compare in kind(wanted))
     for engine, stages in (("deepspeed", (0, 1, 2, 3)), ("colossalai", (0,))):
         for zero, ulysses in itertools.product(stages if find_spec(engine) else (), (1, 2)):
@@ -100,14 +103,21 @@ def factored_rows(wanted: Wanted) -> Rows:
 def chapter_rows(wanted: Wanted) -> Rows:
     """DiT, Latte and PixArt: training, and latents after steps of sampling."""
     every = [*test_chapters.SLOW, *test_chapters.LORA, *test_chapters.COMPILED]  # which take minutes
-    for run, found in computed_together(every, wanted, chapters_on_layouts):
-        yield f"chapter-{run}", lambda run=run, found=found: compared_chapter(run, found())
+    for run, found in computed_together("chapter", every, wanted, partial(chapters_on_layouts, chapters.MODELS)):
+        yield f"chapter-{run}", lambda run=run, found=found: compared_chapter(test_chapters, run, found())
+
+
+def job_rows(wanted: Wanted) -> Rows:
+    """Wan and HunyuanVideo: the same."""
+    for chapter, every in jobs.JOBS.items():
+        for run, found in computed_together(chapter, every, wanted, partial(chapters_on_layouts, jobs.MODELS)):
+            yield f"{chapter}-{run}", lambda run=run, found=found: compared_chapter(test_jobs, run, found())
 
 
 def stdit_rows(wanted: Wanted) -> Rows:
     """STDiT, STDiT2, STDiT3 and STDiT3 with windows: training."""
     every = sorted([*test_stdit.SLOW, *test_stdit.LORA], key=lambda run: "compile" in run.options)  # which take minutes
-    for run, found in computed_together(every, wanted, stdit.on_these_layouts):
+    for run, found in computed_together("chapter", every, wanted, stdit.on_these_layouts):
         truth = (run.model, run.optim.kind, run.adapters)
         yield f"chapter-{run}", lambda truth=truth, found=found: compared(found(), test_stdit.truth(*truth))
 
@@ -116,22 +126,22 @@ def sampling_rows(wanted: Wanted) -> Rows:
     """Through the pipeline: MMDiT, then STDiT, STDiT2, STDiT3, DiT, Latte and PixArt."""
     mmdit = [(test_sampling, *case) for case in [*test_sampling.QUICK.items(), *test_sampling.SLOW.items()]]
     for module, world, cases in [*mmdit, *((test_stdit_sampling, *case) for case in test_stdit_sampling.SLOW.items())]:
-        for degrees, zero, jobs in cases:
+        for degrees, zero, calls in cases:
             axes = "-".join(f"{axis}{degree}" for axis, degree in degrees.items()) or "none"
-            made = "+".join(job[:4] for job in jobs) if module is test_sampling else f"{len(jobs)} jobs of 1.x"
+            made = "+".join(call[:4] for call in calls) if module is test_sampling else f"{len(calls)} jobs of 1.x"
             name = f"sample-{world}-{axes}-zero{zero}-{made}"
             if wanted(name):
-                yield name, lambda given=(module, world, (degrees, zero, jobs)): sampled(*given)
+                yield name, lambda given=(module, world, (degrees, zero, calls)): sampled(*given)
 
 
 def computed_together(
-    runs: Sequence[Any], wanted: Wanted, on_layouts: Callable[[list[Any]], list[Any]]
+    chapter: str, runs: Sequence[Any], wanted: Wanted, on_layouts: Callable[[list[Any]], list[Any]]
 ) -> Iterator[tuple[Any, Callable[[], list[Any]]]]:
     """(run, what gives its results of all processes). Runs of equal size share processes, to start fewer of them.
 
     The time of a row that is first among those is the time of all.
     """
-    chosen = [run for run in runs if wanted(f"chapter-{run}")]
+    chosen = [run for run in runs if wanted(f"{chapter}-{run}")]
     for world, same in itertools.groupby(chosen, lambda run: run.world):
         left = list(same)
         for start in range(0, len(left), TOGETHER):
@@ -174,18 +184,18 @@ def trained_factored(run: Run) -> Row:
     return compared(every, factored_truth(run.optim.kind))
 
 
-def chapters_on_layouts(runs: list[chapters.Run]) -> list[tuple[Outcome, list[Any]]]:
+def chapters_on_layouts(models: dict[str, Any], runs: list[chapters.Run]) -> list[tuple[Outcome, list[Any]]]:
     """Runs in every process of the group; nothing of a run with adapters is sampled."""
-    every = chapters.on_these_layouts(runs, chapters.MODELS)
-    plain = {run: chapters.sampled_on_these_layouts([run], chapters.MODELS)[0] for run in runs if not run.adapters}
+    every = chapters.on_these_layouts(runs, models)
+    plain = {run: chapters.sampled_on_these_layouts([run], models)[0] for run in runs if not run.adapters}
     return [(outcome, plain.get(run, [])) for run, outcome in zip(runs, every, strict=True)]
 
 
-def compared_chapter(run: chapters.Run, every: list[tuple[Outcome, list[Any]]]) -> Row:
+def compared_chapter(module: Any, run: chapters.Run, every: list[tuple[Outcome, list[Any]]]) -> Row:
     """Training and latents."""
-    truth = test_chapters.truth(run.model, run.kind, run.adapters)
+    truth = module.truth(run.model, run.kind, run.adapters)
     found, as_predicted = compared([outcome for outcome, _ in every], truth)
-    whole = chapters.sampled(chapters.MODELS[run.model])
+    whole = chapters.sampled(module.MODELS[run.model])
     apart = [relative(*pair) for _, samples in every if samples for pair in zip(samples, whole, strict=True)]
     return found | ({"latents": max(apart)} if apart else {}), as_predicted
 

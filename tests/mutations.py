@@ -37,6 +37,8 @@ class Mutation:
     test: str  # what must find it, as pytest names it
 
 
+TENSOR_CUT = "acceleration/sharding/tensor_parallel.py"
+NORMS_CUT = "tests/dist/test_tensor_norms.py::test_{}"
 TEXT_FILES, RULE = "tests/unit/test_text_files.py", "tests/unit/test_published_rule.py"
 RULE_1X, CLIPS_1X = "tests/unit/test_rule_1x.py", "tests/unit/test_clips_1x.py"
 MASKS_1X, GIVEN_1X = "tests/unit/test_training_masks.py", "tests/unit/test_given_frames.py"
@@ -77,6 +79,7 @@ UNIPC, FLOW_STEPS = "opensora/schedulers/flow_multistep.py", "tests/unit/test_fl
 FLOW_TIMES = "tests/unit/test_rectified_flow.py::test_"
 WAN_VAE, WAN_TEXT = "tests/unit/test_wan_autoencoder.py::test_", "tests/unit/test_text_wan_hunyuan.py::test_"
 PICTURE = "tests/unit/test_image_encoder.py::test_"
+EXPERTS = "tests/dist/test_experts.py::test_"
 CLIP_REFERENCES = "tests/unit/test_clip_references.py::test_"
 GARBAGE, BORDERS = "opensora/train/garbage_collection.py", "tests/unit/test_garbage_collection.py"
 STEP, LOOP = "opensora/train/preparation.py", "opensora/train/loop.py"
@@ -88,6 +91,13 @@ FLOW, TIMES, EULER = (f"opensora/schedulers/{name}.py" for name in ("rectified_f
 OPTIM, EMA, NATIVE = "acceleration/optim/optimizers.py", "acceleration/optim/ema.py", "acceleration/engines/native.py"
 GUIDANCE, SOLVER, NOISE = (f"opensora/sampling/{name}.py" for name in ("guidance", "loop", "noise"))
 MODEL, LAYERS = "opensora/models/mmdit/model.py", "opensora/models/mmdit/layers.py"
+JOINT_BLOCKS, INITIAL = (f"opensora/models/layers/{name}.py" for name in ("joint_blocks", "init"))
+REFINER, HUNYUAN_MODEL, HUNYUAN_FILES = (
+    f"opensora/models/hunyuan_video/{name}.py" for name in ("refiner", "model", "convert")
+)
+HUNYUAN_TEST = "tests/unit/test_hunyuan_video{}.py::test_{}"
+HUNYUAN_PARITY = HUNYUAN_TEST.format("_diffusers_parity", "output_and_every_gradient")
+HUNYUAN_PACK = HUNYUAN_TEST.format("", "a_pack_equals_its_samples")
 CONVERT = "opensora/models/mmdit/convert.py"
 ROWS, READER, FIT = (f"opensora/models/weights/{name}.py" for name in ("rows", "reader", "adapter_fit"))
 FILES = "tests/unit/test_weight_formats.py"
@@ -493,6 +503,27 @@ TABLE: tuple[Mutation, ...] = (
         CLIP_REFERENCES + "sampling_from_a_picture[4.0-in_place]",
     ),
     Mutation(
+        "the step at the boundary is the second expert's",
+        "opensora/sampling/experts.py",
+        'boundary is None or time >= boundary else "low"',
+        'boundary is None or time > boundary else "low"',
+        EXPERTS + "which_expert_a_step_is_for",
+    ),
+    Mutation(
+        "the second expert is guided like the first",
+        "opensora/sampling/experts.py",
+        'option.guidance_low if expert == "low" and',
+        "option.guidance_low if False and",
+        EXPERTS + "two_experts_make_what_a_loop_makes[1]",
+    ),
+    Mutation(
+        "the first expert makes all steps",
+        "opensora/inference/steps.py",
+        'return parts.low_noise.model if expert == "low" and',
+        "return parts.low_noise.model if False and",
+        EXPERTS + "two_experts_make_what_a_loop_makes[1]",
+    ),
+    Mutation(
         "UniPC corrects with one weight",
         UNIPC,
         "return a, b_1 - a",
@@ -804,7 +835,7 @@ TABLE: tuple[Mutation, ...] = (
     ),
     Mutation("shift without latent frames", TIMES, "(4096 - 256)) * math.sqrt(latent_frames)", "(4096 - 256))", TRAIN),
     Mutation("shift from 0 tokens on", TIMES, "/ (4096 - 256)", "/ 4096", TRAIN),
-    Mutation("uniform times", TIMES, "torch.sigmoid(", "torch.special.ndtr(", TRAIN),
+    Mutation("uniform times", TIMES, "torch.sigmoid(draw_per_sample(", "torch.special.ndtr(draw_per_sample(", TRAIN),
     # Optimizer, schedule, average.
     Mutation("average keeps too little", EMA, "self.shadow], 1 - decay)", "self.shadow], decay)", TRAIN),
     Mutation("average warms up one step early", OPTIM, "(1 + step) / (10 + step)", "(2 + step) / (11 + step)", TRAIN),
@@ -832,7 +863,7 @@ TABLE: tuple[Mutation, ...] = (
         "SGD(parameters, lr=cfg.lr)",
         SGD,
     ),
-    Mutation("weights drawn twice as large", MODEL, "math.sqrt(3.0 / tensor", "math.sqrt(12.0 / tensor", DRAWN),
+    Mutation("weights drawn twice as large", INITIAL, "math.sqrt(3.0 / tensor", "math.sqrt(12.0 / tensor", DRAWN),
     Mutation(
         "weights drawn without the seed",
         WEIGHTS,
@@ -881,6 +912,62 @@ TABLE: tuple[Mutation, ...] = (
     Mutation("times not scaled", EMBEDDING, "scale: float = 1000.0", "scale: float = 1.0", TRAIN),
     Mutation("sine before cosine", EMBEDDING, "(angles.cos(), angles.sin())", "(angles.sin(), angles.cos())", TRAIN),
     Mutation(
+        "padding in the mean of the text",
+        REFINER,
+        "(text * counts[..., None]).sum(dim=1)",
+        "text.sum(dim=1)",
+        HUNYUAN_PARITY,
+    ),
+    Mutation(
+        "gates of the refiner swapped",
+        REFINER,
+        "attention_gate, mlp_gate = over_tokens",
+        "mlp_gate, attention_gate = over_tokens",
+        HUNYUAN_PARITY,
+    ),
+    Mutation(
+        "a sample without any text sees none",
+        REFINER,
+        "(mask | begins)",
+        "mask",
+        HUNYUAN_TEST.format("", "every_text_token_sees_one"),
+    ),
+    Mutation(
+        "text refined with that of other samples",
+        REFINER,
+        "(sample_of[:, :, None] == sample_of[:, None, :])",
+        "(sample_of[:, :, None] >= 0 * sample_of[:, None, :])",
+        HUNYUAN_PACK,
+    ),
+    Mutation(
+        "mask of refined text behind the image",
+        HUNYUAN_MODEL,
+        "torch.cat((mask, mask.new_ones(img.shape[:2])), dim=1)",
+        "torch.cat((mask.new_ones(img.shape[:2]), mask), dim=1)",
+        HUNYUAN_PARITY,
+    ),
+    Mutation(
+        "all of the text on every process",
+        HUNYUAN_MODEL,
+        'slice(*(getattr(context, "text", None) or (None,)))',
+        "slice(None)",
+        HUNYUAN_TEST.format("", "a_process_goes_on_with_its_part_of_the_text"),
+    ),
+    Mutation(
+        "guidance not scaled",
+        HUNYUAN_MODEL,
+        "guidance * TIMES",
+        "guidance",
+        HUNYUAN_TEST.format("", "times_and_guidance_are_scaled_by_a_thousand"),
+    ),
+    Mutation(
+        "halves of the last modulation as in the other file",
+        HUNYUAN_FILES,
+        "(rows.part(half, rows.count), rows.part(0, half))",
+        "(rows.part(0, half), rows.part(half, rows.count))",
+        HUNYUAN_TEST.format("_files", "what_diffusers_has_apart_and_in_another_order"),
+    ),
+    Mutation(
         "text mask behind the image",
         MODEL,
         "torch.cat((txt_mask, txt_mask.new_ones(img.shape[:2])), dim=1)",
@@ -889,19 +976,19 @@ TABLE: tuple[Mutation, ...] = (
     ),
     Mutation(
         "gates swapped in double blocks",
-        LAYERS,
+        JOINT_BLOCKS,
         "_, _, attention_gate, shift, scale, mlp_gate = parts",
         "_, _, mlp_gate, shift, scale, attention_gate = parts",
         TRAIN,
     ),
     Mutation(
         "scale and shift swapped in the last layer",
-        LAYERS,
+        JOINT_BLOCKS,
         "shift, scale = over_tokens(",
         "scale, shift = over_tokens(",
         TRAIN,
     ),
-    Mutation("exact GELU in single blocks", LAYERS, 'gelu(inner, approximate="tanh")', "gelu(inner)", TRAIN),
+    Mutation("exact GELU in single blocks", JOINT_BLOCKS, 'gelu(inner, approximate="tanh")', "gelu(inner)", TRAIN),
     Mutation(
         "tokens packed position by position",
         TOKENS,
@@ -1204,7 +1291,13 @@ TABLE: tuple[Mutation, ...] = (
     ),
     Mutation("stored references of other samples", CODES, "[part.name][rows]", "[part.name][: len(rows)]", FEATURES),
     Mutation("known frames stay in the loss", STEP, "not self.conditioning.known_in_loss)", "False)", LEFT_OUT),
-    Mutation("known frames counted as learned", DATA, "return referenced if takes", "return None if takes", LEFT_OUT),
+    Mutation(
+        "known frames counted as learned",
+        DATA,
+        "return referenced if denoising.reads_beside",
+        "return None if denoising.reads_beside",
+        LEFT_OUT,
+    ),
     Mutation("a clip that is all known is counted as learned", DATA, "shape, learn_some=True)", "shape)", LEFT_OUT),
     Mutation(
         "references drawn as their clips are",
@@ -1239,7 +1332,7 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "longer references put back",
         GIVEN,
-        "known if is_still(cond_type) else",
+        "known if keeps else",
         "known if True else",
         "tests/unit/test_golden_sampling.py::test_from_noise_to_pixels[v2v_head]",
     ),
@@ -1698,8 +1791,8 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "a model that is told nothing of its references",
         "opensora/inference/pipeline.py",
-        "reference=given.reference.to(x) * given.known[:, None] if given else None,",
-        "reference=given.reference.to(x) * 0 if given else None,",
+        "reference=given.told().to(x) if given else None,",
+        "reference=given.told().to(x) * 0 if given else None,",
         "tests/unit/test_shipped_model.py::test_clips_go_on_from_their_first_frames",
     ),
     Mutation(
@@ -2133,6 +2226,42 @@ TABLE: tuple[Mutation, ...] = (
         "            self._fetch(index + 1)",
         "            [self._fetch(i) for i in range(index, len(self._blocks))]",
         OFFLOADED,
+    ),
+    # Norms over the channels of all heads under tensor parallelism.
+    Mutation(
+        "a norm over the channels of this process's heads alone",
+        TENSOR_CUT,
+        "squares = collectives.all_reduce_(exact.square().sum(dim=-1, keepdim=True), axis)",
+        "squares = axis.degree * exact.square().sum(dim=-1, keepdim=True)",
+        NORMS_CUT.format("layouts_equal_one_process[2]"),
+    ),
+    Mutation(
+        "the gradient of a norm through this process's heads alone",
+        TENSOR_CUT,
+        "shared = collectives.all_reduce_((normed * scaled).sum(dim=-1, keepdim=True), ctx.axis)",
+        "shared = (normed * scaled).sum(dim=-1, keepdim=True)",
+        NORMS_CUT.format("layouts_equal_one_process[2]"),
+    ),
+    Mutation(
+        "a cut norm in the type of its input",
+        TENSOR_CUT,
+        "    return torch.float64 if x.dtype == torch.float64 else torch.float32",
+        "    return x.dtype",
+        NORMS_CUT.format("bytes_on_the_meta_device"),
+    ),
+    Mutation(
+        "apex's norm in place of a cut one",
+        "acceleration/blocks/fused_norms.py",
+        'if "forward" in vars(module):',
+        'if "backward" in vars(module):',
+        NORMS_CUT.format("in_the_types_that_models_compute_in[torch.float32-apex]"),
+    ),
+    Mutation(
+        "exchanges of norms not counted where a block runs again",
+        "acceleration/accounting/comm_volume.py",
+        "_norm_bytes(norm, shares) * (1 + (again.layers and norm.reruns) + norm.input_trains)",
+        "_norm_bytes(norm, shares) * (1 + norm.input_trains)",
+        NORMS_CUT.format("layouts_equal_one_process[2]"),
     ),
     # Offload in training of adapters, and its forecast.
     Mutation(

@@ -19,21 +19,28 @@ from opensora.models.wan import WanConfig
 from opensora.sampling.options import SamplingOption
 from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.utils.rng import torch_generator
+from opensora.utils.tasks import TaskRunner, one_by_one
 from tests.dist.problem import FakeText
 from tests.toy_components import ToyAutoencoder
 
 PLAIN = WanConfig(in_channels=4, hidden_size=48, num_heads=4, depth=2, ffn_dim=60, text_dim=12)
 CLIP, IN_PLACE = replace(PLAIN, references="clip"), replace(PLAIN, references="in_place")
 MIX = torch.tensor([[0.7, -0.2, 0.4], [0.1, 0.9, -0.3], [-0.5, 0.3, 0.8], [0.6, 0.6, 0.1]])
+GREY = torch.tensor([0.3, -0.2, 0.5, -0.4])  # latents of a grey pixel
 PROMPTS, NEGATIVES, SEEDS = ["a fox runs", "two"], ["blur", ""], [3, 11]
 OPTION = SamplingOption(width=48, height=32, num_frames=9, num_steps=5, guidance=4.0, flow_shift=3.0)
 GRID = (3, 4, 6)  # latents of it
 Velocity = Callable[[Tensor, float], Tensor]
 
 
-def means() -> ToyAutoencoder:
-    """Causal, with a stride of (4, 8, 8)."""
-    return ToyAutoencoder(MIX)
+class Means(ToyAutoencoder):
+    """Causal, with a stride of (4, 8, 8); grey is no zero."""
+
+    def __init__(self) -> None:
+        super().__init__(MIX)
+
+    def encode(self, pixels: Tensor, run: TaskRunner = one_by_one) -> Tensor:
+        return super().encode(pixels) + GREY.to(pixels).view(-1, 1, 1, 1)
 
 
 def fill(expert: str) -> Callable[[str, Tensor], None]:
@@ -59,7 +66,7 @@ def components(cfg: WanConfig, model: nn.Module, mesh: Mesh | None = None, **mor
     return Components(
         model=model,
         cfg=cfg,
-        autoencoder=means(),
+        autoencoder=Means(),
         text_encoder=FakeText(),
         objective=RectifiedFlowConfig(),
         layout=token_layout(cfg, SequenceParallel(mesh)),
@@ -184,5 +191,5 @@ def clip_by_hand(given: Sequence[Tensor | None]) -> Tensor:
         for t in range(GRID[0]):
             group = whole[:, :1] if t == 0 else whole[:, 4 * t - 3 : 4 * t + 1]
             blocks = group.mean(1).unflatten(2, (-1, 8)).unflatten(1, (-1, 8)).mean(dim=(2, 4))
-            found[row, :, t] = torch.einsum("cd,dhw->chw", MIX.double(), blocks)
+            found[row, :, t] = torch.einsum("cd,dhw->chw", MIX.double(), blocks) + GREY.double().view(-1, 1, 1)
     return found

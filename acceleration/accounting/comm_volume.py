@@ -7,7 +7,7 @@ What is counted, per process, for one optimizer step:
 * replicas: its all-reduces of gradients between copies, once per step.
 * ulysses, ring: what an attention slot and an axis switch exchange in forward, again where a block is recomputed, and
   in backward. Text that is read by cross-attention is whole on every process, and nothing of it is exchanged.
-* tensor: the exchanges of cut layers likewise; once per step, the gradients that are shared and the norm.
+* tensor: the exchanges of cut layers and norms likewise; once per step, the gradients that are shared and the norm.
 
 Masks are one byte per token, also on their way through a switch. Scalars of logging and clipping that go over the whole
 world are not counted. ``RankLayout.peers`` counts the bytes to some of the others alone, as host_traffic.py does.
@@ -27,6 +27,7 @@ from acceleration.accounting.model_profile import (
     Attention,
     Layer,
     ModelProfile,
+    Norm,
     Parameter,
     ShardUnit,
     Switch,
@@ -202,6 +203,8 @@ def _exchanged(unit: ShardUnit, shares: TokenShares, kind: str) -> Counter[str]:
     for layer in unit.layers:
         total["tensor"] += _layer_forward(layer, shares) * (1 + (again.layers and layer.reruns))
         total["tensor"] += _layer_backward(layer, shares)
+    for norm in unit.norms:
+        total["tensor"] += _norm_bytes(norm, shares) * (1 + (again.layers and norm.reruns) + norm.input_trains)
     return +total
 
 
@@ -211,6 +214,7 @@ def _forward(unit: ShardUnit, shares: TokenShares) -> Counter[str]:
         total += _attention_forward(slot, shares)
     total["ulysses"] += sum(_switch_bytes(switch, shares)[0] for switch in unit.switches)
     total["tensor"] += sum(_layer_forward(layer, shares) for layer in unit.layers)
+    total["tensor"] += sum(_norm_bytes(norm, shares) for norm in unit.norms)
     return +total
 
 
@@ -332,6 +336,13 @@ def _layer_backward(layer: Layer, shares: TokenShares) -> int:
     if degree == 1 or layer.kind in ("row", "whole") or not layer.input_trains or not shares.follows("tensor"):
         return 0
     return all_reduce_bytes(shares.rows(layer.rows) * layer.inputs * shares.itemsize(), degree)
+
+
+def _norm_bytes(norm: Norm, shares: TokenShares) -> int:
+    """A number per row, in fp32 at least; as many in backward."""
+    if shares.tensor == 1 or not shares.follows("tensor"):
+        return 0
+    return all_reduce_bytes(shares.rows(norm.rows) * shares.itemsize(torch.float32), shares.tensor)
 
 
 def _matrices(parameters: Iterable[Parameter], place: RankLayout) -> Iterable[tuple[int, int]]:

@@ -49,6 +49,7 @@ def _of_unit(unit: ShardUnit, shares: TokenShares, kind: str) -> Counter[str]:
             total["ulysses"] += 1 + (again.around and switch.reruns) + switch.trains
     if shares.tensor > 1:
         total["tensor"] += sum(_of_layer(layer, again.layers) for layer in unit.layers)
+        total["tensor"] += sum(1 + (again.layers and norm.reruns) + norm.input_trains for norm in unit.norms)
     return total
 
 

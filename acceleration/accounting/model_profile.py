@@ -2,7 +2,8 @@
 
 How often something is done per sample is a polynomial in the sizes of the sample: of its text and image tokens, or of
 its text, frames and places. Between two axis switches frames and places have names of their own, as they
-have other sizes there.
+have other sizes there; and so has text, ``txt_here``, where a model that is given all of it goes on with a part.
+``picture`` are the tokens of a picture that is read beside the text.
 """
 
 from collections import Counter
@@ -81,8 +82,17 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """A norm over all heads, whose squares the processes sum that tensor parallelism gives some heads each."""
+
+    rows: Count  # of its input, per sample
+    input_trains: bool  # as of a layer
+    reruns: bool
+
+
+@dataclass(frozen=True)
 class Attention:
-    """One call of an attention slot."""
+    """One call of an attention slot; or of attention in no slot, each process's own, which counts as ``cross``."""
 
     axis: AttentionAxis
     heads: int
@@ -112,6 +122,7 @@ class ShardUnit:
     layers: tuple[Layer, ...]
     attentions: tuple[Attention, ...]
     switches: tuple[Switch, ...] = ()
+    norms: tuple[Norm, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,7 +143,7 @@ class ModelProfile:
         first: dict[tuple[Any, ...], int] = {}
         shapes = (tuple((p.shape, p.trains, p.cut_dim, p.is_shared) for p in unit.parameters) for unit in self.blocks)
         keys = (
-            (unit.layers, unit.attentions, unit.switches, shape)
+            (unit.layers, unit.attentions, unit.switches, unit.norms, shape)
             for unit, shape in zip(self.blocks, shapes, strict=True)
         )
         return tuple(first.setdefault(key, index) for index, key in enumerate(keys))
@@ -169,5 +180,15 @@ class ModelProfile:
     @cached_property
     def cuts_text(self) -> bool:
         """Whether text is a part of the sequence that is cut over processes; else every process has all of it."""
+        return not self._of_sequence.isdisjoint({"txt", "txt_here"})
+
+    @cached_property
+    def cuts_text_itself(self) -> bool:
+        """Whether the model is given all of the text on every process, and cuts it afterwards."""
+        return "txt_here" in self._of_sequence
+
+    @cached_property
+    def _of_sequence(self) -> Subset:
+        """The sizes that the length of the whole sequence depends on."""
         slots = (slot for unit, _ in self.unit_counts for slot in unit.attentions)
-        return any("txt" in slot.queries.names for slot in slots if slot.axis == "joint")
+        return frozenset(name for slot in slots if slot.axis == "joint" for name in slot.queries.names)

@@ -10,10 +10,13 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import combinations
 from math import prod
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 from acceleration import lora, protocol
 from acceleration.accounting.model_profile import (
@@ -21,12 +24,16 @@ from acceleration.accounting.model_profile import (
     Count,
     Layer,
     ModelProfile,
+    Norm,
     Parameter,
     ShardUnit,
     Sizes,
     Subset,
     Switch,
 )
+from acceleration.sharding import tensor_parallel
+
+Found: TypeAlias = Layer | Norm | Attention | Switch
 
 # Runs the model's forward on meta tensors for one sample with masked text: (model, **sizes), those that enter the model
 Forward = Callable[..., Tensor]
@@ -37,8 +44,11 @@ FACTORED = {"txt": 16, "frames": 5, "places": 12, "frames_inside": 3, "places_in
 OUTSIDE, INSIDE = ("frames", "places"), ("frames_inside", "places_inside")  # of the switches
 
 
-def profile_of(model: nn.Module, forward: Forward) -> ModelProfile:
+def profile_of(model: nn.Module, forward: Forward, more: Sizes = MappingProxyType({})) -> ModelProfile:
     """What ``model``, whole and on the meta device, is made of.
+
+    Args:
+        more: sizes that the forward of a joint model takes beside text and image tokens, and what they are at first.
 
     Raises:
         ValueError: blocks run in another order than ``block_lists`` says, or a count is no polynomial in the sizes.
@@ -49,9 +59,9 @@ def profile_of(model: nn.Module, forward: Forward) -> ModelProfile:
     )
     owner, rest = _owners(model), len(protocol.blocks(model))
     units = [ShardUnit((), (), ()) for _ in range(rest + 1)]
-    for module, call in _calls(model, forward, is_factored):
+    for module, call in _calls(model, forward, FACTORED if is_factored else JOINT | dict(more), is_factored):
         index = owner.get(id(module), rest)
-        field = {Layer: "layers", Attention: "attentions", Switch: "switches"}[type(call)]
+        field = {Layer: "layers", Attention: "attentions", Switch: "switches", Norm: "norms"}[type(call)]
         units[index] = replace(units[index], **{field: (*getattr(units[index], field), call)})
     found = ModelProfile(tuple(units[:-1]), units[-1], is_factored)
     return extended(found, model, range(rest))
@@ -75,9 +85,8 @@ def _owners(model: nn.Module) -> dict[int, int]:
     return {id(module): index for index, block in enumerate(protocol.blocks(model)) for module in block.modules()}
 
 
-def _calls(model: nn.Module, forward: Forward, is_factored: bool) -> list[tuple[nn.Module, Layer | Attention | Switch]]:
-    """Every call of a layer, slot or switch, in order."""
-    base = FACTORED if is_factored else JOINT
+def _calls(model: nn.Module, forward: Forward, base: Sizes, is_factored: bool) -> list[tuple[nn.Module, Found]]:
+    """Every call of a layer, a norm over all heads, a slot, attention outside of slots or a switch, in order."""
     runs: dict[Subset, list[_Call]] = {}
 
     def run(changed: Subset, factor: int = 2) -> list[_Call]:
@@ -117,7 +126,7 @@ def _check(found: "list[tuple[nn.Module, Any]]", seen: "list[_Call]", sizes: Siz
         ValueError: one is not.
     """
     for (module, call), other in zip(found, seen, strict=True):
-        counts: tuple[Count, ...] = (call.rows,) if isinstance(call, Layer) else ()
+        counts: tuple[Count, ...] = (call.rows,) if isinstance(call, Layer | Norm) else ()
         counts = (call.batch, call.queries, call.keys) if isinstance(call, Attention) else counts
         if tuple(count.at(sizes) for count in counts) != other.counts:
             raise ValueError(f"{type(module).__name__}: its calls are no polynomial in {', '.join(sizes)}: {counts}")
@@ -148,10 +157,10 @@ class _Fit:
 
 @dataclass
 class _Call:
-    """One call of a layer, a slot or a switch in one run."""
+    """One call of a layer, a norm over all heads, a slot or a switch in one run."""
 
     module: nn.Module
-    name: str  # of a layer: how it is cut; of a slot and a switch: the axis
+    name: str  # of a layer or norm: how it is cut; of a slot and a switch: the axis
     counts: tuple[int, ...]  # those that depend on sizes
     shape: tuple[int, ...]  # of its input
     dtype: torch.dtype
@@ -161,9 +170,11 @@ class _Call:
     is_masked: bool = False
     is_switch: bool = False
 
-    def as_found(self, fit: _Fit) -> Layer | Attention | Switch:
+    def as_found(self, fit: _Fit) -> Found:
         """What it is for any sizes."""
         module, name, reruns = self.module, self.name, self.kept_in_block > self.at
+        if name == "norm":
+            return Norm(fit.count(0), self.trains, reruns)
         if isinstance(module, nn.Linear):
             trains = module.weight.requires_grad
             return Layer(name, module.in_features, module.out_features, fit.count(0), self.trains, reruns, trains)
@@ -186,6 +197,20 @@ class _Slot(nn.Module):
     ) -> Tensor:
         self.note(q, (q.shape[0], q.shape[1], k.shape[1]), is_masked=key_mask is not None)
         return q + (k * v).sum(dim=1, keepdim=True)
+
+
+class _OutsideOfSlots(TorchFunctionMode):
+    """Notes the calls of attention that is in no slot."""
+
+    def __init__(self, note: Callable[..., None]) -> None:
+        super().__init__()
+        self.note = note
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is scaled_dot_product_attention:
+            q, k = args[:2]  # (B, H, L, Dh)
+            self.note(q.transpose(1, 2), (q.shape[0], q.shape[2], k.shape[2]))
+        return func(*args, **(kwargs or {}))
 
 
 class _WindowSlot(nn.Module):
@@ -229,11 +254,12 @@ class _Resized(torch.autograd.Function):
 
 
 def _run(model: nn.Module, forward: Forward, sizes: Sizes) -> list[_Call]:
-    """Every call of a linear layer, a slot and a switch, in order."""
+    """Every call of a linear layer, a norm over all heads, a slot and a switch, in order."""
     calls: list[_Call] = []
     order: list[nn.Module] = []
     kept = 0
     block_start = 0
+    inside: nn.Module = model  # the block that runs, if one does
 
     def note(module: nn.Module, name: str, x: Tensor, counts: tuple[int, ...], **more: bool) -> None:
         calls.append(_Call(module, name, counts, tuple(x.shape), x.dtype, x.requires_grad, kept, **more))
@@ -244,20 +270,22 @@ def _run(model: nn.Module, forward: Forward, sizes: Sizes) -> list[_Call]:
         return x
 
     def begin(block: nn.Module, args: Any) -> None:
-        nonlocal block_start
-        block_start = len(calls)
+        nonlocal block_start, inside
+        block_start, inside = len(calls), block
         order.append(block)
 
     def end(*_: Any) -> None:
+        nonlocal inside
+        inside = model
         for call in calls[block_start:]:
             call.kept_in_block = kept
 
     def noted_layer(name: str) -> Callable[..., None]:
         return lambda layer, args, out: note(layer, name, args[0], (prod(args[0].shape[:-1]),))
 
-    kinds = planned_kinds(model)
-    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    handles = [module.register_forward_hook(noted_layer(kinds.get(name, "whole"))) for name, module in linear]
+    kinds = tensor_parallel.planned_kinds(model)
+    noted = [(n, module) for n, module in model.named_modules() if isinstance(module, nn.Linear) or n in kinds]
+    handles = [module.register_forward_hook(noted_layer(kinds.get(name, "whole"))) for name, module in noted]
     for block in protocol.blocks(model):
         handles += [block.register_forward_pre_hook(begin), block.register_forward_hook(end)]
     owns = _stand_in(model, note, sizes)
@@ -266,7 +294,8 @@ def _run(model: nn.Module, forward: Forward, sizes: Sizes) -> list[_Call]:
     try:
         if model.axis_switches:  # so that what is computed with can be told from what is kept exact
             model.to(torch.bfloat16)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        outside = _OutsideOfSlots(lambda *call: note(inside, "cross", *call))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), outside:
             forward(model, **entering)
     finally:
         model.to(dtype)
@@ -302,19 +331,8 @@ def _stand_in(model: nn.Module, note: Callable[..., None], sizes: Sizes) -> list
     return found
 
 
-def planned_kinds(model: nn.Module) -> dict[str, str]:
-    """Name of every linear layer that tensor parallelism cuts -> how."""
-    patterns: dict[str, protocol.LayerPlan] = model.tensor_plan()  # type: ignore[operator]
-    return {
-        name: kind
-        for pattern, (kind, _) in patterns.items()
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and protocol.matches(name, pattern)
-    }
-
-
 def _parameters(model: nn.Module, owner: dict[int, int], rest: int) -> dict[int, list[Parameter]]:
-    kinds = planned_kinds(model)
+    kinds = tensor_parallel.planned_kinds(model)
     shared: tuple[str, ...] = model.tensor_shared  # type: ignore[assignment]
     found: dict[int, list[Parameter]] = {}
     for prefix, module in model.named_modules():

@@ -22,6 +22,7 @@ class MicroBatch:
     has_mask: bool = False  # the text has a padding mask
     degree: int | None = None  # processes of ulysses that cut its samples; None: the whole axis
     packed: int = 0  # samples of equal length in a sequence, of which txt and img are all tokens; 0: nothing is packed
+    picture: int = 0  # tokens of a picture beside the text of a sample
 
     @property
     def places(self) -> int:
@@ -37,7 +38,8 @@ class MicroBatch:
     def sizes(self, profile: ModelProfile) -> Sizes:
         """Of a whole sample, as the counts of a profile want them."""
         if not profile.is_factored:
-            return {"txt": self.txt // max(1, self.packed), "img": self.img // max(1, self.packed)}
+            txt, img = (tokens // max(1, self.packed) for tokens in (self.txt, self.img))
+            return {"txt": txt, "txt_here": txt, "img": img, "picture": self.picture}
         assert self.frames is not None, "a model that keeps time and space apart needs MicroBatch.frames"
         return _factored_sizes(self.txt, self.frames, self.places, self.frames, self.places)
 
@@ -97,7 +99,8 @@ class RankLayout:
     def local_tokens(self, profile: ModelProfile, batch: MicroBatch) -> tuple[int, int]:
         """(text, image) tokens of a sample that this process holds."""
         sizes = self.local_sizes(profile, batch)
-        return sizes["txt"], sizes["frames"] * sizes["places"] if profile.is_factored else sizes["img"]
+        txt = sizes["txt_here" if profile.cuts_text_itself else "txt"]
+        return txt, sizes["frames"] * sizes["places"] if profile.is_factored else sizes["img"]
 
 
 class TokenShares:
@@ -112,9 +115,11 @@ class TokenShares:
         if profile.is_factored:
             self.all = self._factored(profile, sequence)
         else:
-            txt = sequence.sizes(batch.txt, extra_to_last=True)
-            txt = txt if profile.cuts_text else (batch.txt,) * sequence.degree
-            self.all = [{"txt": t, "img": i} for t, i in zip(txt, sequence.sizes(batch.img), strict=True)]
+            cut, img = sequence.sizes(batch.txt, extra_to_last=True), sequence.sizes(batch.img)
+            given = cut if profile.cuts_text and not profile.cuts_text_itself else (batch.txt,) * sequence.degree
+            names = ("txt", "txt_here", "img", "picture")
+            parts = zip(given, cut, img, (batch.picture,) * sequence.degree, strict=True)
+            self.all = [dict(zip(names, sizes, strict=True)) for sizes in parts]
         self.local = self.all[self.rank]
         first = self.ring.rank * self.ulysses.degree
         self.group = self.all[first : first + self.ulysses.degree]  # of each process of its ulysses group

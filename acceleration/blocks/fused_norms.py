@@ -16,6 +16,8 @@ def apply(model: nn.Module, cfg: ParallelConfig, device_type: str) -> None:
     if cfg.compile.enabled or not nvidia_apex.chosen(cfg.norm_kernel, "norms", device_type):
         return
     for module in model.modules():
+        if "forward" in vars(module):  # a norm over channels of which this process holds a part has its own
+            continue
         # The forward is replaced, not the module: parameter names stay what checkpoints say.
         if isinstance(module, nn.LayerNorm):
             module.forward = partial(_layer_norm, module)  # type: ignore[method-assign]

@@ -34,6 +34,8 @@ class SequenceContext:
     segments: Segments | None = None  # of the tokens of all; None: every sequence is one sample
     frames: int | None = None  # of models that keep time and space apart: all frames
     switches: bool = False  # axis switches exchange places for frames; False: they leave tokens as they are
+    text: tuple[int, int] | None = None  # first and end of this process's text tokens, for models that are given all of
+    # them and cut them themselves; None: not cut
 
 
 def exchanges_axes(frames: int, heads: int, degree: int) -> bool:
@@ -86,7 +88,8 @@ class SequenceParallel:
             return None
         part = self.ulysses if self.ulysses.parent else None
         txt, img = self.sizes(txt_tokens, extra_to_last=True), self.sizes(img_tokens)
-        return SequenceContext(tuple(a + b for a, b in zip(txt, img, strict=True)), part)
+        lengths = tuple(a + b for a, b in zip(txt, img, strict=True))
+        return SequenceContext(lengths, part, text=self._mine(txt))
 
     def factored_context(self, frames: int, places: int, heads: int) -> SequenceContext | None:
         """The same for models that keep ``frames`` x ``places`` tokens apart: these are cut along places.
@@ -112,7 +115,12 @@ class SequenceParallel:
         parts = zip(txt.split(sizes[0], dim=1), img.split(sizes[1], dim=1), strict=True)
         held = [torch.cat(part, dim=1) for part in parts]  # of each process, text before image
         segments = Segments.of(torch.cat(held, dim=1), device)
-        return SequenceContext(tuple(part.shape[1] for part in held), segments=segments)
+        return SequenceContext(tuple(part.shape[1] for part in held), segments=segments, text=self._mine(sizes[0]))
+
+    def _mine(self, sizes: tuple[int, ...]) -> tuple[int, int]:
+        """First and end of this process's tokens, of those that the processes have."""
+        first = sum(sizes[: self.rank])
+        return first, first + sizes[self.rank]
 
 
 def even_sizes(count: int, degree: int) -> tuple[int, ...]:

@@ -6,6 +6,11 @@ A model states in ``tensor_plan`` how each linear layer is cut:
 * ``row``: by inputs, which the process already holds; outputs are summed, then the bias is added. One, in forward.
 * ``gather``: by outputs, which are then joined: for layers outside the stream of tokens, whose weights are large.
 
+and which root-mean-square norms run over the channels of all heads, as those of queries and keys in some models:
+
+* ``norm``: cut as the heads are. The squares of a token are summed over all processes, and in backward what depends on
+  them is: one number per token in either direction.
+
 A fused layer is a row of parts (q, k, v, hidden units, ...): each is cut by itself. What is not in the plan is held and
 computed by all alike, so its gradient is the same everywhere; only weights that all hold but use for their own heads
 (``tensor_shared``: the norms of queries and keys) have partial gradients, which are summed once per step.
@@ -17,6 +22,7 @@ beside those of the layer.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +55,7 @@ class Cut:
 
 
 def check(model: nn.Module, degree: int) -> None:
-    """That every layer of the plan can be cut. Works on the meta device.
+    """That everything in the plan can be cut. Works on the meta device.
 
     Raises:
         ValueError: a layer whose parts ``degree`` does not divide.
@@ -62,17 +68,17 @@ def check(model: nn.Module, degree: int) -> None:
 
 
 def apply(model: nn.Module, axis: Axis) -> None:
-    """Cut the model's linear layers in place. The model must be on the meta device: values come afterwards."""
+    """Cut the model's layers in place. The model must be on the meta device: values come afterwards."""
     cuts: dict[str, Cut] = {}
     shared: list[str] = []
     if axis.degree > 1:
         check(model, axis.degree)
         for name, kind, parts in list(_planned(model)):
-            linear = model.get_submodule(name)
-            assert isinstance(linear, nn.Linear), name
+            module = model.get_submodule(name)
             sizes = tuple(size for size, _ in parts)
-            cuts |= {f"{name}.{key}": cut for key, cut in _cut_linear(linear, kind, sizes, axis).items()}
-            if isinstance(linear, lora.LoraLinear):
+            found = _cut_norm(module, sizes, axis) if kind == "norm" else _cut_linear(module, kind, sizes, axis)
+            cuts |= {f"{name}.{key}": cut for key, cut in found.items()}
+            if isinstance(module, lora.LoraLinear):
                 shared.append(f"{name}.{lora.B if kind == 'row' else lora.A}")
         patterns: tuple[str, ...] = model.tensor_shared  # type: ignore[assignment]
         shared += [n for n, _ in model.named_parameters() if any(protocol.matches(n, p) for p in patterns)]
@@ -108,15 +114,33 @@ def full(name: str, value: Tensor, model: nn.Module, axis: Axis) -> Tensor:
     return cut.join(list(stacked.unbind(0)))
 
 
+def planned_kinds(model: nn.Module) -> dict[str, str]:
+    """Name of every layer and norm that tensor parallelism cuts -> how."""
+    return {name: kind for name, kind, _ in _planned(model)}
+
+
 def _planned(model: nn.Module) -> Iterator[tuple[str, str, tuple[tuple[int, int], ...]]]:
-    """(layer, kind, parts) for every linear layer in the model's plan; a layer without parts is one part."""
+    """(name, kind, parts) for everything in the model's plan; a layer without parts is one part."""
     for pattern, (kind, parts) in model.tensor_plan().items():  # type: ignore[operator]
+        wanted = protocol.RMSNorm if kind == "norm" else nn.Linear
         for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and protocol.matches(name, pattern):
-                yield name, kind, parts or ((module.out_features, 1),)
+            if isinstance(module, wanted) and protocol.matches(name, pattern):
+                yield name, kind, parts or ((module.out_features, 1),)  # type: ignore[union-attr]
 
 
-def _cut_linear(linear: nn.Linear, kind: str, parts: tuple[int, ...], axis: Axis) -> dict[str, Cut]:
+def _cut_norm(norm: nn.Module, parts: tuple[int, ...], axis: Axis) -> dict[str, Cut]:
+    assert isinstance(norm, protocol.RMSNorm), norm
+    found = {}
+    for key, gain in list(norm.named_parameters(recurse=False)):
+        assert gain.shape == (sum(parts),), (gain.shape, parts)
+        found[key] = Cut(0, _ranges(parts, axis), tuple(gain.shape), parts)
+        setattr(norm, key, _share_of(gain, found[key], axis.degree))
+    norm.forward = _Norm(norm, sum(parts), axis)
+    return found
+
+
+def _cut_linear(linear: nn.Module, kind: str, parts: tuple[int, ...], axis: Axis) -> dict[str, Cut]:
+    assert isinstance(linear, nn.Linear), linear
     dim = 1 if kind == "row" else 0
     size = linear.weight.shape[dim]
     assert sum(parts) == size, (parts, size)
@@ -139,13 +163,17 @@ def _shrink(linear: nn.Linear, key: str, cut: Cut, degree: int) -> None:
     owner, _, attribute = key.rpartition(".")
     layer = linear.get_submodule(owner)
     assert isinstance(layer, nn.Linear)
-    old = layer.get_parameter(attribute)
-    shape = list(cut.shape)
-    shape[cut.dim] //= degree
-    new = nn.Parameter(torch.empty(shape, dtype=old.dtype, device="meta"), requires_grad=old.requires_grad)
+    new = _share_of(layer.get_parameter(attribute), cut, degree)
     setattr(layer, attribute, new)
     if attribute == "weight":
-        layer.out_features, layer.in_features = shape
+        layer.out_features, layer.in_features = new.shape
+
+
+def _share_of(full: nn.Parameter, cut: Cut, degree: int) -> nn.Parameter:
+    """Without a value."""
+    shape = list(cut.shape)
+    shape[cut.dim] //= degree
+    return nn.Parameter(torch.empty(shape, dtype=full.dtype, device="meta"), requires_grad=full.requires_grad)
 
 
 def _ranges(parts: tuple[int, ...], axis: Axis) -> tuple[tuple[int, int], ...]:
@@ -191,6 +219,53 @@ class _Gather:
         sizes = [size // degree for size in self.parts]
         by_rank = [piece.split(sizes, dim=-1) for piece in joined.chunk(degree, dim=-1)]
         return torch.cat([part for parts in zip(*by_rank, strict=True) for part in parts], dim=-1)
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """The root mean square is over ``channels`` channels, of which this process holds those of its heads."""
+
+    norm: protocol.RMSNorm
+    channels: int
+    axis: Axis
+
+    @torch.compiler.disable  # see compile.py
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., channels here), in the type of ``x``; computed in fp32 at least."""
+        return _AllHeadsRMSNorm.apply(x, self.norm.gain, self.norm.eps, self.channels, self.axis)
+
+
+class _AllHeadsRMSNorm(torch.autograd.Function):
+    """y = g x / r with r = sqrt(S / C + eps), S the sum of squares over the C channels of all processes.
+
+    dL/dx = (g dy - x / r^2 * sum(x g dy) / C) / r, where the sum is over all processes, too. Kept are x and 1/r.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, channels: int, axis: Axis) -> Tensor:
+        exact = x.to(_exact(x))
+        squares = collectives.all_reduce_(exact.square().sum(dim=-1, keepdim=True), axis)
+        inverse = (squares / channels + eps).rsqrt()
+        ctx.save_for_backward(x, gain, inverse)
+        ctx.channels, ctx.axis = channels, axis
+        return (exact * inverse * gain).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        x, gain, inverse = ctx.saved_tensors
+        normed, grad = x.to(inverse.dtype) * inverse, grad.to(inverse.dtype)
+        of_x = of_gain = None
+        if ctx.needs_input_grad[0]:
+            scaled = grad * gain
+            shared = collectives.all_reduce_((normed * scaled).sum(dim=-1, keepdim=True), ctx.axis)
+            of_x = ((scaled - normed * (shared / ctx.channels)) * inverse).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            of_gain = (grad * normed).flatten(0, -2).sum(dim=0).to(gain.dtype)
+        return of_x, of_gain, None, None, None
+
+
+def _exact(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 FORWARDS: dict[str, Callable[[nn.Linear, tuple[int, ...], Axis], Callable[[Tensor], Tensor]]] = {

@@ -17,6 +17,14 @@ from opensora.utils.tasks import TaskRunner, one_by_one
 
 
 @dataclass(frozen=True, kw_only=True)
+class LowNoiseExpert:
+    """A second model, for the steps of low noise."""
+
+    model: nn.Module
+    boundary: float  # its steps are of times below, in parts of the time of pure noise
+
+
+@dataclass(frozen=True, kw_only=True)
 class Components:
     """Everything that sampling needs, on this process's device."""
 
@@ -32,6 +40,7 @@ class Components:
     prompt_suffix: bool  # prompts end with words about frame rate and motion
     published_prompts: bool = False  # in the form of the family's own sampler
     run_tiles: TaskRunner = one_by_one  # who codes the tiles of a clip
+    low_noise: LowNoiseExpert | None = None
     turns: Turns | None = None  # of text encoder, denoiser and autoencoder on the device; None: nobody keeps account
 
 

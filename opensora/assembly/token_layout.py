@@ -2,7 +2,7 @@
 
 What a family says of its tokens (``Denoising``) meets who holds which of them (``SequenceParallel``) here and nowhere
 else. Joint models cut their one sequence of image tokens, factored ones the places of a frame; text in the sequence is
-cut as well, text that is read by cross-attention is whole on every process.
+cut as well, unless the model cuts it itself; text that is read by cross-attention is whole on every process.
 """
 
 from dataclasses import dataclass, replace
@@ -67,7 +67,9 @@ class TokenLayout:
 
     def shard_text(self, text: Tensor) -> Tensor:
         """This process's part of what has a row per text token."""
-        return self.sequence.shard(text, extra_to_last=True) if self.denoising.text == "joint" else text
+        if self.denoising.text != "joint" or self.denoising.cuts_text:
+            return text
+        return self.sequence.shard(text, extra_to_last=True)
 
     def patchify_conditions(self, conditions: Conditions) -> Conditions:
         """With references as tokens; a token is known where the first latent of its patch is."""

@@ -25,6 +25,7 @@ from acceleration.distributed.mesh import Mesh
 
 SampleOffload: TypeAlias = Literal["none", "models", "blocks"]
 TEXT, IMAGE, DENOISER, AUTOENCODER = "text encoder", "image encoder", "denoiser", "autoencoder"
+LOW_NOISE = "denoiser for low noise"  # the second of two experts, whose turn follows that of the first
 
 
 class InTurn:

@@ -71,8 +71,11 @@ def main(argv: list[str]) -> int:
 def sample_files(cfg: SampleConfig) -> tuple[list[Finding], Source | None]:
     """What became of every file of a job, and what its weights are of, as far as they can be read."""
     found: list[Source] = []
-    findings = [look("weights", cfg.weights, lambda: found.append(find_source(cfg)))]
-    source = found[0] if found else as_configured(cfg)
+    alone = replace(cfg, low_noise=None, sampling=replace(cfg.sampling, guidance_low=None))
+    findings = [look("weights", cfg.weights, lambda: found.append(find_source(alone)))]
+    if cfg.low_noise is not None:
+        findings.append(look("low_noise.weights", cfg.low_noise.weights, lambda: found.append(find_source(cfg))))
+    source = found[-1] if found else as_configured(cfg)
     for name in ("lora", "prompt_csv", "watermark"):
         if path := getattr(cfg, name):
             findings.append(look(name, path))

@@ -14,6 +14,8 @@ from opensora.conditioning import ConditioningConfig
 from opensora.config.given_frames import check_given_frames
 from opensora.config.given_frames import reads_no_references as reads_no_references
 from opensora.config.opensora_1x import ReleaseSampling
+from opensora.config.other_models import LowNoiseConfig
+from opensora.config.other_models import StillConfig as StillConfig
 from opensora.config.validation import CondType, ValidateConfig
 from opensora.datasets import DataConfig
 from opensora.models.base import ModelConfig, Width, Widths
@@ -220,30 +222,11 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StillConfig:
-    """A model of stills that makes the first frame of every clip: text to image to video."""
-
-    weights: str  # run folder, export folder or safetensors file
-    model: ModelConfig | None = section(MODEL_CONFIGS, sizes=MODEL_SIZES, optional=True)  # null: as saved with weights
-    vae: AutoencoderConfig | None = section(AUTOENCODER_CONFIGS, optional=True)  # null: as saved with weights
-    text: TextConfig | None = section(TEXT_ENCODER_CONFIGS, optional=True)  # null: that of the clips
-    resolution: str = "768px"  # area of the stills, with sampling.aspect_ratio a size of training's table
-    guidance: float = 4.0  # read by a distilled model, else by two passes
-
-    LIMITS: ClassVar[Limits] = {"guidance": (1000.0, "the velocity would overflow")}
-
-    def __post_init__(self) -> None:
-        if not self.weights:
-            raise ValueError("weights='': must be a run folder, an export folder or a safetensors file")
-        if self.guidance < 0:
-            raise ValueError(f"guidance={self.guidance}: must be a number >= 0")
-
-
-@dataclass(frozen=True, kw_only=True)
 class SampleConfig(ReleaseSampling):
     """One sampling job."""
 
     weights: str  # run folder, export folder or safetensors file
+    low_noise: LowNoiseConfig | None = None  # a second expert, which makes the steps of low noise
     use_ema: bool = True  # of a run that kept a moving average: sample from it
     lora: str | None = None  # adapters to add to the weights: a LoRA file, or folder of a LoRA run's export or of peft
     lora_scale: float = 1.0  # how much of the adapters to add; 0: none
@@ -311,6 +294,10 @@ class SampleConfig(ReleaseSampling):
         if self.end_index is not None and self.end_index <= self.start_index:
             raise ValueError(
                 f"end_index={self.end_index}: must be above start_index={self.start_index}, or null for all"
+            )
+        if self.sampling.guidance_low is not None and self.low_noise is None:
+            raise ValueError(
+                f"sampling.guidance_low={self.sampling.guidance_low}: must be null without low_noise, a second expert"
             )
         if self.parallel.engine != "native":
             raise ValueError(f"parallel.engine={self.parallel.engine}: must be native; the others are for training")

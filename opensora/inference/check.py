@@ -14,14 +14,22 @@ from acceleration.protocol import block_names
 from acceleration.sharding.precision import DTYPES
 from opensora.assembly.step_caches import check_cache
 from opensora.assembly.turns import for_sampling
-from opensora.conditioning.references import kinds_of, parts_of
-from opensora.config.run import RunConfig, SampleConfig, check_fit, check_objective, reads_no_references
+from opensora.conditioning.references import parts_of
+from opensora.config.run import RunConfig, SampleConfig, check_fit, check_objective
 from opensora.inference.find import Source, names_motion
 from opensora.inference.lengths import coded, latents_made
 from opensora.inference.opensora_1x.check import check_placed
 from opensora.inference.opensora_1x.sizes import clip_latents, video_frames
 from opensora.inference.prompts import Job, told_of
-from opensora.inference.references import check_count, check_frames, check_length, chosen, count_frames, split
+from opensora.inference.references import (
+    check_count,
+    check_frames,
+    check_length,
+    check_references,
+    chosen,
+    count_frames,
+    split,
+)
 from opensora.inference.watermark import read_watermark
 from opensora.models.base import AutoencoderShape, ModelConfig, Width, latent_grid
 from opensora.models.families import build_model, count_parameters, describe
@@ -32,7 +40,6 @@ from opensora.sampling.guidance import passes_per_step
 from opensora.sampling.options import SamplingOption, sanitize_sampling_option
 from opensora.schedulers import ObjectiveConfig, build_objective
 from opensora.schedulers.iddpm import IDDPMConfig
-from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.schedulers.rectified_flow_v1 import RectifiedFlowV1Config
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
@@ -62,6 +69,7 @@ def check_sample(cfg: SampleConfig, source: Source, jobs: Sequence[Job], world_s
     option = check_option("sampling", cfg.sampling, cfg, source, samples=samples, world_size=world_size)
     announce_size("sampling", cfg.sampling, option)
     announce_untrained_guidance(cfg.sampling, source)
+    announce_untrained_times(source)
     check_jobs(cfg, source, jobs)
     read_watermark(cfg.watermark)
 
@@ -168,29 +176,6 @@ def _check_texts(cfg: SampleConfig, source: Source, jobs: Sequence[Job]) -> None
     check_prompts(source.text, (text for job in jobs for text in (job.text, job.neg)))
 
 
-def takes_references(model: ModelConfig, objective: ObjectiveConfig) -> bool:
-    """Whether a job may give references by ``cond_type``: to models that read them beside the noise, or in its place
-    along a flow, which keeps them clean."""
-    denoising = describe(model)
-    return denoising.reads_beside or (denoising.references == "in_place" and isinstance(objective, RectifiedFlowConfig))
-
-
-def check_references(model: ModelConfig, objective: ObjectiveConfig, cond_type: str) -> None:
-    """That a model takes known frames, of this kind.
-
-    Raises:
-        UserError: it does not.
-    """
-    if not takes_references(model, objective):
-        raise UserError(f"ref: {reads_no_references(model)}; take ref and cond_type out, or give other weights")
-    kinds = kinds_of(describe(model).references)
-    if cond_type not in kinds:
-        raise UserError(
-            f"cond_type={cond_type}: model.kind={model.kind} reads known frames at the head alone; must be one of "
-            f"{', '.join(kinds)}"
-        )
-
-
 def check_validation(cfg: RunConfig, world_size: int, clips: int) -> None:
     """That the samples which a run makes while it trains, so many together, fit this machine beside nothing else.
 
@@ -219,6 +204,16 @@ def announce_untrained_guidance(option: SamplingOption, source: Source) -> None:
         announce(
             f"sampling.guidance={option.guidance:g}: the model was trained with conditioning.dropout.text=0, so it has "
             "never seen a clip without its prompt, which guidance moves away from; guidance=1 switches it off"
+        )
+
+
+def announce_untrained_times(source: Source) -> None:
+    """Say so where the weights are of one of two experts, and the other is missing."""
+    low, high = source.time_range
+    if source.low_noise is None and (low, high) != (0.0, 1.0):
+        announce(
+            f"{source.path}: trained at times from {low:g} to {high:g} alone, and makes all steps; give both experts, "
+            "the other one as weights or low_noise.weights"
         )
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from acceleration.config import LoraConfig
 from opensora.assembly.initial_weights import check_weights, parameter_shapes
 from opensora.conditioning import ConditioningConfig
 from opensora.config.load import load_config
+from opensora.config.other_models import LowNoiseConfig
 from opensora.config.run import SAVED_NAME, RunConfig, SampleConfig
 from opensora.config.schema import shown
 from opensora.models.base import ModelConfig
@@ -21,7 +22,7 @@ from opensora.models.image import NoImageEncoder
 from opensora.models.weights.adapter_fit import FittedAdapter, fit_adapter
 from opensora.models.weights.adapter_names import CONFIG, WEIGHTS
 from opensora.models.weights.adapters import Adapter, is_adapter, read_adapter
-from opensora.schedulers import OBJECTIVE_CONFIGS, ObjectiveConfig
+from opensora.schedulers import OBJECTIVE_CONFIGS, ObjectiveConfig, build_objective
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 from opensora.utils.files import digests
@@ -53,6 +54,20 @@ class Source:
     objective: ObjectiveConfig  # that it was trained with
     conditioning: ConditioningConfig | None  # likewise; None: nothing says so
     prompt_suffix: bool  # training told the model frame rate and motion score
+    low_noise: "LowNoise | None" = None  # a second expert
+
+    @property
+    def time_range(self) -> tuple[float, float]:
+        """The times that the model was trained at, in parts of the latest."""
+        return getattr(build_objective(self.objective), "time_range", (0.0, 1.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowNoise:
+    """The expert for low noise."""
+
+    source: Source
+    boundary: float
 
 
 def find_source(cfg: SampleConfig) -> Source:
@@ -110,7 +125,7 @@ def find_source(cfg: SampleConfig) -> Source:
     if checkpoint is None:
         check_weights("weights", path, sections["model"])  # what does not fit is said before anything is built
         digests.read_digests(path if path.is_dir() else path.parent)  # and so is a list that cannot be read
-    return Source(
+    source = Source(
         path=path,
         checkpoint=checkpoint,
         adapters=adapters,
@@ -119,6 +134,57 @@ def find_source(cfg: SampleConfig) -> Source:
         prompt_suffix=_trained_with_motion(saved),
         image_encoder=picture,
         **sections,
+    )
+    return replace(source, low_noise=_low_noise(cfg, cfg.low_noise, source)) if cfg.low_noise else source
+
+
+def low_noise_job(cfg: SampleConfig, low: LowNoiseConfig) -> SampleConfig:
+    """The job as if the expert for low noise were its only model."""
+    changes: dict[str, Any] = {name: getattr(low, name) for name in ("weights", "use_ema", "lora", "lora_scale")}
+    sampling = replace(cfg.sampling, guidance_low=None)
+    return replace(cfg, low_noise=None, sampling=sampling, **changes)
+
+
+def _low_noise(cfg: SampleConfig, low: LowNoiseConfig, high: Source) -> LowNoise:
+    """The second expert of a job, which fits the first.
+
+    Raises:
+        UserError: it is not there, has another shape, or nothing says where its times begin.
+    """
+    try:
+        found = find_source(low_noise_job(cfg, low))
+    except UserError as error:
+        raise UserError(f"low_noise.{error}" if str(error).startswith(("weights=", "lora=")) else str(error)) from None
+    for name in ("model", "vae", "text"):
+        if difference := _difference(getattr(found, name), getattr(high, name)):
+            raise UserError(f"low_noise.weights={low.weights}: has {name}.{difference}; experts must be of one shape")
+    if found.objective.kind != high.objective.kind:
+        raise UserError(
+            f"low_noise.weights={low.weights}: was trained with objective.kind={found.objective.kind}, weights with "
+            f"{high.objective.kind}; experts must be of one kind"
+        )
+    return LowNoise(source=found, boundary=low.boundary or _boundary(found, high))
+
+
+def _difference(here: Any, there: Any) -> str:
+    """The first key whose values are others, as in ``depth=2, weights have 4``; empty: they are alike."""
+    if here == there:
+        return ""
+    if type(here) is not type(there):
+        return f"kind={here.kind}, weights have {there.kind}"
+    names = (field.name for field in dataclasses.fields(here))
+    key = next(name for name in names if getattr(here, name) != getattr(there, name))
+    return f"{key}={shown(getattr(here, key))}, weights have {shown(getattr(there, key))}"
+
+
+def _boundary(low: Source, high: Source) -> float:
+    """Where the times meet that two experts were trained at."""
+    ends = low.time_range[1], high.time_range[0]
+    if ends[0] == ends[1]:
+        return ends[0]
+    raise UserError(
+        f"low_noise.boundary: missing; weights were trained at times from {ends[1]:g} on, low_noise.weights up to "
+        f"{ends[0]:g}; say where the second takes over, as low_noise.boundary=0.875"
     )
 
 
@@ -164,7 +230,7 @@ def as_configured(cfg: SampleConfig) -> Source | None:
     """What the weights would be of, by the configuration alone; None: it leaves that to them."""
     if cfg.model is None or cfg.vae is None or cfg.text is None:
         return None
-    return Source(
+    source = Source(
         path=Path(cfg.weights),
         checkpoint=None,
         adapters=None,
@@ -176,6 +242,9 @@ def as_configured(cfg: SampleConfig) -> Source | None:
         conditioning=None,
         prompt_suffix=False,
     )
+    if cfg.low_noise is None:
+        return source
+    return replace(source, low_noise=LowNoise(source=source, boundary=cfg.low_noise.boundary or source.time_range[0]))
 
 
 def names_motion(cfg: SampleConfig, source: Source) -> bool:

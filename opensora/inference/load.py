@@ -15,6 +15,7 @@ from acceleration import lora
 from acceleration.blocks import block_streaming
 from acceleration.checkpoint import CheckpointManager, tensor_shards
 from acceleration.config import PrecisionConfig
+from acceleration.diagnostics.memory_usage import device_bytes
 from acceleration.distributed import mesh as meshes
 from acceleration.distributed.comm_timer import WAITING
 from acceleration.distributed.runtime import Runtime
@@ -23,22 +24,25 @@ from acceleration.protocol import ParameterSource
 from acceleration.sequence import SequenceParallel
 from acceleration.sharding import fsdp
 from acceleration.sharding.precision import DTYPES
-from opensora.assembly.components import Components, tile_runner
+from opensora.assembly.components import Components, LowNoiseExpert, tile_runner
 from opensora.assembly.initial_weights import AdapterSource, FileSource
 from opensora.assembly.sharded_text import image_encoder_of, text_encoder_of
 from opensora.assembly.token_layout import token_layout
-from opensora.assembly.turns import AUTOENCODER, DENOISER, IMAGE, TEXT, Turns, for_sampling, streams_blocks
+from opensora.assembly.turns import AUTOENCODER, DENOISER, IMAGE, LOW_NOISE, TEXT, Turns, for_sampling, streams_blocks
 from opensora.config.run import SampleConfig
-from opensora.inference.find import Source, names_motion
+from opensora.inference.check import fit_option, least_bytes
+from opensora.inference.find import Source, low_noise_job, names_motion
 from opensora.models.base import Autoencoder, TextEncoder
-from opensora.models.families import build_model, family_of
+from opensora.models.families import build_model, count_parameters, family_of
 from opensora.models.image import ImageEncoderConfig
-from opensora.models.text import TextConfig
-from opensora.models.vae import build_autoencoder
+from opensora.models.text import TextConfig, text_tokens
+from opensora.models.vae import autoencoder_shape, build_autoencoder
 from opensora.models.weights.reader import load_state_dict_for
 from opensora.utils.console import announce
 from opensora.utils.errors import UserError
 from opensora.utils.files import digests
+
+ROOM = 0.8  # of a device: what two experts may take there, beside all that ``least_bytes`` does not count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +67,6 @@ def load_components(
         UserError: weights that do not fit the model.
     """
     mesh = meshes.build(cfg.parallel.mesh, runtime.world_size, runtime.device)
-    precision = PrecisionConfig(compute=cfg.precision, reduce="fp32", master=cfg.precision)
-    parallel = replace(cfg.parallel, precision=precision, **for_sampling(cfg.parallel, cfg.offload))
     dtype = DTYPES[cfg.precision]
     # Before the denoiser, which they then do not lie beside.
     text = text if text and text.cfg == source.text else _load_text(cfg, source, runtime, mesh)
@@ -73,6 +75,46 @@ def load_components(
         name + AUTOENCODER, build_autoencoder(source.vae, runtime.device, dtype), cfg.offload
     )
     image_encoder = _load_image(cfg, source, runtime, mesh, turns)
+    model = load_denoiser(cfg, source, runtime, mesh)
+    turns.told_by(model, name + DENOISER)
+    low, models = None, {name + DENOISER: model}
+    if source.low_noise is not None and cfg.low_noise is not None:
+        of_low = low_noise_job(cfg, cfg.low_noise)
+        low = LowNoiseExpert(
+            model=load_denoiser(of_low, source.low_noise.source, runtime, mesh), boundary=source.low_noise.boundary
+        )
+        turns.told_by(low.model, name + LOW_NOISE)
+        models[name + LOW_NOISE] = low.model
+        announce(_told_of_experts(cfg, source, mesh))
+    if cfg.offload == "models" or (low is not None and takes_turns(cfg, source, mesh)):
+        for turn, one in models.items():
+            turns.add(turn, [one])
+    return Components(
+        model=model,
+        cfg=source.model,
+        autoencoder=autoencoder,
+        text_encoder=text.encoder,
+        image_encoder=image_encoder,
+        turns=turns,
+        objective=source.objective,
+        layout=token_layout(source.model, SequenceParallel(mesh)),
+        mesh=mesh,
+        device=runtime.device,
+        low_noise=low,
+        prompt_suffix=names_motion(cfg, source),
+        published_prompts=source.conditioning is None,
+        run_tiles=tile_runner(cfg.vae_parallel, autoencoder, mesh),
+    )
+
+
+def load_denoiser(cfg: SampleConfig, source: Source, runtime: Runtime, mesh: meshes.Mesh) -> nn.Module:
+    """The model of ``source``, sharded, with its weights and adapters. Collective.
+
+    Raises:
+        UserError: weights that do not fit the model, or are not those that were exported.
+    """
+    precision = PrecisionConfig(compute=cfg.precision, reduce="fp32", master=cfg.precision)
+    parallel = replace(cfg.parallel, precision=precision, **for_sampling(cfg.parallel, cfg.offload))
     with torch.device("meta"):
         model = build_model(source.model)
     exported = [source.path] if source.checkpoint is None else []
@@ -101,24 +143,38 @@ def load_components(
     model.requires_grad_(False).eval()
     if streams:
         block_streaming.apply(model, runtime.device)
-    if cfg.offload == "models":
-        turns.add(name + DENOISER, [model])
-    turns.told_by(model, name + DENOISER)
-    return Components(
-        model=model,
-        cfg=source.model,
-        autoencoder=autoencoder,
-        text_encoder=text.encoder,
-        image_encoder=image_encoder,
-        turns=turns,
-        objective=source.objective,
-        layout=token_layout(source.model, SequenceParallel(mesh)),
-        mesh=mesh,
-        device=runtime.device,
-        prompt_suffix=names_motion(cfg, source),
-        published_prompts=source.conditioning is None,
-        run_tiles=tile_runner(cfg.vae_parallel, autoencoder, mesh),
+    return model
+
+
+def takes_turns(cfg: SampleConfig, source: Source, mesh: meshes.Mesh) -> bool:
+    """Whether two experts take turns on a device that has no room for both, where ``offload`` does not say so."""
+    room = device_bytes()
+    if cfg.offload != "none" or room is None:
+        return False
+    shape = autoencoder_shape(source.vae)
+    one = least_bytes(
+        fit_option("sampling", cfg.sampling, source.model, shape),
+        source.model,
+        shape,
+        samples=cfg.batch_size,
+        txt=text_tokens(source.text),
+        itemsize=DTYPES[cfg.precision].itemsize,
+        parallel=cfg.parallel,
+        world_size=mesh.world_size,
     )
+    weights = count_parameters(source.model) * DTYPES[cfg.precision].itemsize // mesh.world_size
+    return one + weights > ROOM * room
+
+
+def _told_of_experts(cfg: SampleConfig, source: Source, mesh: meshes.Mesh) -> str:
+    assert source.low_noise is not None
+    if cfg.offload == "blocks":
+        where = "their blocks come to the device one by one"
+    elif cfg.offload == "models" or takes_turns(cfg, source, mesh):
+        where = "they take turns on the device"
+    else:
+        where = "both stay on the device"
+    return f"two experts, the second below time {source.low_noise.boundary:g}: {where}"
 
 
 def text_of(parts: Components, source: Source) -> LoadedText:

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from acceleration.config import PrecisionConfig
 from acceleration.distributed import mesh as meshes
 from opensora.assembly.reference_codes import codes_whole
-from opensora.assembly.turns import TEXT
+from opensora.assembly.turns import DENOISER, LOW_NOISE, TEXT
 from opensora.conditioning.references import parts_of
 from opensora.config.run import SampleConfig
 from opensora.inference.batches import kind_of
@@ -39,12 +40,28 @@ def memory_of(cfg: SampleConfig, source: Source, world: int, device: Device = DE
         raise UserError(f"parallel.mesh: {error}") from None
     job = job_of(clips_of(cfg), source)
     if cfg.still is None:
-        return sampling_forecast(job, world, device)
+        return _of_experts(job, source, world, device)
     still, of_stills = still_job(cfg, world, source_of)
     made = sampling_forecast(job_of(still, of_stills), world, device)
     # A text encoder that only the stills read stays until the job ends, where nothing moves it out.
     left = made.weights[TEXT] if of_stills.text != source.text and cfg.offload == "none" else 0
-    return sampling_forecast(job, world, device, beside=left).behind(made, STILLS)
+    return _of_experts(job, source, world, device, beside=left).behind(made, STILLS)
+
+
+def _of_experts(job: SamplingJob, source: Source, world: int, device: Device, *, beside: int = 0) -> SamplingForecast:
+    """Of a job whose steps one model makes or two, of which the second stays on the device if it has room for both."""
+    one = sampling_forecast(job, world, device, beside=beside)
+    if source.low_noise is None:
+        return one
+    found = one
+    if job.offload == "none":
+        both = sampling_forecast(job, world, device, beside=beside + one.weights[DENOISER])
+        found = both if both.peak <= device.memory else one
+    changes: dict[str, Any] = {
+        name: getattr(found, name) | {LOW_NOISE: getattr(found, name)[DENOISER]}
+        for name in ("kept", "weights", "turns")
+    }
+    return replace(found, **changes)  # seconds are those of all steps
 
 
 def job_of(cfg: SampleConfig, source: Source, jobs: Sequence[Job] | None = None) -> SamplingJob:

@@ -11,30 +11,41 @@ from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from acceleration.distributed.mesh import Mesh
 from acceleration.distributed.tasks import DistributedRunner
 from opensora.assembly.components import Components
 from opensora.assembly.step_caches import step_cache
 from opensora.assembly.token_layout import forward_arguments
 from opensora.conditioning.dropout import dropped_labels
 from opensora.conditioning.references import is_still, shown
-from opensora.inference.check import check_references
 from opensora.inference.lengths import as_published, asked_for, coded, frames_of, latents_made
 from opensora.inference.prompts import final_prompt
-from opensora.inference.references import KnownFrames, Reference, check_count, check_length, code_known, split
+from opensora.inference.references import (
+    KnownFrames,
+    Reference,
+    check_count,
+    check_length,
+    check_references,
+    code_known,
+    split,
+)
 from opensora.inference.steps import (
     drawn_in_turn,
     given_frames,
     guided_channels,
     keeps_known,
+    model_of,
     noise_of_steps,
+    phases_of,
     solver_for,
 )
 from opensora.models.base import decode_clip, latent_grid
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.sampling.caches import OnDecision, StepCache
 from opensora.sampling.caches.base import NoStepCache
+from opensora.sampling.experts import guided_by
 from opensora.sampling.guidance import build_guidance, passes_per_step
 from opensora.sampling.loop import Predict, denoise
 from opensora.sampling.noise import get_noise
@@ -219,31 +230,39 @@ def build_sampler(parts: Components, on_decision: OnDecision = lambda decision: 
         prompts = [_prepared(parts, final_prompt(t, opt, **told)) for t in text]
         avoided = [_prepared(parts, t) for t in neg or [""] * len(text)]
         passes = passes_per_step(opt, references=guided)
-        cache = _step_cache(opt, parts, on_decision)
-        with cache.during(parts.model):
-            tokens = denoise(
-                _predict(parts, positions, grid),
-                layout.shard(x),
-                solver,
-                build_guidance(
-                    opt,
-                    references=guided,
-                    steps=len(solver.times) - 1,
-                    latent_frames=grid.frames,
-                    positions=positions,
-                    guided=guided_channels(layout.denoising, opt),
-                    keeps_known=keeps_known(parts.objective),
-                    total=layout.sequence.total,
-                ),
-                conditions_of(parts, prompts, x, opt, given=given),
-                conditions_of(parts, avoided, x, opt, null=True, behind=prompts) if passes > 1 else None,
-                outputs=layout.denoising.outputs,
-                noise=drawn_in_turn(noise_of_steps(layout, grid, seeds, x, "solver noise")),
-                frames=given_frames(opt, solver, layout, grid, edit_ratios, frame_noise, references=given is not None),
-                progress=on_step,
-                run=run_passes,
-                watch=cache.watch,
-            )
+        known = conditions_of(parts, prompts, x, opt, given=given)
+        null = conditions_of(parts, avoided, x, opt, null=True, behind=prompts) if passes > 1 else None
+        solver_noise = drawn_in_turn(noise_of_steps(layout, grid, seeds, x, "solver noise"))
+        kept = given_frames(opt, solver, layout, grid, edit_ratios, frame_noise, references=given is not None)
+        tokens = layout.shard(x)
+        for expert, steps in phases_of(solver, parts.low_noise):
+            model, own = model_of(parts, expert), guided_by(opt, expert)
+            cache = _step_cache(own, model, parts.mesh, on_decision)
+            with cache.during(model):
+                tokens = denoise(
+                    _predict(parts, model, positions, grid),
+                    tokens,
+                    solver,
+                    build_guidance(
+                        own,
+                        references=guided,
+                        steps=len(solver.times) - 1,
+                        latent_frames=grid.frames,
+                        positions=positions,
+                        guided=guided_channels(layout.denoising, own),
+                        keeps_known=keeps_known(parts.objective),
+                        total=layout.sequence.total,
+                    ),
+                    known,
+                    null,
+                    outputs=layout.denoising.outputs,
+                    noise=solver_noise,
+                    frames=kept,
+                    progress=on_step,
+                    run=run_passes,
+                    watch=cache.watch,
+                    steps=steps,
+                )
         latents = layout.unpatchify(layout.gather(tokens, grid), grid)  # (B, C, T', H', W')
         if given is not None:
             latents = given.put_back(latents)
@@ -252,11 +271,11 @@ def build_sampler(parts: Components, on_decision: OnDecision = lambda decision: 
     return sample
 
 
-def _step_cache(opt: SamplingOption, parts: Components, on_decision: OnDecision) -> StepCache:
-    """What steps reuse; nothing is asked of the model where they reuse nothing."""
+def _step_cache(opt: SamplingOption, model: nn.Module, mesh: Mesh, on_decision: OnDecision) -> StepCache:
+    """What steps of a model reuse; nothing is asked of it where they reuse nothing."""
     if opt.cache.kind == "none":
         return NoStepCache()
-    return step_cache(opt.cache, parts.model, parts.mesh, on_decision)
+    return step_cache(opt.cache, model, mesh, on_decision)
 
 
 def _given(
@@ -304,15 +323,15 @@ def fit(opt: SamplingOption, parts: Components) -> SamplingOption:
     return sanitize_sampling_option(opt, multiple=multiple, rounds=not denoising.cuts_sizes(autoencoder))
 
 
-def _predict(parts: Components, positions: Tensor, grid: Grid) -> Predict:
-    """The model on this process's tokens of a clip, which are at ``positions``; what fills up tokens stays zero."""
+def _predict(parts: Components, model: nn.Module, positions: Tensor, grid: Grid) -> Predict:
+    """A model on this process's tokens of a clip, which are at ``positions``; what fills up tokens stays zero."""
     whole = parts.layout.inside(grid, parts.device)
     inside = None if whole is None else parts.layout.shard(whole)
 
     def predict(x: Tensor, t: Tensor, known: Conditions) -> Tensor:
         x = x if inside is None else torch.where(inside, x, 0.0)
         tokens = TokenBatch(x=x, positions=positions, grid=grid.sides)
-        found: Tensor = parts.model(**forward_arguments(parts.cfg, tokens, t, known))
+        found: Tensor = model(**forward_arguments(parts.cfg, tokens, t, known))
         if inside is None:
             return found
         outputs = found.shape[-1] // x.shape[-1]

@@ -21,12 +21,17 @@ from opensora.conditioning.references import (
     fits,
     grey_behind,
     is_still,
+    kinds_of,
     parts_of,
 )
+from opensora.config.given_frames import reads_no_references
 from opensora.datasets.decode import api
 from opensora.datasets.decode.common import ResizeToFill, cover_size
 from opensora.datasets.loading.window import crop_origin
-from opensora.models.base import Autoencoder, AutoencoderShape, Variational
+from opensora.models.base import Autoencoder, AutoencoderShape, ModelConfig, Variational
+from opensora.models.families import describe
+from opensora.schedulers import ObjectiveConfig
+from opensora.schedulers.rectified_flow import RectifiedFlowConfig
 from opensora.utils.errors import UserError
 from opensora.utils.files.untrusted import short
 from opensora.utils.files.user_files import absence
@@ -115,10 +120,11 @@ def code_known(
 
     reference, known = code_references(kinds, grid, autoencoder, code, device=device, whole=whole)
     keeps = takes == "in_place" or (is_still(cond_type) and not whole)
+    kept = known if keeps else torch.zeros_like(known)
     return KnownFrames(
         reference=reference,
         known=torch.zeros_like(known) if still else known,
-        kept=known if keeps else torch.zeros_like(known),
+        kept=kept,
         whole=whole,
         pictures=pictures,
     )
@@ -141,6 +147,29 @@ def chosen(cond_type: str, part: Part) -> int:
     """Which of a clip's references a part is taken from: the last frame is that of the last one, all else of the
     first."""
     return -1 if part.end == "tail" and is_still(cond_type) else 0
+
+
+def takes_references(model: ModelConfig, objective: ObjectiveConfig) -> bool:
+    """Whether a job may give references by ``cond_type``: to models that read them beside the noise, or in its place
+    along a flow, which keeps them clean."""
+    denoising = describe(model)
+    return denoising.reads_beside or (denoising.references == "in_place" and isinstance(objective, RectifiedFlowConfig))
+
+
+def check_references(model: ModelConfig, objective: ObjectiveConfig, cond_type: str) -> None:
+    """That a model takes known frames, of this kind.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not takes_references(model, objective):
+        raise UserError(f"ref: {reads_no_references(model)}; take ref and cond_type out, or give other weights")
+    kinds = kinds_of(describe(model).references)
+    if cond_type not in kinds:
+        raise UserError(
+            f"cond_type={cond_type}: model.kind={model.kind} reads known frames at the head alone; must be one of "
+            f"{', '.join(kinds)}"
+        )
 
 
 def check_count(cond_type: str, count: int) -> None:

@@ -8,11 +8,13 @@ from itertools import count
 from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from opensora.assembly.components import Components, LowNoiseExpert
 from opensora.assembly.token_layout import TokenLayout
 from opensora.inference.check import solver_of
 from opensora.models.base import Denoising
+from opensora.sampling.experts import Expert, Phase, phases
 from opensora.sampling.given_frames import CleanFrames, EditedFrames, GivenFrames, SDEdit, StepNoise
 from opensora.sampling.options import SamplingOption
 from opensora.schedulers import ObjectiveConfig, build_solver
@@ -33,6 +35,17 @@ def solver_for(opt: SamplingOption, objective: ObjectiveConfig, grid: Grid) -> S
         opt.num_steps, opt.shift, opt.flow_shift, opt.timestep_respacing, opt.eta, opt.clip_denoised
     )
     return build_solver(solver_of("sampling", opt, objective), objective, options, grid)
+
+
+def phases_of(solver: Solver, low: LowNoiseExpert | None) -> list[Phase]:
+    """The steps of a clip, of one model or of two."""
+    latest = getattr(solver, "pure_noise", 1.0)
+    return phases([time / latest for time in solver.times], None if low is None else low.boundary)
+
+
+def model_of(parts: Components, expert: Expert) -> nn.Module:
+    """The model that makes the steps of an expert."""
+    return parts.low_noise.model if expert == "low" and parts.low_noise is not None else parts.model
 
 
 def guided_channels(denoising: Denoising, opt: SamplingOption) -> int | None:

@@ -23,13 +23,13 @@ from opensora.assembly.turns import AUTOENCODER, DENOISER
 from opensora.config.run import SampleConfig, StillConfig
 from opensora.datasets.buckets.aspect import training_sizes
 from opensora.inference.batches import share_out
-from opensora.inference.check import check_references, check_sample
+from opensora.inference.check import check_sample
 from opensora.inference.find import Source, find_source
 from opensora.inference.lengths import coded, latents_made
 from opensora.inference.load import LoadedText, load_components, text_of
 from opensora.inference.pipeline import build_api
 from opensora.inference.prompts import Job
-from opensora.inference.references import check_length
+from opensora.inference.references import check_length, check_references
 from opensora.inference.save import output_folder, to_uint8
 from opensora.models.families import describe
 from opensora.models.vae import autoencoder_shape
@@ -142,6 +142,7 @@ def still_job(
         objective=None,
         lora=None,
         still=None,
+        low_noise=None,
         prompt_suffix=False,
         parallel=replace(cfg.parallel, mesh=_one_pass(cfg.parallel.mesh, world_size)),
     )
@@ -158,6 +159,7 @@ def still_job(
         width=width,
         num_frames=1,
         guidance=still.guidance,
+        guidance_low=None,
         method="distill" if "guidance" in denoising.wants else "i2v",
         text_osci=False,
         solver=None,

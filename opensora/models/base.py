@@ -99,6 +99,8 @@ class Denoising:
     heads: int
     token_axes: Literal["joint", "factored"] = "joint"  # tokens as one sequence, or as time x space
     text: Literal["joint", "cross", "none"] = "joint"  # text tokens in the sequence, or read by cross-attention
+    cuts_text: bool = False  # of text in the sequence the model is given all on every process, and itself takes the
+    # tokens that ``context.text`` says, (first, end); None there: all
     text_dim: int = 0  # of a text token
     pooled_dim: int = 0  # of the prompt as one vector; 0: not read
     num_classes: int = 0  # of labels; 0: not read

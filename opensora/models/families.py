@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from opensora.models import dit, latte, mmdit, pixart, stdit, wan
+from opensora.models import dit, hunyuan_video, latte, mmdit, pixart, stdit, wan
 from opensora.models.base import Denoising, Family, ModelConfig
 from opensora.utils.errors import UserError
 from opensora.utils.files.untrusted import parse_json, parsing, read_small
@@ -26,6 +26,7 @@ FAMILIES: dict[str, Family] = {
     "stdit": stdit.STDIT,
     "stdit2": stdit.STDIT2,
     "stdit3": stdit.STDIT3,
+    "hunyuan_video": hunyuan_video.FAMILY,
     "wan": wan.FAMILY,
 }
 MODEL_CONFIGS: dict[str, type] = {kind: family.config for kind, family in FAMILIES.items()}

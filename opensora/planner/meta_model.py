@@ -14,27 +14,32 @@ from acceleration.accounting.profiling import extended, profile_of
 from acceleration.accounting.rank_layout import MicroBatch
 from acceleration.config import LoraConfig
 from acceleration.distributed import mesh as meshes
-from acceleration.sequence import SequenceParallel
+from acceleration.sequence import SequenceContext, SequenceParallel
 from opensora.assembly.token_layout import forward_arguments, token_layout
 from opensora.conditioning import ConditioningConfig
 from opensora.models.base import ModelConfig
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.models.families import build_model, describe
-from opensora.models.image import PICTURE_TOKENS
 
+MORE_SIZES = {"txt_here": 7, "picture": 5}  # of the runs that a profile is found by; any that are positive do
 REPEATED = 3  # blocks of a list that are run to know them all: the first, one like all between, the last
 
 
 def run_denoiser(model: nn.Module, *, known: bool = False, **sizes: int) -> Tensor:
     """The forward of a denoiser on the meta device, for one sample: ``txt`` text tokens, which have a mask, and ``img``
-    image tokens or ``frames`` x ``places``.
+    image tokens or ``frames`` x ``places``; where the model reads them ``picture`` tokens; where it cuts text itself,
+    ``txt_here`` tokens that it goes on with.
 
     ``known``: frames are given in the place of noisy ones.
     """
-    frames = sizes.get("frames")
+    frames, txt = sizes.get("frames"), sizes["txt"]
     img = sizes["img"] if frames is None else frames * sizes["places"]
-    batch = MicroBatch(samples=1, txt=sizes["txt"], img=img, frames=frames, has_mask=True)
-    return model(**denoiser_inputs(model.cfg, batch, SequenceParallel(meshes.view({})), known=known))
+    picture = sizes.get("picture", 0)
+    batch = MicroBatch(samples=1, txt=txt, img=img, frames=frames, has_mask=True, picture=picture)
+    given = denoiser_inputs(model.cfg, batch, SequenceParallel(meshes.view({})), known=known)
+    if "txt_here" in sizes:
+        given["context"] = SequenceContext((sizes["txt_here"] + img,), text=(0, sizes["txt_here"]))
+    return model(**given)
 
 
 def denoiser_inputs(
@@ -69,11 +74,11 @@ def denoiser_inputs(
         text=zeros(batch.txt, denoising.text_dim) if denoising.text != "none" else None,
         text_mask=torch.ones(samples, batch.txt, dtype=torch.bool, device=device) if batch.has_mask else None,
         pooled=by_sample(denoising.pooled_dim) if denoising.pooled_dim else None,
+        image_tokens=zeros(batch.picture, denoising.image_dim) if denoising.image_dim else None,
         label=by_sample().to(torch.int64) if denoising.num_classes else None,
         dropped=by_sample().to(torch.bool) if denoising.null_text == "learned" else None,
         known=tokens_of(dtype=torch.bool) if known else None,
         reference=tokens_of(values) if known and denoising.references == "channels" and factored else None,
-        image_tokens=by_sample(PICTURE_TOKENS, denoising.image_dim) if denoising.image_dim else None,
         **{name: x for name, x in numbers.items() if name in denoising.wants},
     )
     x = tokens_of(values)
@@ -115,12 +120,20 @@ def told_frames(model: ModelConfig, conditioning: ConditioningConfig) -> bool:
     return bool(conditioning.masks) or (beside and bool(conditioning.references or conditioning.mask_types))
 
 
+def more_sizes(cfg: ModelConfig) -> dict[str, int]:
+    """Those that the work of this model depends on, beside text and image tokens, for a profile's first run."""
+    denoising = describe(cfg)
+    depends = {"txt_here": denoising.cuts_text, "picture": denoising.image_dim > 0}
+    return {name: size for name, size in MORE_SIZES.items() if depends[name]}
+
+
 @lru_cache
 def _structure(cfg: ModelConfig, known: bool, adapters: LoraConfig | None) -> ModelProfile:
     """Run with a few of the blocks, which the others are like but for their names."""
     short = meta_model(cfg, adapters)
     shown = stand_ins(short)
-    found = extended(profile_of(short, partial(run_denoiser, known=known)), meta_model(cfg, adapters), shown)
+    forward, more = partial(run_denoiser, known=known), more_sizes(cfg)
+    found = extended(profile_of(short, forward, more), meta_model(cfg, adapters), shown)
     # Who exchanges what is decided by the one in a run, and by the other in formulas.
     assert not found.is_factored or found.heads_along_space == describe(cfg).heads, "Denoising.heads: along space"
     return found

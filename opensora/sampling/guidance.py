@@ -161,7 +161,7 @@ def passes_per_step(option: SamplingOption, *, references: bool = False) -> int:
     """How often a step evaluates the model, in the steps with the most."""
     if option.method == "distill":
         return 1
-    return 3 if references else 1 if option.guidance == 1 else 2
+    return 3 if references else 2 if {option.guidance, option.guidance_low} - {1, None} else 1
 
 
 def passes_of_steps(option: SamplingOption, *, references: bool = False) -> tuple[int, ...]:

@@ -32,8 +32,9 @@ def denoise(
     progress: Progress | None = None,
     run: TaskRunner = one_by_one,
     watch: Watch = unwatched,
+    steps: range | None = None,
 ) -> Tensor:
-    """Tokens at the end of the solver's times, like ``x``, in fp32 (fp64 for fp64 x).
+    """Tokens at the end of ``steps``, like ``x``, in fp32 (fp64 for fp64 x).
 
     Args:
         predict: the model, with its tokens' positions; x may be this process's share of the tokens.
@@ -45,12 +46,14 @@ def denoise(
         progress: called before the first step and after every one; what it raises ends the loop between two steps.
         run: evaluates the model for the passes of a step.
         watch: entered around every evaluation, on the process that evaluates.
+        steps: that are made, where others make the rest; None: all of the solver's.
     """
     x = x if x.dtype == torch.float64 else x.float()
-    steps, pure_noise = len(solver.times) - 1, getattr(solver, "pure_noise", 1.0)
-    if progress is not None:
-        progress(0, steps)
-    for index in range(steps):
+    total, pure_noise = len(solver.times) - 1, getattr(solver, "pure_noise", 1.0)
+    steps = range(total) if steps is None else steps
+    if progress is not None and steps.start == 0:
+        progress(0, total)
+    for index in steps:
         before, told = x, known
         if frames is not None:
             x, told = frames.before(x, known, index)
@@ -58,14 +61,14 @@ def denoise(
         shape = (*x.shape[:-1], x.shape[-1] * outputs)
         work = []
         for number, one in enumerate(guidance.passes(told, null, index)):
-            at = Evaluation(number, index, steps, solver.times[index] / pure_noise)
+            at = Evaluation(number, index, total, solver.times[index] / pure_noise)
             work.append(Task(partial(_watched, watch, at, partial(predict, x, t, one)), shape))
         predictions = [found.to(x.dtype) for found in run(work)]
         x = solver.step(x, guidance.combine(predictions, index), index, noise or _no_noise)
         if frames is not None:
             x = frames.after(before, x, index)
         if progress is not None:
-            progress(index + 1, steps)
+            progress(index + 1, total)
     return x
 
 

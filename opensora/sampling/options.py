@@ -40,6 +40,7 @@ class SamplingOption:
     num_frames: int = 129  # any number: those that the autoencoder codes beyond it are made and cut off
     num_steps: int = 50
     guidance: float = 7.5  # towards the prompt; 1: off
+    guidance_low: float | None = None  # that of the expert for low noise, where there are two; null: as guidance
     guidance_img: float | None = 3.0  # towards the references; 1: off; null: as guidance
     cfg_channel: int | None = None  # latent channels that are guided, the first ones; null: all (Open-Sora 1.0: 3 of 4)
     text_osci: bool = False  # guidance only in the first force_num and every even step
@@ -71,7 +72,9 @@ class SamplingOption:
         **dict.fromkeys(("width", "height"), (MAX_SIDE, "H.264 and players take no more pixels a side")),
         "num_frames": (100_000, "more than an hour at 24 frames a second"),
         "num_steps": (10_000, "more change nothing that fp32 could show"),
-        **dict.fromkeys(("guidance", "guidance_img", "initial_image_scale"), (1000.0, "the velocity would overflow")),
+        **dict.fromkeys(
+            ("guidance", "guidance_low", "guidance_img", "initial_image_scale"), (1000.0, "the velocity would overflow")
+        ),
         "cfg_channel": (10_000, "no latents have more"),
         "force_num": (10_000, "a clip takes no more steps"),
         "eta": (1.0, "a step takes no more noise"),
@@ -93,7 +96,7 @@ class SamplingOption:
         for name in ("num_frames", "num_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be an integer >= 1")
-        for name in ("guidance", "guidance_img", "initial_image_scale", "force_num", "eta"):
+        for name in ("guidance", "guidance_low", "guidance_img", "initial_image_scale", "force_num", "eta"):
             if (value := getattr(self, name)) is not None and value < 0:
                 raise ValueError(f"{name}={value}: must be a number >= 0")
         if self.cfg_channel is not None and self.cfg_channel < 1:

@@ -38,6 +38,7 @@ class ModelInfo:
     # Solvers that fit what it was trained for, the default first -> fields of SamplingOption that are for others alone;
     # {}: not told
     solvers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    experts: int = 1  # models that make its steps, one after the other
     channels: int = 0  # of its latents; 0: not told
     room_bytes: int = 0  # that a process may use
     costs: tuple[Cost, ...] = field(default=())  # every offered size at some lengths, ascending in tokens

@@ -276,6 +276,9 @@ def _check_solver(option: SamplingOption, info: ModelInfo, called: Mapping[str, 
                 f"{name}={_shown(getattr(option, name))}: is not for solver={solver}, which this one is; leave it out"
             )
             raise Refused(422, message, param=called.get(name, name), code="invalid_value")
+    if option.guidance_low is not None and info.experts == 1:
+        message = f"guidance_low={option.guidance_low:g}: is for two experts, and this is one model; leave it out"
+        raise Refused(422, message, param="guidance_low", code="invalid_value")
     if info.channels and (option.cfg_channel or 0) > info.channels:
         message = (
             f"cfg_channel={option.cfg_channel}: must be at most {info.channels}, the latent channels of this model"

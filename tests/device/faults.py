@@ -13,8 +13,8 @@ from acceleration.engines.native import NativeEngine
 from acceleration.optim.ema import EMA
 from acceleration.sequence.segments import Segments
 from opensora.assembly import token_layout
+from opensora.models.layers import joint_blocks
 from opensora.models.layers.attention import SDPACore
-from opensora.models.mmdit import layers
 from opensora.models.vae.dct import DCTAutoencoder
 from opensora.schedulers.rectified_flow import RectifiedFlow
 from opensora.train.preparation import Preparation
@@ -157,7 +157,7 @@ FAULTS = [
         "waits: upload",
         PACKED,
     ),
-    Fault("modulation by a CPU tensor", ((layers, "modulate", _scale_on_the_host),), "WrongDevice"),
+    Fault("modulation by a CPU tensor", ((joint_blocks, "modulate", _scale_on_the_host),), "WrongDevice"),
 ]
 
 

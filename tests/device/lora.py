@@ -16,7 +16,7 @@ from acceleration.engines import build_engine
 from acceleration.parallelize import parallelize
 from acceleration.sequence import SequenceParallel
 from opensora.models.families import build_model
-from opensora.models.mmdit import FAMILY, MMDiTConfig
+from opensora.models.mmdit import FAMILY
 from opensora.planner.meta_model import denoiser_inputs
 from tests.device.offload import MODEL, DeviceBytes
 from tests.device.simulated import CUDA, simulated_cuda
@@ -39,23 +39,26 @@ class Case:
     recompute: Any = "none"
     zero: Any = 3
     mesh: tuple[tuple[str, int], ...] = ()
-    model: MMDiTConfig = MODEL
+    model: Any = MODEL
     txt: int = 4
     img: int = 12
     samples: int = 2
     batches: int = 2
     parallel_offload: Any = "none"
     packed: int = 0  # samples in a sequence, of which txt and img are all tokens
+    picture: int = 0  # tokens of a picture
 
     def __str__(self) -> str:
         mesh = " ".join(f"{axis}{degree}" for axis, degree in self.mesh)
-        which = "few" if self.adapters == FEW else "all" if self.adapters.rank else "whole"
+        kind = f"{self.model.kind} " * (self.model is not MODEL)
+        which = kind + ("few" if self.adapters == FEW else "all" if self.adapters.rank else "whole")
         which += f" packed{self.packed}" * bool(self.packed)
         return f"{which} {self.precision.compute} {self.optim.kind} zero{self.zero} {self.recompute} {self.img} {mesh}"
 
     @property
     def batch(self) -> MicroBatch:
-        return MicroBatch(samples=self.samples, txt=self.txt, img=self.img, packed=self.packed)
+        more = {"packed": self.packed, "picture": self.picture}
+        return MicroBatch(samples=self.samples, txt=self.txt, img=self.img, **more)
 
     @property
     def parallel(self) -> ParallelConfig:

@@ -16,11 +16,12 @@ from acceleration.config import OptimConfig
 from acceleration.distributed import mesh as meshes
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig
+from opensora.models import hunyuan_video, wan
 from opensora.planner.forecast import Forecaster
 from opensora.train.setup import check
 from opensora.utils.errors import UserError
 from tests.conftest import ROOT
-from tests.device.lora import FEW, FP64, Case, both
+from tests.device.lora import FEW, FP64, LORA, Case, both
 from tests.dist.harness import run_distributed
 
 SGD = OptimConfig(kind="sgd", lr=1e-3, clip_norm=0.5)
@@ -39,6 +40,23 @@ MORE: list[tuple[int, Case]] = [
     (1, Case(img=150, batches=1)),
     (2, Case(precision=FP64, zero=1, mesh=(("tensor", 2),))),
 ]
+WAN = wan.WanConfig(in_channels=8, hidden_size=96, num_heads=4, depth=4, ffn_dim=288, text_dim=12)
+HUNYUAN = hunyuan_video.HunyuanVideoConfig(
+    in_channels=8, hidden_size=96, num_heads=4, mlp_ratio=3.0, depth=3, depth_single_blocks=3, depth_refiner_blocks=1,
+    axes_dim=(8, 8, 8), context_in_dim=12, vec_in_dim=12,
+)  # fmt: skip
+OF_WAN = Case(model=WAN, adapters=replace(LORA, targets=wan.FAMILY.lora_targets))
+OF_HUNYUAN = Case(model=HUNYUAN, adapters=replace(LORA, targets=hunyuan_video.FAMILY.lora_targets))
+WITH_PICTURE = replace(WAN, image_dim=10, references="clip")
+OTHER_FAMILIES: list[tuple[int, Case]] = [
+    (1, replace(OF_WAN, recompute="full", batches=1)),
+    (1, replace(OF_WAN, model=WITH_PICTURE, picture=5)),
+    (1, replace(OF_WAN, img=150, recompute="selective")),
+    (2, replace(OF_WAN, precision=FP64, zero=2, mesh=(("ulysses", 2),))),
+    (2, replace(OF_WAN, precision=FP64, zero=1, mesh=(("tensor", 2),))),
+    (1, replace(OF_HUNYUAN, recompute="full")),
+    (2, replace(OF_HUNYUAN, precision=FP64, mesh=(("tensor", 2),))),
+]
 
 
 def forecast(case: Case, world: int) -> int:
@@ -49,9 +67,13 @@ def forecast(case: Case, world: int) -> int:
     return max(forecaster.memory(place, case.batch, batches=case.batches).total for place in places)
 
 
-@pytest.mark.parametrize(("world", "case"), [QUICK, *(pytest.param(*row, marks=SLOW) for row in MORE)], ids=str)
+DEFAULT = (QUICK, OTHER_FAMILIES[0])
+OTHERS = (*MORE, *OTHER_FAMILIES[1:])
+
+
+@pytest.mark.parametrize(("world", "case"), [*DEFAULT, *(pytest.param(*row, marks=SLOW) for row in OTHERS)], ids=str)
 def test_the_same_numbers_and_no_more_bytes_than_forecast(world: int, case: Case) -> None:
-    found = run_distributed(both, world, case, 2, timeout=110 if (world, case) == QUICK else 800)
+    found = run_distributed(both, world, case, 2, timeout=110 if (world, case) in DEFAULT else 800)
     limits = {}
     for way in ("none", "blocks"):
         adapters: Any = replace(case.adapters, offload=way)

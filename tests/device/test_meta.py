@@ -58,14 +58,14 @@ def test_a_step_reads_no_value(changes: dict[str, Any], compiled: bool) -> None:
 
 
 def test_a_value_that_is_read_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from opensora.models.mmdit import layers
+    from opensora.models.layers import joint_blocks
 
-    right = layers.modulate
+    right = joint_blocks.modulate
 
     def wrong(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         return right(x, shift, scale) * scale.max().item()
 
-    monkeypatch.setattr(layers, "modulate", wrong)
+    monkeypatch.setattr(joint_blocks, "modulate", wrong)
     model, prepare = build({}, compiled=False)
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         loss_share(model, prepare(problem.batches(problem.config(), 0)[0], 0), 100)

@@ -29,13 +29,14 @@ from opensora.models.families import build_model, describe, family_of
 from opensora.models.latte import LatteConfig
 from opensora.models.pixart import PixArtConfig, PixArtMSConfig, PixArtSigmaConfig
 from opensora.planner.meta_model import structure
+from opensora.train.packed_tokens import EncodedTokens, concat_packed
 from opensora.utils.rng import torch_generator
 from opensora.utils.tokens import Grid
 from tests.dist.layouts import FP64, RECOMPUTE
 from tests.dist.parity import AVERAGE, Outcome, average_by_hand, fill, measured_steps
 
 CPU = torch.device("cpu")
-STEPS, TEXT_TOKENS = 2, 5
+STEPS, TEXT_TOKENS, PICTURE = 2, 5, 3
 SGD = OptimConfig(kind="sgd", lr=0.05, clip_norm=0.3)
 ADAMW = OptimConfig(kind="adamw", lr=0.01, clip_norm=0.3, weight_decay=0.1, eps=1e-8, ema_decay=0.9)
 # (samples, T', H', W'): 2x4x5 tokens with patches of 2x2, a still, clips of few tokens
@@ -61,6 +62,10 @@ MODELS: dict[str, Any] = {
         **_PIXART, qk_norm=True, kv_compress_sampling="conv", kv_compress_scale_factor=2, kv_compress_layer=(1,)
     ),
 }
+EDGES = {  # the first and the last layer of tokens
+    "wan": ("patch_embedding", "head.head"),
+    "hunyuan_video": ("img_in.proj", "final_layer.linear"),
+}
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,9 @@ class Sample:
     conditions: Conditions
     grid: Grid
     weight: float = 1.0
+
+
+Pack = tuple[Sample, ...]  # in one sequence
 
 
 def batches(cfg: Any, step: int) -> list[Sample]:
@@ -94,12 +102,22 @@ def batches(cfg: Any, step: int) -> list[Sample]:
                 whole.patchify(x),
                 whole.positions(grid, samples, CPU),
                 torch.cat(target, dim=-1),
-                1000 * torch.rand(samples, generator=generator, dtype=torch.float64),
+                longest_time(cfg) * torch.rand(samples, generator=generator, dtype=torch.float64),
                 told,
                 grid,
             )
         )
     return found
+
+
+def packs(cfg: Any, step: int) -> list[Pack]:
+    """The samples of a step in two sequences."""
+    first, *others = batches(cfg, step)
+    return [(first, *others[1:]), (others[0],)]
+
+
+def longest_time(cfg: Any) -> float:
+    return 1.0 if describe(cfg).times == "unit" else 1000.0
 
 
 def conditions(cfg: Any, samples: int, grid: Grid, generator: torch.Generator, draw: Any) -> Conditions:
@@ -115,24 +133,30 @@ def conditions(cfg: Any, samples: int, grid: Grid, generator: torch.Generator, d
         found["label"] = torch.randint(denoising.num_classes, (samples,), generator=generator)
     if denoising.null_text == "learned":
         found["dropped"] = torch.arange(samples) % 2 == 1
-    if denoising.references == "in_place":
+    if denoising.image_dim:
+        found["image_tokens"] = draw(samples, PICTURE, denoising.image_dim)
+    if denoising.references in ("in_place", "clip"):
         by_frame = torch.rand(samples, grid.latents[0], generator=generator) < 0.4
         found["known"] = by_frame[:, :, None, None].expand(samples, *grid.latents).clone()
+    if denoising.references == "clip":
+        found["reference"] = draw(samples, denoising.latent_channels, *grid.latents)
     if "size" in denoising.wants:
         found["size"] = 8.0 * torch.tensor(grid.latents[1:], dtype=torch.float64).expand(samples, 2)
     if "fps" in denoising.wants:
         found["fps"] = 8.0 + torch.arange(samples, dtype=torch.float64)
+    if "guidance" in denoising.wants:
+        found["guidance"] = 1.0 + torch.arange(samples, dtype=torch.float64)
     return Conditions(**found)
 
 
 def elements(cfg: Any, step: int) -> int:
     """Output values of the whole step that the loss is over."""
-    return sum(int(learned(sample).sum()) * sample.target.shape[-1] for sample in batches(cfg, step))
+    return sum(int(learned(cfg, sample).sum()) * sample.target.shape[-1] for sample in batches(cfg, step))
 
 
-def learned(sample: Sample) -> Tensor:
+def learned(cfg: Any, sample: Sample) -> Tensor:
     """Tokens that the loss is over."""
-    known = sample.conditions.known
+    known = sample.conditions.known if describe(cfg).references == "in_place" else None
     return torch.ones(sample.x.shape[:-1], dtype=torch.bool) if known is None else ~known
 
 
@@ -145,18 +169,36 @@ def plain_model(cfg: Any) -> nn.Module:
     return model
 
 
-def squares(model: nn.Module, cfg: Any, layout: TokenLayout, sample: Sample) -> Tensor:
+def squares(model: nn.Module, cfg: Any, layout: TokenLayout, sample: Sample | Pack) -> Tensor:
     """Sum over this process's tokens."""
+    if isinstance(sample, tuple):
+        return packed_squares(model, cfg, layout, sample)
     tokens = TokenBatch(x=layout.shard(sample.x), positions=layout.shard(sample.positions), grid=sample.grid.sides)
     told = layout.shard_conditions(sample.conditions, sample.x)
     out = model(**forward_arguments(cfg, tokens, sample.t, told))
     difference = (out - layout.shard(sample.target)).square()
-    return (difference * layout.shard(learned(sample))[..., None]).sum() * sample.weight
+    return (difference * layout.shard(learned(cfg, sample))[..., None]).sum() * sample.weight
+
+
+def packed_squares(model: nn.Module, cfg: Any, layout: TokenLayout, samples: Pack) -> Tensor:
+    """The same of one sequence with all of these."""
+    encoded = [
+        EncodedTokens(x=s.x, positions=s.positions, targets={"": s.target}, t=s.t, conditions=s.conditions)
+        for s in samples
+    ]
+    whole, of = concat_packed(encoded)
+    mine = layout.shard_text(of[0]), layout.shard(of[1])
+    tokens = TokenBatch(x=layout.shard(whole.x), positions=layout.shard(whole.positions), sample_of=mine)
+    told = whole.conditions.map(image=layout.shard, text=layout.shard_text)
+    told = replace(told, context=layout.sequence.packed_context(*of, CPU))
+    out = model(**forward_arguments(cfg, tokens, whole.t, told))
+    return (out - layout.shard(whole.targets[""])).square().sum() * samples[0].weight
 
 
 def adapters_of(cfg: Any) -> LoraConfig:
     """On every layer that the family names for them, and on the first and last."""
-    return LoraConfig(rank=3, alpha=5.0, targets=(*family_of(cfg).lora_targets, "x_embedder", "final_layer.linear"))
+    edges = EDGES.get(cfg.kind, ("x_embedder", "final_layer.linear"))
+    return LoraConfig(rank=3, alpha=5.0, targets=(*family_of(cfg).lora_targets, *edges))
 
 
 def adapted_by_hand(model: nn.Module, cfg: Any) -> dict[str, Tensor]:
@@ -217,10 +259,11 @@ class Run:
     kind: str = "sgd"
     adapters: bool = False
     compiled: bool = False
+    packed: bool = False
 
     def __str__(self) -> str:
         axes = "".join(f"-{axis}{degree}" for axis, degree in self.axes)
-        more = "-lora" * self.adapters + "-compiled" * self.compiled
+        more = "-lora" * self.adapters + "-compiled" * self.compiled + "-packed" * self.packed
         return f"{self.model}-{self.world}{axes}-zero{self.zero}-{self.recompute}-{self.kind}{more}"
 
     @property
@@ -235,6 +278,11 @@ class Run:
         return replace(found, compile=CompileConfig(enabled=True, backend="aot_eager")) if self.compiled else found
 
 
+def idle(one: Sample | Pack) -> Sample | Pack:
+    """It only keeps a process in step with its peers."""
+    return replace(one, weight=0.0) if isinstance(one, Sample) else tuple(replace(s, weight=0.0) for s in one)
+
+
 def on_this_layout(run: Run, cfg: Any) -> Outcome:
     """Runs in every process of the group."""
     parallel = run.config
@@ -247,10 +295,10 @@ def on_this_layout(run: Run, cfg: Any) -> Outcome:
     engine = build_engine(model, parallel, run.optim, mesh)
     layout = token_layout(cfg, SequenceParallel(mesh))
 
-    def mine(step: int) -> list[Sample]:
-        every, degree = batches(cfg, step), mesh.data_degree
-        held = every[mesh.data_rank :: degree]
-        return held + [replace(every[-1], weight=0.0)] * (-(-len(every) // degree) - len(held))
+    def mine(step: int) -> list[Any]:
+        every: list[Any] = packs(cfg, step) if run.packed else list(batches(cfg, step))
+        held = every[mesh.data_rank :: mesh.data_degree]
+        return held + [idle(every[-1])] * (-(-len(every) // mesh.data_degree) - len(held))
 
     def backward(step: int) -> Tensor:
         total, held = torch.zeros((), dtype=torch.float64), mine(step)
@@ -263,10 +311,10 @@ def on_this_layout(run: Run, cfg: Any) -> Outcome:
     def predicted(step: int) -> dict[str, int]:
         place = RankLayout(meshes.view({name: mesh[name].degree for name in meshes.AXES}, dist.get_rank()), parallel)
         known = describe(cfg).references == "in_place"
-        return step_bytes(structure(cfg, known), place, [sizes(sample) for sample in mine(step)])
+        made_of = structure(cfg, known, adapters_of(cfg) if run.adapters else None)
+        return step_bytes(made_of, place, [sizes(sample) for sample in mine(step)])
 
-    formula = None if run.adapters else predicted  # which knows none
-    return measured_steps(engine, mesh, STEPS, backward, formula, average=bool(run.optim.ema_decay))
+    return measured_steps(engine, mesh, STEPS, backward, predicted, average=bool(run.optim.ema_decay))
 
 
 @torch.no_grad()
@@ -275,9 +323,9 @@ def steps_of_sampling(model: nn.Module, cfg: Any, layout: TokenLayout) -> list[T
     found = []
     for sample in batches(cfg, 0):
         x, told = layout.shard(sample.x), layout.shard_conditions(sample.conditions, sample.x)
-        for t in (900.0, 500.0, 100.0):
+        for t in (0.9, 0.5, 0.1):
             tokens = TokenBatch(x=x, positions=layout.shard(sample.positions), grid=sample.grid.sides)
-            out = model(**forward_arguments(cfg, tokens, torch.full_like(sample.t, t), told))
+            out = model(**forward_arguments(cfg, tokens, torch.full_like(sample.t, t * longest_time(cfg)), told))
             x = x - 0.4 * out[..., : x.shape[-1]].tanh()
         found.append(layout.gather(x, sample.grid).clone())
     return found
@@ -327,8 +375,12 @@ def train_and_save(run: Run, cfg: Any, folder: Path, start: int, stop: int) -> d
     return found | {f"exported.{name}": value.clone() for name, value in engine.full_weights("ema")}
 
 
-def sizes(sample: Sample) -> MicroBatch:
-    """As formulas see it."""
+def sizes(sample: Sample | Pack) -> MicroBatch:
+    """As formulas see it; what is hidden of texts is not in a pack."""
+    if isinstance(sample, tuple):
+        masks = [s.conditions.text_mask for s in sample]
+        txt, img = sum(int(m.sum()) for m in masks if m is not None), sum(s.x.shape[0] * s.x.shape[1] for s in sample)
+        return MicroBatch(samples=1, txt=txt, img=img, packed=sum(len(s.x) for s in sample))
     text = sample.conditions.text
     factored = sample.x.ndim == 4
     return MicroBatch(
@@ -337,6 +389,7 @@ def sizes(sample: Sample) -> MicroBatch:
         img=sample.grid.tokens,
         frames=sample.grid.frames if factored else None,
         has_mask=text is not None,
+        picture=0 if sample.conditions.image_tokens is None else PICTURE,
     )
 
 

@@ -7,9 +7,11 @@ import pytest
 from benchmarks.plan_accuracy import CASES, Case, measure, predict
 from opensora.models.dit import DiTConfig
 from opensora.models.families import describe
+from opensora.models.hunyuan_video import HunyuanVideoConfig
 from opensora.models.latte import LatteConfig
 from opensora.models.pixart import PixArtConfig, PixArtMSConfig
 from opensora.models.stdit import STDiT2Config, STDiT3Config, STDiTConfig
+from opensora.models.wan import WanConfig
 from tests.dist.harness import run_distributed
 from tests.factored_family import ToyConfig
 
@@ -27,6 +29,15 @@ FAMILY = {
     "stdit3": STDiT3Config(**_WIDE),
     "windows": STDiT3Config(**_WIDE, kernel_size=(8, 8, -1), use_spatial_rope=True, cond_embed=True),
 }
+_WAN: dict[str, Any] = {"hidden_size": 288, "num_heads": 6, "ffn_dim": 1152, "text_dim": 256, "depth": 3}
+FAMILY |= {
+    "wan": WanConfig(**_WAN),
+    "wan_i2v": WanConfig(**_WAN, references="clip", image_dim=128),
+    "hunyuan_video": HunyuanVideoConfig(
+        hidden_size=288, num_heads=6, axes_dim=(16, 16, 16), depth=2, depth_single_blocks=3, context_in_dim=256,
+        vec_in_dim=64,
+    ),
+}  # fmt: skip
 TRIES = 4
 FACTORED = [
     Case(model=TOY, zero=2, world=2, img=1024, frames=8),
@@ -49,7 +60,7 @@ def of_family() -> list[Any]:
             {"zero": 3, "world": 2, "mesh": {"tensor": 2}},
         ]
         for layout in layouts:
-            case = Case(model=model, img=1024, frames=frames, **layout)
+            case = Case(model=model, img=1024, frames=frames, picture=33 if name == "wan_i2v" else 0, **layout)
             found.append(pytest.param(case, id=f"{name} {case}", marks=SLOW))
     return found
 

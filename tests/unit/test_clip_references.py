@@ -21,8 +21,8 @@ from opensora.config.run import RunConfig
 from opensora.datasets.buckets.bucket import Bucket
 from opensora.datasets.loading.feature_store import StoredFeatures
 from opensora.datasets.loading.reader import Batch
-from opensora.inference.check import check_references
 from opensora.inference.pipeline import build_api, build_sampler
+from opensora.inference.references import check_references
 from opensora.models.base import AutoencoderShape
 from opensora.models.wan import WanConfig
 from opensora.sampling.options import SamplingOption
@@ -31,23 +31,21 @@ from opensora.schedulers.rectified_flow_v1 import RectifiedFlowV1Config
 from opensora.train.preparation import Preparation, Tokens, loss_share
 from opensora.utils.errors import UserError
 from tests.dist.problem import FakeText
-from tests.toy_components import ToyAutoencoder
 from tests.wan_clips import (
     CLIP,
     GRID,
     IN_PLACE,
-    MIX,
     NEGATIVES,
     OPTION,
     PLAIN,
     PROMPTS,
     SEEDS,
+    Means,
     by_hand,
     clip_by_hand,
     components,
     filled_model,
     known_by_hand,
-    means,
     packed,
 )
 
@@ -59,7 +57,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return ((found - wanted).abs().max() / wanted.abs().max()).item()
 
 
-class Drawing(ToyAutoencoder):
+class Drawing(Means):
     """Draws its latents, but for what is coded by the mode."""
 
     samples = True
@@ -71,7 +69,7 @@ class Drawing(ToyAutoencoder):
 
 def preparation(model: WanConfig, conditioning: ConditioningConfig, **more: Any) -> Preparation:
     return Preparation(
-        encoders=Encoders(autoencoder=Drawing(MIX), text_encoder=FakeText(), device=torch.device("cpu")),
+        encoders=Encoders(autoencoder=Drawing(), text_encoder=FakeText(), device=torch.device("cpu")),
         objective=RectifiedFlow(RectifiedFlowConfig()),
         conditioning=conditioning,
         model=model,
@@ -122,7 +120,7 @@ def test_longer_heads_are_coded_with_the_rest_grey() -> None:
     tokens = prepare(batch_of(pixels), step=0)
     cond = tokens.inputs["cond"].unflatten(1, (11, 6))
     assert (cond[:, :9, :, :16] == 1).all() and not cond[:, 9:, :, :16].any()
-    coded = packed(means().encode(torch.cat((pixels[:, :, :33], torch.zeros(2, 3, 8, 32, 48)), dim=2)))
+    coded = packed(Means().encode(torch.cat((pixels[:, :, :33], torch.zeros(2, 3, 8, 32, 48)), dim=2)))
     assert relative(cond[..., 16:].flatten(1, 2), coded) < 1e-5
     assert (
         tokens.learned is not None

@@ -83,6 +83,16 @@ BAD: dict[str, tuple[str | bytes | None, list[str], str]] = {
         ["objective={kind: rectified_flow_v1, version: 1.3}"],
         'objective.version=1.3: must be text; write "1.3" in quotes',
     ),
+    "objective, no time left": (
+        None,
+        ["objective.t_max=0"],
+        "objective.t_max=0.0: must be a number above t_min=0.0, and",
+    ),
+    "objective, a draw that is none": (
+        None,
+        ["objective.sample_method=normal"],
+        "objective.sample_method='normal': did you mean logit-normal?",
+    ),
     "objective, clips without times": (
         None,
         ["objective={kind: rectified_flow_v1, use_timestep_transform: true}", "data.buckets={256px: {5: [1.0, 1]}}"],
@@ -593,6 +603,17 @@ def test_a_sampling_job(good: Path) -> None:
             load_config(SampleConfig, good, ["prompt=x", f"{key}="])
     with pytest.raises(UserError, match=r"^sampling\.num_steps=0: must be an integer >= 1"):
         load_config(SampleConfig, good, ["prompt=x", "sampling.num_steps=0"])
+    for word, said in (
+        ("sampling.guidance_low=2", "sampling.guidance_low=2.0: must be null without low_noise, a second expert"),
+        ("low_noise={weights: w, boundary: 1}", "low_noise.boundary=1.0: must be a number between 0 and 1, or null"),
+        (
+            "low_noise={weights: ''}",
+            "low_noise.weights='': must be a run folder, an export folder or a safetensors file",
+        ),
+    ):
+        with pytest.raises(UserError) as error:
+            load_config(SampleConfig, good, ["prompt=x", word])
+        assert str(error.value) == f"{said} (command line)"
 
 
 def test_help_explains_and_exits(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,10 +21,11 @@ from opensora.train.step_data import check_buckets
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
-RUNS, JOBS = sorted((CONFIGS / "train").rglob("*.yaml")), sorted((CONFIGS / "sample").rglob("*.yaml"))
+RUNS, JOBS = sorted((CONFIGS / "train").rglob("*.yaml")), sorted((CONFIGS / "sample").glob("*.yaml"))
+OTHER_JOBS = sorted((CONFIGS / "sample").glob("*/*.yaml"))  # of other families: test_published_sampling.py
 PIPELINES = sorted((CONFIGS / "pipeline").rglob("*.yaml"))
 SERVICES = sorted((CONFIGS / "serve").rglob("*.yaml"))
-PARTS = sorted(set(CONFIGS.rglob("*.yaml")) - set(RUNS) - set(JOBS) - set(PIPELINES) - set(SERVICES))
+PARTS = sorted(set(CONFIGS.rglob("*.yaml")) - set(RUNS) - set(JOBS) - set(OTHER_JOBS) - set(PIPELINES) - set(SERVICES))
 STAGES = ("image", "stage1", "stage1_i2v", "stage2", "stage2_i2v", "high_compression")
 PUBLISHED = [CONFIGS / "train" / f"{name}.yaml" for name in ("image", "stage1", "stage2", "high_compression")]
 GIB = 2**30

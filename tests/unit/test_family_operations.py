@@ -19,6 +19,7 @@ from opensora.planner.meta_model import denoiser_inputs, structure
 from opensora.utils.tokens import Grid
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+PICTURE = 257  # tokens of a picture beside the text
 SIZES = [
     (kind, size)
     for kind, sizes in MODEL_SIZES.items()
@@ -39,7 +40,8 @@ def shapes(kind: str, size: str) -> Iterator[tuple[Grid, int, int]]:
 def counted(cfg: Any, grid: Grid, samples: int, txt: int, *, known: bool, trained: bool = False) -> tuple[int, int]:
     """(the planner's, torch's) operations of a forward, or of forward and backward."""
     frames = grid.frames if describe(cfg).token_axes == "factored" else None
-    batch = MicroBatch(samples=samples, txt=txt, img=grid.tokens, frames=frames, has_mask=True)
+    picture = PICTURE if describe(cfg).image_dim else 0
+    batch = MicroBatch(samples=samples, txt=txt, img=grid.tokens, frames=frames, has_mask=True, picture=picture)
     given = denoiser_inputs(cfg, batch, SequenceParallel(meshes.view({})), known=known)
     with torch.device("meta"):
         model = build_model(cfg)

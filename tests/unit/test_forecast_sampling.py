@@ -70,6 +70,20 @@ def test_what_was_gathered_stays_below_zero_3() -> None:
     assert two.turns["autoencoder"] - three.turns["autoencoder"] == two.kept["denoiser"]
 
 
+def test_a_second_expert_stays_where_there_is_room() -> None:
+    """Beside the first in every turn; with offload, or on a device without room for both, it waits in CPU memory."""
+    low = {"low_noise": {"weights": "low.safetensors", "boundary": 0.9}}
+    one, two = sampled(), sampled(**low)
+    assert two.turns["text encoder"] - one.turns["text encoder"] == one.weights["denoiser"] > 0
+    assert two.weights["denoiser for low noise"] == two.weights["denoiser"] == one.weights["denoiser"]
+    moved, alone = sampled("offload=models", **low), sampled("offload=models")
+    assert moved.peak == alone.peak and moved.turns["denoiser for low noise"] == alone.turns["denoiser"]
+    job = load_config(SampleConfig, {**JOB, **low})
+    small = replace(DEVICES["rtx4090"], memory=two.peak - 1)
+    tight = memory_of(job, source_of(job), 1, small)
+    assert tight.peak == one.peak and tight.kept["denoiser for low noise"] == one.kept["denoiser"]
+
+
 def test_stills_have_turns_of_their_own() -> None:
     """And clips go on from them: three passes, and a reference to code."""
     job = load_config(SampleConfig, {**JOB, **STILL})

@@ -124,7 +124,7 @@ def modulated_by_the_neighbour() -> Any:
             rows = rows.where(rows != 2, 1)
         return right(joined, parts, rows)
 
-    return mock.patch("opensora.models.mmdit.layers.over_tokens", wrong)  # of the last layer alone
+    return mock.patch("opensora.models.layers.joint_blocks.over_tokens", wrong)  # of the last layer alone
 
 
 def gradient_of_the_neighbour() -> Any:

@@ -257,7 +257,7 @@ def test_what_sampling_takes_is_taken(given: dict[str, Any]) -> None:
     if option is None:
         assert refusal(given).param in given
     else:
-        found = asked({"seed": option.seed, **given}).option
+        found = asked({"seed": option.seed, **given}, models={"toy": replace(TOY, experts=2)}).option
         assert {name: getattr(found, name) for name in meant} == {name: getattr(option, name) for name in meant}
 
 
@@ -310,6 +310,14 @@ def test_guided_channels_are_at_most_those_of_the_model() -> None:
     with pytest.raises(Refused, match="at most 16") as found:
         asked({"cfg_channel": 17}, models=models)
     assert (found.value.status, found.value.param) == (422, "cfg_channel")
+
+
+def test_guidance_of_a_second_expert_is_for_models_that_have_one() -> None:
+    models = {"toy": replace(TOY, experts=2)}
+    assert asked({"guidance_low": 3.0}, models=models).option.guidance_low == 3.0
+    with pytest.raises(Refused, match="is for two experts") as found:
+        asked({"guidance_low": 3.0}, models={"toy": TOY})
+    assert (found.value.status, found.value.param) == (422, "guidance_low")
 
 
 def test_what_a_worker_tells_is_read_again() -> None:

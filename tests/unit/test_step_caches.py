@@ -22,9 +22,10 @@ from opensora.config.run import RunConfig, SampleConfig
 from opensora.inference.check import check_step_cache
 from opensora.models.conditions import Conditions
 from opensora.models.families import build_model, describe
+from opensora.models.layers import joint_blocks
 from opensora.models.layers.embedding import sinusoid
 from opensora.models.layers.rope import rope_table
-from opensora.models.mmdit import MMDiTConfig, layers
+from opensora.models.mmdit import MMDiTConfig
 from opensora.sampling.caches import (
     CacheConfig,
     DBCache,
@@ -379,7 +380,7 @@ def test_reused_attention_projects_nothing(fused: bool, monkeypatch: pytest.Monk
     assert names and 0 < sum(computed.values()) < len(log)
     for name in names:
         assert calls[name] == computed[".".join([*name.split(".")[:2], "core"])], name
-    monkeypatch.setattr(layers, "attend", lambda core, project, **more: core(*project(), **more))
+    monkeypatch.setattr(joint_blocks, "attend", lambda core, project, **more: core(*project(), **more))
     assert torch.equal(product(model, given, null, cache)[0], found) and calls[names[0]] > 2 * STEPS
 
 

@@ -16,6 +16,14 @@ def xavier_(tensor: Tensor, generator: torch.Generator) -> None:
     )
 
 
+def unit_(tensor: Tensor, generator: torch.Generator) -> None:
+    """Uniform with variance 1 / inputs: Xavier's for square matrices and, unlike Xavier's, the same whether projections
+    are fused or not."""
+    bound = math.sqrt(3.0 / tensor.shape[1])
+    draw = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
+    tensor.copy_(draw.uniform_(-bound, bound, generator=generator))
+
+
 def normal_(tensor: Tensor, deviation: float, generator: torch.Generator) -> None:
     """Normal around zero."""
     draw = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")

@@ -10,12 +10,12 @@ from opensora.models.layers.rope import RopeTable, apply_rope
 
 
 class Mlp(nn.Module):
-    """Linear, GELU (tanh), Linear."""
+    """Linear, GELU (tanh) or another function, Linear."""
 
-    def __init__(self, in_dim: int, inner: int, out_dim: int) -> None:
+    def __init__(self, in_dim: int, inner: int, out_dim: int, act: nn.Module | None = None) -> None:
         super().__init__()
         self.fc1 = nn.Linear(in_dim, inner)
-        self.act = nn.GELU(approximate="tanh")
+        self.act = nn.GELU(approximate="tanh") if act is None else act
         self.fc2 = nn.Linear(inner, out_dim)
 
     def forward(self, x: Tensor) -> Tensor:

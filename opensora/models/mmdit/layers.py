@@ -1,26 +1,23 @@
-"""The two kinds of block of the MMDiT, and its last layer. Parameter names are those of Flux and Open-Sora 2 files."""
+"""The two kinds of block of the MMDiT. Parameter names are those of Flux and Open-Sora 2 files."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu
 
-from opensora.models.layers.attention import SDPACore, attend
-from opensora.models.layers.modulation import Modulation, modulate, over_tokens
-from opensora.models.layers.norm import QKNorm, RMSNorm
-from opensora.models.layers.rope import RopeLayout, RopeTable, apply_rope
-
-
-def _plain_norm(hidden: int) -> nn.LayerNorm:
-    return nn.LayerNorm(hidden, eps=1e-6, elementwise_affine=False)
-
-
-def split_in_proportion(x: Tensor, *widths: int) -> tuple[Tensor, ...]:
-    """Cut the last dim at ``widths``, or at the same share of each where a process holds a share of the layer."""
-    share, rest = divmod(sum(widths), x.shape[-1])
-    assert not rest, (x.shape, widths)
-    return x.split([width // share for width in widths], dim=-1)
+from opensora.models.layers.attention import SDPACore
+from opensora.models.layers.joint_blocks import (
+    Heads,
+    JointSingleBlock,
+    JointStream,
+    Residuals,
+    attend_jointly,
+    split_in_proportion,
+)
+from opensora.models.layers.modulation import Modulation, modulate
+from opensora.models.layers.norm import QKNorm, RMSNorm, plain_norm
+from opensora.models.layers.rope import RopeLayout, RopeTable
 
 
 def _mlp(hidden: int, inner: int) -> nn.Sequential:
@@ -43,7 +40,7 @@ class StreamAttention(nn.Module):
         self.norm = QKNorm(hidden // heads)
         self.proj = nn.Linear(hidden, hidden)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor) -> Heads:
         """(B, N, D) -> q, k, v (B, N, H, Dh), q and k normalised."""
         q, k, v = self.qkv(x).chunk(3, dim=-1) if self.fused_qkv else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
@@ -63,7 +60,7 @@ class ContextAttention(nn.Module):
         self.v_proj = nn.Linear(hidden, hidden, bias=qkv_bias)
         self.norm = nn.ModuleDict({"key_norm": RMSNorm(hidden // heads)})
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor) -> Heads:
         """(B, L, D) -> q (zeros), k, v (B, L, H, Dh), k normalised."""
         k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (self.k_proj(x), self.v_proj(x)))
         return torch.zeros_like(k), self.norm["key_norm"](k), v
@@ -90,20 +87,30 @@ class DoubleStreamBlock(nn.Module):
         super().__init__()
         self.rope_layout: RopeLayout = rope_layout
         self.img_mod = Modulation(hidden, parts=6)
-        self.img_norm1 = _plain_norm(hidden)
+        self.img_norm1 = plain_norm(hidden)
         self.img_attn = StreamAttention(hidden, heads, qkv_bias, fused_qkv)
-        self.img_norm2 = _plain_norm(hidden)
+        self.img_norm2 = plain_norm(hidden)
         self.img_mlp = _mlp(hidden, mlp_hidden)
         self.txt_mod = Modulation(hidden, parts=6 if updates_text else 2)
-        self.txt_norm1 = _plain_norm(hidden)
+        self.txt_norm1 = plain_norm(hidden)
         self.txt_attn: StreamAttention | ContextAttention
         if updates_text:
             self.txt_attn = StreamAttention(hidden, heads, qkv_bias, fused_qkv)
-            self.txt_norm2 = _plain_norm(hidden)
+            self.txt_norm2 = plain_norm(hidden)
             self.txt_mlp = _mlp(hidden, mlp_hidden)
         else:
             self.txt_attn = ContextAttention(hidden, heads, qkv_bias)
         self.core = SDPACore()
+
+    def _streams(self) -> tuple[JointStream, JointStream]:
+        update = None
+        if isinstance(self.txt_attn, StreamAttention):
+            update = Residuals(self.txt_attn.proj, self.txt_norm2, self.txt_mlp)
+        image = Residuals(self.img_attn.proj, self.img_norm2, self.img_mlp)
+        return (
+            JointStream(self.txt_mod, self.txt_norm1, self.txt_attn.project, update),
+            JointStream(self.img_mod, self.img_norm1, self.img_attn.project, image),
+        )
 
     def forward(
         self,
@@ -120,21 +127,17 @@ class DoubleStreamBlock(nn.Module):
         With ``sample_of`` (B, L), (B, N), vec has a row per sample, and they say which of them a token is modulated by.
         """
         dtype = self.img_mod.lin.weight.dtype
-        img, txt = img.to(dtype), txt.to(dtype)
-        txt_rows, img_rows = sample_of or (None, None)
-        img_parts, txt_parts = self.img_mod(vec, img_rows), self.txt_mod(vec, txt_rows)
-
-        def project() -> tuple[Tensor, Tensor, Tensor]:
-            of_img = self.img_attn.project(modulate(self.img_norm1(img), *img_parts[:2]))
-            of_txt = self.txt_attn.project(modulate(self.txt_norm1(txt), *txt_parts[:2]))
-            q_BLHD, k_BLHD, v_BLHD = (torch.cat(pair, dim=1) for pair in zip(of_txt, of_img, strict=True))
-            return apply_rope(q_BLHD, rope, self.rope_layout), apply_rope(k_BLHD, rope, self.rope_layout), v_BLHD
-
-        o_BLHD = attend(self.core, project, key_mask=key_mask, context=context)
-        txt_o, img_o = o_BLHD.flatten(2).split((txt.shape[1], img.shape[1]), dim=1)
-        img = self._residuals(img, self.img_attn.proj(img_o), self.img_norm2, self.img_mlp, img_parts)
-        if isinstance(self.txt_attn, StreamAttention):
-            txt = self._residuals(txt, self.txt_attn.proj(txt_o), self.txt_norm2, self.txt_mlp, txt_parts)
+        txt, img = attend_jointly(
+            self.core,
+            self._streams(),
+            (txt.to(dtype), img.to(dtype)),
+            vec,
+            rope,
+            self.rope_layout,
+            key_mask=key_mask,
+            context=context,
+            sample_of=sample_of,
+        )
         return img, txt
 
     def modulated(self, img: Tensor, vec: Tensor, img_rows: Tensor | None = None) -> Tensor:
@@ -142,15 +145,9 @@ class DoubleStreamBlock(nn.Module):
         shift, scale, *_ = self.img_mod(vec, img_rows)
         return modulate(self.img_norm1(img.to(self.img_mod.lin.weight.dtype)), shift, scale)
 
-    @staticmethod
-    def _residuals(x: Tensor, attended: Tensor, norm: nn.Module, mlp: nn.Module, parts: tuple[Tensor, ...]) -> Tensor:
-        _, _, attention_gate, shift, scale, mlp_gate = parts
-        x = torch.addcmul(x, attention_gate, attended)
-        return torch.addcmul(x, mlp_gate, mlp(modulate(norm(x), shift, scale)))
 
-
-class SingleStreamBlock(nn.Module):
-    """cat(txt, img) as one stream; attention and MLP side by side behind one norm (ViT-22B, arXiv 2302.05442)."""
+class SingleStreamBlock(JointSingleBlock):
+    """cat(txt, img) as one stream; attention and MLP side by side behind one norm."""
 
     def __init__(
         self, hidden: int, heads: int, mlp_hidden: int, *, qkv_bias: bool, fused_qkv: bool, rope_layout: RopeLayout
@@ -158,10 +155,10 @@ class SingleStreamBlock(nn.Module):
         super().__init__()
         self.head_dim = hidden // heads
         self.fused_qkv = fused_qkv
-        self.rope_layout: RopeLayout = rope_layout
+        self.rope_layout = rope_layout
         self.widths = (hidden, hidden, hidden, mlp_hidden)  # q, k, v and the MLP's inner layer
         self.modulation = Modulation(hidden, parts=3)
-        self.pre_norm = _plain_norm(hidden)
+        self.pre_norm = plain_norm(hidden)
         if fused_qkv:
             self.linear1 = nn.Linear(hidden, sum(self.widths), bias=qkv_bias)
         else:
@@ -172,47 +169,14 @@ class SingleStreamBlock(nn.Module):
         self.linear2 = nn.Linear(hidden + mlp_hidden, hidden)
         self.core = SDPACore()
 
-    def forward(
-        self,
-        x: Tensor,
-        vec: Tensor,
-        rope: RopeTable,
-        key_mask: Tensor | None = None,
-        context: Any = None,
-        sample_of: Tensor | None = None,
-    ) -> Tensor:
-        """x (B, L+N, D), vec (B, D) -> (B, L+N, D); with ``sample_of`` (B, L+N) as in a double block."""
-        x = x.to(self.linear2.weight.dtype)
-        shift, scale, gate = self.modulation(vec, sample_of)
-        h = modulate(self.pre_norm(x), shift, scale)
-        q: Tensor | None = None
-        k: Tensor | None = None
+    def first_layer(self, h: Tensor) -> tuple[Callable[[], tuple[Tensor, Tensor]], Tensor, Tensor]:
+        """Of separate projections those of q and k are made where attention is."""
         if self.fused_qkv:
             q, k, v, inner = split_in_proportion(self.linear1(h), *self.widths)
-        else:
-            v, inner = split_in_proportion(self.v_mlp(h), *self.widths[2:])
+            return lambda: (q, k), v, inner
+        v, inner = split_in_proportion(self.v_mlp(h), *self.widths[2:])
+        return lambda: (self.q_proj(h), self.k_proj(h)), v, inner
 
-        def project() -> tuple[Tensor, Tensor, Tensor]:
-            pair = (self.q_proj(h), self.k_proj(h)) if q is None or k is None else (q, k)
-            q_BLHD, k_BLHD, v_BLHD = (part.unflatten(-1, (-1, self.head_dim)) for part in (*pair, v))
-            q_BLHD, k_BLHD = self.norm(q_BLHD, k_BLHD)
-            return apply_rope(q_BLHD, rope, self.rope_layout), apply_rope(k_BLHD, rope, self.rope_layout), v_BLHD
-
-        o_BLHD = attend(self.core, project, key_mask=key_mask, context=context)
-        joined = torch.cat((o_BLHD.flatten(2), gelu(inner, approximate="tanh")), dim=-1)
-        return torch.addcmul(x, gate, self.linear2(joined))
-
-
-class FinalLayer(nn.Module):
-    """Norm, modulation, projection: (B, N, D) -> (B, N, out_channels)."""
-
-    def __init__(self, hidden: int, out_channels: int) -> None:
-        super().__init__()
-        self.norm_final = _plain_norm(hidden)
-        self.linear = nn.Linear(hidden, out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
-
-    def forward(self, x: Tensor, vec: Tensor, sample_of: Tensor | None = None) -> Tensor:
-        dtype = self.linear.weight.dtype
-        shift, scale = over_tokens(self.adaLN_modulation(vec.to(dtype)), 2, sample_of)
-        return self.linear(modulate(self.norm_final(x.to(dtype)), shift, scale))
+    def normalised(self, q_BLHD: Tensor, k_BLHD: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = self.norm(q_BLHD, k_BLHD)
+        return q, k

@@ -18,7 +18,6 @@ Letters: B batch, S samples (B, unless sequences hold several), N image tokens, 
 Dh head dim.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -28,11 +27,13 @@ from torch import Tensor, nn
 from opensora.models.base import AttentionAxis, Denoising, Family, TensorPlan, TokenAxis, Widths
 from opensora.models.conditions import Conditions, TokenBatch
 from opensora.models.layers.embedding import MLPEmbedder, sinusoid
+from opensora.models.layers.init import unit_
+from opensora.models.layers.joint_blocks import JointLastLayer
 from opensora.models.layers.rope import RopeTable, rope_table
 from opensora.models.layers.stages import RunStages, Stage, run_in_order
 from opensora.models.mmdit.config import SIZES, MMDiTConfig
 from opensora.models.mmdit.convert import WEIGHTS
-from opensora.models.mmdit.layers import DoubleStreamBlock, FinalLayer, SingleStreamBlock
+from opensora.models.mmdit.layers import DoubleStreamBlock, SingleStreamBlock
 
 TIME_CHANNELS = 256
 LORA_TARGETS = ("double_blocks.*.*_attn.*", "double_blocks.*.*_mlp.*", "single_blocks.*.*")
@@ -82,7 +83,7 @@ class MMDiTModel(nn.Module):
             )
             for _ in range(cfg.depth_single_blocks)
         )
-        self.final_layer = FinalLayer(hidden, cfg.out_channels or cfg.in_channels)
+        self.final_layer = JointLastLayer(hidden, cfg.out_channels or cfg.in_channels)
         self.run_stages: RunStages = run_in_order
 
     def forward(
@@ -221,20 +222,16 @@ class MMDiTModel(nn.Module):
         """Fill ``tensor``, the full value of the parameter called ``name``, in place.
 
         Norm scales are one; biases zero; modulations, ``cond_in`` and the last layer zero, so that every block
-        starts as the identity and references start without effect; every other matrix uniform with variance
-        1/fan_in, which is Xavier's for square ones and, unlike Xavier's, the same for fused and unfused projections
-        and right for embedders of any width (the usual 0.02 for those is 1/sqrt(fan_in) of a wide model, and makes
-        a narrow one deaf to time and prompt). Draws are made on the CPU in fp32, so that devices and dtypes agree.
-        The generator must be a CPU one.
+        starts as the identity and references start without effect; every other matrix as ``unit_`` has it, which is
+        right for embedders of any width too (the usual 0.02 for those is 1/sqrt(fan_in) of a wide model, and makes
+        a narrow one deaf to time and prompt). The generator must be a CPU one.
         """
         if name.endswith(".scale"):
             tensor.fill_(1.0)
         elif name.endswith(".bias") or _starts_at_zero(name):
             tensor.zero_()
         else:
-            bound = math.sqrt(3.0 / tensor.shape[1])
-            draw = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
-            tensor.copy_(draw.uniform_(-bound, bound, generator=generator))
+            unit_(tensor, generator)
 
 
 def _starts_at_zero(name: str) -> bool:

@@ -77,6 +77,9 @@ SIZES = {
     "debug": WanConfig(  # for tests
         in_channels=4, hidden_size=64, num_heads=4, depth=2, ffn_dim=96, text_dim=24
     ),
+    "demo": WanConfig(  # learns the rendered shapes on two CPU cores
+        in_channels=64, patch_size=(1, 1, 1), hidden_size=192, num_heads=4, depth=6, ffn_dim=768, text_dim=64
+    ),
     "t2v_1_3b": WanConfig(hidden_size=1536, num_heads=12, depth=30, ffn_dim=8960),  # 2.1
     "t2v_14b": WanConfig(),  # 2.1
     "i2v_14b": WanConfig(**_I2V, image_dim=1280),  # 2.1, for 480p and 720p

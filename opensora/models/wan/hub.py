@@ -53,7 +53,7 @@ def read_config(said: Mapping[str, Any], folder: Path) -> WanConfig | None:
         return None
     for key, allowed in _FIXED.items():
         if key in said and said[key] not in allowed:
-            raise ValueError(f"{key}={short(said[key])}: must be {allowed[0]}")
+            raise ValueError(f"{key}={short(said[key])}: must be {allowed[0] or 'null'}")
     return read(said, folder)
 
 
@@ -104,9 +104,7 @@ def _read_diffusers(said: Mapping[str, Any], folder: Path) -> WanConfig:
     hidden = sizes["num_heads"] * _number(said, "attention_head_dim", 128)
     image_dim = 0 if said.get("image_dim") is None else _number(said, "image_dim", 0)
     if (said.get("added_kv_proj_dim") is not None) != (image_dim > 0):
-        raise ValueError(
-            f"added_kv_proj_dim={short(said.get('added_kv_proj_dim'))}: must be given with image_dim alone"
-        )
+        raise ValueError(f"added_kv_proj_dim={short(said.get('added_kv_proj_dim'))}: must be null without image_dim")
     return WanConfig(**sizes, hidden_size=hidden, patch_size=_patch(said), references=references, image_dim=image_dim)
 
 

@@ -104,6 +104,7 @@ class WanModel(nn.Module):
         read = self.text_embedding(text.to(dtype))
         image = None if self.img_emb is None or image_tokens is None else self.img_emb(image_tokens)
         x = self.patch_embedding(x.to(dtype) if cond is None else torch.cat((x.to(dtype), cond.to(dtype)), dim=-1))
+        x = x.to(exact_type(dtype), copy=True)  # no view: a compiler would make the first block a graph of its own
         rope = self._rope(positions)
         stage = Stage(
             self.blocks,

@@ -11,10 +11,11 @@ from acceleration.diagnostics.memory_usage import device_bytes, machine_bytes
 from opensora.assembly.turns import DENOISER
 from opensora.conditioning.references import KINDS, kinds_of
 from opensora.config.schema import plain
-from opensora.inference.check import fit_option, fitting_solvers, solver_of, takes_references
+from opensora.inference.check import fit_option, fitting_solvers, solver_of
 from opensora.inference.find import Source
 from opensora.inference.lengths import coded
 from opensora.inference.memory import memory_of
+from opensora.inference.references import takes_references
 from opensora.models.base import latent_grid
 from opensora.models.families import describe
 from opensora.models.vae import autoencoder_shape
@@ -104,6 +105,7 @@ def model_info(one: Prepared, costs: Costs, measured_step_s: float | None = None
         references={kind: files_of(kind) for kind in kinds if kind != "t2v"},
         loras=tuple(one.loras),
         solvers=fitting_solvers(source.objective),
+        experts=1 if source.low_noise is None else 2,
         channels=describe(source.model).latent_channels,
         room_bytes=costs.room,
         costs=tuple(_costs(one, option, sizes, frames, costs, scale)),

@@ -187,6 +187,8 @@ def _prepared(name: str, served: ServedModel, cfg: ServeConfig, world_size: int)
 def _loras(served: ServedModel, cfg: SampleConfig, source: Source) -> dict[str, AdapterFile]:
     if served.loras and source.adapters is not None:
         raise UserError(f"loras: must be empty, as {cfg.weights} holds adapters already")
+    if served.loras and source.low_noise is not None:
+        raise UserError("loras: must be empty with low_noise; merge them into the weights of the experts")
     if served.loras and cfg.offload == "blocks":
         raise UserError("loras: must be empty with offload=blocks; use offload=models")
     found = {}
