@@ -43,7 +43,7 @@ from opensora.train.preparation import Preparation
 from opensora.utils.errors import UserError
 from tests.dist.problem import FakeText
 from tests.text_models import write_clip_vision
-from tests.wan_clips import CLIP, NEGATIVES, OPTION, PROMPTS, SEEDS, by_hand, components, filled_model, means
+from tests.wan_clips import CLIP, NEGATIVES, OPTION, PROMPTS, SEEDS, Means, by_hand, components, filled_model
 
 DTYPE = torch.float64
 DIM, TOKENS = 16, 17
@@ -224,7 +224,7 @@ def preparation(folder: Path, conditioning: ConditioningConfig, model: WanConfig
     encoder = built(folder / "wan", torch.float32)
     return Preparation(
         encoders=Encoders(
-            autoencoder=means(), text_encoder=FakeText(), image_encoder=encoder, device=torch.device("cpu")
+            autoencoder=Means(), text_encoder=FakeText(), image_encoder=encoder, device=torch.device("cpu")
         ),
         objective=RectifiedFlow(RectifiedFlowConfig()),
         conditioning=conditioning,
