@@ -1624,7 +1624,13 @@ TABLE: tuple[Mutation, ...] = (
         "count * bool(crosses) / self.between)",
         LINKS + "test_time_is_of_the_slower_link",
     ),
-    Mutation("text of cross-attention cut", PROFILE, 'return any("txt" in', 'return True or any("txt" in', STATED),
+    Mutation(
+        "text of cross-attention cut",
+        PROFILE,
+        'return not self._of_sequence.isdisjoint({"txt", "txt_here"})',
+        "return True",
+        STATED,
+    ),
     Mutation(
         "as many keys as queries",
         PROFILING,
