@@ -262,7 +262,7 @@ def with_references(trainer: Trainer) -> Tensor:
     option = SamplingOption(width=24, height=16, num_frames=5, image_osci=True, scale_temporal_osci=True)
     told = conditions_of(parts, prompts, x, option)
     found = denoise(
-        _predict(parts, positions, grid),
+        _predict(parts, parts.model, positions, grid),
         layout.shard(x),
         Euler(get_schedule(2, 6, 2)),
         build_guidance(option, references=True, steps=2, latent_frames=2, positions=positions),
