@@ -26,7 +26,8 @@ def apply(model: nn.Module, cfg: ParallelConfig, device_type: str) -> None:
 
 
 def _layer_norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
-    return nvidia_apex.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
+    weight, bias = (None if part is None else part.to(x.dtype) for part in (module.weight, module.bias))
+    return nvidia_apex.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
 
 
 def _rms_norm(module: protocol.RMSNorm, x: Tensor) -> Tensor:

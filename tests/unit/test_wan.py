@@ -174,6 +174,22 @@ def test_a_picture_is_read_beside_the_text() -> None:
         torch.testing.assert_close(layer(x, text, image), wanted, rtol=1e-12, atol=1e-12)
 
 
+def test_the_norm_before_the_text_reads_tokens_as_they_are_in_bf16() -> None:
+    """What is normalised is not what bf16 leaves of the tokens between layers."""
+    cfg, seen = MODELS["t2v"], list[Any]()
+    model = random_model(cfg, torch.bfloat16)
+    for block in model.blocks:
+        block.norm3.register_forward_hook(lambda norm, args, out: seen.append((norm, args[0], out)))
+    with torch.no_grad():
+        model(**Clips(cfg).arguments())
+    for norm, x, out in seen:
+        assert x.dtype == out.dtype == torch.float32 and not torch.equal(x, x.bfloat16().float())
+        deviation = (x - x.mean(-1, keepdim=True)).double()
+        truth = deviation / (deviation.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        torch.testing.assert_close(out.double(), truth * norm.weight + norm.bias, rtol=1e-5, atol=1e-5)
+    assert len(seen) == len(model.blocks)
+
+
 def test_tokens_times_and_angles_stay_exact_in_bf16() -> None:
     """Between layers tokens are fp32; times that bf16 cannot tell apart give other outputs."""
     cfg = MODELS["in_place"]

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm
+from torch.nn.functional import layer_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -57,6 +57,13 @@ class AllHeadsRMSNorm(HeadRMSNorm):
     Tensor parallelism, which leaves a process some of the heads, cuts ``weight`` as it cuts them and sums the squares
     of all: a model says so by the kind ``norm`` in its ``tensor_plan``.
     """
+
+
+class ExactLayerNorm(nn.LayerNorm):
+    """Layer norm with scale and shift in the type of what it reads, where that is more exact than its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 def plain_norm(hidden: int) -> nn.LayerNorm:

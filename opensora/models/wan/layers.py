@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from opensora.models.layers.attention import SDPACore, attend
 from opensora.models.layers.modulation import modulate, over_tokens
-from opensora.models.layers.norm import AllHeadsRMSNorm, plain_norm
+from opensora.models.layers.norm import AllHeadsRMSNorm, ExactLayerNorm, plain_norm
 from opensora.models.layers.rope import RopeTable, apply_rope
 
 
@@ -94,7 +94,7 @@ class WanBlock(nn.Module):
         super().__init__()
         self.norm1 = plain_norm(hidden)
         self.self_attn = WanSelfAttention(hidden, heads)
-        self.norm3 = nn.LayerNorm(hidden, eps=1e-6)  # of attention to the text, the one norm that is learned
+        self.norm3 = ExactLayerNorm(hidden, eps=1e-6)  # of attention to the text, the one norm that is learned
         self.cross_attn = WanCrossAttention(hidden, heads, reads_image=reads_image)
         self.norm2 = plain_norm(hidden)
         self.ffn = nn.Sequential(nn.Linear(hidden, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, hidden))
@@ -119,7 +119,7 @@ class WanBlock(nn.Module):
         shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = modulations(self.modulation, vector, row_of)
         h = modulate(self.norm1(x), shift, scale).to(dtype)
         x = torch.addcmul(x, gate, self.self_attn(h, rope, context).to(x.dtype))
-        x = x + self.cross_attn(self.norm3(x.to(dtype)), text, image, context)
+        x = x + self.cross_attn(self.norm3(x).to(dtype), text, image, context)
         h = modulate(self.norm2(x), shift_ffn, scale_ffn).to(dtype)
         return torch.addcmul(x, gate_ffn, self.ffn(h).to(x.dtype))
 
