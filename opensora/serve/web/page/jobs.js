@@ -129,8 +129,9 @@ export class Jobs extends EventTarget {
     const oldest = page.data.at(-1);
     for (const job of this.all.filter((one) => !listed.has(one.id) && !(this.#changed.get(one.id) > asked))) {
       const within = !page.has_more || !oldest || job.created_at > oldest.created_at;
+      const unsure = job.created_at === oldest?.created_at; // only the service knows the order within a second
       if (within) this.forget(job.id);
-      else if (!finished(job)) await this.#ask(job.id);
+      else if (unsure || !finished(job)) await this.#ask(job.id);
     }
   }
 
