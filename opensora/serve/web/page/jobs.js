@@ -110,7 +110,10 @@ export class Jobs extends EventTarget {
   async #list(limit, first) {
     const page = await api.list(limit);
     const meets = () => first || !page.has_more || this.#known.has(page.data.at(-1)?.id);
-    while (!meets()) {
+    const listed = (job) => page.data.some((one) => one.id === job.id);
+    const second = () => page.data.at(-1)?.created_at; // within it only the service knows the order
+    const splits = () => page.has_more && this.all.some((job) => job.created_at === second() && !listed(job));
+    while (!meets() || (!first && splits())) {
       const next = await api.list(MOST, page.last_id);
       page.data.push(...next.data);
       [page.has_more, page.last_id] = [next.has_more, next.last_id];
@@ -129,9 +132,8 @@ export class Jobs extends EventTarget {
     const oldest = page.data.at(-1);
     for (const job of this.all.filter((one) => !listed.has(one.id) && !(this.#changed.get(one.id) > asked))) {
       const within = !page.has_more || !oldest || job.created_at > oldest.created_at;
-      const unsure = job.created_at === oldest?.created_at; // only the service knows the order within a second
       if (within) this.forget(job.id);
-      else if (unsure || !finished(job)) await this.#ask(job.id);
+      else if (!finished(job)) await this.#ask(job.id);
     }
   }
 
