@@ -10,13 +10,13 @@ Names of our parameters are the original ones, with the same layers fused. What 
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol, TypeAlias
 
 from opensora.models.weights.format import WeightFormat
+from opensora.models.weights.named_layout import DIFFUSERS, LAYOUTS, ORIGINAL, NamedLayout, stated_layout
 from opensora.models.weights.patches import Patch
 from opensora.models.weights.rows import Shape, Target, height, joined, whole
-from opensora.utils.errors import UserError
 
 _Layers: TypeAlias = Mapping[str, str | tuple[str, ...]]
 _PATCHES, _LAST = "img_in.proj.weight", "final_layer.adaLN_modulation.1"
@@ -63,23 +63,6 @@ _BLOCKS: tuple[tuple[str, str, _Layers], ...] = (  # lists of blocks, original a
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class HunyuanVideoLayout:
-    """How a file writes the same model."""
-
-    diffusers: bool = False  # names, and layers that are not fused
-    linear: bool = False  # patches as in our model
-    patch: Patch | None = None  # latents per token along (t, h, w); None: as the file's convolution
-
-    def metadata(self) -> dict[str, str]:
-        stated = {"format": "pt", "patches": "linear" if self.linear else "convolution"}
-        return stated if self.patch is None else stated | {"patch": ",".join(map(str, self.patch))}
-
-
-ORIGINAL, DIFFUSERS = HunyuanVideoLayout(), HunyuanVideoLayout(diffusers=True)
-LAYOUTS = {"original": ORIGINAL, "diffusers": DIFFUSERS}
-
-
 class _Config(Protocol):
     """What a ``HunyuanVideoConfig`` says of its weights."""
 
@@ -97,7 +80,7 @@ class HunyuanVideoWeights:
     )
     original = ORIGINAL
     diffusers = DIFFUSERS
-    layouts: Mapping[str, HunyuanVideoLayout] = LAYOUTS
+    layouts: Mapping[str, NamedLayout] = LAYOUTS
     may_lack: tuple[str, ...] = ()
     recomputed: tuple[str, ...] = ()
     torch_keys: tuple[str, ...] | None = ("module", "ema")
@@ -105,25 +88,14 @@ class HunyuanVideoWeights:
     example_layer = "single_blocks.0.linear1"
     exports_original = True  # so that other tools read what we export
 
-    def layout(self, cfg: _Config) -> HunyuanVideoLayout:
-        return HunyuanVideoLayout(linear=True, patch=cfg.patch_size)
+    def layout(self, cfg: _Config) -> NamedLayout:
+        return NamedLayout(linear=True, patch=cfg.patch_size)
 
-    def detect_layout(self, names: Collection[str], metadata: Mapping[str, str]) -> HunyuanVideoLayout:
-        """By the names, but for our own layout, which is stated.
+    def detect_layout(self, names: Collection[str], metadata: Mapping[str, str]) -> NamedLayout:
+        """By the names, but for our own layout, which is stated."""
+        return stated_layout(metadata, diffusers=any(_is_diffusers(name) for name in names))
 
-        Raises:
-            UserError: a stated patch that is none.
-        """
-        stated = metadata.get("patch")
-        if stated is not None and not re.fullmatch(r"[1-9][0-9]?(,[1-9][0-9]?){2}", stated):
-            raise UserError(f"patch={stated[:80]} in the file's metadata: must be three sizes, as 1,2,2")
-        patch = None if stated is None else tuple(map(int, stated.split(",")))
-        diffusers, linear = any(_is_diffusers(name) for name in names), metadata.get("patches") == "linear"
-        return HunyuanVideoLayout(diffusers=diffusers, linear=linear, patch=patch)  # type: ignore[arg-type]
-
-    def targets(
-        self, shapes: Mapping[str, Shape], source: HunyuanVideoLayout, to: HunyuanVideoLayout
-    ) -> dict[str, Target]:
+    def targets(self, shapes: Mapping[str, Shape], source: NamedLayout, to: NamedLayout) -> dict[str, Target]:
         patch = to.patch or source.patch or _patch_of(shapes)
         found = {name: whole(name, shape) for name, shape in shapes.items()}
         if source.diffusers and not to.diffusers:
@@ -137,12 +109,12 @@ class HunyuanVideoWeights:
     def other_format(self, names: Collection[str]) -> str | None:
         return None
 
-    def adapter_layout(self, layers: Collection[str], metadata: Mapping[str, str]) -> tuple[HunyuanVideoLayout, bool]:
+    def adapter_layout(self, layers: Collection[str], metadata: Mapping[str, str]) -> tuple[NamedLayout, bool]:
         """As for weights; what others write is as in files."""
         return self.detect_layout(layers, metadata), False
 
     def adapter_targets(
-        self, shapes: Mapping[str, Shape], layout: HunyuanVideoLayout, source: HunyuanVideoLayout
+        self, shapes: Mapping[str, Shape], layout: NamedLayout, source: NamedLayout
     ) -> dict[str, Target]:
         """Layers may go by either name, fused or by themselves; that of patches is a convolution in files."""
         matrices = {n: shape for n, shape in shapes.items() if n.endswith(".weight") and len(shape) == 2}
@@ -151,7 +123,7 @@ class HunyuanVideoWeights:
             found |= self.targets(matrices, layout, replace(source, diffusers=diffusers))
         return found
 
-    def describe_guess(self, source: HunyuanVideoLayout, to: HunyuanVideoLayout) -> str:
+    def describe_guess(self, source: NamedLayout, to: NamedLayout) -> str:
         return ""
 
 

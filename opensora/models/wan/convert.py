@@ -12,13 +12,13 @@ attention to the text, the only one that has parameters.
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 from opensora.models.weights.format import WeightFormat
+from opensora.models.weights.named_layout import DIFFUSERS, LAYOUTS, ORIGINAL, NamedLayout, stated_layout
 from opensora.models.weights.patches import Patch, channels_first, channels_last
 from opensora.models.weights.rows import Shape, Target, height, whole
-from opensora.utils.errors import UserError
 
 _EMBEDDER, _HEAD = "patch_embedding.weight", ("head.head.weight", "head.head.bias")
 # Layers and tables, original -> diffusers.
@@ -47,23 +47,6 @@ _BLOCK = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class WanLayout:
-    """How a file writes the same model."""
-
-    diffusers: bool = False  # names
-    linear: bool = False  # patches and the last layer as in our model
-    patch: Patch | None = None  # latents per token along (t, h, w); None: as the file's convolution
-
-    def metadata(self) -> dict[str, str]:
-        stated = {"format": "pt", "patches": "linear" if self.linear else "convolution"}
-        return stated if self.patch is None else stated | {"patch": ",".join(map(str, self.patch))}
-
-
-ORIGINAL, DIFFUSERS = WanLayout(), WanLayout(diffusers=True)
-LAYOUTS = {"original": ORIGINAL, "diffusers": DIFFUSERS}
-
-
 class _Config(Protocol):
     """What a ``WanConfig`` says of its weights."""
 
@@ -80,7 +63,7 @@ class WanWeights:
     )
     original = ORIGINAL
     diffusers = DIFFUSERS
-    layouts: Mapping[str, WanLayout] = LAYOUTS
+    layouts: Mapping[str, NamedLayout] = LAYOUTS
     may_lack: tuple[str, ...] = ()
     recomputed: tuple[str, ...] = ()
     torch_keys: tuple[str, ...] | None = None
@@ -88,23 +71,14 @@ class WanWeights:
     example_layer = "blocks.0.self_attn.q"
     exports_original = True  # so that other tools read what we export
 
-    def layout(self, cfg: _Config) -> WanLayout:
-        return WanLayout(linear=True, patch=cfg.patch_size)
+    def layout(self, cfg: _Config) -> NamedLayout:
+        return NamedLayout(linear=True, patch=cfg.patch_size)
 
-    def detect_layout(self, names: Collection[str], metadata: Mapping[str, str]) -> WanLayout:
-        """By the names, but for our own layout, which is stated.
+    def detect_layout(self, names: Collection[str], metadata: Mapping[str, str]) -> NamedLayout:
+        """By the names, but for our own layout, which is stated."""
+        return stated_layout(metadata, diffusers=_are_diffusers(names))
 
-        Raises:
-            UserError: a stated patch that is none.
-        """
-        stated = metadata.get("patch")
-        if stated is not None and not re.fullmatch(r"[1-9][0-9]?(,[1-9][0-9]?){2}", stated):
-            raise UserError(f"patch={stated[:80]} in the file's metadata: must be three sizes, as 1,2,2")
-        patch = None if stated is None else tuple(map(int, stated.split(",")))
-        is_linear = metadata.get("patches") == "linear"
-        return WanLayout(diffusers=_are_diffusers(names), linear=is_linear, patch=patch)  # type: ignore[arg-type]
-
-    def targets(self, shapes: Mapping[str, Shape], source: WanLayout, to: WanLayout) -> dict[str, Target]:
+    def targets(self, shapes: Mapping[str, Shape], source: NamedLayout, to: NamedLayout) -> dict[str, Target]:
         names = {name: to_original(name) if source.diffusers else name for name in shapes}
         patch = to.patch or source.patch or _patch_of(shapes)
         found = {}
@@ -118,11 +92,13 @@ class WanWeights:
     def other_format(self, names: Collection[str]) -> str | None:
         return None
 
-    def adapter_layout(self, layers: Collection[str], metadata: Mapping[str, str]) -> tuple[WanLayout, bool]:
+    def adapter_layout(self, layers: Collection[str], metadata: Mapping[str, str]) -> tuple[NamedLayout, bool]:
         """As for weights; what others write is as in files."""
         return self.detect_layout(layers, metadata), False
 
-    def adapter_targets(self, shapes: Mapping[str, Shape], layout: WanLayout, source: WanLayout) -> dict[str, Target]:
+    def adapter_targets(
+        self, shapes: Mapping[str, Shape], layout: NamedLayout, source: NamedLayout
+    ) -> dict[str, Target]:
         """Layers may go by either name; that of patches is a convolution in files."""
         matrices = {n: shape for n, shape in shapes.items() if n.endswith(".weight") and len(shape) == 2}
         found: dict[str, Target] = {}
@@ -130,7 +106,7 @@ class WanWeights:
             found |= self.targets(matrices, layout, replace(source, diffusers=diffusers))
         return found
 
-    def describe_guess(self, source: WanLayout, to: WanLayout) -> str:
+    def describe_guess(self, source: NamedLayout, to: NamedLayout) -> str:
         return ""
 
 
