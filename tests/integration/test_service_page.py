@@ -282,7 +282,17 @@ def test_delete_asks_once_more(page: Page) -> None:
     assert page.eval("() => document.activeElement.id") == "gallery-title"
 
 
-def test_what_is_deleted_elsewhere_goes_and_what_is_older_comes(page: Page) -> None:
+@pytest.mark.parametrize("burst", [False, True])
+def test_what_is_deleted_elsewhere_goes_and_what_is_older_comes(page: Page, burst: bool) -> None:
+    """Also where all are of one second, within which times do not tell their order."""
+
+    def in_one_second(route: Any) -> None:
+        answer = route.fetch()
+        found = answer.json()
+        route.fulfill(response=answer, json=found | {"data": [job | {"created_at": 1} for job in found["data"]]})
+
+    if burst:
+        page.tab.route("**/v1/videos?limit=*", in_one_second)
     ids = [page.call(prompt=f"clip {number}", num_frames=1) for number in range(27)]
     until(lambda: page.tab.locator(".card").count() == 24)
     page.tab.locator("#more-clips").click()
