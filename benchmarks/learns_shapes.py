@@ -1,13 +1,14 @@
 """Does a model trained from nothing show what its prompt says? Kept-out combinations, judged from pixels.
 
-    python -m benchmarks.learns_shapes [--config FILE] [--minutes M] [--processes 1] [--interrupt KEY=VALUE] [overrides]
+    python -m benchmarks.learns_shapes [--config FILE] [--minutes M] [--processes 1 [2]] [--interrupt KEY=VALUE]
+        [overrides]
 
 Renders the training clips, trains a configuration (configs/train/shapes.yaml: about 50 minutes on two quiet CPU cores),
 samples every prompt of the kept-out (colour, shape, direction) combinations with several seeds, and lets the judge,
 which shares no code with the renderer, say what it sees. ``--minutes`` takes as many updates as fit into them, by a few
 that are measured. ``--interrupt`` presses Ctrl-C when half of them are done, and goes on with these overrides, such as
-another layout. Prints one table and one machine-readable line. A run that is already in the output folder is continued,
-or only judged if it is finished.
+another layout, and with the second number of ``--processes`` if there is one. Prints one table and one machine-readable
+line. A run that is already in the output folder is continued, or only judged if it is finished.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def main() -> None:
     prompts = data / "prompts_heldout.csv"
     sample = ["scripts/diffusion/inference.py", "configs/sample/demo.yaml", f"weights={run}", f"prompt_csv={prompts}"]
     how = [*SAMPLING, f"sampling.guidance={args.guidance}", f"num_sample={args.seeds}", "batch_size=24"]
-    call(["bash", "launch/torchrun.sh", args.processes, *sample, f"save_dir={samples}", "overwrite=true", *how])
+    call(["bash", "launch/torchrun.sh", args.processes[-1], *sample, f"save_dir={samples}", "overwrite=true", *how])
     pairs = match_files(next(samples.glob("video_*")), read_truths(prompts))
     verdicts = [judge_clip(read_clip(path)) for path, _ in pairs]
     truths = [truth for _, truth in pairs]
@@ -58,12 +59,18 @@ def train(args: argparse.Namespace, data: Path, run: Path) -> None:
     else:
         steps = load_config(RunConfig, ROOT / args.config, args.overrides).train.steps
         if args.minutes:
-            steps = max(1, round(60 * args.minutes / measured(words, args.processes)))
+            steps = max(1, round(60 * args.minutes / seconds_of_an_update(words, args)))
     words += [f"train.steps={steps}"] + ([f"optim.warmup_steps={steps // 50}"] if args.minutes else [])
-    command = ["bash", "launch/torchrun.sh", args.processes, "scripts/diffusion/train.py", *words]
+    script = ["scripts/diffusion/train.py", *words]
     if args.interrupt and last_step(run) < steps // 2:
-        interrupt(command, run, steps // 2)
-    call([*command, *args.interrupt])
+        interrupt(["bash", "launch/torchrun.sh", args.processes[0], *script], run, steps // 2)
+    call(["bash", "launch/torchrun.sh", args.processes[-1], *script, *args.interrupt])
+
+
+def seconds_of_an_update(words: list[str], args: argparse.Namespace) -> float:
+    """Before and behind the interruption, half of the updates each."""
+    before = measured(words, args.processes[0])
+    return (before + measured([*words, *args.interrupt], args.processes[-1])) / 2 if args.interrupt else before
 
 
 def interrupt(command: list[object], run: Path, step: int) -> None:
@@ -129,7 +136,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--interrupt", nargs="+", default=[], metavar="KEY=VALUE", help="half-way, then go on with these"
     )
-    parser.add_argument("--processes", type=int, default=1, help="training and sampling processes")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        nargs="+",
+        default=[1],
+        help="of training and sampling; two numbers: and once interrupted",
+    )
     parser.add_argument("--seeds", type=int, default=4, help="samples per prompt")
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("overrides", nargs="*", help="section.key=value for the training")
