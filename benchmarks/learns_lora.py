@@ -66,7 +66,7 @@ def train(args: argparse.Namespace, base: Path, table: Path) -> Path:
     """The export of a run of adapters, in the layers that the family names."""
     words = ["name=adapters", f"output={args.out}", f"data.table={table}", f"train.init_from={base}"]
     lora = [f"lora.rank={RANK}", f"lora.alpha={ALPHA}", "optim.lr=2e-3", "optim.warmup_steps=10"]
-    words += [*lora, f"train.steps={args.steps}", "train.resume=auto"]
+    words += [*lora, f"train.steps={args.steps}", "parallel.mesh.ulysses=1"]
     config = args.run / "config.yaml"
     call(["bash", "launch/torchrun.sh", args.processes, "scripts/diffusion/train.py", config, *words])
     return args.out / "adapters/exported"
@@ -74,7 +74,8 @@ def train(args: argparse.Namespace, base: Path, table: Path) -> Path:
 
 def merged(base: Path, adapters: Path, place: Path) -> Path:
     """W + alpha/rank B A of every adapted layer, under the release's names, beside the model's other files."""
-    shutil.copytree(base, place, dirs_exist_ok=True)
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(base, place, ignore=shutil.ignore_patterns("SHA256SUMS"))  # of the weights without them
     with safe_open(base / EXPORT, "pt") as file:
         metadata = file.metadata()
     weights, added = load_file(base / EXPORT), load_file(adapters / ADAPTERS)

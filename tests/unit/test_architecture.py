@@ -38,6 +38,7 @@ KNOW_A_FAMILY = {
     "opensora/config/family/keys.py",
     "opensora/models/families.py",
     "opensora/sampling/denoisers.py",
+    "opensora/utils/files/published_files.py",
     "opensora/inference/scripts/given_models.py",
     "opensora/inference/scripts/interface.py",
 }
@@ -73,10 +74,10 @@ def test_what_a_family_is_called_would_be_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["wan", "hunyuan_video"])
 def test_a_model_costs_one_line_of_a_table_outside_its_folder(kind: str) -> None:
-    """One line of the table and its import; how step caches rescale changes is a table by model."""
+    """One line of the table and its import; tables by model say how step caches rescale changes, and what to fetch."""
     found = lines_elsewhere(kind)
     assert len(found.pop("opensora/models/families.py")) == 2
-    assert set(found) <= {"opensora/sampling/cache_config.py"}
+    assert set(found) <= {"opensora/sampling/cache_config.py", "opensora/utils/files/published_files.py"}
 
 
 def test_every_line_that_knows_a_model_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
