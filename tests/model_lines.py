@@ -11,6 +11,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from opensora.models.families import FAMILIES
@@ -36,6 +37,11 @@ def words_of_lines(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield line, word
 
 
+@cache
+def words_in(code: str) -> tuple[tuple[int, str], ...]:
+    return tuple(words_of_lines(ast.parse(code)))
+
+
 def name_of(kind: str) -> re.Pattern[str]:
     """The kind, or the folder that has it, as a whole word of a snake_case, CamelCase or dotted name."""
     words = {kind, folder_of(kind).name}
@@ -51,9 +57,7 @@ def lines_elsewhere(kind: str) -> dict[str, list[int]]:
         name = path.relative_to(ROOT).as_posix()
         if own in path.parents or name.startswith(CODERS):
             continue
-        text = path.read_text(encoding="utf-8")
-        lines = {line for line, word in words_of_lines(ast.parse(text)) if pattern.search(word)}
-        if lines:
+        if lines := {line for line, word in words_in(path.read_text(encoding="utf-8")) if pattern.search(word)}:
             found[name] = sorted(lines)
     return found
 

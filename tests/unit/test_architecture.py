@@ -1,6 +1,5 @@
 """docs/architecture.md and the README name places that are there, and families of models are known to tables only."""
 
-import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 
 from opensora.models.families import FAMILIES
 from tests.conftest import ROOT
-from tests.model_lines import lines_elsewhere, words_of_lines
+from tests.model_lines import lines_elsewhere, words_in
 
 
 @pytest.mark.parametrize(
@@ -46,7 +45,7 @@ KNOW_A_FAMILY = {
 
 def words_of(path: Path) -> Iterator[str]:
     """Every name, attribute and text of a file, but for docstrings."""
-    return (word for _, word in words_of_lines(ast.parse(path.read_text(encoding="utf-8"))))
+    return (word for _, word in words_in(path.read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize("package", ["acceleration", "opensora"])
