@@ -2762,8 +2762,8 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "CLIP's last row in place of the pooled one",
         "opensora/models/text/clip.py",
-        "self._clip(input_ids=ids).pooler_output",
-        "self._clip(input_ids=ids).last_hidden_state[:, -1]",
+        "clip(input_ids=ids).pooler_output",
+        "clip(input_ids=ids).last_hidden_state[:, -1]",
         "tests/unit/test_text_1x.py::test_clip_is_that_of_transformers",
     ),
     Mutation(
@@ -3699,8 +3699,8 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "umT5's padding is kept",
         "opensora/models/text/umt5.py",
-        "        txt = torch.where(mask[..., None], found, 0.0).to(self._device)",
-        "        txt = found.to(self._device)",
+        "copied(torch.where(mask[..., None], found, 0.0).to(self._device))",
+        "copied(found.to(self._device))",
         WAN_TEXT + "umt5_is_that_of_the_published_pipeline",
     ),
     Mutation(
