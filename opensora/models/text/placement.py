@@ -86,7 +86,9 @@ def limits_of(reader: str) -> Limits:
 def own_keys_first(cls: Class) -> Class:
     """A dataclass whose keys come as its body has them, then those that it inherits, which dataclasses put in front: in
     files that are written, in the docs and in messages."""
-    fields, own = vars(cls)["__dataclass_fields__"], inspect.get_annotations(cls)
-    for name in sorted(fields, key=lambda name: (name not in own, list(own).index(name) if name in own else 0)):
+    fields = vars(cls)["__dataclass_fields__"]
+    own = [name for name in inspect.get_annotations(cls) if name in fields]
+    inherited = [name for name in fields if name not in own]
+    for name in (*own, *inherited):
         fields[name] = fields.pop(name)
     return cls

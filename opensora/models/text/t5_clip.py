@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from opensora.models.base import TextFeatures
 from opensora.models.text.folder import check_folder, load_tokenizer
 from opensora.models.text.placement import TokensConfig, limits_of, own_keys_first
+from opensora.models.text.prompt_cache import Row
 from opensora.models.text.transformers_encoder import CLIP_TOKENS, TransformersEncoder, copied, token_ids
 from opensora.models.text.weights import EncoderFile, open_clip, open_t5
 from opensora.utils.limits import Limits
@@ -72,7 +73,7 @@ class T5ClipTextEncoder(TransformersEncoder):
         # CLIP tokenizers built from bare vocabulary files claim an unlimited length, so it is stated here.
         return t5, _ids(self._clip_tokenizer, prompts, CLIP_TOKENS)
 
-    def _encoded(self, prompts: list[str], length: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _encoded(self, prompts: list[str], length: int) -> Iterator[Row]:
         """(tokens, pooled) of each prompt, on the run's device."""
         t5_ids, clip_ids = (ids.to(self._work_device) for ids in self.tokens(prompts, length))
         t5, clip = self._modules
