@@ -2549,6 +2549,13 @@ TABLE: tuple[Mutation, ...] = (
         FORECAST_TURNS.format("a_round_that_does_not_fit"),
     ),
     Mutation(
+        "one picture for all samples of a micro-batch",
+        "opensora/planner/forecast.py",
+        'sizes["txt"], batch.picture], float)',
+        'sizes["txt"], 0], float)',
+        VIDEO_PLANS.format("every_sample_has_a_picture_of_its_own"),
+    ),
+    Mutation(
         "prompts sampled in a run without their pictures",
         "opensora/planner/validation_forecast.py",
         "for turn in (TEXT, IMAGE, AUTOENCODER))",
