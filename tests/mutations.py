@@ -2549,6 +2549,48 @@ TABLE: tuple[Mutation, ...] = (
         FORECAST_TURNS.format("a_round_that_does_not_fit"),
     ),
     Mutation(
+        "one picture for all samples of a micro-batch",
+        "opensora/planner/forecast.py",
+        'sizes["txt"], batch.picture], float)',
+        'sizes["txt"], 0], float)',
+        VIDEO_PLANS.format("every_sample_has_a_picture_of_its_own"),
+    ),
+    Mutation(
+        "prompts sampled in a run without their pictures",
+        "opensora/planner/validation_forecast.py",
+        "for turn in (TEXT, IMAGE, AUTOENCODER))",
+        "for turn in (TEXT, AUTOENCODER))",
+        FORECAST_TURNS.format("rounds_of_validation_encode_pictures"),
+    ),
+    Mutation(
+        "pictures of held-out clips take no time",
+        "opensora/planner/validation_forecast.py",
+        "text_flops(cfg.text, samples) + image_flops(cfg.image_encoder, samples)",
+        "text_flops(cfg.text, samples)",
+        FORECAST_TURNS.format("rounds_of_validation_encode_pictures"),
+    ),
+    Mutation(
+        "features made ahead without tokens of pictures",
+        "opensora/precompute.py",
+        "image_encoder=image_encoder_of(cfg.image_encoder, None, device, dtype),",
+        "image_encoder=None,",
+        "tests/unit/test_features.py::test_tokens_of_first_frames_are_stored",
+    ),
+    Mutation(
+        "keys that text encoders share before their own",
+        "opensora/models/text/placement.py",
+        "for name in (*own, *inherited):",
+        "for name in (*inherited, *own):",
+        "tests/unit/test_config_reference.py::test_the_document_is_up_to_date",
+    ),
+    Mutation(
+        "a simulated device adds a mask as numbers",
+        "tests/device/simulated.py",
+        "_scaled_dot_product_attention_math(q, k, v, bias, *args",
+        "_scaled_dot_product_attention_math(q, k, v, attn_mask, *args",
+        "tests/device/test_attention.py::test_attention_is_that_of_the_cpu[keys]",
+    ),
+    Mutation(
         "held-out clips seen once for all bins",
         "opensora/planner/validation_forecast.py",
         "cfg.validate.bins * forward",
@@ -2762,8 +2804,8 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "CLIP's last row in place of the pooled one",
         "opensora/models/text/clip.py",
-        "self._clip(input_ids=ids).pooler_output",
-        "self._clip(input_ids=ids).last_hidden_state[:, -1]",
+        "clip(input_ids=ids).pooler_output",
+        "clip(input_ids=ids).last_hidden_state[:, -1]",
         "tests/unit/test_text_1x.py::test_clip_is_that_of_transformers",
     ),
     Mutation(
@@ -3699,8 +3741,8 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "umT5's padding is kept",
         "opensora/models/text/umt5.py",
-        "        txt = torch.where(mask[..., None], found, 0.0).to(self._device)",
-        "        txt = found.to(self._device)",
+        "copied(torch.where(mask[..., None], found, 0.0).to(self._device))",
+        "copied(found.to(self._device))",
         WAN_TEXT + "umt5_is_that_of_the_published_pipeline",
     ),
     Mutation(

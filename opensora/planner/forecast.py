@@ -283,7 +283,7 @@ class Forecaster:
         return interpolate(low, *zip(highs, shares, strict=True))
 
     def _tries(self, place: RankLayout, batch: MicroBatch, shared: int) -> list[MicroBatch]:
-        """Where a process has all of the text: one with little of all, one each with more tokens and more text. If
+        """Where a process has all of the text: one with little of all, one each with more tokens, text and picture. If
         axes are exchanged also one whose frames are cut unevenly, so that a process has more tokens between switches.
         """
         inside = place.local_sizes(self.structure, batch).get("frames_inside")
@@ -292,15 +292,17 @@ class Forecaster:
         sizes = [(PROBED_TEXT[t], PROBED[i] * shared, frames) for t, i in ((0, 0), (0, 1), (1, 0))]
         if switches:
             sizes.append((PROBED_TEXT[0], PROBED[0] // 3 * 3 * shared, 3))
-        return [replace(batch, samples=1, txt=txt, img=img, frames=frames) for txt, img, frames in sizes]
+        tries = [replace(batch, samples=1, txt=txt, img=img, frames=frames) for txt, img, frames in sizes]
+        return [*tries, replace(tries[0], picture=2 * batch.picture)] if batch.picture else tries
 
     def _sizes(self, place: RankLayout, batch: MicroBatch) -> np.ndarray:
-        """Tokens of all samples on a process: of the sequence, the same between axis switches, text it is given."""
+        """Tokens of all samples on a process: of the sequence, the same between axis switches, text and pictures that
+        it is given."""
         sizes = place.local_sizes(self.structure, batch)
         txt, img = place.local_tokens(self.structure, batch)
         own = img + txt * self.structure.cuts_text_itself
         inside = sizes["frames_inside"] * sizes["places_inside"] if self.structure.is_factored else own
-        return batch.samples * np.array([own, inside, sizes["txt"]], float)
+        return batch.samples * np.array([own, inside, sizes["txt"], batch.picture], float)
 
     def _run(self, place: RankLayout, kind: str, batch: MicroBatch, accumulates: bool) -> Timeline:
         mesh = place.mesh.submesh(batch.degree)

@@ -16,12 +16,12 @@ from acceleration.accounting.activation_memory import Timeline
 from acceleration.accounting.comm_volume import padded
 from acceleration.accounting.peak_memory import Footprint
 from acceleration.accounting.rank_layout import MicroBatch, RankLayout
-from opensora.assembly.turns import AUTOENCODER, DENOISER, TEXT
+from opensora.assembly.turns import AUTOENCODER, DENOISER, IMAGE, TEXT
 from opensora.config.run import RunConfig
 from opensora.datasets.plan.held_out import held_out_data
 from opensora.planner.coding_memory import encode_flops, encoding_bytes, heaviest_to_encode
 from opensora.planner.devices import Device
-from opensora.planner.encoder_memory import image_working_bytes, text_flops, text_working_bytes
+from opensora.planner.encoder_memory import image_flops, image_working_bytes, text_flops, text_working_bytes
 from opensora.planner.forecast import EFFICIENCY, Forecaster, objective_loss, shapes
 from opensora.planner.layout_forecast import Shape, ValidationForecast
 from opensora.planner.sampling_forecast import SamplingJob, forward_line, seconds_by_turn, working_bytes
@@ -72,7 +72,8 @@ class Validation:
         seen = self._forward(forecaster, place, state, job.batch)
         working = working_bytes(job, profile, place, _pieces(place))
         left = state.total + peak_memory.gathered_behind(profile, place, streams=forecaster.streams)
-        most = max(left + working[TEXT], seen.total + working[DENOISER], left + working[AUTOENCODER])
+        coded = max(working[turn] for turn in (TEXT, IMAGE, AUTOENCODER))
+        most = max(left + coded, seen.total + working[DENOISER])
         batches = -(-job.clips // job.samples)
         turns = -(-batches // place.mesh.data_degree)
         seconds = seconds_by_turn(job, profile, place, device, from_host(forecaster, place))
@@ -137,7 +138,9 @@ def _round_s(cfg: RunConfig, forecaster: Forecaster, place: RankLayout, device: 
     forward = max(forward, from_host(forecaster, place) / device.host_bandwidth)
     micro_batches = -(-cfg.validate.samples // shape.batch.samples)
     turns = -(-micro_batches // mesh.data_degree)
-    return turns * ((coding + text_flops(cfg.text, shape.batch.samples)) / speed + cfg.validate.bins * forward)
+    samples = shape.batch.samples
+    coding += text_flops(cfg.text, samples) + image_flops(cfg.image_encoder, samples)
+    return turns * (coding / speed + cfg.validate.bins * forward)
 
 
 def _pieces(place: RankLayout) -> int:

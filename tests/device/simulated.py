@@ -434,13 +434,15 @@ def _scaled_dot_product_attention(
 ) -> Tensor:
     """Through the fused kernel that CUDA takes: flash for half precision without a mask, memory-efficient for masks and
     fp32. For a private backend torch itself computes by formula, and holds all scores. What the kernels cannot read
-    (fp64, odd widths), and calls with other options, are computed by formula on CUDA, too."""
+    (fp64, odd widths), and calls with other options, are computed by formula on CUDA, too. As in torch, the kernels and
+    the formula are given the bias that a mask stands for: they would add its True and False as 1 and 0."""
+    bias = attn_mask
+    if bias is not None and bias.dtype == torch.bool:
+        bias = torch.zeros_like(bias, dtype=q.dtype).masked_fill(~bias, -math.inf)
     is_aligned = q.dtype != torch.float64 and q.shape[-1] * q.element_size() % 16 == 0
     if not is_aligned or args or kwargs:
-        return aten._scaled_dot_product_attention_math(q, k, v, attn_mask, *args, **kwargs)[0]
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -math.inf)
-    bias = attn_mask if attn_mask is None else attn_mask.expand(*q.shape[:3], k.shape[2])
+        return aten._scaled_dot_product_attention_math(q, k, v, bias, *args, **kwargs)[0]
+    bias = bias if bias is None else bias.expand(*q.shape[:3], k.shape[2])
     return _Fused.apply(q, k, v, bias)
 
 

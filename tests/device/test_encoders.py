@@ -114,11 +114,11 @@ def moved(cfg: T5ClipConfig) -> tuple[list[str], list[str], list[Tensor], list[T
     at_work: set[str] = set()
     with simulated_cuda():
         encoder: Any = text_encoder_of(cfg, None, CUDA, torch.float32)
-        block = encoder._t5.get_submodule("block.0")
+        block = encoder._modules[0].get_submodule("block.0")
         block.register_forward_pre_hook(lambda *_: at_work.update(map(where, block.parameters())))
         features = encoder.encode(PROMPTS)
         assert features.txt.device.type == "cuda"
-        between = {where(p) for part in (encoder._t5, encoder._clip) for p in part.parameters()}
+        between = {where(p) for part in encoder._modules for p in part.parameters()}
         found = [features.txt.cpu(), features.y_vec.cpu()]
     alone = build_text_encoder(replace(cfg, device="auto", offload=False), CPU, torch.float32).encode(PROMPTS)
     return sorted(at_work), sorted(between), found, [alone.txt, alone.y_vec]

@@ -67,6 +67,14 @@ def measured_steps(
     return outcome
 
 
+def check_traffic(outcome: Outcome, degrees: Mapping[str, int], where: object) -> None:
+    """Bytes that were counted are those of the formulas, and something went along every axis that cuts a sample."""
+    cut = [axis for axis in ("ulysses", "ring", "tensor") if degrees.get(axis, 1) > 1]
+    for counted, formula in outcome.traffic:
+        assert counted == formula, where
+        assert all(counted.get(axis) for axis in cut), where
+
+
 def average_by_hand(
     before: Mapping[str, Tensor], trained: Mapping[str, Tensor], step: int, most: float
 ) -> dict[str, Tensor]:

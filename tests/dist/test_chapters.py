@@ -1,26 +1,13 @@
 """DiT, Latte and PixArt compute on any layout what they compute on one process, and send what the formulas say: loss,
 every gradient, the clipping norm and the weights after steps, in fp64."""
 
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.dist.chapters import (
-    ADAMW,
-    MODELS,
-    SGD,
-    Run,
-    on_one_process,
-    on_these_layouts,
-    plain_model,
-    sampled,
-    sampled_on_these_layouts,
-    train_and_save,
-)
-from tests.dist.harness import run_distributed
-from tests.dist.parity import TOLERANCE, Outcome, relative, worst_error
+from tests.dist.chapters import MODELS, Run, plain_model
+from tests.dist.compared import check_resumed, check_runs, check_samples, truth
 
 ULYSSES, RING, TENSOR = (("ulysses", 2),), (("ring", 2),), (("tensor", 2),)
 QUICK = [
@@ -79,24 +66,9 @@ COMPILED = [
 ]
 
 
-@cache
-def truth(model: str, kind: str, adapters: bool = False) -> Outcome:
-    return on_one_process(MODELS[model], ADAMW if kind == "adamw" else SGD, adapters=adapters)
-
-
-def check(runs: list[Run], timeout: float) -> None:
-    for rank, found in enumerate(run_distributed(on_these_layouts, runs[0].world, runs, MODELS, timeout=timeout)):
-        for run, outcome in zip(runs, found, strict=True):
-            assert worst_error(outcome, truth(run.model, run.kind, run.adapters)) <= TOLERANCE, (str(run), rank)
-            for counted, formula in outcome.traffic:
-                assert counted == formula, (str(run), rank)
-                cut = [axis for axis, _ in run.axes if axis in ("ulysses", "ring", "tensor")]
-                assert all(counted.get(axis) for axis in cut), (str(run), rank)
-
-
 @pytest.mark.parametrize("world", sorted({run.world for run in QUICK}))
 def test_layouts_equal_one_process(world: int) -> None:
-    check([run for run in QUICK if run.world == world], 100)
+    check_runs([run for run in QUICK if run.world == world], MODELS, 100)
 
 
 @pytest.mark.slow
@@ -105,32 +77,25 @@ def test_layouts_equal_one_process(world: int) -> None:
 @pytest.mark.parametrize("world", AXES)
 def test_every_layout_equals_one_process(model: str, world: int) -> None:
     runs = [run for run in SLOW if (run.model, run.world) == (model, world)]
-    check(runs, 800) if runs else None
+    check_runs(runs, MODELS, 800) if runs else None
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("run", [*LORA, *COMPILED], ids=str)
 def test_adapters_and_compiled_blocks(run: Run) -> None:
-    check([run], 800)
-
-
-def check_samples(runs: list[Run], timeout: float) -> None:
-    for found in run_distributed(sampled_on_these_layouts, runs[0].world, runs, MODELS, timeout=timeout):
-        for run, samples in zip(runs, found, strict=True):
-            for sample, whole in zip(samples, sampled(MODELS[run.model]), strict=True):
-                assert relative(sample, whole) <= TOLERANCE, str(run)
+    check_runs([run], MODELS, 800)
 
 
 def test_two_processes_sample_as_one() -> None:
-    check_samples([Run("dit", 2, RING), Run("latte", 2, ULYSSES, 0), Run("pixart_ms", 2, TENSOR, 2)], 100)
+    check_samples([Run("dit", 2, RING), Run("latte", 2, ULYSSES, 0), Run("pixart_ms", 2, TENSOR, 2)], MODELS, 100)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("world", AXES)
 def test_every_layout_samples_as_one_process(world: int) -> None:
-    check_samples([run for run in SLOW if run.world == world], 800)
+    check_samples([run for run in SLOW if run.world == world], MODELS, 800)
 
 
 @pytest.mark.parametrize("model", [pytest.param("pixart_frozen", marks=pytest.mark.slow), "dit"])
@@ -139,15 +104,10 @@ def test_what_is_not_trained_is_saved_and_exported(model: str, tmp_path: Path) -
     have no moving average, and an export of the average has them as they are."""
     cfg = MODELS[model]
     first, second = Run(model, 2, ULYSSES, 3, kind="adamw"), Run(model, 2, TENSOR, 1, kind="adamw")
-    (whole,) = run_distributed(train_and_save, 1, Run(model, 1, (), 0, kind="adamw"), cfg, tmp_path / "whole", 0, 2)
-    run_distributed(train_and_save, 2, first, cfg, tmp_path / "moved", 0, 1)
-    found = run_distributed(train_and_save, 2, second, cfg, tmp_path / "moved", 1, 2)[0]
+    found = check_resumed(cfg, first, second, tmp_path)
     started = dict(plain_model(cfg).named_parameters())
-    assert {name.removeprefix("exported.") for name in found if name.startswith("exported.")} == started.keys()
-    assert found.keys() == whole.keys()
-    assert max(relative(found[name], whole[name]) for name in whole) <= TOLERANCE
     frozen = {name for name, parameter in started.items() if not parameter.requires_grad}
-    assert frozen and not {f"ema.{name}" for name in frozen} & whole.keys()
+    assert frozen and not {f"ema.{name}" for name in frozen} & found.keys()
     for name in frozen:
         for of in ("model", "exported"):
             assert torch.equal(found[f"{of}.{name}"], started[name]), name
@@ -156,7 +116,7 @@ def test_what_is_not_trained_is_saved_and_exported(model: str, tmp_path: Path) -
 @pytest.mark.parametrize("model", MODELS)
 def test_every_trained_parameter_gets_a_gradient(model: str) -> None:
     """A parity test of gradients that are zero would prove nothing; the null text is not trained."""
-    outcome = truth(model, "sgd")
+    outcome = truth(MODELS[model], "sgd")
     gradients = outcome.steps[0][2]
     frozen = (".y_embedding", *[".cross_attn."] * (model == "pixart_frozen"))
     assert outcome.weights.keys() - gradients.keys() == {n for n in outcome.weights if any(x in n for x in frozen)}

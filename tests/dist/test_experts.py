@@ -81,9 +81,18 @@ def truth(name: str) -> Tensor:
 
 LAYOUTS: dict[int, list[Case]] = {
     1: [({}, 0, tuple(MODELS))],
-    2: [({"ulysses": 2}, 3, tuple(MODELS)), ({"ring": 2}, 0, ("in_place",)), ({"cfg": 2}, 3, ("clip",))],
+    2: [
+        ({"ulysses": 2}, 3, tuple(MODELS)),
+        ({"ring": 2}, 0, ("in_place",)),
+        ({"cfg": 2}, 3, ("clip",)),
+        ({"tensor": 2}, 3, tuple(MODELS)),
+    ],
     3: [({"ulysses": 3}, 3, ("text",)), ({"shard": 3}, 3, ("in_place",))],
-    4: [({"ring": 2, "ulysses": 2}, 3, ("clip", "in_place"))],
+    4: [
+        ({"ring": 2, "ulysses": 2}, 3, ("clip", "in_place")),
+        ({"ulysses": 2, "tensor": 2}, 3, ("clip",)),
+        ({"cfg": 2, "tensor": 2}, 0, ("in_place",)),
+    ],
 }
 
 

@@ -10,7 +10,7 @@ from acceleration.config import CompileConfig
 from tests.dist.factored import ADAMW, SGD, STEPS, Run, on_one_process, on_these_layouts, train_and_save
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import RECOMPUTE
-from tests.dist.parity import TOLERANCE, Outcome, relative, worst_error
+from tests.dist.parity import TOLERANCE, Outcome, check_traffic, relative, worst_error
 
 COMPILED = {"compile": CompileConfig(enabled=True, backend="aot_eager")}
 
@@ -79,10 +79,7 @@ def check(truths: dict[str, Outcome], world: int, runs: list[Run], timeout: floa
         for run, outcome in zip(runs, found, strict=True):
             truth = truths["lora" if run.adapters else run.optim.kind]
             assert worst_error(outcome, truth) <= TOLERANCE, (str(run), rank)
-            for counted, formula in outcome.traffic:
-                assert counted == formula, (str(run), rank)
-                cut = [a for a, degree in run.mesh.items() if degree > 1 and a in ("ulysses", "ring", "tensor")]
-                assert all(counted.get(axis) for axis in cut), (str(run), rank)
+            check_traffic(outcome, run.mesh, (str(run), rank))
 
 
 @pytest.mark.parametrize("world", sorted({run.world for run in QUICK}))

@@ -66,7 +66,7 @@ def encoded(cfg: T5ClipConfig, axes: dict[str, int], dtype: torch.dtype, wanted:
         torch.equal(one.txt, other.txt) and torch.equal(one.y_vec, other.y_vec)
         for one, other in zip(calls, wanted, strict=True)
     )
-    kept = held([p for part in (encoder._t5, encoder._clip) for p in part.parameters()])
+    kept = held([p for part in encoder._modules for p in part.parameters()])
     return {"equal": equal, "kept": kept, "load peak": loading.peak, "left": loading.now, "encode": encoding.peak}
 
 

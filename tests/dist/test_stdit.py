@@ -9,7 +9,7 @@ import pytest
 from acceleration.config import CompileConfig
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import RECOMPUTE
-from tests.dist.parity import TOLERANCE, Outcome, worst_error
+from tests.dist.parity import TOLERANCE, Outcome, check_traffic, worst_error
 from tests.dist.stdit import ADAMW, MODELS, SGD, Run, on_one_process, on_these_layouts
 
 COMPILED: dict[str, Any] = {"compile": CompileConfig(enabled=True, backend="aot_eager")}
@@ -85,10 +85,7 @@ def check(runs: list[Run], timeout: float) -> None:
             expected = truth(run.model, run.optim.kind, run.adapters)
             assert all(gradient.any() for gradient in expected.steps[0][2].values())  # zeros would prove nothing
             assert worst_error(outcome, expected) <= TOLERANCE, (str(run), rank)
-            for counted, formula in outcome.traffic:
-                assert counted == formula, (str(run), rank)
-                cut = [a for a, degree in run.mesh.items() if degree > 1 and a in ("ulysses", "ring", "tensor")]
-                assert all(counted.get(axis) for axis in cut), (str(run), rank)
+            check_traffic(outcome, run.mesh, (str(run), rank))
 
 
 @pytest.mark.parametrize("world", sorted({run.world for run in QUICK}))

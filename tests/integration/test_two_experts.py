@@ -141,7 +141,8 @@ def test_two_runs_and_sampling_with_the_switch(wan: Path, tmp_path: Path) -> Non
     wanted = by_loop(experts)
     cfg = job(experts)
     assert find_source(cfg).low_noise.boundary == 0.8  # type: ignore[union-attr]
-    for world, room, parallel in ((1, None, {}), (1, 1, {}), (2, 1, {"ulysses": 2}), (2, None, {"cfg": 2})):
+    two = ((2, 1, {"ulysses": 2}), (2, None, {"cfg": 2}), (2, 1, {"tensor": 2}))
+    for world, room, parallel in ((1, None, {}), (1, 1, {}), *two, (4, None, {"ulysses": 2, "tensor": 2})):
         mesh = replace(cfg.parallel.mesh, **parallel)
         here = replace(cfg, parallel=replace(cfg.parallel, mesh=mesh, zero=3 if world > 1 else 0))
         for made, moved, told in run_distributed(latents_of, world, here, room, timeout=100, init=False):

@@ -13,23 +13,17 @@ import torch
 from safetensors.torch import load_file
 
 from acceleration.distributed.mesh import view
-from acceleration.sequence import SequenceParallel
 from opensora import precompute as module
-from opensora.assembly.encoders import Encoders
-from opensora.assembly.stored_features import stored_text
-from opensora.assembly.token_layout import token_layout
 from opensora.config.load import load_config
 from opensora.config.run import RunConfig
 from opensora.datasets.loading.feature_store import FeatureStore, shard_name
 from opensora.datasets.loading.loader import build_loader
-from opensora.models.text import build_text_encoder
-from opensora.models.vae import build_autoencoder
 from opensora.precompute import precompute
-from opensora.schedulers import build_objective
-from opensora.train.preparation import Preparation, Tokens
-from opensora.train.setup import check
+from opensora.train.preparation import Tokens
+from opensora.train.setup import build_preparation, check
 from opensora.utils.errors import UserError
 from tests.integration.conftest import CONFIG
+from tests.text_models import write_clip_vision
 from tests.unit.test_decode import encode
 
 CPU = torch.device("cpu")
@@ -60,16 +54,7 @@ def tokens(cfg: RunConfig, steps: range, workers: int = 0) -> Iterator[Tokens]:
     """What the model is given at each step, as the training loop makes it."""
     cfg = replace(cfg, data=replace(cfg.data, workers=workers))
     table, plan = check(cfg, 1)
-    stored = bool(cfg.data.features)
-    prepare = Preparation(
-        encoders=Encoders(
-            autoencoder=None if stored else build_autoencoder(cfg.vae, CPU, torch.float32),
-            text_encoder=stored_text(cfg, CPU) if stored else build_text_encoder(cfg.text, CPU, torch.float32),
-            device=CPU, stored=stored,
-        ),
-        objective=build_objective(cfg.objective), conditioning=cfg.conditioning, model=cfg.model,
-        layout=token_layout(cfg.model, SequenceParallel(view({}))), seed=cfg.seed,
-    )  # fmt: skip
+    prepare = build_preparation(cfg, view({}), CPU)
     batches = build_loader(
         table, plan, cfg.data, start_step=steps.start, stop_step=steps.stop, dp_rank=0, dp_degree=1, seed=cfg.seed
     )
@@ -106,6 +91,22 @@ def test_the_model_is_given_the_same(folder: Path, made: Path, workers: int) -> 
     steps = range(plan.steps_in_epoch(0) + plan.steps_in_epoch(1))
     stored = configuration(folder, f"data.features={made}")
     assert assert_equal(tokens(stored, steps, workers), tokens(cfg, steps)) >= 8
+
+
+def test_tokens_of_first_frames_are_stored(folder: Path, tmp_path: Path) -> None:
+    """Of a model that reads them, with the clips that go with them: no encoder is at work in training."""
+    write_clip_vision(tmp_path)
+    wan = "{kind: wan, size: debug, in_channels: 16, text_dim: 32, references: clip, image_dim: 16}"
+    seen = [f"model={wan}", f"image_encoder={{kind: clip_vision, path: {tmp_path}}}"]
+    cfg = configuration(folder, *seen, "conditioning.references={t2v: 1.0, i2v_head: 1.0}")
+    assert precompute(cfg, tmp_path / "made", 1)
+    _, plan = check(cfg, 1)
+    stored = replace(cfg, data=replace(cfg.data, features=str(tmp_path / "made")))
+    assert build_preparation(stored, view({}), CPU).encoders.image_encoder is None
+    steps = range(plan.steps_in_epoch(0))
+    assert assert_equal(tokens(stored, steps), tokens(cfg, steps)) >= 4
+    shown = torch.cat([told.inputs["image_tokens"].flatten(1).any(1) for told in tokens(stored, steps)])
+    assert shown.any() and not shown.all()
 
 
 def test_later_epochs_use_the_windows_again(folder: Path, made: Path) -> None:

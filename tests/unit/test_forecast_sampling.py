@@ -12,9 +12,11 @@ from opensora.config.load import load_config
 from opensora.config.run import RunConfig, SampleConfig
 from opensora.inference.find import source_of
 from opensora.inference.memory import job_of, memory_of
+from opensora.models.image import IMAGE_ENCODERS, ClipVisionConfig
 from opensora.planner.devices import DEVICES
-from opensora.planner.encoder_memory import frozen_bytes
-from opensora.planner.layout_forecast import Forecast
+from opensora.planner.encoder_memory import frozen_bytes, image_flops
+from opensora.planner.forecast import EFFICIENCY
+from opensora.planner.layout_forecast import Forecast, ValidationForecast
 from opensora.planner.sampling_forecast import SamplingForecast
 from opensora.planner.search import Planner
 from opensora.train.validate import planned_clips
@@ -169,6 +171,27 @@ def test_rounds_of_validation() -> None:
     assert two and two.held_out_s == pytest.approx(loss.held_out_s / 2)
     packed = trained(*TABLE, "data.tokens_per_sequence=256", "data.balance_group=2").validation
     assert packed and packed.held_out > 0.9 * loss.held_out  # held-out clips are never packed
+
+
+def test_rounds_of_validation_encode_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image encoder that visits the device is there while held-out clips and prompts are encoded; it takes time."""
+    wan = "{kind: wan, size: debug, in_channels: 24, text_dim: 128, references: clip, image_dim: 1280}"
+    common = [*RUN[:4], RUN[-1], *TABLE, *CLIPS, f"model={wan}", "conditioning.masks={}"]
+
+    def found(at: str) -> ValidationForecast:
+        cfg = load_config(RunConfig, DEMO, [*common, f"image_encoder={{kind: clip_vision, path: x, {at}}}"])
+        planner = Planner(cfg, 1, DEVICES["rtx4090"], device_type="cuda", clips=planned_clips(cfg))
+        made = planner.one(cfg.parallel, planner.shapes[-1]).validation
+        assert made is not None
+        return made
+
+    elsewhere, visiting = found("device: cpu"), found("offload: true")
+    weights = IMAGE_ENCODERS["clip_vision"].parameters * 2
+    assert min(visiting.held_out - elsewhere.held_out, visiting.clips - elsewhere.clips) > 0.8 * weights
+    one = image_flops(ClipVisionConfig(), 32) / (DEVICES["rtx4090"].flops * EFFICIENCY)  # of all held-out clips
+    larger = IMAGE_ENCODERS["clip_vision"]._replace(parameters=weights)
+    monkeypatch.setitem(IMAGE_ENCODERS, "clip_vision", larger)
+    assert found("device: cpu").held_out_s - elsewhere.held_out_s == pytest.approx(one)
 
 
 def test_a_round_that_does_not_fit() -> None:

@@ -18,8 +18,7 @@ from acceleration.diagnostics.memory_usage import Allocations
 from opensora.assembly.initial_weights import check_weights
 from opensora.models.families import MODEL_SIZES, build_model, family_of
 from opensora.models.mmdit import MMDiTConfig
-from opensora.models.text import T5ClipConfig
-from opensora.models.text.t5_clip import check_files
+from opensora.models.text import TEXT_ENCODERS, T5ClipConfig
 from opensora.models.text.weights import open_clip, open_t5
 from opensora.models.weights.reader import WeightFile, load_state_dict_for
 from opensora.utils.errors import UserError
@@ -217,7 +216,7 @@ def test_text_encoders(decoder: bool, every: int, tmp_path: Path) -> None:
     (tmp_path / "t5" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     write_zeros(tmp_path / "clip" / "model.safetensors", clip_l(), "F32")
     cfg = T5ClipConfig(t5_path=str(tmp_path / "t5"), clip_path=str(tmp_path / "clip"))
-    check_files(cfg)
+    TEXT_ENCODERS[cfg.kind].check(cfg)
     t5, clip = open_t5("t5_path", cfg.t5_path), open_clip("clip_path", cfg.clip_path)
     for opened, stored, parameters in ((t5, shapes, 4_762_310_656), (clip, clip_l(), 123_060_480)):
         assert sum(tensor.numel() for tensor in opened.module.parameters()) == parameters

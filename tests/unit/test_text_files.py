@@ -79,7 +79,7 @@ def test_blocks_see_one_prompt_at_a_time(whole: Path) -> None:
     """Whatever is encoded together, matrices have the sizes of one prompt, so that kernels sum in one order."""
     seen: set[int] = set()
     encoder = encoder_of(whole)
-    for module in (*encoder._t5.modules(), *encoder._clip.modules()):
+    for module in (inner for one in encoder._modules for inner in one.modules()):
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(lambda _, inputs: seen.add(inputs[0].shape[0]))
     encoder.encode([f"a dog {number}" for number in range(5)])

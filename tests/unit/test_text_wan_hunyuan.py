@@ -147,12 +147,12 @@ class _Without:
 
 def test_the_last_layers_and_norm_are_not_loaded(folder: Path) -> None:
     encoder = llava(folder)
-    names = [name for name, _ in encoder._llama.named_parameters()]
+    names = [name for name, _ in encoder._modules[0].named_parameters()]
     assert {name.split(".")[1] for name in names if name.startswith("layers.")} == {"0", "1", "2"}  # of five
     assert not any(name.startswith("norm") for name in names)
-    assert encoder._llama.rotary_emb.inv_freq.dtype == torch.float32
+    assert encoder._modules[0].rotary_emb.inv_freq.dtype == torch.float32
     half = build_text_encoder(encoder.cfg, "cpu", torch.bfloat16)
-    assert torch.equal(half._llama.rotary_emb.inv_freq, encoder._llama.rotary_emb.inv_freq)
+    assert torch.equal(half._modules[0].rotary_emb.inv_freq, encoder._modules[0].rotary_emb.inv_freq)
     assert (half.encode(PROMPTS).txt - encoder.encode(PROMPTS).txt).abs().mean() < 0.1
 
 
@@ -210,12 +210,12 @@ def test_equal_prompts_after_cleaning_are_encoded_once(folder: Path) -> None:
 def test_stated_before_anything_is_loaded(folder: Path) -> None:
     cfg = UMT5Config(umt5_path=str(folder / "wan"))
     kind = TEXT_ENCODERS["umt5"]
-    assert kind.stated is not None and kind.check is not None
+    assert kind.stated is not None
     assert kind.stated(cfg) == (Width(16, f"text.umt5_path={folder / 'wan'}"), Width(0, "text.kind=umt5"))
     kind.check(cfg)
     both = LlavaClipConfig(llava_path=str(folder / "llava"), clip_path=str(folder / "hunyuan"))
     kind = TEXT_ENCODERS["llava_clip"]
-    assert kind.stated is not None and kind.check is not None
+    assert kind.stated is not None
     assert [width.size for width in kind.stated(both)] == [16, 16]
     kind.check(both)
     assert set(kind.files) == {"llava_path", "clip_path"}
@@ -237,7 +237,7 @@ def test_wrong_folders_are_one_line(folder: Path, tmp_path: Path) -> None:
     }
     for said, cfg in wrong.items():
         kind = TEXT_ENCODERS[cfg.kind]
-        assert kind.stated is not None and kind.check is not None
+        assert kind.stated is not None
         with pytest.raises(UserError, match=said) as caught:
             kind.stated(cfg)
             kind.check(cfg)

@@ -122,6 +122,16 @@ def test_interpolation_is_close_to_running_the_shape(name: str) -> None:
         assert quick == pytest.approx(exact, rel=0.03), (kind, mesh)
 
 
+def test_every_sample_has_a_picture_of_its_own() -> None:
+    """Of stills, which are many at a time and have few tokens, pictures are much of what is kept."""
+    forecaster = Forecaster(MODELS["wan with a picture"], OptimConfig(), device_type="cuda")
+    cfg = ParallelConfig(zero=3, mesh=MeshConfig(ulysses=4), recompute=RecomputeConfig(kind="none"))
+    place = RankLayout(meshes.view(meshes.resolve(cfg.mesh, 8)), cfg)
+    batch = MicroBatch(samples=16, txt=100, img=320, picture=257)
+    exact, quick = (forecaster.memory(place, batch, exact=exact).activations for exact in (True, False))
+    assert quick == pytest.approx(exact, rel=0.03)
+
+
 def test_a_run_reckons_with_the_tokens_of_a_picture() -> None:
     """Where none is read there are none."""
     wan_i2v = ["model={kind: wan, size: i2v_14b}", "vae={kind: wan, path: vae}", "text={kind: umt5, umt5_path: umt5}"]

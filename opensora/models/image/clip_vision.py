@@ -14,16 +14,9 @@ from torch.nn.functional import interpolate
 
 from opensora.models.base import Width
 from opensora.models.text.folder import stated_width
+from opensora.models.text.placement import PLACEMENT, PLACEMENT_LIMITS, check_moves, check_placement
 from opensora.models.text.row_by_row import row_by_row
-from opensora.models.text.transformers_encoder import (
-    PLACEMENT,
-    PLACEMENT_LIMITS,
-    Peers,
-    PlacedModules,
-    Visits,
-    check_moves,
-    check_placement,
-)
+from opensora.models.text.transformers_encoder import Peers, PlacedModules, Visits
 from opensora.models.text.weights import open_clip_vision
 from opensora.utils.limits import Limits
 

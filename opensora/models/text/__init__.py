@@ -9,18 +9,14 @@ from opensora.models.base import ModelConfig, Width, Widths
 from opensora.models.families import family_of
 from opensora.models.text.bytes import ByteTextConfig, ByteTextEncoder
 from opensora.models.text.classes import ClassesConfig, ClassLabels, label_of
-from opensora.models.text.clip import ClipConfig, ClipTextEncoder, check_clip_files, stated_clip_width
-from opensora.models.text.llava_clip import (
-    CROP,
-    LlavaClipConfig,
-    LlavaClipTextEncoder,
-    check_llava_files,
-    stated_llava_widths,
-)
-from opensora.models.text.t5 import T5Config, T5TextEncoder, check_t5_files, stated_t5_width
-from opensora.models.text.t5_clip import T5ClipConfig, T5ClipTextEncoder, check_files, stated_widths
+from opensora.models.text.clip import ClipConfig, ClipTextEncoder
+from opensora.models.text.folder import width_at
+from opensora.models.text.llava_clip import CROP, LlavaClipConfig, LlavaClipTextEncoder
+from opensora.models.text.placement import check_moves
+from opensora.models.text.t5 import T5Config, T5TextEncoder
+from opensora.models.text.t5_clip import T5ClipConfig, T5ClipTextEncoder
 from opensora.models.text.transformers_encoder import Peers, Visits
-from opensora.models.text.umt5 import UMT5Config, UMT5TextEncoder, check_umt5_files, stated_umt5_width
+from opensora.models.text.umt5 import UMT5Config, UMT5TextEncoder
 from opensora.models.text.weights import EncoderFile, open_clip, open_llama, open_t5, open_umt5
 from opensora.utils.errors import UserError
 
@@ -53,13 +49,22 @@ class TextEncoderKind(NamedTuple):
     has_mask: Callable[[Any], bool]  # its features say which tokens are padding
     widths: Callable[[Any], tuple[int | None, int | None]]  # of text tokens and of the pooled prompt, by the
     # configuration alone; None: not said there
-    stated: Callable[[Any], tuple[Width, Width]] | None = None  # by its files, without loading them, or UserError
-    check: Callable[[Any], None] | None = None  # names and shapes in its files, by their headers, or UserError
+    stated: Callable[[Any], tuple[Width, Width]] | None = None  # by config.json of its folders, or UserError; None in
+    # a width: not said there
     parameters: int = 0  # of the published one, for forecasts
     blocks: Blocks | None = None  # of the largest model; None: a CLIP at most
     files: Mapping[str, Callable[[str, str], EncoderFile]] = {}  # key of a path -> what opens it, by headers
     moves: bool = False  # ``build`` also takes the processes to cut its weights over, and what moves them out
     classes: Callable[[Any], int] | None = None  # of labels, which it gives in place of features
+
+    def check(self, cfg: Any) -> None:
+        """That the files hold the models of their config.json, by names and shapes; reads headers only.
+
+        Raises:
+            UserError: they do not, with everything that is missing, unexpected or of another shape.
+        """
+        for key, opened in self.files.items():
+            opened(key, getattr(cfg, key))
 
 
 T5_BLOCKS = Blocks(width=4096, hidden=10240, heads=64, parameters=192_946_176, outside=131_600_384)
@@ -79,8 +84,7 @@ TEXT_ENCODERS: dict[str, TextEncoderKind] = {
         tokens=lambda cfg: cfg.max_tokens,
         has_mask=lambda cfg: False,
         widths=lambda cfg: (None, None),
-        stated=stated_widths,
-        check=check_files,
+        stated=lambda cfg: (width_at(cfg, "t5_path", "d_model"), width_at(cfg, "clip_path", "hidden_size")),
         parameters=4_885_000_000,
         blocks=T5_BLOCKS,
         files={"t5_path": open_t5, "clip_path": open_clip},
@@ -92,8 +96,7 @@ TEXT_ENCODERS: dict[str, TextEncoderKind] = {
         tokens=lambda cfg: cfg.max_tokens,
         has_mask=lambda cfg: True,
         widths=lambda cfg: (None, 0),
-        stated=stated_t5_width,
-        check=check_t5_files,
+        stated=lambda cfg: (width_at(cfg, "t5_path", "d_model"), Width(0, "text.kind=t5")),
         parameters=4_762_000_000,
         blocks=T5_BLOCKS,
         files={"t5_path": open_t5},
@@ -105,8 +108,7 @@ TEXT_ENCODERS: dict[str, TextEncoderKind] = {
         tokens=lambda cfg: cfg.max_tokens,
         has_mask=lambda cfg: False,
         widths=lambda cfg: (None, 0),
-        stated=stated_umt5_width,
-        check=check_umt5_files,
+        stated=lambda cfg: (width_at(cfg, "umt5_path", "d_model"), Width(0, "text.kind=umt5")),
         parameters=5_681_000_000,
         blocks=UMT5_BLOCKS,
         files={"umt5_path": open_umt5},
@@ -118,8 +120,7 @@ TEXT_ENCODERS: dict[str, TextEncoderKind] = {
         tokens=lambda cfg: cfg.max_tokens,
         has_mask=lambda cfg: True,
         widths=lambda cfg: (None, None),
-        stated=stated_llava_widths,
-        check=check_llava_files,
+        stated=lambda cfg: (width_at(cfg, "llava_path", "hidden_size"), width_at(cfg, "clip_path", "hidden_size")),
         parameters=7_192_000_000,
         blocks=LLAMA_BLOCKS,
         files={"llava_path": open_llama, "clip_path": open_clip},
@@ -131,8 +132,7 @@ TEXT_ENCODERS: dict[str, TextEncoderKind] = {
         tokens=lambda cfg: 1,
         has_mask=lambda cfg: False,
         widths=lambda cfg: (None, None),
-        stated=stated_clip_width,
-        check=check_clip_files,
+        stated=lambda cfg: (width_at(cfg, "clip_path", "hidden_size"),) * 2,
         parameters=63_000_000,
         files={"clip_path": open_clip},
         moves=True,
@@ -191,12 +191,12 @@ def check_text_encoder(cfg: TextConfig, latents: Width, model: ModelConfig) -> N
     if kind.stated is None:
         return  # its widths are in the configuration: opensora.config.run.check_fit
     given = Widths(latents, *kind.stated(cfg))
+    check_moves(cfg)  # type: ignore[arg-type]
     try:
         family_of(model).check(model, given)
     except ValueError as error:
         raise UserError(f"model.{error}") from None
-    if kind.check is not None:
-        kind.check(cfg)
+    kind.check(cfg)
 
 
 def build_text_encoder(

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from opensora.models.base import Width
 from opensora.utils.errors import UserError
 from opensora.utils.files.published_files import how_to_fetch
 from opensora.utils.files.untrusted import parse_json, parsing, short
@@ -106,6 +107,16 @@ def stated_width(key: str, path: str, name: str) -> int | None:
     both = stated.get("vision_config" if key.startswith("image_encoder.") else "text_config")
     width = stated.get(name, both.get(name) if isinstance(both, dict) else None)
     return width if isinstance(width, int) else None
+
+
+def width_at(cfg: Any, key: str, name: str) -> Width:
+    """The same of the path that a configuration has at ``key`` of the section ``text``.
+
+    Raises:
+        UserError: as ``stated_width``.
+    """
+    path = getattr(cfg, key)
+    return Width(stated_width(key, path, name), f"text.{key}={path}")
 
 
 def _fits(key: str, stated: dict[str, Any]) -> bool:

@@ -9,58 +9,19 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from opensora.models.text.placement import Placement
 from opensora.models.text.prompt_cache import PromptCache, Row
 from opensora.models.text.row_by_row import row_by_row
 from opensora.models.text.weights import EncoderFile
 from opensora.utils.console import announce
-from opensora.utils.errors import UserError
-from opensora.utils.limits import Limits
 
 TOGETHER = 8  # prompts for which sharded weights are gathered once
 CLIP_TOKENS = 77
-# Fields of configurations that say where the weights are, and nothing of the features.
-PLACEMENT = ("device", "shard", "offload", "cache_mib")
-PLACEMENT_LIMITS: Limits = {"cache_mib": (2**24, "that is 16 TiB of memory")}
-
-
-class Placement(Protocol):
-    """What a configuration says of where the weights are."""
-
-    @property
-    def device(self) -> Literal["auto", "cpu"]: ...
-    @property
-    def shard(self) -> bool: ...
-    @property
-    def offload(self) -> bool: ...
-    @property
-    def cache_mib(self) -> int: ...
-
-
-def check_placement(cfg: Placement) -> None:
-    """
-    Raises:
-        ValueError: ``field=value: what is allowed``.
-    """
-    if cfg.cache_mib < 0:
-        raise ValueError(f"cache_mib={cfg.cache_mib}: must be an integer >= 0; 0 keeps the empty prompt only")
-    for name in ("shard", "offload"):
-        if cfg.device == "cpu" and getattr(cfg, name):
-            raise ValueError(f"{name}=true: with device=cpu must be false; the weights are not on the GPU")
-
-
-def check_moves(cfg: Placement, section: str = "text") -> None:
-    """That there is a device to move weights to.
-
-    Raises:
-        UserError: there is none.
-    """
-    if cfg.offload and not torch.cuda.is_available():
-        raise UserError(f"{section}.offload=true: must be false without a GPU; the weights are in CPU memory as it is")
 
 
 class Peers(Protocol):
@@ -133,23 +94,34 @@ class PlacedModules:
 class TransformersEncoder(PlacedModules, ABC):
     """Prompt -> rows of features. With ``peers``, encoding is collective; prompts may differ."""
 
+    cfg: Any  # of its own kind
+    context_dim: int
+    vec_dim: int
+
     def __init__(
         self,
         cfg: Placement,
-        files: Sequence[EncoderFile],
-        device: torch.device | str,
-        dtype: torch.dtype,
-        peers: Peers | None,
-        visits: "Callable[[Sequence[nn.Module], torch.device], Visits] | None",
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        peers: Peers | None = None,
+        visits: "Callable[[Sequence[nn.Module], torch.device], Visits] | None" = None,
     ) -> None:
         """See ``PlacedModules``."""
-        super().__init__(cfg, files, device, dtype, peers, visits)
+        self.cfg = cfg
+        super().__init__(cfg, self._opened(), device, dtype, peers, visits)
         self._cache = PromptCache(cfg.cache_mib * 2**20)
 
     @abstractmethod
+    def _opened(self) -> Sequence[EncoderFile]:
+        """The files of ``_modules``, in this order; what else is needed of the folders is kept: tokenizers and widths.
+
+        Raises:
+            UserError: a folder is not there, or holds no such model.
+        """
+
+    @abstractmethod
     def _encoded(self, prompts: list[str], length: int) -> Iterator[Row]:
-        """Features of each prompt, on the run's device, padded to so many tokens. Copies: a view would keep the whole
-        chunk in memory as long as one of its prompts is kept."""
+        """Features of each prompt, on the run's device, padded to so many tokens, as ``copied`` gives them."""
 
     @torch.no_grad()
     def _rows(self, prompts: list[str], length: int) -> list[Row]:
@@ -171,3 +143,15 @@ class TransformersEncoder(PlacedModules, ABC):
 def token_ids(tokenizer: Any, prompts: list[str], length: int) -> Any:
     """``input_ids`` and ``attention_mask`` (B, length); longer prompts are cut."""
     return tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+
+
+def masked_ids(tokenizer: Any, prompts: list[str], length: int) -> tuple[Tensor, Tensor]:
+    """Token ids and which of them are real, (B, length) each; longer prompts are cut."""
+    batch = token_ids(tokenizer, prompts, length)
+    return batch["input_ids"], batch["attention_mask"].bool()
+
+
+def copied(*columns: Tensor) -> Iterator[Row]:
+    """(B, ...) each -> the features of each prompt. A view would keep the whole chunk in memory as long as one of its
+    prompts is kept."""
+    return iter([tuple(column[row].clone() for column in columns) for row in range(len(columns[0]))])
