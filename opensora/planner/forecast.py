@@ -281,8 +281,8 @@ class Forecaster:
         shared = prod(degrees.values())
         small = replace(place, mesh=meshes.view(degrees | {"tensor": place.mesh["tensor"].degree}))
         if self.structure.cuts_text and not self.structure.cuts_text_itself:
-            sizes = [{"txt": n // 16 * shared, "img": n * 15 // 16 * shared} for n in PROBED]
-            tries = [replace(batch, samples=1, degree=None, **size) for size in sizes]
+            one = replace(batch, samples=1, degree=None)
+            tries = [replace(one, txt=n // 16 * shared, img=n * 15 // 16 * shared) for n in PROBED]
             here = batch.samples * sum(place.local_tokens(self.structure, batch))
             shares = [(here - PROBED[0]) / (PROBED[1] - PROBED[0])]
         else:
