@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 # (kind, parts), see tensor_parallel.py; a part is (size, unit): it is cut at multiples of unit, as of a head.
 LayerPlan: TypeAlias = tuple[str, tuple[tuple[int, int], ...]]
+SHARE_INPUT = ("column", "gather")  # kinds of layers that read the same on every process, each for outputs of its own
 
 
 AttentionAxis: TypeAlias = Literal["joint", "space", "time", "window", "cross"]
@@ -68,6 +69,11 @@ def block_names(model: nn.Module) -> list[str]:
 def blocks(model: nn.Module) -> list[nn.Module]:
     """Every block of every block list, in the order in which they run."""
     return [model.get_submodule(name) for name in block_names(model)]
+
+
+def block_numbers(model: nn.Module) -> dict[int, int]:
+    """Identity of every module of a block -> the block's number."""
+    return {id(module): index for index, block in enumerate(blocks(model)) for module in block.modules()}
 
 
 def _turns(model: nn.Module) -> Iterator[tuple[str, ...]]:

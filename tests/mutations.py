@@ -40,6 +40,9 @@ class Mutation:
 TENSOR_CUT = "acceleration/sharding/tensor_parallel.py"
 VIDEO_PLANS = "tests/unit/test_video_planner.py::test_{}"
 NORMS_CUT = "tests/dist/test_tensor_norms.py::test_{}"
+SHARED_INPUTS = "acceleration/sharding/shared_inputs.py"
+SHARED_BY_HAND = "tests/dist/test_shared_inputs.py::test_{}"
+LAYOUT_SEARCH = "tests/unit/test_layout_search.py::test_{}"
 TEXT_FILES, RULE = "tests/unit/test_text_files.py", "tests/unit/test_published_rule.py"
 RULE_1X, CLIPS_1X = "tests/unit/test_rule_1x.py", "tests/unit/test_clips_1x.py"
 MASKS_1X, GIVEN_1X = "tests/unit/test_training_masks.py", "tests/unit/test_given_frames.py"
@@ -2386,6 +2389,69 @@ TABLE: tuple[Mutation, ...] = (
         "    return torch.float64 if x.dtype == torch.float64 else torch.float32",
         "    return x.dtype",
         NORMS_CUT.format("bytes_on_the_meta_device"),
+    ),
+    Mutation(
+        "every layer of queries, keys and values sums the gradient of what it reads",
+        SHARED_INPUTS,
+        "return self._shared.of(x, lambda: collectives.share_out(x, self._axis))",
+        "return collectives.share_out(x, self._axis)",
+        SHARED_BY_HAND.format("a_block_of_wan[2-none]"),
+    ),
+    Mutation(
+        "a tensor that was written to is taken for what was read",
+        SHARED_INPUTS,
+        "if version != x._version:",
+        "if version is None:",
+        SHARED_BY_HAND.format("different_tensors_are_summed_by_themselves"),
+    ),
+    Mutation(
+        "what cut layers have read is kept",
+        "acceleration/distributed/collectives.py",
+        "return x.detach()  # no view of x, which would keep it",
+        "return x.view_as(x)",
+        SHARED_BY_HAND.format("what_was_read_is_not_kept"),
+    ),
+    Mutation(
+        "all blocks share the gradient of the text",
+        TENSOR_CUT,
+        "inputs[block.get(id(module))]",
+        "inputs[None]",
+        SHARED_BY_HAND.format("a_block_of_wan[2-none]"),
+    ),
+    Mutation(
+        "a formula in which every cut layer sums the gradient of its input",
+        "acceleration/accounting/model_profile.py",
+        " and not self.reads_again",
+        "",
+        SHARED_BY_HAND.format("a_block_of_wan[4-full]"),
+    ),
+    Mutation(
+        "a forecast in which nobody waits for a process with one more head",
+        "opensora/planner/forecast.py",
+        "return -(-slot.heads // (shares.tensor * cut)) * cut * shares.tensor",
+        "return slot.heads",
+        LAYOUT_SEARCH.format("the_process_with_most_heads_decides[none-degrees0-2]"),
+    ),
+    Mutation(
+        "layouts whose ulysses divides the heads alone",
+        "opensora/planner/search.py",
+        "ulysses > heads // tensor",
+        "heads // tensor % ulysses",
+        LAYOUT_SEARCH.format("heads_that_are_not_divided_are_proposed_and_none_without_a_head"),
+    ),
+    Mutation(
+        "memory of uneven heads as of even ones",
+        "opensora/planner/forecast.py",
+        "if any(_heads_waited_for(slot, shares) > slot.heads for slot in slots) else 2",
+        "if not any(slots) else 2",
+        VIDEO_PLANS.format("interpolation_is_close_to_running_the_shape[wan with a picture]"),
+    ),
+    Mutation(
+        "memory of a sample as if all of ulysses cut it",
+        "opensora/planner/forecast.py",
+        "mesh, shares = place.mesh.submesh(batch.degree), TokenShares",
+        "mesh, shares = place.mesh, TokenShares",
+        "tests/unit/test_forecast.py::test_interpolation_is_close_to_running_the_shape",
     ),
     Mutation(
         "apex's norm in place of a cut one",

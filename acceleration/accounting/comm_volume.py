@@ -7,7 +7,8 @@ What is counted, per process, for one optimizer step:
 * replicas: its all-reduces of gradients between copies, once per step.
 * ulysses, ring: what an attention slot and an axis switch exchange in forward, again where a block is recomputed, and
   in backward. Text that is read by cross-attention is whole on every process, and nothing of it is exchanged.
-* tensor: the exchanges of cut layers and norms likewise; once per step, the gradients that are shared and the norm.
+* tensor: the exchanges of cut layers and norms likewise, one for the gradient of an input that several layers of a
+  block read; once per step, the gradients that are shared and the norm.
 
 Masks are one byte per token, also on their way through a switch. Scalars of logging and clipping that go over the whole
 world are not counted. ``RankLayout.peers`` counts the bytes to some of the others alone, as host_traffic.py does.
@@ -333,7 +334,7 @@ def _layer_forward(layer: Layer, shares: TokenShares) -> int:
 
 def _layer_backward(layer: Layer, shares: TokenShares) -> int:
     degree = shares.tensor
-    if degree == 1 or layer.kind in ("row", "whole") or not layer.input_trains or not shares.follows("tensor"):
+    if degree == 1 or not layer.sums_input or not shares.follows("tensor"):
         return 0
     return all_reduce_bytes(shares.rows(layer.rows) * layer.inputs * shares.itemsize(), degree)
 

@@ -55,7 +55,7 @@ def _of_unit(unit: ShardUnit, shares: TokenShares, kind: str) -> Counter[str]:
 
 def _of_layer(layer: Layer, runs_again: bool) -> int:
     forward = (1 + (runs_again and layer.reruns)) * (layer.kind not in ("column", "whole"))
-    return forward + (layer.kind not in ("row", "whole") and layer.input_trains)
+    return forward + layer.sums_input
 
 
 def _of_sharding(structure: ModelProfile, place: RankLayout, batches: int) -> Counter[str]:

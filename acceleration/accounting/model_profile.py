@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from acceleration.protocol import AttentionAxis, TokenAxis
+from acceleration.protocol import SHARE_INPUT, AttentionAxis, TokenAxis
 
 Sizes = Mapping[str, int]
 Subset = frozenset[str]
@@ -79,6 +79,12 @@ class Layer:
     input_trains: bool  # a gradient flows to its input
     reruns: bool  # a recomputed block gets as far as the layer's exchange before it has all that backward needs
     trains: bool = True  # its weight gets a gradient
+    reads_again: bool = False  # an earlier cut layer of the unit has read the same: their gradients are summed as one
+
+    @property
+    def sums_input(self) -> bool:
+        """Whether cut layers exchange the gradient of their input in its backward."""
+        return self.kind in SHARE_INPUT and self.input_trains and not self.reads_again
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ notes its call and gives something of the right shape, behind a switch of other 
 all counts follow exactly from a few small runs.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -32,6 +33,7 @@ from acceleration.accounting.model_profile import (
     Switch,
 )
 from acceleration.sharding import tensor_parallel
+from acceleration.sharding.shared_inputs import Reads
 
 Found: TypeAlias = Layer | Norm | Attention | Switch
 
@@ -57,7 +59,7 @@ def profile_of(model: nn.Module, forward: Forward, more: Sizes = MappingProxyTyp
     is_factored = bool(model.axis_switches) or not {"space", "time", "window"}.isdisjoint(
         model.attention_cores.values()
     )
-    owner, rest = _owners(model), len(protocol.blocks(model))
+    owner, rest = protocol.block_numbers(model), len(protocol.blocks(model))
     units = [ShardUnit((), (), ()) for _ in range(rest + 1)]
     for module, call in _calls(model, forward, FACTORED if is_factored else JOINT | dict(more), is_factored):
         index = owner.get(id(module), rest)
@@ -73,16 +75,11 @@ def extended(profile: ModelProfile, model: nn.Module, shown: Sequence[int]) -> M
     Args:
         shown: for every block of ``model`` the number of one in ``profile`` that is called alike.
     """
-    parameters = _parameters(model, _owners(model), len(shown))
+    parameters = _parameters(model, protocol.block_numbers(model), len(shown))
     units = [replace(profile.blocks[like], parameters=tuple(parameters.get(i, ()))) for i, like in enumerate(shown)]
     return replace(
         profile, blocks=tuple(units), rest=replace(profile.rest, parameters=tuple(parameters.get(len(shown), ())))
     )
-
-
-def _owners(model: nn.Module) -> dict[int, int]:
-    """Identity of every module of a block -> the block's number."""
-    return {id(module): index for index, block in enumerate(protocol.blocks(model)) for module in block.modules()}
 
 
 def _calls(model: nn.Module, forward: Forward, base: Sizes, is_factored: bool) -> list[tuple[nn.Module, Found]]:
@@ -167,6 +164,7 @@ class _Call:
     trains: bool  # a gradient flows to it
     at: int  # how many tensors had been kept for backward when it ended
     kept_in_block: int = 0  # and when its block ended
+    reads_again: bool = False  # a cut layer of the unit has read the same tensor before
     is_masked: bool = False
     is_switch: bool = False
 
@@ -177,7 +175,8 @@ class _Call:
             return Norm(fit.count(0), self.trains, reruns)
         if isinstance(module, nn.Linear):
             trains = module.weight.requires_grad
-            return Layer(name, module.in_features, module.out_features, fit.count(0), self.trains, reruns, trains)
+            sizes = (module.in_features, module.out_features, fit.count(0))
+            return Layer(name, *sizes, self.trains, reruns, trains, self.reads_again)
         if self.is_switch:
             return Switch(name, prod(self.shape[3:]), self.dtype, self.trains, reruns)  # type: ignore[arg-type]
         batch, queries, keys = (fit.count(index) for index in range(3))
@@ -281,9 +280,17 @@ def _run(model: nn.Module, forward: Forward, sizes: Sizes) -> list[_Call]:
             call.kept_in_block = kept
 
     def noted_layer(name: str) -> Callable[..., None]:
-        return lambda layer, args, out: note(layer, name, args[0], (prod(args[0].shape[:-1]),))
+        def hook(layer: nn.Module, args: Any, out: Any) -> None:
+            again = name in protocol.SHARE_INPUT and reads[owner.get(id(layer))].of(args[0], position) < len(calls)
+            note(layer, name, args[0], (prod(args[0].shape[:-1]),), reads_again=again)
 
-    kinds = tensor_parallel.planned_kinds(model)
+        return hook
+
+    def position() -> int:
+        return len(calls)
+
+    reads: defaultdict[int | None, Reads[int]] = defaultdict(Reads)  # of every block, and of what is outside
+    kinds, owner = tensor_parallel.planned_kinds(model), protocol.block_numbers(model)
     noted = [(n, module) for n, module in model.named_modules() if isinstance(module, nn.Linear) or n in kinds]
     handles = [module.register_forward_hook(noted_layer(kinds.get(name, "whole"))) for name, module in noted]
     for block in protocol.blocks(model):

@@ -2,7 +2,8 @@
 
 A model states in ``tensor_plan`` how each linear layer is cut:
 
-* ``column``: by outputs; the input is the same everywhere, its gradient is summed. One exchange, in backward.
+* ``column``: by outputs; the input is the same everywhere, its gradient is summed. One exchange, in backward, for all
+  layers of a block that read the same input (``shared_inputs.py``).
 * ``row``: by inputs, which the process already holds; outputs are summed, then the bias is added. One, in forward.
 * ``gather``: by outputs, which are then joined: for layers outside the stream of tokens, whose weights are large.
 
@@ -20,7 +21,8 @@ matrix is held by all, each of whom uses it for its own outputs or inputs: one m
 beside those of the layer.
 """
 
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 from acceleration import lora, protocol
 from acceleration.distributed import collectives
 from acceleration.distributed.mesh import Axis
+from acceleration.sharding.shared_inputs import SharedInputs
 
 CUTS, SHARED = "tensor_cuts", "tensor_shared_names"  # attributes of a model that was cut
 
@@ -73,17 +76,29 @@ def apply(model: nn.Module, axis: Axis) -> None:
     shared: list[str] = []
     if axis.degree > 1:
         check(model, axis.degree)
-        for name, kind, parts in list(_planned(model)):
-            module = model.get_submodule(name)
-            sizes = tuple(size for size, _ in parts)
-            found = _cut_norm(module, sizes, axis) if kind == "norm" else _cut_linear(module, kind, sizes, axis)
-            cuts |= {f"{name}.{key}": cut for key, cut in found.items()}
-            if isinstance(module, lora.LoraLinear):
-                shared.append(f"{name}.{lora.B if kind == 'row' else lora.A}")
+        cuts, shared = _cut(model, axis)
         patterns: tuple[str, ...] = model.tensor_shared  # type: ignore[assignment]
         shared += [n for n, _ in model.named_parameters() if any(protocol.matches(n, p) for p in patterns)]
     setattr(model, CUTS, cuts)
     setattr(model, SHARED, frozenset(shared))
+
+
+def _cut(model: nn.Module, axis: Axis) -> tuple[dict[str, Cut], list[str]]:
+    """(what this process holds of everything in the plan, the parts of adapters that all hold)."""
+    cuts: dict[str, Cut] = {}
+    shared: list[str] = []
+    block, inputs = protocol.block_numbers(model), defaultdict[int | None, SharedInputs](lambda: SharedInputs(axis))
+    for name, kind, parts in list(_planned(model)):
+        module = model.get_submodule(name)
+        sizes = tuple(size for size, _ in parts)
+        if kind == "norm":
+            found = _cut_norm(module, sizes, axis)
+        else:
+            found = _cut_linear(module, kind, sizes, axis, inputs[block.get(id(module))])
+        cuts |= {f"{name}.{key}": cut for key, cut in found.items()}
+        if isinstance(module, lora.LoraLinear):
+            shared.append(f"{name}.{lora.B if kind == 'row' else lora.A}")
+    return cuts, shared
 
 
 def cuts(model: nn.Module) -> dict[str, Cut]:
@@ -139,7 +154,9 @@ def _cut_norm(norm: nn.Module, parts: tuple[int, ...], axis: Axis) -> dict[str, 
     return found
 
 
-def _cut_linear(linear: nn.Module, kind: str, parts: tuple[int, ...], axis: Axis) -> dict[str, Cut]:
+def _cut_linear(
+    linear: nn.Module, kind: str, parts: tuple[int, ...], axis: Axis, inputs: SharedInputs
+) -> dict[str, Cut]:
     assert isinstance(linear, nn.Linear), linear
     dim = 1 if kind == "row" else 0
     size = linear.weight.shape[dim]
@@ -154,7 +171,7 @@ def _cut_linear(linear: nn.Module, kind: str, parts: tuple[int, ...], axis: Axis
     for key, cut in found.items():
         _shrink(linear, key, cut, axis.degree)
     # The forward is replaced, not the module wrapped: parameter names stay what checkpoints say.
-    linear.forward = FORWARDS[kind](linear, parts, axis)  # type: ignore[method-assign, assignment]
+    linear.forward = FORWARDS[kind](linear, parts, axis, inputs)  # type: ignore[method-assign, assignment]
     return found
 
 
@@ -186,34 +203,30 @@ def _ranges(parts: tuple[int, ...], axis: Axis) -> tuple[tuple[int, int], ...]:
 
 
 @dataclass(frozen=True)
-class _Column:
+class _CutLinear:
     linear: nn.Linear
     parts: tuple[int, ...]
     axis: Axis
+    inputs: SharedInputs  # of the layer's block
 
     def __call__(self, x: Tensor) -> Tensor:
-        return lora.linear(self.linear, collectives.share_out(x, self.axis), self.linear.bias)
+        raise NotImplementedError
 
 
-@dataclass(frozen=True)
-class _Row:
-    linear: nn.Linear
-    parts: tuple[int, ...]
-    axis: Axis
+class _Column(_CutLinear):
+    def __call__(self, x: Tensor) -> Tensor:
+        return lora.linear(self.linear, self.inputs(x), self.linear.bias)
 
+
+class _Row(_CutLinear):
     def __call__(self, x: Tensor) -> Tensor:
         summed = collectives.sum_shares(lora.linear(self.linear, x, None), self.axis)
         return summed if self.linear.bias is None else summed + self.linear.bias
 
 
-@dataclass(frozen=True)
-class _Gather:
-    linear: nn.Linear
-    parts: tuple[int, ...]
-    axis: Axis
-
+class _Gather(_CutLinear):
     def __call__(self, x: Tensor) -> Tensor:
-        out = lora.linear(self.linear, collectives.share_out(x, self.axis), self.linear.bias)
+        out = lora.linear(self.linear, self.inputs(x), self.linear.bias)
         degree = self.axis.degree
         joined = collectives.join(out, [out.shape[-1]] * degree, self.axis)  # (..., rank x parts)
         sizes = [size // degree for size in self.parts]
@@ -268,11 +281,7 @@ def _exact(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-FORWARDS: dict[str, Callable[[nn.Linear, tuple[int, ...], Axis], Callable[[Tensor], Tensor]]] = {
-    "column": _Column,
-    "row": _Row,
-    "gather": _Gather,
-}
+FORWARDS: dict[str, type[_CutLinear]] = {"column": _Column, "row": _Row, "gather": _Gather}
 
 
 def _local(x: Tensor) -> Tensor:

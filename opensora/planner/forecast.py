@@ -20,13 +20,14 @@ from torch import Tensor
 from acceleration.accounting import comm_volume, host_traffic, peak_memory, vendor_memory
 from acceleration.accounting.activation_memory import Timeline, assemble, interpolate, spread, timeline
 from acceleration.accounting.exchange_count import step_exchanges
-from acceleration.accounting.model_profile import ModelProfile, ShardUnit, Sizes
+from acceleration.accounting.model_profile import Attention, ModelProfile, ShardUnit, Sizes
 from acceleration.accounting.peak_memory import Footprint
-from acceleration.accounting.rank_layout import MicroBatch, Peers, RankLayout
+from acceleration.accounting.rank_layout import MicroBatch, Peers, RankLayout, TokenShares
 from acceleration.config import LoraConfig, OptimConfig, RecomputeConfig
 from acceleration.distributed import mesh as meshes
 from acceleration.distributed.mesh import FSDP
 from acceleration.sequence import SequenceParallel
+from acceleration.sequence.install import IS_SPREAD
 from opensora.assembly.bucket_shapes import check_buckets
 from opensora.config.run import RunConfig
 from opensora.datasets.buckets.bucket import BucketTable
@@ -157,15 +158,19 @@ class Forecaster:
         gradients = peak_memory.trained_values(self.structure, place) * place.itemsize("master")
         return replace(state, gradients=gradients * on_device)
 
-    def forward_flops(self, batch: MicroBatch) -> int:
-        """Of one whole micro-batch, all processes that share it together."""
-        return self.flops_of(self.structure, batch)
+    def forward_flops(self, batch: MicroBatch, place: RankLayout | None = None) -> int:
+        """Of one whole micro-batch, all processes that share it together.
+
+        Args:
+            place: as if each of them had as many heads as the one with the most, for which the others wait.
+        """
+        return self.flops_of(self.structure, batch, place)
 
     @staticmethod
-    def flops_of(structure: ModelProfile, batch: MicroBatch) -> int:
+    def flops_of(structure: ModelProfile, batch: MicroBatch, place: RankLayout | None = None) -> int:
         """The same of a model that is made of ``structure``."""
-        sizes = batch.sizes(structure)
-        return batch.count * sum(count * _unit_flops(unit, sizes) for unit, count in structure.unit_counts)
+        sizes, shares = batch.sizes(structure), TokenShares(structure, place, batch) if place else None
+        return batch.count * sum(count * _unit_flops(unit, sizes, shares) for unit, count in structure.unit_counts)
 
     def training_flops(self, batch: MicroBatch) -> int:
         """Forward and backward of one whole micro-batch; frozen layers make no gradient of their weights."""
@@ -249,12 +254,16 @@ class Forecaster:
         return comm_volume.step_bytes(self.moved, replace(place, peers=peers), batches)
 
     def _hardware_flops(self, place: RankLayout, batch: MicroBatch) -> tuple[int, int]:
-        """(operations of a micro-batch with what is computed again, those of attention), all that share it together."""
+        """(operations of a micro-batch with what is computed again, those of attention), all that share it together, as
+        if each of them had as many heads as the one with the most."""
         sizes, blocks = batch.sizes(self.structure), self.structure.blocks
-        attention = sum(count * _attention_flops(unit, sizes) for unit, count in self.structure.unit_counts)
+        shares = TokenShares(self.structure, place, batch)
+        counts = self.structure.unit_counts
+        attention = sum(count * _attention_flops(unit, sizes, shares) for unit, count in counts)
+        waits = attention - sum(count * _attention_flops(unit, sizes) for unit, count in counts)
         kinds = Counter(zip(self.structure.like, comm_volume.recomputed(len(blocks), place), strict=True))
-        again = sum(n * _rerun_flops(blocks[i], sizes, kind) for (i, kind), n in kinds.items())
-        every = self.training_flops(batch) + again * batch.count
+        again = sum(n * _rerun_flops(blocks[i], sizes, kind, shares) for (i, kind), n in kinds.items())
+        every = self.training_flops(batch) + training_flops(waits * batch.count) + again * batch.count
         return every, training_flops(attention * batch.count)
 
     def _micro_batch(self, place: RankLayout, batch: MicroBatch, accumulates: bool, exact: bool) -> Timeline:
@@ -268,11 +277,12 @@ class Forecaster:
         if exact:
             return self._run(place, kind, batch, accumulates)
         batch = replace(batch, packed=min(batch.packed, FEW_PACKED))
-        degrees = {name: min(2, place.mesh[name].degree) for name in ("ring", "ulysses")}
+        degrees = self._probed_degrees(place, batch)
         shared = prod(degrees.values())
         small = replace(place, mesh=meshes.view(degrees | {"tensor": place.mesh["tensor"].degree}))
         if self.structure.cuts_text and not self.structure.cuts_text_itself:
-            tries = [replace(batch, samples=1, txt=n // 16 * shared, img=n * 15 // 16 * shared) for n in PROBED]
+            one = replace(batch, samples=1, degree=None)
+            tries = [replace(one, txt=n // 16 * shared, img=n * 15 // 16 * shared) for n in PROBED]
             here = batch.samples * sum(place.local_tokens(self.structure, batch))
             shares = [(here - PROBED[0]) / (PROBED[1] - PROBED[0])]
         else:
@@ -282,17 +292,27 @@ class Forecaster:
         low, *highs = (self._run(small, kind, tried, accumulates) for tried in tries)
         return interpolate(low, *zip(highs, shares, strict=True))
 
+    def _probed_degrees(self, place: RankLayout, batch: MicroBatch) -> dict[str, int]:
+        """Of a small layout whose processes keep as much per token: pairs, but where ulysses does not divide the heads
+        all of it, as the first process has more than its share of them."""
+        mesh, shares = place.mesh.submesh(batch.degree), TokenShares(self.structure, place, batch)
+        slots = (slot for unit, _ in self.structure.unit_counts for slot in unit.attentions)
+        most = mesh["ulysses"].degree if any(_heads_waited_for(slot, shares) > slot.heads for slot in slots) else 2
+        return {"ring": min(2, mesh["ring"].degree), "ulysses": min(most, mesh["ulysses"].degree)}
+
     def _tries(self, place: RankLayout, batch: MicroBatch, shared: int) -> list[MicroBatch]:
         """Where a process has all of the text: one with little of all, one each with more tokens, text and picture. If
         axes are exchanged also one whose frames are cut unevenly, so that a process has more tokens between switches.
         """
         inside = place.local_sizes(self.structure, batch).get("frames_inside")
         switches = batch.frames is not None and inside != batch.frames
-        frames = batch.frames and (PROBED_FRAMES if switches or place.mesh["ulysses"].degree == 1 else 1)
+        whole = place.mesh.submesh(batch.degree)["ulysses"].degree == 1
+        frames = batch.frames and (PROBED_FRAMES if switches or whole else 1)
         sizes = [(PROBED_TEXT[t], PROBED[i] * shared, frames) for t, i in ((0, 0), (0, 1), (1, 0))]
         if switches:
             sizes.append((PROBED_TEXT[0], PROBED[0] // 3 * 3 * shared, 3))
-        tries = [replace(batch, samples=1, txt=txt, img=img, frames=frames) for txt, img, frames in sizes]
+        one = replace(batch, samples=1, degree=None)
+        tries = [replace(one, txt=txt, img=img, frames=frames) for txt, img, frames in sizes]
         return [*tries, replace(tries[0], picture=2 * batch.picture)] if batch.picture else tries
 
     def _sizes(self, place: RankLayout, batch: MicroBatch) -> np.ndarray:
@@ -333,20 +353,30 @@ def objective_loss(cfg: ModelConfig, objective: Objective, prediction: Tensor) -
     return objective.loss(prediction, targets, time.to(prediction.device))
 
 
-def _unit_flops(unit: ShardUnit, sizes: Sizes) -> int:
-    """Forward of one sample."""
+def _unit_flops(unit: ShardUnit, sizes: Sizes, shares: TokenShares | None = None) -> int:
+    """Forward of one sample; ``shares``: see ``_attention_flops``."""
     layers = sum(linear_flops(layer.inputs, layer.outputs, layer.rows.at(sizes)) for layer in unit.layers)
-    return layers + _attention_flops(unit, sizes)
+    return layers + _attention_flops(unit, sizes, shares)
 
 
-def _rerun_flops(unit: ShardUnit, sizes: Sizes, kind: str) -> int:
+def _rerun_flops(unit: ShardUnit, sizes: Sizes, kind: str, shares: TokenShares) -> int:
     """Of what the block computes again in backward."""
-    again, attention = comm_volume.RERUN[kind], _attention_flops(unit, sizes)
-    return again.layers * (_unit_flops(unit, sizes) - attention) + again.attention * attention
+    again, attention = comm_volume.RERUN[kind], _attention_flops(unit, sizes, shares)
+    return again.layers * (_unit_flops(unit, sizes, shares) - attention) + again.attention * attention
 
 
-def _attention_flops(unit: ShardUnit, sizes: Sizes) -> int:
-    return sum(
-        slot.batch.at(sizes) * attention_flops(slot.queries.at(sizes), slot.keys.at(sizes), slot.heads * slot.head_dim)
-        for slot in unit.attentions
-    )
+def _attention_flops(unit: ShardUnit, sizes: Sizes, shares: TokenShares | None = None) -> int:
+    """``shares``: of processes that all have as many heads as the one with the most; None: every head once."""
+    total = 0
+    for slot in unit.attentions:
+        width = (slot.heads if shares is None else _heads_waited_for(slot, shares)) * slot.head_dim
+        total += slot.batch.at(sizes) * attention_flops(slot.queries.at(sizes), slot.keys.at(sizes), width)
+    return total
+
+
+def _heads_waited_for(slot: Attention, shares: TokenShares) -> int:
+    """Heads of all processes that share a sample, if each had as many as the one with the most."""
+    if not IS_SPREAD[slot.axis] or (slot.axis == "space" and shares.switches):
+        return slot.heads  # each process has tokens of its own, and all heads of them
+    cut = shares.ulysses.degree * (shares.ring.degree if slot.axis == "window" else 1)
+    return -(-slot.heads // (shares.tensor * cut)) * cut * shares.tensor

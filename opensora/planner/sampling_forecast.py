@@ -307,7 +307,7 @@ def seconds_by_turn(
     mesh, speed = place.mesh, device.flops * EFFICIENCY
     shared = mesh["ring"].degree * mesh["ulysses"].degree * mesh["tensor"].degree
     turns = sum(-(-passes // mesh["cfg"].degree) for passes in job.passes_of_steps)
-    forward = Forecaster.flops_of(profile, job.batch) / shared / speed
+    forward = Forecaster.flops_of(profile, job.batch, place) / shared / speed
     forward = max(forward, from_host / device.host_bandwidth)
     coding = decode_flops(job.vae, job.samples, job.frames, job.height, job.width)
     if job.known_frames:

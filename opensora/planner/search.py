@@ -41,7 +41,8 @@ MAX_RING = 16
 
 
 def layouts(cfg: RunConfig, world: int, node: int) -> Iterator[ParallelConfig]:
-    """Every layout worth a thought: layers and heads are shared within a node, no process is without a micro-batch.
+    """Every layout worth a thought: layers and heads are shared within a node, no process is without a micro-batch or a
+    head. Heads need not be divided: what it costs that some processes have one more is in the forecast.
 
     ``node``: processes of a node.
     """
@@ -56,9 +57,9 @@ def layouts(cfg: RunConfig, world: int, node: int) -> Iterator[ParallelConfig]:
         for ulysses, ring in product(_divisors(world // tensor, node // tensor), _divisors(world, MAX_RING)):
             data, rest = divmod(world, tensor * ulysses * ring)
             # Models that keep time and space apart exchange frames, and heads where frames are few.
-            uneven = denoising.token_axes == "joint" and (heads // tensor) % ulysses
+            idle = denoising.token_axes == "joint" and ulysses > heads // tensor
             cuts = ulysses * ring > 1 and not denoising.cuts_tokens
-            if rest or uneven or cuts or data > batches:
+            if rest or idle or cuts or data > batches:
                 continue
             for replicate, zero, kind in product(_divisors(data, data), (0, 1, 2, 3), ("none", "full")):
                 if zero == 0 and replicate > 1:

@@ -134,7 +134,7 @@ def _round_s(cfg: RunConfig, forecaster: Forecaster, place: RankLayout, device: 
     mesh, speed = place.mesh, device.flops * EFFICIENCY
     shared = mesh["ring"].degree * mesh["ulysses"].degree * mesh["tensor"].degree
     coding = encode_flops(cfg, shape.clips) / (shared if cfg.train.vae_parallel != "off" else 1)
-    forward = forecaster.forward_flops(shape.batch) / shared / speed
+    forward = forecaster.forward_flops(shape.batch, place) / shared / speed
     forward = max(forward, from_host(forecaster, place) / device.host_bandwidth)
     micro_batches = -(-cfg.validate.samples // shape.batch.samples)
     turns = -(-micro_batches // mesh.data_degree)

@@ -58,10 +58,12 @@ def test_interpolation_is_close_to_running_the_shape() -> None:
     forecaster = Forecaster(
         replace(SIZES["debug"], hidden_size=128, axes_dim=(8, 12, 12)), OptimConfig(), device_type="cuda"
     )
-    for kind in ({}, {"ulysses": 4}, {"ring": 2, "tensor": 2}):
+    cases = [({}, None), ({"ulysses": 4}, None), ({"ring": 2, "tensor": 2}, None)]
+    cases += [({"ulysses": 4}, degree) for degree in (1, 2, 4)]  # processes that cut a sample
+    for kind, degree in cases:
         cfg = ParallelConfig(zero=3, mesh=MeshConfig(**kind))
         place = RankLayout(meshes.view(meshes.resolve(cfg.mesh, 8)), cfg)
-        batch = MicroBatch(samples=3, txt=512, img=8316)
+        batch = MicroBatch(samples=3, txt=512, img=8316, degree=degree)
         exact, quick = (forecaster.memory(place, batch, exact=exact).total for exact in (True, False))
         assert quick == pytest.approx(exact, rel=0.02)
 

@@ -114,7 +114,8 @@ def test_layouts_of_any_size_count_on_the_meta_device_what_is_predicted(
 @pytest.mark.parametrize("name", ["wan with a picture", "hunyuan_video"])
 def test_interpolation_is_close_to_running_the_shape(name: str) -> None:
     forecaster = Forecaster(MODELS[name], OptimConfig(), device_type="cuda")
-    for kind, mesh in (("none", {"ulysses": 4}), ("full", {"ring": 2, "tensor": 2})):
+    uneven = {"ulysses": 8}  # of twelve heads
+    for kind, mesh in (("none", {"ulysses": 4}), ("full", {"ring": 2, "tensor": 2}), ("none", uneven)):
         cfg = ParallelConfig(zero=3, mesh=MeshConfig(**mesh), recompute=RecomputeConfig(kind=kind))  # type: ignore[arg-type]
         place = RankLayout(meshes.view(meshes.resolve(cfg.mesh, 8)), cfg)
         batch = given(name, samples=3, txt=300, img=8320, has_mask=True)
