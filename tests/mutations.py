@@ -266,6 +266,13 @@ TABLE: tuple[Mutation, ...] = (
         DIFFERENCES + "adapters_of_a_picture_are_left_out_where_none_is_read[release]",
     ),
     Mutation(
+        "adapters of another model's patches are left out",
+        "opensora/models/weights/adapter_fit.py",
+        "if _reads_other_inputs(name, format) and layers[layer][1] == wanted[1]:",
+        "if _reads_other_inputs(name, format):",
+        DIFFERENCES + "patches_of_another_width_are_left_out",
+    ),
+    Mutation(
         "differences are not added where a model is loaded",
         "opensora/inference/load.py",
         "fsdp.add_differences(model, adapters.exported.differences, cfg.lora_scale)",
@@ -289,8 +296,8 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "norms of queries and keys change places in ComfyUI's files",
         "opensora/models/hunyuan_video/convert.py",
-        '**{f"{attention}_q_norm.weight": f"{attention}.norm.query_norm.scale"',
-        '**{f"{attention}_k_norm.weight": f"{attention}.norm.query_norm.scale"',
+        '"q_norm.weight": "norm.query_norm.scale", "k_norm.weight": "norm.key_norm.scale"',
+        '"k_norm.weight": "norm.query_norm.scale", "q_norm.weight": "norm.key_norm.scale"',
         "tests/unit/test_hunyuan_video_files.py::test_files_of_comfyui[small]",
     ),
     Mutation(

@@ -84,5 +84,6 @@ def _described(adapter: Adapter, left_out: Sequence[str]) -> str:
     if count := sum(layer not in left_out for layer, _ in adapter.differences):
         parts.append(f"differences of {count} tensors, which are added as they are")
     if left_out:
-        parts.append(f"{len(left_out)} layers that this size of the model lacks are left out, as {left_out[0]}")
+        lacked = "layers that this size of the model lacks, or has with other inputs, are left out"
+        parts.append(f"{len(left_out)} {lacked}, as {left_out[0]}")
     return ", ".join(parts)

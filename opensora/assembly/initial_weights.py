@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from acceleration import lora
 from acceleration.protocol import ParameterSource
-from opensora.config.run import SAVED_NAME, RunConfig
+from opensora.config.run import RunConfig
 from opensora.models.base import ModelConfig
-from opensora.models.families import build_model, check_hub_config, family_of, other_encoders
+from opensora.models.families import build_model, check_hub_config, family_of
 from opensora.models.weights.adapter_fit import FittedAdapter
 from opensora.models.weights.reader import Refit, WeightFile, load_state_dict_for
 from opensora.models.weights.rows import Shape
@@ -50,10 +50,6 @@ def check_initial(cfg: RunConfig) -> None:
     """
     if cfg.train.init_from is not None:
         check_weights("train.init_from", cfg.train.init_from, cfg.model, _may_lack(cfg), _refit(cfg))
-        place = Path(cfg.train.init_from)
-        trained_here = ((place if place.is_dir() else place.parent) / SAVED_NAME).is_file()
-        if not trained_here and (other := other_encoders(cfg.model, cfg.vae, cfg.text)):
-            announce(other)
 
 
 def _may_lack(cfg: RunConfig) -> tuple[str, ...]:

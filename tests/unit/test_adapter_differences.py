@@ -14,6 +14,7 @@ from torch import Tensor
 
 from opensora.assembly.adapter_files import convert_adapters, fitted_adapters
 from opensora.assembly.initial_weights import parameter_shapes
+from opensora.models.base import ModelConfig
 from opensora.models.families import family_of
 from opensora.models.weights.reader import WeightFile
 from opensora.models.weights.writer import convert_shapes
@@ -155,7 +156,41 @@ def test_adapters_of_a_picture_are_left_out_where_none_is_read(
     assert {*with_picture.differences} == {"blocks.0.cross_attn.norm_k_img.weight"}
     without = fitted_adapters(tmp_path / "a.safetensors", WAN, "lora")
     assert {*without.pieces} == {"blocks.0.self_attn.q"} and not without.differences
-    assert "2 layers that this size of the model lacks are left out" in capsys.readouterr().err
+    assert (
+        "2 layers that this size of the model lacks, or has with other inputs, are left out" in capsys.readouterr().err
+    )
     save_file(plain(of_picture), tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="the model has none of its layers"):
         fitted_adapters(tmp_path / "a.safetensors", WAN, "lora")
+
+
+@pytest.mark.parametrize("kind", ["difference", "adapter"])
+@pytest.mark.parametrize(("model", "channels", "others"), [(WAN, 4, 12), (I2V, 12, 4)])
+def test_patches_of_another_width_are_left_out(
+    model: ModelConfig, channels: int, others: int, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As ComfyUI does it: of text to video for image to video, which reads a mask and a clip beside the noise."""
+
+    def file(width: int, outputs: int = 64) -> Path:
+        layer = "diffusion_model.patch_embedding"
+        made = {f"{layer}.diff": torch.ones(outputs, width, 1, 2, 2)}
+        if kind == "adapter":
+            made = {f"{layer}.lora_A.weight": torch.ones(2, width, 1, 2, 2)}
+            made[f"{layer}.lora_B.weight"] = torch.ones(outputs, 2, 1, 1, 1)
+        save_file(plain(Q) | made, tmp_path / "a.safetensors")
+        return tmp_path / "a.safetensors"
+
+    whole = fitted_adapters(file(channels), model, "lora")
+    assert "patch_embedding" in {**whole.pieces} or "patch_embedding.weight" in whole.differences
+    assert "left out" not in capsys.readouterr().err
+    cut = fitted_adapters(file(others), model, "lora")
+    assert {*cut.pieces} == {"blocks.0.self_attn.q"} and not cut.differences
+    assert (
+        "1 layers that this size of the model lacks, or has with other inputs, are left out" in capsys.readouterr().err
+    )
+    said = ""
+    try:
+        fitted_adapters(file(others, outputs=32), model, "lora")
+    except UserError as error:
+        said = str(error)
+    assert "patch_embedding" in said and "would be" in said

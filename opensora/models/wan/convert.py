@@ -76,6 +76,7 @@ class WanWeights:
     example_layer = "blocks.0.self_attn.q"
     exports_original = True  # so that other tools read what we export
     of_some_sizes = _PICTURE
+    of_some_widths = r"patch_embedding$"  # which reads a mask and a clip beside the noise, in I2V
 
     def layout(self, cfg: _Config) -> NamedLayout:
         return NamedLayout(linear=True, patch=cfg.patch_size)

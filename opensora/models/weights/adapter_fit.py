@@ -31,7 +31,7 @@ class AdapterPlan:
     pieces: dict[str, tuple[AdapterRows, ...]]  # by layer of the model, in its order
     prefix: str  # of all layers in the file, without which they are the model's
     guess: str  # what to say of a layout that the file does not state, where rows change places by it
-    left_out: tuple[str, ...] = ()  # layers of the file that other sizes of the family have
+    left_out: tuple[str, ...] = ()  # layers of the file that other sizes of the family have, or have wider
 
 
 def plan_adapter(
@@ -67,6 +67,9 @@ def plan_adapter(
         position, target = 0, targets[f"{name}.weight"]
         wanted = math.prod(target.shape[1:]), target.shape[0]
         if layers[layer] != wanted:
+            if _reads_other_inputs(name, format) and layers[layer][1] == wanted[1]:
+                left_out += (layer,)
+                continue
             sizes = " -> ".join(str(size) for size in layers[layer])
             raise ValueError(f"{layer} is {sizes}, and would be {wanted[0]} -> {wanted[1]} for this model")
         for rows in target.rows:
@@ -127,6 +130,12 @@ def _of_other_sizes(layers: Collection[str], known: Collection[str], format: Wei
     if pattern is None or any(re.search(pattern, layer) for layer in known):
         return ()
     return tuple(layer for layer in layers if re.search(pattern, layer))
+
+
+def _reads_other_inputs(layer: str, format: WeightFormat) -> bool:
+    """Whether other sizes of the family have this layer with more inputs or fewer."""
+    pattern = getattr(format, "of_some_widths", None)
+    return pattern is not None and re.search(pattern, layer) is not None
 
 
 def _check_names(found: Mapping[str, str], shapes: Mapping[str, Shape], format: WeightFormat, layout: Layout) -> None:
@@ -250,7 +259,8 @@ def fit_adapter(
     known = [owner(name)[0] for name in shapes]
     others = _of_other_sizes(dict.fromkeys(layer for layer, _ in adapter.differences), known, format)
     plan = replace(plan, left_out=tuple(dict.fromkeys((*plan.left_out, *others))))
-    differences = fit_differences(adapter, shapes, format, to, plan)
+    differences, others = fit_differences(adapter, shapes, format, to, plan)
+    plan = replace(plan, left_out=tuple(dict.fromkeys((*plan.left_out, *others))))
     if not plan.pieces and not differences:
         raise ValueError(f"{next(iter(adapter.layers), 'its differences')}: the model has none of its layers")
     return FittedAdapter(adapter, plan.pieces, outputs, differences), plan
@@ -258,12 +268,16 @@ def fit_adapter(
 
 def fit_differences(
     adapter: Adapter, shapes: Mapping[str, Shape], format: WeightFormat, to: Layout, plan: AdapterPlan
-) -> dict[str, Tensor]:
-    """Differences of a file by parameter of a model, whole, zeros where the file says nothing."""
+) -> tuple[dict[str, Tensor], list[str]]:
+    """(differences of a file by parameter of a model, whole, zeros where the file says nothing; layers left out)."""
     made: dict[str, Tensor] = {}
+    left_out = []
     for key, target in plan_differences(adapter, shapes, format, to, plan).items() if adapter.differences else ():
         tensor, position = adapter.differences[key], 0
         if tuple(tensor.shape) != target.shape and tensor.numel() != math.prod(target.shape):
+            if _reads_other_inputs(owner(target.rows[0].tensor)[0], format) and tensor.shape[:1] == target.shape[:1]:
+                left_out.append(key[0])
+                continue
             raise ValueError(f"{key[0]}: its {key[1]} is {tuple(tensor.shape)}, and would be {target.shape} here")
         for rows in target.rows:
             shape = shapes[rows.tensor]
@@ -272,7 +286,7 @@ def fit_differences(
             part = tensor.reshape(target.shape)[position : position + rows.count]
             made[rows.tensor][rows.indices()] = part.reshape(-1, *shape[1:]).to(made[rows.tensor].dtype)
             position += rows.count
-    return made
+    return made, left_out
 
 
 def owner(name: str) -> tuple[str, str]:

@@ -30,6 +30,7 @@ class WeightFormat(Protocol):
     # ``aliases(known)``: optional, other names that tools have for layers -> the name in ``known``, of adapters
     # ``of_some_sizes``: optional, a regular expression of layers that some sizes lack: adapters of these are left out
     # with a word
+    # ``of_some_widths``: optional, likewise of layers that read more in some sizes, where the inputs do not fit
 
     def layout(self, cfg: Any) -> Layout:
         """How the model of a configuration names and orders its weights."""
