@@ -259,8 +259,8 @@ def fit_adapter(
     known = [owner(name)[0] for name in shapes]
     others = _of_other_sizes(dict.fromkeys(layer for layer, _ in adapter.differences), known, format)
     plan = replace(plan, left_out=tuple(dict.fromkeys((*plan.left_out, *others))))
-    differences, others = fit_differences(adapter, shapes, format, to, plan)
-    plan = replace(plan, left_out=tuple(dict.fromkeys((*plan.left_out, *others))))
+    differences, wider = fit_differences(adapter, shapes, format, to, plan)
+    plan = replace(plan, left_out=tuple(dict.fromkeys((*plan.left_out, *wider))))
     if not plan.pieces and not differences:
         raise ValueError(f"{next(iter(adapter.layers), 'its differences')}: the model has none of its layers")
     return FittedAdapter(adapter, plan.pieces, outputs, differences), plan
