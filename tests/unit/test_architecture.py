@@ -1,13 +1,14 @@
 """docs/architecture.md and the README name places that are there, and families of models are known to tables only."""
 
-import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from opensora.models.families import FAMILIES
 from tests.conftest import ROOT
+from tests.model_lines import lines_elsewhere, words_in
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,7 @@ KNOW_A_FAMILY = {
     "opensora/config/family/keys.py",
     "opensora/models/families.py",
     "opensora/sampling/denoisers.py",
+    "opensora/utils/files/published_files.py",
     "opensora/inference/scripts/given_models.py",
     "opensora/inference/scripts/interface.py",
 }
@@ -43,14 +45,7 @@ KNOW_A_FAMILY = {
 
 def words_of(path: Path) -> Iterator[str]:
     """Every name, attribute and text of a file, but for docstrings."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
-            yield node.value
-        for field in ("id", "attr", "name", "arg", "module", "asname"):
-            if isinstance(word := getattr(node, field, None), str):
-                yield word
+    return (word for _, word in words_in(path.read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize("package", ["acceleration", "opensora"])
@@ -74,3 +69,31 @@ def test_what_a_family_is_called_would_be_found(tmp_path: Path) -> None:
         assert any(map(FAMILY_WORDS.search, words_of(tmp_path / "code.py"))), code
     (tmp_path / "code.py").write_text('"""As in an MMDiT."""\n')
     assert not any(map(FAMILY_WORDS.search, words_of(tmp_path / "code.py")))
+
+
+@pytest.mark.parametrize("kind", ["wan", "hunyuan_video"])
+def test_a_model_costs_one_line_of_a_table_outside_its_folder(kind: str) -> None:
+    """One line of the table and its import; tables by model say how step caches rescale changes, and what to fetch."""
+    found = lines_elsewhere(kind)
+    assert len(found.pop("opensora/models/families.py")) == 2
+    assert set(found) <= {"opensora/sampling/cache_config.py", "opensora/utils/files/published_files.py"}
+
+
+def test_every_line_that_knows_a_model_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = [
+        "x.kind == 'wan'",
+        "WanConfig()",
+        "from opensora.models.wan.layers import a",
+        "is_wan = 1",
+        "f(wan_heads=2)",
+    ]
+    prose = ["'wanted'", "swan = 1", '"""Wan\'s."""', "Wanted()"]
+    (tmp_path / "opensora").mkdir()
+    (tmp_path / "opensora/code.py").write_text("\n".join([*code, *prose]))
+    monkeypatch.setattr("tests.model_lines.ROOT", tmp_path)
+    assert lines_elsewhere("wan") == {"opensora/code.py": [1, 2, 3, 4, 5]}
+
+
+def test_every_kind_is_looked_for_in_its_own_folder() -> None:
+    for kind in FAMILIES:
+        assert "opensora/models/families.py" in lines_elsewhere(kind)

@@ -269,8 +269,11 @@ def test_only_what_is_named_is_fetched(hub: Hub, tmp_path: Path) -> None:
 
 
 def models_of(name: str) -> list[str]:
-    """Where a set puts what a configuration would name: folders with a config.json, and files beside none."""
+    """Where a set puts what a configuration would name: folders with a config.json, and files beside none; a pipeline
+    is one folder."""
     places = [f"{one.folder}/{file}".strip("/") for one in SETS[name] for file in one.files]
+    if any("model_index.json" in one.files for one in SETS[name]):
+        return sorted({place.split("/")[0] for place in places})
     folders = [place.removesuffix("/config.json") for place in places if place.endswith("/config.json")]
     return folders + [place for place in places if not any(place.startswith(f"{folder}/") for folder in folders)]
 
@@ -300,6 +303,29 @@ def test_no_command_for_what_another_one_brings() -> None:
         f"{fetch} open-sora-v2 --to b",
         f"{fetch} text-encoders --to a",
     ]
+
+
+@pytest.mark.parametrize("name", [name for name in SETS if name.startswith(("wan", "hunyuan"))])
+def test_a_part_of_a_pipeline_is_fetched_with_all_of_it(name: str) -> None:
+    """Parts have the same names in all of them; one command for all parts of one."""
+    (pipeline,) = models_of(name)
+    fetch = f"python -m opensora.cli.download {name} --to"
+    for part in ("", "/transformer", "/vae", "/transformer/diffusion_pytorch_model.safetensors.index.json"):
+        assert set_of(f"ckpts/{pipeline}{part}") == name
+        assert how_to_fetch(f"a/b/{pipeline}{part}") == f", or fetch it: {fetch} a/b"
+    assert how_to_fetch_all([f"a/{pipeline}/transformer", f"a/{pipeline}", f"a/{pipeline}/vae"]) == [f"{fetch} a"]
+    assert set_of("ckpts/transformer") is None
+
+
+NAMING = [
+    path for path in sorted((ROOT / "configs").glob("*/*/*.yaml")) if path.parent.name in ("wan", "hunyuan_video")
+]
+
+
+@pytest.mark.parametrize("path", [path for path in NAMING if "ckpts" in path.read_text(encoding="utf-8")], ids=str)
+def test_what_a_configuration_names_can_be_fetched(path: Path) -> None:
+    named = set(re.findall(r"ckpts/[\w./-]+", path.read_text(encoding="utf-8")))
+    assert len({set_of(place) for place in named} - {None}) == 1 == len(how_to_fetch_all(named)), named
 
 
 def test_the_table(tmp_path: Path) -> None:

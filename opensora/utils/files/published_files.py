@@ -64,6 +64,17 @@ def _model(name: str) -> Repository:
     )
 
 
+def _pipeline(name: str, *parts: str) -> tuple[Repository, ...]:
+    """A pipeline of diffusers: one folder of the repository's name, with a folder for each part that is read."""
+    described = (PIPELINE, *(f"{part}/config.json" for part in parts))
+    patterns = (PIPELINE, "*/*.json", "*/*.safetensors", "*/spiece.model", "*/merges.txt")  # the last: tokenizers
+    files = {file: PublishedFile() for file in described}
+    return (Repository(name=name, revision=None, patterns=patterns, folder=name.partition("/")[2], files=files),)
+
+
+PIPELINE = "model_index.json"  # what diffusers has in the folder of a whole pipeline
+_WAN = ("transformer", "vae", "text_encoder")
+
 SETS: dict[str, tuple[Repository, ...]] = {
     "latte": _files("maxin-cn/Latte", "ucf101.pt"),
     "pixart-256": _files("PixArt-alpha/PixArt-alpha", "PixArt-XL-2-256x256.pth"),
@@ -105,6 +116,14 @@ SETS: dict[str, tuple[Repository, ...]] = {
             },
         ),
     ),
+    "wan-2.1-t2v-1.3b": _pipeline("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", *_WAN),
+    "wan-2.1-t2v-14b": _pipeline("Wan-AI/Wan2.1-T2V-14B-Diffusers", *_WAN),
+    "wan-2.1-i2v-14b-480p": _pipeline("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", *_WAN, "image_encoder"),
+    "wan-2.1-i2v-14b-720p": _pipeline("Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", *_WAN, "image_encoder"),
+    "wan-2.2-t2v-a14b": _pipeline("Wan-AI/Wan2.2-T2V-A14B-Diffusers", *_WAN, "transformer_2"),
+    "wan-2.2-i2v-a14b": _pipeline("Wan-AI/Wan2.2-I2V-A14B-Diffusers", *_WAN, "transformer_2"),
+    "wan-2.2-ti2v-5b": _pipeline("Wan-AI/Wan2.2-TI2V-5B-Diffusers", *_WAN),
+    "hunyuan-video": _pipeline("hunyuanvideo-community/HunyuanVideo", *_WAN, "text_encoder_2"),
     "flux1-dev": (
         Repository(
             name="black-forest-labs/FLUX.1-dev",
@@ -141,16 +160,24 @@ SETS: dict[str, tuple[Repository, ...]] = {
 
 
 def _models(repositories: tuple[Repository, ...]) -> set[Path]:
-    """Where a set puts its models, below the target: the folder of a config.json, and files without one beside them."""
-    places = [Path(one.folder, file) for one in repositories for file in one.files]
+    """Where a set puts its models, below the target: a whole pipeline, the folder of a config.json, and files without
+    one beside them."""
+    pipelines = {Path(one.folder) for one in repositories if PIPELINE in one.files}
+    places = [Path(one.folder, file) for one in repositories if PIPELINE not in one.files for file in one.files]
     folders = {place.parent for place in places if place.name == "config.json"}
-    return folders | {place for place in places if place.parent not in folders}
+    return pipelines | folders | {place for place in places if place.parent not in folders}
+
+
+def _whole(path: str | Path) -> Path:
+    """The pipeline that a path is a part of, which is fetched as one; else the path."""
+    pipelines = {one.folder for repositories in SETS.values() for one in repositories if PIPELINE in one.files}
+    return next((place for place in (Path(path), *Path(path).parents) if place.name in pipelines), Path(path))
 
 
 def _published(path: str) -> tuple[str, Path] | None:
     """(set, place below its target) of a model of this name, of the set with the fewest models; None: no set."""
     models = {name: _models(repositories) for name, repositories in SETS.items()}
-    holding = [(name, one) for name, places in models.items() for one in places if one.name == Path(path).name]
+    holding = [(name, one) for name, places in models.items() for one in places if one.name == _whole(path).name]
     return min(holding, key=lambda found: len(models[found[0]]), default=None)
 
 
@@ -162,8 +189,7 @@ def set_of(path: str) -> str | None:
 
 def folder_of_set(path: str) -> Path:
     """The ``--to`` of a download that puts a published file, or a model's folder, at ``path`` or near it."""
-    place = Path(path)
-    found = _published(path)
+    place, found = _whole(path), _published(path)
     if found and place.parts[-len(found[1].parts) :] == found[1].parts:
         return place.parents[len(found[1].parts) - 1]
     is_of_hub = not place.is_absolute() and len(place.parts) == 2 and found is not None and len(found[1].parts) == 2
@@ -177,7 +203,7 @@ def how_to_fetch_all(paths: Iterable[str]) -> list[str]:
     for path in paths:
         if found := _published(path):
             to = folder_of_set(path)
-            elsewhere.setdefault((found[0], to), []).extend([str(to / found[1])] * (to / found[1] != Path(path)))
+            elsewhere.setdefault((found[0], to), []).extend([str(to / found[1])] * (to / found[1] != _whole(path)))
     models = {name: _models(SETS[name]) for name, _ in elsewhere}
     return [
         f"python -m opensora.cli.download {name} --to {to}{_named(places)}"
@@ -198,5 +224,5 @@ def how_to_fetch(path: str | Path) -> str:
         return ""
     name, place = found
     to = folder_of_set(str(path))
-    named = _named([] if to / place == Path(path) else [str(to / place)])
+    named = _named([] if to / place == _whole(path) else [str(to / place)])
     return f", or fetch it: python -m opensora.cli.download {name} --to {to}{named}"
