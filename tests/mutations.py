@@ -908,7 +908,7 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "a folder that no download fills",
         "opensora/utils/files/published_files.py",
-        "[] if to / place == Path(path) else",
+        "[] if to / place == _whole(path) else",
         "[] if to else",
         "tests/unit/test_download.py::test_the_table",
     ),
