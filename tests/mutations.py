@@ -37,6 +37,7 @@ class Mutation:
     test: str  # what must find it, as pytest names it
 
 
+DIFFERENCES = "tests/unit/test_adapter_differences.py::test_"
 TENSOR_CUT = "acceleration/sharding/tensor_parallel.py"
 VIDEO_PLANS = "tests/unit/test_video_planner.py::test_{}"
 NORMS_CUT = "tests/dist/test_tensor_norms.py::test_{}"
@@ -245,6 +246,77 @@ PIPELINE_LOCAL = "tests/unit/test_pipeline_local.py::test_"
 FILTERS, REPORT, SCORES = (f"tests/unit/test_{name}.py::test_" for name in ("filters", "report", "scores"))
 
 TABLE: tuple[Mutation, ...] = (
+    # Files of Wan and HunyuanVideo as people have them.
+    Mutation(
+        "a bias of B is added without alpha/rank",
+        "opensora/models/weights/adapters.py",
+        'found[layer, "bias"] = _read(opened, name).double() * scales[layer]',
+        'found[layer, "bias"] = _read(opened, name).double()',
+        DIFFERENCES + "a_bias_of_b_is_scaled_as_its_product",
+    ),
+    Mutation(
+        "rows of differences in the order of the file",
+        "opensora/models/weights/adapter_fit.py",
+        "made[rows.tensor][rows.indices()] = part",
+        "made[rows.tensor][rows.start : rows.stop] = part",
+        DIFFERENCES + "drawn_differences_are_read[wan]",
+    ),
+    Mutation(
+        "adapters of a picture left out of a model that reads one",
+        "opensora/models/weights/adapter_fit.py",
+        "if pattern is None or any(re.search(pattern, layer) for layer in known):",
+        "if pattern is None:",
+        DIFFERENCES + "adapters_of_a_picture_are_left_out_where_none_is_read[release]",
+    ),
+    Mutation(
+        "adapters of another model's patches are left out",
+        "opensora/models/weights/adapter_fit.py",
+        "if _reads_other_inputs(name, format) and layers[layer][1] == wanted[1]:",
+        "if _reads_other_inputs(name, format):",
+        DIFFERENCES + "patches_of_another_width_are_left_out",
+    ),
+    Mutation(
+        "differences are not added where a model is loaded",
+        "opensora/inference/load.py",
+        "fsdp.add_differences(model, adapters.exported.differences, cfg.lora_scale)",
+        "fsdp.add_differences(model, {}, cfg.lora_scale)",
+        "tests/dist/test_adapter_swap.py::test_differences_are_added_as_they_are[1-mesh0]",
+    ),
+    Mutation(
+        "differences are added without lora_scale",
+        "opensora/inference/load.py",
+        "fsdp.add_differences(model, adapters.exported.differences, cfg.lora_scale)",
+        "fsdp.add_differences(model, adapters.exported.differences)",
+        "tests/dist/test_adapter_swap.py::test_differences_are_added_as_they_are[1-mesh0]",
+    ),
+    Mutation(
+        "differences of an earlier turn stay",
+        "acceleration/sharding/adapter_swap.py",
+        "                self._keep(one)\n",
+        "",
+        "tests/dist/test_adapter_swap.py::test_weights_are_those_of_a_model_built_with_them[1-mesh0-fp32]",
+    ),
+    Mutation(
+        "norms of queries and keys change places in ComfyUI's files",
+        "opensora/models/hunyuan_video/convert.py",
+        '"q_norm.weight": "norm.query_norm.scale", "k_norm.weight": "norm.key_norm.scale"',
+        '"k_norm.weight": "norm.query_norm.scale", "q_norm.weight": "norm.key_norm.scale"',
+        "tests/unit/test_hunyuan_video_files.py::test_files_of_comfyui[small]",
+    ),
+    Mutation(
+        "the config.json beside weights is not compared with the model",
+        "opensora/models/families.py",
+        "if found is None or type(found) is not type(cfg):",
+        "if True:",
+        "tests/unit/test_wan_files.py::test_a_given_shape_is_compared_with_the_folder[original]",
+    ),
+    Mutation(
+        "experts that are swapped are taken",
+        "opensora/inference/find.py",
+        "if last <= boundary if one is high else first >= boundary:",
+        "if last < 0:",
+        "tests/unit/test_two_experts_found.py::test_experts_that_are_swapped_are_refused[0.875]",
+    ),
     # The service's queue.
     Mutation(
         "the queue does not wait for the disk",
@@ -839,7 +911,7 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "a folder that no download fills",
         "opensora/utils/files/published_files.py",
-        "[] if to / place == Path(path) else",
+        "[] if to / place == _whole(path) else",
         "[] if to else",
         "tests/unit/test_download.py::test_the_table",
     ),

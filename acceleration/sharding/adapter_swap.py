@@ -24,6 +24,7 @@ class AdapterFile:
     sizes: Mapping[str, tuple[int, float]]  # layer -> (rank, what B A is multiplied by), as ``lora.attach`` takes them
     values: ParameterSource  # of ``layer.lora_A.weight`` and ``layer.lora_B.weight``
     scale: float = 1.0  # of all of them
+    differences: Mapping[str, Tensor] = field(default_factory=dict)  # parameter -> what is added to the whole of it
 
 
 @dataclass
@@ -33,7 +34,7 @@ class AdapterSwap:
     model: nn.Module
     device: torch.device  # where products are computed, as in a model that is built with adapters
     now: str | None = None
-    _before: dict[str, Tensor] = field(default_factory=dict)  # by layer: this process's part of the weight, on the CPU
+    _before: dict[str, Tensor] = field(default_factory=dict)  # by parameter: this process's part of it, on the CPU
     _changed: list[str] = field(default_factory=list)
 
     @torch.no_grad()
@@ -42,30 +43,36 @@ class AdapterSwap:
         if name == self.now:
             return
         fsdp.release(self.model)  # what was gathered for a forward is of the adapters before
-        for layer in self._changed:
-            fsdp.local(self._weight(layer)).copy_(self._before[layer])
+        for changed in self._changed:
+            fsdp.local(self.model.get_parameter(changed)).copy_(self._before[changed])
         self._changed, self.now = [], None
         if file is not None:
             for layer, (rank, scale) in file.sizes.items():
                 self._merge(layer, rank, file.scale * scale, file.values)
+            for one, value in file.differences.items():
+                self._keep(one)
+                cut = tensor_parallel.cuts(self.model).get(one)
+                fsdp.add_part(self.model.get_parameter(one), value, file.scale, cut)
         self.now = name
 
-    def _weight(self, layer: str) -> Tensor:
-        return self.model.get_submodule(layer).weight  # type: ignore[return-value]
+    def _keep(self, name: str) -> None:
+        """Remember a parameter's value, before its first change."""
+        if name not in self._before:
+            self._before[name] = fsdp.local(self.model.get_parameter(name)).to("cpu", copy=True)
+        self._changed.append(name)
 
     def _merge(self, layer: str, rank: int, scale: float, values: ParameterSource) -> None:
-        parameter, cut = self._weight(layer), tensor_parallel.cuts(self.model).get(f"{layer}.weight")
+        name = f"{layer}.weight"
+        parameter, cut = self.model.get_parameter(name), tensor_parallel.cuts(self.model).get(name)
         held = fsdp.local(parameter)
         rows, columns = cut.shape if cut else parameter.shape
         up, down = (torch.empty(shape, dtype=held.dtype) for shape in ((rows, rank), (rank, columns)))
         values(f"{layer}.{A}", down)
         values(f"{layer}.{B}", up)
-        if layer not in self._before:
-            self._before[layer] = held.to("cpu", copy=True)
-        self._changed.append(layer)
+        self._keep(name)
         if held.numel():
             up, down = (part.to(self.device) for part in _parts(parameter, cut, up, down))
-            held.copy_(self._before[layer].to(self.device, copy=True).addmm_(up, down, alpha=scale))
+            held.copy_(self._before[name].to(self.device, copy=True).addmm_(up, down, alpha=scale))
 
 
 def _parts(parameter: Tensor, cut: Cut | None, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ backward that would free: below stage 3 the gathered copy stays until ``release`
 Gradients are summed, never averaged: the loss handed to backward is this process's share of the global mean.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -279,6 +279,27 @@ def settle(model: nn.Module) -> None:
         state._training_state = type(state._training_state).IDLE
         state._state_ctx.iter_forward_root = None
     release(model)
+
+
+@torch.no_grad()
+def add_differences(model: nn.Module, values: Mapping[str, Tensor], scale: float = 1.0) -> None:
+    """Parameters += scale * values, in place, rounded once; each process adds to what it holds. No exchange.
+
+    Args:
+        values: parameter -> what is added to the whole of it, the same on every process.
+    """
+    cuts = tensor_parallel.cuts(model)
+    for name, parameter in model.named_parameters():
+        if name in values:
+            add_part(parameter, values[name], scale, cuts.get(name))
+
+
+def add_part(parameter: Tensor, value: Tensor, scale: float, cut: Cut | None) -> None:
+    """What this process holds of a parameter += scale * its part of a whole value."""
+    for start, part in chunks(parameter, cut):
+        own = value[tuple(slice(s, s + size) for s, size in zip(start, part.shape, strict=True))].to(part.device)
+        exact = torch.promote_types(part.dtype, own.dtype)
+        part.copy_(part.to(exact).add(own.to(exact), alpha=scale))
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """LoRA files for a model: read for its layers, and written in another form."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from opensora.assembly.initial_weights import parameter_shapes
@@ -37,7 +38,7 @@ def fitted_adapters(path: Path, model: ModelConfig, key: str) -> FittedAdapter:
         fitted, plan = fit_adapter(adapter, parameter_shapes(model), format, format.layout(model))
     except ValueError as error:
         raise UserError(f"{key}={path}: {error}; these adapters belong to another model") from None
-    announce(f"{key}={path}: {_described(adapter)}{f', names behind {plan.prefix}' if plan.prefix else ''}")
+    announce(f"{key}={path}: {_described(adapter, plan.left_out)}{f', names behind {plan.prefix}' * bool(plan.prefix)}")
     if plan.guess:
         announce(f"{key}={path}: {plan.guess}")
     return fitted
@@ -60,18 +61,29 @@ def convert_adapters(model: ModelConfig, source: Path, target: Path, form: str) 
         raise UserError(f"--to {target}: peft's form is a folder of two files; give a folder")
     made = fitted_adapters(source, model, "lora").plain()
     stated = {key: value for key, value in made.metadata.items() if key in ("base", "step", "weights")}
+    if made.differences and not FORMS[form].differences:
+        layer, kind = next(iter(made.differences))
+        raise UserError(f"--form {form}: has no name for the difference of the {kind} of {layer}; use comfyui")
     try_output(target, "--to", folder=not is_file)
     with naming(target):
         shapes = parameter_shapes(model)
         return export_adapter(target, made, form, shapes=shapes, format=format, layout=layout, metadata=stated)
 
 
-def _described(adapter: Adapter) -> str:
-    """How many adapters, of which rank and scale."""
+def _described(adapter: Adapter, left_out: Sequence[str]) -> str:
+    """How many adapters, of which rank and scale, and what else is in the file."""
 
     def span(values: list[float]) -> str:
         low, high = f"{min(values):g}", f"{max(values):g}"
         return low if low == high else f"{low} to {high}"
 
-    ranks = [adapter.matrices(layer)[0].shape[0] for layer in adapter.layers]
-    return f"adapters of {len(ranks)} layers, rank {span([*ranks])}, alpha/rank {span([*adapter.scales.values()])}"
+    kept = [layer for layer in adapter.layers if layer not in left_out]
+    ranks = [float(adapter.matrices(layer)[0].shape[0]) for layer in kept]
+    scales = [adapter.scales[layer] for layer in kept]
+    parts = [f"adapters of {len(kept)} layers, rank {span(ranks)}, alpha/rank {span(scales)}"] if kept else []
+    if count := sum(layer not in left_out for layer, _ in adapter.differences):
+        parts.append(f"differences of {count} tensors, which are added as they are")
+    if left_out:
+        lacked = "layers that this size of the model lacks, or has with other inputs, are left out"
+        parts.append(f"{len(left_out)} {lacked}, as {left_out[0]}")
+    return ", ".join(parts)

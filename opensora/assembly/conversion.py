@@ -41,9 +41,12 @@ def convert_weights(cfg: ModelConfig, source: Path, target: Path, names: str | N
     file = WeightFile(source, format, to)
     if name := not_finite(file.items()):
         raise UserError(f"{source}: {name} holds NaN or infinite values; give weights without")
-    try_output(target, "--to", folder=True)
     of_diffusers = names == "diffusers"
-    said = hub_config(cfg, diffusers=of_diffusers) if of_diffusers or to == format.original else None
+    try:
+        said = hub_config(cfg, diffusers=of_diffusers) if of_diffusers or to == format.original else None
+    except ValueError as error:
+        raise UserError(f"--names=diffusers: model.{error}") from None
+    try_output(target, "--to", folder=True)
     with naming(target):
         written = write_weights(target, _tensors(file), to.metadata(), stem=DIFFUSERS_STEM if of_diffusers else STEM)
         written += [] if said is None else [write_json(target / HUB_CONFIG, said)]

@@ -13,7 +13,7 @@ from acceleration import lora
 from acceleration.protocol import ParameterSource
 from opensora.config.run import RunConfig
 from opensora.models.base import ModelConfig
-from opensora.models.families import build_model, family_of
+from opensora.models.families import build_model, check_hub_config, family_of
 from opensora.models.weights.adapter_fit import FittedAdapter
 from opensora.models.weights.reader import Refit, WeightFile, load_state_dict_for
 from opensora.models.weights.rows import Shape
@@ -88,7 +88,8 @@ def adapted(model: nn.Module, cfg: RunConfig) -> str:
 def check_weights(
     key: str, path: str | Path, model: ModelConfig, allow_missing: tuple[str, ...] = (), refit: Refit | None = None
 ) -> None:
-    """That the tensors at ``path`` are this model's, by their names and shapes; reads headers only.
+    """That the tensors at ``path`` are this model's, by names, shapes and the config.json beside them; reads headers
+    only.
 
     Raises:
         UserError: no weights, damaged ones, or those of another model.
@@ -96,6 +97,11 @@ def check_weights(
     with torch.device("meta"):
         empty = build_model(model)
     format = family_of(model).weights
+    if refit is None:  # what is refitted is of another model than it was
+        try:
+            check_hub_config(Path(path), model)
+        except UserError as error:
+            raise UserError(f"{key}={path}: {error}") from None
     try:
         more: dict[str, Any] = {"allow_missing": allow_missing, "refit": refit}
         load_state_dict_for(empty, path, format, to=format.layout(model), **more)

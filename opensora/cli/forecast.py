@@ -111,12 +111,14 @@ def sampling(config: str, overrides: Sequence[str], world: int, device: Device, 
         print(json.dumps(found.plain() | {"room_gib": room / GIB}))
         return 0
     print(f"{world} processes, offload={job.offload}; {room / GIB:.1f} GiB of each can be used")
-    print(f"{'turn':<20}{'GiB':>8}{'weights':>9}{'seconds':>9}")
+    print(f"{'turn':<24}{'GiB':>8}{'weights':>9}{'seconds':>9}")
     for name, size in found.turns.items():
         too_much = "  does not fit" if size > room else ""
-        numbers = f"{size / GIB:>8.2f}{found.weights[name] / GIB:>9.2f}{found.seconds[name]:>9.1f}"
-        print(f"{name:<20}{numbers}{too_much}")
+        seconds = f"{found.seconds[name]:>9.1f}" if name in found.seconds else f"{'':>9}"  # with those of the first
+        print(f"{name:<24}{size / GIB:>8.2f}{found.weights[name] / GIB:>9.2f}{seconds}{too_much}")
     print("GiB: at most in a turn; weights: of the model whose turn it is, on the device; seconds: of a batch")
+    if found.turns.keys() - found.seconds.keys():
+        print("seconds of denoiser: of all steps, whichever of the two makes them")
     for name in sorted(found.bounds):
         print(f"{name}: at most {found.seconds[name]:.1f} s, as if cache.kind={job.sampling.cache.kind} reused nothing")
     return 0

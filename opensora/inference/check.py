@@ -32,7 +32,7 @@ from opensora.inference.references import (
 )
 from opensora.inference.watermark import read_watermark
 from opensora.models.base import AutoencoderShape, ModelConfig, Width, latent_grid
-from opensora.models.families import build_model, count_parameters, describe
+from opensora.models.families import build_model, count_parameters, describe, other_encoders
 from opensora.models.image import check_image_encoder
 from opensora.models.text import check_prompts, check_text_encoder, num_classes, text_tokens
 from opensora.models.vae import autoencoder_shape, check_autoencoder
@@ -65,6 +65,8 @@ def check_sample(cfg: SampleConfig, source: Source, jobs: Sequence[Job], world_s
         UserError: the key to change, and what would work.
     """
     check_models(cfg, source)
+    if source.conditioning is None and (other := other_encoders(source.model, source.vae, source.text)):
+        announce(other)
     samples = min(cfg.batch_size, len(jobs))
     option = check_option("sampling", cfg.sampling, cfg, source, samples=samples, world_size=world_size)
     announce_size("sampling", cfg.sampling, option)

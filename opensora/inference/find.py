@@ -30,6 +30,14 @@ from opensora.utils.files.published_files import how_to_fetch
 from opensora.utils.files.safetensors_files import fingerprint
 from opensora.utils.files.user_files import absence
 
+# Keys of autoencoders and text encoders that say where they are and in which pieces they work, not what they give.
+OF_WORK = frozenset(
+    (
+        *("device", "shard", "offload", "cache_mib", "spatial_tiling", "temporal_tiling", "tiling", "tile_size"),
+        *("tile_frames", "tile_overlap", "micro_batch", "compile", "sample"),
+    )
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Adapters:
@@ -158,6 +166,7 @@ def _low_noise(cfg: SampleConfig, low: LowNoiseConfig, high: Source) -> LowNoise
     for name in ("model", "vae", "text"):
         if difference := _difference(getattr(found, name), getattr(high, name)):
             raise UserError(f"low_noise.weights={low.weights}: has {name}.{difference}; experts must be of one shape")
+    _check_turns(cfg, low, found, high)
     if found.objective.kind != high.objective.kind:
         raise UserError(
             f"low_noise.weights={low.weights}: was trained with objective.kind={found.objective.kind}, weights with "
@@ -166,14 +175,43 @@ def _low_noise(cfg: SampleConfig, low: LowNoiseConfig, high: Source) -> LowNoise
     return LowNoise(source=found, boundary=low.boundary or _boundary(found, high))
 
 
+def _check_turns(cfg: SampleConfig, low: LowNoiseConfig, found: Source, high: Source) -> None:
+    """That neither expert was trained at the times of the other alone.
+
+    Raises:
+        UserError: one was; most likely they are swapped.
+    """
+    meet = high.time_range[1] if high.time_range[1] <= found.time_range[0] else None  # as experts that are swapped do
+    boundary = low.boundary or meet
+    if boundary is None:
+        return
+    for key, one, meant in (
+        (f"weights={cfg.weights}", high, f"from {boundary:g} on"),
+        (f"low_noise.weights={low.weights}", found, f"below {boundary:g}"),
+    ):
+        first, last = one.time_range
+        if last <= boundary if one is high else first >= boundary:
+            times = f"times from {first:g} to {last:g} alone"
+            raise UserError(
+                f"{key}: was trained at {times}, and would make the steps {meant}; swap the two, or give another"
+            )
+
+
 def _difference(here: Any, there: Any) -> str:
-    """The first key whose values are others, as in ``depth=2, weights have 4``; empty: they are alike."""
+    """The first key whose values are others, as in ``depth=2, weights have 4``; empty: they are alike. Keys of where
+    weights are and how they are worked with are not looked at: what the first expert has is used."""
     if here == there:
         return ""
     if type(here) is not type(there):
         return f"kind={here.kind}, weights have {there.kind}"
-    names = (field.name for field in dataclasses.fields(here))
-    key = next(name for name in names if getattr(here, name) != getattr(there, name))
+    names = (
+        field.name
+        for field in dataclasses.fields(here)
+        if field.name not in OF_WORK and not field.name.endswith("path")
+    )
+    key = next((name for name in names if getattr(here, name) != getattr(there, name)), None)
+    if key is None:
+        return ""
     return f"{key}={shown(getattr(here, key))}, weights have {shown(getattr(there, key))}"
 
 

@@ -140,6 +140,8 @@ def load_denoiser(cfg: SampleConfig, source: Source, runtime: Runtime, mesh: mes
         if adapters.checkpoint:
             _read_checkpoint(adapters.checkpoint, model, use_ema=cfg.use_ema, adapters=True)
         fsdp.merge_adapters(model, cfg.lora_scale)
+        if adapters.exported:
+            fsdp.add_differences(model, adapters.exported.differences, cfg.lora_scale)
     model.requires_grad_(False).eval()
     if streams:
         block_streaming.apply(model, runtime.device)

@@ -207,7 +207,9 @@ class Family:
     # (content of the config.json of a folder of the model hub, the folder) -> the config that it describes; None: it is
     # of no such model. ValueError, without the file's name: it describes none that can be built
     hub: Callable[[Any], dict[str, Any]] | None = None  # what the config.json beside exported weights says
-    diffusers_hub: Callable[[Any], dict[str, Any]] | None = None  # and what it says under diffusers' names
+    diffusers_hub: Callable[[Any], dict[str, Any]] | None = None  # and what it says under diffusers' names; ValueError:
+    # it has no words for this model
+    encoders: tuple[str, ...] = ()  # kinds of autoencoders and text encoders of published weights; empty: not said
 
 
 class Autoencoder(Protocol):

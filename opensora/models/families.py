@@ -1,6 +1,7 @@
 """Kinds of denoiser by name: the table that everything else asks. A new family is a line of it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,56 @@ def read_hub_config(folder: Path) -> ModelConfig | None:
         raise
     except ValueError as error:
         raise refuse(str(error)) from None
+
+
+def check_hub_config(path: Path, cfg: ModelConfig) -> None:
+    """That a config.json beside published weights says of them what ``cfg`` does, as to what changes no shape: as the
+    number of heads, or that they go on from a picture.
+
+    Raises:
+        UserError: ``read_hub_config``'s, or a key that differs, with the value to set.
+    """
+    folder = path if path.is_dir() else path.parent
+    found, family = read_hub_config(folder), family_of(cfg)
+    if found is None or type(found) is not type(cfg):  # of another kind, whose names do not fit
+        return
+    free = family.per_job | family.fitted
+    given: ModelConfig = replace(cfg, **{key: getattr(found, key) for key in free})  # type: ignore[type-var]
+    forms = [say for say in (family.hub, family.diffusers_hub) if say is not None]
+    if not forms or any(_said(say, given) == say(found) for say in forms):  # neither form says everything
+        return
+    if _shapes(given) != _shapes(found):  # it is of another file in the folder
+        return
+    key = next(one.name for one in fields(found) if getattr(given, one.name) != getattr(found, one.name))  # type: ignore[arg-type]
+    here, there = getattr(cfg, key), getattr(found, key)
+    raise UserError(f"{folder / HUB_CONFIG}: says {key}={there}, and model.{key} is {here}; set model.{key}={there}")
+
+
+def _shapes(cfg: ModelConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in build_model(cfg).state_dict().items()}
+
+
+def _said(say: Callable[[Any], dict[str, Any]], cfg: ModelConfig) -> dict[str, Any] | None:
+    try:
+        return say(cfg)
+    except ValueError:  # there are no words for it
+        return None
+
+
+def other_encoders(cfg: ModelConfig, vae: Any, text: Any) -> str:
+    """What to say of an autoencoder or text encoder that published weights of this family do not read; empty: nothing.
+
+    Widths fit where nothing else does: those of T5, umT5 and Llama are the same, and so are channels of many latents.
+    """
+    known = family_of(cfg).encoders
+    other = [f"{key}.kind={one.kind}" for key, one in (("vae", vae), ("text", text)) if known and one.kind not in known]
+    if not other:
+        return ""
+    return (
+        f"{' and '.join(other)}: published weights of model.kind={cfg.kind} read {', '.join(known)}, and make noise of "
+        "others; fit for weights that were trained with them alone"
+    )
 
 
 def hub_config(cfg: ModelConfig, *, diffusers: bool = False) -> dict[str, Any] | None:

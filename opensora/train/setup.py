@@ -34,7 +34,7 @@ from opensora.assembly.layout import check_kernels, check_layout
 from opensora.assembly.sharded_text import image_encoder_of, text_encoder_of
 from opensora.assembly.token_layout import token_layout
 from opensora.config.load import to_yaml
-from opensora.config.run import RunConfig
+from opensora.config.run import SAVED_NAME, RunConfig
 from opensora.datasets.decode import api
 from opensora.datasets.loading import feature_store
 from opensora.datasets.plan.batch_plan import BatchPlan
@@ -42,7 +42,7 @@ from opensora.datasets.table.index import IndexedTable
 from opensora.inference.check import check_offload, fit_option, solver_of
 from opensora.inference.load import verify_export
 from opensora.models.base import AutoencoderShape, Width
-from opensora.models.families import build_model, describe, family_of
+from opensora.models.families import build_model, describe, family_of, other_encoders
 from opensora.models.image import check_image_encoder
 from opensora.models.text import check_text_encoder, has_mask
 from opensora.models.vae import autoencoder_shape, build_autoencoder, check_autoencoder
@@ -149,6 +149,7 @@ def check_files(cfg: RunConfig, shape: AutoencoderShape) -> None:
         UserError: one is not, with its key.
     """
     check_initial(cfg)
+    _announce_other_encoders(cfg)
     if cfg.data.root and (reason := absence(cfg.data.root, "folder")):
         raise UserError(f"data.root={cfg.data.root}: {reason}; give the one that paths in data.table start at")
     if not cfg.data.features or cfg.validate.every:
@@ -159,6 +160,16 @@ def check_files(cfg: RunConfig, shape: AutoencoderShape) -> None:
         fit_option("validate.sampling", cfg.validate.sampling, cfg.model, shape)
         solver_of("validate.sampling", cfg.validate.sampling, cfg.objective)
     check_installed(cfg.log)
+
+
+def _announce_other_encoders(cfg: RunConfig) -> None:
+    """Say so where published weights are trained on features of encoders that they were not made with."""
+    if cfg.train.init_from is None:
+        return
+    place = Path(cfg.train.init_from)
+    of_a_run = ((place if place.is_dir() else place.parent) / SAVED_NAME).is_file()
+    if not of_a_run and (other := other_encoders(cfg.model, cfg.vae, cfg.text)):
+        announce(other)
 
 
 def build_run(cfg: RunConfig, table: IndexedTable, plan: BatchPlan, runtime: Runtime, timer: StepTimer) -> Run:

@@ -398,13 +398,17 @@ OTHERS: dict[str, tuple[dict[str, Tensor], str]] = {
     "OFT": ({"lora_unet_x.oft_blocks": MATRIX}, "these are OFT"),
     "IA3": ({"lora_unet_x.on_input": MATRIX}, "these are IA3"),
     "Tucker": ({**PLAIN, f"{PROJ}.lora_mid.weight": MATRIX}, "third matrix"),
-    "differences": ({f"diffusion_model.{PROJ}.diff": MATRIX}, "whole differences"),
-    "differences of norms": (
-        {**PLAIN, "diffusion_model.x.norm_q.diff": MATRIX[0]},
-        "norm_q.diff: these are whole",
+    "two differences": (
+        {**PLAIN, f"{PROJ}.diff_b": MATRIX[0], f"{PROJ}.b_norm": MATRIX[1].clone()},
+        "two differences for the same place",
     ),
-    "differences of biases": ({**PLAIN, f"{PROJ}.diff_b": MATRIX[0]}, "diff_b: these are whole differences"),
-    "changes of norms": ({**PLAIN, "x.norm.w_norm": MATRIX[0]}, "w_norm: these are changes of norms"),
+    "two biases": (
+        {**PLAIN, f"{PROJ}.diff_b": MATRIX[0], f"{PROJ}.lora_B.bias": MATRIX[1].clone()},
+        "lora_B.bias: two differences for the same place",
+    ),
+    "a bias of B alone": ({**PLAIN, "x.lora_B.bias": MATRIX[0]}, "x.lora_B.bias: the matrices of x are missing"),
+    "a difference that is NaN": ({f"{PROJ}.diff_b": MATRIX[0] * math.nan}, "diff_b holds NaN"),
+    "a difference in fp8": ({f"{PROJ}.diff_b": MATRIX[0].to(torch.float8_e4m3fn)}, r"diff_b is F8_E4M3"),
     "whole weights": ({**PLAIN, "diffusion_model.img_in.set_weight": MATRIX}, "set_weight: these are whole weights"),
     "something left over": ({**PLAIN, f"{PROJ}.lora_C.weight": MATRIX}, "lora_C.weight is no part of LoRA"),
     "A and B beside down and up": (
@@ -414,7 +418,7 @@ OTHERS: dict[str, tuple[dict[str, Tensor], str]] = {
     "XLabs": ({"double_blocks.0.processor.qkv_lora1.down.weight": MATRIX}, "as XLabs writes it"),
     "GLoRA": ({"lora_unet_x.a1.weight": MATRIX}, "these are GLoRA"),
     "old diffusers": ({"transformer.x.attn.processor.to_q_lora.down.weight": MATRIX}, "or an old diffusers"),
-    "biases": ({**PLAIN, f"{PROJ}.lora_B.bias": torch.ones(64)}, "LoRA with biases"),
+    "biases of A": ({**PLAIN, f"{PROJ}.lora_A.bias": torch.ones(4)}, "LoRA with biases of A"),
     "embeddings": ({"x.lora_embedding_A": MATRIX}, "LoRA of embeddings"),
     "weights": ({f"{PROJ}.weight": MATRIX}, "no part of LoRA.*given as weights="),
     "text alone": (
@@ -570,6 +574,18 @@ def test_a_name_with_underscores_that_could_be_two_layers() -> None:
     found = {"lora_unet_blocks_0_q": "blocks.0.q"}
     assert known_layers(list(found), known) == ("lora_unet_", found)
     assert known_layers(["x.blocks.0.k_img"], known) == ("x.", {"x.blocks.0.k_img": "blocks.0.k_img"})
+
+
+def test_other_names_of_a_layer_are_no_other_layers() -> None:
+    known, aliases = (
+        ["blocks.0.img_qkv", "blocks.0.fc1"],
+        {"blocks.0.img.qkv": "blocks.0.img_qkv", "blocks.0.0": "blocks.0.fc1"},
+    )
+    for layer, name in (("img_qkv", "img_qkv"), ("img.qkv", "img_qkv"), ("0", "fc1"), ("fc1", "fc1")):
+        found = {f"x.blocks.0.{layer}": f"blocks.0.{name}"}
+        assert known_layers(list(found), known, aliases) == ("x.", found)
+        flat = {f"lora_unet_blocks_0_{layer.replace('.', '_')}": f"blocks.0.{name}"}
+        assert known_layers(list(flat), known, aliases) == ("lora_unet_", flat)
 
 
 def test_parts_that_were_one_layer_share_its_rank_again(tmp_path: Path) -> None:

@@ -138,6 +138,19 @@ def test_the_command_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert found["seconds_at_most"] == ["denoiser"] and found["turns_gib"].keys() == found["weights_gib"].keys()
 
 
+def test_the_command_knows_two_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Seconds are those of all steps, in the line of the first."""
+    path = tmp_path / "sample.yaml"
+    path.write_text(json.dumps({**JOB, "low_noise": {"weights": "low.safetensors", "boundary": 0.9}}))
+    assert forecast.main([str(path), "--world", "1", "--device", "rtx4090"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first, second = (
+        next(line for line in lines if line.startswith(name)) for name in ("denoiser  ", "denoiser for low")
+    )
+    assert len(first.split()) == 4 and len(second.split()) == 6  # a name of four words, and no seconds
+    assert lines[-1] == "seconds of denoiser: of all steps, whichever of the two makes them"
+
+
 DEMO = ROOT / "configs" / "train" / "demo.yaml"
 RUN = [
     *("data.table=t.csv", "data.micro_batches=8", "parallel.mesh.dynamic=false", "parallel.mesh.ulysses=1"),

@@ -1,6 +1,7 @@
 """Files of HunyuanVideo: original names and those of diffusers, strictness, the way back, adapters, hub folders."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from opensora.assembly.conversion import convert_weights
+from opensora.assembly.initial_weights import check_weights
 from opensora.cli import convert
 from opensora.models.families import build_model, count_parameters, family_of, hub_config, read_hub_config
 from opensora.models.hunyuan_video import SIZES, HunyuanVideoConfig
@@ -152,6 +155,55 @@ def test_prefixes_of_other_tools(prefix: str, layout: str, tmp_path: Path) -> No
     report = load_into(model, tmp_path / "m.safetensors", WEIGHTS, to=LAYOUT)
     assert equal(model.state_dict(), ours()) and report.layout == LAYOUTS[layout]
     assert report.prefix == prefix.replace("_orig_mod.", "") and len(report.left_out) == 2
+
+
+# (pattern, what ComfyUI calls it), in the order in which it renames.
+COMFYUI = (
+    *((r"(txt_in\.t_embedder|time_in|guidance_in)\.mlp\.0", r"\1.in_layer"),),
+    *((r"(txt_in\.t_embedder|time_in|guidance_in)\.mlp\.2", r"\1.out_layer"),),
+    *((r"c_embedder\.linear_1", "c_embedder.in_layer"), (r"c_embedder\.linear_2", "c_embedder.out_layer")),
+    *((r"_mod\.linear", "_mod.lin"), (r"_attn_qkv", "_attn.qkv"), (r"_attn_proj", "_attn.proj")),
+    *((r"mlp\.fc1", "mlp.0"), (r"mlp\.fc2", "mlp.2"), (r"\.modulation\.linear", ".modulation.lin")),
+    *((r"_attn_q_norm\.weight", "_attn.norm.query_norm.scale"), (r"\.q_norm\.weight", ".norm.query_norm.scale")),
+    *((r"_attn_k_norm\.weight", "_attn.norm.key_norm.scale"), (r"\.k_norm\.weight", ".norm.key_norm.scale")),
+)
+
+
+def of_comfyui(name: str) -> str:
+    for pattern, theirs in COMFYUI:
+        name = re.sub(pattern, theirs, name)
+    return name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_files_of_comfyui(name: str, tmp_path: Path) -> None:
+    """Behind model.model., under the names of its layers; with one name in both ways it fits nothing."""
+    cfg = CASES[name]
+    tensors = {f"model.model.{of_comfyui(n)}": tensor for n, tensor in stored("original", cfg).items()}
+    assert "model.model.double_blocks.0.img_attn.norm.query_norm.scale" in tensors
+    save_file(tensors, tmp_path / "a.safetensors")
+    built = build_model(cfg)
+    assert load_into(built, tmp_path / "a.safetensors", WEIGHTS, to=WEIGHTS.layout(cfg)).prefix == "model.model."
+    assert equal(built.state_dict(), ours(cfg))
+    twice = "model.model.double_blocks.0.img_attn_qkv.weight"
+    save_file(tensors | {twice: torch.zeros(3 * D, D)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="1 unexpected"):
+        load_into(built, tmp_path / "a.safetensors", WEIGHTS, to=WEIGHTS.layout(cfg))
+
+
+def test_adapters_by_the_names_of_comfyui() -> None:
+    shapes = {n: tuple(tensor.shape) for n, tensor in ours().items()}
+    layers = {
+        n.removesuffix(".weight"): shape[::-1] for n, shape in shapes.items() if len(shape) == 2 and "weight" in n
+    }
+    for prefix, flat in (("diffusion_model.", False), ("lora_unet_", True)):
+        called = {of_comfyui(f"{layer}.")[:-1]: layer for layer in layers}
+        found = {prefix + (theirs.replace(".", "_") if flat else theirs): layers[n] for theirs, n in called.items()}
+        plan = plan_adapter(found, shapes, WEIGHTS, LAYOUT, {})
+        assert plan.pieces.keys() == layers.keys() and plan.prefix == prefix
+        for theirs, layer in called.items():
+            (piece,) = plan.pieces[layer]
+            assert piece.layer == prefix + (theirs.replace(".", "_") if flat else theirs)
 
 
 def test_our_own_order_is_stated(tmp_path: Path) -> None:
@@ -326,3 +378,27 @@ def test_the_command_writes_what_diffusers_loads(tmp_path: Path, capsys: pytest.
     theirs, said = diffusers.HunyuanVideoTransformer3DModel.from_pretrained(target, output_loading_info=True)
     assert not said["missing_keys"] and not said["unexpected_keys"]
     assert equal(theirs.state_dict(), stored("diffusers"))
+
+
+@pytest.mark.parametrize("image_condition_type", ["token_replace", "latent_concat"])
+def test_weights_that_go_on_from_a_picture_are_not_taken_for_others(image_condition_type: str, tmp_path: Path) -> None:
+    """Their names and shapes may be the same; the config.json beside them tells."""
+    save_file(stored("diffusers"), tmp_path / "diffusion_pytorch_model.safetensors")
+    said = diffusers_config(SMALL)
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    check_weights("weights", tmp_path, SMALL)
+    with pytest.raises(UserError, match=r"says theta=256, and model.theta is 10000; set model.theta=256"):
+        check_weights("weights", tmp_path, replace(SMALL, theta=10000))
+    (tmp_path / "config.json").write_text(json.dumps(said | {"image_condition_type": image_condition_type}))
+    with pytest.raises(UserError, match=rf"^weights=.*image_condition_type={image_condition_type}: must be null"):
+        check_weights("weights", tmp_path, SMALL)
+
+
+def test_patches_that_diffusers_has_no_key_for_are_not_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = replace(SMALL, patch_size=(1, 2, 3))
+    save_file(stored("original", cfg), tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"--names=diffusers: model.patch_size=\(1, 2, 3\): must be as wide"):
+        convert_weights(cfg, tmp_path / "a.safetensors", tmp_path / "out", "diffusers")
+    assert not (tmp_path / "out").exists()

@@ -13,8 +13,21 @@ from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from opensora.assembly.conversion import convert_weights
+from opensora.assembly.initial_weights import check_weights
 from opensora.cli import convert
-from opensora.models.families import build_model, count_parameters, family_of, hub_config, read_hub_config
+from opensora.models.families import (
+    build_model,
+    count_parameters,
+    family_of,
+    hub_config,
+    other_encoders,
+    read_hub_config,
+)
+from opensora.models.text.t5 import T5Config
+from opensora.models.text.umt5 import UMT5Config
+from opensora.models.vae.hunyuan import HunyuanConfig
+from opensora.models.vae.wan import WanVAEConfig
 from opensora.models.wan import SIZES, WanConfig
 from opensora.models.wan.convert import DIFFUSERS, LAYOUTS, ORIGINAL, WEIGHTS, to_diffusers
 from opensora.models.wan.hub import diffusers_config
@@ -364,3 +377,47 @@ def test_the_command_writes_either_names(tmp_path: Path, capsys: pytest.CaptureF
     for kind, message in (("wan", "must be one of original, diffusers"), ("dit", "has its own names alone")):
         with pytest.raises(UserError, match=rf"--names=flux: .*{message}"):
             convert.main([str(source), "--to", str(tmp_path / "no"), "--names", "flux", f"model.kind={kind}"])
+
+
+def refusal(key: str, place: Path, cfg: WanConfig) -> str:
+    """Why weights are refused; empty: they are not."""
+    try:
+        check_weights(key, place, cfg)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("names", ["original", "diffusers"])
+def test_a_given_shape_is_compared_with_the_folder(names: str, tmp_path: Path) -> None:
+    """The number of heads changes no shape, and every pixel."""
+    cfg = replace(SIZES["debug"], references="in_place")
+    tensors = {n: torch.randn(x.shape) for n, x in build_model(cfg).state_dict().items()}
+    save_file(tensors, tmp_path / "a.safetensors", WEIGHTS.layout(cfg).metadata())
+    convert_weights(cfg, tmp_path / "a.safetensors", tmp_path / "out", names)
+    check_weights("weights", tmp_path / "out", cfg)
+    check_weights("weights", tmp_path / "out", replace(cfg, references="none"))  # the same weights, without frames
+    wrong, file = replace(cfg, num_heads=2), next((tmp_path / "out").glob("*.safetensors"))
+    wanted = "config.json: says num_heads=4, and model.num_heads is 2; set model.num_heads=4"
+    for key, place in (("weights", tmp_path / "out"), ("train.init_from", file)):
+        said = refusal(key, place, wrong)
+        assert said.startswith(f"{key}={place}: ") and said.endswith(wanted)
+    for said in (tmp_path / "out").glob("config.json"):  # of another file in the folder
+        said.write_text(said.read_text().replace('"num_layers": 2', '"num_layers": 3'))
+    check_weights("weights", tmp_path / "out", cfg)
+
+
+def test_the_folder_of_a_pipeline_names_the_folders_in_it(tmp_path: Path) -> None:
+    for name in ("transformer", "transformer_2", "vae"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=r"holds no weights: give .*/transformer or .*/transformer_2$"):
+        check_weights("weights", tmp_path, SIZES["debug"])
+
+
+def test_encoders_of_other_models_are_named() -> None:
+    cfg = SIZES["t2v_14b"]
+    assert other_encoders(cfg, WanVAEConfig(), UMT5Config()) == ""
+    said = other_encoders(cfg, HunyuanConfig(), T5Config())
+    assert said.startswith(
+        "vae.kind=hunyuan and text.kind=t5: published weights of model.kind=wan read wan, wan22, umt5"
+    )

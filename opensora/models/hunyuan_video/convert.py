@@ -5,6 +5,9 @@ Names of our parameters are the original ones, with the same layers fused. What 
 * patches are embedded by a convolution (D, C, pt, ph, pw) in files, by a linear layer (D, C pt ph pw) here;
 * diffusers has q, k, v by themselves, and in single blocks the MLP's inner layer too;
 * diffusers has scale before shift in the modulation of the last layer.
+
+ComfyUI's own files (behind ``model.model.``) hold the tensors of the original ones under the names of its layers: those
+of Flux, with dots where the original has underscores. They are read, and written by nobody but ComfyUI.
 """
 
 import math
@@ -22,6 +25,7 @@ _Layers: TypeAlias = Mapping[str, str | tuple[str, ...]]
 _PATCHES, _LAST = "img_in.proj.weight", "final_layer.adaLN_modulation.1"
 _QKV = tuple(f"attn.to_{part}" for part in "qkv")
 _ADDED = tuple(f"attn.add_{part}_proj" for part in "qkv")
+_ATTENTIONS = ("img_attn", "txt_attn", "self_attn")
 # Layers, original -> diffusers; what is fused -> its parts, in order.
 _TOP = {
     "img_in.proj": "x_embedder.proj",
@@ -61,6 +65,25 @@ _BLOCKS: tuple[tuple[str, str, _Layers], ...] = (  # lists of blocks, original a
     ("single_blocks", "single_transformer_blocks", _SINGLE),
     ("txt_in.individual_token_refiner.blocks", "context_embedder.token_refiner.refiner_blocks", _REFINER),
 )
+# Names that differ, original -> ComfyUI's: at the top, and within blocks of any list.
+_COMFYUI_TOP = {
+    **{f"{part}.mlp.0": f"{part}.in_layer" for part in ("txt_in.t_embedder", "time_in", "guidance_in")},
+    **{f"{part}.mlp.2": f"{part}.out_layer" for part in ("txt_in.t_embedder", "time_in", "guidance_in")},
+    **{"txt_in.c_embedder.linear_1": "txt_in.c_embedder.in_layer"},
+    **{"txt_in.c_embedder.linear_2": "txt_in.c_embedder.out_layer"},
+}
+_COMFYUI_BLOCK = {
+    **{f"{stream}_mod.linear": f"{stream}_mod.lin" for stream in ("img", "txt")},
+    **{f"{attention}_{part}": f"{attention}.{part}" for attention in _ATTENTIONS for part in ("qkv", "proj")},
+    **{f"{mlp}.fc1": f"{mlp}.0" for mlp in ("img_mlp", "txt_mlp", "mlp")},
+    **{f"{mlp}.fc2": f"{mlp}.2" for mlp in ("img_mlp", "txt_mlp", "mlp")},
+    "modulation.linear": "modulation.lin",
+}
+_COMFYUI_NORM = {  # whole parameters
+    **{f"{attention}_q_norm.weight": f"{attention}.norm.query_norm.scale" for attention in _ATTENTIONS[:2]},
+    **{f"{attention}_k_norm.weight": f"{attention}.norm.key_norm.scale" for attention in _ATTENTIONS[:2]},
+    **{"q_norm.weight": "norm.query_norm.scale", "k_norm.weight": "norm.key_norm.scale"},
+}
 
 
 class _Config(Protocol):
@@ -98,6 +121,8 @@ class HunyuanVideoWeights:
     def targets(self, shapes: Mapping[str, Shape], source: NamedLayout, to: NamedLayout) -> dict[str, Target]:
         patch = to.patch or source.patch or _patch_of(shapes)
         found = {name: whole(name, shape) for name, shape in shapes.items()}
+        if not source.diffusers and not source.linear:
+            found = {_published(name, shapes): target for name, target in found.items()}
         if source.diffusers and not to.diffusers:
             found = _to_original(found)
         if source.linear != to.linear:
@@ -123,11 +148,31 @@ class HunyuanVideoWeights:
             found |= self.targets(matrices, layout, replace(source, diffusers=diffusers))
         return found
 
+    def aliases(self, known: Collection[str]) -> dict[str, str]:
+        """ComfyUI's names of layers -> the original ones."""
+        return {theirs: name for name in known if (theirs := _renamed(name, to_comfyui=True)) != name}
+
     def describe_guess(self, source: NamedLayout, to: NamedLayout) -> str:
         return ""
 
 
 WEIGHTS: WeightFormat = HunyuanVideoWeights()
+
+
+def _published(name: str, names: Collection[str]) -> str:
+    """The original name of a parameter that may go by ComfyUI's; of two for one place this stays, and fits no model."""
+    layer, dot, kind = name.rpartition(".")
+    ours = _renamed(name, to_comfyui=False)
+    ours = ours if ours != name else _renamed(layer, to_comfyui=False) + dot + kind
+    return name if ours in names else ours
+
+
+def _renamed(name: str, *, to_comfyui: bool) -> str:
+    """A layer, or the scale of a norm, under the other name that it has; others stay."""
+    match = next((m for ours, _, _ in _BLOCKS if (m := re.match(rf"{re.escape(ours)}\.\d+\.", name))), None)
+    start, table = (match[0], _COMFYUI_BLOCK | _COMFYUI_NORM) if match else ("", _COMFYUI_TOP)
+    table = table if to_comfyui else {theirs: ours for ours, theirs in table.items()}
+    return start + table.get(name[len(start) :], name[len(start) :])
 
 
 def _is_diffusers(name: str) -> bool:

@@ -50,7 +50,13 @@ def read_config(said: Mapping[str, Any], folder: Path) -> HunyuanVideoConfig | N
 
 
 def diffusers_config(cfg: HunyuanVideoConfig) -> dict[str, Any]:
-    """What diffusers says of such weights; patches are as wide as they are high there."""
+    """What diffusers says of such weights.
+
+    Raises:
+        ValueError: patches that are not as wide as they are high, which it has no key for.
+    """
+    if cfg.patch_size[1] != cfg.patch_size[2]:
+        raise ValueError(f"patch_size={cfg.patch_size}: must be as wide as it is high, as diffusers has no other")
     named = {theirs: getattr(cfg, ours) for ours, (theirs, _) in _NUMBERS.items()}
     return {
         "_class_name": CLASS,

@@ -258,4 +258,5 @@ FAMILY = Family(
     lora_targets=LORA_TARGETS,
     read_hub=read_config,
     diffusers_hub=diffusers_config,
+    encoders=("hunyuan", "llava_clip"),
 )

@@ -316,4 +316,5 @@ FAMILY = Family(
     weights=WEIGHTS,
     lora_targets=LORA_TARGETS,
     fitted=frozenset(("fused_qkv", "rope_layout")),
+    encoders=("hunyuan", "dc_ae", "flux2d", "t5_clip"),
 )

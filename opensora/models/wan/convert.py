@@ -40,6 +40,11 @@ _ATTENTION = {
     **{"o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"},
 }
 _IMAGE = {"k_img": "add_k_proj", "v_img": "add_v_proj", "norm_k_img": "norm_added_k"}
+# Layers that read a picture: adapters of I2V of 2.1 are added to models without them, as other tools do.
+_PICTURE = (
+    r"(cross_attn[._](norm_)?[kv]_img|img_emb[._]proj[._]\d"
+    r"|attn2[._](add_[kv]_proj|norm_added_k)|condition_embedder[._]image_embedder[._].+)$"
+)
 _BLOCK = {
     **{f"self_attn.{ours}": f"attn1.{theirs}" for ours, theirs in _ATTENTION.items()},
     **{f"cross_attn.{ours}": f"attn2.{theirs}" for ours, theirs in (_ATTENTION | _IMAGE).items()},
@@ -70,6 +75,8 @@ class WanWeights:
     advice = "choose the model size of this file, and its references and image_dim"
     example_layer = "blocks.0.self_attn.q"
     exports_original = True  # so that other tools read what we export
+    of_some_sizes = _PICTURE
+    of_some_widths = r"patch_embedding$"  # which reads a mask and a clip beside the noise, in I2V
 
     def layout(self, cfg: _Config) -> NamedLayout:
         return NamedLayout(linear=True, patch=cfg.patch_size)

@@ -231,4 +231,5 @@ FAMILY = Family(
     read_hub=read_config,
     hub=published_config,
     diffusers_hub=diffusers_config,
+    encoders=("wan", "wan22", "umt5"),
 )

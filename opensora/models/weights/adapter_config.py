@@ -21,7 +21,6 @@ OTHER = (
     "use_bdlora",
     "modules_to_save",
     "fan_in_fan_out",
-    "lora_bias",
     "layer_replication",
     "target_parameters",
     "trainable_token_indices",

@@ -10,23 +10,24 @@ kohya      of the release       ``lora_unet_LAYER.lora_down.weight``, with    ``
 peft       of our model         ``base_model.model.LAYER.lora_A.weight``      ``adapter_config.json`` beside them
 ========== ==================== ============================================= ======================================
 
-Where B holds it no tool can be wrong about the strength: without an alpha all of them add B A as it is.
+Where B holds it no tool can be wrong about the strength: without an alpha all of them add B A as it is. Differences of
+whole tensors, ``LAYER.diff`` of a weight and ``LAYER.diff_b`` of a bias, have a name in ``comfyui`` alone.
 """
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from opensora.models.weights.adapter_fit import AdapterRows, FittedAdapter
+from opensora.models.weights.adapter_fit import AdapterRows, FittedAdapter, owner, parameter
 from opensora.models.weights.adapter_names import CONFIG, KINDS, METADATA_ALPHAS, PREFIX, WEIGHTS
 from opensora.models.weights.adapters import Adapter
 from opensora.models.weights.format import Layout, WeightFormat
-from opensora.models.weights.rows import Shape, Target
+from opensora.models.weights.rows import Shape, Target, build
 from opensora.utils.files.safetensors_files import write_file, write_json
 
 
@@ -39,10 +40,11 @@ class Form:
     kinds: tuple[str, str] = KINDS  # what a layer's A and B end in
     flat: bool = False  # underscores for the dots of a layer
     alphas: bool = False  # an alpha tensor per layer
+    differences: Mapping[str, str] = field(default_factory=dict)  # what those of a weight and of a bias end in
 
 
 FORMS = {
-    "comfyui": Form(names="original", prefix="diffusion_model."),
+    "comfyui": Form(names="original", prefix="diffusion_model.", differences={"weight": ".diff", "bias": ".diff_b"}),
     "diffusers": Form(names="diffusers", prefix="transformer."),
     "kohya": Form(
         names="original",
@@ -109,6 +111,7 @@ def write_adapter(
     Args:
         digests: gets the SHA-256 of every file by its name.
     """
+    assert FORMS[form].differences or not adapter.differences, f"{form} has no names for differences"
     if form == "peft":
         return _write_peft(place, adapter, metadata, digests)
     described = FORMS[form]
@@ -121,6 +124,8 @@ def write_adapter(
             tensors[f"{name}{kind}"] = tensor
         if described.alphas:
             tensors[f"{name}.alpha"] = _number(scale * made.matrices(layer)[0].shape[0])
+    for (layer, kind), tensor in made.differences.items():
+        tensors[f"{described.prefix}{layer}{described.differences[kind]}"] = tensor
     is_file = place.suffix == ".safetensors"
     written = write_file(place if is_file else place / WEIGHTS, tensors, metadata, digests)
     if not is_file:
@@ -155,7 +160,23 @@ def convert_adapter(
             a, b = _for_convolution(a, b, targets[f"{layer}.weight"].shape)
             tensors |= {f"{layer}{KINDS[0]}": a, f"{layer}{KINDS[1]}": b}
             scales[layer] = scale
-    return replace(made, tensors=tensors, scales=scales)
+    return replace(made, tensors=tensors, scales=scales, differences=_differences(adapter, shapes, format, source, to))
+
+
+def _differences(
+    adapter: Adapter, shapes: Mapping[str, Shape], format: WeightFormat, source: Layout, to: Layout
+) -> dict[tuple[str, str], Tensor]:
+    """Differences of a model of ours for the tensors of another layout; zeros in a part that has none."""
+    given = {parameter(layer, kind, shapes): tensor for (layer, kind), tensor in adapter.differences.items()}
+
+    def get(name: str, index: tuple[slice, ...]) -> Tensor:
+        return (given[name] if name in given else torch.zeros(shapes[name]))[index]
+
+    return {
+        owner(name): build(target, shapes, get).contiguous()
+        for name, target in format.targets(shapes, source, to).items()
+        if any(rows.tensor in given for rows in target.rows)
+    }
 
 
 def folded(adapter: Adapter) -> Adapter:

@@ -4,12 +4,15 @@
 * one safetensors file of kohya's tools, ComfyUI or diffusers: ``lora_A``, ``lora_B`` or ``lora_down``, ``lora_up``, and
   an ``alpha`` per layer, or alpha in the metadata, or none.
 
+Beside them there may be differences of whole tensors, mostly of biases and norms, which are added as they are.
+
 What the layers are called is left to the family of the model, see ``adapter_fit.py``.
 """
 
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -35,6 +38,8 @@ class Adapter:
     tensors: dict[str, Tensor]  # on the CPU, such as "single_blocks.0.linear1.lora_A.weight"
     scales: dict[str, float]  # layer -> alpha/rank, what B A is multiplied by
     metadata: dict[str, str]  # of the safetensors file
+    # (layer, weight or bias) -> what is added to that; on the CPU
+    differences: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -64,8 +69,9 @@ def read_adapter(path: Path) -> Adapter:
     file, config = _find(path)
     opened = open_weights(file)
     config = config or stated_config(opened)
-    matrices, alphas = sorted_names(opened)
-    check_types(opened, (name for pair in matrices.values() for name in pair))
+    names = sorted_names(opened)
+    matrices, alphas = names.matrices, names.alphas
+    check_types(opened, (name for pair in (*matrices.values(), names.differences.values()) for name in pair))
     tensors: dict[str, Tensor] = {}
     scales: dict[str, float] = {}
     source = ""
@@ -81,7 +87,7 @@ def read_adapter(path: Path) -> Adapter:
         announce(
             f"{config.path}: lora_alpha is not the alpha of {len(other)} layers in {file}; the alpha tensors count"
         )
-    if not source:
+    if matrices and not source:
         announce(f"{file}: says no alpha, so its adapters are added as they are (alpha = rank)")
     base = config.values.get("base_model_name_or_path") if config else None
     return Adapter(
@@ -90,7 +96,24 @@ def read_adapter(path: Path) -> Adapter:
         tensors=tensors,
         scales=scales,
         metadata=opened.metadata,
+        differences=_differences(opened, names.differences, scales),
     )
+
+
+def _differences(
+    opened: OpenWeights, names: Mapping[tuple[str, str], str], scales: Mapping[str, float]
+) -> dict[tuple[str, str], Tensor]:
+    """What is added to weights and biases; a bias of B as its layer's product, times alpha/rank."""
+    found: dict[tuple[str, str], Tensor] = {}
+    for (layer, kind), name in names.items():
+        if kind != "scaled bias":
+            found[layer, kind] = _read(opened, name)
+            continue
+        if layer not in scales or (layer, "bias") in names:
+            why = "two differences for the same place" if layer in scales else f"the matrices of {layer} are missing"
+            raise UserError(f"{opened.path}: {name}: {why}; fetch or export the file again")
+        found[layer, "bias"] = _read(opened, name).double() * scales[layer]
+    return found
 
 
 def _find(path: Path) -> tuple[Path, PeftConfig | None]:

@@ -27,6 +27,10 @@ class WeightFormat(Protocol):
     # ``diffusers``: optional, the layout of diffusers' model of the family, in which adapters are exchanged too
     # ``layouts``: optional, those that weights may be written in, by name; there too ``diffusers`` is that of diffusers
     # ``exports_original``: optional, True where exports are in ``original``; then every tensor is made of one
+    # ``aliases(known)``: optional, other names that tools have for layers -> the name in ``known``, of adapters
+    # ``of_some_sizes``: optional, a regular expression of layers that some sizes lack: adapters of these are left out
+    # with a word
+    # ``of_some_widths``: optional, likewise of layers that read more in some sizes, where the inputs do not fit
 
     def layout(self, cfg: Any) -> Layout:
         """How the model of a configuration names and orders its weights."""

@@ -54,25 +54,31 @@ def plain_names(
     return prefix, {name: bare.removeprefix(prefix) for name, bare in plain.items()}, tuple(others)
 
 
-def known_layers(layers: Collection[str], known: Collection[str]) -> tuple[str, dict[str, str]]:
+def known_layers(
+    layers: Collection[str], known: Collection[str], aliases: Mapping[str, str] | None = None
+) -> tuple[str, dict[str, str]]:
     """(prefix that all layers have in a file, layer in the file -> its name in ``known``).
 
     Layers may have underscores for dots, as kohya's tools write them; which underscores were dots, ``known`` tells.
 
+    Args:
+        aliases: other names of layers -> the one in ``known``.
+
     Raises:
         ValueError: a layer that is not known, or could be two; two prefixes; some layers with dots and some without.
     """
-    names = dict.fromkeys(known)
+    names = {name: name for name in known} | dict(aliases or {})
     flat: dict[str, list[str]] = {}
-    for name in names:
-        flat.setdefault(name.replace(".", "_"), []).append(name)
+    for name, own in names.items():
+        if own not in flat.setdefault(name.replace(".", "_"), []):
+            flat[name.replace(".", "_")].append(own)
     parts = {name.partition(".")[0] for name in names}
     prefixes: dict[str, str] = {}
     dotted: dict[bool, str] = {}
     found = {}
     for layer in layers:
         prefix, name = _split_prefix(layer, parts)
-        candidates = [name] if name in names else flat.get(name, [])
+        candidates = [names[name]] if name in names else flat.get(name, [])
         if len(candidates) != 1:
             raise ValueError(f"{layer}: {_not_one(name, candidates, names, flat)}")
         (found[layer],) = candidates

@@ -11,6 +11,8 @@ from opensora.utils.files.safetensors_files import TORCH_SUFFIXES, check_regular
 from opensora.utils.files.untrusted import ANY, TEXT, Each, mismatch, parse_json, parsing, read_small, short_reason
 
 _WANTED = "give a file of weights (.safetensors, .pt, .pth), an index .json, or their folder"
+# Folders of published pipelines that hold a denoiser: of diffusers, and of the two experts of Wan 2.2.
+OF_PIPELINES = ("transformer", "transformer_2", "high_noise_model", "low_noise_model")
 SHARDED = "model"  # folder of a checkpoint that ColossalAI writes: shards of torch.save with their index
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 
@@ -54,7 +56,9 @@ def weight_files(path: Path, *, torch_files: bool = False) -> tuple[list[Path], 
                 f"{path}: holds no safetensors, and nothing is unpickled ({some(pickled)}): save its tensors by "
                 "safetensors.torch.save_file"
             )
-        raise UserError(f"{path}: holds no weights: {_WANTED}")
+        inside = [name for name in OF_PIPELINES if (path / name).is_dir()]
+        wanted = f"give {' or '.join(str(path / name) for name in inside)}" if inside else _WANTED
+        raise UserError(f"{path}: holds no weights: {wanted}")
     return _indexed_files(indices[0]) if indices else (_complete(files), {})
 
 

@@ -195,7 +195,12 @@ def _loras(served: ServedModel, cfg: SampleConfig, source: Source) -> dict[str, 
     for name, path in served.loras.items():
         exported = read_adapters(Path(path), source.model, f"loras.{name}").exported
         assert exported is not None
-        found[name] = AdapterFile(sizes=exported.sizes(), values=AdapterSource(exported), scale=cfg.lora_scale)
+        found[name] = AdapterFile(
+            sizes=exported.sizes(),
+            values=AdapterSource(exported),
+            scale=cfg.lora_scale,
+            differences=exported.differences,
+        )
     return found
 
 
