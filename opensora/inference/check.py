@@ -65,8 +65,6 @@ def check_sample(cfg: SampleConfig, source: Source, jobs: Sequence[Job], world_s
         UserError: the key to change, and what would work.
     """
     check_models(cfg, source)
-    if source.conditioning is None and (other := other_encoders(source.model, source.vae, source.text)):
-        announce(other)
     samples = min(cfg.batch_size, len(jobs))
     option = check_option("sampling", cfg.sampling, cfg, source, samples=samples, world_size=world_size)
     announce_size("sampling", cfg.sampling, option)
@@ -74,6 +72,8 @@ def check_sample(cfg: SampleConfig, source: Source, jobs: Sequence[Job], world_s
     announce_untrained_times(source)
     check_jobs(cfg, source, jobs)
     read_watermark(cfg.watermark)
+    if source.conditioning is None and (other := other_encoders(source.model, source.vae, source.text)):
+        announce(other)
 
 
 def check_models(cfg: SampleConfig, source: Source) -> None:

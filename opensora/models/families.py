@@ -15,6 +15,7 @@ from opensora.utils.errors import UserError
 from opensora.utils.files.untrusted import parse_json, parsing, read_small
 from opensora.utils.rng import torch_generator
 
+WITHOUT_WEIGHTS = ("dct", "bytes", "classes")  # encoders that nobody takes for those of published weights
 HUB_CONFIG = "config.json"  # of a folder of the model hub
 
 FAMILIES: dict[str, Family] = {
@@ -136,7 +137,8 @@ def other_encoders(cfg: ModelConfig, vae: Any, text: Any) -> str:
     Widths fit where nothing else does: those of T5, umT5 and Llama are the same, and so are channels of many latents.
     """
     known = family_of(cfg).encoders
-    other = [f"{key}.kind={one.kind}" for key, one in (("vae", vae), ("text", text)) if known and one.kind not in known]
+    quiet = (*known, *WITHOUT_WEIGHTS) if known else (vae.kind, text.kind)
+    other = [f"{key}.kind={one.kind}" for key, one in (("vae", vae), ("text", text)) if one.kind not in quiet]
     if not other:
         return ""
     return (

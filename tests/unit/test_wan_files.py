@@ -24,8 +24,10 @@ from opensora.models.families import (
     other_encoders,
     read_hub_config,
 )
+from opensora.models.text.bytes import ByteTextConfig
 from opensora.models.text.t5 import T5Config
 from opensora.models.text.umt5 import UMT5Config
+from opensora.models.vae.dct import DCTConfig
 from opensora.models.vae.hunyuan import HunyuanConfig
 from opensora.models.vae.wan import WanVAEConfig
 from opensora.models.wan import SIZES, WanConfig
@@ -417,6 +419,7 @@ def test_the_folder_of_a_pipeline_names_the_folders_in_it(tmp_path: Path) -> Non
 def test_encoders_of_other_models_are_named() -> None:
     cfg = SIZES["t2v_14b"]
     assert other_encoders(cfg, WanVAEConfig(), UMT5Config()) == ""
+    assert other_encoders(cfg, DCTConfig(), ByteTextConfig()) == ""  # without weights, as in tests and the demo
     said = other_encoders(cfg, HunyuanConfig(), T5Config())
     assert said.startswith(
         "vae.kind=hunyuan and text.kind=t5: published weights of model.kind=wan read wan, wan22, umt5"
