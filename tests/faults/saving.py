@@ -212,12 +212,14 @@ def _attach(fault: Fault, log: Path) -> "subprocess.Popen[str]":
     if fault.where == "writing":
         target = int(children[0])
     inject = f"inject={fault.call}:{fault.what}:when={fault.number}"
+    words = ["strace", "-p", str(target), "-o", str(log), "-e", f"trace={fault.call}", "-e", inject]
+    # It attaches when told: before, starting it closes pipes here, and on a busy machine these calls would be counted.
     tracer = subprocess.Popen(
-        ["strace", "-p", str(target), "-o", str(log), "-e", f"trace={fault.call}", "-e", inject],
-        stderr=subprocess.PIPE,
-        text=True,
+        ["sh", "-c", 'read go; exec "$@"', "sh", *words], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert tracer.stderr is not None
+    assert tracer.stdin is not None and tracer.stderr is not None
+    tracer.stdin.write("go\n")
+    tracer.stdin.flush()
     attached = tracer.stderr.readline()
     assert "attached" in attached, attached
     return tracer
