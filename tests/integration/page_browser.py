@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from opensora.serve.jobs import Job
-from tests.integration.page_service import LIMIT_S, Web, Worker, model
+from tests.integration.page_service import LIMIT_S, Web, Worker, model, until
 from tests.patience import patience
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -71,6 +71,12 @@ class Page:
 
     def card(self, prompt: str) -> Any:
         return self.tab.locator(".card", has_text=prompt)
+
+    def finished(self, prompt: str) -> Any:
+        """A clip's card, once its thumbnail is there: that of a clip deleted before would be a 404 in the console."""
+        card = self.card(prompt)
+        until(lambda: card.locator(".play img").evaluate("image => image.naturalWidth") > 0)
+        return card
 
     def eval(self, script: str, value: Any = None) -> Any:
         return self.tab.evaluate(script, value)

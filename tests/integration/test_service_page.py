@@ -270,7 +270,7 @@ def colour_of(path: Path) -> tuple[int, ...]:
 
 def test_delete_asks_once_more(page: Page) -> None:
     page.generate("to be deleted")
-    button = page.card("to be deleted").locator(".delete")
+    button = page.finished("to be deleted").locator(".delete")
     button.click()
     assert "Delete for good" in button.text_content() and page.jobs()
     page.tab.keyboard.press("Tab")  # looking away takes it back
@@ -297,6 +297,7 @@ def test_what_is_deleted_elsewhere_goes_and_what_is_older_comes(page: Page, burs
     until(lambda: page.tab.locator(".card").count() == 24)
     page.tab.locator("#more-clips").click()
     until(lambda: page.tab.locator(".card").count() == 27)
+    page.finished("clip 26")
     page.tab.request.delete(f"{page.web.url}v1/videos/{ids[26]}")
     until(lambda: page.tab.locator(".card").count() == 26)
 
