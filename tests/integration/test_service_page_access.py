@@ -3,6 +3,7 @@
 import re
 import secrets
 import time
+from typing import Any
 
 import pytest
 
@@ -184,6 +185,29 @@ def test_changes_are_said_aloud(page: Page) -> None:
     until(lambda: "Step 2" in (page.row("listen").locator("progress").get_attribute("aria-valuetext") or ""))
     page.worker.go()
     until(lambda: "Done: listen" in spoken.text_content())
+
+
+def test_a_row_that_moves_keeps_the_focus(page: Page) -> None:
+    """What the service last told of two jobs of one second may have them in the other order."""
+    rows = page.tab.locator(".job .prompt")
+
+    def swapped(route: Any) -> None:
+        answer = route.fetch()
+        data = answer.json()["data"]
+        for job in data:
+            other = {"queue_position": int(job["prompt"] == "the first")}
+            job.update(status="queued", x=job["x"] | other)
+        route.fulfill(response=answer, json=answer.json() | {"data": data})
+
+    page.worker.hold(2)
+    for prompt in ("the first", "the second"):
+        page.generate(prompt)
+    page.tab.route("**/v1/videos?limit=*", swapped)
+    until(lambda: rows.all_text_contents() == ["the second", "the first"])
+    page.row("the first").locator(".cancel").focus()
+    page.tab.unroute("**/v1/videos?limit=*")
+    until(lambda: rows.all_text_contents() == ["the first", "the second"])
+    assert "the first" in page.eval("() => document.activeElement.closest('.job')?.textContent ?? ''")
 
 
 def test_by_keyboard_alone(page: Page) -> None:

@@ -21,11 +21,13 @@ export class Queue extends EventTarget {
     const waiting = this.#jobs.waiting;
     const open = new Set(waiting.map((job) => job.id));
     for (const [id, row] of this.#rows) if (!open.has(id)) this.#end(id, row);
+    const focused = document.activeElement;
     waiting.forEach((job, index) => {
       const row = this.#rows.get(job.id) ?? this.#begin(job);
       fill(row, job);
       if (at("queue").children[index] !== row) at("queue").insertBefore(row, at("queue").children[index] ?? null);
     });
+    if (at("queue").contains(focused)) focused.focus({ preventScroll: true }); // a row that is moved loses it
     at("queue-section").hidden = !waiting.length;
     at("queue-count").textContent = waiting.length > 1 ? String(waiting.length) : "";
   }
