@@ -13,7 +13,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
@@ -25,11 +25,11 @@ from tests.dist import (
     test_chapters,
     test_engines,
     test_factored,
-    test_jobs,
     test_sampling,
     test_stdit,
     test_stdit_sampling,
 )
+from tests.dist.compared import truth as truth_of_chapter
 from tests.dist.factored import ADAMW, SGD, Run
 from tests.dist.factored import on_one_process as on_one_process_factored
 from tests.dist.factored import on_this_layout as on_this_layout_factored
@@ -45,6 +45,7 @@ TOGETHER = 6  # rows at most that are computed by the same processes
 Row = tuple[dict[str, float], bool | None]  # relative differences; whether bytes are as predicted
 Rows = Iterator[tuple[str, Callable[[], Row]]]
 Wanted = Callable[[str], bool]
+Kind = Callable[[Wanted], Rows]
 
 
 def main(names: list[str]) -> int:
@@ -104,14 +105,14 @@ def chapter_rows(wanted: Wanted) -> Rows:
     """DiT, Latte and PixArt: training, and latents after steps of sampling."""
     every = [*test_chapters.SLOW, *test_chapters.LORA, *test_chapters.COMPILED]  # which take minutes
     for run, found in computed_together("chapter", every, wanted, partial(chapters_on_layouts, chapters.MODELS)):
-        yield f"chapter-{run}", lambda run=run, found=found: compared_chapter(test_chapters, run, found())
+        yield f"chapter-{run}", lambda run=run, found=found: compared_chapter(chapters.MODELS, run, found())
 
 
 def job_rows(wanted: Wanted) -> Rows:
     """Wan and HunyuanVideo: the same."""
     for chapter, every in jobs.JOBS.items():
         for run, found in computed_together(chapter, every, wanted, partial(chapters_on_layouts, jobs.MODELS)):
-            yield f"{chapter}-{run}", lambda run=run, found=found: compared_chapter(test_jobs, run, found())
+            yield f"{chapter}-{run}", lambda run=run, found=found: compared_chapter(jobs.MODELS, run, found())
 
 
 def stdit_rows(wanted: Wanted) -> Rows:
@@ -191,11 +192,11 @@ def chapters_on_layouts(models: dict[str, Any], runs: list[chapters.Run]) -> lis
     return [(outcome, plain.get(run, [])) for run, outcome in zip(runs, every, strict=True)]
 
 
-def compared_chapter(module: Any, run: chapters.Run, every: list[tuple[Outcome, list[Any]]]) -> Row:
+def compared_chapter(models: Mapping[str, Any], run: chapters.Run, every: list[tuple[Outcome, list[Any]]]) -> Row:
     """Training and latents."""
-    truth = module.truth(run.model, run.kind, run.adapters)
-    found, as_predicted = compared([outcome for outcome, _ in every], truth)
-    whole = chapters.sampled(module.MODELS[run.model])
+    cfg = models[run.model]
+    found, as_predicted = compared([outcome for outcome, _ in every], truth_of_chapter(cfg, run.kind, run.adapters))
+    whole = chapters.sampled(cfg)
     apart = [relative(*pair) for _, samples in every if samples for pair in zip(samples, whole, strict=True)]
     return found | ({"latents": max(apart)} if apart else {}), as_predicted
 
