@@ -312,8 +312,15 @@ def least_bytes(
     block = int(samples * (tokens + txt / (degrees["ring"] * degrees["ulysses"])) * widths * itemsize)
     noise = samples * tokens * denoising.latent_channels * patch * 4
     clips = samples * (made * option.height * option.width * PIXEL_BYTES + latents * shape.channels * 4)
-    weights = 0 if parallel.offload == "parameters" else count_parameters(model) * itemsize // world_size
-    return weights + max(block + noise, clips)
+    whole = 0 if parallel.offload == "parameters" else count_parameters(model) * itemsize
+    return max(whole // pieces(parallel, world_size) + block + noise, whole // world_size + clips)
+
+
+def pieces(parallel: ParallelConfig, world_size: int) -> int:
+    """Into how many pieces weights are cut while a model samples: below ZeRO 3 a process has all that tensor
+    parallelism leaves it, as what was gathered stays."""
+    degrees = mesh.resolve(parallel.mesh, world_size)
+    return world_size // degrees["replicate"] if parallel.zero == 3 else degrees["tensor"]
 
 
 def fitting_solvers(objective: ObjectiveConfig) -> dict[str, tuple[str, ...]]:
@@ -381,7 +388,8 @@ def check_memory(key: str, option: SamplingOption, needed: int) -> None:
     owner = "a GPU" if device else "this machine, for each of its processes,"
     raise UserError(
         f"{key}: {clip} take at least {needed / GIB:.3g} GiB a process, and {owner} has {room / GIB:.3g} GiB; lower "
-        f"{key}.num_frames, the size or batch_size, or share clips among more processes (parallel.mesh.ulysses)"
+        f"{key}.num_frames, the size or batch_size, or share clips among more processes (parallel.mesh.ulysses) and "
+        "weights as well (parallel.zero=3)"
     )
 
 

@@ -30,7 +30,7 @@ from opensora.assembly.sharded_text import image_encoder_of, text_encoder_of
 from opensora.assembly.token_layout import token_layout
 from opensora.assembly.turns import AUTOENCODER, DENOISER, IMAGE, LOW_NOISE, TEXT, Turns, for_sampling, streams_blocks
 from opensora.config.run import SampleConfig
-from opensora.inference.check import fit_option, least_bytes
+from opensora.inference.check import fit_option, least_bytes, pieces
 from opensora.inference.find import Source, low_noise_job, names_motion
 from opensora.models.base import Autoencoder, TextEncoder
 from opensora.models.families import build_model, count_parameters, family_of
@@ -164,8 +164,8 @@ def takes_turns(cfg: SampleConfig, source: Source, mesh: meshes.Mesh) -> bool:
         parallel=cfg.parallel,
         world_size=mesh.world_size,
     )
-    weights = count_parameters(source.model) * DTYPES[cfg.precision].itemsize // mesh.world_size
-    return one + weights > ROOM * room
+    weights = count_parameters(source.model) * DTYPES[cfg.precision].itemsize
+    return one + weights // pieces(cfg.parallel, mesh.world_size) > ROOM * room
 
 
 def _told_of_experts(cfg: SampleConfig, source: Source, mesh: meshes.Mesh) -> str:

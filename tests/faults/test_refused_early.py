@@ -20,7 +20,7 @@ from opensora.inference import check
 from opensora.inference.check import least_bytes
 from opensora.inference.find import find_source
 from opensora.inference.prompts import read_jobs
-from opensora.models.families import build_model
+from opensora.models.families import build_model, count_parameters
 from opensora.models.mmdit.convert import WEIGHTS
 from opensora.models.vae import autoencoder_shape
 from opensora.models.weights.writer import save_state_dict
@@ -275,8 +275,8 @@ def test_any_frame_rate_is_taken(folder: Path) -> None:
     assert load_config(SampleConfig, "sample.yaml", ["sampling.fps=8"]).sampling.fps == 8.0
 
 
-def needed(option: SamplingOption, samples: int = 1, world: int = 1) -> int:
-    cfg = load_config(RunConfig, "train.yaml", ["parallel.mesh.ulysses=-1", "parallel.mesh.shard=1"])
+def needed(option: SamplingOption, samples: int = 1, world: int = 1, *more: str) -> int:
+    cfg = load_config(RunConfig, "train.yaml", ["parallel.mesh.ulysses=-1", "parallel.mesh.shard=1", *more])
     shape = autoencoder_shape(cfg.vae)
     option = sanitize_sampling_option(option, multiple=shape.stride[1])
     return least_bytes(
@@ -291,6 +291,16 @@ def test_the_forecast_is_a_lower_bound(folder: Path) -> None:
     assert pixels.nbytes < needed(option) < 100 * pixels.nbytes
     assert needed(option, samples=4) < 4 * needed(option)
     assert needed(option, world=4) < needed(option)
+
+
+@pytest.mark.parametrize(("zero", "replicate", "copies"), [(0, 1, 4), (1, 1, 4), (2, 2, 4), (3, 1, 1), (3, 2, 2)])
+def test_weights_that_are_not_cut_are_whole(folder: Path, zero: int, replicate: int, copies: int) -> None:
+    """Of which four processes have so many copies together while a small clip is denoised."""
+    option, cfg = SamplingOption(width=32, height=32, num_frames=1), load_config(RunConfig, "train.yaml", [])
+    layout = (f"parallel.zero={zero}", f"parallel.mesh.replicate={replicate}")
+    found = needed(option, 1, 4, "parallel.mesh.ulysses=1", "parallel.mesh.shard=-1", *layout)
+    least = needed(option, 1, 4, "parallel.mesh.ulysses=1", "parallel.mesh.shard=-1", "parallel.offload=parameters")
+    assert found - least == count_parameters(cfg.model) * 4 * copies // 4
 
 
 def test_what_fits_is_not_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from safetensors.torch import save_file
@@ -11,11 +12,13 @@ from safetensors.torch import save_file
 from opensora.config.load import load_config, save
 from opensora.config.other_models import LowNoiseConfig
 from opensora.config.run import SAVED_NAME, RunConfig, SampleConfig
+from opensora.inference import load
 from opensora.inference.find import _difference, find_source
-from opensora.models.families import build_model, family_of
+from opensora.models.families import build_model, count_parameters, family_of
 from opensora.models.text.t5 import T5Config
 from opensora.models.text.umt5 import UMT5Config
 from opensora.models.vae.hunyuan import HunyuanConfig
+from opensora.sampling.options import SamplingOption
 from opensora.utils.errors import UserError
 from tests.integration.conftest import CONFIG
 
@@ -81,3 +84,18 @@ def test_experts_may_have_been_trained_on_other_machines(tmp_path: Path) -> None
     high = expert(tmp_path / "high", 0.875, 1.0)
     with pytest.raises(UserError, match=r"has vae\.scale=2\.0, weights have null; experts must be of one shape"):
         boundary(high, expert(tmp_path / "other", 0.0, 0.875, vae={"scale": 2.0}), None)
+
+
+@pytest.mark.parametrize(("zero", "turns"), [(0, True), (1, True), (2, True), (3, False)])
+def test_experts_take_turns_where_a_process_has_no_room_for_both(
+    zero: int, turns: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On four processes, each with room for one expert and a half: below ZeRO 3 none of them is cut."""
+    high, low = expert(tmp_path / "high", 0.875, 1.0), expert(tmp_path / "low", 0.0, 0.875)
+    option = SamplingOption(width=32, height=32, num_frames=1, num_steps=2)
+    cfg = SampleConfig(weights=high, low_noise=LowNoiseConfig(weights=low), sampling=option, precision="fp32")
+    cfg = replace(cfg, parallel=replace(cfg.parallel, zero=zero))
+    source, mesh = find_source(cfg), Mock(world_size=4)
+    one = count_parameters(source.model) * 4
+    monkeypatch.setattr(load, "device_bytes", lambda: int(1.5 * one / load.ROOM))
+    assert load.takes_turns(cfg, source, mesh) is turns
