@@ -20,6 +20,8 @@ from opensora.config.schema import shown
 from opensora.models.base import ModelConfig
 from opensora.models.families import family_of, read_hub_config
 from opensora.models.image import NoImageEncoder
+from opensora.models.text.placement import PLACEMENT
+from opensora.models.vae import WORK
 from opensora.models.weights.adapter_fit import FittedAdapter
 from opensora.models.weights.adapters import is_adapter
 from opensora.schedulers import OBJECTIVE_CONFIGS, ObjectiveConfig, build_objective
@@ -31,12 +33,7 @@ from opensora.utils.files.safetensors_files import fingerprint
 from opensora.utils.files.user_files import absence
 
 # Keys of autoencoders and text encoders that say where they are and in which pieces they work, not what they give.
-OF_WORK = frozenset(
-    (
-        *("device", "shard", "offload", "cache_mib", "spatial_tiling", "temporal_tiling", "tiling", "tile_size"),
-        *("tile_frames", "tile_overlap", "micro_batch", "compile", "sample"),
-    )
-)
+OF_WORK = frozenset((*PLACEMENT, *WORK))
 
 
 @dataclass(frozen=True, kw_only=True)

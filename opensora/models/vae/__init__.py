@@ -63,6 +63,7 @@ class AutoencoderKind(NamedTuple):
 
 
 TILES = ("spatial_tiling", "temporal_tiling", "tile_size", "tile_frames", "tile_overlap")
+WORK = ("sample", "compile", "micro_batch", "tiling", *TILES)  # how clips are coded, not by which weights
 AUTOENCODERS: dict[str, AutoencoderKind] = {
     "dct": AutoencoderKind(DCTConfig, lambda cfg, device, _: DCTAutoencoder(cfg, device), dct_shape),
     "hunyuan": AutoencoderKind(
