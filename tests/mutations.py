@@ -684,8 +684,8 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "the step at the boundary is the second expert's",
         "opensora/sampling/experts.py",
-        'boundary is None or time >= boundary else "low"',
-        'boundary is None or time > boundary else "low"',
+        'time >= boundary - ROUNDING else "low"',
+        'time > boundary + ROUNDING else "low"',
         EXPERTS + "which_expert_a_step_is_for",
     ),
     Mutation(
