@@ -221,6 +221,7 @@ PATCHES, DIT_UNIT = "opensora/models/weights/patches.py", "tests/unit/test_dit_f
 DIFFUSERS_DIT, PATCH_FILES = "tests/unit/test_diffusers_dit_parity.py::", "tests/unit/test_patch_weights.py::"
 DIT_MODEL, LATTE_MODEL, PIXART_MODEL = (f"opensora/models/{name}/model.py" for name in ("dit", "latte", "pixart"))
 WAN_SOURCE, WAN, WAN_FILES = "opensora/models/wan/{}.py", "tests/unit/test_wan.py::", "tests/unit/test_wan_files.py::"
+RELATIVES = "tests/unit/test_relatives.py::test_"
 WAN_PARITY = "tests/unit/test_wan_diffusers_parity.py::test_output_and_every_gradient[{}-dtype1-1e-08]"
 CHAIN, DIFFUSION, IDDPM, DDPM, DPM, FLOW_V1 = (
     f"opensora/schedulers/{name}.py"
@@ -246,7 +247,28 @@ PIPELINE_LOCAL = "tests/unit/test_pipeline_local.py::test_"
 FILTERS, REPORT, SCORES = (f"tests/unit/test_{name}.py::test_" for name in ("filters", "report", "scores"))
 
 TABLE: tuple[Mutation, ...] = (
+    Mutation(
+        "a step at the boundary is of low noise where it is one bit below",
+        "opensora/sampling/experts.py",
+        "time >= boundary - ROUNDING",
+        "time >= boundary",
+        "tests/dist/test_experts.py::test_a_step_at_the_boundary_is_of_high_noise[euler-1]",
+    ),
     # Files of Wan and HunyuanVideo as people have them.
+    Mutation(
+        "weights of a relative of Wan are sent for another size",
+        "opensora/models/wan/convert.py",
+        'return of_relative(names, _RELATIVES, "Wan T2V, I2V or TI2V")',
+        "return None",
+        RELATIVES + "weights_of_a_relative_are_named[wan-vace_blocks.0.before_proj.weight-Wan VACE-]",
+    ),
+    Mutation(
+        "a pickle beside the folders of a pipeline hides them",
+        "opensora/models/weights/shards.py",
+        "inside = [name for name in OF_PIPELINES if (path / name).is_dir()]",
+        "inside = [name for name in OF_PIPELINES if (path / name).is_dir() and not pickled]",
+        RELATIVES + "a_published_folder_names_what_to_give[Wan2.1_VAE.pth-wan-inside0]",
+    ),
     Mutation(
         "a bias of B is added without alpha/rank",
         "opensora/models/weights/adapters.py",
@@ -662,8 +684,8 @@ TABLE: tuple[Mutation, ...] = (
     Mutation(
         "the step at the boundary is the second expert's",
         "opensora/sampling/experts.py",
-        'boundary is None or time >= boundary else "low"',
-        'boundary is None or time > boundary else "low"',
+        'time >= boundary - ROUNDING else "low"',
+        'time > boundary + ROUNDING else "low"',
         EXPERTS + "which_expert_a_step_is_for",
     ),
     Mutation(

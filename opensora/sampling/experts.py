@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from opensora.sampling.options import SamplingOption
 
+ROUNDING = 1e-9  # of times: a step that starts at the boundary by its formula is before it by one bit, or is not
 Expert: TypeAlias = Literal["high", "low"]  # for high noise, or for low
 
 
@@ -17,8 +18,9 @@ class Phase(NamedTuple):
 
 
 def expert_of(time: float, boundary: float | None) -> Expert:
-    """Whose step it is that starts at ``time``, in parts of the time of pure noise; one model makes all."""
-    return "high" if boundary is None or time >= boundary else "low"
+    """Whose step it is that starts at ``time``, in parts of the time of pure noise: at the boundary that of high noise;
+    without one a single model makes all."""
+    return "high" if boundary is None or time >= boundary - ROUNDING else "low"
 
 
 def phases(times: Sequence[float], boundary: float | None) -> list[Phase]:

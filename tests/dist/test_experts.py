@@ -1,6 +1,8 @@
 """Two experts in one clip, on any layout, and known frames of a Wan: what a loop on one process makes, to 1e-10."""
 
 from dataclasses import replace
+from fractions import Fraction
+from itertools import product
 from typing import Any
 
 import pytest
@@ -17,11 +19,16 @@ from opensora.models.families import build_model
 from opensora.sampling.cache_config import FirstBlockCache, PyramidAttentionBroadcast
 from opensora.sampling.experts import Phase, expert_of, guided_by, phases
 from opensora.sampling.guidance import passes_per_step
+from opensora.schedulers import build_solver
+from opensora.schedulers.base import SolverOptions
+from opensora.schedulers.rectified_flow import RectifiedFlowConfig
+from opensora.utils.tokens import Grid
 from tests.dist.harness import run_distributed
 from tests.dist.layouts import FP64
 from tests.dist.parity import TOLERANCE, relative
 from tests.wan_clips import (
     CLIP,
+    GRID,
     IN_PLACE,
     NEGATIVES,
     OPTION,
@@ -137,6 +144,22 @@ def test_a_step_cache_keeps_nothing_of_the_other_expert(cache: Any) -> None:
     low = LowNoiseExpert(model=filled_model(PLAIN, "low"), boundary=0.9)
     parts = components(PLAIN, filled_model(PLAIN, "high"), low_noise=low)
     assert torch.equal(sampled("text", parts, option), sampled("text", parts, replace(OPTION, num_steps=2)))
+
+
+@pytest.mark.parametrize(
+    ("solver", "start"), [("euler", 1), ("unipc", Fraction(999, 1000)), ("dpm++", Fraction(999, 1000))]
+)
+def test_a_step_at_the_boundary_is_of_high_noise(solver: str, start: Fraction) -> None:
+    """Where a step is by its formula: 2 x 0.6 / 1.6 is 0.75, and one bit less in floating point."""
+    for shift, count in product((1, 2, 3, 5, 7, 12), (1, 2, 3, 5, 10, 40, 50)):
+        even = [start * (1 - Fraction(step, count)) for step in range(count)]
+        for number, u in enumerate(even):
+            boundary = float(shift * u / (1 + (shift - 1) * u))
+            made = build_solver(
+                solver, RectifiedFlowConfig(flow_shift=shift), SolverOptions(count), Grid(GRID, (1, 2, 2))
+            )
+            wanted = ["high"] * (number + 1) + ["low"] * (count - number - 1)
+            assert [expert_of(time, boundary) for time in made.times[:-1]] == wanted, (shift, count, number)
 
 
 def test_which_expert_a_step_is_for() -> None:

@@ -18,6 +18,7 @@ from typing import Protocol, TypeAlias
 
 from opensora.models.weights.format import WeightFormat
 from opensora.models.weights.named_layout import DIFFUSERS, LAYOUTS, ORIGINAL, NamedLayout, stated_layout
+from opensora.models.weights.names import of_relative
 from opensora.models.weights.patches import Patch
 from opensora.models.weights.rows import Shape, Target, height, joined, whole
 
@@ -65,6 +66,11 @@ _BLOCKS: tuple[tuple[str, str, _Layers], ...] = (  # lists of blocks, original a
     ("single_blocks", "single_transformer_blocks", _SINGLE),
     ("txt_in.individual_token_refiner.blocks", "context_embedder.token_refiner.refiner_blocks", _REFINER),
 )
+# How names begin in weights of other models that are built like a HunyuanVideo.
+_RELATIVES = {
+    **dict.fromkeys(("clean_x_embedder.", "image_projection."), "FramePack"),
+    **dict.fromkeys(("byt5_in.", "vision_in.", "cond_type_emb", "context_embedder_2."), "HunyuanVideo 1.5"),
+}
 # Names that differ, original -> ComfyUI's: at the top, and within blocks of any list.
 _COMFYUI_TOP = {
     **{f"{part}.mlp.0": f"{part}.in_layer" for part in ("txt_in.t_embedder", "time_in", "guidance_in")},
@@ -132,7 +138,7 @@ class HunyuanVideoWeights:
         return dict(_to_diffusers(found)) if to.diffusers and not source.diffusers else found
 
     def other_format(self, names: Collection[str]) -> str | None:
-        return None
+        return of_relative(names, _RELATIVES, "HunyuanVideo, text to video")
 
     def adapter_layout(self, layers: Collection[str], metadata: Mapping[str, str]) -> tuple[NamedLayout, bool]:
         """As for weights; what others write is as in files."""

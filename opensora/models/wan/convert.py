@@ -17,6 +17,7 @@ from typing import Protocol
 
 from opensora.models.weights.format import WeightFormat
 from opensora.models.weights.named_layout import DIFFUSERS, LAYOUTS, ORIGINAL, NamedLayout, stated_layout
+from opensora.models.weights.names import of_relative
 from opensora.models.weights.patches import Patch, channels_first, channels_last
 from opensora.models.weights.rows import Shape, Target, height, whole
 
@@ -45,6 +46,14 @@ _PICTURE = (
     r"(cross_attn[._](norm_)?[kv]_img|img_emb[._]proj[._]\d"
     r"|attn2[._](add_[kv]_proj|norm_added_k)|condition_embedder[._]image_embedder[._].+)$"
 )
+# How names begin in weights of other models that are built around a Wan.
+_RELATIVES = {
+    **dict.fromkeys(("vace_blocks.", "vace_patch_embedding."), "Wan VACE"),
+    **dict.fromkeys(("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"), "Wan FLF2V"),
+    **dict.fromkeys(("ref_conv.", "control_adapter."), "Wan Fun-Control"),
+    **dict.fromkeys(("casual_audio_encoder.", "audio_injector."), "Wan S2V"),
+    **dict.fromkeys(("face_adapter.", "motion_encoder.", "pose_patch_embedding."), "Wan Animate"),
+}
 _BLOCK = {
     **{f"self_attn.{ours}": f"attn1.{theirs}" for ours, theirs in _ATTENTION.items()},
     **{f"cross_attn.{ours}": f"attn2.{theirs}" for ours, theirs in (_ATTENTION | _IMAGE).items()},
@@ -97,7 +106,7 @@ class WanWeights:
         return found
 
     def other_format(self, names: Collection[str]) -> str | None:
-        return None
+        return of_relative(names, _RELATIVES, "Wan T2V, I2V or TI2V")
 
     def adapter_layout(self, layers: Collection[str], metadata: Mapping[str, str]) -> tuple[NamedLayout, bool]:
         """As for weights; what others write is as in files."""

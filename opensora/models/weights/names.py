@@ -54,6 +54,17 @@ def plain_names(
     return prefix, {name: bare.removeprefix(prefix) for name, bare in plain.items()}, tuple(others)
 
 
+def of_relative(names: Collection[str], signs: Mapping[str, str], family: str) -> str | None:
+    """What a file is that holds the model of a family with more in it, and what to do; None: it is none.
+
+    Args:
+        signs: how a name begins that the family does not have -> the model that has it.
+        family: what is read.
+    """
+    found = next((model for sign, model in signs.items() if any(name.startswith(sign) for name in names)), None)
+    return found and f"these are weights of {found}, which is another model: give those of {family}"
+
+
 def known_layers(
     layers: Collection[str], known: Collection[str], aliases: Mapping[str, str] | None = None
 ) -> tuple[str, dict[str, str]]:

@@ -11,8 +11,11 @@ from opensora.utils.files.safetensors_files import TORCH_SUFFIXES, check_regular
 from opensora.utils.files.untrusted import ANY, TEXT, Each, mismatch, parse_json, parsing, read_small, short_reason
 
 _WANTED = "give a file of weights (.safetensors, .pt, .pth), an index .json, or their folder"
-# Folders of published pipelines that hold a denoiser: of diffusers, and of the two experts of Wan 2.2.
-OF_PIPELINES = ("transformer", "transformer_2", "high_noise_model", "low_noise_model")
+# Folders of published pipelines that hold a denoiser: of diffusers, of the two experts of Wan 2.2, of HunyuanVideo.
+OF_PIPELINES = (
+    *("transformer", "transformer_2", "high_noise_model", "low_noise_model"),
+    *("transformers", "hunyuan-video-t2v-720p/transformers"),
+)
 SHARDED = "model"  # folder of a checkpoint that ColossalAI writes: shards of torch.save with their index
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 
@@ -47,19 +50,29 @@ def weight_files(path: Path, *, torch_files: bool = False) -> tuple[list[Path], 
         found = some([index.name for index in indices])
         raise UserError(f"{path}: holds {len(indices)} index files ({found}): give one of them")
     if not indices and not files:
-        if pickled and torch_files:
-            if len(pickled) > 1:
-                raise UserError(f"{path}: holds {len(pickled)} files of weights ({some(pickled)}): give one of them")
-            return [path / pickled[0]], {}
-        if pickled:
-            raise UserError(
-                f"{path}: holds no safetensors, and nothing is unpickled ({some(pickled)}): save its tensors by "
-                "safetensors.torch.save_file"
-            )
         inside = [name for name in OF_PIPELINES if (path / name).is_dir()]
-        wanted = f"give {' or '.join(str(path / name) for name in inside)}" if inside else _WANTED
-        raise UserError(f"{path}: holds no weights: {wanted}")
+        if inside:  # what else is there is of the encoders, as Wan's own in pickles
+            raise UserError(f"{path}: holds no weights: give {' or '.join(str(path / name) for name in inside)}")
+        return [_pickled_file(path, pickled, torch_files=torch_files)], {}
     return _indexed_files(indices[0]) if indices else (_complete(files), {})
+
+
+def _pickled_file(folder: Path, names: list[str], *, torch_files: bool) -> Path:
+    """The file of ``torch.save`` in a folder that has no safetensors.
+
+    Raises:
+        UserError: there is none, there are several, or they are not read.
+    """
+    if not names:
+        raise UserError(f"{folder}: holds no weights: {_WANTED}")
+    if not torch_files:
+        raise UserError(
+            f"{folder}: holds no safetensors, and nothing is unpickled ({some(names)}): save its tensors by "
+            "safetensors.torch.save_file"
+        )
+    if len(names) > 1:
+        raise UserError(f"{folder}: holds {len(names)} files of weights ({some(names)}): give one of them")
+    return folder / names[0]
 
 
 def _complete(files: list[Path]) -> list[Path]:
