@@ -3954,6 +3954,27 @@ TABLE: tuple[Mutation, ...] = (
         '[row : row + 1] for name in self._names} | {n: shard.get_tensor(f"{batch}.{n}")[:1] for n in coded}',
         PICTURE + "tokens_made_ahead_are_those_of_training",
     ),
+    Mutation(
+        "a signal is lost while an object is finalized",
+        "opensora/utils/signal_handler.py",
+        "        timers[-1].start()",
+        "        timers[-1].cancel()",
+        "tests/unit/test_listen_early.py::test_a_signal_while_an_object_is_finalized_is_heard[SIGTERM-300000-1000]",
+    ),
+    Mutation(
+        "a row of the page that moves loses the focus",
+        f"{PAGE}/queue.js",
+        'if (at("queue").contains(focused))',
+        "if (false)",
+        "tests/integration/test_service_page_access.py::test_a_row_that_moves_keeps_the_focus",
+    ),
+    Mutation(
+        "weights of ZeRO 0 to 2 are counted as cut",
+        "opensora/inference/check.py",
+        'if parallel.zero == 3 else degrees["tensor"]',
+        'if parallel.zero >= 0 else degrees["tensor"]',
+        "tests/unit/test_two_experts_found.py::test_experts_take_turns_where_a_process_has_no_room_for_both[2-True]",
+    ),
 )
 
 

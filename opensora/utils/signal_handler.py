@@ -10,7 +10,8 @@ that is being written; the main thread may be in an exchange with others, and ca
 so until its models are loaded (``stay_when_asked``).
 
 Commands of one process (``stopped_in_one_line``): a signal is an exception, so that what was written aside is removed.
-Before that, while their modules are imported (``listen_early``), nothing is there to be removed.
+Before that, while their modules are imported (``listen_early``), nothing is there to be removed. Raised while an
+object is finalized it would be lost: then it is raised once more.
 """
 
 import atexit
@@ -30,6 +31,7 @@ NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 IMPATIENT = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGQUIT") if hasattr(signal, name))
 LAUNCHER = "OPENSORA_LAUNCHER_PID"  # set by launch/elastic.py
+AGAIN_S, MOST_TRIES = 0.01, 100  # after which a signal that nobody heard is raised once more, and how often
 REPEAT_S = 1.0  # the same signal within this time came by two ways: from a terminal, and passed on by a launcher
 _ENDS = (signal.SIG_DFL, signal.default_int_handler)  # what ends a program that says nothing of signals
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -209,7 +211,8 @@ def stopped_in_one_line(stays: str = "") -> Iterator[None]:
     ends = (*_ENDS, _end_early)
     replaced = {number: signal.signal(number, _raise) for number in SIGNALS if signal.getsignal(number) in ends}
     try:
-        yield
+        with _raised_again_where_nobody_hears():
+            yield
     except KeyboardInterrupt as stop:
         number = getattr(stop, "number", signal.SIGINT)
         _say(f"stopped by {signal.Signals(number).name}{stays and f': {stays}'}")
@@ -225,6 +228,33 @@ def _raise(number: int, frame: object) -> NoReturn:
         if signal.getsignal(other) is _raise:
             signal.signal(other, signal.SIG_IGN)
     raise Stopped(number)
+
+
+@contextmanager
+def _raised_again_where_nobody_hears() -> Iterator[None]:
+    """A signal may come while Python finalizes an object or calls back from C, as torch does all the time: what
+    is raised there is printed, and the program goes on. Here it is raised once more, a little later."""
+    before = sys.unraisablehook
+    timers: list[threading.Timer] = []
+
+    def hook(caught: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(caught.exc_value, Stopped):
+            return before(caught)
+        number = caught.exc_value.number
+        if len(timers) == MOST_TRIES:
+            _say(f"stopped by {signal.Signals(number).name}")
+            os._exit(128 + number)
+        signal.signal(number, _raise)
+        timers.append(threading.Timer(AGAIN_S, signal.pthread_kill, (threading.main_thread().ident, number)))
+        timers[-1].start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        for timer in timers:
+            timer.cancel()
 
 
 @contextmanager

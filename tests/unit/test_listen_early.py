@@ -1,15 +1,17 @@
-"""Signals to commands while they import torch, which takes seconds."""
+"""Signals to commands of one process: while they import torch, which takes seconds, and at any time after."""
 
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from opensora.utils import signal_handler
 from tests.conftest import ROOT
+from tests.patience import patience
 
 COMMANDS = {
     **{
@@ -67,3 +69,37 @@ def test_what_is_ignored_stays_so_and_a_command_takes_over(monkeypatch: pytest.M
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+FINALIZED = """
+import sys
+from opensora.utils.signal_handler import stopped_in_one_line
+
+class Object:
+    def __del__(self):
+        sum(range({inside}))
+
+with stopped_in_one_line():
+    print("begun", flush=True)
+    while True:
+        Object()
+        sum(range({outside}))
+"""
+
+
+@pytest.mark.parametrize(("inside", "outside"), [(100_000, 100_000), (300_000, 1000), (5_000_000, 0)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_while_an_object_is_finalized_is_heard(number: signal.Signals, inside: int, outside: int) -> None:
+    """Python prints what is raised there and goes on; the last of these programs does little else."""
+    program = FINALIZED.format(inside=inside, outside=outside)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    timer = threading.Timer(patience(30), process.kill)
+    timer.start()
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    process.send_signal(number)
+    _, err = process.communicate()
+    timer.cancel()
+    assert (process.returncode, err) == (128 + number, f"stopped by {number.name}\n")
