@@ -22,7 +22,7 @@ from opensora.models.weights.shards import check_index, weight_files
 from opensora.models.weights.torch_files import is_torch_file, open_torch_file
 from opensora.utils.errors import UserError
 from opensora.utils.files import fp8
-from opensora.utils.files.safetensors_files import FLOATS, check_types, open_weights
+from opensora.utils.files.safetensors_files import FLOATS, OpenWeights, check_types, open_weights
 
 StateDict: TypeAlias = dict[str, Tensor]
 # (name, tensor of a file, shape that a model wants) -> the tensor in that shape; None: it cannot be
@@ -110,14 +110,7 @@ class WeightFile(Mapping[str, Tensor]):
         files, index = weight_files(path, torch_files=keys is not None)
         opened = [open_weights(f) if keys is None or not is_torch_file(f) else open_torch_file(f, keys) for f in files]
         check_index({one.path.name: one.shapes for one in opened}, index)
-        stored = [name for one in opened for name in one.shapes]
-        self.prefix, names, self.left_out = plain_names(stored, format.top_level, str(path))
-        # Of formats whose files may hold the other half of a model too, as a decoder beside its encoder.
-        not_read: Callable[[Collection[str]], Collection[str]] | None = getattr(format, "not_read", None)
-        skipped = set() if not_read is None else set(not_read(names.values()))
-        skipped |= {name for name in names.values() if fp8.weight_of(name) in skipped}
-        self.left_out += tuple(stored for stored, name in names.items() if name in skipped)
-        names = {stored: name for stored, name in names.items() if name not in skipped}
+        names = self._names_to_read(opened, format, path)
         marks: dict[str, fp8.Place] = {}
         for one in opened:
             self._metadata.update(one.metadata)
@@ -133,6 +126,17 @@ class WeightFile(Mapping[str, Tensor]):
             self._sources |= {name: one.shapes[stored] for name, stored in own.items()}
         self.scales = fp8.read_scales(self._places, marks)
         self.activations = fp8.of_activations(marks)
+
+    def _names_to_read(self, opened: Collection[OpenWeights], format: WeightFormat, path: Path) -> dict[str, str]:
+        """Name in a file -> name in the model, of all but other models' tensors."""
+        stored = [name for one in opened for name in one.shapes]
+        self.prefix, names, self.left_out = plain_names(stored, format.top_level, str(path))
+        # Of formats whose files may hold the other half of a model too, as a decoder beside its encoder.
+        not_read: Callable[[Collection[str]], Collection[str]] | None = getattr(format, "not_read", None)
+        skipped = set() if not_read is None else set(not_read(names.values()))
+        skipped |= {name for name in names.values() if fp8.weight_of(name) in skipped}
+        self.left_out += tuple(stored for stored, name in names.items() if name in skipped)
+        return {stored: name for stored, name in names.items() if name not in skipped}
 
     @property
     def shapes(self) -> dict[str, Shape]:
