@@ -106,6 +106,9 @@ HUNYUAN_PACK = HUNYUAN_TEST.format("", "a_pack_equals_its_samples")
 CONVERT = "opensora/models/mmdit/convert.py"
 ROWS, READER, FIT = (f"opensora/models/weights/{name}.py" for name in ("rows", "reader", "adapter_fit"))
 FILES = "tests/unit/test_weight_formats.py"
+FP8 = "opensora/utils/files/fp8.py"
+FP8_FORMS = "test_every_form_gives_the_numbers_that_decoding_by_hand_gives[wan original-4]"
+FP8_DAMAGED = "test_damaged_files_are_refused_in_one_line"
 ADAPTER_EXPORT = "opensora/models/weights/adapter_export.py"
 ADAPTER_FORMATS, ADAPTER_FAMILIES = (f"tests/unit/test_adapter_{name}.py" for name in ("formats", "families"))
 PLACED, PLACED_TEST = "opensora/conditioning/placed_frames.py", "tests/unit/test_placed_frames.py::test_"
@@ -908,6 +911,43 @@ TABLE: tuple[Mutation, ...] = (
         "    if DELETE in own:",
         "    if DELETE not in own and DELETE in merged:",
         "tests/unit/test_python_configs.py::test_bases_that_are_refused",
+    ),
+    *(
+        Mutation(what, file, source, change, f"tests/unit/test_fp8_weights.py::{test}")
+        for what, file, source, change, test in (
+            ("fp8 without its scale", READER, "self.scales.get(name), index", "None, index", FP8_FORMS),
+            ("scales of rows from the first row on", READER, "index[0].start if index else 0", "0", FP8_FORMS),
+            ("scales of fp8 divide", FP8, "found.mul_(scale)", "found.div_(scale)", FP8_FORMS),
+            (
+                "a lost scale is 1",
+                FP8,
+                "and name not in scales and len",
+                "and False and len",
+                f"{FP8_DAMAGED}[no scale]",
+            ),
+            ("a scale of 0", FP8, "(values > 0)", "(values >= 0)", f"{FP8_DAMAGED}[zero]"),
+            (
+                "rotated values",
+                FP8,
+                "if value and key not in",
+                "if False and key not in",
+                f"{FP8_DAMAGED}[rotated]",
+            ),
+            (
+                "fp8 is written in fp32",
+                "opensora/assembly/conversion.py",
+                "if name in from_fp8 else",
+                "if False else",
+                "test_conversion_writes_bf16_and_leaves_other_types_alone[wan original]",
+            ),
+            (
+                "scales of a part that is not read",
+                READER,
+                "if fp8.weight_of(name) in skipped}",
+                "if False}",
+                "test_the_text_encoder_as_comfyui_has_it",
+            ),
+        )
     ),
     Mutation(
         "options beside weights are programs",

@@ -21,7 +21,8 @@ DIFFUSERS_STEM = "diffusion_pytorch_model"  # of the files that diffusers looks 
 
 
 def convert_weights(cfg: ModelConfig, source: Path, target: Path, names: str | None = None) -> tuple[str, list[Path]]:
-    """Compare ``source`` with the model, name by name and shape by shape, and write its tensors, in their types.
+    """Compare ``source`` with the model, name by name and shape by shape, and write its tensors, in their types,
+    those of fp8 in bf16.
 
     Args:
         names: of a layout of the family (``WeightFormat.layouts``); None: as training exports.
@@ -64,4 +65,8 @@ def _written_layout(cfg: ModelConfig, format: WeightFormat, names: str | None) -
 
 
 def _tensors(file: WeightFile) -> Iterator[tuple[str, Tensor]]:
-    return ((name, file[name].contiguous()) for name in file)
+    """In the types of the file, but bf16 for fp8, whose own rounding was 16 times as coarse."""
+    from_fp8 = file.from_fp8
+    for name in file:
+        tensor = file[name].contiguous()
+        yield name, tensor.to(torch.bfloat16) if name in from_fp8 else tensor

@@ -78,7 +78,10 @@ DAMAGES: dict[str, tuple[Callable[[Tensors, str], Tensors], str]] = {
     ),
     "NaN": (lambda t, name: {**t, name: t[name] * math.nan}, "{name} holds NaN"),
     "infinity": (lambda t, name: {**t, name: t[name].abs().clamp(min=1) / 0}, "{name} holds NaN or infinite values"),
-    "fp8": (lambda t, name: {**t, name: t[name].to(torch.float8_e4m3fn)}, "{name} is F8_E4M3 (fp8): must be"),
+    "fp8": (
+        lambda t, name: {**t, name: t[name].to(torch.float8_e4m3fn), "scaled_fp8": torch.ones(2)},
+        "{name} is F8_E4M3 (scaled fp8, with scaled_fp8): must be one of F64, F32, F16, BF16; give the bf16",
+    ),
     "integers": (lambda t, name: {**t, name: t[name].int()}, "{name}"),  # diffusers says it first, in its own words
     "another shape": (lambda t, name: {**t, name: torch.ones(3, 5)}, "cannot be loaded from this folder"),
 }
@@ -90,6 +93,7 @@ OWN_WORDS = {
     "behind a prefix": "missing: encoder.conv_in.conv.weight",
     "a block too many": "1 unexpected: {name.top}.more.weight",
     "integers": "{name} is I32: must be one of F64",
+    "fp8": "{name} is F8_E4M3 without a scale, where scaled_fp8 tells of scaled fp8",
     "another shape": "1 of another shape (file, model): {name} (3, 5)",
 }
 

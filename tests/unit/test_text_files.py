@@ -209,7 +209,10 @@ DAMAGES: dict[str, tuple[Callable[[Tensors, str], Tensors], str]] = {
     "NaN": (lambda t, name: {**t, name: t[name] * math.nan}, "{own} holds NaN or infinite values"),
     "infinity": (lambda t, name: {**t, name: t[name].abs().clamp(min=1) / 0}, "{own} holds NaN or infinite values"),
     "too large for half": (lambda t, name: {**t, name: t[name].double().abs() + 1e300}, "{own} holds NaN or infinite"),
-    "fp8": (lambda t, name: {**t, name: t[name].to(torch.float8_e4m3fn)}, "{name} is F8_E4M3 (fp8): must be"),
+    "fp8 without its scale": (
+        lambda t, name: {**t, name: t[name].to(torch.float8_e4m3fn), "scaled_fp8": torch.ones(2)},
+        "{name} is F8_E4M3 without a scale, where scaled_fp8 tells of scaled fp8: fetch",
+    ),
     "integers": (lambda t, name: {**t, name: t[name].int()}, "{name} is I32"),
     "another shape": (lambda t, name: {**t, name: torch.ones(3, 5)}, "1 of another shape (file, model): {own} (3, 5)"),
 }

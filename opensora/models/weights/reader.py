@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ from opensora.models.weights.rows import Rows, Shape, Target, build, read_rows
 from opensora.models.weights.shards import check_index, weight_files
 from opensora.models.weights.torch_files import is_torch_file, open_torch_file
 from opensora.utils.errors import UserError
-from opensora.utils.files.safetensors_files import check_types, open_weights
+from opensora.utils.files import fp8
+from opensora.utils.files.safetensors_files import FLOATS, OpenWeights, check_types, open_weights
 
 StateDict: TypeAlias = dict[str, Tensor]
 # (name, tensor of a file, shape that a model wants) -> the tensor in that shape; None: it cannot be
@@ -43,6 +44,9 @@ class LoadReport:
     wrong_shape: tuple[str, ...]  # "name (shape in the file, shape wanted)"
     recomputed: tuple[str, ...] = ()  # in the file, and computed by the model
     resized: tuple[str, ...] = ()  # "name (shape in the file, shape made of it)": made to fit
+    in_fp8: tuple[str, ...] = ()  # stored so
+    scaled: int = 0  # how many of these have a scale
+    activations: tuple[str, ...] = ()  # scales of what layers read, in the file and not read
 
     @property
     def fits(self) -> bool:
@@ -59,6 +63,8 @@ class LoadReport:
                 ("of other models left out", self.left_out),
                 ("computed by the model and not read", self.recomputed),
                 ("made to fit (file, model)", self.resized),
+                (f"stored in fp8, {self.scaled} of them with a scale", self.in_fp8),
+                ("scales of activations not read", self.activations),
             )
             if names
         ]
@@ -70,8 +76,8 @@ class LoadReport:
 class WeightFile(Mapping[str, Tensor]):
     """The tensors of a file, an index json, or their folder, in a layout of choice; read when asked for.
 
-    Only names and shapes are read at once. Tensors come on the CPU; those that need no conversion are mapped from the
-    file, so that not even they take memory of their own.
+    Only names and shapes are read at once, and scales of what is in fp8, which becomes fp32. Tensors come on the CPU;
+    others that need no conversion are mapped from the file, so that not even they take memory of their own.
     """
 
     def __init__(self, path: str | os.PathLike[str], format: WeightFormat, to: Layout | None = None) -> None:
@@ -82,8 +88,7 @@ class WeightFile(Mapping[str, Tensor]):
                 changes.
         """
         self._path = path
-        self._files: dict[str, Any] = {}  # tensor -> open file
-        self._stored: dict[str, str] = {}  # tensor -> name in its file
+        self._places: dict[str, fp8.Place] = {}  # tensor -> its file, and its name there
         self._sources: dict[str, Shape] = {}  # of the tensors, under the model's names
         self._metadata: dict[str, str] = {}
         self._made: StateDict = {}  # in place of what the file gives
@@ -105,23 +110,33 @@ class WeightFile(Mapping[str, Tensor]):
         files, index = weight_files(path, torch_files=keys is not None)
         opened = [open_weights(f) if keys is None or not is_torch_file(f) else open_torch_file(f, keys) for f in files]
         check_index({one.path.name: one.shapes for one in opened}, index)
+        names = self._names_to_read(opened, format, path)
+        marks: dict[str, fp8.Place] = {}
+        for one in opened:
+            self._metadata.update(one.metadata)
+            own = {names[stored]: stored for stored in one.shapes if stored in names}
+            for name in own:
+                if name in self._places or (name in marks and fp8.weight_of(name)):
+                    raise UserError(f"{one.path}: {name} is in two files of {path}: give one file, or an index json")
+            marks |= {name: (one, stored) for name, stored in own.items() if fp8.is_mark(name)}
+            own = {name: stored for name, stored in own.items() if name not in marks}
+            read = (stored for name, stored in own.items() if not _matching([name], format.recomputed))
+            check_types(one, read, (*FLOATS, *fp8.TYPES))
+            self._places |= {name: (one, stored) for name, stored in own.items()}
+            self._sources |= {name: one.shapes[stored] for name, stored in own.items()}
+        self.scales = fp8.read_scales(self._places, marks)
+        self.activations = fp8.of_activations(marks)
+
+    def _names_to_read(self, opened: Collection[OpenWeights], format: WeightFormat, path: Path) -> dict[str, str]:
+        """Name in a file -> name in the model, of all but other models' tensors."""
         stored = [name for one in opened for name in one.shapes]
         self.prefix, names, self.left_out = plain_names(stored, format.top_level, str(path))
         # Of formats whose files may hold the other half of a model too, as a decoder beside its encoder.
         not_read: Callable[[Collection[str]], Collection[str]] | None = getattr(format, "not_read", None)
         skipped = set() if not_read is None else set(not_read(names.values()))
+        skipped |= {name for name in names.values() if fp8.weight_of(name) in skipped}
         self.left_out += tuple(stored for stored, name in names.items() if name in skipped)
-        names = {stored: name for stored, name in names.items() if name not in skipped}
-        for one in opened:
-            self._metadata.update(one.metadata)
-            own = {names[stored]: stored for stored in one.shapes if stored in names}
-            for name in own:
-                if name in self._sources:
-                    raise UserError(f"{one.path}: {name} is in two files of {path}: give one file, or an index json")
-            check_types(one, (stored for name, stored in own.items() if not _matching([name], format.recomputed)))
-            self._stored |= own
-            self._files |= dict.fromkeys(own, one.file)
-            self._sources |= {name: one.shapes[stored] for name, stored in own.items()}
+        return {stored: name for stored, name in names.items() if name not in skipped}
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -158,7 +173,7 @@ class WeightFile(Mapping[str, Tensor]):
         if name in self.mismatched:
             raise UserError(f"{self._path}: {name} cannot be {self.mismatched[name]}: fetch or export the file again")
         if unchanged := target.unchanged(self._sources):
-            return self._files[unchanged].get_tensor(self._stored[unchanged])
+            return self._get(unchanged, ())
         return build(target, self._sources, self._get)
 
     def __iter__(self) -> Iterator[str]:
@@ -197,10 +212,27 @@ class WeightFile(Mapping[str, Tensor]):
         return read_rows(rows, target.shape[1:], self._sources, self._get, columns)
 
     def _get(self, name: str, index: tuple[slice, ...]) -> Tensor:
-        file, stored = self._files[name], self._stored[name]
-        if not index:
-            return file.get_tensor(stored)
-        return file.get_slice(stored)[index]
+        file, stored = self._places[name]
+        found: Tensor = file.file.get_slice(stored)[index] if index else file.file.get_tensor(stored)
+        if not self._is_fp8(name):
+            return found
+        return fp8.decode(found, self.scales.get(name), index[0].start if index else 0)
+
+    def _is_fp8(self, name: str) -> bool:
+        file, stored = self._places[name]
+        return file.types[stored] in fp8.TYPES
+
+    @property
+    def in_fp8(self) -> tuple[str, ...]:
+        """Tensors of the file, by the model's names, that are stored so."""
+        return tuple(filter(self._is_fp8, self._sources))
+
+    @property
+    def from_fp8(self) -> set[str]:
+        """Tensors of the layout of choice that are made of such, whole or in part."""
+        return {
+            name for name, target in self._targets.items() if any(self._is_fp8(rows.tensor) for rows in target.rows)
+        }
 
 
 def read_state_dict(path: str | os.PathLike[str], format: WeightFormat) -> tuple[StateDict, Layout]:
@@ -253,6 +285,9 @@ def load_state_dict_for(
         ),
         recomputed=file.recomputed,
         resized=file.resized,
+        in_fp8=file.in_fp8,
+        scaled=len(file.scales),
+        activations=file.activations,
     )
     if not report.fits:
         raise UserError(f"{report}; {format.advice}")

@@ -28,8 +28,12 @@ SHARD_BYTES = 5 * 10**9
 _PART = ".part-"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")  # of files of torch.save
 FLOATS = ("F64", "F32", "F16", "BF16")  # types of weights, as safetensors calls them
-# Beside quantized weights, which are no weights without them: of scaled fp8, and of bitsandbytes.
-_SCALES = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", ".comfy_quant", ".absmax", ".quant_map")
+# Beside quantized weights, which are no weights without them: of scaled fp8, and of bitsandbytes, nvfp4 and others.
+_MARKS = (
+    *(".scale_weight", ".weight_scale", ".weight_scale_inv", ".scale_input", ".input_scale", ".comfy_quant"),
+    *(".absmax", ".quant_map", ".SCB", ".weight_scale_2", ".pre_quant_scale", ".weight_zero_point", ".weight_packed"),
+    *(".bitsandbytes__nf4", ".bitsandbytes__fp4", ".scaled_fp8"),
+)
 _OTHER_FILES = (  # first bytes, what they are of, what to do
     (b"PK\x03\x04", "a file of torch.save", "nothing is unpickled; save its tensors by safetensors.torch.save_file"),
     (b"\x80", "a pickle", "nothing is unpickled; save its tensors by safetensors.torch.save_file"),
@@ -226,25 +230,25 @@ def check_regular(path: Path) -> None:
         raise UserError(f"{path}: is {kind}: give a file; what is streamed must be saved first")
 
 
-def check_types(opened: OpenWeights, names: Iterable[str]) -> None:
+def check_types(opened: OpenWeights, names: Iterable[str], types: tuple[str, ...] = FLOATS) -> None:
     """That tensors are floating-point numbers that mean what they say.
+
+    Args:
+        types: those that are read.
 
     Raises:
         UserError: the first that is not, quantized ones by their name.
     """
-    allowed = f"must be one of {', '.join(FLOATS)}"
-    scale = next(
-        (name for name in opened.types if name.endswith(_SCALES) or name.rpartition(".")[2] == "scaled_fp8"), ""
-    )
+    allowed = f"must be one of {', '.join(types)}"
+    remedy = f"{allowed}; give the bf16 or fp16 weights"
+    mark = next((name for name in opened.types if f".{name}".endswith(_MARKS)), "")
     for name in names:
         found = opened.types[name]
-        if found.startswith("F8"):
-            kind = f"scaled fp8, with {scale}" if scale else "fp8"
-            raise UserError(f"{opened.path}: {name} is {found} ({kind}): {allowed}; give the bf16 or fp16 weights")
-        if name == scale or (scale and found not in FLOATS):
-            raise UserError(
-                f"{opened.path}: {scale} belongs to quantized weights (scaled fp8, or bitsandbytes), which are not "
-                "read; give the bf16 or fp16 weights"
-            )
-        if found not in FLOATS:
+        if f".{name}".endswith(_MARKS):
+            raise UserError(f"{opened.path}: {name} belongs to quantized weights, which are not read: {remedy}")
+        if found not in types and (mark or found.startswith("F8")):
+            kind = "fp8" if found.startswith("F8") else "quantized"
+            said = f"{'scaled ' if kind == 'fp8' else ''}{kind}, with {mark}" if mark else kind
+            raise UserError(f"{opened.path}: {name} is {found} ({said}): {remedy}")
+        if found not in types:
             raise UserError(f"{opened.path}: {name} is {found}: {allowed}; convert it, or give other weights")
