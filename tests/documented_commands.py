@@ -104,6 +104,7 @@ NOT_RUN = {
     r"opensora\.cli\.download": "needs a network; tests/unit/test_download.py runs it on a stand-in",
     r"opensora\.cli\.doctor": "ends with 2 where files are missing; tests/unit/test_doctor.py has files",
     r"\.py configs/(opensora|dit|latte|pixart)": "needs published weights; tests/unit/test_family_configs.py reads it",
+    r"\.py configs/sample/(wan|hunyuan_video)": "needs published weights; unit/test_published_sampling.py reads it",
     r"/(train|inference)\.py (training|sampling)\.py": "needs T5 and an autoencoder; test_guide_run.py has small ones",
     r"opensora\.cli\.convert LORA": "needs adapters; tests/integration/test_lora.py converts those of a run",
     r"opensora\.cli\.convert (FILE|WEIGHTS)": "needs a published file; tests/unit/test_convert.py writes small ones",
